@@ -1,0 +1,380 @@
+"""Every setting of a pre-training run, as plain frozen data (no torch in here).
+
+A run is described by one `PretrainConfig`: written to `run/config.json`, read back with `--from`,
+and stored in the artifact. Presets are functions from a name to such data; flags override fields.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import cattrs
+import tyro
+from cattrs.strategies import configure_tagged_union
+from cattrs.v import format_exception
+
+from pretrain.errors import BadInput
+
+Windows = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class DyViTConfig:
+    """Hierarchical ViT with dynamic multi-window self-attention."""
+
+    channels: int = 3
+    """Input channels, 1 to 16."""
+    patch: int = 4
+    """Side of a stem patch in pixels; the mask unit is 8 patches wide (32 px at patch 4)."""
+    dim: int = 96
+    """Channels of the first stage; they double at every following stage."""
+    depths: tuple[int, int, int, int] = (2, 2, 12, 2)
+    """Blocks per stage."""
+    heads: tuple[int, int, int, int] = (4, 8, 16, 32)
+    """Attention heads per stage, shared out equally over the stage's windows."""
+    windows: Windows = ((4, 8), (7, 14), (7, 14), (7,))
+    """Window sides in tokens per stage, one group of heads each; 0 attends to the whole map."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over its input width."""
+    drop_path: float = 0.0
+    """Largest stochastic-depth rate, reached linearly at the last block."""
+
+    @property
+    def unit(self) -> int:
+        """Side of a mask unit in pixels: the total stride, so that merging never mixes two units."""
+        return self.patch * 8
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the last stage."""
+        return self.dim * 8
+
+    def __post_init__(self) -> None:
+        _check_channels(self.channels)
+        if not (len(self.depths) == len(self.heads) == len(self.windows) == 4):
+            raise BadInput("DyViT has 4 stages: give 4 depths, 4 heads and 4 sets of windows")
+        for stage, (heads, windows) in enumerate(zip(self.heads, self.windows, strict=True)):
+            width = self.dim * 2**stage
+            if not windows or any(w < 0 for w in windows):
+                raise BadInput(f"stage {stage + 1}: windows {windows} must be one or more sides >= 0")
+            if heads % len(windows):
+                raise BadInput(f"stage {stage + 1}: {heads} heads cannot be shared by {len(windows)} windows")
+            if width % heads or (width // heads) % 4:
+                raise BadInput(
+                    f"stage {stage + 1}: {width} channels over {heads} heads must give a multiple of 4 "
+                    "(2-D rotary positions rotate pairs along both axes)"
+                )
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Plain ViT, the backbone of MAE (He et al. 2021)."""
+
+    channels: int = 3
+    """Input channels, 1 to 16."""
+    patch: int = 16
+    """Side of a patch in pixels; it is also the mask unit."""
+    dim: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over its input width."""
+    drop_path: float = 0.0
+    """Largest stochastic-depth rate, reached linearly at the last block."""
+
+    @property
+    def unit(self) -> int:
+        """Side of a mask unit in pixels."""
+        return self.patch
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the output."""
+        return self.dim
+
+    def __post_init__(self) -> None:
+        _check_channels(self.channels)
+        if self.dim % self.heads or self.dim % 4:
+            raise BadInput(f"ViT dim {self.dim} must be a multiple of 4 and of its {self.heads} heads")
+
+
+EncoderConfig = DyViTConfig | ViTConfig
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Light transformer that predicts pixels; shared by all views."""
+
+    dim: int = 512
+    depth: int = 4
+    heads: int = 16
+
+
+@dataclass(frozen=True)
+class CoMAConfig:
+    """Complementary masks: every pixel is supervised in every step (Li et al. 2025)."""
+
+    views: int = 2
+    """K: mask units are shared out into K groups; each group predicts all the others."""
+    masks: Literal["complementary", "independent", "single"] = "complementary"
+    """Controls: `independent` draws K unrelated masks of the same ratio; `single` uses one view only."""
+    norm_pix: bool = True
+    """Predict pixels normalised per mask unit (MAE sec. 4.1) instead of plain pixels."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+    def __post_init__(self) -> None:
+        if self.views < 2:
+            raise BadInput(f"CoMA needs at least 2 views, got {self.views}")
+
+
+@dataclass(frozen=True)
+class MAEConfig:
+    """Masked autoencoder, the baseline (He et al. 2021)."""
+
+    hidden_ratio: float = 0.75
+    """Share of mask units that the encoder does not see."""
+    norm_pix: bool = True
+    """Predict pixels normalised per mask unit (MAE sec. 4.1) instead of plain pixels."""
+    decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(depth=8))
+
+    def __post_init__(self) -> None:
+        if not 0 < self.hidden_ratio < 1:
+            raise BadInput(f"hidden ratio {self.hidden_ratio} must lie between 0 and 1")
+
+
+ObjectiveConfig = CoMAConfig | MAEConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on and how to read it."""
+
+    images: Annotated[Path | None, tyro.conf.Positional] = None
+    """Folder of images (searched recursively), .npz pack, .tar shards or a folder of them."""
+    image_size: int = 224
+    """Side of the square training crop in pixels; a multiple of the mask unit."""
+    mean: tuple[float, ...] | None = None
+    """Per-channel mean of pixels scaled to 0..1; measured on a sample of the data when not given."""
+    std: tuple[float, ...] | None = None
+    """Per-channel standard deviation; measured when not given."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of the random crop as a share of the image (RandomResizedCrop)."""
+    flip: bool = True
+    """Flip half of the crops left to right."""
+    on_bad_image: Literal["skip", "stop"] = "skip"
+    """A file that will not decode is named, counted and skipped, or stops the run."""
+    workers: int | None = None
+    """Processes that decode images; default: one per core beside the trainer (0 on 1 or 2 cores)."""
+
+    def __post_init__(self) -> None:
+        if (self.mean is None) != (self.std is None):
+            raise BadInput("give both --mean and --std, or neither (they are then measured)")
+        if self.std is not None and (min(self.std) <= 0 or len(self.std) != len(self.mean or ())):
+            raise BadInput(f"--std {self.std} must be positive and as long as --mean {self.mean}")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise BadInput(f"--crop-scale {self.crop_scale} must satisfy 0 < low <= high <= 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up and cosine decay (MAE, appendix A.1)."""
+
+    epochs: float = 100.0
+    """Passes over the data."""
+    steps: int | None = None
+    """Optimizer steps; overrides --epochs when given."""
+    batch_size: int = 256
+    """Images per optimizer step, over all processes and accumulation steps."""
+    micro_batch: int | None = None
+    """Images per process and forward pass; the rest of the batch is accumulated. Default: no accumulation."""
+    base_lr: float = 1.5e-4
+    """Learning rate per 256 images; the rate used is base_lr x batch_size / 256."""
+    warmup: float = 0.1
+    """Share of the steps with linearly rising learning rate."""
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+    ema: float = 0.0
+    """Decay of the moving average of the weights that is published; 0 publishes the weights themselves."""
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate: linear scaling (Goyal et al. 2017), as in MAE appendix A.1."""
+        return self.base_lr * self.batch_size / 256
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives and how it uses the machine."""
+
+    out: Path = Path("run")
+    """Run directory: config.json, metrics.jsonl, tensorboard/, reconstructions/, state/, artifact/."""
+    seed: int = 0
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on CPU."""
+    compile: bool = False
+    """Compile the step with torch.compile (slow to start, faster to run)."""
+    checkpoint_gradients: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: replicate the model (ddp) or shard it (fsdp, FSDP2)."""
+    save_minutes: float = 10.0
+    """Save the resumable state at least this often (and at the end, on Ctrl-C and on SIGTERM)."""
+    save_steps: int | None = None
+    """Save the resumable state every so many steps instead."""
+    log_steps: int = 10
+    """Write metrics every so many steps."""
+    sheet_steps: int = 500
+    """Write a picture of reconstructions every so many steps; 0: only at the end."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """One pre-training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: EncoderConfig = field(default_factory=DyViTConfig)
+    objective: ObjectiveConfig = field(default_factory=CoMAConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+# presets ---------------------------------------------------------------------------------------
+
+_DYVIT = {
+    "tiny": {"dim": 32, "depths": (2, 2, 6, 2), "heads": (2, 4, 8, 16)},
+    "small": {"dim": 64, "depths": (2, 2, 10, 2), "heads": (2, 4, 8, 16)},
+    "base": {"dim": 96, "depths": (2, 2, 12, 2), "heads": (4, 8, 16, 32)},
+    "large": {"dim": 144, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32)},
+}
+_VIT = {
+    "vit-tiny": {"dim": 192, "depth": 12, "heads": 3},
+    "vit-small": {"dim": 384, "depth": 12, "heads": 6},
+    "vit-base": {"dim": 768, "depth": 12, "heads": 12},
+    "vit-large": {"dim": 1024, "depth": 24, "heads": 16},
+}
+ENCODER_PRESETS = (*_DYVIT, *_VIT)
+METHOD_PRESETS = ("coma", "coma4", "coma-independent", "coma-single", "mae")
+
+
+def encoder_preset(name: str, image_size: int = 224, channels: int = 3) -> EncoderConfig:
+    """The encoder called `name`, with patch and windows that suit square images of `image_size` pixels.
+
+    Raises:
+        BadInput: no preset has that name.
+    """
+    if name in _VIT:
+        patch = 16 if image_size >= 112 else 8 if image_size >= 64 else 4
+        return ViTConfig(channels=channels, patch=patch, **_VIT[name])
+    if name in _DYVIT:
+        return dyvit_preset(name, image_size, channels)
+    raise BadInput(f"no model preset {name!r}; there are: {', '.join(ENCODER_PRESETS)}")
+
+
+def dyvit_preset(name: str, image_size: int = 224, channels: int = 3) -> DyViTConfig:
+    """DyViT `tiny`, `small`, `base` or `large` for images of `image_size` pixels."""
+    patch = 4 if image_size >= 112 else 2 if image_size >= 64 else 1
+    sevens = (image_size // (patch * 8)) % 7 == 0  # 7 x 7 units at 224 px: windows of 7 fit without padding
+    windows: Windows = ((4, 8), (7, 14), (7, 14), (7,)) if sevens else ((4, 8), (4, 8), (4, 8), (8,))
+    return DyViTConfig(channels=channels, patch=patch, windows=windows, **_DYVIT[name])
+
+
+def method_preset(name: str, *, decoder_dim: int = 512, decoder_depth: int | None = None) -> ObjectiveConfig:
+    """The objective called `name`; decoder depth is 4 for CoMA and 8 for MAE unless given.
+
+    Raises:
+        BadInput: no preset has that name.
+    """
+
+    def decoder(depth: int) -> DecoderConfig:
+        return DecoderConfig(decoder_dim, decoder_depth or depth, heads=max(decoder_dim // 32, 1))
+
+    match name:
+        case "coma":
+            return CoMAConfig(decoder=decoder(4))
+        case "coma4":
+            return CoMAConfig(views=4, decoder=decoder(4))
+        case "coma-independent":
+            return CoMAConfig(masks="independent", decoder=decoder(4))
+        case "coma-single":
+            return CoMAConfig(masks="single", decoder=decoder(4))
+        case "mae":
+            return MAEConfig(decoder=decoder(8))
+    raise BadInput(f"no method {name!r}; there are: {', '.join(METHOD_PRESETS)}")
+
+
+# JSON ------------------------------------------------------------------------------------------
+
+
+def _converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    converter.register_unstructure_hook(Path, str)
+    converter.register_structure_hook(Path, lambda value, _: Path(value))
+    names: dict[type, str] = {DyViTConfig: "dyvit", ViTConfig: "vit", CoMAConfig: "coma", MAEConfig: "mae"}
+    unions: tuple[tuple[Any, str], ...] = ((EncoderConfig, "architecture"), (ObjectiveConfig, "method"))
+    for union, tag in unions:
+        configure_tagged_union(union, converter, tag_generator=names.__getitem__, tag_name=tag)
+    optional = ObjectiveConfig | None  # an artifact of a bare backbone has none
+    converter.register_unstructure_hook(
+        optional, lambda value: value and converter.unstructure(value, ObjectiveConfig)
+    )
+    converter.register_structure_hook(
+        optional, lambda value, _: value and converter.structure(value, ObjectiveConfig)
+    )
+    return converter
+
+
+def to_plain(value: Any, kind: Any = None) -> Any:
+    """Dataclasses to dicts, lists, numbers and strings; give `kind` for a bare member of a union."""
+    return _converter().unstructure(value, kind)
+
+
+def from_plain(plain: Any, kind: Any, *, source: str) -> Any:
+    """The inverse of `to_plain`; unknown, missing and mistyped fields are refused.
+
+    Raises:
+        BadInput: naming `source` and every field that does not fit.
+    """
+    try:
+        return _converter().structure(plain, kind)
+    except cattrs.BaseValidationError as error:
+        raise BadInput(
+            f"{source}: " + "; ".join(cattrs.transform_error(error, format_exception=_explain))
+        ) from None
+    except (BadInput, TypeError, KeyError, ValueError) as error:
+        raise BadInput(f"{source}: {error}") from None
+
+
+def _explain(error: BaseException, kind: type | None) -> str:
+    return str(error) if isinstance(error, BadInput) else format_exception(error, kind)
+
+
+def read_config(path: Path) -> PretrainConfig:
+    """A run's settings from `config.json`, or from the run directory that holds it.
+
+    Raises:
+        BadInput: no such file, not JSON, or fields that do not fit.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        plain = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; give a run directory or its config.json") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadInput(f"{path}: not a readable config ({error})") from None
+    return from_plain(plain, PretrainConfig, source=str(path))
+
+
+def with_channels(config: PretrainConfig, channels: int) -> PretrainConfig:
+    """The same run on images of another number of channels."""
+    return replace(config, model=replace(config.model, channels=channels))
+
+
+def _check_channels(channels: int) -> None:
+    if not 1 <= channels <= 16:
+        raise BadInput(f"channels {channels} must be 1 to 16")

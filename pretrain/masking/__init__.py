@@ -1,0 +1,1 @@
+"""Which parts of an image a view sees: units, partitions, and nothing about models."""

@@ -1,0 +1,52 @@
+"""Where a token is, told in two ways that need no learned table and fit any map size.
+
+Rotary (RoFormer, Su et al. 2021, arXiv 2104.09864, sec. 3.2.2) along both axes for DyViT: half of a
+head's channels rotate with the row, half with the column, so scores depend on offsets only.
+Sin-cos (Transformer, Vaswani et al. 2017, sec. 3.5; in 2-D as in MAE's appendix A.1) for the plain ViT
+and the decoder.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ROTARY_BASE = (
+    100.0  # wavelengths from 2 pi to about 600 tokens: maps are tens of tokens wide, texts thousands
+)
+
+
+def rotary_table(
+    h: int, w: int, dim: int, *, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each `[h, w, dim]`, to rotate queries and keys of a map with.
+
+    Args:
+        h: Rows of tokens.
+        w: Columns of tokens.
+        dim: Channels of one head, a multiple of 4.
+        device: Of the result.
+        dtype: Of the result; angles are computed in float32.
+    """
+    frequencies = _ROTARY_BASE ** -(torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4))
+    rows = torch.arange(h, device=device, dtype=torch.float32)[:, None, None] * frequencies
+    cols = torch.arange(w, device=device, dtype=torch.float32)[None, :, None] * frequencies
+    angles = torch.cat([rows.expand(h, w, -1), cols.expand(h, w, -1)], dim=-1)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the channel pairs (i, i + dim/2) of `[b, h, w, heads, dim]` by the table's angles."""
+    cos, sin = (t[:, :, None] for t in table)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def sincos_positions(h: int, w: int, dim: int, *, device: torch.device) -> Tensor:
+    """Fixed 2-D sin-cos positions `[h, w, dim]` (float32); `dim` is a multiple of 4."""
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4))
+    rows = torch.arange(h, device=device, dtype=torch.float32)[:, None, None] * frequencies
+    cols = torch.arange(w, device=device, dtype=torch.float32)[None, :, None] * frequencies
+    parts = [cols.sin(), cols.cos(), rows.sin(), rows.cos()]
+    return torch.cat([part.expand(h, w, -1) for part in parts], dim=-1)

@@ -1,0 +1,107 @@
+"""What all masked-pixel objectives share: encoder, decoder, reconstruction. Methods add masks and a loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.config import ObjectiveConfig
+from pretrain.errors import BadInput
+from pretrain.masking.partition import group_of
+from pretrain.masking.units import pad_to_units, patchify, unit_grid, unpatchify
+from pretrain.models import Decoder, Encoder
+from pretrain.targets import Statistics, hidden_loss, nearby_statistics, pixel_targets, unit_statistics
+
+
+@dataclass
+class ObjectiveOutput:
+    """One step's results.
+
+    Attributes:
+        loss: Scalar, float32.
+        prediction: `[v, b, h, w, unit*unit*c]`.
+        target: `[b, h, w, unit*unit*c]`, float32.
+        visible: bool `[v, b, h, w]`: the units that each of the v views sees.
+        metrics: Scalars to log.
+    """
+
+    loss: Tensor
+    prediction: Tensor
+    target: Tensor
+    visible: Tensor
+    metrics: dict[str, Tensor]
+
+
+class MaskedPixels(nn.Module):
+    """Predict the pixels of hidden mask units.
+
+    Args:
+        config: The method's settings.
+        encoder: Any encoder of this room.
+    """
+
+    def __init__(self, config: ObjectiveConfig, encoder: Encoder) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.decoder = Decoder(
+            encoder.num_features, encoder.unit**2 * encoder.config.channels, config.decoder
+        )
+
+    def draw_visible(self, seeds: Tensor, h: int, w: int) -> Tensor:
+        """The units that each view sees, bool `[v, b, h, w]`, for samples with these int64 `seeds [b]`."""
+        raise NotImplementedError
+
+    def predict(self, images: Tensor, features: Tensor, visible: Tensor) -> ObjectiveOutput:
+        """Decode `features` (see `Decoder.forward`), compare with the hidden pixels of `images`."""
+        prediction = self.decoder(features, visible)
+        target = pixel_targets(patchify(images, self.encoder.unit), self.config.norm_pix)
+        loss = hidden_loss(prediction, target, visible)
+        explained = 1 - loss.detach() / target.var().clamp(min=1e-8)
+        return ObjectiveOutput(loss, prediction, target, visible, {"explained_variance": explained})
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of mask units of `images [b, c, H, W]`.
+
+        Raises:
+            BadInput: H or W is not a multiple of the unit: a loss on padding would teach padding.
+        """
+        height, width = images.shape[-2:]
+        unit = self.encoder.unit
+        if height % unit or width % unit:
+            raise BadInput(f"training images of {height} x {width} px are not whole mask units of {unit} px")
+        return unit_grid(height, width, unit)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, visible: Tensor, statistics: Statistics = "visible") -> Tensor:
+        """Fill in the hidden units from the visible ones.
+
+        Args:
+            images: `[b, c, H, W]`, normalised, any size of at least one unit.
+            visible: bool `[b, h, w]`.
+            statistics: With norm-pix, where mean and contrast of hidden units come from: `visible` carries
+                over those of the visible units nearby; `target` takes the true ones, which leaks them.
+
+        Returns:
+            Images like the input; visible units keep their pixels.
+        """
+        height, width = images.shape[-2:]
+        unit = self.encoder.unit
+        padded = pad_to_units(images, unit)
+        units = patchify(padded, unit).float()
+        shown_only = unpatchify(units * visible[..., None], unit).to(images.dtype)
+        features = self.encoder.forward_features(shown_only, group_of(visible))
+        predicted = self.decoder(features, visible[None])[0].float()
+        if self.config.norm_pix:
+            honest = statistics == "visible"
+            mean, std = nearby_statistics(units, visible) if honest else unit_statistics(units)
+            predicted = predicted * std + mean
+        filled = torch.where(visible[..., None], units, predicted)
+        return unpatchify(filled, unit)[..., :height, :width].to(images.dtype)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute block activations in the backward pass instead of keeping them."""
+        self.encoder.set_grad_checkpointing(enable)
+        self.decoder.grad_checkpointing = enable
