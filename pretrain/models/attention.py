@@ -28,7 +28,7 @@ class Layout:
     windows: tuple[tuple[int, int], ...]
     """Sides of each window on this map."""
     rotary: tuple[Tensor, Tensor]
-    """Cosines and sines, `[h, w, head_dim]`."""
+    """Cosines and signed sines, `[h, w, 1, 1, head_dim]`."""
     biases: tuple[Tensor | None, ...]
     """Per window: `[b*rows*cols, 1, n, n]` to add to the scores, or None where nothing is forbidden."""
     same_view: Tensor | None
@@ -102,17 +102,14 @@ class DynamicMultiWindowAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """Attend: `[b, h, w, c]` -> `[b, h, w, c]`."""
-        h, w = x.shape[1:3]
         qkv = rearrange(
-            self.qkv(x), "b h w (three heads d) -> b h w three heads d", three=3, heads=self.heads
+            self.qkv(x), "b h w (parts heads d) -> b h w parts heads d", parts=3, heads=self.heads
         )
-        q, k, v = qkv.unbind(dim=3)
-        qkv = torch.stack([rotate(q, layout.rotary), rotate(k, layout.rotary), v], dim=3)
+        q, k = rotate(qkv[:, :, :, :2], layout.rotary).unbind(dim=3)
+        parts = zip(*(part.chunk(self.windows, dim=3) for part in (q, k, qkv[:, :, :, 2])), strict=True)
         outputs = [
-            _attend(part, window, bias, (h, w))
-            for part, window, bias in zip(
-                qkv.chunk(self.windows, dim=4), layout.windows, layout.biases, strict=True
-            )
+            _attend(*part, window, bias)
+            for part, window, bias in zip(parts, layout.windows, layout.biases, strict=True)
         ]
         out = torch.cat(outputs, dim=-1)
         if self.gate is not None:
@@ -154,11 +151,12 @@ class WindowGate(nn.Module):
         return rearrange(weights, "... g c -> ... (g c)").to(logits.dtype)
 
 
-def _attend(qkv: Tensor, window: tuple[int, int], bias: Tensor | None, size: tuple[int, int]) -> Tensor:
-    # b h w 3 heads d -> b h w (heads d)
-    q, k, v = rearrange(split(qkv, window), "n tokens three heads d -> three n heads tokens d")
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], bias: Tensor | None) -> Tensor:
+    # three of b h w heads d -> b h w (heads d)
+    h, w = q.shape[1:3]
+    q, k, v = (split(part, window).transpose(1, 2) for part in (q, k, v))  # n heads tokens d
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    return merge(rearrange(out, "n heads tokens d -> n tokens (heads d)"), window, *size)
+    return merge(rearrange(out, "n heads tokens d -> n tokens (heads d)"), window, h, w)
 
 
 def _same_view(group: Tensor) -> Tensor:

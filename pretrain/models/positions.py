@@ -19,7 +19,7 @@ _ROTARY_BASE = (
 def rotary_table(
     h: int, w: int, dim: int, *, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each `[h, w, dim]`, to rotate queries and keys of a map with.
+    """Cosines and signed sines, each `[h, w, 1, 1, dim]`, to rotate queries and keys of a map with.
 
     Args:
         h: Rows of tokens.
@@ -31,16 +31,15 @@ def rotary_table(
     frequencies = _ROTARY_BASE ** -(torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4))
     rows = torch.arange(h, device=device, dtype=torch.float32)[:, None, None] * frequencies
     cols = torch.arange(w, device=device, dtype=torch.float32)[None, :, None] * frequencies
-    angles = torch.cat([rows.expand(h, w, -1), cols.expand(h, w, -1)], dim=-1)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = torch.cat([rows.expand(h, w, -1), cols.expand(h, w, -1)], dim=-1)[:, :, None, None]
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the channel pairs (i, i + dim/2) of `[b, h, w, heads, dim]` by the table's angles."""
-    cos, sin = (t[:, :, None] for t in table)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Rotate the channel pairs (i, i + dim/2) of `[b, h, w, parts, heads, dim]` by the table's angles."""
+    cos, signed_sin = table
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)
 
 
 def sincos_positions(h: int, w: int, dim: int, *, device: torch.device) -> Tensor:

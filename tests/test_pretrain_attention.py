@@ -1,0 +1,151 @@
+"""Windows and DM-MSA against plain attention and slow loops."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.config import DyViTConfig
+from pretrain.models import DyViT
+from pretrain.models.attention import DynamicMultiWindowAttention, stage_layout
+from pretrain.models.positions import rotary_table, rotate, sincos_positions
+from pretrain.models.windows import MASKED, fit, merge, same_group_bias, split
+
+SIDES = st.integers(1, 11)
+
+
+@settings(deadline=None)
+@given(h=SIDES, w=SIDES, window=st.integers(0, 12), b=st.integers(1, 3))
+def test_merge_undoes_split(h, w, window, b):
+    sides = fit(window, h, w)
+    x = torch.randn(b, h, w, 2, 3)
+    windows = split(x, sides)
+    assert windows.shape == (b * math.ceil(h / sides[0]) * math.ceil(w / sides[1]), sides[0] * sides[1], 2, 3)
+    assert torch.equal(merge(windows, sides, h, w), x)
+
+
+@settings(deadline=None, max_examples=30)
+@given(h=st.integers(1, 7), w=st.integers(1, 7), window=st.integers(1, 5), data=st.data())
+def test_bias_forbids_exactly_the_pairs_of_different_groups(h, w, window, data):
+    group = torch.tensor([data.draw(st.lists(st.integers(-1, 2), min_size=h * w, max_size=h * w))]).view(1, h, w)
+    sides = fit(window, h, w)
+    bias = same_group_bias(group, sides, torch.float32)
+    cols = math.ceil(w / sides[1])
+    for n in range(len(bias)):
+        top, left = n // cols * sides[0], n % cols * sides[1]
+        cells = [(top + i, left + j) for i in range(sides[0]) for j in range(sides[1])]
+        labels = [int(group[0, i, j]) if i < h and j < w else "padding" for i, j in cells]
+        expected = torch.tensor([[0.0 if a == b else MASKED for b in labels] for a in labels])
+        assert torch.equal(bias[n, 0], expected)
+
+
+def attention(heads, windows, dim=16):
+    torch.manual_seed(0)
+    layer = DynamicMultiWindowAttention(dim, heads, len(windows)).double().eval()
+    return layer
+
+
+def layout_for(layer, x, windows, group=None, side=1):
+    return stage_layout((x.shape[1], x.shape[2]), windows, x.shape[-1] // layer.heads, side, group, x)
+
+
+def slow_attention(layer, x, windows, token_group=None):
+    """DM-MSA, one token, head and pair at a time, from its definition."""
+    b, h, w, c = x.shape
+    heads, d = layer.heads, c // layer.heads
+    frequencies = 100.0 ** -(torch.arange(d // 4, dtype=torch.float64) / (d // 4))
+    q, k, v = (part.view(b, h, w, heads, d) for part in layer.qkv(x).chunk(3, dim=-1))
+
+    def turned(vector, i, j):
+        angles = torch.cat([i * frequencies, j * frequencies])
+        pairs = torch.complex(vector[: d // 2], vector[d // 2 :]) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat([pairs.real, pairs.imag])
+
+    out = torch.zeros_like(x)
+    for n in range(b):
+        for i in range(h):
+            for j in range(w):
+                for head in range(heads):
+                    window = windows[head * len(windows) // heads]
+                    wh, ww = window or h, window or w
+                    seen = [
+                        (r, s)
+                        for r in range(h)
+                        for s in range(w)
+                        if r // wh == i // wh and s // ww == j // ww
+                        and (token_group is None or token_group[n, r, s] == token_group[n, i, j])
+                    ]  # fmt: skip
+                    query = turned(q[n, i, j, head], i, j)
+                    scores = torch.stack([query @ turned(k[n, r, s, head], r, s) for r, s in seen]) / d**0.5
+                    values = torch.stack([v[n, r, s, head] for r, s in seen])
+                    out[n, i, j, head * d : (head + 1) * d] = scores.softmax(0) @ values
+    if layer.gate is not None:
+        groups = torch.zeros(b, h, w) if token_group is None else token_group
+        gated = out.clone()
+        for n in range(b):
+            for view in groups[n].unique():
+                members = groups[n] == view
+                pooled = out[n][members].mean(0)
+                logits = layer.gate.out(F.gelu(layer.gate.hidden(pooled))).view(len(windows), -1)
+                gated[n][members] = out[n][members] * (logits.softmax(0) * len(windows)).flatten()
+        out = gated
+    return layer.proj(out)
+
+
+@pytest.mark.parametrize("windows", [(4,), (2, 4), (3, 2), (0, 3), (3, 0, 7, 1), (7,)])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_dm_msa_equals_a_slow_loop(windows, grouped):
+    layer = attention(4, windows)
+    x = torch.randn(2, 4, 6, 16, dtype=torch.float64)
+    group = torch.tensor([[[0, 1, 0], [1, 1, 0]], [[2, 0, -1], [1, 0, 2]]]) if grouped else None
+    tokens = None if group is None else group.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    fast = layer(x, layout_for(layer, x, windows, group, side=2))
+    torch.testing.assert_close(fast, slow_attention(layer, x, windows, tokens), rtol=1e-6, atol=1e-7)
+
+
+def test_one_full_window_without_positions_is_plain_multi_head_attention():
+    layer = attention(4, (0,))
+    plain = torch.nn.MultiheadAttention(16, 4, batch_first=True).double().eval()
+    plain.load_state_dict(
+        {
+            "in_proj_weight": layer.qkv.weight,
+            "in_proj_bias": layer.qkv.bias,
+            "out_proj.weight": layer.proj.weight,
+            "out_proj.bias": layer.proj.bias,
+        }
+    )
+    x = torch.randn(2, 1, 1, 16, dtype=torch.float64).expand(2, 3, 5, 16) + 0.1 * torch.randn(2, 3, 5, 16)
+    layout = layout_for(layer, x, (0,))
+    still = torch.ones_like(layout.rotary[0]), torch.zeros_like(layout.rotary[1])
+    layout = type(layout)(layout.windows, still, layout.biases, layout.same_view, layout.side)
+    expected, _ = plain(*[x.flatten(1, 2)] * 3, need_weights=False)
+    torch.testing.assert_close(layer(x, layout).flatten(1, 2), expected)
+
+
+def test_a_fresh_gate_weighs_all_windows_equally_and_a_trained_one_does_not():
+    model = DyViT(DyViTConfig(patch=1, dim=16, depths=(1, 1, 1, 1), heads=(2, 2, 4, 4), windows=((4, 8),) * 4))
+    gate = model.stages[0].blocks[0].attn.gate
+    pooled = torch.randn(3, 16)
+    assert torch.equal(gate.weigh(pooled), torch.ones(3, 16))
+    torch.nn.init.normal_(gate.out.weight)
+    weights = gate.weigh(pooled).view(3, 2, 8)
+    assert weights.std() > 0.03
+    torch.testing.assert_close(weights.mean(1), torch.ones(3, 8))
+
+
+def test_rotary_scores_depend_on_offsets_only():
+    cos, sin = rotary_table(9, 9, 8, device=torch.device("cpu"), dtype=torch.float64)
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+    spots = [rotate(x.expand(1, 9, 9, 1, 1, 8), (cos, sin))[0, :, :, 0, 0] for x in (q, k)]
+    score = {(i, j): spots[0][i, j] @ spots[1][i + 2, j + 1] for i in (0, 3, 6) for j in (0, 4, 7)}
+    torch.testing.assert_close(torch.stack(list(score.values())), score[0, 0].expand(9), rtol=1e-6, atol=1e-6)
+    assert (spots[0][0, 0] @ spots[1][1, 2] - score[0, 0]).abs() > 1e-3  # rows and columns are told apart
+
+
+def test_sincos_positions_are_distinct_and_bounded():
+    table = sincos_positions(14, 9, 32, device=torch.device("cpu")).flatten(0, 1)
+    assert table.abs().max() <= 1
+    assert torch.cdist(table, table).add(torch.eye(len(table)) * 10).min() > 0.1
