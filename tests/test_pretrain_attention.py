@@ -30,7 +30,9 @@ def test_merge_undoes_split(h, w, window, b):
 @settings(deadline=None, max_examples=30)
 @given(h=st.integers(1, 7), w=st.integers(1, 7), window=st.integers(1, 5), data=st.data())
 def test_bias_forbids_exactly_the_pairs_of_different_groups(h, w, window, data):
-    group = torch.tensor([data.draw(st.lists(st.integers(-1, 2), min_size=h * w, max_size=h * w))]).view(1, h, w)
+    group = torch.tensor([data.draw(st.lists(st.integers(-1, 2), min_size=h * w, max_size=h * w))]).view(
+        1, h, w
+    )
     sides = fit(window, h, w)
     bias = same_group_bias(group, sides, torch.float32)
     cols = math.ceil(w / sides[1])
@@ -61,7 +63,9 @@ def slow_attention(layer, x, windows, token_group=None):
 
     def turned(vector, i, j):
         angles = torch.cat([i * frequencies, j * frequencies])
-        pairs = torch.complex(vector[: d // 2], vector[d // 2 :]) * torch.polar(torch.ones_like(angles), angles)
+        pairs = torch.complex(vector[: d // 2], vector[d // 2 :]) * torch.polar(
+            torch.ones_like(angles), angles
+        )
         return torch.cat([pairs.real, pairs.imag])
 
     out = torch.zeros_like(x)
@@ -126,7 +130,9 @@ def test_one_full_window_without_positions_is_plain_multi_head_attention():
 
 
 def test_a_fresh_gate_weighs_all_windows_equally_and_a_trained_one_does_not():
-    model = DyViT(DyViTConfig(patch=1, dim=16, depths=(1, 1, 1, 1), heads=(2, 2, 4, 4), windows=((4, 8),) * 4))
+    model = DyViT(
+        DyViTConfig(patch=1, dim=16, depths=(1, 1, 1, 1), heads=(2, 2, 4, 4), windows=((4, 8),) * 4)
+    )
     gate = model.stages[0].blocks[0].attn.gate
     pooled = torch.randn(3, 16)
     assert torch.equal(gate.weigh(pooled), torch.ones(3, 16))

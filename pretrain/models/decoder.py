@@ -12,8 +12,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from pretrain.config import DecoderConfig
+from pretrain.models.blocks import run_block
 from pretrain.models.positions import sincos_positions
-from pretrain.models.recompute import run_block
 from pretrain.models.vit import init_xavier
 
 

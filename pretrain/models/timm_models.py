@@ -174,7 +174,6 @@ def _create(preset: str, pretrained: bool = False, **kwargs: Any) -> DyViTClassi
         f"dyvit_{preset}",
         pretrained,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        kwargs_filter=("img_size",),
         **kwargs,
     )
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from pretrain.config import ViTConfig
 from pretrain.masking.units import pad_to_units
+from pretrain.models.blocks import drop_path_rates, run_block
 from pretrain.models.dyvit import check_images
 from pretrain.models.positions import sincos_positions
-from pretrain.models.recompute import run_block
 
 
 class ViT(nn.Module):
@@ -38,7 +38,7 @@ class ViT(nn.Module):
         self.grad_checkpointing = False
         self.stem = nn.Conv2d(config.channels, config.dim, config.patch, stride=config.patch)
         self.cls_token = nn.Parameter(torch.zeros(config.dim))
-        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+        rates = drop_path_rates(config.drop_path, config.depth)
         self.blocks = nn.ModuleList(
             Block(config.dim, config.heads, config.mlp_ratio, qkv_bias=True, drop_path=rate) for rate in rates
         )
