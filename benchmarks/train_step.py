@@ -1,0 +1,232 @@
+"""One training step, side by side: CoMA on DyViT, MAE on ViT, and timm's Hiera and Swin for scale.
+
+    python benchmarks/train_step.py                         # what fits the machine, eager and compiled
+    python benchmarks/train_step.py --models "CoMA DyViT-B" "MAE ViT-B" --no-compile --batch 8
+
+A step is forward, loss, backward and AdamW on synthetic images (224 px; bf16 autocast on a GPU, fp32 on a
+CPU). The peers are whole objectives where there is one (MAE: 75 % hidden, decoder 8 x 512) and otherwise the
+bare encoder with a mean as its loss, which leaves out any decoder. All models are built first and timed in
+turn, round after round, so that a slow minute of the machine hits all of them; the median round counts.
+Views are what a step supervises from: K for CoMA, 1 for the others. Peak memory is the device's on a GPU
+and the resident set of a child process on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from machine import describe, table
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.config import encoder_preset, method_preset
+from pretrain.models import build_encoder
+from pretrain.objectives import build_objective
+
+MODELS = {
+    "CoMA DyViT-S": ("small", "coma"),
+    "MAE ViT-S": ("vit-small", "mae"),
+    "CoMA DyViT-B": ("base", "coma"),
+    "MAE ViT-B": ("vit-base", "mae"),
+    "encoder Hiera-S": ("hiera_small_224", None),
+    "encoder Swin-S": ("swin_small_patch4_window7_224", None),
+    "encoder Hiera-B": ("hiera_base_224", None),
+    "encoder Swin-B": ("swin_base_patch4_window7_224", None),
+}
+BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense FLOP/s by NVIDIA's data sheets
+
+
+class Features(nn.Module):
+    """A timm encoder whose loss is the mean square of its features: the cost of an encoder alone."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.encoder = timm.create_model(name, num_classes=0)
+
+    def forward(self, images: Tensor, seeds: Tensor) -> Tensor:
+        """The loss."""
+        return self.encoder(images).square().mean()
+
+
+class Step:
+    """A model with its optimizer; calling it trains one batch."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        preset, method = MODELS[name]
+        torch.manual_seed(0)
+        self.name, self.device = name, device
+        self.model = (
+            build_objective(method_preset(method), build_encoder(encoder_preset(preset)))
+            if method
+            else Features(preset)
+        ).to(device)
+        self.views = len(self.model.draw_visible(torch.zeros(1, dtype=torch.int64), 7, 7)) if method else 1
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+
+    def __call__(self, batch: int) -> None:
+        """Train one batch of random images."""
+        images = torch.randn(batch, 3, 224, 224, device=self.device)
+        seeds = torch.arange(batch, device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            out = self.model(images, seeds)
+        loss = out if isinstance(out, Tensor) else out.loss
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+    def seconds(self, batch: int) -> float:
+        """Time of one step."""
+        self._wait()
+        start = time.perf_counter()
+        self(batch)
+        self._wait()
+        return time.perf_counter() - start
+
+    def flops(self) -> float:
+        """Floating-point operations of forward and backward for one image (2 per multiply-accumulate)."""
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            out = self.model(
+                torch.zeros(1, 3, 224, 224, device=self.device), torch.zeros(1, dtype=torch.int64)
+            )
+            (out if isinstance(out, Tensor) else out.loss).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        return counter.get_total_flops()
+
+    def parameters(self) -> tuple[int, int]:
+        """Of the encoder, and of everything that trains."""
+        encoder = self.model.encoder
+        return tuple(sum(p.numel() for p in m.parameters()) for m in (encoder, self.model))  # type: ignore
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def largest_batch(step: Step) -> int:
+    """The largest power of two whose step fits on the GPU."""
+    batch = 64
+    while True:
+        try:
+            step(2 * batch)
+        except torch.cuda.OutOfMemoryError:
+            step.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            return batch
+        batch *= 2
+
+
+def peak_memory(step: Step, batch: int) -> float:
+    """GiB that one step needs."""
+    if step.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step(batch)
+        return torch.cuda.max_memory_allocated() / 2**30
+    command = [sys.executable, __file__, "--child", step.name, "--batch", str(batch)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def child(name: str, batch: int) -> None:
+    """Print the resident memory, in GiB, that a step adds to a process that has imported everything."""
+    before = _peak_resident()
+    step = Step(name, torch.device("cpu"))
+    step(batch)
+    step(batch)
+    print(_peak_resident() - before)
+
+
+def _peak_resident() -> float:
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would report the parent's peak as well
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+
+
+def time_rounds(
+    steps: dict[str, Step], batches: dict[str, int], rounds: int, note: Callable[[str], None]
+) -> dict:
+    """Median images per second of every model, timed in turn."""
+    for name, step in steps.items():
+        started = time.perf_counter()
+        step(batches[name])
+        step(batches[name])
+        note(f"{name}: warm after {time.perf_counter() - started:.0f} s")
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            seconds[name].append(step.seconds(batches[name]))
+    return {name: batches[name] / statistics.median(times) for name, times in seconds.items()}
+
+
+def main() -> None:
+    """Measure and print the table; `--out` keeps it as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument(
+        "--batch", type=int, help="images per step (default: 8 on CPU, the largest that fits on GPU)"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        return child(args.child, args.batch)
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps = {name: Step(name, device) for name in args.models}
+    flops = {name: step.flops() for name, step in steps.items()}
+    batches = {
+        name: args.batch or (largest_batch(step) if device.type == "cuda" else 8)
+        for name, step in steps.items()
+    }
+    memory = {name: peak_memory(step, batches[name]) for name, step in steps.items()}
+    speeds = {"eager": time_rounds(steps, batches, args.rounds, print)}
+    if args.compile:
+        for step in steps.values():
+            step.model.compile()
+        speeds["compiled"] = time_rounds(steps, batches, args.rounds, print)
+
+    peak = next((peak for key, peak in BF16_PEAK.items() if key in describe()), None)
+    rows = []
+    for name, step in steps.items():
+        encoder, total = step.parameters()
+        row = {
+            "step": name,
+            "encoder M": f"{encoder / 1e6:.1f}",
+            "all M": f"{total / 1e6:.1f}",
+            "GFLOP/image": f"{flops[name] / 1e9:.1f}",
+            "batch": str(batches[name]),
+            "peak GiB": f"{memory[name]:.1f}",
+        }
+        for mode, measured in speeds.items():
+            row[f"{mode} images/s"] = (
+                f"{measured[name]:.2f}" if measured[name] < 100 else f"{measured[name]:.0f}"
+            )
+            row[f"{mode} views/s"] = f"{measured[name] * step.views:.2f}"
+            if peak:
+                row[f"{mode} MFU"] = f"{measured[name] * flops[name] / peak:.1%}"
+            reference = "MAE ViT-B"
+            if reference in measured:
+                row[f"{mode} time / {reference}"] = f"{measured[reference] / measured[name]:.2f}"
+        rows.append(row)
+    print("\n" + describe() + f"; median of {args.rounds} rounds, 224 px\n\n" + table(rows))
+    if args.out:
+        args.out.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
