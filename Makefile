@@ -1,0 +1,61 @@
+# One environment for everything: .venv, built from requirements.lock (versions and hashes).
+# Needs only Python 3.11 to 3.13, git and make.
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOCKED := $(VENV)/.locked
+INSTALLED := $(VENV)/.installed
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+
+.DEFAULT_GOAL := help
+.PHONY: help env quickstart test lint types rooms format lock clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(INSTALLED)  ## build or update .venv from requirements.lock
+
+quickstart: $(INSTALLED)  ## pre-train a tiny CoMA-DyViT for two minutes and show what it learned
+	$(BIN)/coma quickstart $(ARGS)
+
+test: $(INSTALLED)  ## run the tests (ARGS="-k name" picks some)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)  ## check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(INSTALLED)  ## check types
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+rooms: $(INSTALLED)  ## check which module may import which
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)  ## apply the formatting
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+lock: $(INSTALLED)  ## renew requirements.lock from pyproject.toml
+	$(BIN)/uv pip compile --quiet --upgrade --universal --fork-strategy fewest --python-version 3.11 \
+		--generate-hashes --custom-compile-command "make lock" --group dev \
+		--output-file requirements.lock pyproject.toml
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
+
+$(BIN)/python:
+	@for python in python3 python3.13 python3.12 python3.11 python; do \
+		if "$$python" -c '$(FITS)' 2>/dev/null; then \
+			echo "creating $(VENV) with $$("$$python" --version)"; exec "$$python" -m venv $(VENV); \
+		fi; \
+	done; echo "Python 3.11, 3.12 or 3.13 was not found on the PATH; install one and run make again" >&2; exit 1
+
+$(LOCKED): requirements.lock | $(BIN)/python
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+	$(BIN)/python -m pip install --quiet "$$(grep -o '^uv==[^ ;]*' requirements.lock)"
+	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes requirements.lock
+	@touch $@
+
+$(INSTALLED): pyproject.toml $(LOCKED)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@

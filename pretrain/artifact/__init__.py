@@ -1,0 +1,24 @@
+"""The only hand-over between rooms: a directory with `model.safetensors` and `config.json`.
+
+    artifact/config.json         what the model is and how it was trained, readable by people
+    artifact/model.safetensors   its tensors; the file's own metadata repeats the format version
+
+Three promises. Nothing is unpickled. Loading is strict: tensors that are missing, unexpected or of
+another shape are listed and refused, never skipped. Saving over an artifact never loses it: the new
+one is complete on disk before the old one steps aside, and in the moment in which neither carries the
+name, loading finds the old one where it was put.
+"""
+
+from pretrain.artifact.description import ArtifactConfig, library_versions
+from pretrain.artifact.load import Artifact, load_artifact, load_encoder, load_strict
+from pretrain.artifact.save import save_artifact
+
+__all__ = [
+    "Artifact",
+    "ArtifactConfig",
+    "library_versions",
+    "load_artifact",
+    "load_encoder",
+    "load_strict",
+    "save_artifact",
+]

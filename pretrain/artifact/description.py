@@ -1,0 +1,72 @@
+"""What `config.json` of an artifact says, and the names of its files."""
+
+from __future__ import annotations
+
+import math
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+from pretrain.config import EncoderConfig, ObjectiveConfig
+from pretrain.errors import BadInput
+
+FORMAT_VERSION = 1
+CONFIG, TENSORS = "config.json", "model.safetensors"
+
+Kind = Literal["backbone", "pretrained", "classifier", "detector", "segmentor"]
+
+
+@dataclass(frozen=True)
+class ArtifactConfig:
+    """Everything needed to rebuild the model and to feed it images.
+
+    Raises:
+        BadInput: values that contradict each other; the message names them.
+    """
+
+    kind: Kind
+    """backbone: an encoder. pretrained: encoder and decoder. The others: a fine-tuned model."""
+    model: EncoderConfig
+    objective: ObjectiveConfig | None
+    """How it was pre-trained; required of kind `pretrained`, whose decoder it describes."""
+    image_size: int
+    """Side in pixels of the square images it was trained on."""
+    mean: tuple[float, ...]
+    """Per-channel mean of pixels scaled to 0..1."""
+    std: tuple[float, ...]
+    """Per-channel standard deviation of pixels scaled to 0..1."""
+    class_names: tuple[str, ...] | None
+    trained: dict[str, Any]
+    """Plain facts: method, steps, images_seen, loss, name of the data. Values that JSON can hold."""
+    versions: dict[str, str]
+    """Of Python and the libraries that wrote it; see `pretrain.artifact.library_versions`."""
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        channels, unit = self.model.channels, self.model.unit
+        if not len(self.mean) == len(self.std) == channels:
+            raise BadInput(
+                f"mean {self.mean} and std {self.std} need one value for each of {channels} channels"
+            )
+        if not all(math.isfinite(m) for m in self.mean):
+            raise BadInput(f"mean {self.mean} must be finite")
+        if not all(math.isfinite(s) and s > 0 for s in self.std):
+            raise BadInput(f"std {self.std} must be finite and positive")
+        if self.image_size < unit:
+            raise BadInput(f"image size {self.image_size} px is smaller than a mask unit of {unit} px")
+        if self.class_names is not None and not (self.class_names and all(self.class_names)):
+            raise BadInput(f"class names {self.class_names} must be at least one name, none of them empty")
+        if self.kind == "pretrained" and self.objective is None:
+            raise BadInput("an artifact of kind 'pretrained' needs its objective")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python, torch, timm and this package, from their metadata; nothing is imported."""
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "timm", "coma-dyvit"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

@@ -1,0 +1,144 @@
+"""Read an artifact back: strictly, safely, with errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pretrain.artifact.description import CONFIG, FORMAT_VERSION, TENSORS, ArtifactConfig
+from pretrain.artifact.save import sibling
+from pretrain.config import from_plain
+from pretrain.errors import BadArtifact, BadInput
+from pretrain.models import Encoder, build_encoder
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A loaded artifact: its description and its tensors, on the CPU, as stored."""
+
+    config: ArtifactConfig
+    tensors: dict[str, Tensor]
+
+
+def load_artifact(directory: Path) -> Artifact:
+    """Read an artifact; tensors stay in the type they were stored in.
+
+    Raises:
+        BadArtifact: no artifact there, a damaged one, or one of a newer format; the message says which.
+    """
+    directory = Path(directory)
+    found = directory
+    if not directory.exists() and sibling(directory, "previous").is_dir():
+        found = sibling(directory, "previous")  # a replacement was cut short between its two renames
+    _check_directory(directory, found)
+    config = _read_config(found / CONFIG)
+    return Artifact(config, _read_tensors(found / TENSORS, config.format_version))
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy `tensors` into `module`, all of them or none; floating types are converted to the module's.
+
+    Raises:
+        BadArtifact: naming `source` and the tensors that are missing, unexpected or do not fit.
+    """
+    own = module.state_dict()
+    missing = [f"{name} {_describe(tensor)}" for name, tensor in own.items() if name not in tensors]
+    unexpected = [f"{name} {_describe(tensor)}" for name, tensor in tensors.items() if name not in own]
+    unfit = [
+        f"{name} is {_describe(tensors[name])}, the model has {_describe(tensor)}"
+        for name, tensor in own.items()
+        if name in tensors and not _fits(tensors[name], tensor)
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape or type", unfit))
+    problems = [f"{len(names)} {label}: {_first(names)}" for label, names in kinds if names]
+    if problems:
+        raise BadArtifact(f"{source}: not of this {type(module).__name__}; " + "; ".join(problems))
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def load_encoder(directory: Path) -> tuple[Encoder, ArtifactConfig]:
+    """The encoder of a `backbone` or `pretrained` artifact, in evaluation mode on the CPU.
+
+    Raises:
+        BadArtifact: as `load_artifact` and `load_strict`, or an artifact of another kind.
+    """
+    artifact = load_artifact(directory)
+    tensors = artifact.tensors
+    if artifact.config.kind == "pretrained":
+        tensors = {
+            name.removeprefix("encoder."): tensor
+            for name, tensor in tensors.items()
+            if not name.startswith("decoder.")
+        }
+    elif artifact.config.kind != "backbone":
+        raise BadArtifact(
+            f"{directory}: its kind is {artifact.config.kind!r}; give a 'backbone' or 'pretrained' artifact"
+        )
+    encoder = build_encoder(artifact.config.model)
+    load_strict(encoder, tensors, source=f"{directory}/{TENSORS}")
+    return encoder.eval(), artifact.config
+
+
+def _check_directory(directory: Path, found: Path) -> None:
+    if found.is_file():
+        raise BadArtifact(f"{directory}: is a file; give the artifact's directory, {directory.parent}")
+    if not found.is_dir():
+        raise BadArtifact(f"{directory}: no such directory")
+    absent = [name for name in (CONFIG, TENSORS) if not (found / name).is_file()]
+    if absent:
+        inside = directory / "artifact"
+        hint = f"; did you mean {inside}?" if inside.is_dir() else ""
+        raise BadArtifact(f"{directory}: not an artifact, it has no {' and no '.join(absent)}{hint}")
+
+
+def _read_config(path: Path) -> ArtifactConfig:
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadArtifact(f"{path}: not a readable config ({error})") from None
+    version = plain.get("format_version") if isinstance(plain, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BadArtifact(f"{path}: not an artifact's config, it has no format_version")
+    if version > FORMAT_VERSION:
+        raise BadArtifact(
+            f"{path}: format {version}, newest known here {FORMAT_VERSION}; upgrade coma-dyvit"
+        )
+    try:
+        return from_plain(plain, ArtifactConfig, source=str(path))
+    except BadInput as error:
+        raise BadArtifact(str(error)) from None
+
+
+def _read_tensors(path: Path, format_version: int) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            written = (file.metadata() or {}).get("format_version", str(format_version))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise BadArtifact(f"{path}: truncated or damaged ({error}); copy or export it again") from None
+    if written != str(format_version):
+        raise BadArtifact(
+            f"{path}: written in format {written}, but {CONFIG} beside it says {format_version}; "
+            "the two files belong to different artifacts"
+        )
+    return tensors
+
+
+def _fits(given: Tensor, wanted: Tensor) -> bool:
+    convertible = given.dtype == wanted.dtype or (given.is_floating_point() and wanted.is_floating_point())
+    return given.shape == wanted.shape and convertible
+
+
+def _describe(tensor: Tensor) -> str:
+    kind = "" if tensor.is_floating_point() else " " + str(tensor.dtype).removeprefix("torch.")
+    return f"{list(tensor.shape)}{kind}"
+
+
+def _first(names: list[str], most: int = 10) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,143 @@
+"""`coma COMMAND ...`: finds the commands, runs one, turns errors into exit codes.
+
+Rooms announce their commands as entry points of the group `coma.commands`, so nothing here names a room.
+`coma --help` reads the first line of each command's module without running it: no torch, a few hundredths
+of a second. Exit codes: 0 done, 1 failed check, 2 bad input, 130 interrupted. A user's error is one line on
+stderr; `coma --traceback COMMAND ...` shows where it came from. Logging is set up here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import errno
+import importlib.util
+import logging
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+
+import pretrain
+from pretrain.errors import ComaError
+
+DISTRIBUTION = "coma-dyvit"
+GROUP = "coma.commands"
+BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell reports for a program that writes to a closed pipe
+
+OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS}
+"""Errors of the machine, not of the program: full or failing disks, files that may not be touched."""
+
+USAGE = """usage: coma [--traceback] COMMAND ...
+       coma COMMAND --help
+       coma --version
+
+{about}
+
+commands:
+{commands}
+
+  --traceback  show where an error of yours came from
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `coma` with these arguments (default: the process's) and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = arguments[:1] == ["--traceback"]
+    try:
+        code = _dispatch(arguments[show_traceback:])
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # tyro, on --help and on arguments that do not fit
+        return (
+            stop.code if isinstance(stop.code, int) else 0 if stop.code is None else _fail(str(stop.code), 1)
+        )
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered has nowhere to go
+        return BROKEN_PIPE
+    except (ComaError, KeyboardInterrupt) as error:
+        if show_traceback:
+            traceback.print_exc()
+        if isinstance(error, ComaError):
+            return _fail(str(error), error.exit_code)
+        return _fail("interrupted", 130)
+    except OSError as error:
+        if error.errno not in OUTSIDE or show_traceback:
+            raise
+        return _fail(f"{error.filename or 'output'}: {error.strerror}", 1)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    commands = find_commands()
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        usage = USAGE.format(about=pretrain.__doc__, commands=_listing(commands))
+        (sys.stdout if arguments else sys.stderr).write(usage)
+        return 0 if arguments else 2
+    name, rest = arguments[0], arguments[1:]
+    if name == "--version":
+        sys.stdout.write(_versions() + "\n")
+        return 0
+    if not commands:
+        return _fail(f"{DISTRIBUTION} is not installed, so it has no commands; run: pip install -e .", 2)
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(commands)}"
+        return _fail(f"no command {name!r}; {hint}", 2)
+    command = commands[name]
+    _configure_logging(command.module.partition(".")[0])
+    try:
+        command.load()(rest)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not command.extras or package == command.module.partition(".")[0]:
+            raise  # not a missing extra: a fault of ours
+        extras = ",".join(command.extras)
+        return _fail(
+            f"coma {name} needs {package}; install it with: pip install '{DISTRIBUTION}[{extras}]'", 2
+        )
+    return 0
+
+
+def find_commands() -> dict[str, metadata.EntryPoint]:
+    """Commands of all installed rooms by name, in alphabetical order.
+
+    An entry point may name the extras its command needs: `demo = "demo.commands:run [demo]"`.
+    """
+    found = sorted(metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
+    return {entry.name: entry for entry in found}
+
+
+def help_line(module: str) -> str:
+    """First line of a module's docstring, read from its source: neither it nor its imports are run."""
+    try:
+        spec = importlib.util.find_spec(module)
+        source = spec.loader.get_source(module) if spec and spec.loader else None  # type: ignore[attr-defined]
+    except ImportError:
+        source = None
+    if source is None:
+        return "(not installed)"
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+
+
+def _listing(commands: dict[str, metadata.EntryPoint]) -> str:
+    width = max(map(len, commands), default=0)
+    return "\n".join(f"  {name:{width}}  {help_line(entry.module)}" for name, entry in commands.items())
+
+
+def _versions() -> str:
+    ours, torch, timm = (metadata.version(name) for name in (DISTRIBUTION, "torch", "timm"))
+    return f"{DISTRIBUTION} {ours} (torch {torch}, timm {timm}, Python {platform.python_version()})"
+
+
+def _configure_logging(room: str) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    for name in {"pretrain", room}:
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return code

@@ -1,0 +1,23 @@
+"""From files to batches: sources, the stream of training samples, statistics, and packing.
+
+The stream is a pure function of (run seed, position), so batches do not depend on how many processes
+read them, and a loader's whole state is the number of samples consumed.
+"""
+
+from pretrain.data.opening import open_source
+from pretrain.data.samples import Batch, Slices, evaluation_batches, training_batches
+from pretrain.data.source import ArraySource, Source
+from pretrain.data.statistics import measure
+from pretrain.data.transforms import normalize
+
+__all__ = [
+    "ArraySource",
+    "Batch",
+    "Slices",
+    "Source",
+    "evaluation_batches",
+    "measure",
+    "normalize",
+    "open_source",
+    "training_batches",
+]

@@ -1,0 +1,75 @@
+"""Which image comes when, and with which seed: pure functions of (run seed, position in the stream).
+
+The stream is infinite: epoch after epoch, each a permutation of the n images. Position s of the stream
+is image `shuffled(seed, s // n, s % n, n)` with the seed `sample_seeds(seed, s)`. Nothing is drawn from
+a generator and no permutation is stored, so any process can start anywhere: the loader's whole state is
+one integer, and an epoch over a billion images costs no memory.
+
+Randomness comes from splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
+generators", figure 17): value number i under a key is `mix(mix(key) + (i + 1) * GOLDEN)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio
+_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_ORDER, _CROP = 0x6F72646572, 0x63726F70  # what a key is for: unrelated numbers for unrelated uses
+_WORD = (1 << 64) - 1
+_ROUNDS = 8
+
+
+def sample_seeds(seed: int, positions: np.ndarray) -> np.ndarray:
+    """Seeds of the samples at `positions [b]` of a run's stream: int64 `[b]`."""
+    return _values(mix(seed & _WORD), positions).view(np.int64)
+
+
+def shuffled(seed: int, epoch: np.ndarray, rank: np.ndarray, n: int) -> np.ndarray:
+    """Image at place `rank [b]` (0..n-1) of each `epoch [b]`: int64 `[b]`, a permutation in every epoch.
+
+    A balanced Feistel network over the smallest power of 4 that holds n, walked along its cycles until
+    it lands below n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", sections 4 and 3).
+    Never over fewer than 64 places: networks on 16 do not give all orders of 4 images equally often.
+    """
+    half = np.uint64(max((n - 1).bit_length() + 1, 6) // 2)
+    low = np.uint64((1 << int(half)) - 1)
+    epoch_keys = _values(mix((seed ^ _ORDER) & _WORD), epoch)
+    place = rank.astype(np.uint64)
+    todo = np.arange(len(place))
+    while len(todo):
+        left, right = place[todo] >> half, place[todo] & low
+        for step in range(_ROUNDS):
+            key = epoch_keys[todo] + np.uint64(GOLDEN * step & _WORD)
+            left, right = right, left ^ (_mix(_mix(key) + right * np.uint64(GOLDEN)) & low)
+        place[todo] = left << half | right
+        todo = todo[place[todo] >= n]
+    return place.astype(np.int64)
+
+
+def uniforms(sample_seed: int) -> Iterator[float]:
+    """Endless numbers in [0, 1) for the crop and flip of one sample, 53 bits each."""
+    state = mix((sample_seed ^ _CROP) & _WORD)
+    while True:
+        state = state + GOLDEN & _WORD
+        yield (mix(state) >> 11) * 2.0**-53
+
+
+def mix(x: int) -> int:
+    """The finaliser of splitmix64: every bit of a 64-bit integer changes half of the result's bits."""
+    x = (x ^ x >> 30) * _MULTIPLIERS[0] & _WORD
+    x = (x ^ x >> 27) * _MULTIPLIERS[1] & _WORD
+    return x ^ x >> 31
+
+
+def _values(key: int, counters: np.ndarray) -> np.ndarray:
+    steps = counters.astype(np.uint64) + np.uint64(1)
+    return _mix(np.full(steps.shape, key, np.uint64) + steps * np.uint64(GOLDEN))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ x >> np.uint64(30)) * np.uint64(_MULTIPLIERS[0])
+    x = (x ^ x >> np.uint64(27)) * np.uint64(_MULTIPLIERS[1])
+    return x ^ x >> np.uint64(31)

@@ -1,0 +1,144 @@
+"""What every kind of data looks like from outside: numbered pictures with a name, perhaps labels.
+
+A source travels to worker processes, so whatever grows with the number of images (names, offsets,
+labels) is kept in tensors: torch passes those by shared memory, and a million names cost once, not
+once per worker.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pretrain.data.channels import adapt
+from pretrain.data.images import Picture, check, decode
+from pretrain.data.rasters import as_hwc, as_pixels
+from pretrain.errors import BadImage
+
+
+class Source(ABC):
+    """Numbered pictures; cheap to pickle, safe to read from many processes."""
+
+    location: Path
+    """What the user pointed at, or the split chosen inside it."""
+    class_names: tuple[str, ...] | None
+    """Names of the labels, where they are known."""
+
+    def __init__(
+        self, location: Path, labels: np.ndarray | None = None, class_names: tuple[str, ...] | None = None
+    ) -> None:
+        self.location = location
+        self.class_names = class_names
+        self._labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Class of every image, int64 `[n]`; None for unlabelled data."""
+        return None if self._labels is None else self._labels.numpy()
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images, readable or not; at least 1."""
+
+    @abstractmethod
+    def describe(self, i: int) -> str:
+        """The image's name in messages."""
+
+    @abstractmethod
+    def picture(self, i: int, at_least: int = 0) -> Picture:
+        """The decoded image; `at_least` as in `decode`.
+
+        Raises:
+            BadImage: it cannot be read or decoded.
+        """
+
+    def encoded(self, i: int) -> bytes | None:
+        """The image's file content; None where there is no file.
+
+        Raises:
+            BadImage: it cannot be read.
+        """
+        return None
+
+    def read(self, i: int, channels: int | None = None, at_least: int = 0) -> np.ndarray:
+        """Pixels `[H, W, C]` uint8, uint16 or float32, with C = `channels` where given.
+
+        Raises:
+            BadImage: it cannot be read or decoded, or its channels do not fit.
+        """
+        picture = self.picture(i, at_least)
+        return picture.pixels if channels is None else adapt(picture, channels, self.describe(i))
+
+
+class EncodedSource(Source):
+    """A source whose images are encoded files, wherever they lie."""
+
+    @abstractmethod
+    def encoded(self, i: int) -> bytes:
+        """The image's file content.
+
+        Raises:
+            BadImage: it cannot be read.
+        """
+
+    def picture(self, i: int, at_least: int = 0) -> Picture:
+        """The decoded image; see `Source.picture`."""
+        return decode(self.encoded(i), self.describe(i), at_least)
+
+
+class ArraySource(Source):
+    """Arrays in memory, each `[H, W]`, `[H, W, C]` or `[C, H, W]`; for data that has no files."""
+
+    def __init__(
+        self,
+        images: Sequence[np.ndarray],
+        labels: np.ndarray | None = None,
+        class_names: tuple[str, ...] | None = None,
+        location: Path = Path("array"),
+    ) -> None:
+        super().__init__(location, labels, class_names)
+        self._images = images
+
+    def __len__(self) -> int:
+        """Number of arrays."""
+        return len(self._images)
+
+    def describe(self, i: int) -> str:
+        """The position in the list."""
+        return f"{self.location}[{i}]"
+
+    def picture(self, i: int, at_least: int = 0) -> Picture:
+        """The array as it is."""
+        try:
+            return check(Picture(as_pixels(as_hwc(np.asarray(self._images[i])))))
+        except BadImage as error:
+            raise BadImage(f"{self.describe(i)}: {error}") from None
+
+
+class Names(Sequence[str]):
+    """Many strings in one byte tensor; file names that are not text survive the round trip."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        self._ends = torch.from_numpy(ends)
+        self._bytes = torch.from_numpy(np.frombuffer(bytearray(b"".join(encoded)), np.uint8))
+
+    def __len__(self) -> int:
+        """Number of strings."""
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int) -> str:  # type: ignore[override]
+        """String number i."""
+        start, end = self._ends[i : i + 2].tolist()
+        return os.fsdecode(self._bytes[start:end].numpy().tobytes())
+
+
+def printable(name: str) -> str:
+    """A file name for messages: bytes that are no text are written as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,111 @@
+"""One feature vector per image, from a frozen encoder: what both protocols work on."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pretrain.artifact import ArtifactConfig
+from pretrain.data import Source, evaluation_batches, normalize
+from pretrain.errors import BadInput, CheckFailed
+from pretrain.models import Encoder, build_encoder
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of a labelled set of images, in the set's order.
+
+    Attributes:
+        values: float32 `[n, c]`, on the encoder's device (on the CPU for other devices than CUDA).
+        labels: int64 `[n]`, on the same device.
+        failures: Why images were left out, one line for each.
+    """
+
+    values: Tensor
+    labels: Tensor
+    failures: tuple[str, ...] = ()
+
+
+def extract_features(
+    encoder: Encoder,
+    config: ArtifactConfig,
+    source: Source,
+    *,
+    labels: Tensor,
+    image_size: int | None = None,
+    batch_size: int = 256,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    title: str = "features",
+) -> Features:
+    """Mean-pooled last features of every image that decodes; the same call gives the same features.
+
+    Of each image the encoder sees the largest square in the middle. On CUDA the encoder runs under bf16
+    autocast (fp16 where there is no bf16), elsewhere in its own precision.
+
+    Args:
+        encoder: On the device to compute on; its training mode is restored afterwards.
+        config: Channels, mean, std and image size the encoder was trained with.
+        source: Images.
+        labels: Class of every image of the source, int64 `[len(source)]`.
+        image_size: Side in pixels of the images shown; default: as trained.
+        batch_size: Images at a time.
+        workers: Processes that decode.
+        progress: Gets a bar.
+        title: Of the bar.
+
+    Raises:
+        BadInput: image size below a mask unit, or no image could be read.
+        CheckFailed: features are not finite.
+    """
+    size = image_size or config.image_size
+    if size < encoder.unit:
+        raise BadInput(f"image size {size} px is smaller than the encoder's mask unit of {encoder.unit} px")
+    device = next(encoder.parameters()).device
+    kept = device if device.type == "cuda" else torch.device("cpu")
+    half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
+    task = progress.add_task(title, total=len(source)) if progress else None
+    values, indices, failures = [], [], []
+    training = encoder.training
+    encoder.eval()
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, half, enabled=device.type == "cuda"):
+            for batch in evaluation_batches(
+                source,
+                image_size=size,
+                channels=config.model.channels,
+                batch_size=batch_size,
+                workers=workers,
+            ):
+                images = normalize(batch.images.to(device), config.mean, config.std)
+                values.append(encoder.pool(images).float().to(kept))  # b c
+                indices.append(batch.indices)
+                failures += batch.failures
+                if progress and task is not None:
+                    progress.advance(task, len(batch.images) + len(batch.failures))
+    finally:
+        encoder.train(training)
+    if failures:
+        log.warning("%s: left out %d images: %s", source.location, len(failures), "; ".join(failures[:5]))
+    found = torch.cat(values)
+    if not found.isfinite().all():
+        raise CheckFailed(
+            f"{source.location}: the encoder's features are not finite; its weights are damaged"
+        )
+    return Features(found, labels[torch.cat(indices)].to(kept), tuple(failures))
+
+
+def random_encoder(config: ArtifactConfig, seed: int = 0) -> Encoder:
+    """An encoder of the same architecture that has learned nothing: what a score must be compared with."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return build_encoder(config.model).eval()

@@ -1,0 +1,159 @@
+"""From features to accuracies: `score` for features at hand, `evaluate` for an encoder and images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from torch import Tensor
+
+from pretrain.artifact import ArtifactConfig
+from pretrain.data import Source
+from pretrain.errors import BadInput
+from pretrain.evaluate.features import Features, extract_features
+from pretrain.evaluate.knn import check_knn, knn_votes
+from pretrain.evaluate.labels import shared_labels
+from pretrain.evaluate.linear import fit_linear
+from pretrain.models import Encoder
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+Protocol = Literal["knn", "linear"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well one protocol reads the classes from one encoder's features.
+
+    Attributes:
+        encoder: Name of the encoder.
+        protocol: `knn` or `linear`.
+        top1: Share of test images whose likeliest class is right, 0..1.
+        top5: Share whose class is among the five likeliest; None with five classes or fewer.
+        classes: How many classes there are; chance is one in so many.
+        train_images: Training images that were read.
+        test_images: Test images that were read.
+        seconds: Time the protocol took, features not included.
+        settings: What it ran with: k and temperature, or the penalty it chose.
+    """
+
+    encoder: str
+    protocol: Protocol
+    top1: float
+    top5: float | None
+    classes: int
+    train_images: int
+    test_images: int
+    seconds: float
+    settings: dict[str, float]
+
+
+def score(
+    train: Features,
+    test: Features,
+    classes: int,
+    protocol: Protocol,
+    *,
+    name: str = "encoder",
+    k: int = 20,
+    temperature: float = 0.07,
+    seed: int = 0,
+) -> Score:
+    """Fit on `train`, count on `test`; see `knn_votes` and `fit_linear` for the protocols.
+
+    Raises:
+        BadInput: no such protocol, or too few training images for it.
+    """
+    check_protocol(protocol)
+    start = time.perf_counter()
+    if protocol == "knn":
+        settings = {"k": k, "temperature": temperature}
+        guess = knn_votes(train.values, train.labels, test.values, classes, k=k, temperature=temperature)
+    else:
+        classifier = fit_linear(train.values, train.labels, classes, seed=seed)
+        settings = {"penalty": classifier.penalty}
+        guess = classifier(test.values)
+    top1 = top_share(guess, test.labels, 1)
+    top5 = top_share(guess, test.labels, 5) if classes > 5 else None
+    seconds = time.perf_counter() - start
+    return Score(name, protocol, top1, top5, classes, len(train.labels), len(test.labels), seconds, settings)
+
+
+def check_protocol(name: str) -> None:
+    """Refuse what is no protocol, before the features are computed.
+
+    Raises:
+        BadInput: naming the protocols that there are.
+    """
+    if name not in get_args(Protocol):
+        raise BadInput(f"no protocol {name!r}; there are: {', '.join(get_args(Protocol))}")
+
+
+def top_share(guess: Tensor, labels: Tensor, most: int) -> float:
+    """Share of rows of `guess [n, classes]` with the right label among the `most` largest, 0..1."""
+    return (guess.topk(most, dim=1).indices == labels[:, None]).any(dim=1).double().mean().item()
+
+
+def evaluate(
+    encoder: Encoder,
+    config: ArtifactConfig,
+    train: Source,
+    test: Source,
+    protocols: Sequence[Protocol] = ("knn", "linear"),
+    *,
+    name: str = "encoder",
+    image_size: int | None = None,
+    k: int = 20,
+    temperature: float = 0.07,
+    seed: int = 0,
+    batch_size: int = 256,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[Score]:
+    """Score an encoder on labelled images, one score per protocol; features are computed once.
+
+    Args:
+        encoder: On the device to compute on.
+        config: Channels, mean, std and image size it was trained with.
+        train: Labelled images that neighbours and the linear classifier come from.
+        test: Labelled images to count on, of the same classes.
+        protocols: Which scores.
+        name: Of the encoder, for tables.
+        image_size: Side in pixels of the images shown; default: as trained.
+        k: Neighbours that vote (knn).
+        temperature: Of their votes (knn).
+        seed: Of the images held out to choose the penalty (linear).
+        batch_size: Images at a time through the encoder.
+        workers: Processes that decode.
+        progress: Gets a bar for each set of images.
+
+    Raises:
+        BadInput: labels that are missing or differ, unreadable images, or settings that do not fit them.
+        CheckFailed: the encoder's features are not finite.
+    """
+    train_labels, test_labels, classes = shared_labels(train, test)
+    for protocol in protocols:
+        check_protocol(protocol)
+    if "knn" in protocols:
+        check_knn(k, temperature, len(train))
+    known, asked = (
+        extract_features(
+            encoder,
+            config,
+            source,
+            labels=labels,
+            image_size=image_size,
+            batch_size=batch_size,
+            workers=workers,
+            progress=progress,
+            title=f"{name}: {part} images",
+        )
+        for source, labels, part in ((train, train_labels, "training"), (test, test_labels, "test"))
+    )
+    return [
+        score(known, asked, classes, protocol, name=name, k=k, temperature=temperature, seed=seed)
+        for protocol in protocols
+    ]

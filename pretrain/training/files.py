@@ -1,0 +1,126 @@
+"""Writing that survives kill -9 and full disks: whole files or none, and the last good one stays.
+
+A file is written under a temporary name in its own folder, forced to the disk, renamed, and the folder's
+entry forced too. Whatever goes wrong on the way, the temporary file is removed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from io import RawIOBase
+from pathlib import Path
+
+Write = Callable[["Descriptor"], object]
+
+
+class Descriptor(RawIOBase):
+    """A file to write to that keeps the first error in mind instead of raising it.
+
+    torch.save writes from C++, where an error of the disk would come out as another one ("unexpected pos"),
+    without its cause. `check()` raises it as it was.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._error: OSError | None = None
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+    def write(self, data: bytes | memoryview, /) -> int:  # type: ignore[override]
+        """Write all of `data`, or note why not."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while rest and self._error is None:
+                rest = rest[os.write(self._number, rest) :]
+        except OSError as error:
+            self._error = error
+        return size
+
+    def check(self) -> None:
+        """Raise the first error, if there was one.
+
+        Raises:
+            OSError: what `write` met.
+        """
+        if self._error is not None:
+            raise self._error
+
+
+def write_whole(path: Path, write: Write) -> None:
+    """Put what `write(file)` writes at `path`: afterwards it holds all of that, or what it held before.
+
+    Raises:
+        OSError: the disk is full, or not to be written; nothing has changed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            file = Descriptor(number)
+            write(file)
+            file.check()
+            os.fsync(number)
+        finally:
+            os.close(number)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in `folder` are on the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+class LineFile:
+    """A text file that only grows by whole lines; lines that the disk refuses wait for the next chance.
+
+    Args:
+        path: The file; created if absent, continued if there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._waiting = b""
+
+    def add(self, data: bytes) -> None:
+        """Append `data` and all that waits.
+
+        Raises:
+            OSError: the disk is full; the file ends with a whole line, and `data` waits.
+        """
+        self._waiting += data
+        good = os.fstat(self._number).st_size
+        file = Descriptor(self._number)
+        file.write(self._waiting)
+        try:
+            file.check()
+        except OSError:
+            os.ftruncate(self._number, good)
+            raise
+        self._waiting = b""
+
+    def sync(self) -> None:
+        """Write what waits and force everything to the disk.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self.add(b"")
+        os.fsync(self._number)
+
+    def close(self) -> None:
+        """Close the file; what still waits is lost."""
+        os.close(self._number)

@@ -1,0 +1,131 @@
+"""A loss that is not a number stops the run; what is needed to see it again is written down first.
+
+    run/nonfinite/step-00001234.safetensors    images and seeds of the batch, and the weights of that moment
+    run/nonfinite/step-00001234.json           the run's settings, loss, gradient norm, names of the images
+
+`replay_nonfinite` computes that step again, on any device.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from pretrain.artifact import load_strict
+from pretrain.config import PretrainConfig, from_plain, to_plain
+from pretrain.data import Batch, normalize
+from pretrain.errors import BadInput
+from pretrain.models import build_encoder
+from pretrain.objectives import build_objective
+from pretrain.training.files import write_whole
+from pretrain.training.learner import NotFinite, pass_seed, seed_generators
+from pretrain.training.precision import Precision, autocast
+
+_WEIGHTS = "weights."
+
+
+class Replay(NamedTuple):
+    """What the step gives when it is computed again."""
+
+    loss: float
+    grad_norm: float
+
+
+def save_nonfinite(
+    folder: Path,
+    step: int,
+    problem: NotFinite,
+    config: PretrainConfig,
+    precision: Precision,
+    batches: list[Batch],
+    weights: Mapping[str, Tensor],
+    names: list[str],
+) -> Path:
+    """Write the step down.
+
+    Args:
+        folder: `run/nonfinite`.
+        step: Number of the step, from 0.
+        problem: Loss and gradient norm.
+        config: Of the run, mean and std included.
+        precision: Number format of the forward pass.
+        batches: The micro batches of all processes, in the order of the stream.
+        weights: Before the step.
+        names: Of the images.
+
+    Returns:
+        The `.safetensors` file.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    tensors = {
+        "images": torch.cat([batch.images for batch in batches]),
+        "seeds": torch.cat([batch.seeds for batch in batches]),
+        **{_WEIGHTS + name: weight.contiguous() for name, weight in weights.items()},
+    }
+    facts = {
+        "step": step,
+        "loss": str(problem.loss),
+        "grad_norm": str(problem.grad_norm),
+        "precision": precision,
+        "micro_batch": len(batches[0].images),
+        "images": names,
+        "config": to_plain(config),
+    }
+    path = folder / f"step-{step:08d}.safetensors"
+    text = json.dumps(facts, indent=2) + "\n"
+    write_whole(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    write_whole(path, lambda file: file.write(save(tensors)))
+    return path
+
+
+def replay_nonfinite(path: Path, device: str = "cpu") -> Replay:
+    """Compute a saved step again: the mean loss of its batch, and the norm of its gradient.
+
+    Args:
+        path: The `.safetensors` file, its `.json` beside it.
+        device: Where to compute.
+
+    Raises:
+        BadInput: files that are missing or not what `save_nonfinite` wrote.
+    """
+    facts, tensors = _read(path)
+    config: PretrainConfig = from_plain(facts["config"], PretrainConfig, source=str(path))
+    objective = build_objective(config.objective, build_encoder(config.model)).to(device).train()
+    weights = {n.removeprefix(_WEIGHTS): t for n, t in tensors.items() if n.startswith(_WEIGHTS)}
+    load_strict(objective, weights, source=str(path))
+    objective.set_grad_checkpointing(config.run.checkpoint_gradients)
+    micro = facts["micro_batch"]
+    passes = list(zip(tensors["images"].split(micro), tensors["seeds"].split(micro), strict=True))
+    first, losses = facts["step"] * config.optimizer.batch_size, []
+    for number, (images, seeds) in enumerate(passes):
+        seed_generators(pass_seed(config.run.seed), first + number * micro)
+        pixels = normalize(images.to(device), config.data.mean or (), config.data.std or ())
+        with autocast(facts["precision"], torch.device(device)):
+            loss = objective(pixels, seeds.to(device)).loss
+        (loss / len(passes)).backward()
+        losses.append(loss.item())
+    gradients = [p.grad for p in objective.parameters() if p.grad is not None]
+    return Replay(sum(losses) / len(losses), get_total_norm(gradients).item())
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        facts = json.loads(path.with_suffix(".json").read_text())
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        missing = {"step", "config", "precision", "micro_batch"} - set(facts) | {"images", "seeds"} - set(tensors)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BadInput(f"{path}: not a saved step ({error})") from None
+    if missing:
+        raise BadInput(f"{path}: not a saved step, it has no {', '.join(sorted(missing))}")
+    return facts, tensors

@@ -1,0 +1,176 @@
+"""Everything that can be refused is refused here, before the first step and before anything is written.
+
+What a run needs to know beyond its settings is worked out once: how the batch is shared out, how many steps
+there are, mean and deviation of the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import OptimizerConfig, PretrainConfig, read_config, to_plain
+from pretrain.data import Slices, Source, measure, open_source
+from pretrain.errors import BadInput
+from pretrain.training.distributed import Processes
+from pretrain.training.files import write_whole
+
+_MAY_CHANGE = {
+    *("data.images", "data.workers", "data.on_bad_image"),
+    *("optimizer.epochs", "optimizer.steps", "optimizer.micro_batch"),
+    *("run.out", "run.device", "run.precision", "run.compile", "run.checkpoint_gradients", "run.parallel"),
+    *("run.save_minutes", "run.save_steps", "run.log_steps", "run.sheet_steps"),
+}
+"""What a resumed run may set anew: where things are, how the machine is used, how long to go on."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, ready to start."""
+
+    config: PretrainConfig
+    """With mean and deviation filled in."""
+    source: Source
+    slices: Slices
+    steps: int
+    """Optimizer steps from beginning to end."""
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return self.config.run.out
+
+    def epochs(self, steps: int) -> float:
+        """Passes over the data after `steps` steps."""
+        return steps * self.slices.global_batch / len(self.source)
+
+
+def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Plan:
+    """Check the settings against the data, the machine and the run directory.
+
+    Raises:
+        BadInput: on every process, naming what does not fit and what would.
+    """
+    with group.agreed():
+        if group.main:
+            config = _resumed(config) if resume else _fresh(config)
+    config = group.share(config)
+    with group.agreed():
+        if config.data.images is None:
+            raise BadInput("give the images to train on, for example: coma pretrain PHOTOS --out runs/first")
+        check_shapes(config)
+        slices = share_out(config.optimizer, group.rank, group.world)
+        source = open_source(config.data.images)
+        for name, value in (("log_steps", config.run.log_steps), ("save_steps", config.run.save_steps)):
+            if value is not None and value < 1:
+                raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        steps = count_steps(config.optimizer, len(source))
+    sizes = group.gather(len(source))
+    with group.agreed():
+        if len(set(sizes)) > 1:
+            raise BadInput(f"{config.data.images}: the processes see different numbers of images, {sizes}")
+    with group.agreed():
+        if group.main and config.data.mean is None:
+            mean, std = measure(source, config.model.channels, workers=config.data.workers)
+            config = replace(config, data=replace(config.data, mean=mean, std=std))
+    return Plan(group.share(config), source, slices, steps)
+
+
+def check_shapes(config: PretrainConfig) -> None:
+    """Refuse an image size that is not whole mask units, and statistics of another number of channels.
+
+    Raises:
+        BadInput: naming sizes that fit.
+    """
+    size, unit, channels = config.data.image_size, config.model.unit, config.model.channels
+    if size < unit or size % unit:
+        below, above = size // unit * unit, -(-size // unit) * unit
+        fitting = " or ".join(str(good) for good in dict.fromkeys((below, above)) if good)
+        raise BadInput(f"--image-size {size}: must be a multiple of the {unit} px mask unit; {fitting} would do")
+    if config.data.mean is not None and len(config.data.mean) != channels:
+        raise BadInput(f"--mean and --std have {len(config.data.mean)} values, the images {channels} channels")
+
+
+def share_out(optimizer: OptimizerConfig, rank: int, world: int) -> Slices:
+    """How the global batch is shared out over processes and passes.
+
+    Raises:
+        BadInput: it cannot be, naming numbers that can.
+    """
+    batch, micro = optimizer.batch_size, optimizer.micro_batch
+    if batch < 1 or (micro is not None and micro < 1):
+        raise BadInput(f"--batch-size {batch} and --micro-batch {micro} must be at least 1")
+    together = world * (micro or 1)
+    if batch % together:
+        below, above = batch // together * together, -(-batch // together) * together
+        what = f"{world} processes" + (f" with --micro-batch {micro}" if micro else "")
+        fitting = [f"--batch-size {good}" for good in (below, above) if good]
+        if micro and batch % world == 0:
+            share = batch // world
+            fitting.append(f"--micro-batch {max(m for m in range(1, min(micro, share) + 1) if share % m == 0)}")
+        raise BadInput(f"--batch-size {batch} cannot be shared out over {what}; {' or '.join(fitting)} would do")
+    return Slices(batch, micro or batch // world, rank, world)
+
+
+def count_steps(optimizer: OptimizerConfig, images: int) -> int:
+    """Optimizer steps of the whole run.
+
+    Raises:
+        BadInput: less than one.
+    """
+    steps = optimizer.steps
+    if steps is None:
+        steps = math.ceil(optimizer.epochs * images / optimizer.batch_size)
+    if steps < 1:
+        raise BadInput(f"{steps} steps: give --epochs or --steps of more than 0")
+    return steps
+
+
+def write_config(config: PretrainConfig) -> None:
+    """Put the settings into the run directory.
+
+    Raises:
+        BadInput: the directory cannot be written.
+    """
+    path = config.run.out / "config.json"
+    text = json.dumps(to_plain(config), indent=2) + "\n"
+    try:
+        write_whole(path, lambda file: file.write(text.encode()))
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
+
+
+def _fresh(config: PretrainConfig) -> PretrainConfig:
+    out = config.run.out
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"--out {out}: is a file; give a directory")
+    if out.is_dir() and any(out.iterdir()):
+        holds_run = (out / "config.json").is_file()
+        way_out = f"continue it with `coma pretrain --resume {out}`" if holds_run else "it holds no run"
+        raise BadInput(f"--out {out}: is not empty; {way_out}, or choose another --out")
+    return config
+
+
+def _resumed(config: PretrainConfig) -> PretrainConfig:
+    """The settings to go on with: the new ones where that changes nothing about what is learned."""
+    saved = read_config(config.run.out)
+    if config.data.mean is None:
+        config = replace(config, data=replace(config.data, mean=saved.data.mean, std=saved.data.std))
+    old, new = _flat(to_plain(saved)), _flat(to_plain(config))
+    changed = sorted(name for name in old | new if old.get(name) != new.get(name) and name not in _MAY_CHANGE)
+    if changed:
+        listing = ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)
+        raise BadInput(
+            f"{config.run.out}: cannot be resumed with other settings than it was started with: {listing}; "
+            "leave them as they were, or start a new run in another --out"
+        )
+    return config
+
+
+def _flat(plain: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(plain, dict):
+        return {prefix: plain}
+    return {name: v for key, part in plain.items() for name, v in _flat(part, f"{prefix}.{key}".strip(".")).items()}

@@ -1,0 +1,79 @@
+"""The resumable state: everything that a run needs to go on as if it had never stopped.
+
+    state/step-00001200.pt   the newest
+    state/step-00001100.pt   the one before, in case the newest does not load
+
+One file holds whole tensors, so it serves one process, DDP and FSDP2 alike and the number of processes may
+change. It holds plain dicts, lists, numbers, strings and tensors and is read with `weights_only`: loading a
+state runs no code from it. Random numbers and the loader's position are not in it as such: both follow from
+the number of samples consumed (see `learner`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.errors import BadInput
+from pretrain.training.files import sync_folder, write_whole
+
+FORMAT_VERSION = 1
+
+_NAME = re.compile(r"step-(\d+)\.pt")
+
+
+def write_state(folder: Path, state: dict[str, Any], keep: int | None) -> None:
+    """Write `state` as the newest, then remove all older ones but that of step `keep`.
+
+    Raises:
+        OSError: the disk is full; every older state is still there.
+    """
+    step = state["step"]
+    state = {"format_version": FORMAT_VERSION, **state}
+    write_whole(folder / f"step-{step:08d}.pt", lambda file: torch.save(state, file))  # type: ignore[arg-type]
+    for other, path in _states(folder):
+        if other not in (step, keep):
+            path.unlink(missing_ok=True)
+    for half in folder.glob(".step-*.part"):  # of a process that was killed while it wrote
+        half.unlink(missing_ok=True)
+    sync_folder(folder)
+
+
+def read_state(folder: Path, warn: Callable[[str], object]) -> dict[str, Any] | None:
+    """The newest state that loads, tensors on the CPU; None where none was ever saved.
+
+    Args:
+        folder: `run/state`.
+        warn: Told about every state that does not load.
+
+    Raises:
+        BadInput: there are states, and none of them loads.
+    """
+    states = _states(folder)
+    for step, path in reversed(states):
+        try:
+            return _load(path)
+        except Exception as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            warn(f"{path}: this state does not load ({reason}); trying the one before")
+    if states:
+        raise BadInput(f"{folder}: none of the saved states loads; remove the folder to start again from step 0")
+    return None
+
+
+def _load(path: Path) -> dict[str, Any]:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or "format_version" not in state:
+        raise ValueError("not a training state")
+    if state["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format {state['format_version']}, known here: {FORMAT_VERSION}")
+    return state
+
+
+def _states(folder: Path) -> list[tuple[int, Path]]:
+    found = [(_NAME.fullmatch(path.name), path) for path in folder.glob("step-*.pt")]
+    return sorted((int(match[1]), path) for match, path in found if match)

@@ -1,0 +1,285 @@
+"""`coma`: found commands, exit codes, messages, a fast start, and a surface that changes only on purpose.
+
+The texts in `tests/golden` are renewed by running this file: `python tests/test_pretrain_cli.py`.
+"""
+
+import errno
+import io
+import logging
+import os
+import re
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+import pretrain
+from pretrain import cli
+
+GOLDEN = Path(__file__).parent / "golden"
+OURS = sorted(name for name, entry in cli.find_commands().items() if entry.module.startswith("pretrain."))
+
+ROOM = '''"""Says hello.
+
+More about it.
+"""
+from pretrain import errors
+
+
+def run(argv):
+    print("hello", *argv)
+    match argv:
+        case ["input"]:
+            raise errors.BadImage("cat.jpg: no pixels; leave it out")
+        case ["check"]:
+            raise errors.CheckFailed("loss is not finite")
+        case ["stop"]:
+            raise errors.Interrupted("saved at step 3")
+        case ["ctrl-c"]:
+            raise KeyboardInterrupt
+        case ["exit", code]:
+            raise SystemExit(int(code) if code.isdigit() else code or None)
+        case ["bug"]:
+            raise RuntimeError("a bug")
+        case ["os", number]:
+            raise OSError(int(number), "No room", "out.bin")
+        case ["import", name]:
+            __import__(name)
+'''
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """A room called `annex` with the commands `greet` and, needing the extra `annex`, `salute`."""
+    (tmp_path / "annex.py").write_text(ROOM)
+    monkeypatch.syspath_prepend(tmp_path)
+    commands = {
+        name: EntryPoint(name, value, cli.GROUP)
+        for name, value in {"greet": "annex:run", "salute": "annex:run [annex,gpu]"}.items()
+    }
+    monkeypatch.setattr(cli, "find_commands", lambda: commands)
+    yield commands
+    sys.modules.pop("annex", None)
+
+
+@pytest.fixture(autouse=True)
+def quiet_logging():
+    """Leave the logging of the test process as it was."""
+    root = logging.getLogger()
+    handlers, levels = (
+        root.handlers[:],
+        {name: logging.getLogger(name).level for name in ("", "pretrain", "annex")},
+    )
+    yield
+    root.handlers[:] = handlers
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def python(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, **options)
+
+
+# exit codes and messages -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        ([], 0, ""),
+        (["input"], 2, "error: cat.jpg: no pixels; leave it out\n"),
+        (["check"], 1, "error: loss is not finite\n"),
+        (["stop"], 130, "error: saved at step 3\n"),
+        (["ctrl-c"], 130, "error: interrupted\n"),
+        (["exit", "2"], 2, ""),
+        (["exit", ""], 0, ""),
+        (["exit", "why"], 1, "error: why\n"),
+        (["os", str(errno.ENOSPC)], 1, "error: out.bin: No room\n"),
+    ],
+)
+def test_errors_become_exit_codes_and_one_line(room, capsys, argv, code, message):
+    assert cli.main(["greet", *argv]) == code
+    shown = capsys.readouterr()
+    assert shown.out == " ".join(["hello", *argv]) + "\n"
+    assert shown.err == message
+
+
+def test_arguments_come_from_the_process_by_default(room, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["coma", "greet", "you"])
+    assert cli.main() == 0
+    assert capsys.readouterr().out == "hello you\n"
+
+
+def test_a_bug_keeps_its_traceback(room):
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["greet", "bug"])
+    with pytest.raises(OSError, match="No room"):  # no user did this
+        cli.main(["greet", "os", str(errno.EBADF)])
+
+
+def test_traceback_shows_where_a_users_error_came_from(room, capsys):
+    assert cli.main(["--traceback", "greet", "input"]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert "annex.py" in shown
+    assert shown.endswith("error: cat.jpg: no pixels; leave it out\n")
+
+
+def test_an_unknown_command_suggests_a_near_one(room, capsys):
+    assert cli.main(["great"]) == 2
+    assert capsys.readouterr().err == "error: no command 'great'; did you mean greet?\n"
+    assert cli.main(["zzz"]) == 2
+    assert capsys.readouterr().err == "error: no command 'zzz'; there are: greet, salute\n"
+
+
+def test_without_any_command_it_says_how_to_install(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "find_commands", dict)
+    assert cli.main(["pretrain"]) == 2
+    assert "pip install -e ." in capsys.readouterr().err
+
+
+def test_no_arguments_print_the_usage_as_an_error(room, capsys):
+    assert cli.main([]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("usage: coma")
+
+
+def test_a_missing_extra_says_what_to_install(room, capsys):
+    assert cli.main(["salute", "import", "sunrise"]) == 2
+    expected = "error: coma salute needs sunrise; install it with: pip install 'coma-dyvit[annex,gpu]'\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("argv", [["greet", "import", "sunrise"], ["salute", "import", "annex.hall"]])
+def test_a_module_missing_for_no_extra_is_a_bug(room, argv):
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(argv)
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pretrain", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (141, b"")
+
+
+# help ------------------------------------------------------------------------------------------
+
+
+def test_help_shows_the_first_line_of_each_module_without_running_it(room, capsys):
+    assert cli.main(["--help"]) == 0
+    assert "\n  greet   Says hello.\n  salute  Says hello.\n" in capsys.readouterr().out
+    assert "annex" not in sys.modules
+
+
+def test_help_survives_a_command_that_is_gone(capsys, monkeypatch):
+    gone = {"ghost": EntryPoint("ghost", "nowhere.at.all:run", cli.GROUP)}
+    monkeypatch.setattr(cli, "find_commands", lambda: gone)
+    assert cli.main(["--help"]) == 0
+    assert "  ghost  (not installed)\n" in capsys.readouterr().out
+
+
+def test_version_names_the_libraries(capsys):
+    assert cli.main(["--version"]) == 0
+    assert re.fullmatch(
+        r"coma-dyvit \d+\.\d+\.\d+ \(torch \S+, timm \S+, Python 3\S+\)\n", capsys.readouterr().out
+    )
+
+
+def test_python_m_is_the_same_program(capsys):
+    cli.main(["--version"])
+    result = python("-m", "pretrain", "--version")
+    assert (result.returncode, result.stdout) == (0, capsys.readouterr().out)
+    assert python("-m", "pretrain", "nonsense").returncode == 2
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pretrain",
+        "from pretrain import cli; cli.main(['--help'])",
+        "from pretrain import cli; cli.main(['--version'])",
+        *(f"from pretrain import cli; cli.main([{name!r}, '--help'])" for name in OURS),
+    ],
+)
+def test_nothing_heavy_is_imported_to_answer(code):
+    heavy = "{'torch', 'torchvision', 'timm', 'matplotlib', 'skimage', 'tensorboard', 'safetensors'}"
+    result = python(
+        "-c", f"import sys; {code}\nassert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_only_the_command_line_configures_logging():
+    root = Path(pretrain.__file__).parent
+    assert [path.name for path in root.rglob("*.py") if "basicConfig" in path.read_text()] == ["cli.py"]
+
+
+def test_messages_of_the_running_room_are_shown(room, capsys):
+    logging.getLogger().handlers.clear()
+    cli.main(["greet"])
+    logging.getLogger("annex").info("from the room")
+    logging.getLogger("pretrain.data").info("from a library of ours")
+    logging.getLogger("elsewhere").info("from another library")
+    assert capsys.readouterr().err == "from the room\nfrom a library of ours\n"
+
+
+# the public surface ----------------------------------------------------------------------------
+
+
+def test_public_names_are_there_and_others_are_not():
+    for name in pretrain.__all__:
+        assert getattr(pretrain, name).__name__ == name
+    assert set(pretrain.__all__) <= set(dir(pretrain))
+    assert re.match(r"\d+\.\d+", pretrain.__version__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = pretrain.nonsense
+
+
+def surface() -> dict[str, str]:
+    """What a user's scripts rely on: the text of `coma --help`, and the flags of every command."""
+    pages = {"coma-help.txt": _output("--help")}
+    for name in OURS:
+        rows = re.findall(r"^│ +(--\S+(?:, --\S+)*)", _output(name, "--help"), flags=re.MULTILINE)
+        flags = sorted({flag.rstrip(",") for row in rows for flag in row.split(", ")})
+        pages[f"flags-{name}.txt"] = "".join(f"{flag}\n" for flag in flags)
+    return pages
+
+
+def _output(*argv: str) -> str:
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "160"
+    try:
+        with redirect_stdout(io.StringIO()) as text:
+            assert cli.main(argv) == 0
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
+    return text.getvalue()
+
+
+def test_the_command_line_is_as_it_was():
+    stored = {path.name: path.read_text(encoding="utf-8") for path in GOLDEN.glob("*.txt")}
+    assert surface() == stored, "if you meant to change it: python tests/test_pretrain_cli.py"
+
+
+def test_a_changed_flag_would_be_noticed(monkeypatch):
+    usual = surface()
+    monkeypatch.setattr(cli, "USAGE", cli.USAGE.replace("--traceback", "--trace"))
+    assert surface() != usual
+    assert "--protocol\n" in usual["flags-evaluate.txt"]
+    assert "--no-reference\n" in usual["flags-evaluate.txt"]
+
+
+if __name__ == "__main__":
+    for name, text in surface().items():
+        (GOLDEN / name).write_text(text, encoding="utf-8")
+        print(GOLDEN / name)

@@ -1,0 +1,380 @@
+"""Decoding: every format, depth and colour model to the right pixels; everything broken to one BadImage line."""
+
+import io
+import pickle
+import struct
+import subprocess
+import sys
+import zlib
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from skimage import data as pictures
+
+from pretrain.data.channels import adapt
+from pretrain.data.images import Picture, decode
+from pretrain.errors import BadImage
+
+COLOUR = pictures.coffee()[:61, :83]  # [61, 83, 3], odd sides
+GREY = COLOUR[:, :, 1]
+ORIENTATION = 0x0112
+RNG = np.random.default_rng(0)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def tiff(array: np.ndarray, **options) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def npy(array: np.ndarray, **options) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, **options)
+    return buffer.getvalue()
+
+
+# formats ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True}),
+                                               ("TIFF", {"compression": "tiff_lzw"})])  # fmt: skip
+def test_lossless_formats_give_the_pixels_that_went_in(kind, options):
+    assert (decode(encoded(Image.fromarray(COLOUR), kind, **options), "x").pixels == COLOUR).all()
+
+
+@pytest.mark.parametrize(("kind", "options"), [("JPEG", {"quality": 95, "subsampling": 0}), ("WEBP", {"quality": 95}),
+                                               ("TIFF", {"compression": "jpeg", "quality": 95})])  # fmt: skip
+def test_lossy_formats_come_close(kind, options):
+    pixels = decode(encoded(Image.fromarray(COLOUR), kind, **options), "x").pixels
+    assert np.abs(pixels.astype(int) - COLOUR).mean() < 4
+
+
+def test_grey_images_have_one_channel():
+    for kind in ("PNG", "BMP", "TIFF", "JPEG"):
+        pixels = decode(encoded(Image.fromarray(GREY), kind), "x").pixels
+        assert pixels.shape == (61, 83, 1)
+        assert np.abs(pixels[:, :, 0].astype(int) - GREY).mean() < 2
+
+
+def test_one_bit_images_are_black_and_white():
+    bits = GREY > 100
+    for kind in ("PNG", "TIFF", "BMP"):
+        assert (decode(encoded(Image.fromarray(bits), kind), "x").pixels[:, :, 0] == bits * 255).all()
+    assert (decode(npy(bits), "x").pixels[:, :, 0] == bits * 255).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
+def test_palettes_become_colours(kind):
+    palette = Image.fromarray(COLOUR).quantize(64)
+    assert (decode(encoded(palette, kind), "x").pixels == np.asarray(palette.convert("RGB"))).all()
+
+
+def test_transparent_palettes_keep_their_opacity():
+    palette = Image.fromarray(COLOUR).quantize(16)
+    picture = decode(encoded(palette, "PNG", transparency=3), "x")
+    assert picture.alpha
+    assert ((picture.pixels[:, :, 3] == 0) == (np.asarray(palette) == 3)).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_cmyk_becomes_rgb(kind):
+    cmyk = Image.fromarray(COLOUR).convert("CMYK")
+    pixels = decode(encoded(cmyk, kind), "x").pixels
+    assert pixels.shape == COLOUR.shape
+    assert np.abs(pixels.astype(int) - COLOUR).mean() < 4
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_alpha_is_a_channel_until_it_is_adapted(kind):
+    pixels = np.dstack([COLOUR, RNG.integers(1, 256, GREY.shape, np.uint8)])
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    picture = decode(encoded(Image.fromarray(pixels), kind, **options), "x")
+    assert picture.alpha
+    assert (picture.pixels == pixels).all()
+
+
+# precision --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_16_bit_png_keeps_every_bit(channels):
+    pixels = RNG.integers(0, 65536, (11, 13, channels), np.uint16)
+    picture = decode(bytes(imagecodecs.png_encode(pixels.squeeze())), "x")
+    assert picture.pixels.dtype == np.uint16
+    assert (picture.pixels == pixels).all()
+    assert picture.alpha == (channels in (2, 4))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", ">u2", "float32", "float16", "float64"])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((19, 23), {}),
+        ((19, 23, 3), {"photometric": "rgb"}),
+        ((3, 19, 23), {"photometric": "rgb", "planarconfig": "separate"}),
+        ((19, 23, 7), {"photometric": "minisblack", "planarconfig": "contig"}),
+        ((7, 19, 23), {"photometric": "minisblack", "planarconfig": "separate"}),
+        ((7, 19, 23), {"metadata": {"axes": "CYX"}}),
+        ((7, 19, 23), {"photometric": "minisblack"}),  # one page per channel
+        ((19, 23, 7), {"photometric": "minisblack"}),  # tifffile's default: one page per row
+        ((7, 19, 23), {"metadata": None, "photometric": "minisblack", "compression": "zlib"}),
+        ((19, 23, 3), {"photometric": "rgb", "compression": "lzw", "bigtiff": True}),
+    ],
+)
+def test_tiff_of_any_layout_and_depth(shape, options, dtype):
+    array = (RNG.random(shape) * (1 if "f" in dtype else 255)).astype(dtype)
+    want = np.moveaxis(array, 0, 2) if shape[0] in (3, 7) else array.reshape(19, 23, -1)
+    picture = decode(tiff(array, **options), "x")
+    assert not picture.alpha
+    kept = np.float32 if "f" in dtype else np.dtype(dtype).newbyteorder("=")
+    assert picture.pixels.dtype == kept
+    assert (picture.pixels == want.astype(kept)).all()
+
+
+def test_npy_layouts():
+    array = RNG.integers(0, 65536, (20, 30, 5), np.uint16)
+    for shaped in (array, np.moveaxis(array, 2, 0), np.asfortranarray(array)):
+        assert (decode(npy(shaped), "x").pixels == array).all()
+    assert (decode(npy(array[:, :, 0]), "x").pixels[:, :, 0] == array[:, :, 0]).all()
+
+
+@pytest.mark.parametrize("shape", [(8, 30, 8), (30, 30, 30), (4, 20, 30, 3), (30,)])
+def test_arrays_that_could_be_read_in_two_ways_are_refused(shape):
+    with pytest.raises(BadImage, match=r"^scan\.npy: shape"):
+        decode(npy(np.zeros(shape, np.uint8)), "scan.npy")
+
+
+def test_stacks_of_frames_are_refused():
+    with pytest.raises(BadImage, match="one file per frame"):
+        decode(tiff(np.zeros((5, 20, 30), np.uint8), metadata={"axes": "ZYX"}), "x.tif")
+
+
+@pytest.mark.parametrize("dtype", ["int16", "int32", "uint32", "complex64"])
+def test_values_without_a_known_white_are_refused(dtype):
+    with pytest.raises(BadImage, match=f"{dtype} pixels are not supported"):
+        decode(npy(np.zeros((20, 30), dtype)), "x")
+
+
+def test_white_is_zero_and_premultiplied_opacity_are_undone():
+    ramp = np.arange(400, dtype=np.uint16).reshape(20, 20) * 100
+    assert (decode(tiff(ramp, photometric="miniswhite"), "x").pixels[:, :, 0] == 65535 - ramp).all()
+    alpha = np.full((20, 20, 1), 32768, np.uint16)
+    stored = np.concatenate([np.repeat(ramp[:, :, None] // 2, 3, 2), alpha], 2)
+    pixels = decode(tiff(stored, photometric="rgb", extrasamples=["assocalpha"]), "x").pixels
+    assert np.abs(pixels[:, :, 0].astype(int) - ramp).max() <= 2
+
+
+# orientation ------------------------------------------------------------------------------------
+
+
+def stored_as(upright: np.ndarray, orientation: int) -> np.ndarray:
+    """What a camera stores, by the EXIF table: which side of the scene is row 0, which is column 0."""
+    rows_cols = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.swapaxes(0, 1), 6: upright[:, ::1].swapaxes(0, 1)[::-1],
+        7: upright[::-1, ::-1].swapaxes(0, 1), 8: upright.swapaxes(0, 1)[:, ::-1],
+    }  # fmt: skip
+    return np.ascontiguousarray(rows_cols[orientation])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG", "PNG16"])
+def test_pictures_come_out_upright(kind, orientation):
+    stored = stored_as(COLOUR, orientation)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    options = {"exif": exif.tobytes()}
+    if kind == "TIFF":
+        options = {"tiffinfo": {ORIENTATION: orientation}}
+    if kind == "WEBP":
+        options |= {"lossless": True}
+    if kind == "PNG16":
+        data = with_exif(bytes(imagecodecs.png_encode(stored.astype(np.uint16) * 257)), exif.tobytes())
+    else:
+        data = encoded(Image.fromarray(stored), kind, **options)
+    pixels = decode(data, "x").pixels
+    pixels = pixels // 257 if kind == "PNG16" else pixels
+    assert pixels.shape == COLOUR.shape
+    assert np.abs(pixels.astype(int) - COLOUR).mean() < (5 if kind == "JPEG" else 1e-9)
+
+
+def with_exif(png: bytes, exif: bytes) -> bytes:
+    """Insert an eXIf chunk behind the header of a PNG."""
+    body = b"eXIf" + exif.removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    return png[:33] + chunk + png[33:]
+
+
+def test_16_bit_tiff_is_turned_too():
+    stored = stored_as(COLOUR, 6).astype(np.uint16) * 257
+    data = tiff(stored, photometric="rgb", extratags=[(ORIENTATION, "H", 1, 6, True)])
+    assert (decode(data, "x").pixels == COLOUR.astype(np.uint16) * 257).all()
+
+
+def test_damaged_metadata_does_not_make_a_picture_bad():
+    data = encoded(Image.fromarray(COLOUR), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert decode(data, "x").pixels.shape == COLOUR.shape
+
+
+# damage -----------------------------------------------------------------------------------------
+
+
+def faked_size(png: bytes, side: int) -> bytes:
+    header = b"IHDR" + struct.pack(">II", side, side) + png[24:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+
+
+PNG = encoded(Image.fromarray(COLOUR), "PNG")
+PNG16 = bytes(imagecodecs.png_encode(COLOUR.astype(np.uint16)))
+HUGE_TIFF = tiff(np.zeros((8, 8), np.uint16)).replace(
+    struct.pack("<HHII", 256, 4, 1, 8), struct.pack("<HHII", 256, 4, 1, 1 << 20)
+).replace(struct.pack("<HHII", 257, 4, 1, 8), struct.pack("<HHII", 257, 4, 1, 1 << 20))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"these are words, not pixels\n" * 9, "not an image"),
+        (b"<html><body>404</body></html>", "not an image"),
+        (b"\x93NUMPY\x01", "does not decode"),
+        (faked_size(PNG, 60_000), "decompression bomb"),
+        (faked_size(PNG16, 60_000), "decompression bomb"),
+        (HUGE_TIFF, "decompression bomb"),
+        (npy(np.zeros((0, 30), np.uint8)), "no pixels"),
+        (npy(np.full((20, 30), np.nan, np.float32)), "NaN or infinite"),
+        (npy(np.full((20, 30), 1e300)), "NaN or infinite"),
+        (tiff(np.full((20, 30), np.inf, np.float32)), "NaN or infinite"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(data, reason):
+    with pytest.raises(BadImage, match=reason) as raised:
+        decode(data, "dir/cat.jpg")
+    message = str(raised.value)
+    assert message.startswith("dir/cat.jpg: ")
+    assert "\n" not in message
+    assert "0x" not in message
+
+
+@pytest.mark.parametrize("data", [PNG, PNG16, *(encoded(Image.fromarray(COLOUR), k) for k in ("JPEG", "WEBP", "BMP", "TIFF")),
+                                  tiff(COLOUR.astype(np.uint16)), npy(COLOUR)])  # fmt: skip
+def test_truncated_files_are_refused(data):
+    assert decode(data, "whole").pixels.shape == COLOUR.shape
+    for share in (0.05, 0.5, 0.9):
+        with pytest.raises(BadImage, match=r"^half: "):
+            decode(data[: int(len(data) * share)], "half")
+
+
+class Bomb:
+    exploded = False
+
+    def __reduce__(self):
+        return setattr, (Bomb, "exploded", True)
+
+
+def test_nothing_is_unpickled():
+    data = npy(np.array([Bomb()], dtype=object), allow_pickle=True)
+    pickle.loads(data[data.index(b"\x80") :])  # the planted fault works ...
+    assert Bomb.exploded
+    Bomb.exploded = False
+    with pytest.raises(BadImage, match=r"x\.npy"):
+        decode(data, "x.npy")
+    assert not Bomb.exploded  # ... and is never run
+
+
+FUZZED = {
+    "jpeg": encoded(Image.fromarray(COLOUR), "JPEG"),
+    "png": PNG,
+    "png16": PNG16,
+    "webp": encoded(Image.fromarray(COLOUR), "WEBP"),
+    "tiff": tiff(COLOUR.astype(np.uint16), compression="lzw"),
+    "npy": npy(COLOUR),
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(FUZZED)), st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), max_size=6))
+def test_damaged_files_give_pixels_or_bad_image_and_nothing_else(kind, changes):
+    data = bytearray(FUZZED[kind])
+    for position, value in changes:
+        data[position % len(data)] = value
+    try:
+        pixels = decode(bytes(data), "x").pixels
+    except BadImage:
+        return
+    assert pixels.ndim == 3
+    assert pixels.dtype in (np.uint8, np.uint16, np.float32)
+
+
+def test_decoders_keep_quiet(tmp_path):
+    """Libraries that print to the process's stderr would tear the progress bar."""
+    broken = bytearray(FUZZED["jpeg"])
+    broken[-200:-190] = bytes(10)
+    files = {"a.jpg": bytes(broken), "b.tif": FUZZED["tiff"][:700], "c.png": PNG16[:900], "d.jpg": b"words"}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    script = (
+        "import sys, pathlib\nfrom pretrain.data.images import decode\nfrom pretrain.errors import BadImage\n"
+        "for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):\n"
+        "    try: decode(path.read_bytes(), path.name)\n    except BadImage: pass\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_large_jpegs_may_come_smaller_but_never_below_what_was_asked():
+    large = Image.fromarray(COLOUR).resize((830, 610))
+    data = encoded(large, "JPEG", quality=95)
+    assert decode(data, "x").pixels.shape == (610, 830, 3)
+    assert decode(data, "x", at_least=306).pixels.shape == (610, 830, 3)
+    small = decode(data, "x", at_least=150).pixels
+    assert small.shape == (153, 208, 3)
+    assert np.abs(small.astype(int) - np.asarray(large.resize((208, 153), Image.Resampling.BOX))).mean() < 3
+
+
+# channels ---------------------------------------------------------------------------------------
+
+
+def test_grey_is_repeated_and_colour_becomes_luminance():
+    assert (adapt(Picture(GREY[:, :, None]), 3, "x") == np.dstack([GREY] * 3)).all()
+    luminance = adapt(Picture(COLOUR), 1, "x")
+    assert np.abs(luminance[:, :, 0].astype(int) - np.asarray(Image.fromarray(COLOUR).convert("L"))).max() <= 1
+    assert luminance.dtype == np.uint8
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_transparency_is_laid_over_white(dtype):
+    white = 1 if dtype is np.float32 else np.iinfo(dtype).max
+    colour = np.array([[[0, 0, 0], [white, 0, 0], [white / 5, white / 5, white / 5]]], dtype)
+    opaque, clear, half = (np.full((1, 3, 1), share * white, dtype) for share in (1, 0, 0.5))
+    over = [adapt(Picture(np.concatenate([colour, alpha], 2), alpha=True), 3, "x") for alpha in (opaque, clear, half)]
+    assert np.allclose(over[0], colour, atol=1e-6)
+    assert (over[1] == white).all()
+    assert np.allclose(over[2] / white, (colour / white + 1) / 2, atol=0.005)
+    assert all(each.dtype == dtype for each in over)
+
+
+def test_grey_with_alpha_fits_1_2_and_3_channels():
+    picture = Picture(np.dstack([GREY, np.full_like(GREY, 255)]), alpha=True)
+    assert (adapt(picture, 1, "x")[:, :, 0] == GREY).all()
+    assert (adapt(picture, 2, "x") == picture.pixels).all()
+    assert (adapt(picture, 3, "x") == GREY[:, :, None]).all()
+
+
+@pytest.mark.parametrize(("have", "want"), [(4, 3), (2, 3), (5, 3), (5, 1), (3, 4), (1, 2), (13, 12)])
+def test_other_counts_must_match_exactly(have, want):
+    with pytest.raises(BadImage, match=rf"^bands\.tif: {have} channels, but the model takes {want}; --channels {have}"):
+        adapt(Picture(np.zeros((4, 4, have), np.uint8)), want, "bands.tif")
+    same = np.zeros((4, 4, have), np.uint16)
+    assert adapt(Picture(same), have, "x") is same

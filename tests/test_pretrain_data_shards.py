@@ -1,0 +1,181 @@
+"""WebDataset shards: the same samples as the real `webdataset` package and `tarfile` see, at random."""
+
+import gzip
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pretrain.data import open_source
+from pretrain.data.opening import expand_braces
+from pretrain.data.shards import index_shard
+from pretrain.errors import BadImage, BadInput
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (5, 4), (value, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes], kind: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=kind) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_webdataset(path: Path, samples: list[dict]) -> None:
+    with webdataset.TarWriter(str(path)) as writer:
+        for sample in samples:
+            writer.write(sample)
+
+
+def test_shards_of_the_webdataset_package(tmp_path):
+    for shard in range(3):
+        samples = [
+            {"__key__": f"{shard}/{i:04d}", "png": png(10 * shard + i), "cls": i % 2, "json": {"from": "here"}}
+            for i in range(4)
+        ]
+        write_webdataset(tmp_path / f"set-{shard:02d}.tar", samples)
+    for path in (tmp_path, tmp_path / "set-{00..02}.tar", tmp_path / "set-{00,01,02}.tar"):
+        source = pickle.loads(pickle.dumps(open_source(path)))
+        assert len(source) == 12
+        assert source.labels is not None
+        assert source.labels.tolist() == [0, 1] * 6
+        order = np.random.default_rng(0).permutation(12)
+        assert [source.read(i)[0, 0, 0] for i in order] == [i // 4 * 10 + i % 4 for i in order]
+    assert open_source(tmp_path).describe(5) == f"{tmp_path}/set-01.tar[1/0001.png]"
+    assert len(open_source(tmp_path / "set-01.tar")) == 4
+
+
+def test_labels_come_from_cls_or_json_or_are_missing(tmp_path):
+    def labels_of(*extras: dict[str, bytes]) -> list[int] | None:
+        members = {}
+        for i, extra in enumerate(extras):
+            members |= {f"{i}.png": png(i)} | {f"{i}.{suffix}": text for suffix, text in extra.items()}
+        labels = open_source(write_tar(tmp_path / "a.tar", members)).labels
+        return None if labels is None else labels.tolist()
+
+    assert labels_of({"cls": b"3"}, {"cls": b" 12\n"}) == [3, 12]
+    assert labels_of({"json": b'{"label": 4, "x": 1}'}, {"json": b'{"label": 5}'}) == [4, 5]
+    assert labels_of({"json": b'{"label": 4}', "cls": b"1"}) == [4]  # the first that is there
+    assert labels_of({"cls": b"3"}, {}) is None
+    assert labels_of({"json": b'{"caption": "a cat"}'}, {"json": b"[1]"}) is None
+    with pytest.raises(BadInput, match=r"a\.tar: the label in 0\.cls is not an integer"):
+        labels_of({"cls": b"cat"})
+    with pytest.raises(BadInput, match=r"0\.json is not an integer"):
+        labels_of({"json": b"{"})
+
+
+def test_one_image_per_sample_whatever_else_it_holds(tmp_path):
+    members = {
+        "a/x.seg.png": png(1), "a/x.png": png(2), "a/x.txt": b"words",  # seg.png is not the image
+        "b/x.JPG": png(3), "b/x.png": png(4),  # the first of two
+        "c.txt": b"no image here",
+        "._d.png": b"resource fork", ".e.png": png(5),
+        "f.tar.png": png(6),
+    }  # fmt: skip
+    source = open_source(write_tar(tmp_path / "a.tar", members))
+    assert [source.read(i)[0, 0, 0] for i in range(len(source))] == [2, 3]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    names=st.lists(st.text("abcdefgh/_-é☃", min_size=1, max_size=300).map(lambda s: "k" + s), min_size=1, max_size=8, unique=True),
+    kind=st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),
+    sizes=st.lists(st.integers(0, 1500), min_size=8, max_size=8),
+)  # fmt: skip
+def test_members_lie_where_tarfile_finds_them(tmp_path_factory, names, kind, sizes):
+    members = {f"{name}.npy": bytes(size) for name, size in zip(names, sizes, strict=False)}
+    path = write_tar(tmp_path_factory.getbasetemp() / "reference.tar", members, kind)
+    with tarfile.open(path) as tar:
+        want = [(info.name, info.offset_data, info.size) for info in tar]
+    assert [tuple(sample.image) for sample in index_shard(path)] == want
+
+
+def test_folders_links_and_devices_in_a_tar_are_passed_over(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind in (("d.png", tarfile.DIRTYPE), ("l.png", tarfile.SYMTYPE), ("f.png", tarfile.FIFOTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "x.png" * 40  # a long link name takes a header of its own
+            tar.addfile(info)
+        info = tarfile.TarInfo("x.png")
+        info.size = len(png(9))
+        tar.addfile(info, io.BytesIO(png(9)))
+    source = open_source(tmp_path / "a.tar")
+    assert len(source) == 1
+    assert source.read(0)[0, 0, 0] == 9
+
+
+def test_class_names_stand_in_the_index(tmp_path):
+    write_tar(tmp_path / "a.tar", {"1.png": png(0), "1.cls": b"1"})
+    (tmp_path / "index.json").write_text(json.dumps({"class_names": ["cat", "dog"]}))
+    assert open_source(tmp_path).class_names == ("cat", "dog")
+    (tmp_path / "index.json").write_text(json.dumps({"class_names": ["cat"]}))
+    with pytest.raises(BadInput, match=r"labels run from 1 to 1, but index\.json names 1 classes"):
+        open_source(tmp_path)
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(BadInput, match=r"index\.json: not a readable index"):
+        open_source(tmp_path)
+    (tmp_path / "index.json").write_text('{"finished": false}')
+    with pytest.raises(BadInput, match="unfinished; run the same `coma pack` again"):
+        open_source(tmp_path)
+
+
+def test_damaged_shards_are_named(tmp_path):
+    whole = write_tar(tmp_path / "whole.tar", {f"{i}.png": png(i) * 20 for i in range(5)}).read_bytes()
+
+    def message(content: bytes) -> str:
+        (tmp_path / "a.tar").write_bytes(content)
+        with pytest.raises(BadInput) as raised:
+            open_source(tmp_path / "a.tar")
+        return str(raised.value).removeprefix(f"{tmp_path}/a.tar: ")
+
+    assert message(b"words" * 500) == "not a tar file"
+    assert message(whole[:3000]) == "truncated in the middle of 1.png"
+    assert message(whole[:200]) == "not a tar file"
+    assert message(gzip.compress(whole)).startswith("compressed shards cannot be read at random")
+    second = whole.index(b"1.png")
+    assert message(whole[:second] + b"?" + whole[second + 1 :]).startswith(f"damaged at byte {second}")
+    assert message(b"").startswith("no image in 1 shard(s)")
+    (tmp_path / "b.tar.gz").write_bytes(gzip.compress(whole))
+    with pytest.raises(BadInput, match="unpack it to a plain"):
+        open_source(tmp_path / "b.tar.gz")
+
+
+def test_missing_shards_are_named(tmp_path):
+    write_tar(tmp_path / "s-0.tar", {"0.png": png(0)})
+    with pytest.raises(BadInput, match=r"s-1\.tar: this shard is missing"):
+        open_source(tmp_path / "s-{0..2}.tar")
+
+
+def test_a_shard_that_shrinks_is_a_bad_image(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"0.png": png(0), "1.png": png(1)})
+    source = open_source(path)
+    path.write_bytes(path.read_bytes()[:1500])
+    assert source.read(0).shape == (4, 5, 3)
+    with pytest.raises(BadImage, match=r"a\.tar\[1\.png\]: the shard became shorter"):
+        source.read(1)
+    path.unlink()
+    with pytest.raises(BadImage, match="cannot be read"):
+        source.read(0)
+
+
+def test_braces():
+    assert expand_braces("s-{08..11}.tar") == ["s-08.tar", "s-09.tar", "s-10.tar", "s-11.tar"]
+    assert expand_braces("{a,b}-{1..2}.tar") == ["a-1.tar", "a-2.tar", "b-1.tar", "b-2.tar"]
+    assert expand_braces("plain.tar") == ["plain.tar"]
+    for pattern in ("{5..1}.tar", "{a}.tar", "{a..b}.tar"):
+        with pytest.raises(BadInput, match="neither a range"):
+            expand_braces(pattern)

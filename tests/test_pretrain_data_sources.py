@@ -1,0 +1,300 @@
+"""Finding images: folders, class folders, splits and `.npz` packs, and every way they can be wrong."""
+
+import io
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pretrain.data import ArraySource, Source, open_source
+from pretrain.data.folders import FolderSource
+from pretrain.data.source import Names
+from pretrain.errors import BadImage, BadInput
+
+
+def save(path: Path, value: int = 0, size: tuple[int, int] = (8, 6)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, value, value)).save(path, "PNG")
+    return path
+
+
+def names(source: Source) -> list[str]:
+    return [os.path.relpath(source.describe(i), source.location) for i in range(len(source))]
+
+
+# folders ----------------------------------------------------------------------------------------
+
+
+def test_folders_are_searched_recursively_in_sorted_order(tmp_path):
+    for name in ("b/deep/er/2.PNG", "a.JpEg", "b/1.png", "c.tif", "B/0.webp", "z.npy.png", ".hidden.png", ".git/x.png"):
+        save(tmp_path / name)
+    for name in ("notes.txt", "jpg", "b/labels.csv"):
+        (tmp_path / name).write_text("no image")
+    source = open_source(tmp_path)
+    assert names(source) == ["B/0.webp", "a.JpEg", "b/1.png", "b/deep/er/2.PNG", "c.tif", "z.npy.png"]
+    assert source.labels is None
+    assert source.class_names is None
+    assert source.read(0).shape == (6, 8, 3)
+
+
+def test_links_are_followed_and_circles_end(tmp_path):
+    save(tmp_path / "photos" / "1.png")
+    save(tmp_path / "elsewhere" / "2.png")
+    folder = tmp_path / "photos"
+    (folder / "again").symlink_to(folder)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "up").symlink_to(folder)
+    (folder / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    assert names(open_source(folder)) == ["1.png", "more/2.png"]
+
+
+def test_broken_links_are_named_when_read(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    source = open_source(tmp_path)
+    with pytest.raises(BadImage, match=r"b\.png: a broken symbolic link"):
+        source.read(1)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(BadImage, match=r"a\.png: the file has gone"):
+        source.read(0)
+
+
+def test_names_that_are_no_text_can_be_read_and_printed(tmp_path):
+    save(tmp_path / "plain.png", 7).rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    source = pickle.loads(pickle.dumps(open_source(tmp_path)))
+    assert source.read(0)[0, 0, 0] == 7
+    source.describe(0).encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda path: None, "the folder is empty"),
+        (lambda path: (path / "a.txt").write_text(""), r"no image in this folder .*\.jpg .*\.npy.* it holds 1 \.txt"),
+        (lambda path: save(path / ".cache" / "a.png"), "the folder is empty"),
+    ],
+)
+def test_a_folder_without_images_says_what_was_looked_for(tmp_path, prepare, message):
+    prepare(tmp_path)
+    with pytest.raises(BadInput, match=message) as raised:
+        open_source(tmp_path)
+    assert str(raised.value).startswith(f"{tmp_path}: ")
+
+
+def test_paths_that_lead_nowhere(tmp_path):
+    with pytest.raises(BadInput, match="no such file or folder"):
+        open_source(tmp_path / "missing")
+    with pytest.raises(BadInput, match=r"a\.png: give a folder"):
+        open_source(save(tmp_path / "a.png"))
+
+
+def test_a_folder_that_may_not_be_read_stops(tmp_path, monkeypatch):
+    save(tmp_path / "a.png")
+    save(tmp_path / "locked" / "b.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(BadInput, match="locked: this folder cannot be read"):
+        open_source(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_permissions_of_the_real_file_system(tmp_path):
+    save(tmp_path / "a.png").chmod(0)
+    with pytest.raises(BadImage, match="cannot be read"):
+        open_source(tmp_path).read(0)
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0)
+    with pytest.raises(BadInput, match="locked"):
+        open_source(tmp_path)
+    locked.chmod(0o700)
+
+
+# classes and splits -----------------------------------------------------------------------------
+
+
+def test_class_folders_are_labels(tmp_path):
+    for name in ("dog/1.png", "cat/2.png", "cat/more/3.png", "eel/4.png"):
+        save(tmp_path / name)
+    source = open_source(tmp_path)
+    assert source.class_names == ("cat", "dog", "eel")
+    assert source.labels is not None
+    assert source.labels.dtype == np.int64
+    assert source.labels.tolist() == [0, 0, 1, 2]
+    save(tmp_path / "loose.png")
+    assert open_source(tmp_path).labels is None  # one image outside: not class folders
+
+
+def test_one_folder_is_no_classification(tmp_path):
+    save(tmp_path / "images" / "1.png")
+    assert open_source(tmp_path).labels is None
+
+
+@pytest.fixture
+def splits(tmp_path):
+    for name in ("train/cat/1.png", "train/dog/2.png", "train/eel/3.png", "val/cat/4.png", "val/eel/5.png"):
+        save(tmp_path / name)
+    return tmp_path
+
+
+def test_held_out_images_stay_unseen_unless_asked_for(splits):
+    assert open_source(splits).location == splits / "train"
+    assert names(open_source(splits)) == names(open_source(splits, "train"))
+    assert len(open_source(splits, "val")) == 2
+
+
+def test_test_and_val_stand_for_each_other(splits):
+    assert open_source(splits, "test").location == splits / "val"
+    save(splits / "test" / "cat" / "6.png")
+    assert open_source(splits, "test").location == splits / "test"
+
+
+def test_splits_number_their_classes_alike(splits):
+    held_out = open_source(splits, "val")  # without a dog
+    assert held_out.class_names == open_source(splits, "train").class_names == ("cat", "dog", "eel")
+    assert held_out.labels is not None
+    assert held_out.labels.tolist() == [0, 2]
+
+
+def test_missing_splits_are_named(splits, tmp_path):
+    with pytest.raises(BadInput, match="no split 'nonsense' here; it has train, val"):
+        open_source(splits, "nonsense")
+    with pytest.raises(BadInput, match="no split 'test' here; it has no splits"):
+        open_source(splits / "train", "test")
+
+
+# .npz packs -------------------------------------------------------------------------------------
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pack_arrays(count: int = 5) -> dict[str, np.ndarray]:
+    files = [png(i) for i in range(count)]
+    return {
+        "data": np.frombuffer(b"".join(files), np.uint8),
+        "offsets": np.cumsum([0, *map(len, files)]),
+        "labels": np.arange(count) % 2,
+        "class_names": np.array(["even", "odd"]),
+        "file_names": np.array([f"{i}.png" for i in range(count)]),
+    }
+
+
+@pytest.mark.parametrize("save_pack", [np.savez, np.savez_compressed])
+def test_packs_hold_images_labels_and_names(tmp_path, save_pack):
+    save_pack(tmp_path / "train.npz", **pack_arrays())
+    for source in (open_source(tmp_path / "train.npz"), open_source(tmp_path)):
+        source = pickle.loads(pickle.dumps(source))
+        assert [source.read(i)[0, 0, 0] for i in range(len(source))] == [0, 1, 2, 3, 4]
+        assert source.labels is not None
+        assert source.labels.tolist() == [0, 1, 0, 1, 0]
+        assert source.class_names == ("even", "odd")
+        assert source.describe(3) == f"{tmp_path}/train.npz[3.png]"
+
+
+def test_packs_need_only_data_and_offsets(tmp_path):
+    arrays = pack_arrays()
+    np.savez(tmp_path / "bare.npz", data=arrays["data"], offsets=arrays["offsets"])
+    source = open_source(tmp_path / "bare.npz")
+    assert source.labels is None
+    assert source.describe(3) == f"{tmp_path}/bare.npz[3]"
+
+
+def test_splits_of_packs(tmp_path):
+    np.savez(tmp_path / "train.npz", **pack_arrays(5))
+    np.savez(tmp_path / "test.npz", **pack_arrays(3))
+    assert [len(open_source(tmp_path, split)) for split in (None, "train", "test", "val")] == [5, 5, 3, 3]
+    with pytest.raises(BadInput, match="one file has no split 'test'"):
+        open_source(tmp_path / "train.npz", "test")
+
+
+def test_what_a_worker_is_sent_does_not_grow_with_the_data(tmp_path):
+    arrays = pack_arrays()
+    arrays["data"] = np.concatenate([arrays["data"], np.zeros(5_000_000, np.uint8)])
+    np.savez(tmp_path / "large.npz", **arrays)
+    source = open_source(tmp_path / "large.npz")
+    source.read(0)  # opens the mapping, which must stay behind
+    assert len(pickle.dumps(source)) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": None}, "this pack lacks data"),
+        ({"offsets": None}, "this pack lacks offsets"),
+        ({"data": np.zeros((9, 9), np.uint8)}, r"data is uint8 \[9, 9\], expected uint8 \[bytes\]"),
+        ({"data": np.zeros(9, np.int32)}, "data is int32"),
+        ({"offsets": np.array([0, 5, 3, 9, 10, 11])}, "never fall"),
+        ({"offsets": np.array([-1, 5, 6, 9, 10, 11])}, ">= 0"),
+        ({"offsets": np.array([0, 5, 6, 9, 10, 10**9])}, "offsets end at 1000000000, beyond the"),
+        ({"offsets": np.array([0.0, 1.0])}, "offsets are float64"),
+        ({"offsets": np.array([0])}, "holds no image"),
+        ({"labels": np.arange(4)}, "4 labels for 5 images"),
+        ({"labels": np.arange(5)}, "labels run from 0 to 4 of 2 classes"),
+        ({"labels": np.zeros(5)}, "labels are float64"),
+        ({"file_names": np.array(["a"])}, "1 file_names for 5 images"),
+    ],
+)
+def test_packs_that_do_not_fit_are_refused(tmp_path, change, message):
+    arrays = {key: value for key, value in (pack_arrays() | change).items() if value is not None}
+    np.savez(tmp_path / "pack.npz", **arrays)
+    with pytest.raises(BadInput, match=rf"pack\.npz: .*{message}"):
+        open_source(tmp_path / "pack.npz")
+
+
+def test_damaged_packs_are_refused(tmp_path):
+    np.savez(tmp_path / "whole.npz", **pack_arrays())
+    data = (tmp_path / "whole.npz").read_bytes()
+    for name, content in {"words": b"not a pack", "empty": b"", "half": data[: len(data) // 2]}.items():
+        path = tmp_path / f"{name}.npz"
+        path.write_bytes(content)
+        with pytest.raises(BadInput, match=rf"{name}\.npz: not a readable"):
+            open_source(path)
+
+
+def test_packs_are_never_unpickled(tmp_path):
+    np.savez(tmp_path / "pack.npz", **(pack_arrays() | {"class_names": np.array(["a", None], object)}))
+    with pytest.raises(BadInput, match="not a readable"):
+        open_source(tmp_path / "pack.npz")
+
+
+# the rest ---------------------------------------------------------------------------------------
+
+
+def test_arrays_are_a_source():
+    images = [np.zeros((20, 30), np.uint8), np.ones((20, 30, 3), np.uint16), np.full((40, 50, 3), np.nan, np.float32)]
+    source = ArraySource(images, labels=np.array([1, 0, 1]), location=Path("memory"))
+    assert source.read(0).shape == (20, 30, 1)
+    assert source.read(0, channels=3).shape == (20, 30, 3)
+    assert source.read(1).dtype == np.uint16
+    with pytest.raises(BadImage, match=r"memory\[2\]: holds NaN"):
+        source.read(2)
+
+
+def test_names_keep_any_string():
+    strings = ["", "a", "ü/☃.png", "\udce9", "a" * 1000]
+    kept = Names(strings)
+    assert list(kept) == strings
+    assert len(Names([])) == 0
+
+
+def test_many_names_cost_little():
+    strings = [f"n{i:08d}/image_{i}.jpg" for i in range(50_000)]
+    assert len(pickle.dumps(Names(strings))) < 1.5 * sum(map(len, strings))
+
+
+def test_a_folder_source_knows_its_root(tmp_path):
+    save(tmp_path / "a.png")
+    assert FolderSource(tmp_path).location == tmp_path

@@ -1,0 +1,466 @@
+"""Evaluation: neighbours against a slow loop, the linear optimum against closed cases, and every refusal."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pretrain import cli
+from pretrain.artifact import ArtifactConfig, library_versions, save_artifact
+from pretrain.config import ViTConfig
+from pretrain.data import ArraySource
+from pretrain.errors import BadInput, CheckFailed
+from pretrain.evaluate import (
+    Features,
+    evaluate,
+    extract_features,
+    fit_linear,
+    knn_votes,
+    random_encoder,
+    score,
+    shared_labels,
+)
+from pretrain.evaluate.linear import hold_out, loss_and_gradient, minimise
+from pretrain.evaluate.scoring import top_share
+
+MODEL = ViTConfig(patch=4, dim=16, depth=1, heads=2)
+
+
+def description(model: ViTConfig = MODEL) -> ArtifactConfig:
+    channels = model.channels
+    return ArtifactConfig(
+        "backbone", model, None, 16, (0.5,) * channels, (0.25,) * channels, None, {}, library_versions()
+    )
+
+
+def blobs(n: int, c: int, classes: int, apart: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gaussian clouds: features `[n, c]` and labels `[n]`; `apart` is the distance scale of their centres."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = apart * torch.randn(classes, c, generator=torch.Generator().manual_seed(99))
+    labels = torch.arange(n) % classes
+    return centres[labels] + torch.randn(n, c, generator=generator), labels
+
+
+def bands(n: int, size: int = 20, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray]:
+    """Noisy pictures whose brighter half is at the top, bottom or left, and which it is."""
+    rng = np.random.default_rng(seed)
+    pictures, labels = [], np.arange(n) % 3
+    for label in labels:
+        picture = rng.integers(0, 120, (size, size, 3))
+        half = [np.s_[: size // 2], np.s_[size // 2 :], np.s_[:, : size // 2]][label]
+        picture[half] += 100
+        pictures.append(picture.astype(np.uint8))
+    return pictures, labels
+
+
+def source(n: int = 60, seed: int = 0, names=("top", "bottom", "left")) -> ArraySource:
+    pictures, labels = bands(n, seed=seed)
+    return ArraySource(pictures, labels, names, location=Path(f"bands{seed}"))
+
+
+# nearest neighbours ----------------------------------------------------------------------------
+
+
+def slow_votes(train, labels, test, classes, k, temperature):
+    """The formula of Wu et al. 2018, sec. 3.4, one image at a time, in double precision."""
+    votes = np.zeros((len(test), classes))
+    for row, query in enumerate(test):
+        cosine = [float(query @ key) / float(np.linalg.norm(query) * np.linalg.norm(key)) for key in train]
+        for i in sorted(range(len(train)), key=lambda i: -cosine[i])[:k]:
+            votes[row, labels[i]] += math.exp(cosine[i] / temperature)
+    return votes
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 12),
+    st.integers(2, 5),
+    st.floats(0.05, 2),
+    st.integers(0, 10**6),
+    st.sampled_from([1, 300]),
+)
+def test_votes_equal_a_slow_loop(k, classes, temperature, seed, memory):
+    generator = torch.Generator().manual_seed(seed)
+    train, test = torch.randn(12, 6, generator=generator), torch.randn(7, 6, generator=generator)
+    labels = torch.randint(classes, (12,), generator=generator)
+    fast = knn_votes(train, labels, test, classes, k=k, temperature=temperature, memory=memory).numpy()
+    slow = slow_votes(train.double().numpy(), labels.numpy(), test.double().numpy(), classes, k, temperature)
+    shares = [votes / votes.sum(axis=1, keepdims=True) for votes in (fast, slow)]  # up to a factor per image
+    np.testing.assert_allclose(*shares, atol=1e-4)
+
+
+def test_votes_do_not_overflow_or_vanish_at_a_tiny_temperature():
+    train, labels = blobs(20, 4, 2, apart=0.1)
+    votes = knn_votes(train, labels, -train, 2, k=20, temperature=1e-4)
+    assert votes.isfinite().all()
+    assert (votes.max(dim=1).values >= 1).all()
+
+
+def test_only_k_neighbours_vote():
+    train = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.0, 1.1], [0.1, 1.0]])
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    test = torch.tensor([[1.0, 0.05]])
+    assert knn_votes(train, labels, test, 2, k=2)[0, 1] == 0
+    assert knn_votes(train, labels, test, 2, k=5, temperature=100.0).argmax() == 1  # almost equal votes
+
+
+@pytest.mark.parametrize(
+    ("k", "temperature", "message"), [(0, 1.0, "k = 0"), (6, 1.0, "1 to 5"), (1, 0.0, "must be positive")]
+)
+def test_impossible_neighbours_are_refused(k, temperature, message):
+    features, labels = blobs(5, 3, 2, apart=1)
+    with pytest.raises(BadInput, match=message):
+        knn_votes(features, labels, features, 2, k=k, temperature=temperature)
+
+
+# linear ----------------------------------------------------------------------------------------
+
+
+def graph_loss(x, labels, weight, penalty):
+    """The penalised loss, written with torch's own cross-entropy."""
+    scores = x @ weight[:-1] + weight[-1]
+    return torch.nn.functional.cross_entropy(scores, labels) + penalty / 2 * weight[:-1].square().sum()
+
+
+@pytest.mark.parametrize("memory", [1, 200, 2**28])
+def test_gradient_equals_autograd(memory):
+    x, labels = blobs(23, 5, 3, apart=1)
+    weight = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    expected = graph_loss(x.double(), labels, weight, 0.3)
+    expected.backward()
+    loss, gradient = loss_and_gradient(x.double(), labels, weight.detach(), 0.3, memory=memory)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(gradient, weight.grad)
+
+
+def test_optimum_equals_newtons():
+    """Two classes, one feature, by Newton's method on the difference of the two score functions."""
+    x = torch.tensor([-1.0, -0.5, 0.2, 0.3, 1.0, 2.0], dtype=torch.float64)
+    labels = torch.tensor([0, 0, 1, 0, 1, 1])
+    penalty, slope, bias = 0.1, 0.0, 0.0
+    design = torch.stack([x, torch.ones_like(x)], dim=1)
+    for _ in range(30):  # both classes share a slope's penalty equally: penalty/2 * 2 * (slope/2)^2
+        p = torch.sigmoid(slope * x + bias)
+        gradient = design.T @ (p - labels) / 6 + torch.tensor([penalty * slope / 2, 0.0])
+        hessian = (design * (p * (1 - p))[:, None]).T @ design / 6 + torch.diag(
+            torch.tensor([penalty / 2, 0.0])
+        )
+        slope, bias = (torch.tensor([slope, bias]) - torch.linalg.solve(hessian, gradient)).tolist()
+    weight = minimise(x[:, None], labels, torch.zeros(2, 2, dtype=torch.float64), penalty, 100)
+    difference = weight[:, 1] - weight[:, 0]
+    torch.testing.assert_close(
+        difference, torch.tensor([slope, bias], dtype=torch.float64), atol=1e-3, rtol=0
+    )
+
+
+def test_a_strong_penalty_leaves_the_class_frequencies():
+    x, _ = blobs(300, 4, 2, apart=1)
+    labels = (torch.arange(300) % 3 == 0).long()
+    classifier = fit_linear(x, labels, 2, penalties=[1e6])
+    torch.testing.assert_close(
+        classifier(x).softmax(dim=1).mean(dim=0), torch.tensor([2 / 3, 1 / 3]), atol=1e-3, rtol=0
+    )
+
+
+def test_separable_classes_are_separated():
+    train, labels = blobs(300, 8, 5, apart=5)
+    test, asked = blobs(200, 8, 5, apart=5, seed=1)
+    assert (fit_linear(train, labels, 5)(test).argmax(dim=1) == asked).all()
+
+
+def test_random_labels_give_chance():
+    generator = torch.Generator().manual_seed(0)
+    train, test = torch.randn(800, 8, generator=generator), torch.randn(2000, 8, generator=generator)
+    labels, asked = (torch.randint(4, (n,), generator=generator) for n in (800, 2000))
+    right = (fit_linear(train, labels, 4)(test).argmax(dim=1) == asked).double().mean().item()
+    assert abs(right - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 2000)
+
+
+def test_scale_and_offset_of_features_do_not_matter():
+    x, labels = blobs(200, 6, 3, apart=1)
+    scale, offset = (
+        torch.logspace(-4, 4, 6, dtype=torch.float64),
+        torch.linspace(-50, 50, 6, dtype=torch.float64),
+    )
+    plain = fit_linear(x.double(), labels, 3)
+    moved = fit_linear(x.double() * scale + offset * scale, labels, 3)
+    torch.testing.assert_close(
+        moved(x.double() * scale + offset * scale), plain(x.double()), atol=1e-3, rtol=1e-3
+    )
+    assert plain.penalty == moved.penalty
+
+
+def test_constant_features_stay_out():
+    x, labels = blobs(100, 4, 2, apart=2)
+    constant = torch.cat([x, torch.full((100, 2), 7.3), torch.zeros(100, 1)], dim=1)
+    classifier = fit_linear(constant, labels, 2)
+    assert classifier.weight.isfinite().all()
+    moved = constant.clone()
+    moved[:, 4:] += 1e-4  # what rounding does to a constant must not be blown up
+    torch.testing.assert_close(classifier(moved), classifier(constant), atol=1e-2, rtol=0)
+
+
+def test_noise_asks_for_a_stronger_penalty_than_signal():
+    few, labels = blobs(60, 100, 2, apart=0.15)
+    many, more = blobs(4000, 10, 2, apart=2.0)
+    assert fit_linear(few, labels, 2).penalty > fit_linear(many[:, :2], more, 2).penalty
+
+
+def test_features_of_inference_mode_can_be_fitted():
+    with torch.inference_mode():
+        x, labels = blobs(60, 4, 3, apart=20)
+    assert (fit_linear(x, labels, 3)(x).argmax(dim=1) == labels).all()
+
+
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=6), st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_a_fifth_of_every_class_is_held_out(counts, seed):
+    labels = torch.cat([torch.full((n,), label) for label, n in enumerate(counts)])
+    if max(counts) == 1:
+        with pytest.raises(BadInput, match="two training images"):
+            hold_out(labels, seed)
+        return
+    held = hold_out(labels, seed)
+    for label, n in enumerate(counts):
+        assert held[labels == label].sum() == (0 if n == 1 else max(1, n // 5))
+    assert torch.equal(held, hold_out(labels, seed))
+
+
+def test_another_seed_holds_out_others():
+    labels = torch.arange(100) % 4
+    assert not torch.equal(hold_out(labels, 0), hold_out(labels, 1))
+
+
+# scores ----------------------------------------------------------------------------------------
+
+
+def test_top_shares_are_counted():
+    guess = torch.tensor([[3.0, 2, 1, 0, -1, -2], [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]])
+    labels = torch.tensor([0, 0, 4])
+    assert top_share(guess, labels, 1) == pytest.approx(1 / 3)
+    assert top_share(guess, labels, 5) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear"])
+def test_features_at_hand_are_scored(protocol):
+    train, test = Features(*blobs(120, 8, 6, apart=5)), Features(*blobs(60, 8, 6, apart=5, seed=1))
+    result = score(train, test, 6, protocol, name="clouds", k=5)
+    assert (result.top1, result.top5, result.encoder, result.protocol) == (1.0, 1.0, "clouds", protocol)
+    assert (result.train_images, result.test_images, result.classes) == (120, 60, 6)
+    assert set(result.settings) == ({"k", "temperature"} if protocol == "knn" else {"penalty"})
+    few = score(Features(*blobs(50, 8, 5, apart=5)), Features(*blobs(50, 8, 5, apart=5)), 5, protocol)
+    assert few.top5 is None
+
+
+def test_an_unknown_protocol_is_refused():
+    with pytest.raises(BadInput, match="no protocol 'svm'; there are: knn, linear"):
+        score(Features(*blobs(4, 2, 2, 1)), Features(*blobs(4, 2, 2, 1)), 2, "svm")  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="no protocol 'svm'"):
+        evaluate(random_encoder(description()), description(), source(), source(), ["svm"])  # type: ignore[list-item]
+
+
+# labels ----------------------------------------------------------------------------------------
+
+
+def array(labels, names=None, where="set") -> ArraySource:
+    pictures = [np.zeros((8, 8, 3), np.uint8)] * (3 if labels is None else len(labels))
+    return ArraySource(pictures, None if labels is None else np.array(labels), names, location=Path(where))
+
+
+def test_names_decide_when_the_sets_count_their_classes_differently():
+    train, test = array([0, 1, 2, 1], ("ant", "bee", "cat")), array([0, 1, 0], ("cat", "ant"))
+    known, asked, classes = shared_labels(train, test)
+    assert (known.tolist(), asked.tolist(), classes) == ([0, 1, 2, 1], [2, 0, 2], 3)
+
+
+def test_numbers_decide_where_there_are_no_names():
+    known, asked, classes = shared_labels(array([0, 3, 1]), array([3, 0], ("a", "b", "c", "d")))
+    assert (known.tolist(), asked.tolist(), classes) == ([0, 3, 1], [3, 0], 4)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (array(None, where="photos"), array([0, 1]), "photos: has no labels; give a folder"),
+        (array([0, 1]), array(None, where="photos"), "photos: has no labels; give a folder"),
+        (
+            array([0, 1], ("a", "b")),
+            array([0, 1], ("a", "c"), "exam"),
+            "exam: classes of which set has no image: c; it has a, b",
+        ),
+        (array([0, 0], ("a", "b")), array([1], ("a", "b")), "no image: b; it has a"),
+        (array([0, 1]), array([2, 7]), "no image: 2, 7; it has 0, 1"),
+        (array([1, 1]), array([1, 1]), "all of one class"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(train, test, message):
+    with pytest.raises(BadInput, match=message):
+        shared_labels(train, test)
+
+
+# features --------------------------------------------------------------------------------------
+
+
+def features(data, encoder=None, about=None, **options) -> Features:
+    about = about or description()
+    encoder = encoder or random_encoder(about)
+    return extract_features(encoder, about, data, labels=torch.from_numpy(data.labels), workers=0, **options)
+
+
+def test_features_are_the_encoders_pooled_map_of_normalised_images():
+    flat = np.full((20, 24, 3), 100, np.uint8)
+    data = ArraySource([flat, flat + 50], np.array([0, 1]))
+    encoder = random_encoder(description())
+    images = torch.stack([torch.full((3, 16, 16), value / 255) for value in (100, 150)])
+    with torch.inference_mode():
+        expected = encoder.pool((images - 0.5) / 0.25)
+    torch.testing.assert_close(features(data, encoder).values, expected)
+
+
+def test_features_do_not_depend_on_the_batch_and_repeat_exactly():
+    data = source(10)
+    one, again, split = (features(data, batch_size=size) for size in (10, 10, 3))
+    assert torch.equal(one.values, again.values)
+    torch.testing.assert_close(one.values, split.values)
+    assert torch.equal(one.labels, torch.arange(10) % 3)
+
+
+def test_the_encoder_keeps_its_training_mode():
+    encoder = random_encoder(description())
+    for training in (True, False):
+        features(source(4), encoder.train(training))
+        assert encoder.training is training
+
+
+def test_images_may_be_shown_at_another_size():
+    assert not torch.allclose(features(source(4)).values, features(source(4), image_size=24).values)
+    with pytest.raises(BadInput, match="image size 3 px is smaller than the encoder's mask unit of 4 px"):
+        features(source(4), image_size=3)
+
+
+def test_bad_images_are_left_out_with_their_labels(caplog):
+    pictures, labels = bands(6)
+    pictures[2] = np.zeros((0, 5, 3), np.uint8)
+    found = features(ArraySource(pictures, labels))
+    assert found.labels.tolist() == [0, 1, 0, 1, 2]
+    assert len(found.failures) == 1
+    assert "left out 1 images" in caplog.text
+
+
+def test_images_of_which_none_fits_are_refused():
+    with pytest.raises(BadInput, match=r"no image could be read; the first: .*channels"):
+        pictures = [np.zeros((20, 20, 5), np.uint8)] * 4  # five channels for an encoder of three
+        features(ArraySource(pictures, np.array([0, 1, 0, 1])))
+
+
+def test_features_that_are_not_finite_are_caught():
+    encoder = random_encoder(description())
+    with torch.no_grad():
+        next(encoder.parameters()).fill_(float("nan"))
+    with pytest.raises(CheckFailed, match="not finite"):
+        features(source(4), encoder)
+
+
+def test_a_random_encoder_is_drawn_from_its_seed_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    one = random_encoder(description(), seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    same, other = random_encoder(description(), seed=3), random_encoder(description(), seed=4)
+    pairs = list(zip(one.parameters(), same.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b, _ in pairs)
+    assert not all(torch.equal(a, c) for a, _, c in pairs)
+
+
+# end to end ------------------------------------------------------------------------------------
+
+
+def test_an_encoder_is_evaluated_with_features_computed_once():
+    encoder, shown = random_encoder(description()), []
+    encoder.register_forward_pre_hook(lambda *_: shown.append(1))
+    results = evaluate(encoder, description(), source(90), source(30, seed=1), workers=0, k=5)
+    assert [result.protocol for result in results] == ["knn", "linear"]
+    assert all(result.top1 > 0.6 for result in results)  # chance is a third
+    linear = evaluate(encoder, description(), source(90), source(30, seed=1), ["linear"], workers=0)
+    assert linear[0].top1 == results[1].top1
+
+
+def test_too_many_neighbours_are_refused_before_anything_is_computed():
+    encoder = random_encoder(description())
+    encoder.pool = lambda *_: pytest.fail("features were computed")  # type: ignore[method-assign]
+    with pytest.raises(BadInput, match="1 to 9"):
+        evaluate(encoder, description(), source(9), source(9), k=20)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Class folders with train/ and test/, and an artifact beside them."""
+    for part, n, seed in (("train", 60, 0), ("test", 30, 1)):
+        pictures, labels = bands(n, seed=seed)
+        for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+            path = tmp_path / "data" / part / ("top", "bottom", "left")[label] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(path)
+    save_artifact(
+        tmp_path / "artifact", tensors=random_encoder(description(), 5).state_dict(), config=description()
+    )
+    return tmp_path
+
+
+def coma(*argv: object) -> int:
+    return cli.main(["evaluate", *map(str, argv)])
+
+
+def test_the_command_prints_a_table_and_writes_json(folder, capsys):
+    out = folder / "results.json"
+    assert coma(folder / "artifact", "--data", folder / "data", "--workers", 0, "--k", 5, "--out", out) == 0
+    shown = capsys.readouterr().out
+    assert "top-1 %" in shown
+    assert "random, like" in shown
+    results = json.loads(out.read_text())
+    assert Path(results["train"]) == folder / "data" / "train"
+    rows = [(row["encoder"].startswith("random"), row["protocol"]) for row in results["scores"]]
+    assert rows == [(False, "knn"), (False, "linear"), (True, "knn"), (True, "linear")]
+    assert all(
+        row["top1"] > 0.5 and row["top5"] is None and row["test_images"] == 30 for row in results["scores"]
+    )
+
+
+def test_the_command_takes_several_artifacts_and_one_protocol(folder, capsys):
+    artifact, data, out = folder / "artifact", folder / "data", folder / "results.json"
+    pair = ("--train", data / "train", "--test", data / "test")
+    argv = (artifact, artifact, *pair, "--protocol", "knn", "--no-reference", "--workers", 0, "--out", out)
+    assert coma(*argv) == 0
+    scores = json.loads(out.read_text())["scores"]
+    assert len(scores) == 2
+    assert scores[0]["top1"] == scores[1]["top1"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--data", "DATA"), "give at least one artifact"),
+        (("ARTIFACT",), "give --data, or both --train and --test"),
+        (("ARTIFACT", "--train", "DATA"), "give --data, or both --train and --test"),
+        (("ARTIFACT", "--data", "DATA", "--out", "DATA"), "is a directory"),
+        (("ARTIFACT", "--data", "nowhere"), "nowhere"),
+        (("nothing", "--data", "DATA"), "nothing: no such directory"),
+        (("ARTIFACT", "--data", "DATA", "--k", "999"), "1 to 60"),
+        (("ARTIFACT", "--data", "DATA", "--image-size", "2"), "image size 2 px"),
+        (("ARTIFACT", "--data", "DATA", "--protocol"), "at least one --protocol"),
+    ],
+)
+def test_the_command_refuses_with_one_line(folder, capsys, argv, message):
+    places = {"DATA": folder / "data", "ARTIFACT": folder / "artifact"}
+    assert coma(*(places.get(word, word) for word in argv)) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.startswith("error: ")
+    assert shown.count("\n") == 1
