@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain.config import encoder_preset, method_preset
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
+from pretrain.training.throughput import peak_flops
 
 MODELS = {
     "CoMA DyViT-S": ("small", "coma"),
@@ -44,7 +45,6 @@ MODELS = {
     "encoder Hiera-B": ("hiera_base_224", None),
     "encoder Swin-B": ("swin_base_patch4_window7_224", None),
 }
-BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense FLOP/s by NVIDIA's data sheets
 
 
 class Features(nn.Module):
@@ -71,7 +71,7 @@ class Step:
             if method
             else Features(preset)
         ).to(device)
-        self.views = len(self.model.draw_visible(torch.zeros(1, dtype=torch.int64), 7, 7)) if method else 1
+        self.views = 2 if method == "coma" else 1
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     def __call__(self, batch: int) -> None:
@@ -200,7 +200,7 @@ def main() -> None:
             step.model.compile()
         speeds["compiled"] = time_rounds(steps, batches, args.rounds, print)
 
-    peak = next((peak for key, peak in BF16_PEAK.items() if key in describe()), None)
+    peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
     rows = []
     for name, step in steps.items():
         encoder, total = step.parameters()

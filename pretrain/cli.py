@@ -19,6 +19,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import metadata
+from typing import TextIO
 
 import pretrain
 from pretrain.errors import ComaError
@@ -133,9 +134,21 @@ def _versions() -> str:
 
 
 def _configure_logging(room: str) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_CurrentStderr()])
     for name in {"pretrain", room}:
         logging.getLogger(name).setLevel(logging.INFO)
+
+
+class _CurrentStderr(logging.StreamHandler):
+    """Writes to what is `sys.stderr` at the time: a progress bar puts itself there while it is shown."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        """Fixed; the base class sets it once."""
 
 
 def _fail(message: str, code: int) -> int:

@@ -152,7 +152,7 @@ ObjectiveConfig = CoMAConfig | MAEConfig
 class DataConfig:
     """What to train on and how to read it."""
 
-    images: Annotated[Path | None, tyro.conf.Positional] = None
+    images: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")] = None
     """Folder of images (searched recursively), .npz pack, .tar shards or a folder of them."""
     image_size: int = 224
     """Side of the square training crop in pixels; a multiple of the mask unit."""

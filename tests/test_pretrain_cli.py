@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -228,7 +228,10 @@ def test_messages_of_the_running_room_are_shown(room, capsys):
     logging.getLogger("annex").info("from the room")
     logging.getLogger("pretrain.data").info("from a library of ours")
     logging.getLogger("elsewhere").info("from another library")
+    with redirect_stderr(io.StringIO()) as bar:
+        logging.getLogger("annex").info("while a progress bar has the terminal")
     assert capsys.readouterr().err == "from the room\nfrom a library of ours\n"
+    assert bar.getvalue() == "while a progress bar has the terminal\n"
 
 
 # the public surface ----------------------------------------------------------------------------
@@ -247,7 +250,7 @@ def surface() -> dict[str, str]:
     """What a user's scripts rely on: the text of `coma --help`, and the flags of every command."""
     pages = {"coma-help.txt": _output("--help")}
     for name in OURS:
-        rows = re.findall(r"^│ +(--\S+(?:, --\S+)*)", _output(name, "--help"), flags=re.MULTILINE)
+        rows = re.findall(r"^[│|] +(--\S+(?:, --\S+)*)", _output(name, "--help"), flags=re.MULTILINE)
         flags = sorted({flag.rstrip(",") for row in rows for flag in row.split(", ")})
         pages[f"flags-{name}.txt"] = "".join(f"{flag}\n" for flag in flags)
     return pages

@@ -1,4 +1,4 @@
-"""Decoding: every format, depth and colour model to the right pixels; everything broken to one BadImage line."""
+"""Decoding: every format, depth and colour model to the right pixels; all damage to one BadImage line."""
 
 import io
 import pickle
@@ -47,14 +47,28 @@ def npy(array: np.ndarray, **options) -> bytes:
 # formats ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True}),
-                                               ("TIFF", {"compression": "tiff_lzw"})])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("WEBP", {"lossless": True}),
+    ],
+)
 def test_lossless_formats_give_the_pixels_that_went_in(kind, options):
     assert (decode(encoded(Image.fromarray(COLOUR), kind, **options), "x").pixels == COLOUR).all()
 
 
-@pytest.mark.parametrize(("kind", "options"), [("JPEG", {"quality": 95, "subsampling": 0}), ("WEBP", {"quality": 95}),
-                                               ("TIFF", {"compression": "jpeg", "quality": 95})])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("JPEG", {"quality": 95, "subsampling": 0}),
+        ("WEBP", {"quality": 95}),
+        ("TIFF", {"compression": "jpeg", "quality": 95}),
+    ],
+)
 def test_lossy_formats_come_close(kind, options):
     pixels = decode(encoded(Image.fromarray(COLOUR), kind, **options), "x").pixels
     assert np.abs(pixels.astype(int) - COLOUR).mean() < 4
@@ -267,8 +281,15 @@ def test_what_is_wrong_is_said_in_one_line(data, reason):
     assert "0x" not in message
 
 
-@pytest.mark.parametrize("data", [PNG, PNG16, *(encoded(Image.fromarray(COLOUR), k) for k in ("JPEG", "WEBP", "BMP", "TIFF")),
-                                  tiff(COLOUR.astype(np.uint16)), npy(COLOUR)])  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(encoded(Image.fromarray(COLOUR), kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF")),
+        PNG16,
+        tiff(COLOUR.astype(np.uint16)),
+        npy(COLOUR),
+    ],
+)
 def test_truncated_files_are_refused(data):
     assert decode(data, "whole").pixels.shape == COLOUR.shape
     for share in (0.05, 0.5, 0.9):
@@ -304,7 +325,10 @@ FUZZED = {
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(sorted(FUZZED)), st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), max_size=6))
+@given(
+    st.sampled_from(sorted(FUZZED)),
+    st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), max_size=6),
+)
 def test_damaged_files_give_pixels_or_bad_image_and_nothing_else(kind, changes):
     data = bytearray(FUZZED[kind])
     for position, value in changes:
@@ -329,7 +353,9 @@ def test_decoders_keep_quiet(tmp_path):
         "for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):\n"
         "    try: decode(path.read_bytes(), path.name)\n    except BadImage: pass\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=100
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -349,7 +375,8 @@ def test_large_jpegs_may_come_smaller_but_never_below_what_was_asked():
 def test_grey_is_repeated_and_colour_becomes_luminance():
     assert (adapt(Picture(GREY[:, :, None]), 3, "x") == np.dstack([GREY] * 3)).all()
     luminance = adapt(Picture(COLOUR), 1, "x")
-    assert np.abs(luminance[:, :, 0].astype(int) - np.asarray(Image.fromarray(COLOUR).convert("L"))).max() <= 1
+    want = np.asarray(Image.fromarray(COLOUR).convert("L"))
+    assert np.abs(luminance[:, :, 0].astype(int) - want).max() <= 1
     assert luminance.dtype == np.uint8
 
 
@@ -358,7 +385,10 @@ def test_transparency_is_laid_over_white(dtype):
     white = 1 if dtype is np.float32 else np.iinfo(dtype).max
     colour = np.array([[[0, 0, 0], [white, 0, 0], [white / 5, white / 5, white / 5]]], dtype)
     opaque, clear, half = (np.full((1, 3, 1), share * white, dtype) for share in (1, 0, 0.5))
-    over = [adapt(Picture(np.concatenate([colour, alpha], 2), alpha=True), 3, "x") for alpha in (opaque, clear, half)]
+    over = [
+        adapt(Picture(np.concatenate([colour, alpha], 2), alpha=True), 3, "x")
+        for alpha in (opaque, clear, half)
+    ]
     assert np.allclose(over[0], colour, atol=1e-6)
     assert (over[1] == white).all()
     assert np.allclose(over[2] / white, (colour / white + 1) / 2, atol=0.005)
@@ -374,7 +404,8 @@ def test_grey_with_alpha_fits_1_2_and_3_channels():
 
 @pytest.mark.parametrize(("have", "want"), [(4, 3), (2, 3), (5, 3), (5, 1), (3, 4), (1, 2), (13, 12)])
 def test_other_counts_must_match_exactly(have, want):
-    with pytest.raises(BadImage, match=rf"^bands\.tif: {have} channels, but the model takes {want}; --channels {have}"):
+    message = rf"^bands\.tif: {have} channels, but the model takes {want}; --channels {have} "
+    with pytest.raises(BadImage, match=message):
         adapt(Picture(np.zeros((4, 4, have), np.uint8)), want, "bands.tif")
     same = np.zeros((4, 4, have), np.uint16)
     assert adapt(Picture(same), have, "x") is same

@@ -90,4 +90,3 @@ def test_uniforms_are_uniform_and_repeat():
     assert values.max() < 1
     assert np.abs(np.histogram(values, 10, (0, 1))[0] - 2000).max() < 200
     assert abs(np.corrcoef(values[1:], values[:-1])[0, 1]) < 0.03
-

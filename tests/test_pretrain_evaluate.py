@@ -26,7 +26,7 @@ from pretrain.evaluate import (
     score,
     shared_labels,
 )
-from pretrain.evaluate.linear import hold_out, loss_and_gradient, minimise
+from pretrain.evaluate.linear import hold_out, loss_and_gradient, minimise, principal_axes
 from pretrain.evaluate.scoring import top_share
 
 MODEL = ViTConfig(patch=4, dim=16, depth=1, heads=2)
@@ -152,11 +152,31 @@ def test_optimum_equals_newtons():
             torch.tensor([penalty / 2, 0.0])
         )
         slope, bias = (torch.tensor([slope, bias]) - torch.linalg.solve(hessian, gradient)).tolist()
-    weight = minimise(x[:, None], labels, torch.zeros(2, 2, dtype=torch.float64), penalty, 100)
+    weight = minimise(x[:, None], labels, torch.zeros(2, 2, dtype=torch.float64), penalty, torch.ones(1), 100)
     difference = weight[:, 1] - weight[:, 0]
     torch.testing.assert_close(
         difference, torch.tensor([slope, bias], dtype=torch.float64), atol=1e-3, rtol=0
     )
+
+
+def test_the_optimum_is_reached_on_correlated_features():
+    """For a loss that is penalty-strongly convex, |gradient|^2 / (2 penalty) bounds how far it is from it."""
+    generator = torch.Generator().manual_seed(0)
+    plain, labels = blobs(400, 30, 4, apart=0.5)
+    mix, turn = (torch.randn(30, 30, generator=generator) for _ in range(2))
+    x = plain @ mix * torch.logspace(0, -3, 30) @ turn
+    x = (x - x.mean(dim=0)) / x.std(dim=0)
+    axes, variances = principal_axes(x)
+    assert variances.min() < 1e-5 * variances.max()
+    x, start, penalty = x @ axes, torch.zeros(31, 4), 1e-5
+
+    def gap(curvature: torch.Tensor) -> float:
+        weight = minimise(x, labels, start, penalty, curvature, 100)
+        _, gradient = loss_and_gradient(x.double(), labels, weight.double(), penalty)
+        return (gradient.square().sum() / (2 * penalty)).item()
+
+    assert gap(variances) < 1e-2
+    assert gap(torch.ones(30)) > 0.1  # what the scaling is for
 
 
 def test_a_strong_penalty_leaves_the_class_frequencies():

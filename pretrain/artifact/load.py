@@ -105,9 +105,7 @@ def _read_config(path: Path) -> ArtifactConfig:
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise BadArtifact(f"{path}: not an artifact's config, it has no format_version")
     if version > FORMAT_VERSION:
-        raise BadArtifact(
-            f"{path}: format {version}, newest known here {FORMAT_VERSION}; upgrade coma-dyvit"
-        )
+        raise BadArtifact(f"{path}: format {version}, newest known here {FORMAT_VERSION}; upgrade coma-dyvit")
     try:
         return from_plain(plain, ArtifactConfig, source=str(path))
     except BadInput as error:

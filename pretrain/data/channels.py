@@ -32,7 +32,8 @@ def adapt(picture: Picture, channels: int, name: str) -> np.ndarray:
         if pixels.shape[2] == 1:
             return np.repeat(pixels, channels, axis=2)
         if pixels.shape[2] == 3:
-            return _as(pixels.dtype, pixels.astype(np.float32) @ _LUMA[:, None])
+            red, green, blue = (pixels[:, :, c, None] * _LUMA[c] for c in range(3))
+            return _as(pixels.dtype, red + green + blue)
     have = picture.pixels.shape[2]
     raise BadImage(
         f"{name}: {have} channels, but the model takes {channels}; --channels {have} trains on such images"

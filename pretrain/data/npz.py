@@ -4,20 +4,20 @@
     offsets  int64 [n + 1]    image i is data[offsets[i] : offsets[i + 1]]
     labels, class_names, file_names    optional: int64 [n], str [k], str [n]
 
-`numpy.savez` stores its arrays uncompressed, so `data` is mapped from the file and only the pages that
-are read ever take memory; a compressed pack is unpacked once and shared by all processes.
+`numpy.savez` stores its arrays uncompressed, so images are read from their place in the file and take no
+memory; a compressed pack (`savez_compressed`) is unpacked once and shared by all processes.
 """
 
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from pretrain.data.source import EncodedSource, Names
+from pretrain.data.source import EncodedSource, Names, read_at
 from pretrain.errors import BadInput
 
 
@@ -31,18 +31,17 @@ class NpzSource(EncodedSource):
             BadInput: not such a pack, or its offsets or labels are out of range.
         """
         try:
-            with np.load(path, allow_pickle=False) as pack:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as pack:
                 missing = {"data", "offsets"} - set(pack.files)
                 if missing:
                     raise BadInput(f"{path}: this pack lacks {' and '.join(sorted(missing))}")
                 optional = {"labels", "class_names", "file_names"} & set(pack.files)
                 extra = {key: pack[key] for key in optional}
                 offsets = _offsets(path, pack["offsets"])
-                self._place = _place_of_data(path)
-                self._data = None if self._place else torch.from_numpy(_bytes(path, pack["data"]))
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+                self._start, length = _place_of_data(path)
+                self._data = torch.from_numpy(pack["data"]) if self._start is None else None
+        except (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise BadInput(f"{path}: not a readable .npz pack ({error})") from None
-        length = self._place[1] if self._place else len(self._data)  # type: ignore[arg-type]
         if offsets[-1] > length:
             raise BadInput(f"{path}: offsets end at {offsets[-1]}, beyond the {length} bytes of data")
         n = len(offsets) - 1
@@ -50,11 +49,6 @@ class NpzSource(EncodedSource):
         super().__init__(path, _labels(path, extra.get("labels"), n, class_names), class_names)
         self._offsets = torch.from_numpy(offsets)
         self._names = Names(map(str, _of_length(path, "file_names", extra.get("file_names"), n)))
-        self._map: np.ndarray | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the file mapping: every process opens its own."""
-        return self.__dict__ | {"_map": None}
 
     def __len__(self) -> int:
         """Number of images."""
@@ -69,38 +63,27 @@ class NpzSource(EncodedSource):
         start, end = self._offsets[i : i + 2].tolist()
         if self._data is not None:
             return self._data[start:end].numpy().tobytes()
-        if self._map is None:
-            self._map = np.memmap(self.location, np.uint8, "r", *reversed(self._place))  # type: ignore[misc]
-        return self._map[start:end].tobytes()
+        return read_at(self.location, (self._start or 0) + start, end - start, self.describe(i))
 
 
-def _place_of_data(path: Path) -> tuple[int, int] | None:
-    """Where the bytes of `data` lie in the file: (start, length); None if they are compressed."""
+def _place_of_data(path: Path) -> tuple[int | None, int]:
+    """Where the bytes of `data` start in the file (None: they are compressed), and how many there are."""
     with zipfile.ZipFile(path) as archive, archive.open("data.npy") as member, open(path, "rb") as raw:
         info = archive.getinfo("data.npy")
         version = np.lib.format.read_magic(member)
         header = np.lib.format
         read = header.read_array_header_1_0 if version == (1, 0) else header.read_array_header_2_0
         shape, _, dtype = read(member)
-        _check_bytes(path, shape, dtype)
+        if dtype != np.uint8 or len(shape) != 1:
+            raise BadInput(f"{path}: data is {dtype} {list(shape)}, expected uint8 [bytes]")
         if info.compress_type != zipfile.ZIP_STORED:
-            return None
+            return None, shape[0]
         raw.seek(info.header_offset + 26)  # ZIP: lengths of the local header's two variable fields
         name, extra = (int.from_bytes(raw.read(2), "little") for _ in range(2))
         start = info.header_offset + 30 + name + extra + member.tell()
         if start + shape[0] > path.stat().st_size:
             raise BadInput(f"{path}: the file is truncated")
         return start, shape[0]
-
-
-def _bytes(path: Path, data: np.ndarray) -> np.ndarray:
-    _check_bytes(path, data.shape, data.dtype)
-    return data
-
-
-def _check_bytes(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    if dtype != np.uint8 or len(shape) != 1:
-        raise BadInput(f"{path}: data is {dtype} {list(shape)}, expected uint8 [bytes]")
 
 
 def _offsets(path: Path, offsets: np.ndarray) -> np.ndarray:

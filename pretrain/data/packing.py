@@ -189,26 +189,21 @@ def reduce(picture: Picture, size: int) -> Picture:
 
 def encode(picture: Picture, quality: int) -> tuple[str, bytes]:
     """Extension and file content: JPEG where nothing but its own loss is lost, else PNG or TIFF."""
-    pixels, buffer = picture.pixels, io.BytesIO()
-    channels = pixels.shape[2]
+    buffer, channels = io.BytesIO(), picture.pixels.shape[2]
+    pixels = np.ascontiguousarray(picture.pixels[:, :, 0] if channels == 1 else picture.pixels)
     if pixels.dtype == np.uint8 and channels in (1, 3):
-        Image.fromarray(pixels.squeeze(2) if channels == 1 else pixels).save(buffer, "JPEG", quality=quality)
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
         return ".jpg", buffer.getvalue()
     if pixels.dtype != np.float32 and (channels in (1, 3) or picture.alpha):
         import imagecodecs
 
-        return ".png", bytes(imagecodecs.png_encode(pixels.squeeze(2) if channels == 1 else pixels))
+        return ".png", bytes(imagecodecs.png_encode(pixels))
     import tifffile
 
-    tifffile.imwrite(
-        buffer,
-        pixels,
-        photometric="minisblack",
-        planarconfig="contig",
-        compression="zlib",
-        extrasamples=["unspecified"] * (channels - 1) or None,
-        metadata=None,
+    bands = (
+        {"planarconfig": "contig", "extrasamples": ["unspecified"] * (channels - 1)} if channels > 1 else {}
     )
+    tifffile.imwrite(buffer, pixels, photometric="minisblack", compression="zlib", metadata=None, **bands)
     return ".tif", buffer.getvalue()
 
 
@@ -289,7 +284,7 @@ def _chunks(n: int, shard_images: int, first_shard: int) -> Iterator[range]:
 
 def _key(i: int, name: str) -> str:
     stem = re.split(r"[/\[\]]", name.rstrip("]"))[-1].partition(".")[0]
-    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:60]
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", re.sub(r"^\d{8}-", "", stem))[:60]
     return f"{i:08d}-{plain}" if plain else f"{i:08d}"
 
 

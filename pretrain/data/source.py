@@ -135,8 +135,26 @@ class Names(Sequence[str]):
 
     def __getitem__(self, i: int) -> str:  # type: ignore[override]
         """String number i."""
+        if i >= len(self):
+            raise IndexError(i)  # ends a loop over the names
         start, end = self._ends[i : i + 2].tolist()
         return os.fsdecode(self._bytes[start:end].numpy().tobytes())
+
+
+def read_at(path: Path | str, start: int, size: int, name: str) -> bytes:
+    """A piece of a large file, without keeping it open.
+
+    Raises:
+        BadImage: calling the image `name`, if the piece cannot be read.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), size, start)
+    except OSError as error:
+        raise BadImage(f"{name}: cannot be read ({error.strerror})") from None
+    if len(data) < size:
+        raise BadImage(f"{name}: its file became shorter after it was opened")
+    return data
 
 
 def printable(name: str) -> str:

@@ -104,7 +104,7 @@ def _here(guarded: _Guarded[Key, Result], keys: Iterable[Key], pin: bool) -> Gen
 def _apart(
     guarded: _Guarded[Key, Result], keys: Iterable[Key], workers: int, pin: bool
 ) -> Generator[Any, None, None]:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _signals_held():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # the number was chosen, not guessed
         loader: DataLoader[Any] = DataLoader(
             guarded,
@@ -117,7 +117,6 @@ def _apart(
             worker_init_fn=_settle,
             multiprocessing_context=_context(),
         )
-    with _signals_held():
         iterator: Any = iter(loader)
     stop = partial(_stop, iterator)
     atexit.register(stop)  # before multiprocessing's own handler, which would wait for them for ever

@@ -1,0 +1,6 @@
+"""Training: one loop for all objectives, on one process or many, that can stop and go on anywhere."""
+
+from pretrain.training.loop import pretrain
+from pretrain.training.nonfinite import Replay, replay_nonfinite
+
+__all__ = ["Replay", "pretrain", "replay_nonfinite"]

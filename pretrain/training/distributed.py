@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar, cast
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -65,17 +65,17 @@ class Processes:
         """All processes' values, in order, on every process."""
         if self.world == 1:
             return [value]
-        boxes: list[T | None] = [None] * self.world
+        boxes = [value] * self.world
         dist.all_gather_object(boxes, value)
-        return cast("list[T]", boxes)
+        return boxes
 
     def collect(self, value: T) -> list[T]:
         """All processes' values, in order, on process 0; nothing on the others."""
         if self.world == 1:
             return [value]
-        boxes: list[T | None] | None = [None] * self.world if self.main else None
-        dist.gather_object(value, boxes, dst=0)
-        return cast("list[T]", boxes or [])
+        boxes: list[T] = [value] * self.world if self.main else []
+        dist.gather_object(value, boxes or None, dst=0)
+        return boxes
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
@@ -85,6 +85,8 @@ class Processes:
             yield
         except ComaError as raised:
             error = raised
+        except OSError as raised:
+            error = ComaError(f"{raised.filename or 'output'}: {raised.strerror}")
         errors = self.gather(error and (type(error), str(error)))
         for rank, found in enumerate(errors):
             if found:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class MovingAverage:
@@ -37,23 +38,28 @@ class MovingAverage:
     def update(self, steps: int) -> None:
         """Take in the weights after step number `steps` (counted from 1)."""
         decay = min(self.decay, (1 + steps) / (10 + steps))
-        torch._foreach_lerp_(self._average, self._weights(), 1 - decay)
+        get_ema_multi_avg_fn(decay)(self._average, self._weights(), steps)
 
     @torch.no_grad()
     def restart(self) -> None:
         """Begin again from the present weights; after loading an average into them, this restores it."""
-        torch._foreach_copy_(self._average, self._weights())
+        _copy(self._weights(), self._average)
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
         """The model holds the average inside this block, and its own weights again afterwards."""
         with torch.no_grad():
             own = [weight.clone() for weight in self._weights()]
-            torch._foreach_copy_(self._weights(), self._average)
+            _copy(self._average, self._weights())
             try:
                 yield
             finally:
-                torch._foreach_copy_(self._weights(), own)
+                _copy(own, self._weights())
+
+
+def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
 
 
 def _local(parameter: nn.Parameter) -> Tensor:

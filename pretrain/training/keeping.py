@@ -16,15 +16,15 @@ goes on. Only at the end does it count.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from contextlib import closing, contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from pretrain.artifact import ArtifactConfig, library_versions, save_artifact
-from pretrain.data import Batch, normalize
+from pretrain.config import ObjectiveConfig, to_plain
+from pretrain.data import Batch, evaluation_batches, normalize
 from pretrain.errors import ComaError
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
@@ -34,6 +34,9 @@ from pretrain.training.report import Report
 from pretrain.training.setup import Plan, write_config
 from pretrain.training.state import read_state, write_state
 
+_PROBES = 8
+"""Images on a sheet of reconstructions."""
+
 
 class Keeper:
     """Writes the run directory; exists on process 0 only.
@@ -41,12 +44,14 @@ class Keeper:
     Args:
         plan: The run.
         report: Told what could not be written.
-        probe: Images whose reconstructions are drawn, always the same.
+
+    Raises:
+        BadInput: no image can be read, or none has the channels that the model takes.
     """
 
-    def __init__(self, plan: Plan, report: Report, probe: Batch) -> None:
-        self.failed: dict[str, str] = {}
-        self._plan, self._report, self._probe = plan, report, probe
+    def __init__(self, plan: Plan, report: Report) -> None:
+        self._failed: dict[str, str] = {}
+        self._plan, self._report, self._probe = plan, report, _first_images(plan)
         self._good: int | None = None
         self._metrics: MetricsLog | None = None
         self._tensorboard: TensorBoardLog | None = None
@@ -61,7 +66,7 @@ class Keeper:
         """Write the settings and begin the logs, `step` steps being done.
 
         Raises:
-            BadInput: the directory cannot be written.
+            OSError: the directory cannot be written.
         """
         write_config(self._plan.config)
         self._metrics = MetricsLog(self._plan.folder / "metrics.jsonl", step)
@@ -75,7 +80,7 @@ class Keeper:
             with self._or_say("tensorboard", row["step"]):
                 self._tensorboard.add(row)
 
-    def save(self, state: dict[str, Any], published: dict[str, Tensor], trained: dict[str, Any]) -> None:
+    def save(self, state: dict[str, Any]) -> None:
         """Write the resumable state and the artifact."""
         step = state["step"]
         with self._or_say("metrics", step):
@@ -85,58 +90,98 @@ class Keeper:
             write_state(self._plan.folder / "state", state, keep=self._good)
             self._good = step
         with self._or_say("artifact", step):
-            save_artifact(self._plan.folder / "artifact", tensors=published, config=self._describe(trained))
+            artifact = self._plan.folder / "artifact"
+            save_artifact(artifact, tensors=published(state), config=self._describe(state))
 
-    def draw(self, published: dict[str, Tensor], step: int, device: torch.device) -> None:
-        """Draw reconstructions of the probe images by the weights that are published."""
-        data = self._plan.config.data
-        mean, std = data.mean or (), data.std or ()
-        path = self._plan.folder / "reconstructions" / f"step-{step:08d}.png"
+    def draw(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
+        """Draw what these weights make of the first images, always the same ones with the same masks."""
+        mean, std = self._plan.statistics
+        path = self._plan.folder / "reconstructions" / f"step-{step:06d}.png"
         with self._or_say("reconstructions", step, Exception):
             with torch.device("meta"):
                 encoder = build_encoder(self._plan.config.model)
                 objective = build_objective(self._plan.config.objective, encoder)
-            objective.load_state_dict(published, assign=True)
+            objective.load_state_dict(weights, assign=True)
             objective.to(device)
             images = normalize(self._probe.images.to(device), mean, std)
             seeds = self._probe.seeds.to(device)
             reconstruction_sheet(objective, images, seeds, mean, std, path, caption=f"Step {step}")
 
-    def close(self, *, finished: bool) -> None:
-        """Draw the loss curve if the run is over, and close the logs."""
-        if finished and self._metrics:
-            with self._or_say("loss_curve.png", self._plan.steps, Exception):
-                loss_curve(self._plan.folder / "metrics.jsonl", self._plan.folder / "loss_curve.png")
+    def conclude(self) -> None:
+        """Draw the loss curve of a run that is over."""
+        path = self._plan.folder / "loss_curve.png"
+        with self._or_say(path.name, self._plan.steps, Exception):
+            loss_curve(self._plan.folder / "metrics.jsonl", path)
+
+    def missing(self) -> str:
+        """Which results the disk refused when they were last tried, and why; pictures do not count."""
+        results = ("state", "artifact", "metrics")
+        return ", ".join(f"{what} ({self._failed[what]})" for what in results if what in self._failed)
+
+    def close(self) -> None:
+        """Close the logs."""
         for log in (self._metrics, self._tensorboard):
             if log:
                 log.close()
 
-    def _describe(self, trained: dict[str, Any]) -> ArtifactConfig:
-        config = self._plan.config
+    def _describe(self, state: dict[str, Any]) -> ArtifactConfig:
+        config, source = self._plan.config, self._plan.source
+        mean, std = self._plan.statistics
         return ArtifactConfig(
             kind="pretrained",
             model=config.model,
             objective=config.objective,
             image_size=config.data.image_size,
-            mean=config.data.mean or (),
-            std=config.data.std or (),
+            mean=mean,
+            std=std,
             class_names=None,
-            trained=trained,
+            trained={
+                "method": to_plain(config.objective, ObjectiveConfig)["method"],
+                "steps": state["step"],
+                "steps_planned": self._plan.steps,
+                "images_seen": state["step"] * config.optimizer.batch_size,
+                "loss": state["loss"],
+                "data": source.location.name,
+                "images": len(source),
+                "ema": config.optimizer.ema,
+            },
             versions=library_versions(),
         )
 
     @contextmanager
     def _or_say(
-        self, what: str, step: int, errors: type[Exception] | tuple[type[Exception], ...] = (OSError, ComaError)
+        self,
+        what: str,
+        step: int,
+        errors: type[Exception] | tuple[type[Exception], ...] = (OSError, ComaError),
     ) -> Iterator[None]:
         """Note and report a failure to write `what`, once until it works again."""
         try:
             yield
         except errors as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            if what not in self.failed or what == "state":
-                last = "no state was saved yet" if self._good is None else f"the last good state is step {self._good}"
+            if what not in self._failed or what == "state":
+                last = (
+                    "no state was saved yet"
+                    if self._good is None
+                    else f"the last good state is step {self._good}"
+                )
                 self._report.warn(f"step {step}: could not write {what} ({reason}); {last}; training goes on")
-            self.failed[what] = reason
+            self._failed[what] = reason
         else:
-            self.failed.pop(what, None)
+            self._failed.pop(what, None)
+
+
+def published(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of a resumable state that are handed over: their moving average where there is one."""
+    return state["model"] if state["ema"] is None else state["ema"]
+
+
+def _first_images(plan: Plan) -> Batch:
+    config = plan.config
+    size, channels = config.data.image_size, config.model.channels
+    batches = evaluation_batches(
+        plan.source, image_size=size, channels=channels, batch_size=_PROBES, workers=0
+    )
+    with closing(cast("Any", batches)):
+        return next(batches)

@@ -36,6 +36,7 @@ from pretrain.training.ema import MovingAverage
 from pretrain.training.optimizer import build_optimizer
 from pretrain.training.precision import Precision, autocast, build_scaler
 
+
 @dataclass(frozen=True)
 class Step:
     """What one optimizer step gave, the same on every process."""

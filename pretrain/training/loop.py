@@ -1,32 +1,242 @@
-"""The training loop: one for all objectives.
+"""The training loop, one for all objectives: learn, log, save, draw; stop when asked to.
 
-    for every step: learn, log, save, draw, and stop when asked to
-
-Nothing in here knows a method, a model or a file format.
+Nothing in here knows a method, a model or a file format. After every step all processes know the same:
+the loss, whether one of them was asked to stop, and whether process 0 finds it time to save.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from pretrain.config import PretrainConfig
-from pretrain.data import Batch, evaluation_batches, training_batches
+from pretrain.data import Batch, training_batches
 from pretrain.errors import BadInput, CheckFailed, Interrupted
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
-from pretrain.training.distributed import AGREED, Processes, processes
-from pretrain.training.keeping import Keeper
-from pretrain.training.learner import Learner, NotFinite
+from pretrain.training.distributed import Processes, processes
+from pretrain.training.keeping import Keeper, published
+from pretrain.training.learner import Learner, NotFinite, Step
 from pretrain.training.metrics import Window
-from pretrain.training.nonfinite import save_nonfinite
+from pretrain.training.nonfinite import stop_run
 from pretrain.training.optimizer import learning_rate
 from pretrain.training.precision import choose_precision
 from pretrain.training.report import Report
-from pretrain.training.setup import Plan, prepare
+from pretrain.training.setup import Plan, check_resumable, prepare
 from pretrain.training.signals import StopRequest
-from pretrain.training.throughput import device_peak, training_flops
+from pretrain.training.throughput import Meter
+
+
+def pretrain(config: PretrainConfig, *, resume: bool = False) -> Path:
+    """Train from beginning to end, or from the last saved state on; under torchrun, on all its processes.
+
+    Args:
+        config: The run. Resuming takes the directory `config.run.out`, and refuses settings that would
+            change what is learned.
+        resume: Go on with a run that was interrupted.
+
+    Returns:
+        The run directory; its layout is described in `pretrain.training.keeping`.
+
+    Raises:
+        BadInput: settings, data or directory that cannot be used.
+        CheckFailed: a loss or gradient that is not finite, or results that could not be written.
+        Interrupted: Ctrl-C or SIGTERM; everything is saved.
+    """
+    with processes(config.run.device) as group, closing(Report(quiet=not group.main)) as report:
+        plan = prepare(config, group, resume=resume)
+        with StopRequest() as stop, closing(_Run(plan, group, report, stop)) as run:
+            run.begin(resume)
+            run.go()
+        return plan.folder
+
+
+class _Run:
+    def __init__(self, plan: Plan, group: Processes, report: Report, stop: StopRequest) -> None:
+        config = plan.config
+        self._plan, self._group, self._report, self._stop = plan, group, report, stop
+        self._done, self._loss = 0, 0.0
+        self._window = Window()
+        self._skipped: dict[str, None] = {}
+        self._saved_at = time.monotonic()
+        self._keeper: Keeper | None = None
+        with group.agreed():
+            precision = choose_precision(config.run.precision, group.device)
+            if group.main:
+                self._keeper = Keeper(plan, report)
+        torch.manual_seed(config.run.seed)
+        objective = build_objective(config.objective, build_encoder(config.model)).to(group.device)
+        self._learner = Learner(
+            objective,
+            config.optimizer,
+            config.run,
+            group,
+            plan.slices,
+            precision,
+            *plan.statistics,
+        )
+        self._meter = Meter(config, group, precision, report.warn)
+
+    def close(self) -> None:
+        """Close the logs."""
+        if self._keeper:
+            self._keeper.close()
+
+    def begin(self, resume: bool) -> None:
+        """Load the last state, if there is one to go on from, and open the run directory."""
+        state: dict[str, Any] | None = None
+        with self._group.agreed():
+            if resume and self._keeper:
+                state = self._keeper.resume()
+                check_resumable(plan=self._plan, state=state)
+        facts = self._group.share(state and {k: state[k] for k in ("step", "loss", "window", "skipped")})
+        if facts:
+            self._learner.load_state_dict(state)
+            self._done, self._loss = facts["step"], facts["loss"]
+            self._window.load_state_dict(facts["window"])
+            self._skipped = dict.fromkeys(facts["skipped"])
+        with self._group.agreed():
+            if self._keeper:
+                self._keeper.open(self._done)
+        if resume:
+            self._report.say(
+                f"resuming at step {self._done} of {self._plan.steps}"
+                if facts
+                else "no state was saved before the run ended; starting again from step 0"
+            )
+
+    def go(self) -> None:
+        """Train until the end, or until asked to stop."""
+        config = self._plan.config
+        batches = training_batches(
+            self._plan.source,
+            config.data,
+            channels=config.model.channels,
+            seed=config.run.seed,
+            batch=self._plan.slices,
+            start=self._done * self._plan.slices.global_batch,
+            device_pin=self._group.device.type == "cuda",
+        )
+        self._report.start(self._done, self._plan.steps)
+        with closing(cast("Any", batches)):
+            while self._done < self._plan.steps:
+                asked_to_stop = self._one_step(batches)
+                if asked_to_stop and self._done < self._plan.steps:
+                    self._leave_early()
+        self._finish()
+
+    def _one_step(self, batches: Iterator[Batch]) -> bool:
+        run, began = self._plan.config.run, time.perf_counter()
+        lr = learning_rate(self._done, self._plan.steps, self._plan.config.optimizer)
+        try:
+            step = self._learner.step(self._done, lr, batches, (self._stop.asked, self._time_to_save()))
+        except NotFinite as problem:
+            stop_run(self._plan, self._learner, self._group, self._done, problem)
+        except torch.OutOfMemoryError as error:
+            raise _too_big(self._plan.slices.micro_batch) from error
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            reason = str(error).partition("\n")[0]
+            raise BadInput(f"--compile does not work here ({reason}); leave it out") from error
+        self._done += 1
+        self._take_in(step, time.perf_counter() - began)
+        stop, time_to_save = step.requests
+        last = self._done == self._plan.steps
+        if last or self._done % run.log_steps == 0:
+            self._log(lr)
+        save = stop or time_to_save or (run.save_steps and self._done % run.save_steps == 0)
+        draw = run.sheet_steps and self._done % run.sheet_steps == 0
+        if (save or draw) and not last:
+            weights = self._save() if save else self._learner.published()
+            if draw and self._keeper:
+                self._keeper.draw(weights, self._done, self._group.device)
+        return stop
+
+    def _take_in(self, step: Step, seconds: float) -> None:
+        self._loss = step.values["loss"]
+        self._window.add(step.values)
+        self._meter.add(seconds, step.waited)
+        for failure in step.failures:
+            if failure not in self._skipped:
+                self._skipped[failure] = None
+                self._report.warn(f"skipped {failure}")
+        self._report.advance(self._done, self._loss, seconds, step.waited)
+
+    def _log(self, lr: float) -> None:
+        plan, means = self._plan, self._window.take()
+        row: dict[str, Any] = {
+            "step": self._done,
+            "epoch": round(plan.epochs(self._done), 4),
+            "images_seen": self._done * plan.slices.global_batch,
+            "loss": means.pop("loss"),
+            "lr": lr,
+            "grad_norm": means.pop("grad_norm", None),
+            **self._meter.take(),
+            "skipped": len(self._skipped),
+            **means,
+        }
+        if self._keeper:
+            self._keeper.log(row)
+            self._report.row(row)
+
+    def _save(self) -> dict[str, Tensor]:
+        """Collective, though only process 0 writes; gives it the weights that were published."""
+        state = self._learner.state_dict()
+        if self._keeper:
+            state |= {
+                "step": self._done,
+                "loss": self._loss,
+                "images": len(self._plan.source),
+                "window": self._window.state_dict(),
+                "skipped": list(self._skipped),
+            }
+            self._keeper.save(state)
+        self._saved_at = time.monotonic()
+        return published(state)
+
+    def _finish(self) -> None:
+        weights = self._save()
+        with self._group.agreed():
+            if self._keeper:
+                self._keeper.draw(weights, self._done, self._group.device)
+                self._keeper.conclude()
+                missing = self._keeper.missing()
+                if missing:
+                    raise CheckFailed(
+                        f"{self._plan.folder}: all {self._done} steps are done, but not everything could be "
+                        f"written: {missing}; make room, then run: {self._way_on()}"
+                    )
+
+    def _leave_early(self) -> None:
+        with self._group.agreed():
+            missing = self._keeper.missing() if self._keeper else ""
+            where = f"stopped at step {self._done} of {self._plan.steps}"
+            if missing:
+                raise CheckFailed(
+                    f"{where}, but could not save: {missing}; make room, then run: {self._way_on()}"
+                )
+            raise Interrupted(f"{where}; everything is saved, go on with: {self._way_on()}")
+
+    def _time_to_save(self) -> bool:
+        run = self._plan.config.run
+        due = time.monotonic() - self._saved_at > run.save_minutes * 60
+        return bool(self._keeper) and run.save_steps is None and due
+
+    def _way_on(self) -> str:
+        return f"coma pretrain --resume {self._plan.folder}"
+
+
+def _too_big(micro_batch: int) -> BadInput:
+    smaller = max((m for m in range(1, micro_batch) if micro_batch % m == 0), default=None)
+    fewer = f"--micro-batch {smaller}, " if smaller else ""
+    return BadInput(
+        f"out of GPU memory with {micro_batch} images per pass; try {fewer}--checkpoint-gradients or a "
+        "smaller --model"
+    )

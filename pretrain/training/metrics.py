@@ -104,7 +104,7 @@ class TensorBoardLog:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
 
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
         self._file = LineFile(folder / name)
@@ -119,8 +119,8 @@ class TensorBoardLog:
         Raises:
             OSError: the disk is full; they are written with the next row that finds room.
         """
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[attr-defined]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
         values = [
             Summary.Value(tag=name, simple_value=float(value))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,12 +22,14 @@ from torch.nn.utils import get_total_norm
 from pretrain.artifact import load_strict
 from pretrain.config import PretrainConfig, from_plain, to_plain
 from pretrain.data import Batch, normalize
-from pretrain.errors import BadInput
+from pretrain.errors import BadInput, CheckFailed
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
+from pretrain.training.distributed import Processes
 from pretrain.training.files import write_whole
-from pretrain.training.learner import NotFinite, pass_seed, seed_generators
+from pretrain.training.learner import Learner, NotFinite, pass_seed, seed_generators
 from pretrain.training.precision import Precision, autocast
+from pretrain.training.setup import Plan
 
 _WEIGHTS = "weights."
 
@@ -81,11 +83,52 @@ def save_nonfinite(
         "images": names,
         "config": to_plain(config),
     }
-    path = folder / f"step-{step:08d}.safetensors"
+    path = folder / f"step-{step:06d}.safetensors"
     text = json.dumps(facts, indent=2) + "\n"
     write_whole(path.with_suffix(".json"), lambda file: file.write(text.encode()))
     write_whole(path, lambda file: file.write(save(tensors)))
     return path
+
+
+def stop_run(plan: Plan, learner: Learner, group: Processes, step: int, problem: NotFinite) -> NoReturn:
+    """Write down step number `step` and end the run, on all processes.
+
+    Raises:
+        CheckFailed: with the step, the file, and what to try.
+    """
+    per_process = group.collect(learner.batches)
+    weights = learner.weights()
+    with group.agreed():
+        if group.main:
+            batches = [each[a] for a in range(plan.slices.accumulation) for each in per_process]
+            raise CheckFailed(
+                f"step {step}: {problem}; " + _write_down(plan, learner, step, problem, batches, weights)
+            )
+    raise AssertionError("process 0 raised, and so did all")
+
+
+def _write_down(
+    plan: Plan,
+    learner: Learner,
+    step: int,
+    problem: NotFinite,
+    batches: list[Batch],
+    weights: Mapping[str, Tensor],
+) -> str:
+    """What to tell the user."""
+    images = [image for batch in batches for image in batch.images]
+    names = [plan.source.describe(i) for batch in batches for i in batch.indices.tolist()]
+    bad = [name for name, image in zip(names, images, strict=True) if not image.isfinite().all()]
+    if bad:
+        hint = f"the images themselves hold values that are not finite: {', '.join(bad[:5])}"
+    else:
+        hint = "try a lower --base-lr, a longer --warmup, a smaller --clip or --precision fp32"
+    folder = plan.folder / "nonfinite"
+    try:
+        path = save_nonfinite(folder, step, problem, plan.config, learner.precision, batches, weights, names)
+    except OSError as error:
+        return f"what led to it could not be written ({error.strerror}); {hint}"
+    return f"the batch and the weights that lead to it are in {path}; {hint}"
 
 
 def replay_nonfinite(path: Path, device: str = "cpu") -> Replay:
@@ -123,7 +166,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         facts = json.loads(path.with_suffix(".json").read_text())
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        missing = {"step", "config", "precision", "micro_batch"} - set(facts) | {"images", "seeds"} - set(tensors)
+        missing = {"step", "config", "precision", "micro_batch"} - set(facts) | {"images", "seeds"} - set(
+            tensors
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise BadInput(f"{path}: not a saved step ({error})") from None
     if missing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch.amp.grad_scaler import GradScaler
 
 from pretrain.errors import BadInput
 
@@ -35,6 +36,6 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=kind, enabled=kind is not None)
 
 
-def build_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
+def build_scaler(precision: Precision, device: torch.device) -> GradScaler:
     """Loss scaling for fp16 (Micikevicius et al. 2018, sec. 3.2); passes everything through otherwise."""
-    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    return GradScaler(device.type, enabled=precision == "fp16")

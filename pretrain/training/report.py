@@ -8,7 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 DATA_WAIT = 0.2
@@ -46,9 +53,10 @@ class Report:
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[facts]}"),
         )
-        self._progress = Progress(*columns, console=self._console, expand=True)
-        self._task = self._progress.add_task("training", total=steps, completed=step, facts="")
-        self._progress.start()
+        progress = Progress(*columns, console=self._console, expand=True)
+        self._task = progress.add_task("training", total=steps, completed=step, facts="")
+        progress.start()
+        self._progress = progress
 
     def advance(self, step: int, loss: float, seconds: float, waited: float) -> None:
         """One step is done; `waited` of its `seconds` went by without data."""

@@ -43,6 +43,11 @@ class Plan:
         """The run directory."""
         return self.config.run.out
 
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel, of pixels scaled to 0..1."""
+        return self.config.data.mean or (), self.config.data.std or ()
+
     def epochs(self, steps: int) -> float:
         """Passes over the data after `steps` steps."""
         return steps * self.slices.global_batch / len(self.source)
@@ -89,9 +94,13 @@ def check_shapes(config: PretrainConfig) -> None:
     if size < unit or size % unit:
         below, above = size // unit * unit, -(-size // unit) * unit
         fitting = " or ".join(str(good) for good in dict.fromkeys((below, above)) if good)
-        raise BadInput(f"--image-size {size}: must be a multiple of the {unit} px mask unit; {fitting} would do")
+        raise BadInput(
+            f"--image-size {size}: must be a multiple of the {unit} px mask unit; {fitting} would do"
+        )
     if config.data.mean is not None and len(config.data.mean) != channels:
-        raise BadInput(f"--mean and --std have {len(config.data.mean)} values, the images {channels} channels")
+        raise BadInput(
+            f"--mean and --std have {len(config.data.mean)} values, the images {channels} channels"
+        )
 
 
 def share_out(optimizer: OptimizerConfig, rank: int, world: int) -> Slices:
@@ -110,8 +119,12 @@ def share_out(optimizer: OptimizerConfig, rank: int, world: int) -> Slices:
         fitting = [f"--batch-size {good}" for good in (below, above) if good]
         if micro and batch % world == 0:
             share = batch // world
-            fitting.append(f"--micro-batch {max(m for m in range(1, min(micro, share) + 1) if share % m == 0)}")
-        raise BadInput(f"--batch-size {batch} cannot be shared out over {what}; {' or '.join(fitting)} would do")
+            fitting.append(
+                f"--micro-batch {max(m for m in range(1, min(micro, share) + 1) if share % m == 0)}"
+            )
+        raise BadInput(
+            f"--batch-size {batch} cannot be shared out over {what}; {' or '.join(fitting)} would do"
+        )
     return Slices(batch, micro or batch // world, rank, world)
 
 
@@ -129,18 +142,32 @@ def count_steps(optimizer: OptimizerConfig, images: int) -> int:
     return steps
 
 
+def check_resumable(plan: Plan, state: dict[str, Any] | None) -> None:
+    """Refuse to go on from `state` with other data, or to fewer steps than are done.
+
+    Raises:
+        BadInput: naming both numbers.
+    """
+    if not state:
+        return
+    images, before = len(plan.source), state["images"]
+    if before != images:
+        raise BadInput(
+            f"{plan.source.location}: has {images} images, but the run was started with {before}, so their "
+            "order would change; give the same data, or start a new run"
+        )
+    if state["step"] > plan.steps:
+        raise BadInput(f"{plan.folder}: has done {state['step']} steps, more than the {plan.steps} asked for")
+
+
 def write_config(config: PretrainConfig) -> None:
     """Put the settings into the run directory.
 
     Raises:
-        BadInput: the directory cannot be written.
+        OSError: it cannot be written.
     """
-    path = config.run.out / "config.json"
     text = json.dumps(to_plain(config), indent=2) + "\n"
-    try:
-        write_whole(path, lambda file: file.write(text.encode()))
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
+    write_whole(config.run.out / "config.json", lambda file: file.write(text.encode()))
 
 
 def _fresh(config: PretrainConfig) -> PretrainConfig:
@@ -173,4 +200,8 @@ def _resumed(config: PretrainConfig) -> PretrainConfig:
 def _flat(plain: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(plain, dict):
         return {prefix: plain}
-    return {name: v for key, part in plain.items() for name, v in _flat(part, f"{prefix}.{key}".strip(".")).items()}
+    return {
+        name: v
+        for key, part in plain.items()
+        for name, v in _flat(part, f"{prefix}.{key}".strip(".")).items()
+    }

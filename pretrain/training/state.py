@@ -34,7 +34,7 @@ def write_state(folder: Path, state: dict[str, Any], keep: int | None) -> None:
     """
     step = state["step"]
     state = {"format_version": FORMAT_VERSION, **state}
-    write_whole(folder / f"step-{step:08d}.pt", lambda file: torch.save(state, file))  # type: ignore[arg-type]
+    write_whole(folder / f"step-{step:06d}.pt", lambda file: torch.save(state, file))  # type: ignore[arg-type]
     for other, path in _states(folder):
         if other not in (step, keep):
             path.unlink(missing_ok=True)
@@ -54,14 +54,16 @@ def read_state(folder: Path, warn: Callable[[str], object]) -> dict[str, Any] | 
         BadInput: there are states, and none of them loads.
     """
     states = _states(folder)
-    for step, path in reversed(states):
+    for _, path in reversed(states):
         try:
             return _load(path)
         except Exception as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             warn(f"{path}: this state does not load ({reason}); trying the one before")
     if states:
-        raise BadInput(f"{folder}: none of the saved states loads; remove the folder to start again from step 0")
+        raise BadInput(
+            f"{folder}: none of the saved states loads; remove the folder to start again from step 0"
+        )
     return None
 
 

@@ -1,4 +1,4 @@
-"""How well the hardware is used: FLOPs of a training step against the peak of the GPU (MFU).
+"""How well the hardware is used: images per second, time without data, FLOPs against the peak (MFU).
 
 Model FLOPs utilisation counts the arithmetic that the model needs, forward and backward, recomputation not
 included (Chowdhery et al. 2022, PaLM, appendix B).
@@ -7,15 +7,18 @@ included (Chowdhery et al. 2022, PaLM, appendix B).
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.config import EncoderConfig, ObjectiveConfig
+from pretrain.config import EncoderConfig, ObjectiveConfig, PretrainConfig
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
+from pretrain.training.distributed import Processes
 
 _PEAK = {
     "B200": 2250,
@@ -73,3 +76,52 @@ def training_flops(model: EncoderConfig, objective: ObjectiveConfig, image_size:
         with FlopCounterMode(display=False) as counter:
             learner(images, seeds).loss.backward()
     return counter.get_total_flops() / len(images)
+
+
+class Meter:
+    """Speed since the last log point.
+
+    Args:
+        config: The run.
+        group: The processes; only process 0 works out the MFU.
+        precision: As chosen for its device.
+        warn: Told when MFU cannot be worked out.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        group: Processes,
+        precision: str,
+        warn: Callable[[str], object],
+    ) -> None:
+        self._batch = config.optimizer.batch_size
+        self._device = group.device
+        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
+        self._full_use: float | None = None
+        peak = device_peak(group.device, precision) if group.main else None
+        if peak:
+            try:
+                flops = training_flops(config.model, config.objective, config.data.image_size)
+                self._full_use = peak * group.world / flops
+            except RuntimeError as error:
+                warn("MFU will not be shown: " + str(error).partition("\n")[0])
+
+    def add(self, seconds: float, waited: float) -> None:
+        """One step took `seconds`, `waited` of them for data."""
+        self._steps, self._seconds, self._waited = (
+            self._steps + 1,
+            self._seconds + seconds,
+            self._waited + waited,
+        )
+
+    def take(self) -> dict[str, Any]:
+        """What to log; counting starts again."""
+        speed = self._steps * self._batch / self._seconds
+        values = {"images_per_s": round(speed, 2), "data_wait": round(self._waited / self._seconds, 4)}
+        if self._full_use:
+            values["mfu"] = round(speed / self._full_use, 4)
+        if self._device.type == "cuda":
+            values["memory_gib"] = round(torch.cuda.max_memory_allocated(self._device) / 2**30, 2)
+        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
+        return values

@@ -1,0 +1,169 @@
+"""Pre-train an encoder on a folder of images.
+
+Reads photographs, shards or packs, masks them, learns to fill them in, and leaves an artifact that
+`coma evaluate` and the other commands take. Interrupted runs go on where they were last saved.
+
+Examples:
+  coma pretrain PHOTOS --out runs/first --model tiny --image-size 64 --epochs 100
+  coma pretrain PHOTOS --out runs/few --recipe small-data
+  coma pretrain PHOTOS --out runs/mae --model vit-base --method mae --batch-size 1024 --micro-batch 128
+  coma pretrain --resume runs/first
+  coma pretrain --from runs/first --out runs/second --seed 1
+  torchrun --nproc-per-node 8 -m pretrain pretrain PHOTOS --out runs/eight --batch-size 2048 --compile
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from pretrain.config import (
+    DataConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    RunConfig,
+    encoder_preset,
+    method_preset,
+    read_config,
+)
+from pretrain.errors import BadInput, ComaError
+
+Model = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
+Method = Literal["coma", "coma4", "coma-independent", "coma-single", "mae"]
+
+_RECIPES = {
+    "default": OptimizerConfig(),
+    "small-data": OptimizerConfig(epochs=400, batch_size=64, base_lr=2e-3, warmup=0.05),
+}
+_NARROW_DECODER = {"tiny": 192, "vit-tiny": 192}  # the full 512 channels would cost more than the encoder
+
+_NOT_RESUMED = ("model", "method", "recipe", "channels", "from_")
+
+
+@dataclass(frozen=True)
+class Presets:
+    """These choose defaults, which the flags below override."""
+
+    model: Model | None = None
+    """Encoder, fitted to --image-size (default: small). tiny to large are DyViT, vit-* plain ViT."""
+    method: Method | None = None
+    """coma: two complementary views (default). coma4: four. coma-independent, coma-single: its controls.
+    mae: one view of a quarter of the image."""
+    recipe: Literal["default", "small-data"] | None = None
+    """small-data: for up to about 10,000 images on one GPU."""
+    channels: int | None = None
+    """Channels of the images, 1 to 16 (default: 3)."""
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """Start a new run with the settings of this run directory or config.json."""
+    resume: Path | None = None
+    """Go on with the run in this directory, with its own settings."""
+
+
+@dataclass(frozen=True)
+class _First(Presets):
+    """What has to be known before the other defaults are."""
+
+    image_size: int | None = None
+
+
+def run(argv: list[str]) -> None:
+    """Parse, train, say where everything is.
+
+    Raises:
+        BadInput: settings, images or directories that cannot be used.
+        CheckFailed: a loss that is not finite, or results that could not be written.
+        Interrupted: Ctrl-C or SIGTERM; everything is saved.
+    """
+    main = os.environ.get("RANK", "0") == "0"  # set by torchrun
+    try:
+        config, resume = parse(argv)
+        from pretrain.training import pretrain
+
+        folder = pretrain(config, resume=resume)
+    except ComaError as error:
+        from pretrain.training.distributed import AGREED
+
+        if main or AGREED not in getattr(error, "__notes__", ()):
+            raise
+        raise SystemExit(error.exit_code) from None  # process 0 prints it
+    if main:
+        print(_summary(folder))
+
+
+def parse(argv: list[str]) -> tuple[PretrainConfig, bool]:
+    """The settings that `argv` asks for, and whether they are those of a run to be resumed.
+
+    Raises:
+        BadInput: presets that contradict each other, or a run that cannot be read.
+    """
+    without_help = [argument for argument in argv if argument not in ("-h", "--help")]
+    first, _ = tyro.cli(_First, args=without_help, return_unknown_args=True, add_help=False)
+    defaults = _defaults(first)
+    flat = tyro.conf.OmitArgPrefixes
+    groups: list[tuple[str, Any, Any]] = [
+        ("presets", Annotated[Presets, flat], Presets()),
+        ("data", Annotated[DataConfig, flat], defaults.data),
+        ("optimizer", Annotated[OptimizerConfig, flat], defaults.optimizer),
+        ("run", Annotated[RunConfig, flat], defaults.run),
+        ("model", type(defaults.model), defaults.model),
+        ("objective", type(defaults.objective), defaults.objective),
+    ]
+    fields = [(name, kind, dataclasses.field(default=default)) for name, kind, default in groups]
+    flags = dataclasses.make_dataclass("Flags", fields, frozen=True)
+    given: Any = tyro.cli(flags, args=argv, prog="coma pretrain", description=__doc__)
+    data: DataConfig = given.data
+    if first.from_ and data.images != defaults.data.images and data.mean == defaults.data.mean:
+        data = replace(data, mean=None, std=None)  # those of other images: to be measured again
+    config = PretrainConfig(data, given.model, given.objective, given.optimizer, given.run)
+    return config, first.resume is not None
+
+
+def _defaults(first: _First) -> PretrainConfig:
+    if first.resume:
+        given = [name for name in _NOT_RESUMED if getattr(first, name) is not None]
+        if given:
+            flag = given[0].strip("_")
+            raise BadInput(f"--{flag} does not go with --resume, which takes the settings of the run")
+        config = read_config(first.resume)
+        folder = first.resume.parent if first.resume.is_file() else first.resume
+        return replace(config, run=replace(config.run, out=folder))
+    config = read_config(first.from_) if first.from_ else PretrainConfig()
+    size = first.image_size or config.data.image_size
+    channels = config.model.channels if first.channels is None else first.channels
+    if first.model or not first.from_:
+        model = encoder_preset(first.model or "small", size, channels)
+    else:
+        model = replace(config.model, channels=channels)
+    if first.method or not first.from_:
+        width = _NARROW_DECODER.get(first.model or "small", config.objective.decoder.dim)
+        objective = method_preset(first.method or "coma", decoder_dim=width)
+    else:
+        objective = config.objective
+    optimizer = _RECIPES[first.recipe] if first.recipe else config.optimizer
+    return replace(config, model=model, objective=objective, optimizer=optimizer)
+
+
+def _summary(folder: Path) -> str:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = rows[-1]
+    length = "--steps" if read_config(folder).optimizer.steps else "--epochs"
+    sheet = max((folder / "reconstructions").glob("step-*.png"), default=folder / "reconstructions")
+    return f"""
+{last["step"]} steps, {last["images_seen"]} images seen, loss {rows[0]["loss"]:.4f} -> {last["loss"]:.4f}
+
+  artifact         {folder / "artifact"} (encoder and decoder)
+  reconstructions  {sheet}
+  loss curve       {folder / "loss_curve.png"}
+  metrics          {folder / "metrics.jsonl"}, or: tensorboard --logdir {folder / "tensorboard"}
+
+next:
+  coma evaluate {folder / "artifact"} --data LABELLED
+      measure its features on labelled images: LABELLED holds train and test, a folder per class in each
+  coma pretrain --resume {folder} {length} N
+      train it for longer"""

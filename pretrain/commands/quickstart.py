@@ -1,0 +1,259 @@
+"""Pre-train a tiny model on a few photographs in two minutes, offline, and show what it learned.
+
+The photographs come with scikit-image, so nothing is downloaded. The model learns them by heart, which
+says little about features and a lot about whether everything works: reading, masks, training,
+reconstruction, saving and loading.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from pretrain.config import (
+    DataConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    RunConfig,
+    encoder_preset,
+    method_preset,
+    read_config,
+)
+from pretrain.errors import BadInput, CheckFailed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pretrain.artifact import ArtifactConfig
+    from pretrain.objectives import Objective
+
+PHOTOGRAPHS = (
+    *("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "retina.jpg", "motorcycle_left.png"),
+    *("ihc.png", "hubble_deep_field.jpg", "camera.png", "coins.png", "moon.png", "grass.png"),
+)
+"""Files of scikit-image's data folder; the first eight are drawn on the sheet."""
+
+_IMAGE_SIZE = 64
+_SHORT_SIDE = 96  # pixels of the copies: decoding the originals would take longer than the model does
+_TRIALS = 6
+_FEWEST_STEPS, _MOST_STEPS = 20, 5000
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """Two minutes from photographs to a pre-trained model."""
+
+    out: Path = Path("quickstart")
+    """Folder for everything that is made."""
+    minutes: float = 2.0
+    """How long to train; a few trial steps tell how many that makes."""
+    method: Literal["coma", "coma4", "mae"] = "coma"
+    """coma: two complementary views. coma4: four. mae: one view of a quarter of the image."""
+    fresh: bool = False
+    """Remove what an earlier quickstart left in --out, and start over."""
+
+
+def run(argv: list[str]) -> None:
+    """Parse, train (or go on with an earlier quickstart), verify, draw, say what is where.
+
+    Raises:
+        BadInput: settings that cannot be used, or a folder that holds something else.
+        CheckFailed: the artifact does not reconstruct what the trained model does.
+        Interrupted: Ctrl-C; the same command goes on from there.
+    """
+    config = tyro.cli(QuickstartConfig, args=argv, prog="coma quickstart", description=__doc__)
+    if not 0 < config.minutes <= 600:
+        raise BadInput(f"--minutes {config.minutes:g}: must be more than 0, and at most 600")
+
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    plan = _earlier(config)
+    if plan:
+        console.print(f"going on with what is in {config.out} (--fresh starts over)")
+    else:
+        folder = _copy_photographs(config.out / "pictures")
+        console.print(f"{len(PHOTOGRAPHS)} photographs that come with scikit-image are in {folder}")
+        plan = _plan(config)
+        console.print(f"{plan.optimizer.steps} steps will take about {config.minutes:g} minutes here")
+
+    from pretrain.pictures import reconstruction_sheet
+    from pretrain.pretrained import load_pretrained
+    from pretrain.training import pretrain
+
+    run_directory = pretrain(plan, resume=(plan.run.out / "config.json").exists())
+    objective, about = load_pretrained(run_directory / "artifact")
+    images, seeds = _examples(plan, about)
+    verify(plan, objective, images, seeds)
+    sheet = config.out / "reconstructions.png"
+    reconstruction_sheet(objective, images, seeds, about.mean, about.std, sheet, caption=_caption(about))
+    console.print(_results(run_directory, about, sheet))
+    console.print(_next_steps(run_directory))
+
+
+def verify(plan: PretrainConfig, objective: Objective, images: Tensor, seeds: Tensor) -> None:
+    """Compare an objective that was loaded from the artifact with the weights as the trainer has them.
+
+    Args:
+        plan: The run; its last training state holds those weights.
+        objective: What was loaded.
+        images: `[b, c, H, W]`, normalised.
+        seeds: int64 `[b]`, which fix the masks.
+
+    Raises:
+        CheckFailed: their reconstructions differ in any bit.
+    """
+    import torch
+
+    from pretrain.masking.units import unit_grid
+    from pretrain.models import build_encoder
+    from pretrain.objectives import build_objective
+    from pretrain.training.state import read_state
+
+    folder = plan.run.out
+    state = read_state(folder / "state", warn=lambda _: None)
+    if state is None:
+        raise CheckFailed(f"{folder / 'state'}: no training state to verify the artifact against")
+    trained = build_objective(plan.objective, build_encoder(plan.model)).eval()
+    trained.load_state_dict(state["model"])
+    h, w = unit_grid(images.shape[-2], images.shape[-1], objective.encoder.unit)
+    for view in objective.draw_visible(seeds, h, w):
+        if not torch.equal(objective.reconstruct(images, view), trained.reconstruct(images, view)):
+            raise CheckFailed(f"{folder / 'artifact'}: reconstructs something else than the trained model")
+
+
+def _earlier(config: QuickstartConfig) -> PretrainConfig | None:
+    """The run that an earlier quickstart began in this folder; None where there is none to go on with."""
+    out, run, pictures = config.out, config.out / "run", config.out / "pictures"
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"--out {out}: is a file; give a folder")
+    if not (run / "config.json").exists():
+        others = sorted(path.name for path in out.glob("*") if path != pictures)
+        if others:
+            raise BadInput(f"--out {out}: holds other things ({others[0]}); give a new folder")
+        return None
+    plan = read_config(run)
+    if plan.data.images is None or plan.data.images.name != pictures.name or not pictures.is_dir():
+        raise BadInput(f"{run}: is not the run of a quickstart; give another --out")
+    if config.fresh:
+        for folder in (run, pictures):
+            shutil.rmtree(folder)
+        return None
+    if plan.objective != _objective(config.method):
+        raise BadInput(
+            f"{run}: is of another method than {config.method}; add --fresh, or give another --out"
+        )
+    return replace(plan, data=replace(plan.data, images=pictures), run=replace(plan.run, out=run))
+
+
+def _copy_photographs(folder: Path) -> Path:
+    """Put small copies of scikit-image's photographs into `folder`, numbered to keep their order."""
+    import skimage
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(PHOTOGRAPHS, start=1):
+        shipped = Path(skimage.data_dir) / name
+        if not shipped.exists():
+            raise BadInput(f"{shipped}: is missing; install scikit-image again")
+        with Image.open(shipped) as photograph:
+            zoom = _SHORT_SIDE / min(photograph.size)
+            size = (round(photograph.width * zoom), round(photograph.height * zoom))
+            small = photograph.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        small.save(folder / f"{number:02d}-{Path(name).stem}.png")
+    return folder
+
+
+def _objective(method: str) -> ObjectiveConfig:
+    return replace(method_preset(method, decoder_dim=192, decoder_depth=4), norm_pix=False)
+
+
+def _plan(config: QuickstartConfig) -> PretrainConfig:
+    """Settings that learn a dozen photographs by heart: nearly fixed crops, plain pixels, high rate."""
+    plan = PretrainConfig(
+        data=DataConfig(
+            images=config.out / "pictures",
+            image_size=_IMAGE_SIZE,
+            crop_scale=(0.9, 1.0),
+            flip=False,
+            workers=0,
+        ),
+        model=encoder_preset("tiny", _IMAGE_SIZE),
+        objective=_objective(config.method),
+        optimizer=OptimizerConfig(batch_size=16, base_lr=1.6e-2),
+        run=RunConfig(out=config.out / "run", log_steps=5, sheet_steps=0),
+    )
+    return replace(plan, optimizer=replace(plan.optimizer, steps=_steps(plan, config.minutes)))
+
+
+def _steps(plan: PretrainConfig, minutes: float) -> int:
+    """How many steps this machine takes in `minutes`, going by a few trial steps."""
+    from pretrain.data import Slices, measure, open_source, training_batches
+    from pretrain.models import build_encoder
+    from pretrain.objectives import build_objective
+    from pretrain.training.distributed import processes
+    from pretrain.training.learner import Learner
+    from pretrain.training.precision import choose_precision
+
+    source, channels = open_source(plan.data.images or Path()), plan.model.channels
+    slices = Slices(plan.optimizer.batch_size, plan.optimizer.batch_size)
+    batches = training_batches(
+        source, plan.data, channels=channels, seed=plan.run.seed, batch=slices, start=0, device_pin=False
+    )
+    seconds = []
+    with processes(plan.run.device) as group:
+        objective = build_objective(plan.objective, build_encoder(plan.model)).to(group.device)
+        precision = choose_precision(plan.run.precision, group.device)
+        mean, std = measure(source, channels, workers=0)
+        learner = Learner(objective, plan.optimizer, plan.run, group, slices, precision, mean, std)
+        for number in range(_TRIALS):
+            began = time.perf_counter()
+            learner.step(number, 0.0, batches, ())
+            seconds.append(time.perf_counter() - began)
+    steady = statistics.median(seconds[_TRIALS // 2 :])
+    return min(max(round(60 * minutes / steady), _FEWEST_STEPS), _MOST_STEPS)
+
+
+def _examples(plan: PretrainConfig, about: ArtifactConfig) -> tuple[Tensor, Tensor]:
+    """The first eight photographs, normalised `[8, 3, S, S]`, and seeds `[8]` for their masks."""
+    from pretrain.data import evaluation_batches, normalize, open_source
+
+    source, size, channels = open_source(plan.data.images or Path()), about.image_size, about.model.channels
+    batches = evaluation_batches(source, image_size=size, channels=channels, batch_size=8, workers=0)
+    batch = next(iter(batches))
+    return normalize(batch.images, about.mean, about.std), batch.seeds
+
+
+def _caption(about: ArtifactConfig) -> str:
+    steps, images = about.trained["steps"], about.trained["images"]
+    return f"A tiny DyViT after {steps} steps on {images} photographs, which it learns by heart"
+
+
+def _results(run_directory: Path, about: ArtifactConfig, sheet: Path) -> str:
+    rows = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
+    artifact = run_directory / "artifact"
+    megabytes = (artifact / "model.safetensors").stat().st_size / 1e6
+    return f"""
+  loss             {rows[0]["loss"]:.3f} -> {rows[-1]["loss"]:.3f} in {about.trained["steps"]} steps
+  verified         the artifact, loaded again, reconstructs bit for bit what the trained model does
+  reconstructions  {sheet}
+  loss curve       {run_directory / "loss_curve.png"}
+  artifact         {artifact} (encoder and decoder, {megabytes:.1f} MB)
+  run directory    {run_directory} (settings, metrics, TensorBoard, resumable state)
+"""
+
+
+def _next_steps(run_directory: Path) -> str:
+    return f"""next:
+  coma pretrain PHOTOS --out runs/first     pre-train on your own images
+  coma pretrain --resume runs/first         go on after an interruption
+  coma evaluate {run_directory / "artifact"} --data LABELLED
+                                            measure its features on labelled images"""

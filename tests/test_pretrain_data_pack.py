@@ -1,0 +1,300 @@
+"""`coma pack`: images survive as they should, webdataset reads them, nothing half-done is left."""
+
+import gc
+import io
+import json
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+from skimage import data as pictures
+from webdataset.compat import WebDataset
+
+from pretrain.commands.pack import run
+from pretrain.data import ArraySource, open_source
+from pretrain.data.images import Picture, decode
+from pretrain.data.packing import PackSettings, encode, pack, reduce
+from pretrain.errors import BadInput, ComaError, Interrupted
+
+ASTRONAUT = pictures.astronaut()
+SMALL = PackSettings(size=64, shard_images=4)
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Ten photographs in two class folders, and one file that is none."""
+    for i in range(10):
+        folder = tmp_path / "photos" / ("cat" if i % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(ASTRONAUT[i * 10 : i * 10 + 200, :300]).save(folder / f"photo.{i}.jpg", quality=95)
+    (tmp_path / "photos" / "cat" / "bad.jpg").write_bytes(b"words")
+    return tmp_path / "photos"
+
+
+# what happens to an image -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(200, 300), (300, 200), (64, 5000), (65, 65)])
+def test_large_images_are_reduced_to_the_short_side(shape):
+    small = reduce(Picture(np.zeros((*shape, 3), np.uint8)), 64).pixels
+    assert min(small.shape[:2]) == 64
+    assert small.shape[0] / small.shape[1] == pytest.approx(shape[0] / shape[1], rel=0.01)
+
+
+def test_small_images_are_never_enlarged():
+    picture = Picture(ASTRONAUT[:40, :500])
+    assert reduce(picture, 64) is picture
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_reducing_keeps_depth_and_brightness(dtype):
+    white = 1 if dtype is np.float32 else np.iinfo(dtype).max
+    pixels = (ASTRONAUT / 255 * white).astype(dtype)
+    small = reduce(Picture(pixels), 64).pixels
+    assert small.dtype == dtype
+    assert (small / white).mean() == pytest.approx((pixels / white).mean(), abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "alpha", "suffix"),
+    [
+        (ASTRONAUT, False, ".jpg"),
+        (ASTRONAUT[:, :, :1], False, ".jpg"),
+        (np.dstack([ASTRONAUT, ASTRONAUT[:, :, 0]]), True, ".png"),
+        (np.dstack([ASTRONAUT, ASTRONAUT[:, :, 0]]), False, ".tif"),
+        (ASTRONAUT[:, :, :2], True, ".png"),
+        (RNG.integers(0, 65536, (30, 40, 1), np.uint16), False, ".png"),
+        (RNG.integers(0, 65536, (30, 40, 3), np.uint16), False, ".png"),
+        (RNG.integers(0, 65536, (30, 40, 4), np.uint16), True, ".png"),
+        (RNG.integers(0, 65536, (30, 40, 13), np.uint16), False, ".tif"),
+        (RNG.random((30, 40, 1), np.float32), False, ".tif"),
+        (RNG.random((30, 40, 5), np.float32), False, ".tif"),
+    ],
+)
+def test_what_is_written_reads_back(pixels, alpha, suffix):
+    extension, content = encode(Picture(pixels, alpha), quality=95)
+    back = decode(content, "x")
+    assert extension == suffix
+    assert back.pixels.dtype == pixels.dtype
+    assert back.alpha == alpha
+    if suffix == ".jpg":
+        assert np.abs(back.pixels.astype(int) - pixels).mean() < 3
+    else:
+        assert (back.pixels == pixels).all()
+
+
+# whole packs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pack_holds_the_same_images_labels_and_names(photos, tmp_path, workers):
+    source = open_source(photos)
+    report = pack(source, tmp_path / "out", SMALL, workers=workers)
+    packed = open_source(tmp_path / "out")
+    assert (report.images, len(report.shards), len(packed)) == (10, 3, 10)
+    assert packed.class_names == ("cat", "dog")
+    assert packed.labels is not None
+    assert packed.labels.tolist() == [0] * 5 + [1] * 5
+    assert report.failures == [
+        f"{photos}/cat/bad.jpg: not an image (its content is not JPEG, PNG, WebP, TIFF, BMP or NPY)"
+    ]
+    assert packed.describe(0) == f"{tmp_path}/out/shard-000000.tar[00000001-photo.jpg]"
+    for i in range(10):
+        small = packed.read(i)
+        assert small.shape == (64, 96, 3)
+        want = Image.fromarray(source.read(i + 1)).resize((96, 64), Image.Resampling.BICUBIC)
+        assert np.abs(small.astype(int) - np.asarray(want)).mean() < 4
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its shards open
+def test_the_webdataset_package_reads_a_pack(photos, tmp_path):
+    pack(open_source(photos), tmp_path / "out", SMALL, workers=0)
+    urls = str(tmp_path / "out" / "shard-{000000..000002}.tar")
+    dataset = WebDataset(urls, shardshuffle=False, empty_check=False).decode("pil").to_tuple("jpg", "cls")
+    samples = list(iter(dataset))  # type: ignore[call-overload]
+    del dataset
+    gc.collect()
+    ours = open_source(tmp_path / "out")
+    assert ours.labels is not None
+    assert [label for _, label in samples] == ours.labels.tolist()
+    for i, (image, _) in enumerate(samples):
+        assert (np.asarray(image) == ours.read(i)).all()
+
+
+def test_small_jpegs_keep_their_bytes_unless_they_must_be_turned(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(ASTRONAUT[:40, :50]).save(folder / "a.jpg", quality=50)
+    Image.fromarray(ASTRONAUT[:40, :50]).save(folder / "b.jpg", exif=exif.tobytes())
+    Image.fromarray(ASTRONAUT[:40, :50]).convert("CMYK").save(folder / "c.jpg")
+    pack(open_source(folder), tmp_path / "out", SMALL, workers=0)
+    packed = open_source(tmp_path / "out")
+    kept, turned, converted = (packed.encoded(i) for i in range(3))
+    assert kept == (folder / "a.jpg").read_bytes()
+    assert kept is not None and turned is not None and converted is not None
+    with Image.open(io.BytesIO(turned)) as image:
+        assert image.size == (40, 50)
+        assert 0x0112 not in image.getexif()
+    with Image.open(io.BytesIO(converted)) as image:
+        assert image.mode == "RGB"
+
+
+def test_deep_and_multi_channel_images_survive(tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    grey = RNG.integers(0, 65536, (40, 50), np.uint16)
+    bands = RNG.random((40, 50, 6), np.float32)
+    (folder / "a.png").write_bytes(imagecodecs.png_encode(grey))
+    tifffile.imwrite(folder / "b.tif", bands, photometric="minisblack", planarconfig="contig")
+    np.save(folder / "c.npy", np.moveaxis(bands, 2, 0))
+    pack(open_source(folder), tmp_path / "out", SMALL, workers=0)
+    packed = open_source(tmp_path / "out")
+    assert (packed.read(0)[:, :, 0] == grey).all()
+    assert (packed.read(1) == bands).all()
+    assert (packed.read(2) == bands).all()
+
+
+def test_arrays_and_packs_can_be_packed(tmp_path):
+    source = ArraySource([ASTRONAUT[:80, :80], ASTRONAUT[:90, :100]], np.array([1, 0]), ("a", "b"))
+    pack(source, tmp_path / "one", SMALL, workers=0)
+    pack(open_source(tmp_path / "one"), tmp_path / "two", SMALL, workers=0)
+    again = open_source(tmp_path / "two")
+    assert again.class_names == ("a", "b")
+    assert again.encoded(1) == open_source(tmp_path / "one").encoded(1)
+    assert again.describe(1) == f"{tmp_path}/two/shard-000000.tar[00000001-1.jpg]"
+
+
+# stopping and going on --------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(images: int):
+    def progress(done: int) -> None:
+        if done >= images:
+            raise Stop
+
+    return progress
+
+
+def test_an_interrupted_pack_goes_on_and_ends_the_same(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("pretrain.data.packing._CHUNK", 2)
+    source, out = open_source(photos), tmp_path / "out"
+    with pytest.raises(Stop):
+        pack(source, out, SMALL, workers=0, progress=stop_after(6))
+    assert sorted(path.name for path in out.iterdir()) == [
+        "index.json",
+        "shard-000000.tar",
+    ]  # nothing half-done
+    with pytest.raises(BadInput, match="unfinished"):
+        open_source(out)
+    first = (out / "shard-000000.tar").stat()
+    seen: list[int] = []
+    report = pack(source, out, SMALL, workers=0, progress=seen.append)
+    assert report.resumed == seen[0] == 4
+    assert report.images == 10
+    assert len(report.failures) == 1  # of the first attempt
+    assert (out / "shard-000000.tar").stat().st_mtime_ns == first.st_mtime_ns
+    pack(source, tmp_path / "whole", SMALL, workers=0)
+    for path in sorted((tmp_path / "whole").iterdir()):
+        assert path.read_bytes() == (out / path.name).read_bytes()
+
+
+def test_a_finished_shard_that_was_damaged_is_made_again(photos, tmp_path):
+    source, out = open_source(photos), tmp_path / "out"
+    with pytest.raises(Stop):
+        pack(source, out, SMALL, workers=0, progress=stop_after(11))
+    (out / "shard-000000.tar").write_bytes(b"short")
+    assert pack(source, out, SMALL, workers=0).resumed == 0
+    assert len(open_source(out)) == 10
+
+
+def test_folders_that_hold_something_else_are_left_alone(photos, tmp_path):
+    source = open_source(photos)
+    with pytest.raises(BadInput, match="holds other files already"):
+        pack(source, photos, SMALL, workers=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="is a file"):
+        pack(source, tmp_path / "file", SMALL, workers=0)
+    pack(source, tmp_path / "out", SMALL, workers=0)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(BadInput, match="finished already; delete the folder"):
+        pack(source, tmp_path / "out", SMALL, workers=0)
+    with pytest.raises(BadInput, match=r"holds another pack \(size 64\)"):
+        pack(source, tmp_path / "out", PackSettings(size=32, shard_images=4), workers=0)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "index.json").write_text("[]")
+    with pytest.raises(BadInput, match="not the index of a pack"):
+        pack(source, tmp_path / "foreign", SMALL, workers=0)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+
+
+def test_settings_that_make_no_sense_are_refused():
+    for settings in ({"size": 0}, {"shard_images": 0}, {"quality": 0}, {"quality": 96}):
+        with pytest.raises(BadInput):
+            PackSettings(**settings)
+
+
+def test_a_source_without_one_good_image_is_refused(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    with pytest.raises(
+        BadInput, match=r"none of 1 images could be read; the first: .*a\.jpg: the file is empty"
+    ):
+        pack(open_source(tmp_path), tmp_path / "out", SMALL, workers=0)
+
+
+# the command ------------------------------------------------------------------------------------
+
+
+def test_the_command_packs_and_sums_up(photos, tmp_path, capsys):
+    run([str(photos), "--out", str(tmp_path / "out"), "--size", "64", "--workers", "0"])
+    printed = capsys.readouterr().out
+    assert "10 images in 1 shard: " in printed
+    assert "images/s" in printed
+    assert "1 left out" in printed
+    assert f"{photos}/cat/bad.jpg: not an image" in printed
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert index["finished"] is True
+    assert index["shards"][0]["bytes"] == (tmp_path / "out" / "shard-000000.tar").stat().st_size
+
+
+def test_the_command_packs_the_split_that_is_asked_for(tmp_path):
+    for split, count in (("train", 3), ("val", 2)):
+        (tmp_path / "in" / split).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(ASTRONAUT[:50, :50]).save(tmp_path / "in" / split / f"{i}.png")
+    for split in ("train", "val"):
+        run(
+            [str(tmp_path / "in"), "--out", str(tmp_path / "out" / split), "--split", split, "--workers", "0"]
+        )
+    assert len(open_source(tmp_path / "out")) == 3  # the shards of the training split
+    assert len(open_source(tmp_path / "out", "test")) == 2
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "message"),
+    [
+        (KeyboardInterrupt(), Interrupted, "run again to go on"),
+        (
+            OSError(28, "No space left on device", "shard.tar"),
+            ComaError,
+            "shard.tar: No space left on device; when",
+        ),
+    ],
+)
+def test_what_stops_the_command_says_how_to_go_on(photos, tmp_path, monkeypatch, raised, expected, message):
+    def fail(*_, **__):
+        raise raised
+
+    monkeypatch.setattr("pretrain.data.packing._add", fail)
+    with pytest.raises(expected, match=message):
+        run([str(photos), "--out", str(tmp_path / "out"), "--workers", "0"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["index.json"]

@@ -1,0 +1,108 @@
+"""The contract between rooms and layers holds, and is shown to catch what it forbids."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+COMMANDS = PROJECT["project"]["entry-points"]["coma.commands"]
+HEAVY = ("gradio", "mmcv", "mmdet", "mmengine", "mmseg", "onnx", "onnxruntime", "tensorrt")
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the packages and their contract, free to be spoilt."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "pretrain", tmp_path / "pretrain", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def lint(folder: Path) -> tuple[int, str]:
+    command = [
+        sys.executable,
+        "-c",
+        "from importlinter.cli import lint_imports_command as c; c()",
+        "--no-cache",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_contract_holds(copy):
+    code, said = lint(copy)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "broken"),
+    [
+        ("models/dyvit.py", "import pretrain.training", "pretrain is built in layers"),
+        ("config.py", "from pretrain.data import open_source", "pretrain is built in layers"),
+        ("objectives/coma.py", "import pretrain.data", "pretrain is built in layers"),
+        (
+            "data/source.py",
+            "def late():\n    from pretrain.models import DyViT",
+            "readers of images know no models",
+        ),
+        ("training/loop.py", "import export.to_onnx", "pretrain imports no other room"),
+        ("artifact/save.py", "def late():\n    import onnx", "pretrain needs none of the heavy packages"),
+    ],
+)
+def test_a_planted_import_is_caught(copy, file, line, broken):
+    room = copy / "export"
+    room.mkdir()
+    (room / "__init__.py").touch()
+    (room / "to_onnx.py").touch()
+    path = copy / "pretrain" / file
+    path.write_text(path.read_text() + f"\n\n{line}\n")
+    code, said = lint(copy)
+    assert code == 1, said
+    assert re.search(rf"{broken}.* BROKEN", said), said
+
+
+def test_a_module_outside_of_all_layers_is_caught(copy):
+    (copy / "pretrain" / "odds_and_ends.py").write_text("import pretrain.config\n")
+    code, said = lint(copy)
+    assert code == 1 and "odds_and_ends" in said
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+LIGHT = ["pretrain", "pretrain.cli", "pretrain.config", "pretrain.errors"]
+
+
+@pytest.mark.parametrize("module", LIGHT + [entry.partition(":")[0] for entry in COMMANDS.values()])
+def test_what_the_command_line_needs_imports_without_torch(module):
+    loaded = modules_after(f"import {module}")
+    assert "pretrain" in loaded
+    assert not loaded & {"torch", "torchvision", "timm", "numpy", "matplotlib", "skimage", *HEAVY}
+
+
+def test_training_needs_no_other_room():
+    loaded = modules_after("import pretrain.training, pretrain.evaluate")
+    assert "torch" in loaded
+    assert not loaded & {"export", "downstream", "demo", *HEAVY}
+
+
+def test_the_lock_names_versions_and_hashes_and_no_host():
+    lock = (ROOT / "requirements.lock").read_text()
+    assert "://" not in lock and "--index" not in lock
+    locked = dict(re.findall(r"^([a-z0-9.-]+)==([^\s;]+)", lock, re.MULTILINE))
+    asked = PROJECT["project"]["dependencies"] + PROJECT["dependency-groups"]["dev"]
+    names = {re.split(r"[\[<>=]", requirement)[0] for requirement in asked}
+    assert names <= set(locked)
+    assert (locked["torch"], locked["torchvision"]) == ("2.11.0", "0.26.0")
+    assert lock.count("--hash=sha256:") >= len(locked)
