@@ -102,6 +102,13 @@ def test_shared_sliced_and_transposed_tensors_are_saved_by_value(tmp_path):
     ).stat().st_size < 1000  # a slice does not drag its base along
 
 
+def test_others_may_read_what_the_umask_lets_them(directory):
+    modes = [(directory / name).stat().st_mode & 0o777 for name in ("config.json", "model.safetensors")]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert modes == [0o666 & ~umask] * 2
+
+
 def test_the_tensors_file_says_its_format(directory):
     from safetensors import safe_open
 
@@ -208,6 +215,14 @@ def test_a_directory_of_something_else_is_not_replaced(tmp_path):
     with pytest.raises(BadArtifact, match="holds other things than an artifact"):
         save_artifact(tmp_path, tensors=pretrained(), config=description())
     assert (tmp_path / "photo.jpg").read_bytes() == b"precious"
+
+
+def test_a_run_directory_is_not_replaced(directory):
+    run = directory.parent
+    (run / "config.json").write_text("settings of the run")
+    with pytest.raises(BadArtifact, match="holds other things than an artifact"):
+        save_artifact(run, tensors=pretrained(), config=description())
+    assert (run / "config.json").read_text() == "settings of the run"
 
 
 def test_a_file_is_not_replaced(tmp_path):

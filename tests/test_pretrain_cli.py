@@ -250,15 +250,17 @@ def surface() -> dict[str, str]:
     """What a user's scripts rely on: the text of `coma --help`, and the flags of every command."""
     pages = {"coma-help.txt": _output("--help")}
     for name in OURS:
-        rows = re.findall(r"^[│|] +(--\S+(?:, --\S+)*)", _output(name, "--help"), flags=re.MULTILINE)
-        flags = sorted({flag.rstrip(",") for row in rows for flag in row.split(", ")})
+        rows = re.findall(
+            r"^(?:│ |  )(--[a-z][^\s,]*(?:, --[^\s,]+)*)", _output(name, "--help"), flags=re.MULTILINE
+        )
+        flags = sorted({flag for row in rows for flag in row.split(", ")})
         pages[f"flags-{name}.txt"] = "".join(f"{flag}\n" for flag in flags)
     return pages
 
 
 def _output(*argv: str) -> str:
     before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "160"
+    os.environ["COLUMNS"] = "80"  # wider, tyro sets boxes side by side
     try:
         with redirect_stdout(io.StringIO()) as text:
             assert cli.main(argv) == 0

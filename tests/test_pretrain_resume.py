@@ -3,12 +3,10 @@
 import errno
 import itertools
 import json
-import multiprocessing
 import os
-import random
 import signal
 import subprocess
-import time
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +27,7 @@ from pretrain.config import (
     OptimizerConfig,
     PretrainConfig,
     RunConfig,
+    to_plain,
 )
 from pretrain.errors import BadInput, CheckFailed, Interrupted
 from pretrain.training import pretrain
@@ -36,10 +35,20 @@ from pretrain.training.files import write_whole
 from pretrain.training.learner import Learner
 from pretrain.training.state import read_state, write_state
 
+ROOT = Path(__file__).resolve().parent.parent
 STEPS = 7
 MODEL = DyViTConfig(
     patch=1, dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8), (4,), (4,), (0,)), drop_path=0.3
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_pictures() -> Iterator[None]:
+    """Drawing takes longer than these runs do."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("reconstruction_sheet", "loss_curve"):
+            patch.setattr(f"pretrain.training.keeping.{name}", lambda *_, **__: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -143,36 +152,55 @@ def test_lines_of_steps_that_are_done_again_are_dropped(settings, whole, tmp_pat
     assert_same(run, whole)
 
 
+KILLER = """
+import os, random, signal, sys, time
+from dataclasses import replace
+from pathlib import Path
+import torch
+from pretrain.config import read_config
+from pretrain.training import keeping, pretrain
+
+torch.set_num_threads(1)
+keeping.reconstruction_sheet = keeping.loss_curve = lambda *_, **__: None
+config, rng, kills = read_config(Path(sys.argv[1])), random.Random(0), 0
+
+def start(out, resume):
+    child = os.fork()
+    if child == 0:
+        pretrain(replace(config, run=replace(config.run, out=out)), resume=resume)
+        os._exit(0)
+    return child
+
+def newest():
+    return max((int(path.stem[5:]) for path in out.glob("state/step-*.pt")), default=0)
+
+os.waitpid(start(Path(sys.argv[2]), False), 0)
+out, ended = Path(sys.argv[3]), 0
+for _ in range(6):
+    child, done = start(out, (out / "config.json").exists()), newest()
+    while newest() < done + 2 and not ended:
+        ended, _ = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.001)
+    time.sleep(rng.random() * 0.03)
+    if ended:
+        break
+    os.kill(child, signal.SIGKILL)
+    kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+assert os.waitpid(start(out, True), 0)[1] == 0
+print("killed", kills)
+"""
+
+
 def test_kill_at_random_moments(settings, tmp_path):
+    """Real processes, saving after every step, killed by SIGKILL wherever they happen to be."""
     config = at(settings, tmp_path / "run", save_steps=1)
     config = replace(config, optimizer=replace(config.optimizer, steps=20))
-    rng, kills = random.Random(0), 0
-    child(at(config, tmp_path / "whole"), resume=False).join()
-    for _ in range(5):
-        process = child(config, resume=(config.run.out / "config.json").exists())
-        done = newest(config.run.out)
-        while process.is_alive() and newest(config.run.out) < done + 2:
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.05)
-        kills += process.is_alive()
-        process.kill()
-        process.join()
-    process = child(config, resume=True)
-    process.join()
-    assert process.exitcode == 0
-    assert kills >= 2
-    assert_same(config.run.out, tmp_path / "whole")
-
-
-def child(config: PretrainConfig, resume: bool) -> Any:
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=pretrain, args=(config,), kwargs={"resume": resume})
-    process.start()
-    return process
-
-
-def newest(run: Path) -> int:
-    return max((int(path.stem.removeprefix("step-")) for path in run.glob("state/step-*.pt")), default=0)
+    (tmp_path / "config.json").write_text(json.dumps(to_plain(config)))
+    command = [sys.executable, "-c", KILLER, *(tmp_path / name for name in ("config.json", "whole", "run"))]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout.split()[-1]) >= 3
+    assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 def test_longer_runs_and_another_share_out_may_be_resumed(settings, whole, tmp_path):
@@ -244,7 +272,9 @@ def test_whenever_a_save_is_killed_a_state_loads(tmp_path):
     assert state["step"] == 3
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda _: b"", lambda _: b"junk" * 99])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda _: b"", lambda _: b"junk" * 99]
+)
 def test_the_state_before_stands_in_for_a_damaged_one(settings, whole, tmp_path, capsys, damage):
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
@@ -424,11 +454,13 @@ def test_a_full_disk_anywhere_else_only_warns(settings, whole, tmp_path, capsys,
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 1 MB."""
+    """A real file system of 6 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True, capture_output=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk], check=True, capture_output=True
+        )
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("needs the right to mount a tmpfs")
     yield disk
@@ -441,11 +473,12 @@ def test_a_disk_that_is_really_full(settings, whole, small_disk, capsys):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         stop_during(patch, 3)
         pretrain(at(settings, run))
-    with ballast.open("wb") as file, pytest.raises(OSError, match="No space"):
+    with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
         while True:
             file.write(bytes(4096))
-            file.flush()
-    with pytest.raises(CheckFailed, match=r"not everything could be written: state \(No space left on device\)"):
+    with pytest.raises(
+        CheckFailed, match=r"not everything could be written: state \(No space left on device\)"
+    ):
         pretrain(at(settings, run), resume=True)
     assert "the last good state is step 4" in capsys.readouterr().err
     ballast.unlink()

@@ -59,6 +59,7 @@ def _write(partial: Path, tensors: Mapping[str, Tensor], config: ArtifactConfig)
         save_file(_own_storage(tensors), partial / TENSORS, metadata=facts)
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(errno.EIO, str(error), str(partial / TENSORS)) from error
+    (partial / TENSORS).chmod((partial / CONFIG).stat().st_mode)  # safetensors lets only the owner read
     for path in (partial / CONFIG, partial / TENSORS, partial):
         _sync(path)
 
@@ -84,7 +85,10 @@ def sibling(directory: Path, role: str) -> Path:
 
 
 def _replaceable(directory: Path) -> bool:
-    return directory.is_dir() and ((directory / CONFIG).is_file() or not any(directory.iterdir()))
+    if not directory.is_dir():
+        return False
+    held = {entry.name for entry in directory.iterdir()}
+    return not held or {CONFIG, TENSORS} <= held
 
 
 def _restore(directory: Path) -> None:

@@ -8,8 +8,11 @@ Whatever is wrong with a file ends as one `BadImage` line that names it.
 from __future__ import annotations
 
 import io
+import logging
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +28,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NPY = b"\x93NUMPY"
+_TALKATIVE = ("PIL.TiffImagePlugin", "tifffile", "imagecodecs")
 
 
 class Picture(NamedTuple):
@@ -51,8 +55,7 @@ def decode(data: bytes, name: str, at_least: int = 0) -> Picture:
     if not data:
         raise BadImage(f"{name}: the file is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
+        with _quiet():
             return check(_decode(data, at_least))
     except BadImage as error:
         raise BadImage(f"{name}: {error}") from None
@@ -129,6 +132,22 @@ def _decode_with_pillow(data: bytes, at_least: int) -> Picture:
         pixels = np.asarray(shown)
     pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
     return Picture(upright(pixels, orientation), alpha=pixels.shape[2] in (2, 4))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the decoders' remarks about odd files away from the terminal: what matters is raised."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def _orientation(image: Image.Image) -> int:

@@ -11,9 +11,6 @@ Two rules make arrays unambiguous, and what they do not cover is refused:
 from __future__ import annotations
 
 import io
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 
@@ -24,6 +21,7 @@ MAX_CHANNELS = 16
 
 _ASSOCIATED, _UNASSOCIATED = 1, 2  # TIFF 6.0, ExtraSamples: premultiplied and ordinary opacity
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2  # TIFF 6.0, PhotometricInterpretation
+_JPEG = (6, 7)  # TIFF 6.0, Compression
 
 
 def decode_npy(data: bytes) -> Picture:
@@ -49,19 +47,23 @@ def decode_tiff(data: bytes) -> Picture | None:
     """A TIFF as stored: any depth, up to 16 channels in one page, in planes or in pages.
 
     Returns:
-        None if the file needs colour conversion (palette, CMYK, YCbCr, 1 to 4 bits).
+        None if Pillow should read it: colours to convert (palette, CMYK, YCbCr, 1 to 4 bits), or JPEG
+        inside, whose own header only libtiff compares with the file's before it takes memory.
 
     Raises:
         BadImage: a stack of frames, or axes or values outside the rules above.
     """
     import tifffile
 
-    with _quiet("tifffile"), tifffile.TiffFile(io.BytesIO(data)) as file:
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
         photometric = int(page.photometric)
-        if page.bitspersample < 8 or (photometric not in (_BLACK_IS_ZERO, _RGB) and page.bitspersample == 8):
+        plain = photometric in (_BLACK_IS_ZERO, _RGB)
+        if page.bitspersample < 8 or (page.bitspersample == 8 and not plain):
             return None
-        if photometric not in (_BLACK_IS_ZERO, _RGB, _WHITE_IS_ZERO):
+        if page.compression in _JPEG and page.samplesperpixel in (1, 3):
+            return None
+        if not plain and photometric != _WHITE_IS_ZERO:
             raise BadImage(f"{page.bitspersample}-bit TIFF with photometric {photometric} is not supported")
         series = file.series[0]
         check_size(*series.shape)
@@ -136,14 +138,3 @@ def _unmultiply(pixels: np.ndarray) -> np.ndarray:
     plain = np.divide(colour, alpha, out=np.zeros(colour.shape, np.float32), where=alpha > 0) * white
     plain = plain if pixels.dtype.kind == "f" else plain.round().clip(0, white)
     return np.concatenate([plain.astype(pixels.dtype), alpha], axis=2)
-
-
-@contextmanager
-def _quiet(logger: str) -> Iterator[None]:
-    """Keep a library's remarks about odd files out of the progress bar."""
-    log = logging.getLogger(logger)
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before

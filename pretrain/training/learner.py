@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,14 +100,20 @@ class Learner:
         self._scaler = build_scaler(precision, group.device)
         self._ema = MovingAverage(self._parameters, optimizer.ema) if optimizer.ema else None
 
-    def step(self, number: int, lr: float, batches: Iterator[Batch], requests: tuple[bool, ...]) -> Step:
+    def step(
+        self,
+        number: int,
+        lr: float,
+        batches: Iterator[Batch],
+        requests: Callable[[], tuple[bool, ...]] = tuple,
+    ) -> Step:
         """Take step `number` (from 0): forward, backward, update.
 
         Args:
             number: Of the step, from 0.
             lr: Learning rate.
             batches: Where the micro batches come from.
-            requests: What this process asks of all of them; see `Step.requests`.
+            requests: What this process asks of all of them, called late in the step; see `Step.requests`.
 
         Raises:
             NotFinite: before anything was changed.
@@ -127,7 +133,7 @@ class Learner:
         grad_norm = self._unscale_and_clip()
         sums = torch.stack([torch.stack(list(each.values())) for each in passes]).sum(dim=0)
         means = sums / (len(passes) * self._group.world)
-        flags = means.new_tensor([float(request) for request in requests])
+        flags = means.new_tensor([float(request) for request in requests()])
         summed = self._group.total(torch.cat([means, flags]))
         *numbers, norm = torch.cat([summed, grad_norm[None]]).tolist()  # the one wait for the device
         values = dict(zip(passes[0], numbers, strict=False)) | {"grad_norm": norm}

@@ -135,7 +135,7 @@ class _Run:
         run, began = self._plan.config.run, time.perf_counter()
         lr = learning_rate(self._done, self._plan.steps, self._plan.config.optimizer)
         try:
-            step = self._learner.step(self._done, lr, batches, (self._stop.asked, self._time_to_save()))
+            step = self._learner.step(self._done, lr, batches, self._requests)
         except NotFinite as problem:
             stop_run(self._plan, self._learner, self._group, self._done, problem)
         except torch.OutOfMemoryError as error:
@@ -224,10 +224,11 @@ class _Run:
                 )
             raise Interrupted(f"{where}; everything is saved, go on with: {self._way_on()}")
 
-    def _time_to_save(self) -> bool:
+    def _requests(self) -> tuple[bool, bool]:
+        """Whether this process was asked to stop, and whether it finds it time to save."""
         run = self._plan.config.run
         due = time.monotonic() - self._saved_at > run.save_minutes * 60
-        return bool(self._keeper) and run.save_steps is None and due
+        return self._stop.asked, bool(self._keeper) and run.save_steps is None and due
 
     def _way_on(self) -> str:
         return f"coma pretrain --resume {self._plan.folder}"
