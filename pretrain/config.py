@@ -7,13 +7,13 @@ and stored in the artifact. Presets are functions from a name to such data; flag
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import cattrs
 import tyro
-from cattrs.strategies import configure_tagged_union
 from cattrs.v import format_exception
 
 from pretrain.errors import BadInput
@@ -313,20 +313,41 @@ def method_preset(name: str, *, decoder_dim: int = 512, decoder_depth: int | Non
 
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
+    for kind, accepted in ((int, int), (float, (int, float)), (bool, bool), (str, str)):
+        converter.register_structure_hook(kind, _exactly(kind, accepted))
     converter.register_unstructure_hook(Path, str)
     converter.register_structure_hook(Path, lambda value, _: Path(value))
-    names: dict[type, str] = {DyViTConfig: "dyvit", ViTConfig: "vit", CoMAConfig: "coma", MAEConfig: "mae"}
-    unions: tuple[tuple[Any, str], ...] = ((EncoderConfig, "architecture"), (ObjectiveConfig, "method"))
-    for union, tag in unions:
-        configure_tagged_union(union, converter, tag_generator=names.__getitem__, tag_name=tag)
-    optional = ObjectiveConfig | None  # an artifact of a bare backbone has none
-    converter.register_unstructure_hook(
-        optional, lambda value: value and converter.unstructure(value, ObjectiveConfig)
-    )
-    converter.register_structure_hook(
-        optional, lambda value, _: value and converter.structure(value, ObjectiveConfig)
-    )
+    _register_union(converter, EncoderConfig, "architecture", {"dyvit": DyViTConfig, "vit": ViTConfig})
+    _register_union(converter, ObjectiveConfig, "method", {"coma": CoMAConfig, "mae": MAEConfig})
     return converter
+
+
+def _exactly(kind: type, accepted: type | tuple[type, ...]) -> Callable[[Any, Any], Any]:
+    def structure(value: Any, _: Any) -> Any:
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            raise BadInput(f"{value!r} is not of type {kind.__name__}")
+        return kind(value)
+
+    return structure
+
+
+def _register_union(converter: cattrs.Converter, union: Any, tag: str, kinds: dict[str, type]) -> None:
+    """Members of `union` are told apart by a field `tag`; None is stored as null."""
+    names = {kind: name for name, kind in kinds.items()}
+
+    def unstructure(value: Any) -> Any:
+        return value and {tag: names[type(value)], **converter.unstructure(value, type(value))}
+
+    def structure(plain: Any, _: Any) -> Any:
+        name = plain.get(tag) if isinstance(plain, dict) else None
+        if name not in kinds:
+            raise BadInput(f"{tag} {name!r} is none of {', '.join(kinds)}")
+        return converter.structure({k: v for k, v in plain.items() if k != tag}, kinds[name])
+
+    for kind in (union, union | None):
+        converter.register_unstructure_hook(kind, unstructure)
+    converter.register_structure_hook(union, structure)
+    converter.register_structure_hook(union | None, lambda plain, _: plain and structure(plain, union))
 
 
 def to_plain(value: Any, kind: Any = None) -> Any:

@@ -15,8 +15,9 @@ from webdataset.compat import WebDataset
 
 from pretrain.commands.pack import run
 from pretrain.data import ArraySource, open_source
+from pretrain.data.encoding import encode, shrink
 from pretrain.data.images import Picture, decode
-from pretrain.data.packing import PackSettings, encode, pack, reduce
+from pretrain.data.packing import PackSettings, pack
 from pretrain.errors import BadInput, ComaError, Interrupted
 
 ASTRONAUT = pictures.astronaut()
@@ -40,21 +41,21 @@ def photos(tmp_path) -> Path:
 
 @pytest.mark.parametrize("shape", [(200, 300), (300, 200), (64, 5000), (65, 65)])
 def test_large_images_are_reduced_to_the_short_side(shape):
-    small = reduce(Picture(np.zeros((*shape, 3), np.uint8)), 64).pixels
+    small = shrink(Picture(np.zeros((*shape, 3), np.uint8)), 64).pixels
     assert min(small.shape[:2]) == 64
     assert small.shape[0] / small.shape[1] == pytest.approx(shape[0] / shape[1], rel=0.01)
 
 
 def test_small_images_are_never_enlarged():
     picture = Picture(ASTRONAUT[:40, :500])
-    assert reduce(picture, 64) is picture
+    assert shrink(picture, 64) is picture
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 def test_reducing_keeps_depth_and_brightness(dtype):
     white = 1 if dtype is np.float32 else np.iinfo(dtype).max
     pixels = (ASTRONAUT / 255 * white).astype(dtype)
-    small = reduce(Picture(pixels), 64).pixels
+    small = shrink(Picture(pixels), 64).pixels
     assert small.dtype == dtype
     assert (small / white).mean() == pytest.approx((pixels / white).mean(), abs=0.005)
 
@@ -133,10 +134,14 @@ def test_small_jpegs_keep_their_bytes_unless_they_must_be_turned(tmp_path):
     Image.fromarray(ASTRONAUT[:40, :50]).save(folder / "a.jpg", quality=50)
     Image.fromarray(ASTRONAUT[:40, :50]).save(folder / "b.jpg", exif=exif.tobytes())
     Image.fromarray(ASTRONAUT[:40, :50]).convert("CMYK").save(folder / "c.jpg")
+    Image.fromarray(ASTRONAUT[:40, :50]).save(
+        folder / "d.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"
+    )  # damaged
     pack(open_source(folder), tmp_path / "out", SMALL, workers=0)
     packed = open_source(tmp_path / "out")
-    kept, turned, converted = (packed.encoded(i) for i in range(3))
+    kept, turned, converted, damaged = (packed.encoded(i) for i in range(4))
     assert kept == (folder / "a.jpg").read_bytes()
+    assert damaged == (folder / "d.jpg").read_bytes()
     assert kept is not None and turned is not None and converted is not None
     with Image.open(io.BytesIO(turned)) as image:
         assert image.size == (40, 50)

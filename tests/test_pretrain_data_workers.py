@@ -79,8 +79,10 @@ SCRIPT = """
 import multiprocessing, os, sys
 from itertools import count
 from pretrain.data.workers import in_workers
+def chatter(key):
+    os.write(2, b"a remark of a C library")
 if __name__ == "__main__":
-    results = in_workers(str, count(), 2)
+    results = in_workers(chatter, count(), 2)
     next(results)
     print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
     if sys.argv[1] == "killed":

@@ -25,6 +25,7 @@ MAX_PIXELS = 178_956_970
 """Larger images are refused; Pillow's own limit for a decompression bomb."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
+_JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NPY = b"\x93NUMPY"
@@ -61,6 +62,14 @@ def decode(data: bytes, name: str, at_least: int = 0) -> Picture:
         raise BadImage(f"{name}: {error}") from None
     except Exception as error:  # decoders fail with OSError, SyntaxError, struct.error, zlib.error, ...
         raise BadImage(f"{name}: {_reason(error)}") from None
+
+
+def is_plain_jpeg(data: bytes) -> bool:
+    """Whether this is a JPEG that looks the same to every reader: grey or RGB, not turned by its EXIF."""
+    if not data.startswith(_JPEG):
+        return False
+    with _quiet(), Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
+        return header.mode in ("L", "RGB") and _orientation(header) == 1
 
 
 def check(picture: Picture) -> Picture:

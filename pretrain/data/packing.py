@@ -1,8 +1,7 @@
 """Any source as WebDataset shards of images no larger than needed: read once, train many times.
 
-An image becomes a member `00000042-name.jpg`, its label `00000042-name.cls`. What loses nothing that
-training could see is chosen per image: a JPEG that is small enough keeps its bytes, 8-bit grey and
-colour become JPEG, transparency and 16 bits PNG, and everything else (more channels, floats) TIFF.
+An image becomes a member `00000042-name.jpg`, its label `00000042-name.cls`. A JPEG that is small enough
+keeps its bytes; everything else is reduced and encoded again (see `encoding`).
 
 Shard k holds images k*s to (k+1)*s of the source, and `index.json` lists the finished ones; a shard
 appears under its name only when it is complete. So a pack that was stopped goes on where it was.
@@ -22,19 +21,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from pretrain.data.images import Picture, decode
+from pretrain.data.encoding import encode, shrink
+from pretrain.data.images import decode, is_plain_jpeg
 from pretrain.data.shards import INDEX
 from pretrain.data.source import Source
-from pretrain.data.transforms import resize
 from pretrain.data.workers import in_workers
 from pretrain.errors import BadImage, BadInput
 
 _FORMAT = "coma-pack 1"
 _CHUNK = 16
-_JPEG = b"\xff\xd8\xff"
 
 
 @dataclass(frozen=True)
@@ -164,47 +159,13 @@ class _PackFetch:
         except BadImage as error:
             return str(error)
         height, width, _ = picture.pixels.shape
-        if original is not None and min(height, width) <= self.settings.size and _plain_jpeg(original):
+        if original is not None and min(height, width) <= self.settings.size and is_plain_jpeg(original):
             suffix, content = ".jpg", original
         else:
-            suffix, content = encode(reduce(picture, self.settings.size), self.settings.quality)
+            suffix, content = encode(shrink(picture, self.settings.size), self.settings.quality)
         label = None if self.source.labels is None else int(self.source.labels[i])
         before = picture.pixels.nbytes if original is None else len(original)
         return _Packed(_key(i, self.source.describe(i)), suffix, content, label, before)
-
-
-def reduce(picture: Picture, size: int) -> Picture:
-    """The picture with a short side of at most `size` pixels; its dtype stays."""
-    pixels = picture.pixels
-    height, width, _ = pixels.shape
-    short = min(height, width)
-    if short <= size:
-        return picture
-    h, w = (round(side * size / short) for side in (height, width))
-    small = resize(pixels, (0, 0, height, width), h, w).permute(1, 2, 0).contiguous().numpy()
-    if pixels.dtype == np.uint16:
-        small = (small * np.float32(65535)).round().astype(np.uint16)
-    return picture._replace(pixels=small)
-
-
-def encode(picture: Picture, quality: int) -> tuple[str, bytes]:
-    """Extension and file content: JPEG where nothing but its own loss is lost, else PNG or TIFF."""
-    buffer, channels = io.BytesIO(), picture.pixels.shape[2]
-    pixels = np.ascontiguousarray(picture.pixels[:, :, 0] if channels == 1 else picture.pixels)
-    if pixels.dtype == np.uint8 and channels in (1, 3):
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
-        return ".jpg", buffer.getvalue()
-    if pixels.dtype != np.float32 and (channels in (1, 3) or picture.alpha):
-        import imagecodecs
-
-        return ".png", bytes(imagecodecs.png_encode(pixels))
-    import tifffile
-
-    bands = (
-        {"planarconfig": "contig", "extrasamples": ["unspecified"] * (channels - 1)} if channels > 1 else {}
-    )
-    tifffile.imwrite(buffer, pixels, photometric="minisblack", compression="zlib", metadata=None, **bands)
-    return ".tif", buffer.getvalue()
 
 
 @contextmanager
@@ -286,11 +247,3 @@ def _key(i: int, name: str) -> str:
     stem = re.split(r"[/\[\]]", name.rstrip("]"))[-1].partition(".")[0]
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", re.sub(r"^\d{8}-", "", stem))[:60]
     return f"{i:08d}-{plain}" if plain else f"{i:08d}"
-
-
-def _plain_jpeg(data: bytes) -> bool:
-    """A JPEG that looks the same to every reader: grey or RGB, and not turned by its EXIF."""
-    if not data.startswith(_JPEG):
-        return False
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
-        return header.mode in ("L", "RGB") and header.getexif().get(0x0112, 1) in (0, 1)

@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -144,7 +145,12 @@ def _unchanged(result: Result) -> Result:
 
 
 def _settle(_: int) -> None:
-    """First thing in a worker: ignore the signals meant for the trainer, and outlive it by nothing."""
+    """First thing in a worker: ignore the signals meant for the trainer, outlive it by nothing, be quiet.
+
+    C libraries print remarks on damaged files to file descriptor 2; Python's own stderr is kept.
+    """
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

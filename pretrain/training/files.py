@@ -68,8 +68,10 @@ def write_whole(path: Path, write: Write) -> None:
         finally:
             os.close(number)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
     sync_folder(path.parent)
 
@@ -92,6 +94,7 @@ class LineFile:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         self._waiting = b""
 
@@ -107,8 +110,9 @@ class LineFile:
         file.write(self._waiting)
         try:
             file.check()
-        except OSError:
+        except OSError as error:
             os.ftruncate(self._number, good)
+            error.filename = str(self._path)
             raise
         self._waiting = b""
 

@@ -39,14 +39,14 @@ from pretrain.training.precision import Precision, autocast, build_scaler
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step gave, the same on every process."""
+    """What one optimizer step gave; the same on every process, but for the waiting."""
 
     values: dict[str, float]
     """loss, grad_norm, and the objective's own metrics; means over the global batch."""
     requests: tuple[bool, ...]
     """Which of the requests passed to `Learner.step` any process had."""
     failures: tuple[str, ...]
-    """Images that this process could not read."""
+    """Images that could not be read, by any process."""
     waited: float
     """Seconds this process waited for data."""
 
@@ -133,18 +133,20 @@ class Learner:
         grad_norm = self._unscale_and_clip()
         sums = torch.stack([torch.stack(list(each.values())) for each in passes]).sum(dim=0)
         means = sums / (len(passes) * self._group.world)
-        flags = means.new_tensor([float(request) for request in requests()])
+        failures = tuple(failure for batch in self.batches for failure in batch.failures)
+        flags = means.new_tensor([float(flag) for flag in (bool(failures), *requests())])
         summed = self._group.total(torch.cat([means, flags]))
         *numbers, norm = torch.cat([summed, grad_norm[None]]).tolist()  # the one wait for the device
         values = dict(zip(passes[0], numbers, strict=False)) | {"grad_norm": norm}
-        raised = tuple(flag > 0 for flag in numbers[len(passes[0]) :])
+        failed, *raised = (flag > 0 for flag in numbers[len(passes[0]) :])
         self._check(values["loss"], norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         if self._ema:
             self._ema.update(number + 1)
-        failures = tuple(failure for batch in self.batches for failure in batch.failures)
-        return Step(values, raised, failures, waited)
+        if failed:
+            failures = tuple(failure for each in self._group.gather(failures) for failure in each)
+        return Step(values, tuple(raised), failures, waited)
 
     def _forward_backward(self, batch: Batch, position: int, *, reduce: bool) -> dict[str, Tensor]:
         device = self._group.device

@@ -1,0 +1,103 @@
+"""Settings as plain data: presets, JSON both ways, and refusal of what does not fit."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import (
+    ENCODER_PRESETS,
+    METHOD_PRESETS,
+    DataConfig,
+    DyViTConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    RunConfig,
+    ViTConfig,
+    dyvit_preset,
+    encoder_preset,
+    from_plain,
+    method_preset,
+    read_config,
+    to_plain,
+)
+from pretrain.errors import BadInput
+
+
+@pytest.mark.parametrize("method", METHOD_PRESETS)
+@pytest.mark.parametrize("model", ENCODER_PRESETS)
+def test_every_preset_survives_json(model, method):
+    config = PretrainConfig(
+        data=DataConfig(Path("photos"), mean=(0.5,), std=(0.2,)),
+        model=encoder_preset(model, 64, channels=1),
+        objective=method_preset(method),
+        optimizer=OptimizerConfig(steps=3),
+        run=RunConfig(Path("out")),
+    )
+    assert from_plain(json.loads(json.dumps(to_plain(config))), PretrainConfig, source="x") == config
+
+
+@pytest.mark.parametrize("size", [28, 32, 48, 64, 96, 112, 224, 384, 448])
+@pytest.mark.parametrize("model", ENCODER_PRESETS)
+def test_presets_leave_several_units_to_choose_from(model, size):
+    config = encoder_preset(model, size)
+    assert (size // config.unit) ** 2 >= 9
+    assert config == encoder_preset(model, size)
+
+
+def test_windows_follow_the_map():
+    assert dyvit_preset("base", 224).windows[1] == (7, 14)
+    assert dyvit_preset("base", 256).windows[1] == (4, 8)
+    assert dyvit_preset("tiny", 32).unit == 8 and dyvit_preset("tiny", 224).unit == 32
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("data", "image_size"), 224.7, "image_size"),
+        (("data", "image_size"), "224", "image_size"),
+        (("data", "flip"), 1, "flip"),
+        (("run", "seed"), True, "seed"),
+        (("run", "parallel"), "dp", "parallel"),
+        (("model", "wndows"), 1, "wndows"),
+        (("model", "architecture"), "resnet", "resnet"),
+        (("optimizer", "steps"), [1], "steps"),
+        (("model", "channels"), 99, "1 to 16"),
+    ],
+)
+def test_fields_that_do_not_fit_are_named(path, value, message):
+    plain = to_plain(PretrainConfig())
+    plain[path[0]][path[1]] = value
+    with pytest.raises(BadInput, match=message) as error:
+        from_plain(plain, PretrainConfig, source="run/config.json")
+    assert str(error.value).startswith("run/config.json: ")
+
+
+def test_unreadable_configs_are_refused(tmp_path):
+    with pytest.raises(BadInput, match="no such file"):
+        read_config(tmp_path / "nothing.json")
+    (tmp_path / "config.json").write_text("{broken")
+    with pytest.raises(BadInput, match="not a readable config"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: DataConfig(mean=(0.5,)), "both"),
+        (lambda: DataConfig(mean=(0.5,), std=(0.0,)), "positive"),
+        (lambda: DataConfig(crop_scale=(0.5, 0.2)), "low <= high"),
+        (lambda: ViTConfig(dim=10, heads=3), "multiple of 4"),
+        (lambda: encoder_preset("huge"), "no model preset"),
+        (lambda: method_preset("simclr"), "no method"),
+    ],
+)
+def test_impossible_settings_are_refused(wrong, message):
+    with pytest.raises(BadInput, match=message):
+        wrong()
+
+
+def test_learning_rate_scales_with_the_batch():
+    assert OptimizerConfig(batch_size=512).lr == pytest.approx(3e-4)
+    assert replace(DyViTConfig(), patch=2).unit == 16

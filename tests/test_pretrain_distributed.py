@@ -1,0 +1,284 @@
+"""Two processes are one process with the same global batch; what goes wrong on one ends all."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from pretrain.artifact import load_artifact
+from pretrain.config import (
+    CoMAConfig,
+    DataConfig,
+    DecoderConfig,
+    DyViTConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    RunConfig,
+    to_plain,
+)
+from pretrain.errors import BadInput
+from pretrain.models import build_encoder
+from pretrain.objectives import build_objective
+from pretrain.training import pretrain, replay_nonfinite
+from pretrain.training.distributed import innermost_blocks, processes
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PAIR = """
+import os, signal, sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+import torch.distributed.fsdp
+from pretrain.config import read_config
+from pretrain.errors import ComaError
+from pretrain.training import keeping, pretrain
+from pretrain.training.distributed import AGREED
+from pretrain.training.learner import Learner
+
+torch.set_num_threads(1)
+keeping.reconstruction_sheet = keeping.loss_curve = lambda *_, **__: None
+folder, ports = Path(sys.argv[1]), iter(sys.argv[2:])
+config = read_config(folder / "config.json")
+take = Learner.step
+
+def at_step(number, action):
+    def step(self, n, *rest):
+        if n == number:
+            action(self)
+        return take(self, n, *rest)
+    Learner.step = step
+
+def poison(learner):
+    with torch.no_grad():
+        learner.objective.decoder.head.bias[0] = float("nan")
+
+def scenario(name, rank):
+    resume, run, data = False, config.run, config.data
+    if name in ("ddp", "fsdp"):
+        run = replace(run, parallel=name)
+    elif name == "fsdp-then-one" and rank == 1:
+        at_step(2, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    elif name == "one-then-fsdp":
+        resume = True
+    elif name == "bug" and rank == 1:
+        at_step(1, lambda _: sys.exit(3))
+    elif name == "unreadable" and rank == 1:
+        data = replace(data, images=folder / "bad", on_bad_image="stop")
+    elif name == "other-data" and rank == 1:
+        data = replace(data, images=folder / "fewer")
+    elif name == "nonfinite":
+        at_step(2, poison)
+    if "fsdp" in name:
+        run = replace(run, parallel="fsdp")
+    pretrain(replace(config, data=data, run=replace(run, out=folder / name)), resume=resume)
+
+def member(name, rank, port):
+    log = os.open(folder / f"{name}-{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1), os.dup2(log, 2)
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    try:
+        scenario(name, rank)
+    except ComaError as error:
+        agreed = AGREED in getattr(error, "__notes__", ())
+        print("agreed" if agreed else "alone", type(error).__name__, error)
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+for name in os.environ["SCENARIOS"].split():
+    port, children = next(ports), []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            member(name, rank, port)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(name, *codes, flush=True)
+"""
+
+SCENARIOS = (
+    *("ddp", "fsdp", "fsdp-then-one", "one-then-fsdp"),
+    *("bug", "unreadable", "other-data", "nonfinite"),
+)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
+    """Four images per step, two by two, whether on one process or on two."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    for place, count in (("photos", 10), ("fewer", 9), ("bad", 10)):
+        (folder / place).mkdir()
+        for number in range(count):
+            path = folder / place / f"{number}.png"
+            Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
+            if place == "bad" and number > 1:
+                path.write_bytes(b"not a picture")
+    return PretrainConfig(
+        data=DataConfig(images=folder / "photos", image_size=16, workers=0, mean=(0.5,) * 3, std=(0.3,) * 3),
+        model=DyViTConfig(
+            patch=1,
+            dim=8,
+            depths=(1, 1, 1, 1),
+            heads=(2, 2, 2, 2),
+            windows=((4, 8), (4,), (4,), (0,)),
+            drop_path=0.3,
+        ),
+        objective=CoMAConfig(decoder=DecoderConfig(8, 1, 2)),
+        optimizer=OptimizerConfig(steps=5, batch_size=4, micro_batch=2, base_lr=0.05, ema=0.8),
+        run=RunConfig(out=folder / "one", log_steps=1, save_steps=2, sheet_steps=0, device="cpu"),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(settings: PretrainConfig) -> Path:
+    return settings.run.out.parent
+
+
+@pytest.fixture(scope="module")
+def one(settings: PretrainConfig) -> Path:
+    return pretrain(settings)
+
+
+@pytest.fixture(scope="module")
+def codes(settings: PretrainConfig, folder: Path, one: Path) -> dict[str, tuple[int, int]]:
+    """Exit codes of both processes in every scenario."""
+    (folder / "config.json").write_text(json.dumps(to_plain(settings)))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        started = replace(settings, run=replace(settings.run, out=folder / "one-then-fsdp"))
+        dying(patch, 3)
+        pretrain(started)
+    command = [sys.executable, "-c", PAIR, str(folder), *free_ports(len(SCENARIOS))]
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"SCENARIOS": " ".join(SCENARIOS)}
+    )
+    assert ended.returncode == 0, ended.stderr
+    lines = (line.split() for line in ended.stdout.splitlines())
+    return {name: (int(first), int(second)) for name, first, second in lines}
+
+
+def dying(patch: pytest.MonkeyPatch, step: int) -> None:
+    from pretrain.training.learner import Learner
+
+    take = Learner.step
+    patch.setattr(Learner, "step", lambda self, n, *rest: take(self, n, *rest) if n < step else 1 / 0)
+
+
+def free_ports(count: int) -> list[str]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [str(each.getsockname()[1]) for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def said(folder: Path, name: str) -> list[str]:
+    return [(folder / f"{name}-{rank}.log").read_text() for rank in range(2)]
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_close(run: Path, other: Path) -> None:
+    assert [row["step"] for row in rows(run)] == [row["step"] for row in rows(other)] == [1, 2, 3, 4, 5]
+    for key in ("loss", "grad_norm", "lr", "images_seen", "explained_variance"):
+        ours, theirs = ([row[key] for row in rows(folder)] for folder in (run, other))
+        assert ours == pytest.approx(theirs, rel=1e-5), key
+    weights, expected = (load_artifact(folder / "artifact").tensors for folder in (run, other))
+    assert list(weights) == list(expected)
+    for name, weight in weights.items():
+        torch.testing.assert_close(
+            weight, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_are_one(codes, folder, one, parallel):
+    assert codes[parallel] == (0, 0), said(folder, parallel)
+    assert_close(folder / parallel, one)
+
+
+def test_one_process_goes_on_where_two_were_stopped(codes, folder, settings, one):
+    assert codes["fsdp-then-one"] == (130, 130), said(folder, "fsdp-then-one")
+    run = folder / "fsdp-then-one"
+    assert len(rows(run)) == 3
+    pretrain(replace(settings, run=replace(settings.run, out=run)), resume=True)
+    assert_close(run, one)
+
+
+def test_two_processes_go_on_where_one_was_killed(codes, folder, one):
+    assert codes["one-then-fsdp"] == (0, 0), said(folder, "one-then-fsdp")
+    assert_close(folder / "one-then-fsdp", one)
+
+
+def test_only_process_0_speaks(codes, folder):
+    first, second = said(folder, "ddp")
+    assert "step 5/5" in first
+    assert second == ""
+
+
+def test_what_one_process_finds_ends_both_with_one_message(codes, folder):
+    assert codes["other-data"] == (2, 2)
+    first, second = said(folder, "other-data")
+    assert first == second
+    assert "agreed BadInput" in first
+    assert "different numbers of images, [10, 9]" in first
+
+
+def test_a_bad_image_on_one_process_ends_both(codes, folder):
+    """The one says what it met; the other says that it is not to blame."""
+    first, second = said(folder, "unreadable")
+    assert codes["unreadable"] == (1, 2), (first, second)
+    assert re.search(r"alone BadImage process 1 of 2 on \S+: \S+/bad/\d.png: ", second)
+    assert "alone ComaError process 0 of 2: another process stopped; its own message says why" in first
+
+
+def test_a_process_that_is_gone_ends_the_other(codes, folder):
+    first, _ = said(folder, "bug")
+    assert codes["bug"] == (1, 3)
+    assert "alone ComaError process 0 of 2: another process stopped" in first
+
+
+def test_a_loss_that_is_not_finite_is_written_down_whole(codes, folder, settings):
+    first, _ = said(folder, "nonfinite")
+    assert codes["nonfinite"] == (1, 1), first
+    assert "agreed CheckFailed step 2: loss nan" in first
+    replay = replay_nonfinite(folder / "nonfinite" / "nonfinite" / "step-000002.safetensors")
+    assert not np.isfinite(replay.loss)
+
+
+def test_blocks_are_found_whatever_the_model():
+    objective = build_objective(
+        CoMAConfig(decoder=DecoderConfig(8, 3, 2)), build_encoder(DyViTConfig(dim=16))
+    )
+    blocks = innermost_blocks(objective)
+    assert len(blocks) == sum(DyViTConfig.depths) + 3
+    assert not any(isinstance(block, nn.ModuleList) for block in blocks)
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(BadInput, match="has 2 GPUs; start torchrun with --nproc-per-node 2"),
+        processes("auto"),
+    ):
+        pass
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(BadInput, match="--device cuda: not available here"), processes("cuda"):
+        pass
