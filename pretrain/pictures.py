@@ -114,6 +114,8 @@ def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
     )
     if min(losses) > 0 and max(losses) > 5 * min(losses):
         top.set_yscale("log")
+        top.yaxis.set_major_formatter("{x:g}")
+        top.yaxis.set_minor_formatter("{x:g}" if max(losses) < 20 * min(losses) else "")
     for axes, key, label in ((rate, "lr", "learning rate"), (wait, "data_wait", "waiting\nfor data")):
         known = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         axes.plot(*zip(*known, strict=True) if known else ((), ()), color="#b3541e", linewidth=1.5)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pretrain.config import DyViTConfig
 from pretrain.models import DyViT
-from pretrain.models.attention import DynamicMultiWindowAttention, stage_layout
+from pretrain.models.attention import DynamicMultiWindowAttention, WindowGate, stage_layout
 from pretrain.models.positions import rotary_table, rotate, sincos_positions
 from pretrain.models.windows import MASKED, fit, merge, same_group_bias, split
 
@@ -133,7 +133,8 @@ def test_a_fresh_gate_weighs_all_windows_equally_and_a_trained_one_does_not():
     model = DyViT(
         DyViTConfig(patch=1, dim=16, depths=(1, 1, 1, 1), heads=(2, 2, 4, 4), windows=((4, 8),) * 4)
     )
-    gate = model.stages[0].blocks[0].attn.gate
+    gate = model.get_submodule("stages.0.blocks.0.attn.gate")
+    assert isinstance(gate, WindowGate)
     pooled = torch.randn(3, 16)
     assert torch.equal(gate.weigh(pooled), torch.ones(3, 16))
     torch.nn.init.normal_(gate.out.weight)

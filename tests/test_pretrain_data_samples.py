@@ -242,3 +242,12 @@ def test_evaluation_needs_one_image(tmp_path):
     source = open_source(folder_of(tmp_path, 0, 3))
     with pytest.raises(BadInput, match=r"no image could be read; the first: .*bad-00\.jpg"):
         list(evaluation_batches(source, image_size=SIZE, channels=3, batch_size=2, workers=0))
+
+
+def test_pinning_takes_the_whole_batch(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    batches = training_batches(TILES, DATA, channels=3, seed=0, batch=Slices(4, 4), device_pin=True)
+    batch = next(batches)
+    assert len(pinned) == 3
+    assert same(batch, stream(TILES, 1)[0])

@@ -54,7 +54,7 @@ def leak(encoder, height, width, views):
 @pytest.mark.parametrize("size", [(64, 96), (70, 97), (224, 224)])
 @pytest.mark.parametrize("preset", ["tiny", "small"])
 def test_no_view_sees_another(preset, size, views):
-    assert leak(awake(DyViT(dyvit_preset(preset))), *size, views) == 0.0
+    assert leak(awake(DyViT(dyvit_preset(preset))), size[0], size[1], views) == 0.0
 
 
 @pytest.mark.parametrize("preset", ["base", "large"])
@@ -139,7 +139,7 @@ def dropped_token_pass(encoder, images, shown):
 def test_one_dense_pass_equals_separate_passes_with_dropped_tokens(size, views):
     encoder = awake(DyViT(TINY))
     images = torch.randn(1, 3, *size)
-    h, w = unit_grid(*size, encoder.unit)
+    h, w = unit_grid(size[0], size[1], encoder.unit)
     group = partition(torch.tensor([5]), h, w, views)
     with torch.no_grad():
         dense = encoder.forward_features(images, group)[0]

@@ -102,8 +102,8 @@ def test_a_views_prediction_knows_its_own_pixels_only(encoder, method):
 def test_complementary_masks_on_dyvit_need_one_encoder_pass(monkeypatch):
     for method, passes in (("coma2", 4), ("coma4", 4), ("independent", 8), ("single", 4)):
         model = objective("dyvit", method)
-        seen = []
-        model.encoder.stem.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(len(args[0])))
+        seen: list[int] = []
+        model.encoder.stem.register_forward_hook(lambda _, args, __, seen=seen: seen.append(len(args[0])))
         model(pictures(), torch.arange(4))
         assert seen == [passes]
 

@@ -1,8 +1,11 @@
 """DyViT inside timm, by timm's own conventions."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
+from timm.data import resolve_model_data_config
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
@@ -13,7 +16,7 @@ from pretrain.models import DyViT
 TINY = {"img_size": 32, "depths": (1, 1, 2, 1)}
 
 
-def create(**kwargs):
+def create(**kwargs) -> Any:
     return timm.create_model("dyvit_tiny", **TINY, **kwargs).eval()
 
 
@@ -21,7 +24,7 @@ def test_registered_models_and_their_configuration():
     assert set(timm.list_models("dyvit_*")) == {"dyvit_tiny", "dyvit_small", "dyvit_base", "dyvit_large"}
     model = create(num_classes=7)
     assert model.default_cfg["first_conv"] == "stem.conv" and model.default_cfg["classifier"] == "head"
-    data = timm.data.resolve_model_data_config(model)
+    data = resolve_model_data_config(model)
     assert data["input_size"][0] == 3 and len(data["mean"]) == 3
     assert model.pretrained_cfg["architecture"] == "dyvit_tiny"
 
@@ -99,7 +102,7 @@ def test_layer_decay_scales_rise_from_stem_to_head():
 
 
 def test_encoder_weights_carry_over_by_name():
-    config = timm.create_model("dyvit_tiny", **TINY).config
+    config = create().config
     encoder, model = DyViT(config).eval(), create(num_classes=5)
     report = model.load_state_dict(encoder.state_dict(), strict=False)
     assert set(report.missing_keys) == {"head.weight", "head.bias"} and not report.unexpected_keys

@@ -108,8 +108,8 @@ class DynamicMultiWindowAttention(nn.Module):
         q, k = rotate(qkv[:, :, :, :2], layout.rotary).unbind(dim=3)
         parts = zip(*(part.chunk(self.windows, dim=3) for part in (q, k, qkv[:, :, :, 2])), strict=True)
         outputs = [
-            _attend(*part, window, bias)
-            for part, window, bias in zip(parts, layout.windows, layout.biases, strict=True)
+            _attend(q, k, v, window, bias)
+            for (q, k, v), window, bias in zip(parts, layout.windows, layout.biases, strict=True)
         ]
         out = torch.cat(outputs, dim=-1)
         if self.gate is not None:
