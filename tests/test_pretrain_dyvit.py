@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -211,11 +212,10 @@ GOLDEN = {  # parameters, multiply-accumulates of one 224 px image
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_size_of_presets(name):
-    with torch.device("meta"):
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():  # shapes only
         encoder = build_encoder(encoder_preset(name))
-    encoder.to_empty(device="cpu")
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        encoder.forward_features(torch.zeros(1, 3, 224, 224))
+        with FlopCounterMode(display=False) as counter:
+            encoder.forward_features(torch.zeros(1, 3, 224, 224))
     assert (sum(p.numel() for p in encoder.parameters()), counter.get_total_flops() // 2) == GOLDEN[name]
 
 
