@@ -22,7 +22,7 @@ from importlib import metadata
 from typing import TextIO
 
 import pretrain
-from pretrain.errors import ComaError
+from pretrain.errors import ComaError, Interrupted
 
 DISTRIBUTION = "coma-dyvit"
 GROUP = "coma.commands"
@@ -62,9 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ComaError, KeyboardInterrupt) as error:
         if show_traceback:
             traceback.print_exc()
-        if isinstance(error, ComaError):
-            return _fail(str(error), error.exit_code)
-        return _fail("interrupted", 130)
+        if isinstance(error, Interrupted | KeyboardInterrupt):
+            sys.stderr.write(f"{str(error) or 'interrupted'}\n")  # as asked: not an error
+            return Interrupted.exit_code
+        return _fail(str(error), error.exit_code)
     except OSError as error:
         if error.errno not in OUTSIDE or show_traceback:
             raise
