@@ -42,8 +42,9 @@ from pathlib import Path
 import torch
 import torch.distributed.fsdp
 from pretrain.config import read_config
+from pretrain.data import open_source
 from pretrain.errors import ComaError
-from pretrain.training import keeping, pretrain
+from pretrain.training import keeping, pretrain, setup
 from pretrain.training.distributed import AGREED
 from pretrain.training.learner import Learner
 
@@ -74,10 +75,11 @@ def scenario(name, rank):
         resume = True
     elif name == "bug" and rank == 1:
         at_step(1, lambda _: sys.exit(3))
-    elif name == "unreadable" and rank == 1:
-        data = replace(data, images=folder / "bad", on_bad_image="stop")
-    elif name == "other-data" and rank == 1:
-        data = replace(data, images=folder / "fewer")
+    elif name == "unreadable":
+        data = replace(data, on_bad_image="stop")
+        setup.open_source = lambda path: open_source(folder / "bad" if rank else path)
+    elif name == "other-data":
+        setup.open_source = lambda path: open_source(folder / "fewer" if rank else path)
     elif name == "nonfinite":
         at_step(2, poison)
     if "fsdp" in name:
@@ -87,7 +89,8 @@ def scenario(name, rank):
 def member(name, rank, port):
     log = os.open(folder / f"{name}-{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1), os.dup2(log, 2)
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     try:
         scenario(name, rank)
     except ComaError as error:
@@ -255,8 +258,8 @@ def test_a_process_that_is_gone_ends_the_other(codes, folder):
 def test_a_loss_that_is_not_finite_is_written_down_whole(codes, folder, settings):
     first, _ = said(folder, "nonfinite")
     assert codes["nonfinite"] == (1, 1), first
-    assert "agreed CheckFailed step 2: loss nan" in first
-    replay = replay_nonfinite(folder / "nonfinite" / "nonfinite" / "step-000002.safetensors")
+    assert "agreed CheckFailed step 3: loss nan" in first
+    replay = replay_nonfinite(folder / "nonfinite" / "nonfinite" / "step-000003.safetensors")
     assert not np.isfinite(replay.loss)
 
 

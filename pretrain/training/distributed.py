@@ -8,8 +8,10 @@ before the first step on one of them is raised on all (`agreed`).
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -129,7 +131,7 @@ def processes(device: str) -> Iterator[Processes]:
         yield group
     except ComaError as error:
         if AGREED in getattr(error, "__notes__", ()):
-            _leave()
+            _leave(error)
             raise
         here = f"{group.name()} on {socket.gethostname()}"
         raise type(error)(f"{here}: {error}") from error  # the others end when this process does
@@ -140,7 +142,15 @@ def processes(device: str) -> Iterator[Processes]:
     _leave()
 
 
-def _leave() -> None:
+def _leave(error: BaseException | None = None) -> None:
+    """Part in good order.
+
+    Sharded parameters hold on to the connections. If they were still alive when Python shuts down, the
+    threads behind the connections would now and then hang or abort the process.
+    """
+    if error is not None:
+        traceback.clear_frames(error.__traceback__)
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
 

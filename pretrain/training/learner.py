@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ from pretrain.training.distributed import Processes, reducing, spread_out
 from pretrain.training.ema import MovingAverage
 from pretrain.training.optimizer import build_optimizer
 from pretrain.training.precision import Precision, autocast, build_scaler
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,8 @@ class Learner:
         sums = torch.stack([torch.stack(list(each.values())) for each in passes]).sum(dim=0)
         means = sums / (len(passes) * self._group.world)
         failures = tuple(failure for batch in self.batches for failure in batch.failures)
-        flags = means.new_tensor([float(flag) for flag in (bool(failures), *requests())])
-        summed = self._group.total(torch.cat([means, flags]))
+        flags = torch.tensor([bool(failures), *requests()], dtype=means.dtype)
+        summed = self._group.total(torch.cat([means, flags.to(means.device, non_blocking=True)]))
         *numbers, norm = torch.cat([summed, grad_norm[None]]).tolist()  # the one wait for the device
         values = dict(zip(passes[0], numbers, strict=False)) | {"grad_norm": norm}
         failed, *raised = (flag > 0 for flag in numbers[len(passes[0]) :])
@@ -173,15 +175,14 @@ class Learner:
             raise NotFinite(loss, grad_norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a step changes, whole tensors on the CPU; empty tensors' dicts but on process 0."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state: dict[str, Any] = {
-            "model": get_model_state_dict(self.objective, options=options),
-            "optimizer": get_optimizer_state_dict(self.objective, self._optimizer, options=options),
+        """Everything that a step changes: whole tensors on the CPU of process 0, none on the others."""
+        optimizer = get_optimizer_state_dict(self.objective, self._optimizer, options=_WHOLE)
+        return {
+            "model": self.weights(),
+            "optimizer": optimizer,
             "scaler": self._scaler.state_dict(),
             "ema": self.published() if self._ema else None,
         }
-        return state
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """The inverse of `state_dict`; process 0 has the state, the others give None."""
@@ -206,8 +207,7 @@ class Learner:
 
     def weights(self) -> dict[str, Tensor]:
         """The weights as they are, whole, on the CPU of process 0."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return dict(get_model_state_dict(self.objective, options=options))  # type: ignore[arg-type]
+        return cast("dict[str, Tensor]", get_model_state_dict(self.objective, options=_WHOLE))
 
 
 def pass_seed(run_seed: int) -> int:

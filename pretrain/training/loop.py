@@ -49,7 +49,12 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> Path:
         CheckFailed: a loss or gradient that is not finite, or results that could not be written.
         Interrupted: Ctrl-C or SIGTERM; everything is saved.
     """
-    with processes(config.run.device) as group, closing(Report(quiet=not group.main)) as report:
+    with processes(config.run.device) as group:
+        return _run(config, group, resume)
+
+
+def _run(config: PretrainConfig, group: Processes, resume: bool) -> Path:
+    with closing(Report(quiet=not group.main)) as report:
         plan = prepare(config, group, resume=resume)
         with StopRequest() as stop, closing(_Run(plan, group, report, stop)) as run:
             run.begin(resume)
@@ -137,7 +142,7 @@ class _Run:
         try:
             step = self._learner.step(self._done, lr, batches, self._requests)
         except NotFinite as problem:
-            stop_run(self._plan, self._learner, self._group, self._done, problem)
+            stop_run(self._plan, self._learner, self._group, self._done + 1, problem)
         except torch.OutOfMemoryError as error:
             raise _too_big(self._plan.slices.micro_batch) from error
         except RuntimeError as error:

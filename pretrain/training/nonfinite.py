@@ -55,7 +55,7 @@ def save_nonfinite(
 
     Args:
         folder: `run/nonfinite`.
-        step: Number of the step, from 0.
+        step: Number of the step, from 1.
         problem: Loss and gradient norm.
         config: Of the run, mean and std included.
         precision: Number format of the forward pass.
@@ -91,7 +91,7 @@ def save_nonfinite(
 
 
 def stop_run(plan: Plan, learner: Learner, group: Processes, step: int, problem: NotFinite) -> NoReturn:
-    """Write down step number `step` and end the run, on all processes.
+    """Write down step number `step` (counted from 1) and end the run, on all processes.
 
     Raises:
         CheckFailed: with the step, the file, and what to try.
@@ -101,8 +101,10 @@ def stop_run(plan: Plan, learner: Learner, group: Processes, step: int, problem:
     with group.agreed():
         if group.main:
             batches = [each[a] for a in range(plan.slices.accumulation) for each in per_process]
+            where = _write_down(plan, learner, step, problem, batches, weights)
             raise CheckFailed(
-                f"step {step}: {problem}; " + _write_down(plan, learner, step, problem, batches, weights)
+                f"step {step}: {problem}; {where}; try a lower --base-lr, a longer --warmup, a smaller --clip "
+                "or --precision fp32"
             )
     raise AssertionError("process 0 raised, and so did all")
 
@@ -115,20 +117,14 @@ def _write_down(
     batches: list[Batch],
     weights: Mapping[str, Tensor],
 ) -> str:
-    """What to tell the user."""
-    images = [image for batch in batches for image in batch.images]
+    """Where the step is, or why it is not, for the user."""
     names = [plan.source.describe(i) for batch in batches for i in batch.indices.tolist()]
-    bad = [name for name, image in zip(names, images, strict=True) if not image.isfinite().all()]
-    if bad:
-        hint = f"the images themselves hold values that are not finite: {', '.join(bad[:5])}"
-    else:
-        hint = "try a lower --base-lr, a longer --warmup, a smaller --clip or --precision fp32"
     folder = plan.folder / "nonfinite"
     try:
         path = save_nonfinite(folder, step, problem, plan.config, learner.precision, batches, weights, names)
     except OSError as error:
-        return f"what led to it could not be written ({error.strerror}); {hint}"
-    return f"the batch and the weights that lead to it are in {path}; {hint}"
+        return f"the batch that leads to it could not be written ({error.strerror})"
+    return f"the batch and the weights that lead to it are in {path}"
 
 
 def replay_nonfinite(path: Path, device: str = "cpu") -> Replay:
@@ -149,7 +145,7 @@ def replay_nonfinite(path: Path, device: str = "cpu") -> Replay:
     objective.set_grad_checkpointing(config.run.checkpoint_gradients)
     micro = facts["micro_batch"]
     passes = list(zip(tensors["images"].split(micro), tensors["seeds"].split(micro), strict=True))
-    first, losses = facts["step"] * config.optimizer.batch_size, []
+    first, losses = (facts["step"] - 1) * config.optimizer.batch_size, []
     for number, (images, seeds) in enumerate(passes):
         seed_generators(pass_seed(config.run.seed), first + number * micro)
         pixels = normalize(images.to(device), config.data.mean or (), config.data.std or ())

@@ -1,0 +1,127 @@
+"""`coma pretrain`: presets, overrides, replays and resumption."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pretrain.commands.pretrain import parse, run
+from pretrain.config import (
+    CoMAConfig,
+    DataConfig,
+    DecoderConfig,
+    DyViTConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    RunConfig,
+    encoder_preset,
+    method_preset,
+    read_config,
+)
+from pretrain.errors import BadInput, ComaError
+from pretrain.training import pretrain
+from pretrain.training.distributed import AGREED
+
+MODEL = DyViTConfig(
+    patch=1, dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8), (4,), (4,), (0,))
+)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def settings(photos: Path, tmp_path: Path) -> PretrainConfig:
+    return PretrainConfig(
+        data=DataConfig(images=photos, image_size=16, workers=0),
+        model=MODEL,
+        objective=CoMAConfig(decoder=DecoderConfig(8, 1, 2)),
+        optimizer=OptimizerConfig(steps=5, batch_size=4),
+        run=RunConfig(out=tmp_path / "run", log_steps=2, save_steps=2, sheet_steps=3, device="cpu"),
+    )
+
+
+def change(config: PretrainConfig, **parts: dict[str, Any]) -> PretrainConfig:
+    return replace(
+        config, **{name: replace(getattr(config, name), **fields) for name, fields in parts.items()}
+    )
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("reconstruction_sheet", "loss_curve"):
+        monkeypatch.setattr(f"pretrain.training.keeping.{name}", lambda *_, **__: None)
+
+
+def test_presets_choose_defaults_and_flags_override_them():
+    flags = "--out runs/first --model tiny --image-size 64 --method coma4 --channels 4 --epochs 3 --no-flip"
+    config, resume = parse(["photos", *flags.split(), "--model.dim", "16", "--objective.no-norm-pix"])
+    assert not resume
+    assert config.data == DataConfig(images=Path("photos"), image_size=64, flip=False)
+    assert config.model == replace(encoder_preset("tiny", 64, 4), dim=16)
+    assert config.objective == replace(method_preset("coma4", decoder_dim=192), norm_pix=False)
+    assert config.optimizer == OptimizerConfig(epochs=3)
+    assert config.run == RunConfig(out=Path("runs/first"))
+    assert parse(["photos"])[0].model == encoder_preset("small")
+    assert parse(["photos", "--recipe", "small-data"])[0].optimizer.batch_size == 64
+
+
+def test_a_run_is_replayed_and_resumed_by_its_directory(settings, photos, tmp_path, capsys):
+    first = pretrain(settings)
+    saved = read_config(first)
+    again, _ = parse(["--from", str(first), "--out", str(tmp_path / "second"), "--seed", "1"])
+    assert again == change(saved, run={"out": tmp_path / "second", "seed": 1})
+    other, _ = parse([str(tmp_path), "--from", str(first / "config.json")])
+    assert other.data.mean is None  # of other images: measured again
+
+    moved = first.rename(tmp_path / "moved")
+    config, resume = parse(["--resume", str(moved), "--steps", "6"])
+    assert resume
+    assert config == change(saved, run={"out": moved}, optimizer={"steps": 6})
+    capsys.readouterr()
+    run(["--resume", str(moved), "--steps", "6"])
+    told = capsys.readouterr()
+    assert "6 steps, 24 images seen" in told.out
+    assert f"coma evaluate {moved / 'artifact'} --data LABELLED" in told.out
+    assert "resuming at step 5 of 6" in told.err
+    with pytest.raises(BadInput, match="--model does not go with --resume"):
+        parse(["--resume", str(moved), "--model", "tiny"])
+    with pytest.raises(BadInput, match="no such file"):
+        parse(["--resume", str(tmp_path / "nowhere")])
+
+
+def test_one_step_is_enough_for_a_smoke_test(photos, tmp_path, capsys):
+    out = tmp_path / "smoke"
+    flags = "--model tiny --image-size 32 --steps 1 --batch-size 2 --device cpu"
+    run([str(photos), "--out", str(out), *flags.split()])
+    assert rows(out)[-1]["step"] == 1
+    assert f"{out / 'artifact'} (encoder and decoder)" in capsys.readouterr().out
+
+
+def test_only_one_process_prints_what_all_agreed_on(monkeypatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        error = BadInput("no")
+        error.add_note(AGREED)
+        raise error
+
+    monkeypatch.setattr("pretrain.training.pretrain", refuse)
+    with pytest.raises(ComaError):
+        run(["photos"])
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        run(["photos"])
+    assert ended.value.code == 2
