@@ -135,7 +135,7 @@ def test_mfu_is_flops_over_peak(monkeypatch):
 # signals ----------------------------------------------------------------------------------------
 
 
-def test_signals_ask_once_and_abort_the_second_time():
+def test_signals_ask_once_and_abort_the_second_time(capfd):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
         assert not stop.asked
@@ -145,6 +145,7 @@ def test_signals_ask_once_and_abort_the_second_time():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert capfd.readouterr().err == "\nstopping after this step; Ctrl-C again stops at once\n"
 
 
 def test_other_threads_leave_signals_alone():

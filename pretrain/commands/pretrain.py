@@ -39,7 +39,7 @@ Method = Literal["coma", "coma4", "coma-independent", "coma-single", "mae"]
 
 _RECIPES = {
     "default": OptimizerConfig(),
-    "small-data": OptimizerConfig(epochs=400, batch_size=64, base_lr=2e-3, warmup=0.05),
+    "small-data": OptimizerConfig(epochs=400, batch_size=64, base_lr=4e-3, warmup=0.05),
 }
 _NARROW_DECODER = {"tiny": 192, "vit-tiny": 192}  # the full 512 channels would cost more than the encoder
 

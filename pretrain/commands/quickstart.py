@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,9 +83,7 @@ def run(argv: list[str]) -> None:
         folder = _copy_photographs(config.out / "pictures")
         console.print(f"{len(PHOTOGRAPHS)} photographs that come with scikit-image are in {folder}")
         plan = _plan(config)
-        console.print(
-            f"{plan.optimizer.steps} steps, which should take about {config.minutes:g} minutes here"
-        )
+        console.print(f"training for {plan.optimizer.steps} steps")
 
     from pretrain.pictures import reconstruction_sheet
     from pretrain.pretrained import load_pretrained
@@ -253,8 +252,12 @@ def _results(run_directory: Path, about: ArtifactConfig, sheet: Path) -> str:
 
 
 def _next_steps(run_directory: Path) -> str:
+    called = Path(sys.argv[0])
+    coma = str(called) if called.name == "coma" and not shutil.which("coma") else "coma"
     return f"""next:
-  coma pretrain PHOTOS --out runs/first     pre-train on your own images
-  coma pretrain --resume runs/first         go on after an interruption
-  coma evaluate {run_directory / "artifact"} --data LABELLED
-                                            measure its features on labelled images"""
+  {coma} pretrain PHOTOS --out runs/first
+      pre-train on your own images
+  {coma} pretrain --resume runs/first
+      go on after an interruption
+  {coma} evaluate {run_directory / "artifact"} --data LABELLED
+      measure its features on labelled images"""

@@ -56,7 +56,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> Path:
 def _run(config: PretrainConfig, group: Processes, resume: bool) -> Path:
     with closing(Report(quiet=not group.main)) as report:
         plan = prepare(config, group, resume=resume)
-        with StopRequest() as stop, closing(_Run(plan, group, report, stop)) as run:
+        with StopRequest(quiet=not group.main) as stop, closing(_Run(plan, group, report, stop)) as run:
             run.begin(resume)
             run.go()
         return plan.folder

@@ -6,8 +6,11 @@ it more than once, to every process of a job, and kill for good only later.
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 
@@ -15,10 +18,14 @@ class StopRequest:
     """While this is entered (in the main thread), `asked` says whether someone wants the run to stop.
 
     The handlers that were there before are put back at the end.
+
+    Args:
+        quiet: Leave it to another process to say that the request was heard.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         self.asked = False
+        self._quiet = quiet
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -37,4 +44,7 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.asked and not self._quiet:
+            with suppress(OSError, ValueError):  # written past all buffers, whose locks may be held
+                os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C again stops at once\n")
         self.asked = True
