@@ -103,8 +103,8 @@ def stop_run(plan: Plan, learner: Learner, group: Processes, step: int, problem:
             batches = [each[a] for a in range(plan.slices.accumulation) for each in per_process]
             where = _write_down(plan, learner, step, problem, batches, weights)
             raise CheckFailed(
-                f"step {step}: {problem}; {where}; try a lower --base-lr, a longer --warmup, a smaller --clip "
-                "or --precision fp32"
+                f"step {step}: {problem}; {where}; try a lower --base-lr, a longer --warmup, a smaller "
+                "--clip or --precision fp32"
             )
     raise AssertionError("process 0 raised, and so did all")
 
