@@ -122,6 +122,7 @@ def test_only_one_process_prints_what_all_agreed_on(monkeypatch):
     with pytest.raises(ComaError):
         run(["photos"])
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as ended:
         run(["photos"])
     assert ended.value.code == 2

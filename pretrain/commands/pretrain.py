@@ -80,7 +80,7 @@ def run(argv: list[str]) -> None:
         CheckFailed: a loss that is not finite, or results that could not be written.
         Interrupted: Ctrl-C or SIGTERM; everything is saved.
     """
-    main = os.environ.get("RANK", "0") == "0"  # set by torchrun
+    main = "LOCAL_RANK" not in os.environ or os.environ.get("RANK") == "0"  # torchrun sets both
     try:
         config, resume = parse(argv)
         from pretrain.training import pretrain

@@ -116,11 +116,10 @@ def processes(device: str) -> Iterator[Processes]:
         BadInput: no such device here, or fewer GPUs than processes.
         ComaError: another process has gone; its own message says why.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    world, rank, local = (int(os.environ.get(name, "-1")) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+    if world <= 1 or min(rank, local) < 0:
         yield Processes(_pick_device(device))
         return
-    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     own = _pick_device(device, local)
     if own.type == "cuda":
         torch.cuda.set_device(own)

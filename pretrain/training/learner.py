@@ -96,7 +96,7 @@ class Learner:
         objective.set_grad_checkpointing(run.checkpoint_gradients)
         self._model = spread_out(objective, group, run.parallel)
         if run.compile:
-            # Indices are the model's own. On CPUs the checks of them do not compile (torch 2.11: VecMask(bool)).
+            # Checks of indices, all of them the model's own, do not compile on CPUs (torch 2.11, VecMask).
             objective.compile(options={"assert_indirect_indexing": False})
         self._optimizer = build_optimizer(objective, optimizer)
         self._parameters = [p for p in objective.parameters() if p.requires_grad]

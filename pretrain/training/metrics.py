@@ -21,13 +21,11 @@ class Window:
     """Sums over the steps since the last log point."""
 
     def __init__(self) -> None:
-        self.steps = 0
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, values: dict[str, float]) -> None:
         """Take in one step; values that are not finite (an fp16 overflow) are left out of the means."""
-        self.steps += 1
         for name, value in values.items():
             if math.isfinite(value):
                 self._sums[name] = self._sums.get(name, 0.0) + value
@@ -36,16 +34,16 @@ class Window:
     def take(self) -> dict[str, float]:
         """The means; the sums start again."""
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
-        self.__init__()
+        self._sums, self._counts = {}, {}
         return means
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for the resumable state."""
-        return {"steps": self.steps, "sums": dict(self._sums), "counts": dict(self._counts)}
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self.steps, self._sums, self._counts = state["steps"], dict(state["sums"]), dict(state["counts"])
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
 
 
 def drop_lines_after(path: Path, step: int) -> None:
