@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -389,11 +389,6 @@ def read_config(path: Path) -> PretrainConfig:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BadInput(f"{path}: not a readable config ({error})") from None
     return from_plain(plain, PretrainConfig, source=str(path))
-
-
-def with_channels(config: PretrainConfig, channels: int) -> PretrainConfig:
-    """The same run on images of another number of channels."""
-    return replace(config, model=replace(config.model, channels=channels))
 
 
 def _check_channels(channels: int) -> None:
