@@ -197,7 +197,7 @@ def main() -> None:
     speeds = {"eager": time_rounds(steps, batches, args.rounds, print)}
     if args.compile:
         for step in steps.values():
-            step.model.compile(options={"assert_indirect_indexing": False})  # as the trainer does
+            step.model.compile(dynamic=False)  # as the trainer does
         speeds["compiled"] = time_rounds(steps, batches, args.rounds, print)
 
     peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None

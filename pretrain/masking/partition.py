@@ -27,6 +27,7 @@ def noise(seeds: Tensor, count: int, salt: int = 0) -> Tensor:
     return _mix(start[:, None] + positions * _GOLDEN)
 
 
+@torch.compiler.disable  # 64-bit wrap-around is not what compilers take integers to do
 def partition(seeds: Tensor, h: int, w: int, groups: int) -> Tensor:
     """Share out h x w units over `groups` groups of equal size (+-1), at random: int64 `[b, h, w]`.
 
@@ -42,6 +43,7 @@ def group_sizes(units: int, groups: int) -> tuple[int, ...]:
     return tuple((units - group + groups - 1) // groups for group in range(groups))
 
 
+@torch.compiler.disable
 def keep(seeds: Tensor, h: int, w: int, count: int, salt: int = 0) -> Tensor:
     """Show `count` of the h x w units, at random (MAE sec. 3): bool `[b, h, w]`."""
     order = noise(seeds, h * w, salt).argsort(dim=1, stable=True)

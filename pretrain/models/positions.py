@@ -39,7 +39,8 @@ def rotary_table(
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the channel pairs (i, i + dim/2) of `[b, h, w, parts, heads, dim]` by the table's angles."""
     cos, signed_sin = table
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)
+    first, second = x.chunk(2, dim=-1)  # torch 2.11 compiles no backward of roll on CPUs
+    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), signed_sin)
 
 
 def sincos_positions(h: int, w: int, dim: int, *, device: torch.device) -> Tensor:

@@ -96,8 +96,7 @@ class Learner:
         objective.set_grad_checkpointing(run.checkpoint_gradients)
         self._model = spread_out(objective, group, run.parallel)
         if run.compile:
-            # Checks of indices, all of them the model's own, do not compile on CPUs (torch 2.11, VecMask).
-            objective.compile(dynamic=False, options={"assert_indirect_indexing": False})
+            objective.compile(dynamic=False)
         self._optimizer = build_optimizer(objective, optimizer)
         self._parameters = [p for p in objective.parameters() if p.requires_grad]
         self._scaler = build_scaler(precision, group.device)
