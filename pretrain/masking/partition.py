@@ -10,10 +10,20 @@ generator state to save and two processes draw exactly what one would.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _GOLDEN = -0x61C8864680B583EB  # 2**64 / golden ratio, as a signed 64-bit integer
+
+
+def _eager(function: F) -> F:
+    """Keep a function out of compiled graphs: compilers may not take 64-bit integers to wrap around."""
+    return cast("F", torch.compiler.disable(function))
 
 
 def noise(seeds: Tensor, count: int, salt: int = 0) -> Tensor:
@@ -27,7 +37,7 @@ def noise(seeds: Tensor, count: int, salt: int = 0) -> Tensor:
     return _mix(start[:, None] + positions * _GOLDEN)
 
 
-@torch.compiler.disable  # 64-bit wrap-around is not what compilers take integers to do
+@_eager
 def partition(seeds: Tensor, h: int, w: int, groups: int) -> Tensor:
     """Share out h x w units over `groups` groups of equal size (+-1), at random: int64 `[b, h, w]`.
 
@@ -43,7 +53,7 @@ def group_sizes(units: int, groups: int) -> tuple[int, ...]:
     return tuple((units - group + groups - 1) // groups for group in range(groups))
 
 
-@torch.compiler.disable
+@_eager
 def keep(seeds: Tensor, h: int, w: int, count: int, salt: int = 0) -> Tensor:
     """Show `count` of the h x w units, at random (MAE sec. 3): bool `[b, h, w]`."""
     order = noise(seeds, h * w, salt).argsort(dim=1, stable=True)
