@@ -239,5 +239,8 @@ def _write(path: Path, picture: Image.Image) -> None:
     """Save as PNG under a temporary name, then rename: readers see the old picture or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    picture.save(temporary, format="PNG")
-    temporary.replace(path)
+    try:
+        picture.save(temporary, format="PNG")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # left over only when the disk did not take it

@@ -216,3 +216,14 @@ def test_smoothing_keeps_a_constant_and_the_length():
     assert len(pictures._smooth([1.0])) == 1
     noisy = [1.0, -1.0] * 50
     assert np.abs(pictures._smooth(noisy)).max() < 0.5
+
+
+def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch):
+    def half(self, fp, *_, **__):
+        fp.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(OSError, match="No space left"):
+        pictures._write(tmp_path / "sheet.png", Image.new("RGB", (2, 2)))
+    assert not list(tmp_path.iterdir())
