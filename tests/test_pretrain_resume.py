@@ -12,10 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from pretrain.artifact import load_artifact
 from pretrain.config import (
@@ -49,15 +47,6 @@ def no_pictures() -> Iterator[None]:
         for name in ("reconstruction_sheet", "loss_curve"):
             patch.setattr(f"pretrain.training.keeping.{name}", lambda *_, **__: None)
         yield
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for number in range(10):
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from pretrain.artifact import load_artifact
@@ -41,15 +39,6 @@ MODEL = DyViTConfig(
     patch=1, dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8), (4,), (4,), (0,))
 )
 OBJECTIVE = CoMAConfig(decoder=DecoderConfig(8, 1, 2))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for number in range(10):
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    return folder
 
 
 def learner(micro: int = 4, precision: Any = "fp32", model: Any = MODEL, **settings: Any) -> Learner:
