@@ -3,10 +3,11 @@
     python benchmarks/train_step.py                         # what fits the machine, eager and compiled
     python benchmarks/train_step.py --models "CoMA DyViT-B" "MAE ViT-B" --no-compile --batch 8
 
-A step is forward, loss, backward and AdamW on synthetic images (224 px; bf16 autocast on a GPU, fp32 on a
-CPU). The peers are whole objectives where there is one (MAE: 75 % hidden, decoder 8 x 512) and otherwise the
-bare encoder with a mean as its loss, which leaves out any decoder. All models are built first and timed in
-turn, round after round, so that a slow minute of the machine hits all of them; the median round counts.
+A step is forward, loss, backward and AdamW on synthetic images (224 px; by default bf16 autocast on a GPU
+and fp32 on a CPU, as the trainer chooses). The peers are whole objectives where there is one (MAE: 75 %
+hidden, decoder 8 x 512) and otherwise the bare encoder with a mean as its loss, which leaves out any decoder.
+All models are built first and timed in turn, round after round, so that a slow minute of the machine hits all
+of them; the median round counts.
 Views are what a step supervises from: K for CoMA, 1 for the others. Peak memory is the device's on a GPU
 and the resident set of a child process on a CPU.
 """
@@ -33,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain.config import encoder_preset, method_preset
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
+from pretrain.training.precision import Precision, attention_kernels, autocast, choose_precision
 from pretrain.training.throughput import peak_flops
 
 MODELS = {
@@ -62,10 +64,10 @@ class Features(nn.Module):
 class Step:
     """A model with its optimizer; calling it trains one batch."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str, device: torch.device, precision: Precision) -> None:
         preset, method = MODELS[name]
         torch.manual_seed(0)
-        self.name, self.device = name, device
+        self.name, self.device, self.precision = name, device, precision
         self.model = (
             build_objective(method_preset(method), build_encoder(encoder_preset(preset)))
             if method
@@ -78,11 +80,11 @@ class Step:
         """Train one batch of random images."""
         images = torch.randn(batch, 3, 224, 224, device=self.device)
         seeds = torch.arange(batch, device=self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            out = self.model(images, seeds)
-        loss = out if isinstance(out, Tensor) else out.loss
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with attention_kernels(self.precision, self.device):
+            with autocast(self.precision, self.device):
+                out = self.model(images, seeds)
+            (out if isinstance(out, Tensor) else out.loss).backward()
         self.optimizer.step()
 
     def seconds(self, batch: int) -> float:
@@ -133,13 +135,14 @@ def peak_memory(step: Step, batch: int) -> float:
         step(batch)
         return torch.cuda.max_memory_allocated() / 2**30
     command = [sys.executable, __file__, "--child", step.name, "--batch", str(batch)]
+    command += ["--precision", step.precision]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def child(name: str, batch: int) -> None:
+def child(name: str, batch: int, precision: Precision) -> None:
     """Print the resident memory, in GiB, that a step adds to a process that has imported everything."""
     before = _peak_resident()
-    step = Step(name, torch.device("cpu"))
+    step = Step(name, torch.device("cpu"), precision)
     step(batch)
     step(batch)
     print(_peak_resident() - before)
@@ -178,16 +181,18 @@ def main() -> None:
     parser.add_argument(
         "--batch", type=int, help="images per step (default: 8 on CPU, the largest that fits on GPU)"
     )
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        return child(args.child, args.batch)
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = {name: Step(name, device) for name in args.models}
+    precision = choose_precision(args.precision, device)
+    if args.child:
+        return child(args.child, args.batch, precision)
+
+    steps = {name: Step(name, device, precision) for name in args.models}
     flops = {name: step.flops() for name, step in steps.items()}
     batches = {
         name: args.batch or (largest_batch(step) if device.type == "cuda" else 8)
@@ -223,9 +228,10 @@ def main() -> None:
             if reference in measured:
                 row[f"{mode} time / {reference}"] = f"{measured[reference] / measured[name]:.2f}"
         rows.append(row)
-    print("\n" + describe() + f"; median of {args.rounds} rounds, 224 px\n\n" + table(rows))
+    how = f"{precision}, median of {args.rounds} rounds, 224 px"
+    print(f"\n{describe()}; {how}\n\n{table(rows)}")
     if args.out:
-        args.out.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
+        args.out.write_text(json.dumps({"machine": describe(), "how": how, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

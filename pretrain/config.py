@@ -31,11 +31,11 @@ class DyViTConfig:
     """Side of a stem patch in pixels; the mask unit is 8 patches wide (32 px at patch 4)."""
     dim: int = 96
     """Channels of the first stage; they double at every following stage."""
-    depths: tuple[int, int, int, int] = (2, 2, 12, 2)
+    depths: tuple[int, int, int, int] = (1, 1, 14, 2)
     """Blocks per stage."""
     heads: tuple[int, int, int, int] = (4, 8, 16, 32)
     """Attention heads per stage, shared out equally over the stage's windows."""
-    windows: Windows = ((4, 8), (7, 14), (7, 14), (7,))
+    windows: Windows = ((4, 8), (2, 4), (2, 14), (7,))
     """Window sides in tokens per stage, one group of heads each; 0 attends to the whole map."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over its input width."""
@@ -248,9 +248,9 @@ class PretrainConfig:
 
 _DYVIT = {
     "tiny": {"dim": 32, "depths": (1, 1, 6, 2), "heads": (2, 4, 8, 16)},
-    "small": {"dim": 64, "depths": (2, 2, 10, 2), "heads": (2, 4, 8, 16)},
-    "base": {"dim": 96, "depths": (2, 2, 12, 2), "heads": (4, 8, 16, 32)},
-    "large": {"dim": 144, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32)},
+    "small": {"dim": 64, "depths": (1, 1, 12, 2), "heads": (2, 4, 8, 16)},
+    "base": {"dim": 96, "depths": (1, 1, 14, 2), "heads": (4, 8, 16, 32)},
+    "large": {"dim": 144, "depths": (1, 1, 20, 2), "heads": (6, 12, 24, 48)},
 }
 _VIT = {
     "vit-tiny": {"dim": 192, "depth": 12, "heads": 3},
@@ -277,10 +277,13 @@ def encoder_preset(name: str, image_size: int = 224, channels: int = 3) -> Encod
 
 
 def dyvit_preset(name: str, image_size: int = 224, channels: int = 3) -> DyViTConfig:
-    """DyViT `tiny`, `small`, `base` or `large` for images of `image_size` pixels."""
+    """DyViT `tiny`, `small`, `base` or `large` for images of `image_size` pixels.
+
+    Windows lie inside a mask unit, or are as large as such an image: neither needs an attention mask.
+    """
     patch = 4 if image_size >= 112 else 2 if image_size >= 64 else 1
-    sevens = (image_size // (patch * 8)) % 7 == 0  # 7 x 7 units at 224 px: windows of 7 fit without padding
-    windows: Windows = ((4, 8), (7, 14), (7, 14), (7,)) if sevens else ((4, 8), (4, 8), (4, 8), (8,))
+    units = -(-image_size // (patch * 8))
+    windows = ((4, 8), (2, 4), (2, 2 * units), (units,))
     return DyViTConfig(channels=channels, patch=patch, windows=windows, **_DYVIT[name])
 
 

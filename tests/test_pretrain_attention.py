@@ -1,6 +1,7 @@
 """Windows and DM-MSA against plain attention and slow loops."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +10,66 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import DyViTConfig
+from pretrain.masking.units import spread
 from pretrain.models import DyViT
 from pretrain.models.attention import DynamicMultiWindowAttention, WindowGate, stage_layout
 from pretrain.models.positions import rotary_table, rotate, sincos_positions
-from pretrain.models.windows import MASKED, fit, merge, same_group_bias, split
+from pretrain.models.sequences import image_sequences
+from pretrain.models.windows import (
+    MASKED,
+    fit,
+    merge,
+    nest,
+    nested_places,
+    same_group_bias,
+    split,
+    unnest,
+)
 
 SIDES = st.integers(1, 11)
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 8])
+def test_nested_order_by_its_definition(side):
+    """Four quarters, each in the same order; units row by row."""
+
+    def order(square):
+        if len(square) == 1:
+            return [square[0, 0]]
+        half = len(square) // 2
+        return [
+            token
+            for rows in (square[:half], square[half:])
+            for quarter in (rows[:, :half], rows[:, half:])
+            for token in order(quarter)
+        ]
+
+    x = torch.arange(2 * 3 * side * side).view(1, 2 * side, 3 * side)
+    units = nest(x, side)
+    assert torch.equal(unnest(units, side, 2, 3), x)
+    for unit in range(6):
+        i, j = unit // 3 * side, unit % 3 * side
+        assert units[0, unit].tolist() == order(x[0, i : i + side, j : j + side].numpy())
+    places = nested_places(side, torch.device("cpu"))
+    assert torch.equal(x[0][places[:, 0], places[:, 1]], units[0, 0])
+
+
+@settings(deadline=None)
+@given(h=st.integers(1, 4), w=st.integers(1, 4), views=st.integers(1, 4), b=st.integers(1, 3), data=st.data())
+def test_every_unit_finds_its_view_and_its_way_back(h, w, views, b, data):
+    drawn = st.lists(st.integers(-1, views - 1), min_size=b * h * w, max_size=b * h * w)
+    group = torch.tensor(data.draw(drawn)).view(b, h, w)
+    sequences = image_sequences(h, w, group)
+    numbers = torch.arange(b * h * w).view(b, h * w)
+    shared = sequences.gather(numbers)
+    present = int(group.max()) + 1
+    filled = torch.ones_like(shared, dtype=torch.bool) if sequences.filled is None else sequences.filled
+    for n, (row, counts) in enumerate(zip(shared, filled, strict=True)):
+        sample, view = divmod(n, max(present, 1))
+        expected = numbers[sample][group[sample].flatten() == view]
+        assert sorted(row[counts].tolist()) == expected.tolist()
+    back = sequences.scatter(shared)
+    assert torch.equal(back, torch.where(group.flatten(1) >= 0, numbers, 0))
 
 
 @settings(deadline=None)
@@ -50,8 +105,13 @@ def attention(heads, windows, dim=16):
     return layer
 
 
-def layout_for(layer, x, windows, group=None, side=1):
-    return stage_layout((x.shape[1], x.shape[2]), windows, x.shape[-1] // layer.heads, side, group, x)
+def attend(layer, x, windows, group=None, side=1, change=lambda layout: layout):
+    """The layer on a map `[b, h, w, c]`: to sequences, through it, and back."""
+    sequences = image_sequences(x.shape[1] // side, x.shape[2] // side, group)
+    tokens = sequences.gather(nest(x, side))
+    layout = stage_layout(sequences, windows, x.shape[-1] // layer.heads, side, tokens)
+    out = sequences.scatter(layer(tokens, change(layout)))
+    return unnest(out, side, sequences.rows, sequences.cols)
 
 
 def slow_attention(layer, x, windows, token_group=None):
@@ -99,15 +159,28 @@ def slow_attention(layer, x, windows, token_group=None):
     return layer.proj(out)
 
 
-@pytest.mark.parametrize("windows", [(4,), (2, 4), (3, 2), (0, 3), (3, 0, 7, 1), (7,)])
-@pytest.mark.parametrize("grouped", [False, True])
-def test_dm_msa_equals_a_slow_loop(windows, grouped):
+GROUPS = {
+    "none": None,
+    "equal": [[[0, 1, 0], [1, 1, 0]], [[1, 0, 0], [1, 0, 1]]],
+    "unequal": [[[0, 1, 0], [1, 1, 0]], [[2, 0, -1], [1, 0, 2]]],
+}
+
+
+@pytest.mark.parametrize("windows", [(4,), (2, 4), (3, 2), (0, 3), (3, 0, 7, 1), (7,), (4, 2, 1, 0)])
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("side", [1, 2, 4])
+def test_dm_msa_equals_a_slow_loop(windows, groups, side):
     layer = attention(4, windows)
-    x = torch.randn(2, 4, 6, 16, dtype=torch.float64)
-    group = torch.tensor([[[0, 1, 0], [1, 1, 0]], [[2, 0, -1], [1, 0, 2]]]) if grouped else None
-    tokens = None if group is None else group.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    fast = layer(x, layout_for(layer, x, windows, group, side=2))
-    torch.testing.assert_close(fast, slow_attention(layer, x, windows, tokens), rtol=1e-6, atol=1e-7)
+    x = torch.randn(2, 2 * side, 3 * side, 16, dtype=torch.float64)
+    if GROUPS[groups] is None:
+        fast, slow = attend(layer, x, windows, side=side), slow_attention(layer, x, windows)
+    else:
+        group = torch.tensor(GROUPS[groups])
+        tokens = spread(group, side)
+        fast, slow = attend(layer, x, windows, group, side), slow_attention(layer, x, windows, tokens)
+        assert (fast[tokens < 0] == 0).all()
+        fast, slow = fast[tokens >= 0], slow[tokens >= 0]
+    torch.testing.assert_close(fast, slow, rtol=1e-6, atol=1e-7)
 
 
 def test_one_full_window_without_positions_is_plain_multi_head_attention():
@@ -122,11 +195,16 @@ def test_one_full_window_without_positions_is_plain_multi_head_attention():
         }
     )
     x = torch.randn(2, 1, 1, 16, dtype=torch.float64).expand(2, 3, 5, 16) + 0.1 * torch.randn(2, 3, 5, 16)
-    layout = layout_for(layer, x, (0,))
-    still = torch.ones_like(layout.rotary[0]), torch.zeros_like(layout.rotary[1])
-    layout = type(layout)(layout.windows, still, layout.biases, layout.same_view, layout.side)
+
+    def still(layout):
+        cos, sin = layout.windows[0].rotary
+        return replace(
+            layout,
+            windows=(replace(layout.windows[0], rotary=(torch.ones_like(cos), torch.zeros_like(sin))),),
+        )
+
     expected, _ = plain(*[x.flatten(1, 2)] * 3, need_weights=False)
-    torch.testing.assert_close(layer(x, layout).flatten(1, 2), expected)
+    torch.testing.assert_close(attend(layer, x, (0,), change=still).flatten(1, 2), expected)
 
 
 def test_a_fresh_gate_weighs_all_windows_equally_and_a_trained_one_does_not():
@@ -136,17 +214,18 @@ def test_a_fresh_gate_weighs_all_windows_equally_and_a_trained_one_does_not():
     gate = model.get_submodule("stages.0.blocks.0.attn.gate")
     assert isinstance(gate, WindowGate)
     pooled = torch.randn(3, 16)
-    assert torch.equal(gate.weigh(pooled), torch.ones(3, 16))
+    assert torch.equal(gate(pooled), torch.ones(3, 16))
     torch.nn.init.normal_(gate.out.weight)
-    weights = gate.weigh(pooled).view(3, 2, 8)
+    weights = gate(pooled).view(3, 2, 8)
     assert weights.std() > 0.03
     torch.testing.assert_close(weights.mean(1), torch.ones(3, 8))
 
 
 def test_rotary_scores_depend_on_offsets_only():
-    cos, sin = rotary_table(9, 9, 8, device=torch.device("cpu"), dtype=torch.float64)
+    places = torch.cartesian_prod(torch.arange(9), torch.arange(9)).view(9, 9, 2)
+    table = rotary_table(places, 8, torch.float64)
     q, k = torch.randn(2, 8, dtype=torch.float64)
-    spots = [rotate(x.expand(1, 9, 9, 1, 1, 8), (cos, sin))[0, :, :, 0, 0] for x in (q, k)]
+    spots = [rotate(x.expand(9, 9, 8), table) for x in (q, k)]
     score = {(i, j): spots[0][i, j] @ spots[1][i + 2, j + 1] for i in (0, 3, 6) for j in (0, 4, 7)}
     torch.testing.assert_close(torch.stack(list(score.values())), score[0, 0].expand(9), rtol=1e-6, atol=1e-6)
     assert (spots[0][0, 0] @ spots[1][1, 2] - score[0, 0]).abs() > 1e-3  # rows and columns are told apart

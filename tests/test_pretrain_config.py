@@ -47,8 +47,8 @@ def test_presets_leave_several_units_to_choose_from(model, size):
 
 
 def test_windows_follow_the_map():
-    assert dyvit_preset("base", 224).windows[1] == (7, 14)
-    assert dyvit_preset("base", 256).windows[1] == (4, 8)
+    assert dyvit_preset("base", 224).windows[2] == (2, 14)
+    assert dyvit_preset("base", 256).windows[2] == (2, 16)
     assert dyvit_preset("tiny", 32).unit == 8 and dyvit_preset("tiny", 224).unit == 32
 
 

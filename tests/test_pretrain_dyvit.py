@@ -14,7 +14,7 @@ from pretrain.errors import BadInput
 from pretrain.masking.partition import partition
 from pretrain.masking.units import pad_to_units, unit_grid
 from pretrain.models import DyViT, ViT, build_encoder
-from pretrain.models.attention import WindowGate
+from pretrain.models.sequences import Sequences, image_sequences
 
 TINY = DyViTConfig(
     patch=1, dim=16, depths=(1, 2, 1, 1), heads=(2, 2, 4, 4), windows=((4, 8), (3, 4), (0, 3), (2,))
@@ -71,9 +71,7 @@ def test_no_window_leaks(windows):
 
 
 def test_the_leak_test_catches_a_gate_that_pools_over_the_map(monkeypatch):
-    monkeypatch.setattr(
-        WindowGate, "forward", lambda gate, x, _: gate.weigh(x.mean(dim=(1, 2), keepdim=True))
-    )
+    monkeypatch.setattr(Sequences, "mean", lambda _, x: x.mean(dim=(0, 1, 2), keepdim=True))
     assert leak(awake(DyViT(TINY)), 24, 24, 2) > 0
 
 
@@ -84,14 +82,30 @@ def test_the_leak_test_catches_a_missing_mask(monkeypatch):
     assert leak(awake(DyViT(TINY)), 24, 24, 2) > 0
 
 
+def test_the_leak_test_catches_a_unit_in_the_wrong_view(monkeypatch):
+    import pretrain.models.dyvit as dyvit
+
+    def misdealt(rows, cols, group, sizes):
+        sequences = image_sequences(rows, cols, group, sizes)
+        assert sequences.unit_of is not None
+        wrong = sequences.unit_of.clone()
+        wrong[:, 0] = wrong[:, 0].roll(1)
+        return replace(sequences, unit_of=wrong)
+
+    monkeypatch.setattr(dyvit, "image_sequences", misdealt)
+    assert leak(awake(DyViT(TINY)), 24, 24, 2) > 0
+
+
 def dropped_token_pass(encoder, images, shown):
     """One view of one image through DyViT, on the list of its own tokens only.
 
     Written from DyViT's definition, sharing the weights but none of the window, mask or gate code.
     """
-    x = encoder.stem(pad_to_units(images, encoder.unit))[0]
-    h, w = x.shape[:2]
+    padded = pad_to_units(images, encoder.unit)
+    h, w = unit_grid(padded.shape[-2], padded.shape[-1], encoder.unit)
     side = 8
+    x = encoder.stem.norm(encoder.stem.conv(padded)[0].permute(1, 2, 0))
+    h, w = h * side, w * side
     where = [(i, j) for i in range(h) for j in range(w) if shown[i // side, j // side]]
     tokens = {spot: x[spot] for spot in where}
     for stage in encoder.stages:
@@ -201,10 +215,10 @@ def test_features_of_a_tiled_image_repeat_with_its_tiles():
 
 
 GOLDEN = {  # parameters, multiply-accumulates of one 224 px image
-    "tiny": (3_060_600, 469_147_136),
-    "small": (15_746_720, 2_762_436_608),
-    "base": (39_080_112, 6_782_066_688),
-    "large": (112_783_464, 19_834_852_608),
+    "tiny": (3_060_600, 451_083_776),
+    "small": (17_133_680, 2_696_761_344),
+    "base": (42_197_352, 6_676_821_504),
+    "large": (119_792_124, 19_646_596_224),
     "vit-small": (21_590_016, 4_598_498_304),
     "vit-base": (85_647_360, 17_563_060_224),
 }
@@ -237,7 +251,8 @@ def test_captured_graph_equals_eager():
     images, group = torch.randn(2, 3, 24, 24), partition(torch.arange(2), 3, 3, 2)
     captured = torch.compile(encoder.forward_features, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(captured(images, group), encoder.forward_features(images, group))
+        expected = encoder.forward_features(images, group)
+        torch.testing.assert_close(captured(images, group, (5, 4)), expected)
 
 
 @pytest.mark.parametrize("encoder", [DyViT(TINY), ViT(ViTConfig(patch=8, dim=16, depth=1, heads=2))])

@@ -5,10 +5,15 @@ own size; the results are weighted per channel, by weights that depend on the im
 projection. That CoMA's encoder uses "dynamic multi-window self-attention" is stated in the paper's
 abstract (Li et al. 2025, arXiv 2511.05929); how it is built here is this project's own, near to DW-ViT
 (Ren et al. 2022, arXiv 2203.12856). No shift, no bias table: positions are rotary.
+
+Tokens are `[n, s, t, c]`: n sequences (see `sequences`) of s units of t tokens in nested order (see
+`windows`). Windows inside a unit and windows over the whole sequence are then views, and take no mask;
+only windows that cross units without covering them all go through a map.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,73 +23,117 @@ from torch import Tensor, nn
 
 from pretrain.masking.units import spread
 from pretrain.models.positions import rotary_table, rotate
-from pretrain.models.windows import fit, merge, needs_padding, same_group_bias, split
+from pretrain.models.sequences import Sequences
+from pretrain.models.windows import (
+    MASKED,
+    fit,
+    merge,
+    needs_padding,
+    nest,
+    nested_places,
+    same_group_bias,
+    split,
+    unnest,
+)
+
+Rotary = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Windows that are runs of consecutive tokens: inside a unit, or the whole sequence.
+
+    Attributes:
+        length: Tokens of a window; a whole sequence where it equals s*t.
+        rotary: Cosines and signed sines, `[n or 1, s or 1, t, 1, 1, head_dim]`.
+        bias: `[n, 1, 1, s*t]` to add to the scores, where sequences are filled up.
+    """
+
+    length: int
+    rotary: Rotary
+    bias: Tensor | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Three of `[n, s, t, heads, d]` to `[n, s, t, heads*d]`."""
+        n, s, t, heads, d = q.shape
+        q, k, v = (x.reshape(-1, self.length, heads, d).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        return out.transpose(1, 2).reshape(n, s, t, heads * d)
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Windows that hold tokens of several units, but not all: cut from the map of the image.
+
+    Attributes:
+        sequences: Where the units lie.
+        side: Tokens along the edge of a unit.
+        window: Sides of a window in tokens.
+        rotary: As of `Run`.
+        bias: `[b*windows, 1, m, m]` to add to the scores of a window's m tokens, where some are forbidden.
+    """
+
+    sequences: Sequences
+    side: int
+    window: tuple[int, int]
+    rotary: Rotary
+    bias: Tensor | None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Three of `[n, s, t, heads, d]` to `[n, s, t, heads*d]`."""
+        rows, cols = self.sequences.rows, self.sequences.cols
+        maps = (unnest(self.sequences.scatter(x), self.side, rows, cols) for x in (q, k, v))
+        q, k, v = (split(x, self.window).transpose(1, 2) for x in maps)  # windows heads m d
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        out = merge(out.transpose(1, 2).flatten(2), self.window, rows * self.side, cols * self.side)
+        return self.sequences.gather(nest(out, self.side))
 
 
 @dataclass(frozen=True)
 class Layout:
     """All that the blocks of one stage share about one batch: computed once, used by every block."""
 
-    windows: tuple[tuple[int, int], ...]
-    """Sides of each window on this map."""
-    rotary: tuple[Tensor, Tensor]
-    """Cosines and signed sines, `[h, w, 1, 1, head_dim]`."""
-    biases: tuple[Tensor | None, ...]
-    """Per window: `[b*rows*cols, 1, n, n]` to add to the scores, or None where nothing is forbidden."""
-    same_view: Tensor | None
-    """`[b, units, units]`: rows average over the units of the same view; None: one view, the whole map."""
-    side: int
-    """Tokens along the edge of a mask unit."""
+    sequences: Sequences
+    windows: tuple[Run | Crossing, ...]
 
 
 def stage_layout(
-    size: tuple[int, int],
-    windows: tuple[int, ...],
-    head_dim: int,
-    side: int,
-    group: Tensor | None,
-    like: Tensor,
+    sequences: Sequences, windows: Sequence[int], head_dim: int, side: int, like: Tensor
 ) -> Layout:
     """The layout of a stage.
 
     Args:
-        size: Rows and columns of the token map; whole units.
+        sequences: Where the units lie.
         windows: Window sides in tokens; 0 is global.
         head_dim: Channels of one head.
-        side: Tokens along the edge of a mask unit at this stage.
-        group: View of every unit, int64 `[b, h, w]`, or None for ordinary inference.
-        like: The token map, for its device, dtype and batch.
+        side: Tokens along the edge of a mask unit at this stage, a power of two.
+        like: The tokens, for their device, dtype and, without groups, number of images.
     """
-    h, w = size
-    dtype = (
-        torch.get_autocast_dtype(like.device.type)
-        if torch.is_autocast_enabled(like.device.type)
-        else like.dtype
-    )
-    fitted = tuple(fit(window, h, w) for window in windows)
-    tokens = None if group is None else spread(group, side)
-    biases: dict[tuple[int, int], Tensor | None] = {}
-    for window in fitted:
-        if window in biases:
-            continue
-        padded = needs_padding(window, h, w)
-        crosses_units = tokens is not None and (side % window[0] != 0 or side % window[1] != 0)
-        if padded or crosses_units:
-            whole = like.new_zeros((like.shape[0], h, w), dtype=torch.int64) if tokens is None else tokens
-            biases[window] = same_group_bias(whole, window, dtype)
-        else:
-            biases[window] = None
-    return Layout(
-        windows=fitted,
-        rotary=rotary_table(h, w, head_dim, device=like.device, dtype=dtype),
-        biases=tuple(biases[window] for window in fitted),
-        same_view=None if group is None else _same_view(group),
-        side=side,
-    )
+    device = like.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
+    rows, cols = sequences.rows, sequences.cols
+    inner = nested_places(side, like.device)  # t 2
+    places = sequences.places(like.device)[:, :, None] * side + inner  # n|1 s t 2
+    in_image = _table(places, head_dim, dtype)
+    in_unit = _table(inner[None, None], head_dim, dtype)
+
+    def resolve(window: int) -> Run | Crossing:
+        wh, ww = fit(window, rows * side, cols * side)
+        if wh == ww and side % wh == 0:
+            return Run(wh * wh, in_unit)  # scores depend on offsets only: places inside the unit will do
+        if (wh, ww) == (rows * side, cols * side):
+            length = places.shape[1] * side * side
+            return Run(length, in_image, _filled_bias(sequences, side, dtype))
+        return Crossing(
+            sequences, side, (wh, ww), in_image, _crossing_bias(sequences, (wh, ww), side, like, dtype)
+        )
+
+    resolved = {window: resolve(window) for window in set(windows)}
+    return Layout(sequences, tuple(resolved[window] for window in windows))
 
 
 class DynamicMultiWindowAttention(nn.Module):
-    """DM-MSA over a token map.
+    """DM-MSA.
 
     Args:
         dim: Channels in and out.
@@ -95,33 +144,28 @@ class DynamicMultiWindowAttention(nn.Module):
     def __init__(self, dim: int, heads: int, windows: int) -> None:
         super().__init__()
         self.heads = heads
-        self.windows = windows
         self.qkv = nn.Linear(dim, 3 * dim)
         self.gate = WindowGate(dim, windows) if windows > 1 else None
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """Attend: `[b, h, w, c]` -> `[b, h, w, c]`."""
-        qkv = rearrange(
-            self.qkv(x), "b h w (parts heads d) -> b h w parts heads d", parts=3, heads=self.heads
-        )
-        q, k = rotate(qkv[:, :, :, :2], layout.rotary).unbind(dim=3)
-        parts = zip(*(part.chunk(self.windows, dim=3) for part in (q, k, qkv[:, :, :, 2])), strict=True)
-        outputs = [
-            _attend(q, k, v, window, bias)
-            for (q, k, v), window, bias in zip(parts, layout.windows, layout.biases, strict=True)
-        ]
+        """Attend: `[n, s, t, c]` -> `[n, s, t, c]`."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        outputs = []
+        for part, window in zip(qkv.chunk(len(layout.windows), dim=4), layout.windows, strict=True):
+            q, k = rotate(part[:, :, :, :2], window.rotary).unbind(dim=3)
+            outputs.append(window.attend(q, k, part[:, :, :, 2]))
         out = torch.cat(outputs, dim=-1)
         if self.gate is not None:
-            out = out * self.gate(out, layout)
+            out = out * self.gate(layout.sequences.mean(out))
         return self.proj(out)
 
 
 class WindowGate(nn.Module):
     """How much each window counts, per channel: a softmax over the windows of an MLP on the pooled output.
 
-    Pooled per view, never over the map: anything pooled over all tokens would tell one view about the
-    others. The last layer starts at zero, so that all windows start with weight 1.
+    Pooled per sequence, that is per view: anything pooled over all tokens of an image would tell one view
+    about the others. The last layer starts at zero, so that all windows start with weight 1.
 
     Args:
         dim: Channels of the concatenated window outputs.
@@ -134,32 +178,31 @@ class WindowGate(nn.Module):
         self.hidden = nn.Linear(dim, max(dim // 4, 8))
         self.out = nn.Linear(max(dim // 4, 8), dim)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """Weights that average 1 over the windows, to be multiplied with `x [b, h, w, c]`."""
-        if layout.same_view is None:
-            return self.weigh(x.mean(dim=(1, 2), keepdim=True))
-        b, h, w, c = x.shape
-        rows, cols = h // layout.side, w // layout.side
-        units = x.view(b, rows, layout.side, cols, layout.side, c).mean(dim=(2, 4)).flatten(1, 2)
-        views = layout.same_view.to(units.dtype) @ units  # b units c: each unit gets the mean of its view
-        return spread(self.weigh(views).view(b, rows, cols, c), layout.side)
-
-    def weigh(self, pooled: Tensor) -> Tensor:
-        """Pooled outputs `[..., c]` to weights `[..., c]`."""
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Pooled outputs `[..., c]` to weights `[..., c]` that average 1 over the windows."""
         logits = self.out(F.gelu(self.hidden(pooled)))
         weights = rearrange(logits, "... (g c) -> ... g c", g=self.windows).softmax(dim=-2) * self.windows
         return rearrange(weights, "... g c -> ... (g c)").to(logits.dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], bias: Tensor | None) -> Tensor:
-    # three of b h w heads d -> b h w (heads d)
-    h, w = q.shape[1:3]
-    q, k, v = (split(part, window).transpose(1, 2) for part in (q, k, v))  # n heads tokens d
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    return merge(rearrange(out, "n heads tokens d -> n tokens (heads d)"), window, h, w)
+def _table(places: Tensor, head_dim: int, dtype: torch.dtype) -> Rotary:
+    cos, sin = rotary_table(places, head_dim, dtype)
+    return cos[:, :, :, None, None], sin[:, :, :, None, None]
 
 
-def _same_view(group: Tensor) -> Tensor:
-    flat = group.flatten(1)
-    same = (flat[:, :, None] == flat[:, None, :]).float()
-    return same / same.sum(dim=-1, keepdim=True)
+def _filled_bias(sequences: Sequences, side: int, dtype: torch.dtype) -> Tensor | None:
+    if sequences.filled is None:
+        return None
+    empty = (~sequences.filled).to(dtype) * MASKED
+    return empty.repeat_interleave(side * side, dim=1)[:, None, None]
+
+
+def _crossing_bias(
+    sequences: Sequences, window: tuple[int, int], side: int, like: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    group, rows, cols = sequences.group, sequences.rows, sequences.cols
+    if group is None:
+        if not needs_padding(window, rows * side, cols * side):
+            return None
+        group = like.new_zeros((like.shape[0], rows, cols), dtype=torch.int64)
+    return same_group_bias(spread(group, side), window, dtype)

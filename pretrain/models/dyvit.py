@@ -1,9 +1,11 @@
 """DyViT: a hierarchical ViT whose every block looks through several window sizes at once.
 
 Four stages; each halves the map and doubles the channels, so that the last token of a place covers one
-mask unit (32 px at patch 4). With `group`, no information crosses from one group of units to another, at
-any layer: one dense pass is then worth as many passes as there are groups, with their tokens dropped.
-Base: 39 M parameters and 6.8 GMACs at 224 px, against 86 M and 17.6 of ViT-B.
+mask unit (32 px at patch 4). Tokens are kept unit by unit, nested inside a unit (see `windows`), from the
+stem to the last stage: merging is a reshape, and so are most windows. With `group`, each view of an image
+is a sequence of its own (see `sequences`): no information crosses from one view to another, at any layer,
+and units that no view sees are not computed.
+Base: 42 M parameters and 6.7 GMACs at 224 px, against 86 M and 17.6 of ViT-B.
 
 What the paper's abstract states (Li et al. 2025, arXiv 2511.05929): hierarchical, dynamic multi-window
 self-attention, fewer parameters and FLOPs than ViT. Everything else here is this project's own.
@@ -14,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+import torch.nn.functional as F
 from einops import rearrange
 from timm.layers.drop import DropPath
 from timm.layers.mlp import Mlp
@@ -24,6 +27,11 @@ from pretrain.errors import BadInput
 from pretrain.masking.units import pad_to_units, unit_grid
 from pretrain.models.attention import DynamicMultiWindowAttention, Layout, stage_layout
 from pretrain.models.blocks import drop_path_rates, run_block
+from pretrain.models.sequences import Sequences, image_sequences
+from pretrain.models.windows import nest, unnest
+
+FIRST_SIDE = 8
+"""Tokens along the edge of a mask unit at the first stage: four stages make it 8, 4, 2, 1."""
 
 
 class DyViT(nn.Module):
@@ -54,7 +62,7 @@ class DyViT(nn.Module):
                 dim=config.dim * 2**i,
                 heads=config.heads[i],
                 windows=config.windows[i],
-                side=8 >> i,
+                side=FIRST_SIDE >> i,
                 mlp_ratio=config.mlp_ratio,
                 drop_path=rates[end - depth : end],
                 merge=i > 0,
@@ -97,11 +105,19 @@ class DyViT(nn.Module):
     def forward_features(
         self, images: Tensor, group: Tensor | None = None, sizes: Sequence[int] | None = None
     ) -> Tensor:
-        """The last map, normalised, `[b, h, w, c]`: one feature vector per mask unit.
+        """The last map, normalised: one feature vector per mask unit.
 
-        `sizes` (units per group) is part of every encoder's interface; a dense pass has no use for it.
+        Args:
+            images: `[b, c, H, W]`, normalised.
+            group: View of every unit, int64 `[b, h, w]`; -1 for units that no view sees.
+            sizes: Units in each view, the same in every sample; see `view_sequences`.
+
+        Returns:
+            `[b, h, w, c]`, zeros where the group is -1.
         """
-        return self.norm(self.stage_maps(images, group)[-1])
+        sequences, tokens = self._run(images, group, sizes)
+        units = sequences.scatter(self.norm(tokens[-1]))
+        return unnest(units, 1, sequences.rows, sequences.cols)
 
     def pool(self, images: Tensor) -> Tensor:
         """Mean of the last map, `[b, c]`: what linear and nearest-neighbour classifiers work on."""
@@ -109,13 +125,11 @@ class DyViT(nn.Module):
 
     def stage_maps(self, images: Tensor, group: Tensor | None = None, stages: int = 4) -> list[Tensor]:
         """Outputs of the first `stages` stages, `[b, h_i, w_i, c_i]`, on the padded grid."""
-        check_images(images, group, self.config.channels, self.unit)
-        x = self.stem(pad_to_units(images, self.unit))
-        maps = []
-        for stage in self.stages[:stages]:
-            x = stage(x, group, self.grad_checkpointing and self.training)
-            maps.append(x)
-        return maps
+        sequences, tokens = self._run(images, group, stages=stages)
+        return [
+            unnest(sequences.scatter(x), FIRST_SIDE >> i, sequences.rows, sequences.cols)
+            for i, x in enumerate(tokens)
+        ]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute block activations in the backward pass instead of keeping them."""
@@ -125,22 +139,43 @@ class DyViT(nn.Module):
         """Parameters that are not decayed beyond vectors and biases: none."""
         return set()
 
+    def _run(
+        self, images: Tensor, group: Tensor | None, sizes: Sequence[int] | None = None, stages: int = 4
+    ) -> tuple[Sequences, list[Tensor]]:
+        # tokens [n, s, t, c] after each stage
+        check_images(images, group, self.config.channels, self.unit)
+        rows, cols = unit_grid(images.shape[-2], images.shape[-1], self.unit)
+        sequences = image_sequences(rows, cols, group, sizes)
+        x = self.stem(pad_to_units(images, self.unit), sequences)
+        tokens = []
+        for stage in self.stages[:stages]:
+            x = stage(x, sequences, self.grad_checkpointing and self.training)
+            tokens.append(x)
+        return sequences, tokens
+
 
 class Stem(nn.Module):
-    """Images to tokens: a non-overlapping convolution and a norm, `[b, c, H, W]` -> `[b, h, w, dim]`."""
+    """Images to tokens: a non-overlapping convolution and a norm, `[b, c, H, W]` -> `[n, s, t, dim]`.
+
+    Only what some view sees is embedded, straight into nested order: patches are dealt out as pixels, and
+    the convolution becomes one product.
+    """
 
     def __init__(self, channels: int, dim: int, patch: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, dim, patch, stride=patch)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Embed patches."""
-        return self.norm(rearrange(self.conv(images), "b c h w -> b h w c"))
+    def forward(self, images: Tensor, sequences: Sequences) -> Tensor:
+        """Embed the patches of every sequence."""
+        p, q = self.conv.kernel_size
+        patches = rearrange(images, "b c (h p) (w q) -> b h w c p q", p=p, q=q)
+        patches = sequences.gather(nest(patches, FIRST_SIDE).flatten(3))
+        return self.norm(F.linear(patches, self.conv.weight.flatten(1), self.conv.bias))
 
 
 class Merge(nn.Module):
-    """Halve the map: 2x2 tokens side by side, norm, linear; `[b, h, w, c]` -> `[b, h/2, w/2, 2c]`."""
+    """Halve the map: 2x2 tokens side by side, norm, linear; `[n, s, t, c]` -> `[n, s, t/4, 2c]`."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -149,7 +184,7 @@ class Merge(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Merge."""
-        return self.linear(self.norm(rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=2, q=2)))
+        return self.linear(self.norm(x.unflatten(2, (-1, 4)).flatten(3)))
 
 
 class Stage(nn.Module):
@@ -173,17 +208,17 @@ class Stage(nn.Module):
         self.merge = Merge(dim) if merge else nn.Identity()
         self.blocks = nn.ModuleList(Block(dim, heads, len(windows), mlp_ratio, rate) for rate in drop_path)
 
-    def forward(self, x: Tensor, group: Tensor | None, recompute: bool) -> Tensor:
-        """`[b, h, w, c]` -> `[b, h/2, w/2, 2c]` (first stage: same size)."""
+    def forward(self, x: Tensor, sequences: Sequences, recompute: bool) -> Tensor:
+        """`[n, s, t, c]` -> `[n, s, t/4, 2c]` (first stage: same size)."""
         x = self.merge(x)
-        layout = stage_layout((x.shape[1], x.shape[2]), self.windows, self.head_dim, self.side, group, x)
+        layout = stage_layout(sequences, self.windows, self.head_dim, self.side, x)
         for block in self.blocks:
             x = run_block(block, x, layout, recompute=recompute)
         return x
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with DM-MSA, `[b, h, w, c]` -> `[b, h, w, c]`."""
+    """Pre-norm transformer block with DM-MSA, `[n, s, t, c]` -> `[n, s, t, c]`."""
 
     def __init__(self, dim: int, heads: int, windows: int, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()

@@ -16,28 +16,22 @@ _ROTARY_BASE = (
 )
 
 
-def rotary_table(
-    h: int, w: int, dim: int, *, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines, each `[h, w, 1, 1, dim]`, to rotate queries and keys of a map with.
+def rotary_table(places: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines, each `[..., dim]`, to rotate queries and keys with.
 
     Args:
-        h: Rows of tokens.
-        w: Columns of tokens.
+        places: Row and column of every token, `[..., 2]`.
         dim: Channels of one head, a multiple of 4.
-        device: Of the result.
         dtype: Of the result; angles are computed in float32.
     """
-    frequencies = _ROTARY_BASE ** -(torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4))
-    rows = torch.arange(h, device=device, dtype=torch.float32)[:, None, None] * frequencies
-    cols = torch.arange(w, device=device, dtype=torch.float32)[None, :, None] * frequencies
-    angles = torch.cat([rows.expand(h, w, -1), cols.expand(h, w, -1)], dim=-1)[:, :, None, None]
+    exponents = torch.arange(dim // 4, device=places.device, dtype=torch.float32) / (dim // 4)
+    angles = (places[..., None].float() * _ROTARY_BASE**-exponents).flatten(-2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the channel pairs (i, i + dim/2) of `[b, h, w, parts, heads, dim]` by the table's angles."""
+    """Rotate the channel pairs (i, i + dim/2) of `[..., dim]` by the table's angles."""
     cos, signed_sin = table
     first, second = x.chunk(2, dim=-1)  # torch 2.11 compiles no backward of roll on CPUs
     return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), signed_sin)

@@ -1,7 +1,7 @@
 """Plain ViT that really drops tokens: the encoder of MAE (He et al. 2021, sec. 3 and appendix A.1).
 
-Blocks are timm's; what is ours is that the views of `group` are gathered, encoded one sequence each, and
-put back on one map, so that an objective treats this encoder and DyViT alike.
+Blocks are timm's; what is ours is that the views of `group` are encoded one sequence each (see `sequences`)
+and put back on one map, so that an objective treats this encoder and DyViT alike.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from pretrain.masking.units import pad_to_units
 from pretrain.models.blocks import drop_path_rates, run_block
 from pretrain.models.dyvit import check_images
 from pretrain.models.positions import sincos_positions
+from pretrain.models.sequences import image_sequences
 
 
 class ViT(nn.Module):
@@ -54,28 +56,14 @@ class ViT(nn.Module):
     def forward_features(
         self, images: Tensor, group: Tensor | None = None, sizes: Sequence[int] | None = None
     ) -> Tensor:
-        """One feature vector per mask unit, `[b, h, w, dim]`; zeros where the group is -1.
-
-        Args:
-            images: `[b, c, H, W]`, normalised.
-            group: View of every unit, int64 `[b, h, w]`; -1 for units that are dropped.
-            sizes: Units in each group, the same in every sample; counted (which waits for the device)
-                when not given, and samples with different counts are then encoded one by one.
-        """
+        """One feature vector per mask unit, `[b, h, w, dim]`; see `DyViT.forward_features`."""
         check_images(images, group, self.config.channels, self.unit)
         x = rearrange(self.stem(pad_to_units(images, self.unit)), "b c h w -> b h w c")
-        b, h, w, _ = x.shape
-        x = x + sincos_positions(h, w, x.shape[-1], device=x.device).to(x.dtype)
-        tokens = x.flatten(1, 2)
-        if group is None:
-            return self._encode(tokens).view(b, h, w, -1)
-        if sizes is None:
-            counts = [row.unique(return_counts=True) for row in group.flatten(1)]
-            sizes = [int(n) for view, n in zip(*counts[0], strict=True) if view >= 0]
-            if any(not torch.equal(torch.stack(count), torch.stack(counts[0])) for count in counts[1:]):
-                singles = zip(images.split(1), group.split(1), strict=True)
-                return torch.cat([self.forward_features(image, views) for image, views in singles])
-        return self._encode_views(tokens, group.flatten(1), sizes).view(b, h, w, -1)
+        rows, cols = x.shape[1:3]
+        x = x + sincos_positions(rows, cols, x.shape[-1], device=x.device).to(x.dtype)
+        sequences = image_sequences(rows, cols, group, sizes)
+        x = self._encode(sequences.gather(x.flatten(1, 2)), sequences.filled)
+        return sequences.scatter(x).unflatten(1, (rows, cols))
 
     def pool(self, images: Tensor) -> Tensor:
         """Mean of the map, `[b, dim]`: what linear and nearest-neighbour classifiers work on."""
@@ -89,24 +77,12 @@ class ViT(nn.Module):
         """Parameters that are not decayed beyond vectors and biases: none (the cls token is a vector)."""
         return set()
 
-    def _encode_views(self, tokens: Tensor, group: Tensor, sizes: Sequence[int]) -> Tensor:
-        # Units sorted by group: dropped ones (-1) first, then view by view.
-        order = group.argsort(dim=1, stable=True)[:, group.shape[1] - sum(sizes) :]
-        index = order[:, :, None].expand(-1, -1, tokens.shape[-1])
-        shown = tokens.gather(1, index)
-        if len(set(sizes)) == 1:  # views of one size share a batch
-            views = rearrange(shown, "b (k n) c -> (b k) n c", k=len(sizes))
-            encoded = rearrange(self._encode(views), "(b k) n c -> b (k n) c", k=len(sizes))
-        else:
-            encoded = torch.cat([self._encode(view) for view in shown.split(list(sizes), dim=1)], dim=1)
-        empty = encoded.new_zeros(*tokens.shape[:2], encoded.shape[-1])
-        return empty.scatter(1, index, encoded)
-
-    def _encode(self, tokens: Tensor) -> Tensor:
-        # b n c -> b n c, with a cls token alongside
-        x = torch.cat([repeat(self.cls_token.to(tokens.dtype), "c -> b 1 c", b=len(tokens)), tokens], dim=1)
+    def _encode(self, tokens: Tensor, filled: Tensor | None) -> Tensor:
+        # n s c -> n s c, with a cls token alongside
+        x = torch.cat([repeat(self.cls_token.to(tokens.dtype), "c -> n 1 c", n=len(tokens)), tokens], dim=1)
+        seen = None if filled is None else F.pad(filled, (1, 0), value=True)[:, None, None]  # n 1 1 1+s
         for block in self.blocks:
-            x = run_block(block, x, recompute=self.grad_checkpointing and self.training)
+            x = run_block(block, x, seen, recompute=self.grad_checkpointing and self.training)
         return self.norm(x[:, 1:])
 
 

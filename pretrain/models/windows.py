@@ -1,4 +1,12 @@
-"""Windows over a token map, as pure functions.
+"""The order of tokens inside a unit, and windows over it, as pure functions.
+
+Inside a unit of side x side tokens (a power of two) the order is nested: the four quarters of the square one
+after another, each in the same order again (Morton's Z-order). A square of 2, 4, 8, ... tokens inside a unit
+is then a run of consecutive tokens, so cutting such windows and merging 2x2 tokens are views.
+
+    map [b, h*side, w*side, ...]  <->  units [b, h*w, side*side, ...]
+
+Windows that cross units are cut from the map:
 
     map [b, h, w, ...]  ->  windows [b*rows*cols, wh*ww, ...]      (row-major, from the top-left corner)
 
@@ -18,6 +26,29 @@ MASKED = -1e4
 fp16 and exported graphs stay free of NaN."""
 
 _PADDING = -2  # group of padding; -1 is taken by units that no view sees
+
+
+def nest(x: Tensor, side: int) -> Tensor:
+    """Tokens of a map `[b, h*side, w*side, ...]` unit by unit, nested: `[b, h*w, side*side, ...]`."""
+    (b, h, w), rest, halves = x.shape[:3], x.shape[3:], [2] * _levels(side)
+    x = x.reshape(b, h // side, *halves, w // side, *halves, *rest)
+    x = x.permute(_nested_axes(len(halves), x.ndim))
+    return x.reshape(b, (h // side) * (w // side), side * side, *rest)
+
+
+def unnest(x: Tensor, side: int, rows: int, cols: int) -> Tensor:
+    """The inverse of `nest`, for `rows` x `cols` units: `[b, h*w, side*side, ...]` -> a map."""
+    b, rest, levels = x.shape[0], x.shape[3:], _levels(side)
+    x = x.reshape(b, rows, cols, *[2] * (2 * levels), *rest)
+    axes = _nested_axes(levels, x.ndim)
+    return x.permute([axes.index(i) for i in range(x.ndim)]).reshape(b, rows * side, cols * side, *rest)
+
+
+def nested_places(side: int, device: torch.device) -> Tensor:
+    """Row and column, inside a unit, of its tokens in nested order: int64 `[side*side, 2]`."""
+    line = torch.arange(side, device=device)
+    places = torch.stack(torch.meshgrid(line, line, indexing="ij"), dim=-1)
+    return nest(places[None], side)[0, 0]
 
 
 def fit(window: int, h: int, w: int) -> tuple[int, int]:
@@ -71,3 +102,14 @@ def _pad(x: Tensor, window: tuple[int, int], value: float) -> Tensor:
     h, w = x.shape[1:3]
     trailing = (0, 0) * (x.ndim - 3)
     return F.pad(x, (*trailing, 0, -w % window[1], 0, -h % window[0]), value=value)
+
+
+def _levels(side: int) -> int:
+    return side.bit_length() - 1
+
+
+def _nested_axes(levels: int, ndim: int) -> list[int]:
+    # from (b, rows, halves of rows, cols, halves of cols, ...) to (b, rows, cols, pairs of halves, ...)
+    first_col = 2 + levels
+    pairs = [axis for level in range(levels) for axis in (2 + level, first_col + 1 + level)]
+    return [0, 1, first_col, *pairs, *range(3 + 2 * levels, ndim)]

@@ -2,14 +2,12 @@
 
 The mask units of an image are shared out into K groups; each group is one view, is encoded from its own
 pixels only, and predicts all the other units. Every pixel is supervised in every step, equally often. As
-the groups are disjoint, one pass that keeps groups apart encodes all views: on DyViT a dense pass with
-attention inside groups, on a plain ViT one sequence per view.
+the groups are disjoint, encoding all views, one sequence each, costs about as much as encoding the image.
 
 Earlier work with complementary or parallel masks: MixMAE (arXiv 2205.13137), EMAE (arXiv 2302.14431),
 DMJD (arXiv 2301.00230).
 
-Controls: `independent` draws K unrelated masks of the same ratio, which need K passes on DyViT; `single`
-keeps one view.
+Controls: `independent` draws K unrelated masks of the same ratio; `single` keeps one view.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """MAE: masked autoencoding, the baseline (He et al. 2021, arXiv 2111.06377, sec. 3).
 
-A quarter of the units is shown, the rest predicted; the loss is on hidden units only. On a plain ViT the
-hidden tokens are dropped, which is what makes MAE cheap. DyViT runs densely with the visible units kept to
-themselves: the same function of the visible pixels, at the price of a full pass.
+A quarter of the units is shown, the rest predicted; the loss is on hidden units only. Hidden tokens are
+dropped before the encoder, which is what makes MAE cheap: on a plain ViT and on DyViT alike.
 """
 
 from __future__ import annotations

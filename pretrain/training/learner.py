@@ -34,7 +34,7 @@ from pretrain.objectives import Objective
 from pretrain.training.distributed import Processes, reducing, spread_out
 from pretrain.training.ema import MovingAverage
 from pretrain.training.optimizer import build_optimizer
-from pretrain.training.precision import Precision, autocast, build_scaler
+from pretrain.training.precision import Precision, attention_kernels, autocast, build_scaler
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -155,7 +155,7 @@ class Learner:
         images = normalize(batch.images.to(device, non_blocking=True), self._mean, self._std)
         seeds = batch.seeds.to(device, non_blocking=True)
         seed_generators(self._seed, position)
-        with reducing(self._model, reduce):
+        with reducing(self._model, reduce), attention_kernels(self.precision, device):
             with autocast(self.precision, device):
                 output = self._model(images, seeds)
             self._scaler.scale(output.loss / self._slices.accumulation).backward()

@@ -28,7 +28,7 @@ from pretrain.objectives import build_objective
 from pretrain.training.distributed import Processes
 from pretrain.training.files import write_whole
 from pretrain.training.learner import Learner, NotFinite, pass_seed, seed_generators
-from pretrain.training.precision import Precision, autocast
+from pretrain.training.precision import Precision, attention_kernels, autocast
 from pretrain.training.setup import Plan
 
 _WEIGHTS = "weights."
@@ -149,9 +149,11 @@ def replay_nonfinite(path: Path, device: str = "cpu") -> Replay:
     for number, (images, seeds) in enumerate(passes):
         seed_generators(pass_seed(config.run.seed), first + number * micro)
         pixels = normalize(images.to(device), config.data.mean or (), config.data.std or ())
-        with autocast(facts["precision"], torch.device(device)):
-            loss = objective(pixels, seeds.to(device)).loss
-        (loss / len(passes)).backward()
+        how = facts["precision"], torch.device(device)
+        with attention_kernels(*how):
+            with autocast(*how):
+                loss = objective(pixels, seeds.to(device)).loss
+            (loss / len(passes)).backward()
         losses.append(loss.item())
     gradients = [p.grad for p in objective.parameters() if p.grad is not None]
     return Replay(sum(losses) / len(losses), get_total_norm(gradients).item())

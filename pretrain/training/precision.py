@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pretrain.errors import BadInput
 
@@ -34,6 +36,16 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """The context of a forward pass."""
     kind = _TYPES.get(precision)
     return torch.autocast(device.type, dtype=kind, enabled=kind is not None)
+
+
+def attention_kernels(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
+    """The context of a forward and backward pass: attention by plain products in 16 bits on a CPU.
+
+    torch's fused kernel for CPUs takes 2 to 10 times as long there, most of it in the backward pass
+    (torch 2.11; `benchmarks/LOG.md`).
+    """
+    plain = device.type == "cpu" and precision != "fp32"
+    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 
 def build_scaler(precision: Precision, device: torch.device) -> GradScaler:
