@@ -1,8 +1,11 @@
-"""What a number was measured on: printed above every table of this folder."""
+"""What every script of this folder shares: the machine in one line, timing in turn, tables."""
 
 from __future__ import annotations
 
 import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,6 +20,33 @@ def describe() -> str:
         device = f"{_processor()}, {torch.get_num_threads()} thread(s)"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "coma-dyvit"))
     return f"{device}; Python {platform.python_version()}, {packages}"
+
+
+def time_in_turn(
+    actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm: int = 2
+) -> dict[str, float]:
+    """Median seconds of every action; round after round, so that a slow minute of the machine hits all."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for name, action in actions.items():
+        started = time.perf_counter()
+        for _ in range(warm):
+            action()
+        wait(device)
+        print(f"{name}: warm after {time.perf_counter() - started:.0f} s", flush=True)
+    for _ in range(rounds):
+        for name, action in actions.items():
+            wait(device)
+            started = time.perf_counter()
+            action()
+            wait(device)
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def table(rows: list[dict[str, str]]) -> str:

@@ -17,16 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
-from machine import describe, table
+from machine import describe, table, time_in_turn
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -67,7 +65,8 @@ class Step:
     def __init__(self, name: str, device: torch.device, precision: Precision) -> None:
         preset, method = MODELS[name]
         torch.manual_seed(0)
-        self.name, self.device, self.precision = name, device, precision
+        self.name, self.device = name, device
+        self.precision: Precision = precision
         self.model = (
             build_objective(method_preset(method), build_encoder(encoder_preset(preset)))
             if method
@@ -87,14 +86,6 @@ class Step:
             (out if isinstance(out, Tensor) else out.loss).backward()
         self.optimizer.step()
 
-    def seconds(self, batch: int) -> float:
-        """Time of one step."""
-        self._wait()
-        start = time.perf_counter()
-        self(batch)
-        self._wait()
-        return time.perf_counter() - start
-
     def flops(self) -> float:
         """Floating-point operations of forward and backward for one image (2 per multiply-accumulate)."""
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -109,10 +100,6 @@ class Step:
         """Of the encoder, and of everything that trains."""
         encoder = self.model.encoder
         return tuple(sum(p.numel() for p in m.parameters()) for m in (encoder, self.model))  # type: ignore
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def largest_batch(step: Step) -> int:
@@ -156,20 +143,11 @@ def _peak_resident() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
-def time_rounds(
-    steps: dict[str, Step], batches: dict[str, int], rounds: int, note: Callable[[str], None]
-) -> dict:
-    """Median images per second of every model, timed in turn."""
-    for name, step in steps.items():
-        started = time.perf_counter()
-        step(batches[name])
-        step(batches[name])
-        note(f"{name}: warm after {time.perf_counter() - started:.0f} s")
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            seconds[name].append(step.seconds(batches[name]))
-    return {name: batches[name] / statistics.median(times) for name, times in seconds.items()}
+def images_per_second(steps: dict[str, Step], batches: dict[str, int], rounds: int) -> dict[str, float]:
+    """Of every model."""
+    actions = {name: partial(step, batches[name]) for name, step in steps.items()}
+    device = next(iter(steps.values())).device
+    return {name: batches[name] / each for name, each in time_in_turn(actions, rounds, device).items()}
 
 
 def main() -> None:
@@ -199,11 +177,11 @@ def main() -> None:
         for name, step in steps.items()
     }
     memory = {name: peak_memory(step, batches[name]) for name, step in steps.items()}
-    speeds = {"eager": time_rounds(steps, batches, args.rounds, print)}
+    speeds = {"eager": images_per_second(steps, batches, args.rounds)}
     if args.compile:
         for step in steps.values():
             step.model.compile(dynamic=False)  # as the trainer does
-        speeds["compiled"] = time_rounds(steps, batches, args.rounds, print)
+        speeds["compiled"] = images_per_second(steps, batches, args.rounds)
 
     peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
     rows = []

@@ -203,17 +203,17 @@ def dyvit_tiny(pretrained: bool = False, **kwargs: Any) -> DyViTClassifier:
 
 @register_model
 def dyvit_small(pretrained: bool = False, **kwargs: Any) -> DyViTClassifier:
-    """DyViT small: 16 M parameters."""
+    """DyViT small: 17 M parameters."""
     return _create("small", pretrained, **kwargs)
 
 
 @register_model
 def dyvit_base(pretrained: bool = False, **kwargs: Any) -> DyViTClassifier:
-    """DyViT base: 39 M parameters."""
+    """DyViT base: 42 M parameters."""
     return _create("base", pretrained, **kwargs)
 
 
 @register_model
 def dyvit_large(pretrained: bool = False, **kwargs: Any) -> DyViTClassifier:
-    """DyViT large: 113 M parameters."""
+    """DyViT large: 120 M parameters."""
     return _create("large", pretrained, **kwargs)

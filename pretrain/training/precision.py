@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.amp.grad_scaler import GradScaler
@@ -38,7 +38,7 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=kind, enabled=kind is not None)
 
 
-def attention_kernels(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
+def attention_kernels(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
     """The context of a forward and backward pass: attention by plain products in 16 bits on a CPU.
 
     torch's fused kernel for CPUs takes 2 to 10 times as long there, most of it in the backward pass
