@@ -110,7 +110,7 @@ class DyViT(nn.Module):
         Args:
             images: `[b, c, H, W]`, normalised.
             group: View of every unit, int64 `[b, h, w]`; -1 for units that no view sees.
-            sizes: Units in each view, the same in every sample; see `view_sequences`.
+            sizes: Units in each view, the same in every sample; see `image_sequences`.
 
         Returns:
             `[b, h, w, c]`, zeros where the group is -1.

@@ -118,5 +118,7 @@ def image_sequences(
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    # b n ..., b m -> b m ...
-    return x.gather(1, index.view(*index.shape, *[1] * (x.ndim - 2)).expand(*index.shape, *x.shape[2:]))
+    # b n ..., b m -> b m ...: whole units are copied, row by row
+    b, n = x.shape[:2]
+    rows = index + torch.arange(b, device=x.device)[:, None] * n
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, index.shape)
