@@ -79,6 +79,27 @@ def test_the_stream_is_the_same_however_it_is_cut():
         assert same(joined(passes), whole)
 
 
+class Counting(ArraySource):
+    """Counts how often an image is decoded."""
+
+    reads = 0
+
+    def picture(self, i, at_least=0):
+        self.reads += 1
+        return super().picture(i, at_least)
+
+
+@pytest.mark.parametrize("micro", [1, 4, 12])
+def test_repeats_are_neighbours_with_crops_and_seeds_of_their_own(micro):
+    tiles = Counting([ASTRONAUT[:40, x : x + 56] for x in range(0, 160, 10)])
+    thrice = replace(DATA, repeats=3)
+    batch = joined(stream(tiles, 48 // micro, data=thrice, batch=Slices(12, micro)))
+    assert tiles.reads == {1: 48, 4: 24, 12: 16}[micro]  # once for every pass that an image is part of
+    assert torch.equal(batch.indices, joined(stream(tiles, 4)).indices.repeat_interleave(3))
+    assert torch.equal(batch.seeds, joined(stream(tiles, 12)).seeds)
+    assert len({image.numpy().tobytes() for image in batch.images}) == 48
+
+
 @pytest.mark.parametrize("start", [0, 8, 16, 40])  # inside an epoch of 16, at its end, in the third
 def test_a_run_goes_on_where_it_stopped(start):
     uninterrupted = stream(TILES, 12, batch=Slices(8, 4))

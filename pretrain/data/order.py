@@ -1,9 +1,10 @@
 """Which image comes when, and with which seed: pure functions of (run seed, position in the stream).
 
 The stream is infinite: epoch after epoch, each a permutation of the n images. Position s of the stream
-is image `shuffled(seed, s // n, s % n, n)` with the seed `sample_seeds(seed, s)`. Nothing is drawn from
-a generator and no permutation is stored, so any process can start anywhere: the loader's whole state is
-one integer, and an epoch over a billion images costs no memory.
+is image `shuffled(seed, s // n, s % n, n)` with the seed `sample_seeds(seed, s)`; where every image comes r
+times in a row, s // r chooses the image. Nothing is drawn from a generator and no permutation is stored, so
+any process can start anywhere: the loader's whole state is one integer, and an epoch over a billion images
+costs no memory.
 
 Randomness comes from splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
 generators", figure 17): value number i under a key is `mix(mix(key) + (i + 1) * GOLDEN)`.

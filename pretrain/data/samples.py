@@ -149,23 +149,25 @@ class _TrainingFetch:
         n = len(self.source)
         positions = np.arange(first, first + self.count)
         seeds = sample_seeds(self.seed, positions)
-        chosen = shuffled(self.seed, positions // n, positions % n, n)
+        places, repeats = np.unique(positions // self.data.repeats, return_counts=True)
+        chosen = shuffled(self.seed, places // n, places % n, n)
         images, indices, failures = [], [], []
-        for position, seed, index in zip(positions.tolist(), seeds.tolist(), chosen.tolist(), strict=True):
-            pixels, used, failed = self._readable(position, index)
-            images.append(self._view(pixels, seed))
-            indices.append(used)
+        for place, index, count in zip(places.tolist(), chosen.tolist(), repeats.tolist(), strict=True):
+            pixels, used, failed = self._readable(place, index)
+            for seed in seeds[len(images) : len(images) + count].tolist():
+                images.append(self._view(pixels, seed))
+                indices.append(used)
             failures.extend(failed)
         return Batch(stack(images), torch.from_numpy(seeds), torch.tensor(indices), tuple(failures))
 
-    def _readable(self, position: int, index: int) -> tuple[np.ndarray, int, list[str]]:
-        """The image, or the next readable one of the epoch's order; and what failed on the way."""
+    def _readable(self, place: int, index: int) -> tuple[np.ndarray, int, list[str]]:
+        """Image `index`, at `place` in the order, or the next readable one of the epoch; and what failed."""
         n = len(self.source)
         failures: list[str] = []
         for step in range(min(n, MOST_TRIES)):
             if step:
-                rank = np.array([(position + step) % n])
-                index = int(shuffled(self.seed, np.array([position // n]), rank, n)[0])
+                rank = np.array([(place + step) % n])
+                index = int(shuffled(self.seed, np.array([place // n]), rank, n)[0])
             try:
                 return self.source.read(index, self.channels, self._at_least), index, failures
             except BadImage as error:

@@ -1,0 +1,128 @@
+"""Training samples per second of one core: our loader against torchvision's ImageFolder.
+
+    python benchmarks/loader.py FOLDER                      # images in FOLDER, as they are
+    python benchmarks/loader.py FOLDER --short-side 375     # the same, first enlarged to ImageNet's usual size
+
+Every loader makes what MAE trains on (224 px, crops of 20 to 100 % of the area, bicubic, flips), in this
+process, on one thread; CPU time counts, so other programs do not. torchvision's ends with normalised float32;
+ours hands over uint8, as pixels travel to the device before they are normalised. The loaders take turns,
+round after round; the median counts. Files are in the page cache: this measures cores, not disks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from machine import describe, table
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import datasets
+from torchvision import transforms as T
+
+from pretrain.cli import main as coma
+from pretrain.config import DataConfig
+from pretrain.data import Slices, open_source, training_batches
+
+SIZE, BATCH = 224, 32
+
+
+def torchvision_loader(folder: Path, bicubic: bool) -> Iterator[object]:
+    """ImageFolder as MAE's recipe has it, epoch after epoch."""
+    mode = T.InterpolationMode.BICUBIC if bicubic else T.InterpolationMode.BILINEAR
+    crop = T.RandomResizedCrop(SIZE, scale=(0.2, 1.0), interpolation=mode)
+    normalise = T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    images = datasets.ImageFolder(
+        str(folder), T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), normalise])
+    )
+    loader = DataLoader(images, batch_size=BATCH, shuffle=True, drop_last=True)
+    while True:
+        yield from loader
+
+
+def our_loader(path: Path, repeats: int = 1) -> Iterator[object]:
+    """The trainer's."""
+    data = DataConfig(path, image_size=SIZE, workers=0, repeats=repeats)
+    return training_batches(open_source(path), data, channels=3, seed=0, batch=Slices(BATCH, BATCH))
+
+
+def seconds(batches: Iterator[object], count: int) -> float:
+    """CPU seconds for `count` batches."""
+    started = time.process_time()
+    for _ in islice(batches, count):
+        pass
+    return time.process_time() - started
+
+
+def prepare(source: Path, work: Path, short_side: int | None) -> tuple[Path, Path]:
+    """A folder with one class, as ImageFolder wants it, and the same images as shards."""
+    folder, shards = work / "folder", work / "shards"
+    (folder / "all").mkdir(parents=True)
+    paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    for number, path in enumerate(paths):
+        target = folder / "all" / f"{number:06}{path.suffix}"
+        if short_side is None:
+            target.symlink_to(path.resolve())
+            continue
+        with Image.open(path) as image:
+            factor = short_side / min(image.size)
+            size = round(image.width * factor), round(image.height * factor)
+            image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(
+                target.with_suffix(".jpg"), quality=90
+            )
+    if code := coma(["pack", str(folder), "--out", str(shards)]):
+        raise SystemExit(code)
+    return folder, shards
+
+
+def main() -> None:
+    """Measure and print the table; `--out` keeps it as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="images, searched recursively")
+    parser.add_argument("--short-side", type=int, help="enlarge to this many pixels first")
+    parser.add_argument("--batches", type=int, default=10, help=f"of {BATCH} images, per round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    with tempfile.TemporaryDirectory() as work:
+        folder, shards = prepare(args.folder, Path(work), args.short_side)
+        loaders: dict[str, Callable[[], Iterator[object]]] = {
+            "torchvision ImageFolder, bicubic": lambda: torchvision_loader(folder, bicubic=True),
+            "torchvision ImageFolder, bilinear": lambda: torchvision_loader(folder, bicubic=False),
+            "ours, folder": lambda: our_loader(folder),
+            "ours, shards of coma pack": lambda: our_loader(shards),
+            "ours, folder, repeats 2": lambda: our_loader(folder, 2),
+            "ours, shards, repeats 4": lambda: our_loader(shards, 4),
+        }
+        running = {name: start() for name, start in loaders.items()}
+        times: dict[str, list[float]] = {name: [] for name in running}
+        for batches in running.values():
+            next(batches)
+        for _ in range(args.rounds):
+            for name, batches in running.items():
+                times[name].append(seconds(batches, args.batches))
+    speeds = {name: args.batches * BATCH / statistics.median(each) for name, each in times.items()}
+    peer = speeds["torchvision ImageFolder, bicubic"]
+    rows = [
+        {"loader": name, "samples/s per core": f"{speed:.0f}", "times torchvision's": f"{speed / peer:.2f}"}
+        for name, speed in speeds.items()
+    ]
+    how = f"{args.folder.name}, {f'enlarged to {args.short_side} px' if args.short_side else 'as it is'}"
+    print(f"\n{describe()}; {how}\n\n{table(rows)}")
+    if args.out:
+        args.out.write_text(json.dumps({"machine": describe(), "how": how, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
