@@ -1,7 +1,7 @@
 """Training samples per second of one core: our loader against torchvision's ImageFolder.
 
     python benchmarks/loader.py FOLDER                      # images in FOLDER, as they are
-    python benchmarks/loader.py FOLDER --short-side 375     # the same, first enlarged to ImageNet's usual size
+    python benchmarks/loader.py FOLDER --short-side 375     # first enlarged to ImageNet's usual size
 
 Every loader makes what MAE trains on (224 px, crops of 20 to 100 % of the area, bicubic, flips), in this
 process, on one thread; CPU time counts, so other programs do not. torchvision's ends with normalised float32;

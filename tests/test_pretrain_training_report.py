@@ -87,7 +87,7 @@ def test_waiting_for_data_is_mentioned_once(waited, hints):
     for step in range(200):
         watch.advance(step, 0.5, report.PATIENCE / 100, waited * report.PATIENCE / 100)
     assert (
-        shown(console).count("raise --workers if cores are free, or shrink the files once with `coma pack`")
+        shown(console).count("raise --workers if cores are free, shrink the files once with `coma pack`")
         == hints
     )
 

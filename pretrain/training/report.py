@@ -70,7 +70,7 @@ class Report:
             share = self._waited / self._seconds
             self.warn(
                 f"{share:.0%} of the time goes into waiting for images: raise --workers if cores are free, "
-                "or shrink the files once with `coma pack`"
+                "shrink the files once with `coma pack`, or take several crops from each with --repeats 2"
             )
 
     def row(self, row: dict[str, Any]) -> None:
