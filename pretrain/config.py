@@ -285,7 +285,7 @@ def encoder_preset(name: str, image_size: int = 224, channels: int = 3) -> Encod
 def dyvit_preset(name: str, image_size: int = 224, channels: int = 3) -> DyViTConfig:
     """DyViT `tiny`, `small`, `base` or `large` for images of `image_size` pixels.
 
-    Windows lie inside a mask unit, or are as large as such an image: neither needs an attention mask.
+    Windows lie inside a mask unit, or are as large as such an image: neither is cut from a map.
     """
     patch = 4 if image_size >= 112 else 2 if image_size >= 64 else 1
     units = -(-image_size // (patch * 8))

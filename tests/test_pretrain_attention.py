@@ -63,8 +63,8 @@ def test_every_unit_finds_its_view_and_its_way_back(h, w, views, b, data):
     numbers = torch.arange(b * h * w).view(b, h * w)
     shared = sequences.gather(numbers)
     present = int(group.max()) + 1
-    filled = torch.ones_like(shared, dtype=torch.bool) if sequences.filled is None else sequences.filled
-    for n, (row, counts) in enumerate(zip(shared, filled, strict=True)):
+    real = torch.ones_like(shared, dtype=torch.bool) if sequences.real is None else sequences.real
+    for n, (row, counts) in enumerate(zip(shared, real, strict=True)):
         sample, view = divmod(n, max(present, 1))
         expected = numbers[sample][group[sample].flatten() == view]
         assert sorted(row[counts].tolist()) == expected.tolist()

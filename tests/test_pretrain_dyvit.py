@@ -1,4 +1,4 @@
-"""DyViT's contract: no leak between views, any size, dense == dropped tokens, golden sizes."""
+"""DyViT's contract: no leak between views, any size, views together == views apart, golden sizes."""
 
 from dataclasses import replace
 
@@ -12,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain.config import DyViTConfig, ViTConfig, dyvit_preset, encoder_preset
 from pretrain.errors import BadInput
 from pretrain.masking.partition import partition
-from pretrain.masking.units import pad_to_units, unit_grid
+from pretrain.masking.units import pad_to_units, spread, unit_grid
 from pretrain.models import DyViT, ViT, build_encoder
+from pretrain.models.attention import Consecutive, stage_layout
+from pretrain.models.dyvit import FIRST_SIDE
 from pretrain.models.sequences import Sequences, image_sequences
 
 TINY = DyViTConfig(
@@ -21,11 +23,11 @@ TINY = DyViTConfig(
 )
 
 
-def awake(encoder):
+def awake(encoder, std=0.08):
     """Random weights everywhere, so that no branch is silent (a fresh gate is)."""
     torch.manual_seed(1)
     for parameter in encoder.parameters():
-        torch.nn.init.normal_(parameter, std=0.08)
+        torch.nn.init.normal_(parameter, std=std)
     return encoder.eval()
 
 
@@ -52,7 +54,7 @@ def leak(encoder, height, width, views):
 
 
 @pytest.mark.parametrize("views", [2, 4])
-@pytest.mark.parametrize("size", [(64, 96), (70, 97), (224, 224)])
+@pytest.mark.parametrize("size", [(64, 96), (70, 97), (224, 224), (230, 260)])  # the last is cut into windows
 @pytest.mark.parametrize("preset", ["tiny", "small"])
 def test_no_view_sees_another(preset, size, views):
     assert leak(awake(DyViT(dyvit_preset(preset))), size[0], size[1], views) == 0.0
@@ -122,14 +124,14 @@ def dropped_token_pass(encoder, images, shown):
             }
             h, w = h // 2, w // 2
         spots = sorted(tokens)
-        rows = torch.tensor([s[0] for s in spots]).float()
-        cols = torch.tensor([s[1] for s in spots]).float()
+        rows = torch.tensor([s[0] for s in spots]).double()
+        cols = torch.tensor([s[1] for s in spots]).double()
         x = torch.stack([tokens[s] for s in spots])
         for block in stage.blocks:
             y = block.norm1(x)
             heads, d = block.attn.heads, x.shape[-1] // block.attn.heads
             q, k, v = block.attn.qkv(y).view(len(x), 3, heads, d).unbind(1)
-            frequencies = 100.0 ** -(torch.arange(d // 4).float() / (d // 4))
+            frequencies = 100.0 ** -(torch.arange(d // 4).double() / (d // 4))
             angles = torch.cat([rows[:, None] * frequencies, cols[:, None] * frequencies], dim=-1)
             turn = torch.polar(torch.ones_like(angles), angles)[:, None]
             q, k = (torch.complex(*part.chunk(2, -1)) * turn for part in (q, k))
@@ -150,17 +152,81 @@ def dropped_token_pass(encoder, images, shown):
     return {spot: encoder.norm(token) for spot, token in tokens.items()}
 
 
-@pytest.mark.parametrize(("size", "views"), [((24, 24), 2), ((32, 24), 4), ((19, 30), 2)])
-def test_one_dense_pass_equals_separate_passes_with_dropped_tokens(size, views):
-    encoder = awake(DyViT(TINY))
-    images = torch.randn(1, 3, *size)
+def off_by(size, views):
+    """Largest difference between all views in one pass and a slow pass for each, in float64."""
+    encoder = awake(DyViT(TINY), std=0.3).double()  # weights that make attention far from uniform
+    torch.manual_seed(3)
+    images = torch.randn(1, 3, *size, dtype=torch.float64)
     h, w = unit_grid(size[0], size[1], encoder.unit)
     group = partition(torch.tensor([5]), h, w, views)
     with torch.no_grad():
-        dense = encoder.forward_features(images, group)[0]
-        for view in range(views):
-            for spot, feature in dropped_token_pass(encoder, images, group[0] == view).items():
-                torch.testing.assert_close(dense[spot], feature, rtol=1e-4, atol=1e-4)
+        together = encoder.forward_features(images, group)[0]
+        apart = [dropped_token_pass(encoder, images, group[0] == view) for view in range(views)]
+    return max(float((together[spot] - f).abs().max()) for view in apart for spot, f in view.items())
+
+
+SIZES_AND_VIEWS = [((24, 24), 2), ((32, 24), 4), ((19, 30), 2)]
+
+
+@pytest.mark.parametrize(("size", "views"), SIZES_AND_VIEWS)
+def test_one_pass_for_all_views_equals_slow_passes_with_dropped_tokens(size, views):
+    assert off_by(size, views) < 1e-5  # rotary angles are float32
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ("attention.rotate", lambda x, _: x),
+        ("attention._real_bias", lambda *_: None),
+        ("attention.nested_places", lambda side, _: torch.cartesian_prod(*[torch.arange(side)] * 2)),
+        ("sequences.Sequences.mean", lambda _, x: x.mean(dim=(0, 1, 2), keepdim=True)),
+        ("sequences.Sequences.at", lambda _, table: table[:5][None]),
+    ],
+    ids=["no rotary", "slots without a unit", "tokens out of order", "gate over all views", "wrong places"],
+)
+def test_the_comparison_notices(fault, monkeypatch):
+    name, wrong = fault
+    monkeypatch.setattr(f"pretrain.models.{name}", wrong)
+    assert off_by((24, 24), 2) > 1e-4
+
+
+def test_units_that_no_view_sees_are_zero_at_every_level():
+    encoder = awake(DyViT(TINY))
+    group = torch.tensor([[[0, -1, 0], [1, 1, -1]]])
+    with torch.no_grad():
+        for level, stride in zip(encoder(torch.randn(1, 3, 16, 24), group), encoder.strides, strict=True):
+            unseen = spread(group, encoder.unit // stride) < 0
+            energy = level.abs().sum(1)
+            assert (energy[unseen] == 0).all() and (energy[~unseen] > 0).all()
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small", "base", "large"])
+@pytest.mark.parametrize("image_size", [32, 64, 224, 448])
+def test_presets_cut_no_windows_from_the_map(preset, image_size):
+    config = dyvit_preset(preset, image_size)
+    units = image_size // config.unit
+    sequences = image_sequences(units, units)
+    for stage, windows in enumerate(config.windows):
+        tokens = torch.empty(1, units**2, 1, 1)
+        layout = stage_layout(sequences, windows, 8, FIRST_SIDE >> stage, tokens)
+        assert all(isinstance(window, Consecutive) for window in layout.windows)
+
+
+@pytest.mark.parametrize("windows", [(4, 2), (0, 3)])
+def test_many_windows_are_attended_in_pieces(windows, monkeypatch):
+    encoder = awake(DyViT(replace(TINY, windows=(windows,) * 4)), std=0.3)
+    images, group = torch.randn(3, 3, 24, 40), partition(torch.arange(3), 3, 5, 2)
+    with torch.no_grad():
+        whole = encoder.forward_features(images, group)
+        monkeypatch.setattr("pretrain.models.attention._MOST_WINDOWS", 4)
+        torch.testing.assert_close(encoder.forward_features(images, group), whole)
+
+
+def test_sizes_that_do_not_fit_the_groups_are_refused():
+    group = partition(torch.arange(1), 3, 3, 2)
+    for sizes in ((4, 5), (9,), (5, 4, 1)):
+        with pytest.raises(BadInput, match="group map gives"):
+            DyViT(TINY).forward_features(torch.randn(1, 3, 24, 24), group, sizes)
 
 
 def test_without_groups_it_is_one_view_of_everything():
@@ -233,15 +299,19 @@ def test_golden_size_of_presets(name):
     assert (sum(p.numel() for p in encoder.parameters()), counter.get_total_flops() // 2) == GOLDEN[name]
 
 
-def test_gradient_checkpointing_changes_no_gradient():
+def test_gradient_checkpointing_computes_twice_and_changes_no_gradient():
     gradients = []
     for recompute in (False, True):
         encoder = awake(DyViT(TINY)).train()
         encoder.set_grad_checkpointing(recompute)
+        passes = []
+        block = encoder.get_submodule("stages.1.blocks.1")
+        block.register_forward_pre_hook(lambda *_, seen=passes: seen.append(1))
         torch.manual_seed(0)
         encoder.forward_features(
             torch.randn(1, 3, 24, 24), partition(torch.tensor([1]), 3, 3, 2)
         ).sum().backward()
+        assert len(passes) == 1 + recompute
         gradients.append([p.grad for p in encoder.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 

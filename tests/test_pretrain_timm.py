@@ -114,8 +114,11 @@ def test_grad_checkpointing_and_drop_path_are_set_through_timm():
     model = create(num_classes=5, drop_path_rate=0.2)
     assert model.config.drop_path == 0.2
     model.set_grad_checkpointing(True)
+    passes = []
+    model.get_submodule("stages.0.blocks.0").register_forward_pre_hook(lambda *_: passes.append(1))
     model.train()(torch.randn(2, 3, 32, 32)).sum().backward()
     assert model.stem.conv.weight.grad is not None
+    assert len(passes) == 2
 
 
 def test_unknown_arguments_are_refused():

@@ -105,6 +105,12 @@ def test_accumulated_batches_are_the_batch(photos, micro):
 
 def test_recomputed_activations_change_nothing(photos):
     dropping = replace(MODEL, drop_path=0.5)
+    recomputing = learner(model=dropping, checkpoint_gradients=True)
+    passes = []
+    block = recomputing.objective.get_submodule("encoder.stages.0.blocks.0")
+    block.register_forward_pre_hook(lambda *_: passes.append(1))
+    recomputing.step(0, 1e-3, batches(photos))
+    assert len(passes) == 2
     assert torch.equal(
         moved(photos, model=dropping), moved(photos, model=dropping, checkpoint_gradients=True)
     )
@@ -118,6 +124,16 @@ def test_random_numbers_follow_the_position_in_the_stream(photos):
         torch.manual_seed(foreign)
         losses.append(learner(model=dropping).step(number, 0.0, iter([first])).values["loss"])
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("fp32", True), ("bf16", False), ("fp16", False)])
+def test_fused_attention_is_for_32_bits_on_a_cpu(photos, precision, fused):
+    one = learner(precision=precision)
+    with torch.profiler.profile(acc_events=True) as profile:
+        one.step(0, 1e-3, batches(photos))
+    used = {event.key for event in profile.key_averages()}
+    assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in used) == fused
+    assert ("aten::_scaled_dot_product_flash_attention_for_cpu_backward" in used) == fused
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -7,8 +7,9 @@ abstract (Li et al. 2025, arXiv 2511.05929); how it is built here is this projec
 (Ren et al. 2022, arXiv 2203.12856). No shift, no bias table: positions are rotary.
 
 Tokens are `[n, s, t, c]`: n sequences (see `sequences`) of s units of t tokens in nested order (see
-`windows`). Windows inside a unit and windows over the whole sequence are then views, and take no mask;
-only windows that cross units without covering them all go through a map.
+`windows`). Windows inside a unit and windows over the whole sequence are then views. The former take no mask;
+the latter take none where all views are of one size, else one row that leaves out the slots without a unit.
+Only windows that cross units without covering them all go through a map.
 """
 
 from __future__ import annotations
@@ -38,15 +39,18 @@ from pretrain.models.windows import (
 
 Rotary = tuple[Tensor, Tensor]
 
+_MOST_WINDOWS = 65_535
+"""Windows of one call: some CUDA kernels start a block for each along a grid axis that ends here."""
+
 
 @dataclass(frozen=True)
-class Run:
+class Consecutive:
     """Windows that are runs of consecutive tokens: inside a unit, or the whole sequence.
 
     Attributes:
         length: Tokens of a window; a whole sequence where it equals s*t.
-        rotary: Cosines and signed sines, `[n or 1, s or 1, t, 1, 1, head_dim]`.
-        bias: `[n, 1, 1, s*t]` to add to the scores, where sequences are filled up.
+        rotary: Cosines and signed sines, `[(n or 1, s,) t, 1, 1, head_dim]`.
+        bias: `[n, 1, 1, s*t]` to add to the scores, where not all slots are real.
     """
 
     length: int
@@ -57,7 +61,7 @@ class Run:
         """Three of `[n, s, t, heads, d]` to `[n, s, t, heads*d]`."""
         n, s, t, heads, d = q.shape
         q, k, v = (x.reshape(-1, self.length, heads, d).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        out = scaled_dot_product(q, k, v, self.bias)
         return out.transpose(1, 2).reshape(n, s, t, heads * d)
 
 
@@ -69,7 +73,7 @@ class Crossing:
         sequences: Where the units lie.
         side: Tokens along the edge of a unit.
         window: Sides of a window in tokens.
-        rotary: As of `Run`.
+        rotary: As of `Consecutive`.
         bias: `[b*windows, 1, m, m]` to add to the scores of a window's m tokens, where some are forbidden.
     """
 
@@ -84,7 +88,7 @@ class Crossing:
         rows, cols = self.sequences.rows, self.sequences.cols
         maps = (unnest(self.sequences.scatter(x), self.side, rows, cols) for x in (q, k, v))
         q, k, v = (split(x, self.window).transpose(1, 2) for x in maps)  # windows heads m d
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        out = scaled_dot_product(q, k, v, self.bias)
         out = merge(out.transpose(1, 2).flatten(2), self.window, rows * self.side, cols * self.side)
         return self.sequences.gather(nest(out, self.side))
 
@@ -94,7 +98,7 @@ class Layout:
     """All that the blocks of one stage share about one batch: computed once, used by every block."""
 
     sequences: Sequences
-    windows: tuple[Run | Crossing, ...]
+    windows: tuple[Consecutive | Crossing, ...]
 
 
 def stage_layout(
@@ -107,25 +111,29 @@ def stage_layout(
         windows: Window sides in tokens; 0 is global.
         head_dim: Channels of one head.
         side: Tokens along the edge of a mask unit at this stage, a power of two.
-        like: The tokens, for their device, dtype and, without groups, number of images.
+        like: The tokens `[n, s, t, c]`, for their shape, device and dtype.
     """
     device = like.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
-    rows, cols = sequences.rows, sequences.cols
+    h, w = sequences.rows * side, sequences.cols * side
     inner = nested_places(side, like.device)  # t 2
-    places = sequences.places(like.device)[:, :, None] * side + inner  # n|1 s t 2
-    in_image = _table(places, head_dim, dtype)
-    in_unit = _table(inner[None, None], head_dim, dtype)
 
-    def resolve(window: int) -> Run | Crossing:
-        wh, ww = fit(window, rows * side, cols * side)
-        if wh == ww and side % wh == 0:
-            return Run(wh * wh, in_unit)  # scores depend on offsets only: places inside the unit will do
-        if (wh, ww) == (rows * side, cols * side):
-            length = places.shape[1] * side * side
-            return Run(length, in_image, _filled_bias(sequences, side, dtype))
+    def in_image() -> Rotary:
+        lines = (torch.arange(length, device=like.device) for length in (sequences.rows, sequences.cols))
+        places = torch.cartesian_prod(*lines)[:, None] * side + inner  # rows*cols t 2
+        cos, sin = rotary_table(places, head_dim, dtype)
+        return _per_head(sequences.at(cos)), _per_head(sequences.at(sin))
+
+    def resolve(window: int) -> Consecutive | Crossing:
+        if window and side % window == 0:
+            cos, sin = rotary_table(inner, head_dim, dtype)  # scores depend on offsets only: places in the
+            return Consecutive(window * window, (_per_head(cos), _per_head(sin)))  # unit will do
+        if not window or (window >= h and window >= w):
+            slots = like.shape[1]
+            return Consecutive(slots * side * side, in_image(), _real_bias(sequences, side, dtype))
+        sides = fit(window, h, w)
         return Crossing(
-            sequences, side, (wh, ww), in_image, _crossing_bias(sequences, (wh, ww), side, like, dtype)
+            sequences, side, sides, in_image(), _crossing_bias(sequences, sides, side, like, dtype)
         )
 
     resolved = {window: resolve(window) for window in set(windows)}
@@ -185,16 +193,29 @@ class WindowGate(nn.Module):
         return rearrange(weights, "... g c -> ... (g c)").to(logits.dtype)
 
 
-def _table(places: Tensor, head_dim: int, dtype: torch.dtype) -> Rotary:
-    cos, sin = rotary_table(places, head_dim, dtype)
-    return cos[:, :, :, None, None], sin[:, :, :, None, None]
+def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention of any number of windows: three of `[windows, heads, m, d]` to the same shape."""
+    if torch.compiler.is_exporting() or q.shape[0] <= _MOST_WINDOWS:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    parts = [x.split(_MOST_WINDOWS) for x in (q, k, v)]
+    biases = [None] * len(parts[0]) if bias is None else bias.split(_MOST_WINDOWS)
+    return torch.cat(
+        [
+            F.scaled_dot_product_attention(*each, attn_mask=part)
+            for *each, part in zip(*parts, biases, strict=True)
+        ]
+    )
 
 
-def _filled_bias(sequences: Sequences, side: int, dtype: torch.dtype) -> Tensor | None:
-    if sequences.filled is None:
+def _per_head(table: Tensor) -> Tensor:
+    return table[..., None, None, :]  # for the axes (q and k, heads)
+
+
+def _real_bias(sequences: Sequences, side: int, dtype: torch.dtype) -> Tensor | None:
+    if sequences.real is None:
         return None
-    empty = (~sequences.filled).to(dtype) * MASKED
-    return empty.repeat_interleave(side * side, dim=1)[:, None, None]
+    forbidden = (~sequences.real).to(dtype) * MASKED
+    return forbidden.repeat_interleave(side * side, dim=1)[:, None, None]
 
 
 def _crossing_bias(

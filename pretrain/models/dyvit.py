@@ -88,15 +88,17 @@ class DyViT(nn.Module):
                 -1 for units that no view sees. None is ordinary inference.
 
         Returns:
-            Four maps `[b, c_i, ceil(H/s_i), ceil(W/s_i)]`, finest first; the last one is normalised.
+            Four maps `[b, c_i, ceil(H/s_i), ceil(W/s_i)]`, finest first; the last one is normalised. Zeros
+            where the group is -1.
 
         Raises:
             BadInput: wrong number of channels, image smaller than a mask unit, or a group map that does
                 not fit the image.
         """
         height, width = images.shape[-2:]
-        maps = self.stage_maps(images, group)
-        maps[-1] = self.norm(maps[-1])
+        sequences, tokens = self._run(images, group)
+        tokens[-1] = self.norm(tokens[-1])
+        maps = _maps(sequences, tokens)
         return tuple(
             rearrange(x, "b h w c -> b c h w")[:, :, : -(-height // stride), : -(-width // stride)]
             for x, stride in zip(maps, self.strides, strict=True)
@@ -125,11 +127,7 @@ class DyViT(nn.Module):
 
     def stage_maps(self, images: Tensor, group: Tensor | None = None, stages: int = 4) -> list[Tensor]:
         """Outputs of the first `stages` stages, `[b, h_i, w_i, c_i]`, on the padded grid."""
-        sequences, tokens = self._run(images, group, stages=stages)
-        return [
-            unnest(sequences.scatter(x), FIRST_SIDE >> i, sequences.rows, sequences.cols)
-            for i, x in enumerate(tokens)
-        ]
+        return _maps(*self._run(images, group, stages=stages))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute block activations in the backward pass instead of keeping them."""
@@ -232,6 +230,14 @@ class Block(nn.Module):
         """Attend, then transform every token."""
         x = x + self.drop_path(self.attn(self.norm1(x), layout))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def _maps(sequences: Sequences, tokens: list[Tensor]) -> list[Tensor]:
+    # tokens after each stage to maps, b h w c
+    return [
+        unnest(sequences.scatter(x), FIRST_SIDE >> i, sequences.rows, sequences.cols)
+        for i, x in enumerate(tokens)
+    ]
 
 
 def check_images(images: Tensor, group: Tensor | None, channels: int, unit: int) -> None:

@@ -3,10 +3,10 @@
     units      [b, h*w, ...]   every unit of every image, row by row
     sequences  [n, s, ...]     n = b * views sequences of s units: all views of a sample, then the next sample
 
-Encoders compute on sequences. Units of different views never meet in one, so views need no attention mask,
+Encoders compute on sequences. Units of different views never meet in one, so nothing has to keep views apart,
 pooling over a sequence is pooling over a view, and units that no view sees cost nothing. Where views differ
-in size, the shorter sequences are filled up with copies of one of their units; `filled` says which slots
-count.
+in size (25 and 24 of 49 units), the shorter sequences end in slots that are not `real`: they hold some unit,
+nothing attends to them, and nothing reads them back.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from pretrain.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Sequences:
             an image, its units in order, and all other attributes None.
         unit_of: Unit in every slot, int64 `[n, s]`.
         slot_of: Slot of every unit among its sample's sequences laid end to end, int64 `[b, rows*cols]`.
-        filled: Slots that count, bool `[n, s]`; None: all of them.
+        real: Slots that hold a unit of their view, bool `[n, s]`; None: all of them.
+        unseen: Units that no view sees, bool `[b, rows*cols]`; None: there is none.
     """
 
     rows: int
@@ -37,7 +40,8 @@ class Sequences:
     group: Tensor | None = None
     unit_of: Tensor | None = None
     slot_of: Tensor | None = None
-    filled: Tensor | None = None
+    real: Tensor | None = None
+    unseen: Tensor | None = None
 
     def gather(self, units: Tensor) -> Tensor:
         """Deal units out: `[b, rows*cols, ...]` -> `[n, s, ...]`."""
@@ -47,23 +51,24 @@ class Sequences:
 
     def scatter(self, x: Tensor) -> Tensor:
         """Put units back: `[n, s, ...]` -> `[b, rows*cols, ...]`, zeros for units that no view sees."""
-        if self.group is None or self.slot_of is None:
+        if self.slot_of is None:
             return x
         units = _take(x.reshape(len(self.slot_of), -1, *x.shape[2:]), self.slot_of)
-        seen = self.group.flatten(1) >= 0
-        return units * seen.view(*seen.shape, *[1] * (x.ndim - 2)).to(x.dtype)
+        if self.unseen is None:
+            return units
+        return units.masked_fill(self.unseen.view(*self.unseen.shape, *[1] * (x.ndim - 2)), 0)
 
-    def places(self, device: torch.device) -> Tensor:
-        """Row and column of the unit in every slot, int64 `[n or 1, s, 2]`."""
-        lines = (torch.arange(length, device=device) for length in (self.rows, self.cols))
-        grid = torch.cartesian_prod(*lines)
-        return grid[None] if self.unit_of is None else grid[self.unit_of]
+    def at(self, table: Tensor) -> Tensor:
+        """What a table for every place, `[rows*cols, ...]`, says of every slot: `[n or 1, s, ...]`."""
+        if self.unit_of is None:
+            return table[None]
+        return table.index_select(0, self.unit_of.flatten()).unflatten(0, self.unit_of.shape)
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean over every sequence: `[n, s, t, c]` -> `[n, 1, 1, c]`."""
-        if self.filled is None:
+        if self.real is None:
             return x.mean(dim=(1, 2), keepdim=True)
-        share = self.filled / self.filled.sum(dim=1, keepdim=True).clamp(min=1)
+        share = self.real / self.real.sum(dim=1, keepdim=True).clamp(min=1)
         units = x.mean(dim=2)  # n s c
         return (share.to(x.dtype)[:, None] @ units)[:, None]
 
@@ -80,32 +85,40 @@ def image_sequences(
             image is one sequence of all its units.
         sizes: Units in each view, the same in every sample. When not given they are counted, which waits
             for the device, and may then differ from sample to sample.
+
+    Raises:
+        BadInput: on a CPU, `sizes` are not those of `group`.
     """
     if group is None:
         return Sequences(rows, cols)
     flat, device = group.flatten(1), group.device
-    b = len(flat)
-    if sizes is None:
-        views = max(int(flat.max()) + 1, 1)
+    b, units = flat.shape
+    views = len(sizes) if sizes else max(int(flat.max()) + 1, 1)
+    counted = sizes is None or (device.type == "cpu" and not torch.compiler.is_compiling())
+    if counted:
         counts = torch.stack([(flat == view).sum(dim=1) for view in range(views)], dim=1)  # b views
-        longest = max(int(counts.max()), 1)
-        even = bool((counts == longest).all())
+        if sizes and not all(row == list(sizes) for row in counts.tolist()):
+            raise BadInput(f"sizes {tuple(sizes)} are not how many units the group map gives to each view")
     else:
-        views, longest, even = len(sizes), max(sizes), len(set(sizes)) == 1
-        counts = torch.tensor(sizes, device=device).expand(b, views)
+        counts = torch.stack([torch.full((b,), size, device=device) for size in sizes or ()], dim=1)
+    if sizes:
+        longest, even, complete = max(sizes), len(set(sizes)) == 1, sum(sizes) == units
+    else:
+        longest = max(int(counts.max()), 1)
+        even, complete = bool((counts == longest).all()), bool((flat >= 0).all())
 
     # Units sorted by view: those that no view sees first, then view after view.
     order = flat.argsort(dim=1, stable=True)
-    starts = rows * cols - counts.sum(dim=1, keepdim=True) + counts.cumsum(dim=1) - counts
+    starts = units - counts.sum(dim=1, keepdim=True) + counts.cumsum(dim=1) - counts
     place = torch.arange(longest, device=device)
     last = (counts - 1).clamp(min=0)[:, :, None]
-    slots = (starts[:, :, None] + place.minimum(last)).clamp(max=rows * cols - 1).flatten(1)
+    slots = (starts[:, :, None] + place.minimum(last)).clamp(max=units - 1).flatten(1)
     unit_of = order.gather(1, slots)
-    filled = place < counts[:, :, None]  # b views longest
+    real = place < counts[:, :, None]  # b views longest
 
-    # The inverse; copies that only fill up write beyond the end.
-    target = torch.where(filled.flatten(1), unit_of, rows * cols)
-    slot_of = torch.zeros(b, rows * cols + 1, dtype=torch.int64, device=device)
+    # The inverse; slots that are not real write beyond the end, units without a slot name any.
+    target = torch.where(real.flatten(1), unit_of, units)
+    slot_of = (torch.arange(units + 1, device=device) % (views * longest)).repeat(b, 1)
     slot_of.scatter_(1, target, torch.arange(views * longest, device=device).expand_as(target))
     return Sequences(
         rows,
@@ -113,12 +126,13 @@ def image_sequences(
         group,
         unit_of.view(b * views, longest),
         slot_of[:, :-1],
-        None if even else filled.flatten(0, 1),
+        real=None if even else real.flatten(0, 1),
+        unseen=None if complete else flat < 0,
     )
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
     # b n ..., b m -> b m ...: whole units are copied, row by row
     b, n = x.shape[:2]
-    rows = index + torch.arange(b, device=x.device)[:, None] * n
-    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, index.shape)
+    places = index + torch.arange(b, device=x.device)[:, None] * n
+    return x.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, index.shape)

@@ -62,7 +62,7 @@ class ViT(nn.Module):
         rows, cols = x.shape[1:3]
         x = x + sincos_positions(rows, cols, x.shape[-1], device=x.device).to(x.dtype)
         sequences = image_sequences(rows, cols, group, sizes)
-        x = self._encode(sequences.gather(x.flatten(1, 2)), sequences.filled)
+        x = self._encode(sequences.gather(x.flatten(1, 2)), sequences.real)
         return sequences.scatter(x).unflatten(1, (rows, cols))
 
     def pool(self, images: Tensor) -> Tensor:
@@ -77,10 +77,10 @@ class ViT(nn.Module):
         """Parameters that are not decayed beyond vectors and biases: none (the cls token is a vector)."""
         return set()
 
-    def _encode(self, tokens: Tensor, filled: Tensor | None) -> Tensor:
+    def _encode(self, tokens: Tensor, real: Tensor | None) -> Tensor:
         # n s c -> n s c, with a cls token alongside
         x = torch.cat([repeat(self.cls_token.to(tokens.dtype), "c -> n 1 c", n=len(tokens)), tokens], dim=1)
-        seen = None if filled is None else F.pad(filled, (1, 0), value=True)[:, None, None]  # n 1 1 1+s
+        seen = None if real is None else F.pad(real, (1, 0), value=True)[:, None, None]  # n 1 1 1+s
         for block in self.blocks:
             x = run_block(block, x, seen, recompute=self.grad_checkpointing and self.training)
         return self.norm(x[:, 1:])

@@ -16,6 +16,8 @@ own, which no token of the map attends to, so it never changes a result.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -30,18 +32,22 @@ _PADDING = -2  # group of padding; -1 is taken by units that no view sees
 
 def nest(x: Tensor, side: int) -> Tensor:
     """Tokens of a map `[b, h*side, w*side, ...]` unit by unit, nested: `[b, h*w, side*side, ...]`."""
-    (b, h, w), rest, halves = x.shape[:3], x.shape[3:], [2] * _levels(side)
-    x = x.reshape(b, h // side, *halves, w // side, *halves, *rest)
-    x = x.permute(_nested_axes(len(halves), x.ndim))
-    return x.reshape(b, (h // side) * (w // side), side * side, *rest)
+    (b, h, w), rest = x.shape[:3], x.shape[3:]
+    rows, cols = h // side, w // side
+    halves, axes = _nested_axes(side)
+    pair = math.prod(rest) * (2 if halves else 1)
+    x = x.reshape(b * rows, *halves, cols, *halves[:-1], pair).permute(axes)
+    return x.reshape(b, rows * cols, side * side, *rest)
 
 
 def unnest(x: Tensor, side: int, rows: int, cols: int) -> Tensor:
     """The inverse of `nest`, for `rows` x `cols` units: `[b, h*w, side*side, ...]` -> a map."""
-    b, rest, levels = x.shape[0], x.shape[3:], _levels(side)
-    x = x.reshape(b, rows, cols, *[2] * (2 * levels), *rest)
-    axes = _nested_axes(levels, x.ndim)
-    return x.permute([axes.index(i) for i in range(x.ndim)]).reshape(b, rows * side, cols * side, *rest)
+    b, rest = x.shape[0], x.shape[3:]
+    halves, axes = _nested_axes(side)
+    pair = math.prod(rest) * (2 if halves else 1)
+    x = x.reshape(b * rows, cols, *[2] * max(2 * len(halves) - 1, 0), pair)
+    x = x.permute([axes.index(i) for i in range(x.ndim)])
+    return x.reshape(b, rows * side, cols * side, *rest)
 
 
 def nested_places(side: int, device: torch.device) -> Tensor:
@@ -104,12 +110,14 @@ def _pad(x: Tensor, window: tuple[int, int], value: float) -> Tensor:
     return F.pad(x, (*trailing, 0, -w % window[1], 0, -h % window[0]), value=value)
 
 
-def _levels(side: int) -> int:
-    return side.bit_length() - 1
+def _nested_axes(side: int) -> tuple[list[int], list[int]]:
+    """Halvings of a side, and how `nest` permutes.
 
-
-def _nested_axes(levels: int, ndim: int) -> list[int]:
-    # from (b, rows, halves of rows, cols, halves of cols, ...) to (b, rows, cols, pairs of halves, ...)
-    first_col = 2 + levels
-    pairs = [axis for level in range(levels) for axis in (2 + level, first_col + 1 + level)]
-    return [0, 1, first_col, *pairs, *range(3 + 2 * levels, ndim)]
+    From (b rows, halves of rows, cols, halves of cols) to (b rows, cols, one half of each after the other).
+    The last half of the columns stays with the channels: both orders end with it, and at side 8 this makes
+    8 axes, the most that TensorRT permutes.
+    """
+    levels = side.bit_length() - 1
+    rows, cols = range(1, 1 + levels), range(2 + levels, 2 + 2 * levels)
+    pairs = [axis for pair in zip(rows, cols, strict=True) for axis in pair]
+    return [2] * levels, [0, 1 + levels, *(pairs or [2])]

@@ -1,4 +1,8 @@
-"""Number formats of a step: parameters and loss stay in float32, matrix products may not."""
+"""Number formats of a step: parameters, optimizer and loss stay in float32.
+
+In 16-bit training autocast takes products in 16 bits, and with them the activations that DyViT's merges, a
+ViT's stem and the decoder hand on; norms, softmax and the loss are float32.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +43,10 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
 
 
 def attention_kernels(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """The context of a forward and backward pass: attention by plain products in 16 bits on a CPU.
+    """The context of a forward and backward pass: no fused attention in 16-bit training on a CPU.
 
-    torch's fused kernel for CPUs takes 2 to 10 times as long there, most of it in the backward pass
-    (torch 2.11; `benchmarks/LOG.md`).
+    torch's fused kernel for CPUs takes 2 to 10 times as long as plain products there, most of it in the
+    backward pass (torch 2.11; `benchmarks/LOG.md`).
     """
     plain = device.type == "cpu" and precision != "fp32"
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
