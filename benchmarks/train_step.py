@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                         # what fits the machine, eager and compiled
     python benchmarks/train_step.py --models "CoMA DyViT-B" "MAE ViT-B" --no-compile --batch 8
+    python benchmarks/train_step.py --profile --no-compile  # and where the time of an eager step goes
 
 A step is forward, loss, backward and AdamW on synthetic images (224 px; by default bf16 autocast on a GPU
 and fp32 on a CPU, as the trainer chooses). The peers are whole objectives where there is one (MAE: 75 %
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import timm
 import torch
-from machine import describe, table, time_in_turn
+from machine import describe, table, time_in_turn, wait
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -150,6 +151,32 @@ def images_per_second(steps: dict[str, Step], batches: dict[str, int], rounds: i
     return {name: batches[name] / each for name, each in time_in_turn(actions, rounds, device).items()}
 
 
+_KINDS = {
+    "products": ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"),
+    "attention": ("_scaled_dot_product", "_efficient_attention", "_flash_attention", "_cudnn_attention"),
+    "copies": ("copy_", "cat", "index_select", "index_add_", "clone", "contiguous"),
+    "norms": ("native_layer_norm", "native_layer_norm_backward"),
+}
+
+
+def time_shares(step: Step, batch: int) -> dict[str, str]:
+    """Share of an eager step's time by kind of operator; the rest is elementwise for the most part."""
+    with torch.profiler.profile(acc_events=True) as profile:
+        step(batch)
+        wait(step.device)
+    on_gpu = step.device.type == "cuda"
+    spent = dict.fromkeys([*_KINDS, "rest"], 0.0)
+    for event in profile.key_averages():
+        name = event.key.removeprefix("aten::").replace("mkldnn_", "")
+        seconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        spent[next((kind for kind, names in _KINDS.items() if _is_one_of(name, names)), "rest")] += seconds
+    return {kind: f"{seconds / sum(spent.values()):.0%}" for kind, seconds in spent.items()}
+
+
+def _is_one_of(name: str, names: tuple[str, ...]) -> bool:
+    return name in names or any(each.startswith("_") and name.startswith(each) for each in names)
+
+
 def main() -> None:
     """Measure and print the table; `--out` keeps it as JSON."""
     parser = argparse.ArgumentParser(
@@ -162,6 +189,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--profile", action="store_true", help="add where the time of an eager step goes")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -178,6 +206,7 @@ def main() -> None:
     }
     memory = {name: peak_memory(step, batches[name]) for name, step in steps.items()}
     speeds = {"eager": images_per_second(steps, batches, args.rounds)}
+    shares = {name: time_shares(step, batches[name]) for name, step in steps.items()} if args.profile else {}
     if args.compile:
         for step in steps.values():
             step.model.compile(dynamic=False)  # as the trainer does
@@ -205,7 +234,7 @@ def main() -> None:
             reference = "MAE ViT-B"
             if reference in measured:
                 row[f"{mode} time / {reference}"] = f"{measured[reference] / measured[name]:.2f}"
-        rows.append(row)
+        rows.append(row | shares.get(name, {}))
     how = f"{precision}, median of {args.rounds} rounds, 224 px"
     print(f"\n{describe()}; {how}\n\n{table(rows)}")
     if args.out:
