@@ -94,8 +94,7 @@ def image_sequences(
     flat, device = group.flatten(1), group.device
     b, units = flat.shape
     views = len(sizes) if sizes else max(int(flat.max()) + 1, 1)
-    counted = sizes is None or (device.type == "cpu" and not torch.compiler.is_compiling())
-    if counted:
+    if sizes is None or _readable(group):
         counts = torch.stack([(flat == view).sum(dim=1) for view in range(views)], dim=1)  # b views
         if sizes and not all(row == list(sizes) for row in counts.tolist()):
             raise BadInput(f"sizes {tuple(sizes)} are not how many units the group map gives to each view")
@@ -129,6 +128,11 @@ def image_sequences(
         real=None if even else real.flatten(0, 1),
         unseen=None if complete else flat < 0,
     )
+
+
+def _readable(x: Tensor) -> bool:
+    # whether looking at values waits for nobody: on a CPU, and not where only shapes are traced
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
