@@ -199,11 +199,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(settings, parts
 
 def test_a_directory_in_use_is_refused(settings, tmp_path, no_pictures):
     run = pretrain(settings)
-    with pytest.raises(BadInput, match=f"is not empty; continue it with `coma pretrain --resume {run}`"):
+    with pytest.raises(BadInput, match=f"is not empty; continue its run with `coma pretrain --resume {run}`"):
         pretrain(settings)
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "to-mother.txt").write_text("dear")
-    with pytest.raises(BadInput, match="is not empty; it holds no run, or choose another --out"):
+    with pytest.raises(BadInput, match="is not empty; choose another --out, or remove"):
         pretrain(change(settings, run={"out": tmp_path / "letters"}))
     with pytest.raises(BadInput, match="no such file"):
         pretrain(change(settings, run={"out": tmp_path / "letters"}), resume=True)

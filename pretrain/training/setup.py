@@ -175,9 +175,11 @@ def _fresh(config: PretrainConfig) -> PretrainConfig:
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out}: is a file; give a directory")
     if out.is_dir() and any(out.iterdir()):
-        holds_run = (out / "config.json").is_file()
-        way_out = f"continue it with `coma pretrain --resume {out}`" if holds_run else "it holds no run"
-        raise BadInput(f"--out {out}: is not empty; {way_out}, or choose another --out")
+        if (out / "config.json").is_file():
+            way_out = f"continue its run with `coma pretrain --resume {out}`, or choose another --out"
+        else:
+            way_out = "choose another --out, or remove what is in it (it holds no run)"
+        raise BadInput(f"--out {out}: is not empty; {way_out}")
     return config
 
 
