@@ -11,14 +11,13 @@ round after round; the median counts.
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
-from machine import describe, table, time_in_turn
+from machine import report, time_in_turn
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -117,9 +116,7 @@ def main() -> None:
                 )
     precision, mode = "bf16" if on_gpu else "fp32", "compiled" if args.compile else "eager"
     how = f"{precision}, {mode}, median of {args.rounds} rounds"
-    print(f"\n{describe()}; {how}\n\n{table(rows)}")
-    if args.out:
-        args.out.write_text(json.dumps({"machine": describe(), "how": how, "rows": rows}, indent=1) + "\n")
+    report(how, rows, args.out)
 
 
 if __name__ == "__main__":

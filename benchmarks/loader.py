@@ -12,7 +12,6 @@ round after round; the median counts. Files are in the page cache: this measures
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -21,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from machine import describe, table
+from machine import report
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets
@@ -119,9 +118,7 @@ def main() -> None:
         for name, speed in speeds.items()
     ]
     how = f"{args.folder.name}, {f'enlarged to {args.short_side} px' if args.short_side else 'as it is'}"
-    print(f"\n{describe()}; {how}\n\n{table(rows)}")
-    if args.out:
-        args.out.write_text(json.dumps({"machine": describe(), "how": how, "rows": rows}, indent=1) + "\n")
+    report(how, rows, args.out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import statistics
 import time
@@ -47,6 +48,13 @@ def wait(device: torch.device) -> None:
     """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def report(how: str, rows: list[dict[str, str]], out: Path | None) -> None:
+    """Print a table under its machine and circumstances; `out` keeps all of it as JSON."""
+    print(f"\n{describe()}; {how}\n\n{table(rows)}")
+    if out:
+        out.write_text(json.dumps({"machine": describe(), "how": how, "rows": rows}, indent=1) + "\n")
 
 
 def table(rows: list[dict[str, str]]) -> str:

@@ -16,7 +16,6 @@ and the resident set of a child process on a CPU.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import timm
 import torch
-from machine import describe, table, time_in_turn, wait
+from machine import report, time_in_turn, wait
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -151,11 +150,11 @@ def images_per_second(steps: dict[str, Step], batches: dict[str, int], rounds: i
     return {name: batches[name] / each for name, each in time_in_turn(actions, rounds, device).items()}
 
 
-_KINDS = {
-    "products": ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"),
+_KINDS = {  # operators by how their names begin
+    "products": ("mm", "addmm", "bmm", "baddbmm", "convolution"),
     "attention": ("_scaled_dot_product", "_efficient_attention", "_flash_attention", "_cudnn_attention"),
-    "copies": ("copy_", "cat", "index_select", "index_add_", "clone", "contiguous"),
-    "norms": ("native_layer_norm", "native_layer_norm_backward"),
+    "copies": ("copy_", "cat", "index_select", "index_add_", "clone"),
+    "norms": ("native_layer_norm",),
 }
 
 
@@ -169,12 +168,8 @@ def time_shares(step: Step, batch: int) -> dict[str, str]:
     for event in profile.key_averages():
         name = event.key.removeprefix("aten::").replace("mkldnn_", "")
         seconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        spent[next((kind for kind, names in _KINDS.items() if _is_one_of(name, names)), "rest")] += seconds
+        spent[next((kind for kind, names in _KINDS.items() if name.startswith(names)), "rest")] += seconds
     return {kind: f"{seconds / sum(spent.values()):.0%}" for kind, seconds in spent.items()}
-
-
-def _is_one_of(name: str, names: tuple[str, ...]) -> bool:
-    return name in names or any(each.startswith("_") and name.startswith(each) for each in names)
 
 
 def main() -> None:
@@ -236,9 +231,7 @@ def main() -> None:
                 row[f"{mode} time / {reference}"] = f"{measured[reference] / measured[name]:.2f}"
         rows.append(row | shares.get(name, {}))
     how = f"{precision}, median of {args.rounds} rounds, 224 px"
-    print(f"\n{describe()}; {how}\n\n{table(rows)}")
-    if args.out:
-        args.out.write_text(json.dumps({"machine": describe(), "how": how, "rows": rows}, indent=1) + "\n")
+    report(how, rows, args.out)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,17 @@
 """What tests share: one thread each, so that results depend on no machine, a few pictures, a short run."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from short_runs import MODEL, OBJECTIVE, at
 
-from pretrain.config import (
-    CoMAConfig,
-    DataConfig,
-    DecoderConfig,
-    DyViTConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    RunConfig,
-)
+from pretrain.config import DataConfig, OptimizerConfig, PretrainConfig, RunConfig
+from pretrain.training import pretrain
 
 torch.set_num_threads(1)
 
@@ -33,13 +29,37 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(photos: Path, tmp_path: Path) -> PretrainConfig:
     """Five steps of a very small model."""
-    model = DyViTConfig(
-        patch=1, dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8), (4,), (4,), (0,))
-    )
     return PretrainConfig(
         data=DataConfig(images=photos, image_size=16, workers=0),
-        model=model,
-        objective=CoMAConfig(decoder=DecoderConfig(8, 1, 2)),
+        model=MODEL,
+        objective=OBJECTIVE,
         optimizer=OptimizerConfig(steps=5, batch_size=4),
         run=RunConfig(out=tmp_path / "run", log_steps=2, save_steps=2, sheet_steps=3, device="cpu"),
     )
+
+
+@pytest.fixture(scope="module")
+def resumable(photos: Path) -> PretrainConfig:
+    """Seven steps that use whatever a resumed run has to restore: accumulation, drop path, moving average."""
+    return PretrainConfig(
+        data=DataConfig(images=photos, image_size=16, workers=0),
+        model=replace(MODEL, drop_path=0.3),
+        objective=OBJECTIVE,
+        optimizer=OptimizerConfig(steps=7, batch_size=4, micro_batch=2, base_lr=0.1, ema=0.9),
+        run=RunConfig(log_steps=3, save_steps=2, sheet_steps=0, device="cpu"),
+    )
+
+
+@pytest.fixture(scope="module")
+def no_pictures() -> Iterator[None]:
+    """Drawing takes longer than these runs do."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("reconstruction_sheet", "loss_curve"):
+            patch.setattr(f"pretrain.training.keeping.{name}", lambda *_, **__: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(resumable: PretrainConfig, no_pictures: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That run, never interrupted."""
+    return pretrain(at(resumable, tmp_path_factory.mktemp("whole") / "run"))

@@ -17,12 +17,10 @@ from pretrain.config import (
     ViTConfig,
     dyvit_preset,
     encoder_preset,
-    from_plain,
     method_preset,
-    read_config,
-    to_plain,
 )
 from pretrain.errors import BadInput
+from pretrain.plain import from_plain, read_config, to_plain
 
 
 @pytest.mark.parametrize("method", METHOD_PRESETS)

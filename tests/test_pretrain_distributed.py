@@ -25,11 +25,11 @@ from pretrain.config import (
     OptimizerConfig,
     PretrainConfig,
     RunConfig,
-    to_plain,
 )
 from pretrain.errors import BadInput
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
+from pretrain.plain import to_plain
 from pretrain.training import pretrain, replay_nonfinite
 from pretrain.training.distributed import innermost_blocks, processes
 
@@ -41,7 +41,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 import torch.distributed.fsdp
-from pretrain.config import read_config
+from pretrain.plain import read_config
 from pretrain.data import open_source
 from pretrain.errors import ComaError
 from pretrain.training import keeping, pretrain, setup

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import pretrain.commands.quickstart as quickstart
 from pretrain.cli import main
-from pretrain.config import PretrainConfig, read_config
+from pretrain.config import PretrainConfig
 from pretrain.errors import CheckFailed
+from pretrain.plain import read_config
 from pretrain.pretrained import load_pretrained
 
 

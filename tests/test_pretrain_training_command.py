@@ -15,9 +15,9 @@ from pretrain.config import (
     RunConfig,
     encoder_preset,
     method_preset,
-    read_config,
 )
 from pretrain.errors import BadInput, ComaError
+from pretrain.plain import read_config
 from pretrain.training import pretrain
 from pretrain.training.distributed import AGREED
 

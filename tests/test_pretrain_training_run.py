@@ -9,23 +9,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from short_runs import MODEL
 
-from pretrain.config import (
-    DyViTConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    ViTConfig,
-    method_preset,
-    read_config,
-)
+from pretrain.config import OptimizerConfig, PretrainConfig, ViTConfig, method_preset
 from pretrain.errors import BadInput
+from pretrain.plain import read_config
 from pretrain.pretrained import load_pretrained
 from pretrain.training import pretrain
 from pretrain.training.setup import count_steps, share_out
-
-MODEL = DyViTConfig(
-    patch=1, dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8), (4,), (4,), (0,))
-)
 
 
 def change(config: PretrainConfig, **parts: dict[str, Any]) -> PretrainConfig:

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from short_runs import MODEL, OBJECTIVE
 from torch import nn
 
 from pretrain.artifact import load_artifact
 from pretrain.config import (
-    CoMAConfig,
     DataConfig,
     DecoderConfig,
-    DyViTConfig,
     MAEConfig,
     OptimizerConfig,
     PretrainConfig,
@@ -35,10 +34,6 @@ from pretrain.training.optimizer import learning_rate, parameter_groups
 from pretrain.training.precision import choose_precision
 
 CPU = torch.device("cpu")
-MODEL = DyViTConfig(
-    patch=1, dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8), (4,), (4,), (0,))
-)
-OBJECTIVE = CoMAConfig(decoder=DecoderConfig(8, 1, 2))
 
 
 def learner(micro: int = 4, precision: Any = "fp32", model: Any = MODEL, **settings: Any) -> Learner:

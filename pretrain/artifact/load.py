@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from pretrain.artifact.description import CONFIG, FORMAT_VERSION, TENSORS, ArtifactConfig
 from pretrain.artifact.save import sibling
-from pretrain.config import from_plain
 from pretrain.errors import BadArtifact, BadInput
 from pretrain.models import Encoder, build_encoder
+from pretrain.plain import from_plain
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain.artifact.description import CONFIG, TENSORS, ArtifactConfig
-from pretrain.config import to_plain
 from pretrain.errors import BadArtifact
+from pretrain.plain import to_plain
 
 
 def save_artifact(directory: Path, *, tensors: Mapping[str, Tensor], config: ArtifactConfig) -> None:

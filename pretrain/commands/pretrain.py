@@ -30,9 +30,9 @@ from pretrain.config import (
     RunConfig,
     encoder_preset,
     method_preset,
-    read_config,
 )
 from pretrain.errors import BadInput, ComaError
+from pretrain.plain import read_config
 
 Model = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
 Method = Literal["coma", "coma4", "coma-independent", "coma-single", "mae"]

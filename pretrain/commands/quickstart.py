@@ -25,9 +25,9 @@ from pretrain.config import (
     RunConfig,
     dyvit_preset,
     method_preset,
-    read_config,
 )
 from pretrain.errors import BadInput, CheckFailed
+from pretrain.plain import read_config
 
 if TYPE_CHECKING:
     from torch import Tensor

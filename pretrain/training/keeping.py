@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from pretrain.artifact import ArtifactConfig, library_versions, save_artifact
-from pretrain.config import ObjectiveConfig, to_plain
+from pretrain.config import ObjectiveConfig
 from pretrain.data import Batch, evaluation_batches, normalize
 from pretrain.errors import ComaError
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
 from pretrain.pictures import loss_curve, reconstruction_sheet
+from pretrain.plain import to_plain
 from pretrain.training.metrics import MetricsLog, TensorBoardLog
 from pretrain.training.report import Report
 from pretrain.training.setup import Plan, write_config

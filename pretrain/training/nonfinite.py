@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from pretrain.artifact import load_strict
-from pretrain.config import PretrainConfig, from_plain, to_plain
+from pretrain.config import PretrainConfig
 from pretrain.data import Batch, normalize
 from pretrain.errors import BadInput, CheckFailed
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
+from pretrain.plain import from_plain, to_plain
 from pretrain.training.distributed import Processes
 from pretrain.training.files import write_whole
 from pretrain.training.learner import Learner, NotFinite, pass_seed, seed_generators

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import OptimizerConfig, PretrainConfig, read_config, to_plain
+from pretrain.config import OptimizerConfig, PretrainConfig
 from pretrain.data import Slices, Source, measure, open_source
 from pretrain.errors import BadInput
+from pretrain.plain import read_config, to_plain
 from pretrain.training.distributed import Processes
 from pretrain.training.files import write_whole
 

@@ -1,0 +1,105 @@
+"""Settings to plain data (dicts, lists, numbers, strings) and back: what JSON holds of a run or an artifact.
+
+Reading is strict: unknown, missing and mistyped fields are refused by name, and no number is converted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cattrs
+from cattrs.v import format_exception
+
+from pretrain.config import (
+    CoMAConfig,
+    DyViTConfig,
+    EncoderConfig,
+    MAEConfig,
+    ObjectiveConfig,
+    PretrainConfig,
+    ViTConfig,
+)
+from pretrain.errors import BadInput
+
+
+def _converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    for kind, accepted in ((int, int), (float, (int, float)), (bool, bool), (str, str)):
+        converter.register_structure_hook(kind, _exactly(kind, accepted))
+    converter.register_unstructure_hook(Path, str)
+    converter.register_structure_hook(Path, lambda value, _: Path(value))
+    _register_union(converter, EncoderConfig, "architecture", {"dyvit": DyViTConfig, "vit": ViTConfig})
+    _register_union(converter, ObjectiveConfig, "method", {"coma": CoMAConfig, "mae": MAEConfig})
+    return converter
+
+
+def _exactly(kind: type, accepted: type | tuple[type, ...]) -> Callable[[Any, Any], Any]:
+    def structure(value: Any, _: Any) -> Any:
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            raise BadInput(f"{value!r} is not of type {kind.__name__}")
+        return kind(value)
+
+    return structure
+
+
+def _register_union(converter: cattrs.Converter, union: Any, tag: str, kinds: dict[str, type]) -> None:
+    """Members of `union` are told apart by a field `tag`; None is stored as null."""
+    names = {kind: name for name, kind in kinds.items()}
+
+    def unstructure(value: Any) -> Any:
+        return value and {tag: names[type(value)], **converter.unstructure(value, type(value))}
+
+    def structure(plain: Any, _: Any) -> Any:
+        name = plain.get(tag) if isinstance(plain, dict) else None
+        if name not in kinds:
+            raise BadInput(f"{tag} {name!r} is none of {', '.join(kinds)}")
+        return converter.structure({k: v for k, v in plain.items() if k != tag}, kinds[name])
+
+    for kind in (union, union | None):
+        converter.register_unstructure_hook(kind, unstructure)
+    converter.register_structure_hook(union, structure)
+    converter.register_structure_hook(union | None, lambda plain, _: plain and structure(plain, union))
+
+
+def to_plain(value: Any, kind: Any = None) -> Any:
+    """Dataclasses to dicts, lists, numbers and strings; give `kind` for a bare member of a union."""
+    return _converter().unstructure(value, kind)
+
+
+def from_plain(plain: Any, kind: Any, *, source: str) -> Any:
+    """The inverse of `to_plain`; unknown, missing and mistyped fields are refused.
+
+    Raises:
+        BadInput: naming `source` and every field that does not fit.
+    """
+    try:
+        return _converter().structure(plain, kind)
+    except cattrs.BaseValidationError as error:
+        raise BadInput(
+            f"{source}: " + "; ".join(cattrs.transform_error(error, format_exception=_explain))
+        ) from None
+    except (BadInput, TypeError, KeyError, ValueError) as error:
+        raise BadInput(f"{source}: {error}") from None
+
+
+def _explain(error: BaseException, kind: type | None) -> str:
+    return str(error) if isinstance(error, BadInput) else format_exception(error, kind)
+
+
+def read_config(path: Path) -> PretrainConfig:
+    """A run's settings from `config.json`, or from the run directory that holds it.
+
+    Raises:
+        BadInput: no such file, not JSON, or fields that do not fit.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        plain = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; give a run directory or its config.json") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadInput(f"{path}: not a readable config ({error})") from None
+    return from_plain(plain, PretrainConfig, source=str(path))

@@ -1,0 +1,64 @@
+"""Runs of a few steps, and what must come out of them alike whatever happens on the way."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.artifact import load_artifact
+from pretrain.config import CoMAConfig, DecoderConfig, DyViTConfig, PretrainConfig
+from pretrain.training.learner import Learner
+from pretrain.training.state import read_state
+
+MODEL = DyViTConfig(
+    patch=1, dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8), (4,), (4,), (0,))
+)
+OBJECTIVE = CoMAConfig(decoder=DecoderConfig(8, 1, 2))
+
+
+def at(config: PretrainConfig, out: Path, **changes: Any) -> PretrainConfig:
+    return replace(config, run=replace(config.run, out=out, **changes))
+
+
+def learned(run: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """What must not depend on interruptions: metrics without timings, published weights."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["images_per_s"], row["data_wait"]
+    return rows, load_artifact(run / "artifact").tensors
+
+
+def assert_same(run: Path, other: Path) -> None:
+    (rows, weights), (other_rows, other_weights) = learned(run), learned(other)
+    assert rows == other_rows
+    assert list(weights) == list(other_weights)
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+    state, other_state = (read_state(folder / "state", warn=pytest.fail) for folder in (run, other))
+    assert same(state, other_state)
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def stop_during(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal in the middle of a step."""
+    take = Learner.step
+
+    def step_and_signal(self: Learner, n: int, *rest: Any) -> Any:
+        if n == step:
+            os.kill(os.getpid(), number)
+        return take(self, n, *rest)
+
+    patch.setattr(Learner, "step", step_and_signal)
