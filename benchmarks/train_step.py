@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain.config import encoder_preset, method_preset
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
-from pretrain.training.precision import Precision, attention_kernels, autocast, choose_precision
+from pretrain.training.precision import Precision, autocast, choose_attention, choose_precision
 from pretrain.training.throughput import peak_flops
 
 MODELS = {
@@ -72,6 +72,7 @@ class Step:
             if method
             else Features(preset)
         ).to(device)
+        choose_attention(self.model, precision, device)
         self.views = 2 if method == "coma" else 1
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
@@ -80,10 +81,9 @@ class Step:
         images = torch.randn(batch, 3, 224, 224, device=self.device)
         seeds = torch.arange(batch, device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        with attention_kernels(self.precision, self.device):
-            with autocast(self.precision, self.device):
-                out = self.model(images, seeds)
-            (out if isinstance(out, Tensor) else out.loss).backward()
+        with autocast(self.precision, self.device):
+            out = self.model(images, seeds)
+        (out if isinstance(out, Tensor) else out.loss).backward()
         self.optimizer.step()
 
     def flops(self) -> float:

@@ -27,9 +27,9 @@ class DyViTConfig:
     """Side of a stem patch in pixels; the mask unit is 8 patches wide (32 px at patch 4)."""
     dim: int = 96
     """Channels of the first stage; they double at every following stage."""
-    depths: tuple[int, int, int, int] = (1, 1, 14, 2)
+    depths: tuple[int, int, int, int] = (1, 1, 10, 2)
     """Blocks per stage."""
-    heads: tuple[int, int, int, int] = (4, 8, 16, 32)
+    heads: tuple[int, int, int, int] = (2, 4, 6, 12)
     """Attention heads per stage, shared out equally over the stage's windows."""
     windows: Windows = ((4, 8), (2, 4), (2, 14), (7,))
     """Window sides in tokens per stage, one group of heads each; 0 attends to the whole map."""
@@ -249,10 +249,10 @@ class PretrainConfig:
 # presets ---------------------------------------------------------------------------------------
 
 _DYVIT = {
-    "tiny": {"dim": 32, "depths": (1, 1, 6, 2), "heads": (2, 4, 8, 16)},
-    "small": {"dim": 64, "depths": (1, 1, 12, 2), "heads": (2, 4, 8, 16)},
-    "base": {"dim": 96, "depths": (1, 1, 14, 2), "heads": (4, 8, 16, 32)},
-    "large": {"dim": 144, "depths": (1, 1, 20, 2), "heads": (6, 12, 24, 48)},
+    "tiny": {"dim": 32, "depths": (1, 1, 6, 2), "heads": (2, 2, 4, 8)},
+    "small": {"dim": 64, "depths": (1, 1, 10, 2), "heads": (2, 2, 4, 8)},
+    "base": {"dim": 96, "depths": (1, 1, 10, 2), "heads": (2, 4, 6, 12)},
+    "large": {"dim": 144, "depths": (1, 1, 20, 2), "heads": (2, 6, 12, 24)},
 }
 _VIT = {
     "vit-tiny": {"dim": 192, "depth": 12, "heads": 3},

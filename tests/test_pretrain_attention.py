@@ -197,11 +197,8 @@ def test_one_full_window_without_positions_is_plain_multi_head_attention():
     x = torch.randn(2, 1, 1, 16, dtype=torch.float64).expand(2, 3, 5, 16) + 0.1 * torch.randn(2, 3, 5, 16)
 
     def still(layout):
-        cos, sin = layout.windows[0].rotary
-        return replace(
-            layout,
-            windows=(replace(layout.windows[0], rotary=(torch.ones_like(cos), torch.zeros_like(sin))),),
-        )
+        cos, sin = layout.rotary
+        return replace(layout, rotary=(torch.ones_like(cos), torch.zeros_like(sin)))
 
     expected, _ = plain(*[x.flatten(1, 2)] * 3, need_weights=False)
     torch.testing.assert_close(attend(layer, x, (0,), change=still).flatten(1, 2), expected)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,19 +50,17 @@ class Consecutive:
 
     Attributes:
         length: Tokens of a window; a whole sequence where it equals s*t.
-        rotary: Cosines and signed sines, `[(n or 1, s,) t, 1, 1, head_dim]`.
         bias: `[n, 1, 1, s*t]` to add to the scores, where not all slots are real.
     """
 
     length: int
-    rotary: Rotary
     bias: Tensor | None = None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, fused: bool) -> Tensor:
         """Three of `[n, s, t, heads, d]` to `[n, s, t, heads*d]`."""
         n, s, t, heads, d = q.shape
         q, k, v = (x.reshape(-1, self.length, heads, d).transpose(1, 2) for x in (q, k, v))
-        out = scaled_dot_product(q, k, v, self.bias)
+        out = scaled_dot_product(q, k, v, self.bias, fused=fused)
         return out.transpose(1, 2).reshape(n, s, t, heads * d)
 
 
@@ -73,32 +72,39 @@ class Crossing:
         sequences: Where the units lie.
         side: Tokens along the edge of a unit.
         window: Sides of a window in tokens.
-        rotary: As of `Consecutive`.
         bias: `[b*windows, 1, m, m]` to add to the scores of a window's m tokens, where some are forbidden.
     """
 
     sequences: Sequences
     side: int
     window: tuple[int, int]
-    rotary: Rotary
     bias: Tensor | None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, fused: bool) -> Tensor:
         """Three of `[n, s, t, heads, d]` to `[n, s, t, heads*d]`."""
         rows, cols = self.sequences.rows, self.sequences.cols
         maps = (unnest(self.sequences.scatter(x), self.side, rows, cols) for x in (q, k, v))
         q, k, v = (split(x, self.window).transpose(1, 2) for x in maps)  # windows heads m d
-        out = scaled_dot_product(q, k, v, self.bias)
+        out = scaled_dot_product(q, k, v, self.bias, fused=fused)
         out = merge(out.transpose(1, 2).flatten(2), self.window, rows * self.side, cols * self.side)
         return self.sequences.gather(nest(out, self.side))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All that the blocks of one stage share about one batch: computed once, used by every block."""
+    """All that the blocks of one stage share about one batch: computed once, used by every block.
+
+    Attributes:
+        sequences: Where the units lie.
+        windows: One for every set of heads.
+        rotary: Cosines and signed sines of every token's place, `[(n or 1, s,) t, 1, 1, head_dim]`. Scores
+            depend on offsets only: one table serves all windows, and places inside the unit do where all
+            windows lie inside units.
+    """
 
     sequences: Sequences
     windows: tuple[Consecutive | Crossing, ...]
+    rotary: Rotary
 
 
 def stage_layout(
@@ -116,28 +122,25 @@ def stage_layout(
     device = like.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
     h, w = sequences.rows * side, sequences.cols * side
-    inner = nested_places(side, like.device)  # t 2
-
-    def in_image() -> Rotary:
-        lines = (torch.arange(length, device=like.device) for length in (sequences.rows, sequences.cols))
-        places = torch.cartesian_prod(*lines)[:, None] * side + inner  # rows*cols t 2
-        cos, sin = rotary_table(places, head_dim, dtype)
-        return _per_head(sequences.at(cos)), _per_head(sequences.at(sin))
 
     def resolve(window: int) -> Consecutive | Crossing:
         if window and side % window == 0:
-            cos, sin = rotary_table(inner, head_dim, dtype)  # scores depend on offsets only: places in the
-            return Consecutive(window * window, (_per_head(cos), _per_head(sin)))  # unit will do
+            return Consecutive(window * window)
         if not window or (window >= h and window >= w):
-            slots = like.shape[1]
-            return Consecutive(slots * side * side, in_image(), _real_bias(sequences, side, dtype))
+            return Consecutive(like.shape[1] * side * side, _real_bias(sequences, side, dtype))
         sides = fit(window, h, w)
-        return Crossing(
-            sequences, side, sides, in_image(), _crossing_bias(sequences, sides, side, like, dtype)
-        )
+        return Crossing(sequences, side, sides, _crossing_bias(sequences, sides, side, like, dtype))
 
     resolved = {window: resolve(window) for window in set(windows)}
-    return Layout(sequences, tuple(resolved[window] for window in windows))
+    places = nested_places(side, like.device)  # t 2
+    if any(not window or side % window for window in windows):
+        lines = (torch.arange(length, device=like.device) for length in (sequences.rows, sequences.cols))
+        places = torch.cartesian_prod(*lines)[:, None] * side + places  # rows*cols t 2
+    tables = rotary_table(places, head_dim, dtype)
+    if places.ndim == 3:
+        tables = tuple(sequences.at(table) for table in tables)
+    cos, sin = (table[..., None, None, :] for table in tables)  # for the axes (q and k, heads)
+    return Layout(sequences, tuple(resolved[window] for window in windows), (cos, sin))
 
 
 class DynamicMultiWindowAttention(nn.Module):
@@ -152,21 +155,25 @@ class DynamicMultiWindowAttention(nn.Module):
     def __init__(self, dim: int, heads: int, windows: int) -> None:
         super().__init__()
         self.heads = heads
+        self.fused_attn = True  # timm's name for it
         self.qkv = nn.Linear(dim, 3 * dim)
         self.gate = WindowGate(dim, windows) if windows > 1 else None
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """Attend: `[n, s, t, c]` -> `[n, s, t, c]`."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        outputs = []
-        for part, window in zip(qkv.chunk(len(layout.windows), dim=4), layout.windows, strict=True):
-            q, k = rotate(part[:, :, :, :2], window.rotary).unbind(dim=3)
-            outputs.append(window.attend(q, k, part[:, :, :, 2]))
-        out = torch.cat(outputs, dim=-1)
-        if self.gate is not None:
-            out = out * self.gate(layout.sequences.mean(out))
-        return self.proj(out)
+        qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).split((2, 1), dim=3)
+        q, k = rotate(qk, layout.rotary).unbind(dim=3)
+        groups = len(layout.windows)
+        shares = zip(*(part.chunk(groups, dim=3) for part in (q, k, v.squeeze(3))), strict=True)
+        outputs = [
+            window.attend(*share, fused=self.fused_attn)
+            for window, share in zip(layout.windows, shares, strict=True)
+        ]
+        if self.gate is None:
+            return self.proj(outputs[0])
+        weights = self.gate(torch.cat([layout.sequences.mean(each) for each in outputs], dim=-1))
+        return self.proj(concat_weighted(outputs, weights))
 
 
 class WindowGate(nn.Module):
@@ -193,9 +200,42 @@ class WindowGate(nn.Module):
         return rearrange(weights, "... g c -> ... (g c)").to(logits.dtype)
 
 
-def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention of any number of windows: three of `[windows, heads, m, d]` to the same shape."""
-    if torch.compiler.is_exporting() or q.shape[0] <= _MOST_WINDOWS:
+def concat_weighted(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """`cat(parts, -1) * weights` for parts `[n, s, t, c_i]` and weights `[n, 1, 1, c]`, in one pass."""
+    if torch.compiler.is_compiling():  # which fuses the two
+        return torch.cat(list(parts), dim=-1) * weights
+    return _ConcatWeighted.apply(weights, *parts)
+
+
+class _ConcatWeighted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, *parts)
+        out = weights.new_empty(*parts[0].shape[:-1], weights.shape[-1])
+        widths = [part.shape[-1] for part in parts]
+        for part, weight, into in zip(parts, weights.split(widths, -1), out.split(widths, -1), strict=True):
+            torch.mul(part, weight, out=into)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+        weights, *parts = ctx.saved_tensors
+        widths = [part.shape[-1] for part in parts]
+        grads = grad_outputs[0].split(widths, -1)
+        of_weights = [(g * part).sum(dim=(1, 2), keepdim=True) for g, part in zip(grads, parts, strict=True)]
+        of_parts = (g * weight for g, weight in zip(grads, weights.split(widths, -1), strict=True))
+        return torch.cat(of_weights, dim=-1), *of_parts
+
+
+def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, fused: bool) -> Tensor:
+    """Attention of any number of windows: three of `[windows, heads, m, d]` to the same shape.
+
+    `fused` in one kernel of torch's; otherwise, and in exported graphs, as two products and a softmax.
+    """
+    if not fused or torch.compiler.is_exporting():
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
+    if q.shape[0] <= _MOST_WINDOWS:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     parts = [x.split(_MOST_WINDOWS) for x in (q, k, v)]
     biases = [None] * len(parts[0]) if bias is None else bias.split(_MOST_WINDOWS)
@@ -205,10 +245,6 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> 
             for *each, part in zip(*parts, biases, strict=True)
         ]
     )
-
-
-def _per_head(table: Tensor) -> Tensor:
-    return table[..., None, None, :]  # for the axes (q and k, heads)
 
 
 def _real_bias(sequences: Sequences, side: int, dtype: torch.dtype) -> Tensor | None:

@@ -5,7 +5,7 @@ mask unit (32 px at patch 4). Tokens are kept unit by unit, nested inside a unit
 stem to the last stage: merging is a reshape, and so are most windows. With `group`, each view of an image
 is a sequence of its own (see `sequences`): no information crosses from one view to another, at any layer,
 and units that no view sees are not computed.
-Base: 42 M parameters and 6.7 GMACs at 224 px, against 86 M and 17.6 of ViT-B.
+Base: 35 M parameters and 5.2 GMACs at 224 px, against 86 M and 17.6 of ViT-B.
 
 What the paper's abstract states (Li et al. 2025, arXiv 2511.05929): hierarchical, dynamic multi-window
 self-attention, fewer parameters and FLOPs than ViT. Everything else here is this project's own.

@@ -203,13 +203,13 @@ def dyvit_tiny(pretrained: bool = False, **kwargs: Any) -> DyViTClassifier:
 
 @register_model
 def dyvit_small(pretrained: bool = False, **kwargs: Any) -> DyViTClassifier:
-    """DyViT small: 17 M parameters."""
+    """DyViT small: 15 M parameters."""
     return _create("small", pretrained, **kwargs)
 
 
 @register_model
 def dyvit_base(pretrained: bool = False, **kwargs: Any) -> DyViTClassifier:
-    """DyViT base: 42 M parameters."""
+    """DyViT base: 35 M parameters."""
     return _create("base", pretrained, **kwargs)
 
 

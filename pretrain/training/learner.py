@@ -34,7 +34,7 @@ from pretrain.objectives import Objective
 from pretrain.training.distributed import Processes, reducing, spread_out
 from pretrain.training.ema import MovingAverage
 from pretrain.training.optimizer import build_optimizer
-from pretrain.training.precision import Precision, attention_kernels, autocast, build_scaler
+from pretrain.training.precision import Precision, autocast, build_scaler, choose_attention
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -94,6 +94,7 @@ class Learner:
         self._seed = pass_seed(run.seed)
         self._mean, self._std = (torch.tensor(v, device=group.device) for v in (mean, std))
         objective.set_grad_checkpointing(run.checkpoint_gradients)
+        choose_attention(objective, precision, group.device)
         self._model = spread_out(objective, group, run.parallel)
         if run.compile:
             objective.compile(dynamic=False)
@@ -155,7 +156,7 @@ class Learner:
         images = normalize(batch.images.to(device, non_blocking=True), self._mean, self._std)
         seeds = batch.seeds.to(device, non_blocking=True)
         seed_generators(self._seed, position)
-        with reducing(self._model, reduce), attention_kernels(self.precision, device):
+        with reducing(self._model, reduce):
             with autocast(self.precision, device):
                 output = self._model(images, seeds)
             self._scaler.scale(output.loss / self._slices.accumulation).backward()

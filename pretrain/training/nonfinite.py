@@ -29,7 +29,7 @@ from pretrain.plain import from_plain, to_plain
 from pretrain.training.distributed import Processes
 from pretrain.training.files import write_whole
 from pretrain.training.learner import Learner, NotFinite, pass_seed, seed_generators
-from pretrain.training.precision import Precision, attention_kernels, autocast
+from pretrain.training.precision import Precision, autocast, choose_attention
 from pretrain.training.setup import Plan
 
 _WEIGHTS = "weights."
@@ -144,17 +144,17 @@ def replay_nonfinite(path: Path, device: str = "cpu") -> Replay:
     weights = {n.removeprefix(_WEIGHTS): t for n, t in tensors.items() if n.startswith(_WEIGHTS)}
     load_strict(objective, weights, source=str(path))
     objective.set_grad_checkpointing(config.run.checkpoint_gradients)
+    how = facts["precision"], torch.device(device)
+    choose_attention(objective, *how)
     micro = facts["micro_batch"]
     passes = list(zip(tensors["images"].split(micro), tensors["seeds"].split(micro), strict=True))
     first, losses = (facts["step"] - 1) * config.optimizer.batch_size, []
     for number, (images, seeds) in enumerate(passes):
         seed_generators(pass_seed(config.run.seed), first + number * micro)
         pixels = normalize(images.to(device), config.data.mean or (), config.data.std or ())
-        how = facts["precision"], torch.device(device)
-        with attention_kernels(*how):
-            with autocast(*how):
-                loss = objective(pixels, seeds.to(device)).loss
-            (loss / len(passes)).backward()
+        with autocast(*how):
+            loss = objective(pixels, seeds.to(device)).loss
+        (loss / len(passes)).backward()
         losses.append(loss.item())
     gradients = [p.grad for p in objective.parameters() if p.grad is not None]
     return Replay(sum(losses) / len(losses), get_total_norm(gradients).item())

@@ -6,12 +6,11 @@ ViT's stem and the decoder hand on; norms, softmax and the loss are float32.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pretrain.errors import BadInput
 
@@ -42,14 +41,15 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=kind, enabled=kind is not None)
 
 
-def attention_kernels(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """The context of a forward and backward pass: no fused attention in 16-bit training on a CPU.
+def choose_attention(model: nn.Module, precision: Precision, device: torch.device) -> None:
+    """Let the attention layers of `model` use torch's fused kernels, but not in 16-bit training on a CPU.
 
-    torch's fused kernel for CPUs takes 2 to 10 times as long as plain products there, most of it in the
-    backward pass (torch 2.11; `benchmarks/LOG.md`).
+    There two products and a softmax take a tenth to a half of the time (torch 2.11; `benchmarks/LOG.md`).
     """
-    plain = device.type == "cpu" and precision != "fp32"
-    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+    fused = device.type != "cpu" or precision == "fp32"
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):  # timm's name, ours too
+            module.fused_attn = fused  # type: ignore[assignment]
 
 
 def build_scaler(precision: Precision, device: torch.device) -> GradScaler:
