@@ -16,8 +16,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from machine import report
@@ -46,9 +48,9 @@ def torchvision_loader(folder: Path, bicubic: bool) -> Iterator[object]:
         yield from loader
 
 
-def our_loader(path: Path, repeats: int = 1) -> Iterator[object]:
+def our_loader(path: Path, **settings: Any) -> Iterator[object]:
     """The trainer's."""
-    data = DataConfig(path, image_size=SIZE, workers=0, repeats=repeats)
+    data = DataConfig(path, image_size=SIZE, workers=0, **settings)
     return training_batches(open_source(path), data, channels=3, seed=0, batch=Slices(BATCH, BATCH))
 
 
@@ -101,9 +103,11 @@ def main() -> None:
             "torchvision ImageFolder, bilinear": lambda: torchvision_loader(folder, bicubic=False),
             "ours, folder": lambda: our_loader(folder),
             "ours, shards of coma pack": lambda: our_loader(shards),
-            "ours, folder, repeats 2": lambda: our_loader(folder, 2),
-            "ours, shards, repeats 4": lambda: our_loader(shards, 4),
+            "ours, folder, repeats 2": lambda: our_loader(folder, repeats=2),
+            "ours, shards, repeats 4": lambda: our_loader(shards, repeats=4),
         }
+        if find_spec("nvidia") and find_spec("nvidia.dali"):
+            loaders["ours, folder, DALI on the CPU"] = lambda: our_loader(folder, loader="dali")
         running = {name: start() for name, start in loaders.items()}
         times: dict[str, list[float]] = {name: [] for name in running}
         for batches in running.values():

@@ -168,6 +168,8 @@ class DataConfig:
     """A file that will not decode is named, counted and skipped, or stops the run."""
     workers: int | None = None
     """Processes that decode images; default: one per core beside the trainer (0 on 1 or 2 cores)."""
+    loader: Literal["workers", "dali"] = "workers"
+    """Who decodes: those processes, or NVIDIA DALI (an extra), on the GPU where there is one."""
 
     def __post_init__(self) -> None:
         if (self.mean is None) != (self.std is None):

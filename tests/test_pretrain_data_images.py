@@ -243,6 +243,11 @@ def test_large_jpegs_may_come_smaller_but_never_below_what_was_asked():
     assert decode(data, "x", at_least=306).pixels.shape == (610, 830, 3)
     small = decode(data, "x", at_least=150).pixels
     assert small.shape == (153, 208, 3)
+    assert (decode(data, "x", at_least=lambda height, width: 150 * width // height).pixels.shape) == (
+        305,
+        415,
+        3,
+    )
     assert np.abs(small.astype(int) - np.asarray(large.resize((208, 153), Image.Resampling.BOX))).mean() < 3
 
 

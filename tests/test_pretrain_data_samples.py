@@ -20,6 +20,7 @@ from pretrain.data import (
     evaluation_batches,
     open_source,
     training_batches,
+    transforms,
 )
 from pretrain.data.order import sample_seeds
 from pretrain.errors import BadImage, BadInput
@@ -98,6 +99,33 @@ def test_repeats_are_neighbours_with_crops_and_seeds_of_their_own(micro):
     assert torch.equal(batch.indices, joined(stream(tiles, 4)).indices.repeat_interleave(3))
     assert torch.equal(batch.seeds, joined(stream(tiles, 12)).seeds)
     assert len({image.numpy().tobytes() for image in batch.images}) == 48
+
+
+@pytest.fixture
+def large_photos(tmp_path):
+    for i in range(3):
+        Image.fromarray(ASTRONAUT).resize((900 + 100 * i, 1000)).save(tmp_path / f"{i}.jpg")
+    return open_source(tmp_path)
+
+
+def test_large_jpegs_are_decoded_no_larger_than_their_crops_need(large_photos, monkeypatch):
+    boxes = []
+
+    def noted(pixels, box, height, width):
+        boxes.append(min(box[2:]))
+        return transforms.resize(pixels, box, height, width)
+
+    monkeypatch.setattr("pretrain.data.samples.resize", noted)
+    stream(large_photos, 12, data=replace(DATA, image_size=160))
+    assert min(boxes) >= 159  # rounding
+    assert max(boxes) < 2 * 160 + 2  # else half the scale would have done
+
+
+def test_scaled_decoding_does_not_depend_on_how_the_stream_is_cut(large_photos):
+    data = replace(DATA, image_size=160, repeats=3)
+    whole = joined(stream(large_photos, 2, data=data, batch=Slices(6, 6)))
+    cut = joined(stream(large_photos, 6, data=data, batch=Slices(6, 2)))
+    assert same(whole, cut)
 
 
 @pytest.mark.parametrize("start", [0, 8, 16, 40])  # inside an epoch of 16, at its end, in the third
@@ -268,7 +296,9 @@ def test_evaluation_needs_one_image(tmp_path):
 def test_pinning_takes_the_whole_batch(monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
-    batches = training_batches(TILES, DATA, channels=3, seed=0, batch=Slices(4, 4), device_pin=True)
+    batches = training_batches(
+        TILES, DATA, channels=3, seed=0, batch=Slices(4, 4), device=torch.device("cuda")
+    )
     batch = next(batches)
     assert len(pinned) == 3
     assert same(batch, stream(TILES, 1)[0])

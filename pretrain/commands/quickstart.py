@@ -206,9 +206,7 @@ def _steps(plan: PretrainConfig, minutes: float) -> int:
 
     source, channels = open_source(plan.data.images or Path()), plan.model.channels
     slices = Slices(plan.optimizer.batch_size, plan.optimizer.batch_size)
-    batches = training_batches(
-        source, plan.data, channels=channels, seed=plan.run.seed, batch=slices, start=0, device_pin=False
-    )
+    batches = training_batches(source, plan.data, channels=channels, seed=plan.run.seed, batch=slices)
     seconds = []
     with processes(plan.run.device) as group:
         objective = build_objective(plan.objective, build_encoder(plan.model)).to(group.device)

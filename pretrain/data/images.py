@@ -11,7 +11,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -32,6 +32,10 @@ _NPY = b"\x93NUMPY"
 _TALKATIVE = ("PIL.TiffImagePlugin", "tifffile", "imagecodecs")
 
 
+AtLeast = int | Callable[[int, int], int]
+"""How small a JPEG may come back, see `decode`."""
+
+
 class Picture(NamedTuple):
     """A decoded image."""
 
@@ -41,14 +45,15 @@ class Picture(NamedTuple):
     """The last channel is opacity."""
 
 
-def decode(data: bytes, name: str, at_least: int = 0) -> Picture:
+def decode(data: bytes, name: str, at_least: AtLeast = 0) -> Picture:
     """Pixels of an encoded image.
 
     Args:
         data: the whole file.
         name: how errors call it.
         at_least: a JPEG may come back 2, 4 or 8 times smaller (scaled while decoding, which is much
-            faster) as long as no side falls below this many pixels; 0 always gives full size.
+            faster) as long as no side falls below this many pixels; 0 always gives full size. May be
+            a function of the image's height and width, upright.
 
     Raises:
         BadImage: empty, not an image, truncated, too large, not finite, or of a kind not supported.
@@ -64,12 +69,19 @@ def decode(data: bytes, name: str, at_least: int = 0) -> Picture:
         raise BadImage(f"{name}: {_reason(error)}") from None
 
 
-def is_plain_jpeg(data: bytes) -> bool:
-    """Whether this is a JPEG that looks the same to every reader: grey or RGB, not turned by its EXIF."""
+def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG that looks the same to every reader: grey or RGB, not turned by its EXIF.
+
+    None for everything else.
+    """
     if not data.startswith(_JPEG):
-        return False
-    with _quiet(), Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
-        return header.mode in ("L", "RGB") and _orientation(header) == 1
+        return None
+    try:
+        with _quiet(), Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
+            plain = header.mode in ("L", "RGB") and _orientation(header) == 1
+            return (header.height, header.width) if plain else None
+    except Exception:  # damaged: whoever decodes it will say how
+        return None
 
 
 def check(picture: Picture) -> Picture:
@@ -107,7 +119,7 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _decode(data: bytes, at_least: int) -> Picture:
+def _decode(data: bytes, at_least: AtLeast) -> Picture:
     from pretrain.data import rasters
 
     if data.startswith(_NPY):
@@ -123,11 +135,12 @@ def _decode(data: bytes, at_least: int) -> Picture:
     return _decode_with_pillow(data, at_least)
 
 
-def _decode_with_pillow(data: bytes, at_least: int) -> Picture:
+def _decode_with_pillow(data: bytes, at_least: AtLeast) -> Picture:
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         check_size(*image.size, 3)
-        if at_least:
-            image.draft(None, (at_least, at_least))
+        if at_least and image.format == "JPEG":
+            side = at_least(*_upright_size(image)) if callable(at_least) else at_least
+            image.draft(None, (side, side))
         image.load()
         orientation = _orientation(image)  # after load(), which already turns a TIFF and forgets the tag
         transparent = image.has_transparency_data
@@ -165,6 +178,11 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # damaged metadata does not make a good picture bad
         return 1
     return value if value in range(1, 9) else 1
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
 def _reason(error: Exception) -> str:

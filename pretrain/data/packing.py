@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data.encoding import encode, shrink
-from pretrain.data.images import decode, is_plain_jpeg
+from pretrain.data.images import decode, plain_jpeg_size
 from pretrain.data.shards import INDEX
 from pretrain.data.source import Source
 from pretrain.data.workers import in_workers
@@ -159,7 +159,7 @@ class _PackFetch:
         except BadImage as error:
             return str(error)
         height, width, _ = picture.pixels.shape
-        if original is not None and min(height, width) <= self.settings.size and is_plain_jpeg(original):
+        if original is not None and min(height, width) <= self.settings.size and plain_jpeg_size(original):
             suffix, content = ".jpg", original
         else:
             suffix, content = encode(shrink(picture, self.settings.size), self.settings.quality)

@@ -12,6 +12,8 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 from pretrain.config import DataConfig
 from pretrain.data.order import sample_seeds, shuffled, uniforms
 from pretrain.data.source import Source
-from pretrain.data.transforms import RATIO, centre_square, random_crop, resize, stack
+from pretrain.data.transforms import Box, centre_square, random_crop, resize, stack
 from pretrain.data.workers import in_workers
 from pretrain.errors import BadImage, BadInput
 
@@ -82,6 +84,21 @@ class Batch:
         )
 
 
+@dataclass(frozen=True)
+class Samples:
+    """Samples before they are one tensor, the first of them at position `first`; otherwise like `Batch`."""
+
+    first: int
+    views: list[Any]
+    seeds: Tensor
+    indices: Tensor
+    failures: tuple[str, ...]
+
+    def stacked(self) -> Batch:
+        """The batch."""
+        return Batch(stack(self.views), self.seeds, self.indices, self.failures)
+
+
 def training_batches(
     source: Source,
     data: DataConfig,
@@ -90,7 +107,7 @@ def training_batches(
     seed: int,
     batch: Slices,
     start: int = 0,
-    device_pin: bool = False,
+    device: torch.device | None = None,
 ) -> Iterator[Batch]:
     """Random crops, without end; call `close()` on the iterator to stop its workers early.
 
@@ -101,16 +118,22 @@ def training_batches(
         seed: of the run.
         batch: this process's share.
         start: samples consumed so far by whole optimizer steps.
-        device_pin: whether batches go to a GPU.
+        device: where they will be needed: what goes to a GPU is pinned.
 
     Raises:
         BadImage: while iterating, an image will not decode and `data.on_bad_image` is "stop".
-        BadInput: while iterating, no image in a long row decodes.
+        BadInput: DALI was asked for and is not there; while iterating, no image in a long row decodes.
     """
     if start < 0 or start % batch.global_batch:
         raise ValueError(f"start {start} is not a whole number of batches of {batch.global_batch}")
-    fetch = _TrainingFetch(source, data, channels, seed, batch.micro_batch)
-    return in_workers(fetch, batch.first_rows(start), data.workers, pin=device_pin)
+    on_gpu = device is not None and device.type == "cuda"
+    if data.loader == "dali":
+        from pretrain.data.dali import CropFetch, decoded
+
+        crops = CropFetch(source, data, channels, seed, batch.micro_batch)
+        return decoded(crops, batch.first_rows(start), on_gpu)
+    fetch = TrainingFetch(source, data, channels, seed, batch.micro_batch)
+    return in_workers(fetch, batch.first_rows(start), data.workers, pin=on_gpu)
 
 
 def evaluation_batches(
@@ -138,7 +161,9 @@ def evaluation_batches(
 
 
 @dataclass(frozen=True)
-class _TrainingFetch:
+class TrainingFetch:
+    """The batch whose first sample has a given position in the stream."""
+
     source: Source
     data: DataConfig
     channels: int
@@ -146,21 +171,47 @@ class _TrainingFetch:
     count: int
 
     def __call__(self, first: int) -> Batch:
+        """Samples `first` to `first + count`."""
+        return self.samples(first).stacked()
+
+    def samples(self, first: int) -> Samples:
+        """The same, one by one."""
         n = len(self.source)
         positions = np.arange(first, first + self.count)
         seeds = sample_seeds(self.seed, positions)
         places, repeats = np.unique(positions // self.data.repeats, return_counts=True)
         chosen = shuffled(self.seed, places // n, places % n, n)
-        images, indices, failures = [], [], []
+        views, indices, failures = [], [], []
         for place, index, count in zip(places.tolist(), chosen.tolist(), repeats.tolist(), strict=True):
-            pixels, used, failed = self._readable(place, index)
-            for seed in seeds[len(images) : len(images) + count].tolist():
-                images.append(self._view(pixels, seed))
+            image, used, failed = self._readable(place, index)
+            for seed in seeds[len(views) : len(views) + count].tolist():
+                views.append(self.view(image, seed))
                 indices.append(used)
             failures.extend(failed)
-        return Batch(stack(images), torch.from_numpy(seeds), torch.tensor(indices), tuple(failures))
+        return Samples(first, views, torch.from_numpy(seeds), torch.tensor(indices), tuple(failures))
 
-    def _readable(self, place: int, index: int) -> tuple[np.ndarray, int, list[str]]:
+    def open(self, index: int, place: int) -> Any:
+        """Image `index`, for the samples at `place` in the order, as `view` takes it.
+
+        Raises:
+            BadImage: it cannot be read or decoded, or its channels do not fit.
+        """
+        return self.source.read(index, self.channels, partial(self._enough, place))
+
+    def view(self, image: Any, seed: int) -> Any:
+        """A sample from an opened image."""
+        size = self.data.image_size
+        box, flipped = self.crop(image.shape[0], image.shape[1], seed)
+        view = resize(image, box, size, size)
+        return view.flip(-1) if flipped else view
+
+    def crop(self, height: int, width: int, seed: int) -> tuple[Box, bool]:
+        """Which part of an image a sample shows, and whether it is flipped."""
+        draws = uniforms(seed)
+        flipped = next(draws) < 0.5
+        return random_crop(height, width, self.data.crop_scale, draws), self.data.flip and flipped
+
+    def _readable(self, place: int, index: int) -> tuple[Any, int, list[str]]:
         """Image `index`, at `place` in the order, or the next readable one of the epoch; and what failed."""
         n = len(self.source)
         failures: list[str] = []
@@ -169,7 +220,7 @@ class _TrainingFetch:
                 rank = np.array([(place + step) % n])
                 index = int(shuffled(self.seed, np.array([place // n]), rank, n)[0])
             try:
-                return self.source.read(index, self.channels, self._at_least), index, failures
+                return self.open(index, place), index, failures
             except BadImage as error:
                 if self.data.on_bad_image == "stop":
                     raise
@@ -177,18 +228,13 @@ class _TrainingFetch:
         row = f"{len(failures)} images in a row could not be used"
         raise BadInput(f"{self.source.location}: {row}; the last: {failures[-1]}")
 
-    @property
-    def _at_least(self) -> int:
-        """Smallest image side for which even the smallest crop is not enlarged."""
-        smallest = math.sqrt(self.data.crop_scale[0] * RATIO[0])
-        return math.ceil(self.data.image_size / smallest)
-
-    def _view(self, pixels: np.ndarray, seed: int) -> Tensor:
-        draws, size = uniforms(seed), self.data.image_size
-        flipped = next(draws) < 0.5
-        box = random_crop(pixels.shape[0], pixels.shape[1], self.data.crop_scale, draws)
-        view = resize(pixels, box, size, size)
-        return view.flip(-1) if self.data.flip and flipped else view
+    def _enough(self, place: int, height: int, width: int) -> int:
+        """Smallest image side for which no crop at `place` is enlarged, whichever pass it is part of."""
+        repeats = self.data.repeats
+        seeds = sample_seeds(self.seed, np.arange(place * repeats, (place + 1) * repeats))
+        boxes = (self.crop(height, width, seed)[0] for seed in seeds.tolist())
+        smallest = min(min(box[2:]) for box in boxes)
+        return math.ceil(self.data.image_size * min(height, width) / smallest)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pretrain.data.channels import adapt
-from pretrain.data.images import Picture, check, decode
+from pretrain.data.images import AtLeast, Picture, check, decode
 from pretrain.data.rasters import as_hwc, as_pixels
 from pretrain.errors import BadImage
 
@@ -50,7 +50,7 @@ class Source(ABC):
         """The image's name in messages."""
 
     @abstractmethod
-    def picture(self, i: int, at_least: int = 0) -> Picture:
+    def picture(self, i: int, at_least: AtLeast = 0) -> Picture:
         """The decoded image; `at_least` as in `decode`.
 
         Raises:
@@ -65,7 +65,7 @@ class Source(ABC):
         """
         return None
 
-    def read(self, i: int, channels: int | None = None, at_least: int = 0) -> np.ndarray:
+    def read(self, i: int, channels: int | None = None, at_least: AtLeast = 0) -> np.ndarray:
         """Pixels `[H, W, C]` uint8, uint16 or float32, with C = `channels` where given.
 
         Raises:
@@ -86,7 +86,7 @@ class EncodedSource(Source):
             BadImage: it cannot be read.
         """
 
-    def picture(self, i: int, at_least: int = 0) -> Picture:
+    def picture(self, i: int, at_least: AtLeast = 0) -> Picture:
         """The decoded image; see `Source.picture`."""
         return decode(self.encoded(i), self.describe(i), at_least)
 
@@ -112,7 +112,7 @@ class ArraySource(Source):
         """The position in the list."""
         return f"{self.location}[{i}]"
 
-    def picture(self, i: int, at_least: int = 0) -> Picture:
+    def picture(self, i: int, at_least: AtLeast = 0) -> Picture:
         """The array as it is."""
         try:
             return check(Picture(as_pixels(as_hwc(np.asarray(self._images[i])))))

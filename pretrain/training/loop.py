@@ -126,7 +126,7 @@ class _Run:
             seed=config.run.seed,
             batch=self._plan.slices,
             start=self._done * self._plan.slices.global_batch,
-            device_pin=self._group.device.type == "cuda",
+            device=self._group.device,
         )
         self._report.start(self._done, self._plan.steps)
         with closing(cast("Any", batches)):

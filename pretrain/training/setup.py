@@ -20,7 +20,7 @@ from pretrain.training.distributed import Processes
 from pretrain.training.files import write_whole
 
 _MAY_CHANGE = {
-    *("data.images", "data.workers", "data.on_bad_image"),
+    *("data.images", "data.workers", "data.loader", "data.on_bad_image"),
     *("optimizer.epochs", "optimizer.steps", "optimizer.micro_batch"),
     *("run.out", "run.device", "run.precision", "run.compile", "run.checkpoint_gradients", "run.parallel"),
     *("run.save_minutes", "run.save_steps", "run.log_steps", "run.sheet_steps"),
