@@ -1,0 +1,72 @@
+"""`--compile`: what torch.compile makes of the models computes what they compute without it.
+
+Whole training graphs are traced and differentiated ahead of time; code is generated and built for one block
+only, since that takes minutes for a whole model on a CPU (`benchmarks/LOG.md` has those figures).
+"""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from short_runs import MODEL, OBJECTIVE
+
+from pretrain.config import DecoderConfig, MAEConfig, ViTConfig
+from pretrain.masking.partition import group_sizes, partition
+from pretrain.models import build_encoder
+from pretrain.models.attention import Consecutive, stage_layout
+from pretrain.models.dyvit import Block
+from pretrain.models.sequences import image_sequences
+from pretrain.objectives import build_objective
+
+DYVIT = replace(MODEL, windows=((4, 8), (2, 4), (2, 6), (2,)))  # inside units, across them, all of the map
+VIT = ViTConfig(patch=8, dim=16, depth=2, heads=2)
+MAE = MAEConfig(decoder=DecoderConfig(8, 1, 2))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def loss_and_gradients(model, images, seeds):
+    loss = model(images, seeds).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("encoder", [DYVIT, VIT], ids=["dyvit", "vit"])
+@pytest.mark.parametrize("objective", [OBJECTIVE, MAE], ids=["coma", "mae"])
+def test_the_whole_training_graph_is_one_and_equals_eager(encoder, objective):
+    images, seeds = torch.randn(2, 3, 24, 24), torch.arange(2)  # 9 units: views of 5 and 4
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = build_objective(objective, build_encoder(encoder))
+        if compiled:
+            model.compile(backend="aot_eager", dynamic=False)
+        results.append(loss_and_gradients(model, images, seeds))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # the compiler's own
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_generated_code_of_a_block_equals_eager():
+    group = partition(torch.arange(2), 3, 3, 2)
+    sequences = image_sequences(3, 3, group, group_sizes(9, 2))
+    block = Block(16, heads=4, windows=2, mlp_ratio=2, drop_path=0)
+    tokens = torch.randn(4, 5, 4, 16)
+    layout = stage_layout(sequences, (2, 6), 4, 2, tokens)
+    assert all(isinstance(window, Consecutive) for window in layout.windows)
+    results = []
+    for run in (block, torch.compile(block, dynamic=False)):
+        x = tokens.clone().requires_grad_()
+        block.zero_grad()
+        out = run(x, layout)
+        out.square().mean().backward()
+        results.append([out.detach(), x.grad, *(p.grad for p in block.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
