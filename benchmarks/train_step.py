@@ -16,7 +16,7 @@ and the resident set of a child process on a CPU.
 from __future__ import annotations
 
 import argparse
-import resource
+import math
 import subprocess
 import sys
 from functools import partial
@@ -33,7 +33,7 @@ from pretrain.config import encoder_preset, method_preset
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
 from pretrain.training.precision import Precision, autocast, choose_attention, choose_precision
-from pretrain.training.throughput import peak_flops
+from pretrain.training.throughput import peak_flops, peak_memory
 
 MODELS = {
     "CoMA DyViT-S": ("small", "coma"),
@@ -115,7 +115,7 @@ def largest_batch(step: Step) -> int:
         batch *= 2
 
 
-def peak_memory(step: Step, batch: int) -> float:
+def memory_of(step: Step, batch: int) -> float:
     """GiB that one step needs."""
     if step.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -128,19 +128,12 @@ def peak_memory(step: Step, batch: int) -> float:
 
 def child(name: str, batch: int, precision: Precision) -> None:
     """Print the resident memory, in GiB, that a step adds to a process that has imported everything."""
-    before = _peak_resident()
-    step = Step(name, torch.device("cpu"), precision)
+    device = torch.device("cpu")
+    before = peak_memory(device) or math.nan
+    step = Step(name, device, precision)
     step(batch)
     step(batch)
-    print(_peak_resident() - before)
-
-
-def _peak_resident() -> float:
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would report the parent's peak as well
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+    print((peak_memory(device) or math.nan) - before)
 
 
 def images_per_second(steps: dict[str, Step], batches: dict[str, int], rounds: int) -> dict[str, float]:
@@ -199,7 +192,7 @@ def main() -> None:
         name: args.batch or (largest_batch(step) if device.type == "cuda" else 8)
         for name, step in steps.items()
     }
-    memory = {name: peak_memory(step, batches[name]) for name, step in steps.items()}
+    memory = {name: memory_of(step, batches[name]) for name, step in steps.items()}
     speeds = {"eager": images_per_second(steps, batches, args.rounds)}
     shares = {name: time_shares(step, batches[name]) for name, step in steps.items()} if args.profile else {}
     if args.compile:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,6 +79,17 @@ def training_flops(model: EncoderConfig, objective: ObjectiveConfig, image_size:
     return counter.get_total_flops() / len(images)
 
 
+def peak_memory(device: torch.device) -> float | None:
+    """GiB that this process has held at most: on its GPU, or else resident; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if device.type != "cpu" or not status.exists():  # getrusage's figure may be the parent's
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
+
+
 class Meter:
     """Speed since the last log point.
 
@@ -121,7 +133,8 @@ class Meter:
         values = {"images_per_s": round(speed, 2), "data_wait": round(self._waited / self._seconds, 4)}
         if self._full_use:
             values["mfu"] = round(speed / self._full_use, 4)
-        if self._device.type == "cuda":
-            values["memory_gib"] = round(torch.cuda.max_memory_allocated(self._device) / 2**30, 2)
+        memory = peak_memory(self._device)
+        if memory is not None:
+            values["memory_gib"] = round(memory, 2)
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
         return values

@@ -1,0 +1,103 @@
+"""Does the data path keep up? Training on images from files against training on one batch over and over.
+
+    python benchmarks/end_to_end.py FOLDER
+    python benchmarks/end_to_end.py FOLDER --models base --batch 256 --repeats 2 --loader dali
+
+The trainer's own steps (CoMA, by default bf16 on a GPU and fp32 on a CPU), with its default number of data
+workers; real and synthetic steps take turns, the medians count. Files are in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import report, wait
+
+from pretrain.config import DataConfig, OptimizerConfig, RunConfig, encoder_preset, method_preset
+from pretrain.data import Slices, open_source, training_batches
+from pretrain.models import build_encoder
+from pretrain.objectives import build_objective
+from pretrain.training.distributed import Processes
+from pretrain.training.learner import Learner
+from pretrain.training.precision import choose_precision
+
+SIZE = 224
+
+
+def build(model: str, batch: int, device: torch.device, compiled: bool) -> Learner:
+    """The trainer's learner."""
+    objective = build_objective(method_preset("coma"), build_encoder(encoder_preset(model))).to(device)
+    precision = choose_precision("auto", device)
+    run, slices = RunConfig(compile=compiled), Slices(batch, batch)
+    statistics_ = (0.5,) * 3, (0.3,) * 3
+    return Learner(objective, OptimizerConfig(), run, Processes(device), slices, precision, *statistics_)
+
+
+def one_step(learner: Learner, batches: Iterator[Any], device: torch.device) -> tuple[float, float]:
+    """Seconds of a step, and how many of them were spent waiting for data."""
+    started = time.perf_counter()
+    waited = learner.step(0, 1e-4, batches).waited
+    wait(device)
+    return time.perf_counter() - started, waited
+
+
+def main() -> None:
+    """Measure and print the table; `--out` keeps it as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--models", nargs="+", default=["small", "base"] if on_gpu else ["tiny", "small"])
+    parser.add_argument("--batch", type=int, default=256 if on_gpu else 16)
+    parser.add_argument("--workers", type=int, help="default: as the trainer chooses")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--loader", default="workers", choices=["workers", "dali"])
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu)
+    parser.add_argument("--steps", type=int, default=50 if on_gpu else 8)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+
+    device = torch.device("cuda" if on_gpu else "cpu")
+    rows = []
+    for model in args.models:
+        learner = build(model, args.batch, device, args.compile)
+        data = DataConfig(
+            args.folder, image_size=SIZE, workers=args.workers, repeats=args.repeats, loader=args.loader
+        )
+        slices = Slices(args.batch, args.batch)
+        real = training_batches(
+            open_source(args.folder), data, channels=3, seed=0, batch=slices, device=device
+        )
+        batches = {"files": real, "synthetic": repeat(next(real))}
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in batches}
+        for step in range(args.steps + 2):
+            for name, each in batches.items():
+                spent = one_step(learner, each, device)
+                if step >= 2:
+                    taken[name].append(spent)
+        seconds = {name: statistics.median(s for s, _ in each) for name, each in taken.items()}
+        waited = sum(w for _, w in taken["files"]) / sum(s for s, _ in taken["files"])
+        real.close()  # type: ignore[attr-defined]
+        rows.append(
+            {
+                "model": model,
+                "images/s from files": f"{args.batch / seconds['files']:.3g}",
+                "synthetic": f"{args.batch / seconds['synthetic']:.3g}",
+                "files / synthetic": f"{seconds['synthetic'] / seconds['files']:.3f}",
+                "waiting for data": f"{waited:.1%}",
+            }
+        )
+    how = f"CoMA, {SIZE} px, batch {args.batch}, {choose_precision('auto', device)}, {args.folder.name}"
+    report(how, rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
