@@ -4,7 +4,7 @@
     python benchmarks/end_to_end.py FOLDER --models base --batch 256 --repeats 2 --loader dali
 
 The trainer's own steps (CoMA, by default bf16 on a GPU and fp32 on a CPU), with its default number of data
-workers; real and synthetic steps take turns, the medians count. Files are in the page cache.
+workers; stretches of real and synthetic steps take turns, the medians count. Files are in the page cache.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from machine import report, wait
 
 from pretrain.config import DataConfig, OptimizerConfig, RunConfig, encoder_preset, method_preset
 from pretrain.data import Slices, open_source, training_batches
+from pretrain.data.workers import default_workers
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
 from pretrain.training.distributed import Processes
 from pretrain.training.learner import Learner
 from pretrain.training.precision import choose_precision
 
-SIZE = 224
+SIZE, ROUNDS = 224, 3
 
 
 def build(model: str, batch: int, device: torch.device, compiled: bool) -> Learner:
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--loader", default="workers", choices=["workers", "dali"])
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu)
-    parser.add_argument("--steps", type=int, default=50 if on_gpu else 8)
+    parser.add_argument("--steps", type=int, default=50 if on_gpu else 4, help="of a stretch")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
@@ -76,13 +77,13 @@ def main() -> None:
         real = training_batches(
             open_source(args.folder), data, channels=3, seed=0, batch=slices, device=device
         )
-        batches = {"files": real, "synthetic": repeat(next(real))}
-        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in batches}
-        for step in range(args.steps + 2):
-            for name, each in batches.items():
-                spent = one_step(learner, each, device)
-                if step >= 2:
-                    taken[name].append(spent)
+        same = repeat(next(real))
+        taken: dict[str, list[tuple[float, float]]] = {"files": [], "synthetic": []}
+        for _ in range(ROUNDS):
+            for _ in range(2 + 4 * (default_workers() if args.workers is None else args.workers)):
+                one_step(learner, real, device)  # what the workers had prepared in the meantime
+            taken["files"] += [one_step(learner, real, device) for _ in range(args.steps)]
+            taken["synthetic"] += [one_step(learner, same, device) for _ in range(args.steps)]
         seconds = {name: statistics.median(s for s, _ in each) for name, each in taken.items()}
         waited = sum(w for _, w in taken["files"]) / sum(s for s, _ in taken["files"])
         real.close()  # type: ignore[attr-defined]
@@ -95,7 +96,9 @@ def main() -> None:
                 "waiting for data": f"{waited:.1%}",
             }
         )
-    how = f"CoMA, {SIZE} px, batch {args.batch}, {choose_precision('auto', device)}, {args.folder.name}"
+    how = f"CoMA, {SIZE} px, batch {args.batch}, {choose_precision('auto', device)}, {args.folder.name}, "
+    how += f"loader {args.loader}, workers {args.workers or 'by default'}, repeats {args.repeats}, "
+    how += "compiled" if args.compile else "eager"
     report(how, rows, args.out)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,25 +30,25 @@ PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "cat")
 
 def settings(batch: int, processes: int) -> dict[str, list[str]]:
     """How a run may use its machine."""
-    pieces = ["--micro-batch", str(max(batch // 4, 1))]
-    kept = ["--checkpoint-gradients"]
-    return {
+    pieces = ["--micro-batch", str(max(m for m in (batch // 4, 1) if m and batch % m == 0))]
+    recompute = ["--checkpoint-gradients"]
+    ways = {
         "one pass": [],
-        "four passes": pieces,
-        "checkpointing": kept,
-        "checkpointing, four passes": kept + pieces,
-        f"FSDP2, {processes} processes": ["--parallel", "fsdp"],
-        f"FSDP2, {processes} processes, checkpointing": ["--parallel", "fsdp", *kept],
+        f"{batch // int(pieces[1])} passes": pieces,
+        "checkpointing": recompute,
+        f"checkpointing, {batch // int(pieces[1])} passes": recompute + pieces,
     }
+    if processes > 1:
+        ways[f"FSDP2, {processes} processes"] = ["--parallel", "fsdp"]
+        ways[f"FSDP2, {processes} processes, checkpointing"] = ["--parallel", "fsdp", *recompute]
+    return ways
 
 
 def measure(
     flags: list[str], processes: int, photos: Path, out: Path, steps: int, precision: str
-) -> dict[str, float]:
-    """Images per second and GiB of one run."""
-    fixed = shlex.split(
-        "--workers 0 --log-steps 1 --save-steps 1000 --sheet-steps 0 --mean .5 .5 .5 --std .3 .3 .3"
-    )
+) -> dict[str, float] | None:
+    """Images per second, GiB and share of time without data of one run; None: it does not fit."""
+    fixed = shlex.split("--log-steps 1 --save-steps 1000 --sheet-steps 0 --mean .5 .5 .5 --std .3 .3 .3")
     command = [sys.executable, "-m"]
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
@@ -55,13 +56,31 @@ def measure(
     done = subprocess.run(
         [*command, *fixed, "--precision", precision, *flags], capture_output=True, text=True
     )
+    if "out of GPU memory" in done.stderr or -done.returncode == signal.SIGKILL:
+        return None
     if done.returncode:
         raise SystemExit(done.stderr)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {
         "speed": statistics.median(row["images_per_s"] for row in rows[1:]),
         "memory": max(row["memory_gib"] for row in rows),
+        "data wait": statistics.median(row["data_wait"] for row in rows[1:]),
     }
+
+
+def row_of(found: dict[str, float] | None, plain: dict[str, float] | None) -> dict[str, str]:
+    """The measured columns; `plain` is what times and memory are compared with."""
+    names = ("images/s", "GiB per process", "time", "memory", "waiting for data")
+    if not found or not plain:
+        return dict.fromkeys(names, "does not fit")
+    values = (
+        f"{found['speed']:.3g}",
+        f"{found['memory']:.1f}",
+        f"{plain['speed'] / found['speed']:.2f}",
+        f"{found['memory'] / plain['memory']:.2f}",
+        f"{found['data wait']:.1%}",
+    )
+    return dict(zip(names, values, strict=True))
 
 
 def main() -> None:
@@ -78,6 +97,8 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.steps < 2:
+        parser.error("--steps must be at least 2: the first one is not counted")
 
     rows = []
     with tempfile.TemporaryDirectory() as work:
@@ -86,7 +107,8 @@ def main() -> None:
         for name in PHOTOS:
             Image.fromarray(getattr(pictures, name)()).save(photos / f"{name}.jpg", quality=95)
         for size in args.sizes:
-            batch = max(args.batch * args.sizes[0] ** 2 // size**2, args.processes)
+            batch = args.batch * args.sizes[0] ** 2 // size**2
+            batch = max(batch // args.processes, 1) * args.processes
             plain: dict[str, float] | None = None
             for number, (how, flags) in enumerate(settings(batch, args.processes).items()):
                 shared = ["--model", args.model, "--image-size", str(size), "--batch-size", str(batch)]
@@ -94,17 +116,7 @@ def main() -> None:
                 out = Path(work) / f"{size}-{number}"
                 found = measure(shared + flags, processes, photos, out, args.steps, args.precision)
                 plain = plain or found
-                rows.append(
-                    {
-                        "px": str(size),
-                        "batch": str(batch),
-                        "setting": how,
-                        "images/s": f"{found['speed']:.3g}",
-                        "GiB per process": f"{found['memory']:.1f}",
-                        "time": f"{plain['speed'] / found['speed']:.2f}",
-                        "memory": f"{found['memory'] / plain['memory']:.2f}",
-                    }
-                )
+                rows.append({"px": str(size), "batch": str(batch), "setting": how, **row_of(found, plain)})
                 print(" ".join(rows[-1].values()), flush=True)
     report(f"{args.model}, {args.precision}, {args.steps} steps a run, median", rows, args.out)
 

@@ -169,13 +169,16 @@ class DataConfig:
     workers: int | None = None
     """Processes that decode images; default: one per core beside the trainer (0 on 1 or 2 cores)."""
     loader: Literal["workers", "dali"] = "workers"
-    """Who decodes: those processes, or NVIDIA DALI (an extra), on the GPU where there is one."""
+    """Who decodes: those processes, or NVIDIA DALI (an extra) with as many threads, on the GPU where there is
+    one; a quarter as many processes then read files. DALI decodes every sample, whatever --repeats."""
 
     def __post_init__(self) -> None:
         if (self.mean is None) != (self.std is None):
             raise BadInput("give both --mean and --std, or neither (they are then measured)")
         if self.std is not None and (min(self.std) <= 0 or len(self.std) != len(self.mean or ())):
             raise BadInput(f"--std {self.std} must be positive and as long as --mean {self.mean}")
+        if self.workers is not None and self.workers < 0:
+            raise BadInput(f"--workers {self.workers} must be at least 0")
         if self.repeats < 1:
             raise BadInput(f"--repeats {self.repeats} must be at least 1")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:

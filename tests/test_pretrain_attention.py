@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from pretrain.config import DyViTConfig
 from pretrain.masking.units import spread
 from pretrain.models import DyViT
-from pretrain.models.attention import DynamicMultiWindowAttention, WindowGate, stage_layout
+from pretrain.models.attention import (
+    DynamicMultiWindowAttention,
+    WindowGate,
+    concat_weighted,
+    scaled_dot_product,
+    stage_layout,
+)
 from pretrain.models.positions import rotary_table, rotate, sincos_positions
 from pretrain.models.sequences import image_sequences
 from pretrain.models.windows import (
@@ -202,6 +208,26 @@ def test_one_full_window_without_positions_is_plain_multi_head_attention():
 
     expected, _ = plain(*[x.flatten(1, 2)] * 3, need_weights=False)
     torch.testing.assert_close(attend(layer, x, (0,), change=still).flatten(1, 2), expected)
+
+
+def test_joining_with_weights_is_a_product_and_has_its_gradients():
+    parts = [torch.randn(2, 3, 4, width, dtype=torch.float64, requires_grad=True) for width in (2, 3)]
+    weights = torch.randn(2, 1, 1, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(concat_weighted(parts, weights), torch.cat(parts, dim=-1) * weights)
+    assert torch.autograd.gradcheck(lambda w, *each: concat_weighted(each, w), (weights, *parts))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_unfused_attention_equals_fused(masked):
+    q, k, v = torch.randn(3, 6, 2, 5, 8, dtype=torch.float64)
+    bias = torch.zeros(6, 1, 1, 5, dtype=torch.float64)
+    bias[::2, ..., 3:] = MASKED
+    given = bias if masked else None
+    plain, fused = (scaled_dot_product(q, k, v, given, fused=each) for each in (False, True))
+    torch.testing.assert_close(plain, fused)
+    k[::2, :, 3:] += 1
+    changed = scaled_dot_product(q, k, v, given, fused=False)
+    assert torch.equal(plain[::2], changed[::2]) == masked
 
 
 def test_a_fresh_gate_weighs_all_windows_equally_and_a_trained_one_does_not():

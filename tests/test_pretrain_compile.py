@@ -39,7 +39,7 @@ def loss_and_gradients(model, images, seeds):
 
 @pytest.mark.parametrize("encoder", [DYVIT, VIT], ids=["dyvit", "vit"])
 @pytest.mark.parametrize("objective", [OBJECTIVE, MAE], ids=["coma", "mae"])
-def test_the_whole_training_graph_is_one_and_equals_eager(encoder, objective):
+def test_traced_training_graphs_equal_eager(encoder, objective):
     images, seeds = torch.randn(2, 3, 24, 24), torch.arange(2)  # 9 units: views of 5 and 4
     results = []
     for compiled in (False, True):

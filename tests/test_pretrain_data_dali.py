@@ -1,10 +1,11 @@
 """NVIDIA DALI makes the samples that our own loader makes. Runs where the extra is installed."""
 
 import importlib.util
+import sys
 from dataclasses import replace
 from itertools import islice
+from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from skimage import data as pictures
 from pretrain.config import DataConfig
 from pretrain.data import ArraySource, Slices, open_source, training_batches
 from pretrain.data.dali import CropFetch, Jpeg
+from pretrain.data.samples import Opened
 from pretrain.errors import BadImage, BadInput
 
 HERE = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
@@ -60,7 +62,8 @@ def assert_alike(ours, theirs):
 @needs_dali
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("repeats", [1, 2])
-def test_the_samples_are_the_same(folder, workers, repeats):
+def test_the_samples_are_the_same(folder, workers, repeats, monkeypatch):
+    monkeypatch.setattr(CropFetch, "without_dali", lambda *_: pytest.fail("DALI did not decode"))
     data = replace(DATA, repeats=repeats)
     assert_alike(batches(folder, data, 6), batches(folder, replace(data, loader="dali", workers=workers), 6))
 
@@ -86,19 +89,51 @@ def test_damaged_files_are_named_and_replaced(folder):
         batches(folder, replace(DALI, on_bad_image="stop"), 6)
 
 
-@needs_dali
-def test_a_batch_that_dali_fails_on_is_made_without_it(folder, monkeypatch):
-    start = (folder / "05.jpg").read_bytes()[:2]
+@pytest.fixture
+def undecodable(folder, monkeypatch):
+    """A folder with two files that DALI is wrongly trusted with."""
     for name in ("02.jpg", "05.jpg"):
-        (folder / name).write_bytes(start + bytes(500) + b"\xff\xd9")
-    monkeypatch.setattr("pretrain.data.dali.plain_jpeg_size", lambda _: (100, 100))  # whatever they are
-    (folder / "lossless.png").unlink()
-    (folder / "turned.jpg").unlink()
-    found = batches(folder, DALI, 6)
+        (folder / name).write_bytes(b"\xff\xd8\xff" + bytes(500) + b"\xff\xd9")
+    for name in ("lossless.png", "turned.jpg"):
+        (folder / name).unlink()
+    monkeypatch.setattr("pretrain.data.dali.plain_jpeg_size", lambda _: (100, 100))
+    return folder
+
+
+@needs_dali
+def test_batches_that_dali_fails_on_are_made_without_it(undecodable, monkeypatch):
+    remade, decode = [], CropFetch.without_dali
+    monkeypatch.setattr(CropFetch, "without_dali", lambda self, at: remade.append(at) or decode(self, at))
+    found = batches(undecodable, DALI, 6, batch=2)
+    assert 0 < len(remade) < 6
     assert "05.jpg" in " ".join(failure for batch in found for failure in batch.failures)
-    for one, other in zip(batches(folder, DATA, 6), found, strict=True):
+    for one, other in zip(batches(undecodable, DATA, 6, batch=2), found, strict=True):
         assert torch.equal(one.indices, other.indices)
         assert one.failures == other.failures
+
+
+@needs_dali
+def test_a_dali_that_never_works_is_given_up(folder, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no decoder")
+
+    monkeypatch.setattr("nvidia.dali.pipeline.Pipeline.run", broken)
+    with pytest.raises(BadInput, match=r"does not work here \(no decoder\)"):
+        batches(folder, DALI, 6)
+
+
+@needs_dali
+def test_bad_images_stop_the_run_when_their_turn_comes(folder):
+    (folder / "05.jpg").write_bytes(b"")
+    stops = replace(DATA, on_bad_image="stop")
+    good = []
+    for data in (stops, replace(stops, loader="dali")):
+        stream = training_batches(open_source(folder), data, channels=3, seed=0, batch=Slices(1, 1))
+        with pytest.raises(BadImage, match=r"05\.jpg"):
+            for batch in stream:
+                good.append((data.loader, batch.indices.item()))
+    ours, theirs = ([i for loader, i in good if loader == name] for name in ("workers", "dali"))
+    assert ours == theirs != []
 
 
 @needs_dali
@@ -114,14 +149,15 @@ def test_only_plain_jpegs_are_trusted_to_it(folder):
     opened = {fetch.source.describe(i).split("/")[-1]: fetch.open(i, 0) for i in range(len(fetch.source))}
     assert isinstance(opened["00.jpg"], Jpeg)
     assert isinstance(opened["grey.jpg"], Jpeg)
-    assert isinstance(opened["turned.jpg"], np.ndarray)
-    assert isinstance(opened["lossless.png"], np.ndarray)
+    assert isinstance(opened["turned.jpg"], Opened)
+    assert isinstance(opened["lossless.png"], Opened)
 
 
 def test_what_it_cannot_do_is_said(folder, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "nvidia.dali", None)
-    with pytest.raises(BadInput, match="pip install"):
+    monkeypatch.setitem(sys.modules, "nvidia", ModuleType("nvidia"))
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(BadInput, match="nvidia-dali-cuda130"):
         batches(folder, DALI, 1)
-    monkeypatch.setitem(__import__("sys").modules, "nvidia.dali", torch)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", ModuleType("nvidia.dali"))
     with pytest.raises(BadInput, match="--channels 4"):
         training_batches(open_source(folder), DALI, channels=4, seed=0, batch=Slices(4, 4))

@@ -23,6 +23,7 @@ from pretrain.data import (
     transforms,
 )
 from pretrain.data.order import sample_seeds
+from pretrain.data.samples import TrainingFetch
 from pretrain.errors import BadImage, BadInput
 
 SIZE = 16
@@ -119,6 +120,26 @@ def test_large_jpegs_are_decoded_no_larger_than_their_crops_need(large_photos, m
     stream(large_photos, 12, data=replace(DATA, image_size=160))
     assert min(boxes) >= 159  # rounding
     assert max(boxes) < 2 * 160 + 2  # else half the scale would have done
+
+
+def test_reduced_or_not_a_sample_shows_the_same_part(large_photos, monkeypatch):
+    fetch = TrainingFetch(large_photos, replace(DATA, image_size=160), 3, 0, 1)
+    seen = []
+    monkeypatch.setattr(
+        "pretrain.data.samples.resize",
+        lambda pixels, box, *_: seen.append((pixels.shape, box)) or torch.empty(0),
+    )
+    for seed in range(300):
+        opened = fetch.open(seed % 3, place=seed)
+        fetch.view(opened, seed)
+        (top, left, height, width), _ = fetch.crop(opened.height, opened.width, seed)
+        (rows, cols, _), (y, x, h, w) = seen[-1]
+        for reduced, at_full, scale in (
+            *((each, full, rows / opened.height) for each, full in ((y, top), (y + h, top + height))),
+            *((each, full, cols / opened.width) for each, full in ((x, left), (x + w, left + width))),
+        ):
+            assert abs(reduced - at_full * scale) <= 0.5
+    assert len({shape[0] for shape, _ in seen}) > 1  # at several scales
 
 
 def test_scaled_decoding_does_not_depend_on_how_the_stream_is_cut(large_photos):

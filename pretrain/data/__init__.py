@@ -5,7 +5,7 @@ read them, and a loader's whole state is the number of samples consumed.
 """
 
 from pretrain.data.opening import open_source
-from pretrain.data.samples import Batch, Slices, evaluation_batches, training_batches
+from pretrain.data.samples import Batch, Slices, check_loader, evaluation_batches, training_batches
 from pretrain.data.source import ArraySource, Source
 from pretrain.data.statistics import measure
 from pretrain.data.transforms import normalize
@@ -15,6 +15,7 @@ __all__ = [
     "Batch",
     "Slices",
     "Source",
+    "check_loader",
     "evaluation_batches",
     "measure",
     "normalize",

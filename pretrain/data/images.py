@@ -78,9 +78,10 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
         return None
     try:
         with _quiet(), Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
+            check_size(*header.size, 3)
             plain = header.mode in ("L", "RGB") and _orientation(header) == 1
             return (header.height, header.width) if plain else None
-    except Exception:  # damaged: whoever decodes it will say how
+    except Exception:  # damaged or too large: whoever decodes it will say how
         return None
 
 

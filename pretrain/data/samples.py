@@ -12,8 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 from pretrain.config import DataConfig
 from pretrain.data.order import sample_seeds, shuffled, uniforms
 from pretrain.data.source import Source
-from pretrain.data.transforms import Box, centre_square, random_crop, resize, stack
+from pretrain.data.transforms import Box, centre_square, random_crop, resize, scaled_box, stack
 from pretrain.data.workers import in_workers
 from pretrain.errors import BadImage, BadInput
 
@@ -122,11 +121,12 @@ def training_batches(
 
     Raises:
         BadImage: while iterating, an image will not decode and `data.on_bad_image` is "stop".
-        BadInput: DALI was asked for and is not there; while iterating, no image in a long row decodes.
+        BadInput: DALI was asked for and cannot be used; while iterating, no image in a long row decodes.
     """
     if start < 0 or start % batch.global_batch:
         raise ValueError(f"start {start} is not a whole number of batches of {batch.global_batch}")
     on_gpu = device is not None and device.type == "cuda"
+    check_loader(data, channels)
     if data.loader == "dali":
         from pretrain.data.dali import CropFetch, decoded
 
@@ -134,6 +134,18 @@ def training_batches(
         return decoded(crops, batch.first_rows(start), on_gpu)
     fetch = TrainingFetch(source, data, channels, seed, batch.micro_batch)
     return in_workers(fetch, batch.first_rows(start), data.workers, pin=on_gpu)
+
+
+def check_loader(data: DataConfig, channels: int) -> None:
+    """Refuse a loader that cannot be used here.
+
+    Raises:
+        BadInput: DALI is not installed, or does not make images of so many channels.
+    """
+    if data.loader == "dali":
+        from pretrain.data.dali import check_dali
+
+        check_dali(channels)
 
 
 def evaluation_batches(
@@ -160,9 +172,18 @@ def evaluation_batches(
     yield held
 
 
+class Opened(NamedTuple):
+    """A decoded image, perhaps at a reduced scale."""
+
+    pixels: np.ndarray
+    height: int
+    """At full scale, as `width`."""
+    width: int
+
+
 @dataclass(frozen=True)
-class TrainingFetch:
-    """The batch whose first sample has a given position in the stream."""
+class SampleFetch:
+    """Samples of the stream; what becomes of an image is in `open` and `view`."""
 
     source: Source
     data: DataConfig
@@ -170,12 +191,8 @@ class TrainingFetch:
     seed: int
     count: int
 
-    def __call__(self, first: int) -> Batch:
-        """Samples `first` to `first + count`."""
-        return self.samples(first).stacked()
-
     def samples(self, first: int) -> Samples:
-        """The same, one by one."""
+        """Samples `first` to `first + count`."""
         n = len(self.source)
         positions = np.arange(first, first + self.count)
         seeds = sample_seeds(self.seed, positions)
@@ -196,13 +213,22 @@ class TrainingFetch:
         Raises:
             BadImage: it cannot be read or decoded, or its channels do not fit.
         """
-        return self.source.read(index, self.channels, partial(self._enough, place))
+        full: list[tuple[int, int]] = []
+
+        def at_least(height: int, width: int) -> int:
+            full.append((height, width))
+            return self._enough(place, height, width)
+
+        pixels = self.source.read(index, self.channels, at_least)
+        return Opened(pixels, *(full[0] if full else pixels.shape[:2]))
 
     def view(self, image: Any, seed: int) -> Any:
         """A sample from an opened image."""
         size = self.data.image_size
-        box, flipped = self.crop(image.shape[0], image.shape[1], seed)
-        view = resize(image, box, size, size)
+        box, flipped = self.crop(image.height, image.width, seed)
+        view = resize(
+            image.pixels, scaled_box(box, (image.height, image.width), image.pixels.shape), size, size
+        )
         return view.flip(-1) if flipped else view
 
     def crop(self, height: int, width: int, seed: int) -> tuple[Box, bool]:
@@ -235,6 +261,14 @@ class TrainingFetch:
         boxes = (self.crop(height, width, seed)[0] for seed in seeds.tolist())
         smallest = min(min(box[2:]) for box in boxes)
         return math.ceil(self.data.image_size * min(height, width) / smallest)
+
+
+class TrainingFetch(SampleFetch):
+    """The batch whose first sample has a given position in the stream."""
+
+    def __call__(self, first: int) -> Batch:
+        """Samples `first` to `first + count`."""
+        return self.samples(first).stacked()
 
 
 @dataclass(frozen=True)

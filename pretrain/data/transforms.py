@@ -43,6 +43,17 @@ def random_crop(height: int, width: int, scale: tuple[float, float], draws: Iter
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def scaled_box(box: Box, full: Sequence[int], reduced: Sequence[int]) -> Box:
+    """The same part of an image of height and width `full` after it was reduced to `reduced`."""
+    if full[0] == reduced[0] and full[1] == reduced[1]:
+        return box
+    (top, bottom), (left, right) = (
+        (round(start * small / large), round((start + length) * small / large))
+        for start, length, large, small in zip(box[:2], box[2:], full, reduced, strict=False)
+    )
+    return top, left, max(bottom - top, 1), max(right - left, 1)
+
+
 def centre_square(height: int, width: int) -> Box:
     """The largest square in the middle."""
     side = min(height, width)

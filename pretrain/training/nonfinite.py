@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -97,7 +98,7 @@ def stop_run(plan: Plan, learner: Learner, group: Processes, step: int, problem:
     Raises:
         CheckFailed: with the step, the file, and what to try.
     """
-    per_process = group.collect(learner.batches)
+    per_process = group.collect([replace(b, images=b.images.cpu()) for b in learner.batches])
     weights = learner.weights()
     with group.agreed():
         if group.main:

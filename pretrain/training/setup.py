@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import OptimizerConfig, PretrainConfig
-from pretrain.data import Slices, Source, measure, open_source
+from pretrain.data import Slices, Source, check_loader, measure, open_source
 from pretrain.errors import BadInput
 from pretrain.plain import read_config, to_plain
 from pretrain.training.distributed import Processes
@@ -68,6 +68,7 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Plan:
         if config.data.images is None:
             raise BadInput("give the images to train on, for example: coma pretrain PHOTOS --out runs/first")
         check_shapes(config)
+        check_loader(config.data, config.model.channels)
         slices = share_out(config.optimizer, group.rank, group.world)
         source = open_source(config.data.images)
         for name, value in (("log_steps", config.run.log_steps), ("save_steps", config.run.save_steps)):

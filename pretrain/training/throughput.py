@@ -80,14 +80,14 @@ def training_flops(model: EncoderConfig, objective: ObjectiveConfig, image_size:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """GiB that this process has held at most: on its GPU, or else resident; None where it is not known."""
+    """GiB that torch allocated on the GPU at most, or on a CPU that the process held; None if not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
     if device.type != "cpu" or not status.exists():  # getrusage's figure may be the parent's
         return None
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**20
+    line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM")), None)
+    return int(line.split()[1]) / 2**20 if line else None
 
 
 class Meter:
