@@ -139,11 +139,15 @@ def _decode(data: bytes, at_least: AtLeast) -> Picture:
 def _decode_with_pillow(data: bytes, at_least: AtLeast) -> Picture:
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         check_size(*image.size, 3)
-        if at_least and image.format == "JPEG":
-            side = at_least(*_upright_size(image)) if callable(at_least) else at_least
+        is_jpeg = image.format == "JPEG"
+        orientation = _orientation(image) if is_jpeg else 1
+        if is_jpeg and at_least:
+            width, height = image.size[::-1] if orientation >= 5 else image.size
+            side = at_least(height, width) if callable(at_least) else at_least
             image.draft(None, (side, side))
         image.load()
-        orientation = _orientation(image)  # after load(), which already turns a TIFF and forgets the tag
+        if not is_jpeg:  # load() already turns a TIFF and forgets the tag
+            orientation = _orientation(image)
         transparent = image.has_transparency_data
         match image.mode:
             case "L" | "LA" | "RGB" | "RGBA" if not transparent or image.mode.endswith("A"):
@@ -179,11 +183,6 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # damaged metadata does not make a good picture bad
         return 1
     return value if value in range(1, 9) else 1
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    width, height = image.size
-    return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
 def _reason(error: Exception) -> str:
