@@ -80,7 +80,7 @@ def test_other_processes_are_quiet(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("waited", "hints"), [(0.3, 1), (0.1, 0)])
+@pytest.mark.parametrize(("waited", "hints"), [(0.15, 1), (0.05, 0)])
 def test_waiting_for_data_is_mentioned_once(waited, hints):
     console = Console(file=StringIO(), width=400)
     watch = Report(console=console)

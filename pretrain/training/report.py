@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-DATA_WAIT = 0.2
+DATA_WAIT = 0.1
 """Share of time spent waiting for data from which on it is worth a hint."""
 PATIENCE = 60.0
 """Seconds of training before that hint."""
