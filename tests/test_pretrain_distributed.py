@@ -265,7 +265,7 @@ def test_a_loss_that_is_not_finite_is_written_down_whole(codes, folder, settings
 
 def test_blocks_are_found_whatever_the_model():
     objective = build_objective(
-        CoMAConfig(decoder=DecoderConfig(8, 3, 2)), build_encoder(DyViTConfig(dim=16))
+        CoMAConfig(decoder=DecoderConfig(8, 3, 2)), build_encoder(DyViTConfig(dim=24))
     )
     blocks = innermost_blocks(objective)
     assert len(blocks) == sum(DyViTConfig.depths) + 3
