@@ -97,7 +97,8 @@ def main() -> None:
             }
         )
     how = f"CoMA, {SIZE} px, batch {args.batch}, {choose_precision('auto', device)}, {args.folder.name}, "
-    how += f"loader {args.loader}, workers {args.workers or 'by default'}, repeats {args.repeats}, "
+    workers = "by default" if args.workers is None else args.workers
+    how += f"loader {args.loader}, workers {workers}, repeats {args.repeats}, "
     how += "compiled" if args.compile else "eager"
     report(how, rows, args.out)
 

@@ -12,6 +12,8 @@ import torch
 
 from pretrain.artifact import load_artifact
 from pretrain.config import CoMAConfig, DecoderConfig, DyViTConfig, PretrainConfig
+from pretrain.errors import Interrupted
+from pretrain.training import pretrain
 from pretrain.training.learner import Learner
 from pretrain.training.state import read_state
 
@@ -63,3 +65,10 @@ def stop_during(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTE
         return take(self, n, *rest)
 
     patch.setattr(Learner, "step", step_and_signal)
+
+
+def interrupted(config: PretrainConfig, step: int) -> None:
+    """Run until a signal in the middle of a step ends it."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        stop_during(patch, step)
+        pretrain(config)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from short_runs import assert_same, at, learned, stop_during
+from short_runs import assert_same, at, interrupted, learned, stop_during
 
 from pretrain.artifact import load_artifact
 from pretrain.config import (
@@ -50,9 +50,7 @@ def test_the_comparison_notices_another_seed(resumable, whole, tmp_path):
 
 def test_lines_of_steps_that_are_done_again_are_dropped(resumable, whole, tmp_path):
     run = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        stop_during(patch, 3)
-        pretrain(at(resumable, run))
+    interrupted(at(resumable, run), 3)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "loss": 9.9}\n{"step": 7, "lo')  # of a run that went further, then died
     pretrain(at(resumable, run), resume=True)
@@ -138,9 +136,7 @@ def test_resuming_what_was_never_saved_starts_again(resumable, whole, tmp_path, 
 
 def test_other_settings_are_refused_by_name(resumable, tmp_path):
     run = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        stop_during(patch, 2)
-        pretrain(at(resumable, run))
+    interrupted(at(resumable, run), 2)
     other = replace(
         resumable,
         model=replace(resumable.model, dim=16),
@@ -163,9 +159,7 @@ def test_other_settings_are_refused_by_name(resumable, tmp_path):
 
 def test_other_data_are_refused(resumable, photos, tmp_path):
     run = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        stop_during(patch, 2)
-        pretrain(at(resumable, run))
+    interrupted(at(resumable, run), 2)
     fewer = tmp_path / "fewer"
     fewer.mkdir()
     for path in sorted(photos.iterdir())[:9]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import assert_same, at, learned, stop_during
+from short_runs import assert_same, at, interrupted, learned, stop_during
 
-from pretrain.errors import BadInput, CheckFailed, Interrupted
+from pretrain.errors import BadInput, CheckFailed
 from pretrain.training import pretrain
 from pretrain.training.files import write_whole
 from pretrain.training.learner import Learner
@@ -73,9 +73,7 @@ def test_whenever_a_save_is_killed_a_state_loads(tmp_path):
 )
 def test_the_state_before_stands_in_for_a_damaged_one(resumable, whole, tmp_path, capsys, damage):
     run = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        stop_during(patch, 4)
-        pretrain(at(resumable, run))
+    interrupted(at(resumable, run), 4)
     newest_state = run / "state" / "step-000005.pt"
     newest_state.write_bytes(damage(newest_state.read_bytes()))
     pretrain(at(resumable, run), resume=True)
@@ -87,9 +85,7 @@ def test_the_state_before_stands_in_for_a_damaged_one(resumable, whole, tmp_path
 
 def test_no_state_that_loads(resumable, tmp_path):
     run = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        stop_during(patch, 4)
-        pretrain(at(resumable, run))
+    interrupted(at(resumable, run), 4)
     for path in (run / "state").iterdir():
         path.write_bytes(b"")
     with pytest.raises(BadInput, match="none of the saved states loads"):
@@ -153,9 +149,7 @@ def test_a_full_disk_loses_no_training(resumable, whole, tmp_path, capsys):
 
 def test_a_full_disk_keeps_the_last_good_state(resumable, whole, tmp_path, capsys):
     run = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        stop_during(patch, 3)
-        pretrain(at(resumable, run))
+    interrupted(at(resumable, run), 3)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckFailed, match="could not save: state"):
         full(patch, (".pt",))
         stop_during(patch, 5)

@@ -44,7 +44,7 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
 def choose_attention(model: nn.Module, precision: Precision, device: torch.device) -> None:
     """Let the attention layers of `model` use torch's fused kernels, but not in 16-bit training on a CPU.
 
-    There two products and a softmax take a tenth to a half of the time (torch 2.11; `benchmarks/LOG.md`).
+    There two products and a softmax take a tenth to a sixth of the time (torch 2.11; `benchmarks/LOG.md`).
     """
     fused = device.type != "cpu" or precision == "fp32"
     for module in model.modules():
