@@ -6,7 +6,8 @@ For every seed: CoMA and MAE pre-train the same DyViT-tiny on as many images of 
 unused), then kNN and linear probe of each and of the encoder before training. Every run is one
 single-threaded process, `--jobs` of them side by side; its CPU time is what "equal wall-clock" means here,
 since it does not depend on what else the machine does: MAE trains once more, with as many images as fit into
-CoMA's CPU time. Runs are resumable; finished ones stay in --work.
+CoMA's CPU time. Runs are resumable; finished ones stay in --work. `--depths` and `--heads` try another shape
+of the encoder, `--only CoMA` leaves the other rows out.
 """
 
 from __future__ import annotations
@@ -40,16 +41,23 @@ from pretrain.training import pretrain
 
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # of CIFAR-10's training set
 
+NAMES = ("CoMA", "MAE, equal images", "random", "MAE, equal wall-clock")
+
 
 def settings(args: argparse.Namespace, method: str, images: int, seed: int, out: Path) -> PretrainConfig:
     """One pre-training run; the methods differ in their objective only."""
     return PretrainConfig(
         data=DataConfig(args.data, image_size=32, mean=MEAN, std=STD, crop_scale=(0.4, 1.0), workers=0),
-        model=dyvit_preset("tiny", 32),
+        model=replace(dyvit_preset("tiny", 32), **shape(args)),
         objective=replace(method_preset(method, decoder_dim=128, decoder_depth=2), norm_pix=args.norm_pix),
         optimizer=OptimizerConfig(steps=images // args.batch, batch_size=args.batch, base_lr=args.base_lr),
         run=RunConfig(out, seed=seed, device="cpu", save_minutes=2, sheet_steps=0),
     )
+
+
+def shape(args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+    """What of DyViT-tiny's shape was asked to be another."""
+    return {name: tuple(getattr(args, name)) for name in ("depths", "heads") if getattr(args, name)}
 
 
 def labelled(data: Path, work: Path, split: str, count: int) -> Path:
@@ -141,6 +149,9 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=10_000, help="labelled images to probe with")
     parser.add_argument("--test", type=int, default=5_000, help="test images to count on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--depths", type=int, nargs=4, help="blocks a stage; those of tiny by default")
+    parser.add_argument("--heads", type=int, nargs=4, help="heads a stage; those of tiny by default")
+    parser.add_argument("--only", nargs="+", choices=NAMES[:-1], help="these rows only")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
@@ -150,20 +161,24 @@ def main() -> None:
         return run_one(args, int(args.one[0]), args.one[1], int(args.one[2]))
 
     images = args.images // args.batch * args.batch
-    results = run_all(args, [(s, name, images) for s in args.seeds for name in ("CoMA", "MAE, equal images")])
-    results += run_all(args, [(s, "random", 0) for s in args.seeds])
-    cost = {n: sum(r["seconds"] for r in results if r["name"] == n) for n in ("CoMA", "MAE, equal images")}
-    ratio = cost["CoMA"] / cost["MAE, equal images"]
-    more = round(images * ratio / args.batch) * args.batch
-    results += run_all(args, [(s, "MAE, equal wall-clock", more) for s in args.seeds])
-    print(f"\n{describe()}; DyViT-tiny at 32 px, 1 thread a run; probes on {args.train} / {args.test} images")
-    print(f"CoMA's CPU time / MAE's for equal images: {ratio:.3f}\n\n{summary(results)}")
+    names = [name for name in ("CoMA", "MAE, equal images", "random") if name in (args.only or NAMES)]
+    results = run_all(args, [(s, n, 0 if n == "random" else images) for n in names for s in args.seeds])
+    cost = {n: sum(r["seconds"] for r in results if r["name"] == n) for n in names}
+    if not args.only:
+        ratio = cost["CoMA"] / cost["MAE, equal images"]
+        more = round(images * ratio / args.batch) * args.batch
+        results += run_all(args, [(s, NAMES[-1], more) for s in args.seeds])
+        print(f"\nCoMA's CPU time / MAE's for equal images: {ratio:.3f}")
+    changed = "".join(f", {name} {value}" for name, value in shape(args).items())
+    print(f"\n{describe()}; DyViT-tiny{changed} at 32 px, 1 thread a run")
+    print(f"probes on {args.train} / {args.test} images\n\n{summary(results)}")
     if args.out:
         optimizer = asdict(settings(args, "coma", images, 0, Path("run")).optimizer)
         record = {
             "machine": describe(),
             "optimizer": optimizer,
             "norm_pix": args.norm_pix,
+            "shape": shape(args),
             "results": results,
         }
         args.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -41,6 +41,9 @@ class ArtifactConfig:
     """Plain facts: method, steps, images_seen, loss, name of the data. Values that JSON can hold."""
     versions: dict[str, str]
     """Of Python and the libraries that wrote it; see `pretrain.artifact.library_versions`."""
+    head: dict[str, Any] | None = None
+    """What a fine-tuned model has beside the encoder, as plain data: the room that made it rebuilds it from
+    this. None where there is nothing to say (backbone, pretrained)."""
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
