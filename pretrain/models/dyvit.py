@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -136,6 +137,19 @@ class DyViT(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Parameters that are not decayed beyond vectors and biases: none."""
         return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups for layer-wise decay: stem, every block (coarse: every stage), norm."""
+        return {
+            "stem": r"^stem",
+            "blocks": r"^stages\.(\d+)"
+            if coarse
+            else [
+                (r"^stages\.(\d+)\.merge", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        }
 
     def _run(
         self, images: Tensor, group: Tensor | None, sizes: Sequence[int] | None = None, stages: int = 4

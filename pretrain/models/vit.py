@@ -7,6 +7,7 @@ and put back on one map, so that an objective treats this encoder and DyViT alik
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,13 @@ class ViT(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Parameters that are not decayed beyond vectors and biases: none (the cls token is a vector)."""
         return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups for layer-wise decay: stem, every block, norm (timm's convention)."""
+        return {
+            "stem": r"^stem|^cls_token",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
 
     def _encode(self, tokens: Tensor, real: Tensor | None) -> Tensor:
         # n s c -> n s c, with a cls token alongside
