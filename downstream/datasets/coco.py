@@ -1,0 +1,230 @@
+"""Detection datasets in COCO format: a split is found in the usual layouts and checked in full.
+
+    annotations/instances_train2017.json   train2017/ or images/train2017/    COCO's own
+    annotations/train.json, train.json     train/, images/train/ or images/
+    train/_annotations.coco.json           beside it                          Roboflow's
+
+The split is called train, val (or valid, validation) or test. What training cannot do with ends as one
+`BadInput` that lists every kind of fault; what is merely remarkable goes to `CocoSplit.warnings`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from downstream.datasets.coco_checks import Record, check_ids, check_objects, check_references, records
+from downstream.datasets.coco_layouts import ROBOFLOW, find_annotations, find_images
+from downstream.datasets.headers import Header, read_header
+from downstream.datasets.problems import Problems, Progress, in_threads
+from pretrain.errors import BadInput
+
+
+@dataclass(frozen=True)
+class CocoSplit:
+    """A checked split."""
+
+    annotations: Path
+    images: Path
+    """The folder that `file_name` is relative to."""
+    count: int
+    """Number of images."""
+    class_names: tuple[str, ...]
+    """In the order of the file's categories, which is how mmdet numbers classes."""
+    category_ids: tuple[int, ...]
+    """The categories' ids in that order."""
+    has_masks: bool
+    """Every object, crowds too, has polygons or run lengths."""
+    objects: int
+    """Objects that training uses; no crowds, nothing without extent."""
+    crowds: int
+    small_medium_large: tuple[int, int, int]
+    """Those objects by area: up to 32 x 32, up to 96 x 96, above."""
+    image_sizes: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    """Smallest, median and largest width and height of the images, each side by itself."""
+    warnings: tuple[str, ...]
+
+
+def open_coco(
+    data: Path, split: str, check_files: bool = True, progress: Progress | None = None
+) -> CocoSplit:
+    """Find a split below `data` and check it.
+
+    Args:
+        data: the dataset's folder.
+        split: train, val or test.
+        check_files: read the header of every image; without, only the file of annotations is checked.
+        progress: told how many images were read, of how many.
+
+    Raises:
+        BadInput: no such split, or something is wrong with it.
+    """
+    annotations = find_annotations(data, split)
+    content = _load(annotations)
+    images = annotations.parent
+    if annotations.name != ROBOFLOW:
+        images = find_images(data, annotations, split, content)
+    return _checked(annotations, images, content, split != "test", check_files, progress)
+
+
+def read_coco(
+    annotations: Path,
+    images: Path,
+    needs_objects: bool = True,
+    check_files: bool = True,
+    progress: Progress | None = None,
+) -> CocoSplit:
+    """Check annotations and a folder of images, wherever they lie; see `open_coco`.
+
+    Args:
+        annotations: the json file.
+        images: the folder that its file names are relative to.
+        needs_objects: a split without objects is refused.
+        check_files: read the header of every image.
+        progress: told how many images were read, of how many.
+
+    Raises:
+        BadInput: something is wrong with it.
+    """
+    if not images.is_dir():
+        raise BadInput(f"{images}: there is no such folder of images")
+    return _checked(annotations, images, _load(annotations), needs_objects, check_files, progress)
+
+
+def check_same_classes(train: CocoSplit, val: CocoSplit) -> None:
+    """Classes are numbered by their place in the file: two splits must list the same ones in one order.
+
+    Raises:
+        BadInput: naming what one has and the other lacks, or the first place where they differ.
+    """
+    ours, theirs = (list(zip(s.category_ids, s.class_names, strict=True)) for s in (train, val))
+    if ours == theirs:
+        return
+    told = []
+    for one, other, name in ((ours, theirs, "the former"), (theirs, ours, "the latter")):
+        alone = [f"{i} {label!r}" for i, label in one if (i, label) not in other]
+        if alone:
+            told.append(f"only {name} has {', '.join(alone[:5])}{', ...' if len(alone) > 5 else ''}")
+    if not told:
+        place = next(n for n, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
+        told.append(f"the order differs, first at place {place + 1} ({ours[place][1]}, {theirs[place][1]})")
+    raise BadInput(f"{train.annotations} and {val.annotations} have different categories: {'; '.join(told)}")
+
+
+def _load(annotations: Path) -> Any:
+    try:
+        return json.loads(annotations.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{annotations}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{annotations}: not a JSON file ({error})") from None
+
+
+def _checked(
+    annotations: Path,
+    images: Path,
+    content: Any,
+    needs_objects: bool,
+    check_files: bool,
+    progress: Progress | None,
+) -> CocoSplit:
+    problems = Problems(str(annotations))
+    remarks: list[str] = []
+    listed = records(content, problems)
+    check_ids(listed, problems)
+    objects = check_objects(listed, problems, remarks)
+    check_references(listed, remarks)
+    _check_images(listed.images, images, check_files, problems, remarks, progress)
+    if not problems and not listed.images:
+        problems.add("there is no image")
+    if not problems and not listed.categories:
+        problems.add("there is no category")
+    if not problems and needs_objects and not objects.learned:
+        problems.add(f"there is no object to learn from among {len(listed.objects)}", _why_none(remarks))
+    problems.check()
+    if objects.crowds:
+        remarks.append(f"crowds, neither learned nor counted as misses: {objects.crowds}")
+    if 0 < objects.masks < len(listed.objects):
+        remarks.append(
+            f"objects without mask: {len(listed.objects) - objects.masks} of {len(listed.objects)}"
+        )
+    sizes = np.array([[image["width"], image["height"]] for image in listed.images])
+    smallest, median, largest = (
+        tuple(f(sizes, axis=0).astype(int).tolist()) for f in (np.min, np.median, np.max)
+    )
+    return CocoSplit(
+        annotations=annotations,
+        images=images,
+        count=len(listed.images),
+        class_names=tuple(category["name"] for category in listed.categories),
+        category_ids=tuple(category["id"] for category in listed.categories),
+        has_masks=objects.masks == len(listed.objects) > 0,
+        objects=objects.learned,
+        crowds=objects.crowds,
+        small_medium_large=objects.small_medium_large,
+        image_sizes=(smallest, median, largest),
+        warnings=tuple(remarks),
+    )
+
+
+def _why_none(remarks: list[str]) -> str:
+    return "; ".join(remark for remark in remarks if remark.startswith(("boxes", "objects")))
+
+
+def _check_images(
+    images: list[Record],
+    folder: Path,
+    check_files: bool,
+    problems: Problems,
+    remarks: list[str],
+    progress: Progress | None,
+) -> None:
+    sizeless = [image for image in images if min(image["width"], image["height"]) < 1]
+    problems.add_all("image size is not positive", sizeless, lambda image: f"{_name(image)}: {_size(image)}")
+    astray = [image for image in images if _escapes(image["file_name"])]
+    problems.add_all(f"file_name leads out of {folder}", astray, _name)
+    if not check_files:
+        return
+    inside = [image for image in images if not _escapes(image["file_name"])]
+    turned = 0
+    headers = in_threads(
+        lambda image: read_header(os.path.join(folder, image["file_name"])), inside, progress
+    )
+    for image, header in zip(inside, headers, strict=True):
+        if isinstance(header, str):
+            missing = header == "missing"
+            kind = f"image missing in {folder}" if missing else f"image in {folder} cannot be read"
+            problems.add(kind, _name(image) if missing else f"{_name(image)}: {header}")
+            continue
+        turned += header.orientation > 1
+        if (image["width"], image["height"]) != header.shown:
+            problems.add(f"image in {folder} has another size than the json says", _misfit(image, header))
+    if turned:
+        remarks.append(
+            f"images turned by their EXIF data, whose boxes must fit the upright picture: {turned}"
+        )
+
+
+def _misfit(image: Record, header: Header) -> str:
+    width, height = header.shown
+    text = f"{_name(image)}: {width} x {height}, json {_size(image)}"
+    if (image["width"], image["height"]) == (header.width, header.height):
+        return f"{text} as before its rotation (EXIF orientation {header.orientation}): save it upright"
+    return text
+
+
+def _escapes(name: str) -> bool:
+    return os.path.isabs(name) or os.path.normpath(name).split(os.sep, 1)[0] == ".."
+
+
+def _name(image: Record) -> str:
+    return f"{image['file_name']} (image {image['id']})"
+
+
+def _size(image: Record) -> str:
+    return f"{image['width']} x {image['height']}"

@@ -1,0 +1,79 @@
+"""Where a split of a COCO dataset lies: its file of annotations, and the folder its file names start from."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import BadInput
+
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+"""Names that files and folders of a split go by."""
+
+ROBOFLOW = "_annotations.coco.json"
+
+
+def find_annotations(data: Path, split: str) -> Path:
+    """The json file of a split.
+
+    Raises:
+        BadInput: there is none, or more than one; the message says what was looked for.
+    """
+    if split not in SPLITS:
+        raise BadInput(f"{split!r} is not a split; there are {', '.join(SPLITS)}")
+    if not data.is_dir():
+        raise BadInput(f"{data}: {'is a file, not' if data.is_file() else 'there is no'} folder of a dataset")
+    words = "|".join(SPLITS[split])
+    pattern = re.compile(rf"(instances_)?({words})(\d{{4}})?\.json")
+    for folder in (data / "annotations", data):
+        found = [path for path in _jsons(folder) if pattern.fullmatch(path.name)]
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise BadInput(f"{folder}: more than one file could be the {split} split ({names}); keep one")
+        if found:
+            return found[0]
+    for word in SPLITS[split]:
+        if (data / word / ROBOFLOW).is_file():
+            return data / word / ROBOFLOW
+    there = [
+        str(path.relative_to(data)) for folder in (data / "annotations", data) for path in _jsons(folder)
+    ]
+    raise BadInput(
+        f"{data}: no COCO annotations of the {split} split. Looked for annotations/{split}.json, "
+        f"annotations/instances_{split}2017.json, {split}.json and {split}/{ROBOFLOW} (also by the names "
+        f"{', '.join(SPLITS[split][1:])}); found {', '.join(there[:8]) or 'no json file'}"
+    )
+
+
+def _jsons(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.json")) if folder.is_dir() else []
+
+
+def find_images(data: Path, annotations: Path, split: str, content: Any) -> Path:
+    """The folder, of those that may hold the images, in which most of the first file names exist.
+
+    Raises:
+        BadInput: there is no such folder.
+    """
+    words = dict.fromkeys([annotations.stem.removeprefix("instances_"), *SPLITS[split]])
+    tried = [data / name for word in words for name in (word, f"images/{word}")]
+    tried = [*tried, data / "images", data]
+    folders = [folder for folder in tried if folder.is_dir()]
+    listed = content.get("images") if isinstance(content, dict) else None
+    sample = listed[:50] if isinstance(listed, list) else []
+    names = [image.get("file_name") for image in sample if isinstance(image, dict)]
+
+    def hits(folder: Path) -> int:
+        return sum(isinstance(name, str) and os.path.isfile(folder / name) for name in names)
+
+    best = max(folders, key=hits)  # the first of equals
+    if best == data and not hits(data):
+        looked = ", ".join(str(folder.relative_to(data)) for folder in tried[:-1])
+        raise BadInput(f"{data}: no folder with the images of {annotations.name}; looked for {looked}")
+    return best

@@ -1,0 +1,50 @@
+"""Size of an image file as training will see it: only the header is read, the EXIF rotation counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, UnidentifiedImageError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+"""What counts as an image where a folder is searched."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
+
+
+class Header(NamedTuple):
+    """What a file says about its image."""
+
+    width: int
+    height: int
+    orientation: int
+    """EXIF, 1 to 8: 1 is upright, from 5 on width and height are exchanged when it is shown."""
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """Width and height of the upright picture."""
+        return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
+
+
+def read_header(path: Path | str) -> Header | str:
+    """The header, or what is wrong with the file in a few words."""
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            return Header(*image.size, _orientation(image))
+    except FileNotFoundError:
+        return "missing"
+    except UnidentifiedImageError:
+        return "not an image" if Path(path).stat().st_size else "empty file"
+    except Exception as error:  # OSError, SyntaxError, struct.error, DecompressionBombError, ...
+        return (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:100]
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # Pillow would decode the whole file to look behind the pixels
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # damaged metadata does not make a good picture bad
+        return 1
+    return value if value in range(1, 9) else 1

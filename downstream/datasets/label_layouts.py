@@ -1,0 +1,142 @@
+"""Where a split of a segmentation dataset lies, and which label belongs to which image.
+
+mmsegmentation finds a label by its image's name: the image's suffix, which is the same for all, gives
+way to the labels'. So two suffixes describe a dataset, here guessed where nobody said.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from downstream.datasets.coco_layouts import SPLITS
+from downstream.datasets.headers import EXTENSIONS
+from pretrain.errors import BadInput
+
+_PAIRS = (("img_dir", "ann_dir"), ("images", "annotations"), ("images", "labels"), ("images", "masks"))
+_CITYSCAPES = ("_leftImg8bit.png", "_gtFine_labelTrainIds.png")
+
+
+class Layout(NamedTuple):
+    """Two folders with the same tree below them."""
+
+    images: Path
+    labels: Path
+    kind: str = ""
+    """cityscapes or ade20k where the layout is theirs."""
+    image_suffix: str | None = None
+    label_suffix: str | None = None
+
+
+class Pairing(NamedTuple):
+    """Images and labels by what their names have in common."""
+
+    image_suffix: str
+    label_suffix: str
+    stems: list[str]
+    """Of the pairs: relative paths without suffix, sorted."""
+    alone: list[str]
+    """Images without a label, relative paths."""
+    unused: list[str]
+    """Labels without an image."""
+    others: list[str]
+    """Images that have another suffix, so that mmsegmentation would not see them."""
+
+
+def find_layout(data: Path, split: str) -> Layout:
+    """The folders of a split.
+
+    Raises:
+        BadInput: there are none; the message says what was looked for.
+    """
+    if split not in SPLITS:
+        raise BadInput(f"{split!r} is not a split; there are {', '.join(SPLITS)}")
+    if not data.is_dir():
+        raise BadInput(f"{data}: {'is a file, not' if data.is_file() else 'there is no'} folder of a dataset")
+    images, labels = data / "leftImg8bit" / split, data / "gtFine" / split
+    if images.is_dir() and labels.is_dir():
+        return Layout(images, labels, "cityscapes", *_CITYSCAPES)
+    for first, second in _PAIRS:
+        for word in SPLITS[split]:
+            images, labels = data / first / word, data / second / word
+            if images.is_dir() and labels.is_dir():
+                ade = (first, second) == ("images", "annotations") and word in ("training", "validation")
+                return Layout(images, labels, "ade20k" if ade else "")
+    looked = ", ".join(f"{first}/{split} with {second}/{split}" for first, second in _PAIRS)
+    there = sorted(str(path.relative_to(data)) for path in data.glob("*/*") if path.is_dir())
+    raise BadInput(
+        f"{data}: no images and labels of the {split} split. Looked for {looked} (also by the names "
+        f"{', '.join(SPLITS[split][1:])}), leftImg8bit/{split} with gtFine/{split}; "
+        f"found {', '.join(there[:8]) or 'no folders'}"
+    )
+
+
+def pair(layout: Layout, image_suffix: str | None, label_suffix: str | None) -> Pairing:
+    """Match the files of both folders.
+
+    Raises:
+        BadInput: no image, or no label.
+    """
+    images = [name for name in _files(layout.images) if name.lower().endswith(EXTENSIONS)]
+    labels = _files(layout.labels)
+    if not images:
+        raise BadInput(f"{layout.images}: no image in this folder (looked for {' '.join(EXTENSIONS)})")
+    image_suffix = image_suffix or layout.image_suffix or _most_common(images)
+    ours = {name.removesuffix(image_suffix) for name in images if name.endswith(image_suffix)}
+    if not ours:
+        raise BadInput(f"{layout.images}: no image ends in {image_suffix}; there is {images[0]}")
+    label_suffix = label_suffix or layout.label_suffix or _guess(sorted(ours), labels)
+    if label_suffix is None:
+        there = f"there is {labels[0]}" if labels else "it is empty"
+        raise BadInput(f"{layout.labels}: no label for {images[0]} or another image; {there}. {_SUFFIXES}")
+    theirs = {name.removesuffix(label_suffix) for name in labels if name.endswith(label_suffix)}
+    if not theirs:
+        hint = ""
+        if layout.kind == "cityscapes":
+            hint = "; createTrainIdLabelImgs of cityscapesscripts makes them from the polygons"
+        raise BadInput(f"{layout.labels}: no label ends in {label_suffix}{hint}")
+    return Pairing(
+        image_suffix,
+        label_suffix,
+        sorted(ours & theirs),
+        [stem + image_suffix for stem in sorted(ours - theirs)],
+        [stem + label_suffix for stem in sorted(theirs - ours)],
+        [name for name in images if not name.endswith(image_suffix)],
+    )
+
+
+_SUFFIXES = "Where names differ in more than the extension, classes.json says how: img_suffix, seg_map_suffix"
+
+
+def _files(root: Path) -> list[str]:
+    """Relative paths (with /) of what lies below a folder, links followed, hidden files left out; sorted."""
+    found: list[str] = []
+    for folder, inner, names in os.walk(root, followlinks=True):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        start = os.path.relpath(folder, root).replace(os.sep, "/")
+        prefix = "" if start == "." else f"{start}/"
+        found += [prefix + name for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _most_common(images: Sequence[str]) -> str:
+    counts = Counter(os.path.splitext(name)[1] for name in images)
+    return max(sorted(counts), key=counts.__getitem__)
+
+
+def _guess(stems: Sequence[str], labels: Sequence[str]) -> str | None:
+    """What most often follows an image's stem in the labels' names."""
+    sample = stems[:: max(1, len(stems) // 20)]
+    known = set(labels)
+    follows: Counter[str] = Counter()
+    for suffix in {os.path.splitext(name)[1] for name in labels}:
+        follows[suffix] += sum(stem + suffix in known for stem in sample) * 2  # the plain rule comes first
+    for stem in sample:
+        follows.update(
+            {name[len(stem) :] for name in labels if name.startswith(stem) and "." in name[len(stem) :]}
+        )
+    usable = {suffix: n for suffix, n in follows.items() if n and "/" not in suffix}
+    return max(sorted(usable, key=len), key=usable.__getitem__) if usable else None

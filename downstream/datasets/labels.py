@@ -1,0 +1,203 @@
+"""Segmentation datasets: images and, in a second folder, label files whose pixels are class numbers.
+
+    img_dir/train/a.jpg                        ann_dir/train/a.png                       mmsegmentation's
+    images/training/a.jpg                      annotations/training/a.png                ADE20K, 0: unlabelled
+    images/train/a.jpg                         labels|masks|annotations/train/a.png
+    leftImg8bit/train/x/a_leftImg8bit.png      gtFine/train/x/a_gtFine_labelTrainIds.png Cityscapes
+
+Every label is read once, for what it holds and how often. What training cannot do with ends as one
+`BadInput` that lists every kind of fault; what is merely remarkable goes to `LabelSplit.warnings`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from downstream.datasets.headers import read_header
+from downstream.datasets.label_classes import (
+    HOW_TO_SAY,
+    Classes,
+    ade20k_classes,
+    cityscapes_classes,
+    find_classes,
+)
+from downstream.datasets.label_layouts import Layout, Pairing, find_layout, pair
+from downstream.datasets.problems import Problems, Progress, in_threads
+from pretrain.errors import BadInput
+
+MUCH_IGNORED = 0.5
+"""A larger share of ignored pixels is remarked upon."""
+
+_FORMATS = ("PNG", "TIFF", "BMP")  # what loses no value
+_NUMBERS = ("1", "L", "P", "I", "I;16")
+_COUNTED = 65536
+
+
+@dataclass(frozen=True)
+class LabelSplit:
+    """A checked split."""
+
+    images: Path
+    labels: Path
+    pairs: int
+    image_suffix: str
+    label_suffix: str
+    """What replaces the images' suffix in the name of the label."""
+    class_names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    ignore_index: int
+    reduce_zero_label: bool
+    """The files count classes from 1, and 0 is ignored."""
+    shares: tuple[float, ...]
+    """Of the labelled pixels, by class."""
+    ignored: float
+    """Share of all pixels that are ignored."""
+    warnings: tuple[str, ...]
+
+
+def open_labels(
+    data: Path, split: str, classes: Path | None = None, progress: Progress | None = None
+) -> LabelSplit:
+    """Find a split below `data` and check it.
+
+    Args:
+        data: the dataset's folder.
+        split: train, val or test.
+        classes: a json or text file of class names; by default `classes.json` or `classes.txt` in `data`,
+            or the public standard's for Cityscapes and ADE20K.
+        progress: told how many pairs were read, of how many.
+
+    Raises:
+        BadInput: no such split, or something is wrong with it.
+    """
+    layout = find_layout(data, split)
+    known = find_classes(data, classes)
+    if known is None and not layout.kind:
+        raise BadInput(f"{data}: no list of classes; {HOW_TO_SAY}")
+    known = known or (cityscapes_classes() if layout.kind == "cityscapes" else ade20k_classes())
+    reduce = layout.kind == "ade20k" if known.reduce_zero_label is None else known.reduce_zero_label
+    if reduce and known.ignore_index != 255:
+        raise BadInput(f"{data}: with reduce_zero_label ignore_index must be 255, not {known.ignore_index}")
+    pairing = pair(layout, known.image_suffix, known.label_suffix)
+
+    problems = Problems(f"{layout.images} and {layout.labels}")
+    remarks: list[str] = []
+    _check_names(pairing, problems, remarks)
+    counts, ignored = _count(layout, pairing, known, reduce, problems, remarks, progress)
+    labelled = int(counts.sum())
+    if not problems and not labelled:
+        problems.add("no pixel of a class", "every one is ignored")
+    problems.check()
+    share = ignored / (labelled + ignored)
+    absent = [name for name, count in zip(known.names, counts, strict=True) if not count]
+    if absent:
+        few = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
+        remarks.append(f"classes that never occur: {len(absent)} of {len(known.names)} ({few})")
+    if share > MUCH_IGNORED:
+        remarks.append(f"ignored pixels: {share:.0%}")
+    return LabelSplit(
+        images=layout.images,
+        labels=layout.labels,
+        pairs=len(pairing.stems),
+        image_suffix=pairing.image_suffix,
+        label_suffix=pairing.label_suffix,
+        class_names=known.names,
+        palette=known.palette,
+        ignore_index=known.ignore_index,
+        reduce_zero_label=reduce,
+        shares=tuple((counts / labelled).tolist()),
+        ignored=share,
+        warnings=tuple(remarks),
+    )
+
+
+def read_label(path: Path | str) -> tuple[tuple[int, int], np.ndarray] | str:
+    """Width and height of a label and how often each value occurs, or what is wrong in a few words."""
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            if image.mode not in _NUMBERS:
+                return f"mode {image.mode}: colours, not class numbers"
+            if image.mode in ("L", "P"):
+                return image.size, np.array(image.histogram(), np.int64)
+            values = np.asarray(image)
+    except UnidentifiedImageError:
+        return "not a PNG, TIFF or BMP file" if Path(path).stat().st_size else "empty file"
+    except Exception as error:  # OSError, SyntaxError, struct.error, DecompressionBombError, ...
+        return (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:100]
+    if values.dtype == bool:
+        values = values.astype(np.uint8)
+    if values.min() < 0 or values.max() >= _COUNTED:
+        return f"holds values from {values.min()} to {values.max()}"
+    return image.size, np.bincount(values.ravel())
+
+
+def _check_names(pairing: Pairing, problems: Problems, remarks: list[str]) -> None:
+    said = f"an image a{pairing.image_suffix} has its label in a{pairing.label_suffix}"
+    problems.add_all(f"image without label; {said}", pairing.alone, str)
+    problems.add_all(f"label without image; {said}", pairing.unused, str)
+    problems.add_all(f"image that does not end in {pairing.image_suffix}", pairing.others, str)
+
+
+def _count(
+    layout: Layout,
+    pairing: Pairing,
+    known: Classes,
+    reduce: bool,
+    problems: Problems,
+    remarks: list[str],
+    progress: Progress | None,
+) -> tuple[np.ndarray, int]:
+    """Pixels of every class, and ignored ones."""
+    first = 1 if reduce else 0
+    last = first + len(known.names) - 1
+    ignored_values = {0, known.ignore_index} if reduce else {known.ignore_index}
+    allowed = np.zeros(_COUNTED, bool)
+    allowed[first : last + 1] = True
+    allowed[list(ignored_values)] = True
+    meaning = f"classes are {first} to {last}, ignored {' and '.join(map(str, sorted(ignored_values)))}"
+    totals = np.zeros(_COUNTED, np.int64)
+    turned = 0
+
+    def read(stem: str):
+        label = read_label(layout.labels / (stem + pairing.label_suffix))
+        return label, read_header(layout.images / (stem + pairing.image_suffix))
+
+    for stem, (label, header) in zip(pairing.stems, in_threads(read, pairing.stems, progress), strict=True):
+        image_name, label_name = stem + pairing.image_suffix, stem + pairing.label_suffix
+        if isinstance(header, str):
+            problems.add("image cannot be read", f"{image_name}: {header}")
+        if isinstance(label, str):
+            colours = "colours" in label
+            kind = f"label in colours; {_RECODE}" if colours else "label cannot be read"
+            problems.add(kind, f"{label_name}: {label}")
+            continue
+        size, counts = label
+        totals[: len(counts)] += counts
+        wrong = np.flatnonzero((counts > 0) & ~allowed[: len(counts)]).tolist()
+        if wrong:
+            values = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
+            problems.add(f"label value out of range ({meaning})", f"{label_name}: {values}")
+        if isinstance(header, str):
+            continue
+        turned += header.orientation > 1
+        if size != header.shown:
+            shown = "{} x {}".format(*header.shown)
+            turn = f" as shown (EXIF orientation {header.orientation})" if header.orientation > 1 else ""
+            problems.add(
+                "image and label differ in size",
+                f"{image_name} is {shown}{turn}, its label {size[0]} x {size[1]}",
+            )
+    if turned:
+        remarks.append(
+            f"images turned by their EXIF data, whose labels must fit the upright picture: {turned}"
+        )
+    if len(known.names) == 2 and not reduce and set(np.flatnonzero(totals)) == {0, 255}:
+        problems.add("labels hold 0 and 255 alone", "is 255 the second class? It must be 1; 255 is ignored")
+    return totals[first : last + 1], int(sum(totals[value] for value in ignored_values))
+
+
+_RECODE = "every pixel must be one class number: recode the colours by the palette"

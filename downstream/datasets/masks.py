@@ -1,0 +1,77 @@
+"""What can be wrong with one object's `segmentation`: polygons, or run lengths as numbers or as text."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def mask_fault(segmentation: Any, width: int, height: int) -> str:
+    """What is wrong, in a few words; empty if nothing is."""
+    if isinstance(segmentation, list):
+        return _polygons_fault(segmentation)
+    if isinstance(segmentation, dict):
+        return _runs_fault(segmentation, width, height)
+    return f"is a {type(segmentation).__name__}, not polygons or run lengths"
+
+
+def runs_of(text: str) -> list[int]:
+    """Run lengths from COCO's text form: 5 bits a character, differences to the last run but one.
+
+    The form is that of `rleToString` in pycocotools, `common/maskApi.c`.
+
+    Raises:
+        ValueError: the text ends inside a number or holds a character of another alphabet.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"the character {character!r} does not occur in run lengths")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value = shift = 0
+    if shift:
+        raise ValueError("the run lengths end inside a number")
+    return runs
+
+
+def _polygons_fault(polygons: list[Any]) -> str:
+    if not isinstance(polygons[0], list):
+        return "is one list of numbers; it must be a list of polygons, each a list"
+    for polygon in polygons:
+        if not isinstance(polygon, list):
+            return "mixes polygons with something else"
+        if len(polygon) % 2:
+            return f"a polygon has {len(polygon)} numbers, which are no pairs"
+        if len(polygon) < 6:
+            return f"a polygon has {len(polygon) // 2} points; it needs 3"
+        try:
+            finite = math.isfinite(sum(polygon))
+        except TypeError:
+            return "a polygon holds something that is no number"
+        if not finite:
+            return "a polygon holds NaN or infinite values"
+    return ""
+
+
+def _runs_fault(runs: dict[str, Any], width: int, height: int) -> str:
+    size, counts = runs.get("size"), runs.get("counts")
+    if size != [height, width]:
+        return f"its run lengths are for size {size}, the image has [{height}, {width}]"
+    if isinstance(counts, str):
+        try:
+            counts = runs_of(counts)
+        except ValueError as error:
+            return str(error)
+    if not isinstance(counts, list) or not all(type(count) is int for count in counts):
+        return "its counts are neither whole numbers nor text"
+    if min(counts, default=0) < 0 or sum(counts) != width * height:
+        return f"its run lengths cover {sum(counts)} pixels, the image has {width * height}"
+    return ""

@@ -1,0 +1,663 @@
+"""Datasets of detect and segment: every layout is found, and every fault is named with its file and id."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_masks
+
+from downstream.datasets import check_same_classes, open_coco, open_labels, read_coco
+from downstream.datasets.label_classes import default_palette
+from downstream.datasets.masks import mask_fault, runs_of
+from downstream.datasets.problems import in_threads
+from pretrain.errors import BadInput
+
+Content = dict[str, Any]
+
+
+# COCO -------------------------------------------------------------------------------------------
+
+
+def save(path: Path, size: tuple[int, int] = (40, 30), orientation: int = 1) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", size, (90, 120, 30)).save(path, exif=exif)
+    return path
+
+
+def coco(images: int = 2) -> Content:
+    """Images 1, 2, ... of 40 x 30 pixels, each with a cat (10 n + 1) and a dog (10 n + 2)."""
+
+    def thing(number: int, image: int, category: int) -> Content:
+        return {
+            "id": number,
+            "image_id": image,
+            "category_id": category,
+            "bbox": [4, 5, 20, 10],
+            "area": 200,
+            "iscrowd": 0,
+            "segmentation": [[4, 5, 24, 5, 24, 15, 4, 15]],
+        }
+
+    numbers = range(1, images + 1)
+    return {
+        "images": [{"id": n, "file_name": f"{n}.jpg", "width": 40, "height": 30} for n in numbers],
+        "annotations": [thing(10 * n + c, n, c) for n in numbers for c in (1, 2)],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+
+
+def write(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder with a train split that has nothing wrong."""
+    write(tmp_path / "annotations" / "train.json", coco())
+    for n in (1, 2):
+        save(tmp_path / "train" / f"{n}.jpg")
+    return tmp_path
+
+
+def refusal(action: Callable[[], object]) -> str:
+    with pytest.raises(BadInput) as caught:
+        action()
+    return str(caught.value)
+
+
+def test_a_clean_split_passes(data):
+    split = open_coco(data, "train")
+    assert (split.annotations, split.images) == (data / "annotations" / "train.json", data / "train")
+    assert (split.count, split.objects, split.crowds, split.has_masks) == (2, 4, 0, True)
+    assert (split.class_names, split.category_ids) == (("cat", "dog"), (1, 2))
+    assert split.small_medium_large == (4, 0, 0)
+    assert split.image_sizes == ((40, 30), (40, 30), (40, 30))
+    assert split.warnings == ()
+    assert read_coco(split.annotations, split.images) == split
+
+
+LAYOUTS = [
+    ("val", "annotations/instances_val2017.json", "val2017"),
+    ("train", "annotations/instances_train2014.json", "images/train2014"),
+    ("train", "annotations/train.json", "train"),
+    ("val", "annotations/val.json", "images/val"),
+    ("test", "annotations/test.json", "images"),
+    ("val", "valid.json", "valid"),
+    ("val", "valid/_annotations.coco.json", "valid"),
+    ("test", "test/_annotations.coco.json", "test"),
+]
+
+
+@pytest.mark.parametrize(("split", "annotations", "images"), LAYOUTS)
+def test_layouts_are_found(tmp_path, split, annotations, images):
+    write(tmp_path / annotations, coco(1))
+    save(tmp_path / images / "1.jpg")
+    found = open_coco(tmp_path, split)
+    assert (found.annotations, found.images) == (tmp_path / annotations, tmp_path / images)
+
+
+def test_the_folder_that_holds_the_images_is_taken(data):
+    """`train/` exists, but the file names belong to `images/`; paths inside file names are followed."""
+    for n in (1, 2):
+        (data / "images").mkdir(exist_ok=True)
+        (data / "train" / f"{n}.jpg").rename(data / "images" / f"{n}.jpg")
+    assert open_coco(data, "train").images == data / "images"
+    content = coco()
+    for image in content["images"]:
+        image["file_name"] = f"images/{image['file_name']}"
+    write(data / "annotations" / "train.json", content)
+    assert open_coco(data, "train").images == data
+
+
+def test_what_was_looked_for_is_said(data):
+    said = refusal(lambda: open_coco(data, "val"))
+    for name in (
+        "annotations/instances_val2017.json",
+        "val/_annotations.coco.json",
+        "annotations/train.json",
+    ):
+        assert name in said
+    assert "no such folder" in refusal(lambda: read_coco(data / "annotations/train.json", data / "photos"))
+    assert "no folder of a dataset" in refusal(lambda: open_coco(data / "nowhere", "train"))
+    assert "'training'" in refusal(lambda: open_coco(data, "training"))
+    write(data / "annotations" / "instances_train2017.json", coco())
+    assert "instances_train2017.json, train.json" in refusal(lambda: open_coco(data, "train"))
+    (data / "annotations" / "train.json").unlink()
+    (data / "train").rename(data / "photos")
+    assert "looked for train2017, images/train2017, train" in refusal(lambda: open_coco(data, "train"))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "not a JSON file"),
+        ("\ufeff{}", "not a JSON file"),  # pycocotools does not read it either
+        ("[]", "top level is a list"),
+        ('{"images": {}, "annotations": [], "categories": []}', "no list 'images'"),
+        ('{"images": [], "annotations": [], "categories": []}', "there is no image"),
+        ('{"images": [3], "annotations": [], "categories": []}', "images[0] is 3"),
+    ],
+)
+def test_files_that_are_no_coco_file(data, text, reason):
+    write(data / "annotations" / "train.json", text)
+    said = refusal(lambda: open_coco(data, "train"))
+    assert "train.json" in said and reason in said
+
+
+FAULTS = [
+    (lambda c: c["images"][1].update(id=1), "image id used more than once (1): id 1 2 times"),
+    (lambda c: c["images"][1].pop("width"), "image without width (1): image 2"),
+    (lambda c: c["images"][1].update(height="30"), "image height is not a whole number (1): image 2: '30'"),
+    (lambda c: c["images"][1].update(id="b"), "image id is not a whole number (1): images[1]: 'b'"),
+    (lambda c: c["images"][1].update(width=0), "image size is not positive (1): 2.jpg (image 2): 0 x 30"),
+    (lambda c: c["images"][1].update(width=41), "2.jpg (image 2): 40 x 30, json 41 x 30"),
+    (lambda c: c["images"][1].update(file_name="3.jpg"), "train (1): 3.jpg (image 2)"),
+    (lambda c: c["images"][1].update(file_name="../train/2.jpg"), "leads out of"),
+    (lambda c: c["images"][1].update(file_name="/2.jpg"), "train (1): /2.jpg (image 2)"),
+    (lambda c: c["annotations"][1].update(id=11), "annotation id used more than once (1): id 11 2 times"),
+    (lambda c: c["annotations"][1].pop("area"), "annotation without area (1): annotation 12"),
+    (lambda c: c["annotations"][1].pop("iscrowd"), "annotation without iscrowd (1): annotation 12"),
+    (
+        lambda c: c["annotations"][1].update(iscrowd=2),
+        "iscrowd is neither 0 nor 1 (1): annotation 12 (image 1)",
+    ),
+    (lambda c: c["annotations"][1].update(image_id=7), "unknown image_id (1): annotation 12 has image_id 7"),
+    (
+        lambda c: c["annotations"][1].update(category_id=7),
+        "unknown category_id (1): annotation 12 has category_id 7",
+    ),
+    (lambda c: c["categories"][1].pop("name"), "category without name (1): category 2"),
+    (lambda c: c["categories"][1].update(name=" "), "category without a name (1): category 2"),
+    (lambda c: c["categories"][1].update(name="cat"), "category name used more than once (1): 'cat'"),
+    (lambda c: c["categories"].clear(), "annotation 11 has category_id 1; annotation 12"),
+    (lambda c: c["annotations"].clear(), "there is no object to learn from"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "reason"), FAULTS, ids=[reason[:40] for _, reason in FAULTS])
+def test_faults_are_named(data, spoil, reason):
+    content = coco()
+    spoil(content)
+    write(data / "annotations" / "train.json", content)
+    said = refusal(lambda: open_coco(data, "train"))
+    assert reason in said
+    assert said.startswith(str(data / "annotations" / "train.json"))
+
+
+BOXES = [
+    ([1, 2, 3], "is not four numbers (1): annotation 12 (image 1): [1, 2, 3]"),
+    ([1, 2, 3, "4"], "is not four numbers"),
+    ([1, 2, 3, True], "is not four numbers"),
+    ([1, 2, float("nan"), 4], "is not finite (1): annotation 12 (image 1)"),
+    ([1, 2, float("inf"), 4], "is not finite (1)"),
+    ([9, 2, -3, 4], "negative width or height (1): annotation 12 (image 1): [9, 2, -3, 4]"),
+    ([1, 2, 3, 0], "without width or height (1): annotation 12 (image 1)"),
+    (
+        [30, 2, 13.5, 4],
+        "out of its image (1): annotation 12 (image 1): [30, 2, 13.5, 4] by 3.5 px (image: 40 x 30)",
+    ),
+    ([-1.5, 2, 10, 4], "by 1.5 px"),
+    ([2, -9, 10, 14], "by 9.0 px"),
+    ([2, 20, 10, 12], "by 2.0 px"),
+]
+
+
+@pytest.mark.parametrize(("box", "reason"), BOXES)
+def test_boxes_that_cannot_be_used(data, box, reason):
+    content = coco()
+    content["annotations"][1]["bbox"] = box
+    write(data / "annotations" / "train.json", content)
+    assert reason in refusal(lambda: open_coco(data, "train"))
+
+
+MASKS = [
+    ([1, 2, 3, 4, 5, 6], "list of polygons"),
+    ([[1, 2, 3, 4]], "2 points"),
+    ([[1, 2, 3, 4, 5, 6, 7]], "7 numbers"),
+    ([[1, 2, 3, 4, 5, 6], 7], "something else"),
+    ([[1, 2, 3, "4", 5, 6]], "no number"),
+    ([[1, 2, 3, float("inf"), 5, 6]], "infinite"),
+    ({"size": [40, 30], "counts": [1200]}, "size [40, 30], the image has [30, 40]"),
+    ({"size": [30, 40], "counts": [1000, 100]}, "cover 1100 pixels, the image has 1200"),
+    ({"size": [30, 40], "counts": [1300, -100]}, "cover 1200 pixels"),
+    ({"size": [30, 40], "counts": [1.5]}, "neither whole numbers nor text"),
+    ({"size": [30, 40]}, "neither whole numbers nor text"),
+    ({"size": [30, 40], "counts": "\x01"}, "does not occur"),
+    ({"size": [30, 40], "counts": "P"}, "end inside a number"),
+    ("polygon", "is a str"),
+]
+
+
+@pytest.mark.parametrize(("segmentation", "reason"), MASKS)
+def test_masks_that_are_malformed(data, segmentation, reason):
+    content = coco()
+    content["annotations"][1]["segmentation"] = segmentation
+    write(data / "annotations" / "train.json", content)
+    said = refusal(lambda: open_coco(data, "train"))
+    assert "segmentation is malformed (1): annotation 12 (image 1): " in said and reason in said
+
+
+def test_run_lengths_are_read_as_pycocotools_writes_them():
+    rng = np.random.default_rng(0)
+    for density in (0, 0.01, 0.5, 1):
+        drawn = np.asfortranarray(rng.random((37, 53)) < density, dtype=np.uint8)
+        drawn[:20, :30] |= np.uint8(density > 0)
+        column = drawn.ravel(order="F")
+        edges = np.concatenate([[0], np.flatnonzero(np.diff(column)) + 1, [column.size]])
+        runs = ([0] if column[0] else []) + np.diff(edges).tolist()
+        text = str(coco_masks.encode(drawn)["counts"], "ascii")  # type: ignore[arg-type]
+        assert runs_of(text) == runs
+        for counts in (text, runs):
+            assert mask_fault({"size": [37, 53], "counts": counts}, width=53, height=37) == ""
+            assert mask_fault({"size": [37, 53], "counts": counts[:-1]}, width=53, height=37) != ""
+
+
+def test_images_that_cannot_be_read(data):
+    (data / "train" / "1.jpg").write_bytes(b"")
+    (data / "train" / "2.jpg").write_text("no image")
+    said = refusal(lambda: open_coco(data, "train"))
+    assert "cannot be read (2): 1.jpg (image 1): empty file; 2.jpg (image 2): not an image" in said
+    assert open_coco(data, "train", check_files=False).count == 2
+
+
+def test_sizes_are_those_of_the_upright_picture(data):
+    save(data / "train" / "2.jpg", size=(30, 40), orientation=6)
+    split = open_coco(data, "train")
+    assert split.warnings == (
+        "images turned by their EXIF data, whose boxes must fit the upright picture: 1",
+    )
+    save(data / "train" / "2.jpg", orientation=6)
+    said = refusal(lambda: open_coco(data, "train"))
+    assert "2.jpg (image 2): 30 x 40, json 40 x 30 as before its rotation (EXIF orientation 6)" in said
+
+
+def test_all_kinds_come_in_one_error_and_examples_are_few(tmp_path):
+    content = coco(9)
+    content["annotations"][0]["category_id"] = 5
+    write(tmp_path / "train.json", content)
+    (tmp_path / "train").mkdir()
+    said = refusal(lambda: open_coco(tmp_path, "train"))
+    assert said.splitlines()[0].endswith("train.json: 10 problems")
+    assert re.search(r"unknown category_id \(1\): annotation 11", said)
+    assert re.search(r"missing .* \(9\): 1.jpg .*; 5.jpg \(image 5\); and 4 more$", said)
+
+
+def test_names_that_are_no_text_do_not_break_the_message(data):
+    content = coco()
+    content["images"][1]["file_name"] = "a\ud800\nb\0.jpg"
+    write(data / "annotations" / "train.json", content)
+    said = refusal(lambda: open_coco(data, "train"))
+    said.encode()
+    assert "(1): a\\ud800\\nb\\x00.jpg (image 2)" in said and len(said.splitlines()) == 2
+
+
+def test_what_is_only_remarkable_is_a_warning(data):
+    content = coco()
+    content["categories"].append({"id": 3, "name": "bird"})
+    content["images"].append({"id": 3, "file_name": "1.jpg", "width": 40, "height": 30})
+    first, second, third, fourth = content["annotations"]
+    first.update(id=0, bbox=[20, 5, 20.5, 10])
+    second.update(bbox=[4, 5, 1.5, 10])
+    third.update(iscrowd=1, segmentation={"size": [30, 40], "counts": [600, 600]})
+    fourth.update(area=0, segmentation=[])
+    write(data / "annotations" / "train.json", content)
+    split = open_coco(data, "train")
+    assert (split.objects, split.crowds, split.has_masks) == (2, 1, False)
+    assert sorted(split.warnings) == [
+        "annotation with id 0, which COCO's evaluation takes for 'not found': count from 1",
+        "boxes less than 2 px wide or high: 1",
+        "boxes that reach up to 1 px out of their image: 1",
+        "categories without object: 1 of 3 (bird)",
+        "crowds, neither learned nor counted as misses: 1",
+        "image files under more than one id: 1 (1.jpg)",
+        "images without object: 1 of 3",
+        "objects without area, left out of training: 1 (annotation 22 (image 2))",
+        "objects without mask: 1 of 4",
+    ]
+
+
+def test_a_stray_flat_box_among_thousands_is_let_pass(data):
+    """COCO's own train2017 holds two."""
+    content = coco()
+    content["annotations"] = [{**content["annotations"][0], "id": n} for n in range(1, 2001)]
+    for flat, passes in ((2, True), (3, False)):
+        for annotation in content["annotations"][:flat]:
+            annotation["bbox"] = [9.98, 18.5, 5.54, 0.0]
+        path = write(data / "annotations" / "train.json", content)
+        if passes:
+            split = read_coco(path, data / "train")
+            assert split.objects == 1998
+            assert any(w.startswith("boxes without width or height") for w in split.warnings)
+        else:
+            assert "without width or height (3): annotation 1 (image 1)" in refusal(
+                lambda path=path: read_coco(path, data / "train")
+            )
+
+
+def test_boxes_given_as_fractions_are_no_objects(data):
+    content = coco()
+    for annotation in content["annotations"]:
+        annotation.update(bbox=[0.1, 0.2, 0.5, 0.5], area=0.25)
+    write(data / "annotations" / "train.json", content)
+    said = refusal(lambda: open_coco(data, "train"))
+    assert "no object to learn from among 4" in said and "fractions of the image?" in said
+
+
+def test_objects_may_lack_masks_and_a_test_split_objects(data):
+    content = coco()
+    del content["annotations"][0]["segmentation"]
+    for annotation in content["annotations"][1:]:
+        annotation["segmentation"] = []
+    write(data / "annotations" / "train.json", content)
+    assert not open_coco(data, "train").has_masks
+    write(data / "annotations" / "test.json", {**content, "annotations": []})
+    (data / "test").symlink_to(data / "train")
+    assert open_coco(data, "test").objects == 0
+    path = data / "annotations" / "test.json"
+    assert "no object" in refusal(lambda: read_coco(path, data / "train"))
+    assert read_coco(path, data / "train", needs_objects=False).count == 2
+
+
+def test_classes_are_numbered_as_listed_and_must_agree(data):
+    train = open_coco(data, "train")
+    (data / "val").symlink_to(data / "train")
+
+    def val(categories: list[Content], annotations: list[Content]):
+        write(
+            data / "annotations" / "val.json",
+            {**coco(), "categories": categories, "annotations": annotations},
+        )
+        return open_coco(data, "val")
+
+    objects = coco()["annotations"]
+    cat, dog = coco()["categories"]
+    check_same_classes(train, val([cat, dog], objects))
+    swapped = val([dog, cat], objects)
+    assert swapped.class_names == ("dog", "cat") and swapped.category_ids == (2, 1)
+    assert "order differs, first at place 1 (cat, dog)" in refusal(lambda: check_same_classes(train, swapped))
+    less = val([cat], objects[::2])
+    said = refusal(lambda: check_same_classes(train, less))
+    assert "only the former has 2 'dog'" in said and "train.json" in said and "val.json" in said
+    assert "only the latter has 2 'dog'" in refusal(lambda: check_same_classes(less, train))
+
+
+def test_progress_ends_with_all_files(data):
+    told = []
+    open_coco(data, "train", progress=lambda done, total: told.append((done, total)))
+    assert told == [(2, 2)]
+
+
+def test_threads_keep_the_order_and_stop_when_the_caller_does():
+    told = []
+    items = range(100)
+    assert list(in_threads(lambda n: -n, items, lambda *at: told.append(at))) == [-n for n in items]
+    assert told == [(32, 100), (64, 100), (96, 100), (100, 100)]
+    done = []
+    results = in_threads(lambda n: done.append(n) or time.sleep(0.001), range(3200), None)
+    next(results)
+    results.close()
+    assert 0 < len(done) < 3200
+
+
+# segmentation folders ---------------------------------------------------------------------------
+
+
+def save_label(path: Path, values: Any, mode: str = "L", size: tuple[int, int] = (40, 30)) -> Path:
+    """A label whose pixels take these values, row after row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dtype = {"L": np.uint8, "P": np.uint8, "I;16": np.uint16}[mode]
+    image = Image.fromarray(np.resize(np.asarray(values, dtype), (size[1], size[0])))
+    if mode == "P":
+        image.putpalette([7, 7, 200] * 256)  # colours that say nothing of the number
+    image.save(path)
+    return path
+
+
+def classes(folder: Path, **more: Any) -> Path:
+    return write(folder / "classes.json", {"classes": ["sky", "road", "car"], **more})
+
+
+@pytest.fixture
+def street(tmp_path: Path) -> Path:
+    """A folder with a train split of two pairs that has nothing wrong."""
+    classes(tmp_path)
+    for name in ("a", "b"):
+        save(tmp_path / "img_dir" / "train" / f"{name}.jpg")
+        save_label(tmp_path / "ann_dir" / "train" / f"{name}.png", [0, 0, 1, 2, 255])
+    return tmp_path
+
+
+def test_a_clean_segmentation_split_passes(street):
+    split = open_labels(street, "train")
+    assert (split.images, split.labels) == (street / "img_dir" / "train", street / "ann_dir" / "train")
+    assert (split.pairs, split.image_suffix, split.label_suffix) == (2, ".jpg", ".png")
+    assert split.class_names == ("sky", "road", "car") and split.palette == default_palette(3)
+    assert (split.ignore_index, split.reduce_zero_label) == (255, False)
+    assert split.shares == pytest.approx((0.5, 0.25, 0.25)) and split.ignored == pytest.approx(0.2)
+    assert split.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("split", "images", "labels"),
+    [
+        ("train", "img_dir/train", "ann_dir/train"),
+        ("val", "images/val", "labels/val"),
+        ("val", "images/valid", "masks/valid"),
+        ("test", "images/test", "annotations/test"),
+    ],
+)
+def test_segmentation_layouts_are_found(tmp_path, split, images, labels):
+    classes(tmp_path)
+    save(tmp_path / images / "deep" / "er.png")
+    save_label(tmp_path / labels / "deep" / "er.png", [0, 1, 2])
+    found = open_labels(tmp_path, split)
+    assert (found.images, found.labels, found.pairs) == (tmp_path / images, tmp_path / labels, 1)
+    assert not found.reduce_zero_label
+
+
+def test_ade20k_counts_from_one(tmp_path):
+    save(tmp_path / "images" / "validation" / "a.jpg")
+    save_label(tmp_path / "annotations" / "validation" / "a.png", [0, 1, 150, 150])
+    split = open_labels(tmp_path, "val")
+    assert split.reduce_zero_label and split.ignore_index == 255
+    assert split.class_names[:2] == ("class 1", "class 2") and len(split.class_names) == 150
+    assert (split.shares[0], split.shares[149], split.ignored) == pytest.approx((1 / 3, 2 / 3, 0.25))
+    assert "classes that never occur: 148 of 150 (class 2, class 3, " in split.warnings[0]
+    save_label(tmp_path / "annotations" / "validation" / "a.png", [0, 151])
+    said = refusal(lambda: open_labels(tmp_path, "val"))
+    assert "(classes are 1 to 150, ignored 0 and 255) (1): a.png: 151" in said
+    classes(tmp_path, ignore_index=200)
+    assert "must be 255, not 200" in refusal(lambda: open_labels(tmp_path, "val"))
+    classes(tmp_path, reduce_zero_label=False)
+    save_label(tmp_path / "annotations" / "validation" / "a.png", [0, 1, 2])
+    assert open_labels(tmp_path, "val").ignored == 0
+
+
+def test_cityscapes_is_known(tmp_path):
+    save(tmp_path / "leftImg8bit" / "val" / "ulm" / "ulm_0_leftImg8bit.png")
+    labels = tmp_path / "gtFine" / "val" / "ulm"
+    for kind in ("labelIds", "labelTrainIds"):
+        save_label(labels / f"ulm_0_gtFine_{kind}.png", [0, 18, 255])
+    split = open_labels(tmp_path, "val")
+    assert (split.pairs, split.label_suffix) == (1, "_gtFine_labelTrainIds.png")
+    assert (split.class_names[0], split.class_names[18], len(split.class_names)) == ("road", "bicycle", 19)
+    assert split.palette[18] == (119, 11, 32)
+    (labels / "ulm_0_gtFine_labelTrainIds.png").unlink()
+    said = refusal(lambda: open_labels(tmp_path, "val"))
+    assert "no label ends in _gtFine_labelTrainIds.png" in said and "createTrainIdLabelImgs" in said
+
+
+def test_what_was_looked_for_in_segmentation_is_said(street):
+    said = refusal(lambda: open_labels(street, "val"))
+    for name in ("img_dir/val with ann_dir/val", "images/val with masks/val", "ann_dir/train"):
+        assert name in said
+    (street / "classes.json").unlink()
+    said = refusal(lambda: open_labels(street, "train"))
+    assert "classes.json" in said and "classes.txt" in said
+
+
+def test_classes_may_come_as_text_and_from_elsewhere(street):
+    (street / "classes.json").unlink()
+    write(street / "classes.txt", "sky\nroad\ncar\n\n")
+    assert open_labels(street, "train").class_names == ("sky", "road", "car")
+    (street / "classes.txt").rename(street / "names.txt")
+    assert open_labels(street, "train", classes=street / "names.txt").class_names[2] == "car"
+    assert "cannot be read" in refusal(lambda: open_labels(street, "train", classes=street / "no.txt"))
+    write(street / "names.txt", "sky\n\nroad\n")
+    said = refusal(lambda: open_labels(street, "train", classes=street / "names.txt"))
+    assert "names.txt" in said and "class 1 is ''" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "not a JSON file"),
+        ("[]", "no list 'classes'"),
+        ({"classes": ["sky"]}, "1; there must be 2 to 254"),
+        ({"classes": ["sky", 3]}, "class 1 is 3"),
+        ({"classes": ["sky", "car", "sky"]}, "'sky' for 0 and 2"),
+        ({"classes": ["sky", "car"], "palette": [[1, 2, 3]]}, "1 colours for 2 classes"),
+        ({"classes": ["sky", "car"], "palette": [[1, 2, 3], [1, 2, 256]]}, "class 1: [1, 2, 256]"),
+        ({"classes": ["sky", "car"], "palette": [[1, 2, 3], 7]}, "class 1: 7"),
+        ({"classes": ["sky", "car"], "ignore_index": 256}, "not 0 to 255"),
+        ({"classes": ["sky", "car"], "ignore_index": 1}, "also a class (1): 1 ('car')"),
+        ({"classes": ["sky", "car"], "reduce_zero_label": 1}, "neither true nor false"),
+        ({"classes": ["sky", "car"], "img_suffix": "jpg"}, "img_suffix is not the end of a file name"),
+    ],
+)
+def test_lists_of_classes_that_cannot_be_used(street, content, reason):
+    write(street / "classes.json", content)
+    said = refusal(lambda: open_labels(street, "train"))
+    assert said.startswith(str(street / "classes.json")) and reason in said
+
+
+def test_names_must_pair_up(street):
+    save(street / "img_dir" / "train" / "c.jpg")
+    save(street / "img_dir" / "train" / "a.png")
+    save_label(street / "ann_dir" / "train" / "d.png", [0])
+    said = refusal(lambda: open_labels(street, "train"))
+    assert re.search(r"image without label; .* \(1\): c.jpg", said)
+    assert re.search(r"label without image; .* \(1\): d.png", said)
+    assert "image that does not end in .jpg (1): a.png" in said
+
+
+def test_suffixes_are_guessed_or_given(street):
+    labels = street / "ann_dir" / "train"
+    for name in ("a", "b"):
+        (labels / f"{name}.png").rename(labels / f"{name}_mask.png")
+    assert open_labels(street, "train").label_suffix == "_mask.png"
+    for name in ("a", "b"):
+        (street / "img_dir" / "train" / f"{name}.jpg").rename(street / "img_dir" / "train" / f"{name}_x.jpg")
+    assert "img_suffix, seg_map_suffix" in refusal(lambda: open_labels(street, "train"))
+    classes(street, img_suffix="_x.jpg", seg_map_suffix="_mask.png")
+    split = open_labels(street, "train")
+    assert (split.pairs, split.image_suffix, split.label_suffix) == (2, "_x.jpg", "_mask.png")
+    classes(street, img_suffix="_y.jpg")
+    assert "no image ends in _y.jpg; there is a_x.jpg" in refusal(lambda: open_labels(street, "train"))
+
+
+def test_numbers_that_begin_alike_are_not_confused(tmp_path):
+    classes(tmp_path)
+    for n in range(1, 13):
+        save(tmp_path / "images" / "train" / f"{n}.jpg")
+        save_label(tmp_path / "labels" / "train" / f"{n}.png", [0, 1, 2])
+    assert open_labels(tmp_path, "train").pairs == 12
+
+
+def test_folders_without_files(street):
+    for name in ("a", "b"):
+        (street / "ann_dir" / "train" / f"{name}.png").unlink()
+    assert "no label for a.jpg" in refusal(lambda: open_labels(street, "train"))
+    for name in ("a", "b"):
+        (street / "img_dir" / "train" / f"{name}.jpg").unlink()
+    assert "no image in this folder" in refusal(lambda: open_labels(street, "train"))
+
+
+def test_values_out_of_range_are_named(street):
+    save_label(street / "ann_dir" / "train" / "b.png", [0, 3, 2, 77])
+    said = refusal(lambda: open_labels(street, "train"))
+    assert "label value out of range (classes are 0 to 2, ignored 255) (1): b.png: 3, 77" in said
+
+
+@pytest.mark.parametrize("mode", ["P", "I;16"])
+def test_palettes_and_sixteen_bits_are_class_numbers_too(street, mode):
+    save_label(street / "ann_dir" / "train" / "b.png", [0, 0, 1, 2, 255], mode)
+    assert open_labels(street, "train").shares == pytest.approx((0.5, 0.25, 0.25))
+    save_label(street / "ann_dir" / "train" / "b.png", [0, 1, 4 if mode == "P" else 256], mode)
+    assert f"b.png: {4 if mode == 'P' else 256}" in refusal(lambda: open_labels(street, "train"))
+
+
+def test_labels_that_cannot_be_used(street):
+    labels = street / "ann_dir" / "train"
+    save(labels / "a.png")
+    (labels / "b.png").write_bytes((labels / "b.png").read_bytes()[:60])
+    said = refusal(lambda: open_labels(street, "train"))
+    assert re.search(r"recode .* \(1\): a.png: mode RGB: colours, not class numbers", said)
+    assert re.search(r"label cannot be read \(1\): b.png: ", said)
+    Image.new("L", (40, 30)).save(labels / "a.jpg")
+    (labels / "a.jpg").rename(labels / "a.png")
+    assert "a.png: not a PNG" in refusal(lambda: open_labels(street, "train"))
+
+
+def test_sizes_of_image_and_label_must_agree(street):
+    save_label(street / "ann_dir" / "train" / "b.png", [0, 1, 2], size=(30, 40))
+    said = refusal(lambda: open_labels(street, "train"))
+    assert "differ in size (1): b.jpg is 40 x 30, its label 30 x 40" in said
+    save(street / "img_dir" / "train" / "b.jpg", orientation=6)
+    assert open_labels(street, "train").warnings == (
+        "images turned by their EXIF data, whose labels must fit the upright picture: 1",
+    )
+    (street / "img_dir" / "train" / "b.jpg").write_bytes(b"")
+    assert "image cannot be read (1): b.jpg: empty file" in refusal(lambda: open_labels(street, "train"))
+
+
+def test_labels_without_content_are_refused_or_remarked_upon(street):
+    for name in ("a", "b"):
+        save_label(street / "ann_dir" / "train" / f"{name}.png", [255])
+    assert "no pixel of a class" in refusal(lambda: open_labels(street, "train"))
+    save_label(street / "ann_dir" / "train" / "b.png", [1])
+    save_label(street / "ann_dir" / "train" / "a.png", [255, 255, 255, 1])
+    assert open_labels(street, "train").warnings == ("classes that never occur: 2 of 3 (sky, car)",)
+    save_label(street / "ann_dir" / "train" / "b.png", [255, 255, 255, 1])
+    assert open_labels(street, "train").warnings[1] == "ignored pixels: 75%"
+
+
+def test_black_and_white_masks_are_recognised(street):
+    write(street / "classes.txt", "background\ncell\n")
+    for name in ("a", "b"):
+        save_label(street / "ann_dir" / "train" / f"{name}.png", [0, 255])
+    said = refusal(lambda: open_labels(street, "train", classes=street / "classes.txt"))
+    assert "0 and 255 alone" in said and "must be 1" in said
+
+
+def test_default_colours_are_distinct_and_none_is_black():
+    colours = default_palette(254)
+    assert len(set(colours)) == 254 and (0, 0, 0) not in colours
+    assert colours[:3] == ((128, 0, 0), (0, 128, 0), (128, 128, 0))  # PASCAL VOC's
+
+
+def test_progress_of_labels_ends_with_all_pairs(street):
+    told = []
+    open_labels(street, "train", progress=lambda done, total: told.append((done, total)))
+    assert told == [(2, 2)]
+
+
+def test_checking_needs_neither_torch_nor_openmmlab():
+    code = "import downstream.datasets, sys; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 0, done.stderr
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert not loaded & {"torch", "torchvision", "mmengine", "mmcv", "mmdet", "mmseg"}
