@@ -1,4 +1,4 @@
-"""Every setting of a pre-training run, as plain frozen data (no torch in here).
+"""Every setting of a run, pre-training or fine-tuning, as plain frozen data (no torch in here).
 
 A run is described by one `PretrainConfig`: written to `run/config.json`, read back with `--from`, and stored
 in the artifact (see `plain`). Presets are functions from a name to such data; flags override fields.
@@ -33,6 +33,9 @@ class DyViTConfig:
     """Attention heads per stage, shared out equally over the stage's windows."""
     windows: Windows = ((4, 8), (2, 4), (2, 14), (7,))
     """Window sides in tokens per stage, one group of heads each; 0 attends to the whole map."""
+    global_blocks: int = 0
+    """Blocks of stage 3, evenly spaced, whose heads all attend to the whole map, whatever the windows; with
+    any, stage 4 does as well. For dense prediction at high resolution (ViTDet, Li et al. 2022, sec. 3)."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over its input width."""
     drop_path: float = 0.0
@@ -52,6 +55,8 @@ class DyViTConfig:
         _check_channels(self.channels)
         if not (len(self.depths) == len(self.heads) == len(self.windows) == 4):
             raise BadInput("DyViT has 4 stages: give 4 depths, 4 heads and 4 sets of windows")
+        if not 0 <= self.global_blocks <= self.depths[2]:
+            raise BadInput(f"global blocks {self.global_blocks}: stage 3 has {self.depths[2]} blocks")
         for stage, (heads, windows) in enumerate(zip(self.heads, self.windows, strict=True)):
             width = self.dim * 2**stage
             if not windows or any(w < 0 for w in windows):
@@ -248,6 +253,77 @@ class PretrainConfig:
     model: EncoderConfig = field(default_factory=DyViTConfig)
     objective: ObjectiveConfig = field(default_factory=CoMAConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe(OptimizerConfig):
+    """Fine-tuning of the whole encoder under a linear head (MAE, He et al. 2021, app. A.2, table 9).
+
+    The values are those of that table, but for the moving average, which MAE does not use, and for gradient
+    clipping, which is on as in pre-training.
+    """
+
+    base_lr: float = 1e-3
+    """Learning rate of the head per 256 images; the rate used is base_lr x batch_size / 256."""
+    warmup: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    ema: float = 0.9999
+    """Decay of the moving average of the weights that is validated and published (from 0.1 at the first step
+    it rises to this); 0 takes the weights themselves."""
+    layer_decay: float | None = None
+    """Learning rate of a layer over that of the layer above it (Clark et al. 2020, ELECTRA; Bao et al. 2021,
+    BEiT); 1: all the same. Default: 0.75, or 0.65 for the presets base and vit-base."""
+    drop_path: float = 0.1
+    """Largest stochastic-depth rate, reached linearly at the last block (Huang et al. 2016)."""
+    rand_augment: int = 9
+    """Strength of RandAugment (Cubuk et al. 2020), 0 to 10, varied by 0.5; 0: off. For 8-bit images of three
+    channels; others are cropped and flipped only."""
+    mixup: float = 0.8
+    """Beta distribution of mixup (Zhang et al. 2018); 0: off. Every batch is mixed: half of them by mixup,
+    half by CutMix where both are on."""
+    cutmix: float = 1.0
+    """Beta distribution of CutMix (Yun et al. 2019); 0: off."""
+    erasing: float = 0.25
+    """Share of the images with a random rectangle of noise (Zhong et al. 2020, random erasing)."""
+    smoothing: float = 0.1
+    """Label smoothing (Szegedy et al. 2016, sec. 7)."""
+    validate: float = 1.0
+    """Epochs between validations; the best one's weights are published."""
+
+    def __post_init__(self) -> None:
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise BadInput(f"--layer-decay {self.layer_decay} must be more than 0 and at most 1")
+        if not 0 <= self.rand_augment <= 10:
+            raise BadInput(f"--rand-augment {self.rand_augment} must be 0 to 10")
+        for name in ("drop_path", "smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)} must be 0 or more, below 1")
+        if not 0 <= self.erasing <= 1:
+            raise BadInput(f"--erasing {self.erasing} must be 0 to 1")
+        if min(self.mixup, self.cutmix) < 0:
+            raise BadInput(f"--mixup {self.mixup} and --cutmix {self.cutmix} must be at least 0")
+        if not self.validate > 0:
+            raise BadInput(f"--validate {self.validate} must be more than 0 epochs")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """One fine-tuning run."""
+
+    artifact: Path
+    """Of kind backbone or pretrained: where the encoder comes from."""
+    data: DataConfig
+    """Labelled training images; mean and deviation are the artifact's when not given."""
+    test: Path | None = None
+    """Labelled test images; None: `data.images` holds train and test (or val)."""
+    from_scratch: bool = False
+    """Random weights instead of the artifact's."""
+    model: EncoderConfig = field(default_factory=DyViTConfig)
+    """The artifact's, with the recipe's drop path; filled in when the run starts."""
+    class_names: tuple[str, ...] | None = None
+    """Filled in when the run starts."""
+    optimizer: FinetuneRecipe = field(default_factory=FinetuneRecipe)
     run: RunConfig = field(default_factory=RunConfig)
 
 

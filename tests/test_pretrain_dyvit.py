@@ -379,3 +379,23 @@ def test_vit_takes_samples_that_see_different_numbers_of_units():
 @pytest.mark.parametrize("views", [2, 4])
 def test_no_view_sees_another_on_a_plain_vit(views):
     assert leak(awake(ViT(ViTConfig(patch=8, dim=16, depth=2, heads=2))), 43, 30, views) == 0.0
+
+
+def test_global_blocks_attend_to_the_whole_map():
+    plain = DyViTConfig(
+        patch=1, dim=16, depths=(1, 1, 4, 2), heads=(2, 2, 4, 4), windows=((4,), (4,), (2, 2), (1,))
+    )
+    images = torch.randn(2, 3, 40, 56)
+    narrow, some, all_of_them = (awake(DyViT(replace(plain, global_blocks=count))) for count in (0, 2, 4))
+    everywhere = awake(DyViT(replace(plain, windows=((4,), (4,), (0, 0), (0,)))))
+    assert [sorted(stage.whole) for stage in some.stages] == [[], [], [1, 3], [0, 1]]
+    with torch.no_grad():
+        outputs = [encoder(images)[-1] for encoder in (narrow, some, all_of_them, everywhere)]
+    torch.testing.assert_close(outputs[2], outputs[3])
+    assert not torch.allclose(outputs[0], outputs[1]) and not torch.allclose(outputs[1], outputs[2])
+    assert leak(some, 40, 56, 2) == 0.0
+
+
+def test_more_global_blocks_than_blocks_are_refused():
+    with pytest.raises(BadInput, match="stage 3 has 6 blocks"):
+        replace(dyvit_preset("tiny"), global_blocks=7)

@@ -49,13 +49,17 @@ class FolderSource(EncodedSource):
         """Number of image files."""
         return len(self._names)
 
+    def path(self, i: int) -> Path:
+        """Where the image lies."""
+        return self.location / self._names[i]
+
     def describe(self, i: int) -> str:
         """The file's path."""
-        return printable(str(self.location / self._names[i]))
+        return printable(str(self.path(i)))
 
     def encoded(self, i: int) -> bytes:
         """The file's content."""
-        path = self.location / self._names[i]
+        path = self.path(i)
         try:
             return path.read_bytes()
         except FileNotFoundError:

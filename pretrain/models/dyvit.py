@@ -63,6 +63,7 @@ class DyViT(nn.Module):
                 dim=config.dim * 2**i,
                 heads=config.heads[i],
                 windows=config.windows[i],
+                whole=_whole_map_blocks(config, i),
                 side=FIRST_SIDE >> i,
                 mlp_ratio=config.mlp_ratio,
                 drop_path=rates[end - depth : end],
@@ -166,6 +167,14 @@ class DyViT(nn.Module):
         return sequences, tokens
 
 
+def _whole_map_blocks(config: DyViTConfig, stage: int) -> frozenset[int]:
+    """Blocks of a stage that `config.global_blocks` lets attend to the whole map."""
+    depth, count = config.depths[stage], config.global_blocks
+    if stage == 3 and count:
+        return frozenset(range(depth))
+    return frozenset((i + 1) * depth // count - 1 for i in range(count)) if stage == 2 else frozenset()
+
+
 class Stem(nn.Module):
     """Images to tokens: a non-overlapping convolution and a norm, `[b, c, H, W]` -> `[n, s, t, dim]`.
 
@@ -208,6 +217,7 @@ class Stage(nn.Module):
         dim: int,
         heads: int,
         windows: tuple[int, ...],
+        whole: frozenset[int],
         side: int,
         mlp_ratio: float,
         drop_path: list[float],
@@ -216,6 +226,7 @@ class Stage(nn.Module):
         super().__init__()
         self.head_dim = dim // heads
         self.windows = windows
+        self.whole = whole  # blocks that attend to the whole map, whatever the windows
         self.side = side  # tokens along the edge of a mask unit
         self.merge = Merge(dim) if merge else nn.Identity()
         self.blocks = nn.ModuleList(Block(dim, heads, len(windows), mlp_ratio, rate) for rate in drop_path)
@@ -223,9 +234,15 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, sequences: Sequences, recompute: bool) -> Tensor:
         """`[n, s, t, c]` -> `[n, s, t/4, 2c]` (first stage: same size)."""
         x = self.merge(x)
-        layout = stage_layout(sequences, self.windows, self.head_dim, self.side, x)
-        for block in self.blocks:
-            x = run_block(block, x, layout, recompute=recompute)
+        windowed, whole = (
+            stage_layout(sequences, windows, self.head_dim, self.side, x) if needed else None
+            for windows, needed in (
+                (self.windows, len(self.whole) < len(self.blocks)),
+                ((0,) * len(self.windows), self.whole),
+            )
+        )
+        for i, block in enumerate(self.blocks):
+            x = run_block(block, x, whole if i in self.whole else windowed, recompute=recompute)
         return x
 
 

@@ -1,0 +1,188 @@
+"""Train a detector on boxes and masks in COCO's format; test it; draw what it finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from downstream.commands import shared
+from downstream.settings import FromOptions, TrainingOptions
+from pretrain.errors import BadInput
+
+USAGE = """
+usage: coma detect train ARTIFACT --data DATASET --out runs/detector
+       coma detect train --preset tiny --data DATASET --out runs/from-scratch
+       coma detect train --resume runs/detector
+       coma detect test ARTIFACT --data DATASET
+       coma detect predict ARTIFACT IMAGES --out PREDICTIONS
+
+Train a detector on boxes and masks in COCO's format; test it; draw what it finds.
+
+DATASET is a folder with annotations/instances_train2017.json and train2017/, or annotations/train.json and
+train/, or train/_annotations.coco.json; val likewise. It is checked before training starts. `coma detect
+train --help` and so on list all settings.
+"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Fine-tune a detector: encoder, FPN (plain ViT: simple feature pyramid) and head."""
+
+    source: tyro.conf.OmitArgPrefixes[FromOptions] = field(default_factory=FromOptions)
+    data: Path | None = None
+    """Dataset in COCO's format, with train and val."""
+    out: Path | None = None
+    """New run directory."""
+    resume: Path | None = None
+    """Go on with the run in this directory, with its own settings."""
+    model: Literal["mask-rcnn", "cascade-mask-rcnn", "faster-rcnn", "retinanet"] | None = None
+    """Detector (default: mask-rcnn where every object has a mask, else faster-rcnn)."""
+    short_side: int | None = None
+    """Pixels that the short side of images is resized to (default: the median of the training images, at
+    most 800)."""
+    training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(default_factory=TrainingOptions)
+
+
+@dataclass(frozen=True)
+class TestConfig:
+    """Average precision of a detector on labelled images."""
+
+    artifact: Annotated[Path, tyro.conf.Positional]
+    """Artifact of kind detector."""
+    data: Path
+    """Dataset in COCO's format."""
+    split: Literal["train", "val", "test"] = "val"
+    out: Path | None = None
+    """Also write the scores to this file, as JSON."""
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Boxes and masks on images: pictures, and detections in COCO's result format."""
+
+    artifact: Annotated[Path, tyro.conf.Positional]
+    """Artifact of kind detector."""
+    images: Annotated[Path, tyro.conf.Positional]
+    """An image, or a folder of them (searched recursively)."""
+    out: Path
+    """New folder for pictures/, detections.json and images.json."""
+    score: float = 0.3
+    """Least score of what is drawn; detections.json holds everything."""
+    annotations: Path | None = None
+    """COCO json whose image ids to use; without, images are counted from 1."""
+    device: shared.Device = "auto"
+
+
+def run(argv: list[str]) -> None:
+    """Parse, and train, test or predict.
+
+    Raises:
+        BadInput: settings, artifacts or images that cannot be used.
+        CheckFailed: a loss that is not finite, or results that could not be written.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+    """
+    shared.choose_action(argv, {"train": _train, "test": _test, "predict": _predict}, USAGE)
+
+
+def _train(argv: list[str]) -> None:
+    given = tyro.cli(TrainConfig, args=argv, prog="coma detect train", description=TrainConfig.__doc__)
+    if given.resume:
+        shared.say_trained("detect", given.resume, shared.resume("detector", given.resume))
+        return
+    out = shared.required(given.out, "--out", "a new run directory, for example runs/detector")
+
+    from downstream.tuning import check_new, finetune
+
+    check_new(out)
+    config = _foreign(given) if given.source.config else _own(given)
+    shared.say_trained("detect", out, finetune("detector", config, out))
+
+
+def _own(given: TrainConfig) -> Any:
+    from downstream.datasets.coco import check_same_classes, open_coco
+    from downstream.detect import HAS_MASKS, training_config
+    from downstream.settings import change, describe
+
+    data = shared.required(given.data, "--data", "a dataset in COCO's format")
+    encoder = describe(given.source.artifact, given.source.preset)
+    splits = []
+    for name in ("train", "val"):
+        with shared.checking(f"checking {name}") as progress:
+            splits.append(open_coco(data, name, progress=progress))
+        shared.warn([f"{splits[-1].annotations}: {warning}" for warning in splits[-1].warnings])
+    train, val = splits
+    check_same_classes(train, val)
+    masks = train.has_masks and val.has_masks
+    model = given.model or ("mask-rcnn" if masks else "faster-rcnn")
+    if model in HAS_MASKS and not masks:
+        raise BadInput(f"--model {model}: needs a mask for every object; {data} has boxes alone: faster-rcnn")
+    config = training_config(encoder, model, train, val, given.training, given.short_side)
+    change(config, given.source.cfg_options)
+    return config
+
+
+def _foreign(given: TrainConfig) -> Any:
+    from downstream.datasets.coco import check_same_classes, open_coco
+    from downstream.detect import fit_dataset
+    from downstream.settings import change, describe, fit_encoder, load_config
+
+    config = load_config(shared.required(given.source.config, "--config", "a configuration"))
+    if given.source.artifact or given.source.preset:
+        fit_encoder(config, describe(given.source.artifact, given.source.preset), given.training)
+    if given.data:
+        train, val = open_coco(given.data, "train"), open_coco(given.data, "val")
+        check_same_classes(train, val)
+        fit_dataset(config, train, val, masks="mask_head" in config.model.get("roi_head", {}))
+    change(config, given.source.cfg_options)
+    return config
+
+
+def _test(argv: list[str]) -> None:
+    given = tyro.cli(TestConfig, args=argv, prog="coma detect test", description=TestConfig.__doc__)
+
+    import tempfile
+
+    from downstream.datasets.coco import open_coco
+    from downstream.detect import dataset_of, labels_of, metric_of
+    from downstream.finetuned import read_finetuned
+    from downstream.tuning import check_classes, measure
+
+    about = read_finetuned(given.artifact, "detector").config
+    with shared.checking(f"checking {given.split}") as progress:
+        split = open_coco(given.data, given.split, progress=progress)
+    check_classes(about, split.class_names, split.annotations)
+    masks = "mask_head" in (about.head or {})["model"].get("roi_head", {}) and split.has_masks
+    loader = {"dataset": dataset_of(split, [], split.class_names), "labels": labels_of(masks)}
+    with tempfile.TemporaryDirectory() as folder:
+        scores = measure(given.artifact, "detector", loader, metric_of(split, masks), Path(folder))
+    shared.say_scores(scores, given.out)
+
+
+def _predict(argv: list[str]) -> None:
+    given = tyro.cli(PredictConfig, args=argv, prog="coma detect predict", description=PredictConfig.__doc__)
+
+    from downstream.finetuned import load_finetuned
+    from downstream.prediction import image_numbers, list_images, predict, write_detections
+
+    device = shared.device_of(given.device)
+    paths = list_images(given.images)
+    numbers = image_numbers(given.annotations) if given.annotations else None
+    model, about = load_finetuned(given.artifact, "detector")
+    out = shared.new_folder(given.out)
+    with shared.predicting(len(paths)) as progress:
+        found = predict(model, about, paths, device, numbers, lambda text: shared.warn([f"skipped {text}"]))
+        count = write_detections(
+            out,
+            found,
+            about,
+            given.score,
+            lambda done, _: progress.update(progress.task_ids[0], completed=done),
+        )
+    print(
+        f"\n{count} detections with a score of {given.score} or more in {len(paths)} images\n\n"
+        f"  pictures     {out / 'pictures'}\n"
+        f"  COCO format  {out / 'detections.json'}, image ids in {out / 'images.json'}"
+    )

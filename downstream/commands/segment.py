@@ -1,0 +1,172 @@
+"""Train a segmentor on images and label maps; test it; draw what it sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from downstream.commands import shared
+from downstream.settings import FromOptions, TrainingOptions
+from pretrain.errors import BadInput
+
+if TYPE_CHECKING:
+    from downstream.datasets.labels import LabelSplit
+
+USAGE = """
+usage: coma segment train ARTIFACT --data DATASET --out runs/segmentor
+       coma segment train --preset tiny --data DATASET --out runs/from-scratch
+       coma segment train --resume runs/segmentor
+       coma segment test ARTIFACT --data DATASET
+       coma segment predict ARTIFACT IMAGES --out PREDICTIONS
+
+Train a segmentor on images and label maps; test it; draw what it sees.
+
+DATASET is a folder with img_dir/train and ann_dir/train (or images/ and labels/, ADE20K's or Cityscapes'
+layout), val likewise, and classes.json or classes.txt. It is checked before training starts. `coma segment
+train --help` and so on list all settings.
+"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Fine-tune UPerNet on the encoder."""
+
+    source: tyro.conf.OmitArgPrefixes[FromOptions] = field(default_factory=FromOptions)
+    data: Path | None = None
+    """Folder of images and label maps, with train and val."""
+    classes: Path | None = None
+    """Class names, one a line, or JSON (default: classes.json or classes.txt in --data)."""
+    out: Path | None = None
+    """New run directory."""
+    resume: Path | None = None
+    """Go on with the run in this directory, with its own settings."""
+    crop_size: int = 512
+    """Side of the square training crop in pixels."""
+    short_side: int | None = None
+    """Resize images to this short side first (default: as they are)."""
+    training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(default_factory=TrainingOptions)
+
+
+@dataclass(frozen=True)
+class TestConfig:
+    """Mean intersection over union of a segmentor on labelled images."""
+
+    artifact: Annotated[Path, tyro.conf.Positional]
+    """Artifact of kind segmentor."""
+    data: Path
+    """Folder of images and label maps."""
+    classes: Path | None = None
+    """Class names (default: classes.json or classes.txt in --data)."""
+    split: Literal["train", "val", "test"] = "val"
+    out: Path | None = None
+    """Also write the scores to this file, as JSON."""
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Label maps of images, and overlays."""
+
+    artifact: Annotated[Path, tyro.conf.Positional]
+    """Artifact of kind segmentor."""
+    images: Annotated[Path, tyro.conf.Positional]
+    """An image, or a folder of them (searched recursively)."""
+    out: Path
+    """New folder for pictures/ and labels/."""
+    device: shared.Device = "auto"
+
+
+def run(argv: list[str]) -> None:
+    """Parse, and train, test or predict.
+
+    Raises:
+        BadInput: settings, artifacts or images that cannot be used.
+        CheckFailed: a loss that is not finite, or results that could not be written.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+    """
+    shared.choose_action(argv, {"train": _train, "test": _test, "predict": _predict}, USAGE)
+
+
+def _train(argv: list[str]) -> None:
+    given = tyro.cli(TrainConfig, args=argv, prog="coma segment train", description=TrainConfig.__doc__)
+    if given.resume:
+        shared.say_trained("segment", given.resume, shared.resume("segmentor", given.resume))
+        return
+    out = shared.required(given.out, "--out", "a new run directory, for example runs/segmentor")
+
+    from downstream.settings import change, describe, fit_encoder, load_config
+    from downstream.tuning import check_new, finetune
+
+    check_new(out)
+    source, encoder = given.source, None
+    if source.artifact or source.preset or not source.config:
+        encoder = describe(source.artifact, source.preset)
+    if source.config:
+        config = load_config(source.config)
+        if encoder:
+            fit_encoder(config, encoder, given.training)
+        if given.data:
+            from downstream.segment import fit_dataset
+
+            fit_dataset(config, *_splits(given))
+    else:
+        from downstream.segment import training_config
+
+        assert encoder is not None
+        config = training_config(encoder, *_splits(given), given.training, given.crop_size, given.short_side)
+    change(config, source.cfg_options)
+    shared.say_trained("segment", out, finetune("segmentor", config, out))
+
+
+def _splits(given: TrainConfig) -> list[LabelSplit]:
+    from downstream.datasets.labels import open_labels
+
+    data = shared.required(given.data, "--data", "a folder of images and label maps")
+    splits = []
+    for name in ("train", "val"):
+        with shared.checking(f"checking {name}") as progress:
+            splits.append(open_labels(data, name, given.classes, progress))
+        shared.warn([f"{splits[-1].labels}: {warning}" for warning in splits[-1].warnings])
+    if splits[0].class_names != splits[1].class_names:
+        raise BadInput(f"{data}: train and val have different classes")
+    return splits
+
+
+def _test(argv: list[str]) -> None:
+    given = tyro.cli(TestConfig, args=argv, prog="coma segment test", description=TestConfig.__doc__)
+
+    import tempfile
+
+    from downstream.datasets.labels import open_labels
+    from downstream.finetuned import read_finetuned
+    from downstream.segment import dataset_of, labels_of, metric_of
+    from downstream.tuning import check_classes, measure
+
+    about = read_finetuned(given.artifact, "segmentor").config
+    with shared.checking(f"checking {given.split}") as progress:
+        split = open_labels(given.data, given.split, given.classes, progress)
+    check_classes(about, split.class_names, split.labels)
+    loader = {"dataset": dataset_of(split, []), "labels": labels_of(split.reduce_zero_label)}
+    with tempfile.TemporaryDirectory() as folder:
+        scores = measure(given.artifact, "segmentor", loader, metric_of(split), Path(folder))
+    shared.say_scores(scores, given.out)
+
+
+def _predict(argv: list[str]) -> None:
+    given = tyro.cli(PredictConfig, args=argv, prog="coma segment predict", description=PredictConfig.__doc__)
+
+    from downstream.finetuned import load_finetuned
+    from downstream.prediction import list_images, predict, write_segmentations
+
+    device = shared.device_of(given.device)
+    paths = list_images(given.images)
+    model, about = load_finetuned(given.artifact, "segmentor")
+    out = shared.new_folder(given.out)
+    with shared.predicting(len(paths)) as progress:
+        found = predict(model, about, paths, device, skipped=lambda text: shared.warn([f"skipped {text}"]))
+        write_segmentations(
+            out, found, about, lambda done, _: progress.update(progress.task_ids[0], completed=done)
+        )
+    print(f"\n  overlays    {out / 'pictures'}\n  label maps  {out / 'labels'} (class numbers from 0)")

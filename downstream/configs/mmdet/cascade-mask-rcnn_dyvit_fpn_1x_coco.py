@@ -1,0 +1,16 @@
+"""Cascade Mask R-CNN on DyViT-B and FPN, 12 epochs of COCO, 8 x 2 images a step."""
+
+_base_ = "mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py"
+custom_imports = dict(imports=["downstream.openmmlab"], allow_failed_imports=False)
+
+model = dict(
+    backbone=dict(_delete_=True, type="DyViT", artifact="runs/base/artifact", drop_path=0.1),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
+optim_wrapper = dict(
+    type="OptimWrapper",
+    constructor="LayerDecayConstructor",
+    paramwise_cfg=dict(decay_rate=0.8),
+    clip_grad=dict(max_norm=1.0, norm_type=2),
+    optimizer=dict(_delete_=True, type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+)

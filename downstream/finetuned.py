@@ -1,0 +1,161 @@
+"""Detectors and segmentors as artifacts: what the export room and `predict` take.
+
+config.json        kind detector or segmentor; the encoder's settings; mean, std and class names; `head`:
+the library, its model settings with the encoder in them, and how images are resized
+model.safetensors  all weights, under the names that the library gives them
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pretrain.artifact import (
+    Artifact,
+    ArtifactConfig,
+    library_versions,
+    load_artifact,
+    load_strict,
+    save_artifact,
+)
+from pretrain.config import EncoderConfig
+from pretrain.errors import BadArtifact, BadInput
+from pretrain.plain import to_plain
+
+Kind = Literal["detector", "segmentor"]
+LIBRARIES = {"detector": "mmdet", "segmentor": "mmseg"}
+_PACKAGES = {"mmdet": "mmdet", "mmseg": "mmsegmentation", "mmengine": "mmengine"}
+
+
+def save_finetuned(
+    directory: Path,
+    kind: Kind,
+    config: Any,
+    weights: dict[str, torch.Tensor],
+    encoder: EncoderConfig,
+    class_names: tuple[str, ...],
+    trained: dict[str, Any],
+    category_ids: list[int] | None = None,
+) -> None:
+    """Write an artifact from an mmengine configuration and the weights of a checkpoint.
+
+    Raises:
+        BadInput: a configuration whose settings are not plain data.
+        BadArtifact: `directory` holds something else.
+    """
+    model = _plain(config.model)
+    model["backbone"].pop("artifact", None)
+    model["backbone"].pop("preset", None)
+    model["backbone"]["encoder"] = to_plain(encoder, EncoderConfig)
+    pixels = model["data_preprocessor"]
+    head = {
+        "library": LIBRARIES[kind],
+        "model": model,
+        "pipeline": _plain(_without_labels(config.test_dataloader.dataset.pipeline)),
+        "category_ids": category_ids,
+        "palette": _plain(config.test_dataloader.dataset.get("metainfo", {}).get("palette")),
+        "versions": {name: metadata.version(package) for name, package in _PACKAGES.items()},
+    }
+    about = ArtifactConfig(
+        kind=kind,
+        model=encoder,
+        objective=None,
+        image_size=_short_side(config, encoder),
+        mean=tuple(value / 255 for value in pixels["mean"]),
+        std=tuple(value / 255 for value in pixels["std"]),
+        class_names=class_names,
+        trained=trained,
+        versions=library_versions(),
+        head=head,
+    )
+    save_artifact(directory, tensors=weights, config=about)
+
+
+def load_finetuned(directory: Path, kind: Kind | None = None) -> tuple[nn.Module, ArtifactConfig]:
+    """The detector or segmentor of an artifact, in evaluation mode on the CPU.
+
+    Raises:
+        BadArtifact: not an artifact of this kind, or tensors that do not fit.
+    """
+    artifact = read_finetuned(directory, kind)
+    config = artifact.config
+    model = build_model(config)
+    load_strict(model, artifact.tensors, source=str(directory))
+    model.dataset_meta = dataset_meta(config)  # pyright: ignore[reportAttributeAccessIssue] - mm's convention
+    return model.eval(), config
+
+
+def read_finetuned(directory: Path, kind: Kind | None = None) -> Artifact:
+    """An artifact of a detector or segmentor, without building its model.
+
+    Raises:
+        BadArtifact: not an artifact of this kind; the message says what it is.
+    """
+    artifact = load_artifact(directory)
+    config = artifact.config
+    if config.kind not in LIBRARIES or (kind and config.kind != kind):
+        takes = {"detector": "coma detect takes it", "segmentor": "coma segment takes it"}
+        hint = takes.get(config.kind, "coma detect train and coma segment train make one of it")
+        raise BadArtifact(f"{directory}: its kind is {config.kind!r}, not {kind or 'detector'!r}; {hint}")
+    if not config.head or config.head.get("library") != LIBRARIES[config.kind]:
+        raise BadArtifact(f"{directory}: has no settings of a {config.kind} in its config.json")
+    return artifact
+
+
+def build_model(config: ArtifactConfig) -> nn.Module:
+    """The model that an artifact describes, with random weights."""
+    from mmengine.registry import MODELS, DefaultScope, init_default_scope
+
+    import downstream.openmmlab
+
+    head = config.head or {}
+    if head.get("library") == "mmdet":
+        import mmdet.models  # noqa: F401 - likewise
+    else:
+        import mmseg.models  # noqa: F401
+    if config.model.channels not in (1, 3):
+        import downstream.channels  # noqa: F401
+    before = DefaultScope.get_current_instance()
+    if before is None or before.scope_name != head.get("library"):
+        init_default_scope(str(head.get("library")))
+    return MODELS.build(head["model"])
+
+
+def dataset_meta(config: ArtifactConfig) -> dict[str, Any]:
+    """Class names and colours, as mm's visualisers and metrics take them."""
+    from downstream.datasets.label_classes import default_palette
+
+    names = config.class_names or ()
+    palette = (config.head or {}).get("palette") or default_palette(len(names))
+    return {"classes": names, "palette": [tuple(colour) for colour in palette]}
+
+
+def _without_labels(pipeline: list[Any]) -> list[Any]:
+    return [step for step in pipeline if not str(step["type"]).startswith("LoadAnnotations")]
+
+
+def _short_side(config: Any, encoder: EncoderConfig) -> int:
+    """Pixels of the short side that test images are resized to; else of training crops."""
+    for step in config.test_dataloader.dataset.pipeline:
+        if step["type"] == "Resize" and "scale" in step:
+            return max(int(min(step["scale"])), encoder.unit)
+    size = config.model.get("data_preprocessor", {}).get("size") or (512, 512)
+    return max(int(min(size)), encoder.unit)
+
+
+def _plain(value: Any) -> Any:
+    """Mmengine's settings as JSON holds them: dicts, lists, numbers, strings."""
+    if isinstance(value, dict):
+        return {str(key): _plain(child) for key, child in value.items() if key != "_scope_"}
+    if isinstance(value, list | tuple):
+        return [_plain(child) for child in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, os.PathLike):
+        return str(value)
+    raise BadInput(f"the configuration holds {value!r}, which an artifact cannot")

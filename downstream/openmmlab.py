@@ -1,0 +1,25 @@
+"""All that MMDetection and MMSegmentation need from here; importing it registers it with mmengine.
+
+    custom_imports = dict(imports=['downstream.openmmlab'], allow_failed_imports=False)
+
+This is mmengine's way of plugging in, and the one module here whose import has effects: backbones and neck,
+reading, layer-wise learning rates, and, where mmcv came without its compiled operators, those of torchvision.
+It must come before the first import of `mmcv.ops`, which mmdet and mmseg do as they are imported.
+"""
+
+from downstream.ops import provide_ops
+
+provide_ops()
+
+from downstream.backbone import DyViT, PlainViT  # noqa: E402
+from downstream.layer_decay import LayerDecayConstructor  # noqa: E402
+from downstream.pyramid import SimpleFeaturePyramid  # noqa: E402
+from downstream.reading import ReadImage  # noqa: E402
+
+__all__ = [
+    "DyViT",
+    "LayerDecayConstructor",
+    "PlainViT",
+    "ReadImage",
+    "SimpleFeaturePyramid",
+]

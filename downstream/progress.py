@@ -1,0 +1,76 @@
+"""A bar for a run with validations in between: steps with time left, and a second bar for what is inside."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINES = 20
+"""Lines of a whole run where there is no terminal."""
+
+
+class Bar:
+    """Live on a terminal, a line now and then elsewhere; on stderr.
+
+    Args:
+        quiet: Say nothing (all processes but the first).
+        console: Where to; stderr by default.
+    """
+
+    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, quiet=quiet, highlight=False)
+        text, left = TextColumn("{task.description}"), TimeRemainingColumn(compact=True)
+        columns = (text, BarColumn(), MofNCompleteColumn(), left)
+        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task: Any = None
+        self._part: Any = None
+        self._steps = self._first = 0
+        self._began = time.monotonic()
+
+    def start(self, title: str, steps: int, done: int = 0) -> None:
+        """Show the bar, with `done` of `steps` behind it."""
+        self._steps, self._first, self._began = steps, done, time.monotonic()
+        self._progress.start()
+        self._task = self._progress.add_task(title, total=steps, completed=done)
+
+    def step(self, done: int, text: str) -> None:
+        """So many steps are done."""
+        self._progress.update(self._task, completed=done, description=text)
+        every = max(self._steps // LINES, 1)
+        if not self._console.is_terminal and (done % every == 0 or done == self._steps):
+            rate = (time.monotonic() - self._began) / (done - self._first)
+            self.say(f"step {done}/{self._steps}  {text}  {clock((self._steps - done) * rate)} left")
+
+    def begin_part(self, title: str, total: int) -> None:
+        """A shorter task inside the run."""
+        self._progress.start()
+        self._part = self._progress.add_task(title, total=total)
+
+    def advance_part(self) -> None:
+        """One piece of it is done."""
+        if self._part is not None:
+            self._progress.advance(self._part)
+
+    def end_part(self) -> None:
+        """It is over."""
+        if self._part is not None:
+            self._progress.remove_task(self._part)
+            self._part = None
+
+    def say(self, text: str) -> None:
+        """One line, above the bar."""
+        self._console.print(text, soft_wrap=True, markup=False)
+
+    def close(self) -> None:
+        """Take the bar away; the cursor is back where it belongs."""
+        self._progress.stop()
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes, seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,269 @@
+"""mmengine's Runner, as this toolkit runs things: safe to load, safe to stop, quiet, with a bar.
+
+A run directory holds what mmengine writes (`*.py`, `iter_*.pth`, `best_*.pth`, a folder per start with logs
+and TensorBoard files) and, at the end, `artifact/`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer, MMLogger
+from mmengine.runner import Runner
+from mmengine.runner.checkpoint import _load_checkpoint, find_latest_checkpoint
+
+from downstream.progress import Bar
+from pretrain.errors import BadInput, CheckFailed, Interrupted
+from pretrain.training.signals import StopRequest
+
+HEADLINES = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50", "mIoU", "mAcc", "aAcc")
+CONFIG, PRINTED = "config.py", "printed.txt"
+
+
+def train(config: Any, folder: Path, *, resume: bool = False) -> Runner:
+    """Train to the end; under torchrun, on all its processes.
+
+    Args:
+        config: A whole mmengine configuration.
+        folder: The run directory.
+        resume: Go on from the last checkpoint in it.
+
+    Returns:
+        The Runner, at its end.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+        CheckFailed: a loss that is not finite, or a disk that is full.
+        BadInput: nothing to resume.
+    """
+    config.resume = resume
+    if resume and find_latest_checkpoint(str(folder)) is None:
+        config.resume = False
+        logging.getLogger(__name__).info("no checkpoint was saved before the run ended; starting again")
+    printed = _prints_to(folder / PRINTED)
+    with StopRequest(quiet=not is_main()) as stop, closing(Bar(quiet=not is_main())) as bar, printed:
+        runner = build_runner(config, folder)
+        runner.register_hook(_Watch(stop, bar), priority="LOW")
+        try:
+            runner.train()
+        except torch.OutOfMemoryError as error:
+            raise BadInput(
+                "out of GPU memory; try a smaller --batch-size, --checkpoint-gradients or a smaller image"
+            ) from error
+        except (OSError, RuntimeError) as error:
+            if not _disk_is_full(error):
+                raise
+            raise CheckFailed(
+                f"{folder}: could not save ({error}); make room, then go on with --resume {folder}"
+            ) from error
+    return runner
+
+
+def test(config: Any, folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Measure a model with these weights on the configuration's test images."""
+    with closing(Bar(quiet=not is_main())) as bar, _prints_to(folder / PRINTED):
+        runner = build_runner(config, folder)
+        runner.register_hook(_Watch(None, bar), priority="LOW")
+        load_weights(runner.model, tensors)
+        return {name: float(value) for name, value in runner.test().items()}
+
+
+def build_runner(config: Any, folder: Path) -> Runner:
+    """A Runner of any configuration, working in `folder`.
+
+    Its log goes to files; warnings alone to the terminal.
+    """
+    allow_checkpoints()
+    config.work_dir = str(folder)
+    config.experiment_name = f"{folder.name}-{uuid.uuid4().hex[:8]}"  # mmengine keeps one logger per name
+    config.launcher = "pytorch" if "LOCAL_RANK" in os.environ else "none"
+    config.dump_config = False
+    for backends in (config.get("vis_backends"), config.get("visualizer", {}).get("vis_backends")):
+        kinds = {backend["type"] for backend in backends or ()}
+        if backends is not None and "TensorboardVisBackend" not in kinds:
+            backends.append({"type": "TensorboardVisBackend"})
+    if not torch.cuda.is_available() or config.launcher == "none":
+        _without_sync(config.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of third parties about each other
+        return _QuietRunner.from_cfg(config)
+
+
+def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """All of them or none; the error lists what does not fit."""
+    from pretrain.artifact import load_strict
+
+    load_strict(getattr(model, "module", model), tensors, source="artifact")
+
+
+def best_checkpoint(folder: Path) -> Path:
+    """The checkpoint with the best validation score, or the last one where nothing was validated.
+
+    Raises:
+        BadInput: there is none.
+    """
+    best = sorted(folder.glob("best_*.pth"), key=lambda path: path.stat().st_mtime)
+    last = find_latest_checkpoint(str(folder))
+    if not best and last is None:
+        raise BadInput(f"{folder}: holds no checkpoint")
+    return best[-1] if best else Path(str(last))
+
+
+def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint; nothing is unpickled but tensors, numbers and mmengine's histories."""
+    allow_checkpoints()
+    return dict(_load_checkpoint(str(path), map_location="cpu")["state_dict"])
+
+
+def latest_scores(runner: Runner) -> dict[str, float]:
+    """What validations measured last, by name."""
+    scalars = runner.message_hub.log_scalars
+    prefix = "val/"
+    return {
+        name.removeprefix(prefix): float(buffer.current())
+        for name, buffer in scalars.items()
+        if name.startswith(prefix) and not name.endswith("time")
+    }
+
+
+def allow_checkpoints() -> None:
+    """Let torch's safe loader read mmengine's checkpoints, which hold histories in numpy arrays.
+
+    Only these names are allowed; nothing else is unpickled (torch.serialization, "weights_only").
+    """
+    import numpy as np
+
+    dtypes = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
+    allowed: list[Any] = [
+        HistoryBuffer,
+        np.ndarray,
+        np.dtype,
+        np._core.multiarray._reconstruct,
+        np._core.multiarray.scalar,
+        *dtypes,
+    ]
+    torch.serialization.add_safe_globals(allowed)
+
+
+def is_main() -> bool:
+    """Whether this process is the one that reports and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class _QuietRunner(Runner):
+    """Logs everything to its files, and warnings alone to the terminal."""
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        logger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if not isinstance(handler, logging.FileHandler):
+                handler.setLevel(logging.WARNING)
+        return logger
+
+
+class _Watch(Hook):
+    """Moves the bar, refuses losses that are not finite, and stops the run where it was asked to."""
+
+    def __init__(self, stop: StopRequest | None, bar: Bar) -> None:
+        self._stop, self._bar, self._steps = stop, bar, 0
+
+    def before_train(self, runner: Any) -> None:
+        self._steps = runner.max_iters
+        self._bar.start("training", self._steps, runner.iter)
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        loss = float((outputs or {}).get("loss", 0.0))
+        if not torch.isfinite(torch.tensor(loss)):
+            raise CheckFailed(
+                f"{runner.work_dir}: the loss is {loss} at step {runner.iter + 1}; lower --lr, or use "
+                "--precision fp32; the last checkpoint is from before"
+            )
+        self._bar.step(runner.iter + 1, f"loss {loss:.4f}")
+        if self._stop and _anyone(self._stop.asked) and runner.iter + 1 < self._steps:
+            _save(runner)
+            raise Interrupted(
+                f"stopped at step {runner.iter + 1} of {self._steps}; everything is saved, go on with "
+                f"--resume {runner.work_dir}"
+            )
+
+    def before_val(self, runner: Any) -> None:
+        self._bar.begin_part("validating", len(runner.val_dataloader))
+
+    def after_val_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        self._bar.advance_part()
+
+    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        self._bar.end_part()
+        shown = {name: value for name, value in (metrics or {}).items() if _headline(name)}
+        text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        self._bar.say(f"step {runner.iter}/{self._steps}: {text}")
+
+    def before_test(self, runner: Any) -> None:
+        self._bar.begin_part("testing", len(runner.test_dataloader))
+
+    def after_test_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        self._bar.advance_part()
+
+    def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        self._bar.end_part()
+
+
+def _headline(name: str) -> bool:
+    return name.rpartition("/")[2] in HEADLINES
+
+
+def _save(runner: Any) -> None:
+    """A checkpoint of this moment, noted as the last one."""
+    name = f"iter_{runner.iter + 1}.pth"
+    runner.save_checkpoint(runner.work_dir, name, by_epoch=False)
+    if is_main():
+        path = Path(runner.work_dir, "last_checkpoint")
+        path.write_text(str(Path(runner.work_dir, name)))
+
+
+def _anyone(asked: bool) -> bool:
+    if not torch.distributed.is_initialized():
+        return asked
+    votes = torch.tensor(float(asked), device="cuda" if torch.cuda.is_available() else "cpu")
+    torch.distributed.all_reduce(votes)
+    return bool(votes)
+
+
+def _without_sync(model: Any) -> None:
+    """Batch normalisation of one process where there is only one: the synchronised kind needs CUDA."""
+    if isinstance(model, dict):
+        if model.get("type") == "SyncBN":
+            model["type"] = "BN"
+        for child in model.values():
+            _without_sync(child)
+    elif isinstance(model, list | tuple):
+        for child in model:
+            _without_sync(child)
+
+
+@contextmanager
+def _prints_to(path: Path) -> Iterator[None]:
+    """What libraries print goes to a file: pycocotools reports every evaluation on the terminal."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file, redirect_stdout(file):
+        yield
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    text = str(error)
+    return getattr(error, "errno", None) == 28 or "PytorchStreamWriter" in text or "No space left" in text
