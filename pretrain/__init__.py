@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pretrain.artifact import load_artifact, load_encoder, save_artifact
+    from pretrain.artifact import load_artifact, load_classifier, load_encoder, save_artifact
     from pretrain.config import PretrainConfig, encoder_preset, method_preset
     from pretrain.models import DyViT, ViT, build_encoder
     from pretrain.objectives import build_objective
@@ -22,6 +22,7 @@ _HOME = {
     "build_objective": "pretrain.objectives",
     "encoder_preset": "pretrain.config",
     "load_artifact": "pretrain.artifact",
+    "load_classifier": "pretrain.artifact",
     "load_encoder": "pretrain.artifact",
     "load_pretrained": "pretrain.pretrained",
     "method_preset": "pretrain.config",
@@ -36,6 +37,7 @@ __all__ = [
     "build_objective",
     "encoder_preset",
     "load_artifact",
+    "load_classifier",
     "load_encoder",
     "load_pretrained",
     "method_preset",

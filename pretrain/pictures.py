@@ -89,8 +89,11 @@ def reconstruction_sheet(
 def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
     """Draw a PNG of loss, learning rate and the share of time spent waiting for data, against the step.
 
+    Where a classifier was validated on the way, its accuracy is drawn as well.
+
     Args:
-        metrics: `metrics.jsonl` of a run: one JSON object per line with `step`, `loss`, `lr`, `data_wait`.
+        metrics: `metrics.jsonl` of a run: one JSON object per line with `step`, `loss`, `lr`, `data_wait`, or
+            with `step` and `top1`.
         path: The PNG to write; it appears at once and whole.
         title: First line of the picture; default: the name of the run directory.
 
@@ -100,11 +103,12 @@ def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = _read_metrics(metrics)
+    rows, validated = _read_metrics(metrics)
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    top, rate, wait = figure.subplots(3, 1, sharex=True, height_ratios=[5, 1.2, 1.2])
+    heights = [5, 1.2, 1.2, *([2.4] if validated else [])]
+    top, rate, wait, *below = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     top.plot(steps, losses, color="#9db4d6", linewidth=1, marker="o" if len(rows) < 30 else "", markersize=3)
     smooth = _smooth(losses)
     top.plot(steps, smooth, color="#1b4f9c", linewidth=2)
@@ -122,26 +126,33 @@ def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
     wait.set_ylim(0, 1)
-    wait.set_xlabel("optimizer step")
-    for axes in (top, rate, wait):
+    for axes in below:
+        when, shares = [row["step"] for row in validated], [100 * row["top1"] for row in validated]
+        axes.plot(when, shares, color="#2d7d46", linewidth=1.5, marker="o", markersize=3)
+        axes.set_ylabel("top-1 %\ntest images")
+        axes.annotate(f"{max(shares):.1f} at best", (0.01, 0.9), xycoords="axes fraction", va="top")
+    (below or [wait])[-1].set_xlabel("optimizer step")
+    for axes in (top, rate, wait, *below):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     canvas.draw()
     _write(path, Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
+def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Log points with a finite loss, and validations."""
     try:
         lines = path.read_text().splitlines(keepends=True)
         whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill cuts the last one short
         rows = [row for row in whole if "step" in row and math.isfinite(row.get("loss", math.nan))]
+        validated = [row for row in whole if "step" in row and math.isfinite(row.get("top1", math.nan))]
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; give the metrics.jsonl of a run") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         raise BadInput(f"{path}: not a readable metrics.jsonl ({error})") from None
     if not rows:
         raise BadInput(f"{path}: holds no step with a finite loss yet")
-    return rows
+    return rows, validated
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cattrs
 from cattrs.v import format_exception
@@ -17,12 +17,15 @@ from pretrain.config import (
     CoMAConfig,
     DyViTConfig,
     EncoderConfig,
+    FinetuneConfig,
     MAEConfig,
     ObjectiveConfig,
     PretrainConfig,
     ViTConfig,
 )
 from pretrain.errors import BadInput
+
+Settings = TypeVar("Settings", PretrainConfig, FinetuneConfig)
 
 
 def _converter() -> cattrs.Converter:
@@ -89,11 +92,11 @@ def _explain(error: BaseException, kind: type | None) -> str:
     return str(error) if isinstance(error, BadInput) else format_exception(error, kind)
 
 
-def read_config(path: Path) -> PretrainConfig:
+def read_config(path: Path, kind: type[Settings] = PretrainConfig) -> Settings:
     """A run's settings from `config.json`, or from the run directory that holds it.
 
     Raises:
-        BadInput: no such file, not JSON, or fields that do not fit.
+        BadInput: no such file, not JSON, or fields that do not fit, as those of another kind of run.
     """
     path = path / "config.json" if path.is_dir() else path
     try:
@@ -102,4 +105,10 @@ def read_config(path: Path) -> PretrainConfig:
         raise BadInput(f"{path}: no such file; give a run directory or its config.json") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BadInput(f"{path}: not a readable config ({error})") from None
-    return from_plain(plain, PretrainConfig, source=str(path))
+    if isinstance(plain, dict) and "format_version" in plain:
+        raise BadInput(f"{path}: is of an artifact, not of a run; give a run directory or its config.json")
+    finetuned = isinstance(plain, dict) and "artifact" in plain
+    if finetuned != (kind is FinetuneConfig):
+        made_by = "evaluate --protocol finetune" if finetuned else "pretrain"
+        raise BadInput(f"{path}: is of a run of `coma {made_by}`; give it to that command")
+    return from_plain(plain, kind, source=str(path))

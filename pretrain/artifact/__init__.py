@@ -9,15 +9,17 @@ one is complete on disk before the old one steps aside, and in the moment in whi
 name, loading finds the old one where it was put.
 """
 
-from pretrain.artifact.description import ArtifactConfig, library_versions
-from pretrain.artifact.load import Artifact, load_artifact, load_encoder, load_strict
+from pretrain.artifact.description import LINEAR_HEAD, ArtifactConfig, library_versions
+from pretrain.artifact.load import Artifact, load_artifact, load_classifier, load_encoder, load_strict
 from pretrain.artifact.save import save_artifact
 
 __all__ = [
+    "LINEAR_HEAD",
     "Artifact",
     "ArtifactConfig",
     "library_versions",
     "load_artifact",
+    "load_classifier",
     "load_encoder",
     "load_strict",
     "save_artifact",

@@ -14,6 +14,9 @@ from pretrain.errors import BadInput
 FORMAT_VERSION = 1
 CONFIG, TENSORS = "config.json", "model.safetensors"
 
+LINEAR_HEAD: dict[str, Any] = {"type": "linear", "pool": "mean"}
+"""`head` of a classifier: one linear layer, `head.weight` and `head.bias`, on the mean of the last map."""
+
 Kind = Literal["backbone", "pretrained", "classifier", "detector", "segmentor"]
 
 

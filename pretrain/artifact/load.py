@@ -6,15 +6,25 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pretrain.artifact.description import CONFIG, FORMAT_VERSION, TENSORS, ArtifactConfig
+from pretrain.artifact.description import (
+    CONFIG,
+    FORMAT_VERSION,
+    LINEAR_HEAD,
+    TENSORS,
+    ArtifactConfig,
+)
 from pretrain.artifact.save import sibling
 from pretrain.errors import BadArtifact, BadInput
 from pretrain.models import Encoder, build_encoder
 from pretrain.plain import from_plain
+
+if TYPE_CHECKING:
+    from pretrain.models.classifier import Classifier
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,35 @@ def load_encoder(directory: Path) -> tuple[Encoder, ArtifactConfig]:
     encoder = build_encoder(artifact.config.model)
     load_strict(encoder, tensors, source=f"{directory}/{TENSORS}")
     return encoder.eval(), artifact.config
+
+
+def load_classifier(directory: Path) -> tuple[Classifier, ArtifactConfig]:
+    """The model of a `classifier` artifact, in evaluation mode on the CPU.
+
+    It maps images `[b, c, H, W]`, normalised by the description's mean and std, to logits `[b, classes]`, one
+    for each of its `class_names`.
+
+    Raises:
+        BadArtifact: as `load_artifact` and `load_strict`, or an artifact of another kind or with a head that
+            is not known here.
+    """
+    from pretrain.models.classifier import build_classifier  # registers models with timm
+
+    artifact = load_artifact(directory)
+    config = artifact.config
+    if config.kind != "classifier":
+        raise BadArtifact(
+            f"{directory}: its kind is {config.kind!r}; give a 'classifier' artifact, as "
+            "`coma evaluate --protocol finetune` makes"
+        )
+    if config.head != LINEAR_HEAD or config.class_names is None:
+        raise BadArtifact(
+            f"{directory}: its head is {config.head} for the classes {config.class_names}; known here is "
+            f"{LINEAR_HEAD} with class names"
+        )
+    classifier = build_classifier(config.model, len(config.class_names))
+    load_strict(classifier, artifact.tensors, source=f"{directory}/{TENSORS}")
+    return classifier.eval(), config
 
 
 def _check_directory(directory: Path, found: Path) -> None:

@@ -1,19 +1,29 @@
-"""Measure artifacts on labelled images: nearest neighbours and a linear classifier.
+"""Measure artifacts on labelled images: nearest neighbours, a linear classifier, fine-tuning.
 
 An encoder that has learned nothing is measured beside them: part of every such score comes from the
-architecture and from colour alone, and only the rest is what pre-training taught.
+architecture and from colour alone, and only the rest is what pre-training taught. Fine-tuning trains the
+whole encoder and leaves a classifier; its run can be interrupted and goes on where it was last saved.
+
+Examples:
+  coma evaluate runs/first/artifact --data CLASSES
+  coma evaluate runs/first/artifact --data CLASSES --protocol finetune --run runs/classifier
+  coma evaluate runs/first/artifact --data CLASSES --protocol finetune --run runs/scratch --from-scratch
+  coma evaluate --resume runs/classifier
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from pretrain.config import DataConfig, FinetuneConfig, FinetuneRecipe, RunConfig
 from pretrain.errors import BadInput
+from pretrain.plain import read_config
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +37,34 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Finetuning(FinetuneRecipe):
+    """Of --protocol finetune alone, as --batch-size is per optimizer step there. Every image is cropped,
+    flipped, augmented and mixed anew in every epoch; each validation shows the test images' centre crops."""  # noqa: D205, D209
+
+    batch_size: Annotated[int, tyro.conf.Fixed, tyro.conf.Suppress] = 256
+    from_scratch: bool = False
+    """Begin with random weights instead of the artifact's: what fine-tuning has to be compared with."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the random crop as a share of the image (RandomResizedCrop)."""
+    flip: bool = True
+    """Flip half of the crops left to right."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on CPU."""
+    compile: bool = False
+    """Compile the classifier with torch.compile (slow to start, faster to run)."""
+    checkpoint_gradients: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    save_minutes: float = 10.0
+    """Save the resumable state at least this often (and at the end, on Ctrl-C and on SIGTERM)."""
+    save_steps: int | None = None
+    """Save the resumable state every so many steps instead."""
+    log_steps: int = 10
+    """Write metrics every so many steps."""
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
-    """Accuracy of frozen features on labelled images."""
+    """Accuracy on labelled images."""
 
     artifacts: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ARTIFACT ...", help_behavior_hint="")
@@ -40,11 +76,13 @@ class EvaluateConfig:
     """Labelled training images, when they do not lie in --data."""
     test: Path | None = None
     """Labelled test images of the same classes, when they do not lie in --data."""
-    protocol: tuple[Literal["knn", "linear"], ...] = ("knn", "linear")
+    protocol: tuple[Literal["knn", "linear", "finetune"], ...] = ("knn", "linear")
     """knn: weighted vote of the nearest training images. linear: softmax regression on frozen features of
-    centre crops (not comparable with linear probing that trains on augmented crops)."""
+    centre crops (not comparable with linear probing that trains on augmented crops). finetune: the whole
+    encoder learns the classes, see below; takes one artifact and a --run."""
     reference: bool = True
-    """Measure a randomly initialised encoder of the same architecture as well."""
+    """Measure a randomly initialised encoder of the same architecture as well (knn, linear; training one
+    takes as long as fine-tuning does, so that is a run of its own: --from-scratch)."""
     image_size: int | None = None
     """Side in pixels of the images shown to the encoder; default: as it was trained."""
     k: int = 20
@@ -52,14 +90,21 @@ class EvaluateConfig:
     temperature: float = 0.07
     """Of their votes (knn): smaller trusts the nearest more."""
     seed: int = 0
-    """Of the random encoder, and of the images held out to choose the penalty (linear)."""
+    """Of the random encoder, of the images held out to choose the penalty (linear), and of the run
+    (finetune)."""
     batch_size: int = 256
-    """Images at a time through the encoder."""
+    """Images at a time through the encoder; per optimizer step (finetune)."""
     workers: int | None = None
     """Processes that decode images; default: by the number of cores."""
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
     out: Path | None = None
     """Also write the results to this file, as JSON."""
+    run: Path | None = None
+    """Directory for a fine-tuning run: config.json, metrics.jsonl, tensorboard/, state/, loss_curve.png, and
+    in artifact/ the classifier that did best on the test images."""
+    resume: Path | None = None
+    """Go on with the fine-tuning run in this directory, with its own settings."""
+    finetune: Annotated[Finetuning, tyro.conf.OmitArgPrefixes] = Finetuning()
 
 
 def run(argv: list[str]) -> None:
@@ -67,22 +112,30 @@ def run(argv: list[str]) -> None:
 
     Raises:
         BadInput: artifacts, images or settings that cannot be used.
-        CheckFailed: an encoder's features are not finite.
+        CheckFailed: an encoder's features are not finite, or a loss in fine-tuning.
+        Interrupted: Ctrl-C or SIGTERM while fine-tuning; everything is saved.
     """
-    config = tyro.cli(EvaluateConfig, args=argv, prog="coma evaluate", description=__doc__)
+    config = parse(argv)
     if not config.artifacts:
         raise BadInput("give at least one artifact directory, for example run/artifact")
     if not config.protocol:
-        raise BadInput("give at least one --protocol: knn, linear")
+        raise BadInput("give at least one --protocol: knn, linear, finetune")
     if config.out and config.out.is_dir():
         raise BadInput(f"--out {config.out}: is a directory; give a file name")
+    if "finetune" in config.protocol:
+        _check_finetuning(config)
 
     from rich.console import Console
 
     console = Console()
     train, test = _sources(config)
-    scores = _measure(config, _encoders(config), train, test, console)
+    frozen = replace(config, protocol=tuple(name for name in config.protocol if name != "finetune"))
+    scores = _measure(frozen, _encoders(config), train, test, console) if frozen.protocol else []
+    if "finetune" in config.protocol:
+        scores.append(_finetune(config))
     console.print(_table(scores))
+    if "finetune" in config.protocol:
+        print(_what_is_left(scores[-1], config.run or Path("run")))
     if config.out:
         plain = {
             "train": str(train.location),
@@ -90,6 +143,126 @@ def run(argv: list[str]) -> None:
             "scores": [asdict(s) for s in scores],
         }
         config.out.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+
+
+def parse(argv: list[str]) -> EvaluateConfig:
+    """The settings that `argv` asks for; those of a run to be resumed are its own where nothing is said.
+
+    Raises:
+        BadInput: a run that cannot be read, or flags that do not go with --resume.
+    """
+    without_help = [argument for argument in argv if argument not in ("-h", "--help")]
+    first, _ = tyro.cli(_First, args=without_help, return_unknown_args=True, add_help=False)
+    default = _of_run(first.resume) if first.resume else None
+    config = tyro.cli(EvaluateConfig, args=argv, prog="coma evaluate", description=__doc__, default=default)
+    if default and (config.run, config.protocol) != (default.run, default.protocol):
+        raise BadInput("--run and --protocol do not go with --resume, which goes on with a fine-tuning run")
+    return config
+
+
+@dataclass(frozen=True)
+class _First:
+    """What has to be known before the other defaults are."""
+
+    resume: Path | None = None
+
+
+def _of_run(folder: Path) -> EvaluateConfig:
+    saved = read_config(folder, FinetuneConfig)
+    own = {
+        field.name: getattr(part, field.name)
+        for part in (saved.optimizer, saved.data, saved.run)
+        for field in fields(Finetuning)
+        if hasattr(part, field.name)
+    }
+    return EvaluateConfig(
+        artifacts=(saved.artifact,),
+        data=None if saved.test else saved.data.images,
+        train=saved.data.images if saved.test else None,
+        test=saved.test,
+        protocol=("finetune",),
+        image_size=saved.data.image_size,
+        seed=saved.run.seed,
+        batch_size=saved.optimizer.batch_size,
+        workers=saved.data.workers,
+        device=saved.run.device,
+        run=folder.parent if folder.is_file() else folder,
+        finetune=Finetuning(**own, from_scratch=saved.from_scratch),
+    )
+
+
+def _check_finetuning(config: EvaluateConfig) -> None:
+    if config.run is None:
+        raise BadInput("--protocol finetune needs a directory for its run, for example --run runs/classifier")
+    if len(config.artifacts) > 1:
+        raise BadInput("--protocol finetune takes one artifact at a time, each into a --run of its own")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadInput("fine-tuning runs in one process, on one GPU or a CPU; start it without torchrun")
+
+
+def _finetune(config: EvaluateConfig) -> Score:
+    """Fine-tune, or go on with it; a row for the table."""
+    from pretrain.evaluate import Score
+    from pretrain.training import finetune
+
+    result = finetune(_finetune_config(config), resume=config.resume is not None)
+    best, artifact = result.best, str(config.artifacts[0])
+    return Score(
+        encoder=f"random, like {artifact}" if config.finetune.from_scratch else artifact,
+        protocol="finetune",
+        top1=best.top1,
+        top5=best.top5,
+        classes=len(result.config.class_names or ()),
+        train_images=result.train_images,
+        test_images=best.images,
+        seconds=result.seconds,
+        settings={"step": best.step, "last_step": result.last.step, "last_top1": result.last.top1},
+    )
+
+
+def _finetune_config(config: EvaluateConfig) -> FinetuneConfig:
+    """The run that the flags describe."""
+    given, size = config.finetune, config.image_size
+    if size is None:
+        from pretrain.artifact import load_artifact
+
+        size = load_artifact(config.artifacts[0]).config.image_size
+    recipe = FinetuneRecipe(**{field.name: getattr(given, field.name) for field in fields(FinetuneRecipe)})
+    return FinetuneConfig(
+        artifact=config.artifacts[0],
+        data=DataConfig(
+            images=config.data or config.train,
+            image_size=size,
+            crop_scale=given.crop_scale,
+            flip=given.flip,
+            workers=config.workers,
+        ),
+        test=config.test,
+        from_scratch=given.from_scratch,
+        optimizer=replace(recipe, batch_size=config.batch_size),
+        run=RunConfig(
+            out=config.run or Path("run"),
+            seed=config.seed,
+            device=config.device,
+            precision=given.precision,
+            compile=given.compile,
+            checkpoint_gradients=given.checkpoint_gradients,
+            save_minutes=given.save_minutes,
+            save_steps=given.save_steps,
+            log_steps=given.log_steps,
+            sheet_steps=0,
+        ),
+    )
+
+
+def _what_is_left(score: Score, folder: Path) -> str:
+    step, last = (round(score.settings[name]) for name in ("step", "last_step"))
+    return f"""
+best on these test images at step {step} of {last}; at the last step: {score.settings["last_top1"]:.2%} top-1
+
+  classifier       {folder / "artifact"} (of the best step)
+  curves           {folder / "loss_curve.png"}
+  metrics          {folder / "metrics.jsonl"}, or: tensorboard --logdir {folder / "tensorboard"}"""
 
 
 def _sources(config: EvaluateConfig) -> tuple[Source, Source]:

@@ -4,6 +4,8 @@ The stream is a pure function of (run seed, position), so batches do not depend 
 read them, and a loader's whole state is the number of samples consumed.
 """
 
+from pretrain.data.augment import labelled_batches
+from pretrain.data.labels import shared_labels, top_share
 from pretrain.data.opening import open_source
 from pretrain.data.samples import Batch, Slices, check_loader, evaluation_batches, training_batches
 from pretrain.data.source import ArraySource, Source
@@ -17,8 +19,11 @@ __all__ = [
     "Source",
     "check_loader",
     "evaluation_batches",
+    "labelled_batches",
     "measure",
     "normalize",
     "open_source",
+    "shared_labels",
+    "top_share",
     "training_batches",
 ]

@@ -72,6 +72,8 @@ class Batch:
     """int64 `[B]`, positions in the source."""
     failures: tuple[str, ...] = ()
     """`path: reason` of every image that was tried and left out."""
+    labels: Tensor | None = None
+    """int64 `[B]`, where the samples are to be learned with their labels."""
 
     def pin_memory(self, device: object = None) -> Batch:
         """The same batch in page-locked memory (the loader calls this)."""
@@ -80,6 +82,7 @@ class Batch:
             images=self.images.pin_memory(),
             seeds=self.seeds.pin_memory(),
             indices=self.indices.pin_memory(),
+            labels=self.labels if self.labels is None else self.labels.pin_memory(),
         )
 
 
@@ -123,8 +126,7 @@ def training_batches(
         BadImage: while iterating, an image will not decode and `data.on_bad_image` is "stop".
         BadInput: DALI was asked for and cannot be used; while iterating, no image in a long row decodes.
     """
-    if start < 0 or start % batch.global_batch:
-        raise ValueError(f"start {start} is not a whole number of batches of {batch.global_batch}")
+    check_start(start, batch)
     on_gpu = device is not None and device.type == "cuda"
     check_loader(data, channels)
     if data.loader == "dali":
@@ -134,6 +136,16 @@ def training_batches(
         return decoded(crops, batch.first_rows(start), on_gpu)
     fetch = TrainingFetch(source, data, channels, seed, batch.micro_batch)
     return in_workers(fetch, batch.first_rows(start), data.workers, pin=on_gpu)
+
+
+def check_start(start: int, batch: Slices) -> None:
+    """Refuse a position in the stream at which no optimizer step begins.
+
+    Raises:
+        ValueError: it is not a whole number of global batches.
+    """
+    if start < 0 or start % batch.global_batch:
+        raise ValueError(f"start {start} is not a whole number of batches of {batch.global_batch}")
 
 
 def check_loader(data: DataConfig, channels: int) -> None:

@@ -7,14 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from torch import Tensor
-
 from pretrain.artifact import ArtifactConfig
-from pretrain.data import Source
+from pretrain.data import Source, shared_labels, top_share
 from pretrain.errors import BadInput
 from pretrain.evaluate.features import Features, extract_features
 from pretrain.evaluate.knn import check_knn, knn_votes
-from pretrain.evaluate.labels import shared_labels
 from pretrain.evaluate.linear import fit_linear
 from pretrain.models import Encoder
 
@@ -26,22 +23,22 @@ Protocol = Literal["knn", "linear"]
 
 @dataclass(frozen=True)
 class Score:
-    """How well one protocol reads the classes from one encoder's features.
+    """How well one protocol tells the classes of images apart, with one encoder.
 
     Attributes:
         encoder: Name of the encoder.
-        protocol: `knn` or `linear`.
+        protocol: `knn` or `linear`, on frozen features; or `finetune`, which trains the encoder too.
         top1: Share of test images whose likeliest class is right, 0..1.
         top5: Share whose class is among the five likeliest; None with five classes or fewer.
         classes: How many classes there are; chance is one in so many.
         train_images: Training images that were read.
         test_images: Test images that were read.
         seconds: Time the protocol took, features not included.
-        settings: What it ran with: k and temperature, or the penalty it chose.
+        settings: What it ran with: k and temperature, the penalty it chose, or how it was fine-tuned.
     """
 
     encoder: str
-    protocol: Protocol
+    protocol: Protocol | Literal["finetune"]
     top1: float
     top5: float | None
     classes: int
@@ -90,11 +87,6 @@ def check_protocol(name: str) -> None:
     """
     if name not in get_args(Protocol):
         raise BadInput(f"no protocol {name!r}; there are: {', '.join(get_args(Protocol))}")
-
-
-def top_share(guess: Tensor, labels: Tensor, most: int) -> float:
-    """Share of rows of `guess [n, classes]` with the right label among the `most` largest, 0..1."""
-    return (guess.topk(most, dim=1).indices == labels[:, None]).any(dim=1).double().mean().item()
 
 
 def evaluate(

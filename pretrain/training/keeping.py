@@ -1,11 +1,12 @@
 """The run directory: what is kept of a run, and what happens when the disk is full.
 
     config.json           settings; `--from` starts a new run with them, `--resume` goes on
-    metrics.jsonl         one JSON object per log point
+    metrics.jsonl         one JSON object per log point (fine-tuning: and per validation)
     tensorboard/          the same
-    reconstructions/      step-00000500.png ...
+    reconstructions/      step-00000500.png ... (pre-training)
     state/                the resumable state (see `state`)
-    artifact/             encoder and decoder, usable from the first save on
+    artifact/             pre-training: encoder and decoder, usable from the first save on; fine-tuning: the
+                          best classifier so far, from the first validation on
     loss_curve.png        at the end
     nonfinite/            only after a loss that was not a number
 
@@ -15,16 +16,17 @@ goes on. Only at the end does it count.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from typing import Any, cast
+from typing import Any, Generic, cast
 
 import torch
 from torch import Tensor
 
 from pretrain.artifact import ArtifactConfig, library_versions, save_artifact
-from pretrain.config import ObjectiveConfig
-from pretrain.data import Batch, evaluation_batches, normalize
+from pretrain.config import EncoderConfig, ObjectiveConfig, PretrainConfig
+from pretrain.data import Batch, Source, evaluation_batches, normalize
 from pretrain.errors import ComaError
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
@@ -32,27 +34,26 @@ from pretrain.pictures import loss_curve, reconstruction_sheet
 from pretrain.plain import to_plain
 from pretrain.training.metrics import MetricsLog, TensorBoardLog
 from pretrain.training.report import Report
-from pretrain.training.setup import Plan, write_config
+from pretrain.training.setup import Plan, Settings, write_config
 from pretrain.training.state import read_state, write_state
 
 _PROBES = 8
 """Images on a sheet of reconstructions."""
 
 
-class Keeper:
+class Keeper(ABC, Generic[Settings]):
     """Writes the run directory; exists on process 0 only.
+
+    What kind of run it is shows in `look` (at what was learned) and `handed_over` (the artifact).
 
     Args:
         plan: The run.
         report: Told what could not be written.
-
-    Raises:
-        BadInput: no image can be read, or none has the channels that the model takes.
     """
 
-    def __init__(self, plan: Plan, report: Report) -> None:
+    def __init__(self, plan: Plan[Settings], report: Report) -> None:
         self._failed: dict[str, str] = {}
-        self._plan, self._report, self._probe = plan, report, _first_images(plan)
+        self._plan, self._report = plan, report
         self._good: int | None = None
         self._metrics: MetricsLog | None = None
         self._tensorboard: TensorBoardLog | None = None
@@ -81,6 +82,14 @@ class Keeper:
             with self._or_say("tensorboard", row["step"]):
                 self._tensorboard.add(row)
 
+    @abstractmethod
+    def look(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
+        """Look at what these weights have learned, before they are saved."""
+
+    @abstractmethod
+    def handed_over(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], ArtifactConfig] | None:
+        """Tensors and description of the artifact; None where there is nothing new to write."""
+
     def save(self, state: dict[str, Any]) -> None:
         """Write the resumable state and the artifact."""
         step = state["step"]
@@ -91,22 +100,10 @@ class Keeper:
             write_state(self._plan.folder / "state", state, keep=self._good)
             self._good = step
         with self._or_say("artifact", step):
-            artifact = self._plan.folder / "artifact"
-            save_artifact(artifact, tensors=published(state), config=self._describe(state))
-
-    def draw(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
-        """Draw what these weights make of the first images, always the same ones with the same masks."""
-        mean, std = self._plan.statistics
-        path = self._plan.folder / "reconstructions" / f"step-{step:06d}.png"
-        with self._or_say("reconstructions", step, Exception):
-            with torch.device("meta"):
-                encoder = build_encoder(self._plan.config.model)
-                objective = build_objective(self._plan.config.objective, encoder)
-            objective.load_state_dict(weights, assign=True)
-            objective.to(device)
-            images = normalize(self._probe.images.to(device), mean, std)
-            seeds = self._probe.seeds.to(device)
-            reconstruction_sheet(objective, images, seeds, mean, std, path, caption=f"Step {step}")
+            handed = self.handed_over(state)
+            if handed:
+                tensors, description = handed
+                save_artifact(self._plan.folder / "artifact", tensors=tensors, config=description)
 
     def conclude(self) -> None:
         """Draw the loss curve of a run that is over."""
@@ -124,30 +121,6 @@ class Keeper:
         for log in (self._metrics, self._tensorboard):
             if log:
                 log.close()
-
-    def _describe(self, state: dict[str, Any]) -> ArtifactConfig:
-        config, source = self._plan.config, self._plan.source
-        mean, std = self._plan.statistics
-        return ArtifactConfig(
-            kind="pretrained",
-            model=config.model,
-            objective=config.objective,
-            image_size=config.data.image_size,
-            mean=mean,
-            std=std,
-            class_names=None,
-            trained={
-                "method": to_plain(config.objective, ObjectiveConfig)["method"],
-                "steps": state["step"],
-                "steps_planned": self._plan.steps,
-                "images_seen": state["step"] * config.optimizer.batch_size,
-                "loss": state["loss"],
-                "data": source.location.name,
-                "images": len(source),
-                "ema": config.optimizer.ema,
-            },
-            versions=library_versions(),
-        )
 
     @contextmanager
     def _or_say(
@@ -173,16 +146,74 @@ class Keeper:
             self._failed.pop(what, None)
 
 
+class PretrainingKeeper(Keeper[PretrainConfig]):
+    """Draws reconstructions, hands over encoder and decoder.
+
+    Args:
+        plan: The run.
+        report: Told what could not be written.
+
+    Raises:
+        BadInput: no image can be read, or none has the channels that the model takes.
+    """
+
+    def __init__(self, plan: Plan[PretrainConfig], report: Report) -> None:
+        super().__init__(plan, report)
+        self._probe = first_images(plan.source, plan.config.model, plan.config.data.image_size)
+
+    def look(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
+        """Draw what these weights make of the first images, always the same ones with the same masks."""
+        mean, std = self._plan.statistics
+        path = self._plan.folder / "reconstructions" / f"step-{step:06d}.png"
+        with self._or_say("reconstructions", step, Exception):
+            with torch.device("meta"):
+                encoder = build_encoder(self._plan.config.model)
+                objective = build_objective(self._plan.config.objective, encoder)
+            objective.load_state_dict(weights, assign=True)
+            objective.to(device)
+            images = normalize(self._probe.images.to(device), mean, std)
+            seeds = self._probe.seeds.to(device)
+            reconstruction_sheet(objective, images, seeds, mean, std, path, caption=f"Step {step}")
+
+    def handed_over(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], ArtifactConfig]:
+        """The weights of this moment, or their moving average."""
+        config, source = self._plan.config, self._plan.source
+        mean, std = self._plan.statistics
+        return published(state), ArtifactConfig(
+            kind="pretrained",
+            model=config.model,
+            objective=config.objective,
+            image_size=config.data.image_size,
+            mean=mean,
+            std=std,
+            class_names=None,
+            trained={
+                "method": to_plain(config.objective, ObjectiveConfig)["method"],
+                "steps": state["step"],
+                "steps_planned": self._plan.steps,
+                "images_seen": state["step"] * config.optimizer.batch_size,
+                "loss": state["loss"],
+                "data": source.location.name,
+                "images": len(source),
+                "ema": config.optimizer.ema,
+            },
+            versions=library_versions(),
+        )
+
+
 def published(state: dict[str, Any]) -> dict[str, Tensor]:
     """The weights of a resumable state that are handed over: their moving average where there is one."""
     return state["model"] if state["ema"] is None else state["ema"]
 
 
-def _first_images(plan: Plan) -> Batch:
-    config = plan.config
-    size, channels = config.data.image_size, config.model.channels
+def first_images(source: Source, model: EncoderConfig, image_size: int) -> Batch:
+    """The first images of a source that can be read.
+
+    Raises:
+        BadInput: there is none, or none has the channels that the model takes.
+    """
     batches = evaluation_batches(
-        plan.source, image_size=size, channels=channels, batch_size=_PROBES, workers=0
+        source, image_size=image_size, channels=model.channels, batch_size=_PROBES, workers=0
     )
     with closing(cast("Any", batches)):
         return next(batches)

@@ -1,6 +1,7 @@
 """One optimizer step, and everything that it changes: weights, optimizer, loss scale, moving average.
 
-Knows nothing of any method: an objective maps normalised images and seeds to a loss. Random numbers of a
+Knows nothing of any method: an objective maps normalised images and their seeds, or their labels where there
+are some, to a loss. Random numbers of a
 forward pass (drop path) are seeded from the position of its first sample in the stream, so nothing depends
 on what drew numbers before, on a restart, or on how many processes share the batch.
 """
@@ -31,6 +32,7 @@ from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.data import Batch, Slices, normalize
 from pretrain.data.order import mix
 from pretrain.objectives import Objective
+from pretrain.objectives.classification import Classification
 from pretrain.training.distributed import Processes, reducing, spread_out
 from pretrain.training.ema import MovingAverage
 from pretrain.training.optimizer import build_optimizer
@@ -66,7 +68,7 @@ class Learner:
     """An objective in training.
 
     Args:
-        objective: On its device, identical on every process.
+        objective: On its device, identical on every process; a pre-training objective, or a `Classification`.
         optimizer: Settings.
         run: How the machine is used.
         group: The processes.
@@ -78,7 +80,7 @@ class Learner:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: Objective | Classification,
         optimizer: OptimizerConfig,
         run: RunConfig,
         group: Processes,
@@ -114,7 +116,7 @@ class Learner:
 
         Args:
             number: Of the step, from 0.
-            lr: Learning rate.
+            lr: Learning rate; groups of parameters with an `lr_scale` take that share of it.
             batches: Where the micro batches come from.
             requests: What this process asks of all of them, called late in the step; see `Step.requests`.
 
@@ -122,7 +124,7 @@ class Learner:
             NotFinite: before anything was changed.
         """
         for param_group in self._optimizer.param_groups:
-            param_group["lr"] = lr
+            param_group["lr"] = lr * param_group.get("lr_scale", 1.0)
         self._optimizer.zero_grad(set_to_none=True)
         self.batches, waited = [], 0.0
         passes: list[dict[str, Tensor]] = []
@@ -154,11 +156,11 @@ class Learner:
     def _forward_backward(self, batch: Batch, position: int, *, reduce: bool) -> dict[str, Tensor]:
         device = self._group.device
         images = normalize(batch.images.to(device, non_blocking=True), self._mean, self._std)
-        seeds = batch.seeds.to(device, non_blocking=True)
+        beside = (batch.seeds if batch.labels is None else batch.labels).to(device, non_blocking=True)
         seed_generators(self._seed, position)
         with reducing(self._model, reduce):
             with autocast(self.precision, device):
-                output = self._model(images, seeds)
+                output = self._model(images, beside)
             self._scaler.scale(output.loss / self._slices.accumulation).backward()
         values = {"loss": output.loss, **output.metrics}
         return {name: value.detach().float() for name, value in values.items()}

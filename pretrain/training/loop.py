@@ -1,36 +1,49 @@
-"""The training loop, one for all objectives: learn, log, save, draw; stop when asked to.
+"""The training loop, one for all objectives: learn, log, look, save; stop when asked to.
 
-Nothing in here knows a method, a model or a file format. After every step all processes know the same:
-the loss, whether one of them was asked to stop, and whether process 0 finds it time to save.
+Nothing in the loop knows a method, a model or a file format: a `Task` does. After every step all processes
+know the same: the loss, whether one of them was asked to stop, and whether process 0 finds it time to save.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from pretrain.config import PretrainConfig
 from pretrain.data import Batch, training_batches
 from pretrain.errors import BadInput, CheckFailed, Interrupted
 from pretrain.models import build_encoder
-from pretrain.objectives import build_objective
+from pretrain.objectives import Objective, build_objective
+from pretrain.objectives.classification import Classification
 from pretrain.training.distributed import Processes, processes
-from pretrain.training.keeping import Keeper, published
+from pretrain.training.keeping import Keeper, PretrainingKeeper, published
 from pretrain.training.learner import Learner, NotFinite, Step
 from pretrain.training.metrics import Window
 from pretrain.training.nonfinite import stop_run
 from pretrain.training.optimizer import learning_rate
 from pretrain.training.precision import choose_precision
 from pretrain.training.report import Report
-from pretrain.training.setup import Plan, check_resumable, prepare
+from pretrain.training.setup import Plan, check_resumable, prepare, way_on
 from pretrain.training.signals import StopRequest
 from pretrain.training.throughput import Meter
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, and from what."""
+
+    build: Callable[[], Objective | Classification]
+    """A fresh objective on the CPU; the global generators are seeded before."""
+    batches: Callable[[int, torch.device], Iterator[Batch]]
+    """Training samples from a position in the stream on, for a device."""
+    keep: Callable[[Report], Keeper]
+    """What writes the run directory; called on process 0."""
 
 
 def pretrain(config: PretrainConfig, *, resume: bool = False) -> Path:
@@ -49,23 +62,54 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> Path:
         CheckFailed: a loss or gradient that is not finite, or results that could not be written.
         Interrupted: Ctrl-C or SIGTERM; everything is saved.
     """
-    with processes(config.run.device) as group:
-        return _run(config, group, resume)
-
-
-def _run(config: PretrainConfig, group: Processes, resume: bool) -> Path:
-    with closing(Report(quiet=not group.main)) as report:
+    with processes(config.run.device) as group, closing(Report(quiet=not group.main)) as report:
         plan = prepare(config, group, resume=resume)
-        with StopRequest(quiet=not group.main) as stop, closing(_Run(plan, group, report, stop)) as run:
-            run.begin(resume)
-            run.go()
+        train(plan, _pretraining(plan), group, report, resume=resume)
         return plan.folder
 
 
+def _pretraining(plan: Plan[PretrainConfig]) -> Task:
+    config = plan.config
+
+    def batches(start: int, device: torch.device) -> Iterator[Batch]:
+        return training_batches(
+            plan.source,
+            config.data,
+            channels=config.model.channels,
+            seed=config.run.seed,
+            batch=plan.slices,
+            start=start,
+            device=device,
+        )
+
+    return Task(
+        build=lambda: build_objective(config.objective, build_encoder(config.model)),
+        batches=batches,
+        keep=lambda report: PretrainingKeeper(plan, report),
+    )
+
+
+def train(plan: Plan, task: Task, group: Processes, report: Report, *, resume: bool) -> None:
+    """Learn `task` as `plan` says, from the beginning or from the last saved state on.
+
+    Raises:
+        BadInput: settings that the machine cannot serve, or a state that cannot be resumed.
+        CheckFailed: a loss or gradient that is not finite, or results that could not be written.
+        Interrupted: Ctrl-C or SIGTERM; everything is saved.
+    """
+    with (
+        StopRequest(quiet=not group.main) as stop,
+        closing(_Run(plan, task, group, report, stop)) as run,
+    ):
+        run.begin(resume)
+        run.go()
+
+
 class _Run:
-    def __init__(self, plan: Plan, group: Processes, report: Report, stop: StopRequest) -> None:
+    def __init__(self, plan: Plan, task: Task, group: Processes, report: Report, stop: StopRequest) -> None:
         config = plan.config
         self._plan, self._group, self._report, self._stop = plan, group, report, stop
+        self._batches = task.batches
         self._done, self._loss = 0, 0.0
         self._window = Window()
         self._skipped: dict[str, None] = {}
@@ -74,9 +118,9 @@ class _Run:
         with group.agreed():
             precision = choose_precision(config.run.precision, group.device)
             if group.main:
-                self._keeper = Keeper(plan, report)
+                self._keeper = task.keep(report)
         torch.manual_seed(config.run.seed)
-        objective = build_objective(config.objective, build_encoder(config.model)).to(group.device)
+        objective = task.build().to(group.device)
         self._learner = Learner(
             objective,
             config.optimizer,
@@ -118,16 +162,7 @@ class _Run:
 
     def go(self) -> None:
         """Train until the end, or until asked to stop."""
-        config = self._plan.config
-        batches = training_batches(
-            self._plan.source,
-            config.data,
-            channels=config.model.channels,
-            seed=config.run.seed,
-            batch=self._plan.slices,
-            start=self._done * self._plan.slices.global_batch,
-            device=self._group.device,
-        )
+        batches = self._batches(self._done * self._plan.slices.global_batch, self._group.device)
         self._report.start(self._done, self._plan.steps)
         with closing(cast("Any", batches)):
             while self._done < self._plan.steps:
@@ -157,11 +192,9 @@ class _Run:
         if last or self._done % run.log_steps == 0:
             self._log(lr)
         save = stop or time_to_save or (run.save_steps and self._done % run.save_steps == 0)
-        draw = run.sheet_steps and self._done % run.sheet_steps == 0
-        if (save or draw) and not last:
-            weights = self._save() if save else self._learner.published()
-            if draw and self._keeper:
-                self._keeper.draw(weights, self._done, self._group.device)
+        look = self._plan.look_steps and self._done % self._plan.look_steps == 0
+        if (save or look) and not last:
+            self._keep(save=bool(save), look=bool(look))
         return stop
 
     def _take_in(self, step: Step, seconds: float) -> None:
@@ -191,10 +224,13 @@ class _Run:
             self._keeper.log(row)
             self._report.row(row)
 
-    def _save(self) -> dict[str, Tensor]:
-        """Collective, though only process 0 writes; gives it the weights that were published."""
-        state = self._learner.state_dict()
-        if self._keeper:
+    def _keep(self, *, save: bool, look: bool) -> None:
+        """Look at what was learned, save it, or both; collective, though only process 0 has much to do."""
+        state = self._learner.state_dict() if save else {}
+        weights = published(state) if save else self._learner.published()
+        if self._keeper and look:
+            self._keeper.look(weights, self._done, self._group.device)
+        if self._keeper and save:
             state |= {
                 "step": self._done,
                 "loss": self._loss,
@@ -203,31 +239,29 @@ class _Run:
                 "skipped": list(self._skipped),
             }
             self._keeper.save(state)
-        self._saved_at = time.monotonic()
-        return published(state)
+        if save:
+            self._saved_at = time.monotonic()
 
     def _finish(self) -> None:
-        weights = self._save()
+        self._keep(save=True, look=True)
         with self._group.agreed():
             if self._keeper:
-                self._keeper.draw(weights, self._done, self._group.device)
                 self._keeper.conclude()
                 missing = self._keeper.missing()
                 if missing:
                     raise CheckFailed(
                         f"{self._plan.folder}: all {self._done} steps are done, but not everything could be "
-                        f"written: {missing}; make room, then run: {self._way_on()}"
+                        f"written: {missing}; make room, then run: {way_on(self._plan.config)}"
                     )
 
     def _leave_early(self) -> None:
         with self._group.agreed():
             missing = self._keeper.missing() if self._keeper else ""
             where = f"stopped at step {self._done} of {self._plan.steps}"
+            command = way_on(self._plan.config)
             if missing:
-                raise CheckFailed(
-                    f"{where}, but could not save: {missing}; make room, then run: {self._way_on()}"
-                )
-            raise Interrupted(f"{where}; everything is saved, go on with: {self._way_on()}")
+                raise CheckFailed(f"{where}, but could not save: {missing}; make room, then run: {command}")
+            raise Interrupted(f"{where}; everything is saved, go on with: {command}")
 
     def _requests(self) -> tuple[bool, bool]:
         """Whether this process was asked to stop, and whether it finds it time to save."""
@@ -235,14 +269,11 @@ class _Run:
         due = time.monotonic() - self._saved_at > run.save_minutes * 60
         return self._stop.asked, bool(self._keeper) and run.save_steps is None and due
 
-    def _way_on(self) -> str:
-        return f"coma pretrain --resume {self._plan.folder}"
-
 
 def _too_big(micro_batch: int) -> BadInput:
     smaller = max((m for m in range(1, micro_batch) if micro_batch % m == 0), default=None)
     fewer = f"--micro-batch {smaller}, " if smaller else ""
     return BadInput(
-        f"out of GPU memory with {micro_batch} images per pass; try {fewer}--checkpoint-gradients or a "
-        "smaller --model"
+        f"out of GPU memory with {micro_batch} images per pass; try {fewer}--checkpoint-gradients, a smaller "
+        "--image-size or a smaller model"
     )

@@ -1,9 +1,10 @@
 """A loss that is not a number stops the run; what is needed to see it again is written down first.
 
-    run/nonfinite/step-00001234.safetensors    images and seeds of the batch, and the weights of that moment
+    run/nonfinite/step-00001234.safetensors    images, seeds (labels, if they are learned) of the batch, and
+                                               the weights of that moment
     run/nonfinite/step-00001234.json           the run's settings, loss, gradient norm, names of the images
 
-`replay_nonfinite` computes that step again, on any device.
+`replay_nonfinite` computes that step of a pre-training run again, on any device.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from pretrain.artifact import load_strict
-from pretrain.config import PretrainConfig
+from pretrain.config import FinetuneConfig, PretrainConfig
 from pretrain.data import Batch, normalize
 from pretrain.errors import BadInput, CheckFailed
 from pretrain.models import build_encoder
@@ -47,7 +48,7 @@ def save_nonfinite(
     folder: Path,
     step: int,
     problem: NotFinite,
-    config: PretrainConfig,
+    config: PretrainConfig | FinetuneConfig,
     precision: Precision,
     batches: list[Batch],
     weights: Mapping[str, Tensor],
@@ -71,9 +72,11 @@ def save_nonfinite(
     Raises:
         OSError: the disk is full.
     """
+    labels = [batch.labels for batch in batches if batch.labels is not None]
     tensors = {
         "images": torch.cat([batch.images for batch in batches]),
         "seeds": torch.cat([batch.seeds for batch in batches]),
+        **({"labels": torch.cat(labels)} if labels else {}),
         **{_WEIGHTS + name: weight.contiguous() for name, weight in weights.items()},
     }
     facts = {

@@ -10,9 +10,9 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from pretrain.config import OptimizerConfig, PretrainConfig
+from pretrain.config import FinetuneConfig, OptimizerConfig, PretrainConfig, RunConfig
 from pretrain.data import Slices, Source, check_loader, measure, open_source
 from pretrain.errors import BadInput
 from pretrain.plain import read_config, to_plain
@@ -20,7 +20,7 @@ from pretrain.training.distributed import Processes
 from pretrain.training.files import write_whole
 
 _MAY_CHANGE = {
-    *("data.images", "data.workers", "data.loader", "data.on_bad_image"),
+    *("data.images", "data.workers", "data.loader", "data.on_bad_image", "test"),
     *("optimizer.epochs", "optimizer.steps", "optimizer.micro_batch"),
     *("run.out", "run.device", "run.precision", "run.compile", "run.checkpoint_gradients", "run.parallel"),
     *("run.save_minutes", "run.save_steps", "run.log_steps", "run.sheet_steps"),
@@ -28,11 +28,14 @@ _MAY_CHANGE = {
 """What a resumed run may set anew: where things are, how the machine is used, how long to go on."""
 
 
+Settings = TypeVar("Settings", bound=PretrainConfig | FinetuneConfig)
+
+
 @dataclass(frozen=True)
-class Plan:
+class Plan(Generic[Settings]):
     """A run, ready to start."""
 
-    config: PretrainConfig
+    config: Settings
     """With mean and deviation filled in."""
     source: Source
     slices: Slices
@@ -49,12 +52,17 @@ class Plan:
         """Mean and standard deviation per channel, of pixels scaled to 0..1."""
         return self.config.data.mean or (), self.config.data.std or ()
 
+    @property
+    def look_steps(self) -> int:
+        """Steps between looks at what was learned (a picture of reconstructions, a validation); 0: none."""
+        return self.config.run.sheet_steps
+
     def epochs(self, steps: int) -> float:
         """Passes over the data after `steps` steps."""
         return steps * self.slices.global_batch / len(self.source)
 
 
-def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Plan:
+def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Plan[PretrainConfig]:
     """Check the settings against the data, the machine and the run directory.
 
     Raises:
@@ -62,7 +70,7 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Plan:
     """
     with group.agreed():
         if group.main:
-            config = _resumed(config) if resume else _fresh(config)
+            config = check_folder(config, resume)
     config = group.share(config)
     with group.agreed():
         if config.data.images is None:
@@ -71,9 +79,7 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Plan:
         check_loader(config.data, config.model.channels)
         slices = share_out(config.optimizer, group.rank, group.world)
         source = open_source(config.data.images)
-        for name, value in (("log_steps", config.run.log_steps), ("save_steps", config.run.save_steps)):
-            if value is not None and value < 1:
-                raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        check_intervals(config.run)
         steps = count_steps(config.optimizer, len(source))
     sizes = group.gather(len(source))
     with group.agreed():
@@ -86,7 +92,18 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Plan:
     return Plan(group.share(config), source, slices, steps)
 
 
-def check_shapes(config: PretrainConfig) -> None:
+def check_intervals(run: RunConfig) -> None:
+    """Refuse to log or save every 0 steps.
+
+    Raises:
+        BadInput: naming the flag.
+    """
+    for name, value in (("log_steps", run.log_steps), ("save_steps", run.save_steps)):
+        if value is not None and value < 1:
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+
+def check_shapes(config: PretrainConfig | FinetuneConfig) -> None:
     """Refuse an image size that is not whole mask units, and statistics of another number of channels.
 
     Raises:
@@ -162,7 +179,7 @@ def check_resumable(plan: Plan, state: dict[str, Any] | None) -> None:
         raise BadInput(f"{plan.folder}: has done {state['step']} steps, more than the {plan.steps} asked for")
 
 
-def write_config(config: PretrainConfig) -> None:
+def write_config(config: PretrainConfig | FinetuneConfig) -> None:
     """Put the settings into the run directory.
 
     Raises:
@@ -172,22 +189,39 @@ def write_config(config: PretrainConfig) -> None:
     write_whole(config.run.out / "config.json", lambda file: file.write(text.encode()))
 
 
-def _fresh(config: PretrainConfig) -> PretrainConfig:
+def way_on(config: PretrainConfig | FinetuneConfig) -> str:
+    """The command that goes on with a run."""
+    command = "pretrain" if isinstance(config, PretrainConfig) else "evaluate"
+    return f"coma {command} --resume {config.run.out}"
+
+
+def check_folder(config: Settings, resume: bool) -> Settings:
+    """The settings to begin or to go on with, the directory being fit for that.
+
+    Raises:
+        BadInput: the directory of a new run is not empty; that of an old one holds no run, or one with other
+            settings.
+    """
+    return _resumed(config) if resume else _fresh(config)
+
+
+def _fresh(config: Settings) -> Settings:
     out = config.run.out
+    flag = "--out" if isinstance(config, PretrainConfig) else "--run"
     if out.exists() and not out.is_dir():
-        raise BadInput(f"--out {out}: is a file; give a directory")
+        raise BadInput(f"{flag} {out}: is a file; give a directory")
     if out.is_dir() and any(out.iterdir()):
         if (out / "config.json").is_file():
-            way_out = f"continue its run with `coma pretrain --resume {out}`, or choose another --out"
+            way_out = f"continue its run with `{way_on(config)}`, or choose another {flag}"
         else:
-            way_out = "choose another --out, or remove what is in it (it holds no run)"
-        raise BadInput(f"--out {out}: is not empty; {way_out}")
+            way_out = f"choose another {flag}, or remove what is in it (it holds no run)"
+        raise BadInput(f"{flag} {out}: is not empty; {way_out}")
     return config
 
 
-def _resumed(config: PretrainConfig) -> PretrainConfig:
+def _resumed(config: Settings) -> Settings:
     """The settings to go on with: the new ones where that changes nothing about what is learned."""
-    saved = read_config(config.run.out)
+    saved = read_config(config.run.out, type(config))
     if config.data.mean is None:
         config = replace(config, data=replace(config.data, mean=saved.data.mean, std=saved.data.std))
     old, new = _flat(to_plain(saved)), _flat(to_plain(config))
@@ -196,7 +230,7 @@ def _resumed(config: PretrainConfig) -> PretrainConfig:
         listing = ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)
         raise BadInput(
             f"{config.run.out}: cannot be resumed with other settings than it was started with: {listing}; "
-            "leave them as they were, or start a new run in another --out"
+            "leave them as they were, or start a new run in another directory"
         )
     return config
 

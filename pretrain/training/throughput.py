@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.config import EncoderConfig, ObjectiveConfig, PretrainConfig
+from pretrain.config import EncoderConfig, FinetuneConfig, ObjectiveConfig, PretrainConfig
 from pretrain.models import build_encoder
+from pretrain.models.classifier import build_classifier
 from pretrain.objectives import build_objective
 from pretrain.training.distributed import Processes
 
@@ -66,17 +69,41 @@ def device_peak(device: torch.device, precision: str) -> float | None:
 
 
 def training_flops(model: EncoderConfig, objective: ObjectiveConfig, image_size: int) -> float:
-    """FLOPs of one training step per image; a multiplication and an addition count as two.
+    """FLOPs of one pre-training step per image; a multiplication and an addition count as two.
 
     Counted on tensors that have shapes only: nothing is computed, no memory taken, no random number drawn.
     """
+    shape = model.channels, image_size, image_size
+    return _count_flops(
+        lambda: build_objective(objective, build_encoder(model)), lambda o, x, y: o(x, y).loss, shape
+    )
+
+
+def finetuning_flops(model: EncoderConfig, classes: int, image_size: int) -> float:
+    """The same for a classifier."""
+    shape = model.channels, image_size, image_size
+    return _count_flops(
+        lambda: build_classifier(model, classes), lambda c, x, y: F.cross_entropy(c(x), y), shape
+    )
+
+
+def _count_flops(
+    build: Callable[[], nn.Module],
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    shape: tuple[int, ...],
+) -> float:
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):  # fused kernels of a CPU are not counted
-        learner = build_objective(objective, build_encoder(model))
-        images = torch.empty(2, model.channels, image_size, image_size)
-        seeds = torch.empty(2, dtype=torch.int64)
+        model, images, beside = build(), torch.empty(2, *shape), torch.empty(2, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
-            learner(images, seeds).loss.backward()
+            loss(model, images, beside).backward()
     return counter.get_total_flops() / len(images)
+
+
+def _run_flops(config: PretrainConfig | FinetuneConfig) -> float:
+    model, size = config.model, config.data.image_size
+    if isinstance(config, PretrainConfig):
+        return training_flops(model, config.objective, size)
+    return finetuning_flops(model, len(config.class_names or ()), size)
 
 
 def peak_memory(device: torch.device) -> float | None:
@@ -102,7 +129,7 @@ class Meter:
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: PretrainConfig | FinetuneConfig,
         group: Processes,
         precision: str,
         warn: Callable[[str], object],
@@ -114,8 +141,7 @@ class Meter:
         peak = device_peak(group.device, precision) if group.main else None
         if peak:
             try:
-                flops = training_flops(config.model, config.objective, config.data.image_size)
-                self._full_use = peak * group.world / flops
+                self._full_use = peak * group.world / _run_flops(config)
             except RuntimeError as error:
                 warn("MFU will not be shown: " + str(error).partition("\n")[0])
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.data import Source
+from pretrain.data.source import Source
 from pretrain.errors import BadInput
 
 
@@ -32,6 +32,11 @@ def shared_labels(train: Source, test: Source) -> tuple[Tensor, Tensor, int]:
     if len(np.unique(known)) < 2:
         raise BadInput(f"{train.location}: its images are all of one class; a classifier needs two")
     return torch.from_numpy(known), torch.from_numpy(asked), int(known.max()) + 1
+
+
+def top_share(guess: Tensor, labels: Tensor, most: int) -> float:
+    """Share of rows of `guess [n, classes]` with the right label among the `most` largest, 0..1."""
+    return (guess.topk(most, dim=1).indices == labels[:, None]).any(dim=1).double().mean().item()
 
 
 def _labels(source: Source) -> np.ndarray:

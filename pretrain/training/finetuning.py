@@ -1,0 +1,102 @@
+"""Fine-tuning: the whole encoder and a linear head learn the classes of labelled images.
+
+The same loop as in pre-training (`loop`), so that stopping, resuming and everything else about a run is the
+same; its own are the recipe (`objectives.classification`, `optimizer.layer_groups`), the labels
+(`finetune_plan`), and what is kept: the classifier that did best on the test images (`validation`).
+
+The best step is chosen on the very images that its score is counted on, as MAE and most others report it. The
+score of the last step, which nothing was chosen by, is given beside it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pretrain.artifact import load_strict
+from pretrain.config import FinetuneConfig
+from pretrain.data import Batch, labelled_batches
+from pretrain.errors import BadInput
+from pretrain.models.classifier import build_classifier
+from pretrain.objectives.classification import Classification
+from pretrain.training.distributed import processes
+from pretrain.training.finetune_plan import FinetunePlan, prepare_finetuning
+from pretrain.training.loop import Task, train
+from pretrain.training.report import Report
+from pretrain.training.validation import ClassifierKeeper, Validation
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What came out of a run."""
+
+    config: FinetuneConfig
+    """As its directory has it."""
+    best: Validation
+    last: Validation
+    train_images: int
+    seconds: float
+    """That this call took."""
+
+    @property
+    def artifact(self) -> Path:
+        """The best classifier."""
+        return self.config.run.out / "artifact"
+
+
+def finetune(config: FinetuneConfig, *, resume: bool = False) -> Finetuned:
+    """Fine-tune an artifact's encoder, from beginning to end or from the last saved state on.
+
+    Args:
+        config: The run. `model`, `class_names`, mean, deviation and layer decay are filled in from the
+            artifact and the images. Resuming takes the directory `config.run.out`, and refuses settings that
+            would change what is learned.
+        resume: Go on with a run that was interrupted.
+
+    Raises:
+        BadInput: settings, artifact, data or directory that cannot be used, or several processes.
+        CheckFailed: a loss or gradient that is not finite, or results that could not be written.
+        Interrupted: Ctrl-C or SIGTERM; everything is saved.
+    """
+    began = time.monotonic()
+    with processes(config.run.device) as group, closing(Report()) as report:
+        if group.world > 1:
+            raise BadInput("fine-tuning runs in one process, on one GPU or a CPU; start it without torchrun")
+        plan = prepare_finetuning(config, resume=resume)
+        keeper = ClassifierKeeper(plan, report)
+        train(plan, _finetuning(plan, keeper), group, report, resume=resume)
+    if keeper.best is None or keeper.last is None:
+        raise AssertionError("every run ends with a validation")
+    seconds = time.monotonic() - began
+    return Finetuned(plan.config, keeper.best, keeper.last, len(plan.source), seconds)
+
+
+def _finetuning(plan: FinetunePlan, keeper: ClassifierKeeper) -> Task:
+    config = plan.config
+
+    def build() -> Classification:
+        classifier = build_classifier(config.model, len(plan.class_names))
+        if not config.from_scratch:
+            tensors = classifier.state_dict() | plan.encoder  # the head stays as it was drawn
+            load_strict(classifier, tensors, source=str(config.artifact))
+        return Classification(config.optimizer, classifier, len(plan.class_names))
+
+    def batches(start: int, device: torch.device) -> Iterator[Batch]:
+        return labelled_batches(
+            plan.source,
+            config.data,
+            plan.labels,
+            channels=config.model.channels,
+            seed=config.run.seed,
+            batch=plan.slices,
+            rand_augment=config.optimizer.rand_augment,
+            start=start,
+            device=device,
+        )
+
+    return Task(build, batches, lambda _: keeper)
