@@ -166,7 +166,7 @@ FAULTS = [
     (lambda c: c["images"][1].update(width=41), "2.jpg (image 2): 40 x 30, json 41 x 30"),
     (lambda c: c["images"][1].update(file_name="3.jpg"), "train (1): 3.jpg (image 2)"),
     (lambda c: c["images"][1].update(file_name="../train/2.jpg"), "leads out of"),
-    (lambda c: c["images"][1].update(file_name="/2.jpg"), "train (1): /2.jpg (image 2)"),
+    (lambda c: c["images"][1].update(file_name="/2.jpg"), "leads out of"),
     (lambda c: c["annotations"][1].update(id=11), "annotation id used more than once (1): id 11 2 times"),
     (lambda c: c["annotations"][1].pop("area"), "annotation without area (1): annotation 12"),
     (lambda c: c["annotations"][1].pop("iscrowd"), "annotation without iscrowd (1): annotation 12"),
@@ -254,7 +254,7 @@ def test_run_lengths_are_read_as_pycocotools_writes_them():
     rng = np.random.default_rng(0)
     for density in (0, 0.01, 0.5, 1):
         drawn = np.asfortranarray(rng.random((37, 53)) < density, dtype=np.uint8)
-        drawn[:20, :30] |= np.uint8(density > 0)
+        drawn[5:20, 3:30] |= np.uint8(density > 0)
         column = drawn.ravel(order="F")
         edges = np.concatenate([[0], np.flatnonzero(np.diff(column)) + 1, [column.size]])
         runs = ([0] if column[0] else []) + np.diff(edges).tolist()

@@ -130,10 +130,7 @@ def _most_common(images: Sequence[str]) -> str:
 def _guess(stems: Sequence[str], labels: Sequence[str]) -> str | None:
     """What most often follows an image's stem in the labels' names."""
     sample = stems[:: max(1, len(stems) // 20)]
-    known = set(labels)
     follows: Counter[str] = Counter()
-    for suffix in {os.path.splitext(name)[1] for name in labels}:
-        follows[suffix] += sum(stem + suffix in known for stem in sample) * 2  # the plain rule comes first
     for stem in sample:
         follows.update(
             {name[len(stem) :] for name in labels if name.startswith(stem) and "." in name[len(stem) :]}

@@ -66,7 +66,6 @@ class Problems:
 
 def printable(text: str) -> str:
     """One line of text for messages: whatever is no text or breaks lines is written as an escape."""
-    text = text.encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
