@@ -569,12 +569,13 @@ def test_suffixes_are_guessed_or_given(street):
     assert "no image ends in _y.jpg; there is a_x.jpg" in refusal(lambda: open_labels(street, "train"))
 
 
-def test_numbers_that_begin_alike_are_not_confused(tmp_path):
+def test_names_that_begin_alike_are_not_confused(tmp_path):
     classes(tmp_path)
-    for n in range(1, 13):
-        save(tmp_path / "images" / "train" / f"{n}.jpg")
-        save_label(tmp_path / "labels" / "train" / f"{n}.png", [0, 1, 2])
-    assert open_labels(tmp_path, "train").pairs == 12
+    for stem in ("1", "1-2", "1-3", "10", "2"):
+        save(tmp_path / "images" / "train" / f"{stem}.jpg")
+        save_label(tmp_path / "labels" / "train" / f"{stem}.png", [0, 1, 2])
+    split = open_labels(tmp_path, "train")
+    assert (split.pairs, split.label_suffix) == (5, ".png")
 
 
 def test_folders_without_files(street):
