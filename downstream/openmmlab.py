@@ -3,13 +3,16 @@
     custom_imports = dict(imports=['downstream.openmmlab'], allow_failed_imports=False)
 
 This is mmengine's way of plugging in, and the one module here whose import has effects: backbones and neck,
-reading, layer-wise learning rates, and, where mmcv came without its compiled operators, those of torchvision.
-It must come before the first import of `mmcv.ops`, which mmdet and mmseg do as they are imported.
+reading, layer-wise learning rates, checkpoints that load safely, and, where mmcv came without its compiled
+operators, those of torchvision. It must come before the first import of `mmcv.ops`, which mmdet and mmseg do
+as they are imported.
 """
 
+from downstream.checkpoints import allow_checkpoints
 from downstream.ops import provide_ops
 
 provide_ops()
+allow_checkpoints()
 
 from downstream.backbone import DyViT, PlainViT  # noqa: E402
 from downstream.layer_decay import LayerDecayConstructor  # noqa: E402

@@ -52,8 +52,6 @@ def provide_ops() -> None:
     Raises:
         BadInput: there is no mmcv, or its compiled operators cannot be loaded.
     """
-    if _EXTENSION in sys.modules:
-        return
     import torch  # noqa: F401 - a compiled mmcv needs torch's libraries to be loaded
 
     try:
@@ -65,7 +63,7 @@ def provide_ops() -> None:
             f"mmcv is missing: `pip install mmcv-lite==2.1.0`, or compile it: {_COMPILE}"
         ) from error
     try:
-        importlib.import_module(_EXTENSION)
+        importlib.import_module(_EXTENSION)  # compiled, or ours from a call before
     except ModuleNotFoundError as error:
         if error.name != _EXTENSION:
             raise

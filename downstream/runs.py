@@ -7,6 +7,7 @@ and TensorBoard files) and, at the end, `artifact/`.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import uuid
 import warnings
@@ -17,10 +18,11 @@ from typing import Any
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.logging import HistoryBuffer, MMLogger
+from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint, find_latest_checkpoint
 
+from downstream.checkpoints import allow_checkpoints
 from downstream.progress import Bar
 from pretrain.errors import BadInput, CheckFailed, Interrupted
 from pretrain.training.signals import StopRequest
@@ -131,27 +133,8 @@ def latest_scores(runner: Runner) -> dict[str, float]:
     return {
         name.removeprefix(prefix): float(buffer.current())
         for name, buffer in scalars.items()
-        if name.startswith(prefix) and not name.endswith("time")
+        if name.startswith(prefix) and not name.endswith("time") and math.isfinite(buffer.current())
     }
-
-
-def allow_checkpoints() -> None:
-    """Let torch's safe loader read mmengine's checkpoints, which hold histories in numpy arrays.
-
-    Only these names are allowed; nothing else is unpickled (torch.serialization, "weights_only").
-    """
-    import numpy as np
-
-    dtypes = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
-    allowed: list[Any] = [
-        HistoryBuffer,
-        np.ndarray,
-        np.dtype,
-        np._core.multiarray._reconstruct,
-        np._core.multiarray.scalar,
-        *dtypes,
-    ]
-    torch.serialization.add_safe_globals(allowed)
 
 
 def is_main() -> bool:

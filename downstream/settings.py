@@ -44,6 +44,9 @@ class TrainingOptions:
     segmentation)."""
     drop_path: float | None = None
     """Largest stochastic-depth rate of the encoder (default: 0.1)."""
+    head_channels: int | None = None
+    """Width of neck and head (default: 256 for detection, 512 for segmentation); 128 suits
+    the tiny encoder, and CPUs."""
     frozen_stages: int = -1
     """Keep the weights of the stem and so many stages (0: the stem alone); -1 trains all."""
     global_blocks: int | None = None
@@ -194,6 +197,8 @@ def fit_encoder(config: Any, encoder: Described, options: TrainingOptions) -> No
         raise BadInput("--global-blocks: a plain ViT attends to the whole map in every block")
     model.backbone = backbone
     _fit_statistics(model, encoder)
+    if options.head_channels is not None:
+        _fit_width(model, options.head_channels)
     _fit_pyramid(model, encoder)
     imports = config.setdefault("custom_imports", {"imports": []})
     imports["imports"] = list(dict.fromkeys([IMPORTS, *imports["imports"]]))
@@ -236,6 +241,30 @@ def _fit_pyramid(model: Any, encoder: Described) -> None:
         decode_head.in_channels = channels
     for head in _each(model.get("auxiliary_head")):
         head.in_channels = channels[head.get("in_index", 2)]
+
+
+def _fit_width(model: Any, width: int) -> None:
+    """Neck and heads of this width, with the proportions that mm's configurations have."""
+    if width < 32 or width % 32:
+        raise BadInput(f"--head-channels {width}: must be a multiple of 32")
+    if model.get("decode_head"):
+        model.decode_head.channels = width
+        for head in _each(model.get("auxiliary_head")):
+            head.channels = width // 2
+        return
+    if model.get("neck"):
+        model.neck.out_channels = width
+    for name in ("rpn_head", "bbox_head"):
+        if model.get(name):
+            model[name].in_channels = model[name].feat_channels = width
+    roi_head = model.get("roi_head", {})
+    for name in ("bbox_roi_extractor", "mask_roi_extractor"):
+        for extractor in _each(roi_head.get(name)):
+            extractor.out_channels = width
+    for head in _each(roi_head.get("bbox_head")):
+        head.in_channels, head.fc_out_channels = width, 4 * width
+    for head in _each(roi_head.get("mask_head")):
+        head.in_channels = head.conv_out_channels = width
 
 
 def _each(value: Any) -> list[Any]:

@@ -54,7 +54,6 @@ def finetune(kind: Kind, config: Any, out: Path, *, resume: bool = False) -> Pat
         "steps": runner.max_iters,
         "checkpoint": best.name,
         "scores": {name: round(value, 5) for name, value in runs.latest_scores(runner).items()},
-        "best": runner.message_hub.runtime_info.get("best_score"),
         "pretrained": config.model.backbone.get("artifact", "none: random weights"),
     }
     save_finetuned(

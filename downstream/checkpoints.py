@@ -1,0 +1,46 @@
+"""mmengine's checkpoints through torch's safe loader, which unpickles nothing but what it was told of.
+
+They hold, beside tensors and numbers, mmengine's `HistoryBuffer`: numpy arrays, and its own four methods,
+pickled as calls of `getattr`. That is allowed for these methods, and for nothing else.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+METHODS = ("min", "max", "current", "mean")
+
+
+def allow_checkpoints() -> None:
+    """Let `torch.load(..., weights_only=True)`, the default, read mmengine's checkpoints."""
+    import numpy as np
+    import torch
+    from mmengine.logging import HistoryBuffer
+
+    dtypes = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
+    multiarray = np._core.multiarray
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            np.ndarray,
+            np.dtype,
+            multiarray._reconstruct,
+            multiarray.scalar,
+            (_method, "builtins.getattr"),
+            *dtypes,
+        ]
+    )
+
+
+def _method(owner: Any, name: str) -> Any:
+    """What `getattr` means in a checkpoint.
+
+    Raises:
+        pickle.UnpicklingError: anything but a `HistoryBuffer`'s own methods.
+    """
+    from mmengine.logging import HistoryBuffer
+
+    if owner is not HistoryBuffer or name not in METHODS:
+        raise pickle.UnpicklingError(f"getattr of {owner!r} and {name!r} in a checkpoint")
+    return getattr(owner, name)
