@@ -260,8 +260,8 @@ class PretrainConfig:
 class FinetuneRecipe(OptimizerConfig):
     """Fine-tuning of the whole encoder under a linear head (MAE, He et al. 2021, app. A.2, table 9).
 
-    The values are those of that table, but for the moving average, which MAE does not use, and for gradient
-    clipping, which is on as in pre-training.
+    The values are those of that table, but for the batch (there 1024; the rate scales with it), the moving
+    average, which MAE does not use, and gradient clipping, which is on as in pre-training.
     """
 
     base_lr: float = 1e-3

@@ -38,8 +38,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finetuning(FinetuneRecipe):
-    """Of --protocol finetune alone, as --batch-size is per optimizer step there. Every image is cropped,
-    flipped, augmented and mixed anew in every epoch; each validation shows the test images' centre crops."""  # noqa: D205, D209
+    """Of --protocol finetune alone (--batch-size is per optimizer step there).
+
+    Every image is cropped, flipped, augmented and mixed anew in every epoch; each validation shows the test
+    images' centre crops.
+    """
 
     batch_size: Annotated[int, tyro.conf.Fixed, tyro.conf.Suppress] = 256
     from_scratch: bool = False

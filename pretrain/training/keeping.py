@@ -84,7 +84,7 @@ class Keeper(ABC, Generic[Settings]):
 
     @abstractmethod
     def look(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
-        """Look at what these weights have learned, before they are saved."""
+        """Look at what these weights have learned, before they are saved; perhaps again in a resumed run."""
 
     @abstractmethod
     def handed_over(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], ArtifactConfig] | None:

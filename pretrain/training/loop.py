@@ -164,6 +164,8 @@ class _Run:
         """Train until the end, or until asked to stop."""
         batches = self._batches(self._done * self._plan.slices.global_batch, self._group.device)
         self._report.start(self._done, self._plan.steps)
+        if self._time_to_look() and self._done < self._plan.steps:
+            self._keep(save=False, look=True)
         with closing(cast("Any", batches)):
             while self._done < self._plan.steps:
                 asked_to_stop = self._one_step(batches)
@@ -192,10 +194,14 @@ class _Run:
         if last or self._done % run.log_steps == 0:
             self._log(lr)
         save = stop or time_to_save or (run.save_steps and self._done % run.save_steps == 0)
-        look = self._plan.look_steps and self._done % self._plan.look_steps == 0
+        look = self._time_to_look() and not stop  # who asks to stop may not wait: `go` makes up for it
         if (save or look) and not last:
-            self._keep(save=bool(save), look=bool(look))
+            self._keep(save=bool(save), look=look)
         return stop
+
+    def _time_to_look(self) -> bool:
+        every = self._plan.look_steps
+        return bool(every and self._done and self._done % every == 0)
 
     def _take_in(self, step: Step, seconds: float) -> None:
         self._loss = step.values["loss"]

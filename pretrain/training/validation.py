@@ -148,7 +148,7 @@ class ClassifierKeeper(Keeper[FinetuneConfig]):
         super().save(state | {"validation": kept})
 
     def look(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
-        """Validate these weights, unless that was the last thing done before the run was resumed."""
+        """Validate these weights, unless that was done before the run was resumed."""
         if self.last and self.last.step == step:
             return
         plan, config = self._finetuning, self._finetuning.config
