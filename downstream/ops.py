@@ -401,7 +401,7 @@ def _array(x: Tensor) -> np.ndarray:
 
 
 def _overlap(box: np.ndarray, boxes: np.ndarray, offset: int) -> np.ndarray:
-    """Intersection over union of a box `[4]` with boxes `[n, 4]`: `[n]`; 0 where both are empty."""
+    """Intersection over union of a box `[4]` with boxes `[n, 4]`: `[n]`; 0 where both are empty (mmcv: NaN)."""
     import numpy as np
 
     def area(corners: np.ndarray) -> np.ndarray:

@@ -223,12 +223,15 @@ def test_gradient_of_roi_align_equals_finite_differences(ops, aligned, sampling_
     )
 
 
+@pytest.mark.parametrize("of_boxes", ["float32", "the same"])  # mmdet gives boxes the type of the features
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_roi_align_in_half_precision_rounds_once(ops, dtype):
+def test_roi_align_in_half_precision_rounds_once(ops, dtype, autocast, of_boxes):
     x = torch.randn(1, 3, 9, 9).to(dtype).requires_grad_()
-    rois = torch.tensor([[0.0, 1, 1, 7, 6]])  # float32, as boxes are under autocast
-    with torch.autocast("cpu", dtype):
-        bins = ops.roi_align(x, rois, (2, 2), 1.0, 0, "avg", True)
+    rois = torch.tensor([[0.0, 1, 1, 7, 6]])
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        given = rois if of_boxes == "float32" else rois.to(dtype)
+        bins = ops.roi_align(x, given, (2, 2), 1.0, 0, "avg", True)
     bins.sum().backward()
     wide = x.detach().float().requires_grad_()
     expected = ops.roi_align(wide, rois, (2, 2), 1.0, 0, "avg", True)
@@ -294,10 +297,10 @@ def test_sigmoid_focal_loss_of_one_logit_by_hand(ops):
 
 
 def test_sigmoid_focal_loss_of_large_logits_is_linear(ops):
-    """-log(sigmoid(-50)) is 50, which float32 cannot tell from infinity by way of p."""
-    x = torch.tensor([[-50.0, 50.0]], requires_grad=True)
+    """-log(sigmoid(-200)) is 200; in float32, sigmoid(-200) is 0 and its logarithm infinite."""
+    x = torch.tensor([[-200.0, 200.0]], requires_grad=True)
     loss = ops.sigmoid_focal_loss(x, torch.tensor([0]), 2.0, 0.25, None, "none")
-    torch.testing.assert_close(loss, torch.tensor([[0.25 * 50, 0.75 * 50]]))
+    torch.testing.assert_close(loss, torch.tensor([[0.25 * 200, 0.75 * 200]]))
     loss.sum().backward()
     torch.testing.assert_close(x.grad, torch.tensor([[-0.25, 0.75]]))
 
