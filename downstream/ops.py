@@ -60,7 +60,7 @@ def provide_ops() -> None:
         if error.name != "mmcv":
             raise
         raise BadInput(
-            f"mmcv is missing: `pip install mmcv-lite==2.1.0`, or compile it: {_COMPILE}"
+            "mmcv is missing: `pip install mmcv-lite==2.1.0`, or a compiled mmcv==2.1.0"
         ) from error
     try:
         importlib.import_module(_EXTENSION)  # compiled, or ours from a call before
@@ -117,7 +117,8 @@ def softnms(
 
     The best box is taken; every other score is multiplied by a weight of its overlap o with that box; scores
     below `min_score` go; and again. The very first box is taken whatever its score, as mmcv does. Of equal
-    scores the first counts; mmcv's order of equal scores depends on what was dropped before.
+    scores the first counts; mmcv's order of equal scores depends on what was dropped before. Two boxes
+    without area do not overlap; mmcv's gaussian weight of them is NaN.
 
     Args:
         boxes: Corners `[n, 4]`, on the CPU.
@@ -401,7 +402,7 @@ def _array(x: Tensor) -> np.ndarray:
 
 
 def _overlap(box: np.ndarray, boxes: np.ndarray, offset: int) -> np.ndarray:
-    """Intersection over union of a box `[4]` with boxes `[n, 4]`: `[n]`; 0 where both are empty (mmcv: NaN)."""
+    """Intersection over union of a box `[4]` with boxes `[n, 4]`: `[n]`; 0 where both are empty."""
     import numpy as np
 
     def area(corners: np.ndarray) -> np.ndarray:
