@@ -1,10 +1,10 @@
 """Does pre-training help downstream? CoMA, MAE and random weights under a detector and a segmentor, on a CPU.
 
-    python benchmarks/downstream.py --data DATA --pretrain-minutes 12 --jobs 2
+    python benchmarks/transfer.py --data DATA --pretrain-minutes 12 --jobs 2
 
 DATA holds natural1k, det-bccd and camvid-mini. One DyViT-tiny each is pre-trained by CoMA and by MAE on all
 their training images together (packed once; no labels), both for as many minutes of CPU time: steps follow
-from a short trial of each. Then every encoder, and random weights, is fine-tuned by `coma detect train` and
+from short trials of each. Then every encoder, and random weights, is fine-tuned by `coma detect train` and
 `coma segment train`, with the same settings and steps, once for every seed, and measured once, at the end, on
 validation images. Every run is one single-threaded process, `--jobs` of them side by side; finished ones stay
 in --work, and a run that was interrupted starts again.
@@ -27,8 +27,8 @@ from machine import describe, table
 
 METHODS = ("coma", "mae")
 INITS = (*METHODS, "random")
-TRIAL = 6
-"""Steps of the trial that says how long a step takes; the first is not counted."""
+TRIALS = (2, 12)
+"""Steps of two short runs; what the longer one takes longer says how long a step takes."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,11 @@ def pretraining(method: str, steps: int, shards: Path, out: Path) -> Task:
 
 def pretrain(args: argparse.Namespace, shards: Path) -> dict[str, dict[str, float]]:
     """Both methods for the same CPU time; steps, images and CPU minutes of each."""
-    short = [pretraining(m, TRIAL, shards, args.work / f"trial-{m}") for m in METHODS]
-    run_all(short, 1)
-    steps = {m: round(args.pretrain_minutes * 60 / _step_seconds(args.work / f"trial-{m}")) for m in METHODS}
+    steps = {}
+    for method in METHODS:
+        trials = [pretraining(method, n, shards, args.work / f"trial-{method}-{n}") for n in TRIALS]
+        short, long = run_all(trials, 1).values()
+        steps[method] = round(args.pretrain_minutes * 60 * (TRIALS[1] - TRIALS[0]) / (long - short))
     seconds = run_all(
         [pretraining(m, steps[m], shards, args.work / f"pretrain-{m}") for m in METHODS], args.jobs
     )
@@ -104,11 +106,6 @@ def pretrain(args: argparse.Namespace, shards: Path) -> dict[str, dict[str, floa
         m: {"steps": steps[m], "images": 16 * steps[m], "minutes": seconds[f"pretrain-{m}"] / 60}
         for m in METHODS
     }
-
-
-def _step_seconds(run: Path) -> float:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return 16 / rows[-1]["images_per_s"]
 
 
 def finetuning(args: argparse.Namespace, task: str, init: str, seed: int) -> Task:
@@ -158,7 +155,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, required=True, help="natural1k, det-bccd and camvid-mini lie here"
     )
-    parser.add_argument("--work", type=Path, default=Path("benchmarks/runs/downstream"))
+    parser.add_argument("--work", type=Path, default=Path("benchmarks/runs/transfer"))
     parser.add_argument("--pretrain-minutes", type=float, default=12.0, help="CPU time of each pre-training")
     parser.add_argument("--detect-steps", type=int, default=400)
     parser.add_argument("--segment-steps", type=int, default=300)
