@@ -289,6 +289,15 @@ def test_arrays_are_a_source():
         source.read(2)
 
 
+def test_labels_at_hand_do_not_change_when_the_source_goes_to_workers():
+    """Sending it moves its tensors to shared memory: what looked into the old one would look at anything."""
+    source = ArraySource([np.zeros((4, 4), np.uint8)] * 3, labels=np.array([2, 0, 1]))
+    assert source.labels is not None and source._labels is not None
+    assert not np.shares_memory(source.labels, source._labels.numpy())
+    assert source.labels.tolist() == [source.label(i) for i in range(3)] == [2, 0, 1]
+    assert ArraySource([np.zeros((4, 4), np.uint8)]).label(0) is None
+
+
 def test_names_keep_any_string():
     strings = ["", "a", "ü/☃.png", "\udce9", "a" * 1000]
     kept = Names(strings)

@@ -253,6 +253,12 @@ def test_the_comparison_notices_another_seed(short, whole, tmp_path):
         assert_same(tmp_path / "run", whole)
 
 
+def test_worker_processes_change_nothing(short, whole, tmp_path):
+    config = to(short, tmp_path / "run")
+    finetune(replace(config, data=replace(config.data, workers=1)))
+    assert_same(config.run.out, whole)
+
+
 class Dead(BaseException):
     """Stands for kill -9: from here on the process writes nothing."""
 

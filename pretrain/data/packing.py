@@ -163,7 +163,7 @@ class _PackFetch:
             suffix, content = ".jpg", original
         else:
             suffix, content = encode(shrink(picture, self.settings.size), self.settings.quality)
-        label = None if self.source.labels is None else int(self.source.labels[i])
+        label = self.source.label(i)
         before = picture.pixels.nbytes if original is None else len(original)
         return _Packed(_key(i, self.source.describe(i)), suffix, content, label, before)
 

@@ -38,8 +38,16 @@ class Source(ABC):
 
     @property
     def labels(self) -> np.ndarray | None:
-        """Class of every image, int64 `[n]`; None for unlabelled data."""
-        return None if self._labels is None else self._labels.numpy()
+        """Class of every image, int64 `[n]`; None for unlabelled data.
+
+        A copy: a source that goes to worker processes moves its tensors to shared memory, and an array that
+        looked into them would be left with what comes after.
+        """
+        return None if self._labels is None else self._labels.numpy().copy()
+
+    def label(self, i: int) -> int | None:
+        """Class of one image; None for unlabelled data."""
+        return None if self._labels is None else int(self._labels[i])
 
     @abstractmethod
     def __len__(self) -> int:
