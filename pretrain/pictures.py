@@ -105,7 +105,7 @@ def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
 
     rows, validated = _read_metrics(metrics)
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(9, 8 if validated else 6), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     heights = [5, 1.2, 1.2, *([2.4] if validated else [])]
     top, rate, wait, *below = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)

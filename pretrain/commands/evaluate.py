@@ -17,7 +17,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from pretrain.artifact import ArtifactConfig
     from pretrain.data import Source
-    from pretrain.evaluate import Score
+    from pretrain.evaluate import Protocol, Score
     from pretrain.models import Encoder
 
 
@@ -132,8 +132,7 @@ def run(argv: list[str]) -> None:
 
     console = Console()
     train, test = _sources(config)
-    frozen = replace(config, protocol=tuple(name for name in config.protocol if name != "finetune"))
-    scores = _measure(frozen, _encoders(config), train, test, console) if frozen.protocol else []
+    scores = _measure(config, train, test, console)
     if "finetune" in config.protocol:
         scores.append(_finetune(config))
     console.print(_table(scores))
@@ -157,7 +156,10 @@ def parse(argv: list[str]) -> EvaluateConfig:
     without_help = [argument for argument in argv if argument not in ("-h", "--help")]
     first, _ = tyro.cli(_First, args=without_help, return_unknown_args=True, add_help=False)
     default = _of_run(first.resume) if first.resume else None
-    config = tyro.cli(EvaluateConfig, args=argv, prog="coma evaluate", description=__doc__, default=default)
+    config = cast(
+        EvaluateConfig,
+        tyro.cli(EvaluateConfig, args=argv, prog="coma evaluate", description=__doc__, default=default),
+    )
     if default and (config.run, config.protocol) != (default.run, default.protocol):
         raise BadInput("--run and --protocol do not go with --resume, which goes on with a fine-tuning run")
     return config
@@ -293,18 +295,16 @@ def _encoders(config: EvaluateConfig) -> list[tuple[str, Encoder, ArtifactConfig
     return encoders
 
 
-def _measure(
-    config: EvaluateConfig,
-    encoders: list[tuple[str, Encoder, ArtifactConfig]],
-    train: Source,
-    test: Source,
-    console: Console,
-) -> list[Score]:
+def _measure(config: EvaluateConfig, train: Source, test: Source, console: Console) -> list[Score]:
+    """Scores of frozen encoders, where they are asked for."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from pretrain.evaluate import evaluate
 
-    device = _device(config.device)
+    protocols: list[Protocol] = [name for name in config.protocol if name != "finetune"]
+    if not protocols:
+        return []
+    encoders, device = _encoders(config), _device(config.device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(True))
     scores = []
     with Progress(*columns, console=console) as progress:
@@ -314,7 +314,7 @@ def _measure(
                 about,
                 train,
                 test,
-                config.protocol,
+                protocols,
                 name=name,
                 image_size=config.image_size,
                 k=config.k,
