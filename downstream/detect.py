@@ -14,6 +14,7 @@ from downstream.settings import (
     fit_schedule,
     fit_workers,
     load_config,
+    pipeline_of,
 )
 
 Detector = Literal["mask-rcnn", "cascade-mask-rcnn", "faster-rcnn", "retinanet"]
@@ -57,7 +58,7 @@ def fit_dataset(config: Any, train: CocoSplit, val: CocoSplit, masks: bool) -> N
     """Read these images, and give every head as many classes as they have."""
     names = train.class_names
     for loader, split in (("train_dataloader", train), ("val_dataloader", val), ("test_dataloader", val)):
-        pipeline = _innermost(config[loader].dataset)["pipeline"]
+        pipeline = pipeline_of(config[loader].dataset)
         config[loader].dataset = dataset_of(split, pipeline, names, training=loader == "train_dataloader")
     config.val_evaluator = config.test_evaluator = metric_of(val, masks)
     _set_classes(config.model, len(names))
@@ -113,13 +114,6 @@ def default_short_side(train: CocoSplit) -> int:
     """The median short side of the training images, at most 800 px, in whole multiples of 32."""
     median = min(train.image_sizes[1])
     return max(min(800, round(median / 32) * 32), 32)
-
-
-def _innermost(dataset: Any) -> Any:
-    """The dataset inside wrappers that repeat or mix it."""
-    while "dataset" in dataset:
-        dataset = dataset["dataset"]
-    return dataset
 
 
 def _set_classes(node: Any, classes: int) -> None:

@@ -109,6 +109,7 @@ def read_finetuned(directory: Path, kind: Kind | None = None) -> Artifact:
 
 def build_model(config: ArtifactConfig) -> nn.Module:
     """The model that an artifact describes, with random weights."""
+    from mmengine.config import ConfigDict
     from mmengine.registry import MODELS, DefaultScope, init_default_scope
 
     import downstream.openmmlab
@@ -123,7 +124,19 @@ def build_model(config: ArtifactConfig) -> nn.Module:
     before = DefaultScope.get_current_instance()
     if before is None or before.scope_name != head.get("library"):
         init_default_scope(str(head.get("library")))
-    return MODELS.build(head["model"])
+    settings = ConfigDict(head["model"])
+    settings.data_preprocessor = tuples(settings.data_preprocessor)
+    return MODELS.build(settings)
+
+
+def tuples(value: Any) -> Any:
+    """Lists of numbers as tuples, which mm tells apart and JSON does not."""
+    if isinstance(value, dict):
+        return type(value)({key: tuples(child) for key, child in value.items()})
+    if isinstance(value, list):
+        numbers = all(isinstance(child, int | float) for child in value)
+        return tuple(value) if numbers else [tuples(child) for child in value]
+    return value
 
 
 def dataset_meta(config: ArtifactConfig) -> dict[str, Any]:

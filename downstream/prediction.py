@@ -15,7 +15,7 @@ from mmengine.utils import import_modules_from_strings
 from PIL import Image
 from torch import nn
 
-from downstream.finetuned import dataset_meta
+from downstream.finetuned import dataset_meta, tuples
 from pretrain.artifact import ArtifactConfig
 from pretrain.data.folders import FolderSource
 from pretrain.errors import BadImage, BadInput
@@ -89,7 +89,7 @@ def predict(
     head = config.head or {}
     module = {"mmdet": "mmdet.datasets.transforms", "mmseg": "mmseg.datasets.transforms"}[head["library"]]
     import_modules_from_strings([module])
-    pipeline = Compose(head["pipeline"])
+    pipeline = Compose(tuples(head["pipeline"]))
     model.to(device)
     done = 0
     for place, path in enumerate(paths):

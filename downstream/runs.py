@@ -20,7 +20,8 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import _load_checkpoint, find_latest_checkpoint
+from mmengine.runner.checkpoint import find_latest_checkpoint
+from mmengine.utils import import_modules_from_strings
 
 from downstream.checkpoints import allow_checkpoints
 from downstream.progress import Bar
@@ -84,6 +85,10 @@ def build_runner(config: Any, folder: Path) -> Runner:
 
     Its log goes to files; warnings alone to the terminal.
     """
+    if "custom_imports" in config:
+        import_modules_from_strings(
+            **config.custom_imports
+        )  # read from a file, it is done; changed since, not
     allow_checkpoints()
     config.work_dir = str(folder)
     config.experiment_name = f"{folder.name}-{uuid.uuid4().hex[:8]}"  # mmengine keeps one logger per name
@@ -123,7 +128,7 @@ def best_checkpoint(folder: Path) -> Path:
 def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint; nothing is unpickled but tensors, numbers and mmengine's histories."""
     allow_checkpoints()
-    return dict(_load_checkpoint(str(path), map_location="cpu")["state_dict"])
+    return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
 
 
 def latest_scores(runner: Runner) -> dict[str, float]:

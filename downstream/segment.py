@@ -13,6 +13,7 @@ from downstream.settings import (
     fit_schedule,
     fit_workers,
     load_config,
+    pipeline_of,
 )
 from pretrain.errors import BadInput
 
@@ -49,7 +50,7 @@ def training_config(
 def fit_dataset(config: Any, train: LabelSplit, val: LabelSplit) -> None:
     """Read these images and label maps, and give every head as many classes as they have."""
     for loader, split in (("train_dataloader", train), ("val_dataloader", val), ("test_dataloader", val)):
-        config[loader].dataset = dataset_of(split, config[loader].dataset.pipeline)
+        config[loader].dataset = dataset_of(split, pipeline_of(config[loader].dataset))
     config.val_evaluator = config.test_evaluator = metric_of(val)
     model = config.model
     model.data_preprocessor["seg_pad_val"] = train.ignore_index

@@ -19,7 +19,7 @@ from pretrain.config import DyViTConfig, EncoderConfig, encoder_preset
 from pretrain.errors import BadInput
 
 PRESETS = Path(__file__).parent / "configs"
-IMPORTS = "downstream.openmmlab"
+IMPORTS, CHANNELS = "downstream.openmmlab", "downstream.channels"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Preset = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
@@ -191,7 +191,9 @@ def fit_encoder(config: Any, encoder: Described, options: TrainingOptions) -> No
         "frozen_stages": options.frozen_stages,
         "with_cp": options.checkpoint_gradients,
     }
+    finest = max((model.get("neck") or {}).get("start_level", 0), min(before.get("out_indices") or (0,)))
     if encoder.hierarchical:
+        backbone["out_indices"] = tuple(range(finest, 4))
         backbone["global_blocks"] = options.global_blocks or 0
     elif options.global_blocks:
         raise BadInput("--global-blocks: a plain ViT attends to the whole map in every block")
@@ -199,9 +201,13 @@ def fit_encoder(config: Any, encoder: Described, options: TrainingOptions) -> No
     _fit_statistics(model, encoder)
     if options.head_channels is not None:
         _fit_width(model, options.head_channels)
-    _fit_pyramid(model, encoder)
+    _fit_pyramid(model, encoder, finest)
     imports = config.setdefault("custom_imports", {"imports": []})
-    imports["imports"] = list(dict.fromkeys([IMPORTS, *imports["imports"]]))
+    needed = [IMPORTS]
+    if model.data_preprocessor.get("type") == "DetDataPreprocessor" and encoder.model.channels not in (1, 3):
+        model.data_preprocessor.type = "ChannelsDetDataPreprocessor"
+        needed.append(CHANNELS)
+    imports["imports"] = list(dict.fromkeys([*needed, *imports["imports"]]))
     imports["allow_failed_imports"] = False
 
 
@@ -213,9 +219,10 @@ def _fit_statistics(model: Any, encoder: Described) -> None:
     preprocessor["bgr_to_rgb"] = channels == 3
 
 
-def _fit_pyramid(model: Any, encoder: Described) -> None:
+def _fit_pyramid(model: Any, encoder: Described, finest: int) -> None:
+    # maps finer than number `finest` are not made: what nothing uses would have no gradient
     neck = model.get("neck") or {}
-    channels, finest = encoder.channels, neck.get("start_level", 0)
+    channels = encoder.channels
     if neck or not encoder.hierarchical:
         channels = [neck.get("out_channels", 256)] * 4
     if not encoder.hierarchical:
@@ -227,7 +234,8 @@ def _fit_pyramid(model: Any, encoder: Described) -> None:
             "start_level": finest,
         }
     elif neck:
-        neck.in_channels = encoder.channels
+        neck.in_channels = encoder.channels[finest:]
+        neck.start_level = 0
     for name in ("rpn_head", "bbox_head"):
         anchors = model.get(name, {}).get("anchor_generator")
         if anchors:
@@ -288,7 +296,7 @@ def fit_schedule(config: Any, options: TrainingOptions, images: int, defaults: d
     if options.validations < 1:
         raise BadInput(f"--validations {options.validations}: must be at least 1")
     every = max(-(-steps // options.validations), 1)
-    warmup = min(500, max(steps // 10, 1))
+    warmup = min(500, steps // 10)
     lr = options.lr if options.lr is not None else defaults["lr"]
     decay = options.weight_decay if options.weight_decay is not None else defaults["weight_decay"]
     rate = options.layer_decay if options.layer_decay is not None else defaults["layer_decay"]
@@ -300,11 +308,9 @@ def fit_schedule(config: Any, options: TrainingOptions, images: int, defaults: d
         "clip_grad": {"max_norm": 1.0, "norm_type": 2},
         "optimizer": {"type": "AdamW", "lr": lr, "betas": (0.9, 0.999), "weight_decay": decay},
     }
-    config.param_scheduler = [
-        {"type": "LinearLR", "start_factor": 1e-3, "by_epoch": False, "begin": 0, "end": warmup},
-        {"type": "CosineAnnealingLR", "eta_min": 0.0, "by_epoch": False, "begin": warmup, "end": steps,
-         "T_max": max(steps - warmup, 1)},
-    ]  # fmt: skip
+    rising = {"type": "LinearLR", "start_factor": 1e-3, "by_epoch": False, "begin": 0, "end": warmup}
+    falling = {"type": "CosineAnnealingLR", "eta_min": 0.0, "by_epoch": False, "begin": warmup, "end": steps}
+    config.param_scheduler = [rising] * (warmup > 0) + [{**falling, "T_max": steps - warmup}]
     config.train_cfg = {"type": "IterBasedTrainLoop", "max_iters": steps, "val_interval": every}
     config.val_cfg, config.test_cfg = {"type": "ValLoop"}, {"type": "TestLoop"}
     loader = config.train_dataloader
@@ -327,6 +333,16 @@ def fit_schedule(config: Any, options: TrainingOptions, images: int, defaults: d
     }
     config.log_processor = {"type": "LogProcessor", "by_epoch": False, "window_size": min(50, steps)}
     config.randomness = {"seed": options.seed}
+
+
+def pipeline_of(dataset: Any) -> list[Any]:
+    """How a dataset is read; inside wrappers that repeat, join or mix some, the first one."""
+    while "pipeline" not in dataset or "dataset" in dataset or "datasets" in dataset:
+        inner = dataset.get("dataset") or next(iter(dataset.get("datasets") or ()), None)
+        if inner is None:
+            return []
+        dataset = inner
+    return dataset["pipeline"]
 
 
 def fit_workers(config: Any, workers: int | None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from downstream import runs
-from downstream.finetuned import LIBRARIES, Kind, load_finetuned, save_finetuned
+from downstream.finetuned import LIBRARIES, Kind, load_finetuned, save_finetuned, tuples
 from pretrain.artifact import ArtifactConfig
 from pretrain.errors import BadInput
 
@@ -96,7 +96,7 @@ def measure(
 
     model, about = load_finetuned(artifact, kind)
     head = about.head or {}
-    *before, pack = head["pipeline"]
+    *before, pack = tuples(head["pipeline"])
     config = Config(
         {
             "default_scope": LIBRARIES[kind],

@@ -35,9 +35,21 @@ def read_header(path: Path | str) -> Header | str:
     except FileNotFoundError:
         return "missing"
     except UnidentifiedImageError:
-        return "not an image" if Path(path).stat().st_size else "empty file"
+        return _decoded(Path(path)) if Path(path).stat().st_size else "empty file"
     except Exception as error:  # OSError, SyntaxError, struct.error, DecompressionBombError, ...
         return (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:100]
+
+
+def _decoded(path: Path) -> Header | str:
+    """Of what Pillow does not know, as TIFF of many channels: read whole, as training will."""
+    from pretrain.data.images import decode  # imports torch: only where it is needed
+    from pretrain.errors import BadImage
+
+    try:
+        height, width = decode(path.read_bytes(), str(path)).pixels.shape[:2]
+    except BadImage:
+        return "not an image"
+    return Header(width, height, 1)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -4,8 +4,10 @@ _base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
 custom_imports = dict(imports=["downstream.openmmlab"], allow_failed_imports=False)
 
 model = dict(
-    backbone=dict(_delete_=True, type="DyViT", artifact="runs/base/artifact", drop_path=0.1),
-    neck=dict(in_channels=[96, 192, 384, 768]),
+    backbone=dict(
+        _delete_=True, type="DyViT", artifact="runs/base/artifact", drop_path=0.1, out_indices=(1, 2, 3)
+    ),
+    neck=dict(in_channels=[192, 384, 768], start_level=0),
 )
 optim_wrapper = dict(
     type="OptimWrapper",

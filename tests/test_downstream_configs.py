@@ -1,0 +1,109 @@
+"""Every configuration loads, builds and takes a step, at reduced width."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from downstream_data import DYVIT, VIT
+
+from downstream.settings import PRESETS, Described, TrainingOptions, fit_encoder, load_config
+from pretrain.config import EncoderConfig
+from pretrain.plain import to_plain
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # mm's configurations and models warn of each other
+
+ALL = sorted(PRESETS.rglob("*.py"))
+
+
+def reduced(path: Path) -> Any:
+    """The configuration with an encoder of 8 or 16 channels and heads of 32."""
+    config = load_config(path)
+    model = VIT if config.model.backbone.type == "PlainViT" else DYVIT
+    encoder = Described(model, (0.4,) * 3, (0.2,) * 3, {"encoder": to_plain(model, EncoderConfig)})
+    fit_encoder(config, encoder, TrainingOptions(head_channels=32))
+    return config
+
+
+def test_there_are_the_configurations_that_the_readme_names():
+    assert {path.stem for path in ALL} == {
+        "cascade-mask-rcnn_dyvit_fpn_1x_coco",
+        "cascade-mask-rcnn_dyvit_fpn_lsj-100e_coco",
+        "faster-rcnn_dyvit_fpn_1x_coco",
+        "mask-rcnn_dyvit_fpn_1x_coco",
+        "mask-rcnn_dyvit_fpn_lsj-100e_coco",
+        "mask-rcnn_vit_sfp_1x_coco",
+        "mask-rcnn_vit_sfp_lsj-100e_coco",
+        "retinanet_dyvit_fpn_1x_coco",
+        "upernet_dyvit_160k_ade20k-512x512",
+        "upernet_dyvit_80k_cityscapes-512x1024",
+        "upernet_vit_160k_ade20k-512x512",
+    }
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_fits_a_base_encoder_as_it_is(path):
+    """What the files say of channels is what fitting the base encoder gives."""
+    from pretrain.config import encoder_preset
+
+    config, fitted = load_config(path), load_config(path)
+    name = "vit-base" if config.model.backbone.type == "PlainViT" else "base"
+    fit_encoder(
+        fitted, Described(encoder_preset(name), (0.5,) * 3, (0.5,) * 3, {"preset": name}), TrainingOptions()
+    )
+    for part in ("neck", "rpn_head", "roi_head", "bbox_head", "decode_head", "auxiliary_head"):
+        given, expected = config.model.get(part), fitted.model.get(part)
+        if part == "neck" and given:
+            given = {"num_outs": 4, "start_level": 0, **given}
+        assert given == expected, part
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_takes_a_step(path):
+    from mmengine.registry import MODELS, init_default_scope
+
+    import downstream.openmmlab  # noqa: F401
+    from downstream.runs import _without_sync
+
+    config = reduced(path)
+    init_default_scope(config.default_scope)
+    _without_sync(config.model)
+    preprocessor = config.model.data_preprocessor
+    for setting, small in (("batch_augments", None), ("size", (64, 96))):  # they pad to 512 and 1024 px
+        if setting in preprocessor:
+            preprocessor[setting] = small
+    model = MODELS.build(config.model)
+    if config.default_scope == "mmdet":
+        from mmdet.registry import MODELS as REGISTRY
+        from mmdet.testing import demo_mm_inputs
+
+        assert model.__class__ is REGISTRY.get(config.model.type)
+        with_mask = "mask_head" in config.model.get("roi_head", {})
+        data = demo_mm_inputs(2, [(3, 64, 96), (3, 70, 64)], num_classes=3, with_mask=with_mask)
+    else:
+        data = _segmentation_inputs()
+    before = model.backbone.encoder.norm.weight.clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = model(**model.data_preprocessor(data, True), mode="loss")
+    total, _ = model.parse_losses(losses)
+    assert torch.isfinite(total)
+    total.backward()
+    silent = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not silent
+    optimizer.step()
+    assert not torch.equal(model.backbone.encoder.norm.weight, before)
+
+
+def _segmentation_inputs() -> dict[str, Any]:
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    rng = np.random.default_rng(0)
+    images, samples = [], []
+    for _ in range(2):
+        images.append(torch.from_numpy(rng.integers(0, 255, (3, 64, 96), dtype=np.uint8)))
+        labels = torch.from_numpy(rng.integers(0, 19, (1, 64, 96)))
+        meta = {"img_shape": (64, 96), "ori_shape": (64, 96)}
+        samples.append(SegDataSample(gt_sem_seg=PixelData(data=labels), metainfo=meta))
+    return {"inputs": images, "data_samples": samples}

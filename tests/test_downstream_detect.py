@@ -1,0 +1,319 @@
+"""`coma detect` from end to end: train, stop, resume, measure, draw; with our settings and with others."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from downstream_data import DYVIT, VIT, artifact, coco
+from PIL import Image
+
+from downstream.commands.detect import run
+from pretrain.artifact import load_artifact, save_artifact
+from pretrain.errors import BadArtifact, BadInput, CheckFailed, Interrupted
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages warn of each other
+
+SMALL = ["--head-channels", "32", "--short-side", "64", "--batch-size", "2", "--workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return coco(tmp_path_factory.mktemp("coco") / "data")
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> Path:
+    return artifact(tmp_path_factory.mktemp("backbone") / "artifact")
+
+
+@pytest.fixture(scope="module")
+def trained(data, backbone, tmp_path_factory) -> Path:
+    """A run of four steps, validated twice."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    run(
+        [
+            "train",
+            str(backbone),
+            "--data",
+            str(data),
+            "--out",
+            str(out),
+            "--steps",
+            "4",
+            "--validations",
+            "2",
+            *SMALL,
+        ]
+    )
+    return out
+
+
+def test_a_run_leaves_an_artifact_of_the_best_checkpoint(trained, backbone):
+    found = load_artifact(trained / "artifact")
+    assert found.config.kind == "detector" and found.config.class_names == ("square", "disc")
+    assert found.config.model == replace(DYVIT, drop_path=0.1) and found.config.mean == pytest.approx(
+        (0.4,) * 3
+    )
+    assert found.config.head["library"] == "mmdet" and found.config.head["category_ids"] == [1, 2]
+    assert found.config.trained["steps"] == 4 and "coco/segm_mAP" in found.config.trained["scores"]
+    best = torch.load(trained / found.config.trained["checkpoint"])["state_dict"]
+    assert best.keys() == found.tensors.keys()
+    assert all(torch.equal(best[name], found.tensors[name]) for name in best)
+    before = load_artifact(backbone).tensors["stages.3.blocks.0.mlp.fc1.weight"]
+    after = found.tensors["backbone.encoder.stages.3.blocks.0.mlp.fc1.weight"]
+    assert not torch.equal(before, after) and torch.allclose(
+        before, after, atol=0.01
+    )  # it started from there
+    assert len(list(trained.glob("iter_*.pth"))) == 2 and list(trained.rglob("events.out.tfevents*"))
+
+
+def test_the_artifact_gives_what_the_trained_model_gave(trained, data, tmp_path, capsys):
+    run(["test", str(trained / "artifact"), "--data", str(data), "--out", str(tmp_path / "scores.json")])
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    kept = load_artifact(trained / "artifact").config.trained
+    if kept["checkpoint"].endswith("iter_4.pth"):  # the scores noted are those of the last step
+        assert {k: scores[k] for k in kept["scores"]} == pytest.approx(kept["scores"], abs=1e-3)
+    assert "coco/bbox_mAP" in capsys.readouterr().out
+
+
+def test_predictions_are_drawn_and_written_as_coco_does(trained, data, tmp_path, capsys):
+    from pycocotools.coco import COCO
+
+    (tmp_path / "images").mkdir()
+    for name in ("1.png", "2.png"):
+        (tmp_path / "images" / name).write_bytes((data / "val" / name).read_bytes())
+    (tmp_path / "images" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    out, annotations = tmp_path / "out", data / "annotations" / "val.json"
+    arguments = [str(trained / "artifact"), str(tmp_path / "images"), "--out", str(out), "--score", "0.0"]
+    run(["predict", *arguments, "--annotations", str(annotations)])
+    assert "broken.png" in capsys.readouterr().err
+    pictures = sorted((out / "pictures").glob("*.png"))
+    assert [picture.name for picture in pictures] == ["1.png", "2.png"]
+    plain = np.asarray(Image.open(data / "val" / "1.png").convert("RGB"), np.int16)
+    drawn = np.asarray(Image.open(pictures[0]).convert("RGB"), np.int16)
+    assert drawn.shape == plain.shape and (drawn != plain).any()
+    truth = COCO(str(annotations))
+    results = truth.loadRes(str(out / "detections.json"))
+    found = results.loadAnns(results.getAnnIds())
+    assert {each["image_id"] for each in found} == {1, 2} and {each["category_id"] for each in found} <= {
+        1,
+        2,
+    }
+    for each in found:
+        x, y, width, height = each["bbox"]
+        assert x >= 0 and y >= 0 and x + width <= 96.01 and y + height <= 64.01
+        assert each["segmentation"]["size"] == [64, 96]
+
+
+def test_a_stopped_run_goes_on_to_the_same_steps(data, backbone, tmp_path, monkeypatch):
+    from downstream.runs import _Watch
+
+    after = _Watch.after_train_iter
+
+    def stopped(self, runner, *args, **kwargs):
+        if runner.iter == 1 and not (tmp_path / "run" / "iter_2.pth").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        after(self, runner, *args, **kwargs)
+
+    monkeypatch.setattr(_Watch, "after_train_iter", stopped)
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted, match=r"stopped at step 2 of 3; everything is saved"):
+        run(
+            [
+                "train",
+                str(backbone),
+                "--data",
+                str(data),
+                "--out",
+                str(out),
+                "--steps",
+                "3",
+                "--validations",
+                "1",
+                *SMALL,
+            ]
+        )
+    halfway = torch.load(out / "iter_2.pth")
+    run(["train", "--resume", str(out)])
+    end = torch.load(out / "iter_3.pth")
+    assert (halfway["meta"]["iter"], end["meta"]["iter"]) == (2, 3)
+    moments = [state["optimizer"]["state"][0]["step"] for state in (halfway, end)]
+    assert [float(moment) for moment in moments] == [2, 3]  # the optimizer went on, too
+    assert (out / "artifact" / "model.safetensors").is_file()
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(data, backbone, tmp_path):
+    spoilt = load_artifact(backbone)
+    spoilt.tensors["stem.conv.weight"][0, 0, 0, 0] = float("nan")
+    save_artifact(tmp_path / "spoilt", tensors=spoilt.tensors, config=spoilt.config)
+    with pytest.raises(CheckFailed, match=r"the loss is nan at step 1"):
+        run(["train", str(tmp_path / "spoilt"), "--data", str(data), "--out", str(tmp_path / "run"), "--steps", "2",
+             "--save-steps", "1", "--model", "retinanet", *SMALL])  # fmt: skip
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+@pytest.mark.parametrize("model", ["retinanet", "cascade-mask-rcnn"])
+def test_other_detectors_train_and_predict(model, data, backbone, tmp_path):
+    out = tmp_path / "run"
+    run(
+        [
+            "train",
+            str(backbone),
+            "--data",
+            str(data),
+            "--out",
+            str(out),
+            "--steps",
+            "1",
+            "--model",
+            model,
+            *SMALL,
+        ]
+    )
+    image = str(data / "val" / "1.png")
+    run(["predict", str(out / "artifact"), image, "--out", str(tmp_path / "p"), "--device", "cpu"])
+    assert (tmp_path / "p" / "pictures" / "1.png").is_file()
+
+
+def test_boxes_alone_and_five_channels_and_a_plain_vit(tmp_path):
+    """Without masks the default is Faster R-CNN; TIFF of five channels; a ViT makes its own pyramid."""
+    import tifffile
+
+    data = coco(tmp_path / "data", train=2, val=1, masks=False)
+    for split in ("train", "val"):
+        content = json.loads((data / "annotations" / f"{split}.json").read_text())
+        for image in content["images"]:
+            path = data / split / image["file_name"]
+            pixels = np.asarray(Image.open(path))
+            path.unlink()
+            image["file_name"] = f"{image['id']}.tif"
+            bands = np.concatenate([pixels, pixels[..., :2]], axis=2)
+            tifffile.imwrite(path.with_suffix(".tif"), bands, photometric="minisblack", planarconfig="contig")
+        (data / "annotations" / f"{split}.json").write_text(json.dumps(content))
+    path = artifact(tmp_path / "a", replace(VIT, channels=5))
+    out = tmp_path / "run"
+    run(["train", str(path), "--data", str(data), "--out", str(out), "--steps", "1", *SMALL])
+    head = load_artifact(out / "artifact").config.head
+    assert head["model"]["type"] == "FasterRCNN" and head["model"]["neck"]["type"] == "SimpleFeaturePyramid"
+    run(["predict", str(out / "artifact"), str(data / "val"), "--out", str(tmp_path / "p")])
+    assert Image.open(tmp_path / "p" / "pictures" / "1.png").size == (96, 64)
+    with pytest.raises(BadInput, match="needs a mask for every object"):
+        run(
+            [
+                "train",
+                str(path),
+                "--data",
+                str(data),
+                "--out",
+                str(tmp_path / "r"),
+                "--model",
+                "mask-rcnn",
+                *SMALL,
+            ]
+        )
+
+
+def test_any_configuration_of_mmdet(data, backbone, tmp_path):
+    """Its backbone, classes and data are replaced; its schedule is its own."""
+    theirs = tmp_path / "theirs.py"
+    theirs.write_text(
+        "_base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'\n"
+        "train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=2, val_interval=2)\n"
+        "train_dataloader = dict(num_workers=0, persistent_workers=False)\n"
+        "val_dataloader = dict(num_workers=0, persistent_workers=False)\n"
+    )
+    out = tmp_path / "run"
+    small = ["neck.out_channels=16", "bbox_head.in_channels=16", "bbox_head.feat_channels=16"]
+    options = [f"model.{each}" for each in small] + ["default_hooks.checkpoint.by_epoch=False"]
+    options += [
+        "train_dataloader.dataset.pipeline.2.scale=(96,64)",
+        "val_dataloader.dataset.pipeline.1.scale=(96,64)",
+    ]
+    run(["train", str(backbone), "--config", str(theirs), "--data", str(data), "--out", str(out),
+         "--cfg-options", *options])  # fmt: skip
+    config = load_artifact(out / "artifact").config
+    assert config.class_names == ("square", "disc") and config.trained["steps"] == 2
+    assert config.head["model"]["backbone"]["out_indices"] == [1, 2, 3]
+
+
+def test_a_plain_runner_runs_what_the_command_wrote(trained, tmp_path):
+    """mmengine alone, in a process of its own, from the run's configuration file."""
+    script = (
+        "import sys, warnings; warnings.simplefilter('ignore')\n"
+        "from mmengine.config import Config; from mmengine.runner import Runner\n"
+        "config = Config.fromfile(sys.argv[1]); config.work_dir = sys.argv[2]\n"
+        "config.train_cfg.max_iters = 1; config.train_cfg.val_interval = 9; config.param_scheduler = None\n"
+        "Runner.from_cfg(config).train()\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, str(trained / "config.py"), str(tmp_path / "work")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "work" / "last_checkpoint").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give one of train, test, predict"),
+        (["tarin"], "no action 'tarin'"),
+        (["train", "--data", "D", "--out", "x"], "give an artifact"),
+        (["train", "A", "--out", "x", "--preset", "tiny", "--data", "D"], "and not both"),
+        (["train", "--preset", "tiny", "--data", "D"], "give --out"),
+        (["train", "--preset", "tiny", "--out", "x"], "give --data"),
+        (["train", "--preset", "tiny", "--data", "D", "--out", "x", "--steps", "0"], "more than 0"),
+        (["train", "--preset", "tiny", "--data", "D", "--out", "x", "--workers", "-1"], "must be 0 or more"),
+        (
+            ["train", "--preset", "tiny", "--data", "D", "--out", "x", "--head-channels", "20"],
+            "multiple of 32",
+        ),
+        (
+            ["train", "--preset", "vit-tiny", "--data", "D", "--out", "x", "--global-blocks", "2"],
+            "in every block",
+        ),
+        (
+            ["train", "--preset", "tiny", "--data", "D", "--out", "x", "--cfg-options", "a"],
+            "must be name=value",
+        ),
+        (["train", "--preset", "tiny", "--data", "D", "--out", "D"], "is not empty"),
+        (["train", "--config", "none.py", "--out", "x"], "no such file"),
+        (["train", "--resume", "D"], "holds no config.py"),
+        (["predict", "T", "none", "--out", "x"], "no such file or folder"),
+        (["predict", "T", "D", "--out", "D"], "is not empty"),
+        (["predict", "A", "D", "--out", "x"], "its kind is 'backbone'"),
+        (["test", "A", "--data", "D"], "coma detect train"),
+    ],
+)
+def test_bad_input_is_named(arguments, message, data, backbone, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"D": str(data), "A": str(backbone), "T": str(trained / "artifact")}
+    with pytest.raises((BadInput, BadArtifact), match=message):
+        run([places.get(argument, argument) for argument in arguments])
+    assert not (tmp_path / "x").exists() or arguments[0] == "predict"
+
+
+def test_other_classes_are_refused(trained, data, tmp_path):
+    other = coco(tmp_path / "other", train=1, val=1)
+    text = (other / "annotations" / "val.json").read_text().replace("disc", "ball")
+    (other / "annotations" / "val.json").write_text(text)
+    with pytest.raises(BadInput, match="has classes square, ball; the artifact has square, disc"):
+        run(["test", str(trained / "artifact"), "--data", str(other)])
+
+
+def test_the_stand_in_operators_are_announced(caplog):
+    import downstream.openmmlab  # noqa: F401
+    from downstream import ops
+
+    sys.modules.pop("mmcv._ext")
+    with caplog.at_level(logging.INFO, "downstream.ops"):
+        ops.provide_ops()
+        ops.provide_ops()
+    assert len([r for r in caplog.records if "torchvision" in r.message]) == 1
