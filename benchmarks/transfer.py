@@ -112,13 +112,14 @@ def finetuning(args: argparse.Namespace, task: str, init: str, seed: int) -> Tas
     """A detector or segmentor on these weights."""
     out = args.work / f"{task}-{init}-{seed}"
     source = ["--preset", "tiny"] if init == "random" else [args.work / f"pretrain-{init}" / "artifact"]
-    common = ["--out", out, "--seed", seed, "--head-channels", 128, "--validations", 1, "--workers", 0]
+    common = ["--out", out, "--seed", seed, "--lr", args.lr, "--layer-decay", args.layer_decay]
+    common += ["--validations", 1, "--workers", 0]
     if task == "detect":
         own = ["--data", args.data / "det-bccd", "--short-side", 240, "--steps", args.detect_steps]
-        own += ["--batch-size", 4, "--lr", args.lr]
+        own += ["--batch-size", 2, "--head-channels", 64]
     else:
         own = ["--data", args.data / "camvid-mini", "--crop-size", 224, "--steps", args.segment_steps]
-        own += ["--batch-size", 8, "--lr", args.lr]
+        own += ["--batch-size", 8, "--head-channels", 128]
     return Task(out.name, coma(task, "train", *source, *own, *common), out)
 
 
@@ -157,9 +158,10 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, default=Path("benchmarks/runs/transfer"))
     parser.add_argument("--pretrain-minutes", type=float, default=12.0, help="CPU time of each pre-training")
-    parser.add_argument("--detect-steps", type=int, default=400)
-    parser.add_argument("--segment-steps", type=int, default=300)
+    parser.add_argument("--detect-steps", type=int, default=320)
+    parser.add_argument("--segment-steps", type=int, default=120)
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--layer-decay", type=float, default=0.9)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--tasks", nargs="+", choices=("detect", "segment"), default=["detect", "segment"])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
@@ -179,7 +181,10 @@ def main() -> None:
     for task in args.tasks:
         print(f"\n{task}\n\n{summary(args, seconds, task)}")
     if args.out:
-        settings = {k: getattr(args, k) for k in ("detect_steps", "segment_steps", "lr", "pretrain_minutes")}
+        settings = {
+            k: getattr(args, k)
+            for k in ("detect_steps", "segment_steps", "lr", "layer_decay", "pretrain_minutes")
+        }
         results = [
             {"task": t, "init": i, "seed": s, "seconds": seconds[f"{t}-{i}-{s}"], **scores(args, t, i, s)}
             for t in args.tasks

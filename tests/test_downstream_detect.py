@@ -155,7 +155,8 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(data, backbone, tmp_
     spoilt.tensors["stem.conv.weight"][0, 0, 0, 0] = float("nan")
     save_artifact(tmp_path / "spoilt", tensors=spoilt.tensors, config=spoilt.config)
     with pytest.raises(CheckFailed, match=r"the loss is nan at step 1"):
-        run(["train", str(tmp_path / "spoilt"), "--data", str(data), "--out", str(tmp_path / "run"), "--steps", "2",
+        run(["train", str(tmp_path / "spoilt"), "--data", str(data), "--out", str(tmp_path / "run"),
+             "--steps", "2",
              "--save-steps", "1", "--model", "retinanet", *SMALL])  # fmt: skip
     assert not list((tmp_path / "run").glob("*.pth"))
 

@@ -34,7 +34,8 @@ def trained(data, tmp_path_factory) -> Path:
     """Long enough to tell the ground from what lies on it."""
     folder = tmp_path_factory.mktemp("runs")
     backbone = artifact(folder / "backbone")
-    run(["train", str(backbone), "--data", str(data), "--out", str(folder / "run"), "--steps", "40", "--lr", "3e-3",
+    run(["train", str(backbone), "--data", str(data), "--out", str(folder / "run"), "--steps", "40",
+         "--lr", "3e-3",
          "--validations", "2", *SMALL])  # fmt: skip
     return folder / "run"
 
@@ -126,7 +127,8 @@ def test_any_configuration_of_mmseg(data, tmp_path):
         "val_dataloader = dict(num_workers=0, persistent_workers=False)\n"
     )
     backbone = artifact(tmp_path / "backbone")
-    options = ["train_dataloader.dataset.pipeline.2.scale=(96,64)", "train_dataloader.dataset.pipeline.3.crop_size=(64,64)",
+    options = ["train_dataloader.dataset.pipeline.2.scale=(96,64)",
+               "train_dataloader.dataset.pipeline.3.crop_size=(64,64)",
                "val_dataloader.dataset.pipeline.1.scale=(96,64)"]  # fmt: skip
     run(["train", str(backbone), "--config", str(theirs), "--data", str(data), "--out", str(tmp_path / "run"),
          "--cfg-options", *options])  # fmt: skip
@@ -138,7 +140,7 @@ def test_any_configuration_of_mmseg(data, tmp_path):
     ("arguments", "message"),
     [
         (["train", "--preset", "tiny", "--data", "D", "--out", "x", "--crop-size", "100"], "32 px mask unit"),
-        (["train", "--preset", "tiny", "--data", "C", "--out", "x"], "no images and labels of the train split"),
+        (["train", "--preset", "tiny", "--data", "C", "--out", "x"], "no images and labels of the train"),
         (["train", "--out", "x", "--data", "D"], "give an artifact"),
         (["predict", "C", "D", "--out", "x"], "not an artifact"),
         (["test", "T", "--data", "C"], "no images and labels of the val split"),
