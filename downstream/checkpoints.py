@@ -6,6 +6,7 @@ pickled as calls of `getattr`. That is allowed for these methods, and for nothin
 
 from __future__ import annotations
 
+import importlib
 import pickle
 from typing import Any
 
@@ -19,7 +20,7 @@ def allow_checkpoints() -> None:
     from mmengine.logging import HistoryBuffer
 
     dtypes = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
-    multiarray = np._core.multiarray
+    multiarray: Any = importlib.import_module("numpy._core.multiarray")
     torch.serialization.add_safe_globals(
         [
             HistoryBuffer,

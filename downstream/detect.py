@@ -6,16 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from downstream.datasets.coco import CocoSplit
-from downstream.settings import (
-    PRESETS,
-    Described,
-    TrainingOptions,
-    fit_encoder,
-    fit_schedule,
-    fit_workers,
-    load_config,
-    pipeline_of,
-)
+from downstream.fitting import Described, fit_encoder
+from downstream.options import TrainingOptions
+from downstream.schedule import fit_schedule, fit_workers
+from downstream.settings import PRESETS, load_config, pipeline_of
 
 Detector = Literal["mask-rcnn", "cascade-mask-rcnn", "faster-rcnn", "retinanet"]
 HAS_MASKS = ("mask-rcnn", "cascade-mask-rcnn")
@@ -49,7 +43,7 @@ def training_config(
     fit_dataset(config, train, val, masks)
     fit_pipelines(config, encoder.model.channels, short_side or default_short_side(train), masks)
     best = "coco/segm_mAP" if masks else "coco/bbox_mAP"
-    fit_schedule(config, options, train.count, {**DEFAULTS, "best": best})
+    fit_schedule(config, options, train.count, DEFAULTS, best)
     fit_workers(config, options.workers)
     return config
 

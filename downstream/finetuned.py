@@ -86,7 +86,6 @@ def load_finetuned(directory: Path, kind: Kind | None = None) -> tuple[nn.Module
     config = artifact.config
     model = build_model(config)
     load_strict(model, artifact.tensors, source=str(directory))
-    model.dataset_meta = dataset_meta(config)  # pyright: ignore[reportAttributeAccessIssue] - mm's convention
     return model.eval(), config
 
 

@@ -31,7 +31,7 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
     """
 
     def _validate_cfg(self) -> None:
-        rate = self.paramwise_cfg.get("decay_rate")
+        rate = self.paramwise_cfg.get("decay_rate") or 0.0
         if set(self.paramwise_cfg) != {"decay_rate"} or not 0 < rate <= 1:
             raise BadInput(
                 f"LayerDecayConstructor: paramwise_cfg {dict(self.paramwise_cfg)} must be "
@@ -40,7 +40,7 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         if self.base_lr is None:
             raise BadInput("LayerDecayConstructor: the optimizer needs its lr")
 
-    def add_params(self, params: list[dict[str, Any]], module: nn.Module, **_: Any) -> None:
+    def add_params(self, params: list[dict[str, Any]], module: nn.Module, *_: Any, **__: Any) -> None:
         """Append one group for every rate and weight decay; see `parameter_groups`."""
         decay = self.base_wd or 0.0
         groups = parameter_groups(module, self.base_lr, decay, self.paramwise_cfg["decay_rate"])

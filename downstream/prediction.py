@@ -95,7 +95,7 @@ def predict(
     for place, path in enumerate(paths):
         number = place + 1 if numbers is None else numbers.get(path.name, 0)
         try:
-            data = pipeline({"img_path": str(path), "img_id": number})
+            data: Any = pipeline({"img_path": str(path), "img_id": number})
         except BadImage as error:
             if skipped:
                 skipped(str(error))
@@ -127,7 +127,7 @@ def coco_results(prediction: Prediction, category_ids: list[int]) -> list[dict[s
         if "masks" in found:
             from pycocotools import mask
 
-            runs = mask.encode(np.asfortranarray(found.masks[i].numpy().astype(np.uint8)))
+            runs: Any = mask.encode(np.asfortranarray(found.masks[i].numpy().astype(np.uint8)))
             result["segmentation"] = {"size": runs["size"], "counts": runs["counts"].decode("ascii")}
         results.append(result)
     return results

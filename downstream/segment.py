@@ -5,16 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from downstream.datasets.labels import LabelSplit
-from downstream.settings import (
-    PRESETS,
-    Described,
-    TrainingOptions,
-    fit_encoder,
-    fit_schedule,
-    fit_workers,
-    load_config,
-    pipeline_of,
-)
+from downstream.fitting import Described, fit_encoder
+from downstream.options import TrainingOptions
+from downstream.schedule import fit_schedule, fit_workers
+from downstream.settings import PRESETS, load_config, pipeline_of
 from pretrain.errors import BadInput
 
 PRESET = PRESETS / "mmseg" / "upernet_dyvit_160k_ade20k-512x512.py"
@@ -42,7 +36,7 @@ def training_config(
     fit_encoder(config, encoder, options)
     fit_dataset(config, train, val)
     fit_pipelines(config, encoder.model.channels, crop, resize, train.reduce_zero_label)
-    fit_schedule(config, options, train.pairs, {**DEFAULTS, "best": "mIoU"})
+    fit_schedule(config, options, train.pairs, DEFAULTS, "mIoU")
     fit_workers(config, options.workers)
     return config
 

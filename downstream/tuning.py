@@ -48,7 +48,7 @@ def finetune(kind: Kind, config: Any, out: Path, *, resume: bool = False) -> Pat
     encoder = getattr(model.backbone, "encoder", None)
     if encoder is None or not runs.is_main():
         return None
-    dataset = runner.train_dataloader.dataset
+    dataset: Any = runner.train_dataloader.dataset
     best = runs.best_checkpoint(out)
     trained = {
         "steps": runner.max_iters,

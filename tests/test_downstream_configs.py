@@ -8,7 +8,9 @@ import pytest
 import torch
 from downstream_data import DYVIT, VIT
 
-from downstream.settings import PRESETS, Described, TrainingOptions, fit_encoder, load_config
+from downstream.fitting import Described, fit_encoder
+from downstream.options import TrainingOptions
+from downstream.settings import PRESETS, load_config
 from pretrain.config import EncoderConfig
 from pretrain.plain import to_plain
 

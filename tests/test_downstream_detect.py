@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -62,7 +63,11 @@ def test_a_run_leaves_an_artifact_of_the_best_checkpoint(trained, backbone):
     assert found.config.model == replace(DYVIT, drop_path=0.1) and found.config.mean == pytest.approx(
         (0.4,) * 3
     )
-    assert found.config.head["library"] == "mmdet" and found.config.head["category_ids"] == [1, 2]
+    head = found.config.head or {}
+    assert head["library"] == "mmdet" and head["category_ids"] == [1, 2]
+        1,
+        2,
+    ]
     assert found.config.trained["steps"] == 4 and "coco/segm_mAP" in found.config.trained["scores"]
     best = torch.load(trained / found.config.trained["checkpoint"])["state_dict"]
     assert best.keys() == found.tensors.keys()
@@ -107,7 +112,7 @@ def test_predictions_are_drawn_and_written_as_coco_does(trained, data, tmp_path,
         1,
         2,
     }
-    for each in found:
+    for each in cast(list[dict], found):
         x, y, width, height = each["bbox"]
         assert x >= 0 and y >= 0 and x + width <= 96.01 and y + height <= 64.01
         assert each["segmentation"]["size"] == [64, 96]
@@ -202,7 +207,7 @@ def test_boxes_alone_and_five_channels_and_a_plain_vit(tmp_path):
     path = artifact(tmp_path / "a", replace(VIT, channels=5))
     out = tmp_path / "run"
     run(["train", str(path), "--data", str(data), "--out", str(out), "--steps", "1", *SMALL])
-    head = load_artifact(out / "artifact").config.head
+    head = load_artifact(out / "artifact").config.head or {}
     assert head["model"]["type"] == "FasterRCNN" and head["model"]["neck"]["type"] == "SimpleFeaturePyramid"
     run(["predict", str(out / "artifact"), str(data / "val"), "--out", str(tmp_path / "p")])
     assert Image.open(tmp_path / "p" / "pictures" / "1.png").size == (96, 64)
@@ -242,7 +247,7 @@ def test_any_configuration_of_mmdet(data, backbone, tmp_path):
          "--cfg-options", *options])  # fmt: skip
     config = load_artifact(out / "artifact").config
     assert config.class_names == ("square", "disc") and config.trained["steps"] == 2
-    assert config.head["model"]["backbone"]["out_indices"] == [1, 2, 3]
+    assert (config.head or {})["model"]["backbone"]["out_indices"] == [1, 2, 3]
 
 
 def test_a_plain_runner_runs_what_the_command_wrote(trained, tmp_path):
@@ -293,9 +298,9 @@ def test_a_plain_runner_runs_what_the_command_wrote(trained, tmp_path):
         (["test", "A", "--data", "D"], "coma detect train"),
     ],
 )
-def test_bad_input_is_named(arguments, message, data, backbone, trained, tmp_path, monkeypatch):
+def test_bad_input_is_named(arguments: list[str], message, data, backbone, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    places = {"D": str(data), "A": str(backbone), "T": str(trained / "artifact")}
+    places: dict[str, str] = {"D": str(data), "A": str(backbone), "T": str(trained / "artifact")}
     with pytest.raises((BadInput, BadArtifact), match=message):
         run([places.get(argument, argument) for argument in arguments])
     assert not (tmp_path / "x").exists() or arguments[0] == "predict"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from downstream.commands import shared
-from downstream.settings import FromOptions, TrainingOptions
+from downstream.options import FromOptions, TrainingOptions
 from pretrain.errors import BadInput
+
+if TYPE_CHECKING:
+    from downstream.datasets.coco import CocoSplit
 
 USAGE = """
 usage: coma detect train ARTIFACT --data DATASET --out runs/detector
@@ -102,19 +105,13 @@ def _train(argv: list[str]) -> None:
 
 
 def _own(given: TrainConfig) -> Any:
-    from downstream.datasets.coco import check_same_classes, open_coco
     from downstream.detect import HAS_MASKS, training_config
-    from downstream.settings import change, describe
+    from downstream.fitting import describe
+    from downstream.settings import change
 
     data = shared.required(given.data, "--data", "a dataset in COCO's format")
     encoder = describe(given.source.artifact, given.source.preset)
-    splits = []
-    for name in ("train", "val"):
-        with shared.checking(f"checking {name}") as progress:
-            splits.append(open_coco(data, name, progress=progress))
-        shared.warn([f"{splits[-1].annotations}: {warning}" for warning in splits[-1].warnings])
-    train, val = splits
-    check_same_classes(train, val)
+    train, val = _splits(data)
     masks = train.has_masks and val.has_masks
     model = given.model or ("mask-rcnn" if masks else "faster-rcnn")
     if model in HAS_MASKS and not masks:
@@ -125,19 +122,29 @@ def _own(given: TrainConfig) -> Any:
 
 
 def _foreign(given: TrainConfig) -> Any:
-    from downstream.datasets.coco import check_same_classes, open_coco
     from downstream.detect import fit_dataset
-    from downstream.settings import change, describe, fit_encoder, load_config
+    from downstream.fitting import describe, fit_encoder
+    from downstream.settings import change, load_config
 
     config = load_config(shared.required(given.source.config, "--config", "a configuration"))
     if given.source.artifact or given.source.preset:
         fit_encoder(config, describe(given.source.artifact, given.source.preset), given.training)
     if given.data:
-        train, val = open_coco(given.data, "train"), open_coco(given.data, "val")
-        check_same_classes(train, val)
+        train, val = _splits(given.data)
         fit_dataset(config, train, val, masks="mask_head" in config.model.get("roi_head", {}))
     change(config, given.source.cfg_options)
     return config
+
+
+def _splits(data: Path) -> tuple[CocoSplit, CocoSplit]:
+    from downstream.datasets.coco import check_same_classes, open_coco
+
+    with shared.checking("checking train and val") as progress:
+        train, val = (open_coco(data, name, progress=progress) for name in ("train", "val"))
+    for split in (train, val):
+        shared.warn([f"{split.annotations}: {warning}" for warning in split.warnings])
+    check_same_classes(train, val)
+    return train, val
 
 
 def _test(argv: list[str]) -> None:

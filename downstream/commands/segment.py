@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from downstream.commands import shared
-from downstream.settings import FromOptions, TrainingOptions
+from downstream.options import FromOptions, TrainingOptions
 from pretrain.errors import BadInput
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ def _train(argv: list[str]) -> None:
         return
     out = shared.required(given.out, "--out", "a new run directory, for example runs/segmentor")
 
-    from downstream.settings import change, describe, fit_encoder, load_config
+    from downstream.fitting import describe, fit_encoder
+    from downstream.settings import change, load_config
     from downstream.tuning import check_new, finetune
 
     check_new(out)
@@ -110,28 +111,29 @@ def _train(argv: list[str]) -> None:
         if given.data:
             from downstream.segment import fit_dataset
 
-            fit_dataset(config, *_splits(given))
+            train, val = _splits(given)
+            fit_dataset(config, train, val)
     else:
         from downstream.segment import training_config
 
         assert encoder is not None
-        config = training_config(encoder, *_splits(given), given.training, given.crop_size, given.short_side)
+        train, val = _splits(given)
+        config = training_config(encoder, train, val, given.training, given.crop_size, given.short_side)
     change(config, source.cfg_options)
     shared.say_trained("segment", out, finetune("segmentor", config, out))
 
 
-def _splits(given: TrainConfig) -> list[LabelSplit]:
+def _splits(given: TrainConfig) -> tuple[LabelSplit, LabelSplit]:
     from downstream.datasets.labels import open_labels
 
     data = shared.required(given.data, "--data", "a folder of images and label maps")
-    splits = []
-    for name in ("train", "val"):
-        with shared.checking(f"checking {name}") as progress:
-            splits.append(open_labels(data, name, given.classes, progress))
-        shared.warn([f"{splits[-1].labels}: {warning}" for warning in splits[-1].warnings])
-    if splits[0].class_names != splits[1].class_names:
+    with shared.checking("checking train and val") as progress:
+        train, val = (open_labels(data, name, given.classes, progress) for name in ("train", "val"))
+    for split in (train, val):
+        shared.warn([f"{split.labels}: {warning}" for warning in split.warnings])
+    if train.class_names != val.class_names:
         raise BadInput(f"{data}: train and val have different classes")
-    return splits
+    return train, val
 
 
 def _test(argv: list[str]) -> None:

@@ -1,0 +1,182 @@
+"""An mmengine configuration, fitted to an encoder.
+
+Fitting changes only what depends on the encoder: its settings and weights, the channels and strides that
+necks and heads expect, and the mean and deviation of the pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from downstream.options import TrainingOptions
+from pretrain.config import DyViTConfig, EncoderConfig, encoder_preset
+from pretrain.errors import BadInput
+
+IMPORTS, CHANNELS = "downstream.openmmlab", "downstream.channels"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Described:
+    """What of an encoder the rest of a model has to fit.
+
+    Attributes:
+        model: Its settings.
+        mean: Per channel, of pixels in 0..1.
+        std: Per channel, likewise.
+        backbone: `artifact` or `preset`, as the backbone takes it.
+    """
+
+    model: EncoderConfig
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    backbone: dict[str, Any]
+
+    @property
+    def hierarchical(self) -> bool:
+        """Whether it makes a pyramid by itself."""
+        return isinstance(self.model, DyViTConfig)
+
+    @property
+    def strides(self) -> tuple[int, int, int, int]:
+        """Pixels per token of the pyramid's four maps, whoever makes them."""
+        first = self.model.patch if isinstance(self.model, DyViTConfig) else self.model.patch // 4
+        return (first, first * 2, first * 4, first * 8)
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels of what the encoder hands out."""
+        if isinstance(self.model, DyViTConfig):
+            return [self.model.dim * 2**i for i in range(4)]
+        return [self.model.dim]
+
+
+def describe(artifact: Path | None, preset: str | None) -> Described:
+    """The encoder asked for; its weights are not read yet.
+
+    Raises:
+        BadInput: not exactly one of the two, or a ViT whose patches are too small for a pyramid.
+        BadArtifact: not an artifact, or not one of an encoder.
+    """
+    if (artifact is None) == (preset is None):
+        raise BadInput("give an artifact (run/artifact), or --preset for random weights, and not both")
+    if artifact is None:
+        model = encoder_preset(str(preset))
+        described = Described(model, IMAGENET_MEAN, IMAGENET_STD, {"preset": preset})
+    else:
+        from pretrain.artifact import load_encoder
+
+        about = load_encoder(artifact)[1]
+        described = Described(about.model, about.mean, about.std, {"artifact": str(artifact.resolve())})
+    if described.strides[0] < 1:
+        raise BadInput(
+            f"{artifact or preset}: patches of {described.model.patch} px are too small; 4 or more"
+        )
+    return described
+
+
+def fit_encoder(config: Any, encoder: Described, options: TrainingOptions) -> None:
+    """Put the encoder into `config.model`, and fit necks, heads, anchors and pixel statistics to it.
+
+    Raises:
+        BadInput: options or a model that this encoder does not go with.
+    """
+    model = config.model
+    model.pop("pretrained", None)
+    before = model.get("backbone", {})
+    drop_path = options.drop_path if options.drop_path is not None else before.get("drop_path", 0.1)
+    backbone: dict[str, Any] = {
+        "type": "DyViT" if encoder.hierarchical else "PlainViT",
+        **encoder.backbone,
+        "drop_path": drop_path,
+        "frozen_stages": options.frozen_stages,
+        "with_cp": options.checkpoint_gradients,
+    }
+    finest = max((model.get("neck") or {}).get("start_level", 0), min(before.get("out_indices") or (0,)))
+    if encoder.hierarchical:
+        backbone["out_indices"] = tuple(range(finest, 4))
+        backbone["global_blocks"] = options.global_blocks or 0
+    elif options.global_blocks:
+        raise BadInput("--global-blocks: a plain ViT attends to the whole map in every block")
+    model.backbone = backbone
+    _fit_statistics(model, encoder)
+    if options.head_channels is not None:
+        _fit_width(model, options.head_channels)
+    _fit_pyramid(model, encoder, finest)
+    imports = config.setdefault("custom_imports", {"imports": []})
+    needed = [IMPORTS]
+    if model.data_preprocessor.get("type") == "DetDataPreprocessor" and encoder.model.channels not in (1, 3):
+        model.data_preprocessor.type = "ChannelsDetDataPreprocessor"
+        needed.append(CHANNELS)
+    imports["imports"] = list(dict.fromkeys([*needed, *imports["imports"]]))
+    imports["allow_failed_imports"] = False
+
+
+def _fit_statistics(model: Any, encoder: Described) -> None:
+    channels = encoder.model.channels
+    preprocessor = model.setdefault("data_preprocessor", {})
+    preprocessor["mean"] = [255 * value for value in encoder.mean]
+    preprocessor["std"] = [255 * value for value in encoder.std]
+    preprocessor["bgr_to_rgb"] = channels == 3
+
+
+def _fit_pyramid(model: Any, encoder: Described, finest: int) -> None:
+    # maps finer than number `finest` are not made: what nothing uses would have no gradient
+    neck: Any = model.get("neck") or {}
+    channels = encoder.channels
+    if neck or not encoder.hierarchical:
+        channels = [neck.get("out_channels", 256)] * 4
+    if not encoder.hierarchical:
+        model.neck = {
+            "type": "SimpleFeaturePyramid",
+            "in_channels": encoder.channels[0],
+            "out_channels": channels[0],
+            "num_outs": neck.get("num_outs", 4),
+            "start_level": finest,
+        }
+    elif neck:
+        neck.in_channels = encoder.channels[finest:]
+        neck.start_level = 0
+    for name in ("rpn_head", "bbox_head"):
+        anchors = model.get(name, {}).get("anchor_generator")
+        if anchors:
+            anchors.strides = [encoder.strides[0] * 2 ** (finest + i) for i in range(len(anchors.strides))]
+    roi_head = model.get("roi_head", {})
+    for extractor in (roi_head.get("bbox_roi_extractor"), roi_head.get("mask_roi_extractor")):
+        for each in _each(extractor):
+            each.featmap_strides = list(encoder.strides[: len(each.featmap_strides)])
+    decode_head = model.get("decode_head", {})
+    if isinstance(decode_head.get("in_channels"), list | tuple):
+        decode_head.in_channels = channels
+    for head in _each(model.get("auxiliary_head")):
+        head.in_channels = channels[head.get("in_index", 2)]
+
+
+def _fit_width(model: Any, width: int) -> None:
+    """Neck and heads of this width, with the proportions that mm's configurations have."""
+    if width < 32 or width % 32:
+        raise BadInput(f"--head-channels {width}: must be a multiple of 32")
+    if model.get("decode_head"):
+        model.decode_head.channels = width
+        for head in _each(model.get("auxiliary_head")):
+            head.channels = width // 2
+        return
+    if model.get("neck"):
+        model.neck.out_channels = width
+    for name in ("rpn_head", "bbox_head"):
+        if model.get(name):
+            model[name].in_channels = model[name].feat_channels = width
+    roi_head = model.get("roi_head", {})
+    for name in ("bbox_roi_extractor", "mask_roi_extractor"):
+        for extractor in _each(roi_head.get(name)):
+            extractor.out_channels = width
+    for head in _each(roi_head.get("bbox_head")):
+        head.in_channels, head.fc_out_channels = width, 4 * width
+    for head in _each(roi_head.get("mask_head")):
+        head.in_channels = head.conv_out_channels = width
+
+
+def _each(value: Any) -> list[Any]:
+    return [] if not value else list(value) if isinstance(value, list | tuple) else [value]

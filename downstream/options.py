@@ -1,0 +1,65 @@
+"""What can be chosen about fine-tuning on the command line; plain frozen data, no mm and no torch in here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+Preset = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How long and how to train; with --config, only what is given here changes it."""
+
+    epochs: float | None = None
+    """Passes over the training images (default: 24 for detection, 100 for segmentation)."""
+    steps: int | None = None
+    """Optimizer steps, in place of --epochs."""
+    batch_size: int | None = None
+    """Images per step, all processes together (default: 4 for detection, 8 for segmentation)."""
+    lr: float | None = None
+    """Peak learning rate of AdamW (default: 1e-4)."""
+    weight_decay: float | None = None
+    """Of matrices; vectors have none (default: 0.05)."""
+    layer_decay: float | None = None
+    """Learning rate of an encoder's layer over that of the next (default: 0.8 for detection, 0.75 for
+    segmentation)."""
+    drop_path: float | None = None
+    """Largest stochastic-depth rate of the encoder (default: 0.1)."""
+    head_channels: int | None = None
+    """Width of neck and head (default: 256 for detection, 512 for segmentation); 128 suits
+    the tiny encoder, and CPUs."""
+    frozen_stages: int = -1
+    """Keep the weights of the stem and so many stages (0: the stem alone); -1 trains all."""
+    global_blocks: int | None = None
+    """Blocks of stage 3 that attend to the whole map, evenly spaced; with any, all of stage 4 (DyViT)."""
+    checkpoint_gradients: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of matrix products; bf16 and fp16 use automatic mixed precision."""
+    validations: int = 12
+    """How often to measure on the validation images, evenly over the run."""
+    save_steps: int | None = None
+    """Save the resumable state every so many steps (default: at every validation)."""
+    workers: int | None = None
+    """Processes that read images; default: one per core beside the trainer (0 on 1 or 2 cores), at most 8."""
+    seed: int = 0
+    """Of weights, order and augmentation."""
+
+
+@dataclass(frozen=True)
+class FromOptions:
+    """Where the encoder and the configuration come from."""
+
+    artifact: Annotated[Path | None, tyro.conf.Positional] = None
+    """Pre-trained artifact (run/artifact)."""
+    preset: Preset | None = None
+    """In place of an artifact: an encoder with random weights, to compare with."""
+    config: Path | None = None
+    """Any mmengine configuration, in place of ours; --cfg-options change it."""
+    cfg_options: tuple[str, ...] = ()
+    """Changes to the configuration, as OpenMMLab's tools take them: model.backbone.drop_path=0.2 ..."""
