@@ -150,10 +150,6 @@ def test_bad_input_is_named(arguments: list[str], message, data, trained, tmp_pa
     monkeypatch.chdir(tmp_path)
     other = coco(tmp_path / "c", train=1, val=1)
     places = {"D": str(data), "T": str(trained / "artifact"), "C": str(other)}
-        "D": str(data),
-        "T": str(trained / "artifact"),
-        "C": str(coco(tmp_path / "c", train=1, val=1)),
-    }
     with pytest.raises((BadInput, BadArtifact), match=message):
         run([places.get(argument, argument) for argument in arguments])
 

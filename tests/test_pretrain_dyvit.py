@@ -1,6 +1,7 @@
 """DyViT's contract: no leak between views, any size, views together == views apart, golden sizes."""
 
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from pretrain.masking.partition import partition
 from pretrain.masking.units import pad_to_units, spread, unit_grid
 from pretrain.models import DyViT, ViT, build_encoder
 from pretrain.models.attention import Consecutive, stage_layout
-from pretrain.models.dyvit import FIRST_SIDE
+from pretrain.models.dyvit import FIRST_SIDE, Stage
 from pretrain.models.sequences import Sequences, image_sequences
 
 TINY = DyViTConfig(
@@ -388,7 +389,7 @@ def test_global_blocks_attend_to_the_whole_map():
     images = torch.randn(2, 3, 40, 56)
     narrow, some, all_of_them = (awake(DyViT(replace(plain, global_blocks=count))) for count in (0, 2, 4))
     everywhere = awake(DyViT(replace(plain, windows=((4,), (4,), (0, 0), (0,)))))
-    assert [sorted(stage.whole) for stage in some.stages] == [[], [], [1, 3], [0, 1]]
+    assert [sorted(cast(Stage, stage).whole) for stage in some.stages] == [[], [], [1, 3], [0, 1]]
     with torch.no_grad():
         outputs = [encoder(images)[-1] for encoder in (narrow, some, all_of_them, everywhere)]
     torch.testing.assert_close(outputs[2], outputs[3])
