@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -63,3 +64,8 @@ class FromOptions:
     """Any mmengine configuration, in place of ours; --cfg-options change it."""
     cfg_options: tuple[str, ...] = ()
     """Changes to the configuration, as OpenMMLab's tools take them: model.backbone.drop_path=0.2 ..."""
+
+
+def is_main() -> bool:
+    """Whether this process is the one that reports and writes; torchrun starts several."""
+    return os.environ.get("RANK", "0") == "0"

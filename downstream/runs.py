@@ -24,6 +24,7 @@ from mmengine.runner.checkpoint import find_latest_checkpoint
 from mmengine.utils import import_modules_from_strings
 
 from downstream.checkpoints import allow_checkpoints
+from downstream.options import is_main
 from downstream.progress import Bar
 from pretrain.errors import BadInput, CheckFailed, Interrupted
 from pretrain.training.signals import StopRequest
@@ -93,11 +94,14 @@ def build_runner(config: Any, folder: Path) -> Runner:
     config.work_dir = str(folder)
     config.experiment_name = f"{folder.name}-{uuid.uuid4().hex[:8]}"  # mmengine keeps one logger per name
     config.launcher = "pytorch" if "LOCAL_RANK" in os.environ else "none"
-    config.dump_config = False
     for backends in (config.get("vis_backends"), config.get("visualizer", {}).get("vis_backends")):
         kinds = {backend["type"] for backend in backends or ()}
         if backends is not None and "TensorboardVisBackend" not in kinds:
             backends.append({"type": "TensorboardVisBackend"})
+    if config.launcher != "none" and not torch.cuda.is_available():  # mmengine itself would ask for CUDA
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
+        config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
     if not torch.cuda.is_available() or config.launcher == "none":
         _without_sync(config.model)
     with warnings.catch_warnings():
@@ -142,11 +146,6 @@ def latest_scores(runner: Runner) -> dict[str, float]:
     }
 
 
-def is_main() -> bool:
-    """Whether this process is the one that reports and writes."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 class _QuietRunner(Runner):
     """Logs everything to its files, and warnings alone to the terminal."""
 
@@ -171,8 +170,8 @@ class _Watch(Hook):
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
-        loss = float((outputs or {}).get("loss", 0.0))
-        if not torch.isfinite(torch.tensor(loss)):
+        loss = float(torch.as_tensor((outputs or {}).get("loss", 0.0)).detach())
+        if not math.isfinite(loss):
             raise CheckFailed(
                 f"{runner.work_dir}: the loss is {loss} at step {runner.iter + 1}; lower --lr, or use "
                 "--precision fp32; the last checkpoint is from before"

@@ -7,7 +7,9 @@ from typing import Any
 
 from downstream import runs
 from downstream.finetuned import LIBRARIES, Kind, load_finetuned, save_finetuned, tuples
+from downstream.options import is_main
 from pretrain.artifact import ArtifactConfig
+from pretrain.config import EncoderConfig
 from pretrain.errors import BadInput
 
 
@@ -17,6 +19,8 @@ def check_new(out: Path) -> None:
     Raises:
         BadInput: saying how to go on with what is there.
     """
+    if not is_main():
+        return  # the first process may have begun to write
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         way = f"go on with --resume {out}, or " if (out / runs.CONFIG).is_file() else ""
         raise BadInput(f"--out {out}: is not empty; {way}choose another")
@@ -40,14 +44,20 @@ def finetune(kind: Kind, config: Any, out: Path, *, resume: bool = False) -> Pat
     scope = config.get("default_scope")
     if scope != LIBRARIES[kind]:
         raise BadInput(f"the configuration is one of {scope!r}; a {kind} needs one of {LIBRARIES[kind]!r}")
-    if runs.is_main() and not resume:
+    if is_main() and not resume:
         out.mkdir(parents=True, exist_ok=True)
         config.dump(out / runs.CONFIG)
     runner = runs.train(config, out, resume=resume)
     model = getattr(runner.model, "module", runner.model)
     encoder = getattr(model.backbone, "encoder", None)
-    if encoder is None or not runs.is_main():
+    if encoder is None:
         return None
+    if is_main():
+        _publish(kind, config, out, runner, encoder.config)
+    return out / "artifact"
+
+
+def _publish(kind: Kind, config: Any, out: Path, runner: Any, encoder: EncoderConfig) -> None:
     dataset: Any = runner.train_dataloader.dataset
     best = runs.best_checkpoint(out)
     trained = {
@@ -61,12 +71,11 @@ def finetune(kind: Kind, config: Any, out: Path, *, resume: bool = False) -> Pat
         kind,
         config,
         runs.checkpoint_weights(best),
-        encoder.config,
+        encoder,
         tuple(dataset.metainfo["classes"]),
         trained,
         category_ids(dataset),
     )
-    return out / "artifact"
 
 
 def category_ids(dataset: Any) -> list[int] | None:

@@ -15,6 +15,7 @@ import torch
 from downstream_data import DYVIT, artifact, coco, labelled
 from PIL import Image
 
+from downstream.checkpoints import allow_checkpoints
 from downstream.commands.segment import run
 from pretrain.artifact import load_artifact
 from pretrain.errors import BadArtifact, BadInput
@@ -86,12 +87,40 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, tmp_path):
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    allow_checkpoints()
     done = torch.load((out / "last_checkpoint").read_text())["meta"]["iter"]
     assert 2 <= done < 30
     config = (out / "config.py").read_text()
     (out / "config.py").write_text(config.replace("max_iters=30", f"max_iters={done + 1}"))
     run(["train", "--resume", str(out)])
     assert load_artifact(out / "artifact").config.trained["steps"] == done + 1
+
+
+def test_two_processes_share_a_batch(data, tmp_path):
+    from downstream.runs import checkpoint_weights
+
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pretrain"]
+    command += [
+        "segment",
+        "train",
+        "--preset",
+        "tiny",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--steps",
+        "2",
+    ]
+    done = subprocess.run(
+        [*command, *SMALL], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("2 steps; last validation") == 1  # one of them reports
+    assert done.stderr.count("2/2") == 2  # the step and its validation
+    assert load_artifact(out / "artifact").config.trained["steps"] == 2
+    assert not any(name.startswith("module.") for name in checkpoint_weights(out / "iter_2.pth"))
 
 
 def test_five_channels_and_ade20k_numbers(tmp_path):

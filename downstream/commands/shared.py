@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from downstream.options import is_main
 from pretrain.errors import BadInput
 
 if TYPE_CHECKING:
@@ -30,7 +33,11 @@ def choose_action(argv: Sequence[str], actions: dict[str, Callable[[list[str]], 
         raise BadInput(f"give one of {', '.join(actions)}")
     if argv[0] not in actions:
         raise BadInput(f"no action {argv[0]!r}; there are: {', '.join(actions)}")
-    actions[argv[0]](list(argv[1:]))
+    if not is_main():
+        logging.getLogger("downstream").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mm's packages warn of each other and of torch, for pages
+        actions[argv[0]](list(argv[1:]))
 
 
 def required(value: Path | None, flag: str, why: str) -> Path:
@@ -65,7 +72,7 @@ def warn(warnings: Sequence[str]) -> None:
     """A line for each, on stderr."""
     from rich.console import Console
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, quiet=not is_main())
     for warning in warnings:
         console.print(f"[bold yellow]warning:[/] {warning}", soft_wrap=True)
 
@@ -112,6 +119,8 @@ def say_trained(command: str, out: Path, artifact: Path | None) -> None:
     """Where everything is, and what can be done with it."""
     import json
 
+    if not is_main():
+        return
     if artifact is None:
         print(f"\n{out}: trained; its backbone is none of ours, so there are checkpoints but no artifact")
         return
