@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def finetuning(args: argparse.Namespace, task: str, init: str, seed: int) -> Tas
 def scores(args: argparse.Namespace, task: str, init: str, seed: int) -> dict[str, float]:
     """What the last validation measured, in percent."""
     about = json.loads((args.work / f"{task}-{init}-{seed}" / "artifact" / "config.json").read_text())
-    found = about["trained"]["scores"]
+    found = about["trained"]["scores"]  # of the one validation
     if task == "detect":
         return {"AP": 100 * found["coco/bbox_mAP"], "AP50": 100 * found["coco/bbox_mAP_50"]}
     return {"mIoU": found["mIoU"], "pixel accuracy": found["aAcc"]}
@@ -173,17 +174,13 @@ def draw(args: argparse.Namespace) -> None:
     rows = []
     for image, out in zip(chosen["segment"], found["segment"], strict=True):
         predicted = Image.open(out / "labels" / f"{image.stem}.png")
-        truth = (
-            Image.open(streets / "ann_dir/val" / f"{image.stem}.png")
-            .convert("L")
-            .point(lambda v: min(v, 254))
-        )
+        truth = Image.open(streets / "ann_dir/val" / f"{image.stem}.png").convert("L")
         truth.putpalette(predicted.getpalette() or [])
         rows.append([Image.open(image), truth, predicted])
     _sheet(rows, args.pictures / "segmentations.png")
 
 
-def _sheet(rows: list[list[Image.Image]], path: Path, width: int = 320) -> None:
+def _sheet(rows: Sequence[Sequence[Image.Image]], path: Path, width: int = 320) -> None:
     height = max(round(width * image.height / image.width) for row in rows for image in row)
     sheet = Image.new("RGB", (len(rows[0]) * (width + 4) - 4, len(rows) * (height + 4) - 4), "white")
     for y, row in enumerate(rows):

@@ -161,6 +161,8 @@ class PlainViT(_Backbone):
         with_cp: bool = False,
         init_cfg: Any = None,
     ) -> None:
+        if frozen_stages < -1:
+            raise BadInput(f"PlainViT: frozen_stages {frozen_stages} must be -1 or more")
         super().__init__(
             ViTConfig,
             artifact,
@@ -179,7 +181,12 @@ class PlainViT(_Backbone):
 
     def _frozen(self) -> list[nn.Module]:
         encoder = cast(ViT, self.encoder)
-        return [encoder.stem, *encoder.blocks][: self.frozen_stages + 1]
+        parts = [encoder.stem, *encoder.blocks, encoder.norm]
+        if self.frozen_stages > len(encoder.blocks):
+            raise BadInput(
+                f"PlainViT: frozen_stages {self.frozen_stages}, but there are {len(parts) - 2} blocks"
+            )
+        return parts if self.frozen_stages == len(encoder.blocks) else parts[: self.frozen_stages + 1]
 
     def _freeze(self) -> None:
         super()._freeze()

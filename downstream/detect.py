@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,8 @@ from downstream.datasets.coco import CocoSplit
 from downstream.fitting import Described, fit_encoder
 from downstream.options import TrainingOptions
 from downstream.schedule import fit_schedule, fit_workers
-from downstream.settings import PRESETS, load_config, pipeline_of
+from downstream.settings import PRESETS, load_config, replace_dataset
+from pretrain.errors import BadInput
 
 Detector = Literal["mask-rcnn", "cascade-mask-rcnn", "faster-rcnn", "retinanet"]
 HAS_MASKS = ("mask-rcnn", "cascade-mask-rcnn")
@@ -37,6 +39,8 @@ def training_config(
     Raises:
         BadInput: options that do not fit.
     """
+    if short_side is not None and short_side < 32:
+        raise BadInput(f"--short-side {short_side}: must be at least 32")
     config = load_config(preset_path(name))
     fit_encoder(config, encoder, options)
     masks = name in HAS_MASKS
@@ -52,14 +56,14 @@ def fit_dataset(config: Any, train: CocoSplit, val: CocoSplit, masks: bool) -> N
     """Read these images, and give every head as many classes as they have."""
     names = train.class_names
     for loader, split in (("train_dataloader", train), ("val_dataloader", val), ("test_dataloader", val)):
-        pipeline = pipeline_of(config[loader].dataset)
-        config[loader].dataset = dataset_of(split, pipeline, names, training=loader == "train_dataloader")
+        training = loader == "train_dataloader"
+        replace_dataset(config[loader], partial(dataset_of, split, names, training))
     config.val_evaluator = config.test_evaluator = metric_of(val, masks)
     _set_classes(config.model, len(names))
 
 
 def dataset_of(
-    split: CocoSplit, pipeline: list[Any], names: tuple[str, ...], training: bool = False
+    split: CocoSplit, names: tuple[str, ...], training: bool, pipeline: list[Any]
 ) -> dict[str, Any]:
     """Settings of mmdet's reader of a split; in training, images without objects are left out."""
     return {
@@ -106,8 +110,7 @@ def fit_pipelines(config: Any, channels: int, short_side: int, masks: bool) -> N
 
 def default_short_side(train: CocoSplit) -> int:
     """The median short side of the training images, at most 800 px, in whole multiples of 32."""
-    median = min(train.image_sizes[1])
-    return max(min(800, round(median / 32) * 32), 32)
+    return max(min(800, round(train.median_short_side / 32) * 32), 32)
 
 
 def _set_classes(node: Any, classes: int) -> None:

@@ -108,8 +108,24 @@ def read_finetuned(directory: Path, kind: Kind | None = None) -> Artifact:
 
 def build_model(config: ArtifactConfig) -> nn.Module:
     """The model that an artifact describes, with random weights."""
+    from mmengine.registry import MODELS
+
+    register(config)
+    return MODELS.build(settings_of(config.head or {}))
+
+
+def settings_of(head: dict[str, Any]) -> Any:
+    """The model's settings, as mmengine takes them."""
     from mmengine.config import ConfigDict
-    from mmengine.registry import MODELS, DefaultScope, init_default_scope
+
+    settings = ConfigDict(head["model"])
+    settings.data_preprocessor = tuples(settings.data_preprocessor)
+    return settings
+
+
+def register(config: ArtifactConfig) -> None:
+    """Import what the settings of an artifact name, and make its library's the default scope."""
+    from mmengine.registry import DefaultScope, init_default_scope
 
     import downstream.openmmlab
 
@@ -123,9 +139,6 @@ def build_model(config: ArtifactConfig) -> nn.Module:
     before = DefaultScope.get_current_instance()
     if before is None or before.scope_name != head.get("library"):
         init_default_scope(str(head.get("library")))
-    settings = ConfigDict(head["model"])
-    settings.data_preprocessor = tuples(settings.data_preprocessor)
-    return MODELS.build(settings)
 
 
 def tuples(value: Any) -> Any:

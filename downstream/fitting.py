@@ -54,7 +54,7 @@ class Described:
 
 
 def describe(artifact: Path | None, preset: str | None) -> Described:
-    """The encoder asked for; its weights are not read yet.
+    """The encoder asked for.
 
     Raises:
         BadInput: not exactly one of the two, or a ViT whose patches are too small for a pyramid.
@@ -86,21 +86,26 @@ def fit_encoder(config: Any, encoder: Described, options: TrainingOptions) -> No
     model = config.model
     model.pop("pretrained", None)
     before = model.get("backbone", {})
-    drop_path = options.drop_path if options.drop_path is not None else before.get("drop_path", 0.1)
-    backbone: dict[str, Any] = {
-        "type": "DyViT" if encoder.hierarchical else "PlainViT",
-        **encoder.backbone,
-        "drop_path": drop_path,
+    kind = "DyViT" if encoder.hierarchical else "PlainViT"
+    kept = ("drop_path", "frozen_stages", "with_cp", "global_blocks") if before.get("type") == kind else ()
+    asked = {
+        "drop_path": options.drop_path,
         "frozen_stages": options.frozen_stages,
-        "with_cp": options.checkpoint_gradients,
+        "with_cp": options.checkpoint_gradients or None,
+        "global_blocks": options.global_blocks,
     }
+    if options.global_blocks and not encoder.hierarchical:
+        raise BadInput("--global-blocks: a plain ViT attends to the whole map in every block")
+    backbone = {"type": kind, **encoder.backbone, "drop_path": 0.1}
+    backbone |= {name: before[name] for name in kept if name in before}
+    backbone |= {name: value for name, value in asked.items() if value is not None}
     finest = max((model.get("neck") or {}).get("start_level", 0), min(before.get("out_indices") or (0,)))
     if encoder.hierarchical:
         backbone["out_indices"] = tuple(range(finest, 4))
-        backbone["global_blocks"] = options.global_blocks or 0
-    elif options.global_blocks:
-        raise BadInput("--global-blocks: a plain ViT attends to the whole map in every block")
     model.backbone = backbone
+    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        if config.get(loader):
+            _fit_reading(config[loader].dataset, encoder.model.channels)
     _fit_statistics(model, encoder)
     if options.head_channels is not None:
         _fit_width(model, options.head_channels)
@@ -112,6 +117,19 @@ def fit_encoder(config: Any, encoder: Described, options: TrainingOptions) -> No
         needed.append(CHANNELS)
     imports["imports"] = list(dict.fromkeys([*needed, *imports["imports"]]))
     imports["allow_failed_imports"] = False
+
+
+def _fit_reading(node: Any, channels: int) -> None:
+    """Our reader in place of mm's, wherever a pipeline begins with it."""
+    if isinstance(node, dict):
+        if node.get("type") == "LoadImageFromFile":
+            node.clear()
+            node.update(type="ReadImage", channels=channels)
+        for child in list(node.values()):
+            _fit_reading(child, channels)
+    elif isinstance(node, list | tuple):
+        for child in node:
+            _fit_reading(child, channels)
 
 
 def _fit_statistics(model: Any, encoder: Described) -> None:
@@ -145,24 +163,23 @@ def _fit_pyramid(model: Any, encoder: Described, finest: int) -> None:
             anchors.strides = [encoder.strides[0] * 2 ** (finest + i) for i in range(len(anchors.strides))]
     roi_head = model.get("roi_head", {})
     for extractor in (roi_head.get("bbox_roi_extractor"), roi_head.get("mask_roi_extractor")):
-        for each in _each(extractor):
-            each.featmap_strides = list(encoder.strides[: len(each.featmap_strides)])
-    decode_head = model.get("decode_head", {})
-    if isinstance(decode_head.get("in_channels"), list | tuple):
-        decode_head.in_channels = channels
-    for head in _each(model.get("auxiliary_head")):
-        head.in_channels = channels[head.get("in_index", 2)]
+        for level in each(extractor):
+            level.featmap_strides = list(encoder.strides[: len(level.featmap_strides)])
+    for head in (*each(model.get("decode_head")), *each(model.get("auxiliary_head"))):
+        index = head.get("in_index", -1)
+        head.in_channels = (
+            channels[index] if isinstance(index, int) else [channels[i] for i in index]
+        )  # as mmseg's heads pick from the pyramid
 
 
 def _fit_width(model: Any, width: int) -> None:
     """Neck and heads of this width, with the proportions that mm's configurations have."""
     if width < 32 or width % 32:
         raise BadInput(f"--head-channels {width}: must be a multiple of 32")
-    if model.get("decode_head"):
-        model.decode_head.channels = width
-        for head in _each(model.get("auxiliary_head")):
-            head.channels = width // 2
-        return
+    for head in each(model.get("decode_head")):
+        head.channels = width
+    for head in each(model.get("auxiliary_head")):
+        head.channels = width // 2
     if model.get("neck"):
         model.neck.out_channels = width
     for name in ("rpn_head", "bbox_head"):
@@ -170,13 +187,14 @@ def _fit_width(model: Any, width: int) -> None:
             model[name].in_channels = model[name].feat_channels = width
     roi_head = model.get("roi_head", {})
     for name in ("bbox_roi_extractor", "mask_roi_extractor"):
-        for extractor in _each(roi_head.get(name)):
+        for extractor in each(roi_head.get(name)):
             extractor.out_channels = width
-    for head in _each(roi_head.get("bbox_head")):
+    for head in each(roi_head.get("bbox_head")):
         head.in_channels, head.fc_out_channels = width, 4 * width
-    for head in _each(roi_head.get("mask_head")):
+    for head in each(roi_head.get("mask_head")):
         head.in_channels = head.conv_out_channels = width
 
 
-def _each(value: Any) -> list[Any]:
+def each(value: Any) -> list[Any]:
+    """A list of what may be one, several or none."""
     return [] if not value else list(value) if isinstance(value, list | tuple) else [value]

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from pretrain.errors import BadInput
 
 Preset = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How long and how to train; with --config, only what is given here changes it."""
+    """How long and how to train.
+
+    With --config only those of the encoder apply (drop path, head channels, frozen stages, global blocks,
+    checkpoint gradients); the rest is the configuration's.
+    """
 
     epochs: float | None = None
     """Passes over the training images (default: 24 for detection, 100 for segmentation)."""
@@ -34,8 +40,9 @@ class TrainingOptions:
     head_channels: int | None = None
     """Width of neck and head (default: 256 for detection, 512 for segmentation); 128 suits
     the tiny encoder, and CPUs."""
-    frozen_stages: int = -1
-    """Keep the weights of the stem and so many stages (0: the stem alone); -1 trains all."""
+    frozen_stages: int | None = None
+    """Keep the weights of the stem and so many stages (0: the stem alone; plain ViT: blocks); -1 trains all
+    (default)."""
     global_blocks: int | None = None
     """Blocks of stage 3 that attend to the whole map, evenly spaced; with any, all of stage 4 (DyViT)."""
     checkpoint_gradients: bool = False
@@ -64,6 +71,35 @@ class FromOptions:
     """Any mmengine configuration, in place of ours; --cfg-options change it."""
     cfg_options: tuple[str, ...] = ()
     """Changes to the configuration, as OpenMMLab's tools take them: model.backbone.drop_path=0.2 ..."""
+
+
+ENCODER_OPTIONS = ("drop_path", "head_channels", "frozen_stages", "global_blocks", "checkpoint_gradients")
+"""Those that also apply to a configuration of the user's own, when an artifact or preset is put into it."""
+
+
+def check_foreign(source: FromOptions, training: TrainingOptions, others: dict[str, object]) -> None:
+    """Refuse options that --config leaves without effect.
+
+    Args:
+        source: Where the encoder comes from.
+        training: What was asked for.
+        others: Options of one command by name; None where they were not given.
+
+    Raises:
+        BadInput: naming them.
+    """
+    applies = ENCODER_OPTIONS if source.artifact or source.preset else ()
+    given = [
+        each.name
+        for each in fields(training)
+        if each.name not in applies and getattr(training, each.name) != each.default
+    ]
+    given += [name for name, value in others.items() if value is not None]
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise BadInput(
+            f"{flags}: without effect on a configuration of your own; change it there, or by --cfg-options"
+        )
 
 
 def is_main() -> bool:

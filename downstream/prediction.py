@@ -60,9 +60,29 @@ def image_numbers(annotations: Path) -> dict[str, int]:
     """
     try:
         images = json.loads(annotations.read_text(encoding="utf-8"))["images"]
-        return {Path(image["file_name"]).name: int(image["id"]) for image in images}
+        return {str(image["file_name"]): int(image["id"]) for image in images}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{annotations}: not annotations in COCO's format ({error!r})") from None
+
+
+def number_images(paths: list[Path], numbers: dict[str, int] | None) -> list[int]:
+    """An id for every image: of the name in `numbers` that its path ends with; without, counted from 1.
+
+    Raises:
+        BadInput: an image that `numbers` does not have, or two that get one id.
+    """
+    if numbers is None:
+        return list(range(1, len(paths) + 1))
+    found: dict[int, Path] = {}
+    for path in paths:
+        tails = ["/".join(path.parts[i:]) for i in range(len(path.parts))]
+        number = next((numbers[tail] for tail in tails if tail in numbers), None)
+        if number is None:
+            raise BadInput(f"{path}: the annotations have no image of that name")
+        if number in found:
+            raise BadInput(f"{path} and {found[number]}: both are image {number} of the annotations")
+        found[number] = path
+    return list(found)
 
 
 def predict(
@@ -70,7 +90,7 @@ def predict(
     config: ArtifactConfig,
     paths: list[Path],
     device: torch.device,
-    numbers: dict[str, int] | None = None,
+    numbers: list[int],
     skipped: Callable[[str], None] | None = None,
 ) -> Iterator[Prediction]:
     """Predictions one by one; an image that cannot be read is named to `skipped` and left out.
@@ -80,7 +100,7 @@ def predict(
         config: As well.
         paths: Images.
         device: To compute on.
-        numbers: Ids by file name; without, images are counted from 1.
+        numbers: An id for each; see `number_images`.
         skipped: Called with a message.
 
     Raises:
@@ -92,8 +112,7 @@ def predict(
     pipeline = Compose(tuples(head["pipeline"]))
     model.to(device)
     done = 0
-    for place, path in enumerate(paths):
-        number = place + 1 if numbers is None else numbers.get(path.name, 0)
+    for path, number in zip(paths, numbers, strict=True):
         try:
             data: Any = pipeline({"img_path": str(path), "img_id": number})
         except BadImage as error:

@@ -21,7 +21,7 @@ from pretrain.errors import BadImage
 class ReadImage(BaseTransform):
     """File at `img_path` to `img`, `[H, W, channels]`: uint8, or float32 scaled to 0..255.
 
-    Three channels are in mm's order, blue first.
+    Three channels are in mm's order, blue first, and always uint8: its distortions of colour expect that.
 
     Args:
         channels: That the model takes.
@@ -45,7 +45,7 @@ class ReadImage(BaseTransform):
         if pixels.dtype != np.uint8:
             pixels = unit_scale(pixels) * np.float32(255)
         if self.channels == 3:
-            pixels = pixels[..., ::-1]
+            pixels = pixels.round().clip(0, 255).astype(np.uint8)[..., ::-1]
         results["img"] = np.ascontiguousarray(pixels)
         results["img_shape"] = results["ori_shape"] = pixels.shape[:2]
         return results

@@ -6,21 +6,24 @@ and TensorBoard files) and, at the end, `artifact/`.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
+import sys
 import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
-from mmengine.runner import Runner
-from mmengine.runner.checkpoint import find_latest_checkpoint
+from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner.loops import _InfiniteDataloaderIterator
 from mmengine.utils import import_modules_from_strings
 
 from downstream.checkpoints import allow_checkpoints
@@ -29,7 +32,10 @@ from downstream.progress import Bar
 from pretrain.errors import BadInput, CheckFailed, Interrupted
 from pretrain.training.signals import StopRequest
 
+log = logging.getLogger(__name__)
 HEADLINES = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50", "mIoU", "mAcc", "aAcc")
+SCORES = "coma_scores"
+"""Where checkpoints keep what every validation measured, by step (by epoch, where a run counts those)."""
 CONFIG, PRINTED = "config.py", "printed.txt"
 
 
@@ -49,14 +55,17 @@ def train(config: Any, folder: Path, *, resume: bool = False) -> Runner:
         CheckFailed: a loss that is not finite, or a disk that is full.
         BadInput: nothing to resume.
     """
-    config.resume = resume
-    if resume and find_latest_checkpoint(str(folder)) is None:
-        config.resume = False
-        logging.getLogger(__name__).info("no checkpoint was saved before the run ended; starting again")
+    last = latest_checkpoint(folder) if resume else None
+    config.resume, config.load_from = last is not None, last and str(last)
+    if resume and not last:
+        log.info("no checkpoint was saved before the run ended; starting again")
     printed = _prints_to(folder / PRINTED)
     with StopRequest(quiet=not is_main()) as stop, closing(Bar(quiet=not is_main())) as bar, printed:
         runner = build_runner(config, folder)
-        runner.register_hook(_Watch(stop, bar), priority="LOW")
+        watch = _Watch(stop, bar)
+        runner.register_hook(watch, priority="LOW")
+        if is_main() and not resume:
+            config.dump(folder / CONFIG)
         try:
             runner.train()
         except torch.OutOfMemoryError as error:
@@ -64,6 +73,8 @@ def train(config: Any, folder: Path, *, resume: bool = False) -> Runner:
                 "out of GPU memory; try a smaller --batch-size, --checkpoint-gradients or a smaller image"
             ) from error
         except (OSError, RuntimeError) as error:
+            if stop.asked and "DataLoader worker" in str(error):  # they were sent the same signal
+                watch.leave(runner, runner.iter)
             if not _disk_is_full(error):
                 raise
             raise CheckFailed(
@@ -87,9 +98,7 @@ def build_runner(config: Any, folder: Path) -> Runner:
     Its log goes to files; warnings alone to the terminal.
     """
     if "custom_imports" in config:
-        import_modules_from_strings(
-            **config.custom_imports
-        )  # read from a file, it is done; changed since, not
+        import_modules_from_strings(**config.custom_imports)  # some were added after the file was read
     allow_checkpoints()
     config.work_dir = str(folder)
     config.experiment_name = f"{folder.name}-{uuid.uuid4().hex[:8]}"  # mmengine keeps one logger per name
@@ -123,10 +132,17 @@ def best_checkpoint(folder: Path) -> Path:
         BadInput: there is none.
     """
     best = sorted(folder.glob("best_*.pth"), key=lambda path: path.stat().st_mtime)
-    last = find_latest_checkpoint(str(folder))
+    last = latest_checkpoint(folder)
     if not best and last is None:
         raise BadInput(f"{folder}: holds no checkpoint")
-    return best[-1] if best else Path(str(last))
+    return best[-1] if best else cast(Path, last)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The last one, in this folder wherever it was when it was written."""
+    noted = folder / "last_checkpoint"
+    path = folder / Path(noted.read_text().strip()).name if noted.is_file() else None
+    return path if path and path.is_file() else None
 
 
 def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -135,15 +151,9 @@ def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
 
 
-def latest_scores(runner: Runner) -> dict[str, float]:
-    """What validations measured last, by name."""
-    scalars = runner.message_hub.log_scalars
-    prefix = "val/"
-    return {
-        name.removeprefix(prefix): float(buffer.current())
-        for name, buffer in scalars.items()
-        if name.startswith(prefix) and not name.endswith("time") and math.isfinite(buffer.current())
-    }
+def scores_by_step(runner: Runner) -> dict[str, dict[str, float]]:
+    """What every validation of the run measured, by name; what is not finite is left out."""
+    return runner.message_hub.runtime_info.get(SCORES, {})
 
 
 class _QuietRunner(Runner):
@@ -152,8 +162,9 @@ class _QuietRunner(Runner):
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         logger = super().build_logger(*args, **kwargs)
         for handler in logger.handlers:
-            if not isinstance(handler, logging.FileHandler):
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
                 handler.setLevel(logging.WARNING)
+                handler.setStream(sys.stderr)
         return logger
 
 
@@ -165,6 +176,7 @@ class _Watch(Hook):
 
     def before_train(self, runner: Any) -> None:
         self._steps = runner.max_iters
+        _skip(runner.train_loop, runner.iter)
         self._bar.start("training", self._steps, runner.iter)
 
     def after_train_iter(
@@ -178,11 +190,19 @@ class _Watch(Hook):
             )
         self._bar.step(runner.iter + 1, f"loss {loss:.4f}")
         if self._stop and _anyone(self._stop.asked) and runner.iter + 1 < self._steps:
-            _save(runner)
-            raise Interrupted(
-                f"stopped at step {runner.iter + 1} of {self._steps}; everything is saved, go on with "
-                f"--resume {runner.work_dir}"
-            )
+            self.leave(runner, runner.iter + 1)
+
+    def leave(self, runner: Any, done: int) -> None:
+        """Stop after `done` steps.
+
+        Raises:
+            Interrupted: always; what counts epochs cannot be stopped inside one, and goes on from its start.
+        """
+        where, way_on = f"stopped at step {done} of {self._steps}", f"go on with --resume {runner.work_dir}"
+        if not isinstance(runner.train_loop, IterBasedTrainLoop):
+            raise Interrupted(f"{where}; its epochs up to the last one that ended are saved, {way_on}")
+        _save(runner, done)
+        raise Interrupted(f"{where}; everything is saved, {way_on}")
 
     def before_val(self, runner: Any) -> None:
         self._bar.begin_part("validating", len(runner.val_dataloader))
@@ -194,6 +214,12 @@ class _Watch(Hook):
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         self._bar.end_part()
+        finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
+        scores = runner.message_hub.runtime_info.setdefault(SCORES, {})
+        by_step = isinstance(runner.train_loop, IterBasedTrainLoop)
+        scores[str(runner.iter if by_step else runner.epoch)] = {
+            n: round(v, 5) for n, v in finite.items() if not n.endswith("time")
+        }
         shown = {name: value for name, value in (metrics or {}).items() if _headline(name)}
         text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self._bar.say(f"step {runner.iter}/{self._steps}: {text}")
@@ -214,13 +240,26 @@ def _headline(name: str) -> bool:
     return name.rpartition("/")[2] in HEADLINES
 
 
-def _save(runner: Any) -> None:
-    """A checkpoint of this moment, noted as the last one."""
-    name = f"iter_{runner.iter + 1}.pth"
-    runner.save_checkpoint(runner.work_dir, name, by_epoch=False)
+def _save(runner: Any, done: int) -> None:
+    """A checkpoint after `done` steps, noted as the last one."""
+    name = f"iter_{done}.pth"
+    meta = {"epoch": runner.epoch, "iter": done}
+    runner.save_checkpoint(runner.work_dir, name, meta=meta, by_epoch=False)
     if is_main():
         path = Path(runner.work_dir, "last_checkpoint")
         path.write_text(str(Path(runner.work_dir, name)))
+
+
+def _skip(loop: Any, done: int) -> None:
+    """Go on in the order of images after `done` steps; mmengine would read and augment all of them again."""
+    sampler: Any = loop.dataloader.sampler
+    counts_steps = isinstance(loop, IterBasedTrainLoop)
+    if not done or not counts_steps or not isinstance(sampler, InfiniteSampler):
+        return
+    taken = done * (loop.dataloader.batch_size or 1)
+    sampler.indices = itertools.islice(sampler._indices_of_rank(), taken, None)
+    ahead: Any = itertools.chain(itertools.repeat(None, done), _InfiniteDataloaderIterator(loop.dataloader))
+    loop.dataloader_iterator = ahead
 
 
 def _anyone(asked: bool) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+
 from downstream.options import TrainingOptions
 from pretrain.errors import BadInput
 
@@ -24,10 +26,9 @@ def fit_schedule(
     Raises:
         BadInput: numbers that make no run.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    batch = options.batch_size or int(defaults["batch_size"])
-    if batch < 1 or batch % world:
-        raise BadInput(f"--batch-size {batch}: must be a multiple of the {world} processes")
+    batch = int(defaults["batch_size"]) if options.batch_size is None else options.batch_size
+    if batch < 1:
+        raise BadInput(f"--batch-size {batch}: must be at least 1")
     epochs = options.epochs if options.epochs is not None else defaults["epochs"]
     steps = options.steps if options.steps is not None else round(epochs * images / batch)
     if steps < 1:
@@ -36,9 +37,19 @@ def fit_schedule(
         raise BadInput(f"--validations {options.validations}: must be at least 1")
     every = max(-(-steps // options.validations), 1)
     warmup = min(500, steps // 10)
+    warmup *= warmup > 1  # mmengine's warm-up of one step would never end
     lr = options.lr if options.lr is not None else defaults["lr"]
     decay = options.weight_decay if options.weight_decay is not None else defaults["weight_decay"]
     rate = options.layer_decay if options.layer_decay is not None else defaults["layer_decay"]
+    if lr <= 0 or decay < 0 or not 0 < rate <= 1:
+        raise BadInput(
+            f"--lr {lr}, --weight-decay {decay}, --layer-decay {rate}: must be above 0, at least 0, and "
+            "above 0 up to 1"
+        )
+    if options.save_steps is not None and options.save_steps < 1:
+        raise BadInput(f"--save-steps {options.save_steps}: must be at least 1")
+    if options.precision != "fp32" and not torch.cuda.is_available():
+        raise BadInput(f"--precision {options.precision}: mmengine's mixed precision needs a GPU; use fp32")
     amp = {"type": "AmpOptimWrapper", "dtype": {"bf16": "bfloat16"}.get(options.precision, "float16")}
     config.optim_wrapper = {
         **({"type": "OptimWrapper"} if options.precision == "fp32" else amp),
@@ -53,7 +64,8 @@ def fit_schedule(
     config.train_cfg = {"type": "IterBasedTrainLoop", "max_iters": steps, "val_interval": every}
     config.val_cfg, config.test_cfg = {"type": "ValLoop"}, {"type": "TestLoop"}
     loader = config.train_dataloader
-    loader.batch_size = batch // world
+    config.global_batch_size = batch
+    share_batch(config)
     loader.sampler = {"type": "InfiniteSampler", "shuffle": True, "seed": options.seed}
     loader.pop("batch_sampler", None)
     hooks = config.setdefault("default_hooks", {})
@@ -72,6 +84,21 @@ def fit_schedule(
     }
     config.log_processor = {"type": "LogProcessor", "by_epoch": False, "window_size": min(50, steps)}
     config.randomness = {"seed": options.seed}
+
+
+def share_batch(config: Any) -> None:
+    """Share out `global_batch_size`, where the configuration has one, over the processes there are now.
+
+    Raises:
+        BadInput: it cannot be.
+    """
+    batch = config.get("global_batch_size")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if batch is None:
+        return
+    if batch % world:
+        raise BadInput(f"--batch-size {batch}: must be a multiple of the {world} processes")
+    config.train_dataloader.batch_size = batch // world
 
 
 def fit_workers(config: Any, workers: int | None) -> None:

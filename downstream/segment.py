@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from downstream.datasets.labels import LabelSplit
-from downstream.fitting import Described, fit_encoder
+from downstream.fitting import Described, each, fit_encoder
 from downstream.options import TrainingOptions
 from downstream.schedule import fit_schedule, fit_workers
-from downstream.settings import PRESETS, load_config, pipeline_of
+from downstream.settings import PRESETS, load_config, pipeline_of, replace_dataset
 from pretrain.errors import BadInput
 
 PRESET = PRESETS / "mmseg" / "upernet_dyvit_160k_ade20k-512x512.py"
@@ -30,6 +31,8 @@ def training_config(
         BadInput: options that do not fit.
     """
     unit = encoder.model.unit
+    if resize is not None and resize < 32:
+        raise BadInput(f"--short-side {resize}: must be at least 32")
     if crop < unit or crop % unit:
         raise BadInput(f"--crop-size {crop}: must be a multiple of the encoder's {unit} px mask unit")
     config = load_config(PRESET)
@@ -38,19 +41,24 @@ def training_config(
     fit_pipelines(config, encoder.model.channels, crop, resize, train.reduce_zero_label)
     fit_schedule(config, options, train.pairs, DEFAULTS, "mIoU")
     fit_workers(config, options.workers)
+    if config.train_dataloader.batch_size < 2:
+        raise BadInput("--batch-size: batch normalisation needs at least 2 images for every process")
     return config
 
 
 def fit_dataset(config: Any, train: LabelSplit, val: LabelSplit) -> None:
     """Read these images and label maps, and give every head as many classes as they have."""
     for loader, split in (("train_dataloader", train), ("val_dataloader", val), ("test_dataloader", val)):
-        config[loader].dataset = dataset_of(split, pipeline_of(config[loader].dataset))
+        replace_dataset(config[loader], partial(dataset_of, split))
     config.val_evaluator = config.test_evaluator = metric_of(val)
     model = config.model
     model.data_preprocessor["seg_pad_val"] = train.ignore_index
-    for head in (model.decode_head, model.get("auxiliary_head")):
-        if head:
-            head.num_classes, head.ignore_index = len(train.class_names), train.ignore_index
+    for head in (*each(model.get("decode_head")), *each(model.get("auxiliary_head"))):
+        head.num_classes, head.ignore_index = len(train.class_names), train.ignore_index
+    for loader, split in (("train_dataloader", train), ("val_dataloader", val), ("test_dataloader", val)):
+        for step in pipeline_of(config[loader].dataset):
+            if step["type"] == "LoadAnnotations":
+                step["reduce_zero_label"] = split.reduce_zero_label
 
 
 def dataset_of(split: LabelSplit, pipeline: list[Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,17 @@ def change(config: Any, options: tuple[str, ...]) -> None:
             config.merge_from_dict({name: DictAction._parse_iterable(value)})
         except (KeyError, TypeError, AssertionError, ValueError) as error:
             raise BadInput(f"--cfg-options {option}: does not fit ({error})") from None
+
+
+def replace_dataset(loader: Any, make: Callable[[list[Any]], dict[str, Any]]) -> None:
+    """Put `make(pipeline)` in the place of a loader's dataset, or of the several that it joins.
+
+    What repeats or mixes it stays around it.
+    """
+    holder = loader
+    while "dataset" in holder["dataset"]:
+        holder = holder["dataset"]
+    holder["dataset"] = make(pipeline_of(holder["dataset"]))
 
 
 def pipeline_of(dataset: Any) -> list[Any]:

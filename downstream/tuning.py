@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from downstream import runs
-from downstream.finetuned import LIBRARIES, Kind, load_finetuned, save_finetuned, tuples
+from downstream.finetuned import (
+    LIBRARIES,
+    Kind,
+    read_finetuned,
+    register,
+    save_finetuned,
+    settings_of,
+    tuples,
+)
 from downstream.options import is_main
+from downstream.schedule import share_batch
 from pretrain.artifact import ArtifactConfig
 from pretrain.config import EncoderConfig
 from pretrain.errors import BadInput
@@ -44,9 +54,8 @@ def finetune(kind: Kind, config: Any, out: Path, *, resume: bool = False) -> Pat
     scope = config.get("default_scope")
     if scope != LIBRARIES[kind]:
         raise BadInput(f"the configuration is one of {scope!r}; a {kind} needs one of {LIBRARIES[kind]!r}")
-    if is_main() and not resume:
-        out.mkdir(parents=True, exist_ok=True)
-        config.dump(out / runs.CONFIG)
+    if resume:
+        share_batch(config)
     runner = runs.train(config, out, resume=resume)
     model = getattr(runner.model, "module", runner.model)
     encoder = getattr(model.backbone, "encoder", None)
@@ -60,10 +69,13 @@ def finetune(kind: Kind, config: Any, out: Path, *, resume: bool = False) -> Pat
 def _publish(kind: Kind, config: Any, out: Path, runner: Any, encoder: EncoderConfig) -> None:
     dataset: Any = runner.train_dataloader.dataset
     best = runs.best_checkpoint(out)
+    scores = runs.scores_by_step(runner)
+    kept = re.search(r"_(\d+)\.pth$", best.name)
     trained = {
         "steps": runner.max_iters,
         "checkpoint": best.name,
-        "scores": {name: round(value, 5) for name, value in runs.latest_scores(runner).items()},
+        "scores": scores.get(kept[1] if kept else "", {}),
+        "last_scores": scores[max(scores, key=int)] if scores else {},
         "pretrained": config.model.backbone.get("artifact", "none: random weights"),
     }
     save_finetuned(
@@ -103,13 +115,14 @@ def measure(
     """
     from mmengine.config import Config
 
-    model, about = load_finetuned(artifact, kind)
-    head = about.head or {}
+    found = read_finetuned(artifact, kind)
+    head = found.config.head or {}
+    register(found.config)
     *before, pack = tuples(head["pipeline"])
     config = Config(
         {
             "default_scope": LIBRARIES[kind],
-            "model": head["model"],
+            "model": settings_of(head),
             "test_dataloader": {
                 "batch_size": 1,
                 "num_workers": 0,
@@ -120,7 +133,7 @@ def measure(
             "test_cfg": {"type": "TestLoop"},
         }
     )
-    return runs.test(config, folder, model.state_dict())
+    return runs.test(config, folder, found.tensors)
 
 
 def check_classes(about: ArtifactConfig, names: tuple[str, ...], data: Path) -> None:

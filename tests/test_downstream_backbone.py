@@ -135,6 +135,15 @@ def test_a_plain_vit_and_a_simple_pyramid(models, tmp_path):
         models.build({"type": "DyViT", "artifact": str(path)})
 
 
+@pytest.mark.parametrize("stages", [-3, 3, 99])
+def test_a_plain_vit_freezes_what_there_is(models, stages):
+    settings = {"type": "PlainViT", "encoder": to_plain(VIT, EncoderConfig)}
+    with pytest.raises(BadInput, match="frozen_stages"):
+        models.build({**settings, "frozen_stages": stages})
+    whole = models.build({**settings, "frozen_stages": 2})
+    assert not any(p.requires_grad for p in whole.parameters())
+
+
 class Model(torch.nn.Module):
     def __init__(self, backbone):
         super().__init__()

@@ -97,6 +97,67 @@ def test_takes_a_step(path):
     assert not torch.equal(model.backbone.encoder.norm.weight, before)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 10, 19, 20, 60])
+def test_the_rate_rises_to_what_was_asked_for_and_falls_to_nothing(steps):
+    """In particular in runs too short for a warm-up of two steps."""
+    from mmengine.optim import OptimWrapper
+    from mmengine.registry import PARAM_SCHEDULERS
+
+    import downstream.openmmlab  # noqa: F401
+    from downstream.schedule import fit_schedule
+
+    config = load_config(PRESETS / "mmdet" / "retinanet_dyvit_fpn_1x_coco.py")
+    defaults = {"batch_size": 2, "epochs": 1, "lr": 0.5, "weight_decay": 0.0, "layer_decay": 1.0}
+    fit_schedule(config, TrainingOptions(steps=steps), 100, defaults, "coco/bbox_mAP")
+    wrapper = OptimWrapper(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5))
+    schedulers = [PARAM_SCHEDULERS.build({"optimizer": wrapper, **each}) for each in config.param_scheduler]
+    rates = []
+    for _ in range(steps):
+        rates.append(wrapper.get_lr()["lr"][0])
+        wrapper.optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert max(rates) == pytest.approx(0.5)
+    assert rates.index(max(rates)) == (steps // 10 - 1 if steps >= 20 else 0)
+    assert rates[-1] < 0.01 or steps < 20
+
+
+def test_data_of_ones_own_keep_the_repetition_of_large_scale_jitter(tmp_path):
+    from downstream_data import coco
+
+    from downstream.datasets import open_coco
+    from downstream.detect import fit_dataset
+
+    config = load_config(PRESETS / "mmdet" / "mask-rcnn_dyvit_fpn_lsj-100e_coco.py")
+    data = coco(tmp_path / "data", train=1, val=1)
+    fit_dataset(config, open_coco(data, "train"), open_coco(data, "val"), masks=True)
+    dataset = config.train_dataloader.dataset
+    assert (dataset.type, dataset.times) == ("RepeatDataset", 4)
+    assert dataset.dataset.ann_file == str(data / "annotations" / "train.json")
+    assert [step["type"] for step in dataset.dataset.pipeline][2:4] == ["RandomResize", "RandomCrop"]
+    assert config.model.roi_head.mask_head.num_classes == 2
+
+
+@pytest.mark.parametrize("name", ["deeplabv3plus/deeplabv3plus_r18-d8_4xb2-80k_cityscapes-512x1024",
+                                  "ocrnet/ocrnet_hr18s_4xb2-40k_cityscapes-512x1024"])  # fmt: skip
+def test_heads_of_other_segmentors_are_fitted(name, tmp_path):
+    theirs = tmp_path / "theirs.py"
+    theirs.write_text(f"_base_ = 'mmseg::{name}.py'\n")
+    config = load_config(theirs)
+    fit_encoder(config, Described(DYVIT, (0.4,) * 3, (0.2,) * 3, {"preset": "tiny"}), TrainingOptions())
+    from downstream.fitting import each
+
+    channels = [8, 16, 32, 64]
+    for head in each(config.model.decode_head):
+        wanted = (
+            channels[head.in_index]
+            if isinstance(head.in_index, int)
+            else [channels[i] for i in head.in_index]
+        )
+        assert head.in_channels == wanted
+    assert config.train_dataloader.dataset.pipeline[0] == {"type": "ReadImage", "channels": 3}
+
+
 def _segmentation_inputs() -> dict[str, Any]:
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample

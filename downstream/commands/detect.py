@@ -124,14 +124,20 @@ def _own(given: TrainConfig) -> Any:
 def _foreign(given: TrainConfig) -> Any:
     from downstream.detect import fit_dataset
     from downstream.fitting import describe, fit_encoder
+    from downstream.options import check_foreign
     from downstream.settings import change, load_config
 
-    config = load_config(shared.required(given.source.config, "--config", "a configuration"))
-    if given.source.artifact or given.source.preset:
-        fit_encoder(config, describe(given.source.artifact, given.source.preset), given.training)
+    source = given.source
+    check_foreign(source, given.training, {"model": given.model, "short_side": given.short_side})
+    config = load_config(shared.required(source.config, "--config", "a configuration"))
+    if source.artifact or source.preset:
+        fit_encoder(config, describe(source.artifact, source.preset), given.training)
     if given.data:
         train, val = _splits(given.data)
-        fit_dataset(config, train, val, masks="mask_head" in config.model.get("roi_head", {}))
+        masks = "mask_head" in config.model.get("roi_head", {})
+        if masks and not (train.has_masks and val.has_masks):
+            raise BadInput(f"--config {source.config}: has a mask head; {given.data} has boxes alone")
+        fit_dataset(config, train, val, masks)
     change(config, given.source.cfg_options)
     return config
 
@@ -162,7 +168,7 @@ def _test(argv: list[str]) -> None:
         split = open_coco(given.data, given.split, progress=progress)
     check_classes(about, split.class_names, split.annotations)
     masks = "mask_head" in (about.head or {})["model"].get("roi_head", {}) and split.has_masks
-    loader = {"dataset": dataset_of(split, [], split.class_names), "labels": labels_of(masks)}
+    loader = {"dataset": dataset_of(split, split.class_names, False, []), "labels": labels_of(masks)}
     with tempfile.TemporaryDirectory() as folder:
         scores = measure(given.artifact, "detector", loader, metric_of(split, masks), Path(folder))
     shared.say_scores(scores, given.out)
@@ -172,11 +178,11 @@ def _predict(argv: list[str]) -> None:
     given = tyro.cli(PredictConfig, args=argv, prog="coma detect predict", description=PredictConfig.__doc__)
 
     from downstream.finetuned import load_finetuned
-    from downstream.prediction import image_numbers, list_images, predict, write_detections
+    from downstream.prediction import image_numbers, list_images, number_images, predict, write_detections
 
     device = shared.device_of(given.device)
     paths = list_images(given.images)
-    numbers = image_numbers(given.annotations) if given.annotations else None
+    numbers = number_images(paths, image_numbers(given.annotations) if given.annotations else None)
     model, about = load_finetuned(given.artifact, "detector")
     out = shared.new_folder(given.out)
     with shared.predicting(len(paths)) as progress:

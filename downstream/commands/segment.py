@@ -43,8 +43,8 @@ class TrainConfig:
     """New run directory."""
     resume: Path | None = None
     """Go on with the run in this directory, with its own settings."""
-    crop_size: int = 512
-    """Side of the square training crop in pixels."""
+    crop_size: int | None = None
+    """Side of the square training crop in pixels (default: 512)."""
     short_side: int | None = None
     """Resize images to this short side first (default: as they are)."""
     training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(default_factory=TrainingOptions)
@@ -97,6 +97,7 @@ def _train(argv: list[str]) -> None:
     out = shared.required(given.out, "--out", "a new run directory, for example runs/segmentor")
 
     from downstream.fitting import describe, fit_encoder
+    from downstream.options import check_foreign
     from downstream.settings import change, load_config
     from downstream.tuning import check_new, finetune
 
@@ -105,6 +106,8 @@ def _train(argv: list[str]) -> None:
     if source.artifact or source.preset or not source.config:
         encoder = describe(source.artifact, source.preset)
     if source.config:
+        others = {name: getattr(given, name) for name in ("crop_size", "short_side")}
+        check_foreign(source, given.training, others)
         config = load_config(source.config)
         if encoder:
             fit_encoder(config, encoder, given.training)
@@ -118,7 +121,9 @@ def _train(argv: list[str]) -> None:
 
         assert encoder is not None
         train, val = _splits(given)
-        config = training_config(encoder, train, val, given.training, given.crop_size, given.short_side)
+        config = training_config(
+            encoder, train, val, given.training, given.crop_size or 512, given.short_side
+        )
     change(config, source.cfg_options)
     shared.say_trained("segment", out, finetune("segmentor", config, out))
 
@@ -160,14 +165,21 @@ def _predict(argv: list[str]) -> None:
     given = tyro.cli(PredictConfig, args=argv, prog="coma segment predict", description=PredictConfig.__doc__)
 
     from downstream.finetuned import load_finetuned
-    from downstream.prediction import list_images, predict, write_segmentations
+    from downstream.prediction import list_images, number_images, predict, write_segmentations
 
     device = shared.device_of(given.device)
     paths = list_images(given.images)
     model, about = load_finetuned(given.artifact, "segmentor")
     out = shared.new_folder(given.out)
     with shared.predicting(len(paths)) as progress:
-        found = predict(model, about, paths, device, skipped=lambda text: shared.warn([f"skipped {text}"]))
+        found = predict(
+            model,
+            about,
+            paths,
+            device,
+            number_images(paths, None),
+            lambda text: shared.warn([f"skipped {text}"]),
+        )
         write_segmentations(
             out, found, about, lambda done, _: progress.update(progress.task_ids[0], completed=done)
         )

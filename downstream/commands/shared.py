@@ -125,11 +125,13 @@ def say_trained(command: str, out: Path, artifact: Path | None) -> None:
         print(f"\n{out}: trained; its backbone is none of ours, so there are checkpoints but no artifact")
         return
     about = json.loads((artifact / "config.json").read_text())
-    scores = {k: v for k, v in about["trained"]["scores"].items() if _shown(k)}
-    listed = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+    scores, last = (
+        "  ".join(f"{k} {v:.4g}" for k, v in about["trained"][which].items() if _shown(k)) or "nothing found"
+        for which in ("scores", "last_scores")
+    )
     print(
-        f"\n{about['trained']['steps']} steps; last validation: {listed}; best kept: "
-        f"{about['trained']['checkpoint']}\n\n"
+        f"\n{about['trained']['steps']} steps; last validation: {last}\n"
+        f"kept: {about['trained']['checkpoint']}, {scores}\n\n"
         f"  artifact     {artifact}\n"
         f"  curves       tensorboard --logdir {out}\n\n"
         f"next:\n"

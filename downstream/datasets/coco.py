@@ -47,6 +47,8 @@ class CocoSplit:
     """Those objects by area: up to 32 x 32, up to 96 x 96, above."""
     image_sizes: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
     """Smallest, median and largest width and height of the images, each side by itself."""
+    median_short_side: int
+    """Median over the images of the shorter of width and height."""
     warnings: tuple[str, ...]
 
 
@@ -168,6 +170,7 @@ def _checked(
         crowds=objects.crowds,
         small_medium_large=objects.small_medium_large,
         image_sizes=(smallest, median, largest),
+        median_short_side=int(np.median(sizes.min(axis=1))),
         warnings=tuple(remarks),
     )
 
