@@ -95,7 +95,7 @@ def test(config: Any, folder: Path, tensors: dict[str, torch.Tensor]) -> dict[st
 def build_runner(config: Any, folder: Path) -> Runner:
     """A Runner of any configuration, working in `folder`.
 
-    Its log goes to files; warnings alone to the terminal.
+    Its log goes to files; errors alone to the terminal.
     """
     if "custom_imports" in config:
         import_modules_from_strings(**config.custom_imports)  # some were added after the file was read
@@ -157,13 +157,13 @@ def scores_by_step(runner: Runner) -> dict[str, dict[str, float]]:
 
 
 class _QuietRunner(Runner):
-    """Logs everything to its files, and warnings alone to the terminal."""
+    """Logs everything to its files, and errors alone to the terminal."""
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         logger = super().build_logger(*args, **kwargs)
         for handler in logger.handlers:
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-                handler.setLevel(logging.WARNING)
+                handler.setLevel(logging.ERROR)
                 handler.setStream(sys.stderr)
         return logger
 
