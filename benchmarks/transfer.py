@@ -20,12 +20,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from machine import describe, table
-from PIL import Image
 
 METHODS = ("coma", "mae")
 INITS = (*METHODS, "random")
@@ -150,46 +148,6 @@ def summary(args: argparse.Namespace, seconds: dict[str, float], task: str) -> s
     return table(rows)
 
 
-def draw(args: argparse.Namespace) -> None:
-    """Two sheets of validation images, of the CoMA encoder's detector and segmentor."""
-    seed = args.seeds[0]
-    detector, segmentor = (args.work / f"{task}-coma-{seed}" / "artifact" for task in ("detect", "segment"))
-    cells, streets = args.data / "det-bccd" / "val", args.data / "camvid-mini"
-    chosen = {
-        "detect": sorted(cells.iterdir())[:40:13],
-        "segment": sorted((streets / "img_dir/val").iterdir())[::11],
-    }
-    found: dict[str, list[Path]] = {}
-    for task, artifact in (("detect", detector), ("segment", segmentor)):
-        found[task] = []
-        for image in chosen[task]:
-            out = args.work / f"predict-{image.stem}"
-            options = ["--score", 0.5] if task == "detect" else []
-            run_all([Task(out.name, coma(task, "predict", artifact, image, "--out", out, *options), out)], 1)
-            found[task].append(out)
-    rows = [
-        [Image.open(out / "pictures" / f"{out.name.removeprefix('predict-')}.png") for out in found["detect"]]
-    ]
-    _sheet(rows, args.pictures / "detections.png")
-    rows = []
-    for image, out in zip(chosen["segment"], found["segment"], strict=True):
-        predicted = Image.open(out / "labels" / f"{image.stem}.png")
-        truth = Image.open(streets / "ann_dir/val" / f"{image.stem}.png").convert("L")
-        truth.putpalette(predicted.getpalette() or [])
-        rows.append([Image.open(image), truth, predicted])
-    _sheet(rows, args.pictures / "segmentations.png")
-
-
-def _sheet(rows: Sequence[Sequence[Image.Image]], path: Path, width: int = 320) -> None:
-    height = max(round(width * image.height / image.width) for row in rows for image in row)
-    sheet = Image.new("RGB", (len(rows[0]) * (width + 4) - 4, len(rows) * (height + 4) - 4), "white")
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            small = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-            sheet.paste(small, (x * (width + 4), y * (height + 4)))
-    sheet.save(path)
-
-
 def main() -> None:
     """Pre-train, fine-tune, print the tables."""
     parser = argparse.ArgumentParser(
@@ -208,7 +166,6 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=("detect", "segment"), default=["detect", "segment"])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--pretrain-only", action="store_true", help="stop before fine-tuning")
-    parser.add_argument("--pictures", type=Path, help="also draw predictions into this folder")
     parser.add_argument("--out", type=Path, help="also write the results to this file, as JSON")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -223,8 +180,6 @@ def main() -> None:
     print(f"\n{describe()}; DyViT-tiny, 1 thread a run")
     for task in args.tasks:
         print(f"\n{task}\n\n{summary(args, seconds, task)}")
-    if args.pictures:
-        draw(args)
     if args.out:
         settings = {
             k: getattr(args, k)

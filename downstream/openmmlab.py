@@ -18,6 +18,7 @@ from downstream.backbone import DyViT, PlainViT  # noqa: E402
 from downstream.layer_decay import LayerDecayConstructor  # noqa: E402
 from downstream.pyramid import SimpleFeaturePyramid  # noqa: E402
 from downstream.reading import ReadImage  # noqa: E402
+from downstream.workers import settle_worker  # noqa: E402
 
 __all__ = [
     "DyViT",
@@ -25,4 +26,5 @@ __all__ = [
     "PlainViT",
     "ReadImage",
     "SimpleFeaturePyramid",
+    "settle_worker",
 ]

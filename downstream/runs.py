@@ -29,6 +29,7 @@ from mmengine.utils import import_modules_from_strings
 from downstream.checkpoints import allow_checkpoints
 from downstream.options import is_main
 from downstream.progress import Bar
+from downstream.workers import settle_workers
 from pretrain.errors import BadInput, CheckFailed, Interrupted
 from pretrain.training.signals import StopRequest
 
@@ -72,9 +73,13 @@ def train(config: Any, folder: Path, *, resume: bool = False) -> Runner:
             raise BadInput(
                 "out of GPU memory; try a smaller --batch-size, --checkpoint-gradients or a smaller image"
             ) from error
-        except (OSError, RuntimeError) as error:
-            if stop.asked and "DataLoader worker" in str(error):  # they were sent the same signal
-                watch.leave(runner, runner.iter)
+        except (OSError, RuntimeError, EOFError) as error:
+            if stop.asked and "DataLoader worker" in str(error):  # it may have come in the midst of a step
+                last = latest_checkpoint(folder)
+                raise Interrupted(
+                    f"stopped; a reading process got the signal, too, so --resume {folder} goes on from "
+                    f"{last.name if last else 'the start'}"
+                ) from error
             if not _disk_is_full(error):
                 raise
             raise CheckFailed(
@@ -111,6 +116,8 @@ def build_runner(config: Any, folder: Path) -> Runner:
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo")
         config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
+    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        settle_workers(config.get(name), config.get("randomness", {}).get("seed") or 0)
     if not torch.cuda.is_available() or config.launcher == "none":
         _without_sync(config.model)
     with warnings.catch_warnings():

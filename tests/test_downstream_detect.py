@@ -191,10 +191,12 @@ def test_a_signal_to_the_whole_job_saves_as_well(data, backbone, tmp_path):
         start_new_session=True,
     )
     assert process.stderr is not None
+    said = []
     for line in process.stderr:
+        said.append(line)
         if "step 25/500" in line:
             os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait() == Interrupted.exit_code
+    assert process.wait() == Interrupted.exit_code, "".join(said[-30:])
     done = int((out / "last_checkpoint").read_text().rpartition("_")[2].removesuffix(".pth"))
     assert 25 <= done < 100 and checkpoint_weights(out / f"iter_{done}.pth")
 
