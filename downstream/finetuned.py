@@ -12,16 +12,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
+from downstream.settings import pipeline_of
 from pretrain.artifact import (
     Artifact,
     ArtifactConfig,
     library_versions,
     load_artifact,
     load_strict,
-    save_artifact,
 )
 from pretrain.config import EncoderConfig
 from pretrain.errors import BadArtifact, BadInput
@@ -32,48 +31,48 @@ LIBRARIES = {"detector": "mmdet", "segmentor": "mmseg"}
 _PACKAGES = {"mmdet": "mmdet", "mmseg": "mmsegmentation", "mmengine": "mmengine"}
 
 
-def save_finetuned(
-    directory: Path,
+def describe_finetuned(
     kind: Kind,
     config: Any,
-    weights: dict[str, torch.Tensor],
     encoder: EncoderConfig,
-    class_names: tuple[str, ...],
-    trained: dict[str, Any],
+    class_names: tuple[str, ...] = ("to be known",),
+    trained: dict[str, Any] | None = None,
     category_ids: list[int] | None = None,
-) -> None:
-    """Write an artifact from an mmengine configuration and the weights of a checkpoint.
+) -> ArtifactConfig:
+    """What an artifact says of a model, from its mmengine configuration.
 
     Raises:
-        BadInput: a configuration whose settings are not plain data.
-        BadArtifact: `directory` holds something else.
+        BadInput: settings that are not plain data, or without the pixels' mean and deviation.
     """
-    model = _plain(config.model)
+    pixels = config.model.get("data_preprocessor", {})
+    if not pixels.get("mean") or not pixels.get("std"):
+        raise BadInput("the configuration's data_preprocessor has no mean and std, which an artifact needs")
+    model = plain_settings(config.model)
     model["backbone"].pop("artifact", None)
     model["backbone"].pop("preset", None)
     model["backbone"]["encoder"] = to_plain(encoder, EncoderConfig)
-    pixels = model["data_preprocessor"]
+    pipeline = pipeline_of(config.test_dataloader.dataset)
+    palette = config.test_dataloader.dataset.get("metainfo", {}).get("palette")
     head = {
         "library": LIBRARIES[kind],
         "model": model,
-        "pipeline": _plain(_without_labels(config.test_dataloader.dataset.pipeline)),
+        "pipeline": plain_settings(_without_labels(pipeline)),
         "category_ids": category_ids,
-        "palette": _plain(config.test_dataloader.dataset.get("metainfo", {}).get("palette")),
+        "palette": plain_settings(palette),
         "versions": {name: metadata.version(package) for name, package in _PACKAGES.items()},
     }
-    about = ArtifactConfig(
+    return ArtifactConfig(
         kind=kind,
         model=encoder,
         objective=None,
-        image_size=_short_side(config, encoder),
+        image_size=_short_side(pipeline, pixels, encoder),
         mean=tuple(value / 255 for value in pixels["mean"]),
         std=tuple(value / 255 for value in pixels["std"]),
         class_names=class_names,
-        trained=trained,
+        trained=trained or {},
         versions=library_versions(),
         head=head,
     )
-    save_artifact(directory, tensors=weights, config=about)
 
 
 def load_finetuned(directory: Path, kind: Kind | None = None) -> tuple[nn.Module, ArtifactConfig]:
@@ -164,21 +163,20 @@ def _without_labels(pipeline: list[Any]) -> list[Any]:
     return [step for step in pipeline if not str(step["type"]).startswith("LoadAnnotations")]
 
 
-def _short_side(config: Any, encoder: EncoderConfig) -> int:
+def _short_side(pipeline: list[Any], pixels: Any, encoder: EncoderConfig) -> int:
     """Pixels of the short side that test images are resized to; else of training crops."""
-    for step in config.test_dataloader.dataset.pipeline:
+    for step in pipeline:
         if step["type"] == "Resize" and "scale" in step:
             return max(int(min(step["scale"])), encoder.unit)
-    size = config.model.get("data_preprocessor", {}).get("size") or (512, 512)
-    return max(int(min(size)), encoder.unit)
+    return max(int(min(pixels.get("size") or (512, 512))), encoder.unit)
 
 
-def _plain(value: Any) -> Any:
+def plain_settings(value: Any) -> Any:
     """Mmengine's settings as JSON holds them: dicts, lists, numbers, strings."""
     if isinstance(value, dict):
-        return {str(key): _plain(child) for key, child in value.items() if key != "_scope_"}
+        return {str(key): plain_settings(child) for key, child in value.items() if key != "_scope_"}
     if isinstance(value, list | tuple):
-        return [_plain(child) for child in value]
+        return [plain_settings(child) for child in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, os.PathLike):

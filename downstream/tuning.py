@@ -10,16 +10,16 @@ from downstream import runs
 from downstream.finetuned import (
     LIBRARIES,
     Kind,
+    describe_finetuned,
     read_finetuned,
     register,
-    save_finetuned,
     settings_of,
     tuples,
 )
 from downstream.options import is_main
 from downstream.schedule import share_batch
-from pretrain.artifact import ArtifactConfig
-from pretrain.config import EncoderConfig
+from pretrain.artifact import ArtifactConfig, save_artifact
+from pretrain.config import DyViTConfig, EncoderConfig
 from pretrain.errors import BadInput
 
 
@@ -54,6 +54,9 @@ def finetune(kind: Kind, config: Any, out: Path, *, resume: bool = False) -> Pat
     scope = config.get("default_scope")
     if scope != LIBRARIES[kind]:
         raise BadInput(f"the configuration is one of {scope!r}; a {kind} needs one of {LIBRARIES[kind]!r}")
+    if config.model.get("backbone", {}).get("type") in ("DyViT", "PlainViT"):
+        channels = len(config.model.data_preprocessor.get("mean") or (0, 0, 0))
+        describe_finetuned(kind, config, DyViTConfig(channels=channels))  # to fail before training, not after
     if resume:
         share_batch(config)
     runner = runs.train(config, out, resume=resume)
@@ -78,16 +81,9 @@ def _publish(kind: Kind, config: Any, out: Path, runner: Any, encoder: EncoderCo
         "last_scores": scores[max(scores, key=int)] if scores else {},
         "pretrained": config.model.backbone.get("artifact", "none: random weights"),
     }
-    save_finetuned(
-        out / "artifact",
-        kind,
-        config,
-        runs.checkpoint_weights(best),
-        encoder,
-        tuple(dataset.metainfo["classes"]),
-        trained,
-        category_ids(dataset),
-    )
+    names = tuple(dataset.metainfo["classes"])
+    about = describe_finetuned(kind, config, encoder, names, trained, category_ids(dataset))
+    save_artifact(out / "artifact", tensors=runs.checkpoint_weights(best), config=about)
 
 
 def category_ids(dataset: Any) -> list[int] | None:

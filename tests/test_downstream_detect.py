@@ -285,6 +285,18 @@ def test_any_configuration_of_mmdet(data, backbone, tmp_path):
     assert (config.head or {})["model"]["backbone"]["out_indices"] == [1, 2, 3]
 
 
+def test_what_cannot_become_an_artifact_is_known_before_training(data, backbone, tmp_path):
+    theirs = tmp_path / "theirs.py"
+    theirs.write_text(
+        "_base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'\n"
+        "model = dict(test_cfg=dict(chosen=print))\n"
+    )
+    out = tmp_path / "run"
+    with pytest.raises(BadInput, match="which an artifact cannot"):
+        run(["train", str(backbone), "--config", str(theirs), "--data", str(data), "--out", str(out)])
+    assert not list(tmp_path.rglob("*.pth"))
+
+
 def test_a_plain_runner_runs_what_the_command_wrote(trained, tmp_path):
     """mmengine alone, in a process of its own, from the run's configuration file."""
     script = (
