@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from downstream.ops import OPERATORS, provide_ops
+from downstream.operators import OPERATORS
+from downstream.ops import provide_ops
 from pretrain.errors import BadInput
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mmengine's and mmcv's own
