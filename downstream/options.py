@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -77,7 +78,7 @@ ENCODER_OPTIONS = ("drop_path", "head_channels", "frozen_stages", "global_blocks
 """Those that also apply to a configuration of the user's own, when an artifact or preset is put into it."""
 
 
-def check_foreign(source: FromOptions, training: TrainingOptions, others: dict[str, object]) -> None:
+def check_foreign(source: FromOptions, training: TrainingOptions, others: Mapping[str, object]) -> None:
     """Refuse options that --config leaves without effect.
 
     Args:

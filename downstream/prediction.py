@@ -20,7 +20,7 @@ from pretrain.artifact import ArtifactConfig
 from pretrain.data.folders import FolderSource
 from pretrain.errors import BadImage, BadInput
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def write_detections(
         predictions: Of `predict`.
         config: The artifact's.
         score: Least score of what is drawn; the files hold everything.
-        progress: Told after every image: how many, and detections of at least `score` so far.
+        progress: Told how many images are done.
 
     Returns:
         How many detections of at least `score` there were.
@@ -179,7 +179,7 @@ def write_detections(
         size = {"width": pixels.shape[1], "height": pixels.shape[0]}
         images.append({"id": prediction.number, "file_name": prediction.path.name, **size})
         draw(_picture_path(out, prediction), pixels, prediction.sample, score)
-        progress(count, shown)
+        progress(count)
     categories = [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)]
     _write_json(out / "detections.json", results)
     _write_json(out / "images.json", {"images": images, "categories": categories, "annotations": []})
@@ -206,7 +206,7 @@ def write_segmentations(
             image = Image.fromarray(classes.astype(np.uint16))
         image.save(label)
         draw(picture, _pixels(prediction.path, config), prediction.sample)
-        progress(count, 0)
+        progress(count)
 
 
 def _detection_drawer(config: ArtifactConfig) -> Callable[[Path, np.ndarray, Any, float], None]:

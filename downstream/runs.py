@@ -227,7 +227,7 @@ class _Watch(Hook):
         scores[str(runner.iter if by_step else runner.epoch)] = {
             n: round(v, 5) for n, v in finite.items() if not n.endswith("time")
         }
-        shown = {name: value for name, value in (metrics or {}).items() if _headline(name)}
+        shown = {name: value for name, value in (metrics or {}).items() if is_headline(name)}
         text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self._bar.say(f"step {runner.iter}/{self._steps}: {text}")
 
@@ -243,7 +243,8 @@ class _Watch(Hook):
         self._bar.end_part()
 
 
-def _headline(name: str) -> bool:
+def is_headline(name: str) -> bool:
+    """Whether a metric is one that people look at first."""
     return name.rpartition("/")[2] in HEADLINES
 
 

@@ -23,19 +23,6 @@ from pretrain.config import DyViTConfig, EncoderConfig
 from pretrain.errors import BadInput
 
 
-def check_new(out: Path) -> None:
-    """Refuse a run directory that holds something.
-
-    Raises:
-        BadInput: saying how to go on with what is there.
-    """
-    if not is_main():
-        return  # the first process may have begun to write
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        way = f"go on with --resume {out}, or " if (out / runs.CONFIG).is_file() else ""
-        raise BadInput(f"--out {out}: is not empty; {way}choose another")
-
-
 def finetune(kind: Kind, config: Any, out: Path, *, resume: bool = False) -> Path | None:
     """Train, then make an artifact of the best checkpoint.
 

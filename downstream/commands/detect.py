@@ -14,6 +14,7 @@ from pretrain.errors import BadInput
 
 if TYPE_CHECKING:
     from downstream.datasets.coco import CocoSplit
+    from downstream.fitting import Described
 
 USAGE = """
 usage: coma detect train ARTIFACT --data DATASET --out runs/detector
@@ -92,54 +93,30 @@ def run(argv: list[str]) -> None:
 
 def _train(argv: list[str]) -> None:
     given = tyro.cli(TrainConfig, args=argv, prog="coma detect train", description=TrainConfig.__doc__)
-    if given.resume:
-        shared.say_trained("detect", given.resume, shared.resume("detector", given.resume))
-        return
-    out = shared.required(given.out, "--out", "a new run directory, for example runs/detector")
-
-    from downstream.tuning import check_new, finetune
-
-    check_new(out)
-    config = _foreign(given) if given.source.config else _own(given)
-    shared.say_trained("detect", out, finetune("detector", config, out))
+    others = {"model": given.model, "short_side": given.short_side}
+    shared.train("detector", given, _own, _fit_data, others)
 
 
-def _own(given: TrainConfig) -> Any:
+def _own(given: TrainConfig, encoder: Described) -> Any:
     from downstream.detect import HAS_MASKS, training_config
-    from downstream.fitting import describe
-    from downstream.settings import change
 
     data = shared.required(given.data, "--data", "a dataset in COCO's format")
-    encoder = describe(given.source.artifact, given.source.preset)
     train, val = _splits(data)
     masks = train.has_masks and val.has_masks
     model = given.model or ("mask-rcnn" if masks else "faster-rcnn")
     if model in HAS_MASKS and not masks:
         raise BadInput(f"--model {model}: needs a mask for every object; {data} has boxes alone: faster-rcnn")
-    config = training_config(encoder, model, train, val, given.training, given.short_side)
-    change(config, given.source.cfg_options)
-    return config
+    return training_config(encoder, model, train, val, given.training, given.short_side)
 
 
-def _foreign(given: TrainConfig) -> Any:
+def _fit_data(config: Any, given: TrainConfig) -> None:
     from downstream.detect import fit_dataset
-    from downstream.fitting import describe, fit_encoder
-    from downstream.options import check_foreign
-    from downstream.settings import change, load_config
 
-    source = given.source
-    check_foreign(source, given.training, {"model": given.model, "short_side": given.short_side})
-    config = load_config(shared.required(source.config, "--config", "a configuration"))
-    if source.artifact or source.preset:
-        fit_encoder(config, describe(source.artifact, source.preset), given.training)
-    if given.data:
-        train, val = _splits(given.data)
-        masks = "mask_head" in config.model.get("roi_head", {})
-        if masks and not (train.has_masks and val.has_masks):
-            raise BadInput(f"--config {source.config}: has a mask head; {given.data} has boxes alone")
-        fit_dataset(config, train, val, masks)
-    change(config, given.source.cfg_options)
-    return config
+    train, val = _splits(shared.required(given.data, "--data", "a dataset in COCO's format"))
+    masks = "mask_head" in config.model.get("roi_head", {})
+    if masks and not (train.has_masks and val.has_masks):
+        raise BadInput(f"--config {given.source.config}: has a mask head; {given.data} has boxes alone")
+    fit_dataset(config, train, val, masks)
 
 
 def _splits(data: Path) -> tuple[CocoSplit, CocoSplit]:
@@ -187,13 +164,7 @@ def _predict(argv: list[str]) -> None:
     out = shared.new_folder(given.out)
     with shared.predicting(len(paths)) as progress:
         found = predict(model, about, paths, device, numbers, lambda text: shared.warn([f"skipped {text}"]))
-        count = write_detections(
-            out,
-            found,
-            about,
-            given.score,
-            lambda done, _: progress.update(progress.task_ids[0], completed=done),
-        )
+        count = write_detections(out, found, about, given.score, progress)
     print(
         f"\n{count} detections with a score of {given.score} or more in {len(paths)} images\n\n"
         f"  pictures     {out / 'pictures'}\n"

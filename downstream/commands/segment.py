@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -14,6 +14,7 @@ from pretrain.errors import BadInput
 
 if TYPE_CHECKING:
     from downstream.datasets.labels import LabelSplit
+    from downstream.fitting import Described
 
 USAGE = """
 usage: coma segment train ARTIFACT --data DATASET --out runs/segmentor
@@ -91,41 +92,21 @@ def run(argv: list[str]) -> None:
 
 def _train(argv: list[str]) -> None:
     given = tyro.cli(TrainConfig, args=argv, prog="coma segment train", description=TrainConfig.__doc__)
-    if given.resume:
-        shared.say_trained("segment", given.resume, shared.resume("segmentor", given.resume))
-        return
-    out = shared.required(given.out, "--out", "a new run directory, for example runs/segmentor")
+    others = {"crop_size": given.crop_size, "short_side": given.short_side}
+    shared.train("segmentor", given, _own, _fit_data, others)
 
-    from downstream.fitting import describe, fit_encoder
-    from downstream.options import check_foreign
-    from downstream.settings import change, load_config
-    from downstream.tuning import check_new, finetune
 
-    check_new(out)
-    source, encoder = given.source, None
-    if source.artifact or source.preset or not source.config:
-        encoder = describe(source.artifact, source.preset)
-    if source.config:
-        others = {name: getattr(given, name) for name in ("crop_size", "short_side")}
-        check_foreign(source, given.training, others)
-        config = load_config(source.config)
-        if encoder:
-            fit_encoder(config, encoder, given.training)
-        if given.data:
-            from downstream.segment import fit_dataset
+def _own(given: TrainConfig, encoder: Described) -> Any:
+    from downstream.segment import training_config
 
-            train, val = _splits(given)
-            fit_dataset(config, train, val)
-    else:
-        from downstream.segment import training_config
+    train, val = _splits(given)
+    return training_config(encoder, train, val, given.training, given.crop_size or 512, given.short_side)
 
-        assert encoder is not None
-        train, val = _splits(given)
-        config = training_config(
-            encoder, train, val, given.training, given.crop_size or 512, given.short_side
-        )
-    change(config, source.cfg_options)
-    shared.say_trained("segment", out, finetune("segmentor", config, out))
+
+def _fit_data(config: Any, given: TrainConfig) -> None:
+    from downstream.segment import fit_dataset
+
+    fit_dataset(config, *_splits(given))
 
 
 def _splits(given: TrainConfig) -> tuple[LabelSplit, LabelSplit]:
@@ -180,7 +161,5 @@ def _predict(argv: list[str]) -> None:
             number_images(paths, None),
             lambda text: shared.warn([f"skipped {text}"]),
         )
-        write_segmentations(
-            out, found, about, lambda done, _: progress.update(progress.task_ids[0], completed=done)
-        )
+        write_segmentations(out, found, about, progress)
     print(f"\n  overlays    {out / 'pictures'}\n  label maps  {out / 'labels'} (class numbers from 0)")

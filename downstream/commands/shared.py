@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     import torch
 
     from downstream.finetuned import Kind
+    from downstream.fitting import Described
 
+COMMANDS = {"detector": "detect", "segmentor": "segment"}
 Device = Literal["auto", "cuda", "cpu"]
 
 
@@ -51,21 +53,55 @@ def required(value: Path | None, flag: str, why: str) -> Path:
     return value
 
 
-def resume(kind: Kind, folder: Path) -> Path | None:
-    """Go on with the run in `folder`.
+def train(
+    kind: Kind,
+    given: Any,
+    own: Callable[[Any, Described], Any],
+    fit_data: Callable[[Any, Any], None],
+    others: Mapping[str, object],
+) -> None:
+    """Train what our settings, a configuration of the user's own, or the run to be resumed say.
+
+    Args:
+        kind: What it becomes.
+        given: The command's `TrainConfig`.
+        own: Our configuration, from what was given and the encoder.
+        fit_data: Puts the dataset that was given into a configuration.
+        others: The command's own options by name, which only ours take; None where they were not given.
 
     Raises:
-        BadInput: there is none.
+        BadInput: settings that do not go together.
     """
+    from downstream.fitting import describe, fit_encoder
+    from downstream.options import check_foreign
     from downstream.runs import CONFIG
-    from downstream.settings import load_config
+    from downstream.settings import change, load_config
     from downstream.tuning import finetune
 
-    if not (folder / CONFIG).is_file():
-        raise BadInput(
-            f"--resume {folder}: holds no {CONFIG}; give a run directory of coma detect or segment"
-        )
-    return finetune(kind, load_config(folder / CONFIG), folder, resume=True)
+    command, source = COMMANDS[kind], given.source
+    if given.resume:
+        if not (given.resume / CONFIG).is_file():
+            raise BadInput(f"--resume {given.resume}: holds no {CONFIG}; give a run of coma {command} train")
+        config = load_config(given.resume / CONFIG)
+        say_trained(command, given.resume, finetune(kind, config, given.resume, resume=True))
+        return
+    out = required(given.out, "--out", f"a new run directory, for example runs/{kind}")
+    if is_main():  # it may have begun to write when others look
+        check_empty(out, f"go on with --resume {out}, or " if (out / CONFIG).is_file() else "")
+    encoder = None
+    if source.artifact or source.preset or not source.config:
+        encoder = describe(source.artifact, source.preset)
+    if encoder and not source.config:
+        config = own(given, encoder)
+    else:
+        check_foreign(source, given.training, others)
+        config = load_config(source.config)
+        if encoder:
+            fit_encoder(config, encoder, given.training)
+        if given.data:
+            fit_data(config, given)
+    change(config, source.cfg_options)
+    say_trained(command, out, finetune(kind, config, out))
 
 
 def warn(warnings: Sequence[str]) -> None:
@@ -90,17 +126,26 @@ def checking(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def device_of(name: Device) -> torch.device:
-    """The device asked for.
+    """The device asked for; `auto` is a GPU of CUDA's, or the CPU: mm's operators know no other.
 
     Raises:
         BadInput: there is no GPU.
     """
     import torch
 
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
-        raise BadInput("--device cuda: not available here; leave it out to take what there is")
-    return torch.device("cuda" if there and name != "cpu" else "cpu")
+    from pretrain.training.distributed import pick_device
+
+    return pick_device("cpu" if name == "auto" and not torch.cuda.is_available() else name)
+
+
+def check_empty(out: Path, way: str = "") -> None:
+    """Refuse a folder that holds something; `way` says what else could be done with it.
+
+    Raises:
+        BadInput: it does.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"--out {out}: is not empty; {way}choose another")
 
 
 def new_folder(out: Path) -> Path:
@@ -109,8 +154,7 @@ def new_folder(out: Path) -> Path:
     Raises:
         BadInput: it holds something.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"--out {out}: is not empty; choose another")
+    check_empty(out)
     out.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -119,6 +163,8 @@ def say_trained(command: str, out: Path, artifact: Path | None) -> None:
     """Where everything is, and what can be done with it."""
     import json
 
+    from downstream.runs import is_headline
+
     if not is_main():
         return
     if artifact is None:
@@ -126,7 +172,8 @@ def say_trained(command: str, out: Path, artifact: Path | None) -> None:
         return
     about = json.loads((artifact / "config.json").read_text())
     scores, last = (
-        "  ".join(f"{k} {v:.4g}" for k, v in about["trained"][which].items() if _shown(k)) or "nothing found"
+        "  ".join(f"{k} {v:.4g}" for k, v in about["trained"][which].items() if is_headline(k))
+        or "nothing found"
         for which in ("scores", "last_scores")
     )
     print(
@@ -138,10 +185,6 @@ def say_trained(command: str, out: Path, artifact: Path | None) -> None:
         f"  coma {command} predict {artifact} IMAGES --out PREDICTIONS\n"
         f"  coma {command} test {artifact} --data DATASET"
     )
-
-
-def _shown(name: str) -> bool:
-    return name.rpartition("/")[2] in ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50", "mIoU", "aAcc")
 
 
 def say_scores(scores: dict[str, float], out: Path | None) -> None:
@@ -160,12 +203,13 @@ def say_scores(scores: dict[str, float], out: Path | None) -> None:
         out.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
 
-def predicting(total: int) -> Any:
-    """A bar over images; enter it, then call `advance(count, found)`."""
+@contextmanager
+def predicting(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over images; gives what is told how many are done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(True))
-    progress = Progress(*columns, console=Console(stderr=True))
-    progress.add_task("predicting", total=total)
-    return progress
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("predicting", total=total)
+        yield lambda done: progress.update(task, completed=done)

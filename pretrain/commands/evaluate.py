@@ -26,7 +26,6 @@ from pretrain.errors import BadInput
 from pretrain.plain import read_config
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
     from rich.table import Table
 
@@ -300,11 +299,12 @@ def _measure(config: EvaluateConfig, train: Source, test: Source, console: Conso
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from pretrain.evaluate import evaluate
+    from pretrain.training.distributed import pick_device
 
     protocols: list[Protocol] = [name for name in config.protocol if name != "finetune"]
     if not protocols:
         return []
-    encoders, device = _encoders(config), _device(config.device)
+    encoders, device = _encoders(config), pick_device(config.device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(True))
     scores = []
     with Progress(*columns, console=console) as progress:
@@ -326,17 +326,6 @@ def _measure(config: EvaluateConfig, train: Source, test: Source, console: Conso
             )
             encoder.cpu()
     return scores
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, available in there.items() if available)
-    if not there[name]:
-        raise BadInput(f"--device {name}: not available here; leave it out to take what there is")
-    return torch.device(name)
 
 
 def _table(scores: list[Score]) -> Table:

@@ -118,9 +118,9 @@ def processes(device: str) -> Iterator[Processes]:
     """
     world, rank, local = (int(os.environ.get(name, "-1")) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
     if world <= 1 or min(rank, local) < 0:
-        yield Processes(_pick_device(device))
+        yield Processes(pick_device(device))
         return
-    own = _pick_device(device, local)
+    own = pick_device(device, local)
     if own.type == "cuda":
         torch.cuda.set_device(own)
     backend = "nccl" if own.type == "cuda" else "gloo"
@@ -159,7 +159,12 @@ def _lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
-def _pick_device(name: str, local_rank: int | None = None) -> torch.device:
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device asked for; `auto` takes what there is.
+
+    Raises:
+        BadInput: it is not there.
+    """
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available() and local_rank is None,
