@@ -1,0 +1,1 @@
+"""One small interface over PyTorch, ONNX Runtime and TensorRT."""
