@@ -1,0 +1,107 @@
+"""Does NVIDIA's parser and compiler take this graph? Asked of TensorRT-RTX, which builds without a GPU."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from export.tensorrt.builder import compile_plan
+from export.tensorrt.library import find_driver, load_library, require_package
+from export.tensorrt.listening import Progress
+from export.tensorrt.profiles import Profile
+from export.tensorrt.sidecar import EngineOptions
+from pretrain.errors import CheckFailed, ComaError
+
+PROVES = (
+    "TensorRT-RTX parsed and compiled this graph for RTX cards, without a GPU. It is another product than "
+    "TensorRT, with another set of operators: that says nothing of results, of speed, or of other GPUs."
+)
+
+NO_PLUGINS = (
+    "That proves nothing: without a GPU no plugin can be made, and some operators (RoiAlign) are plugins."
+)
+
+
+@dataclass(frozen=True)
+class RtxReport:
+    """That TensorRT-RTX took a graph.
+
+    Attributes:
+        version: Of TensorRT-RTX.
+        seconds: That parsing and compiling took.
+        engine_bytes: Size of the engine, which is not kept.
+        layers: Of the parsed network.
+        proves: What this proves, and what not; to be printed with it.
+    """
+
+    version: str
+    seconds: float
+    engine_bytes: int
+    layers: int
+    proves: str = PROVES
+
+
+def check_rtx(
+    onnx_path: Path,
+    profiles: tuple[Profile, ...],
+    options: EngineOptions | None = None,
+    progress: Progress | None = None,
+) -> RtxReport:
+    """Compile `onnx_path` with TensorRT-RTX, in a process of its own: some graphs crash its compiler.
+
+    Raises:
+        BadInput: TensorRT-RTX is not installed, or the profiles do not fit the file.
+        CheckFailed: it does not take the graph, or died of it.
+    """
+    require_package("tensorrt_rtx")
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    child = spawn.Process(
+        target=_check, args=(sender, onnx_path, profiles, options or EngineOptions()), daemon=True
+    )
+    child.start()
+    sender.close()
+    try:
+        while isinstance(answer := receiver.recv(), tuple):
+            if progress is not None:
+                progress(*answer)
+    except EOFError:
+        child.join()
+        raise CheckFailed(
+            f"{onnx_path}: the compiler of TensorRT-RTX crashed on this graph (exit code {child.exitcode})"
+        ) from None
+    finally:
+        child.kill()
+        child.join()
+        receiver.close()
+    if isinstance(answer, CheckFailed) and "plugin" in str(answer) and find_driver() is None:
+        raise CheckFailed(f"{answer} {NO_PLUGINS}")
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+def _check(
+    sender: Connection, onnx_path: Path, profiles: tuple[Profile, ...], options: EngineOptions
+) -> None:
+    """In the child: progress as tuples, then the report or the error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends this process
+    told = time.monotonic()
+
+    def tell(phase: str, done: int, steps: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > 0.1:
+            told = time.monotonic()
+            sender.send((phase, done, steps))
+
+    try:
+        library = load_library("tensorrt_rtx")
+        plan = compile_plan(library, onnx_path, profiles, options, tell)
+    except ComaError as error:
+        sender.send(error)
+        return
+    sender.send(RtxReport(library.version, round(plan.seconds, 1), plan.data.nbytes, plan.layers))

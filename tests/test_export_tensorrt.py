@@ -1,0 +1,268 @@
+"""Engines: which shapes they take, what their sidecars say and refuse, what is said where there is no GPU."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from tensorrt_files import ABOUT, IMAGES, PROFILE, needs_no_gpu
+
+from export.description import Port
+from export.runtimes.tensorrt import TensorRTRuntime
+from export.shapes import parse_shapes
+from export.tensorrt import library as library_module
+from export.tensorrt.inspection import summarize
+from export.tensorrt.library import Driver, Gpu, Library, load_library, require_gpu
+from export.tensorrt.profiles import Profile, ShapeRange, choose_profile, make_profile, profile_of
+from export.tensorrt.sidecar import (
+    EngineOptions,
+    Sidecar,
+    check_fits,
+    file_sha256,
+    read_sidecar,
+    sidecar_path,
+    write_sidecar,
+)
+from pretrain.errors import BadInput
+
+H200 = Gpu("NVIDIA H200", "9.0")
+H100 = Gpu("NVIDIA H100", "9.0")
+L4 = Gpu("NVIDIA L4", "8.9")
+T4 = Gpu("Tesla T4", "7.5")
+TRT = Library("tensorrt", "10.13.3.9", None)
+
+# Profiles
+
+
+def test_a_profile_follows_the_images_and_their_masks():
+    about = replace(
+        ABOUT,
+        inputs=(
+            Port("images", "float32", ("batch", 3, "height", 64)),
+            Port("visible", "bool", ("batch", "rows", "cols")),
+        ),
+        unit=32,
+    )
+    profile = profile_of(about, parse_shapes("1x3x32x64:2x3x70x64:8x3x96x64", 3))
+    assert profile.shapes["images"] == ShapeRange((1, 3, 32, 64), (2, 3, 70, 64), (8, 3, 96, 64))
+    assert profile.shapes["visible"] == ShapeRange((1, 1, 2), (2, 3, 2), (8, 3, 2))
+
+
+def test_a_profile_needs_sizes_that_grow_of_every_axis():
+    with pytest.raises(BadInput, match="sizes of the axes batch"):
+        make_profile([IMAGES], {})
+    with pytest.raises(BadInput, match="axis batch"):
+        make_profile([IMAGES], {"batch": (1, 4, 2)})
+
+
+def test_the_first_profile_that_takes_the_shape_is_used_and_others_are_refused_with_what_fits():
+    small = Profile({"images": ShapeRange((1, 4, 8), (1, 4, 8), (1, 4, 8))})
+    assert choose_profile((small, PROFILE), {"images": (1, 4, 8)}) == 0
+    assert choose_profile((small, PROFILE), {"images": (3, 4, 8)}) == 1
+    for shape in ((5, 4, 8), (2, 4, 9), (4, 8)):
+        with pytest.raises(BadInput, match="1x4x8 to 1x4x8; or images 1x4x8 to 4x4x8"):
+            choose_profile((small, PROFILE), {"images": shape})
+
+
+# Sidecars
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Path:
+    path = tmp_path / "model.engine"
+    path.write_bytes(b"an engine")
+    write_sidecar(path, of(path))
+    return path
+
+
+def of(path: Path, **changed: Any) -> Sidecar:
+    sidecar = Sidecar(
+        flavour="tensorrt",
+        version="10.13.3.9",
+        cuda="13.0",
+        gpu=H200,
+        onnx_sha256="1" * 64,
+        engine_sha256=file_sha256(path),
+        profiles=(PROFILE,),
+        options=EngineOptions(),
+        description=ABOUT,
+        layers=7,
+        seconds=1.5,
+    )
+    return replace(sidecar, **changed)
+
+
+def test_a_sidecar_is_read_as_it_was_written(engine: Path):
+    assert read_sidecar(engine) == of(engine)
+    check_fits(read_sidecar(engine), engine, TRT, H200)
+
+
+REFUSED = {
+    "product": ({"flavour": "tensorrt_rtx"}, TRT, H200, "TensorRT 10.13.3.9 cannot open it"),
+    "older library": ({"version": "10.16.1.11"}, TRT, H200, "built with TensorRT 10.16.1.11, and this is"),
+    "newer library": ({"version": "10.13.2.6"}, TRT, H200, "built with TensorRT 10.13.2.6"),
+    "compatible, but older library": (
+        {"version": "11.0.0.114", "options": EngineOptions(version_compatible=True)},
+        TRT,
+        H200,
+        "built with TensorRT 11.0.0.114",
+    ),
+    "platform": ({"platform": "Windows AMD64"}, TRT, H200, "built on Windows AMD64"),
+    "another GPU": ({}, TRT, H100, r"NVIDIA H200 \(compute capability 9.0\).*this is NVIDIA H100"),
+    "another capability": (
+        {"options": EngineOptions(hardware_compatibility="same_compute_capability")},
+        TRT,
+        L4,
+        "this is NVIDIA L4",
+    ),
+    "before Ampere": (
+        {"options": EngineOptions(hardware_compatibility="ampere_plus")},
+        TRT,
+        T4,
+        "this is Tesla T4",
+    ),
+    "no weights": ({"options": EngineOptions(strip_plan=True)}, TRT, H200, "without its weights"),
+    "another file": ({"engine_sha256": "0" * 64}, TRT, H200, "not the file that its sidecar describes"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_engine_that_does_not_fit_is_refused(engine: Path, case: str):
+    changed, library, gpu, message = REFUSED[case]
+    with pytest.raises(BadInput, match=message) as refused:
+        check_fits(of(engine, **changed), engine, library, gpu)
+    assert str(engine) in str(refused.value) and "build it" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "version", "gpu"),
+    [
+        (EngineOptions(version_compatible=True), "10.13.3.9", H200),
+        (EngineOptions(version_compatible=True), "11.4.0.106", H200),
+        (EngineOptions(hardware_compatibility="same_compute_capability"), "10.13.3.9", H100),
+        (EngineOptions(hardware_compatibility="ampere_plus"), "10.13.3.9.post1", L4),
+    ],
+)
+def test_a_compatible_engine_is_let_through(engine: Path, options: EngineOptions, version: str, gpu: Gpu):
+    check_fits(of(engine, options=options), engine, Library("tensorrt", version, None), gpu)
+
+
+def test_a_missing_or_foreign_sidecar_is_refused(engine: Path):
+    path = sidecar_path(engine)
+    plain = json.loads(path.read_text())
+    for text, message in (
+        ("{", "not a readable sidecar"),
+        ("[]", "of format None"),
+        (json.dumps({**plain, "format_version": 2}), "of format 2, and this program reads 1"),
+        (json.dumps({**plain, "colour": "red"}), "colour"),
+        (json.dumps({**plain, "layers": "7"}), "layers"),
+    ):
+        path.write_text(text)
+        with pytest.raises(BadInput, match=message):
+            read_sidecar(engine)
+    path.unlink()
+    with pytest.raises(BadInput, match=r"model.engine.json is not beside it; build it again"):
+        read_sidecar(engine)
+    with pytest.raises(BadInput, match="no such file"):
+        read_sidecar(engine.with_name("other.engine"))
+
+
+def test_options_out_of_range_are_refused():
+    with pytest.raises(BadInput, match="from 0 to 5"):
+        EngineOptions(optimization_level=6)
+    with pytest.raises(BadInput, match="at least 1"):
+        EngineOptions(workspace_mib=0)
+
+
+# No GPU, no package
+
+
+@needs_no_gpu
+def test_without_a_gpu_a_runtime_says_so(engine: Path):
+    with pytest.raises(BadInput, match="no working NVIDIA driver here; use ONNX Runtime"):
+        TensorRTRuntime(engine)
+
+
+def test_a_runtime_is_for_gpus_only(engine: Path):
+    with pytest.raises(BadInput, match="NVIDIA GPUs only, not on cpu"):
+        TensorRTRuntime(engine, "cpu")
+
+
+def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(library_module, "find_driver", lambda: Driver("13.0", ()))
+    with pytest.raises(BadInput, match="no NVIDIA GPU here"):
+        require_gpu()
+    driver = Driver("13.0", (H200, L4))
+    monkeypatch.setattr(library_module, "find_driver", lambda: driver)
+    assert require_gpu(1) == (L4, driver)
+    with pytest.raises(BadInput, match=r"no GPU 2; the last one is 1 \(NVIDIA L4\)"):
+        require_gpu(2)
+
+
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt_rtx"])
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, flavour: Any):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=rf"coma-dyvit\[{library_module.EXTRAS[flavour]}\]"):
+        load_library(flavour)
+
+
+def test_a_package_that_is_broken_or_too_old_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    package = tmp_path / "tensorrt.py"
+    package.write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    monkeypatch.setattr(library_module, "find_driver", lambda: Driver("13.0", (H200,)))
+    with pytest.raises(BadInput, match=r"does not load \(libnvinfer.so.10"):
+        load_library()
+    old = ModuleType("tensorrt")
+    old.__dict__["__version__"] = "10.9.0.34"
+    monkeypatch.setattr(importlib, "import_module", lambda name: old)
+    with pytest.raises(BadInput, match=r"TensorRT 10.9.0.34 is too old; install 10.13"):
+        load_library()
+
+
+# The inspector's listing
+
+
+def test_a_listing_is_summed_up_in_the_fields_of_both_versions():
+    ten = {
+        "Name": "conv + relu",
+        "LayerType": "CaskConvolution",
+        "Outputs": [{"Dimensions": [-1, 16, 8, 8], "Format/Datatype": "Channel major FP16 format"}],
+    }
+    eleven = {
+        "Name": "gemm",
+        "LayerType": "gemm",
+        "Outputs": [{"Dimensions": [2, 8], "Format": "Row major linear", "DataType": "Float"}],
+    }
+    shape = {"Name": "shape", "LayerType": "shape_call", "Outputs": []}
+    summary = summarize(json.dumps({"Layers": [eleven, ten, ten, shape], "Bindings": ["images"]}))
+    assert summary.layers == 4
+    assert summary.by_type == {"CaskConvolution": 2, "gemm": 1, "shape_call": 1}
+    assert summary.by_format == {"fp16": 2, "fp32": 1}
+    assert summary.largest[0] == ("conv + relu", "CaskConvolution", 1024)
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("Row major linear FP32", "fp32"),
+        ("BFloat16", "bf16"),
+        ("Half", "fp16"),
+        ("Thirty-two wide channel vectorized row major Int8 format.", "int8"),
+        ("E4M3 FP8", "fp8"),
+        ("N/A due to dynamic shapes", "?"),
+    ],
+)
+def test_formats_are_recognised(said: str, name: str):
+    layer = {"Name": "a", "LayerType": "b", "Outputs": [{"Format/Datatype": said}]}
+    assert summarize(json.dumps({"Layers": [layer]})).by_format == {name: 1}
+
+
+def test_a_listing_without_details_still_counts():
+    summary = summarize(json.dumps({"Layers": ["a", "b + c"]}))
+    assert (summary.layers, summary.by_type, summary.largest) == (2, {}, ())
