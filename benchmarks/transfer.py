@@ -112,14 +112,15 @@ def finetuning(args: argparse.Namespace, task: str, init: str, seed: int) -> Tas
     """A detector or segmentor on these weights."""
     out = args.work / f"{task}-{init}-{seed}"
     source = ["--preset", "tiny"] if init == "random" else [args.work / f"pretrain-{init}" / "artifact"]
-    common = ["--out", out, "--seed", seed, "--lr", args.lr, "--layer-decay", args.layer_decay]
+    common = ["--out", out, "--seed", seed, "--layer-decay", args.layer_decay]
     common += ["--validations", 1, "--workers", 0]
     if task == "detect":
         own = ["--data", args.data / "det-bccd", "--short-side", 240, "--steps", args.detect_steps]
-        own += ["--batch-size", 2, "--head-channels", 64]
+        own += ["--batch-size", 2, "--head-channels", 64, "--lr", args.detect_lr]
     else:
-        own = ["--data", args.data / "camvid-mini", "--crop-size", 224, "--steps", args.segment_steps]
-        own += ["--batch-size", 8, "--head-channels", 128]
+        own = ["--data", args.data / "camvid-mini", "--short-side", 240, "--crop-size", 192]
+        own += ["--steps", args.segment_steps, "--batch-size", 4, "--head-channels", 64]
+        own += ["--lr", args.segment_lr]
     return Task(out.name, coma(task, "train", *source, *own, *common), out)
 
 
@@ -159,8 +160,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("benchmarks/runs/transfer"))
     parser.add_argument("--pretrain-minutes", type=float, default=12.0, help="CPU time of each pre-training")
     parser.add_argument("--detect-steps", type=int, default=320)
-    parser.add_argument("--segment-steps", type=int, default=120)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--segment-steps", type=int, default=1500)
+    parser.add_argument("--detect-lr", type=float, default=5e-4)
+    parser.add_argument("--segment-lr", type=float, default=1e-3)
     parser.add_argument("--layer-decay", type=float, default=0.9)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--tasks", nargs="+", choices=("detect", "segment"), default=["detect", "segment"])
@@ -183,7 +185,10 @@ def main() -> None:
     if args.out:
         settings = {
             k: getattr(args, k)
-            for k in ("detect_steps", "segment_steps", "lr", "layer_decay", "pretrain_minutes")
+            for k in (
+                *("detect_steps", "segment_steps", "detect_lr", "segment_lr"),
+                *("layer_decay", "pretrain_minutes"),
+            )
         }
         results = [
             {"task": t, "init": i, "seed": s, "seconds": seconds[f"{t}-{i}-{s}"], **scores(args, t, i, s)}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import cattrs
+from cattrs.strategies import configure_union_passthrough
 from cattrs.v import format_exception
 
 from pretrain.config import (
@@ -34,6 +35,7 @@ def _converter() -> cattrs.Converter:
         converter.register_structure_hook(kind, _exactly(kind, accepted))
     converter.register_unstructure_hook(Path, str)
     converter.register_structure_hook(Path, lambda value, _: Path(value))
+    configure_union_passthrough(str | int, converter)
     _register_union(converter, EncoderConfig, "architecture", {"dyvit": DyViTConfig, "vit": ViTConfig})
     _register_union(converter, ObjectiveConfig, "method", {"coma": CoMAConfig, "mae": MAEConfig})
     return converter

@@ -64,12 +64,12 @@ def nearby_statistics(units: Tensor, visible: Tensor, reach: float = 1.0) -> tup
         Two of `[b, h, w, 1]`.
     """
     b, h, w, _ = units.shape
-    rows = torch.arange(h, device=units.device).repeat_interleave(w).float()
-    cols = torch.arange(w, device=units.device).repeat(h).float()
+    rows = torch.arange(h, device=units.device)[:, None].expand(h, w).flatten().float()
+    cols = torch.arange(w, device=units.device).expand(h, w).flatten().float()
     squared = (rows[:, None] - rows).square() + (cols[:, None] - cols).square()
     scores = (-squared / (2 * reach**2)).expand(b, -1, -1)
     shown = visible.flatten(1)
-    weights = scores.masked_fill(~shown[:, None, :], -torch.inf).softmax(dim=-1).nan_to_num()
+    weights = scores.masked_fill(~shown[:, None, :], torch.finfo(scores.dtype).min).softmax(dim=-1)
     guesses = []
     for own in unit_statistics(units):
         flat = own.flatten(1)  # b n

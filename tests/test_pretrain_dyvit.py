@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import DyViTConfig, ViTConfig, dyvit_preset, encoder_preset
 from pretrain.errors import BadInput
-from pretrain.masking.partition import partition
+from pretrain.masking.partition import group_of, partition
 from pretrain.masking.units import pad_to_units, spread, unit_grid
 from pretrain.models import DyViT, ViT, build_encoder
 from pretrain.models.attention import Consecutive, stage_layout
@@ -324,6 +324,36 @@ def test_captured_graph_equals_eager():
     with torch.no_grad():
         expected = encoder.forward_features(images, group)
         torch.testing.assert_close(captured(images, group, (5, 4)), expected)
+
+
+def test_compiled_attention_is_torchs_own():
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph.code)
+        return graph
+
+    encoder = DyViT(TINY)
+    with torch.no_grad():
+        torch.compile(encoder.forward_features, backend=keep, fullgraph=True)(torch.randn(1, 3, 16, 16))
+    assert graphs[0].count("scaled_dot_product_attention") == sum(
+        len(windows) * depth for windows, depth in zip(TINY.windows, TINY.depths, strict=True)
+    )
+
+
+@pytest.mark.parametrize("config", [TINY, ViTConfig(patch=8, dim=16, depth=2, heads=2)])
+def test_one_view_in_place_equals_dropped_units(config, monkeypatch):
+    encoder = awake(build_encoder(config)).eval()
+    images = torch.randn(3, 3, 5 * encoder.unit - 3, 4 * encoder.unit)
+    visible = torch.rand(3, 5, 4) < 0.4
+    visible[:, 0, 0] = True
+    group = group_of(visible)
+    with torch.no_grad():
+        expected = encoder.forward_features(images, group)
+        monkeypatch.setattr("pretrain.models.sequences.is_exporting", lambda: True)
+        found = encoder.forward_features(images, group)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert expected.abs().sum() > 0
 
 
 @pytest.mark.parametrize("encoder", [DyViT(TINY), ViT(ViTConfig(patch=8, dim=16, depth=1, heads=2))])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from export.description import Description
 
@@ -14,12 +14,10 @@ class Deployable:
     """A model and what will be written about it.
 
     Attributes:
-        module: In evaluation mode, on the CPU, fp32; takes the description's inputs in order, gives a tuple of
-            its outputs in order.
+        module: In evaluation mode, on the CPU, fp32; takes the description's inputs in order, gives a
+            tuple of its outputs in order.
         description: Of the fp32 file.
-        examples: Inputs to trace with, batch 2.
     """
 
     module: nn.Module
     description: Description
-    examples: tuple[Tensor, ...]

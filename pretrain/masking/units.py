@@ -27,12 +27,21 @@ def unpatchify(units: Tensor, unit: int) -> Tensor:
 def pad_to_units(images: Tensor, unit: int) -> Tensor:
     """Pad `[b, c, H, W]` with zeros (the mean colour) at the right and bottom to whole units."""
     height, width = images.shape[-2:]
-    return F.pad(images, (0, -width % unit, 0, -height % unit))
+    return F.pad(images, (0, cover(width, unit) * unit - width, 0, cover(height, unit) * unit - height))
+
+
+def cover(length: int, side: int) -> int:
+    """How many pieces of `side` cover `length`: their quotient, rounded up.
+
+    Written for exported graphs too: their whole-number division rounds towards zero, so none is negative,
+    and a size that is always computed in this one way is known to be equal to itself.
+    """
+    return (length + side - 1) // side
 
 
 def unit_grid(height: int, width: int, unit: int) -> tuple[int, int]:
     """Rows and columns of units that cover an image of `height x width` pixels."""
-    return -(-height // unit), -(-width // unit)
+    return cover(height, unit), cover(width, unit)
 
 
 def spread(unit_map: Tensor, side: int) -> Tensor:

@@ -24,6 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pretrain.masking.units import spread
+from pretrain.models.graphs import has_known_size, is_exporting
 from pretrain.models.positions import rotary_table, rotate
 from pretrain.models.sequences import Sequences
 from pretrain.models.windows import (
@@ -122,13 +123,14 @@ def stage_layout(
     device = like.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
     h, w = sequences.rows * side, sequences.cols * side
+    known = has_known_size(h, w)  # otherwise the graph must do for maps larger and smaller than the window
 
     def resolve(window: int) -> Consecutive | Crossing:
         if window and side % window == 0:
             return Consecutive(window * window)
-        if not window or (window >= h and window >= w):
+        if not window or (known and window >= h and window >= w):
             return Consecutive(like.shape[1] * side * side, _real_bias(sequences, side, dtype))
-        sides = fit(window, h, w)
+        sides = fit(window, h, w) if known else (window, window)
         return Crossing(sequences, side, sides, _crossing_bias(sequences, sides, side, like, dtype))
 
     resolved = {window: resolve(window) for window in set(windows)}
@@ -232,7 +234,7 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, 
 
     `fused` in one kernel of torch's; otherwise, and in exported graphs, as two products and a softmax.
     """
-    if not fused or torch.compiler.is_exporting():
+    if not fused or is_exporting():
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
     if q.shape[0] <= _MOST_WINDOWS:
@@ -259,7 +261,8 @@ def _crossing_bias(
 ) -> Tensor | None:
     group, rows, cols = sequences.group, sequences.rows, sequences.cols
     if group is None:
-        if not needs_padding(window, rows * side, cols * side):
+        h, w = rows * side, cols * side
+        if has_known_size(h, w) and not needs_padding(window, h, w):
             return None
         group = like.new_zeros((like.shape[0], rows, cols), dtype=torch.int64)
     return same_group_bias(spread(group, side), window, dtype)

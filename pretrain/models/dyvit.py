@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from pretrain.config import DyViTConfig
 from pretrain.errors import BadInput
-from pretrain.masking.units import pad_to_units, unit_grid
+from pretrain.masking.units import cover, pad_to_units, unit_grid
 from pretrain.models.attention import DynamicMultiWindowAttention, Layout, stage_layout
 from pretrain.models.blocks import drop_path_rates, run_block
 from pretrain.models.sequences import Sequences, image_sequences
-from pretrain.models.windows import nest, unnest
+from pretrain.models.windows import crop, nest, unnest
 
 FIRST_SIDE = 8
 """Tokens along the edge of a mask unit at the first stage: four stages make it 8, 4, 2, 1."""
@@ -102,7 +102,7 @@ class DyViT(nn.Module):
         tokens[-1] = self.norm(tokens[-1])
         maps = _maps(sequences, tokens)
         return tuple(
-            rearrange(x, "b h w c -> b c h w")[:, :, : -(-height // stride), : -(-width // stride)]
+            rearrange(crop(x, cover(height, stride), cover(width, stride)), "b h w c -> b c h w")
             for x, stride in zip(maps, self.strides, strict=True)
         )
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import BadInput
+from pretrain.models.graphs import is_exporting
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class Sequences:
         cols: Units along the width.
         group: View of every unit, int64 `[b, rows, cols]`, -1 for units no view sees; None: one sequence
             an image, its units in order, and all other attributes None.
-        unit_of: Unit in every slot, int64 `[n, s]`.
-        slot_of: Slot of every unit among its sample's sequences laid end to end, int64 `[b, rows*cols]`.
+        unit_of: Unit in every slot, int64 `[n, s]`; None: every unit lies in its own.
+        slot_of: Slot of every unit among its sample's sequences laid end to end, int64 `[b, rows*cols]`;
+            None: its own.
         real: Slots that hold a unit of their view, bool `[n, s]`; None: all of them.
         unseen: Units that no view sees, bool `[b, rows*cols]`; None: there is none.
     """
@@ -51,9 +53,9 @@ class Sequences:
 
     def scatter(self, x: Tensor) -> Tensor:
         """Put units back: `[n, s, ...]` -> `[b, rows*cols, ...]`, zeros for units that no view sees."""
-        if self.slot_of is None:
-            return x
-        units = _take(x.reshape(len(self.slot_of), -1, *x.shape[2:]), self.slot_of)
+        units = x
+        if self.slot_of is not None:
+            units = _take(x.reshape(len(self.slot_of), -1, *x.shape[2:]), self.slot_of)
         if self.unseen is None:
             return units
         return units.masked_fill(self.unseen.view(*self.unseen.shape, *[1] * (x.ndim - 2)), 0)
@@ -91,6 +93,8 @@ def image_sequences(
     """
     if group is None:
         return Sequences(rows, cols)
+    if is_exporting():
+        return one_view_in_place(rows, cols, group)
     flat, device = group.flatten(1), group.device
     b, units = flat.shape
     views = len(sizes) if sizes else max(int(flat.max()) + 1, 1)
@@ -128,6 +132,20 @@ def image_sequences(
         real=None if even else real.flatten(0, 1),
         unseen=None if complete else flat < 0,
     )
+
+
+def one_view_in_place(rows: int, cols: int, group: Tensor) -> Sequences:
+    """One view an image, every unit in its own slot: what graphs take whose shapes cannot follow values.
+
+    The same results as `image_sequences` gives, at the cost of the whole image.
+
+    Args:
+        rows: Units along the height of an image.
+        cols: Units along the width.
+        group: 0 for units that the view sees, -1 for others, int64 `[b, rows, cols]`.
+    """
+    real = (group >= 0).flatten(1)
+    return Sequences(rows, cols, group, real=real, unseen=~real)
 
 
 def _readable(x: Tensor) -> bool:

@@ -19,6 +19,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from pretrain.config import DyViTConfig, dyvit_preset
+from pretrain.masking.units import cover
 from pretrain.models.dyvit import DyViT
 
 OutFormat = Literal["NCHW", "NHWC"]
@@ -118,7 +119,7 @@ class DyViTClassifier(DyViT):
         for i in take:
             stride = self.strides[i]
             full = final if norm and i == 3 else maps[i]
-            cropped = full[:, : -(-height // stride), : -(-width // stride)]
+            cropped = full[:, : cover(height, stride), : cover(width, stride)]
             chosen.append(rearrange(cropped, "b h w c -> b c h w") if output_fmt == "NCHW" else cropped)
         return chosen if intermediates_only else (final, chosen)
 

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from pretrain.masking.units import cover
+
 MASKED = -1e4
 """Added to the score of a forbidden pair: exp(-1e4) is exactly 0 in every float type; finite, so that
 fp16 and exported graphs stay free of NaN."""
@@ -70,12 +72,22 @@ def split(x: Tensor, window: tuple[int, int]) -> Tensor:
 
 def merge(windows: Tensor, window: tuple[int, int], h: int, w: int) -> Tensor:
     """Put windows back together as a map `[b, h, w, ...]`; the inverse of `split`."""
-    rows, cols = -(-h // window[0]), -(-w // window[1])
+    rows, cols = cover(h, window[0]), cover(w, window[1])
     x = rearrange(
         windows,
         "(b rows cols) (wh ww) ... -> b (rows wh) (cols ww) ...",
         rows=rows, cols=cols, wh=window[0], ww=window[1],
     )  # fmt: skip
+    return crop(x, h, w)
+
+
+def crop(x: Tensor, h: int, w: int) -> Tensor:
+    """The first h rows and w columns of a map `[b, h', w', ...]`.
+
+    The checks say, where sizes are symbols, that the result has just these.
+    """
+    torch._check(h <= x.shape[1])
+    torch._check(w <= x.shape[2])
     return x[:, :h, :w]
 
 
@@ -105,9 +117,10 @@ def needs_padding(window: tuple[int, int], h: int, w: int) -> bool:
 
 
 def _pad(x: Tensor, window: tuple[int, int], value: float) -> Tensor:
-    h, w = x.shape[1:3]
-    trailing = (0, 0) * (x.ndim - 3)
-    return F.pad(x, (*trailing, 0, -w % window[1], 0, -h % window[0]), value=value)
+    bottom, right = (
+        cover(length, side) * side - length for length, side in zip(x.shape[1:3], window, strict=True)
+    )
+    return F.pad(x, (*(0, 0) * (x.ndim - 3), 0, right, 0, bottom), value=value)
 
 
 def _nested_axes(side: int) -> tuple[list[int], list[int]]:

@@ -91,7 +91,7 @@ class MaskedPixels(nn.Module):
         unit = self.encoder.unit
         padded = pad_to_units(images, unit)
         units = patchify(padded, unit).float()
-        shown_only = unpatchify(units * visible[..., None], unit).to(images.dtype)
+        shown_only = unpatchify(units * visible[..., None], unit).to(self.decoder.embed.weight.dtype)
         features = self.encoder.forward_features(shown_only, group_of(visible))
         predicted = self.decoder(features, visible[None])[0].float()
         if self.config.norm_pix:

@@ -1,0 +1,127 @@
+"""ONNX Runtime, with the provider that was asked for or an error: never another one in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from export.runtimes.inputs import check_inputs
+from export.to_onnx import METADATA, parse_description
+from pretrain.errors import BadInput
+
+Provider = Literal["cpu", "cuda", "tensorrt"]
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+
+class OnnxRuntime:
+    """A session on one ONNX file.
+
+    On GPUs inputs and outputs stay there (IO binding); nothing goes through the host.
+
+    Args:
+        path: The file, or its content.
+        provider: Who computes.
+        threads: Of a CPU; default: all cores.
+        extra_outputs: Hand out all outputs of the graph, not only those of the description.
+
+    Raises:
+        BadInput: the package is missing, the file is none of ours or cannot be loaded, or the provider is
+            not at hand.
+    """
+
+    def __init__(
+        self,
+        path: Path | bytes,
+        provider: Provider = "cpu",
+        threads: int | None = None,
+        extra_outputs: bool = False,
+    ) -> None:
+        name = path.name if isinstance(path, Path) else "the graph"
+        self._session = _open(path, name, provider, threads)
+        self.description = parse_description(
+            self._session.get_modelmeta().custom_metadata_map.get(METADATA), name
+        )
+        self.title = f"ONNX Runtime {_library().__version__}, {provider}"
+        self._device = torch.device("cpu" if provider == "cpu" else "cuda")
+        ours = [port.name for port in self.description.outputs]
+        self._outputs = [out.name for out in self._session.get_outputs()] if extra_outputs else ours
+
+    def __call__(self, images: Tensor, **others: Tensor) -> dict[str, Tensor]:
+        """Run; see `Runtime`."""
+        inputs = check_inputs(self.description, images, others)
+        if self._device.type == "cuda":
+            return self._run_bound(
+                {name: each.to(self._device).contiguous() for name, each in inputs.items()}
+            )
+        feeds = {name: each.detach().cpu().numpy() for name, each in inputs.items()}
+        try:
+            outputs = self._session.run(self._outputs, feeds)
+        except Exception as error:  # the library has no public class for it
+            raise BadInput(f"ONNX Runtime could not run {_shapes(inputs)}: {_first_line(error)}") from None
+        return dict(zip(self._outputs, map(torch.from_numpy, outputs), strict=True))
+
+    def _run_bound(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        binding = self._session.io_binding()
+        for name, each in inputs.items():
+            kind = np.dtype(str(each.dtype).removeprefix("torch.")).type
+            binding.bind_input(name, "cuda", 0, kind, tuple(each.shape), each.data_ptr())
+        for name in self._outputs:
+            binding.bind_output(name, "cuda", 0)
+        torch.cuda.current_stream().synchronize()
+        self._session.run_with_iobinding(binding)
+        return {
+            name: torch.from_dlpack(value._ortvalue)
+            for name, value in zip(self._outputs, binding.get_outputs(), strict=True)
+        }
+
+
+def _library() -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise BadInput(
+            "ONNX Runtime is not installed; pip install onnxruntime-gpu (or onnxruntime, for CPUs)"
+        ) from None
+    return onnxruntime
+
+
+def _open(path: Path | bytes, name: str, provider: Provider, threads: int | None) -> Any:
+    library = _library()
+    wanted = _PROVIDERS[provider]
+    there = library.get_available_providers()
+    if wanted not in there:
+        raise BadInput(f"{provider}: this build of ONNX Runtime has no {wanted}, only {', '.join(there)}")
+    options = library.SessionOptions()
+    options.log_severity_level = 4  # what matters is raised
+    options.intra_op_num_threads = threads or 0
+    if isinstance(path, Path) and not path.is_file():
+        raise BadInput(f"{path}: no such file")
+    providers = [wanted] if provider != "tensorrt" else [wanted, _PROVIDERS["cuda"]]
+    try:
+        session = library.InferenceSession(
+            str(path) if isinstance(path, Path) else path, options, providers=providers
+        )
+    except Exception as error:
+        raise BadInput(f"{name}: ONNX Runtime cannot load it: {_first_line(error)}") from None
+    used = session.get_providers()[0]
+    if used != wanted:
+        raise BadInput(
+            f"{provider}: ONNX Runtime fell back to {used}: no GPU, or CUDA and cuDNN of another version"
+        )
+    return session
+
+
+def _shapes(inputs: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {list(each.shape)}" for name, each in inputs.items())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]
