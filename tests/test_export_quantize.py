@@ -1,0 +1,346 @@
+"""int8, fp8 and bf16 graphs of a small DyViT, on crops of photographs."""
+
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+from onnx import ModelProto, TensorProto, helper, numpy_helper  # noqa: E402
+from skimage import data  # noqa: E402
+
+from export.emulation import emulate_bf16  # noqa: E402
+from export.quantization import ORT_FP8_ENTRY, precision_summary, quantize_fp8, quantize_int8  # noqa: E402
+from export.quantization.calibration import BINS, Magnitudes  # noqa: E402
+from export.quantization.codes import INT8, fp8_codes  # noqa: E402
+from pretrain.config import DyViTConfig  # noqa: E402
+from pretrain.errors import BadInput, CheckFailed  # noqa: E402
+from pretrain.models import build_encoder  # noqa: E402
+
+MODEL = DyViTConfig(
+    patch=2, dim=16, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8), (4,), (4,), (0,))
+)
+SIDE = 48
+PAIRS = ("QuantizeLinear", "DequantizeLinear")
+
+
+class Exported(nn.Module):
+    """float32 in and out, whatever is between."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = build_encoder(MODEL).eval()
+        for module in self.encoder.modules():
+            if isinstance(module, nn.Linear):  # as wide as trained ones
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        self.dtype = dtype
+        self.to(dtype)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(each.float() for each in self.encoder(images.to(self.dtype)))
+
+
+def crops(count: int, seed: int) -> np.ndarray:
+    """Crops of an astronaut and a cat, normalised: float32 [count, 3, SIDE, SIDE]."""
+    rng, photographs = np.random.default_rng(seed), (data.astronaut(), data.chelsea())
+    found = []
+    for number in range(count):
+        photograph = photographs[number % 2]
+        top, left = (int(rng.integers(0, size - 4 * SIDE)) for size in photograph.shape[:2])
+        found.append(photograph[top : top + 4 * SIDE : 4, left : left + 4 * SIDE : 4])
+    return ((np.stack(found).transpose(0, 3, 1, 2) / 255 - 0.45) / 0.25).astype(np.float32)
+
+
+def calibration() -> Iterator[dict[str, np.ndarray]]:
+    yield from ({"images": crops(4, seed)} for seed in range(4))
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The encoder in fp32, fp16 and bf16, dynamic in its batch."""
+    folder = tmp_path_factory.mktemp("exports")
+    for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporter, on its own workings
+            torch.onnx.export(
+                Exported(dtype),
+                (torch.zeros(2, 3, SIDE, SIDE),),
+                str(folder / f"{name}.onnx"),
+                dynamo=True,
+                dynamic_shapes=({0: "batch"},),
+                opset_version=18,
+                external_data=False,
+                verbose=False,
+                input_names=["images"],
+            )
+    model = onnx.load(folder / "fp32.onnx")
+    helper.set_model_props(model, {"coma": "fp32", "other": "stays"})
+    onnx.save(model, folder / "fp32.onnx")
+    return {path.stem: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def eight_bits(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("eight")
+    files = {name: folder / f"{name}.onnx" for name in ("int8", "fp8")}
+    quantize_int8(exports["fp32"], files["int8"], calibration())
+    quantize_fp8(exports["fp32"], files["fp8"], calibration())
+    return files
+
+
+def run(model: Path | ModelProto, images: np.ndarray, name: str = "images") -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    content = model.read_bytes() if isinstance(model, Path) else model.SerializeToString()
+    if b"/fp8" in content:
+        options.add_session_config_entry(*ORT_FP8_ENTRY)
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return session.run(None, {name: images})
+
+
+def worst_cosine(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+    """Of all outputs, without what is common to all places, which would hide differences."""
+
+    def varying(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64)
+        return x - x.mean((0, 2, 3), keepdims=True)
+
+    pairs = [(varying(a), varying(b)) for a, b in zip(found, wanted, strict=True)]
+    return min(float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind"), [("int8", TensorProto.INT8), ("fp8", TensorProto.FLOAT8E4M3FN)]
+)
+def test_pairs_stand_before_layers_with_weights_alone(
+    exports: dict[str, Path], eight_bits: dict[str, Path], precision: str, kind: int
+) -> None:
+    source, graph = onnx.load(exports["fp32"]).graph, onnx.load(eight_bits[precision]).graph
+    constants = {each.name: each for each in graph.initializer}
+    made_by = {name: node for node in graph.node for name in node.output}
+    layers = 0
+    for node in graph.node:
+        dequantised = [name for name in node.input if name in made_by and made_by[name].op_type == PAIRS[1]]
+        if not dequantised or node.op_type in PAIRS:
+            continue
+        layers += 1
+        assert node.op_type in ("MatMul", "Gemm") and list(node.input[:2]) == dequantised
+        activation, weight = (made_by[name] for name in dequantised)
+        assert made_by[activation.input[0]].op_type == PAIRS[0]
+        assert made_by[activation.input[0]].input[1:] == activation.input[1:]
+        assert constants[activation.input[1]].dims == []
+        stored, scale, zero = (constants[name] for name in weight.input)
+        assert stored.data_type == zero.data_type == kind
+        per_channel = [stored.dims[weight.attribute[0].i]] if precision == "int8" else []
+        assert list(scale.dims) == list(zero.dims) == per_channel
+    zeros = [numpy_helper.to_array(constants[node.input[2]]) for node in graph.node if node.op_type in PAIRS]
+    assert not any(each.astype(np.float32).any() for each in zeros)
+
+    weights = {each.name for each in source.initializer}
+    products = [node for node in source.node if node.op_type in ("MatMul", "Gemm")]
+    linear = [node for node in products if node.input[1] in weights]
+    assert layers == len(linear) - 1 > 15  # all but the stem
+    assert len(products) - len(linear) >= 8  # attention, which stays
+    rest = [node.op_type for node in graph.node if node.op_type not in PAIRS]
+    assert rest == [node.op_type for node in source.node]
+
+
+def test_weights_are_kept_in_eight_bits(exports: dict[str, Path], eight_bits: dict[str, Path]) -> None:
+    before = precision_summary(onnx.load(exports["fp32"]))
+    for precision, kind in (("int8", "int8"), ("fp8", "float8e4m3fn")):
+        after = precision_summary(onnx.load(eight_bits[precision]))
+        assert after["float_layers"] == ["encoder.stem"]
+        assert after["operators"][kind]["MatMul"] == len(before["float_layers"]) - 1
+        assert after["operators"]["float"]["Softmax"] == before["operators"]["float"]["Softmax"]
+        assert "MatMul" in after["operators"]["float"]
+        assert after["weight_bytes"][kind] > 20_000
+        assert after["weight_bytes"]["float"] < 0.2 * before["weight_bytes"]["float"]
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("int8", 0.998), ("fp8", 0.985)])
+def test_outputs_are_near_to_fp32_at_any_batch_size(
+    exports: dict[str, Path], eight_bits: dict[str, Path], precision: str, bound: float
+) -> None:
+    model = onnx.load(eight_bits[precision])
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    for count in (1, 2, 3):
+        images = crops(count, seed=90 + count)
+        found, wanted = run(eight_bits[precision], images), run(exports["fp32"], images)
+        assert [each.shape for each in found] == [each.shape for each in wanted]
+        assert bound < worst_cosine(found, wanted) < 1 - 1e-7  # it is not fp32 that ran
+
+    scales = [each for each in model.graph.initializer if each.name.endswith(f"/{precision}/scale")]
+    worst = max(scales, key=lambda each: numpy_helper.to_array(each).item())
+    worst.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(worst) / np.float32(8), worst.name))
+    assert worst_cosine(run(model, images), wanted) < bound
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])
+def test_methods_of_calibration(exports: dict[str, Path], tmp_path: Path, method) -> None:
+    seen: list[int] = []
+    done = quantize_int8(
+        exports["fp32"], tmp_path / "out.onnx", calibration(), method, percentile=99, progress=seen.append
+    )
+    images = crops(4, seed=99)
+    assert seen == [1, 2, 3, 4] and done.kept == ("encoder.stem",)
+    assert worst_cosine(run(tmp_path / "out.onnx", images), run(exports["fp32"], images)) > 0.99
+    highest = quantize_int8(exports["fp32"], tmp_path / "out.onnx", calibration(), "minmax").ranges
+    assert all(0 < done.ranges[name] <= highest[name] for name in highest)
+    assert (done.ranges == highest) == (method == "minmax")
+
+
+def test_half_precision_around_int8(exports: dict[str, Path], tmp_path: Path) -> None:
+    quantize_int8(exports["fp16"], tmp_path / "out.onnx", calibration())
+    model, images = onnx.load(tmp_path / "out.onnx"), crops(3, seed=99)
+    assert model.opset_import[0].version == 19
+    assert precision_summary(model)["operators"]["float16"]["Softmax"]
+    assert worst_cosine(run(model, images), run(exports["fp32"], images)) > 0.998
+
+
+def test_kept_layers_and_metadata(exports: dict[str, Path], tmp_path: Path) -> None:
+    target = tmp_path / "out.onnx"
+    done = quantize_fp8(
+        exports["fp32"],
+        target,
+        calibration(),
+        keep=("*.merge.*", "*.gate.*"),
+        keep_first=False,
+        metadata={"coma": "fp8"},
+    )
+    model = onnx.load(target)
+    assert len(done.kept) == 5 and done.layers[0] == "encoder.stem"
+    assert tuple(precision_summary(model)["float_layers"]) == done.kept
+    assert {each.key: each.value for each in model.metadata_props} == {"coma": "fp8", "other": "stays"}
+    assert all(node.metadata_props for node in model.graph.node if node.op_type == "Softmax")
+    with pytest.raises(BadInput, match=r"no layer is called 'neck\.\*'"):
+        quantize_int8(exports["fp32"], target, calibration(), keep=("neck.*",))
+
+
+def test_a_failure_leaves_the_target_as_it_was(
+    exports: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out.onnx"
+    target.write_text("before")
+    for batches, error, message in (
+        ([], BadInput, "no batches"),
+        ([{"images": np.zeros((1, 3, 8, 8), np.float32)}], BadInput, "batch 0 does not fit"),
+        ([{"images": np.full((1, 3, SIDE, SIDE), np.nan, np.float32)}], CheckFailed, "not finite"),
+    ):
+        for quantize in (quantize_int8, quantize_fp8):
+            with pytest.raises(error, match=message):
+                quantize(exports["fp32"], target, iter(batches))
+    with pytest.raises(BadInput, match="bf16"):
+        quantize_int8(exports["bf16"], target, calibration())
+    with pytest.raises(BadInput, match="percentile"):
+        quantize_int8(exports["fp32"], target, calibration(), percentile=0)
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(onnx.checker, "check_model", fail)
+    with pytest.raises(OSError, match="disk full"):
+        quantize_int8(exports["fp32"], target, calibration())
+    assert [each.name for each in tmp_path.iterdir()] == ["out.onnx"] and target.read_text() == "before"
+
+
+def test_magnitudes_are_counted_over_growing_ranges() -> None:
+    values = np.abs(np.random.default_rng(0).normal(size=40_000)).astype(np.float32)
+    magnitudes = Magnitudes()
+    magnitudes.add(np.zeros(3, np.float32))
+    for part in np.split(np.sort(values), 8):
+        magnitudes.add(part)
+    assert magnitudes.counts.sum() == values.size and magnitudes.largest == values.max()
+    width = magnitudes.top / BINS
+    assert math.isclose(magnitudes.percentile(99), np.quantile(values, 0.99), abs_tol=2 * width)
+    assert 2 < magnitudes.least_divergence() <= values.max()
+    outlier = Magnitudes()
+    outlier.add(np.append(values, np.float32(60)))
+    assert outlier.least_divergence() < 10  # one value does not cost all others their resolution
+    assert Magnitudes().least_divergence() == 0
+
+
+def test_codes_round_to_the_nearest_and_saturate() -> None:
+    values = np.array([0.5, 1.5, -2.4, 500, -500], np.float32)
+    assert INT8.encode(values, np.ones(1, np.float32)).tolist() == [0, 2, -2, 127, -127]
+    fp8 = fp8_codes()
+    assert fp8.encode(np.array([17, 1.07, 500]), np.ones(1, np.float32)).tolist() == [16, 1.125, 448]
+    assert INT8.scale(np.array([0, 127, 1e-30]), np.dtype(np.float16)).tolist() == [1, 1, 2**-14]
+
+
+def test_bf16_is_emulated_as_torch_computes_it(exports: dict[str, Path]) -> None:
+    images = crops(3, seed=99)
+    model = onnx.load(exports["bf16"])
+    emulated = emulate_bf16(model)
+    onnx.checker.check_model(emulated, full_check=True)
+    assert model == onnx.load(exports["bf16"])  # it is a copy that changed
+    kinds = {each.data_type for each in emulated.graph.initializer}
+    assert kinds == {TensorProto.FLOAT, TensorProto.INT64}
+
+    found, exact = run(emulated, images), run(exports["fp32"], images)
+    with torch.no_grad():
+        torchs = [each.numpy() for each in Exported(torch.bfloat16)(torch.from_numpy(images))]
+    assert 0.999 < worst_cosine(found, exact) < 1 - 1e-6  # something was rounded
+    assert worst_cosine(found, torchs) > 0.9995
+    of_emulation, of_torch = (1 - worst_cosine(each, exact) for each in (found, torchs))
+    assert 0.5 < of_emulation / of_torch < 2  # rounded as often as torch rounds
+    for each in found:
+        assert np.array_equal(each, torch.from_numpy(each).bfloat16().float().numpy())
+
+
+def test_every_result_is_rounded_as_torch_rounds_it() -> None:
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(64, 32)).astype(np.float32), rng.normal(size=(32, 48)).astype(np.float32)
+    weight = torch.from_numpy(w).bfloat16()
+    scores = torch.from_numpy(x).bfloat16() @ weight
+    expected = [scores.float().numpy(), scores.softmax(-1).float().numpy()]
+
+    nodes = [
+        helper.make_node("Cast", ["x"], ["short"], to=TensorProto.BFLOAT16),
+        helper.make_node("MatMul", ["short", "w"], ["scores"]),
+        helper.make_node("Softmax", ["scores"], ["shares"]),
+        helper.make_node("Cast", ["scores"], ["out_scores"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["shares"], ["out_shares"], to=TensorProto.FLOAT),
+    ]
+    ports = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [64, size])
+        for name, size in (("x", 32), ("out_scores", 48), ("out_shares", 48))
+    ]
+    bits = helper.make_tensor("w", TensorProto.BFLOAT16, w.shape, weight.float().numpy().ravel())
+    graph = helper.make_graph(nodes, "main", ports[:1], ports[1:], [bits])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    found = run(emulate_bf16(model), x, "x")
+    assert all((a == b).mean() > 0.99 for a, b in zip(found, expected, strict=True))  # but for orders of sums
+
+
+def test_fp16_runs_on_a_cpu(exports: dict[str, Path]) -> None:
+    images = crops(3, seed=99)
+    assert 0.99999 < worst_cosine(run(exports["fp16"], images), run(exports["fp32"], images)) < 1 - 1e-9
+
+
+def test_what_cannot_be_emulated_is_refused() -> None:
+    def model(inside: int, port: int) -> ModelProto:
+        def result(name: str, kind: int):
+            return helper.make_tensor_value_info(name, kind, [2])
+
+        cast = helper.make_node("Cast", ["x"], ["inner"], to=inside)
+        back = helper.make_node("Cast", ["inner"], ["y"], to=port)
+        branch = helper.make_graph([cast, back], "branch", [], [result("y", port)])
+        node = helper.make_node("If", ["which"], ["z"], "choose", then_branch=branch, else_branch=branch)
+        which = helper.make_tensor_value_info("which", TensorProto.BOOL, [])
+        inputs = [result("x", TensorProto.FLOAT), which]
+        return helper.make_model(helper.make_graph([node], "main", inputs, [result("z", port)]))
+
+    emulate_bf16(model(TensorProto.FLOAT16, TensorProto.FLOAT))
+    with pytest.raises(BadInput, match="If 'choose'"):
+        emulate_bf16(model(TensorProto.BFLOAT16, TensorProto.FLOAT))
+    with pytest.raises(BadInput, match="outputs in bf16"):
+        emulate_bf16(model(TensorProto.FLOAT, TensorProto.BFLOAT16))
