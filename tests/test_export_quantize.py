@@ -184,6 +184,47 @@ def test_outputs_are_near_to_fp32_at_any_batch_size(
     assert worst_cosine(run(model, images), wanted) < bound
 
 
+def test_every_output_channel_of_every_kind_of_layer_has_its_scale(tmp_path: Path) -> None:
+    rng, sizes = np.random.default_rng(0), 10.0 ** np.arange(-4, 4)
+    weights = {
+        "conv": rng.normal(size=(8, 3, 3, 3)) * sizes[:, None, None, None],
+        "upright": rng.normal(size=(27, 8)) * sizes,
+        "turned": rng.normal(size=(8, 27)) * sizes[:, None],
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "conv"], ["of conv"], "first"),
+        helper.make_node("Flatten", ["x"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "upright"], ["of upright"], "second"),
+        helper.make_node("Gemm", ["flat", "turned"], ["of turned"], "third", transB=1),
+        helper.make_node("Transpose", ["flat"], ["columns"]),
+        helper.make_node("Gemm", ["flat", "columns"], ["of columns"], "of activations alone"),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, 3, 3])
+    results = [
+        helper.make_tensor_value_info(
+            f"of {name}", TensorProto.FLOAT, ["batch", 8] + [1, 1] * (name == "conv")
+        )
+        for name in weights
+    ]
+    constants = [numpy_helper.from_array(each.astype(np.float32), name) for name, each in weights.items()]
+    graph = helper.make_graph(nodes, "main", [x], results, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(model, source)
+    images = rng.normal(size=(64, 3, 3, 3)).astype(np.float32)
+    done = quantize_int8(source, target, [{"x": images}], "minmax", keep_first=False)
+    assert done.layers == ("first", "second", "third")
+    stored = {each.name: each for each in onnx.load(target).graph.initializer}
+    for name, axis in (("conv", 0), ("upright", 1), ("turned", 0)):
+        others = tuple(i for i in range(weights[name].ndim) if i != axis)
+        scale = numpy_helper.to_array(stored[f"{name}/int8/{axis}/scale"])
+        assert np.allclose(scale * 127, np.abs(weights[name]).max(others), rtol=1e-6)
+    for exact, rounded in zip(run(source, images, "x"), run(target, images, "x"), strict=True):
+        exact, rounded = exact.reshape(64, 8), rounded.reshape(64, 8)
+        assert (np.linalg.norm(exact - rounded, axis=0) < 0.02 * np.linalg.norm(exact, axis=0)).all()
+    assert stored.keys().isdisjoint(weights)
+
+
 @pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])
 def test_methods_of_calibration(exports: dict[str, Path], tmp_path: Path, method) -> None:
     seen: list[int] = []

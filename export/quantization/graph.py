@@ -63,8 +63,8 @@ def module_path(node: NodeProto) -> str:
     """Path of the torch module that a node was exported from, or else the node's name."""
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":  # a list as text: '', modules from outer to inner, node
-            path = ast.literal_eval(entry.value)[-2]
-            return str(path) or node.name
+            scopes = ast.literal_eval(entry.value)
+            return str(scopes[-2]) if len(scopes) > 2 else node.name
     return node.name
 
 
