@@ -1,0 +1,441 @@
+"""Detectors as one graph against mmdet's own predictions, and ONNX Runtime against the graph."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torchvision
+from downstream_data import VIT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from skimage import data
+from torch import Tensor, nn
+
+from downstream.detect import Detector, preset_path
+from downstream.finetuned import build_model, describe_finetuned, load_finetuned
+from downstream.fitting import Described, fit_encoder
+from downstream.options import TrainingOptions
+from downstream.settings import load_config
+from export.forms.detection import anchors_at, likeliest, pad_images
+from export.forms.detector import detector
+from export.forms.detector_settings import read_settings
+from export.operators import nms_keep, translations
+from pretrain.artifact import ArtifactConfig, save_artifact
+from pretrain.config import DyViTConfig, EncoderConfig
+from pretrain.errors import BadInput
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages, and torch.onnx, warn of each other
+
+SMALL = DyViTConfig(dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((8,), (4,), (0,), (0,)))
+CLASSES = ("cat", "cup", "face")
+MODELS: dict[str, tuple[Detector, EncoderConfig, dict[str, Any]]] = {
+    "faster-rcnn": ("faster-rcnn", SMALL, {}),
+    "mask-rcnn": ("mask-rcnn", SMALL, {}),
+    "cascade-mask-rcnn": ("cascade-mask-rcnn", SMALL, {}),
+    "retinanet": ("retinanet", VIT, {}),
+    "mask-rcnn, other options": ("mask-rcnn", SMALL, {
+        "data_preprocessor.pad_size_divisor": 48,
+        "rpn_head.bbox_coder.clip_border": False,
+        "roi_head.bbox_head.reg_class_agnostic": True,
+        "roi_head.bbox_head.type": "Shared4Conv1FCBBoxHead",
+        "roi_head.bbox_head.conv_out_channels": 16,
+        "roi_head.bbox_roi_extractor.roi_layer.sampling_ratio": 2,
+        "roi_head.bbox_roi_extractor.roi_layer.aligned": False,
+        "roi_head.bbox_roi_extractor.finest_scale": 10,
+        "roi_head.mask_head.class_agnostic": True,
+        "test_cfg.rpn.min_bbox_size": 20,
+        "test_cfg.rcnn.score_thr": 0.6,
+    }),
+    "cascade, boxes by class": ("cascade-mask-rcnn", SMALL, {
+        f"roi_head.bbox_head.{stage}.reg_class_agnostic": False for stage in range(3)
+    }),
+}  # fmt: skip
+"""The preset, the encoder, and what else of the settings is changed."""
+SIZES = [(96, 128), (64, 64), (131, 75), (40, 50)]  # one odd, one less than two units (32 px)
+"""Heights and widths in pixels."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, tuple[Any, ArtifactConfig]]:
+    folder = tmp_path_factory.mktemp("detectors")
+    return {name: build(folder / name, *recipe) for name, recipe in MODELS.items()}
+
+
+def build(
+    folder: Path, preset: Detector, encoder: EncoderConfig, changes: dict[str, Any]
+) -> tuple[Any, ArtifactConfig]:
+    """A detector with random weights that went through an artifact."""
+    config = load_config(preset_path(preset))
+    described = Described(encoder, (0.45, 0.42, 0.39), (0.24, 0.23, 0.25), {"preset": "tiny"})
+    fit_encoder(config, described, TrainingOptions(head_channels=32))
+    heads = config.model.get("roi_head", config.model)
+    for head in (heads.bbox_head, heads.get("mask_head", [])):
+        for each in head if isinstance(head, list) else [head]:
+            each.num_classes = len(CLASSES)
+    few = {"nms_pre": 200, "max_per_img": 60}
+    if "rpn" in config.model.test_cfg:
+        few = {"rpn.nms_pre": 200, "rpn.max_per_img": 150, "rcnn.max_per_img": 60}
+    config.merge_from_dict({f"model.test_cfg.{name}": value for name, value in few.items()})
+    config.merge_from_dict({f"model.{name}": value for name, value in changes.items()})
+    about = describe_finetuned("detector", config, encoder, CLASSES)
+    torch.manual_seed(1)
+    model = build_model(about)
+    spread(model)
+    save_artifact(folder, tensors=model.state_dict(), config=about)
+    return load_finetuned(folder)
+
+
+LAST = {"rpn_cls": 2.0, "rpn_reg": 0.3, "fc_cls": 2.0, "fc_reg": 1.0, "conv_logits": 2.0,
+        "retina_cls": 1.0, "retina_reg": 0.3}  # fmt: skip
+"""Deviation that the outputs of the last layers shall have."""
+
+
+def spread(model: Any) -> None:
+    """Scale random weights until answers differ: dozens of boxes, and no two as likely as each other."""
+    model.eval()
+    for name, layer in model.named_modules():
+        if name.rpartition(".")[2] not in LAST:
+            continue
+        seen: list[Tensor] = []
+        hook = layer.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out.flatten()))
+        mmdet_predicts(model, photographs(128, 128, 1))
+        hook.remove()
+        layer.weight.data *= LAST[name.rpartition(".")[2]] / torch.cat(seen).std()
+        layer.bias.data.zero_()
+
+
+def photographs(height: int, width: int, count: int) -> np.ndarray:
+    """`[count, height, width, 3]` uint8, RGB."""
+    sources = (data.astronaut(), data.coffee(), data.chelsea())
+    pictures = [Image.fromarray(each).resize((width, height), Image.Resampling.BICUBIC) for each in sources]
+    return np.stack([np.asarray(pictures[i % 3]) for i in range(count)])
+
+
+def normalised(pictures: np.ndarray, config: ArtifactConfig) -> Tensor:
+    """`[b, 3, H, W]` as the form takes it."""
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (config.mean, config.std))
+    return (torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255 - mean) / std
+
+
+def mmdet_predicts(model: Any, pictures: np.ndarray) -> list[dict[str, Tensor]]:
+    """Boxes, scores, labels, and, with a mask head, probabilities of each image's masks."""
+    from mmdet.structures import DetDataSample
+
+    inputs = [torch.from_numpy(each[..., ::-1].copy()).permute(2, 0, 1) for each in pictures]  # bgr
+    shape = pictures.shape[1:3]
+    about = {"img_shape": shape, "ori_shape": shape, "scale_factor": (1.0, 1.0)}
+    samples = [DetDataSample(metainfo=about) for _ in inputs]
+    logits: list[Tensor] = []
+    heads = getattr(getattr(model, "roi_head", None), "mask_head", None)
+    heads = heads if isinstance(heads, nn.ModuleList) else [heads] if heads else []
+    hooks = [head.register_forward_hook(lambda _, __, out: logits.append(out)) for head in heads]
+    with torch.no_grad():
+        answers = model.test_step({"inputs": inputs, "data_samples": samples})
+    for hook in hooks:
+        hook.remove()
+    found = [answer.pred_instances for answer in answers]
+    results = [{"boxes": each.bboxes, "scores": each.scores, "labels": each.labels} for each in found]
+    if heads:  # they are not asked where nothing is found
+        masks = (
+            torch.stack([each.sigmoid() for each in logits]).mean(0) if logits else torch.zeros(0, 1, 28, 28)
+        )
+        for result, mask in zip(results, masks.split([len(each) for each in found]), strict=True):
+            own = result["labels"] if mask.shape[1] > 1 else 0
+            result["masks"] = mask[torch.arange(len(mask)), own]
+    return results
+
+
+def agree(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """The same detections, whatever the order of those that are equally likely."""
+    rows, others = (as_rows(each) for each in (found, expected))
+    assert len(rows) == len(others)
+    if len(rows):
+        distance, match = torch.cdist(rows, others, p=math.inf).min(1)
+        assert distance.max() < 1e-3 and len(match.unique()) == len(match)
+
+
+def as_rows(detections: tuple[Tensor, ...]) -> Tensor:
+    """Of one image: a row for every detection, all that is known of it."""
+    boxes, scores, labels, *masks = detections
+    there = scores > 0
+    parts = [boxes, 10 * scores[:, None], 1e3 * labels[:, None], *(10 * mask.flatten(1) for mask in masks)]
+    return torch.cat(parts, 1)[there]
+
+
+def in_order(detections: tuple[Tensor, ...], size: tuple[int, int]) -> None:
+    """Likeliest first, inside the image, and zeros after the last."""
+    boxes, scores, labels, *masks = detections
+    assert (scores[:, :-1] >= scores[:, 1:]).all() and scores.min() >= 0 and scores.max() <= 1
+    assert boxes.min() >= 0 and boxes[..., 2].max() <= size[1] and boxes[..., 3].max() <= size[0]
+    assert torch.equal(labels == -1, scores == 0) and boxes[labels == -1].eq(0).all()
+    assert all(mask[labels == -1].eq(0).all() and mask.min() >= 0 and mask.max() <= 1 for mask in masks)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_form_finds_what_mmdet_finds(name, models):
+    model, config = models[name]
+    form = detector(model, config.head)
+    counts = []
+    for number, size in enumerate(SIZES):
+        pictures = photographs(*size, count=1 + number % 3)
+        expected = mmdet_predicts(model, pictures)
+        with torch.no_grad():
+            found = form(normalised(pictures, config))
+        in_order(found, size)
+        assert len(found) == len(expected[0]) and found[0].dtype == torch.float32
+        for i, reference in enumerate(expected):
+            agree(tuple(each[i] for each in found), tuple(reference.values()))
+            counts.append(len(reference["scores"]))
+    assert min(counts) >= 10
+
+
+def test_the_model_given_stays_as_it_is(models):
+    model, config = models["mask-rcnn"]
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    form = detector(model, config.head)
+    assert model.training and not any(module.training for module in form.modules())
+    for weights in form.parameters():
+        weights.data.zero_()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    model.eval()
+
+
+def test_nothing_found_is_zeros_and_class_minus_one(models):
+    model, config = models["mask-rcnn"]
+    for least, number in ((0.9999, 0), (0.85, None)):
+        head = copy.deepcopy(config.head or {})
+        head["model"]["test_cfg"]["rcnn"]["score_thr"] = least
+        with torch.no_grad():
+            found = detector(model, head)(normalised(photographs(96, 128, 2), config))
+        in_order(found, (96, 128))
+        count = int((found[1] > 0).sum())
+        assert count == number if number is not None else 0 < count < found[1].numel()
+        assert found[1][found[1] > 0].gt(least).all() and [len(each[0]) for each in found] == [60] * 4
+
+
+def test_boxes_are_float32_whatever_the_weights(models):
+    model, config = models["mask-rcnn"]
+    form = detector(model, config.head).to(torch.bfloat16)
+    with torch.no_grad():
+        found = form(normalised(photographs(64, 96, 2), config).to(torch.bfloat16))
+    assert [each.dtype for each in found] == [torch.float32, torch.float32, torch.int64, torch.float32]
+    in_order(found, (64, 96))
+    assert (found[0] * 2 % 1 != 0).any()  # not rounded to what bfloat16 knows of 64 pixels
+
+
+def export(form: nn.Module, path: Path, axes: dict[int, str], size: tuple[int, int] = (96, 128)) -> Path:
+    program = torch.onnx.export(
+        form,
+        (torch.randn(2, 3, *size),),
+        input_names=["images"],
+        dynamo=True,
+        dynamic_shapes=(axes,) if axes else None,
+        opset_version=18,
+        external_data=False,
+        custom_translation_table=translations(),
+        verbose=False,
+    )
+    assert program is not None
+    program.save(str(path))
+    return path
+
+
+ANY = {0: "batch", 2: "height", 3: "width"}
+
+
+@pytest.mark.parametrize(
+    ("name", "axes", "shapes"),
+    [
+        ("mask-rcnn", ANY, [(1 + i % 3, *size) for i, size in enumerate(SIZES)]),
+        ("retinanet", ANY, [(1 + i % 3, *size) for i, size in enumerate(SIZES)]),
+        ("cascade-mask-rcnn", {0: "batch"}, [(1, 96, 128), (2, 96, 128), (3, 96, 128)]),
+        ("faster-rcnn", {}, [(2, 96, 128)]),
+    ],
+)
+def test_onnx_runtime_finds_the_same(name, axes, shapes, models, tmp_path):
+    model, config = models[name]
+    form = detector(model, config.head)
+    path = export(form, tmp_path / "model.onnx", axes)
+    file = onnx.load(path)
+    onnx.checker.check_model(file, full_check=True)
+    assert {each.domain: each.version for each in file.opset_import} == {"": 18} and not file.functions
+    assert all(node.domain == "" for node in file.graph.node)
+    assert all(len(get(node, "perm")) <= 8 for node in file.graph.node if node.op_type == "Transpose")
+    sizes = [[axis.dim_param or axis.dim_value for axis in each.type.tensor_type.shape.dim]
+             for each in file.graph.output]  # fmt: skip
+    batch = "batch" if axes else 2
+    expected_sizes = [[batch, 60, 4], [batch, 60], [batch, 60], [batch, 60, 28, 28]]
+    assert sizes == expected_sizes[: len(sizes)]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    for batch, *size in shapes:
+        images = normalised(photographs(*size, count=batch), config)
+        with torch.no_grad():
+            expected = form(images)
+        found = tuple(torch.from_numpy(each) for each in session.run(None, {"images": images.numpy()}))
+        assert [each.dtype for each in found] == [each.dtype for each in expected]
+        in_order(found, size)
+        assert (expected[1] > 0).sum(1).min() >= 10
+        for i in range(batch):
+            agree(tuple(each[i] for each in found), tuple(each[i] for each in expected))
+
+
+def get(node: onnx.NodeProto, name: str) -> Any:
+    return next(onnx.helper.get_attribute_value(each) for each in node.attribute if each.name == name)
+
+
+def random_boxes(generator: torch.Generator, *shape: int) -> Tensor:
+    """Corners `[*shape, 4]`, some upside down in size but none in order."""
+    corner, sides = torch.rand(2, *shape, 2, generator=generator).unbind()
+    return torch.cat((corner * 60, corner * 60 + sides * 40), -1)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 2),
+    classes=st.integers(1, 3),
+    count=st.integers(1, 60),
+    iou=st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0]),
+    least=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_nms_keep_is_batched_nms(seed, batch, classes, count, iou, least):
+    generator = torch.Generator().manual_seed(seed)
+    boxes = random_boxes(generator, batch, count)
+    scores = torch.rand(batch, classes, count, generator=generator)
+    keep = nms_keep(boxes, scores, iou, least, count)
+    labels = torch.arange(classes)[:, None].expand(-1, count).flatten()
+    for i in range(batch):
+        index = (scores[i].flatten() > least).nonzero()[:, 0]
+        all_boxes = boxes[i].repeat(classes, 1)
+        stays = torchvision.ops.batched_nms(all_boxes[index], scores[i].flatten()[index], labels[index], iou)
+        assert keep[i].flatten().nonzero()[:, 0].tolist() == sorted(index[stays].tolist())
+    for limit in (1, count // 2 + 1):
+        fewer = nms_keep(boxes, scores, iou, least, limit)
+        best = torch.where(keep, scores, -1).topk(limit, 2).values[..., -1:]
+        assert torch.equal(fewer, keep & (scores >= best))
+
+
+class Keep(nn.Module):
+    def forward(self, boxes: Tensor, scores: Tensor) -> Tensor:
+        return nms_keep(boxes, scores, 0.4, 0.3, 20)
+
+
+def test_nms_keep_in_onnx(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    inputs = random_boxes(generator, 2, 50), torch.rand(2, 3, 50, generator=generator)
+    torch.library.opcheck(nms_keep, (*inputs, 0.4, 0.3, 20))
+    axes = ({0: "batch"}, {0: "batch"})
+    program = torch.onnx.export(Keep(), inputs, dynamo=True, dynamic_shapes=axes, opset_version=18,
+                                custom_translation_table=translations(), verbose=False)  # fmt: skip
+    assert program is not None
+    program.save(str(tmp_path / "keep.onnx"))
+    session = onnxruntime.InferenceSession(tmp_path / "keep.onnx", providers=["CPUExecutionProvider"])
+    for batch, most in ((1, 1.0), (3, 1.0), (2, 0.2)):  # and with nothing likely enough
+        boxes = random_boxes(generator, batch, 50)
+        scores = most * torch.rand(batch, 3, 50, generator=generator)
+        feed = dict(
+            zip((each.name for each in session.get_inputs()), (boxes.numpy(), scores.numpy()), strict=True)
+        )
+        keep = Keep()(boxes, scores)
+        assert np.array_equal(session.run(None, feed)[0], keep.numpy()) and keep.any() == (most == 1)
+
+
+def test_the_likeliest_of_few_are_filled_up():
+    values, index = likeliest(torch.tensor([[0.1, 0.5, 0.0]]), 5, 0.0)
+    assert values.tolist() == [[0.5, pytest.approx(0.1), 0, 0, 0]] and index.tolist() == [[1, 0, 0, 0, 0]]
+
+
+def test_padding_is_at_the_right_and_bottom():
+    padded = pad_images(torch.ones(1, 1, 5, 8), 4, value=7.0)
+    assert padded.shape == (1, 1, 8, 8) and padded[0, 0, :5].eq(1).all() and padded[0, 0, 5:].eq(7).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scales": [8], "ratios": [0.5, 1.0, 2.0]},
+        {"octave_base_scale": 4, "scales_per_octave": 3, "ratios": [0.5, 1.0]},
+        {"scales": [2, 4], "ratios": [0.5, 3.0], "scale_major": False, "center_offset": 0.5},
+        {"scales": [2], "ratios": [1.0], "base_sizes": [9, 17], "strides": [[4, 8], [16, 8]]},
+    ],
+)
+def test_anchors_are_those_of_mmdet(options, models):
+    from mmdet.models.task_modules import AnchorGenerator
+
+    options = {"strides": [8, 16], **options}
+    plain = copy.deepcopy(models["retinanet"][1].head or {})["model"]
+    plain["bbox_head"]["anchor_generator"] = {"type": "AnchorGenerator", **options}
+    ours = read_settings(plain).candidates
+    strides = [tuple(each) if isinstance(each, list) else each for each in options["strides"]]
+    theirs = AnchorGenerator(**{**options, "strides": strides})
+    for level, expected in enumerate(theirs.grid_priors([(3, 5), (2, 2)], device="cpu")):
+        anchors, width = torch.tensor(ours.anchors[level]), (5, 2)[level]
+        found = anchors_at(torch.arange(len(expected)), anchors, ours.strides[level], width)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "message"),
+    [
+        ("retinanet", "type", "YOLOX", "of type YOLOX cannot .*FasterRCNN, MaskRCNN, CascadeRCNN, RetinaNet"),
+        ("retinanet", "bbox_head.type", "SABLRetinaHead", "bbox_head of type SABLRetinaHead"),
+        ("retinanet", "bbox_head.loss_cls.use_sigmoid", False, "bbox_head.loss_cls without use_sigmoid"),
+        ("retinanet", "test_cfg.nms.type", "soft_nms", "test_cfg.nms of type soft_nms"),
+        ("retinanet", "test_cfg.nms_pre", -1, "test_cfg.nms_pre must be at least 1"),
+        ("mask-rcnn", "rpn_head.type", "CascadeRPNHead", "rpn_head of type CascadeRPNHead"),
+        ("mask-rcnn", "rpn_head.anchor_generator.centers", [0], "anchor_generator.centers"),
+        ("mask-rcnn", "rpn_head.anchor_generator.type", "SSDAnchorGenerator", "SSDAnchorGenerator"),
+        ("mask-rcnn", "rpn_head.bbox_coder.add_ctr_clamp", True, "bbox_coder.add_ctr_clamp"),
+        (
+            "mask-rcnn",
+            "rpn_head.bbox_coder.type",
+            "TBLRBBoxCoder",
+            "rpn_head.bbox_coder of type TBLRBBoxCoder",
+        ),
+        ("mask-rcnn", "roi_head.type", "PISARoIHead", "roi_head of type PISARoIHead"),
+        ("mask-rcnn", "roi_head.shared_head", {"type": "ResLayer"}, "shared_head ResLayer"),
+        ("mask-rcnn", "roi_head.bbox_head.type", "DoubleConvFCBBoxHead", "DoubleConvFCBBoxHead"),
+        ("mask-rcnn", "roi_head.bbox_head.with_reg", False, "without boxes"),
+        ("mask-rcnn", "roi_head.mask_head.type", "CoarseMaskHead", "mask_head of type CoarseMaskHead"),
+        ("mask-rcnn", "roi_head.bbox_roi_extractor.type", "GenericRoIExtractor", "GenericRoIExtractor"),
+        ("mask-rcnn", "roi_head.mask_roi_extractor.roi_layer.type", "RoIPool", "roi_layer of type RoIPool"),
+        ("mask-rcnn", "roi_head.bbox_roi_extractor.roi_layer.pool_mode", "max", "pool_mode = 'max'"),
+        ("mask-rcnn", "test_cfg.rcnn.nms.class_agnostic", True, "test_cfg.rcnn.nms.class_agnostic"),
+        ("mask-rcnn", "test_cfg.rcnn.max_per_img", -1, "test_cfg.rcnn.max_per_img must be at least 1"),
+    ],
+)
+def test_what_cannot_be_exported_is_named(name, place, value, message, models):
+    model, config = models[name]
+    head = copy.deepcopy(config.head or {})
+    *path, last = place.split(".")
+    node = head["model"]
+    for each in path:
+        node = node[each]
+    node[last] = value
+    with pytest.raises(BadInput, match=message):
+        detector(model, head)
+
+
+def test_layers_and_losses_that_cannot_be_exported_are_named(models):
+    from mmcv.ops import DeformConv2d
+    from mmdet.models.losses import SeesawLoss
+
+    model, config = models["mask-rcnn"]
+    deformable = copy.deepcopy(model)
+    deformable.neck.fpn_convs[1].conv = DeformConv2d(32, 32, 3)
+    with pytest.raises(BadInput, match=r"neck.fpn_convs.1.conv is a DeformConv2d"):
+        detector(deformable, config.head)
+    seesaw = copy.deepcopy(model)
+    seesaw.roi_head.bbox_head.loss_cls = SeesawLoss(num_classes=3)
+    with pytest.raises(BadInput, match=r"roi_head.bbox_head.loss_cls is a SeesawLoss"):
+        detector(seesaw, config.head)
