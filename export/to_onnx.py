@@ -1,14 +1,13 @@
 """A model to one ONNX file, with what it is written into it and its dynamic axes asserted.
 
-Opset 18 and standard operators only: what both ONNX Runtime and NVIDIA's parser take. 16-bit files are made of a
-16-bit model, not converted; their inputs and outputs stay float32.
+Opset 18 and standard operators only: what both ONNX Runtime and NVIDIA's parser take. 16-bit files are made
+of a 16-bit model, not converted; their inputs and outputs stay float32.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -42,6 +41,9 @@ class Preprocess(nn.Module):
         form: The model.
         description: Its own.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, form: nn.Module, description: Description) -> None:
         super().__init__()
@@ -103,7 +105,7 @@ def write_onnx(deployable: Deployable, shapes: Shapes, path: Path) -> Descriptio
     )
     model = _trace(deployable, description, shapes)
     _drop_unused(model)
-    onnx.helper.set_model_props(model, {METADATA: json.dumps(to_plain(description))})
+    onnx.helper.set_model_props(model, {METADATA: as_json(description)})
     onnx.checker.check_model(model, full_check=True)
     check_axes(model, description)
     save(model, path)
@@ -118,14 +120,18 @@ def save(model: onnx.ModelProto, path: Path) -> None:
     if model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
         onnx.save(model, path, save_as_external_data=True, location=path.name + ".data")
         return
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    temporary = path.with_name(path.name + ".part")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(model.SerializeToString())
+        temporary.write_bytes(model.SerializeToString())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def as_json(description: Description) -> str:
+    """What is written into a file."""
+    return json.dumps(to_plain(description))
 
 
 def read_description(model: onnx.ModelProto, source: str) -> Description:

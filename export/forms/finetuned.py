@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.errors import BadInput
-from pretrain.masking.units import cover
 
 
 class ClassifierForm(nn.Module):
@@ -48,17 +47,17 @@ class SegmentorForm(nn.Module):
         head = settings["decode_head"]
         if head.get("out_channels") not in (None, head["num_classes"]):
             raise BadInput("a segmentor with one output for two classes is not exported; give it two")
-        own = copy.deepcopy(model)
-        self.backbone, self.neck, self.decode_head = own.backbone, getattr(own, "neck", None), own.decode_head
+        parts = dict(copy.deepcopy(model).named_children())
+        self.backbone, self.neck, self.decode_head = (
+            parts.get(name, nn.Identity()) for name in ("backbone", "neck", "decode_head")
+        )
         self.align_corners = bool(head.get("align_corners", False))
         replace_adaptive_pooling(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images `[b, c, H, W]` to logits `[b, classes, H, W]` and classes int64 `[b, H, W]`."""
         x = self.backbone(images.to(next(self.parameters()).dtype))
-        if self.neck is not None:
-            x = self.neck(x)
-        logits = self.decode_head(x).float()
+        logits = self.decode_head(self.neck(x)).float()
         logits = F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=self.align_corners)
         return logits, logits.argmax(dim=1)
 
@@ -87,7 +86,8 @@ def pooling_matrix(length: int, side: int, like: Tensor) -> Tensor:
     """
     place = torch.arange(length, device=like.device)
     averages = torch.arange(side, device=like.device)[:, None]
-    inside = (place >= averages * length // side) & (place < cover((averages + 1) * length, side))
+    ends = ((averages + 1) * length + side - 1) // side
+    inside = (place >= averages * length // side) & (place < ends)
     weights = inside.float()
     return (weights / weights.sum(dim=1, keepdim=True)).to(like.dtype)
 

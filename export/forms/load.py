@@ -1,8 +1,8 @@
 """From an artifact to what can be exported of it.
 
 Detectors and segmentors are rebuilt by the room that made them: it announces itself under the entry points
-`coma.finetuned`, one for each kind, each `load(directory) -> (model, description)`. This room imports no other
-than `pretrain`.
+`coma.finetuned`, one for each kind, each `load(directory) -> (model, description)`. This room imports none
+but `pretrain`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def load_deployable(directory: Path, form: Form) -> Deployable:
         preprocessing=preprocessing_of(config),
         unit=config.model.unit,
         class_names=config.class_names,
-        source=_hash(directory),
+        source=artifact_hash(directory),
         versions=config.versions,
     )
     return Deployable(module.eval().requires_grad_(False), description)
@@ -165,6 +165,7 @@ def _load_finetuned(directory: Path, kind: str) -> nn.Module:
     raise BadInput(f"{directory}: nothing installed here rebuilds a {kind}; install coma-dyvit[downstream]")
 
 
-def _hash(directory: Path) -> str:
+def artifact_hash(directory: Path) -> str:
+    """SHA-256 of its weights."""
     with (directory / "model.safetensors").open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

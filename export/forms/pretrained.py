@@ -1,4 +1,4 @@
-"""What pre-training made: an encoder that gives features, and a reconstructor that fills in what is hidden."""
+"""What pre-training made: an encoder that gives features, a reconstructor that fills in what is hidden."""
 
 from __future__ import annotations
 

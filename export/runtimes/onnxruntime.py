@@ -31,6 +31,7 @@ class OnnxRuntime:
         provider: Who computes.
         threads: Of a CPU; default: all cores.
         extra_outputs: Hand out all outputs of the graph, not only those of the description.
+        fp8_products: The file multiplies fp8 numbers: compute as it says, without moving their conversions.
 
     Raises:
         BadInput: the package is missing, the file is none of ours or cannot be loaded, or the provider is
@@ -43,9 +44,10 @@ class OnnxRuntime:
         provider: Provider = "cpu",
         threads: int | None = None,
         extra_outputs: bool = False,
+        fp8_products: bool = False,
     ) -> None:
         name = path.name if isinstance(path, Path) else "the graph"
-        self._session = _open(path, name, provider, threads)
+        self._session = _open(path, name, provider, threads, fp8_products)
         self.description = parse_description(
             self._session.get_modelmeta().custom_metadata_map.get(METADATA), name
         )
@@ -93,7 +95,7 @@ def _library() -> Any:
     return onnxruntime
 
 
-def _open(path: Path | bytes, name: str, provider: Provider, threads: int | None) -> Any:
+def _open(path: Path | bytes, name: str, provider: Provider, threads: int | None, fp8_products: bool) -> Any:
     library = _library()
     wanted = _PROVIDERS[provider]
     there = library.get_available_providers()
@@ -102,6 +104,10 @@ def _open(path: Path | bytes, name: str, provider: Provider, threads: int | None
     options = library.SessionOptions()
     options.log_severity_level = 4  # what matters is raised
     options.intra_op_num_threads = threads or 0
+    if fp8_products:
+        from export.quantization import ORT_FP8_ENTRY
+
+        options.add_session_config_entry(*ORT_FP8_ENTRY)
     if isinstance(path, Path) and not path.is_file():
         raise BadInput(f"{path}: no such file")
     providers = [wanted] if provider != "tensorrt" else [wanted, _PROVIDERS["cuda"]]

@@ -21,8 +21,8 @@ class TorchRuntime:
     def __init__(self, deployable: Deployable, device: str = "cpu", compiled: bool = False) -> None:
         self.description = deployable.description
         self.device = torch.device(device)
-        module = deployable.module.to(self.device)
-        self._run = torch.compile(module, dynamic=False) if compiled else module
+        self.module = deployable.module.to(self.device)
+        self._run = torch.compile(self.module, dynamic=False) if compiled else self.module
         how = " compiled" if compiled else ""
         self.title = f"torch {torch.__version__.partition('+')[0]}{how}, {device}"
 

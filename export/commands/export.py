@@ -1,0 +1,256 @@
+"""Export an artifact to ONNX and TensorRT, and prove on images that the files equal it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from export.shapes import Shape, Shapes, parse_shapes
+from pretrain.errors import BadInput, CheckFailed
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from export.description import Form, Precision
+    from export.exporting import Request
+    from export.tensorrt.sidecar import EngineOptions
+    from pretrain.artifact import ArtifactConfig
+    from pretrain.data.source import Source
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+TARGETS = ("onnx", "tensorrt")
+_MOST_BATCH, _USUAL_BATCH = 32, 8
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How TensorRT builds engines (--to onnx,tensorrt; on the GPU they will run on)."""
+
+    workspace: int = 4096
+    """Most GPU memory that a layer may use for itself, in MiB."""
+    builder_level: Literal[0, 1, 2, 3, 4, 5] = 3
+    """From 0 (quick build) to 5 (quick engine)."""
+    timing_cache: Path | None = None
+    """File of measured kernels, read and added to: makes later builds quick."""
+    tf32: bool = False
+    """Multiply fp32 matrices with 10 bits of mantissa."""
+    version_compatible: bool = False
+    """Later versions of TensorRT may run the engine."""
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
+    """Which other GPUs may run it."""
+    refit: bool = False
+    """Weights can be replaced without building again."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Make ONNX files (and TensorRT engines) of an artifact; keep only what equals it.
+
+    Every file is run beside PyTorch on real images, at several batches and sizes, before it gets its name.
+    One that differs by more than its precision allows is kept as NAME.rejected, the module where the error
+    starts is named, and the exit code is 1.
+    """
+
+    artifact: Annotated[Path, tyro.conf.Positional]
+    """Of any kind: backbone, pretrained, classifier, segmentor, detector."""
+    to: str = "onnx"
+    """onnx, or onnx,tensorrt."""
+    precision: str = "fp32"
+    """Some of fp32, fp16, bf16, int8, fp8, with commas between."""
+    form: Literal["all", "encoder", "reconstructor"] = "all"
+    """Of a pre-trained artifact: which half of it."""
+    shapes: str | None = None
+    """One shape (static), or least:usual:most, each NxCxHxW. Default: batches of 1 to 32 at the size it was
+    trained on; of detectors and segmentors also any height and width from one mask unit up to twice that size
+    (at least 800 x 1344 for detectors)."""
+    out: Path | None = None
+    """Folder for the files, manifest.json and report.md (default: export beside the artifact)."""
+    verify: Path | None = None
+    """Images to compare on: a folder, .npz or .tar shards (default: photographs that came with scikit-image).
+    A folder for each class also gives the top-1 of a classifier."""
+    verify_images: int = 16
+    """How many of them."""
+    dataset: Path | None = None
+    """Dataset of a detector or segmentor: its AP or mIoU before and after."""
+    metric_images: int = 1000
+    """Labelled images to measure top-1, AP or mIoU on, at most."""
+    calibrate: Path | None = None
+    """Images that give int8 and fp8 their ranges (needed for those)."""
+    calibrate_images: int = 64
+    """How many of them."""
+    calibrate_method: Literal["percentile", "entropy", "minmax"] = "percentile"
+    """How far the ranges of int8 reach."""
+    keep_float: tuple[str, ...] = ()
+    """Layers that int8 and fp8 leave as they are, by module path: "*.merge.*"."""
+    preprocess_inside: bool = False
+    """The files take uint8 pixels; mean and deviation are in the graph."""
+    device: Literal["cpu", "cuda", "tensorrt"] = "cpu"
+    """Where ONNX files are verified and timed: ONNX Runtime's provider."""
+    check: Literal["none", "rtx"] = "none"
+    """rtx: also let NVIDIA's TensorRT-RTX parse and compile the ONNX files; needs no GPU."""
+    seconds: float = 2.0
+    """Time each file beside PyTorch for so long at each batch; 0: do not."""
+    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
+
+
+def run(argv: list[str]) -> None:
+    """Parse, export, verify, report.
+
+    Raises:
+        BadInput: settings, artifacts or images that cannot be used.
+        CheckFailed: a file did not pass.
+    """
+    given = tyro.cli(ExportConfig, args=argv, prog="coma export", description=ExportConfig.__doc__)
+    targets = _choice(given.to, TARGETS, "--to")
+    precisions = _choice(given.precision, PRECISIONS, "--precision")
+    if "tensorrt" in targets:
+        from export.tensorrt.library import require_gpu, require_package
+
+        require_package("tensorrt")
+        require_gpu(0)
+    if given.check == "rtx":
+        from export.tensorrt.library import require_package
+
+        require_package("tensorrt_rtx")
+    for name in ("verify_images", "calibrate_images", "metric_images"):
+        if getattr(given, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(given, name)}: must be at least 1")
+    _export(given, targets, precisions)
+
+
+def default_shapes(config: ArtifactConfig) -> Shapes:
+    """Batches of 1 to 32; free height and width where images are not all of one size."""
+    side = -(-config.image_size // config.model.unit) * config.model.unit
+    if config.kind not in ("detector", "segmentor"):
+        return Shapes(Shape(1, side, side), Shape(_USUAL_BATCH, side, side), Shape(_MOST_BATCH, side, side))
+    unit = config.model.unit
+    most = (max(2 * side, 800), max(2 * side, 1344)) if config.kind == "detector" else (2 * side, 2 * side)
+    return Shapes(Shape(1, unit, unit), Shape(1, side, side), Shape(4, *most))
+
+
+def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str, ...]) -> None:
+    from export.commands.progress import Bar
+    from export.exporting import export
+    from export.forms.load import forms_of
+    from export.manifest import Manifest
+    from export.report import write_report
+    from pretrain.artifact import load_artifact
+
+    config = load_artifact(given.artifact).config
+    forms = forms_of(given.artifact)
+    if given.form != "all":
+        if given.form not in forms:
+            raise BadInput(f"--form {given.form}: {given.artifact} is a {config.kind}")
+        forms = (given.form,)
+    channels = config.model.channels
+    shapes = parse_shapes(given.shapes, channels) if given.shapes else default_shapes(config)
+    shapes.check(config.model.unit)
+    out = given.out or given.artifact.parent / "export"
+    request, source_hash = _request(given, targets, precisions, out, channels)
+    manifest = Manifest.of(out, str(given.artifact.name), source_hash, config.kind, request.images)
+    refused: list[str] = []
+    with Bar() as bar:
+        for form in forms:
+            refused += export(request, form, shapes, manifest, bar)
+            if given.check == "rtx":
+                refused += _check_rtx(out, form, precisions, shapes, bar)
+    report = write_report(manifest, out)
+    print(f"\n  files   {out}\n  report  {report}")
+    if refused:
+        raise CheckFailed("refused, and kept for a look: " + "\n  ".join(["", *refused]).strip())
+
+
+def _request(
+    given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str, ...], out: Path, channels: int
+) -> tuple[Request, str]:
+    from typing import cast
+
+    from export.exporting import Request
+    from export.forms.load import artifact_hash
+    from export.images import open_images
+    from export.verify.check import read_pictures
+
+    source = open_images(given.verify)
+    pictures = read_pictures(source, channels, given.verify_images)
+    calibration: list[np.ndarray] = []
+    if {"int8", "fp8"} & set(precisions):
+        if given.calibrate is None:
+            raise BadInput(
+                "int8 and fp8 need --calibrate: a folder of images like those to come, a hundred or so, and "
+                "others than those of --verify"
+            )
+        calibration = read_pictures(open_images(given.calibrate), channels, given.calibrate_images)
+    out.mkdir(parents=True, exist_ok=True)
+    request = Request(
+        artifact=given.artifact,
+        out=out,
+        precisions=cast("tuple[Precision, ...]", precisions),
+        tensorrt="tensorrt" in targets,
+        inside=given.preprocess_inside,
+        device=given.device,
+        pictures=pictures,
+        images=f"{len(pictures)} images of {given.verify or 'scikit-image'}",
+        calibration=calibration,
+        method=given.calibrate_method,
+        keep=given.keep_float,
+        labelled=_labelled(given, source),
+        dataset=given.dataset,
+        most=given.metric_images,
+        seconds=given.seconds,
+        engine=_engine_options(given.engine) if "tensorrt" in targets else None,
+    )
+    return request, artifact_hash(given.artifact)
+
+
+def _labelled(given: ExportConfig, source: Source) -> Source | None:
+    return source if given.verify is not None and source.labels is not None else None
+
+
+def _engine_options(config: EngineConfig) -> EngineOptions:
+    from export.tensorrt.sidecar import EngineOptions
+
+    return EngineOptions(
+        workspace_mib=config.workspace,
+        optimization_level=config.builder_level,
+        timing_cache=config.timing_cache,
+        tf32=config.tf32,
+        version_compatible=config.version_compatible,
+        hardware_compatibility=config.hardware_compatibility,
+        refit=config.refit,
+    )
+
+
+def _check_rtx(out: Path, form: Form, precisions: tuple[str, ...], shapes: Shapes, bar: object) -> list[str]:
+    from export.commands.progress import Bar
+    from export.exporting import describe, file_name
+    from export.tensorrt.profiles import profile_of
+    from export.tensorrt.rtx import check_rtx
+
+    assert isinstance(bar, Bar)
+    faults = []
+    for precision in precisions:
+        path = out / file_name(form, precision)  # pyright: ignore[reportArgumentType]
+        if not path.exists():
+            continue
+        bar.step(f"{path.name}: TensorRT-RTX parses and compiles it")
+        try:
+            report = check_rtx(path, (profile_of(describe(path), shapes),))
+        except CheckFailed as error:
+            faults.append(f"{path.name}: {error}")
+            continue
+        bar.say(
+            f"rtx     {path.name}  TensorRT-RTX {report.version} compiled {report.layers} layers in "
+            f"{report.seconds:.1f} s: {report.proves}"
+        )
+    return faults
+
+
+def _choice(text: str, known: tuple[str, ...], flag: str) -> tuple[str, ...]:
+    chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    unknown = [name for name in chosen if name not in known]
+    if unknown or not chosen:
+        raise BadInput(f"{flag} {text!r}: give some of {', '.join(known)}, with commas between")
+    return chosen

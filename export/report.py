@@ -1,0 +1,103 @@
+"""`report.md`: a folder of exports for people to read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from export.manifest import Entry, Manifest, machine, versions
+
+NAME = "report.md"
+
+
+def write_report(manifest: Manifest, folder: Path) -> Path:
+    """Write it, whole or not at all."""
+    temporary = folder / (NAME + ".part")
+    temporary.write_text(render(manifest), encoding="utf-8")
+    os.replace(temporary, folder / NAME)
+    return folder / NAME
+
+
+def render(manifest: Manifest) -> str:
+    """The report as Markdown."""
+    parts = [
+        f"# Exports of {manifest.artifact}",
+        f"A {manifest.kind}, compared with PyTorch (fp32) on {manifest.images}.\n\n{machine()}; "
+        + ", ".join(
+            f"{name} {version}" for name, version in versions().items() if version != "not installed"
+        ),
+        "## Files\n\n" + _table(_FILES, [_file_row(entry) for entry in manifest.files]),
+        "## Errors against PyTorch\n\n" + _table(_ERRORS, _error_rows(manifest.files)),
+    ]
+    latencies = [row for entry in manifest.files for row in _latency_rows(entry)]
+    if latencies:
+        parts.append(
+            "## Latency\n\nFile and PyTorch run in turns. Compute: from a tensor to outputs. End to end: "
+            "from the bytes of image files, decoding and resizing included.\n\n" + _table(_LATENCY, latencies)
+        )
+    if manifest.rejected:
+        lines = [
+            f"- `{entry.file}`: {'; '.join(entry.verification['failures'])}"
+            + (f"; {entry.error}" if entry.error else "")
+            for entry in manifest.rejected
+        ]
+        parts.append("## Refused\n\n" + "\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+_FILES = ("file", "precision", "run by", "MB", "parameters", "shapes (batch x height x width)", "metric")
+_ERRORS = ("file", "output", "least cosine", "largest", "99.9 %", "mean", "agree")
+_LATENCY = ("file", "shape", "who", "what", "p50 ms", "p90", "p99", "images/s")
+
+
+def _file_row(entry: Entry) -> tuple[str, ...]:
+    metric = ", ".join(
+        f"{name} {value:.2f} ({value - entry.metric['torch'][name]:+.2f})"
+        for name, value in entry.metric.get("file", {}).items()
+    )
+    return (
+        f"`{entry.file}`",
+        entry.precision,
+        entry.runtime,
+        f"{entry.bytes / 1e6:.1f}",
+        f"{entry.parameters / 1e6:.2f} M",
+        " : ".join(entry.shapes),
+        metric or "no labels given",
+    )
+
+
+def _error_rows(entries: list[Entry]) -> list[tuple[str, ...]]:
+    rows = []
+    for entry in entries:
+        for name, each in entry.verification["outputs"].items():
+            numbers = [each[key] for key in ("max", "p99.9", "mean")]
+            rows.append(
+                (
+                    f"`{entry.file}`",
+                    name,
+                    "" if each["cosine"] is None else f"{each['cosine']:.7f}",
+                    *("" if each["cosine"] is None else f"{number:.2g}" for number in numbers),
+                    "" if each["agreement"] is None else f"{each['agreement']:.2%}",
+                )
+            )
+    return rows
+
+
+def _latency_rows(entry: Entry) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"`{entry.file}`",
+            each["shape"],
+            each["runtime"],
+            each["what"],
+            *(f"{each[key]:.1f}" for key in ("p50", "p90", "p99", "images_per_second")),
+        )
+        for each in entry.latency
+    ]
+
+
+def _table(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    if not rows:
+        return "None."
+    lines = [heading, ("---",) * len(heading), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

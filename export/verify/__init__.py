@@ -1,0 +1,1 @@
+"""Nothing leaves without having been compared with PyTorch on real images."""

@@ -1,0 +1,215 @@
+"""The gate: a runtime against PyTorch, on images, at several sizes and batches.
+
+Both sides start from the same decoded images. PyTorch sees them prepared as its artifact says, the file as
+the file says: what is compared is the whole way from pixels to outputs, mean and deviation included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from export.description import Description
+from export.images import as_input, resized
+from export.runtimes.base import Runtime
+from export.shapes import Shape, Shapes
+from export.verify.compare import Difference, Differences, hidden_pixels
+from export.verify.gates import GATES
+from pretrain.data.source import Source
+from pretrain.errors import BadImage, BadInput
+from pretrain.masking.units import unit_grid
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate found.
+
+    Attributes:
+        shapes: At which the file was run.
+        images: How many different ones.
+        outputs: How far apart the outputs were, by name.
+        failures: Why the file is refused; empty where it passed.
+    """
+
+    shapes: tuple[Shape, ...]
+    images: int
+    outputs: dict[str, Difference]
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Nothing failed."""
+        return not self.failures
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "passed": self.passed,
+            "failures": list(self.failures),
+            "images": self.images,
+            "shapes": [str(shape) for shape in self.shapes],
+            "outputs": {
+                name: {
+                    "cosine": each.cosine if each.compared or not each.finite else None,
+                    "max": each.max if each.finite else None,
+                    "mean": each.mean if each.finite else None,
+                    "p99.9": each.p99_9 if each.finite else None,
+                    "agreement": each.agreement,
+                }
+                for name, each in self.outputs.items()
+            },
+        }
+
+
+def read_pictures(source: Source, channels: int, most: int) -> list[np.ndarray]:
+    """Up to `most` decoded images, evenly over the source.
+
+    Raises:
+        BadInput: none can be read; the message says why the first one could not.
+    """
+    count = min(most, len(source))
+    numbers = [round(i * (len(source) - 1) / max(count - 1, 1)) for i in range(count)]
+    pictures, first = [], None
+    for number in dict.fromkeys(numbers):
+        try:
+            pictures.append(source.read(number, channels))
+        except BadImage as error:
+            first = first or error
+    if not pictures:
+        raise BadInput(f"{source.location}: no image can be read; {first}")
+    return pictures
+
+
+def shapes_to_run(shapes: Shapes, unit: int) -> tuple[Shape, ...]:
+    """Batches of 1, 2, the usual and the most; least, usual, largest and odd sizes: all that are allowed."""
+    usual = shapes.usual
+    odd = (usual.height + unit // 2 + 1, max(usual.width - 5, unit))
+    sizes = [(s.height, s.width) for s in (usual, shapes.least, shapes.most)]
+    wanted = [Shape(batch, *sizes[0]) for batch in (1, 2, usual.batch, shapes.most.batch)]
+    wanted += [Shape(shapes.least.batch, *size) for size in (*sizes, odd, (odd[1], odd[0]))]
+    return tuple(shape for shape in dict.fromkeys(wanted) if shapes.allows(shape))
+
+
+def verify(
+    reference: Runtime,
+    runtime: Runtime,
+    shapes: Shapes,
+    pictures: Sequence[np.ndarray],
+    progress: Progress | None = None,
+) -> Verdict:
+    """Run both and compare, image by image.
+
+    Args:
+        reference: PyTorch, fp32.
+        runtime: What was exported.
+        shapes: What it was exported for.
+        pictures: Decoded images `[H, W, c]`.
+        progress: Told how many shapes of how many are done.
+    """
+    description = runtime.description
+    wanted = _Reference(reference, description, pictures)
+    differences = Differences()
+    failures: list[str] = []
+    run = shapes_to_run(shapes, description.unit)
+    for number, shape in enumerate(run):
+        numbers = [i % len(pictures) for i in range(max(shape.batch, 1))]
+        batches = [numbers]
+        if shape.batch < len(pictures) and number == 0:  # once, at the usual size: all images
+            everyone = range(len(pictures) - len(pictures) % shape.batch)
+            batches = [list(everyone[i : i + shape.batch]) for i in everyone[:: shape.batch]]
+        for batch in batches:
+            try:
+                _compare(runtime, wanted, batch, shape, pictures, differences)
+            except BadInput as error:
+                failures.append(f"cannot be run at {shape}: {error}")
+                break
+        if progress:
+            progress(number + 1, len(run))
+    failures += judge(differences.outputs, description)
+    return Verdict(run, len(pictures), differences.outputs, tuple(failures))
+
+
+def judge(outputs: dict[str, Difference], description: Description) -> list[str]:
+    """What is beyond the limits of the file's precision; NaN always is."""
+    gate = GATES[description.precision]
+    failures = []
+    for name, each in outputs.items():
+        if not each.finite:
+            failures.append(f"{name} holds NaN or infinite values")
+        elif each.compared and each.cosine < gate.cosine:
+            failures.append(f"{name}: cosine {each.cosine:.6f} is below {gate.cosine}")
+        agreement = each.agreement
+        if agreement is not None and agreement < gate.agreement:
+            failures.append(f"{name}: {agreement:.2%} agree, fewer than {gate.agreement:.2%}")
+    if description.form == "detector" and not outputs["labels"].counted:
+        failures.append("nothing was detected by PyTorch: give images with something to detect")
+    return failures
+
+
+class _Reference:
+    """PyTorch's outputs for each image and size, computed once."""
+
+    def __init__(self, runtime: Runtime, file: Description, pictures: Sequence[np.ndarray]) -> None:
+        self.runtime = runtime
+        self.pictures = pictures
+        self.pixels_out = file.form == "reconstructor" and file.preprocessing.inside
+        self._known: dict[tuple[int, int, int], dict[str, Tensor]] = {}
+
+    def __call__(self, number: int, height: int, width: int) -> dict[str, Tensor]:
+        """Outputs of one image, without a batch axis, on the CPU."""
+        key = (number, height, width)
+        if key not in self._known:
+            rule = self.runtime.description.preprocessing
+            images = as_input([resized(self.pictures[number], rule, (height, width))], rule)
+            others = _others(self.runtime.description, [number], height, width)
+            outputs = {k: v[0].cpu() for k, v in self.runtime(images, **others).items()}
+            if self.pixels_out:
+                mean, std = (255 * torch.tensor(v).view(-1, 1, 1) for v in (rule.mean, rule.std))
+                outputs = {name: o * std + mean for name, o in outputs.items()}
+            self._known[key] = outputs
+        return self._known[key]
+
+
+def _compare(
+    runtime: Runtime,
+    wanted: _Reference,
+    numbers: Sequence[int],
+    shape: Shape,
+    pictures: Sequence[np.ndarray],
+    differences: Differences,
+) -> None:
+    description = runtime.description
+    height, width = shape.height, shape.width
+    rule = description.preprocessing
+    images = as_input([resized(pictures[i], rule, (height, width)) for i in numbers], rule)
+    others = _others(description, numbers, height, width)
+    found = {k: v.cpu() for k, v in runtime(images, **others).items()}
+    for place, number in enumerate(numbers):
+        ours = wanted(number, height, width)
+        theirs = {name: found[name][place] for name in ours}
+        if description.form == "reconstructor":
+            visible = others["visible"][place]
+            ours, theirs = (
+                {k: hidden_pixels(v, visible, description.unit) for k, v in each.items()}
+                for each in (ours, theirs)
+            )
+        differences.add(ours, theirs)
+
+
+def _others(description: Description, numbers: Sequence[int], height: int, width: int) -> dict[str, Tensor]:
+    """What a reconstructor needs beside images: which units are visible, half of them, by the number."""
+    if description.form != "reconstructor":
+        return {}
+    rows, cols = unit_grid(height, width, description.unit)
+    maps = []
+    for number in numbers:
+        order = torch.randperm(rows * cols, generator=torch.Generator().manual_seed(number))
+        maps.append((order < max(rows * cols // 2, 1)).view(rows, cols))
+    return {"visible": torch.stack(maps)}

@@ -1,0 +1,99 @@
+"""What the task itself says: the same metric of PyTorch and of the file, in percent, on labelled images.
+
+Top-1 is computed here. AP and mIoU are computed by the room that made the model, with its library's own
+metrics, which announces itself under the entry points `coma.measure`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from export.images import as_input, resized
+from export.runtimes.base import Runtime
+from pretrain.data.source import Source
+from pretrain.errors import BadImage, BadInput
+
+Run = Callable[[Tensor], dict[str, Tensor]]
+"""Images `[1, c, H, W]` as the model takes them, normalised float32, to outputs by name."""
+
+
+class Measure(Protocol):
+    """Of the entry points `coma.measure`: one for each kind of artifact."""
+
+    def __call__(self, directory: Path, data: Path, run: Run, most: int) -> dict[str, float]:
+        """Scores in percent of `run` on up to `most` validation images of the dataset at `data`."""
+        ...
+
+
+def top1(runtime: Runtime, source: Source, most: int) -> dict[str, float]:
+    """Share of the images whose likeliest class is their label, in percent.
+
+    Raises:
+        BadInput: no labels, or classes that the model does not know.
+    """
+    description = runtime.description
+    labels = _labels(source, description.class_names)
+    rule = description.preprocessing
+    batch_axis, channels, *size = description.inputs[0].axes
+    batch = batch_axis if isinstance(batch_axis, int) else 1
+    height, width = (
+        side if isinstance(side, int) else own
+        for side, own in zip(size, rule.size or (224, 224), strict=True)
+    )
+    count = min(most, len(source))
+    right, seen, waiting = 0, 0, []
+    for i in (round(k * (len(source) - 1) / max(count - 1, 1)) for k in range(count)):
+        try:
+            pixels = source.read(i, int(channels))
+        except BadImage:
+            continue
+        waiting.append((resized(pixels, rule, (height, width)), labels[i]))
+        if len(waiting) == batch:
+            images, wanted = zip(*waiting, strict=True)
+            guessed = runtime(as_input(images, rule))["logits"].argmax(dim=1).cpu()
+            right += int((guessed == torch.tensor(wanted)).sum())
+            seen += batch
+            waiting = []
+    if not seen:
+        raise BadInput(f"{source.location}: too few readable images for one batch of {batch}")
+    return {"top-1": 100 * right / seen}
+
+
+def measure(runtime: Runtime, directory: Path, data: Path, most: int) -> dict[str, float]:
+    """AP of a detector, mIoU of a segmentor, in percent, on its dataset's validation images.
+
+    Raises:
+        BadInput: the room that computes it is not installed, or the dataset does not fit.
+    """
+    form = runtime.description.form
+    for entry in metadata.entry_points(group="coma.measure", name=form):
+        task: Measure = entry.load()
+        return task(directory, data, lambda images: runtime(_again(images, runtime)), most)
+    raise BadInput(f"--dataset: nothing installed here measures a {form}; install coma-dyvit[downstream]")
+
+
+def _again(images: Tensor, runtime: Runtime) -> Tensor:
+    """Normalised images as pixels, for files that normalise themselves."""
+    rule = runtime.description.preprocessing
+    if not rule.inside:
+        return images
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (rule.mean, rule.std))
+    return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _labels(source: Source, names: tuple[str, ...] | None) -> list[int]:
+    if source.labels is None or names is None:
+        raise BadInput(f"{source.location}: has no labels; give a folder with a folder for each class")
+    if source.class_names is None:
+        return source.labels.tolist()
+    unknown = sorted(set(source.class_names) - set(names))
+    if unknown:
+        raise BadInput(f"{source.location}: the model does not know the classes {', '.join(unknown[:5])}")
+    places = [names.index(name) for name in source.class_names]
+    return [places[label] for label in source.labels]
