@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from export.description import Form, Precision
-    from export.exporting import Request
+    from export.request import Request
     from export.tensorrt.sidecar import EngineOptions
     from pretrain.artifact import ArtifactConfig
     from pretrain.data.source import Source
@@ -168,9 +168,9 @@ def _request(
 ) -> tuple[Request, str]:
     from typing import cast
 
-    from export.exporting import Request
     from export.forms.load import artifact_hash
     from export.images import open_images
+    from export.request import Request
     from export.verify.check import read_pictures
 
     source = open_images(given.verify)
@@ -225,7 +225,8 @@ def _engine_options(config: EngineConfig) -> EngineOptions:
 
 def _check_rtx(out: Path, form: Form, precisions: tuple[str, ...], shapes: Shapes, bar: object) -> list[str]:
     from export.commands.progress import Bar
-    from export.exporting import describe, file_name
+    from export.making import describe
+    from export.request import file_name
     from export.tensorrt.profiles import profile_of
     from export.tensorrt.rtx import check_rtx
 

@@ -74,7 +74,7 @@ class Pyramid(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Pad, then the encoder and the pyramid on it."""
         padded = pad_images(images, self.settings.divisor, self.settings.padding)
-        return list(self.neck(self.backbone(padded)))
+        return list(self.neck(self.backbone(padded.to(next(self.parameters()).dtype))))
 
 
 class OneStage(nn.Module):

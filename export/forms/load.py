@@ -127,7 +127,7 @@ def _build(directory: Path, form: Form, config: ArtifactConfig) -> tuple[nn.Modu
         )
     from export.forms.detector import detector
 
-    module = detector(model, settings)
+    module = detector(model, config.head or {})
     most = detections(settings)
     ports = [
         Port("boxes", "float32", ("batch", most, 4)),

@@ -1,0 +1,234 @@
+"""Compares a file with PyTorch, measures it, gives it its name or refuses it, and records what was found."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.description import Precision
+from export.forms.load import example_inputs
+from export.images import as_input, resized
+from export.latency import compute, end_to_end, interleaved
+from export.making import UNVERIFIED, Maker, describe, load
+from export.manifest import Entry, Manifest
+from export.request import Request, Watcher, file_name
+from export.runtimes.base import Runtime
+from export.runtimes.pytorch import TorchRuntime
+from export.shapes import Shapes
+from export.verify.check import Verdict, verify
+from export.verify.gates import GATES
+from export.verify.metric import measure, top1
+from pretrain.errors import BadInput
+
+REJECTED = ".rejected"
+
+
+class Judge:
+    """Compares, measures, names and records one file."""
+
+    def __init__(
+        self, request: Request, reference: TorchRuntime, shapes: Shapes, watcher: Watcher, manifest: Manifest
+    ) -> None:
+        self.request, self.reference, self.shapes = request, reference, shapes
+        self.watcher, self.manifest = watcher, manifest
+
+    def onnx(self, waiting: Path, path: Path, precision: Precision, maker: Maker) -> str | None:
+        """Why the ONNX file is refused; None where it is kept."""
+        from export.quantization import precision_summary
+
+        runtime, title = self._open(waiting, precision)
+        entry, verdict = self._entry(waiting, path.name, runtime, title)
+        entry.numbers = precision_summary(load(waiting))
+        if not verdict.passed:
+            entry.error = self._locate(waiting, runtime, maker)
+        elif precision in ("int8", "fp8"):
+            verdict = _worth_it(verdict, entry, self.request.out / file_name(maker.form, "fp32"))
+            entry.verification = verdict.plain()
+        return self._keep(waiting, path, entry, verdict)
+
+    def engine(self, onnx_path: Path, maker: Maker) -> list[str]:
+        """Why the engine made of an ONNX file is refused; empty where it is kept."""
+        from export.runtimes.tensorrt import TensorRTRuntime
+        from export.tensorrt.builder import build_engine
+        from export.tensorrt.profiles import profile_of
+        from export.tensorrt.sidecar import sidecar_path
+
+        path = onnx_path.with_suffix(".engine")
+        waiting = path.with_suffix(UNVERIFIED + ".engine")
+        profile = profile_of(describe(onnx_path), self.shapes)
+
+        def progress(phase: str, done: int, steps: int) -> None:
+            self.watcher.step(f"{path.name}: {phase}", done, steps)
+
+        build_engine(onnx_path, waiting, (profile,), self.request.engine, progress)
+        runtime = TensorRTRuntime(waiting, "cuda", cuda_graphs=not self.shapes.dynamic)
+        entry, verdict = self._entry(waiting, path.name, runtime, runtime.title)
+        fault = self._keep(waiting, path, entry, verdict)
+        kept = path if fault is None else path.with_name(path.name + REJECTED)
+        sidecar_path(waiting).replace(sidecar_path(kept))
+        return [fault] if fault else []
+
+    def _open(self, waiting: Path, precision: Precision) -> tuple[Runtime, str]:
+        from export.runtimes.onnxruntime import OnnxRuntime
+
+        if precision == "bf16" and self.request.device == "cpu":
+            from export.emulation import emulate_bf16
+
+            runtime = OnnxRuntime(emulate_bf16(load(waiting)).SerializeToString())
+            return runtime, runtime.title + ", bf16 emulated"
+        if precision == "fp8" and self.request.device == "cpu":
+            runtime = OnnxRuntime(waiting, fp8_products=True)
+            return runtime, runtime.title
+        runtime = OnnxRuntime(waiting, self.request.device)
+        return runtime, runtime.title
+
+    def _entry(self, waiting: Path, name: str, runtime: Runtime, title: str) -> tuple[Entry, Verdict]:
+        about = runtime.description
+        label = f"{name}: comparing with PyTorch"
+        self.watcher.step(label)
+        verdict = verify(
+            self.reference,
+            runtime,
+            self.shapes,
+            self.request.pictures,
+            lambda done, total: self.watcher.step(label, done, total),
+        )
+        metric = self._metric(runtime) if verdict.passed else {}
+        gate = GATES[about.precision]
+        for score, value in metric.get("file", {}).items():
+            lost = metric["torch"][score] - value
+            if not lost <= gate.points:
+                fault = f"{score} fell by {lost:.2f} points, more than {gate.points}"
+                verdict = replace(verdict, failures=(*verdict.failures, fault))
+        emulated = "emulated" in title
+        timed = self._latency(runtime) if verdict.passed and self.request.seconds and not emulated else []
+        entry = Entry(
+            file=name,
+            form=about.form,
+            precision=about.precision,
+            runtime=title,
+            sha256=_sha256(waiting),
+            bytes=waiting.stat().st_size,
+            parameters=sum(p.numel() for p in self.reference.module.parameters()),
+            shapes=[str(s) for s in dict.fromkeys((self.shapes.least, self.shapes.usual, self.shapes.most))],
+            tolerances=asdict(gate),
+            verification=verdict.plain(),
+            metric=metric,
+            latency=timed,
+        )
+        return entry, verdict
+
+    def _keep(self, waiting: Path, path: Path, entry: Entry, verdict: Verdict) -> str | None:
+        fault = None
+        if verdict.passed:
+            waiting.replace(path)
+        else:
+            waiting.replace(path.with_name(path.name + REJECTED))
+            fault = f"{path.name}: {'; '.join(verdict.failures)}" + (
+                f"; {entry.error}" if entry.error else ""
+            )
+            entry.file += REJECTED
+        self.manifest.add(entry, verdict.passed)
+        self.manifest.write(self.request.out)
+        worst = [each.cosine for each in verdict.outputs.values() if each.compared or not each.finite]
+        least = f"least cosine {min(worst):.6f}" if worst else "nothing to compare"
+        scores = "".join(f", {k} {v:.2f}" for k, v in entry.metric.get("file", {}).items())
+        mark = "kept   " if verdict.passed else "refused"
+        self.watcher.say(
+            f"{mark} {entry.file}  {entry.bytes / 1e6:.1f} MB, {least} over {verdict.images} images and "
+            f"{len(verdict.shapes)} shapes{scores}"
+        )
+        return fault
+
+    def _metric(self, runtime: Runtime) -> dict[str, dict[str, float]]:
+        request, form = self.request, runtime.description.form
+        if form == "classifier" and request.labelled is not None:
+            self.watcher.step("top-1 of PyTorch and of the file")
+            return {
+                "torch": top1(self.reference, request.labelled, request.most),
+                "file": top1(runtime, request.labelled, request.most),
+            }
+        if form in ("detector", "segmentor") and request.dataset is not None:
+            self.watcher.step("the task's metric, of PyTorch and of the file")
+            return {
+                "torch": measure(self.reference, request.artifact, request.dataset, request.most),
+                "file": measure(runtime, request.artifact, request.dataset, request.most),
+            }
+        return {}
+
+    def _latency(self, runtime: Runtime) -> list[dict[str, Any]]:
+        usual = self.shapes.usual
+        both = (runtime, self.reference)
+        rows = []
+        for batch in dict.fromkeys((self.shapes.least.batch, usual.batch)):
+            self.watcher.step(f"timing a batch of {batch}")
+            size, shape = (usual.height, usual.width), f"{batch} x {usual.height} x {usual.width}"
+            calls = []
+            for each in both:
+                about = each.description
+                names = [port.name for port in about.inputs]
+                inputs = dict(zip(names, example_inputs(about, batch, *size), strict=True))
+                pixels = [resized(self.request.pictures[0], about.preprocessing, size)] * batch
+                inputs["images"] = as_input(pixels, about.preprocessing)
+                calls.append(compute(each, inputs))
+            timed = [("compute", call, each) for call, each in zip(calls, both, strict=True)]
+            if runtime.description.form != "reconstructor":
+                files = [_as_png(self.request.pictures[i % len(self.request.pictures)]) for i in range(batch)]
+                channels = int(runtime.description.inputs[0].axes[1])
+                timed += [("end to end", end_to_end(each, files, size, channels), each) for each in both]
+            results = interleaved([call for _, call, _ in timed], batch, self.request.seconds)
+            rows += [
+                {"shape": shape, "runtime": each.title, "what": what, **asdict(result)}
+                for (what, _, each), result in zip(timed, results, strict=True)
+            ]
+        return rows
+
+    def _locate(self, waiting: Path, runtime: Runtime, maker: Maker) -> str | None:
+        from export.verify.locate import locate
+
+        self.watcher.step(f"{waiting.name}: looking for where the error starts")
+        about, usual = runtime.description, self.shapes.usual
+        batch = self.shapes.usual.batch if "batch" not in self.shapes.dynamic else 1
+        rule, own = about.preprocessing, self.reference.description.preprocessing
+        size = (usual.height, usual.width)
+        pixels = [resized(self.request.pictures[0], own, size)] * batch
+        others = example_inputs(self.reference.description, batch, *size)[1:]
+        try:
+            found = locate(
+                self.reference.module,
+                load(waiting),
+                (as_input(pixels, own), *others),
+                GATES[about.precision].cosine,
+                exported=(as_input(pixels, rule), *others),
+            )
+        except (BadInput, RuntimeError):  # a file that cannot even be run with its insides marked
+            return None
+        return str(found) if found else None
+
+
+def _worth_it(verdict: Verdict, entry: Entry, plain: Path) -> Verdict:
+    """A quantised file is kept only if it is smaller or faster than fp32."""
+    if not plain.exists() or entry.bytes < plain.stat().st_size:
+        return verdict
+    return replace(verdict, failures=(*verdict.failures, "not smaller than the fp32 file"))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _as_png(pixels: np.ndarray) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    if pixels.dtype != np.uint8 or pixels.shape[2] not in (1, 3):
+        np.save(buffer, pixels)
+        return buffer.getvalue()
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
+    return buffer.getvalue()
