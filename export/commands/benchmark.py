@@ -1,0 +1,248 @@
+"""Time an artifact in PyTorch and in every file exported of it, side by side."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from pretrain.errors import BadInput
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from export.comparing import Contender, Images, NotRun, Row
+    from export.description import Form
+    from pretrain.artifact import ArtifactConfig
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Time an artifact in PyTorch and in every file exported of it, side by side.
+
+    All run in turns, warm, so that whatever else the machine does disturbs them alike. Compute is from
+    tensors, on the device already, to outputs; end to end is from the bytes of image files, decoding and
+    resizing in one thread included. What cannot be run is listed with the reason.
+    """
+
+    artifact: Annotated[Path, tyro.conf.Positional]
+    """Of any kind: backbone, pretrained, classifier, segmentor, detector."""
+    exports: Path | None = None
+    """Folder that coma export wrote (default: export beside the artifact, if it is there)."""
+    form: Literal["encoder", "reconstructor"] | None = None
+    """Of a pre-trained artifact: which half of it (default: encoder)."""
+    device: Literal["cpu", "cuda", "tensorrt"] = "cpu"
+    """Where .onnx files run, by ONNX Runtime's provider of that name; PyTorch runs on the same processor.
+    Engines run wherever there is a GPU."""
+    batch: str = "1,8"
+    """Images at a time, with commas between."""
+    size: str | None = None
+    """Height and width in pixels, HxW (default: as it was trained)."""
+    seconds: float = 2.0
+    """How long each is run at each batch, and as long again from end to end; at least five times."""
+    compile: bool = False
+    """Also PyTorch compiled by torch.compile, which takes a minute or more for each batch."""
+    threads: int | None = None
+    """Of a CPU, for PyTorch and ONNX Runtime alike (default: what PyTorch takes)."""
+    images: Path | None = None
+    """What is shown: a folder, .npz or .tar shards (default: photographs that came with scikit-image)."""
+    out: Path | None = None
+    """Also write the results to this file, as JSON, with machine and versions."""
+
+
+def run(argv: list[str]) -> None:
+    """Parse, load, time, print a table.
+
+    Raises:
+        BadInput: settings, artifacts, images or files that cannot be used.
+    """
+    given = tyro.cli(BenchmarkConfig, args=argv, prog="coma benchmark", description=BenchmarkConfig.__doc__)
+    batches = parse_batches(given.batch)
+    if not 0 < given.seconds < float("inf"):
+        raise BadInput(f"--seconds {given.seconds}: must be more than 0")
+    if given.threads is not None and given.threads < 1:
+        raise BadInput(f"--threads {given.threads}: must be at least 1")
+    if given.out and given.out.is_dir():
+        raise BadInput(f"--out {given.out}: is a directory; give a file name")
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
+
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(given.threads or before)
+    try:
+        _benchmark(given, batches)
+    finally:
+        torch.set_num_threads(before)
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    """`1,8`, each once.
+
+    Raises:
+        BadInput: anything but numbers from 1, with commas between.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise BadInput(f"--batch {text!r}: give numbers from 1, with commas between, for example 1,8")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def parse_size(text: str | None, config: ArtifactConfig) -> tuple[int, int]:
+    """`224x224`, height first; None: the size it was trained on, in whole mask units.
+
+    Raises:
+        BadInput: not two numbers, or less than a mask unit.
+    """
+    unit = config.model.unit
+    if text is None:
+        side = -(-config.image_size // unit) * unit
+        return side, side
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise BadInput(f"--size {text!r}: give HxW in pixels, for example 224x224")
+    height, width = map(int, parts)
+    if min(height, width) < unit:
+        raise BadInput(f"--size {text}: the encoder's mask unit is {unit} x {unit} px; give at least that")
+    return height, width
+
+
+def choose_form(wanted: str | None, artifact: Path, kind: str) -> Form:
+    """The form that is compared.
+
+    Raises:
+        BadInput: the artifact has no such form.
+    """
+    from export.forms.load import FORMS
+
+    for form in FORMS[kind]:
+        if wanted in (None, form):
+            return form
+    raise BadInput(f"--form {wanted}: {artifact} is a {kind}; of it there is {' and '.join(FORMS[kind])}")
+
+
+def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
+    from rich.console import Console
+
+    from export.forms.load import artifact_hash
+    from export.manifest import machine, versions
+    from pretrain.artifact import load_artifact
+
+    config = load_artifact(given.artifact).config
+    form = choose_form(given.form, given.artifact, config.kind)
+    size = parse_size(given.size, config)
+    contenders, images, absent = _load(given, form, config.model.channels, max(batches))
+    rows: list[Row] = []
+    for batch in batches:
+        found, left_out = _measure(given, contenders, images, batch, size)
+        rows += found
+        absent += left_out
+    if not rows:
+        raise BadInput(f"{given.artifact}: nothing could be run; " + "; ".join(_lines(absent)))
+    shown = f"{len(images.pictures)} images of {given.images or 'scikit-image'}"
+    plain: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "artifact": given.artifact.name,
+        "source": artifact_hash(given.artifact),
+        "kind": config.kind,
+        "form": form,
+        "device": given.device,
+        "size": list(size),
+        "threads": _threads(),
+        "seconds": given.seconds,
+        "images": shown,
+        "rows": [row.plain() for row in rows],
+        "not_run": [asdict(each) for each in absent],
+        "machine": machine(),
+        "versions": versions(),
+    }
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=120)  # a file or a pipe: lines as long as they are
+    about = f"{given.artifact}: {form}, {size[0]} x {size[1]} px, {shown}"
+    console.print(f"{about}\n{plain['machine']}, {plain['threads']} thread(s)", soft_wrap=True, markup=False)
+    for batch in dict.fromkeys(row.batch for row in rows):
+        console.print(_table([row for row in rows if row.batch == batch], batch))
+    for line in _lines(absent):
+        console.print(f"not run  {line}", soft_wrap=True, markup=False)
+    if given.out:
+        given.out.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+        console.print(f"results  {given.out}", soft_wrap=True, markup=False)
+
+
+def _load(
+    given: BenchmarkConfig, form: Form, channels: int, most: int
+) -> tuple[list[Contender], Images, list[NotRun]]:
+    from export.commands.progress import Bar
+    from export.comparing import exported, open_exports, open_torch, read_images
+    from export.images import open_images
+
+    folder = given.exports or given.artifact.parent / "export"
+    with Bar() as bar:
+        bar.step("reading images and hashes of files")
+        entries, absent = exported(folder, given.artifact, form, required=given.exports is not None)
+        images = read_images(open_images(given.images), channels, most)
+        bar.step("loading PyTorch's model")
+        contenders, more = open_torch(given.artifact, form, given.device, given.compile)
+        others, unfit = open_exports(folder, entries, given.device, _threads(), bar)
+    return [*contenders, *others], images, [*absent, *more, *unfit]
+
+
+def _measure(
+    given: BenchmarkConfig, contenders: list[Contender], images: Images, batch: int, size: tuple[int, int]
+) -> tuple[list[Row], list[NotRun]]:
+    from export.commands.progress import Bar
+    from export.comparing import expected_seconds, measure, try_out
+
+    with Bar() as bar:
+        calls, absent = try_out(contenders, images, batch, size, bar)
+    if not calls:
+        return [], absent
+    # no bar meanwhile: one that is drawn ten times a second would be measured too
+    lasts = expected_seconds(calls, given.seconds)
+    bar.say(f"batch {batch}: timing {len(calls)} calls in turns, about {max(lasts, 1):.0f} s")
+    return measure(calls, batch, given.seconds), absent
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _table(rows: list[Row], batch: int) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"batch of {batch}", title_justify="left")
+    for heading in ("", "model", "precision", "run by"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("p50 ms", "p90", "p99", "images/s", "speed"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    last = None
+    for row in rows:
+        if last not in (None, row.what):
+            table.add_section()
+        what, last = row.what if row.what != last else "", row.what
+        timed = row.latency
+        numbers = (timed.p50, timed.p90, timed.p99, timed.images_per_second)
+        speed = "" if row.speed is None else f"{row.speed:.2f} x"
+        table.add_row(what, row.name, row.precision, row.runtime, *map(_short, numbers), speed)
+    table.caption = "speed: of PyTorch's median time, how many times faster"
+    return table
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _lines(absent: list[NotRun]) -> list[str]:
+    def at(each: NotRun) -> str:
+        return "" if each.batch is None else f" at a batch of {each.batch}"
+
+    return [f"{each.name}{at(each)}: {each.reason}" for each in absent]

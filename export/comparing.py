@@ -1,0 +1,322 @@
+"""How long an artifact takes in PyTorch and in every file that was exported of it, run in turns.
+
+A file is run only if it is the one that was verified: its hash must be the one in manifest.json. What cannot
+be run is handed out with its reason, beside what could.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from export.description import Form
+from export.forms.load import artifact_hash, example_inputs, load_deployable
+from export.images import as_input, resized
+from export.latency import Latency, compute, end_to_end, interleaved
+from export.manifest import NAME, Entry
+from export.request import Watcher
+from export.runtimes.base import Runtime
+from export.runtimes.open import Device
+from export.runtimes.pytorch import TorchRuntime
+from pretrain.data.source import Source
+from pretrain.errors import BadImage, BadInput, ComaError
+
+EAGER, COMPILED = "torch eager", "torch compiled"
+_MOST_IMAGES = 64
+_WARM_UP, _LEAST = 3, 5  # runs: the first as `interleaved` has it, the second as it is told
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A loaded model.
+
+    Attributes:
+        name: torch eager, torch compiled, or the file's.
+        precision: Of its products.
+        runtime: It.
+        device: Where its inputs lie when only computing is timed.
+    """
+
+    name: str
+    precision: str
+    runtime: Runtime
+    device: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one contender.
+
+    Attributes:
+        name: The contender's.
+        precision: Of its products.
+        runtime: Library, version and device.
+        batch: Images of a call.
+        what: "compute" (from tensors to outputs) or "end to end" (from the bytes of image files).
+        latency: In milliseconds.
+        speed: Median time of PyTorch over its own; None where PyTorch could not run.
+    """
+
+    name: str
+    precision: str
+    runtime: str
+    batch: int
+    what: str
+    latency: Latency
+    speed: float | None
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        values = asdict(self)
+        return values | values.pop("latency")
+
+
+@dataclass(frozen=True)
+class NotRun:
+    """Something that takes part in no comparison, or not in that of one batch size, and why."""
+
+    name: str
+    reason: str
+    batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is shown to the models.
+
+    Attributes:
+        pictures: Decoded, `[H, W, c]`.
+        files: The files they came from; empty where they came from none.
+    """
+
+    pictures: tuple[np.ndarray, ...]
+    files: tuple[bytes, ...]
+
+
+def read_images(source: Source, channels: int, most: int) -> Images:
+    """The first `most` images (64 at most) that can be read.
+
+    Raises:
+        BadInput: none can; the message says why the first one could not.
+    """
+    pictures, files, first = [], [], None
+    for number in range(len(source)):
+        if len(pictures) == min(most, _MOST_IMAGES):
+            break
+        try:
+            picture, file = source.read(number, channels), source.encoded(number)
+        except BadImage as error:
+            first = first or error
+            continue
+        pictures.append(picture)
+        files += [file] if file is not None else []
+    if not pictures:
+        raise BadInput(f"{source.location}: no image can be read; {first}; give others with --images")
+    return Images(tuple(pictures), tuple(files))
+
+
+def exported(folder: Path, artifact: Path, form: Form, required: bool) -> tuple[list[Entry], list[NotRun]]:
+    """The files of one form in a folder of exports, and those that are out of the question.
+
+    Args:
+        folder: With its manifest.json.
+        artifact: What the files must have been made of.
+        form: Which of them.
+        required: A folder without exports of this artifact is an error; otherwise it is only named.
+
+    Raises:
+        BadInput: that error; a manifest that cannot be read; a file that is not the one that was verified.
+    """
+    try:
+        manifest = _read_manifest(folder, artifact)
+    except FileNotFoundError:
+        reason = f"no {NAME} there; coma export {artifact} makes one"
+        if required:
+            raise BadInput(f"--exports {folder}: {reason}") from None
+        return [], [NotRun(str(folder), reason)]
+    except _OfAnother as error:
+        if required:
+            raise BadInput(f"--exports {error}") from None
+        return [], [NotRun(str(folder), str(error))]
+    entries, absent = [], []
+    for entry in manifest["files"]:
+        path = folder / entry.file
+        if entry.form != form:
+            absent.append(NotRun(entry.file, f"is of the form {entry.form}, not {form}"))
+        elif not path.is_file():
+            absent.append(NotRun(entry.file, f"listed in {NAME}, but no longer there"))
+        elif _sha256(path) != entry.sha256:
+            raise BadInput(
+                f"{path}: is not the file that was verified (its SHA-256 is not the one in {NAME}); "
+                f"make it again with coma export {artifact}"
+            )
+        else:
+            entries.append(entry)
+    for entry in manifest["rejected"]:
+        failures = "; ".join(entry.verification.get("failures", ()))
+        absent.append(NotRun(entry.file, f"was refused by coma export: {failures}"))
+    return entries, absent
+
+
+def open_torch(
+    artifact: Path, form: Form, device: Device, compiled: bool
+) -> tuple[list[Contender], list[NotRun]]:
+    """PyTorch as it is and, if asked for, compiled."""
+    place = "cpu" if device == "cpu" else "cuda"
+    if place == "cuda" and not torch.cuda.is_available():
+        raise BadInput(f"--device {device}: PyTorch finds no GPU here; use --device cpu")
+    deployable = load_deployable(artifact, form)
+    found = [Contender(EAGER, "fp32", TorchRuntime(deployable, place), place)]
+    if compiled:
+        found.append(Contender(COMPILED, "fp32", TorchRuntime(deployable, place, compiled=True), place))
+        return found, []
+    return found, [NotRun(COMPILED, "not asked for; --compile runs it, compiling takes a while")]
+
+
+def open_exports(
+    folder: Path, entries: Sequence[Entry], device: Device, threads: int, watcher: Watcher
+) -> tuple[list[Contender], list[NotRun]]:
+    """Load files: .onnx on `device`, .engine on a GPU."""
+    found, absent = [], []
+    for number, entry in enumerate(entries):
+        watcher.step(f"loading {entry.file}", number, len(entries))
+        try:
+            found.append(_open(folder / entry.file, entry, device, threads))
+        except ComaError as error:
+            absent.append(NotRun(entry.file, str(error)))
+    return found, absent
+
+
+@dataclass(frozen=True)
+class Call:
+    """Something to time.
+
+    Attributes:
+        contender: Whose it is.
+        what: "compute" or "end to end".
+        run: It.
+        seconds: That its second run took.
+    """
+
+    contender: Contender
+    what: str
+    run: Callable[[], object]
+    seconds: float
+
+
+def try_out(
+    contenders: Sequence[Contender], images: Images, batch: int, size: tuple[int, int], watcher: Watcher
+) -> tuple[list[Call], list[NotRun]]:
+    """What can be timed at one batch size, and what cannot: every call is made twice.
+
+    Args:
+        contenders: What is compared.
+        images: Shown again and again where they are fewer than the batch.
+        batch: How many at a time.
+        size: Height and width they are resized to.
+        watcher: Told what is being tried.
+    """
+    calls, absent = [], []
+    for number, each in enumerate(contenders):
+        watcher.step(f"batch {batch}: trying {each.name}", number, len(contenders))
+        try:
+            calls += [
+                Call(each, what, run, _second_run(run)) for what, run in _calls(each, images, batch, size)
+            ]
+        except (ComaError, RuntimeError) as error:  # of torch: no memory, no compiler
+            absent.append(NotRun(each.name, str(error).strip().partition("\n")[0][:300], batch))
+    return sorted(calls, key=lambda call: call.what), absent  # compute first; contenders in their order
+
+
+def expected_seconds(calls: Sequence[Call], seconds: float) -> float:
+    """How long timing them will take."""
+    once = sum(call.seconds for call in calls)
+    return _WARM_UP * once + max(seconds * len(calls), _LEAST * once)
+
+
+def measure(calls: Sequence[Call], batch: int, seconds: float) -> list[Row]:
+    """Run all of them in turns, for so many seconds each; PyTorch's own is what `speed` relates to."""
+    results = interleaved([call.run for call in calls], batch, seconds, least=_LEAST)
+    pairs = list(zip(calls, results, strict=True))
+    eager = {call.what: result.p50 for call, result in pairs if call.contender.name == EAGER}
+    return [
+        Row(
+            name=call.contender.name,
+            precision=call.contender.precision,
+            runtime=call.contender.runtime.title,
+            batch=batch,
+            what=call.what,
+            latency=result,
+            speed=eager[call.what] / result.p50 if call.what in eager else None,
+        )
+        for call, result in pairs
+    ]
+
+
+class _OfAnother(Exception):
+    """A folder of exports of another artifact."""
+
+
+def _read_manifest(folder: Path, artifact: Path) -> dict[str, list[Entry]]:
+    path = folder / NAME
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        source = plain["source"]
+        lists = {name: [Entry(**each) for each in plain[name]] for name in ("files", "rejected")}
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: not readable ({error}); make it again with coma export {artifact}") from None
+    if source != artifact_hash(artifact):
+        raise _OfAnother(f"{folder}: holds exports of another artifact; coma export {artifact} makes its own")
+    return lists
+
+
+def _open(path: Path, entry: Entry, device: Device, threads: int) -> Contender:
+    if path.suffix == ".engine":
+        from export.runtimes.tensorrt import TensorRTRuntime
+
+        return Contender(path.name, entry.precision, TensorRTRuntime(path, cuda_graphs=True), "cuda")
+    from export.runtimes.onnxruntime import OnnxRuntime
+
+    if entry.precision == "bf16" and device == "cpu":
+        raise BadInput("ONNX Runtime computes no bf16 on a CPU; it does on a GPU: --device cuda")
+    runtime = OnnxRuntime(path, device, threads, fp8_products=entry.precision == "fp8")
+    return Contender(path.name, entry.precision, runtime, "cpu" if device == "cpu" else "cuda")
+
+
+def _calls(
+    each: Contender, images: Images, batch: int, size: tuple[int, int]
+) -> list[tuple[str, Callable[[], object]]]:
+    about = each.runtime.description
+    rule = about.preprocessing
+    pictures = [images.pictures[i % len(images.pictures)] for i in range(min(batch, len(images.pictures)))]
+    shown = [resized(picture, rule, size) for picture in pictures]
+    examples = example_inputs(about, batch, *size)
+    inputs = {port.name: tensor for port, tensor in zip(about.inputs, examples, strict=True)}
+    inputs["images"] = as_input([shown[i % len(shown)] for i in range(batch)], rule)
+    found = [("compute", compute(each.runtime, {k: v.to(each.device) for k, v in inputs.items()}))]
+    if images.files and about.form != "reconstructor":  # which takes a mask beside the images
+        files = [images.files[i % len(images.files)] for i in range(batch)]
+        found.append(("end to end", end_to_end(each.runtime, files, size, inputs["images"].shape[1])))
+    return found
+
+
+def _second_run(call: Callable[[], object]) -> float:
+    call()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

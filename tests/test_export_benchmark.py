@@ -1,0 +1,278 @@
+"""`coma benchmark`: who is timed, who is not and why, and files that are not those that were verified."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from downstream_data import artifact
+from PIL import Image
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from export.commands import benchmark  # noqa: E402
+from export.comparing import Images, open_exports, open_torch, read_images, try_out  # noqa: E402
+from export.forms.load import artifact_hash, load_deployable  # noqa: E402
+from export.images import open_images  # noqa: E402
+from export.latency import interleaved  # noqa: E402
+from export.manifest import Entry, Manifest, versions  # noqa: E402
+from export.shapes import Shape, Shapes  # noqa: E402
+from export.to_onnx import write_onnx  # noqa: E402
+from pretrain import cli  # noqa: E402
+from pretrain.config import DyViTConfig  # noqa: E402
+from pretrain.data.source import ArraySource  # noqa: E402
+from pretrain.errors import BadInput  # noqa: E402
+
+SMALL = DyViTConfig(dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((8,), (4,), (0,), (0,)))
+QUICK = ("--seconds", "0.01")
+
+
+class Silent:
+    def step(self, title: str, done: int = 0, total: int | None = None) -> None: ...
+    def say(self, line: str) -> None: ...
+
+
+def entry(path: Path, precision: str, **changes) -> Entry:
+    known = {
+        "file": path.name,
+        "form": "encoder",
+        "precision": precision,
+        "runtime": "",
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "",
+        "bytes": 1,
+        "parameters": 1,
+        "shapes": [],
+        "tolerances": {},
+        "verification": {},
+    }
+    return Entry(**known | changes)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """An artifact without exports."""
+    return artifact(tmp_path_factory.mktemp("plain") / "artifact", SMALL)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """An artifact and, beside it, its exports: one that a CPU runs, and others for every reason not to."""
+    root = tmp_path_factory.mktemp("made")
+    directory, folder = artifact(root / "artifact", SMALL), root / "export"
+    deployable, one = load_deployable(directory, "encoder"), Shape(1, 64, 64)
+    write_onnx(deployable, Shapes(one, one, Shape(4, 64, 64)), folder / "encoder.onnx")
+    (folder / "encoder-bf16.onnx").write_bytes(b"not opened on a CPU")
+    (folder / "encoder.engine").write_bytes(b"no engine")
+    manifest = Manifest("artifact", artifact_hash(directory), "backbone", "photographs")
+    for name, precision, changes in (
+        ("encoder.onnx", "fp32", {}),
+        ("encoder-bf16.onnx", "bf16", {}),
+        ("encoder.engine", "fp32", {}),
+        ("gone.onnx", "fp16", {}),
+        ("reconstructor.onnx", "fp32", {"form": "reconstructor"}),
+    ):
+        manifest.add(entry(folder / name, precision, **changes), passed=True)
+    refused = {"verification": {"failures": ["pooled: cosine 0.5 is below 0.99"]}}
+    manifest.add(entry(folder / "encoder-int8.onnx.rejected", "int8", **refused), passed=False)
+    manifest.write(folder)
+    return directory
+
+
+def results(directory: Path, out: Path, *argv: str) -> dict:
+    benchmark.run([str(directory), "--out", str(out), *QUICK, *argv])
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def measured(made: Path, tmp_path_factory) -> dict:
+    return results(made, tmp_path_factory.mktemp("out") / "new" / "results.json", "--batch", "1,3")
+
+
+def test_pytorch_and_the_file_are_timed_at_every_batch_alone_and_end_to_end(measured):
+    found = {(row["name"], row["batch"], row["what"]) for row in measured["rows"]}
+    names, whats = ("torch eager", "encoder.onnx"), ("compute", "end to end")
+    assert found == {(name, batch, what) for name in names for batch in (1, 3) for what in whats}
+    assert len(measured["rows"]) == len(found)
+    for row in measured["rows"]:
+        assert 0 < row["p50"] <= row["p90"] <= row["p99"]
+        assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["p50"])
+        assert row["runs"] >= 5
+        if row["name"] == "torch eager":
+            assert row["speed"] == 1
+    assert {row["runtime"].partition(" ")[0] for row in measured["rows"]} == {"torch", "ONNX"}
+
+
+def test_speed_is_pytorchs_median_over_ones_own(measured):
+    p50 = {(row["name"], row["batch"], row["what"]): row["p50"] for row in measured["rows"]}
+    for row in measured["rows"]:
+        eager = p50["torch eager", row["batch"], row["what"]]
+        assert row["speed"] == pytest.approx(eager / row["p50"])
+
+
+def test_decoding_takes_time(measured):
+    by_what = {row["what"]: row["p50"] for row in measured["rows"] if row["name"] == "torch eager"}
+    assert by_what["end to end"] > 2 * by_what["compute"]  # photographs of half a megapixel, 64 px
+
+
+def test_what_is_not_run_is_named_with_its_reason(measured):
+    reasons = {each["name"]: each["reason"] for each in measured["not_run"]}
+    assert "bf16" in reasons["encoder-bf16.onnx"] and "--device cuda" in reasons["encoder-bf16.onnx"]
+    assert "--compile" in reasons["torch compiled"]
+    assert "no longer there" in reasons["gone.onnx"]
+    assert "not encoder" in reasons["reconstructor.onnx"]
+    assert "cosine 0.5 is below 0.99" in reasons["encoder-int8.onnx.rejected"]
+    assert reasons["encoder.engine"]
+    assert len(reasons) == 6
+
+
+def test_the_file_says_what_was_measured_and_where(measured, made):
+    assert measured["source"] == artifact_hash(made)
+    assert (measured["kind"], measured["form"], measured["size"]) == ("backbone", "encoder", [64, 64])
+    assert measured["machine"] and measured["versions"] == versions()
+    assert measured["threads"] == torch.get_num_threads()
+    assert "scikit-image" in measured["images"]
+
+
+def test_a_batch_that_a_file_does_not_take_is_named_and_the_rest_is_timed(made, tmp_path):
+    # ONNX Runtime itself takes other sizes than asked for; static axes it does not
+    found = results(made, tmp_path / "r.json", "--batch", "2", "--size", "64x96")
+    assert {row["name"] for row in found["rows"]} == {"torch eager"}
+    reason = next(each for each in found["not_run"] if each["name"] == "encoder.onnx")
+    assert reason["batch"] == 2 and "64" in reason["reason"] and "96" in reason["reason"]
+
+
+def test_the_table_is_on_stdout_and_the_progress_is_not(made, capsys):
+    benchmark.run([str(made), *QUICK, "--batch", "2", "--threads", "1"])
+    shown = capsys.readouterr()
+    for word in ("p50 ms", "p99", "images/s", "torch eager", "encoder.onnx", "1.00 x", "end to end"):
+        assert word in shown.out
+    assert "not run  encoder-bf16.onnx: " in shown.out
+    assert "timing" in shown.err and "timing" not in shown.out
+
+
+def test_a_changed_file_is_refused_by_name(made, tmp_path):
+    folder = tmp_path / "export"
+    folder.mkdir()
+    for path in (made.parent / "export").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    with (folder / "encoder.onnx").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(BadInput, match=r"encoder\.onnx: is not the file that was verified.*coma export"):
+        benchmark.run([str(made), *QUICK, "--exports", str(folder)])
+
+
+def test_without_exports_pytorch_is_timed_alone(model, tmp_path):
+    found = results(model, tmp_path / "r.json", "--batch", "1")
+    assert {row["name"] for row in found["rows"]} == {"torch eager"}
+    assert any("coma export" in each["reason"] for each in found["not_run"])
+
+
+def test_exports_of_another_artifact_are_not_taken_for_its_own(made, tmp_path):
+    other = artifact(tmp_path / "other", SMALL, seed=1)
+    with pytest.raises(BadInput, match="holds exports of another artifact"):
+        benchmark.run([str(other), *QUICK, "--exports", str(made.parent / "export")])
+    (tmp_path / "export").symlink_to(made.parent / "export")
+    found = results(other, tmp_path / "r.json", "--batch", "1")
+    assert {row["name"] for row in found["rows"]} == {"torch eager"}
+    assert any("another artifact" in each["reason"] for each in found["not_run"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batch", "1,0"], "--batch '1,0': give numbers from 1"),
+        (["--batch", "1,,8"], "--batch"),
+        (["--size", "64"], "--size '64': give HxW"),
+        (["--size", "16x64"], "mask unit is 32 x 32 px"),
+        (["--seconds", "0"], "--seconds 0.0: must be more than 0"),
+        (["--threads", "0"], "--threads 0: must be at least 1"),
+        (["--form", "reconstructor"], "is a backbone; of it there is encoder"),
+        (["--exports", "nowhere"], "--exports nowhere: no manifest.json there; coma export"),
+        (["--images", "nowhere"], "nowhere"),
+        (["--out", "."], "is a directory"),
+    ],
+)
+def test_bad_settings_say_what_to_give(model, argv, message):
+    with pytest.raises(BadInput) as raised:
+        benchmark.run([str(model), *QUICK, *argv])
+    assert message in str(raised.value)
+    assert raised.value.exit_code == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_a_gpu_that_is_not_there_is_an_error(model):
+    with pytest.raises(BadInput, match="finds no GPU here"):
+        benchmark.run([str(model), *QUICK, "--device", "cuda"])
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "nonsense", '{"source": "x", "files": [{}], "rejected": []}'])
+def test_a_manifest_that_cannot_be_read_is_an_error(made, tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(BadInput, match=r"manifest\.json: not readable"):
+        benchmark.run([str(made), *QUICK, "--exports", str(tmp_path)])
+
+
+def test_threads_are_given_back_after_an_error_too(model, monkeypatch):
+    used, before = [], torch.get_num_threads()
+
+    def fail(*_) -> None:
+        used.append(torch.get_num_threads())
+        raise BadInput("of no importance")
+
+    monkeypatch.setattr(benchmark, "_benchmark", fail)
+    with pytest.raises(BadInput):
+        benchmark.run([str(model), "--threads", str(before + 1)])
+    assert (used, torch.get_num_threads()) == ([before + 1], before)
+
+
+def test_files_are_opened_as_their_precision_needs(tmp_path, monkeypatch):
+    opened = []
+
+    def opens(path: Path, device: str, threads: int, *, fp8_products: bool) -> None:
+        opened.append((path.name, device, threads, fp8_products))
+
+    monkeypatch.setattr("export.runtimes.onnxruntime.OnnxRuntime", opens)
+    entries = [entry(tmp_path / f"{name}.onnx", name) for name in ("fp32", "bf16", "fp8")]
+    _, left_out = open_exports(tmp_path, entries, "cpu", 3, Silent())
+    assert opened == [("fp32.onnx", "cpu", 3, False), ("fp8.onnx", "cpu", 3, True)]
+    assert [each.name for each in left_out] == ["bf16.onnx"]
+    opened.clear()
+    open_exports(tmp_path, entries, "cuda", 3, Silent())
+    assert [name for name, *_ in opened] == ["fp32.onnx", "bf16.onnx", "fp8.onnx"]
+
+
+def test_images_without_files_are_not_decoded(model):
+    contenders, _ = open_torch(model, "encoder", "cpu", compiled=False)
+    pictures = (np.zeros((70, 80, 3), np.uint8),)
+    calls, left_out = try_out(contenders, Images(pictures, ()), 2, (64, 64), Silent())
+    assert [call.what for call in calls] == ["compute"]
+    assert not left_out
+
+
+def test_images_that_cannot_be_read_are_passed_over(tmp_path):
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    for number in (1, 2, 3):
+        Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(tmp_path / f"{number}.png")
+    found = read_images(open_images(tmp_path), 3, most=2)
+    assert [picture[0, 0, 0] for picture in found.pictures] == [1, 2]
+    assert len(found.files) == 2
+    with pytest.raises(BadInput, match=r"no image can be read; .*5 channels.*--images"):
+        read_images(ArraySource([np.zeros((32, 32, 5), np.uint8)]), 3, most=2)
+
+
+def test_calls_run_in_turns():
+    order: list[str] = []
+    interleaved([lambda: order.append("a"), lambda: order.append("b")], 1, seconds=0, least=3)
+    assert order == [*"aaabbb", *"ab" * 3]  # warm each, then in turns
+
+
+def test_help_says_what_it_does(capsys):
+    assert cli.main(["benchmark", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for flag in ("exports", "form", "device", "batch", "size", "seconds", "compile", "threads", "images"):
+        assert f"--{flag}" in shown
+    assert cli.main(["--help"]) == 0
+    assert "Time an artifact in PyTorch and in every file exported of it" in capsys.readouterr().out
