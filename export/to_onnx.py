@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 OPSET = 18
 METADATA = "coma"
+_TALKATIVE = (
+    *("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes"),
+    *("onnxscript", "onnx_ir"),
+)
 _TYPES: dict[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -263,10 +267,7 @@ def _drop_unused(model: onnx.ModelProto) -> None:
 def _quiet() -> Iterator[None]:
     import logging
 
-    loggers = [
-        logging.getLogger(name)
-        for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
-    ]
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

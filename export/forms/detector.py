@@ -45,7 +45,8 @@ def detector(model: nn.Module, head: Settings) -> nn.Module:
         masks   b n 28 28     float32, with a mask head only: probability that a place of the box (not of the
                               image) belongs to the object; 0 without detection
 
-    n is the settings' `max_per_img`. Weights in half precision work: boxes are float32 nevertheless.
+    n is the settings' `max_per_img`. The networks may be cast to half precision afterwards; what goes in and
+    comes out stays float32, and so does everything between the networks.
 
     Args:
         model: FasterRCNN, MaskRCNN, CascadeRCNN or RetinaNet, as mmdet builds it.
@@ -56,10 +57,8 @@ def detector(model: nn.Module, head: Settings) -> nn.Module:
     """
     settings = read_settings(head["model"])
     _check_modules(model)
-    form = (
-        OneStage(model, settings) if settings.regions is None else TwoStage(model, settings.regions, settings)
-    )
-    return form.eval()
+    regions = settings.regions
+    return (TwoStage(model, settings, regions) if regions else OneStage(model, settings)).eval()
 
 
 class Pyramid(nn.Module):
@@ -100,7 +99,7 @@ class OneStage(nn.Module):
 class TwoStage(nn.Module):
     """Faster, Mask and Cascade R-CNN: proposals, then classes, better boxes and masks of each."""
 
-    def __init__(self, model: Any, regions: Regions, settings: DetectorSettings) -> None:
+    def __init__(self, model: Any, settings: DetectorSettings, regions: Regions) -> None:
         super().__init__()
         self.settings = settings
         self.regions = regions

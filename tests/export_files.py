@@ -1,0 +1,89 @@
+"""Very small artifacts of every kind, with weights that give answers worth comparing."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pretrain.artifact import LINEAR_HEAD, ArtifactConfig, library_versions, save_artifact
+from pretrain.config import CoMAConfig, DecoderConfig, DyViTConfig, EncoderConfig
+from pretrain.models import build_encoder
+from pretrain.models.classifier import build_classifier
+from pretrain.objectives import build_objective
+
+DYVIT = DyViTConfig(
+    patch=2, dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8), (2, 4), (0, 2), (0,))
+)
+OBJECTIVE = CoMAConfig(decoder=DecoderConfig(dim=16, depth=1, heads=2))
+CLASSES = ("cat", "cup", "face")
+MEAN, STD = (0.45, 0.42, 0.39), (0.24, 0.23, 0.25)
+
+
+def awake(module: nn.Module) -> nn.Module:
+    """Weights as wide as trained ones: fresh ones make gates and heads silent."""
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        else:
+            nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.1)
+    return module
+
+
+def about(kind: Any, model: EncoderConfig = DYVIT, size: int = 48, **changes: Any) -> ArtifactConfig:
+    fields: dict[str, Any] = {
+        "kind": kind,
+        "model": model,
+        "objective": None,
+        "image_size": size,
+        "mean": MEAN[: model.channels],
+        "std": STD[: model.channels],
+        "class_names": None,
+        "trained": {},
+        "versions": library_versions(),
+    }
+    return ArtifactConfig(**{**fields, **changes})
+
+
+def backbone(folder: Path, model: EncoderConfig = DYVIT) -> Path:
+    save_artifact(folder, tensors=awake(build_encoder(model)).state_dict(), config=about("backbone", model))
+    return folder
+
+
+def pretrained(folder: Path, model: EncoderConfig = DYVIT) -> Path:
+    objective = awake(build_objective(OBJECTIVE, build_encoder(model)))
+    config = about("pretrained", model, objective=OBJECTIVE)
+    save_artifact(folder, tensors=objective.state_dict(), config=config)
+    return folder
+
+
+def classifier(folder: Path, model: EncoderConfig = DYVIT) -> Path:
+    config = about("classifier", model, class_names=CLASSES, head=LINEAR_HEAD)
+    module = awake(build_classifier(model, len(CLASSES)))
+    save_artifact(folder, tensors=module.state_dict(), config=config)
+    return folder
+
+
+def segmentor(folder: Path, model: EncoderConfig = DYVIT) -> Path:
+    from downstream.finetuned import build_model, describe_finetuned
+    from downstream.fitting import Described, fit_encoder
+    from downstream.options import TrainingOptions
+    from downstream.segment import PRESET
+    from downstream.settings import load_config
+
+    config = load_config(PRESET)
+    fit_encoder(config, Described(model, MEAN, STD, {"preset": "tiny"}), TrainingOptions(head_channels=32))
+    for head in (config.model.decode_head, config.model.auxiliary_head):
+        head.num_classes, head.norm_cfg = len(CLASSES), {"type": "BN"}
+    config.model.test_cfg = {"mode": "whole"}
+    config.model.data_preprocessor["size"] = (64, 64)
+    config.test_dataloader.dataset.pipeline = [
+        {"type": "ReadImage", "channels": model.channels},
+        {"type": "Resize", "scale": (256, 64), "keep_ratio": True},
+        {"type": "PackSegInputs"},
+    ]
+    config_of = describe_finetuned("segmentor", config, model, CLASSES)
+    module = awake(build_model(config_of))
+    save_artifact(folder, tensors=module.state_dict(), config=config_of)
+    return folder

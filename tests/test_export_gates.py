@@ -1,0 +1,264 @@
+"""The gate: it passes what is right and catches what was made wrong on purpose."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import export_files
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+from export.description import Description, Port, Preprocessing
+from export.forms.load import load_deployable
+from export.images import Photographs, as_input, fit_within, open_images, resized
+from export.making import load
+from export.runtimes.onnxruntime import OnnxRuntime
+from export.runtimes.pytorch import TorchRuntime
+from export.shapes import Shape, Shapes
+from export.to_onnx import METADATA, as_json, read_description, save, write_onnx
+from export.verify.check import judge, read_pictures, shapes_to_run, verify
+from export.verify.compare import Difference, Differences, cosine, hidden_pixels, match
+from export.verify.locate import locate
+from export.verify.metric import top1
+from pretrain.data.transforms import normalize
+from pretrain.errors import BadInput
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
+
+SHAPES = Shapes(Shape(1, 48, 48), Shape(2, 48, 48), Shape(4, 48, 48))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A classifier's artifact and its ONNX file."""
+    folder = tmp_path_factory.mktemp("gates")
+    artifact = export_files.classifier(folder / "artifact")
+    write_onnx(load_deployable(artifact, "classifier"), SHAPES, folder / "c.onnx")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[np.ndarray]:
+    return read_pictures(Photographs(), 3, 6)
+
+
+def gate(folder: Path, file: Path, pictures):
+    reference = TorchRuntime(load_deployable(folder / "artifact", "classifier"))
+    return verify(reference, OnnxRuntime(file, threads=1), SHAPES, pictures)
+
+
+def changed(folder: Path, target: Path, change) -> Path:
+    model = load(folder / "c.onnx")
+    change(model)
+    save(model, target)
+    return target
+
+
+def weight_of(model: onnx.ModelProto, scope: str) -> onnx.TensorProto:
+    """The matrix that the module of this path multiplies with."""
+    stored = {each.name: each for each in model.graph.initializer}
+    for node in model.graph.node:
+        scopes = {prop.key: prop.value for prop in node.metadata_props}
+        if node.op_type in ("MatMul", "Gemm") and f"'{scope}'" in scopes.get(
+            "pkg.torch.onnx.name_scopes", ""
+        ):
+            for name in node.input:
+                if name in stored and len(stored[name].dims) == 2:
+                    return stored[name]
+    raise AssertionError(f"no weight of {scope}")
+
+
+def test_what_is_right_passes(made, pictures):
+    verdict = gate(made, made / "c.onnx", pictures)
+    assert verdict.passed and verdict.images == 6
+    assert verdict.outputs["logits"].cosine > 0.999999
+    assert {shape.batch for shape in verdict.shapes} == {1, 2, 4}
+    json.dumps(verdict.plain())
+
+
+def test_a_corrupted_weight_is_refused_and_named(made, pictures, tmp_path):
+    scope = "classifier.stages.2.blocks.0.mlp.fc1"
+
+    def corrupt(model):
+        weight = weight_of(model, scope)
+        values = onnx.numpy_helper.to_array(weight).copy()
+        values[:, : len(values) // 2] *= -3
+        weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+
+    file = changed(made, tmp_path / "c.onnx", corrupt)
+    verdict = gate(made, file, pictures)
+    assert not verdict.passed and "cosine" in verdict.failures[0]
+    deployable = load_deployable(made / "artifact", "classifier")
+    rule = deployable.description.preprocessing
+    images = as_input([resized(pictures[0], rule)], rule)
+    finding = locate(deployable.module, load(file), (images,), 0.9999)
+    assert finding and finding.module == scope
+    assert finding.before == "classifier.stages.2.blocks.0.norm2" and scope in str(finding)
+    assert locate(deployable.module, load(made / "c.onnx"), (images,), 0.9999) is None
+
+
+def test_nan_is_refused(made, pictures, tmp_path):
+    def spoil(model):
+        weight = weight_of(model, "classifier.head")
+        values = onnx.numpy_helper.to_array(weight).copy()
+        values.flat[0] = np.nan
+        weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+
+    verdict = gate(made, changed(made, tmp_path / "c.onnx", spoil), pictures)
+    assert verdict.failures == ("logits holds NaN or infinite values",)
+    assert verdict.plain()["outputs"]["logits"]["max"] is None
+
+
+@pytest.mark.parametrize("field", ["mean", "std"])
+def test_wrong_mean_or_deviation_is_refused(made, pictures, tmp_path, field):
+    def mislead(model):
+        about = read_description(model, "c")
+        wrong = replace(about.preprocessing, **{field: (0.6, 0.5, 0.35)})
+        onnx.helper.set_model_props(model, {METADATA: as_json(replace(about, preprocessing=wrong))})
+
+    verdict = gate(made, changed(made, tmp_path / "c.onnx", mislead), pictures)
+    assert not verdict.passed and "cosine" in verdict.failures[0]
+
+
+def test_a_baked_batch_is_refused(made, pictures, tmp_path):
+    def bake(model):
+        shape = model.graph.input[0].type.tensor_type.shape.dim[0]
+        shape.Clear()
+        shape.dim_value = 2
+
+    verdict = gate(made, changed(made, tmp_path / "c.onnx", bake), pictures)
+    assert any("cannot be run at 1 x 48 x 48" in failure for failure in verdict.failures)
+
+
+def test_a_metric_of_labelled_images(made, tmp_path):
+    runtime = OnnxRuntime(made / "c.onnx", threads=1)
+    names = export_files.CLASSES
+    rule = runtime.description.preprocessing
+    pictures = read_pictures(Photographs(), 3, 6)
+    for number, pixels in enumerate(pictures):
+        guess = names[int(runtime(as_input([resized(pixels, rule)], rule))["logits"].argmax())]
+        label = guess if number < 4 else names[(names.index(guess) + 1) % 3]
+        (tmp_path / "data" / label).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "data" / label / f"{number}.png")
+    (tmp_path / "data" / "cup").mkdir(exist_ok=True)
+    source = open_images(tmp_path / "data")
+    if source.labels is None:
+        pytest.fail("the folder has labels")
+    assert top1(runtime, source, 100) == {"top-1": pytest.approx(100 * 4 / 6)}
+    with pytest.raises(BadInput, match="no labels"):
+        top1(runtime, Photographs(), 10)
+    shutil.copytree(tmp_path / "data", tmp_path / "other")
+    (tmp_path / "other" / names[0]).mkdir(exist_ok=True)
+    shutil.copy(tmp_path / "data" / label / f"{number}.png", tmp_path / "other" / names[0] / "x.png")
+    (tmp_path / "other" / names[0]).rename(tmp_path / "other" / "dog")
+    with pytest.raises(BadInput, match="does not know the classes dog"):
+        top1(runtime, open_images(tmp_path / "other"), 10)
+
+
+def test_detections_are_matched_whatever_their_order():
+    wanted = {
+        "boxes": torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40], [20, 20, 41, 40], [0, 0, 0, 0]]),
+        "scores": torch.tensor([0.9, 0.8, 0.7, 0.0]),
+        "labels": torch.tensor([0, 1, 1, -1]),
+    }
+    swapped = {name: each[[1, 0, 2, 3]] for name, each in wanted.items()}
+    assert match(wanted, swapped) == ([(0, 1), (1, 0), (2, 2)], 3)
+    other = {**wanted, "labels": torch.tensor([2, 1, 1, -1])}
+    assert match(wanted, other) == ([(1, 1), (2, 2)], 3)
+    gone = {**wanted, "scores": torch.zeros(4)}
+    differences = Differences()
+    differences.add(wanted, gone)
+    assert differences.of("labels").agreement == 0
+    moved = {**wanted, "boxes": wanted["boxes"] + 1.5}
+    assert len(match(wanted, moved)[0]) < 3
+
+
+def test_low_scores_are_sought_where_none_is_sure():
+    low = {
+        "boxes": torch.tensor([[0.0, 0, 10, 10]]).repeat(3, 1),
+        "scores": torch.tensor([0.2, 0.1, 0.0]),
+        "labels": torch.zeros(3, dtype=torch.int64),
+    }
+    assert match(low, low)[1] == 2
+
+
+def test_cosine_is_scipys():
+    from scipy.spatial.distance import cosine as distance
+
+    a, b = torch.randn(50).double(), torch.randn(50).double()
+    assert cosine(a, b) == pytest.approx(1 - distance(a.numpy(), b.numpy()))
+    assert cosine(torch.zeros(3), torch.zeros(3)) == 1
+    difference = Difference()
+    difference.add(a, b)
+    error = (a - b).abs()
+    assert difference.max == pytest.approx(error.max().item())
+    assert difference.mean == pytest.approx(error.mean().item())
+
+
+def test_only_hidden_pixels_of_a_reconstruction_count():
+    images = torch.arange(2 * 4 * 4.0).view(2, 4, 4)
+    visible = torch.tensor([[True, False], [True, True]])
+    torch.testing.assert_close(hidden_pixels(images, visible, 2), images[:, :2, 2:].reshape(2, 4))
+    torch.testing.assert_close(hidden_pixels(images[:, :3, :3], visible, 2), images[:, :2, 2:3].reshape(2, 2))
+
+
+def test_limits_depend_on_precision():
+    about = Description(
+        "encoder", "int8", (), (), Preprocessing("none", None, (0.0,), (1.0,)), 16, None, "", {}
+    )
+    outputs = {"x": Difference(cosine=0.995, compared=1)}
+    assert judge(outputs, about) == []
+    assert judge(outputs, replace(about, precision="fp16")) == ["x: cosine 0.995000 is below 0.999"]
+    nothing = {"labels": Difference(), "boxes": Difference()}
+    assert "nothing was detected" in judge(nothing, replace(about, form="detector"))[0]
+
+
+def test_every_batch_and_odd_sizes_are_run():
+    free = Shapes(Shape(1, 32, 32), Shape(3, 96, 64), Shape(8, 128, 128))
+    run = shapes_to_run(free, 32)
+    assert {shape.batch for shape in run} == {1, 2, 3, 8}
+    assert {(128, 128), (32, 32), (96, 64)} < {(shape.height, shape.width) for shape in run}
+    assert any(shape.height % 2 for shape in run) and all(free.allows(shape) for shape in run)
+    fixed = Shape(3, 64, 64)
+    assert shapes_to_run(Shapes(fixed, fixed, fixed), 32) == (fixed,)
+
+
+def test_images_are_prepared_as_in_evaluation():
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    rule = Preprocessing("centre-square", (40, 40), (0.5,) * 3, (0.25,) * 3)
+    image = resized(pixels, rule)
+    assert torch.equal(image, torch.from_numpy(pixels[:, 10:50].copy()).permute(2, 0, 1))
+    expected = normalize(image[None], rule.mean, rule.std)
+    torch.testing.assert_close(as_input([image], rule), expected)
+    assert as_input([image], replace(rule, inside=True)).dtype == torch.uint8
+    assert resized(pixels, Preprocessing("none", None, (0.5,) * 3, (0.2,) * 3)).shape == (3, 40, 60)
+
+
+@pytest.mark.parametrize(("size", "scale"), [((480, 640), (800, 1333)), ((375, 500), (240, 400))])
+def test_keep_ratio_is_openmmlabs(size, scale):
+    import mmcv
+
+    pixels = np.asarray(Image.fromarray(read_pictures(Photographs(), 3, 1)[0]).resize(size[::-1]))
+    wanted = mmcv.imrescale(pixels, (scale[1], scale[0]))
+    rule = Preprocessing("keep-ratio", scale, (0.5,) * 3, (0.2,) * 3)
+    found = resized(pixels, rule).permute(1, 2, 0).numpy()
+    assert found.shape == wanted.shape and fit_within(*size, scale) == wanted.shape[:2]
+    assert np.abs(found.astype(int) - wanted).max() <= 1
+
+
+def test_images_that_cannot_be_read_are_left_out(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no")
+    with pytest.raises(BadInput, match="no image can be read"):
+        read_pictures(open_images(tmp_path), 3, 4)
+    Image.new("RGB", (20, 20)).save(tmp_path / "b.png")
+    assert len(read_pictures(open_images(tmp_path), 3, 4)) == 1
+
+
+def test_ports_in_json_come_back(made):
+    about = read_description(load(made / "c.onnx"), "c")
+    assert about.outputs == (Port("logits", "float32", ("batch", 3)),)
+    assert about.class_names == export_files.CLASSES
