@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -259,6 +260,21 @@ def measure(calls: Sequence[Call], batch: int, seconds: float) -> list[Row]:
         )
         for call, result in pairs
     ]
+
+
+def busy_note(threads: int) -> str | None:
+    """What to know of the numbers where other processes want the same cores; None where they do not."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    load = os.getloadavg()[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if load - 1 + threads <= cores + 0.5:  # one of the load may be this process
+        return None
+    return (
+        f"the {cores} cores were busy before this began (load {load:.1f}): numbers of several threads are "
+        "unsteady, PyTorch's most of all, whose threads wait actively for each other; take fewer --threads, "
+        "or set OMP_WAIT_POLICY=passive in the environment"
+    )
 
 
 class _OfAnother(Exception):

@@ -127,6 +127,7 @@ class Judge:
         fault = None
         if verdict.passed:
             waiting.replace(path)
+            path.with_name(path.name + REJECTED).unlink(missing_ok=True)  # of an earlier try
         else:
             waiting.replace(path.with_name(path.name + REJECTED))
             fault = f"{path.name}: {'; '.join(verdict.failures)}" + (

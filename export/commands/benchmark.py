@@ -130,6 +130,7 @@ def choose_form(wanted: str | None, artifact: Path, kind: str) -> Form:
 def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
     from rich.console import Console
 
+    from export.comparing import busy_note
     from export.forms.load import artifact_hash
     from export.manifest import machine, versions
     from pretrain.artifact import load_artifact
@@ -138,6 +139,7 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
     form = choose_form(given.form, given.artifact, config.kind)
     size = parse_size(given.size, config)
     contenders, images, absent = _load(given, form, config.model.channels, max(batches))
+    note = busy_note(_threads())
     rows: list[Row] = []
     for batch in batches:
         found, left_out = _measure(given, contenders, images, batch, size)
@@ -159,6 +161,7 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
         "images": shown,
         "rows": [row.plain() for row in rows],
         "not_run": [asdict(each) for each in absent],
+        "note": note,
         "machine": machine(),
         "versions": versions(),
     }
@@ -171,6 +174,8 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
         console.print(_table([row for row in rows if row.batch == batch], batch))
     for line in _lines(absent):
         console.print(f"not run  {line}", soft_wrap=True, markup=False)
+    if note:
+        console.print(f"note     {note}", soft_wrap=True, markup=False)
     if given.out:
         given.out.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
         console.print(f"results  {given.out}", soft_wrap=True, markup=False)
