@@ -14,7 +14,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from export.commands import benchmark  # noqa: E402
-from export.comparing import Images, open_exports, open_torch, read_images, try_out  # noqa: E402
+from export.comparing import Images, busy_note, open_exports, open_torch, read_images, try_out  # noqa: E402
 from export.forms.load import artifact_hash, load_deployable  # noqa: E402
 from export.images import open_images  # noqa: E402
 from export.latency import interleaved  # noqa: E402
@@ -242,6 +242,28 @@ def test_files_are_opened_as_their_precision_needs(tmp_path, monkeypatch):
     opened.clear()
     open_exports(tmp_path, entries, "cuda", 3, Silent())
     assert [name for name, *_ in opened] == ["fp32.onnx", "bf16.onnx", "fp8.onnx"]
+
+
+def test_threads_of_onnx_runtime_do_not_wait_actively_between_runs(made):
+    entries = [entry(made.parent / "export" / "encoder.onnx", "fp32")]
+    (found,), _ = open_exports(made.parent / "export", entries, "cpu", 1, Silent())
+    settings = found.runtime._session.get_session_options()  # pyright: ignore[reportAttributeAccessIssue]
+    assert settings.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
+def test_a_machine_that_is_busy_is_remarked(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    for load, threads, busy in (
+        (0.5, 4, False),
+        (1.9, 4, True),
+        (1.9, 2, False),
+        (3, 1, False),
+        (5, 1, True),
+    ):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert (busy_note(threads) is not None) == busy
+    assert "OMP_WAIT_POLICY=passive" in (busy_note(4) or "")
 
 
 def test_images_without_files_are_not_decoded(model):

@@ -21,8 +21,8 @@ _PROVIDERS = {
 }
 
 _STILL = ("session.force_spinning_stop", "1")
-"""Threads wait actively within a run, but not after it: PyTorch, run in turns with it on two cores, took twice
-as long."""
+"""Threads wait actively within a run, but not after it: PyTorch, run in turns with it on two cores, took
+twice as long."""
 
 
 class OnnxRuntime:
