@@ -87,7 +87,8 @@ class ViT(nn.Module):
 
     def _encode(self, tokens: Tensor, real: Tensor | None) -> Tensor:
         # n s c -> n s c, with a cls token alongside
-        x = torch.cat([repeat(self.cls_token.to(tokens.dtype), "c -> n 1 c", n=tokens.shape[0]), tokens], dim=1)
+        cls = repeat(self.cls_token.to(tokens.dtype), "c -> n 1 c", n=tokens.shape[0])
+        x = torch.cat([cls, tokens], dim=1)
         seen = None if real is None else F.pad(real, (1, 0), value=True)[:, None, None]  # n 1 1 1+s
         for block in self.blocks:
             x = run_block(block, x, seen, recompute=self.grad_checkpointing and self.training)
