@@ -3,6 +3,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+OUT := quickstart
 LOCKED := $(VENV)/.locked
 INSTALLED := $(VENV)/.installed
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
@@ -15,8 +16,9 @@ help:  ## show this list
 
 env: $(INSTALLED)  ## build or update .venv from requirements.lock
 
-quickstart: $(INSTALLED)  ## pre-train a tiny CoMA-DyViT for two minutes and show what it learned
-	$(BIN)/coma quickstart $(ARGS)
+quickstart: $(INSTALLED)  ## pre-train a tiny CoMA-DyViT for two minutes, show what it learned, export and verify it
+	$(BIN)/coma quickstart --out $(OUT) $(ARGS)
+	$(BIN)/coma export $(OUT)/run/artifact --precision fp32,fp16 --seconds 1
 
 test: $(INSTALLED)  ## run the tests (ARGS="-k name" picks some)
 	$(BIN)/python -m pytest $(ARGS)

@@ -258,4 +258,6 @@ def _next_steps(run_directory: Path) -> str:
   {coma} pretrain --resume runs/first
       go on after an interruption
   {coma} evaluate {run_directory / "artifact"} --data LABELLED
-      measure its features on labelled images"""
+      measure its features on labelled images
+  {coma} export {run_directory / "artifact"}
+      ONNX files of it, compared with PyTorch"""
