@@ -24,7 +24,7 @@ from export.operators import nms_keep
 from pretrain.masking.units import cover
 
 LONGEST_STEP = -math.log(16 / 1000)
-"""Largest logarithm of a side over the anchor's; mmdet's, as Fast R-CNN's code and Mask R-CNN's had it."""
+"""Largest logarithm, up or down, of a box's side over its anchor's; the number is mmdet's."""
 NEVER = -1e4
 """Logit of what is not there: its probability is 0 in float32."""
 
@@ -54,7 +54,7 @@ class Candidates:
         code: From anchors to boxes.
         before: At most so many boxes of every level of an image are looked at: the likeliest.
         smallest: Boxes not wider and higher than this are dropped; None keeps all.
-        iou: Overlap from which the less likely of two boxes goes.
+        iou: Overlap above which the less likely of two boxes goes.
         score: Least score; 0 for region proposals.
         limit: Boxes of an image.
     """
@@ -227,7 +227,7 @@ def best_boxes(
     Args:
         boxes: `[b, 1, n, 4]`, shared by the classes, or `[b, c, n, 4]`.
         scores: `[b, c, n]`.
-        iou: Overlap from which the less likely of two boxes of a class goes.
+        iou: Overlap above which the less likely of two boxes of a class goes.
         score: Only scores above it count.
         limit: Boxes of an image.
 

@@ -36,7 +36,7 @@ class Regions:
         agnostic: Of every stage: whether its boxes are the same for all classes.
         mask_agnostic: Of every stage: whether its masks are.
         classes: Number of classes.
-        iou: Overlap from which the less likely of two boxes of a class goes.
+        iou: Overlap above which the less likely of two boxes of a class goes.
         score: Least score.
         limit: Detections of an image.
     """
