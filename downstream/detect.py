@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from downstream.datasets.coco import CocoSplit
+from downstream.finetuned import check_classes
 from downstream.fitting import Described, fit_encoder
 from downstream.options import TrainingOptions
 from downstream.schedule import fit_schedule, fit_workers
 from downstream.settings import PRESETS, load_config, replace_dataset
+from pretrain.artifact import ArtifactConfig
 from pretrain.errors import BadInput
 
 Detector = Literal["mask-rcnn", "cascade-mask-rcnn", "faster-rcnn", "retinanet"]
@@ -86,6 +88,18 @@ def metric_of(split: CocoSplit, masks: bool) -> dict[str, Any]:
 def labels_of(masks: bool) -> dict[str, Any]:
     """The pipeline step that reads boxes, and masks where the model learns them."""
     return {"type": "LoadAnnotations", "with_bbox": True, "with_mask": masks}
+
+
+def scoring(about: ArtifactConfig, split: CocoSplit) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How `tuning.measure` reads this split, and its metric: of masks too, where model and split have them.
+
+    Raises:
+        BadInput: the split has other classes than the artifact.
+    """
+    check_classes(about, split.class_names, split.annotations)
+    masks = "mask_head" in (about.head or {})["model"].get("roi_head", {}) and split.has_masks
+    loader = {"dataset": dataset_of(split, split.class_names, False, []), "labels": labels_of(masks)}
+    return loader, metric_of(split, masks)
 
 
 def fit_pipelines(config: Any, channels: int, short_side: int, masks: bool) -> None:

@@ -159,6 +159,19 @@ def dataset_meta(config: ArtifactConfig) -> dict[str, Any]:
     return {"classes": names, "palette": [tuple(colour) for colour in palette]}
 
 
+def check_classes(about: ArtifactConfig, names: tuple[str, ...], data: Path) -> None:
+    """Refuse to measure on images of other classes.
+
+    Raises:
+        BadInput: naming both lists.
+    """
+    if about.class_names != names:
+        raise BadInput(
+            f"{data}: has classes {', '.join(names[:5])}{'...' if len(names) > 5 else ''}; the artifact has "
+            f"{', '.join((about.class_names or ())[:5])}"
+        )
+
+
 def _without_labels(pipeline: list[Any]) -> list[Any]:
     return [step for step in pipeline if not str(step["type"]).startswith("LoadAnnotations")]
 

@@ -13,7 +13,7 @@ import os
 import sys
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, cast
@@ -88,12 +88,17 @@ def train(config: Any, folder: Path, *, resume: bool = False) -> Runner:
     return runner
 
 
-def test(config: Any, folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Measure a model with these weights on the configuration's test images."""
-    with closing(Bar(quiet=not is_main())) as bar, _prints_to(folder / PRINTED):
+def test(
+    config: Any, folder: Path, prepare: Callable[[torch.nn.Module], None], *, quiet: bool = False
+) -> dict[str, float]:
+    """Measure the configuration's model on its test images, after `prepare` gave it what it knows.
+
+    Without a bar where `quiet`: the caller has one.
+    """
+    with closing(Bar(quiet=quiet or not is_main())) as bar, _prints_to(folder / PRINTED):
         runner = build_runner(config, folder)
         runner.register_hook(_Watch(None, bar), priority="LOW")
-        load_weights(runner.model, tensors)
+        prepare(getattr(runner.model, "module", runner.model))
         return {name: float(value) for name, value in runner.test().items()}
 
 
@@ -129,7 +134,7 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> No
     """All of them or none; the error lists what does not fit."""
     from pretrain.artifact import load_strict
 
-    load_strict(getattr(model, "module", model), tensors, source="artifact")
+    load_strict(model, tensors, source="artifact")
 
 
 def best_checkpoint(folder: Path) -> Path:

@@ -6,10 +6,12 @@ from functools import partial
 from typing import Any
 
 from downstream.datasets.labels import LabelSplit
+from downstream.finetuned import check_classes
 from downstream.fitting import Described, each, fit_encoder
 from downstream.options import TrainingOptions
 from downstream.schedule import fit_schedule, fit_workers
 from downstream.settings import PRESETS, load_config, pipeline_of, replace_dataset
+from pretrain.artifact import ArtifactConfig
 from pretrain.errors import BadInput
 
 PRESET = PRESETS / "mmseg" / "upernet_dyvit_160k_ade20k-512x512.py"
@@ -84,6 +86,17 @@ def metric_of(split: LabelSplit) -> dict[str, Any]:
 def labels_of(reduce_zero_label: bool) -> dict[str, Any]:
     """The pipeline step that reads label maps."""
     return {"type": "LoadAnnotations", "reduce_zero_label": reduce_zero_label}
+
+
+def scoring(about: ArtifactConfig, split: LabelSplit) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How `tuning.measure` reads this split, and its metric.
+
+    Raises:
+        BadInput: the split has other classes than the artifact.
+    """
+    check_classes(about, split.class_names, split.labels)
+    loader = {"dataset": dataset_of(split, []), "labels": labels_of(split.reduce_zero_label)}
+    return loader, metric_of(split)
 
 
 def fit_pipelines(config: Any, channels: int, crop: int, resize: int | None, reduce_zero_label: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +97,31 @@ def measure(
     Raises:
         BadArtifact: not an artifact of this kind.
     """
+    found = read_finetuned(artifact, kind)
+    config = scoring_config(found.config, settings_of(found.config.head or {}), loader, metric)
+    return runs.test(config, folder, partial(runs.load_weights, tensors=found.tensors))
+
+
+def scoring_config(
+    about: ArtifactConfig, model: dict[str, Any], loader: dict[str, Any], metric: dict[str, Any]
+) -> Any:
+    """What mmengine needs to measure a model on images prepared as the artifact says.
+
+    Args:
+        about: Of a detector or segmentor.
+        model: Settings of the model; the artifact's own, or of one in its place.
+        loader: As of `measure`.
+        metric: As of `measure`.
+    """
     from mmengine.config import Config
 
-    found = read_finetuned(artifact, kind)
-    head = found.config.head or {}
-    register(found.config)
+    register(about)
+    head = about.head or {}
     *before, pack = tuples(head["pipeline"])
-    config = Config(
+    return Config(
         {
-            "default_scope": LIBRARIES[kind],
-            "model": settings_of(head),
+            "default_scope": head["library"],
+            "model": model,
             "test_dataloader": {
                 "batch_size": 1,
                 "num_workers": 0,
@@ -116,17 +132,3 @@ def measure(
             "test_cfg": {"type": "TestLoop"},
         }
     )
-    return runs.test(config, folder, found.tensors)
-
-
-def check_classes(about: ArtifactConfig, names: tuple[str, ...], data: Path) -> None:
-    """Refuse to measure on images of other classes.
-
-    Raises:
-        BadInput: naming both lists.
-    """
-    if about.class_names != names:
-        raise BadInput(
-            f"{data}: has classes {', '.join(names[:5])}{'...' if len(names) > 5 else ''}; the artifact has "
-            f"{', '.join((about.class_names or ())[:5])}"
-        )

@@ -136,18 +136,16 @@ def _test(argv: list[str]) -> None:
     import tempfile
 
     from downstream.datasets.coco import open_coco
-    from downstream.detect import dataset_of, labels_of, metric_of
+    from downstream.detect import scoring
     from downstream.finetuned import read_finetuned
-    from downstream.tuning import check_classes, measure
+    from downstream.tuning import measure
 
     about = read_finetuned(given.artifact, "detector").config
     with shared.checking(f"checking {given.split}") as progress:
         split = open_coco(given.data, given.split, progress=progress)
-    check_classes(about, split.class_names, split.annotations)
-    masks = "mask_head" in (about.head or {})["model"].get("roi_head", {}) and split.has_masks
-    loader = {"dataset": dataset_of(split, split.class_names, False, []), "labels": labels_of(masks)}
+    loader, metric = scoring(about, split)
     with tempfile.TemporaryDirectory() as folder:
-        scores = measure(given.artifact, "detector", loader, metric_of(split, masks), Path(folder))
+        scores = measure(given.artifact, "detector", loader, metric, Path(folder))
     shared.say_scores(scores, given.out)
 
 

@@ -129,16 +129,15 @@ def _test(argv: list[str]) -> None:
 
     from downstream.datasets.labels import open_labels
     from downstream.finetuned import read_finetuned
-    from downstream.segment import dataset_of, labels_of, metric_of
-    from downstream.tuning import check_classes, measure
+    from downstream.segment import scoring
+    from downstream.tuning import measure
 
     about = read_finetuned(given.artifact, "segmentor").config
     with shared.checking(f"checking {given.split}") as progress:
         split = open_labels(given.data, given.split, given.classes, progress)
-    check_classes(about, split.class_names, split.labels)
-    loader = {"dataset": dataset_of(split, []), "labels": labels_of(split.reduce_zero_label)}
+    loader, metric = scoring(about, split)
     with tempfile.TemporaryDirectory() as folder:
-        scores = measure(given.artifact, "segmentor", loader, metric_of(split), Path(folder))
+        scores = measure(given.artifact, "segmentor", loader, metric, Path(folder))
     shared.say_scores(scores, given.out)
 
 
