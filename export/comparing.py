@@ -271,8 +271,8 @@ def busy_note(threads: int) -> str | None:
     if load - 1 + threads <= cores + 0.5:  # one of the load may be this process
         return None
     return (
-        f"the {cores} cores were busy before this began (load {load:.1f}): numbers of several threads are "
-        "unsteady, PyTorch's most of all, whose threads wait actively for each other; take fewer --threads, "
+        f"the {cores} cores were busy before this began (load {load:.1f}), so the numbers are unsteady; with "
+        "several threads PyTorch's most of all, since they wait actively for each other: take fewer --threads, "
         "or set OMP_WAIT_POLICY=passive in the environment"
     )
 

@@ -1,0 +1,418 @@
+"""Every kind of model exported: how far from PyTorch, how fast beside it, and beside timm's encoders.
+
+    python benchmarks/exports.py --work /tmp/exports --calibrate IMAGES --out exports.json
+    python benchmarks/exports.py --work W --pretrained runs/a/artifact --segmentor S --detector D
+    python benchmarks/exports.py --work W --preset tiny --seconds 0.5 --peers hiera_tiny_224
+
+Encoder, reconstructor and classifier of `--preset`, with random weights unless artifacts are given (the
+classifier of a pre-trained encoder has its weights under a random head), segmentor and detector where given;
+each at the size it was trained on, in fp32, fp16 and, with `--calibrate`, int8. All of it runs on a CPU, by
+PyTorch eagerly and by ONNX Runtime.
+
+Errors are those of `coma export`: every file against PyTorch in fp32, on images, at several batches, held to
+the limits of its precision. "least cosine" and "largest error" are the worst of all outputs and images.
+Peers, 1,000-class classifiers of timm with random weights, take the same way: torch.onnx.export (dynamo,
+opset 18, dynamic batch), the same check, the same runtimes.
+
+All runtimes of all models run in turns, warm, at every batch; speed is relative to PyTorch's median. `--work`
+keeps artifacts and exports: a run that was stopped, or is repeated, takes up what is finished. Give another
+one after changes to the exporter. Exporting takes a minute or two for each file of `small` on two cores. On
+cores that others use too, `--threads 1` or OMP_WAIT_POLICY=passive gives steadier numbers: PyTorch's threads
+wait actively for each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import timm
+import torch
+from machine import table
+from torch import Tensor, nn
+
+from export.comparing import busy_note
+from export.description import Description, Form, Port, Precision, Preprocessing
+from export.forms.base import Deployable
+from export.forms.load import artifact_hash, example_inputs, load_deployable
+from export.images import as_input, open_images, resized
+from export.latency import Latency, compute, interleaved
+from export.manifest import machine, versions
+from export.quantization import quantize_int8
+from export.runtimes.base import Runtime
+from export.runtimes.onnxruntime import OnnxRuntime
+from export.runtimes.pytorch import TorchRuntime
+from export.shapes import Shape, Shapes
+from export.to_onnx import METADATA, as_json, in_precision, read_description, write_onnx
+from export.verify.check import Verdict, read_pictures, verify
+from pretrain.artifact import (
+    LINEAR_HEAD,
+    ArtifactConfig,
+    library_versions,
+    load_artifact,
+    save_artifact,
+)
+from pretrain.config import ENCODER_PRESETS, encoder_preset, method_preset
+from pretrain.models import build_encoder
+from pretrain.models.classifier import build_classifier
+from pretrain.objectives import build_objective
+
+PEERS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224", "hiera_tiny_224")
+PRECISIONS = ("fp32", "fp16", "int8")
+CLASSES = 1000
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Something to export.
+
+    Attributes:
+        name: For the table, and for file names.
+        weights: What they are: "random", "trained", "trained, random head".
+        side: Height and width in pixels.
+        load: Makes it anew, in fp32.
+        precisions: To export it in.
+    """
+
+    name: str
+    weights: str
+    side: int
+    load: Callable[[], Deployable]
+    precisions: tuple[Precision, ...]
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A model in one precision, by one runtime.
+
+    Attributes:
+        model: Which one.
+        precision: Of its products.
+        runtime: Who computes.
+        megabytes: Of its file; None of PyTorch's.
+        verdict: How far it is from PyTorch; None of PyTorch itself.
+        seconds: That exporting took; None where it was done before.
+    """
+
+    model: Model
+    precision: Precision
+    runtime: Runtime
+    megabytes: float | None = None
+    verdict: Verdict | None = None
+    seconds: float | None = None
+
+
+class Peer(nn.Module):
+    """A classifier of timm in the form of ours: images to a tuple of outputs, float32 at both ends.
+
+    Hiera's attention has five axes, for which torch.onnx knows no fused one: to be exported it is written out
+    (`spell_out`), as torch.onnx does with that of the others; PyTorch runs all of them fused.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = timm.create_model(name, num_classes=CLASSES)
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        """Images `[b, 3, H, W]` to logits `[b, classes]`."""
+        dtype = next(self.model.parameters()).dtype
+        return (self.model(images.to(dtype)).float(),)
+
+    def spell_out(self) -> None:
+        """Attention as products and a softmax."""
+        for module in self.model.modules():
+            if hasattr(module, "fused_attn"):
+                cast(Any, module).fused_attn = False
+
+
+def load_peer(name: str) -> Deployable:
+    """A peer with what our exporter wants to know of it."""
+    description = Description(
+        form="classifier",
+        precision="fp32",
+        inputs=(Port("images", "float32", ("batch", 3, "height", "width")),),
+        outputs=(Port("logits", "float32", ("batch", CLASSES)),),
+        preprocessing=Preprocessing("centre-square", (224, 224), _MEAN, _STD),
+        unit=32,
+        class_names=None,
+        source=f"timm {timm.__version__} {name}, seed 0",
+        versions=library_versions(),
+    )
+    return Deployable(Peer(name).eval().requires_grad_(False), description)
+
+
+def models_of(args: argparse.Namespace, precisions: tuple[Precision, ...]) -> Iterator[Model]:
+    """What was asked for; artifacts that are not given are made, with random weights."""
+    pretrained = args.pretrained or random_pretrained(args.work, args.preset, args.size)
+    classifier = args.classifier or headed(args.work, pretrained)
+    weights = "trained" if args.pretrained else "random"
+    headed_weights = (
+        "trained" if args.classifier else f"{weights}, random head" if args.pretrained else weights
+    )
+    for kind, artifact, about in (
+        ("encoder", pretrained, weights),
+        ("reconstructor", pretrained, weights),
+        ("classifier", classifier, headed_weights),
+        ("segmentor", args.segmentor, "trained"),
+        ("detector", args.detector, "trained"),
+    ):
+        if artifact is None or kind not in args.kinds:
+            continue
+        config = load_artifact(artifact).config
+        side = -(-config.image_size // config.model.unit) * config.model.unit
+        load = partial(load_deployable, artifact, cast(Form, kind))
+        yield Model(kind, about, side, load, precisions)
+    for name in args.peers:
+        yield Model(name, "random", 224, partial(load_peer, name), ("fp32",))
+
+
+def random_pretrained(work: Path, preset: str, side: int) -> Path:
+    """An artifact of kind pretrained whose weights are those it would start with."""
+    model = encoder_preset(preset, side)
+    torch.manual_seed(0)
+    objective = build_objective(method_preset("coma"), build_encoder(model))
+    config = ArtifactConfig(
+        kind="pretrained",
+        model=model,
+        objective=method_preset("coma"),
+        image_size=side,
+        mean=_MEAN,
+        std=_STD,
+        class_names=None,
+        trained={"method": "none: random weights"},
+        versions=library_versions(),
+    )
+    return kept(work / f"pretrained-{preset}-{side}", objective.state_dict(), config)
+
+
+def headed(work: Path, pretrained: Path) -> Path:
+    """A classifier: the encoder of an artifact under a random head."""
+    artifact = load_artifact(pretrained)
+    torch.manual_seed(0)
+    tensors: dict[str, Tensor] = build_classifier(artifact.config.model, CLASSES).state_dict()
+    own = {name.removeprefix("encoder."): tensor for name, tensor in artifact.tensors.items()}
+    tensors |= {name: tensor for name, tensor in own.items() if name in tensors}
+    names = tuple(f"class {number}" for number in range(CLASSES))
+    config = replace(artifact.config, kind="classifier", objective=None, class_names=names, head=LINEAR_HEAD)
+    return kept(work / f"classifier-{artifact_name(pretrained)}", tensors, config)
+
+
+def artifact_name(directory: Path) -> str:
+    """A name for what is made of it: its own, and what tells its weights from others."""
+    return f"{directory.name}-{artifact_hash(directory)[:8]}"
+
+
+def kept(directory: Path, tensors: dict[str, Tensor], config: ArtifactConfig) -> Path:
+    """Save an artifact, unless the same one is there: exports are known by the hash of its weights."""
+    if directory.exists():
+        known = load_artifact(directory)
+        same = known.config.model == config.model and known.tensors.keys() == tensors.keys()
+        if same and all(torch.equal(known.tensors[name], tensor) for name, tensor in tensors.items()):
+            return directory
+    save_artifact(directory, tensors=tensors, config=config)
+    return directory
+
+
+def entrants_of(model: Model, args: argparse.Namespace, pictures: list[np.ndarray]) -> list[Entrant]:
+    """PyTorch and every file of a model, the files made where they are not there yet, and checked."""
+    reference = TorchRuntime(model.load())
+    found = [Entrant(model, "fp32", reference)]
+    least, most = (Shape(batch, model.side, model.side) for batch in (min(args.batches), max(args.batches)))
+    shapes = Shapes(least, most, most)
+    for precision in model.precisions:
+        images = f"-{args.calibrate_images}-of-{args.calibrate.name}" if precision == "int8" else ""
+        path = file_of(model, reference.description, precision + images, shapes, args.work)
+        seconds = None
+        if not path.exists():
+            print(f"{model.name} {precision}: exporting", flush=True)
+            started = time.perf_counter()
+            plain = file_of(model, reference.description, "fp32", shapes, args.work)
+            export(model, precision, shapes, path, plain, args)
+            seconds = time.perf_counter() - started
+        print(f"{model.name} {precision}: comparing with PyTorch", flush=True)
+        runtime = OnnxRuntime(path, "cpu", torch.get_num_threads())
+        verdict = verify(reference, runtime, shapes, pictures)
+        megabytes = path.stat().st_size / 1e6
+        found.append(Entrant(model, precision, runtime, megabytes, verdict, seconds))
+    return found
+
+
+def file_of(model: Model, about: Description, how: str, shapes: Shapes, work: Path) -> Path:
+    """Where a file lies: its name says of which weights it was made, for which shapes and by which torch."""
+    source = about.source[:8] if " " not in about.source else f"timm-{timm.__version__}"
+    batches = "-".join(str(each.batch) for each in (shapes.least, shapes.most))
+    made_by = f"torch-{torch.__version__.partition('+')[0]}"
+    return work / f"{model.name}-{source}-{model.side}-batch-{batches}-{made_by}-{how}.onnx"
+
+
+def export(
+    model: Model,
+    precision: Precision,
+    shapes: Shapes,
+    path: Path,
+    plain: Path,
+    args: argparse.Namespace,
+) -> None:
+    """Write one file; it appears whole or not at all. `plain` is the fp32 one, made for int8 if need be."""
+    deployable = model.load()
+    description = replace(deployable.description, precision=precision)
+    if isinstance(deployable.module, Peer):
+        deployable.module.spell_out()
+    if precision != "int8":
+        in_precision(deployable.module, precision)
+        write_onnx(replace(deployable, description=description), shapes, path)
+        return
+    if not plain.exists():
+        write_onnx(deployable, shapes, plain)
+    about = replace(read_description(onnx.load(plain), plain.name), precision=precision)
+    pictures = calibration(args.calibrate, cast(int, about.inputs[0].axes[1]), args.calibrate_images)
+    batches = (inputs_of(about, [picture], model.side, 1) for picture in pictures)
+    arrays = ({name: tensor.numpy() for name, tensor in inputs.items()} for inputs in batches)
+    quantize_int8(plain, path, arrays, metadata={METADATA: as_json(about)})
+
+
+@cache
+def calibration(place: Path, channels: int, most: int) -> list[np.ndarray]:
+    """Images to calibrate on."""
+    return read_pictures(open_images(place), channels, most)
+
+
+def inputs_of(about: Description, pictures: list[np.ndarray], side: int, batch: int) -> dict[str, Tensor]:
+    """A batch as a model takes it."""
+    rule, size = about.preprocessing, (side, side)
+    examples = example_inputs(about, batch, *size)
+    inputs = {port.name: tensor for port, tensor in zip(about.inputs, examples, strict=True)}
+    shown = [resized(picture, rule, size) for picture in pictures[:batch]]
+    return inputs | {"images": as_input([shown[i % len(shown)] for i in range(batch)], rule)}
+
+
+def time_all(
+    entrants: list[Entrant], pictures: list[np.ndarray], batch: int, seconds: float
+) -> list[Latency]:
+    """Of all of them, in turns."""
+    print(f"batch {batch}: timing {len(entrants)} runtimes in turns", flush=True)
+    inputs = [inputs_of(e.runtime.description, pictures, e.model.side, batch) for e in entrants]
+    calls = [compute(e.runtime, given) for e, given in zip(entrants, inputs, strict=True)]
+    return interleaved(calls, batch, seconds)
+
+
+def as_plain(entrant: Entrant, latencies: dict[int, Latency]) -> dict[str, Any]:
+    """A row, in numbers."""
+    verdict = entrant.verdict
+    outputs = list(verdict.outputs.values()) if verdict else []
+    return {
+        "model": entrant.model.name,
+        "weights": entrant.model.weights,
+        "side": entrant.model.side,
+        "precision": entrant.precision,
+        "runtime": entrant.runtime.title,
+        "megabytes": entrant.megabytes,
+        "export_seconds": entrant.seconds,
+        "least_cosine": min((o.cosine for o in outputs if o.compared or not o.finite), default=None),
+        "largest_error": max((o.max for o in outputs), default=None),
+        "verification": verdict.plain() if verdict else None,
+        "latency": {str(batch): vars(latency) for batch, latency in latencies.items()},
+    }
+
+
+def as_text(row: dict[str, Any], eager: dict[str, Any]) -> dict[str, str]:
+    """The same for the table."""
+    verification = row["verification"]
+    failures = "; ".join(verification["failures"]) if verification else ""
+
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else f"{value:{form}}"
+
+    text = {
+        "model": row["model"],
+        "px": str(row["side"]),
+        "weights": row["weights"],
+        "precision": row["precision"],
+        "run by": row["runtime"],
+        "MB": number(row["megabytes"], ".1f"),
+        "least cosine": number(row["least_cosine"], ".7f"),
+        "largest error": number(row["largest_error"], ".2g"),
+        "limits": "" if not verification else failures or "kept",
+    }
+    for batch, latency in row["latency"].items():
+        at = f"batch {batch}"
+        for name, key in (("p50 ms", "p50"), ("p90", "p90"), ("images/s", "images_per_second")):
+            value = latency[key]
+            text[f"{at}: {name}"] = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+        text[f"{at}: speed"] = f"{eager['latency'][batch]['p50'] / latency['p50']:.2f} x"
+    return text
+
+
+def main() -> None:
+    """Export what is missing, compare, time, print; `--out` keeps all numbers as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = ("encoder", "reconstructor", "classifier", "segmentor", "detector")
+    parser.add_argument("--work", type=Path, required=True, help="folder for artifacts and exports")
+    parser.add_argument("--preset", default="small", choices=ENCODER_PRESETS)
+    parser.add_argument("--size", type=int, default=224, help="of the preset's images, in pixels")
+    parser.add_argument("--kinds", nargs="+", default=list(kinds), choices=kinds)
+    for kind in ("pretrained", "classifier", "segmentor", "detector"):
+        parser.add_argument(f"--{kind}", type=Path, metavar="ARTIFACT")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="default: those possible")
+    parser.add_argument("--calibrate", type=Path, metavar="IMAGES", help="int8 needs it")
+    parser.add_argument("--calibrate-images", type=int, default=64)
+    parser.add_argument("--verify", type=Path, metavar="IMAGES", help="default: scikit-image's photographs")
+    parser.add_argument("--verify-images", type=int, default=16)
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), help="names of timm's models for 224 px")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each runtime at each batch")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    precisions = tuple(args.precisions or (PRECISIONS if args.calibrate else PRECISIONS[:-1]))
+    if "int8" in precisions and not args.calibrate:
+        parser.error("int8 needs --calibrate IMAGES")
+
+    started = time.perf_counter()
+    torch.set_num_threads(args.threads)
+    note = busy_note(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    pictures = read_pictures(open_images(args.verify), 3, args.verify_images)
+    entrants = [e for model in models_of(args, precisions) for e in entrants_of(model, args, pictures)]
+    latencies = {batch: time_all(entrants, pictures, batch, args.seconds) for batch in args.batches}
+    rows = [
+        as_plain(entrant, {batch: found[number] for batch, found in latencies.items()})
+        for number, entrant in enumerate(entrants)
+    ]
+    eager = {row["model"]: row for row in rows if row["verification"] is None}
+    facts = {
+        "machine": machine(),
+        "versions": versions(),
+        "threads": args.threads,
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
+        "busy": note,
+        "verified_on": f"{len(pictures)} images of {args.verify or 'scikit-image'}",
+        "seconds_in_all": time.perf_counter() - started,
+    }
+    if args.out:
+        args.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    print(
+        f"\n{facts['machine']}, {args.threads} thread(s); torch {torch.__version__}, "
+        f"timm {timm.__version__}; {facts['verified_on']}; {args.seconds:g} s each, "
+        f"{facts['seconds_in_all']:.0f} s in all"
+    )
+    if note:
+        print(f"note: {note}")
+    print("\n" + table([as_text(row, eager[row["model"]]) for row in rows]))
+
+
+if __name__ == "__main__":
+    main()
