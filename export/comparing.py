@@ -272,8 +272,8 @@ def busy_note(threads: int) -> str | None:
         return None
     return (
         f"the {cores} cores were busy before this began (load {load:.1f}), so the numbers are unsteady; with "
-        "several threads PyTorch's most of all, since they wait actively for each other: take fewer --threads, "
-        "or set OMP_WAIT_POLICY=passive in the environment"
+        "several threads PyTorch's most of all, since they wait actively for each other: take fewer "
+        "--threads, or set OMP_WAIT_POLICY=passive in the environment"
     )
 
 
