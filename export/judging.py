@@ -155,6 +155,11 @@ class Judge:
                 "file": top1(runtime, request.labelled, request.most),
             }
         if form in ("detector", "segmentor") and request.dataset is not None:
+            if not {"height", "width"} <= self.shapes.dynamic or self.shapes.least.batch > 1:
+                self.watcher.say(
+                    "        no metric: the dataset's images are of many sizes, the file's of one"
+                )
+                return {}
             self.watcher.step("the task's metric, of PyTorch and of the file")
             return {
                 "torch": measure(self.reference, request.artifact, request.dataset, request.most),

@@ -76,7 +76,7 @@ class Manifest:
     def add(self, entry: Entry, passed: bool) -> None:
         """Put in a file, in place of what was known of one of its name."""
         for entries in (self.files, self.rejected):
-            entries[:] = [known for known in entries if known.file.removesuffix(".rejected") != entry.file]
+            entries[:] = [known for known in entries if _name(known) != _name(entry)]
         (self.files if passed else self.rejected).append(entry)
 
     def write(self, folder: Path) -> None:
@@ -114,6 +114,10 @@ class Manifest:
         except (KeyError, TypeError) as error:
             raise BadInput(f"{folder / NAME}: of another version ({error}); choose another --out") from None
         return fresh
+
+
+def _name(entry: Entry) -> str:
+    return entry.file.removesuffix(".rejected")
 
 
 def machine() -> str:

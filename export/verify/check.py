@@ -145,9 +145,9 @@ def judge(outputs: dict[str, Difference], description: Description) -> list[str]
             failures.append(f"{name} holds NaN or infinite values")
         elif each.compared and each.cosine < gate.cosine:
             failures.append(f"{name}: cosine {each.cosine:.6f} is below {gate.cosine}")
-        agreement = each.agreement
-        if agreement is not None and agreement < gate.agreement:
-            failures.append(f"{name}: {agreement:.2%} agree, fewer than {gate.agreement:.2%}")
+        agreement, least = each.agreement, gate.found if name == "labels" else gate.agreement
+        if agreement is not None and agreement < least:
+            failures.append(f"{name}: {agreement:.2%} agree, fewer than {least:.2%}")
     if description.form == "detector" and not outputs["labels"].counted:
         failures.append("nothing was detected by PyTorch: give images with something to detect")
     return failures
