@@ -34,6 +34,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]], path: Path, width: int = 320) -
         for x, image in enumerate(row):
             small = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
             whole.paste(small, (x * (width + 4), y * (height + 4)))
+    path.parent.mkdir(parents=True, exist_ok=True)
     whole.save(path)
 
 
