@@ -112,6 +112,8 @@ def build_runner(config: Any, folder: Path) -> Runner:
     allow_checkpoints()
     config.work_dir = str(folder)
     config.experiment_name = f"{folder.name}-{uuid.uuid4().hex[:8]}"  # mmengine keeps one logger per name
+    if "visualizer" in config:  # and one visualizer, which writes the curves, for good in its first folder
+        config.visualizer.name = config.experiment_name
     config.launcher = "pytorch" if "LOCAL_RANK" in os.environ else "none"
     for backends in (config.get("vis_backends"), config.get("visualizer", {}).get("vis_backends")):
         kinds = {backend["type"] for backend in backends or ()}
