@@ -8,6 +8,7 @@ model.safetensors  all weights, under the names that the library gives them
 from __future__ import annotations
 
 import os
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -110,7 +111,9 @@ def build_model(config: ArtifactConfig) -> nn.Module:
     from mmengine.registry import MODELS
 
     register(config)
-    return MODELS.build(settings_of(config.head or {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mm's packages warn of each other's names
+        return MODELS.build(settings_of(config.head or {}))
 
 
 def settings_of(head: dict[str, Any]) -> Any:

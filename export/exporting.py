@@ -25,14 +25,16 @@ def export(request: Request, form: Form, shapes: Shapes, manifest: Manifest, wat
     refused = []
     reference = TorchRuntime(load_deployable(request.artifact, form))
     maker = Maker(request, form, shapes, watcher)
-    for precision in sorted(request.precisions, key=list(GATES).index):
-        path = request.out / file_name(form, precision)
-        waiting = maker.onnx(precision)
-        judged = Judge(request, reference, shapes, watcher, manifest)
-        fault = judged.onnx(waiting, path, precision, maker)
-        if fault:
-            refused.append(fault)
-        elif request.tensorrt:
-            refused += judged.engine(path, maker)
-    maker.clean()
+    try:
+        for precision in sorted(request.precisions, key=list(GATES).index):
+            path = request.out / file_name(form, precision)
+            waiting = maker.onnx(precision)
+            judged = Judge(request, reference, shapes, watcher, manifest)
+            fault = judged.onnx(waiting, path, precision, maker)
+            if fault:
+                refused.append(fault)
+            elif request.tensorrt:
+                refused += judged.engine(path, maker)
+    finally:
+        maker.clean()
     return refused

@@ -14,9 +14,9 @@ from export.description import Precision
 from export.forms.load import example_inputs
 from export.images import as_input, resized
 from export.latency import compute, end_to_end, interleaved
-from export.making import UNVERIFIED, Maker, describe, load
+from export.making import Maker, describe, load
 from export.manifest import Entry, Manifest
-from export.request import Request, Watcher, file_name
+from export.request import Request, Watcher
 from export.runtimes.base import Runtime
 from export.runtimes.pytorch import TorchRuntime
 from export.shapes import Shapes
@@ -47,7 +47,7 @@ class Judge:
         if not verdict.passed:
             entry.error = self._locate(waiting, runtime, maker)
         elif precision in ("int8", "fp8"):
-            verdict = _worth_it(verdict, entry, self.request.out / file_name(maker.form, "fp32"))
+            verdict = _worth_it(verdict, entry, maker.fp32_bytes())
             entry.verification = verdict.plain()
         return self._keep(waiting, path, entry, verdict)
 
@@ -59,7 +59,7 @@ class Judge:
         from export.tensorrt.sidecar import sidecar_path
 
         path = onnx_path.with_suffix(".engine")
-        waiting = path.with_suffix(UNVERIFIED + ".engine")
+        waiting = maker.waiting(path)
         profile = profile_of(describe(onnx_path), self.shapes)
 
         def progress(phase: str, done: int, steps: int) -> None:
@@ -217,11 +217,15 @@ class Judge:
         return str(found) if found else None
 
 
-def _worth_it(verdict: Verdict, entry: Entry, plain: Path) -> Verdict:
-    """A quantised file is kept only if it is smaller or faster than fp32."""
-    if not plain.exists() or entry.bytes < plain.stat().st_size:
+def _worth_it(verdict: Verdict, entry: Entry, plain: int) -> Verdict:
+    """A quantised file is kept only if it is smaller than the fp32 file of `plain` bytes, or faster."""
+    timed = [row for row in entry.latency if row["what"] == "compute"]
+    faster = bool(timed) and all(
+        file["p50"] < torch["p50"] for file, torch in zip(timed[::2], timed[1::2], strict=True)
+    )
+    if entry.bytes < plain or faster:
         return verdict
-    return replace(verdict, failures=(*verdict.failures, "not smaller than the fp32 file"))
+    return replace(verdict, failures=(*verdict.failures, "neither smaller than the fp32 file nor faster"))
 
 
 def _sha256(path: Path) -> str:

@@ -31,10 +31,11 @@ class Maker:
         self.request, self.shapes, self.watcher = request, shapes, watcher
         self.form: Form = form
         self._base: Path | None = None
+        self._unverified: list[Path] = []
 
     def onnx(self, precision: Precision) -> Path:
         """An ONNX file of this precision, `.unverified`."""
-        target = self._waiting(precision)
+        target = self.waiting(self.request.out / file_name(self.form, precision))
         if precision in ("int8", "fp8"):
             self._quantize(precision, target)
         else:
@@ -42,9 +43,19 @@ class Maker:
         return target
 
     def clean(self) -> None:
-        """Take away what was made on the way and not asked for."""
-        if self._base:
-            self._base.unlink(missing_ok=True)
+        """Take away what was made on the way and not asked for, or not finished."""
+        for path in (*self._unverified, *filter(None, (self._base,))):
+            path.unlink(missing_ok=True)
+
+    def waiting(self, path: Path) -> Path:
+        """What `path` is called until it is verified."""
+        waiting = path.with_suffix(UNVERIFIED + path.suffix)
+        self._unverified.append(waiting)
+        return waiting
+
+    def fp32_bytes(self) -> int:
+        """Size of the fp32 file, from which the quantised ones are made."""
+        return self._fp32().stat().st_size
 
     def _trace(self, precision: Precision, target: Path) -> None:
         self.watcher.step(f"{self.form} {precision}: tracing the graph")
@@ -98,10 +109,6 @@ class Maker:
             ):
                 inputs[port.name] = example
             yield {name: each.numpy() for name, each in inputs.items()}
-
-    def _waiting(self, precision: Precision) -> Path:
-        name = file_name(self.form, precision)
-        return self.request.out / (name.removesuffix(".onnx") + UNVERIFIED + ".onnx")
 
 
 def describe(path: Path) -> Description:

@@ -117,13 +117,17 @@ def write_onnx(deployable: Deployable, shapes: Shapes, path: Path) -> Descriptio
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
-    """Write a file that appears at once and whole; weights beyond 2 GB go into `<name>.data` beside it."""
+    """Write a file that appears at once and whole.
+
+    Raises:
+        BadInput: it would be larger than 2 GB, which is more than one ONNX file holds.
+    """
     import onnx
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    if model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
-        onnx.save(model, path, save_as_external_data=True, location=path.name + ".data")
-        return
+    size = model.ByteSize()
+    if size >= onnx.checker.MAXIMUM_PROTOBUF:
+        raise BadInput(f"{path}: would be {size / 1e9:.1f} GB, more than the 2 GB of an ONNX file; try fp16")
     temporary = path.with_name(path.name + ".part")
     try:
         temporary.write_bytes(model.SerializeToString())
