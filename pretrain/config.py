@@ -15,6 +15,7 @@ import tyro
 from pretrain.errors import BadInput
 
 Windows = tuple[tuple[int, ...], ...]
+Degradation = Literal["zoom-in", "zoom-out", "distort", "blur", "decolor", "zoom-in+mask", "zoom-in+coma"]
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,39 @@ class MAEConfig:
             raise BadInput(f"hidden ratio {self.hidden_ratio} must lie between 0 and 1")
 
 
-ObjectiveConfig = CoMAConfig | MAEConfig
+@dataclass(frozen=True)
+class BeyondConfig:
+    """Degradations other than masks (Jiao et al. 2022, "Beyond Masking", arXiv 2203.14313)."""
+
+    degrade: Degradation = "zoom-in+mask"
+    """What is done to the input. Published, their order of fine-tuned accuracy: zoom-in+mask, (masks alone,
+    which is --method mae), zoom-in, zoom-out, distort, blur, decolor. zoom-in+coma is this project's own."""
+    hidden_ratio: float = 0.75
+    """zoom-in+mask: share of the centre's mask units that the encoder does not see (published)."""
+    views: int = 2
+    """zoom-in+coma: groups that share the centre's units; each of them predicts what it does not see."""
+    border_weight: float = 0.2
+    """zoom-in+mask and zoom-in+coma: share of the loss that the border around the centre gets (published:
+    0.2, with 0.8 for the hidden part of the centre); plain zoom-in weighs all pixels alike."""
+    norm_pix: bool = True
+    """Predict pixels normalised per mask unit (MAE sec. 4.1) instead of plain pixels."""
+    decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(depth=8))
+
+    @property
+    def zooms_in(self) -> bool:
+        """Whether the encoder sees the centre of a larger view."""
+        return self.degrade.startswith("zoom-in")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.hidden_ratio < 1:
+            raise BadInput(f"hidden ratio {self.hidden_ratio} must lie between 0 and 1")
+        if self.views < 2:
+            raise BadInput(f"complementary masks need at least 2 views, got {self.views}")
+        if not 0 < self.border_weight < 1:
+            raise BadInput(f"border weight {self.border_weight} must lie between 0 and 1")
+
+
+ObjectiveConfig = CoMAConfig | MAEConfig | BeyondConfig
 
 
 @dataclass(frozen=True)
@@ -255,6 +288,14 @@ class PretrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    @property
+    def view_size(self) -> int:
+        """Side in pixels of the crops that the objective gets: --image-size, unless it zooms in."""
+        size, unit = self.data.image_size, self.model.unit
+        if isinstance(self.objective, BeyondConfig) and self.objective.zooms_in:
+            return size + 2 * unit * max(1, round(size / unit / 7))
+        return size
+
 
 @dataclass(frozen=True)
 class FinetuneRecipe(OptimizerConfig):
@@ -342,7 +383,7 @@ _VIT = {
     "vit-large": {"dim": 1024, "depth": 24, "heads": 16},
 }
 ENCODER_PRESETS = (*_DYVIT, *_VIT)
-METHOD_PRESETS = ("coma", "coma4", "coma-independent", "coma-single", "mae")
+METHOD_PRESETS = ("coma", "coma4", "coma-independent", "coma-single", "mae", "beyond")
 
 
 def encoder_preset(name: str, image_size: int = 224, channels: int = 3) -> EncoderConfig:
@@ -371,7 +412,7 @@ def dyvit_preset(name: str, image_size: int = 224, channels: int = 3) -> DyViTCo
 
 
 def method_preset(name: str, *, decoder_dim: int = 512, decoder_depth: int | None = None) -> ObjectiveConfig:
-    """The objective called `name`; decoder depth is 4 for CoMA and 8 for MAE unless given.
+    """The objective called `name`; decoder depth is 4 for CoMA and 8 for others unless given.
 
     Raises:
         BadInput: no preset has that name.
@@ -391,6 +432,8 @@ def method_preset(name: str, *, decoder_dim: int = 512, decoder_depth: int | Non
             return CoMAConfig(masks="single", decoder=decoder(4))
         case "mae":
             return MAEConfig(decoder=decoder(8))
+        case "beyond":
+            return BeyondConfig(decoder=decoder(8))
     raise BadInput(f"no method {name!r}; there are: {', '.join(METHOD_PRESETS)}")
 
 

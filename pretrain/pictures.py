@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from pretrain.degradations import Kind, degrade
 from pretrain.errors import BadInput
 from pretrain.masking.units import spread, unit_grid
 from pretrain.objectives import Objective
@@ -63,19 +65,20 @@ def reconstruction_sheet(
     objective.eval()
     try:
         visible = objective.draw_visible(seeds, *unit_grid(height, width, unit))  # v b h w
-        filled = torch.stack([objective.reconstruct(images, view, statistics) for view in visible])
+        inputs = objective.degraded(images, seeds)
+        filled = torch.stack([objective.reconstruct(inputs, view, statistics) for view in visible])
     finally:
         objective.train(was_training)
 
     shown = spread(visible.flatten(0, 1), unit)[:, :height, :width].unflatten(0, visible.shape[:2])
     views = len(visible)
-    original = _pixels(images, mean, std)
+    original, given = _pixels(images, mean, std), _pixels(inputs, mean, std)
     columns: list[Column] = [("original", original, None)]
     for number, (seen, reconstruction) in enumerate(zip(shown, filled, strict=True), start=1):
         view, rebuilt = (
             (f"view {number}", f"rebuilt from view {number}") if views > 1 else ("view", "rebuilt")
         )
-        columns.append((view, original, seen.cpu().numpy()))
+        columns.append((view, given, seen.cpu().numpy()))
         columns.append((rebuilt, _pixels(reconstruction, mean, std), None))
     if views > 1:
         hidden = (~shown).unsqueeze(2).float()  # v b 1 H W
@@ -86,14 +89,40 @@ def reconstruction_sheet(
     _write(path, _draw(columns, caption or f"Reconstructions by {_method(objective)}", notes))
 
 
+def degradation_sheet(view: Tensor, path: Path, kinds: Sequence[Kind], draws: int = 4, seed: int = 0) -> None:
+    """Draw a PNG of an image and its degradations, a random draw in every row.
+
+    Args:
+        view: `[3, H, W]`, uint8, or floats in 0..1.
+        path: The PNG to write; it appears at once and whole.
+        kinds: Which degradations.
+        draws: Of each.
+        seed: Of the first draw; the next ones count on.
+    """
+    views = (view / 255 if view.dtype == torch.uint8 else view).expand(draws, -1, -1, -1)
+    seeds = torch.arange(seed, seed + draws)
+    columns: list[Column] = [("to be rebuilt", _pixels(views, (0.0,), (1.0,)), None)]
+    for kind in kinds:
+        shown, whole = degrade(views, seeds, kind)
+        rows, cols = ((a - b) // 2 for a, b in zip(whole.shape[-2:], shown.shape[-2:], strict=True))
+        seen = F.pad(torch.ones(draws, *shown.shape[-2:], dtype=torch.bool), (cols, cols, rows, rows))
+        pixels = _pixels(F.pad(shown, (cols, cols, rows, rows)), (0.0,), (1.0,))
+        columns.append((kind, pixels, seen.numpy()))
+    notes = (
+        "Every row is another draw. Zooming in draws nothing: the encoder sees the centre, and the border "
+        "(grey) is predicted too; zoom-in+mask and zoom-in+coma hide random units of the centre besides."
+    )
+    _write(path, _draw(columns, "Degradations (Jiao et al. 2022)", notes))
+
+
 def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
     """Draw a PNG of loss, learning rate and the share of time spent waiting for data, against the step.
 
-    Where a classifier was validated on the way, its accuracy is drawn as well.
+    Where a classifier was validated or features were probed on the way, that is drawn as well.
 
     Args:
         metrics: `metrics.jsonl` of a run: one JSON object per line with `step`, `loss`, `lr`, `data_wait`, or
-            with `step` and `top1`.
+            with `step` and `top1`, or with `step` and what a probe found.
         path: The PNG to write; it appears at once and whole.
         title: First line of the picture; default: the name of the run directory.
 
@@ -103,11 +132,12 @@ def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows, validated = _read_metrics(metrics)
+    rows, looks = _read_metrics(metrics)
+    panels = [(label, known) for label, curves in _PANELS for known in [_known(looks, curves)] if known]
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    figure = Figure(figsize=(9, 8 if validated else 6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(9, 6 + 2 * len(panels)), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    heights = [5, 1.2, 1.2, *([2.4] if validated else [])]
+    heights = [5, 1.2, 1.2, *[2.4 for _ in panels]]
     top, rate, wait, *below = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     top.plot(steps, losses, color="#9db4d6", linewidth=1, marker="o" if len(rows) < 30 else "", markersize=3)
     smooth = _smooth(losses)
@@ -126,11 +156,13 @@ def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
     wait.set_ylim(0, 1)
-    for axes in below:
-        when, shares = [row["step"] for row in validated], [100 * row["top1"] for row in validated]
-        axes.plot(when, shares, color="#2d7d46", linewidth=1.5, marker="o", markersize=3)
-        axes.set_ylabel("top-1 %\ntest images")
-        axes.annotate(f"{max(shares):.1f} at best", (0.01, 0.9), xycoords="axes fraction", va="top")
+    for axes, (label, known) in zip(below, panels, strict=True):
+        for (name, points), color in zip(known.items(), ("#2d7d46", "#7a4fa3"), strict=False):
+            values = [value for _, value in points]
+            shown = f"{name}: {values[-1]:.3g}, at best {max(values):.3g}"
+            axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=shown)
+        axes.set_ylabel(label)
+        axes.legend(loc="lower right", fontsize="small", frameon=False)
     (below or [wait])[-1].set_xlabel("optimizer step")
     for axes in (top, rate, wait, *below):
         axes.grid(alpha=0.25)
@@ -139,20 +171,40 @@ def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
     _write(path, Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
 
 
+_PANELS: tuple[tuple[str, dict[str, tuple[str, float]]], ...] = (
+    ("top-1 %\ntest images", {"validation": ("top1", 100)}),
+    ("top-1 %\nprobe", {"kNN": ("probe_knn", 100), "linear": ("probe_linear", 100)}),
+    ("features'\ndeviation", {"deviation of l2-normalised features x sqrt(d)": ("probe_feature_std", 1)}),
+    ("features'\nrank", {"effective rank": ("probe_effective_rank", 1)}),
+)
+"""What a loss curve shows below the loss, where it was measured: curves by their key and factor."""
+
+
+def _known(
+    looks: list[dict[str, Any]], curves: dict[str, tuple[str, float]]
+) -> dict[str, list[tuple[int, float]]]:
+    """Those curves that have a point: steps and values."""
+    found = {
+        name: [(row["step"], factor * row[key]) for row in looks if math.isfinite(row.get(key, math.nan))]
+        for name, (key, factor) in curves.items()
+    }
+    return {name: points for name, points in found.items() if points}
+
+
 def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Log points with a finite loss, and validations."""
+    """Log points with a finite loss, and looks at what was learned: validations and probes."""
     try:
         lines = path.read_text().splitlines(keepends=True)
         whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill cuts the last one short
         rows = [row for row in whole if "step" in row and math.isfinite(row.get("loss", math.nan))]
-        validated = [row for row in whole if "step" in row and math.isfinite(row.get("top1", math.nan))]
+        looks = [row for row in whole if "step" in row and ("top1" in row or "probe_seconds" in row)]
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; give the metrics.jsonl of a run") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         raise BadInput(f"{path}: not a readable metrics.jsonl ({error})") from None
     if not rows:
         raise BadInput(f"{path}: holds no step with a finite loss yet")
-    return rows, validated
+    return rows, looks
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray:
@@ -171,6 +223,7 @@ def _explain(objective: Objective, visible: Tensor, channels: int, statistics: S
     hidden = 1 - visible.float().mean().item()
     plural = f"{views} views, each with {hidden:.0%}" if views > 1 else f"one view, with {hidden:.0%}"
     notes = [f"{_method(objective)}: {plural} of the {unit} x {unit} px mask units hidden (grey)."]
+    notes += [objective.picture_note] if objective.picture_note else []
     if not objective.config.norm_pix:
         notes.append("Pixels are predicted as they are.")
     elif statistics == "visible":

@@ -15,6 +15,7 @@ from cattrs.strategies import configure_union_passthrough
 from cattrs.v import format_exception
 
 from pretrain.config import (
+    BeyondConfig,
     CoMAConfig,
     DyViTConfig,
     EncoderConfig,
@@ -37,7 +38,8 @@ def _converter() -> cattrs.Converter:
     converter.register_structure_hook(Path, lambda value, _: Path(value))
     configure_union_passthrough(str | int, converter)
     _register_union(converter, EncoderConfig, "architecture", {"dyvit": DyViTConfig, "vit": ViTConfig})
-    _register_union(converter, ObjectiveConfig, "method", {"coma": CoMAConfig, "mae": MAEConfig})
+    methods = {"coma": CoMAConfig, "mae": MAEConfig, "beyond": BeyondConfig}
+    _register_union(converter, ObjectiveConfig, "method", methods)
     return converter
 
 

@@ -7,6 +7,7 @@ Examples:
   coma pretrain PHOTOS --out runs/first --model tiny --image-size 64 --epochs 100
   coma pretrain PHOTOS --out runs/few --recipe small-data
   coma pretrain PHOTOS --out runs/mae --model vit-base --method mae --batch-size 1024 --micro-batch 128
+  coma pretrain PHOTOS --out runs/zoom --method beyond --degrade zoom-in+mask
   coma pretrain --resume runs/first
   coma pretrain --from runs/first --out runs/second --seed 1
   torchrun --nproc-per-node 8 -m pretrain pretrain PHOTOS --out runs/eight --batch-size 2048 --compile
@@ -24,7 +25,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pretrain.config import (
+    BeyondConfig,
     DataConfig,
+    Degradation,
     OptimizerConfig,
     PretrainConfig,
     RunConfig,
@@ -35,7 +38,7 @@ from pretrain.errors import BadInput, ComaError
 from pretrain.plain import read_config
 
 Model = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
-Method = Literal["coma", "coma4", "coma-independent", "coma-single", "mae"]
+Method = Literal["coma", "coma4", "coma-independent", "coma-single", "mae", "beyond"]
 
 _RECIPES = {
     "default": OptimizerConfig(),
@@ -43,7 +46,7 @@ _RECIPES = {
 }
 _NARROW_DECODER = {"tiny": 192, "vit-tiny": 192}  # the full 512 channels would cost more than the encoder
 
-_NOT_RESUMED = ("model", "method", "recipe", "channels", "from_")
+_NOT_RESUMED = ("model", "method", "degrade", "recipe", "channels", "from_")
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ class Presets:
     """Encoder, fitted to --image-size (default: small). tiny to large are DyViT, vit-* plain ViT."""
     method: Method | None = None
     """coma: two complementary views (default). coma4: four. coma-independent, coma-single: its controls.
-    mae: one view of a quarter of the image."""
+    mae: one view of a quarter of the image. beyond: other degradations than masks, see --degrade."""
+    degrade: Degradation | None = None
+    """With --method beyond, how (default: zoom-in+mask); `coma degrade IMAGE --out SHEET` shows them all."""
     recipe: Literal["default", "small-data"] | None = None
     """small-data: for up to about 10,000 images on one GPU."""
     channels: int | None = None
@@ -145,6 +150,12 @@ def _defaults(first: _First) -> PretrainConfig:
         objective = method_preset(first.method or "coma", decoder_dim=width)
     else:
         objective = config.objective
+    if first.degrade:
+        if not isinstance(objective, BeyondConfig):
+            raise BadInput(
+                f"--degrade {first.degrade} belongs to --method beyond; give that, or leave it out"
+            )
+        objective = replace(objective, degrade=first.degrade)
     optimizer = _RECIPES[first.recipe] if first.recipe else config.optimizer
     return replace(config, model=model, objective=objective, optimizer=optimizer)
 

@@ -38,6 +38,12 @@ def noise(seeds: Tensor, count: int, salt: int = 0) -> Tensor:
 
 
 @_eager
+def uniform(seeds: Tensor, count: int, salt: int = 0) -> Tensor:
+    """Random numbers strictly between 0 and 1, float32 `[b, count]`: 23 bits of `noise`, and a half."""
+    return (((noise(seeds, count, salt) >> 41) & 0x7FFFFF).float() + 0.5) * 2.0**-23
+
+
+@_eager
 def partition(seeds: Tensor, h: int, w: int, groups: int) -> Tensor:
     """Share out h x w units over `groups` groups of equal size (+-1), at random: int64 `[b, h, w]`.
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from pretrain.config import CoMAConfig, ObjectiveConfig
+from pretrain.config import BeyondConfig, CoMAConfig, ObjectiveConfig
 from pretrain.models import Encoder
 from pretrain.objectives.base import MaskedPixels, ObjectiveOutput
+from pretrain.objectives.beyond import Beyond
 from pretrain.objectives.coma import CoMA
 from pretrain.objectives.mae import MAE
 
 Objective = MaskedPixels
 
-__all__ = ["MAE", "CoMA", "MaskedPixels", "Objective", "ObjectiveOutput", "build_objective"]
+__all__ = ["MAE", "Beyond", "CoMA", "MaskedPixels", "Objective", "ObjectiveOutput", "build_objective"]
 
 
 def build_objective(config: ObjectiveConfig, encoder: Encoder) -> Objective:
     """The objective that `config` describes, around `encoder`, with a fresh decoder."""
-    return CoMA(config, encoder) if isinstance(config, CoMAConfig) else MAE(config, encoder)
+    match config:
+        case CoMAConfig():
+            return CoMA(config, encoder)
+        case BeyondConfig():
+            return Beyond(config, encoder)
+    return MAE(config, encoder)

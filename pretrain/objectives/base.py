@@ -50,9 +50,26 @@ class MaskedPixels(nn.Module):
             encoder.num_features, encoder.unit**2 * encoder.config.channels, config.decoder
         )
 
+    picture_note = ""
+    """What a viewer of its pictures has to know."""
+
     def draw_visible(self, seeds: Tensor, h: int, w: int) -> Tensor:
         """The units that each view sees, bool `[v, b, h, w]`, for samples with these int64 `seeds [b]`."""
         raise NotImplementedError
+
+    def degraded(self, images: Tensor, seeds: Tensor) -> Tensor:
+        """Images `[b, c, H, W]` as the encoder gets them, but for what masks hide: here, as they are."""
+        return images
+
+    def encode(self, images: Tensor, visible: Tensor) -> Tensor:
+        """Features of the visible units, `[b, h, w, c]`, zeros elsewhere; images are whole units."""
+        return self.encoder.forward_features(images, group_of(visible))
+
+    def before_step(self, progress: float) -> None:
+        """Called by the trainer before every optimizer step, with the share of the run that is done."""
+
+    def after_step(self, progress: float) -> None:
+        """Called after every optimizer step, with the same number as before it."""
 
     def predict(self, images: Tensor, features: Tensor, visible: Tensor) -> ObjectiveOutput:
         """Decode `features` (see `Decoder.forward`), compare with the hidden pixels of `images`."""
@@ -74,7 +91,6 @@ class MaskedPixels(nn.Module):
             raise BadInput(f"training images of {height} x {width} px are not whole mask units of {unit} px")
         return unit_grid(height, width, unit)
 
-    @torch.no_grad()
     def reconstruct(self, images: Tensor, visible: Tensor, statistics: Statistics = "visible") -> Tensor:
         """Fill in the hidden units from the visible ones.
 
@@ -87,18 +103,25 @@ class MaskedPixels(nn.Module):
         Returns:
             Images like the input; visible units keep their pixels.
         """
+        return self.fill_in(images, visible, statistics)
+
+    @torch.no_grad()
+    def fill_in(
+        self, images: Tensor, visible: Tensor, statistics: Statistics, *, everywhere: bool = False
+    ) -> Tensor:
+        """`reconstruct`; with `everywhere`, visible units are predicted as well."""
         height, width = images.shape[-2:]
         unit = self.encoder.unit
         padded = pad_to_units(images, unit)
         units = patchify(padded, unit).float()
         shown_only = unpatchify(units * visible[..., None], unit).to(self.decoder.embed.weight.dtype)
-        features = self.encoder.forward_features(shown_only, group_of(visible))
+        features = self.encode(shown_only, visible)
         predicted = self.decoder(features, visible[None])[0].float()
         if self.config.norm_pix:
             honest = statistics == "visible"
             mean, std = nearby_statistics(units, visible) if honest else unit_statistics(units)
             predicted = predicted * std + mean
-        filled = torch.where(visible[..., None], units, predicted)
+        filled = predicted if everywhere else torch.where(visible[..., None], units, predicted)
         return unpatchify(filled, unit)[..., :height, :width].to(images.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -159,7 +159,7 @@ class PretrainingKeeper(Keeper[PretrainConfig]):
 
     def __init__(self, plan: Plan[PretrainConfig], report: Report) -> None:
         super().__init__(plan, report)
-        self._probe = first_images(plan.source, plan.config.model, plan.config.data.image_size)
+        self._probe = first_images(plan.source, plan.config.model, plan.config.view_size)
 
     def look(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
         """Draw what these weights make of the first images, always the same ones with the same masks."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,7 +74,7 @@ def _pretraining(plan: Plan[PretrainConfig]) -> Task:
     def batches(start: int, device: torch.device) -> Iterator[Batch]:
         return training_batches(
             plan.source,
-            config.data,
+            replace(config.data, image_size=config.view_size),
             channels=config.model.channels,
             seed=config.run.seed,
             batch=plan.slices,

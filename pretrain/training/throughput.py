@@ -102,7 +102,7 @@ def _count_flops(
 def _run_flops(config: PretrainConfig | FinetuneConfig) -> float:
     model, size = config.model, config.data.image_size
     if isinstance(config, PretrainConfig):
-        return training_flops(model, config.objective, size)
+        return training_flops(model, config.objective, config.view_size)
     return finetuning_flops(model, len(config.class_names or ()), size)
 
 
