@@ -279,6 +279,33 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class ProbeConfig:
+    """What features are worth during training, measured on labelled images that are never trained on."""
+
+    probe: Path | None = None
+    """Folder that holds train and test (or val): folders with one folder per class, or .npz packs. Accuracy,
+    collapse statistics and DM-MSA's gates go into metrics.jsonl, TensorBoard and the loss curve."""
+    probe_epochs: float = 1.0
+    """Measure every so many passes over the training images (and before the first step, and at the end)."""
+    probe_steps: int | None = None
+    """Measure every so many steps instead."""
+    probe_protocols: tuple[Literal["knn", "linear"], ...] = ("knn", "linear")
+    """As in `coma evaluate`."""
+    probe_train: int = 2000
+    """Labelled training images to use, drawn alike from every class; 0: all."""
+    probe_test: int = 1000
+    """Test images to count on, drawn likewise; 0: all."""
+
+    def __post_init__(self) -> None:
+        if not self.probe_epochs > 0:
+            raise BadInput(f"--probe-epochs {self.probe_epochs} must be more than 0")
+        if self.probe_steps is not None and self.probe_steps < 1:
+            raise BadInput(f"--probe-steps {self.probe_steps} must be at least 1")
+        if min(self.probe_train, self.probe_test) < 0:
+            raise BadInput("--probe-train and --probe-test must be at least 0 images")
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """One pre-training run."""
 
@@ -287,6 +314,7 @@ class PretrainConfig:
     objective: ObjectiveConfig = field(default_factory=CoMAConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     @property
     def view_size(self) -> int:

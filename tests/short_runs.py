@@ -31,7 +31,7 @@ def learned(run: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """What must not depend on interruptions: metrics without timings, published weights."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        for name in ("images_per_s", "data_wait", "memory_gib"):
+        for name in ("images_per_s", "data_wait", "memory_gib", "cpu_s", "probe_seconds"):
             row.pop(name, None)
     return rows, load_artifact(run / "artifact").tensors
 

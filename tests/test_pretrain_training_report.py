@@ -124,8 +124,8 @@ def test_mfu_is_flops_over_peak(monkeypatch):
     flops = training_flops(settings.model, settings.objective, 16)
     monkeypatch.setattr("pretrain.training.throughput.device_peak", lambda *_: 1e9)
     meter = Meter(settings, Processes(torch.device("cpu")), "bf16", pytest.fail)
-    meter.add(seconds=0.5, waited=0.1)
-    meter.add(seconds=0.3, waited=0.1)
+    meter.add(seconds=0.5, waited=0.1, computed=0.4)
+    meter.add(seconds=0.3, waited=0.1, computed=0.2)
     values = meter.take()
     assert values["images_per_s"] == 10.0
     assert values["data_wait"] == 0.25

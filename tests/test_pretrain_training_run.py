@@ -78,7 +78,7 @@ def test_a_run_leaves_everything(settings, photos, capsys):
     for row in logged:
         assert set(row) - {"memory_gib"} == {
             *("step", "epoch", "images_seen", "loss", "lr", "grad_norm"),
-            *("images_per_s", "data_wait", "skipped", "explained_variance"),
+            *("images_per_s", "cpu_s", "data_wait", "skipped", "explained_variance"),
         }
         assert 0 <= row["data_wait"] <= 1
         assert row["images_per_s"] > 0

@@ -30,6 +30,7 @@ from pretrain.config import (
     Degradation,
     OptimizerConfig,
     PretrainConfig,
+    ProbeConfig,
     RunConfig,
     encoder_preset,
     method_preset,
@@ -116,6 +117,7 @@ def parse(argv: list[str]) -> tuple[PretrainConfig, bool]:
         ("data", Annotated[DataConfig, flat], defaults.data),
         ("optimizer", Annotated[OptimizerConfig, flat], defaults.optimizer),
         ("run", Annotated[RunConfig, flat], defaults.run),
+        ("probe", Annotated[ProbeConfig, flat], defaults.probe),
         ("model", type(defaults.model), defaults.model),
         ("objective", type(defaults.objective), defaults.objective),
     ]
@@ -125,7 +127,7 @@ def parse(argv: list[str]) -> tuple[PretrainConfig, bool]:
     data: DataConfig = given.data
     if first.from_ and data.images != defaults.data.images and data.mean == defaults.data.mean:
         data = replace(data, mean=None, std=None)  # those of other images: to be measured again
-    config = PretrainConfig(data, given.model, given.objective, given.optimizer, given.run)
+    config = PretrainConfig(data, given.model, given.objective, given.optimizer, given.run, given.probe)
     return config, first.resume is not None
 
 
@@ -161,7 +163,8 @@ def _defaults(first: _First) -> PretrainConfig:
 
 
 def _summary(folder: Path) -> str:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "loss" in row]  # probes have rows of their own
     last = rows[-1]
     length = "--steps" if read_config(folder).optimizer.steps else "--epochs"
     sheet = max((folder / "reconstructions").glob("step-*.png"), default=folder / "reconstructions")

@@ -10,6 +10,7 @@ from pretrain.data.opening import open_source
 from pretrain.data.samples import Batch, Slices, check_loader, evaluation_batches, training_batches
 from pretrain.data.source import ArraySource, Source
 from pretrain.data.statistics import measure
+from pretrain.data.subset import Subset, balanced
 from pretrain.data.transforms import normalize
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "Batch",
     "Slices",
     "Source",
+    "Subset",
+    "balanced",
     "check_loader",
     "evaluation_batches",
     "labelled_batches",

@@ -2,20 +2,29 @@
 
 from pretrain.data import shared_labels
 from pretrain.evaluate.features import Features, extract_features, random_encoder
+from pretrain.evaluate.inspection import GateWatch, effective_rank, feature_spread, watched_gates
 from pretrain.evaluate.knn import knn_votes
 from pretrain.evaluate.linear import LinearClassifier, fit_linear
-from pretrain.evaluate.scoring import Protocol, Score, evaluate, score
+from pretrain.evaluate.probe import Probe, open_probe
+from pretrain.evaluate.scoring import Protocol, Score, evaluate, labelled_features, score
 
 __all__ = [
     "Features",
+    "GateWatch",
     "LinearClassifier",
+    "Probe",
     "Protocol",
     "Score",
+    "effective_rank",
     "evaluate",
     "extract_features",
+    "feature_spread",
     "fit_linear",
     "knn_votes",
+    "labelled_features",
+    "open_probe",
     "random_encoder",
     "score",
     "shared_labels",
+    "watched_gates",
 ]

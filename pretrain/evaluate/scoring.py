@@ -126,11 +126,45 @@ def evaluate(
         BadInput: labels that are missing or differ, unreadable images, or settings that do not fit them.
         CheckFailed: the encoder's features are not finite.
     """
-    train_labels, test_labels, classes = shared_labels(train, test)
     for protocol in protocols:
         check_protocol(protocol)
     if "knn" in protocols:
         check_knn(k, temperature, len(train))
+    known, asked, classes = labelled_features(
+        encoder,
+        config,
+        train,
+        test,
+        name=name,
+        image_size=image_size,
+        batch_size=batch_size,
+        workers=workers,
+        progress=progress,
+    )
+    return [
+        score(known, asked, classes, protocol, name=name, k=k, temperature=temperature, seed=seed)
+        for protocol in protocols
+    ]
+
+
+def labelled_features(
+    encoder: Encoder,
+    config: ArtifactConfig,
+    train: Source,
+    test: Source,
+    *,
+    name: str = "encoder",
+    image_size: int | None = None,
+    batch_size: int = 256,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[Features, Features, int]:
+    """Features of training and test images, labels counted alike, and the number of classes.
+
+    Raises:
+        BadInput, CheckFailed: as `evaluate`.
+    """
+    train_labels, test_labels, classes = shared_labels(train, test)
     known, asked = (
         extract_features(
             encoder,
@@ -145,7 +179,4 @@ def evaluate(
         )
         for source, labels, part in ((train, train_labels, "training"), (test, test_labels, "test"))
     )
-    return [
-        score(known, asked, classes, protocol, name=name, k=k, temperature=temperature, seed=seed)
-        for protocol in protocols
-    ]
+    return known, asked, classes

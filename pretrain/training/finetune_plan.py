@@ -17,6 +17,7 @@ from pretrain.training.setup import (
     check_intervals,
     check_shapes,
     count_steps,
+    is_multiple,
     share_out,
 )
 
@@ -35,11 +36,12 @@ class FinetunePlan(Plan[FinetuneConfig]):
     test_labels: Tensor
     """Of the test images, int64 `[m]`, counted alike."""
 
-    @property
-    def look_steps(self) -> int:
-        """Steps between validations."""
+    def looks_at(self, step: int) -> bool:
+        """Whether a validation is due."""
         recipe = self.config.optimizer
-        return max(1, round(recipe.validate * len(self.source) / recipe.batch_size))
+        return step > 0 and is_multiple(
+            step, max(1, round(recipe.validate * len(self.source) / recipe.batch_size))
+        )
 
     @property
     def class_names(self) -> tuple[str, ...]:

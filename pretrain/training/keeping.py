@@ -1,7 +1,7 @@
 """The run directory: what is kept of a run, and what happens when the disk is full.
 
     config.json           settings; `--from` starts a new run with them, `--resume` goes on
-    metrics.jsonl         one JSON object per log point (fine-tuning: and per validation)
+    metrics.jsonl         one JSON object per log point (and per probe; fine-tuning: per validation)
     tensorboard/          the same
     reconstructions/      step-00000500.png ... (pre-training)
     state/                the resumable state (see `state`)
@@ -16,10 +16,11 @@ goes on. Only at the end does it count.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from typing import Any, Generic, cast
+from typing import Any, Generic, Literal, cast
 
 import torch
 from torch import Tensor
@@ -28,17 +29,20 @@ from pretrain.artifact import ArtifactConfig, library_versions, save_artifact
 from pretrain.config import EncoderConfig, ObjectiveConfig, PretrainConfig
 from pretrain.data import Batch, Source, evaluation_batches, normalize
 from pretrain.errors import ComaError
+from pretrain.evaluate import Probe, open_probe
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
 from pretrain.pictures import loss_curve, reconstruction_sheet
 from pretrain.plain import to_plain
 from pretrain.training.metrics import MetricsLog, TensorBoardLog
 from pretrain.training.report import Report
-from pretrain.training.setup import Plan, Settings, write_config
+from pretrain.training.setup import Plan, PretrainPlan, Settings, write_config
 from pretrain.training.state import read_state, write_state
 
 _PROBES = 8
 """Images on a sheet of reconstructions."""
+_PREFIX = "encoder."
+"""Of the encoder's tensors in the objective's."""
 
 
 class Keeper(ABC, Generic[Settings]):
@@ -147,22 +151,67 @@ class Keeper(ABC, Generic[Settings]):
 
 
 class PretrainingKeeper(Keeper[PretrainConfig]):
-    """Draws reconstructions, hands over encoder and decoder.
+    """Draws reconstructions, probes features, hands over encoder and decoder.
 
     Args:
         plan: The run.
         report: Told what could not be written.
 
     Raises:
-        BadInput: no image can be read, or none has the channels that the model takes.
+        BadInput: no image can be read, or none has the channels that the model takes; or labelled images to
+            probe with of which that is true, or that are unlabelled or too few.
     """
 
-    def __init__(self, plan: Plan[PretrainConfig], report: Report) -> None:
+    def __init__(self, plan: PretrainPlan, report: Report) -> None:
         super().__init__(plan, report)
-        self._probe = first_images(plan.source, plan.config.model, plan.config.view_size)
+        self._pretraining = plan
+        self._first = first_images(plan.source, plan.config.model, plan.config.view_size)
+        self._probe = open_probe(plan.config.probe)
+        self._probed = -1  # the step of the last probe
+        for source in (self._probe.train, self._probe.test) if self._probe else ():
+            first_images(source, plan.config.model, plan.config.data.image_size)
+
+    def resume(self) -> dict[str, Any] | None:
+        """The state to go on from, if there is one."""
+        state = super().resume()
+        self._probed = state.get("probed", -1) if state else -1
+        return state
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the resumable state and the artifact."""
+        super().save(state | {"probed": self._probed} if self._probe else state)
 
     def look(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
-        """Draw what these weights make of the first images, always the same ones with the same masks."""
+        """Draw what these weights make of the first images, probe them, or both, as is due."""
+        last = step == self._plan.steps
+        if last or self._pretraining.draws_at(step):
+            self._draw(weights, step, device)
+        if self._probe and (last or self._pretraining.probes_at(step)) and self._probed != step:
+            self._measure(self._probe, weights, step, device)
+
+    def _measure(self, probe: Probe, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
+        """Log what the features of these weights are worth; a probe that fails ends no run."""
+        config = self._plan.config
+        with torch.device("meta"):
+            encoder = build_encoder(config.model)
+        own = {name.removeprefix(_PREFIX): t for name, t in weights.items() if name.startswith(_PREFIX)}
+        encoder.load_state_dict(own, assign=True)
+        began = time.perf_counter()
+        try:
+            values = probe.measure(
+                encoder.to(device), self._about("backbone", {}), workers=config.data.workers
+            )
+        except (ComaError, OSError, torch.OutOfMemoryError) as error:
+            self._report.warn(f"step {step}: the probe failed ({error}); training goes on")
+            return
+        self._probed = step
+        row = {f"probe_{name}": value for name, value in values.items()}
+        row["probe_seconds"] = round(time.perf_counter() - began, 3)
+        self.log({"step": step, "images_seen": step * config.optimizer.batch_size, **row})
+        self._report.probed(step, values)
+
+    def _draw(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
+        """Reconstructions of the first images, always the same ones with the same masks."""
         mean, std = self._plan.statistics
         path = self._plan.folder / "reconstructions" / f"step-{step:06d}.png"
         with self._or_say("reconstructions", step, Exception):
@@ -171,32 +220,36 @@ class PretrainingKeeper(Keeper[PretrainConfig]):
                 objective = build_objective(self._plan.config.objective, encoder)
             objective.load_state_dict(weights, assign=True)
             objective.to(device)
-            images = normalize(self._probe.images.to(device), mean, std)
-            seeds = self._probe.seeds.to(device)
+            images = normalize(self._first.images.to(device), mean, std)
+            seeds = self._first.seeds.to(device)
             reconstruction_sheet(objective, images, seeds, mean, std, path, caption=f"Step {step}")
 
     def handed_over(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], ArtifactConfig]:
         """The weights of this moment, or their moving average."""
         config, source = self._plan.config, self._plan.source
-        mean, std = self._plan.statistics
-        return published(state), ArtifactConfig(
-            kind="pretrained",
+        trained = {
+            "method": to_plain(config.objective, ObjectiveConfig)["method"],
+            "steps": state["step"],
+            "steps_planned": self._plan.steps,
+            "images_seen": state["step"] * config.optimizer.batch_size,
+            "loss": state["loss"],
+            "data": source.location.name,
+            "images": len(source),
+            "ema": config.optimizer.ema,
+        }
+        return published(state), self._about("pretrained", trained)
+
+    def _about(self, kind: Literal["backbone", "pretrained"], trained: dict[str, Any]) -> ArtifactConfig:
+        config, (mean, std) = self._plan.config, self._plan.statistics
+        return ArtifactConfig(
+            kind=kind,
             model=config.model,
             objective=config.objective,
             image_size=config.data.image_size,
             mean=mean,
             std=std,
             class_names=None,
-            trained={
-                "method": to_plain(config.objective, ObjectiveConfig)["method"],
-                "steps": state["step"],
-                "steps_planned": self._plan.steps,
-                "images_seen": state["step"] * config.optimizer.batch_size,
-                "loss": state["loss"],
-                "data": source.location.name,
-                "images": len(source),
-                "ema": config.optimizer.ema,
-            },
+            trained=trained,
             versions=library_versions(),
         )
 

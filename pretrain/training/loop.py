@@ -29,7 +29,7 @@ from pretrain.training.nonfinite import stop_run
 from pretrain.training.optimizer import learning_rate
 from pretrain.training.precision import choose_precision
 from pretrain.training.report import Report
-from pretrain.training.setup import Plan, check_resumable, prepare, way_on
+from pretrain.training.setup import Plan, PretrainPlan, check_resumable, prepare, way_on
 from pretrain.training.signals import StopRequest
 from pretrain.training.throughput import Meter
 
@@ -68,7 +68,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> Path:
         return plan.folder
 
 
-def _pretraining(plan: Plan[PretrainConfig]) -> Task:
+def _pretraining(plan: PretrainPlan) -> Task:
     config = plan.config
 
     def batches(start: int, device: torch.device) -> Iterator[Batch]:
@@ -164,7 +164,7 @@ class _Run:
         """Train until the end, or until asked to stop."""
         batches = self._batches(self._done * self._plan.slices.global_batch, self._group.device)
         self._report.start(self._done, self._plan.steps)
-        if self._time_to_look() and self._done < self._plan.steps:
+        if self._plan.looks_at(self._done) and self._done < self._plan.steps:
             self._keep(save=False, look=True)
         with closing(cast("Any", batches)):
             while self._done < self._plan.steps:
@@ -174,7 +174,7 @@ class _Run:
         self._finish()
 
     def _one_step(self, batches: Iterator[Batch]) -> bool:
-        run, began = self._plan.config.run, time.perf_counter()
+        run, began, computed = self._plan.config.run, time.perf_counter(), time.process_time()
         lr = learning_rate(self._done, self._plan.steps, self._plan.config.optimizer)
         try:
             step = self._learner.step(self._done, lr, batches, self._requests)
@@ -188,25 +188,23 @@ class _Run:
             reason = str(error).partition("\n")[0]
             raise BadInput(f"--compile does not work here ({reason}); leave it out") from error
         self._done += 1
-        self._take_in(step, time.perf_counter() - began)
+        self._take_in(step, time.perf_counter() - began, time.process_time() - computed)
         stop, time_to_save = step.requests
         last = self._done == self._plan.steps
         if last or self._done % run.log_steps == 0:
             self._log(lr)
         save = stop or time_to_save or (run.save_steps and self._done % run.save_steps == 0)
-        look = self._time_to_look() and not stop  # who asks to stop may not wait: `go` makes up for it
+        look = (
+            self._plan.looks_at(self._done) and not stop
+        )  # who asks to stop may not wait: `go` makes up for it
         if (save or look) and not last:
             self._keep(save=bool(save), look=look)
         return stop
 
-    def _time_to_look(self) -> bool:
-        every = self._plan.look_steps
-        return bool(every and self._done and self._done % every == 0)
-
-    def _take_in(self, step: Step, seconds: float) -> None:
+    def _take_in(self, step: Step, seconds: float, computed: float) -> None:
         self._loss = step.values["loss"]
         self._window.add(step.values)
-        self._meter.add(seconds, step.waited)
+        self._meter.add(seconds, step.waited, computed)
         for failure in step.failures:
             if failure not in self._skipped:
                 self._skipped[failure] = None

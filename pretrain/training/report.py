@@ -40,6 +40,7 @@ class Report:
         self._steps = self._taken = 0
         self._waited = self._seconds = 0.0
         self._hinted = False
+        self._probed = ""
 
     def start(self, step: int, steps: int) -> None:
         """Show the bar, at `step` of `steps`."""
@@ -80,12 +81,23 @@ class Report:
             facts.append(f"MFU {row['mfu']:.0%}")
         if row.get("skipped"):
             facts.append(f"{row['skipped']} files skipped")
+        if self._probed:
+            facts.append(self._probed)
         if self._progress:
             self._progress.update(self._task, facts="  ".join(facts))
         elif not self._quiet:
             left = (self._steps - row["step"]) * self._seconds / max(self._taken, 1)
             head = f"step {row['step']}/{self._steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}"
             self.say("  ".join([head, f"lr {row['lr']:.3g}", *facts, f"{_clock(left)} left"]))
+
+    def probed(self, step: int, values: dict[str, float]) -> None:
+        """What a probe found after `step` steps; its accuracies stay in sight."""
+        names = {"knn": "kNN", "linear": "linear"}
+        self._probed = "  ".join(f"{names[key]} {values[key]:.1%}" for key in names if key in values)
+        spread = (
+            f"features' deviation {values['feature_std']:.2f}, effective rank {values['effective_rank']:.1f}"
+        )
+        self.say(f"step {step}/{self._steps}  probe: {self._probed}  {spread}")
 
     def say(self, text: str) -> None:
         """One line, above the bar."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pretrain.config import FinetuneConfig, OptimizerConfig, PretrainConfig, RunConfig
+from pretrain.config import FinetuneConfig, OptimizerConfig, PretrainConfig, ProbeConfig, RunConfig
 from pretrain.data import Slices, Source, check_loader, measure, open_source
 from pretrain.errors import BadInput
 from pretrain.plain import read_config, to_plain
@@ -24,6 +24,7 @@ _MAY_CHANGE = {
     *("optimizer.epochs", "optimizer.steps", "optimizer.micro_batch"),
     *("run.out", "run.device", "run.precision", "run.compile", "run.checkpoint_gradients", "run.parallel"),
     *("run.save_minutes", "run.save_steps", "run.log_steps", "run.sheet_steps"),
+    *(f"probe.{field.name}" for field in fields(ProbeConfig)),
 }
 """What a resumed run may set anew: where things are, how the machine is used, how long to go on."""
 
@@ -52,17 +53,44 @@ class Plan(Generic[Settings]):
         """Mean and standard deviation per channel, of pixels scaled to 0..1."""
         return self.config.data.mean or (), self.config.data.std or ()
 
-    @property
-    def look_steps(self) -> int:
-        """Steps between looks at what was learned (a picture of reconstructions, a validation); 0: none."""
-        return self.config.run.sheet_steps
+    def looks_at(self, step: int) -> bool:
+        """Whether to look at what was learned when `step` steps are done and more follow."""
+        return self.draws_at(step)
+
+    def draws_at(self, step: int) -> bool:
+        """Whether a picture of reconstructions is due."""
+        return step > 0 and is_multiple(step, self.config.run.sheet_steps)
 
     def epochs(self, steps: int) -> float:
         """Passes over the data after `steps` steps."""
         return steps * self.slices.global_batch / len(self.source)
 
 
-def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Plan[PretrainConfig]:
+@dataclass(frozen=True)
+class PretrainPlan(Plan[PretrainConfig]):
+    """A pre-training run, ready to start."""
+
+    def looks_at(self, step: int) -> bool:
+        """Whether a picture or a probe is due."""
+        return self.draws_at(step) or self.probes_at(step)
+
+    def probes_at(self, step: int) -> bool:
+        """Whether labelled images are to tell what was learned; before the first step, too."""
+        probe = self.config.probe
+        if probe.probe is None:
+            return False
+        every = probe.probe_steps
+        if every is None:
+            every = max(1, round(probe.probe_epochs * len(self.source) / self.slices.global_batch))
+        return is_multiple(step, every)
+
+
+def is_multiple(step: int, every: int) -> bool:
+    """Whether `step` comes every so many steps; 0: never."""
+    return every > 0 and step % every == 0
+
+
+def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> PretrainPlan:
     """Check the settings against the data, the machine and the run directory.
 
     Raises:
@@ -89,7 +117,7 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Plan[P
         if group.main and config.data.mean is None:
             mean, std = measure(source, config.model.channels, workers=config.data.workers)
             config = replace(config, data=replace(config.data, mean=mean, std=std))
-    return Plan(group.share(config), source, slices, steps)
+    return PretrainPlan(group.share(config), source, slices, steps)
 
 
 def check_intervals(run: RunConfig) -> None:

@@ -136,7 +136,7 @@ class Meter:
     ) -> None:
         self._batch = config.optimizer.batch_size
         self._device = group.device
-        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
+        self._steps, self._seconds, self._waited, self._computed = 0, 0.0, 0.0, 0.0
         self._full_use: float | None = None
         peak = device_peak(group.device, precision) if group.main else None
         if peak:
@@ -145,22 +145,25 @@ class Meter:
             except RuntimeError as error:
                 warn("MFU will not be shown: " + str(error).partition("\n")[0])
 
-    def add(self, seconds: float, waited: float) -> None:
-        """One step took `seconds`, `waited` of them for data."""
-        self._steps, self._seconds, self._waited = (
-            self._steps + 1,
-            self._seconds + seconds,
-            self._waited + waited,
-        )
+    def add(self, seconds: float, waited: float, computed: float) -> None:
+        """One step took `seconds`, `waited` of them for data; the CPU worked `computed` seconds for it."""
+        self._steps += 1
+        self._seconds += seconds
+        self._waited += waited
+        self._computed += computed
 
     def take(self) -> dict[str, Any]:
         """What to log; counting starts again."""
         speed = self._steps * self._batch / self._seconds
         values = {"images_per_s": round(speed, 2), "data_wait": round(self._waited / self._seconds, 4)}
+        if self._device.type == "cpu":
+            values["cpu_s"] = round(
+                self._computed / self._steps, 6
+            )  # of a step: all threads, no data workers
         if self._full_use:
             values["mfu"] = round(speed / self._full_use, 4)
         memory = peak_memory(self._device)
         if memory is not None:
             values["memory_gib"] = round(memory, 2)
-        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
+        self._steps, self._seconds, self._waited, self._computed = 0, 0.0, 0.0, 0.0
         return values

@@ -1,0 +1,90 @@
+"""A quick look at what an encoder has learned so far: accuracy on labelled images, collapse, gates.
+
+The same protocols as `evaluate`, on as many images as were asked for; with all of them, the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pretrain.artifact import ArtifactConfig
+from pretrain.config import ProbeConfig
+from pretrain.data import Source, balanced, open_source, shared_labels
+from pretrain.errors import BadInput
+from pretrain.evaluate.inspection import effective_rank, feature_spread, watched_gates
+from pretrain.evaluate.knn import check_knn
+from pretrain.evaluate.linear import hold_out
+from pretrain.evaluate.scoring import labelled_features, score
+from pretrain.models import Encoder
+
+_K = 20
+"""Neighbours that vote, as in `evaluate`."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Labelled images to measure encoders on, opened and checked; see `open_probe`."""
+
+    train: Source
+    """That neighbours and the linear classifier come from."""
+    test: Source
+    """To count on."""
+    config: ProbeConfig
+
+    def measure(
+        self, encoder: Encoder, about: ArtifactConfig, *, batch_size: int = 256, workers: int | None = None
+    ) -> dict[str, float]:
+        """What the encoder has learned, as numbers for a log.
+
+        Args:
+            encoder: On the device to compute on.
+            about: Mean, std and image size that it is trained with.
+            batch_size: Images at a time.
+            workers: Processes that decode.
+
+        Returns:
+            `knn`, `linear`: top-1 on the test images, 0..1, as far as asked for. `feature_std`,
+            `effective_rank`: of the test images' features, see `feature_spread` and `effective_rank`.
+            `stage1_window1`, ... `stage1_entropy`, ...: of DM-MSA's gates on all images, see `GateWatch`.
+
+        Raises:
+            BadInput: images that can no longer be read.
+            CheckFailed: features are not finite.
+        """
+        with watched_gates(encoder) as gates:
+            known, asked, classes = labelled_features(
+                encoder, about, self.train, self.test, batch_size=batch_size, workers=workers
+            )
+        protocols = self.config.probe_protocols
+        values = {name: score(known, asked, classes, name, k=_K).top1 for name in protocols}
+        values |= {
+            "feature_std": feature_spread(asked.values),
+            "effective_rank": effective_rank(asked.values),
+        }
+        return values | gates.summary()
+
+
+def open_probe(config: ProbeConfig) -> Probe | None:
+    """The labelled images that `--probe` names, limited and checked; None where it names none.
+
+    Raises:
+        BadInput: labelled images that are missing, unlabelled, of one class, or too few for a protocol.
+    """
+    if config.probe is None:
+        return None
+    sources = open_source(config.probe, "train"), open_source(config.probe, "test")
+    shared_labels(*sources)
+    limits = config.probe_train, config.probe_test
+    train, test = (balanced(source, most) for source, most in zip(sources, limits, strict=True))
+    try:
+        labels, _, _ = shared_labels(train, test)
+    except BadInput:
+        raise BadInput(
+            f"--probe-train {limits[0]}: too few for the classes of {config.probe}; "
+            "give at least one image of each"
+        ) from None
+    if "knn" in config.probe_protocols:
+        check_knn(_K, 1.0, len(train))
+    if "linear" in config.probe_protocols:
+        hold_out(labels, 0)
+    return Probe(train, test, config)
