@@ -1,0 +1,5 @@
+"""A page in the browser that shows what a model makes of hidden parts of a picture.
+
+`upload`, `fit`, `masks`, `reconstruct`, `paint`, `inside`, `finetuned` and `models` take arrays and give
+arrays and know nothing of the page; `app` and `pages` build it with gradio.
+"""

@@ -1,0 +1,92 @@
+"""The page: one picture on the left, a tab for everything that can be done with it on the right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from demo.models import Models
+from demo.pages.downstream import TITLES, classify_tab, detect_tab, segment_tab
+from demo.pages.guide import guide
+from demo.pages.inside import inside_tab
+from demo.pages.reconstruct import example_pictures, reconstruct_tab
+from demo.pages.runtimes import runtimes_tab
+from demo.site import Site, guard
+from demo.upload import MAX_BYTES, MAX_PIXELS, TAKES
+from export.description import Form
+
+KEPT_SECONDS = 3600
+"""Uploads and results are deleted after an hour, and all of them when the server stops."""
+WAITING = 64
+"""Requests in the queue; more are turned away with a message."""
+
+
+def build(models: Models) -> gr.Blocks:
+    """The page for these models, not yet served."""
+    site = Site(models)
+    examples = example_pictures()
+    with gr.Blocks(
+        title="CoMA-DyViT",
+        analytics_enabled=False,
+        delete_cache=(KEPT_SECONDS // 6, KEPT_SECONDS),
+        fill_width=True,
+    ) as page:
+        gr.HTML(_header(models), elem_id="header")
+        with gr.Row(elem_id="main"):
+            with gr.Column(scale=1, min_width=280, elem_id="left"):
+                picture = guard(
+                    gr.Image(
+                        value=examples[0],
+                        label="Picture",
+                        type="filepath",
+                        image_mode=None,
+                        format="png",
+                        sources=["upload", "clipboard", "webcam"],
+                        elem_id="picture",
+                        height=300,
+                        alt_text="The picture that is worked on",
+                        buttons=["fullscreen"],
+                        placeholder="Drop a picture here, or click to choose one",
+                    )
+                )
+                gr.Examples(
+                    [[path] for path in examples], picture, cache_examples=False, label="Examples",
+                    examples_per_page=12, elem_id="examples", api_visibility="private",
+                )  # fmt: skip
+                gr.HTML(
+                    f"<p class='note'>{TAKES}; at most {MAX_BYTES >> 20} MB and {MAX_PIXELS // 10**6} "
+                    "megapixels. Pictures stay on this server and are deleted within the hour.</p>"
+                )
+            with gr.Column(scale=3, min_width=320, elem_id="right"), gr.Tabs(elem_id="tabs"):
+                _tabs(site, picture, page)
+        guide(models)
+    page.queue(max_size=WAITING, default_concurrency_limit=4)
+    return page
+
+
+def _tabs(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
+    models = site.models
+    if models.having("reconstructor"):
+        with gr.Tab("Reconstruct"):
+            reconstruct_tab(site, picture, page)
+    makers: dict[Form, Any] = {"classifier": classify_tab, "detector": detect_tab, "segmentor": segment_tab}
+    for form, maker in makers.items():
+        if models.having(form):
+            with gr.Tab(TITLES[form]):
+                maker(site, picture)
+    if models.looked_into():
+        with gr.Tab("Look inside"):
+            inside_tab(site, picture)
+    with gr.Tab("Runtimes"):
+        runtimes_tab(site, picture)
+
+
+def _header(models: Models) -> str:
+    import html
+
+    names = ", ".join(f"{html.escape(name)} ({models[name].kind})" for name in models.names)
+    return (
+        "<h1>CoMA-DyViT</h1><p>Hide parts of a picture, and see what a model that was pre-trained without "
+        f"labels makes of the rest. <span class='models'>Here: {names}</span></p>"
+    )

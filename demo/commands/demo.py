@@ -1,0 +1,183 @@
+"""Show in the browser what a model makes of hidden parts of a picture."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from pretrain.errors import BadInput
+
+if TYPE_CHECKING:
+    from demo.models import Models
+
+QUICKSTART = Path("quickstart")
+"""Where `make quickstart` leaves its run; `--out` of `coma quickstart`."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Serve a page: rebuild hidden parts of pictures, compare runtimes, look inside, classify, detect.
+
+    For this machine alone unless --host or --share says otherwise. Only the models named here can be used.
+    """
+
+    models: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Artifacts, and files that `coma export` made (those beside an artifact are found). Default: the model
+    of the quickstart in this folder, which is trained first where there is none."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 lets other machines in."""
+    port: int = 7860
+    """0 takes a free one."""
+    share: bool = False
+    """Make a public address through gradio's servers. Everybody who has it can use the page."""
+    auth: str | None = None
+    """NAME:PASSWORD that visitors have to give."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """For PyTorch and ONNX Runtime; auto: a GPU where there is one."""
+    open: bool = False
+    """Open it in this machine's browser."""
+
+
+def run(argv: list[str]) -> None:
+    """Parse, load, serve until Ctrl-C.
+
+    Raises:
+        BadInput: no artifact, a port that is taken, a malformed --auth.
+    """
+    given = tyro.cli(DemoConfig, args=argv, prog="coma demo", description=DemoConfig.__doc__)
+    auth = parse_auth(given.auth)
+    check_port(given.host, given.port)
+    models = load_models(given.models or (quickstart(),), given.device)
+    with tempfile.TemporaryDirectory(prefix="coma-demo-") as folder:
+        server = serve(models, Path(folder), given.host, given.port, auth, given.share, given.open)
+        print(f"\n  open {server.share_url or server.local_url} in a browser; Ctrl-C stops\n", flush=True)
+        if given.host not in ("127.0.0.1", "localhost", "::1") and not auth:
+            print(
+                "  anybody who reaches this machine can use it; --auth NAME:PASSWORD asks first\n", flush=True
+            )
+        try:
+            server.block_thread()
+        finally:
+            server.close(verbose=False)
+
+
+def serve(
+    models: Models,
+    folder: Path,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    auth: tuple[str, str] | None = None,
+    share: bool = False,
+    inbrowser: bool = False,
+) -> Any:
+    """Start the page in the background.
+
+    Args:
+        models: What it may use.
+        folder: For uploads and results; whoever made it removes it.
+        host: Address.
+        port: 0 takes a free one.
+        auth: Name and password.
+        share: Through gradio's servers.
+        inbrowser: Open it.
+
+    Returns:
+        gradio's page, running: `local_url`, `close()`.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    from demo.app import build
+    from demo.style import CSS, theme
+    from demo.upload import MAX_BYTES
+
+    page = build(models)
+    page.launch(
+        server_name=host,
+        server_port=port or free_port(host),
+        auth=auth,
+        share=share,
+        inbrowser=inbrowser,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=False,
+        max_file_size=MAX_BYTES,
+        footer_links=["api"],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        theme=theme(),
+        css=CSS,
+    )
+    return page
+
+
+def load_models(given: tuple[Path, ...], device: str) -> Models:
+    """What was named.
+
+    Raises:
+        BadInput: something that is no artifact and no verified file.
+    """
+    import torch
+
+    from demo.models import Models
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: this PyTorch sees no GPU")
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    return Models(given, "cuda" if on_gpu else "cpu")
+
+
+def quickstart(folder: Path = QUICKSTART) -> Path:
+    """The quickstart's artifact, trained now (with a progress bar) if there is none."""
+    artifact = folder / "run" / "artifact"
+    if not (artifact / "model.safetensors").exists():
+        print(f"no model was named, and there is no {artifact}: training a tiny one first", flush=True)
+        from pretrain.commands import quickstart as command
+
+        command.run(["--out", str(folder)])
+    return artifact
+
+
+def parse_auth(text: str | None) -> tuple[str, str] | None:
+    """NAME:PASSWORD as two strings.
+
+    Raises:
+        BadInput: no colon, or one side of it empty.
+    """
+    if text is None:
+        return None
+    name, _, password = text.partition(":")
+    if not name or not password:
+        raise BadInput("--auth: give NAME:PASSWORD")
+    return name, password
+
+
+def check_port(host: str, port: int) -> None:
+    """Find out before anything is loaded whether the port can be had.
+
+    Raises:
+        BadInput: it is taken, or the address is none of this machine's.
+    """
+    if not 0 <= port < 65536:
+        raise BadInput(f"--port {port}: give 0 to 65535")
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise BadInput(
+            f"--host {host} --port {port}: {error.strerror}; give another port, or --port 0 for a free one"
+        ) from None
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens at."""
+    with socket.create_server((host, 0)) as server:
+        return server.getsockname()[1]

@@ -1,0 +1,118 @@
+"""Which mask units every view sees, for each method that the page offers.
+
+The same draws as in training: `pretrain.masking.partition`, a function of the seed and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.errors import BadInput
+from pretrain.masking.partition import keep, partition
+from pretrain.masking.units import spread
+
+PAINTED = 0.1
+"""A unit is hidden when the brush covered at least this share of it."""
+LARGEST_SEED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to hide parts of a picture.
+
+    Attributes:
+        title: For the picker.
+        about: One sentence.
+        views: How many complementary views; 1 is a single mask.
+        ratio: Whether the share that is hidden can be chosen.
+        seed: Whether it is drawn at random.
+    """
+
+    title: str
+    about: str
+    views: int = 1
+    ratio: bool = False
+    seed: bool = True
+
+
+METHODS: dict[str, Method] = {
+    "coma": Method(
+        "CoMA: complementary pair",
+        "Every unit is seen by one of two views; each view rebuilds what the other one saw.",
+        views=2,
+    ),
+    "coma4": Method(
+        "CoMA: four views",
+        "The units are shared out over four views; each sees a quarter and rebuilds the rest.",
+        views=4,
+    ),
+    "mae": Method("MAE: one random mask", "One view sees a random share of the units.", ratio=True),
+    "brush": Method("Brush: you paint what to hide", "One view sees what you left unpainted.", seed=False),
+}
+
+
+def draw_views(method: str, seed: int, h: int, w: int, hidden_ratio: float = 0.75) -> Tensor:
+    """Units that each view sees, bool `[v, h, w]`.
+
+    Args:
+        method: coma, coma4 or mae.
+        seed: 0 to `LARGEST_SEED`.
+        h: Rows of units.
+        w: Columns of units.
+        hidden_ratio: Of mae: share of the units to hide; one at least is hidden and one is seen.
+
+    Raises:
+        BadInput: too few units for so many views, or a method that draws nothing.
+    """
+    seeds = torch.tensor([seed])
+    views = METHODS[method].views
+    if views > 1:
+        if h * w < views:
+            raise BadInput(f"This picture has {h * w} mask units, too few for {views} views.")
+        group = partition(seeds, h, w, views)[0]
+        return group == torch.arange(views)[:, None, None]
+    if method != "mae":
+        raise BadInput(f"{METHODS[method].title}: draws no mask")
+    if h * w < 2:
+        raise BadInput("This picture is a single mask unit: nothing would be left to see.")
+    shown = min(max(round(h * w * (1 - hidden_ratio)), 1), h * w - 1)
+    return keep(seeds, h, w, shown)
+
+
+def painted_view(covered: np.ndarray, height: int, width: int, unit: int) -> Tensor:
+    """What a view sees when a person painted over the rest.
+
+    Args:
+        covered: bool `[H', W']`, painted pixels, at whatever size the brush had.
+        height: Pixels of the picture.
+        width: Likewise.
+        unit: Side of a mask unit in pixels.
+
+    Returns:
+        bool `[1, h, w]`, False for units of which at least `PAINTED` was covered.
+
+    Raises:
+        BadInput: nothing was painted, or everything.
+    """
+    paint = torch.from_numpy(np.ascontiguousarray(covered, dtype=np.float32))[None, None]
+    fine = F.interpolate(paint, (height, width), mode="area")
+    h, w = -(-height // unit), -(-width // unit)
+    padded = F.pad(fine, (0, w * unit - width, 0, h * unit - height))
+    real = F.pad(torch.ones_like(fine), (0, w * unit - width, 0, h * unit - height))
+    share = F.avg_pool2d(padded, unit) / F.avg_pool2d(real, unit)
+    visible = share[0] < PAINTED
+    if visible.all():
+        raise BadInput("Nothing is painted yet: draw over the picture what the model shall not see.")
+    if not visible.any():
+        raise BadInput("Everything is painted over: leave something for the model to see.")
+    return visible
+
+
+def pixel_view(visible: Tensor, unit: int, height: int, width: int) -> np.ndarray:
+    """Views of units `[v, h, w]` as pixels, bool `[v, height, width]`."""
+    return spread(visible, unit)[:, :height, :width].numpy()

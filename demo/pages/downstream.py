@@ -1,0 +1,138 @@
+"""The tabs of fine-tuned models: classify, detect, segment."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from demo.finetuned import classify, detect, draw_classes, draw_objects, segment, shares
+from demo.models import Model
+from demo.site import MODEL_WORK, Site, friendly, note, table
+from export.description import Form
+from pretrain.errors import BadInput
+
+TITLES: dict[Form, str] = {"classifier": "Classify", "detector": "Detect", "segmentor": "Segment"}
+
+
+def classify_tab(site: Site, picture: gr.Image) -> None:
+    """Top-5 bars."""
+    model, runtime, go = _pickers(site, "classifier", "Classify")
+    bars = gr.Label(label="Top 5", num_top_classes=5, elem_id="top5")
+
+    @friendly
+    def run(picture: str | None, model: str, runtime: str) -> dict[str, float]:
+        """The likeliest classes of a picture."""
+        chosen, opened = _open(site, model, runtime, "classifier")
+        with site.turn:
+            return classify(opened, _pixels(site, chosen, picture), chosen.class_names())
+
+    go.click(run, [picture, model, runtime], bars, api_name="classify", **MODEL_WORK)
+
+
+def detect_tab(site: Site, picture: gr.Image) -> None:
+    """Boxes and masks."""
+    model, runtime, go = _pickers(site, "detector", "Detect")
+    score = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="Least score", elem_id="score")
+    drawn = gr.Image(
+        label="Found", format="png", interactive=False, elem_id="detections",
+        buttons=["download", "fullscreen"], alt_text="The picture with boxes around what was found",
+    )  # fmt: skip
+    rows = gr.HTML(elem_id="objects")
+    plain = gr.JSON(visible=False, label="Objects")
+
+    @friendly
+    def run(picture: str | None, model: str, runtime: str, score: float) -> tuple[np.ndarray, str, list[Any]]:
+        """Objects in a picture, of at least this score."""
+        chosen, opened = _open(site, model, runtime, "detector")
+        pixels = _pixels(site, chosen, picture)
+        with site.turn:
+            found = detect(opened, pixels, chosen.class_names(), float(score))
+        listed = [
+            {"class": each.name, "score": round(each.score, 4), "box": [round(v, 1) for v in each.box]}
+            for each in found
+        ]
+        cells = [
+            [each.name, f"{each.score:.2f}", " ".join(f"{v:.0f}" for v in each.box)] for each in found[:50]
+        ]
+        text = table(("class", "score", "x1 y1 x2 y2, pixels"), cells, caption=f"{len(found)} objects")
+        empty = note("Nothing of at least this score; try a lower one.")
+        return draw_objects(pixels, found, chosen.palette()), text if found else empty, listed
+
+    work: dict[str, Any] = {
+        "inputs": [picture, model, runtime, score],
+        "outputs": [drawn, rows, plain],
+        **MODEL_WORK,
+    }
+    go.click(run, **work, api_name="detect")
+    score.release(run, **work, api_visibility="private")
+
+
+def segment_tab(site: Site, picture: gr.Image) -> None:
+    """Overlay and legend."""
+    model, runtime, go = _pickers(site, "segmentor", "Segment")
+    drawn = gr.ImageSlider(
+        label="Picture | classes (drag the line)", format="png", interactive=False, elem_id="classes",
+        buttons=["download", "fullscreen"], max_height=620, slider_position=35,
+    )  # fmt: skip
+    legend = gr.HTML(elem_id="legend")
+    plain = gr.JSON(visible=False, label="Shares")
+
+    @friendly
+    def run(picture: str | None, model: str, runtime: str) -> tuple[Any, str, dict[str, float]]:
+        """The class of every pixel."""
+        chosen, opened = _open(site, model, runtime, "segmentor")
+        pixels = _pixels(site, chosen, picture)
+        with site.turn:
+            classes = segment(opened, pixels)
+        colours = chosen.palette()
+        found = shares(classes, chosen.class_names())
+        items = "".join(
+            f"<li><span class='swatch' style='background:rgb{colours[i]}'></span>{html.escape(name)} "
+            f"<b>{share:.0%}</b></li>"
+            for i, name, share in found
+        )
+        pictures = tuple(draw_classes(pixels, classes, colours, strength) for strength in (0.0, 0.65))
+        text = f"<ul class='legend' aria-label='Classes in the picture'>{items}</ul>"
+        return pictures, text, {name: round(share, 4) for _, name, share in found}
+
+    go.click(run, [picture, model, runtime], [drawn, legend, plain], api_name="segment", **MODEL_WORK)
+
+
+def _pickers(site: Site, form: Form, verb: str) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button]:
+    """Model, runtime, and the button that starts."""
+    models = site.models.having(form)
+    with gr.Row(elem_classes="settings", equal_height=True):
+        model = gr.Dropdown(
+            [each.name for each in models], value=models[0].name, label="Model", visible=len(models) > 1,
+            elem_id=f"{form}-model", filterable=False,
+        )  # fmt: skip
+        titles = _titles(models[0], form)
+        runtime = gr.Dropdown(
+            titles, value=titles[0], label="Runtime", elem_id=f"{form}-runtime", filterable=False
+        )
+        go = gr.Button(verb, variant="primary", elem_id=f"{form}-go")
+
+    def changed(name: str) -> Any:
+        there = _titles(site.models[name], form)
+        return gr.update(choices=there, value=there[0])
+
+    model.change(changed, model, runtime, api_visibility="private", show_progress="hidden")
+    return model, runtime, go
+
+
+def _titles(model: Model, form: Form) -> list[str]:
+    return [offer.title for offer in model.offers(form) if not offer.reason]
+
+
+def _open(site: Site, model: str, runtime: str, form: Form) -> tuple[Model, Any]:
+    chosen = site.models[model]
+    if form not in chosen.forms:
+        raise BadInput(f"This model is no {form}; choose one from the list.")
+    return chosen, chosen.runtime(form, runtime or None)
+
+
+def _pixels(site: Site, model: Model, picture: str | None) -> np.ndarray:
+    return site.pixels(picture, len(model.description(model.kind).preprocessing.mean))  # pyright: ignore

@@ -1,0 +1,47 @@
+"""The foot of the page: how to call it from a program."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from demo.models import Models
+from export.description import Form
+
+
+def guide(models: Models) -> None:
+    """Build it."""
+    calls = []
+    if models.having("reconstructor"):
+        name = models.having("reconstructor")[0].name
+        calls.append(
+            "slider, error, views, _, numbers = page.predict(\n"
+            f'    picture, "{name}", "coma", 0.75, 7, "crop", "PyTorch", "visible", None,\n'
+            '    api_name="/reconstruct",\n)\nprint(numbers["psnr_db"], numbers["milliseconds"])'
+        )
+    finetuned: tuple[tuple[Form, str, str], ...] = (
+        ("classifier", "classify", ""),
+        ("detector", "detect", ", 0.5"),
+        ("segmentor", "segment", ""),
+    )
+    for form, endpoint, more in finetuned:
+        for model in models.having(form)[:1]:
+            calls.append(
+                f'print(page.predict(picture, "{model.name}", "PyTorch"{more}, api_name="/{endpoint}"))'
+            )
+    code = "\n".join(
+        [
+            "from gradio_client import Client, handle_file",
+            "",
+            'page = Client("http://127.0.0.1:7860")  # the address of this page',
+            'picture = handle_file("photograph.jpg")',
+            *calls,
+        ]
+    )
+    with gr.Accordion("Use it from a program", open=False, elem_id="guide"):
+        gr.Markdown(
+            "Everything here can be called with `pip install gradio_client`; every endpoint with its "
+            "arguments is listed by **Use via API** at the end of the page. To hide what you choose, give "
+            '`"brush"` and, in place of `None`, `{"background": None, "composite": None, "layers": '
+            '[handle_file("strokes.png")]}`: a transparent PNG, painted where the model shall not see.'
+        )
+        gr.Code(code, language="python", label="Python", interactive=False)

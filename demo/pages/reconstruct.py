@@ -1,0 +1,253 @@
+"""The tab that hides parts of a picture and shows what the model makes of them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from demo.fit import FITS, Fitted, fit_picture
+from demo.masks import LARGEST_SEED, METHODS, draw_views, painted_view
+from demo.models import Model
+from demo.pages.results import CANVAS, Views, facts_of, large, numbers_of, views_of
+from demo.paint import enlarge, heat_map, to_rgb
+from demo.reconstruct import rebuild
+from demo.site import MODEL_WORK, Site, friendly, guard_editor, heading, note
+from pretrain.errors import BadInput
+from pretrain.masking.units import unit_grid
+
+STATISTICS = {
+    "visible": "Visible units only (honest)",
+    "target": "True patches (leaks what is hidden)",
+}
+
+
+def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
+    """Build the tab.
+
+    Args:
+        site: What tabs share.
+        picture: The input that all tabs share.
+        page: For what happens when it is opened.
+    """
+    models = site.models.having("reconstructor")
+    first = models[0]
+    with gr.Row(elem_classes="settings"):
+        model = gr.Dropdown(
+            [each.name for each in models], value=first.name, label="Model", visible=len(models) > 1,
+            elem_id="rebuild-model", filterable=False,
+        )  # fmt: skip
+        method = gr.Dropdown(
+            [(each.title, key) for key, each in METHODS.items()], value="coma", label="What is hidden",
+            info=METHODS["coma"].about, elem_id="method", filterable=False, scale=2,
+        )  # fmt: skip
+        fit = gr.Dropdown(
+            [(title, key) for key, title in FITS.items()], value="crop", label="Fit to the model",
+            info="How the picture is brought to its size", elem_id="fit", filterable=False,
+        )  # fmt: skip
+    with gr.Row(elem_classes="settings", equal_height=True):
+        ratio = gr.Slider(
+            0.05, 0.95, 0.75, step=0.05, label="Share that is hidden", visible=False, elem_id="ratio"
+        )
+        seed = gr.Number(
+            0, label="Seed of the mask", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed"
+        )
+        again = gr.Button("Another mask", elem_id="again", min_width=130)
+        go = gr.Button("Rebuild", variant="primary", elem_id="go", min_width=130)
+    with gr.Row(elem_classes="settings"):
+        runtime = gr.Radio(_available(first), value=_available(first)[0], label="Runtime", elem_id="runtime")
+        statistics = gr.Radio(
+            [(title, key) for key, title in STATISTICS.items()], value="visible",
+            label="Mean and contrast of hidden patches from", visible=first.norm_pix, elem_id="statistics",
+        )  # fmt: skip
+    missing = gr.HTML(_unavailable(first), elem_id="missing")
+    editor = guard_editor(
+        gr.ImageEditor(
+            label="Paint over what the model shall not see, then press Rebuild",
+            sources=(),
+            transforms=(),
+            layers=False,
+            format="png",
+            canvas_size=(CANVAS, CANVAS),
+            height=CANVAS + 60,
+            visible=False,
+            brush=gr.Brush(default_size=40, colors=["#d0334d"], default_color="#d0334d", color_mode="fixed"),
+            eraser=gr.Eraser(default_size=40),
+            buttons=["fullscreen"],
+            elem_id="brush",
+        )
+    )
+    numbers = gr.HTML(elem_id="numbers", label="Numbers")
+    with gr.Row():
+        with gr.Column(min_width=300):
+            gr.HTML(padding=False, value=heading("Original | rebuilt: drag the line"))
+            slider = gr.ImageSlider(
+                label="Original and rebuilt", show_label=False, format="png", interactive=False,
+                elem_id="before-after", buttons=["download", "fullscreen"], max_height=CANVAS,
+            )  # fmt: skip
+        with gr.Column(min_width=300):
+            gr.HTML(padding=False, value=heading("Error: black is none, yellow is 128 of 255 levels or more"))
+            error = gr.Image(
+                label="Error heat map", show_label=False, format="png", interactive=False, elem_id="error",
+                buttons=["download", "fullscreen"], height=CANVAS,
+                alt_text="Error of every hidden pixel as a colour",
+            )  # fmt: skip
+    gr.HTML(padding=False, value=heading("Every view: click one to enlarge or download it"))
+    gallery = gr.Gallery(
+        label="Every view", show_label=False, format="png", columns=4, height="auto", object_fit="contain",
+        buttons=["download", "download_all", "fullscreen"], interactive=False, elem_id="views",
+        elem_classes="pictures",
+    )  # fmt: skip
+    plain = gr.JSON(visible=False, label="Numbers")
+
+    inputs = [picture, model, method, ratio, seed, fit, runtime, statistics, editor]
+    outputs = [slider, error, gallery, numbers, plain]
+
+    @friendly
+    def reconstruct(
+        picture: str | None, model: str, method: str, hidden_ratio: float, seed: float, fit: str,
+        runtime: str, statistics: str, painted: np.ndarray | None,
+    ) -> tuple[Any, np.ndarray | None, Views, str, dict[str, Any]]:  # fmt: skip
+        """Hide parts of a picture and rebuild them."""
+        chosen = site.models[model]
+        _check(method, fit, statistics, hidden_ratio, seed)
+        fitted = _fitted(site, chosen, picture, fit)
+        if method == "brush" and (painted is None or not painted.any()):
+            hint = "Paint over the picture above, then press Rebuild."
+            before = enlarge(_original(fitted), CANVAS)
+            return (before, before), None, [], note(hint), {"note": hint}
+        about = chosen.description("reconstructor")
+        height, width = fitted.pixels.shape[1:]
+        if method == "brush":
+            assert painted is not None
+            visible = painted_view(_unboxed(painted, fitted), height, width, about.unit)
+        else:
+            visible = draw_views(method, int(seed), *unit_grid(height, width, about.unit), hidden_ratio)
+        opened = chosen.runtime("reconstructor", runtime or None)
+        source: Any = "target" if statistics == "target" and chosen.norm_pix else "visible"
+        with site.turn:
+            rebuilt = rebuild(opened, fitted, visible, source)
+        after = enlarge(to_rgb(rebuilt.merged), CANVAS)
+        facts = facts_of(rebuilt, chosen, fitted, about.unit, method, int(seed), opened.title, source)
+        before = enlarge(to_rgb(rebuilt.original), CANVAS)
+        heat = large(heat_map(rebuilt.error, rebuilt.predicted), blocks=True)
+        return (before, after), heat, views_of(rebuilt), numbers_of(facts), facts
+
+    def changed_method(method: str) -> tuple[Any, ...]:
+        about = METHODS[method]
+        return (
+            gr.update(info=about.about),
+            gr.update(visible=about.ratio),
+            gr.update(visible=about.seed),
+            gr.update(visible=about.seed),
+        )
+
+    def changed_model(name: str) -> tuple[Any, ...]:
+        chosen = site.models[name]
+        titles = _available(chosen)
+        return (
+            gr.update(choices=titles, value=titles[0]),
+            gr.update(visible=chosen.norm_pix, value="visible"),
+            _unavailable(chosen),
+        )
+
+    @friendly
+    def canvas(picture: str | None, model: str, method: str, fit: str) -> Any:
+        if method != "brush":
+            return gr.update(visible=False)
+        background = enlarge(_original(_fitted(site, site.models[model], picture, fit)), CANVAS)
+        blank = np.zeros((*background.shape[:2], 4), np.uint8)
+        return gr.update(
+            value={"background": background, "layers": [blank], "composite": background}, visible=True
+        )
+
+    work: dict[str, Any] = {
+        "inputs": inputs,
+        "outputs": outputs,
+        "show_progress_on": [slider, numbers],
+        **MODEL_WORK,
+    }
+    method.change(changed_method, method, [method, ratio, seed, again], api_visibility="private")
+    model.change(changed_model, model, [runtime, statistics, missing], api_visibility="private").then(
+        reconstruct, **work, api_visibility="private"
+    )
+    gr.on(
+        [picture.change, method.change, fit.change, model.change],
+        canvas, [picture, model, method, fit], editor, api_visibility="private", show_progress="hidden",
+    )  # fmt: skip
+    gr.on(
+        [page.load, picture.change, method.change, fit.change, ratio.release, seed.change, runtime.change,
+         statistics.change, editor.change],
+        reconstruct, **work, api_visibility="private",
+    )  # fmt: skip
+    go.click(reconstruct, **work, api_name="reconstruct")
+    again.click(lambda: random.randint(1, 9999), None, seed, api_visibility="private")
+
+
+def _available(model: Model) -> list[str]:
+    return [offer.title for offer in model.offers("reconstructor") if not offer.reason]
+
+
+def _unavailable(model: Model) -> str:
+    import html
+
+    off = [offer for offer in model.offers("reconstructor") if offer.reason]
+    items = "".join(
+        f"<li aria-disabled='true'><b>{html.escape(each.title)}</b> {html.escape(each.reason or '')}</li>"
+        for each in off
+    )
+    return f"<ul class='off' aria-label='Runtimes that are not available'>{items}</ul>" if off else ""
+
+
+def _check(method: str, fit: str, statistics: str, ratio: Any, seed: Any) -> None:
+    """What the page's own pickers never send, but programs may.
+
+    Raises:
+        BadInput: a choice that does not exist, or a number out of its range.
+    """
+    for name, value, known in (
+        ("method", method, METHODS),
+        ("fit", fit, FITS),
+        ("statistics", statistics, STATISTICS),
+    ):
+        if value not in known:
+            raise BadInput(f"There is no {name} {value!r}; choose one of {', '.join(known)}.")
+    if not isinstance(seed, int | float) or not 0 <= seed <= LARGEST_SEED:
+        raise BadInput(f"The seed must be a number from 0 to {LARGEST_SEED}.")
+    if not isinstance(ratio, int | float) or not 0 < ratio < 1:
+        raise BadInput("The share that is hidden must lie between 0 and 1.")
+
+
+def _fitted(site: Site, model: Model, picture: str | None, fit: Any) -> Fitted:
+    about = model.description("reconstructor")
+    rule, channels = about.preprocessing, len(about.preprocessing.mean)
+    side = rule.size[0] if rule.size else 224
+    return fit_picture(site.pixels(picture, channels), side, fit, rule.mean, about.unit)
+
+
+def _original(fitted: Fitted) -> np.ndarray:
+    return to_rgb(fitted.crop(fitted.pixels.permute(1, 2, 0).numpy()))
+
+
+def _unboxed(painted: np.ndarray, fitted: Fitted) -> np.ndarray:
+    """What was painted on the picture, on the whole of what the model gets."""
+    from PIL import Image
+
+    top, left, height, width = fitted.inside
+    small = np.asarray(Image.fromarray(painted).convert("L").resize((width, height), Image.Resampling.BOX))
+    whole = np.zeros(fitted.pixels.shape[1:], bool)
+    whole[top : top + height, left : left + width] = small >= 64
+    return whole
+
+
+def example_pictures() -> list[str]:
+    """Photographs that come with scikit-image."""
+    import skimage
+
+    from pretrain.commands.quickstart import PHOTOGRAPHS
+
+    folder = Path(skimage.__file__).parent / "data"
+    return [str(folder / name) for name in PHOTOGRAPHS if (folder / name).exists()]

@@ -1,0 +1,98 @@
+"""What the reconstruction tab shows of a result: pictures with captions, and numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from demo.fit import Fitted
+from demo.masks import METHODS
+from demo.models import Model
+from demo.paint import cover, enlarge, to_rgb
+from demo.reconstruct import Rebuilt
+from demo.site import cards, note
+
+CANVAS = 512
+Views = list[tuple[np.ndarray, str]]
+
+
+def views_of(rebuilt: Rebuilt) -> Views:
+    """All pictures, each with a caption that says what it is."""
+    pictures: Views = []
+    original = to_rgb(rebuilt.original)
+    names = "ABCDEFGH"
+    several = len(rebuilt.hidden) > 1
+    for i, (hidden, filled, score) in enumerate(
+        zip(rebuilt.hidden, rebuilt.filled, rebuilt.scores, strict=True)
+    ):
+        view = f"view {names[i]}" if several else "the model"
+        pair = (
+            f"{names[1 - i]} rebuilt from {names[i]}" if len(rebuilt.hidden) == 2 else f"rebuilt from {view}"
+        )
+        pictures.append((large(cover(original, hidden), blocks=True), f"what {view} sees"))
+        pictures.append((large(to_rgb(filled)), f"{pair if several else 'composite'}: {score.psnr:.1f} dB"))
+    if not several:
+        alone = cover(to_rgb(rebuilt.merged), ~rebuilt.predicted)
+        pictures.append((large(alone), "reconstruction alone"))
+    return pictures
+
+
+def large(picture: np.ndarray, *, blocks: bool = False) -> np.ndarray:
+    """A picture as large as the page shows it."""
+    return enlarge(picture, CANVAS, blocks=blocks)
+
+
+def facts_of(
+    rebuilt: Rebuilt, model: Model, fitted: Fitted, unit: int, method: str, seed: int, title: str, source: str
+) -> dict[str, Any]:
+    """The numbers, for programs."""
+    psnr = rebuilt.score.psnr
+    return {
+        "psnr_db": round(psnr, 3) if np.isfinite(psnr) else None,
+        "ssim": None if rebuilt.score.ssim is None else round(rebuilt.score.ssim, 4),
+        "views": [
+            {
+                "hidden": round(float(hidden.mean()), 4),
+                "psnr_db": round(score.psnr, 3) if np.isfinite(score.psnr) else None,
+                "ssim": None if score.ssim is None else round(score.ssim, 4),
+            }
+            for hidden, score in zip(rebuilt.hidden, rebuilt.scores, strict=True)
+        ],
+        "unit_px": unit,
+        "method": method,
+        "seed": seed if METHODS[method].seed else None,
+        "runtime": title,
+        "milliseconds": round(1000 * rebuilt.seconds, 1),
+        "picture": fitted.note,
+        "statistics": source if model.norm_pix else None,
+    }
+
+
+def numbers_of(facts: dict[str, Any]) -> str:
+    """The numbers, for people."""
+    views = facts["views"]
+    hidden = " / ".join(f"{view['hidden']:.0%}" for view in views[:2]) + (" ..." if len(views) > 2 else "")
+    rows = [
+        (
+            "PSNR, hidden pixels",
+            f"{facts['psnr_db']:.2f} dB" if facts["psnr_db"] else "exact",
+            "higher is better",
+        ),
+        ("SSIM, hidden pixels", "-" if facts["ssim"] is None else f"{facts['ssim']:.3f}", "1 is equal"),
+        ("hidden", hidden, "share of each view's pixels"),
+        ("mask unit", f"{facts['unit_px']} px", "what is hidden as a whole"),
+        ("time", f"{facts['milliseconds']:.0f} ms", facts["runtime"]),
+    ]
+    if facts["seed"] is not None:
+        rows.append(("seed", str(facts["seed"]), "the same seed draws the same mask"))
+    if facts["statistics"] == "target":
+        leak = (
+            "CAUTION: hidden patches are shown with their own true mean and contrast, which the model never "
+            "saw: picture and numbers leak."
+        )
+        warning = f"<p class='leak' role='alert'>{leak}</p>"
+    else:
+        warning = ""
+    small = f"{facts['picture']}. Computed by {facts['runtime']}."
+    return cards(rows) + warning + note(small)

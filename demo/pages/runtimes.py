@@ -1,0 +1,93 @@
+"""The tab that runs one model by every runtime there is, and compares them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from demo.compare import Measured, compare
+from demo.site import MODEL_WORK, Site, friendly, note, table
+from export.description import Form
+
+PROGRESS = gr.Progress()
+HEAD = ("runtime", "one picture", "times PyTorch's speed", "cosine", "largest difference", "what ran")
+
+
+def runtimes_tab(site: Site, picture: gr.Image) -> None:
+    """Build the tab."""
+    choices: dict[str, tuple[str, Form]] = {
+        f"{name}: {form}" if len(forms) > 1 or len(site.models.names) > 1 else form: (name, form)
+        for name in site.models.names
+        for forms in (site.models[name].forms,)
+        for form in forms
+    }
+    gr.Markdown(
+        "The same weights by PyTorch, ONNX Runtime and TensorRT, on the picture on the left. A file is "
+        "offered only if `coma export` verified it and it was made of these very weights."
+    )
+    with gr.Row(elem_classes="settings", equal_height=True):
+        what = gr.Dropdown(
+            list(choices), value=list(choices)[-1], label="Model", elem_id="compare-model", filterable=False
+        )
+        go = gr.Button("Compare", variant="primary", elem_id="compare")
+    result = gr.HTML(_waiting(site, *list(choices.values())[-1]), elem_id="comparison")
+    plain = gr.JSON(visible=False, label="Comparison")
+
+    @friendly
+    def compare_runtimes(picture: str | None, what: str, progress: Any = PROGRESS) -> tuple[str, list[Any]]:
+        """Time every runtime of a model on a picture."""
+        name, form = choices.get(what, (what, "encoder"))
+        model = site.models[name]
+        config = model.config
+        channels = config.model.channels if config else len(model.description(form).preprocessing.mean)
+        pixels = site.pixels(picture, channels)
+
+        def told(share: float, title: str) -> None:
+            progress(share, desc=f"running {title}")
+
+        with site.turn:
+            rows = compare(model, form, pixels, told)
+        return _result(rows, form), [vars(row) for row in rows]
+
+    go.click(compare_runtimes, [picture, what], [result, plain], api_name="compare_runtimes", **MODEL_WORK)
+    what.change(
+        lambda chosen: _waiting(site, *choices[chosen]),
+        what,
+        result,
+        api_visibility="private",
+        show_progress="hidden",
+    )
+
+
+def _waiting(site: Site, name: str, form: Form) -> str:
+    rows = [
+        [offer.title, f"not available: {offer.reason}" if offer.reason else "press Compare"]
+        for offer in site.models[name].offers(form)
+    ]
+    off = [i for i, offer in enumerate(site.models[name].offers(form)) if offer.reason]
+    return table(HEAD, rows, off, caption="Runtimes")
+
+
+def _result(rows: list[Measured], form: Form) -> str:
+    first = next((row for row in rows if row.reason is None), None)
+    shown: list[list[str]] = []
+    for row in rows:
+        if row.reason is not None or first is None:
+            shown.append([row.title, f"not available: {row.reason}"])
+            continue
+        unit = " of 255" if form == "reconstructor" else ""
+        same = "reference" if row is first else f"{row.difference:.2g}{unit}"
+        shown.append(
+            [
+                row.title,
+                f"{row.milliseconds:.1f} ms",
+                f"{first.milliseconds / row.milliseconds:.2f}",
+                "1" if row is first else f"{row.cosine:.7f}",
+                same,
+                row.version,
+            ]
+        )
+    off = [i for i, row in enumerate(rows) if row.reason is not None]
+    text = "Median of the runs, copies to and from a GPU included; differences are to the first row."
+    return table(HEAD, shown, off, caption="Runtimes") + note(text)

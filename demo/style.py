@@ -1,0 +1,57 @@
+"""How the page looks. Fonts of the system only: nothing is fetched from anywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CSS = """
+.gradio-container { max-width: 1500px !important; margin: 0 auto !important; }
+#header h1 { font-size: 1.7rem; font-weight: 700; margin: 0; letter-spacing: -.01em; }
+#header p { margin: .2rem 0 0; color: var(--body-text-color-subdued); }
+#header .models { overflow-wrap: anywhere; }
+.settings button.lg { align-self: end; height: 46px; font-size: 1rem; }
+.heading { font-weight: 600; margin: 2px 0; }
+.cards { display: flex; flex-wrap: wrap; gap: 10px; margin: 4px 0; }
+.cards .card { flex: 1 1 118px; padding: 8px 12px; border-radius: 10px;
+  background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); }
+.cards dt { font-size: .78rem; color: var(--body-text-color-subdued); white-space: nowrap; }
+.cards dd { margin: 0; font-size: 1.25rem; font-weight: 650; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
+.note { font-size: .85rem; color: var(--body-text-color-subdued); margin: 4px 0; }
+.leak { margin: 8px 0; padding: 8px 12px; border-radius: 8px; background: #b42318; color: #fff;
+  font-weight: 600; }
+ul.off { list-style: none; margin: 0; padding: 0; font-size: .85rem; color: var(--body-text-color-subdued); }
+ul.off li { opacity: .75; } ul.off li::before { content: "\\2298\\a0"; } ul.off b { font-weight: 600; }
+.scroll { overflow-x: auto; } .scroll table { width: 100%; border-collapse: collapse; font-size: .92rem; }
+.scroll caption { text-align: left; font-weight: 600; padding: 4px 0; }
+.scroll th, .scroll td { text-align: left; padding: 6px 10px; vertical-align: top; white-space: pre-wrap;
+  border: 0 solid var(--border-color-primary) !important; border-bottom-width: 1px !important;
+  font-variant-numeric: tabular-nums; }
+.scroll tr.off { opacity: .55; }
+.legend { display: flex; flex-wrap: wrap; gap: 6px 16px; list-style: none; padding: 0; margin: 6px 0; }
+.legend .swatch { display: inline-block; width: 16px; height: 16px; border-radius: 4px; margin-right: 6px;
+  vertical-align: -2px; border: 1px solid var(--border-color-primary); }
+.pictures .caption-label { white-space: normal !important; font-size: .78rem !important;
+  max-width: 94% !important; text-align: left; }
+.pictures .grid-wrap, .pictures .fixed-height { min-height: 0 !important; max-height: none !important; }
+:focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 1px; }
+@media (max-width: 700px) {
+  #header h1 { font-size: 1.35rem; }
+  .gradio-container { padding: 8px !important; }
+  .cards .card { flex: 1 1 29%; padding: 6px 8px; } .cards dd { font-size: 1.02rem; }
+  .pictures .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
+}
+"""
+
+
+def theme() -> Any:
+    """Colours and fonts."""
+    import gradio as gr
+    from gradio.themes.utils.fonts import Font
+
+    return gr.themes.Default(
+        primary_hue="teal",
+        neutral_hue="slate",
+        font=[Font("system-ui"), Font("-apple-system"), Font("Segoe UI"), Font("sans-serif")],
+        font_mono=[Font("ui-monospace"), Font("Menlo"), Font("Consolas"), Font("monospace")],
+    )

@@ -1,0 +1,122 @@
+"""Pictures that strangers send, to pixels: what is too large, damaged or no picture is refused kindly.
+
+Size is read from the header before anything is decoded, and only a few are decoded at a time, so that what
+a request may cost is known: at most `MAX_PIXELS` pixels of at most 8 bytes, `AT_ONCE` times.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pretrain.data.channels import adapt, unit_scale
+from pretrain.data.images import Picture, check, decode
+from pretrain.data.transforms import resize
+from pretrain.errors import BadImage
+
+MAX_BYTES = 20 * 2**20
+MAX_PIXELS = 50_000_000
+MAX_SIDE = 1600
+"""Pixels of the longer side that is kept: no model here sees more."""
+AT_ONCE = 2
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
+TAKES = "JPEG, PNG, WebP, TIFF or BMP"
+
+
+class Uploads:
+    """Reads uploaded files, remembering the last few: a page asks for the same one again and again.
+
+    Args:
+        most: How many pictures are remembered.
+    """
+
+    def __init__(self, most: int = 16) -> None:
+        self._kept: OrderedDict[tuple[str, int, int], Picture] = OrderedDict()
+        self._most = most
+        self._lock = threading.Lock()
+        self._turns = threading.BoundedSemaphore(AT_ONCE)
+
+    def read(self, path: Path, channels: int) -> np.ndarray:
+        """Pixels of the file, upright, `[H, W, channels]` in uint8, or float32 in 0..1 of more bits.
+
+        Raises:
+            BadImage: anything wrong with it, in words for the person who sent it.
+        """
+        try:
+            status = path.stat()
+        except OSError:
+            raise BadImage("This picture is not there any more; please send it again.") from None
+        key = (str(path), status.st_mtime_ns, status.st_size)
+        with self._lock:
+            picture = self._kept.get(key)
+        if picture is None:
+            with self._turns:
+                picture = read_picture(path)
+            with self._lock:
+                self._kept[key] = picture
+                while len(self._kept) > self._most:
+                    self._kept.popitem(last=False)
+        try:
+            return adapt(picture, channels, "picture")
+        except BadImage:
+            have = picture.pixels.shape[2]
+            raise BadImage(f"The model takes pictures of {channels} channels; this one has {have}.") from None
+
+
+def read_picture(path: Path) -> Picture:
+    """Decode a file, its longer side reduced to at most `MAX_SIDE` pixels.
+
+    Returns:
+        Pixels uint8, or float32 in 0..1.
+
+    Raises:
+        BadImage: too large, animated, damaged or no picture.
+    """
+    if path.stat().st_size > MAX_BYTES:
+        raise BadImage(f"This file is larger than {MAX_BYTES >> 20} MB; please send a smaller one.")
+    _check_header(path)
+    try:
+        picture = decode(path.read_bytes(), "picture", at_least=MAX_SIDE)
+    except BadImage:
+        raise BadImage("This picture is damaged or cut short: it does not decode.") from None
+    pixels, alpha = check(picture)
+    scale = MAX_SIDE / max(pixels.shape[:2])
+    if scale < 1:
+        height, width = (max(round(side * scale), 1) for side in pixels.shape[:2])
+        whole = (0, 0, *pixels.shape[:2])
+        pixels = resize(pixels, whole, height, width).permute(1, 2, 0).contiguous().numpy()
+    elif pixels.dtype != np.uint8:
+        pixels = unit_scale(pixels)
+    return Picture(pixels.clip(0, 1) if pixels.dtype != np.uint8 else pixels, alpha)
+
+
+def _check_header(path: Path) -> None:
+    """Refuse by what the file says of itself, without decoding it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as header:
+                kind, (width, height) = header.format, header.size
+                frames = getattr(header, "n_frames", 1) if kind in (*FORMATS, "GIF", "MPO") else 1
+    except Image.DecompressionBombError:
+        raise BadImage(_too_large()) from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError):
+        raise BadImage(f"This file is not a picture; please send a {TAKES} file.") from None
+    except Exception:  # decoders raise whatever they like on hostile headers
+        raise BadImage("This picture is damaged: its header cannot be read.") from None
+    if width * height > MAX_PIXELS:
+        raise BadImage(_too_large(width, height))
+    if frames > 1 and kind != "MPO":  # the other frames of an MPO are views of the same photograph
+        raise BadImage(f"This picture is animated or has {frames} pages; please send a still one.")
+    if kind not in (*FORMATS, "MPO"):
+        raise BadImage(f"{kind} pictures are not taken; please send a {TAKES} file.")
+
+
+def _too_large(width: int = 0, height: int = 0) -> str:
+    size = f" ({width} x {height} pixels)" if width else ""
+    return f"This picture is too large{size}: at most {MAX_PIXELS // 10**6} megapixels, please."
