@@ -82,6 +82,8 @@ class Model:
         side: Height and width in pixels.
         load: Makes it anew, in fp32.
         precisions: To export it in.
+        calibrate: Images that give int8 its ranges.
+        verify: Images to compare on.
     """
 
     name: str
@@ -89,6 +91,8 @@ class Model:
     side: int
     load: Callable[[], Deployable]
     precisions: tuple[Precision, ...]
+    calibrate: Path | None
+    verify: Path | None
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,8 @@ class Peer(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.model = timm.create_model(name, num_classes=CLASSES)
+        head = cast(nn.Linear, cast(Any, self.model).get_classifier())
+        nn.init.normal_(head.weight, std=0.02)  # Hiera's is zero, and with it all that there is to compare
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
         """Images `[b, 3, H, W]` to logits `[b, classes]`."""
@@ -172,9 +178,10 @@ def models_of(args: argparse.Namespace, precisions: tuple[Precision, ...]) -> It
         config = load_artifact(artifact).config
         side = -(-config.image_size // config.model.unit) * config.model.unit
         load = partial(load_deployable, artifact, cast(Form, kind))
-        yield Model(kind, about, side, load, precisions)
+        images = getattr(args, f"{kind}_images", None) or (args.calibrate, args.verify)
+        yield Model(kind, about, side, load, precisions, *images)
     for name in args.peers:
-        yield Model(name, "random", 224, partial(load_peer, name), ("fp32",))
+        yield Model(name, "random", 224, partial(load_peer, name), ("fp32",), None, args.verify)
 
 
 def random_pretrained(work: Path, preset: str, side: int) -> Path:
@@ -224,14 +231,17 @@ def kept(directory: Path, tensors: dict[str, Tensor], config: ArtifactConfig) ->
     return directory
 
 
-def entrants_of(model: Model, args: argparse.Namespace, pictures: list[np.ndarray]) -> list[Entrant]:
+def entrants_of(model: Model, args: argparse.Namespace) -> list[Entrant]:
     """PyTorch and every file of a model, the files made where they are not there yet, and checked."""
+    pictures = read(model.verify, 3, args.verify_images)
     reference = TorchRuntime(model.load())
     found = [Entrant(model, "fp32", reference)]
     least, most = (Shape(batch, model.side, model.side) for batch in (min(args.batches), max(args.batches)))
     shapes = Shapes(least, most, most)
     for precision in model.precisions:
-        images = f"-{args.calibrate_images}-of-{args.calibrate.name}" if precision == "int8" else ""
+        images = ""
+        if precision == "int8" and model.calibrate:
+            images = f"-{args.calibrate_images}-of-{'-'.join(model.calibrate.parts[-2:])}"
         path = file_of(model, reference.description, precision + images, shapes, args.work)
         seconds = None
         if not path.exists():
@@ -276,15 +286,15 @@ def export(
     if not plain.exists():
         write_onnx(deployable, shapes, plain)
     about = replace(read_description(onnx.load(plain), plain.name), precision=precision)
-    pictures = calibration(args.calibrate, cast(int, about.inputs[0].axes[1]), args.calibrate_images)
+    pictures = read(model.calibrate, cast(int, about.inputs[0].axes[1]), args.calibrate_images)
     batches = (inputs_of(about, [picture], model.side, 1) for picture in pictures)
     arrays = ({name: tensor.numpy() for name, tensor in inputs.items()} for inputs in batches)
     quantize_int8(plain, path, arrays, metadata={METADATA: as_json(about)})
 
 
 @cache
-def calibration(place: Path, channels: int, most: int) -> list[np.ndarray]:
-    """Images to calibrate on."""
+def read(place: Path | None, channels: int, most: int) -> list[np.ndarray]:
+    """Some of the images there, or scikit-image's photographs."""
     return read_pictures(open_images(place), channels, most)
 
 
@@ -297,14 +307,15 @@ def inputs_of(about: Description, pictures: list[np.ndarray], side: int, batch: 
     return inputs | {"images": as_input([shown[i % len(shown)] for i in range(batch)], rule)}
 
 
-def time_all(
-    entrants: list[Entrant], pictures: list[np.ndarray], batch: int, seconds: float
-) -> list[Latency]:
+def time_all(entrants: list[Entrant], batch: int, args: argparse.Namespace) -> list[Latency]:
     """Of all of them, in turns."""
     print(f"batch {batch}: timing {len(entrants)} runtimes in turns", flush=True)
-    inputs = [inputs_of(e.runtime.description, pictures, e.model.side, batch) for e in entrants]
-    calls = [compute(e.runtime, given) for e, given in zip(entrants, inputs, strict=True)]
-    return interleaved(calls, batch, seconds)
+    calls = []
+    for entrant in entrants:
+        pictures = read(entrant.model.verify, 3, args.verify_images)
+        inputs = inputs_of(entrant.runtime.description, pictures, entrant.model.side, batch)
+        calls.append(compute(entrant.runtime, inputs))
+    return interleaved(calls, batch, args.seconds)
 
 
 def as_plain(entrant: Entrant, latencies: dict[int, Latency]) -> dict[str, Any]:
@@ -370,6 +381,10 @@ def main() -> None:
     parser.add_argument("--calibrate", type=Path, metavar="IMAGES", help="int8 needs it")
     parser.add_argument("--calibrate-images", type=int, default=64)
     parser.add_argument("--verify", type=Path, metavar="IMAGES", help="default: scikit-image's photographs")
+    for kind in ("segmentor", "detector"):
+        parser.add_argument(
+            f"--{kind}-images", type=Path, nargs=2, metavar=("CALIBRATE", "VERIFY"), help="of its own kind"
+        )
     parser.add_argument("--verify-images", type=int, default=16)
     parser.add_argument("--peers", nargs="*", default=list(PEERS), help="names of timm's models for 224 px")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
@@ -385,9 +400,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     note = busy_note(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    pictures = read_pictures(open_images(args.verify), 3, args.verify_images)
-    entrants = [e for model in models_of(args, precisions) for e in entrants_of(model, args, pictures)]
-    latencies = {batch: time_all(entrants, pictures, batch, args.seconds) for batch in args.batches}
+    entrants = [e for model in models_of(args, precisions) for e in entrants_of(model, args)]
+    latencies = {batch: time_all(entrants, batch, args) for batch in args.batches}
     rows = [
         as_plain(entrant, {batch: found[number] for batch, found in latencies.items()})
         for number, entrant in enumerate(entrants)
@@ -399,7 +413,7 @@ def main() -> None:
         "threads": args.threads,
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
         "busy": note,
-        "verified_on": f"{len(pictures)} images of {args.verify or 'scikit-image'}",
+        "verified_on": f"up to {args.verify_images} images of {args.verify or 'scikit-image'}",
         "seconds_in_all": time.perf_counter() - started,
     }
     if args.out:

@@ -214,7 +214,10 @@ class Judge:
             )
         except (BadInput, RuntimeError):  # a file that cannot even be run with its insides marked
             return None
-        return str(found) if found else None
+        if not found:
+            return None
+        other = found.module.startswith(("box_heads", "mask_heads"))
+        return f"{found}" + ("; or other proposals reach it than in PyTorch" if other else "")
 
 
 def _worth_it(verdict: Verdict, entry: Entry, plain: int) -> Verdict:

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from downstream.finetuned import build_model, describe_finetuned, load_finetuned
 from downstream.fitting import Described, fit_encoder
 from downstream.options import TrainingOptions
 from downstream.settings import load_config
-from export.forms.detection import anchors_at, likeliest, pad_images
+from export.forms.detection import anchors_at, likeliest, odds_of, pad_images, probability_of
 from export.forms.detector import detector
 from export.forms.detector_settings import read_settings
 from export.operators import nms_keep, translations
@@ -371,6 +372,44 @@ def test_nms_keep_in_onnx(tmp_path):
         )
         keep = Keep()(boxes, scores)
         assert keep.equal(torch.tensor(session.run(None, feed)[0])) and keep.any() == (most == 1)
+
+
+class Suppress(nn.Module):
+    """Proposals as a dense head's logits would have them, in the order of odds or of probabilities."""
+
+    def __init__(self, rank: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def forward(self, boxes: Tensor, logits: Tensor) -> Tensor:
+        return nms_keep(boxes, self.rank(logits), 0.5, 0.0, 400)
+
+
+def misjudged(rank: Callable[[Tensor], Tensor], path: Path) -> int:
+    """Unlikely boxes that ONNX Runtime keeps or drops otherwise than PyTorch."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = random_boxes(generator, 2, 400), -torch.rand(2, 1, 400, generator=generator) * 12 - 10
+    form = Suppress(rank)
+    program = torch.onnx.export(form, inputs, dynamo=True, opset_version=18,
+                                custom_translation_table=translations(), verbose=False)  # fmt: skip
+    assert program is not None
+    program.save(str(path))
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    feed = dict(
+        zip((each.name for each in session.get_inputs()), (each.numpy() for each in inputs), strict=True)
+    )
+    return int((torch.tensor(session.run(None, feed)[0]) != form(*inputs)).sum())
+
+
+def test_unlikely_boxes_suppress_each_other_in_one_order_everywhere(tmp_path):
+    assert misjudged(odds_of, tmp_path / "odds.onnx") == 0
+    assert misjudged(torch.sigmoid, tmp_path / "sigmoid.onnx") > 0  # whence the odds
+
+
+def test_odds_are_probabilities_again():
+    logits = torch.tensor([-1e4, -90.0, -20.0, 0.0, 3.0, 90.0])
+    assert odds_of(logits)[0] == 0 and odds_of(logits)[1] > 0
+    torch.testing.assert_close(probability_of(odds_of(logits)), logits.sigmoid())
 
 
 def test_the_likeliest_of_few_are_filled_up():

@@ -210,9 +210,12 @@ def test_limits_depend_on_precision():
     about = Description(
         "encoder", "int8", (), (), Preprocessing("none", None, (0.0,), (1.0,)), 16, None, "", {}
     )
-    outputs = {"x": Difference(cosine=0.995, compared=1)}
+    outputs = {"x": Difference(cosine=0.995, compared=1, largest=2.0)}
     assert judge(outputs, about) == []
     assert judge(outputs, replace(about, precision="fp16")) == ["x: cosine 0.995000 is below 0.999"]
+    silent = Difference()
+    silent.add(torch.zeros(3), torch.zeros(3))  # equal, and of no worth
+    assert "compares nothing" in judge({"x": silent}, about)[0]
     nothing = {"labels": Difference(), "boxes": Difference()}
     assert "nothing was detected" in judge(nothing, replace(about, form="detector"))[0]
 

@@ -26,7 +26,8 @@ from pretrain.masking.units import cover
 LONGEST_STEP = -math.log(16 / 1000)
 """Largest logarithm, up or down, of a box's side over its anchor's; the number is mmdet's."""
 NEVER = -1e4
-"""Logit of what is not there: its probability is 0 in float32."""
+"""Logit of what is not there."""
+_LARGEST_LOGIT = 80.0  # its exponential, up or down, is a float32
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,20 @@ def decode_boxes(anchors: Tensor, deltas: Tensor, code: BoxCode, corner: Tensor)
     return torch.cat(ends, -1)
 
 
+def odds_of(logits: Tensor) -> Tensor:
+    """p / (1 - p), 0 of what is not there: in the order of the logits.
+
+    Probabilities lose that order: runtimes approximate the sigmoid, ONNX Runtime's has an absolute error of
+    1e-7 and is 0 below -18. Which of two unlikely boxes suppresses the other then differs from PyTorch.
+    """
+    return torch.where(logits > NEVER, logits.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT).exp(), 0)
+
+
+def probability_of(odds: Tensor) -> Tensor:
+    """The inverse, odds / (1 + odds)."""
+    return odds / (1 + odds)
+
+
 def likeliest(values: Tensor, count: int, least: float) -> tuple[Tensor, Tensor]:
     """The largest `count` of `[b, n]` and where they are, both `[b, count]`, largest first.
 
@@ -171,7 +186,7 @@ def level_candidates(
         corner: Width and height of the image `[2]`.
 
     Returns:
-        Boxes `[b, k, 4]`, scores `[b, k]`, class int64 `[b, k]`; k is `settings.before`.
+        Boxes `[b, k, 4]`, odds `[b, k]`, class int64 `[b, k]`; k is `settings.before`.
     """
     width = logits.shape[-1]
     anchors = logits.new_tensor(settings.anchors[level], dtype=torch.float32)
@@ -181,11 +196,11 @@ def level_candidates(
     place = index // classes  # number of the anchor
     around = anchors_at(place, anchors, settings.strides[level], width)
     told = take(deltas.reshape(deltas.shape[0], -1, 4), place)
-    boxes, scores = decode_boxes(around, told, settings.code, corner), best.sigmoid()
+    boxes, odds = decode_boxes(around, told, settings.code, corner), odds_of(best)
     if settings.smallest is not None:
         sides = boxes[..., 2:] - boxes[..., :2]
-        scores = torch.where((sides > settings.smallest).all(-1), scores, 0)
-    return boxes, scores, index - place * classes
+        odds = torch.where((sides > settings.smallest).all(-1), odds, 0)
+    return boxes, odds, index - place * classes
 
 
 def region_features(features: list[Tensor], boxes: Tensor, pooling: Pooling) -> Tensor:
@@ -226,7 +241,7 @@ def best_boxes(
 
     Args:
         boxes: `[b, 1, n, 4]`, shared by the classes, or `[b, c, n, 4]`.
-        scores: `[b, c, n]`.
+        scores: Probabilities or odds `[b, c, n]`.
         iou: Overlap above which the less likely of two boxes of a class goes.
         score: Only scores above it count.
         limit: Boxes of an image.

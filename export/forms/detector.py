@@ -24,6 +24,7 @@ from export.forms.detection import (
     image_corner,
     level_candidates,
     pad_images,
+    probability_of,
     region_features,
     take,
 )
@@ -90,10 +91,12 @@ class OneStage(nn.Module):
         settings, corner = self.settings.candidates, image_corner(images)
         maps = zip(*self.head(self.pyramid(images)), strict=True)
         levels = [level_candidates(i, x, y, settings, corner) for i, (x, y) in enumerate(maps)]
-        boxes, scores, labels = (torch.cat(parts, 1) for parts in zip(*levels, strict=True))
+        boxes, odds, labels = (torch.cat(parts, 1) for parts in zip(*levels, strict=True))
         classes = torch.arange(self.settings.classes, device=labels.device)[:, None]
-        by_class = torch.where(labels[:, None] == classes, scores[:, None], 0)  # b c n
-        return best_boxes(boxes[:, None], by_class, settings.iou, settings.score, settings.limit)
+        by_class = torch.where(labels[:, None] == classes, odds[:, None], 0)  # b c n
+        least = settings.score / max(1 - settings.score, 1e-9)
+        boxes, odds, labels = best_boxes(boxes[:, None], by_class, settings.iou, least, settings.limit)
+        return boxes, probability_of(odds), labels
 
 
 class TwoStage(nn.Module):
@@ -116,17 +119,17 @@ class TwoStage(nn.Module):
         return (*found, self._masks(features, *found)) if self.mask_heads else found
 
     def _propose(self, features: list[Tensor], corner: Tensor) -> tuple[Tensor, Tensor]:
-        """Region proposals `[b, n, 4]` and their scores `[b, n]`; levels do not suppress each other."""
+        """Region proposals `[b, n, 4]` and their odds `[b, n]`; levels do not suppress each other."""
         settings = self.settings.candidates
         maps = zip(*self.rpn(features), strict=True)
         levels = [level_candidates(i, x, y, settings, corner)[:2] for i, (x, y) in enumerate(maps)]
-        boxes, scores = (torch.stack(parts, 1) for parts in zip(*levels, strict=True))  # b level k
-        return best_boxes(boxes, scores, settings.iou, settings.score, settings.limit)[:2]
+        boxes, odds = (torch.stack(parts, 1) for parts in zip(*levels, strict=True))  # b level k
+        return best_boxes(boxes, odds, settings.iou, settings.score, settings.limit)[:2]
 
     def _classify(
         self, features: list[Tensor], boxes: Tensor, proposed: Tensor, corner: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Proposals `[b, n, 4]` and their scores `[b, n]` to boxes and scores of every class.
+        """Proposals `[b, n, 4]` and their odds `[b, n]` to boxes and scores of every class.
 
         Cascade R-CNN, Cai and Vasconcelos 2018, sec. 4: every stage starts from the boxes of the one before;
         mmdet takes the mean of the stages' logits.

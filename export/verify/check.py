@@ -143,6 +143,8 @@ def judge(outputs: dict[str, Difference], description: Description) -> list[str]
     for name, each in outputs.items():
         if not each.finite:
             failures.append(f"{name} holds NaN or infinite values")
+        elif each.compared and not each.largest:
+            failures.append(f"{name} is zero everywhere, in PyTorch too: that compares nothing")
         elif each.compared and each.cosine < gate.cosine:
             failures.append(f"{name}: cosine {each.cosine:.6f} is below {gate.cosine}")
         agreement, least = each.agreement, gate.found if name == "labels" else gate.agreement

@@ -23,6 +23,7 @@ class Difference:
         cosine: Least cosine similarity of an image; of whole numbers not taken.
         max: Largest absolute error.
         p99_9: Largest 99.9th percentile of the absolute error of an image.
+        largest: Largest absolute value of PyTorch's.
         compared: Values that were compared.
         total: Sum of the absolute errors.
         same: Whole numbers that are equal, or detections that were found again.
@@ -33,6 +34,7 @@ class Difference:
     cosine: float = 1.0
     max: float = 0.0
     p99_9: float = 0.0
+    largest: float = 0.0
     compared: int = 0
     total: float = 0.0
     same: int = 0
@@ -61,6 +63,7 @@ class Difference:
         error = (wanted - found).abs()
         self.cosine = min(self.cosine, cosine(wanted, found))
         self.max = max(self.max, error.max().item())
+        self.largest = max(self.largest, wanted.abs().max().item())
         kth = max(int(0.999 * len(error)), 1)
         self.p99_9 = max(self.p99_9, error.kthvalue(kth).values.item())
         self.compared += len(error)

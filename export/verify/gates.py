@@ -26,8 +26,8 @@ class Gate:
 
 
 GATES: dict[Precision, Gate] = {
-    "fp32": Gate(cosine=0.9999, agreement=0.999, found=0.99, points=0.1),
-    "fp16": Gate(cosine=0.999, agreement=0.99, found=0.97, points=0.1),
+    "fp32": Gate(cosine=0.9999, agreement=0.999, found=0.995, points=0.1),
+    "fp16": Gate(cosine=0.999, agreement=0.99, found=0.98, points=0.1),
     "bf16": Gate(cosine=0.999, agreement=0.95, found=0.90, points=0.1),
     "int8": Gate(cosine=0.99, agreement=0.90, found=0.85, points=0.5),
     "fp8": Gate(cosine=0.99, agreement=0.90, found=0.85, points=0.5),
