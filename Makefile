@@ -21,7 +21,7 @@ quickstart: $(INSTALLED)  ## pre-train a tiny CoMA-DyViT for two minutes, show w
 	$(BIN)/coma export $(OUT)/run/artifact --precision fp32,fp16 --seconds 1
 
 test: $(INSTALLED)  ## run the tests (ARGS="-k name" picks some)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)  ## check style and formatting
 	$(BIN)/ruff check
