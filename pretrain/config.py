@@ -179,7 +179,66 @@ class BeyondConfig:
             raise BadInput(f"border weight {self.border_weight} must lie between 0 and 1")
 
 
-ObjectiveConfig = CoMAConfig | MAEConfig | BeyondConfig
+@dataclass(frozen=True)
+class TeacherConfig:
+    """A frozen network that guides."""
+
+    name: str = "vit_base_patch16_clip_quickgelu_224.openai"
+    """A vision transformer by its name in timm (also as timm:NAME), or the directory of an artifact. Default:
+    CLIP ViT-B/16, the teacher published for CMT-MAE."""
+    weights: Path | None = None
+    """Its .safetensors file; default: the one in the local cache of the model hub. Nothing is downloaded."""
+    sha256: str | None = None
+    """Of its weights; filled in when the run starts, checked when it goes on."""
+
+
+@dataclass(frozen=True)
+class CMTConfig:
+    """Masks and targets made by a teacher and the student's moving average (CMT-MAE, Mo 2024)."""
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    mask_share: float = 0.5
+    """a in A = a A_teacher + (1 - a) A_student, the attention that guides masks. That the two are added up
+    linearly is published; our choice: the value, and A_* of the last layers, averaged over heads."""
+    hide: Literal["attended", "ignored"] = "attended"
+    """attended: hidden units are drawn in proportion to A. ignored: visible ones are. (Our choice.)"""
+    hidden_ratio: float = 0.75
+    """Share of mask units that the encoder does not see. (Our choice: MAE's.)"""
+    random_share: float = 0.1
+    """Share of the run at its beginning with random masks. (Our choice.)"""
+    target_share: float = 0.5
+    """Weight of the teacher's features as target; the averaged student's have the rest. That both are targets
+    is published, the weight is our choice."""
+    distance: Literal["cosine", "smooth-l1"] = "cosine"
+    """Between predicted and LayerNormed features. (Our choice.)"""
+    ema: float = 0.996
+    """Share that the averaged student keeps at a step, rising to 1 along half a cosine. That the student is a
+    moving average is published; the schedule (BYOL's) is our choice."""
+    norm_pix: bool = True
+    """For the pictures' pixels only, which a linear head learns beside: normalised per mask unit."""
+    decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(depth=8))
+
+    def __post_init__(self) -> None:
+        if not 0 < self.hidden_ratio < 1:
+            raise BadInput(f"hidden ratio {self.hidden_ratio} must lie between 0 and 1")
+        for name in ("mask_share", "target_share", "random_share", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInput(f"{name.replace('_', ' ')} {getattr(self, name)} must be 0 to 1")
+
+
+@dataclass(frozen=True)
+class BalancedCoMAConfig(CoMAConfig):
+    """Complementary masks dealt so that every view gets as much of what a teacher looks at (our own)."""
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.masks != "complementary":
+            raise BadInput(f"balanced views are complementary; masks {self.masks!r} cannot be balanced")
+
+
+ObjectiveConfig = CoMAConfig | MAEConfig | BeyondConfig | CMTConfig | BalancedCoMAConfig
 
 
 @dataclass(frozen=True)
@@ -411,7 +470,7 @@ _VIT = {
     "vit-large": {"dim": 1024, "depth": 24, "heads": 16},
 }
 ENCODER_PRESETS = (*_DYVIT, *_VIT)
-METHOD_PRESETS = ("coma", "coma4", "coma-independent", "coma-single", "mae", "beyond")
+METHOD_PRESETS = ("coma", "coma4", "coma-independent", "coma-single", "mae", "beyond", "cmt", "coma-balanced")
 
 
 def encoder_preset(name: str, image_size: int = 224, channels: int = 3) -> EncoderConfig:
@@ -462,6 +521,10 @@ def method_preset(name: str, *, decoder_dim: int = 512, decoder_depth: int | Non
             return MAEConfig(decoder=decoder(8))
         case "beyond":
             return BeyondConfig(decoder=decoder(8))
+        case "cmt":
+            return CMTConfig(decoder=decoder(8))
+        case "coma-balanced":
+            return BalancedCoMAConfig(decoder=decoder(4))
     raise BadInput(f"no method {name!r}; there are: {', '.join(METHOD_PRESETS)}")
 
 

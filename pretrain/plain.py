@@ -15,7 +15,9 @@ from cattrs.strategies import configure_union_passthrough
 from cattrs.v import format_exception
 
 from pretrain.config import (
+    BalancedCoMAConfig,
     BeyondConfig,
+    CMTConfig,
     CoMAConfig,
     DyViTConfig,
     EncoderConfig,
@@ -38,7 +40,13 @@ def _converter() -> cattrs.Converter:
     converter.register_structure_hook(Path, lambda value, _: Path(value))
     configure_union_passthrough(str | int, converter)
     _register_union(converter, EncoderConfig, "architecture", {"dyvit": DyViTConfig, "vit": ViTConfig})
-    methods = {"coma": CoMAConfig, "mae": MAEConfig, "beyond": BeyondConfig}
+    methods = {
+        "coma": CoMAConfig,
+        "mae": MAEConfig,
+        "beyond": BeyondConfig,
+        "cmt": CMTConfig,
+        "coma-balanced": BalancedCoMAConfig,
+    }
     _register_union(converter, ObjectiveConfig, "method", methods)
     return converter
 

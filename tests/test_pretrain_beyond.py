@@ -6,7 +6,7 @@ The curves in `tests/golden/loss_curves_beyond.json` are renewed by `python test
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ ALL = get_args(Degradation)
 HIDING = ("zoom-in", "zoom-in+mask", "zoom-in+coma")
 
 
-def objective(encoder, kind, **changes):
+def objective(encoder, kind, **changes: Any) -> Any:
     torch.manual_seed(0)
     config = BeyondConfig(degrade=kind, decoder=DECODER, **changes)
     return build_objective(config, build_encoder(ENCODERS[encoder]))
@@ -220,11 +220,11 @@ def test_a_prediction_knows_the_visible_pixels_only(encoder, kind):
     images, seeds = pictures(), torch.arange(4)
     with torch.no_grad():
         before = model(images, seeds)
-        for view, visible in enumerate(before.visible):
-            pixels = visible.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
+        shown = before.visible.repeat_interleave(8, 2).repeat_interleave(8, 3)[:, :, None]
+        for view, pixels in enumerate(shown):
             after = model(torch.where(pixels, images, images.flip(0) * 5 + 1), seeds)
             assert torch.equal(before.prediction[view], after.prediction[view])
-        seen = model(torch.where(pixels, images + 1, images), seeds)
+        seen = model(torch.where(shown[-1], images + 1, images), seeds)
     assert not torch.equal(before.prediction[-1], seen.prediction[-1])
 
 

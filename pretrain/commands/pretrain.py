@@ -8,6 +8,7 @@ Examples:
   coma pretrain PHOTOS --out runs/few --recipe small-data
   coma pretrain PHOTOS --out runs/mae --model vit-base --method mae --batch-size 1024 --micro-batch 128
   coma pretrain PHOTOS --out runs/zoom --method beyond --degrade zoom-in+mask
+  coma pretrain PHOTOS --out runs/cmt --model vit-base --method cmt --teacher-weights clip.safetensors
   coma pretrain --resume runs/first
   coma pretrain --from runs/first --out runs/second --seed 1
   torchrun --nproc-per-node 8 -m pretrain pretrain PHOTOS --out runs/eight --batch-size 2048 --compile
@@ -25,13 +26,17 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pretrain.config import (
+    BalancedCoMAConfig,
     BeyondConfig,
+    CMTConfig,
     DataConfig,
     Degradation,
+    ObjectiveConfig,
     OptimizerConfig,
     PretrainConfig,
     ProbeConfig,
     RunConfig,
+    TeacherConfig,
     encoder_preset,
     method_preset,
 )
@@ -39,7 +44,7 @@ from pretrain.errors import BadInput, ComaError
 from pretrain.plain import read_config
 
 Model = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
-Method = Literal["coma", "coma4", "coma-independent", "coma-single", "mae", "beyond"]
+Method = Literal["coma", "coma4", "coma-independent", "coma-single", "mae", "beyond", "cmt", "coma-balanced"]
 
 _RECIPES = {
     "default": OptimizerConfig(),
@@ -47,7 +52,7 @@ _RECIPES = {
 }
 _NARROW_DECODER = {"tiny": 192, "vit-tiny": 192}  # the full 512 channels would cost more than the encoder
 
-_NOT_RESUMED = ("model", "method", "degrade", "recipe", "channels", "from_")
+_NOT_RESUMED = ("model", "method", "degrade", "teacher", "recipe", "channels", "from_")
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,17 @@ class Presets:
     """Encoder, fitted to --image-size (default: small). tiny to large are DyViT, vit-* plain ViT."""
     method: Method | None = None
     """coma: two complementary views (default). coma4: four. coma-independent, coma-single: its controls.
-    mae: one view of a quarter of the image. beyond: other degradations than masks, see --degrade."""
+    mae: one view of a quarter of the image. beyond: other degradations than masks, see --degrade. cmt: masks
+    and targets made by a frozen teacher and the model's moving average (CMT-MAE). coma-balanced: coma, with
+    views that share out evenly what a teacher looks at."""
     degrade: Degradation | None = None
     """With --method beyond, how (default: zoom-in+mask); `coma degrade IMAGE --out SHEET` shows them all."""
+    teacher: str | None = None
+    """With --method cmt or coma-balanced: a vision transformer by its name in timm, or the directory of an
+    artifact (default: CLIP ViT-B/16, vit_base_patch16_clip_quickgelu_224.openai; the accuracy published for
+    CMT-MAE is CLIP's alone)."""
+    teacher_weights: Path | None = None
+    """Its .safetensors file; default: the one in the local cache of the model hub. Nothing is downloaded."""
     recipe: Literal["default", "small-data"] | None = None
     """small-data: for up to about 10,000 images on one GPU."""
     channels: int | None = None
@@ -139,6 +152,8 @@ def _defaults(first: _First) -> PretrainConfig:
             raise BadInput(f"--{flag} does not go with --resume, which takes the settings of the run")
         config = read_config(first.resume)
         folder = first.resume.parent if first.resume.is_file() else first.resume
+        if first.teacher_weights:
+            config = replace(config, objective=_with_teacher(config.objective, first))
         return replace(config, run=replace(config.run, out=folder))
     config = read_config(first.from_) if first.from_ else PretrainConfig()
     size = first.image_size or config.data.image_size
@@ -158,8 +173,19 @@ def _defaults(first: _First) -> PretrainConfig:
                 f"--degrade {first.degrade} belongs to --method beyond; give that, or leave it out"
             )
         objective = replace(objective, degrade=first.degrade)
+    if first.teacher or first.teacher_weights:
+        objective = _with_teacher(objective, first)
     optimizer = _RECIPES[first.recipe] if first.recipe else config.optimizer
     return replace(config, model=model, objective=objective, optimizer=optimizer)
+
+
+def _with_teacher(objective: ObjectiveConfig, first: Presets) -> ObjectiveConfig:
+    if not isinstance(objective, CMTConfig | BalancedCoMAConfig):
+        flag = f"--teacher {first.teacher}" if first.teacher else f"--teacher-weights {first.teacher_weights}"
+        raise BadInput(f"{flag} belongs to --method cmt and coma-balanced; give one of them, or leave it out")
+    if first.teacher:
+        return replace(objective, teacher=TeacherConfig(first.teacher, first.teacher_weights))
+    return replace(objective, teacher=replace(objective.teacher, weights=first.teacher_weights))
 
 
 def _summary(folder: Path) -> str:

@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _GOLDEN = -0x61C8864680B583EB  # 2**64 / golden ratio, as a signed 64-bit integer
 
 
-def _eager(function: F) -> F:
+def eager(function: F) -> F:
     """Keep a function out of compiled graphs: compilers may not take 64-bit integers to wrap around."""
     return cast("F", torch.compiler.disable(function))
 
@@ -37,13 +37,13 @@ def noise(seeds: Tensor, count: int, salt: int = 0) -> Tensor:
     return _mix(start[:, None] + positions * _GOLDEN)
 
 
-@_eager
+@eager
 def uniform(seeds: Tensor, count: int, salt: int = 0) -> Tensor:
     """Random numbers strictly between 0 and 1, float32 `[b, count]`: 23 bits of `noise`, and a half."""
     return (((noise(seeds, count, salt) >> 41) & 0x7FFFFF).float() + 0.5) * 2.0**-23
 
 
-@_eager
+@eager
 def partition(seeds: Tensor, h: int, w: int, groups: int) -> Tensor:
     """Share out h x w units over `groups` groups of equal size (+-1), at random: int64 `[b, h, w]`.
 
@@ -59,7 +59,7 @@ def group_sizes(units: int, groups: int) -> tuple[int, ...]:
     return tuple((units - group + groups - 1) // groups for group in range(groups))
 
 
-@_eager
+@eager
 def keep(seeds: Tensor, h: int, w: int, count: int, salt: int = 0) -> Tensor:
     """Show `count` of the h x w units, at random (MAE sec. 3): bool `[b, h, w]`."""
     order = noise(seeds, h * w, salt).argsort(dim=1, stable=True)

@@ -50,6 +50,10 @@ class Decoder(nn.Module):
         Returns:
             `[v, b, h, w, pixels]`.
         """
+        return self.head(self.states(features, visible))
+
+    def states(self, features: Tensor, visible: Tensor) -> Tensor:
+        """What the pixels are read from, `[v, b, h, w, dim]`; arguments as in `forward`."""
         v, _, h, w = visible.shape
         tokens = self.embed(features)
         x = torch.where(visible[..., None], tokens, self.hidden_token.to(tokens.dtype))
@@ -57,4 +61,4 @@ class Decoder(nn.Module):
         x = rearrange(x, "v b h w c -> (v b) (h w) c")
         for block in self.blocks:
             x = run_block(block, x, recompute=self.grad_checkpointing and self.training)
-        return rearrange(self.head(self.norm(x)), "(v b) (h w) p -> v b h w p", v=v, h=h)
+        return rearrange(self.norm(x), "(v b) (h w) c -> v b h w c", v=v, h=h)

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-from pretrain.config import BeyondConfig, CoMAConfig, ObjectiveConfig
+from pretrain.config import BalancedCoMAConfig, BeyondConfig, CMTConfig, CoMAConfig, ObjectiveConfig
 from pretrain.models import Encoder
+from pretrain.models.teacher import Teacher
+from pretrain.objectives.balanced import BalancedCoMA
 from pretrain.objectives.base import MaskedPixels, ObjectiveOutput
 from pretrain.objectives.beyond import Beyond
+from pretrain.objectives.cmt import CMT
 from pretrain.objectives.coma import CoMA
 from pretrain.objectives.mae import MAE
 
 Objective = MaskedPixels
 
-__all__ = ["MAE", "Beyond", "CoMA", "MaskedPixels", "Objective", "ObjectiveOutput", "build_objective"]
+__all__ = [
+    "CMT",
+    "MAE",
+    "BalancedCoMA",
+    "Beyond",
+    "CoMA",
+    "MaskedPixels",
+    "Objective",
+    "ObjectiveOutput",
+    "build_objective",
+]
 
 
-def build_objective(config: ObjectiveConfig, encoder: Encoder) -> Objective:
-    """The objective that `config` describes, around `encoder`, with a fresh decoder."""
+def build_objective(config: ObjectiveConfig, encoder: Encoder, teacher: Teacher | None = None) -> Objective:
+    """The objective that `config` describes, around `encoder`, with a fresh decoder.
+
+    CMT and balanced CoMA learn from a teacher; without one they are what an artifact holds, and reconstruct.
+    """
     match config:
+        case CMTConfig():
+            return CMT(config, encoder, teacher)
+        case BalancedCoMAConfig():
+            return BalancedCoMA(config, encoder, teacher)
         case CoMAConfig():
             return CoMA(config, encoder)
         case BeyondConfig():

@@ -82,7 +82,7 @@ class Beyond(MaskedPixels):
         """
         if self.config.degrade not in ("zoom-in+mask", "zoom-in+coma"):
             return torch.full(visible.shape, 1 / visible.numel(), device=visible.device)
-        outside = ~_inside(*visible.shape[-2:], visible.device).expand_as(visible)
+        outside = ~_inside(visible.shape[-2], visible.shape[-1], visible.device).expand_as(visible)
         hidden = (~visible & ~outside).float()
         outside = outside.float()
         share = self.config.border_weight

@@ -66,6 +66,12 @@ class Classification(nn.Module):
         mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=self.classes)
         return mixup(images, labels)
 
+    def before_step(self, progress: float) -> None:
+        """Called before every optimizer step: it makes no difference here."""
+
+    def after_step(self, progress: float) -> None:
+        """Called after every optimizer step."""
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute block activations in the backward pass instead of keeping them."""
         self.classifier.set_grad_checkpointing(enable)

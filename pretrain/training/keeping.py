@@ -34,6 +34,7 @@ from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
 from pretrain.pictures import loss_curve, reconstruction_sheet
 from pretrain.plain import to_plain
+from pretrain.teaching import remarks
 from pretrain.training.metrics import MetricsLog, TensorBoardLog
 from pretrain.training.report import Report
 from pretrain.training.setup import Plan, PretrainPlan, Settings, write_config
@@ -218,7 +219,7 @@ class PretrainingKeeper(Keeper[PretrainConfig]):
             with torch.device("meta"):
                 encoder = build_encoder(self._plan.config.model)
                 objective = build_objective(self._plan.config.objective, encoder)
-            objective.load_state_dict(weights, assign=True)
+            objective.load_state_dict(encoder_and_decoder(weights), assign=True)
             objective.to(device)
             images = normalize(self._first.images.to(device), mean, std)
             seeds = self._first.seeds.to(device)
@@ -237,7 +238,9 @@ class PretrainingKeeper(Keeper[PretrainConfig]):
             "images": len(source),
             "ema": config.optimizer.ema,
         }
-        return published(state), self._about("pretrained", trained)
+        notes = remarks(config.objective)
+        trained |= {"remarks": list(notes)} if notes else {}
+        return encoder_and_decoder(published(state)), self._about("pretrained", trained)
 
     def _about(self, kind: Literal["backbone", "pretrained"], trained: dict[str, Any]) -> ArtifactConfig:
         config, (mean, std) = self._plan.config, self._plan.statistics
@@ -257,6 +260,11 @@ class PretrainingKeeper(Keeper[PretrainConfig]):
 def published(state: dict[str, Any]) -> dict[str, Tensor]:
     """The weights of a resumable state that are handed over: their moving average where there is one."""
     return state["model"] if state["ema"] is None else state["ema"]
+
+
+def encoder_and_decoder(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What an artifact holds of an objective's weights; what only training needs stays in the state."""
+    return {name: tensor for name, tensor in weights.items() if name.startswith(("encoder.", "decoder."))}
 
 
 def first_images(source: Source, model: EncoderConfig, image_size: int) -> Batch:

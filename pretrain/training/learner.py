@@ -91,6 +91,7 @@ class Learner:
     ) -> None:
         self.objective = objective.train()
         self.precision: Precision = precision
+        self.progress = 0.0
         self.batches: list[Batch] = []  # of the step in progress, for the report of a loss that is not finite
         self._config, self._group, self._slices = optimizer, group, slices
         self._seed = pass_seed(run.seed)
@@ -111,6 +112,7 @@ class Learner:
         lr: float,
         batches: Iterator[Batch],
         requests: Callable[[], tuple[bool, ...]] = tuple,
+        progress: float = 0.0,
     ) -> Step:
         """Take step `number` (from 0): forward, backward, update.
 
@@ -119,10 +121,13 @@ class Learner:
             lr: Learning rate; groups of parameters with an `lr_scale` take that share of it.
             batches: Where the micro batches come from.
             requests: What this process asks of all of them, called late in the step; see `Step.requests`.
+            progress: Share of the run that is done before this step; told to the objective.
 
         Raises:
             NotFinite: before anything was changed.
         """
+        self.progress = progress
+        self.objective.before_step(progress)
         for param_group in self._optimizer.param_groups:
             param_group["lr"] = lr * param_group.get("lr_scale", 1.0)
         self._optimizer.zero_grad(set_to_none=True)
@@ -149,6 +154,7 @@ class Learner:
         self._scaler.update()
         if self._ema:
             self._ema.update(number + 1)
+        self.objective.after_step(progress)
         if failed:
             failures = tuple(failure for each in self._group.gather(failures) for failure in each)
         return Step(values, tuple(raised), failures, waited)

@@ -18,9 +18,9 @@ import torch
 from pretrain.config import PretrainConfig
 from pretrain.data import Batch, training_batches
 from pretrain.errors import BadInput, CheckFailed, Interrupted
-from pretrain.models import build_encoder
-from pretrain.objectives import Objective, build_objective
+from pretrain.objectives import Objective
 from pretrain.objectives.classification import Classification
+from pretrain.teaching import remarks, training_objective
 from pretrain.training.distributed import Processes, processes
 from pretrain.training.keeping import Keeper, PretrainingKeeper, published
 from pretrain.training.learner import Learner, NotFinite, Step
@@ -64,6 +64,8 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> Path:
     """
     with processes(config.run.device) as group, closing(Report(quiet=not group.main)) as report:
         plan = prepare(config, group, resume=resume)
+        for remark in remarks(plan.config.objective):
+            report.warn(remark)
         train(plan, _pretraining(plan), group, report, resume=resume)
         return plan.folder
 
@@ -83,7 +85,7 @@ def _pretraining(plan: PretrainPlan) -> Task:
         )
 
     return Task(
-        build=lambda: build_objective(config.objective, build_encoder(config.model)),
+        build=lambda: training_objective(config),
         batches=batches,
         keep=lambda report: PretrainingKeeper(plan, report),
     )
@@ -177,7 +179,7 @@ class _Run:
         run, began, computed = self._plan.config.run, time.perf_counter(), time.process_time()
         lr = learning_rate(self._done, self._plan.steps, self._plan.config.optimizer)
         try:
-            step = self._learner.step(self._done, lr, batches, self._requests)
+            step = self._learner.step(self._done, lr, batches, self._requests, self._done / self._plan.steps)
         except NotFinite as problem:
             stop_run(self._plan, self._learner, self._group, self._done + 1, problem)
         except torch.OutOfMemoryError as error:

@@ -25,9 +25,8 @@ from pretrain.artifact import load_strict
 from pretrain.config import FinetuneConfig, PretrainConfig
 from pretrain.data import Batch, normalize
 from pretrain.errors import BadInput, CheckFailed
-from pretrain.models import build_encoder
-from pretrain.objectives import build_objective
 from pretrain.plain import from_plain, to_plain
+from pretrain.teaching import training_objective
 from pretrain.training.distributed import Processes
 from pretrain.training.files import write_whole
 from pretrain.training.learner import Learner, NotFinite, pass_seed, seed_generators
@@ -53,6 +52,7 @@ def save_nonfinite(
     batches: list[Batch],
     weights: Mapping[str, Tensor],
     names: list[str],
+    progress: float = 0.0,
 ) -> Path:
     """Write the step down.
 
@@ -65,6 +65,7 @@ def save_nonfinite(
         batches: The micro batches of all processes, in the order of the stream.
         weights: Before the step.
         names: Of the images.
+        progress: Share of the run that was done.
 
     Returns:
         The `.safetensors` file.
@@ -85,6 +86,7 @@ def save_nonfinite(
         "grad_norm": str(problem.grad_norm),
         "precision": precision,
         "micro_batch": len(batches[0].images),
+        "progress": progress,
         "images": names,
         "config": to_plain(config),
     }
@@ -126,7 +128,9 @@ def _write_down(
     names = [plan.source.describe(i) for batch in batches for i in batch.indices.tolist()]
     folder = plan.folder / "nonfinite"
     try:
-        path = save_nonfinite(folder, step, problem, plan.config, learner.precision, batches, weights, names)
+        path = save_nonfinite(
+            folder, step, problem, plan.config, learner.precision, batches, weights, names, learner.progress
+        )
     except OSError as error:
         return f"the batch that leads to it could not be written ({error.strerror})"
     return f"the batch and the weights that lead to it are in {path}"
@@ -144,7 +148,8 @@ def replay_nonfinite(path: Path, device: str = "cpu") -> Replay:
     """
     facts, tensors = _read(path)
     config: PretrainConfig = from_plain(facts["config"], PretrainConfig, source=str(path))
-    objective = build_objective(config.objective, build_encoder(config.model)).to(device).train()
+    objective = training_objective(config).to(device).train()
+    objective.before_step(facts.get("progress", 0.0))
     weights = {n.removeprefix(_WEIGHTS): t for n, t in tensors.items() if n.startswith(_WEIGHTS)}
     load_strict(objective, weights, source=str(path))
     objective.set_grad_checkpointing(config.run.checkpoint_gradients)

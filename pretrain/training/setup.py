@@ -12,15 +12,25 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pretrain.config import FinetuneConfig, OptimizerConfig, PretrainConfig, ProbeConfig, RunConfig
+from pretrain.config import (
+    BalancedCoMAConfig,
+    CMTConfig,
+    FinetuneConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    RunConfig,
+)
 from pretrain.data import Slices, Source, check_loader, measure, open_source
 from pretrain.errors import BadInput
 from pretrain.plain import read_config, to_plain
+from pretrain.teaching import identified
 from pretrain.training.distributed import Processes
 from pretrain.training.files import write_whole
 
 _MAY_CHANGE = {
     *("data.images", "data.workers", "data.loader", "data.on_bad_image", "test"),
+    "objective.teacher.weights",
     *("optimizer.epochs", "optimizer.steps", "optimizer.micro_batch"),
     *("run.out", "run.device", "run.precision", "run.compile", "run.checkpoint_gradients", "run.parallel"),
     *("run.save_minutes", "run.save_steps", "run.log_steps", "run.sheet_steps"),
@@ -117,6 +127,10 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
         if group.main and config.data.mean is None:
             mean, std = measure(source, config.model.channels, workers=config.data.workers)
             config = replace(config, data=replace(config.data, mean=mean, std=std))
+    config = group.share(config)
+    with group.agreed():
+        if group.main:
+            config = identified(config)
     return PretrainPlan(group.share(config), source, slices, steps)
 
 
@@ -252,6 +266,8 @@ def _resumed(config: Settings) -> Settings:
     saved = read_config(config.run.out, type(config))
     if config.data.mean is None:
         config = replace(config, data=replace(config.data, mean=saved.data.mean, std=saved.data.std))
+    if isinstance(config, PretrainConfig) and isinstance(saved, PretrainConfig):
+        config = replace(config, objective=_same_teacher(config.objective, saved.objective))
     old, new = _flat(to_plain(saved)), _flat(to_plain(config))
     changed = sorted(name for name in old | new if old.get(name) != new.get(name) and name not in _MAY_CHANGE)
     if changed:
@@ -261,6 +277,15 @@ def _resumed(config: Settings) -> Settings:
             "leave them as they were, or start a new run in another directory"
         )
     return config
+
+
+def _same_teacher(new: ObjectiveConfig, saved: ObjectiveConfig) -> ObjectiveConfig:
+    """The new settings; a teacher whose weights they do not identify is to be the one of the run."""
+    if not isinstance(new, CMTConfig | BalancedCoMAConfig) or new.teacher.sha256:
+        return new
+    if not isinstance(saved, CMTConfig | BalancedCoMAConfig):
+        return new
+    return replace(new, teacher=replace(new.teacher, sha256=saved.teacher.sha256))
 
 
 def _flat(plain: Any, prefix: str = "") -> dict[str, Any]:

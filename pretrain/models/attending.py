@@ -1,0 +1,123 @@
+"""Where a network looks: last-layer features of an image, and how much attention its places get there.
+
+Attention is the last block's, averaged over heads, and normalised to add up to 1 over the places. The query
+is the cls token's where a model was trained with one (timm's); otherwise the mean over all places. This
+room's ViT has a cls token, but no loss reads it, so its attention means nothing: the mean for it as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.errors import BadInput
+from pretrain.models.attention import Consecutive, DynamicMultiWindowAttention, Layout
+from pretrain.models.dyvit import DyViT
+from pretrain.models.positions import rotate
+from pretrain.models.vit import ViT
+
+
+def attend(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and attention.
+
+    Args:
+        model: DyViT, plain ViT, or one of timm's vision transformers that `check_readable` accepts.
+        images: `[b, c, H, W]`, normalised for it.
+
+    Returns:
+        Last-layer features `[b, h, w, c]` and attention `[b, h, w]`, which adds up to 1 for every image.
+
+    Raises:
+        BadInput: a DyViT whose last block does not see the whole map.
+    """
+    if isinstance(model, DyViT):
+        with _watching_dyvit(model.stages[-1].blocks[-1].attn) as taken:  # type: ignore[union-attr, arg-type]
+            features = model.forward_features(images)
+        received = taken[0].mean(dim=(1, 2))
+    elif isinstance(model, ViT):
+        with _watching(model.blocks[-1].attn) as taken:  # type: ignore[arg-type]
+            features = model.forward_features(images)
+        received = taken[0][:, :, 1:, 1:].mean(dim=(1, 2))
+    else:
+        network: Any = model
+        with _watching(network.blocks[-1].attn) as taken:
+            tokens = network.forward_features(images)
+        before = network.num_prefix_tokens
+        query = slice(0, 1) if _has_cls(network) else slice(before, None)
+        received = taken[0][:, :, query, before:].mean(dim=(1, 2))
+        features = tokens[:, before:].unflatten(1, network.patch_embed.grid_size)
+    received = received.float()
+    received = received / received.sum(dim=1, keepdim=True)
+    return features, received.unflatten(1, features.shape[1:3])
+
+
+def check_readable(model: nn.Module) -> str:
+    """Why attention and features of a model of timm's cannot be read; empty where they can."""
+    network: Any = model
+    blocks = getattr(network, "blocks", None)
+    attention = (
+        getattr(blocks[-1], "attn", None) if isinstance(blocks, nn.Sequential | nn.ModuleList) else None
+    )
+    if not hasattr(attention, "attn_drop") or not hasattr(attention, "fused_attn"):
+        return "it is no plain vision transformer, whose last block attends to all patches"
+    if not hasattr(network, "num_prefix_tokens") or not getattr(network.patch_embed, "grid_size", None):
+        return "its patches lie on no fixed grid"
+    return ""
+
+
+def on_grid(maps: Tensor, h: int, w: int) -> Tensor:
+    """Bring maps `[b, c, H, W]` to `h x w`: averages where that is coarser, else bilinear."""
+    if maps.shape[-2:] == (h, w):
+        return maps
+    if maps.shape[-2] >= h and maps.shape[-1] >= w:
+        return F.adaptive_avg_pool2d(maps, (h, w))
+    return F.interpolate(maps, (h, w), mode="bilinear", align_corners=False)
+
+
+def _has_cls(network: Any) -> bool:
+    known = getattr(network, "has_class_token", None)
+    return getattr(network, "cls_token", None) is not None if known is None else known
+
+
+@contextmanager
+def _watching(attention: Any) -> Iterator[list[Tensor]]:
+    """Inside, the list takes the softmax `[n, heads, q, k]` of an attention layer of timm's when it runs."""
+    taken: list[Tensor] = []
+    fused = attention.fused_attn
+    attention.fused_attn = False  # a fused kernel keeps its softmax to itself
+    handle = attention.attn_drop.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
+    try:
+        yield taken
+    finally:
+        handle.remove()
+        attention.fused_attn = fused
+
+
+@contextmanager
+def _watching_dyvit(attention: DynamicMultiWindowAttention) -> Iterator[list[Tensor]]:
+    """The same for DM-MSA, whose windows here are the whole map: its softmax is computed beside it."""
+    taken: list[Tensor] = []
+
+    def compute(_: nn.Module, args: tuple[Tensor, Layout]) -> None:
+        x, layout = args
+        tokens = x.shape[1] * x.shape[2]
+        if not all(isinstance(window, Consecutive) and window.length == tokens for window in layout.windows):
+            raise BadInput(
+                "the last stage of this DyViT does not see the whole map, so it does not say where it looks; "
+                "its windows must be as large as the map, or 0"
+            )
+        qk = attention.qkv(x).unflatten(-1, (3, attention.heads, -1))[..., :2, :, :]
+        q, k = rotate(qk, layout.rotary).flatten(1, 2).unbind(dim=2)  # n s heads d
+        scores = torch.einsum("nqhd,nkhd->nhqk", q * q.shape[-1] ** -0.5, k)
+        taken.append(scores.float().softmax(dim=-1))
+
+    handle = attention.register_forward_pre_hook(compute)
+    try:
+        yield taken
+    finally:
+        handle.remove()
