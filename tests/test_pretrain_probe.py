@@ -19,6 +19,7 @@ from pretrain.errors import BadInput, CheckFailed, Interrupted
 from pretrain.evaluate import effective_rank, evaluate, feature_spread, open_probe, watched_gates
 from pretrain.evaluate.probe import Probe
 from pretrain.models import build_encoder
+from pretrain.models.attention import WindowGate
 from pretrain.pictures import loss_curve
 from pretrain.training import pretrain
 
@@ -157,15 +158,20 @@ def test_bad_labelled_images_are_refused_before_training(resumable, photos, labe
         with pytest.raises(BadInput, match=complaint):
             pretrain(at(replace(resumable, probe=probe), out))
         assert not out.exists()
-    for wrong in ({"probe_epochs": 0.0}, {"probe_steps": 0}, {"probe_test": -1}):
+    for wrong in (
+        lambda: ProbeConfig(labelled, probe_epochs=0.0),
+        lambda: ProbeConfig(labelled, probe_steps=0),
+        lambda: ProbeConfig(labelled, probe_test=-1),
+    ):
         with pytest.raises(BadInput, match="must be"):
-            ProbeConfig(labelled, **wrong)
+            wrong()
 
 
 def test_limits_draw_alike_from_every_class():
     labels = np.array([0] * 50 + [1] * 30 + [2] * 3)
     source = ArraySource([np.full((20, 20, 3), i, np.uint8) for i in range(83)], labels)
     part = balanced(source, 23)
+    assert part.labels is not None
     assert np.bincount(part.labels).tolist() == [10, 10, 3]
     assert np.array_equal(part.labels, labels[[int(part.read(i)[0, 0, 0]) for i in range(23)]])
     assert balanced(source, 0) is balanced(source, 83) is source
@@ -189,7 +195,7 @@ def test_spread_and_rank_of_known_features():
 def test_gates_are_those_of_a_slow_loop():
     torch.manual_seed(0)
     encoder = build_encoder(MODEL).eval()
-    gate = encoder.stages[0].blocks[0].attn.gate
+    gate = next(module for module in encoder.modules() if isinstance(module, WindowGate))
     torch.nn.init.normal_(gate.out.weight, std=3.0)
     seen = []
     gate.register_forward_hook(lambda _, __, out: seen.append(out))

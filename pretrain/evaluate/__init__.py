@@ -5,7 +5,7 @@ from pretrain.evaluate.features import Features, extract_features, random_encode
 from pretrain.evaluate.inspection import GateWatch, effective_rank, feature_spread, watched_gates
 from pretrain.evaluate.knn import knn_votes
 from pretrain.evaluate.linear import LinearClassifier, fit_linear
-from pretrain.evaluate.probe import Probe, open_probe
+from pretrain.evaluate.probe import Probe, check_labelled, open_probe
 from pretrain.evaluate.scoring import Protocol, Score, evaluate, labelled_features, score
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Probe",
     "Protocol",
     "Score",
+    "check_labelled",
     "effective_rank",
     "evaluate",
     "extract_features",

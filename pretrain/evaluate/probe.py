@@ -5,7 +5,9 @@ The same protocols as `evaluate`, on as many images as were asked for; with all 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pretrain.artifact import ArtifactConfig
 from pretrain.config import ProbeConfig
@@ -14,7 +16,7 @@ from pretrain.errors import BadInput
 from pretrain.evaluate.inspection import effective_rank, feature_spread, watched_gates
 from pretrain.evaluate.knn import check_knn
 from pretrain.evaluate.linear import hold_out
-from pretrain.evaluate.scoring import labelled_features, score
+from pretrain.evaluate.scoring import Protocol, labelled_features, score
 from pretrain.models import Encoder
 
 _K = 20
@@ -70,9 +72,20 @@ def open_probe(config: ProbeConfig) -> Probe | None:
     Raises:
         BadInput: labelled images that are missing, unlabelled, of one class, or too few for a protocol.
     """
-    if config.probe is None:
-        return None
-    sources = open_source(config.probe, "train"), open_source(config.probe, "test")
+    return None if config.probe is None else _open(config, config.probe)
+
+
+def check_labelled(folder: Path, protocols: Sequence[Protocol]) -> None:
+    """Refuse labelled images that the protocols cannot work on.
+
+    Raises:
+        BadInput: as `open_probe`.
+    """
+    _open(ProbeConfig(folder, probe_protocols=tuple(protocols), probe_train=0, probe_test=0), folder)
+
+
+def _open(config: ProbeConfig, folder: Path) -> Probe:
+    sources = open_source(folder, "train"), open_source(folder, "test")
     shared_labels(*sources)
     limits = config.probe_train, config.probe_test
     train, test = (balanced(source, most) for source, most in zip(sources, limits, strict=True))
@@ -80,8 +93,7 @@ def open_probe(config: ProbeConfig) -> Probe | None:
         labels, _, _ = shared_labels(train, test)
     except BadInput:
         raise BadInput(
-            f"--probe-train {limits[0]}: too few for the classes of {config.probe}; "
-            "give at least one image of each"
+            f"--probe-train {limits[0]}: too few for the classes of {folder}; give at least one image of each"
         ) from None
     if "knn" in config.probe_protocols:
         check_knn(_K, 1.0, len(train))

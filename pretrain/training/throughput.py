@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import EncoderConfig, FinetuneConfig, ObjectiveConfig, PretrainConfig
+from pretrain.masking.units import unit_grid
 from pretrain.models import build_encoder
 from pretrain.models.classifier import build_classifier
 from pretrain.objectives import build_objective
@@ -79,6 +80,14 @@ def training_flops(model: EncoderConfig, objective: ObjectiveConfig, image_size:
     )
 
 
+def views_per_image(config: PretrainConfig) -> int:
+    """Views that one step encodes of every image (CoMA: K, MAE: 1), as the objective itself draws them."""
+    with torch.device("meta"):
+        objective = build_objective(config.objective, build_encoder(config.model))
+    grid = unit_grid(config.view_size, config.view_size, config.model.unit)
+    return len(objective.draw_visible(torch.zeros(1, dtype=torch.int64), *grid))
+
+
 def finetuning_flops(model: EncoderConfig, classes: int, image_size: int) -> float:
     """The same for a classifier."""
     shape = model.channels, image_size, image_size
@@ -99,7 +108,8 @@ def _count_flops(
     return counter.get_total_flops() / len(images)
 
 
-def _run_flops(config: PretrainConfig | FinetuneConfig) -> float:
+def flops_per_image(config: PretrainConfig | FinetuneConfig) -> float:
+    """FLOPs of one training step of a run, per image; see `training_flops`."""
     model, size = config.model, config.data.image_size
     if isinstance(config, PretrainConfig):
         return training_flops(model, config.objective, config.view_size)
@@ -141,7 +151,7 @@ class Meter:
         peak = device_peak(group.device, precision) if group.main else None
         if peak:
             try:
-                self._full_use = peak * group.world / _run_flops(config)
+                self._full_use = peak * group.world / flops_per_image(config)
             except RuntimeError as error:
                 warn("MFU will not be shown: " + str(error).partition("\n")[0])
 

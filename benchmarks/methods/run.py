@@ -1,0 +1,204 @@
+"""Every method on DyViT and on a ViT of about equal size, with equal images and with equal CPU time.
+
+    python benchmarks/methods/run.py --data DATA/class-cifar10 --out benchmarks/results/methods_cifar10.json
+    python benchmarks/methods/run.py --data DATA/class-tinyimagenet40 --images 12800 --seconds 100
+
+DATA is a folder with labelled train.npz and test.npz; training ignores the labels. DyViT has 0.77 M
+parameters, the ViT 0.80 M (of the encoder, at 32 px). coma and mae on DyViT run with three seeds, all
+others with one. All is done by `coma compare`'s functions, once for each budget, in --work: what is done is
+not done again, whenever the script was stopped or killed. `--minutes` stops it after a while, the runs
+saved; `--only` names methods (and `--budgets`, `--backbones` likewise): a later call with others adds them
+to the table.
+
+cmt and coma-balanced need a teacher, and CLIP (the published one) is none for a machine without a network:
+theirs is a ViT that MAE pre-trains first, on as many images as the budget of images says, in --work. What
+it saw is on top of what these rows were given.
+
+Budgets for one core of the machine in `benchmarks/LOG.md`: 12,800 images; 100 seconds of computing time,
+which is what 12,800 images cost CoMA on DyViT. Accuracy is measured on 5,000 training and 2,000 test
+images; probes on the way on 1,000 and 1,000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from machine import describe
+
+from pretrain.commands.compare import entry
+from pretrain.compare import Compared, Comparison, Entry, compare
+from pretrain.errors import Interrupted
+
+TEACHER = "--teacher {teacher}"
+METHODS: Mapping[str, str] = {
+    "mae": "mae",
+    "coma": "coma",
+    "coma-independent": "coma-independent",
+    "coma-single": "coma-single",
+    "coma-balanced": f"coma-balanced {TEACHER}",
+    "cmt": f"cmt {TEACHER}",
+    "zoom-in": "beyond --degrade zoom-in",
+    "zoom-in+mask": "beyond --degrade zoom-in+mask",
+    "zoom-in+coma": "beyond --degrade zoom-in+coma",
+}
+"""By their names in the table."""
+BACKBONES: Mapping[str, str] = {
+    "DyViT": "tiny --model.dim 16 --model.heads 2 2 4 8",
+    "ViT": "vit-tiny --model.dim 128 --model.heads 4 --model.depth 4",
+}
+MAIN = (("mae", "DyViT"), ("coma", "DyViT"))
+"""Rows with all seeds."""
+
+
+def flags(args: argparse.Namespace) -> list[str]:
+    """What all runs share, of `coma pretrain`."""
+    text = f"--image-size {args.image_size} --batch-size {args.batch} --base-lr {args.base_lr}"
+    text += " --crop-scale 0.4 1.0 --objective.decoder.dim 128 --objective.decoder.depth 2"
+    return [*text.split(), "--objective.decoder.heads", "4", "--save-minutes", "2", "--log-steps", "10"]
+
+
+def labelled(args: argparse.Namespace) -> Path:
+    """The first images of both splits: measuring on all of them would take longer than training."""
+    folder = args.work / "labelled"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", args.train), ("test", args.test)):
+        path = folder / f"{split}.npz"
+        if path.exists():
+            continue
+        with np.load(args.data / f"{split}.npz", allow_pickle=False) as pack:
+            count = min(count, len(pack["labels"]))
+            part = {"data": pack["data"][: pack["offsets"][count]], "offsets": pack["offsets"][: count + 1]}
+            part |= {key: pack[key][:count] for key in ("labels", "file_names")}
+            partial = folder / f".{split}.{os.getpid()}.npz"
+            np.savez(partial, class_names=pack["class_names"], **part)
+            partial.rename(path)
+    return folder
+
+
+def teacher(args: argparse.Namespace) -> Path:
+    """A ViT pre-trained by MAE, for the methods that are taught."""
+    out = args.work / "teacher"
+    name = ["--method", "mae", "--model", *BACKBONES["ViT"].split()]
+    steps = ["--steps", str(round(args.images / args.batch)), "--seed", "100", "--sheet-steps", "0"]
+    begin = [str(args.data / "train.npz"), "--out", str(out), *name, *steps, *flags(args), "--workers", "0"]
+    done = out / "loss_curve.png"
+    if not done.exists():
+        arguments = ["--resume", str(out)] if (out / "config.json").exists() else begin
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        subprocess.run(
+            [sys.executable, "-m", "pretrain", "pretrain", *arguments], env=environment, check=True
+        )
+    return out / "artifact"
+
+
+def entries(args: argparse.Namespace) -> tuple[Entry, ...]:
+    """All that was asked for."""
+    taught = any(TEACHER in METHODS[name] for name in args.only)
+    place = str(teacher(args)) if taught else ""
+    return tuple(
+        entry(
+            args.data / "train.npz",
+            f"{name}: {METHODS[name].format(teacher=place)}",
+            f"{backbone}: {BACKBONES[backbone]}",
+            flags(args),
+            tuple(args.seeds if (name, backbone) in MAIN else args.seeds[:1]),
+        )
+        for backbone in args.backbones
+        for name in args.only
+    )
+
+
+def comparison(args: argparse.Namespace, unit: str, test: Path, found: tuple[Entry, ...]) -> Comparison:
+    """One budget."""
+    return Comparison(
+        entries=found,
+        unit="images" if unit == "images" else "seconds",
+        amount=args.images if unit == "images" else args.seconds,
+        test=test,
+        protocols=("knn", "linear"),
+        out=args.work / f"equal-{unit}",
+        reference="mae",
+        device="cpu",
+        jobs=args.jobs,
+        probes=args.probes,
+        probe_limits=(1000, 1000),
+    )
+
+
+def record(args: argparse.Namespace, found: Mapping[str, Compared]) -> None:
+    """Everything of all runs as JSON."""
+    about = {"machine": describe(), "data": args.data.name, "flags": flags(args)}
+    about |= {"backbones": dict(BACKBONES), "methods": dict(METHODS)}
+    budgets = {
+        unit: {
+            "amount": compared.comparison.amount,
+            "costs": {name: asdict(cost) for name, cost in compared.costs.items()},
+            "failures": compared.failures,
+            "runs": [asdict(result) for result in compared.results],
+        }
+        for unit, compared in found.items()
+    }
+    args.out.write_text(json.dumps(about | {"budgets": budgets}, indent=1) + "\n")
+
+
+def main() -> None:
+    """Both budgets, one after the other."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.npz and test.npz")
+    parser.add_argument("--work", type=Path, help="default: benchmarks/runs/methods-NAME-OF-DATA")
+    parser.add_argument("--images", type=int, default=12_800, help="budget of images")
+    parser.add_argument("--seconds", type=float, default=100, help="budget of computing time")
+    parser.add_argument("--budgets", nargs="+", choices=("images", "seconds"), default=["images", "seconds"])
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--base-lr", type=float, default=1.6e-2, help="per 256 images")
+    parser.add_argument("--train", type=int, default=5_000, help="labelled images to measure with")
+    parser.add_argument("--test", type=int, default=2_000, help="test images to count on")
+    parser.add_argument("--probes", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
+    parser.add_argument("--minutes", type=float, help="stop after so long; the same call goes on")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    args.work = args.work or Path("benchmarks/runs") / f"methods-{args.data.name}"
+    args.only = [name for name in METHODS if name in {"mae", *args.only}]  # the reference is always there
+    if args.minutes:
+        timer = threading.Timer(60 * args.minutes, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.daemon = True
+        timer.start()
+
+    test, found = labelled(args), entries(args)
+    print(describe(), flush=True)
+    done: dict[str, Compared] = {}
+    for unit in args.budgets:
+        try:
+            done[unit] = compare(comparison(args, unit, test, found))
+        except Interrupted as stopped:
+            raise SystemExit(str(stopped)) from None
+        print(f"\n## Equal {unit}\n\n{done[unit].table.read_text()}", flush=True)
+        if args.out:
+            record(args, done)
+    failures = [line for compared in done.values() for line in compared.failures]
+    if failures:
+        raise SystemExit("failed: " + "; ".join(failures))
+
+
+if __name__ == "__main__":
+    main()

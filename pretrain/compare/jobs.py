@@ -1,0 +1,204 @@
+"""Many runs of `coma`, a process each, side by side: one that fails or is killed takes no other with it.
+
+Every process holds a lock on a file of its own for as long as it lives. Whoever is started again after being
+killed waits for processes of its former life that still run, instead of starting a second one beside them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.errors import Interrupted
+from pretrain.training.signals import StopRequest
+
+_POLL = 0.1  # seconds
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process of `coma`."""
+
+    name: str
+    arguments: Callable[[], Sequence[object]]
+    """Of `coma`; asked for when it starts, since a run that was begun is resumed."""
+    done: Callable[[], bool]
+    """Whether its results are there, whoever made them."""
+    work: float = 1.0
+    """How much it is, in any unit that all jobs share."""
+    progress: Callable[[], float] = lambda: 0.0
+    """Share that is done, while it runs."""
+    after: str | None = None
+    """Name of the job that it needs the results of."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job that did not give its results."""
+
+    name: str
+    reason: str
+    log: Path
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason} (see {self.log})"
+
+
+@dataclass
+class _Running:
+    job: Job
+    process: subprocess.Popen[bytes]
+    slot: int
+    lock: int
+
+
+class Runner:
+    """Runs jobs; see `run`.
+
+    Args:
+        folder: Gets `logs/` and `locks/`.
+        slots: Environment variables of each place where a job can run, one job at a time.
+        tell: Told what happens: a line, and the work that is done.
+        stop: Whether to stop.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        slots: Sequence[dict[str, str]],
+        tell: Callable[[str | None, float], object],
+        stop: StopRequest,
+    ) -> None:
+        self._logs, self._locks = folder / "logs", folder / "locks"
+        self._slots, self._tell, self.stop = slots, tell, stop
+        self._running: list[_Running] = []
+        self._finished = 0.0
+        self.failures: list[Failure] = []
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run what is not done yet; `failures` lists what went wrong.
+
+        Raises:
+            Interrupted: someone asked to stop; every process was told, and has ended.
+        """
+        for folder in (self._logs, self._locks):
+            folder.mkdir(parents=True, exist_ok=True)
+        waiting = []
+        for job in jobs:
+            if job.done():
+                self._finished += job.work
+            else:
+                waiting.append(job)
+        try:
+            while waiting or self._running:
+                if self.stop.asked:
+                    self._end(signal.SIGTERM)
+                    raise Interrupted("stopped; go on with the same command")
+                self._collect()
+                self._drop_hopeless(waiting)
+                self._start(waiting)
+                self._tell(None, self._work_done())
+                time.sleep(_POLL)
+        finally:
+            self._end(signal.SIGKILL)
+        self._tell(None, self._work_done())
+
+    def _start(self, waiting: list[Job]) -> None:
+        free = set(range(len(self._slots))) - {each.slot for each in self._running}
+        unfinished = {job.name for job in waiting} | {each.job.name for each in self._running}
+        for job in list(waiting):
+            if not free:
+                return
+            if job.after in unfinished:
+                continue
+            lock = os.open(self._locks / f"{job.name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:  # a process of a comparison that was killed still runs
+                os.close(lock)
+                continue
+            waiting.remove(job)
+            if job.done():  # by that process
+                os.close(lock)
+                self._finished += job.work
+                continue
+            slot = min(free)
+            free.remove(slot)
+            self._running.append(_Running(job, self._process(job, slot, lock), slot, lock))
+            self._tell(f"started {job.name}", self._work_done())
+
+    def _process(self, job: Job, slot: int, lock: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "pretrain", *map(str, job.arguments())]
+        with self._log(job).open("ab") as log:
+            log.write(f"\n$ coma {' '.join(command[3:])}\n".encode())
+            log.flush()
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | self._slots[slot],
+                start_new_session=True,  # Ctrl-C reaches it once, through us
+                pass_fds=(lock,),
+            )
+
+    def _log(self, job: Job) -> Path:
+        return self._logs / f"{job.name}.log"
+
+    def _collect(self) -> None:
+        for each in list(self._running):
+            code = each.process.poll()
+            if code is None:
+                continue
+            self._running.remove(each)
+            os.close(each.lock)
+            if code == 0 and each.job.done():
+                self._finished += each.job.work
+                self._tell(f"finished {each.job.name}", self._work_done())
+            else:
+                self._fail(each.job, _reason(code, self._log(each.job)))
+
+    def _drop_hopeless(self, waiting: list[Job]) -> None:
+        failed = {failure.name for failure in self.failures}
+        for job in list(waiting):
+            if job.after in failed:
+                waiting.remove(job)
+                self._fail(job, f"not run, for {job.after} failed")
+                failed.add(job.name)
+
+    def _fail(self, job: Job, reason: str) -> None:
+        failure = Failure(job.name, reason, self._log(job))
+        self.failures.append(failure)
+        self._finished += job.work
+        self._tell(f"FAILED {failure}", self._work_done())
+
+    def _work_done(self) -> float:
+        return self._finished + sum(
+            each.job.work * min(max(each.job.progress(), 0.0), 1.0) for each in self._running
+        )
+
+    def _end(self, number: signal.Signals) -> None:
+        for each in self._running:
+            with suppress(ProcessLookupError):
+                os.killpg(each.process.pid, number)
+        for each in self._running:
+            each.process.wait()
+            os.close(each.lock)
+        self._running = []
+
+
+def _reason(code: int, log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("error:")] or lines or [""]
+    last = lines.index(f"$ {told[-1]}") if f"$ {told[-1]}" in lines else None
+    what = "" if last is not None else told[-1].removeprefix("error: ")
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return f"{how}, {what}" if what and not what.startswith("$ ") else how
