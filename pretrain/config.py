@@ -13,9 +13,21 @@ from typing import Annotated, Literal
 import tyro
 
 from pretrain.errors import BadInput
+from pretrain.methods import METHOD_PRESETS as METHOD_PRESETS
+from pretrain.methods import BalancedCoMAConfig as BalancedCoMAConfig
+from pretrain.methods import (
+    BeyondConfig,
+    CoMAConfig,
+    ObjectiveConfig,
+)
+from pretrain.methods import CMTConfig as CMTConfig
+from pretrain.methods import DecoderConfig as DecoderConfig
+from pretrain.methods import Degradation as Degradation
+from pretrain.methods import MAEConfig as MAEConfig
+from pretrain.methods import TeacherConfig as TeacherConfig
+from pretrain.methods import method_preset as method_preset
 
 Windows = tuple[tuple[int, ...], ...]
-Degradation = Literal["zoom-in", "zoom-out", "distort", "blur", "decolor", "zoom-in+mask", "zoom-in+coma"]
 
 
 @dataclass(frozen=True)
@@ -104,141 +116,6 @@ class ViTConfig:
 
 
 EncoderConfig = DyViTConfig | ViTConfig
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Light transformer that predicts pixels; shared by all views."""
-
-    dim: int = 512
-    depth: int = 4
-    heads: int = 16
-
-
-@dataclass(frozen=True)
-class CoMAConfig:
-    """Complementary masks: every pixel is supervised in every step (Li et al. 2025)."""
-
-    views: int = 2
-    """K: mask units are shared out into K groups; each group predicts all the others."""
-    masks: Literal["complementary", "independent", "single"] = "complementary"
-    """Controls: `independent` draws K unrelated masks of the same ratio; `single` uses one view only."""
-    norm_pix: bool = True
-    """Predict pixels normalised per mask unit (MAE sec. 4.1) instead of plain pixels."""
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-
-    def __post_init__(self) -> None:
-        if self.views < 2:
-            raise BadInput(f"CoMA needs at least 2 views, got {self.views}")
-
-
-@dataclass(frozen=True)
-class MAEConfig:
-    """Masked autoencoder, the baseline (He et al. 2021)."""
-
-    hidden_ratio: float = 0.75
-    """Share of mask units that the encoder does not see."""
-    norm_pix: bool = True
-    """Predict pixels normalised per mask unit (MAE sec. 4.1) instead of plain pixels."""
-    decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(depth=8))
-
-    def __post_init__(self) -> None:
-        if not 0 < self.hidden_ratio < 1:
-            raise BadInput(f"hidden ratio {self.hidden_ratio} must lie between 0 and 1")
-
-
-@dataclass(frozen=True)
-class BeyondConfig:
-    """Degradations other than masks (Jiao et al. 2022, "Beyond Masking", arXiv 2203.14313)."""
-
-    degrade: Degradation = "zoom-in+mask"
-    """What is done to the input. Published, their order of fine-tuned accuracy: zoom-in+mask, (masks alone,
-    which is --method mae), zoom-in, zoom-out, distort, blur, decolor. zoom-in+coma is this project's own."""
-    hidden_ratio: float = 0.75
-    """zoom-in+mask: share of the centre's mask units that the encoder does not see (published)."""
-    views: int = 2
-    """zoom-in+coma: groups that share the centre's units; each of them predicts what it does not see."""
-    border_weight: float = 0.2
-    """zoom-in+mask and zoom-in+coma: share of the loss that the border around the centre gets (published:
-    0.2, with 0.8 for the hidden part of the centre); plain zoom-in weighs all pixels alike."""
-    norm_pix: bool = True
-    """Predict pixels normalised per mask unit (MAE sec. 4.1) instead of plain pixels."""
-    decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(depth=8))
-
-    @property
-    def zooms_in(self) -> bool:
-        """Whether the encoder sees the centre of a larger view."""
-        return self.degrade.startswith("zoom-in")
-
-    def __post_init__(self) -> None:
-        if not 0 < self.hidden_ratio < 1:
-            raise BadInput(f"hidden ratio {self.hidden_ratio} must lie between 0 and 1")
-        if self.views < 2:
-            raise BadInput(f"complementary masks need at least 2 views, got {self.views}")
-        if not 0 < self.border_weight < 1:
-            raise BadInput(f"border weight {self.border_weight} must lie between 0 and 1")
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    """A frozen network that guides."""
-
-    name: str = "vit_base_patch16_clip_quickgelu_224.openai"
-    """A vision transformer by its name in timm (also as timm:NAME), or the directory of an artifact. Default:
-    CLIP ViT-B/16, the teacher published for CMT-MAE."""
-    weights: Path | None = None
-    """Its .safetensors file; default: the one in the local cache of the model hub. Nothing is downloaded."""
-    sha256: str | None = None
-    """Of its weights; filled in when the run starts, checked when it goes on."""
-
-
-@dataclass(frozen=True)
-class CMTConfig:
-    """Masks and targets made by a teacher and the student's moving average (CMT-MAE, Mo 2024)."""
-
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    mask_share: float = 0.5
-    """a in A = a A_teacher + (1 - a) A_student, the attention that guides masks. That the two are added up
-    linearly is published; our choice: the value, and A_* of the last layers, averaged over heads."""
-    hide: Literal["attended", "ignored"] = "attended"
-    """attended: hidden units are drawn in proportion to A. ignored: visible ones are. (Our choice.)"""
-    hidden_ratio: float = 0.75
-    """Share of mask units that the encoder does not see. (Our choice: MAE's.)"""
-    random_share: float = 0.1
-    """Share of the run at its beginning with random masks. (Our choice.)"""
-    target_share: float = 0.5
-    """Weight of the teacher's features as target; the averaged student's have the rest. That both are targets
-    is published, the weight is our choice."""
-    distance: Literal["cosine", "smooth-l1"] = "cosine"
-    """Between predicted and LayerNormed features. (Our choice.)"""
-    ema: float = 0.996
-    """Share that the averaged student keeps at a step, rising to 1 along half a cosine. That the student is a
-    moving average is published; the schedule (BYOL's) is our choice."""
-    norm_pix: bool = True
-    """For the pictures' pixels only, which a linear head learns beside: normalised per mask unit."""
-    decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(depth=8))
-
-    def __post_init__(self) -> None:
-        if not 0 < self.hidden_ratio < 1:
-            raise BadInput(f"hidden ratio {self.hidden_ratio} must lie between 0 and 1")
-        for name in ("mask_share", "target_share", "random_share", "ema"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise BadInput(f"{name.replace('_', ' ')} {getattr(self, name)} must be 0 to 1")
-
-
-@dataclass(frozen=True)
-class BalancedCoMAConfig(CoMAConfig):
-    """Complementary masks dealt so that every view gets as much of what a teacher looks at (our own)."""
-
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.masks != "complementary":
-            raise BadInput(f"balanced views are complementary; masks {self.masks!r} cannot be balanced")
-
-
-ObjectiveConfig = CoMAConfig | MAEConfig | BeyondConfig | CMTConfig | BalancedCoMAConfig
 
 
 @dataclass(frozen=True)
@@ -470,7 +347,6 @@ _VIT = {
     "vit-large": {"dim": 1024, "depth": 24, "heads": 16},
 }
 ENCODER_PRESETS = (*_DYVIT, *_VIT)
-METHOD_PRESETS = ("coma", "coma4", "coma-independent", "coma-single", "mae", "beyond", "cmt", "coma-balanced")
 
 
 def encoder_preset(name: str, image_size: int = 224, channels: int = 3) -> EncoderConfig:
@@ -496,36 +372,6 @@ def dyvit_preset(name: str, image_size: int = 224, channels: int = 3) -> DyViTCo
     units = -(-image_size // (patch * 8))
     windows = ((4, 8), (2, 4), (2, 2 * units), (units,))
     return DyViTConfig(channels=channels, patch=patch, windows=windows, **_DYVIT[name])
-
-
-def method_preset(name: str, *, decoder_dim: int = 512, decoder_depth: int | None = None) -> ObjectiveConfig:
-    """The objective called `name`; decoder depth is 4 for CoMA and 8 for others unless given.
-
-    Raises:
-        BadInput: no preset has that name.
-    """
-
-    def decoder(depth: int) -> DecoderConfig:
-        return DecoderConfig(decoder_dim, decoder_depth or depth, heads=max(decoder_dim // 32, 1))
-
-    match name:
-        case "coma":
-            return CoMAConfig(decoder=decoder(4))
-        case "coma4":
-            return CoMAConfig(views=4, decoder=decoder(4))
-        case "coma-independent":
-            return CoMAConfig(masks="independent", decoder=decoder(4))
-        case "coma-single":
-            return CoMAConfig(masks="single", decoder=decoder(4))
-        case "mae":
-            return MAEConfig(decoder=decoder(8))
-        case "beyond":
-            return BeyondConfig(decoder=decoder(8))
-        case "cmt":
-            return CMTConfig(decoder=decoder(8))
-        case "coma-balanced":
-            return BalancedCoMAConfig(decoder=decoder(4))
-    raise BadInput(f"no method {name!r}; there are: {', '.join(METHOD_PRESETS)}")
 
 
 def _check_channels(channels: int) -> None:
