@@ -83,8 +83,9 @@ class ExportConfig:
     """How many of them."""
     calibrate_method: Literal["percentile", "entropy", "minmax"] = "percentile"
     """How far the ranges of int8 reach."""
-    keep_float: tuple[str, ...] = ()
-    """Layers that int8 and fp8 leave as they are, by module path: "*.merge.*"."""
+    keep_float: tuple[str, ...] | None = None
+    """Layers that int8 and fp8 leave as they are, by module path: "*.merge.*". Default: none, but of
+    detectors all behind the backbone, where small errors choose other proposals; none quantises them too."""
     preprocess_inside: bool = False
     """The files take uint8 pixels; mean and deviation are in the graph."""
     device: Literal["cpu", "cuda", "tensorrt"] = "cpu"
@@ -149,7 +150,7 @@ def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str
     shapes = parse_shapes(given.shapes, channels) if given.shapes else default_shapes(config)
     shapes.check(config.model.unit)
     out = given.out or given.artifact.parent / "export"
-    request, source_hash = _request(given, targets, precisions, out, channels)
+    request, source_hash = _request(given, targets, precisions, out, channels, config.kind)
     manifest = Manifest.of(out, str(given.artifact.name), source_hash, config.kind, request.images)
     refused: list[str] = []
     with Bar() as bar:
@@ -157,6 +158,10 @@ def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str
             refused += export(request, form, shapes, manifest, bar)
             if given.check == "rtx":
                 refused += _check_rtx(out, form, precisions, shapes, bar)
+    if given.check == "rtx":
+        from export.tensorrt.rtx import PROVES
+
+        print(f"\n{PROVES}")
     report = write_report(manifest, out)
     print(f"\n  files   {out}\n  report  {report}")
     if refused:
@@ -164,7 +169,12 @@ def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str
 
 
 def _request(
-    given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str, ...], out: Path, channels: int
+    given: ExportConfig,
+    targets: tuple[str, ...],
+    precisions: tuple[str, ...],
+    out: Path,
+    channels: int,
+    kind: str,
 ) -> tuple[Request, str]:
     from typing import cast
 
@@ -195,7 +205,7 @@ def _request(
         images=f"{len(pictures)} images of {given.verify or 'scikit-image'}",
         calibration=calibration,
         method=given.calibrate_method,
-        keep=given.keep_float,
+        keep=_kept_float(given, kind),
         labelled=_labelled(given, source),
         dataset=given.dataset,
         most=given.metric_images,
@@ -203,6 +213,14 @@ def _request(
         engine=_engine_options(given.engine) if "tensorrt" in targets else None,
     )
     return request, artifact_hash(given.artifact)
+
+
+def _kept_float(given: ExportConfig, kind: str) -> tuple[str, ...]:
+    from export.forms.detector import BEHIND_BACKBONE
+
+    if given.keep_float is None:
+        return BEHIND_BACKBONE if kind == "detector" else ()
+    return () if given.keep_float == ("none",) else given.keep_float
 
 
 def _labelled(given: ExportConfig, source: Source) -> Source | None:
@@ -244,7 +262,7 @@ def _check_rtx(out: Path, form: Form, precisions: tuple[str, ...], shapes: Shape
             continue
         bar.say(
             f"rtx     {path.name}  TensorRT-RTX {report.version} compiled {report.layers} layers in "
-            f"{report.seconds:.1f} s: {report.proves}"
+            f"{report.seconds:.1f} s"
         )
     return faults
 

@@ -145,7 +145,7 @@ def decode_boxes(anchors: Tensor, deltas: Tensor, code: BoxCode, corner: Tensor)
 
 
 def odds_of(logits: Tensor) -> Tensor:
-    """p / (1 - p), 0 of what is not there: in the order of the logits.
+    """Odds p / (1 - p), 0 of what is not there: in the order of the logits.
 
     Probabilities lose that order: runtimes approximate the sigmoid, ONNX Runtime's has an absolute error of
     1e-7 and is 0 below -18. Which of two unlikely boxes suppresses the other then differs from PyTorch.

@@ -31,6 +31,9 @@ from export.forms.detection import (
 from export.forms.detector_settings import DetectorSettings, Regions, Settings, read_settings
 from pretrain.errors import BadInput
 
+BEHIND_BACKBONE = ("pyramid.neck.*", "[!p]*")
+"""Layers of a detector after its encoder, as patterns of module paths: the neck, and all but `pyramid`."""
+
 Detections = tuple[Tensor, ...]
 """Boxes, scores, labels, and masks where there are any."""
 
