@@ -103,6 +103,9 @@ def parse(argv: list[str]) -> Comparison:
     """
     cut = argv.index("--") if "--" in argv else len(argv)
     own, shared = argv[:cut], argv[cut + 1 :]
+    for place, flag in enumerate(own[:-1]):
+        if flag == "--finetune":  # what follows looks like a flag, and is a value
+            own[place + 1] = f" {own[place + 1]}"
     config = tyro.cli(CompareConfig, args=own, prog="coma compare", description=__doc__)
     if not (config.methods and config.models and config.seeds and config.protocols):
         raise BadInput("give at least one of each: --methods, --models, --seeds, --protocols")

@@ -171,7 +171,7 @@ def metrics_rows(run: Path) -> list[dict[str, Any]]:
 
 def step_seconds(row: dict[str, Any], batch_size: int) -> float:
     """Of a step, by the clock that budgets count on: the CPU's where the run was on one, else the wall's."""
-    return row.get("cpu_s", batch_size / row["images_per_s"])
+    return row["cpu_s"] if "cpu_s" in row else batch_size / row["images_per_s"]
 
 
 def trial_seconds(run: Path, batch_size: int) -> float:

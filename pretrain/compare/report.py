@@ -87,6 +87,8 @@ def _reached(group: Group, reference: Group | None, protocol: str) -> str:
     found = reach(group, reference, protocol)
     if found is None:
         return ""
+    if not found.learned:
+        return f"{found.target:.1f}, no better than untrained"
     if not found.images:
         return f"not reached ({found.target:.1f})"
     seen = f"{statistics.mean(found.images):,.0f} = {found.of_reference:.0%}"

@@ -82,6 +82,8 @@ class Reach:
     runs: int
     of_reference: float
     """Mean images over those that the reference's runs saw in all."""
+    learned: bool = True
+    """Whether the reference ended better than it began; else there is nothing to reach."""
 
 
 def read_result(comparison: Comparison, entry: Entry, seed: int, cost: Cost) -> Result | None:
@@ -192,10 +194,14 @@ def reach(group: Group, reference: Group | None, protocol: str) -> Reach | None:
     if not finals or not runs:
         return None
     target = statistics.mean(finals)
-    first = [next((look.images for look in run.looks if look.top1[protocol] >= target), None) for run in runs]
+    first = [
+        next((look.images for look in run.looks if look.images and look.top1[protocol] >= target), None)
+        for run in runs
+    ]
     images = tuple(each for each in first if each is not None)
     share = statistics.mean(images) / reference.mean("images") if images else float("nan")
-    return Reach(target, images, len(runs), share)
+    begun = statistics.mean(run.looks[0].top1[protocol] for run in reference.runs if _probed(run, protocol))
+    return Reach(target, images, len(runs), share, target > begun)
 
 
 def _probed(run: Result, protocol: str) -> bool:

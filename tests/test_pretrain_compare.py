@@ -1,0 +1,411 @@
+"""Comparisons: budgets, runs that are killed, fail or go on, and a table that says what the runs say."""
+
+import csv
+import io
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_pretrain_probe import class_folders
+
+from pretrain import cli
+from pretrain.commands.compare import entry, parse
+from pretrain.compare import (
+    Comparison,
+    Cost,
+    Result,
+    compare,
+    groups,
+    jobs,
+    mean_and_deviation,
+    reach,
+    steps_for,
+)
+from pretrain.compare.progress import time_left
+from pretrain.compare.results import Look, seconds_until
+from pretrain.errors import BadInput
+
+HERE = Path(__file__).resolve().parent
+
+SMALL = [
+    "--model.dim",
+    "8",
+    "--model.depths",
+    "1",
+    "1",
+    "1",
+    "1",
+    "--model.heads",
+    "2",
+    "2",
+    "2",
+    "2",
+    "--image-size",
+    "16",
+    "--batch-size",
+    "4",
+]
+SMALL += [
+    "--objective.decoder.dim",
+    "8",
+    "--objective.decoder.depth",
+    "1",
+    "--objective.decoder.heads",
+    "2",
+    "--log-steps",
+    "2",
+]
+
+
+class Forked:
+    """In place of subprocess.Popen: a process that need not import torch again."""
+
+    def __init__(
+        self, command: list[str], *, stdout: Any, env: dict[str, str], pass_fds: tuple[int], **_: Any
+    ):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        self.code: int | None = None
+        if self.pid:
+            return
+        code = 70
+        try:
+            os.setsid()
+            for number in (1, 2):
+                os.dup2(stdout.fileno(), number)
+            os.closerange(3, pass_fds[0])
+            os.closerange(pass_fds[0] + 1, 1000)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+            os.environ |= env
+            torch.set_num_threads(1)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            code = cli.main(command[3:])
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def wait(self) -> None:
+        while self.poll() is None:
+            time.sleep(0.01)
+
+
+def light(patch: pytest.MonkeyPatch) -> None:
+    """Processes that start at once, and no pictures of runs."""
+    patch.setattr(jobs.subprocess, "Popen", Forked)
+    patch.setattr(jobs, "_POLL", 0.01)
+    patch.setattr("pretrain.training.throughput.flops_per_image", lambda _: 1e6)  # autograd, then no forks
+    for name in ("loss_curve", "reconstruction_sheet"):
+        patch.setattr(f"pretrain.training.keeping.{name}", lambda *_, **__: None)
+
+
+def in_another_process(scenario: str, *arguments: Path) -> None:
+    """Forks of this one could not train: torch's autograd has run in it, and does not survive that."""
+    code = (
+        "import sys, pytest, torch; from pathlib import Path; import test_pretrain_compare as t\n"
+        "torch.set_num_threads(1); t.light(pytest.MonkeyPatch())\n"
+        f"t.{scenario}(*map(Path, sys.argv[1:]))"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=environment,
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return class_folders(tmp_path_factory.mktemp("labelled"))
+
+
+def asked(labelled: Path, out: Path, **changes: Any) -> Comparison:
+    """Two methods, a backbone, two seeds, six steps."""
+    found = [entry(labelled / "train", name, "small: tiny", SMALL, (0, 1)) for name in ("mae", "coma")]
+    comparison = Comparison(
+        entries=tuple(found),
+        unit="images",
+        amount=24,
+        test=labelled,
+        protocols=("knn", "linear"),
+        out=out,
+        reference="mae",
+        device="cpu",
+        jobs=2,
+        probes=2,
+    )
+    return replace(comparison, **changes)
+
+
+# from end to end --------------------------------------------------------------------------------
+
+
+def starts(out: Path) -> list[str]:
+    """Every command that was started, over all lives of a comparison."""
+    logs = (out / "logs").glob("*.log")
+    return sorted(line for log in logs for line in log.read_text().splitlines() if line.startswith("$ coma"))
+
+
+def until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_killed_and_started_again_it_repeats_nothing_and_the_table_says_what_the_runs_say(labelled, tmp_path):
+    in_another_process("killed", labelled, tmp_path)
+
+
+def killed(labelled: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    comparison = asked(labelled, out)
+    child = os.fork()
+    if not child:
+        try:
+            compare(comparison)
+        finally:
+            os._exit(0)
+    until(lambda: len(list((out / "scores").glob("*.json"))) >= 1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    finished = sorted(path.stem for path in (out / "scores").glob("*.json"))
+    began = starts(out)
+    compared = compare(comparison)
+    assert not compared.failures and finished
+    after = starts(out)
+    for name in finished:
+        run = name.removesuffix("-knn-linear")
+        assert [line for line in after if run in line] == [line for line in began if run in line]
+    again = compare(comparison)
+    assert starts(out) == after and again.results == compared.results
+
+    # the table by hand
+    rows = list(csv.DictReader((out / "compare.csv").read_text().splitlines()))
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        *(("mae", "0"), ("mae", "1"), ("coma", "0"), ("coma", "1"), ("random", "0"), ("random", "1"))
+    ]
+    line = next(line for line in (out / "compare.md").read_text().splitlines() if line.startswith("| coma"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:2] == ["coma", "small"] and cells[3:5] == ["24", "48"]  # two views of every image
+    seconds, accuracy = {}, []
+    for method in ("mae", "coma"):
+        seconds[method] = 0.0
+        for seed in (0, 1):
+            run = out / "runs" / f"{method}-small-{seed}"
+            logged = [json.loads(each) for each in (run / "metrics.jsonl").read_text().splitlines()]
+            assert [row["step"] for row in logged if "probe_knn" in row] == [0, 3, 6]
+            seconds[method] += sum(
+                2 * row["cpu_s"] for row in logged if "loss" in row
+            )  # a log point in two steps
+            scores = json.loads((out / "scores" / f"{method}-small-{seed}-knn-linear.json").read_text())[
+                "scores"
+            ]
+            if method == "coma":
+                accuracy.append(100 * next(s["top1"] for s in scores if s["protocol"] == "knn"))
+            assert scores[1]["top1"] == pytest.approx(
+                next(row["probe_linear"] for row in reversed(logged) if "probe_linear" in row)
+            )
+    assert cells[6] == f"{seconds['coma'] / seconds['mae']:.2f}"
+    assert cells[7] == f"{statistics.mean(accuracy):.1f} ± {statistics.stdev(accuracy):.1f} (n = 2)"
+    assert "24 images seen in training" in (out / "compare.md").read_text()
+    assert (out / "compare.png").stat().st_size > 10_000
+
+
+def test_a_process_of_a_killed_comparison_is_waited_for(tmp_path):
+    """Who holds the lock still works; nobody starts beside it."""
+    marker = tmp_path / "done"
+    (tmp_path / "locks").mkdir()
+    child = os.fork()
+    if not child:
+        import fcntl
+
+        lock = os.open(tmp_path / "locks" / "one.lock", os.O_RDWR | os.O_CREAT)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (tmp_path / "held").touch()
+        time.sleep(0.3)
+        marker.touch()
+        os._exit(0)
+    until((tmp_path / "held").exists)
+    told: list[str | None] = []
+    runner = jobs.Runner(tmp_path, [{}], lambda line, _: told.append(line), jobs.StopRequest())
+    runner.run([jobs.Job("one", lambda: pytest.fail("started beside it"), marker.exists)])
+    os.waitpid(child, 0)
+    assert not runner.failures and not any(told)
+
+
+def test_a_failing_run_is_named_and_the_others_are_in_the_table(labelled, tmp_path):
+    in_another_process("failing", labelled, tmp_path)
+
+
+def failing(labelled: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    mae, coma = (replace(each, seeds=(0,)) for each in asked(labelled, out).entries)
+    bad = replace(coma.config, optimizer=replace(coma.config.optimizer, base_lr=1e30, clip=0.0))
+    compared = compare(asked(labelled, out, entries=(mae, replace(coma, config=bad)), probes=0, floor=False))
+    assert [failure.partition(":")[0] for failure in compared.failures] == [
+        "coma-small-0",
+        "coma-small-0-evaluate",
+    ]
+    assert "exit code 1" in compared.failures[0] and "coma-small-0.log" in compared.failures[0]
+    assert [result.method for result in compared.results] == ["mae"]
+    text = (out / "compare.md").read_text()
+    assert "| mae |" in text and "**Missing:** coma-small-0: exit code 1" in text
+
+
+def test_seconds_are_timed_first_and_stopping_is_safe(labelled, tmp_path):
+    in_another_process("timed", labelled, tmp_path)
+
+
+def timed(labelled: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = [
+        "--methods",
+        "mae",
+        "--models",
+        "small: tiny",
+        "--seeds",
+        "0",
+        "--no-floor",
+        "--protocols",
+        "knn",
+        "finetune",
+    ]
+    flags += [
+        "--finetune",
+        "--epochs 1 --batch-size 12 --ema 0",
+        "--device",
+        "cpu",
+        "--budget",
+        "seconds",
+        "0.2",
+    ]
+    argv = [
+        "compare",
+        str(labelled / "train"),
+        *flags,
+        "--test",
+        str(labelled),
+        "--out",
+        str(out),
+        "--",
+        *SMALL,
+    ]
+    child = os.fork()
+    if not child:
+        os._exit(cli.main(argv))
+    until(lambda: (out / "runs" / "mae-small-0" / "config.json").exists())
+    os.kill(child, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    steps = json.loads((out / "settings" / "mae-small-0.json").read_text())["optimizer"]["steps"]
+    with redirect_stdout(io.StringIO()) as text:
+        assert cli.main(argv) == 0
+    shown = text.getvalue()
+    assert "0.2 seconds of training steps (CPU clock" in shown and "fine-tuned top-1 %" in shown
+    rows = list(csv.DictReader((out / "compare.csv").read_text().splitlines()))
+    assert int(rows[0]["steps"]) == steps and 0 <= float(rows[0]["finetune"]) <= float(
+        rows[0]["finetune_best"]
+    )
+    argv[argv.index("seconds") + 1] = "0.3"
+    with redirect_stderr(io.StringIO()) as text:
+        assert cli.main(argv) == 2
+    assert "holds a comparison with other settings: budget ['seconds', 0.2] -> " in text.getvalue()
+
+
+# arithmetic and settings ------------------------------------------------------------------------
+
+
+def test_budgets():
+    cost = Cost(parameters=1, views=2, flops=5.0, seconds=0.01)
+    assert steps_for("images", 1000, 10, cost) == 100
+    assert steps_for("views", 1000, 10, cost) == 50
+    assert steps_for("seconds", 60, 10, cost) == 600
+    assert steps_for("flops", 1000, 10, cost) == 20
+    assert steps_for("images", 1, 10, cost) == 1
+    with pytest.raises(BadInput, match="--budget flops: cannot be counted"):
+        steps_for("flops", 1000, 10, replace(cost, flops=None))
+
+
+def test_seconds_of_log_points():
+    logged = [
+        {"step": 10, "images_per_s": 4.0},
+        {"step": 20, "images_per_s": 8.0},
+        {"step": 25, "cpu_s": 2.0},
+    ]
+    assert seconds_until(logged, 25, 4) == 10 + 5 + 10
+    assert seconds_until(logged, 15, 4) == 12.5
+    assert seconds_until(logged, 0, 4) == 0
+
+
+def test_when_a_method_reaches_the_reference():
+    def runs(method: str, *curves: list[float]) -> list[Result]:
+        looks = [
+            tuple(Look(100 * i, 1.0 * i, {"knn": value}) for i, value in enumerate(curve)) for curve in curves
+        ]
+        return [
+            Result(method, "m", i, 1, 1, 400, 400, 4.0, 1.0, 0.1, {"knn": 1.0}, looks=each)
+            for i, each in enumerate(looks)
+        ]
+
+    found = groups(
+        runs("mae", [10, 20, 25, 30, 38], [10, 20, 25, 30, 42]) + runs("coma", [10, 40, 39], [10, 20, 30])
+    )
+    reached = reach(found[1], found[0], "knn")
+    assert reached is not None
+    assert (reached.target, reached.images, reached.runs, reached.of_reference) == (40, (100,), 2, 0.25)
+    assert reached.learned
+    fallen = reach(*groups(runs("coma", [10, 40]) + runs("mae", [30, 20])), "knn")
+    assert fallen is not None and (fallen.images, fallen.learned) == ((100,), False)
+    assert reach(found[1], None, "knn") is None and reach(found[1], found[0], "linear") is None
+    assert mean_and_deviation([1.0, 3.0]) == "2.0 ± 1.4 (n = 2)"
+    assert (mean_and_deviation([2.0]), mean_and_deviation([])) == ("2.0 (n = 1)", "")
+    assert time_left(60, 1, 2) == "about 0:02 h left"
+
+
+def test_settings_that_cannot_be_compared_are_refused(labelled, tmp_path, capsys):
+    argv = [str(labelled / "train"), "--test", str(labelled), "--budget", "images", "8", "--device", "cpu"]
+    assert parse([*argv, "--methods", "mae", "zoom: beyond --degrade zoom-in"]).entries[1].method == "zoom"
+    refused = [
+        ([*argv, "--", "--seed", "3"], "--seed behind --"),
+        ([*argv, "--methods", "nonsense"], "does not take"),
+        ([*argv, "--", "--nonsense"], "does not take"),
+        ([*argv, "--protocols", "finetune", "--finetune", "--nonsense 3"], "--finetune: coma evaluate"),
+        ([*argv, "--protocols", "--methods", "mae"], "at least one of each"),
+    ]
+    for arguments, complaint in refused:
+        with pytest.raises(BadInput, match=complaint):
+            parse(arguments)
+    capsys.readouterr()
+    good = asked(labelled, tmp_path / "out")
+    for changes, complaint in [
+        ({"entries": good.entries * 2}, "asked for twice"),
+        ({"reference": "cmt"}, "--reference cmt: is none of the methods: mae, coma"),
+        ({"test": tmp_path / "nowhere"}, "no such file"),
+        ({"amount": 0.0}, "must be more than 0"),
+        ({"out": labelled}, "is not empty and holds no comparison"),
+    ]:
+        with pytest.raises(BadInput, match=complaint):
+            compare(replace(good, **changes))
+    assert not (tmp_path / "out").exists()
