@@ -6,13 +6,14 @@ from typing import Any
 
 import gradio as gr
 
+from demo.inputs import CheckedImage
 from demo.models import Models
 from demo.pages.downstream import TITLES, classify_tab, detect_tab, segment_tab
 from demo.pages.guide import guide
 from demo.pages.inside import inside_tab
 from demo.pages.reconstruct import example_pictures, reconstruct_tab
 from demo.pages.runtimes import runtimes_tab
-from demo.site import Site, guard
+from demo.site import Site
 from demo.upload import MAX_BYTES, MAX_PIXELS, TAKES
 from export.description import Form
 
@@ -35,20 +36,18 @@ def build(models: Models) -> gr.Blocks:
         gr.HTML(_header(models), elem_id="header")
         with gr.Row(elem_id="main"):
             with gr.Column(scale=1, min_width=280, elem_id="left"):
-                picture = guard(
-                    gr.Image(
-                        value=examples[0],
-                        label="Picture",
-                        type="filepath",
-                        image_mode=None,
-                        format="png",
-                        sources=["upload", "clipboard", "webcam"],
-                        elem_id="picture",
-                        height=300,
-                        alt_text="The picture that is worked on",
-                        buttons=["fullscreen"],
-                        placeholder="Drop a picture here, or click to choose one",
-                    )
+                picture = CheckedImage(
+                    value=examples[0],
+                    label="Picture",
+                    type="filepath",
+                    image_mode=None,
+                    format="png",
+                    sources=["upload", "clipboard", "webcam"],
+                    elem_id="picture",
+                    height=300,
+                    alt_text="The picture that is worked on",
+                    buttons=["fullscreen"],
+                    placeholder="Drop a picture here, or click to choose one",
                 )
                 gr.Examples(
                     [[path] for path in examples], picture, cache_examples=False, label="Examples",

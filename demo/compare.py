@@ -18,6 +18,7 @@ from demo.reconstruct import run
 from export.description import Form
 from export.images import as_input
 from export.runtimes.base import Runtime
+from pretrain.data.transforms import normalize
 from pretrain.errors import ComaError
 from pretrain.masking.units import unit_grid
 
@@ -83,9 +84,8 @@ def compare(
 
 
 def _time(runtime: Runtime, pixels: np.ndarray) -> tuple[dict[str, Tensor], float, int]:
-    about = runtime.description
+    about, rule = runtime.description, runtime.description.preprocessing
     if about.form == "reconstructor":
-        rule = about.preprocessing
         side = rule.size[0] if rule.size else 224
         fitted = fit_picture(pixels, side, "crop", rule.mean)
         images = as_input([fitted.pixels], rule)
@@ -93,9 +93,8 @@ def _time(runtime: Runtime, pixels: np.ndarray) -> tuple[dict[str, Tensor], floa
     else:
         images, others = prepare(pixels, runtime), {}
     outputs = run(runtime, images, **others)
-    if about.form == "reconstructor" and about.preprocessing.inside:
-        mean, std = (np.array(v, np.float32)[:, None, None] for v in (rule.mean, rule.std))
-        outputs["reconstruction"] = (outputs["reconstruction"] / 255 - mean) / std
+    if about.form == "reconstructor" and rule.inside:
+        outputs["reconstruction"] = normalize(outputs["reconstruction"] / 255, rule.mean, rule.std)
     seconds: list[float] = []
     while len(seconds) < MOST_RUNS and (len(seconds) < 3 or sum(seconds) < SECONDS):
         began = time.perf_counter()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import BadInput
+from pretrain.masking.units import unit_grid
 from pretrain.models import Encoder
 from pretrain.models.attention import DynamicMultiWindowAttention, Layout
 from pretrain.models.dyvit import FIRST_SIDE, DyViT
@@ -73,6 +74,23 @@ def _principal_colours(features: Tensor) -> np.ndarray:
     filled = torch.full((h * w, 3), 0.5, dtype=colours.dtype)
     filled[:, : colours.shape[1]] = colours
     return (filled.view(h, w, 3) * 255).round().byte().numpy()
+
+
+@torch.no_grad()
+def attention_received(encoder: Encoder, image: Tensor) -> Tensor:
+    """How much attention every mask unit gets in the last block, `[h, w]`, of sum 1.
+
+    Args:
+        encoder: In evaluation mode.
+        image: `[1, c, H, W]`, normalised.
+
+    Raises:
+        BadInput: an encoder whose last block does not see the whole picture.
+    """
+    from pretrain.models.attending import attend, on_grid
+
+    _, attention = attend(encoder, image)
+    return on_grid(attention[:, None], *unit_grid(image.shape[-2], image.shape[-1], encoder.unit))[0, 0]
 
 
 @torch.no_grad()

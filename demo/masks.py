@@ -5,6 +5,7 @@ The same draws as in training: `pretrain.masking.partition`, a function of the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.degradations import Kind, border
 from pretrain.errors import BadInput
 from pretrain.masking.partition import keep, partition
 from pretrain.masking.units import spread
@@ -19,6 +21,9 @@ from pretrain.masking.units import spread
 PAINTED = 0.1
 """A unit is hidden when the brush covered at least this share of it."""
 LARGEST_SEED = 2**31 - 1
+
+
+_UNLEARNT = "A model that learned this undoes it; others rebuild each half of it from the other half."
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Method:
         views: How many complementary views; 1 is a single mask.
         ratio: Whether the share that is hidden can be chosen.
         seed: Whether it is drawn at random.
+        degrades: Which degradation of `pretrain.degradations` the input gets.
     """
 
     title: str
@@ -38,6 +44,7 @@ class Method:
     views: int = 1
     ratio: bool = False
     seed: bool = True
+    degrades: Kind | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -52,8 +59,51 @@ METHODS: dict[str, Method] = {
         views=4,
     ),
     "mae": Method("MAE: one random mask", "One view sees a random share of the units.", ratio=True),
+    "guided": Method(
+        "CMT: hide where the model looks",
+        "Hidden units are drawn in proportion to the attention that they get from the model itself.",
+        ratio=True,
+    ),
+    "zoom-in": Method(
+        "Beyond Masking: zoom in", "The model sees the centre, and draws the border.", seed=False
+    ),
+    "zoom-out": Method(
+        "Beyond Masking: zoom out",
+        f"The picture is shrunk and mirrored outwards. {_UNLEARNT}",
+        degrades="zoom-out",
+    ),
+    "distort": Method("Beyond Masking: distort", f"Seen through a fisheye. {_UNLEARNT}", degrades="distort"),
+    "blur": Method("Beyond Masking: blur", f"Blurred by a random kernel. {_UNLEARNT}", degrades="blur"),
+    "decolor": Method(
+        "Beyond Masking: take the colour",
+        f"A random mixture of the channels. {_UNLEARNT}",
+        degrades="decolor",
+    ),
     "brush": Method("Brush: you paint what to hide", "One view sees what you left unpainted.", seed=False),
 }
+
+
+def zoomed_view(h: int, w: int) -> Tensor:
+    """What a view sees that zoomed in, bool `[1, h, w]`: all but the border.
+
+    Raises:
+        BadInput: fewer than 3 x 3 units.
+    """
+    if min(h, w) < 3:
+        raise BadInput(f"This picture has {h} x {w} mask units; zooming in needs 3 x 3.")
+    rows, cols = border(h), border(w)
+    inner = torch.ones(1, h - 2 * rows, w - 2 * cols, dtype=torch.bool)
+    return F.pad(inner, (cols, cols, rows, rows))
+
+
+def guided_view(attention: Tensor, seed: int, hidden_ratio: float) -> Tensor:
+    """What a view sees when units were hidden in proportion to `attention [h, w]`: bool `[1, h, w]`."""
+    from pretrain.masking.guided import draw
+
+    units = attention.numel()
+    hidden = min(max(round(units * hidden_ratio), 1), units - 1)
+    drawn: Callable[..., Tensor] = draw
+    return ~drawn(attention[None], torch.tensor([seed]), hidden)
 
 
 def draw_views(method: str, seed: int, h: int, w: int, hidden_ratio: float = 0.75) -> Tensor:

@@ -82,6 +82,21 @@ class Model:
         objective = self.config.objective if self.config else None
         return bool(objective and getattr(objective, "norm_pix", False))
 
+    @property
+    def undoes(self) -> str | None:
+        """The degradation that it learned to undo, predicting every pixel; None if it fills in masks."""
+        objective = self.config.objective if self.config else None
+        return None if objective is None or getattr(objective, "zooms_in", True) else str(objective.degrade)  # type: ignore[union-attr]
+
+    @property
+    def method(self) -> str:
+        """The key of `demo.masks.METHODS` nearest to how it was trained."""
+        objective = self.config.objective if self.config else None
+        kind = type(objective).__name__.removesuffix("Config").lower()
+        if kind == "coma":
+            return "coma4" if objective.views > 2 else "coma"  # type: ignore[union-attr]
+        return self.undoes or {"mae": "mae", "cmt": "guided", "beyond": "zoom-in"}.get(kind, "coma")
+
     def encoder(self) -> Encoder:
         """Its encoder, to look inside.
 

@@ -43,7 +43,9 @@ class Rebuilt:
 
     Attributes:
         original: `[H, W, c]`.
-        hidden: bool `[v, H, W]`: pixels that the view did not see.
+        shown: `[H, W, c]`: what it was degraded to before anything was hidden; else the original.
+        everything: The model predicted all pixels from a degraded picture, none of them was hidden from it.
+        hidden: bool `[v, H, W]`: pixels that the view did not see, and so had to predict.
         filled: `[v, H, W, c]`: visible pixels as they are, hidden ones rebuilt.
         merged: `[H, W, c]`: every hidden pixel from the views that did not see it (their mean), others as
             they are.
@@ -54,6 +56,8 @@ class Rebuilt:
     """
 
     original: np.ndarray
+    shown: np.ndarray
+    everything: bool
     hidden: np.ndarray
     filled: np.ndarray
     merged: np.ndarray
@@ -68,7 +72,14 @@ class Rebuilt:
         return np.abs(self.merged - self.original).mean(axis=-1)
 
 
-def rebuild(runtime: Runtime, fitted: Fitted, visible: Tensor, statistics: Statistics = "visible") -> Rebuilt:
+def rebuild(
+    runtime: Runtime,
+    fitted: Fitted,
+    visible: Tensor,
+    statistics: Statistics = "visible",
+    degraded: Tensor | None = None,
+    everything: bool = False,
+) -> Rebuilt:
     """Hide, rebuild, compare.
 
     Args:
@@ -76,6 +87,8 @@ def rebuild(runtime: Runtime, fitted: Fitted, visible: Tensor, statistics: Stati
         fitted: The picture.
         visible: Units that each view sees, bool `[v, h, w]`.
         statistics: Of a norm-pix model only: where hidden units get mean and contrast from; `target` leaks.
+        degraded: What the model gets in place of the picture, pixels `[c, H, W]` in 0..1.
+        everything: It predicts all pixels from that, whatever is visible (see `pretrain.objectives.beyond`).
 
     Raises:
         BadInput: a size or a number of views that the runtime does not take.
@@ -83,7 +96,8 @@ def rebuild(runtime: Runtime, fitted: Fitted, visible: Tensor, statistics: Stati
     about = runtime.description.preprocessing
     views, (height, width) = len(visible), fitted.pixels.shape[1:]
     unit = runtime.description.unit
-    images = as_input([fitted.pixels] * views, about)
+    pixels_in = fitted.pixels if degraded is None else degraded
+    images = as_input([pixels_in] * views, about)
     began = time.perf_counter()
     out = run(runtime, images, visible=visible)["reconstruction"].float()
     seconds = time.perf_counter() - began
@@ -91,18 +105,20 @@ def rebuild(runtime: Runtime, fitted: Fitted, visible: Tensor, statistics: Stati
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (about.mean, about.std))
     if about.inside:
         out = (out / 255 - mean) / std
-    if statistics == "target":
-        out = with_true_statistics(out, plain.expand(views, -1, -1, -1), visible, unit)
+    if statistics == "target" and not everything:
+        seen = normalize(pixels_in[None], about.mean, about.std)
+        out = with_true_statistics(out, seen.expand(views, -1, -1, -1), plain, visible, unit)
     pixels = (out * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    shown = pixel_view(visible, unit, height, width)
+    views_seen = pixel_view(visible & (not everything), unit, height, width)
     original = fitted.crop(fitted.pixels.permute(1, 2, 0).numpy())
     filled = np.stack([fitted.crop(each) for each in pixels])
-    hidden = np.stack([fitted.crop(~each) for each in shown])
-    filled = np.where(hidden[..., None], filled, original)  # bit for bit, whatever the runtime rounds
-    merged, predicted = merge_views(original, filled, hidden)
+    shown = fitted.crop(pixels_in.permute(1, 2, 0).numpy())
+    hidden = np.stack([fitted.crop(~each) for each in views_seen])
+    filled = np.where(hidden[..., None], filled, shown)  # bit for bit, whatever the runtime rounds
+    merged, predicted = merge_views(shown, filled, hidden)
     scores = tuple(measure_hidden(original, each, where) for each, where in zip(filled, hidden, strict=True))
     total = measure_hidden(original, merged, predicted)
-    return Rebuilt(original, hidden, filled, merged, predicted, scores, total, seconds)
+    return Rebuilt(original, shown, everything, hidden, filled, merged, predicted, scores, total, seconds)
 
 
 def run(runtime: Runtime, images: Tensor, **others: Tensor) -> dict[str, Tensor]:
@@ -111,14 +127,15 @@ def run(runtime: Runtime, images: Tensor, **others: Tensor) -> dict[str, Tensor]
     return {name: each.detach().cpu() for name, each in outputs.items()}
 
 
-def with_true_statistics(out: Tensor, images: Tensor, visible: Tensor, unit: int) -> Tensor:
+def with_true_statistics(out: Tensor, seen: Tensor, images: Tensor, visible: Tensor, unit: int) -> Tensor:
     """Put the hidden units' own mean and contrast in place of those guessed from visible ones.
 
     This shows what a norm-pix model predicted, at the price of showing pixels' statistics that it never saw.
 
     Args:
         out: Reconstructions `[v, c, H, W]`, normalised, as runtimes give them.
-        images: The picture `[v, c, H, W]`, normalised.
+        seen: What the model got, `[v, c, H, W]`, normalised.
+        images: The picture, `[v or 1, c, H, W]`, normalised.
         visible: bool `[v, h, w]`.
         unit: Side of a mask unit.
 
@@ -126,9 +143,9 @@ def with_true_statistics(out: Tensor, images: Tensor, visible: Tensor, unit: int
         `[v, c, H, W]`.
     """
     height, width = out.shape[-2:]
-    units = patchify(pad_to_units(images, unit), unit)
+    units = patchify(pad_to_units(seen, unit), unit)
     guessed_mean, guessed_std = nearby_statistics(units, visible)
-    mean, std = unit_statistics(units)
+    mean, std = unit_statistics(patchify(pad_to_units(images, unit), unit))
     restated = (patchify(pad_to_units(out, unit), unit) - guessed_mean) / guessed_std * std + mean
     return unpatchify(torch.where(visible[..., None], units, restated), unit)[..., :height, :width]
 

@@ -41,7 +41,7 @@ def inside_tab(site: Site, picture: gr.Image) -> None:
     strongest = gr.Gallery(
         label="Strongest window of the last block of each stage", **_gallery(4), elem_id="gates"
     )
-    weights = gr.HTML(elem_id="gate-weights")
+    weights = gr.HTML(elem_id="gate-weights", label="Gates")
     gr.Markdown("### Attention of a place\nClick on the picture, or move the two sliders.")
     with gr.Row():
         with gr.Column(scale=2, min_width=260):

@@ -10,14 +10,15 @@ import gradio as gr
 import numpy as np
 
 from demo.fit import FITS, Fitted, fit_picture
-from demo.masks import LARGEST_SEED, METHODS, draw_views, painted_view
+from demo.hiding import hide
+from demo.inputs import CheckedEditor
+from demo.masks import LARGEST_SEED, METHODS
 from demo.models import Model
 from demo.pages.results import CANVAS, Views, facts_of, large, numbers_of, views_of
 from demo.paint import enlarge, heat_map, to_rgb
 from demo.reconstruct import rebuild
-from demo.site import MODEL_WORK, Site, friendly, guard_editor, heading, note
+from demo.site import MODEL_WORK, Site, friendly, heading, note
 from pretrain.errors import BadInput
-from pretrain.masking.units import unit_grid
 
 STATISTICS = {
     "visible": "Visible units only (honest)",
@@ -41,16 +42,23 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
             elem_id="rebuild-model", filterable=False,
         )  # fmt: skip
         method = gr.Dropdown(
-            [(each.title, key) for key, each in METHODS.items()], value="coma", label="What is hidden",
-            info=METHODS["coma"].about, elem_id="method", filterable=False, scale=2,
+            [(each.title, key) for key, each in METHODS.items()], value=first.method, label="What is hidden",
+            info=METHODS[first.method].about, elem_id="method", filterable=False, scale=2,
         )  # fmt: skip
         fit = gr.Dropdown(
             [(title, key) for key, title in FITS.items()], value="crop", label="Fit to the model",
             info="How the picture is brought to its size", elem_id="fit", filterable=False,
         )  # fmt: skip
+    began = METHODS[first.method]
     with gr.Row(elem_classes="settings", equal_height=True):
         ratio = gr.Slider(
-            0.05, 0.95, 0.75, step=0.05, label="Share that is hidden", visible=False, elem_id="ratio"
+            0.05,
+            0.95,
+            0.75,
+            step=0.05,
+            label="Share that is hidden",
+            visible=began.ratio,
+            elem_id="ratio",
         )
         seed = gr.Number(
             0, label="Seed of the mask", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed"
@@ -64,21 +72,19 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
             label="Mean and contrast of hidden patches from", visible=first.norm_pix, elem_id="statistics",
         )  # fmt: skip
     missing = gr.HTML(_unavailable(first), elem_id="missing")
-    editor = guard_editor(
-        gr.ImageEditor(
-            label="Paint over what the model shall not see, then press Rebuild",
-            sources=(),
-            transforms=(),
-            layers=False,
-            format="png",
-            canvas_size=(CANVAS, CANVAS),
-            height=CANVAS + 60,
-            visible=False,
-            brush=gr.Brush(default_size=40, colors=["#d0334d"], default_color="#d0334d", color_mode="fixed"),
-            eraser=gr.Eraser(default_size=40),
-            buttons=["fullscreen"],
-            elem_id="brush",
-        )
+    editor = CheckedEditor(
+        label="Paint over what the model shall not see, then press Rebuild",
+        sources=(),
+        transforms=(),
+        layers=False,
+        format="png",
+        canvas_size=(CANVAS, CANVAS),
+        height=CANVAS + 60,
+        visible=False,
+        brush=gr.Brush(default_size=40, colors=["#d0334d"], default_color="#d0334d", color_mode="fixed"),
+        eraser=gr.Eraser(default_size=40),
+        buttons=["fullscreen"],
+        elem_id="brush",
     )
     numbers = gr.HTML(elem_id="numbers", label="Numbers")
     with gr.Row():
@@ -101,7 +107,7 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
         buttons=["download", "download_all", "fullscreen"], interactive=False, elem_id="views",
         elem_classes="pictures",
     )  # fmt: skip
-    plain = gr.JSON(visible=False, label="Numbers")
+    plain = gr.JSON(visible=False, label="Facts")
 
     inputs = [picture, model, method, ratio, seed, fit, runtime, statistics, editor]
     outputs = [slider, error, gallery, numbers, plain]
@@ -120,16 +126,11 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
             before = enlarge(_original(fitted), CANVAS)
             return (before, before), None, [], note(hint), {"note": hint}
         about = chosen.description("reconstructor")
-        height, width = fitted.pixels.shape[1:]
-        if method == "brush":
-            assert painted is not None
-            visible = painted_view(_unboxed(painted, fitted), height, width, about.unit)
-        else:
-            visible = draw_views(method, int(seed), *unit_grid(height, width, about.unit), hidden_ratio)
         opened = chosen.runtime("reconstructor", runtime or None)
         source: Any = "target" if statistics == "target" and chosen.norm_pix else "visible"
         with site.turn:
-            rebuilt = rebuild(opened, fitted, visible, source)
+            what = hide(chosen, fitted, method, int(seed), float(hidden_ratio), painted)
+            rebuilt = rebuild(opened, fitted, what.visible, source, what.degraded, what.everything)
         after = enlarge(to_rgb(rebuilt.merged), CANVAS)
         facts = facts_of(rebuilt, chosen, fitted, about.unit, method, int(seed), opened.title, source)
         before = enlarge(to_rgb(rebuilt.original), CANVAS)
@@ -152,6 +153,7 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
             gr.update(choices=titles, value=titles[0]),
             gr.update(visible=chosen.norm_pix, value="visible"),
             _unavailable(chosen),
+            gr.update(value=chosen.method),
         )
 
     @friendly
@@ -170,8 +172,9 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
         "show_progress_on": [slider, numbers],
         **MODEL_WORK,
     }
+    go.click(reconstruct, **work, api_name="reconstruct")  # the first one gets the name
     method.change(changed_method, method, [method, ratio, seed, again], api_visibility="private")
-    model.change(changed_model, model, [runtime, statistics, missing], api_visibility="private").then(
+    model.change(changed_model, model, [runtime, statistics, missing, method], api_visibility="private").then(
         reconstruct, **work, api_visibility="private"
     )
     gr.on(
@@ -183,7 +186,6 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
          statistics.change, editor.change],
         reconstruct, **work, api_visibility="private",
     )  # fmt: skip
-    go.click(reconstruct, **work, api_name="reconstruct")
     again.click(lambda: random.randint(1, 9999), None, seed, api_visibility="private")
 
 
@@ -230,17 +232,6 @@ def _fitted(site: Site, model: Model, picture: str | None, fit: Any) -> Fitted:
 
 def _original(fitted: Fitted) -> np.ndarray:
     return to_rgb(fitted.crop(fitted.pixels.permute(1, 2, 0).numpy()))
-
-
-def _unboxed(painted: np.ndarray, fitted: Fitted) -> np.ndarray:
-    """What was painted on the picture, on the whole of what the model gets."""
-    from PIL import Image
-
-    top, left, height, width = fitted.inside
-    small = np.asarray(Image.fromarray(painted).convert("L").resize((width, height), Image.Resampling.BOX))
-    whole = np.zeros(fitted.pixels.shape[1:], bool)
-    whole[top : top + height, left : left + width] = small >= 64
-    return whole
 
 
 def example_pictures() -> list[str]:

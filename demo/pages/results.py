@@ -20,7 +20,7 @@ Views = list[tuple[np.ndarray, str]]
 def views_of(rebuilt: Rebuilt) -> Views:
     """All pictures, each with a caption that says what it is."""
     pictures: Views = []
-    original = to_rgb(rebuilt.original)
+    seen = to_rgb(rebuilt.shown)
     names = "ABCDEFGH"
     several = len(rebuilt.hidden) > 1
     for i, (hidden, filled, score) in enumerate(
@@ -30,9 +30,11 @@ def views_of(rebuilt: Rebuilt) -> Views:
         pair = (
             f"{names[1 - i]} rebuilt from {names[i]}" if len(rebuilt.hidden) == 2 else f"rebuilt from {view}"
         )
-        pictures.append((large(cover(original, hidden), blocks=True), f"what {view} sees"))
+        pictures.append(
+            (large(cover(seen, hidden & (not rebuilt.everything)), blocks=True), f"what {view} sees")
+        )
         pictures.append((large(to_rgb(filled)), f"{pair if several else 'composite'}: {score.psnr:.1f} dB"))
-    if not several:
+    if not several and not rebuilt.everything:
         alone = cover(to_rgb(rebuilt.merged), ~rebuilt.predicted)
         pictures.append((large(alone), "reconstruction alone"))
     return pictures

@@ -31,7 +31,7 @@ def runtimes_tab(site: Site, picture: gr.Image) -> None:
             list(choices), value=list(choices)[-1], label="Model", elem_id="compare-model", filterable=False
         )
         go = gr.Button("Compare", variant="primary", elem_id="compare")
-    result = gr.HTML(_waiting(site, *list(choices.values())[-1]), elem_id="comparison")
+    result = gr.HTML(_waiting(site, *list(choices.values())[-1]), elem_id="comparison", label="Table")
     plain = gr.JSON(visible=False, label="Comparison")
 
     @friendly

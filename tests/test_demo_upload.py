@@ -1,0 +1,152 @@
+"""Uploads: what is fine is read as people see it, what is not is refused in plain words."""
+
+import io
+import struct
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from demo import upload
+from demo.upload import MAX_PIXELS, MAX_SIDE, Uploads, read_picture
+from pretrain.errors import BadImage
+
+RNG = np.random.default_rng(0)
+NOISE = RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+def saved(path: Path, image: Image.Image, **options) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def png(width: int, height: int, data: bytes = b"") -> bytes:
+    """A PNG of one byte a pixel whose header says this size."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def bad_files(folder: Path) -> dict[str, Path]:
+    """Name of the trouble to a file that has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    photograph = Image.fromarray(NOISE)
+    whole = io.BytesIO()
+    photograph.save(whole, "PNG")
+    frames = [Image.fromarray(RNG.integers(0, 256, (20, 20, 3), dtype=np.uint8)) for _ in range(3)]
+    files: dict[str, bytes] = {
+        "not a picture.jpg": b"just some text that calls itself a photograph\n" * 20,
+        "not a picture (empty).png": b"",
+        "damaged.png": whole.getvalue()[: len(whole.getvalue()) // 2],
+        "too large.png": png(10_000, 10_000, zlib.compress(bytes(10_001 * 10_000), 9)),  # 100 megapixels
+        "too large (bomb).png": png(60_000, 60_000, zlib.compress(bytes(1000))),
+        "not a picture (svg).png": b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'></svg>",
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    saved(folder / "animated.gif", frames[0], save_all=True, append_images=frames[1:])
+    saved(folder / "animated (webp).webp", frames[0], save_all=True, append_images=frames[1:], lossless=True)
+    saved(folder / "animated (apng).png", frames[0], save_all=True, append_images=frames[1:])
+    saved(folder / "GIF pictures.gif", frames[0])
+    return {path.name: path for path in folder.iterdir()}
+
+
+def good_files(folder: Path) -> dict[str, Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    import imagecodecs
+
+    photograph = Image.fromarray(NOISE)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned: what is stored lying is seen upright
+    (folder / "16 bit.png").write_bytes(imagecodecs.png_encode(NOISE.astype(np.uint16) * 257))
+    saved(folder / "cmyk.jpg", photograph.convert("CMYK"))
+    saved(folder / "turned.jpg", photograph, exif=exif)
+    saved(folder / "transparent.png", Image.fromarray(np.dstack([NOISE, np.zeros((40, 60), np.uint8)])))
+    saved(folder / "grey.png", photograph.convert("L"))
+    saved(folder / "palette.png", photograph.convert("P"))
+    saved(folder / "renamed.txt.png", photograph, format="BMP")
+    saved(folder / "large.jpg", Image.fromarray(np.zeros((4000, 3000, 3), np.uint8)))
+    return {path.name: path for path in folder.iterdir()}
+
+
+def test_bad_files_are_refused_by_what_they_are(tmp_path):
+    files = bad_files(tmp_path / "bad")
+    uploads = Uploads()
+    for name, path in files.items():
+        with pytest.raises(BadImage) as told:
+            uploads.read(path, 3)
+        expected = name.split(".")[0].split(" (")[0]
+        text = str(told.value)
+        assert expected.replace("not a picture", "is not a picture") in text, f"{name}: {text}"
+        assert str(tmp_path) not in text
+
+
+def test_good_files_are_read_as_people_see_them(tmp_path):
+    files = good_files(tmp_path / "good")
+    uploads = Uploads()
+    shapes = {name: uploads.read(path, 3).shape for name, path in files.items()}
+    assert shapes.pop("turned.jpg") == (60, 40, 3)
+    assert shapes.pop("large.jpg") == (MAX_SIDE, MAX_SIDE * 3 // 4, 3)
+    assert set(shapes.values()) == {(40, 60, 3)}
+    assert np.allclose(uploads.read(files["16 bit.png"], 3), NOISE / 255, atol=1e-6)
+    assert (uploads.read(files["transparent.png"], 3) == 255).all()  # laid over white
+    assert uploads.read(files["grey.png"], 1).shape == (40, 60, 1)
+    with pytest.raises(BadImage, match="5 channels"):
+        uploads.read(files["grey.png"], 5)
+
+
+def test_nothing_is_decoded_before_its_header_was_read(tmp_path, monkeypatch):
+    path = bad_files(tmp_path)["too large.png"]
+    monkeypatch.setattr(upload, "decode", lambda *_, **__: pytest.fail("decoded"))
+    with pytest.raises(BadImage, match=f"at most {MAX_PIXELS // 10**6} megapixels"):
+        read_picture(path)
+    monkeypatch.setattr(upload, "MAX_PIXELS", 10**9)  # the guard that did it
+    with pytest.raises(pytest.fail.Exception):
+        read_picture(path)
+
+
+def test_files_of_too_many_bytes_are_not_opened(tmp_path, monkeypatch):
+    path = saved(tmp_path / "noise.png", Image.fromarray(NOISE))
+    assert read_picture(path).pixels.shape == NOISE.shape
+    monkeypatch.setattr(upload, "MAX_BYTES", 1000)
+    with pytest.raises(BadImage, match="larger than"):
+        read_picture(path)
+
+
+def test_few_are_decoded_at_a_time_and_each_once(tmp_path, monkeypatch):
+    paths = [saved(tmp_path / f"{i}.png", Image.fromarray(NOISE + i)) for i in range(6)]
+    running, most, calls, lock = 0, 0, 0, threading.Lock()
+
+    def slow(path: Path):
+        nonlocal running, most, calls
+        with lock:
+            running, calls = running + 1, calls + 1
+            most = max(most, running)
+        threading.Event().wait(0.05)
+        with lock:
+            running -= 1
+        return read_picture(path)
+
+    monkeypatch.setattr(upload, "read_picture", slow)
+    uploads = Uploads()
+    threads = [threading.Thread(target=uploads.read, args=(path, 3)) for path in paths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == upload.AT_ONCE and calls == 6
+    uploads.read(paths[-1], 3)
+    assert calls == 6
+
+
+def test_a_picture_that_is_gone_is_said_to_be(tmp_path):
+    with pytest.raises(BadImage, match="not there any more"):
+        Uploads().read(tmp_path / "gone.png", 3)

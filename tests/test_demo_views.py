@@ -1,0 +1,322 @@
+"""What the page computes, arrays in and arrays out: no gradio anywhere."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from export_files import DYVIT, OBJECTIVE, about, awake, backbone, pretrained
+
+from demo.compare import compare
+from demo.finetuned import draw_classes, paste_mask, shares
+from demo.fit import fit_picture
+from demo.hiding import hide
+from demo.inside import attention_of, feature_pyramid, gate_weights, pyramid_colours
+from demo.masks import METHODS, draw_views, painted_view, pixel_view, zoomed_view
+from demo.models import Models
+from demo.paint import heat_map, overlay
+from demo.reconstruct import measure_hidden, merge_views, rebuild
+from export.runtimes.pytorch import TorchRuntime
+from pretrain.artifact import load_encoder, save_artifact
+from pretrain.config import ViTConfig
+from pretrain.errors import BadArtifact, BadInput
+from pretrain.models import build_encoder
+from pretrain.objectives import build_objective
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch, of what the fixtures do
+
+MEAN = (0.45, 0.42, 0.39)
+UNIT = DYVIT.unit
+
+
+@pytest.fixture(scope="module")
+def photograph() -> np.ndarray:
+    from skimage import data
+
+    return data.astronaut()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Models:
+    return Models([pretrained(tmp_path_factory.mktemp("small") / "artifact")])
+
+
+@pytest.mark.parametrize(("shape", "size"), [((40, 80, 3), (24, 48)), ((80, 40, 3), (48, 24))])
+def test_a_letter_box_keeps_the_whole_picture_and_says_so(shape, size):
+    pixels = np.full(shape, 200, np.uint8)
+    fitted = fit_picture(pixels, 48, "letterbox", MEAN)
+    assert fitted.pixels.shape == (3, 48, 48) and fitted.inside[2:] == size
+    inside = fitted.crop(fitted.pixels.permute(1, 2, 0).numpy())
+    assert inside.shape[:2] == size and np.allclose(inside, 200 / 255, atol=1e-6)
+    assert torch.allclose(fitted.pixels[:, 0, 0], torch.tensor(MEAN))
+    assert "letter-boxed" in fitted.note and "80" in fitted.note
+    assert fit_picture(pixels, 48, "crop", MEAN).pixels.shape == (3, 48, 48)
+    whole = fit_picture(pixels, 48, "whole", MEAN).pixels.shape[1:]
+    assert min(whole) == 48 and max(whole) == 96
+    assert max(fit_picture(np.zeros((10, 1000, 3), np.uint8), 48, "whole", MEAN, 16).pixels.shape) == 144
+
+
+@pytest.mark.parametrize(("method", "views"), [("coma", 2), ("coma4", 4)])
+def test_views_share_out_every_unit(method, views):
+    visible = draw_views(method, 5, 4, 5)
+    assert visible.shape == (views, 4, 5) and (visible.sum(0) == 1).all()
+    assert visible.equal(draw_views(method, 5, 4, 5)) and not visible.equal(draw_views(method, 6, 4, 5))
+    with pytest.raises(BadInput, match="too few"):
+        draw_views(method, 5, 1, 1)
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.5, 0.99])
+def test_one_unit_at_least_is_hidden_and_one_is_seen(ratio):
+    visible = draw_views("mae", 0, 3, 3, ratio)
+    assert visible.sum() == min(max(round(9 * (1 - ratio)), 1), 8)
+    assert zoomed_view(5, 5).sum() == 9
+
+
+def test_paint_hides_the_units_it_covers_and_no_others():
+    covered = np.zeros((80, 120), bool)
+    covered[0:40, 60:90] = True  # of 48 x 72 px: rows 0 to 24, columns 36 to 54
+    visible = painted_view(covered, 48, 72, 16)[0]
+    assert visible.shape == (3, 5)
+    assert (~visible).nonzero().tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]
+    with pytest.raises(BadInput, match="Nothing is painted"):
+        painted_view(np.zeros((8, 8), bool), 48, 48, 16)
+    with pytest.raises(BadInput, match="Everything"):
+        painted_view(np.ones((8, 8), bool), 48, 48, 16)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "brush"])
+def test_every_method_hides_rebuilds_and_measures(models, photograph, method):
+    model = models[models.names[0]]
+    fitted = fit_picture(photograph, 48, "crop", MEAN)
+    what = hide(model, fitted, method, 3, 0.5)
+    rebuilt = rebuild(model.runtime("reconstructor"), fitted, what.visible, "visible", what.degraded)
+    assert rebuilt.merged.shape == (48, 48, 3) and np.isfinite(rebuilt.score.psnr)
+    assert (rebuilt.hidden.mean(axis=(1, 2)) > 0).all()
+    if METHODS[method].views > 1:
+        assert rebuilt.predicted.all()
+    seen = ~rebuilt.hidden[0]
+    assert np.array_equal(rebuilt.filled[0][seen], rebuilt.shown[seen])
+
+
+def test_hidden_pixels_have_no_influence_unless_the_true_statistics_are_asked_for(models, photograph):
+    model = models[models.names[0]]
+    assert model.norm_pix
+    fitted = fit_picture(photograph, 48, "crop", MEAN)
+    visible = draw_views("mae", 1, 3, 3, 0.5)
+    hidden = torch.from_numpy(~pixel_view(visible, UNIT, 48, 48)[0])
+    other = replace(fitted, pixels=torch.where(hidden, 0.1 * fitted.pixels, fitted.pixels))
+    runtime = model.runtime("reconstructor")
+    one, two = (rebuild(runtime, each, visible).merged for each in (fitted, other))
+    assert np.array_equal(one, two)
+    one, two = (rebuild(runtime, each, visible, "target").merged for each in (fitted, other))
+    assert np.abs(one - two).max() > 0.05
+
+
+def test_true_statistics_are_those_of_the_objective_itself(models, photograph):
+    from pretrain.data.transforms import normalize
+
+    model = models[models.names[0]]
+    runtime = model.runtime("reconstructor")
+    assert isinstance(runtime, TorchRuntime)
+    fitted = fit_picture(photograph, 48, "crop", MEAN)
+    visible = draw_views("coma", 2, 3, 3)
+    rule = runtime.description.preprocessing
+    images = normalize(fitted.pixels[None], rule.mean, rule.std).expand(2, -1, -1, -1)
+    expected = runtime.module.objective.reconstruct(images, visible, "target")  # pyright: ignore
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (rule.mean, rule.std))
+    pixels = (expected * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    assert np.allclose(rebuild(runtime, fitted, visible, "target").filled, pixels, atol=1e-5)
+
+
+def test_numbers_are_of_the_hidden_pixels_alone():
+    rng = np.random.default_rng(0)
+    original = rng.random((16, 16, 3), dtype=np.float32)
+    rebuilt, hidden = original.copy(), np.zeros((16, 16), bool)
+    hidden[:8] = True
+    rebuilt[:8] += 0.1
+    score = measure_hidden(original, rebuilt, hidden)
+    assert score.psnr == pytest.approx(20, abs=1e-3) and score.ssim is not None and score.ssim < 1
+    rebuilt[8:] = 0  # what is visible does not count ...
+    assert measure_hidden(original, rebuilt, hidden).psnr == pytest.approx(20, abs=1e-3)
+    assert measure_hidden(original, rebuilt, ~hidden).psnr < 10  # ... unless it is asked for
+    assert measure_hidden(original, original, hidden).psnr == np.inf
+
+
+def test_merged_pixels_come_from_views_that_did_not_see_them():
+    original = np.zeros((2, 2, 1), np.float32)
+    filled = np.stack([np.full((2, 2, 1), v, np.float32) for v in (0.2, 0.6)])
+    hidden = np.array([[[True, False], [True, False]], [[False, True], [True, False]]])
+    merged, predicted = merge_views(original, filled, hidden)
+    assert np.allclose(merged[..., 0], [[0.2, 0.6], [0.4, 0.0]])
+    assert predicted.tolist() == [[True, True], [True, False]]
+
+
+def test_a_model_that_undoes_blur_is_asked_for_every_pixel(tmp_path, photograph):
+    from pretrain.config import BeyondConfig
+
+    config = BeyondConfig(degrade="blur", decoder=OBJECTIVE.decoder)
+    objective = awake(build_objective(config, build_encoder(DYVIT)))
+    save_artifact(
+        tmp_path / "blur", tensors=objective.state_dict(), config=about("pretrained", objective=config)
+    )
+    models = Models([tmp_path / "blur"])
+    model = models[models.names[0]]
+    fitted = fit_picture(photograph, 48, "crop", MEAN)
+    what = hide(model, fitted, "blur", 0, 0.5)
+    assert model.method == "blur" and what.everything and what.visible.all()
+    runtime = model.runtime("reconstructor")
+    assert rebuild(runtime, fitted, what.visible, "visible", what.degraded, True).predicted.all()
+    assert not hide(model, fitted, "distort", 0, 0.5).everything
+
+
+def test_attention_is_what_the_layer_computes(tmp_path):
+    encoder, _ = load_encoder(backbone(tmp_path / "a"))
+    image = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    for stage, tokens in ((1, 24), (2, 12), (3, 6), (4, 3)):
+        maps = attention_of(encoder, image, stage, 0.4, 0.7)
+        assert all(
+            m.shape == (tokens, tokens) and m.sum() == pytest.approx(1, abs=1e-5) for m in maps.values()
+        )
+    # heads that all look at one value give it back: compare with the layer's own output, window by window
+    attention = encoder.stages[2].blocks[-1].attn  # pyright: ignore
+    taken: dict = {}
+    handle = attention.register_forward_hook(lambda m, i, o: taken.update(inputs=i))  # pyright: ignore
+    from pretrain.models.dyvit import DyViT
+
+    DyViT.forward(encoder, image)  # pyright: ignore
+    handle.remove()
+    x, layout = taken["inputs"]
+    from pretrain.models.positions import rotate
+    from pretrain.models.windows import nest
+
+    qk, _ = attention.qkv(x).unflatten(-1, (3, attention.heads, -1)).split((2, 1), dim=3)  # pyright: ignore
+    q, k = rotate(qk, layout.rotary).unbind(dim=3)
+    row, col = 2, 4
+    for i, m in enumerate(attention_of(encoder, image, 3, (row + 0.5) / 6, (col + 0.5) / 6).values()):
+        values = torch.randn(1, 6, 6, 1, generator=torch.Generator().manual_seed(1))
+        tokens = (
+            layout.sequences.gather(nest(values, 2))[..., None, :].expand_as(q.chunk(2, 3)[i]).contiguous()
+        )
+        out = layout.windows[i].attend(q.chunk(2, 3)[i], k.chunk(2, 3)[i], tokens, fused=False)
+        from pretrain.models.windows import unnest
+
+        whole = unnest(layout.sequences.scatter(out.mean(-1, keepdim=True)), 2, 3, 3)[0, row, col, 0]
+        assert float(whole) == pytest.approx(float((torch.from_numpy(m) * values[0, ..., 0]).sum()), abs=1e-5)
+
+
+def test_gates_are_read_as_they_are(tmp_path):
+    encoder, _ = load_encoder(backbone(tmp_path / "a"))
+    image = torch.randn(1, 3, 48, 48)
+    gates = gate_weights(encoder, image)
+    assert [(g.stage, g.windows) for g in gates] == [(1, (4, 8)), (2, (2, 4)), (3, (0, 2))]
+    for gate, side in zip(gates, (24, 12, 6), strict=True):
+        assert np.mean(gate.weights) == pytest.approx(1, abs=1e-5) and sum(gate.wins) == pytest.approx(1)
+        assert gate.strongest.shape == (side, side) and set(np.unique(gate.strongest)) <= {0, 1}
+    torch.nn.init.constant_(encoder.stages[0].blocks[0].attn.gate.out.bias[: DYVIT.dim // 2], 20)  # pyright: ignore
+    assert gate_weights(encoder, image)[0].wins == (1.0, 0.0)  # the first window wins everywhere
+
+
+def test_plain_vit_has_attention_and_no_gates(tmp_path):
+    encoder, _ = load_encoder(backbone(tmp_path / "v", ViTConfig(patch=16, dim=16, depth=2, heads=2)))
+    image = torch.randn(1, 3, 48, 64)
+    (found,) = attention_of(encoder, image, 1, 0.5, 0.5).values()
+    assert found.shape == (3, 4) and found.sum() == pytest.approx(1, abs=1e-5)
+    with pytest.raises(BadInput, match="no gates"):
+        gate_weights(encoder, image)
+
+
+def test_principal_colours_tell_two_regions_apart(tmp_path):
+    maps = torch.zeros(1, 5, 4, 6)
+    maps[:, :, :, 3:] = torch.randn(5).view(1, 5, 1, 1)
+    (picture,) = pyramid_colours((maps,))
+    assert picture.shape == (4, 6, 3) and (picture[:, :3] == picture[0, 0]).all()
+    assert (picture[:, 0] != picture[:, 5]).any()
+    encoder, _ = load_encoder(backbone(tmp_path / "a"))
+    assert len(pyramid_colours(feature_pyramid(encoder, torch.randn(1, 3, 48, 48)))) == 4
+
+
+def test_masks_and_classes_are_drawn_where_they_are():
+    mask = paste_mask(np.ones((28, 28), np.float32), (10.0, 20.0, 30.0, 40.0), 50, 60)
+    assert mask[20:40, 10:30].all() and mask.sum() == 400
+    assert not paste_mask(np.ones((28, 28)), (5, 5, 5, 5), 50, 60).any()
+    classes = np.array([[0, 1], [1, 1]])
+    assert shares(classes, ("a", "b", "c")) == [(1, "b", 0.75), (0, "a", 0.25)]
+    drawn = draw_classes(np.zeros((2, 2, 3), np.uint8), classes, [(200, 0, 0), (0, 200, 0)], 1.0)
+    assert drawn[0, 0].tolist() == [200, 0, 0] and drawn[-1, -1].tolist() == [0, 200, 0]
+    heat = heat_map(np.array([[0.0, 0.6]]), np.array([[True, False]]))
+    assert heat[0, 0].sum() < 10 and heat[0, 1].tolist() == [128, 134, 148]
+    assert overlay(np.zeros((8, 8, 3), np.uint8), np.eye(4)).shape == (8, 8, 3)
+
+
+# models and runtimes ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    from export.commands import export
+
+    artifact = pretrained(tmp_path_factory.mktemp("exported") / "run" / "artifact")
+    export.run([str(artifact), "--form", "reconstructor", "--seconds", "0", "--verify-images", "2"])
+    return artifact
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_exported_files_beside_an_artifact_run_and_agree(exported, photograph):
+    models = Models([exported])
+    model = models[models.names[0]]
+    titles = {offer.title: offer.reason for offer in model.offers("reconstructor")}
+    assert titles["PyTorch"] is None and titles["ONNX Runtime"] is None
+    assert "coma export" in str(titles["TensorRT"])
+    rows = {row.title: row for row in compare(model, "reconstructor", photograph)}
+    assert rows["ONNX Runtime"].cosine > 0.99999 and rows["ONNX Runtime"].difference < 0.1
+    assert rows["ONNX Runtime"].milliseconds > 0 and rows["TensorRT"].reason
+    with pytest.raises(BadInput, match="not available"):
+        model.runtime("reconstructor", "TensorRT")
+    file = exported.parent / "export" / "reconstructor.onnx"
+    alone = Models([file])
+    assert alone.names == ["reconstructor.onnx"]
+    assert alone[alone.names[0]].runtime("reconstructor").title.startswith("ONNX Runtime")
+    assert Models([file, exported]).names == models.names  # of the same weights: one model
+
+
+def test_a_file_that_was_changed_or_mixed_up_is_not_offered(exported, tmp_path):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(exported.parent, run)
+    file = run / "export" / "reconstructor.onnx"
+    file.write_bytes(file.read_bytes() + b"\0")
+    offers = Models([run / "artifact"])[tmp_path.name].offers("reconstructor")
+    assert "not the file" in str(next(o.reason for o in offers if o.title == "ONNX Runtime"))
+    with pytest.raises(BadInput, match="not the file"):
+        Models([file])
+    manifest = run / "export" / "manifest.json"
+    plain = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**plain, "source": "0" * 64}))  # of other weights
+    offers = Models([run / "artifact"])[tmp_path.name].offers("reconstructor")
+    assert "coma export" in str(next(o.reason for o in offers if o.title == "ONNX Runtime"))
+    manifest.write_text(json.dumps({**plain, "files": []}))
+    with pytest.raises(BadInput, match="does not list"):
+        Models([file])
+
+
+def test_only_what_was_named_can_be_had(models, tmp_path):
+    for name in ("other", str(tmp_path), "../artifact"):
+        with pytest.raises(BadInput, match="no such model"):
+            models[name]
+    with pytest.raises(BadArtifact):
+        Models([tmp_path / "none"])
+
+
+def test_what_is_computed_needs_no_gradio():
+    code = (
+        "import demo.upload, demo.fit, demo.masks, demo.hiding, demo.paint, demo.reconstruct, demo.inside, "
+        "demo.finetuned, demo.compare, demo.models; import sys; print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not {"gradio", "onnxruntime", "mmengine"} & {m.partition(".")[0] for m in done.stdout.split()}
