@@ -376,7 +376,8 @@ def test_when_a_method_reaches_the_reference():
     assert reached is not None
     assert (reached.target, reached.images, reached.runs, reached.of_reference) == (40, (100,), 2, 0.25)
     assert reached.learned
-    fallen = reach(*groups(runs("coma", [10, 40]) + runs("mae", [30, 20])), "knn")
+    one, other = groups(runs("coma", [10, 40]) + runs("mae", [30, 20]))
+    fallen = reach(one, other, "knn")
     assert fallen is not None and (fallen.images, fallen.learned) == ((100,), False)
     assert reach(found[1], None, "knn") is None and reach(found[1], found[0], "linear") is None
     assert mean_and_deviation([1.0, 3.0]) == "2.0 ± 1.4 (n = 2)"

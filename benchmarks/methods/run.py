@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--base-lr", type=float, default=1.6e-2, help="per 256 images")
     parser.add_argument("--train", type=int, default=5_000, help="labelled images to measure with")
     parser.add_argument("--test", type=int, default=2_000, help="test images to count on")
-    parser.add_argument("--probes", type=int, default=5)
+    parser.add_argument("--probes", type=int, default=4)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--minutes", type=float, help="stop after so long; the same call goes on")
     parser.add_argument("--out", type=Path)
