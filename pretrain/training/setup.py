@@ -19,6 +19,7 @@ from pretrain.config import (
     ObjectiveConfig,
     OptimizerConfig,
     PretrainConfig,
+    ProbeConfig,
     RunConfig,
 )
 from pretrain.data import Slices, Source, check_loader, measure, open_source
