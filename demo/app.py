@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -23,10 +24,20 @@ WAITING = 64
 """Requests in the queue; more are turned away with a message."""
 
 
-def build(models: Models) -> gr.Blocks:
-    """The page for these models, not yet served."""
-    site = Site(models)
+def build(models: Models, folder: Path) -> gr.Blocks:
+    """The page for these models, not yet served.
+
+    Args:
+        models: What it may use.
+        folder: Where gradio keeps files: its GRADIO_TEMP_DIR.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    site = Site(models, folder.resolve())
     examples = example_pictures()
+
+    def choose(event: gr.SelectData) -> str:
+        return examples[event.index]
+
     with gr.Blocks(
         title="CoMA-DyViT",
         analytics_enabled=False,
@@ -49,10 +60,12 @@ def build(models: Models) -> gr.Blocks:
                     buttons=["fullscreen"],
                     placeholder="Drop a picture here, or click to choose one",
                 )
-                gr.Examples(
-                    [[path] for path in examples], picture, cache_examples=False, label="Examples",
-                    examples_per_page=12, elem_id="examples", api_visibility="private",
+                chosen = gr.Gallery(
+                    [(path, Path(path).stem.split("_")[0]) for path in examples], label="Examples", columns=4,
+                    height="auto", object_fit="cover", allow_preview=False, interactive=False, buttons=[],
+                    elem_id="examples", elem_classes="pictures",
                 )  # fmt: skip
+                chosen.select(choose, None, picture, api_visibility="private")
                 gr.HTML(
                     f"<p class='note'>{TAKES}; at most {MAX_BYTES >> 20} MB and {MAX_PIXELS // 10**6} "
                     "megapixels. Pictures stay on this server and are deleted within the hour.</p>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import html
 import threading
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 import gradio as gr
 import numpy as np
+from PIL import Image
 
 from demo.models import Models
 from demo.upload import Uploads
@@ -28,13 +30,28 @@ class Site:
 
     Attributes:
         models: Those that were named at the start.
+        folder: Where gradio keeps uploads and results; it deletes what lies there after a while.
         uploads: Reads what was sent.
         turn: One model runs at a time, so that a time that is shown is the model's own.
     """
 
     models: Models
+    folder: Path
     uploads: Uploads = field(default_factory=Uploads)
     turn: Any = field(default_factory=threading.Lock)
+
+    def save(self, picture: np.ndarray) -> str:
+        """Write uint8 `[H, W, 3]` as a PNG of its own name.
+
+        gradio would name it by its content, and write it again while another visitor reads it.
+        """
+        path = self.folder / f"{uuid.uuid4().hex}.png"
+        Image.fromarray(picture).save(path, compress_level=3)
+        return str(path)
+
+    def save_all(self, pictures: Sequence[tuple[np.ndarray, str]]) -> list[tuple[str, str]]:
+        """Likewise, with captions."""
+        return [(self.save(picture), caption) for picture, caption in pictures]
 
     def pixels(self, picture: str | None, channels: int = 3) -> np.ndarray:
         """The picture that the page shows, `[H, W, channels]`.

@@ -9,6 +9,9 @@ CSS = """
 #header h1 { font-size: 1.7rem; font-weight: 700; margin: 0; letter-spacing: -.01em; }
 #header p { margin: .2rem 0 0; color: var(--body-text-color-subdued); }
 #header .models { overflow-wrap: anywhere; }
+#examples .caption-label { display: none; }
+#examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
+#examples .thumbnail-lg { width: 100% !important; }
 .settings button.lg { align-self: end; height: 46px; font-size: 1rem; }
 .heading { font-weight: 600; margin: 2px 0; }
 .cards { display: flex; flex-wrap: wrap; gap: 10px; margin: 4px 0; }
@@ -22,7 +25,8 @@ CSS = """
   font-weight: 600; }
 ul.off { list-style: none; margin: 0; padding: 0; font-size: .85rem; color: var(--body-text-color-subdued); }
 ul.off li { opacity: .75; } ul.off li::before { content: "\\2298\\a0"; } ul.off b { font-weight: 600; }
-.scroll { overflow-x: auto; } .scroll table { width: 100%; border-collapse: collapse; font-size: .92rem; }
+.scroll { overflow: auto; max-height: 460px; }
+.scroll table { width: 100%; border-collapse: collapse; font-size: .92rem; }
 .scroll caption { text-align: left; font-weight: 600; padding: 4px 0; }
 .scroll th, .scroll td { text-align: left; padding: 6px 10px; vertical-align: top; white-space: pre-wrap;
   border: 0 solid var(--border-color-primary) !important; border-bottom-width: 1px !important;
@@ -37,9 +41,11 @@ ul.off li { opacity: .75; } ul.off li::before { content: "\\2298\\a0"; } ul.off 
 :focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 1px; }
 @media (max-width: 700px) {
   #header h1 { font-size: 1.35rem; }
-  .gradio-container { padding: 8px !important; }
+  .gradio-container { padding: 8px !important; max-width: 100vw !important; overflow-x: clip; }
+  #main { flex-direction: column; }
+  #left, #right { width: 100%; min-width: 0 !important; contain: inline-size; overflow-x: clip; }
   .cards .card { flex: 1 1 29%; padding: 6px 8px; } .cards dd { font-size: 1.02rem; }
-  .pictures .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
+  #right .pictures .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
 }
 """
 

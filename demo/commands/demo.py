@@ -96,7 +96,7 @@ def serve(
     from demo.style import CSS, theme
     from demo.upload import MAX_BYTES
 
-    page = build(models)
+    page = build(models, folder)
     page.launch(
         server_name=host,
         server_port=port or free_port(host),

@@ -44,7 +44,7 @@ def detect_tab(site: Site, picture: gr.Image) -> None:
     plain = gr.JSON(visible=False, label="Objects")
 
     @friendly
-    def run(picture: str | None, model: str, runtime: str, score: float) -> tuple[np.ndarray, str, list[Any]]:
+    def run(picture: str | None, model: str, runtime: str, score: float) -> tuple[str, str, list[Any]]:
         """Objects in a picture, of at least this score."""
         chosen, opened = _open(site, model, runtime, "detector")
         pixels = _pixels(site, chosen, picture)
@@ -59,7 +59,8 @@ def detect_tab(site: Site, picture: gr.Image) -> None:
         ]
         text = table(("class", "score", "x1 y1 x2 y2, pixels"), cells, caption=f"{len(found)} objects")
         empty = note("Nothing of at least this score; try a lower one.")
-        return draw_objects(pixels, found, chosen.palette()), text if found else empty, listed
+        drawing = site.save(draw_objects(pixels, found, chosen.palette()))
+        return drawing, text if found else empty, listed
 
     work: dict[str, Any] = {
         "inputs": [picture, model, runtime, score],
@@ -94,7 +95,9 @@ def segment_tab(site: Site, picture: gr.Image) -> None:
             f"<b>{share:.0%}</b></li>"
             for i, name, share in found
         )
-        pictures = tuple(draw_classes(pixels, classes, colours, strength) for strength in (0.0, 0.65))
+        pictures = tuple(
+            site.save(draw_classes(pixels, classes, colours, strength)) for strength in (0.0, 0.65)
+        )
         text = f"<ul class='legend' aria-label='Classes in the picture'>{items}</ul>"
         return pictures, text, {name: round(share, 4) for _, name, share in found}
 

@@ -22,6 +22,7 @@ SHOWN = 448
 WINDOWS = np.array([(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167)], np.uint8)
 """Okabe and Ito's colours, which people with colour blindness tell apart too."""
 Pictures = list[tuple[np.ndarray, str]]
+Files = list[tuple[str, str]]
 
 
 def inside_tab(site: Site, picture: gr.Image) -> None:
@@ -58,7 +59,7 @@ def inside_tab(site: Site, picture: gr.Image) -> None:
             )
 
     @friendly
-    def inside(picture: str | None, model: str) -> tuple[Pictures, Pictures, str, np.ndarray]:
+    def inside(picture: str | None, model: str) -> tuple[Files, Files, str, str]:
         """Feature pyramid and gates of a picture."""
         chosen = _of(site, model)
         image, pixels = _input(site, chosen, picture)
@@ -72,7 +73,7 @@ def inside_tab(site: Site, picture: gr.Image) -> None:
             shown.append((enlarge(each, SHOWN, blocks=True), f"stride {stride}: {size}"))
         if not gates:
             text = "This model is a plain ViT: one window, the whole picture, and no gates."
-            return shown, [], note(text), enlarge(pixels, SHOWN)
+            return site.save_all(shown), [], note(text), site.save(enlarge(pixels, SHOWN))
         last = {each.stage: each for each in gates}
         maps: Pictures = [
             (
@@ -90,12 +91,11 @@ def inside_tab(site: Site, picture: gr.Image) -> None:
             for each in gates
         ]
         head = ("block", "mean weight of each window", "channels in which it weighs most")
-        return shown, maps, table(head, rows, caption="Gates of DM-MSA"), enlarge(pixels, SHOWN)
+        text = table(head, rows, caption="Gates of DM-MSA")
+        return site.save_all(shown), site.save_all(maps), text, site.save(enlarge(pixels, SHOWN))
 
     @friendly
-    def attend(
-        picture: str | None, model: str, stage: float, row: float, col: float
-    ) -> tuple[Pictures, np.ndarray]:
+    def attend(picture: str | None, model: str, stage: float, row: float, col: float) -> tuple[Files, str]:
         """Attention of one place of a picture, in the last block of a stage."""
         chosen = _of(site, model)
         if stage not in (1, 2, 3, 4) or not (0 <= row <= 1 and 0 <= col <= 1):
@@ -107,7 +107,7 @@ def inside_tab(site: Site, picture: gr.Image) -> None:
             (_mark(enlarge(overlay(pixels, each), SHOWN), row, col), f"window: {name}")
             for name, each in maps.items()
         ]
-        return pictures, _mark(enlarge(pixels, SHOWN), row, col)
+        return site.save_all(pictures), site.save(_mark(enlarge(pixels, SHOWN), row, col))
 
     def clicked(event: gr.SelectData, picture: str | None, model: str) -> tuple[float, float]:
         x, y = event.index

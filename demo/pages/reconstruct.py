@@ -14,12 +14,13 @@ from demo.hiding import hide
 from demo.inputs import CheckedEditor
 from demo.masks import LARGEST_SEED, METHODS
 from demo.models import Model
-from demo.pages.results import CANVAS, Views, facts_of, large, numbers_of, views_of
+from demo.pages.results import CANVAS, facts_of, large, numbers_of, views_of
 from demo.paint import enlarge, heat_map, to_rgb
 from demo.reconstruct import rebuild
 from demo.site import MODEL_WORK, Site, friendly, heading, note
 from pretrain.errors import BadInput
 
+EMPTY = "Choose a picture first: drop one on the left, or click on an example."
 STATISTICS = {
     "visible": "Visible units only (honest)",
     "target": "True patches (leaks what is hidden)",
@@ -98,7 +99,7 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
             gr.HTML(padding=False, value=heading("Error: black is none, yellow is 128 of 255 levels or more"))
             error = gr.Image(
                 label="Error heat map", show_label=False, format="png", interactive=False, elem_id="error",
-                buttons=["download", "fullscreen"], height=CANVAS,
+                buttons=["download", "fullscreen"],
                 alt_text="Error of every hidden pixel as a colour",
             )  # fmt: skip
     gr.HTML(padding=False, value=heading("Every view: click one to enlarge or download it"))
@@ -116,15 +117,18 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
     def reconstruct(
         picture: str | None, model: str, method: str, hidden_ratio: float, seed: float, fit: str,
         runtime: str, statistics: str, painted: np.ndarray | None,
-    ) -> tuple[Any, np.ndarray | None, Views, str, dict[str, Any]]:  # fmt: skip
+    ) -> tuple[Any, str | None, list[tuple[str, str]], str, dict[str, Any]]:  # fmt: skip
         """Hide parts of a picture and rebuild them."""
+        if not picture:
+            return None, None, [], note(EMPTY), {"note": EMPTY}
         chosen = site.models[model]
         _check(method, fit, statistics, hidden_ratio, seed)
         fitted = _fitted(site, chosen, picture, fit)
         if method == "brush" and (painted is None or not painted.any()):
             hint = "Paint over the picture above, then press Rebuild."
             before = enlarge(_original(fitted), CANVAS)
-            return (before, before), None, [], note(hint), {"note": hint}
+            shown = site.save(before)
+            return (shown, shown), None, [], note(hint), {"note": hint}
         about = chosen.description("reconstructor")
         opened = chosen.runtime("reconstructor", runtime or None)
         source: Any = "target" if statistics == "target" and chosen.norm_pix else "visible"
@@ -135,7 +139,13 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
         facts = facts_of(rebuilt, chosen, fitted, about.unit, method, int(seed), opened.title, source)
         before = enlarge(to_rgb(rebuilt.original), CANVAS)
         heat = large(heat_map(rebuilt.error, rebuilt.predicted), blocks=True)
-        return (before, after), heat, views_of(rebuilt), numbers_of(facts), facts
+        return (
+            (site.save(before), site.save(after)),
+            site.save(heat),
+            site.save_all(views_of(rebuilt)),
+            numbers_of(facts),
+            facts,
+        )
 
     def changed_method(method: str) -> tuple[Any, ...]:
         about = METHODS[method]
@@ -161,9 +171,8 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
         if method != "brush":
             return gr.update(visible=False)
         background = enlarge(_original(_fitted(site, site.models[model], picture, fit)), CANVAS)
-        blank = np.zeros((*background.shape[:2], 4), np.uint8)
         return gr.update(
-            value={"background": background, "layers": [blank], "composite": background}, visible=True
+            value={"background": background, "layers": [], "composite": background}, visible=True
         )
 
     work: dict[str, Any] = {

@@ -1,0 +1,303 @@
+"""The served page, called by programs: round trips, many at once, strangers, and the command line."""
+
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from demo_files import models, served
+from PIL import Image
+from test_demo_upload import bad_files, good_files
+
+from demo.commands import demo
+from pretrain.cli import main
+from pretrain.errors import BadInput
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # gradio and what it builds on warn of each other
+
+NAME = "small"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    with served(folder / "uploads", *models(folder)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(page, tmp_path_factory):
+    return connect(page, tmp_path_factory.mktemp("results"))
+
+
+def connect(page: Any, folder: Path) -> Any:
+    from gradio_client import Client
+
+    return Client(page.local_url, verbose=False, download_files=str(folder))
+
+
+@pytest.fixture(scope="module")
+def photograph() -> Any:
+    import skimage
+    from gradio_client import handle_file
+
+    return handle_file(str(Path(skimage.__file__).parent / "data" / "coffee.png"))
+
+
+def reconstruct(client: Any, picture: Any, painted: Any = None, **changes: Any) -> tuple:
+    values = {
+        "model": NAME, "method": "coma", "hidden_ratio": 0.75, "seed": 3, "fit": "crop", "runtime": "PyTorch",
+        "statistics": "visible", **changes,
+    }  # fmt: skip
+    return client.predict(picture=picture, painted=painted, **values, api_name="/reconstruct")
+
+
+def test_a_pair_comes_back_as_png_with_numbers(client, photograph):
+    (before, after), heat, views, text, facts = reconstruct(client, photograph)
+    assert [view["caption"].split(":")[0] for view in views] == [
+        "what view A sees", "B rebuilt from A", "what view B sees", "A rebuilt from B",
+    ]  # fmt: skip
+    for path in (before, after, heat, *(view["image"] for view in views)):
+        with Image.open(path) as picture:
+            assert picture.format == "PNG" and picture.size == (512, 512)
+    assert facts["psnr_db"] > 0 and -1 <= facts["ssim"] <= 1 and facts["unit_px"] == 16 and facts["seed"] == 3
+    assert [view["hidden"] for view in facts["views"]] == pytest.approx([4 / 9, 5 / 9], abs=1e-3)
+    assert "PSNR" in text and f"{facts['psnr_db']:.2f} dB" in text
+    again = reconstruct(client, photograph)[-1]
+    assert again["psnr_db"] == facts["psnr_db"]
+    assert reconstruct(client, photograph, seed=4)[-1]["psnr_db"] != facts["psnr_db"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "views"),
+    [
+        ({"method": "coma4"}, 8),
+        ({"method": "mae", "fit": "letterbox"}, 3),
+        ({"fit": "whole", "method": "blur"}, 4),
+    ],
+)
+def test_other_methods_and_sizes(client, photograph, changes, views):
+    *_, shown, _, facts = reconstruct(client, photograph, **changes)
+    assert len(shown) == views and facts["method"] == changes["method"]
+    assert ("letter-boxed" in facts["picture"]) == (changes.get("fit") == "letterbox")
+
+
+def test_true_statistics_are_labelled_as_leaking(client, photograph):
+    *_, text, facts = reconstruct(client, photograph, statistics="target")
+    assert "leak" in text and facts["statistics"] == "target"
+    *_, text, facts = reconstruct(client, photograph)
+    assert "leak" not in text and facts["statistics"] == "visible"
+
+
+def test_the_brush(client, photograph, tmp_path):
+    from gradio_client import handle_file
+
+    strokes = np.zeros((96, 96, 4), np.uint8)
+    strokes[:32, :32] = 255
+    Image.fromarray(strokes).save(tmp_path / "strokes.png")
+    painted = {"background": None, "composite": None, "layers": [handle_file(str(tmp_path / "strokes.png"))]}
+    facts = reconstruct(client, photograph, painted, method="brush")[-1]
+    assert facts["views"][0]["hidden"] == pytest.approx(1 / 9, abs=1e-3)
+    assert "Paint over" in reconstruct(client, photograph, method="brush")[-1]["note"]
+
+
+def test_look_inside_compare_and_classify(client, photograph):
+    pyramid, gates, text, _ = client.predict(photograph, NAME, api_name="/inside")
+    assert len(pyramid) == 5 and len(gates) == 3 and "stage 1, block 1" in text
+    maps, _ = client.predict(photograph, NAME, 3, 0.2, 0.8, api_name="/attention")
+    assert [each["caption"] for each in maps] == ["window: whole picture", "window: 2 x 2 tokens"]
+    text, rows = client.predict(photograph, f"{NAME}: reconstructor", api_name="/compare_runtimes")
+    assert rows[0]["milliseconds"] > 0 and [row["reason"] is None for row in rows] == [True, False, False]
+    assert text.count("class='off'") == 2
+    found = client.predict(photograph, "pets", "PyTorch", api_name="/classify")
+    assert found["label"] in ("cat", "cup", "face") and len(found["confidences"]) == 3
+
+
+def test_twenty_at_once(page, photograph, tmp_path):
+    began = time.perf_counter()
+
+    def visit(number: int) -> float:
+        return reconstruct(connect(page, tmp_path / str(number)), photograph, seed=number % 4)[-1]["psnr_db"]
+
+    with ThreadPoolExecutor(20) as pool:
+        found = list(pool.map(visit, range(20)))
+    assert all(found[i] == found[i % 4] for i in range(20)) and len(set(found)) == 4
+    assert time.perf_counter() - began < 60
+
+
+# strangers -------------------------------------------------------------------------------------
+
+
+def test_bad_uploads_get_a_sentence_and_the_page_lives_on(client, photograph, tmp_path):
+    from gradio_client import handle_file
+    from gradio_client.exceptions import AppError
+
+    for name, path in bad_files(tmp_path / "bad").items():
+        with pytest.raises(AppError) as told:
+            reconstruct(client, handle_file(str(path)))
+        expected = name.split(".")[0].split(" (")[0]
+        assert expected.replace("not a picture", "is not a picture") in str(told.value), name
+    for path in good_files(tmp_path / "good").values():
+        assert reconstruct(client, handle_file(str(path)))[-1]["psnr_db"] > 0
+    assert reconstruct(client, photograph)[-1]["psnr_db"] > 0
+
+
+def test_uploads_of_too_many_bytes_are_turned_away(page):
+    import httpx
+
+    large = {"files": ("large.png", b"\0" * (21 << 20))}
+    assert httpx.post(f"{page.local_url}gradio_api/upload", files=large, timeout=60).status_code == 413
+    small = {"files": ("small.png", b"\0" * 1000)}
+    assert httpx.post(f"{page.local_url}gradio_api/upload", files=small).status_code == 200
+
+
+def payload(**file: Any) -> dict[str, Any]:
+    return {"meta": {"_type": "gradio.FileData"}, "orig_name": "x.png", **file}
+
+
+def call(page: Any, picture: Any, painted: Any = None) -> str:
+    """What the server says to a request that no client of good will makes."""
+    import httpx
+
+    numbers = {d["api_name"]: i for i, d in enumerate(page.config["dependencies"])}
+    data = [picture, NAME, "coma", 0.5, 1, "crop", "PyTorch", "visible", painted]
+    asked = {"data": data, "fn_index": numbers["reconstruct"], "session_hash": f"s{time.time_ns()}"}
+    httpx.post(f"{page.local_url}gradio_api/queue/join", json=asked).raise_for_status()
+    with httpx.stream(
+        "GET", f"{page.local_url}gradio_api/queue/data?session_hash={asked['session_hash']}", timeout=30
+    ) as events:
+        return "".join(line for line in events.iter_lines() if "process_completed" in line)
+
+
+def test_files_of_the_server_and_addresses_are_out_of_reach(page, tmp_path):
+    secret = tmp_path / "secret.png"
+    Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(secret)
+    assert '"success": false' in call(page, payload(path=str(secret))).replace(
+        '"success":false', '"success": false'
+    )
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(0.5)
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}/x.png"
+    for picture, painted in (
+        (payload(path=address, url=address), None),
+        (payload(path="https://example.invalid/x.png"), None),
+        (None, {"background": None, "composite": None, "layers": [payload(path=address)]}),
+    ):
+        assert "not its address" in call(page, picture, painted)
+    with pytest.raises(TimeoutError):
+        listener.accept()  # nobody came
+    listener.close()
+
+
+def test_choices_that_do_not_exist_are_refused(client, photograph):
+    for changes in (
+        {"model": "/etc"},
+        {"runtime": "TensorRT"},
+        {"seed": -1},
+        {"seed": 2**40},
+        {"hidden_ratio": 7},
+    ):
+        with pytest.raises(Exception) as told:
+            reconstruct(client, photograph, **changes)
+        assert "Traceback" not in str(told.value)
+
+
+def test_drawings_that_are_never_used_do_not_pile_up():
+    from types import SimpleNamespace
+
+    from demo.inputs import Blobs
+
+    blobs = Blobs()
+    for number in range(200):
+        blobs[str(number)] = SimpleNamespace(background=b"x", composite=None, layers=[])
+    assert len(blobs) == Blobs.most and "199" in blobs and "0" not in blobs
+    with pytest.raises(Exception, match="too large"):
+        blobs["big"] = SimpleNamespace(background=bytes(30 << 20), composite=None, layers=[])
+
+
+# the command -----------------------------------------------------------------------------------
+
+
+def test_a_port_that_is_taken_is_said_at_once(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["demo", str(tmp_path), "--port", str(port)]) == 2
+    assert f"--port {port}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere/artifact"], "no such directory"),
+        (["--auth", "me"], "NAME:PASSWORD"),
+        (["--port", "70000"], "0 to 65535"),
+        (["model.onnx"], "no such file"),
+    ],
+)
+def test_mistakes_on_the_command_line(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--port", "0", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_arguments_the_quickstart_is_trained_once(tmp_path, monkeypatch, capsys):
+    from export_files import pretrained
+
+    from pretrain.commands import quickstart
+
+    calls = []
+
+    def trained(argv: list[str]) -> None:
+        calls.append(argv)
+        pretrained(Path(argv[1]) / "run" / "artifact")
+
+    monkeypatch.setattr(quickstart, "run", trained)
+    monkeypatch.chdir(tmp_path)
+    assert demo.quickstart() == demo.quickstart() == Path("quickstart/run/artifact")
+    assert calls == [["--out", "quickstart"]] and "training a tiny one" in capsys.readouterr().out
+
+
+def test_the_command_serves_this_machine_alone_and_cleans_up(tmp_path, monkeypatch, capsys):
+    seen: dict[str, Any] = {}
+    (tmp_path / "m").mkdir()
+    artifact = models(tmp_path / "m")[0]
+
+    class Page:
+        local_url, share_url = "http://127.0.0.1:1/", None
+
+        def block_thread(self) -> None:
+            raise KeyboardInterrupt
+
+        def close(self, verbose: bool) -> None:
+            seen["closed"] = True
+
+    def serve(_: Any, folder: Path, host: str, port: int, auth: Any, share: bool, browser: bool) -> Page:
+        (folder / "upload.png").touch()
+        seen.update(folder=folder, host=host, auth=auth, share=share)
+        return Page()
+
+    monkeypatch.setattr(demo, "serve", serve)
+    assert main(["demo", str(artifact), "--port", "0"]) == 130
+    assert (seen["host"], seen["auth"], seen["share"], seen["closed"]) == ("127.0.0.1", None, False, True)
+    assert not seen["folder"].exists()
+    assert "http://127.0.0.1:1/" in capsys.readouterr().out
+
+
+def test_a_password_is_asked_for(tmp_path):
+    import httpx
+
+    from demo.commands.demo import load_models, serve
+
+    artifact = models(tmp_path)[0]
+    page = serve(load_models((artifact,), "cpu"), tmp_path / "uploads", auth=("me", "secret"))
+    try:
+        assert httpx.get(f"{page.local_url}config").status_code == 401
+        with pytest.raises(BadInput):
+            demo.parse_auth("me:")
+    finally:
+        page.close(verbose=False)
+    assert threading.active_count() < 100

@@ -1,0 +1,187 @@
+"""A real browser on the served page: upload, brush, other methods and runtimes, a phone; nothing leaves."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from demo_files import models, served
+from PIL import Image
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium; apt-get install chromium"),
+]
+
+
+UNNAMED = """() => [...document.querySelectorAll('button, input:not([type=file]), select, textarea')]
+    .filter(e => e.offsetParent && !e.ariaLabel && !e.title && !e.getAttribute('aria-labelledby'))
+    .filter(e => !(e.innerText || '').trim() && ![...(e.labels || [])].some(l => l.innerText.trim()))
+    .filter(e => ![...e.querySelectorAll('img')].some(i => i.alt))
+    .map(e => e.outerHTML.slice(0, 160))"""
+"""What a screen reader would call "button" and no more."""
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory) -> Iterator[str]:
+    from export.commands import export
+
+    folder = tmp_path_factory.mktemp("page")
+    given = models(folder)
+    export.run([str(given[0]), "--form", "reconstructor", "--seconds", "0", "--verify-images", "1"])
+    with served(folder / "uploads", *given) as page:
+        yield page.local_url
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
+        yield running
+        running.close()
+
+
+class Visit:
+    """A page that notes what it asks for and complains of."""
+
+    def __init__(self, browser: Any, address: str, **options: Any) -> None:
+        self.context = browser.new_context(**options)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(60_000)
+        self.asked: list[str] = []
+        self.errors: list[str] = []
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+        self.page.goto(address)
+        self.page.wait_for_selector("#views img")
+
+    def outside(self, address: str) -> list[str]:
+        return [url for url in self.asked if not url.startswith((address, "data:", "blob:"))]
+
+    def number(self, name: str) -> str:
+        return self.page.locator(f"#numbers .card:has(dt:text-is('{name}')) dd").inner_text()
+
+    def choose(self, what: str, option: str) -> None:
+        self.page.click(f"#{what} input")
+        self.page.get_by_role("option", name=option).click()
+
+    def until(self, condition: str) -> None:
+        """Wait until `condition`, of the numbers' text, holds."""
+        self.page.wait_for_function(
+            f"() => {{ const text = document.querySelector('#numbers').innerText; return {condition}; }}"
+        )
+
+
+def test_a_visit(browser, address, tmp_path):
+    visit = Visit(browser, address, viewport={"width": 1440, "height": 1000})
+    page = visit.page
+    first = visit.number("PSNR, hidden pixels")
+    assert re.fullmatch(r"\d+\.\d\d dB", first) and visit.number("mask unit") == "16 px"
+    assert page.locator("#views img").count() == 4
+
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "mine.png")
+    page.click("#picture button[aria-label='Remove Image']")
+    page.set_input_files("#picture input[type=file]", str(tmp_path / "mine.png"))
+    visit.until("text.includes('120 x 90 px')")
+    assert visit.number("PSNR, hidden pixels") != first
+
+    visit.choose("method", "CoMA: four views")
+    visit.until("text.includes('75%') || text.includes('78%')")
+    page.wait_for_function("() => document.querySelectorAll('#views img').length == 8")
+    page.locator("#runtime label", has_text="ONNX Runtime").click()
+    visit.until("text.includes('ONNX Runtime 1')")
+    assert "TensorRT" in page.inner_text("#missing") and "coma export" in page.inner_text("#missing")
+
+    visit.choose("method", "Brush")
+    page.wait_for_selector("#brush canvas")
+    visit.until("text.includes('Paint over')")
+    page.wait_for_timeout(1500)  # the canvas draws its picture
+    box = page.locator("#brush canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 30, y)
+    page.mouse.down()
+    page.mouse.move(x + 30, y, steps=8)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+    page.click("#go")
+    visit.until("text.includes('PSNR')")
+    hidden = int(visit.number("hidden").rstrip("%"))
+    assert 5 < hidden < 60, "the brush hid something, and not everything"
+
+    page.get_by_role("tab", name="Look inside").click()
+    page.click("#look")
+    page.wait_for_selector("#attention img")
+    assert "stage 1, block 1" in page.inner_text("#gate-weights")
+    page.get_by_role("tab", name="Classify").click()
+    page.click("#classifier-go")
+    page.wait_for_function("() => /cat|cup|face/.test(document.querySelector('#top5').innerText)")
+    shot = Path(os.environ.get("COMA_SCREENSHOTS") or tmp_path) / "visit.png"
+    page.screenshot(path=str(shot), full_page=True)
+    assert shot.stat().st_size > 20_000
+    assert visit.outside(address) == [] and visit.errors == []
+    visit.context.close()
+
+
+def test_bad_uploads_are_answered_on_the_page(browser, address, tmp_path):
+    visit = Visit(browser, address)
+    (tmp_path / "holiday.jpg").write_text("no photograph at all\n" * 30)
+    visit.page.click("#picture button[aria-label='Remove Image']")
+    visit.page.set_input_files("#picture input[type=file]", str(tmp_path / "holiday.jpg"))
+    visit.page.get_by_text("is not a picture").first.wait_for()
+    visit.context.close()
+
+
+def test_a_phone_in_the_dark(browser, address):
+    visit = Visit(
+        browser,
+        address,
+        viewport={"width": 390, "height": 844},
+        color_scheme="dark",
+        has_touch=True,
+        is_mobile=True,
+    )
+    width = visit.page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 390, "no scrolling sideways"
+    background = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert sum(map(int, re.findall(r"\d+", background)[:3])) < 200
+    visit.page.locator("#again").tap()
+    visit.page.wait_for_function("() => document.querySelector('#seed input').value != '0'")
+    assert visit.outside(address) == [] and visit.errors == []
+    visit.context.close()
+
+
+def test_everything_has_a_name_and_a_place_in_the_order_of_tabs(browser, address):
+    visit = Visit(browser, address)
+    unnamed = visit.page.evaluate(UNNAMED)
+    assert unnamed == []
+    names = set()
+    for _ in range(45):
+        visit.page.keyboard.press("Tab")
+        names.add(
+            visit.page.evaluate("document.activeElement.innerText || document.activeElement.ariaLabel || ''")
+        )
+    assert {"Rebuild", "Another mask"} <= {name.strip() for name in names}
+    visit.context.close()
+
+
+def test_the_watch_for_outside_requests_notices_one(browser, address):
+    visit = Visit(browser, address)
+    visit.page.evaluate("fetch('http://example.invalid/font.woff2').catch(() => 0)")
+    visit.page.wait_for_timeout(300)
+    assert visit.outside(address) == ["http://example.invalid/font.woff2"]
+    assert visit.errors  # and the console said that it failed
+    visit.context.close()
