@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from export.comparing import busy_note
 from export.description import Description, Form, Port, Precision, Preprocessing
 from export.forms.base import Deployable
+from export.forms.detector import BEHIND_BACKBONE
 from export.forms.load import artifact_hash, example_inputs, load_deployable
 from export.images import as_input, open_images, resized
 from export.latency import Latency, compute, interleaved
@@ -289,7 +290,8 @@ def export(
     pictures = read(model.calibrate, cast(int, about.inputs[0].axes[1]), args.calibrate_images)
     batches = (inputs_of(about, [picture], model.side, 1) for picture in pictures)
     arrays = ({name: tensor.numpy() for name, tensor in inputs.items()} for inputs in batches)
-    quantize_int8(plain, path, arrays, metadata={METADATA: as_json(about)})
+    keep = BEHIND_BACKBONE if about.form == "detector" else ()
+    quantize_int8(plain, path, arrays, metadata={METADATA: as_json(about)}, keep=keep)
 
 
 @cache
