@@ -44,6 +44,8 @@ ul.off li { opacity: .75; } ul.off li::before { content: "\\2298\\a0"; } ul.off 
   .gradio-container { padding: 8px !important; max-width: 100vw !important; overflow-x: clip; }
   #main { flex-direction: column; }
   #left, #right { width: 100%; min-width: 0 !important; contain: inline-size; overflow-x: clip; }
+  .settings .form > *, .settings > .block { flex: 1 1 100% !important; }
+  .settings button.lg { font-size: .95rem; white-space: nowrap; }
   .cards .card { flex: 1 1 29%; padding: 6px 8px; } .cards dd { font-size: 1.02rem; }
   #right .pictures .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
 }
