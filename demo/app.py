@@ -31,6 +31,9 @@ def build(models: Models, folder: Path) -> gr.Blocks:
         models: What it may use.
         folder: Where gradio keeps files: its GRADIO_TEMP_DIR.
     """
+    import matplotlib.colors  # noqa: F401 - what the first visitor would have to wait for
+    import skimage.metrics  # noqa: F401
+
     folder.mkdir(parents=True, exist_ok=True)
     site = Site(models, folder.resolve())
     examples = example_pictures()
