@@ -6,17 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 
+from demo.fit import fit_picture
 from demo.inputs import CheckedImage
+from demo.masks import draw_views
 from demo.models import Models
 from demo.pages.downstream import TITLES, classify_tab, detect_tab, segment_tab
 from demo.pages.guide import guide
 from demo.pages.inside import inside_tab
 from demo.pages.reconstruct import example_pictures, reconstruct_tab
 from demo.pages.runtimes import runtimes_tab
+from demo.paint import heat_map
+from demo.reconstruct import rebuild
 from demo.site import Site
 from demo.upload import MAX_BYTES, MAX_PIXELS, TAKES
 from export.description import Form
+from pretrain.errors import BadInput
+from pretrain.masking.units import unit_grid
 
 KEPT_SECONDS = 3600
 """Uploads and results are deleted after an hour, and all of them when the server stops."""
@@ -31,9 +38,7 @@ def build(models: Models, folder: Path) -> gr.Blocks:
         models: What it may use.
         folder: Where gradio keeps files: its GRADIO_TEMP_DIR.
     """
-    import matplotlib.colors  # noqa: F401 - what the first visitor would have to wait for
-    import skimage.metrics  # noqa: F401
-
+    _warm(models)
     folder.mkdir(parents=True, exist_ok=True)
     site = Site(models, folder.resolve())
     examples = example_pictures()
@@ -78,6 +83,21 @@ def build(models: Models, folder: Path) -> gr.Blocks:
         guide(models)
     page.queue(max_size=WAITING, default_concurrency_limit=4)
     return page
+
+
+def _warm(models: Models) -> None:
+    """Do what the first visitor would have to wait for: late imports, and opening the first model."""
+    for model in models.having("reconstructor")[:1]:
+        about = model.description("reconstructor")
+        side = about.preprocessing.size[0] if about.preprocessing.size else 224
+        blank = np.zeros((side, side, len(about.preprocessing.mean)), np.uint8)
+        fitted = fit_picture(blank, side, "crop", about.preprocessing.mean)
+        visible = draw_views("mae", 0, *unit_grid(side, side, about.unit))
+        try:
+            rebuilt = rebuild(model.runtime("reconstructor"), fitted, visible)
+        except BadInput:  # it takes other sizes, or channels
+            return
+        heat_map(rebuilt.error, rebuilt.predicted)
 
 
 def _tabs(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
