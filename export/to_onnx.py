@@ -220,10 +220,10 @@ def _fixed(port: Port, shapes: Shapes, unit: int) -> Port:
 
 def _trace(deployable: Deployable, description: Description, shapes: Shapes) -> onnx.ModelProto:
     # the example has another height than width and two images, so that no two axes are taken for one
-    usual, most = shapes.usual, shapes.most
+    usual, unit = shapes.usual, description.unit
     batch = max(usual.batch, 2) if "batch" in shapes.dynamic else usual.batch
-    wider = usual.width + description.unit
-    width = wider if "width" in shapes.dynamic and wider <= most.width else usual.width
+    widths = (usual.width + unit, usual.width - unit, usual.width)
+    width = next(w for w in widths if shapes.least.width <= w <= shapes.most.width)
     inputs = list(example_inputs(description, batch, usual.height, width))
     if description.preprocessing.inside:
         inputs[0] = (inputs[0] * 40 + 128).clamp(0, 255).to(torch.uint8)

@@ -21,7 +21,7 @@ from export.runtimes.pytorch import TorchRuntime
 from export.shapes import Shape, Shapes
 from export.to_onnx import METADATA, as_json, read_description, save, write_onnx
 from export.verify.check import judge, read_pictures, shapes_to_run, verify
-from export.verify.compare import Difference, Differences, cosine, hidden_pixels, match
+from export.verify.compare import Difference, Differences, cosine, match, split_pixels
 from export.verify.locate import locate
 from export.verify.metric import top1
 from pretrain.data.transforms import normalize
@@ -199,11 +199,69 @@ def test_cosine_is_scipys():
     assert difference.mean == pytest.approx(error.mean().item())
 
 
-def test_only_hidden_pixels_of_a_reconstruction_count():
-    images = torch.arange(2 * 4 * 4.0).view(2, 4, 4)
+def test_hidden_and_visible_pixels_of_a_reconstruction_are_judged_apart():
+    images = torch.arange(32.0).view(2, 4, 4)
     visible = torch.tensor([[True, False], [True, True]])
-    torch.testing.assert_close(hidden_pixels(images, visible, 2), images[:, :2, 2:].reshape(2, 4))
-    torch.testing.assert_close(hidden_pixels(images[:, :3, :3], visible, 2), images[:, :2, 2:3].reshape(2, 2))
+    hidden, seen = split_pixels(images, visible, 2)
+    torch.testing.assert_close(hidden, images[:, :2, 2:].reshape(2, 4))
+    assert seen.shape == (2, 12) and not set(hidden.flatten().tolist()) & set(seen.flatten().tolist())
+    torch.testing.assert_close(
+        split_pixels(images[:, :3, :3], visible, 2)[0], images[:, :2, 2:3].reshape(2, 2)
+    )
+
+
+def test_a_wrong_scale_is_refused_though_its_cosine_is_1(made, pictures, tmp_path):
+    def scale(model):
+        for node in model.graph.node:
+            for place, name in enumerate(node.output):
+                if name == "logits":
+                    node.output[place] = "unscaled"
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(1.1), "more"))
+        model.graph.node.append(onnx.helper.make_node("Mul", ["unscaled", "more"], ["logits"]))
+
+    verdict = gate(made, changed(made, tmp_path / "c.onnx", scale), pictures)
+    assert verdict.outputs["logits"].cosine > 0.9999
+    assert verdict.failures == ("logits: relative error 0.1000 is above 0.0141",)
+
+
+def test_outputs_of_another_size_or_type_are_refused(made, pictures, tmp_path):
+    def twice(model):
+        for node in model.graph.node:
+            for place, name in enumerate(node.output):
+                if name == "logits":
+                    node.output[place] = "once"
+        model.graph.node.append(onnx.helper.make_node("Concat", ["once", "once"], ["logits"], axis=1))
+        model.graph.output[0].type.tensor_type.ClearField("shape")
+
+    verdict = gate(made, changed(made, tmp_path / "c.onnx", twice), pictures)
+    assert "logits is torch.float32" in verdict.failures[0] and "PyTorch's" in verdict.failures[0]
+
+
+def detections(*scores: float) -> dict[str, torch.Tensor]:
+    """Boxes that lie apart, of the class 0."""
+    corners = 20.0 * torch.arange(len(scores))[:, None].expand(-1, 4)
+    boxes = corners + torch.tensor([0.0, 0.0, 10.0, 10.0])
+    return {"boxes": boxes, "scores": torch.tensor(scores), "labels": torch.zeros(len(scores)).long()}
+
+
+def judged(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
+    differences = Differences()
+    differences.add(wanted, found)
+    about = Description(
+        "detector", "fp32", (), (), Preprocessing("none", None, (0.0,), (1.0,)), 16, None, "", {}
+    )
+    return judge(differences.outputs, about)
+
+
+def test_invented_repeated_and_misjudged_detections_are_refused():
+    wanted = detections(0.9, 0.8, 0.7)
+    assert judged(wanted, wanted) == []
+    assert "labels" in judged(wanted, detections(0.9, 0.8, 0.7, 0.6))[0]
+    repeated = {name: torch.cat([values, values[:1]]) for name, values in wanted.items()}
+    assert "labels" in judged(wanted, repeated)[0]
+    assert "labels" in judged(wanted, {name: values[:2] for name, values in wanted.items()})[0]
+    halved = wanted | {"scores": wanted["scores"] / 2}
+    assert judged(wanted, halved) == ["scores: relative error 0.5000 is above 0.0141"]
 
 
 def test_limits_depend_on_precision():
@@ -213,6 +271,7 @@ def test_limits_depend_on_precision():
     outputs = {"x": Difference(cosine=0.995, compared=1, largest=2.0)}
     assert judge(outputs, about) == []
     assert judge(outputs, replace(about, precision="fp16")) == ["x: cosine 0.995000 is below 0.999"]
+    assert "nothing to compare" in judge({"x": Difference()}, about)[0]
     silent = Difference()
     silent.add(torch.zeros(3), torch.zeros(3))  # equal, and of no worth
     assert "compares nothing" in judge({"x": silent}, about)[0]
@@ -226,6 +285,8 @@ def test_every_batch_and_odd_sizes_are_run():
     assert {shape.batch for shape in run} == {1, 2, 3, 8}
     assert {(128, 128), (32, 32), (96, 64)} < {(shape.height, shape.width) for shape in run}
     assert any(shape.height % 2 for shape in run) and all(free.allows(shape) for shape in run)
+    largest = Shapes(Shape(1, 32, 32), Shape(1, 64, 64), Shape(1, 64, 64))  # the usual is the most
+    assert any(shape.height % 2 and shape.height != shape.width for shape in shapes_to_run(largest, 32))
     fixed = Shape(3, 64, 64)
     assert shapes_to_run(Shapes(fixed, fixed, fixed), 32) == (fixed,)
 

@@ -18,10 +18,10 @@ from export.description import Description
 from export.images import as_input, resized
 from export.runtimes.base import Runtime
 from export.shapes import Shape, Shapes
-from export.verify.compare import Difference, Differences, hidden_pixels
+from export.verify.compare import Difference, Differences, split_pixels
 from export.verify.gates import GATES
 from pretrain.data.source import Source
-from pretrain.errors import BadImage, BadInput
+from pretrain.errors import BadImage, BadInput, ComaError
 from pretrain.masking.units import unit_grid
 
 Progress = Callable[[int, int], None]
@@ -58,6 +58,7 @@ class Verdict:
             "outputs": {
                 name: {
                     "cosine": each.cosine if each.compared or not each.finite else None,
+                    "relative": each.relative if each.finite else None,
                     "max": each.max if each.finite else None,
                     "mean": each.mean if each.finite else None,
                     "p99.9": each.p99_9 if each.finite else None,
@@ -93,7 +94,11 @@ def shapes_to_run(shapes: Shapes, unit: int) -> tuple[Shape, ...]:
     odd = (usual.height + unit // 2 + 1, max(usual.width - 5, unit))
     sizes = [(s.height, s.width) for s in (usual, shapes.least, shapes.most)]
     wanted = [Shape(batch, *sizes[0]) for batch in (1, 2, usual.batch, shapes.most.batch)]
-    wanted += [Shape(shapes.least.batch, *size) for size in (*sizes, odd, (odd[1], odd[0]))]
+    odds = [odd, (odd[1], odd[0])]
+    if not any(shapes.allows(Shape(shapes.least.batch, *size)) for size in odds):  # nothing beyond the usual
+        below = (max(usual.height - unit // 2 - 1, unit), max(usual.width - 5, unit))
+        odds = [below, (below[1], below[0])]
+    wanted += [Shape(shapes.least.batch, *size) for size in (*sizes, *odds)]
     return tuple(shape for shape in dict.fromkeys(wanted) if shapes.allows(shape))
 
 
@@ -114,9 +119,10 @@ def verify(
         progress: Told how many shapes of how many are done.
     """
     description = runtime.description
-    wanted = _Reference(reference, description, pictures)
+    wanted = _Reference(reference, pictures)
     differences = Differences()
     failures: list[str] = []
+    seen: set[int] = set()
     run = shapes_to_run(shapes, description.unit)
     for number, shape in enumerate(run):
         numbers = [i % len(pictures) for i in range(max(shape.batch, 1))]
@@ -125,15 +131,16 @@ def verify(
             everyone = range(len(pictures) - len(pictures) % shape.batch)
             batches = [list(everyone[i : i + shape.batch]) for i in everyone[:: shape.batch]]
         for batch in batches:
+            seen.update(batch)
             try:
                 _compare(runtime, wanted, batch, shape, pictures, differences)
-            except BadInput as error:
+            except ComaError as error:
                 failures.append(f"cannot be run at {shape}: {error}")
                 break
         if progress:
             progress(number + 1, len(run))
     failures += judge(differences.outputs, description)
-    return Verdict(run, len(pictures), differences.outputs, tuple(failures))
+    return Verdict(run, len(seen), differences.outputs, tuple(failures))
 
 
 def judge(outputs: dict[str, Difference], description: Description) -> list[str]:
@@ -143,10 +150,14 @@ def judge(outputs: dict[str, Difference], description: Description) -> list[str]
     for name, each in outputs.items():
         if not each.finite:
             failures.append(f"{name} holds NaN or infinite values")
+        elif not (each.compared or each.counted) and description.form != "detector":
+            failures.append(f"{name}: there was nothing to compare; give larger or more images")
         elif each.compared and not each.largest:
             failures.append(f"{name} is zero everywhere, in PyTorch too: that compares nothing")
         elif each.compared and each.cosine < gate.cosine:
             failures.append(f"{name}: cosine {each.cosine:.6f} is below {gate.cosine}")
+        elif each.compared and each.relative > gate.relative:
+            failures.append(f"{name}: relative error {each.relative:.4f} is above {gate.relative:.4f}")
         agreement, least = each.agreement, gate.found if name == "labels" else gate.agreement
         if agreement is not None and agreement < least:
             failures.append(f"{name}: {agreement:.2%} agree, fewer than {least:.2%}")
@@ -158,10 +169,9 @@ def judge(outputs: dict[str, Difference], description: Description) -> list[str]
 class _Reference:
     """PyTorch's outputs for each image and size, computed once."""
 
-    def __init__(self, runtime: Runtime, file: Description, pictures: Sequence[np.ndarray]) -> None:
+    def __init__(self, runtime: Runtime, pictures: Sequence[np.ndarray]) -> None:
         self.runtime = runtime
         self.pictures = pictures
-        self.pixels_out = file.form == "reconstructor" and file.preprocessing.inside
         self._known: dict[tuple[int, int, int], dict[str, Tensor]] = {}
 
     def __call__(self, number: int, height: int, width: int) -> dict[str, Tensor]:
@@ -171,11 +181,7 @@ class _Reference:
             rule = self.runtime.description.preprocessing
             images = as_input([resized(self.pictures[number], rule, (height, width))], rule)
             others = _others(self.runtime.description, [number], height, width)
-            outputs = {k: v[0].cpu() for k, v in self.runtime(images, **others).items()}
-            if self.pixels_out:
-                mean, std = (255 * torch.tensor(v).view(-1, 1, 1) for v in (rule.mean, rule.std))
-                outputs = {name: o * std + mean for name, o in outputs.items()}
-            self._known[key] = outputs
+            self._known[key] = {k: v[0].cpu() for k, v in self.runtime(images, **others).items()}
         return self._known[key]
 
 
@@ -195,14 +201,36 @@ def _compare(
     found = {k: v.cpu() for k, v in runtime(images, **others).items()}
     for place, number in enumerate(numbers):
         ours = wanted(number, height, width)
+        _check_outputs(ours, found, len(numbers))
         theirs = {name: found[name][place] for name in ours}
         if description.form == "reconstructor":
+            if rule.inside:  # normalised again: of pixels, their mean is most
+                mean, std = (255 * torch.tensor(v).view(-1, 1, 1) for v in (rule.mean, rule.std))
+                theirs = {name: (values - mean) / std for name, values in theirs.items()}
             visible = others["visible"][place]
-            ours, theirs = (
-                {k: hidden_pixels(v, visible, description.unit) for k, v in each.items()}
-                for each in (ours, theirs)
-            )
+            ours, theirs = (_hidden_and_visible(each, visible, description.unit) for each in (ours, theirs))
         differences.add(ours, theirs)
+
+
+def _check_outputs(wanted: dict[str, Tensor], found: dict[str, Tensor], batch: int) -> None:
+    """Refuse outputs that are not there, or of another size or type than PyTorch's of one image."""
+    for name, values in wanted.items():
+        if name not in found:
+            raise BadInput(f"it gives no {name}")
+        expected = ((batch, *values.shape), values.dtype)
+        if (tuple(found[name].shape), found[name].dtype) != expected:
+            raise BadInput(
+                f"{name} is {found[name].dtype} {list(found[name].shape)}, PyTorch's {expected[1]} "
+                f"{list(expected[0])}"
+            )
+
+
+def _hidden_and_visible(outputs: dict[str, Tensor], visible: Tensor, unit: int) -> dict[str, Tensor]:
+    """A reconstruction in two: what was hidden, and the rest, which would drown its errors."""
+    parts = {}
+    for name, values in outputs.items():
+        parts[name], parts[f"{name} of visible units"] = split_pixels(values, visible, unit)
+    return parts
 
 
 def _others(description: Description, numbers: Sequence[int], height: int, width: int) -> dict[str, Tensor]:

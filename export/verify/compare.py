@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou
@@ -21,6 +21,8 @@ class Difference:
 
     Attributes:
         cosine: Least cosine similarity of an image; of whole numbers not taken.
+        relative: Largest norm of an image's error over that of PyTorch's values: what a cosine cannot see, a
+            wrong scale, it does.
         max: Largest absolute error.
         p99_9: Largest 99.9th percentile of the absolute error of an image.
         largest: Largest absolute value of PyTorch's.
@@ -32,6 +34,7 @@ class Difference:
     """
 
     cosine: float = 1.0
+    relative: float = 0.0
     max: float = 0.0
     p99_9: float = 0.0
     largest: float = 0.0
@@ -56,12 +59,13 @@ class Difference:
         wanted, found = wanted.double().flatten(), found.double().flatten()
         if not (wanted.isfinite().all() and found.isfinite().all()):
             self.finite = False
-            self.cosine, self.max, self.p99_9 = -1.0, float("inf"), float("inf")
+            self.cosine, self.relative, self.max, self.p99_9 = -1.0, inf, inf, inf
             return
         if not len(wanted):
             return
         error = (wanted - found).abs()
         self.cosine = min(self.cosine, cosine(wanted, found))
+        self.relative = max(self.relative, relative_error(wanted, found))
         self.max = max(self.max, error.max().item())
         self.largest = max(self.largest, wanted.abs().max().item())
         kth = max(int(0.999 * len(error)), 1)
@@ -80,6 +84,12 @@ def cosine(wanted: Tensor, found: Tensor) -> float:
     if not wanted.any() and not found.any():
         return 1.0
     return F.cosine_similarity(wanted, found, dim=0).item()
+
+
+def relative_error(wanted: Tensor, found: Tensor) -> float:
+    """|wanted - found| / |wanted|; 0 where both are zero."""
+    error, size = (wanted - found).norm().item(), wanted.norm().item()
+    return error / size if size else (inf if error else 0.0)
 
 
 @dataclass
@@ -104,13 +114,15 @@ class Differences:
                 self.of(name).count(int((values == found[name]).sum()), values.numel())
 
     def _add_detections(self, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-        # detections are lists whose order near-equal scores decide: they are matched first
+        # near-equal scores decide the order of detections: they are matched first, and both ways, so that one
+        # that is there twice, or invented, counts like one that is missing
         for name in ("boxes", "scores"):
             if not found[name].isfinite().all() or not wanted[name].isfinite().all():
                 self.of(name).add(wanted[name], found[name])
                 return
         pairs, sought = match(wanted, found)
-        self.of("labels").count(len(pairs), sought)
+        back, found_back = match(found, wanted)
+        self.of("labels").count(len(pairs) + len(back), sought + found_back)
         if pairs:
             ours, theirs = map(list, zip(*pairs, strict=True))
             for name in ("boxes", "scores", "masks"):
@@ -142,13 +154,8 @@ def match(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[list[tup
     return pairs, sought
 
 
-def hidden_pixels(images: Tensor, visible: Tensor, unit: int) -> Tensor:
-    """Pixels of hidden mask units: of `[c, H, W]`, by bool `[h, w]`, as `[c, n]`."""
+def split_pixels(images: Tensor, visible: Tensor, unit: int) -> tuple[Tensor, Tensor]:
+    """Pixels of hidden and of visible mask units: of `[c, H, W]`, by bool `[h, w]`, two of `[c, n]`."""
     height, width = images.shape[1:]
     shown = visible.repeat_interleave(unit, 0).repeat_interleave(unit, 1)[:height, :width]
-    return images[:, ~shown]
-
-
-def finite(outputs: dict[str, Tensor]) -> bool:
-    """Whether all floats are finite."""
-    return all(bool(torch.isfinite(o).all()) for o in outputs.values() if o.is_floating_point())
+    return images[:, ~shown], images[:, shown]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from export.description import Precision
@@ -14,8 +15,9 @@ class Gate:
     Attributes:
         cosine: Least cosine similarity of any output of any image.
         agreement: Least share of a segmentor's pixels that are of the same class, over all images.
-        found: Least share of a detector's detections that are found again. Below one even in fp32: where two
-            proposals overlap by just the limit of their suppression, rounding decides which one stays.
+        found: Least share of a detector's detections that are found again, PyTorch's in the file and the
+            file's in PyTorch. Below one even in fp32: where two proposals overlap by just the limit of their
+            suppression, rounding decides which one stays.
         points: Largest loss of the task's metric (top-1, mIoU, AP), in points of a hundred.
     """
 
@@ -23,6 +25,11 @@ class Gate:
     agreement: float
     found: float
     points: float
+
+    @property
+    def relative(self) -> float:
+        """Largest norm of an error over that of the output: of two vectors of one length at that cosine."""
+        return math.sqrt(2 * (1 - self.cosine))
 
 
 GATES: dict[Precision, Gate] = {
