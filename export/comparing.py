@@ -6,7 +6,6 @@ be run is handed out with its reason, beside what could.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from export.description import Form
 from export.forms.load import artifact_hash, example_inputs, load_deployable
+from export.hashing import sha256_of
 from export.images import as_input, resized
 from export.latency import Latency, compute, end_to_end, interleaved
 from export.manifest import NAME, Entry
@@ -154,7 +153,7 @@ def exported(folder: Path, artifact: Path, form: Form, required: bool) -> tuple[
             absent.append(NotRun(entry.file, f"is of the form {entry.form}, not {form}"))
         elif not path.is_file():
             absent.append(NotRun(entry.file, f"listed in {NAME}, but no longer there"))
-        elif _sha256(path) != entry.sha256:
+        elif sha256_of(path) != entry.sha256:
             raise BadInput(
                 f"{path}: is not the file that was verified (its SHA-256 is not the one in {NAME}); "
                 f"make it again with coma export {artifact}"
@@ -172,8 +171,6 @@ def open_torch(
 ) -> tuple[list[Contender], list[NotRun]]:
     """PyTorch as it is and, if asked for, compiled."""
     place = "cpu" if device == "cpu" else "cuda"
-    if place == "cuda" and not torch.cuda.is_available():
-        raise BadInput(f"--device {device}: PyTorch finds no GPU here; use --device cpu")
     deployable = load_deployable(artifact, form)
     found = [Contender(EAGER, "fp32", TorchRuntime(deployable, place), place)]
     if compiled:
@@ -303,9 +300,7 @@ def _open(path: Path, entry: Entry, device: Device, threads: int) -> Contender:
         return Contender(path.name, entry.precision, TensorRTRuntime(path, cuda_graphs=True), "cuda")
     from export.runtimes.onnxruntime import OnnxRuntime
 
-    if entry.precision == "bf16" and device == "cpu":
-        raise BadInput("ONNX Runtime computes no bf16 on a CPU; it does on a GPU: --device cuda")
-    runtime = OnnxRuntime(path, device, threads, fp8_products=entry.precision == "fp8")
+    runtime = OnnxRuntime(path, device, threads)
     return Contender(path.name, entry.precision, runtime, "cpu" if device == "cpu" else "cuda")
 
 
@@ -331,8 +326,3 @@ def _second_run(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from export.description import Precision
+from export.emulation import emulate, is_short
 from export.forms.load import example_inputs
 from export.images import as_input, resized
 from export.latency import compute, end_to_end, interleaved
@@ -41,8 +42,8 @@ class Judge:
         """Why the ONNX file is refused; None where it is kept."""
         from export.quantization import precision_summary
 
-        runtime, title = self._open(waiting, precision)
-        entry, verdict = self._entry(waiting, path.name, runtime, title)
+        runtime, timed = self._open(waiting, precision)
+        entry, verdict = self._entry(waiting, path.name, runtime, timed)
         entry.numbers = precision_summary(load(waiting))
         if not verdict.passed:
             entry.error = self._locate(waiting, runtime, maker)
@@ -67,27 +68,25 @@ class Judge:
 
         build_engine(onnx_path, waiting, (profile,), self.request.engine, progress)
         runtime = TensorRTRuntime(waiting, "cuda", cuda_graphs=not self.shapes.dynamic)
-        entry, verdict = self._entry(waiting, path.name, runtime, runtime.title)
+        entry, verdict = self._entry(waiting, path.name, runtime, runtime)
         fault = self._keep(waiting, path, entry, verdict)
         kept = path if fault is None else path.with_name(path.name + REJECTED)
         sidecar_path(waiting).replace(sidecar_path(kept))
         return [fault] if fault else []
 
-    def _open(self, waiting: Path, precision: Precision) -> tuple[Runtime, str]:
+    def _open(self, waiting: Path, precision: Precision) -> tuple[Runtime, Runtime | None]:
+        # what is compared, and what is timed: the file as it is, if this device can run it
         from export.runtimes.onnxruntime import OnnxRuntime
 
-        if precision == "bf16" and self.request.device == "cpu":
-            from export.emulation import emulate_bf16
-
-            runtime = OnnxRuntime(emulate_bf16(load(waiting)).SerializeToString())
-            return runtime, runtime.title + ", bf16 emulated"
-        if precision == "fp8" and self.request.device == "cpu":
-            runtime = OnnxRuntime(waiting, fp8_products=True)
-            return runtime, runtime.title
+        if self.request.device == "cpu" and is_short(precision):
+            compared = OnnxRuntime(emulate(load(waiting), precision).SerializeToString())
+            return compared, OnnxRuntime(waiting) if precision == "fp16" else None
         runtime = OnnxRuntime(waiting, self.request.device)
-        return runtime, runtime.title
+        return runtime, runtime
 
-    def _entry(self, waiting: Path, name: str, runtime: Runtime, title: str) -> tuple[Entry, Verdict]:
+    def _entry(
+        self, waiting: Path, name: str, runtime: Runtime, timed: Runtime | None
+    ) -> tuple[Entry, Verdict]:
         about = runtime.description
         label = f"{name}: comparing with PyTorch"
         self.watcher.step(label)
@@ -105,13 +104,12 @@ class Judge:
             if not lost <= gate.points:
                 fault = f"{score} fell by {lost:.2f} points, more than {gate.points}"
                 verdict = replace(verdict, failures=(*verdict.failures, fault))
-        emulated = "emulated" in title
-        timed = self._latency(runtime) if verdict.passed and self.request.seconds and not emulated else []
+        latency = self._latency(timed) if verdict.passed and self.request.seconds and timed else []
         entry = Entry(
             file=name,
             form=about.form,
             precision=about.precision,
-            runtime=title,
+            runtime=runtime.title,
             sha256=_sha256(waiting),
             bytes=waiting.stat().st_size,
             parameters=sum(p.numel() for p in self.reference.module.parameters()),
@@ -119,7 +117,7 @@ class Judge:
             tolerances=asdict(gate),
             verification=verdict.plain(),
             metric=metric,
-            latency=timed,
+            latency=latency,
         )
         return entry, verdict
 
@@ -204,10 +202,11 @@ class Judge:
         size = (usual.height, usual.width)
         pixels = [resized(self.request.pictures[0], own, size)] * batch
         others = example_inputs(self.reference.description, batch, *size)[1:]
+        model = load(waiting)
         try:
             found = locate(
                 self.reference.module,
-                load(waiting),
+                emulate(model, about.precision) if is_short(about.precision) else model,
                 (as_input(pixels, own), *others),
                 GATES[about.precision].cosine,
                 exported=(as_input(pixels, rule), *others),

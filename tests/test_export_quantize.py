@@ -16,7 +16,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from onnx import ModelProto, TensorProto, helper, numpy_helper  # noqa: E402
 from skimage import data  # noqa: E402
 
-from export.emulation import emulate_bf16  # noqa: E402
+from export.emulation import emulate  # noqa: E402
 from export.quantization import ORT_FP8_ENTRY, precision_summary, quantize_fp8, quantize_int8  # noqa: E402
 from export.quantization.calibration import BINS, Magnitudes  # noqa: E402
 from export.quantization.codes import INT8, fp8_codes  # noqa: E402
@@ -320,7 +320,7 @@ def test_codes_round_to_the_nearest_and_saturate() -> None:
 def test_bf16_is_emulated_as_torch_computes_it(exports: dict[str, Path]) -> None:
     images = crops(3, seed=99)
     model = onnx.load(exports["bf16"])
-    emulated = emulate_bf16(model)
+    emulated = emulate(model, "bf16")
     onnx.checker.check_model(emulated, full_check=True)
     assert model == onnx.load(exports["bf16"])  # it is a copy that changed
     kinds = {each.data_type for each in emulated.graph.initializer}
@@ -358,7 +358,7 @@ def test_every_result_is_rounded_as_torch_rounds_it() -> None:
     bits = helper.make_tensor("w", TensorProto.BFLOAT16, w.shape, weight.float().numpy().ravel())
     graph = helper.make_graph(nodes, "main", ports[:1], ports[1:], [bits])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    found = run(emulate_bf16(model), x, "x")
+    found = run(emulate(model, "bf16"), x, "x")
     assert all((a == b).mean() > 0.99 for a, b in zip(found, expected, strict=True))  # but for orders of sums
 
 
@@ -380,8 +380,8 @@ def test_what_cannot_be_emulated_is_refused() -> None:
         inputs = [result("x", TensorProto.FLOAT), which]
         return helper.make_model(helper.make_graph([node], "main", inputs, [result("z", port)]))
 
-    emulate_bf16(model(TensorProto.FLOAT16, TensorProto.FLOAT))
+    emulate(model(TensorProto.FLOAT16, TensorProto.FLOAT), "bf16")
     with pytest.raises(BadInput, match="If 'choose'"):
-        emulate_bf16(model(TensorProto.BFLOAT16, TensorProto.FLOAT))
+        emulate(model(TensorProto.BFLOAT16, TensorProto.FLOAT), "bf16")
     with pytest.raises(BadInput, match="outputs in bf16"):
-        emulate_bf16(model(TensorProto.FLOAT, TensorProto.BFLOAT16))
+        emulate(model(TensorProto.FLOAT, TensorProto.BFLOAT16), "bf16")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from export.description import Description
+from export.emulation import EMULATED
 from export.runtimes.inputs import check_inputs
-from export.to_onnx import METADATA, parse_description
+from export.to_onnx import read_description
 from pretrain.errors import BadInput
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
@@ -31,15 +35,14 @@ class OnnxRuntime:
     On GPUs inputs and outputs stay there (IO binding); nothing goes through the host.
 
     Args:
-        path: The file, or its content.
+        path: The file, or its content. The CPU runs bf16 only emulated (see `export.emulation`).
         provider: Who computes.
         threads: Of a CPU; default: all cores.
         extra_outputs: Hand out all outputs of the graph, not only those of the description.
-        fp8_products: The file multiplies fp8 numbers: compute as it says, without moving their conversions.
 
     Raises:
-        BadInput: the package is missing, the file is none of ours or cannot be loaded, or the provider is
-            not at hand.
+        BadInput: a package is missing, the file is none of ours or cannot be loaded, or the provider is
+            not at hand or cannot compute in the file's precision.
     """
 
     def __init__(
@@ -48,14 +51,16 @@ class OnnxRuntime:
         provider: Provider = "cpu",
         threads: int | None = None,
         extra_outputs: bool = False,
-        fp8_products: bool = False,
     ) -> None:
         name = path.name if isinstance(path, Path) else "the graph"
-        self._session = _open(path, name, provider, threads, fp8_products)
-        self.description = parse_description(
-            self._session.get_modelmeta().custom_metadata_map.get(METADATA), name
-        )
+        self.description, emulated = _read(path, name)
+        precision = self.description.precision
+        if precision == "bf16" and provider == "cpu" and not emulated:
+            raise BadInput(f"{name}: ONNX Runtime computes no bf16 on a CPU; it needs a GPU (cuda)")
+        self._session = _open(path, name, provider, threads, fp8_products=precision == "fp8")
         self.title = f"ONNX Runtime {_library().__version__}, {provider}"
+        if emulated:
+            self.title += f", {emulated} emulated"
         self._device = torch.device("cpu" if provider == "cpu" else "cuda")
         ours = [port.name for port in self.description.outputs]
         self._outputs = [out.name for out in self._session.get_outputs()] if extra_outputs else ours
@@ -68,21 +73,20 @@ class OnnxRuntime:
                 {name: each.to(self._device).contiguous() for name, each in inputs.items()}
             )
         feeds = {name: each.detach().cpu().numpy() for name, each in inputs.items()}
-        try:
+        with _refusing(inputs):
             outputs = self._session.run(self._outputs, feeds)
-        except Exception as error:  # the library has no public class for it
-            raise BadInput(f"ONNX Runtime could not run {_shapes(inputs)}: {_first_line(error)}") from None
         return dict(zip(self._outputs, map(torch.from_numpy, outputs), strict=True))
 
     def _run_bound(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        binding = self._session.io_binding()
-        for name, each in inputs.items():
-            kind = np.dtype(str(each.dtype).removeprefix("torch.")).type
-            binding.bind_input(name, "cuda", 0, kind, tuple(each.shape), each.data_ptr())
-        for name in self._outputs:
-            binding.bind_output(name, "cuda", 0)
         torch.cuda.current_stream().synchronize()
-        self._session.run_with_iobinding(binding)
+        with _refusing(inputs):
+            binding = self._session.io_binding()
+            for name, each in inputs.items():
+                kind = np.dtype(str(each.dtype).removeprefix("torch.")).type
+                binding.bind_input(name, "cuda", 0, kind, tuple(each.shape), each.data_ptr())
+            for name in self._outputs:
+                binding.bind_output(name, "cuda", 0)
+            self._session.run_with_iobinding(binding)
         return {
             name: torch.from_dlpack(value._ortvalue)
             for name, value in zip(self._outputs, binding.get_outputs(), strict=True)
@@ -99,6 +103,22 @@ def _library() -> Any:
     return onnxruntime
 
 
+def _read(path: Path | bytes, name: str) -> tuple[Description, str | None]:
+    # what a file says of itself, and what it emulates: before a session, whose settings depend on it
+    try:
+        import onnx
+    except ModuleNotFoundError:
+        raise BadInput("the package onnx is not installed; pip install 'coma-dyvit[export]'") from None
+    if isinstance(path, Path) and not path.is_file():
+        raise BadInput(f"{path}: no such file")
+    try:
+        model = onnx.load(path) if isinstance(path, Path) else onnx.load_from_string(path)
+    except Exception as error:  # protobuf's own kinds of errors
+        raise BadInput(f"{name}: not a readable ONNX file: {_first_line(error)}") from None
+    emulated = {each.key: each.value for each in model.metadata_props}.get(EMULATED)
+    return read_description(model, name), emulated
+
+
 def _open(path: Path | bytes, name: str, provider: Provider, threads: int | None, fp8_products: bool) -> Any:
     library = _library()
     wanted = _PROVIDERS[provider]
@@ -113,8 +133,6 @@ def _open(path: Path | bytes, name: str, provider: Provider, threads: int | None
         from export.quantization import ORT_FP8_ENTRY
 
         options.add_session_config_entry(*ORT_FP8_ENTRY)
-    if isinstance(path, Path) and not path.is_file():
-        raise BadInput(f"{path}: no such file")
     providers = [wanted] if provider != "tensorrt" else [wanted, _PROVIDERS["cuda"]]
     try:
         session = library.InferenceSession(
@@ -130,8 +148,13 @@ def _open(path: Path | bytes, name: str, provider: Provider, threads: int | None
     return session
 
 
-def _shapes(inputs: dict[str, Tensor]) -> str:
-    return ", ".join(f"{name} {list(each.shape)}" for name, each in inputs.items())
+@contextmanager
+def _refusing(inputs: dict[str, Tensor]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the library has no public class for it
+        shapes = ", ".join(f"{name} {list(each.shape)}" for name, each in inputs.items())
+        raise BadInput(f"ONNX Runtime could not run {shapes}: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

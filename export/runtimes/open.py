@@ -1,15 +1,26 @@
-"""`open_runtime(path, device)`: an artifact, an ONNX file or a TensorRT engine, behind one interface."""
+"""`open_runtime(path, device)`: an artifact, an ONNX file or a TensorRT engine, behind one interface.
+
+Only what passed its gate is opened: no file that waits for it or failed, and none that has changed since.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from export.description import Form
+from export.hashing import sha256_of
+from export.manifest import NAME
 from export.runtimes.base import Runtime
 from pretrain.errors import BadInput
 
 Device = Literal["cpu", "cuda", "tensorrt"]
+
+_UNFIT = {
+    ".unverified": "was never verified: its export did not end; export it again",
+    ".rejected": "failed its gate; report.md beside it says why",
+}
 
 
 def open_runtime(path: Path, device: Device = "cpu", form: Form | None = None) -> Runtime:
@@ -21,12 +32,19 @@ def open_runtime(path: Path, device: Device = "cpu", form: Form | None = None) -
         form: Of an artifact: what it is used as; default: the last that it can be (see `forms_of`).
 
     Raises:
-        BadInput: nothing there that can be loaded, or not on that device; the message says why.
+        BadInput: nothing there that can be loaded, or not on that device, or not the file that was verified;
+            the message says why.
     """
     path = Path(path)
+    if device not in get_args(Device):
+        raise BadInput(f"device {device!r}: give one of {', '.join(get_args(Device))}")
+    for suffix in path.suffixes:
+        if suffix in _UNFIT:
+            raise BadInput(f"{path}: {_UNFIT[suffix]}")
     if path.suffix == ".onnx":
         from export.runtimes.onnxruntime import OnnxRuntime
 
+        _check_content(path)
         return OnnxRuntime(path, device)
     if path.suffix == ".engine":
         from export.runtimes.tensorrt import TensorRTRuntime
@@ -40,3 +58,18 @@ def open_runtime(path: Path, device: Device = "cpu", form: Form | None = None) -
     if device == "tensorrt":
         raise BadInput(f"{path}: is an artifact; it runs on cpu or cuda")
     return TorchRuntime(load_deployable(path, form or forms_of(path)[-1]), device)
+
+
+def _check_content(path: Path) -> None:
+    """Refuse a file that is not what the manifest beside it, if there is one that lists it, says."""
+    manifest = path.with_name(NAME)
+    if not (path.is_file() and manifest.is_file()):
+        return
+    try:
+        plain = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{manifest}: not readable ({error}); export {path.name} again") from None
+    files = plain.get("files") if isinstance(plain, dict) else None
+    listed = {each.get("file"): each.get("sha256") for each in files or () if isinstance(each, dict)}
+    if path.name in listed and listed[path.name] != sha256_of(path):
+        raise BadInput(f"{path}: differs from what was verified (by its SHA-256 in {NAME}); export it again")

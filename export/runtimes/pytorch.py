@@ -7,6 +7,7 @@ from torch import Tensor
 
 from export.forms.base import Deployable
 from export.runtimes.inputs import check_inputs
+from pretrain.errors import BadInput
 
 
 class TorchRuntime:
@@ -16,11 +17,16 @@ class TorchRuntime:
         deployable: What is run; it is moved to the device.
         device: Where.
         compiled: Compile it with torch.compile, for every shape anew.
+
+    Raises:
+        BadInput: a GPU is asked for and there is none.
     """
 
     def __init__(self, deployable: Deployable, device: str = "cpu", compiled: bool = False) -> None:
         self.description = deployable.description
         self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise BadInput(f"{device}: PyTorch finds no GPU here; choose cpu")
         self.module = deployable.module.to(self.device)
         self._run = torch.compile(self.module, dynamic=False) if compiled else self.module
         how = " compiled" if compiled else ""
