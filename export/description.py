@@ -32,8 +32,8 @@ class Preprocessing:
     """From a decoded image, RGB as people see it (or any number of channels), to the input `images`."""
 
     resize: Literal["none", "centre-square", "keep-ratio"]
-    """none: as it is. centre-square: the largest square in the middle, `size` pixels wide, bicubic with
-    antialiasing. keep-ratio: as large as fits into `size`, bilinear."""
+    """none: as it is. centre-square: the largest square in the middle (all of the image where `size` is no
+    square), bicubic with antialiasing. keep-ratio: as large as fits into `size`, bilinear."""
     size: tuple[int, int] | None
     """Pixels: height and width of centre-square; shorter and longer side of keep-ratio."""
     mean: tuple[float, ...]
@@ -44,6 +44,7 @@ class Preprocessing:
     """The graph takes uint8 pixels and does mean and deviation itself; otherwise it takes (x / 255 - mean)
     / std as float32."""
     channel_order: str = "RGB"
+    """RGB, grey, or as stored in the image files."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Description:
     """Side of a mask unit in pixels: the least height and width."""
     class_names: tuple[str, ...] | None
     source: str
-    """SHA-256 of the artifact's `model.safetensors`."""
+    """Of the artifact: `export.forms.load.artifact_hash`."""
     versions: dict[str, str]
     """Of the libraries that wrote it."""
     format_version: int = FORMAT_VERSION

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from pathlib import Path
+
 from export.description import Form
 from export.forms.load import load_deployable
 from export.judging import Judge
-from export.making import Maker
+from export.making import Maker, fitted
 from export.manifest import Manifest
 from export.request import Request, Watcher, file_name
 from export.runtimes.pytorch import TorchRuntime
@@ -13,28 +16,41 @@ from export.shapes import Shapes
 from export.verify.gates import GATES
 
 
-def export(request: Request, form: Form, shapes: Shapes, manifest: Manifest, watcher: Watcher) -> list[str]:
-    """Export one form in all precisions.
+@dataclass
+class Outcome:
+    """What became of the files, so far.
 
-    Returns:
-        Why files were refused, a line for each.
+    Attributes:
+        kept: ONNX files that passed.
+        refused: Why others were refused, a line for each.
+    """
+
+    kept: list[Path] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+
+def export(
+    request: Request, form: Form, shapes: Shapes, manifest: Manifest, watcher: Watcher, outcome: Outcome
+) -> None:
+    """Export one form in all precisions, and add to `outcome` what became of them.
 
     Raises:
         BadInput: something that was asked for cannot be done; what was finished before stays.
     """
-    refused = []
-    reference = TorchRuntime(load_deployable(request.artifact, form))
     maker = Maker(request, form, shapes, watcher)
+    reference = TorchRuntime(fitted(load_deployable(request.artifact, form), shapes))
+    judge = Judge(request, reference, shapes, watcher, manifest)
     try:
         for precision in sorted(request.precisions, key=list(GATES).index):
             path = request.out / file_name(form, precision)
             waiting = maker.onnx(precision)
-            judged = Judge(request, reference, shapes, watcher, manifest)
-            fault = judged.onnx(waiting, path, precision, maker)
+            fault = judge.onnx(waiting, path, precision, maker)
             if fault:
-                refused.append(fault)
-            elif request.tensorrt:
-                refused += judged.engine(path, maker)
+                outcome.refused.append(fault)
+                continue
+            outcome.kept.append(path)
+            maker.passed(precision, path)
+            if request.tensorrt:
+                outcome.refused += judge.engine(path, maker)
     finally:
         maker.clean()
-    return refused

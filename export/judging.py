@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import numpy as np
 
 from export.description import Precision
 from export.emulation import emulate, is_short
-from export.forms.load import example_inputs
+from export.forms.load import example_inputs, load_deployable
+from export.hashing import sha256_of
 from export.images import as_input, resized
 from export.latency import compute, end_to_end, interleaved
-from export.making import Maker, describe, load
+from export.making import Maker, describe, fitted, load
 from export.manifest import Entry, Manifest
 from export.request import Request, Watcher
 from export.runtimes.base import Runtime
@@ -30,26 +31,31 @@ REJECTED = ".rejected"
 
 
 class Judge:
-    """Compares, measures, names and records one file."""
+    """Compares, measures, names and records the files of one form."""
 
     def __init__(
         self, request: Request, reference: TorchRuntime, shapes: Shapes, watcher: Watcher, manifest: Manifest
     ) -> None:
         self.request, self.reference, self.shapes = request, reference, shapes
         self.watcher, self.manifest = watcher, manifest
+        self._fp32: Entry | None = None
+        self._scores: dict[str, float] | None = None
 
     def onnx(self, waiting: Path, path: Path, precision: Precision, maker: Maker) -> str | None:
         """Why the ONNX file is refused; None where it is kept."""
         from export.quantization import precision_summary
 
         runtime, timed = self._open(waiting, precision)
-        entry, verdict = self._entry(waiting, path.name, runtime, timed)
+        place = "cpu" if self.request.device == "cpu" else "cuda"
+        entry, verdict = self._entry(waiting, path.name, runtime, timed, place)
         entry.numbers = precision_summary(load(waiting))
         if not verdict.passed:
             entry.error = self._locate(waiting, runtime, maker)
         elif precision in ("int8", "fp8"):
-            verdict = _worth_it(verdict, entry, maker.fp32_bytes())
+            verdict = _worth_it(verdict, entry, maker.fp32().stat().st_size, self._fp32)
             entry.verification = verdict.plain()
+        elif precision == "fp32":
+            self._fp32 = entry
         return self._keep(waiting, path, entry, verdict)
 
     def engine(self, onnx_path: Path, maker: Maker) -> list[str]:
@@ -60,7 +66,9 @@ class Judge:
         from export.tensorrt.sidecar import sidecar_path
 
         path = onnx_path.with_suffix(".engine")
+        rejected = path.with_name(path.name + REJECTED)
         waiting = maker.waiting(path)
+        sidecar = maker.unwanted(sidecar_path(waiting))
         profile = profile_of(describe(onnx_path), self.shapes)
 
         def progress(phase: str, done: int, steps: int) -> None:
@@ -68,10 +76,12 @@ class Judge:
 
         build_engine(onnx_path, waiting, (profile,), self.request.engine, progress)
         runtime = TensorRTRuntime(waiting, "cuda", cuda_graphs=not self.shapes.dynamic)
-        entry, verdict = self._entry(waiting, path.name, runtime, runtime)
+        entry, verdict = self._entry(waiting, path.name, runtime, runtime, "cuda")
+        # before the engine: one beside the sidecar of another is refused, one without any cannot be told
+        sidecar.replace(sidecar_path(path if verdict.passed else rejected))
+        if verdict.passed:
+            sidecar_path(rejected).unlink(missing_ok=True)
         fault = self._keep(waiting, path, entry, verdict)
-        kept = path if fault is None else path.with_name(path.name + REJECTED)
-        sidecar_path(waiting).replace(sidecar_path(kept))
         return [fault] if fault else []
 
     def _open(self, waiting: Path, precision: Precision) -> tuple[Runtime, Runtime | None]:
@@ -85,7 +95,7 @@ class Judge:
         return runtime, runtime
 
     def _entry(
-        self, waiting: Path, name: str, runtime: Runtime, timed: Runtime | None
+        self, waiting: Path, name: str, runtime: Runtime, timed: Runtime | None, place: str
     ) -> tuple[Entry, Verdict]:
         about = runtime.description
         label = f"{name}: comparing with PyTorch"
@@ -104,18 +114,19 @@ class Judge:
             if not lost <= gate.points:
                 fault = f"{score} fell by {lost:.2f} points, more than {gate.points}"
                 verdict = replace(verdict, failures=(*verdict.failures, fault))
-        latency = self._latency(timed) if verdict.passed and self.request.seconds and timed else []
+        latency = self._latency(timed, place) if verdict.passed and self.request.seconds and timed else []
         entry = Entry(
             file=name,
             form=about.form,
             precision=about.precision,
             runtime=runtime.title,
-            sha256=_sha256(waiting),
+            sha256=sha256_of(waiting),
             bytes=waiting.stat().st_size,
             parameters=sum(p.numel() for p in self.reference.module.parameters()),
             shapes=[str(s) for s in dict.fromkeys((self.shapes.least, self.shapes.usual, self.shapes.most))],
             tolerances=asdict(gate),
             verification=verdict.plain(),
+            images=self.request.images,
             metric=metric,
             latency=latency,
         )
@@ -145,29 +156,31 @@ class Judge:
         return fault
 
     def _metric(self, runtime: Runtime) -> dict[str, dict[str, float]]:
+        if self._scores is None:
+            self.watcher.step("the task's metric, of PyTorch")
+            self._scores = self._score(self.reference)
+        if not self._scores:
+            return {}
+        self.watcher.step("the task's metric, of the file")
+        return {"torch": self._scores, "file": self._score(runtime)}
+
+    def _score(self, runtime: Runtime) -> dict[str, float]:
         request, form = self.request, runtime.description.form
         if form == "classifier" and request.labelled is not None:
-            self.watcher.step("top-1 of PyTorch and of the file")
-            return {
-                "torch": top1(self.reference, request.labelled, request.most),
-                "file": top1(runtime, request.labelled, request.most),
-            }
+            return top1(runtime, request.labelled, request.most)
         if form in ("detector", "segmentor") and request.dataset is not None:
-            if not {"height", "width"} <= self.shapes.dynamic or self.shapes.least.batch > 1:
-                self.watcher.say(
-                    "        no metric: the dataset's images are of many sizes, the file's of one"
-                )
-                return {}
-            self.watcher.step("the task's metric, of PyTorch and of the file")
-            return {
-                "torch": measure(self.reference, request.artifact, request.dataset, request.most),
-                "file": measure(runtime, request.artifact, request.dataset, request.most),
-            }
+            return measure(runtime, request.artifact, request.dataset, request.most)
         return {}
 
-    def _latency(self, runtime: Runtime) -> list[dict[str, Any]]:
+    @cached_property
+    def _reference_on_gpu(self) -> TorchRuntime:
+        model = load_deployable(self.request.artifact, self.reference.description.form)
+        return TorchRuntime(fitted(model, self.shapes), "cuda")
+
+    def _latency(self, runtime: Runtime, place: str) -> list[dict[str, Any]]:
+        """The file and PyTorch in turns, both on the device `place`; PyTorch's rows follow the file's."""
         usual = self.shapes.usual
-        both = (runtime, self.reference)
+        both = (runtime, self.reference if place == "cpu" else self._reference_on_gpu)
         rows = []
         for batch in dict.fromkeys((self.shapes.least.batch, usual.batch)):
             self.watcher.step(f"timing a batch of {batch}")
@@ -179,7 +192,7 @@ class Judge:
                 inputs = dict(zip(names, example_inputs(about, batch, *size), strict=True))
                 pixels = [resized(self.request.pictures[0], about.preprocessing, size)] * batch
                 inputs["images"] = as_input(pixels, about.preprocessing)
-                calls.append(compute(each, inputs))
+                calls.append(compute(each, {name: tensor.to(place) for name, tensor in inputs.items()}))
             timed = [("compute", call, each) for call, each in zip(calls, both, strict=True)]
             if runtime.description.form != "reconstructor":
                 files = [_as_png(self.request.pictures[i % len(self.request.pictures)]) for i in range(batch)]
@@ -219,20 +232,19 @@ class Judge:
         return f"{found}" + ("; or other proposals reach it than in PyTorch" if other else "")
 
 
-def _worth_it(verdict: Verdict, entry: Entry, plain: int) -> Verdict:
-    """A quantised file is kept only if it is smaller than the fp32 file of `plain` bytes, or faster."""
-    timed = [row for row in entry.latency if row["what"] == "compute"]
-    faster = bool(timed) and all(
-        file["p50"] < torch["p50"] for file, torch in zip(timed[::2], timed[1::2], strict=True)
-    )
-    if entry.bytes < plain or faster:
+def _worth_it(verdict: Verdict, entry: Entry, fp32_bytes: int, fp32: Entry | None) -> Verdict:
+    """A quantised file is kept only if it is smaller than the fp32 file, or faster where both were timed."""
+    ours, plain = _medians(entry), _medians(fp32) if fp32 else {}
+    faster = bool(ours) and all(shape in plain and p50 < plain[shape] for shape, p50 in ours.items())
+    if entry.bytes < fp32_bytes or faster:
         return verdict
     return replace(verdict, failures=(*verdict.failures, "neither smaller than the fp32 file nor faster"))
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _medians(entry: Entry) -> dict[str, float]:
+    """Of the file alone, by shape: PyTorch's rows follow its own."""
+    computed = [row for row in entry.latency if row["what"] == "compute"]
+    return {row["shape"]: row["p50"] for row in computed[::2]}
 
 
 def _as_png(pixels: np.ndarray) -> bytes:

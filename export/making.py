@@ -5,21 +5,24 @@ A file carries its name only after it has passed; until then it is called `<name
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.description import Description, Form, Precision
+from export.forms.base import Deployable
 from export.forms.load import example_inputs, load_deployable
 from export.images import as_input, resized
 from export.request import Request, Watcher, file_name
-from export.shapes import Shapes
+from export.shapes import Shape, Shapes
 from export.to_onnx import METADATA, as_json, in_precision, read_description, with_preprocessing, write_onnx
 from pretrain.errors import CheckFailed
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import nn
 
 UNVERIFIED = ".unverified"
 
@@ -30,8 +33,8 @@ class Maker:
     def __init__(self, request: Request, form: Form, shapes: Shapes, watcher: Watcher) -> None:
         self.request, self.shapes, self.watcher = request, shapes, watcher
         self.form: Form = form
-        self._base: Path | None = None
-        self._unverified: list[Path] = []
+        self._fp32_file: Path | None = None
+        self._unwanted: list[Path] = []
 
     def onnx(self, precision: Precision) -> Path:
         """An ONNX file of this precision, `.unverified`."""
@@ -44,22 +47,34 @@ class Maker:
 
     def clean(self) -> None:
         """Take away what was made on the way and not asked for, or not finished."""
-        for path in (*self._unverified, *filter(None, (self._base,))):
+        for path in self._unwanted:
             path.unlink(missing_ok=True)
 
     def waiting(self, path: Path) -> Path:
         """What `path` is called until it is verified."""
-        waiting = path.with_suffix(UNVERIFIED + path.suffix)
-        self._unverified.append(waiting)
-        return waiting
+        return self.unwanted(path.with_suffix(UNVERIFIED + path.suffix))
 
-    def fp32_bytes(self) -> int:
-        """Size of the fp32 file, from which the quantised ones are made."""
-        return self._fp32().stat().st_size
+    def unwanted(self, path: Path) -> Path:
+        """A file to take away at the end, if it is still called so."""
+        self._unwanted.append(path)
+        return path
+
+    def passed(self, precision: Precision, path: Path) -> None:
+        """Told of a file that is kept: quantised ones are made of this run's fp32 file, no older one."""
+        if precision == "fp32":
+            self._fp32_file = path
+
+    def fp32(self) -> Path:
+        """The fp32 file of which quantised ones are made: the one that passed, or one made for that alone."""
+        if self._fp32_file is None:
+            base = self.unwanted(self.request.out / f"{self.form}.onnx.base")
+            self._trace("fp32", base)
+            self._fp32_file = base
+        return self._fp32_file
 
     def _trace(self, precision: Precision, target: Path) -> None:
         self.watcher.step(f"{self.form} {precision}: tracing the graph")
-        deployable = load_deployable(self.request.artifact, self.form)
+        deployable = fitted(load_deployable(self.request.artifact, self.form), self.shapes)
         if self.request.inside:
             deployable = with_preprocessing(deployable)
         in_precision(deployable.module, precision)
@@ -69,13 +84,13 @@ class Maker:
     def _quantize(self, precision: Precision, target: Path) -> None:
         from export.quantization import quantize_fp8, quantize_int8
 
-        base = self._fp32()
+        base = self.fp32()
         description = describe(base)
         total = len(self.request.calibration)
         title = f"{self.form} {precision}: reading ranges of activations"
         self.watcher.step(title, 0, total)
         common: dict[str, Any] = {
-            "keep": self.request.keep,
+            "keep": self._keep(),
             "metadata": {METADATA: as_json(replace(description, precision=precision))},
             "progress": lambda done: self.watcher.step(title, done, total),
         }
@@ -85,14 +100,11 @@ class Maker:
         else:
             quantize_fp8(base, target, batches, **common)
 
-    def _fp32(self) -> Path:
-        kept = self.request.out / file_name(self.form, "fp32")
-        if "fp32" in self.request.precisions and kept.exists():
-            return kept
-        if self._base is None:
-            self._base = self.request.out / f"{self.form}.onnx.base"
-            self._trace("fp32", self._base)
-        return self._base
+    def _keep(self) -> list[str]:
+        """The patterns that mean something in this form, as its file names the layers."""
+        layers = layers_of(load_deployable(self.request.artifact, self.form).module)
+        here = [pattern for pattern in self.request.keep if fits(pattern, layers)]
+        return [f"form.{pattern}" for pattern in here] if self.request.inside else here
 
     def _batches(self, description: Description) -> Iterator[dict[str, np.ndarray]]:
         usual, rule = self.shapes.usual, description.preprocessing
@@ -109,6 +121,28 @@ class Maker:
             ):
                 inputs[port.name] = example
             yield {name: each.numpy() for name, each in inputs.items()}
+
+
+def fitted(deployable: Deployable, shapes: Shapes) -> Deployable:
+    """The same model, preparing images for its own size if the shapes allow that, else for the usual one."""
+    about = deployable.description
+    rule, usual = about.preprocessing, shapes.usual
+    if rule.resize != "centre-square" or rule.size is None or shapes.allows(Shape(usual.batch, *rule.size)):
+        return deployable
+    rule = replace(rule, size=(usual.height, usual.width))
+    return replace(deployable, description=replace(about, preprocessing=rule))
+
+
+def layers_of(module: nn.Module) -> set[str]:
+    """Modules that hold a matrix, and those that use one of a part of theirs, by path."""
+    names = [name for name, each in module.named_parameters(remove_duplicate=False) if each.ndim > 1]
+    holders = {name.rpartition(".")[0] for name in names}
+    return holders | {path.rpartition(".")[0] for path in holders}
+
+
+def fits(pattern: str, layers: Iterable[str]) -> bool:
+    """Whether a pattern names one of the layers."""
+    return any(fnmatchcase(layer, pattern) for layer in layers)
 
 
 def describe(path: Path) -> Description:

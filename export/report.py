@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from export.manifest import Entry, Manifest, machine, versions
+from export.manifest import Entry, Manifest
 
 NAME = "report.md"
 
@@ -22,10 +22,7 @@ def render(manifest: Manifest) -> str:
     """The report as Markdown."""
     parts = [
         f"# Exports of {manifest.artifact}",
-        f"A {manifest.kind}, compared with PyTorch (fp32) on {manifest.images}.\n\n{machine()}; "
-        + ", ".join(
-            f"{name} {version}" for name, version in versions().items() if version != "not installed"
-        ),
+        f"A {manifest.kind}, compared with PyTorch (fp32).\n\n{_circumstances(manifest)}",
         "## Files\n\n" + _table(_FILES, [_file_row(entry) for entry in manifest.files]),
         "## Errors against PyTorch\n\n" + _table(_ERRORS, _error_rows(manifest.files)),
     ]
@@ -43,6 +40,17 @@ def render(manifest: Manifest) -> str:
         ]
         parts.append("## Refused\n\n" + "\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def _circumstances(manifest: Manifest) -> str:
+    """On what, where and with what the files were compared; by file where that is not the same for all."""
+    names: dict[str, list[str]] = {}
+    for entry in [*manifest.files, *manifest.rejected]:
+        known = ", ".join(f"{name} {v}" for name, v in entry.versions.items() if v != "not installed")
+        names.setdefault(f"{entry.images}; {entry.machine}; {known}", []).append(f"`{entry.file}`")
+    if len(names) < 2:
+        return "".join(names)
+    return "\n".join(f"- {', '.join(files)}: {circumstances}" for circumstances, files in names.items())
 
 
 _FILES = ("file", "precision", "run by", "MB", "parameters", "shapes (batch x height x width)", "metric")

@@ -71,6 +71,11 @@ class Request:
     engine: EngineOptions | None
 
 
+def folder_beside(artifact: Path) -> Path:
+    """Where an artifact's exports lie unless told otherwise."""
+    return artifact.resolve().parent / "export"
+
+
 def file_name(form: Form, precision: Precision) -> str:
     """Of the ONNX file."""
     return f"{form}.onnx" if precision == "fp32" else f"{form}-{precision}.onnx"

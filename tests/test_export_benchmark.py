@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from export.images import open_images  # noqa: E402
 from export.latency import interleaved  # noqa: E402
 from export.manifest import Entry, Manifest, versions  # noqa: E402
 from export.shapes import Shape, Shapes  # noqa: E402
-from export.to_onnx import write_onnx  # noqa: E402
+from export.to_onnx import METADATA, as_json, read_description, write_onnx  # noqa: E402
 from pretrain import cli  # noqa: E402
 from pretrain.config import DyViTConfig  # noqa: E402
 from pretrain.data.source import ArraySource  # noqa: E402
@@ -41,12 +42,14 @@ def entry(path: Path, precision: str, **changes) -> Entry:
         "form": "encoder",
         "precision": precision,
         "runtime": "",
+        "images": "photographs",
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "",
         "bytes": 1,
         "parameters": 1,
         "shapes": [],
         "tolerances": {},
         "verification": {},
+        "images": "photographs",
     }
     return Entry(**known | changes)
 
@@ -64,9 +67,12 @@ def made(tmp_path_factory) -> Path:
     directory, folder = artifact(root / "artifact", SMALL), root / "export"
     deployable, one = load_deployable(directory, "encoder"), Shape(1, 64, 64)
     write_onnx(deployable, Shapes(one, one, Shape(4, 64, 64)), folder / "encoder.onnx")
-    (folder / "encoder-bf16.onnx").write_bytes(b"not opened on a CPU")
+    model = onnx.load(folder / "encoder.onnx")
+    says = as_json(replace(read_description(model, "encoder"), precision="bf16"))
+    onnx.helper.set_model_props(model, {METADATA: says})
+    onnx.save(model, folder / "encoder-bf16.onnx")
     (folder / "encoder.engine").write_bytes(b"no engine")
-    manifest = Manifest("artifact", artifact_hash(directory), "backbone", "photographs")
+    manifest = Manifest("artifact", artifact_hash(directory), "backbone")
     for name, precision, changes in (
         ("encoder.onnx", "fp32", {}),
         ("encoder-bf16.onnx", "bf16", {}),
@@ -119,7 +125,7 @@ def test_decoding_takes_time(measured):
 
 def test_what_is_not_run_is_named_with_its_reason(measured):
     reasons = {each["name"]: each["reason"] for each in measured["not_run"]}
-    assert "bf16" in reasons["encoder-bf16.onnx"] and "--device cuda" in reasons["encoder-bf16.onnx"]
+    assert "no bf16 on a CPU; it needs a GPU (cuda)" in reasons["encoder-bf16.onnx"]
     assert "--compile" in reasons["torch compiled"]
     assert "no longer there" in reasons["gone.onnx"]
     assert "not encoder" in reasons["reconstructor.onnx"]
@@ -228,20 +234,13 @@ def test_threads_are_given_back_after_an_error_too(model, monkeypatch):
     assert (used, torch.get_num_threads()) == ([before + 1], before)
 
 
-def test_files_are_opened_as_their_precision_needs(tmp_path, monkeypatch):
+def test_files_are_opened_on_the_device_and_with_the_threads_asked_for(tmp_path, monkeypatch):
     opened = []
-
-    def opens(path: Path, device: str, threads: int, *, fp8_products: bool) -> None:
-        opened.append((path.name, device, threads, fp8_products))
-
-    monkeypatch.setattr("export.runtimes.onnxruntime.OnnxRuntime", opens)
-    entries = [entry(tmp_path / f"{name}.onnx", name) for name in ("fp32", "bf16", "fp8")]
-    _, left_out = open_exports(tmp_path, entries, "cpu", 3, Silent())
-    assert opened == [("fp32.onnx", "cpu", 3, False), ("fp8.onnx", "cpu", 3, True)]
-    assert [each.name for each in left_out] == ["bf16.onnx"]
-    opened.clear()
-    open_exports(tmp_path, entries, "cuda", 3, Silent())
-    assert [name for name, *_ in opened] == ["fp32.onnx", "bf16.onnx", "fp8.onnx"]
+    monkeypatch.setattr("export.runtimes.onnxruntime.OnnxRuntime", lambda *how: opened.append(how))
+    entries = [entry(tmp_path / f"{name}.onnx", name) for name in ("fp32", "bf16")]
+    found, _ = open_exports(tmp_path, entries, "cuda", 3, Silent())
+    assert opened == [(tmp_path / f"{each.precision}.onnx", "cuda", 3) for each in entries]
+    assert [(each.precision, each.device) for each in found] == [("fp32", "cuda"), ("bf16", "cuda")]
 
 
 def test_threads_of_onnx_runtime_do_not_wait_actively_between_runs(made):

@@ -112,12 +112,16 @@ def test_what_cannot_be_is_said_before_anything_is_made(tmp_path, arguments, mes
 
 
 def test_exports_of_another_artifact_are_not_mixed_in(tmp_path):
-    Manifest("a", "hash", "classifier", "").write(tmp_path)
+    Manifest("a", "hash", "classifier").write(tmp_path)
     with pytest.raises(BadInput, match="another artifact"):
-        Manifest.of(tmp_path, "b", "other", "classifier", "")
+        Manifest.of(tmp_path, "b", "other", "classifier")
+    plain = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**plain, "format_version": 1}))
+    with pytest.raises(BadInput, match="of format 1, and this program writes 2; choose another --out"):
+        Manifest.of(tmp_path, "a", "hash", "classifier")
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(BadInput, match="not readable"):
-        Manifest.of(tmp_path, "a", "hash", "classifier", "")
+        Manifest.of(tmp_path, "a", "hash", "classifier")
 
 
 def test_default_shapes_follow_the_kind(tmp_path):

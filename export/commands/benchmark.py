@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from export.commands.output import make_room
 from pretrain.errors import BadInput
 
 if TYPE_CHECKING:
@@ -67,10 +68,8 @@ def run(argv: list[str]) -> None:
         raise BadInput(f"--seconds {given.seconds}: must be more than 0")
     if given.threads is not None and given.threads < 1:
         raise BadInput(f"--threads {given.threads}: must be at least 1")
-    if given.out and given.out.is_dir():
-        raise BadInput(f"--out {given.out}: is a directory; give a file name")
     if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
+        make_room(given.out)  # now, not after minutes of measuring
 
     import torch
 
@@ -95,15 +94,14 @@ def parse_batches(text: str) -> tuple[int, ...]:
 
 
 def parse_size(text: str | None, config: ArtifactConfig) -> tuple[int, int]:
-    """`224x224`, height first; None: the size it was trained on, in whole mask units.
+    """`224x224`, height first; None: the size it was trained on.
 
     Raises:
         BadInput: not two numbers, or less than a mask unit.
     """
     unit = config.model.unit
     if text is None:
-        side = -(-config.image_size // unit) * unit
-        return side, side
+        return config.image_size, config.image_size
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
         raise BadInput(f"--size {text!r}: give HxW in pixels, for example 224x224")
@@ -150,7 +148,7 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
     shown = f"{len(images.pictures)} images of {given.images or 'scikit-image'}"
     plain: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "artifact": given.artifact.name,
+        "artifact": given.artifact.resolve().name,
         "source": artifact_hash(given.artifact),
         "kind": config.kind,
         "form": form,
@@ -187,8 +185,9 @@ def _load(
     from export.commands.progress import Bar
     from export.comparing import exported, open_exports, open_torch, read_images
     from export.images import open_images
+    from export.request import folder_beside
 
-    folder = given.exports or given.artifact.parent / "export"
+    folder = given.exports or folder_beside(given.artifact)
     with Bar() as bar:
         bar.step("reading images and hashes of files")
         entries, absent = exported(folder, given.artifact, form, required=given.exports is not None)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from export.shapes import Shape, Shapes, parse_shapes
-from pretrain.errors import BadInput, CheckFailed
+from pretrain.errors import BadInput, CheckFailed, ComaError
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from export.commands.progress import Bar
     from export.description import Form, Precision
+    from export.exporting import Outcome
     from export.request import Request
     from export.tensorrt.sidecar import EngineOptions
     from pretrain.artifact import ArtifactConfig
@@ -118,13 +121,15 @@ def run(argv: list[str]) -> None:
         require_package("tensorrt_rtx")
     for name in ("verify_images", "calibrate_images", "metric_images"):
         if getattr(given, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(given, name)}: must be at least 1")
+            raise BadInput(f"{_flag(name)} {getattr(given, name)}: must be at least 1")
+    if not 0 <= given.seconds < math.inf:
+        raise BadInput(f"--seconds {given.seconds}: must be 0 or more, and finite")
     _export(given, targets, precisions)
 
 
 def default_shapes(config: ArtifactConfig) -> Shapes:
     """Batches of 1 to 32; free height and width where images are not all of one size."""
-    side = -(-config.image_size // config.model.unit) * config.model.unit
+    side = config.image_size
     if config.kind not in ("detector", "segmentor"):
         return Shapes(Shape(1, side, side), Shape(_USUAL_BATCH, side, side), Shape(_MOST_BATCH, side, side))
     unit = config.model.unit
@@ -133,11 +138,13 @@ def default_shapes(config: ArtifactConfig) -> Shapes:
 
 
 def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str, ...]) -> None:
+    from export.commands.output import make_folder
     from export.commands.progress import Bar
-    from export.exporting import export
-    from export.forms.load import forms_of
+    from export.exporting import Outcome, export
+    from export.forms.load import artifact_hash, forms_of
     from export.manifest import Manifest
-    from export.report import write_report
+    from export.report import NAME, write_report
+    from export.request import folder_beside
     from pretrain.artifact import load_artifact
 
     config = load_artifact(given.artifact).config
@@ -146,26 +153,83 @@ def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str
         if given.form not in forms:
             raise BadInput(f"--form {given.form}: {given.artifact} is a {config.kind}")
         forms = (given.form,)
-    channels = config.model.channels
-    shapes = parse_shapes(given.shapes, channels) if given.shapes else default_shapes(config)
+    shapes = parse_shapes(given.shapes, config.model.channels) if given.shapes else default_shapes(config)
     shapes.check(config.model.unit)
-    out = given.out or given.artifact.parent / "export"
-    request, source_hash = _request(given, targets, precisions, out, channels, config.kind)
-    manifest = Manifest.of(out, str(given.artifact.name), source_hash, config.kind, request.images)
-    refused: list[str] = []
-    with Bar() as bar:
-        for form in forms:
-            refused += export(request, form, shapes, manifest, bar)
+    _check_flags(given, targets, precisions, config, shapes)
+    out = given.out or folder_beside(given.artifact)
+    make_folder(out)
+    name, source = given.artifact.resolve().name, artifact_hash(given.artifact)
+    manifest = Manifest.of(out, name, source, config.kind)
+    request = _request(given, targets, precisions, out, config, forms, shapes)
+    outcome = Outcome()
+    try:
+        with Bar() as bar:
+            for form in forms:
+                export(request, form, shapes, manifest, bar, outcome)
             if given.check == "rtx":
-                refused += _check_rtx(out, form, precisions, shapes, bar)
+                _check_rtx(outcome, shapes, bar)
+    except ComaError as error:
+        if not outcome.refused:
+            raise
+        raise type(error)(f"{error}\n{_refusals(outcome)}") from error
+    finally:
+        if manifest.files or manifest.rejected:
+            write_report(manifest, out)
     if given.check == "rtx":
         from export.tensorrt.rtx import PROVES
 
         print(f"\n{PROVES}")
-    report = write_report(manifest, out)
-    print(f"\n  files   {out}\n  report  {report}")
-    if refused:
-        raise CheckFailed("refused, and kept for a look: " + "\n  ".join(["", *refused]).strip())
+    print(f"\n  files   {out}\n  report  {out / NAME}")
+    if outcome.refused:
+        raise CheckFailed(_refusals(outcome))
+
+
+def _refusals(outcome: Outcome) -> str:
+    return "refused, and kept for a look: " + "\n  ".join(["", *outcome.refused]).strip()
+
+
+def _check_flags(
+    given: ExportConfig,
+    targets: tuple[str, ...],
+    precisions: tuple[str, ...],
+    config: ArtifactConfig,
+    shapes: Shapes,
+) -> None:
+    """Refuse what would be ignored, what is missing, and metrics that cannot be taken."""
+    quantised = bool({"int8", "fp8"} & set(precisions))
+    if quantised and given.calibrate is None:
+        raise BadInput(
+            "int8 and fp8 need --calibrate: a folder of images like those to come, a hundred or so, and "
+            "others than those of --verify"
+        )
+    if not quantised:
+        for name in ("calibrate", "keep_float"):
+            if getattr(given, name) is not None:
+                raise BadInput(f"{_flag(name)} is about int8 and fp8, and --precision has neither")
+    if "tensorrt" not in targets:
+        for each in fields(EngineConfig):
+            if getattr(given.engine, each.name) != each.default:
+                raise BadInput(f"{_flag(each.name)} is about engines; add --to onnx,tensorrt")
+    channels = config.model.channels
+    if given.verify is None and channels not in (1, 3):
+        raise BadInput(
+            f"{given.artifact} takes {channels} channels: give images with --verify; the bundled photographs "
+            "have 3"
+        )
+    if given.dataset is None:
+        return
+    if config.kind not in ("detector", "segmentor"):
+        instead = "; --verify with a folder for each class gives top-1" if config.kind == "classifier" else ""
+        raise BadInput(
+            f"--dataset measures detectors and segmentors, {given.artifact} is a {config.kind}{instead}"
+        )
+    if not given.dataset.exists():
+        raise BadInput(f"--dataset {given.dataset}: no such file or directory")
+    if not {"height", "width"} <= shapes.dynamic or shapes.least.batch > 1:
+        raise BadInput(
+            "--dataset: its images are of many sizes and come one at a time, so --shapes must leave height "
+            f"and width free and begin at a batch of 1; they go from {shapes.least} to {shapes.most}"
+        )
 
 
 def _request(
@@ -173,28 +237,27 @@ def _request(
     targets: tuple[str, ...],
     precisions: tuple[str, ...],
     out: Path,
-    channels: int,
-    kind: str,
-) -> tuple[Request, str]:
+    config: ArtifactConfig,
+    forms: tuple[Form, ...],
+    shapes: Shapes,
+) -> Request:
     from typing import cast
 
-    from export.forms.load import artifact_hash
     from export.images import open_images
     from export.request import Request
     from export.verify.check import read_pictures
 
+    channels, batch = config.model.channels, 1 if "batch" in shapes.dynamic else shapes.usual.batch
     source = open_images(given.verify)
-    pictures = read_pictures(source, channels, given.verify_images)
+    labelled = _labelled(given, source, config, batch)
+    keep = _kept_float(given, config.kind, forms)
     calibration: list[np.ndarray] = []
-    if {"int8", "fp8"} & set(precisions):
-        if given.calibrate is None:
-            raise BadInput(
-                "int8 and fp8 need --calibrate: a folder of images like those to come, a hundred or so, and "
-                "others than those of --verify"
-            )
+    if given.calibrate is not None:
         calibration = read_pictures(open_images(given.calibrate), channels, given.calibrate_images)
-    out.mkdir(parents=True, exist_ok=True)
-    request = Request(
+        if len(calibration) < batch:
+            raise BadInput(f"--calibrate: {len(calibration)} images are fewer than one batch of {batch}")
+    pictures = read_pictures(source, channels, given.verify_images)
+    return Request(
         artifact=given.artifact,
         out=out,
         precisions=cast("tuple[Precision, ...]", precisions),
@@ -205,26 +268,52 @@ def _request(
         images=f"{len(pictures)} images of {given.verify or 'scikit-image'}",
         calibration=calibration,
         method=given.calibrate_method,
-        keep=_kept_float(given, kind),
-        labelled=_labelled(given, source),
+        keep=keep,
+        labelled=labelled,
         dataset=given.dataset,
         most=given.metric_images,
         seconds=given.seconds,
         engine=_engine_options(given.engine) if "tensorrt" in targets else None,
     )
-    return request, artifact_hash(given.artifact)
 
 
-def _kept_float(given: ExportConfig, kind: str) -> tuple[str, ...]:
-    from export.forms.detector import BEHIND_BACKBONE
-
+def _kept_float(given: ExportConfig, kind: str, forms: tuple[Form, ...]) -> tuple[str, ...]:
     if given.keep_float is None:
+        from export.forms.detector import BEHIND_BACKBONE
+
         return BEHIND_BACKBONE if kind == "detector" else ()
-    return () if given.keep_float == ("none",) else given.keep_float
+    if given.keep_float == ("none",):
+        return ()
+    from export.forms.load import load_deployable
+    from export.making import fits, layers_of
+
+    layers = {name for form in forms for name in layers_of(load_deployable(given.artifact, form).module)}
+    for pattern in given.keep_float:
+        if not fits(pattern, layers):
+            known = ", ".join(sorted(layers, key=lambda name: (-name.count("."), name))[:3])
+            raise BadInput(f"--keep-float {pattern!r}: no layer is called that; there are {known}, ...")
+    return given.keep_float
 
 
-def _labelled(given: ExportConfig, source: Source) -> Source | None:
-    return source if given.verify is not None and source.labels is not None else None
+def _labelled(given: ExportConfig, source: Source, config: ArtifactConfig, batch: int) -> Source | None:
+    """The images, if they can be used for the top-1 of a classifier."""
+    labels, known = source.labels, config.class_names or ()
+    if given.verify is None or labels is None or config.kind != "classifier":
+        return None
+    unknown = sorted(set(source.class_names or ()) - set(known))
+    if unknown:
+        raise BadInput(
+            f"--verify {given.verify}: the model does not know the classes {', '.join(unknown[:5])}, but "
+            f"{', '.join(known[:5])}{', ...' if len(known) > 5 else ''}"
+        )
+    if source.class_names is None and int(labels.max()) >= len(known):
+        raise BadInput(
+            f"--verify {given.verify}: labels up to {labels.max()}, but the model has {len(known)} classes"
+        )
+    count = min(len(source), given.metric_images)
+    if count < batch:
+        raise BadInput(f"--verify: top-1 on {count} images is fewer than one batch of {batch}")
+    return source
 
 
 def _engine_options(config: EngineConfig) -> EngineOptions:
@@ -241,30 +330,26 @@ def _engine_options(config: EngineConfig) -> EngineOptions:
     )
 
 
-def _check_rtx(out: Path, form: Form, precisions: tuple[str, ...], shapes: Shapes, bar: object) -> list[str]:
-    from export.commands.progress import Bar
+def _check_rtx(outcome: Outcome, shapes: Shapes, bar: Bar) -> None:
     from export.making import describe
-    from export.request import file_name
     from export.tensorrt.profiles import profile_of
     from export.tensorrt.rtx import check_rtx
 
-    assert isinstance(bar, Bar)
-    faults = []
-    for precision in precisions:
-        path = out / file_name(form, precision)  # pyright: ignore[reportArgumentType]
-        if not path.exists():
-            continue
+    for path in outcome.kept:
         bar.step(f"{path.name}: TensorRT-RTX parses and compiles it")
         try:
             report = check_rtx(path, (profile_of(describe(path), shapes),))
         except CheckFailed as error:
-            faults.append(f"{path.name}: {error}")
+            outcome.refused.append(f"{path.name}: {error}")
             continue
         bar.say(
             f"rtx     {path.name}  TensorRT-RTX {report.version} compiled {report.layers} layers in "
             f"{report.seconds:.1f} s"
         )
-    return faults
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _choice(text: str, known: tuple[str, ...], flag: str) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ but `pretrain`.
 from __future__ import annotations
 
 import hashlib
+import json
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -17,8 +19,9 @@ from torch import Tensor, nn
 
 from export.description import Description, Form, Port, Preprocessing
 from export.forms.base import Deployable
+from export.hashing import sha256_of
 from pretrain.artifact import ArtifactConfig, load_artifact, load_classifier, load_encoder
-from pretrain.errors import BadInput
+from pretrain.errors import BadArtifact, BadInput
 from pretrain.masking.units import unit_grid
 from pretrain.models import Encoder
 
@@ -90,16 +93,18 @@ def preprocessing_of(config: ArtifactConfig) -> Preprocessing:
         BadInput: a pipeline that cannot be described here.
     """
     side = (config.image_size, config.image_size)
+    order = {1: "grey", 3: "RGB"}.get(config.model.channels, "as stored")
+    rule = Preprocessing("none", None, config.mean, config.std, channel_order=order)
     if config.kind not in ("detector", "segmentor"):
-        return Preprocessing("centre-square", side, config.mean, config.std)
+        return replace(rule, resize="centre-square", size=side)
     resizes = [step for step in (config.head or {}).get("pipeline", []) if "Resize" in step["type"]]
     if not resizes:
-        return Preprocessing("none", None, config.mean, config.std)
+        return rule
     step = resizes[0]
     if len(resizes) > 1 or step["type"] != "Resize" or "scale" not in step or not step.get("keep_ratio"):
         raise BadInput(f"images resized by {resizes} cannot be exported; one Resize that keeps the ratio can")
     short, long = sorted(int(side) for side in step["scale"])
-    return Preprocessing("keep-ratio", (short, long), config.mean, config.std)
+    return replace(rule, resize="keep-ratio", size=(short, long))
 
 
 def _build(directory: Path, form: Form, config: ArtifactConfig) -> tuple[nn.Module, tuple[Port, ...]]:
@@ -166,6 +171,16 @@ def _load_finetuned(directory: Path, kind: str) -> nn.Module:
 
 
 def artifact_hash(directory: Path) -> str:
-    """SHA-256 of its weights."""
-    with (directory / "model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of what it computes: its weights and its `config.json` without how it was trained and by what.
+
+    Raises:
+        BadArtifact: it is none, or damaged.
+    """
+    try:
+        plain = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        for fact in ("trained", "versions"):
+            plain.pop(fact, None)
+        weights = sha256_of(directory / "model.safetensors")
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadArtifact(f"{directory}: not a readable artifact ({error})") from None
+    return hashlib.sha256(f"{weights} {json.dumps(plain, sort_keys=True)}".encode()).hexdigest()
