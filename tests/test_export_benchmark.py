@@ -42,7 +42,6 @@ def entry(path: Path, precision: str, **changes) -> Entry:
         "form": "encoder",
         "precision": precision,
         "runtime": "",
-        "images": "photographs",
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "",
         "bytes": 1,
         "parameters": 1,
