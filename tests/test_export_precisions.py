@@ -1,0 +1,261 @@
+"""What each precision needs of ONNX Runtime, 16 bits emulated on a CPU, and what is not opened at all."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import export_files
+import onnx
+import pytest
+import torch
+from onnx import ModelProto, NodeProto, TensorProto, helper
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from skimage import data
+from torch import Tensor
+
+from export import making
+from export.emulation import Short, emulate
+from export.forms.load import load_deployable
+from export.judging import REJECTED, Judge
+from export.making import UNVERIFIED
+from export.runtimes.onnxruntime import OnnxRuntime
+from export.runtimes.open import open_runtime
+from pretrain.cli import main
+from pretrain.errors import BadInput
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
+
+LAYER, NEXT = "stages.2.blocks.0.mlp.fc1", "stages.2.blocks.0.mlp.fc2"
+TYPES: dict[Short, tuple[int, torch.dtype]] = {
+    "fp16": (TensorProto.FLOAT16, torch.float16),
+    "bf16": (TensorProto.BFLOAT16, torch.bfloat16),
+}
+FP32 = TensorProto.FLOAT
+
+
+def node(kind: str, inputs: str, output: str, **attributes) -> NodeProto:
+    return helper.make_node(kind, inputs.split(), [output], **attributes)
+
+
+def graph(nodes: list[NodeProto], shape: tuple[int, ...], **weights: Tensor) -> ModelProto:
+    """From `x` to `y`, both float32 and of one shape; weights in their own types."""
+    ports = [helper.make_tensor_value_info(name, FP32, shape) for name in "xy"]
+    kinds = {each: code for code, each in TYPES.values()} | {torch.float32: FP32}
+    stored = [
+        helper.make_tensor(name, kinds[each.dtype], each.shape, each.float().flatten().tolist())
+        for name, each in weights.items()
+    ]
+    main = helper.make_graph(nodes, "main", ports[:1], ports[1:], stored)
+    return helper.make_model(main, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def outcome(model: ModelProto, x: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+@pytest.mark.parametrize("kind", ["Mul", "MatMul"])
+def test_fp16_overflows_as_in_torch_and_not_as_on_a_cpu(kind):
+    weight, back = (scale * torch.eye(4).half() for scale in (300, 1 / 300))
+    if kind == "Mul":
+        weight, back = weight.diagonal(), back.diagonal()
+    nodes = [
+        node("Cast", "x", "short", to=TensorProto.FLOAT16),
+        node(kind, "short weight", "large"),
+        node(kind, "large back", "small"),
+        node("Cast", "small", "y", to=FP32),
+    ]
+    model = graph(nodes, (2, 4), weight=weight, back=back)
+    x = torch.tensor([[1.0, 2, 3, 4], [1, 200, 230, -1000]])
+    times = torch.mul if kind == "Mul" else torch.matmul
+    wanted = times(times(x.half(), weight), back).float()
+    assert not wanted[1].isfinite().all()
+    torch.testing.assert_close(outcome(emulate(model, "fp16"), x), wanted, equal_nan=True)
+    assert outcome(model, x).isfinite().all()  # else there is nothing to emulate any more
+
+
+@pytest.mark.parametrize("precision", TYPES)
+def test_results_are_rounded_as_torch_rounds_them(precision):
+    kind, dtype = TYPES[precision]
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(64, 64, generator=generator) for _ in range(2))
+    weight, scale, shift = weight.to(dtype), torch.ones(64, dtype=dtype), torch.zeros(64, dtype=dtype)
+    nodes = [
+        node("Cast", "x", "short", to=kind),
+        node("MatMul", "short weight", "product"),
+        node("LayerNormalization", "product scale shift", "normal", epsilon=1e-6),
+        node("Softmax", "normal", "share"),
+        node("Cast", "share", "y", to=FP32),
+    ]
+    model = graph(nodes, (64, 64), weight=weight, scale=scale, shift=shift)
+    normal = torch.layer_norm(x.to(dtype) @ weight, (64,), scale, shift, 1e-6)
+    wanted = normal.softmax(-1).float()
+    found = outcome(emulate(model, precision), x)
+    assert (found == wanted).double().mean() > 0.97  # but for orders of sums
+    assert torch.equal(found, found.to(dtype).float())
+
+
+def test_what_a_file_computes_in_fp32_does_not_overflow():
+    scale, shift = torch.ones(4), torch.zeros(4)
+    nodes = [
+        node("Cast", "x", "short", to=TensorProto.FLOAT16),
+        node("LayerNormalization", "short scale16 shift16", "normal16"),  # its own sums are fp32 anyway
+        node("Cast", "normal16", "normal", to=FP32),
+        node("Cast", "short", "wide", to=FP32),
+        node("Mul", "wide wide", "squares"),
+        node("LayerNormalization", "squares scale shift", "normal_squares"),
+        node("Add", "normal normal_squares", "y"),
+    ]
+    weights = {"scale": scale, "shift": shift, "scale16": scale.half(), "shift16": shift.half()}
+    x = torch.tensor([[1e4, -2e4, 3e4, 5.0]])
+    assert x.half().square().isinf().any()
+    wanted = torch.layer_norm(x, (4,)) + torch.layer_norm(x * x, (4,))
+    found = outcome(emulate(graph(nodes, (1, 4), **weights), "fp16"), x)
+    torch.testing.assert_close(found, wanted, atol=2e-3, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs")
+    for number, pixels in enumerate((data.chelsea(), data.coffee())):
+        Image.fromarray(pixels[:96, :96]).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, photographs) -> Path:
+    """Exports of a classifier in which one layer gives more than fp16 holds, and the next takes it back.
+
+    In bf16 that layer is wrong; in fp8 so small a model loses too much.
+    """
+    artifact = export_files.classifier(tmp_path_factory.mktemp("large") / "artifact")
+    weights = load_file(artifact / "model.safetensors")
+    for name, scale in ((f"{LAYER}.weight", 3e4), (f"{LAYER}.bias", 3e4), (f"{NEXT}.weight", 1 / 3e4)):
+        weights[name] *= scale
+    save_file(weights, artifact / "model.safetensors")
+    with torch.no_grad():
+        model, images = load_deployable(artifact, "classifier").module, torch.randn(1, 3, 48, 48)
+        assert model(images)[0].isfinite().all() and not model.half()(images)[0].isfinite().all()
+
+    written = making.write_onnx
+
+    def corrupt(deployable, shapes, path):
+        if deployable.description.precision == "bf16":
+            deployable.module.get_submodule(f"classifier.{LAYER}").weight.data.mul_(-2)
+        return written(deployable, shapes, path)
+
+    images = ("--verify", str(photographs), "--calibrate", str(photographs))
+    settings = ("--shapes", "1x48x48", "--seconds", "0", "--precision", "fp32,fp16,bf16,fp8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(making, "write_onnx", corrupt)
+        assert main(["export", str(artifact), *settings, *images]) == 1
+    return artifact.parent / "export"
+
+
+def refused(folder: Path) -> dict[str, dict]:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert [each["precision"] for each in manifest["files"]] == ["fp32"]
+    return {each["precision"]: each for each in manifest["rejected"]}
+
+
+def copied(folder: Path, precision: str, target: Path) -> Path:
+    """A refused file under a name of its own."""
+    name = f"classifier-{precision}.onnx"
+    return Path(shutil.copy(folder / f"{name}{REJECTED}", target / name))
+
+
+def test_what_overflows_in_fp16_is_refused_on_a_cpu(made):
+    found = refused(made)["fp16"]
+    assert found["verification"]["failures"] == ["logits holds NaN or infinite values"]
+    assert found["runtime"].endswith(", cpu, fp16 emulated")
+
+
+def test_the_layer_is_named_in_every_precision(made):
+    for precision in ("fp16", "bf16"):
+        assert f"the error starts in classifier.{LAYER} (" in refused(made)[precision]["error"]
+    assert "the error starts in classifier." in refused(made)["fp8"]["error"]
+
+
+def test_fp16_is_compared_emulated_and_timed_as_it_is(made, tmp_path):
+    request: Any = SimpleNamespace(device="cpu")
+    nobody: Any = None
+    judge = Judge(request, nobody, nobody, nobody, nobody)
+    images = torch.randn(1, 3, 48, 48)
+    compared, timed = judge._open(copied(made, "fp16", tmp_path), "fp16")
+    assert timed and timed(images)["logits"].isfinite().all() and "emulated" not in timed.title
+    assert not compared(images)["logits"].isfinite().all() and "fp16 emulated" in compared.title
+    compared, timed = judge._open(copied(made, "bf16", tmp_path), "bf16")
+    assert timed is None and "bf16 emulated" in compared.title
+    compared, timed = judge._open(copied(made, "fp8", tmp_path), "fp8")
+    assert timed is compared and "emulated" not in compared.title
+
+
+def test_files_run_as_their_precision_needs_or_say_what_they_need(made, tmp_path):
+    images = torch.randn(1, 3, 48, 48)
+    wanted = open_runtime(made.parent / "artifact")(images)["logits"]
+    found = open_runtime(copied(made, "fp8", tmp_path))(images)["logits"]
+    assert torch.cosine_similarity(found, wanted).item() > 0.8
+    with pytest.raises(BadInput, match=r"classifier-bf16\.onnx: .* no bf16 on a CPU; it needs a GPU"):
+        open_runtime(copied(made, "bf16", tmp_path))
+
+
+def test_a_file_that_changed_since_it_was_verified_is_not_opened(made, tmp_path):
+    file = Path(shutil.copy(made / "classifier.onnx", tmp_path))
+    manifest = Path(shutil.copy(made / "manifest.json", tmp_path))
+    content = bytearray(file.read_bytes())
+    weights = onnx.load(file).graph.initializer
+    place = content.index(max((each.raw_data for each in weights), key=len))
+    content[place + 3] ^= 0x40  # an exponent
+    file.write_bytes(content)
+    with pytest.raises(BadInput, match=r"classifier\.onnx: differs from what was verified.*export it again"):
+        open_runtime(file)
+    OnnxRuntime(file)  # nothing else would have noticed
+    file.write_bytes((made / file.name).read_bytes())
+    open_runtime(file)
+    manifest.write_text('{"files": [')
+    with pytest.raises(BadInput, match=r"manifest\.json: not readable"):
+        open_runtime(file)
+    for of_others in ('{"name": "a page"}', "[]", '{"files": ["x", {"file": "other.onnx", "sha256": ""}]}'):
+        manifest.write_text(of_others)
+        open_runtime(file)
+
+
+def test_what_waits_for_its_gate_or_failed_is_not_opened(made, tmp_path):
+    waiting = shutil.copy(made / "classifier.onnx", tmp_path / f"classifier{UNVERIFIED}.onnx")
+    with pytest.raises(BadInput, match="was never verified"):
+        open_runtime(waiting)
+    OnnxRuntime(waiting)  # as the gate itself does
+    for name in (f"classifier-fp16.onnx{REJECTED}", f"classifier-fp16{REJECTED}.onnx"):
+        with pytest.raises(BadInput, match="failed its gate"):
+            open_runtime(made / name)
+
+
+def test_devices_that_are_not_there(made):
+    for path in (made.parent / "artifact", made / "classifier.onnx"):
+        with pytest.raises(BadInput, match="device 'gpu': give one of cpu, cuda, tensorrt"):
+            open_runtime(path, "gpu")  # type: ignore[arg-type]
+    if not torch.cuda.is_available():
+        with pytest.raises(BadInput, match="cuda: PyTorch finds no GPU here"):
+            open_runtime(made.parent / "artifact", "cuda")
+        with pytest.raises(BadInput, match="cuda: "):
+            open_runtime(made / "classifier.onnx", "cuda")
+
+
+def test_failures_on_a_gpu_are_told_as_those_on_a_cpu_are(made, monkeypatch):
+    def fail(*_) -> None:
+        raise RuntimeError("out of memory\nat some line")
+
+    runtime = OnnxRuntime(made / "classifier.onnx")
+    binding = SimpleNamespace(bind_input=lambda *_: None, bind_output=lambda *_: None)
+    session = SimpleNamespace(run=fail, run_with_iobinding=fail, io_binding=lambda: binding)
+    monkeypatch.setattr(runtime, "_session", session)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    images = torch.zeros(1, 3, 48, 48)
+    for run in (runtime, lambda images: runtime._run_bound({"images": images})):
+        with pytest.raises(BadInput, match=r"could not run images \[1, 3, 48, 48\]: out of memory$"):
+            run(images)
