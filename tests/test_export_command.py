@@ -1,6 +1,7 @@
 """`coma export` from artifact to report: what is kept, what is refused, and what it says."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import export_files
@@ -10,15 +11,19 @@ import torch
 from PIL import Image
 from skimage import data
 
-from export import making
+from export import judging, making
 from export.commands.export import default_shapes, run
 from export.manifest import Manifest
 from export.runtimes.open import open_runtime
+from export.runtimes.pytorch import TorchRuntime
+from pretrain.artifact import save_artifact
 from pretrain.cli import main
+from pretrain.config import ViTConfig
 from pretrain.errors import BadInput
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 
+VIT = ViTConfig(patch=16, dim=16, depth=1, heads=2)
 QUICK = ("--shapes", "1x48x48:2x48x48:4x48x48", "--seconds", "0.01")
 
 
@@ -36,7 +41,15 @@ def photographs(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_classifier_in_three_precisions(tmp_path, photographs, capsys):
+def test_a_classifier_in_three_precisions(tmp_path, photographs, capsys, monkeypatch):
+    measured = []
+
+    def measures(runtime, *rest):
+        measured.append(runtime)
+        return top1(runtime, *rest)
+
+    top1 = judging.top1
+    monkeypatch.setattr(judging, "top1", measures)
     artifact = export_files.classifier(tmp_path / "run" / "artifact")
     images = ("--verify", photographs, "--calibrate", photographs)
     arguments = [artifact, "--precision", "fp32,fp16,int8", *images, *QUICK]
@@ -46,6 +59,7 @@ def test_a_classifier_in_three_precisions(tmp_path, photographs, capsys):
     assert {path.name for path in folder.iterdir()} == files | {"manifest.json", "report.md"}
     manifest = json.loads((folder / "manifest.json").read_text())
     assert [entry["precision"] for entry in manifest["files"]] == ["fp32", "fp16", "int8"]
+    assert [isinstance(each, TorchRuntime) for each in measured] == [True, False, False, False]
     sizes = [entry["bytes"] for entry in manifest["files"]]
     assert sizes[0] > max(sizes[1:])
     for entry in manifest["files"]:
@@ -100,15 +114,89 @@ def test_a_failed_gate_keeps_the_file_aside_and_names_the_layer(tmp_path, monkey
         (["--verify", "nowhere"], "nowhere"),
         (["--verify-images", "0"], "--verify-images 0"),
         (["--to", "onnx,tensorrt"], "TensorRT|tensorrt|GPU"),
+        (["--seconds", "nan"], "--seconds nan"),
+        (["--seconds", "inf"], "--seconds inf"),
+        (["--seconds=-1"], "--seconds -1"),
+        (["--calibrate", "."], "--calibrate is about int8 and fp8"),
+        (["--keep-float", "none"], "--keep-float is about int8 and fp8"),
+        (["--builder-level", "5"], "--builder-level is about engines; add --to onnx,tensorrt"),
+        (["--dataset", "."], "--dataset measures detectors and segmentors, .* is a classifier; --verify"),
+        (["--precision", "int8", "--calibrate", "x", "--keep-float", "*.fc9"], r"'\*\.fc9': no layer"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_made(tmp_path, arguments, message, capsys):
     artifact = export_files.classifier(tmp_path / "artifact")
-    if "tensorrt" in arguments[1] and torch.cuda.is_available():
+    if "onnx,tensorrt" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(BadInput, match=message):
         run([str(artifact), *arguments, "--out", str(tmp_path / "out")])
     assert not list(tmp_path.glob("out/*.onnx*"))
+
+
+@pytest.fixture
+def undecoded(monkeypatch) -> None:
+    """Fails where images are decoded."""
+
+    def decodes(*_) -> None:
+        raise AssertionError("images are decoded")
+
+    monkeypatch.setattr("export.verify.check.read_pictures", decodes)
+    monkeypatch.setattr("export.comparing.read_images", decodes)
+
+
+@pytest.mark.parametrize("command", ["export", "benchmark"])
+@pytest.mark.parametrize("place", ["taken", "taken/below", "x" * 300])
+def test_a_place_that_cannot_be_written_to_is_refused_at_once(tmp_path, place, command, capsys, undecoded):
+    artifact = export_files.classifier(tmp_path / "artifact", VIT)
+    (tmp_path / "taken").touch()
+    out = tmp_path / place / ("" if command == "export" else "results.json")
+    assert main([command, str(artifact), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert f"error: --out {tmp_path / place}" in error and ": cannot be written to (" in error
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_classes_that_the_model_does_not_know_are_refused_at_once(
+    tmp_path, photographs, precision, undecoded
+):
+    artifact = export_files.classifier(tmp_path / "artifact", VIT)
+    (photographs / "cat").rename(photographs / "dog")
+    more = ("--calibrate", str(photographs)) if precision == "int8" else ()
+    try:
+        with pytest.raises(BadInput, match="does not know the classes dog, but cat, cup, face"):
+            run([str(artifact), "--verify", str(photographs), "--precision", precision, *more])
+    finally:
+        (photographs / "dog").rename(photographs / "cat")
+
+
+def test_fewer_labelled_images_than_a_fixed_batch_are_refused_at_once(tmp_path, photographs, undecoded):
+    artifact = export_files.classifier(tmp_path / "artifact", VIT)
+    with pytest.raises(BadInput, match="top-1 on 9 images is fewer than one batch of 16"):
+        run([str(artifact), "--verify", str(photographs), "--shapes", "16x48x48"])
+
+
+def test_bundled_photographs_do_not_fit_five_channels(tmp_path, undecoded):
+    config = export_files.about("backbone", replace(VIT, channels=5), mean=(0.5,) * 5, std=(0.2,) * 5)
+    save_artifact(tmp_path / "artifact", tensors={}, config=config)
+    with pytest.raises(BadInput, match="takes 5 channels: give images with --verify; the bundled photogr"):
+        run([str(tmp_path / "artifact")])
+
+
+@pytest.mark.parametrize(
+    ("kind", "dataset", "shapes", "message"),
+    [
+        ("segmentor", ".", "1x64x64", "--shapes must leave height and width free and begin at a batch of 1"),
+        ("detector", ".", "1x64x64:1x64x64:1x96x64", "must leave height and width free"),
+        ("detector", ".", "2x64x64:2x64x64:2x96x96", "begin at a batch of 1; they go from 2 x 64 x 64"),
+        ("detector", "nowhere", "1x64x64:1x64x64:1x96x96", "--dataset nowhere: no such file"),
+        ("backbone", ".", "1x64x64", "measures detectors and segmentors, .* is a backbone$"),
+    ],
+)
+def test_a_metric_that_cannot_be_taken_is_refused(tmp_path, kind, dataset, shapes, message, undecoded):
+    config = export_files.about(kind, VIT)  # refused before the model is rebuilt
+    save_artifact(tmp_path / "artifact", tensors={}, config=config)
+    with pytest.raises(BadInput, match=message):
+        run([str(tmp_path / "artifact"), "--dataset", dataset, "--shapes", shapes])
 
 
 def test_exports_of_another_artifact_are_not_mixed_in(tmp_path):
