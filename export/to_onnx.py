@@ -108,6 +108,8 @@ def write_onnx(deployable: Deployable, shapes: Shapes, path: Path) -> Descriptio
         outputs=tuple(_fixed(port, shapes, about.unit) for port in about.outputs),
     )
     model = _trace(deployable, description, shapes)
+    if about.precision == "bf16" and any(node.op_type == "Conv" for node in model.graph.node):
+        raise BadInput(f"--precision bf16: ONNX files of opset {OPSET} hold no bf16 convolutions; take fp16")
     _drop_unused(model)
     onnx.helper.set_model_props(model, {METADATA: as_json(description)})
     onnx.checker.check_model(model, full_check=True)

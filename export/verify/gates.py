@@ -17,7 +17,8 @@ class Gate:
         agreement: Least share of a segmentor's pixels that are of the same class, over all images.
         found: Least share of a detector's detections that are found again, PyTorch's in the file and the
             file's in PyTorch. Below one even in fp32: where two proposals overlap by just the limit of their
-            suppression, rounding decides which one stays.
+            suppression, rounding decides which one stays. 16 bits change more, and hardly the AP: torch's own
+            fp16 found 93 to 99 % of the detections of four small detectors again, its bf16 85 to 90 %.
         points: Largest loss of the task's metric (top-1, mIoU, AP), in points of a hundred.
     """
 
@@ -34,8 +35,8 @@ class Gate:
 
 GATES: dict[Precision, Gate] = {
     "fp32": Gate(cosine=0.9999, agreement=0.999, found=0.995, points=0.1),
-    "fp16": Gate(cosine=0.999, agreement=0.99, found=0.98, points=0.1),
-    "bf16": Gate(cosine=0.999, agreement=0.95, found=0.90, points=0.1),
+    "fp16": Gate(cosine=0.999, agreement=0.99, found=0.90, points=0.1),
+    "bf16": Gate(cosine=0.999, agreement=0.95, found=0.80, points=0.1),
     "int8": Gate(cosine=0.99, agreement=0.90, found=0.85, points=0.5),
     "fp8": Gate(cosine=0.99, agreement=0.90, found=0.85, points=0.5),
 }
