@@ -47,7 +47,20 @@ def top1(runtime: Runtime, source: Source, most: int) -> dict[str, float]:
         for side, own in zip(size, rule.size or (224, 224), strict=True)
     )
     count = min(most, len(source))
-    right, seen, waiting = 0, 0, []
+    right, seen = 0, 0
+    waiting: list[tuple[Tensor, int]] = []
+
+    def ask() -> None:
+        nonlocal right, seen
+        if not waiting:
+            return
+        images = [image for image, _ in waiting]
+        images += images[:1] * (batch - len(images))  # of a fixed batch the last may not be full
+        guessed = runtime(as_input(images, rule))["logits"].argmax(dim=1).tolist()
+        right += sum(guess == label for guess, (_, label) in zip(guessed, waiting, strict=False))
+        seen += len(waiting)
+        waiting.clear()
+
     for i in (round(k * (len(source) - 1) / max(count - 1, 1)) for k in range(count)):
         try:
             pixels = source.read(i, int(channels))
@@ -55,13 +68,10 @@ def top1(runtime: Runtime, source: Source, most: int) -> dict[str, float]:
             continue
         waiting.append((resized(pixels, rule, (height, width)), labels[i]))
         if len(waiting) == batch:
-            images, wanted = zip(*waiting, strict=True)
-            guessed = runtime(as_input(images, rule))["logits"].argmax(dim=1).cpu()
-            right += int((guessed == torch.tensor(wanted)).sum())
-            seen += batch
-            waiting = []
+            ask()
+    ask()
     if not seen:
-        raise BadInput(f"{source.location}: too few readable images for one batch of {batch}")
+        raise BadInput(f"{source.location}: no image can be read")
     return {"top-1": 100 * right / seen}
 
 
