@@ -310,7 +310,7 @@ def test_keep_ratio_is_openmmlabs(size, scale):
     wanted = np.asarray(mmcv.imrescale(pixels, (scale[1], scale[0])))
     rule = Preprocessing("keep-ratio", scale, (0.5,) * 3, (0.2,) * 3)
     found = resized(pixels, rule).permute(1, 2, 0).numpy()
-    assert found.shape == wanted.shape and fit_within(*size, scale) == wanted.shape[:2]
+    assert found.shape == wanted.shape and fit_within(size[0], size[1], scale) == wanted.shape[:2]
     assert np.abs(found.astype(int) - wanted).max() <= 1
 
 
