@@ -222,7 +222,7 @@ def artifact_name(directory: Path) -> str:
 
 
 def kept(directory: Path, tensors: dict[str, Tensor], config: ArtifactConfig) -> Path:
-    """Save an artifact, unless the same one is there: exports are known by the hash of its weights."""
+    """Save an artifact, unless the same one is there: exports know it by its hash."""
     if directory.exists():
         known = load_artifact(directory)
         same = known.config.model == config.model and known.tensors.keys() == tensors.keys()

@@ -1,13 +1,12 @@
 """Which runtimes there are for a model, and why others are not.
 
 An exported file is offered only if `manifest.json` beside it lists it as verified, with the hash that the
-file has, and names the weights that the artifact has: nothing that was refused, changed or mixed up runs
+file has, and names the artifact by its hash: nothing that was refused, changed or mixed up runs
 under the artifact's name.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from export.description import Form
 from export.manifest import NAME as MANIFEST
 from export.runtimes.open import Device
 from pretrain.errors import BadInput, ComaError
+from pretrain.hashing import sha256_of
 
 SUFFIXES = {".onnx": "ONNX Runtime", ".engine": "TensorRT"}
 
@@ -102,9 +102,9 @@ def check_content(entry: Exported) -> str | None:
     """Why a file is not what its manifest verified; None if it is."""
     plain = json.loads((entry.path.parent / MANIFEST).read_text(encoding="utf-8"))
     listed = next(each["sha256"] for each in plain["files"] if each["file"] == entry.path.name)
-    with entry.path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    return None if found == listed else f"is not the file that {MANIFEST} verified; export it again"
+    if sha256_of(entry.path) == listed:
+        return None
+    return f"is not the file that {MANIFEST} verified; export it again"
 
 
 def offers_of(entries: list[Exported], form: Form, artifact: Path | None, device: Device) -> list[Offer]:

@@ -18,7 +18,6 @@ import numpy as np
 
 from export.description import Form
 from export.forms.load import artifact_hash, example_inputs, load_deployable
-from export.hashing import sha256_of
 from export.images import as_input, resized
 from export.latency import Latency, compute, end_to_end, interleaved
 from export.manifest import NAME, Entry
@@ -28,6 +27,7 @@ from export.runtimes.open import Device
 from export.runtimes.pytorch import TorchRuntime
 from pretrain.data.source import Source
 from pretrain.errors import BadImage, BadInput, ComaError
+from pretrain.hashing import sha256_of
 
 EAGER, COMPILED = "torch eager", "torch compiled"
 _MOST_IMAGES = 64

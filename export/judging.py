@@ -13,7 +13,6 @@ import numpy as np
 from export.description import Precision
 from export.emulation import emulate, is_short
 from export.forms.load import example_inputs, load_deployable
-from export.hashing import sha256_of
 from export.images import as_input, resized
 from export.latency import compute, end_to_end, interleaved
 from export.making import Maker, describe, fitted, load
@@ -26,6 +25,7 @@ from export.verify.check import Verdict, verify
 from export.verify.gates import GATES
 from export.verify.metric import measure, top1
 from pretrain.errors import BadInput
+from pretrain.hashing import sha256_of
 
 REJECTED = ".rejected"
 

@@ -8,7 +8,6 @@ the weights are is known by their SHA-256, which a run records and checks when i
 from __future__ import annotations
 
 import difflib
-import hashlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from pretrain.artifact import load_encoder, load_strict
 from pretrain.artifact.description import TENSORS
 from pretrain.config import BalancedCoMAConfig, CMTConfig, ObjectiveConfig, PretrainConfig, TeacherConfig
 from pretrain.errors import BadArtifact, BadInput
+from pretrain.hashing import sha256_of
 from pretrain.models import build_encoder
 from pretrain.models.attending import check_readable
 from pretrain.models.teacher import Teacher
@@ -54,7 +54,7 @@ def identified(config: PretrainConfig) -> PretrainConfig:
     channels = config.model.channels
     teacher = load_teacher(objective.teacher, ((0.0,) * channels, (1.0,) * channels))
     del teacher
-    digest = _sha256(_weights_of(objective.teacher))
+    digest = sha256_of(_weights_of(objective.teacher))
     return replace(config, objective=replace(objective, teacher=replace(objective.teacher, sha256=digest)))
 
 
@@ -81,7 +81,7 @@ def load_teacher(config: TeacherConfig, statistics: tuple[tuple[float, ...], tup
             do not fit or are not the recorded ones, or images of other channels than it takes.
     """
     weights = _weights_of(config)
-    if config.sha256 and _sha256(weights) != config.sha256:
+    if config.sha256 and sha256_of(weights) != config.sha256:
         raise BadInput(
             f"{weights}: these are not the weights of teacher {config.name} that the run was started with "
             "(their SHA-256 differs); give the same, or start a new run"
@@ -192,8 +192,3 @@ def _converted(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tens
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     beside = tuple(f"{head}." for head in heads)
     return {name: t for name, t in tensors.items() if name in own or not name.startswith(beside or "\0")}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

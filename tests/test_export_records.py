@@ -174,6 +174,15 @@ def test_other_weights_are_another_artifact(tmp_path, classifier):
     assert artifact_hash(tmp_path / "other") != artifact_hash(classifier)
 
 
+def test_the_same_weights_written_again_are_the_same_artifact(tmp_path, classifier):
+    known = load_artifact(classifier)
+    hashes = set()
+    for _ in range(20):  # safetensors writes the facts in its header in an order that is drawn anew
+        save_artifact(tmp_path / "again", tensors=known.tensors, config=known.config)
+        hashes.add(artifact_hash(tmp_path / "again"))
+    assert hashes == {artifact_hash(classifier)}
+
+
 def test_a_refused_file_is_listed_beside_one_that_passed_until_another_passes():
     manifest = Manifest("artifact", "", "classifier")
     manifest.add(entry("classifier.onnx", bytes=1), passed=True)

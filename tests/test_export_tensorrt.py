@@ -22,12 +22,12 @@ from export.tensorrt.sidecar import (
     EngineOptions,
     Sidecar,
     check_fits,
-    file_sha256,
     read_sidecar,
     sidecar_path,
     write_sidecar,
 )
 from pretrain.errors import BadInput
+from pretrain.hashing import sha256_of
 
 H200 = Gpu("NVIDIA H200", "9.0")
 H100 = Gpu("NVIDIA H100", "9.0")
@@ -86,7 +86,7 @@ def of(path: Path, **changed: Any) -> Sidecar:
         cuda="13.0",
         gpu=H200,
         onnx_sha256="1" * 64,
-        engine_sha256=file_sha256(path),
+        engine_sha256=sha256_of(path),
         profiles=(PROFILE,),
         options=EngineOptions(),
         description=ABOUT,

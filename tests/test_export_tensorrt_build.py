@@ -19,9 +19,10 @@ from export.tensorrt.library import load_library
 from export.tensorrt.listening import make_logger
 from export.tensorrt.profiles import Profile, ShapeRange
 from export.tensorrt.rtx import check_rtx
-from export.tensorrt.sidecar import EngineOptions, file_sha256, read_sidecar
+from export.tensorrt.sidecar import EngineOptions, read_sidecar
 from export.tensorrt.timing import open_timing_cache, save_timing_cache
 from pretrain.errors import BadInput, CheckFailed, Interrupted
+from pretrain.hashing import sha256_of
 
 WEIGHT = np.random.default_rng(0).normal(size=(8, 8))
 HALF = [
@@ -51,7 +52,7 @@ def test_an_engine_and_its_sidecar_are_written(onnx_file: Path):
     )
     assert read_sidecar(path) == sidecar
     assert sidecar.description == ABOUT and sidecar.profiles == (PROFILE,) and sidecar.options == options
-    assert sidecar.engine_sha256 == file_sha256(path) and sidecar.onnx_sha256 == file_sha256(onnx_file)
+    assert sidecar.engine_sha256 == sha256_of(path) and sidecar.onnx_sha256 == sha256_of(onnx_file)
     assert sidecar.layers >= len(HALF) and sidecar.gpu is None
     assert all(0 <= done <= steps for _, done, steps in phases) and len({name for name, *_ in phases}) > 3
     assert {each.name for each in path.parent.iterdir()} == {onnx_file.name, path.name, path.name + ".json"}

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from export.description import Description, Form, Port, Preprocessing
 from export.forms.base import Deployable
-from export.hashing import sha256_of
 from pretrain.artifact import ArtifactConfig, load_artifact, load_classifier, load_encoder
 from pretrain.errors import BadArtifact, BadInput
 from pretrain.masking.units import unit_grid
@@ -180,7 +180,12 @@ def artifact_hash(directory: Path) -> str:
         plain = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         for fact in ("trained", "versions"):
             plain.pop(fact, None)
-        weights = sha256_of(directory / "model.safetensors")
-    except (OSError, ValueError, AttributeError) as error:
+        found = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+        with safe_open(directory / "model.safetensors", framework="pt", device="cpu") as file:
+            for name in sorted(file.keys()):  # the file's header has no fixed order
+                tensor = file.get_tensor(name)
+                found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise BadArtifact(f"{directory}: not a readable artifact ({error})") from None
-    return hashlib.sha256(f"{weights} {json.dumps(plain, sort_keys=True)}".encode()).hexdigest()
+    return found.hexdigest()

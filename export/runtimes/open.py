@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from export.description import Form
-from export.hashing import sha256_of
 from export.manifest import NAME
 from export.runtimes.base import Runtime
 from pretrain.errors import BadInput
+from pretrain.hashing import sha256_of
 
 Device = Literal["cpu", "cuda", "tensorrt"]
 

@@ -16,9 +16,10 @@ from export.description import Description
 from export.tensorrt.library import Flavour, Library, load_library, require_gpu
 from export.tensorrt.listening import Progress, make_logger, make_monitor
 from export.tensorrt.profiles import Profile, Shape, check_profiles
-from export.tensorrt.sidecar import EngineOptions, Sidecar, file_sha256, write_sidecar
+from export.tensorrt.sidecar import EngineOptions, Sidecar, write_sidecar
 from export.tensorrt.timing import open_timing_cache, save_timing_cache
 from pretrain.errors import BadInput, CheckFailed, Interrupted
+from pretrain.hashing import sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def build_engine(
         version=library.version,
         cuda=driver and driver.cuda,
         gpu=gpu,
-        onnx_sha256=file_sha256(onnx_path),
+        onnx_sha256=sha256_of(onnx_path),
         engine_sha256=hashlib.sha256(plan.data).hexdigest(),
         profiles=profiles,
         options=replace(options, timing_cache=None),

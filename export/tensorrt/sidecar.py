@@ -7,7 +7,6 @@ forgery: open only engines of people you trust, as with any program.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from export.description import Description
 from export.tensorrt.library import TITLES, Flavour, Gpu, Library, version_numbers
 from export.tensorrt.profiles import Profile
 from pretrain.errors import BadInput
+from pretrain.hashing import sha256_of
 from pretrain.plain import from_plain, to_plain
 
 FORMAT_VERSION = 1
@@ -135,12 +135,6 @@ def read_sidecar(engine_path: Path) -> Sidecar:
     return from_plain(plain, Sidecar, source=str(path))
 
 
-def file_sha256(path: Path) -> str:
-    """Hash of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_fits(sidecar: Sidecar, engine_path: Path, library: Library, gpu: Gpu) -> None:
     """Refuse an engine of another product, version, platform or GPU, and a file that is not the one built.
 
@@ -164,7 +158,7 @@ def check_fits(sidecar: Sidecar, engine_path: Path, library: Library, gpu: Gpu) 
         )
     if options.strip_plan:
         raise BadInput(f"{engine_path}: is stored without its weights; build it without strip_plan")
-    if file_sha256(engine_path) != sidecar.engine_sha256:
+    if sha256_of(engine_path) != sidecar.engine_sha256:
         raise BadInput(f"{engine_path}: is not the file that its sidecar describes (SHA-256); {REBUILD}")
 
 
