@@ -1,7 +1,7 @@
 """Every method on DyViT and on a ViT of about equal size, with equal images and with equal CPU time.
 
     python benchmarks/methods/run.py --data DATA/class-cifar10 --out benchmarks/results/methods_cifar10.json
-    python benchmarks/methods/run.py --data DATA/class-tinyimagenet40 --images 12800 --seconds 100
+    python benchmarks/methods/run.py --data DATA/class-tinyimagenet40 --image-size 64 --images 8000
 
 DATA is a folder with labelled train.npz and test.npz; training ignores the labels. DyViT has 0.77 M
 parameters, the ViT 0.80 M (of the encoder, at 32 px). coma and mae on DyViT run with three seeds, all
@@ -51,6 +51,10 @@ METHODS: Mapping[str, str] = {
     "coma-balanced": f"coma-balanced {TEACHER}",
     "cmt": f"cmt {TEACHER}",
     "zoom-in": "beyond --degrade zoom-in",
+    "zoom-out": "beyond --degrade zoom-out",
+    "distort": "beyond --degrade distort",
+    "blur": "beyond --degrade blur",
+    "decolor": "beyond --degrade decolor",
     "zoom-in+mask": "beyond --degrade zoom-in+mask",
     "zoom-in+coma": "beyond --degrade zoom-in+coma",
 }
@@ -61,6 +65,7 @@ BACKBONES: Mapping[str, str] = {
 }
 MAIN = (("mae", "DyViT"), ("coma", "DyViT"))
 """Rows with all seeds."""
+TAUGHT_BY = "a ViT that MAE pre-trained on the budget of images, which its pupils' budgets do not count"
 
 
 def flags(args: argparse.Namespace) -> list[str]:
@@ -141,7 +146,7 @@ def comparison(args: argparse.Namespace, unit: str, test: Path, found: tuple[Ent
 def record(args: argparse.Namespace, found: Mapping[str, Compared]) -> None:
     """Everything of all runs as JSON."""
     about = {"machine": describe(), "data": args.data.name, "flags": flags(args)}
-    about |= {"backbones": dict(BACKBONES), "methods": dict(METHODS)}
+    about |= {"backbones": dict(BACKBONES), "methods": dict(METHODS), "teacher": TAUGHT_BY}
     budgets = {
         unit: {
             "amount": compared.comparison.amount,
@@ -167,7 +172,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument(
+        "--image-size", type=int, default=32, help="at 64, patches are twice as large and tokens as many"
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--base-lr", type=float, default=1.6e-2, help="per 256 images")
     parser.add_argument("--train", type=int, default=5_000, help="labelled images to measure with")
@@ -192,7 +199,7 @@ def main() -> None:
             done[unit] = compare(comparison(args, unit, test, found))
         except Interrupted as stopped:
             raise SystemExit(str(stopped)) from None
-        print(f"\n## Equal {unit}\n\n{done[unit].table.read_text()}", flush=True)
+        print(f"\n## Equal {unit}\n\n{done[unit].table.read_text()}\nTeacher: {TAUGHT_BY}.", flush=True)
         if args.out:
             record(args, done)
     failures = [line for compared in done.values() for line in compared.failures]
