@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pretrain.artifact import load_encoder, load_strict
@@ -39,7 +40,9 @@ def training_objective(config: PretrainConfig) -> Objective:
     if not isinstance(objective, CMTConfig | BalancedCoMAConfig):
         return build_objective(objective, encoder)
     statistics = config.data.mean or (), config.data.std or ()
-    return build_objective(objective, encoder, load_teacher(objective.teacher, statistics))
+    with torch.random.fork_rng(devices=()):  # a decoder beside a teacher begins as it would without one
+        teacher = load_teacher(objective.teacher, statistics)
+    return build_objective(objective, encoder, teacher)
 
 
 def identified(config: PretrainConfig) -> PretrainConfig:

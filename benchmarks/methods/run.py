@@ -4,8 +4,8 @@
     python benchmarks/methods/run.py --data DATA/class-tinyimagenet40 --image-size 64 --images 8000
 
 DATA is a folder with labelled train.npz and test.npz; training ignores the labels. DyViT has 0.77 M
-parameters, the ViT 0.80 M (of the encoder, at 32 px). coma and mae on DyViT run with three seeds, all
-others with one. All is done by `coma compare`'s functions, once for each budget, in --work: what is done is
+parameters, the ViT 0.80 M (of the encoder, at 32 px). mae, coma and its control with independent
+masks run on DyViT with three seeds, all others with one. All is done by `coma compare`'s functions, once for each budget, in --work: what is done is
 not done again, whenever the script was stopped or killed. `--minutes` stops it after a while, the runs
 saved; `--only` names methods (and `--budgets`, `--backbones` likewise): a later call with others adds them
 to the table.
@@ -63,7 +63,7 @@ BACKBONES: Mapping[str, str] = {
     "DyViT": "tiny --model.dim 16 --model.heads 2 2 4 8",
     "ViT": "vit-tiny --model.dim 128 --model.heads 4 --model.depth 4",
 }
-MAIN = (("mae", "DyViT"), ("coma", "DyViT"))
+MAIN = (("mae", "DyViT"), ("coma", "DyViT"), ("coma-independent", "DyViT"))
 """Rows with all seeds."""
 TAUGHT_BY = "a ViT that MAE pre-trained on the budget of images, which its pupils' budgets do not count"
 

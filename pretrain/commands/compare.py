@@ -13,8 +13,10 @@ Examples:
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -31,8 +33,14 @@ if TYPE_CHECKING:
 _OURS = {
     *("--out", "--seed", "--steps", "--epochs", "--resume", "--from", "--method", "--model", "--device"),
     *("--probe", "--probe-steps", "--probe-epochs", "--probe-protocols", "--probe-train", "--probe-test"),
+    "--sheet-steps",
 }
 """Flags of `coma pretrain` that a comparison sets itself."""
+_OURS_TUNING = {
+    *("--data", "--train", "--test", "--run", "--out", "--resume", "--seed", "--device", "--workers"),
+    *("--protocol", "--from-scratch"),
+}
+"""Likewise, of `coma evaluate --protocol finetune`."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,8 @@ class CompareConfig:
     a short run of each tells how many steps that makes. flops: of forward and backward."""
     methods: tuple[str, ...] = ("coma", "mae")
     """As in `coma pretrain --method`, flags of its own behind the name and another name for the table before
-    it: "beyond --degrade zoom-in", "zoom: beyond --degrade zoom-in"."""
+    it: "beyond --degrade zoom-in", "zoom: beyond --degrade zoom-in". They win over those behind --, so
+    "mae --base-lr 2e-4" gives one method another rate."""
     models: tuple[str, ...] = ("tiny",)
     """As in `coma pretrain --model`, likewise: "vit-tiny --model.depth 7", "ViT: vit-tiny"."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -109,9 +118,7 @@ def parse(argv: list[str]) -> Comparison:
     config = tyro.cli(CompareConfig, args=own, prog="coma compare", description=__doc__)
     if not (config.methods and config.models and config.seeds and config.protocols):
         raise BadInput("give at least one of each: --methods, --models, --seeds, --protocols")
-    for flag in shared:
-        if flag.partition("=")[0].replace("_", "-") in _OURS:
-            raise BadInput(f"{flag} behind --: a comparison sets it itself; leave it out")
+    _refuse(shared, _OURS, "behind --")
 
     from pretrain.compare import Comparison
 
@@ -119,6 +126,7 @@ def parse(argv: list[str]) -> Comparison:
     device, gpus = _device(config.device)
     jobs = config.jobs or max(len(gpus), 1)
     flags = tuple(shlex.split(config.finetune))
+    _refuse(flags, _OURS_TUNING, "in --finetune")
     first = [
         entry(config.images, method, model, shared, config.seeds)
         for model in config.models
@@ -134,7 +142,7 @@ def parse(argv: list[str]) -> Comparison:
         reference=config.reference or ("mae" if "mae" in config.methods else first[0].method),
         device=device,
         jobs=jobs,
-        threads=config.threads or max(1, cores // jobs),
+        threads=config.threads or _threads_before(config.out) or max(1, cores // jobs),
         gpus=gpus,
         workers=max(0, cores // jobs - 1) if gpus else 0,
         probes=config.probes,
@@ -161,11 +169,13 @@ def entry(images: Path, method: str, model: str, flags: list[str], seeds: tuple[
     from pretrain.compare import Entry
 
     (method, method_flags), (model, model_flags) = _named(method), _named(model)
+    _refuse(method_flags, _OURS, f"in --methods {method!r}")
+    _refuse(model_flags, _OURS, f"in --models {model!r}")
     own = ["--method", *method_flags, "--model", *model_flags]
     try:
-        config, _ = pretrain_command.parse([str(images), *own, *flags])
+        config, _ = pretrain_command.parse([str(images), *flags, *own])  # the last of two counts
     except SystemExit:
-        raise BadInput(f"coma pretrain does not take: {shlex.join([*own, *flags])}") from None
+        raise BadInput(f"coma pretrain does not take: {shlex.join([*flags, *own])}") from None
     return Entry(method, model, replace(config, run=replace(config.run, sheet_steps=0)), tuple(seeds))
 
 
@@ -173,6 +183,21 @@ def _named(text: str) -> tuple[str, list[str]]:
     """`NAME: PRESET FLAGS`, or without a name, to what the table calls it and the arguments."""
     name, colon, rest = text.partition(": ")
     return (name, shlex.split(rest)) if colon else (text, shlex.split(text))
+
+
+def _refuse(flags: Sequence[str], ours: set[str], where: str) -> None:
+    """Flags that would be overridden, or override what makes runs comparable."""
+    for flag in flags:
+        if flag.partition("=")[0].replace("_", "-") in ours:
+            raise BadInput(f"{flag} {where}: a comparison sets it itself; leave it out")
+
+
+def _threads_before(out: Path) -> int | None:
+    """Of a comparison that is gone on with, perhaps with another number of jobs."""
+    try:
+        return json.loads((out / "compare.json").read_text())["threads"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _finetune_epochs(flags: tuple[str, ...]) -> float:

@@ -1,7 +1,8 @@
 """Many runs of `coma`, a process each, side by side: one that fails or is killed takes no other with it.
 
-Every process holds a lock on a file of its own for as long as it lives. Whoever is started again after being
-killed waits for processes of its former life that still run, instead of starting a second one beside them.
+Every process holds two locks for as long as it lives: on a file of its own, and on one of the place where it
+runs. Whoever is started again after being killed waits for processes of its former life that still run,
+instead of starting others beside them.
 """
 
 from __future__ import annotations
@@ -56,8 +57,7 @@ class Failure:
 class _Running:
     job: Job
     process: subprocess.Popen[bytes]
-    slot: int
-    lock: int
+    locks: tuple[int, int]
 
 
 class Runner:
@@ -81,6 +81,7 @@ class Runner:
         self._slots, self._tell, self.stop = slots, tell, stop
         self._running: list[_Running] = []
         self._finished = 0.0
+        self._waits = False
         self.failures: list[Failure] = []
 
     def run(self, jobs: Sequence[Job]) -> None:
@@ -112,30 +113,48 @@ class Runner:
         self._tell(None, self._work_done())
 
     def _start(self, waiting: list[Job]) -> None:
-        free = set(range(len(self._slots))) - {each.slot for each in self._running}
         unfinished = {job.name for job in waiting} | {each.job.name for each in self._running}
         for job in list(waiting):
-            if not free:
-                return
             if job.after in unfinished:
                 continue
-            lock = os.open(self._locks / f"{job.name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:  # a process of a comparison that was killed still runs
-                os.close(lock)
+            slot, place = self._free_slot()
+            if place is None:
+                break
+            lock = self._lock(job.name)
+            if lock is None:
+                os.close(place)
                 continue
             waiting.remove(job)
-            if job.done():  # by that process
+            if job.done():  # by a process of a comparison that was killed
+                os.close(place)
                 os.close(lock)
                 self._finished += job.work
                 continue
-            slot = min(free)
-            free.remove(slot)
-            self._running.append(_Running(job, self._process(job, slot, lock), slot, lock))
+            self._running.append(_Running(job, self._process(job, slot, (place, lock)), (place, lock)))
             self._tell(f"started {job.name}", self._work_done())
+        if waiting and not self._running and not self._waits:
+            self._waits = True
+            self._tell("waiting for a run that another process of this comparison started", self._work_done())
 
-    def _process(self, job: Job, slot: int, lock: int) -> subprocess.Popen[bytes]:
+    def _free_slot(self) -> tuple[int, int | None]:
+        """A place where nothing runs, with a lock on it, if there is one."""
+        for slot in range(len(self._slots)):
+            place = self._lock(f"slot-{slot}")
+            if place is not None:
+                return slot, place
+        return -1, None
+
+    def _lock(self, name: str) -> int | None:
+        """A lock, unless another process holds it, or one of ours."""
+        handle = os.open(self._locks / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            return None
+        return handle
+
+    def _process(self, job: Job, slot: int, locks: tuple[int, int]) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "pretrain", *map(str, job.arguments())]
         with self._log(job).open("ab") as log:
             log.write(f"\n$ coma {' '.join(command[3:])}\n".encode())
@@ -147,7 +166,7 @@ class Runner:
                 stderr=log,
                 env=os.environ | self._slots[slot],
                 start_new_session=True,  # Ctrl-C reaches it once, through us
-                pass_fds=(lock,),
+                pass_fds=locks,
             )
 
     def _log(self, job: Job) -> Path:
@@ -159,7 +178,7 @@ class Runner:
             if code is None:
                 continue
             self._running.remove(each)
-            os.close(each.lock)
+            _close(each.locks)
             if code == 0 and each.job.done():
                 self._finished += each.job.work
                 self._tell(f"finished {each.job.name}", self._work_done())
@@ -191,14 +210,19 @@ class Runner:
                 os.killpg(each.process.pid, number)
         for each in self._running:
             each.process.wait()
-            os.close(each.lock)
+            _close(each.locks)
         self._running = []
 
 
+def _close(handles: Sequence[int]) -> None:
+    for handle in handles:
+        os.close(handle)
+
+
 def _reason(code: int, log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    """How the last process that wrote to a log ended, and what it said last."""
+    text = log.read_text(errors="replace").rpartition("\n$ coma ")[2]
+    lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]  # but for the command
     told = [line for line in lines if line.startswith("error:")] or lines or [""]
-    last = lines.index(f"$ {told[-1]}") if f"$ {told[-1]}" in lines else None
-    what = "" if last is not None else told[-1].removeprefix("error: ")
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return f"{how}, {what}" if what and not what.startswith("$ ") else how
+    return f"{how}, {told[-1].removeprefix('error: ')}" if told[-1] else how

@@ -17,9 +17,11 @@ from pretrain.errors import BadInput
 Unit = Literal["images", "views", "seconds", "flops"]
 Protocol = Literal["knn", "linear", "finetune"]
 
-TRIAL_STEPS = 12
+FLOOR = "random"
+"""Name of the row without training."""
+TRIAL_STEPS = 40
 """Of a run that tells how long a step takes."""
-_WARM_UP = 3
+_WARM_UP = 10
 """First steps of it that do not count."""
 
 
@@ -117,18 +119,21 @@ def cost(config: PretrainConfig, seconds: float | None = None) -> Cost:
     return Cost(parameters, views_per_image(config), flops, seconds)
 
 
-def steps_for(unit: Unit, amount: float, batch_size: int, cost: Cost) -> int:
-    """Optimizer steps that come nearest to the budget, at least one.
+def steps_for(unit: Unit, amount: float, batch_size: int, cost: Cost, name: str = "this method") -> int:
+    """Optimizer steps that come nearest to the budget.
 
     Raises:
-        BadInput: it cannot be counted for this method.
+        BadInput: it cannot be counted for this method, or is less than a step.
     """
     per_image = {"images": 1.0, "views": float(cost.views), "seconds": cost.seconds, "flops": cost.flops}[
         unit
     ]
     if not per_image:
-        raise BadInput(f"--budget {unit}: cannot be counted for this method; choose another unit")
-    return max(1, round(amount / (per_image * batch_size)))
+        raise BadInput(f"--budget {unit}: cannot be counted for {name}; choose another unit")
+    a_step = per_image * batch_size
+    if amount < a_step:
+        raise BadInput(f"--budget {unit} {amount:g}: is less than a step of {name}, which takes {a_step:.4g}")
+    return round(amount / a_step)
 
 
 def run_config(entry: Entry, seed: int, steps: int, comparison: Comparison) -> PretrainConfig:
@@ -175,9 +180,9 @@ def step_seconds(row: dict[str, Any], batch_size: int) -> float:
 
 
 def trial_seconds(run: Path, batch_size: int) -> float:
-    """Seconds of training per image: the median of the trial's steps."""
+    """Seconds of training per image: the mean over the trial's steps, without the first."""
     rows = [row for row in metrics_rows(run) if "loss" in row][_WARM_UP:]
-    return statistics.median(step_seconds(row, batch_size) for row in rows) / batch_size
+    return statistics.mean(step_seconds(row, batch_size) for row in rows) / batch_size
 
 
 def check(comparison: Comparison) -> None:
@@ -188,16 +193,22 @@ def check(comparison: Comparison) -> None:
     """
     from pretrain.data import open_source
     from pretrain.evaluate import check_labelled
+    from pretrain.teaching import identified
     from pretrain.training.setup import check_shapes, share_out
 
-    if not comparison.amount > 0:
-        raise BadInput(f"--budget {comparison.unit} {comparison.amount:g}: must be more than 0")
+    if not 0 < comparison.amount < math.inf:
+        raise BadInput(f"--budget {comparison.unit} {comparison.amount:g}: must be a number above 0")
     if min(comparison.jobs, comparison.threads) < 1 or comparison.probes < 0:
         raise BadInput("--jobs and --threads must be at least 1, --probes at least 0")
     names = [entry.name for entry in comparison.entries]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise BadInput(f"{', '.join(twice)}: asked for twice; leave one out")
+    for entry in comparison.entries:
+        if len(set(entry.seeds)) < len(entry.seeds):
+            raise BadInput(f"--seeds {' '.join(map(str, entry.seeds))}: one was given twice; leave it out")
+        if slug(entry.method) == FLOOR:
+            raise BadInput(f"{entry.method}: the table calls untrained weights so; choose another name")
     if comparison.reference not in {entry.method for entry in comparison.entries}:
         methods = ", ".join(dict.fromkeys(entry.method for entry in comparison.entries))
         raise BadInput(f"--reference {comparison.reference}: is none of the methods: {methods}")
@@ -206,6 +217,7 @@ def check(comparison: Comparison) -> None:
         config = entry.config
         check_shapes(config)
         share_out(config.optimizer, 0, 1)
+        identified(config)
         if config.data.images is None:
             raise BadInput("give the images to train on: coma compare IMAGES ...")
     open_source(comparison.entries[0].config.data.images or Path())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,10 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pretrain.compare.plan import Comparison, Cost, Entry, metrics_rows, slug, step_seconds
+from pretrain.compare.plan import FLOOR, Comparison, Cost, Entry, metrics_rows, slug, step_seconds
 
-FLOOR = "random"
-"""Name of the row without training."""
+TITLES = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuned"}
+"""Protocols as tables call them."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class Group:
         """Of all runs that were measured so, in percent."""
         return [run.top1[protocol] for run in self.runs if protocol in run.top1]
 
+    def flops_per_image(self) -> float | None:
+        """Of training, forward and backward; None where they cannot be counted, or there was none."""
+        run = self.runs[0]
+        return run.flops / run.images if run.flops and run.images else None
+
     def seconds_per_image(self) -> float:
         """Of training."""
         return self.mean("seconds") / self.mean("images")
@@ -79,11 +85,12 @@ class Reach:
     """The reference's last probe, mean over its seeds, in percent."""
     images: tuple[int, ...]
     """Of every run that got there, up to that probe."""
+    seconds: tuple[float, ...]
+    """Likewise, of training."""
     runs: int
-    of_reference: float
-    """Mean images over those that the reference's runs saw in all."""
-    learned: bool = True
-    """Whether the reference ended better than it began; else there is nothing to reach."""
+    learned: bool
+    """Whether the reference ended better than it began, by more than two standard errors of counting test
+    images; else there is nothing to reach."""
 
 
 def read_result(comparison: Comparison, entry: Entry, seed: int, cost: Cost) -> Result | None:
@@ -185,8 +192,12 @@ def groups(results: Sequence[Result]) -> list[Group]:
     ]
 
 
-def reach(group: Group, reference: Group | None, protocol: str) -> Reach | None:
-    """When the group first did as well as the reference did in the end; None without probes."""
+def reach(group: Group, reference: Group | None, protocol: str, test_images: int) -> Reach | None:
+    """When the group first did as well as the reference did in the end; None without probes.
+
+    An upper bound where probes are far apart, and an early one where they are noisy: of several looks, one
+    is above by chance.
+    """
     if reference is None:
         return None
     finals = [run.looks[-1].top1[protocol] for run in reference.runs if _probed(run, protocol)]
@@ -195,13 +206,24 @@ def reach(group: Group, reference: Group | None, protocol: str) -> Reach | None:
         return None
     target = statistics.mean(finals)
     first = [
-        next((look.images for look in run.looks if look.images and look.top1[protocol] >= target), None)
+        next((look for look in run.looks if look.images and look.top1[protocol] >= target), None)
         for run in runs
     ]
-    images = tuple(each for each in first if each is not None)
-    share = statistics.mean(images) / reference.mean("images") if images else float("nan")
+    there = [look for look in first if look is not None]
     begun = statistics.mean(run.looks[0].top1[protocol] for run in reference.runs if _probed(run, protocol))
-    return Reach(target, images, len(runs), share, target > begun)
+    noise = standard_error(target, test_images)
+    return Reach(
+        target,
+        tuple(look.images for look in there),
+        tuple(look.seconds for look in there),
+        len(runs),
+        target > begun + 2 * noise,
+    )
+
+
+def standard_error(percent: float, images: int) -> float:
+    """Of an accuracy that was counted on so many images, in percent (binomial)."""
+    return math.sqrt(max(percent * (100 - percent), 0.0) / images)
 
 
 def _probed(run: Result, protocol: str) -> bool:

@@ -41,7 +41,7 @@ from pretrain.compare.report import write_report
 from pretrain.compare.results import Result, floor_name, read_floor, read_result, read_scores, score_file
 from pretrain.config import PretrainConfig
 from pretrain.data import measure, open_source
-from pretrain.errors import BadInput, CheckFailed
+from pretrain.errors import BadInput, CheckFailed, Interrupted
 from pretrain.evaluate import random_encoder
 from pretrain.plain import to_plain
 from pretrain.training.files import write_whole
@@ -83,7 +83,7 @@ def compare(comparison: Comparison) -> Compared:
         plans = []
         for entry in comparison.entries:
             batch = entry.config.optimizer.batch_size
-            steps = steps_for(comparison.unit, comparison.amount, batch, costs[entry.name])
+            steps = steps_for(comparison.unit, comparison.amount, batch, costs[entry.name], entry.name)
             plans += [(entry, seed, run_config(entry, seed, steps, comparison)) for seed in entry.seeds]
         for _, _, config in plans:
             _keep_settings(comparison, config)
@@ -95,9 +95,13 @@ def compare(comparison: Comparison) -> Compared:
         ]
         jobs += _floor_jobs(comparison, costs, images)
         progress.start(jobs)
-        runner.run(jobs)
+        try:
+            runner.run(jobs)
+        except Interrupted:
+            write_report(comparison, collect(comparison, costs), costs, ["the comparison was stopped"])
+            raise
     results = collect(comparison, costs)
-    failures = tuple(map(str, runner.failures))
+    failures = (*map(str, runner.failures), *_missing(comparison, results, runner))
     return Compared(comparison, results, costs, failures, write_report(comparison, results, costs, failures))
 
 
@@ -113,6 +117,24 @@ def collect(comparison: Comparison, costs: dict[str, Cost]) -> tuple[Result, ...
     return tuple(result for result in found if result)
 
 
+def _missing(comparison: Comparison, results: Sequence[Result], runner: Runner) -> list[str]:
+    """Runs that say that they are done, and cannot be read: cut short by a full disk, say."""
+    there = {(result.method, result.model, result.seed) for result in results if result.top1}
+    failed = {failure.name for failure in runner.failures}
+    names = [
+        f"{entry.name}-{seed}"
+        for entry in comparison.entries
+        for seed in entry.seeds
+        if (entry.method, entry.model, seed) not in there
+    ]
+    runs = comparison.out / "runs"
+    return [
+        f"{name}: its log or its scores are not whole; delete {runs / name} and start again"
+        for name in names
+        if name not in failed and not any(each.startswith(f"{name}-") for each in failed)
+    ]
+
+
 def _open(comparison: Comparison) -> None:
     """Refuse a directory of something else, or of a comparison with another budget or other test images."""
     out = comparison.out
@@ -120,7 +142,7 @@ def _open(comparison: Comparison) -> None:
         "budget": [comparison.unit, comparison.amount],
         "test": str(comparison.test),
         "device": comparison.device,
-        "threads": comparison.threads,
+        "threads": comparison.threads if comparison.device == "cpu" else None,
         "probes": [comparison.probes, *comparison.probe_limits],
         "finetune": list(comparison.finetune_flags),
     }
@@ -173,7 +195,7 @@ def _slots(comparison: Comparison) -> list[dict[str, str]]:
 def _timed(
     comparison: Comparison, costs: dict[str, Cost], runner: Runner, progress: Progress
 ) -> dict[str, Cost]:
-    """Costs with seconds, from a short run of every entry, one after the other; measured once."""
+    """Costs with seconds, from a short run of every entry, side by side as later; measured once."""
 
     def trial(entry: Entry) -> Job:
         out = comparison.out / "trials" / entry.name
@@ -185,10 +207,10 @@ def _timed(
 
     jobs = [trial(entry) for entry in comparison.entries]
     progress.start(jobs)
-    one = Runner(comparison.out, _slots(comparison)[:1], progress.tell, runner.stop)
-    one.run(jobs)
-    if one.failures:
-        raise CheckFailed("; ".join(map(str, one.failures)))
+    trials = Runner(comparison.out, _slots(comparison), progress.tell, runner.stop)
+    trials.run(jobs)
+    if trials.failures:
+        raise CheckFailed("; ".join(map(str, trials.failures)))
     batch = {entry.name: entry.config.optimizer.batch_size for entry in comparison.entries}
     return {
         name: replace(known, seconds=trial_seconds(comparison.out / "trials" / name, batch[name]))
@@ -205,10 +227,26 @@ def _keep_settings(comparison: Comparison, config: PretrainConfig) -> None:
     path, plain = _settings(comparison, config.run.out.name), to_plain(config)
     if not path.exists():
         _write_json(path, plain)
-    elif json.loads(path.read_text()) != json.loads(json.dumps(plain)):
+        return
+    before, now = _flat(json.loads(path.read_text())), _flat(json.loads(json.dumps(plain)))
+    changed = [
+        f"{name} {before.get(name)} -> {now.get(name)}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and name != "data.workers"  # who decodes changes no result
+    ]
+    if changed:
         raise BadInput(
-            f"{path}: this run was planned with other settings; give the same ones, or another --out"
+            f"{path}: this run was planned with other settings: {', '.join(changed)}; give the same ones, or "
+            "another --out"
         )
+
+
+def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in plain.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def _settings(comparison: Comparison, name: str) -> Path:
