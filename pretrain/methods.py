@@ -68,8 +68,8 @@ class BeyondConfig:
     """zoom-in+coma: groups that share the centre's units; each of them predicts what it does not see."""
     border_weight: float = 0.5
     """zoom-in+mask and zoom-in+coma: share of the loss that the border around the centre gets; the hidden
-    part of the centre has the rest. The authors' code weighs 0.8 of the centre's mean error and 0.2 of the sum
-    of four strips' mean errors, so both alike. Plain zoom-in weighs all pixels alike."""
+    part of the centre has the rest. The authors' code weighs the centre's mean error by 0.8 and the sum of
+    four strips' mean errors by 0.2, so both alike. Plain zoom-in weighs all pixels alike."""
     norm_pix: bool = True
     """Predict pixels normalised per mask unit (MAE sec. 4.1) instead of plain pixels."""
     decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(depth=8))
