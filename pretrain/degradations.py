@@ -1,6 +1,6 @@
 """Ways to degrade an image other than masks: zoom in, zoom out, distort, blur, take the colour away.
 
-From "Beyond Masking" (Jiao et al. 2022, arXiv 2203.14313, sec. 3.2), with the numbers of the authors'
+From "Beyond Masking" (Tian et al. 2022, arXiv 2203.14313, sec. 3.2), with the numbers of the authors'
 public code, given there for 224 px and here for any size: a border of 1/9 of the view (288 px around 224), a
 picture shrunk to 5/7 (160 of 224), a fisheye centred in U(-1, 1)^2 of strength U(0.15, 0.25), a 7 x 7 kernel
 of weights N(1/49, 0.02), channel weights U(0, 0.667). Our own: a kernel is divided by its sum, so that

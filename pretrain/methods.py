@@ -57,7 +57,7 @@ class MAEConfig:
 
 @dataclass(frozen=True)
 class BeyondConfig:
-    """Degradations other than masks (Jiao et al. 2022, "Beyond Masking", arXiv 2203.14313)."""
+    """Degradations other than masks (Tian et al. 2022, "Beyond Masking", arXiv 2203.14313)."""
 
     degrade: Degradation = "zoom-in+mask"
     """What is done to the input. Published, their order of fine-tuned accuracy: zoom-in+mask, (masks alone,

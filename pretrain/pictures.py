@@ -112,7 +112,7 @@ def degradation_sheet(view: Tensor, path: Path, kinds: Sequence[Kind], draws: in
         "Every row is another draw. Zooming in draws nothing: the encoder sees the centre, and the border "
         "(grey) is predicted too; zoom-in+mask and zoom-in+coma hide random units of the centre besides."
     )
-    _write(path, _draw(columns, "Degradations (Jiao et al. 2022)", notes))
+    _write(path, _draw(columns, "Degradations (Tian et al. 2022)", notes))
 
 
 def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:

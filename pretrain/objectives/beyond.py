@@ -1,4 +1,4 @@
-"""Beyond Masking: undo other degradations than masks (Jiao et al. 2022, arXiv 2203.14313, sec. 3.2 and 4.2).
+"""Beyond Masking: undo other degradations than masks (Tian et al. 2022, arXiv 2203.14313, sec. 3.2 and 4.2).
 
     zoom-in        the encoder sees the centre of a larger view (224 of 288 px); the whole view is predicted
     zoom-in+mask   and three quarters of that centre are hidden: the best in the paper (83.2 against 82.9
