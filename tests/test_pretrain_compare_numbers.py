@@ -1,0 +1,157 @@
+"""What a comparison counts and says: budgets, seconds, when a method catches up, captions, refusals."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_pretrain_compare import SMALL, asked
+from test_pretrain_probe import class_folders
+
+from pretrain.commands.compare import entry, parse
+from pretrain.compare import Cost, Result, compare, groups, mean_and_deviation, reach, steps_for
+from pretrain.compare.caption import caption
+from pretrain.compare.picture import draw
+from pretrain.compare.progress import time_left
+from pretrain.compare.results import Look, Reach, seconds_until, standard_error
+from pretrain.errors import BadInput
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return class_folders(tmp_path_factory.mktemp("labelled"))
+
+
+def test_budgets():
+    cost = Cost(parameters=1, views=2, flops=5.0, seconds=0.01)
+    assert steps_for("images", 1000, 10, cost) == 100
+    assert steps_for("views", 1000, 10, cost) == 50
+    assert steps_for("seconds", 60, 10, cost) == 600
+    assert steps_for("flops", 1000, 10, cost) == 20
+    assert steps_for("images", 104, 10, cost) == 10
+    with pytest.raises(BadInput, match="--budget images 9: is less than a step of mae, which takes 10"):
+        steps_for("images", 9, 10, cost, "mae")
+    with pytest.raises(BadInput, match="--budget flops: cannot be counted"):
+        steps_for("flops", 1000, 10, replace(cost, flops=None))
+
+
+def test_seconds_of_log_points():
+    logged = [
+        {"step": 10, "images_per_s": 4.0},
+        {"step": 20, "images_per_s": 8.0},
+        {"step": 25, "cpu_s": 2.0},
+    ]
+    assert seconds_until(logged, 25, 4) == 10 + 5 + 10
+    assert seconds_until(logged, 15, 4) == 12.5
+    assert seconds_until(logged, 0, 4) == 0
+
+
+def test_when_a_method_reaches_the_reference():
+    def runs(method: str, *curves: list[float]) -> list[Result]:
+        looks = [
+            tuple(Look(100 * i, 1.0 * i, {"knn": value}) for i, value in enumerate(curve)) for curve in curves
+        ]
+        return [
+            Result(method, "m", i, 1, 1, 400, 400, 4.0, 1.0, 0.1, {"knn": 1.0}, looks=each)
+            for i, each in enumerate(looks)
+        ]
+
+    found = groups(
+        runs("mae", [10, 20, 25, 30, 38], [10, 20, 25, 30, 42]) + runs("coma", [10, 40, 39], [10, 20, 30])
+    )
+    assert reach(found[1], found[0], "knn", 1000) == Reach(40.0, (100,), (1.0,), 2, True)
+    one, other = groups(runs("coma", [10, 40]) + runs("mae", [30, 20]))
+    assert reach(one, other, "knn", 1000) == Reach(20.0, (100,), (1.0,), 1, False)
+    assert reach(found[1], None, "knn", 1000) is None and reach(found[1], found[0], "linear", 1000) is None
+    assert standard_error(50, 1000) == pytest.approx(100 * np.sqrt(0.25 / 1000))  # binomial
+    almost, _ = groups(runs("mae", [37.5, 40]) + runs("coma", [0, 0]))
+    noisy, sure = (reach(almost, almost, "knn", images) for images in (1000, 10_000))
+    assert noisy and sure and (noisy.learned, sure.learned) == (False, True)  # 2.5 points: 1.6 errors, then 5
+    assert mean_and_deviation([1.0, 3.0]) == "2.0 ± 1.4 (n = 2)"
+    assert (mean_and_deviation([2.0]), mean_and_deviation([])) == ("2.0 (n = 1)", "")
+    assert time_left(60, 1, 2) == "about 0:02 h left"
+
+
+def test_settings_that_cannot_be_compared_are_refused(labelled, tmp_path, capsys):
+    argv = [str(labelled / "train"), "--test", str(labelled), "--budget", "images", "8", "--device", "cpu"]
+    assert parse([*argv, "--methods", "mae", "zoom: beyond --degrade zoom-in"]).entries[1].method == "zoom"
+    refused = [
+        ([*argv, "--", "--seed", "3"], "--seed behind --"),
+        ([*argv, "--", "--sheet-steps=3"], "--sheet-steps=3 behind --"),
+        ([*argv, "--methods", "mae --seed 3"], "--seed in --methods 'mae --seed 3'"),
+        ([*argv, "--models", "tiny --steps 3"], "--steps in --models"),
+        ([*argv, "--protocols", "finetune", "--finetune", "--from-scratch"], "--from-scratch in --finetune"),
+        ([*argv, "--methods", "nonsense"], "does not take"),
+        ([*argv, "--", "--nonsense"], "does not take"),
+        ([*argv, "--protocols", "finetune", "--finetune", "--nonsense 3"], "--finetune: coma evaluate"),
+        ([*argv, "--protocols", "--methods", "mae"], "at least one of each"),
+    ]
+    for arguments, complaint in refused:
+        with pytest.raises(BadInput, match=complaint):
+            parse(arguments)
+    capsys.readouterr()
+    good = asked(labelled, tmp_path / "out")
+    untaught = entry(labelled / "train", "cmt", "vit-tiny", ["--image-size", "16", "--batch-size", "4"], (0,))
+    for changes, complaint in [
+        ({"entries": good.entries * 2}, "asked for twice"),
+        ({"reference": "cmt"}, "--reference cmt: is none of the methods: mae, coma"),
+        ({"test": tmp_path / "nowhere"}, "no such file"),
+        ({"amount": 0.0}, "must be a number above 0"),
+        ({"amount": float("inf")}, "must be a number above 0"),
+        ({"entries": (replace(good.entries[0], seeds=(0, 0)),)}, "--seeds 0 0: one was given twice"),
+        ({"entries": (replace(good.entries[0], method="random"),)}, "the table calls untrained weights so"),
+        ({"entries": (good.entries[0], untaught)}, "--teacher-weights"),
+        ({"out": labelled}, "is not empty and holds no comparison"),
+    ]:
+        with pytest.raises(BadInput, match=complaint):
+            compare(replace(good, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_of_a_method_win_over_those_of_all(labelled):
+    argv = [str(labelled / "train"), "--test", str(labelled), "--budget", "images", "64", "--device", "cpu"]
+    argv += ["--methods", "mae --base-lr 2e-3", "coma", "--", "--base-lr", "1e-3", "--batch-size", "32"]
+    mae, coma = parse(argv).entries
+    assert (mae.config.optimizer.base_lr, coma.config.optimizer.base_lr) == (2e-3, 1e-3)
+    assert (mae.config.optimizer.batch_size, coma.config.optimizer.batch_size) == (32, 32)
+
+
+def test_the_caption_tells_what_is_not_alike(labelled, tmp_path):
+    """Rates, crops that are zoomed into, and teachers; 0.5 (1 - 0.5) of 6 test images."""
+    names = ["mae --base-lr 1e-3", "zoom: beyond --degrade zoom-in", "cmt --teacher runs/mae/artifact"]
+    found = tuple(entry(labelled / "train", name, "small: tiny", SMALL, (0,)) for name in names)
+    comparison = asked(labelled, tmp_path, entries=found)
+    text = caption(comparison, {each.name: Cost(1, 1, None) for each in found}, ["a run: exit code 1"])
+    assert "4, 1.56e-05, 0.2 to 1 of the area (mae --base-lr 1e-3 on small)" in text
+    assert "centre of a crop: 25% (zoom, small) of its area" in text
+    assert "Taught: cmt --teacher runs/mae/artifact by artifact. What training the teacher took" in text
+    assert "**Missing:** a run: exit code 1" in text
+
+
+def test_the_picture_shows_everything_once_where_it_was_measured(labelled, tmp_path, monkeypatch):
+    """A column for each backbone; a single run is hollow; probes apart from what was measured in the end."""
+    shown = []
+    monkeypatch.setattr("pretrain.compare.picture.write_whole", lambda *_: None)
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: shown.append(figure))
+    looks = (Look(0, 0.0, {"knn": 10.0}), Look(400, 90.0, {"knn": 35.0}))
+    results = [
+        Result(method, model, seed, 1, 1, 400, 400, 120.0, 1.0, 0.1, {"knn": 40.0 + seed}, looks=looks)
+        for method, model, seed in [("mae", "a", 0), ("mae", "a", 1), ("coma", "a", 0), ("coma", "b", 0)]
+    ]
+    results.append(Result("random", "b", 0, 1, 0, 0, 0, 0.0, 0.0, None, {"knn": 20.0}))
+    draw(asked(labelled, tmp_path), groups(results), tmp_path / "unused.png")
+    (figure,) = shown
+    axes = {each.get_title(): each for each in figure.axes}
+    assert list(axes) == ["a: kNN", "b: kNN", "a: kNN, on the way", "b: kNN, on the way"]
+    markers = [
+        (float(line.get_xdata()[0]), float(line.get_ydata()[0]), line.get_markerfacecolor() == "none")
+        for line in axes["a: kNN"].lines
+        if line.get_marker() == "o"
+    ]
+    assert markers == [(2.0, 40.5, False), (2.0, 40.0, True)]
+    assert [list(line.get_ydata()) for line in axes["b: kNN"].lines if line.get_linestyle() == "--"] == [
+        [20, 20]
+    ]
+    assert [list(line.get_xdata()) for line in axes["a: kNN, on the way"].lines] == [[0, 1.5]] * 3
