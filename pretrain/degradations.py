@@ -33,33 +33,31 @@ def degrade(images: Tensor, seeds: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     """Degrade a batch.
 
     Args:
-        images: `[b, c, H, W]`, floating point, plain or normalised pixels.
+        images: `[b, c, H, W]`, floating point, plain or normalised pixels; models are trained on normalised
+            ones. That matters for "decolor" alone: its weights do not add up to 1, the others' do.
         seeds: int64 `[b]`; one of them fixes what happens to its image.
         kind: How.
 
     Returns:
         What a model is shown, and what it is to make of it: the images as they were. Both are `[b, c, H, W]`,
         but for "zoom-in", whose input is the centre, smaller by `border(H)` and `border(W)` on every side.
+        Both are of the images' type, though halves are computed in float32.
 
     Raises:
-        BadInput: an unknown kind, "decolor" of other than 3 channels, or images too small for it.
+        BadInput: an unknown kind, whole numbers, "decolor" of other than 3 channels, or images too small.
     """
     if kind not in KINDS:
         raise BadInput(f"no degradation {kind!r}; there are: {', '.join(KINDS)}")
+    if not images.is_floating_point():
+        raise BadInput(f"images to be degraded are floating point, not {images.dtype}")
     height, width = images.shape[-2:]
     if min(height, width) <= _KERNEL // 2:
         raise BadInput(f"images of {height} x {width} px are too small to degrade")
-    match kind:
-        case "zoom-in":
-            return centre(images, border(height), border(width)), images
-        case "zoom-out":
-            return zoom_out(images, seeds), images
-        case "distort":
-            return distort(images, seeds), images
-        case "blur":
-            return blur(images, seeds), images
-        case "decolor":
-            return decolor(images, seeds), images
+    if kind == "zoom-in":
+        return centre(images, border(height), border(width)), images
+    change = {"zoom-out": zoom_out, "distort": distort, "blur": blur, "decolor": decolor}[kind]
+    shown = change(images.to(torch.promote_types(images.dtype, torch.float32)), seeds)
+    return shown.to(images.dtype), images
 
 
 def border(length: int) -> int:

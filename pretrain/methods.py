@@ -5,6 +5,7 @@ Help texts say what is published and what is this project's choice.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -86,6 +87,19 @@ class BeyondConfig:
             raise BadInput(f"complementary masks need at least 2 views, got {self.views}")
         if not 0 < self.border_weight < 1:
             raise BadInput(f"border weight {self.border_weight} must lie between 0 and 1")
+        for name, kinds in _USED_BY.items():
+            value = getattr(self, name)
+            if self.degrade not in kinds and value != getattr(BeyondConfig, name):
+                flag = f"--objective.{name.replace('_', '-')} {value}"
+                raise BadInput(f"{flag} belongs to {' and '.join(kinds)}; {self.degrade} makes no use of it")
+
+
+_USED_BY: Mapping[str, tuple[Degradation, ...]] = {
+    "hidden_ratio": ("zoom-in+mask",),
+    "views": ("zoom-in+coma",),
+    "border_weight": ("zoom-in+mask", "zoom-in+coma"),
+}
+"""Settings of `BeyondConfig` that not every degradation has a use for."""
 
 
 @dataclass(frozen=True)

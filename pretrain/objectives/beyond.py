@@ -63,9 +63,9 @@ class Beyond(MaskedPixels):
         visible = self.draw_visible(seeds, h, w)
         shown = self.degraded(images, seeds)
         if self.config.degrade == "zoom-in+coma":
-            features = self._encode(shown, visible.long().argmax(dim=0), self._sizes(h, w))
+            features = self._encode(shown, visible.long().argmax(dim=0), _sizes(self.config, h, w))
         else:
-            features = self._encode(shown, group_of(visible[0]), self._sizes(h, w))
+            features = self._encode(shown, group_of(visible[0]), _sizes(self.config, h, w))
         prediction = self.decoder(features, visible)
         target = pixel_targets(patchify(images, self.encoder.unit), self.config.norm_pix)
         error = (prediction.float() - target).square().mean(dim=-1)
@@ -89,23 +89,12 @@ class Beyond(MaskedPixels):
         return hidden * ((1 - share) / hidden.sum().clamp(min=1)) + outside * (share / outside.sum())
 
     def draw_visible(self, seeds: Tensor, h: int, w: int) -> Tensor:
-        """The units of whole views that the encoder sees, bool `[v, b, h, w]`: without zoom-in, all."""
-        if not self.config.zooms_in:
-            return torch.ones(1, len(seeds), h, w, dtype=torch.bool, device=seeds.device)
-        rows, cols = self._ring(h, w)
-        inner = h - 2 * rows, w - 2 * cols
-        if self.config.degrade == "zoom-in+coma":
-            group = partition(seeds, *inner, self.config.views)
-            seen = group == torch.arange(self.config.views, device=group.device)[:, None, None, None]
-        else:
-            seen = keep(seeds, *inner, self._sizes(h, w)[0])[None]
-        return F.pad(seen, (cols, cols, rows, rows))
+        """The units of whole views that the encoder sees, see `draw_views`."""
+        return draw_views(self.config, seeds, h, w)
 
     def degraded(self, images: Tensor, seeds: Tensor) -> Tensor:
         """Whole views as the encoder gets them, but for what masks and the border hide."""
-        if self.config.zooms_in:
-            return images
-        return degrade(images, seeds, cast("Kind", self.config.degrade))[0]
+        return shown_of(self.config, images, seeds)
 
     def encode(self, images: Tensor, visible: Tensor) -> Tensor:
         """Features of the visible units; zooming in, of those in the centre only."""
@@ -123,41 +112,76 @@ class Beyond(MaskedPixels):
             statistics: Where mean and contrast come from, see `MaskedPixels.reconstruct`; of an image without
                 hidden units they are those of the degraded image either way.
         """
+        if self.config.zooms_in:
+            visible = visible & _inside(visible.shape[-2], visible.shape[-1], visible.device)
         return self.fill_in(images, visible, statistics, everywhere=not self.config.zooms_in)
 
     def _encode(self, images: Tensor, group: Tensor, sizes: tuple[int, ...] | None = None) -> Tensor:
         # whole views and groups on their grid to features b h w c, zeros outside the centre
         if not self.config.zooms_in:
             return self.encoder.forward_features(images, group, sizes)
-        rows, cols = self._ring(*group.shape[-2:])
+        rows, cols = _ring(*group.shape[-2:])
         unit = self.encoder.unit
         seen = centre(images, rows * unit, cols * unit)
         features = self.encoder.forward_features(seen, centre(group, rows, cols), sizes)
         return F.pad(features, (0, 0, cols, cols, rows, rows))
 
-    def _sizes(self, h: int, w: int) -> tuple[int, ...]:
-        """Units that each view sees."""
-        if not self.config.zooms_in:
-            return (h * w,)
-        rows, cols = self._ring(h, w)
-        units = (h - 2 * rows) * (w - 2 * cols)
-        if self.config.degrade == "zoom-in+coma":
-            return group_sizes(units, self.config.views)
-        shown = (
-            int(units * (1 - self.config.hidden_ratio)) if self.config.degrade == "zoom-in+mask" else units
-        )
-        if shown < 1:
-            raise BadInput(f"hiding {self.config.hidden_ratio:.0%} of {units} mask units leaves none to see")
-        return (shown,)
 
-    def _ring(self, h: int, w: int) -> tuple[int, int]:
-        if h < 3 or w < 3:
-            raise BadInput(f"a view of {h} x {w} mask units has no centre to zoom in to; it needs 3 x 3")
-        return border(h), border(w)
+def draw_views(config: BeyondConfig, seeds: Tensor, h: int, w: int) -> Tensor:
+    """The units of whole views that an encoder sees: without zoom-in, all.
+
+    Args:
+        config: The degradation; a model is not needed.
+        seeds: int64 `[b]`.
+        h: Rows of units of the whole view.
+        w: Columns, likewise.
+
+    Returns:
+        bool `[v, b, h, w]`.
+
+    Raises:
+        BadInput: too few units to zoom in, or to hide that many of them.
+    """
+    if not config.zooms_in:
+        return torch.ones(1, len(seeds), h, w, dtype=torch.bool, device=seeds.device)
+    rows, cols = _ring(h, w)
+    inner = h - 2 * rows, w - 2 * cols
+    if config.degrade == "zoom-in+coma":
+        group = partition(seeds, *inner, config.views)
+        seen = group == torch.arange(config.views, device=group.device)[:, None, None, None]
+    else:
+        seen = keep(seeds, *inner, _sizes(config, h, w)[0])[None]
+    return F.pad(seen, (cols, cols, rows, rows))
+
+
+def shown_of(config: BeyondConfig, images: Tensor, seeds: Tensor) -> Tensor:
+    """Whole views `[b, c, H, W]` as an encoder gets them, but for what masks and the border hide."""
+    return images if config.zooms_in else degrade(images, seeds, cast("Kind", config.degrade))[0]
+
+
+def _sizes(config: BeyondConfig, h: int, w: int) -> tuple[int, ...]:
+    # units that each view sees
+    if not config.zooms_in:
+        return (h * w,)
+    rows, cols = _ring(h, w)
+    units = (h - 2 * rows) * (w - 2 * cols)
+    if config.degrade == "zoom-in+coma":
+        return group_sizes(units, config.views)
+    shown = int(units * (1 - config.hidden_ratio)) if config.degrade == "zoom-in+mask" else units
+    if shown < 1:
+        raise BadInput(f"hiding {config.hidden_ratio:.0%} of {units} mask units leaves none to see")
+    return (shown,)
+
+
+def _ring(h: int, w: int) -> tuple[int, int]:
+    # rows and columns of units that are border, at either end
+    if h < 3 or w < 3:
+        raise BadInput(f"a view of {h} x {w} mask units has no centre to zoom in to; it needs 3 x 3")
+    return border(h), border(w)
 
 
 def _inside(h: int, w: int, device: torch.device) -> Tensor:
     # bool h w: the centre of a view
-    rows, cols = border(h), border(w)
+    rows, cols = _ring(h, w)
     inner = torch.ones(h - 2 * rows, w - 2 * cols, dtype=torch.bool, device=device)
     return F.pad(inner, (cols, cols, rows, rows))
