@@ -3,7 +3,7 @@
     python benchmarks/methods/sheet.py --data DATA/class-tinyimagenet40 --out docs/methods.png
 
 Draws the runs that `run.py` left in --work (those of seed 0, with equal images), on images of DATA's test
-split, which no run has trained on.
+split, which no run has trained on. Methods that zoom in get them in as many pixels as their views have.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from pretrain.data import open_source
 from pretrain.data.transforms import centre_square, normalize, resize
 from pretrain.masking.units import spread, unit_grid
 from pretrain.objectives.base import MaskedPixels
+from pretrain.plain import read_config
 from pretrain.pretrained import load_pretrained
 
 
 def rows(objective: MaskedPixels, images: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
     """The inputs with what is hidden in grey (NaN) and what was predicted of all else, `[b, c, H, W]` each.
 
-    Of complementary views the first is shown as input, and of the output what views predict of what they
-    did not see.
+    Of several views the first is shown as input, and of the output what views predict of what they did not
+    see.
     """
     unit, (height, width) = objective.encoder.unit, images.shape[-2:]
     with torch.inference_mode():
@@ -83,12 +84,13 @@ def main() -> None:
     for row, (name, place) in enumerate(found.items(), start=1):
         objective, config = load_pretrained(place)
         squares = [source.read(index, config.model.channels) for index in args.images]
-        size = config.image_size
+        size = read_config(place.parent / "config.json").view_size
         squares = [resize(each, centre_square(*each.shape[:2]), size, size) for each in squares]
         pixels = normalize(torch.stack(squares), config.mean, config.std)
         given, made = rows(objective, pixels, torch.arange(count))
-        for column, picture in enumerate(pictures(pixels, config)):
-            grid[0][2 * column].imshow(picture)
+        if row == 1:
+            for column, picture in enumerate(pictures(pixels, config)):
+                grid[0][2 * column].imshow(picture)
         for column, (left, right) in enumerate(
             zip(pictures(given, config), pictures(made, config), strict=True)
         ):
