@@ -24,6 +24,7 @@ from pretrain.methods import CMTConfig as CMTConfig
 from pretrain.methods import DecoderConfig as DecoderConfig
 from pretrain.methods import Degradation as Degradation
 from pretrain.methods import MAEConfig as MAEConfig
+from pretrain.methods import TaughtConfig as TaughtConfig
 from pretrain.methods import TeacherConfig as TeacherConfig
 from pretrain.methods import method_preset as method_preset
 

@@ -23,6 +23,10 @@ class DecoderConfig:
     depth: int = 4
     heads: int = 16
 
+    def __post_init__(self) -> None:
+        if self.dim % self.heads or self.dim % 4:
+            raise BadInput(f"decoder dim {self.dim} must be a multiple of 4 and of its {self.heads} heads")
+
 
 @dataclass(frozen=True)
 class CoMAConfig:
@@ -161,6 +165,7 @@ class BalancedCoMAConfig(CoMAConfig):
             raise BadInput(f"balanced views are complementary; masks {self.masks!r} cannot be balanced")
 
 
+TaughtConfig = CMTConfig | BalancedCoMAConfig
 ObjectiveConfig = CoMAConfig | MAEConfig | BeyondConfig | CMTConfig | BalancedCoMAConfig
 
 

@@ -1,9 +1,12 @@
 """What the tests of teachers and of the methods that have one share."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from safetensors.torch import save_file
 
 from pretrain.config import (
     BalancedCoMAConfig,
@@ -25,6 +28,14 @@ ENCODERS = {
 }
 STATISTICS = ((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 METHODS = {"cmt": CMTConfig(decoder=DECODER), "coma-balanced": BalancedCoMAConfig(decoder=DECODER)}
+
+
+def timm_weights(folder: Path) -> Path:
+    """A file of weights of timm's smallest vision transformer, classifier included."""
+    torch.manual_seed(5)
+    path = folder / "test_vit.safetensors"
+    save_file(timm.create_model("test_vit").state_dict(), path)
+    return path
 
 
 def teacher() -> Any:

@@ -15,7 +15,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from short_runs import MODEL, assert_same, at, interrupted, learned
-from taught_models import ENCODERS, METHODS, STATISTICS, objective, pictures, teacher
+from taught_models import ENCODERS, METHODS, STATISTICS, objective, pictures, teacher, timm_weights
 
 from pretrain import cli, load_pretrained
 from pretrain.config import (
@@ -44,11 +44,7 @@ GOLDEN = Path(__file__).parent / "golden" / "loss_curves_cmt.json"
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """A file of weights of timm's smallest vision transformer, classifier included."""
-    torch.manual_seed(5)
-    path = tmp_path_factory.mktemp("weights") / "test_vit.safetensors"
-    save_file(timm.create_model("test_vit").state_dict(), path)
-    return path
+    return timm_weights(tmp_path_factory.mktemp("weights"))
 
 
 # the objectives --------------------------------------------------------------------------------

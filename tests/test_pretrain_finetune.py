@@ -12,6 +12,8 @@ import pytest
 import torch
 from short_runs import MODEL
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import pretrain
 from pretrain.artifact import (
@@ -301,6 +303,13 @@ def test_flops_are_counted():
     stem = 16 * 2 * 48 * dim
     flops = 3 * (stem + 2 * block + 2 * dim * 3) - stem
     assert finetuning_flops(PLAIN, 3, 16) == pytest.approx(flops, rel=1e-3)
+
+
+def test_flops_of_a_dyvit_are_those_of_a_step_on_numbers():
+    classifier, images = build_classifier(MODEL, 3), torch.zeros(1, 3, 16, 16)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        classifier(images).sum().backward()
+    assert finetuning_flops(MODEL, 3, 16) == counter.get_total_flops()
 
 
 # settings ---------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
-from taught_models import ENCODERS, STATISTICS, pictures
+from safetensors.torch import load_file, save_file
+from taught_models import ENCODERS, STATISTICS, pictures, timm_weights
 from torch import nn
 
 from pretrain.config import (
@@ -28,11 +28,7 @@ from pretrain.teaching import PUBLISHED, identified, load_teacher, remarks
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """A file of weights of timm's smallest vision transformer, classifier included."""
-    torch.manual_seed(5)
-    path = tmp_path_factory.mktemp("weights") / "test_vit.safetensors"
-    save_file(timm.create_model("test_vit").state_dict(), path)
-    return path
+    return timm_weights(tmp_path_factory.mktemp("weights"))
 
 
 # guided masks ----------------------------------------------------------------------------------
@@ -108,26 +104,28 @@ def test_balanced_views_get_as_much_attention_and_random_ones_do_not():
 # attention and teachers ------------------------------------------------------------------------
 
 
-def test_attention_of_our_vit_and_of_timms_is_what_their_layers_compute():
+@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "ours"])
+def test_attention_of_our_vit_and_of_timms_is_what_their_layers_compute(name):
+    """timm's with a cls token to ask; one with a register, but none; ours, whose cls token nobody asks."""
     torch.manual_seed(0)
+    ours = name == "ours"
+    network: Any = (build_encoder(ENCODERS["vit"]) if ours else timm.create_model(name, num_classes=0)).eval()
     images = torch.randn(2, 3, 160, 160)
-    for name in ("test_vit", "test_vit2"):  # with a cls token; with a register, but none
-        network: Any = timm.create_model(name, num_classes=0).eval()
-        features, attention = attend(network, images)
-        tokens = network.forward_features(images)
-        torch.testing.assert_close(features.flatten(1, 2), tokens[:, 1:], rtol=1e-4, atol=1e-5)
-        got: list[torch.Tensor] = []
-        hook = network.blocks[-1].attn.register_forward_pre_hook(lambda _, x, got=got: got.append(x[0]))
-        network.forward_features(images)
-        hook.remove()
-        layer = network.blocks[-1].attn
-        q, k, _ = layer.qkv(got[0]).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = layer.q_norm(q), layer.k_norm(k)
-        weights = (q @ k.transpose(-1, -2) * layer.head_dim**-0.5).softmax(-1)
-        rows = weights[:, :, :1] if network.has_class_token else weights[:, :, 1:]
-        expected = rows[..., 1:].mean((1, 2))
-        expected = expected / expected.sum(1, keepdim=True)
-        torch.testing.assert_close(attention.flatten(1), expected)
+    features, attention = attend(network, images)
+    got: list[torch.Tensor] = []
+    layer = network.blocks[-1].attn
+    hook = layer.register_forward_pre_hook(lambda _, x: got.append(x[0]))
+    tokens = network.forward_features(images)
+    hook.remove()
+    expected = tokens if ours else tokens[:, 1:].unflatten(1, features.shape[1:3])
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+    q, k, _ = layer.qkv(got[0]).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k = layer.q_norm(q), layer.k_norm(k)
+    weights = (q @ k.transpose(-1, -2) * layer.head_dim**-0.5).softmax(-1)
+    rows = weights[:, :, :1] if name == "test_vit" else weights[:, :, 1:]
+    expected = rows[..., 1:].mean((1, 2))
+    expected = expected / expected.sum(1, keepdim=True)
+    torch.testing.assert_close(attention.flatten(1), expected)
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -231,6 +229,9 @@ def test_teachers_are_loaded_strictly_from_local_files(weights, tmp_path, monkey
         (TeacherConfig("vit_bas_patch16_224"), "no model of timm's, and no artifact; did you mean vit_base"),
         (TeacherConfig("resnet18"), "no plain vision transformer"),
         (TeacherConfig("swin_tiny_patch4_window7_224"), "no plain vision transformer"),
+        (TeacherConfig("naflexvit_base_patch16_gap"), "its patches lie on no fixed grid; take one such as"),
+        (TeacherConfig("qwen3_vit_88m_enc"), r"its attention cannot be read \(RuntimeError: unflatten"),
+        (TeacherConfig("somewhere/artifact"), "if the artifact was moved, give its directory"),
         (TeacherConfig("test_vit.nonsense"), "nonsense"),
         (TeacherConfig("clip.safetensors"), "does not say of which network"),
         (TeacherConfig("tests"), "no model.safetensors"),
@@ -243,6 +244,34 @@ def test_teachers_that_cannot_teach_are_refused(config, message, monkeypatch):
         load_teacher(config, STATISTICS)
 
 
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ({"patch_embed.proj.weight": torch.zeros(5)}, r"not weights of test_vit \(RuntimeError"),
+        ({"pos_embed": torch.zeros(5)}, r"not weights of test_vit \(IndexError"),
+        ({"model": torch.zeros(5)}, r"not weights of test_vit \(AttributeError"),
+        ({"state_dict": torch.zeros(5)}, r"not weights of test_vit \(RuntimeError"),
+        ({}, "78 missing"),
+    ],
+)
+def test_files_that_timm_stumbles_over_are_refused(held, message, tmp_path):
+    save_file(held, tmp_path / "odd.safetensors")
+    with pytest.raises(BadInput, match=rf"odd\.safetensors: .*{message}"):
+        load_teacher(TeacherConfig("test_vit", tmp_path / "odd.safetensors"), STATISTICS)
+
+
+def test_weights_of_another_size_are_not_interpolated(weights, tmp_path):
+    """As they come from OpenCLIP: timm renames them, and would bring them to the network's size."""
+    held = {f"visual.trunk.{name}": tensor for name, tensor in load_file(weights).items()}
+    path = tmp_path / "open.safetensors"
+    save_file(held, path)
+    load_teacher(TeacherConfig("test_vit", path), STATISTICS)
+    for name, shape in (("patch_embed.proj.weight", (64, 3, 32, 32)), ("pos_embed", (1, 26, 64))):
+        save_file(held | {f"visual.trunk.{name}": torch.zeros(shape)}, path)
+        with pytest.raises(BadInput, match=f"of other sizes: timm would interpolate {name}"):
+            load_teacher(TeacherConfig("test_vit", path), STATISTICS)
+
+
 def test_missing_weights_are_asked_for(weights, monkeypatch):
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     with pytest.raises(
@@ -251,11 +280,15 @@ def test_missing_weights_are_asked_for(weights, monkeypatch):
         load_teacher(TeacherConfig("test_vit"), STATISTICS)
     with pytest.raises(BadInput, match="takes images of 3 channels, these have 1"):
         load_teacher(TeacherConfig("test_vit", weights), ((0.5,), (0.5,)))
-    assert check_readable(nn.Linear(1, 1))
+    assert check_readable(nn.Linear(1, 1), 3, 32, 32)
 
 
 def test_it_is_said_that_published_numbers_are_clips():
     assert "says nothing about this run" in remarks(CMTConfig(teacher=TeacherConfig("test_vit")))[0]
     assert "another GELU" in remarks(CMTConfig(teacher=TeacherConfig(PUBLISHED[1])))[0]
     assert remarks(CMTConfig()) == () and CMTConfig().teacher.name == PUBLISHED[0]
+    given = TeacherConfig(PUBLISHED[0], Path("elsewhere/clip.safetensors"), "c0ffee")
+    (note,) = remarks(CMTConfig(teacher=given))  # a file is what its giver says it is
+    assert "clip.safetensors (SHA-256 c0ffee) are OpenAI's is taken from you" in note
+    assert "elsewhere" not in note  # an artifact tells no places
     assert all(timm.is_model(name) for name in PUBLISHED)

@@ -26,9 +26,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pretrain.config import (
-    BalancedCoMAConfig,
     BeyondConfig,
-    CMTConfig,
     DataConfig,
     Degradation,
     ObjectiveConfig,
@@ -36,6 +34,7 @@ from pretrain.config import (
     PretrainConfig,
     ProbeConfig,
     RunConfig,
+    TaughtConfig,
     TeacherConfig,
     encoder_preset,
     method_preset,
@@ -52,7 +51,7 @@ _RECIPES = {
 }
 _NARROW_DECODER = {"tiny": 192, "vit-tiny": 192}  # the full 512 channels would cost more than the encoder
 
-_NOT_RESUMED = ("model", "method", "degrade", "teacher", "recipe", "channels", "from_")
+_NOT_RESUMED = ("model", "method", "degrade", "recipe", "channels", "from_")
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Presets:
     teacher: str | None = None
     """With --method cmt or coma-balanced: a vision transformer by its name in timm, or the directory of an
     artifact (default: CLIP ViT-B/16, vit_base_patch16_clip_quickgelu_224.openai; the accuracy published for
-    CMT-MAE is CLIP's alone)."""
+    CMT-MAE is CLIP's alone). With --resume: where that artifact is now."""
     teacher_weights: Path | None = None
     """Its .safetensors file; default: the one in the local cache of the model hub. Nothing is downloaded."""
     recipe: Literal["default", "small-data"] | None = None
@@ -152,7 +151,7 @@ def _defaults(first: _First) -> PretrainConfig:
             raise BadInput(f"--{flag} does not go with --resume, which takes the settings of the run")
         config = read_config(first.resume)
         folder = first.resume.parent if first.resume.is_file() else first.resume
-        if first.teacher_weights:
+        if first.teacher or first.teacher_weights:
             config = replace(config, objective=_with_teacher(config.objective, first))
         return replace(config, run=replace(config.run, out=folder))
     config = read_config(first.from_) if first.from_ else PretrainConfig()
@@ -166,7 +165,7 @@ def _defaults(first: _First) -> PretrainConfig:
         width = _NARROW_DECODER.get(first.model or "small", config.objective.decoder.dim)
         objective = method_preset(first.method or "coma", decoder_dim=width)
     else:
-        objective = config.objective
+        objective = _with_any_weights(config.objective)
     if first.degrade:
         if not isinstance(objective, BeyondConfig):
             raise BadInput(
@@ -180,12 +179,19 @@ def _defaults(first: _First) -> PretrainConfig:
 
 
 def _with_teacher(objective: ObjectiveConfig, first: Presets) -> ObjectiveConfig:
-    if not isinstance(objective, CMTConfig | BalancedCoMAConfig):
+    if not isinstance(objective, TaughtConfig):
         flag = f"--teacher {first.teacher}" if first.teacher else f"--teacher-weights {first.teacher_weights}"
         raise BadInput(f"{flag} belongs to --method cmt and coma-balanced; give one of them, or leave it out")
     if first.teacher:
         return replace(objective, teacher=TeacherConfig(first.teacher, first.teacher_weights))
     return replace(objective, teacher=replace(objective.teacher, weights=first.teacher_weights))
+
+
+def _with_any_weights(objective: ObjectiveConfig) -> ObjectiveConfig:
+    # a new run notes for itself which weights its teacher has
+    if not isinstance(objective, TaughtConfig):
+        return objective
+    return replace(objective, teacher=replace(objective.teacher, sha256=None))
 
 
 def _summary(folder: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pretrain.errors import BadInput
 from pretrain.models.attention import Consecutive, DynamicMultiWindowAttention, Layout
@@ -26,7 +27,7 @@ def attend(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Features and attention.
 
     Args:
-        model: DyViT, plain ViT, or one of timm's vision transformers that `check_readable` accepts.
+        model: DyViT, plain ViT, or one of timm's vision transformers; see `check_readable`.
         images: `[b, c, H, W]`, normalised for it.
 
     Returns:
@@ -56,16 +57,35 @@ def attend(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return features, received.unflatten(1, features.shape[1:3])
 
 
-def check_readable(model: nn.Module) -> str:
-    """Why attention and features of a model of timm's cannot be read; empty where they can."""
-    network: Any = model
+def check_readable(model: nn.Module, channels: int, height: int, width: int) -> str:
+    """Why `attend` cannot ask a model about images of that size; empty where it can.
+
+    It is tried on tensors that have shapes only: nothing is computed.
+    """
+    unfit = "" if isinstance(model, DyViT | ViT) else _unlike_a_vit(model)
+    if unfit:
+        return unfit
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            features, attention = attend(model, torch.empty(1, channels, height, width))
+    except BadInput as error:
+        return str(error)
+    except Exception as error:  # a network of timm's may be built in any way
+        return f"its attention cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    if features.shape[:3] != attention.shape:
+        return f"its attention cannot be read (it is {list(attention.shape)} for {list(features.shape)})"
+    return ""
+
+
+def _unlike_a_vit(network: Any) -> str:
     blocks = getattr(network, "blocks", None)
     attention = (
         getattr(blocks[-1], "attn", None) if isinstance(blocks, nn.Sequential | nn.ModuleList) else None
     )
     if not hasattr(attention, "attn_drop") or not hasattr(attention, "fused_attn"):
         return "it is no plain vision transformer, whose last block attends to all patches"
-    if not hasattr(network, "num_prefix_tokens") or not getattr(network.patch_embed, "grid_size", None):
+    grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
+    if not hasattr(network, "num_prefix_tokens") or not grid:
         return "its patches lie on no fixed grid"
     return ""
 

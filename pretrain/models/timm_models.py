@@ -67,12 +67,11 @@ class DyViTClassifier(DyViT):
         if self.global_pool not in ("avg", ""):
             raise ValueError(f"global_pool {self.global_pool!r}: DyViT pools with 'avg' or not at all ('')")
         self.num_classes = num_classes
-        head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        if isinstance(head, nn.Linear):
-            nn.init.trunc_normal_(head.weight, std=0.02)
-            nn.init.zeros_(head.bias)
-        weight = self.stem.conv.weight
-        self.head = head.to(device=weight.device, dtype=weight.dtype)
+        like = {"device": self.stem.conv.weight.device, "dtype": self.stem.conv.weight.dtype}
+        self.head = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
+        if isinstance(self.head, nn.Linear):
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
 
     @overload
     def forward_intermediates(

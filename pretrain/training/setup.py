@@ -12,8 +12,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from pretrain.config import (
-    BalancedCoMAConfig,
     CMTConfig,
     FinetuneConfig,
     ObjectiveConfig,
@@ -21,11 +23,16 @@ from pretrain.config import (
     PretrainConfig,
     ProbeConfig,
     RunConfig,
+    TaughtConfig,
 )
 from pretrain.data import Slices, Source, check_loader, measure, open_source
 from pretrain.errors import BadInput
+from pretrain.masking.units import unit_grid
+from pretrain.models import build_encoder
+from pretrain.models.attending import attend
+from pretrain.objectives import build_objective
 from pretrain.plain import read_config, to_plain
-from pretrain.teaching import identified
+from pretrain.teaching import identified, may_have_moved
 from pretrain.training.distributed import Processes
 from pretrain.training.files import write_whole
 
@@ -115,6 +122,7 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
         if config.data.images is None:
             raise BadInput("give the images to train on, for example: coma pretrain PHOTOS --out runs/first")
         check_shapes(config)
+        check_objective(config)
         check_loader(config.data, config.model.channels)
         slices = share_out(config.optimizer, group.rank, group.world)
         source = open_source(config.data.images)
@@ -163,6 +171,25 @@ def check_shapes(config: PretrainConfig | FinetuneConfig) -> None:
         raise BadInput(
             f"--mean and --std have {len(config.data.mean)} values, the images {channels} channels"
         )
+
+
+def check_objective(config: PretrainConfig) -> None:
+    """Refuse what the objective cannot do with images of this size; no model is computed.
+
+    Raises:
+        BadInput: masks that leave nothing to see, or an encoder whose own attention is to guide them and does
+            not see the whole map.
+    """
+    size, model = config.view_size, config.model
+    with torch.device("meta"):
+        objective = build_objective(config.objective, build_encoder(model))
+    h, w = unit_grid(size, size, model.unit)
+    visible = objective.draw_visible(torch.zeros(1, dtype=torch.int64), h, w)
+    if not visible.flatten(1).any(dim=1).all():
+        raise BadInput(f"{len(visible)} views are too many for {h * w} mask units: some would see nothing")
+    if isinstance(config.objective, CMTConfig):
+        with FakeTensorMode(), torch.no_grad():
+            attend(build_encoder(model), torch.empty(1, model.channels, size, size))
 
 
 def share_out(optimizer: OptimizerConfig, rank: int, world: int) -> Slices:
@@ -267,10 +294,12 @@ def _resumed(config: Settings) -> Settings:
     saved = read_config(config.run.out, type(config))
     if config.data.mean is None:
         config = replace(config, data=replace(config.data, mean=saved.data.mean, std=saved.data.std))
+    may_change = _MAY_CHANGE
     if isinstance(config, PretrainConfig) and isinstance(saved, PretrainConfig):
         config = replace(config, objective=_same_teacher(config.objective, saved.objective))
+        may_change = may_change | _places_of_teachers(config.objective, saved.objective)
     old, new = _flat(to_plain(saved)), _flat(to_plain(config))
-    changed = sorted(name for name in old | new if old.get(name) != new.get(name) and name not in _MAY_CHANGE)
+    changed = sorted(name for name in old | new if old.get(name) != new.get(name) and name not in may_change)
     if changed:
         listing = ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)
         raise BadInput(
@@ -282,11 +311,16 @@ def _resumed(config: Settings) -> Settings:
 
 def _same_teacher(new: ObjectiveConfig, saved: ObjectiveConfig) -> ObjectiveConfig:
     """The new settings; a teacher whose weights they do not identify is to be the one of the run."""
-    if not isinstance(new, CMTConfig | BalancedCoMAConfig) or new.teacher.sha256:
-        return new
-    if not isinstance(saved, CMTConfig | BalancedCoMAConfig):
+    if not isinstance(new, TaughtConfig) or not isinstance(saved, TaughtConfig) or new.teacher.sha256:
         return new
     return replace(new, teacher=replace(new.teacher, sha256=saved.teacher.sha256))
+
+
+def _places_of_teachers(new: ObjectiveConfig, saved: ObjectiveConfig) -> set[str]:
+    """What may be set anew of a teacher that is an artifact: where it is. Its SHA-256 is compared later."""
+    if not isinstance(new, TaughtConfig) or not isinstance(saved, TaughtConfig):
+        return set()
+    return {"objective.teacher.name"} if may_have_moved(saved.teacher, new.teacher) else set()
 
 
 def _flat(plain: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ included (Chowdhery et al. 2022, PaLM, appendix B).
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pretrain.masking.units import unit_grid
 from pretrain.models import build_encoder
 from pretrain.models.classifier import build_classifier
 from pretrain.objectives import build_objective
+from pretrain.teaching import stand_in
 from pretrain.training.distributed import Processes
 
 _PEAK = {
@@ -72,11 +74,18 @@ def device_peak(device: torch.device, precision: str) -> float | None:
 def training_flops(model: EncoderConfig, objective: ObjectiveConfig, image_size: int) -> float:
     """FLOPs of one pre-training step per image; a multiplication and an addition count as two.
 
-    Counted on tensors that have shapes only: nothing is computed, no memory taken, no random number drawn.
+    All that a step computes is counted: also what a teacher and a moving average of the encoder are asked.
+
+    Counted on tensors that have shapes only: nothing is computed, no random number drawn, and no memory taken
+    but for a teacher, which is built (of timm's networks without their weights).
+
+    Raises:
+        BadInput: a teacher that is not there.
     """
     shape = model.channels, image_size, image_size
+    teacher = stand_in(objective, model.channels)
     return _count_flops(
-        lambda: build_objective(objective, build_encoder(model)), lambda o, x, y: o(x, y).loss, shape
+        lambda: build_objective(objective, build_encoder(model), teacher), lambda o, x, y: o(x, y).loss, shape
     )
 
 
@@ -101,7 +110,9 @@ def _count_flops(
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
     shape: tuple[int, ...],
 ) -> float:
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):  # fused kernels of a CPU are not counted
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with warnings.catch_warnings(), fake, sdpa_kernel(SDPBackend.MATH):  # a CPU's fused kernels do not count
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # torch's own deepcopy
         model, images, beside = build(), torch.empty(2, *shape), torch.empty(2, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             loss(model, images, beside).backward()
