@@ -13,7 +13,7 @@ All work on whole batches on their device. What is random is a function of the s
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -61,8 +61,11 @@ def degrade(images: Tensor, seeds: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
 
 
 def border(length: int) -> int:
-    """What zooming in cuts off at either end of a side: 1/9, 1 at least; 32 of 288 px, 1 of 9 units."""
-    return max(1, (2 * length + 9) // 18)
+    """What zooming in cuts off at either end of a side: 1/9, 1 at least; 32 of 288 px, 1 of 9 units.
+
+    Written for exported graphs too, to which a length is not known: `max` would decide it once for all.
+    """
+    return cast("int", torch.sym_max(1, (2 * length + 9) // 18))
 
 
 def centre(images: Tensor, rows: int, cols: int) -> Tensor:
@@ -70,7 +73,7 @@ def centre(images: Tensor, rows: int, cols: int) -> Tensor:
     height, width = images.shape[-2:]
     if height <= 2 * rows or width <= 2 * cols:
         raise BadInput(f"nothing is left of {height} x {width} without {rows} rows and {cols} columns a side")
-    return images[..., rows : height - rows, cols : width - cols]
+    return images.narrow(-2, rows, height - 2 * rows).narrow(-1, cols, width - 2 * cols)
 
 
 def zoom_out(images: Tensor, seeds: Tensor) -> Tensor:

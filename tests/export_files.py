@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pretrain.artifact import LINEAR_HEAD, ArtifactConfig, library_versions, save_artifact
-from pretrain.config import CoMAConfig, DecoderConfig, DyViTConfig, EncoderConfig
+from pretrain.config import CoMAConfig, DecoderConfig, DyViTConfig, EncoderConfig, ObjectiveConfig
 from pretrain.models import build_encoder
 from pretrain.models.classifier import build_classifier
 from pretrain.objectives import build_objective
@@ -51,9 +51,9 @@ def backbone(folder: Path, model: EncoderConfig = DYVIT) -> Path:
     return folder
 
 
-def pretrained(folder: Path, model: EncoderConfig = DYVIT) -> Path:
-    objective = awake(build_objective(OBJECTIVE, build_encoder(model)))
-    config = about("pretrained", model, objective=OBJECTIVE)
+def pretrained(folder: Path, model: EncoderConfig = DYVIT, method: ObjectiveConfig = OBJECTIVE) -> Path:
+    objective = awake(build_objective(method, build_encoder(model)))
+    config = about("pretrained", model, objective=method)
     save_artifact(folder, tensors=objective.state_dict(), config=config)
     return folder
 

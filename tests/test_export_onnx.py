@@ -18,7 +18,7 @@ from export.runtimes.open import open_runtime
 from export.runtimes.pytorch import TorchRuntime
 from export.shapes import Shape, Shapes, parse_shapes
 from export.to_onnx import in_precision, read_description, with_preprocessing, write_onnx
-from pretrain.config import DyViTConfig, ViTConfig
+from pretrain.config import BeyondConfig, DyViTConfig, ViTConfig
 from pretrain.errors import BadInput, CheckFailed
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages, and torch.onnx, warn of each other
@@ -106,6 +106,22 @@ def test_plain_vit(tmp_path):
     path = write(tmp_path, artifact, "reconstructor", "fp32", FREE)
     for shape in RUN:
         compare(artifact, "reconstructor", path, shape, 1e-4)
+
+
+def test_a_model_that_zooms_in_draws_borders_of_any_width(tmp_path):
+    method = BeyondConfig(decoder=export_files.OBJECTIVE.decoder)
+    model = ViTConfig(patch=8, dim=16, depth=1, heads=2)
+    artifact = export_files.pretrained(tmp_path / "artifact", model, method)
+    shapes = Shapes(Shape(1, 24, 24), Shape(2, 64, 48), Shape(4, 256, 256))
+    path = write(tmp_path, artifact, "reconstructor", "fp32", shapes)
+    for shape in (*RUN[:3], Shape(1, 24, 24), Shape(2, 121, 250)):  # borders of 1, 2 and 3 units
+        compare(artifact, "reconstructor", path, shape, 1e-4)
+    images, visible = torch.randn(1, 3, 40, 40), torch.zeros(1, 5, 5, dtype=torch.bool)
+    visible[:, 1:3, 1:4] = True
+    runtime = OnnxRuntime(path, threads=1)
+    filled = runtime(images, visible=visible)["reconstruction"]
+    visible[:, 0] = True  # the model saw nothing there, whatever the mask says
+    assert torch.equal(runtime(images, visible=visible)["reconstruction"], filled)
 
 
 def test_static_shapes_are_static_and_others_refused(tmp_path):

@@ -1,19 +1,17 @@
-"""Beyond Masking: the geometry of every degradation, where the loss lies, and golden loss curves.
+"""Beyond Masking: what each degradation shows, where its loss lies, what it rebuilds, golden loss curves.
 
 The curves in `tests/golden/loss_curves_beyond.json` are renewed by `python tests/test_pretrain_beyond.py`.
 """
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import pytest
 import torch
-from scipy import ndimage, signal
 from short_runs import MODEL, at
-from skimage.transform import warp
 
 from pretrain import cli, load_pretrained
 from pretrain.config import (
@@ -26,9 +24,8 @@ from pretrain.config import (
     ViTConfig,
     method_preset,
 )
-from pretrain.degradations import KINDS, blur_kernels, border, centre, degrade
+from pretrain.degradations import border, degrade
 from pretrain.errors import BadInput
-from pretrain.masking.partition import uniform
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
 from pretrain.plain import from_plain, to_plain
@@ -58,116 +55,6 @@ def pictures(count=4, size=48):
     ramp = torch.linspace(-1, 1, size)
     slopes = torch.randn(count, 3, 2, 1, 1)
     return slopes[:, :, 0] * ramp + slopes[:, :, 1] * ramp[:, None] + 0.05 * torch.randn(count, 3, size, size)
-
-
-# degradations ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [(36, 36), (45, 27), (224, 224)])
-def test_a_sample_is_degraded_alike_in_any_batch(kind, size):
-    images, seeds = torch.rand(4, 3, *size), torch.tensor([7, 8, -9, 2**62])
-    shown, whole = degrade(images, seeds, kind)
-    alone = torch.cat([degrade(images[i : i + 1], seeds[i : i + 1], kind)[0] for i in range(4)])
-    torch.testing.assert_close(shown, alone, rtol=0, atol=1e-6)
-    assert whole is images
-    expected = size if kind != "zoom-in" else tuple(n - 2 * border(n) for n in size)
-    assert shown.shape == (4, 3, *expected)
-    if kind != "zoom-in":
-        again = degrade(images, seeds + 1, kind)[0]
-        assert not torch.equal(shown, again)
-
-
-def test_zooming_in_takes_the_published_sizes():
-    assert [border(n) for n in (288, 18, 9, 6, 3)] == [32, 2, 1, 1, 1]
-    assert degrade(torch.rand(1, 3, 288, 288), torch.zeros(1), "zoom-in")[0].shape[-2:] == (224, 224)
-    image = torch.arange(81.0).view(1, 1, 9, 9)
-    assert torch.equal(degrade(image, torch.zeros(1), "zoom-in")[0], image[..., 1:8, 1:8])
-    for units in range(1, 60):  # the ring around an input is the ring of the view that it makes
-        ring = max(1, round(units / 7))
-        assert border(units + 2 * ring) == ring
-
-
-@pytest.mark.parametrize("size", [(224, 224), (32, 48)])
-def test_zooming_out_is_a_shrunk_picture_in_a_mirrored_frame(size):
-    images, seeds = torch.rand(3, 2, *size), torch.arange(3)
-    shown, _ = degrade(images, seeds, "zoom-out")
-    inner = tuple(round(n * 5 / 7) for n in size)
-    small = torch.nn.functional.interpolate(images, inner, mode="bilinear", antialias=True)
-    spots = set()
-    for got, picture, seed in zip(shown, small.numpy(), seeds, strict=True):
-        draws = uniform(seed[None], 2, 0x6465 + 1)[0]
-        top, left = (int(draw * (n - m + 1)) for draw, n, m in zip(draws, size, inner, strict=True))
-        pad = [(0, 0), (top, size[0] - inner[0] - top), (left, size[1] - inner[1] - left)]
-        assert min(min(pair) for pair in pad) >= 0
-        np.testing.assert_array_equal(got.numpy(), np.pad(picture, pad, mode="symmetric"))
-        spots.add((top, left))
-    assert len(spots) == 3
-
-
-def test_distortion_is_the_fisheye_that_scikit_image_computes():
-    images, seeds = torch.rand(3, 3, 40, 56), torch.arange(3)
-    shown, _ = degrade(images, seeds, "distort")
-    for got, image, draws in zip(shown, images, uniform(seeds, 3, 0x6465 + 2), strict=True):
-        x, y, strength = draws.tolist()
-        cx, cy, strength = 2 * x - 1, 2 * y - 1, 0.15 + 0.1 * strength
-
-        def seen_at(places, cx=cx, cy=cy, strength=strength):
-            x, y = places[:, 0] / 55 * 2 - 1, places[:, 1] / 39 * 2 - 1
-            reach = np.hypot(cx - x, cy - y) * strength
-            x, y = x + (cx - x) * reach, y + (cy - y) * reach
-            return np.stack([(x + 1) / 2 * 55, (y + 1) / 2 * 39], axis=1)
-
-        expected = warp(image.permute(1, 2, 0).numpy().astype(np.float64), seen_at, order=1, mode="edge")
-        np.testing.assert_allclose(got.permute(1, 2, 0).numpy(), expected, atol=1e-4)
-
-
-def test_blurring_is_the_correlation_that_scipy_computes():
-    images, seeds = torch.rand(2, 3, 20, 31), torch.tensor([5, 6])
-    shown, _ = degrade(images, seeds, "blur")
-    for got, image, kernel in zip(shown, images.numpy(), blur_kernels(seeds).numpy(), strict=True):
-        for channel, pixels in zip(got.numpy(), image, strict=True):
-            np.testing.assert_allclose(channel, ndimage.correlate(pixels, kernel, mode="mirror"), atol=1e-5)
-            inside = signal.correlate2d(pixels, kernel, mode="valid")
-            np.testing.assert_allclose(channel[3:-3, 3:-3], inside, atol=1e-5)
-
-
-def test_blur_kernels_have_the_stated_weights():
-    kernels = blur_kernels(torch.arange(4000)).flatten(1)
-    torch.testing.assert_close(kernels.sum(1), torch.ones(4000), rtol=0, atol=1e-5)
-    around = (kernels - 1 / 49).flatten()
-    assert abs(around.std().item() - 0.02) < 0.002  # dividing by a sum of about 1 changes it a little
-    assert abs(around.mean().item()) < 1e-6
-    assert abs((around > 0.02).float().mean().item() - 0.159) < 0.01  # a normal distribution's share
-
-
-def test_decolouring_is_one_weighted_sum():
-    images, seeds = torch.rand(2, 3, 8, 9), torch.tensor([1, 2])
-    shown, _ = degrade(images, seeds, "decolor")
-    weights = 0.667 * uniform(seeds, 3, 0x6465 + 4)
-    np.testing.assert_allclose(shown.numpy()[:, 0], np.einsum("bchw,bc->bhw", images, weights), atol=1e-6)
-    assert torch.equal(shown[:, 0], shown[:, 2])
-    means = 0.667 * uniform(torch.arange(5000), 3, 0x6465 + 4)
-    assert abs(means.mean().item() - 0.3335) < 0.005 and means.max() < 0.667
-
-
-def test_uniform_numbers_are_uniform_and_never_0_or_1():
-    draws = uniform(torch.arange(1000), 100)
-    counts = torch.histc(draws, 20, 0, 1)
-    assert ((counts - 5000) ** 2 / 5000).sum() < 43.8  # 19 degrees of freedom, one in a thousand
-    assert draws.min() > 0 and draws.max() < 1
-
-
-def test_what_cannot_be_degraded_is_refused():
-    seeds = torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(BadInput, match="no degradation 'melt'; there are: zoom-in"):
-        degrade(torch.rand(1, 3, 9, 9), seeds, "melt")  # type: ignore[arg-type]
-    with pytest.raises(BadInput, match="3 channels, not 4"):
-        degrade(torch.rand(1, 4, 9, 9), seeds, "decolor")
-    with pytest.raises(BadInput, match="too small"):
-        degrade(torch.rand(1, 3, 3, 9), seeds, "blur")
-    with pytest.raises(BadInput, match="nothing is left"):
-        centre(torch.rand(1, 3, 4, 4), 2, 1)
 
 
 # the objective ---------------------------------------------------------------------------------
@@ -285,6 +172,27 @@ def test_reconstruction(encoder, kind):
         assert not torch.isclose(filled, shown).all(dim=(1, 2, 3)).any()  # every pixel is predicted
 
 
+@pytest.mark.parametrize("kind", HIDING)
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("size", [(48, 48), (43, 70)])
+@pytest.mark.parametrize("statistics", ["visible", "target"])
+def test_nothing_of_the_border_is_seen_whatever_the_mask_says(encoder, kind, size, statistics):
+    model = objective(encoder, kind).eval()
+    images = torch.randn(2, 3, *size)
+    h, w = -(-size[0] // 8), -(-size[1] // 8)
+    rows, cols = border(h), border(w)
+    inside = torch.zeros(h, w, dtype=torch.bool)
+    inside[rows : h - rows, cols : w - cols] = True
+    visible = model.draw_visible(torch.arange(2), h, w)[0]
+    filled = model.reconstruct(images, visible, statistics)
+    assert torch.equal(model.reconstruct(images, visible | ~inside, statistics), filled)
+    pixels = inside.repeat_interleave(8, 0).repeat_interleave(8, 1)[: size[0], : size[1]]
+    assert not torch.isclose(filled, images)[..., ~pixels].all(dim=1).any()  # all of the border is predicted
+    if statistics == "visible":
+        poisoned = torch.where(pixels, images, images * -3 + 2)
+        assert torch.equal(model.reconstruct(poisoned, visible | ~inside), filled)
+
+
 def test_settings_and_views():
     config = PretrainConfig(model=DyViTConfig(), objective=BeyondConfig())
     assert config.view_size == 288
@@ -304,6 +212,8 @@ def test_what_cannot_be_trained_on_is_refused():
         BeyondConfig(views=1)
     with pytest.raises(BadInput, match=r"border weight 0\.0 must lie"):
         BeyondConfig(border_weight=0.0)
+    with pytest.raises(BadInput, match=r"no use of it"):
+        replace(BeyondConfig(hidden_ratio=0.5), degrade="zoom-in")
     grey = build_encoder(ViTConfig(channels=1, patch=8, dim=32, depth=1, heads=2))
     with pytest.raises(BadInput, match="3 channels, not 1"):
         build_objective(BeyondConfig(degrade="decolor", decoder=DECODER), grey)
@@ -311,6 +221,20 @@ def test_what_cannot_be_trained_on_is_refused():
         objective("vit", "zoom-in").draw_visible(torch.arange(2), 2, 6)
     with pytest.raises(BadInput, match="leaves none to see"):
         objective("vit", "zoom-in+mask", hidden_ratio=0.99)(pictures(), torch.arange(4))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kinds"),
+    [("hidden_ratio", 0.5, MASKED[:1]), ("views", 3, MASKED[1:]), ("border_weight", 0.2, MASKED)],
+)
+def test_a_setting_that_a_degradation_has_no_use_for_is_refused(name, value, kinds):
+    flag = f"--objective.{name.replace('_', '-')} {value} belongs to {' and '.join(kinds)}; "
+    for kind in ALL:
+        if kind in kinds:
+            assert getattr(BeyondConfig(degrade=kind, **{name: value}), name) == value
+        else:
+            with pytest.raises(BadInput, match=re.escape(f"{flag}{kind} makes no use of it")):
+                BeyondConfig(degrade=kind, **{name: value})
 
 
 # runs and commands -----------------------------------------------------------------------------
@@ -334,6 +258,8 @@ def test_command_line(tmp_path, photos, capsys):
     common = ["pretrain", str(photos), "--out", str(tmp_path / "run"), "--device", "cpu"]
     assert cli.main([*common, "--degrade", "blur"]) == 2
     assert "--degrade blur belongs to --method beyond" in capsys.readouterr().err
+    assert cli.main([*common, "--method", "beyond", "--degrade", "blur", "--objective.views", "3"]) == 2
+    assert "--objective.views 3 belongs to zoom-in+coma; blur" in capsys.readouterr().err
     small = ["--model", "tiny", "--image-size", "16", "--steps", "1", "--batch-size", "2", "--workers", "0"]
     wide = ["--objective.decoder.depth", "1"]
     assert cli.main([*common, *small, *wide, "--method", "beyond", "--degrade", "zoom-in"]) == 0
@@ -344,27 +270,6 @@ def test_command_line(tmp_path, photos, capsys):
     assert cli.main([*grey, "--method", "beyond", "--degrade", "decolor"]) == 2
     assert "3 channels" in capsys.readouterr().err
     assert not (tmp_path / "grey").exists()
-
-
-def test_coma_degrade_draws_every_kind(tmp_path, photos, capsys):
-    from PIL import Image
-
-    out = tmp_path / "sheets" / "sheet.png"
-    image = str(next(photos.iterdir()))
-    assert cli.main(["degrade", image, "--out", str(out), "--draws", "2", "--size", "36"]) == 0
-    with Image.open(out) as sheet:
-        width = sheet.size[0]
-    assert capsys.readouterr().out == f"{out}\n"
-    assert cli.main(["degrade", image, "--out", str(out), "--kind", "blur", "--size", "36"]) == 0
-    with Image.open(out) as sheet:
-        assert sheet.size[0] < width
-    for argv, message in (
-        ([str(tmp_path / "none.png")], "cannot be read"),
-        ([image, "--draws", "0"], "--draws 0"),
-        ([image, "--size", "3"], "--size 3"),
-    ):
-        assert cli.main(["degrade", *argv, "--out", str(out)]) == 2
-        assert message in capsys.readouterr().err
 
 
 def loss_curve(encoder, kind, steps=20):
