@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from pretrain.degradations import Kind, degrade
+from pretrain.config import BeyondConfig, Degradation
+from pretrain.data.transforms import normalize
 from pretrain.errors import BadInput
 from pretrain.masking.units import spread, unit_grid
 from pretrain.objectives import Objective
+from pretrain.objectives.beyond import draw_views, shown_of
 from pretrain.targets import Statistics
 
 _ROWS = 8
@@ -89,30 +90,51 @@ def reconstruction_sheet(
     _write(path, _draw(columns, caption or f"Reconstructions by {_method(objective)}", notes))
 
 
-def degradation_sheet(view: Tensor, path: Path, kinds: Sequence[Kind], draws: int = 4, seed: int = 0) -> None:
-    """Draw a PNG of an image and its degradations, a random draw in every row.
+def degradation_sheet(
+    view: Tensor,
+    kinds: Sequence[Degradation],
+    mean: Sequence[float],
+    std: Sequence[float],
+    path: Path,
+    *,
+    unit: int,
+    draws: int = 4,
+    seed: int = 0,
+) -> None:
+    """Draw a PNG of an image and what `Beyond` shows its encoder of it, a random draw in every row.
 
     Args:
         view: `[3, H, W]`, uint8, or floats in 0..1.
-        path: The PNG to write; it appears at once and whole.
         kinds: Which degradations.
+        mean: Per channel, of pixels scaled to 0..1: what is degraded are normalised pixels, as in training.
+        std: Per channel, likewise.
+        path: The PNG to write; it appears at once and whole.
+        unit: Side of a mask unit in pixels.
         draws: Of each.
         seed: Of the first draw; the next ones count on.
+
+    Raises:
+        BadInput: too few mask units to zoom in.
     """
-    views = (view / 255 if view.dtype == torch.uint8 else view).expand(draws, -1, -1, -1)
-    seeds = torch.arange(seed, seed + draws)
-    columns: list[Column] = [("to be rebuilt", _pixels(views, (0.0,), (1.0,)), None)]
+    height, width = view.shape[-2:]
+    images = normalize(view.expand(draws, -1, -1, -1), mean, std)
+    seeds = torch.arange(draws) + seed
+    columns: list[Column] = [("to be rebuilt", _pixels(images, mean, std), None)]
     for kind in kinds:
-        shown, whole = degrade(views, seeds, kind)
-        rows, cols = ((a - b) // 2 for a, b in zip(whole.shape[-2:], shown.shape[-2:], strict=True))
-        seen = F.pad(torch.ones(draws, *shown.shape[-2:], dtype=torch.bool), (cols, cols, rows, rows))
-        pixels = _pixels(F.pad(shown, (cols, cols, rows, rows)), (0.0,), (1.0,))
-        columns.append((kind, pixels, seen.numpy()))
+        config = BeyondConfig(degrade=kind)
+        views = draw_views(config, seeds, *unit_grid(height, width, unit))
+        pixels = _pixels(shown_of(config, images, seeds), mean, std)
+        for number, visible in enumerate(views, start=1):
+            heading = f"{kind}, view {number}" if len(views) > 1 else kind
+            columns.append((heading, pixels, spread(visible, unit)[:, :height, :width].numpy()))
+    about = ("/".join(f"{value:.3g}" for value in values) for values in (mean, std))
     notes = (
-        "Every row is another draw. Zooming in draws nothing: the encoder sees the centre, and the border "
-        "(grey) is predicted too; zoom-in+mask and zoom-in+coma hide random units of the centre besides."
-    )
-    _write(path, _draw(columns, "Degradations (Tian et al. 2022)", notes))
+        "Every row is another draw. Zooming in, what is blank is not seen and is predicted: the border, and "
+        "what masks hide of the centre ({0} x {0} px a unit). Otherwise all is predicted. As in training, "
+        "pixels were normalised before (mean {1}, deviation {2}): it is this that tints decolor."
+    ).format(unit, *about)
+    ours = "; zoom-in+coma is ours" if "zoom-in+coma" in kinds else ""
+    _write(path, _draw(columns, f"Degradations (Tian et al. 2022{ours})", notes, across=5))
 
 
 def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
@@ -249,13 +271,14 @@ def _pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.n
     return (pixels * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _draw(columns: list[Column], title: str, notes: str) -> Image.Image:
-    """Lay out the columns under title and notes."""
+def _draw(columns: list[Column], title: str, notes: str, across: int | None = None) -> Image.Image:
+    """Lay out the columns under title and notes, at most so many of them `across`, the next ones below."""
+    across = min(across or len(columns), len(columns))
     rows, height, width = columns[0][1].shape[:3]
     zoom = max(1.0, _CELL / max(height, width))
     cell = (round(width * zoom), round(height * zoom))
     fonts = [ImageFont.load_default(size) for size in (22, 15, 14)]
-    sheet_width = 2 * _MARGIN + len(columns) * (cell[0] + _GAP) - _GAP
+    sheet_width = 2 * _MARGIN + across * (cell[0] + _GAP) - _GAP
     room = sheet_width - 2 * _MARGIN
     title, notes = _wrap(title, fonts[0], room), _wrap(notes, fonts[2], room)
     headings = [_wrap(heading, fonts[1], cell[0]) for heading, _, _ in columns]
@@ -266,18 +289,20 @@ def _draw(columns: list[Column], title: str, notes: str) -> Image.Image:
         return round(ruler.multiline_textbbox((0, 0), text, font=font)[3])
 
     notes_top = _MARGIN + depth(title, fonts[0]) + 8
-    headings_bottom = (
-        notes_top + depth(notes, fonts[2]) + 16 + max(depth(text, fonts[1]) for text in headings)
-    )
-    first_row = headings_bottom + 8
-    sheet = Image.new("RGB", (sheet_width, first_row + rows * (cell[1] + _GAP) - _GAP + _MARGIN), _PAPER)
+    first_band = notes_top + depth(notes, fonts[2]) + 16
+    to_pictures = max(depth(text, fonts[1]) for text in headings) + 8
+    band = to_pictures + rows * (cell[1] + _GAP) - _GAP + _MARGIN
+    sheet = Image.new("RGB", (sheet_width, first_band + -(-len(columns) // across) * band), _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.multiline_text((_MARGIN, _MARGIN), title, _INK, fonts[0])
     draw.multiline_text((_MARGIN, notes_top), notes, _FAINT, fonts[2])
     for column, (heading, (_, pictures, shown)) in enumerate(zip(headings, columns, strict=True)):
-        left = _MARGIN + column * (cell[0] + _GAP)
-        middle = (left + cell[0] / 2, headings_bottom)
-        draw.multiline_text(middle, heading, _INK, fonts[1], anchor="md", align="center")
+        down, place = divmod(column, across)
+        left = _MARGIN + place * (cell[0] + _GAP)
+        first_row = first_band + down * band + to_pictures
+        draw.multiline_text(
+            (left + cell[0] / 2, first_row - 8), heading, _INK, fonts[1], anchor="md", align="center"
+        )
         for row in range(rows):
             picture = Image.fromarray(pictures[row]).resize(cell, Image.Resampling.BICUBIC)
             if shown is not None:

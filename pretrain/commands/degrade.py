@@ -4,20 +4,27 @@ Draws one picture with every degradation of --method beyond, a few random draws 
 
 Examples:
   coma degrade PHOTO --out sheet.png
-  coma degrade PHOTO --out zooms.png --kind zoom-in zoom-out --draws 6
+  coma degrade PHOTO --out zooms.png --kind zoom-in zoom-in+mask --draws 6
+  coma degrade PHOTO --out small.png --size 72 --unit 8
 """
 
 from __future__ import annotations
 
+import errno
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from pretrain.errors import BadInput
+from pretrain.methods import Degradation
 
-Kind = Literal["zoom-in", "zoom-out", "distort", "blur", "decolor"]
+Channels = tuple[float, float, float]
+
+_NO_PLACE = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+"""Errors of what --out names; others are the machine's, see `pretrain.cli`."""
 
 
 @dataclass(frozen=True)
@@ -28,28 +35,36 @@ class DegradeConfig:
     """An image file of three channels."""
     out: Path
     """The PNG to write."""
-    kind: tuple[Kind, ...] = ("zoom-in", "zoom-out", "distort", "blur", "decolor")
-    """Which degradations."""
+    kind: tuple[Degradation, ...] = (
+        *("zoom-out", "distort", "blur", "decolor"),
+        *("zoom-in", "zoom-in+mask", "zoom-in+coma"),
+    )
+    """Which degradations, with their default settings: zoom-in+mask hides 75 % of the centre, zoom-in+coma
+    shares it out over 2 views."""
     draws: int = 4
     """Random draws of each."""
-    size: int = 224
-    """Side of the square view in pixels; its centre is what zooming in shows."""
+    size: int = 288
+    """Side of the square view in pixels; its centre is what zooming in shows (published: 224 of 288)."""
+    unit: int | None = None
+    """Side of a mask unit in pixels, of which the border and masks are made; default: a ninth of the view
+    (published: 32 of 288)."""
+    mean: Channels = (0.485, 0.456, 0.406)
+    """Per channel, of pixels scaled to 0..1. Pixels are normalised before they are degraded, as in training;
+    it shows in decolor alone. Default: ImageNet's; those of a run are in its artifact's config.json."""
+    std: Channels = (0.229, 0.224, 0.225)
+    """Per channel, likewise."""
     seed: int = 0
+    """Of the first draw; the next ones count on."""
 
 
 def run(argv: list[str]) -> None:
     """Parse, degrade, draw.
 
     Raises:
-        BadInput: no such image, or numbers that make no sheet.
+        BadInput: no such image, numbers that make no sheet, or a place where no file can be.
     """
     config = tyro.cli(DegradeConfig, args=argv, prog="coma degrade", description=__doc__)
-    if not 1 <= config.draws <= 64:
-        raise BadInput(f"--draws {config.draws} must be 1 to 64")
-    if config.size < 16:
-        raise BadInput(f"--size {config.size} must be at least 16")
-    if not config.kind:
-        raise BadInput("--kind: name at least one")
+    _check(config)
 
     from pretrain.data.channels import adapt
     from pretrain.data.images import decode
@@ -64,5 +79,36 @@ def run(argv: list[str]) -> None:
     pixels = adapt(picture, 3, name)
     view = resize(pixels, centre_square(*pixels.shape[:2]), config.size, config.size)
     kinds = tuple(dict.fromkeys(config.kind))
-    degradation_sheet(view, config.out, kinds, config.draws, config.seed)
+    unit = config.unit or -(-config.size // 9)
+    try:
+        if config.out.is_dir():
+            raise BadInput(f"--out {config.out}: is a directory; give a file name")
+        degradation_sheet(
+            view, kinds, config.mean, config.std, config.out, unit=unit, draws=config.draws, seed=config.seed
+        )
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        blocked = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "a file is where its folder should be" if blocked else error.strerror
+        raise BadInput(f"--out {config.out}: cannot be written ({reason})") from None
     print(config.out)
+
+
+def _check(config: DegradeConfig) -> None:
+    if config.out.suffix.lower() != ".png":
+        raise BadInput(f"--out {config.out}: a PNG is written; give a file name that ends in .png")
+    if not 1 <= config.draws <= 64:
+        raise BadInput(f"--draws {config.draws} must be 1 to 64")
+    if not 16 <= config.size <= 2048:
+        raise BadInput(f"--size {config.size} must be 16 to 2048")
+    if config.unit is not None and not 1 <= config.unit <= config.size:
+        raise BadInput(f"--unit {config.unit} must be 1 to --size {config.size}")
+    if not all(map(math.isfinite, (*config.mean, *config.std))) or min(config.std) <= 0:
+        raise BadInput(f"--mean {config.mean} and --std {config.std} must be finite, --std more than 0")
+    if not -(2**63) <= config.seed <= 2**63 - config.draws:
+        raise BadInput(
+            f"--seed {config.seed}: seeds are whole numbers of 64 bits, and so are the next draws'"
+        )
+    if not config.kind:
+        raise BadInput("--kind: name at least one")
