@@ -6,15 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from demo.fit import Fitted
 from demo.inside import attention_received
-from demo.masks import METHODS, draw_views, guided_view, painted_view, zoomed_view
+from demo.masks import METHODS, draw_views, guided_view, painted_view, ring, zoomed_view
 from demo.models import Model
+from export.description import Preprocessing
 from pretrain.data.transforms import normalize
-from pretrain.degradations import degrade
+from pretrain.degradations import Kind, degrade
+from pretrain.errors import BadInput
 from pretrain.masking.units import unit_grid
 
 
@@ -23,8 +26,8 @@ class Hidden:
     """What is hidden.
 
     Attributes:
-        visible: Units that each view sees, bool `[v, h, w]`.
-        degraded: Pixels `[c, H, W]` in 0..1 in place of the picture's; None: the picture.
+        visible: Units that each view sees, bool `[v, h, w]`; of a model that zooms in, none of the border.
+        degraded: Pixels `[c, H, W]` in place of the picture's, which may leave 0..1; None: the picture.
         everything: The model predicts all pixels, those of visible units too.
     """
 
@@ -39,7 +42,8 @@ def hide(
     """Hide parts of a picture.
 
     Args:
-        model: Who will rebuild them; it matters where it guides the mask, or learned to undo a degradation.
+        model: Who will rebuild them; it matters where it guides the mask, learned to undo a degradation, or
+            zooms in: then its masks are drawn on the centre, of which alone it sees something.
         fitted: The picture.
         method: A key of `METHODS`.
         seed: Of masks and degradations.
@@ -50,26 +54,42 @@ def hide(
         BadInput: a picture of too few units for the method, or a brush that covered nothing, or all.
     """
     about = model.description("reconstructor")
+    rule = about.preprocessing
     height, width = fitted.pixels.shape[1:]
     h, w = unit_grid(height, width, about.unit)
+    rows, cols = ring(h, w) if model.zooms_in else (0, 0)
+    inner = h - 2 * rows, w - 2 * cols
+
+    def whole(views: Tensor) -> Tensor:
+        return F.pad(views, (cols, cols, rows, rows))
+
     kind = METHODS[method].degrades
     if kind:
-        shown = degrade(fitted.pixels[None], torch.tensor([seed]), kind)[0][0].clamp(0, 1)
+        shown = _degraded(fitted.pixels, seed, kind, rule)
         if model.undoes == kind:
             return Hidden(torch.ones(1, h, w, dtype=torch.bool), shown, everything=True)
-        return Hidden(draw_views("coma", seed, h, w), shown)
+        return Hidden(whole(draw_views("coma", seed, *inner)), shown)
     if method == "brush":
-        nothing = np.zeros((1, 1), bool)
-        return Hidden(
-            painted_view(_unboxed(nothing if painted is None else painted, fitted), height, width, about.unit)
-        )
+        unboxed = _unboxed(np.zeros((1, 1), bool) if painted is None else painted, fitted)
+        visible = painted_view(unboxed, height, width, about.unit)
+        visible &= whole(torch.ones(1, *inner, dtype=torch.bool))
+        if not visible.any():
+            raise BadInput("This model sees the centre alone: leave some of that for it to see.")
+        return Hidden(visible)
     if method == "zoom-in":
         return Hidden(zoomed_view(h, w))
     if method == "guided":
-        rule = about.preprocessing
         image = normalize(fitted.pixels[None], rule.mean, rule.std)
-        return Hidden(guided_view(attention_received(model.encoder(), image), seed, ratio))
-    return Hidden(draw_views(method, seed, h, w, ratio))
+        attention = attention_received(model.encoder(), image)[rows : h - rows, cols : w - cols]
+        return Hidden(whole(guided_view(attention, seed, ratio)))
+    return Hidden(whole(draw_views(method, seed, *inner, ratio)))
+
+
+def _degraded(pixels: Tensor, seed: int, kind: Kind, rule: Preprocessing) -> Tensor:
+    """Pixels `[c, H, W]` as training degrades them: normalised; "decolor" mixes others than plain ones."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (rule.mean, rule.std))
+    normalised = normalize(pixels[None], rule.mean, rule.std)
+    return degrade(normalised, torch.tensor([seed]), kind)[0][0] * std + mean
 
 
 def _unboxed(painted: np.ndarray, fitted: Fitted) -> np.ndarray:

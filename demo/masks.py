@@ -89,11 +89,20 @@ def zoomed_view(h: int, w: int) -> Tensor:
     Raises:
         BadInput: fewer than 3 x 3 units.
     """
-    if min(h, w) < 3:
-        raise BadInput(f"This picture has {h} x {w} mask units; zooming in needs 3 x 3.")
-    rows, cols = border(h), border(w)
+    rows, cols = ring(h, w)
     inner = torch.ones(1, h - 2 * rows, w - 2 * cols, dtype=torch.bool)
     return F.pad(inner, (cols, cols, rows, rows))
+
+
+def ring(h: int, w: int) -> tuple[int, int]:
+    """Rows and columns of units, at either end, that zooming in leaves out.
+
+    Raises:
+        BadInput: fewer than 3 x 3 units.
+    """
+    if min(h, w) < 3:
+        raise BadInput(f"This picture has {h} x {w} mask units; zooming in needs 3 x 3.")
+    return border(h), border(w)
 
 
 def guided_view(attention: Tensor, seed: int, hidden_ratio: float) -> Tensor:

@@ -89,6 +89,12 @@ class Model:
         return None if objective is None or getattr(objective, "zooms_in", True) else str(objective.degrade)  # type: ignore[union-attr]
 
     @property
+    def zooms_in(self) -> bool:
+        """Whether it sees the centre of a picture alone; not known, so False, of files alone."""
+        objective = self.config.objective if self.config else None
+        return bool(getattr(objective, "zooms_in", False))
+
+    @property
     def method(self) -> str:
         """The key of `demo.masks.METHODS` nearest to how it was trained."""
         objective = self.config.objective if self.config else None

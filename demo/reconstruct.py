@@ -87,7 +87,8 @@ def rebuild(
         fitted: The picture.
         visible: Units that each view sees, bool `[v, h, w]`.
         statistics: Of a norm-pix model only: where hidden units get mean and contrast from; `target` leaks.
-        degraded: What the model gets in place of the picture, pixels `[c, H, W]` in 0..1.
+        degraded: What the model gets in place of the picture, pixels `[c, H, W]`. What leaves 0..1 is shown
+            cut off, and is cut off for a runtime that takes whole numbers; others get it as it is.
         everything: It predicts all pixels from that, whatever is visible (see `pretrain.objectives.beyond`).
 
     Raises:
@@ -97,6 +98,9 @@ def rebuild(
     views, (height, width) = len(visible), fitted.pixels.shape[1:]
     unit = runtime.description.unit
     pixels_in = fitted.pixels if degraded is None else degraded
+    displayed = pixels_in.clamp(0, 1)
+    if about.inside:
+        pixels_in = displayed
     images = as_input([pixels_in] * views, about)
     began = time.perf_counter()
     out = run(runtime, images, visible=visible)["reconstruction"].float()
@@ -112,7 +116,7 @@ def rebuild(
     views_seen = pixel_view(visible & (not everything), unit, height, width)
     original = fitted.crop(fitted.pixels.permute(1, 2, 0).numpy())
     filled = np.stack([fitted.crop(each) for each in pixels])
-    shown = fitted.crop(pixels_in.permute(1, 2, 0).numpy())
+    shown = fitted.crop(displayed.permute(1, 2, 0).numpy())
     hidden = np.stack([fitted.crop(~each) for each in views_seen])
     filled = np.where(hidden[..., None], filled, shown)  # bit for bit, whatever the runtime rounds
     merged, predicted = merge_views(shown, filled, hidden)

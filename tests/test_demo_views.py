@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from export_files import DYVIT, OBJECTIVE, about, awake, backbone, pretrained
+from export_files import DYVIT, backbone, pretrained
 
 from demo.compare import compare
 from demo.finetuned import draw_classes, paste_mask, shares
@@ -21,11 +21,9 @@ from demo.models import Models
 from demo.paint import heat_map, overlay
 from demo.reconstruct import measure_hidden, merge_views, rebuild
 from export.runtimes.pytorch import TorchRuntime
-from pretrain.artifact import load_encoder, save_artifact
+from pretrain.artifact import load_encoder
 from pretrain.config import ViTConfig
 from pretrain.errors import BadArtifact, BadInput
-from pretrain.models import build_encoder
-from pretrain.objectives import build_objective
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch, of what the fixtures do
 
@@ -153,24 +151,6 @@ def test_merged_pixels_come_from_views_that_did_not_see_them():
     merged, predicted = merge_views(original, filled, hidden)
     assert np.allclose(merged[..., 0], [[0.2, 0.6], [0.4, 0.0]])
     assert predicted.tolist() == [[True, True], [True, False]]
-
-
-def test_a_model_that_undoes_blur_is_asked_for_every_pixel(tmp_path, photograph):
-    from pretrain.config import BeyondConfig
-
-    config = BeyondConfig(degrade="blur", decoder=OBJECTIVE.decoder)
-    objective = awake(build_objective(config, build_encoder(DYVIT)))
-    save_artifact(
-        tmp_path / "blur", tensors=objective.state_dict(), config=about("pretrained", objective=config)
-    )
-    models = Models([tmp_path / "blur"])
-    model = models[models.names[0]]
-    fitted = fit_picture(photograph, 48, "crop", MEAN)
-    what = hide(model, fitted, "blur", 0, 0.5)
-    assert model.method == "blur" and what.everything and what.visible.all()
-    runtime = model.runtime("reconstructor")
-    assert rebuild(runtime, fitted, what.visible, "visible", what.degraded, True).predicted.all()
-    assert not hide(model, fitted, "distort", 0, 0.5).everything
 
 
 def test_attention_is_what_the_layer_computes(tmp_path):
