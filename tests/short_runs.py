@@ -72,3 +72,19 @@ def interrupted(config: PretrainConfig, step: int) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         stop_during(patch, step)
         pretrain(config)
+
+
+class Killed(BaseException):
+    """What ends a run at once, as SIGKILL would: nothing is saved."""
+
+
+def killed_in(patch: pytest.MonkeyPatch, step: int) -> None:
+    """End the run in the middle of a step."""
+    take = Learner.step
+
+    def step_or_end(self: Learner, n: int, *rest: Any) -> Any:
+        if n == step:
+            raise Killed
+        return take(self, n, *rest)
+
+    patch.setattr(Learner, "step", step_or_end)

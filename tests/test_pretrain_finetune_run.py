@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from short_runs import MODEL, assert_same, stop_during
+from short_runs import MODEL, Killed, assert_same, killed_in, stop_during
 
 from pretrain import cli
 from pretrain.artifact import (
@@ -242,6 +242,17 @@ def test_interrupted_and_resumed_is_uninterrupted(short, whole, tmp_path):
         validated = [row["step"] for row in rows(config.run.out) if "top1" in row]
         assert validated == ([3] if step > 2 else [])  # who stops does not wait; it is made up for
         torch.rand(3)  # numbers drawn by anybody else change nothing
+    finetune(config, resume=True)
+    assert_same(config.run.out, whole)
+
+
+def test_a_run_that_is_killed_after_a_validation_repeats_no_row(short, whole, tmp_path):
+    """Stopped at a step that a validation is due at, validated when resumed, killed before the next save."""
+    config = to(short, tmp_path / "run")
+    for resume, end, step in ((False, stop_during, 2), (True, killed_in, 3)):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises((Killed, Interrupted)):
+            end(patch, step)
+            finetune(config, resume=resume)
     finetune(config, resume=True)
     assert_same(config.run.out, whole)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from short_runs import MODEL, assert_same, at, learned, stop_during
+from short_runs import MODEL, Killed, assert_same, at, killed_in, learned, stop_during
 
 from pretrain import cli
 from pretrain.artifact import load_encoder
@@ -93,6 +93,34 @@ def test_interrupted_and_resumed_with_probes_is_uninterrupted(probed, tmp_path):
     assert_same(config.run.out, uninterrupted)
 
 
+def test_a_run_that_is_killed_after_a_probe_repeats_no_row(probed, tmp_path):
+    """Before the first save, and after a probe that made up for one at a step that the run was stopped at."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    uninterrupted = pretrain(at(probed, tmp_path / "whole"))
+    config = at(probed, tmp_path / "run", save_steps=100)
+    for resume, end, step in (
+        (False, killed_in, 0),
+        (True, killed_in, 1),
+        (True, stop_during, 1),
+        (True, killed_in, 2),
+        (True, killed_in, 5),
+    ):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises((Killed, Interrupted)):
+            end(patch, step)
+            pretrain(config, resume=resume)
+        steps = [row["step"] for row in probe_rows(config.run.out)]
+        assert steps == sorted(set(steps)) and steps[0] == 0
+    pretrain(at(probed, config.run.out), resume=True)
+    assert_same(config.run.out, uninterrupted)
+    events = EventAccumulator(str(config.run.out / "tensorboard"))
+    events.Reload()
+    rows, _ = learned(config.run.out)
+    for name in ("probe_knn", "loss"):
+        drawn = [(event.step, event.value) for event in events.Scalars(name)]
+        assert drawn == [(row["step"], pytest.approx(row[name])) for row in rows if name in row]
+
+
 def test_a_probe_may_be_given_to_a_run_that_began_without(resumable, labelled, no_pictures, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         stop_during(patch, 2)
@@ -102,9 +130,17 @@ def test_a_probe_may_be_given_to_a_run_that_began_without(resumable, labelled, n
     assert [row["step"] for row in probe_rows(tmp_path / "run")] == [4, 6, 7]
 
 
-def test_a_probe_that_fails_on_the_way_ends_no_run(probed, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        CheckFailed("no features"),
+        torch.linalg.LinAlgError("no features"),
+        torch.OutOfMemoryError("no features"),
+    ],
+)
+def test_a_probe_that_fails_on_the_way_ends_no_run(probed, tmp_path, monkeypatch, capsys, error):
     def fail(*_, **__):
-        raise CheckFailed("no features")
+        raise error
 
     monkeypatch.setattr(Probe, "measure", fail)
     run = pretrain(at(probed, tmp_path / "run"))

@@ -62,7 +62,7 @@ class GateWatch:
             weights: As `WindowGate` gives them.
             windows: How many share the channels.
         """
-        shares = rearrange(weights.double(), "n ... (g c) -> n (... c) g", g=windows) / windows
+        shares = rearrange(weights.float().cpu().double(), "n ... (g c) -> n (... c) g", g=windows) / windows
         entropy = torch.special.entr(shares).sum(dim=-1) / math.log(windows)
         n = len(shares)
         sums = shares.mean(dim=1).sum(dim=0), entropy.mean(dim=1).sum()

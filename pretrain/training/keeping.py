@@ -35,7 +35,7 @@ from pretrain.objectives import build_objective
 from pretrain.pictures import loss_curve, reconstruction_sheet
 from pretrain.plain import to_plain
 from pretrain.teaching import remarks
-from pretrain.training.metrics import MetricsLog, TensorBoardLog
+from pretrain.training.metrics import MetricsLog, TensorBoardLog, drop_lines
 from pretrain.training.report import Report
 from pretrain.training.setup import Plan, PretrainPlan, Settings, write_config
 from pretrain.training.state import read_state, write_state
@@ -60,6 +60,7 @@ class Keeper(ABC, Generic[Settings]):
         self._failed: dict[str, str] = {}
         self._plan, self._report = plan, report
         self._good: int | None = None
+        self._looked = -1  # the step of the last look whose row the state knows of
         self._metrics: MetricsLog | None = None
         self._tensorboard: TensorBoardLog | None = None
 
@@ -72,12 +73,24 @@ class Keeper(ABC, Generic[Settings]):
     def open(self, step: int) -> None:
         """Write the settings and begin the logs, `step` steps being done.
 
+        Rows that a killed run wrote after its last state go: of that very step, too, where it looked at what
+        was learned and did not save any more; the resumed run looks again.
+
         Raises:
             OSError: the directory cannot be written.
         """
+
+        def known(row: dict[str, Any]) -> bool:
+            return row["step"] < step or (row["step"] == step and ("loss" in row or self._looked == step))
+
         write_config(self._plan.config)
-        self._metrics = MetricsLog(self._plan.folder / "metrics.jsonl", step)
+        path = self._plan.folder / "metrics.jsonl"
+        kept = drop_lines(path, known)
+        self._metrics = MetricsLog(path)
         self._tensorboard = TensorBoardLog(self._plan.folder / "tensorboard", step)
+        for row in kept:
+            if row["step"] == step:
+                self._tensorboard.add(row)
 
     def log(self, row: dict[str, Any]) -> None:
         """Write a row of metrics."""
@@ -168,26 +181,25 @@ class PretrainingKeeper(Keeper[PretrainConfig]):
         self._pretraining = plan
         self._first = first_images(plan.source, plan.config.model, plan.config.view_size)
         self._probe = open_probe(plan.config.probe)
-        self._probed = -1  # the step of the last probe
         for source in (self._probe.train, self._probe.test) if self._probe else ():
             first_images(source, plan.config.model, plan.config.data.image_size)
 
     def resume(self) -> dict[str, Any] | None:
         """The state to go on from, if there is one."""
         state = super().resume()
-        self._probed = state.get("probed", -1) if state else -1
+        self._looked = state.get("probed", -1) if state else -1
         return state
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the resumable state and the artifact."""
-        super().save(state | {"probed": self._probed} if self._probe else state)
+        super().save(state | {"probed": self._looked} if self._probe else state)
 
     def look(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
         """Draw what these weights make of the first images, probe them, or both, as is due."""
         last = step == self._plan.steps
         if last or self._pretraining.draws_at(step):
             self._draw(weights, step, device)
-        if self._probe and (last or self._pretraining.probes_at(step)) and self._probed != step:
+        if self._probe and (last or self._pretraining.probes_at(step)) and self._looked != step:
             self._measure(self._probe, weights, step, device)
 
     def _measure(self, probe: Probe, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
@@ -202,10 +214,11 @@ class PretrainingKeeper(Keeper[PretrainConfig]):
             values = probe.measure(
                 encoder.to(device), self._about("backbone", {}), workers=config.data.workers
             )
-        except (ComaError, OSError, torch.OutOfMemoryError) as error:
-            self._report.warn(f"step {step}: the probe failed ({error}); training goes on")
+        except (ComaError, OSError, RuntimeError) as error:  # memory, an SVD that does not converge
+            reason = str(error).partition("\n")[0]
+            self._report.warn(f"step {step}: the probe failed ({reason}); training goes on")
             return
-        self._probed = step
+        self._looked = step
         row = {f"probe_{name}": value for name, value in values.items()}
         row["probe_seconds"] = round(time.perf_counter() - began, 3)
         self.log({"step": step, "images_seen": step * config.optimizer.batch_size, **row})

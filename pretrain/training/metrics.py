@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,30 +47,35 @@ class Window:
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
 
 
-def drop_lines_after(path: Path, step: int) -> None:
-    """Remove the lines of `metrics.jsonl` that belong to later steps, and what a kill left half-written."""
+def drop_lines(path: Path, known: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Remove the lines of `metrics.jsonl` that are not `known`, and what a kill left half-written.
+
+    Returns:
+        The rows that stay.
+    """
     if not path.exists():
-        return
-    kept = []
+        return []
+    rows, kept = [], []
     for line in path.read_bytes().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            if known(row):
+                rows.append(row)
                 kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError):
             continue
     write_whole(path, lambda file: file.write(b"".join(kept)))
+    return rows
 
 
 class MetricsLog:
     """`metrics.jsonl` of a run.
 
     Args:
-        path: The file.
-        step: Steps done; lines of later ones are dropped.
+        path: The file; what it holds stays.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        drop_lines_after(path, step)
+    def __init__(self, path: Path) -> None:
         self._file = LineFile(path)
 
     def add(self, row: dict[str, Any]) -> None:
@@ -98,7 +104,7 @@ class TensorBoardLog:
 
     Args:
         folder: `run/tensorboard`.
-        step: Steps done; TensorBoard hides what earlier files say about later ones.
+        step: Steps done; TensorBoard hides what earlier files say about this one and later ones.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -107,9 +113,8 @@ class TensorBoardLog:
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
         self._file = LineFile(folder / name)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        if step:
-            restart = SessionLog(status=SessionLog.SessionStatus.START)
-            self._write(Event(wall_time=time.time(), step=step + 1, session_log=restart))
+        restart = SessionLog(status=SessionLog.SessionStatus.START)
+        self._write(Event(wall_time=time.time(), step=step, session_log=restart))
 
     def add(self, row: dict[str, Any]) -> None:
         """Append all numbers of a row but its step.

@@ -135,6 +135,7 @@ class ClassifierKeeper(Keeper[FinetuneConfig]):
             )
         self._weights = kept["weights"]
         self.best, self.last = (Validation(**kept[name]) if kept[name] else None for name in ("best", "last"))
+        self._looked = self.last.step if self.last else -1
         return state
 
     def save(self, state: dict[str, Any]) -> None:
