@@ -92,10 +92,12 @@ class BeyondConfig:
         if not 0 < self.border_weight < 1:
             raise BadInput(f"border weight {self.border_weight} must lie between 0 and 1")
         for name, kinds in _USED_BY.items():
-            value = getattr(self, name)
-            if self.degrade not in kinds and value != getattr(BeyondConfig, name):
-                flag = f"--objective.{name.replace('_', '-')} {value}"
-                raise BadInput(f"{flag} belongs to {' and '.join(kinds)}; {self.degrade} makes no use of it")
+            value, default = getattr(self, name), getattr(BeyondConfig, name)
+            if self.degrade not in kinds and value != default:
+                raise BadInput(
+                    f"--objective.{name.replace('_', '-')} {value} belongs to {' and '.join(kinds)}; "
+                    f"{self.degrade} makes no use of it: leave it at {default}"
+                )
 
 
 _USED_BY: Mapping[str, tuple[Degradation, ...]] = {
