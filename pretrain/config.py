@@ -220,8 +220,9 @@ class ProbeConfig:
     """What features are worth during training, measured on labelled images that are never trained on."""
 
     probe: Path | None = None
-    """Folder that holds train and test (or val): folders with one folder per class, or .npz packs. Accuracy,
-    collapse statistics and DM-MSA's gates go into metrics.jsonl, TensorBoard and the loss curve."""
+    """Folder that holds train and test (or val): folders with one folder per class, or .npz packs. Accuracy
+    and collapse statistics go into metrics.jsonl, TensorBoard and the loss curve, DM-MSA's gates into the
+    first two."""
     probe_epochs: float = 1.0
     """Measure every so many passes over the training images (and before the first step, and at the end)."""
     probe_steps: int | None = None
@@ -256,10 +257,14 @@ class PretrainConfig:
     @property
     def view_size(self) -> int:
         """Side in pixels of the crops that the objective gets: --image-size, unless it zooms in."""
-        size, unit = self.data.image_size, self.model.unit
-        if isinstance(self.objective, BeyondConfig) and self.objective.zooms_in:
-            return size + 2 * unit * max(1, round(size / unit / 7))
-        return size
+        return view_size(self.data.image_size, self.model.unit, self.objective)
+
+
+def view_size(image_size: int, unit: int, objective: ObjectiveConfig | None) -> int:
+    """Side in pixels of what an objective rebuilds where the encoder sees `image_size` pixels of it."""
+    if isinstance(objective, BeyondConfig) and objective.zooms_in:
+        return image_size + 2 * unit * max(1, round(image_size / unit / 7))
+    return image_size
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,15 @@ from PIL import Image
 from skimage import data
 
 from export import judging, making
+from export.commands.benchmark import parse_size
 from export.commands.export import default_shapes, run
+from export.description import Form
 from export.manifest import Manifest
 from export.runtimes.open import open_runtime
 from export.runtimes.pytorch import TorchRuntime
-from pretrain.artifact import save_artifact
+from pretrain.artifact import load_artifact, save_artifact
 from pretrain.cli import main
-from pretrain.config import ViTConfig
+from pretrain.config import BeyondConfig, ViTConfig
 from pretrain.errors import BadInput
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
@@ -213,10 +215,22 @@ def test_exports_of_another_artifact_are_not_mixed_in(tmp_path):
 
 
 def test_default_shapes_follow_the_kind(tmp_path):
-    from pretrain.artifact import load_artifact
-
     config = load_artifact(export_files.classifier(tmp_path / "c")).config
-    shapes = default_shapes(config)
+    shapes = default_shapes(config, "classifier")
     assert shapes.dynamic == {"batch"} and shapes.usual.height == 48
     config = load_artifact(export_files.segmentor(tmp_path / "s")).config
-    assert default_shapes(config).dynamic == {"batch", "height", "width"}
+    assert default_shapes(config, "segmentor").dynamic == {"batch", "height", "width"}
+
+
+def test_a_model_that_zooms_in_rebuilds_its_whole_views(tmp_path):
+    """The encoder saw 48 px; the decoder rebuilds the view around them, 80."""
+    method = BeyondConfig("zoom-in+mask", decoder=export_files.OBJECTIVE.decoder)
+    artifact = export_files.pretrained(tmp_path / "artifact", method=method)
+    run([str(artifact), "--verify-images", "2", "--seconds", "0"])
+    sides: dict[Form, int] = {"encoder": 48, "reconstructor": 80}
+    for form, side in sides.items():
+        runtime = open_runtime(tmp_path / "export" / f"{form}.onnx", "cpu")
+        assert runtime.description.inputs[0].axes[2:] == (side, side)
+        assert runtime.description.preprocessing.size == (side, side)
+        config = load_artifact(artifact).config
+        assert parse_size(None, config, form) == (side, side)

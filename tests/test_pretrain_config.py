@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.artifact import ArtifactConfig, library_versions
 from pretrain.config import (
     ENCODER_PRESETS,
     METHOD_PRESETS,
+    BeyondConfig,
     DataConfig,
+    DecoderConfig,
     DyViTConfig,
     OptimizerConfig,
     PretrainConfig,
@@ -99,3 +102,20 @@ def test_impossible_settings_are_refused(wrong, message):
 def test_learning_rate_scales_with_the_batch():
     assert OptimizerConfig(batch_size=512).lr == pytest.approx(3e-4)
     assert replace(DyViTConfig(), patch=2).unit == 16
+
+
+@pytest.mark.parametrize(("degrade", "side"), [("zoom-in+mask", 288), ("zoom-in", 288), ("blur", 224)])
+def test_an_artifact_tells_the_size_of_what_is_rebuilt(degrade, side):
+    """Its image size stays what the encoder saw, which is what features are measured at."""
+    run = PretrainConfig(objective=BeyondConfig(degrade))
+    about = ArtifactConfig(
+        "pretrained", run.model, run.objective, 224, (0.5,) * 3, (0.2,) * 3, None, {}, library_versions()
+    )
+    assert about.view_size == run.view_size == side
+    assert replace(about, kind="backbone", objective=None).view_size == 224
+
+
+def test_decoders_that_cannot_be_built():
+    for dim, heads in ((192, 5), (34, 2)):
+        with pytest.raises(BadInput, match=f"decoder dim {dim} must be a multiple of 4 and of its {heads}"):
+            DecoderConfig(dim, heads=heads)

@@ -93,15 +93,18 @@ def parse_batches(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, parts)))
 
 
-def parse_size(text: str | None, config: ArtifactConfig) -> tuple[int, int]:
-    """`224x224`, height first; None: the size it was trained on.
+def parse_size(text: str | None, config: ArtifactConfig, form: Form) -> tuple[int, int]:
+    """`224x224`, height first; None: the size that this form was trained on.
 
     Raises:
         BadInput: not two numbers, or less than a mask unit.
     """
+    from export.forms.load import size_of
+
     unit = config.model.unit
     if text is None:
-        return config.image_size, config.image_size
+        side = size_of(config, form)
+        return side, side
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
         raise BadInput(f"--size {text!r}: give HxW in pixels, for example 224x224")
@@ -135,7 +138,7 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
 
     config = load_artifact(given.artifact).config
     form = choose_form(given.form, given.artifact, config.kind)
-    size = parse_size(given.size, config)
+    size = parse_size(given.size, config, form)
     contenders, images, absent = _load(given, form, config.model.channels, max(batches))
     note = busy_note(_threads())
     rows: list[Row] = []

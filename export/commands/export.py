@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -127,9 +128,11 @@ def run(argv: list[str]) -> None:
     _export(given, targets, precisions)
 
 
-def default_shapes(config: ArtifactConfig) -> Shapes:
+def default_shapes(config: ArtifactConfig, form: Form) -> Shapes:
     """Batches of 1 to 32; free height and width where images are not all of one size."""
-    side = config.image_size
+    from export.forms.load import size_of
+
+    side = size_of(config, form)
     if config.kind not in ("detector", "segmentor"):
         return Shapes(Shape(1, side, side), Shape(_USUAL_BATCH, side, side), Shape(_MOST_BATCH, side, side))
     unit = config.model.unit
@@ -153,19 +156,21 @@ def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str
         if given.form not in forms:
             raise BadInput(f"--form {given.form}: {given.artifact} is a {config.kind}")
         forms = (given.form,)
-    shapes = parse_shapes(given.shapes, config.model.channels) if given.shapes else default_shapes(config)
-    shapes.check(config.model.unit)
-    _check_flags(given, targets, precisions, config, shapes)
+    asked = parse_shapes(given.shapes, config.model.channels) if given.shapes else None
+    shapes: dict[Form, Shapes] = {form: asked or default_shapes(config, form) for form in forms}
+    for each in shapes.values():
+        each.check(config.model.unit)
+    _check_flags(given, targets, precisions, config, shapes[forms[0]])
     out = given.out or folder_beside(given.artifact)
     make_folder(out)
     name, source = given.artifact.resolve().name, artifact_hash(given.artifact)
     manifest = Manifest.of(out, name, source, config.kind)
-    request = _request(given, targets, precisions, out, config, forms, shapes)
+    request = _request(given, targets, precisions, out, config, forms, shapes[forms[0]])
     outcome = Outcome()
     try:
         with Bar() as bar:
             for form in forms:
-                export(request, form, shapes, manifest, bar, outcome)
+                export(request, form, shapes[form], manifest, bar, outcome)
             if given.check == "rtx":
                 _check_rtx(outcome, shapes, bar)
     except ComaError as error:
@@ -330,7 +335,7 @@ def _engine_options(config: EngineConfig) -> EngineOptions:
     )
 
 
-def _check_rtx(outcome: Outcome, shapes: Shapes, bar: Bar) -> None:
+def _check_rtx(outcome: Outcome, shapes: Mapping[Form, Shapes], bar: Bar) -> None:
     from export.making import describe
     from export.tensorrt.profiles import profile_of
     from export.tensorrt.rtx import check_rtx
@@ -338,7 +343,8 @@ def _check_rtx(outcome: Outcome, shapes: Shapes, bar: Bar) -> None:
     for path in outcome.kept:
         bar.step(f"{path.name}: TensorRT-RTX parses and compiles it")
         try:
-            report = check_rtx(path, (profile_of(describe(path), shapes),))
+            about = describe(path)
+            report = check_rtx(path, (profile_of(about, shapes[about.form]),))
         except CheckFailed as error:
             outcome.refused.append(f"{path.name}: {error}")
             continue

@@ -66,7 +66,7 @@ def load_deployable(directory: Path, form: Form) -> Deployable:
         precision="fp32",
         inputs=tuple(inputs),
         outputs=outputs,
-        preprocessing=preprocessing_of(config),
+        preprocessing=preprocessing_of(config, form),
         unit=config.model.unit,
         class_names=config.class_names,
         source=artifact_hash(directory),
@@ -86,17 +86,22 @@ def example_inputs(description: Description, batch: int, height: int, width: int
     return images, (torch.arange(rows * cols) % 2 == 0).view(rows, cols).expand(batch, -1, -1).contiguous()
 
 
-def preprocessing_of(config: ArtifactConfig) -> Preprocessing:
-    """How the model's images were prepared when it was measured.
+def size_of(config: ArtifactConfig, form: Form) -> int:
+    """Side in pixels of the images that a form of the model was made for."""
+    return config.view_size if form == "reconstructor" else config.image_size
+
+
+def preprocessing_of(config: ArtifactConfig, form: Form = "encoder") -> Preprocessing:
+    """How the model's images were prepared when it was measured; those of a reconstructor, in training.
 
     Raises:
         BadInput: a pipeline that cannot be described here.
     """
-    side = (config.image_size, config.image_size)
+    size = (size_of(config, form),) * 2
     order = {1: "grey", 3: "RGB"}.get(config.model.channels, "as stored")
     rule = Preprocessing("none", None, config.mean, config.std, channel_order=order)
     if config.kind not in ("detector", "segmentor"):
-        return replace(rule, resize="centre-square", size=side)
+        return replace(rule, resize="centre-square", size=size)
     resizes = [step for step in (config.head or {}).get("pipeline", []) if "Resize" in step["type"]]
     if not resizes:
         return rule

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal
 
-from pretrain.config import EncoderConfig, ObjectiveConfig
+from pretrain.config import EncoderConfig, ObjectiveConfig, view_size
 from pretrain.errors import BadInput
 
 FORMAT_VERSION = 1
@@ -34,7 +34,7 @@ class ArtifactConfig:
     objective: ObjectiveConfig | None
     """How it was pre-trained; required of kind `pretrained`, whose decoder it describes."""
     image_size: int
-    """Side in pixels of the square images it was trained on."""
+    """Side in pixels of the square images that the encoder was trained on."""
     mean: tuple[float, ...]
     """Per-channel mean of pixels scaled to 0..1."""
     std: tuple[float, ...]
@@ -48,6 +48,11 @@ class ArtifactConfig:
     """What a fine-tuned model has beside the encoder, as plain data: the room that made it rebuilds it from
     this. None where there is nothing to say (backbone, pretrained)."""
     format_version: int = FORMAT_VERSION
+
+    @property
+    def view_size(self) -> int:
+        """Side in pixels of the square images that pre-training rebuilt: larger, where it zooms in."""
+        return view_size(self.image_size, self.model.unit, self.objective)
 
     def __post_init__(self) -> None:
         channels, unit = self.model.channels, self.model.unit
