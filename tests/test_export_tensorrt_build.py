@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -115,16 +116,24 @@ def test_ctrl_c_leaves_the_old_engine_and_nothing_else(onnx_file: Path):
     path = onnx_file.with_name("model.engine")
     path.write_bytes(b"the old one")
 
-    pressed: list[str] = []
+    heard = threading.Event()
+
+    def hear(*_: object) -> None:
+        heard.set()
+        raise KeyboardInterrupt
 
     def interrupt(phase: str, done: int, steps: int) -> None:
-        if not pressed:  # once: another phase may start before the build ends, and the test after it
-            pressed.append(phase)
+        if not heard.is_set():  # once: another phase may start before the build ends, and the test after it
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.2)  # for the main thread to hear it
+            assert heard.wait(30)
+            time.sleep(0.2)  # until it has got from the main thread to the build
 
-    with pytest.raises(Interrupted, match="cancelled; nothing was written"):
-        build_engine(onnx_file, path, (PROFILE,), progress=interrupt, flavour="tensorrt_rtx")
+    before = signal.signal(signal.SIGINT, hear)
+    try:
+        with pytest.raises(Interrupted, match="cancelled; nothing was written"):
+            build_engine(onnx_file, path, (PROFILE,), progress=interrupt, flavour="tensorrt_rtx")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert path.read_bytes() == b"the old one"
     assert {each.name for each in path.parent.iterdir()} == {onnx_file.name, path.name}
 
