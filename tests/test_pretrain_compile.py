@@ -10,8 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 from short_runs import MODEL, OBJECTIVE
+from taught_models import DECODER, ENCODERS, METHODS, pictures
+from taught_models import objective as objective_of
 
-from pretrain.config import DecoderConfig, MAEConfig, ViTConfig
+from pretrain.config import BeyondConfig, DecoderConfig, MAEConfig, ViTConfig
 from pretrain.masking.partition import group_sizes, partition
 from pretrain.models import build_encoder
 from pretrain.models.attention import Consecutive, stage_layout
@@ -34,7 +36,7 @@ def fresh_compiler():
 def loss_and_gradients(model, images, seeds):
     loss = model(images, seeds).loss
     loss.backward()
-    return [loss.detach(), *(p.grad for p in model.parameters())]
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
 @pytest.mark.parametrize("encoder", [DYVIT, VIT], ids=["dyvit", "vit"])
@@ -45,6 +47,26 @@ def test_traced_training_graphs_equal_eager(encoder, objective):
     for compiled in (False, True):
         torch.manual_seed(0)
         model = build_objective(objective, build_encoder(encoder))
+        if compiled:
+            model.compile(backend="aot_eager", dynamic=False)
+        results.append(loss_and_gradients(model, images, seeds))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("method", ["cmt", "coma-balanced", "zoom-in+coma"])
+def test_steps_that_ask_a_teacher_or_zoom_in_equal_eager(encoder, method):
+    """What attention is asked for stays out of the graphs."""
+    images, seeds = pictures(2, 40), torch.arange(2)
+    results = []
+    for compiled in (False, True):
+        if method in METHODS:
+            model = objective_of(encoder, method)
+        else:
+            torch.manual_seed(0)
+            model = build_objective(BeyondConfig(method, decoder=DECODER), build_encoder(ENCODERS[encoder]))
         if compiled:
             model.compile(backend="aot_eager", dynamic=False)
         results.append(loss_and_gradients(model, images, seeds))
