@@ -118,7 +118,8 @@ class TeacherConfig:
     weights: Path | None = None
     """Its .safetensors file; default: the one in the local cache of the model hub. Nothing is downloaded."""
     sha256: str | None = None
-    """Of its weights; filled in when the run starts, checked when it goes on."""
+    """Of its weights, and of how an artifact says to use them; filled in when the run starts, checked when it
+    goes on."""
 
 
 @dataclass(frozen=True)
