@@ -94,11 +94,11 @@ def test_interrupted_and_resumed_with_probes_is_uninterrupted(probed, tmp_path):
 
 
 def test_a_run_that_is_killed_after_a_probe_repeats_no_row(probed, tmp_path):
-    """Before the first save, and after a probe that made up for one at a step that the run was stopped at."""
+    """Before the first save, after a probe that was made up for, and after one that is in the state."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     uninterrupted = pretrain(at(probed, tmp_path / "whole"))
-    config = at(probed, tmp_path / "run", save_steps=100)
+    config = at(probed, tmp_path / "run", save_steps=4)
     for resume, end, step in (
         (False, killed_in, 0),
         (True, killed_in, 1),
