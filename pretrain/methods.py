@@ -12,6 +12,7 @@ from typing import Literal
 
 from pretrain.errors import BadInput
 
+AttentionQuery = Literal["auto", "class", "mean"]
 Degradation = Literal["zoom-in", "zoom-out", "distort", "blur", "decolor", "zoom-in+mask", "zoom-in+coma"]
 
 
@@ -120,6 +121,15 @@ class TeacherConfig:
     sha256: str | None = None
     """Of its weights, and of how an artifact says to use them; filled in when the run starts, checked when it
     goes on."""
+    block: int = 1
+    """Whose attention is read, counted from the last block, which is 1; averaged over heads. (Our choice.)"""
+    query: AttentionQuery = "auto"
+    """Who attends: the class token, or the mean over all patches; auto: the class token if it was trained
+    with one. (Our choice.)"""
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise BadInput(f"teacher block {self.block}: the last is 1, the one before it 2")
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,10 @@ class CMTConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     mask_share: float = 0.5
     """a in A = a A_teacher + (1 - a) A_student, the attention that guides masks. That the two are added up
-    linearly is published; our choice: the value, and A_* of the last layers, averaged over heads."""
+    linearly is published; the value is our choice."""
+    student_block: int = 1
+    """Whose attention is A_student, counted from the averaged student's last block (of DyViT, within its last
+    stage), averaged over heads and, as no class token is trained, over all queries. (Our choice.)"""
     hide: Literal["attended", "ignored"] = "attended"
     """attended: hidden units are drawn in proportion to A. ignored: visible ones are. (Our choice.)"""
     hidden_ratio: float = 0.75
@@ -140,10 +153,15 @@ class CMTConfig:
     """Weight of the teacher's features as target; the averaged student's have the rest. That both are targets
     is published, the weight is our choice."""
     distance: Literal["cosine", "smooth-l1"] = "cosine"
-    """Between predicted and LayerNormed features. (Our choice.)"""
+    """Between predicted and target features. (Our choice.)"""
+    norm_targets: bool = True
+    """Target features, of the last layers, are normalised over their channels (LayerNorm without
+    weights). (Our choice.)"""
     ema: float = 0.996
-    """Share that the averaged student keeps at a step, rising to 1 along half a cosine. That the student is a
-    moving average is published; the schedule (BYOL's) is our choice."""
+    """Share that the averaged student keeps at the first step. That the student is a moving average is
+    published; the schedule (BYOL's) is our choice."""
+    ema_end: float = 1.0
+    """The same at the last step; along half a cosine in between. (Our choice.)"""
     norm_pix: bool = True
     """For the pictures' pixels only, which a linear head learns beside: normalised per mask unit."""
     decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(depth=8))
@@ -151,7 +169,9 @@ class CMTConfig:
     def __post_init__(self) -> None:
         if not 0 < self.hidden_ratio < 1:
             raise BadInput(f"hidden ratio {self.hidden_ratio} must lie between 0 and 1")
-        for name in ("mask_share", "target_share", "random_share", "ema"):
+        if self.student_block < 1:
+            raise BadInput(f"student block {self.student_block}: the last is 1, the one before it 2")
+        for name in ("mask_share", "target_share", "random_share", "ema", "ema_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadInput(f"{name.replace('_', ' ')} {getattr(self, name)} must be 0 to 1")
 

@@ -78,7 +78,8 @@ def identified(config: PretrainConfig) -> PretrainConfig:
     digest = _load(teacher, ((0.0,) * channels, (1.0,) * channels))[1]
     name = str(Path(teacher.name).resolve()) if _is_folder(teacher.name) else teacher.name
     weights = teacher.weights and teacher.weights.absolute()
-    return replace(config, objective=replace(objective, teacher=TeacherConfig(name, weights, digest)))
+    known = replace(teacher, name=name, weights=weights, sha256=digest)
+    return replace(config, objective=replace(objective, teacher=known))
 
 
 def may_have_moved(old: TeacherConfig, new: TeacherConfig) -> bool:
@@ -129,11 +130,11 @@ def stand_in(objective: ObjectiveConfig, channels: int) -> Teacher | None:
     """
     if not isinstance(objective, TaughtConfig):
         return None
-    name, statistics = objective.teacher.name, ((0.0,) * channels, (1.0,) * channels)
+    teacher, statistics = objective.teacher, ((0.0,) * channels, (1.0,) * channels)
     with torch.random.fork_rng(devices=()):
-        if _is_folder(name):
-            return _load(objective.teacher, statistics)[0]
-        return _timm_teacher(name, _build(name), statistics)
+        if _is_folder(teacher.name):
+            return _load(teacher, statistics)[0]
+        return _timm_teacher(teacher, _build(teacher), statistics)
 
 
 def _load(config: TeacherConfig, statistics: Statistics) -> tuple[Teacher, str]:
@@ -143,14 +144,15 @@ def _load(config: TeacherConfig, statistics: Statistics) -> tuple[Teacher, str]:
         encoder, about = load_encoder(folder)
         _check_channels(config.name, about.model.channels, len(statistics[0]))
         size = (about.image_size, about.image_size)
-        unreadable = check_readable(encoder, about.model.channels, *size)
-        if unreadable:
+        asked = _asked(config)
+        if unreadable := check_readable(encoder, about.model.channels, *size, **asked):
             raise BadInput(f"--teacher {config.name}: {unreadable}")
         digest = _digest(folder, about)
         _check_digest(config, folder, digest)
-        return Teacher(encoder, encoder.num_features, size, (about.mean, about.std), statistics), digest
-    network = _build(config.name)
-    teacher = _timm_teacher(config.name, network, statistics)
+        known = (about.mean, about.std)
+        return Teacher(encoder, encoder.num_features, size, known, statistics, **asked), digest
+    network = _build(config)
+    teacher = _timm_teacher(config, network, statistics)
     weights = _weights_of(config, network)
     digest = sha256_of(weights)
     _check_digest(config, weights, digest)
@@ -158,11 +160,17 @@ def _load(config: TeacherConfig, statistics: Statistics) -> tuple[Teacher, str]:
     return teacher, digest
 
 
-def _timm_teacher(name: str, network: Any, statistics: Statistics) -> Teacher:
-    known: dict[str, Any] = network.pretrained_cfg
-    channels, *size = known["input_size"]
-    _check_channels(name, channels, len(statistics[0]))
-    return Teacher(network, network.num_features, tuple(size), (known["mean"], known["std"]), statistics)
+def _timm_teacher(config: TeacherConfig, network: Any, statistics: Statistics) -> Teacher:
+    about: dict[str, Any] = network.pretrained_cfg
+    channels, height, width = about["input_size"]
+    _check_channels(config.name, channels, len(statistics[0]))
+    known = (about["mean"], about["std"])
+    return Teacher(network, network.num_features, (height, width), known, statistics, **_asked(config))
+
+
+def _asked(config: TeacherConfig) -> dict[str, Any]:
+    """Whose attention is read."""
+    return {"block": config.block, "query": config.query}
 
 
 def _check_channels(name: str, takes: int, given: int) -> None:
@@ -227,7 +235,7 @@ def _cached(repository: str | None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _build(name: str) -> Any:
+def _build(config: TeacherConfig) -> Any:
     """A network of timm's, without weights.
 
     Raises:
@@ -235,6 +243,7 @@ def _build(name: str) -> Any:
     """
     import timm
 
+    name = config.name
     if name.endswith(".safetensors"):
         raise BadInput(
             f"--teacher {name}: a file of weights does not say of which network; give the name of one "
@@ -251,8 +260,8 @@ def _build(name: str) -> Any:
         network: Any = timm.create_model(name, pretrained=False, num_classes=0).eval()
     except RuntimeError as error:
         raise BadInput(f"--teacher {name}: {error}") from None
-    unreadable = check_readable(network, *network.pretrained_cfg["input_size"])
-    if unreadable:
+    size = network.pretrained_cfg["input_size"]
+    if unreadable := check_readable(network, *size, **_asked(config)):
         raise BadInput(f"--teacher {name}: {unreadable}; take one such as {PUBLISHED[0]}")
     return network
 

@@ -101,14 +101,19 @@ def test_the_loss_computed_by_hand(distance, share):
     assert out.loss.item() == pytest.approx(share * losses[0] + (1 - share) * losses[1], rel=1e-4)
 
 
-def test_targets_and_attention_are_those_of_teacher_and_average():
-    model = objective(mask_share=0.25)
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_targets_and_attention_are_those_of_teacher_and_average(encoder, norm):
+    block = {"vit": 2, "dyvit": 1}[encoder]
+    model = objective(encoder, mask_share=0.25, student_block=block, norm_targets=norm)
     images = pictures()
     (taught, learnt), attention = model.ask(images)
     expected, looked = teacher()(images, 4, 4)
-    torch.testing.assert_close(taught, expected)
-    features, own = to_units(*attend(model.average, images), 4, 4)
-    torch.testing.assert_close(learnt, features)
+    features, own = to_units(*attend(model.average, images, block=block), 4, 4)
+    for target, raw in ((taught, expected), (learnt, features)):
+        centred = raw - raw.mean(-1, keepdim=True)
+        normed = centred / (raw.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        torch.testing.assert_close(target, normed if norm else raw)
     torch.testing.assert_close(attention, 0.25 * looked + 0.75 * own)
     torch.testing.assert_close(attention.sum((1, 2)), torch.ones(4))
 
@@ -136,8 +141,9 @@ def test_masks_are_random_at_first_and_guided_then():
     assert not torch.equal(guided, model.draw_visible(seeds, 4, 4))
 
 
-def test_the_average_follows_the_formula_and_the_teacher_does_not_move():
-    model = objective(ema=0.9)
+@pytest.mark.parametrize("end", [1.0, 0.95])
+def test_the_average_follows_the_formula_and_the_teacher_does_not_move(end):
+    model = objective(ema=0.9, ema_end=end)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     frozen = {name: t.clone() for name, t in model._teacher.model.state_dict().items()}
     average = {name: t.clone() for name, t in model.encoder.state_dict().items()}
@@ -147,15 +153,16 @@ def test_the_average_follows_the_formula_and_the_teacher_does_not_move():
         optimizer.step()
         optimizer.zero_grad()
         model.after_step(step / 4)
-        m = 1 - (1 - 0.9) * (math.cos(math.pi * step / 4) + 1) / 2
+        m = end - (end - 0.9) * (math.cos(math.pi * step / 4) + 1) / 2
         average = {n: m * average[n] + (1 - m) * t for n, t in model.encoder.state_dict().items()}
     for name, tensor in model.average.state_dict().items():
         torch.testing.assert_close(tensor, average[name])
         assert not torch.equal(tensor, model.encoder.state_dict()[name])
     assert all(torch.equal(t, frozen[name]) for name, t in model._teacher.model.state_dict().items())
     last = {name: t.clone() for name, t in model.average.state_dict().items()}
-    model.after_step(1.0)  # m = 1
-    assert all(torch.equal(t, last[name]) for name, t in model.average.state_dict().items())
+    model.after_step(1.0)
+    for name, tensor in model.average.state_dict().items():
+        torch.testing.assert_close(tensor, end * last[name] + (1 - end) * model.encoder.state_dict()[name])
 
 
 def test_the_average_is_asked_without_drop_path():
@@ -210,6 +217,10 @@ def test_settings():
         CMTConfig(hidden_ratio=1)
     with pytest.raises(BadInput, match=r"mask share 1\.5 must be 0 to 1"):
         CMTConfig(mask_share=1.5)
+    with pytest.raises(BadInput, match="student block 0: the last is 1"):
+        CMTConfig(student_block=0)
+    with pytest.raises(BadInput, match="teacher block 0: the last is 1"):
+        TeacherConfig(block=0)
     with pytest.raises(BadInput, match="cannot be balanced"):
         BalancedCoMAConfig(masks="single")
     with pytest.raises(BadInput, match="leaves none to see"):

@@ -104,16 +104,26 @@ def test_balanced_views_get_as_much_attention_and_random_ones_do_not():
 # attention and teachers ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "ours"])
-def test_attention_of_our_vit_and_of_timms_is_what_their_layers_compute(name):
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "query"),
+    [
+        ("test_vit", "auto"),
+        ("test_vit", "class"),
+        ("test_vit", "mean"),
+        ("test_vit2", "auto"),
+        ("ours", "auto"),
+    ],
+)
+def test_attention_of_our_vit_and_of_timms_is_what_their_layers_compute(name, query, block):
     """timm's with a cls token to ask; one with a register, but none; ours, whose cls token nobody asks."""
     torch.manual_seed(0)
     ours = name == "ours"
     network: Any = (build_encoder(ENCODERS["vit"]) if ours else timm.create_model(name, num_classes=0)).eval()
     images = torch.randn(2, 3, 160, 160)
-    features, attention = attend(network, images)
+    features, attention = attend(network, images, block=block, query=query)
     got: list[torch.Tensor] = []
-    layer = network.blocks[-1].attn
+    layer = network.blocks[-block].attn
     hook = layer.register_forward_pre_hook(lambda _, x: got.append(x[0]))
     tokens = network.forward_features(images)
     hook.remove()
@@ -122,7 +132,8 @@ def test_attention_of_our_vit_and_of_timms_is_what_their_layers_compute(name):
     q, k, _ = layer.qkv(got[0]).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
     q, k = layer.q_norm(q), layer.k_norm(k)
     weights = (q @ k.transpose(-1, -2) * layer.head_dim**-0.5).softmax(-1)
-    rows = weights[:, :, :1] if name == "test_vit" else weights[:, :, 1:]
+    asks_cls = name == "test_vit" and query != "mean"
+    rows = weights[:, :, :1] if asks_cls else weights[:, :, 1:]
     expected = rows[..., 1:].mean((1, 2))
     expected = expected / expected.sum(1, keepdim=True)
     torch.testing.assert_close(attention.flatten(1), expected)
@@ -171,10 +182,10 @@ def test_maps_are_brought_to_the_grid_of_units():
     assert on_grid(maps, 4, 4) is maps
     assert on_grid(maps, 2, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
     assert on_grid(maps, 8, 8).shape == (1, 1, 8, 8)
-    features, attention = to_units(torch.randn(2, 6, 6, 8), torch.rand(2, 6, 6), 3, 3)
+    given = torch.randn(2, 6, 6, 8)
+    features, attention = to_units(given, torch.rand(2, 6, 6), 3, 3)
     torch.testing.assert_close(attention.sum((1, 2)), torch.ones(2))
-    torch.testing.assert_close(features.mean(-1), torch.zeros(2, 3, 3), atol=1e-5, rtol=0)
-    torch.testing.assert_close(features.var(-1, correction=0), torch.ones(2, 3, 3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(features[:, 1, 2], given[:, 2:4, 4:6].mean((1, 2)))
 
 
 def test_a_teacher_gets_images_of_its_size_and_statistics(weights):
@@ -235,6 +246,8 @@ def test_teachers_are_loaded_strictly_from_local_files(weights, tmp_path, monkey
         (TeacherConfig("test_vit.nonsense"), "nonsense"),
         (TeacherConfig("clip.safetensors"), "does not say of which network"),
         (TeacherConfig("tests"), "no model.safetensors"),
+        (TeacherConfig("test_vit2", query="class"), "no class token that was trained"),
+        (TeacherConfig("test_vit", block=7), "block 7 from the end: it has 6 blocks"),
     ],
 )
 def test_teachers_that_cannot_teach_are_refused(config, message, monkeypatch):

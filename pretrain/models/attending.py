@@ -1,8 +1,9 @@
 """Where a network looks: last-layer features of an image, and how much attention its places get there.
 
-Attention is the last block's, averaged over heads, and normalised to add up to 1 over the places. The query
-is the cls token's where a model was trained with one (timm's); otherwise the mean over all places. This
-room's ViT has a cls token, but no loss reads it, so its attention means nothing: the mean for it as well.
+Attention is that of one block, the last unless said, averaged over heads, and normalised to add up to 1 over
+the places. The query is the class token's where a model was trained with one (timm's); otherwise, or if asked
+for, the mean over all places. This room's ViT has a class token, but no loss reads it, so its attention means
+nothing: the mean for it as well.
 """
 
 from __future__ import annotations
@@ -17,48 +18,64 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pretrain.errors import BadInput
+from pretrain.methods import AttentionQuery
 from pretrain.models.attention import Consecutive, DynamicMultiWindowAttention, Layout
 from pretrain.models.dyvit import DyViT
 from pretrain.models.positions import rotate
 from pretrain.models.vit import ViT
 
 
-def attend(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def attend(
+    model: nn.Module, images: Tensor, *, block: int = 1, query: AttentionQuery = "auto"
+) -> tuple[Tensor, Tensor]:
     """Features and attention.
 
     Args:
         model: DyViT, plain ViT, or one of timm's vision transformers; see `check_readable`.
         images: `[b, c, H, W]`, normalised for it.
+        block: Whose attention, counted from the last, which is 1; of DyViT, within its last stage.
+        query: Who attends: `class` token, `mean` over all places, or `auto`.
 
     Returns:
         Last-layer features `[b, h, w, c]` and attention `[b, h, w]`, which adds up to 1 for every image.
 
     Raises:
-        BadInput: a DyViT whose last block does not see the whole map.
+        BadInput: a block or a class token that it does not have, or a DyViT whose block does not see the
+            whole map.
     """
+    if query == "class" and not _has_cls(model):
+        raise BadInput("it has no class token that was trained, so query 'class' cannot be asked")
     if isinstance(model, DyViT):
-        with _watching_dyvit(model.stages[-1].blocks[-1].attn) as taken:  # type: ignore[union-attr, arg-type]
+        with _watching_dyvit(_from_the_end(model.stages[-1].blocks, block).attn) as taken:  # type: ignore[union-attr, arg-type]
             features = model.forward_features(images)
         received = taken[0].mean(dim=(1, 2))
     elif isinstance(model, ViT):
-        with _watching(model.blocks[-1].attn) as taken:  # type: ignore[arg-type]
+        with _watching(_from_the_end(model.blocks, block).attn) as taken:
             features = model.forward_features(images)
         received = taken[0][:, :, 1:, 1:].mean(dim=(1, 2))
     else:
         network: Any = model
-        with _watching(network.blocks[-1].attn) as taken:
+        with _watching(_from_the_end(network.blocks, block).attn) as taken:
             tokens = network.forward_features(images)
         before = network.num_prefix_tokens
-        query = slice(0, 1) if _has_cls(network) else slice(before, None)
-        received = taken[0][:, :, query, before:].mean(dim=(1, 2))
+        rows = slice(0, 1) if query != "mean" and _has_cls(network) else slice(before, None)
+        received = taken[0][:, :, rows, before:].mean(dim=(1, 2))
         features = tokens[:, before:].unflatten(1, network.patch_embed.grid_size)
     received = received.float()
     received = received / received.sum(dim=1, keepdim=True)
     return features, received.unflatten(1, features.shape[1:3])
 
 
-def check_readable(model: nn.Module, channels: int, height: int, width: int) -> str:
-    """Why `attend` cannot ask a model about images of that size; empty where it can.
+def check_readable(
+    model: nn.Module,
+    channels: int,
+    height: int,
+    width: int,
+    *,
+    block: int = 1,
+    query: AttentionQuery = "auto",
+) -> str:
+    """Why `attend` cannot ask a model about images of that size so; empty where it can.
 
     It is tried on tensors that have shapes only: nothing is computed.
     """
@@ -67,7 +84,7 @@ def check_readable(model: nn.Module, channels: int, height: int, width: int) -> 
         return unfit
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            attend(model, torch.empty(1, channels, height, width))
+            attend(model, torch.empty(1, channels, height, width), block=block, query=query)
     except BadInput as error:
         return str(error)
     except Exception as error:  # a network of timm's may be built in any way
@@ -98,7 +115,17 @@ def on_grid(maps: Tensor, h: int, w: int) -> Tensor:
     return F.interpolate(maps, (h, w), mode="bilinear", align_corners=False)
 
 
+def _from_the_end(blocks: Any, block: int) -> Any:
+    if not 1 <= block <= len(blocks):
+        raise BadInput(
+            f"attention of block {block} from the end: it has {len(blocks)} blocks that could be asked"
+        )
+    return blocks[-block]
+
+
 def _has_cls(network: Any) -> bool:
+    if isinstance(network, DyViT | ViT):
+        return False
     known = getattr(network, "has_class_token", None)
     return getattr(network, "cls_token", None) is not None if known is None else known
 

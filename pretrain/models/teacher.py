@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.methods import AttentionQuery
 from pretrain.models.attending import attend, on_grid
 
 
@@ -24,6 +25,8 @@ class Teacher:
         size: Height and width in pixels of the images it takes.
         statistics: Mean and deviation per channel of pixels scaled to 0..1 that its images are normalised by.
         data_statistics: Those that the images it will get are normalised by.
+        block: Whose attention, counted from the last.
+        query: Who attends; both as for `attend`.
     """
 
     def __init__(
@@ -33,10 +36,15 @@ class Teacher:
         size: tuple[int, int],
         statistics: tuple[Sequence[float], Sequence[float]],
         data_statistics: tuple[Sequence[float], Sequence[float]],
+        *,
+        block: int = 1,
+        query: AttentionQuery = "auto",
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.features = features
         self.size = size
+        self._block: int = block
+        self._query: AttentionQuery = query
         (mean, std), (ours, deviation) = (
             [torch.tensor(values)[:, None, None] for values in pair] for pair in (statistics, data_statistics)
         )
@@ -52,8 +60,7 @@ class Teacher:
             w: Columns of mask units.
 
         Returns:
-            Features `[b, h, w, c]`, each normalised over its channels, and attention `[b, h, w]`, which adds
-            up to 1 for every image; float32.
+            Features `[b, h, w, c]` and attention `[b, h, w]`, which adds up to 1 for every image; float32.
         """
         device = images.device
         if self._scale.device != device:
@@ -62,11 +69,11 @@ class Teacher:
         own = images * self._scale + self._shift
         if own.shape[-2:] != self.size:
             own = F.interpolate(own, self.size, mode="bicubic", antialias=True, align_corners=False)
-        return to_units(*attend(self.model, own), h, w)
+        return to_units(*attend(self.model, own, block=self._block, query=self._query), h, w)
 
 
 def to_units(features: Tensor, attention: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
-    """Answers of `attend` on a grid of h x w mask units, float32; features normalised over their channels."""
+    """Answers of `attend` on a grid of h x w mask units, float32."""
     maps = on_grid(features.float().permute(0, 3, 1, 2), h, w).permute(0, 2, 3, 1)
     share = on_grid(attention.float()[:, None], h, w)[:, 0]
-    return F.layer_norm(maps, maps.shape[-1:]), share / share.sum(dim=(1, 2), keepdim=True)
+    return maps, share / share.sum(dim=(1, 2), keepdim=True)

@@ -5,9 +5,9 @@ masks; features of both are the target; the teacher is a frozen CLIP; the studen
 average of the encoder. ViT-B 83.6 -> 85.7 fine-tuned on ImageNet-1k, with CLIP ViT-B/16.
 
 What it leaves open is this project's choice, and a setting of `CMTConfig`: A = a A_teacher + (1 - a)
-A_student of the last layers (see `models.attending`), hidden units drawn in proportion to A, random masks at
-first, two linear heads on one decoder for the two targets, LayerNormed last-layer features, on hidden units
-alone.
+A_student (see `models.attending`), hidden units drawn in proportion to A, random masks at first, LayerNormed
+last-layer features as targets, their distance, the average's schedule. Settled here: two linear heads on one
+decoder for the two targets, and a loss on hidden units alone.
 
 No pixels are predicted, but people want to see what a model knows, and artifacts hold a decoder: a linear
 head learns pixels from the decoder's output, without telling it (stop-gradient). It changes what is learned
@@ -107,7 +107,9 @@ class CMT(MaskedPixels):
             raise RuntimeError("CMT without its teacher reconstructs, but does not learn")
         grid = self.grid(images)
         taught, attention = self._teacher(images, *grid)
-        learnt, own = to_units(*attend(self.average, images), *grid)
+        learnt, own = to_units(*attend(self.average, images, block=self.config.student_block), *grid)
+        if self.config.norm_targets:
+            taught, learnt = (F.layer_norm(target, target.shape[-1:]) for target in (taught, learnt))
         share = self.config.mask_share
         return (taught, learnt), share * attention + (1 - share) * own
 
@@ -139,10 +141,11 @@ class CMT(MaskedPixels):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Average <- m average + (1 - m) encoder, m from `ema` to 1 along half a cosine (BYOL, app. A.2)."""
+        """Average <- m average + (1 - m) encoder, m from `ema` to `ema_end` by a cosine (BYOL, app. A.2)."""
         if self._teacher is None:
             return
-        towards = (1 - self.config.ema) * (math.cos(math.pi * progress) + 1) / 2  # 1 - m
+        start, end = self.config.ema, self.config.ema_end
+        towards = 1 - end + (end - start) * (math.cos(math.pi * progress) + 1) / 2  # 1 - m
         for own, new in zip(self.average.parameters(), self.encoder.parameters(), strict=True):
             _local(own).lerp_(_local(new), towards)
 

@@ -189,7 +189,8 @@ def check_objective(config: PretrainConfig) -> None:
         raise BadInput(f"{len(visible)} views are too many for {h * w} mask units: some would see nothing")
     if isinstance(config.objective, CMTConfig):
         with FakeTensorMode(), torch.no_grad():
-            attend(build_encoder(model), torch.empty(1, model.channels, size, size))
+            images = torch.empty(1, model.channels, size, size)
+            attend(build_encoder(model), images, block=config.objective.student_block)
 
 
 def share_out(optimizer: OptimizerConfig, rank: int, world: int) -> Slices:
