@@ -12,14 +12,16 @@ import ast
 import difflib
 import errno
 import importlib.util
+import inspect
 import logging
 import os
 import platform
+import re
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import metadata
-from typing import TextIO
+from typing import Any, TextIO
 
 import pretrain
 from pretrain.errors import ComaError, Interrupted
@@ -90,6 +92,7 @@ def _dispatch(arguments: list[str]) -> int:
         return _fail(f"no command {name!r}; {hint}", 2)
     command = commands[name]
     _configure_logging(command.module.partition(".")[0])
+    _join_lines_of_help()
     try:
         command.load()(rest)
     except ModuleNotFoundError as error:
@@ -138,6 +141,29 @@ def _configure_logging(room: str) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_CurrentStderr()])
     for name in {"pretrain", room}:
         logging.getLogger(name).setLevel(logging.INFO)
+
+
+def _join_lines_of_help() -> None:
+    """Let tyro wrap help texts at the terminal's width, not where our lines end.
+
+    It joins the lines of a field's docstring (1.0.17) unless they begin with a blank, as all but the first
+    do: docstring_parser hands them on as they stand in the source. Nor does it join those that begin with a
+    digit, a bracket or a quote.
+    """
+    import docstring_parser
+
+    parse = docstring_parser.parse_from_object
+    if parse.__module__ == __name__:
+        return
+
+    def parse_from_object(*args: Any, **options: Any) -> docstring_parser.Docstring:
+        found = parse(*args, **options)
+        for param in found.params:
+            text = inspect.cleandoc(param.description or "")
+            param.description = re.sub(r"(?<!\n)\n(?!\n)", " ", text) or None
+        return found
+
+    docstring_parser.parse_from_object = parse_from_object
 
 
 class _CurrentStderr(logging.StreamHandler):

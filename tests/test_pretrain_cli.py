@@ -271,6 +271,15 @@ def _output(*argv: str) -> str:
     return text.getvalue()
 
 
+def test_help_is_wrapped_where_the_terminal_ends_not_where_our_lines_do():
+    command = [sys.executable, "-m", "pretrain", "pretrain", "--help"]  # tyro keeps texts it has read
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
+    lines = [line.strip(" │") for line in done.stdout.splitlines()]
+    first = lines.index("--repeats INT") + 1
+    text = lines[first : lines.index("--on-bad-image {skip,stop}")]
+    assert len(text) > 3 and min(map(len, text[:-1])) > 70 - 12  # of 70, less a long word
+
+
 def test_the_command_line_is_as_it_was():
     stored = {path.name: path.read_text(encoding="utf-8") for path in GOLDEN.glob("*.txt")}
     assert surface() == stored, "if you meant to change it: python tests/test_pretrain_cli.py"
