@@ -40,15 +40,17 @@ class Photographs(EncodedSource):
         return read_at(path, 0, path.stat().st_size, path.name)
 
 
-def open_images(place: Path | None) -> Source:
+def open_images(place: Path | None, *, held_out: bool = False) -> Source:
     """The images at `place` (a folder, one with a folder for each class, .npz, .tar), or the photographs.
+
+    Of a folder with splits they are the training images, or, if `held_out`, those of test or val.
 
     Raises:
         BadInput: nothing there that can be read.
     """
     from pretrain.data.opening import open_source
 
-    return Photographs() if place is None else open_source(place)
+    return Photographs() if place is None else open_source(place, held_out=held_out)
 
 
 def resized(pixels: np.ndarray, preprocessing: Preprocessing, size: tuple[int, int] | None = None) -> Tensor:

@@ -181,7 +181,8 @@ class OptimizerConfig:
     clip: float = 1.0
     """Largest gradient norm; 0 switches clipping off."""
     ema: float = 0.0
-    """Decay of the moving average of the weights that is published; 0 publishes the weights themselves."""
+    """Decay of a moving average of the weights that goes into the artifact in their place; 0: none. (That of
+    --method cmt is another, --objective.ema.)"""
 
     @property
     def lr(self) -> float:

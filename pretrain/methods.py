@@ -18,7 +18,7 @@ Degradation = Literal["zoom-in", "zoom-out", "distort", "blur", "decolor", "zoom
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Light transformer that predicts pixels; shared by all views."""
+    """Light transformer behind the encoder that makes the predictions; shared by all views."""
 
     dim: int = 512
     depth: int = 4
@@ -31,7 +31,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class CoMAConfig:
-    """Complementary masks: every pixel is supervised in every step (Li et al. 2025)."""
+    """Complementary masks: all pixels are learned from, equally often (Li et al. 2025)."""
 
     views: int = 2
     """K: mask units are shared out into K groups; each group predicts all the others."""
@@ -139,7 +139,7 @@ class CMTConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     mask_share: float = 0.5
     """a in A = a A_teacher + (1 - a) A_student, the attention that guides masks. That the two are added up
-    linearly is published; the value is our choice."""
+    linearly is published; the paper's value was not at hand, this one is our choice."""
     student_block: int = 1
     """Whose attention is A_student, counted from the averaged student's last block (of DyViT, within its last
     stage), averaged over heads and, as no class token is trained, over all queries. (Our choice.)"""
@@ -151,15 +151,15 @@ class CMTConfig:
     """Share of the run at its beginning with random masks. (Our choice.)"""
     target_share: float = 0.5
     """Weight of the teacher's features as target; the averaged student's have the rest. That both are targets
-    is published, the weight is our choice."""
+    is published; the paper's weight was not at hand, this one is our choice."""
     distance: Literal["cosine", "smooth-l1"] = "cosine"
     """Between predicted and target features. (Our choice.)"""
     norm_targets: bool = True
     """Target features, of the last layers, are normalised over their channels (LayerNorm without
     weights). (Our choice.)"""
     ema: float = 0.996
-    """Share that the averaged student keeps at the first step. That the student is a moving average is
-    published; the schedule (BYOL's) is our choice."""
+    """Share that the averaged student keeps at the first step. That the student is a moving average is the
+    paper's (by summaries of it); the schedule (BYOL's) is our choice."""
     ema_end: float = 1.0
     """The same at the last step; along half a cosine in between. (Our choice.)"""
     norm_pix: bool = True
@@ -178,7 +178,7 @@ class CMTConfig:
 
 @dataclass(frozen=True)
 class BalancedCoMAConfig(CoMAConfig):
-    """Complementary masks dealt so that every view gets as much of what a teacher looks at (our own)."""
+    """Complementary masks dealt so that each view gets about as much of what a teacher looks at (our own)."""
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
 

@@ -1,6 +1,7 @@
 """`coma export` from artifact to report: what is kept, what is refused, and what it says."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,6 +176,11 @@ def test_fewer_labelled_images_than_a_fixed_batch_are_refused_at_once(tmp_path, 
     artifact = export_files.classifier(tmp_path / "artifact", VIT)
     with pytest.raises(BadInput, match="top-1 on 9 images is fewer than one batch of 16"):
         run([str(artifact), "--verify", str(photographs), "--shapes", "16x48x48"])
+    splits = tmp_path / "splits"  # top-1 is that of images which nobody trained on
+    shutil.copytree(photographs, splits / "train")
+    shutil.copytree(photographs / "cat", splits / "test" / "cat")
+    with pytest.raises(BadInput, match="top-1 on 3 images is fewer than one batch of 4"):
+        run([str(artifact), "--verify", str(splits), "--shapes", "4x48x48"])
 
 
 def test_bundled_photographs_do_not_fit_five_channels(tmp_path, undecoded):

@@ -152,6 +152,8 @@ def test_held_out_images_stay_unseen_unless_asked_for(splits):
     assert open_source(splits).location == splits / "train"
     assert names(open_source(splits)) == names(open_source(splits, "train"))
     assert len(open_source(splits, "val")) == 2
+    assert open_source(splits, held_out=True).location == splits / "val"
+    assert len(open_source(splits / "train", held_out=True)) == 3  # no splits in there
 
 
 def test_test_and_val_stand_for_each_other(splits):
@@ -218,6 +220,7 @@ def test_splits_of_packs(tmp_path):
     np.savez(tmp_path / "train.npz", **pack_arrays(5))
     np.savez(tmp_path / "test.npz", **pack_arrays(3))
     assert [len(open_source(tmp_path, split)) for split in (None, "train", "test", "val")] == [5, 5, 3, 3]
+    assert len(open_source(tmp_path, held_out=True)) == 3
     with pytest.raises(BadInput, match="one file has no split 'test'"):
         open_source(tmp_path / "train.npz", "test")
 

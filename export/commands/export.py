@@ -74,7 +74,7 @@ class ExportConfig:
     """Folder for the files, manifest.json and report.md (default: export beside the artifact)."""
     verify: Path | None = None
     """Images to compare on: a folder, .npz or .tar shards (default: photographs that came with scikit-image).
-    A folder for each class also gives the top-1 of a classifier."""
+    A folder for each class also gives the top-1 of a classifier; of train and test (or val) test is taken."""
     verify_images: int = 16
     """How many of them."""
     dataset: Path | None = None
@@ -253,7 +253,7 @@ def _request(
     from export.verify.check import read_pictures
 
     channels, batch = config.model.channels, 1 if "batch" in shapes.dynamic else shapes.usual.batch
-    source = open_images(given.verify)
+    source = open_images(given.verify, held_out=True)
     labelled = _labelled(given, source, config, batch)
     keep = _kept_float(given, config.kind, forms)
     calibration: list[np.ndarray] = []
@@ -270,7 +270,7 @@ def _request(
         inside=given.preprocess_inside,
         device=given.device,
         pictures=pictures,
-        images=f"{len(pictures)} images of {given.verify or 'scikit-image'}",
+        images=f"{len(pictures)} images of {source.location if given.verify else 'scikit-image'}",
         calibration=calibration,
         method=given.calibrate_method,
         keep=keep,

@@ -53,8 +53,9 @@ class CompareConfig:
     """Labelled images to measure on: a folder that holds train and test, as `coma evaluate --data` takes."""
     budget: tuple[Literal["images", "views", "seconds", "flops"], float]
     """What every run gets, and how much. images: seen in training. views: encoded (two a step of CoMA's
-    images, one of MAE's). seconds: of training steps alone, by a GPU's clock, or of computing time on a CPU;
-    a short run of each tells how many steps that makes. flops: of forward and backward."""
+    images, one of MAE's). seconds: of training steps alone, on a GPU by the clock (waiting for images
+    included), on a CPU of computing time; a short run of each tells how many steps that makes. flops: of
+    forward and backward."""
     methods: tuple[str, ...] = ("coma", "mae")
     """As in `coma pretrain --method`, flags of its own behind the name and another name for the table before
     it: "beyond --degrade zoom-in", "zoom: beyond --degrade zoom-in". They win over those behind --, so

@@ -64,17 +64,17 @@ class Presets:
     """coma: two complementary views (default). coma4: four. coma-independent, coma-single: its controls.
     mae: one view of a quarter of the image. beyond: other degradations than masks, see --degrade. cmt: masks
     and targets made by a frozen teacher and the model's moving average (CMT-MAE). coma-balanced: coma, with
-    views that share out evenly what a teacher looks at."""
+    views that get about as much each of what a teacher looks at. --help behind it lists its settings."""
     degrade: Degradation | None = None
     """With --method beyond, how (default: zoom-in+mask); `coma degrade IMAGE --out SHEET` shows them all."""
     teacher: str | None = None
     """With --method cmt or coma-balanced: a vision transformer by its name in timm, or the directory of an
     artifact (default: CLIP ViT-B/16, vit_base_patch16_clip_quickgelu_224.openai; the accuracy published for
-    CMT-MAE is CLIP's alone). With --resume: where that artifact is now."""
+    CMT-MAE was reached with CLIP). With --resume: where that artifact is now."""
     teacher_weights: Path | None = None
     """Its .safetensors file; default: the one in the local cache of the model hub. Nothing is downloaded."""
     recipe: Literal["default", "small-data"] | None = None
-    """small-data: for up to about 10,000 images on one GPU."""
+    """small-data: for up to about 10,000 images on one GPU (settings not measured yet)."""
     channels: int | None = None
     """Channels of the images, 1 to 16 (default: 3)."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None

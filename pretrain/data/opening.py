@@ -24,31 +24,32 @@ from pretrain.errors import BadInput
 _HELD_OUT = ("test", "val", "valid", "validation")
 
 
-def open_source(path: Path, split: str | None = None) -> Source:
+def open_source(path: Path, split: str | None = None, *, held_out: bool = False) -> Source:
     """The images at `path`.
 
     Args:
         path: a folder, a `.npz` pack, a `.tar` shard or a brace pattern of shards.
         split: "train", "test" or "val" of data that have splits; test and val stand for each other where
             only one exists. By default the training split, so that held-out images stay unseen.
+        held_out: By default test or val, where there are any.
 
     Raises:
         BadInput: nothing there, nothing readable there, no image there, or no such split.
     """
     try:
-        return _open(Path(path), split)
+        return _open(Path(path), split, held_out)
     except PermissionError as error:
         raise BadInput(f"{error.filename or path}: no permission to read it") from None
 
 
-def _open(path: Path, split: str | None) -> Source:
+def _open(path: Path, split: str | None, held_out: bool) -> Source:
     if not path.exists():
         if "{" in path.name:
             _no_split(path, split)
             return ShardSource(path, [path.with_name(name) for name in expand_braces(path.name)])
         raise BadInput(f"{path}: no such file or folder")
     if path.is_dir():
-        return _open_folder(path, split)
+        return _open_folder(path, split, held_out)
     _no_split(path, split)
     if path.suffix.lower() == ".npz":
         return NpzSource(path)
@@ -59,12 +60,13 @@ def _open(path: Path, split: str | None) -> Source:
     raise BadInput(f"{path}: give a folder of images, a .npz pack or .tar shards")
 
 
-def _open_folder(path: Path, split: str | None) -> Source:
-    packs = [name for name in ("train", *_HELD_OUT) if (path / f"{name}.npz").is_file()]
+def _open_folder(path: Path, split: str | None, held_out: bool) -> Source:
+    known = (*_HELD_OUT, "train") if held_out else ("train", *_HELD_OUT)
+    packs = [name for name in known if (path / f"{name}.npz").is_file()]
     if packs:
         return NpzSource(path / f"{_choose(path, packs, split)}.npz")
     folders = subfolders(path)
-    splits = [name for name in ("train", *_HELD_OUT) if name in folders]
+    splits = [name for name in known if name in folders]
     if split is not None or ("train" in splits and len(splits) > 1):
         chosen = _choose(path, splits, split)
         classes = {name for folder in splits for name in subfolders(path / folder)}

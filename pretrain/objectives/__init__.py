@@ -1,4 +1,4 @@
-"""Pre-training objectives, one page each; the training loop knows only their shared interface."""
+"""Pre-training objectives, one file each; the training loop knows only their shared interface."""
 
 from __future__ import annotations
 

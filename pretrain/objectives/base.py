@@ -1,4 +1,4 @@
-"""What all masked-pixel objectives share: encoder, decoder, reconstruction. Methods add masks and a loss."""
+"""What all methods share: encoder, decoder, reconstruction. They add masks or degradations, and a loss."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ObjectiveOutput:
 
     Attributes:
         loss: Scalar, float32.
-        prediction: `[v, b, h, w, unit*unit*c]`.
-        target: `[b, h, w, unit*unit*c]`, float32.
+        prediction: `[v, b, h, w, p]`: the p = unit*unit*c pixels of a unit, or features (CMT-MAE).
+        target: `[b, h, w, p]`, float32.
         visible: bool `[v, b, h, w]`: the units that each of the v views sees.
         metrics: Scalars to log.
     """
@@ -35,7 +35,7 @@ class ObjectiveOutput:
 
 
 class MaskedPixels(nn.Module):
-    """Predict the pixels of hidden mask units.
+    """Rebuild the pixels of mask units.
 
     Args:
         config: The method's settings.

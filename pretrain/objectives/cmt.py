@@ -1,13 +1,15 @@
 """CMT-MAE: masks and targets made together by a frozen teacher and the student's moving average.
 
-Mo 2024, arXiv 2412.17566. Stated there: attention of teacher and student is added up linearly and guides the
-masks; features of both are the target; the teacher is a frozen CLIP; the student that is asked is a moving
-average of the encoder. ViT-B 83.6 -> 85.7 fine-tuned on ImageNet-1k, with CLIP ViT-B/16.
+Mo 2024, arXiv 2412.17566. Its abstract states: attention of teacher and student is added up linearly and
+guides the masks; features of both are the target; ViT-B 83.6 -> 85.7 fine-tuned on ImageNet-1k. By summaries
+of it: the teacher is a frozen CLIP ViT-B/16, the student that is asked a moving average of the encoder. The
+full text was not at hand.
 
-What it leaves open is this project's choice, and a setting of `CMTConfig`: A = a A_teacher + (1 - a)
+What these leave open is this project's choice, and a setting of `CMTConfig`: A = a A_teacher + (1 - a)
 A_student (see `models.attending`), hidden units drawn in proportion to A, random masks at first, LayerNormed
 last-layer features as targets, their distance, the average's schedule. Settled here: two linear heads on one
-decoder for the two targets, and a loss on hidden units alone.
+decoder for the two targets, teacher and student brought to the grid of mask units by averages or bilinear
+interpolation, and a loss on hidden units alone.
 
 No pixels are predicted, but people want to see what a model knows, and artifacts hold a decoder: a linear
 head learns pixels from the decoder's output, without telling it (stop-gradient). It changes what is learned
@@ -136,7 +138,7 @@ class CMT(MaskedPixels):
         return (apart * hidden).sum() / hidden.sum()
 
     def before_step(self, progress: float) -> None:
-        """Masks are random as long as less than the warm-up share of the run is done."""
+        """Masks are random as long as less than `random_share` of the run is done."""
         self._guided = progress >= self.config.random_share
 
     @torch.no_grad()
