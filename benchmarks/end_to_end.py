@@ -25,9 +25,9 @@ from pretrain.data import Slices, open_source, training_batches
 from pretrain.data.workers import default_workers
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
+from pretrain.precision import choose_precision
 from pretrain.training.distributed import Processes
 from pretrain.training.learner import Learner
-from pretrain.training.precision import choose_precision
 
 SIZE, ROUNDS = 224, 3
 

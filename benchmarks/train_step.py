@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain.config import encoder_preset, method_preset
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
-from pretrain.training.precision import Precision, autocast, choose_attention, choose_precision
+from pretrain.precision import Precision, autocast, choose_attention, choose_precision
 from pretrain.training.throughput import peak_flops, peak_memory
 
 MODELS = {
@@ -89,12 +89,17 @@ class Step:
     def flops(self) -> float:
         """Floating-point operations of forward and backward for one image (2 per multiply-accumulate)."""
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            out = self.model(
-                torch.zeros(1, 3, 224, 224, device=self.device), torch.zeros(1, dtype=torch.int64)
-            )
+            image = torch.zeros(1, 3, 224, 224, device=self.device)
+            out = self.model(image, torch.zeros(1, dtype=torch.int64, device=self.device))
             (out if isinstance(out, Tensor) else out.loss).backward()
         self.optimizer.zero_grad(set_to_none=True)
         return counter.get_total_flops()
+
+    def held(self) -> int:
+        """Bytes of weights, buffers and optimizer state."""
+        states = (state for of_one in self.optimizer.state.values() for state in of_one.values())
+        tensors = (*self.model.parameters(), *self.model.buffers(), *states)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def parameters(self) -> tuple[int, int]:
         """Of the encoder, and of everything that trains."""
@@ -118,9 +123,11 @@ def largest_batch(step: Step) -> int:
 def memory_of(step: Step, batch: int) -> float:
     """GiB that one step needs."""
     if step.device.type == "cuda":
+        step.optimizer.zero_grad(set_to_none=True)
         torch.cuda.reset_peak_memory_stats()
+        others = torch.cuda.memory_allocated() - step.held()
         step(batch)
-        return torch.cuda.max_memory_allocated() / 2**30
+        return (torch.cuda.max_memory_allocated() - others) / 2**30
     command = [sys.executable, __file__, "--child", step.name, "--batch", str(batch)]
     command += ["--precision", step.precision]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])

@@ -2,9 +2,9 @@
 
     python benchmarks/methods/table.py benchmarks/results/methods_*.json
 
-Linear-probe accuracy (kNN in brackets), mean and sample deviation over the seeds, under both budgets, and
-the computing time of an image relative to MAE's on the same backbone, as measured in the runs with equal
-images.
+Linear-probe accuracy (kNN in brackets), mean and sample deviation over the seeds, under both budgets; of
+those with equal time the seconds that were used, on the average; and the computing time of an image relative
+to MAE's on the same backbone, as measured in the runs with equal images.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def select(found: dict[str, Any], unit: str, method: str, backbone: str) -> Runs
     return [run for run in runs if (run["method"], run["model"]) == (method, backbone)]
 
 
-def accuracy(runs: Runs) -> str:
-    """Linear and kNN, in percent."""
+def accuracy(runs: Runs, unit: str) -> str:
+    """Linear and kNN, in percent; and seconds."""
     if not runs:
         return ""
-    return (
-        f"{spread([run['top1']['linear'] for run in runs])} ({spread([run['top1']['knn'] for run in runs])})"
-    )
+    linear, knn = (spread([run["top1"][protocol] for run in runs]) for protocol in ("linear", "knn"))
+    used = statistics.mean(run["seconds"] for run in runs)
+    return f"{linear} ({knn})" + (f", {used:.0f} s" if unit == "seconds" and used else "")
 
 
 def spread(values: Sequence[float]) -> str:
@@ -64,7 +64,7 @@ def table(found: dict[str, Any]) -> str:
         line = [method]
         for backbone in backbones:
             equal = [select(found, unit, method, backbone) for unit in budgets]
-            line += [*map(accuracy, equal), pace(equal[0], select(found, "images", "mae", backbone))]
+            line += [*map(accuracy, equal, budgets), pace(equal[0], select(found, "images", "mae", backbone))]
         lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
