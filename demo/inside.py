@@ -20,7 +20,6 @@ from pretrain.masking.units import unit_grid
 from pretrain.models import Encoder
 from pretrain.models.attention import DynamicMultiWindowAttention, Layout
 from pretrain.models.dyvit import FIRST_SIDE, DyViT
-from pretrain.models.positions import rotate
 from pretrain.models.vit import ViT
 from pretrain.models.windows import nest, unnest
 
@@ -162,8 +161,7 @@ def attention_of(
     place = torch.zeros(1, h, w, 1)
     place[0, min(int(row * h), h - 1), min(int(col * w), w - 1)] = 1
     chosen = _as_tokens(place, layout, side)  # n s t 1
-    qk, _ = attention.qkv(x).unflatten(-1, (3, attention.heads, -1)).split((2, 1), dim=3)
-    q, k = rotate(qk, layout.rotary).unbind(dim=3)  # n s t heads d
+    q, k, _ = attention.project(x, layout)  # n s t heads d
     maps = {}
     groups = len(layout.windows)
     for i, (window, q_, k_) in enumerate(
@@ -190,18 +188,16 @@ def _same_window(window: Any, chosen: Tensor) -> Tensor:
 
 
 def _plain_attention(encoder: Any, image: Tensor, row: float, col: float) -> np.ndarray:
-    attention = encoder.blocks[-1].attn
-    with _watching(attention) as watched:
+    from pretrain.models.attending import softmax_of
+
+    with softmax_of(encoder.blocks[-1].attn) as taken:
         features = ViT.forward(encoder, image)[0]
-    x = watched.inputs[0]  # n 1+s c, the cls token first
     h, w = -(-image.shape[-2] // encoder.unit), -(-image.shape[-1] // encoder.unit)
     side = encoder.unit // encoder.strides[0]
     h, w = h * side, w * side
-    q, k, _ = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).unbind(dim=2)  # n s heads d
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    place = 1 + min(int(row * h), h - 1) * w + min(int(col * w), w - 1)
-    scores = (k[0] * q[0, place]).sum(dim=-1) * q.shape[-1] ** -0.5  # s heads
-    weights = scores[1:].softmax(dim=0).mean(dim=-1)
+    place = 1 + min(int(row * h), h - 1) * w + min(int(col * w), w - 1)  # the cls token is first
+    received = taken[0][0, :, place, 1:]  # heads s
+    weights = (received / received.sum(dim=1, keepdim=True)).mean(dim=0)
     return weights.view(h, w).numpy()[: features.shape[-2], : features.shape[-1]]
 
 

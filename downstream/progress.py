@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pretrain.training.report import clock
+
 LINES = 20
 """Lines of a whole run where there is no terminal."""
 
@@ -67,10 +69,3 @@ class Bar:
     def close(self) -> None:
         """Take the bar away; the cursor is back where it belongs."""
         self._progress.stop()
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes, seconds."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

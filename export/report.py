@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from export.manifest import Entry, Manifest
+from pretrain.files import write_whole
 
 NAME = "report.md"
 
 
 def write_report(manifest: Manifest, folder: Path) -> Path:
     """Write it, whole or not at all."""
-    temporary = folder / (NAME + ".part")
-    temporary.write_text(render(manifest), encoding="utf-8")
-    os.replace(temporary, folder / NAME)
+    write_whole(folder / NAME, lambda file: file.write(render(manifest).encode()))
     return folder / NAME
 
 

@@ -6,8 +6,8 @@ of a 16-bit model, not converted; their inputs and outputs stay float32.
 
 from __future__ import annotations
 
+import ast
 import json
-import os
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +22,7 @@ from export.forms.base import Deployable
 from export.forms.load import example_inputs
 from export.shapes import Shapes
 from pretrain.errors import BadInput, CheckFailed
+from pretrain.files import write_whole
 from pretrain.plain import from_plain, to_plain
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 OPSET = 18
 METADATA = "coma"
+_SCOPES = "pkg.torch.onnx.name_scopes"
 _TALKATIVE = (
     *("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes"),
     *("onnxscript", "onnx_ir"),
@@ -126,17 +128,10 @@ def save(model: onnx.ModelProto, path: Path) -> None:
     """
     import onnx
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     size = model.ByteSize()
     if size >= onnx.checker.MAXIMUM_PROTOBUF:
         raise BadInput(f"{path}: would be {size / 1e9:.1f} GB, more than the 2 GB of an ONNX file; try fp16")
-    temporary = path.with_name(path.name + ".part")
-    try:
-        temporary.write_bytes(model.SerializeToString())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, lambda file: file.write(model.SerializeToString()))
 
 
 def as_json(description: Description) -> str:
@@ -170,6 +165,12 @@ def parse_description(text: str | None, source: str) -> Description:
     if version != FORMAT_VERSION:
         raise BadInput(f"{source}: format {version}, known here is {FORMAT_VERSION}; export it again")
     return from_plain(plain, Description, source=source)
+
+
+def modules_of(node: onnx.NodeProto) -> list[str]:
+    """Paths of the torch modules that a node was exported from, from outer to inner."""
+    text = {prop.key: prop.value for prop in node.metadata_props}.get(_SCOPES)
+    return [path for path in ast.literal_eval(text)[:-1] if path] if text else []  # the last is the node's
 
 
 def check_axes(model: onnx.ModelProto, description: Description) -> None:
@@ -263,7 +264,7 @@ def _matching(module: nn.Module, dynamic: tuple[dict[int, str], ...]) -> Any:
 def _drop_unused(model: onnx.ModelProto) -> None:
     """Take out the note of torch's source lines in every node: a third of a small file, and paths in it."""
     for node in model.graph.node:
-        kept = [prop for prop in node.metadata_props if prop.key == "pkg.torch.onnx.name_scopes"]
+        kept = [prop for prop in node.metadata_props if prop.key == _SCOPES]
         del node.metadata_props[:]
         node.metadata_props.extend(kept)
         node.doc_string = ""

@@ -68,6 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"{str(error) or 'interrupted'}\n")  # as asked: not an error
             return Interrupted.exit_code
         return _fail(str(error), error.exit_code)
+    except getattr(sys.modules.get("torch"), "OutOfMemoryError", ()) as error:
+        if show_traceback:
+            traceback.print_exc()
+        what = str(error).partition(" Of the allocated memory")[0]
+        way_out = "Try a smaller --batch-size or --micro-batch, end what else runs there, or --device cpu"
+        return _fail(f"{what} {way_out}", 2)
     except OSError as error:
         if error.errno not in OUTSIDE or show_traceback:
             raise

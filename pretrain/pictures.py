@@ -6,6 +6,7 @@ sheet says from where, because the true ones of a hidden unit would show the vie
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 from pretrain.config import BeyondConfig, Degradation
 from pretrain.data.transforms import normalize
 from pretrain.errors import BadInput
+from pretrain.files import write_whole
 from pretrain.masking.units import spread, unit_grid
 from pretrain.objectives import Objective
 from pretrain.objectives.beyond import draw_views, shown_of
@@ -325,11 +327,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
 
 
 def _write(path: Path, picture: Image.Image) -> None:
-    """Save as PNG under a temporary name, then rename: readers see the old picture or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        picture.save(temporary, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)  # left over only when the disk did not take it
+    """Save as PNG: readers see the old picture or the new one."""
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    write_whole(path, lambda file: file.write(content.getvalue()))

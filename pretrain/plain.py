@@ -84,6 +84,14 @@ def to_plain(value: Any, kind: Any = None) -> Any:
     return _converter().unstructure(value, kind)
 
 
+def flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in plain.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
 def from_plain(plain: Any, kind: Any, *, source: str) -> Any:
     """The inverse of `to_plain`; unknown, missing and mistyped fields are refused.
 

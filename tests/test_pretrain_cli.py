@@ -46,6 +46,11 @@ def run(argv):
             raise RuntimeError("a bug")
         case ["os", number]:
             raise OSError(int(number), "No room", "out.bin")
+        case ["gpu"]:
+            import torch
+
+            needed = "CUDA out of memory. Tried to allocate 2.00 GiB."
+            raise torch.OutOfMemoryError(f"{needed} Of the allocated memory 1.00 GiB is PyTorch's.")
         case ["import", name]:
             __import__(name)
 '''
@@ -126,6 +131,15 @@ def test_traceback_shows_where_a_users_error_came_from(room, capsys):
     assert "Traceback" in shown
     assert "annex.py" in shown
     assert shown.endswith("error: cat.jpg: no pixels; leave it out\n")
+
+
+def test_a_full_gpu_is_no_bug(room, capsys):
+    assert cli.main(["greet", "gpu"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB. Try a smaller --batch-")
+    assert shown.count("\n") == 1
+    assert cli.main(["--traceback", "greet", "gpu"]) == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_an_unknown_command_suggests_a_near_one(room, capsys):

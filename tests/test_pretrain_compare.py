@@ -13,6 +13,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,6 +227,18 @@ def test_a_process_of_a_killed_comparison_is_waited_for(tmp_path, lock):
     assert [line for line in told if line] == [
         "waiting for a run that another process of this comparison started"
     ]
+
+
+def test_progress_is_asked_for_now_and_then(tmp_path, monkeypatch):
+    """It is read from files: not at every look at the processes."""
+    looks, asked = [None] * 40 + [0], []
+    process = SimpleNamespace(poll=lambda: looks.pop(0), wait=lambda: None)
+    monkeypatch.setattr(jobs.subprocess, "Popen", lambda *_, **__: process)
+    monkeypatch.setattr(jobs, "_POLL", 0.001)
+    job = jobs.Job("one", tuple, lambda: not looks, progress=lambda: asked.append(1) or 0.5)
+    told: list[float] = []
+    jobs.Runner(tmp_path, [{}], lambda _, done: told.append(done), jobs.StopRequest()).run([job])
+    assert 0 < len(asked) < 10 and told[0] == 0.5 and told[-1] == 1
 
 
 def test_the_reason_is_the_last_process_s_own(tmp_path):

@@ -8,12 +8,14 @@ import pytest
 from test_pretrain_compare import SMALL, asked
 from test_pretrain_probe import class_folders
 
-from pretrain.commands.compare import entry, parse
+from pretrain.commands.compare import _device, entry, parse
 from pretrain.compare import Cost, Result, compare, groups, mean_and_deviation, reach, steps_for
 from pretrain.compare.caption import caption
 from pretrain.compare.picture import draw
+from pretrain.compare.plan import last_step
 from pretrain.compare.progress import time_left
 from pretrain.compare.results import Look, Reach, seconds_until, standard_error
+from pretrain.compare.running import _slots
 from pretrain.errors import BadInput
 
 
@@ -44,6 +46,70 @@ def test_seconds_of_log_points():
     assert seconds_until(logged, 25, 4) == 10 + 5 + 10
     assert seconds_until(logged, 15, 4) == 12.5
     assert seconds_until(logged, 0, 4) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "step"),
+    [
+        ("", 0),
+        ('{"st', 0),
+        ('{"step": 1, "loss": 2.0}\n', 1),
+        ('{"step": 1, "loss": 2.0}\n{"step": 2, "lo', 1),
+        ('{"step": 4, "loss": 2.0}\n{"step": 5, "probe_knn": 0.5}\n', 5),
+        ("not read\n" * 10_000 + '{"step": 9, "loss": 2.0}\n{"step"', 9),
+    ],
+)
+def test_how_far_a_run_is(tmp_path, text, step):
+    assert last_step(tmp_path) == 0
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert last_step(tmp_path) == step
+
+
+@pytest.mark.parametrize(
+    ("count", "visible", "names"),
+    [
+        (0, None, ()),
+        (0, "", ()),
+        (3, None, ("0", "1", "2")),
+        (2, "2,5", ("2", "5")),
+        (1, "2,-1,5", ("2",)),
+        (2, "GPU-8932f937,GPU-2ae1b5f0", ("GPU-8932f937", "GPU-2ae1b5f0")),
+        (1, "MIG-6e3b4b2c,MIG-0f1c6d3e", ("MIG-6e3b4b2c",)),  # CUDA sees the first alone
+    ],
+)
+def test_gpus_are_those_that_cuda_sees(monkeypatch, count, visible, names):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert _device("auto") == ("cuda" if count else "cpu", names)
+    assert _device("cpu") == ("cpu", ())
+    if not count:
+        with pytest.raises(BadInput, match="--device cuda: no GPU here"):
+            _device("cuda")
+
+
+def test_every_job_gets_a_gpu_or_threads(tmp_path):
+    comparison = asked(tmp_path, tmp_path, jobs=3, threads=4)
+    assert _slots(comparison) == [{"OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": "4"}] * 3
+    slots = _slots(replace(comparison, device="cuda", gpus=("2", "5")))
+    assert slots == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in ("2", "5", "2")]
+    assert len(_slots(replace(comparison, device="cuda", gpus=("2", "5"), jobs=1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "flags", "shared"),
+    [(0, [], (1, 80, 0)), (0, ["--jobs", "3"], (3, 26, 0)), (1, [], (1, 80, 32)), (8, [], (8, 10, 9))],
+)
+def test_jobs_share_the_cores_that_are_ours(labelled, tmp_path, monkeypatch, gpus, flags, shared):
+    """Jobs, threads of each, processes that decode for each."""
+    for module in ("pretrain.commands.compare", "pretrain.data.workers"):
+        monkeypatch.setattr(f"{module}.cores", lambda: 80)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    argv = [str(labelled / "train"), "--test", str(labelled), "--budget", "images", "8", *flags]
+    found = parse([*argv, "--out", str(tmp_path)])
+    assert (found.jobs, found.threads, found.workers) == shared
 
 
 def test_when_a_method_reaches_the_reference():

@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from dataclasses import replace
 from itertools import islice
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from PIL import Image
 from skimage import data as pictures
 
 from pretrain.config import DataConfig
-from pretrain.data import ArraySource, Slices, open_source, training_batches
+from pretrain.data import ArraySource, Slices, dali, open_source, training_batches
 from pretrain.data.dali import CropFetch, Jpeg
 from pretrain.data.samples import Opened
 from pretrain.errors import BadImage, BadInput
@@ -151,6 +151,35 @@ def test_only_plain_jpegs_are_trusted_to_it(folder):
     assert isinstance(opened["grey.jpg"], Jpeg)
     assert isinstance(opened["turned.jpg"], Opened)
     assert isinstance(opened["lossless.png"], Opened)
+
+
+def test_dali_runs_again_when_its_pixels_are_copied(folder, monkeypatch):
+    """On a GPU the copy is only begun when the batch is handed out."""
+    done = []
+
+    class Stream:
+        def record_event(self):
+            done.append("copy begun")
+            return self
+
+        def synchronize(self):
+            done.append("copied")
+
+    def build(fetch, begin, *_):
+        def run():
+            done.append("run")
+            pixels = torch.zeros(len(begin()[0]), 3, 96, 96, dtype=torch.uint8)
+            return (SimpleNamespace(as_tensor=lambda: pixels),)
+
+        return SimpleNamespace(run=run)
+
+    monkeypatch.setattr(dali, "_build", build)
+    monkeypatch.setattr("torch.cuda.current_stream", Stream)
+    fetch = CropFetch(open_source(folder), DALI, 3, 0, 4)
+    made = dali.decoded(fetch, range(0, 12, 4), on_gpu=True)
+    assert [len(next(made).images) for _ in range(3)] == [4, 4, 4]
+    made.close()
+    assert done == [*["run", "copy begun", "copied"] * 2, "run", "copy begun"]
 
 
 def test_what_it_cannot_do_is_said(folder, monkeypatch):

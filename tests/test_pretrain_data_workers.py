@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain import machine
 from pretrain.data import workers as workers_module
 from pretrain.data.workers import default_workers, in_workers
 from pretrain.errors import BadImage, BadInput, ComaError
@@ -142,7 +143,8 @@ def gone(pid: int, patience: float = 10) -> bool:
     [(1, 1, 0), (2, 1, 0), (3, 1, 2), (16, 1, 15), (16, 8, 0), (32, 4, 7), (256, 1, 32)],
 )
 def test_default_number_of_workers(monkeypatch, cores, processes, workers):
-    monkeypatch.setattr(workers_module, "_cores", lambda: cores)
+    monkeypatch.setattr(workers_module, "cores", lambda: cores)
+    assert default_workers(processes) == workers
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert default_workers() == workers
 
@@ -153,4 +155,12 @@ def test_default_number_of_workers(monkeypatch, cores, processes, workers):
 def test_cores_respect_the_containers_quota(monkeypatch, quota, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(Path, "read_text", lambda self: quota)
-    assert workers_module._cores() == cores
+    assert machine.cores() == cores
+
+
+def test_the_processor_is_named(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self: "processor\t: 0\nmodel name\t: A: B\nflags\t: fpu\n")
+    assert machine.processor() == "A: B"
+    monkeypatch.setattr("platform.processor", lambda: "another")
+    monkeypatch.setattr(Path, "read_text", lambda self: "Features\t: fp\n")
+    assert machine.processor() == "another"

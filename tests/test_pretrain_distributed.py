@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAIR = """
 import os, signal, sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import torch
 import torch.distributed.fsdp
@@ -86,9 +87,12 @@ def scenario(name, rank):
         setup.open_source = lambda path: open_source(folder / "fewer" if rank else path)
     elif name == "nonfinite":
         at_step(2, poison)
+    elif name.startswith("compiled"):
+        torch.compile, run = partial(torch.compile, backend="aot_eager"), replace(run, compile=True)
     if "fsdp" in name:
         run = replace(run, parallel="fsdp")
     pretrain(replace(config, data=data, run=replace(run, out=folder / name)), resume=resume)
+    assert not run.compile or torch._dynamo.utils.counters["frames"]["ok"]
 
 def member(name, rank, port):
     log = os.open(folder / f"{name}-{rank}.log", os.O_WRONLY | os.O_CREAT)
@@ -117,6 +121,7 @@ SCENARIOS = (
     *("ddp", "fsdp", "fsdp-then-one", "one-then-fsdp"),
     *("bug", "unreadable", "other-data", "nonfinite"),
     *("cmt", "cmt-fsdp", "zoom"),
+    *("compiled-ddp", "compiled-fsdp"),
 )
 
 
@@ -237,7 +242,7 @@ def without_key_bias(name: str, weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([query, value])
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "compiled-ddp", "compiled-fsdp"])
 def test_two_processes_are_one(codes, folder, one, parallel):
     assert codes[parallel] == (0, 0), said(folder, parallel)
     assert_close(folder / parallel, one)

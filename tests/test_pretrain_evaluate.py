@@ -203,6 +203,16 @@ def test_features_are_the_encoders_pooled_map_of_normalised_images():
     torch.testing.assert_close(features(data, encoder).values, expected)
 
 
+def test_features_are_computed_in_the_precision_of_training(monkeypatch):
+    encoder, types = random_encoder(description()), []
+    pool = encoder.pool
+    monkeypatch.setattr(encoder, "pool", lambda x: types.append(torch.mm(x[0, 0], x[0, 0]).dtype) or pool(x))
+    for precision in ("fp32", "bf16"):
+        monkeypatch.setattr("pretrain.evaluate.features.choose_precision", lambda *_, p=precision: p)
+        assert features(source(3), encoder).values.dtype == torch.float32
+    assert types == [torch.float32, torch.bfloat16]
+
+
 def test_features_do_not_depend_on_the_batch_and_repeat_exactly():
     data = source(10)
     one, again, split = (features(data, batch_size=size) for size in (10, 10, 3))

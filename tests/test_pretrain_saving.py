@@ -13,8 +13,8 @@ import torch
 from short_runs import assert_same, at, interrupted, learned, stop_during
 
 from pretrain.errors import BadInput, CheckFailed
+from pretrain.files import write_whole
 from pretrain.training import pretrain
-from pretrain.training.files import write_whole
 from pretrain.training.learner import Learner
 from pretrain.training.state import read_state, write_state
 
@@ -39,7 +39,7 @@ def die_at(patch: pytest.MonkeyPatch, call: int) -> None:
         return function
 
     for name in ("open", "write", "fsync", "replace"):
-        patch.setattr(f"pretrain.training.files.os.{name}", mortal(getattr(os, name)))
+        patch.setattr(f"pretrain.files.os.{name}", mortal(getattr(os, name)))
     patch.setattr(Path, "unlink", mortal(Path.unlink))
 
 
@@ -129,8 +129,8 @@ def full(patch: pytest.MonkeyPatch, suffixes: tuple[str, ...]) -> None:
             return real_write(number, data[: len(data) // 2])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    patch.setattr("pretrain.training.files.os.open", opened)
-    patch.setattr("pretrain.training.files.os.write", write)
+    patch.setattr("pretrain.files.os.open", opened)
+    patch.setattr("pretrain.files.os.write", write)
 
 
 def test_a_full_disk_loses_no_training(resumable, whole, tmp_path, capsys):

@@ -26,12 +26,12 @@ from pretrain.data import Batch, Slices, open_source, training_batches
 from pretrain.errors import BadInput, CheckFailed
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
+from pretrain.precision import choose_precision
 from pretrain.training import pretrain, replay_nonfinite
 from pretrain.training.distributed import Processes
 from pretrain.training.ema import MovingAverage
 from pretrain.training.learner import Learner, NotFinite
 from pretrain.training.optimizer import learning_rate, parameter_groups
-from pretrain.training.precision import choose_precision
 
 CPU = torch.device("cpu")
 

@@ -105,7 +105,7 @@ def _description(onnx_path: Path) -> Description:
 
 
 def _write(engine_path: Path, data: memoryview) -> None:
-    from pretrain.training.files import write_whole
+    from pretrain.files import write_whole
 
     write_whole(engine_path, lambda file: file.write(data))
 

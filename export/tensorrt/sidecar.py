@@ -108,7 +108,7 @@ def write_sidecar(engine_path: Path, sidecar: Sidecar) -> None:
     Raises:
         OSError: the disk is full, or not to be written.
     """
-    from pretrain.training.files import write_whole
+    from pretrain.files import write_whole
 
     text = json.dumps(to_plain(sidecar), indent=2) + "\n"
     write_whole(sidecar_path(engine_path), lambda file: file.write(text.encode()))

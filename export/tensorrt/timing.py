@@ -28,7 +28,7 @@ def save_timing_cache(config: Any, path: Path) -> None:
     Raises:
         OSError: the disk is full, or not to be written.
     """
-    from pretrain.training.files import write_whole
+    from pretrain.files import write_whole
 
     cache = config.get_timing_cache()
     if path.exists():

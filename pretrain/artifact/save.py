@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pretrain.artifact.description import CONFIG, TENSORS, ArtifactConfig
 from pretrain.errors import BadArtifact
+from pretrain.files import sync
 from pretrain.plain import to_plain
 
 
@@ -47,7 +48,7 @@ def save_artifact(directory: Path, *, tensors: Mapping[str, Tensor], config: Art
     if directory.exists():
         directory.rename(previous)
     partial.rename(directory)  # killed before this line: loading finds `previous`
-    _sync(directory.parent)
+    sync(directory.parent)
     _restore(directory)
 
 
@@ -61,7 +62,7 @@ def _write(partial: Path, tensors: Mapping[str, Tensor], config: ArtifactConfig)
         raise OSError(errno.EIO, str(error), str(partial / TENSORS)) from error
     (partial / TENSORS).chmod((partial / CONFIG).stat().st_mode)  # safetensors lets only the owner read
     for path in (partial / CONFIG, partial / TENSORS, partial):
-        _sync(path)
+        sync(path)
 
 
 def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -105,12 +106,3 @@ def _restore(directory: Path) -> None:
         else:
             entry.rename(directory / entry.name)
     previous.rmdir()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's bytes, or a directory's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -26,6 +26,7 @@ import tyro
 from pretrain.commands import evaluate as evaluate_command
 from pretrain.commands import pretrain as pretrain_command
 from pretrain.errors import BadInput, CheckFailed
+from pretrain.machine import cores
 
 if TYPE_CHECKING:
     from pretrain.compare import Compared, Comparison, Entry
@@ -122,8 +123,8 @@ def parse(argv: list[str]) -> Comparison:
     _refuse(shared, _OURS, "behind --")
 
     from pretrain.compare import Comparison
+    from pretrain.data.workers import default_workers
 
-    cores = os.cpu_count() or 1
     device, gpus = _device(config.device)
     jobs = config.jobs or max(len(gpus), 1)
     flags = tuple(shlex.split(config.finetune))
@@ -143,9 +144,9 @@ def parse(argv: list[str]) -> Comparison:
         reference=config.reference or ("mae" if "mae" in config.methods else first[0].method),
         device=device,
         jobs=jobs,
-        threads=config.threads or _threads_before(config.out) or max(1, cores // jobs),
+        threads=config.threads or _threads_before(config.out) or max(1, cores() // jobs),
         gpus=gpus,
-        workers=max(0, cores // jobs - 1) if gpus else 0,
+        workers=default_workers(jobs) if gpus else 0,
         probes=config.probes,
         probe_limits=(config.probe_train, config.probe_test),
         floor=config.floor,

@@ -200,9 +200,9 @@ def _steps(plan: PretrainConfig, minutes: float) -> int:
     from pretrain.data import Slices, measure, open_source, training_batches
     from pretrain.models import build_encoder
     from pretrain.objectives import build_objective
+    from pretrain.precision import choose_precision
     from pretrain.training.distributed import processes
     from pretrain.training.learner import Learner
-    from pretrain.training.precision import choose_precision
 
     source, channels = open_source(plan.data.images or Path()), plan.model.channels
     slices = Slices(plan.optimizer.batch_size, plan.optimizer.batch_size)

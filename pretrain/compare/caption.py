@@ -10,6 +10,7 @@ from pretrain.compare.plan import FLOOR, TRIAL_STEPS, Comparison, Cost
 from pretrain.compare.results import standard_error
 from pretrain.config import BalancedCoMAConfig, CMTConfig
 from pretrain.data import open_source
+from pretrain.machine import processor
 
 
 def probed_on(comparison: Comparison) -> tuple[int, int]:
@@ -119,14 +120,9 @@ def _clock_words(comparison: Comparison) -> str:
 
 
 def _machine(comparison: Comparison) -> str:
-    import platform
-
     import torch
 
     if comparison.device == "cuda" and torch.cuda.is_available():
         gpus = len(comparison.gpus)
         return f"{torch.cuda.get_device_name()}, {comparison.jobs} run(s) at a time on {gpus} GPU(s)"
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return f"{name or platform.processor() or platform.machine()}, {comparison.jobs} run(s) at a time"
+    return f"{processor()}, {comparison.jobs} run(s) at a time"

@@ -22,6 +22,7 @@ from pretrain.errors import Interrupted
 from pretrain.training.signals import StopRequest
 
 _POLL = 0.1  # seconds
+_SHOW = 1.0  # seconds: progress is read from files
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Runner:
                 self._finished += job.work
             else:
                 waiting.append(job)
+        due = 0.0
         try:
             while waiting or self._running:
                 if self.stop.asked:
@@ -106,7 +108,9 @@ class Runner:
                 self._collect()
                 self._drop_hopeless(waiting)
                 self._start(waiting)
-                self._tell(None, self._work_done())
+                if time.monotonic() >= due:
+                    self._tell(None, self._work_done())
+                    due = time.monotonic() + _SHOW
                 time.sleep(_POLL)
         finally:
             self._end(signal.SIGKILL)

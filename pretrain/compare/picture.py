@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pretrain.compare.caption import clock, probed_on
 from pretrain.compare.plan import FLOOR, Comparison
 from pretrain.compare.results import TITLES, Group
-from pretrain.training.files import write_whole
+from pretrain.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import statistics
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ TRIAL_STEPS = 40
 """Of a run that tells how long a step takes."""
 _WARM_UP = 10
 """First steps of it that do not count."""
+_END = 16384
+"""Bytes that hold the last lines of a log, several times over."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,18 @@ def metrics_rows(run: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def last_step(run: Path) -> int:
+    """Where the log of a run ends, and 0 where there is none yet; its last lines alone are read."""
+    try:
+        with (run / "metrics.jsonl").open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - _END, 0))
+            lines = file.read().splitlines(keepends=True)
+    except FileNotFoundError:
+        return 0
+    whole = [line for line in lines if line.endswith(b"\n")]
+    return json.loads(whole[-1])["step"] if whole else 0
 
 
 def step_seconds(row: dict[str, Any], batch_size: int) -> float:

@@ -12,7 +12,7 @@ from pretrain.compare.caption import caption, clock, probed_on
 from pretrain.compare.picture import draw
 from pretrain.compare.plan import FLOOR, Comparison, Cost
 from pretrain.compare.results import TITLES, Group, Result, groups, mean_and_deviation, reach
-from pretrain.training.files import write_whole
+from pretrain.files import write_whole
 
 
 def write_report(

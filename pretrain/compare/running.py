@@ -30,7 +30,7 @@ from pretrain.compare.plan import (
     check,
     cost,
     frozen_of,
-    metrics_rows,
+    last_step,
     run_config,
     steps_for,
     trial_config,
@@ -43,8 +43,8 @@ from pretrain.config import PretrainConfig
 from pretrain.data import measure, open_source
 from pretrain.errors import BadInput, CheckFailed, Interrupted
 from pretrain.evaluate import random_encoder
-from pretrain.plain import to_plain
-from pretrain.training.files import write_whole
+from pretrain.files import write_whole
+from pretrain.plain import flat, to_plain
 from pretrain.training.signals import StopRequest
 
 _START_UP = 2e11
@@ -228,7 +228,7 @@ def _keep_settings(comparison: Comparison, config: PretrainConfig) -> None:
     if not path.exists():
         _write_json(path, plain)
         return
-    before, now = _flat(json.loads(path.read_text())), _flat(json.loads(json.dumps(plain)))
+    before, now = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(plain)))
     changed = [
         f"{name} {before.get(name)} -> {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
@@ -239,14 +239,6 @@ def _keep_settings(comparison: Comparison, config: PretrainConfig) -> None:
             f"{path}: this run was planned with other settings: {', '.join(changed)}; give the same ones, or "
             "another --out"
         )
-
-
-def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in plain.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
 
 
 def _settings(comparison: Comparison, name: str) -> Path:
@@ -276,13 +268,16 @@ def _jobs(
     """Train a run, then measure it."""
     out, steps = config.run.out, config.optimizer.steps or 0
 
-    def progress() -> float:
-        return next((row["step"] / steps for row in reversed(metrics_rows(out))), 0.0)
-
     flops = cost.flops or _ANY
     work = _START_UP + flops * steps * config.optimizer.batch_size
     settings = _settings(comparison, out.name)
-    train = Job(out.name, lambda: _fresh(settings, out), lambda: _is_trained(out, steps), work, progress)
+    train = Job(
+        out.name,
+        lambda: _fresh(settings, out),
+        lambda: _is_trained(out, steps),
+        work,
+        lambda: last_step(out) / steps,
+    )
     return [train, *_measuring(comparison, out.name, seed, out / "artifact", flops * images, train.name)]
 
 

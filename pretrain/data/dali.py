@@ -156,13 +156,16 @@ def _by_dali(
         batch = _assembled(samples, torch.from_dlpack(images.as_tensor()))
         begun.popleft()
         works = True
+        copied = torch.cuda.current_stream().record_event() if on_gpu else None
         yield batch
+        if copied:
+            copied.synchronize()  # the next run lets DALI use its memory again
 
 
 def _assembled(samples: Samples, pixels: Tensor) -> Batch:
     made = iter(pixels)
     views = [next(made) if isinstance(view, Crop) else view.to(pixels.device) for view in samples.views]
-    return replace(samples, views=views).stacked()  # a copy: DALI may use its memory again
+    return replace(samples, views=views).stacked()  # a copy, on a GPU one that may still be waiting its turn
 
 
 def _feed(samples: Samples | Exception) -> tuple[list[np.ndarray], ...]:

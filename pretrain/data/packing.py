@@ -27,6 +27,7 @@ from pretrain.data.shards import INDEX
 from pretrain.data.source import Source
 from pretrain.data.workers import in_workers
 from pretrain.errors import BadImage, BadInput
+from pretrain.files import write_whole
 
 _FORMAT = "coma-pack 1"
 _CHUNK = 16
@@ -231,9 +232,8 @@ def _begun(out: Path, wanted: dict[str, Any]) -> list[Shard]:
 
 def _save_index(out: Path, wanted: dict[str, Any], shards: list[Shard], *, finished: bool) -> None:
     index = wanted | {"finished": finished, "shards": [asdict(shard) for shard in shards]}
-    partial = out / f".{INDEX}.partial"
-    partial.write_text(json.dumps(index, indent=1) + "\n")
-    partial.replace(out / INDEX)
+    text = json.dumps(index, indent=1) + "\n"
+    write_whole(out / INDEX, lambda file: file.write(text.encode()))
 
 
 def _chunks(n: int, shard_images: int, first_shard: int) -> Iterator[range]:

@@ -15,7 +15,6 @@ torch's DataLoader does the transport (shared memory, pinning, prefetch); what i
 from __future__ import annotations
 
 import atexit
-import math
 import multiprocessing
 import os
 import signal
@@ -27,13 +26,13 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.errors import BadInput, ComaError
+from pretrain.machine import cores
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -42,10 +41,14 @@ _MOST_WORKERS = 32
 _PRELOAD = ["torch", "torch.utils.data", "PIL.Image", "pretrain.data.samples"]
 
 
-def default_workers() -> int:
-    """One process per core beside the trainer, 0 on 1 or 2 cores; torchrun's processes share the cores."""
-    cores = _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(cores - 1, _MOST_WORKERS) if cores > 2 else 0
+def default_workers(trainers: int | None = None) -> int:
+    """One process per core beside the trainer, 0 on 1 or 2 cores; trainers share the cores.
+
+    Args:
+        trainers: on this machine; None: as many as torchrun started.
+    """
+    share = cores() // (trainers or int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return min(share - 1, _MOST_WORKERS) if share > 2 else 0
 
 
 def in_workers(
@@ -201,14 +204,3 @@ def _signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _cores() -> int:
-    """Cores this process may use: its affinity, and the CPU quota of its container (cgroup v2)."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # no such file, or "max": no quota
-        return cores

@@ -13,6 +13,7 @@ from pretrain.artifact import ArtifactConfig
 from pretrain.data import Source, evaluation_batches, normalize
 from pretrain.errors import BadInput, CheckFailed
 from pretrain.models import Encoder, build_encoder
+from pretrain.precision import autocast, choose_precision
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -72,13 +73,12 @@ def extract_features(
         raise BadInput(f"image size {size} px is smaller than the encoder's mask unit of {encoder.unit} px")
     device = next(encoder.parameters()).device
     kept = device if device.type == "cuda" else torch.device("cpu")
-    half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
     task = progress.add_task(title, total=len(source)) if progress else None
     values, indices, failures = [], [], []
     training = encoder.training
     encoder.eval()
     try:
-        with torch.inference_mode(), torch.autocast(device.type, half, enabled=device.type == "cuda"):
+        with torch.inference_mode(), autocast(choose_precision("auto", device), device):
             for batch in evaluation_batches(
                 source,
                 image_size=size,

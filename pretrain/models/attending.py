@@ -21,7 +21,6 @@ from pretrain.errors import BadInput
 from pretrain.methods import AttentionQuery
 from pretrain.models.attention import Consecutive, DynamicMultiWindowAttention, Layout
 from pretrain.models.dyvit import DyViT
-from pretrain.models.positions import rotate
 from pretrain.models.vit import ViT
 
 
@@ -50,12 +49,12 @@ def attend(
             features = model.forward_features(images)
         received = taken[0].mean(dim=(1, 2))
     elif isinstance(model, ViT):
-        with _watching(_from_the_end(model.blocks, block).attn) as taken:
+        with softmax_of(_from_the_end(model.blocks, block).attn) as taken:
             features = model.forward_features(images)
         received = taken[0][:, :, 1:, 1:].mean(dim=(1, 2))
     else:
         network: Any = model
-        with _watching(_from_the_end(network.blocks, block).attn) as taken:
+        with softmax_of(_from_the_end(network.blocks, block).attn) as taken:
             tokens = network.forward_features(images)
         before = network.num_prefix_tokens
         rows = slice(0, 1) if query != "mean" and _has_cls(network) else slice(before, None)
@@ -131,7 +130,7 @@ def _has_cls(network: Any) -> bool:
 
 
 @contextmanager
-def _watching(attention: Any) -> Iterator[list[Tensor]]:
+def softmax_of(attention: Any) -> Iterator[list[Tensor]]:
     """Inside, the list takes the softmax `[n, heads, q, k]` of an attention layer of timm's when it runs."""
     taken: list[Tensor] = []
     fused = attention.fused_attn
@@ -157,8 +156,7 @@ def _watching_dyvit(attention: DynamicMultiWindowAttention) -> Iterator[list[Ten
                 "the last stage of this DyViT does not see the whole map, so it does not say where it looks; "
                 "its windows must be as large as the map, or 0"
             )
-        qk = attention.qkv(x).unflatten(-1, (3, attention.heads, -1))[..., :2, :, :]
-        q, k = rotate(qk, layout.rotary).flatten(1, 2).unbind(dim=2)  # n s heads d
+        q, k = (each.flatten(1, 2) for each in attention.project(x, layout)[:2])  # n s heads d
         scores = torch.einsum("nqhd,nkhd->nhqk", q * q.shape[-1] ** -0.5, k)
         taken.append(scores.float().softmax(dim=-1))
 

@@ -164,10 +164,8 @@ class DynamicMultiWindowAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """Attend: `[n, s, t, c]` -> `[n, s, t, c]`."""
-        qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).split((2, 1), dim=3)
-        q, k = rotate(qk, layout.rotary).unbind(dim=3)
         groups = len(layout.windows)
-        shares = zip(*(part.chunk(groups, dim=3) for part in (q, k, v.squeeze(3))), strict=True)
+        shares = zip(*(part.chunk(groups, dim=3) for part in self.project(x, layout)), strict=True)
         outputs = [
             window.attend(*share, fused=self.fused_attn)
             for window, share in zip(layout.windows, shares, strict=True)
@@ -176,6 +174,12 @@ class DynamicMultiWindowAttention(nn.Module):
             return self.proj(outputs[0])
         weights = self.gate(torch.cat([layout.sequences.mean(each) for each in outputs], dim=-1))
         return self.proj(concat_weighted(outputs, weights))
+
+    def project(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, rotated, and values: `[n, s, t, c]` to three of `[n, s, t, heads, d]`."""
+        qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).split((2, 1), dim=3)
+        q, k = rotate(qk, layout.rotary).unbind(dim=3)
+        return q, k, v.squeeze(3)
 
 
 class WindowGate(nn.Module):

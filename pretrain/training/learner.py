@@ -33,10 +33,10 @@ from pretrain.data import Batch, Slices, normalize
 from pretrain.data.order import mix
 from pretrain.objectives import Objective
 from pretrain.objectives.classification import Classification
+from pretrain.precision import Precision, autocast, build_scaler, choose_attention
 from pretrain.training.distributed import Processes, reducing, spread_out
 from pretrain.training.ema import MovingAverage
 from pretrain.training.optimizer import build_optimizer
-from pretrain.training.precision import Precision, autocast, build_scaler, choose_attention
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

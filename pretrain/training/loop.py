@@ -20,6 +20,7 @@ from pretrain.data import Batch, training_batches
 from pretrain.errors import BadInput, CheckFailed, Interrupted
 from pretrain.objectives import Objective
 from pretrain.objectives.classification import Classification
+from pretrain.precision import choose_precision
 from pretrain.teaching import remarks, training_objective
 from pretrain.training.distributed import Processes, processes
 from pretrain.training.keeping import Keeper, PretrainingKeeper, published
@@ -27,7 +28,6 @@ from pretrain.training.learner import Learner, NotFinite, Step
 from pretrain.training.metrics import Window
 from pretrain.training.nonfinite import stop_run
 from pretrain.training.optimizer import learning_rate
-from pretrain.training.precision import choose_precision
 from pretrain.training.report import Report
 from pretrain.training.setup import Plan, PretrainPlan, check_resumable, prepare, way_on
 from pretrain.training.signals import StopRequest

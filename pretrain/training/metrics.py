@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pretrain.training.files import LineFile, write_whole
+from pretrain.files import LineFile, write_whole
 
 
 class Window:

@@ -25,12 +25,12 @@ from pretrain.artifact import load_strict
 from pretrain.config import FinetuneConfig, PretrainConfig
 from pretrain.data import Batch, normalize
 from pretrain.errors import BadInput, CheckFailed
+from pretrain.files import write_whole
 from pretrain.plain import from_plain, to_plain
+from pretrain.precision import Precision, autocast, choose_attention
 from pretrain.teaching import training_objective
 from pretrain.training.distributed import Processes
-from pretrain.training.files import write_whole
 from pretrain.training.learner import Learner, NotFinite, pass_seed, seed_generators
-from pretrain.training.precision import Precision, autocast, choose_attention
 from pretrain.training.setup import Plan
 
 _WEIGHTS = "weights."

@@ -88,7 +88,7 @@ class Report:
         elif not self._quiet:
             left = (self._steps - row["step"]) * self._seconds / max(self._taken, 1)
             head = f"step {row['step']}/{self._steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}"
-            self.say("  ".join([head, f"lr {row['lr']:.3g}", *facts, f"{_clock(left)} left"]))
+            self.say("  ".join([head, f"lr {row['lr']:.3g}", *facts, f"{clock(left)} left"]))
 
     def probed(self, step: int, values: dict[str, float]) -> None:
         """What a probe found after `step` steps; its accuracies stay in sight."""
@@ -117,7 +117,8 @@ class Report:
         self._console.print(text, soft_wrap=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, minutes, seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -27,14 +27,14 @@ from pretrain.config import (
 )
 from pretrain.data import Slices, Source, check_loader, measure, open_source
 from pretrain.errors import BadInput
+from pretrain.files import write_whole
 from pretrain.masking.units import unit_grid
 from pretrain.models import build_encoder
 from pretrain.models.attending import attend
 from pretrain.objectives import build_objective
-from pretrain.plain import read_config, to_plain
+from pretrain.plain import flat, read_config, to_plain
 from pretrain.teaching import identified, may_have_moved
 from pretrain.training.distributed import Processes
-from pretrain.training.files import write_whole
 
 _MAY_CHANGE = {
     *("data.images", "data.workers", "data.loader", "data.on_bad_image", "test"),
@@ -299,7 +299,7 @@ def _resumed(config: Settings) -> Settings:
     if isinstance(config, PretrainConfig) and isinstance(saved, PretrainConfig):
         config = replace(config, objective=_same_teacher(config.objective, saved.objective))
         may_change = may_change | _places_of_teachers(config.objective, saved.objective)
-    old, new = _flat(to_plain(saved)), _flat(to_plain(config))
+    old, new = flat(to_plain(saved)), flat(to_plain(config))
     changed = sorted(name for name in old | new if old.get(name) != new.get(name) and name not in may_change)
     if changed:
         listing = ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)
@@ -322,13 +322,3 @@ def _places_of_teachers(new: ObjectiveConfig, saved: ObjectiveConfig) -> set[str
     if not isinstance(new, TaughtConfig) or not isinstance(saved, TaughtConfig):
         return set()
     return {"objective.teacher.name"} if may_have_moved(saved.teacher, new.teacher) else set()
-
-
-def _flat(plain: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(plain, dict):
-        return {prefix: plain}
-    return {
-        name: v
-        for key, part in plain.items()
-        for name, v in _flat(part, f"{prefix}.{key}".strip(".")).items()
-    }

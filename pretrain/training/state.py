@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pretrain.errors import BadInput
-from pretrain.training.files import sync_folder, write_whole
+from pretrain.files import sync, write_whole
 
 FORMAT_VERSION = 1
 
@@ -40,7 +40,7 @@ def write_state(folder: Path, state: dict[str, Any], keep: int | None) -> None:
             path.unlink(missing_ok=True)
     for half in folder.glob(".step-*.part"):  # of a process that was killed while it wrote
         half.unlink(missing_ok=True)
-    sync_folder(folder)
+    sync(folder)
 
 
 def read_state(folder: Path, warn: Callable[[str], object]) -> dict[str, Any] | None:

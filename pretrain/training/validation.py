@@ -18,9 +18,9 @@ from pretrain.config import FinetuneConfig
 from pretrain.data import Source, evaluation_batches, normalize, top_share
 from pretrain.errors import BadInput, CheckFailed
 from pretrain.models.classifier import Classifier, build_classifier
+from pretrain.precision import Precision, autocast, choose_attention, choose_precision
 from pretrain.training.finetune_plan import FinetunePlan
 from pretrain.training.keeping import Keeper, first_images
-from pretrain.training.precision import Precision, autocast, choose_attention, choose_precision
 from pretrain.training.report import Report
 
 _PREFIX = "classifier."
