@@ -22,7 +22,7 @@ from demo.reconstruct import rebuild
 from demo.site import Site
 from demo.upload import MAX_BYTES, MAX_PIXELS, TAKES
 from export.description import Form
-from pretrain.errors import BadInput
+from pretrain.errors import ComaError
 from pretrain.masking.units import unit_grid
 
 KEPT_SECONDS = 3600
@@ -88,14 +88,15 @@ def build(models: Models, folder: Path) -> gr.Blocks:
 def _warm(models: Models) -> None:
     """Do what the first visitor would have to wait for: late imports, and opening the first model."""
     for model in models.having("reconstructor")[:1]:
-        about = model.description("reconstructor")
-        side = about.preprocessing.size[0] if about.preprocessing.size else 224
-        blank = np.zeros((side, side, len(about.preprocessing.mean)), np.uint8)
-        fitted = fit_picture(blank, side, "crop", about.preprocessing.mean)
-        visible = draw_views("mae", 0, *unit_grid(side, side, about.unit))
         try:
-            rebuilt = rebuild(model.runtime("reconstructor"), fitted, visible)
-        except BadInput:  # it takes other sizes, or channels
+            runtime = model.runtime("reconstructor")
+            about, rule = runtime.description, runtime.description.preprocessing
+            side = rule.size[0] if rule.size else 224
+            blank = np.zeros((side, side, len(rule.mean)), np.uint8)
+            fitted = fit_picture(blank, side, "crop", rule.mean)
+            visible = draw_views("mae", 0, *unit_grid(side, side, about.unit))
+            rebuilt = rebuild(runtime, fitted, visible)
+        except ComaError:  # it does not open, which is told to whoever asks for it, or takes other sizes
             return
         heat_map(rebuilt.error, rebuilt.predicted)
 

@@ -7,17 +7,16 @@ under the artifact's name.
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from export.description import Form
 from export.manifest import NAME as MANIFEST
+from export.manifest import Manifest
 from export.runtimes.open import Device
-from pretrain.errors import BadInput, ComaError
+from pretrain.errors import BadInput
 from pretrain.hashing import sha256_of
 
 SUFFIXES = {".onnx": "ONNX Runtime", ".engine": "TensorRT"}
@@ -50,6 +49,7 @@ class Exported:
         path: The file.
         form: What it is.
         precision: Of its products.
+        sha256: That it had when it was verified.
         source: SHA-256 of the artifact's weights.
         kind: Of the artifact.
     """
@@ -57,8 +57,16 @@ class Exported:
     path: Path
     form: Form
     precision: str
+    sha256: str
     source: str
     kind: str
+
+    @cached_property
+    def changed(self) -> str | None:
+        """Why it is not the file that was verified; None if it is. Read once."""
+        if sha256_of(self.path) == self.sha256:
+            return None
+        return f"is not the file that {MANIFEST} verified; export it again"
 
 
 def exported_files(folder: Path) -> Iterator[Exported]:
@@ -67,18 +75,13 @@ def exported_files(folder: Path) -> Iterator[Exported]:
     Raises:
         BadInput: no manifest, or one that cannot be read.
     """
-    path = folder / MANIFEST
-    try:
-        plain: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        entries = [
-            Exported(folder / each["file"], each["form"], each["precision"], plain["source"], plain["kind"])
-            for each in plain["files"]
-        ]
-    except FileNotFoundError:
-        raise BadInput(f"{folder}: no {MANIFEST}; `coma export` makes one, with the files") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: not readable ({error!r}); export again") from None
-    yield from (entry for entry in entries if entry.path.is_file())
+    manifest = Manifest.read(folder, "export again")
+    if manifest is None:
+        raise BadInput(f"{folder}: no {MANIFEST}; `coma export` makes one, with the files")
+    for each in manifest.files:
+        path = folder / each.file
+        if path.is_file():
+            yield Exported(path, each.form, each.precision, each.sha256, manifest.source, manifest.kind)
 
 
 def verified_file(path: Path) -> Exported:
@@ -91,20 +94,10 @@ def verified_file(path: Path) -> Exported:
         raise BadInput(f"{path}: no such file")
     for entry in exported_files(path.parent):
         if entry.path.name == path.name:
-            reason = check_content(entry)
-            if reason:
-                raise BadInput(f"{path}: {reason}")
+            if entry.changed:
+                raise BadInput(f"{path}: {entry.changed}")
             return entry
     raise BadInput(f"{path}: {MANIFEST} beside it does not list it as verified; export it again")
-
-
-def check_content(entry: Exported) -> str | None:
-    """Why a file is not what its manifest verified; None if it is."""
-    plain = json.loads((entry.path.parent / MANIFEST).read_text(encoding="utf-8"))
-    listed = next(each["sha256"] for each in plain["files"] if each["file"] == entry.path.name)
-    if sha256_of(entry.path) == listed:
-        return None
-    return f"is not the file that {MANIFEST} verified; export it again"
 
 
 def offers_of(entries: list[Exported], form: Form, artifact: Path | None, device: Device) -> list[Offer]:
@@ -130,25 +123,31 @@ def offers_of(entries: list[Exported], form: Form, artifact: Path | None, device
 
 
 def _offer(entry: Exported, library: str, device: Device) -> Offer:
-    precision = "" if entry.precision == "fp32" else f" {entry.precision}"
-    where: Device = "cuda" if entry.path.suffix == ".engine" else device
-    reason = _missing(entry.path.suffix) or check_content(entry)
-    return Offer(f"{library}{precision}", entry.form, entry.path, where, reason)
+    title = library if entry.precision == "fp32" else f"{library} {entry.precision}"
+    try:
+        where = _place(entry.path.suffix, device)
+    except BadInput as error:
+        return Offer(title, entry.form, entry.path, reason=str(error))
+    if where == "cpu" and device != "cpu":
+        title += " on the CPU"
+    return Offer(title, entry.form, entry.path, where, entry.changed)
 
 
-def _missing(suffix: str) -> str | None:
-    """What this machine lacks for files of a kind."""
+def _place(suffix: str, device: Device) -> Device:
+    """Where files of a kind run: engines on a GPU, others on `device` if this ONNX Runtime can, or the CPU.
+
+    Raises:
+        BadInput: what this machine lacks for them.
+    """
     if suffix == ".onnx":
-        there = importlib.util.find_spec("onnxruntime") is not None
-        return None if there else "ONNX Runtime is not installed here; pip install onnxruntime"
+        from export.runtimes.onnxruntime import providers
+
+        return device if device in providers() else "cpu"
     from export.tensorrt.library import require_gpu, require_package
 
-    try:
-        require_package("tensorrt")
-        require_gpu(0)
-    except ComaError as error:
-        return str(error)
-    return None
+    require_package("tensorrt")
+    require_gpu(0)
+    return "cuda"
 
 
 def _how_to_make(suffix: str, artifact: Path | None) -> str:

@@ -6,7 +6,6 @@ be run is handed out with its reason, beside what could.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from export.description import Form
 from export.forms.load import artifact_hash, example_inputs, load_deployable
 from export.images import as_input, resized
 from export.latency import Latency, compute, end_to_end, interleaved
-from export.manifest import NAME, Entry
+from export.manifest import NAME, Entry, Manifest
 from export.request import Watcher
 from export.runtimes.base import Runtime
 from export.runtimes.open import Device
@@ -28,6 +27,7 @@ from export.runtimes.pytorch import TorchRuntime
 from pretrain.data.source import Source
 from pretrain.errors import BadImage, BadInput, ComaError
 from pretrain.hashing import sha256_of
+from pretrain.machine import cores
 
 EAGER, COMPILED = "torch eager", "torch compiled"
 _MOST_IMAGES = 64
@@ -62,7 +62,7 @@ class Row:
         batch: Images of a call.
         what: "compute" (from tensors to outputs) or "end to end" (from the bytes of image files).
         latency: In milliseconds.
-        speed: Median time of PyTorch over its own; None where PyTorch could not run.
+        speed: Median time of PyTorch on the same device over its own; None where PyTorch did not run there.
     """
 
     name: str
@@ -135,19 +135,15 @@ def exported(folder: Path, artifact: Path, form: Form, required: bool) -> tuple[
     Raises:
         BadInput: that error; a manifest that cannot be read; a file that is not the one that was verified.
     """
-    try:
-        manifest = _read_manifest(folder, artifact)
-    except FileNotFoundError:
-        reason = f"no {NAME} there; coma export {artifact} makes one"
+    manifest = Manifest.read(folder, f"make it again with coma export {artifact}")
+    if manifest is None or manifest.source != artifact_hash(artifact):
+        reason = f"no {NAME} there" if manifest is None else "holds exports of another artifact"
+        reason += f"; coma export {artifact} makes its own"
         if required:
-            raise BadInput(f"--exports {folder}: {reason}") from None
+            raise BadInput(f"--exports {folder}: {reason}")
         return [], [NotRun(str(folder), reason)]
-    except _OfAnother as error:
-        if required:
-            raise BadInput(f"--exports {error}") from None
-        return [], [NotRun(str(folder), str(error))]
     entries, absent = [], []
-    for entry in manifest["files"]:
+    for entry in manifest.files:
         path = folder / entry.file
         if entry.form != form:
             absent.append(NotRun(entry.file, f"is of the form {entry.form}, not {form}"))
@@ -160,7 +156,7 @@ def exported(folder: Path, artifact: Path, form: Form, required: bool) -> tuple[
             )
         else:
             entries.append(entry)
-    for entry in manifest["rejected"]:
+    for entry in manifest.rejected:
         failures = "; ".join(entry.verification.get("failures", ()))
         absent.append(NotRun(entry.file, f"was refused by coma export: {failures}"))
     return entries, absent
@@ -241,22 +237,20 @@ def expected_seconds(calls: Sequence[Call], seconds: float) -> float:
 
 
 def measure(calls: Sequence[Call], batch: int, seconds: float) -> list[Row]:
-    """Run all of them in turns, for so many seconds each; PyTorch's own is what `speed` relates to."""
+    """Run all of them in turns, for so many seconds each; `speed` relates to PyTorch's on the same device."""
     results = interleaved([call.run for call in calls], batch, seconds, least=_LEAST)
     pairs = list(zip(calls, results, strict=True))
-    eager = {call.what: result.p50 for call, result in pairs if call.contender.name == EAGER}
-    return [
-        Row(
-            name=call.contender.name,
-            precision=call.contender.precision,
-            runtime=call.contender.runtime.title,
-            batch=batch,
-            what=call.what,
-            latency=result,
-            speed=eager[call.what] / result.p50 if call.what in eager else None,
-        )
+    eager = {
+        (call.what, call.contender.device): result.p50
         for call, result in pairs
-    ]
+        if call.contender.name == EAGER
+    }
+    rows = []
+    for call, result in pairs:
+        each, theirs = call.contender, eager.get((call.what, call.contender.device))
+        speed = None if theirs is None else theirs / result.p50
+        rows.append(Row(each.name, each.precision, each.runtime.title, batch, call.what, result, speed))
+    return rows
 
 
 def busy_note(threads: int) -> str | None:
@@ -264,33 +258,13 @@ def busy_note(threads: int) -> str | None:
     if not hasattr(os, "getloadavg"):
         return None
     load = os.getloadavg()[0]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if load - 1 + threads <= cores + 0.5:  # one of the load may be this process
+    if load - 1 + threads <= cores() + 0.5:  # one of the load may be this process
         return None
     return (
-        f"the {cores} cores were busy before this began (load {load:.1f}), so the numbers are unsteady; with "
-        "several threads PyTorch's most of all, since they wait actively for each other: take fewer "
+        f"the {cores()} cores were busy before this began (load {load:.1f}), so the numbers are unsteady; "
+        "with several threads PyTorch's most of all, since they wait actively for each other: take fewer "
         "--threads, or set OMP_WAIT_POLICY=passive in the environment"
     )
-
-
-class _OfAnother(Exception):
-    """A folder of exports of another artifact."""
-
-
-def _read_manifest(folder: Path, artifact: Path) -> dict[str, list[Entry]]:
-    path = folder / NAME
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-        source = plain["source"]
-        lists = {name: [Entry(**each) for each in plain[name]] for name in ("files", "rejected")}
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: not readable ({error}); make it again with coma export {artifact}") from None
-    if source != artifact_hash(artifact):
-        raise _OfAnother(f"{folder}: holds exports of another artifact; coma export {artifact} makes its own")
-    return lists
 
 
 def _open(path: Path, entry: Entry, device: Device, threads: int) -> Contender:

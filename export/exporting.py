@@ -14,6 +14,7 @@ from export.request import Request, Watcher, file_name
 from export.runtimes.pytorch import TorchRuntime
 from export.shapes import Shapes
 from export.verify.gates import GATES
+from pretrain.errors import CheckFailed
 
 
 @dataclass
@@ -34,8 +35,11 @@ def export(
 ) -> None:
     """Export one form in all precisions, and add to `outcome` what became of them.
 
+    A file that cannot be made, opened or measured is refused, and the others are made.
+
     Raises:
         BadInput: something that was asked for cannot be done; what was finished before stays.
+        Interrupted: Ctrl-C, likewise.
     """
     maker = Maker(request, form, shapes, watcher)
     reference = TorchRuntime(fitted(load_deployable(request.artifact, form), shapes))
@@ -43,14 +47,20 @@ def export(
     try:
         for precision in sorted(request.precisions, key=list(GATES).index):
             path = request.out / file_name(form, precision)
-            waiting = maker.onnx(precision)
-            fault = judge.onnx(waiting, path, precision, maker)
+            try:
+                fault = judge.onnx(maker.onnx(precision), path, precision, maker)
+            except CheckFailed as error:
+                fault = judge.failed(path, precision, maker, error)
             if fault:
                 outcome.refused.append(fault)
                 continue
             outcome.kept.append(path)
             maker.passed(precision, path)
             if request.tensorrt:
-                outcome.refused += judge.engine(path, maker)
+                try:
+                    fault = judge.engine(path, maker)
+                except CheckFailed as error:
+                    fault = judge.failed(path.with_suffix(".engine"), precision, maker, error)
+                outcome.refused += [fault] if fault else []
     finally:
         maker.clean()

@@ -53,6 +53,12 @@ def open_images(place: Path | None, *, held_out: bool = False) -> Source:
     return Photographs() if place is None else open_source(place, held_out=held_out)
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """Up to `most` of the numbers below `count`, evenly spaced, the first and the last among them."""
+    most = min(most, count)
+    return [round(i * (count - 1) / max(most - 1, 1)) for i in range(most)]
+
+
 def resized(pixels: np.ndarray, preprocessing: Preprocessing, size: tuple[int, int] | None = None) -> Tensor:
     """Pixels `[H, W, c]` at the size that the rule gives, or at `size` (height, width) pixels.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,17 +23,22 @@ from export.request import Request, Watcher
 from export.runtimes.base import Runtime
 from export.runtimes.pytorch import TorchRuntime
 from export.shapes import Shapes
+from export.tensorrt.sidecar import sidecar_path
 from export.verify.check import Verdict, verify
 from export.verify.gates import GATES
 from export.verify.metric import measure, top1
-from pretrain.errors import BadInput
+from pretrain.errors import BadInput, CheckFailed
 from pretrain.hashing import sha256_of
 
 REJECTED = ".rejected"
 
 
 class Judge:
-    """Compares, measures, names and records the files of one form."""
+    """Compares, measures, names and records the files of one form.
+
+    A file that cannot be opened or measured raises CheckFailed, to be told to `failed`; BadInput is about
+    what was asked for, and ends the export.
+    """
 
     def __init__(
         self, request: Request, reference: TorchRuntime, shapes: Shapes, watcher: Watcher, manifest: Manifest
@@ -58,17 +65,15 @@ class Judge:
             self._fp32 = entry
         return self._keep(waiting, path, entry, verdict)
 
-    def engine(self, onnx_path: Path, maker: Maker) -> list[str]:
-        """Why the engine made of an ONNX file is refused; empty where it is kept."""
+    def engine(self, onnx_path: Path, maker: Maker) -> str | None:
+        """Why the engine made of an ONNX file is refused; None where it is kept."""
         from export.runtimes.tensorrt import TensorRTRuntime
         from export.tensorrt.builder import build_engine
         from export.tensorrt.profiles import profile_of
-        from export.tensorrt.sidecar import sidecar_path
 
         path = onnx_path.with_suffix(".engine")
-        rejected = path.with_name(path.name + REJECTED)
         waiting = maker.waiting(path)
-        sidecar = maker.unwanted(sidecar_path(waiting))
+        maker.unwanted(sidecar_path(waiting))
         profile = profile_of(describe(onnx_path), self.shapes)
 
         def progress(phase: str, done: int, steps: int) -> None:
@@ -77,19 +82,21 @@ class Judge:
         build_engine(onnx_path, waiting, (profile,), self.request.engine, progress)
         runtime = TensorRTRuntime(waiting, "cuda", cuda_graphs=not self.shapes.dynamic)
         entry, verdict = self._entry(waiting, path.name, runtime, runtime, "cuda")
-        # before the engine: one beside the sidecar of another is refused, one without any cannot be told
-        sidecar.replace(sidecar_path(path if verdict.passed else rejected))
-        if verdict.passed:
-            sidecar_path(rejected).unlink(missing_ok=True)
-        fault = self._keep(waiting, path, entry, verdict)
-        return [fault] if fault else []
+        return self._keep(waiting, path, entry, verdict)
+
+    def failed(self, path: Path, precision: Precision, maker: Maker, error: CheckFailed) -> str | None:
+        """Why a file is refused that could not be made, opened or measured; what there is of it is kept."""
+        waiting, verdict = maker.waiting(path), Verdict((), 0, {}, (str(error),))
+        return self._keep(waiting, path, self._described(waiting, path.name, precision, verdict), verdict)
 
     def _open(self, waiting: Path, precision: Precision) -> tuple[Runtime, Runtime | None]:
         # what is compared, and what is timed: the file as it is, if this device can run it
         from export.runtimes.onnxruntime import OnnxRuntime
 
         if self.request.device == "cpu" and is_short(precision):
-            compared = OnnxRuntime(emulate(load(waiting), precision).SerializeToString())
+            with _about_this_file():
+                emulated = emulate(load(waiting), precision).SerializeToString()
+            compared = OnnxRuntime(emulated)
             return compared, OnnxRuntime(waiting) if precision == "fp16" else None
         runtime = OnnxRuntime(waiting, self.request.device)
         return runtime, runtime
@@ -115,50 +122,53 @@ class Judge:
                 fault = f"{score} fell by {lost:.2f} points, more than {gate.points}"
                 verdict = replace(verdict, failures=(*verdict.failures, fault))
         latency = self._latency(timed, place) if verdict.passed and self.request.seconds and timed else []
-        entry = Entry(
+        entry = self._described(waiting, name, about.precision, verdict)
+        return replace(entry, runtime=runtime.title, metric=metric, latency=latency), verdict
+
+    def _described(self, waiting: Path, name: str, precision: Precision, verdict: Verdict) -> Entry:
+        there = waiting.exists()
+        return Entry(
             file=name,
-            form=about.form,
-            precision=about.precision,
-            runtime=runtime.title,
-            sha256=sha256_of(waiting),
-            bytes=waiting.stat().st_size,
+            form=self.reference.description.form,
+            precision=precision,
+            runtime="",
+            sha256=sha256_of(waiting) if there else "",
+            bytes=waiting.stat().st_size if there else 0,
             parameters=sum(p.numel() for p in self.reference.module.parameters()),
             shapes=[str(s) for s in dict.fromkeys((self.shapes.least, self.shapes.usual, self.shapes.most))],
-            tolerances=asdict(gate),
+            tolerances=asdict(GATES[precision]),
             verification=verdict.plain(),
             images=self.request.images,
-            metric=metric,
-            latency=latency,
         )
-        return entry, verdict
 
     def _keep(self, waiting: Path, path: Path, entry: Entry, verdict: Verdict) -> str | None:
+        rejected = path.with_name(path.name + REJECTED)
+        target = path if verdict.passed else rejected
+        # the sidecar first: an engine beside that of another is refused, one without any cannot be told
+        for source, to in ((sidecar_path(waiting), sidecar_path(target)), (waiting, target)):
+            if source.exists():
+                source.replace(to)
         fault = None
         if verdict.passed:
-            waiting.replace(path)
-            path.with_name(path.name + REJECTED).unlink(missing_ok=True)  # of an earlier try
+            for each in (rejected, sidecar_path(rejected)):  # of an earlier try
+                each.unlink(missing_ok=True)
         else:
-            waiting.replace(path.with_name(path.name + REJECTED))
-            fault = f"{path.name}: {'; '.join(verdict.failures)}" + (
-                f"; {entry.error}" if entry.error else ""
-            )
+            where = f"; {entry.error}" if entry.error else ""
+            fault = f"{path.name}: {'; '.join(verdict.failures)}{where}"
             entry.file += REJECTED
         self.manifest.add(entry, verdict.passed)
         self.manifest.write(self.request.out)
-        worst = [each.cosine for each in verdict.outputs.values() if each.compared or not each.finite]
-        least = f"least cosine {min(worst):.6f}" if worst else "nothing to compare"
-        scores = "".join(f", {k} {v:.2f}" for k, v in entry.metric.get("file", {}).items())
         mark = "kept   " if verdict.passed else "refused"
-        self.watcher.say(
-            f"{mark} {entry.file}  {entry.bytes / 1e6:.1f} MB, {least} over {verdict.images} images and "
-            f"{len(verdict.shapes)} shapes{scores}"
-        )
+        self.watcher.say(f"{mark} {entry.file}  {_found(entry, verdict)}")
         return fault
 
     def _metric(self, runtime: Runtime) -> dict[str, dict[str, float]]:
         if self._scores is None:
             self._scores = self._score(self.reference)
-        return {"torch": self._scores, "file": self._score(runtime)} if self._scores else {}
+        if not self._scores:
+            return {}
+        with _about_this_file():  # PyTorch took these images
+            return {"torch": self._scores, "file": self._score(runtime)}
 
     def _score(self, runtime: Runtime) -> dict[str, float]:
         request, form = self.request, runtime.description.form
@@ -222,12 +232,33 @@ class Judge:
                 GATES[about.precision].cosine,
                 exported=(as_input(pixels, rule), *others),
             )
-        except (BadInput, RuntimeError):  # a file that cannot even be run with its insides marked
+        except (BadInput, CheckFailed, RuntimeError):  # it cannot even be run with its insides marked
             return None
         if not found:
             return None
         other = found.module.startswith(("box_heads", "mask_heads"))
         return f"{found}" + ("; or other proposals reach it than in PyTorch" if other else "")
+
+
+@contextmanager
+def _about_this_file() -> Iterator[None]:
+    # what else was asked for can still be made
+    try:
+        yield
+    except BadInput as error:
+        raise CheckFailed(str(error)) from None
+
+
+def _found(entry: Entry, verdict: Verdict) -> str:
+    if not verdict.images:
+        return "; ".join(verdict.failures)
+    worst = [each.cosine for each in verdict.outputs.values() if each.compared or not each.finite]
+    least = f"least cosine {min(worst):.6f}" if worst else "nothing to compare"
+    scores = "".join(f", {k} {v:.2f}" for k, v in entry.metric.get("file", {}).items())
+    return (
+        f"{entry.bytes / 1e6:.1f} MB, {least} over {verdict.images} images and {len(verdict.shapes)} "
+        f"shapes{scores}"
+    )
 
 
 def _worth_it(verdict: Verdict, entry: Entry, fp32_bytes: int, fp32: Entry | None) -> Verdict:

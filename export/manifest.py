@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from export.description import Form, Precision
 from pretrain.artifact import library_versions
 from pretrain.errors import BadInput
+from pretrain.files import write_whole
+from pretrain.machine import cores, processor
 
 NAME = "manifest.json"
 FORMAT_VERSION = 2
@@ -25,6 +26,10 @@ _LIBRARIES = (
 )
 
 
+class OfOthers(BadInput):
+    """A `manifest.json` that `coma export` did not write: other programs have files of that name too."""
+
+
 @dataclass
 class Entry:
     """One file.
@@ -33,8 +38,8 @@ class Entry:
         file: Its name in the folder.
         form: encoder, reconstructor, classifier, segmentor or detector.
         precision: Of its products.
-        runtime: Who ran it when it was verified.
-        sha256: Of the file.
+        runtime: Who ran it when it was verified; empty of one that could not be run.
+        sha256: Of the file; empty of one that could not be made.
         bytes: Its size, weights included.
         parameters: Of the model.
         shapes: Least, usual and most, as asked for.
@@ -50,8 +55,8 @@ class Entry:
     """
 
     file: str
-    form: str
-    precision: str
+    form: Form
+    precision: Precision
     runtime: str
     sha256: str
     bytes: int
@@ -90,9 +95,8 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write it, whole or not at all."""
         plain = {"format_version": FORMAT_VERSION, **asdict(self)}
-        temporary = folder / (NAME + ".part")
-        temporary.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / NAME)
+        text = json.dumps(plain, indent=1) + "\n"
+        write_whole(folder / NAME, lambda file: file.write(text.encode()))
 
     @classmethod
     def of(cls, folder: Path, artifact: str, source: str, kind: str) -> Manifest:
@@ -101,28 +105,48 @@ class Manifest:
         Raises:
             BadInput: the folder holds exports of another artifact, or of another version of this program.
         """
-        fresh = cls(artifact, source, kind)
+        known = cls.read(folder, "choose another --out")
+        if known is None:
+            return cls(artifact, source, kind)
+        if known.source != source:
+            raise BadInput(f"{folder}: holds exports of another artifact; choose another --out")
+        files, rejected = (
+            [each for each in entries if (folder / each.file).exists()]
+            for entries in (known.files, known.rejected)
+        )
+        return cls(artifact, source, kind, files, rejected)
+
+    @classmethod
+    def read(cls, folder: Path, instead: str) -> Manifest | None:
+        """What a folder of exports says of itself; None where there is no such file.
+
+        Args:
+            folder: Where it lies.
+            instead: What to do if it cannot be used, for the message.
+
+        Raises:
+            BadInput: it cannot be read, or is of another version of this program; `OfOthers` if it is none of
+                this program's at all.
+        """
+        path = folder / NAME
         try:
-            plain = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return fresh
+            plain = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except (OSError, ValueError) as error:
-            raise BadInput(f"{folder / NAME}: not readable ({error}); choose another --out") from None
-        version = plain.get("format_version") if isinstance(plain, dict) else None
+            raise BadInput(f"{path}: not readable ({error}); {instead}") from None
+        if not isinstance(plain, dict) or "format_version" not in plain:
+            raise OfOthers(f"{path}: not readable (coma export did not write it); {instead}")
+        version = plain["format_version"]
         if version != FORMAT_VERSION:
             raise BadInput(
-                f"{folder / NAME}: of format {version}, and this program writes {FORMAT_VERSION}; choose "
-                "another --out"
+                f"{path}: of format {version}, and this program writes {FORMAT_VERSION}; {instead}"
             )
-        if plain.get("source") != source:
-            raise BadInput(f"{folder}: holds exports of another artifact; choose another --out")
         try:
-            for name in ("files", "rejected"):
-                entries = [Entry(**each) for each in plain[name]]
-                setattr(fresh, name, [each for each in entries if (folder / each.file).exists()])
+            files, rejected = ([Entry(**each) for each in plain[name]] for name in ("files", "rejected"))
+            return cls(plain["artifact"], plain["source"], plain["kind"], files, rejected)
         except (KeyError, TypeError) as error:
-            raise BadInput(f"{folder / NAME}: of another version ({error}); choose another --out") from None
-        return fresh
+            raise BadInput(f"{path}: not readable ({error!r}); {instead}") from None
 
 
 def _name(entry: Entry) -> str:
@@ -133,15 +157,8 @@ def machine() -> str:
     """Processor, and GPU where there is one."""
     import torch
 
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {cores} cores{gpu}"
+    return f"{processor()}, {cores()} cores{gpu}"
 
 
 def versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from test_demo_upload import bad_files, good_files
 
 from demo.commands import demo
 from pretrain.cli import main
-from pretrain.errors import BadInput
+from pretrain.errors import BadInput, CheckFailed
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # gradio and what it builds on warn of each other
 
@@ -199,6 +200,19 @@ def test_files_of_the_server_and_addresses_are_out_of_reach(page, tmp_path):
     with pytest.raises(TimeoutError):
         listener.accept()  # nobody came
     listener.close()
+
+
+def test_a_model_that_does_not_open_is_no_reason_not_to_serve():
+    from demo.app import _warm
+
+    def fails(form: str) -> None:
+        asked.append(form)
+        raise CheckFailed("no GPU")
+
+    asked: list[str] = []
+    models: Any = SimpleNamespace(having=lambda form: [SimpleNamespace(runtime=fails)])
+    _warm(models)
+    assert asked == ["reconstructor"]
 
 
 def test_choices_that_do_not_exist_are_refused(client, photograph):

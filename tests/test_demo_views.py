@@ -263,6 +263,29 @@ def test_exported_files_beside_an_artifact_run_and_agree(exported, photograph):
     assert Models([file, exported]).names == models.names  # of the same weights: one model
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_given_by_name_is_hashed_once(exported, monkeypatch):
+    from demo import runtimes
+
+    hashed, sha256_of = [], runtimes.sha256_of
+    monkeypatch.setattr(runtimes, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
+    Models([exported.parent / "export" / "reconstructor.onnx"])["reconstructor.onnx"].offers("reconstructor")
+    assert hashed == ["reconstructor.onnx"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("there", "title", "device"),
+    [(["cpu"], "ONNX Runtime on the CPU", "cpu"), (["cuda", "cpu"], "ONNX Runtime", "cuda")],
+)
+def test_without_cuda_onnx_runtime_runs_on_the_cpu_and_says_so(exported, monkeypatch, there, title, device):
+    monkeypatch.setattr("export.runtimes.onnxruntime.providers", lambda: there)
+    file = exported.parent / "export" / "reconstructor.onnx"
+    (model,) = Models([file], "cuda").having("reconstructor")
+    offer = model.offers("reconstructor")[0]
+    assert (offer.title, offer.device, offer.reason) == (title, device, None)
+
+
 def test_a_file_that_was_changed_or_mixed_up_is_not_offered(exported, tmp_path):
     import shutil
 

@@ -4,6 +4,8 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,18 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from export.commands import benchmark  # noqa: E402
-from export.comparing import Images, busy_note, open_exports, open_torch, read_images, try_out  # noqa: E402
+from export.comparing import (  # noqa: E402
+    EAGER,
+    Call,
+    Contender,
+    Images,
+    busy_note,
+    measure,
+    open_exports,
+    open_torch,
+    read_images,
+    try_out,
+)
 from export.forms.load import artifact_hash, load_deployable  # noqa: E402
 from export.images import open_images  # noqa: E402
 from export.latency import interleaved  # noqa: E402
@@ -115,6 +128,19 @@ def test_speed_is_pytorchs_median_over_ones_own(measured):
     for row in measured["rows"]:
         eager = p50["torch eager", row["batch"], row["what"]]
         assert row["speed"] == pytest.approx(eager / row["p50"])
+
+
+def test_speed_is_that_on_the_same_device():
+    runtime: Any = SimpleNamespace(title="")
+    calls = [
+        Call(Contender(name, "fp32", runtime, device), "compute", lambda: None, 0.0)
+        for name, device in ((EAGER, "cpu"), ("a.onnx", "cpu"), ("a.engine", "cuda"))
+    ]
+    assert [row.speed is None for row in measure(calls, 1, 0)] == [False, False, True]
+    calls.append(Call(Contender(EAGER, "fp32", runtime, "cuda"), "compute", lambda: None, 0.0))
+    rows = measure(calls, 1, 0)
+    assert rows[1].speed == rows[0].latency.p50 / rows[1].latency.p50
+    assert rows[2].speed == rows[3].latency.p50 / rows[2].latency.p50
 
 
 def test_decoding_takes_time(measured):
@@ -250,8 +276,7 @@ def test_threads_of_onnx_runtime_do_not_wait_actively_between_runs(made):
 
 
 def test_a_machine_that_is_busy_is_remarked(monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr("export.comparing.cores", lambda: 4)
     for load, threads, busy in (
         (0.5, 4, False),
         (1.9, 4, True),

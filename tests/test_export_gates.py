@@ -14,13 +14,13 @@ from PIL import Image
 
 from export.description import Description, Port, Preprocessing
 from export.forms.load import load_deployable
-from export.images import Photographs, as_input, fit_within, open_images, resized
+from export.images import Photographs, as_input, evenly, fit_within, open_images, resized
 from export.making import load
 from export.runtimes.onnxruntime import OnnxRuntime
 from export.runtimes.pytorch import TorchRuntime
 from export.shapes import Shape, Shapes
 from export.to_onnx import METADATA, as_json, read_description, save, write_onnx
-from export.verify.check import judge, read_pictures, shapes_to_run, verify
+from export.verify.check import _Reference, judge, read_pictures, shapes_to_run, verify
 from export.verify.compare import Difference, Differences, cosine, match, split_pixels
 from export.verify.locate import locate
 from export.verify.metric import top1
@@ -78,6 +78,25 @@ def test_what_is_right_passes(made, pictures):
     assert verdict.outputs["logits"].cosine > 0.999999
     assert {shape.batch for shape in verdict.shapes} == {1, 2, 4}
     json.dumps(verdict.plain())
+
+
+def test_pytorchs_outputs_are_computed_once_and_kept_while_they_are_needed(made, pictures):
+    calls = []
+
+    class Counted(TorchRuntime):
+        def __call__(self, images, **others):
+            calls.append(tuple(images.shape))
+            return super().__call__(images, **others)
+
+    reference = Counted(load_deployable(made / "artifact", "classifier"))
+    verify(reference, OnnxRuntime(made / "c.onnx", threads=1), SHAPES, pictures)
+    assert calls == [(1, 3, 48, 48)] * len(pictures)
+    wanted = _Reference(reference, pictures, again=2)
+    for number in (0, 1, 2, 3, 0):
+        wanted(number, 48, 48)
+    assert set(wanted._known) == {0, 1} and len(calls) == len(pictures) + 4
+    wanted(1, 32, 64)
+    assert set(wanted._known) == {1} and calls[-1] == (1, 3, 32, 64)
 
 
 def test_a_corrupted_weight_is_refused_and_named(made, pictures, tmp_path):
@@ -312,6 +331,11 @@ def test_keep_ratio_is_openmmlabs(size, scale):
     found = resized(pixels, rule).permute(1, 2, 0).numpy()
     assert found.shape == wanted.shape and fit_within(size[0], size[1], scale) == wanted.shape[:2]
     assert np.abs(found.astype(int) - wanted).max() <= 1
+
+
+def test_images_are_evenly_spaced():
+    found = [evenly(*numbers) for numbers in ((3, 9), (9, 3), (4, 1), (0, 2))]
+    assert found == [[0, 1, 2], [0, 4, 8], [0], []]
 
 
 def test_images_that_cannot_be_read_are_left_out(tmp_path):

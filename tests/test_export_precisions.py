@@ -21,10 +21,11 @@ from export.emulation import Short, emulate
 from export.forms.load import load_deployable
 from export.judging import REJECTED, Judge
 from export.making import UNVERIFIED
+from export.runtimes.onnxruntime import _PROVIDERS as PROVIDERS
 from export.runtimes.onnxruntime import OnnxRuntime
 from export.runtimes.open import open_runtime
 from pretrain.cli import main
-from pretrain.errors import BadInput
+from pretrain.errors import BadInput, CheckFailed
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -244,6 +245,66 @@ def test_devices_that_are_not_there(made):
             open_runtime(made.parent / "artifact", "cuda")
         with pytest.raises(BadInput, match="cuda: "):
             open_runtime(made / "classifier.onnx", "cuda")
+
+
+class Fake:
+    """ONNX Runtime with every provider, whose sessions use one."""
+
+    __version__ = "1"
+    SessionOptions = onnxruntime.SessionOptions
+
+    def __init__(self, used: str) -> None:
+        self.used = used
+        self.asked: list[Any] = []
+
+    def get_available_providers(self) -> list[str]:
+        return list(PROVIDERS.values())
+
+    def InferenceSession(self, *_, providers) -> SimpleNamespace:
+        if self.used == "none":
+            raise RuntimeError("no kernel\nat some line")
+        self.asked += providers
+        return SimpleNamespace(get_providers=lambda: [self.used])
+
+
+@pytest.fixture
+def fake(monkeypatch) -> Fake:
+    found = Fake(PROVIDERS["cuda"])
+    monkeypatch.setattr("export.runtimes.onnxruntime._library", lambda: found)
+    monkeypatch.setattr(
+        "export.runtimes.onnxruntime.load_library", lambda flavour: found.asked.append(flavour)
+    )
+    return found
+
+
+def test_fp32_is_not_multiplied_with_fewer_bits_on_a_gpu(made, fake):
+    OnnxRuntime(made / "classifier.onnx", "cuda")
+    assert fake.asked == [(PROVIDERS["cuda"], {"use_tf32": "0"})]
+
+
+def test_tensorrts_libraries_are_loaded_before_its_provider(made, fake):
+    fake.used = PROVIDERS["tensorrt"]
+    OnnxRuntime(made / "classifier.onnx", "tensorrt")
+    strict = (PROVIDERS["cuda"], {"use_tf32": "0"})
+    assert fake.asked == ["tensorrt", (PROVIDERS["tensorrt"], {}), strict]
+    fake.used = PROVIDERS["cuda"]
+    with pytest.raises(BadInput, match=r"fell back to CUDA.*TensorRT 10's libraries were not found"):
+        OnnxRuntime(made / "classifier.onnx", "tensorrt")
+
+
+def test_without_tensorrts_package_its_libraries_may_be_elsewhere(made, fake, monkeypatch):
+    def missing(_) -> None:
+        raise BadInput("TensorRT is not installed")
+
+    fake.used = PROVIDERS["tensorrt"]
+    monkeypatch.setattr("export.runtimes.onnxruntime.load_library", missing)
+    OnnxRuntime(made / "classifier.onnx", "tensorrt")
+
+
+def test_a_file_that_does_not_load_is_no_mistake_of_the_users(made, fake):
+    fake.used = "none"
+    with pytest.raises(CheckFailed, match=r"classifier\.onnx: ONNX Runtime cannot load it: no kernel$"):
+        OnnxRuntime(made / "classifier.onnx", "cuda")
 
 
 def test_failures_on_a_gpu_are_told_as_those_on_a_cpu_are(made, monkeypatch):

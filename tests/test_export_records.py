@@ -12,8 +12,11 @@ import onnx
 import pytest
 from PIL import Image
 
+from demo.runtimes import exported_files
 from export import exporting, judging, making
 from export.commands.export import run
+from export.comparing import exported
+from export.exporting import Outcome
 from export.forms.load import artifact_hash, load_deployable, preprocessing_of
 from export.images import Photographs
 from export.judging import Judge
@@ -22,6 +25,7 @@ from export.manifest import Entry, Manifest
 from export.quantization.graph import constant_products
 from export.report import render
 from export.request import folder_beside
+from export.runtimes.open import open_runtime
 from export.runtimes.pytorch import TorchRuntime
 from export.shapes import parse_shapes
 from export.tensorrt.sidecar import sidecar_path
@@ -29,7 +33,7 @@ from export.verify.check import Verdict
 from pretrain.artifact import load_artifact, save_artifact
 from pretrain.cli import main
 from pretrain.config import ViTConfig
-from pretrain.errors import BadInput, CheckFailed
+from pretrain.errors import BadInput, CheckFailed, Interrupted
 from pretrain.plain import to_plain
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
@@ -183,6 +187,22 @@ def test_the_same_weights_written_again_are_the_same_artifact(tmp_path, classifi
     assert hashes == {artifact_hash(classifier)}
 
 
+def test_a_manifest_of_another_version_is_refused_by_whoever_reads_it(tmp_path, classifier):
+    (tmp_path / "classifier.onnx").touch()
+    Manifest("artifact", artifact_hash(classifier), "classifier").write(tmp_path)
+    plain = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**plain, "format_version": 1}))
+    readers = (
+        lambda: Manifest.of(tmp_path, "artifact", artifact_hash(classifier), "classifier"),
+        lambda: exported(tmp_path, classifier, "classifier", required=True),
+        lambda: open_runtime(tmp_path / "classifier.onnx"),
+        lambda: list(exported_files(tmp_path)),
+    )
+    for read in readers:
+        with pytest.raises(BadInput, match=r"manifest\.json: of format 1, and this program writes 2; "):
+            read()
+
+
 def test_a_refused_file_is_listed_beside_one_that_passed_until_another_passes():
     manifest = Manifest("artifact", "", "classifier")
     manifest.add(entry("classifier.onnx", bytes=1), passed=True)
@@ -287,8 +307,9 @@ def test_inside_an_artifact_files_lie_beside_it_and_carry_its_name(tmp_path, mon
 def judged(tmp_path, classifier, monkeypatch) -> tuple[Judge, Maker, Path]:
     """For engines, with a builder and a runtime that need no GPU."""
     request: Any = SimpleNamespace(
-        artifact=classifier, out=tmp_path, engine=None, images="", pictures=(), seconds=0, labelled=None
-    )
+        artifact=classifier, out=tmp_path, engine=None, images="", pictures=(), seconds=0, labelled=None,
+        precisions=("fp32", "fp16"), tensorrt=True, inside=False, device="cpu", most=9,
+    )  # fmt: skip
     reference = TorchRuntime(load_deployable(classifier, "classifier"))
     about = reference.description
 
@@ -348,6 +369,85 @@ def test_an_engine_is_recorded_after_its_sidecar_is_in_place(judged, tmp_path, m
     monkeypatch.setattr(judge.manifest, "add", add)
     judge.engine(source, maker)
     assert "classifier.engine.json" in seen[0]
+
+
+@pytest.fixture
+def exporting_it(judged, monkeypatch):
+    """Export in two precisions, with engines; whatever can be run passes."""
+    judge, _, _ = judged
+    monkeypatch.setattr(judging, "verify", lambda *_: PASSED)
+
+    def export() -> tuple[Outcome, Manifest]:
+        manifest, outcome = Manifest("artifact", "", "classifier"), Outcome()
+        exporting.export(judge.request, "classifier", FIXED, manifest, Silent(), outcome)
+        return outcome, manifest
+
+    return export
+
+
+def names(entries: list[Entry]) -> list[str]:
+    return [each.file for each in entries]
+
+
+def test_an_engine_that_cannot_be_built_is_refused_and_the_rest_is_made(exporting_it, tmp_path, monkeypatch):
+    from export.tensorrt import builder
+
+    def fails(onnx_path, *rest):
+        if onnx_path.name == "classifier.onnx":
+            raise CheckFailed("out of memory")
+        build(onnx_path, *rest)
+
+    build = builder.build_engine
+    monkeypatch.setattr(builder, "build_engine", fails)
+    outcome, manifest = exporting_it()
+    assert [path.name for path in outcome.kept] == ["classifier.onnx", "classifier-fp16.onnx"]
+    assert outcome.refused == ["classifier.engine: out of memory"]
+    assert names(manifest.files) == ["classifier.onnx", "classifier-fp16.onnx", "classifier-fp16.engine"]
+    assert names(manifest.rejected) == ["classifier.engine.rejected"]
+    assert "- `classifier.engine.rejected`: out of memory" in render(manifest)
+    assert set(held(tmp_path)) == {"classifier-fp16.engine", "classifier-fp16.engine.json"}
+
+
+def test_a_file_that_cannot_be_loaded_is_refused_and_kept_for_a_look(exporting_it, tmp_path, monkeypatch):
+    def fails(model, precision):
+        raise BadInput("a branch in 16 bits")
+
+    monkeypatch.setattr(judging, "emulate", fails)
+    outcome, manifest = exporting_it()
+    assert outcome.refused == ["classifier-fp16.onnx: a branch in 16 bits"]
+    assert names(manifest.files) == ["classifier.onnx", "classifier.engine"]
+    assert names(manifest.rejected) == ["classifier-fp16.onnx.rejected"]
+    assert manifest.rejected[0].bytes == (tmp_path / "classifier-fp16.onnx.rejected").stat().st_size
+
+
+def test_images_that_one_file_does_not_take_are_its_fault_and_others_are_the_users(
+    exporting_it, judged, monkeypatch
+):
+    def top1(runtime, *_):
+        if runtime.title in unfit:
+            raise BadInput("images 1x3x99x99: the engine takes 1x3x64x64")
+        return {"top-1": 50.0}
+
+    judged[0].request.labelled = object()
+    monkeypatch.setattr(judging, "top1", top1)
+    unfit = ("TensorRT",)
+    outcome, manifest = exporting_it()
+    assert len(outcome.refused) == 2 and outcome.refused[0].startswith("classifier.engine: images 1x3x99x99")
+    assert names(manifest.files) == ["classifier.onnx", "classifier-fp16.onnx"]
+    unfit = (judged[0].reference.title,)
+    with pytest.raises(BadInput, match="images 1x3x99x99"):
+        exporting_it()
+
+
+@pytest.mark.parametrize("error", [BadInput("no TensorRT"), Interrupted("Ctrl-C"), KeyboardInterrupt()])
+def test_what_is_not_about_one_file_ends_the_export(exporting_it, tmp_path, monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr("export.tensorrt.builder.build_engine", fails)
+    with pytest.raises(type(error)):
+        exporting_it()
+    assert {path.name for path in tmp_path.iterdir()} == {"classifier.onnx", "manifest.json"}
 
 
 def test_patterns_of_layers_hold_in_the_forms_that_have_them(tmp_path):

@@ -240,7 +240,7 @@ def _table(rows: list[Row], batch: int) -> Table:
         numbers = (timed.p50, timed.p90, timed.p99, timed.images_per_second)
         speed = "" if row.speed is None else f"{row.speed:.2f} x"
         table.add_row(what, row.name, row.precision, row.runtime, *map(_short, numbers), speed)
-    table.caption = "speed: of PyTorch's median time, how many times faster"
+    table.caption = "speed: of PyTorch's median time on the same device, how many times faster"
     return table
 
 

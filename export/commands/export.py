@@ -190,7 +190,7 @@ def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str
 
 
 def _refusals(outcome: Outcome) -> str:
-    return "refused, and kept for a look: " + "\n  ".join(["", *outcome.refused]).strip()
+    return "refused: " + "\n  ".join(["", *outcome.refused]).strip()
 
 
 def _check_flags(

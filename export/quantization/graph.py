@@ -12,7 +12,6 @@ follows a detector's heads.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.quantization.codes import Codes
+from export.to_onnx import modules_of
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
@@ -55,17 +55,8 @@ def constant_products(graph: GraphProto) -> Iterator[Product]:
             continue
         weight = weights[node.input[1]]
         if node.op_type == "Conv" or len(weight.dims) == 2:
-            path, output = module_path(node), node.output[0]
-            yield Product(path, output, node.input[0], weight.name, axis, weight.data_type)
-
-
-def module_path(node: NodeProto) -> str:
-    """Path of the torch module that a node was exported from, or else the node's name."""
-    for entry in node.metadata_props:
-        if entry.key == "pkg.torch.onnx.name_scopes":  # a list as text: '', modules from outer to inner, node
-            scopes = ast.literal_eval(entry.value)
-            return str(scopes[-2]) if len(scopes) > 2 else node.name
-    return node.name
+            layer, output = [node.name, *modules_of(node)][-1], node.output[0]
+            yield Product(layer, output, node.input[0], weight.name, axis, weight.data_type)
 
 
 def insert_pairs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,16 +14,23 @@ from torch import Tensor
 from export.description import Description
 from export.emulation import EMULATED
 from export.runtimes.inputs import check_inputs
+from export.tensorrt.library import load_library
 from export.to_onnx import read_description
-from pretrain.errors import BadInput
+from pretrain.errors import BadInput, CheckFailed
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
-_PROVIDERS = {
+_PROVIDERS: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-
+_STRICT = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+"""Options of providers: fp32 products with all bits of the mantissa, as PyTorch's, not with 10."""
+_LACKING = {
+    "cuda": "no GPU, or CUDA and cuDNN of another version",
+    "tensorrt": "no GPU, or TensorRT 10's libraries were not found (pip install 'tensorrt-cu13<11')",
+}
+"""Why another provider stood in, most likely."""
 _STILL = ("session.force_spinning_stop", "1")
 """Threads wait actively within a run, but not after it: PyTorch, run in turns with it on two cores, took
 twice as long."""
@@ -41,8 +48,9 @@ class OnnxRuntime:
         extra_outputs: Hand out all outputs of the graph, not only those of the description.
 
     Raises:
-        BadInput: a package is missing, the file is none of ours or cannot be loaded, or the provider is
-            not at hand or cannot compute in the file's precision.
+        BadInput: a package is missing, the file is none of ours, or the provider is not at hand or cannot
+            compute in the file's precision.
+        CheckFailed: ONNX Runtime cannot load this file.
     """
 
     def __init__(
@@ -93,6 +101,16 @@ class OnnxRuntime:
         }
 
 
+def providers() -> list[Provider]:
+    """Those that this build of ONNX Runtime has; whether they start shows when a file is loaded.
+
+    Raises:
+        BadInput: it is not installed.
+    """
+    there = _library().get_available_providers()
+    return [name for name, title in _PROVIDERS.items() if title in there]
+
+
 def _library() -> Any:
     try:
         import onnxruntime
@@ -122,9 +140,10 @@ def _read(path: Path | bytes, name: str) -> tuple[Description, str | None]:
 def _open(path: Path | bytes, name: str, provider: Provider, threads: int | None, fp8_products: bool) -> Any:
     library = _library()
     wanted = _PROVIDERS[provider]
-    there = library.get_available_providers()
-    if wanted not in there:
-        raise BadInput(f"{provider}: this build of ONNX Runtime has no {wanted}, only {', '.join(there)}")
+    if provider not in providers():
+        raise BadInput(
+            f"{provider}: this build of ONNX Runtime has no {wanted}, only {', '.join(providers())}"
+        )
     options = library.SessionOptions()
     options.log_severity_level = 4  # what matters is raised
     options.intra_op_num_threads = threads or 0
@@ -133,18 +152,22 @@ def _open(path: Path | bytes, name: str, provider: Provider, threads: int | None
         from export.quantization import ORT_FP8_ENTRY
 
         options.add_session_config_entry(*ORT_FP8_ENTRY)
-    providers = [wanted] if provider != "tensorrt" else [wanted, _PROVIDERS["cuda"]]
+    names = [wanted]
+    if provider == "tensorrt":
+        names.append(_PROVIDERS["cuda"])
+        with suppress(BadInput):  # only the package knows where pip put TensorRT's libraries
+            load_library("tensorrt")
     try:
         session = library.InferenceSession(
-            str(path) if isinstance(path, Path) else path, options, providers=providers
+            str(path) if isinstance(path, Path) else path,
+            options,
+            providers=[(each, _STRICT.get(each, {})) for each in names],
         )
     except Exception as error:
-        raise BadInput(f"{name}: ONNX Runtime cannot load it: {_first_line(error)}") from None
+        raise CheckFailed(f"{name}: ONNX Runtime cannot load it: {_first_line(error)}") from None
     used = session.get_providers()[0]
     if used != wanted:
-        raise BadInput(
-            f"{provider}: ONNX Runtime fell back to {used}: no GPU, or CUDA and cuDNN of another version"
-        )
+        raise BadInput(f"{provider}: ONNX Runtime fell back to {used}: {_LACKING[provider]}")
     return session
 
 

@@ -5,12 +5,11 @@ Only what passed its gate is opened: no file that waits for it or failed, and no
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal, get_args
 
 from export.description import Form
-from export.manifest import NAME
+from export.manifest import NAME, Manifest, OfOthers
 from export.runtimes.base import Runtime
 from pretrain.errors import BadInput
 from pretrain.hashing import sha256_of
@@ -34,6 +33,7 @@ def open_runtime(path: Path, device: Device = "cpu", form: Form | None = None) -
     Raises:
         BadInput: nothing there that can be loaded, or not on that device, or not the file that was verified;
             the message says why.
+        CheckFailed: ONNX Runtime or TensorRT refuses the file.
     """
     path = Path(path)
     if device not in get_args(Device):
@@ -62,14 +62,10 @@ def open_runtime(path: Path, device: Device = "cpu", form: Form | None = None) -
 
 def _check_content(path: Path) -> None:
     """Refuse a file that is not what the manifest beside it, if there is one that lists it, says."""
-    manifest = path.with_name(NAME)
-    if not (path.is_file() and manifest.is_file()):
-        return
     try:
-        plain = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{manifest}: not readable ({error}); export {path.name} again") from None
-    files = plain.get("files") if isinstance(plain, dict) else None
-    listed = {each.get("file"): each.get("sha256") for each in files or () if isinstance(each, dict)}
+        manifest = Manifest.read(path.parent, f"export {path.name} again")
+    except OfOthers:
+        return
+    listed = {each.file: each.sha256 for each in manifest.files} if manifest and path.is_file() else {}
     if path.name in listed and listed[path.name] != sha256_of(path):
         raise BadInput(f"{path}: differs from what was verified (by its SHA-256 in {NAME}); export it again")

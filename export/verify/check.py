@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from export.description import Description
-from export.images import as_input, resized
+from export.images import as_input, evenly, resized
 from export.runtimes.base import Runtime
 from export.shapes import Shape, Shapes
 from export.verify.compare import Difference, Differences, split_pixels
@@ -75,10 +75,8 @@ def read_pictures(source: Source, channels: int, most: int) -> list[np.ndarray]:
     Raises:
         BadInput: none can be read; the message says why the first one could not.
     """
-    count = min(most, len(source))
-    numbers = [round(i * (len(source) - 1) / max(count - 1, 1)) for i in range(count)]
     pictures, first = [], None
-    for number in dict.fromkeys(numbers):
+    for number in evenly(len(source), most):
         try:
             pictures.append(source.read(number, channels))
         except BadImage as error:
@@ -119,11 +117,11 @@ def verify(
         progress: Told how many shapes of how many are done.
     """
     description = runtime.description
-    wanted = _Reference(reference, pictures)
     differences = Differences()
     failures: list[str] = []
     seen: set[int] = set()
     run = shapes_to_run(shapes, description.unit)
+    wanted = _Reference(reference, pictures, max(shape.batch for shape in run))
     for number, shape in enumerate(run):
         numbers = [i % len(pictures) for i in range(max(shape.batch, 1))]
         batches = [numbers]
@@ -167,22 +165,31 @@ def judge(outputs: dict[str, Difference], description: Description) -> list[str]
 
 
 class _Reference:
-    """PyTorch's outputs for each image and size, computed once."""
+    """PyTorch's outputs for each image and size, computed once.
 
-    def __init__(self, runtime: Runtime, pictures: Sequence[np.ndarray]) -> None:
+    Kept are those of the size that is being run, of the first `again` images: later batches hold no others.
+    """
+
+    def __init__(self, runtime: Runtime, pictures: Sequence[np.ndarray], again: int) -> None:
         self.runtime = runtime
         self.pictures = pictures
-        self._known: dict[tuple[int, int, int], dict[str, Tensor]] = {}
+        self.again = again
+        self._size = (0, 0)
+        self._known: dict[int, dict[str, Tensor]] = {}
 
     def __call__(self, number: int, height: int, width: int) -> dict[str, Tensor]:
         """Outputs of one image, without a batch axis, on the CPU."""
-        key = (number, height, width)
-        if key not in self._known:
-            rule = self.runtime.description.preprocessing
-            images = as_input([resized(self.pictures[number], rule, (height, width))], rule)
-            others = _others(self.runtime.description, [number], height, width)
-            self._known[key] = {k: v[0].cpu() for k, v in self.runtime(images, **others).items()}
-        return self._known[key]
+        if self._size != (height, width):
+            self._size, self._known = (height, width), {}
+        if number in self._known:
+            return self._known[number]
+        rule = self.runtime.description.preprocessing
+        images = as_input([resized(self.pictures[number], rule, (height, width))], rule)
+        others = _others(self.runtime.description, [number], height, width)
+        outputs = {name: each[0].cpu() for name, each in self.runtime(images, **others).items()}
+        if number < self.again:
+            self._known[number] = outputs
+        return outputs
 
 
 def _compare(

@@ -56,18 +56,18 @@ class Difference:
 
     def add(self, wanted: Tensor, found: Tensor) -> None:
         """One image's values, floats, of any shape."""
-        wanted, found = wanted.double().flatten(), found.double().flatten()
         if not (wanted.isfinite().all() and found.isfinite().all()):
             self.finite = False
             self.cosine, self.relative, self.max, self.p99_9 = -1.0, inf, inf, inf
             return
-        if not len(wanted):
+        if not wanted.numel():
             return
-        error = (wanted - found).abs()
-        self.cosine = min(self.cosine, cosine(wanted, found))
-        self.relative = max(self.relative, relative_error(wanted, found))
-        self.max = max(self.max, error.max().item())
         self.largest = max(self.largest, wanted.abs().max().item())
+        wanted, found = wanted.double().flatten(), found.double().flatten()
+        error = (wanted - found).abs_()
+        self.cosine = min(self.cosine, cosine(wanted, found))
+        self.relative = max(self.relative, relative_error(wanted, error))
+        self.max = max(self.max, error.max().item())
         kth = max(int(0.999 * len(error)), 1)
         self.p99_9 = max(self.p99_9, error.kthvalue(kth).values.item())
         self.compared += len(error)
@@ -86,10 +86,10 @@ def cosine(wanted: Tensor, found: Tensor) -> float:
     return F.cosine_similarity(wanted, found, dim=0).item()
 
 
-def relative_error(wanted: Tensor, found: Tensor) -> float:
-    """|wanted - found| / |wanted|; 0 where both are zero."""
-    error, size = (wanted - found).norm().item(), wanted.norm().item()
-    return error / size if size else (inf if error else 0.0)
+def relative_error(wanted: Tensor, error: Tensor) -> float:
+    """|error| / |wanted|; 0 where both are zero."""
+    off, size = error.norm().item(), wanted.norm().item()
+    return off / size if size else (inf if off else 0.0)
 
 
 @dataclass

@@ -6,7 +6,6 @@ output, which a hook gives on PyTorch's side; marked as outputs of the graph, al
 
 from __future__ import annotations
 
-import ast
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from export.runtimes.onnxruntime import OnnxRuntime
+from export.to_onnx import modules_of
 from export.verify.compare import cosine
 
 if TYPE_CHECKING:
     import onnx
-
-SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 @dataclass(frozen=True)
@@ -104,10 +102,7 @@ def module_values(model: onnx.ModelProto) -> dict[str, str]:
     """The value in the graph that each module gives: the output of the last node that came from it."""
     values: dict[str, str] = {}
     for node in model.graph.node:
-        text = {prop.key: prop.value for prop in node.metadata_props}.get(SCOPES)
-        for scope in ast.literal_eval(text)[:-1] if text else ():
-            if scope:
-                values[scope] = node.output[0]
+        values |= dict.fromkeys(modules_of(node), node.output[0])
     return values
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from export.images import as_input, resized
+from export.images import as_input, evenly, resized
 from export.runtimes.base import Runtime
 from pretrain.data.source import Source
 from pretrain.errors import BadImage, BadInput
@@ -46,7 +46,6 @@ def top1(runtime: Runtime, source: Source, most: int) -> dict[str, float]:
         side if isinstance(side, int) else own
         for side, own in zip(size, rule.size or (224, 224), strict=True)
     )
-    count = min(most, len(source))
     right, seen = 0, 0
     waiting: list[tuple[Tensor, int]] = []
 
@@ -61,7 +60,7 @@ def top1(runtime: Runtime, source: Source, most: int) -> dict[str, float]:
         seen += len(waiting)
         waiting.clear()
 
-    for i in (round(k * (len(source) - 1) / max(count - 1, 1)) for k in range(count)):
+    for i in evenly(len(source), most):
         try:
             pixels = source.read(i, int(channels))
         except BadImage:
