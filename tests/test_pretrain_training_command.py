@@ -67,7 +67,7 @@ def test_a_run_is_replayed_and_resumed_by_its_directory(settings, photos, tmp_pa
     run(["--resume", str(moved), "--steps", "6"])
     told = capsys.readouterr()
     assert "6 steps, 24 images seen" in told.out
-    assert f"coma evaluate {moved / 'artifact'} --data LABELLED" in told.out
+    assert f"coma evaluate {moved / 'artifact'} --data CLASSES" in told.out
     assert "resuming at step 5 of 6" in told.err
     with pytest.raises(BadInput, match="--model does not go with --resume"):
         parse(["--resume", str(moved), "--model", "tiny"])

@@ -209,7 +209,7 @@ def _summary(folder: Path) -> str:
   metrics          {folder / "metrics.jsonl"}, or: tensorboard --logdir {folder / "tensorboard"}
 
 next:
-  coma evaluate {folder / "artifact"} --data LABELLED
-      measure its features on labelled images: LABELLED holds train and test, a folder per class in each
+  coma evaluate {folder / "artifact"} --data CLASSES
+      measure its features on labelled images: CLASSES holds train and test, a folder per class in each
   coma pretrain --resume {folder} {length} N
       train it for longer"""

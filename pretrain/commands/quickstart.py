@@ -257,7 +257,7 @@ def _next_steps(run_directory: Path) -> str:
       pre-train on your own images
   {coma} pretrain --resume runs/first
       go on after an interruption
-  {coma} evaluate {run_directory / "artifact"} --data LABELLED
+  {coma} evaluate {run_directory / "artifact"} --data CLASSES
       measure its features on labelled images
   {coma} export {run_directory / "artifact"}
       ONNX files of it, compared with PyTorch"""
