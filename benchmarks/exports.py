@@ -27,9 +27,8 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,14 +36,14 @@ import numpy as np
 import onnx
 import timm
 import torch
+from exported_models import PEERS, Model, Peer, models_of
 from machine import table
-from torch import Tensor, nn
+from torch import Tensor
 
 from export.comparing import busy_note
-from export.description import Description, Form, Port, Precision, Preprocessing
-from export.forms.base import Deployable
+from export.description import Description, Precision
 from export.forms.detector import BEHIND_BACKBONE
-from export.forms.load import artifact_hash, example_inputs, load_deployable
+from export.forms.load import example_inputs
 from export.images import as_input, open_images, resized
 from export.latency import Latency, compute, interleaved
 from export.manifest import machine, versions
@@ -55,45 +54,9 @@ from export.runtimes.pytorch import TorchRuntime
 from export.shapes import Shape, Shapes
 from export.to_onnx import METADATA, as_json, in_precision, read_description, write_onnx
 from export.verify.check import Verdict, read_pictures, verify
-from pretrain.artifact import (
-    LINEAR_HEAD,
-    ArtifactConfig,
-    library_versions,
-    load_artifact,
-    save_artifact,
-)
-from pretrain.config import ENCODER_PRESETS, encoder_preset, method_preset
-from pretrain.models import build_encoder
-from pretrain.models.classifier import build_classifier
-from pretrain.objectives import build_objective
+from pretrain.config import ENCODER_PRESETS
 
-PEERS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224", "hiera_tiny_224")
 PRECISIONS = ("fp32", "fp16", "int8")
-CLASSES = 1000
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class Model:
-    """Something to export.
-
-    Attributes:
-        name: For the table, and for file names.
-        weights: What they are: "random", "trained", "trained, random head".
-        side: Height and width in pixels.
-        load: Makes it anew, in fp32.
-        precisions: To export it in.
-        calibrate: Images that give int8 its ranges.
-        verify: Images to compare on.
-    """
-
-    name: str
-    weights: str
-    side: int
-    load: Callable[[], Deployable]
-    precisions: tuple[Precision, ...]
-    calibrate: Path | None
-    verify: Path | None
 
 
 @dataclass(frozen=True)
@@ -115,121 +78,6 @@ class Entrant:
     megabytes: float | None = None
     verdict: Verdict | None = None
     seconds: float | None = None
-
-
-class Peer(nn.Module):
-    """A classifier of timm in the form of ours: images to a tuple of outputs, float32 at both ends.
-
-    Hiera's attention has five axes, for which torch.onnx knows no fused one: to be exported it is written out
-    (`spell_out`), as torch.onnx does with that of the others; PyTorch runs all of them fused.
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.model = timm.create_model(name, num_classes=CLASSES)
-        head = cast(nn.Linear, cast(Any, self.model).get_classifier())
-        nn.init.normal_(head.weight, std=0.02)  # Hiera's is zero, and with it all that there is to compare
-
-    def forward(self, images: Tensor) -> tuple[Tensor]:
-        """Images `[b, 3, H, W]` to logits `[b, classes]`."""
-        dtype = next(self.model.parameters()).dtype
-        return (self.model(images.to(dtype)).float(),)
-
-    def spell_out(self) -> None:
-        """Attention as products and a softmax."""
-        for module in self.model.modules():
-            if hasattr(module, "fused_attn"):
-                cast(Any, module).fused_attn = False
-
-
-def load_peer(name: str) -> Deployable:
-    """A peer with what our exporter wants to know of it."""
-    description = Description(
-        form="classifier",
-        precision="fp32",
-        inputs=(Port("images", "float32", ("batch", 3, "height", "width")),),
-        outputs=(Port("logits", "float32", ("batch", CLASSES)),),
-        preprocessing=Preprocessing("centre-square", (224, 224), _MEAN, _STD),
-        unit=32,
-        class_names=None,
-        source=f"timm {timm.__version__} {name}, seed 0",
-        versions=library_versions(),
-    )
-    return Deployable(Peer(name).eval().requires_grad_(False), description)
-
-
-def models_of(args: argparse.Namespace, precisions: tuple[Precision, ...]) -> Iterator[Model]:
-    """What was asked for; artifacts that are not given are made, with random weights."""
-    pretrained = args.pretrained or random_pretrained(args.work, args.preset, args.size)
-    classifier = args.classifier or headed(args.work, pretrained)
-    weights = "trained" if args.pretrained else "random"
-    headed_weights = (
-        "trained" if args.classifier else f"{weights}, random head" if args.pretrained else weights
-    )
-    for kind, artifact, about in (
-        ("encoder", pretrained, weights),
-        ("reconstructor", pretrained, weights),
-        ("classifier", classifier, headed_weights),
-        ("segmentor", args.segmentor, "trained"),
-        ("detector", args.detector, "trained"),
-    ):
-        if artifact is None or kind not in args.kinds:
-            continue
-        config = load_artifact(artifact).config
-        side = -(-config.image_size // config.model.unit) * config.model.unit
-        load = partial(load_deployable, artifact, cast(Form, kind))
-        images = getattr(args, f"{kind}_images", None) or (args.calibrate, args.verify)
-        yield Model(kind, about, side, load, precisions, *images)
-    for name in args.peers:
-        yield Model(name, "random", 224, partial(load_peer, name), ("fp32",), None, args.verify)
-
-
-def random_pretrained(work: Path, preset: str, side: int) -> Path:
-    """An artifact of kind pretrained whose weights are those it would start with."""
-    model = encoder_preset(preset, side)
-    torch.manual_seed(0)
-    objective = build_objective(method_preset("coma"), build_encoder(model))
-    config = ArtifactConfig(
-        kind="pretrained",
-        model=model,
-        objective=method_preset("coma"),
-        image_size=side,
-        mean=_MEAN,
-        std=_STD,
-        class_names=None,
-        trained={"method": "none: random weights"},
-        versions=library_versions(),
-    )
-    return kept(work / f"pretrained-{preset}-{side}", objective.state_dict(), config)
-
-
-def headed(work: Path, pretrained: Path) -> Path:
-    """A classifier: the encoder of an artifact under a random head."""
-    artifact = load_artifact(pretrained)
-    torch.manual_seed(0)
-    tensors: dict[str, Tensor] = build_classifier(artifact.config.model, CLASSES).state_dict()
-    own = {name.removeprefix("encoder."): tensor for name, tensor in artifact.tensors.items()}
-    tensors |= {name: tensor for name, tensor in own.items() if name in tensors}
-    names = tuple(f"class {number}" for number in range(CLASSES))
-    config = replace(artifact.config, kind="classifier", objective=None, class_names=names, head=LINEAR_HEAD)
-    return kept(work / f"classifier-{artifact_name(pretrained)}", tensors, config)
-
-
-def artifact_name(directory: Path) -> str:
-    """A name for what is made of it: its own, and what tells its weights from others."""
-    return f"{directory.name}-{artifact_hash(directory)[:8]}"
-
-
-def kept(directory: Path, tensors: dict[str, Tensor], config: ArtifactConfig) -> Path:
-    """Save an artifact, unless the same one is there: exports know it by its hash."""
-    if directory.exists():
-        known = load_artifact(directory)
-        same = known.config.model == config.model and known.tensors.keys() == tensors.keys()
-        if same and all(torch.equal(known.tensors[name], tensor) for name, tensor in tensors.items()):
-            return directory
-    save_artifact(directory, tensors=tensors, config=config)
-    return directory
 
 
 def entrants_of(model: Model, args: argparse.Namespace) -> list[Entrant]:

@@ -1,5 +1,6 @@
 """Datasets of drawn shapes in the formats of downstream, and artifacts of very small encoders."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from downstream.ops import provide_ops
 from pretrain.artifact import ArtifactConfig, library_versions, save_artifact
 from pretrain.config import DyViTConfig, EncoderConfig, ViTConfig
 from pretrain.models import build_encoder
@@ -90,3 +92,10 @@ def labelled(root: Path, train: int = 6, val: int = 3, size: tuple[int, int] = (
             labels.save(root / "ann_dir" / split / f"{i}.png")
     (root / "classes.json").write_text(json.dumps({"classes": ["ground", *COLOURS]}))
     return root
+
+
+def provided_ops() -> Any:
+    """`mmcv.ops`, imported after the operators were provided to an mmcv that was there before."""
+    importlib.import_module("mmcv")
+    provide_ops()
+    return importlib.import_module("mmcv.ops")

@@ -87,3 +87,10 @@ def segmentor(folder: Path, model: EncoderConfig = DYVIT) -> Path:
     module = awake(build_model(config_of))
     save_artifact(folder, tensors=module.state_dict(), config=config_of)
     return folder
+
+
+class Silent:
+    """A watcher of exports that shows nothing."""
+
+    def step(self, title: str, done: int = 0, total: int | None = None) -> None: ...
+    def say(self, line: str) -> None: ...

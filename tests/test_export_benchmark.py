@@ -16,6 +16,8 @@ from PIL import Image
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+from export_files import Silent  # noqa: E402
+
 from export.commands import benchmark  # noqa: E402
 from export.comparing import (  # noqa: E402
     EAGER,
@@ -42,11 +44,6 @@ from pretrain.errors import BadInput  # noqa: E402
 
 SMALL = DyViTConfig(dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((8,), (4,), (0,), (0,)))
 QUICK = ("--seconds", "0.01")
-
-
-class Silent:
-    def step(self, title: str, done: int = 0, total: int | None = None) -> None: ...
-    def say(self, line: str) -> None: ...
 
 
 def entry(path: Path, precision: str, **changes) -> Entry:

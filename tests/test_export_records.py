@@ -4,7 +4,6 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import export_files
@@ -16,24 +15,20 @@ from demo.runtimes import exported_files
 from export import exporting, judging, making
 from export.commands.export import run
 from export.comparing import exported
-from export.exporting import Outcome
 from export.forms.load import artifact_hash, load_deployable, preprocessing_of
 from export.images import Photographs
-from export.judging import Judge
-from export.making import Maker, describe, fits, fitted, layers_of
+from export.making import describe, fitted, layers_of
 from export.manifest import Entry, Manifest
 from export.quantization.graph import constant_products
 from export.report import render
 from export.request import folder_beside
 from export.runtimes.open import open_runtime
-from export.runtimes.pytorch import TorchRuntime
 from export.shapes import parse_shapes
-from export.tensorrt.sidecar import sidecar_path
 from export.verify.check import Verdict
 from pretrain.artifact import load_artifact, save_artifact
 from pretrain.cli import main
 from pretrain.config import ViTConfig
-from pretrain.errors import BadInput, CheckFailed, Interrupted
+from pretrain.errors import BadInput, CheckFailed
 from pretrain.plain import to_plain
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
@@ -41,11 +36,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 VIT = ViTConfig(patch=16, dim=16, depth=1, heads=2)
 FIXED = parse_shapes("2x3x64x64", 3)
 PASSED, FAILED = Verdict((), 1, {}, ()), Verdict((), 1, {}, ("too far off",))
-
-
-class Silent:
-    def step(self, title: str, done: int = 0, total: int | None = None) -> None: ...
-    def say(self, line: str) -> None: ...
 
 
 def entry(file: str, **changes: Any) -> Entry:
@@ -301,164 +291,3 @@ def test_inside_an_artifact_files_lie_beside_it_and_carry_its_name(tmp_path, mon
     assert {path.name for path in artifact.iterdir()} == {"config.json", "model.safetensors"}
     assert (tmp_path / "run" / "export" / "report.md").read_text().startswith("# Exports of artifact\n")
     assert folder_beside(Path()) == tmp_path / "run" / "export"
-
-
-@pytest.fixture
-def judged(tmp_path, classifier, monkeypatch) -> tuple[Judge, Maker, Path]:
-    """For engines, with a builder and a runtime that need no GPU."""
-    request: Any = SimpleNamespace(
-        artifact=classifier, out=tmp_path, engine=None, images="", pictures=(), seconds=0, labelled=None,
-        precisions=("fp32", "fp16"), tensorrt=True, inside=False, device="cpu", most=9,
-    )  # fmt: skip
-    reference = TorchRuntime(load_deployable(classifier, "classifier"))
-    about = reference.description
-
-    def build(onnx_path, engine_path, *_):
-        engine_path.write_text("new engine")
-        sidecar_path(engine_path).write_text("new sidecar")
-
-    monkeypatch.setattr("export.tensorrt.builder.build_engine", build)
-    monkeypatch.setattr("export.tensorrt.profiles.profile_of", lambda *_: None)
-    monkeypatch.setattr(judging, "describe", lambda _: about)
-    monkeypatch.setattr(
-        "export.runtimes.tensorrt.TensorRTRuntime",
-        lambda *_, **__: SimpleNamespace(description=about, title="TensorRT"),
-    )
-    manifest = Manifest("artifact", "", "classifier")
-    maker = Maker(request, "classifier", FIXED, Silent())
-    return Judge(request, reference, FIXED, Silent(), manifest), maker, tmp_path / "classifier.onnx"
-
-
-def held(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in folder.glob("*engine*")}
-
-
-def test_an_engine_and_its_sidecar_get_their_names_together(judged, tmp_path, monkeypatch):
-    judge, maker, source = judged
-    monkeypatch.setattr(judging, "verify", lambda *_: FAILED)
-    assert judge.engine(source, maker)
-    refused = {"classifier.engine.rejected": "new engine", "classifier.engine.rejected.json": "new sidecar"}
-    assert held(tmp_path) == refused
-    monkeypatch.setattr(judging, "verify", lambda *_: PASSED)
-    assert not judge.engine(source, maker)
-    maker.clean()
-    assert held(tmp_path) == {"classifier.engine": "new engine", "classifier.engine.json": "new sidecar"}
-
-
-def test_an_engine_that_is_not_finished_leaves_nothing(judged, tmp_path, monkeypatch):
-    judge, maker, source = judged
-
-    def fails(*_):
-        raise CheckFailed("out of memory")
-
-    monkeypatch.setattr(judging, "verify", fails)
-    with pytest.raises(CheckFailed):
-        judge.engine(source, maker)
-    maker.clean()
-    assert held(tmp_path) == {}
-
-
-def test_an_engine_is_recorded_after_its_sidecar_is_in_place(judged, tmp_path, monkeypatch):
-    judge, maker, source = judged
-    seen = []
-
-    def add(*_):
-        seen.append(held(tmp_path))
-
-    monkeypatch.setattr(judging, "verify", lambda *_: PASSED)
-    monkeypatch.setattr(judge.manifest, "add", add)
-    judge.engine(source, maker)
-    assert "classifier.engine.json" in seen[0]
-
-
-@pytest.fixture
-def exporting_it(judged, monkeypatch):
-    """Export in two precisions, with engines; whatever can be run passes."""
-    judge, _, _ = judged
-    monkeypatch.setattr(judging, "verify", lambda *_: PASSED)
-
-    def export() -> tuple[Outcome, Manifest]:
-        manifest, outcome = Manifest("artifact", "", "classifier"), Outcome()
-        exporting.export(judge.request, "classifier", FIXED, manifest, Silent(), outcome)
-        return outcome, manifest
-
-    return export
-
-
-def names(entries: list[Entry]) -> list[str]:
-    return [each.file for each in entries]
-
-
-def test_an_engine_that_cannot_be_built_is_refused_and_the_rest_is_made(exporting_it, tmp_path, monkeypatch):
-    from export.tensorrt import builder
-
-    def fails(onnx_path, *rest):
-        if onnx_path.name == "classifier.onnx":
-            raise CheckFailed("out of memory")
-        build(onnx_path, *rest)
-
-    build = builder.build_engine
-    monkeypatch.setattr(builder, "build_engine", fails)
-    outcome, manifest = exporting_it()
-    assert [path.name for path in outcome.kept] == ["classifier.onnx", "classifier-fp16.onnx"]
-    assert outcome.refused == ["classifier.engine: out of memory"]
-    assert names(manifest.files) == ["classifier.onnx", "classifier-fp16.onnx", "classifier-fp16.engine"]
-    assert names(manifest.rejected) == ["classifier.engine.rejected"]
-    assert "- `classifier.engine.rejected`: out of memory" in render(manifest)
-    assert set(held(tmp_path)) == {"classifier-fp16.engine", "classifier-fp16.engine.json"}
-
-
-def test_a_file_that_cannot_be_loaded_is_refused_and_kept_for_a_look(exporting_it, tmp_path, monkeypatch):
-    def fails(model, precision):
-        raise BadInput("a branch in 16 bits")
-
-    monkeypatch.setattr(judging, "emulate", fails)
-    outcome, manifest = exporting_it()
-    assert outcome.refused == ["classifier-fp16.onnx: a branch in 16 bits"]
-    assert names(manifest.files) == ["classifier.onnx", "classifier.engine"]
-    assert names(manifest.rejected) == ["classifier-fp16.onnx.rejected"]
-    assert manifest.rejected[0].bytes == (tmp_path / "classifier-fp16.onnx.rejected").stat().st_size
-
-
-def test_images_that_one_file_does_not_take_are_its_fault_and_others_are_the_users(
-    exporting_it, judged, monkeypatch
-):
-    def top1(runtime, *_):
-        if runtime.title in unfit:
-            raise BadInput("images 1x3x99x99: the engine takes 1x3x64x64")
-        return {"top-1": 50.0}
-
-    judged[0].request.labelled = object()
-    monkeypatch.setattr(judging, "top1", top1)
-    unfit = ("TensorRT",)
-    outcome, manifest = exporting_it()
-    assert len(outcome.refused) == 2 and outcome.refused[0].startswith("classifier.engine: images 1x3x99x99")
-    assert names(manifest.files) == ["classifier.onnx", "classifier-fp16.onnx"]
-    unfit = (judged[0].reference.title,)
-    with pytest.raises(BadInput, match="images 1x3x99x99"):
-        exporting_it()
-
-
-@pytest.mark.parametrize("error", [BadInput("no TensorRT"), Interrupted("Ctrl-C"), KeyboardInterrupt()])
-def test_what_is_not_about_one_file_ends_the_export(exporting_it, tmp_path, monkeypatch, error):
-    def fails(*_):
-        raise error
-
-    monkeypatch.setattr("export.tensorrt.builder.build_engine", fails)
-    with pytest.raises(type(error)):
-        exporting_it()
-    assert {path.name for path in tmp_path.iterdir()} == {"classifier.onnx", "manifest.json"}
-
-
-def test_patterns_of_layers_hold_in_the_forms_that_have_them(tmp_path):
-    artifact = export_files.pretrained(tmp_path / "artifact", VIT)
-    layers = {
-        form: layers_of(load_deployable(artifact, form).module) for form in ("encoder", "reconstructor")
-    }
-    assert fits("*.decoder.head", layers["reconstructor"]) and not fits("*.decoder.head", layers["encoder"])
-    assert not fits("*norm*", layers["encoder"])
-    request: Any = SimpleNamespace(artifact=artifact, keep=("*.fc2", "*.decoder.*"), inside=False)
-    assert Maker(request, "encoder", FIXED, Silent())._keep() == ["*.fc2"]
-    assert Maker(request, "reconstructor", FIXED, Silent())._keep() == ["*.fc2", "*.decoder.*"]
-    request.inside = True  # the file's layers are then those of `form`
-    assert Maker(request, "encoder", FIXED, Silent())._keep() == ["form.*.fc2"]
