@@ -301,9 +301,14 @@ class FinetuneRecipe(OptimizerConfig):
     smoothing: float = 0.1
     """Label smoothing (Szegedy et al. 2016, sec. 7)."""
     validate: float = 1.0
-    """Epochs between validations; the best one's weights are published."""
+    """Epochs between validations; the weights that do best on the validation images are published."""
+    hold_out: float = 0.1
+    """Share of every class's training images, 0 to 0.5, that are not trained on and choose the checkpoint
+    where there are no validation images; 0 publishes the weights of the last step."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.hold_out <= 0.5:
+            raise BadInput(f"--hold-out {self.hold_out} must be 0 to 0.5")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise BadInput(f"--layer-decay {self.layer_decay} must be more than 0 and at most 1")
         if not 0 <= self.rand_augment <= 10:
@@ -329,6 +334,9 @@ class FinetuneConfig:
     """Labelled training images; mean and deviation are the artifact's when not given."""
     test: Path | None = None
     """Labelled test images; None: `data.images` holds train and test (or val)."""
+    val: Path | None = None
+    """Labelled images that choose the checkpoint; None: val beside test in `data.images`, or else a part of
+    the training images, see `FinetuneRecipe.hold_out`."""
     from_scratch: bool = False
     """Random weights instead of the artifact's."""
     model: EncoderConfig = field(default_factory=DyViTConfig)

@@ -146,7 +146,7 @@ def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
 
     Args:
         metrics: `metrics.jsonl` of a run: one JSON object per line with `step`, `loss`, `lr`, `data_wait`, or
-            with `step` and `top1`, or with `step` and what a probe found.
+            with `step` and `val_top1` or `test_top1`, or with `step` and what a probe found.
         path: The PNG to write; it appears at once and whole.
         title: First line of the picture; default: the name of the run directory.
 
@@ -183,7 +183,7 @@ def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
     for axes, (label, known) in zip(below, panels, strict=True):
         for (name, points), color in zip(known.items(), ("#2d7d46", "#7a4fa3"), strict=False):
             values = [value for _, value in points]
-            shown = f"{name}: {values[-1]:.3g}, at best {max(values):.3g}"
+            shown = f"{name}: {values[-1]:.3g}" + (f", at best {max(values):.3g}" if len(values) > 1 else "")
             axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=shown)
         axes.set_ylabel(label)
         axes.legend(loc="lower right", fontsize="small", frameon=False)
@@ -196,12 +196,15 @@ def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
 
 
 _PANELS: tuple[tuple[str, dict[str, tuple[str, float]]], ...] = (
-    ("top-1 %\ntest images", {"validation": ("top1", 100)}),
+    ("top-1 %", {"validation": ("val_top1", 100), "test, once, with the chosen weights": ("test_top1", 100)}),
+    ("top-1 %\ntest images", {"validation": ("top1", 100)}),  # of versions that chose by the test images
     ("top-1 %\nprobe", {"kNN": ("probe_knn", 100), "linear": ("probe_linear", 100)}),
     ("features'\ndeviation", {"deviation of l2-normalised features x sqrt(d)": ("probe_feature_std", 1)}),
     ("features'\nrank", {"effective rank": ("probe_effective_rank", 1)}),
 )
 """What a loss curve shows below the loss, where it was measured: curves by their key and factor."""
+_LOOKS = {key for _, curves in _PANELS for key, _ in curves.values()} | {"probe_seconds"}
+"""Keys of rows that tell what was learned."""
 
 
 def _known(
@@ -209,7 +212,11 @@ def _known(
 ) -> dict[str, list[tuple[int, float]]]:
     """Those curves that have a point: steps and values."""
     found = {
-        name: [(row["step"], factor * row[key]) for row in looks if math.isfinite(row.get(key, math.nan))]
+        name: [
+            (row.get("chosen_step", row["step"]), factor * row[key])
+            for row in looks
+            if math.isfinite(row.get(key, math.nan))
+        ]
         for name, (key, factor) in curves.items()
     }
     return {name: points for name, points in found.items() if points}
@@ -221,7 +228,7 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
         lines = path.read_text().splitlines(keepends=True)
         whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill cuts the last one short
         rows = [row for row in whole if "step" in row and math.isfinite(row.get("loss", math.nan))]
-        looks = [row for row in whole if "step" in row and ("top1" in row or "probe_seconds" in row)]
+        looks = [row for row in whole if "step" in row and _LOOKS & row.keys()]
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; give the metrics.jsonl of a run") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:

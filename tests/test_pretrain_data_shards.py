@@ -72,10 +72,25 @@ def test_labels_come_from_cls_or_json_or_are_missing(tmp_path):
     assert labels_of({"json": b'{"label": 4}', "cls": b"1"}) == [4]  # the first that is there
     assert labels_of({"cls": b"3"}, {}) is None
     assert labels_of({"json": b'{"caption": "a cat"}'}, {"json": b"[1]"}) is None
-    with pytest.raises(BadInput, match=r"a\.tar: the label in 0\.cls is not an integer"):
-        labels_of({"cls": b"cat"})
-    with pytest.raises(BadInput, match=r"0\.json is not an integer"):
-        labels_of({"json": b"{"})
+    for text in (b"cat", b"-1", b"1.5", b"9" * 30, b"\xff", b""):
+        assert labels_of({"cls": text}, {"cls": b"1"}) is None
+    for text in (b"{", b'{"label": true}', b'{"label": 1.5}', b"[" * 100_000):
+        assert labels_of({"json": text}) is None
+
+
+def test_a_sample_without_a_usable_label_is_named(tmp_path):
+    def why(last: dict[str, bytes]) -> str:
+        members = {
+            f"{i}.{kind}": png(i) if kind == "png" else b"1" for i in range(3) for kind in ("png", "cls")
+        }
+        return open_source(write_tar(tmp_path / "a.tar", members | last)).unlabelled
+
+    assert why({}) == ""
+    assert why({"3.png": png(3)}).startswith(f"{tmp_path}/a.tar[3.png] has no label, which would be")
+    assert "a.tar: the label in 3.cls is not a whole number from 0 on (so 1 of 4 samples have none)" in why(
+        {"3.png": png(3), "3.cls": b"cat"}
+    )
+    assert open_source(write_tar(tmp_path / "b.tar", {"1.png": png(0), "2.png": png(1)})).unlabelled == ""
 
 
 def test_one_image_per_sample_whatever_else_it_holds(tmp_path):

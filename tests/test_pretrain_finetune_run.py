@@ -1,4 +1,6 @@
-"""Fine-tuning runs: they learn, keep the best, go on to the very same numbers, and refuse with one line."""
+"""Fine-tuning runs: they learn, keep what did best on validation images, test it once, go on to the very same
+numbers, and refuse with one line.
+"""
 
 import errno
 import json
@@ -26,11 +28,12 @@ from pretrain.artifact import (
     save_artifact,
 )
 from pretrain.config import DataConfig, FinetuneConfig, FinetuneRecipe, RunConfig, ViTConfig
-from pretrain.data import evaluation_batches, normalize, open_source
+from pretrain.data import Source, evaluation_batches, normalize, open_source
+from pretrain.data.source import EncodedSource
 from pretrain.errors import BadInput, CheckFailed, Interrupted
 from pretrain.models import build_encoder
 from pretrain.plain import read_config
-from pretrain.training import finetune, validation
+from pretrain.training import finetune, finetune_plan, keeping, validation
 from pretrain.training.state import read_state
 from pretrain.training.validation import Validation
 
@@ -61,9 +64,10 @@ def publish(path: Path, model: Any = MODEL, kind: Any = "backbone") -> Path:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `data` (12 and 9 pictures of three colours) and `artifact`."""
+    """A folder with `data` (12, 6 and 9 pictures of three colours) and `artifact`."""
     folder = tmp_path_factory.mktemp("place")
     paint(folder / "data" / "train", 12, seed=0)
+    paint(folder / "data" / "val", 6, seed=4)
     paint(folder / "data" / "test", 9, seed=1)
     publish(folder / "artifact")
     return folder
@@ -113,27 +117,30 @@ pytestmark = pytest.mark.usefixtures("no_curves")
 
 def test_it_learns_and_leaves_the_classifier_that_was_validated(short, place, tmp_path):
     paint(tmp_path / "data" / "train", 60, seed=2)
-    paint(tmp_path / "data" / "val", 45, seed=3)
+    paint(tmp_path / "data" / "val", 30, seed=5)
+    paint(tmp_path / "data" / "test", 45, seed=3)
     config = to(short, tmp_path / "run", steps=50, batch_size=12, micro_batch=None, base_lr=0.3, ema=0.8)
     config = replace(config, data=DataConfig(tmp_path / "data", image_size=16, workers=0))
     recipe = replace(config.optimizer, rand_augment=0, mixup=0.2, erasing=0.25, drop_path=0.0)
     config = replace(config, optimizer=recipe, run=replace(config.run, save_steps=None, log_steps=10))
     result = finetune(config)
-    assert result.best.top1 >= 0.9  # chance is a third
+    assert result.test.top1 >= 0.9  # chance is a third
+    assert result.best is not None and result.last is not None
     assert result.best.top1 >= result.last.top1 >= 0.8
+    assert (result.train_images, result.best.images, result.test.images) == (60, 30, 45)
     losses = [row["loss"] for row in rows(config.run.out) if "loss" in row]
     assert losses[-1] < 0.8 * losses[0]
 
     classifier, about = load_classifier(result.artifact)
     assert (about.kind, about.class_names, about.image_size) == ("classifier", COLOURS, 16)
-    assert about.trained["top1"] == result.best.top1
-    assert about.trained["steps"] == result.best.step
+    assert (about.trained["test_top1"], about.trained["val_top1"]) == (result.test.top1, result.best.top1)
+    assert about.trained["steps"] == result.test.step == result.best.step
     source, right = open_source(tmp_path / "data", "test"), 0
     assert source.labels is not None
     for batch in evaluation_batches(source, image_size=16, channels=3, batch_size=45, workers=0):
         guess = classifier(normalize(batch.images, about.mean, about.std)).argmax(dim=1)
         right += (guess.numpy() == source.labels[batch.indices.numpy()]).sum()
-    assert right / 45 == result.best.top1
+    assert right / 45 == result.test.top1
 
 
 def test_it_begins_with_the_artifacts_weights_unless_told_otherwise(short, tmp_path):
@@ -163,7 +170,7 @@ def test_images_of_five_channels(short, tmp_path, model):
 
 
 def test_packs_are_read_and_numbers_are_names_where_there_are_none(short, place, tmp_path):
-    for part in ("train", "test"):
+    for part in ("train", "val", "test"):
         source = open_source(place / "data", part)
         assert source.labels is not None
         files = [source.encoded(i) or b"" for i in range(len(source))]
@@ -183,18 +190,21 @@ def test_packs_are_read_and_numbers_are_names_where_there_are_none(short, place,
 def test_the_best_is_kept_the_earliest_of_several(short, tmp_path, monkeypatch, scores, kept):
     seen: list[dict[str, torch.Tensor]] = []
 
-    def scripted(classifier: Any, *_: Any, step: int, **__: Any) -> Any:
+    def scripted(classifier: Any, source: Source, *_: Any, step: int, **__: Any) -> Any:
         seen.append({name: tensor.clone() for name, tensor in classifier.state_dict().items()})
-        return Validation(step, scores[len(seen) - 1], None, 1.0, 9), ()
+        assert source.location.name == ("val" if len(seen) < 4 else "test")  # which is seen once, at the end
+        top1 = (*scores, 0.25)[len(seen) - 1]
+        return Validation(step, top1, None, 1.0, 9), ()
 
     monkeypatch.setattr(validation, "validate", scripted)
     result = finetune(to(short, tmp_path / "run"))
-    assert (result.best.top1, result.last.top1) == (scores[kept], scores[2])
+    assert result.best is not None and result.last is not None
+    assert (result.best.top1, result.last.top1, result.test.top1) == (scores[kept], scores[2], 0.25)
     artifact = load_artifact(result.artifact)
     assert artifact.config.trained["steps"] == (3, 6, 7)[kept]
     for number, weights in enumerate(seen):
         equal = all(torch.equal(artifact.tensors[name], weights[name]) for name in weights)
-        assert equal is (number == kept)
+        assert equal is (number in (kept, 3))
 
 
 def test_the_moving_average_is_what_is_validated(short, tmp_path, monkeypatch):
@@ -209,10 +219,119 @@ def test_the_moving_average_is_what_is_validated(short, tmp_path, monkeypatch):
     finetune(to(short, tmp_path / "run"))
     state = read_state(tmp_path / "run" / "state", warn=pytest.fail)
     assert state is not None
-    for name, tensor in shown[-1].items():
+    for name, tensor in shown[2].items():
         assert torch.equal(tensor, state["ema"][f"classifier.{name}"])
-    assert not torch.equal(shown[-1]["head.weight"], state["model"]["classifier.head.weight"])
-    assert [row["step"] for row in rows(tmp_path / "run") if "top1" in row] == [3, 6, 7]
+    assert not torch.equal(shown[2]["head.weight"], state["model"]["classifier.head.weight"])
+    assert [row["step"] for row in rows(tmp_path / "run") if "val_top1" in row] == [3, 6, 7]
+    (row,) = [row for row in rows(tmp_path / "run") if "test_top1" in row]
+    assert (row["step"], row["chosen_step"]) == (7, state["validation"]["chosen"])
+
+
+# what chooses the checkpoint ----------------------------------------------------------------------
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The files of every validation, and of the test at the end."""
+    shown: list[list[str]] = []
+    real = validation.validate
+
+    def watch(classifier: Any, source: Source, *rest: Any, **how: Any) -> Any:
+        shown.append([source.describe(i) for i in range(len(source))])
+        return real(classifier, source, *rest, **how)
+
+    monkeypatch.setattr(validation, "validate", watch)
+    return shown
+
+
+def without_val(short: FinetuneConfig, place: Path, out: Path, **recipe: Any) -> FinetuneConfig:
+    config = to(short, out, **recipe)
+    data = replace(config.data, images=place / "data" / "train")
+    return replace(config, data=data, test=place / "data" / "test")
+
+
+def test_a_part_of_every_class_is_held_out_where_there_is_no_val_split(
+    short, place, tmp_path, monkeypatch, capsys
+):
+    shown = watched(monkeypatch)
+    read: set[str] = set()
+    real = EncodedSource.picture
+
+    def note(source: Any, i: int, at_least: Any = 0) -> Any:
+        if callable(at_least):  # as training samples are read
+            read.add(source.describe(i))
+        return real(source, i, at_least)
+
+    monkeypatch.setattr(EncodedSource, "picture", note)
+    result = finetune(without_val(short, place, tmp_path / "run", steps=20, validate=4.0))
+    *validated, tested = shown
+    assert all(images == validated[0] for images in validated)
+    assert sorted(Path(image).parent.name for image in validated[0]) == list(COLOURS)
+    assert {Path(image).parents[1].name for image in validated[0]} == {"train"}
+    assert len(read) == 9 and not read & set(validated[0])
+    assert tested == [str(path) for path in sorted((place / "data" / "test").glob("*/*.png"))]
+    assert result.train_images == 9
+    told = capsys.readouterr().err
+    assert "checkpoint: chosen by top-1 on 3 of the 12 images of" in told
+    assert "which are not trained on: 0.1 of every class, at least one of two, drawn by seed 0" in told
+    assert "test: 9 images of" in told
+    about = load_artifact(result.artifact).config.trained
+    assert (about["val"], about["val_held_out_of_training"], about["test"]) == ("train", True, "test")
+    assert (about["val_images"], about["test_images"], about["images"]) == (3, 9, 9)
+
+
+def test_held_out_images_are_the_same_when_the_run_goes_on(short, place, tmp_path, monkeypatch):
+    config = without_val(short, place, tmp_path / "run")
+    finetune(without_val(short, place, tmp_path / "whole"))
+    with pytest.raises(Interrupted), pytest.MonkeyPatch.context() as patch:
+        stop_during(patch, 4, signal.SIGTERM)
+        finetune(config)
+    monkeypatch.setattr(finetune_plan, "hold_out", lambda labels, *_: torch.arange(len(labels)) % 4 == 0)
+    with pytest.raises(BadInput, match="other images would be held out to choose the checkpoint"):
+        finetune(config, resume=True)
+    monkeypatch.undo()
+    finetune(config, resume=True)
+    assert_same(config.run.out, tmp_path / "whole")
+
+
+def test_nothing_need_be_held_out(short, place, tmp_path, monkeypatch, capsys):
+    shown = watched(monkeypatch)
+    result = finetune(without_val(short, place, tmp_path / "run", hold_out=0.0))
+    assert [len(images) for images in shown] == [9]
+    assert (result.best, result.train_images, result.test.step) == (None, 12, 7)
+    assert "that of the last step (--hold-out 0)" in capsys.readouterr().err
+    about = load_artifact(result.artifact).config.trained
+    assert about["test_top1"] == result.test.top1 and "val_top1" not in about
+
+
+def test_classes_of_one_image_stay_in_training(short, place, tmp_path, capsys):
+    paint(tmp_path / "train", 6, seed=0)
+    for path in sorted((tmp_path / "train" / "blue").iterdir())[1:]:
+        path.unlink()
+    config = replace(without_val(short, place, tmp_path / "run", steps=1), data=short.data)
+    config = replace(config, data=replace(short.data, images=tmp_path / "train"))
+    result = finetune(config)
+    assert result.train_images == 3
+    assert "chosen by top-1 on 2 of the 5 images" in (told := capsys.readouterr().err)
+    assert "1 class(es) with a single image have none there" in told
+    for path in (tmp_path / "train").glob("*/*.png"):
+        if path.name > "02.png":
+            path.unlink()
+    with pytest.raises(BadInput, match=r"every class has a single image.*--val.*--hold-out 0"):
+        finetune(replace(config, run=replace(config.run, out=tmp_path / "other")))
+
+
+def test_a_run_of_an_earlier_version_is_refused(short, whole, tmp_path, monkeypatch):
+    read = keeping.read_state
+
+    def earlier(*given: Any) -> Any:
+        state = read(*given)
+        return state and state | {"validation": {"test_images": 9, "best": None, "last": None, "weights": {}}}
+
+    monkeypatch.setattr(keeping, "read_state", earlier)
+    with pytest.raises(
+        BadInput, match=r"earlier version, which chose the checkpoint on the test images.*--run"
+    ):
+        finetune(to(short, whole), resume=True)
 
 
 def test_every_parameter_moves_at_its_own_rate(short, tmp_path):
@@ -239,7 +358,7 @@ def test_interrupted_and_resumed_is_uninterrupted(short, whole, tmp_path):
         ):
             stop_during(patch, step, number)
             finetune(config, resume=step > 1)
-        validated = [row["step"] for row in rows(config.run.out) if "top1" in row]
+        validated = [row["step"] for row in rows(config.run.out) if "val_top1" in row]
         assert validated == ([3] if step > 2 else [])  # who stops does not wait; it is made up for
         torch.rand(3)  # numbers drawn by anybody else change nothing
     finetune(config, resume=True)
@@ -317,7 +436,7 @@ def test_a_run_that_is_over_is_not_done_again(short, whole, monkeypatch):
     monkeypatch.setattr(validation, "validate", lambda *_, **__: pytest.fail("validated again"))
     result = finetune(to(short, whole), resume=True)
     assert (whole / "metrics.jsonl").read_bytes() == before
-    assert result.last.step == 7
+    assert result.last is not None and result.last.step == 7
 
 
 def test_what_may_not_change(short, place, whole, tmp_path):
@@ -377,13 +496,15 @@ def test_the_command_from_beginning_to_end(place, tmp_path, capsys, monkeypatch)
     shown = capsys.readouterr()
     assert "resuming at step 3 of 4" in shown.err
     assert "finetune" in shown.out
-    assert f"{run / 'artifact'} (of the best step)" in shown.out
+    assert f"{run / 'artifact'} (of that step)" in shown.out
+    assert "chosen on 6 validation images" in shown.out
+    assert "on 9 test images, used once, at the end" in shown.out
     assert drawn == [run / "loss_curve.png"]
     (score,) = json.loads(out.read_text())["scores"]
     assert (score["protocol"], score["train_images"], score["test_images"]) == ("finetune", 12, 9)
     assert score["encoder"] == str(place / "artifact")
-    assert score["top1"] == load_artifact(run / "artifact").config.trained["top1"]
-    assert score["settings"].keys() == {"step", "last_step", "last_top1"}
+    assert score["top1"] == load_artifact(run / "artifact").config.trained["test_top1"]
+    assert score["settings"].keys() == {"step", "last_step", "val_top1", "last_val_top1", "val_images"}
 
     scratch = ("--train", place / "data" / "train", "--test", place / "data" / "test", "--from-scratch")
     assert (
@@ -423,7 +544,8 @@ def refused(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
             Image.new("RGB", (20, 20), (9, 9, 9)).save(target / f"{name}.png")
         for name in COLOURS:
             (wide / part / name).mkdir(parents=True)
-            np.save(wide / part / name / "0.npy", np.zeros((20, 20, 5), np.uint8))
+            for number in range(2):
+                np.save(wide / part / name / f"{number}.npy", np.zeros((20, 20, 5), np.uint8))
     (folder / "foreign").mkdir()
     for name in ("red", "violet"):
         (folder / "foreign" / name).mkdir()

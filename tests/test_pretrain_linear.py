@@ -11,7 +11,7 @@ from pretrain.errors import BadInput
 from pretrain.evaluate import (
     fit_linear,
 )
-from pretrain.evaluate.linear import hold_out, loss_and_gradient, minimise, principal_axes
+from pretrain.evaluate.linear import draw_validation, loss_and_gradient, minimise, principal_axes
 
 
 def blobs(n: int, c: int, classes: int, apart: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,14 +144,14 @@ def test_a_fifth_of_every_class_is_held_out(counts, seed):
     labels = torch.cat([torch.full((n,), label) for label, n in enumerate(counts)])
     if max(counts) == 1:
         with pytest.raises(BadInput, match="two training images"):
-            hold_out(labels, seed)
+            draw_validation(labels, seed)
         return
-    held = hold_out(labels, seed)
+    held = draw_validation(labels, seed)
     for label, n in enumerate(counts):
         assert held[labels == label].sum() == (0 if n == 1 else max(1, n // 5))
-    assert torch.equal(held, hold_out(labels, seed))
+    assert torch.equal(held, draw_validation(labels, seed))
 
 
 def test_another_seed_holds_out_others():
     labels = torch.arange(100) % 4
-    assert not torch.equal(hold_out(labels, 0), hold_out(labels, 1))
+    assert not torch.equal(draw_validation(labels, 0), draw_validation(labels, 1))

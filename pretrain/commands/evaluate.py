@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from pretrain.artifact import ArtifactConfig
+    from pretrain.config import EncoderConfig
     from pretrain.data import Source
     from pretrain.evaluate import Protocol, Score
     from pretrain.models import Encoder
@@ -39,8 +40,9 @@ if TYPE_CHECKING:
 class Finetuning(FinetuneRecipe):
     """Of --protocol finetune alone (--batch-size is per optimizer step there).
 
-    Every image is cropped, flipped, augmented and mixed anew in every epoch; each validation shows the test
-    images' centre crops.
+    Every image is cropped, flipped, augmented and mixed anew in every epoch. The checkpoint is chosen by top-1
+    on centre crops of validation images: those of a val split beside test, of --val, or else a part of the
+    training images (--hold-out) that is not trained on. The test images are used once, at the end.
     """
 
     batch_size: Annotated[int, tyro.conf.Fixed, tyro.conf.Suppress] = 256
@@ -78,6 +80,8 @@ class EvaluateConfig:
     """Labelled training images, when they do not lie in --data."""
     test: Path | None = None
     """Labelled test images of the same classes, when they do not lie in --data."""
+    val: Path | None = None
+    """Labelled images that choose the checkpoint (finetune), when they do not lie in --data."""
     protocol: tuple[Literal["knn", "linear", "finetune"], ...] = ("knn", "linear")
     """knn: weighted vote of the nearest training images. linear: softmax regression on frozen features of
     centre crops (not comparable with linear probing that trains on augmented crops). finetune: the whole
@@ -92,8 +96,8 @@ class EvaluateConfig:
     temperature: float = 0.07
     """Of their votes (knn): smaller trusts the nearest more."""
     seed: int = 0
-    """Of the random encoder, of the images held out to choose the penalty (linear), and of the run
-    (finetune)."""
+    """Of the random encoder, of the training images held out to choose the penalty (linear) or the checkpoint
+    (finetune), and of the run (finetune)."""
     batch_size: int = 256
     """Images at a time through the encoder; per optimizer step (finetune)."""
     workers: int | None = None
@@ -103,7 +107,7 @@ class EvaluateConfig:
     """Also write the results to this file, as JSON."""
     run: Path | None = None
     """Directory for a fine-tuning run: config.json, metrics.jsonl, tensorboard/, state/, loss_curve.png, and
-    in artifact/ the classifier that did best on the test images."""
+    in artifact/ the classifier that did best on the validation images."""
     resume: Path | None = None
     """Go on with the fine-tuning run in this directory, with its own settings."""
     finetune: Annotated[Finetuning, tyro.conf.OmitArgPrefixes] = Finetuning()
@@ -129,9 +133,14 @@ def run(argv: list[str]) -> None:
 
     from rich.console import Console
 
+    from pretrain.data import absent_classes, open_labelled
+
     console = Console()
-    train, test = _sources(config)
-    scores = _measure(config, train, test, console)
+    splits = open_labelled(config.data, config.train, config.test, config.val)
+    if "finetune" not in config.protocol:  # its run says so itself
+        for note in (*splits.notes, *absent_classes(splits)):
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
+    scores = _measure(config, splits.train, splits.test, console)
     if "finetune" in config.protocol:
         scores.append(_finetune(config))
     console.print(_table(scores))
@@ -139,8 +148,8 @@ def run(argv: list[str]) -> None:
         print(_what_is_left(scores[-1], config.run or Path("run")))
     if config.out:
         plain = {
-            "train": str(train.location),
-            "test": str(test.location),
+            "train": str(splits.train.location),
+            "test": str(splits.test.location),
             "scores": [asdict(s) for s in scores],
         }
         config.out.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
@@ -184,6 +193,7 @@ def _of_run(folder: Path) -> EvaluateConfig:
         data=None if saved.test else saved.data.images,
         train=saved.data.images if saved.test else None,
         test=saved.test,
+        val=saved.val,
         protocol=("finetune",),
         image_size=saved.data.image_size,
         seed=saved.run.seed,
@@ -210,17 +220,24 @@ def _finetune(config: EvaluateConfig) -> Score:
     from pretrain.training import finetune
 
     result = finetune(_finetune_config(config), resume=config.resume is not None)
-    best, artifact = result.best, str(config.artifacts[0])
+    test, artifact = result.test, str(config.artifacts[0])
+    settings: dict[str, float] = {"step": test.step, "last_step": result.steps}
+    if result.best and result.last:
+        settings |= {
+            "val_top1": result.best.top1,
+            "last_val_top1": result.last.top1,
+            "val_images": result.best.images,
+        }
     return Score(
         encoder=f"random, like {artifact}" if config.finetune.from_scratch else artifact,
         protocol="finetune",
-        top1=best.top1,
-        top5=best.top5,
+        top1=test.top1,
+        top5=test.top5,
         classes=len(result.config.class_names or ()),
         train_images=result.train_images,
-        test_images=best.images,
+        test_images=test.images,
         seconds=result.seconds,
-        settings={"step": best.step, "last_step": result.last.step, "last_top1": result.last.top1},
+        settings=settings,
     )
 
 
@@ -242,6 +259,7 @@ def _finetune_config(config: EvaluateConfig) -> FinetuneConfig:
             workers=config.workers,
         ),
         test=config.test,
+        val=config.val,
         from_scratch=given.from_scratch,
         optimizer=replace(recipe, batch_size=config.batch_size),
         run=RunConfig(
@@ -260,37 +278,41 @@ def _finetune_config(config: EvaluateConfig) -> FinetuneConfig:
 
 
 def _what_is_left(score: Score, folder: Path) -> str:
-    step, last = (round(score.settings[name]) for name in ("step", "last_step"))
+    settings = score.settings
+    chosen = "the last step's weights, which nothing was chosen by"
+    if "val_top1" in settings:
+        chosen = (
+            f"chosen on {settings['val_images']:,.0f} validation images ({settings['val_top1']:.2%} top-1 "
+            "there, "
+            f"{settings['last_val_top1']:.2%} at the last step)"
+        )
     return f"""
-best on these test images at step {step} of {last}; at the last step: {score.settings["last_top1"]:.2%} top-1
+weights of step {settings["step"]} of {settings["last_step"]}: {chosen}
+top-1 in the table: on {score.test_images:,} test images, used once, at the end
 
-  classifier       {folder / "artifact"} (of the best step)
+  classifier       {folder / "artifact"} (of that step)
   curves           {folder / "loss_curve.png"}
   metrics          {folder / "metrics.jsonl"}, or: tensorboard --logdir {folder / "tensorboard"}"""
 
 
-def _sources(config: EvaluateConfig) -> tuple[Source, Source]:
-    from pretrain.data import open_source
-
-    if config.data and not (config.train or config.test):
-        return open_source(config.data, "train"), open_source(config.data, "test")
-    if config.train and config.test and not config.data:
-        return open_source(config.train), open_source(config.test)
-    raise BadInput("give --data, or both --train and --test")
-
-
 def _encoders(config: EvaluateConfig) -> list[tuple[str, Encoder, ArtifactConfig]]:
-    """The artifacts' encoders by name; behind them, one that has learned nothing for each sort of them."""
+    """The artifacts' encoders by name; behind them, one that has learned nothing for each architecture."""
     from pretrain.artifact import load_encoder
     from pretrain.evaluate import random_encoder
 
-    encoders = [(str(path), *load_encoder(path)) for path in config.artifacts]
-    sorts = {
-        (about.model, about.mean, about.std, about.image_size): (name, about) for name, _, about in encoders
-    }
-    if config.reference:
-        for name, about in sorts.values():
-            encoders.append((f"random, like {name}", random_encoder(about, config.seed), about))
+    paths = {
+        path.resolve(): path for path in reversed(config.artifacts)
+    }  # one that is given twice counts once
+    encoders = [(str(path), *load_encoder(path)) for path in reversed(paths.values())]
+    if not config.reference:
+        return encoders
+    alike: dict[tuple[EncoderConfig, int], list[tuple[str, ArtifactConfig]]] = {}
+    for name, _, about in encoders:
+        shown = config.image_size or about.image_size
+        alike.setdefault((replace(about.model, drop_path=0.0), shown), []).append((name, about))
+    for (name, about), *others in alike.values():
+        more = f" and {len(others)} more" if others else ""
+        encoders.append((f"random, like {name}{more}", random_encoder(about, config.seed), about))
     return encoders
 
 
@@ -329,15 +351,16 @@ def _measure(config: EvaluateConfig, train: Source, test: Source, console: Conso
 
 
 def _table(scores: list[Score]) -> Table:
-    from rich.table import Table
+    from rich.table import Column, Table
+    from rich.text import Text
 
-    table = Table("encoder", "protocol")
-    for heading in ("top-1 %", "top-5 %", "trained on", "tested on", "seconds"):
+    table = Table(
+        Column("encoder", overflow="fold"), Column("protocol", no_wrap=True)
+    )  # no name is cut short
+    for heading in ("test\ntop-1 %", "test\ntop-5 %", "trained\non", "tested\non", "seconds"):
         table.add_column(heading, justify="right")
     for score in scores:
         top5 = "" if score.top5 is None else f"{100 * score.top5:.2f}"
-        counts = (str(score.train_images), str(score.test_images))
-        table.add_row(
-            score.encoder, score.protocol, f"{100 * score.top1:.2f}", top5, *counts, f"{score.seconds:.1f}"
-        )
+        numbers = (f"{100 * score.top1:.2f}", top5, f"{score.train_images}", f"{score.test_images}")
+        table.add_row(Text(score.encoder), score.protocol, *numbers, f"{score.seconds:.1f}")
     return table

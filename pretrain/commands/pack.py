@@ -62,6 +62,9 @@ def run(argv: list[str]) -> None:
     console = Console()
     settings = PackSettings(config.size, config.quality, config.shard_images)
     source = open_source(config.images, config.split)
+    for note in (*source.notes, f"labels are not packed: {source.unlabelled}" if source.unlabelled else ""):
+        if note:
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
     started = time.perf_counter()
     columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console)

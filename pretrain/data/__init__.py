@@ -5,26 +5,32 @@ read them, and a loader's whole state is the number of samples consumed.
 """
 
 from pretrain.data.augment import labelled_batches
-from pretrain.data.labels import shared_labels, top_share
+from pretrain.data.labelled import LabelledSplits, absent_classes, open_labelled
+from pretrain.data.labels import labels_among, shared_labels, top_share
 from pretrain.data.opening import open_source
 from pretrain.data.samples import Batch, Slices, check_loader, evaluation_batches, training_batches
 from pretrain.data.source import ArraySource, Source
 from pretrain.data.statistics import measure
-from pretrain.data.subset import Subset, balanced
+from pretrain.data.subset import Subset, balanced, hold_out
 from pretrain.data.transforms import normalize
 
 __all__ = [
     "ArraySource",
     "Batch",
+    "LabelledSplits",
     "Slices",
     "Source",
     "Subset",
+    "absent_classes",
     "balanced",
     "check_loader",
     "evaluation_batches",
+    "hold_out",
     "labelled_batches",
+    "labels_among",
     "measure",
     "normalize",
+    "open_labelled",
     "open_source",
     "shared_labels",
     "top_share",

@@ -13,37 +13,48 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.images import EXTENSIONS
+from pretrain.data.labels import whole_numbers
 from pretrain.data.source import EncodedSource, Names, printable
+from pretrain.data.splits import Chosen, choose_images
 from pretrain.errors import BadImage, BadInput
 
 
 class FolderSource(EncodedSource):
-    """All images below a folder.
+    """All images below a folder, or those of one of the splits in it.
 
-    Images that all lie in first-level subfolders (two or more) are labelled by them.
+    Images that all lie in first-level subfolders (two or more) are labelled by them. The splits of one data
+    set number their classes alike.
     """
 
-    def __init__(self, root: Path, classes: tuple[str, ...] | None = None) -> None:
+    numbered = False
+
+    def __init__(self, root: Path, split: str | None = None, *, held_out: bool = False) -> None:
         """Search the folder.
 
         Args:
             root: the folder.
-            classes: names of class folders that may occur, so that the splits of one data set number
-                their classes alike; by default those that hold images.
+            split: as in `open_source`.
+            held_out: as in `open_source`.
 
         Raises:
-            BadInput: no image in it, or a folder that may not be read.
+            BadInput: no image in it, no such split, or a folder that may not be read.
         """
         found, others = _search(root)
         if not found:
             raise BadInput(_nothing_in(root, others))
-        names = sorted(found)
-        firsts = [name.partition("/")[0] if "/" in name else None for name in names]
-        class_names = _class_names(firsts, classes)
+        chosen = choose_images(sorted(found), root, split, held_out)
+        location = root / chosen.folder
+        class_names = _class_names(chosen)
         number = {name: i for i, name in enumerate(class_names or ())}
-        labels = np.array([number[str(first)] for first in firsts]) if class_names else None
-        super().__init__(root, labels, class_names and tuple(map(printable, class_names)))
-        self._names = Names(names)
+        labels = np.array([number[name.partition("/")[0]] for name in chosen.names]) if class_names else None
+        super().__init__(location, labels, class_names and tuple(map(printable, class_names)))
+        self._names = Names(chosen.names)
+        self.split, self.notes = chosen.split, chosen.notes
+        if class_names is None:
+            self.unlabelled = _why_unlabelled(location, chosen)
+        else:
+            empty = [name for name in subfolders(location) if name not in chosen.classes]
+            self.notes += _empty_folders(location, empty)
 
     def __len__(self) -> int:
         """Number of image files."""
@@ -110,11 +121,38 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise BadInput(f"{folder}: this folder cannot be read ({error.strerror})") from None
 
 
-def _class_names(firsts: list[str | None], classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    if None in firsts:
+def _class_names(chosen: Chosen) -> tuple[str, ...] | None:
+    """Names of the class folders: whole numbers by their value, so that 10 comes after 9; others sorted."""
+    several_places = chosen.split is not None and not chosen.folder
+    if several_places or len(chosen.classes) < 2 or not all("/" in name for name in chosen.names):
         return None
-    names = {str(first) for first in firsts} | set(classes or ())
-    return tuple(sorted(names)) if len(names) > 1 else None
+    values = whole_numbers(sorted(chosen.classes))
+    return tuple(sorted(chosen.classes, key=values.__getitem__ if values else None))
+
+
+def _why_unlabelled(location: Path, chosen: Chosen) -> str:
+    if chosen.split is not None and not chosen.folder:
+        return (
+            f"its {chosen.split} images lie in several places; give one folder with a folder for each class"
+        )
+    stray = [printable(name) for name in chosen.names if "/" not in name]
+    if not stray or not chosen.classes:
+        return ""
+    few = ", ".join(stray[:3]) + (f" and {len(stray) - 3} more" if len(stray) > 3 else "")
+    lie = "lies" if len(stray) == 1 else "lie"
+    classes = ", ".join(map(printable, sorted(chosen.classes)[:3]))
+    return (
+        f"{few} {lie} in {location} itself, beside its class folders "
+        f"({classes}{', ...' * (len(chosen.classes) > 3)}); "
+        "move what has a class into its folder, and the rest elsewhere"
+    )
+
+
+def _empty_folders(location: Path, empty: list[str]) -> tuple[str, ...]:
+    if not empty:
+        return ()
+    few = ", ".join(map(printable, empty[:5])) + (", ..." if len(empty) > 5 else "")
+    return (f"{location}: {len(empty)} folder(s) without an image are no classes: {few}",)
 
 
 def _nothing_in(root: Path, others: Counter[str]) -> str:

@@ -2,26 +2,29 @@
 
 What is looked for, in this order:
 
-    folder with train.npz (test.npz)            -> the pack of the split
-    folder with train/ and test/ or val/        -> the split's folder; `train` unless asked otherwise
-    folder with .tar files                      -> all of them, sorted
-    any other folder                            -> its images, recursively
-    file.npz, file.tar, shards-{000..012}.tar   -> the pack, the shard, the shards
+    folder with packs that are called like splits  -> the pack of the split
+    folder with .tar files                         -> those of the split, or all of them, sorted
+    folder with split folders of .tar files        -> those of the split
+    any other folder                               -> the images of the split, or all of them, recursively
+    file.npz, file.tar, shards-{000..012}.tar      -> the pack, the shard, the shards
+
+What splits are called is said in `splits`; `train` is read unless another one is asked for, and what is left
+out is among the source's notes.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pretrain.data.folders import FolderSource, subfolders
 from pretrain.data.npz import NpzSource
 from pretrain.data.shards import ShardSource
 from pretrain.data.source import Source
+from pretrain.data.splits import Split, all_splits, choose_split, left_out_note, paired_splits, split_of
 from pretrain.errors import BadInput
-
-_HELD_OUT = ("test", "val", "valid", "validation")
 
 
 def open_source(path: Path, split: str | None = None, *, held_out: bool = False) -> Source:
@@ -61,32 +64,59 @@ def _open(path: Path, split: str | None, held_out: bool) -> Source:
 
 
 def _open_folder(path: Path, split: str | None, held_out: bool) -> Source:
-    known = (*_HELD_OUT, "train") if held_out else ("train", *_HELD_OUT)
-    packs = [name for name in known if (path / f"{name}.npz").is_file()]
-    if packs:
-        return NpzSource(path / f"{_choose(path, packs, split)}.npz")
-    folders = subfolders(path)
-    splits = [name for name in known if name in folders]
-    if split is not None or ("train" in splits and len(splits) > 1):
-        chosen = _choose(path, splits, split)
-        classes = {name for folder in splits for name in subfolders(path / folder)}
-        return _open_plain(path / chosen, tuple(sorted(classes)))
-    return _open_plain(path, None)
+    packs = _files(path, ".npz")
+    found = {file: name for file in packs if (name := split_of(file.stem))}
+    if found:
+        chosen, notes = _choose(packs, found, path, split, held_out)
+        if len(chosen) > 1:
+            same = " and ".join(file.name for file in chosen)
+            raise BadInput(
+                f"{path}: {same} are both called like the {found[chosen[0]]} split; give one of them"
+            )
+        source: Source = NpzSource(chosen[0])
+    else:
+        shards, found = _shards(path)
+        to_train = split is None and not held_out
+        if not shards or (shards[0].parent != path and to_train and "train" not in found.values()):
+            return FolderSource(path, split, held_out=held_out)
+        if split is not None and not found:
+            raise BadInput(f"{path}: no split {split!r} here; no name of a shard says train, val or test")
+        chosen, notes = _choose(shards, found, path, split, held_out) if found else (shards, ())
+        folders = {shard.parent for shard in chosen}
+        source = ShardSource(folders.pop() if len(folders) == 1 else path, chosen)
+    source.split, source.notes = found.get(chosen[0]), (*source.notes, *notes)
+    return source
 
 
-def _open_plain(folder: Path, classes: tuple[str, ...] | None) -> Source:
-    shards = sorted(shard for shard in folder.glob("*.tar") if not shard.name.startswith("."))
-    return ShardSource(folder, shards) if shards else FolderSource(folder, classes)
+def _shards(path: Path) -> tuple[list[Path], dict[Path, Split]]:
+    """The shards in a folder, or else in the split folders in it; and which of them are of a split."""
+    shards = _files(path, ".tar")
+    if shards:
+        stems = [shard.stem for shard in shards]
+        splits = paired_splits(stems) or all_splits(stems)
+        return shards, {shard: splits[shard.stem] for shard in shards if shard.stem in splits}
+    folders = {name: split for name in subfolders(path) if (split := split_of(name))}
+    found = {shard: split for name, split in folders.items() for shard in _files(path / name, ".tar")}
+    return list(found), found
 
 
-def _choose(path: Path, there: list[str], split: str | None) -> str:
-    if split is None:
-        return there[0]
-    names = [split, *_HELD_OUT] if split in _HELD_OUT else [split]
-    for name in names:
-        if name in there:
-            return name
-    raise BadInput(f"{path}: no split {split!r} here; it has {', '.join(there) or 'no splits'}")
+def _files(folder: Path, suffix: str) -> list[Path]:
+    files = (path for path in folder.glob("*") if path.suffix.lower() == suffix and path.is_file())
+    return sorted(path for path in files if not path.name.startswith("."))
+
+
+def _choose(
+    files: Sequence[Path], splits: Mapping[Path, Split], path: Path, split: str | None, held_out: bool
+) -> tuple[list[Path], tuple[str, ...]]:
+    """The files of the split to be read, and what is said about the others."""
+    wanted = choose_split(set(splits.values()), path, split, held_out)
+    chosen = [file for file in files if splits.get(file) == wanted]
+    others = [str(file.relative_to(path)) for file in files if splits.get(file) != wanted]
+    if not others or split is not None or held_out:
+        return chosen, ()
+    names = [str(file.relative_to(path)) for file in chosen]
+    kept = names[0] if len(names) == 1 else f"{len(names)} files, {names[0]} to {names[-1]}"
+    return chosen, (left_out_note(path, kept, others),)
 
 
 def _no_split(path: Path, split: str | None) -> None:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +45,8 @@ class Sample:
 
     image: Member
     label: int | None
+    fault: str = ""
+    """Why it has none, where something is wrong with its label."""
 
 
 class ShardSource(EncodedSource):
@@ -76,6 +79,7 @@ class ShardSource(EncodedSource):
         self._shard = torch.from_numpy(np.repeat(np.arange(len(shards), dtype=np.int32), counts))
         self._places = torch.tensor([(sample.image.start, sample.image.size) for sample in flat])
         self._names = Names(sample.image.name for sample in flat)
+        self.unlabelled = self._why_unlabelled(flat)
 
     def __len__(self) -> int:
         """Number of samples that have an image."""
@@ -89,6 +93,18 @@ class ShardSource(EncodedSource):
         """The image's file content."""
         start, size = self._places[i].tolist()
         return read_at(self._shards[int(self._shard[i])], start, size, self.describe(i))
+
+    def _why_unlabelled(self, samples: Sequence[Sample]) -> str:
+        """Which sample lacks a label, where others have one or it has one that cannot be used."""
+        lacking = [i for i, sample in enumerate(samples) if sample.label is None]
+        fault = next((samples[i].fault for i in lacking if samples[i].fault), "")
+        if not fault and len(lacking) in (0, len(samples)):
+            return ""
+        what = (
+            fault or f"{self.describe(lacking[0])} has no label, which would be a whole number in a .cls file"
+        )
+        more = f" (so {len(lacking)} of {len(samples)} samples have none)"
+        return f"{what}{more}; give every sample a label, or take those without one out"
 
 
 def index_shard(path: Path) -> list[Sample]:
@@ -176,22 +192,31 @@ def _sample(path: Path, file: int, group: list[Member]) -> list[Sample]:
     images = [member for member in group if _suffix(member.name) in EXTENSIONS]
     if not images or images[0].name.rpartition("/")[2].startswith("."):
         return []
-    label = None
+    label, fault = None, ""
     for member in group:
         if _suffix(member.name) in (".cls", ".json") and label is None:
-            label = _label(path, member, os.pread(file, member.size, member.start))
-    return [Sample(images[0], label)]
+            try:
+                label = _label(member, os.pread(file, member.size, member.start))
+            except (ValueError, RecursionError):
+                fault = f"{path}: the label in {printable(member.name)} is not a whole number from 0 on"
+    return [Sample(images[0], label, "" if label is not None else fault)]
 
 
-def _label(path: Path, member: Member, text: bytes) -> int | None:
-    try:
-        if member.name.lower().endswith(".cls"):
-            return int(text)
-        fields = json.loads(text)
+def _label(member: Member, text: bytes) -> int | None:
+    """The label in a file of a sample, if there is one.
+
+    Raises:
+        ValueError: it is not a whole number from 0 on; RecursionError, if it is JSON that is nested too deep.
+    """
+    label: Any = text.decode().strip()
+    if not member.name.lower().endswith(".cls"):
+        fields = json.loads(label)
         label = fields.get("label") if isinstance(fields, dict) else None
-        return None if label is None else int(label)
-    except (ValueError, TypeError):
-        raise BadInput(f"{path}: the label in {printable(member.name)} is not an integer") from None
+        if label is None:
+            return None
+    if not re.fullmatch("[0-9]{1,18}", str(label)):
+        raise ValueError(label)
+    return int(label)
 
 
 def _class_names(index: Path) -> tuple[str, ...] | None:

@@ -28,6 +28,14 @@ class Source(ABC):
     """What the user pointed at, or the split chosen inside it."""
     class_names: tuple[str, ...] | None
     """Names of the labels, where they are known."""
+    unlabelled: str = ""
+    """Why images that seem to have labels have none: names the file and says what to do."""
+    numbered: bool = True
+    """Whether the labels' numbers are the data's own, not places in a sorted list of folder names."""
+    split: str | None = None
+    """train, val or test, where the images are those of a split."""
+    notes: tuple[str, ...] = ()
+    """What was left out or might be misread, a sentence each, for people."""
 
     def __init__(
         self, location: Path, labels: np.ndarray | None = None, class_names: tuple[str, ...] | None = None

@@ -1,9 +1,12 @@
-"""Some images of a source: how labelled images are limited to as many as a quick look needs."""
+"""Some images of a source: as many as a quick look needs, or a part that is held out."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from pretrain.data.images import AtLeast, Picture
 from pretrain.data.source import Source
@@ -20,6 +23,8 @@ class Subset(Source):
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         labels = source.labels
         super().__init__(source.location, None if labels is None else labels[indices], source.class_names)
+        self.unlabelled, self.numbered = source.unlabelled, source.numbered
+        self.split, self.notes = source.split, source.notes
         self._source = source
         self._indices = torch.from_numpy(indices.astype(np.int64))
 
@@ -59,3 +64,21 @@ def balanced(source: Source, most: int, seed: int = 0) -> Source:
         ranks[members] = np.arange(members.sum())
     chosen = order[np.argsort(ranks, kind="stable")[:most]]
     return Subset(source, np.sort(chosen))
+
+
+def hold_out(labels: Tensor, share: float, seed: int) -> Tensor:
+    """A share of every class, bool `[n]`, rounded down, but one image at least of any class that has two.
+
+    Args:
+        labels: int64 `[n]`.
+        share: above 0 and below 1.
+        seed: of the draw; the same labels and seed give the same images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    drawn = labels.cpu()[order]
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in drawn.unique():
+        members = order[drawn == label]
+        chosen[members[: max(math.floor(len(members) * share + 1e-9), len(members) > 1)]] = True
+    return chosen.to(labels.device)

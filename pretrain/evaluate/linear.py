@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.data import hold_out
 from pretrain.errors import BadInput
 
 PENALTIES = tuple(10.0**e for e in (1, 0, -1, -2, -3, -4, -5, -6, -7))
@@ -79,7 +80,7 @@ def fit_linear(
     weight = x.new_zeros(x.shape[1] + 1, classes)  # its last row is the bias
     best, start = penalties[0], weight
     if len(penalties) > 1:
-        held_out = hold_out(labels, seed)
+        held_out = draw_validation(labels, seed)
         part, part_labels, rest, rest_labels = x[~held_out], labels[~held_out], x[held_out], labels[held_out]
         lowest, worse = float("inf"), 0
         for penalty in penalties:
@@ -94,22 +95,16 @@ def fit_linear(
     return LinearClassifier(mean, std, axes @ weight[:-1], weight[-1], best)
 
 
-def hold_out(labels: Tensor, seed: int) -> Tensor:
-    """A fifth of every class, at least one image of any class that has two, bool `[n]`.
+def draw_validation(labels: Tensor, seed: int) -> Tensor:
+    """The fifth of every class by which the penalty is chosen, bool `[n]`.
 
     Raises:
         BadInput: no class has two images.
     """
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator)
-    drawn = labels.cpu()[order]
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label in drawn.unique():
-        members = order[drawn == label]
-        chosen[members[: max(len(members) // 5, len(members) > 1)]] = True
+    chosen = hold_out(labels, 0.2, seed)
     if not chosen.any():
         raise BadInput("a linear probe needs a class with two training images or more; use knn")
-    return chosen.to(labels.device)
+    return chosen
 
 
 def scores(x: Tensor, weight: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from pretrain.artifact import ArtifactConfig
 from pretrain.config import ProbeConfig
-from pretrain.data import Source, balanced, open_source, shared_labels
+from pretrain.data import Source, balanced, open_labelled, shared_labels
 from pretrain.errors import BadInput
 from pretrain.evaluate.inspection import effective_rank, feature_spread, watched_gates
 from pretrain.evaluate.knn import check_knn
-from pretrain.evaluate.linear import hold_out
+from pretrain.evaluate.linear import draw_validation
 from pretrain.evaluate.scoring import Protocol, labelled_features, score
 from pretrain.models import Encoder
 
@@ -32,6 +32,19 @@ class Probe:
     test: Source
     """To count on."""
     config: ProbeConfig
+    notes: tuple[str, ...] = ()
+    """What was left out or might be misread, a sentence each."""
+
+    def __str__(self) -> str:
+        """What is measured on what."""
+        learned, counted = (
+            f"{len(source):,} images of {source.location}" for source in (self.train, self.test)
+        )
+        return (
+            f"probe: accuracy on {counted}, by nearest neighbours or a classifier from {learned}; nothing "
+            "that is "
+            "trained or saved depends on it"
+        )
 
     def measure(
         self, encoder: Encoder, about: ArtifactConfig, *, batch_size: int = 256, workers: int | None = None
@@ -85,7 +98,8 @@ def check_labelled(folder: Path, protocols: Sequence[Protocol]) -> None:
 
 
 def _open(config: ProbeConfig, folder: Path) -> Probe:
-    sources = open_source(folder, "train"), open_source(folder, "test")
+    splits = open_labelled(folder)
+    sources = splits.train, splits.test
     shared_labels(*sources)
     limits = config.probe_train, config.probe_test
     train, test = (balanced(source, most) for source, most in zip(sources, limits, strict=True))
@@ -98,5 +112,5 @@ def _open(config: ProbeConfig, folder: Path) -> Probe:
     if "knn" in config.probe_protocols:
         check_knn(_K, 1.0, len(train))
     if "linear" in config.probe_protocols:
-        hold_out(labels, 0)
-    return Probe(train, test, config)
+        draw_validation(labels, 0)
+    return Probe(train, test, config, splits.notes)

@@ -164,7 +164,7 @@ def labelled_features(
     Raises:
         BadInput, CheckFailed: as `evaluate`.
     """
-    train_labels, test_labels, classes = shared_labels(train, test)
+    train_labels, test_labels, names = shared_labels(train, test)
     known, asked = (
         extract_features(
             encoder,
@@ -179,4 +179,4 @@ def labelled_features(
         )
         for source, labels, part in ((train, train_labels, "training"), (test, test_labels, "test"))
     )
-    return known, asked, classes
+    return known, asked, len(names)

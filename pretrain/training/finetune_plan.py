@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from pretrain.artifact import ArtifactConfig, load_encoder
 from pretrain.config import FinetuneConfig
-from pretrain.data import Source, open_source, shared_labels
+from pretrain.data import Source, Subset, absent_classes, hold_out, open_labelled, shared_labels
 from pretrain.errors import BadInput
 from pretrain.training.optimizer import default_layer_decay
 from pretrain.training.setup import (
@@ -33,15 +34,23 @@ class FinetunePlan(Plan[FinetuneConfig]):
     labels: Tensor
     """Of the training images, int64 `[n]`."""
     test: Source
+    """Used once, at the end."""
     test_labels: Tensor
     """Of the test images, int64 `[m]`, counted alike."""
+    val: Source | None
+    """What chooses the checkpoint; None: nothing does, and the weights of the last step are published."""
+    val_labels: Tensor
+    """Of the validation images, counted alike."""
+    held_out: Tensor
+    """Which of the training split's images are validation images, int64; none where there are others."""
+    notes: tuple[str, ...]
+    """What is to be said before the first step."""
 
     def looks_at(self, step: int) -> bool:
         """Whether a validation is due."""
         recipe = self.config.optimizer
-        return step > 0 and is_multiple(
-            step, max(1, round(recipe.validate * len(self.source) / recipe.batch_size))
-        )
+        every = max(1, round(recipe.validate * len(self.source) / recipe.batch_size))
+        return self.val is not None and step > 0 and is_multiple(step, every)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -57,18 +66,43 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
             images of unknown classes, settings that do not fit, or a directory that cannot be used.
     """
     encoder, about = load_encoder(config.artifact)
-    if config.test is None:
-        folder = config.data.images
-        if folder is None:
-            raise BadInput("give the labelled images: --data, or --train and --test")
-        train, test = open_source(folder, "train"), open_source(folder, "test")
+    images = config.data.images
+    splits = (
+        open_labelled(images, val=config.val)
+        if config.test is None
+        else open_labelled(None, images, config.test, config.val)
+    )
+    train, val, test = splits.train, splits.val, splits.test
+    labels, test_labels, names = shared_labels(train, test)
+    notes = [*splits.notes, *absent_classes(splits)]
+    share, held_out, val_labels = config.optimizer.hold_out, torch.empty(0, dtype=torch.int64), labels[:0]
+    if val is not None:
+        _, val_labels, _ = shared_labels(train, val)
+        where = f"{len(val):,} images of {val.location}"
+    elif share:
+        chosen = hold_out(labels, share, config.run.seed)
+        held_out, kept = chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
+        if not len(held_out):
+            raise BadInput(
+                f"{train.location}: every class has a single image, so none can be held out to choose the "
+                "checkpoint; give validation images (--val), or take the last step's weights (--hold-out 0)"
+            )
+        alone = int((labels.bincount() == 1).sum())
+        whole = f"; {alone} class(es) with a single image have none there" if alone else ""
+        where = (
+            f"{len(held_out):,} of the {len(labels):,} images of {train.location}, which are not trained on: "
+            f"{share:.3g} of every class, at least one of two, drawn by seed {config.run.seed}{whole} "
+            "(--val gives "
+            "others, --hold-out another share)"
+        )
+        val, val_labels = Subset(train, held_out.numpy()), labels[held_out]
+        train, labels = Subset(train, kept.numpy()), labels[kept]
+    if val is None:
+        notes.append("checkpoint: that of the last step (--hold-out 0), so nothing chooses it")
     else:
-        if config.data.images is None:
-            raise BadInput("give --train beside --test")
-        train, test = open_source(config.data.images), open_source(config.test)
-    labels, test_labels, classes = shared_labels(train, test)
-    names = train.class_names or tuple(str(number) for number in range(classes))
-    config = check_folder(_filled_in(config, about, names[:classes]), resume)
+        notes.append(f"checkpoint: chosen by top-1 on {where}")
+    notes.append(f"test: {len(test):,} images of {test.location}, used once, at the end")
+    config = check_folder(_filled_in(config, about, names), resume)
     check_shapes(config)
     check_intervals(config.run)
     slices = share_out(config.optimizer, rank=0, world=1)
@@ -78,8 +112,21 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
             "and --micro-batch, or --mixup 0 --cutmix 0"
         )
     steps = count_steps(config.optimizer, len(train))
-    weights = encoder.state_dict()
-    return FinetunePlan(config, train, slices, steps, about, weights, labels, test, test_labels)
+    return FinetunePlan(
+        config=config,
+        source=train,
+        slices=slices,
+        steps=steps,
+        about=about,
+        encoder=encoder.state_dict(),
+        labels=labels,
+        test=test,
+        test_labels=test_labels,
+        val=val,
+        val_labels=val_labels,
+        held_out=held_out,
+        notes=tuple(notes),
+    )
 
 
 def _filled_in(config: FinetuneConfig, about: ArtifactConfig, names: tuple[str, ...]) -> FinetuneConfig:

@@ -2,10 +2,11 @@
 
 The same loop as in pre-training (`loop`), so that stopping, resuming and everything else about a run is the
 same; its own are the recipe (`objectives.classification`, `optimizer.layer_groups`), the labels
-(`finetune_plan`), and what is kept: the classifier that did best on the test images (`validation`).
+(`finetune_plan`), and what is kept: the classifier that did best on the validation images (`validation`).
 
-The best step is chosen on the very images that its score is counted on, as MAE and most others report it. The
-score of the last step, which nothing was chosen by, is given beside it.
+Validation images choose the checkpoint: those of the val split, or else a part of every class's training
+images, which is then not trained on. The test images are used once, at the end, with the checkpoint that was
+chosen.
 """
 
 from __future__ import annotations
@@ -37,15 +38,21 @@ class Finetuned:
 
     config: FinetuneConfig
     """As its directory has it."""
-    best: Validation
-    last: Validation
+    best: Validation | None
+    """On the validation images, of the checkpoint that was chosen; None where nothing chose it."""
+    last: Validation | None
+    """Likewise, of the last step."""
+    test: Validation
+    """On the test images, of the checkpoint that was chosen."""
+    steps: int
+    """Of the whole run."""
     train_images: int
     seconds: float
     """That this call took."""
 
     @property
     def artifact(self) -> Path:
-        """The best classifier."""
+        """The classifier that was chosen."""
         return self.config.run.out / "artifact"
 
 
@@ -70,10 +77,12 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> Finetuned:
         plan = prepare_finetuning(config, resume=resume)
         keeper = ClassifierKeeper(plan, report)
         train(plan, _finetuning(plan, keeper), group, report, resume=resume)
-    if keeper.best is None or keeper.last is None:
-        raise AssertionError("every run ends with a validation")
+    if keeper.test is None:
+        raise AssertionError("every run ends with a test")
     seconds = time.monotonic() - began
-    return Finetuned(plan.config, keeper.best, keeper.last, len(plan.source), seconds)
+    return Finetuned(
+        plan.config, keeper.best, keeper.last, keeper.test, plan.steps, len(plan.source), seconds
+    )
 
 
 def _finetuning(plan: FinetunePlan, keeper: ClassifierKeeper) -> Task:

@@ -1,7 +1,8 @@
 """The run directory: what is kept of a run, and what happens when the disk is full.
 
     config.json           settings; `--from` starts a new run with them, `--resume` goes on
-    metrics.jsonl         one JSON object per log point (and per probe; fine-tuning: per validation)
+    metrics.jsonl         one JSON object per log point (and per probe; fine-tuning: per validation,
+                          val_*, and one row of the test at the end, test_*)
     tensorboard/          the same
     reconstructions/      step-00000500.png ... (pre-training)
     state/                the resumable state (see `state`)
@@ -183,6 +184,8 @@ class PretrainingKeeper(Keeper[PretrainConfig]):
         self._probe = open_probe(plan.config.probe)
         for source in (self._probe.train, self._probe.test) if self._probe else ():
             first_images(source, plan.config.model, plan.config.data.image_size)
+        for note in (*plan.source.notes, *((*self._probe.notes, str(self._probe)) if self._probe else ())):
+            report.say(note)
 
     def resume(self) -> dict[str, Any] | None:
         """The state to go on from, if there is one."""

@@ -37,7 +37,7 @@ from pretrain.teaching import identified, may_have_moved
 from pretrain.training.distributed import Processes
 
 _MAY_CHANGE = {
-    *("data.images", "data.workers", "data.loader", "data.on_bad_image", "test"),
+    *("data.images", "data.workers", "data.loader", "data.on_bad_image", "test", "val"),
     "objective.teacher.weights",
     *("optimizer.epochs", "optimizer.steps", "optimizer.micro_batch"),
     *("run.out", "run.device", "run.precision", "run.compile", "run.checkpoint_gradients", "run.parallel"),

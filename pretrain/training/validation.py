@@ -29,7 +29,7 @@ _PREFIX = "classifier."
 
 @dataclass(frozen=True)
 class Validation:
-    """Scores of a classifier on the test images."""
+    """Scores of a classifier on validation or test images."""
 
     step: int
     """Optimizer steps before it."""
@@ -60,7 +60,7 @@ def validate(
 
     Args:
         classifier: On the device to compute on; is left in evaluation mode.
-        source: Test images.
+        source: Validation or test images.
         labels: Of all of them, int64 `[m]`.
         mean: Per channel, of pixels scaled to 0..1.
         std: Per channel, likewise.
@@ -98,14 +98,14 @@ def validate(
 
 
 class ClassifierKeeper(Keeper[FinetuneConfig]):
-    """Validates, hands over the classifier that did best (the earliest of several).
+    """Validates, hands over the classifier that did best (the earliest of several), and tests it at the end.
 
     Args:
         plan: The run.
         report: Told the scores, and what could not be written.
 
     Raises:
-        BadInput: no training image, or no test image, can be read.
+        BadInput: no training, validation or test image can be read.
     """
 
     def __init__(self, plan: FinetunePlan, report: Report) -> None:
@@ -113,57 +113,122 @@ class ClassifierKeeper(Keeper[FinetuneConfig]):
         self._finetuning = plan
         self.best: Validation | None = None
         self.last: Validation | None = None
+        self.test: Validation | None = None
+        self._chosen = 0  # the step whose weights are kept
         self._weights: dict[str, Tensor] = {}
         self._told: set[str] = set()
-        for source in (plan.source, plan.test):
-            first_images(source, plan.config.model, plan.config.data.image_size)
+        for source in (plan.source, plan.val, plan.test):
+            if source is not None:
+                first_images(source, plan.config.model, plan.config.data.image_size)
+        for note in plan.notes:
+            report.say(note)
 
     def resume(self) -> dict[str, Any] | None:
         """The state to go on from, if there is one.
 
         Raises:
-            BadInput: other test images than before: their scores could not be compared.
+            BadInput: other validation or test images than before, whose scores could not be compared; or a
+                run of an earlier version.
         """
         state = super().resume()
         if state is None:
             return None
-        kept, now = state["validation"], len(self._finetuning.test)
-        if kept["test_images"] != now:
+        kept, plan = state["validation"], self._finetuning
+        if "held_out" not in kept:
             raise BadInput(
-                f"{self._finetuning.test.location}: has {now} images, but the run was started with "
-                f"{kept['test_images']} test images; give the same, or start a new run"
+                f"{plan.folder}: was begun by an earlier version, which chose the checkpoint on the test "
+                "images, and "
+                "cannot go on; its artifact can still be used; start a new run with another --run"
             )
-        self._weights = kept["weights"]
-        self.best, self.last = (Validation(**kept[name]) if kept[name] else None for name in ("best", "last"))
-        self._looked = self.last.step if self.last else -1
+        for what, source in (("test", plan.test), ("validation", plan.val)):
+            now = 0 if source is None else len(source)
+            if source is not None and kept["images"][what] != now:
+                raise BadInput(
+                    f"{source.location}: has {now} images, but the run was started with "
+                    f"{kept['images'][what]} "
+                    f"{what} images; give the same, or start a new run"
+                )
+        if not torch.equal(kept["held_out"], plan.held_out):
+            raise BadInput(
+                f"{plan.source.location}: other images would be held out to choose the checkpoint than "
+                "when the run "
+                "was started; give the same images, or start a new run"
+            )
+        self._weights, self._chosen, self._looked = kept["weights"], kept["chosen"], kept["looked"]
+        self.best, self.last, self.test = (
+            Validation(**kept[name]) if kept[name] else None for name in ("best", "last", "test")
+        )
+        if self.test and state["step"] < plan.steps:
+            self._report.say(
+                "the test images were used already; they are used again if other weights do better now"
+            )
         return state
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the resumable state and the artifact."""
+        plan = self._finetuning
         kept = {
-            "best": self.best and asdict(self.best),
-            "last": self.last and asdict(self.last),
+            **{name: scores and asdict(scores) for name, scores in self._scores().items()},
             "weights": self._weights,
-            "test_images": len(self._finetuning.test),
+            "chosen": self._chosen,
+            "looked": self._looked,
+            "held_out": plan.held_out,
+            "images": {"test": len(plan.test), "validation": 0 if plan.val is None else len(plan.val)},
         }
         super().save(state | {"validation": kept})
 
     def look(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
-        """Validate these weights, unless that was done before the run was resumed."""
-        if self.last and self.last.step == step:
+        """Validate these weights, and test the best ones at the end, unless that was done before resuming."""
+        if self._looked == step:
             return
+        plan = self._finetuning
+        own = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
+        if plan.val is not None:
+            self.last = self._scored(own, plan.val, plan.val_labels, step, device, "validation")
+        if self.last is None or self.best is None or _better(self.last, self.best):
+            self.best, self._chosen, self.test = self.last, step, None
+            self._weights = {name: tensor.clone() for name, tensor in own.items()}
+        if self.last and self.best:
+            self._log_scores("val", self.last, {"step": step})
+            scores = f"top-1 {self.last.top1:.2%}, best {self.best.top1:.2%} at step {self._chosen}"
+            self._report.say(f"step {step}/{plan.steps}  validation: {scores}")
+        if step == plan.steps and self.test is None:
+            self.test = self._scored(self._weights, plan.test, plan.test_labels, self._chosen, device, "test")
+            self._log_scores("test", self.test, {"step": step, "chosen_step": self._chosen})
+            scores = f"top-1 {self.test.top1:.2%} on {self.test.images:,} images"
+            self._report.say(
+                f"step {step}/{plan.steps}  test, with the weights of step {self._chosen}: {scores}"
+            )
+        self._looked = step
+
+    def _scores(self) -> dict[str, Validation | None]:
+        return {"best": self.best, "last": self.last, "test": self.test}
+
+    def _log_scores(self, what: str, scores: Validation, row: dict[str, Any]) -> None:
+        values = {"top1": scores.top1, "top5": scores.top5, "loss": scores.loss}
+        self.log(row | {f"{what}_{name}": value for name, value in values.items() if value is not None})
+
+    def _scored(
+        self,
+        weights: dict[str, Tensor],
+        source: Source,
+        labels: Tensor,
+        step: int,
+        device: torch.device,
+        what: str,
+    ) -> Validation:
+        """Scores of these weights of the classifier; images that cannot be read are named once."""
         plan, config = self._finetuning, self._finetuning.config
         with torch.device("meta"):
             classifier = build_classifier(config.model, len(plan.class_names))
-        own = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
-        classifier.load_state_dict(own, assign=True)
+        classifier.load_state_dict(weights, assign=True)
         classifier.to(device)
         precision = choose_precision(config.run.precision, device)
         choose_attention(classifier, precision, device)
-        self.last, failures = validate(
+        scores, failures = validate(
             classifier,
-            plan.test,
-            plan.test_labels,
+            source,
+            labels,
             *plan.statistics,
             step=step,
             image_size=config.data.image_size,
@@ -173,20 +238,14 @@ class ClassifierKeeper(Keeper[FinetuneConfig]):
         )
         for failure in failures:
             if failure not in self._told:
-                self._report.warn(f"left out of the test images: {failure}")
+                self._report.warn(f"left out of the {what} images: {failure}")
         self._told |= set(failures)
-        if self.best is None or self.last.top1 > self.best.top1:
-            self.best = self.last
-            self._weights = {name: tensor.clone() for name, tensor in own.items()}
-        row = {"step": step, "top1": self.last.top1, "top5": self.last.top5, "test_loss": self.last.loss}
-        self.log({name: value for name, value in row.items() if value is not None})
-        scores = f"top-1 {self.last.top1:.2%}, best {self.best.top1:.2%} at step {self.best.step}"
-        self._report.say(f"step {step}/{plan.steps}  validation: {scores}")
+        return scores
 
     def handed_over(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], ArtifactConfig] | None:
         """The best classifier so far, once there is one."""
-        plan, best = self._finetuning, self.best
-        if best is None:
+        plan = self._finetuning
+        if not self._weights:
             return None
         config = plan.config
         mean, std = plan.statistics
@@ -200,19 +259,32 @@ class ClassifierKeeper(Keeper[FinetuneConfig]):
             class_names=plan.class_names,
             trained={
                 "method": "finetune",
-                "steps": best.step,
+                "steps": self._chosen,
                 "steps_planned": plan.steps,
-                "images_seen": best.step * plan.slices.global_batch,
-                "top1": best.top1,
-                "top5": best.top5,
-                "test_loss": best.loss,
+                "images_seen": self._chosen * plan.slices.global_batch,
+                **_facts("val", self.best),
+                **_facts("test", self.test),
                 "data": plan.source.location.name,
                 "images": len(plan.source),
+                "val": None if plan.val is None else plan.val.location.name,
+                "val_held_out_of_training": len(plan.held_out) > 0,
                 "test": plan.test.location.name,
-                "test_images": best.images,
                 "ema": config.optimizer.ema,
                 "pretrained": None if config.from_scratch else plan.about.trained,
             },
             versions=library_versions(),
             head=dict(LINEAR_HEAD),
         )
+
+
+def _better(one: Validation, other: Validation) -> bool:
+    """By top-1, and by the loss where that is the same, as often with few images."""
+    return (one.top1, -one.loss) > (other.top1, -other.loss)
+
+
+def _facts(what: str, scores: Validation | None) -> dict[str, float | None]:
+    """Scores for the artifact, called after the images that they were counted on."""
+    if scores is None:
+        return {}
+    values = {"top1": scores.top1, "top5": scores.top5, "loss": scores.loss, "images": scores.images}
+    return {f"{what}_{name}": value for name, value in values.items()}
