@@ -71,6 +71,9 @@ LAYOUTS = [
     ("val", "valid.json", "valid"),
     ("val", "valid/_annotations.coco.json", "valid"),
     ("test", "test/_annotations.coco.json", "test"),
+    ("val", "annotations/instances_Validation.json", "images/DEV"),
+    ("train", "annotations/Training2017.json", "TRAIN_images"),
+    ("val", "Valid/_annotations.coco.json", "Valid"),
 ]
 
 
@@ -105,7 +108,7 @@ def test_what_was_looked_for_is_said(data):
         assert name in said
     assert "no such folder" in refusal(lambda: read_coco(data / "annotations/train.json", data / "photos"))
     assert "no folder of a dataset" in refusal(lambda: open_coco(data / "nowhere", "train"))
-    assert "'training'" in refusal(lambda: open_coco(data, "training"))
+    assert "'nonsense' is not a split" in refusal(lambda: open_coco(data, "nonsense"))
     write(data / "annotations" / "instances_train2017.json", coco())
     assert "instances_train2017.json, train.json" in refusal(lambda: open_coco(data, "train"))
     (data / "annotations" / "train.json").unlink()

@@ -55,6 +55,8 @@ def test_a_clean_segmentation_split_passes(street):
         ("val", "images/val", "labels/val"),
         ("val", "images/valid", "masks/valid"),
         ("test", "images/test", "annotations/test"),
+        ("val", "images/Dev", "labels/Dev"),
+        ("train", "img_dir/TRAIN", "ann_dir/TRAIN"),
     ],
 )
 def test_segmentation_layouts_are_found(tmp_path, split, images, labels):

@@ -117,7 +117,7 @@ def test_two_processes_share_a_batch(data, tmp_path):
         [*command, *SMALL], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("2 steps; last validation") == 1  # one of them reports
+    assert done.stdout.count("2 steps; val split, at the last step") == 1  # one of them reports
     assert done.stderr.count("2/2") == 2  # the step and its validation
     assert load_artifact(out / "artifact").config.trained["steps"] == 2
     assert not any(name.startswith("module.") for name in checkpoint_weights(out / "iter_2.pth"))

@@ -146,7 +146,7 @@ def _test(argv: list[str]) -> None:
     loader, metric = scoring(about, split)
     with tempfile.TemporaryDirectory() as folder:
         scores = measure(given.artifact, "detector", loader, metric, Path(folder))
-    shared.say_scores(scores, given.out)
+    shared.say_scores(scores, given.out, given.split, split.annotations)
 
 
 def _predict(argv: list[str]) -> None:

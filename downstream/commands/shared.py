@@ -177,8 +177,8 @@ def say_trained(command: str, out: Path, artifact: Path | None) -> None:
         for which in ("scores", "last_scores")
     )
     print(
-        f"\n{about['trained']['steps']} steps; last validation: {last}\n"
-        f"kept: {about['trained']['checkpoint']}, {scores}\n\n"
+        f"\n{about['trained']['steps']} steps; val split, at the last step: {last}\n"
+        f"kept: {about['trained']['checkpoint']}, chosen by the val split: {scores}\n\n"
         f"  artifact     {artifact}\n"
         f"  curves       tensorboard --logdir {out}\n\n"
         f"next:\n"
@@ -187,13 +187,15 @@ def say_trained(command: str, out: Path, artifact: Path | None) -> None:
     )
 
 
-def say_scores(scores: dict[str, float], out: Path | None) -> None:
-    """A table of scores, and a file of them where one was asked for."""
+def say_scores(scores: dict[str, float], out: Path | None, split: str, where: Path) -> None:
+    """A table of scores on a split, and a file of them where one was asked for."""
     import json
 
     from rich.console import Console
     from rich.table import Table
 
+    chosen = "; training chooses the checkpoint by this split, --split test counts on others"
+    print(f"{split} split: {where}{chosen if split == 'val' else ''}")
     table = Table("metric", "value")
     for name, value in scores.items():
         if not name.endswith("time"):

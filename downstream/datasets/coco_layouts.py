@@ -8,13 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import BadInput
-
-SPLITS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
-"""Names that files and folders of a split go by."""
+from pretrain.splits import SPLITS, known_split, split_folders
 
 ROBOFLOW = "_annotations.coco.json"
 
@@ -25,12 +19,11 @@ def find_annotations(data: Path, split: str) -> Path:
     Raises:
         BadInput: there is none, or more than one; the message says what was looked for.
     """
-    if split not in SPLITS:
-        raise BadInput(f"{split!r} is not a split; there are {', '.join(SPLITS)}")
+    split = known_split(split)
     if not data.is_dir():
         raise BadInput(f"{data}: {'is a file, not' if data.is_file() else 'there is no'} folder of a dataset")
     words = "|".join(SPLITS[split])
-    pattern = re.compile(rf"(instances_)?({words})(\d{{4}})?\.json")
+    pattern = re.compile(rf"(instances_)?({words})(\d{{4}})?\.json", re.IGNORECASE)
     for folder in (data / "annotations", data):
         found = [path for path in _jsons(folder) if pattern.fullmatch(path.name)]
         if len(found) > 1:
@@ -38,9 +31,9 @@ def find_annotations(data: Path, split: str) -> Path:
             raise BadInput(f"{folder}: more than one file could be the {split} split ({names}); keep one")
         if found:
             return found[0]
-    for word in SPLITS[split]:
-        if (data / word / ROBOFLOW).is_file():
-            return data / word / ROBOFLOW
+    for folder in split_folders(data, split):
+        if (folder / ROBOFLOW).is_file():
+            return folder / ROBOFLOW
     there = [
         str(path.relative_to(data)) for folder in (data / "annotations", data) for path in _jsons(folder)
     ]
@@ -61,9 +54,12 @@ def find_images(data: Path, annotations: Path, split: str, content: Any) -> Path
     Raises:
         BadInput: there is no such folder.
     """
-    words = dict.fromkeys([annotations.stem.removeprefix("instances_"), *SPLITS[split]])
-    tried = [data / name for word in words for name in (word, f"images/{word}")]
-    tried = [*tried, data / "images", data]
+    own = re.sub("^instances_", "", annotations.stem, flags=re.IGNORECASE)
+    both = data, data / "images"
+    tried = [parent / own for parent in both]
+    tried += [folder for parent in both for folder in split_folders(parent, known_split(split))]
+    tried += [parent / split for parent in both]  # for the message
+    tried = list(dict.fromkeys([*tried, data / "images", data]))
     folders = [folder for folder in tried if folder.is_dir()]
     listed = content.get("images") if isinstance(content, dict) else None
     sample = listed[:50] if isinstance(listed, list) else []

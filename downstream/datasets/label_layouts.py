@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from downstream.datasets.coco_layouts import SPLITS
 from downstream.datasets.headers import EXTENSIONS
 from pretrain.errors import BadInput
+from pretrain.splits import SPLITS, known_split, split_folders
 
 _PAIRS = (("img_dir", "ann_dir"), ("images", "annotations"), ("images", "labels"), ("images", "masks"))
 _CITYSCAPES = ("_leftImg8bit.png", "_gtFine_labelTrainIds.png")
@@ -52,18 +52,18 @@ def find_layout(data: Path, split: str) -> Layout:
     Raises:
         BadInput: there are none; the message says what was looked for.
     """
-    if split not in SPLITS:
-        raise BadInput(f"{split!r} is not a split; there are {', '.join(SPLITS)}")
+    split = known_split(split)
     if not data.is_dir():
         raise BadInput(f"{data}: {'is a file, not' if data.is_file() else 'there is no'} folder of a dataset")
     images, labels = data / "leftImg8bit" / split, data / "gtFine" / split
     if images.is_dir() and labels.is_dir():
         return Layout(images, labels, "cityscapes", *_CITYSCAPES)
     for first, second in _PAIRS:
-        for word in SPLITS[split]:
-            images, labels = data / first / word, data / second / word
-            if images.is_dir() and labels.is_dir():
-                ade = (first, second) == ("images", "annotations") and word in ("training", "validation")
+        for images in split_folders(data / first, split):
+            labels = data / second / images.name
+            if labels.is_dir():
+                words = ("training", "validation")
+                ade = (first, second) == ("images", "annotations") and images.name in words
                 return Layout(images, labels, "ade20k" if ade else "")
     looked = ", ".join(f"{first}/{split} with {second}/{split}" for first, second in _PAIRS)
     there = sorted(str(path.relative_to(data)) for path in data.glob("*/*") if path.is_dir())

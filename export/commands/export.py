@@ -302,19 +302,11 @@ def _kept_float(given: ExportConfig, kind: str, forms: tuple[Form, ...]) -> tupl
 
 def _labelled(given: ExportConfig, source: Source, config: ArtifactConfig, batch: int) -> Source | None:
     """The images, if they can be used for the top-1 of a classifier."""
-    labels, known = source.labels, config.class_names or ()
-    if given.verify is None or labels is None or config.kind != "classifier":
+    if given.verify is None or source.labels is None or config.kind != "classifier":
         return None
-    unknown = sorted(set(source.class_names or ()) - set(known))
-    if unknown:
-        raise BadInput(
-            f"--verify {given.verify}: the model does not know the classes {', '.join(unknown[:5])}, but "
-            f"{', '.join(known[:5])}{', ...' if len(known) > 5 else ''}"
-        )
-    if source.class_names is None and int(labels.max()) >= len(known):
-        raise BadInput(
-            f"--verify {given.verify}: labels up to {labels.max()}, but the model has {len(known)} classes"
-        )
+    from pretrain.data.labels import labels_among
+
+    labels_among(source, config.class_names or (), "the model")
     count = min(len(source), given.metric_images)
     if count < batch:
         raise BadInput(f"--verify: top-1 on {count} images is fewer than one batch of {batch}")

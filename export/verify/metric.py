@@ -16,6 +16,7 @@ from torch import Tensor
 
 from export.images import as_input, evenly, resized
 from export.runtimes.base import Runtime
+from pretrain.data.labels import labels_among
 from pretrain.data.source import Source
 from pretrain.errors import BadImage, BadInput
 
@@ -38,7 +39,7 @@ def top1(runtime: Runtime, source: Source, most: int) -> dict[str, float]:
         BadInput: no labels, or classes that the model does not know.
     """
     description = runtime.description
-    labels = _labels(source, description.class_names)
+    labels = labels_among(source, description.class_names or (), "the model").tolist()
     rule = description.preprocessing
     batch_axis, channels, *size = description.inputs[0].axes
     batch = batch_axis if isinstance(batch_axis, int) else 1
@@ -94,15 +95,3 @@ def _again(images: Tensor, runtime: Runtime) -> Tensor:
         return images
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (rule.mean, rule.std))
     return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def _labels(source: Source, names: tuple[str, ...] | None) -> list[int]:
-    if source.labels is None or names is None:
-        raise BadInput(f"{source.location}: has no labels; give a folder with a folder for each class")
-    if source.class_names is None:
-        return source.labels.tolist()
-    unknown = sorted(set(source.class_names) - set(names))
-    if unknown:
-        raise BadInput(f"{source.location}: the model does not know the classes {', '.join(unknown[:5])}")
-    places = [names.index(name) for name in source.class_names]
-    return [places[label] for label in source.labels]

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 class Finetuning(FinetuneRecipe):
     """Of --protocol finetune alone (--batch-size is per optimizer step there).
 
-    Every image is cropped, flipped, augmented and mixed anew in every epoch. The checkpoint is chosen by top-1
-    on centre crops of validation images: those of a val split beside test, of --val, or else a part of the
-    training images (--hold-out) that is not trained on. The test images are used once, at the end.
+    Every image is cropped, flipped, augmented and mixed anew in every epoch. The checkpoint is chosen by
+    top-1 on centre crops of validation images: those of a val split beside test, of --val, or else a part of
+    the training images (--hold-out) that is not trained on. The test images are used once, at the end.
     """
 
     batch_size: Annotated[int, tyro.conf.Fixed, tyro.conf.Suppress] = 256

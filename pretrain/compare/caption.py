@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pretrain.artifact import library_versions
 from pretrain.compare.plan import FLOOR, TRIAL_STEPS, Comparison, Cost
-from pretrain.compare.results import standard_error
+from pretrain.compare.results import standard_error, tuned_by_earlier_version
 from pretrain.config import BalancedCoMAConfig, CMTConfig
 from pretrain.data import open_source
 from pretrain.machine import processor
@@ -50,7 +50,16 @@ def caption(comparison: Comparison, costs: Mapping[str, Cost], missing: Sequence
     about.append(f"Views that the trained encoder sees of an image in a step: {', '.join(counts)}.")
     about += [*_zooms(comparison), *_teachers(comparison)]
     if "finetune" in comparison.protocols:
-        about.append("Fine-tuned accuracy is that of the last step, which nothing was chosen by.")
+        about.append(
+            "Fine-tuned accuracy is that on the test images, used once, of the checkpoint that did best on "
+            "validation images: a val split, or else a part of the training images (--hold-out)."
+        )
+        earlier = tuned_by_earlier_version(comparison)
+        if earlier:
+            about.append(
+                f"{earlier} of the fine-tuned accuracies are by an earlier version: of the last step, "
+                "with no training images held out."
+            )
     if comparison.floor:
         about.append(f"`{FLOOR}` is the same backbone before training.")
     if comparison.probes:

@@ -200,8 +200,11 @@ def trial_seconds(run: Path, batch_size: int) -> float:
     return statistics.mean(step_seconds(row, batch_size) for row in rows) / batch_size
 
 
-def check(comparison: Comparison) -> None:
+def check(comparison: Comparison) -> tuple[str, ...]:
     """Refuse what cannot be compared, before anything runs.
+
+    Returns:
+        What is left out of the images or might be misread, a sentence each.
 
     Raises:
         BadInput: settings, or labelled images that do not serve.
@@ -224,10 +227,15 @@ def check(comparison: Comparison) -> None:
             raise BadInput(f"--seeds {' '.join(map(str, entry.seeds))}: one was given twice; leave it out")
         if slug(entry.method) == FLOOR:
             raise BadInput(f"{entry.method}: the table calls untrained weights so; choose another name")
+    models = {slug(entry.model): entry.model for entry in comparison.entries}
+    for entry in comparison.entries:
+        if models[slug(entry.model)] != entry.model:
+            both = f"{entry.model!r} and {models[slug(entry.model)]!r}"
+            raise BadInput(f"--models {both}: would share one folder; give one a name: 'NAME: {entry.model}'")
     if comparison.reference not in {entry.method for entry in comparison.entries}:
         methods = ", ".join(dict.fromkeys(entry.method for entry in comparison.entries))
         raise BadInput(f"--reference {comparison.reference}: is none of the methods: {methods}")
-    check_labelled(comparison.test, frozen_of(comparison.protocols))
+    notes = check_labelled(comparison.test, frozen_of(comparison.protocols))
     for entry in comparison.entries:
         config = entry.config
         check_shapes(config)
@@ -235,7 +243,7 @@ def check(comparison: Comparison) -> None:
         identified(config)
         if config.data.images is None:
             raise BadInput("give the images to train on: coma compare IMAGES ...")
-    open_source(comparison.entries[0].config.data.images or Path())
+    return (*open_source(comparison.entries[0].config.data.images or Path()).notes, *notes)
 
 
 def frozen_of(protocols: Sequence[Protocol]) -> tuple[Literal["knn", "linear"], ...]:

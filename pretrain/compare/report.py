@@ -96,12 +96,12 @@ def _csv(comparison: Comparison, results: Sequence[Result]) -> str:
     numbers = ["parameters", "steps", "images", "views", "seconds", "flops", "loss"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    best = ["finetune_best"] if "finetune" in protocols else []
+    best = ["finetune_validation"] if "finetune" in protocols else []
     writer.writerow(["method", "backbone", "seed", *numbers, *protocols, *best])
     for result in results:
         own = [getattr(result, name) for name in numbers]
         row = [result.method, result.model, result.seed, *own, *(result.top1.get(name) for name in protocols)]
         writer.writerow(
-            ["" if value is None else value for value in [*row, *([result.best] if best else [])]]
+            ["" if value is None else value for value in [*row, *([result.validated] if best else [])]]
         )
     return text.getvalue()

@@ -45,9 +45,9 @@ class Result:
     flops: float | None
     loss: float | None
     top1: dict[str, float]
-    """By protocol, in percent; fine-tuned: of the last step."""
-    best: float | None = None
-    """Fine-tuned, of the step that did best on the test images, in percent."""
+    """By protocol, in percent, on the test images."""
+    validated: float | None = None
+    """Fine-tuned, on the validation images that chose the checkpoint, in percent."""
     looks: tuple[Look, ...] = field(default=(), repr=False)
 
 
@@ -104,7 +104,7 @@ def read_result(comparison: Comparison, entry: Entry, seed: int, cost: Cost) -> 
     steps = json.loads((run / "artifact" / "config.json").read_text())["trained"]["steps"]
     if steps != logged[-1]["step"]:
         return None
-    top1, best = _scores(comparison, name)
+    top1, validated = _scores(comparison, name)
     batch = entry.config.optimizer.batch_size
     images = steps * batch
     return Result(
@@ -119,7 +119,7 @@ def read_result(comparison: Comparison, entry: Entry, seed: int, cost: Cost) -> 
         flops=cost.flops and cost.flops * images,
         loss=logged[-1]["loss"],
         top1=top1,
-        best=best,
+        validated=validated,
         looks=tuple(
             Look(
                 row["step"] * batch,
@@ -134,10 +134,10 @@ def read_result(comparison: Comparison, entry: Entry, seed: int, cost: Cost) -> 
 
 def read_floor(comparison: Comparison, entry: Entry, seed: int, cost: Cost) -> Result | None:
     """The scores of random weights; None where there is none."""
-    top1, best = _scores(comparison, floor_name(entry, seed))
+    top1, validated = _scores(comparison, floor_name(entry, seed))
     if not top1:
         return None
-    return Result(FLOOR, entry.model, seed, cost.parameters, 0, 0, 0, 0.0, 0.0, None, top1, best)
+    return Result(FLOOR, entry.model, seed, cost.parameters, 0, 0, 0, 0.0, 0.0, None, top1, validated)
 
 
 def floor_name(entry: Entry, seed: int) -> str:
@@ -162,15 +162,20 @@ def read_scores(path: Path) -> list[dict[str, Any]]:
 
 def _scores(comparison: Comparison, name: str) -> tuple[dict[str, float], float | None]:
     top1: dict[str, float] = {}
-    best = None
+    validated = None
     for path in dict.fromkeys(score_file(comparison, name, each) for each in comparison.protocols):
         for score in read_scores(path):
-            if score["protocol"] == "finetune":
-                best = 100 * score["top1"]
-                top1["finetune"] = 100 * score["settings"]["last_top1"]
-            else:
-                top1[score["protocol"]] = 100 * score["top1"]
-    return top1, best
+            settings = score["settings"]
+            top1[score["protocol"]] = 100 * settings.get("last_top1", score["top1"])
+            if "val_top1" in settings:
+                validated = 100 * settings["val_top1"]
+    return top1, validated
+
+
+def tuned_by_earlier_version(comparison: Comparison) -> int:
+    """How many fine-tuned accuracies are those of a last step: earlier versions chose by the test images."""
+    files = (comparison.out / "scores").glob("*-finetune.json")
+    return sum("last_top1" in score["settings"] for path in files for score in read_scores(path))
 
 
 def seconds_until(logged: Sequence[dict[str, Any]], step: int, batch_size: int) -> float:

@@ -72,10 +72,12 @@ def compare(comparison: Comparison) -> Compared:
         CheckFailed: no trial run of a method could tell how long a step takes.
         Interrupted: Ctrl-C or SIGTERM; every run has saved its state.
     """
-    check(comparison)
+    notes = check(comparison)
     _open(comparison)
     comparison = _with_statistics(comparison)
     with StopRequest() as stop, closing(Progress()) as progress:
+        for note in notes:
+            progress.tell(note, 0.0)
         runner = Runner(comparison.out, _slots(comparison), progress.tell, stop)
         costs = {e.name: cost(e.config) for e in comparison.entries}
         if comparison.unit == "seconds":

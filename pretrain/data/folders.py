@@ -15,8 +15,8 @@ import numpy as np
 from pretrain.data.images import EXTENSIONS
 from pretrain.data.labels import whole_numbers
 from pretrain.data.source import EncodedSource, Names, printable
-from pretrain.data.splits import Chosen, choose_images
 from pretrain.errors import BadImage, BadInput
+from pretrain.splits import Chosen, choose_images
 
 
 class FolderSource(EncodedSource):

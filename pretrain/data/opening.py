@@ -23,8 +23,8 @@ from pretrain.data.folders import FolderSource, subfolders
 from pretrain.data.npz import NpzSource
 from pretrain.data.shards import ShardSource
 from pretrain.data.source import Source
-from pretrain.data.splits import Split, all_splits, choose_split, left_out_note, paired_splits, split_of
 from pretrain.errors import BadInput
+from pretrain.splits import Split, all_splits, choose_split, left_out_note, paired_splits, split_of
 
 
 def open_source(path: Path, split: str | None = None, *, held_out: bool = False) -> Source:

@@ -88,13 +88,17 @@ def open_probe(config: ProbeConfig) -> Probe | None:
     return None if config.probe is None else _open(config, config.probe)
 
 
-def check_labelled(folder: Path, protocols: Sequence[Protocol]) -> None:
+def check_labelled(folder: Path, protocols: Sequence[Protocol]) -> tuple[str, ...]:
     """Refuse labelled images that the protocols cannot work on.
+
+    Returns:
+        What was left out or might be misread, a sentence each.
 
     Raises:
         BadInput: as `open_probe`.
     """
-    _open(ProbeConfig(folder, probe_protocols=tuple(protocols), probe_train=0, probe_test=0), folder)
+    config = ProbeConfig(folder, probe_protocols=tuple(protocols), probe_train=0, probe_test=0)
+    return _open(config, folder).notes
 
 
 def _open(config: ProbeConfig, folder: Path) -> Probe:

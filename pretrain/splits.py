@@ -18,8 +18,8 @@ from pretrain.errors import BadInput
 Split = Literal["train", "val", "test"]
 
 SPLITS: dict[Split, tuple[str, ...]] = {
-    "train": ("train", "training", "trn", "trainval"),
-    "val": ("val", "valid", "validation", "dev", "minival"),
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing", "tst", "eval", "evaluation", "holdout", "heldout"),
 }
 """What folders, packs and shards of a split are called, in lower case."""
@@ -53,7 +53,7 @@ _NEUTRAL = frozenset(
 )
 _SPLIT_OF: dict[str, Split] = {
     word + end: split for split, words in SPLITS.items() for word in words for end in ("", *_NEUTRAL)
-}
+} | {"trainval": "train"}
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[^\W\d_a-zA-Z]+")
 
 
@@ -85,6 +85,14 @@ def split_of(name: str) -> Split | None:
     """The split that a name stands for; None where it says something else, too."""
     split, others = _parsed(name)
     return None if others else split
+
+
+def split_folders(parent: Path, split: Split) -> list[Path]:
+    """The folders directly in `parent` that are called like a split, its usual names first."""
+    names = SPLITS[split]
+    found = [path for path in parent.glob("*") if split_of(path.name) == split and path.is_dir()]
+    usual = {name: number for number, name in enumerate(names)}
+    return sorted(found, key=lambda path: (usual.get(path.name.lower(), len(names)), path.name))
 
 
 def known_split(name: str) -> Split:
