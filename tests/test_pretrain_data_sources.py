@@ -170,7 +170,7 @@ def test_splits_number_their_classes_alike(splits):
 
 
 def test_missing_splits_are_named(splits, tmp_path):
-    with pytest.raises(BadInput, match="no split 'nonsense' here; it has train, val"):
+    with pytest.raises(BadInput, match="'nonsense' is not a split; there are train, val, test"):
         open_source(splits, "nonsense")
     with pytest.raises(BadInput, match="no split 'test' here; it has no splits"):
         open_source(splits / "train", "test")

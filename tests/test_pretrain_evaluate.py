@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,12 +158,12 @@ def array(labels, names=None, where="set") -> ArraySource:
 def test_names_decide_when_the_sets_count_their_classes_differently():
     train, test = array([0, 1, 2, 1], ("ant", "bee", "cat")), array([0, 1, 0], ("cat", "ant"))
     known, asked, classes = shared_labels(train, test)
-    assert (known.tolist(), asked.tolist(), classes) == ([0, 1, 2, 1], [2, 0, 2], 3)
+    assert (known.tolist(), asked.tolist(), classes) == ([0, 1, 2, 1], [2, 0, 2], ("ant", "bee", "cat"))
 
 
 def test_numbers_decide_where_there_are_no_names():
     known, asked, classes = shared_labels(array([0, 3, 1]), array([3, 0], ("a", "b", "c", "d")))
-    assert (known.tolist(), asked.tolist(), classes) == ([0, 3, 1], [3, 0], 4)
+    assert (known.tolist(), asked.tolist(), classes) == ([0, 2, 1], [2, 0], ("0", "1", "3"))
 
 
 @pytest.mark.parametrize(
@@ -326,11 +328,38 @@ def test_the_command_prints_a_table_and_writes_json(folder, capsys):
 def test_the_command_takes_several_artifacts_and_one_protocol(folder, capsys):
     artifact, data, out = folder / "artifact", folder / "data", folder / "results.json"
     pair = ("--train", data / "train", "--test", data / "test")
-    argv = (artifact, artifact, *pair, "--protocol", "knn", "--no-reference", "--workers", 0, "--out", out)
-    assert coma(*argv) == 0
+    shutil.copytree(artifact, folder / "other")
+    argv = (artifact, folder / "other", *pair, "--protocol", "knn", "--workers", 0, "--out", out)
+    assert coma(*argv, "--no-reference") == 0
     scores = json.loads(out.read_text())["scores"]
     assert len(scores) == 2
     assert scores[0]["top1"] == scores[1]["top1"]
+    assert coma(folder / "data" / ".." / "other", *argv[1:]) == 2
+    assert "other: was given twice; leave one out" in capsys.readouterr().err
+
+
+def test_rows_are_told_apart_and_one_baseline_serves_an_architecture(folder, capsys, monkeypatch):
+    """Three runs deep down: other statistics and drop path make no other architecture, another size does."""
+    about, same = description(), "deep/experiments/of/the/second/quarter/with/many/settings"
+    others = {
+        "a": replace(about, mean=(0.4, 0.5, 0.6)),
+        "b": replace(about, model=replace(about.model, drop_path=0.2)),
+        "c": replace(about, image_size=2 * about.image_size),
+    }
+    paths = [Path(same) / name / "artifact" for name in others]
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "80")
+    for path, each in zip(paths, others.values(), strict=True):
+        save_artifact(path, tensors=random_encoder(each, 5).state_dict(), config=each)
+    argv = ("--data", "data", "--protocol", "knn", "--k", 3, "--workers", 0, "--out", "out.json")
+    assert coma(*paths, *argv) == 0
+    table = capsys.readouterr().out.split("┏")[1]
+    assert "…" not in table and "..." not in table
+    cells = [line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│")]
+    assert "".join(cells).startswith("".join(map(str, paths)))
+    assert max(map(len, table.splitlines())) <= 80
+    names = [row["encoder"] for row in json.loads((folder / "out.json").read_text())["scores"]]
+    assert names == [*map(str, paths), f"random, like {paths[0]} and 1 more", f"random, like {paths[2]}"]
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,10 @@ def run(argv: list[str]) -> None:
     config = parse(argv)
     if not config.artifacts:
         raise BadInput("give at least one artifact directory, for example run/artifact")
+    resolved = [path.resolve() for path in config.artifacts]
+    for path in config.artifacts:
+        if resolved.count(path.resolve()) > 1 and "finetune" not in config.protocol:
+            raise BadInput(f"{path}: was given twice; leave one out")
     if not config.protocol:
         raise BadInput("give at least one --protocol: knn, linear, finetune")
     if config.out and config.out.is_dir():
@@ -300,10 +304,7 @@ def _encoders(config: EvaluateConfig) -> list[tuple[str, Encoder, ArtifactConfig
     from pretrain.artifact import load_encoder
     from pretrain.evaluate import random_encoder
 
-    paths = {
-        path.resolve(): path for path in reversed(config.artifacts)
-    }  # one that is given twice counts once
-    encoders = [(str(path), *load_encoder(path)) for path in reversed(paths.values())]
+    encoders = [(str(path), *load_encoder(path)) for path in config.artifacts]
     if not config.reference:
         return encoders
     alike: dict[tuple[EncoderConfig, int], list[tuple[str, ArtifactConfig]]] = {}

@@ -33,10 +33,10 @@ def shared_labels(train: Source, test: Source) -> tuple[Tensor, Tensor, tuple[st
     names = list(dict.fromkeys(known[np.argsort(train.labels, kind="stable")].tolist()))
     values = whole_numbers(names)
     classes = tuple(sorted(names, key=values.__getitem__) if values else names)
+    asked = _found(_class_of_each(test, theirs), classes, test, f"{train.location} has no image")
     if len(classes) < 2:
         raise BadInput(f"{train.location}: its images are all of one class; a classifier needs two")
-    asked = _class_of_each(test, theirs)
-    return _places(known, classes), _found(asked, classes, test, f"{train.location} has no image"), classes
+    return _places(known, classes), asked, classes
 
 
 def labels_among(source: Source, classes: Sequence[str], owner: str) -> Tensor:
