@@ -108,13 +108,18 @@ def known_split(name: str) -> Split:
 
 
 def paired_splits(names: Iterable[str]) -> dict[str, Split]:
-    """The splits among names that lie side by side; none unless one is of training and one is held out."""
+    """The splits among names that lie side by side; none unless one is of training and one is held out.
+
+    What else their names say must be the same, or every name must mention a split and one say nothing else.
+    """
     parsed = {name: _parsed(name) for name in names}
     kinds: dict[tuple[str, ...], set[bool]] = {}
     for split, others in parsed.values():
         if split:
             kinds.setdefault(others, set()).add(split == "train")
     agreed = {others for others, found in kinds.items() if len(found) == 2}
+    if () in kinds and all(split for split, _ in parsed.values()) and len(set().union(*kinds.values())) == 2:
+        agreed |= kinds.keys()  # train beside val_original
     if agreed:
         agreed.add(())
     return {name: split for name, (split, others) in parsed.items() if split and others in agreed}
@@ -147,13 +152,10 @@ def places(folders: Collection[str]) -> dict[str, Place]:
     found: dict[str, Place] = {}
     if any(pairs.values()):
         for parent, names in children.items():
-            for name in names:
-                split = (pairs[parent] or {name: split_of(name)}).get(name)
+            splits = pairs[parent] or {name: split for name in names if (split := split_of(name))}
+            for name in names if splits else ():
                 folder = f"{parent}/{name}".lstrip("/")
-                if split:
-                    found[folder] = Place(split, folder)
-                elif pairs[parent]:
-                    found[folder] = Place("beside", folder)
+                found[folder] = Place(splits.get(name, "beside"), folder)
     else:
         top, names = "", children.get("", set())
         while len(names) == 1 and top not in folders and not all_splits(names):
@@ -183,7 +185,9 @@ def choose_split(there: Collection[Split], path: Path, split: str | None, held_o
         for name in (wanted,) if wanted == "train" else (wanted, "test", "val"):
             if name in there:
                 return name
-        raise BadInput(f"{path}: no split {split!r} here; it has {', '.join(sorted(there)) or 'no splits'}")
+        has = ", ".join(name for name in SPLITS if name in there) or "no splits"
+        called = "" if there else ", which are folders, packs or shards called train, val, test or the like"
+        raise BadInput(f"{path}: no split {split!r} here; it has {has}{called}")
     if not there:
         return None
     for name in ("test", "val", "train") if held_out else ("train",):
@@ -191,7 +195,8 @@ def choose_split(there: Collection[Split], path: Path, split: str | None, held_o
             return name
     raise BadInput(
         f"{path}: holds no training images, only a split that is kept from training "
-        f"({' and '.join(sorted(there))}); give that folder or file itself to train on it"
+        f"({' and '.join(name for name in SPLITS if name in there)}); give that folder or file itself to "
+        "train on it"
     )
 
 
@@ -207,31 +212,40 @@ def choose_images(names: Sequence[str], path: Path, split: str | None, held_out:
         held_out: as in `choose_split`.
 
     Raises:
-        BadInput: as `choose_split`.
+        BadInput: as `choose_split`; or a held-out folder lies among the class folders that it holds itself.
     """
-    where = places({_parent(name) for name in names})
+    parents = [_parent(name) for name in names]
+    folders = set(parents)
+    where = places(folders)
     there = {place.split for place in where.values() if place.split in SPLITS}
     wanted = choose_split(there, path, split, held_out)  # type: ignore[arg-type]
     if wanted is None:
-        firsts = {name.partition("/")[0] for name in names if "/" in name}
+        firsts = {folder.partition("/")[0] for folder in folders if folder}
+        _check_mirrors(folders, firsts, path)
         return Chosen(list(names), "", None, firsts, _not_splits(firsts, path))
     taken = {wanted, ""} if split is None and wanted == "train" else {wanted}
-    kept = [name for name in names if where[_parent(name)].split in taken]
-    folders = {where[_parent(name)].folder for name in kept}
-    folder = folders.pop() if len(folders) == 1 else ""
-    beside = {place.folder for place in where.values() if place.split in SPLITS}
+    kept = [name for name, parent in zip(names, parents, strict=True) if where[parent].split in taken]
+    owners = {place.folder for place in where.values() if place.split in taken}
+    owner = owners.pop() if len(owners) == 1 else ""
     classes = {
-        name.removeprefix(f"{own}/").partition("/")[0]
-        for name in names
-        if (own := where[_parent(name)].folder) in beside
-        and _parent(own) == _parent(folder)
-        and "/" in name.removeprefix(f"{own}/")
+        folder.removeprefix(f"{place.folder}/").partition("/")[0]
+        for folder, place in where.items()
+        if place.split in SPLITS and _parent(place.folder) == _parent(owner) and folder != place.folder
     }
-    left_out = Counter(
-        where[_parent(name)].folder for name in names if where[_parent(name)].split not in taken
-    )
-    notes = _left_out(left_out, path, folder, len(kept)) if split is None and not held_out else ()
-    return Chosen([name.removeprefix(f"{folder}/") for name in kept], folder, wanted, classes, notes)
+    left_out = Counter(where[parent].folder for parent in parents if where[parent].split not in taken)
+    notes = _left_out(left_out, path, owner, len(kept)) if split is None and not held_out else ()
+    return Chosen([name.removeprefix(f"{owner}/") for name in kept], owner, wanted, classes, notes)
+
+
+def _check_mirrors(folders: Collection[str], firsts: Collection[str], path: Path) -> None:
+    for folder in sorted(folders):
+        first, _, rest = folder.partition("/")
+        if split_of(first) in ("val", "test") and rest.partition("/")[0] in firsts:
+            raise BadInput(
+                f"{path}: {first}/ holds the folder {rest.partition('/')[0]}/, which lies beside it, too, "
+                "so it looks "
+                "like a split of the others; move those into a folder train/ beside it"
+            )
 
 
 def left_out_note(path: Path, kept: str, others: Sequence[str]) -> str:

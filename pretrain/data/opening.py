@@ -80,7 +80,9 @@ def _open_folder(path: Path, split: str | None, held_out: bool) -> Source:
         if not shards or (shards[0].parent != path and to_train and "train" not in found.values()):
             return FolderSource(path, split, held_out=held_out)
         if split is not None and not found:
-            raise BadInput(f"{path}: no split {split!r} here; no name of a shard says train, val or test")
+            raise BadInput(
+                f"{path}: no split {split!r} here; no shard is called train, val, test or the like"
+            )
         chosen, notes = _choose(shards, found, path, split, held_out) if found else (shards, ())
         folders = {shard.parent for shard in chosen}
         source = ShardSource(folders.pop() if len(folders) == 1 else path, chosen)
