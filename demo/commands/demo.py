@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput
+from pretrain.ranges import Range, Ranged
 
 if TYPE_CHECKING:
     from demo.models import Models
@@ -21,7 +23,7 @@ QUICKSTART = Path("quickstart")
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(Ranged):
     """Serve a page: rebuild hidden parts of pictures, compare runtimes, look inside, classify, detect.
 
     For this machine alone unless --host or --share says otherwise. Only the models named here can be used.
@@ -32,7 +34,7 @@ class DemoConfig:
     of the quickstart in this folder, which is trained first where there is none."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 lets other machines in."""
-    port: int = 7860
+    port: Annotated[int, Range(0, 65535)] = 7860
     """0 takes a free one."""
     share: bool = False
     """Make a public address through gradio's servers. Everybody who has it can use the page."""
@@ -50,7 +52,7 @@ def run(argv: list[str]) -> None:
     Raises:
         BadInput: no artifact, a port that is taken, a malformed --auth.
     """
-    given = tyro.cli(DemoConfig, args=argv, prog="coma demo", description=DemoConfig.__doc__)
+    given = parse_arguments(DemoConfig, argv, prog="coma demo")
     auth = parse_auth(given.auth)
     check_port(given.host, given.port)
     models = load_models(given.models or (quickstart(),), given.device)
@@ -166,8 +168,6 @@ def check_port(host: str, port: int) -> None:
     Raises:
         BadInput: it is taken, or the address is none of this machine's.
     """
-    if not 0 <= port < 65536:
-        raise BadInput(f"--port {port}: give 0 to 65535")
     try:
         with socket.create_server((host, port)):
             pass

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from export.commands.output import make_room
+from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput
+from pretrain.ranges import BATCH, SIDE, Range, Ranged
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +25,7 @@ FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig:
+class BenchmarkConfig(Ranged):
     """Time an artifact in PyTorch and in every file exported of it, side by side.
 
     All run in turns, warm, so that whatever else the machine does disturbs them alike. Compute is from
@@ -44,11 +46,11 @@ class BenchmarkConfig:
     """Images at a time, with commas between."""
     size: str | None = None
     """Height and width in pixels, HxW (default: as it was trained)."""
-    seconds: float = 2.0
+    seconds: Annotated[float, Range(0, 86400, above=True)] = 2.0
     """How long each is run at each batch, and as long again from end to end; at least five times."""
     compile: bool = False
     """Also PyTorch compiled by torch.compile, which takes a minute or more for each batch."""
-    threads: int | None = None
+    threads: Annotated[int | None, Range(1, 4096)] = None
     """Of a CPU, for PyTorch and ONNX Runtime alike (default: what PyTorch takes)."""
     images: Path | None = None
     """What is shown: a folder, .npz or .tar shards (default: photographs that came with scikit-image)."""
@@ -62,12 +64,8 @@ def run(argv: list[str]) -> None:
     Raises:
         BadInput: settings, artifacts, images or files that cannot be used.
     """
-    given = tyro.cli(BenchmarkConfig, args=argv, prog="coma benchmark", description=BenchmarkConfig.__doc__)
+    given = parse_arguments(BenchmarkConfig, argv, prog="coma benchmark")
     batches = parse_batches(given.batch)
-    if not 0 < given.seconds < float("inf"):
-        raise BadInput(f"--seconds {given.seconds}: must be more than 0")
-    if given.threads is not None and given.threads < 1:
-        raise BadInput(f"--threads {given.threads}: must be at least 1")
     if given.out:
         make_room(given.out)  # now, not after minutes of measuring
 
@@ -88,9 +86,11 @@ def parse_batches(text: str) -> tuple[int, ...]:
         BadInput: anything but numbers from 1, with commas between.
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise BadInput(f"--batch {text!r}: give numbers from 1, with commas between, for example 1,8")
-    return tuple(dict.fromkeys(map(int, parts)))
+    if not all(part.isdecimal() and len(part) < 20 for part in parts):
+        raise BadInput(f"--batch {text!r}: give whole numbers with commas between, for example 1,8")
+    batches = tuple(dict.fromkeys(map(int, parts)))
+    BATCH.check("--batch", batches)
+    return batches
 
 
 def parse_size(text: str | None, config: ArtifactConfig, form: Form) -> tuple[int, int]:
@@ -106,9 +106,10 @@ def parse_size(text: str | None, config: ArtifactConfig, form: Form) -> tuple[in
         side = size_of(config, form)
         return side, side
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+    if len(parts) != 2 or not all(part.strip().isdecimal() and len(part) < 20 for part in parts):
         raise BadInput(f"--size {text!r}: give HxW in pixels, for example 224x224")
     height, width = map(int, parts)
+    SIDE.check("--size", (height, width))
     if min(height, width) < unit:
         raise BadInput(f"--size {text}: the encoder's mask unit is {unit} x {unit} px; give at least that")
     return height, width

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from export.shapes import Shape, Shapes, parse_shapes
+from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput, CheckFailed, ComaError
+from pretrain.ranges import Range, Ranged
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,12 +31,12 @@ _MOST_BATCH, _USUAL_BATCH = 32, 8
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(Ranged):
     """How TensorRT builds engines (--to onnx,tensorrt; on the GPU they will run on)."""
 
-    workspace: int = 4096
+    workspace: Annotated[int, Range(1, 2**24)] = 4096
     """Most GPU memory that a layer may use for itself, in MiB."""
-    builder_level: Literal[0, 1, 2, 3, 4, 5] = 3
+    builder_level: Annotated[Literal[0, 1, 2, 3, 4, 5], Range(0, 5)] = 3
     """From 0 (quick build) to 5 (quick engine)."""
     timing_cache: Path | None = None
     """File of measured kernels, read and added to: makes later builds quick."""
@@ -50,7 +51,7 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Ranged):
     """Make ONNX files (and TensorRT engines) of an artifact; keep only what equals it.
 
     Every file is run beside PyTorch on real images, at several batches and sizes, before it gets its name.
@@ -75,15 +76,15 @@ class ExportConfig:
     verify: Path | None = None
     """Images to compare on: a folder, .npz or .tar shards (default: photographs that came with scikit-image).
     A folder for each class also gives the top-1 of a classifier; of train and test (or val) test is taken."""
-    verify_images: int = 16
+    verify_images: Annotated[int, Range(1, 10**6)] = 16
     """How many of them."""
     dataset: Path | None = None
     """Dataset of a detector or segmentor: its AP or mIoU before and after."""
-    metric_images: int = 1000
+    metric_images: Annotated[int, Range(1, 10**9)] = 1000
     """Labelled images to measure top-1, AP or mIoU on, at most."""
     calibrate: Path | None = None
     """Images that give int8 and fp8 their ranges (needed for those)."""
-    calibrate_images: int = 64
+    calibrate_images: Annotated[int, Range(1, 10**6)] = 64
     """How many of them."""
     calibrate_method: Literal["percentile", "entropy", "minmax"] = "percentile"
     """How far the ranges of int8 reach."""
@@ -96,7 +97,7 @@ class ExportConfig:
     """Where ONNX files are verified and timed: ONNX Runtime's provider."""
     check: Literal["none", "rtx"] = "none"
     """rtx: also let NVIDIA's TensorRT-RTX parse and compile the ONNX files; needs no GPU."""
-    seconds: float = 2.0
+    seconds: Annotated[float, Range(0, 86400)] = 2.0
     """Time each file beside PyTorch for so long at each batch; 0: do not."""
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
 
@@ -108,7 +109,7 @@ def run(argv: list[str]) -> None:
         BadInput: settings, artifacts or images that cannot be used.
         CheckFailed: a file did not pass.
     """
-    given = tyro.cli(ExportConfig, args=argv, prog="coma export", description=ExportConfig.__doc__)
+    given = parse_arguments(ExportConfig, argv, prog="coma export")
     targets = _choice(given.to, TARGETS, "--to")
     precisions = _choice(given.precision, PRECISIONS, "--precision")
     if "tensorrt" in targets:
@@ -120,11 +121,6 @@ def run(argv: list[str]) -> None:
         from export.tensorrt.library import require_package
 
         require_package("tensorrt_rtx")
-    for name in ("verify_images", "calibrate_images", "metric_images"):
-        if getattr(given, name) < 1:
-            raise BadInput(f"{_flag(name)} {getattr(given, name)}: must be at least 1")
-    if not 0 <= given.seconds < math.inf:
-        raise BadInput(f"--seconds {given.seconds}: must be 0 or more, and finite")
     _export(given, targets, precisions)
 
 

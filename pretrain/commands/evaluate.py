@@ -17,13 +17,15 @@ import json
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from pretrain.arguments import parse_arguments, parse_known
 from pretrain.config import DataConfig, FinetuneConfig, FinetuneRecipe, RunConfig
 from pretrain.errors import BadInput
 from pretrain.plain import read_config
+from pretrain.ranges import BATCH, MINUTES, PROCESSES, SEED, SIDE, STEPS, Range, Ranged
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,10 +45,10 @@ class Finetuning(FinetuneRecipe):
     images' centre crops.
     """
 
-    batch_size: Annotated[int, tyro.conf.Fixed, tyro.conf.Suppress] = 256
+    batch_size: Annotated[int, BATCH, tyro.conf.Fixed, tyro.conf.Suppress] = 256
     from_scratch: bool = False
     """Begin with random weights instead of the artifact's: what fine-tuning has to be compared with."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: Annotated[tuple[float, float], Range(0, 1, above=True)] = (0.08, 1.0)
     """Area of the random crop as a share of the image (RandomResizedCrop)."""
     flip: bool = True
     """Flip half of the crops left to right."""
@@ -56,16 +58,16 @@ class Finetuning(FinetuneRecipe):
     """Compile the classifier with torch.compile (slow to start, faster to run)."""
     checkpoint_gradients: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    save_minutes: float = 10.0
+    save_minutes: Annotated[float, MINUTES] = 10.0
     """Save the resumable state at least this often (and at the end, on Ctrl-C and on SIGTERM)."""
-    save_steps: int | None = None
+    save_steps: Annotated[int | None, STEPS] = None
     """Save the resumable state every so many steps instead."""
-    log_steps: int = 10
+    log_steps: Annotated[int, STEPS] = 10
     """Write metrics every so many steps."""
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Ranged):
     """Accuracy on labelled images."""
 
     artifacts: Annotated[
@@ -85,18 +87,18 @@ class EvaluateConfig:
     reference: bool = True
     """Measure a randomly initialised encoder of the same architecture as well (knn, linear; training one
     takes as long as fine-tuning does, so that is a run of its own: --from-scratch)."""
-    image_size: int | None = None
+    image_size: Annotated[int | None, SIDE] = None
     """Side in pixels of the images shown to the encoder; default: as it was trained."""
-    k: int = 20
+    k: Annotated[int, Range(1, 10**6)] = 20
     """Neighbours that vote (knn)."""
-    temperature: float = 0.07
+    temperature: Annotated[float, Range(1e-3, 1e3)] = 0.07
     """Of their votes (knn): smaller trusts the nearest more."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Of the random encoder, of the images held out to choose the penalty (linear), and of the run
     (finetune)."""
-    batch_size: int = 256
+    batch_size: Annotated[int, BATCH] = 256
     """Images at a time through the encoder; per optimizer step (finetune)."""
-    workers: int | None = None
+    workers: Annotated[int | None, PROCESSES] = None
     """Processes that decode images; default: by the number of cores."""
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
     out: Path | None = None
@@ -152,13 +154,9 @@ def parse(argv: list[str]) -> EvaluateConfig:
     Raises:
         BadInput: a run that cannot be read, or flags that do not go with --resume.
     """
-    without_help = [argument for argument in argv if argument not in ("-h", "--help")]
-    first, _ = tyro.cli(_First, args=without_help, return_unknown_args=True, add_help=False)
+    first = parse_known(_First, argv, prog="coma evaluate")
     default = _of_run(first.resume) if first.resume else None
-    config = cast(
-        EvaluateConfig,
-        tyro.cli(EvaluateConfig, args=argv, prog="coma evaluate", description=__doc__, default=default),
-    )
+    config = parse_arguments(EvaluateConfig, argv, prog="coma evaluate", description=__doc__, default=default)
     if default and (config.run, config.protocol) != (default.run, default.protocol):
         raise BadInput("--run and --protocol do not go with --resume, which goes on with a fine-tuning run")
     return config

@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from pretrain.arguments import parse_arguments, parse_known
 from pretrain.config import (
     BeyondConfig,
     DataConfig,
@@ -41,6 +42,7 @@ from pretrain.config import (
 )
 from pretrain.errors import BadInput, ComaError
 from pretrain.plain import read_config
+from pretrain.ranges import CHANNELS, SIDE, Ranged
 
 Model = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
 Method = Literal["coma", "coma4", "coma-independent", "coma-single", "mae", "beyond", "cmt", "coma-balanced"]
@@ -55,7 +57,7 @@ _NOT_RESUMED = ("model", "method", "degrade", "recipe", "channels", "from_")
 
 
 @dataclass(frozen=True)
-class Presets:
+class Presets(Ranged):
     """These choose defaults, which the flags below override."""
 
     model: Model | None = None
@@ -75,8 +77,8 @@ class Presets:
     """Its .safetensors file; default: the one in the local cache of the model hub. Nothing is downloaded."""
     recipe: Literal["default", "small-data"] | None = None
     """small-data: for up to about 10,000 images on one GPU (settings not measured yet)."""
-    channels: int | None = None
-    """Channels of the images, 1 to 16 (default: 3)."""
+    channels: Annotated[int | None, CHANNELS] = None
+    """Channels of the images (default: 3)."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Start a new run with the settings of this run directory or config.json."""
     resume: Path | None = None
@@ -87,7 +89,7 @@ class Presets:
 class _First(Presets):
     """What has to be known before the other defaults are."""
 
-    image_size: int | None = None
+    image_size: Annotated[int | None, SIDE] = None
 
 
 def run(argv: list[str]) -> None:
@@ -120,8 +122,7 @@ def parse(argv: list[str]) -> tuple[PretrainConfig, bool]:
     Raises:
         BadInput: presets that contradict each other, or a run that cannot be read.
     """
-    without_help = [argument for argument in argv if argument not in ("-h", "--help")]
-    first, _ = tyro.cli(_First, args=without_help, return_unknown_args=True, add_help=False)
+    first = parse_known(_First, argv, prog="coma pretrain")
     defaults = _defaults(first)
     flat = tyro.conf.OmitArgPrefixes
     groups: list[tuple[str, Any, Any]] = [
@@ -135,7 +136,7 @@ def parse(argv: list[str]) -> tuple[PretrainConfig, bool]:
     ]
     fields = [(name, kind, dataclasses.field(default=default)) for name, kind, default in groups]
     flags = dataclasses.make_dataclass("Flags", fields, frozen=True)
-    given: Any = tyro.cli(flags, args=argv, prog="coma pretrain", description=__doc__)
+    given: Any = parse_arguments(flags, argv, prog="coma pretrain", description=__doc__)
     data: DataConfig = given.data
     if first.from_ and data.images != defaults.data.images and data.mean == defaults.data.mean:
         data = replace(data, mean=None, std=None)  # those of other images: to be measured again

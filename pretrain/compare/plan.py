@@ -211,10 +211,6 @@ def check(comparison: Comparison) -> None:
     from pretrain.teaching import identified
     from pretrain.training.setup import check_shapes, share_out
 
-    if not 0 < comparison.amount < math.inf:
-        raise BadInput(f"--budget {comparison.unit} {comparison.amount:g}: must be a number above 0")
-    if min(comparison.jobs, comparison.threads) < 1 or comparison.probes < 0:
-        raise BadInput("--jobs and --threads must be at least 1, --probes at least 0")
     names = [entry.name for entry in comparison.entries]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -14,7 +14,6 @@ from pretrain.training.optimizer import default_layer_decay
 from pretrain.training.setup import (
     Plan,
     check_folder,
-    check_intervals,
     check_shapes,
     count_steps,
     is_multiple,
@@ -70,7 +69,6 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
     names = train.class_names or tuple(str(number) for number in range(classes))
     config = check_folder(_filled_in(config, about, names[:classes]), resume)
     check_shapes(config)
-    check_intervals(config.run)
     slices = share_out(config.optimizer, rank=0, world=1)
     if slices.micro_batch % 2 and (config.optimizer.mixup or config.optimizer.cutmix):
         raise BadInput(

@@ -22,7 +22,6 @@ from pretrain.config import (
     OptimizerConfig,
     PretrainConfig,
     ProbeConfig,
-    RunConfig,
     TaughtConfig,
 )
 from pretrain.data import Slices, Source, check_loader, measure, open_source
@@ -126,7 +125,6 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
         check_loader(config.data, config.model.channels)
         slices = share_out(config.optimizer, group.rank, group.world)
         source = open_source(config.data.images)
-        check_intervals(config.run)
         steps = count_steps(config.optimizer, len(source))
     sizes = group.gather(len(source))
     with group.agreed():
@@ -141,17 +139,6 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
         if group.main:
             config = identified(config)
     return PretrainPlan(group.share(config), source, slices, steps)
-
-
-def check_intervals(run: RunConfig) -> None:
-    """Refuse to log or save every 0 steps.
-
-    Raises:
-        BadInput: naming the flag.
-    """
-    for name, value in (("log_steps", run.log_steps), ("save_steps", run.save_steps)):
-        if value is not None and value < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 1")
 
 
 def check_shapes(config: PretrainConfig | FinetuneConfig) -> None:
@@ -200,8 +187,6 @@ def share_out(optimizer: OptimizerConfig, rank: int, world: int) -> Slices:
         BadInput: it cannot be, naming numbers that can.
     """
     batch, micro = optimizer.batch_size, optimizer.micro_batch
-    if batch < 1 or (micro is not None and micro < 1):
-        raise BadInput(f"--batch-size {batch} and --micro-batch {micro} must be at least 1")
     together = world * (micro or 1)
     if batch % together:
         below, above = batch // together * together, -(-batch // together) * together
@@ -219,17 +204,8 @@ def share_out(optimizer: OptimizerConfig, rank: int, world: int) -> Slices:
 
 
 def count_steps(optimizer: OptimizerConfig, images: int) -> int:
-    """Optimizer steps of the whole run.
-
-    Raises:
-        BadInput: less than one.
-    """
-    steps = optimizer.steps
-    if steps is None:
-        steps = math.ceil(optimizer.epochs * images / optimizer.batch_size)
-    if steps < 1:
-        raise BadInput(f"{steps} steps: give --epochs or --steps of more than 0")
-    return steps
+    """Optimizer steps of the whole run."""
+    return optimizer.steps or math.ceil(optimizer.epochs * images / optimizer.batch_size)
 
 
 def check_resumable(plan: Plan, state: dict[str, Any] | None) -> None:
