@@ -73,6 +73,8 @@ def run(argv: list[str]) -> None:
 
     name = str(config.image)
     try:
+        if config.image.exists() and not (config.image.is_file() or config.image.is_dir()):
+            raise BadInput(f"{name}: is not a regular file; give an image file")
         picture = decode(config.image.read_bytes(), name)
     except OSError as error:
         raise BadInput(f"{name}: cannot be read ({error.strerror}); give an image file") from None
