@@ -68,6 +68,7 @@ def run(argv: list[str]) -> None:
 
     from pretrain.data.channels import adapt
     from pretrain.data.images import decode
+    from pretrain.data.ranges import check_pixels
     from pretrain.data.transforms import centre_square, resize
     from pretrain.pictures import degradation_sheet
 
@@ -79,6 +80,7 @@ def run(argv: list[str]) -> None:
     except OSError as error:
         raise BadInput(f"{name}: cannot be read ({error.strerror}); give an image file") from None
     pixels = adapt(picture, 3, name)
+    check_pixels(pixels, config.mean, config.std, lambda: name)
     view = resize(pixels, centre_square(*pixels.shape[:2]), config.size, config.size)
     kinds = tuple(dict.fromkeys(config.kind))
     unit = config.unit or -(-config.size // 9)
