@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pretrain.data.channels import adapt, unit_scale
-from pretrain.data.images import Picture, check, decode
+from pretrain.data.images import Picture, decode
 from pretrain.data.transforms import resize
 from pretrain.errors import BadImage
 
@@ -84,7 +84,7 @@ def read_picture(path: Path) -> Picture:
         picture = decode(path.read_bytes(), "picture", at_least=MAX_SIDE)
     except BadImage:
         raise BadImage("This picture is damaged or cut short: it does not decode.") from None
-    pixels, alpha = check(picture)
+    pixels, alpha = picture.pixels, picture.alpha
     scale = MAX_SIDE / max(pixels.shape[:2])
     if scale < 1:
         height, width = (max(round(side * scale), 1) for side in pixels.shape[:2])

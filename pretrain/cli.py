@@ -165,12 +165,32 @@ def _versions() -> str:
 
 def _configure_logging(room: str) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_CurrentStderr()])
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _CurrentStderr):
+            handler.said.clear()
+    main = os.environ.get("RANK", "0") == "0"  # torchrun sets it; the first process speaks for all
     for name in {"pretrain", room}:
-        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(logging.INFO if main else logging.WARNING)
 
 
 class _CurrentStderr(logging.StreamHandler):
-    """Writes to what is `sys.stderr` at the time: a progress bar puts itself there while it is shown."""
+    """Writes to what is `sys.stderr` at the time: a progress bar puts itself there while it is shown.
+
+    A line that is logged with `extra={"once": True}` is written once in a command, however often it comes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line, unless it came before and was not to come again."""
+        if getattr(record, "once", False):
+            text = record.getMessage()
+            if text in self.said:
+                return
+            self.said.add(text)
+        super().emit(record)
 
     @property
     def stream(self) -> TextIO:

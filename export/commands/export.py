@@ -247,6 +247,7 @@ def _request(
     from export.images import open_images
     from export.request import Request
     from export.verify.check import read_pictures
+    from pretrain.data.ranges import check_pixels
 
     channels, batch = config.model.channels, 1 if "batch" in shapes.dynamic else shapes.usual.batch
     source = open_images(given.verify, held_out=True)
@@ -258,6 +259,9 @@ def _request(
         if len(calibration) < batch:
             raise BadInput(f"--calibrate: {len(calibration)} images are fewer than one batch of {batch}")
     pictures = read_pictures(source, channels, given.verify_images)
+    for flag, each in (("--verify", pictures), ("--calibrate", calibration)):
+        for pixels in each:
+            check_pixels(pixels, config.mean, config.std, lambda flag=flag: f"an image of {flag}")
     return Request(
         artifact=given.artifact,
         out=out,

@@ -69,15 +69,19 @@ def run(argv: list[str]) -> None:
 
     from pretrain.data.channels import adapt
     from pretrain.data.images import decode
+    from pretrain.data.ranges import check_pixels
     from pretrain.data.transforms import centre_square, resize
     from pretrain.pictures import degradation_sheet
 
     name = str(config.image)
     try:
+        if config.image.exists() and not (config.image.is_file() or config.image.is_dir()):
+            raise BadInput(f"{name}: is not a regular file; give an image file")
         picture = decode(config.image.read_bytes(), name)
     except OSError as error:
         raise BadInput(f"{name}: cannot be read ({error.strerror}); give an image file") from None
     pixels = adapt(picture, 3, name)
+    check_pixels(pixels, config.mean, config.std, lambda: name)
     view = resize(pixels, centre_square(*pixels.shape[:2]), config.size, config.size)
     kinds = tuple(dict.fromkeys(config.kind))
     unit = config.unit or -(-config.size // 9)

@@ -7,6 +7,7 @@ read them, and a loader's whole state is the number of samples consumed.
 from pretrain.data.augment import labelled_batches
 from pretrain.data.labels import shared_labels, top_share
 from pretrain.data.opening import open_source
+from pretrain.data.ranges import check_some
 from pretrain.data.samples import Batch, Slices, check_loader, evaluation_batches, training_batches
 from pretrain.data.source import ArraySource, Source
 from pretrain.data.statistics import measure
@@ -21,6 +22,7 @@ __all__ = [
     "Subset",
     "balanced",
     "check_loader",
+    "check_some",
     "evaluation_batches",
     "labelled_batches",
     "measure",

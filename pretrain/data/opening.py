@@ -12,20 +12,23 @@ What is looked for, in this order:
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from pathlib import Path
 
-from pretrain.data.folders import FolderSource, subfolders
+from pretrain.data.folders import FolderSource, files_in, subfolders
 from pretrain.data.npz import NpzSource
-from pretrain.data.shards import ShardSource
+from pretrain.data.shards import INDEX, ShardSource
 from pretrain.data.source import Source
 from pretrain.errors import BadInput
+
+log = logging.getLogger(__name__)
 
 _HELD_OUT = ("test", "val", "valid", "validation")
 
 
 def open_source(path: Path, split: str | None = None, *, held_out: bool = False) -> Source:
-    """The images at `path`.
+    """The images at `path`; one line that says what they are, and what is left out, goes to the log.
 
     Args:
         path: a folder, a `.npz` pack, a `.tar` shard or a brace pattern of shards.
@@ -37,9 +40,13 @@ def open_source(path: Path, split: str | None = None, *, held_out: bool = False)
         BadInput: nothing there, nothing readable there, no image there, or no such split.
     """
     try:
-        return _open(Path(path), split, held_out)
+        source = _open(Path(path), split, held_out)
     except PermissionError as error:
         raise BadInput(f"{error.filename or path}: no permission to read it") from None
+    except OSError as error:
+        raise BadInput(f"{error.filename or path}: cannot be read ({error.strerror})") from None
+    log.info(source.summary(), extra={"once": True})
+    return source
 
 
 def _open(path: Path, split: str | None, held_out: bool) -> Source:
@@ -51,6 +58,8 @@ def _open(path: Path, split: str | None, held_out: bool) -> Source:
     if path.is_dir():
         return _open_folder(path, split, held_out)
     _no_split(path, split)
+    if not path.is_file():
+        raise BadInput(f"{path}: is neither a folder nor a regular file")
     if path.suffix.lower() == ".npz":
         return NpzSource(path)
     if path.suffix.lower() == ".tar":
@@ -75,8 +84,15 @@ def _open_folder(path: Path, split: str | None, held_out: bool) -> Source:
 
 
 def _open_plain(folder: Path, classes: tuple[str, ...] | None) -> Source:
-    shards = sorted(shard for shard in folder.glob("*.tar") if not shard.name.startswith("."))
-    return ShardSource(folder, shards) if shards else FolderSource(folder, classes)
+    files = files_in(folder)
+    shards = [name for name in files if name.endswith(".tar")]
+    if not shards:
+        return FolderSource(folder, classes)
+    source = ShardSource(folder, [folder / name for name in shards])
+    for name in [*subfolders(folder), *files]:
+        if name not in {*shards, INDEX}:
+            source.inventory.leave_out("entry beside the shards", "entries beside the shards", name)
+    return source
 
 
 def _choose(path: Path, there: list[str], split: str | None) -> str:

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from pretrain.data.channels import adapt
-from pretrain.data.images import AtLeast, Picture, check, decode
+from pretrain.data.images import AtLeast, Picture, complete, decode
+from pretrain.data.inventory import Inventory, counted, printable
 from pretrain.data.rasters import as_hwc, as_pixels
 from pretrain.errors import BadImage
 
@@ -28,12 +29,15 @@ class Source(ABC):
     """What the user pointed at, or the split chosen inside it."""
     class_names: tuple[str, ...] | None
     """Names of the labels, where they are known."""
+    inventory: Inventory
+    """What the search for the images found and left out; empty where there was none."""
 
     def __init__(
         self, location: Path, labels: np.ndarray | None = None, class_names: tuple[str, ...] | None = None
     ) -> None:
         self.location = location
         self.class_names = class_names
+        self.inventory = Inventory()
         self._labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
 
     @property
@@ -52,6 +56,12 @@ class Source(ABC):
     @abstractmethod
     def __len__(self) -> int:
         """Number of images, readable or not; at least 1."""
+
+    def summary(self) -> str:
+        """Returns one line: how many images of which kinds there are, and what was left out and why."""
+        if self.inventory.images:
+            return self.inventory.line(self.location)
+        return f"{printable(str(self.location))}: {counted(len(self), 'image')}"
 
     @abstractmethod
     def describe(self, i: int) -> str:
@@ -123,7 +133,7 @@ class ArraySource(Source):
     def picture(self, i: int, at_least: AtLeast = 0) -> Picture:
         """The array as it is."""
         try:
-            return check(Picture(as_pixels(as_hwc(np.asarray(self._images[i])))))
+            return complete(Picture(as_pixels(as_hwc(np.asarray(self._images[i])))))
         except BadImage as error:
             raise BadImage(f"{self.describe(i)}: {error}") from None
 
@@ -163,8 +173,3 @@ def read_at(path: Path | str, start: int, size: int, name: str) -> bytes:
     if len(data) < size:
         raise BadImage(f"{name}: its file became shorter after it was opened")
     return data
-
-
-def printable(name: str) -> str:
-    """A file name for messages: bytes that are no text are written as escapes."""
-    return name.encode("utf-8", "backslashreplace").decode()

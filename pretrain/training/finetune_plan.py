@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pretrain.artifact import ArtifactConfig, load_encoder
 from pretrain.config import FinetuneConfig
-from pretrain.data import Source, open_source, shared_labels
+from pretrain.data import Source, check_some, open_source, shared_labels
 from pretrain.errors import BadInput
 from pretrain.training.optimizer import default_layer_decay
 from pretrain.training.setup import (
@@ -75,6 +75,8 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
             f"{slices.micro_batch} images per pass: mixup and CutMix pair them, so give an even --batch-size "
             "and --micro-batch, or --mixup 0 --cutmix 0"
         )
+    for source in (train, test):
+        check_some(source, config.model.channels, config.data.mean or (), config.data.std or ())
     steps = count_steps(config.optimizer, len(train))
     weights = encoder.state_dict()
     return FinetunePlan(config, train, slices, steps, about, weights, labels, test, test_labels)

@@ -33,6 +33,9 @@ from pretrain.training.setup import Plan, PretrainPlan, check_resumable, prepare
 from pretrain.training.signals import StopRequest
 from pretrain.training.throughput import Meter
 
+_NAMED_FILLED = 3
+"""Images with filled values that are named; `filled` in metrics.jsonl counts all."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -115,6 +118,7 @@ class _Run:
         self._done, self._loss = 0, 0.0
         self._window = Window()
         self._skipped: dict[str, None] = {}
+        self._filled = 0  # images seen by this process whose missing values were filled
         self._saved_at = time.monotonic()
         self._keeper: Keeper | None = None
         with group.agreed():
@@ -148,6 +152,7 @@ class _Run:
                 check_resumable(plan=self._plan, state=state)
         facts = self._group.share(state and {k: state[k] for k in ("step", "loss", "window", "skipped")})
         if facts:
+            self._filled = state.get("filled", 0) if state else 0
             self._learner.load_state_dict(state)
             self._done, self._loss = facts["step"], facts["loss"]
             self._window.load_state_dict(facts["window"])
@@ -211,6 +216,10 @@ class _Run:
             if failure not in self._skipped:
                 self._skipped[failure] = None
                 self._report.warn(f"skipped {failure}")
+        filled = [each for batch in self._learner.batches for each in batch.filled]
+        for each in filled[: max(_NAMED_FILLED - self._filled, 0)]:
+            self._report.warn(each)
+        self._filled += len(filled)
         self._report.advance(self._done, self._loss, seconds, step.waited)
 
     def _log(self, lr: float) -> None:
@@ -224,6 +233,7 @@ class _Run:
             "grad_norm": means.pop("grad_norm", None),
             **self._meter.take(),
             "skipped": len(self._skipped),
+            **({"filled": self._filled} if self._filled else {}),
             **means,
         }
         if self._keeper:
@@ -243,6 +253,7 @@ class _Run:
                 "images": len(self._plan.source),
                 "window": self._window.state_dict(),
                 "skipped": list(self._skipped),
+                "filled": self._filled,
             }
             self._keeper.save(state)
         if save:

@@ -24,7 +24,7 @@ from pretrain.config import (
     ProbeConfig,
     TaughtConfig,
 )
-from pretrain.data import Slices, Source, check_loader, measure, open_source
+from pretrain.data import Slices, Source, check_loader, check_some, measure, open_source
 from pretrain.errors import BadInput
 from pretrain.files import write_whole
 from pretrain.masking.units import unit_grid
@@ -134,6 +134,8 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
         if group.main and config.data.mean is None:
             mean, std = measure(source, config.model.channels, workers=config.data.workers)
             config = replace(config, data=replace(config.data, mean=mean, std=std))
+        elif group.main:
+            check_some(source, config.model.channels, config.data.mean or (), config.data.std or ())
     config = group.share(config)
     with group.agreed():
         if group.main:
