@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any, Generic, Literal, cast
 
 import torch
@@ -61,6 +61,8 @@ class Keeper(ABC, Generic[Settings]):
         self._plan, self._report = plan, report
         self._good: int | None = None
         self._looked = -1  # the step of the last look whose row the state knows of
+        self.at_once: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Around what may be left when someone asks to stop."""
         self._metrics: MetricsLog | None = None
         self._tensorboard: TensorBoardLog | None = None
 
@@ -211,9 +213,10 @@ class PretrainingKeeper(Keeper[PretrainConfig]):
         encoder.load_state_dict(own, assign=True)
         began = time.perf_counter()
         try:
-            values = probe.measure(
-                encoder.to(device), self._about("backbone", {}), workers=config.data.workers
-            )
+            with self.at_once():
+                values = probe.measure(
+                    encoder.to(device), self._about("backbone", {}), workers=config.data.workers
+                )
         except (ComaError, OSError, RuntimeError) as error:  # memory, an SVD that does not converge
             reason = str(error).partition("\n")[0]
             self._report.warn(f"step {step}: the probe failed ({reason}); training goes on")

@@ -160,17 +160,19 @@ class ClassifierKeeper(Keeper[FinetuneConfig]):
         classifier.to(device)
         precision = choose_precision(config.run.precision, device)
         choose_attention(classifier, precision, device)
-        self.last, failures = validate(
-            classifier,
-            plan.test,
-            plan.test_labels,
-            *plan.statistics,
-            step=step,
-            image_size=config.data.image_size,
-            batch_size=plan.slices.micro_batch,
-            precision=precision,
-            workers=config.data.workers,
-        )
+        with self.at_once():
+            scored = validate(
+                classifier,
+                plan.test,
+                plan.test_labels,
+                *plan.statistics,
+                step=step,
+                image_size=config.data.image_size,
+                batch_size=plan.slices.micro_batch,
+                precision=precision,
+                workers=config.data.workers,
+            )
+        self.last, failures = scored
         for failure in failures:
             if failure not in self._told:
                 self._report.warn(f"left out of the test images: {failure}")
