@@ -49,7 +49,7 @@ class Finetuned:
         return self.config.run.out / "artifact"
 
 
-def finetune(config: FinetuneConfig, *, resume: bool = False) -> Finetuned:
+def finetune(config: FinetuneConfig, *, resume: bool = False, allow_changed_data: bool = False) -> Finetuned:
     """Fine-tune an artifact's encoder, from beginning to end or from the last saved state on.
 
     Args:
@@ -57,6 +57,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> Finetuned:
             artifact and the images. Resuming takes the directory `config.run.out`, and refuses settings that
             would change what is learned.
         resume: Go on with a run that was interrupted.
+        allow_changed_data: Go on although the images are not those that the run was started with.
 
     Raises:
         BadInput: settings, artifact, data or directory that cannot be used, or several processes.
@@ -69,7 +70,8 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> Finetuned:
             raise BadInput("fine-tuning runs in one process, on one GPU or a CPU; start it without torchrun")
         plan = prepare_finetuning(config, resume=resume)
         keeper = ClassifierKeeper(plan, report)
-        train(plan, _finetuning(plan, keeper), group, report, resume=resume)
+        task = _finetuning(plan, keeper)
+        train(plan, task, group, report, resume=resume, allow_changed_data=allow_changed_data)
     if keeper.best is None or keeper.last is None:
         raise AssertionError("every run ends with a validation")
     seconds = time.monotonic() - began

@@ -29,10 +29,9 @@ from pretrain.training.metrics import Window
 from pretrain.training.nonfinite import stop_run
 from pretrain.training.optimizer import learning_rate
 from pretrain.training.report import Report
-from pretrain.training.setup import Plan, PretrainPlan, check_resumable, prepare, way_on
+from pretrain.training.setup import Plan, PretrainPlan, check_resumable, extended, prepare, way_on
 from pretrain.training.signals import StopNow, StopRequest
 from pretrain.training.throughput import Meter
-
 
 _GRACE = 10.0
 """Seconds that one of many processes goes on waiting for images after it was asked to stop."""
@@ -50,13 +49,14 @@ class Task:
     """What writes the run directory; called on process 0."""
 
 
-def pretrain(config: PretrainConfig, *, resume: bool = False) -> Path:
+def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed_data: bool = False) -> Path:
     """Train from beginning to end, or from the last saved state on; under torchrun, on all its processes.
 
     Args:
         config: The run. Resuming takes the directory `config.run.out`, and refuses settings that would
             change what is learned.
         resume: Go on with a run that was interrupted.
+        allow_changed_data: Go on although the images are not those that the run was started with.
 
     Returns:
         The run directory; its layout is described in `pretrain.training.keeping`.
@@ -70,7 +70,8 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> Path:
         plan = prepare(config, group, resume=resume)
         for remark in remarks(plan.config.objective):
             report.warn(remark)
-        train(plan, _pretraining(plan), group, report, resume=resume)
+        task = _pretraining(plan)
+        train(plan, task, group, report, resume=resume, allow_changed_data=allow_changed_data)
         return plan.folder
 
 
@@ -95,11 +96,20 @@ def _pretraining(plan: PretrainPlan) -> Task:
     )
 
 
-def train(plan: Plan, task: Task, group: Processes, report: Report, *, resume: bool) -> None:
+def train(
+    plan: Plan,
+    task: Task,
+    group: Processes,
+    report: Report,
+    *,
+    resume: bool,
+    allow_changed_data: bool = False,
+) -> None:
     """Learn `task` as `plan` says, from the beginning or from the last saved state on.
 
     Raises:
-        BadInput: settings that the machine cannot serve, or a state that cannot be resumed.
+        BadInput: settings that the machine cannot serve, a state that cannot be resumed, or images that have
+            changed where that was not allowed.
         CheckFailed: a loss or gradient that is not finite, or results that could not be written.
         Interrupted: Ctrl-C or SIGTERM; everything is saved.
     """
@@ -107,7 +117,7 @@ def train(plan: Plan, task: Task, group: Processes, report: Report, *, resume: b
         StopRequest(quiet=not group.main) as stop,
         closing(_Run(plan, task, group, report, stop)) as run,
     ):
-        run.begin(resume)
+        run.begin(resume, allow_changed_data)
         run.go()
 
 
@@ -144,13 +154,18 @@ class _Run:
         if self._keeper:
             self._keeper.close()
 
-    def begin(self, resume: bool) -> None:
+    def begin(self, resume: bool, allow_changed_data: bool) -> None:
         """Load the last state, if there is one to go on from, and open the run directory."""
         state: dict[str, Any] | None = None
+        longer: str | None = None
         with self._group.agreed():
+            if self._keeper:
+                self._keeper.check_data(resume=resume, allow=allow_changed_data)
             if resume and self._keeper:
                 state = self._keeper.resume()
-                check_resumable(plan=self._plan, state=state)
+            if state:
+                check_resumable(self._plan, state, allow_changed_data=allow_changed_data)
+                longer = extended(self._plan, state)
         facts = self._group.share(state and {k: state[k] for k in ("step", "loss", "window", "skipped")})
         if facts:
             self._learner.load_state_dict(state)
@@ -166,6 +181,8 @@ class _Run:
                 if facts
                 else "no state was saved before the run ended; starting again from step 0"
             )
+        if longer:
+            self._report.say(longer)
 
     def go(self) -> None:
         """Train until the end, or until asked to stop."""
@@ -282,8 +299,8 @@ class _Run:
             if self._keeper:
                 if not looked:
                     raise Interrupted(
-                        f"all {self._done} steps are done and saved, but what was learned is not measured; do "
-                        f"that with: {way_on(self._plan.config)}"
+                        f"all {self._done} steps are done and saved, but what was learned is not measured; "
+                        f"do that with: {way_on(self._plan.config)}"
                     )
                 self._keeper.conclude()
                 missing = self._keeper.missing()
@@ -308,8 +325,8 @@ class _Run:
         """Give the step up that waits for images."""
         if self._group.world > 1:  # saving takes all of them, and the others are in the midst of the step
             raise Interrupted(
-                f"stopped at step {self._done} of {self._plan.steps} while waiting for images; go on from the "
-                f"state that was saved last with: {way_on(self._plan.config)}"
+                f"stopped at step {self._done} of {self._plan.steps} while waiting for images; go on from "
+                f"the state that was saved last with: {way_on(self._plan.config)}"
             )
         if self._done:
             self._keep(save=True, look=False)

@@ -26,6 +26,7 @@ from pretrain.config import (
     TaughtConfig,
 )
 from pretrain.data import Slices, Source, check_loader, measure, open_source
+from pretrain.data.identity import FLAG, Listing, list_data
 from pretrain.errors import BadInput
 from pretrain.files import write_whole
 from pretrain.masking.units import unit_grid
@@ -35,6 +36,7 @@ from pretrain.objectives import build_objective
 from pretrain.plain import flat, read_config, to_plain
 from pretrain.teaching import identified, may_have_moved
 from pretrain.training.distributed import Processes
+from pretrain.training.optimizer import learning_rate
 
 _MAY_CHANGE = {
     *("data.images", "data.workers", "data.loader", "data.on_bad_image", "test"),
@@ -70,6 +72,15 @@ class Plan(Generic[Settings]):
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel, of pixels scaled to 0..1."""
         return self.config.data.mean or (), self.config.data.std or ()
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """What the run learns from and is measured on, by the words of messages; see `pretrain.data.identity`."""
+        return {"images": self.source}
+
+    def list_data(self) -> Listing:
+        """Names and sizes of the images that decide what comes out."""
+        return list_data(self.sources, labels=isinstance(self.config, FinetuneConfig))
 
     def looks_at(self, step: int) -> bool:
         """Whether to look at what was learned when `step` steps are done and more follow."""
@@ -232,19 +243,17 @@ def count_steps(optimizer: OptimizerConfig, images: int) -> int:
     return steps
 
 
-def check_resumable(plan: Plan, state: dict[str, Any] | None) -> None:
-    """Refuse to go on from `state` with other data, or to fewer steps than are done.
+def check_resumable(plan: Plan, state: dict[str, Any], *, allow_changed_data: bool) -> None:
+    """Refuse to go on from `state` with another number of images, or to fewer steps than are done.
 
     Raises:
         BadInput: naming both numbers.
     """
-    if not state:
-        return
     images, before = len(plan.source), state["images"]
-    if before != images:
+    if before != images and not allow_changed_data:
         raise BadInput(
             f"{plan.source.location}: has {images} images, but the run was started with {before}, so their "
-            "order would change; give the same data, or start a new run"
+            f"order would change; give the same data, start a new run, or go on all the same with {FLAG}"
         )
     if state["step"] > plan.steps:
         raise BadInput(f"{plan.folder}: has done {state['step']} steps, more than the {plan.steps} asked for")
@@ -258,6 +267,22 @@ def write_config(config: PretrainConfig | FinetuneConfig) -> None:
     """
     text = json.dumps(to_plain(config), indent=2) + "\n"
     write_whole(config.run.out / "config.json", lambda file: file.write(text.encode()))
+
+
+def extended(plan: Plan, state: dict[str, Any]) -> str | None:
+    """What becomes of the learning rate where a resumed run has another number of steps than before."""
+    done, config = state["step"], plan.config
+    before = count_steps(read_config(plan.folder, type(config)).optimizer, state["images"])
+    if before == plan.steps or not 0 < done < plan.steps:
+        return None
+    old, new = (
+        learning_rate(step, steps, config.optimizer)
+        for step, steps in ((done - 1, before), (done, plan.steps))
+    )
+    return (
+        f"the schedule now ends at step {plan.steps} instead of {before}: the learning rate goes from {old:.3g} "
+        f"at step {done} to {new:.3g} at step {done + 1}"
+    )
 
 
 def way_on(config: PretrainConfig | FinetuneConfig) -> str:

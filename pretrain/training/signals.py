@@ -15,13 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
-
 _SOON = 1.0
 """Seconds for what is begun although the run is to stop: the last images of a step, mostly."""
 
 
 class StopNow(BaseException):
-    """Leaves what is being done where it may be left; no `Exception`, so that nothing takes it for a fault."""
+    """Leaves what may be left; no `Exception`, so that nothing takes it for a fault."""
 
 
 class StopRequest:
