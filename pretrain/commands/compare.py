@@ -82,7 +82,7 @@ class CompareConfig:
     finetune: str = ""
     """Flags of `coma evaluate --protocol finetune`, in quotes: "--epochs 20 --batch-size 64"."""
     allow_changed_data: bool = False
-    """Go on with a comparison although its images were added, removed, renamed or changed in size since it was
+    """Go on with a comparison although images were added, removed, renamed or changed in size since it was
     begun; runs that are finished stay as they are."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     jobs: int | None = None

@@ -82,7 +82,7 @@ class Presets:
     resume: Path | None = None
     """Go on with the run in this directory, with its own settings."""
     allow_changed_data: bool = False
-    """With --resume: go on although images were added, removed, renamed or changed in size since the start."""
+    """With --resume: go on although images were added, removed, renamed or changed in size meanwhile."""
 
 
 @dataclass(frozen=True)

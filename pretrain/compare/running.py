@@ -47,7 +47,7 @@ from pretrain.data import measure, open_source
 from pretrain.data.identity import FLAG, check_listing, list_data, read_listing, write_listing
 from pretrain.errors import BadInput, CheckFailed, Interrupted
 from pretrain.evaluate import random_encoder
-from pretrain.files import write_whole
+from pretrain.files import lies_among, write_whole
 from pretrain.plain import flat, to_plain
 from pretrain.training.signals import StopRequest
 
@@ -177,6 +177,10 @@ def _check_data(comparison: Comparison) -> None:
     test = {f"{split} images": open_source(comparison.test, split) for split in ("train", "test")}
     now = list_data({"images": open_source(images or Path())}, labels=False) | list_data(test)
     begun = any((comparison.out / "settings").glob("*.json"))
+    if not begun:
+        notes = (lies_among(comparison.out, path) for path in dict.fromkeys((images, comparison.test)))
+        for note in filter(None, notes):
+            log.info(note)
     if begun:
         warn = partial(log.warning, "warning: %s")
         check_listing(comparison.out, now, warn, allow=comparison.allow_changed_data)

@@ -22,6 +22,7 @@ from pretrain.artifact import load_strict
 from pretrain.config import FinetuneConfig
 from pretrain.data import Batch, labelled_batches
 from pretrain.errors import BadInput
+from pretrain.files import lies_among
 from pretrain.models.classifier import build_classifier
 from pretrain.objectives.classification import Classification
 from pretrain.training.distributed import processes
@@ -69,6 +70,9 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, allow_changed_data
         if group.world > 1:
             raise BadInput("fine-tuning runs in one process, on one GPU or a CPU; start it without torchrun")
         plan = prepare_finetuning(config, resume=resume)
+        for images in dict.fromkeys((config.data.images, config.test)):
+            if not resume and (note := lies_among(config.run.out, images, "--run")):
+                report.say(note)
         keeper = ClassifierKeeper(plan, report)
         task = _finetuning(plan, keeper)
         train(plan, task, group, report, resume=resume, allow_changed_data=allow_changed_data)

@@ -18,6 +18,7 @@ import torch
 from pretrain.config import PretrainConfig
 from pretrain.data import Batch, training_batches
 from pretrain.errors import BadInput, CheckFailed, Interrupted
+from pretrain.files import lies_among
 from pretrain.objectives import Objective
 from pretrain.objectives.classification import Classification
 from pretrain.precision import choose_precision
@@ -70,6 +71,8 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed_data
         plan = prepare(config, group, resume=resume)
         for remark in remarks(plan.config.objective):
             report.warn(remark)
+        if not resume and (note := lies_among(config.run.out, config.data.images)):
+            report.say(note)
         task = _pretraining(plan)
         train(plan, task, group, report, resume=resume, allow_changed_data=allow_changed_data)
         return plan.folder

@@ -75,7 +75,7 @@ class Plan(Generic[Settings]):
 
     @property
     def sources(self) -> dict[str, Source]:
-        """What the run learns from and is measured on, by the words of messages; see `pretrain.data.identity`."""
+        """What the run learns from and is measured on, by the words of messages; see `list_data`."""
         return {"images": self.source}
 
     def list_data(self) -> Listing:
@@ -265,8 +265,19 @@ def write_config(config: PretrainConfig | FinetuneConfig) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    text = json.dumps(to_plain(config), indent=2) + "\n"
+    text = json.dumps(to_plain(_located(config)), indent=2) + "\n"
     write_whole(config.run.out / "config.json", lambda file: file.write(text.encode()))
+
+
+def _located(config: Settings) -> Settings:
+    """The settings with absolute paths of what is read: a run may be resumed from any directory."""
+    data = replace(config.data, images=config.data.images and config.data.images.absolute())
+    if isinstance(config, PretrainConfig):
+        probe = replace(config.probe, probe=config.probe.probe and config.probe.probe.absolute())
+        return replace(config, data=data, probe=probe)
+    return replace(
+        config, data=data, artifact=config.artifact.absolute(), test=config.test and config.test.absolute()
+    )
 
 
 def extended(plan: Plan, state: dict[str, Any]) -> str | None:
@@ -275,13 +286,11 @@ def extended(plan: Plan, state: dict[str, Any]) -> str | None:
     before = count_steps(read_config(plan.folder, type(config)).optimizer, state["images"])
     if before == plan.steps or not 0 < done < plan.steps:
         return None
-    old, new = (
-        learning_rate(step, steps, config.optimizer)
-        for step, steps in ((done - 1, before), (done, plan.steps))
-    )
+    old = learning_rate(done - 1, before, config.optimizer)
+    new = learning_rate(done, plan.steps, config.optimizer)
     return (
-        f"the schedule now ends at step {plan.steps} instead of {before}: the learning rate goes from {old:.3g} "
-        f"at step {done} to {new:.3g} at step {done + 1}"
+        f"the schedule now ends at step {plan.steps} instead of {before}: the learning rate goes from "
+        f"{old:.3g} at step {done} to {new:.3g} at step {done + 1}"
     )
 
 
@@ -324,7 +333,7 @@ def _resumed(config: Settings) -> Settings:
     if isinstance(config, PretrainConfig) and isinstance(saved, PretrainConfig):
         config = replace(config, objective=_same_teacher(config.objective, saved.objective))
         may_change = may_change | _places_of_teachers(config.objective, saved.objective)
-    old, new = flat(to_plain(saved)), flat(to_plain(config))
+    old, new = flat(to_plain(_located(saved))), flat(to_plain(_located(config)))
     changed = sorted(name for name in old | new if old.get(name) != new.get(name) and name not in may_change)
     if changed:
         listing = ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)
