@@ -85,8 +85,8 @@ def train(config: Any, folder: Path, *, resume: bool = False) -> Runner:
                 ) from error
             if "DataLoader worker" in str(error):
                 raise ComaError(
-                    f"{folder}: a reading process died, most likely because memory ran out; use fewer --workers, "
-                    f"then go on with --resume {folder}"
+                    f"{folder}: a reading process died, most likely because memory ran out; use fewer "
+                    f"--workers, then go on with --resume {folder}"
                 ) from error
             if not _disk_is_full(error):
                 raise
@@ -174,16 +174,13 @@ def intact_checkpoint(folder: Path) -> Path | None:
         BadInput: all of them are damaged.
     """
     last = latest_checkpoint(folder)
-    numbered = {
-        int(name[1]): path for path in folder.glob("*.pth") if (name := _NUMBERED.fullmatch(path.name))
-    }
-    before = [path for _, path in sorted(numbered.items(), reverse=True) if path != last]
+    found = ((_NUMBERED.fullmatch(path.name), path) for path in folder.glob("*.pth"))
+    numbered = sorted(((int(name[1]), path) for name, path in found if name), reverse=True)
+    before = [path for _, path in numbered if path != last]
     for path in (last, *before) if last else ():
         holds = path.is_file() and seal_holds(path)
         if holds is None:
-            log.warning(
-                "warning: %s: has no checksum (an older version wrote it): damage goes unnoticed", path
-            )
+            log.warning("warning: %s: has no checksum (of an older version): damage goes unnoticed", path)
         if holds is not False:
             return path
         log.warning("warning: %s: damaged (its checksum does not match); trying the one before", path)

@@ -81,8 +81,8 @@ def lies_among(out: Path, images: Path | None, flag: str = "--out") -> str | Non
     if images is None or images.resolve() not in out.resolve().parents:
         return None
     return (
-        f"{flag} {out} lies among the images of {images}: what is written there never becomes one of them; to "
-        f"keep them apart, choose another {flag}"
+        f"{flag} {out} lies among the images of {images}: what is written there never becomes one of them; "
+        f"to keep them apart, choose another {flag}"
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from downstream.options import is_main
 from pretrain.errors import BadInput
+from pretrain.files import lies_among
 
 if TYPE_CHECKING:
     import torch
