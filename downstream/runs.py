@@ -10,6 +10,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import sys
 import uuid
 import warnings
@@ -30,13 +31,15 @@ from downstream.checkpoints import allow_checkpoints
 from downstream.options import is_main
 from downstream.progress import Bar
 from downstream.workers import settle_workers
-from pretrain.errors import BadInput, CheckFailed, Interrupted
+from pretrain.errors import BadInput, CheckFailed, ComaError, Interrupted
+from pretrain.hashing import seal, seal_holds
 from pretrain.training.signals import StopRequest
 
 log = logging.getLogger(__name__)
 HEADLINES = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50", "mIoU", "mAcc", "aAcc")
 SCORES = "coma_scores"
 """Where checkpoints keep what every validation measured, by step (by epoch, where a run counts those)."""
+_NUMBERED = re.compile(r"(?:iter|epoch)_(\d+)\.pth")
 CONFIG, PRINTED = "config.py", "printed.txt"
 
 
@@ -56,7 +59,7 @@ def train(config: Any, folder: Path, *, resume: bool = False) -> Runner:
         CheckFailed: a loss that is not finite, or a disk that is full.
         BadInput: nothing to resume.
     """
-    last = latest_checkpoint(folder) if resume else None
+    last = intact_checkpoint(folder) if resume else None
     config.resume, config.load_from = last is not None, last and str(last)
     if resume and not last:
         log.info("no checkpoint was saved before the run ended; starting again")
@@ -79,6 +82,11 @@ def train(config: Any, folder: Path, *, resume: bool = False) -> Runner:
                 raise Interrupted(
                     f"stopped; a reading process got the signal, too, so --resume {folder} goes on from "
                     f"{last.name if last else 'the start'}"
+                ) from error
+            if "DataLoader worker" in str(error):
+                raise ComaError(
+                    f"{folder}: a reading process died, most likely because memory ran out; use fewer "
+                    f"--workers, then go on with --resume {folder}"
                 ) from error
             if not _disk_is_full(error):
                 raise
@@ -159,8 +167,36 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return path if path and path.is_file() else None
 
 
+def intact_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint, or where it is damaged the one before; None where none was ever saved.
+
+    Raises:
+        BadInput: all of them are damaged.
+    """
+    last = latest_checkpoint(folder)
+    found = ((_NUMBERED.fullmatch(path.name), path) for path in folder.glob("*.pth"))
+    numbered = sorted(((int(name[1]), path) for name, path in found if name), reverse=True)
+    before = [path for _, path in numbered if path != last]
+    for path in (last, *before) if last else ():
+        holds = path.is_file() and seal_holds(path)
+        if holds is None:
+            log.warning("warning: %s: has no checksum (of an older version): damage goes unnoticed", path)
+        if holds is not False:
+            return path
+        log.warning("warning: %s: damaged (its checksum does not match); trying the one before", path)
+    if last:
+        raise BadInput(f"{folder}: all its checkpoints are damaged; start again in another folder")
+    return None
+
+
 def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint; nothing is unpickled but tensors, numbers and mmengine's histories."""
+    """The weights in a checkpoint; nothing is unpickled but tensors, numbers and mmengine's histories.
+
+    Raises:
+        BadInput: it is damaged.
+    """
+    if seal_holds(path) is False:
+        raise BadInput(f"{path}: damaged (its checksum does not match)")
     allow_checkpoints()
     return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
 
@@ -171,7 +207,12 @@ def scores_by_step(runner: Runner) -> dict[str, dict[str, float]]:
 
 
 class _QuietRunner(Runner):
-    """Logs everything to its files, and errors alone to the terminal."""
+    """Logs everything to its files, errors alone to the terminal; seals its checkpoints."""
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        super().save_checkpoint(out_dir, filename, *args, **kwargs)
+        if is_main():
+            seal(Path(out_dir, filename))
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         logger = super().build_logger(*args, **kwargs)

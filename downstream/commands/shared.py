@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from downstream.options import is_main
 from pretrain.errors import BadInput
+from pretrain.files import lies_among
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +89,8 @@ def train(
     out = required(given.out, "--out", f"a new run directory, for example runs/{kind}")
     if is_main():  # it may have begun to write when others look
         check_empty(out, f"go on with --resume {out}, or " if (out / CONFIG).is_file() else "")
+        if note := lies_among(out, getattr(given, "data", None)):
+            warn([note])
     encoder = None
     if source.artifact or source.preset or not source.config:
         encoder = describe(source.artifact, source.preset)

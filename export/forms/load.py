@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from export.description import Description, Form, Port, Preprocessing
 from export.forms.base import Deployable
-from pretrain.artifact import ArtifactConfig, load_artifact, load_classifier, load_encoder
+from pretrain.artifact import CHECKSUMS, ArtifactConfig, load_artifact, load_classifier, load_encoder
 from pretrain.errors import BadArtifact, BadInput
 from pretrain.masking.units import unit_grid
 from pretrain.models import Encoder
@@ -183,7 +183,7 @@ def artifact_hash(directory: Path) -> str:
     """
     try:
         plain = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        for fact in ("trained", "versions"):
+        for fact in ("trained", "versions", CHECKSUMS):
             plain.pop(fact, None)
         found = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
         with safe_open(directory / "model.safetensors", framework="pt", device="cpu") as file:

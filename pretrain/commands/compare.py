@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 _OURS = {
     *("--out", "--seed", "--steps", "--epochs", "--resume", "--from", "--method", "--model", "--device"),
     *("--probe", "--probe-steps", "--probe-epochs", "--probe-protocols", "--probe-train", "--probe-test"),
-    "--sheet-steps",
+    *("--sheet-steps", "--allow-changed-data", "--no-allow-changed-data"),
 }
 """Flags of `coma pretrain` that a comparison sets itself."""
 _OURS_TUNING = {
     *("--data", "--train", "--test", "--run", "--out", "--resume", "--seed", "--device", "--workers"),
-    *("--protocol", "--from-scratch"),
+    *("--protocol", "--from-scratch", "--allow-changed-data", "--no-allow-changed-data"),
 }
 """Likewise, of `coma evaluate --protocol finetune`."""
 
@@ -83,6 +83,9 @@ class CompareConfig(Ranged):
     """Measure random weights, too."""
     finetune: str = ""
     """Flags of `coma evaluate --protocol finetune`, in quotes: "--epochs 20 --batch-size 64"."""
+    allow_changed_data: bool = False
+    """Go on with a comparison although images were added, removed, renamed or changed in size since it was
+    begun; runs that are finished stay as they are."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     jobs: Annotated[int | None, JOBS] = None
     """Runs at a time (default: one on every GPU, one on a CPU)."""
@@ -153,6 +156,7 @@ def parse(argv: list[str]) -> Comparison:
         probe_limits=(config.probe_train, config.probe_test),
         floor=config.floor,
         finetune_flags=flags,
+        allow_changed_data=config.allow_changed_data,
         finetune_epochs=_finetune_epochs(flags) if "finetune" in config.protocols else 1.0,
     )
 
@@ -177,7 +181,7 @@ def entry(images: Path, method: str, model: str, flags: list[str], seeds: tuple[
     _refuse(model_flags, _OURS, f"in --models {model!r}")
     own = ["--method", *method_flags, "--model", *model_flags]
     try:
-        config, _ = pretrain_command.parse([str(images), *flags, *own])  # the last of two counts
+        config, *_ = pretrain_command.parse([str(images), *flags, *own])  # the last of two counts
     except SystemExit:
         raise BadInput(f"coma pretrain does not take: {shlex.join([*flags, *own])}") from None
     return Entry(method, model, replace(config, run=replace(config.run, sheet_steps=0)), tuple(seeds))

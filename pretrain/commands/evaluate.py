@@ -108,6 +108,9 @@ class EvaluateConfig(Ranged):
     in artifact/ the classifier that did best on the test images."""
     resume: Path | None = None
     """Go on with the fine-tuning run in this directory, with its own settings."""
+    allow_changed_data: bool = False
+    """With --resume: go on although images were added, removed, renamed, changed in size or moved to another
+    class since the start; the best score is looked for anew then."""
     finetune: Annotated[Finetuning, tyro.conf.OmitArgPrefixes] = Finetuning()
 
 
@@ -159,6 +162,8 @@ def parse(argv: list[str]) -> EvaluateConfig:
     config = parse_arguments(EvaluateConfig, argv, prog="coma evaluate", description=__doc__, default=default)
     if default and (config.run, config.protocol) != (default.run, default.protocol):
         raise BadInput("--run and --protocol do not go with --resume, which goes on with a fine-tuning run")
+    if config.allow_changed_data and not default:
+        raise BadInput("--allow-changed-data goes with --resume; a new run takes the images as they are")
     return config
 
 
@@ -207,7 +212,11 @@ def _finetune(config: EvaluateConfig) -> Score:
     from pretrain.evaluate import Score
     from pretrain.training import finetune
 
-    result = finetune(_finetune_config(config), resume=config.resume is not None)
+    result = finetune(
+        _finetune_config(config),
+        resume=config.resume is not None,
+        allow_changed_data=config.allow_changed_data,
+    )
     best, artifact = result.best, str(config.artifacts[0])
     return Score(
         encoder=f"random, like {artifact}" if config.finetune.from_scratch else artifact,

@@ -83,6 +83,8 @@ class Presets(Ranged):
     """Start a new run with the settings of this run directory or config.json."""
     resume: Path | None = None
     """Go on with the run in this directory, with its own settings."""
+    allow_changed_data: bool = False
+    """With --resume: go on although images were added, removed, renamed or changed in size meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,10 @@ def run(argv: list[str]) -> None:
     """
     main = "LOCAL_RANK" not in os.environ or os.environ.get("RANK") == "0"  # torchrun sets both
     try:
-        config, resume = parse(argv)
+        config, resume, allow_changed_data = parse(argv)
         from pretrain.training import pretrain
 
-        folder = pretrain(config, resume=resume)
+        folder = pretrain(config, resume=resume, allow_changed_data=allow_changed_data)
     except ComaError as error:
         from pretrain.training.distributed import AGREED
 
@@ -116,8 +118,8 @@ def run(argv: list[str]) -> None:
         print(_summary(folder))
 
 
-def parse(argv: list[str]) -> tuple[PretrainConfig, bool]:
-    """The settings that `argv` asks for, and whether they are those of a run to be resumed.
+def parse(argv: list[str]) -> tuple[PretrainConfig, bool, bool]:
+    """The settings that `argv` asks for, whether they are those of a run to be resumed, and on other images.
 
     Raises:
         BadInput: presets that contradict each other, or a run that cannot be read.
@@ -141,7 +143,9 @@ def parse(argv: list[str]) -> tuple[PretrainConfig, bool]:
     if first.from_ and data.images != defaults.data.images and data.mean == defaults.data.mean:
         data = replace(data, mean=None, std=None)  # those of other images: to be measured again
     config = PretrainConfig(data, given.model, given.objective, given.optimizer, given.run, given.probe)
-    return config, first.resume is not None
+    if first.allow_changed_data and not first.resume:
+        raise BadInput("--allow-changed-data goes with --resume; a new run takes the images as they are")
+    return config, first.resume is not None, first.allow_changed_data
 
 
 def _defaults(first: _First) -> PretrainConfig:

@@ -81,6 +81,8 @@ class Comparison:
     """Of `coma evaluate --protocol finetune`."""
     finetune_epochs: float = 1.0
     """That follow from them; for the estimate of the time that is left."""
+    allow_changed_data: bool = False
+    """Go on although the images are not those that it was begun with."""
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,12 @@ class ShardSource(EncodedSource):
         """The shard and the image's name in it."""
         return printable(f"{self._shards[int(self._shard[i])]}[{self._names[i]}]")
 
+    def listing(self) -> tuple[list[str], list[int]]:
+        """Names as `shard.tar/member`, and sizes."""
+        shards = [os.path.basename(shard) for shard in self._shards]
+        names = [f"{shards[k]}/{name}" for k, name in zip(self._shard.tolist(), self._names, strict=True)]
+        return names, self._places[:, 1].tolist()
+
     def encoded(self, i: int) -> bytes:
         """The image's file content."""
         start, size = self._places[i].tolist()

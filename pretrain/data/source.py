@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,10 @@ class Source(ABC):
     @abstractmethod
     def describe(self, i: int) -> str:
         """The image's name in messages."""
+
+    def listing(self) -> tuple[list[str], list[int]]:
+        """Names of the images inside `location` and their sizes in bytes: what tells them from others."""
+        return [self.describe(i) for i in range(len(self))], [0] * len(self)
 
     @abstractmethod
     def picture(self, i: int, at_least: AtLeast = 0) -> Picture:
@@ -130,6 +135,10 @@ class ArraySource(Source):
         """The position in the list."""
         return f"{self.location}[{i}]"
 
+    def listing(self) -> tuple[list[str], list[int]]:
+        """Positions, and bytes of the arrays."""
+        return [str(i) for i in range(len(self))], [np.asarray(image).nbytes for image in self._images]
+
     def picture(self, i: int, at_least: AtLeast = 0) -> Picture:
         """The array as it is."""
         try:
@@ -150,6 +159,11 @@ class Names(Sequence[str]):
     def __len__(self) -> int:
         """Number of strings."""
         return len(self._ends) - 1
+
+    def __iter__(self) -> Iterator[str]:
+        """All strings, faster than one by one."""
+        text, ends = self._bytes.numpy().tobytes(), self._ends.tolist()
+        return (os.fsdecode(text[start:end]) for start, end in pairwise(ends))
 
     def __getitem__(self, i: int) -> str:  # type: ignore[override]
         """String number i."""

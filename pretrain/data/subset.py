@@ -31,6 +31,12 @@ class Subset(Source):
         """The image's name in the source."""
         return self._source.describe(int(self._indices[i]))
 
+    def listing(self) -> tuple[list[str], list[int]]:
+        """Of these images, see `Source.listing`."""
+        names, sizes = self._source.listing()
+        chosen = self._indices.tolist()
+        return [names[i] for i in chosen], [sizes[i] for i in chosen]
+
     def picture(self, i: int, at_least: AtLeast = 0) -> Picture:
         """The decoded image; see `Source.picture`."""
         return self._source.picture(int(self._indices[i]), at_least)

@@ -35,6 +35,11 @@ class FinetunePlan(Plan[FinetuneConfig]):
     test_labels: Tensor
     """Of the test images, int64 `[m]`, counted alike."""
 
+    @property
+    def sources(self) -> dict[str, Source]:
+        """See `Plan.sources`."""
+        return {"training images": self.source, "test images": self.test}
+
     def looks_at(self, step: int) -> bool:
         """Whether a validation is due."""
         recipe = self.config.optimizer

@@ -25,6 +25,7 @@ from pretrain.config import (
     TaughtConfig,
 )
 from pretrain.data import Slices, Source, check_loader, check_some, measure, open_source
+from pretrain.data.identity import FLAG, Listing, list_data
 from pretrain.errors import BadInput
 from pretrain.files import write_whole
 from pretrain.masking.units import unit_grid
@@ -34,6 +35,7 @@ from pretrain.objectives import build_objective
 from pretrain.plain import flat, read_config, to_plain
 from pretrain.teaching import identified, may_have_moved
 from pretrain.training.distributed import Processes
+from pretrain.training.optimizer import learning_rate
 
 _MAY_CHANGE = {
     *("data.images", "data.workers", "data.loader", "data.on_bad_image", "test"),
@@ -69,6 +71,15 @@ class Plan(Generic[Settings]):
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel, of pixels scaled to 0..1."""
         return self.config.data.mean or (), self.config.data.std or ()
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """What the run learns from and is measured on, by the words of messages; see `list_data`."""
+        return {"images": self.source}
+
+    def list_data(self) -> Listing:
+        """Names and sizes of the images that decide what comes out."""
+        return list_data(self.sources, labels=isinstance(self.config, FinetuneConfig))
 
     def looks_at(self, step: int) -> bool:
         """Whether to look at what was learned when `step` steps are done and more follow."""
@@ -210,19 +221,17 @@ def count_steps(optimizer: OptimizerConfig, images: int) -> int:
     return optimizer.steps or math.ceil(optimizer.epochs * images / optimizer.batch_size)
 
 
-def check_resumable(plan: Plan, state: dict[str, Any] | None) -> None:
-    """Refuse to go on from `state` with other data, or to fewer steps than are done.
+def check_resumable(plan: Plan, state: dict[str, Any], *, allow_changed_data: bool) -> None:
+    """Refuse to go on from `state` with another number of images, or to fewer steps than are done.
 
     Raises:
         BadInput: naming both numbers.
     """
-    if not state:
-        return
     images, before = len(plan.source), state["images"]
-    if before != images:
+    if before != images and not allow_changed_data:
         raise BadInput(
             f"{plan.source.location}: has {images} images, but the run was started with {before}, so their "
-            "order would change; give the same data, or start a new run"
+            f"order would change; give the same data, start a new run, or go on all the same with {FLAG}"
         )
     if state["step"] > plan.steps:
         raise BadInput(f"{plan.folder}: has done {state['step']} steps, more than the {plan.steps} asked for")
@@ -234,8 +243,33 @@ def write_config(config: PretrainConfig | FinetuneConfig) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    text = json.dumps(to_plain(config), indent=2) + "\n"
+    text = json.dumps(to_plain(_located(config)), indent=2) + "\n"
     write_whole(config.run.out / "config.json", lambda file: file.write(text.encode()))
+
+
+def _located(config: Settings) -> Settings:
+    """The settings with absolute paths of what is read: a run may be resumed from any directory."""
+    data = replace(config.data, images=config.data.images and config.data.images.absolute())
+    if isinstance(config, PretrainConfig):
+        probe = replace(config.probe, probe=config.probe.probe and config.probe.probe.absolute())
+        return replace(config, data=data, probe=probe)
+    return replace(
+        config, data=data, artifact=config.artifact.absolute(), test=config.test and config.test.absolute()
+    )
+
+
+def extended(plan: Plan, state: dict[str, Any]) -> str | None:
+    """What becomes of the learning rate where a resumed run has another number of steps than before."""
+    done, config = state["step"], plan.config
+    before = count_steps(read_config(plan.folder, type(config)).optimizer, state["images"])
+    if before == plan.steps or not 0 < done < plan.steps:
+        return None
+    old = learning_rate(done - 1, before, config.optimizer)
+    new = learning_rate(done, plan.steps, config.optimizer)
+    return (
+        f"the schedule now ends at step {plan.steps} instead of {before}: the learning rate goes from "
+        f"{old:.3g} at step {done} to {new:.3g} at step {done + 1}"
+    )
 
 
 def way_on(config: PretrainConfig | FinetuneConfig) -> str:
@@ -277,7 +311,7 @@ def _resumed(config: Settings) -> Settings:
     if isinstance(config, PretrainConfig) and isinstance(saved, PretrainConfig):
         config = replace(config, objective=_same_teacher(config.objective, saved.objective))
         may_change = may_change | _places_of_teachers(config.objective, saved.objective)
-    old, new = flat(to_plain(saved)), flat(to_plain(config))
+    old, new = flat(to_plain(_located(saved))), flat(to_plain(_located(config)))
     changed = sorted(name for name in old | new if old.get(name) != new.get(name) and name not in may_change)
     if changed:
         listing = ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)

@@ -128,11 +128,13 @@ class ClassifierKeeper(Keeper[FinetuneConfig]):
         if state is None:
             return None
         kept, now = state["validation"], len(self._finetuning.test)
-        if kept["test_images"] != now:
+        if kept["test_images"] != now and not self.may_change:
             raise BadInput(
                 f"{self._finetuning.test.location}: has {now} images, but the run was started with "
                 f"{kept['test_images']} test images; give the same, or start a new run"
             )
+        if self.changed or kept["test_images"] != now:
+            return state  # scores on other images say nothing of what follows
         self._weights = kept["weights"]
         self.best, self.last = (Validation(**kept[name]) if kept[name] else None for name in ("best", "last"))
         self._looked = self.last.step if self.last else -1
@@ -160,17 +162,19 @@ class ClassifierKeeper(Keeper[FinetuneConfig]):
         classifier.to(device)
         precision = choose_precision(config.run.precision, device)
         choose_attention(classifier, precision, device)
-        self.last, failures = validate(
-            classifier,
-            plan.test,
-            plan.test_labels,
-            *plan.statistics,
-            step=step,
-            image_size=config.data.image_size,
-            batch_size=plan.slices.micro_batch,
-            precision=precision,
-            workers=config.data.workers,
-        )
+        with self.at_once():
+            scored = validate(
+                classifier,
+                plan.test,
+                plan.test_labels,
+                *plan.statistics,
+                step=step,
+                image_size=config.data.image_size,
+                batch_size=plan.slices.micro_batch,
+                precision=precision,
+                workers=config.data.workers,
+            )
+        self.last, failures = scored
         for failure in failures:
             if failure not in self._told:
                 self._report.warn(f"left out of the test images: {failure}")
