@@ -24,13 +24,16 @@ from pretrain.config import DyViTConfig, EncoderConfig
 from pretrain.errors import BadInput
 
 
-def finetune(kind: Kind, config: Any, out: Path, *, resume: bool = False) -> Path | None:
+def finetune(
+    kind: Kind, config: Any, out: Path, *, source: Path | None = None, resume: bool = False
+) -> Path | None:
     """Train, then make an artifact of the best checkpoint.
 
     Args:
         kind: What it becomes.
         config: A whole mmengine configuration of that library.
         out: The run directory.
+        source: The user's file that the configuration comes from, which errors name.
         resume: Go on from its last checkpoint.
 
     Returns:
@@ -47,7 +50,7 @@ def finetune(kind: Kind, config: Any, out: Path, *, resume: bool = False) -> Pat
         describe_finetuned(kind, config, DyViTConfig(channels=channels))  # to fail before training, not after
     if resume:
         share_batch(config)
-    runner = runs.train(config, out, resume=resume)
+    runner = runs.train(config, out, source=source, resume=resume)
     model = getattr(runner.model, "module", runner.model)
     encoder = getattr(model.backbone, "encoder", None)
     if encoder is None:
