@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,15 @@ def blaming(path: Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ComaError, OSError, torch.OutOfMemoryError) as error:
-        if not isinstance(error, FileNotFoundError):
+    except ComaError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, torch.OutOfMemoryError) or (
+            isinstance(error, OSError) and error.errno == ENOSPC
+        ):
             raise
-        raise BadInput(f"{path}: {what}: {error.filename or _line(error)}: no such file") from error
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        places = [
-            f"{Path(*Path(f.filename).parts[-3:])}:{f.lineno}" for f in frames if _LIBRARY.search(f.filename)
-        ]
-        where = f" at {places[-1]}" if places else ""
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if _LIBRARY.search(f.filename)]
+        where = f" at {_LIBRARY.split(frames[-1].filename)[-1]}:{frames[-1].lineno}" if frames else ""
         raise BadInput(f"{path}: {what} ({type(error).__name__}{where}: {_line(error)})") from error
 
 

@@ -106,9 +106,10 @@ def _listed(numbers: Sequence[float]) -> str:
 
 
 def _strides(head: Any) -> Iterator[tuple[str, list[float]]]:
-    holders = {f"{name}.strides": getattr(head, name, None) for name in GENERATORS}
-    found = {name: getattr(holder, "strides", None) for name, holder in holders.items()}
-    found |= {name: getattr(head, name, None) for name in ("strides", "featmap_strides", "point_strides")}
+    """Strides that a head works with, by name; what it was told, but for those that its generators have."""
+    found = {f"{name}.strides": getattr(getattr(head, name, None), "strides", None) for name in GENERATORS}
+    if not any(found.values()):
+        found = {name: getattr(head, name, None) for name in ("strides", "featmap_strides")}
     for name, value in found.items():
         if isinstance(value, list | tuple):
             yield name, [float(each[0] if isinstance(each, list | tuple) else each) for each in value]

@@ -77,7 +77,7 @@ def train(
     from downstream.options import check_foreign
     from downstream.runs import CONFIG, settle
     from downstream.settings import blaming, change, load_config
-    from downstream.tuning import finetune
+    from downstream.tuning import check_library, finetune
 
     command, source = COMMANDS[kind], given.source
     if given.resume:
@@ -99,6 +99,7 @@ def train(
     else:
         check_foreign(source, given.training, others)
         config = load_config(source.config)
+        check_library(kind, config, source.config)
         with blaming(source.config, "cannot be fitted"):
             if encoder:
                 with noting(config, source.config, f"to fit {source.artifact or source.preset}"):
