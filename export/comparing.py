@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from export.description import Form
 from export.forms.load import artifact_hash, example_inputs, load_deployable
+from export.image_sets import ImageSet
 from export.images import as_input, resized
 from export.latency import Latency, compute, end_to_end, interleaved
 from export.manifest import NAME, Entry, Manifest
@@ -24,13 +23,13 @@ from export.request import Watcher
 from export.runtimes.base import Runtime
 from export.runtimes.open import Device
 from export.runtimes.pytorch import TorchRuntime
-from pretrain.data.source import Source
-from pretrain.errors import BadImage, BadInput, ComaError
+from pretrain.errors import BadInput, ComaError
 from pretrain.hashing import sha256_of
 from pretrain.machine import cores
 
 EAGER, COMPILED = "torch eager", "torch compiled"
-_MOST_IMAGES = 64
+MOST_IMAGES = 64
+"""Different images that are shown; larger batches repeat them."""
 _WARM_UP, _LEAST = 3, 5  # runs: the first as `interleaved` has it, the second as it is told
 
 
@@ -86,41 +85,6 @@ class NotRun:
     name: str
     reason: str
     batch: int | None = None
-
-
-@dataclass(frozen=True)
-class Images:
-    """What is shown to the models.
-
-    Attributes:
-        pictures: Decoded, `[H, W, c]`.
-        files: The files they came from; empty where they came from none.
-    """
-
-    pictures: tuple[np.ndarray, ...]
-    files: tuple[bytes, ...]
-
-
-def read_images(source: Source, channels: int, most: int) -> Images:
-    """The first `most` images (64 at most) that can be read.
-
-    Raises:
-        BadInput: none can; the message says why the first one could not.
-    """
-    pictures, files, first = [], [], None
-    for number in range(len(source)):
-        if len(pictures) == min(most, _MOST_IMAGES):
-            break
-        try:
-            picture, file = source.read(number, channels), source.encoded(number)
-        except BadImage as error:
-            first = first or error
-            continue
-        pictures.append(picture)
-        files += [file] if file is not None else []
-    if not pictures:
-        raise BadInput(f"{source.location}: no image can be read; {first}; give others with --images")
-    return Images(tuple(pictures), tuple(files))
 
 
 def exported(folder: Path, artifact: Path, form: Form, required: bool) -> tuple[list[Entry], list[NotRun]]:
@@ -207,7 +171,7 @@ class Call:
 
 
 def try_out(
-    contenders: Sequence[Contender], images: Images, batch: int, size: tuple[int, int], watcher: Watcher
+    contenders: Sequence[Contender], images: ImageSet, batch: int, size: tuple[int, int], watcher: Watcher
 ) -> tuple[list[Call], list[NotRun]]:
     """What can be timed at one batch size, and what cannot: every call is made twice.
 
@@ -279,7 +243,7 @@ def _open(path: Path, entry: Entry, device: Device, threads: int) -> Contender:
 
 
 def _calls(
-    each: Contender, images: Images, batch: int, size: tuple[int, int]
+    each: Contender, images: ImageSet, batch: int, size: tuple[int, int]
 ) -> list[tuple[str, Callable[[], object]]]:
     about = each.runtime.description
     rule = about.preprocessing

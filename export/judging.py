@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ import numpy as np
 from export.description import Precision
 from export.emulation import emulate, is_short
 from export.forms.load import example_inputs, load_deployable
+from export.image_sets import Selection, counted
 from export.images import as_input, resized
 from export.latency import compute, end_to_end, interleaved
 from export.making import Maker, describe, fitted, load
@@ -29,6 +31,8 @@ from export.verify.gates import GATES
 from export.verify.metric import measure, top1
 from pretrain.errors import BadInput, CheckFailed
 from pretrain.hashing import sha256_of
+
+log = logging.getLogger(__name__)
 
 REJECTED = ".rejected"
 
@@ -47,6 +51,7 @@ class Judge:
         self.watcher, self.manifest = watcher, manifest
         self._fp32: Entry | None = None
         self._scores: dict[str, float] | None = None
+        self._scored_images: Selection | None = None
 
     def onnx(self, waiting: Path, path: Path, precision: Precision, maker: Maker) -> str | None:
         """Why the ONNX file is refused; None where it is kept."""
@@ -111,7 +116,7 @@ class Judge:
             self.reference,
             runtime,
             self.shapes,
-            self.request.pictures,
+            self.request.images.pictures,
             lambda done, total: self.watcher.step(label, done, total),
         )
         metric = self._metric(runtime) if verdict.passed else {}
@@ -138,7 +143,8 @@ class Judge:
             shapes=[str(s) for s in dict.fromkeys((self.shapes.least, self.shapes.usual, self.shapes.most))],
             tolerances=asdict(GATES[precision]),
             verification=verdict.plain(),
-            images=self.request.images,
+            images=str(self.request.images.selection),
+            image_sets=self._image_sets(precision),
         )
 
     def _keep(self, waiting: Path, path: Path, entry: Entry, verdict: Verdict) -> str | None:
@@ -164,21 +170,31 @@ class Judge:
 
     def _metric(self, runtime: Runtime) -> dict[str, dict[str, float]]:
         if self._scores is None:
-            self._scores = self._score(self.reference)
+            self._scores, self._scored_images = self._score(self.reference)
+            if self._scored_images and self._scored_images.left_out:
+                log.warning("top-1 over %s: %s", self._scored_images, self._scored_images.names)
         if not self._scores:
             return {}
         with _about_this_file():  # PyTorch took these images
-            return {"torch": self._scores, "file": self._score(runtime)}
+            return {"torch": self._scores, "file": self._score(runtime)[0]}
 
-    def _score(self, runtime: Runtime) -> dict[str, float]:
+    def _score(self, runtime: Runtime) -> tuple[dict[str, float], Selection | None]:
         request, form = self.request, runtime.description.form
         if form == "classifier" and request.labelled is not None:
             self.watcher.step(f"top-1 of {runtime.title}")
             return top1(runtime, request.labelled, request.most)
         if form in ("detector", "segmentor") and request.dataset is not None:
             self.watcher.step(f"the task's metric, of {runtime.title}")
-            return measure(runtime, request.artifact, request.dataset, request.most)
-        return {}
+            return measure(runtime, request.artifact, request.dataset, request.most), None
+        return {}, None
+
+    def _image_sets(self, precision: Precision) -> dict[str, dict[str, Any]]:
+        sets = {"verification": self.request.images.selection}
+        if precision in ("int8", "fp8") and self.request.calibration:
+            sets["calibration"] = self.request.calibration.selection
+        if self._scored_images:
+            sets["top-1"] = self._scored_images
+        return {name: asdict(selection) for name, selection in sets.items()}
 
     @cached_property
     def _reference_on_gpu(self) -> TorchRuntime:
@@ -187,7 +203,7 @@ class Judge:
 
     def _latency(self, runtime: Runtime, place: str) -> list[dict[str, Any]]:
         """The file and PyTorch in turns, both on the device `place`; PyTorch's rows follow the file's."""
-        usual = self.shapes.usual
+        usual, pictures = self.shapes.usual, self.request.images.pictures
         both = (runtime, self.reference if place == "cpu" else self._reference_on_gpu)
         rows = []
         for batch in dict.fromkeys((self.shapes.least.batch, usual.batch)):
@@ -198,12 +214,12 @@ class Judge:
                 about = each.description
                 names = [port.name for port in about.inputs]
                 inputs = dict(zip(names, example_inputs(about, batch, *size), strict=True))
-                pixels = [resized(self.request.pictures[0], about.preprocessing, size)] * batch
+                pixels = [resized(self.request.images.pictures[0], about.preprocessing, size)] * batch
                 inputs["images"] = as_input(pixels, about.preprocessing)
                 calls.append(compute(each, {name: tensor.to(place) for name, tensor in inputs.items()}))
             timed = [("compute", call, each) for call, each in zip(calls, both, strict=True)]
             if runtime.description.form != "reconstructor":
-                files = [_as_png(self.request.pictures[i % len(self.request.pictures)]) for i in range(batch)]
+                files = [_as_png(pictures[i % len(pictures)]) for i in range(batch)]
                 channels = int(runtime.description.inputs[0].axes[1])
                 timed += [("end to end", end_to_end(each, files, size, channels), each) for each in both]
             results = interleaved([call for _, call, _ in timed], batch, self.request.seconds)
@@ -221,7 +237,7 @@ class Judge:
         batch = self.shapes.usual.batch if "batch" not in self.shapes.dynamic else 1
         rule, own = about.preprocessing, self.reference.description.preprocessing
         size = (usual.height, usual.width)
-        pixels = [resized(self.request.pictures[0], own, size)] * batch
+        pixels = [resized(self.request.images.pictures[0], own, size)] * batch
         others = example_inputs(self.reference.description, batch, *size)[1:]
         model = load(waiting)
         try:
@@ -255,9 +271,11 @@ def _found(entry: Entry, verdict: Verdict) -> str:
     worst = [each.cosine for each in verdict.outputs.values() if each.compared or not each.finite]
     least = f"least cosine {min(worst):.6f}" if worst else "nothing to compare"
     scores = "".join(f", {k} {v:.2f}" for k, v in entry.metric.get("file", {}).items())
+    if "top-1" in entry.image_sets:
+        scores += f" over {counted(entry.image_sets['top-1']['used'], 'image')}"
     return (
-        f"{entry.bytes / 1e6:.1f} MB, {least} over {verdict.images} images and {len(verdict.shapes)} "
-        f"shapes{scores}"
+        f"{entry.bytes / 1e6:.1f} MB, {least} over {counted(verdict.images, 'image')} and "
+        f"{counted(len(verdict.shapes), 'shape')}{scores}"
     )
 
 

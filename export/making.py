@@ -86,7 +86,7 @@ class Maker:
 
         base = self.fp32()
         description = describe(base)
-        total = len(self.request.calibration)
+        batches, total = self._batches(description)
         title = f"{self.form} {precision}: reading ranges of activations"
         self.watcher.step(title, 0, total)
         common: dict[str, Any] = {
@@ -94,7 +94,6 @@ class Maker:
             "metadata": {METADATA: as_json(replace(description, precision=precision))},
             "progress": lambda done: self.watcher.step(title, done, total),
         }
-        batches = self._batches(description)
         if precision == "int8":
             quantize_int8(base, target, batches, self.request.method, **common)
         else:
@@ -106,13 +105,17 @@ class Maker:
         here = [pattern for pattern in self.request.keep if fits(pattern, layers)]
         return [f"form.{pattern}" for pattern in here] if self.request.inside else here
 
-    def _batches(self, description: Description) -> Iterator[dict[str, np.ndarray]]:
+    def _batches(self, description: Description) -> tuple[Iterator[dict[str, np.ndarray]], int]:
+        """All calibration images, batch by batch, and the number of batches; the last batch is filled up."""
         usual, rule = self.shapes.usual, description.preprocessing
         batch = description.inputs[0].axes[0]
         size = batch if isinstance(batch, int) else 1
-        pictures = self.request.calibration
-        for start in range(0, len(pictures) - size + 1, size):
-            images = [resized(p, rule, (usual.height, usual.width)) for p in pictures[start : start + size]]
+        pictures = self.request.calibration.pictures if self.request.calibration else ()
+        starts = range(0, len(pictures), size)
+
+        def batch_from(start: int) -> dict[str, np.ndarray]:
+            numbers = [i % len(pictures) for i in range(start, start + size)]
+            images = [resized(pictures[i], rule, (usual.height, usual.width)) for i in numbers]
             inputs = {"images": as_input(images, rule)}
             for port, example in zip(
                 description.inputs[1:],
@@ -120,7 +123,9 @@ class Maker:
                 strict=True,
             ):
                 inputs[port.name] = example
-            yield {name: each.numpy() for name, each in inputs.items()}
+            return {name: each.numpy() for name, each in inputs.items()}
+
+        return map(batch_from, starts), len(starts)
 
 
 def fitted(deployable: Deployable, shapes: Shapes) -> Deployable:

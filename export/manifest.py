@@ -45,7 +45,9 @@ class Entry:
         shapes: Least, usual and most, as asked for.
         tolerances: The limits it was held to.
         verification: What the gate found (see `export.verify.check.Verdict.plain`).
-        images: That it was compared on, for people.
+        images: Human-readable description of the verification images.
+        image_sets: Images by purpose (verification, calibration, top-1): location, used, available and
+            left_out, the reason by name; empty in manifests of older versions.
         metric: Scores in percent, of PyTorch (`torch`) and of the file (`file`); empty without labels.
         latency: By shape, of the file and of PyTorch: compute and end to end, milliseconds.
         numbers: Which operators and weights have which precision.
@@ -69,6 +71,7 @@ class Entry:
     latency: list[dict[str, Any]] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    image_sets: dict[str, dict[str, Any]] = field(default_factory=dict)
     machine: str = field(default_factory=lambda: machine())
     versions: dict[str, str] = field(default_factory=lambda: versions())
 

@@ -11,6 +11,7 @@ from export_files import Silent
 from export import exporting, judging
 from export.exporting import Outcome
 from export.forms.load import load_deployable
+from export.image_sets import ImageSet, Selection
 from export.judging import Judge
 from export.making import Maker, fits, layers_of
 from export.manifest import Entry, Manifest
@@ -38,7 +39,8 @@ def classifier(tmp_path_factory) -> Path:
 def judged(tmp_path, classifier, monkeypatch) -> tuple[Judge, Maker, Path]:
     """For engines, with a builder and a runtime that need no GPU."""
     request: Any = SimpleNamespace(
-        artifact=classifier, out=tmp_path, engine=None, images="", pictures=(), seconds=0, labelled=None,
+        artifact=classifier, out=tmp_path, engine=None, seconds=0, labelled=None,
+        images=ImageSet(Selection("", 0, 0), ()), calibration=None,
         precisions=("fp32", "fp16"), tensorrt=True, inside=False, device="cpu", most=9,
     )  # fmt: skip
     reference = TorchRuntime(load_deployable(classifier, "classifier"))
@@ -157,7 +159,7 @@ def test_images_that_one_file_does_not_take_are_its_fault_and_others_are_the_use
     def top1(runtime, *_):
         if runtime.title in unfit:
             raise BadInput("images 1x3x99x99: the engine takes 1x3x64x64")
-        return {"top-1": 50.0}
+        return {"top-1": 50.0}, Selection("labelled images", 2, 2)
 
     judged[0].request.labelled = object()
     monkeypatch.setattr(judging, "top1", top1)

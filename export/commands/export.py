@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -14,8 +15,6 @@ from export.shapes import Shape, Shapes, parse_shapes
 from pretrain.errors import BadInput, CheckFailed, ComaError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from export.commands.progress import Bar
     from export.description import Form, Precision
     from export.exporting import Outcome
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     from export.tensorrt.sidecar import EngineOptions
     from pretrain.artifact import ArtifactConfig
     from pretrain.data.source import Source
+
+log = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 TARGETS = ("onnx", "tensorrt")
@@ -248,20 +249,26 @@ def _request(
 ) -> Request:
     from typing import cast
 
+    from export.image_sets import CALIBRATION, counted, read_image_set, shared_images
     from export.images import open_images
     from export.request import Request
-    from export.verify.check import read_pictures
 
     channels, batch = config.model.channels, 1 if "batch" in shapes.dynamic else shapes.usual.batch
     source = open_images(given.verify, held_out=True)
     labelled = _labelled(given, source, config, batch)
     keep = _kept_float(given, config.kind, forms)
-    calibration: list[np.ndarray] = []
+    images = read_image_set(source, channels, given.verify_images)
+    calibration = None
     if given.calibrate is not None:
-        calibration = read_pictures(open_images(given.calibrate), channels, given.calibrate_images)
-        if len(calibration) < batch:
-            raise BadInput(f"--calibrate: {len(calibration)} images are fewer than one batch of {batch}")
-    pictures = read_pictures(source, channels, given.verify_images)
+        calibration = read_image_set(
+            open_images(given.calibrate), channels, given.calibrate_images, CALIBRATION
+        )
+        if shared := shared_images(images, calibration):
+            log.warning(
+                "--calibrate %s: also in --verify: %s; other images show the errors better",
+                calibration.selection.location,
+                counted(shared, "image"),
+            )
     return Request(
         artifact=given.artifact,
         out=out,
@@ -269,8 +276,7 @@ def _request(
         tensorrt="tensorrt" in targets,
         inside=given.preprocess_inside,
         device=given.device,
-        pictures=pictures,
-        images=f"{len(pictures)} images of {source.location if given.verify else 'scikit-image'}",
+        images=images,
         calibration=calibration,
         method=given.calibrate_method,
         keep=keep,
@@ -315,9 +321,11 @@ def _labelled(given: ExportConfig, source: Source, config: ArtifactConfig, batch
         raise BadInput(
             f"--verify {given.verify}: labels up to {labels.max()}, but the model has {len(known)} classes"
         )
+    from export.image_sets import counted
+
     count = min(len(source), given.metric_images)
     if count < batch:
-        raise BadInput(f"--verify: top-1 on {count} images is fewer than one batch of {batch}")
+        raise BadInput(f"--verify: top-1 on {counted(count, 'image')} is fewer than one batch of {batch}")
     return source
 
 
