@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from export.description import Form
+from export.failures import library_errors
 from export.forms.load import artifact_hash, example_inputs, load_deployable
 from export.image_sets import ImageSet
 from export.images import as_input, resized
 from export.latency import Latency, compute, end_to_end, interleaved
-from export.manifest import NAME, Entry, Manifest
+from export.manifest import NAME, Entry, Manifest, is_verified
 from export.request import Watcher
 from export.runtimes.base import Runtime
 from export.runtimes.open import Device
 from export.runtimes.pytorch import TorchRuntime
 from pretrain.errors import BadInput, ComaError
-from pretrain.hashing import sha256_of
 from pretrain.machine import cores
 
 EAGER, COMPILED = "torch eager", "torch compiled"
@@ -113,7 +113,7 @@ def exported(folder: Path, artifact: Path, form: Form, required: bool) -> tuple[
             absent.append(NotRun(entry.file, f"is of the form {entry.form}, not {form}"))
         elif not path.is_file():
             absent.append(NotRun(entry.file, f"listed in {NAME}, but no longer there"))
-        elif sha256_of(path) != entry.sha256:
+        elif not is_verified(folder, entry):
             raise BadInput(
                 f"{path}: is not the file that was verified (its SHA-256 is not the one in {NAME}); "
                 f"make it again with coma export {artifact}"
@@ -186,9 +186,10 @@ def try_out(
     for number, each in enumerate(contenders):
         watcher.step(f"batch {batch}: trying {each.name}", number, len(contenders))
         try:
-            calls += [
-                Call(each, what, run, _second_run(run)) for what, run in _calls(each, images, batch, size)
-            ]
+            with library_errors(each.name):
+                calls += [
+                    Call(each, what, run, _second_run(run)) for what, run in _calls(each, images, batch, size)
+                ]
         except (ComaError, RuntimeError) as error:  # of torch: no memory, no compiler
             absent.append(NotRun(each.name, str(error).strip().partition("\n")[0][:300], batch))
     return sorted(calls, key=lambda call: call.what), absent  # compute first; contenders in their order
@@ -202,7 +203,8 @@ def expected_seconds(calls: Sequence[Call], seconds: float) -> float:
 
 def measure(calls: Sequence[Call], batch: int, seconds: float) -> list[Row]:
     """Run all of them in turns, for so many seconds each; `speed` relates to PyTorch's on the same device."""
-    results = interleaved([call.run for call in calls], batch, seconds, least=_LEAST)
+    with library_errors(f"timing a batch of {batch}"):
+        results = interleaved([call.run for call in calls], batch, seconds, least=_LEAST)
     pairs = list(zip(calls, results, strict=True))
     eager = {
         (call.what, call.contender.device): result.p50

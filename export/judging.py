@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 
 from export.description import Precision
 from export.emulation import emulate, is_short
+from export.failures import about_one_file, library_errors
 from export.forms.load import example_inputs, load_deployable
 from export.image_sets import Selection, counted
 from export.images import as_input, resized
@@ -29,7 +28,7 @@ from export.tensorrt.sidecar import sidecar_path
 from export.verify.check import Verdict, verify
 from export.verify.gates import GATES
 from export.verify.metric import measure, top1
-from pretrain.errors import BadInput, CheckFailed
+from pretrain.errors import BadInput, CheckFailed, ComaError
 from pretrain.hashing import sha256_of
 
 log = logging.getLogger(__name__)
@@ -60,7 +59,8 @@ class Judge:
         runtime, timed = self._open(waiting, precision)
         place = "cpu" if self.request.device == "cpu" else "cuda"
         entry, verdict = self._entry(waiting, path.name, runtime, timed, place)
-        entry.numbers = precision_summary(load(waiting))
+        with library_errors("the graph cannot be inspected"):
+            entry.numbers = precision_summary(load(waiting))
         if not verdict.passed:
             entry.error = self._locate(waiting, runtime, maker)
         elif precision in ("int8", "fp8"):
@@ -99,7 +99,7 @@ class Judge:
         from export.runtimes.onnxruntime import OnnxRuntime
 
         if self.request.device == "cpu" and is_short(precision):
-            with _about_this_file():
+            with about_one_file(), library_errors("the graph cannot be emulated in fp32"):
                 emulated = emulate(load(waiting), precision).SerializeToString()
             compared = OnnxRuntime(emulated)
             return compared, OnnxRuntime(waiting) if precision == "fp16" else None
@@ -151,19 +151,17 @@ class Judge:
         rejected = path.with_name(path.name + REJECTED)
         target = path if verdict.passed else rejected
         # the sidecar first: an engine beside that of another is refused, one without any cannot be told
-        for source, to in ((sidecar_path(waiting), sidecar_path(target)), (waiting, target)):
-            if source.exists():
-                source.replace(to)
+        pairs = ((sidecar_path(waiting), sidecar_path(target)), (waiting, target))
+        moves = [(source, to) for source, to in pairs if source.exists()]
         fault = None
-        if verdict.passed:
-            for each in (rejected, sidecar_path(rejected)):  # of an earlier try
-                each.unlink(missing_ok=True)
-        else:
+        if not verdict.passed:
             where = f"; {entry.error}" if entry.error else ""
             fault = f"{path.name}: {'; '.join(verdict.failures)}{where}"
             entry.file += REJECTED
-        self.manifest.add(entry, verdict.passed)
-        self.manifest.write(self.request.out)
+        self.manifest.commit(entry, verdict.passed, self.request.out, moves)
+        if verdict.passed:
+            for each in (rejected, sidecar_path(rejected)):  # of an earlier try
+                each.unlink(missing_ok=True)
         mark = "kept   " if verdict.passed else "refused"
         self.watcher.say(f"{mark} {entry.file}  {_found(entry, verdict)}")
         return fault
@@ -175,7 +173,7 @@ class Judge:
                 log.warning("top-1 over %s: %s", self._scored_images, self._scored_images.names)
         if not self._scores:
             return {}
-        with _about_this_file():  # PyTorch took these images
+        with about_one_file():  # PyTorch took these images
             return {"torch": self._scores, "file": self._score(runtime)[0]}
 
     def _score(self, runtime: Runtime) -> tuple[dict[str, float], Selection | None]:
@@ -185,16 +183,17 @@ class Judge:
             return top1(runtime, request.labelled, request.most)
         if form in ("detector", "segmentor") and request.dataset is not None:
             self.watcher.step(f"the task's metric, of {runtime.title}")
-            return measure(runtime, request.artifact, request.dataset, request.most), None
+            with library_errors(f"--dataset {request.dataset}", BadInput):  # mmdet and mmseg raise anything
+                return measure(runtime, request.artifact, request.dataset, request.most), None
         return {}, None
 
-    def _image_sets(self, precision: Precision) -> dict[str, dict[str, Any]]:
+    def _image_sets(self, precision: Precision) -> dict[str, Selection]:
         sets = {"verification": self.request.images.selection}
         if precision in ("int8", "fp8") and self.request.calibration:
             sets["calibration"] = self.request.calibration.selection
         if self._scored_images:
             sets["top-1"] = self._scored_images
-        return {name: asdict(selection) for name, selection in sets.items()}
+        return sets
 
     @cached_property
     def _reference_on_gpu(self) -> TorchRuntime:
@@ -241,28 +240,20 @@ class Judge:
         others = example_inputs(self.reference.description, batch, *size)[1:]
         model = load(waiting)
         try:
-            found = locate(
-                self.reference.module,
-                emulate(model, about.precision) if is_short(about.precision) else model,
-                (as_input(pixels, own), *others),
-                GATES[about.precision].cosine,
-                exported=(as_input(pixels, rule), *others),
-            )
-        except (BadInput, CheckFailed, RuntimeError):  # it cannot even be run with its insides marked
+            with library_errors("not located"):
+                found = locate(
+                    self.reference.module,
+                    emulate(model, about.precision) if is_short(about.precision) else model,
+                    (as_input(pixels, own), *others),
+                    GATES[about.precision].cosine,
+                    exported=(as_input(pixels, rule), *others),
+                )
+        except (ComaError, RuntimeError):  # it cannot even be run with its insides marked
             return None
         if not found:
             return None
         other = found.module.startswith(("box_heads", "mask_heads"))
         return f"{found}" + ("; or other proposals reach it than in PyTorch" if other else "")
-
-
-@contextmanager
-def _about_this_file() -> Iterator[None]:
-    # what else was asked for can still be made
-    try:
-        yield
-    except BadInput as error:
-        raise CheckFailed(str(error)) from None
 
 
 def _found(entry: Entry, verdict: Verdict) -> str:
@@ -272,7 +263,7 @@ def _found(entry: Entry, verdict: Verdict) -> str:
     least = f"least cosine {min(worst):.6f}" if worst else "nothing to compare"
     scores = "".join(f", {k} {v:.2f}" for k, v in entry.metric.get("file", {}).items())
     if "top-1" in entry.image_sets:
-        scores += f" over {counted(entry.image_sets['top-1']['used'], 'image')}"
+        scores += f" over {counted(entry.image_sets['top-1'].used, 'image')}"
     return (
         f"{entry.bytes / 1e6:.1f} MB, {least} over {counted(verdict.images, 'image')} and "
         f"{counted(len(verdict.shapes), 'shape')}{scores}"

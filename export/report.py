@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from export.image_sets import Selection
 from export.manifest import Entry, Manifest
 from pretrain.files import write_whole
 
@@ -57,8 +56,7 @@ def _image_sets(entries: list[Entry]) -> list[str]:
     """The images of each purpose, and those that were left out."""
     found: dict[str, list[str]] = {}
     for entry in entries:
-        for purpose, plain in entry.image_sets.items():
-            selection = Selection(**plain)
+        for purpose, selection in entry.image_sets.items():
             line = f"{purpose} over {selection}" + (f": {selection.names}" if selection.left_out else "")
             found.setdefault(line, []).append(f"`{entry.file}`")
     lines = [f"- {', '.join(files)}: {line}" for line, files in found.items()]

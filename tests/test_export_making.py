@@ -57,8 +57,8 @@ def judged(tmp_path, classifier, monkeypatch) -> tuple[Judge, Maker, Path]:
         "export.runtimes.tensorrt.TensorRTRuntime",
         lambda *_, **__: SimpleNamespace(description=about, title="TensorRT"),
     )
-    manifest = Manifest("artifact", "", "classifier")
-    maker = Maker(request, "classifier", FIXED, Silent())
+    manifest = Manifest("artifact", about.source, "classifier")
+    maker = Maker(request, "classifier", FIXED, Silent(), about.source)
     return Judge(request, reference, FIXED, Silent(), manifest), maker, tmp_path / "classifier.onnx"
 
 
@@ -111,7 +111,7 @@ def exporting_it(judged, monkeypatch):
     monkeypatch.setattr(judging, "verify", lambda *_: PASSED)
 
     def export() -> tuple[Outcome, Manifest]:
-        manifest, outcome = Manifest("artifact", "", "classifier"), Outcome()
+        manifest, outcome = Manifest("artifact", judge.reference.description.source, "classifier"), Outcome()
         exporting.export(judge.request, "classifier", FIXED, manifest, Silent(), outcome)
         return outcome, manifest
 
@@ -191,7 +191,7 @@ def test_patterns_of_layers_hold_in_the_forms_that_have_them(tmp_path):
     assert fits("*.decoder.head", layers["reconstructor"]) and not fits("*.decoder.head", layers["encoder"])
     assert not fits("*norm*", layers["encoder"])
     request: Any = SimpleNamespace(artifact=artifact, keep=("*.fc2", "*.decoder.*"), inside=False)
-    assert Maker(request, "encoder", FIXED, Silent())._keep() == ["*.fc2"]
-    assert Maker(request, "reconstructor", FIXED, Silent())._keep() == ["*.fc2", "*.decoder.*"]
+    assert Maker(request, "encoder", FIXED, Silent(), "")._keep() == ["*.fc2"]
+    assert Maker(request, "reconstructor", FIXED, Silent(), "")._keep() == ["*.fc2", "*.decoder.*"]
     request.inside = True  # the file's layers are then those of `form`
-    assert Maker(request, "encoder", FIXED, Silent())._keep() == ["form.*.fc2"]
+    assert Maker(request, "encoder", FIXED, Silent(), "")._keep() == ["form.*.fc2"]

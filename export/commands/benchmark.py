@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from export.commands.output import make_room
+from export.commands.output import disk_errors, make_room, stoppable
 from pretrain.errors import BadInput
+from pretrain.files import write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,7 +78,8 @@ def run(argv: list[str]) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(given.threads or before)
     try:
-        _benchmark(given, batches)
+        with stoppable(), disk_errors(given.out or given.artifact):
+            _benchmark(given, batches)
     finally:
         torch.set_num_threads(before)
 
@@ -182,7 +184,8 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
     if note:
         console.print(f"note     {note}", soft_wrap=True, markup=False)
     if given.out:
-        given.out.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(plain, indent=1) + "\n"
+        write_whole(given.out, lambda file: file.write(text.encode()))
         console.print(f"results  {given.out}", soft_wrap=True, markup=False)
 
 

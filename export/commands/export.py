@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from export.commands.output import disk_errors, exclusive, make_folder, make_room, stoppable
 from export.shapes import Shape, Shapes, parse_shapes
 from pretrain.errors import BadInput, CheckFailed, ComaError
 
@@ -126,7 +128,11 @@ def run(argv: list[str]) -> None:
             raise BadInput(f"{_flag(name)} {getattr(given, name)}: must be at least 1")
     if not 0 <= given.seconds < math.inf:
         raise BadInput(f"--seconds {given.seconds}: must be 0 or more, and finite")
-    _export(given, targets, precisions)
+    from export.request import folder_beside
+
+    out = given.out or folder_beside(given.artifact)
+    with stoppable(), disk_errors(out):
+        _export(given, targets, precisions, out)
 
 
 def default_shapes(config: ArtifactConfig, form: Form) -> Shapes:
@@ -141,14 +147,13 @@ def default_shapes(config: ArtifactConfig, form: Form) -> Shapes:
     return Shapes(Shape(1, unit, unit), Shape(1, side, side), Shape(4, *most))
 
 
-def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str, ...]) -> None:
-    from export.commands.output import make_folder
+def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str, ...], out: Path) -> None:
     from export.commands.progress import Bar
-    from export.exporting import Outcome, export
+    from export.exporting import Outcome, export, require
     from export.forms.load import artifact_hash, forms_of
+    from export.making import remove_unfinished
     from export.manifest import Manifest
     from export.report import NAME, write_report
-    from export.request import folder_beside
     from pretrain.artifact import load_artifact
 
     config = load_artifact(given.artifact).config
@@ -162,23 +167,29 @@ def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str
     for each in shapes.values():
         each.check(config.model.unit)
     _check_flags(given, targets, precisions, config, shapes[forms[0]])
-    out = given.out or folder_beside(given.artifact)
+    require(given.device)
     make_folder(out)
-    name, source = given.artifact.resolve().name, artifact_hash(given.artifact)
-    manifest = Manifest.of(out, name, source, config.kind)
-    request = _request(given, targets, precisions, out, config, forms, shapes[forms[0]])
-    outcome = Outcome()
-    try:
-        with Bar() as bar:
-            for form in forms:
-                export(request, form, shapes[form], manifest, bar, outcome)
-            if given.check == "rtx":
-                _check_rtx(outcome, shapes, bar)
-    except ComaError as error:
-        if not outcome.refused:
-            raise
-        raise type(error)(f"{error}\n{_refusals(outcome)}") from error
-    finally:
+    if given.engine.timing_cache:
+        make_room(given.engine.timing_cache, "--timing-cache")
+    with exclusive(out):
+        remove_unfinished(out)
+        name, source = given.artifact.resolve().name, artifact_hash(given.artifact)
+        manifest = Manifest.of(out, name, source, config.kind)
+        request = _request(given, targets, precisions, out, config, forms, shapes[forms[0]])
+        outcome = Outcome()
+        try:
+            with Bar() as bar:
+                for form in forms:
+                    export(request, form, shapes[form], manifest, bar, outcome)
+                if given.check == "rtx":
+                    _check_rtx(outcome, shapes, bar)
+        except BaseException as error:
+            if manifest.files or manifest.rejected:
+                with suppress(OSError):  # the first error counts
+                    write_report(manifest, out)
+            if not isinstance(error, ComaError) or not outcome.refused:
+                raise
+            raise type(error)(f"{error}\n{_refusals(outcome)}") from error
         if manifest.files or manifest.rejected:
             write_report(manifest, out)
     if given.check == "rtx":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from export.description import Description
+from export.failures import library_errors
 from export.images import as_input, resized
 from export.runtimes.base import Runtime
 from export.shapes import Shape, Shapes
@@ -113,7 +114,8 @@ def verify(
         for batch in batches:
             seen.update(batch)
             try:
-                _compare(runtime, wanted, batch, shape, pictures, differences)
+                with library_errors(runtime.title):
+                    _compare(runtime, wanted, batch, shape, pictures, differences)
             except ComaError as error:
                 failures.append(f"cannot be run at {shape}: {error}")
                 break
