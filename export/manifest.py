@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -127,14 +129,13 @@ class Manifest:
         text = json.dumps(plain, indent=1) + "\n"
         staged = folder / STAGED
         write_whole(staged, lambda file: file.write(text.encode()))
-        asked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
-            for source, to in moves:
-                source.replace(to)
-            staged.replace(folder / NAME)
+            with _signals_after():
+                for source, to in moves:
+                    source.replace(to)
+                staged.replace(folder / NAME)
         finally:
             staged.unlink(missing_ok=True)
-            signal.pthread_sigmask(signal.SIG_SETMASK, asked)  # what came meanwhile is raised here
         sync(folder)
 
     @classmethod
@@ -206,6 +207,26 @@ def is_verified(folder: Path, entry: Entry) -> bool:
         return True
     again = Manifest.read(folder, "export again")
     return again is not None and (entry.file, sha256_of(path)) in [(e.file, e.sha256) for e in again.files]
+
+
+@contextmanager
+def _signals_after() -> Iterator[None]:
+    """Holds Ctrl-C and SIGTERM back until the end: the names of files and the manifest change together."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _name(entry: Entry) -> str:
