@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from export.commands.output import make_room
+from export.commands.output import disk_errors, make_room, stoppable
 from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput
+from pretrain.files import write_whole
 from pretrain.ranges import BATCH, SIDE, Range, Ranged
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from export.comparing import Contender, Images, NotRun, Row
+    from export.comparing import Contender, NotRun, Row
     from export.description import Form
+    from export.image_sets import ImageSet
     from pretrain.artifact import ArtifactConfig
 
 FORMAT_VERSION = 1
@@ -74,7 +76,8 @@ def run(argv: list[str]) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(given.threads or before)
     try:
-        _benchmark(given, batches)
+        with stoppable(), disk_errors(given.out or given.artifact):
+            _benchmark(given, batches)
     finally:
         torch.set_num_threads(before)
 
@@ -149,7 +152,9 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
         absent += left_out
     if not rows:
         raise BadInput(f"{given.artifact}: nothing could be run; " + "; ".join(_lines(absent)))
-    shown = f"{len(images.pictures)} images of {given.images or 'scikit-image'}"
+    shown = str(images.selection)
+    if len(images.pictures) < max(batches):
+        shown += ", repeated in larger batches"
     plain: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "artifact": given.artifact.resolve().name,
@@ -161,6 +166,7 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
         "threads": _threads(),
         "seconds": given.seconds,
         "images": shown,
+        "left_out": images.selection.left_out,
         "rows": [row.plain() for row in rows],
         "not_run": [asdict(each) for each in absent],
         "note": note,
@@ -179,15 +185,17 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
     if note:
         console.print(f"note     {note}", soft_wrap=True, markup=False)
     if given.out:
-        given.out.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(plain, indent=1) + "\n"
+        write_whole(given.out, lambda file: file.write(text.encode()))
         console.print(f"results  {given.out}", soft_wrap=True, markup=False)
 
 
 def _load(
     given: BenchmarkConfig, form: Form, channels: int, most: int
-) -> tuple[list[Contender], Images, list[NotRun]]:
+) -> tuple[list[Contender], ImageSet, list[NotRun]]:
     from export.commands.progress import Bar
-    from export.comparing import exported, open_exports, open_torch, read_images
+    from export.comparing import MOST_IMAGES, NotRun, exported, open_exports, open_torch
+    from export.image_sets import TIMING, read_image_set
     from export.images import open_images
     from export.request import folder_beside
 
@@ -195,7 +203,9 @@ def _load(
     with Bar() as bar:
         bar.step("reading images and hashes of files")
         entries, absent = exported(folder, given.artifact, form, required=given.exports is not None)
-        images = read_images(open_images(given.images), channels, most)
+        images = read_image_set(open_images(given.images), channels, min(most, MOST_IMAGES), TIMING)
+        if not images.files and form != "reconstructor":
+            absent.append(NotRun("end to end", f"{images.selection.location} holds no image files to decode"))
         bar.step("loading PyTorch's model")
         contenders, more = open_torch(given.artifact, form, given.device, given.compile)
         others, unfit = open_exports(folder, entries, given.device, _threads(), bar)
@@ -203,7 +213,7 @@ def _load(
 
 
 def _measure(
-    given: BenchmarkConfig, contenders: list[Contender], images: Images, batch: int, size: tuple[int, int]
+    given: BenchmarkConfig, contenders: list[Contender], images: ImageSet, batch: int, size: tuple[int, int]
 ) -> tuple[list[Row], list[NotRun]]:
     from export.commands.progress import Bar
     from export.comparing import expected_seconds, measure, try_out

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from export.commands.output import disk_errors, exclusive, make_folder, make_room, stoppable
 from export.shapes import Shape, Shapes, parse_shapes
 from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput, CheckFailed, ComaError
 from pretrain.ranges import Range, Ranged
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from export.commands.progress import Bar
     from export.description import Form, Precision
     from export.exporting import Outcome
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from export.tensorrt.sidecar import EngineOptions
     from pretrain.artifact import ArtifactConfig
     from pretrain.data.source import Source
+
+log = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 TARGETS = ("onnx", "tensorrt")
@@ -121,7 +124,11 @@ def run(argv: list[str]) -> None:
         from export.tensorrt.library import require_package
 
         require_package("tensorrt_rtx")
-    _export(given, targets, precisions)
+    from export.request import folder_beside
+
+    out = given.out or folder_beside(given.artifact)
+    with stoppable(), disk_errors(out):
+        _export(given, targets, precisions, out)
 
 
 def default_shapes(config: ArtifactConfig, form: Form) -> Shapes:
@@ -136,14 +143,13 @@ def default_shapes(config: ArtifactConfig, form: Form) -> Shapes:
     return Shapes(Shape(1, unit, unit), Shape(1, side, side), Shape(4, *most))
 
 
-def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str, ...]) -> None:
-    from export.commands.output import make_folder
+def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str, ...], out: Path) -> None:
     from export.commands.progress import Bar
-    from export.exporting import Outcome, export
+    from export.exporting import Outcome, export, require
     from export.forms.load import artifact_hash, forms_of
+    from export.making import remove_unfinished
     from export.manifest import Manifest
     from export.report import NAME, write_report
-    from export.request import folder_beside
     from pretrain.artifact import load_artifact
 
     config = load_artifact(given.artifact).config
@@ -157,23 +163,29 @@ def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str
     for each in shapes.values():
         each.check(config.model.unit)
     _check_flags(given, targets, precisions, config, shapes[forms[0]])
-    out = given.out or folder_beside(given.artifact)
+    require(given.device)
     make_folder(out)
-    name, source = given.artifact.resolve().name, artifact_hash(given.artifact)
-    manifest = Manifest.of(out, name, source, config.kind)
-    request = _request(given, targets, precisions, out, config, forms, shapes[forms[0]])
-    outcome = Outcome()
-    try:
-        with Bar() as bar:
-            for form in forms:
-                export(request, form, shapes[form], manifest, bar, outcome)
-            if given.check == "rtx":
-                _check_rtx(outcome, shapes, bar)
-    except ComaError as error:
-        if not outcome.refused:
-            raise
-        raise type(error)(f"{error}\n{_refusals(outcome)}") from error
-    finally:
+    if given.engine.timing_cache:
+        make_room(given.engine.timing_cache, "--timing-cache")
+    with exclusive(out):
+        remove_unfinished(out)
+        name, source = given.artifact.resolve().name, artifact_hash(given.artifact)
+        manifest = Manifest.of(out, name, source, config.kind)
+        request = _request(given, targets, precisions, out, config, forms, shapes[forms[0]])
+        outcome = Outcome()
+        try:
+            with Bar() as bar:
+                for form in forms:
+                    export(request, form, shapes[form], manifest, bar, outcome)
+                if given.check == "rtx":
+                    _check_rtx(outcome, shapes, bar)
+        except BaseException as error:
+            if manifest.files or manifest.rejected:
+                with suppress(OSError):  # the first error counts
+                    write_report(manifest, out)
+            if not isinstance(error, ComaError) or not outcome.refused:
+                raise
+            raise type(error)(f"{error}\n{_refusals(outcome)}") from error
         if manifest.files or manifest.rejected:
             write_report(manifest, out)
     if given.check == "rtx":
@@ -244,23 +256,29 @@ def _request(
 ) -> Request:
     from typing import cast
 
+    from export.image_sets import CALIBRATION, counted, read_image_set, shared_images
     from export.images import open_images
     from export.request import Request
-    from export.verify.check import read_pictures
     from pretrain.data.ranges import check_pixels
 
     channels, batch = config.model.channels, 1 if "batch" in shapes.dynamic else shapes.usual.batch
     source = open_images(given.verify, held_out=True)
     labelled = _labelled(given, source, config, batch)
     keep = _kept_float(given, config.kind, forms)
-    calibration: list[np.ndarray] = []
+    images = read_image_set(source, channels, given.verify_images)
+    calibration = None
     if given.calibrate is not None:
-        calibration = read_pictures(open_images(given.calibrate), channels, given.calibrate_images)
-        if len(calibration) < batch:
-            raise BadInput(f"--calibrate: {len(calibration)} images are fewer than one batch of {batch}")
-    pictures = read_pictures(source, channels, given.verify_images)
-    for flag, each in (("--verify", pictures), ("--calibrate", calibration)):
-        for pixels in each:
+        calibration = read_image_set(
+            open_images(given.calibrate), channels, given.calibrate_images, CALIBRATION
+        )
+        if shared := shared_images(images, calibration):
+            log.warning(
+                "--calibrate %s: also in --verify: %s; other images show the errors better",
+                calibration.selection.location,
+                counted(shared, "image"),
+            )
+    for flag, each in (("--verify", images), ("--calibrate", calibration)):
+        for pixels in each.pictures if each else ():
             check_pixels(pixels, config.mean, config.std, lambda flag=flag: f"an image of {flag}")
     return Request(
         artifact=given.artifact,
@@ -269,8 +287,7 @@ def _request(
         tensorrt="tensorrt" in targets,
         inside=given.preprocess_inside,
         device=given.device,
-        pictures=pictures,
-        images=f"{len(pictures)} images of {source.location if given.verify else 'scikit-image'}",
+        images=images,
         calibration=calibration,
         method=given.calibrate_method,
         keep=keep,
@@ -315,9 +332,11 @@ def _labelled(given: ExportConfig, source: Source, config: ArtifactConfig, batch
         raise BadInput(
             f"--verify {given.verify}: labels up to {labels.max()}, but the model has {len(known)} classes"
         )
+    from export.image_sets import counted
+
     count = min(len(source), given.metric_images)
     if count < batch:
-        raise BadInput(f"--verify: top-1 on {count} images is fewer than one batch of {batch}")
+        raise BadInput(f"--verify: top-1 on {counted(count, 'image')} is fewer than one batch of {batch}")
     return source
 
 
