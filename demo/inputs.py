@@ -176,7 +176,7 @@ def _layers_of(self: Any, payload: Any) -> Sequence[str | bytes]:
     return BLOBS.take(payload.id) if payload.id else [layer.path for layer in payload.layers]
 
 
-def _accept_blobs(self: Any, data: Any) -> None:
+def accept_blobs(self: Any, data: Any) -> None:
     """Keep a layer that a browser sends before it asks for anything; background and composite go unused."""
     (_, content), *_ = data.files
     about = data.data
@@ -188,7 +188,7 @@ def _accept_blobs(self: Any, data: Any) -> None:
     BLOBS.add(name, number, content)
 
 
-_accept_blobs._is_server_fn = True  # type: ignore[attr-defined]  # what gradio's decorator does
+accept_blobs._is_server_fn = True  # type: ignore[attr-defined]  # what gradio's decorator does
 
 
 def _subclass(base: type, **methods: Any) -> Any:
@@ -198,5 +198,5 @@ def _subclass(base: type, **methods: Any) -> Any:
 
 CheckedImage = _subclass(gr.Image, preprocess=_path_of)
 """gr.Image that gives the path of the uploaded file, whatever is in it."""
-CheckedEditor = _subclass(gr.ImageEditor, preprocess=_layers_of, accept_blobs=_accept_blobs)
+CheckedEditor = _subclass(gr.ImageEditor, preprocess=_layers_of, accept_blobs=accept_blobs)
 """gr.ImageEditor that gives the layers that were painted."""
