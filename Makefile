@@ -4,15 +4,17 @@
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := quickstart
+FILES := $(sort $(wildcard tests/test_*.py))
+JOBS := $(shell getconf _NPROCESSORS_ONLN)
 LOCKED := $(VENV)/.locked
 INSTALLED := $(VENV)/.installed
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test lint types rooms format lock clean
+.PHONY: help env quickstart test test-isolated lint types rooms format lock clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(INSTALLED)  ## build or update .venv from requirements.lock
 
@@ -20,8 +22,14 @@ quickstart: $(INSTALLED)  ## pre-train a tiny CoMA-DyViT for two minutes, show w
 	$(BIN)/coma quickstart --out $(OUT) $(ARGS)
 	$(BIN)/coma export $(OUT)/run/artifact --precision fp32,fp16 --seconds 1
 
-test: $(INSTALLED)  ## run the tests (ARGS="-k name" picks some)
+test: $(INSTALLED)  ## run the tests in random order (ARGS="-k name" picks some)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
+
+test-isolated: $(INSTALLED)  ## run every test file in a process of its own, JOBS at a time (FILES=... picks some)
+	@printf '%s\n' $(FILES) | xargs -P $(JOBS) -I FILE sh -c ' \
+		if said=$$($(BIN)/python -m pytest --numprocesses 0 -p no:cacheprovider $(ARGS) FILE 2>&1); \
+		then outcome=passed code=0; else outcome=FAILED code=1; printf "%s\n" "$$said"; fi; \
+		echo "$$outcome FILE: $$(printf "%s" "$$said" | tail -n 1 | tr -d =)"; exit $$code'
 
 lint: $(INSTALLED)  ## check style and formatting
 	$(BIN)/ruff check
@@ -40,7 +48,7 @@ format: $(INSTALLED)  ## apply the formatting
 lock: $(INSTALLED)  ## renew requirements.lock from pyproject.toml
 	$(BIN)/uv pip compile --quiet --upgrade --universal --fork-strategy fewest --python-version 3.11 \
 		--generate-hashes --custom-compile-command "make lock" --group dev --extra downstream --extra mmcv-lite \
-		--extra export --extra demo --extra onnxruntime-gpu --extra tensorrt-rtx \
+		--extra export --extra demo --extra heic --extra onnxruntime-gpu --extra tensorrt-rtx \
 		--output-file requirements.lock pyproject.toml
 
 clean:  ## remove the environment and caches

@@ -44,6 +44,7 @@ from export.comparing import busy_note
 from export.description import Description, Precision
 from export.forms.detector import BEHIND_BACKBONE
 from export.forms.load import example_inputs
+from export.image_sets import read_image_set
 from export.images import as_input, open_images, resized
 from export.latency import Latency, compute, interleaved
 from export.manifest import machine, versions
@@ -53,7 +54,7 @@ from export.runtimes.onnxruntime import OnnxRuntime
 from export.runtimes.pytorch import TorchRuntime
 from export.shapes import Shape, Shapes
 from export.to_onnx import METADATA, as_json, in_precision, read_description, write_onnx
-from export.verify.check import Verdict, read_pictures, verify
+from export.verify.check import Verdict, verify
 from pretrain.config import ENCODER_PRESETS
 
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -145,7 +146,7 @@ def export(
 @cache
 def read(place: Path | None, channels: int, most: int) -> list[np.ndarray]:
     """Some of the images there, or scikit-image's photographs."""
-    return read_pictures(open_images(place), channels, most)
+    return list(read_image_set(open_images(place), channels, most).pictures)
 
 
 def inputs_of(about: Description, pictures: list[np.ndarray], side: int, batch: int) -> dict[str, Tensor]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import gradio as gr
 import numpy as np
+from starlette.middleware import Middleware
 
 from demo.fit import fit_picture
-from demo.inputs import CheckedImage
+from demo.inputs import BLOBS, CheckedBlocks, CheckedImage, one_line
 from demo.masks import draw_views
+from demo.middleware import Gate
 from demo.models import Models
 from demo.pages.downstream import TITLES, classify_tab, detect_tab, segment_tab
 from demo.pages.guide import guide
@@ -20,38 +27,35 @@ from demo.pages.runtimes import runtimes_tab
 from demo.paint import heat_map
 from demo.reconstruct import rebuild
 from demo.site import Site
+from demo.storage import Storage
 from demo.upload import MAX_BYTES, MAX_PIXELS, TAKES
 from export.description import Form
 from pretrain.errors import ComaError
 from pretrain.masking.units import unit_grid
 
-KEPT_SECONDS = 3600
-"""Uploads and results are deleted after an hour, and all of them when the server stops."""
+KEPT_SECONDS, SWEEP_SECONDS = 3300, 60
+"""Uploads and results are deleted within the hour, and all of them when the server stops."""
+SESSIONS = 256
+"""Visitors whose choices are remembered; each costs memory."""
 WAITING = 64
 """Requests in the queue; more are turned away with a message."""
 
 
-def build(models: Models, folder: Path) -> gr.Blocks:
-    """The page for these models, not yet served.
+def build(models: Models, storage: Storage) -> tuple[CheckedBlocks, dict[str, Any]]:
+    """The page for these models, not yet served, and the arguments of its `launch` that protect it.
 
     Args:
         models: What it may use.
-        folder: Where gradio keeps files: its GRADIO_TEMP_DIR.
+        storage: Where gradio keeps files: its GRADIO_TEMP_DIR.
     """
     _warm(models)
-    folder.mkdir(parents=True, exist_ok=True)
-    site = Site(models, folder.resolve())
-    examples = example_pictures()
+    site = Site(models, storage)
+    examples = example_pictures(storage)
 
     def choose(event: gr.SelectData) -> str:
         return examples[event.index]
 
-    with gr.Blocks(
-        title="CoMA-DyViT",
-        analytics_enabled=False,
-        delete_cache=(KEPT_SECONDS // 6, KEPT_SECONDS),
-        fill_width=True,
-    ) as page:
+    with CheckedBlocks(title="CoMA-DyViT", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(_header(models), elem_id="header")
         with gr.Row(elem_id="main"):
             with gr.Column(scale=1, min_width=280, elem_id="left"):
@@ -81,8 +85,41 @@ def build(models: Models, folder: Path) -> gr.Blocks:
             with gr.Column(scale=3, min_width=320, elem_id="right"), gr.Tabs(elem_id="tabs"):
                 _tabs(site, picture, page)
         guide(models)
-    page.queue(max_size=WAITING, default_concurrency_limit=4)
-    return page
+    page.storage = storage
+    page.queue(max_size=WAITING, default_concurrency_limit=4, api_open=False)  # nobody passes the queue by
+    protection = {
+        "max_file_size": MAX_BYTES,
+        "allowed_paths": [str(storage.folder)],  # read by gradio's copying alone: `Gate` sends files
+        "state_session_capacity": SESSIONS,
+        "app_kwargs": {
+            "middleware": [Middleware(Gate, storage=storage)],
+            "lifespan": lambda _: _sweeping(site, page),
+        },
+    }
+    return page, protection
+
+
+@asynccontextmanager
+async def _sweeping(site: Site, page: gr.Blocks) -> AsyncIterator[None]:
+    """As long as the server runs, delete what visitors sent and got, once it is old enough."""
+
+    async def sweep() -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            try:
+                await anyio.to_thread.run_sync(site.storage.delete_older, KEPT_SECONDS)
+                site.uploads.forget_older(KEPT_SECONDS)
+                BLOBS.forget_older(KEPT_SECONDS)
+                for names in page.temp_file_sets:  # gradio's own lists of them, which nobody needs
+                    names.clear()
+            except Exception as error:  # the next round may succeed
+                logging.getLogger("demo").warning("old pictures were not deleted: %s", one_line(error))
+
+    task = asyncio.create_task(sweep())
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
 def _warm(models: Models) -> None:

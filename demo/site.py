@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import html
-import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar, cast
 
-import gradio as gr
 import numpy as np
 from PIL import Image
 
 from demo.models import Models
+from demo.storage import Storage
 from demo.upload import Uploads
-from pretrain.errors import BadImage, ComaError
+from pretrain.errors import BadImage
 
-F = TypeVar("F", bound=Callable[..., Any])
-MODEL_WORK = {"concurrency_id": "model", "concurrency_limit": 2, "trigger_mode": "always_last"}
-"""Settings of every event that runs a model: two at a time, the others wait in the queue."""
+MODEL_WORK = {"concurrency_id": "model", "concurrency_limit": 1, "trigger_mode": "always_last"}
+"""Settings of every event that runs a model: one at a time, so that a time that is shown is the model's own;
+the others wait in the queue, which gives the turn to the next whatever becomes of the one before."""
 
 
 @dataclass
@@ -30,22 +26,23 @@ class Site:
 
     Attributes:
         models: Those that were named at the start.
-        folder: Where gradio keeps uploads and results; it deletes what lies there after a while.
+        storage: Where uploads and results lie for a while.
         uploads: Reads what was sent.
-        turn: One model runs at a time, so that a time that is shown is the model's own.
     """
 
     models: Models
-    folder: Path
-    uploads: Uploads = field(default_factory=Uploads)
-    turn: Any = field(default_factory=threading.Lock)
+    storage: Storage
+    uploads: Uploads = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.uploads = Uploads(self.storage)
 
     def save(self, picture: np.ndarray) -> str:
         """Write uint8 `[H, W, 3]` as a PNG of its own name.
 
         gradio would name it by its content, and write it again while another visitor reads it.
         """
-        path = self.folder / f"{uuid.uuid4().hex}.png"
+        path = self.storage.folder / f"{uuid.uuid4().hex}.png"
         Image.fromarray(picture).save(path, compress_level=3)
         return str(path)
 
@@ -61,20 +58,7 @@ class Site:
         """
         if not picture:
             raise BadImage("Choose a picture first: drop one, or click on an example.")
-        return self.uploads.read(Path(picture), channels)
-
-
-def friendly(function: F) -> F:
-    """Show errors that are the user's as one sentence on the page, without a traceback anywhere."""
-
-    @functools.wraps(function)
-    def wrapped(*arguments: Any, **named: Any) -> Any:
-        try:
-            return function(*arguments, **named)
-        except ComaError as error:
-            raise gr.Error(str(error), title="That did not work", print_exception=False) from None
-
-    return cast(F, wrapped)
+        return self.uploads.read(picture, channels)
 
 
 def cards(rows: Sequence[tuple[str, str, str]]) -> str:

@@ -1,21 +1,26 @@
 """Pictures that strangers send, to pixels: what is too large, damaged or no picture is refused kindly.
 
-Size is read from the header before anything is decoded, and only a few are decoded at a time, so that what
-a request may cost is known: at most `MAX_PIXELS` pixels of at most 8 bytes, `AT_ONCE` times.
+A file is read once, through `demo.storage`; everything else is done with its bytes. Size is read from the
+header before anything is decoded, and only a few are decoded at a time, so that what a request may cost is
+known: at most `MAX_PIXELS` pixels of at most 8 bytes, `AT_ONCE` times.
 """
 
 from __future__ import annotations
 
+import io
+import os
 import threading
+import time
 import warnings
 from collections import OrderedDict
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from demo.storage import Storage
 from pretrain.data.channels import adapt, unit_scale
-from pretrain.data.images import Picture, check, decode
+from pretrain.data.images import Picture, decode
 from pretrain.data.transforms import resize
 from pretrain.errors import BadImage
 
@@ -24,6 +29,8 @@ MAX_PIXELS = 50_000_000
 MAX_SIDE = 1600
 """Pixels of the longer side that is kept: no model here sees more."""
 AT_ONCE = 2
+WAIT_SECONDS = 60
+"""Who waits longer than that for others' pictures to be decoded is told so."""
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 TAKES = "JPEG, PNG, WebP, TIFF or BMP"
 
@@ -32,43 +39,78 @@ class Uploads:
     """Reads uploaded files, remembering the last few: a page asks for the same one again and again.
 
     Args:
+        storage: Where they lie.
         most: How many pictures are remembered.
     """
 
-    def __init__(self, most: int = 16) -> None:
+    def __init__(self, storage: Storage, most: int = 16) -> None:
+        self._storage = storage
         self._kept: OrderedDict[tuple[str, int, int], Picture] = OrderedDict()
         self._most = most
         self._lock = threading.Lock()
         self._turns = threading.BoundedSemaphore(AT_ONCE)
 
-    def read(self, path: Path, channels: int) -> np.ndarray:
+    def read(self, path: str, channels: int) -> np.ndarray:
         """Pixels of the file, upright, `[H, W, channels]` in uint8, or float32 in 0..1 of more bits.
 
         Raises:
             BadImage: anything wrong with it, in words for the person who sent it.
         """
-        try:
-            status = path.stat()
-        except OSError:
-            raise BadImage("This picture is not there any more; please send it again.") from None
-        key = (str(path), status.st_mtime_ns, status.st_size)
-        with self._lock:
-            picture = self._kept.get(key)
-        if picture is None:
-            with self._turns:
-                picture = read_picture(path)
+        with self._storage.open(path) as file:
+            status = os.fstat(file.fileno())
+            key = (path, status.st_mtime_ns, status.st_size)
             with self._lock:
-                self._kept[key] = picture
-                while len(self._kept) > self._most:
-                    self._kept.popitem(last=False)
+                picture = self._kept.get(key)
+            if picture is None:
+                picture = self._decode(file.read(MAX_BYTES + 1))
+                with self._lock:
+                    self._kept[key] = picture
+                    while len(self._kept) > self._most:
+                        self._kept.popitem(last=False)
         try:
             return adapt(picture, channels, "picture")
         except BadImage:
             have = picture.pixels.shape[2]
             raise BadImage(f"The model takes pictures of {channels} channels; this one has {have}.") from None
 
+    def strokes(self, layers: Sequence[str | bytes]) -> np.ndarray | None:
+        """Painted pixels of all layers, bool `[H, W]`: not transparent or, without transparency, not black.
 
-def read_picture(path: Path) -> Picture:
+        Args:
+            layers: Paths of uploaded files, or the files themselves.
+
+        Raises:
+            BadImage: as for pictures, or layers that differ in size.
+        """
+        painted: np.ndarray | None = None
+        for layer in layers:
+            if isinstance(layer, str):
+                with self._storage.open(layer) as file:
+                    layer = file.read(MAX_BYTES + 1)
+            pixels, alpha = self._decode(layer)
+            strokes = pixels[..., -1] > 0 if alpha else pixels.max(axis=-1) > 0
+            if painted is not None and painted.shape != strokes.shape:
+                raise BadImage("The painted layers differ in size.")
+            painted = strokes if painted is None else painted | strokes
+        return painted
+
+    def forget_older(self, seconds: float) -> None:
+        """Forget pictures of files that were written longer ago."""
+        limit = (time.time() - seconds) * 1e9
+        with self._lock:
+            for key in [key for key in self._kept if key[1] < limit]:
+                del self._kept[key]
+
+    def _decode(self, data: bytes) -> Picture:
+        if not self._turns.acquire(timeout=WAIT_SECONDS):
+            raise BadImage("Too many pictures are being read at the moment; please try again in a minute.")
+        try:
+            return read_picture(data)
+        finally:
+            self._turns.release()
+
+
+def read_picture(data: bytes) -> Picture:
     """Decode a file, its longer side reduced to at most `MAX_SIDE` pixels.
 
     Returns:
@@ -77,14 +119,14 @@ def read_picture(path: Path) -> Picture:
     Raises:
         BadImage: too large, animated, damaged or no picture.
     """
-    if path.stat().st_size > MAX_BYTES:
+    if len(data) > MAX_BYTES:
         raise BadImage(f"This file is larger than {MAX_BYTES >> 20} MB; please send a smaller one.")
-    _check_header(path)
+    _check_header(data)
     try:
-        picture = decode(path.read_bytes(), "picture", at_least=MAX_SIDE)
+        picture = decode(data, "picture", at_least=MAX_SIDE)
     except BadImage:
         raise BadImage("This picture is damaged or cut short: it does not decode.") from None
-    pixels, alpha = check(picture)
+    pixels, alpha = picture.pixels, picture.alpha
     scale = MAX_SIDE / max(pixels.shape[:2])
     if scale < 1:
         height, width = (max(round(side * scale), 1) for side in pixels.shape[:2])
@@ -95,12 +137,12 @@ def read_picture(path: Path) -> Picture:
     return Picture(pixels.clip(0, 1) if pixels.dtype != np.uint8 else pixels, alpha)
 
 
-def _check_header(path: Path) -> None:
+def _check_header(data: bytes) -> None:
     """Refuse by what the file says of itself, without decoding it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as header:
+            with Image.open(io.BytesIO(data)) as header:
                 kind, (width, height) = header.format, header.size
                 frames = getattr(header, "n_frames", 1) if kind in (*FORMATS, "GIF", "MPO") else 1
     except Image.DecompressionBombError:

@@ -8,14 +8,15 @@ model.safetensors  all weights, under the names that the library gives them
 from __future__ import annotations
 
 import os
+import re
 import warnings
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from downstream.settings import pipeline_of
+from downstream.settings import blaming, pipeline_of
 from pretrain.artifact import (
     Artifact,
     ArtifactConfig,
@@ -29,6 +30,7 @@ from pretrain.plain import to_plain
 
 Kind = Literal["detector", "segmentor"]
 LIBRARIES = {"detector": "mmdet", "segmentor": "mmseg"}
+_SCOPE = re.compile(r"^(mmengine|mmcv|mmdet|mmseg)\.")
 _PACKAGES = {"mmdet": "mmdet", "mmseg": "mmsegmentation", "mmengine": "mmengine"}
 
 
@@ -84,7 +86,8 @@ def load_finetuned(directory: Path, kind: Kind | None = None) -> tuple[nn.Module
     """
     artifact = read_finetuned(directory, kind)
     config = artifact.config
-    model = build_model(config)
+    with blaming(directory / "config.json", "describes no model that can be built"):
+        model = build_model(config)
     load_strict(model, artifact.tensors, source=str(directory))
     return model.eval(), config
 
@@ -126,7 +129,11 @@ def settings_of(head: dict[str, Any]) -> Any:
 
 
 def register(config: ArtifactConfig) -> None:
-    """Import what the settings of an artifact name, and make its library's the default scope."""
+    """Import what the settings of an artifact name, and make its library's the default scope.
+
+    Raises:
+        BadArtifact: they name what mmengine would take from any module, or execute.
+    """
     from mmengine.registry import DefaultScope, init_default_scope
 
     import downstream.openmmlab
@@ -138,9 +145,33 @@ def register(config: ArtifactConfig) -> None:
         import mmseg.models  # noqa: F401
     if config.model.channels not in (1, 3):
         import downstream.channels  # noqa: F401
+    _check_types([head.get("model"), head.get("pipeline")])
     before = DefaultScope.get_current_instance()
     if before is None or before.scope_name != head.get("library"):
         init_default_scope(str(head.get("library")))
+
+
+def _check_types(settings: Any) -> None:
+    known = {*vars(import_module("mmcv.ops"))}  # pooling and suppression are named by function
+    for library in ("mmengine", *LIBRARIES.values()):
+        for name in ("MODELS", "TASK_UTILS", "TRANSFORMS", "WEIGHT_INITIALIZERS"):
+            registry = getattr(import_module(f"{library}.registry"), name)
+            registry.import_from_location()
+            known |= registry.module_dict.keys()
+
+    def check(node: Any) -> None:
+        for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+            check(child)
+        if isinstance(node, dict) and "type" in node:
+            name = str(node["type"])
+            loads = name.startswith("Load") and name not in ("LoadImageFromFile", "LoadAnnotations")
+            if loads or _SCOPE.sub("", name) not in known:
+                raise BadArtifact(
+                    f"the artifact's config.json names {name!r}, which mmengine, mmdet and mmseg do not "
+                    "register for models; nothing else is built from an artifact"
+                )
+
+    check(settings)
 
 
 def tuples(value: Any) -> Any:

@@ -6,15 +6,20 @@ necks and heads expect, and the mean and deviation of the pixels.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from downstream.options import TrainingOptions
+from downstream.settings import require
+from downstream.strides import scale_strides
 from pretrain.config import DyViTConfig, EncoderConfig, encoder_preset
 from pretrain.errors import BadInput
+from pretrain.plain import from_plain
 
-IMPORTS, CHANNELS = "downstream.openmmlab", "downstream.channels"
+log = logging.getLogger(__name__)
+IMPORTS, CHANNELS, PYRAMID = "downstream.openmmlab", "downstream.channels", "SimpleFeaturePyramid"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -40,9 +45,10 @@ class Described:
         return isinstance(self.model, DyViTConfig)
 
     @property
-    def strides(self) -> tuple[int, int, int, int]:
-        """Pixels per token of the pyramid's four maps, whoever makes them."""
-        first = self.model.patch if isinstance(self.model, DyViTConfig) else self.model.patch // 4
+    def strides(self) -> tuple[float, float, float, float]:
+        """Pixels per token of the pyramid's four maps, whoever makes them; whole numbers are of type int."""
+        patch = self.model.patch
+        first = patch if self.hierarchical else patch / 4 if patch % 4 else patch // 4
         return (first, first * 2, first * 4, first * 8)
 
     @property
@@ -84,8 +90,20 @@ def fit_encoder(config: Any, encoder: Described, options: TrainingOptions) -> No
         BadInput: options or a model that this encoder does not go with.
     """
     model = config.model
-    model.pop("pretrained", None)
     before = model.get("backbone", {})
+    weights = {
+        "load_from": config.pop("load_from", None),
+        "model.pretrained": model.pop("pretrained", None),
+        "model.backbone.init_cfg": (before.get("init_cfg") or {}).get("checkpoint"),
+    }
+    dropped = ", ".join(f"{name}={value}" for name, value in weights.items() if value)
+    if dropped:
+        log.info(
+            "not loaded: %s; the encoder's weights are those of %s, and --cfg-options load_from=FILE loads a "
+            "checkpoint over them",
+            dropped,
+            encoder.backbone.get("artifact") or "nothing (random)",
+        )
     kind = "DyViT" if encoder.hierarchical else "PlainViT"
     kept = ("drop_path", "frozen_stages", "with_cp", "global_blocks") if before.get("type") == kind else ()
     asked = {
@@ -99,7 +117,7 @@ def fit_encoder(config: Any, encoder: Described, options: TrainingOptions) -> No
     backbone = {"type": kind, **encoder.backbone, "drop_path": 0.1}
     backbone |= {name: before[name] for name in kept if name in before}
     backbone |= {name: value for name, value in asked.items() if value is not None}
-    finest = max((model.get("neck") or {}).get("start_level", 0), min(before.get("out_indices") or (0,)))
+    finest = _finest(model)
     if encoder.hierarchical:
         backbone["out_indices"] = tuple(range(finest, 4))
     model.backbone = backbone
@@ -110,13 +128,38 @@ def fit_encoder(config: Any, encoder: Described, options: TrainingOptions) -> No
     if options.head_channels is not None:
         _fit_width(model, options.head_channels)
     _fit_pyramid(model, encoder, finest)
-    imports = config.setdefault("custom_imports", {"imports": []})
-    needed = [IMPORTS]
+    ratio = encoder.strides[0] / _finest_stride(before)
+    if ratio != 1:
+        for name, head in model.items():
+            if name not in ("backbone", "neck", "data_preprocessor"):
+                scale_strides(head, ratio, config.get("default_scope", "mmdet"))
+    require(config, IMPORTS)
     if model.data_preprocessor.get("type") == "DetDataPreprocessor" and encoder.model.channels not in (1, 3):
         model.data_preprocessor.type = "ChannelsDetDataPreprocessor"
-        needed.append(CHANNELS)
-    imports["imports"] = list(dict.fromkeys([*needed, *imports["imports"]]))
-    imports["allow_failed_imports"] = False
+        require(config, IMPORTS, CHANNELS)
+
+
+def _finest(model: Any) -> int:
+    """Number of the finest of four maps that a neck, or heads without one, take."""
+    necks = each(model.get("neck"))
+    if necks and "in_channels" in necks[0] and necks[0].get("type") != PYRAMID:
+        return max(necks[0].get("start_level", 0), 4 - len(each(necks[0]["in_channels"])), 0)
+    first = min(model.get("backbone", {}).get("out_indices") or (0,))
+    return min(necks[0].get("start_level", 0) if necks else first, 3)
+
+
+def _finest_stride(backbone: Any) -> float:
+    """Pixels between the places of the finest map that the heads of a configuration were written for."""
+    if backbone.get("type") not in ("DyViT", "PlainViT"):
+        return 4
+    try:
+        if backbone.get("encoder"):
+            model = from_plain(backbone["encoder"], EncoderConfig, source="encoder")
+            return Described(model, (), (), {}).strides[0]
+        artifact = backbone.get("artifact")
+        return describe(artifact and Path(artifact), backbone.get("preset")).strides[0]
+    except BadInput:  # an artifact that is no longer there; `check_strides` sees what does not fit
+        return 4
 
 
 def _fit_reading(node: Any, channels: int) -> None:
@@ -142,29 +185,31 @@ def _fit_statistics(model: Any, encoder: Described) -> None:
 
 def _fit_pyramid(model: Any, encoder: Described, finest: int) -> None:
     # maps finer than number `finest` are not made: what nothing uses would have no gradient
-    neck: Any = model.get("neck") or {}
+    necks = each(model.get("neck"))
+    neck: Any = necks[0] if necks else {}
     channels = encoder.channels
     if neck or not encoder.hierarchical:
         channels = [neck.get("out_channels", 256)] * 4
     if not encoder.hierarchical:
-        model.neck = {
-            "type": "SimpleFeaturePyramid",
+        pyramid = {
+            "type": PYRAMID,
             "in_channels": encoder.channels[0],
             "out_channels": channels[0],
             "num_outs": neck.get("num_outs", 4),
             "start_level": finest,
         }
+        model.neck = [pyramid, *necks[1:]] if necks[1:] else pyramid
+    elif neck.get("type") == PYRAMID:
+        rest = {"out_channels": channels[0], "num_outs": neck.get("num_outs", 4)}
+        pyramid = {"type": "FPN", "in_channels": encoder.channels[finest:], **rest}
+        model.neck = [pyramid, *necks[1:]] if necks[1:] else pyramid
+    elif isinstance(neck.get("in_channels"), int):
+        neck.in_channels = encoder.channels[-1]
     elif neck:
-        neck.in_channels = encoder.channels[finest:]
-        neck.start_level = 0
-    for name in ("rpn_head", "bbox_head"):
-        anchors = model.get(name, {}).get("anchor_generator")
-        if anchors:
-            anchors.strides = [encoder.strides[0] * 2 ** (finest + i) for i in range(len(anchors.strides))]
-    roi_head = model.get("roi_head", {})
-    for extractor in (roi_head.get("bbox_roi_extractor"), roi_head.get("mask_roi_extractor")):
-        for level in each(extractor):
-            level.featmap_strides = list(encoder.strides[: len(level.featmap_strides)])
+        falling = each(neck.get("in_channels")) != sorted(each(neck.get("in_channels")))
+        neck.in_channels = encoder.channels[finest:][:: -1 if falling else 1]
+        if neck.get("start_level"):
+            neck.start_level = 0
     for head in (*each(model.get("decode_head")), *each(model.get("auxiliary_head"))):
         index = head.get("in_index", -1)
         head.in_channels = (
@@ -180,8 +225,8 @@ def _fit_width(model: Any, width: int) -> None:
         head.channels = width
     for head in each(model.get("auxiliary_head")):
         head.channels = width // 2
-    if model.get("neck"):
-        model.neck.out_channels = width
+    for neck in each(model.get("neck"))[:1]:
+        neck.out_channels = width
     for name in ("rpn_head", "bbox_head"):
         if model.get(name):
             model[name].in_channels = model[name].feat_channels = width

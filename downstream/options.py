@@ -11,52 +11,53 @@ from typing import Annotated, Literal
 import tyro
 
 from pretrain.errors import BadInput
+from pretrain.ranges import BATCH, DECAY, EPOCHS, PROCESSES, RATE, WEIGHT_DECAY, Range, Ranged
 
 Preset = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
+class TrainingOptions(Ranged):
     """How long and how to train.
 
     With --config only those of the encoder apply (drop path, head channels, frozen stages, global blocks,
     checkpoint gradients); the rest is the configuration's.
     """
 
-    epochs: float | None = None
+    epochs: Annotated[float | None, EPOCHS] = None
     """Passes over the training images (default: 24 for detection, 100 for segmentation)."""
-    steps: int | None = None
+    steps: Annotated[int | None, Range(1, 10**9)] = None
     """Optimizer steps, in place of --epochs."""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, BATCH] = None
     """Images per step, all processes together (default: 4 for detection, 8 for segmentation)."""
-    lr: float | None = None
+    lr: Annotated[float | None, RATE] = None
     """Peak learning rate of AdamW (default: 1e-4)."""
-    weight_decay: float | None = None
+    weight_decay: Annotated[float | None, WEIGHT_DECAY] = None
     """Of matrices; vectors have none (default: 0.05)."""
-    layer_decay: float | None = None
+    layer_decay: Annotated[float | None, Range(0, 1, above=True)] = None
     """Learning rate of an encoder's layer over that of the next (default: 0.8 for detection, 0.75 for
     segmentation)."""
-    drop_path: float | None = None
+    drop_path: Annotated[float | None, DECAY] = None
     """Largest stochastic-depth rate of the encoder (default: 0.1)."""
-    head_channels: int | None = None
+    head_channels: Annotated[int | None, Range(1, 8192)] = None
     """Width of neck and head (default: 256 for detection, 512 for segmentation); 128 suits
     the tiny encoder, and CPUs."""
-    frozen_stages: int | None = None
+    frozen_stages: Annotated[int | None, Range(-1, 256)] = None
     """Keep the weights of the stem and so many stages (0: the stem alone; plain ViT: blocks); -1 trains all
     (default)."""
-    global_blocks: int | None = None
+    global_blocks: Annotated[int | None, Range(0, 256)] = None
     """Blocks of stage 3 that attend to the whole map, evenly spaced; with any, all of stage 4 (DyViT)."""
     checkpoint_gradients: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of matrix products; bf16 and fp16 use automatic mixed precision."""
-    validations: int = 12
+    validations: Annotated[int, Range(1, 10**6)] = 12
     """How often to measure on the validation images, evenly over the run."""
-    save_steps: int | None = None
+    save_steps: Annotated[int | None, Range(1, 10**9)] = None
     """Save the resumable state every so many steps (default: at every validation)."""
-    workers: int | None = None
+    workers: Annotated[int | None, PROCESSES] = None
     """Processes that read images; default: one per core beside the trainer (0 on 1 or 2 cores), at most 8."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Of weights, order and augmentation."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from pretrain.artifact import ArtifactConfig
 from pretrain.data.folders import FolderSource
 from pretrain.errors import BadImage, BadInput
 
+log = logging.getLogger(__name__)
 Progress = Callable[[int], None]
 
 
@@ -46,9 +48,12 @@ def list_images(images: Path) -> list[Path]:
     """
     if images.is_file():
         return [images]
-    if not images.is_dir():
+    if not images.exists():
         raise BadInput(f"{images}: no such file or folder")
+    if not images.is_dir():
+        raise BadInput(f"{images}: is neither a folder nor a regular file")
     source = FolderSource(images)
+    log.info(source.summary(), extra={"once": True})
     return [source.path(i) for i in range(len(source))]
 
 

@@ -42,6 +42,11 @@ class ReadImage(BaseTransform):
         except OSError as error:
             raise BadImage(f"{path}: {error.strerror or error}") from None
         pixels = adapt(decode(data, str(path)), self.channels, str(path))
+        if self.channels == 3 and pixels.dtype == np.float32 and pixels.max() > 2:
+            raise BadImage(
+                f"{path}: float values up to {pixels.max():.4g}; colour images are read as 8 or 16 bits or "
+                "as floats of 0..1, so save it as one of these"
+            )
         if pixels.dtype != np.uint8:
             pixels = unit_scale(pixels) * np.float32(255)
         if self.channels == 3:

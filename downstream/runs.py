@@ -10,11 +10,13 @@ import itertools
 import logging
 import math
 import os
+import pickle
+import re
 import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,26 +28,34 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from mmengine.utils import import_modules_from_strings
 
+import downstream.openmmlab  # noqa: F401 - before mmdet and mmseg
+from downstream.backbone import DyViT, PlainViT
 from downstream.checkpoints import allow_checkpoints
+from downstream.fitting import IMPORTS
 from downstream.options import is_main
 from downstream.progress import Bar
+from downstream.settings import blaming, require
+from downstream.strides import check_strides
 from downstream.workers import settle_workers
-from pretrain.errors import BadInput, CheckFailed, Interrupted
+from pretrain.errors import BadInput, CheckFailed, ComaError, Interrupted
+from pretrain.hashing import seal, seal_holds
 from pretrain.training.signals import StopRequest
 
 log = logging.getLogger(__name__)
 HEADLINES = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50", "mIoU", "mAcc", "aAcc")
 SCORES = "coma_scores"
 """Where checkpoints keep what every validation measured, by step (by epoch, where a run counts those)."""
+_NUMBERED = re.compile(r"(?:iter|epoch)_(\d+)\.pth")
 CONFIG, PRINTED = "config.py", "printed.txt"
 
 
-def train(config: Any, folder: Path, *, resume: bool = False) -> Runner:
+def train(config: Any, folder: Path, *, source: Path | None = None, resume: bool = False) -> Runner:
     """Train to the end; under torchrun, on all its processes.
 
     Args:
         config: A whole mmengine configuration.
         folder: The run directory.
+        source: The user's file that the configuration comes from, which errors name.
         resume: Go on from the last checkpoint in it.
 
     Returns:
@@ -54,15 +64,21 @@ def train(config: Any, folder: Path, *, resume: bool = False) -> Runner:
     Raises:
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
         CheckFailed: a loss that is not finite, or a disk that is full.
-        BadInput: nothing to resume.
+        BadInput: a configuration that cannot be trained, or heads whose strides are not those of the encoder.
     """
-    last = latest_checkpoint(folder) if resume else None
-    config.resume, config.load_from = last is not None, last and str(last)
-    if resume and not last:
+    last = intact_checkpoint(folder) if resume else None
+    config.resume = last is not None
+    if last:
+        config.load_from = str(last)
+    elif resume:
         log.info("no checkpoint was saved before the run ended; starting again")
-    printed = _prints_to(folder / PRINTED)
-    with StopRequest(quiet=not is_main()) as stop, closing(Bar(quiet=not is_main())) as bar, printed:
+    blamed = blaming(source, "cannot be trained") if source else nullcontext()
+    printed, quiet = _prints_to(folder / PRINTED), not is_main()
+    with blamed, StopRequest(quiet=quiet) as stop, closing(Bar(quiet=quiet)) as bar, printed:
         runner = build_runner(config, folder)
+        model = getattr(runner.model, "module", runner.model)
+        if isinstance(getattr(model, "backbone", None), DyViT | PlainViT):
+            check_strides(model)
         watch = _Watch(stop, bar)
         runner.register_hook(watch, priority="LOW")
         if is_main() and not resume:
@@ -79,6 +95,11 @@ def train(config: Any, folder: Path, *, resume: bool = False) -> Runner:
                 raise Interrupted(
                     f"stopped; a reading process got the signal, too, so --resume {folder} goes on from "
                     f"{last.name if last else 'the start'}"
+                ) from error
+            if "DataLoader worker" in str(error):
+                raise ComaError(
+                    f"{folder}: a reading process died, most likely because memory ran out; use fewer "
+                    f"--workers, then go on with --resume {folder}"
                 ) from error
             if not _disk_is_full(error):
                 raise
@@ -107,9 +128,16 @@ def build_runner(config: Any, folder: Path) -> Runner:
 
     Its log goes to files; errors alone to the terminal.
     """
-    if "custom_imports" in config:
-        import_modules_from_strings(**config.custom_imports)  # some were added after the file was read
-    allow_checkpoints()
+    settle(config, folder)
+    import_modules_from_strings(**config.custom_imports)  # some were added after the file was read
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of third parties about each other
+        return _QuietRunner.from_cfg(config)
+
+
+def settle(config: Any, folder: Path) -> None:
+    """Adapt a configuration to this toolkit, this machine and the run directory, any number of times."""
+    require(config, IMPORTS)
     config.work_dir = str(folder)
     config.experiment_name = f"{folder.name}-{uuid.uuid4().hex[:8]}"  # mmengine keeps one logger per name
     if "visualizer" in config:  # and one visualizer, which writes the curves, for good in its first folder
@@ -127,9 +155,6 @@ def build_runner(config: Any, folder: Path) -> Runner:
         settle_workers(config.get(name), config.get("randomness", {}).get("seed") or 0)
     if not torch.cuda.is_available() or config.launcher == "none":
         _without_sync(config.model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of third parties about each other
-        return _QuietRunner.from_cfg(config)
 
 
 def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -159,8 +184,36 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return path if path and path.is_file() else None
 
 
+def intact_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint, or where it is damaged the one before; None where none was ever saved.
+
+    Raises:
+        BadInput: all of them are damaged.
+    """
+    last = latest_checkpoint(folder)
+    found = ((_NUMBERED.fullmatch(path.name), path) for path in folder.glob("*.pth"))
+    numbered = sorted(((int(name[1]), path) for name, path in found if name), reverse=True)
+    before = [path for _, path in numbered if path != last]
+    for path in (last, *before) if last else ():
+        holds = path.is_file() and seal_holds(path)
+        if holds is None:
+            log.warning("warning: %s: has no checksum (of an older version): damage goes unnoticed", path)
+        if holds is not False:
+            return path
+        log.warning("warning: %s: damaged (its checksum does not match); trying the one before", path)
+    if last:
+        raise BadInput(f"{folder}: all its checkpoints are damaged; start again in another folder")
+    return None
+
+
 def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint; nothing is unpickled but tensors, numbers and mmengine's histories."""
+    """The weights in a checkpoint; nothing is unpickled but tensors, numbers and mmengine's histories.
+
+    Raises:
+        BadInput: it is damaged.
+    """
+    if seal_holds(path) is False:
+        raise BadInput(f"{path}: damaged (its checksum does not match)")
     allow_checkpoints()
     return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
 
@@ -171,7 +224,12 @@ def scores_by_step(runner: Runner) -> dict[str, dict[str, float]]:
 
 
 class _QuietRunner(Runner):
-    """Logs everything to its files, and errors alone to the terminal."""
+    """Logs everything to its files, errors alone to the terminal; seals its checkpoints."""
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        super().save_checkpoint(out_dir, filename, *args, **kwargs)
+        if is_main():
+            seal(Path(out_dir, filename))
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         logger = super().build_logger(*args, **kwargs)
@@ -180,6 +238,35 @@ class _QuietRunner(Runner):
                 handler.setLevel(logging.ERROR)
                 handler.setStream(sys.stderr)
         return logger
+
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Any:
+        """Loads what fits, and says what does not; mmengine says so in its log alone."""
+        try:
+            checkpoint = super().load_checkpoint(filename, *args, **kwargs)
+        except pickle.UnpicklingError as error:
+            raise BadInput(
+                f"{filename}: holds more than tensors, numbers and mmengine's histories, and nothing else is "
+                "unpickled; save its state_dict alone"
+            ) from error
+        checkpoint.get("meta", {}).pop("config", None)  # mmengine would execute it as a program
+        model: Any = getattr(self.model, "module", self.model)
+        theirs = {
+            name.removeprefix("module."): t for name, t in checkpoint.get("state_dict", checkpoint).items()
+        }
+        ours = model.state_dict()
+        other = [n for n, t in ours.items() if getattr(theirs.get(n), "shape", None) != t.shape]
+        if len(other) == len(ours):
+            raise BadInput(f"{filename}: none of its {len(theirs)} tensors fits one of the model")
+        if other or not ours.keys() >= theirs.keys():
+            log.warning(
+                "warning: %s: gave %d of the model's %d tensors; %d others of its own fit nothing%s",
+                filename,
+                len(ours) - len(other),
+                len(ours),
+                len(theirs.keys() - ours.keys()),
+                f"; not loaded: {', '.join(other[:3])}{' ...' if other[3:] else ''}" if other else "",
+            )
+        return checkpoint
 
 
 class _Watch(Hook):

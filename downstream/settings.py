@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import BadInput
+import torch
 
+from pretrain.errors import BadInput, ComaError
+
+MESSAGE = 300
+"""Characters of an error of OpenMMLab that are shown."""
+_LIBRARY = re.compile(r"[/\\](?=(?:mmdet|mmseg|mmcv)[/\\])")
 PRESETS = Path(__file__).parent / "configs"
 
 
@@ -18,16 +27,53 @@ def load_config(path: Path) -> Any:
     Raises:
         BadInput: it cannot be read.
     """
-    from mmengine.config import Config
-
     if not path.is_file():
         raise BadInput(f"--config {path}: no such file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of third parties about each other
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of third parties about each other
+        from mmengine.config import Config
+
+        import downstream.openmmlab  # noqa: F401 - before mmdet and mmseg, which a configuration may import
+
+        with blaming(path, "cannot be read"):
             return Config.fromfile(path)
-    except Exception as error:  # a configuration is a program: anything may go wrong in it
-        raise BadInput(f"--config {path}: cannot be read ({type(error).__name__}: {error})") from error
+
+
+def require(config: Any, *modules: str) -> None:
+    """Have these modules imported before all others wherever the configuration is read or run."""
+    theirs = config.get("custom_imports") or {}
+    imports = theirs.get("imports") or []
+    imports = [imports] if isinstance(imports, str) else imports
+    config.custom_imports = {  # a whole new value: mmengine hands out copies of what it holds
+        "imports": list(dict.fromkeys([*modules, *imports])),
+        "allow_failed_imports": theirs.get("allow_failed_imports", False),
+    }
+
+
+@contextmanager
+def blaming(path: Path, what: str) -> Iterator[None]:
+    """Turns any error inside into one line that names the configuration, which is a program of the user's.
+
+    Raises:
+        BadInput: with `what` went wrong, and the file and line of OpenMMLab where it did.
+    """
+    try:
+        yield
+    except ComaError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, torch.OutOfMemoryError) or (
+            isinstance(error, OSError) and error.errno == ENOSPC
+        ):
+            raise
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if _LIBRARY.search(f.filename)]
+        where = f" at {_LIBRARY.split(frames[-1].filename)[-1]}:{frames[-1].lineno}" if frames else ""
+        raise BadInput(f"{path}: {what} ({type(error).__name__}{where}: {_line(error)})") from error
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= MESSAGE else f"{text[:MESSAGE]} ..."
 
 
 def change(config: Any, options: tuple[str, ...]) -> None:
@@ -46,6 +92,34 @@ def change(config: Any, options: tuple[str, ...]) -> None:
             config.merge_from_dict({name: DictAction._parse_iterable(value)})
         except (KeyError, TypeError, AssertionError, ValueError) as error:
             raise BadInput(f"--cfg-options {option}: does not fit ({error})") from None
+
+
+def differences(before: Any, after: Any, name: str = "") -> list[str]:
+    """Settings that differ, by name; a dataset, a metric or another type counts as one, and new ones not.
+
+    Args:
+        before: Plain settings.
+        after: The same settings later.
+        name: Where they stand.
+    """
+    if before == after:
+        return []
+    same = isinstance(before, dict) and isinstance(after, dict) and before.get("type") == after.get("type")
+    whole = name.endswith((".dataset", "_evaluator"))
+    if same and not whole:
+        names = {key: f"{name}.{key}" if name else key for key in (before if not name else [*before, *after])}
+        return [each for key in names for each in differences(before.get(key), after.get(key), names[key])]
+    if isinstance(before, list | tuple) and isinstance(after, list | tuple):
+        if len(before) == len(after) and any(isinstance(each, dict) for each in before):
+            pairs = enumerate(zip(before, after, strict=True))
+            return [each for i, (old, new) in pairs for each in differences(old, new, f"{name}.{i}")]
+        return [name] if list(before) != list(after) else []
+    return [name] if same else [f"{name} ({_short(before)} -> {_short(after)})"]
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value.get("type") if isinstance(value, dict) else value)
+    return text if len(text) <= 60 else f"...{text[-57:]}"
 
 
 def replace_dataset(loader: Any, make: Callable[[list[Any]], dict[str, Any]]) -> None:

@@ -24,13 +24,16 @@ from pretrain.config import DyViTConfig, EncoderConfig
 from pretrain.errors import BadInput
 
 
-def finetune(kind: Kind, config: Any, out: Path, *, resume: bool = False) -> Path | None:
+def finetune(
+    kind: Kind, config: Any, out: Path, *, source: Path | None = None, resume: bool = False
+) -> Path | None:
     """Train, then make an artifact of the best checkpoint.
 
     Args:
         kind: What it becomes.
         config: A whole mmengine configuration of that library.
         out: The run directory.
+        source: The user's file that the configuration comes from, which errors name.
         resume: Go on from its last checkpoint.
 
     Returns:
@@ -39,15 +42,13 @@ def finetune(kind: Kind, config: Any, out: Path, *, resume: bool = False) -> Pat
     Raises:
         BadInput: a configuration of another library, or as `runs.train`.
     """
-    scope = config.get("default_scope")
-    if scope != LIBRARIES[kind]:
-        raise BadInput(f"the configuration is one of {scope!r}; a {kind} needs one of {LIBRARIES[kind]!r}")
+    check_library(kind, config, source)
     if config.model.get("backbone", {}).get("type") in ("DyViT", "PlainViT"):
         channels = len(config.model.data_preprocessor.get("mean") or (0, 0, 0))
         describe_finetuned(kind, config, DyViTConfig(channels=channels))  # to fail before training, not after
     if resume:
         share_batch(config)
-    runner = runs.train(config, out, resume=resume)
+    runner = runs.train(config, out, source=source, resume=resume)
     model = getattr(runner.model, "module", runner.model)
     encoder = getattr(model.backbone, "encoder", None)
     if encoder is None:
@@ -55,6 +56,20 @@ def finetune(kind: Kind, config: Any, out: Path, *, resume: bool = False) -> Pat
     if is_main():
         _publish(kind, config, out, runner, encoder.config)
     return out / "artifact"
+
+
+def check_library(kind: Kind, config: Any, source: Path | None) -> None:
+    """Refuse what is no configuration of a model, or one of another library.
+
+    Raises:
+        BadInput: naming the file.
+    """
+    path, scope, model = source or "the configuration", config.get("default_scope"), config.get("model")
+    if scope != LIBRARIES[kind]:
+        said = f"is one of {scope}" if scope else "has no default_scope"
+        raise BadInput(f"{path}: {said}; a {kind} needs a configuration of {LIBRARIES[kind]}")
+    if not isinstance(model, dict) or not isinstance(model.get("backbone"), dict):
+        raise BadInput(f"{path}: has no model with a backbone")
 
 
 def _publish(kind: Kind, config: Any, out: Path, runner: Any, encoder: EncoderConfig) -> None:

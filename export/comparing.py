@@ -13,24 +13,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from export.description import Form
+from export.failures import library_errors
 from export.forms.load import artifact_hash, example_inputs, load_deployable
+from export.image_sets import ImageSet
 from export.images import as_input, resized
 from export.latency import Latency, compute, end_to_end, interleaved
-from export.manifest import NAME, Entry, Manifest
+from export.manifest import NAME, Entry, Manifest, is_verified
 from export.request import Watcher
 from export.runtimes.base import Runtime
 from export.runtimes.open import Device
 from export.runtimes.pytorch import TorchRuntime
-from pretrain.data.source import Source
-from pretrain.errors import BadImage, BadInput, ComaError
-from pretrain.hashing import sha256_of
+from pretrain.errors import BadInput, ComaError
 from pretrain.machine import cores
 
 EAGER, COMPILED = "torch eager", "torch compiled"
-_MOST_IMAGES = 64
+MOST_IMAGES = 64
+"""Different images that are shown; larger batches repeat them."""
 _WARM_UP, _LEAST = 3, 5  # runs: the first as `interleaved` has it, the second as it is told
 
 
@@ -88,41 +87,6 @@ class NotRun:
     batch: int | None = None
 
 
-@dataclass(frozen=True)
-class Images:
-    """What is shown to the models.
-
-    Attributes:
-        pictures: Decoded, `[H, W, c]`.
-        files: The files they came from; empty where they came from none.
-    """
-
-    pictures: tuple[np.ndarray, ...]
-    files: tuple[bytes, ...]
-
-
-def read_images(source: Source, channels: int, most: int) -> Images:
-    """The first `most` images (64 at most) that can be read.
-
-    Raises:
-        BadInput: none can; the message says why the first one could not.
-    """
-    pictures, files, first = [], [], None
-    for number in range(len(source)):
-        if len(pictures) == min(most, _MOST_IMAGES):
-            break
-        try:
-            picture, file = source.read(number, channels), source.encoded(number)
-        except BadImage as error:
-            first = first or error
-            continue
-        pictures.append(picture)
-        files += [file] if file is not None else []
-    if not pictures:
-        raise BadInput(f"{source.location}: no image can be read; {first}; give others with --images")
-    return Images(tuple(pictures), tuple(files))
-
-
 def exported(folder: Path, artifact: Path, form: Form, required: bool) -> tuple[list[Entry], list[NotRun]]:
     """The files of one form in a folder of exports, and those that are out of the question.
 
@@ -149,7 +113,7 @@ def exported(folder: Path, artifact: Path, form: Form, required: bool) -> tuple[
             absent.append(NotRun(entry.file, f"is of the form {entry.form}, not {form}"))
         elif not path.is_file():
             absent.append(NotRun(entry.file, f"listed in {NAME}, but no longer there"))
-        elif sha256_of(path) != entry.sha256:
+        elif not is_verified(folder, entry):
             raise BadInput(
                 f"{path}: is not the file that was verified (its SHA-256 is not the one in {NAME}); "
                 f"make it again with coma export {artifact}"
@@ -207,7 +171,7 @@ class Call:
 
 
 def try_out(
-    contenders: Sequence[Contender], images: Images, batch: int, size: tuple[int, int], watcher: Watcher
+    contenders: Sequence[Contender], images: ImageSet, batch: int, size: tuple[int, int], watcher: Watcher
 ) -> tuple[list[Call], list[NotRun]]:
     """What can be timed at one batch size, and what cannot: every call is made twice.
 
@@ -222,9 +186,10 @@ def try_out(
     for number, each in enumerate(contenders):
         watcher.step(f"batch {batch}: trying {each.name}", number, len(contenders))
         try:
-            calls += [
-                Call(each, what, run, _second_run(run)) for what, run in _calls(each, images, batch, size)
-            ]
+            with library_errors(each.name):
+                calls += [
+                    Call(each, what, run, _second_run(run)) for what, run in _calls(each, images, batch, size)
+                ]
         except (ComaError, RuntimeError) as error:  # of torch: no memory, no compiler
             absent.append(NotRun(each.name, str(error).strip().partition("\n")[0][:300], batch))
     return sorted(calls, key=lambda call: call.what), absent  # compute first; contenders in their order
@@ -238,7 +203,8 @@ def expected_seconds(calls: Sequence[Call], seconds: float) -> float:
 
 def measure(calls: Sequence[Call], batch: int, seconds: float) -> list[Row]:
     """Run all of them in turns, for so many seconds each; `speed` relates to PyTorch's on the same device."""
-    results = interleaved([call.run for call in calls], batch, seconds, least=_LEAST)
+    with library_errors(f"timing a batch of {batch}"):
+        results = interleaved([call.run for call in calls], batch, seconds, least=_LEAST)
     pairs = list(zip(calls, results, strict=True))
     eager = {
         (call.what, call.contender.device): result.p50
@@ -279,7 +245,7 @@ def _open(path: Path, entry: Entry, device: Device, threads: int) -> Contender:
 
 
 def _calls(
-    each: Contender, images: Images, batch: int, size: tuple[int, int]
+    each: Contender, images: ImageSet, batch: int, size: tuple[int, int]
 ) -> list[tuple[str, Callable[[], object]]]:
     about = each.runtime.description
     rule = about.preprocessing

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from export.description import Form
-from export.forms.load import load_deployable
+from export.failures import require_packages
 from export.judging import Judge
 from export.making import Maker, fitted
 from export.manifest import Manifest
 from export.request import Request, Watcher, file_name
+from export.runtimes.onnxruntime import Provider, require_provider
 from export.runtimes.pytorch import TorchRuntime
 from export.shapes import Shapes
 from export.verify.gates import GATES
@@ -30,6 +31,16 @@ class Outcome:
     refused: list[str] = field(default_factory=list)
 
 
+def require(device: Provider) -> None:
+    """Checks that what an export needs can be imported and started, before its first long step.
+
+    Raises:
+        BadInput: a package is missing or broken, or ONNX Runtime cannot use the device.
+    """
+    require_packages("onnx", "onnxscript")
+    require_provider(device)
+
+
 def export(
     request: Request, form: Form, shapes: Shapes, manifest: Manifest, watcher: Watcher, outcome: Outcome
 ) -> None:
@@ -41,8 +52,9 @@ def export(
         BadInput: something that was asked for cannot be done; what was finished before stays.
         Interrupted: Ctrl-C, likewise.
     """
-    maker = Maker(request, form, shapes, watcher)
-    reference = TorchRuntime(fitted(load_deployable(request.artifact, form), shapes))
+    require(request.device)
+    maker = Maker(request, form, shapes, watcher, manifest.source)
+    reference = TorchRuntime(fitted(maker.deployable(), shapes))
     judge = Judge(request, reference, shapes, watcher, manifest)
     try:
         for precision in sorted(request.precisions, key=list(GATES).index):

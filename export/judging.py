@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,9 @@ import numpy as np
 
 from export.description import Precision
 from export.emulation import emulate, is_short
+from export.failures import about_one_file, library_errors
 from export.forms.load import example_inputs, load_deployable
+from export.image_sets import Selection, counted
 from export.images import as_input, resized
 from export.latency import compute, end_to_end, interleaved
 from export.making import Maker, describe, fitted, load
@@ -27,8 +28,10 @@ from export.tensorrt.sidecar import sidecar_path
 from export.verify.check import Verdict, verify
 from export.verify.gates import GATES
 from export.verify.metric import measure, top1
-from pretrain.errors import BadInput, CheckFailed
+from pretrain.errors import BadInput, CheckFailed, ComaError
 from pretrain.hashing import sha256_of
+
+log = logging.getLogger(__name__)
 
 REJECTED = ".rejected"
 
@@ -47,6 +50,7 @@ class Judge:
         self.watcher, self.manifest = watcher, manifest
         self._fp32: Entry | None = None
         self._scores: dict[str, float] | None = None
+        self._scored_images: Selection | None = None
 
     def onnx(self, waiting: Path, path: Path, precision: Precision, maker: Maker) -> str | None:
         """Why the ONNX file is refused; None where it is kept."""
@@ -55,7 +59,8 @@ class Judge:
         runtime, timed = self._open(waiting, precision)
         place = "cpu" if self.request.device == "cpu" else "cuda"
         entry, verdict = self._entry(waiting, path.name, runtime, timed, place)
-        entry.numbers = precision_summary(load(waiting))
+        with library_errors("the graph cannot be inspected"):
+            entry.numbers = precision_summary(load(waiting))
         if not verdict.passed:
             entry.error = self._locate(waiting, runtime, maker)
         elif precision in ("int8", "fp8"):
@@ -94,7 +99,7 @@ class Judge:
         from export.runtimes.onnxruntime import OnnxRuntime
 
         if self.request.device == "cpu" and is_short(precision):
-            with _about_this_file():
+            with about_one_file(), library_errors("the graph cannot be emulated in fp32"):
                 emulated = emulate(load(waiting), precision).SerializeToString()
             compared = OnnxRuntime(emulated)
             return compared, OnnxRuntime(waiting) if precision == "fp16" else None
@@ -111,7 +116,7 @@ class Judge:
             self.reference,
             runtime,
             self.shapes,
-            self.request.pictures,
+            self.request.images.pictures,
             lambda done, total: self.watcher.step(label, done, total),
         )
         metric = self._metric(runtime) if verdict.passed else {}
@@ -138,47 +143,57 @@ class Judge:
             shapes=[str(s) for s in dict.fromkeys((self.shapes.least, self.shapes.usual, self.shapes.most))],
             tolerances=asdict(GATES[precision]),
             verification=verdict.plain(),
-            images=self.request.images,
+            images=str(self.request.images.selection),
+            image_sets=self._image_sets(precision),
         )
 
     def _keep(self, waiting: Path, path: Path, entry: Entry, verdict: Verdict) -> str | None:
         rejected = path.with_name(path.name + REJECTED)
         target = path if verdict.passed else rejected
         # the sidecar first: an engine beside that of another is refused, one without any cannot be told
-        for source, to in ((sidecar_path(waiting), sidecar_path(target)), (waiting, target)):
-            if source.exists():
-                source.replace(to)
+        pairs = ((sidecar_path(waiting), sidecar_path(target)), (waiting, target))
+        moves = [(source, to) for source, to in pairs if source.exists()]
         fault = None
-        if verdict.passed:
-            for each in (rejected, sidecar_path(rejected)):  # of an earlier try
-                each.unlink(missing_ok=True)
-        else:
+        if not verdict.passed:
             where = f"; {entry.error}" if entry.error else ""
             fault = f"{path.name}: {'; '.join(verdict.failures)}{where}"
             entry.file += REJECTED
-        self.manifest.add(entry, verdict.passed)
-        self.manifest.write(self.request.out)
+        self.manifest.commit(entry, verdict.passed, self.request.out, moves)
+        if verdict.passed:
+            for each in (rejected, sidecar_path(rejected)):  # of an earlier try
+                each.unlink(missing_ok=True)
         mark = "kept   " if verdict.passed else "refused"
         self.watcher.say(f"{mark} {entry.file}  {_found(entry, verdict)}")
         return fault
 
     def _metric(self, runtime: Runtime) -> dict[str, dict[str, float]]:
         if self._scores is None:
-            self._scores = self._score(self.reference)
+            self._scores, self._scored_images = self._score(self.reference)
+            if self._scored_images and self._scored_images.left_out:
+                log.warning("top-1 over %s: %s", self._scored_images, self._scored_images.names)
         if not self._scores:
             return {}
-        with _about_this_file():  # PyTorch took these images
-            return {"torch": self._scores, "file": self._score(runtime)}
+        with about_one_file():  # PyTorch took these images
+            return {"torch": self._scores, "file": self._score(runtime)[0]}
 
-    def _score(self, runtime: Runtime) -> dict[str, float]:
+    def _score(self, runtime: Runtime) -> tuple[dict[str, float], Selection | None]:
         request, form = self.request, runtime.description.form
         if form == "classifier" and request.labelled is not None:
             self.watcher.step(f"top-1 of {runtime.title}")
             return top1(runtime, request.labelled, request.most)
         if form in ("detector", "segmentor") and request.dataset is not None:
             self.watcher.step(f"the task's metric, of {runtime.title}")
-            return measure(runtime, request.artifact, request.dataset, request.most)
-        return {}
+            with library_errors(f"--dataset {request.dataset}", BadInput):  # mmdet and mmseg raise anything
+                return measure(runtime, request.artifact, request.dataset, request.most), None
+        return {}, None
+
+    def _image_sets(self, precision: Precision) -> dict[str, Selection]:
+        sets = {"verification": self.request.images.selection}
+        if precision in ("int8", "fp8") and self.request.calibration:
+            sets["calibration"] = self.request.calibration.selection
+        if self._scored_images:
+            sets["top-1"] = self._scored_images
+        return sets
 
     @cached_property
     def _reference_on_gpu(self) -> TorchRuntime:
@@ -187,7 +202,7 @@ class Judge:
 
     def _latency(self, runtime: Runtime, place: str) -> list[dict[str, Any]]:
         """The file and PyTorch in turns, both on the device `place`; PyTorch's rows follow the file's."""
-        usual = self.shapes.usual
+        usual, pictures = self.shapes.usual, self.request.images.pictures
         both = (runtime, self.reference if place == "cpu" else self._reference_on_gpu)
         rows = []
         for batch in dict.fromkeys((self.shapes.least.batch, usual.batch)):
@@ -198,12 +213,12 @@ class Judge:
                 about = each.description
                 names = [port.name for port in about.inputs]
                 inputs = dict(zip(names, example_inputs(about, batch, *size), strict=True))
-                pixels = [resized(self.request.pictures[0], about.preprocessing, size)] * batch
+                pixels = [resized(self.request.images.pictures[0], about.preprocessing, size)] * batch
                 inputs["images"] = as_input(pixels, about.preprocessing)
                 calls.append(compute(each, {name: tensor.to(place) for name, tensor in inputs.items()}))
             timed = [("compute", call, each) for call, each in zip(calls, both, strict=True)]
             if runtime.description.form != "reconstructor":
-                files = [_as_png(self.request.pictures[i % len(self.request.pictures)]) for i in range(batch)]
+                files = [_as_png(pictures[i % len(pictures)]) for i in range(batch)]
                 channels = int(runtime.description.inputs[0].axes[1])
                 timed += [("end to end", end_to_end(each, files, size, channels), each) for each in both]
             results = interleaved([call for _, call, _ in timed], batch, self.request.seconds)
@@ -221,32 +236,24 @@ class Judge:
         batch = self.shapes.usual.batch if "batch" not in self.shapes.dynamic else 1
         rule, own = about.preprocessing, self.reference.description.preprocessing
         size = (usual.height, usual.width)
-        pixels = [resized(self.request.pictures[0], own, size)] * batch
+        pixels = [resized(self.request.images.pictures[0], own, size)] * batch
         others = example_inputs(self.reference.description, batch, *size)[1:]
         model = load(waiting)
         try:
-            found = locate(
-                self.reference.module,
-                emulate(model, about.precision) if is_short(about.precision) else model,
-                (as_input(pixels, own), *others),
-                GATES[about.precision].cosine,
-                exported=(as_input(pixels, rule), *others),
-            )
-        except (BadInput, CheckFailed, RuntimeError):  # it cannot even be run with its insides marked
+            with library_errors("not located"):
+                found = locate(
+                    self.reference.module,
+                    emulate(model, about.precision) if is_short(about.precision) else model,
+                    (as_input(pixels, own), *others),
+                    GATES[about.precision].cosine,
+                    exported=(as_input(pixels, rule), *others),
+                )
+        except (ComaError, RuntimeError):  # it cannot even be run with its insides marked
             return None
         if not found:
             return None
         other = found.module.startswith(("box_heads", "mask_heads"))
         return f"{found}" + ("; or other proposals reach it than in PyTorch" if other else "")
-
-
-@contextmanager
-def _about_this_file() -> Iterator[None]:
-    # what else was asked for can still be made
-    try:
-        yield
-    except BadInput as error:
-        raise CheckFailed(str(error)) from None
 
 
 def _found(entry: Entry, verdict: Verdict) -> str:
@@ -255,9 +262,11 @@ def _found(entry: Entry, verdict: Verdict) -> str:
     worst = [each.cosine for each in verdict.outputs.values() if each.compared or not each.finite]
     least = f"least cosine {min(worst):.6f}" if worst else "nothing to compare"
     scores = "".join(f", {k} {v:.2f}" for k, v in entry.metric.get("file", {}).items())
+    if "top-1" in entry.image_sets:
+        scores += f" over {counted(entry.image_sets['top-1'].used, 'image')}"
     return (
-        f"{entry.bytes / 1e6:.1f} MB, {least} over {verdict.images} images and {len(verdict.shapes)} "
-        f"shapes{scores}"
+        f"{entry.bytes / 1e6:.1f} MB, {least} over {counted(verdict.images, 'image')} and "
+        f"{counted(len(verdict.shapes), 'shape')}{scores}"
     )
 
 

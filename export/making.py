@@ -5,33 +5,40 @@ A file carries its name only after it has passed; until then it is called `<name
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from export.description import Description, Form, Precision
+from export.failures import about_one_file, library_errors
 from export.forms.base import Deployable
 from export.forms.load import example_inputs, load_deployable
 from export.images import as_input, resized
+from export.manifest import STAGED
+from export.report import NAME as REPORT
 from export.request import Request, Watcher, file_name
 from export.shapes import Shape, Shapes
 from export.to_onnx import METADATA, as_json, in_precision, read_description, with_preprocessing, write_onnx
-from pretrain.errors import CheckFailed
+from pretrain.errors import BadArtifact, CheckFailed
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
+log = logging.getLogger(__name__)
+
 UNVERIFIED = ".unverified"
+_BASE = ".onnx.base"
 
 
 class Maker:
     """Writes the files that are still to be verified."""
 
-    def __init__(self, request: Request, form: Form, shapes: Shapes, watcher: Watcher) -> None:
-        self.request, self.shapes, self.watcher = request, shapes, watcher
+    def __init__(self, request: Request, form: Form, shapes: Shapes, watcher: Watcher, source: str) -> None:
+        self.request, self.shapes, self.watcher, self.source = request, shapes, watcher, source
         self.form: Form = form
         self._fp32_file: Path | None = None
         self._unwanted: list[Path] = []
@@ -67,14 +74,25 @@ class Maker:
     def fp32(self) -> Path:
         """The fp32 file of which quantised ones are made: the one that passed, or one made for that alone."""
         if self._fp32_file is None:
-            base = self.unwanted(self.request.out / f"{self.form}.onnx.base")
+            base = self.unwanted(self.request.out / f"{self.form}{_BASE}")
             self._trace("fp32", base)
             self._fp32_file = base
         return self._fp32_file
 
+    def deployable(self) -> Deployable:
+        """The model, read anew.
+
+        Raises:
+            BadArtifact: it cannot be read any more, or has become another one since the export began.
+        """
+        found = load_deployable(self.request.artifact, self.form)
+        if found.description.source != self.source:
+            raise BadArtifact(f"{self.request.artifact}: has changed during the export; export it again")
+        return found
+
     def _trace(self, precision: Precision, target: Path) -> None:
         self.watcher.step(f"{self.form} {precision}: tracing the graph")
-        deployable = fitted(load_deployable(self.request.artifact, self.form), self.shapes)
+        deployable = fitted(self.deployable(), self.shapes)
         if self.request.inside:
             deployable = with_preprocessing(deployable)
         in_precision(deployable.module, precision)
@@ -86,7 +104,7 @@ class Maker:
 
         base = self.fp32()
         description = describe(base)
-        total = len(self.request.calibration)
+        batches, total = self._batches(description)
         title = f"{self.form} {precision}: reading ranges of activations"
         self.watcher.step(title, 0, total)
         common: dict[str, Any] = {
@@ -94,11 +112,11 @@ class Maker:
             "metadata": {METADATA: as_json(replace(description, precision=precision))},
             "progress": lambda done: self.watcher.step(title, done, total),
         }
-        batches = self._batches(description)
-        if precision == "int8":
-            quantize_int8(base, target, batches, self.request.method, **common)
-        else:
-            quantize_fp8(base, target, batches, **common)
+        with about_one_file(), library_errors("the graph cannot be quantised"):
+            if precision == "int8":
+                quantize_int8(base, target, batches, self.request.method, **common)
+            else:
+                quantize_fp8(base, target, batches, **common)
 
     def _keep(self) -> list[str]:
         """The patterns that mean something in this form, as its file names the layers."""
@@ -106,13 +124,17 @@ class Maker:
         here = [pattern for pattern in self.request.keep if fits(pattern, layers)]
         return [f"form.{pattern}" for pattern in here] if self.request.inside else here
 
-    def _batches(self, description: Description) -> Iterator[dict[str, np.ndarray]]:
+    def _batches(self, description: Description) -> tuple[Iterator[dict[str, np.ndarray]], int]:
+        """All calibration images, batch by batch, and the number of batches; the last batch is filled up."""
         usual, rule = self.shapes.usual, description.preprocessing
         batch = description.inputs[0].axes[0]
         size = batch if isinstance(batch, int) else 1
-        pictures = self.request.calibration
-        for start in range(0, len(pictures) - size + 1, size):
-            images = [resized(p, rule, (usual.height, usual.width)) for p in pictures[start : start + size]]
+        pictures = self.request.calibration.pictures if self.request.calibration else ()
+        starts = range(0, len(pictures), size)
+
+        def batch_from(start: int) -> dict[str, np.ndarray]:
+            numbers = [i % len(pictures) for i in range(start, start + size)]
+            images = [resized(pictures[i], rule, (usual.height, usual.width)) for i in numbers]
             inputs = {"images": as_input(images, rule)}
             for port, example in zip(
                 description.inputs[1:],
@@ -120,7 +142,27 @@ class Maker:
                 strict=True,
             ):
                 inputs[port.name] = example
-            yield {name: each.numpy() for name, each in inputs.items()}
+            return {name: each.numpy() for name, each in inputs.items()}
+
+        return map(batch_from, starts), len(starts)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what an export that was killed left in a folder; no other export may be writing there."""
+    files = [file_name(form, precision) for form in get_args(Form) for precision in get_args(Precision)]
+    names = {
+        f"{Path(file).stem}{UNVERIFIED}{end}"
+        for file in files
+        for end in (".onnx", ".engine", ".engine.json")
+    }
+    names |= {f"{form}{_BASE}" for form in get_args(Form)}
+    written = (*names, REPORT, STAGED)
+    found = [folder / name for name in (*names, STAGED, *(f".{name}.part" for name in written))]
+    there = [path for path in found if path.is_file()]
+    for path in there:
+        path.unlink()
+    if there:
+        log.warning("%s: removed %d unfinished files of an export that was killed", folder, len(there))
 
 
 def fitted(deployable: Deployable, shapes: Shapes) -> Deployable:

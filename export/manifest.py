@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from export.description import Form, Precision
+from export.image_sets import Selection
 from pretrain.artifact import library_versions
 from pretrain.errors import BadInput
-from pretrain.files import write_whole
+from pretrain.files import sync, write_whole
+from pretrain.hashing import sha256_of
 from pretrain.machine import cores, processor
+from pretrain.plain import from_plain
 
 NAME = "manifest.json"
+STAGED = f".{NAME}.next"
+"""The manifest that is written while the former one is still valid."""
 FORMAT_VERSION = 2
 _LIBRARIES = (
     "onnx",
@@ -45,7 +54,8 @@ class Entry:
         shapes: Least, usual and most, as asked for.
         tolerances: The limits it was held to.
         verification: What the gate found (see `export.verify.check.Verdict.plain`).
-        images: That it was compared on, for people.
+        images: Human-readable description of the verification images.
+        image_sets: Images by purpose: verification, calibration, top-1; empty in older manifests.
         metric: Scores in percent, of PyTorch (`torch`) and of the file (`file`); empty without labels.
         latency: By shape, of the file and of PyTorch: compute and end to end, milliseconds.
         numbers: Which operators and weights have which precision.
@@ -69,6 +79,7 @@ class Entry:
     latency: list[dict[str, Any]] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    image_sets: dict[str, Selection] = field(default_factory=dict)
     machine: str = field(default_factory=lambda: machine())
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
@@ -92,11 +103,40 @@ class Manifest:
             entries[:] = [known for known in entries if _name(known) != _name(entry)]
         (self.files if passed else self.rejected).append(entry)
 
-    def write(self, folder: Path) -> None:
-        """Write it, whole or not at all."""
+    def commit(self, entry: Entry, passed: bool, folder: Path, moves: Sequence[tuple[Path, Path]]) -> None:
+        """Adds an entry and writes the manifest; files get their names at the same moment.
+
+        Args:
+            entry: The file.
+            passed: Whether it is verified or refused.
+            folder: Where the manifest lies.
+            moves: Present and final path of every file that belongs to the entry.
+
+        Raises:
+            OSError: the disk is full, or not to be written; the manifest and its files stay as they were.
+        """
+        before = list(self.files), list(self.rejected)
+        self.add(entry, passed)
+        try:
+            self.write(folder, moves)
+        except BaseException:
+            self.files, self.rejected = before
+            raise
+
+    def write(self, folder: Path, moves: Sequence[tuple[Path, Path]] = ()) -> None:
+        """Writes it, whole or not at all, and moves files when it lies on the disk."""
         plain = {"format_version": FORMAT_VERSION, **asdict(self)}
         text = json.dumps(plain, indent=1) + "\n"
-        write_whole(folder / NAME, lambda file: file.write(text.encode()))
+        staged = folder / STAGED
+        write_whole(staged, lambda file: file.write(text.encode()))
+        try:
+            with _signals_after():
+                for source, to in moves:
+                    source.replace(to)
+                staged.replace(folder / NAME)
+        finally:
+            staged.unlink(missing_ok=True)
+        sync(folder)
 
     @classmethod
     def of(cls, folder: Path, artifact: str, source: str, kind: str) -> Manifest:
@@ -130,10 +170,12 @@ class Manifest:
         """
         path = folder / NAME
         try:
+            if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+                raise BadInput(f"{path}: not a regular file; {instead}")
             plain = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BadInput(f"{path}: not readable ({error}); {instead}") from None
         if not isinstance(plain, dict) or "format_version" not in plain:
             raise OfOthers(f"{path}: not readable (coma export did not write it); {instead}")
@@ -142,11 +184,49 @@ class Manifest:
             raise BadInput(
                 f"{path}: of format {version}, and this program writes {FORMAT_VERSION}; {instead}"
             )
+        del plain["format_version"]
         try:
-            files, rejected = ([Entry(**each) for each in plain[name]] for name in ("files", "rejected"))
-            return cls(plain["artifact"], plain["source"], plain["kind"], files, rejected)
-        except (KeyError, TypeError) as error:
-            raise BadInput(f"{path}: not readable ({error!r}); {instead}") from None
+            found: Manifest = from_plain(plain, cls, source=str(path))
+        except BadInput as error:
+            raise BadInput(f"{error}; {instead}") from None
+        for entry in (*found.files, *found.rejected):
+            if Path(entry.file).name != entry.file:
+                raise BadInput(f"{path}: {entry.file!r} is not a file name; {instead}")
+            if not {"outputs", "failures"} <= entry.verification.keys():
+                raise BadInput(f"{path}: {entry.file} has no verification; {instead}")
+        return found
+
+
+def is_verified(folder: Path, entry: Entry) -> bool:
+    """Whether a listed file is the one that was verified, by its hash.
+
+    An export that runs meanwhile may have replaced the file and the manifest, so both are read again.
+    """
+    path = folder / entry.file
+    if sha256_of(path) == entry.sha256:
+        return True
+    again = Manifest.read(folder, "export again")
+    return again is not None and (entry.file, sha256_of(path)) in [(e.file, e.sha256) for e in again.files]
+
+
+@contextmanager
+def _signals_after() -> Iterator[None]:
+    """Holds Ctrl-C and SIGTERM back until the end: the names of files and the manifest change together."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _name(entry: Entry) -> str:

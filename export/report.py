@@ -30,6 +30,7 @@ def render(manifest: Manifest) -> str:
             "## Latency\n\nFile and PyTorch run in turns. Compute: from a tensor to outputs. End to end: "
             "from the bytes of image files, decoding and resizing included.\n\n" + _table(_LATENCY, latencies)
         )
+    parts += _image_sets([*manifest.files, *manifest.rejected])
     if manifest.rejected:
         lines = [
             f"- `{entry.file}`: {'; '.join(entry.verification['failures'])}"
@@ -49,6 +50,17 @@ def _circumstances(manifest: Manifest) -> str:
     if len(names) < 2:
         return "".join(names)
     return "\n".join(f"- {', '.join(files)}: {circumstances}" for circumstances, files in names.items())
+
+
+def _image_sets(entries: list[Entry]) -> list[str]:
+    """The images of each purpose, and those that were left out."""
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        for purpose, selection in entry.image_sets.items():
+            line = f"{purpose} over {selection}" + (f": {selection.names}" if selection.left_out else "")
+            found.setdefault(line, []).append(f"`{entry.file}`")
+    lines = [f"- {', '.join(files)}: {line}" for line, files in found.items()]
+    return ["## Images\n\n" + "\n".join(lines)] if lines else []
 
 
 _FILES = ("file", "precision", "run by", "MB", "parameters", "shapes (batch x height x width)", "metric")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -10,8 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from export.description import Form, Precision
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from export.image_sets import ImageSet
     from export.quantization import Method
     from export.runtimes.open import Device
     from export.tensorrt.sidecar import EngineOptions
@@ -41,9 +39,8 @@ class Request:
         tensorrt: Build engines too.
         inside: The graph takes uint8 pixels.
         device: Where ONNX files are verified and timed.
-        pictures: Decoded images to compare on.
-        images: What they are, for people.
-        calibration: Decoded images that give int8 and fp8 their ranges.
+        images: Images to compare on.
+        calibration: Images that give int8 and fp8 their ranges; None where no file is quantised.
         method: How int8 finds them.
         keep: Layers that stay in float under int8 and fp8, by module path.
         labelled: Labelled images, for the top-1 of classifiers.
@@ -59,9 +56,8 @@ class Request:
     tensorrt: bool
     inside: bool
     device: Device
-    pictures: Sequence[np.ndarray]
-    images: str
-    calibration: Sequence[np.ndarray]
+    images: ImageSet
+    calibration: ImageSet | None
     method: Method
     keep: tuple[str, ...]
     labelled: Source | None

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from pretrain.errors import BadInput
+from pretrain.ranges import BATCH, SIDE, Ranged
 
 EXAMPLE = "1x3x224x224:8x3x224x224:32x3x224x224"
 
 
 @dataclass(frozen=True, order=True)
-class Shape:
+class Shape(Ranged):
     """A batch of images: how many, and their size in pixels."""
 
-    batch: int
-    height: int
-    width: int
+    flags = "--shapes "
+
+    batch: Annotated[int, BATCH]
+    height: Annotated[int, SIDE]
+    width: Annotated[int, SIDE]
 
     def __str__(self) -> str:
         return f"{self.batch} x {self.height} x {self.width}"
@@ -26,7 +30,7 @@ class Shapes:
     """The least, the usual and the largest shape; axes that differ between them are dynamic.
 
     Raises:
-        BadInput: they are not in ascending order, axis by axis, or smaller than 1.
+        BadInput: they are not in ascending order, axis by axis.
     """
 
     least: Shape
@@ -36,10 +40,8 @@ class Shapes:
     def __post_init__(self) -> None:
         for axis in ("batch", "height", "width"):
             low, middle, high = (getattr(each, axis) for each in (self.least, self.usual, self.most))
-            if not 1 <= low <= middle <= high:
-                raise BadInput(
-                    f"--shapes: {axis} {low}:{middle}:{high} must be at least 1 and in ascending order"
-                )
+            if not low <= middle <= high:
+                raise BadInput(f"--shapes {axis} {low}:{middle}:{high} must be in ascending order")
 
     @property
     def dynamic(self) -> frozenset[str]:

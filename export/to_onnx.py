@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from export.description import FORMAT_VERSION, Description, Port, Precision
+from export.failures import library_errors
 from export.forms.base import Deployable
 from export.forms.load import example_inputs
 from export.shapes import Shapes
@@ -98,40 +99,62 @@ def write_onnx(deployable: Deployable, shapes: Shapes, path: Path) -> Descriptio
 
     Raises:
         BadInput: images smaller than a mask unit.
-        CheckFailed: the graph is not valid, or an axis that was asked to be dynamic is not.
+        CheckFailed: the model cannot be traced or is too large for one file, the graph is not valid, or an
+            axis that was asked to be dynamic is not.
     """
     import onnx
 
     about = deployable.description
     shapes.check(about.unit)
+    state = deployable.module.state_dict(keep_vars=True).values()
+    _check_size(sum(each.numel() * each.element_size() for each in state))
     description = replace(
         about,
         inputs=tuple(_fixed(port, shapes, about.unit) for port in about.inputs),
         outputs=tuple(_fixed(port, shapes, about.unit) for port in about.outputs),
     )
-    model = _trace(deployable, description, shapes)
+    with library_errors("the graph cannot be traced"):
+        model = _trace(deployable, description, shapes)
     if about.precision == "bf16" and any(node.op_type == "Conv" for node in model.graph.node):
-        raise BadInput(f"--precision bf16: ONNX files of opset {OPSET} hold no bf16 convolutions; take fp16")
+        raise CheckFailed(f"ONNX files of opset {OPSET} hold no bf16 convolutions; take fp16")
     _drop_unused(model)
     onnx.helper.set_model_props(model, {METADATA: as_json(description)})
-    onnx.checker.check_model(model, full_check=True)
+    check_graph(model)
     check_axes(model, description)
     save(model, path)
     return description
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
-    """Write a file that appears at once and whole.
+    """Writes a file that appears at once and whole.
 
     Raises:
-        BadInput: it would be larger than 2 GB, which is more than one ONNX file holds.
+        CheckFailed: it would be larger than 2 GB, which is more than one ONNX file holds.
+        OSError: the disk is full, or not to be written.
+    """
+    with library_errors("the graph cannot be written"):
+        _check_size(model.ByteSize())
+        content = model.SerializeToString()
+    write_whole(path, lambda file: file.write(content))
+
+
+def check_graph(model: onnx.ModelProto) -> None:
+    """Runs the checker of the onnx package.
+
+    Raises:
+        CheckFailed: it refuses the graph.
     """
     import onnx
 
-    size = model.ByteSize()
+    with library_errors("the graph is not valid ONNX"):
+        onnx.checker.check_model(model, full_check=True)
+
+
+def _check_size(size: int) -> None:
+    import onnx
+
     if size >= onnx.checker.MAXIMUM_PROTOBUF:
-        raise BadInput(f"{path}: would be {size / 1e9:.1f} GB, more than the 2 GB of an ONNX file; try fp16")
-    write_whole(path, lambda file: file.write(model.SerializeToString()))
+        raise CheckFailed(f"would be {size / 1e9:.1f} GB, more than the 2 GB of an ONNX file; try fp16")
 
 
 def as_json(description: Description) -> str:
@@ -158,13 +181,24 @@ def parse_description(text: str | None, source: str) -> Description:
     try:
         plain = json.loads(text or "")
         version = plain.get("format_version")
-    except (json.JSONDecodeError, AttributeError):
+    except (ValueError, RecursionError, AttributeError):
         raise BadInput(
             f"{source}: has no description of ours; give a file that `coma export` wrote"
         ) from None
     if version != FORMAT_VERSION:
         raise BadInput(f"{source}: format {version}, known here is {FORMAT_VERSION}; export it again")
-    return from_plain(plain, Description, source=source)
+    description = from_plain(plain, Description, source=source)
+    rule, images = description.preprocessing, description.inputs[:1]
+    if not (
+        images
+        and images[0].name == "images"
+        and len(images[0].axes) == 4
+        and images[0].axes[1] == len(rule.mean) == len(rule.std)
+        and all(rule.std)
+        and description.unit > 0
+    ):
+        raise BadInput(f"{source}: its description contradicts itself; export it again")
+    return description
 
 
 def modules_of(node: onnx.NodeProto) -> list[str]:

@@ -3,7 +3,8 @@
 Rooms announce their commands as entry points of the group `coma.commands`, so nothing here names a room.
 `coma --help` reads the first line of each command's module without running it: no torch, a few hundredths
 of a second. Exit codes: 0 done, 1 failed check, 2 bad input, 130 interrupted. A user's error is one line on
-stderr; `coma --traceback COMMAND ...` shows where it came from. Logging is set up here and nowhere else.
+stderr; `coma --traceback COMMAND ...` shows where it came from. A fault of ours is one line as well, with the
+name of the file that its traceback was written to. Logging is set up here and nowhere else.
 """
 
 from __future__ import annotations
@@ -12,16 +13,15 @@ import ast
 import difflib
 import errno
 import importlib.util
-import inspect
 import logging
 import os
 import platform
-import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any, TextIO
+from typing import TextIO
 
 import pretrain
 from pretrain.errors import ComaError, Interrupted
@@ -32,6 +32,9 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell reports for a program that writ
 
 OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS}
 """Errors of the machine, not of the program: full or failing disks, files that may not be touched."""
+
+PATHS = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+"""Errors of what a path names."""
 
 USAGE = """usage: coma [--traceback] COMMAND ...
        coma COMMAND --help
@@ -68,16 +71,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"{str(error) or 'interrupted'}\n")  # as asked: not an error
             return Interrupted.exit_code
         return _fail(str(error), error.exit_code)
-    except getattr(sys.modules.get("torch"), "OutOfMemoryError", ()) as error:
+    except Exception as error:
         if show_traceback:
             traceback.print_exc()
-        what = str(error).partition(" Of the allocated memory")[0]
+        return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> int:
+    """Report an error that nobody raised on purpose: of the machine, of a path, or a fault of ours."""
+    text = str(error)
+    if isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())):
+        what = text.partition(" Of the allocated memory")[0]
         way_out = "Try a smaller --batch-size or --micro-batch, end what else runs there, or --device cpu"
         return _fail(f"{what} {way_out}", 2)
-    except OSError as error:
-        if error.errno not in OUTSIDE or show_traceback:
-            raise
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return _fail("not enough memory; try a smaller --batch-size, --image-size or model", 2)
+    if isinstance(error, OSError) and error.errno in OUTSIDE:
         return _fail(f"{error.filename or 'output'}: {error.strerror}", 1)
+    if isinstance(error, OSError) and error.errno in PATHS and error.filename is not None:
+        return _fail(f"{error.filename}: {error.strerror}", 2)
+    summary = f"{type(error).__name__}: {text}".partition("\n")[0]
+    try:
+        number, path = tempfile.mkstemp(prefix="coma-traceback-", suffix=".txt")
+        with open(number, "w", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
+    except OSError:  # no disk takes it, so the terminal has to
+        traceback.print_exc()
+        path = "the traceback above"
+    return _fail(f"this is a fault of coma ({summary}); please report it with {path}", 1)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -98,7 +119,6 @@ def _dispatch(arguments: list[str]) -> int:
         return _fail(f"no command {name!r}; {hint}", 2)
     command = commands[name]
     _configure_logging(command.module.partition(".")[0])
-    _join_lines_of_help()
     try:
         command.load()(rest)
     except ModuleNotFoundError as error:
@@ -145,35 +165,32 @@ def _versions() -> str:
 
 def _configure_logging(room: str) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_CurrentStderr()])
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _CurrentStderr):
+            handler.said.clear()
+    main = os.environ.get("RANK", "0") == "0"  # torchrun sets it; the first process speaks for all
     for name in {"pretrain", room}:
-        logging.getLogger(name).setLevel(logging.INFO)
-
-
-def _join_lines_of_help() -> None:
-    """Let tyro wrap help texts at the terminal's width, not where our lines end.
-
-    It joins the lines of a field's docstring (1.0.17) unless they begin with a blank, as all but the first
-    do: docstring_parser hands them on as they stand in the source. Nor does it join those that begin with a
-    digit, a bracket or a quote.
-    """
-    import docstring_parser
-
-    parse = docstring_parser.parse_from_object
-    if parse.__module__ == __name__:
-        return
-
-    def parse_from_object(*args: Any, **options: Any) -> docstring_parser.Docstring:
-        found = parse(*args, **options)
-        for param in found.params:
-            text = inspect.cleandoc(param.description or "")
-            param.description = re.sub(r"(?<!\n)\n(?!\n)", " ", text) or None
-        return found
-
-    docstring_parser.parse_from_object = parse_from_object
+        logging.getLogger(name).setLevel(logging.INFO if main else logging.WARNING)
 
 
 class _CurrentStderr(logging.StreamHandler):
-    """Writes to what is `sys.stderr` at the time: a progress bar puts itself there while it is shown."""
+    """Writes to what is `sys.stderr` at the time: a progress bar puts itself there while it is shown.
+
+    A line that is logged with `extra={"once": True}` is written once in a command, however often it comes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line, unless it came before and was not to come again."""
+        if getattr(record, "once", False):
+            text = record.getMessage()
+            if text in self.said:
+                return
+            self.said.add(text)
+        super().emit(record)
 
     @property
     def stream(self) -> TextIO:

@@ -76,6 +76,16 @@ def write_whole(path: Path, write: Write) -> None:
     sync(path.parent)
 
 
+def lies_among(out: Path, images: Path | None, flag: str = "--out") -> str | None:
+    """What to say of results that are written among the images; None where they are not."""
+    if images is None or images.resolve() not in out.resolve().parents:
+        return None
+    return (
+        f"{flag} {out} lies among the images of {images}: what is written there never becomes one of them; "
+        f"to keep them apart, choose another {flag}"
+    )
+
+
 def sync(path: Path) -> None:
     """Wait until a file's bytes, or the names in a folder, are on the disk."""
     number = os.open(path, os.O_RDONLY)

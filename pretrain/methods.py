@@ -8,32 +8,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pretrain.errors import BadInput
+from pretrain.ranges import DEPTH, HEADS, INSIDE, SHARE, VIEWS, WIDTH, Ranged
 
 AttentionQuery = Literal["auto", "class", "mean"]
 Degradation = Literal["zoom-in", "zoom-out", "distort", "blur", "decolor", "zoom-in+mask", "zoom-in+coma"]
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(Ranged):
     """Light transformer behind the encoder that makes the predictions; shared by all views."""
 
-    dim: int = 512
-    depth: int = 4
-    heads: int = 16
+    flags = "--objective.decoder."
+
+    dim: Annotated[int, WIDTH] = 512
+    depth: Annotated[int, DEPTH] = 4
+    heads: Annotated[int, HEADS] = 16
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.dim % self.heads or self.dim % 4:
             raise BadInput(f"decoder dim {self.dim} must be a multiple of 4 and of its {self.heads} heads")
 
 
 @dataclass(frozen=True)
-class CoMAConfig:
+class CoMAConfig(Ranged):
     """Complementary masks: all pixels are learned from, equally often (Li et al. 2025)."""
 
-    views: int = 2
+    flags = "--objective."
+
+    views: Annotated[int, VIEWS] = 2
     """K: mask units are shared out into K groups; each group predicts all the others."""
     masks: Literal["complementary", "independent", "single"] = "complementary"
     """Controls: `independent` draws K unrelated masks of the same ratio; `single` uses one view only."""
@@ -41,38 +47,34 @@ class CoMAConfig:
     """Predict pixels normalised per mask unit (MAE sec. 4.1) instead of plain pixels."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
-    def __post_init__(self) -> None:
-        if self.views < 2:
-            raise BadInput(f"CoMA needs at least 2 views, got {self.views}")
-
 
 @dataclass(frozen=True)
-class MAEConfig:
+class MAEConfig(Ranged):
     """Masked autoencoder, the baseline (He et al. 2021)."""
 
-    hidden_ratio: float = 0.75
+    flags = "--objective."
+
+    hidden_ratio: Annotated[float, INSIDE] = 0.75
     """Share of mask units that the encoder does not see."""
     norm_pix: bool = True
     """Predict pixels normalised per mask unit (MAE sec. 4.1) instead of plain pixels."""
     decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(depth=8))
 
-    def __post_init__(self) -> None:
-        if not 0 < self.hidden_ratio < 1:
-            raise BadInput(f"hidden ratio {self.hidden_ratio} must lie between 0 and 1")
-
 
 @dataclass(frozen=True)
-class BeyondConfig:
+class BeyondConfig(Ranged):
     """Degradations other than masks (Tian et al. 2022, "Beyond Masking", arXiv 2203.14313)."""
+
+    flags = "--objective."
 
     degrade: Degradation = "zoom-in+mask"
     """What is done to the input. Published, their order of fine-tuned accuracy: zoom-in+mask, (masks alone,
     which is --method mae), zoom-in, zoom-out, distort, blur, decolor. zoom-in+coma is this project's own."""
-    hidden_ratio: float = 0.75
+    hidden_ratio: Annotated[float, INSIDE] = 0.75
     """zoom-in+mask: share of the centre's mask units that the encoder does not see (published)."""
-    views: int = 2
+    views: Annotated[int, VIEWS] = 2
     """zoom-in+coma: groups that share the centre's units; each of them predicts what it does not see."""
-    border_weight: float = 0.5
+    border_weight: Annotated[float, INSIDE] = 0.5
     """zoom-in+mask and zoom-in+coma: share of the loss that the border around the centre gets; the hidden
     part of the centre has the rest. The authors' code weighs the centre's mean error by 0.8 and the sum of
     four strips' mean errors by 0.2, so both alike. Plain zoom-in weighs all pixels alike."""
@@ -86,12 +88,7 @@ class BeyondConfig:
         return self.degrade.startswith("zoom-in")
 
     def __post_init__(self) -> None:
-        if not 0 < self.hidden_ratio < 1:
-            raise BadInput(f"hidden ratio {self.hidden_ratio} must lie between 0 and 1")
-        if self.views < 2:
-            raise BadInput(f"complementary masks need at least 2 views, got {self.views}")
-        if not 0 < self.border_weight < 1:
-            raise BadInput(f"border weight {self.border_weight} must lie between 0 and 1")
+        super().__post_init__()
         for name, kinds in _USED_BY.items():
             value, default = getattr(self, name), getattr(BeyondConfig, name)
             if self.degrade not in kinds and value != default:
@@ -110,8 +107,10 @@ _USED_BY: Mapping[str, tuple[Degradation, ...]] = {
 
 
 @dataclass(frozen=True)
-class TeacherConfig:
+class TeacherConfig(Ranged):
     """A frozen network that guides."""
+
+    flags = "--objective.teacher."
 
     name: str = "vit_base_patch16_clip_quickgelu_224.openai"
     """A vision transformer by its name in timm (also as timm:NAME), or the directory of an artifact. Default:
@@ -121,35 +120,33 @@ class TeacherConfig:
     sha256: str | None = None
     """Of its weights, and of how an artifact says to use them; filled in when the run starts, checked when it
     goes on."""
-    block: int = 1
+    block: Annotated[int, DEPTH] = 1
     """Whose attention is read, counted from the last block, which is 1; averaged over heads. (Our choice.)"""
     query: AttentionQuery = "auto"
     """Who attends: the class token, or the mean over all patches; auto: the class token if it was trained
     with one. (Our choice.)"""
 
-    def __post_init__(self) -> None:
-        if self.block < 1:
-            raise BadInput(f"teacher block {self.block}: the last is 1, the one before it 2")
-
 
 @dataclass(frozen=True)
-class CMTConfig:
+class CMTConfig(Ranged):
     """Masks and targets made by a teacher and the student's moving average (CMT-MAE, Mo 2024)."""
 
+    flags = "--objective."
+
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    mask_share: float = 0.5
+    mask_share: Annotated[float, SHARE] = 0.5
     """a in A = a A_teacher + (1 - a) A_student, the attention that guides masks. That the two are added up
     linearly is published; the paper's value was not at hand, this one is our choice."""
-    student_block: int = 1
+    student_block: Annotated[int, DEPTH] = 1
     """Whose attention is A_student, counted from the averaged student's last block (of DyViT, within its last
     stage), averaged over heads and, as no class token is trained, over all queries. (Our choice.)"""
     hide: Literal["attended", "ignored"] = "attended"
     """attended: hidden units are drawn in proportion to A. ignored: visible ones are. (Our choice.)"""
-    hidden_ratio: float = 0.75
+    hidden_ratio: Annotated[float, INSIDE] = 0.75
     """Share of mask units that the encoder does not see. (Our choice: MAE's.)"""
-    random_share: float = 0.1
+    random_share: Annotated[float, SHARE] = 0.1
     """Share of the run at its beginning with random masks. (Our choice.)"""
-    target_share: float = 0.5
+    target_share: Annotated[float, SHARE] = 0.5
     """Weight of the teacher's features as target; the averaged student's have the rest. That both are targets
     is published; the paper's weight was not at hand, this one is our choice."""
     distance: Literal["cosine", "smooth-l1"] = "cosine"
@@ -157,23 +154,14 @@ class CMTConfig:
     norm_targets: bool = True
     """Target features, of the last layers, are normalised over their channels (LayerNorm without
     weights). (Our choice.)"""
-    ema: float = 0.996
+    ema: Annotated[float, SHARE] = 0.996
     """Share that the averaged student keeps at the first step. That the student is a moving average is the
     paper's (by summaries of it); the schedule (BYOL's) is our choice."""
-    ema_end: float = 1.0
+    ema_end: Annotated[float, SHARE] = 1.0
     """The same at the last step; along half a cosine in between. (Our choice.)"""
     norm_pix: bool = True
     """For the pictures' pixels only, which a linear head learns beside: normalised per mask unit."""
     decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(depth=8))
-
-    def __post_init__(self) -> None:
-        if not 0 < self.hidden_ratio < 1:
-            raise BadInput(f"hidden ratio {self.hidden_ratio} must lie between 0 and 1")
-        if self.student_block < 1:
-            raise BadInput(f"student block {self.student_block}: the last is 1, the one before it 2")
-        for name in ("mask_share", "target_share", "random_share", "ema", "ema_end"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise BadInput(f"{name.replace('_', ' ')} {getattr(self, name)} must be 0 to 1")
 
 
 @dataclass(frozen=True)

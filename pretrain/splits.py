@@ -53,7 +53,8 @@ _NEUTRAL = frozenset(
 )
 _SPLIT_OF: dict[str, Split] = {
     word + end: split for split, words in SPLITS.items() for word in words for end in ("", *_NEUTRAL)
-} | {"trainval": "train"}
+}
+_SPLIT_OF["trainval"] = "train"
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[^\W\d_a-zA-Z]+")
 
 
@@ -122,12 +123,12 @@ def paired_splits(names: Iterable[str]) -> dict[str, Split]:
         agreed |= kinds.keys()  # train beside val_original
     if agreed:
         agreed.add(())
-    return {name: split for name, (split, others) in parsed.items() if split and others in agreed}
+    return {name: split for name, (split, others) in parsed.items() if split is not None and others in agreed}
 
 
 def all_splits(names: Collection[str]) -> dict[str, Split]:
     """The same names, if each of them is that of a split and says nothing else; otherwise none."""
-    found = {name: split for name in names if (split := split_of(name))}
+    found: dict[str, Split] = {name: split for name in names if (split := split_of(name)) is not None}
     return found if len(found) == len(names) else {}
 
 
@@ -299,7 +300,7 @@ def _place(folder: str, found: dict[str, Place], pairs: dict[str, dict[str, Spli
 def _parsed(name: str) -> tuple[Split | None, tuple[str, ...]]:
     """The split that a name mentions, if it mentions one, and what else it says."""
     words = [word.lower() for word in _WORD.findall(name)]
-    split = [_SPLIT_OF[word] for word in words if word in _SPLIT_OF]
+    split: list[Split] = [_SPLIT_OF[word] for word in words if word in _SPLIT_OF]
     if len(split) != 1:
         return None, ()
     return split[0], tuple(word for word in words if word not in _SPLIT_OF and word not in _NEUTRAL)

@@ -16,6 +16,11 @@ from pretrain.training import pretrain
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup() -> None:
+    """Random numbers of torch do not depend on the tests that ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of ten small pictures of noise."""

@@ -228,17 +228,18 @@ def test_choices_that_do_not_exist_are_refused(client, photograph):
         assert "Traceback" not in str(told.value)
 
 
-def test_drawings_that_are_never_used_do_not_pile_up():
-    from types import SimpleNamespace
-
+def test_drawings_that_are_never_used_do_not_pile_up(monkeypatch):
     from demo.inputs import Blobs
 
     blobs = Blobs()
+    monkeypatch.setattr(Blobs, "most", 1000)
     for number in range(200):
-        blobs[str(number)] = SimpleNamespace(background=b"x", composite=None, layers=[])
-    assert len(blobs) == Blobs.most and "199" in blobs and "0" not in blobs
-    with pytest.raises(Exception, match="too large"):
-        blobs["big"] = SimpleNamespace(background=bytes(30 << 20), composite=None, layers=[])
+        blobs.add(str(number), 1, bytes(90))
+        blobs.add(str(number), 0, bytes(10))
+    assert blobs.take("199") == [bytes(10), bytes(90)] and blobs.take("199") == []
+    assert [bool(blobs.take(str(number))) for number in (0, 189, 198)] == [False, False, True]
+    blobs.forget_older(0)
+    assert blobs.take("197") == []
 
 
 # the command -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from demo import upload
+from demo.storage import Storage
 from demo.upload import MAX_PIXELS, MAX_SIDE, Uploads, read_picture
 from pretrain.errors import BadImage
 
@@ -79,10 +80,10 @@ def good_files(folder: Path) -> dict[str, Path]:
 
 def test_bad_files_are_refused_by_what_they_are(tmp_path):
     files = bad_files(tmp_path / "bad")
-    uploads = Uploads()
+    uploads = Uploads(Storage(tmp_path))
     for name, path in files.items():
         with pytest.raises(BadImage) as told:
-            uploads.read(path, 3)
+            uploads.read(str(path), 3)
         expected = name.split(".")[0].split(" (")[0]
         text = str(told.value)
         assert expected.replace("not a picture", "is not a picture") in text, f"{name}: {text}"
@@ -91,41 +92,41 @@ def test_bad_files_are_refused_by_what_they_are(tmp_path):
 
 def test_good_files_are_read_as_people_see_them(tmp_path):
     files = good_files(tmp_path / "good")
-    uploads = Uploads()
-    shapes = {name: uploads.read(path, 3).shape for name, path in files.items()}
+    uploads = Uploads(Storage(tmp_path))
+    shapes = {name: uploads.read(str(path), 3).shape for name, path in files.items()}
     assert shapes.pop("turned.jpg") == (60, 40, 3)
     assert shapes.pop("large.jpg") == (MAX_SIDE, MAX_SIDE * 3 // 4, 3)
     assert set(shapes.values()) == {(40, 60, 3)}
-    assert np.allclose(uploads.read(files["16 bit.png"], 3), NOISE / 255, atol=1e-6)
-    assert (uploads.read(files["transparent.png"], 3) == 255).all()  # laid over white
-    assert uploads.read(files["grey.png"], 1).shape == (40, 60, 1)
+    assert np.allclose(uploads.read(str(files["16 bit.png"]), 3), NOISE / 255, atol=1e-6)
+    assert (uploads.read(str(files["transparent.png"]), 3) == 255).all()  # laid over white
+    assert uploads.read(str(files["grey.png"]), 1).shape == (40, 60, 1)
     with pytest.raises(BadImage, match="5 channels"):
-        uploads.read(files["grey.png"], 5)
+        uploads.read(str(files["grey.png"]), 5)
 
 
 def test_nothing_is_decoded_before_its_header_was_read(tmp_path, monkeypatch):
     path = bad_files(tmp_path)["too large.png"]
     monkeypatch.setattr(upload, "decode", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(BadImage, match=f"at most {MAX_PIXELS // 10**6} megapixels"):
-        read_picture(path)
+        read_picture(path.read_bytes())
     monkeypatch.setattr(upload, "MAX_PIXELS", 10**9)  # the guard that did it
     with pytest.raises(pytest.fail.Exception):
-        read_picture(path)
+        read_picture(path.read_bytes())
 
 
-def test_files_of_too_many_bytes_are_not_opened(tmp_path, monkeypatch):
+def test_files_of_too_many_bytes_are_not_decoded(tmp_path, monkeypatch):
     path = saved(tmp_path / "noise.png", Image.fromarray(NOISE))
-    assert read_picture(path).pixels.shape == NOISE.shape
+    assert read_picture(path.read_bytes()).pixels.shape == NOISE.shape
     monkeypatch.setattr(upload, "MAX_BYTES", 1000)
     with pytest.raises(BadImage, match="larger than"):
-        read_picture(path)
+        read_picture(path.read_bytes())
 
 
 def test_few_are_decoded_at_a_time_and_each_once(tmp_path, monkeypatch):
     paths = [saved(tmp_path / f"{i}.png", Image.fromarray(NOISE + i)) for i in range(6)]
     running, most, calls, lock = 0, 0, 0, threading.Lock()
 
-    def slow(path: Path):
+    def slow(data: bytes):
         nonlocal running, most, calls
         with lock:
             running, calls = running + 1, calls + 1
@@ -133,20 +134,20 @@ def test_few_are_decoded_at_a_time_and_each_once(tmp_path, monkeypatch):
         threading.Event().wait(0.05)
         with lock:
             running -= 1
-        return read_picture(path)
+        return read_picture(data)
 
     monkeypatch.setattr(upload, "read_picture", slow)
-    uploads = Uploads()
-    threads = [threading.Thread(target=uploads.read, args=(path, 3)) for path in paths]
+    uploads = Uploads(Storage(tmp_path))
+    threads = [threading.Thread(target=uploads.read, args=(str(path), 3)) for path in paths]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert most == upload.AT_ONCE and calls == 6
-    uploads.read(paths[-1], 3)
+    uploads.read(str(paths[-1]), 3)
     assert calls == 6
 
 
 def test_a_picture_that_is_gone_is_said_to_be(tmp_path):
     with pytest.raises(BadImage, match="not there any more"):
-        Uploads().read(tmp_path / "gone.png", 3)
+        Uploads(Storage(tmp_path)).read(str(tmp_path / "gone.png"), 3)

@@ -57,7 +57,7 @@ def test_fits_a_base_encoder_as_it_is(path):
     for part in ("neck", "rpn_head", "roi_head", "bbox_head", "decode_head", "auxiliary_head"):
         given, expected = config.model.get(part), fitted.model.get(part)
         if part == "neck" and given:
-            given = {"num_outs": 4, "start_level": 0, **given}
+            given, expected = ({"num_outs": 4, "start_level": 0, **neck} for neck in (given, expected))
         assert given == expected, part
 
 

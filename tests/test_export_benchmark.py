@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from downstream_data import artifact
-from PIL import Image
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -23,23 +22,20 @@ from export.comparing import (  # noqa: E402
     EAGER,
     Call,
     Contender,
-    Images,
     busy_note,
     measure,
     open_exports,
     open_torch,
-    read_images,
     try_out,
 )
 from export.forms.load import artifact_hash, load_deployable  # noqa: E402
-from export.images import open_images  # noqa: E402
+from export.image_sets import ImageSet, Selection  # noqa: E402
 from export.latency import interleaved  # noqa: E402
 from export.manifest import Entry, Manifest, versions  # noqa: E402
 from export.shapes import Shape, Shapes  # noqa: E402
 from export.to_onnx import METADATA, as_json, read_description, write_onnx  # noqa: E402
 from pretrain import cli  # noqa: E402
 from pretrain.config import DyViTConfig  # noqa: E402
-from pretrain.data.source import ArraySource  # noqa: E402
 from pretrain.errors import BadInput  # noqa: E402
 
 SMALL = DyViTConfig(dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((8,), (4,), (0,), (0,)))
@@ -289,20 +285,10 @@ def test_a_machine_that_is_busy_is_remarked(monkeypatch):
 def test_images_without_files_are_not_decoded(model):
     contenders, _ = open_torch(model, "encoder", "cpu", compiled=False)
     pictures = (np.zeros((70, 80, 3), np.uint8),)
-    calls, left_out = try_out(contenders, Images(pictures, ()), 2, (64, 64), Silent())
+    images = ImageSet(Selection("arrays", 1, 1), pictures)
+    calls, left_out = try_out(contenders, images, 2, (64, 64), Silent())
     assert [call.what for call in calls] == ["compute"]
     assert not left_out
-
-
-def test_images_that_cannot_be_read_are_passed_over(tmp_path):
-    (tmp_path / "0.png").write_bytes(b"no picture")
-    for number in (1, 2, 3):
-        Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(tmp_path / f"{number}.png")
-    found = read_images(open_images(tmp_path), 3, most=2)
-    assert [picture[0, 0, 0] for picture in found.pictures] == [1, 2]
-    assert len(found.files) == 2
-    with pytest.raises(BadInput, match=r"no image can be read; .*5 channels.*--images"):
-        read_images(ArraySource([np.zeros((32, 32, 5), np.uint8)]), 3, most=2)
 
 
 def test_calls_run_in_turns():

@@ -143,8 +143,7 @@ def undecoded(monkeypatch) -> None:
     def decodes(*_) -> None:
         raise AssertionError("images are decoded")
 
-    monkeypatch.setattr("export.verify.check.read_pictures", decodes)
-    monkeypatch.setattr("export.comparing.read_images", decodes)
+    monkeypatch.setattr("export.image_sets.read_image_set", decodes)
 
 
 @pytest.mark.parametrize("command", ["export", "benchmark"])

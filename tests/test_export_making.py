@@ -11,6 +11,7 @@ from export_files import Silent
 from export import exporting, judging
 from export.exporting import Outcome
 from export.forms.load import load_deployable
+from export.image_sets import ImageSet, Selection
 from export.judging import Judge
 from export.making import Maker, fits, layers_of
 from export.manifest import Entry, Manifest
@@ -38,7 +39,8 @@ def classifier(tmp_path_factory) -> Path:
 def judged(tmp_path, classifier, monkeypatch) -> tuple[Judge, Maker, Path]:
     """For engines, with a builder and a runtime that need no GPU."""
     request: Any = SimpleNamespace(
-        artifact=classifier, out=tmp_path, engine=None, images="", pictures=(), seconds=0, labelled=None,
+        artifact=classifier, out=tmp_path, engine=None, seconds=0, labelled=None,
+        images=ImageSet(Selection("", 0, 0), ()), calibration=None,
         precisions=("fp32", "fp16"), tensorrt=True, inside=False, device="cpu", most=9,
     )  # fmt: skip
     reference = TorchRuntime(load_deployable(classifier, "classifier"))
@@ -55,8 +57,8 @@ def judged(tmp_path, classifier, monkeypatch) -> tuple[Judge, Maker, Path]:
         "export.runtimes.tensorrt.TensorRTRuntime",
         lambda *_, **__: SimpleNamespace(description=about, title="TensorRT"),
     )
-    manifest = Manifest("artifact", "", "classifier")
-    maker = Maker(request, "classifier", FIXED, Silent())
+    manifest = Manifest("artifact", about.source, "classifier")
+    maker = Maker(request, "classifier", FIXED, Silent(), about.source)
     return Judge(request, reference, FIXED, Silent(), manifest), maker, tmp_path / "classifier.onnx"
 
 
@@ -109,7 +111,7 @@ def exporting_it(judged, monkeypatch):
     monkeypatch.setattr(judging, "verify", lambda *_: PASSED)
 
     def export() -> tuple[Outcome, Manifest]:
-        manifest, outcome = Manifest("artifact", "", "classifier"), Outcome()
+        manifest, outcome = Manifest("artifact", judge.reference.description.source, "classifier"), Outcome()
         exporting.export(judge.request, "classifier", FIXED, manifest, Silent(), outcome)
         return outcome, manifest
 
@@ -157,7 +159,7 @@ def test_images_that_one_file_does_not_take_are_its_fault_and_others_are_the_use
     def top1(runtime, *_):
         if runtime.title in unfit:
             raise BadInput("images 1x3x99x99: the engine takes 1x3x64x64")
-        return {"top-1": 50.0}
+        return {"top-1": 50.0}, Selection("labelled images", 2, 2)
 
     judged[0].request.labelled = object()
     monkeypatch.setattr(judging, "top1", top1)
@@ -189,7 +191,7 @@ def test_patterns_of_layers_hold_in_the_forms_that_have_them(tmp_path):
     assert fits("*.decoder.head", layers["reconstructor"]) and not fits("*.decoder.head", layers["encoder"])
     assert not fits("*norm*", layers["encoder"])
     request: Any = SimpleNamespace(artifact=artifact, keep=("*.fc2", "*.decoder.*"), inside=False)
-    assert Maker(request, "encoder", FIXED, Silent())._keep() == ["*.fc2"]
-    assert Maker(request, "reconstructor", FIXED, Silent())._keep() == ["*.fc2", "*.decoder.*"]
+    assert Maker(request, "encoder", FIXED, Silent(), "")._keep() == ["*.fc2"]
+    assert Maker(request, "reconstructor", FIXED, Silent(), "")._keep() == ["*.fc2", "*.decoder.*"]
     request.inside = True  # the file's layers are then those of `form`
-    assert Maker(request, "encoder", FIXED, Silent())._keep() == ["form.*.fc2"]
+    assert Maker(request, "encoder", FIXED, Silent(), "")._keep() == ["form.*.fc2"]

@@ -96,6 +96,7 @@ def test_a_refused_file_leaves_the_older_one_and_nothing_is_made_of_it(tmp_path,
     for i in range(3):
         Image.fromarray(Photographs().read(i, 3)[:200, :200]).save(photographs / f"{i}.png")
     more = ("--shapes", "1x64x64", "--precision", "fp32,int8", "--calibrate", str(photographs))
+    more += ("--verify-images", "3", "--calibrate-images", "3")
     assert main([*arguments, *more, "--verify", str(photographs)]) == 1
     names = {path.name for path in out.iterdir()} - {"manifest.json", "report.md"}
     assert names == {"classifier.onnx", "classifier.onnx.rejected", "classifier-int8.onnx"}

@@ -59,7 +59,9 @@ def directory(tmp_path: Path) -> Path:
 
 
 def rewrite(directory: Path, **changes) -> None:
+    """Change the description, as somebody who knows what they do."""
     plain = json.loads((directory / "config.json").read_text())
+    plain.pop("checksums", None)
     (directory / "config.json").write_text(json.dumps({**plain, **changes}))
 
 
@@ -276,6 +278,7 @@ def test_one_missing_tensor_is_one_too_many(directory):
     name = next(name for name in tensors if name.startswith("encoder."))
     del tensors[name]
     save_file(tensors, path)
+    rewrite(directory)
     with pytest.raises(BadArtifact, match=f"1 missing: {name.removeprefix('encoder.')}"):
         load_encoder(directory)
 

@@ -2,7 +2,9 @@
 
 import io
 import json
+import logging
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image
 from pretrain import cli
 from pretrain.artifact import ArtifactConfig, library_versions, save_artifact
 from pretrain.config import ViTConfig
-from pretrain.data import Source, absent_classes, labels_among, open_labelled, open_source, shared_labels
+from pretrain.data import Source, labels_among, open_labelled, open_source, say_absent_classes, shared_labels
 from pretrain.data.labels import whole_numbers
 from pretrain.errors import BadInput
 from pretrain.evaluate import random_encoder
@@ -31,7 +33,7 @@ def folders(root: Path, *names: str, images: int = 1) -> Path:
     return root
 
 
-def shard(path: Path, labels: list[str | None]) -> Path:
+def shard(path: Path, labels: Sequence[str | None]) -> Path:
     """Pictures as bright as their labels say, with these texts in .cls files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
@@ -169,17 +171,18 @@ def test_folders_without_an_image_are_no_classes(tmp_path):
         (tmp_path / part / "notes" / "a.txt").write_text("no image")
     splits = open_labelled(tmp_path)
     assert splits.train.class_names == ("cat", "dog")
-    assert f"{tmp_path}/train: 2 folder(s) without an image are no classes: empty, notes" in splits.notes
+    assert "2 folders without an image (empty, notes)" in splits.train.summary()
 
 
-def test_classes_of_which_no_image_can_be_read_are_none(tmp_path):
+def test_classes_of_which_no_image_can_be_read_are_none(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "pretrain")
     for part in ("train", "test"):
         folders(tmp_path / part, "ant", "cat", "dog", images=2)
     for path in (tmp_path / "train" / "ant").iterdir():
         path.write_bytes(b"no image")
     (tmp_path / "train" / "cat" / "0.png").write_bytes(b"")
     splits = open_labelled(tmp_path)
-    assert "1 class(es) are left out, as none of their images can be read: ant (2; " in splits.notes[0]
+    assert "1 class(es) are left out, as none of their images can be read: ant (2; " in caplog.text
     assert len(splits.train) == 4
     with pytest.raises(BadInput, match="has no image: ant; it has cat, dog"):
         shared_labels(splits.train, splits.test)
@@ -193,13 +196,15 @@ def test_classes_of_which_no_image_can_be_read_are_none(tmp_path):
         open_labelled(tmp_path)
 
 
-def test_classes_that_the_test_images_lack_are_said(tmp_path):
+def test_classes_that_the_test_images_lack_are_said(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "pretrain")
     folders(tmp_path / "train", "ant", "cat", "dog")
     folders(tmp_path / "val", "ant", "dog")
     splits = open_labelled(tmp_path)
     assert splits.val is None and splits.test.split == "val"
-    assert f"{tmp_path}/val: stands in for test images, which there are none of" in splits.notes
-    assert absent_classes(splits) == (f"{tmp_path}/val: has no image of 1 of 3 classes: cat",)
+    assert f"{tmp_path}/val: stands in for test images, which there are none of" in caplog.text
+    say_absent_classes(splits)
+    assert f"{tmp_path}/val: has no image of 1 of 3 classes: cat" in caplog.text
 
 
 def test_a_val_split_is_apart_from_a_test_split(tmp_path):

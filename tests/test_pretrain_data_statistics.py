@@ -54,7 +54,7 @@ def test_bad_images_are_passed_over():
     bad = np.full((40, 60, 3), np.nan, np.float32)
     assert np.allclose(measure(ArraySource([*TILES, bad]), 3), measure(ArraySource(TILES), 3), atol=1e-12)
     with pytest.raises(
-        BadInput, match=r"none of 2 images could be used; the first: array\[[01]\]: holds NaN"
+        BadInput, match=r"none of 2 images could be used; the first: array\[[01]\]: every value is nodata"
     ):
         measure(ArraySource([bad, bad]), 3)
     with pytest.raises(BadInput, match=r"5 channels, but the model takes 3; --channels 5"):

@@ -29,6 +29,7 @@ from pretrain.artifact import (
 )
 from pretrain.config import DataConfig, FinetuneConfig, FinetuneRecipe, RunConfig, ViTConfig
 from pretrain.data import Source, evaluation_batches, normalize, open_source
+from pretrain.data.images import AtLeast
 from pretrain.data.source import EncodedSource
 from pretrain.errors import BadInput, CheckFailed, Interrupted
 from pretrain.models import build_encoder
@@ -256,7 +257,7 @@ def test_a_part_of_every_class_is_held_out_where_there_is_no_val_split(
     read: set[str] = set()
     real = EncodedSource.picture
 
-    def note(source: Any, i: int, at_least: Any = 0) -> Any:
+    def note(source: EncodedSource, i: int, at_least: AtLeast = 0) -> Any:
         if callable(at_least):  # as training samples are read
             read.add(source.describe(i))
         return real(source, i, at_least)

@@ -136,7 +136,7 @@ def test_a_teacher_that_moved_is_given_again(resumable, artifact, tmp_path, monk
         pretrain(read_config(run), resume=True)
     with pytest.raises(BadInput, match=rf"objective\.teacher\.name {old} -> test_vit"):
         pretrain(parse(["--resume", str(run), "--teacher", "test_vit"])[0], resume=True)
-    moved, _ = parse(["--resume", str(run), "--objective.teacher.name", str(new)])
+    moved, *_ = parse(["--resume", str(run), "--objective.teacher.name", str(new)])
     told = new / "config.json"
     plain = json.loads(told.read_text())
     for name, value in (("mean", [0.1, 0.2, 0.3]), ("image_size", 24)):
@@ -155,9 +155,9 @@ def test_a_new_run_with_old_settings_takes_other_weights(resumable, weights, tmp
     save_file(timm.create_model("test_vit").state_dict(), other)
     interrupted(at(taught_by(resumable, "test_vit", weights), run), 1)
     again = ["--out", str(tmp_path / "second"), "--teacher-weights", str(other)]
-    fresh, _ = parse(["--from", str(run), *again])
+    fresh, *_ = parse(["--from", str(run), *again])
     assert identified(fresh).objective.teacher == TeacherConfig("test_vit", other, sha256_of(other))  # type: ignore[union-attr]
-    same, _ = parse(["--resume", str(run), "--teacher-weights", str(other)])
+    same, *_ = parse(["--resume", str(run), "--teacher-weights", str(other)])
     with pytest.raises(BadInput, match="these are not the weights of teacher test_vit"):
         pretrain(same, resume=True)
 

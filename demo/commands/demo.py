@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from demo.storage import Storage, delete_leftovers, temporary_storage
+from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput
+from pretrain.ranges import Range, Ranged
 
 if TYPE_CHECKING:
     from demo.models import Models
@@ -21,7 +26,7 @@ QUICKSTART = Path("quickstart")
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(Ranged):
     """Serve a page: rebuild hidden parts of pictures, compare runtimes, look inside, classify, detect.
 
     For this machine alone unless --host or --share says otherwise. Only the models named here can be used.
@@ -32,7 +37,7 @@ class DemoConfig:
     of the quickstart in this folder, which is trained first where there is none."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 lets other machines in."""
-    port: int = 7860
+    port: Annotated[int, Range(0, 65535)] = 7860
     """0 takes a free one."""
     share: bool = False
     """Make a public address through gradio's servers. Everybody who has it can use the page."""
@@ -45,17 +50,19 @@ class DemoConfig:
 
 
 def run(argv: list[str]) -> None:
-    """Parse, load, serve until Ctrl-C.
+    """Parse, load, serve until Ctrl-C or another signal that ends programs.
 
     Raises:
         BadInput: no artifact, a port that is taken, a malformed --auth.
     """
-    given = tyro.cli(DemoConfig, args=argv, prog="coma demo", description=DemoConfig.__doc__)
+    given = parse_arguments(DemoConfig, argv, prog="coma demo")
     auth = parse_auth(given.auth)
     check_port(given.host, given.port)
     models = load_models(given.models or (quickstart(),), given.device)
-    with tempfile.TemporaryDirectory(prefix="coma-demo-") as folder:
-        server = serve(models, Path(folder), given.host, given.port, auth, given.share, given.open)
+    if dead := delete_leftovers():
+        print(f"deleted the pictures of {dead} demo server{'s'[: dead > 1]} that had been killed", flush=True)
+    with _ended_by_signals(), temporary_storage() as storage:
+        server = serve(models, storage.folder, given.host, given.port, auth, given.share, given.open)
         print(f"\n  open {server.share_url or server.local_url} in a browser; Ctrl-C stops\n", flush=True)
         if given.host not in ("127.0.0.1", "localhost", "::1") and not auth:
             print(
@@ -65,6 +72,26 @@ def run(argv: list[str]) -> None:
             server.block_thread()
         finally:
             server.close(verbose=False)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Make the signals that end programs leave by the way of Ctrl-C, so that everything is put away."""
+
+    def stop(number: int, _: object) -> None:
+        for each in (*before, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)  # a second one would interrupt the putting away
+        raise SystemExit(128 + number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {each: signal.getsignal(each) for each in numbers if signal.getsignal(each) != signal.SIG_IGN}
+    for each in before:
+        signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def serve(
@@ -91,12 +118,12 @@ def serve(
         gradio's page, running: `local_url`, `close()`.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    storage = Storage(folder)
+    os.environ["GRADIO_TEMP_DIR"] = str(storage.folder)
     from demo.app import build
     from demo.style import CSS, theme
-    from demo.upload import MAX_BYTES
 
-    page = build(models, folder)
+    page, protection = build(models, storage)
     page.launch(
         server_name=host,
         server_port=port or free_port(host),
@@ -106,7 +133,6 @@ def serve(
         prevent_thread_lock=True,
         quiet=True,
         show_error=False,
-        max_file_size=MAX_BYTES,
         footer_links=["api"],
         run_history=False,
         enable_monitoring=False,
@@ -115,6 +141,7 @@ def serve(
         mcp_server=False,
         theme=theme(),
         css=CSS,
+        **protection,
     )
     return page
 
@@ -166,8 +193,6 @@ def check_port(host: str, port: int) -> None:
     Raises:
         BadInput: it is taken, or the address is none of this machine's.
     """
-    if not 0 <= port < 65536:
-        raise BadInput(f"--port {port}: give 0 to 65535")
     try:
         with socket.create_server((host, port)):
             pass

@@ -10,7 +10,7 @@ import numpy as np
 
 from demo.finetuned import classify, detect, draw_classes, draw_objects, segment, shares
 from demo.models import Model
-from demo.site import MODEL_WORK, Site, friendly, note, table
+from demo.site import MODEL_WORK, Site, note, table
 from export.description import Form
 from pretrain.errors import BadInput
 
@@ -22,12 +22,10 @@ def classify_tab(site: Site, picture: gr.Image) -> None:
     model, runtime, go = _pickers(site, "classifier", "Classify")
     bars = gr.Label(label="Top 5", num_top_classes=5, elem_id="top5")
 
-    @friendly
     def run(picture: str | None, model: str, runtime: str) -> dict[str, float]:
         """The likeliest classes of a picture."""
         chosen, opened = _open(site, model, runtime, "classifier")
-        with site.turn:
-            return classify(opened, _pixels(site, chosen, picture), chosen.class_names())
+        return classify(opened, _pixels(site, chosen, picture), chosen.class_names())
 
     go.click(run, [picture, model, runtime], bars, api_name="classify", **MODEL_WORK)
 
@@ -43,13 +41,11 @@ def detect_tab(site: Site, picture: gr.Image) -> None:
     rows = gr.HTML(elem_id="objects")
     plain = gr.JSON(visible=False, label="Objects")
 
-    @friendly
     def run(picture: str | None, model: str, runtime: str, score: float) -> tuple[str, str, list[Any]]:
         """Objects in a picture, of at least this score."""
         chosen, opened = _open(site, model, runtime, "detector")
         pixels = _pixels(site, chosen, picture)
-        with site.turn:
-            found = detect(opened, pixels, chosen.class_names(), float(score))
+        found = detect(opened, pixels, chosen.class_names(), float(score))
         listed = [
             {"class": each.name, "score": round(each.score, 4), "box": [round(v, 1) for v in each.box]}
             for each in found
@@ -81,13 +77,11 @@ def segment_tab(site: Site, picture: gr.Image) -> None:
     legend = gr.HTML(elem_id="legend")
     plain = gr.JSON(visible=False, label="Shares")
 
-    @friendly
     def run(picture: str | None, model: str, runtime: str) -> tuple[Any, str, dict[str, float]]:
         """The class of every pixel."""
         chosen, opened = _open(site, model, runtime, "segmentor")
         pixels = _pixels(site, chosen, picture)
-        with site.turn:
-            classes = segment(opened, pixels)
+        classes = segment(opened, pixels)
         colours = chosen.palette()
         found = shares(classes, chosen.class_names())
         items = "".join(

@@ -13,7 +13,7 @@ from demo.fit import fit_picture
 from demo.inside import attention_of, feature_pyramid, gate_weights, pyramid_colours
 from demo.models import Model
 from demo.paint import enlarge, number_image, overlay, to_rgb
-from demo.site import MODEL_WORK, Site, friendly, note, table
+from demo.site import MODEL_WORK, Site, note, table
 from pretrain.data.transforms import normalize
 from pretrain.errors import BadInput
 from pretrain.models import DyViT
@@ -58,15 +58,13 @@ def inside_tab(site: Site, picture: gr.Image) -> None:
                 label="Where it looks (mean of the heads)", **_gallery(2), elem_id="attention"
             )
 
-    @friendly
     def inside(picture: str | None, model: str) -> tuple[Files, Files, str, str]:
         """Feature pyramid and gates of a picture."""
         chosen = _of(site, model)
         image, pixels = _input(site, chosen, picture)
         encoder = chosen.encoder()
-        with site.turn:
-            colours = pyramid_colours(feature_pyramid(encoder, image))
-            gates = gate_weights(encoder, image) if isinstance(encoder, DyViT) else []
+        colours = pyramid_colours(feature_pyramid(encoder, image))
+        gates = gate_weights(encoder, image) if isinstance(encoder, DyViT) else []
         shown: Pictures = [(enlarge(pixels, SHOWN), "picture")]
         for stride, each in zip(encoder.strides, colours, strict=True):
             size = f"{each.shape[1]} x {each.shape[0]}"
@@ -94,15 +92,11 @@ def inside_tab(site: Site, picture: gr.Image) -> None:
         text = table(head, rows, caption="Gates of DM-MSA")
         return site.save_all(shown), site.save_all(maps), text, site.save(enlarge(pixels, SHOWN))
 
-    @friendly
     def attend(picture: str | None, model: str, stage: float, row: float, col: float) -> tuple[Files, str]:
         """Attention of one place of a picture, in the last block of a stage."""
         chosen = _of(site, model)
-        if stage not in (1, 2, 3, 4) or not (0 <= row <= 1 and 0 <= col <= 1):
-            raise BadInput("The stage goes from 1 to 4, the place from 0 to 1.")
         image, pixels = _input(site, chosen, picture)
-        with site.turn:
-            maps = attention_of(chosen.encoder(), image, int(stage), row, col)
+        maps = attention_of(chosen.encoder(), image, int(stage), row, col)
         pictures = [
             (_mark(enlarge(overlay(pixels, each), SHOWN), row, col), f"window: {name}")
             for name, each in maps.items()

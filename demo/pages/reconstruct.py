@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,8 @@ from demo.models import Model
 from demo.pages.results import CANVAS, facts_of, large, numbers_of, views_of
 from demo.paint import enlarge, heat_map, to_rgb
 from demo.reconstruct import rebuild
-from demo.site import MODEL_WORK, Site, friendly, heading, note
-from pretrain.errors import BadInput
+from demo.site import MODEL_WORK, Site, heading, note
+from demo.storage import EXAMPLES, Storage
 
 EMPTY = "Choose a picture first: drop one on the left, or click on an example."
 STATISTICS = {
@@ -113,18 +115,17 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
     inputs = [picture, model, method, ratio, seed, fit, runtime, statistics, editor]
     outputs = [slider, error, gallery, numbers, plain]
 
-    @friendly
     def reconstruct(
         picture: str | None, model: str, method: str, hidden_ratio: float, seed: float, fit: str,
-        runtime: str, statistics: str, painted: np.ndarray | None,
+        runtime: str, statistics: str, painted: Sequence[str | bytes],
     ) -> tuple[Any, str | None, list[tuple[str, str]], str, dict[str, Any]]:  # fmt: skip
         """Hide parts of a picture and rebuild them."""
         if not picture:
             return None, None, [], note(EMPTY), {"note": EMPTY}
         chosen = site.models[model]
-        _check(method, fit, statistics, hidden_ratio, seed)
         fitted = _fitted(site, chosen, picture, fit)
-        if method == "brush" and (painted is None or not painted.any()):
+        strokes = site.uploads.strokes(painted) if method == "brush" else None
+        if method == "brush" and (strokes is None or not strokes.any()):
             hint = "Paint over the picture above, then press Rebuild."
             before = enlarge(_original(fitted), CANVAS)
             shown = site.save(before)
@@ -132,9 +133,8 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
         about = chosen.description("reconstructor")
         opened = chosen.runtime("reconstructor", runtime or None)
         source: Any = "target" if statistics == "target" and chosen.norm_pix else "visible"
-        with site.turn:
-            what = hide(chosen, fitted, method, int(seed), float(hidden_ratio), painted)
-            rebuilt = rebuild(opened, fitted, what.visible, source, what.degraded, what.everything)
+        what = hide(chosen, fitted, method, int(seed), float(hidden_ratio), strokes)
+        rebuilt = rebuild(opened, fitted, what.visible, source, what.degraded, what.everything)
         after = enlarge(to_rgb(rebuilt.merged), CANVAS)
         facts = facts_of(rebuilt, chosen, fitted, about.unit, method, int(seed), opened.title, source)
         before = enlarge(to_rgb(rebuilt.original), CANVAS)
@@ -166,11 +166,10 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
             gr.update(value=chosen.method),
         )
 
-    @friendly
     def canvas(picture: str | None, model: str, method: str, fit: str) -> Any:
         if method != "brush":
             return gr.update(visible=False)
-        background = enlarge(_original(_fitted(site, site.models[model], picture, fit)), CANVAS)
+        background = site.save(enlarge(_original(_fitted(site, site.models[model], picture, fit)), CANVAS))
         return gr.update(
             value={"background": background, "layers": [], "composite": background}, visible=True
         )
@@ -213,25 +212,6 @@ def _unavailable(model: Model) -> str:
     return f"<ul class='off' aria-label='Runtimes that are not available'>{items}</ul>" if off else ""
 
 
-def _check(method: str, fit: str, statistics: str, ratio: Any, seed: Any) -> None:
-    """What the page's own pickers never send, but programs may.
-
-    Raises:
-        BadInput: a choice that does not exist, or a number out of its range.
-    """
-    for name, value, known in (
-        ("method", method, METHODS),
-        ("fit", fit, FITS),
-        ("statistics", statistics, STATISTICS),
-    ):
-        if value not in known:
-            raise BadInput(f"There is no {name} {value!r}; choose one of {', '.join(known)}.")
-    if not isinstance(seed, int | float) or not 0 <= seed <= LARGEST_SEED:
-        raise BadInput(f"The seed must be a number from 0 to {LARGEST_SEED}.")
-    if not isinstance(ratio, int | float) or not 0 < ratio < 1:
-        raise BadInput("The share that is hidden must lie between 0 and 1.")
-
-
 def _fitted(site: Site, model: Model, picture: str | None, fit: Any) -> Fitted:
     about = model.description("reconstructor")
     rule, channels = about.preprocessing, len(about.preprocessing.mean)
@@ -243,11 +223,13 @@ def _original(fitted: Fitted) -> np.ndarray:
     return to_rgb(fitted.crop(fitted.pixels.permute(1, 2, 0).numpy()))
 
 
-def example_pictures() -> list[str]:
-    """Photographs that come with scikit-image."""
+def example_pictures(storage: Storage) -> list[str]:
+    """Copies of photographs that come with scikit-image, where visitors can reach them."""
     import skimage
 
     from pretrain.commands.quickstart import PHOTOGRAPHS
 
-    folder = Path(skimage.__file__).parent / "data"
-    return [str(folder / name) for name in PHOTOGRAPHS if (folder / name).exists()]
+    folder = storage.folder / EXAMPLES
+    folder.mkdir(exist_ok=True)
+    originals = [Path(skimage.__file__).parent / "data" / name for name in PHOTOGRAPHS]
+    return [shutil.copyfile(path, str(folder / path.name)) for path in originals if path.exists()]

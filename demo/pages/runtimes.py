@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from demo.compare import Measured, compare
-from demo.site import MODEL_WORK, Site, friendly, note, table
+from demo.site import MODEL_WORK, Site, note, table
 from export.description import Form
 
 PROGRESS = gr.Progress()
@@ -34,10 +34,9 @@ def runtimes_tab(site: Site, picture: gr.Image) -> None:
     result = gr.HTML(_waiting(site, *list(choices.values())[-1]), elem_id="comparison", label="Table")
     plain = gr.JSON(visible=False, label="Comparison")
 
-    @friendly
     def compare_runtimes(picture: str | None, what: str, progress: Any = PROGRESS) -> tuple[str, list[Any]]:
         """Time every runtime of a model on a picture."""
-        name, form = choices.get(what, (what, "encoder"))
+        name, form = choices[what]
         model = site.models[name]
         config = model.config
         channels = config.model.channels if config else len(model.description(form).preprocessing.mean)
@@ -46,8 +45,7 @@ def runtimes_tab(site: Site, picture: gr.Image) -> None:
         def told(share: float, title: str) -> None:
             progress(share, desc=f"running {title}")
 
-        with site.turn:
-            rows = compare(model, form, pixels, told)
+        rows = compare(model, form, pixels, told)
         return _result(rows, form), [vars(row) for row in rows]
 
     go.click(compare_runtimes, [picture, what], [result, plain], api_name="compare_runtimes", **MODEL_WORK)

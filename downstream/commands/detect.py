@@ -10,7 +10,9 @@ import tyro
 
 from downstream.commands import shared
 from downstream.options import FromOptions, TrainingOptions
+from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput
+from pretrain.ranges import SHARE, SIDE, Ranged
 
 if TYPE_CHECKING:
     from downstream.datasets.coco import CocoSplit
@@ -32,7 +34,7 @@ train --help` and so on list all settings.
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Ranged):
     """Fine-tune a detector: encoder, FPN (plain ViT: simple feature pyramid) and head."""
 
     source: tyro.conf.OmitArgPrefixes[FromOptions] = field(default_factory=FromOptions)
@@ -44,7 +46,7 @@ class TrainConfig:
     """Go on with the run in this directory, with its own settings."""
     model: Literal["mask-rcnn", "cascade-mask-rcnn", "faster-rcnn", "retinanet"] | None = None
     """Detector (default: mask-rcnn where every object has a mask, else faster-rcnn)."""
-    short_side: int | None = None
+    short_side: Annotated[int | None, SIDE] = None
     """Pixels that the short side of images is resized to (default: the median of the training images, at
     most 800)."""
     training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(default_factory=TrainingOptions)
@@ -64,7 +66,7 @@ class TestConfig:
 
 
 @dataclass(frozen=True)
-class PredictConfig:
+class PredictConfig(Ranged):
     """Boxes and masks on images: pictures, and detections in COCO's result format."""
 
     artifact: Annotated[Path, tyro.conf.Positional]
@@ -73,7 +75,7 @@ class PredictConfig:
     """An image, or a folder of them (searched recursively)."""
     out: Path
     """New folder for pictures/, detections.json and images.json."""
-    score: float = 0.3
+    score: Annotated[float, SHARE] = 0.3
     """Least score of what is drawn; detections.json holds everything."""
     annotations: Path | None = None
     """COCO json whose image ids to use; without, images are counted from 1."""
@@ -92,7 +94,7 @@ def run(argv: list[str]) -> None:
 
 
 def _train(argv: list[str]) -> None:
-    given = tyro.cli(TrainConfig, args=argv, prog="coma detect train", description=TrainConfig.__doc__)
+    given = parse_arguments(TrainConfig, argv, prog="coma detect train")
     others = {"model": given.model, "short_side": given.short_side}
     shared.train("detector", given, _own, _fit_data, others)
 
@@ -131,7 +133,7 @@ def _splits(data: Path) -> tuple[CocoSplit, CocoSplit]:
 
 
 def _test(argv: list[str]) -> None:
-    given = tyro.cli(TestConfig, args=argv, prog="coma detect test", description=TestConfig.__doc__)
+    given = parse_arguments(TestConfig, argv, prog="coma detect test")
 
     import tempfile
 
@@ -150,7 +152,7 @@ def _test(argv: list[str]) -> None:
 
 
 def _predict(argv: list[str]) -> None:
-    given = tyro.cli(PredictConfig, args=argv, prog="coma detect predict", description=PredictConfig.__doc__)
+    given = parse_arguments(PredictConfig, argv, prog="coma detect predict")
 
     from downstream.finetuned import load_finetuned
     from downstream.prediction import image_numbers, list_images, number_images, predict, write_detections

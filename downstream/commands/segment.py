@@ -10,7 +10,9 @@ import tyro
 
 from downstream.commands import shared
 from downstream.options import FromOptions, TrainingOptions
+from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput
+from pretrain.ranges import SIDE, Ranged
 
 if TYPE_CHECKING:
     from downstream.datasets.labels import LabelSplit
@@ -32,7 +34,7 @@ train --help` and so on list all settings.
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Ranged):
     """Fine-tune UPerNet on the encoder."""
 
     source: tyro.conf.OmitArgPrefixes[FromOptions] = field(default_factory=FromOptions)
@@ -44,9 +46,9 @@ class TrainConfig:
     """New run directory."""
     resume: Path | None = None
     """Go on with the run in this directory, with its own settings."""
-    crop_size: int | None = None
+    crop_size: Annotated[int | None, SIDE] = None
     """Side of the square training crop in pixels (default: 512)."""
-    short_side: int | None = None
+    short_side: Annotated[int | None, SIDE] = None
     """Resize images to this short side first (default: as they are)."""
     training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(default_factory=TrainingOptions)
 
@@ -91,7 +93,7 @@ def run(argv: list[str]) -> None:
 
 
 def _train(argv: list[str]) -> None:
-    given = tyro.cli(TrainConfig, args=argv, prog="coma segment train", description=TrainConfig.__doc__)
+    given = parse_arguments(TrainConfig, argv, prog="coma segment train")
     others = {"crop_size": given.crop_size, "short_side": given.short_side}
     shared.train("segmentor", given, _own, _fit_data, others)
 
@@ -123,7 +125,7 @@ def _splits(given: TrainConfig) -> tuple[LabelSplit, LabelSplit]:
 
 
 def _test(argv: list[str]) -> None:
-    given = tyro.cli(TestConfig, args=argv, prog="coma segment test", description=TestConfig.__doc__)
+    given = parse_arguments(TestConfig, argv, prog="coma segment test")
 
     import tempfile
 
@@ -142,7 +144,7 @@ def _test(argv: list[str]) -> None:
 
 
 def _predict(argv: list[str]) -> None:
-    given = tyro.cli(PredictConfig, args=argv, prog="coma segment predict", description=PredictConfig.__doc__)
+    given = parse_arguments(PredictConfig, argv, prog="coma segment predict")
 
     from downstream.finetuned import load_finetuned
     from downstream.prediction import list_images, number_images, predict, write_segmentations

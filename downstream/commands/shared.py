@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from downstream.options import is_main
 from pretrain.errors import BadInput
+from pretrain.files import lies_among
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from downstream.finetuned import Kind
     from downstream.fitting import Described
 
+log = logging.getLogger(__name__)
 COMMANDS = {"detector": "detect", "segmentor": "segment"}
 Device = Literal["auto", "cuda", "cpu"]
 
@@ -74,34 +76,59 @@ def train(
     """
     from downstream.fitting import describe, fit_encoder
     from downstream.options import check_foreign
-    from downstream.runs import CONFIG
-    from downstream.settings import change, load_config
-    from downstream.tuning import finetune
+    from downstream.runs import CONFIG, settle
+    from downstream.settings import blaming, change, load_config
+    from downstream.tuning import check_library, finetune
 
     command, source = COMMANDS[kind], given.source
     if given.resume:
-        if not (given.resume / CONFIG).is_file():
+        path = given.resume / CONFIG
+        if not path.is_file():
             raise BadInput(f"--resume {given.resume}: holds no {CONFIG}; give a run of coma {command} train")
-        config = load_config(given.resume / CONFIG)
-        say_trained(command, given.resume, finetune(kind, config, given.resume, resume=True))
+        config = load_config(path)
+        say_trained(command, given.resume, finetune(kind, config, given.resume, source=path, resume=True))
         return
     out = required(given.out, "--out", f"a new run directory, for example runs/{kind}")
     if is_main():  # it may have begun to write when others look
         check_empty(out, f"go on with --resume {out}, or " if (out / CONFIG).is_file() else "")
+        if note := lies_among(out, getattr(given, "data", None)):
+            warn([note])
     encoder = None
     if source.artifact or source.preset or not source.config:
         encoder = describe(source.artifact, source.preset)
     if encoder and not source.config:
         config = own(given, encoder)
+        change(config, source.cfg_options)
     else:
         check_foreign(source, given.training, others)
         config = load_config(source.config)
-        if encoder:
-            fit_encoder(config, encoder, given.training)
-        if given.data:
-            fit_data(config, given)
-    change(config, source.cfg_options)
-    say_trained(command, out, finetune(kind, config, out))
+        check_library(kind, config, source.config)
+        with blaming(source.config, "cannot be fitted"):
+            if encoder:
+                with noting(config, source.config, f"to fit {source.artifact or source.preset}"):
+                    fit_encoder(config, encoder, given.training)
+            if given.data:
+                with noting(config, source.config, f"to read {given.data}"):
+                    fit_data(config, given)
+            change(config, source.cfg_options)
+            with noting(config, source.config, "for this machine and --out", "--resume goes on with a run"):
+                config.resume = False
+                settle(config, out)
+    say_trained(command, out, finetune(kind, config, out, source=source.config))
+
+
+@contextmanager
+def noting(
+    config: Any, path: Path, why: str, way: str = "--cfg-options NAME=VALUE changes it back"
+) -> Iterator[None]:
+    """Says in one line which settings of the user's configuration are other ones at the end, and why."""
+    from downstream.settings import differences
+
+    before = config.to_dict()
+    yield
+    changed = differences(before, config.to_dict())
+    if changed:
+        log.info("%s: changed %s: %s; %s", path, why, ", ".join(changed), way)
 
 
 def warn(warnings: Sequence[str]) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-"""What counts as an image where a folder is searched."""
-
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")
 
 
 class Header(NamedTuple):
@@ -29,6 +27,8 @@ class Header(NamedTuple):
 
 def read_header(path: Path | str) -> Header | str:
     """The header, or what is wrong with the file in a few words."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "not a regular file"  # opening a pipe would wait for ever
     try:
         with Image.open(path, formats=_FORMATS) as image:
             return Header(*image.size, _orientation(image))

@@ -6,15 +6,17 @@ way to the labels'. So two suffixes describe a dataset, here guessed where nobod
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from downstream.datasets.headers import EXTENSIONS
 from pretrain.errors import BadInput
 from pretrain.splits import SPLITS, known_split, split_folders
+
+log = logging.getLogger(__name__)
 
 _PAIRS = (("img_dir", "ann_dir"), ("images", "annotations"), ("images", "labels"), ("images", "masks"))
 _CITYSCAPES = ("_leftImg8bit.png", "_gtFine_labelTrainIds.png")
@@ -80,10 +82,16 @@ def pair(layout: Layout, image_suffix: str | None, label_suffix: str | None) -> 
     Raises:
         BadInput: no image, or no label.
     """
-    images = [name for name in _files(layout.images) if name.lower().endswith(EXTENSIONS)]
-    labels = _files(layout.labels)
+    from pretrain.data.folders import search, walk  # imports torch: only where it is needed
+    from pretrain.data.inventory import Inventory
+
+    found, inventory = search(layout.images)
+    images, labels = sorted(found), sorted(walk(layout.labels, Inventory()))
     if not images:
-        raise BadInput(f"{layout.images}: no image in this folder (looked for {' '.join(EXTENSIONS)})")
+        raise BadInput(
+            f"{layout.images}: no image in this folder; it holds {inventory.left_out() or 'nothing'}"
+        )
+    log.info(inventory.line(layout.images), extra={"once": True})
     image_suffix = image_suffix or layout.image_suffix or _most_common(images)
     ours = {name.removesuffix(image_suffix) for name in images if name.endswith(image_suffix)}
     if not ours:
@@ -109,17 +117,6 @@ def pair(layout: Layout, image_suffix: str | None, label_suffix: str | None) -> 
 
 
 _SUFFIXES = "Where names differ in more than the extension, classes.json says how: img_suffix, seg_map_suffix"
-
-
-def _files(root: Path) -> list[str]:
-    """Relative paths (with /) of what lies below a folder, links followed, hidden files left out; sorted."""
-    found: list[str] = []
-    for folder, inner, names in os.walk(root, followlinks=True):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        start = os.path.relpath(folder, root).replace(os.sep, "/")
-        prefix = "" if start == "." else f"{start}/"
-        found += [prefix + name for name in names if not name.startswith(".")]
-    return sorted(found)
 
 
 def _most_common(images: Sequence[str]) -> str:

@@ -9,21 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from export.commands.output import make_room
+from export.commands.output import disk_errors, make_room, stoppable
+from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput
+from pretrain.files import write_whole
+from pretrain.ranges import BATCH, SIDE, Range, Ranged
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from export.comparing import Contender, Images, NotRun, Row
+    from export.comparing import Contender, NotRun, Row
     from export.description import Form
+    from export.image_sets import ImageSet
     from pretrain.artifact import ArtifactConfig
 
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig:
+class BenchmarkConfig(Ranged):
     """Time an artifact in PyTorch and in every file exported of it, side by side.
 
     All run in turns, warm, so that whatever else the machine does disturbs them alike. Compute is from
@@ -44,11 +48,11 @@ class BenchmarkConfig:
     """Images at a time, with commas between."""
     size: str | None = None
     """Height and width in pixels, HxW (default: as it was trained)."""
-    seconds: float = 2.0
+    seconds: Annotated[float, Range(0, 86400, above=True)] = 2.0
     """How long each is run at each batch, and as long again from end to end; at least five times."""
     compile: bool = False
     """Also PyTorch compiled by torch.compile, which takes a minute or more for each batch."""
-    threads: int | None = None
+    threads: Annotated[int | None, Range(1, 4096)] = None
     """Of a CPU, for PyTorch and ONNX Runtime alike (default: what PyTorch takes)."""
     images: Path | None = None
     """What is shown: a folder, .npz or .tar shards (default: photographs that came with scikit-image)."""
@@ -62,12 +66,8 @@ def run(argv: list[str]) -> None:
     Raises:
         BadInput: settings, artifacts, images or files that cannot be used.
     """
-    given = tyro.cli(BenchmarkConfig, args=argv, prog="coma benchmark", description=BenchmarkConfig.__doc__)
+    given = parse_arguments(BenchmarkConfig, argv, prog="coma benchmark")
     batches = parse_batches(given.batch)
-    if not 0 < given.seconds < float("inf"):
-        raise BadInput(f"--seconds {given.seconds}: must be more than 0")
-    if given.threads is not None and given.threads < 1:
-        raise BadInput(f"--threads {given.threads}: must be at least 1")
     if given.out:
         make_room(given.out)  # now, not after minutes of measuring
 
@@ -76,7 +76,8 @@ def run(argv: list[str]) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(given.threads or before)
     try:
-        _benchmark(given, batches)
+        with stoppable(), disk_errors(given.out or given.artifact):
+            _benchmark(given, batches)
     finally:
         torch.set_num_threads(before)
 
@@ -88,9 +89,11 @@ def parse_batches(text: str) -> tuple[int, ...]:
         BadInput: anything but numbers from 1, with commas between.
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise BadInput(f"--batch {text!r}: give numbers from 1, with commas between, for example 1,8")
-    return tuple(dict.fromkeys(map(int, parts)))
+    if not all(part.isdecimal() and len(part) < 20 for part in parts):
+        raise BadInput(f"--batch {text!r}: give whole numbers with commas between, for example 1,8")
+    batches = tuple(dict.fromkeys(map(int, parts)))
+    BATCH.check("--batch", batches)
+    return batches
 
 
 def parse_size(text: str | None, config: ArtifactConfig, form: Form) -> tuple[int, int]:
@@ -106,9 +109,10 @@ def parse_size(text: str | None, config: ArtifactConfig, form: Form) -> tuple[in
         side = size_of(config, form)
         return side, side
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+    if len(parts) != 2 or not all(part.strip().isdecimal() and len(part) < 20 for part in parts):
         raise BadInput(f"--size {text!r}: give HxW in pixels, for example 224x224")
     height, width = map(int, parts)
+    SIDE.check("--size", (height, width))
     if min(height, width) < unit:
         raise BadInput(f"--size {text}: the encoder's mask unit is {unit} x {unit} px; give at least that")
     return height, width
@@ -148,7 +152,9 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
         absent += left_out
     if not rows:
         raise BadInput(f"{given.artifact}: nothing could be run; " + "; ".join(_lines(absent)))
-    shown = f"{len(images.pictures)} images of {given.images or 'scikit-image'}"
+    shown = str(images.selection)
+    if len(images.pictures) < max(batches):
+        shown += ", repeated in larger batches"
     plain: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "artifact": given.artifact.resolve().name,
@@ -160,6 +166,7 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
         "threads": _threads(),
         "seconds": given.seconds,
         "images": shown,
+        "left_out": images.selection.left_out,
         "rows": [row.plain() for row in rows],
         "not_run": [asdict(each) for each in absent],
         "note": note,
@@ -178,15 +185,17 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
     if note:
         console.print(f"note     {note}", soft_wrap=True, markup=False)
     if given.out:
-        given.out.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(plain, indent=1) + "\n"
+        write_whole(given.out, lambda file: file.write(text.encode()))
         console.print(f"results  {given.out}", soft_wrap=True, markup=False)
 
 
 def _load(
     given: BenchmarkConfig, form: Form, channels: int, most: int
-) -> tuple[list[Contender], Images, list[NotRun]]:
+) -> tuple[list[Contender], ImageSet, list[NotRun]]:
     from export.commands.progress import Bar
-    from export.comparing import exported, open_exports, open_torch, read_images
+    from export.comparing import MOST_IMAGES, NotRun, exported, open_exports, open_torch
+    from export.image_sets import TIMING, read_image_set
     from export.images import open_images
     from export.request import folder_beside
 
@@ -194,7 +203,9 @@ def _load(
     with Bar() as bar:
         bar.step("reading images and hashes of files")
         entries, absent = exported(folder, given.artifact, form, required=given.exports is not None)
-        images = read_images(open_images(given.images), channels, most)
+        images = read_image_set(open_images(given.images), channels, min(most, MOST_IMAGES), TIMING)
+        if not images.files and form != "reconstructor":
+            absent.append(NotRun("end to end", f"{images.selection.location} holds no image files to decode"))
         bar.step("loading PyTorch's model")
         contenders, more = open_torch(given.artifact, form, given.device, given.compile)
         others, unfit = open_exports(folder, entries, given.device, _threads(), bar)
@@ -202,7 +213,7 @@ def _load(
 
 
 def _measure(
-    given: BenchmarkConfig, contenders: list[Contender], images: Images, batch: int, size: tuple[int, int]
+    given: BenchmarkConfig, contenders: list[Contender], images: ImageSet, batch: int, size: tuple[int, int]
 ) -> tuple[list[Row], list[NotRun]]:
     from export.commands.progress import Bar
     from export.comparing import expected_seconds, measure, try_out

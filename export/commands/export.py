@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from export.commands.output import disk_errors, exclusive, make_folder, make_room, stoppable
 from export.shapes import Shape, Shapes, parse_shapes
+from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput, CheckFailed, ComaError
+from pretrain.ranges import Range, Ranged
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from export.commands.progress import Bar
     from export.description import Form, Precision
     from export.exporting import Outcome
@@ -24,18 +26,20 @@ if TYPE_CHECKING:
     from pretrain.artifact import ArtifactConfig
     from pretrain.data.source import Source
 
+log = logging.getLogger(__name__)
+
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 TARGETS = ("onnx", "tensorrt")
 _MOST_BATCH, _USUAL_BATCH = 32, 8
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(Ranged):
     """How TensorRT builds engines (--to onnx,tensorrt; on the GPU they will run on)."""
 
-    workspace: int = 4096
+    workspace: Annotated[int, Range(1, 2**24)] = 4096
     """Most GPU memory that a layer may use for itself, in MiB."""
-    builder_level: Literal[0, 1, 2, 3, 4, 5] = 3
+    builder_level: Annotated[Literal[0, 1, 2, 3, 4, 5], Range(0, 5)] = 3
     """From 0 (quick build) to 5 (quick engine)."""
     timing_cache: Path | None = None
     """File of measured kernels, read and added to: makes later builds quick."""
@@ -50,7 +54,7 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Ranged):
     """Make ONNX files (and TensorRT engines) of an artifact; keep only what equals it.
 
     Every file is run beside PyTorch on real images, at several batches and sizes, before it gets its name.
@@ -75,15 +79,15 @@ class ExportConfig:
     verify: Path | None = None
     """Images to compare on: a folder, .npz or .tar shards (default: photographs that came with scikit-image).
     A folder for each class also gives the top-1 of a classifier; of train and test (or val) test is taken."""
-    verify_images: int = 16
+    verify_images: Annotated[int, Range(1, 10**6)] = 16
     """How many of them."""
     dataset: Path | None = None
     """Dataset of a detector or segmentor: its AP or mIoU before and after."""
-    metric_images: int = 1000
+    metric_images: Annotated[int, Range(1, 10**9)] = 1000
     """Labelled images to measure top-1, AP or mIoU on, at most."""
     calibrate: Path | None = None
     """Images that give int8 and fp8 their ranges (needed for those)."""
-    calibrate_images: int = 64
+    calibrate_images: Annotated[int, Range(1, 10**6)] = 64
     """How many of them."""
     calibrate_method: Literal["percentile", "entropy", "minmax"] = "percentile"
     """How far the ranges of int8 reach."""
@@ -96,7 +100,7 @@ class ExportConfig:
     """Where ONNX files are verified and timed: ONNX Runtime's provider."""
     check: Literal["none", "rtx"] = "none"
     """rtx: also let NVIDIA's TensorRT-RTX parse and compile the ONNX files; needs no GPU."""
-    seconds: float = 2.0
+    seconds: Annotated[float, Range(0, 86400)] = 2.0
     """Time each file beside PyTorch for so long at each batch; 0: do not."""
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
 
@@ -108,7 +112,7 @@ def run(argv: list[str]) -> None:
         BadInput: settings, artifacts or images that cannot be used.
         CheckFailed: a file did not pass.
     """
-    given = tyro.cli(ExportConfig, args=argv, prog="coma export", description=ExportConfig.__doc__)
+    given = parse_arguments(ExportConfig, argv, prog="coma export")
     targets = _choice(given.to, TARGETS, "--to")
     precisions = _choice(given.precision, PRECISIONS, "--precision")
     if "tensorrt" in targets:
@@ -120,12 +124,11 @@ def run(argv: list[str]) -> None:
         from export.tensorrt.library import require_package
 
         require_package("tensorrt_rtx")
-    for name in ("verify_images", "calibrate_images", "metric_images"):
-        if getattr(given, name) < 1:
-            raise BadInput(f"{_flag(name)} {getattr(given, name)}: must be at least 1")
-    if not 0 <= given.seconds < math.inf:
-        raise BadInput(f"--seconds {given.seconds}: must be 0 or more, and finite")
-    _export(given, targets, precisions)
+    from export.request import folder_beside
+
+    out = given.out or folder_beside(given.artifact)
+    with stoppable(), disk_errors(out):
+        _export(given, targets, precisions, out)
 
 
 def default_shapes(config: ArtifactConfig, form: Form) -> Shapes:
@@ -140,14 +143,13 @@ def default_shapes(config: ArtifactConfig, form: Form) -> Shapes:
     return Shapes(Shape(1, unit, unit), Shape(1, side, side), Shape(4, *most))
 
 
-def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str, ...]) -> None:
-    from export.commands.output import make_folder
+def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str, ...], out: Path) -> None:
     from export.commands.progress import Bar
-    from export.exporting import Outcome, export
+    from export.exporting import Outcome, export, require
     from export.forms.load import artifact_hash, forms_of
+    from export.making import remove_unfinished
     from export.manifest import Manifest
     from export.report import NAME, write_report
-    from export.request import folder_beside
     from pretrain.artifact import load_artifact
 
     config = load_artifact(given.artifact).config
@@ -161,23 +163,29 @@ def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str
     for each in shapes.values():
         each.check(config.model.unit)
     _check_flags(given, targets, precisions, config, shapes[forms[0]])
-    out = given.out or folder_beside(given.artifact)
+    require(given.device)
     make_folder(out)
-    name, source = given.artifact.resolve().name, artifact_hash(given.artifact)
-    manifest = Manifest.of(out, name, source, config.kind)
-    request = _request(given, targets, precisions, out, config, forms, shapes[forms[0]])
-    outcome = Outcome()
-    try:
-        with Bar() as bar:
-            for form in forms:
-                export(request, form, shapes[form], manifest, bar, outcome)
-            if given.check == "rtx":
-                _check_rtx(outcome, shapes, bar)
-    except ComaError as error:
-        if not outcome.refused:
-            raise
-        raise type(error)(f"{error}\n{_refusals(outcome)}") from error
-    finally:
+    if given.engine.timing_cache:
+        make_room(given.engine.timing_cache, "--timing-cache")
+    with exclusive(out):
+        remove_unfinished(out)
+        name, source = given.artifact.resolve().name, artifact_hash(given.artifact)
+        manifest = Manifest.of(out, name, source, config.kind)
+        request = _request(given, targets, precisions, out, config, forms, shapes[forms[0]])
+        outcome = Outcome()
+        try:
+            with Bar() as bar:
+                for form in forms:
+                    export(request, form, shapes[form], manifest, bar, outcome)
+                if given.check == "rtx":
+                    _check_rtx(outcome, shapes, bar)
+        except BaseException as error:
+            if manifest.files or manifest.rejected:
+                with suppress(OSError):  # the first error counts
+                    write_report(manifest, out)
+            if not isinstance(error, ComaError) or not outcome.refused:
+                raise
+            raise type(error)(f"{error}\n{_refusals(outcome)}") from error
         if manifest.files or manifest.rejected:
             write_report(manifest, out)
     if given.check == "rtx":
@@ -248,20 +256,30 @@ def _request(
 ) -> Request:
     from typing import cast
 
+    from export.image_sets import CALIBRATION, counted, read_image_set, shared_images
     from export.images import open_images
     from export.request import Request
-    from export.verify.check import read_pictures
+    from pretrain.data.ranges import check_pixels
 
     channels, batch = config.model.channels, 1 if "batch" in shapes.dynamic else shapes.usual.batch
     source = open_images(given.verify, held_out=True)
     labelled = _labelled(given, source, config, batch)
     keep = _kept_float(given, config.kind, forms)
-    calibration: list[np.ndarray] = []
+    images = read_image_set(source, channels, given.verify_images)
+    calibration = None
     if given.calibrate is not None:
-        calibration = read_pictures(open_images(given.calibrate), channels, given.calibrate_images)
-        if len(calibration) < batch:
-            raise BadInput(f"--calibrate: {len(calibration)} images are fewer than one batch of {batch}")
-    pictures = read_pictures(source, channels, given.verify_images)
+        calibration = read_image_set(
+            open_images(given.calibrate), channels, given.calibrate_images, CALIBRATION
+        )
+        if shared := shared_images(images, calibration):
+            log.warning(
+                "--calibrate %s: also in --verify: %s; other images show the errors better",
+                calibration.selection.location,
+                counted(shared, "image"),
+            )
+    for flag, each in (("--verify", images), ("--calibrate", calibration)):
+        for pixels in each.pictures if each else ():
+            check_pixels(pixels, config.mean, config.std, lambda flag=flag: f"an image of {flag}")
     return Request(
         artifact=given.artifact,
         out=out,
@@ -269,8 +287,7 @@ def _request(
         tensorrt="tensorrt" in targets,
         inside=given.preprocess_inside,
         device=given.device,
-        pictures=pictures,
-        images=f"{len(pictures)} images of {source.location if given.verify else 'scikit-image'}",
+        images=images,
         calibration=calibration,
         method=given.calibrate_method,
         keep=keep,
@@ -304,12 +321,13 @@ def _labelled(given: ExportConfig, source: Source, config: ArtifactConfig, batch
     """The images, if they can be used for the top-1 of a classifier."""
     if given.verify is None or source.labels is None or config.kind != "classifier":
         return None
+    from export.image_sets import counted
     from pretrain.data.labels import labels_among
 
     labels_among(source, config.class_names or (), "the model")
     count = min(len(source), given.metric_images)
     if count < batch:
-        raise BadInput(f"--verify: top-1 on {count} images is fewer than one batch of {batch}")
+        raise BadInput(f"--verify: top-1 on {counted(count, 'image')} is fewer than one batch of {batch}")
     return source
 
 

@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from export.description import Description, Form, Port, Preprocessing
+from export.failures import library_errors
 from export.forms.base import Deployable
-from pretrain.artifact import ArtifactConfig, load_artifact, load_classifier, load_encoder
+from pretrain.artifact import CHECKSUMS, ArtifactConfig, load_artifact, load_classifier, load_encoder
 from pretrain.errors import BadArtifact, BadInput
 from pretrain.masking.units import unit_grid
 from pretrain.models import Encoder
@@ -57,7 +58,9 @@ def load_deployable(directory: Path, form: Form) -> Deployable:
         raise BadInput(
             f"{directory}: is of kind {config.kind!r}; of it there is no {form}, but {FORMS[config.kind]}"
         )
-    module, outputs = _build(directory, form, config)
+    with library_errors(f"{directory}: cannot be rebuilt as its config.json says", BadArtifact):
+        module, outputs = _build(directory, form, config)
+        preprocessing = preprocessing_of(config, form)
     inputs = [Port("images", "float32", ("batch", config.model.channels, "height", "width"))]
     if form == "reconstructor":
         inputs.append(Port("visible", "bool", ("batch", "rows", "cols")))
@@ -66,7 +69,7 @@ def load_deployable(directory: Path, form: Form) -> Deployable:
         precision="fp32",
         inputs=tuple(inputs),
         outputs=outputs,
-        preprocessing=preprocessing_of(config, form),
+        preprocessing=preprocessing,
         unit=config.model.unit,
         class_names=config.class_names,
         source=artifact_hash(directory),
@@ -183,7 +186,7 @@ def artifact_hash(directory: Path) -> str:
     """
     try:
         plain = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        for fact in ("trained", "versions"):
+        for fact in ("trained", "versions", CHECKSUMS):
             plain.pop(fact, None)
         found = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
         with safe_open(directory / "model.safetensors", framework="pt", device="cpu") as file:
@@ -191,6 +194,6 @@ def artifact_hash(directory: Path) -> str:
                 tensor = file.get_tensor(name)
                 found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
                 found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
         raise BadArtifact(f"{directory}: not a readable artifact ({error})") from None
     return found.hexdigest()

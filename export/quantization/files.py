@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from export.quantization.calibration import Batch, Method, activation_ranges
 from export.quantization.codes import INT8, Codes, fp8_codes
 from export.quantization.graph import Product, at_opset, constant_products, insert_pairs
+from export.to_onnx import check_graph, save
 from pretrain.errors import BadInput
 
 if TYPE_CHECKING:
@@ -155,19 +156,8 @@ class _Chosen:
         insert_pairs(model.graph, self.changed, ranges, codes, per_channel=per_channel)
         said = {each.key: each.value for each in model.metadata_props} | dict(metadata)
         helper.set_model_props(model, said)
-        _write(model, target)
+        check_graph(model)
+        save(model, target)
         return Quantized(
             tuple(each.layer for each in self.changed), tuple(each.layer for each in self.kept), ranges
         )
-
-
-def _write(model: ModelProto, target: Path) -> None:
-    import onnx
-
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        onnx.save(model, partial)
-        onnx.checker.check_model(partial, full_check=True)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)

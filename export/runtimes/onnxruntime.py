@@ -13,6 +13,7 @@ from torch import Tensor
 
 from export.description import Description
 from export.emulation import EMULATED
+from export.failures import first_line, library_errors, require_packages
 from export.runtimes.inputs import check_inputs
 from export.tensorrt.library import load_library
 from export.to_onnx import read_description
@@ -111,28 +112,44 @@ def providers() -> list[Provider]:
     return [name for name, title in _PROVIDERS.items() if title in there]
 
 
+def require_provider(provider: Provider) -> None:
+    """Opens a session on a graph of one node, before anything is traced for this provider.
+
+    Raises:
+        BadInput: a package is missing, or the provider does not start here.
+    """
+    require_packages("onnx", "onnxruntime")
+    from onnx import helper
+
+    ports = [helper.make_tensor_value_info(name, 1, [1]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", ports[:1], ports[1:])
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)])
+    _open(model.SerializeToString(), "a first graph", provider, None, fp8_products=False)
+
+
 def _library() -> Any:
-    try:
-        import onnxruntime
-    except ModuleNotFoundError:
-        raise BadInput(
-            "ONNX Runtime is not installed; pip install onnxruntime-gpu (or onnxruntime, for CPUs)"
-        ) from None
+    require_packages("onnxruntime")
+    import onnxruntime
+
     return onnxruntime
 
 
 def _read(path: Path | bytes, name: str) -> tuple[Description, str | None]:
     # what a file says of itself, and what it emulates: before a session, whose settings depend on it
-    try:
-        import onnx
-    except ModuleNotFoundError:
-        raise BadInput("the package onnx is not installed; pip install 'coma-dyvit[export]'") from None
+    require_packages("onnx")
+    import onnx
+    from onnx.external_data_helper import _get_all_tensors, uses_external_data
+
     if isinstance(path, Path) and not path.is_file():
-        raise BadInput(f"{path}: no such file")
-    try:
-        model = onnx.load(path) if isinstance(path, Path) else onnx.load_from_string(path)
-    except Exception as error:  # protobuf's own kinds of errors
-        raise BadInput(f"{name}: not a readable ONNX file: {_first_line(error)}") from None
+        raise BadInput(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+    with library_errors(f"{name}: not a readable ONNX file", BadInput):
+        content = path.read_bytes() if isinstance(path, Path) else path
+        model = onnx.load_model_from_string(content)
+        outside = any(map(uses_external_data, _get_all_tensors(model)))
+    if outside:
+        raise BadInput(
+            f"{name}: keeps weights in other files, as no file of `coma export` does; export it again"
+        )
     emulated = {each.key: each.value for each in model.metadata_props}.get(EMULATED)
     return read_description(model, name), emulated
 
@@ -164,7 +181,7 @@ def _open(path: Path | bytes, name: str, provider: Provider, threads: int | None
             providers=[(each, _STRICT.get(each, {})) for each in names],
         )
     except Exception as error:
-        raise CheckFailed(f"{name}: ONNX Runtime cannot load it: {_first_line(error)}") from None
+        raise CheckFailed(f"{name}: ONNX Runtime cannot load it: {first_line(error)}") from None
     used = session.get_providers()[0]
     if used != wanted:
         raise BadInput(f"{provider}: ONNX Runtime fell back to {used}: {_LACKING[provider]}")
@@ -177,8 +194,4 @@ def _refusing(inputs: dict[str, Tensor]) -> Iterator[None]:
         yield
     except Exception as error:  # the library has no public class for it
         shapes = ", ".join(f"{name} {list(each.shape)}" for name, each in inputs.items())
-        raise BadInput(f"ONNX Runtime could not run {shapes}: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:300]
+        raise BadInput(f"ONNX Runtime could not run {shapes}: {first_line(error)}") from None

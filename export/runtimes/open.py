@@ -5,14 +5,17 @@ Only what passed its gate is opened: no file that waits for it or failed, and no
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal, get_args
 
 from export.description import Form
-from export.manifest import NAME, Manifest, OfOthers
+from export.failures import library_errors
+from export.manifest import NAME, Manifest, OfOthers, is_verified
 from export.runtimes.base import Runtime
 from pretrain.errors import BadInput
-from pretrain.hashing import sha256_of
+
+log = logging.getLogger(__name__)
 
 Device = Literal["cpu", "cuda", "tensorrt"]
 
@@ -36,17 +39,28 @@ def open_runtime(path: Path, device: Device = "cpu", form: Form | None = None) -
         CheckFailed: ONNX Runtime or TensorRT refuses the file.
     """
     path = Path(path)
+    try:
+        with library_errors(f"{path}: cannot be opened", BadInput):
+            return _open(path, device, form)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be opened ({error.strerror or error})") from None
+
+
+def _open(path: Path, device: Device, form: Form | None) -> Runtime:
     if device not in get_args(Device):
         raise BadInput(f"device {device!r}: give one of {', '.join(get_args(Device))}")
-    for suffix in path.suffixes:
+    for suffix in (*path.suffixes, *path.resolve().suffixes):
         if suffix in _UNFIT:
             raise BadInput(f"{path}: {_UNFIT[suffix]}")
-    if path.suffix == ".onnx":
+    if path.suffix in (".onnx", ".engine") and not path.is_dir():
+        if not path.is_file():
+            raise BadInput(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+        _check_listed(path)
+    if path.suffix == ".onnx" and not path.is_dir():
         from export.runtimes.onnxruntime import OnnxRuntime
 
-        _check_content(path)
         return OnnxRuntime(path, device)
-    if path.suffix == ".engine":
+    if path.suffix == ".engine" and not path.is_dir():
         from export.runtimes.tensorrt import TensorRTRuntime
 
         return TensorRTRuntime(path, "cuda" if device == "tensorrt" else device)
@@ -60,12 +74,28 @@ def open_runtime(path: Path, device: Device = "cpu", form: Form | None = None) -
     return TorchRuntime(load_deployable(path, form or forms_of(path)[-1]), device)
 
 
-def _check_content(path: Path) -> None:
-    """Refuse a file that is not what the manifest beside it, if there is one that lists it, says."""
+def _check_listed(path: Path) -> None:
+    """Refuses a file that the manifest beside it does not list as verified; without a manifest, says so.
+
+    Raises:
+        BadInput: the file is not listed, was refused, or has changed since it was verified.
+    """
+    real = path.resolve()
     try:
-        manifest = Manifest.read(path.parent, f"export {path.name} again")
+        manifest = Manifest.read(real.parent, f"export {real.name} again")
     except OfOthers:
+        manifest = None
+    if manifest is None:
+        log.warning("%s: has no %s of `coma export` beside it; nobody knows if it was verified", path, NAME)
         return
-    listed = {each.file: each.sha256 for each in manifest.files} if manifest and path.is_file() else {}
-    if path.name in listed and listed[path.name] != sha256_of(path):
-        raise BadInput(f"{path}: differs from what was verified (by its SHA-256 in {NAME}); export it again")
+    for entry in manifest.files:
+        if entry.file == real.name:
+            if is_verified(real.parent, entry):
+                return
+            raise BadInput(
+                f"{path}: differs from what was verified (by its SHA-256 in {NAME}); export it again"
+            )
+    raise BadInput(
+        f"{path}: {NAME} beside it does not list it as verified; export it again, or move it to a folder of "
+        "its own to open it unverified"
+    )

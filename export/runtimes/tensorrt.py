@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from export.description import Port
+from export.failures import library_errors
 from export.runtimes.inputs import DTYPES, check_inputs
 from export.tensorrt.inspection import EngineSummary, inspect_engine
 from export.tensorrt.library import load_library, require_gpu
@@ -59,7 +60,7 @@ class TensorRTRuntime:
         self._path = path
         self._trt = library.module
         self._logger = make_logger(library.module)
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), library_errors(f"{path}: does not open"):
             self._runtime, self._engine = _open(
                 self._trt, self._logger, path, host_code=sidecar.options.version_compatible
             )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from export.description import Description
+from export.failures import library_errors, require_packages
 from export.tensorrt.library import Flavour, Library, load_library, require_gpu
 from export.tensorrt.listening import Progress, make_logger, make_monitor
 from export.tensorrt.profiles import Profile, Shape, check_profiles
@@ -90,17 +91,15 @@ def build_engine(
 
 
 def _description(onnx_path: Path) -> Description:
+    require_packages("onnx")
     import onnx
-    from google.protobuf.message import DecodeError
 
     from export.to_onnx import read_description
 
-    try:
+    if not onnx_path.is_file():
+        raise BadInput(f"{onnx_path}: no such file")
+    with library_errors(f"{onnx_path}: not an ONNX file", BadInput):
         model = onnx.load(str(onnx_path), load_external_data=False)
-    except FileNotFoundError:
-        raise BadInput(f"{onnx_path}: no such file") from None
-    except (DecodeError, OSError) as error:
-        raise BadInput(f"{onnx_path}: not an ONNX file ({error})") from None
     return read_description(model, str(onnx_path))
 
 
@@ -130,8 +129,9 @@ def compile_plan(
     with ThreadPoolExecutor(1, thread_name_prefix="tensorrt") as thread:
         work = thread.submit(_compile, library, onnx_path, profiles, options, progress, cancelled)
         try:
-            return work.result()
-        except KeyboardInterrupt:
+            with library_errors(f"{onnx_path}: {library.title} failed"):
+                return work.result()
+        except BaseException:
             cancelled.set()
             raise
 
@@ -175,7 +175,10 @@ def _compile(
         why = "cancelled" if cancelled.is_set() else logger.last_errors()
         raise CheckFailed(f"{onnx_path}: {library.title} built no engine: {why}")
     if cache is not None:
-        save_timing_cache(config, cache)
+        try:
+            save_timing_cache(config, cache)
+        except OSError as error:  # the engine is complete all the same
+            log.warning("%s: the timing cache was not saved (%s)", cache, error.strerror or error)
     return Plan(memoryview(memory).cast("B"), network.num_layers, time.perf_counter() - started)
 
 

@@ -8,7 +8,10 @@ import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
+from export.failures import first_line
 from export.tensorrt.builder import compile_plan
 from export.tensorrt.library import find_driver, load_library, require_package
 from export.tensorrt.listening import Progress
@@ -24,6 +27,10 @@ PROVES = (
 NO_PLUGINS = (
     "That proves nothing: without a GPU no plugin can be made, and some operators (RoiAlign) are plugins."
 )
+
+
+SILENCE = 900
+"""Seconds without progress after which a compilation counts as hanging."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +73,15 @@ def check_rtx(
     child.start()
     sender.close()
     try:
-        while isinstance(answer := receiver.recv(), tuple):
+        while isinstance(answer := _receive(receiver, onnx_path), tuple):
             if progress is not None:
                 progress(*answer)
-    except EOFError:
+    except (EOFError, OSError, UnpicklingError):  # it died, perhaps in the middle of a word
         child.join()
+        code = child.exitcode or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         raise CheckFailed(
-            f"{onnx_path}: the compiler of TensorRT-RTX crashed on this graph (exit code {child.exitcode})"
+            f"{onnx_path}: the compiler of TensorRT-RTX crashed on this graph (its process {how})"
         ) from None
     finally:
         child.kill()
@@ -83,6 +92,21 @@ def check_rtx(
     if isinstance(answer, BaseException):
         raise answer
     return answer
+
+
+def _receive(receiver: Connection, onnx_path: Path) -> Any:
+    """Returns what the child says next.
+
+    Raises:
+        CheckFailed: it says nothing for too long.
+        EOFError: it has ended.
+    """
+    if not receiver.poll(SILENCE):
+        raise CheckFailed(
+            f"{onnx_path}: the compiler of TensorRT-RTX made no progress for {SILENCE / 60:.0f} minutes "
+            "and was ended"
+        )
+    return receiver.recv()
 
 
 def _check(
@@ -101,7 +125,8 @@ def _check(
     try:
         library = load_library("tensorrt_rtx")
         plan = compile_plan(library, onnx_path, profiles, options, tell)
+        sender.send(RtxReport(library.version, round(plan.seconds, 1), plan.data.nbytes, plan.layers))
     except ComaError as error:
         sender.send(error)
-        return
-    sender.send(RtxReport(library.version, round(plan.seconds, 1), plan.data.nbytes, plan.layers))
+    except Exception as error:
+        sender.send(CheckFailed(f"{onnx_path}: TensorRT-RTX failed: {first_line(error)}"))

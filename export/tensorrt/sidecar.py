@@ -124,10 +124,12 @@ def read_sidecar(engine_path: Path) -> Sidecar:
     if not engine_path.is_file():
         raise BadInput(f"{engine_path}: no such file")
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise BadInput(f"{path}: not a regular file; {REBUILD}")
         plain = json.loads(path.read_text())
     except FileNotFoundError:
         raise BadInput(f"{engine_path}: {path.name} is not beside it; {REBUILD}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not a readable sidecar ({error}); {REBUILD}") from None
     version = plain.get("format_version") if isinstance(plain, dict) else None
     if version != FORMAT_VERSION:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from export.description import Description
-from export.images import as_input, evenly, resized
+from export.failures import library_errors
+from export.images import as_input, resized
 from export.runtimes.base import Runtime
 from export.shapes import Shape, Shapes
 from export.verify.compare import Difference, Differences, split_pixels
 from export.verify.gates import GATES
-from pretrain.data.source import Source
-from pretrain.errors import BadImage, BadInput, ComaError
+from pretrain.errors import BadInput, ComaError
 from pretrain.masking.units import unit_grid
 
 Progress = Callable[[int, int], None]
@@ -69,23 +69,6 @@ class Verdict:
         }
 
 
-def read_pictures(source: Source, channels: int, most: int) -> list[np.ndarray]:
-    """Up to `most` decoded images, evenly over the source.
-
-    Raises:
-        BadInput: none can be read; the message says why the first one could not.
-    """
-    pictures, first = [], None
-    for number in evenly(len(source), most):
-        try:
-            pictures.append(source.read(number, channels))
-        except BadImage as error:
-            first = first or error
-    if not pictures:
-        raise BadInput(f"{source.location}: no image can be read; {first}")
-    return pictures
-
-
 def shapes_to_run(shapes: Shapes, unit: int) -> tuple[Shape, ...]:
     """Batches of 1, 2, the usual and the most; least, usual, largest and odd sizes: all that are allowed."""
     usual = shapes.usual
@@ -126,12 +109,13 @@ def verify(
         numbers = [i % len(pictures) for i in range(max(shape.batch, 1))]
         batches = [numbers]
         if shape.batch < len(pictures) and number == 0:  # once, at the usual size: all images
-            everyone = range(len(pictures) - len(pictures) % shape.batch)
-            batches = [list(everyone[i : i + shape.batch]) for i in everyone[:: shape.batch]]
+            starts = range(0, len(pictures), shape.batch)
+            batches = [[i % len(pictures) for i in range(start, start + shape.batch)] for start in starts]
         for batch in batches:
             seen.update(batch)
             try:
-                _compare(runtime, wanted, batch, shape, pictures, differences)
+                with library_errors(runtime.title):
+                    _compare(runtime, wanted, batch, shape, pictures, differences)
             except ComaError as error:
                 failures.append(f"cannot be run at {shape}: {error}")
                 break

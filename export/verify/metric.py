@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from export.image_sets import Selection, name_in, named, reason_of
 from export.images import as_input, evenly, resized
 from export.runtimes.base import Runtime
 from pretrain.data.labels import labels_among
@@ -32,11 +33,11 @@ class Measure(Protocol):
         ...
 
 
-def top1(runtime: Runtime, source: Source, most: int) -> dict[str, float]:
-    """Share of the images whose likeliest class is their label, in percent.
+def top1(runtime: Runtime, source: Source, most: int) -> tuple[dict[str, float], Selection]:
+    """Returns the share of images whose likeliest class is their label, in percent, and those images.
 
     Raises:
-        BadInput: no labels, or classes that the model does not know.
+        BadInput: no labels, classes that the model does not know, or no image that can be read.
     """
     description = runtime.description
     labels = labels_among(source, description.class_names or (), "the model").tolist()
@@ -48,6 +49,7 @@ def top1(runtime: Runtime, source: Source, most: int) -> dict[str, float]:
         for side, own in zip(size, rule.size or (224, 224), strict=True)
     )
     right, seen = 0, 0
+    left_out: dict[str, str] = {}
     waiting: list[tuple[Tensor, int]] = []
 
     def ask() -> None:
@@ -64,15 +66,16 @@ def top1(runtime: Runtime, source: Source, most: int) -> dict[str, float]:
     for i in evenly(len(source), most):
         try:
             pixels = source.read(i, int(channels))
-        except BadImage:
+        except BadImage as error:
+            left_out[name_in(source, i)] = reason_of(error, source, i)
             continue
         waiting.append((resized(pixels, rule, (height, width)), labels[i]))
         if len(waiting) == batch:
             ask()
     ask()
     if not seen:
-        raise BadInput(f"{source.location}: no image can be read")
-    return {"top-1": 100 * right / seen}
+        raise BadInput(f"{source.location}: no image can be read: {named(left_out)}")
+    return {"top-1": 100 * right / seen}, Selection(str(source.location), seen, len(source), left_out)
 
 
 def measure(runtime: Runtime, directory: Path, data: Path, most: int) -> dict[str, float]:

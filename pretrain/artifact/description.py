@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import platform
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.config import EncoderConfig, ObjectiveConfig, view_size
 from pretrain.errors import BadInput
+from pretrain.hashing import sha256_of
 
 FORMAT_VERSION = 1
 CONFIG, TENSORS = "config.json", "model.safetensors"
+CHECKSUMS = "checksums"
+"""Entry of `config.json` beside those of `ArtifactConfig`: SHA-256 of both files, see `with_checksums`."""
 
 LINEAR_HEAD: dict[str, Any] = {"type": "linear", "pool": "mean"}
 """`head` of a classifier: one linear layer, `head.weight` and `head.bias`, on the mean of the last map."""
@@ -70,6 +76,17 @@ class ArtifactConfig:
             raise BadInput(f"class names {self.class_names} must be at least one name, none of them empty")
         if self.kind == "pretrained" and self.objective is None:
             raise BadInput("an artifact of kind 'pretrained' needs its objective")
+
+
+def with_checksums(plain: dict[str, Any], tensors: Path) -> dict[str, Any]:
+    """What `config.json` holds: a description, with the SHA-256 of its content and of the file of tensors."""
+    return plain | {CHECKSUMS: {CONFIG: content_sha256(plain), TENSORS: sha256_of(tensors)}}
+
+
+def content_sha256(plain: dict[str, Any]) -> str:
+    """SHA-256 of a description without its checksums, however it is indented and ordered."""
+    content = {name: value for name, value in plain.items() if name != CHECKSUMS}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def library_versions() -> dict[str, str]:

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pretrain.artifact.description import (
+    CHECKSUMS,
     CONFIG,
     FORMAT_VERSION,
     LINEAR_HEAD,
     TENSORS,
     ArtifactConfig,
+    content_sha256,
 )
 from pretrain.artifact.save import sibling
 from pretrain.errors import BadArtifact, BadInput
+from pretrain.hashing import sha256_of
 from pretrain.models import Encoder, build_encoder
 from pretrain.plain import from_plain
+
+log = logging.getLogger(__name__)
+
+_MISMATCH = (
+    "its checksum does not match; copy or export the artifact again, or, if you changed it yourself, remove "
+    f'"{CHECKSUMS}" from its {CONFIG}'
+)
 
 if TYPE_CHECKING:
     from pretrain.models.classifier import Classifier
@@ -46,8 +58,18 @@ def load_artifact(directory: Path) -> Artifact:
     if not directory.exists() and sibling(directory, "previous").is_dir():
         found = sibling(directory, "previous")  # a replacement was cut short between its two renames
     _check_directory(directory, found)
-    config = _read_config(found / CONFIG)
-    return Artifact(config, _read_tensors(found / TENSORS, config.format_version))
+    config, checksums = _read_config(found / CONFIG)
+    tensors = _read_tensors(found / TENSORS, config.format_version)
+    if checksums is None:
+        _say_unchecked(directory)
+    elif checksums.get(TENSORS) != sha256_of(found / TENSORS):
+        raise BadArtifact(f"{found / TENSORS}: damaged or replaced, {_MISMATCH}")
+    return Artifact(config, tensors)
+
+
+@cache
+def _say_unchecked(directory: Path) -> None:
+    log.warning("warning: %s: has no checksums (an older version wrote it): damage goes unnoticed", directory)
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -135,7 +157,8 @@ def _check_directory(directory: Path, found: Path) -> None:
         raise BadArtifact(f"{directory}: not an artifact, it has no {' and no '.join(absent)}{hint}")
 
 
-def _read_config(path: Path) -> ArtifactConfig:
+def _read_config(path: Path) -> tuple[ArtifactConfig, dict[str, Any] | None]:
+    """The description, and the checksums that it carries."""
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -145,10 +168,16 @@ def _read_config(path: Path) -> ArtifactConfig:
         raise BadArtifact(f"{path}: not an artifact's config, it has no format_version")
     if version > FORMAT_VERSION:
         raise BadArtifact(f"{path}: format {version}, newest known here {FORMAT_VERSION}; upgrade coma-dyvit")
+    checksums = plain.pop(CHECKSUMS, None)
     try:
-        return from_plain(plain, ArtifactConfig, source=str(path))
+        config = from_plain(plain, ArtifactConfig, source=str(path))
     except BadInput as error:
         raise BadArtifact(str(error)) from None
+    if checksums is not None and not isinstance(checksums, dict):
+        raise BadArtifact(f"{path}: its {CHECKSUMS} are not readable; copy or export the artifact again")
+    if checksums is not None and checksums.get(CONFIG) != content_sha256(plain):
+        raise BadArtifact(f"{path}: damaged or edited, {_MISMATCH}")
+    return config, checksums
 
 
 def _read_tensors(path: Path, format_version: int) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pretrain.artifact.description import CONFIG, TENSORS, ArtifactConfig
+from pretrain.artifact.description import CONFIG, TENSORS, ArtifactConfig, with_checksums
 from pretrain.errors import BadArtifact
 from pretrain.files import sync
 from pretrain.plain import to_plain
@@ -53,13 +53,15 @@ def save_artifact(directory: Path, *, tensors: Mapping[str, Tensor], config: Art
 
 
 def _write(partial: Path, tensors: Mapping[str, Tensor], config: ArtifactConfig) -> None:
-    text = json.dumps(to_plain(config), indent=2, allow_nan=False) + "\n"
-    (partial / CONFIG).write_text(text, encoding="utf-8")
+    plain = to_plain(config)
+    json.dumps(plain, allow_nan=False)  # refused before anything large is written
     facts = {"format": "pt", "format_version": str(config.format_version), "kind": config.kind}
     try:
         save_file(_own_storage(tensors), partial / TENSORS, metadata=facts)
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(errno.EIO, str(error), str(partial / TENSORS)) from error
+    text = json.dumps(with_checksums(plain, partial / TENSORS), indent=2) + "\n"
+    (partial / CONFIG).write_text(text, encoding="utf-8")
     (partial / TENSORS).chmod((partial / CONFIG).stat().st_mode)  # safetensors lets only the owner read
     for path in (partial / CONFIG, partial / TENSORS, partial):
         sync(path)

@@ -23,10 +23,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from pretrain.arguments import parse_arguments
 from pretrain.commands import evaluate as evaluate_command
 from pretrain.commands import pretrain as pretrain_command
 from pretrain.errors import BadInput, CheckFailed
 from pretrain.machine import cores
+from pretrain.ranges import BUDGET, IMAGES, JOBS, SEED, Range, Ranged
 
 if TYPE_CHECKING:
     from pretrain.compare import Compared, Comparison, Entry
@@ -34,25 +36,25 @@ if TYPE_CHECKING:
 _OURS = {
     *("--out", "--seed", "--steps", "--epochs", "--resume", "--from", "--method", "--model", "--device"),
     *("--probe", "--probe-steps", "--probe-epochs", "--probe-protocols", "--probe-train", "--probe-test"),
-    "--sheet-steps",
+    *("--sheet-steps", "--allow-changed-data", "--no-allow-changed-data"),
 }
 """Flags of `coma pretrain` that a comparison sets itself."""
 _OURS_TUNING = {
     *("--data", "--train", "--test", "--run", "--out", "--resume", "--seed", "--device", "--workers"),
-    *("--protocol", "--from-scratch"),
+    *("--protocol", "--from-scratch", "--allow-changed-data", "--no-allow-changed-data"),
 }
 """Likewise, of `coma evaluate --protocol finetune`."""
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Ranged):
     """Which runs, for how long, and how they are measured."""
 
     images: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
     """What to pre-train on, as `coma pretrain` takes it."""
     test: Path
     """Labelled images to measure on: a folder that holds train and test, as `coma evaluate --data` takes."""
-    budget: tuple[Literal["images", "views", "seconds", "flops"], float]
+    budget: Annotated[tuple[Literal["images", "views", "seconds", "flops"], float], BUDGET]
     """What every run gets, and how much. images: seen in training. views: encoded (two a step of CoMA's
     images, one of MAE's). seconds: of training steps alone, on a GPU by the clock (waiting for images
     included), on a CPU of computing time; a short run of each tells how many steps that makes. flops: of
@@ -63,28 +65,31 @@ class CompareConfig:
     "mae --base-lr 2e-4" gives one method another rate."""
     models: tuple[str, ...] = ("tiny",)
     """As in `coma pretrain --model`, likewise: "vit-tiny --model.depth 7", "ViT: vit-tiny"."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Annotated[tuple[int, ...], SEED] = (0, 1, 2)
     protocols: tuple[Literal["knn", "linear", "finetune"], ...] = ("knn", "linear")
     """As in `coma evaluate --protocol`."""
     out: Path = Path("compare")
     """Folder for runs, scores, compare.md, compare.csv and compare.png."""
     reference: str | None = None
     """Method that times and accuracies are put in relation to (default: mae, else the first)."""
-    probes: int = 0
+    probes: Annotated[int, Range(0, 10**6)] = 0
     """Measure every run so many times on its way (knn, linear): curves in the picture, and how many images it
     took each method to do as well as the reference in the end."""
-    probe_train: int = 2000
+    probe_train: Annotated[int, IMAGES] = 2000
     """Labelled training images of such a probe; 0: all."""
-    probe_test: int = 1000
+    probe_test: Annotated[int, IMAGES] = 1000
     """Test images of it; 0: all."""
     floor: bool = True
     """Measure random weights, too."""
     finetune: str = ""
     """Flags of `coma evaluate --protocol finetune`, in quotes: "--epochs 20 --batch-size 64"."""
+    allow_changed_data: bool = False
+    """Go on with a comparison although images were added, removed, renamed or changed in size since it was
+    begun; runs that are finished stay as they are."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    jobs: int | None = None
+    jobs: Annotated[int | None, JOBS] = None
     """Runs at a time (default: one on every GPU, one on a CPU)."""
-    threads: int | None = None
+    threads: Annotated[int | None, JOBS] = None
     """Of every run, on a CPU (default: the cores shared out over the jobs)."""
 
 
@@ -117,7 +122,7 @@ def parse(argv: list[str]) -> Comparison:
     for place, flag in enumerate(own[:-1]):
         if flag == "--finetune":  # what follows looks like a flag, and is a value
             own[place + 1] = f" {own[place + 1]}"
-    config = tyro.cli(CompareConfig, args=own, prog="coma compare", description=__doc__)
+    config = parse_arguments(CompareConfig, own, prog="coma compare", description=__doc__)
     if not (config.methods and config.models and config.seeds and config.protocols):
         raise BadInput("give at least one of each: --methods, --models, --seeds, --protocols")
     _refuse(shared, _OURS, "behind --")
@@ -151,6 +156,7 @@ def parse(argv: list[str]) -> Comparison:
         probe_limits=(config.probe_train, config.probe_test),
         floor=config.floor,
         finetune_flags=flags,
+        allow_changed_data=config.allow_changed_data,
         finetune_epochs=_finetune_epochs(flags) if "finetune" in config.protocols else 1.0,
     )
 
@@ -175,7 +181,7 @@ def entry(images: Path, method: str, model: str, flags: list[str], seeds: tuple[
     _refuse(model_flags, _OURS, f"in --models {model!r}")
     own = ["--method", *method_flags, "--model", *model_flags]
     try:
-        config, _ = pretrain_command.parse([str(images), *flags, *own])  # the last of two counts
+        config, *_ = pretrain_command.parse([str(images), *flags, *own])  # the last of two counts
     except SystemExit:
         raise BadInput(f"coma pretrain does not take: {shlex.join([*flags, *own])}") from None
     return Entry(method, model, replace(config, run=replace(config.run, sheet_steps=0)), tuple(seeds))

@@ -11,15 +11,16 @@ Examples:
 from __future__ import annotations
 
 import errno
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput
 from pretrain.methods import Degradation
+from pretrain.ranges import MEAN, STD, Range, Ranged
 
 Channels = tuple[float, float, float]
 
@@ -28,7 +29,7 @@ _NO_PLACE = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errn
 
 
 @dataclass(frozen=True)
-class DegradeConfig:
+class DegradeConfig(Ranged):
     """What to show."""
 
     image: Annotated[Path, tyro.conf.Positional]
@@ -41,19 +42,19 @@ class DegradeConfig:
     )
     """Which degradations, with their default settings: zoom-in+mask hides 75 % of the centre, zoom-in+coma
     shares it out over 2 views."""
-    draws: int = 4
+    draws: Annotated[int, Range(1, 64)] = 4
     """Random draws of each."""
-    size: int = 288
+    size: Annotated[int, Range(16, 2048)] = 288
     """Side of the square view in pixels; its centre is what zooming in shows (published: 224 of 288)."""
-    unit: int | None = None
+    unit: Annotated[int | None, Range(1, 2048)] = None
     """Side of a mask unit in pixels, of which the border and masks are made; default: a ninth of the view
     (published: 32 of 288)."""
-    mean: Channels = (0.485, 0.456, 0.406)
+    mean: Annotated[Channels, MEAN] = (0.485, 0.456, 0.406)
     """Per channel, of pixels scaled to 0..1. Pixels are normalised before they are degraded, as in training;
     it shows in decolor alone. Default: ImageNet's; those of a run are in its artifact's config.json."""
-    std: Channels = (0.229, 0.224, 0.225)
+    std: Annotated[Channels, STD] = (0.229, 0.224, 0.225)
     """Per channel, likewise."""
-    seed: int = 0
+    seed: Annotated[int, Range(-(2**63), 2**63 - 64)] = 0
     """Of the first draw; the next ones count on."""
 
 
@@ -63,20 +64,24 @@ def run(argv: list[str]) -> None:
     Raises:
         BadInput: no such image, numbers that make no sheet, or a place where no file can be.
     """
-    config = tyro.cli(DegradeConfig, args=argv, prog="coma degrade", description=__doc__)
+    config = parse_arguments(DegradeConfig, argv, prog="coma degrade", description=__doc__)
     _check(config)
 
     from pretrain.data.channels import adapt
     from pretrain.data.images import decode
+    from pretrain.data.ranges import check_pixels
     from pretrain.data.transforms import centre_square, resize
     from pretrain.pictures import degradation_sheet
 
     name = str(config.image)
     try:
+        if config.image.exists() and not (config.image.is_file() or config.image.is_dir()):
+            raise BadInput(f"{name}: is not a regular file; give an image file")
         picture = decode(config.image.read_bytes(), name)
     except OSError as error:
         raise BadInput(f"{name}: cannot be read ({error.strerror}); give an image file") from None
     pixels = adapt(picture, 3, name)
+    check_pixels(pixels, config.mean, config.std, lambda: name)
     view = resize(pixels, centre_square(*pixels.shape[:2]), config.size, config.size)
     kinds = tuple(dict.fromkeys(config.kind))
     unit = config.unit or -(-config.size // 9)
@@ -98,17 +103,7 @@ def run(argv: list[str]) -> None:
 def _check(config: DegradeConfig) -> None:
     if config.out.suffix.lower() != ".png":
         raise BadInput(f"--out {config.out}: a PNG is written; give a file name that ends in .png")
-    if not 1 <= config.draws <= 64:
-        raise BadInput(f"--draws {config.draws} must be 1 to 64")
-    if not 16 <= config.size <= 2048:
-        raise BadInput(f"--size {config.size} must be 16 to 2048")
-    if config.unit is not None and not 1 <= config.unit <= config.size:
-        raise BadInput(f"--unit {config.unit} must be 1 to --size {config.size}")
-    if not all(map(math.isfinite, (*config.mean, *config.std))) or min(config.std) <= 0:
-        raise BadInput(f"--mean {config.mean} and --std {config.std} must be finite, --std more than 0")
-    if not -(2**63) <= config.seed <= 2**63 - config.draws:
-        raise BadInput(
-            f"--seed {config.seed}: seeds are whole numbers of 64 bits, and so are the next draws'"
-        )
+    if config.unit is not None and config.unit > config.size:
+        raise BadInput(f"--unit {config.unit} must be at most --size {config.size}")
     if not config.kind:
         raise BadInput("--kind: name at least one")

@@ -17,13 +17,15 @@ import json
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from pretrain.arguments import parse_arguments, parse_known
 from pretrain.config import DataConfig, FinetuneConfig, FinetuneRecipe, RunConfig
 from pretrain.errors import BadInput
 from pretrain.plain import read_config
+from pretrain.ranges import BATCH, MINUTES, PROCESSES, SEED, SIDE, STEPS, Range, Ranged
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,10 +47,10 @@ class Finetuning(FinetuneRecipe):
     the training images (--hold-out) that is not trained on. The test images are used once, at the end.
     """
 
-    batch_size: Annotated[int, tyro.conf.Fixed, tyro.conf.Suppress] = 256
+    batch_size: Annotated[int, BATCH, tyro.conf.Fixed, tyro.conf.Suppress] = 256
     from_scratch: bool = False
     """Begin with random weights instead of the artifact's: what fine-tuning has to be compared with."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: Annotated[tuple[float, float], Range(0, 1, above=True)] = (0.08, 1.0)
     """Area of the random crop as a share of the image (RandomResizedCrop)."""
     flip: bool = True
     """Flip half of the crops left to right."""
@@ -58,16 +60,16 @@ class Finetuning(FinetuneRecipe):
     """Compile the classifier with torch.compile (slow to start, faster to run)."""
     checkpoint_gradients: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    save_minutes: float = 10.0
+    save_minutes: Annotated[float, MINUTES] = 10.0
     """Save the resumable state at least this often (and at the end, on Ctrl-C and on SIGTERM)."""
-    save_steps: int | None = None
+    save_steps: Annotated[int | None, STEPS] = None
     """Save the resumable state every so many steps instead."""
-    log_steps: int = 10
+    log_steps: Annotated[int, STEPS] = 10
     """Write metrics every so many steps."""
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Ranged):
     """Accuracy on labelled images."""
 
     artifacts: Annotated[
@@ -89,18 +91,18 @@ class EvaluateConfig:
     reference: bool = True
     """Measure a randomly initialised encoder of the same architecture as well (knn, linear; training one
     takes as long as fine-tuning does, so that is a run of its own: --from-scratch)."""
-    image_size: int | None = None
+    image_size: Annotated[int | None, SIDE] = None
     """Side in pixels of the images shown to the encoder; default: as it was trained."""
-    k: int = 20
+    k: Annotated[int, Range(1, 10**6)] = 20
     """Neighbours that vote (knn)."""
-    temperature: float = 0.07
+    temperature: Annotated[float, Range(1e-3, 1e3)] = 0.07
     """Of their votes (knn): smaller trusts the nearest more."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Of the random encoder, of the training images held out to choose the penalty (linear) or the checkpoint
     (finetune), and of the run (finetune)."""
-    batch_size: int = 256
+    batch_size: Annotated[int, BATCH] = 256
     """Images at a time through the encoder; per optimizer step (finetune)."""
-    workers: int | None = None
+    workers: Annotated[int | None, PROCESSES] = None
     """Processes that decode images; default: by the number of cores."""
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
     out: Path | None = None
@@ -110,6 +112,9 @@ class EvaluateConfig:
     in artifact/ the classifier that did best on the validation images."""
     resume: Path | None = None
     """Go on with the fine-tuning run in this directory, with its own settings."""
+    allow_changed_data: bool = False
+    """With --resume: go on although images were added, removed, renamed, changed in size or moved to another
+    class since the start; the best score is looked for anew then."""
     finetune: Annotated[Finetuning, tyro.conf.OmitArgPrefixes] = Finetuning()
 
 
@@ -137,13 +142,12 @@ def run(argv: list[str]) -> None:
 
     from rich.console import Console
 
-    from pretrain.data import absent_classes, open_labelled
+    from pretrain.data import open_labelled, say_absent_classes
 
     console = Console()
     splits = open_labelled(config.data, config.train, config.test, config.val)
     if "finetune" not in config.protocol:  # its run says so itself
-        for note in (*splits.notes, *absent_classes(splits)):
-            console.print(note, markup=False, highlight=False, soft_wrap=True)
+        say_absent_classes(splits)
     scores = _measure(config, splits.train, splits.test, console)
     if "finetune" in config.protocol:
         scores.append(_finetune(config))
@@ -165,15 +169,13 @@ def parse(argv: list[str]) -> EvaluateConfig:
     Raises:
         BadInput: a run that cannot be read, or flags that do not go with --resume.
     """
-    without_help = [argument for argument in argv if argument not in ("-h", "--help")]
-    first, _ = tyro.cli(_First, args=without_help, return_unknown_args=True, add_help=False)
+    first = parse_known(_First, argv, prog="coma evaluate")
     default = _of_run(first.resume) if first.resume else None
-    config = cast(
-        EvaluateConfig,
-        tyro.cli(EvaluateConfig, args=argv, prog="coma evaluate", description=__doc__, default=default),
-    )
+    config = parse_arguments(EvaluateConfig, argv, prog="coma evaluate", description=__doc__, default=default)
     if default and (config.run, config.protocol) != (default.run, default.protocol):
         raise BadInput("--run and --protocol do not go with --resume, which goes on with a fine-tuning run")
+    if config.allow_changed_data and not default:
+        raise BadInput("--allow-changed-data goes with --resume; a new run takes the images as they are")
     return config
 
 
@@ -223,7 +225,11 @@ def _finetune(config: EvaluateConfig) -> Score:
     from pretrain.evaluate import Score
     from pretrain.training import finetune
 
-    result = finetune(_finetune_config(config), resume=config.resume is not None)
+    result = finetune(
+        _finetune_config(config),
+        resume=config.resume is not None,
+        allow_changed_data=config.allow_changed_data,
+    )
     test, artifact = result.test, str(config.artifacts[0])
     settings: dict[str, float] = {"step": test.step, "last_step": result.steps}
     if result.best and result.last:

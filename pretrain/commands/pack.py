@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from pretrain.arguments import parse_arguments
 from pretrain.errors import ComaError, Interrupted
+from pretrain.ranges import PROCESSES, SIDE, Range, Ranged
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,22 +27,22 @@ _NAMED_FAILURES = 10
 
 
 @dataclass(frozen=True)
-class PackConfig:
+class PackConfig(Ranged):
     """What to pack, and how."""
 
     images: Annotated[Path, tyro.conf.Positional]
     """Folder of images (searched recursively), .npz pack, .tar shards or a folder of them."""
     out: Path
     """New folder for the shards."""
-    size: int = 256
+    size: Annotated[int, SIDE] = 256
     """Short side in pixels that larger images are reduced to; smaller ones are left as they are."""
-    quality: int = 90
-    """JPEG quality, 1 to 95; 16-bit, transparent and multi-channel images are stored without loss."""
-    shard_images: int = 2000
+    quality: Annotated[int, Range(1, 95)] = 90
+    """JPEG quality; 16-bit, transparent and multi-channel images are stored without loss."""
+    shard_images: Annotated[int, Range(1, 10**9)] = 2000
     """Images per shard."""
     split: str | None = None
     """Split to pack: train, test or val (default: train, where there are splits)."""
-    workers: int | None = None
+    workers: Annotated[int | None, PROCESSES] = None
     """Processes; default: one per core beside this one (0 on 1 or 2 cores)."""
 
 
@@ -51,7 +53,7 @@ def run(argv: list[str]) -> None:
         BadInput: nothing to pack, or an output folder that holds something else.
         Interrupted: Ctrl-C; finished shards are kept.
     """
-    config = tyro.cli(PackConfig, args=argv, prog="coma pack", description=__doc__)
+    config = parse_arguments(PackConfig, argv, prog="coma pack", description=__doc__)
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -62,9 +64,10 @@ def run(argv: list[str]) -> None:
     console = Console()
     settings = PackSettings(config.size, config.quality, config.shard_images)
     source = open_source(config.images, config.split)
-    for note in (*source.notes, f"labels are not packed: {source.unlabelled}" if source.unlabelled else ""):
-        if note:
-            console.print(note, markup=False, highlight=False, soft_wrap=True)
+    if source.unlabelled:
+        console.print(
+            f"labels are not packed: {source.unlabelled}", markup=False, highlight=False, soft_wrap=True
+        )
     started = time.perf_counter()
     columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console)

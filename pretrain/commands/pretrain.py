@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from pretrain.arguments import parse_arguments, parse_known
 from pretrain.config import (
     BeyondConfig,
     DataConfig,
@@ -41,6 +42,7 @@ from pretrain.config import (
 )
 from pretrain.errors import BadInput, ComaError
 from pretrain.plain import read_config
+from pretrain.ranges import CHANNELS, SIDE, Ranged
 
 Model = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
 Method = Literal["coma", "coma4", "coma-independent", "coma-single", "mae", "beyond", "cmt", "coma-balanced"]
@@ -55,7 +57,7 @@ _NOT_RESUMED = ("model", "method", "degrade", "recipe", "channels", "from_")
 
 
 @dataclass(frozen=True)
-class Presets:
+class Presets(Ranged):
     """These choose defaults, which the flags below override."""
 
     model: Model | None = None
@@ -75,19 +77,21 @@ class Presets:
     """Its .safetensors file; default: the one in the local cache of the model hub. Nothing is downloaded."""
     recipe: Literal["default", "small-data"] | None = None
     """small-data: for up to about 10,000 images on one GPU (settings not measured yet)."""
-    channels: int | None = None
-    """Channels of the images, 1 to 16 (default: 3)."""
+    channels: Annotated[int | None, CHANNELS] = None
+    """Channels of the images (default: 3)."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Start a new run with the settings of this run directory or config.json."""
     resume: Path | None = None
     """Go on with the run in this directory, with its own settings."""
+    allow_changed_data: bool = False
+    """With --resume: go on although images were added, removed, renamed or changed in size meanwhile."""
 
 
 @dataclass(frozen=True)
 class _First(Presets):
     """What has to be known before the other defaults are."""
 
-    image_size: int | None = None
+    image_size: Annotated[int | None, SIDE] = None
 
 
 def run(argv: list[str]) -> None:
@@ -100,10 +104,10 @@ def run(argv: list[str]) -> None:
     """
     main = "LOCAL_RANK" not in os.environ or os.environ.get("RANK") == "0"  # torchrun sets both
     try:
-        config, resume = parse(argv)
+        config, resume, allow_changed_data = parse(argv)
         from pretrain.training import pretrain
 
-        folder = pretrain(config, resume=resume)
+        folder = pretrain(config, resume=resume, allow_changed_data=allow_changed_data)
     except ComaError as error:
         from pretrain.training.distributed import AGREED
 
@@ -114,14 +118,13 @@ def run(argv: list[str]) -> None:
         print(_summary(folder))
 
 
-def parse(argv: list[str]) -> tuple[PretrainConfig, bool]:
-    """The settings that `argv` asks for, and whether they are those of a run to be resumed.
+def parse(argv: list[str]) -> tuple[PretrainConfig, bool, bool]:
+    """The settings that `argv` asks for, whether they are those of a run to be resumed, and on other images.
 
     Raises:
         BadInput: presets that contradict each other, or a run that cannot be read.
     """
-    without_help = [argument for argument in argv if argument not in ("-h", "--help")]
-    first, _ = tyro.cli(_First, args=without_help, return_unknown_args=True, add_help=False)
+    first = parse_known(_First, argv, prog="coma pretrain")
     defaults = _defaults(first)
     flat = tyro.conf.OmitArgPrefixes
     groups: list[tuple[str, Any, Any]] = [
@@ -135,12 +138,14 @@ def parse(argv: list[str]) -> tuple[PretrainConfig, bool]:
     ]
     fields = [(name, kind, dataclasses.field(default=default)) for name, kind, default in groups]
     flags = dataclasses.make_dataclass("Flags", fields, frozen=True)
-    given: Any = tyro.cli(flags, args=argv, prog="coma pretrain", description=__doc__)
+    given: Any = parse_arguments(flags, argv, prog="coma pretrain", description=__doc__)
     data: DataConfig = given.data
     if first.from_ and data.images != defaults.data.images and data.mean == defaults.data.mean:
         data = replace(data, mean=None, std=None)  # those of other images: to be measured again
     config = PretrainConfig(data, given.model, given.objective, given.optimizer, given.run, given.probe)
-    return config, first.resume is not None
+    if first.allow_changed_data and not first.resume:
+        raise BadInput("--allow-changed-data goes with --resume; a new run takes the images as they are")
+    return config, first.resume is not None, first.allow_changed_data
 
 
 def _defaults(first: _First) -> PretrainConfig:

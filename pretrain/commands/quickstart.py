@@ -13,10 +13,9 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import tyro
-
+from pretrain.arguments import parse_arguments
 from pretrain.config import (
     DataConfig,
     ObjectiveConfig,
@@ -28,6 +27,7 @@ from pretrain.config import (
 )
 from pretrain.errors import BadInput, CheckFailed
 from pretrain.plain import read_config
+from pretrain.ranges import Range, Ranged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,12 +48,12 @@ _FEWEST_STEPS, _MOST_STEPS = 200, 5000
 
 
 @dataclass(frozen=True)
-class QuickstartConfig:
+class QuickstartConfig(Ranged):
     """Two minutes from photographs to a pre-trained model."""
 
     out: Path = Path("quickstart")
     """Folder for everything that is made."""
-    minutes: float = 2.0
+    minutes: Annotated[float, Range(0, 600, above=True)] = 2.0
     """How long to train; a few trial steps tell how many that makes."""
     method: Literal["coma", "coma4", "mae"] = "coma"
     """coma: two complementary views. coma4: four. mae: one view of a quarter of the image."""
@@ -69,9 +69,7 @@ def run(argv: list[str]) -> None:
         CheckFailed: the artifact does not reconstruct what the trained model does.
         Interrupted: Ctrl-C; the same command goes on from there.
     """
-    config = tyro.cli(QuickstartConfig, args=argv, prog="coma quickstart", description=__doc__)
-    if not 0 < config.minutes <= 600:
-        raise BadInput(f"--minutes {config.minutes:g}: must be more than 0, and at most 600")
+    config = parse_arguments(QuickstartConfig, argv, prog="coma quickstart", description=__doc__)
 
     from rich.console import Console
 

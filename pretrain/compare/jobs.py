@@ -22,6 +22,7 @@ from pretrain.errors import Interrupted
 from pretrain.training.signals import StopRequest
 
 _POLL = 0.1  # seconds
+_PATIENCE = 120.0  # seconds: what is told to stop may have a large state to save
 _SHOW = 1.0  # seconds: progress is read from files
 
 
@@ -212,8 +213,15 @@ class Runner:
         for each in self._running:
             with suppress(ProcessLookupError):
                 os.killpg(each.process.pid, number)
+        until = time.monotonic() + _PATIENCE
         for each in self._running:
-            each.process.wait()
+            try:
+                each.process.wait(max(until - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                self._tell(f"{each.job.name} does not stop; killing it", self._work_done())
+                with suppress(ProcessLookupError):
+                    os.killpg(each.process.pid, signal.SIGKILL)
+                each.process.wait()
             _close(each.locks)
         self._running = []
 

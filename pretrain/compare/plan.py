@@ -81,6 +81,8 @@ class Comparison:
     """Of `coma evaluate --protocol finetune`."""
     finetune_epochs: float = 1.0
     """That follow from them; for the estimate of the time that is left."""
+    allow_changed_data: bool = False
+    """Go on although the images are not those that it was begun with."""
 
 
 @dataclass(frozen=True)
@@ -200,11 +202,8 @@ def trial_seconds(run: Path, batch_size: int) -> float:
     return statistics.mean(step_seconds(row, batch_size) for row in rows) / batch_size
 
 
-def check(comparison: Comparison) -> tuple[str, ...]:
+def check(comparison: Comparison) -> None:
     """Refuse what cannot be compared, before anything runs.
-
-    Returns:
-        What is left out of the images or might be misread, a sentence each.
 
     Raises:
         BadInput: settings, or labelled images that do not serve.
@@ -214,10 +213,6 @@ def check(comparison: Comparison) -> tuple[str, ...]:
     from pretrain.teaching import identified
     from pretrain.training.setup import check_shapes, share_out
 
-    if not 0 < comparison.amount < math.inf:
-        raise BadInput(f"--budget {comparison.unit} {comparison.amount:g}: must be a number above 0")
-    if min(comparison.jobs, comparison.threads) < 1 or comparison.probes < 0:
-        raise BadInput("--jobs and --threads must be at least 1, --probes at least 0")
     names = [entry.name for entry in comparison.entries]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -235,7 +230,7 @@ def check(comparison: Comparison) -> tuple[str, ...]:
     if comparison.reference not in {entry.method for entry in comparison.entries}:
         methods = ", ".join(dict.fromkeys(entry.method for entry in comparison.entries))
         raise BadInput(f"--reference {comparison.reference}: is none of the methods: {methods}")
-    notes = check_labelled(comparison.test, frozen_of(comparison.protocols))
+    check_labelled(comparison.test, frozen_of(comparison.protocols))
     for entry in comparison.entries:
         config = entry.config
         check_shapes(config)
@@ -243,7 +238,7 @@ def check(comparison: Comparison) -> tuple[str, ...]:
         identified(config)
         if config.data.images is None:
             raise BadInput("give the images to train on: coma compare IMAGES ...")
-    return (*open_source(comparison.entries[0].config.data.images or Path()).notes, *notes)
+    open_source(comparison.entries[0].config.data.images or Path())
 
 
 def frozen_of(protocols: Sequence[Protocol]) -> tuple[Literal["knn", "linear"], ...]:

@@ -1,5 +1,6 @@
 """`compare`: settle the budget, run and measure everything that is not done yet, write the report.
 
+out/data.json.gz           names and sizes of the images
 out/settings/NAME.json     settings of a run; NAME is method-backbone-seed
 out/trials/ENTRY/          the short run that told how long a step takes (--budget seconds)
 out/runs/NAME/             the run, as `coma pretrain` leaves it
@@ -13,10 +14,12 @@ out/compare.json           what was asked for; compare.md, compare.csv, compare.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +44,14 @@ from pretrain.compare.report import write_report
 from pretrain.compare.results import Result, floor_name, read_floor, read_result, read_scores, score_file
 from pretrain.config import PretrainConfig
 from pretrain.data import measure, open_source
+from pretrain.data.identity import FLAG, check_listing, list_data, read_listing, write_listing
 from pretrain.errors import BadInput, CheckFailed, Interrupted
 from pretrain.evaluate import random_encoder
-from pretrain.files import write_whole
+from pretrain.files import lies_among, write_whole
 from pretrain.plain import flat, to_plain
 from pretrain.training.signals import StopRequest
+
+log = logging.getLogger(__name__)
 
 _START_UP = 2e11
 """FLOPs that could be done while a process starts, roughly; for the estimate of the time that is left."""
@@ -72,12 +78,11 @@ def compare(comparison: Comparison) -> Compared:
         CheckFailed: no trial run of a method could tell how long a step takes.
         Interrupted: Ctrl-C or SIGTERM; every run has saved its state.
     """
-    notes = check(comparison)
+    check(comparison)
     _open(comparison)
+    _check_data(comparison)
     comparison = _with_statistics(comparison)
     with StopRequest() as stop, closing(Progress()) as progress:
-        for note in notes:
-            progress.tell(note, 0.0)
         runner = Runner(comparison.out, _slots(comparison), progress.tell, stop)
         costs = {e.name: cost(e.config) for e in comparison.entries}
         if comparison.unit == "seconds":
@@ -166,6 +171,23 @@ def _open(comparison: Comparison) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
+def _check_data(comparison: Comparison) -> None:
+    """Note which images are compared on, or refuse others than the comparison was begun with."""
+    images = comparison.entries[0].config.data.images
+    test = {f"{split} images": open_source(comparison.test, split) for split in ("train", "test")}
+    now = list_data({"images": open_source(images or Path())}, labels=False) | list_data(test)
+    begun = any((comparison.out / "settings").glob("*.json"))
+    if not begun:
+        notes = (lies_among(comparison.out, path) for path in dict.fromkeys((images, comparison.test)))
+        for note in filter(None, notes):
+            log.info(note)
+    if begun:
+        warn = partial(log.warning, "warning: %s")
+        check_listing(comparison.out, now, warn, allow=comparison.allow_changed_data)
+    if not begun or read_listing(comparison.out) != now:
+        write_listing(comparison.out, now)
+
+
 def _with_statistics(comparison: Comparison) -> Comparison:
     """Mean and deviation of the images, measured once for all runs and kept; and who decodes for them."""
     kept = comparison.out / "statistics.json"
@@ -204,7 +226,10 @@ def _timed(
         settings = _settings(comparison, f"trial-{entry.name}")
         _write_json(settings, to_plain(trial_config(entry, out)))
         return Job(
-            f"trial-{entry.name}", lambda: _fresh(settings, out), lambda: _is_trained(out, TRIAL_STEPS), 1
+            f"trial-{entry.name}",
+            lambda: _started(comparison, settings, out),
+            lambda: _is_trained(out, TRIAL_STEPS),
+            1,
         )
 
     jobs = [trial(entry) for entry in comparison.entries]
@@ -251,12 +276,16 @@ def _write_json(path: Path, plain: Any) -> None:
     write_whole(path, lambda file: file.write((json.dumps(plain, indent=2) + "\n").encode()))
 
 
-def _fresh(settings: Path, out: Path) -> Sequence[object]:
+def _started(comparison: Comparison, settings: Path, out: Path) -> Sequence[object]:
     """Begin a run, or go on with it."""
     if (out / "config.json").exists():
-        return "pretrain", "--resume", out
+        return "pretrain", "--resume", out, *_allowed(comparison)
     shutil.rmtree(out, ignore_errors=True)  # killed before it had written anything whole
     return "pretrain", "--from", settings, "--out", out
+
+
+def _allowed(comparison: Comparison) -> Sequence[str]:
+    return (FLAG,) if comparison.allow_changed_data else ()
 
 
 def _is_trained(run: Path, steps: int) -> bool:
@@ -275,7 +304,7 @@ def _jobs(
     settings = _settings(comparison, out.name)
     train = Job(
         out.name,
-        lambda: _fresh(settings, out),
+        lambda: _started(comparison, settings, out),
         lambda: _is_trained(out, steps),
         work,
         lambda: last_step(out) / steps,
@@ -310,7 +339,7 @@ def _measuring(
 
         def finetune() -> Sequence[object]:
             if (tuned / "config.json").exists():
-                return "evaluate", "--resume", tuned, "--out", scores
+                return "evaluate", "--resume", tuned, "--out", scores, *_allowed(comparison)
             shutil.rmtree(tuned, ignore_errors=True)
             return *common, "--out", scores, *flags
 

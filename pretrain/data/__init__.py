@@ -5,9 +5,10 @@ read them, and a loader's whole state is the number of samples consumed.
 """
 
 from pretrain.data.augment import labelled_batches
-from pretrain.data.labelled import LabelledSplits, absent_classes, open_labelled
+from pretrain.data.labelled import LabelledSplits, open_labelled, say_absent_classes
 from pretrain.data.labels import labels_among, shared_labels, top_share
 from pretrain.data.opening import open_source
+from pretrain.data.ranges import check_some
 from pretrain.data.samples import Batch, Slices, check_loader, evaluation_batches, training_batches
 from pretrain.data.source import ArraySource, Source
 from pretrain.data.statistics import measure
@@ -21,9 +22,9 @@ __all__ = [
     "Slices",
     "Source",
     "Subset",
-    "absent_classes",
     "balanced",
     "check_loader",
+    "check_some",
     "evaluation_batches",
     "hold_out",
     "labelled_batches",
@@ -32,6 +33,7 @@ __all__ = [
     "normalize",
     "open_labelled",
     "open_source",
+    "say_absent_classes",
     "shared_labels",
     "top_share",
     "training_batches",

@@ -1,22 +1,31 @@
 """A folder of images, searched recursively; class folders when every image lies in one.
 
-Hidden files and folders are skipped, symbolic links followed, and each real folder searched once, so
-links that run in a circle end. The order is that of the sorted paths, on every machine.
+Symbolic links are followed, and each real folder is searched once, so links that run in a circle end. Left
+out, counted and named are hidden files and folders, folders that systems and this toolkit write, and what is
+no regular file or cannot be read. The order is that of the sorted paths, on every machine.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.images import EXTENSIONS
+from pretrain.data.images import EXTENSIONS, HEAD
+from pretrain.data.inventory import Inventory, is_system_folder, kind_of, printable
 from pretrain.data.labels import whole_numbers
-from pretrain.data.source import EncodedSource, Names, printable
+from pretrain.data.products import product_around, product_at
+from pretrain.data.source import EncodedSource, Names
 from pretrain.errors import BadImage, BadInput
 from pretrain.splits import Chosen, choose_images
+
+_CHUNK, _STATS = 1000, 16
+"""Files whose sizes are asked for in a row, and how often at the same time: a network answers slowly."""
 
 
 class FolderSource(EncodedSource):
@@ -37,11 +46,12 @@ class FolderSource(EncodedSource):
             held_out: as in `open_source`.
 
         Raises:
-            BadInput: no image in it, no such split, or a folder that may not be read.
+            BadInput: no image in it, no such split, a folder that this toolkit wrote, or one that may not be
+                read.
         """
-        found, others = _search(root)
+        found, inventory = search(root)
         if not found:
-            raise BadInput(_nothing_in(root, others))
+            raise BadInput(_nothing_in(root, inventory))
         chosen = choose_images(sorted(found), root, split, held_out)
         location = root / chosen.folder
         class_names = _class_names(chosen)
@@ -49,12 +59,13 @@ class FolderSource(EncodedSource):
         labels = np.array([number[name.partition("/")[0]] for name in chosen.names]) if class_names else None
         super().__init__(location, labels, class_names and tuple(map(printable, class_names)))
         self._names = Names(chosen.names)
-        self.split, self.notes = chosen.split, chosen.notes
+        self.split, self.notes, self.inventory = chosen.split, chosen.notes, inventory
+        inventory.images = Counter(kind_of(name) for name in chosen.names)
         if class_names is None:
             self.unlabelled = _why_unlabelled(location, chosen)
         else:
-            empty = [name for name in subfolders(location) if name not in chosen.classes]
-            self.notes += _empty_folders(location, empty)
+            for name in sorted(set(subfolders(location)) - chosen.classes):
+                inventory.leave_out("folder without an image", "folders without an image", name)
 
     def __len__(self) -> int:
         """Number of image files."""
@@ -68,57 +79,148 @@ class FolderSource(EncodedSource):
         """The file's path."""
         return printable(str(self.path(i)))
 
+    def listing(self) -> tuple[list[str], list[int]]:
+        """Paths inside the folder, and sizes; -1 where a link leads nowhere."""
+        names, root = list(self._names), str(self.location)
+
+        def sizes(part: Sequence[str]) -> list[int]:
+            found = []
+            for name in part:
+                try:
+                    found.append(os.stat(f"{root}/{name}").st_size)
+                except OSError:
+                    found.append(-1)
+            return found
+
+        parts = [names[at : at + _CHUNK] for at in range(0, len(names), _CHUNK)]
+        with ThreadPoolExecutor(_STATS) as pool:
+            return names, [size for part in pool.map(sizes, parts) for size in part]
+
     def encoded(self, i: int) -> bytes:
         """The file's content."""
-        path = self.path(i)
         try:
-            return path.read_bytes()
+            return self.path(i).read_bytes()
         except FileNotFoundError:
-            link = "a broken symbolic link" if path.is_symlink() else "the file has gone"
-            raise BadImage(f"{self.describe(i)}: {link}") from None
+            raise BadImage(f"{self.describe(i)}: the file has gone") from None
         except OSError as error:
             raise BadImage(f"{self.describe(i)}: cannot be read ({error.strerror})") from None
 
 
-def subfolders(root: Path) -> list[str]:
-    """Names of the folders directly in `root`, hidden ones left out, sorted.
+def search(root: Path) -> tuple[list[str], Inventory]:
+    """Returns the relative paths (with /) of the images below a folder, and the account of the search.
 
     Raises:
-        BadInput: the folder may not be read.
+        BadInput: a folder that this toolkit wrote, or one that may not be read.
     """
-    return sorted(entry.name for entry in _entries(root) if entry.is_dir())
+    inventory = Inventory()
+    found = [
+        name
+        for name in walk(root, inventory)
+        if inventory.takes(name.rpartition("/")[2], partial(_head, root / name))
+    ]
+    return found, inventory
 
 
-def _search(root: Path) -> tuple[list[str], Counter[str]]:
-    """Relative paths of the images (with /), and how many other files there are by extension."""
-    found: list[str] = []
-    others: Counter[str] = Counter()
+def walk(root: Path, inventory: Inventory) -> Iterator[str]:
+    """Yields the relative paths (with /) of all regular files below a folder that may be data.
+
+    What is left out is counted in `inventory`.
+
+    Raises:
+        BadInput: a folder that this toolkit wrote, or one that may not be read.
+    """
+    if product := product_around(root):
+        place, what = product
+        inside = "is" if place == root.resolve() else f"lies in {printable(str(place))}, which is"
+        raise BadInput(
+            f"{printable(str(root))}: {inside} {what}, and its pictures are results; give the folder of the "
+            "images themselves"
+        )
     seen: set[tuple[int, int]] = set()
     pending = [""]
     while pending:
         prefix = pending.pop()
-        status = os.stat(root / prefix)
-        if (status.st_dev, status.st_ino) in seen:
+        try:
+            status = os.stat(root / prefix)
+            if (status.st_dev, status.st_ino) in seen:
+                inventory.leave_out("folder reached twice by links", "folders reached twice by links", prefix)
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(root / prefix) as entries:
+                here = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            if not prefix:
+                raise _unreadable(root, error) from None
+            inventory.leave_out(
+                "folder that cannot be read", "folders that cannot be read", f"{prefix}: {error.strerror}"
+            )
             continue
-        seen.add((status.st_dev, status.st_ino))
+        if prefix and (what := product_at(root / prefix, {entry.name for entry in here}.__contains__)):
+            inventory.leave_out("folder written by coma", "folders written by coma", f"{prefix} is {what}")
+            continue
         folders = []
-        for entry in _entries(root / prefix):
-            if entry.is_dir():
-                folders.append(f"{prefix}{entry.name}/")
-            elif entry.name.lower().endswith(EXTENSIONS):  # broken links too: reading names them
-                found.append(prefix + entry.name)
+        for entry in here:
+            path = prefix + entry.name
+            if entry.name.startswith("."):
+                inventory.leave_out_hidden(path)
+            elif _is(entry.is_file):
+                yield path
+            elif not _is(entry.is_dir):
+                what = "special file" if os.path.exists(root / path) else "broken link"
+                inventory.leave_out(what, f"{what}s", path)
+            elif is_system_folder(entry.name):
+                inventory.leave_out_system_folder(path)
             else:
-                others[Path(entry.name).suffix.lower()] += 1
+                folders.append(f"{path}/")
         pending.extend(sorted(folders, reverse=True))
-    return found, others
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def subfolders(root: Path) -> list[str]:
+    """Names of the folders directly in `root` that may hold data, sorted: as `walk` enters them.
+
+    Raises:
+        BadInput: the folder may not be read.
+    """
+    names = [entry.name for entry in _shown(root) if _is(entry.is_dir)]
+    return [name for name in names if not is_system_folder(name) and not product_at(root / name)]
+
+
+def files_in(root: Path) -> list[str]:
+    """Names of the regular files directly in `root`, hidden ones left out, sorted.
+
+    Raises:
+        BadInput: the folder may not be read.
+    """
+    return [entry.name for entry in _shown(root) if _is(entry.is_file)]
+
+
+def _shown(root: Path) -> list[os.DirEntry[str]]:
     try:
-        with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
+        with os.scandir(root) as entries:
+            shown = [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        raise BadInput(f"{folder}: this folder cannot be read ({error.strerror})") from None
+        raise _unreadable(root, error) from None
+    return sorted(shown, key=lambda entry: entry.name)
+
+
+def _is(ask: Callable[[], bool]) -> bool:
+    """Returns the answer of `DirEntry.is_file` or `is_dir`; a link that runs in a circle is neither."""
+    try:
+        return ask()
+    except OSError:
+        return False
+
+
+def _unreadable(folder: Path, error: OSError) -> BadInput:
+    return BadInput(f"{printable(str(folder))}: this folder cannot be read ({error.strerror})")
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(HEAD)
+    except OSError:
+        return b""
 
 
 def _class_names(chosen: Chosen) -> tuple[str, ...] | None:
@@ -148,16 +250,9 @@ def _why_unlabelled(location: Path, chosen: Chosen) -> str:
     )
 
 
-def _empty_folders(location: Path, empty: list[str]) -> tuple[str, ...]:
-    if not empty:
-        return ()
-    few = ", ".join(map(printable, empty[:5])) + (", ..." if len(empty) > 5 else "")
-    return (f"{location}: {len(empty)} folder(s) without an image are no classes: {few}",)
-
-
-def _nothing_in(root: Path, others: Counter[str]) -> str:
+def _nothing_in(root: Path, inventory: Inventory) -> str:
     looked = f"looked for {' '.join(EXTENSIONS)}, in subfolders too"
-    if not others:
+    left_out = inventory.left_out()
+    if not left_out:
         return f"{root}: the folder is empty ({looked})"
-    there = ", ".join(f"{count} {suffix or 'without extension'}" for suffix, count in others.most_common(4))
-    return f"{root}: no image in this folder ({looked}); it holds {there}"
+    return f"{root}: no image in this folder ({looked}); it holds {left_out}"

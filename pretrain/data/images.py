@@ -1,8 +1,10 @@
-"""File contents to pixels: JPEG, PNG, WebP, TIFF, BMP and NPY, told apart by content, never by name.
+"""File contents to pixels: JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP and NPY, told apart by content, not by name.
 
 What comes out is upright (EXIF applied), in display colours (palettes, CMYK and YCbCr become RGB) and
 in the file's own precision: 16-bit stays uint16, where Pillow alone would drop 16-bit RGB to 8 bits.
-Whatever is wrong with a file ends as one `BadImage` line that names it.
+HEIC is read where the extra `heic` is installed. Values that are missing (nodata, NaN, infinite) are filled
+with the mean of their channel and marked. Whatever is wrong with a file ends as one `BadImage` line that
+names it; animations are refused, because nothing says which of their frames is meant.
 """
 
 from __future__ import annotations
@@ -20,15 +22,28 @@ from PIL import Image, UnidentifiedImageError
 
 from pretrain.errors import BadImage
 
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".npy")
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".tif", ".tiff", ".bmp", ".npy"),
+)
+HEIF_EXTENSIONS = (".heic", ".heif", ".hif")
+INSTALL_HEIF = "pip install 'coma-dyvit[heic]'"
 MAX_PIXELS = 178_956_970
 """Larger images are refused; Pillow's own limit for a decompression bomb."""
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
+HEAD = 32
+"""Bytes at the start of a file that tell whether it is an image."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")
+_ANIMATED = ("PNG", "WEBP", "AVIF", "GIF")
+_LARGEST = 1e37
+"""Floats beyond this are no measurements: the usual mark for nodata is about -3.4e38, the smallest float."""
 _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NPY = b"\x93NUMPY"
+_GIF = (b"GIF87a", b"GIF89a")
+_AVIF_BRANDS = (b"avif", b"avis")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _TALKATIVE = ("PIL.TiffImagePlugin", "tifffile", "imagecodecs")
 
 
@@ -43,6 +58,8 @@ class Picture(NamedTuple):
     """`[H, W, C]` uint8, uint16 or float32."""
     alpha: bool = False
     """The last channel is opacity."""
+    missing: np.ndarray | None = None
+    """bool `[H, W, C]`: values that the file marks as missing; None where there are none."""
 
 
 def decode(data: bytes, name: str, at_least: AtLeast = 0) -> Picture:
@@ -56,13 +73,14 @@ def decode(data: bytes, name: str, at_least: AtLeast = 0) -> Picture:
             a function of the image's height and width, upright.
 
     Raises:
-        BadImage: empty, not an image, truncated, too large, not finite, or of a kind not supported.
+        BadImage: empty, not an image, truncated, too large, animated, without any value, or of a kind that is
+            not supported.
     """
     if not data:
         raise BadImage(f"{name}: the file is empty")
     try:
         with _quiet():
-            return check(_decode(data, at_least))
+            return complete(_decode(data, at_least))
     except BadImage as error:
         raise BadImage(f"{name}: {error}") from None
     except Exception as error:  # decoders fail with OSError, SyntaxError, struct.error, zlib.error, ...
@@ -85,17 +103,51 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
         return None
 
 
-def check(picture: Picture) -> Picture:
-    """The same picture, if it has pixels and they are finite.
+def complete(picture: Picture) -> Picture:
+    """Returns the picture with its missing values filled with the mean of their channel.
+
+    Missing are the values that `picture.missing` marks and floats that are NaN, infinite or beyond 1e37.
 
     Raises:
-        BadImage: a side of 0 pixels, or NaN or infinite values.
+        BadImage: a side of 0 pixels, or a channel without any value.
     """
-    if 0 in picture.pixels.shape:
-        raise BadImage(f"no pixels (shape {picture.pixels.shape})")
-    if picture.pixels.dtype.kind == "f" and not np.isfinite(picture.pixels).all():
-        raise BadImage("holds NaN or infinite values")
-    return picture
+    pixels, missing = picture.pixels, picture.missing
+    if 0 in pixels.shape:
+        raise BadImage("the image has no pixels")
+    if pixels.dtype == np.float32:
+        usable = np.abs(pixels) <= _LARGEST
+        if not usable.all():
+            missing = ~usable if missing is None else missing | ~usable
+    if missing is None or not missing.any():
+        return picture._replace(missing=None)
+    empty = [str(channel + 1) for channel in np.flatnonzero(missing.all(axis=(0, 1)))]
+    if empty:
+        where = "" if len(empty) == pixels.shape[2] else f" of channel {', '.join(empty)}"
+        raise BadImage(f"every value{where} is nodata, NaN or infinite")
+    means = pixels.mean(axis=(0, 1), where=~missing, dtype=np.float64)
+    if pixels.dtype != np.float32:
+        means = means.round()
+    return picture._replace(pixels=np.where(missing, means.astype(pixels.dtype), pixels), missing=missing)
+
+
+def looks_like_image(head: bytes) -> bool:
+    """Returns whether the first `HEAD` bytes of a file are those of a format that is read here."""
+    if head.startswith((_JPEG, _PNG, *_TIFF, _NPY, *_GIF)):
+        return True
+    if head.startswith(b"RIFF"):
+        return head[8:12] == b"WEBP"
+    if head.startswith(b"BM"):
+        return head[6:10] == bytes(4)  # reserved, BITMAPFILEHEADER
+    return bool(_brands(head))
+
+
+def _brands(data: bytes) -> tuple[bytes, ...]:
+    """Brands of an AVIF or HEIF file (ISO/IEC 14496-12, FileTypeBox); none of any other file."""
+    if data[4:8] != b"ftyp":
+        return ()
+    box = data[8 : min(int.from_bytes(data[:4]), 256)]
+    brands = tuple(box[at : at + 4] for at in range(0, len(box), 4))
+    return brands if brands and brands[0] in (*_AVIF_BRANDS, *_HEIF_BRANDS) else ()
 
 
 def check_size(*shape: int) -> None:
@@ -136,9 +188,22 @@ def _decode(data: bytes, at_least: AtLeast) -> Picture:
     return _decode_with_pillow(data, at_least)
 
 
+def _open(data: bytes) -> Image.Image:
+    brands = _brands(data)
+    if not brands or set(brands) & set(_AVIF_BRANDS):
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        raise BadImage(f"HEIC images need an extra: {INSTALL_HEIF}") from None
+    return HeifImageFile(io.BytesIO(data))
+
+
 def _decode_with_pillow(data: bytes, at_least: AtLeast) -> Picture:
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with _open(data) as image:
         check_size(*image.size, 3)
+        if image.format in _ANIMATED and getattr(image, "is_animated", False):
+            raise BadImage("is an animation; save the frame that is meant as a still image")
         is_jpeg = image.format == "JPEG"
         orientation = _orientation(image) if is_jpeg else 1
         if is_jpeg and at_least:
@@ -187,6 +252,6 @@ def _orientation(image: Image.Image) -> int:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not an image (its content is not JPEG, PNG, WebP, TIFF, BMP or NPY)"
+        return "not an image (its content is not JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP or NPY)"
     text = " ".join(str(error).split())[:200]
     return f"does not decode ({text or type(error).__name__})"

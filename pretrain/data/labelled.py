@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from pretrain.data.source import Source
 from pretrain.data.subset import Subset
 from pretrain.errors import BadImage, BadInput
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class LabelledSplits:
@@ -21,14 +24,6 @@ class LabelledSplits:
     train: Source
     val: Source | None
     test: Source
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What was left out or might be misread, a sentence each."""
-        notes = [note for source in (self.train, self.val, self.test) if source for note in source.notes]
-        if self.test.split == "val":
-            notes.append(f"{self.test.location}: stands in for test images, which there are none of")
-        return tuple(dict.fromkeys(notes))
 
 
 def open_labelled(
@@ -58,13 +53,18 @@ def open_labelled(
         raise BadInput("give --data, or both --train and --test")
     if val is not None:
         sources.append(open_source(val, held_out=True))
+    if sources[1].split == "val":
+        _say(f"{sources[1].location}: stands in for test images, which there are none of")
     readable = [_with_readable_classes(source) for source in sources]
     return LabelledSplits(readable[0], readable[2] if len(readable) > 2 else None, readable[1])
 
 
-def absent_classes(splits: LabelledSplits) -> tuple[str, ...]:
-    """Classes of the training images that the test or validation images lack, a sentence for each split."""
-    notes = []
+def say_absent_classes(splits: LabelledSplits) -> None:
+    """Say which classes of the training images the validation and test images lack.
+
+    Raises:
+        BadInput: as `shared_labels`.
+    """
     for source in (splits.val, splits.test):
         if source is None:
             continue
@@ -72,8 +72,11 @@ def absent_classes(splits: LabelledSplits) -> tuple[str, ...]:
         absent = sorted(set(range(len(classes))) - set(labels.tolist()))
         if absent:
             few = ", ".join(classes[i] for i in absent[:5]) + (", ..." if len(absent) > 5 else "")
-            notes.append(f"{source.location}: has no image of {len(absent)} of {len(classes)} classes: {few}")
-    return tuple(notes)
+            _say(f"{source.location}: has no image of {len(absent)} of {len(classes)} classes: {few}")
+
+
+def _say(line: str) -> None:
+    log.info(line, extra={"once": True})
 
 
 def _with_readable_classes(source: Source) -> Source:
@@ -97,9 +100,9 @@ def _with_readable_classes(source: Source) -> Source:
         raise BadInput(f"{source.location}: no image could be read; class {reasons[0]}")
     kept = Subset(source, np.flatnonzero(~np.isin(labels, unreadable)))
     few = ", ".join(reasons[:3]) + (", ..." if len(reasons) > 3 else "")
-    kept.notes += (
+    _say(
         f"{source.location}: {len(unreadable)} class(es) are left out, as none of their images can be "
-        f"read: {few}",
+        f"read: {few}"
     )
     return kept
 

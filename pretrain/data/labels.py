@@ -30,7 +30,7 @@ def shared_labels(train: Source, test: Source) -> tuple[Tensor, Tensor, tuple[st
     """
     ours, theirs = _names_of_both(train, test)
     known = _class_of_each(train, ours)
-    names = list(dict.fromkeys(known[np.argsort(train.labels, kind="stable")].tolist()))
+    names = list(dict.fromkeys(known[np.argsort(np.asarray(train.labels), kind="stable")].tolist()))
     values = whole_numbers(names)
     classes = tuple(sorted(names, key=values.__getitem__) if values else names)
     asked = _found(_class_of_each(test, theirs), classes, test, f"{train.location} has no image")

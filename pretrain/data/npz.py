@@ -58,6 +58,11 @@ class NpzSource(EncodedSource):
         """The pack and the image's file name in it, or its number."""
         return f"{self.location}[{self._names[i] if len(self._names) else i}]"
 
+    def listing(self) -> tuple[list[str], list[int]]:
+        """File names in the pack, or numbers, and sizes."""
+        names = list(self._names) or [str(i) for i in range(len(self))]
+        return names, self._offsets.diff().tolist()
+
     def encoded(self, i: int) -> bytes:
         """The image's file content."""
         start, end = self._offsets[i : i + 2].tolist()

@@ -15,20 +15,23 @@ out is among the source's notes.
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pretrain.data.folders import FolderSource, subfolders
+from pretrain.data.folders import FolderSource, files_in, subfolders
 from pretrain.data.npz import NpzSource
-from pretrain.data.shards import ShardSource
+from pretrain.data.shards import INDEX, ShardSource
 from pretrain.data.source import Source
 from pretrain.errors import BadInput
 from pretrain.splits import Split, all_splits, choose_split, left_out_note, paired_splits, split_of
 
+log = logging.getLogger(__name__)
+
 
 def open_source(path: Path, split: str | None = None, *, held_out: bool = False) -> Source:
-    """The images at `path`.
+    """The images at `path`; one line that says what they are, and what is left out, goes to the log.
 
     Args:
         path: a folder, a `.npz` pack, a `.tar` shard or a brace pattern of shards.
@@ -40,9 +43,14 @@ def open_source(path: Path, split: str | None = None, *, held_out: bool = False)
         BadInput: nothing there, nothing readable there, no image there, or no such split.
     """
     try:
-        return _open(Path(path), split, held_out)
+        source = _open(Path(path), split, held_out)
     except PermissionError as error:
         raise BadInput(f"{error.filename or path}: no permission to read it") from None
+    except OSError as error:
+        raise BadInput(f"{error.filename or path}: cannot be read ({error.strerror})") from None
+    for line in (source.summary(), *source.notes):
+        log.info(line, extra={"once": True})
+    return source
 
 
 def _open(path: Path, split: str | None, held_out: bool) -> Source:
@@ -54,6 +62,8 @@ def _open(path: Path, split: str | None, held_out: bool) -> Source:
     if path.is_dir():
         return _open_folder(path, split, held_out)
     _no_split(path, split)
+    if not path.is_file():
+        raise BadInput(f"{path}: is neither a folder nor a regular file")
     if path.suffix.lower() == ".npz":
         return NpzSource(path)
     if path.suffix.lower() == ".tar":
@@ -65,7 +75,7 @@ def _open(path: Path, split: str | None, held_out: bool) -> Source:
 
 def _open_folder(path: Path, split: str | None, held_out: bool) -> Source:
     packs = _files(path, ".npz")
-    found = {file: name for file in packs if (name := split_of(file.stem))}
+    found: dict[Path, Split] = {file: name for file in packs if (name := split_of(file.stem)) is not None}
     if found:
         chosen, notes = _choose(packs, found, path, split, held_out)
         if len(chosen) > 1:
@@ -86,6 +96,10 @@ def _open_folder(path: Path, split: str | None, held_out: bool) -> Source:
         chosen, notes = _choose(shards, found, path, split, held_out) if found else (shards, ())
         folders = {shard.parent for shard in chosen}
         source = ShardSource(folders.pop() if len(folders) == 1 else path, chosen)
+        names = {INDEX, *(shard.name for shard in shards)}
+        for name in [*subfolders(source.location), *files_in(source.location)]:
+            if name not in names:
+                source.inventory.leave_out("entry beside the shards", "entries beside the shards", name)
     source.split, source.notes = found.get(chosen[0]), (*source.notes, *notes)
     return source
 
@@ -97,14 +111,17 @@ def _shards(path: Path) -> tuple[list[Path], dict[Path, Split]]:
         stems = [shard.stem for shard in shards]
         splits = paired_splits(stems) or all_splits(stems)
         return shards, {shard: splits[shard.stem] for shard in shards if shard.stem in splits}
-    folders = {name: split for name in subfolders(path) if (split := split_of(name))}
-    found = {shard: split for name, split in folders.items() for shard in _files(path / name, ".tar")}
+    found: dict[Path, Split] = {
+        shard: split
+        for name in subfolders(path)
+        if (split := split_of(name)) is not None
+        for shard in _files(path / name, ".tar")
+    }
     return list(found), found
 
 
 def _files(folder: Path, suffix: str) -> list[Path]:
-    files = (path for path in folder.glob("*") if path.suffix.lower() == suffix and path.is_file())
-    return sorted(path for path in files if not path.name.startswith("."))
+    return [folder / name for name in files_in(folder) if name.lower().endswith(suffix)]
 
 
 def _choose(

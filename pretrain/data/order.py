@@ -50,6 +50,12 @@ def shuffled(seed: int, epoch: np.ndarray, rank: np.ndarray, n: int) -> np.ndarr
     return place.astype(np.int64)
 
 
+def spread(n: int, limit: int) -> list[int]:
+    """Returns up to `limit` of n images, spread over them; the same ones every time."""
+    count = min(limit, n)
+    return shuffled(0, np.zeros(count, np.int64), np.arange(count), n).tolist()
+
+
 def uniforms(sample_seed: int) -> Iterator[float]:
     """Endless numbers in [0, 1) for the crop and flip of one sample, 53 bits each."""
     state = mix((sample_seed ^ _CROP) & _WORD)

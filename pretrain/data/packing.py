@@ -244,6 +244,6 @@ def _chunks(n: int, shard_images: int, first_shard: int) -> Iterator[range]:
 
 
 def _key(i: int, name: str) -> str:
-    stem = re.split(r"[/\[\]]", name.rstrip("]"))[-1].partition(".")[0]
+    stem = os.path.splitext(re.split(r"[/\[\]]", name.rstrip("]"))[-1])[0]
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", re.sub(r"^\d{8}-", "", stem))[:60]
     return f"{i:08d}-{plain}" if plain else f"{i:08d}"

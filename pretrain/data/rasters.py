@@ -6,6 +6,8 @@ Two rules make arrays unambiguous, and what they do not cover is refused:
             If both or neither are that short, nothing says which is meant.
     values  uint8 and uint16 are counts up to white; bool is black and white; floats are taken as they
             are, whatever their range (the measured mean and std bring them to scale).
+
+What a GeoTIFF declares as nodata is marked as missing.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ MAX_CHANNELS = 16
 _ASSOCIATED, _UNASSOCIATED = 1, 2  # TIFF 6.0, ExtraSamples: premultiplied and ordinary opacity
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2  # TIFF 6.0, PhotometricInterpretation
 _JPEG = (6, 7)  # TIFF 6.0, Compression
+_GDAL_NODATA = 42113  # a number as text, for all channels
 
 
 def decode_npy(data: bytes) -> Picture:
@@ -69,14 +72,16 @@ def decode_tiff(data: bytes) -> Picture | None:
         check_size(*series.shape)
         array = series.asarray(maxworkers=1)
         axes, extras = series.axes, tuple(page.extrasamples)
-        tag = page.tags.get("Orientation")
+        tag, nodata = page.tags.get("Orientation"), page.tags.get(_GDAL_NODATA)
     pixels = as_pixels(_by_axes(array, axes))
     alpha = pixels.shape[2] in (2, 4) and extras[-1:] in ((_ASSOCIATED,), (_UNASSOCIATED,))
+    missing = None if nodata is None else _equal_to(pixels, str(nodata.value), alpha)
     if photometric == _WHITE_IS_ZERO:
         pixels = white_of(pixels) - pixels
     if alpha and extras[-1] == _ASSOCIATED:
         pixels = _unmultiply(pixels)
-    return Picture(upright(pixels, int(tag.value) if tag is not None else 1), alpha)
+    turned = int(tag.value) if tag is not None else 1
+    return Picture(upright(pixels, turned), alpha, None if missing is None else upright(missing, turned))
 
 
 def as_hwc(array: np.ndarray) -> np.ndarray:
@@ -117,6 +122,24 @@ def as_pixels(array: np.ndarray) -> np.ndarray:
 def white_of(pixels: np.ndarray) -> int:
     """The value that stands for 1.0: 255, 65535, or 1 for floats."""
     return 1 if pixels.dtype.kind == "f" else int(np.iinfo(pixels.dtype).max)
+
+
+def _equal_to(pixels: np.ndarray, nodata: str, alpha: bool) -> np.ndarray | None:
+    """Which values are nodata, bool `[H, W, C]`; None where the declaration is no number.
+
+    Floats are compared one by one. Of integers, where nodata is often 0 and so is the red of a green leaf, a
+    pixel is missing only if all of its channels say so.
+    """
+    try:
+        value = float(nodata.strip("\0 "))
+    except ValueError:
+        return None
+    if pixels.dtype == np.float32:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.abs(pixels - np.float32(value)) <= np.float32(1e-6 * abs(value))
+    same = pixels == value
+    everywhere = same[:, :, : same.shape[2] - alpha].all(axis=2, keepdims=True)
+    return np.repeat(everywhere, same.shape[2], axis=2)
 
 
 def _by_axes(array: np.ndarray, axes: str) -> np.ndarray:

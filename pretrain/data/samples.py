@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from pretrain.config import DataConfig
+from pretrain.data.channels import adapt
 from pretrain.data.order import sample_seeds, shuffled, uniforms
+from pretrain.data.ranges import check_pixels, filled_share
 from pretrain.data.source import Source
 from pretrain.data.transforms import Box, centre_square, random_crop, resize, scaled_box, stack
 from pretrain.data.workers import in_workers
@@ -74,6 +76,8 @@ class Batch:
     """`path: reason` of every image that was tried and left out."""
     labels: Tensor | None = None
     """int64 `[B]`, where the samples are to be learned with their labels."""
+    filled: tuple[str, ...] = ()
+    """`path: how much` of every image whose missing values were filled."""
 
     def pin_memory(self, device: object = None) -> Batch:
         """The same batch in page-locked memory (the loader calls this)."""
@@ -95,10 +99,11 @@ class Samples:
     seeds: Tensor
     indices: Tensor
     failures: tuple[str, ...]
+    filled: tuple[str, ...] = ()
 
     def stacked(self) -> Batch:
         """The batch."""
-        return Batch(stack(self.views), self.seeds, self.indices, self.failures)
+        return Batch(stack(self.views), self.seeds, self.indices, self.failures, filled=self.filled)
 
 
 def training_batches(
@@ -191,6 +196,8 @@ class Opened(NamedTuple):
     height: int
     """At full scale, as `width`."""
     width: int
+    filled: str = ""
+    """How much of it was missing, if anything was."""
 
 
 @dataclass(frozen=True)
@@ -210,20 +217,24 @@ class SampleFetch:
         seeds = sample_seeds(self.seed, positions)
         places, repeats = np.unique(positions // self.data.repeats, return_counts=True)
         chosen = shuffled(self.seed, places // n, places % n, n)
-        views, indices, failures = [], [], []
+        views, indices, failures, filled = [], [], [], []
         for place, index, count in zip(places.tolist(), chosen.tolist(), repeats.tolist(), strict=True):
             image, used, failed = self._readable(place, index)
             for seed in seeds[len(views) : len(views) + count].tolist():
                 views.append(self.view(image, seed))
                 indices.append(used)
             failures.extend(failed)
-        return Samples(first, views, torch.from_numpy(seeds), torch.tensor(indices), tuple(failures))
+            if isinstance(image, Opened) and image.filled:
+                filled.append(f"{self.source.describe(used)}: {image.filled}")
+        seeds = torch.from_numpy(seeds)
+        return Samples(first, views, seeds, torch.tensor(indices), tuple(failures), tuple(filled))
 
     def open(self, index: int, place: int) -> Any:
         """Image `index`, for the samples at `place` in the order, as `view` takes it.
 
         Raises:
             BadImage: it cannot be read or decoded, or its channels do not fit.
+            BadInput: the run's mean and standard deviation are not meant for such pixels.
         """
         full: list[tuple[int, int]] = []
 
@@ -231,8 +242,12 @@ class SampleFetch:
             full.append((height, width))
             return self._enough(place, height, width)
 
-        pixels = self.source.read(index, self.channels, at_least)
-        return Opened(pixels, *(full[0] if full else pixels.shape[:2]))
+        picture = self.source.picture(index, at_least)
+        pixels = adapt(picture, self.channels, self.source.describe(index))
+        check_pixels(pixels, self.data.mean, self.data.std, lambda: self.source.describe(index))
+        filled = "" if picture.missing is None else filled_share(picture)
+        height, width = full[0] if full else pixels.shape[:2]
+        return Opened(pixels, height, width, filled)
 
     def view(self, image: Any, seed: int) -> Any:
         """A sample from an opened image."""

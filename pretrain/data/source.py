@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from pretrain.data.channels import adapt
-from pretrain.data.images import AtLeast, Picture, check, decode
+from pretrain.data.images import AtLeast, Picture, complete, decode
+from pretrain.data.inventory import Inventory, counted, printable
 from pretrain.data.rasters import as_hwc, as_pixels
 from pretrain.errors import BadImage
 
@@ -28,6 +30,8 @@ class Source(ABC):
     """What the user pointed at, or the split chosen inside it."""
     class_names: tuple[str, ...] | None
     """Names of the labels, where they are known."""
+    inventory: Inventory
+    """What the search for the images found and left out; empty where there was none."""
     unlabelled: str = ""
     """Why images that seem to have labels have none: names the file and says what to do."""
     numbered: bool = True
@@ -35,13 +39,14 @@ class Source(ABC):
     split: str | None = None
     """train, val or test, where the images are those of a split."""
     notes: tuple[str, ...] = ()
-    """What was left out or might be misread, a sentence each, for people."""
+    """What else was left out or might be misread, a sentence each, for people."""
 
     def __init__(
         self, location: Path, labels: np.ndarray | None = None, class_names: tuple[str, ...] | None = None
     ) -> None:
         self.location = location
         self.class_names = class_names
+        self.inventory = Inventory()
         self._labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
 
     @property
@@ -61,9 +66,19 @@ class Source(ABC):
     def __len__(self) -> int:
         """Number of images, readable or not; at least 1."""
 
+    def summary(self) -> str:
+        """Returns one line: how many images of which kinds there are, and what was left out and why."""
+        if self.inventory.images:
+            return self.inventory.line(self.location)
+        return f"{printable(str(self.location))}: {counted(len(self), 'image')}"
+
     @abstractmethod
     def describe(self, i: int) -> str:
         """The image's name in messages."""
+
+    def listing(self) -> tuple[list[str], list[int]]:
+        """Names of the images inside `location` and their sizes in bytes: what tells them from others."""
+        return [self.describe(i) for i in range(len(self))], [0] * len(self)
 
     @abstractmethod
     def picture(self, i: int, at_least: AtLeast = 0) -> Picture:
@@ -128,10 +143,14 @@ class ArraySource(Source):
         """The position in the list."""
         return f"{self.location}[{i}]"
 
+    def listing(self) -> tuple[list[str], list[int]]:
+        """Positions, and bytes of the arrays."""
+        return [str(i) for i in range(len(self))], [np.asarray(image).nbytes for image in self._images]
+
     def picture(self, i: int, at_least: AtLeast = 0) -> Picture:
         """The array as it is."""
         try:
-            return check(Picture(as_pixels(as_hwc(np.asarray(self._images[i])))))
+            return complete(Picture(as_pixels(as_hwc(np.asarray(self._images[i])))))
         except BadImage as error:
             raise BadImage(f"{self.describe(i)}: {error}") from None
 
@@ -148,6 +167,11 @@ class Names(Sequence[str]):
     def __len__(self) -> int:
         """Number of strings."""
         return len(self._ends) - 1
+
+    def __iter__(self) -> Iterator[str]:
+        """All strings, faster than one by one."""
+        text, ends = self._bytes.numpy().tobytes(), self._ends.tolist()
+        return (os.fsdecode(text[start:end]) for start, end in pairwise(ends))
 
     def __getitem__(self, i: int) -> str:  # type: ignore[override]
         """String number i."""
@@ -171,8 +195,3 @@ def read_at(path: Path | str, start: int, size: int, name: str) -> bytes:
     if len(data) < size:
         raise BadImage(f"{name}: its file became shorter after it was opened")
     return data
-
-
-def printable(name: str) -> str:
-    """A file name for messages: bytes that are no text are written as escapes."""
-    return name.encode("utf-8", "backslashreplace").decode()

@@ -1,6 +1,7 @@
 """Per-channel mean and deviation of a data set, from a sample of its images.
 
 Every image counts the same, whatever its size, as it does in training, where all crops have one size.
+Values that were missing and filled do not count.
 Sums are kept in float64 and added in a fixed order: the same numbers for any number of workers.
 """
 
@@ -11,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.data.channels import unit_scale
-from pretrain.data.order import shuffled
+from pretrain.data.channels import adapt, unit_scale
+from pretrain.data.order import spread
+from pretrain.data.ranges import Values, check_mixture, check_pixels, say_filled, values_of
 from pretrain.data.source import Source
 from pretrain.data.workers import in_workers
 from pretrain.errors import BadImage, BadInput
@@ -26,6 +28,8 @@ def measure(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel, of pixels scaled to 0..1 (float data: as they are).
 
+    How many images hold missing values is logged.
+
     Args:
         source: the images; those that will not decode are passed over.
         channels: as the model takes them.
@@ -33,18 +37,22 @@ def measure(
         workers: processes that decode; default as in training.
 
     Raises:
-        BadInput: no image decodes, or a channel is constant and could not be normalised.
+        BadInput: no image decodes, images are of units that do not go together, or a channel is constant and
+            could not be normalised.
     """
-    count = min(limit, len(source))
-    chosen = shuffled(0, np.zeros(count, np.int64), np.arange(count), len(source)).tolist()
-    chunks = [chosen[i : i + _CHUNK] for i in range(0, count, _CHUNK)]
-    used, total, squares, failure = 0, np.zeros(channels), np.zeros(channels), ""
-    for each, sums, sums_of_squares, failed in in_workers(_Sums(source, channels), chunks, workers):
-        used, total, squares = used + each, total + sums, squares + sums_of_squares
-        failure = failure or failed
+    chosen = spread(len(source), limit)
+    chunks = [chosen[i : i + _CHUNK] for i in range(0, len(chosen), _CHUNK)]
+    sums = _Sums(channels)
+    for each in in_workers(_Measure(source, channels), chunks, workers):
+        sums.add(each)
+    used = len(sums.ranges)
     if not used:
-        raise BadInput(f"{source.location}: none of {count} images could be used; the first: {failure}")
-    mean = total / used
+        raise BadInput(
+            f"{source.location}: none of {len(chosen)} images could be used; the first: {sums.failure}"
+        )
+    check_mixture(source.location, sums.ranges)
+    say_filled(source, sums.filled, used, sums.missing / used)
+    mean, squares = sums.total / used, sums.squares
     variance = squares / used - mean**2
     constant = [c + 1 for c in range(channels) if variance[c] <= 1e-12 * mean[c] ** 2]
     if constant:
@@ -56,21 +64,46 @@ def measure(
     return tuple(mean.tolist()), tuple(math.sqrt(v) for v in variance.tolist())
 
 
-@dataclass(frozen=True)
 class _Sums:
+    def __init__(self, channels: int) -> None:
+        self.total, self.squares = np.zeros(channels), np.zeros(channels)
+        self.ranges: list[Values] = []  # one for each image that could be used
+        self.filled, self.missing = 0, 0.0  # images with missing values, and the shares of those added up
+        self.failure = ""
+
+    def add(self, other: _Sums) -> None:
+        self.total, self.squares = self.total + other.total, self.squares + other.squares
+        self.ranges += other.ranges
+        self.filled, self.missing = self.filled + other.filled, self.missing + other.missing
+        self.failure = self.failure or other.failure
+
+
+@dataclass(frozen=True)
+class _Measure:
     source: Source
     channels: int
 
-    def __call__(self, indices: list[int]) -> tuple[int, np.ndarray, np.ndarray, str]:
-        used, total, squares, failure = 0, np.zeros(self.channels), np.zeros(self.channels), ""
+    def __call__(self, indices: list[int]) -> _Sums:
+        sums = _Sums(self.channels)
         for index in indices:
+            name = self.source.describe(index)
             try:
-                pixels = unit_scale(self.source.read(index, self.channels, at_least=_AT_LEAST))
+                picture = self.source.picture(index, at_least=_AT_LEAST)
+                pixels = adapt(picture, self.channels, name)
             except BadImage as error:
-                failure = failure or str(error)
+                sums.failure = sums.failure or str(error)
                 continue
-            values = pixels.reshape(-1, self.channels).astype(np.float64)
-            used += 1
-            total += values.mean(axis=0)
-            squares += np.square(values).mean(axis=0)
-        return used, total, squares, failure
+            check_pixels(pixels, None, None, lambda name=name: name)
+            values = unit_scale(pixels).reshape(-1, self.channels).astype(np.float64)
+            there = np.ones((1, 1), bool)
+            if picture.missing is not None:
+                sums.filled, sums.missing = sums.filled + 1, sums.missing + float(picture.missing.mean())
+                there = ~picture.missing.reshape(len(values), -1)
+                if there.shape[1] != self.channels:  # converted from other channels
+                    there = there.all(axis=1, keepdims=True)
+                there = there | ~there.any(axis=0)  # where nothing is left, what was filled
+            mean, square = (each.mean(axis=0, where=there) for each in (values, np.square(values)))
+            contrast = math.sqrt(max((square - mean**2).max(), 0))
+            sums.ranges.append(values_of(pixels, name, contrast))
+            sums.total, sums.squares = sums.total + mean, sums.squares + square
+        return sums

@@ -24,7 +24,7 @@ class Subset(Source):
         labels = source.labels
         super().__init__(source.location, None if labels is None else labels[indices], source.class_names)
         self.unlabelled, self.numbered = source.unlabelled, source.numbered
-        self.split, self.notes = source.split, source.notes
+        self.split, self.notes, self.inventory = source.split, source.notes, source.inventory
         self._source = source
         self._indices = torch.from_numpy(indices.astype(np.int64))
 
@@ -35,6 +35,12 @@ class Subset(Source):
     def describe(self, i: int) -> str:
         """The image's name in the source."""
         return self._source.describe(int(self._indices[i]))
+
+    def listing(self) -> tuple[list[str], list[int]]:
+        """Of these images, see `Source.listing`."""
+        names, sizes = self._source.listing()
+        chosen = self._indices.tolist()
+        return [names[i] for i in chosen], [sizes[i] for i in chosen]
 
     def picture(self, i: int, at_least: AtLeast = 0) -> Picture:
         """The decoded image; see `Source.picture`."""

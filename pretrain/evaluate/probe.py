@@ -32,8 +32,6 @@ class Probe:
     test: Source
     """To count on."""
     config: ProbeConfig
-    notes: tuple[str, ...] = ()
-    """What was left out or might be misread, a sentence each."""
 
     def __str__(self) -> str:
         """What is measured on what."""
@@ -88,17 +86,14 @@ def open_probe(config: ProbeConfig) -> Probe | None:
     return None if config.probe is None else _open(config, config.probe)
 
 
-def check_labelled(folder: Path, protocols: Sequence[Protocol]) -> tuple[str, ...]:
+def check_labelled(folder: Path, protocols: Sequence[Protocol]) -> None:
     """Refuse labelled images that the protocols cannot work on.
-
-    Returns:
-        What was left out or might be misread, a sentence each.
 
     Raises:
         BadInput: as `open_probe`.
     """
     config = ProbeConfig(folder, probe_protocols=tuple(protocols), probe_train=0, probe_test=0)
-    return _open(config, folder).notes
+    _open(config, folder)
 
 
 def _open(config: ProbeConfig, folder: Path) -> Probe:
@@ -117,4 +112,4 @@ def _open(config: ProbeConfig, folder: Path) -> Probe:
         check_knn(_K, 1.0, len(train))
     if "linear" in config.probe_protocols:
         draw_validation(labels, 0)
-    return Probe(train, test, config, splits.notes)
+    return Probe(train, test, config)

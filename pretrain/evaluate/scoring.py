@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from pretrain.artifact import ArtifactConfig
-from pretrain.data import Source, shared_labels, top_share
+from pretrain.data import Source, check_some, shared_labels, top_share
 from pretrain.errors import BadInput
 from pretrain.evaluate.features import Features, extract_features
 from pretrain.evaluate.knn import check_knn, knn_votes
@@ -130,6 +130,8 @@ def evaluate(
         check_protocol(protocol)
     if "knn" in protocols:
         check_knn(k, temperature, len(train))
+    for source in (train, test):
+        check_some(source, config.model.channels, config.mean, config.std)
     known, asked, classes = labelled_features(
         encoder,
         config,

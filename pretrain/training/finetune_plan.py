@@ -9,13 +9,20 @@ from torch import Tensor
 
 from pretrain.artifact import ArtifactConfig, load_encoder
 from pretrain.config import FinetuneConfig
-from pretrain.data import Source, Subset, absent_classes, hold_out, open_labelled, shared_labels
+from pretrain.data import (
+    Source,
+    Subset,
+    check_some,
+    hold_out,
+    open_labelled,
+    say_absent_classes,
+    shared_labels,
+)
 from pretrain.errors import BadInput
 from pretrain.training.optimizer import default_layer_decay
 from pretrain.training.setup import (
     Plan,
     check_folder,
-    check_intervals,
     check_shapes,
     count_steps,
     is_multiple,
@@ -46,6 +53,12 @@ class FinetunePlan(Plan[FinetuneConfig]):
     notes: tuple[str, ...]
     """What is to be said before the first step."""
 
+    @property
+    def sources(self) -> dict[str, Source]:
+        """See `Plan.sources`."""
+        val = {} if self.val is None else {"validation images": self.val}
+        return {"training images": self.source, **val, "test images": self.test}
+
     def looks_at(self, step: int) -> bool:
         """Whether a validation is due."""
         recipe = self.config.optimizer
@@ -74,11 +87,12 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
     )
     train, val, test = splits.train, splits.val, splits.test
     labels, test_labels, names = shared_labels(train, test)
-    notes = [*splits.notes, *absent_classes(splits)]
+    say_absent_classes(splits)
     share, held_out, val_labels = config.optimizer.hold_out, torch.empty(0, dtype=torch.int64), labels[:0]
+    chosen_by = "checkpoint: that of the last step (--hold-out 0), so nothing chooses it"
     if val is not None:
         _, val_labels, _ = shared_labels(train, val)
-        where = f"{len(val):,} images of {val.location}"
+        chosen_by = f"checkpoint: chosen by top-1 on {len(val):,} images of {val.location}"
     elif share:
         chosen = hold_out(labels, share, config.run.seed)
         held_out, kept = chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
@@ -89,28 +103,25 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
             )
         alone = int((labels.bincount() == 1).sum())
         whole = f"; {alone} class(es) with a single image have none there" if alone else ""
-        where = (
-            f"{len(held_out):,} of the {len(labels):,} images of {train.location}, which are not trained on: "
-            f"{share:.3g} of every class, at least one of two, drawn by seed {config.run.seed}{whole} "
-            "(--val gives "
-            "others, --hold-out another share)"
+        chosen_by = (
+            f"checkpoint: chosen by top-1 on {len(held_out):,} of the {len(labels):,} images of "
+            f"{train.location}, "
+            f"which are not trained on: {share:.3g} of every class, at least one of two, drawn by seed "
+            f"{config.run.seed}{whole} (--val gives others, --hold-out another share)"
         )
         val, val_labels = Subset(train, held_out.numpy()), labels[held_out]
         train, labels = Subset(train, kept.numpy()), labels[kept]
-    if val is None:
-        notes.append("checkpoint: that of the last step (--hold-out 0), so nothing chooses it")
-    else:
-        notes.append(f"checkpoint: chosen by top-1 on {where}")
-    notes.append(f"test: {len(test):,} images of {test.location}, used once, at the end")
+    notes = chosen_by, f"test: {len(test):,} images of {test.location}, used once, at the end"
     config = check_folder(_filled_in(config, about, names), resume)
     check_shapes(config)
-    check_intervals(config.run)
     slices = share_out(config.optimizer, rank=0, world=1)
     if slices.micro_batch % 2 and (config.optimizer.mixup or config.optimizer.cutmix):
         raise BadInput(
             f"{slices.micro_batch} images per pass: mixup and CutMix pair them, so give an even --batch-size "
             "and --micro-batch, or --mixup 0 --cutmix 0"
         )
+    for source in (train, *((val,) if val else ()), test):
+        check_some(source, config.model.channels, config.data.mean or (), config.data.std or ())
     steps = count_steps(config.optimizer, len(train))
     return FinetunePlan(
         config=config,
@@ -125,7 +136,7 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
         val=val,
         val_labels=val_labels,
         held_out=held_out,
-        notes=tuple(notes),
+        notes=notes,
     )
 
 

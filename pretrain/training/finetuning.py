@@ -23,6 +23,7 @@ from pretrain.artifact import load_strict
 from pretrain.config import FinetuneConfig
 from pretrain.data import Batch, labelled_batches
 from pretrain.errors import BadInput
+from pretrain.files import lies_among
 from pretrain.models.classifier import build_classifier
 from pretrain.objectives.classification import Classification
 from pretrain.training.distributed import processes
@@ -56,7 +57,7 @@ class Finetuned:
         return self.config.run.out / "artifact"
 
 
-def finetune(config: FinetuneConfig, *, resume: bool = False) -> Finetuned:
+def finetune(config: FinetuneConfig, *, resume: bool = False, allow_changed_data: bool = False) -> Finetuned:
     """Fine-tune an artifact's encoder, from beginning to end or from the last saved state on.
 
     Args:
@@ -64,6 +65,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> Finetuned:
             artifact and the images. Resuming takes the directory `config.run.out`, and refuses settings that
             would change what is learned.
         resume: Go on with a run that was interrupted.
+        allow_changed_data: Go on although the images are not those that the run was started with.
 
     Raises:
         BadInput: settings, artifact, data or directory that cannot be used, or several processes.
@@ -75,8 +77,12 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> Finetuned:
         if group.world > 1:
             raise BadInput("fine-tuning runs in one process, on one GPU or a CPU; start it without torchrun")
         plan = prepare_finetuning(config, resume=resume)
+        for images in dict.fromkeys((config.data.images, config.test)):
+            if not resume and (note := lies_among(config.run.out, images, "--run")):
+                report.say(note)
         keeper = ClassifierKeeper(plan, report)
-        train(plan, _finetuning(plan, keeper), group, report, resume=resume)
+        task = _finetuning(plan, keeper)
+        train(plan, task, group, report, resume=resume, allow_changed_data=allow_changed_data)
     if keeper.test is None:
         raise AssertionError("every run ends with a test")
     seconds = time.monotonic() - began

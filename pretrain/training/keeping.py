@@ -1,6 +1,7 @@
 """The run directory: what is kept of a run, and what happens when the disk is full.
 
     config.json           settings; `--from` starts a new run with them, `--resume` goes on
+    data.json.gz          names and sizes of the images, which a resumed run is compared with
     metrics.jsonl         one JSON object per log point (and per probe; fine-tuning: per validation,
                           val_*, and one row of the test at the end, test_*)
     tensorboard/          the same
@@ -19,8 +20,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any, Generic, Literal, cast
 
 import torch
@@ -29,6 +30,14 @@ from torch import Tensor
 from pretrain.artifact import ArtifactConfig, library_versions, save_artifact
 from pretrain.config import EncoderConfig, ObjectiveConfig, PretrainConfig
 from pretrain.data import Batch, Source, evaluation_batches, normalize
+from pretrain.data.identity import (
+    Listing,
+    changes,
+    check_listing,
+    list_data,
+    read_listing,
+    write_listing,
+)
 from pretrain.errors import ComaError
 from pretrain.evaluate import Probe, open_probe
 from pretrain.models import build_encoder
@@ -61,9 +70,24 @@ class Keeper(ABC, Generic[Settings]):
         self._failed: dict[str, str] = {}
         self._plan, self._report = plan, report
         self._good: int | None = None
+        self._listing: Listing = {}
+        self.may_change = self.changed = False
+        """Whether a resumed run may go on with other images, and does."""
         self._looked = -1  # the step of the last look whose row the state knows of
+        self.at_once: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Around what may be left when someone asks to stop."""
         self._metrics: MetricsLog | None = None
         self._tensorboard: TensorBoardLog | None = None
+
+    def check_data(self, *, resume: bool, allow: bool) -> None:
+        """Note which images the run is made of, or compare them with those that it was started with.
+
+        Raises:
+            BadInput: they have changed, and that is not allowed.
+        """
+        self._listing, self.may_change = self._plan.list_data(), allow
+        if resume:
+            self.changed = check_listing(self._plan.folder, self._listing, self._report.warn, allow=allow)
 
     def resume(self) -> dict[str, Any] | None:
         """The state to go on from, if there is one."""
@@ -85,6 +109,8 @@ class Keeper(ABC, Generic[Settings]):
             return row["step"] < step or (row["step"] == step and ("loss" in row or self._looked == step))
 
         write_config(self._plan.config)
+        if read_listing(self._plan.folder) != self._listing:
+            write_listing(self._plan.folder, self._listing)
         path = self._plan.folder / "metrics.jsonl"
         kept = drop_lines(path, known)
         self._metrics = MetricsLog(path)
@@ -184,14 +210,25 @@ class PretrainingKeeper(Keeper[PretrainConfig]):
         self._probe = open_probe(plan.config.probe)
         for source in (self._probe.train, self._probe.test) if self._probe else ():
             first_images(source, plan.config.model, plan.config.data.image_size)
-        for note in (*plan.source.notes, *((*self._probe.notes, str(self._probe)) if self._probe else ())):
-            report.say(note)
+        if self._probe:
+            report.say(str(self._probe))
 
     def resume(self) -> dict[str, Any] | None:
         """The state to go on from, if there is one."""
         state = super().resume()
         self._looked = state.get("probed", -1) if state else -1
         return state
+
+    def check_data(self, *, resume: bool, allow: bool) -> None:
+        """See `Keeper`; the probe's images decide nothing, so that their changes are only said."""
+        super().check_data(resume=resume, allow=allow)
+        if self._probe is None:
+            return
+        of_probe = {"probe's training images": self._probe.train, "probe's test images": self._probe.test}
+        now = list_data(of_probe)
+        for change in changes(read_listing(self._plan.folder) or {}, now) if resume else ():
+            self._report.warn(f"{change}; their scores before and after cannot be compared")
+        self._listing |= now
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the resumable state and the artifact."""
@@ -214,9 +251,10 @@ class PretrainingKeeper(Keeper[PretrainConfig]):
         encoder.load_state_dict(own, assign=True)
         began = time.perf_counter()
         try:
-            values = probe.measure(
-                encoder.to(device), self._about("backbone", {}), workers=config.data.workers
-            )
+            with self.at_once():
+                values = probe.measure(
+                    encoder.to(device), self._about("backbone", {}), workers=config.data.workers
+                )
         except (ComaError, OSError, RuntimeError) as error:  # memory, an SVD that does not converge
             reason = str(error).partition("\n")[0]
             self._report.warn(f"step {step}: the probe failed ({reason}); training goes on")

@@ -7,8 +7,8 @@ know the same: the loss, whether one of them was asked to stop, and whether proc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ import torch
 from pretrain.config import PretrainConfig
 from pretrain.data import Batch, training_batches
 from pretrain.errors import BadInput, CheckFailed, Interrupted
+from pretrain.files import lies_among
 from pretrain.objectives import Objective
 from pretrain.objectives.classification import Classification
 from pretrain.precision import choose_precision
@@ -29,9 +30,14 @@ from pretrain.training.metrics import Window
 from pretrain.training.nonfinite import stop_run
 from pretrain.training.optimizer import learning_rate
 from pretrain.training.report import Report
-from pretrain.training.setup import Plan, PretrainPlan, check_resumable, prepare, way_on
-from pretrain.training.signals import StopRequest
+from pretrain.training.setup import Plan, PretrainPlan, check_resumable, extended, prepare, way_on
+from pretrain.training.signals import StopNow, StopRequest
 from pretrain.training.throughput import Meter
+
+_NAMED_FILLED = 3
+"""Images with filled values that are named; `filled` in metrics.jsonl counts all."""
+_GRACE = 10.0
+"""Seconds that one of many processes goes on waiting for images after it was asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,14 @@ class Task:
     """What writes the run directory; called on process 0."""
 
 
-def pretrain(config: PretrainConfig, *, resume: bool = False) -> Path:
+def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed_data: bool = False) -> Path:
     """Train from beginning to end, or from the last saved state on; under torchrun, on all its processes.
 
     Args:
         config: The run. Resuming takes the directory `config.run.out`, and refuses settings that would
             change what is learned.
         resume: Go on with a run that was interrupted.
+        allow_changed_data: Go on although the images are not those that the run was started with.
 
     Returns:
         The run directory; its layout is described in `pretrain.training.keeping`.
@@ -66,7 +73,10 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> Path:
         plan = prepare(config, group, resume=resume)
         for remark in remarks(plan.config.objective):
             report.warn(remark)
-        train(plan, _pretraining(plan), group, report, resume=resume)
+        if not resume and (note := lies_among(config.run.out, config.data.images)):
+            report.say(note)
+        task = _pretraining(plan)
+        train(plan, task, group, report, resume=resume, allow_changed_data=allow_changed_data)
         return plan.folder
 
 
@@ -91,11 +101,20 @@ def _pretraining(plan: PretrainPlan) -> Task:
     )
 
 
-def train(plan: Plan, task: Task, group: Processes, report: Report, *, resume: bool) -> None:
+def train(
+    plan: Plan,
+    task: Task,
+    group: Processes,
+    report: Report,
+    *,
+    resume: bool,
+    allow_changed_data: bool = False,
+) -> None:
     """Learn `task` as `plan` says, from the beginning or from the last saved state on.
 
     Raises:
-        BadInput: settings that the machine cannot serve, or a state that cannot be resumed.
+        BadInput: settings that the machine cannot serve, a state that cannot be resumed, or images that have
+            changed where that was not allowed.
         CheckFailed: a loss or gradient that is not finite, or results that could not be written.
         Interrupted: Ctrl-C or SIGTERM; everything is saved.
     """
@@ -103,7 +122,7 @@ def train(plan: Plan, task: Task, group: Processes, report: Report, *, resume: b
         StopRequest(quiet=not group.main) as stop,
         closing(_Run(plan, task, group, report, stop)) as run,
     ):
-        run.begin(resume)
+        run.begin(resume, allow_changed_data)
         run.go()
 
 
@@ -115,12 +134,14 @@ class _Run:
         self._done, self._loss = 0, 0.0
         self._window = Window()
         self._skipped: dict[str, None] = {}
+        self._filled = 0  # images seen by this process whose missing values were filled
         self._saved_at = time.monotonic()
         self._keeper: Keeper | None = None
         with group.agreed():
             precision = choose_precision(config.run.precision, group.device)
             if group.main:
                 self._keeper = task.keep(report)
+                self._keeper.at_once = stop.at_once
         torch.manual_seed(config.run.seed)
         objective = task.build().to(group.device)
         self._learner = Learner(
@@ -139,15 +160,21 @@ class _Run:
         if self._keeper:
             self._keeper.close()
 
-    def begin(self, resume: bool) -> None:
+    def begin(self, resume: bool, allow_changed_data: bool) -> None:
         """Load the last state, if there is one to go on from, and open the run directory."""
         state: dict[str, Any] | None = None
+        longer: str | None = None
         with self._group.agreed():
+            if self._keeper:
+                self._keeper.check_data(resume=resume, allow=allow_changed_data)
             if resume and self._keeper:
                 state = self._keeper.resume()
-                check_resumable(plan=self._plan, state=state)
+            if state:
+                check_resumable(self._plan, state, allow_changed_data=allow_changed_data)
+                longer = extended(self._plan, state)
         facts = self._group.share(state and {k: state[k] for k in ("step", "loss", "window", "skipped")})
         if facts:
+            self._filled = state.get("filled", 0) if state else 0
             self._learner.load_state_dict(state)
             self._done, self._loss = facts["step"], facts["loss"]
             self._window.load_state_dict(facts["window"])
@@ -161,25 +188,42 @@ class _Run:
                 if facts
                 else "no state was saved before the run ended; starting again from step 0"
             )
+        if longer:
+            self._report.say(longer)
 
     def go(self) -> None:
         """Train until the end, or until asked to stop."""
-        batches = self._batches(self._done * self._plan.slices.global_batch, self._group.device)
+        batches = self._left_at_once(
+            self._batches(self._done * self._plan.slices.global_batch, self._group.device)
+        )
         self._report.start(self._done, self._plan.steps)
         if self._plan.looks_at(self._done) and self._done < self._plan.steps:
             self._keep(save=False, look=True)
-        with closing(cast("Any", batches)):
+        with closing(batches):
             while self._done < self._plan.steps:
                 asked_to_stop = self._one_step(batches)
                 if asked_to_stop and self._done < self._plan.steps:
                     self._leave_early()
         self._finish()
 
+    def _left_at_once(self, batches: Iterator[Batch]) -> Generator[Batch, None, None]:
+        """The batches; waiting for one is left when someone asks to stop, by many processes if it takes long.
+
+        Of one process nothing is lost: the step at hand has changed nothing yet.
+        """
+        with closing(cast("Any", batches)):
+            while True:
+                with self._stop.at_once(grace=_GRACE if self._group.world > 1 else 0.0):
+                    batch = next(batches)
+                yield batch
+
     def _one_step(self, batches: Iterator[Batch]) -> bool:
         run, began, computed = self._plan.config.run, time.perf_counter(), time.process_time()
         lr = learning_rate(self._done, self._plan.steps, self._plan.config.optimizer)
         try:
             step = self._learner.step(self._done, lr, batches, self._requests, self._done / self._plan.steps)
+        except StopNow:
+            return self._stop_waiting()
         except NotFinite as problem:
             stop_run(self._plan, self._learner, self._group, self._done + 1, problem)
         except torch.OutOfMemoryError as error:
@@ -211,6 +255,10 @@ class _Run:
             if failure not in self._skipped:
                 self._skipped[failure] = None
                 self._report.warn(f"skipped {failure}")
+        filled = [each for batch in self._learner.batches for each in batch.filled]
+        for each in filled[: max(_NAMED_FILLED - self._filled, 0)]:
+            self._report.warn(each)
+        self._filled += len(filled)
         self._report.advance(self._done, self._loss, seconds, step.waited)
 
     def _log(self, lr: float) -> None:
@@ -224,18 +272,26 @@ class _Run:
             "grad_norm": means.pop("grad_norm", None),
             **self._meter.take(),
             "skipped": len(self._skipped),
+            **({"filled": self._filled} if self._filled else {}),
             **means,
         }
         if self._keeper:
             self._keeper.log(row)
             self._report.row(row)
 
-    def _keep(self, *, save: bool, look: bool) -> None:
-        """Look at what was learned, save it, or both; collective, though only process 0 has much to do."""
+    def _keep(self, *, save: bool, look: bool) -> bool:
+        """Look at what was learned, save it, or both; collective, though only process 0 has much to do.
+
+        Returns:
+            Whether process 0 has looked to the end; a resumed run makes up for it.
+        """
         state = self._learner.state_dict() if save else {}
         weights = published(state) if save else self._learner.published()
+        looked = not (self._keeper and look)
         if self._keeper and look:
-            self._keeper.look(weights, self._done, self._group.device)
+            with suppress(StopNow):
+                self._keeper.look(weights, self._done, self._group.device)
+                looked = True
         if self._keeper and save:
             state |= {
                 "step": self._done,
@@ -243,15 +299,22 @@ class _Run:
                 "images": len(self._plan.source),
                 "window": self._window.state_dict(),
                 "skipped": list(self._skipped),
+                "filled": self._filled,
             }
             self._keeper.save(state)
         if save:
             self._saved_at = time.monotonic()
+        return looked
 
     def _finish(self) -> None:
-        self._keep(save=True, look=True)
+        looked = self._keep(save=True, look=True)
         with self._group.agreed():
             if self._keeper:
+                if not looked:
+                    raise Interrupted(
+                        f"all {self._done} steps are done and saved, but what was learned is not measured; "
+                        f"do that with: {way_on(self._plan.config)}"
+                    )
                 self._keeper.conclude()
                 missing = self._keeper.missing()
                 if missing:
@@ -265,9 +328,22 @@ class _Run:
             missing = self._keeper.missing() if self._keeper else ""
             where = f"stopped at step {self._done} of {self._plan.steps}"
             command = way_on(self._plan.config)
+            if not self._done:
+                raise Interrupted(f"{where}; nothing was learned yet, start again with: {command}")
             if missing:
                 raise CheckFailed(f"{where}, but could not save: {missing}; make room, then run: {command}")
             raise Interrupted(f"{where}; everything is saved, go on with: {command}")
+
+    def _stop_waiting(self) -> bool:
+        """Give the step up that waits for images."""
+        if self._group.world > 1:  # saving takes all of them, and the others are in the midst of the step
+            raise Interrupted(
+                f"stopped at step {self._done} of {self._plan.steps} while waiting for images; go on from "
+                f"the state that was saved last with: {way_on(self._plan.config)}"
+            )
+        if self._done:
+            self._keep(save=True, look=False)
+        return True
 
     def _requests(self) -> tuple[bool, bool]:
         """Whether this process was asked to stop, and whether it finds it time to save."""

@@ -24,6 +24,7 @@ from torch.nn.utils import get_total_norm
 from pretrain.artifact import load_strict
 from pretrain.config import FinetuneConfig, PretrainConfig
 from pretrain.data import Batch, normalize
+from pretrain.data.ranges import numbers
 from pretrain.errors import BadInput, CheckFailed
 from pretrain.files import write_whole
 from pretrain.plain import from_plain, to_plain
@@ -34,6 +35,8 @@ from pretrain.training.learner import Learner, NotFinite, pass_seed, seed_genera
 from pretrain.training.setup import Plan
 
 _WEIGHTS = "weights."
+_FAR = 100.0
+"""Standard deviations from the mean that no pixel of an ordinary image reaches."""
 
 
 class Replay(NamedTuple):
@@ -109,11 +112,39 @@ def stop_run(plan: Plan, learner: Learner, group: Processes, step: int, problem:
         if group.main:
             batches = [each[a] for a in range(plan.slices.accumulation) for each in per_process]
             where = _write_down(plan, learner, step, problem, batches, weights)
-            raise CheckFailed(
-                f"step {step}: {problem}; {where}; try a lower --base-lr, a longer --warmup, a smaller "
-                "--clip or --precision fp32"
-            )
+            raise CheckFailed(f"step {step}: {problem}; {where}; {advice(plan, batches, weights)}")
     raise AssertionError("process 0 raised, and so did all")
+
+
+def advice(plan: Plan, batches: list[Batch], weights: Mapping[str, Tensor]) -> str:
+    """Returns what to do about a loss that is not finite, after a look at the weights and the batch."""
+    damaged = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if damaged:
+        return (
+            f"the weights were not finite any more before this step ({damaged[0]}): go back to an older "
+            "state, with a lower --base-lr"
+        )
+    mean, std = plan.statistics
+    pixels = torch.cat([batch.images for batch in batches])
+    names = [plan.source.describe(i) for batch in batches for i in batch.indices.tolist()]
+    bad = (~pixels.isfinite().flatten(1).all(dim=1)).nonzero()
+    if len(bad):
+        return f"{names[int(bad[0])]} holds values that are NaN or infinite: mend it or take it out"
+    farthest = normalize(pixels, mean, std).abs().flatten(1).amax(dim=1)
+    worst = int(farthest.argmax())
+    name = names[worst]
+    if farthest[worst] > _FAR:
+        return (
+            f"{name} holds values that are {farthest[worst]:.4g} standard deviations away from the mean: "
+            "look for missing values that are not declared as nodata, for another unit, and at the mean "
+            f"({numbers(mean)}) and standard deviation ({numbers(std)})"
+        )
+    low, high = torch.aminmax(pixels.flatten(2), dim=2)
+    if (low == high).all():
+        return (
+            f"all {len(pixels)} images of the batch are of one colour each (such as {name}): look at the data"
+        )
+    return "try a lower --base-lr, a longer --warmup, a smaller --clip or --precision fp32"
 
 
 def _write_down(

@@ -22,10 +22,10 @@ from pretrain.config import (
     OptimizerConfig,
     PretrainConfig,
     ProbeConfig,
-    RunConfig,
     TaughtConfig,
 )
-from pretrain.data import Slices, Source, check_loader, measure, open_source
+from pretrain.data import Slices, Source, check_loader, check_some, measure, open_source
+from pretrain.data.identity import FLAG, Listing, list_data
 from pretrain.errors import BadInput
 from pretrain.files import write_whole
 from pretrain.masking.units import unit_grid
@@ -35,6 +35,7 @@ from pretrain.objectives import build_objective
 from pretrain.plain import flat, read_config, to_plain
 from pretrain.teaching import identified, may_have_moved
 from pretrain.training.distributed import Processes
+from pretrain.training.optimizer import learning_rate
 
 _MAY_CHANGE = {
     *("data.images", "data.workers", "data.loader", "data.on_bad_image", "test", "val"),
@@ -70,6 +71,15 @@ class Plan(Generic[Settings]):
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel, of pixels scaled to 0..1."""
         return self.config.data.mean or (), self.config.data.std or ()
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """What the run learns from and is measured on, by the words of messages; see `list_data`."""
+        return {"images": self.source}
+
+    def list_data(self) -> Listing:
+        """Names and sizes of the images that decide what comes out."""
+        return list_data(self.sources, labels=isinstance(self.config, FinetuneConfig))
 
     def looks_at(self, step: int) -> bool:
         """Whether to look at what was learned when `step` steps are done and more follow."""
@@ -126,7 +136,6 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
         check_loader(config.data, config.model.channels)
         slices = share_out(config.optimizer, group.rank, group.world)
         source = open_source(config.data.images)
-        check_intervals(config.run)
         steps = count_steps(config.optimizer, len(source))
     sizes = group.gather(len(source))
     with group.agreed():
@@ -136,22 +145,13 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
         if group.main and config.data.mean is None:
             mean, std = measure(source, config.model.channels, workers=config.data.workers)
             config = replace(config, data=replace(config.data, mean=mean, std=std))
+        elif group.main:
+            check_some(source, config.model.channels, config.data.mean or (), config.data.std or ())
     config = group.share(config)
     with group.agreed():
         if group.main:
             config = identified(config)
     return PretrainPlan(group.share(config), source, slices, steps)
-
-
-def check_intervals(run: RunConfig) -> None:
-    """Refuse to log or save every 0 steps.
-
-    Raises:
-        BadInput: naming the flag.
-    """
-    for name, value in (("log_steps", run.log_steps), ("save_steps", run.save_steps)):
-        if value is not None and value < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 1")
 
 
 def check_shapes(config: PretrainConfig | FinetuneConfig) -> None:
@@ -200,8 +200,6 @@ def share_out(optimizer: OptimizerConfig, rank: int, world: int) -> Slices:
         BadInput: it cannot be, naming numbers that can.
     """
     batch, micro = optimizer.batch_size, optimizer.micro_batch
-    if batch < 1 or (micro is not None and micro < 1):
-        raise BadInput(f"--batch-size {batch} and --micro-batch {micro} must be at least 1")
     together = world * (micro or 1)
     if batch % together:
         below, above = batch // together * together, -(-batch // together) * together
@@ -219,32 +217,21 @@ def share_out(optimizer: OptimizerConfig, rank: int, world: int) -> Slices:
 
 
 def count_steps(optimizer: OptimizerConfig, images: int) -> int:
-    """Optimizer steps of the whole run.
-
-    Raises:
-        BadInput: less than one.
-    """
-    steps = optimizer.steps
-    if steps is None:
-        steps = math.ceil(optimizer.epochs * images / optimizer.batch_size)
-    if steps < 1:
-        raise BadInput(f"{steps} steps: give --epochs or --steps of more than 0")
-    return steps
+    """Optimizer steps of the whole run."""
+    return optimizer.steps or math.ceil(optimizer.epochs * images / optimizer.batch_size)
 
 
-def check_resumable(plan: Plan, state: dict[str, Any] | None) -> None:
-    """Refuse to go on from `state` with other data, or to fewer steps than are done.
+def check_resumable(plan: Plan, state: dict[str, Any], *, allow_changed_data: bool) -> None:
+    """Refuse to go on from `state` with another number of images, or to fewer steps than are done.
 
     Raises:
         BadInput: naming both numbers.
     """
-    if not state:
-        return
     images, before = len(plan.source), state["images"]
-    if before != images:
+    if before != images and not allow_changed_data:
         raise BadInput(
             f"{plan.source.location}: has {images} images, but the run was started with {before}, so their "
-            "order would change; give the same data, or start a new run"
+            f"order would change; give the same data, start a new run, or go on all the same with {FLAG}"
         )
     if state["step"] > plan.steps:
         raise BadInput(f"{plan.folder}: has done {state['step']} steps, more than the {plan.steps} asked for")
@@ -256,8 +243,33 @@ def write_config(config: PretrainConfig | FinetuneConfig) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    text = json.dumps(to_plain(config), indent=2) + "\n"
+    text = json.dumps(to_plain(_located(config)), indent=2) + "\n"
     write_whole(config.run.out / "config.json", lambda file: file.write(text.encode()))
+
+
+def _located(config: Settings) -> Settings:
+    """The settings with absolute paths of what is read: a run may be resumed from any directory."""
+    data = replace(config.data, images=config.data.images and config.data.images.absolute())
+    if isinstance(config, PretrainConfig):
+        probe = replace(config.probe, probe=config.probe.probe and config.probe.probe.absolute())
+        return replace(config, data=data, probe=probe)
+    return replace(
+        config, data=data, artifact=config.artifact.absolute(), test=config.test and config.test.absolute()
+    )
+
+
+def extended(plan: Plan, state: dict[str, Any]) -> str | None:
+    """What becomes of the learning rate where a resumed run has another number of steps than before."""
+    done, config = state["step"], plan.config
+    before = count_steps(read_config(plan.folder, type(config)).optimizer, state["images"])
+    if before == plan.steps or not 0 < done < plan.steps:
+        return None
+    old = learning_rate(done - 1, before, config.optimizer)
+    new = learning_rate(done, plan.steps, config.optimizer)
+    return (
+        f"the schedule now ends at step {plan.steps} instead of {before}: the learning rate goes from "
+        f"{old:.3g} at step {done} to {new:.3g} at step {done + 1}"
+    )
 
 
 def way_on(config: PretrainConfig | FinetuneConfig) -> str:
@@ -299,7 +311,7 @@ def _resumed(config: Settings) -> Settings:
     if isinstance(config, PretrainConfig) and isinstance(saved, PretrainConfig):
         config = replace(config, objective=_same_teacher(config.objective, saved.objective))
         may_change = may_change | _places_of_teachers(config.objective, saved.objective)
-    old, new = flat(to_plain(saved)), flat(to_plain(config))
+    old, new = flat(to_plain(_located(saved))), flat(to_plain(_located(config)))
     changed = sorted(name for name in old | new if old.get(name) != new.get(name) and name not in may_change)
     if changed:
         listing = ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)

@@ -1,7 +1,8 @@
 """Ctrl-C and SIGTERM become a request that the loop answers after the step it is in.
 
-A second Ctrl-C ends the program at once. A second SIGTERM does not: job schedulers and torchrun often send
-it more than once, to every process of a job, and kill for good only later.
+Where nothing has to be finished first (waiting for images, measuring on the way) it is answered at once: see
+`StopRequest.at_once`. A second Ctrl-C ends the program at once. A second SIGTERM does not: job schedulers and
+torchrun often send it more than once, to every process of a job, and kill for good only later.
 """
 
 from __future__ import annotations
@@ -10,8 +11,16 @@ import os
 import signal
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
+
+_SOON = 1.0
+"""Seconds for what is begun although the run is to stop: the last images of a step, mostly."""
+
+
+class StopNow(BaseException):
+    """Leaves what may be left; no `Exception`, so that nothing takes it for a fault."""
 
 
 class StopRequest:
@@ -25,6 +34,7 @@ class StopRequest:
 
     def __init__(self, quiet: bool = False) -> None:
         self.asked = False
+        self._grace: float | None = None  # seconds, where one may be left
         self._quiet = quiet
         self._before: dict[signal.Signals, object] = {}
 
@@ -32,6 +42,7 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._receive)
+            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._leave)
         return self
 
     def __exit__(
@@ -41,10 +52,42 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type] # as `signal.signal` returned it
         self._before = {}
 
+    @contextmanager
+    def at_once(self, grace: float = 0.0) -> Iterator[None]:
+        """Raise `StopNow` inside when someone wants the run to stop; soon, if that was known before.
+
+        Args:
+            grace: Seconds to wait before: for what is better finished, unless it hangs.
+        """
+        if not self._before:
+            yield
+            return
+        self._grace = grace
+        try:
+            if self.asked:
+                self._leave_soon(grace or _SOON)
+            yield
+        finally:
+            self._grace = None
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _leave_soon(self, grace: float) -> None:
+        if not grace:
+            self._leave()
+        signal.setitimer(signal.ITIMER_REAL, grace)
+
+    def _leave(self, *_: object) -> None:
+        if self._grace is not None:
+            self._grace = None
+            raise StopNow
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.asked and not self._quiet:
+        first, self.asked = not self.asked, True
+        if first and not self._quiet:
+            when = "now" if self._grace == 0 else "after this step; Ctrl-C again stops at once"
             with suppress(OSError, ValueError):  # written past all buffers, whose locks may be held
-                os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C again stops at once\n")
-        self.asked = True
+                os.write(sys.stderr.fileno(), f"\nstopping {when}\n".encode())
+        if first and self._grace is not None:
+            self._leave_soon(self._grace)

@@ -6,7 +6,8 @@
 One file holds whole tensors, so it serves one process, DDP and FSDP2 alike and the number of processes may
 change. It holds plain dicts, lists, numbers, strings and tensors and is read with `weights_only`: loading a
 state runs no code from it. Random numbers and the loader's position are not in it as such: both follow from
-the number of samples consumed (see `learner`).
+the number of samples consumed (see `learner`). It ends with the SHA-256 of what comes before (`hashing`), so
+that bytes which the disk, or anybody, changed are noticed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 
 from pretrain.errors import BadInput
-from pretrain.files import sync, write_whole
+from pretrain.files import Descriptor, sync, write_whole
+from pretrain.hashing import Sealed, seal_holds
 
 FORMAT_VERSION = 1
 
@@ -33,11 +35,17 @@ def write_state(folder: Path, state: dict[str, Any], keep: int | None) -> None:
         OSError: the disk is full; every older state is still there.
     """
     step = state["step"]
-    state = {"format_version": FORMAT_VERSION, **state}
-    write_whole(folder / f"step-{step:06d}.pt", lambda file: torch.save(state, file))  # type: ignore[arg-type]
+    state = {"format_version": FORMAT_VERSION, "sealed": True, **state}
+
+    def write(file: Descriptor) -> None:
+        sealed = Sealed(file)
+        torch.save(state, sealed)  # type: ignore[arg-type] # all that it needs is `write`
+        sealed.seal()
+
+    write_whole(folder / f"step-{step:06d}.pt", write)
     for other, path in _states(folder):
-        if other not in (step, keep):
-            path.unlink(missing_ok=True)
+        if other not in (step, keep) and path.is_file():
+            path.unlink()
     for half in folder.glob(".step-*.part"):  # of a process that was killed while it wrote
         half.unlink(missing_ok=True)
     sync(folder)
@@ -56,10 +64,14 @@ def read_state(folder: Path, warn: Callable[[str], object]) -> dict[str, Any] | 
     states = _states(folder)
     for _, path in reversed(states):
         try:
-            return _load(path)
+            state = _load(path)
         except Exception as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             warn(f"{path}: this state does not load ({reason}); trying the one before")
+            continue
+        if not state.pop("sealed", False):
+            warn(f"{path}: has no checksum (an older version wrote it): damage goes unnoticed")
+        return state
     if states:
         raise BadInput(
             f"{folder}: none of the saved states loads; remove the folder to start again from step 0"
@@ -68,11 +80,16 @@ def read_state(folder: Path, warn: Callable[[str], object]) -> dict[str, Any] | 
 
 
 def _load(path: Path) -> dict[str, Any]:
+    holds = seal_holds(path)
+    if holds is False:
+        raise ValueError("its checksum does not match, so the file is damaged")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or "format_version" not in state:
         raise ValueError("not a training state")
     if state["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format {state['format_version']}, known here: {FORMAT_VERSION}")
+    if state.get("sealed") and holds is None:
+        raise ValueError("its checksum is missing, so the file is damaged")
     return state
 
 

@@ -137,23 +137,28 @@ class ClassifierKeeper(Keeper[FinetuneConfig]):
         if "held_out" not in kept:
             raise BadInput(
                 f"{plan.folder}: was begun by an earlier version, which chose the checkpoint on the test "
-                "images, and "
-                "cannot go on; its artifact can still be used; start a new run with another --run"
+                "images, "
+                "and cannot go on; its artifact can still be used; start a new run with another --run"
             )
-        for what, source in (("test", plan.test), ("validation", plan.val)):
-            now = 0 if source is None else len(source)
-            if source is not None and kept["images"][what] != now:
+        now, before = self._counts(), kept["images"]
+        if not self.may_change:
+            for what, source in (("test", plan.test), ("validation", plan.val)):
+                if source is not None and before[what] != now[what]:
+                    raise BadInput(
+                        f"{source.location}: has {now[what]} images, but the run was started with "
+                        f"{before[what]} "
+                        f"{what} images; give the same, or start a new run"
+                    )
+            if not torch.equal(kept["held_out"], plan.held_out):
                 raise BadInput(
-                    f"{source.location}: has {now} images, but the run was started with "
-                    f"{kept['images'][what]} "
-                    f"{what} images; give the same, or start a new run"
+                    f"{plan.source.location}: other images would be held out to choose the checkpoint "
+                    "than when the "
+                    "run was started; give the same images, or start a new run"
                 )
-        if not torch.equal(kept["held_out"], plan.held_out):
-            raise BadInput(
-                f"{plan.source.location}: other images would be held out to choose the checkpoint than "
-                "when the run "
-                "was started; give the same images, or start a new run"
-            )
+        if self.changed or before != now or not torch.equal(kept["held_out"], plan.held_out):
+            if len(plan.held_out):
+                self._report.warn("the held-out images were drawn anew; some of them were trained on before")
+            return state  # scores on other images say nothing of what follows
         self._weights, self._chosen, self._looked = kept["weights"], kept["chosen"], kept["looked"]
         self.best, self.last, self.test = (
             Validation(**kept[name]) if kept[name] else None for name in ("best", "last", "test")
@@ -173,7 +178,7 @@ class ClassifierKeeper(Keeper[FinetuneConfig]):
             "chosen": self._chosen,
             "looked": self._looked,
             "held_out": plan.held_out,
-            "images": {"test": len(plan.test), "validation": 0 if plan.val is None else len(plan.val)},
+            "images": self._counts(),
         }
         super().save(state | {"validation": kept})
 
@@ -201,6 +206,10 @@ class ClassifierKeeper(Keeper[FinetuneConfig]):
             )
         self._looked = step
 
+    def _counts(self) -> dict[str, int]:
+        plan = self._finetuning
+        return {"test": len(plan.test), "validation": 0 if plan.val is None else len(plan.val)}
+
     def _scores(self) -> dict[str, Validation | None]:
         return {"best": self.best, "last": self.last, "test": self.test}
 
@@ -225,17 +234,19 @@ class ClassifierKeeper(Keeper[FinetuneConfig]):
         classifier.to(device)
         precision = choose_precision(config.run.precision, device)
         choose_attention(classifier, precision, device)
-        scores, failures = validate(
-            classifier,
-            source,
-            labels,
-            *plan.statistics,
-            step=step,
-            image_size=config.data.image_size,
-            batch_size=plan.slices.micro_batch,
-            precision=precision,
-            workers=config.data.workers,
-        )
+        with self.at_once():
+            scored = validate(
+                classifier,
+                source,
+                labels,
+                *plan.statistics,
+                step=step,
+                image_size=config.data.image_size,
+                batch_size=plan.slices.micro_batch,
+                precision=precision,
+                workers=config.data.workers,
+            )
+        scores, failures = scored
         for failure in failures:
             if failure not in self._told:
                 self._report.warn(f"left out of the {what} images: {failure}")

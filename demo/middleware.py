@@ -1,0 +1,174 @@
+"""Stands before gradio's routes: which of them exist here, and how large and how long a request may be.
+
+Whatever goes wrong behind it is answered with a sentence, and is one line in the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import mimetypes
+import re
+from typing import Any
+
+from starlette.formparsers import MultiPartException
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from demo.inputs import one_line
+from demo.storage import Storage
+from demo.upload import MAX_BYTES
+from pretrain.errors import BadImage
+
+MAX_JSON = 2**20
+"""Bytes of a request that uploads nothing: pictures are sent as files, and requests name their paths."""
+_SLACK = 2**20  # what separates and names the parts of an upload
+BODY_SECONDS = 120
+"""For a request to arrive in full."""
+ANSWER_SECONDS = 60
+"""For everything that is not a stream of events, which ends with the event that it waits for."""
+_DRAINED = 256 * 2**20  # bytes that are thrown away until the client listens to the answer
+
+_FILE = re.compile(r"/gradio_api/file[=/](.*)", re.DOTALL)
+_ROUTES = re.compile(
+    r"/((config|login|logout|theme\.css|robots\.txt|favicon\.ico|manifest\.json)/?"
+    r"|(static|assets|svelte)/.*"
+    r"|gradio_api/((info|openapi\.json|theme\.css|startup-events|app_id|user|token|login_check|upload"
+    r"|upload_progress|component_server|cancel|reset|queue/(join|data|status))/?"
+    r"|(heartbeat|call|run|api)/.*))?"
+)
+"""Of gradio's routes, those that the page and its clients use. The others fetch from other servers, keep
+recordings and links, or edit the program."""
+_STREAMS = re.compile(r"/gradio_api/(heartbeat/|queue/data|upload_progress|call/)")
+_SHOWN = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif")
+_log = logging.getLogger("demo")
+
+
+class Gate:
+    """Middleware of the page's server.
+
+    Args:
+        app: What stands behind.
+        storage: The only folder that files are sent from.
+    """
+
+    def __init__(self, app: ASGIApp, storage: Storage) -> None:
+        self.app = app
+        self.storage = storage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        wanted, reading = _FILE.fullmatch(scope["path"]), scope["method"] in ("GET", "HEAD")
+        if wanted and reading:
+            await self._file(wanted[1], scope)(scope, receive, send)
+        elif wanted or not _ROUTES.fullmatch(scope["path"]):
+            await _answer(404, "Not found.")(scope, receive, send)
+        else:
+            await _Exchange(scope, receive, send).run(self.app)
+
+    def _file(self, path: str, scope: Scope) -> Response:
+        """An upload or a result; one answer for everything that is neither."""
+        if not _logged_in(scope):
+            return _answer(401, "Not authenticated.")
+        try:
+            file = self.storage.open(path)
+        except BadImage:
+            return _answer(404, "Not found.")
+        kind = mimetypes.guess_type(path)[0]
+        headers = {"x-content-type-options": "nosniff", "content-length": str(file.seek(0, 2))}
+        file.seek(0)
+        if kind not in _SHOWN:
+            kind, headers["content-disposition"] = "application/octet-stream", "attachment"
+        if scope["method"] == "HEAD":
+            file.close()
+            return Response(headers=headers, media_type=kind)
+
+        def chunks() -> Any:
+            with file:
+                while chunk := file.read(2**18):
+                    yield chunk
+
+        return StreamingResponse(chunks(), headers=headers, media_type=kind)
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        headers = dict(scope["headers"])
+        upload = headers.get(b"content-type", b"").lower().startswith(b"multipart/")
+        self._most = MAX_BYTES + _SLACK if upload else MAX_JSON
+        self._size, self._complete, self._started = 0, False, False
+        self._until = asyncio.get_running_loop().time() + BODY_SECONDS
+        self._refused: Response | None = None
+
+    async def run(self, app: ASGIApp) -> None:
+        stream = self._scope["method"] == "GET" and _STREAMS.match(self._scope["path"])
+        seconds = None if stream else BODY_SECONDS + ANSWER_SECONDS
+        try:
+            async with asyncio.timeout(seconds):
+                await app(self._scope, self.receive, self.send)
+        except Exception as error:
+            if not self._refused and isinstance(error, TimeoutError):
+                self._refused = _answer(503, "This took too long and was given up.")
+            if not self._refused:
+                about = f"{self._scope['method']} {self._scope['path'][:100]!r}"
+                _log.warning("%s failed: %s", about, one_line(error))
+                self._refused = _answer(400, "This request cannot be used; see Use via API on the page.")
+        if self._refused and not self._started:
+            await self._refused(self._scope, self._receive, self._send)
+        elif self._refused:  # in the middle of an answer: end it
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def receive(self) -> Message:
+        if self._complete:
+            return await self._receive()
+        message = await self._next()
+        self._size += len(message.get("body", b""))
+        if self._size > self._most:
+            self._refused = _answer(
+                413,
+                f"This is too large: at most {MAX_BYTES >> 20} MB of files, else {MAX_JSON >> 20} MB.",
+            )
+            while not self._complete and self._size < _DRAINED:  # who is still sending hears no answer
+                self._size += len((await self._next()).get("body", b""))
+            raise MultiPartException("too large")  # which makes gradio delete what it had of the files
+        return message
+
+    async def _next(self) -> Message:
+        try:
+            async with asyncio.timeout_at(self._until):
+                message = await self._receive()
+        except TimeoutError:
+            self._refused = _answer(408, f"The request did not arrive within {BODY_SECONDS} seconds.")
+            raise MultiPartException("too slow") from None
+        if message["type"] == "http.disconnect":
+            self._refused = _answer(400, "The request ended too early.")
+            raise MultiPartException("cut short")
+        self._complete = not message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if not self._refused:
+            self._started = True
+            await self._send(message)
+
+
+def _answer(status: int, text: str) -> Response:
+    return JSONResponse({"detail": text}, status)
+
+
+def _logged_in(scope: Scope) -> bool:
+    """Whether gradio would let this request in: without --auth everybody is."""
+    from starlette.requests import cookie_parser
+
+    app = scope["app"]
+    if app.auth is None:
+        return True
+    cookies = cookie_parser(dict(scope["headers"]).get(b"cookie", b"").decode("latin-1"))
+    names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
+    return any(cookies.get(name) in app.tokens for name in names)

@@ -1,0 +1,195 @@
+"""Image sets: the images that verify, calibrate or time a model, and those that are left out, with reasons.
+
+Broken files, images of one colour and copies of another image add nothing to a comparison, so other images of
+the source take their place. Where too few remain, nothing is verified or calibrated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from export.images import Photographs, evenly
+from pretrain.data.source import Source
+from pretrain.errors import BadImage, BadInput
+
+log = logging.getLogger(__name__)
+
+_NAMED = 5
+"""Most left-out images that a message names for each reason, and most reasons; manifest.json has all."""
+_CANDIDATES = 4
+"""Most images that are looked at for each one that is wanted."""
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What an image set is for, and how many images that takes.
+
+    Attributes:
+        flag: Command-line flag that names the source.
+        count_flag: Flag for the number of images; a number below `least` accepts that few.
+        least: Fewest usable images.
+        advised: Below this number a warning is printed.
+        distinct: Copies and images of one colour are left out.
+    """
+
+    flag: str
+    count_flag: str | None
+    least: int
+    advised: int
+    distinct: bool = True
+
+
+VERIFICATION = Purpose("--verify", "--verify-images", least=4, advised=4)
+CALIBRATION = Purpose("--calibrate", "--calibrate-images", least=8, advised=32)
+TIMING = Purpose("--images", None, least=1, advised=1, distinct=False)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which images of a source are used.
+
+    Attributes:
+        location: The source, for people.
+        used: Number of images that are used.
+        available: Number of images in the source.
+        left_out: Reason by name, for images that were looked at and are not used.
+    """
+
+    location: str
+    used: int
+    available: int
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        left_out = f", {len(self.left_out)} left out" if self.left_out else ""
+        return f"{counted(self.used, 'image')} of {self.location}{left_out}"
+
+    @property
+    def names(self) -> str:
+        """The images that are left out, by reason."""
+        return named(self.left_out)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Decoded images.
+
+    Attributes:
+        selection: Where they come from, and what is left out.
+        pictures: Pixels `[H, W, c]`.
+        files: Contents of the image files; empty where the source has no files.
+    """
+
+    selection: Selection
+    pictures: tuple[np.ndarray, ...]
+    files: tuple[bytes, ...] = ()
+
+
+def read_image_set(source: Source, channels: int, most: int, purpose: Purpose = VERIFICATION) -> ImageSet:
+    """Reads up to `most` usable images, evenly spaced over the source, and says what is left out.
+
+    Raises:
+        BadInput: fewer than `purpose.least` images are usable (or than `most`, if that is smaller).
+    """
+    location = "scikit-image" if isinstance(source, Photographs) else str(source.location)
+    wider = evenly(len(source), most * _CANDIDATES)
+    numbers = list(dict.fromkeys(evenly(len(source), most) + wider))[: len(wider)]
+    used: list[int] = []
+    pictures: list[np.ndarray] = []
+    left_out: dict[str, str] = {}
+    known: dict[bytes, str] = {}
+    for number in numbers:
+        if len(pictures) == most:
+            break
+        name = name_in(source, number)
+        try:
+            picture = source.read(number, channels)
+        except BadImage as error:
+            left_out[name] = reason_of(error, source, number)
+            continue
+        if purpose.distinct:
+            content = _content(picture)
+            if (picture == picture[:1, :1]).all():
+                left_out[name] = "one colour everywhere"
+            elif content in known:
+                left_out[name] = f"the same pixels as {known[content]}"
+            if name in left_out:
+                continue
+            known[content] = name
+        used.append(number)
+        pictures.append(picture)
+    selection = Selection(location, len(pictures), len(source), left_out)
+    _check(selection, most, purpose)
+    encoded = [source.encoded(number) for number in used] if purpose is TIMING else []
+    files = tuple(each for each in encoded if each is not None)
+    return ImageSet(selection, tuple(pictures), files if len(files) == len(pictures) else ())
+
+
+def shared_images(one: ImageSet, other: ImageSet) -> int:
+    """Number of images that are in both sets."""
+    return len({_content(each) for each in one.pictures} & {_content(each) for each in other.pictures})
+
+
+def name_in(source: Source, number: int) -> str:
+    """Name of an image within its source."""
+    return source.describe(number).removeprefix(f"{source.location}/")
+
+
+def reason_of(error: BadImage, source: Source, number: int) -> str:
+    """Why an image cannot be read, without its name."""
+    return str(error).removeprefix(f"{source.describe(number)}: ")
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def named(left_out: dict[str, str]) -> str:
+    """The images that are left out, by reason; of many only the first ones."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        reasons.setdefault(reason, []).append(name)
+    groups = [f"{_first(names, ', ')}: {reason}" for reason, names in reasons.items()]
+    return _first(groups, "; ")
+
+
+def _first(texts: list[str], between: str) -> str:
+    more = f" and {len(texts) - _NAMED} more" if len(texts) > _NAMED else ""
+    return between.join(texts[:_NAMED]) + more
+
+
+def _check(found: Selection, most: int, purpose: Purpose) -> None:
+    """Refuses a set that is too small, and warns of a small one and of what is left out.
+
+    Raises:
+        BadInput: naming what is left out, and what to do.
+    """
+    place = f"{purpose.flag} {found.location}"
+    if found.used < min(purpose.least, most):
+        looked_at = counted(found.used + len(found.left_out), "image")
+        left_out = f", left out are {found.names}" if found.left_out else ""
+        least = counted(min(purpose.least, most), "different image")
+        way_out = f"give {least} or more with {purpose.flag}"
+        if found.used and purpose.count_flag:
+            way_out += f", or accept {found.used} with {purpose.count_flag} {found.used}"
+        raise BadInput(f"{place}: {found.used} of {looked_at} can be used{left_out}; {way_out}")
+    if found.left_out:
+        used, left_out = counted(found.used, "image"), len(found.left_out)
+        log.warning("%s: %s used, %d left out: %s", place, used, left_out, found.names)
+    if found.used < purpose.advised:
+        log.warning(
+            "%s: %s only; at least %d different ones are advised",
+            place,
+            counted(found.used, "image"),
+            purpose.advised,
+        )
+
+
+def _content(picture: np.ndarray) -> bytes:
+    about = f"{picture.shape} {picture.dtype}".encode()
+    return hashlib.sha256(about + np.ascontiguousarray(picture).tobytes()).digest()

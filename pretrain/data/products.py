@@ -1,0 +1,90 @@
+"""Folders that this toolkit writes: their pictures are results, never data to learn from.
+
+They are recognised by what they hold, whatever they are called, also those of earlier versions:
+
+    config.json                     runs of pretrain and of fine-tuning, artifacts
+    compare.json                    comparisons
+    config.py and mmengine's files  runs of detect and segment
+    detections.json, or the same pictures in labels/ and pictures/    predictions
+    manifest.json                   exports
+    pictures/ beside run/           quickstart
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_LARGEST_FILE = 1 << 24
+_CONFIGS = {
+    "a run of coma pretrain": {"data", "model", "objective", "optimizer", "run"},
+    "a fine-tuning run of coma evaluate": {"artifact", "data", "optimizer", "run"},
+    "an artifact": {"kind", "model", "image_size", "mean", "std"},
+}
+"""What `config.json` has of each."""
+
+
+def product_at(folder: Path, holds: Callable[[str], bool] | None = None) -> str | None:
+    """Returns what this toolkit wrote there, in words; None of any other folder.
+
+    Args:
+        folder: Where to look.
+        holds: Whether the folder has an entry of a name; by default the file system is asked.
+    """
+    holds = holds or (lambda name: os.path.exists(folder / name))
+    if holds("config.json"):
+        keys = _keys(folder / "config.json")
+        for what, needed in _CONFIGS.items():
+            if needed <= keys:
+                return what
+    if holds("compare.json") and {"budget", "test", "device"} <= _keys(folder / "compare.json"):
+        return "a comparison of coma compare"
+    if holds("manifest.json") and {"format_version", "artifact", "files"} <= _keys(folder / "manifest.json"):
+        return "an export of coma export"
+    if holds("config.py") and (holds("printed.txt") or holds("last_checkpoint")):
+        return "a run of coma detect or segment"
+    if holds("pictures"):
+        if holds("detections.json") and holds("images.json"):
+            return "predictions of coma detect"
+        if (
+            holds("labels")
+            and len(drawn := _names(folder / "pictures")) > 0
+            and drawn == _names(folder / "labels")
+        ):
+            return "predictions of coma segment"
+        if holds("run") and product_at(folder / "run"):
+            return "a folder of coma quickstart"
+    return None
+
+
+def product_around(folder: Path) -> tuple[Path, str] | None:
+    """Returns the folder of this toolkit that `folder` is, or lies in, and what it is.
+
+    The pictures that a quickstart learns from are data.
+    """
+    real = folder.resolve()
+    for place in (real, *real.parents):
+        what = product_at(place)
+        if what and (place == real or "quickstart" not in what):
+            return place, what
+    return None
+
+
+def _keys(path: Path) -> set[str]:
+    try:
+        if not path.is_file() or path.stat().st_size > _LARGEST_FILE:
+            return set()
+        plain: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return set()
+    return set(plain) if isinstance(plain, dict) else set()
+
+
+def _names(folder: Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except OSError:
+        return set()

@@ -1,0 +1,399 @@
+"""Faults from outside: full disks, refused graphs, two exports at once, hostile files, signals."""
+
+import errno
+import fcntl
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import export_files
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export import making, to_onnx
+from export.commands.output import exclusive
+from export.exporting import require
+from export.judging import REJECTED
+from export.manifest import NAME, STAGED, Manifest
+from export.runtimes.onnxruntime import OnnxRuntime
+from export.runtimes.open import open_runtime
+from export.tensorrt import rtx
+from pretrain import files
+from pretrain.cli import main
+from pretrain.config import ViTConfig
+from pretrain.errors import BadInput, CheckFailed
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
+
+VIT = ViTConfig(patch=16, dim=16, depth=1, heads=2)
+QUICK = ("--shapes", "1x48x48", "--seconds", "0", "--verify-images", "4")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """A run with a classifier and its fp32 file."""
+    run = tmp_path_factory.mktemp("run")
+    assert export(export_files.classifier(run / "artifact", VIT)) == 0
+    return run
+
+
+@pytest.fixture
+def run_folder(exported, tmp_path) -> Path:
+    """A copy, to be spoilt."""
+    return Path(shutil.copytree(exported, tmp_path / "run"))
+
+
+def export(artifact: Path, *more: str) -> int:
+    return main(["export", str(artifact), *QUICK, *more])
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["classifier-fp16.unverified.onnx", STAGED, "report.md"])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(run_folder, monkeypatch, capsys, name):
+    folder, opened = run_folder / "export", {}
+    before = content(folder)
+
+    def opens(path, *rest):
+        number = os_open(path, *rest)
+        opened[number] = Path(path).name
+        return number
+
+    def writes(number, data):
+        if opened.get(number) == f".{name}.part":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return os_write(number, data)
+
+    os_open, os_write = os.open, os.write
+    monkeypatch.setattr(files.os, "open", opens)
+    monkeypatch.setattr(files.os, "write", writes)
+    assert export(run_folder / "artifact", "--precision", "fp16") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(
+        f"error: {folder / name}: No space left on device; make room there, or give another"
+    )
+    after = content(folder)
+    if name == "report.md":  # written last: the file was already kept
+        assert after.keys() - before.keys() == {"classifier-fp16.onnx"}
+    else:
+        assert {**after, "report.md": b""} == {**before, "report.md": b""}
+    monkeypatch.undo()
+    open_runtime(folder / "classifier.onnx")
+
+
+@pytest.mark.parametrize("fault", ["checker", "tracer", "size"])
+def test_a_graph_that_cannot_be_made_is_refused_and_the_others_are_made(tmp_path, monkeypatch, capsys, fault):
+    artifact = export_files.classifier(tmp_path / "artifact", VIT)
+
+    def refuses(model, **_):
+        if any(each.data_type == onnx.TensorProto.FLOAT16 for each in model.graph.initializer):
+            raise onnx.checker.ValidationError("Nodes in a graph must be topologically sorted\nand more")
+
+    def breaks(module, *rest, **options):
+        if next(module.parameters()).dtype == torch.float16:
+            try:
+                raise TypeError("cannot multiply these")
+            except TypeError as cause:
+                raise torch.onnx.OnnxExporterError("Failed\nNext steps: read a long page") from cause
+        return exports(module, *rest, **options)
+
+    exports = torch.onnx.export
+    if fault == "checker":
+        monkeypatch.setattr(onnx.checker, "check_model", refuses)
+    elif fault == "tracer":
+        monkeypatch.setattr(torch.onnx, "export", breaks)
+    else:
+        monkeypatch.setattr(onnx.checker, "MAXIMUM_PROTOBUF", 60_000)  # fp16 fits, fp32 does not
+    wanted = {
+        "checker": (
+            "classifier-fp16.onnx: the graph is not valid ONNX: Nodes in a graph must be",
+            "classifier.onnx",
+        ),
+        "tracer": (
+            "classifier-fp16.onnx: the graph cannot be traced: cannot multiply these",
+            "classifier.onnx",
+        ),
+        "size": (
+            "classifier.onnx: would be 0.0 GB, more than the 2 GB of an ONNX file",
+            "classifier-fp16.onnx",
+        ),
+    }
+    message, kept = wanted[fault]
+    assert export(artifact, "--precision", "fp32,fp16") == 1
+    error = capsys.readouterr().err
+    assert f"error: refused: {message}" in error
+    manifest = Manifest.read(tmp_path / "export", "")
+    assert manifest and [each.file for each in manifest.files] == [kept]
+    assert len(manifest.rejected) == 1
+    assert {path.name for path in (tmp_path / "export").iterdir()} == {kept, NAME, "report.md"}
+
+
+def test_a_folder_takes_one_export_at_a_time(run_folder, capsys):
+    with exclusive(run_folder / "export"):
+        assert export(run_folder / "artifact") == 2
+    assert "another coma export writes there; wait until it has ended" in capsys.readouterr().err
+
+
+def test_a_killed_export_leaves_no_lock_and_its_unfinished_files_are_removed(run_folder, caplog):
+    folder = run_folder / "export"
+    code = "import sys, time; from pathlib import Path; from export.commands.output import exclusive\n"
+    code += "with exclusive(Path(sys.argv[1])): print('locked', flush=True); time.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline() == b"locked\n"
+        with pytest.raises(BadInput, match="another coma export"), exclusive(folder):
+            pass
+        other.kill()
+    left = (
+        "classifier-int8.unverified.onnx",
+        "encoder.onnx.base",
+        STAGED,
+        f".{STAGED}.part",
+        ".report.md.part",
+    )
+    for name in (*left, "mine.unverified.onnx", "notes.part"):
+        (folder / name).touch()
+    assert export(run_folder / "artifact", "--precision", "fp16") == 0
+    names = {path.name for path in folder.iterdir()}
+    assert not names & set(left) and {"mine.unverified.onnx", "notes.part"} <= names
+    assert "removed 5 unfinished files of an export that was killed" in caplog.text
+    manifest = Manifest.read(folder, "")
+    assert manifest and [each.file for each in manifest.files] == ["classifier.onnx", "classifier-fp16.onnx"]
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with exclusive(tmp_path):
+        assert "cannot be locked (No locks available); run no second export there" in caplog.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("when", ["traced", "renamed"])
+def test_a_signal_leaves_nothing_unfinished(run_folder, monkeypatch, capsys, number, when):
+    folder = run_folder / "export"
+    before, handler = content(folder), signal.getsignal(signal.SIGTERM)
+
+    def written(*arguments):
+        found = write_onnx(*arguments)
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+        return found
+
+    def replaces(path, target):
+        found = replace(path, target)
+        if Path(target).name == "classifier-fp16.onnx":
+            os.kill(os.getpid(), number)  # between the file and the manifest
+        return found
+
+    write_onnx, replace = making.write_onnx, Path.replace
+    if when == "traced":
+        monkeypatch.setattr(making, "write_onnx", written)
+    else:
+        monkeypatch.setattr(Path, "replace", replaces)
+    assert export(run_folder / "artifact", "--precision", "fp16") == 130
+    assert ("stopped by SIGTERM" if number == signal.SIGTERM else "interrupted") in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == handler
+    if when == "traced":
+        assert {**content(folder), "report.md": b""} == {**before, "report.md": b""}
+    else:
+        assert content(folder).keys() == before.keys() | {"classifier-fp16.onnx"}
+        open_runtime(folder / "classifier-fp16.onnx")  # the manifest has it
+
+
+def test_an_artifact_that_changes_during_the_export_ends_it(run_folder, monkeypatch, capsys):
+    def changes(deployable, shapes, path):
+        found = write_onnx(deployable, shapes, path)
+        config = json.loads((run_folder / "artifact" / "config.json").read_text())
+        config["mean"][0] += 0.1
+        (run_folder / "artifact" / "config.json").write_text(json.dumps(config))
+        return found
+
+    write_onnx = making.write_onnx
+    monkeypatch.setattr(making, "write_onnx", changes)
+    out = run_folder / "out"
+    assert export(run_folder / "artifact", "--precision", "fp32,fp16", "--out", str(out)) == 2
+    assert "has changed during the export; export it again" in capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} == {"classifier.onnx", NAME, "report.md"}
+
+
+def test_only_what_the_manifest_lists_is_opened(run_folder, caplog):
+    folder = run_folder / "export"
+    path = folder / "classifier.onnx"
+    open_runtime(path)
+    for name in ("renamed.onnx", "renamed.engine"):
+        other = Path(shutil.copy(path, folder / name))
+        with pytest.raises(BadInput, match=r"manifest.json beside it does not list it as verified; export"):
+            open_runtime(other)
+    (folder.parent / "link.onnx").symlink_to(folder / "renamed.onnx")
+    with pytest.raises(BadInput, match="does not list it"):
+        open_runtime(folder.parent / "link.onnx")
+    shutil.copy(path, folder / f"x.onnx{REJECTED}")
+    (folder.parent / "good.onnx").symlink_to(folder / f"x.onnx{REJECTED}")
+    with pytest.raises(BadInput, match="failed its gate"):
+        open_runtime(folder.parent / "good.onnx")
+    assert not caplog.records
+    alone = folder.parent / "alone"
+    alone.mkdir()
+    open_runtime(Path(shutil.copy(path, alone)))  # as an older or a copied one
+    assert "nobody knows if it was verified" in caplog.text
+
+
+def test_a_file_and_a_manifest_that_an_export_just_replaced_fit(run_folder, monkeypatch):
+    folder = run_folder / "export"
+    stale = Manifest.read(folder, "")
+    assert stale
+    stale.files[0].sha256 = "of the former file"
+    read, manifests = Manifest.read, [stale]
+    monkeypatch.setattr(Manifest, "read", lambda *a: manifests.pop() if manifests else read(*a))
+    open_runtime(folder / "classifier.onnx")
+
+
+def with_external_data(folder: Path, place: str) -> Path:
+    """An ONNX file of ours whose largest weight lies elsewhere."""
+    model = onnx.load(folder / "classifier.onnx")
+    tensor = max(model.graph.initializer, key=lambda each: len(each.raw_data))
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=place)
+    (folder / "classifier.onnx").write_bytes(model.SerializeToString())
+    return folder / "classifier.onnx"
+
+
+def test_hostile_and_damaged_files_are_refused_in_one_line(run_folder):
+    folder = run_folder / "export"
+    good = (folder / "classifier.onnx").read_bytes()
+    (folder / NAME).unlink()
+    for place in ("/etc/passwd", "../artifact/model.safetensors", "report.md"):
+        with pytest.raises(BadInput, match="keeps weights in other files"):
+            open_runtime(with_external_data(folder, place))
+        (folder / "classifier.onnx").write_bytes(good)
+    for size in (0, 1, 1000, len(good) // 2, len(good) - 1):
+        (folder / "cut.onnx").write_bytes(good[:size])
+        with pytest.raises(BadInput, match=r"cut\.onnx"):
+            open_runtime(folder / "cut.onnx")
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        damaged = bytearray(good)
+        for place in rng.integers(0, len(good), 40):
+            damaged[place] = rng.integers(256)
+        (folder / "damaged.onnx").write_bytes(damaged)
+        try:
+            runtime = open_runtime(folder / "damaged.onnx")
+            runtime(torch.zeros(1, 3, 48, 48))
+        except (BadInput, CheckFailed) as error:
+            assert "\n" not in str(error)
+    (folder / "folder.onnx").mkdir()
+    with pytest.raises(BadInput, match=r"folder\.onnx: not an artifact"):
+        open_runtime(folder / "folder.onnx")
+    for name in ("pipe.onnx", "pipe.engine"):
+        os.mkfifo(folder / name)
+        with pytest.raises(BadInput, match="not a regular file"):
+            open_runtime(folder / name)
+        with pytest.raises(BadInput, match="not a regular file"):
+            OnnxRuntime(folder / "pipe.onnx")
+    (folder / "loop.onnx").symlink_to("loop.onnx")
+    with pytest.raises(BadInput, match=r"loop\.onnx: "):
+        open_runtime(folder / "loop.onnx")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda plain: "[" * 100_000,
+        lambda plain: json.dumps(plain | {"files": [5]}),
+        lambda plain: json.dumps(plain | {"files": [plain["files"][0] | {"file": 7}]}),
+        lambda plain: json.dumps(plain | {"files": [plain["files"][0] | {"file": "../../etc/passwd"}]}),
+        lambda plain: json.dumps(plain | {"files": [plain["files"][0] | {"verification": {}}]}),
+        lambda plain: json.dumps(plain | {"files": [plain["files"][0] | {"image_sets": {"a": 1}}]}),
+        None,
+    ],
+)
+def test_a_hostile_manifest_is_refused_in_one_line(run_folder, capsys, spoil):
+    path = run_folder / "export" / NAME
+    plain = json.loads(path.read_text())
+    path.unlink()
+    if spoil is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(spoil(plain))
+    for command in ("export", "benchmark"):
+        assert main([command, str(run_folder / "artifact")]) == 2
+        error = capsys.readouterr().err.splitlines()
+        assert error[-1].startswith(f"error: {path}: ")
+    with pytest.raises(BadInput, match=r"manifest\.json: "):
+        open_runtime(run_folder / "export" / "classifier.onnx")
+
+
+@pytest.mark.parametrize(
+    ("package", "error", "message"),
+    [
+        (
+            "onnx",
+            ModuleNotFoundError("No module", name="onnx"),
+            r"onnx is not installed; pip install 'coma-dyvit",
+        ),
+        ("onnxscript", ImportError("cannot import x"), r"onnxscript does not load \(cannot import x\); pip"),
+        ("onnxruntime", ModuleNotFoundError("No module", name="onnxruntime"), "pip install onnxruntime-gpu"),
+        ("onnx", TypeError("Descriptors cannot be created"), r"onnx does not load \(Descriptors cannot be"),
+    ],
+)
+def test_missing_packages_are_said_before_anything_is_read(tmp_path, monkeypatch, package, error, message):
+    def imports(name):
+        if name == package:
+            raise error
+        return imported(name)
+
+    imported = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", imports)
+    with pytest.raises(BadInput, match=message):
+        require("cpu")
+
+
+def test_a_device_that_does_not_start_is_said_before_anything_is_traced(exported, monkeypatch, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(to_onnx, "write_onnx", None)
+    assert export(exported / "artifact", "--device", "cuda") == 2
+    error = capsys.readouterr().err
+    assert "error: cuda: " in error and "tracing" not in error
+
+
+def hangs(sender, *_):
+    sender.send(("building", 1, 2))
+    time.sleep(100)
+
+
+def is_killed(sender, *_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def breaks(sender, *_):
+    os._exit(3)
+
+
+@pytest.mark.parametrize(
+    ("child", "message"),
+    [
+        (hangs, "made no progress for 0 minutes and was ended"),
+        (is_killed, "its process was killed by SIGKILL"),
+        (breaks, "its process ended with exit code 3"),
+    ],
+)
+def test_a_compiler_that_hangs_or_dies_is_a_failed_check(tmp_path, monkeypatch, child, message):
+    monkeypatch.setattr(rtx, "_check", child)
+    monkeypatch.setattr(rtx, "require_package", lambda _: None)
+    monkeypatch.setattr(rtx, "SILENCE", 1 if child is hangs else 500)
+    with pytest.raises(CheckFailed, match=message):
+        rtx.check_rtx(tmp_path / "x.onnx", ())

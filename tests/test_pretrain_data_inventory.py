@@ -1,0 +1,380 @@
+"""What a search for images takes and what it leaves out: all of it is counted and named in one line."""
+
+import io
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data as pictures
+
+from pretrain.cli import main
+from pretrain.data import images, inventory, open_source
+from pretrain.data.folders import FolderSource, subfolders
+from pretrain.data.images import decode
+from pretrain.data.products import product_around
+from pretrain.errors import BadImage, BadInput
+
+COLOUR = pictures.coffee()[:61, :83]  # [61, 83, 3]
+TINY = ["--model", "tiny", "--image-size", "32", "--batch-size", "2", "--device", "cpu", "--workers", "0"]
+
+
+def encoded(kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(COLOUR).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def save(path: Path, kind: str = "PNG") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded(kind))
+    return path
+
+
+def found(folder: Path) -> list[str]:
+    source = FolderSource(folder)
+    return [os.path.relpath(source.path(i), folder) for i in range(len(source))]
+
+
+# formats ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "GIF"])
+def test_avif_and_still_gif_are_read(kind):
+    pixels = decode(encoded(kind), "x").pixels
+    assert pixels.shape == COLOUR.shape
+    assert np.abs(pixels.astype(int) - COLOUR).mean() < 12
+
+
+def test_avif_is_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = decode(encoded("AVIF"), "x").pixels
+    turned = decode(encoded("AVIF", exif=exif), "x").pixels
+    assert turned.shape == (83, 61, 3)
+    assert np.abs(turned.astype(int) - np.rot90(upright, -1)).mean() < 6
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF"])
+def test_animations_are_refused(kind):
+    frames = [Image.fromarray(COLOUR[shift:]).resize((40, 30)) for shift in (0, 9)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+    with pytest.raises(BadImage, match=r"x: is an animation; save the frame that is meant as a still image"):
+        decode(buffer.getvalue(), "x")
+
+
+def heic(orientation: int = 1) -> bytes:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pillow_heif.from_pillow(Image.fromarray(COLOUR)).save(buffer, exif=exif.tobytes())
+    return buffer.getvalue()
+
+
+def test_heic_is_read_with_the_extra(tmp_path):
+    assert np.abs(decode(heic(), "x").pixels.astype(int) - COLOUR).mean() < 12
+    assert decode(heic(6), "x").pixels.shape == (83, 61, 3)
+    (tmp_path / "a.HEIC").write_bytes(heic())
+    (tmp_path / "no_extension").write_bytes(heic())
+    assert open_source(tmp_path).summary() == f"{tmp_path}: 2 images (1 .heic, 1 without extension)"
+    with pytest.raises(BadImage, match="x: does not decode"):
+        decode(heic()[:300], "x")
+
+
+def test_without_the_extra_heic_is_counted_with_the_way_to_read_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(inventory, "find_spec", lambda name: None)
+    save(tmp_path / "a.png")
+    for number in range(3):
+        (tmp_path / f"{number}.heic").write_bytes(b"")
+    assert open_source(tmp_path).summary() == (
+        f"{tmp_path}: 1 image (1 .png); left out: 3 .heic (to read them: pip install 'coma-dyvit[heic]')"
+    )
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(BadInput, match=r"it holds 3 \.heic \(to read them: pip install"):
+        open_source(tmp_path)
+
+
+def test_heic_under_another_name_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(BadImage, match=r"x: HEIC images need an extra: pip install 'coma-dyvit\[heic\]'"):
+        decode(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "x")
+
+
+def test_what_has_no_extension_is_judged_by_its_content(tmp_path):
+    for name in ("IMG_0001", "scan.001", "photo.jpg?width=200", "picture.jpg_large"):
+        save(tmp_path / name)
+    for kind in ("JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP"):
+        save(tmp_path / "kinds" / kind, kind)
+    for name in ("README", "BMW.2", "empty."):
+        (tmp_path / name).write_text("BM of no image" if name != "empty." else "")
+    np.save(tmp_path / "kinds" / "array.npy", COLOUR)
+    (tmp_path / "kinds" / "array.npy").rename(tmp_path / "kinds" / "array")
+    source = open_source(tmp_path)
+    assert source.summary() == (
+        f"{tmp_path}: 11 images (11 without extension); left out: 3 without extension (not read)"
+    )
+    assert all(source.read(i).shape == COLOUR.shape for i in range(11))
+
+
+def test_every_other_format_is_counted_by_its_extension(tmp_path):
+    save(tmp_path / "a.png")
+    names = ("b.svg", "c.mp4", "d.nef", "e.CR2", "f.dng", "g.psd", "h.dcm", "i.jp2", "j.NEF", "k.jpg.xmp")
+    for name in names:
+        (tmp_path / name).write_bytes(encoded("JPEG"))  # never looked into
+    assert open_source(tmp_path).summary() == (
+        f"{tmp_path}: 1 image (1 .png); left out: "
+        "2 .nef, 1 .cr2, 1 .dcm, 1 .dng, 1 .jp2, 1 .mp4, 1 .psd, 1 .svg, 1 .xmp (not read)"
+    )
+    for number in range(40):
+        (tmp_path / f"x.e{number:02d}").touch()
+    assert open_source(tmp_path).summary().endswith(".e07, 37 more of 37 kinds (not read)")
+
+
+# what systems leave behind ----------------------------------------------------------------------
+
+SYSTEM = (
+    *("__MACOSX/._cat.png", "@eaDir/cat.png/SYNOPHOTO_THUMB_M.jpg", "$RECYCLE.BIN/$R1.png", "#recycle/x.png"),
+    *("System Volume Information/x.png", "lost+found/x.png", "Thumbnails/x.png", "found.000/x.png"),
+)
+HIDDEN = (
+    "._cat.png",
+    ".DS_Store",
+    ".ipynb_checkpoints/cat.png",
+    ".thumbnails/x.png",
+    ".Trash-0/x.png",
+)
+
+
+def test_folders_of_systems_are_neither_images_nor_classes(tmp_path):
+    for name in ("cat/1.png", "dog/2.png", *SYSTEM, *(f"cat/{name}" for name in SYSTEM), *HIDDEN):
+        save(tmp_path / name)
+    (tmp_path / "Thumbs.db").touch()
+    (tmp_path / "ghost").mkdir()
+    source = open_source(tmp_path)
+    assert found(tmp_path) == ["cat/1.png", "dog/2.png"]
+    assert source.class_names == ("cat", "dog")
+    assert subfolders(tmp_path) == ["cat", "dog", "ghost"]
+    summary = source.summary()
+    assert "16 folders that systems leave behind (#recycle, $RECYCLE.BIN, @eaDir, ...)" in summary
+    assert "5 hidden files or folders (.DS_Store, .Trash-0, ._cat.png, ...)" in summary
+    assert "1 .db (not read)" in summary
+    assert "1 folder without an image (ghost)" in summary
+
+
+def test_whoever_points_at_such_a_folder_gets_it(tmp_path):
+    save(tmp_path / "thumbnails" / "1.png")
+    save(tmp_path / ".hidden" / "2.png")
+    assert len(open_source(tmp_path / "thumbnails")) == len(open_source(tmp_path / ".hidden")) == 1
+
+
+# odd objects of the file system -----------------------------------------------------------------
+
+
+@pytest.mark.timeout(60)
+def test_odd_objects_end_in_a_count_and_never_in_a_wait(tmp_path):
+    folder = tmp_path / "photos"
+    save(folder / "good.png")
+    save(folder / "folder.jpg" / "inside.png")
+    os.mkfifo(folder / "fifo.jpg")
+    os.mkfifo(folder / "fifo")
+    here = os.getcwd()
+    os.chdir(folder)  # a socket's path may have a hundred bytes
+    try:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind("socket.jpg")
+    finally:
+        os.chdir(here)
+    (folder / "zero.jpg").symlink_to("/dev/zero")
+    (folder / "gone.jpg").symlink_to("nowhere.jpg")
+    (folder / "loop").symlink_to("loop")
+    (folder / "ping.jpg").symlink_to("pong.jpg")
+    (folder / "pong.jpg").symlink_to("ping.jpg")
+    (folder / "again").symlink_to(".")
+    (folder / "empty.jpg").touch()
+    source = open_source(folder)
+    assert found(folder) == ["empty.jpg", "folder.jpg/inside.png", "good.png"]
+    with pytest.raises(BadImage, match=r"empty\.jpg: the file is empty"):
+        source.read(0)
+    assert source.summary() == (
+        f"{folder}: 3 images (2 .png, 1 .jpg); left out: 4 special files (fifo, fifo.jpg, socket.jpg, ...), "
+        "4 broken links (gone.jpg, loop, ping.jpg, ...), 1 folder reached twice by links (again/)"
+    )
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["a.jpg", "a.npz", "a.tar", "a"])
+def test_a_pipe_is_refused_in_one_line(tmp_path, name, capsys):
+    os.mkfifo(tmp_path / name)
+    assert main(["pretrain", str(tmp_path / name), "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / name}: is neither a folder nor a regular file\n"
+    assert main(["degrade", str(tmp_path / name), "--out", str(tmp_path / "sheet.png")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / name}: is not a regular file; give an image file\n"
+
+
+@pytest.mark.parametrize("name", ["loop", "x" * 300, "x/" * 3000])
+def test_paths_that_cannot_be_followed_are_refused_in_one_line(tmp_path, name, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    assert main(["pretrain", str(tmp_path / name), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/")
+    assert error.count("\n") == 1
+
+
+def test_names_of_any_bytes_make_one_printable_line(tmp_path):
+    save(tmp_path / "good.png")
+    for name in (b"caf\xe9.png", b"new\nline.png", b"\x1b[31mred.png"):
+        save(tmp_path / "plain.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    (tmp_path / os.fsdecode(b".hid\xe9den\n")).touch()
+    (tmp_path / os.fsdecode(b"x.\xe9\n")).touch()
+    source = open_source(tmp_path)
+    lines = [source.summary(), *(source.describe(i) for i in range(len(source)))]
+    assert len(source) == 4
+    assert all(line.isprintable() and line.encode() for line in lines)
+    assert ".hid\\udce9den\\n" in lines[0]
+
+
+# what this toolkit writes -----------------------------------------------------------------------
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The lines that were to be written once, and forgets them."""
+    lines = [record.getMessage() for record in caplog.records if getattr(record, "once", False)]
+    caplog.clear()
+    return lines
+
+
+def test_runs_among_the_photographs_are_never_data(tmp_path, monkeypatch, caplog, capsys):
+    """`cd photos; coma pretrain .` writes run/ among the photographs, pictures and all."""
+    for number in range(4):
+        save(tmp_path / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretrain", ".", "--steps", "1", *TINY]) == 0
+    assert list((tmp_path / "run").rglob("*.png"))
+    assert said(caplog) == [".: 4 images (4 .png)"]
+    assert main(["pretrain", "--resume", "run", "--steps", "2"]) == 0
+    assert said(caplog) == [
+        ".: 4 images (4 .png); left out: 1 folder written by coma (run/ is a run of coma pretrain)"
+    ]
+    capsys.readouterr()
+    (tmp_path / "run").rename(tmp_path / "holiday")  # whatever it is called
+    assert found(tmp_path) == ["0.png", "1.png", "2.png", "3.png"]
+    lies_in = f"lies in {tmp_path}/holiday, which is"
+    for inside, where in (("holiday", "is"), ("holiday/reconstructions", lies_in)):
+        assert main(["pretrain", inside, "--out", "other"]) == 2
+        assert capsys.readouterr().err == (
+            f"error: {inside}: {where} a run of coma pretrain, and its pictures are results; give the folder "
+            "of the images themselves\n"
+        )
+
+
+PRODUCTS = {
+    "a run of coma pretrain": {"config.json": '{"data":1,"model":1,"objective":1,"optimizer":1,"run":1}'},
+    "a fine-tuning run of coma evaluate": {"config.json": '{"artifact":1,"data":1,"optimizer":1,"run":1}'},
+    "an artifact": {"config.json": '{"kind":1,"model":1,"image_size":1,"mean":1,"std":1}'},
+    "a comparison of coma compare": {"compare.json": '{"budget":1,"test":1,"device":1}'},
+    "an export of coma export": {"manifest.json": '{"format_version":2,"artifact":1,"files":[]}'},
+    "a run of coma detect or segment": {"config.py": "", "last_checkpoint": "iter_2.pth"},
+    "predictions of coma detect": {"detections.json": "[]", "images.json": "{}", "pictures/a.png": ""},
+    "predictions of coma segment": {"labels/a.png": "", "pictures/a.png": ""},
+    "a folder of coma quickstart": {
+        "pictures/a.png": "",
+        "run/config.json": '{"data":1,"model":1,"objective":1,"optimizer":1,"run":1}',
+    },
+}
+
+
+@pytest.mark.parametrize("what", PRODUCTS)
+def test_products_are_recognised_by_their_content(tmp_path, what):
+    save(tmp_path / "cat" / "1.png")
+    save(tmp_path / "dog" / "2.png")
+    save(tmp_path / "result" / "curves.png")
+    for name, text in PRODUCTS[what].items():
+        path = tmp_path / "result" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert found(tmp_path) == ["cat/1.png", "dog/2.png"]
+    assert subfolders(tmp_path) == ["cat", "dog"]
+    assert f"1 folder written by coma (result/ is {what})" in open_source(tmp_path).summary()
+    with pytest.raises(BadInput, match=f"result: is {what}, and its pictures are results"):
+        open_source(tmp_path / "result")
+
+
+def test_folders_of_others_are_data_whatever_they_hold(tmp_path):
+    for name, text in {
+        "config.json": '{"name": "camera"}',
+        "manifest.json": '{"short_name": "app"}',
+        "compare.json": "[1]",
+        "config.py": "x = 1",
+        "detections.json": "{",
+    }.items():
+        (tmp_path / name).write_text(text)
+    save(tmp_path / "pictures" / "a.png")
+    save(tmp_path / "labels" / "b.png")
+    assert found(tmp_path) == ["labels/b.png", "pictures/a.png"]
+
+
+def test_the_pictures_of_a_quickstart_are_data(tmp_path):
+    save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(PRODUCTS["a run of coma pretrain"]["config.json"])
+    assert found(tmp_path / "pictures") == ["a.png"]
+    assert product_around(tmp_path) == (tmp_path, "a folder of coma quickstart")
+
+
+# the line ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def labelled(tmp_path) -> Path:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            for number in range(3):
+                save(tmp_path / "data" / split / name / f"{number}.png")
+    (tmp_path / "data" / "train" / "film.mp4").touch()
+    return tmp_path / "data"
+
+
+def test_every_command_says_what_it_reads(labelled, tmp_path, caplog):
+    train = f"{labelled}/train: 6 images (6 .png); left out: 1 .mp4 (not read)"
+    note = (
+        f"{labelled}: reads train/ (6 images), and leaves out test/ (6 images); give one of these by its own "
+    )
+    note += "path to use it"
+    test = f"{labelled}/test: 6 images (6 .png)"
+    run = tmp_path / "run"
+    assert main(["pretrain", str(labelled), "--out", str(run), "--steps", "1", *TINY]) == 0
+    assert said(caplog) == [train, note]
+    arguments = ["--data", str(labelled), "--workers", "0", "--device", "cpu"]
+    assert main(["evaluate", str(run / "artifact"), *arguments, "--k", "1"]) == 0
+    assert set(said(caplog)) == {train, test}
+    assert main(["pack", str(labelled), "--out", str(tmp_path / "packed"), "--workers", "0"]) == 0
+    assert said(caplog) == [train, note]
+
+
+def test_the_line_comes_first_and_once(labelled, tmp_path):
+    command = "import sys; from pretrain.cli import main; from pretrain.data import open_source\n"
+    place = labelled / "train"
+    arguments = ["pack", str(place), "--out", str(tmp_path / "out"), "--workers", "0"]
+    command += f"assert main({arguments}) == 0\n"
+    command += f"open_source({str(place)!r})"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert done.stderr == f"{labelled}/train: 6 images (6 .png); left out: 1 .mp4 (not read)\n"
+
+
+def test_opening_asks_the_file_system_nothing_about_ordinary_files(tmp_path, monkeypatch):
+    for number in range(20):
+        save(tmp_path / f"{number}.png")
+    asked = []
+    for name in ("stat", "lstat", "open"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda path, *a, f=real, **k: asked.append(path) or f(path, *a, **k))
+    monkeypatch.setattr("builtins.open", lambda path, *a, **k: pytest.fail(f"opened {path}"))
+    assert len(open_source(tmp_path)) == 20
+    assert not [path for path in asked if str(path).endswith(".png")]
+    assert images.EXTENSIONS
