@@ -194,8 +194,8 @@ def test_changed_data_are_gone_on_with_when_asked_and_said(resumable, photos, tm
     with pytest.raises(BadInput) as refused:
         pretrain(at(config, run), resume=True)
     changed = (
-        "the images have changed: 6 removed (0.png, 1.png, 2.png and 3 more), 6 added (other 0.png, other 1.png, "
-        "other 2.png and 3 more), 1 of another size (9.png "
+        "the images have changed: 6 removed (0.png, 1.png, 2.png and 3 more), 6 added (other 0.png, other "
+        "1.png, other 2.png and 3 more), 1 of another size (9.png "
     )
     assert changed in str(refused.value)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):

@@ -90,10 +90,10 @@ def test_every_changed_byte_of_a_state_is_noticed(tmp_path):
         write_state(folder, {"step": step, "weights": torch.arange(8.0) + step}, keep=step - 1)
     newest = folder / "step-000002.pt"
     good = newest.read_bytes()
-    cut = [good[:at] for at in (0, 100, len(good) - 100, len(good) - 73, len(good) - 1)]
-    for at in [*range(0, len(good), 41), *range(len(good) - 80, len(good))]:
+    cut = [good[:size] for size in (0, 100, len(good) - 100, len(good) - 73, len(good) - 1)]
+    for place in [*range(0, len(good), 41), *range(len(good) - 80, len(good))]:
         flipped = bytearray(good)
-        flipped[at] ^= 1
+        flipped[place] ^= 1
         cut.append(bytes(flipped))
     for damaged in cut:
         newest.write_bytes(damaged)
