@@ -12,6 +12,7 @@ import tyro
 from export.shapes import Shape, Shapes, parse_shapes
 from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput, CheckFailed, ComaError
+from pretrain.preflight import make_folder, require_packages
 from pretrain.ranges import Range, Ranged
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def run(argv: list[str]) -> None:
     given = parse_arguments(ExportConfig, argv, prog="coma export")
     targets = _choice(given.to, TARGETS, "--to")
     precisions = _choice(given.precision, PRECISIONS, "--precision")
+    require_packages("onnx", "onnxscript", "onnxruntime")
     if "tensorrt" in targets:
         from export.tensorrt.library import require_gpu, require_package
 
@@ -137,7 +139,6 @@ def default_shapes(config: ArtifactConfig, form: Form) -> Shapes:
 
 
 def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str, ...]) -> None:
-    from export.commands.output import make_folder
     from export.commands.progress import Bar
     from export.exporting import Outcome, export
     from export.forms.load import artifact_hash, forms_of

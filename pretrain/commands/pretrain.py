@@ -42,6 +42,7 @@ from pretrain.config import (
 )
 from pretrain.errors import BadInput, ComaError
 from pretrain.plain import read_config
+from pretrain.preflight import require_packages
 from pretrain.ranges import CHANNELS, SIDE, Ranged
 
 Model = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
@@ -103,6 +104,7 @@ def run(argv: list[str]) -> None:
     main = "LOCAL_RANK" not in os.environ or os.environ.get("RANK") == "0"  # torchrun sets both
     try:
         config, resume = parse(argv)
+        require_packages("tensorboard", "matplotlib")
         from pretrain.training import pretrain
 
         folder = pretrain(config, resume=resume)

@@ -15,6 +15,7 @@ from pretrain.training.setup import (
     Plan,
     check_folder,
     check_shapes,
+    check_space,
     count_steps,
     is_multiple,
     share_out,
@@ -77,6 +78,7 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
         )
     steps = count_steps(config.optimizer, len(train))
     weights = encoder.state_dict()
+    check_space(config, sum(tensor.numel() for tensor in weights.values()))
     return FinetunePlan(config, train, slices, steps, about, weights, labels, test, test_labels)
 
 
