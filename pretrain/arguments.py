@@ -22,11 +22,10 @@ from tyro import _errors as events  # its hook is not public yet (1.0.17); see `
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from pretrain.errors import BadInput
+from pretrain.paths import local_path
 from pretrain.ranges import ranges_of
 
 Settings = TypeVar("Settings")
-
-_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://?")
 
 
 def parse_arguments(
@@ -72,22 +71,6 @@ def parse_known(kind: type[Settings], argv: Sequence[str], *, prog: str) -> Sett
         return tyro.cli(
             kind, args=rest, prog=prog, return_unknown_args=True, add_help=False, registry=_registry()
         )[0]
-
-
-def local_path(text: str) -> Path:
-    """A path as a user wrote it.
-
-    Raises:
-        BadInput: it is empty, no file system can have it, or it is the address of something remote.
-    """
-    if not text.strip():
-        raise BadInput(f"{text!r} names no file or folder")
-    if "\0" in text:
-        raise BadInput(f"{text!r}: a path cannot contain a NUL byte")
-    if _REMOTE.match(text) and not Path(text).exists():
-        way = "hf download" if text.startswith("hf:") else "rclone copy, or the tool of that storage"
-        raise BadInput(f"{text}: remote storage is not read; copy it to a local disk first ({way})")
-    return Path(text)
 
 
 def _registry() -> ConstructorRegistry:

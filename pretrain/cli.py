@@ -123,13 +123,18 @@ def _dispatch(arguments: list[str]) -> int:
         command.load()(rest)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if not command.extras or package == command.module.partition(".")[0]:
-            raise  # not a missing extra: a fault of ours
-        extras = ",".join(command.extras)
-        return _fail(
-            f"coma {name} needs {package}; install it with: pip install '{DISTRIBUTION}[{extras}]'", 2
-        )
+        if package in ("", *(each.module.partition(".")[0] for each in commands.values())):
+            raise  # not a missing package: a fault of ours
+        return _fail(f"coma {name} needs {package}; install it with: {_install(package, command.extras)}", 2)
     return 0
+
+
+def _install(package: str, extras: Sequence[str]) -> str:
+    """The command that installs a package that is missing."""
+    offered = metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
+    own = [extra for extra in offered if extra.partition("-")[0] == package][:1]  # onnxruntime, mmcv-lite
+    names = ",".join([*extras, *(extra for extra in own if extra not in extras)])
+    return f"pip install '{DISTRIBUTION}[{names}]'" if names else f"pip install {DISTRIBUTION}"
 
 
 def find_commands() -> dict[str, metadata.EntryPoint]:

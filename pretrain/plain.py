@@ -28,6 +28,8 @@ from pretrain.config import (
     ViTConfig,
 )
 from pretrain.errors import BadInput
+from pretrain.paths import local_path
+from pretrain.ranges import OutOfRange
 
 Settings = TypeVar("Settings", PretrainConfig, FinetuneConfig)
 
@@ -37,7 +39,7 @@ def _converter() -> cattrs.Converter:
     for kind, accepted in ((int, int), (float, (int, float)), (bool, bool), (str, str)):
         converter.register_structure_hook(kind, _exactly(kind, accepted))
     converter.register_unstructure_hook(Path, str)
-    converter.register_structure_hook(Path, lambda value, _: Path(value))
+    converter.register_structure_hook(Path, lambda value, _: local_path(value))
     configure_union_passthrough(str | int, converter)
     _register_union(converter, EncoderConfig, "architecture", {"dyvit": DyViTConfig, "vit": ViTConfig})
     methods = {
@@ -105,11 +107,28 @@ def from_plain(plain: Any, kind: Any, *, source: str) -> Any:
             f"{source}: " + "; ".join(cattrs.transform_error(error, format_exception=_explain))
         ) from None
     except (BadInput, TypeError, KeyError, ValueError) as error:
-        raise BadInput(f"{source}: {error}") from None
+        raise BadInput(f"{source}: {_explain(error, None)}") from None
 
 
 def _explain(error: BaseException, kind: type | None) -> str:
+    if isinstance(error, OutOfRange):
+        return error.in_file
     return str(error) if isinstance(error, BadInput) else format_exception(error, kind)
+
+
+def read_json(path: Path, wanted: str) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        BadInput: it cannot be read, or is no JSON; the message says what is `wanted` in its place.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise BadInput(f"{path}: {reason}; give {wanted}") from None
+    except (ValueError, RecursionError):  # of bytes that are no text, text that is no JSON, endless numbers
+        raise BadInput(f"{path}: not a readable config, its text is not JSON; give {wanted}") from None
 
 
 def read_config(path: Path, kind: type[Settings] = PretrainConfig) -> Settings:
@@ -119,12 +138,7 @@ def read_config(path: Path, kind: type[Settings] = PretrainConfig) -> Settings:
         BadInput: no such file, not JSON, or fields that do not fit, as those of another kind of run.
     """
     path = path / "config.json" if path.is_dir() else path
-    try:
-        plain = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; give a run directory or its config.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadInput(f"{path}: not a readable config ({error})") from None
+    plain = read_json(path, "a run directory or its config.json")
     if isinstance(plain, dict) and "format_version" in plain:
         raise BadInput(f"{path}: is of an artifact, not of a run; give a run directory or its config.json")
     finetuned = isinstance(plain, dict) and "artifact" in plain

@@ -16,6 +16,7 @@ import tyro
 from demo.storage import Storage, delete_leftovers, temporary_storage
 from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput
+from pretrain.preflight import require_packages
 from pretrain.ranges import Range, Ranged
 
 if TYPE_CHECKING:
@@ -57,8 +58,10 @@ def run(argv: list[str]) -> None:
     """
     given = parse_arguments(DemoConfig, argv, prog="coma demo")
     auth = parse_auth(given.auth)
+    require_packages("gradio", "skimage")
     check_port(given.host, given.port)
-    models = load_models(given.models or (quickstart(),), given.device)
+    device = pick_device(given.device)
+    models = load_models(given.models or (quickstart(),), device)
     if dead := delete_leftovers():
         print(f"deleted the pictures of {dead} demo server{'s'[: dead > 1]} that had been killed", flush=True)
     with _ended_by_signals(), temporary_storage() as storage:
@@ -146,20 +149,28 @@ def serve(
     return page
 
 
-def load_models(given: tuple[Path, ...], device: str) -> Models:
+def load_models(given: tuple[Path, ...], device: Literal["cpu", "cuda"]) -> Models:
     """What was named.
 
     Raises:
         BadInput: something that is no artifact and no verified file.
     """
-    import torch
-
     from demo.models import Models
 
-    if device == "cuda" and not torch.cuda.is_available():
+    return Models(given, device)
+
+
+def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    """The device to use; auto: a GPU where there is one.
+
+    Raises:
+        BadInput: there is no GPU.
+    """
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: this PyTorch sees no GPU")
-    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    return Models(given, "cuda" if on_gpu else "cpu")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def quickstart(folder: Path = QUICKSTART) -> Path:

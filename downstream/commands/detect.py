@@ -12,6 +12,7 @@ from downstream.commands import shared
 from downstream.options import FromOptions, TrainingOptions
 from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput
+from pretrain.preflight import require_file
 from pretrain.ranges import SHARE, SIDE, Ranged
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def run(argv: list[str]) -> None:
         CheckFailed: a loss that is not finite, or results that could not be written.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
-    shared.choose_action(argv, {"train": _train, "test": _test, "predict": _predict}, USAGE)
+    shared.choose_action(argv, {"train": _train, "test": _test, "predict": _predict}, USAGE, "mmdet")
 
 
 def _train(argv: list[str]) -> None:
@@ -142,6 +143,9 @@ def _test(argv: list[str]) -> None:
     from downstream.finetuned import read_finetuned
     from downstream.tuning import measure
 
+    if given.out:
+        require_file(given.out)
+
     about = read_finetuned(given.artifact, "detector").config
     with shared.checking(f"checking {given.split}") as progress:
         split = open_coco(given.data, given.split, progress=progress)
@@ -158,6 +162,7 @@ def _predict(argv: list[str]) -> None:
     from downstream.prediction import image_numbers, list_images, number_images, predict, write_detections
 
     device = shared.device_of(given.device)
+    shared.check_empty(given.out)
     paths = list_images(given.images)
     numbers = number_images(paths, image_numbers(given.annotations) if given.annotations else None)
     model, about = load_finetuned(given.artifact, "detector")

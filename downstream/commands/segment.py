@@ -12,6 +12,7 @@ from downstream.commands import shared
 from downstream.options import FromOptions, TrainingOptions
 from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput
+from pretrain.preflight import require_file
 from pretrain.ranges import SIDE, Ranged
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def run(argv: list[str]) -> None:
         CheckFailed: a loss that is not finite, or results that could not be written.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
-    shared.choose_action(argv, {"train": _train, "test": _test, "predict": _predict}, USAGE)
+    shared.choose_action(argv, {"train": _train, "test": _test, "predict": _predict}, USAGE, "mmseg")
 
 
 def _train(argv: list[str]) -> None:
@@ -134,6 +135,9 @@ def _test(argv: list[str]) -> None:
     from downstream.segment import scoring
     from downstream.tuning import measure
 
+    if given.out:
+        require_file(given.out)
+
     about = read_finetuned(given.artifact, "segmentor").config
     with shared.checking(f"checking {given.split}") as progress:
         split = open_labels(given.data, given.split, given.classes, progress)
@@ -150,6 +154,7 @@ def _predict(argv: list[str]) -> None:
     from downstream.prediction import list_images, number_images, predict, write_segmentations
 
     device = shared.device_of(given.device)
+    shared.check_empty(given.out)
     paths = list_images(given.images)
     model, about = load_finetuned(given.artifact, "segmentor")
     out = shared.new_folder(given.out)

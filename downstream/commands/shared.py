@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from downstream.options import is_main
 from pretrain.errors import BadInput
 from pretrain.files import lies_among
+from pretrain.preflight import require_folder, require_packages
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +25,10 @@ COMMANDS = {"detector": "detect", "segmentor": "segment"}
 Device = Literal["auto", "cuda", "cpu"]
 
 
-def choose_action(argv: Sequence[str], actions: dict[str, Callable[[list[str]], None]], usage: str) -> None:
-    """Run the action that the first argument names.
+def choose_action(
+    argv: Sequence[str], actions: dict[str, Callable[[list[str]], None]], usage: str, package: str
+) -> None:
+    """Run the action that the first argument names; help needs none of OpenMMLab's packages.
 
     Raises:
         BadInput: it names none.
@@ -39,6 +42,8 @@ def choose_action(argv: Sequence[str], actions: dict[str, Callable[[list[str]], 
         raise BadInput(f"no action {argv[0]!r}; there are: {', '.join(actions)}")
     if not is_main():
         logging.getLogger("downstream").setLevel(logging.WARNING)
+    if not {"-h", "--help"} & set(argv):
+        require_packages("mmengine", "mmcv", package)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mm's packages warn of each other and of torch, for pages
         actions[argv[0]](list(argv[1:]))
@@ -166,12 +171,13 @@ def device_of(name: Device) -> torch.device:
 
 
 def check_empty(out: Path, way: str = "") -> None:
-    """Refuse a folder that holds something; `way` says what else could be done with it.
+    """Refuse a folder that holds something or cannot be written to; `way` says what else could be done.
 
     Raises:
         BadInput: it does.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    require_folder(out)
+    if out.exists() and any(out.iterdir()):
         raise BadInput(f"--out {out}: is not empty; {way}choose another")
 
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from export.commands.output import disk_errors, make_room, stoppable
+from export.commands.output import disk_errors, stoppable
 from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput
 from pretrain.files import write_whole
+from pretrain.preflight import require_file
 from pretrain.ranges import BATCH, SIDE, Range, Ranged
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def run(argv: list[str]) -> None:
     given = parse_arguments(BenchmarkConfig, argv, prog="coma benchmark")
     batches = parse_batches(given.batch)
     if given.out:
-        make_room(given.out)  # now, not after minutes of measuring
+        require_file(given.out)  # now, not after minutes of measuring
 
     import torch
 

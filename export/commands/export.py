@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from export.commands.output import disk_errors, exclusive, make_folder, make_room, stoppable
+from export.commands.output import disk_errors, exclusive, stoppable
 from export.shapes import Shape, Shapes, parse_shapes
 from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput, CheckFailed, ComaError
+from pretrain.preflight import make_folder, require_file, require_packages
 from pretrain.ranges import Range, Ranged
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def run(argv: list[str]) -> None:
     given = parse_arguments(ExportConfig, argv, prog="coma export")
     targets = _choice(given.to, TARGETS, "--to")
     precisions = _choice(given.precision, PRECISIONS, "--precision")
+    require_packages("onnx", "onnxscript", "onnxruntime")
     if "tensorrt" in targets:
         from export.tensorrt.library import require_gpu, require_package
 
@@ -166,7 +168,7 @@ def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str
     require(given.device)
     make_folder(out)
     if given.engine.timing_cache:
-        make_room(given.engine.timing_cache, "--timing-cache")
+        require_file(given.engine.timing_cache, "--timing-cache")
     with exclusive(out):
         remove_unfinished(out)
         name, source = given.artifact.resolve().name, artifact_hash(given.artifact)

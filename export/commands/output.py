@@ -1,4 +1,4 @@
-"""Where results go: made, found to be writable and locked before any work; disk errors in one line."""
+"""Where results go: the folder is locked, a stop leaves nothing unfinished, disk errors take one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import fcntl
 import logging
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,29 +15,6 @@ from pathlib import Path
 from pretrain.errors import BadInput, ComaError
 
 log = logging.getLogger(__name__)
-
-
-def make_folder(folder: Path, flag: str = "--out") -> None:
-    """Make a folder that files can be written into.
-
-    Raises:
-        BadInput: a file of that name, or a place that cannot be written to.
-    """
-    with _refusing(flag, folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-
-
-def make_room(file: Path, flag: str = "--out") -> None:
-    """Make the folder of a file that is to be written.
-
-    Raises:
-        BadInput: the file is a directory, or its folder cannot be written to.
-    """
-    with _refusing(flag, file):
-        if file.is_dir():
-            raise BadInput(f"{flag} {file}: is a directory; give a file name")
-        make_folder(file.parent, flag)
 
 
 @contextmanager
@@ -94,11 +70,3 @@ def disk_errors(place: Path, flag: str = "--out") -> Iterator[None]:
             f"{error.filename or place}: {error.strerror or error}; {way_out}, or give another {flag}. "
             "What was finished before is still valid"
         ) from error
-
-
-@contextmanager
-def _refusing(flag: str, place: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise BadInput(f"{flag} {place}: cannot be written to ({error.strerror or error})") from None

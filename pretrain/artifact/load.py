@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from pretrain.artifact.save import sibling
 from pretrain.errors import BadArtifact, BadInput
 from pretrain.hashing import sha256_of
 from pretrain.models import Encoder, build_encoder
-from pretrain.plain import from_plain
+from pretrain.plain import from_plain, read_json
 
 log = logging.getLogger(__name__)
 
@@ -146,10 +145,11 @@ def load_classifier(directory: Path) -> tuple[Classifier, ArtifactConfig]:
 
 
 def _check_directory(directory: Path, found: Path) -> None:
-    if found.is_file():
-        raise BadArtifact(f"{directory}: is a file; give the artifact's directory, {directory.parent}")
+    if found.exists() and not found.is_dir():
+        raise BadArtifact(f"{directory}: {_not_an_artifact(found)}")
     if not found.is_dir():
-        raise BadArtifact(f"{directory}: no such directory")
+        reason = "a symbolic link that leads nowhere" if found.is_symlink() else "no such directory"
+        raise BadArtifact(f"{directory}: {reason}")
     absent = [name for name in (CONFIG, TENSORS) if not (found / name).is_file()]
     if absent:
         inside = directory / "artifact"
@@ -157,12 +157,26 @@ def _check_directory(directory: Path, found: Path) -> None:
         raise BadArtifact(f"{directory}: not an artifact, it has no {' and no '.join(absent)}{hint}")
 
 
+def _not_an_artifact(file: Path) -> str:
+    """What a file is that was given in place of an artifact, and what to give."""
+    folder = file.absolute().parent
+    if file.name in (CONFIG, TENSORS) and all((folder / name).is_file() for name in (CONFIG, TENSORS)):
+        return f"is a file of an artifact; give its directory, {folder}"
+    wanted = "give the directory that a command wrote, for example run/artifact"
+    match file.suffix.lower():
+        case ".pth" | ".pt" | ".ckpt" | ".bin" | ".safetensors":
+            return f"is a file of weights, without the model that they belong to; {wanted}"
+        case ".onnx" | ".engine" | ".plan":
+            return f"is an exported model; {wanted}, from which it was exported"
+    return f"is a file, not an artifact; {wanted}"
+
+
 def _read_config(path: Path) -> tuple[ArtifactConfig, dict[str, Any] | None]:
     """The description, and the checksums that it carries."""
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadArtifact(f"{path}: not a readable config ({error})") from None
+        plain = read_json(path, "a whole artifact")
+    except BadInput as error:
+        raise BadArtifact(str(error)) from None
     version = plain.get("format_version") if isinstance(plain, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise BadArtifact(f"{path}: not an artifact's config, it has no format_version")

@@ -28,6 +28,7 @@ from pretrain.commands import evaluate as evaluate_command
 from pretrain.commands import pretrain as pretrain_command
 from pretrain.errors import BadInput, CheckFailed
 from pretrain.machine import cores
+from pretrain.preflight import require_folder, require_packages
 from pretrain.ranges import BUDGET, IMAGES, JOBS, SEED, Range, Ranged
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def run(argv: list[str]) -> None:
         Interrupted: Ctrl-C or SIGTERM; the same command goes on.
     """
     comparison = parse(argv)
+    require_packages("tensorboard", "matplotlib")
+    require_folder(comparison.out)
 
     from pretrain.compare import compare
 

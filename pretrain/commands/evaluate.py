@@ -25,6 +25,7 @@ from pretrain.arguments import parse_arguments, parse_known
 from pretrain.config import DataConfig, FinetuneConfig, FinetuneRecipe, RunConfig
 from pretrain.errors import BadInput
 from pretrain.plain import read_config
+from pretrain.preflight import require_file, require_packages
 from pretrain.ranges import BATCH, MINUTES, PROCESSES, SEED, SIDE, STEPS, Range, Ranged
 
 if TYPE_CHECKING:
@@ -135,8 +136,11 @@ def run(argv: list[str]) -> None:
             raise BadInput(f"{path}: was given twice; leave one out")
     if not config.protocol:
         raise BadInput("give at least one --protocol: knn, linear, finetune")
-    if config.out and config.out.is_dir():
-        raise BadInput(f"--out {config.out}: is a directory; give a file name")
+    if config.out:
+        require_file(config.out)
+    from pretrain.training.distributed import pick_device
+
+    pick_device(config.device)
     if "finetune" in config.protocol:
         _check_finetuning(config)
 
@@ -218,6 +222,11 @@ def _check_finetuning(config: EvaluateConfig) -> None:
         raise BadInput("--protocol finetune takes one artifact at a time, each into a --run of its own")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise BadInput("fine-tuning runs in one process, on one GPU or a CPU; start it without torchrun")
+    require_packages("tensorboard", "matplotlib")
+    if len(config.protocol) > 1:  # what it would refuse is not to be found after the others are measured
+        from pretrain.training.finetune_plan import prepare_finetuning
+
+        prepare_finetuning(_finetune_config(config), resume=config.resume is not None)
 
 
 def _finetune(config: EvaluateConfig) -> Score:

@@ -16,6 +16,7 @@ import tyro
 
 from pretrain.arguments import parse_arguments
 from pretrain.errors import ComaError, Interrupted
+from pretrain.preflight import require_folder
 from pretrain.ranges import PROCESSES, SIDE, Range, Ranged
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def run(argv: list[str]) -> None:
     from pretrain.data import open_source
     from pretrain.data.packing import PackSettings, pack
 
+    require_folder(config.out)
     console = Console()
     settings = PackSettings(config.size, config.quality, config.shard_images)
     source = open_source(config.images, config.split)

@@ -43,6 +43,7 @@ from pretrain.config import (
 )
 from pretrain.errors import BadInput, ComaError
 from pretrain.plain import read_config
+from pretrain.preflight import require_packages
 from pretrain.ranges import CHANNELS, SIDE, Ranged
 
 Model = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
@@ -106,6 +107,7 @@ def run(argv: list[str]) -> None:
     main = "LOCAL_RANK" not in os.environ or os.environ.get("RANK") == "0"  # torchrun sets both
     try:
         config, resume, allow_changed_data = parse(argv)
+        require_packages("tensorboard", "matplotlib")
         from pretrain.training import pretrain
 
         folder = pretrain(config, resume=resume, allow_changed_data=allow_changed_data)

@@ -27,6 +27,7 @@ from pretrain.config import (
 )
 from pretrain.errors import BadInput, CheckFailed
 from pretrain.plain import read_config
+from pretrain.preflight import require_folder, require_packages
 from pretrain.ranges import Range, Ranged
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def run(argv: list[str]) -> None:
 
     from rich.console import Console
 
+    require_packages("skimage", "tensorboard", "matplotlib")
     console = Console(highlight=False, soft_wrap=True)
     plan = _earlier(config)
     if plan:
@@ -131,8 +133,7 @@ def verify(plan: PretrainConfig, objective: Objective, images: Tensor, seeds: Te
 def _earlier(config: QuickstartConfig) -> PretrainConfig | None:
     """The run that an earlier quickstart began in this folder; None where there is none to go on with."""
     out, run, pictures = config.out, config.out / "run", config.out / "pictures"
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"--out {out}: is a file; give a folder")
+    require_folder(out)
     if not (run / "config.json").exists():
         others = sorted(path.name for path in out.glob("*") if path != pictures)
         if others:

@@ -58,19 +58,20 @@ def _open(path: Path, split: str | None, held_out: bool) -> Source:
         if "{" in path.name:
             _no_split(path, split)
             return ShardSource(path, [path.with_name(name) for name in expand_braces(path.name)])
-        raise BadInput(f"{path}: no such file or folder")
+        broken = "a symbolic link that leads nowhere" if path.is_symlink() else "no such file or folder"
+        raise BadInput(f"{path}: {broken}")
     if path.is_dir():
         return _open_folder(path, split, held_out)
     _no_split(path, split)
     if not path.is_file():
-        raise BadInput(f"{path}: is neither a folder nor a regular file")
+        raise BadInput(f"{path}: is a device or pipe; give a folder of images, a .npz pack or .tar shards")
     if path.suffix.lower() == ".npz":
         return NpzSource(path)
     if path.suffix.lower() == ".tar":
         return ShardSource(path, [path])
     if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")):
         raise BadInput(f"{path}: compressed shards cannot be read at random; unpack it to a plain .tar")
-    raise BadInput(f"{path}: give a folder of images, a .npz pack or .tar shards")
+    raise BadInput(f"{path}: is a single file; give a folder of images, a .npz pack or .tar shards")
 
 
 def _open_folder(path: Path, split: str | None, held_out: bool) -> Source:

@@ -24,6 +24,7 @@ from pretrain.training.setup import (
     Plan,
     check_folder,
     check_shapes,
+    check_space,
     count_steps,
     is_multiple,
     share_out,
@@ -123,13 +124,15 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
     for source in (train, *((val,) if val else ()), test):
         check_some(source, config.model.channels, config.data.mean or (), config.data.std or ())
     steps = count_steps(config.optimizer, len(train))
+    weights = encoder.state_dict()
+    check_space(config, sum(tensor.numel() for tensor in weights.values()))
     return FinetunePlan(
         config=config,
         source=train,
         slices=slices,
         steps=steps,
         about=about,
-        encoder=encoder.state_dict(),
+        encoder=weights,
         labels=labels,
         test=test,
         test_labels=test_labels,

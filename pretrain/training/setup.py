@@ -34,6 +34,7 @@ from pretrain.models import build_encoder
 from pretrain.models.attending import attend
 from pretrain.objectives import build_objective
 from pretrain.plain import flat, read_config, to_plain
+from pretrain.preflight import require_folder, require_space
 from pretrain.teaching import identified, may_have_moved
 from pretrain.training.distributed import Processes
 from pretrain.training.optimizer import learning_rate
@@ -133,7 +134,9 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
         if config.data.images is None:
             raise BadInput("give the images to train on, for example: coma pretrain PHOTOS --out runs/first")
         check_shapes(config)
-        check_objective(config)
+        parameters = check_objective(config)
+        if group.main:
+            check_space(config, parameters)
         check_loader(config.data, config.model.channels)
         slices = share_out(config.optimizer, group.rank, group.world)
         source = open_source(config.data.images)
@@ -174,8 +177,21 @@ def check_shapes(config: PretrainConfig | FinetuneConfig) -> None:
         )
 
 
-def check_objective(config: PretrainConfig) -> None:
+def check_space(config: PretrainConfig | FinetuneConfig, parameters: int) -> None:
+    """Refuse a disk that cannot hold the run's state beside the one that replaces it, and the artifact.
+
+    Raises:
+        BadInput: naming what is needed and what is free.
+    """
+    copies = 4 if config.optimizer.ema else 3  # weights, two moments of AdamW, their moving average
+    require_space(config.run.out, 4 * parameters * (2 * copies + 1), f"a run of {parameters:,} weights")
+
+
+def check_objective(config: PretrainConfig) -> int:
     """Refuse what the objective cannot do with images of this size; no model is computed.
+
+    Returns:
+        How many weights are trained.
 
     Raises:
         BadInput: masks that leave nothing to see, or an encoder whose own attention is to guide them and does
@@ -192,6 +208,7 @@ def check_objective(config: PretrainConfig) -> None:
         with FakeTensorMode(), torch.no_grad():
             images = torch.empty(1, model.channels, size, size)
             attend(build_encoder(model), images, block=config.objective.student_block)
+    return sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
 
 
 def share_out(optimizer: OptimizerConfig, rank: int, world: int) -> Slices:
@@ -292,8 +309,7 @@ def check_folder(config: Settings, resume: bool) -> Settings:
 def _fresh(config: Settings) -> Settings:
     out = config.run.out
     flag = "--out" if isinstance(config, PretrainConfig) else "--run"
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"{flag} {out}: is a file; give a directory")
+    require_folder(out, flag)
     if out.is_dir() and any(out.iterdir()):
         if (out / "config.json").is_file():
             way_out = f"continue its run with `{way_on(config)}`, or choose another {flag}"
@@ -306,6 +322,7 @@ def _fresh(config: Settings) -> Settings:
 def _resumed(config: Settings) -> Settings:
     """The settings to go on with: the new ones where that changes nothing about what is learned."""
     saved = read_config(config.run.out, type(config))
+    require_folder(config.run.out, "--resume")
     if config.data.mean is None:
         config = replace(config, data=replace(config.data, mean=saved.data.mean, std=saved.data.std))
     may_change = _MAY_CHANGE

@@ -1,0 +1,98 @@
+"""What a command needs, checked before its first long step: packages, places to write to, free space."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pretrain.errors import BadInput
+
+
+def require_packages(*names: str) -> None:
+    """Refuse to begin where a package is missing; none of them is imported.
+
+    Raises:
+        ModuleNotFoundError: naming the first one; `pretrain.cli` says what to install.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def require_folder(folder: Path, flag: str = "--out") -> None:
+    """Refuse a folder that cannot be made, or that no file can be written into; nothing is left behind.
+
+    Raises:
+        BadInput: naming the flag, the folder and the reason.
+    """
+    with _refusing(flag, folder):
+        there = folder
+        while not there.exists():
+            if there.is_symlink():
+                raise BadInput(f"{flag} {folder}: {there} is a link that leads nowhere; choose another place")
+            there = there.parent
+        if not there.is_dir():
+            where = "" if there == folder else f"{there} "
+            raise BadInput(f"{flag} {folder}: {where}is a file; give a folder")
+        tempfile.TemporaryFile(dir=there).close()
+
+
+def require_file(file: Path, flag: str = "--out") -> None:
+    """Refuse a file that cannot be written; its folder is made, for writers that expect it.
+
+    Raises:
+        BadInput: naming the flag, the file and the reason.
+    """
+    require_folder(file.parent, flag)
+    with _refusing(flag, file):
+        if file.is_dir():
+            raise BadInput(f"{flag} {file}: is a directory; give a file name")
+        if file.exists() and not (file.is_file() and os.access(file, os.W_OK)):
+            raise BadInput(f"{flag} {file}: cannot be written to; choose another name")
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+
+def make_folder(folder: Path, flag: str = "--out") -> None:
+    """Make a folder that files can be written into.
+
+    Raises:
+        BadInput: a file of that name, or a place that cannot be written to.
+    """
+    require_folder(folder, flag)
+    with _refusing(flag, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse to begin where the disk has too little room.
+
+    Args:
+        folder: Where files will be written; it need not exist yet.
+        needed: Bytes.
+        what: That takes them, for the message.
+
+    Raises:
+        BadInput: naming what is needed and what is free.
+    """
+    there = folder
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise BadInput(
+            f"{folder}: {what} needs {needed / 1e9:.2f} GB of disk, and {free / 1e9:.2f} GB are free; make "
+            "room, or choose another place"
+        )
+
+
+@contextmanager
+def _refusing(flag: str, place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"{flag} {place}: cannot be written to ({error.strerror or error})") from None
