@@ -38,6 +38,8 @@ def make_room(file: Path, flag: str = "--out") -> None:
     with _refusing(flag, file):
         if file.is_dir():
             raise BadInput(f"{flag} {file}: is a directory; give a file name")
+        if file.exists() and not file.is_file():
+            raise BadInput(f"{flag} {file}: is not a regular file; give another name")
         make_folder(file.parent, flag)
 
 
