@@ -87,8 +87,8 @@ class Uploads:
             if isinstance(layer, str):
                 with self._storage.open(layer) as file:
                     layer = file.read(MAX_BYTES + 1)
-            pixels, alpha = self._decode(layer)
-            strokes = pixels[..., -1] > 0 if alpha else pixels.max(axis=-1) > 0
+            drawn = self._decode(layer)
+            strokes = drawn.pixels[..., -1] > 0 if drawn.alpha else drawn.pixels.max(axis=-1) > 0
             if painted is not None and painted.shape != strokes.shape:
                 raise BadImage("The painted layers differ in size.")
             painted = strokes if painted is None else painted | strokes

@@ -71,7 +71,7 @@ def blaming(path: Path, what: str) -> Iterator[None]:
         raise BadInput(f"{path}: {what} ({type(error).__name__}{where}: {_line(error)})") from error
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= MESSAGE else f"{text[:MESSAGE]} ..."
 

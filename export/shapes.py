@@ -8,6 +8,8 @@ from typing import Annotated
 from pretrain.errors import BadInput
 from pretrain.ranges import BATCH, SIDE, Ranged
 
+MOST_PIXELS = 2**29
+"""Pixels of a batch: with three channels and 32 bits its tensor takes 6 GB."""
 EXAMPLE = "1x3x224x224:8x3x224x224:32x3x224x224"
 
 
@@ -55,16 +57,30 @@ class Shapes:
         return all(getattr(self.least, a) <= getattr(shape, a) <= getattr(self.most, a) for a in axes)
 
     def check(self, unit: int) -> None:
-        """Refuse images smaller than a mask unit of `unit` pixels.
+        """Refuses images smaller than a mask unit of `unit` pixels, and batches that no runtime can hold.
 
         Raises:
-            BadInput: the least height or width is.
+            BadInput: the least height or width, or the largest batch.
         """
+        check_pixels(self.most, "--shapes")
         if min(self.least.height, self.least.width) < unit:
             raise BadInput(
                 f"--shapes: {self.least.height} x {self.least.width} px is smaller than the encoder's mask "
                 f"unit of {unit} x {unit} px"
             )
+
+
+def check_pixels(shape: Shape, flag: str) -> None:
+    """Refuses a batch of more than `MOST_PIXELS` pixels.
+
+    Raises:
+        BadInput: it has more.
+    """
+    pixels = shape.batch * shape.height * shape.width
+    if pixels > MOST_PIXELS:
+        raise BadInput(
+            f"{flag}: {shape} px is a batch of {pixels:.1e} pixels; give at most {MOST_PIXELS:.1e}"
+        )
 
 
 def parse_shapes(text: str, channels: int) -> Shapes:

@@ -187,18 +187,7 @@ def parse_description(text: str | None, source: str) -> Description:
         ) from None
     if version != FORMAT_VERSION:
         raise BadInput(f"{source}: format {version}, known here is {FORMAT_VERSION}; export it again")
-    description = from_plain(plain, Description, source=source)
-    rule, images = description.preprocessing, description.inputs[:1]
-    if not (
-        images
-        and images[0].name == "images"
-        and len(images[0].axes) == 4
-        and images[0].axes[1] == len(rule.mean) == len(rule.std)
-        and all(rule.std)
-        and description.unit > 0
-    ):
-        raise BadInput(f"{source}: its description contradicts itself; export it again")
-    return description
+    return from_plain(plain, Description, source=source)
 
 
 def modules_of(node: onnx.NodeProto) -> list[str]:

@@ -6,6 +6,7 @@ entry forced too. Whatever goes wrong on the way, the temporary file is removed.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from io import RawIOBase
@@ -54,9 +55,11 @@ def write_whole(path: Path, write: Write) -> None:
     """Put what `write(file)` writes at `path`: afterwards it holds all of that, or what it held before.
 
     Raises:
-        OSError: the disk is full, or not to be written; nothing has changed.
+        OSError: the disk is full, or not to be written, or `path` is a device or folder; nothing has changed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # /dev/null would become a file, for every program
+        raise OSError(errno.EPERM, "not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.part")
     try:
         number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)

@@ -370,6 +370,31 @@ def test_a_device_that_does_not_start_is_said_before_anything_is_traced(exported
     assert "error: cuda: " in error and "tracing" not in error
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("export", "--shapes", "1x99999999x99999999"),
+        ("export", "--shapes", "1x48x48:2x48x48:99999999999x48x48"),
+        ("benchmark", "--batch", "1,99999999999"),
+        ("benchmark", "--size", "99999999x99999999", "--batch", "1"),
+    ],
+)
+def test_batches_that_no_machine_holds_are_refused_at_once(exported, capsys, arguments):
+    command, *more = arguments
+    assert main([command, str(exported / "artifact"), *more]) == 2
+    assert "pixels; give at most 5.4e+08" in capsys.readouterr().err
+
+
+def test_results_never_replace_a_device(exported, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    for place in ("/dev/null", str(tmp_path / "pipe")):
+        assert main(["benchmark", str(exported / "artifact"), "--out", place]) == 2
+        assert f"--out {place}: is not a regular file; give another name" in capsys.readouterr().err
+        with pytest.raises(OSError, match="not a regular file"):
+            files.write_whole(Path(place), lambda file: file.write(b""))
+    assert not Path("/dev/null").is_file() and not (tmp_path / "pipe").is_file()
+
+
 def hangs(sender, *_):
     sender.send(("building", 1, 2))
     time.sleep(100)

@@ -14,7 +14,7 @@ from export.forms.load import load_deployable
 from export.image_sets import ImageSet, Selection
 from export.judging import Judge
 from export.making import Maker, fits, layers_of
-from export.manifest import Entry, Manifest
+from export.manifest import NAME, Entry, Manifest
 from export.report import render
 from export.runtimes.pytorch import TorchRuntime
 from export.shapes import parse_shapes
@@ -95,13 +95,16 @@ def test_an_engine_is_recorded_after_its_sidecar_is_in_place(judged, tmp_path, m
     judge, maker, source = judged
     seen = []
 
-    def add(*_):
-        seen.append(held(tmp_path))
+    def replaces(path, target):
+        if Path(target).name == NAME:
+            seen.append(held(tmp_path))
+        return replace(path, target)
 
+    replace = Path.replace
     monkeypatch.setattr(judging, "verify", lambda *_: PASSED)
-    monkeypatch.setattr(judge.manifest, "add", add)
+    monkeypatch.setattr(Path, "replace", replaces)
     judge.engine(source, maker)
-    assert "classifier.engine.json" in seen[0]
+    assert [set(names) for names in seen] == [{"classifier.engine", "classifier.engine.json"}]
 
 
 @pytest.fixture

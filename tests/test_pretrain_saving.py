@@ -95,9 +95,10 @@ def test_every_changed_byte_of_a_state_is_noticed(tmp_path):
         flipped = bytearray(good)
         flipped[place] ^= 1
         cut.append(bytes(flipped))
+    told: list[str] = []
     for damaged in cut:
         newest.write_bytes(damaged)
-        told: list[str] = []
+        told.clear()
         state = read_state(folder, told.append)
         assert state is not None and state["step"] == 1
         assert len(told) == 1 and "step-000002.pt: this state does not load" in told[0]

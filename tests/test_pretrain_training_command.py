@@ -40,7 +40,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_presets_choose_defaults_and_flags_override_them():
     flags = "--out runs/first --model tiny --image-size 64 --method coma4 --channels 4 --epochs 3 --no-flip"
-    config, resume = parse(["photos", *flags.split(), "--model.dim", "16", "--objective.no-norm-pix"])
+    config, resume, _ = parse(["photos", *flags.split(), "--model.dim", "16", "--objective.no-norm-pix"])
     assert not resume
     assert config.data == DataConfig(images=Path("photos"), image_size=64, flip=False)
     assert config.model == replace(encoder_preset("tiny", 64, 4), dim=16)
@@ -54,13 +54,13 @@ def test_presets_choose_defaults_and_flags_override_them():
 def test_a_run_is_replayed_and_resumed_by_its_directory(settings, photos, tmp_path, capsys):
     first = pretrain(settings)
     saved = read_config(first)
-    again, _ = parse(["--from", str(first), "--out", str(tmp_path / "second"), "--seed", "1"])
+    again, *_ = parse(["--from", str(first), "--out", str(tmp_path / "second"), "--seed", "1"])
     assert again == change(saved, run={"out": tmp_path / "second", "seed": 1})
-    other, _ = parse([str(tmp_path), "--from", str(first / "config.json")])
+    other, *_ = parse([str(tmp_path), "--from", str(first / "config.json")])
     assert other.data.mean is None  # of other images: measured again
 
     moved = first.rename(tmp_path / "moved")
-    config, resume = parse(["--resume", str(moved), "--steps", "6"])
+    config, resume, _ = parse(["--resume", str(moved), "--steps", "6"])
     assert resume
     assert config == change(saved, run={"out": moved}, optimizer={"steps": 6})
     capsys.readouterr()

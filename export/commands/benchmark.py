@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from export.commands.output import disk_errors, stoppable
+from export.shapes import Shape, check_pixels
 from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput
 from pretrain.files import write_whole
@@ -144,6 +145,7 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
     config = load_artifact(given.artifact).config
     form = choose_form(given.form, given.artifact, config.kind)
     size = parse_size(given.size, config, form)
+    check_pixels(Shape(max(batches), *size), "--batch and --size")
     contenders, images, absent = _load(given, form, config.model.channels, max(batches))
     note = busy_note(_threads())
     rows: list[Row] = []

@@ -81,7 +81,8 @@ class ExportConfig(Ranged):
     """Images to compare on: a folder, .npz or .tar shards (default: photographs that came with scikit-image).
     A folder for each class also gives the top-1 of a classifier; of train and test (or val) test is taken."""
     verify_images: Annotated[int, Range(1, 10**6)] = 16
-    """How many of them."""
+    """Number of verification images. Broken files, copies and images of one colour do not count; fewer than 4
+    that remain are refused unless this number is smaller."""
     dataset: Path | None = None
     """Dataset of a detector or segmentor: its AP or mIoU before and after."""
     metric_images: Annotated[int, Range(1, 10**9)] = 1000
@@ -89,7 +90,7 @@ class ExportConfig(Ranged):
     calibrate: Path | None = None
     """Images that give int8 and fp8 their ranges (needed for those)."""
     calibrate_images: Annotated[int, Range(1, 10**6)] = 64
-    """How many of them."""
+    """Number of calibration images. Fewer than 8 that remain are refused unless this number is smaller."""
     calibrate_method: Literal["percentile", "entropy", "minmax"] = "percentile"
     """How far the ranges of int8 reach."""
     keep_float: tuple[str, ...] | None = None
