@@ -211,7 +211,8 @@ def _fit_pyramid(model: Any, encoder: Described, finest: int) -> None:
         if neck.get("start_level"):
             neck.start_level = 0
     for head in (*each(model.get("decode_head")), *each(model.get("auxiliary_head"))):
-        index = head.get("in_index", -1)
+        several = isinstance(head.get("in_channels"), list | tuple)
+        index = head.get("in_index", range(len(channels)) if several else -1)
         head.in_channels = (
             channels[index] if isinstance(index, int) else [channels[i] for i in index]
         )  # as mmseg's heads pick from the pyramid

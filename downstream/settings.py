@@ -68,11 +68,12 @@ def blaming(path: Path, what: str) -> Iterator[None]:
             raise
         frames = [f for f in traceback.extract_tb(error.__traceback__) if _LIBRARY.search(f.filename)]
         where = f" at {_LIBRARY.split(frames[-1].filename)[-1]}:{frames[-1].lineno}" if frames else ""
-        raise BadInput(f"{path}: {what} ({type(error).__name__}{where}: {_line(error)})") from error
+        said = _line(str(error) or (frames[-1].line if frames else None) or "nothing more is known")
+        raise BadInput(f"{path}: {what} ({type(error).__name__}{where}: {said})") from error
 
 
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+def _line(text: str) -> str:
+    text = " ".join(text.split())
     return text if len(text) <= MESSAGE else f"{text[:MESSAGE]} ..."
 
 
@@ -118,8 +119,9 @@ def differences(before: Any, after: Any, name: str = "") -> list[str]:
 
 
 def _short(value: Any) -> str:
-    text = "nothing" if value is None else str(value.get("type") if isinstance(value, dict) else value)
-    return text if len(text) <= 60 else f"...{text[-57:]}"
+    if isinstance(value, list | tuple):
+        return f"{len(value)} entries"
+    return "nothing" if value is None else str(value.get("type") if isinstance(value, dict) else value)
 
 
 def replace_dataset(loader: Any, make: Callable[[list[Any]], dict[str, Any]]) -> None:

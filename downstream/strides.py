@@ -86,9 +86,11 @@ def check_strides(model: nn.Module) -> None:
         seen = head.resize_feats(maps) if hasattr(head, "resize_feats") else maps  # pyright: ignore[reportCallIssue]
         for attribute, strides in _strides(head):
             sizes = [each.shape[-1] for each in seen]
-            if len(sizes) < len(strides) or not all(
-                _fits(size, stride, side) for size, stride in zip(sizes, strides, strict=False)
-            ):
+            enough = len(sizes) == len(strides) or (
+                len(sizes) > len(strides) and "generator" not in attribute
+            )
+            pairs = zip(sizes, strides, strict=False)
+            if not enough or not all(_fits(size, stride, side) for size, stride in pairs):
                 raise BadInput(
                     f"model.{name} ({type(head).__name__}): its {attribute} are {_listed(strides)}, but the "
                     f"maps of encoder and neck have {_listed([side / size for size in sizes])} pixels; "

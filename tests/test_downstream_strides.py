@@ -81,9 +81,7 @@ def test_heads_of_mmdet_follow_an_encoder_of_patch_2(name, tmp_path):
     fit_encoder(config, described(replace(DYVIT, patch=4)), TrainingOptions())
     config.model.backbone.encoder.patch = 2
     config.model.backbone.encoder.windows = to_plain(replace(DYVIT, patch=2), EncoderConfig)["windows"]
-    with pytest.raises(
-        BadInput, match=r"^model\.\w+.* \(\w+\): its .*strides are .* but the maps .* pixels;"
-    ):
+    with pytest.raises(BadInput, match=r"^model\.\w+.* \(\w+\): its .*strides are .* but the maps "):
         check_strides(build(config))
 
 
