@@ -18,6 +18,10 @@ from demo.storage import EXAMPLES, GONE, PREFIX, Storage, delete_leftovers, temp
 from pretrain.errors import BadImage
 
 
+def age(path: Path, seconds: float) -> None:
+    os.utime(path, (time.time() - seconds, time.time() - seconds))
+
+
 def test_regular_files_below_the_folder_are_opened_and_nothing_else(tmp_path):
     secret, kept = tmp_path / "secret.png", Storage(tmp_path / "uploads")
     folder = kept.folder
@@ -71,14 +75,14 @@ def test_what_is_old_is_deleted_and_the_examples_stay(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.touch()
         if "new" not in name:
-            os.utime(path, times=(time.time() - 4000,) * 2)
+            age(path, 4000)
     (kept.folder / "link").symlink_to(tmp_path)
     for folder in (kept.folder / "gone", kept.folder / "hash"):
-        os.utime(folder, times=(time.time() - 4000,) * 2)
+        age(folder, 4000)
     kept.delete_older(3300)
     left = {str(path.relative_to(kept.folder)) for path in kept.folder.rglob("*") if not path.is_dir()}
     assert left == {"hash/new.png", f"{EXAMPLES}/old.png"}
-    os.utime(kept.folder / "gone", times=(time.time() - 4000,) * 2)
+    age(kept.folder / "gone", 4000)
     kept.delete_older(3300)
     assert not (kept.folder / "gone").exists()
 
@@ -95,7 +99,7 @@ def test_a_running_server_sweeps_its_files_and_its_memory(tmp_path, monkeypatch)
     from PIL import Image
 
     Image.new("RGB", (8, 8)).save(path)
-    os.utime(path, times=(time.time() - 4000,) * 2)
+    age(path, 4000)
     uploads.read(str(path), 3)
     monkeypatch.setattr("demo.inputs.time", SimpleNamespace(time=lambda: time.time() - 4000))
     BLOBS.add("mine", 0, b"x")
@@ -130,7 +134,7 @@ def test_leftovers_of_dead_servers_are_deleted_and_live_ones_kept(tmp_path, monk
             folder.mkdir()
             (folder / "upload.png").touch()
         (dead / "lock").touch()
-        os.utime(older, times=(time.time() - 2 * storage._DAY,) * 2)
+        age(older, 2 * storage._DAY)
         (tmp_path / f"{PREFIX}link").symlink_to(tmp_path)
         (tmp_path / f"{PREFIX}file").touch()
         assert delete_leftovers() == 2
