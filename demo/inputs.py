@@ -120,7 +120,8 @@ def _uploaded(value: Any, storage: Storage) -> dict[str, Any] | None:
 def _drawing(component: Any, value: Any, storage: Storage) -> dict[str, Any] | None:
     if value is None:
         return None
-    layers, name = (value.get("layers") or [], value.get("id")) if isinstance(value, dict) else (None, None)
+    known = isinstance(value, dict) and bool(value.keys() & {"layers", "id"})
+    layers, name = (value.get("layers") or [], value.get("id")) if known else (None, None)
     if not isinstance(layers, list) or len(layers) > MOST_LAYERS or not isinstance(name, str | None):
         raise refusal(
             f"{component.label}: send background, composite and at most {MOST_LAYERS} layers, each a file."
@@ -191,8 +192,23 @@ def accept_blobs(self: Any, data: Any) -> None:
 accept_blobs._is_server_fn = True  # type: ignore[attr-defined]  # what gradio's decorator does
 
 
+def _same(self: Any, place: Any) -> str:
+    """The file where it lies: gradio would copy what a link points to into the storage."""
+    return str(place)
+
+
+async def _same_async(self: Any, place: Any) -> str:
+    return str(place)
+
+
 def _subclass(base: type, **methods: Any) -> Any:
-    attributes = {"__module__": __name__, "is_template": True, **methods}  # shown as its base is
+    attributes = {
+        "__module__": __name__,
+        "is_template": True,  # the browser shows it as it shows its base
+        "move_resource_to_block_cache": _same,
+        "async_move_resource_to_block_cache": _same_async,
+        **methods,
+    }
     return ABCMeta.__new__(type(base), f"Checked{base.__name__}", (base,), attributes)
 
 

@@ -102,6 +102,7 @@ class _Exchange:
         headers = dict(scope["headers"])
         upload = headers.get(b"content-type", b"").lower().startswith(b"multipart/")
         self._most = MAX_BYTES + _SLACK if upload else MAX_JSON
+        self._declared = int(headers.get(b"content-length") or 0)
         self._size, self._complete, self._started = 0, False, False
         self._until = asyncio.get_running_loop().time() + BODY_SECONDS
         self._refused: Response | None = None
@@ -111,6 +112,8 @@ class _Exchange:
         seconds = None if stream else BODY_SECONDS + ANSWER_SECONDS
         try:
             async with asyncio.timeout(seconds):
+                if self._declared > self._most:
+                    await self._too_large()
                 await app(self._scope, self.receive, self.send)
         except Exception as error:
             if not self._refused and isinstance(error, TimeoutError):
@@ -130,14 +133,16 @@ class _Exchange:
         message = await self._next()
         self._size += len(message.get("body", b""))
         if self._size > self._most:
-            self._refused = _answer(
-                413,
-                f"This is too large: at most {MAX_BYTES >> 20} MB of files, else {MAX_JSON >> 20} MB.",
-            )
-            while not self._complete and self._size < _DRAINED:  # who is still sending hears no answer
-                self._size += len((await self._next()).get("body", b""))
-            raise MultiPartException("too large")  # which makes gradio delete what it had of the files
+            await self._too_large()
         return message
+
+    async def _too_large(self) -> None:
+        self._refused = _answer(
+            413, f"This is too large: at most {MAX_BYTES >> 20} MB of files, else {MAX_JSON >> 20} MB."
+        )
+        while not self._complete and self._size < _DRAINED:  # who is still sending hears no answer
+            self._size += len((await self._next()).get("body", b""))
+        raise MultiPartException("too large")  # which makes gradio delete what it had of the files
 
     async def _next(self) -> Message:
         try:

@@ -310,7 +310,7 @@ def test_the_command_serves_this_machine_alone_and_cleans_up(tmp_path, monkeypat
     assert "http://127.0.0.1:1/" in capsys.readouterr().out
 
 
-def test_a_password_is_asked_for(tmp_path):
+def test_a_password_is_asked_for_and_other_servers_keep_their_uploads(client, photograph, tmp_path):
     import httpx
 
     from demo.commands.demo import load_models, serve
@@ -319,6 +319,7 @@ def test_a_password_is_asked_for(tmp_path):
     page = serve(load_models((artifact,), "cpu"), tmp_path / "uploads", auth=("me", "secret"))
     try:
         assert httpx.get(f"{page.local_url}config").status_code == 401
+        assert reconstruct(client, photograph)[-1]["psnr_db"] > 0  # by the server that was there before
         with pytest.raises(BadInput):
             demo.parse_auth("me:")
     finally:
