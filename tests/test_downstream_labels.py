@@ -154,6 +154,17 @@ def test_names_must_pair_up(street):
     assert "image that does not end in .jpg (1): a.png" in said
 
 
+def test_links_in_a_circle_and_folders_of_systems_hold_no_images(street):
+    for folder, suffix in (("img_dir", "jpg"), ("ann_dir", "png")):
+        place = street / folder / "train"
+        (place / "again").symlink_to(".")
+        (place / "loop").symlink_to("loop")
+        for name in ("@eaDir", ".cache", "__MACOSX"):
+            save(place / name / f"a.{suffix}")
+    split = open_labels(street, "train")
+    assert split.pairs == 2 and not split.warnings
+
+
 def test_suffixes_are_guessed_or_given(street):
     labels = street / "ann_dir" / "train"
     for name in ("a", "b"):

@@ -13,7 +13,7 @@ from PIL import Image
 from skimage import data as pictures
 
 from pretrain.cli import main
-from pretrain.data import images, inventory, open_source
+from pretrain.data import inventory, open_source
 from pretrain.data.folders import FolderSource, subfolders
 from pretrain.data.images import decode
 from pretrain.data.products import product_around
@@ -377,4 +377,3 @@ def test_opening_asks_the_file_system_nothing_about_ordinary_files(tmp_path, mon
     monkeypatch.setattr("builtins.open", lambda path, *a, **k: pytest.fail(f"opened {path}"))
     assert len(open_source(tmp_path)) == 20
     assert not [path for path in asked if str(path).endswith(".png")]
-    assert images.EXTENSIONS

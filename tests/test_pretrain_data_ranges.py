@@ -173,6 +173,15 @@ def test_a_geotiff_with_nodata_trains_and_says_so(tmp_path, capsys, caplog):
     assert '"filled": 4' in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+def test_a_pack_says_how_many_images_were_filled(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        array = with_hole(HEIGHTS, -9999) if number else HEIGHTS
+        (tmp_path / "in" / f"{number}.tif").write_bytes(tiff(array, "-9999"))
+    assert main(["pack", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "0"]) == 0
+    assert "2 images held nodata, NaN or infinite values, which were filled" in capsys.readouterr().out
+
+
 # units ------------------------------------------------------------------------------------------
 
 

@@ -99,6 +99,11 @@ def _print_summary(console: Console, report: PackReport, total: int, out: Path, 
         f"{report.images} images in {_counted(len(report.shards), 'shard')}: {before} became {after}",
         f"{(total - report.resumed) / seconds:.0f} images/s on this run",
     ]
+    if filled := sum(shard.filled for shard in report.shards):
+        lines.append(
+            f"{_counted(filled, 'image')} held nodata, NaN or infinite values, which were filled with the "
+            "mean of their channel"
+        )
     if report.failures:
         lines.append(f"{len(report.failures)} left out, all listed in {out / 'index.json'}:")
         lines += [f"  {failure}" for failure in report.failures[:_NAMED_FAILURES]]

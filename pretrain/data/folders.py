@@ -113,12 +113,8 @@ def search(root: Path) -> tuple[list[str], Inventory]:
         BadInput: a folder that this toolkit wrote, or one that may not be read.
     """
     inventory = Inventory()
-    found = [
-        name
-        for name in walk(root, inventory)
-        if inventory.takes(name.rpartition("/")[2], partial(_head, root / name))
-    ]
-    return found, inventory
+    head = partial(_head, root)
+    return [name for name in walk(root, inventory) if inventory.takes(name, head)], inventory
 
 
 def walk(root: Path, inventory: Inventory) -> Iterator[str]:
@@ -215,9 +211,9 @@ def _unreadable(folder: Path, error: OSError) -> BadInput:
     return BadInput(f"{printable(str(folder))}: this folder cannot be read ({error.strerror})")
 
 
-def _head(path: Path) -> bytes:
+def _head(root: Path, name: str) -> bytes:
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(root / name, "rb", buffering=0) as file:
             return file.read(HEAD)
     except OSError:
         return b""

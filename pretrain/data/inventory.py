@@ -43,21 +43,21 @@ class Inventory:
         self._left_out: dict[str, tuple[str, int, list[str]]] = {}
         self._reads_heif = find_spec("pillow_heif") is not None
 
-    def judge(self, name: str, head: Callable[[], bytes]) -> tuple[str, bool]:
+    def judge(self, name: str, head: Callable[[str], bytes]) -> tuple[str, bool]:
         """Returns the kind of a file, and whether it is taken as an image.
 
         Args:
-            name: Its name, without folders.
-            head: Reads its first bytes; called only for a name that does not tell.
+            name: Its name; folders may stand before it.
+            head: Reads the first bytes of the file of that name; called only where the name does not tell.
         """
         kind = kind_of(name)
         if kind in EXTENSIONS or (self._reads_heif and kind in HEIF_EXTENSIONS):
             return kind, True
         if kind != NO_EXTENSION:
             return kind, False
-        return NO_EXTENSION, looks_like_image(head())
+        return NO_EXTENSION, looks_like_image(head(name))
 
-    def takes(self, name: str, head: Callable[[], bytes]) -> bool:
+    def takes(self, name: str, head: Callable[[str], bytes]) -> bool:
         """Counts a file; returns whether it is taken as an image. The arguments are those of `judge`."""
         kind, is_image = self.judge(name, head)
         (self.images if is_image else self.unread)[kind] += 1

@@ -60,6 +60,8 @@ class Shard:
     bytes: int = 0
     bytes_before: int = 0
     failures: list[str] = field(default_factory=list)
+    filled: int = 0
+    """Images whose nodata, NaN or infinite values were filled."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class _Packed:
     content: bytes
     label: int | None
     bytes_before: int
+    filled: bool
 
 
 def pack(
@@ -166,7 +169,8 @@ class _PackFetch:
             suffix, content = encode(shrink(picture, self.settings.size), self.settings.quality)
         label = self.source.label(i)
         before = picture.pixels.nbytes if original is None else len(original)
-        return _Packed(_key(i, self.source.describe(i)), suffix, content, label, before)
+        filled = picture.missing is not None
+        return _Packed(_key(i, self.source.describe(i)), suffix, content, label, before, filled)
 
 
 @contextmanager
@@ -197,6 +201,7 @@ def _add(shard: Shard, tar: tarfile.TarFile, result: _Packed | str) -> None:
         info.size = len(content)
         tar.addfile(info, io.BytesIO(content))
     shard.images += 1
+    shard.filled += result.filled
     shard.bytes_before += result.bytes_before
 
 

@@ -19,7 +19,6 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -256,7 +255,7 @@ def _samples(path: Path, file: int, group: list[Member], inventory: Inventory) -
     images, others = [], []
     for member in group:
         base = member.name.rpartition("/")[2]
-        kind, is_image = inventory.judge(base, partial(os.pread, file, HEAD, member.start))
+        kind, is_image = inventory.judge(base, lambda _, at=member.start: os.pread(file, HEAD, at))
         (images if is_image else others).append((member, kind, base.partition(".")[2]))
     if not images:
         for _, kind, _ in others:

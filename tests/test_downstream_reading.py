@@ -1,0 +1,55 @@
+"""Images for detectors and segmentors: found as in pre-training, and refused where their values mislead."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from downstream.datasets.headers import read_header
+from downstream.prediction import list_images
+from downstream.reading import ReadImage
+from pretrain.errors import BadImage, BadInput
+
+
+def save(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 6), (9, 90, 200)).save(path)
+    return path
+
+
+def test_a_folder_is_searched_as_in_pretraining_and_the_rest_is_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    wanted = [save(tmp_path / "a.png"), save(tmp_path / "b" / "c.jpg")]
+    for name in ("@eaDir/a.png", ".b/d.png", "predictions/pictures/a.png", "predictions/labels/a.png"):
+        save(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "film.mp4").touch()
+    assert list_images(tmp_path) == wanted
+    assert caplog.messages == [
+        f"{tmp_path}: 2 images (1 .jpg, 1 .png); left out: 1 .mp4 (not read), "
+        "1 hidden file or folder (.b), 1 folder that systems leave behind (@eaDir), 1 special file (pipe.png), "
+        "1 folder written by coma (predictions/ is predictions of coma segment)"
+    ]
+    with pytest.raises(BadInput, match="predictions: is predictions of coma segment, and its pictures are"):
+        list_images(tmp_path / "predictions")
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_is_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    assert read_header(tmp_path / "a.png") == "not a regular file"
+    with pytest.raises(BadInput, match=r"a\.png: is neither a folder nor a regular file"):
+        list_images(tmp_path / "a.png")
+
+
+def test_colours_as_floats_of_0_to_255_are_refused(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.float32)
+    np.save(tmp_path / "a.npy", pixels)
+    with pytest.raises(
+        BadImage, match=r"a\.npy: float values up to 25\d; colour images are read as 8 or 16 bits"
+    ):
+        ReadImage(3).transform({"img_path": str(tmp_path / "a.npy")})
+    np.save(tmp_path / "a.npy", pixels / 255)
+    assert (ReadImage(3).transform({"img_path": str(tmp_path / "a.npy")})["img"] == pixels[..., ::-1]).all()
