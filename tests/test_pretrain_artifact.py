@@ -341,6 +341,37 @@ def test_damaged_tensors_are_refused(directory, damage):
         load_artifact(directory)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_every_changed_byte_is_noticed(directory, name):
+    """Letters, digits and weights; only what changes no meaning (an indent, say) is free."""
+    path = directory / name
+    good = path.read_bytes()
+    for at in range(0, len(good), 7):
+        flipped = bytearray(good)
+        flipped[at] ^= 1
+        path.write_bytes(bytes(flipped))
+        with pytest.raises(BadArtifact):
+            load_artifact(directory)
+    path.write_bytes(good)
+    load_artifact(directory)
+
+
+def test_an_artifact_without_checksums_loads_with_a_note(directory, caplog):
+    rewrite(directory)
+    load_artifact(directory)
+    load_artifact(directory)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"warning: {directory}: has no checksums (an older version wrote it): damage goes unnoticed"
+    ]
+
+
+def test_tensors_of_the_same_model_from_elsewhere_are_refused(directory, tmp_path):
+    save_artifact(tmp_path / "other", tensors=pretrained(seed=1), config=description())
+    (tmp_path / "other" / "model.safetensors").replace(directory / "model.safetensors")
+    with pytest.raises(BadArtifact, match=r"model\.safetensors: damaged or replaced, its checksum does"):
+        load_artifact(directory)
+
+
 def test_a_pickle_is_refused_unopened(directory):
     torch.save(pretrained(), directory / "model.safetensors")
     with pytest.raises(BadArtifact, match="truncated or damaged"):

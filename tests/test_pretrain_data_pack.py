@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import imagecodecs
@@ -125,6 +126,37 @@ def test_the_webdataset_package_reads_a_pack(photos, tmp_path):
     assert [label for _, label in samples] == ours.labels.tolist()
     for i, (image, _) in enumerate(samples):
         assert (np.asarray(image) == ours.read(i)).all()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its shards open
+def test_webdataset_reads_all_that_is_packed_whatever_the_names(tmp_path):
+    """Names with dots, links and hidden members: what is read is packed, and what is packed is read back."""
+    names = [f"IMG_2024.05.{day:02d}.jpg" for day in range(1, 9)]
+    names += ["v1.0.png", "a b.c d.jpg", "__key__.png", "-x.jpg", "ü.é.png", "x.seg.jpg", "x[1].jpg", "noext"]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number, name in enumerate(names):
+            buffer = io.BytesIO()
+            Image.fromarray(ASTRONAUT[number : number + 70, :80]).save(buffer, "JPEG")
+            info = tarfile.TarInfo(name)
+            info.size = len(buffer.getvalue())
+            buffer.seek(0)
+            tar.addfile(info, buffer)
+        info = tarfile.TarInfo("link.jpg")
+        info.type, info.linkname = tarfile.LNKTYPE, names[0]
+        tar.addfile(info)
+    source = open_source(tmp_path / "a.tar")
+    assert len(source) == len(names) + 1
+    pack(source, tmp_path / "out", PackSettings(size=64, shard_images=100), workers=0)
+    packed = open_source(tmp_path / "out")
+    assert packed.summary() == f"{tmp_path}/out: {len(source)} images ({len(source)} .jpg)"
+    assert packed.describe(0).endswith("[00000000-IMG_2024_05_01.jpg]")
+    url = str(tmp_path / "out" / "shard-000000.tar")
+    dataset = WebDataset(url, shardshuffle=False, empty_check=False).decode("pil").to_tuple("jpg")
+    read = [np.asarray(image) for (image,) in iter(dataset)]  # type: ignore[call-overload]
+    del dataset
+    gc.collect()
+    assert len(read) == len(source)
+    assert all((image == packed.read(i)).all() for i, image in enumerate(read))
 
 
 def test_small_jpegs_keep_their_bytes_unless_they_must_be_turned(tmp_path):

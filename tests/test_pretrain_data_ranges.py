@@ -3,6 +3,7 @@
 import io
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,13 +21,13 @@ COLOUR = RNG.integers(0, 256, (40, 50, 3), np.uint8)
 RUN = ["--model", "tiny", "--image-size", "32", "--batch-size", "2", "--steps", "2", "--device", "cpu"]
 
 
-def tiff(array: np.ndarray, nodata: str | None = None, **options) -> bytes:
+def tiff(array: np.ndarray, nodata: str | None = None, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    extra = [] if nodata is None else [(42113, "s", 0, nodata, True)]
-    kind = "rgb" if array.ndim == 3 and array.shape[2] == 3 else "minisblack"
     if array.ndim == 3:
-        options = {"planarconfig": "contig"} | options
-    tifffile.imwrite(buffer, array, extratags=extra, photometric=kind, metadata=None, **options)
+        options.setdefault("planarconfig", "contig")
+    options["photometric"] = "rgb" if array.shape[2:] == (3,) else "minisblack"
+    options["extratags"] = [] if nodata is None else [(42113, "s", 0, nodata, True)]
+    tifffile.imwrite(buffer, array, metadata=None, **options)
     return buffer.getvalue()
 
 

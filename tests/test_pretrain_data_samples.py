@@ -230,7 +230,8 @@ def test_bad_images_are_replaced_by_the_next_good_one_and_named(tmp_path):
             assert whole.indices[epoch * n + place] == want
     assert len(whole.failures) >= 5 * 4
     assert set(whole.failures) == {
-        f"{tmp_path}/bad-{i:02d}.jpg: not an image (its content is not JPEG, PNG, WebP, TIFF, BMP or NPY)"
+        f"{tmp_path}/bad-{i:02d}.jpg: not an image "
+        "(its content is not JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP or NPY)"
         for i in range(4)
     }
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import count, islice
 from multiprocessing.connection import Connection
@@ -20,6 +21,8 @@ from pretrain.errors import BadImage, BadInput, ComaError
 
 
 def fetch(key: int) -> tuple[int, torch.Tensor]:
+    if key == 7:
+        time.sleep(60)
     if key == 13:
         raise BadImage("thirteen.jpg: unlucky")
     if key == 666:
@@ -60,6 +63,102 @@ def test_a_killed_worker_is_reported():
         ComaError, match="a data worker was killed by SIGKILL, most likely because memory ran out"
     ):
         list(results)
+
+
+def images_and_files(key: int) -> tuple[torch.Tensor, list[str]]:
+    """More than a megabyte, and the shared memory that this process has mapped."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return torch.full((3, 700, 701), key, dtype=torch.uint8), [line for line in maps if "/dev/shm" in line]
+
+
+def no_memory_file(_: str) -> int:
+    raise OSError(24, "Too many open files")
+
+
+def images_through_the_pipe(key: int) -> tuple[torch.Tensor, list[str]]:
+    os.memfd_create = no_memory_file
+    return images_and_files(key)
+
+
+@pytest.mark.parametrize("fetch_images", [images_and_files, images_through_the_pipe])
+def test_images_need_no_shared_memory(fetch_images):
+    """Neither side uses /dev/shm, which is 64 MB in Docker; where a memory file fails, a pipe does."""
+    results = in_workers(fetch_images, range(4), 2)
+    for number, (images, shared) in enumerate(results):
+        images += 1  # they may be written to
+        assert images.eq(number + 1).all() and images.dtype == torch.uint8
+        assert shared == []
+        assert "/dev/shm" not in Path("/proc/self/maps").read_text()
+
+
+SMALL = """
+import subprocess, sys
+import torch
+from pretrain.data.workers import in_workers
+
+def images(key):
+    return torch.full((30 << 20,), key, dtype=torch.uint8)
+
+if __name__ == "__main__":
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", "/dev/shm"], check=True)
+    source = torch.arange(5 << 20)  # 40 MB of names and offsets, say
+    kept = list(in_workers(images, range(6), 2))
+    assert [int(each[-1]) for each in kept] == list(range(6))
+    print("all there")
+"""
+
+
+def test_a_small_dev_shm_is_enough(tmp_path):
+    (tmp_path / "script.py").write_text(SMALL)
+    command = ["unshare", "--mount", sys.executable, str(tmp_path / "script.py")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=150)
+    except FileNotFoundError:
+        pytest.skip("needs unshare")
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip("needs the right to mount a tmpfs")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "all there\n", "")
+
+
+def test_a_worker_that_hangs_is_named_and_given_up(monkeypatch, caplog):
+    monkeypatch.setattr(workers_module, "_SILENCE", 0.2)
+    monkeypatch.setattr(workers_module, "_PATIENCE", 0.4)
+    results = in_workers(fetch, [7], 1)
+    with pytest.raises(ComaError, match=r"no images for 0 seconds: data worker \d+ does not answer"):
+        list(results)
+    assert "is the disk slow?" in caplog.text
+
+
+def test_a_stopped_worker_holds_nobody_up():
+    """Neither who waits for it, when a signal comes, nor the end."""
+    from pretrain.training.signals import StopNow, StopRequest  # not for the workers, which import this file
+
+    results = in_workers(fetch, count(20), 2)
+    for pid in {next(results)[0] for _ in range(4)}:
+        os.kill(pid, signal.SIGSTOP)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with StopRequest(quiet=True) as stop, pytest.raises(StopNow), stop.at_once():
+        list(results)
+    results.close()
+
+
+def test_workers_that_cannot_be_started_are_an_error_in_one_line(monkeypatch):
+    def full(*_: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("multiprocessing.context.ForkServerProcess.start", full)
+    with pytest.raises(ComaError, match=r"data workers cannot be started here .*; use --workers 0"):
+        list(in_workers(fetch, [1], 1))
+
+
+def unsendable(key: int) -> object:
+    return lambda: key
+
+
+def test_what_cannot_be_sent_is_an_error():
+    with pytest.raises(Exception, match="unsendable"):
+        list(in_workers(unsendable, [1], 1))
 
 
 def test_workers_ignore_signals_meant_for_the_trainer():

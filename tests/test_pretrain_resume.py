@@ -1,11 +1,16 @@
 """A run that was stopped, killed, or ran out of disk goes on to the very same numbers."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +21,13 @@ from pretrain.config import (
     DecoderConfig,
     MAEConfig,
 )
+from pretrain.data.identity import FILE
+from pretrain.data.samples import TrainingFetch
 from pretrain.errors import BadInput, Interrupted
-from pretrain.plain import to_plain
+from pretrain.plain import read_config, to_plain
 from pretrain.training import pretrain
 from pretrain.training.learner import Learner
+from pretrain.training.optimizer import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -165,5 +173,108 @@ def test_other_data_are_refused(resumable, photos, tmp_path):
     for path in sorted(photos.iterdir())[:9]:
         (fewer / path.name).write_bytes(path.read_bytes())
     config = replace(resumable, data=replace(resumable.data, images=fewer))
+    with pytest.raises(
+        BadInput, match=r"the images have changed: 1 removed \(9\.png\); .*--allow-changed-data"
+    ):
+        pretrain(at(config, run), resume=True)
+    (run / FILE).unlink()  # as an older version left it: their number is known
     with pytest.raises(BadInput, match="has 9 images, but the run was started with 10"):
         pretrain(at(config, run), resume=True)
+
+
+def test_changed_data_are_gone_on_with_when_asked_and_said(resumable, photos, tmp_path, capsys):
+    """Six of ten files are others, as many as before; the list is then that of the new ones."""
+    run, own = tmp_path / "run", tmp_path / "photos"
+    shutil.copytree(photos, own)
+    config = replace(resumable, data=replace(resumable.data, images=own))
+    interrupted(at(config, run), 2)
+    for number in range(6):
+        (own / f"{number}.png").rename(own / f"other {number}.png")
+    (own / "9.png").write_bytes((own / "9.png").read_bytes() + b"0")
+    with pytest.raises(BadInput) as refused:
+        pretrain(at(config, run), resume=True)
+    changed = (
+        "the images have changed: 6 removed (0.png, 1.png, 2.png and 3 more), 6 added (other 0.png, other "
+        "1.png, other 2.png and 3 more), 1 of another size (9.png "
+    )
+    assert changed in str(refused.value)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        stop_during(patch, 4)
+        pretrain(at(config, run), resume=True, allow_changed_data=True)
+    assert f"warning: {changed}" in capsys.readouterr().err
+    pretrain(at(config, run), resume=True)
+    assert "changed" not in capsys.readouterr().err
+
+
+def test_dates_and_places_of_images_are_free(resumable, whole, photos, tmp_path, capsys):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    interrupted(at(resumable, run), 2)
+    shutil.copytree(photos, elsewhere)
+    for path in elsewhere.iterdir():
+        os.utime(path, (0, 0))
+    pretrain(at(replace(resumable, data=replace(resumable.data, images=elsewhere)), run), resume=True)
+    assert "changed" not in capsys.readouterr().err
+    assert_same(run, whole)
+
+
+def test_a_run_without_a_list_of_its_images_resumes_with_a_note(resumable, whole, tmp_path, capsys):
+    run = tmp_path / "run"
+    interrupted(at(resumable, run), 2)
+    (run / FILE).unlink()
+    pretrain(at(resumable, run), resume=True)
+    assert "has no list of its images (an older version began it)" in capsys.readouterr().err
+    assert_same(run, whole)
+    assert (run / FILE).exists()
+
+
+def test_a_run_resumes_from_any_directory(resumable, whole, photos, tmp_path, monkeypatch):
+    """What it reads is noted by absolute paths."""
+    monkeypatch.chdir(photos)
+    here = replace(resumable, data=replace(resumable.data, images=Path(".")))
+    interrupted(at(here, tmp_path / "run"), 2)
+    monkeypatch.chdir(tmp_path)
+    pretrain(read_config(Path("run")), resume=True)
+    assert_same(tmp_path / "run", whole)
+
+
+# another schedule -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [{"steps": 14}, {"steps": None, "epochs": 5.5}])
+def test_a_longer_schedule_says_what_becomes_of_the_learning_rate(resumable, tmp_path, capsys, change):
+    run = tmp_path / "run"
+    interrupted(at(resumable, run), 5)
+    longer = replace(resumable, optimizer=replace(resumable.optimizer, **change))
+    capsys.readouterr()
+    pretrain(at(longer, run, log_steps=1), resume=True)
+    rates = [learning_rate(*at_step, resumable.optimizer) for at_step in ((5, 7), (6, 14))]
+    assert (
+        "the schedule now ends at step 14 instead of 7: the learning rate goes from "
+        f"{rates[0]:.3g} at step 6 to {rates[1]:.3g} at step 7"
+    ) in capsys.readouterr().err
+    rows, _ = learned(run)
+    assert next(row["lr"] for row in rows if row["step"] == 7) == rates[1] > rates[0]
+
+
+# waiting for images -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", [0, 12, 14])  # of a first step, of another, of its second pass
+def test_waiting_for_images_ends_when_someone_asks(resumable, whole, tmp_path, capsys, position):
+    run = tmp_path / "run"
+    read = TrainingFetch.__call__
+
+    def hangs(self: TrainingFetch, first: int) -> Any:
+        if first == position:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            time.sleep(300)
+        return read(self, first)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as told:
+        patch.setattr(TrainingFetch, "__call__", hangs)
+        pretrain(at(resumable, run))
+    said = "everything is saved" if position else "nothing was learned yet"
+    assert f"stopped at step {position // 4} of 7; {said}" in str(told.value)
+    assert "stopping now" in capsys.readouterr().err
+    pretrain(at(resumable, run), resume=True)
+    assert_same(run, whole)

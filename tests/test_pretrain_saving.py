@@ -83,6 +83,40 @@ def test_the_state_before_stands_in_for_a_damaged_one(resumable, whole, tmp_path
     assert_same(run, whole)
 
 
+def test_every_changed_byte_of_a_state_is_noticed(tmp_path):
+    """Also those of the checksum, a file that is cut short anywhere, and something else in its place."""
+    folder = tmp_path / "state"
+    for step in (1, 2):
+        write_state(folder, {"step": step, "weights": torch.arange(8.0) + step}, keep=step - 1)
+    newest = folder / "step-000002.pt"
+    good = newest.read_bytes()
+    cut = [good[:size] for size in (0, 100, len(good) - 100, len(good) - 73, len(good) - 1)]
+    for place in [*range(0, len(good), 41), *range(len(good) - 80, len(good))]:
+        flipped = bytearray(good)
+        flipped[place] ^= 1
+        cut.append(bytes(flipped))
+    for damaged in cut:
+        newest.write_bytes(damaged)
+        told: list[str] = []
+        state = read_state(folder, told.append)
+        assert state is not None and state["step"] == 1
+        assert len(told) == 1 and "step-000002.pt: this state does not load" in told[0]
+    newest.unlink()
+    newest.mkdir()
+    state = read_state(folder, told.append)
+    assert state is not None and state["step"] == 1
+    write_state(folder, {"step": 3, "weights": torch.zeros(1)}, keep=1)
+    newest.rmdir()
+
+
+def test_a_state_without_a_checksum_loads_with_a_note(tmp_path):
+    (tmp_path / "state").mkdir()
+    torch.save({"format_version": 1, "step": 1}, tmp_path / "state" / "step-000001.pt")
+    told: list[str] = []
+    assert read_state(tmp_path / "state", told.append) == {"format_version": 1, "step": 1}
+    assert "has no checksum (an older version wrote it)" in told[0]
+
+
 def test_no_state_that_loads(resumable, tmp_path):
     run = tmp_path / "run"
     interrupted(at(resumable, run), 4)

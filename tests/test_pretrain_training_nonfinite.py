@@ -58,7 +58,7 @@ def test_a_tiny_deviation_is_named():
 
 def test_images_of_one_colour_are_named():
     assert advised(torch.full((4, 3, 8, 8), 0.5)) == (
-        "all 4 images of the batch are of one colour each (such as array[3]): look at the data"
+        "all 4 images of the batch are of one colour each, such as array[3]: look at them"
     )
     assert "all 4 images" in advised(torch.tensor([0.1, 0.5, 0.9])[:, None, None].expand(4, 3, 8, 8))
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -216,5 +217,5 @@ def _summary(folder: Path) -> str:
 next:
   coma evaluate {folder / "artifact"} --data CLASSES
       measure its features on labelled images: CLASSES holds train and test, a folder per class in each
-  coma pretrain --resume {folder} {length} N
-      train it for longer"""
+  coma pretrain --resume {shlex.quote(str(folder))} {length} N
+      train it for longer; its learning rate rises again, along the longer schedule"""

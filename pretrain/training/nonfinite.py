@@ -141,9 +141,7 @@ def advice(plan: Plan, batches: list[Batch], weights: Mapping[str, Tensor]) -> s
         )
     low, high = torch.aminmax(pixels.flatten(2), dim=2)
     if (low == high).all():
-        return (
-            f"all {len(pixels)} images of the batch are of one colour each (such as {name}): look at the data"
-        )
+        return f"all {len(pixels)} images of the batch are of one colour each, such as {name}: look at them"
     return "try a lower --base-lr, a longer --warmup, a smaller --clip or --precision fp32"
 
 

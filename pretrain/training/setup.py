@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -275,7 +276,7 @@ def extended(plan: Plan, state: dict[str, Any]) -> str | None:
 def way_on(config: PretrainConfig | FinetuneConfig) -> str:
     """The command that goes on with a run."""
     command = "pretrain" if isinstance(config, PretrainConfig) else "evaluate"
-    return f"coma {command} --resume {config.run.out}"
+    return f"coma {command} --resume {shlex.quote(str(config.run.out))}"
 
 
 def check_folder(config: Settings, resume: bool) -> Settings:
