@@ -1,5 +1,6 @@
 """What a comparison counts and says: budgets, seconds, when a method catches up, captions, refusals."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,15 @@ from pretrain.compare.caption import caption
 from pretrain.compare.picture import draw
 from pretrain.compare.plan import last_step
 from pretrain.compare.progress import time_left
-from pretrain.compare.results import Look, Reach, seconds_until, standard_error
+from pretrain.compare.results import (
+    Look,
+    Reach,
+    floor_name,
+    read_floor,
+    score_file,
+    seconds_until,
+    standard_error,
+)
 from pretrain.compare.running import _slots
 from pretrain.errors import BadInput
 
@@ -192,6 +201,24 @@ def test_the_caption_tells_what_is_not_alike(labelled, tmp_path):
     assert "centre of a crop: 25% (zoom, small) of its area" in text
     assert "Taught: cmt --teacher runs/mae/artifact by artifact. What training the teacher took" in text
     assert "**Missing:** a run: exit code 1" in text
+
+
+def test_fine_tuned_scores_of_earlier_versions_are_told_apart(labelled, tmp_path):
+    """They chose by the test images; what is shown of them is the last step, and the caption says so."""
+    found = (entry(labelled / "train", "mae", "tiny", SMALL, (0,)),)
+    comparison = asked(labelled, tmp_path, entries=found, protocols=("finetune",))
+    costs = {each.name: Cost(1, 1, None) for each in found}
+    score = {"protocol": "finetune", "top1": 0.9, "settings": {"last_top1": 0.5}}
+    path = score_file(comparison, floor_name(found[0], 0), "finetune")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"scores": [score]}))
+    floor = read_floor(comparison, found[0], 0, costs[found[0].name])
+    assert floor and (floor.top1, floor.validated) == ({"finetune": 50}, None)
+    assert "1 of the fine-tuned accuracies are by an earlier version" in caption(comparison, costs, [])
+    path.write_text(json.dumps({"scores": [score | {"settings": {"val_top1": 0.75}}]}))
+    floor = read_floor(comparison, found[0], 0, costs[found[0].name])
+    assert floor and (floor.top1, floor.validated) == ({"finetune": 90}, 75)
+    assert "earlier version" not in caption(comparison, costs, [])
 
 
 def test_the_picture_shows_everything_once_where_it_was_measured(labelled, tmp_path, monkeypatch):

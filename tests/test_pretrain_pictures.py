@@ -5,10 +5,12 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor, nn
 
@@ -197,6 +199,29 @@ def test_curve_takes_lines_without_finite_loss_and_a_line_cut_short_by_a_kill(tm
     metrics.write_text(metrics.read_text() + '{"step": 4, "lo')
     loss_curve(metrics, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").exists()
+
+
+def test_curve_tells_validation_from_test(tmp_path, monkeypatch):
+    """The test is one point, at the step whose weights were chosen."""
+    metrics = write_metrics(tmp_path / "metrics.jsonl", [2.0, 1.0, 0.5])
+    rows = [{"step": 1, "val_top1": 0.5}, {"step": 2, "val_top1": 0.75}, {"step": 3, "val_top1": 0.25}]
+    rows.append({"step": 3, "chosen_step": 2, "test_top1": 0.6})
+    with metrics.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    drawn: dict[str, tuple[list[float], list[float]]] = {}
+    plot = Axes.plot
+
+    def record(axes: Axes, *points: Any, **how: Any) -> Any:
+        if "label" in how:
+            drawn[how["label"]] = tuple(map(list, points))
+        return plot(axes, *points, **how)
+
+    monkeypatch.setattr(Axes, "plot", record)
+    loss_curve(metrics, tmp_path / "curve.png")
+    assert drawn == {
+        "validation: 25, at best 75": ([1, 2, 3], [50, 75, 25]),
+        "test, once, with the chosen weights: 60": ([2], [60]),
+    }
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,16 @@ def probe_rows(run: Path) -> list[dict]:
 # the run -----------------------------------------------------------------------------------------
 
 
-def test_a_probe_changes_nothing_else_and_finds_what_evaluate_finds(probed, whole, labelled, tmp_path):
+def test_a_probe_changes_nothing_else_and_finds_what_evaluate_finds(
+    probed, whole, labelled, tmp_path, capsys
+):
     run = pretrain(at(probed, tmp_path / "run"))
+    measured = (
+        f"probe: accuracy on 12 images of {labelled}/test, by nearest neighbours or a classifier from 24"
+    )
+    assert f"{measured} images of {labelled}/train; nothing that is trained or saved depends on it" in (
+        capsys.readouterr().err
+    )
     rows, weights = learned(run)
     plain_rows, plain_weights = learned(whole)
     assert [row for row in rows if "loss" in row] == plain_rows

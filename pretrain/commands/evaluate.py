@@ -335,6 +335,7 @@ def _encoders(config: EvaluateConfig) -> list[tuple[str, Encoder, ArtifactConfig
 def _measure(config: EvaluateConfig, train: Source, test: Source, console: Console) -> list[Score]:
     """Scores of frozen encoders, where they are asked for."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     from pretrain.evaluate import evaluate
     from pretrain.training.distributed import pick_device
@@ -343,7 +344,8 @@ def _measure(config: EvaluateConfig, train: Source, test: Source, console: Conso
     if not protocols:
         return []
     encoders, device = _encoders(config), pick_device(config.device)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(True))
+    title = TextColumn("{task.description}", table_column=Column(overflow="fold"))
+    columns = (title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(True))
     scores = []
     with Progress(*columns, console=console) as progress:
         for name, encoder, about in encoders:

@@ -59,8 +59,10 @@ class FolderSource(EncodedSource):
         labels = np.array([number[name.partition("/")[0]] for name in chosen.names]) if class_names else None
         super().__init__(location, labels, class_names and tuple(map(printable, class_names)))
         self._names = Names(chosen.names)
-        self.split, self.notes, self.inventory = chosen.split, chosen.notes, inventory
+        if chosen.folder:
+            _, inventory = search(location)  # what lies in other splits is none of this one
         inventory.images = Counter(kind_of(name) for name in chosen.names)
+        self.split, self.notes, self.inventory = chosen.split, chosen.notes, inventory
         if class_names is None:
             self.unlabelled = _why_unlabelled(location, chosen)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from pretrain.artifact import ArtifactConfig, load_encoder
@@ -49,8 +49,8 @@ class FinetunePlan(Plan[FinetuneConfig]):
     """What chooses the checkpoint; None: nothing does, and the weights of the last step are published."""
     val_labels: Tensor
     """Of the validation images, counted alike."""
-    held_out: Tensor
-    """Which of the training split's images are validation images, int64; none where there are others."""
+    held_out: bool
+    """Whether the validation images are a part of the training split, which is not trained on."""
     notes: tuple[str, ...]
     """What is to be said before the first step."""
 
@@ -89,15 +89,14 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
     train, val, test = splits.train, splits.val, splits.test
     labels, test_labels, names = shared_labels(train, test)
     say_absent_classes(splits)
-    share, held_out, val_labels = config.optimizer.hold_out, torch.empty(0, dtype=torch.int64), labels[:0]
+    share, val_labels, held_out = config.optimizer.hold_out, labels[:0], val is None
     chosen_by = "checkpoint: that of the last step (--hold-out 0), so nothing chooses it"
     if val is not None:
         _, val_labels, _ = shared_labels(train, val)
         chosen_by = f"checkpoint: chosen by top-1 on {len(val):,} images of {val.location}"
     elif share:
         chosen = hold_out(labels, share, config.run.seed)
-        held_out, kept = chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
-        if not len(held_out):
+        if not chosen.any():
             raise BadInput(
                 f"{train.location}: every class has a single image, so none can be held out to choose the "
                 "checkpoint; give validation images (--val), or take the last step's weights (--hold-out 0)"
@@ -105,13 +104,13 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
         alone = int((labels.bincount() == 1).sum())
         whole = f"; {alone} class(es) with a single image have none there" if alone else ""
         chosen_by = (
-            f"checkpoint: chosen by top-1 on {len(held_out):,} of the {len(labels):,} images of "
+            f"checkpoint: chosen by top-1 on {int(chosen.sum()):,} of the {len(labels):,} images of "
             f"{train.location}, "
             f"which are not trained on: {share:.3g} of every class, at least one of two, drawn by seed "
             f"{config.run.seed}{whole} (--val gives others, --hold-out another share)"
         )
-        val, val_labels = Subset(train, held_out.numpy()), labels[held_out]
-        train, labels = Subset(train, kept.numpy()), labels[kept]
+        val, val_labels = Subset(train, np.flatnonzero(chosen)), labels[chosen]
+        train, labels = Subset(train, np.flatnonzero(~chosen)), labels[~chosen]
     notes = chosen_by, f"test: {len(test):,} images of {test.location}, used once, at the end"
     config = check_folder(_filled_in(config, about, names), resume)
     check_shapes(config)
@@ -138,7 +137,7 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
         test_labels=test_labels,
         val=val,
         val_labels=val_labels,
-        held_out=held_out,
+        held_out=held_out and val is not None,
         notes=notes,
     )
 

@@ -134,29 +134,20 @@ class ClassifierKeeper(Keeper[FinetuneConfig]):
         if state is None:
             return None
         kept, plan = state["validation"], self._finetuning
-        if "held_out" not in kept:
+        if "images" not in kept:
             raise BadInput(
                 f"{plan.folder}: was begun by an earlier version, which chose the checkpoint on the test "
-                "images, "
-                "and cannot go on; its artifact can still be used; start a new run with another --run"
+                "images, and cannot go on; its artifact can still be used; start a new run with another --run"
             )
         now, before = self._counts(), kept["images"]
-        if not self.may_change:
-            for what, source in (("test", plan.test), ("validation", plan.val)):
-                if source is not None and before[what] != now[what]:
-                    raise BadInput(
-                        f"{source.location}: has {now[what]} images, but the run was started with "
-                        f"{before[what]} "
-                        f"{what} images; give the same, or start a new run"
-                    )
-            if not torch.equal(kept["held_out"], plan.held_out):
+        for what in () if self.may_change else now:
+            if now[what] != before[what]:
                 raise BadInput(
-                    f"{plan.source.location}: other images would be held out to choose the checkpoint "
-                    "than when the "
-                    "run was started; give the same images, or start a new run"
+                    f"{plan.folder}: there are {now[what]} {what} images, but the run was started with "
+                    f"{before[what]}; give the same, or start a new run"
                 )
-        if self.changed or before != now or not torch.equal(kept["held_out"], plan.held_out):
-            if len(plan.held_out):
+        if self.changed or before != now:
+            if plan.held_out:
                 self._report.warn("the held-out images were drawn anew; some of them were trained on before")
             return state  # scores on other images say nothing of what follows
         self._weights, self._chosen, self._looked = kept["weights"], kept["chosen"], kept["looked"]
@@ -171,13 +162,11 @@ class ClassifierKeeper(Keeper[FinetuneConfig]):
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the resumable state and the artifact."""
-        plan = self._finetuning
         kept = {
             **{name: scores and asdict(scores) for name, scores in self._scores().items()},
             "weights": self._weights,
             "chosen": self._chosen,
             "looked": self._looked,
-            "held_out": plan.held_out,
             "images": self._counts(),
         }
         super().save(state | {"validation": kept})
@@ -278,7 +267,7 @@ class ClassifierKeeper(Keeper[FinetuneConfig]):
                 "data": plan.source.location.name,
                 "images": len(plan.source),
                 "val": None if plan.val is None else plan.val.location.name,
-                "val_held_out_of_training": len(plan.held_out) > 0,
+                "val_held_out_of_training": plan.held_out,
                 "test": plan.test.location.name,
                 "ema": config.optimizer.ema,
                 "pretrained": None if config.from_scratch else plan.about.trained,
