@@ -5,6 +5,7 @@ import io
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def folder(path: Path, files: dict[str, int]) -> Source:
     return open_source(path)
 
 
-def pack(path: Path, files: dict[str, int], **more: object) -> Source:
+def pack(path: Path, files: dict[str, int], **more: Any) -> Source:
     offsets = np.cumsum([0, *files.values()])
     np.savez(
         path.with_suffix(".npz"),
@@ -34,7 +35,7 @@ def pack(path: Path, files: dict[str, int], **more: object) -> Source:
         offsets=offsets,
         file_names=[*files],
         **more,
-    )  # type: ignore[arg-type]
+    )
     return open_source(path.with_suffix(".npz"))
 
 
