@@ -234,8 +234,6 @@ def test_a_process_of_a_killed_comparison_is_waited_for(tmp_path, lock):
 def test_a_process_that_does_not_stop_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "_PATIENCE", 0.2)
     deaf = "import signal as s, time; s.signal(s.SIGTERM, s.SIG_IGN); open('on', 'w'); time.sleep(60)"
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('on', 'w'); time.sleep(60)"
-    )
     told: list[str | None] = []
     popen, stop = subprocess.Popen, jobs.StopRequest()
 

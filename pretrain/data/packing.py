@@ -222,8 +222,8 @@ def _begun(out: Path, wanted: dict[str, Any]) -> list[Shard]:
     other = [f"{key} {there.get(key)!r}" for key in wanted if there.get(key) != wanted[key]]
     if other == [f"{_IDENTITY} {there[_IDENTITY]!r}"]:
         raise BadInput(
-            f"{out}: names or sizes of the images in {wanted['source']} have changed since this pack was begun; "
-            "choose a new folder for --out"
+            f"{out}: names or sizes of the images in {wanted['source']} have changed since this pack was "
+            "begun; choose a new folder for --out"
         )
     if other:
         raise BadInput(f"{out}: holds another pack ({', '.join(other)}); choose a new folder for --out")
