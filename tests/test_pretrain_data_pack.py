@@ -217,8 +217,8 @@ def test_an_unfinished_pack_is_not_gone_on_with_from_other_images(photos, tmp_pa
     out = tmp_path / "out"
     with pytest.raises(Stop):
         pack(open_source(photos), out, SMALL, workers=0, progress=stop_after(6))
-    first = min(path for path in photos.rglob("*") if path.suffix == ".png")
-    first.rename(first.with_name("another.png"))
+    first = min(photos.rglob("*.jpg"))
+    first.rename(first.with_name("another.jpg"))
     with pytest.raises(BadInput, match=r"the images in .* have changed since this pack was begun"):
         pack(open_source(photos), out, SMALL, workers=0)
 
