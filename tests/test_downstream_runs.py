@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from downstream.runs import checkpoint_weights, intact_checkpoint
-from downstream.workers import settle_worker
 from pretrain.errors import BadInput
 from pretrain.hashing import seal
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # mm's packages, which are imported inside, warn of each other
 
 
 @pytest.fixture
@@ -30,6 +32,8 @@ def spoil(path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_left_for_the_one_before(folder, caplog):
+    from downstream.runs import checkpoint_weights, intact_checkpoint
+
     assert intact_checkpoint(folder) == folder / "iter_10.pth"
     assert checkpoint_weights(folder / "iter_10.pth")["x"][0] == 10
     spoil(folder / "iter_10.pth")
@@ -43,6 +47,8 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(folder, caplog):
 
 
 def test_a_checkpoint_without_a_checksum_is_taken_with_a_note(folder, caplog):
+    from downstream.runs import intact_checkpoint
+
     torch.save({}, folder / "iter_10.pth")
     assert intact_checkpoint(folder) == folder / "iter_10.pth"
     assert "has no checksum" in caplog.text
@@ -57,6 +63,8 @@ class Images(Dataset):
 
 
 def test_images_for_mm_need_no_shared_memory():
+    from downstream.workers import settle_worker
+
     settle = partial(settle_worker, num_workers=1, rank=0, seed=0)
     loader = DataLoader(
         Images(), batch_size=None, num_workers=1, worker_init_fn=settle, multiprocessing_context="forkserver"
