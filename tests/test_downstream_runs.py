@@ -10,9 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from pretrain.errors import BadInput
 from pretrain.hashing import seal
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore"
-)  # mm's packages, which are imported inside, warn of each other
+pytestmark = pytest.mark.filterwarnings("ignore")  # of mm's packages, which are imported inside
 
 
 @pytest.fixture
