@@ -26,7 +26,9 @@ from pretrain.compare import (
     Comparison,
     compare,
     jobs,
+    running,
 )
+from pretrain.errors import BadInput, Interrupted
 
 HERE = Path(__file__).resolve().parent
 
@@ -227,6 +229,50 @@ def test_a_process_of_a_killed_comparison_is_waited_for(tmp_path, lock):
     assert [line for line in told if line] == [
         "waiting for a run that another process of this comparison started"
     ]
+
+
+def test_a_process_that_does_not_stop_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "_PATIENCE", 0.2)
+    deaf = "import signal as s, time; s.signal(s.SIGTERM, s.SIG_IGN); open('on', 'w'); time.sleep(60)"
+    told: list[str | None] = []
+    popen, stop = subprocess.Popen, jobs.StopRequest()
+
+    def started(_: object, **options: Any) -> subprocess.Popen:
+        return popen([sys.executable, "-c", deaf], cwd=tmp_path, **options)
+
+    def progress() -> float:
+        stop.asked = (tmp_path / "on").exists()
+        return 0.0
+
+    monkeypatch.setattr(jobs.subprocess, "Popen", started)
+    job = jobs.Job("one", tuple, lambda: False, progress=progress)
+    monkeypatch.setattr(jobs, "_SHOW", 0.0)
+    with pytest.raises(Interrupted):
+        jobs.Runner(tmp_path, [{}], lambda line, _: told.append(line), stop).run([job])
+    assert "one does not stop; killing it" in told
+
+
+def test_another_comparison_of_changed_images_is_refused(tmp_path, monkeypatch, caplog):
+    photos = tmp_path / "photos"
+    for split in ("train", "test"):
+        for number in (1, 2):
+            (photos / split / str(number)).mkdir(parents=True)
+            (photos / split / str(number) / "a.png").write_bytes(b"1")
+    entry = SimpleNamespace(config=SimpleNamespace(data=SimpleNamespace(images=photos)))
+    out = tmp_path / "out"
+    comparison: Any = SimpleNamespace(entries=[entry], test=photos, out=out, allow_changed_data=False)
+    running._check_data(comparison)
+    (out / "settings").mkdir()
+    (out / "settings" / "one.json").touch()
+    running._check_data(comparison)
+    (photos / "test" / "1" / "a.png").rename(photos / "test" / "2" / "b.png")
+    with pytest.raises(BadInput, match=r"the test images have changed: 1 removed \(1/a\.png\), 1 added"):
+        running._check_data(comparison)
+    comparison.allow_changed_data = True
+    running._check_data(comparison)
+    assert "warning: the test images have changed" in caplog.text
+    comparison.allow_changed_data = False
+    running._check_data(comparison)
 
 
 def test_progress_is_asked_for_now_and_then(tmp_path, monkeypatch):

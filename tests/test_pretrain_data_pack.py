@@ -246,6 +246,16 @@ def test_an_interrupted_pack_goes_on_and_ends_the_same(photos, tmp_path, monkeyp
         assert path.read_bytes() == (out / path.name).read_bytes()
 
 
+def test_an_unfinished_pack_is_not_gone_on_with_from_other_images(photos, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(Stop):
+        pack(open_source(photos), out, SMALL, workers=0, progress=stop_after(6))
+    first = min(photos.rglob("*.jpg"))
+    first.rename(first.with_name("another.jpg"))
+    with pytest.raises(BadInput, match=r"the images in .* have changed since this pack was begun"):
+        pack(open_source(photos), out, SMALL, workers=0)
+
+
 def test_a_finished_shard_that_was_damaged_is_made_again(photos, tmp_path):
     source, out = open_source(photos), tmp_path / "out"
     with pytest.raises(Stop):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from itertools import count, islice
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -150,6 +151,36 @@ def test_workers_that_cannot_be_started_are_an_error_in_one_line(monkeypatch):
     monkeypatch.setattr("multiprocessing.context.ForkServerProcess.start", full)
     with pytest.raises(ComaError, match=r"data workers cannot be started here .*; use --workers 0"):
         list(in_workers(fetch, [1], 1))
+
+
+@dataclass
+class Pinned:
+    key: int
+    pinned: bool = False
+
+    def pin_memory(self) -> "Pinned":
+        return Pinned(self.key, pinned=True)
+
+
+def to_be_pinned(key: int) -> Pinned:
+    if key == 13:
+        raise BadImage("thirteen.jpg: unlucky")
+    return Pinned(key)
+
+
+def test_results_for_a_gpu_are_pinned_in_order(monkeypatch):
+    devices: list[int] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    assert list(in_workers(to_be_pinned, range(5), 2, pin=True)) == [Pinned(key, True) for key in range(5)]
+    assert devices == [3]  # the thread that pins would make itself at home on the first GPU
+    results = in_workers(to_be_pinned, count(11), 2, pin=True)
+    assert [next(results).key for _ in range(2)] == [11, 12]
+    with pytest.raises(BadImage, match="unlucky"):
+        next(results)
+    endless = in_workers(to_be_pinned, count(14), 1, pin=True)
+    next(endless)
+    endless.close()
 
 
 def unsendable(key: int) -> object:

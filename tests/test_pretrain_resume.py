@@ -260,7 +260,7 @@ def test_a_longer_schedule_says_what_becomes_of_the_learning_rate(resumable, tmp
 
 
 @pytest.mark.parametrize("position", [0, 12, 14])  # of a first step, of another, of its second pass
-def test_waiting_for_images_ends_when_someone_asks(resumable, whole, tmp_path, capsys, position):
+def test_waiting_for_images_ends_when_someone_asks(resumable, whole, tmp_path, capfd, position):
     run = tmp_path / "run"
     read = TrainingFetch.__call__
 
@@ -275,6 +275,6 @@ def test_waiting_for_images_ends_when_someone_asks(resumable, whole, tmp_path, c
         pretrain(at(resumable, run))
     said = "everything is saved" if position else "nothing was learned yet"
     assert f"stopped at step {position // 4} of 7; {said}" in str(told.value)
-    assert "stopping now" in capsys.readouterr().err
+    assert "stopping now" in capfd.readouterr().err
     pretrain(at(resumable, run), resume=True)
     assert_same(run, whole)

@@ -104,7 +104,7 @@ def test_every_changed_byte_of_a_state_is_noticed(tmp_path):
         assert len(told) == 1 and "step-000002.pt: this state does not load" in told[0]
     newest.unlink()
     newest.mkdir()
-    state = read_state(folder, told.append)
+    state = read_state(folder, lambda _: None)
     assert state is not None and state["step"] == 1
     write_state(folder, {"step": 3, "weights": torch.zeros(1)}, keep=1)
     newest.rmdir()

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from io import StringIO
 
 import pytest
@@ -20,7 +21,7 @@ from pretrain.config import (
 from pretrain.training import report
 from pretrain.training.distributed import Processes
 from pretrain.training.report import Report
-from pretrain.training.signals import StopRequest
+from pretrain.training.signals import StopNow, StopRequest
 from pretrain.training.throughput import Meter, peak_flops, training_flops
 
 
@@ -146,6 +147,29 @@ def test_signals_ask_once_and_abort_the_second_time(capfd):
             os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert capfd.readouterr().err == "\nstopping after this step; Ctrl-C again stops at once\n"
+
+
+def test_what_may_be_left_is_left_at_once(capfd):
+    alarm = signal.getsignal(signal.SIGALRM)
+    with StopRequest() as stop, pytest.raises(StopNow), stop.at_once():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    assert capfd.readouterr().err == "\nstopping now\n"
+    assert signal.getsignal(signal.SIGALRM) == alarm
+
+
+def test_what_is_better_finished_is_left_when_it_hangs(monkeypatch):
+    monkeypatch.setattr("pretrain.training.signals._SOON", 0.1)
+    alarm = signal.getsignal(signal.SIGALRM)
+    with StopRequest(quiet=True) as stop:
+        with stop.at_once(grace=60):  # finished in time
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(StopNow), stop.at_once():  # begun after it was asked for
+            time.sleep(60)
+    assert signal.getsignal(signal.SIGALRM) == alarm
+    with StopRequest(quiet=True) as stop, pytest.raises(StopNow), stop.at_once(grace=0.1):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
 
 
 def test_other_threads_leave_signals_alone():

@@ -9,6 +9,7 @@ appears under its name only when it is complete. So a pack that was stopped goes
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -31,6 +32,7 @@ from pretrain.files import write_whole
 
 _FORMAT = "coma-pack 1"
 _CHUNK = 16
+_IDENTITY = "names_and_sizes_sha256"
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def pack(
         "format": _FORMAT,
         "source": str(source.location.resolve()),
         "images_in_source": len(source),
+        _IDENTITY: hashlib.sha256(json.dumps(source.listing()).encode()).hexdigest(),
         **asdict(settings),
         "class_names": None if source.class_names is None else list(source.class_names),
     }
@@ -220,7 +223,13 @@ def _begun(out: Path, wanted: dict[str, Any]) -> list[Shard]:
         finished = there.pop("finished")
     except (ValueError, TypeError, KeyError, AttributeError):
         raise BadInput(f"{out / INDEX}: not the index of a pack; choose a new folder for --out") from None
+    there.setdefault(_IDENTITY, wanted[_IDENTITY])  # an older version did not note it
     other = [f"{key} {there.get(key)!r}" for key in wanted if there.get(key) != wanted[key]]
+    if other == [f"{_IDENTITY} {there[_IDENTITY]!r}"]:
+        raise BadInput(
+            f"{out}: names or sizes of the images in {wanted['source']} have changed since this pack was "
+            "begun; choose a new folder for --out"
+        )
     if other:
         raise BadInput(f"{out}: holds another pack ({', '.join(other)}); choose a new folder for --out")
     if finished:

@@ -1,8 +1,8 @@
 """What every kind of data looks like from outside: numbered pictures with a name, perhaps labels.
 
 A source travels to worker processes, so whatever grows with the number of images (names, offsets,
-labels) is kept in tensors: torch passes those by shared memory, and a million names cost once, not
-once per worker.
+labels) is kept in tensors: those travel in memory that all workers share (`workers.Parcel`), and a million
+names cost once, not once per worker.
 """
 
 from __future__ import annotations
@@ -51,11 +51,7 @@ class Source(ABC):
 
     @property
     def labels(self) -> np.ndarray | None:
-        """Class of every image, int64 `[n]`; None for unlabelled data.
-
-        A copy: a source that goes to worker processes moves its tensors to shared memory, and an array that
-        looked into them would be left with what comes after.
-        """
+        """Class of every image, int64 `[n]`, a copy; None for unlabelled data."""
         return None if self._labels is None else self._labels.numpy().copy()
 
     def label(self, i: int) -> int | None:

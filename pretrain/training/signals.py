@@ -36,13 +36,13 @@ class StopRequest:
         self.asked = False
         self._grace: float | None = None  # seconds, where one may be left
         self._quiet = quiet
+        self._alarm: object = None
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._receive)
-            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._leave)
         return self
 
     def __exit__(
@@ -69,11 +69,15 @@ class StopRequest:
             yield
         finally:
             self._grace = None
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            if self._alarm is not None:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, self._alarm)  # type: ignore[arg-type]
+                self._alarm = None
 
     def _leave_soon(self, grace: float) -> None:
         if not grace:
             self._leave()
+        self._alarm = signal.signal(signal.SIGALRM, self._leave)
         signal.setitimer(signal.ITIMER_REAL, grace)
 
     def _leave(self, *_: object) -> None:
