@@ -12,7 +12,7 @@ import tyro
 from export.shapes import Shape, Shapes, parse_shapes
 from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput, CheckFailed, ComaError
-from pretrain.preflight import make_folder, require_packages
+from pretrain.preflight import require_folder, require_packages
 from pretrain.ranges import Range, Ranged
 
 if TYPE_CHECKING:
@@ -159,11 +159,12 @@ def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str
         each.check(config.model.unit)
     _check_flags(given, targets, precisions, config, shapes[forms[0]])
     out = given.out or folder_beside(given.artifact)
-    make_folder(out)
+    require_folder(out)
     name, source = given.artifact.resolve().name, artifact_hash(given.artifact)
     manifest = Manifest.of(out, name, source, config.kind)
     request = _request(given, targets, precisions, out, config, forms, shapes[forms[0]])
     outcome = Outcome()
+    out.mkdir(parents=True, exist_ok=True)
     try:
         with Bar() as bar:
             for form in forms:
