@@ -13,7 +13,6 @@ from downstream.options import TrainingOptions
 from downstream.schedule import fit_schedule, fit_workers
 from downstream.settings import PRESETS, load_config, replace_dataset
 from pretrain.artifact import ArtifactConfig
-from pretrain.errors import BadInput
 
 Detector = Literal["mask-rcnn", "cascade-mask-rcnn", "faster-rcnn", "retinanet"]
 HAS_MASKS = ("mask-rcnn", "cascade-mask-rcnn")
@@ -41,8 +40,6 @@ def training_config(
     Raises:
         BadInput: options that do not fit.
     """
-    if short_side is not None and short_side < 32:
-        raise BadInput(f"--short-side {short_side}: must be at least 32")
     config = load_config(preset_path(name))
     fit_encoder(config, encoder, options)
     masks = name in HAS_MASKS

@@ -27,27 +27,16 @@ def fit_schedule(
         BadInput: numbers that make no run.
     """
     batch = int(defaults["batch_size"]) if options.batch_size is None else options.batch_size
-    if batch < 1:
-        raise BadInput(f"--batch-size {batch}: must be at least 1")
     epochs = options.epochs if options.epochs is not None else defaults["epochs"]
     steps = options.steps if options.steps is not None else round(epochs * images / batch)
     if steps < 1:
-        raise BadInput(f"{steps} steps: give --epochs or --steps of more than 0")
-    if options.validations < 1:
-        raise BadInput(f"--validations {options.validations}: must be at least 1")
+        raise BadInput(f"--epochs {epochs:g} of {images} images make no step; give more of them")
     every = max(-(-steps // options.validations), 1)
     warmup = min(500, steps // 10)
     warmup *= warmup > 1  # mmengine's warm-up of one step would never end
     lr = options.lr if options.lr is not None else defaults["lr"]
     decay = options.weight_decay if options.weight_decay is not None else defaults["weight_decay"]
     rate = options.layer_decay if options.layer_decay is not None else defaults["layer_decay"]
-    if lr <= 0 or decay < 0 or not 0 < rate <= 1:
-        raise BadInput(
-            f"--lr {lr}, --weight-decay {decay}, --layer-decay {rate}: must be above 0, at least 0, and "
-            "above 0 up to 1"
-        )
-    if options.save_steps is not None and options.save_steps < 1:
-        raise BadInput(f"--save-steps {options.save_steps}: must be at least 1")
     if options.precision != "fp32" and not torch.cuda.is_available():
         raise BadInput(f"--precision {options.precision}: mmengine's mixed precision needs a GPU; use fp32")
     amp = {"type": "AmpOptimWrapper", "dtype": {"bf16": "bfloat16"}.get(options.precision, "float16")}
@@ -106,8 +95,6 @@ def fit_workers(config: Any, workers: int | None) -> None:
     from pretrain.data.workers import default_workers
 
     count = min(default_workers(), 8) if workers is None else workers
-    if count < 0:
-        raise BadInput(f"--workers {count}: must be 0 or more")
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         config[name].num_workers = count
         config[name].persistent_workers = count > 0

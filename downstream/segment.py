@@ -33,8 +33,6 @@ def training_config(
         BadInput: options that do not fit.
     """
     unit = encoder.model.unit
-    if resize is not None and resize < 32:
-        raise BadInput(f"--short-side {resize}: must be at least 32")
     if crop < unit or crop % unit:
         raise BadInput(f"--crop-size {crop}: must be a multiple of the encoder's {unit} px mask unit")
     config = load_config(PRESET)

@@ -57,17 +57,6 @@ def require_file(file: Path, flag: str = "--out") -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
 
 
-def make_folder(folder: Path, flag: str = "--out") -> None:
-    """Make a folder that files can be written into.
-
-    Raises:
-        BadInput: a file of that name, or a place that cannot be written to.
-    """
-    require_folder(folder, flag)
-    with _refusing(flag, folder):
-        folder.mkdir(parents=True, exist_ok=True)
-
-
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Refuse to begin where the disk has too little room.
 

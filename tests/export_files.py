@@ -27,7 +27,7 @@ def awake(module: nn.Module) -> nn.Module:
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
         else:
-            nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.1)
+            nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
     return module
 
 

@@ -207,12 +207,12 @@ def test_exports_of_another_artifact_are_not_taken_for_its_own(made, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--batch", "1,0"], "--batch '1,0': give numbers from 1"),
+        (["--batch", "1,0"], "--batch: 0 must be at least 1"),
         (["--batch", "1,,8"], "--batch"),
         (["--size", "64"], "--size '64': give HxW"),
         (["--size", "16x64"], "mask unit is 32 x 32 px"),
-        (["--seconds", "0"], "--seconds 0.0: must be more than 0"),
-        (["--threads", "0"], "--threads 0: must be at least 1"),
+        (["--seconds", "0"], "--seconds 0 must be more than 0"),
+        (["--threads", "0"], "--threads 0 must be 1 to 4096"),
         (["--form", "reconstructor"], "is a backbone; of it there is encoder"),
         (["--exports", "nowhere"], "--exports nowhere: no manifest.json there; coma export"),
         (["--images", "nowhere"], "nowhere"),

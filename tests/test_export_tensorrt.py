@@ -172,7 +172,7 @@ def test_a_missing_or_foreign_sidecar_is_refused(engine: Path):
 
 
 def test_options_out_of_range_are_refused():
-    with pytest.raises(BadInput, match="from 0 to 5"):
+    with pytest.raises(BadInput, match="must be 0 to 5"):
         EngineOptions(optimization_level=6)
     with pytest.raises(BadInput, match="at least 1"):
         EngineOptions(workspace_mib=0)

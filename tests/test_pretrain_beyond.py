@@ -206,11 +206,11 @@ def test_settings_and_views():
 
 
 def test_what_cannot_be_trained_on_is_refused():
-    with pytest.raises(BadInput, match="between 0 and 1"):
+    with pytest.raises(BadInput, match=r"--objective\.hidden-ratio 1 must be more than 0 and less than 1"):
         BeyondConfig(hidden_ratio=1.0)
-    with pytest.raises(BadInput, match="at least 2 views"):
+    with pytest.raises(BadInput, match=r"--objective\.views 1 must be 2 to 1024"):
         BeyondConfig(views=1)
-    with pytest.raises(BadInput, match=r"border weight 0\.0 must lie"):
+    with pytest.raises(BadInput, match=r"--objective\.border-weight 0 must be"):
         BeyondConfig(border_weight=0.0)
     with pytest.raises(BadInput, match=r"no use of it"):
         replace(BeyondConfig(hidden_ratio=0.5), degrade="zoom-in")

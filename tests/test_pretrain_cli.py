@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -46,6 +47,8 @@ def run(argv):
             raise RuntimeError("a bug")
         case ["os", number]:
             raise OSError(int(number), "No room", "out.bin")
+        case ["memory"]:
+            raise MemoryError
         case ["gpu"]:
             import torch
 
@@ -103,6 +106,9 @@ def python(*arguments: str, **options) -> subprocess.CompletedProcess:
         (["exit", ""], 0, ""),
         (["exit", "why"], 1, "error: why\n"),
         (["os", str(errno.ENOSPC)], 1, "error: out.bin: No room\n"),
+        (["os", str(errno.ELOOP)], 2, "error: out.bin: No room\n"),
+        (["os", str(errno.ENAMETOOLONG)], 2, "error: out.bin: No room\n"),
+        (["memory"], 2, "error: not enough memory; try a smaller --batch-size, --image-size or model\n"),
     ],
 )
 def test_errors_become_exit_codes_and_one_line(room, capsys, argv, code, message):
@@ -118,11 +124,35 @@ def test_arguments_come_from_the_process_by_default(room, capsys, monkeypatch):
     assert capsys.readouterr().out == "hello you\n"
 
 
-def test_a_bug_keeps_its_traceback(room):
-    with pytest.raises(RuntimeError, match="a bug"):
-        cli.main(["greet", "bug"])
-    with pytest.raises(OSError, match="No room"):  # no user did this
-        cli.main(["greet", "os", str(errno.EBADF)])
+@pytest.mark.parametrize(
+    ("argv", "summary"),
+    [
+        (["bug"], "RuntimeError: a bug"),
+        (["os", str(errno.EBADF)], f"OSError: [Errno {errno.EBADF}] No room: 'out.bin'"),
+        (
+            ["import", "annex.hall"],
+            "ModuleNotFoundError: No module named 'annex.hall'",
+        ),
+    ],
+)
+def test_a_bug_is_one_line_and_its_traceback_is_kept(room, capsys, tmp_path, monkeypatch, argv, summary):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "kept"))
+    (tmp_path / "kept").mkdir()
+    assert cli.main(["greet", *argv]) == 1
+    (kept,) = (tmp_path / "kept").iterdir()
+    assert (
+        capsys.readouterr().err
+        == f"error: this is a fault of coma ({summary}); please report it with {kept}\n"
+    )
+    assert "Traceback" in kept.read_text() and "annex.py" in kept.read_text()
+    assert cli.main(["--traceback", "greet", *argv]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_bug_on_a_full_disk_shows_its_traceback(room, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    assert cli.main(["greet", "bug"]) == 1
+    assert "annex.py" in capsys.readouterr().err
 
 
 def test_traceback_shows_where_a_users_error_came_from(room, capsys):
@@ -168,10 +198,17 @@ def test_a_missing_extra_says_what_to_install(room, capsys):
     assert capsys.readouterr().err == expected
 
 
-@pytest.mark.parametrize("argv", [["greet", "import", "sunrise"], ["salute", "import", "annex.hall"]])
-def test_a_module_missing_for_no_extra_is_a_bug(room, argv):
-    with pytest.raises(ModuleNotFoundError):
-        cli.main(argv)
+def test_a_missing_dependency_and_one_of_two_that_share_a_name_say_what_to_install(room, capsys):
+    assert cli.main(["greet", "import", "sunrise"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "error: coma greet needs sunrise; install it with: pip install coma-dyvit\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for package, extra in {"mmcv": "mmcv-lite", "onnxruntime": "onnxruntime"}.items():
+            patch.setitem(sys.modules, package, None)
+            assert cli.main(["salute", "import", package]) == 2
+            assert f"pip install 'coma-dyvit[annex,gpu,{extra}]'" in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_away_is_no_error():
@@ -289,9 +326,10 @@ def test_help_is_wrapped_where_the_terminal_ends_not_where_our_lines_do():
     command = [sys.executable, "-m", "pretrain", "pretrain", "--help"]  # tyro keeps texts it has read
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
     lines = [line.strip(" │") for line in done.stdout.splitlines()]
-    first = lines.index("--repeats INT") + 1
-    text = lines[first : lines.index("--on-bad-image {skip,stop}")]
-    assert len(text) > 3 and min(map(len, text[:-1])) > 70 - 12  # of 70, less a long word
+    first = next(i for i, line in enumerate(lines) if line.startswith("--repeats INT")) + 1
+    text = lines[first : next(i for i, line in enumerate(lines) if line.startswith("--on-bad-image"))]
+    assert len(text) > 3 and min(map(len, text[:-1])) > 50 - 12  # of 50, less a long word
+    assert text[-1].endswith("(1 to 1024) (default: 1)")
 
 
 def test_the_command_line_is_as_it_was():

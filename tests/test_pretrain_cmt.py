@@ -213,13 +213,13 @@ def test_settings():
     balanced = PretrainConfig(objective=method_preset("coma-balanced"))
     assert to_plain(balanced)["objective"]["method"] == "coma-balanced"
     assert from_plain(to_plain(balanced), PretrainConfig, source="x") == balanced
-    with pytest.raises(BadInput, match="hidden ratio"):
+    with pytest.raises(BadInput, match=r"--objective\.hidden-ratio 1 must be"):
         CMTConfig(hidden_ratio=1)
-    with pytest.raises(BadInput, match=r"mask share 1\.5 must be 0 to 1"):
+    with pytest.raises(BadInput, match=r"--objective.mask-share 1\.5 must be 0 to 1"):
         CMTConfig(mask_share=1.5)
-    with pytest.raises(BadInput, match="student block 0: the last is 1"):
+    with pytest.raises(BadInput, match=r"--objective\.student-block 0 must be 1 to 256"):
         CMTConfig(student_block=0)
-    with pytest.raises(BadInput, match="teacher block 0: the last is 1"):
+    with pytest.raises(BadInput, match=r"--objective\.teacher.block 0 must be 1 to 256"):
         TeacherConfig(block=0)
     with pytest.raises(BadInput, match="cannot be balanced"):
         BalancedCoMAConfig(masks="single")

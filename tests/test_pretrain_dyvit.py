@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_refused(encoder):
     [
         ({"windows": ((4,), (4,), (4,))}, "4 stages"),
         ({"windows": ((4, 8, 2), (4,), (4,), (4,))}, "cannot be shared"),
-        ({"windows": ((-1,), (4,), (4,), (4,))}, ">= 0"),
+        ({"windows": ((-1,), (4,), (4,), (4,))}, "--model.windows: -1 must be at least 0"),
         ({"dim": 12}, "multiple of 4"),
         ({"channels": 17}, "1 to 16"),
     ],

@@ -177,8 +177,8 @@ def test_a_picture_that_fails_never_ends_a_run(settings, monkeypatch, capsys):
             "--batch-size 4 or --batch-size 8 or --micro-batch 3",
         ),
         ({"optimizer": {"batch_size": 0}}, "must be at least 1"),
-        ({"optimizer": {"steps": 0}}, "0 steps"),
-        ({"run": {"log_steps": 0}}, "--log-steps 0: must be at least 1"),
+        ({"optimizer": {"steps": 0}}, "--steps 0 must be at least 1"),
+        ({"run": {"log_steps": 0}}, "--log-steps 0 must be at least 1"),
         ({"model": {"channels": 5}}, "--channels 3 trains on such images"),
     ],
 )

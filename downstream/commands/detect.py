@@ -13,7 +13,7 @@ from downstream.options import FromOptions, TrainingOptions
 from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput
 from pretrain.preflight import require_file
-from pretrain.ranges import SHARE, SIDE, Ranged
+from pretrain.ranges import SHARE, Range, Ranged
 
 if TYPE_CHECKING:
     from downstream.datasets.coco import CocoSplit
@@ -47,7 +47,7 @@ class TrainConfig(Ranged):
     """Go on with the run in this directory, with its own settings."""
     model: Literal["mask-rcnn", "cascade-mask-rcnn", "faster-rcnn", "retinanet"] | None = None
     """Detector (default: mask-rcnn where every object has a mask, else faster-rcnn)."""
-    short_side: Annotated[int | None, SIDE] = None
+    short_side: Annotated[int | None, Range(32, 16384)] = None
     """Pixels that the short side of images is resized to (default: the median of the training images, at
     most 800)."""
     training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(default_factory=TrainingOptions)

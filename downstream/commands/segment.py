@@ -13,7 +13,7 @@ from downstream.options import FromOptions, TrainingOptions
 from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput
 from pretrain.preflight import require_file
-from pretrain.ranges import SIDE, Ranged
+from pretrain.ranges import SIDE, Range, Ranged
 
 if TYPE_CHECKING:
     from downstream.datasets.labels import LabelSplit
@@ -49,7 +49,7 @@ class TrainConfig(Ranged):
     """Go on with the run in this directory, with its own settings."""
     crop_size: Annotated[int | None, SIDE] = None
     """Side of the square training crop in pixels (default: 512)."""
-    short_side: Annotated[int | None, SIDE] = None
+    short_side: Annotated[int | None, Range(32, 16384)] = None
     """Resize images to this short side first (default: as they are)."""
     training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(default_factory=TrainingOptions)
 

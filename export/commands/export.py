@@ -15,7 +15,7 @@ from export.commands.output import disk_errors, exclusive, stoppable
 from export.shapes import Shape, Shapes, parse_shapes
 from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput, CheckFailed, ComaError
-from pretrain.preflight import make_folder, require_file, require_packages
+from pretrain.preflight import require_file, require_folder, require_packages
 from pretrain.ranges import Range, Ranged
 
 if TYPE_CHECKING:
@@ -167,9 +167,10 @@ def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str
         each.check(config.model.unit)
     _check_flags(given, targets, precisions, config, shapes[forms[0]])
     require(given.device)
-    make_folder(out)
+    require_folder(out)
     if given.engine.timing_cache:
         require_file(given.engine.timing_cache, "--timing-cache")
+    out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
         remove_unfinished(out)
         name, source = given.artifact.resolve().name, artifact_hash(given.artifact)

@@ -11,7 +11,7 @@ import json
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from export.description import Description
 from export.tensorrt.library import TITLES, Flavour, Gpu, Library, version_numbers
@@ -19,13 +19,14 @@ from export.tensorrt.profiles import Profile
 from pretrain.errors import BadInput
 from pretrain.hashing import sha256_of
 from pretrain.plain import from_plain, to_plain
+from pretrain.ranges import Range, Ranged
 
 FORMAT_VERSION = 1
 REBUILD = "build it again from its ONNX file on this machine"
 
 
 @dataclass(frozen=True)
-class EngineOptions:
+class EngineOptions(Ranged):
     """How an engine is built. What is computed in which precision is not among it: the ONNX file says that.
 
     Attributes:
@@ -41,8 +42,8 @@ class EngineOptions:
         gpu: Number of the GPU to build on and for.
     """
 
-    workspace_mib: int = 4096
-    optimization_level: int = 3
+    workspace_mib: Annotated[int, Range(1, 2**24)] = 4096
+    optimization_level: Annotated[int, Range(0, 5)] = 3
     timing_cache: Path | None = None
     tf32: bool = False
     version_compatible: bool = False
@@ -50,12 +51,6 @@ class EngineOptions:
     refit: bool = False
     strip_plan: bool = False
     gpu: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.optimization_level <= 5:
-            raise BadInput(f"optimization level {self.optimization_level}: it goes from 0 to 5")
-        if self.workspace_mib < 1:
-            raise BadInput(f"workspace of {self.workspace_mib} MiB: give at least 1")
 
 
 @dataclass(frozen=True)

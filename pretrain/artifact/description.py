@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pretrain.config import EncoderConfig, ObjectiveConfig, view_size
 from pretrain.errors import BadInput
 from pretrain.hashing import sha256_of
+from pretrain.ranges import MEAN, SIDE, STD, Ranged
 
 FORMAT_VERSION = 1
 CONFIG, TENSORS = "config.json", "model.safetensors"
@@ -27,23 +27,25 @@ Kind = Literal["backbone", "pretrained", "classifier", "detector", "segmentor"]
 
 
 @dataclass(frozen=True)
-class ArtifactConfig:
+class ArtifactConfig(Ranged):
     """Everything needed to rebuild the model and to feed it images.
 
     Raises:
         BadInput: values that contradict each other; the message names them.
     """
 
+    flags = ""
+
     kind: Kind
     """backbone: an encoder. pretrained: encoder and decoder. The others: a fine-tuned model."""
     model: EncoderConfig
     objective: ObjectiveConfig | None
     """How it was pre-trained; required of kind `pretrained`, whose decoder it describes."""
-    image_size: int
+    image_size: Annotated[int, SIDE]
     """Side in pixels of the square images that the encoder was trained on."""
-    mean: tuple[float, ...]
+    mean: Annotated[tuple[float, ...], MEAN]
     """Per-channel mean of pixels scaled to 0..1."""
-    std: tuple[float, ...]
+    std: Annotated[tuple[float, ...], STD]
     """Per-channel standard deviation of pixels scaled to 0..1."""
     class_names: tuple[str, ...] | None
     trained: dict[str, Any]
@@ -61,19 +63,17 @@ class ArtifactConfig:
         return view_size(self.image_size, self.model.unit, self.objective)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         channels, unit = self.model.channels, self.model.unit
         if not len(self.mean) == len(self.std) == channels:
             raise BadInput(
-                f"mean {self.mean} and std {self.std} need one value for each of {channels} channels"
+                f"mean has {len(self.mean)} values and std {len(self.std)}; give one for each of the "
+                f"{channels} channels"
             )
-        if not all(math.isfinite(m) for m in self.mean):
-            raise BadInput(f"mean {self.mean} must be finite")
-        if not all(math.isfinite(s) and s > 0 for s in self.std):
-            raise BadInput(f"std {self.std} must be finite and positive")
         if self.image_size < unit:
             raise BadInput(f"image size {self.image_size} px is smaller than a mask unit of {unit} px")
         if self.class_names is not None and not (self.class_names and all(self.class_names)):
-            raise BadInput(f"class names {self.class_names} must be at least one name, none of them empty")
+            raise BadInput("class names must be at least one name, none of them empty")
         if self.kind == "pretrained" and self.objective is None:
             raise BadInput("an artifact of kind 'pretrained' needs its objective")
 

@@ -20,7 +20,7 @@ import tyro
 from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput
 from pretrain.methods import Degradation
-from pretrain.ranges import MEAN, STD, Range, Ranged
+from pretrain.ranges import MEAN, SEED, STD, Range, Ranged
 
 Channels = tuple[float, float, float]
 
@@ -54,7 +54,7 @@ class DegradeConfig(Ranged):
     it shows in decolor alone. Default: ImageNet's; those of a run are in its artifact's config.json."""
     std: Annotated[Channels, STD] = (0.229, 0.224, 0.225)
     """Per channel, likewise."""
-    seed: Annotated[int, Range(-(2**63), 2**63 - 64)] = 0
+    seed: Annotated[int, SEED] = 0
     """Of the first draw; the next ones count on."""
 
 
@@ -105,5 +105,7 @@ def _check(config: DegradeConfig) -> None:
         raise BadInput(f"--out {config.out}: a PNG is written; give a file name that ends in .png")
     if config.unit is not None and config.unit > config.size:
         raise BadInput(f"--unit {config.unit} must be at most --size {config.size}")
+    if config.seed + config.draws > 2**63:
+        raise BadInput(f"--seed {config.seed} is too large: those of the other --draws count on from it")
     if not config.kind:
         raise BadInput("--kind: name at least one")

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pretrain.data.encoding import encode, shrink
 from pretrain.data.images import decode, plain_jpeg_size
@@ -29,6 +29,7 @@ from pretrain.data.source import Source
 from pretrain.data.workers import in_workers
 from pretrain.errors import BadImage, BadInput
 from pretrain.files import write_whole
+from pretrain.ranges import SIDE, Range, Ranged
 
 _FORMAT = "coma-pack 1"
 _CHUNK = 16
@@ -36,21 +37,15 @@ _IDENTITY = "names_and_sizes_sha256"
 
 
 @dataclass(frozen=True)
-class PackSettings:
+class PackSettings(Ranged):
     """What the packed images are like."""
 
-    size: int = 256
+    size: Annotated[int, SIDE] = 256
     """Short side in pixels that larger images are reduced to; smaller ones are left as they are."""
-    quality: int = 90
-    """Of JPEG, 1 to 95."""
-    shard_images: int = 2000
+    quality: Annotated[int, Range(1, 95)] = 90
+    """Of JPEG."""
+    shard_images: Annotated[int, Range(1, 10**9)] = 2000
     """Images of the source per shard."""
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.shard_images < 1:
-            raise BadInput("--size and --shard-images must be at least 1")
-        if not 1 <= self.quality <= 95:
-            raise BadInput(f"--quality {self.quality} must be 1 to 95")
 
 
 @dataclass
