@@ -129,8 +129,7 @@ def compile_plan(
     with ThreadPoolExecutor(1, thread_name_prefix="tensorrt") as thread:
         work = thread.submit(_compile, library, onnx_path, profiles, options, progress, cancelled)
         try:
-            with library_errors(f"{onnx_path}: {library.title} failed"):
-                return work.result()
+            return work.result()
         except BaseException:
             cancelled.set()
             raise
@@ -150,26 +149,29 @@ def _compile(
         import torch
 
         torch.cuda.set_device(options.gpu)  # TensorRT builds on the current device of its thread
-    logger = make_logger(trt)
-    trt.init_libnvinfer_plugins(logger, "")
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(onnx_path)):
-        raise CheckFailed(f"{onnx_path}: {library.title} does not take it: {_parser_errors(parser, logger)}")
-    check_profiles(profiles, _inputs(network), str(onnx_path))
-    config = builder.create_builder_config()
-    configure(trt, config, options)
-    if options.version_compatible:
-        config.plugins_to_serialize = parser.get_used_vc_plugin_libraries()
-    for profile in profiles:
-        _add_profile(builder, config, profile)
-    monitor = make_monitor(trt, cancelled, progress)
-    config.progress_monitor = monitor
-    cache = options.timing_cache if library.flavour == "tensorrt" else None  # RTX measures nothing
-    if cache is not None:
-        open_timing_cache(config, cache)
-    memory = builder.build_serialized_network(network, config)
+    with library_errors(f"{onnx_path}: {library.title} failed"):
+        logger = make_logger(trt)
+        trt.init_libnvinfer_plugins(logger, "")
+        builder = trt.Builder(logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, logger)
+        if not parser.parse_from_file(str(onnx_path)):
+            raise CheckFailed(
+                f"{onnx_path}: {library.title} does not take it: {_parser_errors(parser, logger)}"
+            )
+        check_profiles(profiles, _inputs(network), str(onnx_path))
+        config = builder.create_builder_config()
+        configure(trt, config, options)
+        if options.version_compatible:
+            config.plugins_to_serialize = parser.get_used_vc_plugin_libraries()
+        for profile in profiles:
+            _add_profile(builder, config, profile)
+        monitor = make_monitor(trt, cancelled, progress)
+        config.progress_monitor = monitor
+        cache = options.timing_cache if library.flavour == "tensorrt" else None  # RTX measures nothing
+        if cache is not None:
+            open_timing_cache(config, cache)
+        memory = builder.build_serialized_network(network, config)
     monitor.check()
     if memory is None:
         why = "cancelled" if cancelled.is_set() else logger.last_errors()
