@@ -223,22 +223,33 @@ def _fit_width(model: Any, width: int) -> None:
     if width < 32 or width % 32:
         raise BadInput(f"--head-channels {width}: must be a multiple of 32")
     for head in each(model.get("decode_head")):
-        head.channels = width
+        _set_width(head, width, "channels")
     for head in each(model.get("auxiliary_head")):
-        head.channels = width // 2
+        _set_width(head, width // 2, "channels")
     for neck in each(model.get("neck"))[:1]:
-        neck.out_channels = width
+        _set_width(neck, width, "out_channels")
     for name in ("rpn_head", "bbox_head"):
-        if model.get(name):
-            model[name].in_channels = model[name].feat_channels = width
+        for head in each(model.get(name)):
+            _set_width(head, width, "in_channels", "feat_channels")
     roi_head = model.get("roi_head", {})
     for name in ("bbox_roi_extractor", "mask_roi_extractor"):
         for extractor in each(roi_head.get(name)):
-            extractor.out_channels = width
+            _set_width(extractor, width, "out_channels")
     for head in each(roi_head.get("bbox_head")):
-        head.in_channels, head.fc_out_channels = width, 4 * width
+        _set_width(head, width, "in_channels")
+        _set_width(head, 4 * width, "fc_out_channels")
     for head in each(roi_head.get("mask_head")):
-        head.in_channels = head.conv_out_channels = width
+        _set_width(head, width, "in_channels", "conv_out_channels")
+
+
+def _set_width(part: Any, width: int, *names: str) -> None:
+    for name in names:
+        if not isinstance(part.get(name), int):
+            raise BadInput(
+                f"--head-channels: {part.get('type')} has no single width {name}; leave the flag out, or set "
+                "the widths by --cfg-options"
+            )
+        part[name] = width
 
 
 def each(value: Any) -> list[Any]:

@@ -70,7 +70,8 @@ class FromOptions:
     preset: Preset | None = None
     """In place of an artifact: an encoder with random weights, to compare with."""
     config: Path | None = None
-    """Any mmengine configuration, in place of ours; --cfg-options change it."""
+    """Any mmengine configuration, in place of ours; --cfg-options change it. It is a Python program: run only
+    what you trust."""
     cfg_options: tuple[str, ...] = ()
     """Changes to the configuration, as OpenMMLab's tools take them: model.backbone.drop_path=0.2 ..."""
 

@@ -34,7 +34,7 @@ from downstream.checkpoints import allow_checkpoints
 from downstream.fitting import IMPORTS
 from downstream.options import is_main
 from downstream.progress import Bar
-from downstream.settings import blaming, require
+from downstream.settings import blaming, require, worker_error
 from downstream.strides import check_strides
 from downstream.workers import settle_workers
 from pretrain.errors import BadInput, CheckFailed, ComaError, Interrupted
@@ -89,6 +89,8 @@ def train(config: Any, folder: Path, *, source: Path | None = None, resume: bool
             raise BadInput(
                 "out of GPU memory; try a smaller --batch-size, --checkpoint-gradients or a smaller image"
             ) from error
+        except ComaError as error:
+            raise type(error)(worker_error(str(error))) from error
         except (OSError, RuntimeError, EOFError) as error:
             if stop.asked and "DataLoader worker" in str(error):  # it may have come in the midst of a step
                 last = latest_checkpoint(folder)

@@ -72,8 +72,15 @@ def blaming(path: Path, what: str) -> Iterator[None]:
         raise BadInput(f"{path}: {what} ({type(error).__name__}{where}: {said})") from error
 
 
+def worker_error(text: str) -> str:
+    """What went wrong, without the traceback that errors of reading processes carry in their text."""
+    if "Original Traceback" not in text:
+        return text
+    return text.rstrip().rpartition("\n")[2].partition(": ")[2]
+
+
 def _line(text: str) -> str:
-    text = " ".join(text.split())
+    text = " ".join(worker_error(text).split())
     return text if len(text) <= MESSAGE else f"{text[:MESSAGE]} ..."
 
 

@@ -20,7 +20,7 @@ from downstream_data import artifact, coco
 from downstream.commands.detect import run
 from downstream.settings import PRESETS, differences, load_config, require
 from pretrain.artifact import load_artifact
-from pretrain.errors import BadArtifact, BadInput
+from pretrain.errors import BadArtifact, BadImage, BadInput
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages warn of each other
 
@@ -182,12 +182,14 @@ def test_a_checkpoint_of_another_model_is_refused(trained, data, tmp_path):
         continued(trained, tmp_path / "absent.pth", data, tmp_path / "next")
 
 
-def test_nothing_in_a_checkpoint_is_executed(trained, data, tmp_path):
+def test_nothing_in_a_checkpoint_is_executed(trained, data, tmp_path, monkeypatch, capsys):
     """Neither a pickled object nor the configuration that mmengine would run as a program."""
     mark = tmp_path / "mark"
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save({"state_dict": Evil(mark)}, tmp_path / "evil.pth")
     with pytest.raises(BadInput, match=r"evil\.pth: holds more than tensors"):
         continued(trained, tmp_path / "evil.pth", data, tmp_path / "run")
+    assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored" in capsys.readouterr().err
     again = tmp_path / "again"
     shutil.copytree(trained, again)
     last = torch.load(again / "iter_1.pth")
@@ -258,6 +260,17 @@ def test_a_fault_of_a_configuration_is_one_line(text, message, data, backbone, t
             ]
         )
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
+
+
+def test_an_image_that_a_reading_process_cannot_read_is_one_line(data, backbone, tmp_path, monkeypatch):
+    broken = tmp_path / "data"
+    shutil.copytree(data, broken)
+    for path in (broken / "train").glob("*.png"):  # sizes can be read, pixels cannot
+        path.write_bytes(path.read_bytes()[:400])
+    options = ["--data", str(broken), "--out", str(tmp_path / "run"), "--steps", "1", "--model", "retinanet"]
+    with pytest.raises(BadImage, match=r"^\S+\.png: .+$") as raised:
+        run(["train", str(backbone), *options, *SMALL[:-1], "1"])
+    assert "Traceback" not in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

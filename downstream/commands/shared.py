@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,10 @@ def choose_action(
         raise BadInput(f"give one of {', '.join(actions)}")
     if argv[0] not in actions:
         raise BadInput(f"no action {argv[0]!r}; there are: {', '.join(actions)}")
+    if os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None):
+        warn(
+            ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored: nothing but tensors and numbers is unpickled here"]
+        )
     if not is_main():
         logging.getLogger("downstream").setLevel(logging.WARNING)
     if not {"-h", "--help"} & set(argv):
