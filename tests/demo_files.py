@@ -18,6 +18,7 @@ def served(folder: Path, *given: Path) -> Iterator[Any]:
         yield page
     finally:
         page.close(verbose=False)
+        page.server.thread.join(60)  # gradio waits for five seconds, which a busy machine exceeds
 
 
 def models(folder: Path) -> tuple[Path, Path]:
