@@ -132,7 +132,7 @@ def parse(argv: list[str]) -> Comparison:
 
     device, gpus = _device(config.device)
     jobs = config.jobs or max(len(gpus), 1)
-    flags = tuple(shlex.split(config.finetune))
+    flags = tuple(_words(config.finetune))
     _refuse(flags, _OURS_TUNING, "in --finetune")
     first = [
         entry(config.images, method, model, shared, config.seeds)
@@ -189,7 +189,15 @@ def entry(images: Path, method: str, model: str, flags: list[str], seeds: tuple[
 def _named(text: str) -> tuple[str, list[str]]:
     """`NAME: PRESET FLAGS`, or without a name, to what the table calls it and the arguments."""
     name, colon, rest = text.partition(": ")
-    return (name, shlex.split(rest)) if colon else (text, shlex.split(text))
+    return (name, _words(rest)) if colon else (text, _words(text))
+
+
+def _words(text: str) -> list[str]:
+    """The arguments in a string, as a shell would split it."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise BadInput(f"{text!r}: {str(error).lower()}; close it, or leave the other one out") from None
 
 
 def _refuse(flags: Sequence[str], ours: set[str], where: str) -> None:
