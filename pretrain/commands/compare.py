@@ -181,6 +181,8 @@ def entry(images: Path, method: str, model: str, flags: list[str], seeds: tuple[
     own = ["--method", *method_flags, "--model", *model_flags]
     try:
         config, _ = pretrain_command.parse([str(images), *flags, *own])  # the last of two counts
+    except BadInput as error:
+        raise BadInput(f"coma pretrain does not take {shlex.join([*flags, *own])}: {error}") from None
     except SystemExit:
         raise BadInput(f"coma pretrain does not take: {shlex.join([*flags, *own])}") from None
     return Entry(method, model, replace(config, run=replace(config.run, sheet_steps=0)), tuple(seeds))
@@ -219,6 +221,8 @@ def _finetune_epochs(flags: tuple[str, ...]) -> float:
     needed = ["artifact", "--data", "data", "--run", "run", "--protocol", "finetune"]
     try:
         return evaluate_command.parse([*needed, *flags]).finetune.epochs
+    except BadInput as error:
+        raise BadInput(f"--finetune {shlex.join(flags)!r}: {error}") from None
     except SystemExit:
         raise BadInput(f"--finetune: coma evaluate does not take {shlex.join(flags)!r}") from None
 
