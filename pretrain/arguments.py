@@ -132,12 +132,10 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     return dataclasses.replace(
         inner,
         nargs=inner.nargs if inner.nargs in (1, "*") else (1, inner.nargs),
-        instance_from_str=lambda words: (
-            None if words in (["None"], ["none"]) else inner.instance_from_str(words)
-        ),
+        instance_from_str=lambda words: None if words == ["None"] else inner.instance_from_str(words),
         is_instance=lambda value: value is None or inner.is_instance(value),
         str_from_instance=lambda value: ["none"] if value is None else inner.str_from_instance(value),
-        choices=inner.choices and (*inner.choices, "None", "none"),
+        choices=inner.choices and (*inner.choices, "None"),
     )
 
 
@@ -150,7 +148,7 @@ def _told_what_is_ours() -> AbstractContextManager[None]:
 def _one_line(event: events.ParseErrorEvent) -> None:
     """Raise a rejected value as one line; other events, such as unknown flags, print tyro's suggestions."""
     if isinstance(event, events.InvalidChoice):
-        choices = [choice for choice in event.choices if choice.lower() != "none"]
+        choices = [choice for choice in event.choices if choice != "None"]
         listing = ", ".join(choices[:-1]) + " or " + choices[-1] if len(choices) > 1 else "".join(choices)
         raise BadInput(f"{_name(event.argument)} {event.value!r} must be {listing}")
     if isinstance(event, events.InstantiationFailure) and event.argument is not None:

@@ -103,9 +103,8 @@ def from_plain(plain: Any, kind: Any, *, source: str) -> Any:
     try:
         return _converter().structure(plain, kind)
     except cattrs.BaseValidationError as error:
-        raise BadInput(
-            f"{source}: " + "; ".join(cattrs.transform_error(error, format_exception=_explain))
-        ) from None
+        problems = "; ".join(cattrs.transform_error(error, format_exception=_explain))
+        raise BadInput(f"{source}: {problems.replace(' @ $.', ', in ').replace(' @ $', '')}") from None
     except (BadInput, TypeError, KeyError, ValueError) as error:
         raise BadInput(f"{source}: {_explain(error, None)}") from None
 

@@ -13,7 +13,7 @@ import pytest
 import tyro
 
 from pretrain import cli
-from pretrain.ranges import Range, Ranged
+from pretrain.ranges import Range
 
 ACTIONS = {name: ("train", "test", "predict") for name in ("detect", "segment")}
 VARIANTS = {
@@ -112,7 +112,7 @@ def flags_of(invocation: str) -> dict[str, tuple[Any, Range | None, list[str]]]:
     found: dict[str, tuple[Any, Range | None, list[str]]] = {}
     for variant in VARIANTS.get(invocation, [[]]):
         for kind in settings_of(invocation, tuple(variant)):
-            prefix = kind.flags if issubclass(kind, Ranged) else "--"
+            prefix = getattr(kind, "flags", "--")
             for name, (hint, allowed) in numeric_fields(kind).items():
                 found.setdefault(prefix + name.replace("_", "-"), (hint, allowed, variant))
     return found

@@ -154,7 +154,8 @@ def test_a_place_that_cannot_be_written_to_is_refused_at_once(tmp_path, place, c
     out = tmp_path / place / ("" if command == "export" else "results.json")
     assert main([command, str(artifact), "--out", str(out)]) == 2
     error = capsys.readouterr().err
-    assert f"error: --out {tmp_path / place}" in error and ": cannot be written to (" in error
+    assert f"error: --out {tmp_path / place}" in error
+    assert "cannot be written to (" in error or "is a file; give a folder" in error
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

@@ -17,7 +17,6 @@ from PIL import Image
 from pretrain import cli
 from pretrain.errors import BadInput
 from pretrain.paths import local_path
-from pretrain.ranges import Ranged
 
 BASES: dict[str, tuple[list[str], dict[str, str]]] = {
     "pretrain": (
@@ -83,7 +82,7 @@ def paths_of(invocation: str) -> dict[str, tuple[str | int, list[str]]]:
     for variant in VARIANTS.get(invocation, [[]]):
         position = 0
         for kind in settings_of(invocation, tuple(variant)):
-            prefix = kind.flags if issubclass(kind, Ranged) else "--"
+            prefix = getattr(kind, "flags", "--")
             hints = get_type_hints(kind, include_extras=True)
             for field in dataclasses.fields(kind):
                 if not _holds_paths(hints[field.name]):

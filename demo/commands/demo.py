@@ -204,12 +204,15 @@ def check_port(host: str, port: int) -> None:
     Raises:
         BadInput: it is taken, or the address is none of this machine's.
     """
+    if not host.strip():
+        raise BadInput("--host '' is no address; give 127.0.0.1 for this machine alone")
     try:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
+        reason = str(error.strerror or error).partition(" (while")[0]
         raise BadInput(
-            f"--host {host} --port {port}: {error.strerror}; give another port, or --port 0 for a free one"
+            f"--host {host} --port {port}: {reason}; give another port, or --port 0 for a free one"
         ) from None
 
 

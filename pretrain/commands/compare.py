@@ -135,7 +135,7 @@ def parse(argv: list[str]) -> Comparison:
 
     device, gpus = _device(config.device)
     jobs = config.jobs or max(len(gpus), 1)
-    flags = tuple(shlex.split(config.finetune))
+    flags = tuple(_words(config.finetune))
     _refuse(flags, _OURS_TUNING, "in --finetune")
     first = [
         entry(config.images, method, model, shared, config.seeds)
@@ -185,6 +185,8 @@ def entry(images: Path, method: str, model: str, flags: list[str], seeds: tuple[
     own = ["--method", *method_flags, "--model", *model_flags]
     try:
         config, *_ = pretrain_command.parse([str(images), *flags, *own])  # the last of two counts
+    except BadInput as error:
+        raise BadInput(f"coma pretrain does not take {shlex.join([*flags, *own])}: {error}") from None
     except SystemExit:
         raise BadInput(f"coma pretrain does not take: {shlex.join([*flags, *own])}") from None
     return Entry(method, model, replace(config, run=replace(config.run, sheet_steps=0)), tuple(seeds))
@@ -193,7 +195,15 @@ def entry(images: Path, method: str, model: str, flags: list[str], seeds: tuple[
 def _named(text: str) -> tuple[str, list[str]]:
     """`NAME: PRESET FLAGS`, or without a name, to what the table calls it and the arguments."""
     name, colon, rest = text.partition(": ")
-    return (name, shlex.split(rest)) if colon else (text, shlex.split(text))
+    return (name, _words(rest)) if colon else (text, _words(text))
+
+
+def _words(text: str) -> list[str]:
+    """The arguments in a string, as a shell would split it."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise BadInput(f"{text!r}: {str(error).lower()}; close it, or leave the other one out") from None
 
 
 def _refuse(flags: Sequence[str], ours: set[str], where: str) -> None:
@@ -215,6 +225,8 @@ def _finetune_epochs(flags: tuple[str, ...]) -> float:
     needed = ["artifact", "--data", "data", "--run", "run", "--protocol", "finetune"]
     try:
         return evaluate_command.parse([*needed, *flags]).finetune.epochs
+    except BadInput as error:
+        raise BadInput(f"--finetune {shlex.join(flags)!r}: {error}") from None
     except SystemExit:
         raise BadInput(f"--finetune: coma evaluate does not take {shlex.join(flags)!r}") from None
 
