@@ -53,7 +53,7 @@ def entry(path: Path, precision: str, **changes) -> Entry:
         "parameters": 1,
         "shapes": [],
         "tolerances": {},
-        "verification": {},
+        "verification": {"outputs": {}, "failures": []},
         "images": "photographs",
     }
     return Entry(**known | changes)
@@ -86,7 +86,7 @@ def made(tmp_path_factory) -> Path:
         ("reconstructor.onnx", "fp32", {"form": "reconstructor"}),
     ):
         manifest.add(entry(folder / name, precision, **changes), passed=True)
-    refused = {"verification": {"failures": ["pooled: cosine 0.5 is below 0.99"]}}
+    refused = {"verification": {"outputs": {}, "failures": ["pooled: cosine 0.5 is below 0.99"]}}
     manifest.add(entry(folder / "encoder-int8.onnx.rejected", "int8", **refused), passed=False)
     manifest.write(folder)
     return directory

@@ -151,6 +151,7 @@ def made(tmp_path_factory, photographs) -> Path:
         return written(deployable, shapes, path)
 
     images = ("--verify", str(photographs), "--calibrate", str(photographs))
+    images += ("--verify-images", "2", "--calibrate-images", "2")
     settings = ("--shapes", "1x48x48", "--seconds", "0", "--precision", "fp32,fp16,bf16,fp8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(making, "write_onnx", corrupt)
