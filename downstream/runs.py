@@ -78,7 +78,12 @@ def train(config: Any, folder: Path, *, source: Path | None = None, resume: bool
         runner = build_runner(config, folder)
         model = getattr(runner.model, "module", runner.model)
         if isinstance(getattr(model, "backbone", None), DyViT | PlainViT):
-            check_strides(model)
+            try:
+                check_strides(model)
+            except BadInput as error:  # a run from before this was checked goes on as it was
+                if not resume:
+                    raise
+                log.warning("warning: %s", error)
         watch = _Watch(stop, bar)
         runner.register_hook(watch, priority="LOW")
         if is_main() and not resume:
@@ -259,7 +264,7 @@ class _QuietRunner(Runner):
         other = [n for n, t in ours.items() if getattr(theirs.get(n), "shape", None) != t.shape]
         if len(other) == len(ours):
             raise BadInput(f"{filename}: none of its {len(theirs)} tensors fits one of the model")
-        if other or not ours.keys() >= theirs.keys():
+        if is_main() and (other or not ours.keys() >= theirs.keys()):
             log.warning(
                 "warning: %s: gave %d of the model's %d tensors; %d others of its own fit nothing%s",
                 filename,
