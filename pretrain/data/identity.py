@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain.data.source import Source, printable
+from pretrain.data.inventory import printable
+from pretrain.data.source import Source
 from pretrain.errors import BadInput
 from pretrain.files import write_whole
 
