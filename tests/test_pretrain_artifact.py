@@ -388,7 +388,7 @@ def test_a_wrong_path_is_named_with_the_right_one(directory, tmp_path):
     cases = {
         tmp_path / "nothing": "no such directory",
         tmp_path: f"no config.json and no model.safetensors; did you mean {directory}",
-        directory / "config.json": f"give the artifact's directory, {directory}",
+        directory / "config.json": f"give its directory, {directory}",
     }
     for path, message in cases.items():
         with pytest.raises(BadArtifact, match=message):

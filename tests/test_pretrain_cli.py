@@ -131,7 +131,7 @@ def test_arguments_come_from_the_process_by_default(room, capsys, monkeypatch):
         (["os", str(errno.EBADF)], f"OSError: [Errno {errno.EBADF}] No room: 'out.bin'"),
         (
             ["import", "annex.hall"],
-            "ModuleNotFoundError: No module named 'annex.hall'",
+            "ModuleNotFoundError: No module named 'annex.hall'; 'annex' is not a package",
         ),
     ],
 )

@@ -67,7 +67,7 @@ class ArtifactConfig(Ranged):
         channels, unit = self.model.channels, self.model.unit
         if not len(self.mean) == len(self.std) == channels:
             raise BadInput(
-                f"mean has {len(self.mean)} values and std {len(self.std)}; give one for each of the "
+                f"mean has {len(self.mean)} values and std {len(self.std)}; give one for each of "
                 f"{channels} channels"
             )
         if self.image_size < unit:
