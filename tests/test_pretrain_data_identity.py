@@ -100,10 +100,10 @@ def test_names_that_are_no_text_and_links_to_nowhere_are_listed(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"junk", gzip.compress(b"[]"), gzip.compress(b'{"images": {"names": ["a"], "sizes": []}}')],
+    [b"", b"junk", b"[]", b'{"images": {"names": ["a"], "sizes": []}}'],
 )
 def test_a_damaged_list_is_an_error_with_a_way_out(tmp_path, content):
-    (tmp_path / FILE).write_bytes(content)
+    (tmp_path / FILE).write_bytes(gzip.compress(content) if content[:1] in (b"[", b"{") else content)
     with pytest.raises(
         BadInput, match=r"data\.json\.gz: the list of the run's images is damaged .*; remove it"
     ):

@@ -208,7 +208,7 @@ def test_curve_tells_validation_from_test(tmp_path, monkeypatch):
     rows.append({"step": 3, "chosen_step": 2, "test_top1": 0.6})
     with metrics.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    drawn: dict[str, tuple[list[float], list[float]]] = {}
+    drawn: dict[str, tuple[list[float], ...]] = {}
     plot = Axes.plot
 
     def record(axes: Axes, *points: Any, **how: Any) -> Any:
