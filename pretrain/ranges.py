@@ -86,9 +86,13 @@ class OutOfRange(BadInput):
     """A setting outside the range of its field; the message names the flag, the value and the range."""
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name} {reason}")
+        super().__init__(name, reason)  # what it is unpickled from
         self.in_file = f"{name.removeprefix('--')} {reason}"
         """The same for readers of a JSON file, where fields are no flags."""
+
+    def __str__(self) -> str:
+        """The message."""
+        return " ".join(self.args)
 
 
 SEED = Range(-(2**63), 2**63 - 1)

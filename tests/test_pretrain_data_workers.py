@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pretrain import machine
 from pretrain.data import workers as workers_module
 from pretrain.data.workers import default_workers, in_workers
 from pretrain.errors import BadImage, BadInput, ComaError
+from pretrain.ranges import OutOfRange
 
 
 def fetch(key: int) -> tuple[int, torch.Tensor]:
@@ -56,6 +58,26 @@ def test_errors_about_the_data_arrive_as_themselves(workers):
 def test_bugs_are_not_dressed_up(workers):
     with pytest.raises(RuntimeError, match="a bug"):
         next(in_workers(fetch, [666], workers))
+
+
+class Peculiar(Exception):
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")  # unpickled with one argument, it fails
+
+
+def peculiar(key: int) -> None:
+    if key:
+        raise OutOfRange("--quality", f"{key} must be 1 to 95")
+    raise Peculiar("a bug", "of a peculiar class")
+
+
+def test_errors_of_any_class_arrive():
+    with pytest.raises(OutOfRange, match=r"^--quality 99 must be 1 to 95$") as raised:
+        next(in_workers(peculiar, [99], 1))
+    assert raised.value.in_file == "quality 99 must be 1 to 95"
+    with pytest.raises(RuntimeError, match=r"^Peculiar: a bug: of a peculiar class\n") as raised:
+        next(in_workers(peculiar, [0], 1))
+    assert "in a data worker" in raised.value.__notes__[0]
 
 
 def test_a_killed_worker_is_reported():
@@ -211,9 +233,11 @@ def test_negative_numbers_are_refused():
 SCRIPT = """
 import multiprocessing, os
 from itertools import count
+import torch
 from pretrain.data.workers import in_workers
 def chatter(key):
     os.write(2, b"a remark of a C library")
+    return torch.zeros(1 << 20)  # large enough for a memory file
 if __name__ == "__main__":
     results = in_workers(chatter, count(), 2)
     next(results)
@@ -223,14 +247,16 @@ if __name__ == "__main__":
 
 def test_a_program_that_ends_takes_its_workers_along_in_silence(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
+    folder = tempfile.mkdtemp()  # a short path: those of sockets are limited
     done = subprocess.run(
         [sys.executable, str(tmp_path / "script.py")],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": folder},
         timeout=150,
     )
     assert (done.returncode, done.stderr) == (0, "")
+    assert os.listdir(folder) == []
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2
     assert all(gone(pid) for pid in pids)

@@ -1,8 +1,8 @@
 """Run a function over keys in worker processes, results in order: decoding, indexing and packing alike.
 
 - Transport: every worker answers on a pipe of its own, and what is large in a result travels in an anonymous
-  memory file (`Parcel`). Neither needs /dev/shm, which containers keep small (64 MB in Docker); no thread
-  stands between a worker and its pipe, and a worker that dies closes it, so an end is noticed at once.
+  memory file (`Parcel`). Neither needs /dev/shm, which containers keep small (64 MB in Docker). A worker that
+  dies closes its pipe, so its end is noticed when its answer is due.
 - Start method: forkserver. By the time a run reads data it has threads (CUDA, TensorBoard, the progress
   bar), and forking a process with threads can deadlock the child; the fork server is started clean,
   imports torch once, and its children start in milliseconds. Scripts therefore need the usual
@@ -30,11 +30,11 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from itertools import islice
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import DupFd
+from multiprocessing.util import get_temp_dir
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -103,15 +103,18 @@ def _apart(
     fetch: Callable[[Key], Any], keys: Iterable[Key], workers: int, pin: bool
 ) -> Generator[Any, None, None]:
     crew: list[_Worker] = []
-    stop = partial(_stop, crew)
-    atexit.register(stop)  # before multiprocessing's own handler, which would wait for them for ever
+
+    def end() -> None:
+        _stop(crew)
+        atexit.unregister(end)
+
+    atexit.register(end)  # it runs before multiprocessing's own handler, which would wait for them for ever
     with ExitStack() as stack:
         thread = None
         if pin:  # copying to page-locked memory takes long enough to be done ahead of its time
             device = torch.cuda.current_device()
             thread = stack.enter_context(ThreadPoolExecutor(1, "pin", torch.cuda.set_device, (device,)))
-        stack.callback(atexit.unregister, stop)
-        stack.callback(stop)  # the first thing at the end: a thread that waits for a worker goes on then
+        stack.callback(end)  # the first thing at the end: a thread that waits for a worker goes on then
         _start(crew, fetch, workers)
         results = _answers(crew, keys)
         yield from results if thread is None else _pinned(results, thread)
@@ -164,6 +167,7 @@ def _start(crew: list[_Worker], fetch: Callable[[Key], Any], workers: int) -> No
     """Add workers to the crew, one after the other."""
     context, parcel = _context(), Parcel(fetch)
     try:
+        get_temp_dir()  # made here, it is removed here; workers are killed, and would leave theirs behind
         with _signals_held():
             for _ in range(workers):
                 ours, theirs = context.Pipe()
@@ -194,15 +198,26 @@ def _serve(connection: Connection, fetch: Callable[[Key], Any]) -> None:
             return
         try:
             answer: Any = Parcel(fetch(key))
-        except ComaError as error:
-            answer = _Failure(error)
-        except Exception as error:  # a bug, or memory that ran out
-            error.add_note(f"in a data worker:\n{traceback.format_exc()}")
-            answer = _Failure(error)
+        except Exception as error:
+            if not isinstance(error, ComaError):  # a bug, or memory that ran out
+                error.add_note(f"in a data worker:\n{traceback.format_exc()}")
+            answer = _Failure(_sendable(error))
         try:
             connection.send(answer)
         except OSError:  # nobody listens any more
             return
+
+
+def _sendable(error: Exception) -> Exception:
+    """Returns the error itself, or one with its text where its class cannot be pickled and unpickled."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        stand_in = RuntimeError(f"{type(error).__name__}: {error}")
+        for note in getattr(error, "__notes__", ()):
+            stand_in.add_note(note)
+        return stand_in
+    return error
 
 
 def _settle() -> None:
