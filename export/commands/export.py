@@ -263,7 +263,7 @@ def _request(
     from export.image_sets import CALIBRATION, counted, read_image_set, shared_images
     from export.images import open_images
     from export.request import Request
-    from pretrain.data.ranges import check_pixels
+    from pretrain.data.pixel_values import check_pixels
 
     channels, batch = config.model.channels, 1 if "batch" in shapes.dynamic else shapes.usual.batch
     source = open_images(given.verify, held_out=True)

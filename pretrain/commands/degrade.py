@@ -69,7 +69,7 @@ def run(argv: list[str]) -> None:
 
     from pretrain.data.channels import adapt
     from pretrain.data.images import decode
-    from pretrain.data.ranges import check_pixels
+    from pretrain.data.pixel_values import check_pixels
     from pretrain.data.transforms import centre_square, resize
     from pretrain.pictures import degradation_sheet
 

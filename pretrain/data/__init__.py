@@ -8,7 +8,7 @@ from pretrain.data.augment import labelled_batches
 from pretrain.data.labelled import LabelledSplits, open_labelled, say_absent_classes
 from pretrain.data.labels import labels_among, shared_labels, top_share
 from pretrain.data.opening import open_source
-from pretrain.data.ranges import check_some
+from pretrain.data.pixel_values import check_some
 from pretrain.data.samples import Batch, Slices, check_loader, evaluation_batches, training_batches
 from pretrain.data.source import ArraySource, Source
 from pretrain.data.statistics import measure

@@ -21,7 +21,7 @@ from torch import Tensor
 from pretrain.config import DataConfig
 from pretrain.data.channels import adapt
 from pretrain.data.order import sample_seeds, shuffled, uniforms
-from pretrain.data.ranges import check_pixels, filled_share
+from pretrain.data.pixel_values import check_pixels, filled_share
 from pretrain.data.source import Source
 from pretrain.data.transforms import Box, centre_square, random_crop, resize, scaled_box, stack
 from pretrain.data.workers import in_workers

@@ -14,7 +14,7 @@ import numpy as np
 
 from pretrain.data.channels import adapt, unit_scale
 from pretrain.data.order import spread
-from pretrain.data.ranges import Values, check_mixture, check_pixels, say_filled, values_of
+from pretrain.data.pixel_values import Values, check_mixture, check_pixels, say_filled, values_of
 from pretrain.data.source import Source
 from pretrain.data.workers import in_workers
 from pretrain.errors import BadImage, BadInput

@@ -24,7 +24,7 @@ from torch.nn.utils import get_total_norm
 from pretrain.artifact import load_strict
 from pretrain.config import FinetuneConfig, PretrainConfig
 from pretrain.data import Batch, normalize
-from pretrain.data.ranges import numbers
+from pretrain.data.pixel_values import numbers
 from pretrain.errors import BadInput, CheckFailed
 from pretrain.files import write_whole
 from pretrain.plain import from_plain, to_plain
