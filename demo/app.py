@@ -101,7 +101,7 @@ def build(models: Models, storage: Storage) -> tuple[CheckedBlocks, dict[str, An
 
 @asynccontextmanager
 async def _sweeping(site: Site, page: gr.Blocks) -> AsyncIterator[None]:
-    """As long as the server runs, delete what visitors sent and got, once it is old enough."""
+    """Deletes what visitors sent and got once it is old enough, as long as the server runs."""
 
     async def sweep() -> None:
         while True:

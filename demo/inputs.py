@@ -162,7 +162,7 @@ class Blobs:
 
 
 BLOBS = Blobs()
-"""Of all visitors: gradio makes a new editor for each, and browsers choose the names of drawings."""
+"""Layers of all visitors: gradio makes a new editor for each, and browsers choose the names of drawings."""
 
 
 def _path_of(self: Any, payload: Any) -> str | None:

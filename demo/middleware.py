@@ -24,9 +24,9 @@ MAX_JSON = 2**20
 """Bytes of a request that uploads nothing: pictures are sent as files, and requests name their paths."""
 _SLACK = 2**20  # what separates and names the parts of an upload
 BODY_SECONDS = 120
-"""For a request to arrive in full."""
+"""Time for a request to arrive in full."""
 ANSWER_SECONDS = 60
-"""For everything that is not a stream of events, which ends with the event that it waits for."""
+"""Time for an answer; a stream of events has none, and ends with the event that it waits for."""
 _DRAINED = 256 * 2**20  # bytes that are thrown away until the client listens to the answer
 
 _FILE = re.compile(r"/gradio_api/file[=/](.*)", re.DOTALL)
@@ -37,7 +37,7 @@ _ROUTES = re.compile(
     r"|upload_progress|component_server|cancel|reset|queue/(join|data|status))/?"
     r"|(heartbeat|call|run|api)/.*))?"
 )
-"""Of gradio's routes, those that the page and its clients use. The others fetch from other servers, keep
+"""Routes of gradio that the page and its clients use. The others fetch from other servers, keep
 recordings and links, or edit the program."""
 _STREAMS = re.compile(r"/gradio_api/(heartbeat/|queue/data|upload_progress|call/)")
 _SHOWN = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif")

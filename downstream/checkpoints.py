@@ -1,4 +1,4 @@
-"""mmengine's checkpoints through torch's safe loader, which unpickles nothing but what it was told of.
+"""mmengine's checkpoints through torch's safe loader, which unpickles nothing but what is allowed here.
 
 Files that mmengine fetches from elsewhere go through it as well. Checkpoints hold, beside tensors and
 numbers, mmengine's `HistoryBuffer`: numpy arrays, and its own four methods, pickled as calls of `getattr`.

@@ -15,6 +15,7 @@ import numpy as np
 from export.images import Photographs, evenly
 from pretrain.data.source import Source
 from pretrain.errors import BadImage, BadInput
+from pretrain.messages import abridged, counted
 
 log = logging.getLogger(__name__)
 
@@ -144,23 +145,13 @@ def reason_of(error: BadImage, source: Source, number: int) -> str:
     return str(error).removeprefix(f"{source.describe(number)}: ")
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 image`, `2 images`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def named(left_out: dict[str, str]) -> str:
     """The images that are left out, by reason; of many only the first ones."""
     reasons: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         reasons.setdefault(reason, []).append(name)
-    groups = [f"{_first(names, ', ')}: {reason}" for reason, names in reasons.items()]
-    return _first(groups, "; ")
-
-
-def _first(texts: list[str], between: str) -> str:
-    more = f" and {len(texts) - _NAMED} more" if len(texts) > _NAMED else ""
-    return between.join(texts[:_NAMED]) + more
+    groups = [f"{abridged(names, _NAMED)}: {reason}" for reason, names in reasons.items()]
+    return abridged(groups, _NAMED, "; ")
 
 
 def _check(found: Selection, most: int, purpose: Purpose) -> None:

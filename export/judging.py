@@ -15,7 +15,7 @@ from export.description import Precision
 from export.emulation import emulate, is_short
 from export.failures import about_one_file, library_errors
 from export.forms.load import example_inputs, load_deployable
-from export.image_sets import Selection, counted
+from export.image_sets import Selection
 from export.images import as_input, resized
 from export.latency import compute, end_to_end, interleaved
 from export.making import Maker, describe, fitted, load
@@ -30,6 +30,7 @@ from export.verify.gates import GATES
 from export.verify.metric import measure, top1
 from pretrain.errors import BadInput, CheckFailed, ComaError
 from pretrain.hashing import sha256_of
+from pretrain.messages import counted
 
 log = logging.getLogger(__name__)
 

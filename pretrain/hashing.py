@@ -1,4 +1,4 @@
-"""What a file is known by, its SHA-256, and files that carry their own.
+"""SHA-256 of files, and files that carry their own.
 
 A sealed file ends with a line that holds the SHA-256 of everything before it. Readers of archives find the
 end of theirs before that line, so a sealed state is still what `torch.load` takes.
@@ -16,7 +16,7 @@ _LENGTH = len(_SEAL % b"")
 
 
 def sha256_of(path: Path, size: int | None = None) -> str:
-    """Of a file's content, or of its first `size` bytes, in hexadecimal."""
+    """Returns the SHA-256 of a file's content, or of its first `size` bytes, in hexadecimal."""
     with path.open("rb") as file:
         if size is None:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -28,34 +28,34 @@ def sha256_of(path: Path, size: int | None = None) -> str:
 
 
 class Sealed(RawIOBase):
-    """Passes what is written on to `file`, and seals it in the end."""
+    """Passes on to `file` what is written; `seal` appends the last line."""
 
     def __init__(self, file: Any) -> None:
         self._file, self._digest = file, hashlib.sha256()
 
     def writable(self) -> bool:
-        """Yes."""
+        """Returns that it can be written to."""
         return True
 
     def write(self, data: Any, /) -> int:
-        """Write all of `data`."""
+        """Writes all of `data`."""
         self._digest.update(data)
         return self._file.write(data)
 
     def seal(self) -> None:
-        """Write the last line."""
+        """Writes the last line."""
         self._file.write(_SEAL % self._digest.hexdigest().encode())
 
 
 def seal(path: Path) -> None:
-    """Seal a file that is written already."""
+    """Seals a file that is written already."""
     digest = sha256_of(path)
     with path.open("ab") as file:
         file.write(_SEAL % digest.encode())
 
 
 def seal_holds(path: Path) -> bool | None:
-    """Whether a file is what it was when it was sealed; None: it was never sealed."""
+    """Returns whether a file is what it was when it was sealed; None: it was never sealed."""
     with path.open("rb") as file:
         size = max(file.seek(0, 2) - _LENGTH, 0)
         file.seek(size)

@@ -14,7 +14,7 @@ from pretrain.errors import BadInput
 
 
 def require_packages(*names: str) -> None:
-    """Refuse to begin where a package is missing; none of them is imported.
+    """Checks that packages are installed; none of them is imported.
 
     Raises:
         ModuleNotFoundError: naming the first one; `pretrain.cli` says what to install.
@@ -25,7 +25,7 @@ def require_packages(*names: str) -> None:
 
 
 def require_folder(folder: Path, flag: str = "--out") -> None:
-    """Refuse a folder that cannot be made, or that no file can be written into; nothing is left behind.
+    """Refuses a folder that cannot be made or written into; nothing is left behind.
 
     Raises:
         BadInput: naming the flag, the folder and the reason.
@@ -43,7 +43,7 @@ def require_folder(folder: Path, flag: str = "--out") -> None:
 
 
 def require_file(file: Path, flag: str = "--out") -> None:
-    """Refuse a file that cannot be written; its folder is made, for writers that expect it.
+    """Refuses a file that cannot be written; its folder is made, for writers that expect it.
 
     Raises:
         BadInput: naming the flag, the file and the reason.
@@ -58,12 +58,12 @@ def require_file(file: Path, flag: str = "--out") -> None:
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """Refuse to begin where the disk has too little room.
+    """Refuses a disk that has too little room.
 
     Args:
         folder: Where files will be written; it need not exist yet.
-        needed: Bytes.
-        what: That takes them, for the message.
+        needed: Number of bytes.
+        what: What takes them, for the message.
 
     Raises:
         BadInput: naming what is needed and what is free.

@@ -55,7 +55,7 @@ class Range:
         return " and ".join(words for bound, words in bounds if abs(bound) < _UNSPOKEN)
 
     def check(self, name: str, value: Any) -> None:
-        """Refuse numbers outside the range.
+        """Refuses numbers outside the range.
 
         Args:
             name: What the user calls the value, for example `--batch-size`.

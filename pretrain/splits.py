@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pretrain.errors import BadInput
+from pretrain.messages import abridged, counted
 
 Split = Literal["train", "val", "test"]
 
@@ -243,26 +244,26 @@ def _check_mirrors(folders: Collection[str], firsts: Collection[str], path: Path
         first, _, rest = folder.partition("/")
         if split_of(first) in ("val", "test") and rest.partition("/")[0] in firsts:
             raise BadInput(
-                f"{path}: {first}/ holds the folder {rest.partition('/')[0]}/, which lies beside it, too, "
-                "so it looks "
-                "like a split of the others; move those into a folder train/ beside it"
+                f"{path}: {first}/ holds the folder {rest.partition('/')[0]}/, which lies beside it, too, so "
+                "it looks like a split of the others; move those into a folder train/ beside it"
             )
 
 
 def left_out_note(path: Path, kept: str, others: Sequence[str]) -> str:
     """One sentence about splits that are not read."""
-    listed = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
-    return f"{path}: reads {kept}, and leaves out {listed}; give one of these by its own path to use it"
+    left_out = abridged(others, 4)
+    return f"{path}: reads {kept}, and leaves out {left_out}; give one of these by its own path to use it"
 
 
 def _left_out(counts: Counter[str], path: Path, folder: str, kept: int) -> tuple[str, ...]:
     if not counts:
         return ()
     others = [
-        f"{folder or 'what lies beside them'}{'/' if folder else ''} ({_images(count)})"
+        f"{folder or 'what lies beside them'}{'/' if folder else ''} ({counted(count, 'image')})"
         for folder, count in sorted(counts.items())
     ]
-    what = f"{folder}/ ({_images(kept)})" if folder else f"{_images(kept)} of its training splits"
+    images = counted(kept, "image")
+    what = f"{folder}/ ({images})" if folder else f"{images} of its training splits"
     return (left_out_note(path, what, others),)
 
 
@@ -274,13 +275,8 @@ def _not_splits(firsts: set[str], path: Path) -> tuple[str, ...]:
     listed = ", ".join(f"{name}/" for name in sorted(name for name in firsts if _parsed(name)[0]))
     return (
         f"{path}: {listed} is read like the other folders in it, not as a split: splits are train/ beside "
-        "val/ "
-        "or test/, with nothing else in their names",
+        "val/ or test/, with nothing else in their names",
     )
-
-
-def _images(count: int) -> str:
-    return f"{count:,} image{'' if count == 1 else 's'}"
 
 
 def _parent(name: str) -> str:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from pretrain.errors import BadInput
+from pretrain.messages import printable
 
 SHOWN = 5
 """Faults of one kind that a message names; the others are counted."""
@@ -62,11 +63,6 @@ class Problems:
             listed = "; ".join(examples) + (f"; and {rest} more" if rest else "")
             lines.append(f"  {kind} ({self._counts[kind]})" + (f": {listed}" if any(examples) else ""))
         raise BadInput("\n".join(lines))
-
-
-def printable(text: str) -> str:
-    """One line of text for messages: whatever is no text or breaks lines is written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def in_threads(work: Callable[[_T], _R], items: Sequence[_T], progress: Progress | None) -> Generator[_R]:

@@ -15,6 +15,7 @@ from export.commands.output import disk_errors, exclusive, stoppable
 from export.shapes import Shape, Shapes, parse_shapes
 from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput, CheckFailed, ComaError
+from pretrain.messages import counted
 from pretrain.preflight import require_file, require_folder, require_packages
 from pretrain.ranges import Range, Ranged
 
@@ -260,7 +261,7 @@ def _request(
 ) -> Request:
     from typing import cast
 
-    from export.image_sets import CALIBRATION, counted, read_image_set, shared_images
+    from export.image_sets import CALIBRATION, read_image_set, shared_images
     from export.images import open_images
     from export.request import Request
     from pretrain.data.pixel_values import check_pixels
@@ -325,7 +326,6 @@ def _labelled(given: ExportConfig, source: Source, config: ArtifactConfig, batch
     """The images, if they can be used for the top-1 of a classifier."""
     if given.verify is None or source.labels is None or config.kind != "classifier":
         return None
-    from export.image_sets import counted
     from pretrain.data.labels import labels_among
 
     labels_among(source, config.class_names or (), "the model")

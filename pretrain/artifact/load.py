@@ -24,6 +24,7 @@ from pretrain.artifact.description import (
 from pretrain.artifact.save import sibling
 from pretrain.errors import BadArtifact, BadInput
 from pretrain.hashing import sha256_of
+from pretrain.messages import abridged
 from pretrain.models import Encoder, build_encoder
 from pretrain.plain import from_plain, read_json
 
@@ -86,7 +87,7 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
         if name in tensors and not _fits(tensors[name], tensor)
     ]
     kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape or type", unfit))
-    problems = [f"{len(names)} {label}: {_first(names)}" for label, names in kinds if names]
+    problems = [f"{len(names)} {label}: {abridged(names)}" for label, names in kinds if names]
     if problems:
         raise BadArtifact(f"{source}: not of this {type(module).__name__}; " + "; ".join(problems))
     module.load_state_dict(dict(tensors), strict=True)
@@ -217,8 +218,3 @@ def _fits(given: Tensor, wanted: Tensor) -> bool:
 def _describe(tensor: Tensor) -> str:
     kind = "" if tensor.is_floating_point() else " " + str(tensor.dtype).removeprefix("torch.")
     return f"{list(tensor.shape)}{kind}"
-
-
-def _first(names: list[str], most: int = 10) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -302,8 +302,7 @@ def _what_is_left(score: Score, folder: Path) -> str:
     if "val_top1" in settings:
         chosen = (
             f"chosen on {settings['val_images']:,.0f} validation images ({settings['val_top1']:.2%} top-1 "
-            "there, "
-            f"{settings['last_val_top1']:.2%} at the last step)"
+            f"there, {settings['last_val_top1']:.2%} at the last step)"
         )
     return f"""
 weights of step {settings["step"]} of {settings["last_step"]}: {chosen}
@@ -372,9 +371,7 @@ def _table(scores: list[Score]) -> Table:
     from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table(
-        Column("encoder", overflow="fold"), Column("protocol", no_wrap=True)
-    )  # no name is cut short
+    table = Table(Column("encoder", overflow="fold"), Column("protocol", no_wrap=True))  # no name is cut
     for heading in ("test\ntop-1 %", "test\ntop-5 %", "trained\non", "tested\non", "seconds"):
         table.add_column(heading, justify="right")
     for score in scores:

@@ -16,6 +16,7 @@ import tyro
 
 from pretrain.arguments import parse_arguments
 from pretrain.errors import ComaError, Interrupted
+from pretrain.messages import counted
 from pretrain.preflight import require_folder
 from pretrain.ranges import PROCESSES, SIDE, Range, Ranged
 
@@ -96,12 +97,12 @@ def _print_summary(console: Console, report: PackReport, total: int, out: Path, 
     before = _megabytes(sum(shard.bytes_before for shard in report.shards))
     after = _megabytes(sum(shard.bytes for shard in report.shards))
     lines = [
-        f"{report.images} images in {_counted(len(report.shards), 'shard')}: {before} became {after}",
+        f"{report.images} images in {counted(len(report.shards), 'shard')}: {before} became {after}",
         f"{(total - report.resumed) / seconds:.0f} images/s on this run",
     ]
     if filled := sum(shard.filled for shard in report.shards):
         lines.append(
-            f"{_counted(filled, 'image')} held nodata, NaN or infinite values, which were filled with the "
+            f"{counted(filled, 'image')} held nodata, NaN or infinite values, which were filled with the "
             "mean of their channel"
         )
     if report.failures:
@@ -109,10 +110,6 @@ def _print_summary(console: Console, report: PackReport, total: int, out: Path, 
         lines += [f"  {failure}" for failure in report.failures[:_NAMED_FAILURES]]
     lines.append(f"next: coma pretrain {out}")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _megabytes(count: int) -> str:

@@ -45,9 +45,9 @@ class Result:
     flops: float | None
     loss: float | None
     top1: dict[str, float]
-    """By protocol, in percent, on the test images."""
+    """Top-1 on the test images by protocol, in percent."""
     validated: float | None = None
-    """Fine-tuned, on the validation images that chose the checkpoint, in percent."""
+    """Top-1 on the validation images that chose the fine-tuned checkpoint, in percent."""
     looks: tuple[Look, ...] = field(default=(), repr=False)
 
 
@@ -173,7 +173,7 @@ def _scores(comparison: Comparison, name: str) -> tuple[dict[str, float], float 
 
 
 def tuned_by_earlier_version(comparison: Comparison) -> int:
-    """How many fine-tuned accuracies are those of a last step: earlier versions chose by the test images."""
+    """Returns how many fine-tuned scores are of a last step: earlier versions chose by the test images."""
     files = (comparison.out / "scores").glob("*-finetune.json")
     return sum("last_top1" in score["settings"] for path in files for score in read_scores(path))
 

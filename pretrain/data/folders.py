@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.images import EXTENSIONS, HEAD
-from pretrain.data.inventory import Inventory, is_system_folder, kind_of, printable
+from pretrain.data.inventory import Inventory, is_system_folder, kind_of
 from pretrain.data.labels import whole_numbers
 from pretrain.data.products import product_around, product_at
 from pretrain.data.source import EncodedSource, Names
 from pretrain.errors import BadImage, BadInput
+from pretrain.messages import abridged, printable
 from pretrain.splits import Chosen, choose_images
 
 _CHUNK, _STATS = 1000, 16
@@ -238,11 +239,10 @@ def _why_unlabelled(location: Path, chosen: Chosen) -> str:
     stray = [printable(name) for name in chosen.names if "/" not in name]
     if not stray or not chosen.classes:
         return ""
-    few = ", ".join(stray[:3]) + (f" and {len(stray) - 3} more" if len(stray) > 3 else "")
     lie = "lies" if len(stray) == 1 else "lie"
     classes = ", ".join(map(printable, sorted(chosen.classes)[:3]))
     return (
-        f"{few} {lie} in {location} itself, beside its class folders "
+        f"{abridged(stray, 3)} {lie} in {location} itself, beside its class folders "
         f"({classes}{', ...' * (len(chosen.classes) > 3)}); "
         "move what has a class into its folder, and the rest elsewhere"
     )

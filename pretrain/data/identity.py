@@ -1,4 +1,4 @@
-"""Which images a run is made of: a list of their names and sizes in its directory, compared when it goes on.
+"""The list of a run's images, their names and sizes, which is compared when the run is resumed.
 
     data.json.gz    {"images": {"names": [...], "sizes": [...], "labels": [...]}, ...}, written once
 
@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain.data.inventory import printable
 from pretrain.data.source import Source
 from pretrain.errors import BadInput
 from pretrain.files import write_whole
+from pretrain.messages import abridged, printable
 
 FILE = "data.json.gz"
 FLAG = "--allow-changed-data"
@@ -28,10 +28,10 @@ Listing = dict[str, dict[str, Any]]
 
 
 def list_data(sources: Mapping[str, Source], *, labels: bool = True) -> Listing:
-    """The listing of each source.
+    """Returns the listing of each source.
 
     Args:
-        sources: By what they are for, in words of messages, as "test images".
+        sources: Sources by what they are for, in words of messages, such as "test images".
         labels: Whether the images are learned or measured with their labels.
     """
     listing: Listing = {}
@@ -43,7 +43,7 @@ def list_data(sources: Mapping[str, Source], *, labels: bool = True) -> Listing:
 
 
 def write_listing(folder: Path, listing: Listing) -> None:
-    """Put a listing into a run directory.
+    """Writes a listing into a run directory.
 
     Raises:
         OSError: it cannot be written.
@@ -53,7 +53,7 @@ def write_listing(folder: Path, listing: Listing) -> None:
 
 
 def read_listing(folder: Path) -> Listing | None:
-    """The listing in a run directory; None where there is none.
+    """Returns the listing in a run directory; None where there is none.
 
     Raises:
         BadInput: it is damaged.
@@ -75,7 +75,7 @@ def read_listing(folder: Path) -> Listing | None:
 
 
 def changes(before: Listing, now: Listing) -> list[str]:
-    """What became of the images, a line for each source that both know and that changed."""
+    """Returns what changed, one line for each source that is in both listings."""
     return [
         f"the {role} have changed: {what}"
         for role in before.keys() & now.keys()
@@ -98,23 +98,19 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     if before["labels"] is not None and now["labels"] is not None:
         old, new = (dict(zip(each["names"], each["labels"], strict=True)) for each in (before, now))
         kinds.append(("of another class", [name for name in new if old.get(name, new[name]) != new[name]]))
-    facts = [f"{len(names)} {kind} ({_first(names)})" for kind, names in kinds if names]
+    shown = {kind: abridged([printable(name) for name in names], 3) for kind, names in kinds}
+    facts = [f"{len(names)} {kind} ({shown[kind]})" for kind, names in kinds if names]
     same = before["names"] == now["names"] and before["sizes"] == now["sizes"]
     return ", ".join(facts) or ("" if same else "the same ones in another order")
 
 
-def _first(names: list[str], most: int = 3) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(printable, names[:most])) + rest
-
-
 def check_listing(folder: Path, now: Listing, warn: Callable[[str], object], *, allow: bool) -> bool:
-    """Refuse to go on with a run on other images than it was started with.
+    """Refuses to resume a run on other images than it was started with.
 
     Args:
         folder: The run directory.
         now: The images that there are now.
-        warn: Told that images have changed and that this was allowed, or that nobody knows.
+        warn: Receives a line if images have changed and that is allowed, or if the run has no list.
         allow: Go on all the same.
 
     Returns:

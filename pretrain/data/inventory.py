@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.util import find_spec
 
 from pretrain.data.images import EXTENSIONS, HEIF_EXTENSIONS, INSTALL_HEIF, looks_like_image
+from pretrain.messages import counted, printable
 
 NO_EXTENSION = "without extension"
 """Kind of the files whose name has no extension, or one that is no word."""
@@ -72,20 +73,20 @@ class Inventory:
             self._left_out[one] = many, before + count, [*named, *names][:_NAMED]
 
     def leave_out(self, one: str, many: str, name: str) -> None:
-        """Count something that is left out: `one` and `many` say what it is, in singular and plural."""
+        """Counts something that is left out: `one` and `many` say what it is, in singular and plural."""
         _, count, names = self._left_out.get(one, (many, 0, []))
         self._left_out[one] = many, count + 1, [*names, printable(name)][:_NAMED]
 
     def leave_out_hidden(self, name: str) -> None:
-        """Count a hidden file or folder."""
+        """Counts a hidden file or folder."""
         self.leave_out("hidden file or folder", "hidden files or folders", name)
 
     def leave_out_system_folder(self, name: str) -> None:
-        """Count a folder that an operating system or a program keeps for itself."""
+        """Counts a folder that an operating system or a program keeps for itself."""
         self.leave_out("folder that systems leave behind", "folders that systems leave behind", name)
 
     def line(self, location: object) -> str:
-        """Return the one line: how many images of which kinds, and what is left out and why."""
+        """Returns the one line: how many images of which kinds, and what is left out and why."""
         count = self.images.total()
         kinds = f" ({listed(self.images)})" if self.images else ""
         found = f"{printable(str(location))}: {counted(count, 'image')}{kinds}"
@@ -93,7 +94,7 @@ class Inventory:
         return f"{found}; left out: {left_out}" if left_out else found
 
     def left_out(self) -> str:
-        """Return what is left out, for messages; empty where nothing is."""
+        """Returns what is left out, for messages; empty where nothing is."""
         parts = []
         heif = Counter({kind: n for kind, n in self.unread.items() if kind in HEIF_EXTENSIONS})
         if heif:
@@ -107,31 +108,20 @@ class Inventory:
 
 
 def kind_of(name: str) -> str:
-    """Return the extension of a file's name in lower case, or that it has none that is a word."""
+    """Returns the extension of a file's name in lower case, or that it has none that is a word."""
     kind = name[name.rfind(".") :].lower()
     return kind if _EXTENSION.fullmatch(kind) else NO_EXTENSION
 
 
 def is_system_folder(name: str) -> bool:
-    """Return whether an operating system or a program keeps a folder of this name for itself."""
+    """Returns whether an operating system or a program keeps a folder of this name for itself."""
     return name.lower() in _SYSTEM_FOLDERS
 
 
-def printable(name: str) -> str:
-    """Returns a file name for messages: what is no printable text is written as escapes."""
-    if name.isprintable():
-        return name
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
-def counted(count: int, one: str, many: str = "") -> str:
-    """Return the count with its noun."""
-    return f"{count} {one if count == 1 else many or one + 's'}"
-
-
 def listed(kinds: Counter[str]) -> str:
-    """Return the counts by kind, the largest first."""
+    """Returns the counts by kind, the largest first."""
     most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
-    parts: Iterable[str] = [f"{count} {printable(kind)}" for kind, count in most[:_MOST_KINDS]]
-    rest = sum(count for _, count in most[_MOST_KINDS:])
-    return ", ".join([*parts, *([f"{rest} more of {len(most) - _MOST_KINDS} kinds"] if rest else [])])
+    parts = [f"{count:,} {printable(kind)}" for kind, count in most[:_MOST_KINDS]]
+    if rest := most[_MOST_KINDS:]:
+        parts.append(f"{sum(count for _, count in rest):,} more of {len(rest)} kinds")
+    return ", ".join(parts)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pretrain.data.source import Source
 from pretrain.errors import BadInput
+from pretrain.messages import abridged
 
 
 def whole_numbers(names: Collection[str]) -> dict[str, int] | None:
@@ -111,8 +112,8 @@ def _found(asked: np.ndarray, classes: Sequence[str], source: Source, whose: str
         alike = {name.casefold(): name for name in classes}
         hints = [f"{name} is {alike[name.casefold()]} there" for name in foreign if name.casefold() in alike]
         raise BadInput(
-            f"{source.location}: classes of which {whose}: {_few(foreign)}; it has {_few(classes)}"
-            + (f" (names must be the same letter for letter: {_few(hints)})" if hints else "")
+            f"{source.location}: classes of which {whose}: {abridged(foreign)}; it has {abridged(classes)}"
+            + (f" (names must be the same letter for letter: {abridged(hints)})" if hints else "")
         )
     return _places(asked, classes)
 
@@ -125,11 +126,6 @@ def _places(names: np.ndarray, classes: Sequence[str]) -> Tensor:
 def _only_numbers(source: Source, classes: Sequence[str], owner: str) -> str:
     return (
         f"{source.location}: its labels are numbers without names, and {owner} has names "
-        f"({_few(classes, 3)}), so "
-        "nothing says which is which; give the names, as class_names in the pack or in index.json beside the "
-        "shards, in the order of the numbers"
+        f"({abridged(classes, 3)}), so nothing says which is which; give the names, as class_names in "
+        "the pack or in index.json beside the shards, in the order of the numbers"
     )
-
-
-def _few(names: Sequence[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

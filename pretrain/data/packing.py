@@ -43,7 +43,7 @@ class PackSettings(Ranged):
     size: Annotated[int, SIDE] = 256
     """Short side in pixels that larger images are reduced to; smaller ones are left as they are."""
     quality: Annotated[int, Range(1, 95)] = 90
-    """Of JPEG."""
+    """JPEG quality."""
     shard_images: Annotated[int, Range(1, 10**9)] = 2000
     """Images of the source per shard."""
 

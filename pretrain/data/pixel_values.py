@@ -14,11 +14,11 @@ import numpy as np
 
 from pretrain.data.channels import adapt
 from pretrain.data.images import Picture
-from pretrain.data.inventory import counted
 from pretrain.data.order import spread
 from pretrain.data.rasters import white_of
 from pretrain.data.source import Source
 from pretrain.errors import BadImage, BadInput
+from pretrain.messages import counted
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +37,11 @@ class Values(NamedTuple):
     kind: str
     """8-bit, 16-bit or float."""
     low: float
+    """Smallest value, as it is stored."""
     high: float
-    """Of the values as they are stored."""
+    """Largest value, as it is stored."""
     contrast: float
-    """Their standard deviation, integers scaled to 0..1."""
+    """Standard deviation of the values, integers scaled to 0..1."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.kind}, {self.low:.4g} to {self.high:.4g})"
@@ -58,13 +59,13 @@ def check_pixels(
     std: Sequence[float] | None,
     name: Callable[[], str],
 ) -> None:
-    """Refuse an image that its mean and standard deviation are not meant for.
+    """Refuses an image that the mean and standard deviation are not meant for.
 
     Args:
         pixels: `[H, W, C]`, as they are stored.
-        mean: Per channel, that they will be normalised with; None where it is not known yet.
-        std: Per channel, likewise.
-        name: Of the image.
+        mean: Mean per channel that the pixels will be normalised with; None where it is not known yet.
+        std: Standard deviation per channel; None where it is not known yet.
+        name: Gives the image's name.
 
     Raises:
         BadInput: statistics of larger values than the image's, or the other way round, or a mark for missing
@@ -94,7 +95,7 @@ def check_pixels(
 
 
 def check_some(source: Source, channels: int, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Look at a few images, spread over the source, as `check_pixels` does; say how many had values filled.
+    """Checks a few images, spread over the source, by `check_pixels`; says how many had values filled.
 
     Raises:
         BadInput: as `check_pixels`.
@@ -113,7 +114,7 @@ def check_some(source: Source, channels: int, mean: Sequence[float], std: Sequen
 
 
 def say_filled(source: Source, filled: int, looked_at: int, share: float | None = None) -> None:
-    """Log how many images had missing values, where there are any."""
+    """Logs how many images had missing values, where there are any."""
     if filled:
         of_them = "" if share is None else f" ({share:.2%} of all values)"
         log.info(
@@ -130,7 +131,7 @@ def filled_share(picture: Picture) -> str:
 
 
 def check_mixture(location: object, images: Sequence[Values]) -> None:
-    """Refuse images of units that do not go together: some would be constants beside the others.
+    """Refuses images of units that do not go together: some would be constants beside the others.
 
     Raises:
         BadInput: naming an image of each unit.

@@ -27,10 +27,11 @@ import numpy as np
 import torch
 
 from pretrain.data.images import EXTENSIONS, HEAD
-from pretrain.data.inventory import NO_EXTENSION, Inventory, counted, is_system_folder, printable
+from pretrain.data.inventory import NO_EXTENSION, Inventory, is_system_folder
 from pretrain.data.source import EncodedSource, Names, read_at
 from pretrain.data.workers import in_workers
 from pretrain.errors import BadInput
+from pretrain.messages import counted, printable
 
 INDEX = "index.json"
 _BLOCK = tarfile.BLOCKSIZE

@@ -18,9 +18,10 @@ import torch
 
 from pretrain.data.channels import adapt
 from pretrain.data.images import AtLeast, Picture, complete, decode
-from pretrain.data.inventory import Inventory, counted, printable
+from pretrain.data.inventory import Inventory
 from pretrain.data.rasters import as_hwc, as_pixels
 from pretrain.errors import BadImage
+from pretrain.messages import counted, printable
 
 
 class Source(ABC):

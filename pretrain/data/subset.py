@@ -37,7 +37,7 @@ class Subset(Source):
         return self._source.describe(int(self._indices[i]))
 
     def listing(self) -> tuple[list[str], list[int]]:
-        """Of these images, see `Source.listing`."""
+        """Names and sizes of these images; see `Source.listing`."""
         names, sizes = self._source.listing()
         chosen = self._indices.tolist()
         return [names[i] for i in chosen], [sizes[i] for i in chosen]
@@ -73,12 +73,12 @@ def balanced(source: Source, most: int, seed: int = 0) -> Source:
 
 
 def hold_out(labels: Tensor, share: float, seed: int) -> Tensor:
-    """A share of every class, bool `[n]`, rounded down, but one image at least of any class that has two.
+    """Draws a share of every class, bool `[n]`, rounded down, but at least one image of a class that has two.
 
     Args:
         labels: int64 `[n]`.
         share: above 0 and below 1.
-        seed: of the draw; the same labels and seed give the same images.
+        seed: the same labels and seed give the same images.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)

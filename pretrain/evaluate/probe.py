@@ -34,14 +34,13 @@ class Probe:
     config: ProbeConfig
 
     def __str__(self) -> str:
-        """What is measured on what."""
+        """Says what is measured on what."""
         learned, counted = (
             f"{len(source):,} images of {source.location}" for source in (self.train, self.test)
         )
         return (
             f"probe: accuracy on {counted}, by nearest neighbours or a classifier from {learned}; nothing "
-            "that is "
-            "trained or saved depends on it"
+            "that is trained or saved depends on it"
         )
 
     def measure(

@@ -44,11 +44,11 @@ class FinetunePlan(Plan[FinetuneConfig]):
     test: Source
     """Used once, at the end."""
     test_labels: Tensor
-    """Of the test images, int64 `[m]`, counted alike."""
+    """Labels of the test images, int64 `[m]`, counted alike."""
     val: Source | None
     """What chooses the checkpoint; None: nothing does, and the weights of the last step are published."""
     val_labels: Tensor
-    """Of the validation images, counted alike."""
+    """Labels of the validation images, counted alike."""
     held_out: bool
     """Whether the validation images are a part of the training split, which is not trained on."""
     notes: tuple[str, ...]
@@ -105,9 +105,8 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
         whole = f"; {alone} class(es) with a single image have none there" if alone else ""
         chosen_by = (
             f"checkpoint: chosen by top-1 on {int(chosen.sum()):,} of the {len(labels):,} images of "
-            f"{train.location}, "
-            f"which are not trained on: {share:.3g} of every class, at least one of two, drawn by seed "
-            f"{config.run.seed}{whole} (--val gives others, --hold-out another share)"
+            f"{train.location}, which are not trained on: {share:.3g} of every class, at least one of two, "
+            f"drawn by seed {config.run.seed}{whole} (--val gives others, --hold-out another share)"
         )
         val, val_labels = Subset(train, np.flatnonzero(chosen)), labels[chosen]
         train, labels = Subset(train, np.flatnonzero(~chosen)), labels[~chosen]

@@ -40,13 +40,13 @@ class Finetuned:
     config: FinetuneConfig
     """As its directory has it."""
     best: Validation | None
-    """On the validation images, of the checkpoint that was chosen; None where nothing chose it."""
+    """Scores of the chosen checkpoint on the validation images; None where nothing chose it."""
     last: Validation | None
-    """Likewise, of the last step."""
+    """Scores on the validation images at the last step; None where there are none."""
     test: Validation
-    """On the test images, of the checkpoint that was chosen."""
+    """Scores of the chosen checkpoint on the test images."""
     steps: int
-    """Of the whole run."""
+    """Optimizer steps of the whole run."""
     train_images: int
     seconds: float
     """That this call took."""

@@ -72,10 +72,10 @@ class Keeper(ABC, Generic[Settings]):
         self._good: int | None = None
         self._listing: Listing = {}
         self.may_change = self.changed = False
-        """Whether a resumed run may go on with other images, and does."""
+        """Whether a resumed run may go on with other images, and whether it does."""
         self._looked = -1  # the step of the last look whose row the state knows of
         self.at_once: Callable[[], AbstractContextManager[None]] = nullcontext
-        """Around what may be left when someone asks to stop."""
+        """Context of work that is left when someone asks to stop."""
         self._metrics: MetricsLog | None = None
         self._tensorboard: TensorBoardLog | None = None
 

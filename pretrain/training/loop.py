@@ -207,9 +207,9 @@ class _Run:
         self._finish()
 
     def _left_at_once(self, batches: Iterator[Batch]) -> Generator[Batch, None, None]:
-        """The batches; waiting for one is left when someone asks to stop, by many processes if it takes long.
+        """Yields the batches; a wait for one ends when someone asks to stop, of many processes if it is long.
 
-        Of one process nothing is lost: the step at hand has changed nothing yet.
+        A single process loses nothing: the step at hand has changed nothing yet.
         """
         with closing(cast("Any", batches)):
             while True:

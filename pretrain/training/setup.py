@@ -271,9 +271,8 @@ def _located(config: Settings) -> Settings:
     if isinstance(config, PretrainConfig):
         probe = replace(config.probe, probe=config.probe.probe and config.probe.probe.absolute())
         return replace(config, data=data, probe=probe)
-    return replace(
-        config, data=data, artifact=config.artifact.absolute(), test=config.test and config.test.absolute()
-    )
+    test, val = (path and path.absolute() for path in (config.test, config.val))
+    return replace(config, data=data, artifact=config.artifact.absolute(), test=test, val=val)
 
 
 def extended(plan: Plan, state: dict[str, Any]) -> str | None:

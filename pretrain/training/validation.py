@@ -278,12 +278,12 @@ class ClassifierKeeper(Keeper[FinetuneConfig]):
 
 
 def _better(one: Validation, other: Validation) -> bool:
-    """By top-1, and by the loss where that is the same, as often with few images."""
+    """Returns whether the top-1 is higher, or the same (often, with few images) and the loss lower."""
     return (one.top1, -one.loss) > (other.top1, -other.loss)
 
 
 def _facts(what: str, scores: Validation | None) -> dict[str, float | None]:
-    """Scores for the artifact, called after the images that they were counted on."""
+    """Returns scores for the artifact, under names that say which images they were counted on."""
     if scores is None:
         return {}
     values = {"top1": scores.top1, "top5": scores.top5, "loss": scores.loss, "images": scores.images}

@@ -1,0 +1,22 @@
+"""Parts of messages: counts with their nouns, long lists cut short, and names that may hold any character."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """Returns the count with its noun: `1 image`, `2,000 images`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def abridged(texts: Sequence[str], most: int = 10, between: str = ", ") -> str:
+    """Returns the first texts, and how many more there are."""
+    return between.join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+
+
+def printable(text: str) -> str:
+    """Returns the text on one line: what is no printable character is written as an escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
