@@ -212,7 +212,8 @@ def test_odd_objects_end_in_a_count_and_never_in_a_wait(tmp_path):
 def test_a_pipe_is_refused_in_one_line(tmp_path, name, capsys):
     os.mkfifo(tmp_path / name)
     assert main(["pretrain", str(tmp_path / name), "--out", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / name}: is neither a folder nor a regular file\n"
+    way_out = "give a folder of images, a .npz pack or .tar shards"
+    assert capsys.readouterr().err == f"error: {tmp_path / name}: is a device or pipe; {way_out}\n"
     assert main(["degrade", str(tmp_path / name), "--out", str(tmp_path / "sheet.png")]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path / name}: is not a regular file; give an image file\n"
 
