@@ -1,6 +1,6 @@
 """What a GPU has to do for one training step, counted without one: kernels, bytes, FLOPs, by part.
 
-    python benchmarks/gpu_expect.py                              # CoMA DyViT-B and MAE ViT-B, batches 64 to 1024
+    python benchmarks/gpu_expect.py                # CoMA DyViT-B and MAE ViT-B, batches of 64 to 1024
     python benchmarks/gpu_expect.py --models "CoMA DyViT-B" --batches 256 --variant merged
 
 The step runs on tensors that have shapes only, under bf16 autocast with norms in float32, as on a GPU.
@@ -188,7 +188,7 @@ def main() -> None:
                     "share of the bound": f"{cost.seconds / whole.seconds:.1%}",
                 }
             )
-    how = f"bounds at {args.tflops:g} TFLOP/s and {args.tbs:g} TB/s, {args.launch:g} us a launch, {args.variant}"
+    how = f"{args.variant}; bounds at {args.tflops:g} TFLOP/s, {args.tbs:g} TB/s, {args.launch:g} us a launch"
     report(how, detailed, None)
     report(how, rows, args.out)
 

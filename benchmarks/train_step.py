@@ -36,6 +36,8 @@ from pretrain.precision import Precision, autocast, choose_attention, choose_pre
 from pretrain.training.throughput import peak_flops, peak_memory
 
 MODELS = {
+    "CoMA DyViT-T": ("tiny", "coma"),
+    "MAE ViT-T": ("vit-tiny", "mae"),
     "CoMA DyViT-S": ("small", "coma"),
     "MAE ViT-S": ("vit-small", "mae"),
     "CoMA DyViT-B": ("base", "coma"),
@@ -60,15 +62,15 @@ class Features(nn.Module):
 
 
 class Step:
-    """A model with its optimizer; calling it trains one batch."""
+    """A model with its optimizer; calling it trains one batch of images of `size` pixels."""
 
-    def __init__(self, name: str, device: torch.device, precision: Precision) -> None:
+    def __init__(self, name: str, device: torch.device, precision: Precision, size: int = 224) -> None:
         preset, method = MODELS[name]
         torch.manual_seed(0)
-        self.name, self.device = name, device
+        self.name, self.device, self.size = name, device, size
         self.precision: Precision = precision
         self.model = (
-            build_objective(method_preset(method), build_encoder(encoder_preset(preset)))
+            build_objective(method_preset(method), build_encoder(encoder_preset(preset, size)))
             if method
             else Features(preset)
         ).to(device)
@@ -78,7 +80,7 @@ class Step:
 
     def __call__(self, batch: int) -> None:
         """Train one batch of random images."""
-        images = torch.randn(batch, 3, 224, 224, device=self.device)
+        images = torch.randn(batch, 3, self.size, self.size, device=self.device)
         seeds = torch.arange(batch, device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.precision, self.device):
@@ -89,7 +91,7 @@ class Step:
     def flops(self) -> float:
         """Floating-point operations of forward and backward for one image (2 per multiply-accumulate)."""
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            image = torch.zeros(1, 3, 224, 224, device=self.device)
+            image = torch.zeros(1, 3, self.size, self.size, device=self.device)
             out = self.model(image, torch.zeros(1, dtype=torch.int64, device=self.device))
             (out if isinstance(out, Tensor) else out.loss).backward()
         self.optimizer.zero_grad(set_to_none=True)
@@ -107,10 +109,10 @@ class Step:
         return tuple(sum(p.numel() for p in m.parameters()) for m in (encoder, self.model))  # type: ignore
 
 
-def largest_batch(step: Step) -> int:
-    """The largest power of two whose step fits on the GPU."""
+def largest_batch(step: Step, most: int = 8192) -> int:
+    """The largest power of two, up to `most`, whose step fits on the GPU."""
     batch = 64
-    while True:
+    while batch < most:
         try:
             step(2 * batch)
         except torch.cuda.OutOfMemoryError:
@@ -118,6 +120,7 @@ def largest_batch(step: Step) -> int:
             torch.cuda.empty_cache()
             return batch
         batch *= 2
+    return batch
 
 
 def memory_of(step: Step, batch: int) -> float:
@@ -177,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS)[2:], choices=list(MODELS))
     parser.add_argument(
         "--batch", type=int, help="images per step (default: 8 on CPU, the largest that fits on GPU)"
     )

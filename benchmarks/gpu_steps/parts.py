@@ -149,7 +149,7 @@ _KINDS = {  # operators by how their names begin
 
 
 def kind_of(operator: str, stack: tuple[str, ...]) -> str:
-    """What an operator (without its namespace) does: the innermost piece of DM-MSA it is in, else its kind."""
+    """What an operator (without its namespace) does: the piece of DM-MSA that it is in, else its kind."""
     piece = stack[-1] if stack else ""
     if piece and not piece.startswith(("stage", "stem", "encoder", "decoder")):
         return piece

@@ -41,6 +41,9 @@ from pretrain.models.attention import (
 from pretrain.models.positions import rotate
 from pretrain.models.windows import MASKED
 
+BACKEND = "inductor"
+"""Of torch.compile, for small pieces and FlexAttention."""
+
 _TILE = 128
 """Tokens that one tile of a fused kernel takes at most: merged windows are not made longer."""
 
@@ -87,37 +90,42 @@ class Flex:
     """All windows of a layer by one call of FlexAttention.
 
     Attributes:
-        lengths: Tokens of the window of every head.
-        real: Slots that hold a unit of their view, bool `[n, s]`; None: all of them.
+        mask: Its `BlockMask`.
     """
 
-    lengths: tuple[int, ...]
-    real: Tensor | None
+    mask: Any
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, fused: bool) -> Tensor:
         """Three of `[n, s, t, heads, d]` to `[n, s, t, heads*d]`."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
         n, s, t, heads, d = q.shape
         q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # n heads s*t d
-        batch = None if self.real is None else n
-        mask = create_block_mask(self.allows(t, q.device), batch, heads, s * t, s * t, device=q.device.type)
-        out = flex_attention_of(q.is_cuda)(q, k, v, block_mask=mask)
+        out = flex_attention_of(q.is_cuda)(q, k, v, block_mask=self.mask)
         return out.transpose(1, 2).reshape(n, s, t, heads * d)
 
-    def allows(self, tokens: int, device: torch.device) -> Callable[..., Tensor]:
-        """Whether a head of a sequence lets one token attend to another; `tokens` make a unit."""
-        length = torch.cat([torch.full((1,), each, device=device) for each in self.lengths])
-        real = self.real
 
-        def same_window(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return i // length[h] == j // length[h]
+def allowed_pairs(
+    lengths: tuple[int, ...], real: Tensor | None, tokens: int, device: torch.device
+) -> Callable[..., Tensor]:
+    """Whether a head of a sequence lets one token attend to another, as FlexAttention asks for it.
 
-        def same_window_and_real(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            assert real is not None
-            return same_window(b, h, i, j) & (real[b, j // tokens] | ~real[b, i // tokens])
+    Args:
+        lengths: Tokens of the window of every head.
+        real: Slots that hold a unit of their view, bool `[n, s]`; None: all of them.
+        tokens: Tokens of a unit.
+        device: Of the tokens.
+    """
+    length = torch.cat([torch.full((1,), each, device=device) for each in lengths])
 
-        return same_window if real is None else same_window_and_real
+    def same_window(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return i // length[h] == j // length[h]
+
+    if real is None:
+        return same_window
+
+    def same_window_and_real(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return same_window(b, h, i, j) & (real[b, j // tokens] | ~real[b, i // tokens])
+
+    return same_window_and_real
 
 
 @dataclass(frozen=True)
@@ -193,9 +201,14 @@ def _flex(pieces: Pieces) -> Pieces:
         found = _lengths(windows, heads)
         if not found:
             return windows
+        from torch.nn.attention.flex_attention import create_block_mask
+
         lengths, bias = found
-        real = None if bias is None else bias[:, 0, 0, :: like.shape[2]] == 0
-        return (Flex(lengths, real),)
+        n, s, t = like.shape[:3]
+        real = None if bias is None else bias[:, 0, 0, ::t] == 0
+        pairs = allowed_pairs(lengths, real, t, like.device)
+        batch = None if real is None else n
+        return (Flex(create_block_mask(pairs, batch, heads, s * t, s * t, device=like.device.type)),)
 
     return replace(pieces, arrange=_after(pieces, arrange))
 
@@ -274,7 +287,7 @@ def _turn_in_place(x: Tensor, table: Rotary) -> Tensor:
 
 @cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, backend=BACKEND)
 
 
 def flex_attention_of(gpu: bool) -> Callable[..., Any]:

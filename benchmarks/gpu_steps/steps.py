@@ -1,0 +1,42 @@
+"""The steps in order of importance, with the share of the time that each may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step.
+
+    Attributes:
+        key: What `--steps` calls it.
+        title: For tables.
+        where: Module of this package and function that takes a `Session`.
+        seconds: Time limit within nine minutes; others scale with `--minutes`.
+        on_cpu: What a run on a CPU shows of it, all sizes being reduced.
+    """
+
+    key: str
+    title: str
+    where: str
+    seconds: float
+    on_cpu: str
+
+
+STEPS = (
+    Step("m", "machine and its ceilings", "ceilings:run", 12, "ceilings of a CPU"),
+    Step("a", "training step", "training:run", 125, "fp32, compiled graphs are traced but not generated"),
+    Step("b", "correctness", "correctness:run", 60, "the device is the reference itself"),
+    Step("c", "where the time goes", "profiling:run", 35, "operators in place of kernels"),
+    Step("c2", "remedies for attention and launches", "remedies:run", 75, "no CUDA graphs, no FlexAttention"),
+    Step("d", "inference beside timm's encoders", "encoders:run", 50, "two small encoders"),
+    Step("e", "tests marked gpu", "marked_tests:run", 40, "the same tests on the CPU"),
+    Step("f", "loader into the device", "loading:run", 35, "copies within memory, no pinning"),
+    Step("g", "a real pre-training", "loading:pretrain_for_a_minute", 62, "a few steps of a tiny model"),
+    Step("h", "mmdet and mmseg steps", "openmmlab:run", 40, "fp32, tiny encoders"),
+    Step("i", "ONNX Runtime", "runtimes:onnx_runtime", 30, "its CPU provider"),
+    Step("j", "TensorRT-RTX", "runtimes:tensorrt_rtx", 12, "compiles an engine, runs none"),
+    Step("k", "large with gradient checkpointing", "training:large_model", 30, "a tiny model"),
+    Step("l", "NCCL with one process", "distributed:run", 20, "gloo"),
+)

@@ -1,0 +1,92 @@
+"""Training steps of CoMA on DyViT and MAE on ViT: speed, share of the peak, memory; checkpointing."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from large import measure
+from PIL import Image
+from skimage import data as pictures
+from train_step import Step, largest_batch, memory_of
+
+from gpu_steps.session import Session, free, median_seconds
+from pretrain.precision import choose_precision
+from pretrain.training.throughput import peak_flops, peak_memory
+
+REFERENCE = "MAE ViT-B"
+EAGER = (REFERENCE, "CoMA DyViT-B", "CoMA DyViT-S", "MAE ViT-S")
+COMPILED = (REFERENCE, "CoMA DyViT-B")
+ON_CPU = ("MAE ViT-T", "CoMA DyViT-T")
+BATCH = 256
+"""At which all models are compared, beside the largest batch that each can take."""
+
+
+def run(session: Session) -> None:
+    """Eager steps of all models, then compiled ones of the base models."""
+    for mode, names, seconds in (("eager", EAGER, 12.0), ("compiled", COMPILED, 25.0)):
+        for name in ON_CPU if session.small else names:
+            result = f"{name}, {mode}"
+            if session.wants(result, 0.0 if session.small else seconds):
+                with session.attempt(result):
+                    measure_step(session, name, mode)
+                free(session.device)
+
+
+def measure_step(session: Session, name: str, mode: str) -> None:
+    """One model: at batch 256, and at the largest batch that fits."""
+    device, small = session.device, session.small
+    reference = ON_CPU[0] if small else REFERENCE
+    step = Step(name, device, choose_precision("auto", device), 32 if small else 224)
+    flops = step.flops()
+    most = 2 if small else largest_batch(step, most=4096)
+    free(device)
+    memory = peak_memory(device) if small else memory_of(step, most)
+    if mode == "compiled":
+        step.model.compile(dynamic=False, backend="aot_eager" if small else "inductor")
+    peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
+    batches = [most] if mode == "compiled" else sorted({min(BATCH, most), most})
+    for batch in batches:
+        repeat = session.seconds / 60
+        seconds = median_seconds(partial(step, batch), device, warm=1 if small else 3, seconds=repeat)
+        speed = batch / seconds
+        label = f"{name}, {mode}" if batch == most else f"{name}, {mode}, batch {batch}"
+        against = session.results.get(label.replace(name, reference))
+        theirs = float(against.values["images/s"]) if against else speed if name == reference else None
+        session.add(
+            label,
+            batch=batch,
+            **{"images/s": speed, "views/s": speed * step.views, "GFLOP/image": flops / 1e9},
+            MFU=f"{speed * flops / peak:.1%}" if peak else None,
+            GiB=memory if batch == most else None,
+            **{f"time of {reference}": theirs / speed if theirs else None},
+        )
+
+
+def large_model(session: Session) -> None:
+    """Speed and memory of `coma pretrain` with and without gradient checkpointing."""
+    size, batch, steps, model = (32, 4, 3, "tiny") if session.small else (224, 256, 12, "large")
+    shared = ["--model", model, "--image-size", str(size), "--batch-size", str(batch)]
+    shared += ["--device", session.device.type]
+    plain: float | None = None
+    with tempfile.TemporaryDirectory() as work:
+        photos = Path(work) / "photos"
+        photos.mkdir()
+        for name in ("astronaut", "chelsea", "coffee", "rocket"):
+            Image.fromarray(getattr(pictures, name)()).save(photos / f"{name}.jpg", quality=95)
+        for name, flags in (("plain", []), ("gradient checkpointing", ["--checkpoint-gradients"])):
+            label = f"{model}, {size} px, {name}"
+            if not session.wants(label, 0.0 if session.small else 8.0):
+                continue
+            with session.attempt(label):
+                found = measure(shared + flags, 1, photos, Path(work) / name.replace(" ", "-"), steps, "auto")
+                if found is None:
+                    session.add(label, note="does not fit", batch=batch)
+                    continue
+                plain = plain or found["speed"]
+                session.add(
+                    label, batch=batch, GiB=found["memory"],
+                    **{"images/s": found["speed"], "time": plain / found["speed"]},
+                )  # fmt: skip
