@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test lint types rooms format lock clean
+.PHONY: help env quickstart test slow lint types rooms format lock clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ quickstart: $(INSTALLED)  ## pre-train a tiny CoMA-DyViT for two minutes, show w
 
 test: $(INSTALLED)  ## run the tests (ARGS="-k name" picks some)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
+
+slow: $(INSTALLED)  ## run the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(INSTALLED)  ## check style and formatting
 	$(BIN)/ruff check
