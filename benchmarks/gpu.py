@@ -36,6 +36,7 @@ from gpu_steps.steps import STEPS, Step  # noqa: E402
 
 KEPT = ("done", "skipped")
 """Steps of this status are not run again by `--continue`."""
+NO_GPU = "PyTorch finds no GPU here; --device cpu makes a dry run"
 TABLE_SECONDS = 2.0
 POLL_SECONDS = 0.2
 
@@ -167,16 +168,16 @@ def run(steps: list[Step], args: argparse.Namespace, work: Path, record: dict, e
         for number, step in enumerate(steps):
             running, waiting = waiting or Child(step, args, work, rows[step.key]), None
             left = end - time.monotonic()
-            share = step.seconds / sum(each.seconds for each in steps[number:])
+            needs = [each.dry_seconds if args.device == "cpu" else each.seconds for each in steps[number:]]
             if left < 1.0:
                 return
             if number + 1 < len(steps):
                 following = steps[number + 1]
                 waiting = Child(following, args, work, rows[following.key])
-            follow(running, left * share, args, record, rows[step.key])
+            follow(running, left * needs[0] / sum(needs), args, record, rows[step.key])
             running.kill()
-            if step.key == "m" and record["steps"]["m"]["status"] == "failed" and args.device == "cuda":
-                return  # there is no GPU: nothing else could run
+            if record["steps"][step.key].get("error") == NO_GPU:
+                return
     finally:
         for each in (running, waiting):
             if each is not None:
@@ -195,7 +196,8 @@ def follow(running: Child, seconds: float, args: argparse.Namespace, record: dic
         time.sleep(POLL_SECONDS)
         code = running.ended()
         found, _ = running.results()
-        entry |= {"seconds": round(time.monotonic() - began, 1), "results": [*have, *found]}
+        merged = {row["name"]: row for row in [*have, *found]}  # a later one replaces an earlier one
+        entry |= {"seconds": round(time.monotonic() - began, 1), "results": list(merged.values())}
         for row in found[shown:]:
             values = ", ".join(f"{name} {value}" for name, value in row["values"].items())
             verdict = "" if row["ok"] is not False else " WRONG"
@@ -237,7 +239,7 @@ def child(args: argparse.Namespace) -> int:
         if not line:
             return 1
         if args.device == "cuda" and not torch.cuda.is_available():
-            say("PyTorch finds no GPU here; --device cpu makes a dry run")
+            say(NO_GPU)
             return 1
         folder = args.work / args.child
         folder.mkdir(exist_ok=True)

@@ -1,49 +1,213 @@
-"""`benchmarks/gpu.py`: every step works at reduced sizes on a CPU, and nothing that a step does ends the run."""
+"""`benchmarks/gpu.py`: every step works on a CPU at reduced sizes, and no step can end the run."""
 
+import importlib
 import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # its scripts import each other
+
+from gpu_steps.report import installed
+from gpu_steps.session import Session, Skip
+from gpu_steps.steps import STEPS
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler, profilers and mm's packages have many
+
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # its scripts import each other by their names
+IN_OTHER_PROCESSES = ("e", "h", "i", "j", "k")
+"""Steps that start commands, which other tests cover: they take minutes."""
+HAS_NO_CPU_VARIANT = {"flex, eager"}
+"""Results that a CPU cannot give: FlexAttention has no backward pass there."""
 
-from gpu_steps import session as sessions  # noqa: E402
-from gpu_steps.session import Session, Skip  # noqa: E402
-from gpu_steps.steps import STEPS  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler, mm's packages and profilers have many
-KEYS = [step.key for step in STEPS]
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(step, id=step.key, marks=[pytest.mark.slow] * (step.key in IN_OTHER_PROCESSES))
+        for step in STEPS
+    ],
+)
+def test_a_step_works_on_a_cpu(step, tmp_path):
+    (tmp_path / "work").mkdir()
+    rows = tmp_path / "rows.jsonl"
+    session = Session(torch.device("cpu"), 500.0, tmp_path / "work", tmp_path, rows, [])
+    session.repeat = 0.05
+    module, _, function = step.where.partition(":")
+    try:
+        getattr(importlib.import_module(f"gpu_steps.{module}"), function)(session)
+    except Skip as reason:
+        pytest.skip(str(reason))
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert found and len({row["name"] for row in found}) == len(found)
+    assert not [row for row in found if row["ok"] is False and row["name"] not in HAS_NO_CPU_VARIANT]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_dry_run_of_everything(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--minutes", "20"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    record = json.loads((tmp_path / "results.json").read_text())
+    states = {key: entry["status"] for key, entry in record["steps"].items()}
+    assert list(states) == [step.key for step in STEPS], done.stdout
+    assert set(states.values()) <= {"done", "skipped"} and done.returncode == 0, done.stdout
+    assert "cpu variant" in done.stdout.rpartition("| step |")[2]
+
+
+# The runner, with steps that go wrong
+
+FAKE_STEPS = """
+from dataclasses import dataclass
+@dataclass(frozen=True)
+class Step:
+    key: str
+    title: str
+    where: str
+    seconds: float = 1
+    dry_seconds: float = 1
+    on_cpu: str = "all"
+STEPS = tuple(Step(key, key, "fakes:" + key) for key in ("good", "bad", "hangs", "crashes", "skips", "last"))
+"""
+FAKES = """
+import os, signal, subprocess, sys, time
+from gpu_steps.session import Skip
+def good(session):
+    session.add("a row", value=1.5)
+    with (session.out / "runs").open("a") as file:
+        file.write("good ")
+def bad(session):
+    session.add("before", value=2)
+    with session.attempt("caught"):
+        raise ValueError("within a step")
+    raise ValueError("the end of it")
+def hangs(session):
+    session.add("before", value=3)
+    apart = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
+    (session.out / "grandchild").write_text(str(apart.pid))
+    time.sleep(1000)
+def crashes(session):
+    session.add("before", value=4)
+    os.kill(os.getpid(), signal.SIGSEGV)
+def skips(session):
+    raise Skip("a package is missing")
+def last(session):
+    assert not session.wants("before") or not session.results
+    session.add("before", value=session.seconds)
+"""
+FAKE_TORCH = """
+class device:
+    def __init__(self, type):
+        self.type = type
+class cuda:
+    is_available = staticmethod(lambda: False)
+"""
 
 
 @pytest.fixture
-def session(tmp_path, monkeypatch) -> Session:
-    monkeypatch.setattr(sessions.torch, "set_num_threads", lambda count: None)
-    (tmp_path / "work").mkdir()
-    (tmp_path / "out").mkdir()
-    return Session(
-        torch.device("cpu"), 30.0, tmp_path / "work", tmp_path / "out", tmp_path / "rows.jsonl", []
-    )
+def run(tmp_path):
+    """Start a copy of the runner with steps that go wrong, in processes that import no torch."""
+    folder = tmp_path / "benchmarks"
+    (folder / "gpu_steps").mkdir(parents=True)
+    for name in ("gpu.py", "gpu_steps/__init__.py", "gpu_steps/session.py", "gpu_steps/report.py"):
+        shutil.copyfile(BENCHMARKS / name, folder / name)
+    (folder / "gpu_steps" / "steps.py").write_text(FAKE_STEPS)
+    (folder / "gpu_steps" / "fakes.py").write_text(FAKES)
+    (folder / "torch.py").write_text(FAKE_TORCH)
+
+    def start(*arguments: str, minutes: float = 0.5) -> subprocess.Popen:
+        command = [sys.executable, str(folder / "gpu.py"), "--out", str(tmp_path), "--minutes", str(minutes)]
+        return subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True)
+
+    return start
 
 
-def action(key):
-    import importlib
-
-    module, _, function = next(step.where for step in STEPS if step.key == key).partition(":")
-    return getattr(importlib.import_module(f"gpu_steps.{module}"), function)
+def steps_of(folder):
+    return json.loads((folder / "results.json").read_text())["steps"]
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_a_step_works_on_a_cpu(key, session):
-    session.seconds = 30.0
+def alive(pid):
     try:
-        action(key)(session)
-    except Skip as reason:
-        pytest.skip(str(reason))
-    rows = [json.loads(line) for line in (session.out.parent / "rows.jsonl").read_text().splitlines()]
-    assert rows and len({row["name"] for row in rows}) == len(rows)
-    allowed = {"flex, eager"}  # it has no backward pass on CPUs
-    assert not [row for row in rows if row["ok"] is False and row["name"] not in allowed]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_no_step_ends_the_run_and_what_is_missing_can_be_continued(run, tmp_path):
+    process = run("--device", "cpu")
+    said, _ = process.communicate()
+    found = steps_of(tmp_path)
+    assert process.returncode == 1
+    assert [entry["status"] for entry in found.values()] == [
+        *("done", "failed", "timed out", "failed", "skipped", "done")
+    ]
+    assert "ValueError: the end of it" in found["bad"]["error"]
+    assert [row["name"] for row in found["bad"]["results"]] == ["before", "caught"]
+    assert found["bad"]["results"][1]["note"] == "ValueError: within a step"
+    assert found["hangs"]["results"][0]["values"] == {"value": 3}
+    assert found["crashes"]["error"] == "killed by SIGSEGV"
+    assert found["skips"]["error"] == "a package is missing"
+    assert not alive(int((tmp_path / "grandchild").read_text()))
+    assert "| good | good | cpu variant: all |" in said.rpartition("| step |")[2]
+    assert "Traceback" in (tmp_path / "log.txt").read_text()
+
+    process = run("--device", "cpu", "--continue", "--steps", "good,bad,last")
+    process.communicate()
+    assert (tmp_path / "runs").read_text() == "good "  # it was done
+    again = steps_of(tmp_path)
+    assert [row["name"] for row in again["bad"]["results"]] == ["before", "caught"]  # replaced
+    assert again["hangs"] == found["hangs"]
+
+
+def test_a_signal_ends_it_with_the_table(run, tmp_path):
+    process = run("--device", "cpu", "--steps", "good,hangs,last", minutes=5)
+    while not (tmp_path / "grandchild").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=30)
+    assert {key: entry["status"] for key, entry in steps_of(tmp_path).items()} == {
+        "good": "done",
+        "hangs": "stopped",
+    }
+    assert "not run" in said.rpartition("| step |")[2]
+    assert not alive(int((tmp_path / "grandchild").read_text()))
+
+
+def test_without_a_gpu_it_says_so(run, tmp_path):
+    said, _ = run("--steps", "good").communicate()
+    assert "PyTorch finds no GPU here; --device cpu makes a dry run" in said
+
+
+def test_without_time_nothing_is_begun(run, tmp_path):
+    run("--device", "cpu", minutes=0.0).communicate()
+    assert steps_of(tmp_path) == {}
+
+
+def test_an_unknown_step_is_named():
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--steps", "a,z"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "no step 'z'; there are: m, a, b" in done.stderr
+
+
+def test_a_source_tree_announces_its_commands(tmp_path, monkeypatch):
+    from gpu_steps import report
+
+    def absent(_):
+        raise report.PackageNotFoundError
+
+    assert installed(ROOT, tmp_path) == []  # it is installed here
+    monkeypatch.setattr(report, "version", absent)
+    (folder,) = installed(ROOT, tmp_path)
+    code = "from importlib.metadata import distribution, entry_points as e; import sys\n"
+    code += "print(sorted({x.name for x in e(group='coma.commands')} ), distribution('coma-dyvit').version)"
+    env = {**os.environ, "PYTHONPATH": folder}
+    done = subprocess.run([sys.executable, "-S", "-c", code], env=env, capture_output=True, text=True)
+    assert "'benchmark', 'compare'" in done.stdout and "0.1.0" in done.stdout

@@ -10,7 +10,7 @@ from export.runtimes.pytorch import TorchRuntime
 from export.shapes import Shape, Shapes
 from export.to_onnx import write_onnx
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # the exporter's own
 
 
 @pytest.mark.parametrize("form", ["encoder", "reconstructor"])
@@ -25,7 +25,6 @@ def test_pytorch_computes_there_what_it_does_on_a_cpu(accelerator, tmp_path, for
         torch.testing.assert_close(there[name].cpu(), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore")  # the exporter's own
 def test_onnx_runtime_computes_there_what_pytorch_does(accelerator, tmp_path):
     if accelerator.type not in providers():
         pytest.skip(f"this ONNX Runtime offers {', '.join(providers())}")

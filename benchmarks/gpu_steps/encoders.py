@@ -41,7 +41,7 @@ def run(session: Session) -> None:
                         images = torch.randn(batch, 3, *size, device=device)
                         seconds = median_seconds(
                             partial(infer, model, images), device, warm=1 if small else 3,
-                            seconds=session.seconds / 80,
+                            seconds=session.repeat,
                         )  # fmt: skip
                         label = f"{name}, {place}, batch {batch}, {mode}"
                         theirs = session.results.get(label.replace(name, REFERENCE))

@@ -20,7 +20,7 @@ TOP = 10
 
 def run(session: Session) -> None:
     """Both base models at a batch that waits for the CPU and at one that does not."""
-    for name in reversed(ON_CPU) if session.small else MODELS:
+    for name in ON_CPU["eager"] if session.small else MODELS:
         step = Step(
             name, session.device, choose_precision("auto", session.device), 32 if session.small else 224
         )
@@ -35,7 +35,7 @@ def run(session: Session) -> None:
 def profile(session: Session, step: Step, batch: int) -> None:
     """One step: time by part, the most costly kernels, and how long the device had nothing to do."""
     device, name = session.device, f"{step.name}, batch {batch}"
-    seconds = median_seconds(lambda: step(batch), device, seconds=session.seconds / 40)
+    seconds = median_seconds(lambda: step(batch), device, seconds=session.repeat)
     parts = Parts()
     with torch.profiler.profile(acc_events=True) as taken, parts.named(step.model):
         step(batch)

@@ -56,7 +56,7 @@ def run(session: Session) -> None:
             found = loss_and_gradients(step.model, images, seeds, step.precision)
             together, _, tensor = error(found, expected)
             action = graph if mode in (GRAPH, BOTH) else partial(step, batch)
-            time = median_seconds(action, device, warm=1 if small else 3, seconds=session.seconds / 100)
+            time = median_seconds(action, device, warm=1 if small else 3, seconds=session.repeat / 2)
             before = session.results.get("reference, eager")
             reference = float(before.values["ms"]) / 1e3 if before and "ms" in before.values else None
             session.add(

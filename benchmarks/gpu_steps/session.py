@@ -55,6 +55,8 @@ class Session:
         self, device: torch.device, seconds: float, folder: Path, out: Path, rows: Path, have: list[Result]
     ) -> None:
         self.device, self.seconds = device, seconds
+        self.repeat = seconds / 60
+        """Seconds for which a measurement is repeated."""
         self.folder, self.out = folder, out
         self.results = {result.name: result for result in have}
         self._rows = rows
@@ -104,15 +106,19 @@ class Session:
             RuntimeError: it failed, with the end of what it said.
         """
         limit = min(seconds or self.left(), max(self.left(), 1.0))
-        done = subprocess.run(
-            [sys.executable, *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-            env=os.environ,
-            timeout=limit,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, *command],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=ROOT,
+                env=os.environ,
+                timeout=limit,
+            )
+        except subprocess.TimeoutExpired as error:
+            print(str(error.stdout or "")[-4000:], flush=True)
+            raise RuntimeError(f"{' '.join(command[:4])} took more than {limit:.0f} s") from None
         print(done.stdout[-4000:], flush=True)
         if done.returncode:
             last = [line for line in done.stdout.splitlines() if line.strip()][-3:]
