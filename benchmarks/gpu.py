@@ -59,6 +59,10 @@ class Child:
             cwd=ROOT,
         )
 
+    def ready(self) -> bool:
+        """Whether it has imported what it needs."""
+        return '"ready"' in self.rows.read_text()
+
     def go(self, seconds: float) -> None:
         """Start measuring, with so much time."""
         assert self._process.stdin
@@ -167,6 +171,9 @@ def run(steps: list[Step], args: argparse.Namespace, work: Path, record: dict, e
     try:
         for number, step in enumerate(steps):
             running, waiting = waiting or Child(step, args, work, rows[step.key]), None
+            begun = time.monotonic()
+            while not running.ready() and running.ended() is None and time.monotonic() < (begun + end) / 2:
+                time.sleep(POLL_SECONDS)
             left = end - time.monotonic()
             needs = [each.dry_seconds if args.device == "cpu" else each.seconds for each in steps[number:]]
             if left < 1.0:
@@ -235,6 +242,8 @@ def child(args: argparse.Namespace) -> int:
 
         module, _, function = step.where.partition(":")
         action = getattr(importlib.import_module(f"gpu_steps.{module}"), function)
+        with rows.open("a") as file:
+            file.write(json.dumps({"ready": True}) + "\n")
         line = sys.stdin.readline()
         if not line:
             return 1

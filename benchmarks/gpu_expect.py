@@ -135,6 +135,23 @@ def total(costs: dict[tuple[str, str], Cost], *kinds: str) -> Cost:
     return sum((cost for (_, kind), cost in costs.items() if not kinds or kind.startswith(kinds)), Cost())
 
 
+def parts_of(costs: dict[tuple[str, str], Cost], step: str) -> list[dict[str, str]]:
+    """A row for every part of a step, the most costly first."""
+    whole = total(costs)
+    return [
+        {
+            "step": step,
+            "part": place,
+            "work": kind,
+            "kernels": str(cost.kernels),
+            "GB": f"{cost.moved / 1e9:.2f}",
+            "FLOP/byte": f"{cost.flops / cost.moved:.0f}" if cost.moved else "0",
+            "share of the bound": f"{cost.seconds / whole.seconds:.1%}",
+        }
+        for (place, kind), cost in sorted(costs.items(), key=lambda item: -item[1].seconds)
+    ]
+
+
 def main() -> None:
     """Print a table of steps and, for the largest batch, one of parts; `--out` keeps the former as JSON."""
     parser = argparse.ArgumentParser(
@@ -160,6 +177,8 @@ def main() -> None:
             peaks = 1e12 * args.tflops, 1e12 * args.tbs
             costs = step_costs(model, batch, args.variant, args.size, *peaks, args.tile)
             whole, products = total(costs), total(costs, *PRODUCTS)
+            if batch == args.batches[-1]:
+                detailed += parts_of(costs, f"{model}, batch {batch}")
             launching = whole.kernels * args.launch * 1e-6
             rows.append(
                 {
@@ -174,18 +193,6 @@ def main() -> None:
                     "products alone, ms": f"{1e3 * products.seconds:.1f}",
                     "launches, ms": f"{1e3 * launching:.1f}",
                     "waits for": "the CPU" if launching > whole.seconds else "the GPU",
-                }
-            )
-        for (place, kind), cost in sorted(costs.items(), key=lambda item: -item[1].seconds):
-            detailed.append(
-                {
-                    "step": f"{model}, batch {args.batches[-1]}",
-                    "part": place,
-                    "work": kind,
-                    "kernels": str(cost.kernels),
-                    "GB": f"{cost.moved / 1e9:.2f}",
-                    "FLOP/byte": f"{cost.flops / cost.moved:.0f}" if cost.moved else "0",
-                    "share of the bound": f"{cost.seconds / whole.seconds:.1%}",
                 }
             )
     how = f"{args.variant}; bounds at {args.tflops:g} TFLOP/s, {args.tbs:g} TB/s, {args.launch:g} us a launch"

@@ -34,8 +34,8 @@ GROUPS = {  # in order of importance
     "ONNX Runtime's CUDA provider": ("onnxruntime-gpu",),
     "TensorRT-RTX": ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs"),
 }
-LARGE = {"onnxruntime-gpu": 250.0, "tensorrt-rtx-cu13-libs": 110.0}
-"""Megabytes, roughly, of what is not even tried below that limit."""
+LARGE = {"onnxruntime-gpu": 244.0, "tensorrt-rtx-cu13-libs": 91.0}
+"""MiB of what is not downloaded in vain (versions 1.31.1 and 1.7.1)."""
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)]
 PLATFORMS += ["manylinux2014_x86_64", "manylinux1_x86_64"]
 
@@ -43,7 +43,8 @@ PLATFORMS += ["manylinux2014_x86_64", "manylinux1_x86_64"]
 def pinned() -> dict[str, str]:
     """Versions of `requirements.lock` by package."""
     lines = (ROOT / "requirements.lock").read_text().splitlines()
-    return dict(match.groups() for line in lines if (match := re.match(r"([\w.-]+)==([^\s;\\]+)", line)))
+    found = (re.match(r"([\w.-]+)==([^\s;\\]+)", line) for line in lines)
+    return {match[1]: match[2] for match in found if match}
 
 
 def repository_size() -> float:

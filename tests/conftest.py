@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def accelerator(request: pytest.FixtureRequest) -> torch.device:
     """The device of a test marked gpu, which is skipped where there is none."""
-    name = request.config.getoption("--accelerator")
+    name = str(request.config.getoption("--accelerator"))
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("PyTorch finds no GPU here")
     return torch.device(name)

@@ -1,18 +1,13 @@
 """mmcv's operators on a GPU decide and compute what they do on a CPU. Skipped without one."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("mmcv")
 
-from downstream.operators import OPERATORS
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # its scripts import each other
-
 from check_ops import cases, differing
+
+from downstream.operators import OPERATORS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # mm's packages have many
 

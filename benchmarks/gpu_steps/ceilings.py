@@ -34,8 +34,8 @@ def run(session: Session) -> None:
             "cuDNN": torch.backends.cudnn.version() or 0,
             "data sheet TFLOP/s": (peak_flops(about.name) or 0) / 1e12,
         }
-    session.add("machine", **{name.replace(" ", "_"): value for name, value in facts.items()})
-    session.add("versions", **{name: version_of(name) for name in PACKAGES})
+    session.add("machine", facts)
+    session.add("versions", {name: version_of(name) for name in PACKAGES})
 
     side = 512 if session.small else 8192
     dtype = torch.float32 if session.small else torch.bfloat16

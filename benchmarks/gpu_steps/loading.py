@@ -62,36 +62,33 @@ def run(session: Session) -> None:
         count = sum(1 for _ in islice(batches, 2 if small else 20))
         seconds = time.perf_counter() - started
         batches.close()  # type: ignore[attr-defined]
-        session.add(
-            f"loader alone, repeats {repeats}", workers=workers, **{"images/s": count * batch / seconds}
-        )
+        values = {"images/s": count * batch / seconds, "workers": workers}
+        session.add(f"loader alone, repeats {repeats}", values)
     for dtype in (torch.uint8, torch.float32):
         images = torch.zeros(batch, 3, size, size, dtype=dtype)
         images = images.pin_memory() if device.type == "cuda" else images
         seconds = median_seconds(partial(images.to, device, non_blocking=True), device, seconds=0.5)
-        session.add(
-            f"copy to the device, {str(dtype)[6:]}",
-            **{"GB/s": images.nbytes / seconds / 1e9, "images/s": batch / seconds},
-        )
+        values = {"images/s": batch / seconds, "GB/s": images.nbytes / seconds / 1e9}
+        session.add(f"copy to the device, {str(dtype)[6:]}", values)
     pixels = torch.zeros(batch, 3, size, size, dtype=torch.uint8, device=device)
     mean, std = (torch.tensor(each, device=device) for each in (MEAN, STD))
     seconds = median_seconds(lambda: normalize(pixels, mean, std), device, seconds=0.5)
-    session.add("normalisation on the device", **{"images/s": batch / seconds, "ms": 1e3 * seconds})
+    session.add("normalisation on the device", {"images/s": batch / seconds, "ms": 1e3 * seconds})
     for repeats in (1,) if small else (1, 4):
-        name = f"training, repeats {repeats}"
-        if session.wants(name, 0.0 if small else 8.0):
-            with session.attempt(name):
+        label = f"training, repeats {repeats}"
+        if session.wants(label, 0.0 if small else 8.0):
+            with session.attempt(label):
                 config = settings(
                     session, folder, f"waiting-{repeats}", steps=3 if small else 24, batch=batch
                 )
                 pretrain(replace(config, data=replace(config.data, repeats=repeats, workers=workers)))
                 rows = metrics(config.run.out)[1:]
                 rows = rows[len(rows) // 2 :]  # by then the files are in the page cache and workers are ahead
-                session.add(
-                    name, workers=workers, batch=batch,
-                    **{"images/s": sum(row["images_per_s"] for row in rows) / len(rows)},
-                    waiting=f"{sum(row['data_wait'] for row in rows) / len(rows):.1%}",
-                )  # fmt: skip
+                speed, waited = (
+                    sum(row[name] for row in rows) / len(rows) for name in ("images_per_s", "data_wait")
+                )
+                values = {"images/s": speed, "workers": workers, "batch": batch, "waiting": f"{waited:.1%}"}
+                session.add(label, values)
 
 
 def settings(session: Session, folder: Path, name: str, *, steps: int, batch: int) -> PretrainConfig:
@@ -132,16 +129,19 @@ def pretrain_for_a_minute(session: Session) -> None:
     tenth = max(len(rows) // 10, 1)
     first, last = (sum(row["loss"] for row in part) / tenth for part in (rows[:tenth], rows[-tenth:]))
     waited = [row["data_wait"] for row in rows[tenth:]]
-    session.add(
-        "pre-training", ok=bool(last < first), steps=steps, batch=batch,
-        seconds=time.perf_counter() - started,
-        **{"loss of the first tenth": first, "loss of the last tenth": last},
-        **{"images/s": sorted(row["images_per_s"] for row in rows)[len(rows) // 2]},
-        MFU=f"{rows[-1]['mfu']:.1%}" if "mfu" in rows[-1] else None,
-        waiting=f"{sum(waited) / max(len(waited), 1):.1%}",
-        GiB=max(row.get("memory_gib", 0.0) for row in rows),
-        largest_gradient=max(row["grad_norm"] for row in rows),
-    )  # fmt: skip
+    values = {
+        "steps": steps,
+        "batch": batch,
+        "seconds": time.perf_counter() - started,
+        "loss of the first tenth": first,
+        "loss of the last tenth": last,
+        "images/s": sorted(row["images_per_s"] for row in rows)[len(rows) // 2],
+        "MFU": f"{rows[-1]['mfu']:.1%}" if "mfu" in rows[-1] else None,
+        "waiting": f"{sum(waited) / max(len(waited), 1):.1%}",
+        "GiB": max(row.get("memory_gib", 0.0) for row in rows),
+        "largest gradient norm": max(row["grad_norm"] for row in rows),
+    }
+    session.add("pre-training", values, ok=bool(last < first))
     for picture in sorted((config.run.out / "reconstructions").glob("*.png"))[-1:]:
         shutil.copyfile(picture, session.out / "reconstructions.png")
     (session.out / "pretraining.jsonl").write_text((config.run.out / "metrics.jsonl").read_text())

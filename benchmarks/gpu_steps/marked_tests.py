@@ -26,4 +26,4 @@ def run(session: Session) -> None:
         if kind in ("failure", "error"):
             message = next(each.get("message", "") for each in case if each.tag == kind)
             session.add(f"{case.get('classname')}::{case.get('name')}", ok=False, note=message[:200])
-    session.add("all", ok=not outcomes["failed"] and outcomes["passed"] > 0, **outcomes)
+    session.add("all", outcomes, ok=not outcomes["failed"] and outcomes["passed"] > 0)

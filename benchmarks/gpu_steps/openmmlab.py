@@ -45,8 +45,9 @@ def run(session: Session) -> None:
                 session.add(name, ok=True, steps=steps, batch=batch, note="trained; no speed in its log")
                 continue
             last = trained[-1]
-            session.add(
-                name, ok=last["loss"] == last["loss"], steps=steps, batch=batch, loss=last["loss"],
-                **{"s/step": last["time"], "images/s": batch / last["time"]} if last.get("time") else {},
-                GiB=last["memory"] / 1024 if "memory" in last else None,
-            )  # fmt: skip
+            values = {"steps": steps, "batch": batch, "loss": last["loss"]}
+            if last.get("time"):
+                values |= {"s/step": last["time"], "images/s": batch / last["time"]}
+            if "memory" in last:
+                values["GiB"] = last["memory"] / 1024
+            session.add(name, values, ok=last["loss"] == last["loss"])  # NaN is not equal to itself

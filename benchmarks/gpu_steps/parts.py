@@ -37,12 +37,12 @@ class Parts:
     def part(self, name: str) -> Iterator[None]:
         """What runs inside belongs to the part `name`."""
         self.stack.append(name)
-        start = torch._C._autograd._get_sequence_nr()
+        start = _next_node()
         try:
             with record_function(PREFIX + name):
                 yield
         finally:
-            self._ranges.append((start, torch._C._autograd._get_sequence_nr(), tuple(self.stack)))
+            self._ranges.append((start, _next_node(), tuple(self.stack)))
             self.stack.pop()
 
     def of_node(self, number: int) -> tuple[str, ...]:
@@ -137,6 +137,10 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield "encoder", block
     if hasattr(model, "decoder"):
         yield "decoder", model.decoder  # type: ignore[misc]
+
+
+def _next_node() -> int:
+    return torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
 
 
 _KINDS = {  # operators by how their names begin

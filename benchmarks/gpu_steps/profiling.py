@@ -43,12 +43,13 @@ def profile(session: Session, step: Step, batch: int) -> None:
     events = taken.events() or []
     spent, kernels = attribute(events, parts, on_gpu=device.type == "cuda")
     busy = sum(spent.values())
-    session.add(
-        name,
-        ms=1e3 * seconds,
-        kernels=sum(count for count, _ in kernels.values()),
-        **{"ms in kernels": busy / 1e3, "kernels' share": f"{busy / 1e6 / seconds:.0%}"},
-    )
+    values = {
+        "ms": 1e3 * seconds,
+        "kernels": sum(count for count, _ in kernels.values()),
+        "ms in kernels": busy / 1e3,
+        "kernels' share": f"{busy / 1e6 / seconds:.0%}",
+    }
+    session.add(name, values)
     for part, micros in sorted(spent.items(), key=lambda item: -item[1]):
         if micros > busy / 200:
             session.add(f"{name}: {part}", ms=micros / 1e3, share=f"{micros / busy:.1%}")

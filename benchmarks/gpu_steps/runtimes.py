@@ -47,9 +47,8 @@ def onnx_runtime(session: Session) -> None:
     for row in json.loads(times.read_text())["rows"]:
         shown = {key: value for key, value in row.items() if isinstance(value, int | float | str)}
         name = ", ".join(str(value) for value in shown.values() if isinstance(value, str))
-        session.add(f"{name}, batch {row.get('batch', '')}", ok=True, **{
-            key: value for key, value in shown.items() if not isinstance(value, str)
-        })  # fmt: skip
+        numbers = {key: value for key, value in shown.items() if not isinstance(value, str)}
+        session.add(f"{name}, batch {row.get('batch', '')}", numbers, ok=True)
 
 
 def tensorrt_rtx(session: Session) -> None:
@@ -67,10 +66,8 @@ def tensorrt_rtx(session: Session) -> None:
     path, engine = session.folder / "encoder.onnx", session.folder / "encoder.engine"
     write_onnx(load_deployable(artifact_of(session), "encoder"), Shapes(*[Shape(1, side, side)] * 3), path)
     sidecar = build_engine(path, engine, (), flavour="tensorrt_rtx")
-    session.add(
-        "engine", ok=True, seconds=sidecar.seconds, layers=sidecar.layers, MB=engine.stat().st_size / 1e6,
-        note=f"TensorRT-RTX {sidecar.version}",
-    )  # fmt: skip
+    values = {"seconds": sidecar.seconds, "layers": sidecar.layers, "MB": engine.stat().st_size / 1e6}
+    session.add("engine", values, ok=True, note=f"TensorRT-RTX {sidecar.version}")
     if session.device.type != "cuda":
         return
     images = torch.randn(1, 3, side, side, device=session.device)

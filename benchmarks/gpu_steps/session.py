@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -80,9 +80,18 @@ class Session:
             return False
         return True
 
-    def add(self, name: str, ok: bool | None = None, note: str = "", **values: Any) -> None:
-        """Record a result at once. Column names are written with spaces for underscores."""
-        shown = {key.replace("_", " "): _plain(value) for key, value in values.items() if value is not None}
+    def add(
+        self,
+        name: str,
+        values: Mapping[str, Any] | None = None,
+        *,
+        ok: bool | None = None,
+        note: str = "",
+        **more: Any,
+    ) -> None:
+        """Record a result at once; columns are `values`, and keywords with spaces for underscores."""
+        columns = {**(values or {}), **{key.replace("_", " "): value for key, value in more.items()}}
+        shown = {key: _plain(value) for key, value in columns.items() if value is not None}
         result = Result(name, shown, ok, note)
         self.results[name] = result
         with self._rows.open("a") as file:

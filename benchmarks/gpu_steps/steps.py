@@ -37,7 +37,7 @@ STEPS = (
         "remedies:run",
         75,
         14,
-        "no CUDA graphs",
+        "no CUDA graphs, no FlexAttention",
     ),
     Step("d", "inference beside timm's encoders", "encoders:run", 50, 9, "two small encoders"),
     Step("e", "tests marked gpu", "marked_tests:run", 40, 22, "the same tests on the CPU"),

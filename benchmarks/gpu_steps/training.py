@@ -55,14 +55,16 @@ def measure_step(session: Session, name: str, mode: str) -> None:
         label = f"{name}, {mode}" if batch == most else f"{name}, {mode}, batch {batch}"
         against = session.results.get(label.replace(name, reference))
         theirs = float(against.values["images/s"]) if against else speed if name == reference else None
-        session.add(
-            label,
-            batch=batch,
-            **{"images/s": speed, "views/s": speed * step.views, "GFLOP/image": flops / 1e9},
-            MFU=f"{speed * flops / peak:.1%}" if peak else None,
-            GiB=memory if batch == most else None,
-            **{f"time of {reference}": theirs / speed if theirs else None},
-        )
+        values = {
+            "batch": batch,
+            "images/s": speed,
+            "views/s": speed * step.views,
+            "GFLOP/image": flops / 1e9,
+            "MFU": f"{speed * flops / peak:.1%}" if peak else None,
+            "GiB": memory if batch == most else None,
+            f"time / {reference}": theirs / speed if theirs else None,
+        }
+        session.add(label, values)
 
 
 def large_model(session: Session) -> None:
@@ -86,7 +88,5 @@ def large_model(session: Session) -> None:
                     session.add(label, note="does not fit", batch=batch)
                     continue
                 plain = plain or found["speed"]
-                session.add(
-                    label, batch=batch, GiB=found["memory"],
-                    **{"images/s": found["speed"], "time": plain / found["speed"]},
-                )  # fmt: skip
+                values = {"images/s": found["speed"], "time": plain / found["speed"]}
+                session.add(label, values, batch=batch, GiB=found["memory"])

@@ -157,8 +157,8 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: i
         return out
     parts = []
     for start, end in pairwise(bounds.tolist()):
-        each = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
-        parts.append(scaled_dot_product(*each, None, fused=False)[0].transpose(0, 1))
+        one, other, values = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
+        parts.append(scaled_dot_product(one, other, values, None, fused=False)[0].transpose(0, 1))
     return torch.cat(parts)
 
 
