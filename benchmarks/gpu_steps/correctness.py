@@ -47,14 +47,14 @@ def run(session: Session) -> None:
     with session.attempt("leak between views"):
         changed = leak(session.device, "tiny" if small else "base", 64 if small else 224)
         session.add("leak between views", ok=changed == 0.0, largest_change=changed, limit=0.0)
+    if session.wants("resumed against uninterrupted"):
+        with session.attempt("resumed against uninterrupted"):
+            resumed(session)
     for method in ("coma", "mae"):
         name = f"compiled against eager, {method}"
         if session.wants(name):
             with session.attempt(name):
                 compiled_against_eager(session, name, method)
-    if session.wants("resumed against uninterrupted"):
-        with session.attempt("resumed against uninterrupted"):
-            resumed(session)
 
 
 def against_the_cpu(session: Session, encoder: str, method: str, size: int, batch: int) -> None:

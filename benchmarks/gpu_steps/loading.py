@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -13,8 +18,9 @@ from pathlib import Path
 import skimage
 import torch
 from PIL import Image
+from train_step import Step
 
-from gpu_steps.session import Session, median_seconds
+from gpu_steps.session import Session, free, median_seconds
 from pretrain.commands.quickstart import PHOTOGRAPHS
 from pretrain.config import (
     DataConfig,
@@ -26,6 +32,8 @@ from pretrain.config import (
 )
 from pretrain.data import Slices, normalize, open_source, training_batches
 from pretrain.data.workers import default_workers
+from pretrain.errors import Interrupted
+from pretrain.precision import choose_precision
 from pretrain.training import pretrain
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -110,27 +118,47 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@contextmanager
+def ended_after(seconds: float) -> Iterator[None]:
+    """Ask a run inside to stop after so long; it saves, and what it has learned counts."""
+    timer = threading.Timer(max(seconds, 1.0), os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except Interrupted as stop:
+        print(stop, flush=True)
+    finally:
+        timer.cancel()
+
+
 def pretrain_for_a_minute(session: Session) -> None:
     """As many steps as fit into the budget; the loss has to fall, and a picture of the end is kept."""
     small = session.small
     batch = 8 if small else 256
     folder = photographs(session.folder / "photos", 16 if small else 512, 64 if small else 256)
-    trial = settings(session, folder, "trial", steps=4 if small else 10, batch=batch)
-    pretrain(trial)
-    rows = metrics(trial.run.out)
-    speed = sorted(row["images_per_s"] for row in rows[1:])[len(rows[1:]) // 2]
-    ending = 2.0 if small else 8.0  # saving and drawing
-    most = 30 if small else 5000
-    steps = min(max(int((session.left() - ending) * 0.85 * speed / batch), 4), most)
-    config = settings(session, folder, "run", steps=steps, batch=batch)
+    trial = Step(
+        "CoMA DyViT-T" if small else "CoMA DyViT-B",
+        session.device,
+        choose_precision("auto", session.device),
+        32 if small else 224,
+    )
+    seconds = median_seconds(partial(trial, batch), session.device, seconds=0.5)
+    del trial
+    free(session.device)
+    around = 2.0 if small else 18.0  # building, counting FLOPs, saving and drawing
+    steps = max(int((session.left() - around) * 0.8 / seconds), 6)
+    config = settings(session, folder, "run", steps=min(steps, 30 if small else 5000), batch=batch)
     started = time.perf_counter()
-    pretrain(config)
+    with ended_after(session.left() - 8.0):
+        pretrain(config)
     rows = metrics(config.run.out)
     tenth = max(len(rows) // 10, 1)
     first, last = (sum(row["loss"] for row in part) / tenth for part in (rows[:tenth], rows[-tenth:]))
     waited = [row["data_wait"] for row in rows[tenth:]]
     values = {
-        "steps": steps,
+        "steps": rows[-1]["step"],
+        "planned": config.optimizer.steps,
         "batch": batch,
         "seconds": time.perf_counter() - started,
         "loss of the first tenth": first,

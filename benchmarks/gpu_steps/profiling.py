@@ -43,11 +43,12 @@ def profile(session: Session, step: Step, batch: int) -> None:
     events = taken.events() or []
     spent, kernels = attribute(events, parts, on_gpu=device.type == "cuda")
     busy = sum(spent.values())
+    in_kernels = sum(micros for _, micros in kernels.values())
     values = {
         "ms": 1e3 * seconds,
         "kernels": sum(count for count, _ in kernels.values()),
-        "ms in kernels": busy / 1e3,
-        "kernels' share": f"{busy / 1e6 / seconds:.0%}",
+        "ms in kernels": in_kernels / 1e3,
+        "kernels' share": f"{in_kernels / 1e6 / seconds:.0%}",
     }
     session.add(name, values)
     for part, micros in sorted(spent.items(), key=lambda item: -item[1]):
@@ -55,7 +56,7 @@ def profile(session: Session, step: Step, batch: int) -> None:
             session.add(f"{name}: {part}", ms=micros / 1e3, share=f"{micros / busy:.1%}")
     for kernel, (count, micros) in sorted(kernels.items(), key=lambda item: -item[1][1])[:TOP]:
         session.add(
-            f"{name}: kernel {kernel[:70]}", calls=count, ms=micros / 1e3, share=f"{micros / busy:.1%}"
+            f"{name}: kernel {kernel[:70]}", calls=count, ms=micros / 1e3, share=f"{micros / in_kernels:.1%}"
         )
     with (session.out / "profile.txt").open("a") as file:
         order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
