@@ -28,7 +28,7 @@ GROUPS = {  # in order of importance
     "settings and command line": ("tyro", "docstring-parser", "typeguard", "cattrs", "attrs"),
     "mmdet and mmseg": (
         *("mmengine", "mmcv-lite", "mmdet", "mmsegmentation", "addict", "termcolor", "yapf", "platformdirs"),
-        *("terminaltables", "pycocotools", "shapely", "prettytable", "wcwidth", "ftfy", "setuptools"),
+        *("terminaltables", "pycocotools", "shapely", "prettytable", "wcwidth", "ftfy", "six", "setuptools"),
     ),
     "16-bit PNG files": ("imagecodecs",),
     "ONNX Runtime's CUDA provider": ("onnxruntime-gpu",),

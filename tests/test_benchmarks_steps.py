@@ -10,11 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import gpu_wheels
 import pytest
 import torch
+from gpu_expect import step_costs, total
 from gpu_steps.report import installed
 from gpu_steps.session import Session, Skip
 from gpu_steps.steps import STEPS
+
+from pretrain.config import encoder_preset, method_preset
+from pretrain.training.throughput import training_flops
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler, profilers and mm's packages have many
 
@@ -206,3 +211,40 @@ def test_a_source_tree_announces_its_commands(tmp_path, monkeypatch):
     env = {**os.environ, "PYTHONPATH": folder}
     done = subprocess.run([sys.executable, "-S", "-c", code], env=env, capture_output=True, text=True)
     assert "'benchmark', 'compare'" in done.stdout and "0.1.0" in done.stdout
+
+
+# What is known without a GPU
+
+
+def test_expected_costs_are_those_that_the_trainer_counts():
+    model, objective = encoder_preset("tiny", 32), method_preset("coma")
+    costs = step_costs("CoMA DyViT-T", 2, "reference", 32, 1e12, 1e12)
+    assert total(costs).flops / 2 == pytest.approx(training_flops(model, objective, 32), rel=0.02)
+    places, kinds = ({key[axis] for key in costs} for axis in (0, 1))
+    assert places >= {"stem", "stage 1", "stage 2", "stage 3", "stage 4", "decoder", "optimizer"}
+    assert kinds >= {"attention over 4 tokens", "attention over 16 tokens", "rotary positions", "gates"}
+    merged = step_costs("CoMA DyViT-T", 2, "merged", 32, 1e12, 1e12)
+    assert total(merged).in_tiles < 0.5 * total(costs).in_tiles
+    assert total(merged).kernels < total(costs).kernels
+
+
+def test_wheels_that_would_not_fit_are_left_out_by_name(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def download(packages, folder, python):
+        asked.extend(packages)
+        path = folder / f"{packages[0].partition('==')[0]}.whl"
+        path.write_bytes(bytes((3 if packages[0].startswith("imagecodecs") else 1) * 2**20))
+        return [path]
+
+    monkeypatch.setattr(gpu_wheels, "download", download)
+    monkeypatch.setattr(gpu_wheels, "repository_size", lambda: 10.0)
+    monkeypatch.setattr(sys, "argv", ["gpu_wheels.py", "--out", str(tmp_path / "wheels"), "--limit", "14"])
+    assert gpu_wheels.main() == 0
+    said = capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "wheels").iterdir()} == {"tyro.whl", "mmengine.whl"}
+    assert "16-bit PNG files (3.0 MiB)" in said and "CUDA provider (about 244 MiB)" in said
+    assert "2.0 MiB of wheels" in said and "12.0 MiB with the repository" in said
+    assert any(each.startswith("tyro==") for each in asked) and "onnxruntime-gpu" not in " ".join(asked)
+    monkeypatch.setattr(sys, "argv", ["gpu_wheels.py", "--out", str(tmp_path / "wheels"), "--limit", "10.5"])
+    assert gpu_wheels.main() == 1 and "give a larger --limit" in capsys.readouterr().err
