@@ -2,7 +2,8 @@
 
     python benchmarks/gpu.py --minutes 9                        # everything, the most important first
     python benchmarks/gpu.py --minutes 5 --steps a,c,c2         # some steps
-    python benchmarks/gpu.py --minutes 5 --continue             # what the last call left out
+    python benchmarks/gpu.py --minutes 5 --continue             # what the last call left out or found wrong
+    python benchmarks/gpu.py --continue benchmarks/results/gpu.json --out NEW
     python benchmarks/gpu.py --device cpu --minutes 3           # dry run: every step, at reduced sizes
 
 Every step runs in a process of its own, which starts while the step before it still measures, and is ended
@@ -47,7 +48,8 @@ class Child:
     def __init__(self, step: Step, args: argparse.Namespace, work: Path, have: list[dict]) -> None:
         self.step, self.rows = step, work / f"{step.key}.jsonl"
         self.rows.write_text("")
-        (work / f"{step.key}.have").write_text(json.dumps(have))
+        right = [row for row in have if row["ok"] is not False]  # the others are measured again
+        (work / f"{step.key}.have").write_text(json.dumps(right))
         command = [sys.executable, __file__, "--device", args.device, "--out", str(args.out)]
         self._log = (args.out / "log.txt").open("ab")
         self._process = subprocess.Popen(
@@ -110,7 +112,7 @@ def descendants(root: int) -> list[int]:
 
 
 def main() -> int:
-    """Run the steps; 0 if all that ran went well."""
+    """Run the steps; 0 if all of them went well and found nothing wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -119,7 +121,14 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a dry run")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/runs/gpu"), help="folder for results")
     parser.add_argument("--steps", help=f"some of them, with commas between ({listing})")
-    parser.add_argument("--continue", dest="resume", action="store_true", help="leave out what OUT has")
+    parser.add_argument(
+        "--continue",
+        dest="earlier",
+        nargs="?",
+        type=Path,
+        const=Path("results.json"),
+        help="measure only what an earlier results file lacks (default: that in OUT)",
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -131,11 +140,15 @@ def main() -> int:
     if args.child:
         return child(args)
 
+    if args.earlier:
+        args.earlier = args.earlier.resolve() if args.earlier.exists() else args.out / args.earlier
+        if not args.earlier.is_file():
+            parser.error(f"--continue {args.earlier}: no such file; leave it out to begin anew")
     end = time.monotonic() + 60 * args.minutes - TABLE_SECONDS
     args.out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"format": 1, "steps": {}}
-    if args.resume and (args.out / "results.json").exists():
-        record = json.loads((args.out / "results.json").read_text())
+    if args.earlier:
+        record = json.loads(args.earlier.read_text())
     else:
         for name in ("log.txt", "profile.txt"):
             (args.out / name).unlink(missing_ok=True)
@@ -216,13 +229,13 @@ def follow(running: Child, seconds: float, args: argparse.Namespace, record: dic
     if code is None:
         entry["status"], entry["error"] = "timed out", f"ended after {seconds:.0f} s"
     elif code == 0:
-        entry["status"] = "done"
+        entry["status"] = "wrong" if any(row["ok"] is False for row in entry["results"]) else "done"
     elif end.startswith("skipped: "):
         entry["status"], entry["error"] = "skipped", end.removeprefix("skipped: ")
     else:
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         entry["status"], entry["error"] = "failed", end or how
-    if args.device == "cpu" and entry["status"] == "done":
+    if args.device == "cpu" and entry["status"] in ("done", "wrong"):
         entry["variant"] = step.on_cpu
     save(args.out, record)
 

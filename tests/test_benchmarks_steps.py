@@ -100,8 +100,11 @@ def crashes(session):
 def skips(session):
     raise Skip("a package is missing")
 def last(session):
-    assert not session.wants("before") or not session.results
-    session.add("before", value=session.seconds)
+    session.add("wrong at first", ok=(session.out / "last").exists())
+    if session.wants("once"):
+        with (session.out / "last").open("a") as file:
+            file.write("once ")
+        session.add("once", value=session.seconds)
 """
 FAKE_TORCH = """
 class device:
@@ -147,7 +150,7 @@ def test_no_step_ends_the_run_and_what_is_missing_can_be_continued(run, tmp_path
     found = steps_of(tmp_path)
     assert process.returncode == 1
     assert [entry["status"] for entry in found.values()] == [
-        *("done", "failed", "timed out", "failed", "skipped", "done")
+        *("done", "failed", "timed out", "failed", "skipped", "wrong")
     ]
     assert "ValueError: the end of it" in found["bad"]["error"]
     assert [row["name"] for row in found["bad"]["results"]] == ["before", "caught"]
@@ -156,7 +159,7 @@ def test_no_step_ends_the_run_and_what_is_missing_can_be_continued(run, tmp_path
     assert found["crashes"]["error"] == "killed by SIGSEGV"
     assert found["skips"]["error"] == "a package is missing"
     assert not alive(int((tmp_path / "grandchild").read_text()))
-    assert "| good | good | cpu variant: all |" in said.rpartition("| step |")[2]
+    assert "| good | good | done, cpu variant: all |" in said.rpartition("| step |")[2]
     assert "Traceback" in (tmp_path / "log.txt").read_text()
 
     process = run("--device", "cpu", "--continue", "--steps", "good,bad,last")
@@ -165,6 +168,7 @@ def test_no_step_ends_the_run_and_what_is_missing_can_be_continued(run, tmp_path
     again = steps_of(tmp_path)
     assert [row["name"] for row in again["bad"]["results"]] == ["before", "caught"]  # replaced
     assert again["hangs"] == found["hangs"]
+    assert again["last"]["status"] == "done" and (tmp_path / "last").read_text() == "once "
 
 
 def test_a_signal_ends_it_with_the_table(run, tmp_path):
@@ -189,6 +193,19 @@ def test_without_a_gpu_it_says_so(run, tmp_path):
 def test_without_time_nothing_is_begun(run, tmp_path):
     run("--device", "cpu", minutes=0.0).communicate()
     assert steps_of(tmp_path) == {}
+
+
+def test_results_of_another_folder_are_continued(run, tmp_path):
+    run("--device", "cpu", "--steps", "good").communicate()
+    (tmp_path / "results.json").rename(tmp_path / "earlier.json")
+    run(
+        "--device", "cpu", "--steps", "good,skips", "--continue", str(tmp_path / "earlier.json")
+    ).communicate()
+    assert [entry["status"] for entry in steps_of(tmp_path).values()] == ["done", "skipped"]
+    assert (tmp_path / "runs").read_text() == "good "
+    said = run("--device", "cpu", "--continue", "nowhere.json", "--steps", "good")
+    said.communicate()
+    assert said.returncode == 2
 
 
 def test_an_unknown_step_is_named():

@@ -52,7 +52,7 @@ def profile(session: Session, step: Step, batch: int) -> None:
     }
     session.add(name, values)
     for part, micros in sorted(spent.items(), key=lambda item: -item[1]):
-        if micros > busy / 200:
+        if micros > busy / 100:
             session.add(f"{name}: {part}", ms=micros / 1e3, share=f"{micros / busy:.1%}")
     for kernel, (count, micros) in sorted(kernels.items(), key=lambda item: -item[1][1])[:TOP]:
         session.add(

@@ -47,7 +47,7 @@ def tables(record: dict[str, Any], steps: Sequence[Step]) -> str:
             continue
         results = entry["results"]
         wrong = sum(each["ok"] is False for each in results)
-        status = f"cpu variant: {entry['variant']}" if "variant" in entry else entry["status"]
+        status = entry["status"] + (f", cpu variant: {entry['variant']}" if "variant" in entry else "")
         overview.append(
             {
                 "step": step.key,

@@ -20,6 +20,8 @@ REFERENCE = "MAE ViT-B"
 EAGER = (REFERENCE, "CoMA DyViT-B", "CoMA DyViT-S", "MAE ViT-S")
 COMPILED = ("CoMA DyViT-B", REFERENCE)
 ON_CPU = {"eager": ("MAE ViT-T", "CoMA DyViT-T"), "compiled": ("CoMA DyViT-T",)}
+LARGEST = 1024
+"""Batch that is not exceeded: beyond it tensors have more elements than 32-bit indices reach."""
 BATCH = 256
 """At which all models are compared, beside the largest batch that each can take."""
 
@@ -51,7 +53,7 @@ def measure_step(session: Session, name: str, mode: str) -> None:
     device, small = session.device, session.small
     step = Step(name, device, choose_precision("auto", device), 32 if small else 224)
     flops = step.flops()
-    most = 2 if small else largest_batch(step, most=4096)
+    most = 2 if small else largest_batch(step, most=LARGEST)
     free(device)
     memory = peak_memory(device) if small else memory_of(step, most)
     if mode == "compiled":
