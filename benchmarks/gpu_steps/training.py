@@ -10,15 +10,18 @@ import torch
 from large import measure
 from PIL import Image
 from skimage import data as pictures
-from train_step import Step, largest_batch, memory_of
+from train_step import Step, largest_batch
 
 from gpu_steps.session import Session, free, median_seconds
+from pretrain.models.window_variants import attention_variant
 from pretrain.precision import choose_precision
 from pretrain.training.throughput import peak_flops, peak_memory
 
 REFERENCE = "MAE ViT-B"
 EAGER = (REFERENCE, "CoMA DyViT-B", "CoMA DyViT-S", "MAE ViT-S")
 COMPILED = ("CoMA DyViT-B", REFERENCE)
+MERGED = "merged windows, "
+"""Begins the name of a mode in which DM-MSA attends by the variant of that name."""
 ON_CPU = {"eager": ("MAE ViT-T", "CoMA DyViT-T"), "compiled": ("CoMA DyViT-T",)}
 LARGEST = 1024
 """Batch that is not exceeded: beyond it tensors have more elements than 32-bit indices reach."""
@@ -28,11 +31,13 @@ BATCH = 256
 
 def run(session: Session) -> None:
     """Eager steps of all models, then compiled ones of the base models."""
-    for mode, names, seconds in (("eager", EAGER, 12.0), ("compiled", COMPILED, 25.0)):
-        for name in ON_CPU[mode] if session.small else names:
+    modes = (("eager", EAGER, 12.0), ("compiled", COMPILED, 25.0), (f"{MERGED}compiled", COMPILED[:1], 25.0))
+    for mode, names, seconds in modes:
+        for name in ON_CPU.get(mode, ()) if session.small else names:
             result = f"{name}, {mode}"
             if session.wants(result, 0.0 if session.small else seconds):
-                with session.attempt(result):
+                variant = "merged" if mode.startswith(MERGED) else "reference"
+                with session.attempt(result), attention_variant(variant):
                     measure_step(session, name, mode)
                 free(session.device)
         compare(session, mode)
@@ -42,7 +47,8 @@ def compare(session: Session, mode: str) -> None:
     """Time of an image under CoMA over that under MAE; the goal is 0.9, then 0.6."""
     for size in "TSB":
         label = f"time of CoMA DyViT-{size} / MAE ViT-{size}, {mode}"
-        found = [session.results.get(f"{name}-{size}, {mode}") for name in ("CoMA DyViT", "MAE ViT")]
+        names = f"CoMA DyViT-{size}, {mode}", f"MAE ViT-{size}, {mode.removeprefix(MERGED)}"
+        found = [session.results.get(name) for name in names]
         speeds = [float(each.values["images/s"]) for each in found if each and "images/s" in each.values]
         if len(speeds) == 2 and label not in session.results:
             session.add(label, ratio=speeds[1] / speeds[0])
@@ -55,13 +61,14 @@ def measure_step(session: Session, name: str, mode: str) -> None:
     flops = step.flops()
     most = 2 if small else largest_batch(step, most=LARGEST)
     free(device)
-    memory = peak_memory(device) if small else memory_of(step, most)
-    if mode == "compiled":
+    if mode.endswith("compiled"):
         step.model.compile(dynamic=False, backend="aot_eager" if small else "inductor")
     peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
-    batches = [most] if mode == "compiled" else sorted({min(BATCH, most), most})
+    batches = [most] if mode.endswith("compiled") else sorted({min(BATCH, most), most})
     for batch in batches:
         repeat = session.repeat
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         seconds = median_seconds(partial(step, batch), device, warm=1 if small else 3, seconds=repeat)
         speed = batch / seconds
         label = f"{name}, {mode}" if batch == most else f"{name}, {mode}, batch {batch}"
@@ -71,7 +78,7 @@ def measure_step(session: Session, name: str, mode: str) -> None:
             "views/s": speed * step.views,
             "GFLOP/image": flops / 1e9,
             "MFU": f"{speed * flops / peak:.1%}" if peak else None,
-            "GiB": memory if batch == most else None,
+            "GiB": peak_memory(device),
         }
         session.add(label, values)
 
