@@ -31,12 +31,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from train_step import MODELS
+from train_step import MODELS, build
 
-from pretrain.config import encoder_preset, method_preset
-from pretrain.models import build_encoder
 from pretrain.models.window_variants import attention_variant
-from pretrain.objectives import build_objective
 
 FREE = ("detach", "empty", "new_empty", "empty_like", "device", "_local_scalar_dense", "lift_fresh")
 PRODUCTS = ("linear layers", "attention")
@@ -118,7 +115,7 @@ def step_costs(
     layer_norm = F.layer_norm
     in_float32 = mock.patch.object(F, "layer_norm", lambda x, *rest: layer_norm(x.float(), *rest))
     with FakeTensorMode(allow_non_fake_inputs=True), in_float32, attention_variant(variant):
-        objective = build_objective(method_preset(str(method)), build_encoder(encoder_preset(preset, size)))
+        objective = build(preset, str(method), size)
         images, seeds = torch.empty(batch, 3, size, size), torch.empty(batch, dtype=torch.int64)
         with parts.named(objective), Counter(parts, flops_per_s, bytes_per_s, tile) as counter:
             with torch.autocast("cpu", torch.bfloat16):

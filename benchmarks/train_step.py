@@ -19,6 +19,7 @@ import argparse
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.config import encoder_preset, method_preset
+from pretrain.config import DyViTConfig, encoder_preset, method_preset
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
 from pretrain.precision import Precision, autocast, choose_attention, choose_precision
@@ -47,6 +48,15 @@ MODELS = {
     "encoder Hiera-B": ("hiera_base_224", None),
     "encoder Swin-B": ("swin_base_patch4_window7_224", None),
 }
+
+
+def build(preset: str, method: str, size: int) -> nn.Module:
+    """An objective; of the tiny presets one with fewer blocks and a smaller decoder, for dry runs."""
+    encoder, decoder = encoder_preset(preset, size), {}
+    if "tiny" in preset:
+        fewer = {"depths": (1, 1, 2, 1)} if isinstance(encoder, DyViTConfig) else {"depth": 2}
+        encoder, decoder = replace(encoder, **fewer), {"decoder_dim": 64, "decoder_depth": 1}
+    return build_objective(method_preset(method, **decoder), build_encoder(encoder))
 
 
 class Features(nn.Module):
@@ -69,11 +79,7 @@ class Step:
         torch.manual_seed(0)
         self.name, self.device, self.size = name, device, size
         self.precision: Precision = precision
-        self.model = (
-            build_objective(method_preset(method), build_encoder(encoder_preset(preset, size)))
-            if method
-            else Features(preset)
-        ).to(device)
+        self.model = (build(preset, method, size) if method else Features(preset)).to(device)
         choose_attention(self.model, precision, device)
         self.views = 2 if method == "coma" else 1
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)

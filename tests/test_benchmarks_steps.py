@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import gpu_wheels
 import pytest
@@ -17,8 +18,8 @@ from gpu_expect import step_costs, total
 from gpu_steps.report import installed
 from gpu_steps.session import Session, Skip
 from gpu_steps.steps import STEPS
+from train_step import build
 
-from pretrain.config import encoder_preset, method_preset
 from pretrain.training.throughput import training_flops
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler, profilers and mm's packages have many
@@ -234,9 +235,11 @@ def test_a_source_tree_announces_its_commands(tmp_path, monkeypatch):
 
 
 def test_expected_costs_are_those_that_the_trainer_counts():
-    model, objective = encoder_preset("tiny", 32), method_preset("coma")
+    model: Any = build("tiny", "coma", 32)
     costs = step_costs("CoMA DyViT-T", 2, "reference", 32, 1e12, 1e12)
-    assert total(costs).flops / 2 == pytest.approx(training_flops(model, objective, 32), rel=0.02)
+    assert total(costs).flops / 2 == pytest.approx(
+        training_flops(model.encoder.config, model.config, 32), rel=0.02
+    )
     places, kinds = ({key[axis] for key in costs} for axis in (0, 1))
     assert places >= {"stem", "stage 1", "stage 2", "stage 3", "stage 4", "decoder", "optimizer"}
     assert kinds >= {"attention over 4 tokens", "attention over 16 tokens", "rotary positions", "gates"}

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from train_step import build
 
 from gpu_steps.session import Session, free
 from pretrain.artifact import load_artifact
@@ -20,7 +21,6 @@ from pretrain.config import (
     PretrainConfig,
     RunConfig,
     dyvit_preset,
-    encoder_preset,
     method_preset,
 )
 from pretrain.masking.partition import partition
@@ -59,7 +59,7 @@ def run(session: Session) -> None:
 
 def against_the_cpu(session: Session, encoder: str, method: str, size: int, batch: int) -> None:
     """Loss and gradients of one batch, in fp32 and bf16, against fp32 on the CPU."""
-    model = build(encoder, method, size)
+    model = awake(encoder, method, size)
     images, seeds = torch.randn(batch, 3, size, size), torch.arange(batch)
     expected = loss_and_gradients(model, images, seeds, "fp32")
     for precision in LIMITS:
@@ -70,10 +70,10 @@ def against_the_cpu(session: Session, encoder: str, method: str, size: int, batc
                 compare(session, name, found, expected, LIMITS[precision])
 
 
-def build(encoder: str, method: str, size: int) -> nn.Module:
+def awake(encoder: str, method: str, size: int) -> nn.Module:
     """An objective with weights of seed 0, its gates awake."""
     torch.manual_seed(0)
-    model = build_objective(method_preset(method), build_encoder(encoder_preset(encoder, size)))
+    model = build(encoder, method, size)
     for name, parameter in model.named_parameters():
         if name.endswith("gate.out.weight"):
             nn.init.normal_(parameter, std=0.02)

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gpu_steps.correctness import build
+from gpu_steps.correctness import awake
 from gpu_steps.session import Session
 from pretrain.training.distributed import Processes, innermost_blocks
 
@@ -39,7 +39,7 @@ def run(session: Session) -> None:
             right = values.tolist() == [0, 1, 2, 3] and shared == [{"step": 3}] and gathered == ["here"]
             session.add("collectives", ok=right and Processes(device).world == 1, backend=backend)
         size = 32 if session.small else 224
-        model = build("tiny" if session.small else "small", "coma", size).to(device)
+        model = awake("tiny" if session.small else "small", "coma", size).to(device)
         images = torch.randn(2 if session.small else 16, 3, size, size, device=device)
         expected = gradients(model, model, images)
         for name in ("DDP", "FSDP2"):
