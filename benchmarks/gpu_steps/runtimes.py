@@ -38,17 +38,15 @@ def onnx_runtime(session: Session) -> None:
     if gpu and "CUDAExecutionProvider" not in offered:
         raise Skip(f"ONNX Runtime offers {', '.join(offered)}; onnxruntime-gpu is not installed")
     device, precisions = ("cuda", "fp32,fp16,bf16") if gpu else ("cpu", "fp32")
-    folder = exported(session, "--precision", precisions, "--device", device, "--seconds", "0")
-    times = session.folder / "times.json"
-    batches = "1" if session.small else "1,64"
-    command = ["-m", "pretrain", "benchmark", str(artifact_of(session)), "--exports", str(folder)]
-    command += ["--form", "encoder", "--device", device, "--batch", batches, "--out", str(times)]
-    session.run(*command, "--seconds", "0.2" if session.small else "1")
-    for row in json.loads(times.read_text())["rows"]:
-        shown = {key: value for key, value in row.items() if isinstance(value, int | float | str)}
-        name = ", ".join(str(value) for value in shown.values() if isinstance(value, str))
-        numbers = {key: value for key, value in shown.items() if not isinstance(value, str)}
-        session.add(f"{name}, batch {row.get('batch', '')}", numbers, ok=True)
+    seconds = "0.1" if session.small else "1"
+    folder = exported(session, "--precision", precisions, "--device", device, "--seconds", seconds)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for verdict in ("files", "rejected"):
+        for entry in manifest[verdict]:
+            session.add(entry["file"], ok=verdict == "files", MB=entry["bytes"] / 1e6, note=entry["runtime"])
+            for times in entry["latency"]:
+                name = f"{entry['precision']}, {times['shape']}, {times['what']}: {times['runtime']}"
+                session.add(name, {"p50, ms": times["p50"], "images/s": times["images_per_second"]})
 
 
 def tensorrt_rtx(session: Session) -> None:
