@@ -48,8 +48,7 @@ class Child:
     def __init__(self, step: Step, args: argparse.Namespace, work: Path, have: list[dict]) -> None:
         self.step, self.rows = step, work / f"{step.key}.jsonl"
         self.rows.write_text("")
-        right = [row for row in have if row["ok"] is not False]  # the others are measured again
-        (work / f"{step.key}.have").write_text(json.dumps(right))
+        (work / f"{step.key}.have").write_text(json.dumps(have))
         command = [sys.executable, __file__, "--device", args.device, "--out", str(args.out)]
         self._log = (args.out / "log.txt").open("ab")
         self._process = subprocess.Popen(
@@ -178,7 +177,12 @@ def main() -> int:
 
 def run(steps: list[Step], args: argparse.Namespace, work: Path, record: dict, end: float) -> None:
     """One step after another, each with its share of the time that is left."""
-    rows = {step.key: record["steps"].get(step.key, {}).get("results", []) for step in steps}
+    rows = {  # what was wrong is measured again
+        step.key: [
+            row for row in record["steps"].get(step.key, {}).get("results", []) if row["ok"] is not False
+        ]
+        for step in steps
+    }
     waiting: Child | None = None
     running: Child | None = None
     try:
