@@ -157,6 +157,8 @@ def main() -> int:
         for step in STEPS
         if step.key in wanted and record["steps"].get(step.key, {}).get("status") not in KEPT
     ]
+    if args.device == "cpu":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the next step imports on another core meanwhile
     work = Path(tempfile.mkdtemp(prefix="gpu-steps-"))
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), str(ROOT / "benchmarks"), *installed(ROOT, work), os.environ.get("PYTHONPATH", "")]
