@@ -38,6 +38,7 @@ from gpu_steps.steps import STEPS, Step  # noqa: E402
 KEPT = ("done", "skipped")
 """Steps of this status are not run again by `--continue`."""
 NO_GPU = "PyTorch finds no GPU here; --device cpu makes a dry run"
+FINISHED = "finished"
 TABLE_SECONDS = 2.0
 POLL_SECONDS = 0.2
 
@@ -221,7 +222,8 @@ def follow(running: Child, seconds: float, args: argparse.Namespace, record: dic
     while code is None and time.monotonic() - began < seconds:
         time.sleep(POLL_SECONDS)
         code = running.ended()
-        found, _ = running.results()
+        found, end = running.results()
+        code = 0 if code is None and end == FINISHED else code  # its imports may take long to be undone
         merged = {row["name"]: row for row in [*have, *found]}  # a later one replaces an earlier one
         entry |= {"seconds": round(time.monotonic() - began, 1), "results": list(merged.values())}
         for row in found[shown:]:
@@ -279,6 +281,7 @@ def child(args: argparse.Namespace) -> int:
         except Skip as reason:
             say(f"skipped: {reason}")
             return 1
+        say(FINISHED)
     except BaseException:
         lines = traceback.format_exc().strip().splitlines()
         print("\n".join(lines), flush=True)
