@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-isolated lint types rooms format lock clean
+.PHONY: help env quickstart test test-isolated test-slow lint types rooms format lock clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test-isolated: $(INSTALLED)  ## run every test file in a process of its own, JOB
 		if said=$$($(BIN)/python -m pytest --numprocesses 0 -p no:cacheprovider $(ARGS) FILE 2>&1); \
 		then outcome=passed code=0; else outcome=FAILED code=1; printf "%s\n" "$$said"; fi; \
 		echo "$$outcome FILE: $$(printf "%s" "$$said" | tail -n 1 | tr -d =)"; exit $$code'
+
+test-slow: $(INSTALLED)  ## run the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(INSTALLED)  ## check style and formatting
 	$(BIN)/ruff check

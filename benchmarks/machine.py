@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -21,8 +21,16 @@ def describe() -> str:
         device = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     else:
         device = f"{processor()}, {torch.get_num_threads()} thread(s)"
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "coma-dyvit"))
+    packages = ", ".join(f"{name} {version_of(name)}" for name in ("torch", "timm", "coma-dyvit"))
     return f"{device}; Python {platform.python_version()}, {packages}"
+
+
+def version_of(package: str) -> str:
+    """The version that is installed; "not installed" where none is, as of a source tree."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def time_in_turn(

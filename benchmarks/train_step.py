@@ -19,6 +19,7 @@ import argparse
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,13 +30,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.config import encoder_preset, method_preset
+from pretrain.config import DyViTConfig, encoder_preset, method_preset
 from pretrain.models import build_encoder
 from pretrain.objectives import build_objective
 from pretrain.precision import Precision, autocast, choose_attention, choose_precision
 from pretrain.training.throughput import peak_flops, peak_memory
 
 MODELS = {
+    "CoMA DyViT-T": ("tiny", "coma"),
+    "MAE ViT-T": ("vit-tiny", "mae"),
     "CoMA DyViT-S": ("small", "coma"),
     "MAE ViT-S": ("vit-small", "mae"),
     "CoMA DyViT-B": ("base", "coma"),
@@ -45,6 +48,15 @@ MODELS = {
     "encoder Hiera-B": ("hiera_base_224", None),
     "encoder Swin-B": ("swin_base_patch4_window7_224", None),
 }
+
+
+def build(preset: str, method: str, size: int) -> nn.Module:
+    """An objective; of the tiny presets one with fewer blocks and a smaller decoder, for dry runs."""
+    encoder, decoder = encoder_preset(preset, size), {}
+    if "tiny" in preset:
+        fewer = {"depths": (1, 1, 2, 1)} if isinstance(encoder, DyViTConfig) else {"depth": 2}
+        encoder, decoder = replace(encoder, **fewer), {"decoder_dim": 64, "decoder_depth": 1}
+    return build_objective(method_preset(method, **decoder), build_encoder(encoder))
 
 
 class Features(nn.Module):
@@ -60,25 +72,21 @@ class Features(nn.Module):
 
 
 class Step:
-    """A model with its optimizer; calling it trains one batch."""
+    """A model with its optimizer; calling it trains one batch of images of `size` pixels."""
 
-    def __init__(self, name: str, device: torch.device, precision: Precision) -> None:
+    def __init__(self, name: str, device: torch.device, precision: Precision, size: int = 224) -> None:
         preset, method = MODELS[name]
         torch.manual_seed(0)
-        self.name, self.device = name, device
+        self.name, self.device, self.size = name, device, size
         self.precision: Precision = precision
-        self.model = (
-            build_objective(method_preset(method), build_encoder(encoder_preset(preset)))
-            if method
-            else Features(preset)
-        ).to(device)
+        self.model = (build(preset, method, size) if method else Features(preset)).to(device)
         choose_attention(self.model, precision, device)
         self.views = 2 if method == "coma" else 1
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     def __call__(self, batch: int) -> None:
         """Train one batch of random images."""
-        images = torch.randn(batch, 3, 224, 224, device=self.device)
+        images = torch.randn(batch, 3, self.size, self.size, device=self.device)
         seeds = torch.arange(batch, device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.precision, self.device):
@@ -89,7 +97,7 @@ class Step:
     def flops(self) -> float:
         """Floating-point operations of forward and backward for one image (2 per multiply-accumulate)."""
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            image = torch.zeros(1, 3, 224, 224, device=self.device)
+            image = torch.zeros(1, 3, self.size, self.size, device=self.device)
             out = self.model(image, torch.zeros(1, dtype=torch.int64, device=self.device))
             (out if isinstance(out, Tensor) else out.loss).backward()
         self.optimizer.zero_grad(set_to_none=True)
@@ -107,10 +115,10 @@ class Step:
         return tuple(sum(p.numel() for p in m.parameters()) for m in (encoder, self.model))  # type: ignore
 
 
-def largest_batch(step: Step) -> int:
-    """The largest power of two whose step fits on the GPU."""
+def largest_batch(step: Step, most: int = 8192) -> int:
+    """The largest power of two, up to `most`, whose step fits on the GPU."""
     batch = 64
-    while True:
+    while batch < most:
         try:
             step(2 * batch)
         except torch.cuda.OutOfMemoryError:
@@ -118,6 +126,7 @@ def largest_batch(step: Step) -> int:
             torch.cuda.empty_cache()
             return batch
         batch *= 2
+    return batch
 
 
 def memory_of(step: Step, batch: int) -> float:
@@ -177,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS)[2:], choices=list(MODELS))
     parser.add_argument(
         "--batch", type=int, help="images per step (default: 8 on CPU, the largest that fits on GPU)"
     )

@@ -21,6 +21,24 @@ def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--accelerator",
+        default="cuda",
+        choices=["cuda", "cpu"],
+        help="device of the tests marked gpu; cpu shows that they themselves work",
+    )
+
+
+@pytest.fixture
+def accelerator(request: pytest.FixtureRequest) -> torch.device:
+    """The device of a test marked gpu, which is skipped where there is none."""
+    name = str(request.config.getoption("--accelerator"))
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("PyTorch finds no GPU here")
+    return torch.device(name)
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of ten small pictures of noise."""

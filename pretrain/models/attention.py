@@ -14,9 +14,9 @@ Only windows that cross units without covering them all go through a map.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -91,21 +91,44 @@ class Crossing:
         return self.sequences.gather(nest(out, self.side))
 
 
+class Windows(Protocol):
+    """One set of windows, and how the heads that look through it attend."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, fused: bool) -> Tensor:
+        """Three of `[n, s, t, heads, d]` to `[n, s, t, heads*d]`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Layout:
     """All that the blocks of one stage share about one batch: computed once, used by every block.
 
     Attributes:
         sequences: Where the units lie.
-        windows: One for every set of heads.
+        windows: One for every set of heads, which are equally large.
         rotary: Cosines and signed sines of every token's place, `[(n or 1, s,) t, 1, 1, head_dim]`. Scores
             depend on offsets only: one table serves all windows, and places inside the unit do where all
             windows lie inside units.
     """
 
     sequences: Sequences
-    windows: tuple[Consecutive | Crossing, ...]
+    windows: tuple[Windows, ...]
     rotary: Rotary
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The exchangeable pieces of DM-MSA; `window_variants` has others that compute the same.
+
+    Attributes:
+        arrange: Rewrites the windows of a stage, given its tokens `[n, s, t, c]` and its number of heads.
+        turn: Rotates queries and keys by a table of places.
+        join: Joins window outputs under their gate: outputs, gate and sequences to `[n, s, t, c]`.
+    """
+
+    arrange: Callable[[tuple[Windows, ...], Tensor, int], tuple[Windows, ...]]
+    turn: Callable[[Tensor, Rotary], Tensor]
+    join: Callable[[Sequence[Tensor], WindowGate, Sequences], Tensor]
 
 
 def stage_layout(
@@ -142,7 +165,10 @@ def stage_layout(
     if places.ndim == 3:
         tables = tuple(sequences.at(table) for table in tables)
     cos, sin = (table[..., None, None, :] for table in tables)  # for the axes (q and k, heads)
-    return Layout(sequences, tuple(resolved[window] for window in windows), (cos, sin))
+    arranged = _pieces.arrange(
+        tuple(resolved[window] for window in windows), like, like.shape[-1] // head_dim
+    )
+    return Layout(sequences, arranged, (cos, sin))
 
 
 class DynamicMultiWindowAttention(nn.Module):
@@ -172,13 +198,12 @@ class DynamicMultiWindowAttention(nn.Module):
         ]
         if self.gate is None:
             return self.proj(outputs[0])
-        weights = self.gate(torch.cat([layout.sequences.mean(each) for each in outputs], dim=-1))
-        return self.proj(concat_weighted(outputs, weights))
+        return self.proj(_pieces.join(outputs, self.gate, layout.sequences))
 
     def project(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, rotated, and values: `[n, s, t, c]` to three of `[n, s, t, heads, d]`."""
         qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).split((2, 1), dim=3)
-        q, k = rotate(qk, layout.rotary).unbind(dim=3)
+        q, k = _pieces.turn(qk, layout.rotary).unbind(dim=3)
         return q, k, v.squeeze(3)
 
 
@@ -204,6 +229,11 @@ class WindowGate(nn.Module):
         logits = self.out(F.gelu(self.hidden(pooled)))
         weights = rearrange(logits, "... (g c) -> ... g c", g=self.windows).softmax(dim=-2) * self.windows
         return rearrange(weights, "... g c -> ... (g c)").to(logits.dtype)
+
+
+def join_gated(outputs: Sequence[Tensor], gate: WindowGate, sequences: Sequences) -> Tensor:
+    """Window outputs side by side, each channel weighted by the gate: `[n, s, t, c]`."""
+    return concat_weighted(outputs, gate(torch.cat([sequences.mean(each) for each in outputs], dim=-1)))
 
 
 def concat_weighted(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -270,3 +300,10 @@ def _crossing_bias(
             return None
         group = like.new_zeros((like.shape[0], rows, cols), dtype=torch.int64)
     return same_group_bias(spread(group, side), window, dtype)
+
+
+REFERENCE = Pieces(
+    arrange=lambda windows, like, heads: windows, turn=lambda x, table: rotate(x, table), join=join_gated
+)
+_pieces = REFERENCE
+"""In use; `window_variants.attention_variant` exchanges them for a while."""

@@ -1,0 +1,1 @@
+"""The steps of `benchmarks/gpu.py`: each measures one thing, in a process of its own (see `session`)."""
