@@ -11,14 +11,13 @@ import logging
 import math
 import os
 import pickle
-import re
 import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from mmengine.dataset import InfiniteSampler
@@ -30,7 +29,7 @@ from mmengine.utils import import_modules_from_strings
 
 import downstream.openmmlab  # noqa: F401 - before mmdet and mmseg
 from downstream.backbone import DyViT, PlainViT
-from downstream.checkpoints import allow_checkpoints
+from downstream.checkpoints import intact_checkpoint, latest_checkpoint
 from downstream.fitting import IMPORTS
 from downstream.options import is_main
 from downstream.progress import Bar
@@ -38,14 +37,13 @@ from downstream.settings import blaming, require, worker_error
 from downstream.strides import check_strides
 from downstream.workers import settle_workers
 from pretrain.errors import BadInput, CheckFailed, ComaError, Interrupted
-from pretrain.hashing import seal, seal_holds
+from pretrain.hashing import seal
 from pretrain.training.signals import StopRequest
 
 log = logging.getLogger(__name__)
 HEADLINES = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50", "mIoU", "mAcc", "aAcc")
 SCORES = "coma_scores"
 """Where checkpoints keep what every validation measured, by step (by epoch, where a run counts those)."""
-_NUMBERED = re.compile(r"(?:iter|epoch)_(\d+)\.pth")
 CONFIG, PRINTED = "config.py", "printed.txt"
 
 
@@ -169,60 +167,6 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> No
     from pretrain.artifact import load_strict
 
     load_strict(model, tensors, source="artifact")
-
-
-def best_checkpoint(folder: Path) -> Path:
-    """The checkpoint with the best validation score, or the last one where nothing was validated.
-
-    Raises:
-        BadInput: there is none.
-    """
-    best = sorted(folder.glob("best_*.pth"), key=lambda path: path.stat().st_mtime)
-    last = latest_checkpoint(folder)
-    if not best and last is None:
-        raise BadInput(f"{folder}: holds no checkpoint")
-    return best[-1] if best else cast(Path, last)
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The last one, in this folder wherever it was when it was written."""
-    noted = folder / "last_checkpoint"
-    path = folder / Path(noted.read_text().strip()).name if noted.is_file() else None
-    return path if path and path.is_file() else None
-
-
-def intact_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint, or where it is damaged the one before; None where none was ever saved.
-
-    Raises:
-        BadInput: all of them are damaged.
-    """
-    last = latest_checkpoint(folder)
-    found = ((_NUMBERED.fullmatch(path.name), path) for path in folder.glob("*.pth"))
-    numbered = sorted(((int(name[1]), path) for name, path in found if name), reverse=True)
-    before = [path for _, path in numbered if path != last]
-    for path in (last, *before) if last else ():
-        holds = path.is_file() and seal_holds(path)
-        if holds is None:
-            log.warning("warning: %s: has no checksum (of an older version): damage goes unnoticed", path)
-        if holds is not False:
-            return path
-        log.warning("warning: %s: damaged (its checksum does not match); trying the one before", path)
-    if last:
-        raise BadInput(f"{folder}: all its checkpoints are damaged; start again in another folder")
-    return None
-
-
-def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint; nothing is unpickled but tensors, numbers and mmengine's histories.
-
-    Raises:
-        BadInput: it is damaged.
-    """
-    if seal_holds(path) is False:
-        raise BadInput(f"{path}: damaged (its checksum does not match)")
-    allow_checkpoints()
-    return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
 
 
 def scores_by_step(runner: Runner) -> dict[str, dict[str, float]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from downstream import runs
+from downstream.checkpoints import best_checkpoint, checkpoint_weights
 from downstream.finetuned import (
     LIBRARIES,
     Kind,
@@ -74,7 +75,7 @@ def check_library(kind: Kind, config: Any, source: Path | None) -> None:
 
 def _publish(kind: Kind, config: Any, out: Path, runner: Any, encoder: EncoderConfig) -> None:
     dataset: Any = runner.train_dataloader.dataset
-    best = runs.best_checkpoint(out)
+    best = best_checkpoint(out)
     scores = runs.scores_by_step(runner)
     kept = re.search(r"_(\d+)\.pth$", best.name)
     trained = {
@@ -86,7 +87,7 @@ def _publish(kind: Kind, config: Any, out: Path, runner: Any, encoder: EncoderCo
     }
     names = tuple(dataset.metainfo["classes"])
     about = describe_finetuned(kind, config, encoder, names, trained, category_ids(dataset))
-    save_artifact(out / "artifact", tensors=runs.checkpoint_weights(best), config=about)
+    save_artifact(out / "artifact", tensors=checkpoint_weights(best), config=about)
 
 
 def category_ids(dataset: Any) -> list[int] | None:

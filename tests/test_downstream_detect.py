@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(data, backbone, tmp_
 
 def test_a_signal_to_the_whole_job_saves_as_well(data, backbone, tmp_path):
     """Schedulers send it to the reading processes, too, which die of it."""
-    from downstream.runs import checkpoint_weights
+    from downstream.checkpoints import checkpoint_weights
 
     out = tmp_path / "run"
     command = [

@@ -30,7 +30,7 @@ def spoil(path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_left_for_the_one_before(folder, caplog):
-    from downstream.runs import checkpoint_weights, intact_checkpoint
+    from downstream.checkpoints import checkpoint_weights, intact_checkpoint
 
     assert intact_checkpoint(folder) == folder / "iter_10.pth"
     assert checkpoint_weights(folder / "iter_10.pth")["x"][0] == 10
@@ -45,7 +45,7 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(folder, caplog):
 
 
 def test_a_checkpoint_without_a_checksum_is_taken_with_a_note(folder, caplog):
-    from downstream.runs import intact_checkpoint
+    from downstream.checkpoints import intact_checkpoint
 
     torch.save({}, folder / "iter_10.pth")
     assert intact_checkpoint(folder) == folder / "iter_10.pth"

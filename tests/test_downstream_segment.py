@@ -97,7 +97,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, tmp_path):
 
 
 def test_two_processes_share_a_batch(data, tmp_path):
-    from downstream.runs import checkpoint_weights
+    from downstream.checkpoints import checkpoint_weights
 
     out = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pretrain"]
