@@ -18,8 +18,11 @@ from short_runs import assert_same, at, interrupted, learned, stop_during
 
 from pretrain.artifact import load_artifact
 from pretrain.config import (
+    DataConfig,
     DecoderConfig,
+    FinetuneConfig,
     MAEConfig,
+    RunConfig,
 )
 from pretrain.data.identity import FILE
 from pretrain.data.samples import TrainingFetch
@@ -28,6 +31,7 @@ from pretrain.plain import read_config, to_plain
 from pretrain.training import pretrain
 from pretrain.training.learner import Learner
 from pretrain.training.optimizer import learning_rate
+from pretrain.training.setup import write_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -225,6 +229,16 @@ def test_a_run_without_a_list_of_its_images_resumes_with_a_note(resumable, whole
     assert "has no list of its images (an older version began it)" in capsys.readouterr().err
     assert_same(run, whole)
     assert (run / FILE).exists()
+
+
+def test_settings_of_fine_tuning_note_every_path_that_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data, run = DataConfig(Path("train")), RunConfig(Path("run"))
+    config = FinetuneConfig(Path("artifact"), data, test=Path("test"), val=Path("val"), run=run)
+    write_config(config)
+    saved = read_config(Path("run"), FinetuneConfig)
+    paths = saved.artifact, saved.data.images, saved.test, saved.val
+    assert paths == tuple(tmp_path / name for name in ("artifact", "train", "test", "val"))
 
 
 def test_a_run_resumes_from_any_directory(resumable, whole, photos, tmp_path, monkeypatch):

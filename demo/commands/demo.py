@@ -16,6 +16,7 @@ import tyro
 from demo.storage import Storage, delete_leftovers, temporary_storage
 from pretrain.arguments import parse_arguments
 from pretrain.errors import BadInput
+from pretrain.messages import counted
 from pretrain.preflight import require_packages
 from pretrain.ranges import Range, Ranged
 
@@ -63,7 +64,7 @@ def run(argv: list[str]) -> None:
     device = pick_device(given.device)
     models = load_models(given.models or (quickstart(),), device)
     if dead := delete_leftovers():
-        print(f"deleted the pictures of {dead} demo server{'s'[: dead > 1]} that had been killed", flush=True)
+        print(f"deleted the pictures of {counted(dead, 'demo server')} that had been killed", flush=True)
     with _ended_by_signals(), temporary_storage() as storage:
         server = serve(models, storage.folder, given.host, given.port, auth, given.share, given.open)
         print(f"\n  open {server.share_url or server.local_url} in a browser; Ctrl-C stops\n", flush=True)

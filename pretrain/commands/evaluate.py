@@ -99,8 +99,8 @@ class EvaluateConfig(Ranged):
     temperature: Annotated[float, Range(1e-3, 1e3)] = 0.07
     """Of their votes (knn): smaller trusts the nearest more."""
     seed: Annotated[int, SEED] = 0
-    """Of the random encoder, of the training images held out to choose the penalty (linear) or the checkpoint
-    (finetune), and of the run (finetune)."""
+    """Seed of the random encoder, of the training images held out to choose the penalty (linear) or the
+    checkpoint (finetune), and of the run (finetune)."""
     batch_size: Annotated[int, BATCH] = 256
     """Images at a time through the encoder; per optimizer step (finetune)."""
     workers: Annotated[int | None, PROCESSES] = None
@@ -131,8 +131,8 @@ def run(argv: list[str]) -> None:
     if not config.artifacts:
         raise BadInput("give at least one artifact directory, for example run/artifact")
     resolved = [path.resolve() for path in config.artifacts]
-    for path in config.artifacts:
-        if resolved.count(path.resolve()) > 1 and "finetune" not in config.protocol:
+    for path, real in zip(config.artifacts, resolved, strict=True):
+        if resolved.count(real) > 1 and "finetune" not in config.protocol:
             raise BadInput(f"{path}: was given twice; leave one out")
     if not config.protocol:
         raise BadInput("give at least one --protocol: knn, linear, finetune")
