@@ -260,7 +260,7 @@ def test_runs_among_the_photographs_are_never_data(tmp_path, monkeypatch, caplog
     assert said(caplog) == [".: 4 images (4 .png)"]
     assert main(["pretrain", "--resume", "run", "--steps", "2"]) == 0
     assert said(caplog) == [
-        ".: 4 images (4 .png); left out: 1 folder written by coma (run/ is a run of coma pretrain)"
+        f"{tmp_path}: 4 images (4 .png); left out: 1 folder written by coma (run/ is a run of coma pretrain)"
     ]
     capsys.readouterr()
     (tmp_path / "run").rename(tmp_path / "holiday")  # whatever it is called

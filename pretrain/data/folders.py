@@ -83,7 +83,7 @@ class FolderSource(EncodedSource):
         return printable(str(self.path(i)))
 
     def listing(self) -> tuple[list[str], list[int]]:
-        """Paths inside the folder, and sizes; -1 where a link leads nowhere."""
+        """Paths inside the folder, and sizes; -1 of a file that has gone."""
         names, root = list(self._names), str(self.location)
 
         def sizes(part: Sequence[str]) -> list[int]:
