@@ -14,6 +14,7 @@ from pretrain.cli import main
 from pretrain.config import DataConfig
 from pretrain.data import ArraySource, Slices, check_some, measure, open_source, training_batches
 from pretrain.data.images import decode
+from pretrain.data.ranges import check_pixels
 from pretrain.errors import BadImage, BadInput
 
 RNG = np.random.default_rng(0)
@@ -314,3 +315,9 @@ def test_an_image_of_another_unit_stops_training_by_name(tmp_path):
         with pytest.raises(BadInput, match=f"^{tmp_path}/{name}: ") as raised:
             next(batches)
         assert not isinstance(raised.value, BadImage)  # which would be skipped
+
+
+def test_nobody_is_told_to_change_the_statistics_of_a_trained_model():
+    with pytest.raises(BadInput, match="learned from float images; give float images in the same unit") as no:
+        check_pixels(COLOUR, [120.0] * 3, [50.0] * 3, lambda: "a.png", fixed=True)
+    assert "--mean" not in str(no.value)

@@ -121,7 +121,7 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
             "and --micro-batch, or --mixup 0 --cutmix 0"
         )
     for source in (train, *((val,) if val else ()), test):
-        check_some(source, config.model.channels, config.data.mean or (), config.data.std or ())
+        check_some(source, config.model.channels, config.data.mean or (), config.data.std or (), fixed=True)
     steps = count_steps(config.optimizer, len(train))
     weights = encoder.state_dict()
     check_space(config, sum(tensor.numel() for tensor in weights.values()))
