@@ -153,6 +153,9 @@ def _one_line(event: events.ParseErrorEvent) -> None:
         raise BadInput(f"{_name(event.argument)} {event.value!r} must be {listing}")
     if isinstance(event, events.InstantiationFailure) and event.argument is not None:
         if event.message.startswith("Could not"):  # tyro, of tuples, with their types in Python's words
+            if Path in get_args(event.argument.field.type_stripped):
+                for word in re.findall("'([^']*)'", event.message):
+                    local_path(word)  # says itself what is wrong with it
             form = re.sub(r"\[(\S+) \[\1 \.\.\.\]\]", r"\1 ...", event.argument.lowered.metavar or "")
             raise BadInput(f"{_name(event.argument)} must be given as {form}")
         raise BadInput(f"{_name(event.argument)} {event.message}")

@@ -121,6 +121,8 @@ def read_json(path: Path, wanted: str) -> Any:
     Raises:
         BadInput: it cannot be read, or is no JSON; the message says what is `wanted` in its place.
     """
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path}: is not a regular file; give {wanted}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

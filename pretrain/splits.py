@@ -235,7 +235,8 @@ def choose_images(names: Sequence[str], path: Path, split: str | None, held_out:
         if place.split in SPLITS and _parent(place.folder) == _parent(owner) and folder != place.folder
     }
     left_out = Counter(where[parent].folder for parent in parents if where[parent].split not in taken)
-    notes = _left_out(left_out, path, owner, len(kept)) if split is None and not held_out else ()
+    read = Counter(where[parent].folder for parent in parents if where[parent].split in taken)
+    notes = _left_out(left_out, path, read) if split is None and not held_out else ()
     return Chosen([name.removeprefix(f"{owner}/") for name in kept], owner, wanted, classes, notes)
 
 
@@ -255,16 +256,19 @@ def left_out_note(path: Path, kept: str, others: Sequence[str]) -> str:
     return f"{path}: reads {kept}, and leaves out {left_out}; give one of these by its own path to use it"
 
 
-def _left_out(counts: Counter[str], path: Path, folder: str, kept: int) -> tuple[str, ...]:
+def _left_out(counts: Counter[str], path: Path, read: Counter[str]) -> tuple[str, ...]:
     if not counts:
         return ()
-    others = [
-        f"{folder or 'what lies beside them'}{'/' if folder else ''} ({counted(count, 'image')})"
+    read_folders = abridged(_counted(read, "other folders"), 4)
+    return (left_out_note(path, read_folders, _counted(counts, "what lies beside them")),)
+
+
+def _counted(counts: Counter[str], nameless: str) -> list[str]:
+    """Folders with how many images they hold."""
+    return [
+        f"{f'{folder}/' if folder else nameless} ({counted(count, 'image')})"
         for folder, count in sorted(counts.items())
     ]
-    images = counted(kept, "image")
-    what = f"{folder}/ ({images})" if folder else f"{images} of its training splits"
-    return (left_out_note(path, what, others),)
 
 
 def _not_splits(firsts: set[str], path: Path) -> tuple[str, ...]:

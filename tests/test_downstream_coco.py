@@ -394,3 +394,14 @@ def test_checking_needs_neither_torch_nor_openmmlab():
     assert done.returncode == 0, done.stderr
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert not loaded & {"torch", "torchvision", "mmengine", "mmcv", "mmdet", "mmseg"}
+
+
+def test_what_lies_beside_the_listed_images_is_counted_and_named(data, caplog):
+    save(data / "train" / "3.jpg")
+    (data / "train" / "4.gif.txt").write_text("")
+    with caplog.at_level("INFO"):
+        open_coco(data, "train")
+    assert (
+        f"{data / 'train'}: 2 images (2 .jpg); left out: 1 .txt (not read), "
+        "1 image that train.json does not list (3.jpg)"
+    ) in caplog.messages

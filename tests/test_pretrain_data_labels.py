@@ -182,7 +182,7 @@ def test_classes_of_which_no_image_can_be_read_are_none(tmp_path, caplog):
         path.write_bytes(b"no image")
     (tmp_path / "train" / "cat" / "0.png").write_bytes(b"")
     splits = open_labelled(tmp_path)
-    assert "1 class(es) are left out, as none of their images can be read: ant (2; " in caplog.text
+    assert "1 class left out, as no image there can be read: ant (2; " in caplog.text
     assert len(splits.train) == 4
     with pytest.raises(BadInput, match="has no image: ant; it has cat, dog"):
         shared_labels(splits.train, splits.test)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from pretrain.data.ranges import check_pixels
 
 from pretrain.cli import main
 from pretrain.config import DataConfig
@@ -314,3 +315,9 @@ def test_an_image_of_another_unit_stops_training_by_name(tmp_path):
         with pytest.raises(BadInput, match=f"^{tmp_path}/{name}: ") as raised:
             next(batches)
         assert not isinstance(raised.value, BadImage)  # which would be skipped
+
+
+def test_nobody_is_told_to_change_the_statistics_of_a_trained_model():
+    with pytest.raises(BadInput, match="learned from float images; give float images in the same unit") as no:
+        check_pixels(COLOUR, [120.0] * 3, [50.0] * 3, lambda: "a.png", fixed=True)
+    assert "--mean" not in str(no.value)

@@ -14,7 +14,7 @@ from PIL import Image
 from pretrain import cli
 from pretrain.data import Source, open_source
 from pretrain.errors import BadInput
-from pretrain.splits import known_split, paired_splits, split_of
+from pretrain.splits import choose_images, known_split, paired_splits, split_of
 
 
 def png() -> bytes:
@@ -179,3 +179,9 @@ def test_the_commands_say_what_they_leave_out(tmp_path, caplog):
     run = ["--out", str(tmp_path / "run"), "--device", "cpu", "--objective.decoder.depth", "1"]
     assert cli.main(["pretrain", str(tmp_path / "data"), *flags, *small, *run]) == 0
     assert text in caplog.text
+
+
+def test_every_folder_that_is_read_is_named():
+    names = ["ann_dir/train/a.png", "ann_dir/val/b.png", "img_dir/train/a.jpg", "img_dir/val/b.jpg"]
+    (note,) = choose_images(names, Path("data"), None, held_out=False).notes
+    assert "reads ann_dir/train/ (1 image), img_dir/train/ (1 image), and leaves out ann_dir/val/" in note

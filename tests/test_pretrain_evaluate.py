@@ -111,7 +111,8 @@ def test_only_k_neighbours_vote():
 
 
 @pytest.mark.parametrize(
-    ("k", "temperature", "message"), [(0, 1.0, "k = 0"), (6, 1.0, "1 to 5"), (1, 0.0, "must be positive")]
+    ("k", "temperature", "message"),
+    [(0, 1.0, "k = 0"), (6, 1.0, "1 to 5"), (1, 0.0, "temperature 0 must")],
 )
 def test_impossible_neighbours_are_refused(k, temperature, message):
     features, labels = blobs(5, 3, 2, apart=1)

@@ -316,7 +316,7 @@ def test_classes_of_one_image_stay_in_training(short, place, tmp_path, capsys):
     result = finetune(config)
     assert result.train_images == 3
     assert "chosen by top-1 on 2 of the 5 images" in (told := capsys.readouterr().err)
-    assert "1 class(es) with a single image have none there" in told
+    assert "1 class with a single image have none there" in told
     for path in (tmp_path / "train").glob("*/*.png"):
         if path.name > "02.png":
             path.unlink()

@@ -17,7 +17,7 @@ from pretrain.config import (
     method_preset,
 )
 from pretrain.errors import BadInput, ComaError
-from pretrain.plain import read_config
+from pretrain.plain import read_config, to_plain
 from pretrain.training import pretrain
 from pretrain.training.distributed import AGREED
 
@@ -97,3 +97,13 @@ def test_only_one_process_prints_what_all_agreed_on(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         run(["photos"])
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--from"])
+def test_epochs_count_although_the_earlier_run_was_counted_in_steps(tmp_path, flag):
+    config = PretrainConfig()
+    config = replace(config, optimizer=replace(config.optimizer, steps=2))
+    (tmp_path / "config.json").write_text(json.dumps(to_plain(config)))
+    assert parse([flag, str(tmp_path)])[0].optimizer.steps == 2
+    optimizer = parse([flag, str(tmp_path), "--epochs", "7"])[0].optimizer
+    assert (optimizer.epochs, optimizer.steps) == (7, None)

@@ -179,7 +179,7 @@ def test_a_picture_that_fails_never_ends_a_run(settings, monkeypatch, capsys):
         ({"optimizer": {"batch_size": 0}}, "must be at least 1"),
         ({"optimizer": {"steps": 0}}, "--steps 0 must be at least 1"),
         ({"run": {"log_steps": 0}}, "--log-steps 0 must be at least 1"),
-        ({"model": {"channels": 5}}, "--channels 3 trains on such images"),
+        ({"model": {"channels": 5}}, "`coma pretrain --channels 3` trains one"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(settings, parts, message):

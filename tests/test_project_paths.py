@@ -156,3 +156,15 @@ def test_what_is_no_local_path_says_what_to_do(text, message):
 def test_local_paths_may_look_odd():
     for text in ("a:b", "C:/photos", "./s3", "-", "~", MISSING):
         assert local_path(text) == Path(text)
+
+
+@pytest.mark.parametrize("command", [["export"], ["evaluate", "--data", "photos"], ["pretrain"]])
+def test_links_in_a_circle_and_remote_addresses_are_refused_by_every_command(tmp_path, capsys, command):
+    name, *rest = command
+    (tmp_path / "loop").symlink_to("loop")
+    for path, message in (
+        (str(tmp_path / "loop" / "x"), "its symbolic links lead in a circle"),
+        ("s3://bucket/x", "remote storage is not read"),
+    ):
+        assert cli.main([name, path, *rest]) == 2
+        assert f"{path}: {message}" in capsys.readouterr().err

@@ -11,7 +11,9 @@ The split is called train, val (or valid, validation) or test. What training can
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from downstream.datasets.coco_layouts import ROBOFLOW, find_annotations, find_im
 from downstream.datasets.headers import Header, read_header
 from downstream.datasets.problems import Problems, Progress, in_threads
 from pretrain.errors import BadInput
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,7 @@ def _checked(
     if not problems and needs_objects and not objects.learned:
         problems.add(f"there is no object to learn from among {len(listed.objects)}", _why_none(remarks))
     problems.check()
+    _say_left_out(annotations, images, {os.path.normpath(image["file_name"]) for image in listed.images})
     if objects.crowds:
         remarks.append(f"crowds, neither learned nor counted as misses: {objects.crowds}")
     if 0 < objects.masks < len(listed.objects):
@@ -173,6 +178,20 @@ def _checked(
         median_short_side=int(np.median(sizes.min(axis=1))),
         warnings=tuple(remarks),
     )
+
+
+def _say_left_out(annotations: Path, images: Path, listed: set[str]) -> None:
+    """Log how many images there are of which kinds, and what else lies in their folder."""
+    from pretrain.data.folders import search  # imports torch: only where it is needed
+    from pretrain.data.inventory import kind_of
+
+    found, inventory = search(images)
+    for name in found:
+        if name not in listed:
+            what = f"that {annotations.name} does not list"
+            inventory.leave_out(f"image {what}", f"images {what}", name)
+    inventory.images = Counter(map(kind_of, listed))
+    log.info(inventory.line(images), extra={"once": True})
 
 
 def _why_none(remarks: list[str]) -> str:

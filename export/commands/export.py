@@ -284,7 +284,7 @@ def _request(
             )
     for flag, each in (("--verify", images), ("--calibrate", calibration)):
         for pixels in each.pictures if each else ():
-            check_pixels(pixels, config.mean, config.std, lambda flag=flag: f"an image of {flag}")
+            check_pixels(pixels, config.mean, config.std, lambda flag=flag: f"an image of {flag}", fixed=True)
     return Request(
         artifact=given.artifact,
         out=out,

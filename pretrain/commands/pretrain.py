@@ -44,7 +44,7 @@ from pretrain.config import (
 from pretrain.errors import BadInput, ComaError
 from pretrain.plain import read_config
 from pretrain.preflight import require_packages
-from pretrain.ranges import CHANNELS, SIDE, Ranged
+from pretrain.ranges import CHANNELS, EPOCHS, SIDE, STEPS, Ranged
 
 Model = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
 Method = Literal["coma", "coma4", "coma-independent", "coma-single", "mae", "beyond", "cmt", "coma-balanced"]
@@ -94,6 +94,10 @@ class _First(Presets):
     """What has to be known before the other defaults are."""
 
     image_size: Annotated[int | None, SIDE] = None
+    epochs: Annotated[float | None, EPOCHS] = None
+    steps: Annotated[int | None, STEPS] = None
+    probe_epochs: Annotated[float | None, EPOCHS] = None
+    probe_steps: Annotated[int | None, STEPS] = None
 
 
 def run(argv: list[str]) -> None:
@@ -128,7 +132,7 @@ def parse(argv: list[str]) -> tuple[PretrainConfig, bool, bool]:
         BadInput: presets that contradict each other, or a run that cannot be read.
     """
     first = parse_known(_First, argv, prog="coma pretrain")
-    defaults = _defaults(first)
+    defaults = _counted_in_epochs(_defaults(first), first)
     flat = tyro.conf.OmitArgPrefixes
     groups: list[tuple[str, Any, Any]] = [
         ("presets", Annotated[Presets, flat], Presets()),
@@ -184,6 +188,15 @@ def _defaults(first: _First) -> PretrainConfig:
         objective = _with_teacher(objective, first)
     optimizer = _RECIPES[first.recipe] if first.recipe else config.optimizer
     return replace(config, model=model, objective=objective, optimizer=optimizer)
+
+
+def _counted_in_epochs(config: PretrainConfig, first: _First) -> PretrainConfig:
+    """The settings of another run without its steps, which override epochs, where only epochs are given."""
+    if first.epochs is not None and first.steps is None:
+        config = replace(config, optimizer=replace(config.optimizer, steps=None))
+    if first.probe_epochs is not None and first.probe_steps is None:
+        config = replace(config, probe=replace(config.probe, probe_steps=None))
+    return config
 
 
 def _with_teacher(objective: ObjectiveConfig, first: Presets) -> ObjectiveConfig:

@@ -36,7 +36,8 @@ def adapt(picture: Picture, channels: int, name: str) -> np.ndarray:
             return _as(pixels.dtype, red + green + blue)
     have = picture.pixels.shape[2]
     raise BadImage(
-        f"{name}: {have} channels, but the model takes {channels}; --channels {have} trains on such images"
+        f"{name}: {have} channels, but the model takes {channels}; `coma pretrain --channels {have}` trains "
+        "one that takes such images"
     )
 
 

@@ -13,6 +13,7 @@ from pretrain.data.opening import open_source
 from pretrain.data.source import Source
 from pretrain.data.subset import Subset
 from pretrain.errors import BadImage, BadInput
+from pretrain.messages import abridged, counted
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +100,8 @@ def _with_readable_classes(source: Source) -> Source:
     if len(unreadable) == len(starts):
         raise BadInput(f"{source.location}: no image could be read; class {reasons[0]}")
     kept = Subset(source, np.flatnonzero(~np.isin(labels, unreadable)))
-    few = ", ".join(reasons[:3]) + (", ..." if len(reasons) > 3 else "")
-    _say(
-        f"{source.location}: {len(unreadable)} class(es) are left out, as none of their images can be "
-        f"read: {few}"
-    )
+    without = counted(len(unreadable), "class", "classes")
+    _say(f"{source.location}: {without} left out, as no image there can be read: {abridged(reasons, 3)}")
     return kept
 
 

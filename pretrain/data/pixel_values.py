@@ -58,6 +58,8 @@ def check_pixels(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     name: Callable[[], str],
+    *,
+    fixed: bool = False,
 ) -> None:
     """Refuses an image that the mean and standard deviation are not meant for.
 
@@ -66,6 +68,7 @@ def check_pixels(
         mean: Mean per channel that the pixels will be normalised with; None where it is not known yet.
         std: Standard deviation per channel; None where it is not known yet.
         name: Gives the image's name.
+        fixed: The mean and standard deviation are those of a trained model, so only the images can change.
 
     Raises:
         BadInput: statistics of larger values than the image's, or the other way round, or a mark for missing
@@ -73,7 +76,7 @@ def check_pixels(
     """
     if pixels.dtype != np.float32:
         if mean and std and max(*mean, *std) > 1:
-            raise BadInput(_too_large(pixels, mean, std, name()))
+            raise BadInput(_too_large(pixels, mean, std, name(), fixed))
         return
     low = float(pixels.min())
     if low in _MARKS:
@@ -87,14 +90,17 @@ def check_pixels(
     if mean and std and min(mean) >= 0 and max(*mean, *std) <= 1:
         far = np.abs(pixels.mean(axis=(0, 1), dtype=np.float64) - mean) / std
         if far.max() > _FAR:
+            otherwise = "" if fixed else ", or all images in the unit of this one"
             raise BadInput(
                 f"{name()}: float values of {low:.4g} to {pixels.max():.4g}, but mean ({numbers(mean)}) "
                 f"and standard deviation ({numbers(std)}) are of values in 0..1; save such images scaled to "
-                "0..1, or all images in the unit of this one"
+                f"0..1{otherwise}"
             )
 
 
-def check_some(source: Source, channels: int, mean: Sequence[float], std: Sequence[float]) -> None:
+def check_some(
+    source: Source, channels: int, mean: Sequence[float], std: Sequence[float], *, fixed: bool = False
+) -> None:
     """Checks a few images, spread over the source, by `check_pixels`; says how many had values filled.
 
     Raises:
@@ -105,7 +111,7 @@ def check_some(source: Source, channels: int, mean: Sequence[float], std: Sequen
         try:
             name = source.describe(i)
             picture = source.picture(i)
-            check_pixels(adapt(picture, channels, name), mean, std, lambda name=name: name)
+            check_pixels(adapt(picture, channels, name), mean, std, lambda name=name: name, fixed=fixed)
         except BadImage:
             continue
         looked_at += 1
@@ -162,14 +168,18 @@ def check_mixture(location: object, images: Sequence[Values]) -> None:
             )
 
 
-def _too_large(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float], name: str) -> str:
+def _too_large(
+    pixels: np.ndarray, mean: Sequence[float], std: Sequence[float], name: str, fixed: bool
+) -> str:
+    facts = (
+        f"{name}: its pixels are scaled to 0..1, but mean ({numbers(mean)}) and standard deviation "
+        f"({numbers(std)}) are of larger values"
+    )
+    if fixed:
+        return f"{facts}: the model learned from float images; give float images in the same unit"
     white = 255 if max(*mean, *std) <= 255 else white_of(pixels)
     means, stds = ([value / white if value > 1 else value for value in values] for values in (mean, std))
-    return (
-        f"{name}: its pixels are scaled to 0..1, but mean ({numbers(mean)}) and standard deviation "
-        f"({numbers(std)}) are of larger values; divided by {white}: --mean {numbers(means)} "
-        f"--std {numbers(stds)}"
-    )
+    return f"{facts}; divided by {white}: --mean {numbers(means)} --std {numbers(stds)}"
 
 
 def numbers(values: Sequence[float]) -> str:

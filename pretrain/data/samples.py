@@ -26,6 +26,7 @@ from pretrain.data.source import Source
 from pretrain.data.transforms import Box, centre_square, random_crop, resize, scaled_box, stack
 from pretrain.data.workers import in_workers
 from pretrain.errors import BadImage, BadInput
+from pretrain.ranges import BATCH
 
 MOST_TRIES = 100
 """Images tried in place of one that will not decode, before the data are refused."""
@@ -43,8 +44,8 @@ class Slices:
     world: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.global_batch, self.micro_batch) < 1:
-            raise BadInput(f"batch sizes must be at least 1, got {self.global_batch} and {self.micro_batch}")
+        BATCH.check("--batch-size", self.global_batch)
+        BATCH.check("--micro-batch", self.micro_batch)
         together = self.micro_batch * self.world
         if self.global_batch % together:
             raise BadInput(

@@ -40,8 +40,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from pretrain.errors import BadInput, ComaError
+from pretrain.errors import ComaError
 from pretrain.machine import cores
+from pretrain.ranges import PROCESSES
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -86,8 +87,7 @@ def in_workers(
             could not be started.
     """
     workers = default_workers() if workers is None else workers
-    if workers < 0:
-        raise BadInput(f"--workers {workers} must be at least 0")
+    PROCESSES.check("--workers", workers)
     if workers == 0:
         return _here(fetch, keys, pin)
     return _apart(fetch, keys, workers, pin)

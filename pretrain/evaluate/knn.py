@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.errors import BadInput
+from pretrain.ranges import Range
+
+TEMPERATURE = Range(0, 1e3, above=True)
 
 
 @torch.inference_mode()
@@ -61,5 +64,4 @@ def check_knn(k: int, temperature: float, images: int) -> None:
     """
     if not 1 <= k <= images:
         raise BadInput(f"k = {k} neighbours must be 1 to {images}, the number of training images")
-    if not temperature > 0:
-        raise BadInput(f"temperature {temperature} must be positive")
+    TEMPERATURE.check("--temperature", temperature)

@@ -131,7 +131,7 @@ def evaluate(
     if "knn" in protocols:
         check_knn(k, temperature, len(train))
     for source in (train, test):
-        check_some(source, config.model.channels, config.mean, config.std)
+        check_some(source, config.model.channels, config.mean, config.std, fixed=True)
     known, asked, classes = labelled_features(
         encoder,
         config,

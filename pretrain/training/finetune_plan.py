@@ -19,6 +19,7 @@ from pretrain.data import (
     shared_labels,
 )
 from pretrain.errors import BadInput
+from pretrain.messages import counted
 from pretrain.training.optimizer import default_layer_decay
 from pretrain.training.setup import (
     Plan,
@@ -102,7 +103,7 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
                 "checkpoint; give validation images (--val), or take the last step's weights (--hold-out 0)"
             )
         alone = int((labels.bincount() == 1).sum())
-        whole = f"; {alone} class(es) with a single image have none there" if alone else ""
+        whole = f"; {counted(alone, 'class', 'classes')} with a single image have none there" if alone else ""
         chosen_by = (
             f"checkpoint: chosen by top-1 on {int(chosen.sum()):,} of the {len(labels):,} images of "
             f"{train.location}, which are not trained on: {share:.3g} of every class, at least one of two, "
@@ -120,7 +121,7 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
             "and --micro-batch, or --mixup 0 --cutmix 0"
         )
     for source in (train, *((val,) if val else ()), test):
-        check_some(source, config.model.channels, config.data.mean or (), config.data.std or ())
+        check_some(source, config.model.channels, config.data.mean or (), config.data.std or (), fixed=True)
     steps = count_steps(config.optimizer, len(train))
     weights = encoder.state_dict()
     check_space(config, sum(tensor.numel() for tensor in weights.values()))

@@ -66,7 +66,9 @@ def read_state(folder: Path, warn: Callable[[str], object]) -> dict[str, Any] | 
         try:
             state = _load(path)
         except Exception as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
+            reason = str(error).partition("\n")[0] or (
+                type(error).__name__ if path.stat().st_size else "the file is empty"
+            )
             warn(f"{path}: this state does not load ({reason}); trying the one before")
             continue
         if not state.pop("sealed", False):
