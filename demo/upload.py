@@ -2,7 +2,9 @@
 
 A file is read once, through `demo.storage`; everything else is done with its bytes. Size is read from the
 header before anything is decoded, and only a few are decoded at a time, so that what a request may cost is
-known: at most `MAX_PIXELS` pixels of at most 8 bytes, `AT_ONCE` times.
+known: at most `MAX_PIXELS` pixels of at most 8 bytes, `AT_ONCE` times. What a header does not bound is
+refused: pages are not counted, a JPEG passes over its pixels a bounded number of times, and a TIFF holds no
+picture of another format, whose own header may say another size.
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ from pretrain.errors import BadImage
 
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000
+LONGEST_SIDE = 65_535
+"""Of a file, as in JPEG: one escape code of a BMP skips up to 255 lines, whatever memory they take."""
+MAX_SCANNED = 100 * MAX_PIXELS
+"""Pixels that the scans of a JPEG may pass over: encoders write about 10 scans, hostile files a million."""
 MAX_SIDE = 1600
 """Pixels of the longer side that is kept: no model here sees more."""
 AT_ONCE = 2
@@ -33,6 +39,9 @@ WAIT_SECONDS = 60
 """Who waits longer than that for others' pictures to be decoded is told so."""
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 TAKES = "JPEG, PNG, WebP, TIFF or BMP"
+_NAMED = (*FORMATS, "GIF", "AVIF", "ICO", "PPM")  # those that a refusal calls by name
+_TIFF_CODES = {1: "none", 2: "CCITT", 3: "CCITT", 4: "CCITT", 5: "LZW", 8: "deflate", 32773: "PackBits",
+               32946: "deflate", 50000: "Zstandard"}  # fmt: skip
 
 
 class Uploads:
@@ -142,9 +151,9 @@ def _check_header(data: bytes) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as header:
+            with Image.open(io.BytesIO(data), formats=_NAMED) as header:
                 kind, (width, height) = header.format, header.size
-                frames = getattr(header, "n_frames", 1) if kind in (*FORMATS, "GIF", "MPO") else 1
+                several = kind in (*FORMATS, "GIF") and getattr(header, "is_animated", False)
     except Image.DecompressionBombError:
         raise BadImage(_too_large()) from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError):
@@ -153,10 +162,28 @@ def _check_header(data: bytes) -> None:
         raise BadImage("This picture is damaged: its header cannot be read.") from None
     if width * height > MAX_PIXELS:
         raise BadImage(_too_large(width, height))
-    if frames > 1 and kind != "MPO":  # the other frames of an MPO are views of the same photograph
-        raise BadImage(f"This picture is animated or has {frames} pages; please send a still one.")
+    if max(width, height) > LONGEST_SIDE:
+        raise BadImage(f"This picture is too long: at most {LONGEST_SIDE} pixels a side, please.")
+    if several:  # not of an MPO, whose other frames are views of the same photograph
+        raise BadImage("This picture is animated or has several pages; please send a still one.")
     if kind not in (*FORMATS, "MPO"):
         raise BadImage(f"{kind} pictures are not taken; please send a {TAKES} file.")
+    if kind in ("JPEG", "MPO") and data.count(b"\xff\xda") * width * height > MAX_SCANNED:  # start of scan
+        raise BadImage("This JPEG has too many scans; please save it anew.")
+    if kind == "TIFF" and _tiff_compression(data) not in _TIFF_CODES:
+        codes = ", ".join(dict.fromkeys(_TIFF_CODES.values()))
+        raise BadImage(f"Of TIFF pictures these compressions are taken: {codes}; please save it anew.")
+
+
+def _tiff_compression(data: bytes) -> int:
+    """As its reader finds it; Pillow may find another tag of the same number."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            return int(file.pages.first.compression)
+    except Exception:  # as above
+        raise BadImage("This picture is damaged: its header cannot be read.") from None
 
 
 def _too_large(width: int = 0, height: int = 0) -> str:

@@ -114,6 +114,66 @@ def test_nothing_is_decoded_before_its_header_was_read(tmp_path, monkeypatch):
         read_picture(path.read_bytes())
 
 
+def tiff(compression: int, content: bytes, pages: int = 1) -> bytes:
+    """A TIFF of 8 by 8 grey pixels in one strip; every page shows it."""
+    tags = {256: 8, 257: 8, 258: 8, 259: compression, 262: 1, 277: 1, 278: 8, 279: len(content)}
+    size = 2 + 12 * (len(tags) + 1) + 4
+    directories = b""
+    for page in range(1, pages + 1):
+        fields = sorted({**tags, 273: 8 + pages * size}.items())
+        following = 8 + page * size if page < pages else 0
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields)
+        directories += struct.pack("<H", len(fields)) + entries + struct.pack("<I", following)
+    return b"II*\0" + struct.pack("<I", 8) + directories + content
+
+
+def encoded(kind: str, side: int = 8, **options) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (side, side), 90).save(file, kind, **options)
+    return file.getvalue()
+
+
+def bmp(width: int, height: int, runs: bytes) -> bytes:
+    """A BMP of one grey, with runs of equal pixels."""
+    start = 14 + 40 + 1024
+    return (
+        b"BM" + struct.pack("<IHHI", start + len(runs), 0, 0, start)
+        + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(runs), 0, 0, 256, 0)
+        + bytes(1024) + runs
+    )  # fmt: skip
+
+
+def test_what_costs_more_than_its_size_says_is_not_decoded(monkeypatch):
+    """Such files, sent twice, would hold both places for hours, or take the server's memory."""
+    jpeg = encoded("JPEG", 800, progressive=True)
+    scan = jpeg[jpeg.rfind(b"\xff\xda") : -2]
+    animated = io.BytesIO()
+    Image.fromarray(NOISE).save(animated, "GIF", save_all=True, append_images=[Image.fromarray(255 - NOISE)])
+    hostile = {
+        "scans": jpeg[:-2] + scan * 10_000 + b"\xff\xd9",
+        "pages": tiff(1, bytes(64), pages=50_000),
+        "animated": animated.getvalue(),
+        "too long": bmp(12_000_000, 4, b"\0\2\0\xff"),
+        "compressions": tiff(50001, encoded("WEBP", 2000)),
+        "are taken": tiff(7, encoded("JPEG")),
+    }
+    for name in ("GifImageFile", "TiffImageFile"):  # counting pages is what costs
+        kind = getattr(__import__(f"PIL.{name[:-9]}ImagePlugin", fromlist=[name]), name)
+        monkeypatch.setattr(kind, "n_frames", property(lambda _: pytest.fail("counted")))
+    with monkeypatch.context() as patch:
+        patch.setattr(upload, "decode", lambda *_, **__: pytest.fail("decoded"))
+        for name, data in hostile.items():
+            with pytest.raises(BadImage, match=name):
+                read_picture(data)
+    fine = [
+        jpeg, tiff(1, bytes(64)), tiff(8, zlib.compress(bytes(64))), bmp(8, 1, b"\x08\1\0\1"),
+        encoded("TIFF", compression="tiff_lzw"), encoded("TIFF", compression="packbits"),
+        encoded("TIFF", compression="zstd"),
+    ]  # fmt: skip
+    for data in fine:
+        assert read_picture(data).pixels.ndim == 3
+
+
 def test_files_of_too_many_bytes_are_not_decoded(tmp_path, monkeypatch):
     path = saved(tmp_path / "noise.png", Image.fromarray(NOISE))
     assert read_picture(path.read_bytes()).pixels.shape == NOISE.shape

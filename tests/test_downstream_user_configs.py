@@ -313,3 +313,10 @@ def test_settings_that_build_no_model_are_one_line(trained, data, tmp_path):
     (spoilt / "config.json").write_text(json.dumps(content))
     with pytest.raises(BadInput, match=r"config\.json: describes no model that can be built .*'bogus'"):
         run(["predict", str(spoilt), str(data / "val"), "--out", str(tmp_path / "p")])
+
+
+def test_a_configuration_whose_data_are_missing_is_told_of_data(backbone, tmp_path):
+    theirs = tmp_path / "theirs.py"
+    theirs.write_text(RETINANET)
+    with pytest.raises(BadInput, match=r"No such file.*instances_train2017.*name yours with --data"):
+        run(["train", str(backbone), "--config", str(theirs), "--out", str(tmp_path / "run")])

@@ -124,7 +124,13 @@ def train(
             with noting(config, source.config, "for this machine and --out", "--resume goes on with a run"):
                 config.resume = False
                 settle(config, out)
-    say_trained(command, out, finetune(kind, config, out, source=source.config))
+    try:
+        trained = finetune(kind, config, out, source=source.config)
+    except BadInput as error:
+        if given.data or not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        raise BadInput(f"{error}; if that is of the dataset, name yours with --data") from error
+    say_trained(command, out, trained)
 
 
 @contextmanager
