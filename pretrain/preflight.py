@@ -52,7 +52,9 @@ def require_file(file: Path, flag: str = "--out") -> None:
     with _refusing(flag, file):
         if file.is_dir():
             raise BadInput(f"{flag} {file}: is a directory; give a file name")
-        if file.exists() and not (file.is_file() and os.access(file, os.W_OK)):
+        if file.exists() and not file.is_file():
+            raise BadInput(f"{flag} {file}: is not a regular file; give another name")
+        if file.exists() and not os.access(file, os.W_OK):
             raise BadInput(f"{flag} {file}: cannot be written to; choose another name")
         file.parent.mkdir(parents=True, exist_ok=True)
 

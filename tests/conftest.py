@@ -1,5 +1,6 @@
 """What tests share: one thread each, so that results depend on no machine, a few pictures, a short run."""
 
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from pretrain.config import DataConfig, OptimizerConfig, PretrainConfig, RunConf
 from pretrain.training import pretrain
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background lets programs ignore it
 
 
 def pytest_runtest_setup() -> None:

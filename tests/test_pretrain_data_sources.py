@@ -86,7 +86,7 @@ def test_a_folder_without_images_says_what_was_looked_for(tmp_path, prepare, mes
 def test_paths_that_lead_nowhere(tmp_path):
     with pytest.raises(BadInput, match="no such file or folder"):
         open_source(tmp_path / "missing")
-    with pytest.raises(BadInput, match=r"a\.png: give a folder"):
+    with pytest.raises(BadInput, match=r"a\.png: is a single file; give a folder"):
         open_source(save(tmp_path / "a.png"))
 
 
