@@ -176,7 +176,9 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, RecursionError) as error:
-            raise BadInput(f"{path}: not readable ({error}); {instead}") from None
+            raise BadInput(
+                f"{path}: not readable ({getattr(error, 'strerror', None) or error}); {instead}"
+            ) from None
         if not isinstance(plain, dict) or "format_version" not in plain:
             raise OfOthers(f"{path}: not readable (coma export did not write it); {instead}")
         version = plain["format_version"]

@@ -233,7 +233,7 @@ def test_what_goes_together_is_measured(images):
 def test_undeclared_marks_are_refused_by_name():
     text = refusal([HEIGHTS, with_hole(HEIGHTS, -9999)], channels=1)
     assert text == (
-        "array[1]: 100 of 2000 values are -9999, far below all others; if they are missing, save them as "
+        "array[1]: 100 of 2000 values are -9999, far from all others; if they are missing, save them as "
         "NaN or declare them (gdal_edit.py -a_nodata -9999 FILE)"
     )
     measure(ArraySource([HEIGHTS - 1e4 + 1, HEIGHTS * 100 - 9999]), 1)  # such depths there are
@@ -321,3 +321,11 @@ def test_nobody_is_told_to_change_the_statistics_of_a_trained_model():
     with pytest.raises(BadInput, match="learned from float images; give float images in the same unit") as no:
         check_pixels(COLOUR, [120.0] * 3, [50.0] * 3, lambda: "a.png", fixed=True)
     assert "--mean" not in str(no.value)
+
+
+@pytest.mark.parametrize("mark", [-9999.0, 9.96921e36, 1e20])
+def test_marks_for_missing_values_that_nobody_declared_are_named(mark):
+    pixels = np.random.default_rng(0).random((32, 32, 1), np.float32)
+    pixels[:4] = mark
+    with pytest.raises(BadInput, match=r"^a\.npy: 128 of 1024 values are .*, far from all others"):
+        check_pixels(pixels, None, None, lambda: "a.npy")

@@ -263,7 +263,9 @@ def test_the_search_for_a_good_image_ends(tmp_path, monkeypatch):
 
 def test_wrong_channels_are_bad_images(tmp_path):
     tiles = [ASTRONAUT[:20, :20], np.zeros((20, 20, 5), np.uint8)]
-    with pytest.raises(BadImage, match=r"array\[1\]: 5 channels, but the model takes 3; --channels 5"):
+    with pytest.raises(
+        BadImage, match=r"array\[1\]: 5 channels, but the model takes 3; `coma pretrain --channels 5`"
+    ):
         stream(ArraySource(tiles), 2, data=replace(DATA, on_bad_image="stop"))
 
 

@@ -28,6 +28,8 @@ _FAR = 30.0
 """Standard deviations between the mean of an image and that of all from which on their units differ."""
 _MARKS = (-32768.0, -32767.0, -99999.0, -9999.0, -999.0)
 """What rasters commonly write where they know nothing."""
+_HUGE = 1e9
+"""Larger values than any measurement: netCDF and others write 9.97e36 or 1e20 where they know nothing."""
 
 
 class Values(NamedTuple):
@@ -78,21 +80,21 @@ def check_pixels(
         if mean and std and max(*mean, *std) > 1:
             raise BadInput(_too_large(pixels, mean, std, name(), fixed))
         return
-    low = float(pixels.min())
-    if low in _MARKS:
-        marked = pixels == low
-        others = pixels[~marked]
-        if len(others) and others.min() - low > 10 * others.std():
+    low, high = float(pixels.min()), float(pixels.max())
+    for mark in (low, high):
+        others = pixels[pixels != mark] if mark in _MARKS or abs(mark) > _HUGE else pixels[:0]
+        if others.size and abs(others - mark).min() > 10 * others.std(dtype=np.float64):
             raise BadInput(
-                f"{name()}: {int(marked.sum())} of {pixels.size} values are {low:g}, far below all others; "
-                f"if they are missing, save them as NaN or declare them (gdal_edit.py -a_nodata {low:g} FILE)"
+                f"{name()}: {pixels.size - others.size} of {pixels.size} values are {mark:g}, far from all "
+                "others; if they are missing, save them as NaN or declare them "
+                f"(gdal_edit.py -a_nodata {mark:g} FILE)"
             )
     if mean and std and min(mean) >= 0 and max(*mean, *std) <= 1:
         far = np.abs(pixels.mean(axis=(0, 1), dtype=np.float64) - mean) / std
         if far.max() > _FAR:
             otherwise = "" if fixed else ", or all images in the unit of this one"
             raise BadInput(
-                f"{name()}: float values of {low:.4g} to {pixels.max():.4g}, but mean ({numbers(mean)}) "
+                f"{name()}: float values of {low:.4g} to {high:.4g}, but mean ({numbers(mean)}) "
                 f"and standard deviation ({numbers(std)}) are of values in 0..1; save such images scaled to "
                 f"0..1{otherwise}"
             )
