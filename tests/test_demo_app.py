@@ -257,7 +257,7 @@ def test_a_port_that_is_taken_is_said_at_once(tmp_path, capsys):
     [
         (["nowhere/artifact"], "no such directory"),
         (["--auth", "me"], "NAME:PASSWORD"),
-        (["--port", "70000"], "0 to 65535"),
+        (["--port", "70000"], "--port 70000 must be at most 65535"),
         (["model.onnx"], "no such file"),
     ],
 )

@@ -44,6 +44,7 @@ def test_a_run_leaves_everything(settings, photos, capsys):
         *(
             "artifact",
             "config.json",
+            "data.json.gz",
             "loss_curve.png",
             "metrics.jsonl",
             "reconstructions",
@@ -200,7 +201,7 @@ def test_a_directory_in_use_is_refused(settings, tmp_path, no_pictures):
     with pytest.raises(BadInput, match="no such file"):
         pretrain(change(settings, run={"out": tmp_path / "letters"}), resume=True)
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match="is a file; give a directory"):
+    with pytest.raises(BadInput, match="is a file; give a folder"):
         pretrain(change(settings, run={"out": tmp_path / "file"}))
 
 

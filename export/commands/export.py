@@ -171,12 +171,12 @@ def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str
     require_folder(out)
     if given.engine.timing_cache:
         require_file(given.engine.timing_cache, "--timing-cache")
+    request = _request(given, targets, precisions, out, config, forms, shapes[forms[0]])
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
         remove_unfinished(out)
         name, source = given.artifact.resolve().name, artifact_hash(given.artifact)
         manifest = Manifest.of(out, name, source, config.kind)
-        request = _request(given, targets, precisions, out, config, forms, shapes[forms[0]])
         outcome = Outcome()
         try:
             with Bar() as bar:

@@ -52,7 +52,7 @@ def labels_among(source: Source, classes: Sequence[str], owner: str) -> Tensor:
         BadInput: no labels, images of other classes, or labels that are bare numbers where the classes have
             names.
     """
-    if source.class_names is None and whole_numbers(classes) is None:
+    if source.labels is not None and source.class_names is None and whole_numbers(classes) is None:
         raise BadInput(_only_numbers(source, classes, owner))
     return _found(_class_of_each(source, source.class_names), classes, source, f"{owner} knows nothing")
 
