@@ -76,7 +76,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(there).free
     if free < needed:
         raise BadInput(
-            f"{folder}: {what} needs {needed / 1e9:.2f} GB of disk, and {free / 1e9:.2f} GB are free; make "
+            f"{folder}: {what} needs {needed / 1e6:,.1f} MB of disk, and {free / 1e6:,.1f} MB are free; make "
             "room, or choose another place"
         )
 

@@ -15,7 +15,8 @@ from pretrain.config import DataConfig, OptimizerConfig, PretrainConfig, RunConf
 from pretrain.training import pretrain
 
 torch.set_num_threads(1)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background lets programs ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which programs in the background may ignore
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_runtest_setup() -> None:

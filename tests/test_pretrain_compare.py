@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import shlex
 import signal
@@ -75,8 +76,11 @@ class Forked:
             self.code = os.waitstatus_to_exitcode(status) if pid else None
         return self.code
 
-    def wait(self) -> None:
+    def wait(self, timeout: float = math.inf) -> None:
+        until = time.monotonic() + timeout
         while self.poll() is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("a run", timeout)
             time.sleep(0.01)
 
 
@@ -302,7 +306,7 @@ def test_a_failing_run_is_named_and_the_others_are_in_the_table(labelled, tmp_pa
 def failing(labelled: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     mae, coma = (replace(each, seeds=(0,)) for each in asked(labelled, out).entries)
-    bad = replace(coma.config, optimizer=replace(coma.config.optimizer, base_lr=1e30, clip=0.0))
+    bad = replace(coma.config, data=replace(coma.config.data, mean=(0.5,) * 3, std=(1e-30,) * 3))
     compared = compare(asked(labelled, out, entries=(mae, replace(coma, config=bad)), probes=0, floor=False))
     assert [failure.partition(":")[0] for failure in compared.failures] == [
         "coma-small-0",

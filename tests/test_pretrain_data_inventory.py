@@ -275,9 +275,18 @@ def test_runs_among_the_photographs_are_never_data(tmp_path, monkeypatch, caplog
 
 
 PRODUCTS = {
-    "a run of coma pretrain": {"config.json": '{"data":1,"model":1,"objective":1,"optimizer":1,"run":1}'},
-    "a fine-tuning run of coma evaluate": {"config.json": '{"artifact":1,"data":1,"optimizer":1,"run":1}'},
-    "an artifact": {"config.json": '{"kind":1,"model":1,"image_size":1,"mean":1,"std":1}'},
+    "a run of coma pretrain": {
+        "config.json": '{"data":1,"model":1,"objective":1,"optimizer":1,"run":1}',
+        "metrics.jsonl": "",
+    },
+    "a fine-tuning run of coma evaluate": {
+        "config.json": '{"artifact":1,"data":1,"optimizer":1,"run":1}',
+        "metrics.jsonl": "",
+    },
+    "an artifact": {
+        "config.json": '{"kind":1,"model":1,"image_size":1,"mean":1,"std":1}',
+        "model.safetensors": "",
+    },
     "a comparison of coma compare": {"compare.json": '{"budget":1,"test":1,"device":1}'},
     "an export of coma export": {"manifest.json": '{"format_version":2,"artifact":1,"files":[]}'},
     "a run of coma detect or segment": {"config.py": "", "last_checkpoint": "iter_2.pth"},
@@ -286,6 +295,7 @@ PRODUCTS = {
     "a folder of coma quickstart": {
         "pictures/a.png": "",
         "run/config.json": '{"data":1,"model":1,"objective":1,"optimizer":1,"run":1}',
+        "run/metrics.jsonl": "",
     },
 }
 
@@ -323,7 +333,8 @@ def test_folders_of_others_are_data_whatever_they_hold(tmp_path):
 def test_the_pictures_of_a_quickstart_are_data(tmp_path):
     save(tmp_path / "pictures" / "a.png")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(PRODUCTS["a run of coma pretrain"]["config.json"])
+    for name, text in PRODUCTS["a run of coma pretrain"].items():
+        (tmp_path / "run" / name).write_text(text)
     assert found(tmp_path / "pictures") == ["a.png"]
     assert product_around(tmp_path) == (tmp_path, "a folder of coma quickstart")
 

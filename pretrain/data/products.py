@@ -2,7 +2,7 @@
 
 They are recognised by what they hold, whatever they are called, also those of earlier versions:
 
-    config.json                     runs of pretrain and of fine-tuning, artifacts
+    config.json and other files     runs of pretrain and of fine-tuning, artifacts
     compare.json                    comparisons
     config.py and mmengine's files  runs of detect and segment
     detections.json, or the same pictures in labels/ and pictures/    predictions
@@ -25,6 +25,8 @@ _CONFIGS = {
     "an artifact": {"kind", "model", "image_size", "mean", "std"},
 }
 """What `config.json` has of each."""
+_BESIDE_CONFIG = ("metrics.jsonl", "state", "artifact", "reconstructions", "model.safetensors")
+"""One of these, at least, lies beside it in a run or an artifact: settings alone are no product."""
 
 
 def product_at(folder: Path, holds: Callable[[str], bool] | None = None) -> str | None:
@@ -35,7 +37,7 @@ def product_at(folder: Path, holds: Callable[[str], bool] | None = None) -> str 
         holds: Whether the folder has an entry of a name; by default the file system is asked.
     """
     holds = holds or (lambda name: os.path.exists(folder / name))
-    if holds("config.json"):
+    if holds("config.json") and any(map(holds, _BESIDE_CONFIG)):
         keys = _keys(folder / "config.json")
         for what, needed in _CONFIGS.items():
             if needed <= keys:
