@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from pretrain.data.ranges import check_pixels
 
 from pretrain.cli import main
 from pretrain.config import DataConfig
 from pretrain.data import ArraySource, Slices, check_some, measure, open_source, training_batches
 from pretrain.data.images import decode
+from pretrain.data.pixel_values import check_pixels
 from pretrain.errors import BadImage, BadInput
 
 RNG = np.random.default_rng(0)
