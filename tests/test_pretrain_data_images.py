@@ -286,7 +286,7 @@ def test_grey_with_alpha_fits_1_2_and_3_channels():
 
 @pytest.mark.parametrize(("have", "want"), [(4, 3), (2, 3), (5, 3), (5, 1), (3, 4), (1, 2), (13, 12)])
 def test_other_counts_must_match_exactly(have, want):
-    message = rf"^bands\.tif: {have} channels, but the model takes {want}; --channels {have} "
+    message = rf"^bands\.tif: {have} channels, but the model takes {want}; `coma pretrain --channels {have}` "
     with pytest.raises(BadImage, match=message):
         adapt(Picture(np.zeros((4, 4, have), np.uint8)), want, "bands.tif")
     same = np.zeros((4, 4, have), np.uint16)
