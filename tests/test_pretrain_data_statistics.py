@@ -57,7 +57,7 @@ def test_bad_images_are_passed_over():
         BadInput, match=r"none of 2 images could be used; the first: array\[[01]\]: every value is nodata"
     ):
         measure(ArraySource([bad, bad]), 3)
-    with pytest.raises(BadInput, match=r"5 channels, but the model takes 3; --channels 5"):
+    with pytest.raises(BadInput, match=r"5 channels, but the model takes 3; `coma pretrain --channels 5`"):
         measure(ArraySource([np.zeros((20, 20, 5), np.uint8)]), 3)
 
 
