@@ -75,7 +75,7 @@ class Child:
             pass  # it has died; its exit code says so
 
     def results(self) -> tuple[list[dict], str]:
-        """What it has found so far, and its own word on how it went wrong or why it was skipped."""
+        """Returns the rows that the step has written, and its reason for failing or being skipped."""
         lines = [json.loads(line) for line in self.rows.read_text().splitlines() if line.endswith("}")]
         return [each for each in lines if "name" in each], next((e["end"] for e in lines if "end" in e), "")
 

@@ -29,7 +29,7 @@ from pretrain.errors import BadImage
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000
 LONGEST_SIDE = 65_535
-"""Of a file, as in JPEG: one escape code of a BMP skips up to 255 lines, whatever memory they take."""
+"""Pixels along the longer side of a file that is accepted (the limit of JPEG): a BMP escape skips 255 lines."""
 MAX_SCANNED = 100 * MAX_PIXELS
 """Pixels that the scans of a JPEG may pass over: encoders write about 10 scans, hostile files a million."""
 MAX_SIDE = 1600

@@ -71,7 +71,7 @@ def wrapped(name: str, model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def gradients(outer: nn.Module, inner: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Of one step in fp32, whole."""
+    """Returns the gradients of one fp32 step, gathered from all processes."""
     inner.zero_grad(set_to_none=True)
     outer(images, torch.arange(len(images), device=images.device)).loss.backward()
     found = {}

@@ -33,7 +33,7 @@ ON_CPU = (
 )  # FlexAttention has no backward pass there
 SECONDS = {EAGER: 3.0, GRAPH: 4.0, BLOCKS: 15.0, BOTH: 15.0}
 LIMIT = 5e-2
-"""Of the relative difference of all gradients in bf16."""
+"""Tolerance of the relative difference of all gradients in bf16."""
 
 
 def run(session: Session) -> None:

@@ -13,8 +13,8 @@ class Step:
         key: What `--steps` calls it.
         title: For tables.
         where: Module of this package and function that takes a `Session`.
-        seconds: What it may take on a GPU; the sum is scaled to `--minutes`.
-        dry_seconds: Likewise on a CPU, at reduced sizes.
+        seconds: Time limit of the step on a GPU; the sum is scaled to `--minutes`.
+        dry_seconds: Time limit of the step on a CPU, at reduced sizes.
         on_cpu: What a run on a CPU shows of it, all sizes being reduced.
     """
 
