@@ -29,7 +29,7 @@ from pretrain.errors import BadImage
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000
 LONGEST_SIDE = 65_535
-"""Pixels along the longer side of a file that is accepted (the limit of JPEG): a BMP escape skips 255 lines."""
+"""Pixels along the longer side of a file, as in JPEG: a BMP can skip 255 lines by one escape code."""
 MAX_SCANNED = 100 * MAX_PIXELS
 """Pixels that the scans of a JPEG may pass over: encoders write about 10 scans, hostile files a million."""
 MAX_SIDE = 1600
