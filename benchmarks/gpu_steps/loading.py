@@ -148,7 +148,7 @@ def pretrain_for_a_minute(session: Session) -> None:
     free(session.device)
     around = 2.0 if small else 18.0  # building, counting FLOPs, saving and drawing
     steps = max(int((session.left() - around) * 0.8 / seconds), 6)
-    config = settings(session, folder, "run", steps=min(steps, 30 if small else 5000), batch=batch)
+    config = settings(session, folder, "run", steps=min(steps, 15 if small else 5000), batch=batch)
     started = time.perf_counter()
     with ended_after(session.left() - 8.0):
         pretrain(config)
