@@ -11,9 +11,9 @@ share their name. To make one, with this repository installed:
     export MMCV_WITH_OPS=1 MAX_JOBS=4 CFLAGS="-O1 -g0 -w -DNDEBUG -fwrapv"
     pip install --no-build-isolation --no-cache-dir mmcv==2.1.0
 
-The functions of `downstream.operators` are called directly and take nothing's place. Boxes are random and
-crowded, as before suppression; the comparison is repeated over draws, times are medians of rounds in turn.
-mmcv has no focal losses for the CPU: there, only ours are timed (`--device cuda` compares them).
+The functions of `downstream.openmmlab.mmcv_ops` are called directly and take nothing's place. Boxes are
+random and crowded, as before suppression; the comparison is repeated over draws, times are medians
+of rounds in turn. mmcv has no focal losses for the CPU: there, only ours are timed (`--device cuda` compares).
 
 Equal scores are where the two differ: mmcv sorts without keeping the order of equals, and its softnms swaps
 boxes as it goes, while ours take the first of equals. Two rows have scores of two decimals, to show what that
@@ -36,7 +36,7 @@ import torch
 from machine import report, time_in_turn
 from torch import Tensor
 
-from downstream.operators import OPERATORS
+from downstream.openmmlab.mmcv_ops import OPERATORS
 
 Operators = Mapping[str, Callable[..., Any]]
 Answer = tuple[list[Any], Tensor]

@@ -17,11 +17,11 @@ from pathlib import Path
 import skimage
 from machine import report
 
+from coma.artifact import ArtifactConfig, library_versions, save_artifact
+from coma.config import CoMAConfig, dyvit_preset
+from coma.models import build_encoder
+from coma.objectives import build_objective
 from demo.commands.demo import load_models, serve
-from pretrain.artifact import ArtifactConfig, library_versions, save_artifact
-from pretrain.config import CoMAConfig, dyvit_preset
-from pretrain.models import build_encoder
-from pretrain.objectives import build_objective
 
 SIZES = {"tiny": 64, "base": 224}
 """Pixels of a side, as the quickstart and the presets have them."""

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from machine import report, wait
 
-from pretrain.config import DataConfig, OptimizerConfig, RunConfig, encoder_preset, method_preset
-from pretrain.data import Slices, open_source, training_batches
-from pretrain.data.workers import default_workers
-from pretrain.models import build_encoder
-from pretrain.objectives import build_objective
-from pretrain.precision import choose_precision
+from coma.amp import choose_precision
+from coma.config import DataConfig, OptimizerConfig, RunConfig, encoder_preset, method_preset
+from coma.data import Slices, open_source, training_batches
+from coma.data.worker_pool import default_workers
+from coma.models import build_encoder
+from coma.objectives import build_objective
 from pretrain.training.distributed import Processes
-from pretrain.training.learner import Learner
+from pretrain.training.train_step import Learner
 
 SIZE, ROUNDS = 224, 3
 

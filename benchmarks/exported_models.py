@@ -13,20 +13,20 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from export.description import Description, Form, Port, Precision, Preprocessing
-from export.forms.base import Deployable
-from export.forms.load import artifact_hash, load_deployable
-from pretrain.artifact import (
+from coma.artifact import (
     LINEAR_HEAD,
     ArtifactConfig,
     library_versions,
     load_artifact,
     save_artifact,
 )
-from pretrain.config import encoder_preset, method_preset
-from pretrain.models import build_encoder
-from pretrain.models.classifier import build_classifier
-from pretrain.objectives import build_objective
+from coma.config import encoder_preset, method_preset
+from coma.models import build_encoder
+from coma.models.classifier import build_classifier
+from coma.objectives import build_objective
+from coma.runtimes.model_spec import Description, Form, Port, Precision, Preprocessing
+from export.graphs.base import Deployable
+from export.graphs.load import artifact_hash, load_deployable
 
 PEERS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224", "hiera_tiny_224")
 CLASSES = 1000

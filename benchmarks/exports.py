@@ -40,22 +40,22 @@ from exported_models import PEERS, Model, Peer, models_of
 from machine import table
 from torch import Tensor
 
-from export.comparing import busy_note
-from export.description import Description, Precision
-from export.forms.detector import BEHIND_BACKBONE
-from export.forms.load import example_inputs
+from coma.config import ENCODER_PRESETS
+from coma.runtimes.base import Runtime
+from coma.runtimes.manifest import machine, versions
+from coma.runtimes.model_spec import Description, Precision
+from coma.runtimes.onnxruntime import OnnxRuntime
+from coma.runtimes.pytorch import TorchRuntime
+from coma.runtimes.shape_ranges import Shape, Shapes
+from export.benchmark import busy_note
+from export.graphs.detector import BEHIND_BACKBONE
+from export.graphs.load import example_inputs
 from export.image_sets import read_image_set
-from export.images import as_input, open_images, resized
 from export.latency import Latency, compute, interleaved
-from export.manifest import machine, versions
+from export.onnx_export import METADATA, as_json, in_precision, read_description, write_onnx
+from export.preprocessing import as_input, open_images, resized
 from export.quantization import quantize_int8
-from export.runtimes.base import Runtime
-from export.runtimes.onnxruntime import OnnxRuntime
-from export.runtimes.pytorch import TorchRuntime
-from export.shapes import Shape, Shapes
-from export.to_onnx import METADATA, as_json, in_precision, read_description, write_onnx
-from export.verify.check import Verdict, verify
-from pretrain.config import ENCODER_PRESETS
+from export.verify.parity import Verdict, verify
 
 PRECISIONS = ("fp32", "fp16", "int8")
 

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from train_step import MODELS, build
 
-from pretrain.models.window_variants import attention_variant
+from coma.models.window_variants import attention_variant
 
 FREE = ("detach", "empty", "new_empty", "empty_like", "device", "_local_scalar_dense", "lift_fresh")
 PRODUCTS = ("linear layers", "attention")
@@ -157,9 +157,7 @@ def main() -> None:
     named = [name for name, (_, method) in MODELS.items() if method]
     parser.add_argument("--models", nargs="+", default=["CoMA DyViT-B", "MAE ViT-B"], choices=named)
     parser.add_argument("--batches", nargs="+", type=int, default=[64, 128, 256, 512, 1024])
-    parser.add_argument(
-        "--variant", default="reference", help="of DM-MSA; see pretrain.models.window_variants"
-    )
+    parser.add_argument("--variant", default="reference", help="of DM-MSA; see coma.models.window_variants")
     parser.add_argument("--size", type=int, default=224, help="pixels")
     parser.add_argument("--tflops", type=float, default=989.0, help="dense bf16")
     parser.add_argument("--tbs", type=float, default=4.8, help="memory bandwidth, TB/s")

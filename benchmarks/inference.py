@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.config import encoder_preset
-from pretrain.models import build_encoder
+from coma.config import encoder_preset
+from coma.models import build_encoder
 
 _PRESETS = {"DyViT-S": "small", "DyViT-B": "base"}
 _TIMM = {

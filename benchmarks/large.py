@@ -52,7 +52,7 @@ def measure(
     command = [sys.executable, "-m"]
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    command += ["pretrain", "pretrain", str(photos), "--out", str(out), "--steps", str(steps)]
+    command += ["coma", "pretrain", str(photos), "--out", str(out), "--steps", str(steps)]
     done = subprocess.run(
         [*command, *fixed, "--precision", precision, *flags], capture_output=True, text=True
     )

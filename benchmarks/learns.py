@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from machine import describe, table
 
-from pretrain.artifact import load_encoder
-from pretrain.config import (
+from coma.artifact import load_encoder
+from coma.config import (
     DataConfig,
     OptimizerConfig,
     PretrainConfig,
@@ -35,7 +35,7 @@ from pretrain.config import (
     dyvit_preset,
     method_preset,
 )
-from pretrain.data import open_source
+from coma.data import open_source
 from pretrain.evaluate import evaluate, random_encoder
 from pretrain.training import pretrain
 

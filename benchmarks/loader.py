@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision import transforms as T
 
-from pretrain.cli import main as coma
-from pretrain.config import DataConfig
-from pretrain.data import Slices, open_source, training_batches
+from coma.cli import main as coma
+from coma.config import DataConfig
+from coma.data import Slices, open_source, training_batches
 
 SIZE, BATCH = 224, 32
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pretrain.machine import processor
+from coma.devices import processor
 
 
 def describe() -> str:

@@ -21,7 +21,7 @@ def predict(task: str, artifact: Path, images: Sequence[Path], folder: Path, *op
     """Folders that `coma detect predict` or `coma segment predict` left, one for each image."""
     outs = [folder / f"{task}-{image.stem}" for image in images]
     for image, out in zip(images, outs, strict=True):
-        command = [sys.executable, "-m", "pretrain", task, "predict", str(artifact), str(image)]
+        command = [sys.executable, "-m", "coma", task, "predict", str(artifact), str(image)]
         subprocess.run([*command, "--out", str(out), *options], check=True)
     return outs
 

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.config import DyViTConfig, encoder_preset, method_preset
-from pretrain.models import build_encoder
-from pretrain.objectives import build_objective
-from pretrain.precision import Precision, autocast, choose_attention, choose_precision
+from coma.amp import Precision, autocast, choose_attention, choose_precision
+from coma.config import DyViTConfig, encoder_preset, method_preset
+from coma.models import build_encoder
+from coma.objectives import build_objective
 from pretrain.training.throughput import peak_flops, peak_memory
 
 MODELS = {

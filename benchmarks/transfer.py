@@ -42,7 +42,7 @@ class Task:
 
 def coma(*arguments: object) -> tuple[str, ...]:
     """The command line of `coma`."""
-    return (sys.executable, "-m", "pretrain", *map(str, arguments))
+    return (sys.executable, "-m", "coma", *map(str, arguments))
 
 
 def run_all(tasks: list[Task], jobs: int) -> dict[str, float]:

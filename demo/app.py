@@ -14,24 +14,24 @@ import gradio as gr
 import numpy as np
 from starlette.middleware import Middleware
 
-from demo.fit import fit_picture
+from coma.errors import ComaError
+from coma.masking.patchify import unit_grid
+from coma.runtimes.model_spec import Form
 from demo.inputs import BLOBS, CheckedBlocks, CheckedImage, one_line
 from demo.masks import draw_views
 from demo.middleware import Gate
 from demo.models import Models
 from demo.pages.downstream import TITLES, classify_tab, detect_tab, segment_tab
 from demo.pages.guide import guide
-from demo.pages.inside import inside_tab
+from demo.pages.introspection import inside_tab
 from demo.pages.reconstruct import example_pictures, reconstruct_tab
 from demo.pages.runtimes import runtimes_tab
-from demo.paint import heat_map
-from demo.reconstruct import rebuild
-from demo.site import Site
+from demo.reconstruction import rebuild
+from demo.render import heat_map
+from demo.resize import fit_picture
+from demo.session import Site
 from demo.storage import Storage
 from demo.upload import MAX_BYTES, MAX_PIXELS, TAKES
-from export.description import Form
-from pretrain.errors import ComaError
-from pretrain.masking.units import unit_grid
 
 KEPT_SECONDS, SWEEP_SECONDS = 3300, 60
 """Uploads and results are deleted within the hour, and all of them when the server stops."""

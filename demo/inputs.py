@@ -20,9 +20,9 @@ from typing import Any
 
 import gradio as gr
 
+from coma.errors import ComaError
 from demo.storage import GONE, Storage
 from demo.upload import MAX_BYTES
-from pretrain.errors import ComaError
 
 EVENT_SECONDS = 120
 """An event that takes longer is given up, and its place in the queue given to the next."""

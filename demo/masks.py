@@ -1,6 +1,6 @@
 """Which mask units every view sees, for each method that the page offers.
 
-The same draws as in training: `pretrain.masking.partition`, a function of the seed and nothing else.
+The same draws as in training: `coma.masking.sampling`, a function of the seed and nothing else.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.degradations import Kind, border
-from pretrain.errors import BadInput
-from pretrain.masking.partition import keep, partition
-from pretrain.masking.units import spread
+from coma.errors import BadInput
+from coma.masking.patchify import spread
+from coma.masking.sampling import keep, partition
+from coma.objectives.degradations import Kind, border
 
 PAINTED = 0.1
 """A unit is hidden when the brush covered at least this share of it."""
@@ -36,7 +36,7 @@ class Method:
         views: How many complementary views; 1 is a single mask.
         ratio: Whether the share that is hidden can be chosen.
         seed: Whether it is drawn at random.
-        degrades: Which degradation of `pretrain.degradations` the input gets.
+        degrades: Which degradation of `coma.objectives.degradations` the input gets.
     """
 
     title: str
@@ -107,7 +107,7 @@ def ring(h: int, w: int) -> tuple[int, int]:
 
 def guided_view(attention: Tensor, seed: int, hidden_ratio: float) -> Tensor:
     """What a view sees when units were hidden in proportion to `attention [h, w]`: bool `[1, h, w]`."""
-    from pretrain.masking.guided import draw
+    from coma.masking.guided import draw
 
     units = attention.numel()
     hidden = min(max(round(units * hidden_ratio), 1), units - 1)

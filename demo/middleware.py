@@ -15,10 +15,10 @@ from starlette.formparsers import MultiPartException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from coma.errors import BadImage
 from demo.inputs import one_line
 from demo.storage import Storage
 from demo.upload import MAX_BYTES
-from pretrain.errors import BadImage
 
 MAX_JSON = 2**20
 """Bytes of a request that uploads nothing: pictures are sent as files, and requests name their paths."""

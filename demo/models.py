@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from coma.artifact import ArtifactConfig, load_artifact
+from coma.errors import BadInput, ComaError
+from coma.models import Encoder
+from coma.runtimes.base import Runtime
+from coma.runtimes.model_spec import Description, Form
+from coma.runtimes.open import Device, open_runtime
 from demo.runtimes import Exported, Offer, exported_files, offers_of, verified_file
-from export.description import Description, Form
-from export.forms.load import FORMS, artifact_hash
-from export.runtimes.base import Runtime
-from export.runtimes.open import Device, open_runtime
-from pretrain.artifact import ArtifactConfig, load_artifact
-from pretrain.errors import BadInput, ComaError
-from pretrain.models import Encoder
+from export.graphs.load import FORMS, artifact_hash
 
 
 @dataclass
@@ -203,7 +203,7 @@ def _beside(artifact: Path, source: str) -> list[Exported]:
 
 
 def _load_encoder(model: Model) -> Encoder:
-    from pretrain.artifact import load_classifier, load_encoder
+    from coma.artifact import load_classifier, load_encoder
 
     if model.artifact is None:
         raise BadInput("Only exported files of this model were given; name its artifact to look inside.")

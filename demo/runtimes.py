@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from export.description import Form
-from export.manifest import NAME as MANIFEST
-from export.manifest import Manifest
-from export.runtimes.open import Device
-from pretrain.errors import BadInput
-from pretrain.hashing import sha256_of
+from coma.errors import BadInput
+from coma.hashing import sha256_of
+from coma.runtimes.manifest import NAME as MANIFEST
+from coma.runtimes.manifest import Manifest
+from coma.runtimes.model_spec import Form
+from coma.runtimes.open import Device
 
 SUFFIXES = {".onnx": "ONNX Runtime", ".engine": "TensorRT"}
 
@@ -140,10 +140,10 @@ def _place(suffix: str, device: Device) -> Device:
         BadInput: what this machine lacks for them.
     """
     if suffix == ".onnx":
-        from export.runtimes.onnxruntime import providers
+        from coma.runtimes.onnxruntime import providers
 
         return device if device in providers() else "cpu"
-    from export.tensorrt.library import require_gpu, require_package
+    from coma.runtimes.trt.discovery import require_gpu, require_package
 
     require_package("tensorrt")
     require_gpu(0)

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from pretrain.errors import BadImage
+from coma.errors import BadImage
 
 GONE = "This picture is not there any more; please send it again."
 """The one answer for everything that cannot be had, whatever the reason."""

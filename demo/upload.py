@@ -20,11 +20,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from coma.data.channels import adapt, unit_scale
+from coma.data.decode import Picture, decode
+from coma.data.transforms import resize
+from coma.errors import BadImage
 from demo.storage import Storage
-from pretrain.data.channels import adapt, unit_scale
-from pretrain.data.images import Picture, decode
-from pretrain.data.transforms import resize
-from pretrain.errors import BadImage
 
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from export.images import Photographs, evenly
-from pretrain.data.source import Source
-from pretrain.errors import BadImage, BadInput
-from pretrain.messages import abridged, counted
+from coma.data.sources.base import Source
+from coma.errors import BadImage, BadInput
+from coma.messages import abridged, counted
+from export.preprocessing import Photographs, evenly
 
 log = logging.getLogger(__name__)
 

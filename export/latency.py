@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.images import as_input, resized
-from export.runtimes.base import Runtime
-from pretrain.data.images import decode
+from coma.data.decode import decode
+from coma.runtimes.base import Runtime
+from export.preprocessing import as_input, resized
 
 _WARM_UP = 3
 
@@ -69,7 +69,7 @@ def compute(runtime: Runtime, inputs: dict[str, Tensor]) -> Callable[[], object]
 
 def end_to_end(runtime: Runtime, files: Sequence[bytes], size: tuple[int, int], channels: int) -> Callable:
     """A call from the contents of image files to outputs: decoding and resizing in the caller's thread."""
-    from pretrain.data.channels import adapt
+    from coma.data.channels import adapt
 
     rule = runtime.description.preprocessing
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from export.manifest import Entry, Manifest
-from pretrain.files import write_whole
+from coma.atomic_io import write_whole
+from coma.runtimes.manifest import Entry, Manifest
 
 NAME = "report.md"
 

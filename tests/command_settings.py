@@ -12,8 +12,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import pytest
 import tyro
 
-from pretrain import cli
-from pretrain.ranges import Range
+from coma import cli
+from coma.ranges import Range
 
 ACTIONS = {name: ("train", "test", "predict") for name in ("detect", "segment")}
 VARIANTS = {

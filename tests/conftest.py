@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from short_runs import MODEL, OBJECTIVE, at
 
-from pretrain.config import DataConfig, OptimizerConfig, PretrainConfig, RunConfig
+from coma.config import DataConfig, OptimizerConfig, PretrainConfig, RunConfig
 from pretrain.training import pretrain
 
 torch.set_num_threads(1)
@@ -81,7 +81,7 @@ def no_pictures() -> Iterator[None]:
     """Drawing takes longer than these runs do."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("reconstruction_sheet", "loss_curve"):
-            patch.setattr(f"pretrain.training.keeping.{name}", lambda *_, **__: None)
+            patch.setattr(f"pretrain.training.run_directory.{name}", lambda *_, **__: None)
         yield
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pretrain.errors import BadInput
+from coma.errors import BadInput
 
 
 def save(path: Path, size: tuple[int, int] = (40, 30), orientation: int = 1) -> Path:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from downstream.ops import provide_ops
-from pretrain.artifact import ArtifactConfig, library_versions, save_artifact
-from pretrain.config import DyViTConfig, EncoderConfig, ViTConfig
-from pretrain.models import build_encoder
+from coma.artifact import ArtifactConfig, library_versions, save_artifact
+from coma.config import DyViTConfig, EncoderConfig, ViTConfig
+from coma.models import build_encoder
+from downstream.openmmlab.op_registry import provide_ops
 
 DYVIT = DyViTConfig(dim=8, depths=(1, 1, 2, 1), heads=(2, 2, 2, 2), windows=((4, 8), (4,), (0, 2), (0,)))
 VIT = ViTConfig(patch=16, dim=16, depth=2, heads=2)

@@ -2,9 +2,9 @@
 
 import torch
 
-from pretrain.config import DyViTConfig
-from pretrain.masking.partition import partition
-from pretrain.masking.units import unit_grid
+from coma.config import DyViTConfig
+from coma.masking.patchify import unit_grid
+from coma.masking.sampling import partition
 
 TINY = DyViTConfig(
     patch=1, dim=16, depths=(1, 2, 1, 1), heads=(2, 2, 4, 4), windows=((4, 8), (3, 4), (0, 3), (2,))

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pretrain.artifact import LINEAR_HEAD, ArtifactConfig, library_versions, save_artifact
-from pretrain.config import CoMAConfig, DecoderConfig, DyViTConfig, EncoderConfig, ObjectiveConfig
-from pretrain.models import build_encoder
-from pretrain.models.classifier import build_classifier
-from pretrain.objectives import build_objective
+from coma.artifact import LINEAR_HEAD, ArtifactConfig, library_versions, save_artifact
+from coma.config import CoMAConfig, DecoderConfig, DyViTConfig, EncoderConfig, ObjectiveConfig
+from coma.models import build_encoder
+from coma.models.classifier import build_classifier
+from coma.objectives import build_objective
 
 DYVIT = DyViTConfig(
     patch=2, dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8), (2, 4), (0, 2), (0,))
@@ -66,11 +66,11 @@ def classifier(folder: Path, model: EncoderConfig = DYVIT) -> Path:
 
 
 def segmentor(folder: Path, model: EncoderConfig = DYVIT) -> Path:
-    from downstream.finetuned import build_model, describe_finetuned
-    from downstream.fitting import Described, fit_encoder
-    from downstream.options import TrainingOptions
-    from downstream.segment import PRESET
-    from downstream.settings import load_config
+    from downstream.artifacts import build_model, describe_finetuned
+    from downstream.cli_options import TrainingOptions
+    from downstream.configs.adapt import Described, fit_encoder
+    from downstream.configs.load import load_config
+    from downstream.tasks.segmentation import PRESET
 
     config = load_config(PRESET)
     fit_encoder(config, Described(model, MEAN, STD, {"preset": "tiny"}), TrainingOptions(head_channels=32))

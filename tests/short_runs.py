@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.artifact import load_artifact
-from pretrain.config import CoMAConfig, DecoderConfig, DyViTConfig, PretrainConfig
-from pretrain.errors import Interrupted
+from coma.artifact import load_artifact
+from coma.config import CoMAConfig, DecoderConfig, DyViTConfig, PretrainConfig
+from coma.errors import Interrupted
 from pretrain.training import pretrain
-from pretrain.training.learner import Learner
-from pretrain.training.state import read_state
+from pretrain.training.checkpoint import read_state
+from pretrain.training.train_step import Learner
 
 MODEL = DyViTConfig(
     patch=1, dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8), (4,), (4,), (0,))

@@ -8,16 +8,16 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from pretrain.config import (
+from coma.config import (
     BalancedCoMAConfig,
     CMTConfig,
     DecoderConfig,
     DyViTConfig,
     ViTConfig,
 )
-from pretrain.models import build_encoder
-from pretrain.models.teacher import Teacher
-from pretrain.objectives import build_objective
+from coma.models import build_encoder
+from coma.models.teacher import Teacher
+from coma.objectives import build_objective
 
 DECODER = DecoderConfig(dim=32, depth=1, heads=2)
 ENCODERS = {

@@ -10,10 +10,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.description import Description, Port, Preprocessing
-from export.tensorrt.library import find_driver
-from export.tensorrt.profiles import Profile, ShapeRange
-from pretrain.plain import to_plain
+from coma.config.serialization import to_plain
+from coma.runtimes.model_spec import Description, Port, Preprocessing
+from coma.runtimes.trt.discovery import find_driver
+from coma.runtimes.trt.profiles import Profile, ShapeRange
 
 FLOAT = TensorProto.FLOAT
 IMAGES = Port("images", "float32", ("batch", 4, 8))

@@ -15,9 +15,9 @@ from demo_files import models, served
 from PIL import Image
 from test_demo_upload import bad_files, good_files
 
+from coma.cli import main
+from coma.errors import BadInput, CheckFailed
 from demo.commands import demo
-from pretrain.cli import main
-from pretrain.errors import BadInput, CheckFailed
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # gradio and what it builds on warn of each other
 

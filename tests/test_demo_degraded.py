@@ -9,14 +9,14 @@ import pytest
 import torch
 from export_files import DYVIT, OBJECTIVE, pretrained
 
-from demo.fit import fit_picture
-from demo.hiding import hide
+from coma.config import BeyondConfig, Degradation
+from coma.errors import BadInput
+from coma.runtimes.model_spec import Description
+from demo.masking import hide
 from demo.masks import METHODS, pixel_view, zoomed_view
 from demo.models import Model, Models
-from demo.reconstruct import rebuild
-from export.description import Description
-from pretrain.config import BeyondConfig, Degradation
-from pretrain.errors import BadInput
+from demo.reconstruction import rebuild
+from demo.resize import fit_picture
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch, of what the fixtures do
 

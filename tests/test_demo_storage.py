@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from coma.errors import BadImage
 from demo import storage
 from demo.storage import EXAMPLES, GONE, PREFIX, Storage, delete_leftovers, temporary_storage
-from pretrain.errors import BadImage
 
 
 def age(path: Path, seconds: float) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from coma.errors import BadImage
 from demo import upload
 from demo.storage import Storage
 from demo.upload import MAX_PIXELS, MAX_SIDE, Uploads, read_picture
-from pretrain.errors import BadImage
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)

@@ -11,19 +11,19 @@ import pytest
 import torch
 from export_files import DYVIT, backbone, pretrained
 
-from demo.compare import compare
-from demo.finetuned import draw_classes, paste_mask, shares
-from demo.fit import fit_picture
-from demo.hiding import hide
-from demo.inside import attention_of, feature_pyramid, gate_weights, pyramid_colours
+from coma.artifact import load_encoder
+from coma.config import ViTConfig
+from coma.errors import BadArtifact, BadInput
+from coma.runtimes.pytorch import TorchRuntime
+from demo.compare_runtimes import compare
+from demo.introspection import attention_of, feature_pyramid, gate_weights, pyramid_colours
+from demo.masking import hide
 from demo.masks import METHODS, draw_views, painted_view, pixel_view, zoomed_view
 from demo.models import Models
-from demo.paint import heat_map, overlay
-from demo.reconstruct import measure_hidden, merge_views, rebuild
-from export.runtimes.pytorch import TorchRuntime
-from pretrain.artifact import load_encoder
-from pretrain.config import ViTConfig
-from pretrain.errors import BadArtifact, BadInput
+from demo.predict import draw_classes, paste_mask, shares
+from demo.reconstruction import measure_hidden, merge_views, rebuild
+from demo.render import heat_map, overlay
+from demo.resize import fit_picture
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch, of what the fixtures do
 
@@ -115,7 +115,7 @@ def test_hidden_pixels_have_no_influence_unless_the_true_statistics_are_asked_fo
 
 
 def test_true_statistics_are_those_of_the_objective_itself(models, photograph):
-    from pretrain.data.transforms import normalize
+    from coma.data.transforms import normalize
 
     model = models[models.names[0]]
     runtime = model.runtime("reconstructor")
@@ -165,13 +165,13 @@ def test_attention_is_what_the_layer_computes(tmp_path):
     attention = encoder.stages[2].blocks[-1].attn  # pyright: ignore
     taken: dict = {}
     handle = attention.register_forward_hook(lambda m, i, o: taken.update(inputs=i))  # pyright: ignore
-    from pretrain.models.dyvit import DyViT
+    from coma.models.dyvit import DyViT
 
     DyViT.forward(encoder, image)  # pyright: ignore
     handle.remove()
     x, layout = taken["inputs"]
-    from pretrain.models.positions import rotate
-    from pretrain.models.windows import nest
+    from coma.models.position_embeddings import rotate
+    from coma.models.windows import nest
 
     qk, _ = attention.qkv(x).unflatten(-1, (3, attention.heads, -1)).split((2, 1), dim=3)  # pyright: ignore
     q, k = rotate(qk, layout.rotary).unbind(dim=3)
@@ -182,7 +182,7 @@ def test_attention_is_what_the_layer_computes(tmp_path):
             layout.sequences.gather(nest(values, 2))[..., None, :].expand_as(q.chunk(2, 3)[i]).contiguous()
         )
         out = layout.windows[i].attend(q.chunk(2, 3)[i], k.chunk(2, 3)[i], tokens, fused=False)
-        from pretrain.models.windows import unnest
+        from coma.models.windows import unnest
 
         whole = unnest(layout.sequences.scatter(out.mean(-1, keepdim=True)), 2, 3, 3)[0, row, col, 0]
         assert float(whole) == pytest.approx(float((torch.from_numpy(m) * values[0, ..., 0]).sum()), abs=1e-5)
@@ -279,7 +279,7 @@ def test_a_file_given_by_name_is_hashed_once(exported, monkeypatch):
     [(["cpu"], "ONNX Runtime on the CPU", "cpu"), (["cuda", "cpu"], "ONNX Runtime", "cuda")],
 )
 def test_without_cuda_onnx_runtime_runs_on_the_cpu_and_says_so(exported, monkeypatch, there, title, device):
-    monkeypatch.setattr("export.runtimes.onnxruntime.providers", lambda: there)
+    monkeypatch.setattr("coma.runtimes.onnxruntime.providers", lambda: there)
     file = exported.parent / "export" / "reconstructor.onnx"
     (model,) = Models([file], "cuda").having("reconstructor")
     offer = model.offers("reconstructor")[0]
@@ -317,8 +317,9 @@ def test_only_what_was_named_can_be_had(models, tmp_path):
 
 def test_what_is_computed_needs_no_gradio():
     code = (
-        "import demo.upload, demo.fit, demo.masks, demo.hiding, demo.paint, demo.reconstruct, demo.inside, "
-        "demo.finetuned, demo.compare, demo.models; import sys; print(*sys.modules)"
+        "import demo.upload, demo.resize, demo.masks, demo.masking, demo.render, demo.reconstruction; "
+        "import demo.introspection, "
+        "demo.predict, demo.compare_runtimes, demo.models; import sys; print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -10,10 +10,10 @@ from downstream_data import DYVIT, VIT, artifact
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mmengine's and mmcv's own
 
-from pretrain.artifact import load_artifact, load_encoder, save_artifact  # noqa: E402
-from pretrain.config import EncoderConfig  # noqa: E402
-from pretrain.errors import BadArtifact, BadInput  # noqa: E402
-from pretrain.plain import to_plain  # noqa: E402
+from coma.artifact import load_artifact, load_encoder, save_artifact  # noqa: E402
+from coma.config import EncoderConfig  # noqa: E402
+from coma.config.serialization import to_plain  # noqa: E402
+from coma.errors import BadArtifact, BadInput  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def models():
 
 def test_a_pyramid_of_any_image_with_the_weights_of_the_artifact(models, tmp_path, caplog):
     path = artifact(tmp_path / "a")
-    with caplog.at_level(logging.INFO, "downstream.backbone"):
+    with caplog.at_level(logging.INFO, "downstream.openmmlab.backbones"):
         backbone = models.build({"type": "DyViT", "artifact": str(path), "out_norms": False}).eval()
     encoder, _ = load_encoder(path)
     images = torch.randn(2, 3, 70, 101)

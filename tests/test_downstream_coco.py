@@ -15,7 +15,7 @@ from pycocotools import mask as coco_masks
 
 from downstream.datasets import check_same_classes, open_coco, read_coco
 from downstream.datasets.masks import mask_fault, runs_of
-from downstream.datasets.problems import in_threads
+from downstream.datasets.validation_report import in_threads
 
 Content = dict[str, Any]
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from downstream_data import DYVIT, VIT
 
-from downstream.fitting import Described, fit_encoder
-from downstream.options import TrainingOptions
-from downstream.settings import PRESETS, load_config
-from pretrain.config import EncoderConfig
-from pretrain.plain import to_plain
+from coma.config import EncoderConfig
+from coma.config.serialization import to_plain
+from downstream.cli_options import TrainingOptions
+from downstream.configs.adapt import Described, fit_encoder
+from downstream.configs.load import PRESETS, load_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # mm's configurations and models warn of each other
 
@@ -47,7 +47,7 @@ def test_there_are_the_configurations_that_the_readme_names():
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_fits_a_base_encoder_as_it_is(path):
     """What the files say of channels is what fitting the base encoder gives."""
-    from pretrain.config import encoder_preset
+    from coma.config import encoder_preset
 
     config, fitted = load_config(path), load_config(path)
     name = "vit-base" if config.model.backbone.type == "PlainViT" else "base"
@@ -66,7 +66,7 @@ def test_takes_a_step(path):
     from mmengine.registry import MODELS, init_default_scope
 
     import downstream.openmmlab  # noqa: F401
-    from downstream.runs import _without_sync
+    from downstream.openmmlab.runner import _without_sync
 
     config = reduced(path)
     init_default_scope(config.default_scope)
@@ -104,7 +104,7 @@ def test_the_rate_rises_to_what_was_asked_for_and_falls_to_nothing(steps):
     from mmengine.registry import PARAM_SCHEDULERS
 
     import downstream.openmmlab  # noqa: F401
-    from downstream.schedule import fit_schedule
+    from downstream.configs.schedule import fit_schedule
 
     config = load_config(PRESETS / "mmdet" / "retinanet_dyvit_fpn_1x_coco.py")
     defaults = {"batch_size": 2, "epochs": 1, "lr": 0.5, "weight_decay": 0.0, "layer_decay": 1.0}
@@ -126,7 +126,7 @@ def test_data_of_ones_own_keep_the_repetition_of_large_scale_jitter(tmp_path):
     from downstream_data import coco
 
     from downstream.datasets import open_coco
-    from downstream.detect import fit_dataset
+    from downstream.tasks.detection import fit_dataset
 
     config = load_config(PRESETS / "mmdet" / "mask-rcnn_dyvit_fpn_lsj-100e_coco.py")
     data = coco(tmp_path / "data", train=1, val=1)
@@ -145,7 +145,7 @@ def test_heads_of_other_segmentors_are_fitted(name, tmp_path):
     theirs.write_text(f"_base_ = 'mmseg::{name}.py'\n")
     config = load_config(theirs)
     fit_encoder(config, Described(DYVIT, (0.4,) * 3, (0.2,) * 3, {"preset": "tiny"}), TrainingOptions())
-    from downstream.fitting import each
+    from downstream.configs.adapt import each
 
     channels = [8, 16, 32, 64]
     for head in each(config.model.decode_head):

@@ -13,12 +13,12 @@ from downstream_data import artifact, coco, labelled
 from PIL import Image
 from torch import Tensor
 
+from coma.artifact import load_artifact, save_artifact
+from coma.errors import BadArtifact, BadInput
+from coma.runtimes.pytorch import TorchRuntime
 from downstream.commands import detect, segment
-from export.forms.load import load_deployable
-from export.runtimes.pytorch import TorchRuntime
-from export.verify.metric import measure
-from pretrain.artifact import load_artifact, save_artifact
-from pretrain.errors import BadArtifact, BadInput
+from export.graphs.load import load_deployable
+from export.verify.task_metrics import measure
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages warn of each other
 
@@ -58,7 +58,6 @@ def segmentor(scenes, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def deployed() -> Any:
-    from downstream import deployed  # mmengine warns of torch where it is imported
 
     return deployed
 
@@ -135,51 +134,65 @@ def test_a_segmentor_in_its_exported_form_scores_what_it_did(resized, segmentor,
     assert measure(runtime, path, scenes, ALL) == pytest.approx(expected, abs=0.5)
 
 
-def test_perfect_detections_score_100_and_moved_ones_less(deployed, detector, objects):
-    perfect = deployed.measure_detector(detector, objects, Detections(objects), ALL)
+def test_perfect_detections_score_100_and_moved_ones_less(evaluate_runtime, detector, objects):
+    perfect = evaluate_runtime.measure_detector(detector, objects, Detections(objects), ALL)
     assert perfect == {"AP": 100, "AP50": 100, "mask AP": 100}
-    moved = deployed.measure_detector(detector, objects, Detections(objects, shift=5), ALL)  # IoU 0.6 to 0.72
+    moved = evaluate_runtime.measure_detector(
+        detector, objects, Detections(objects, shift=5), ALL
+    )  # IoU 0.6 to 0.72
     assert moved["AP50"] == 100 and 20 < moved["AP"] < 60 and 20 < moved["mask AP"] < 60
 
 
-def test_perfect_classes_score_100_and_moved_ones_less(deployed, segmentor, scenes, tmp_path):
+def test_perfect_classes_score_100_and_moved_ones_less(evaluate_runtime, segmentor, scenes, tmp_path):
     perfect = Classes(scenes)
-    assert deployed.measure_segmentor(segmentor, scenes, perfect, ALL) == {"mIoU": 100, "pixel accuracy": 100}
+    assert evaluate_runtime.measure_segmentor(segmentor, scenes, perfect, ALL) == {
+        "mIoU": 100,
+        "pixel accuracy": 100,
+    }
     pixels = np.asarray(Image.open(scenes / "img_dir" / "val" / "0.png"), np.float32)
     expected = torch.from_numpy((pixels / 255 - 0.4) / 0.2).permute(2, 0, 1)[None]  # rgb
     assert torch.allclose(perfect.seen[0], expected, atol=1e-5)
     padding = doubling(segmentor, tmp_path / "a", test_cfg={"size_divisor": 200})  # mmseg would
     larger = Classes(scenes, scale=2)
-    assert deployed.measure_segmentor(padding, scenes, larger, ALL) == {"mIoU": 100, "pixel accuracy": 100}
+    assert evaluate_runtime.measure_segmentor(padding, scenes, larger, ALL) == {
+        "mIoU": 100,
+        "pixel accuracy": 100,
+    }
     assert larger.seen[0].shape == (1, 3, 128, 192)
-    moved = deployed.measure_segmentor(segmentor, scenes, Classes(scenes, shift=5), ALL)
+    moved = evaluate_runtime.measure_segmentor(segmentor, scenes, Classes(scenes, shift=5), ALL)
     assert 50 < moved["mIoU"] < 90 and 80 < moved["pixel accuracy"] < 97
 
 
 def test_no_more_images_than_asked_for_and_no_misses_in_others(
-    deployed, detector, segmentor, objects, scenes
+    evaluate_runtime, detector, segmentor, objects, scenes
 ):
     found = Detections(objects, images=(0, 2))
-    assert deployed.measure_detector(detector, objects, found, 2)["AP"] == 100 and not found.coming
+    assert evaluate_runtime.measure_detector(detector, objects, found, 2)["AP"] == 100 and not found.coming
     seen = Classes(scenes)
     del seen.coming[1]  # the first and the last of three
-    assert deployed.measure_segmentor(segmentor, scenes, seen, 2)["mIoU"] == 100 and len(seen.seen) == 2
+    assert (
+        evaluate_runtime.measure_segmentor(segmentor, scenes, seen, 2)["mIoU"] == 100 and len(seen.seen) == 2
+    )
     with pytest.raises(BadInput, match="0 images: measure at least 1"):
-        deployed.measure_detector(detector, objects, found, 0)
+        evaluate_runtime.measure_detector(detector, objects, found, 0)
 
 
-def test_images_are_evenly_spaced(deployed):
-    assert [deployed.evenly(*numbers) for numbers in ((3, 9), (9, 3), (4, 1))] == [[0, 1, 2], [0, 4, 8], [0]]
+def test_images_are_evenly_spaced(evaluate_runtime):
+    assert [evaluate_runtime.evenly(*numbers) for numbers in ((3, 9), (9, 3), (4, 1))] == [
+        [0, 1, 2],
+        [0, 4, 8],
+        [0],
+    ]
 
 
-def test_a_detector_that_finds_nothing_has_no_precision(deployed, detector, objects):
+def test_a_detector_that_finds_nothing_has_no_precision(evaluate_runtime, detector, objects):
     nothing = {"boxes": torch.zeros(1, 4, 4), "scores": torch.zeros(1, 4)}
     nothing |= {"labels": torch.full((1, 4), -1), "masks": torch.zeros(1, 4, 28, 28)}
-    scores = deployed.measure_detector(detector, objects, lambda images: nothing, ALL)
+    scores = evaluate_runtime.measure_detector(detector, objects, lambda images: nothing, ALL)
     assert scores == {"AP": 0, "AP50": 0, "mask AP": 0}
 
 
-def test_what_cannot_be_measured_is_refused(deployed, detector, segmentor, objects, scenes, tmp_path):
+def test_what_cannot_be_measured_is_refused(evaluate_runtime, detector, segmentor, objects, scenes, tmp_path):
     def never(images: Tensor) -> dict[str, Tensor]:
         raise AssertionError
 
@@ -189,18 +202,18 @@ def test_what_cannot_be_measured_is_refused(deployed, detector, segmentor, objec
     alone = [each for each in content["annotations"] if each["image_id"] == 2]
     annotations.write_text(json.dumps({**content, "annotations": alone}))
     with pytest.raises(BadInput, match="no object in the images to be measured; take more than 1"):
-        deployed.measure_detector(detector, other, never, 1)
+        evaluate_runtime.measure_detector(detector, other, never, 1)
     annotations.write_text(json.dumps(content).replace("disc", "ball"))
     with pytest.raises(BadInput, match=r"val\.json: has classes square, ball; the artifact has square, disc"):
-        deployed.measure_detector(detector, other, never, ALL)
+        evaluate_runtime.measure_detector(detector, other, never, ALL)
     other = labelled(tmp_path / "labelled", train=1, val=2)
     Image.new("L", (96, 64), 255).save(other / "ann_dir" / "val" / "0.png")
     with pytest.raises(BadInput, match="no labelled pixel in the images to be measured; take more than 1"):
-        deployed.measure_segmentor(segmentor, other, Classes(scenes), 1)
+        evaluate_runtime.measure_segmentor(segmentor, other, Classes(scenes), 1)
     (other / "classes.json").write_text(json.dumps({"classes": ["ground", "square", "ball"]}))
     with pytest.raises(BadInput, match="has classes ground, square, ball; the artifact has"):
-        deployed.measure_segmentor(segmentor, other, never, ALL)
+        evaluate_runtime.measure_segmentor(segmentor, other, never, ALL)
     with pytest.raises(BadArtifact, match="its kind is 'segmentor', not 'detector'"):
-        deployed.measure_detector(segmentor, objects, never, ALL)
+        evaluate_runtime.measure_detector(segmentor, objects, never, ALL)
     with pytest.raises(BadInput, match="no images and labels of the val split"):
-        deployed.measure_segmentor(segmentor, objects, never, ALL)
+        evaluate_runtime.measure_segmentor(segmentor, objects, never, ALL)

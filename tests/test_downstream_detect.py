@@ -16,10 +16,10 @@ import torch
 from downstream_data import DYVIT, VIT, artifact, coco
 from PIL import Image
 
+from coma.artifact import load_artifact, save_artifact
+from coma.errors import BadArtifact, BadInput, CheckFailed, Interrupted
 from downstream.commands.detect import run
-from downstream.settings import PRESETS
-from pretrain.artifact import load_artifact, save_artifact
-from pretrain.errors import BadArtifact, BadInput, CheckFailed, Interrupted
+from downstream.configs.load import PRESETS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages warn of each other
 
@@ -115,7 +115,7 @@ def test_predictions_are_drawn_and_written_as_coco_does(trained, data, tmp_path,
 
 
 def test_a_stopped_run_goes_on_with_the_images_that_come_next(data, backbone, tmp_path, monkeypatch):
-    from downstream.runs import _Watch
+    from downstream.openmmlab.runner import _Watch
 
     after = _Watch.after_train_iter
     seen: list[list[int]] = []
@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(data, backbone, tmp_
 
 def test_a_signal_to_the_whole_job_saves_as_well(data, backbone, tmp_path):
     """Schedulers send it to the reading processes, too, which die of it."""
-    from downstream.checkpoints import checkpoint_weights
+    from downstream.openmmlab.checkpoint import checkpoint_weights
 
     out = tmp_path / "run"
     command = [
@@ -384,10 +384,10 @@ def test_other_classes_are_refused(trained, data, tmp_path):
 
 def test_the_stand_in_operators_are_announced(caplog):
     import downstream.openmmlab  # noqa: F401
-    from downstream import ops
+    from downstream.openmmlab import op_registry
 
     sys.modules.pop("mmcv._ext")
-    with caplog.at_level(logging.INFO, "downstream.ops"):
-        ops.provide_ops()
-        ops.provide_ops()
+    with caplog.at_level(logging.INFO, "downstream.openmmlab.op_registry"):
+        op_registry.provide_ops()
+        op_registry.provide_ops()
     assert len([r for r in caplog.records if "torchvision" in r.message]) == 1

@@ -7,7 +7,7 @@ pytest.importorskip("mmcv")
 
 from check_ops import cases, differing
 
-from downstream.operators import OPERATORS
+from downstream.openmmlab.mmcv_ops import OPERATORS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # mm's packages have many
 

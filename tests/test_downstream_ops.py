@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from downstream_data import provided_ops
 
-from downstream.operators import OPERATORS
-from pretrain.errors import BadInput
+from coma.errors import BadInput
+from downstream.openmmlab.mmcv_ops import OPERATORS
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mmengine's and mmcv's own
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from downstream_data import provided_ops
 
-from downstream.ops import provide_ops
-from pretrain.errors import BadInput
+from coma.errors import BadInput
+from downstream.openmmlab.op_registry import provide_ops
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mmengine's and mmcv's own
 
@@ -45,7 +45,7 @@ def test_it_is_announced_once(mmcv, caplog):
         provide_ops()
         first = sys.modules["mmcv._ext"]
         provide_ops()
-    assert [record.name for record in caplog.records] == ["downstream.ops"]
+    assert [record.name for record in caplog.records] == ["downstream.openmmlab.op_registry"]
     assert "torchvision" in caplog.text
     assert sys.modules["mmcv._ext"] is first is vars(mmcv)["_ext"]
 
@@ -88,7 +88,8 @@ def test_what_an_mmcv_misses_is_not_taken_for_mmcv(mmcv, monkeypatch, tmp_path):
         provide_ops()
 
 
-def test_importing_this_module_imports_nothing_heavy():
-    code = "import downstream.ops, sys; print({'torch', 'torchvision', 'numpy', 'mmcv'} & set(sys.modules))"
+def test_reading_configurations_imports_nothing_heavy():
+    code = "import downstream.configs.load, downstream.configs.adapt, sys\n"
+    code += "print({'torch', 'torchvision', 'numpy', 'mmcv'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from downstream.datasets.headers import read_header
-from downstream.prediction import list_images
-from downstream.reading import ReadImage
-from pretrain.errors import BadImage, BadInput
+from coma.errors import BadImage, BadInput
+from downstream.datasets.image_headers import read_header
+from downstream.openmmlab.transforms import ReadImage
+from downstream.predict import list_images
 
 
 def save(path: Path) -> Path:

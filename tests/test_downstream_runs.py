@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pretrain.errors import BadInput
-from pretrain.hashing import seal
+from coma.errors import BadInput
+from coma.hashing import seal
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of mm's packages, which are imported inside
 
@@ -30,7 +30,7 @@ def spoil(path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_left_for_the_one_before(folder, caplog):
-    from downstream.checkpoints import checkpoint_weights, intact_checkpoint
+    from downstream.openmmlab.checkpoint import checkpoint_weights, intact_checkpoint
 
     assert intact_checkpoint(folder) == folder / "iter_10.pth"
     assert checkpoint_weights(folder / "iter_10.pth")["x"][0] == 10
@@ -45,7 +45,7 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(folder, caplog):
 
 
 def test_a_checkpoint_without_a_checksum_is_taken_with_a_note(folder, caplog):
-    from downstream.checkpoints import intact_checkpoint
+    from downstream.openmmlab.checkpoint import intact_checkpoint
 
     torch.save({}, folder / "iter_10.pth")
     assert intact_checkpoint(folder) == folder / "iter_10.pth"
@@ -61,7 +61,7 @@ class Images(Dataset):
 
 
 def test_images_for_mm_need_no_shared_memory():
-    from downstream.workers import settle_worker
+    from downstream.openmmlab.worker_init import settle_worker
 
     settle = partial(settle_worker, num_workers=1, rank=0, seed=0)
     loader = DataLoader(

@@ -15,10 +15,10 @@ import torch
 from downstream_data import DYVIT, artifact, coco, labelled
 from PIL import Image
 
-from downstream.checkpoints import allow_checkpoints
+from coma.artifact import load_artifact
+from coma.errors import BadArtifact, BadInput
 from downstream.commands.segment import run
-from pretrain.artifact import load_artifact
-from pretrain.errors import BadArtifact, BadInput
+from downstream.openmmlab.checkpoint import allow_checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages warn of each other
 
@@ -79,7 +79,7 @@ def test_label_maps_and_overlays(trained, data, tmp_path):
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(data, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "pretrain", "segment", "train", "--preset", "tiny", "--data", str(data)]
+    command = [sys.executable, "-m", "coma", "segment", "train", "--preset", "tiny", "--data", str(data)]
     command += ["--out", str(out), "--steps", "30", "--save-steps", "2", "--validations", "1", *SMALL]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
@@ -97,10 +97,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, tmp_path):
 
 
 def test_two_processes_share_a_batch(data, tmp_path):
-    from downstream.checkpoints import checkpoint_weights
+    from downstream.openmmlab.checkpoint import checkpoint_weights
 
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pretrain"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "coma"]
     command += [
         "segment",
         "train",

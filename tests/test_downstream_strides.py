@@ -8,13 +8,13 @@ import pytest
 import torch
 from downstream_data import DYVIT, VIT
 
-from downstream.fitting import Described, fit_encoder
-from downstream.options import TrainingOptions
-from downstream.settings import PRESETS, load_config
-from downstream.strides import check_strides
-from pretrain.config import EncoderConfig
-from pretrain.errors import BadInput
-from pretrain.plain import to_plain
+from coma.config import EncoderConfig
+from coma.config.serialization import to_plain
+from coma.errors import BadInput
+from downstream.cli_options import TrainingOptions
+from downstream.configs.adapt import Described, fit_encoder
+from downstream.configs.load import PRESETS, load_config
+from downstream.configs.strides import check_strides
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # mm's configurations and models warn of each other
 
@@ -34,7 +34,7 @@ def stock(name: str, folder: Path, library: str = "mmdet") -> Any:
 def build(config: Any) -> Any:
     from mmengine.registry import MODELS, init_default_scope
 
-    from downstream.runs import _without_sync
+    from downstream.openmmlab.runner import _without_sync
 
     init_default_scope(config.default_scope)
     _without_sync(config.model)

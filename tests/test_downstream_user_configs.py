@@ -17,10 +17,10 @@ import pytest
 import torch
 from downstream_data import artifact, coco
 
+from coma.artifact import load_artifact
+from coma.errors import BadArtifact, BadImage, BadInput
 from downstream.commands.detect import run
-from downstream.settings import PRESETS, differences, load_config, require
-from pretrain.artifact import load_artifact
-from pretrain.errors import BadArtifact, BadImage, BadInput
+from downstream.configs.load import PRESETS, differences, load_config, require
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages warn of each other
 
@@ -82,7 +82,7 @@ SIZES = [
 
 def coma(*arguments: object) -> str:
     """What the command said on stderr, in a process of its own."""
-    command = [sys.executable, "-m", "pretrain", "detect", *map(str, arguments)]
+    command = [sys.executable, "-m", "coma", "detect", *map(str, arguments)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr

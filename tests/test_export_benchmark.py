@@ -17,8 +17,12 @@ pytest.importorskip("onnxruntime")
 
 from export_files import Silent  # noqa: E402
 
-from export.commands import benchmark  # noqa: E402
-from export.comparing import (  # noqa: E402
+from coma import cli  # noqa: E402
+from coma.config import DyViTConfig  # noqa: E402
+from coma.errors import BadInput  # noqa: E402
+from coma.runtimes.manifest import Entry, Manifest, versions  # noqa: E402
+from coma.runtimes.shape_ranges import Shape, Shapes  # noqa: E402
+from export.benchmark import (  # noqa: E402
     EAGER,
     Call,
     Contender,
@@ -28,15 +32,11 @@ from export.comparing import (  # noqa: E402
     open_torch,
     try_out,
 )
-from export.forms.load import artifact_hash, load_deployable  # noqa: E402
+from export.commands import benchmark  # noqa: E402
+from export.graphs.load import artifact_hash, load_deployable  # noqa: E402
 from export.image_sets import ImageSet, Selection  # noqa: E402
 from export.latency import interleaved  # noqa: E402
-from export.manifest import Entry, Manifest, versions  # noqa: E402
-from export.shapes import Shape, Shapes  # noqa: E402
-from export.to_onnx import METADATA, as_json, read_description, write_onnx  # noqa: E402
-from pretrain import cli  # noqa: E402
-from pretrain.config import DyViTConfig  # noqa: E402
-from pretrain.errors import BadInput  # noqa: E402
+from export.onnx_export import METADATA, as_json, read_description, write_onnx  # noqa: E402
 
 SMALL = DyViTConfig(dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((8,), (4,), (0,), (0,)))
 QUICK = ("--seconds", "0.01")
@@ -254,7 +254,7 @@ def test_threads_are_given_back_after_an_error_too(model, monkeypatch):
 
 def test_files_are_opened_on_the_device_and_with_the_threads_asked_for(tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr("export.runtimes.onnxruntime.OnnxRuntime", lambda *how: opened.append(how))
+    monkeypatch.setattr("coma.runtimes.onnxruntime.OnnxRuntime", lambda *how: opened.append(how))
     entries = [entry(tmp_path / f"{name}.onnx", name) for name in ("fp32", "bf16")]
     found, _ = open_exports(tmp_path, entries, "cuda", 3, Silent())
     assert opened == [(tmp_path / f"{each.precision}.onnx", "cuda", 3) for each in entries]
@@ -269,7 +269,7 @@ def test_threads_of_onnx_runtime_do_not_wait_actively_between_runs(made):
 
 
 def test_a_machine_that_is_busy_is_remarked(monkeypatch):
-    monkeypatch.setattr("export.comparing.cores", lambda: 4)
+    monkeypatch.setattr("export.benchmark.cores", lambda: 4)
     for load, threads, busy in (
         (0.5, 4, False),
         (1.9, 4, True),

@@ -12,17 +12,17 @@ import torch
 from PIL import Image
 from skimage import data
 
-from export import judging, making
+from coma.artifact import load_artifact, save_artifact
+from coma.cli import main
+from coma.config import BeyondConfig, ViTConfig
+from coma.errors import BadInput
+from coma.runtimes.manifest import Manifest
+from coma.runtimes.model_spec import Form
+from coma.runtimes.open import open_runtime
+from coma.runtimes.pytorch import TorchRuntime
+from export import candidates, gate
 from export.commands.benchmark import parse_size
 from export.commands.export import default_shapes, run
-from export.description import Form
-from export.manifest import Manifest
-from export.runtimes.open import open_runtime
-from export.runtimes.pytorch import TorchRuntime
-from pretrain.artifact import load_artifact, save_artifact
-from pretrain.cli import main
-from pretrain.config import BeyondConfig, ViTConfig
-from pretrain.errors import BadInput
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 
@@ -51,8 +51,8 @@ def test_a_classifier_in_three_precisions(tmp_path, photographs, capsys, monkeyp
         measured.append(runtime)
         return top1(runtime, *rest)
 
-    top1 = judging.top1
-    monkeypatch.setattr(judging, "top1", measures)
+    top1 = gate.top1
+    monkeypatch.setattr(gate, "top1", measures)
     artifact = export_files.classifier(tmp_path / "run" / "artifact")
     images = ("--verify", photographs, "--calibrate", photographs)
     arguments = [artifact, "--precision", "fp32,fp16,int8", *images, *QUICK]
@@ -86,8 +86,8 @@ def test_a_failed_gate_keeps_the_file_aside_and_names_the_layer(tmp_path, monkey
         layer.weight.data.mul_(-2)
         return written(deployable, shapes, path)
 
-    written = making.write_onnx
-    monkeypatch.setattr(making, "write_onnx", corrupt)
+    written = candidates.write_onnx
+    monkeypatch.setattr(candidates, "write_onnx", corrupt)
     assert main(["export", str(artifact), "--out", str(tmp_path / "out"), *QUICK]) == 1
     error = capsys.readouterr().err
     assert "classifier.stages.1.blocks.0.mlp.fc2" in error and "refused" in error
@@ -98,7 +98,7 @@ def test_a_failed_gate_keeps_the_file_aside_and_names_the_layer(tmp_path, monkey
     assert "## Refused" in (tmp_path / "out" / "report.md").read_text()
     onnx.load_model_from_string((tmp_path / "out" / "classifier.onnx.rejected").read_bytes())
 
-    monkeypatch.setattr(making, "write_onnx", written)  # the next try replaces it
+    monkeypatch.setattr(candidates, "write_onnx", written)  # the next try replaces it
     assert main(["export", str(artifact), "--out", str(tmp_path / "out"), *QUICK]) == 0
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert [entry["file"] for entry in manifest["files"]] == ["classifier.onnx"]

@@ -17,18 +17,18 @@ from PIL import Image
 from skimage import data
 from torch import Tensor, nn
 
-from downstream.detect import Detector, preset_path
-from downstream.finetuned import build_model, describe_finetuned, load_finetuned
-from downstream.fitting import Described, fit_encoder
-from downstream.options import TrainingOptions
-from downstream.settings import load_config
-from export.forms.detection import anchors_at, pad_images
-from export.forms.detector import detector
-from export.forms.detector_settings import read_settings
-from export.operators import translations
-from pretrain.artifact import ArtifactConfig, save_artifact
-from pretrain.config import DyViTConfig, EncoderConfig
-from pretrain.errors import BadInput
+from coma.artifact import ArtifactConfig, save_artifact
+from coma.config import DyViTConfig, EncoderConfig
+from coma.errors import BadInput
+from downstream.artifacts import build_model, describe_finetuned, load_finetuned
+from downstream.cli_options import TrainingOptions
+from downstream.configs.adapt import Described, fit_encoder
+from downstream.configs.load import load_config
+from downstream.tasks.detection import Detector, preset_path
+from export.custom_ops import translations
+from export.graphs.detection_ops import anchors_at, pad_images
+from export.graphs.detector import detector
+from export.graphs.detector_config import read_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages, and torch.onnx, warn of each other
 

@@ -1,4 +1,4 @@
-"""Faults from outside: full disks, refused graphs, two exports at once, hostile files, signals."""
+"""Faults from outside: full disks, refused graphs, two exports at once, hostile atomic_io, signals."""
 
 import errno
 import fcntl
@@ -18,18 +18,18 @@ import onnx
 import pytest
 import torch
 
-from export import making, to_onnx
+from coma import atomic_io
+from coma.cli import main
+from coma.config import ViTConfig
+from coma.errors import BadInput, CheckFailed
+from coma.runtimes.manifest import NAME, STAGED, Manifest
+from coma.runtimes.onnxruntime import OnnxRuntime
+from coma.runtimes.open import open_runtime
+from export import candidates, onnx_export
 from export.commands.output import exclusive
-from export.exporting import require
-from export.judging import REJECTED
-from export.manifest import NAME, STAGED, Manifest
-from export.runtimes.onnxruntime import OnnxRuntime
-from export.runtimes.open import open_runtime
+from export.gate import REJECTED
+from export.pipeline import require
 from export.tensorrt import rtx
-from pretrain import files
-from pretrain.cli import main
-from pretrain.config import ViTConfig
-from pretrain.errors import BadInput, CheckFailed
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 
@@ -75,8 +75,8 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(run_folder, monkeypat
         return os_write(number, data)
 
     os_open, os_write = os.open, os.write
-    monkeypatch.setattr(files.os, "open", opens)
-    monkeypatch.setattr(files.os, "write", writes)
+    monkeypatch.setattr(atomic_io.os, "open", opens)
+    monkeypatch.setattr(atomic_io.os, "write", writes)
     assert export(run_folder / "artifact", "--precision", "fp16") == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(
@@ -197,9 +197,9 @@ def test_a_signal_leaves_nothing_unfinished(run_folder, monkeypatch, capsys, num
             os.kill(os.getpid(), number)  # between the file and the manifest
         return found
 
-    write_onnx, replace = making.write_onnx, Path.replace
+    write_onnx, replace = candidates.write_onnx, Path.replace
     if when == "traced":
-        monkeypatch.setattr(making, "write_onnx", written)
+        monkeypatch.setattr(candidates, "write_onnx", written)
     else:
         monkeypatch.setattr(Path, "replace", replaces)
     assert export(run_folder / "artifact", "--precision", "fp16") == 130
@@ -221,8 +221,8 @@ def test_an_artifact_that_changes_during_the_export_ends_it(run_folder, monkeypa
         (run_folder / "artifact" / "config.json").write_text(json.dumps(config))
         return found
 
-    write_onnx = making.write_onnx
-    monkeypatch.setattr(making, "write_onnx", changes)
+    write_onnx = candidates.write_onnx
+    monkeypatch.setattr(candidates, "write_onnx", changes)
     out = run_folder / "out"
     assert export(run_folder / "artifact", "--precision", "fp32,fp16", "--out", str(out)) == 2
     assert "has changed during the export; export it again" in capsys.readouterr().err
@@ -365,7 +365,7 @@ def test_missing_packages_are_said_before_anything_is_read(tmp_path, monkeypatch
 def test_a_device_that_does_not_start_is_said_before_anything_is_traced(exported, monkeypatch, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    monkeypatch.setattr(to_onnx, "write_onnx", None)
+    monkeypatch.setattr(onnx_export, "write_onnx", None)
     assert export(exported / "artifact", "--device", "cuda") == 2
     error = capsys.readouterr().err
     assert "error: cuda: " in error and "tracing" not in error
@@ -392,7 +392,7 @@ def test_results_never_replace_a_device(exported, tmp_path, capsys):
         assert main(["benchmark", str(exported / "artifact"), "--out", place]) == 2
         assert f"--out {place}: is not a regular file; give another name" in capsys.readouterr().err
         with pytest.raises(OSError, match="not a regular file"):
-            files.write_whole(Path(place), lambda file: file.write(b""))
+            atomic_io.write_whole(Path(place), lambda file: file.write(b""))
     assert not Path("/dev/null").is_file() and not (tmp_path / "pipe").is_file()
 
 

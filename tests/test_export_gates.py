@@ -12,21 +12,21 @@ import pytest
 import torch
 from PIL import Image
 
-from export.description import Description, Port, Preprocessing
-from export.forms.load import load_deployable
+from coma.data.transforms import normalize
+from coma.errors import BadInput
+from coma.runtimes.model_spec import Description, Port, Preprocessing
+from coma.runtimes.onnxruntime import OnnxRuntime
+from coma.runtimes.pytorch import TorchRuntime
+from coma.runtimes.shape_ranges import Shape, Shapes
+from export.candidates import load
+from export.graphs.load import load_deployable
 from export.image_sets import read_image_set
-from export.images import Photographs, as_input, evenly, fit_within, open_images, resized
-from export.making import load
-from export.runtimes.onnxruntime import OnnxRuntime
-from export.runtimes.pytorch import TorchRuntime
-from export.shapes import Shape, Shapes
-from export.to_onnx import METADATA, as_json, read_description, save, write_onnx
-from export.verify.check import _Reference, judge, shapes_to_run, verify
-from export.verify.compare import Difference, Differences, cosine, match, split_pixels
-from export.verify.locate import locate
-from export.verify.metric import top1
-from pretrain.data.transforms import normalize
-from pretrain.errors import BadInput
+from export.onnx_export import METADATA, as_json, read_description, save, write_onnx
+from export.preprocessing import Photographs, as_input, evenly, fit_within, open_images, resized
+from export.verify.bisect import locate
+from export.verify.errors import Difference, Differences, cosine, match, split_pixels
+from export.verify.parity import _Reference, judge, shapes_to_run, verify
+from export.verify.task_metrics import top1
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from export_files import backbone, pretrained
 
-from export.forms.load import load_deployable
-from export.runtimes.onnxruntime import OnnxRuntime, providers
-from export.runtimes.pytorch import TorchRuntime
-from export.shapes import Shape, Shapes
-from export.to_onnx import write_onnx
+from coma.runtimes.onnxruntime import OnnxRuntime, providers
+from coma.runtimes.pytorch import TorchRuntime
+from coma.runtimes.shape_ranges import Shape, Shapes
+from export.graphs.load import load_deployable
+from export.onnx_export import write_onnx
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # the exporter's own
 

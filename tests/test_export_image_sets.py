@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 from skimage import data
 
+from coma.cli import main
+from coma.config import ViTConfig
+from coma.data.sources.base import ArraySource
+from coma.errors import BadInput
 from export.image_sets import CALIBRATION, TIMING, VERIFICATION, read_image_set
-from export.images import Photographs, open_images
-from pretrain.cli import main
-from pretrain.config import ViTConfig
-from pretrain.data.source import ArraySource
-from pretrain.errors import BadInput
+from export.preprocessing import Photographs, open_images
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 

@@ -8,20 +8,20 @@ import export_files
 import pytest
 from export_files import Silent
 
-from export import exporting, judging
-from export.exporting import Outcome
-from export.forms.load import load_deployable
+from coma.config import ViTConfig
+from coma.errors import BadInput, CheckFailed, Interrupted
+from coma.runtimes.manifest import NAME, Entry, Manifest
+from coma.runtimes.pytorch import TorchRuntime
+from coma.runtimes.shape_ranges import parse_shapes
+from coma.runtimes.trt.sidecar import sidecar_path
+from export import gate, pipeline
+from export.candidates import Maker, fits, layers_of
+from export.gate import Judge
+from export.graphs.load import load_deployable
 from export.image_sets import ImageSet, Selection
-from export.judging import Judge
-from export.making import Maker, fits, layers_of
-from export.manifest import NAME, Entry, Manifest
+from export.pipeline import Outcome
 from export.report import render
-from export.runtimes.pytorch import TorchRuntime
-from export.shapes import parse_shapes
-from export.tensorrt.sidecar import sidecar_path
-from export.verify.check import Verdict
-from pretrain.config import ViTConfig
-from pretrain.errors import BadInput, CheckFailed, Interrupted
+from export.verify.parity import Verdict
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 
@@ -51,10 +51,10 @@ def judged(tmp_path, classifier, monkeypatch) -> tuple[Judge, Maker, Path]:
         sidecar_path(engine_path).write_text("new sidecar")
 
     monkeypatch.setattr("export.tensorrt.builder.build_engine", build)
-    monkeypatch.setattr("export.tensorrt.profiles.profile_of", lambda *_: None)
-    monkeypatch.setattr(judging, "describe", lambda _: about)
+    monkeypatch.setattr("coma.runtimes.trt.profiles.profile_of", lambda *_: None)
+    monkeypatch.setattr(gate, "describe", lambda _: about)
     monkeypatch.setattr(
-        "export.runtimes.tensorrt.TensorRTRuntime",
+        "coma.runtimes.tensorrt.TensorRTRuntime",
         lambda *_, **__: SimpleNamespace(description=about, title="TensorRT"),
     )
     manifest = Manifest("artifact", about.source, "classifier")
@@ -68,11 +68,11 @@ def held(folder: Path) -> dict[str, str]:
 
 def test_an_engine_and_its_sidecar_get_their_names_together(judged, tmp_path, monkeypatch):
     judge, maker, source = judged
-    monkeypatch.setattr(judging, "verify", lambda *_: FAILED)
+    monkeypatch.setattr(gate, "verify", lambda *_: FAILED)
     assert judge.engine(source, maker)
     refused = {"classifier.engine.rejected": "new engine", "classifier.engine.rejected.json": "new sidecar"}
     assert held(tmp_path) == refused
-    monkeypatch.setattr(judging, "verify", lambda *_: PASSED)
+    monkeypatch.setattr(gate, "verify", lambda *_: PASSED)
     assert not judge.engine(source, maker)
     maker.clean()
     assert held(tmp_path) == {"classifier.engine": "new engine", "classifier.engine.json": "new sidecar"}
@@ -84,7 +84,7 @@ def test_an_engine_that_is_not_finished_leaves_nothing(judged, tmp_path, monkeyp
     def fails(*_):
         raise CheckFailed("out of memory")
 
-    monkeypatch.setattr(judging, "verify", fails)
+    monkeypatch.setattr(gate, "verify", fails)
     with pytest.raises(CheckFailed):
         judge.engine(source, maker)
     maker.clean()
@@ -101,7 +101,7 @@ def test_an_engine_is_recorded_after_its_sidecar_is_in_place(judged, tmp_path, m
         return replace(path, target)
 
     replace = Path.replace
-    monkeypatch.setattr(judging, "verify", lambda *_: PASSED)
+    monkeypatch.setattr(gate, "verify", lambda *_: PASSED)
     monkeypatch.setattr(Path, "replace", replaces)
     judge.engine(source, maker)
     assert [set(names) for names in seen] == [{"classifier.engine", "classifier.engine.json"}]
@@ -111,11 +111,11 @@ def test_an_engine_is_recorded_after_its_sidecar_is_in_place(judged, tmp_path, m
 def exporting_it(judged, monkeypatch):
     """Export in two precisions, with engines; whatever can be run passes."""
     judge, _, _ = judged
-    monkeypatch.setattr(judging, "verify", lambda *_: PASSED)
+    monkeypatch.setattr(gate, "verify", lambda *_: PASSED)
 
     def export() -> tuple[Outcome, Manifest]:
         manifest, outcome = Manifest("artifact", judge.reference.description.source, "classifier"), Outcome()
-        exporting.export(judge.request, "classifier", FIXED, manifest, Silent(), outcome)
+        pipeline.export(judge.request, "classifier", FIXED, manifest, Silent(), outcome)
         return outcome, manifest
 
     return export
@@ -148,7 +148,7 @@ def test_a_file_that_cannot_be_loaded_is_refused_and_kept_for_a_look(exporting_i
     def fails(model, precision):
         raise BadInput("a branch in 16 bits")
 
-    monkeypatch.setattr(judging, "emulate", fails)
+    monkeypatch.setattr(gate, "emulate", fails)
     outcome, manifest = exporting_it()
     assert outcome.refused == ["classifier-fp16.onnx: a branch in 16 bits"]
     assert names(manifest.files) == ["classifier.onnx", "classifier.engine"]
@@ -165,7 +165,7 @@ def test_images_that_one_file_does_not_take_are_its_fault_and_others_are_the_use
         return {"top-1": 50.0}, Selection("labelled images", 2, 2)
 
     judged[0].request.labelled = object()
-    monkeypatch.setattr(judging, "top1", top1)
+    monkeypatch.setattr(gate, "top1", top1)
     unfit = ("TensorRT",)
     outcome, manifest = exporting_it()
     assert len(outcome.refused) == 2 and outcome.refused[0].startswith("classifier.engine: images 1x3x99x99")

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from export.forms.detection import likeliest, odds_of, probability_of
-from export.operators import nms_keep, translations
+from export.custom_ops import nms_keep, translations
+from export.graphs.detection_ops import likeliest, odds_of, probability_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 

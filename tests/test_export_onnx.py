@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from export.description import Precision
-from export.forms.finetuned import AdaptiveAveragePool, SegmentorForm, replace_adaptive_pooling
-from export.forms.load import example_inputs, forms_of, load_deployable
+from coma.config import BeyondConfig, DyViTConfig, ViTConfig
+from coma.errors import BadInput, CheckFailed
+from coma.runtimes.model_spec import Precision
+from coma.runtimes.onnxruntime import OnnxRuntime
+from coma.runtimes.open import open_runtime
+from coma.runtimes.pytorch import TorchRuntime
+from coma.runtimes.shape_ranges import Shape, Shapes, parse_shapes
+from export.graphs.load import example_inputs, forms_of, load_deployable
+from export.graphs.wrappers import AdaptiveAveragePool, SegmentorForm, replace_adaptive_pooling
+from export.onnx_export import in_precision, read_description, with_preprocessing, write_onnx
 from export.quantization import quantize_int8
-from export.runtimes.onnxruntime import OnnxRuntime
-from export.runtimes.open import open_runtime
-from export.runtimes.pytorch import TorchRuntime
-from export.shapes import Shape, Shapes, parse_shapes
-from export.to_onnx import in_precision, read_description, with_preprocessing, write_onnx
-from pretrain.config import BeyondConfig, DyViTConfig, ViTConfig
-from pretrain.errors import BadInput, CheckFailed
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages, and torch.onnx, warn of each other
 
@@ -151,8 +151,8 @@ def test_pixels_in_and_mean_inside(tmp_path):
 def test_more_channels(tmp_path):
     model = replace(export_files.DYVIT, channels=5)
     config = export_files.about("backbone", model, mean=(0.5,) * 5, std=(0.2,) * 5)
-    from pretrain.artifact import save_artifact
-    from pretrain.models import build_encoder
+    from coma.artifact import save_artifact
+    from coma.models import build_encoder
 
     save_artifact(tmp_path / "a", tensors=build_encoder(model).state_dict(), config=config)
     path = write(tmp_path, tmp_path / "a", "encoder", "fp32", Shapes(*[Shape(1, 32, 32)] * 3))

@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 from skimage import data
 from torch import Tensor
 
-from export import making
-from export.emulation import Short, emulate
-from export.forms.load import load_deployable
-from export.judging import REJECTED, Judge
-from export.making import UNVERIFIED
-from export.runtimes.onnxruntime import _PROVIDERS as PROVIDERS
-from export.runtimes.onnxruntime import OnnxRuntime
-from export.runtimes.open import open_runtime
-from pretrain.cli import main
-from pretrain.errors import BadInput, CheckFailed
+from coma.cli import main
+from coma.errors import BadInput, CheckFailed
+from coma.runtimes.onnxruntime import _PROVIDERS as PROVIDERS
+from coma.runtimes.onnxruntime import OnnxRuntime
+from coma.runtimes.open import open_runtime
+from export import candidates
+from export.candidates import UNVERIFIED
+from export.gate import REJECTED, Judge
+from export.graphs.load import load_deployable
+from export.half_precision_emulation import Short, emulate
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -146,7 +146,7 @@ def made(tmp_path_factory, photographs) -> Path:
         model, images = load_deployable(artifact, "classifier").module, torch.randn(1, 3, 48, 48)
         assert model(images)[0].isfinite().all() and not model.half()(images)[0].isfinite().all()
 
-    written = making.write_onnx
+    written = candidates.write_onnx
 
     def corrupt(deployable, shapes, path):
         if deployable.description.precision == "bf16":
@@ -157,7 +157,7 @@ def made(tmp_path_factory, photographs) -> Path:
     images += ("--verify-images", "2", "--calibrate-images", "2")
     settings = ("--shapes", "1x48x48", "--seconds", "0", "--precision", "fp32,fp16,bf16,fp8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(making, "write_onnx", corrupt)
+        patch.setattr(candidates, "write_onnx", corrupt)
         assert main(["export", str(artifact), *settings, *images]) == 1
     return artifact.parent / "export"
 
@@ -274,10 +274,8 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch) -> Fake:
     found = Fake(PROVIDERS["cuda"])
-    monkeypatch.setattr("export.runtimes.onnxruntime._library", lambda: found)
-    monkeypatch.setattr(
-        "export.runtimes.onnxruntime.load_library", lambda flavour: found.asked.append(flavour)
-    )
+    monkeypatch.setattr("coma.runtimes.onnxruntime._library", lambda: found)
+    monkeypatch.setattr("coma.runtimes.onnxruntime.load_library", lambda flavour: found.asked.append(flavour))
     return found
 
 
@@ -301,7 +299,7 @@ def test_without_tensorrts_package_its_libraries_may_be_elsewhere(made, fake, mo
         raise BadInput("TensorRT is not installed")
 
     fake.used = PROVIDERS["tensorrt"]
-    monkeypatch.setattr("export.runtimes.onnxruntime.load_library", missing)
+    monkeypatch.setattr("coma.runtimes.onnxruntime.load_library", missing)
     OnnxRuntime(made / "classifier.onnx", "tensorrt")
 
 

@@ -16,13 +16,13 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from onnx import ModelProto, TensorProto, helper, numpy_helper  # noqa: E402
 from skimage import data  # noqa: E402
 
-from export.emulation import emulate  # noqa: E402
+from coma.config import DyViTConfig  # noqa: E402
+from coma.errors import BadInput, CheckFailed  # noqa: E402
+from coma.models import build_encoder  # noqa: E402
+from export.half_precision_emulation import emulate  # noqa: E402
 from export.quantization import ORT_FP8_ENTRY, precision_summary, quantize_fp8, quantize_int8  # noqa: E402
 from export.quantization.calibration import BINS, Magnitudes  # noqa: E402
 from export.quantization.codes import INT8, fp8_codes  # noqa: E402
-from pretrain.config import DyViTConfig  # noqa: E402
-from pretrain.errors import BadInput, CheckFailed  # noqa: E402
-from pretrain.models import build_encoder  # noqa: E402
 
 MODEL = DyViTConfig(
     patch=2, dim=16, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8), (4,), (4,), (0,))

@@ -11,25 +11,25 @@ import onnx
 import pytest
 from PIL import Image
 
+from coma.artifact import load_artifact, save_artifact
+from coma.cli import main
+from coma.config import ViTConfig
+from coma.config.serialization import to_plain
+from coma.errors import BadInput, CheckFailed
+from coma.runtimes.manifest import Entry, Manifest
+from coma.runtimes.open import open_runtime
+from coma.runtimes.shape_ranges import parse_shapes
 from demo.runtimes import exported_files
-from export import exporting, judging, making
+from export import candidates, gate, pipeline
+from export.benchmark import exported
+from export.candidates import describe, fitted, layers_of
 from export.commands.export import run
-from export.comparing import exported
-from export.forms.load import artifact_hash, load_deployable, preprocessing_of
-from export.images import Photographs
-from export.making import describe, fitted, layers_of
-from export.manifest import Entry, Manifest
-from export.quantization.graph import constant_products
+from export.graphs.load import artifact_hash, load_deployable, preprocessing_of
+from export.job import folder_beside
+from export.preprocessing import Photographs
+from export.quantization.qdq import constant_products
 from export.report import render
-from export.request import folder_beside
-from export.runtimes.open import open_runtime
-from export.shapes import parse_shapes
-from export.verify.check import Verdict
-from pretrain.artifact import load_artifact, save_artifact
-from pretrain.cli import main
-from pretrain.config import ViTConfig
-from pretrain.errors import BadInput, CheckFailed
-from pretrain.plain import to_plain
+from export.verify.parity import Verdict
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 
@@ -85,12 +85,12 @@ def test_a_refused_file_leaves_the_older_one_and_nothing_is_made_of_it(tmp_path,
     assert {each.layer for each in products} <= layers_of(load_deployable(classifier, "classifier").module)
 
     def corrupt(deployable, shapes, path):
-        if making.UNVERIFIED in path.name:  # not the one that int8 is made of
+        if candidates.UNVERIFIED in path.name:  # not the one that int8 is made of
             deployable.module.classifier.head.weight.data.mul_(-2)
         return written(deployable, shapes, path)
 
-    written = making.write_onnx
-    monkeypatch.setattr(making, "write_onnx", corrupt)
+    written = candidates.write_onnx
+    monkeypatch.setattr(candidates, "write_onnx", corrupt)
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     for i in range(3):
@@ -228,7 +228,7 @@ def test_the_report_says_by_file_where_it_was_measured_if_not_all_were_alike():
 )
 def test_a_quantised_file_is_smaller_or_faster_than_the_fp32_file(size, own, fp32, kept):
     plain = None if fp32 is None else entry("classifier.onnx", latency=fp32)
-    found = judging._worth_it(PASSED, entry("classifier-int8.onnx", bytes=size, latency=own), 100, plain)
+    found = gate._worth_it(PASSED, entry("classifier-int8.onnx", bytes=size, latency=own), 100, plain)
     assert found.passed == kept
     assert kept or found.failures == ("neither smaller than the fp32 file nor faster",)
 
@@ -242,7 +242,7 @@ def test_what_was_refused_before_an_error_is_said_with_it_and_reported(tmp_path,
         manifest.add(entry("encoder.onnx.rejected"), passed=False)
         outcome.refused.append("encoder.onnx: too far off")
 
-    monkeypatch.setattr(exporting, "export", fails)
+    monkeypatch.setattr(pipeline, "export", fails)
     with pytest.raises(BadInput, match=r"(?s)no room for it.*refused.*encoder\.onnx: too far off"):
         run([str(artifact)])
     assert "- `encoder.onnx.rejected`: too far off" in (tmp_path / "export" / "report.md").read_text()
@@ -259,12 +259,12 @@ def test_rtx_checks_what_this_run_kept(tmp_path, classifier, monkeypatch):
         checked.append(path.name)
         raise CheckFailed("does not parse")
 
-    monkeypatch.setattr(exporting, "export", keeps_fp16)
+    monkeypatch.setattr(pipeline, "export", keeps_fp16)
     monkeypatch.setattr(
-        making, "describe", lambda path: load_deployable(classifier, "classifier").description
+        candidates, "describe", lambda path: load_deployable(classifier, "classifier").description
     )
-    monkeypatch.setattr("export.tensorrt.profiles.profile_of", lambda *_: None)
-    monkeypatch.setattr("export.tensorrt.library.require_package", lambda _: None)
+    monkeypatch.setattr("coma.runtimes.trt.profiles.profile_of", lambda *_: None)
+    monkeypatch.setattr("coma.runtimes.trt.discovery.require_package", lambda _: None)
     monkeypatch.setattr("export.tensorrt.rtx.check_rtx", check)
     arguments = (
         str(classifier),
@@ -286,7 +286,7 @@ def test_inside_an_artifact_files_lie_beside_it_and_carry_its_name(tmp_path, mon
     def keeps(request, form, shapes, manifest, watcher, outcome):
         manifest.add(entry("classifier.onnx"), passed=True)
 
-    monkeypatch.setattr(exporting, "export", keeps)
+    monkeypatch.setattr(pipeline, "export", keeps)
     monkeypatch.chdir(artifact)
     run(["."])
     assert {path.name for path in artifact.iterdir()} == {"config.json", "model.safetensors"}

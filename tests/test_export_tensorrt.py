@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 from tensorrt_files import ABOUT, IMAGES, PROFILE, needs_no_gpu
 
-from export.description import Port
-from export.runtimes.tensorrt import TensorRTRuntime
-from export.shapes import parse_shapes
-from export.tensorrt import library as library_module
-from export.tensorrt.inspection import summarize
-from export.tensorrt.library import Driver, Gpu, Library, load_library, require_gpu
-from export.tensorrt.profiles import Profile, ShapeRange, choose_profile, make_profile, profile_of
-from export.tensorrt.sidecar import (
+from coma.errors import BadInput
+from coma.hashing import sha256_of
+from coma.runtimes.model_spec import Port
+from coma.runtimes.shape_ranges import parse_shapes
+from coma.runtimes.tensorrt import TensorRTRuntime
+from coma.runtimes.trt import discovery as library_module
+from coma.runtimes.trt.discovery import Driver, Gpu, Library, load_library, require_gpu
+from coma.runtimes.trt.engine_info import summarize
+from coma.runtimes.trt.profiles import Profile, ShapeRange, choose_profile, make_profile, profile_of
+from coma.runtimes.trt.sidecar import (
     EngineOptions,
     Sidecar,
     check_fits,
@@ -26,8 +28,6 @@ from export.tensorrt.sidecar import (
     sidecar_path,
     write_sidecar,
 )
-from pretrain.errors import BadInput
-from pretrain.hashing import sha256_of
 
 H200 = Gpu("NVIDIA H200", "9.0")
 H100 = Gpu("NVIDIA H100", "9.0")

@@ -14,16 +14,16 @@ import pytest
 from onnx import TensorProto, helper
 from tensorrt_files import ABOUT, FLOAT, PROFILE, graph, needs_no_gpu, needs_rtx, node
 
-from export.runtimes.tensorrt import _open
+from coma.errors import BadInput, CheckFailed, Interrupted
+from coma.hashing import sha256_of
+from coma.runtimes.tensorrt import _open
+from coma.runtimes.trt.callbacks import make_logger
+from coma.runtimes.trt.discovery import load_library
+from coma.runtimes.trt.profiles import Profile, ShapeRange
+from coma.runtimes.trt.sidecar import EngineOptions, read_sidecar
 from export.tensorrt.builder import build_engine, configure
-from export.tensorrt.library import load_library
-from export.tensorrt.listening import make_logger
-from export.tensorrt.profiles import Profile, ShapeRange
 from export.tensorrt.rtx import check_rtx
-from export.tensorrt.sidecar import EngineOptions, read_sidecar
 from export.tensorrt.timing import open_timing_cache, save_timing_cache
-from pretrain.errors import BadInput, CheckFailed, Interrupted
-from pretrain.hashing import sha256_of
 
 WEIGHT = np.random.default_rng(0).normal(size=(8, 8))
 HALF = [

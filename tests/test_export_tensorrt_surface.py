@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from tensorrt_files import needs_rtx
 
-from export.tensorrt.library import load_library
+from coma.runtimes.trt.discovery import load_library
 
 ROOT = Path(__file__).parent.parent
-FILES = [*sorted((ROOT / "export/tensorrt").glob("*.py")), ROOT / "export/runtimes/tensorrt.py"]
+FILES = [*sorted((ROOT / "export/tensorrt").glob("*.py")), ROOT / "coma/runtimes/tensorrt.py"]
 SURFACES = json.loads((ROOT / "tests/golden/tensorrt_surfaces.json").read_text())
 OBJECTS = {
     "trt": "tensorrt",

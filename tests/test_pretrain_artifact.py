@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pretrain.artifact import (
+from coma.artifact import (
     Artifact,
     ArtifactConfig,
     library_versions,
@@ -21,11 +21,11 @@ from pretrain.artifact import (
     save,
     save_artifact,
 )
-from pretrain.config import DecoderConfig, DyViTConfig, MAEConfig, ViTConfig
-from pretrain.errors import BadArtifact, BadInput
-from pretrain.models import build_encoder
-from pretrain.objectives import build_objective
-from pretrain.pretrained import load_pretrained
+from coma.config import DecoderConfig, DyViTConfig, MAEConfig, ViTConfig
+from coma.errors import BadArtifact, BadInput
+from coma.models import build_encoder
+from coma.objectives import build_objective
+from coma.objectives.load import load_pretrained
 
 MODEL = ViTConfig(channels=2, patch=4, dim=8, depth=1, heads=2)
 DYVIT = DyViTConfig(patch=1, dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8),) * 4)

@@ -9,19 +9,19 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.config import DyViTConfig
-from pretrain.masking.units import spread
-from pretrain.models import DyViT
-from pretrain.models.attention import (
+from coma.config import DyViTConfig
+from coma.masking.patchify import spread
+from coma.models import DyViT
+from coma.models.attention import (
     DynamicMultiWindowAttention,
     WindowGate,
     concat_weighted,
     scaled_dot_product,
     stage_layout,
 )
-from pretrain.models.positions import rotary_table, rotate, sincos_positions
-from pretrain.models.sequences import image_sequences
-from pretrain.models.windows import (
+from coma.models.position_embeddings import rotary_table, rotate, sincos_positions
+from coma.models.view_sequences import image_sequences
+from coma.models.windows import (
     MASKED,
     fit,
     merge,

@@ -13,8 +13,8 @@ import pytest
 import torch
 from short_runs import MODEL, at
 
-from pretrain import cli, load_pretrained
-from pretrain.config import (
+from coma import cli, load_pretrained
+from coma.config import (
     BeyondConfig,
     DataConfig,
     DecoderConfig,
@@ -24,11 +24,11 @@ from pretrain.config import (
     ViTConfig,
     method_preset,
 )
-from pretrain.degradations import border, degrade
-from pretrain.errors import BadInput
-from pretrain.models import build_encoder
-from pretrain.objectives import build_objective
-from pretrain.plain import from_plain, to_plain
+from coma.config.serialization import from_plain, to_plain
+from coma.errors import BadInput
+from coma.models import build_encoder
+from coma.objectives import build_objective
+from coma.objectives.degradations import border, degrade
 from pretrain.training import pretrain
 
 DECODER = DecoderConfig(dim=32, depth=1, heads=2)

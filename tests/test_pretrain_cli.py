@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-import pretrain
-from pretrain import cli
+import coma
+from coma import cli
 
 GOLDEN = Path(__file__).parent / "golden"
 OURS = sorted(name for name, entry in cli.find_commands().items() if entry.module.startswith("pretrain."))
@@ -27,7 +27,7 @@ ROOM = '''"""Says hello.
 
 More about it.
 """
-from pretrain import errors
+from coma import errors
 
 
 def run(argv):
@@ -213,7 +213,7 @@ def test_a_missing_dependency_and_one_of_two_that_share_a_name_say_what_to_insta
 
 def test_a_reader_that_goes_away_is_no_error():
     process = subprocess.Popen(
-        [sys.executable, "-m", "pretrain", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "coma", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert process.stdout is not None
     process.stdout.close()
@@ -246,18 +246,18 @@ def test_version_names_the_libraries(capsys):
 
 def test_python_m_is_the_same_program(capsys):
     cli.main(["--version"])
-    result = python("-m", "pretrain", "--version")
+    result = python("-m", "coma", "--version")
     assert (result.returncode, result.stdout) == (0, capsys.readouterr().out)
-    assert python("-m", "pretrain", "nonsense").returncode == 2
+    assert python("-m", "coma", "nonsense").returncode == 2
 
 
 @pytest.mark.parametrize(
     "code",
     [
         "import pretrain",
-        "from pretrain import cli; cli.main(['--help'])",
-        "from pretrain import cli; cli.main(['--version'])",
-        *(f"from pretrain import cli; cli.main([{name!r}, '--help'])" for name in OURS),
+        "from coma import cli; cli.main(['--help'])",
+        "from coma import cli; cli.main(['--version'])",
+        *(f"from coma import cli; cli.main([{name!r}, '--help'])" for name in OURS),
     ],
 )
 def test_nothing_heavy_is_imported_to_answer(code):
@@ -269,7 +269,7 @@ def test_nothing_heavy_is_imported_to_answer(code):
 
 
 def test_only_the_command_line_configures_logging():
-    root = Path(pretrain.__file__).parent
+    root = Path(coma.__file__).parent
     assert [path.name for path in root.rglob("*.py") if "basicConfig" in path.read_text()] == ["cli.py"]
 
 
@@ -277,7 +277,7 @@ def test_messages_of_the_running_room_are_shown(room, capsys):
     logging.getLogger().handlers.clear()
     cli.main(["greet"])
     logging.getLogger("annex").info("from the room")
-    logging.getLogger("pretrain.data").info("from a library of ours")
+    logging.getLogger("coma.data").info("from a library of ours")
     logging.getLogger("elsewhere").info("from another library")
     with redirect_stderr(io.StringIO()) as bar:
         logging.getLogger("annex").info("while a progress bar has the terminal")
@@ -289,12 +289,12 @@ def test_messages_of_the_running_room_are_shown(room, capsys):
 
 
 def test_public_names_are_there_and_others_are_not():
-    for name in pretrain.__all__:
-        assert getattr(pretrain, name).__name__ == name
-    assert set(pretrain.__all__) <= set(dir(pretrain))
-    assert re.match(r"\d+\.\d+", pretrain.__version__)
+    for name in coma.__all__:
+        assert getattr(coma, name).__name__ == name
+    assert set(coma.__all__) <= set(dir(coma))
+    assert re.match(r"\d+\.\d+", coma.__version__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        _ = pretrain.nonsense
+        _ = coma.nonsense
 
 
 def surface() -> dict[str, str]:
@@ -323,7 +323,7 @@ def _output(*argv: str) -> str:
 
 
 def test_help_is_wrapped_where_the_terminal_ends_not_where_our_lines_do():
-    command = [sys.executable, "-m", "pretrain", "pretrain", "--help"]  # tyro keeps texts it has read
+    command = [sys.executable, "-m", "coma", "pretrain", "--help"]  # tyro keeps texts it has read
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
     lines = [line.strip(" │") for line in done.stdout.splitlines()]
     first = next(i for i, line in enumerate(lines) if line.startswith("--repeats INT")) + 1

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from short_runs import MODEL, assert_same, at, interrupted, learned
 from taught_models import ENCODERS, METHODS, STATISTICS, objective, pictures, teacher, timm_weights
 
-from pretrain import cli, load_pretrained
-from pretrain.config import (
+from coma import cli, load_pretrained
+from coma.config import (
     BalancedCoMAConfig,
     CMTConfig,
     DataConfig,
@@ -27,17 +27,17 @@ from pretrain.config import (
     TeacherConfig,
     method_preset,
 )
-from pretrain.errors import BadInput
-from pretrain.masking.guided import deal
-from pretrain.models import build_encoder
-from pretrain.models.attending import attend
-from pretrain.models.teacher import to_units
-from pretrain.objectives import CMT, BalancedCoMA, build_objective
-from pretrain.plain import from_plain, to_plain
-from pretrain.teaching import load_teacher, training_objective
+from coma.config.serialization import from_plain, to_plain
+from coma.errors import BadInput
+from coma.masking.guided import deal
+from coma.models import build_encoder
+from coma.models.attention_maps import attend
+from coma.models.teacher import to_units
+from coma.objectives import CMT, BalancedCoMA, build_objective
+from coma.objectives.teachers import load_teacher, training_objective
 from pretrain.training import pretrain
-from pretrain.training.learner import Learner
-from pretrain.training.state import read_state
+from pretrain.training.checkpoint import read_state
+from pretrain.training.train_step import Learner
 
 GOLDEN = Path(__file__).parent / "golden" / "loss_curves_cmt.json"
 
@@ -234,7 +234,7 @@ def test_settings():
 def quick(monkeypatch):
     """Without pictures."""
     for name in ("reconstruction_sheet", "loss_curve"):
-        monkeypatch.setattr(f"pretrain.training.keeping.{name}", lambda *_, **__: None)
+        monkeypatch.setattr(f"pretrain.training.run_directory.{name}", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -21,15 +21,10 @@ import pytest
 import torch
 from test_pretrain_probe import class_folders
 
-from pretrain import cli
+from coma import cli
+from coma.errors import BadInput, Interrupted
 from pretrain.commands.compare import entry
-from pretrain.compare import (
-    Comparison,
-    compare,
-    jobs,
-    running,
-)
-from pretrain.errors import BadInput, Interrupted
+from pretrain.sweep import Comparison, compare, process_pool, sweep
 
 HERE = Path(__file__).resolve().parent
 
@@ -86,11 +81,11 @@ class Forked:
 
 def light(patch: pytest.MonkeyPatch) -> None:
     """Processes that start at once, and no pictures of runs."""
-    patch.setattr(jobs.subprocess, "Popen", Forked)
-    patch.setattr(jobs, "_POLL", 0.01)
+    patch.setattr(process_pool.subprocess, "Popen", Forked)
+    patch.setattr(process_pool, "_POLL", 0.01)
     patch.setattr("pretrain.training.throughput.flops_per_image", lambda _: 1e6)  # autograd, then no forks
     for name in ("loss_curve", "reconstruction_sheet"):
-        patch.setattr(f"pretrain.training.keeping.{name}", lambda *_, **__: None)
+        patch.setattr(f"pretrain.training.run_directory.{name}", lambda *_, **__: None)
 
 
 def in_another_process(scenario: str, *arguments: Path) -> None:
@@ -226,8 +221,10 @@ def test_a_process_of_a_killed_comparison_is_waited_for(tmp_path, lock):
         os._exit(0)
     until((tmp_path / "held").exists)
     told: list[str | None] = []
-    runner = jobs.Runner(tmp_path, [{}], lambda line, _: told.append(line), jobs.StopRequest())
-    runner.run([jobs.Job("one", lambda: pytest.fail("started beside it"), marker.exists)])
+    runner = process_pool.Runner(
+        tmp_path, [{}], lambda line, _: told.append(line), process_pool.StopRequest()
+    )
+    runner.run([process_pool.Job("one", lambda: pytest.fail("started beside it"), marker.exists)])
     os.waitpid(child, 0)
     assert not runner.failures
     assert [line for line in told if line] == [
@@ -236,10 +233,10 @@ def test_a_process_of_a_killed_comparison_is_waited_for(tmp_path, lock):
 
 
 def test_a_process_that_does_not_stop_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "_PATIENCE", 0.2)
+    monkeypatch.setattr(process_pool, "_PATIENCE", 0.2)
     deaf = "import signal as s, time; s.signal(s.SIGTERM, s.SIG_IGN); open('on', 'w'); time.sleep(60)"
     told: list[str | None] = []
-    popen, stop = subprocess.Popen, jobs.StopRequest()
+    popen, stop = subprocess.Popen, process_pool.StopRequest()
 
     def started(_: object, **options: Any) -> subprocess.Popen:
         return popen([sys.executable, "-c", deaf], cwd=tmp_path, **options)
@@ -248,11 +245,11 @@ def test_a_process_that_does_not_stop_is_killed(tmp_path, monkeypatch):
         stop.asked = (tmp_path / "on").exists()
         return 0.0
 
-    monkeypatch.setattr(jobs.subprocess, "Popen", started)
-    job = jobs.Job("one", tuple, lambda: False, progress=progress)
-    monkeypatch.setattr(jobs, "_SHOW", 0.0)
+    monkeypatch.setattr(process_pool.subprocess, "Popen", started)
+    job = process_pool.Job("one", tuple, lambda: False, progress=progress)
+    monkeypatch.setattr(process_pool, "_SHOW", 0.0)
     with pytest.raises(Interrupted):
-        jobs.Runner(tmp_path, [{}], lambda line, _: told.append(line), stop).run([job])
+        process_pool.Runner(tmp_path, [{}], lambda line, _: told.append(line), stop).run([job])
     assert "one does not stop; killing it" in told
 
 
@@ -265,38 +262,40 @@ def test_another_comparison_of_changed_images_is_refused(tmp_path, monkeypatch, 
     entry = SimpleNamespace(config=SimpleNamespace(data=SimpleNamespace(images=photos)))
     out = tmp_path / "out"
     comparison: Any = SimpleNamespace(entries=[entry], test=photos, out=out, allow_changed_data=False)
-    running._check_data(comparison)
+    sweep._check_data(comparison)
     (out / "settings").mkdir()
     (out / "settings" / "one.json").touch()
-    running._check_data(comparison)
+    sweep._check_data(comparison)
     (photos / "test" / "1" / "a.png").rename(photos / "test" / "2" / "b.png")
     with pytest.raises(BadInput, match=r"the test images have changed: 1 removed \(1/a\.png\), 1 added"):
-        running._check_data(comparison)
+        sweep._check_data(comparison)
     comparison.allow_changed_data = True
-    running._check_data(comparison)
+    sweep._check_data(comparison)
     assert "warning: the test images have changed" in caplog.text
     comparison.allow_changed_data = False
-    running._check_data(comparison)
+    sweep._check_data(comparison)
 
 
 def test_progress_is_asked_for_now_and_then(tmp_path, monkeypatch):
     """It is read from files: not at every look at the processes."""
     looks, asked = [None] * 40 + [0], []
     process = SimpleNamespace(poll=lambda: looks.pop(0), wait=lambda: None)
-    monkeypatch.setattr(jobs.subprocess, "Popen", lambda *_, **__: process)
-    monkeypatch.setattr(jobs, "_POLL", 0.001)
-    job = jobs.Job("one", tuple, lambda: not looks, progress=lambda: asked.append(1) or 0.5)
+    monkeypatch.setattr(process_pool.subprocess, "Popen", lambda *_, **__: process)
+    monkeypatch.setattr(process_pool, "_POLL", 0.001)
+    job = process_pool.Job("one", tuple, lambda: not looks, progress=lambda: asked.append(1) or 0.5)
     told: list[float] = []
-    jobs.Runner(tmp_path, [{}], lambda _, done: told.append(done), jobs.StopRequest()).run([job])
+    process_pool.Runner(tmp_path, [{}], lambda _, done: told.append(done), process_pool.StopRequest()).run(
+        [job]
+    )
     assert 0 < len(asked) < 10 and told[0] == 0.5 and told[-1] == 1
 
 
 def test_the_reason_is_the_last_process_s_own(tmp_path):
     log = tmp_path / "log"
     log.write_text("\n$ coma pretrain a\nerror: the disk is full\n\n$ coma pretrain --resume a\nstep 3\n")
-    assert jobs._reason(-9, log) == "killed by SIGKILL, step 3"
+    assert process_pool._reason(-9, log) == "killed by SIGKILL, step 3"
     log.write_text(log.read_text() + "\n$ coma evaluate\n")
-    assert jobs._reason(1, log) == "exit code 1"
+    assert process_pool._reason(1, log) == "exit code 1"
 
 
 def test_a_failing_run_is_named_and_the_others_are_in_the_table(labelled, tmp_path):

@@ -9,13 +9,14 @@ import pytest
 from test_pretrain_compare import SMALL, asked
 from test_pretrain_probe import class_folders
 
+from coma.errors import BadInput
 from pretrain.commands.compare import _device, entry, parse
-from pretrain.compare import Cost, Result, compare, groups, mean_and_deviation, reach, steps_for
-from pretrain.compare.caption import caption
-from pretrain.compare.picture import draw
-from pretrain.compare.plan import last_step
-from pretrain.compare.progress import time_left
-from pretrain.compare.results import (
+from pretrain.sweep import Cost, Result, compare, groups, mean_and_deviation, reach, steps_for
+from pretrain.sweep.caption import caption
+from pretrain.sweep.plan import last_step
+from pretrain.sweep.plot import draw
+from pretrain.sweep.progress import time_left
+from pretrain.sweep.results import (
     Look,
     Reach,
     floor_name,
@@ -24,8 +25,7 @@ from pretrain.compare.results import (
     seconds_until,
     standard_error,
 )
-from pretrain.compare.running import _slots
-from pretrain.errors import BadInput
+from pretrain.sweep.sweep import _slots
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_every_job_gets_a_gpu_or_threads(tmp_path):
 )
 def test_jobs_share_the_cores_that_are_ours(labelled, tmp_path, monkeypatch, gpus, flags, shared):
     """Jobs, threads of each, processes that decode for each."""
-    for module in ("pretrain.commands.compare", "pretrain.data.workers"):
+    for module in ("pretrain.commands.compare", "coma.data.worker_pool"):
         monkeypatch.setattr(f"{module}.cores", lambda: 80)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -222,7 +222,7 @@ def test_fine_tuned_scores_of_earlier_versions_are_told_apart(labelled, tmp_path
 def test_the_picture_shows_everything_once_where_it_was_measured(labelled, tmp_path, monkeypatch):
     """A column for each backbone; a single run is hollow; probes apart from what was measured in the end."""
     shown = []
-    monkeypatch.setattr("pretrain.compare.picture.write_whole", lambda *_: None)
+    monkeypatch.setattr("pretrain.sweep.plot.write_whole", lambda *_: None)
     from matplotlib.figure import Figure
 
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: shown.append(figure))

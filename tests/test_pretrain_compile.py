@@ -13,13 +13,13 @@ from short_runs import MODEL, OBJECTIVE
 from taught_models import DECODER, ENCODERS, METHODS, pictures
 from taught_models import objective as objective_of
 
-from pretrain.config import BeyondConfig, DecoderConfig, MAEConfig, ViTConfig
-from pretrain.masking.partition import group_sizes, partition
-from pretrain.models import build_encoder
-from pretrain.models.attention import Consecutive, stage_layout
-from pretrain.models.dyvit import Block
-from pretrain.models.sequences import image_sequences
-from pretrain.objectives import build_objective
+from coma.config import BeyondConfig, DecoderConfig, MAEConfig, ViTConfig
+from coma.masking.sampling import group_sizes, partition
+from coma.models import build_encoder
+from coma.models.attention import Consecutive, stage_layout
+from coma.models.dyvit import Block
+from coma.models.view_sequences import image_sequences
+from coma.objectives import build_objective
 
 DYVIT = replace(MODEL, windows=((4, 8), (2, 4), (2, 6), (2,)))  # inside units, across them, all of the map
 VIT = ViTConfig(patch=8, dim=16, depth=2, heads=2)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.artifact import ArtifactConfig, library_versions
-from pretrain.config import (
+from coma.artifact import ArtifactConfig, library_versions
+from coma.config import (
     ENCODER_PRESETS,
     METHOD_PRESETS,
     BeyondConfig,
@@ -22,8 +22,8 @@ from pretrain.config import (
     encoder_preset,
     method_preset,
 )
-from pretrain.errors import BadInput
-from pretrain.plain import from_plain, read_config, to_plain
+from coma.config.serialization import from_plain, read_config, to_plain
+from coma.errors import BadInput
 
 
 @pytest.mark.parametrize("method", METHOD_PRESETS)

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from skimage import data as pictures
 
-from pretrain.config import DataConfig
-from pretrain.data import ArraySource, Slices, dali, open_source, training_batches
-from pretrain.data.dali import CropFetch, Jpeg
-from pretrain.data.samples import Opened
-from pretrain.errors import BadImage, BadInput
+from coma.config import DataConfig
+from coma.data import ArraySource, Slices, dali, open_source, training_batches
+from coma.data.dali import CropFetch, Jpeg
+from coma.data.loader import Opened
+from coma.errors import BadImage, BadInput
 
 HERE = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 needs_dali = pytest.mark.skipif(not HERE, reason="the extra `dali` is not installed")
@@ -96,7 +96,7 @@ def undecodable(folder, monkeypatch):
         (folder / name).write_bytes(b"\xff\xd8\xff" + bytes(500) + b"\xff\xd9")
     for name in ("lossless.png", "turned.jpg"):
         (folder / name).unlink()
-    monkeypatch.setattr("pretrain.data.dali.plain_jpeg_size", lambda _: (100, 100))
+    monkeypatch.setattr("coma.data.dali.plain_jpeg_size", lambda _: (100, 100))
     return folder
 
 

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage import data as pictures
 
-from pretrain.data import images
-from pretrain.data.images import decode
-from pretrain.errors import BadImage
+from coma.data import decode as decoding
+from coma.data.decode import decode
+from coma.errors import BadImage
 
 COLOUR = pictures.coffee()[:61, :83]  # [61, 83, 3]
-TALKATIVE = images._TALKATIVE
+TALKATIVE = decoding._TALKATIVE
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -170,7 +170,7 @@ def test_decoders_keep_quiet(capfd, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         decode_all(files)
         assert not caplog.records
-        monkeypatch.setattr(images, "_TALKATIVE", ())
+        monkeypatch.setattr(decoding, "_TALKATIVE", ())
         decode_all(files)  # the planted fault: they do have something to say
     assert {record.name for record in caplog.records} == set(TALKATIVE)
     assert capfd.readouterr() == ("", "")

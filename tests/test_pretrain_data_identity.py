@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pretrain.data import open_source
-from pretrain.data.identity import FILE, changes, check_listing, list_data, read_listing, write_listing
-from pretrain.data.source import ArraySource, Source
-from pretrain.data.subset import Subset
-from pretrain.errors import BadInput
+from coma.data import open_source
+from coma.data.identity import FILE, changes, check_listing, list_data, read_listing, write_listing
+from coma.data.sources.base import ArraySource, Source
+from coma.data.sources.subset import Subset
+from coma.errors import BadInput
 
 FILES = {"a.png": 10, "b.png": 20, "c.png": 30, "d.png": 40}
 LATER = {"a.png": 10, "c.png": 31, "d.png": 40, "e.png": 50}

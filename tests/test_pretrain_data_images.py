@@ -11,9 +11,9 @@ import tifffile
 from PIL import Image
 from skimage import data as pictures
 
-from pretrain.data.channels import adapt
-from pretrain.data.images import Picture, decode
-from pretrain.errors import BadImage
+from coma.data.channels import adapt
+from coma.data.decode import Picture, decode
+from coma.errors import BadImage
 
 COLOUR = pictures.coffee()[:61, :83]  # [61, 83, 3], odd sides
 GREY = COLOUR[:, :, 1]

@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 from skimage import data as pictures
 
-from pretrain.cli import main
-from pretrain.data import inventory, open_source
-from pretrain.data.folders import FolderSource, subfolders
-from pretrain.data.images import decode
-from pretrain.data.products import product_around
-from pretrain.errors import BadImage, BadInput
+from coma.cli import main
+from coma.data import inventory, open_source
+from coma.data.decode import decode
+from coma.data.products import product_around
+from coma.data.sources.image_folder import FolderSource, subfolders
+from coma.errors import BadImage, BadInput
 
 COLOUR = pictures.coffee()[:61, :83]  # [61, 83, 3]
 TINY = ["--model", "tiny", "--image-size", "32", "--batch-size", "2", "--device", "cpu", "--workers", "0"]
@@ -370,7 +370,7 @@ def test_every_command_says_what_it_reads(labelled, tmp_path, caplog):
 
 
 def test_the_line_comes_first_and_once(labelled, tmp_path):
-    command = "import sys; from pretrain.cli import main; from pretrain.data import open_source\n"
+    command = "import sys; from coma.cli import main; from coma.data import open_source\n"
     place = labelled / "train"
     arguments = ["pack", str(place), "--out", str(tmp_path / "out"), "--workers", "0"]
     command += f"assert main({arguments}) == 0\n"

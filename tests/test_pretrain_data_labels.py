@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain import cli
-from pretrain.artifact import ArtifactConfig, library_versions, save_artifact
-from pretrain.config import ViTConfig
-from pretrain.data import Source, labels_among, open_labelled, open_source, say_absent_classes, shared_labels
-from pretrain.data.labels import whole_numbers
-from pretrain.errors import BadInput
+from coma import cli
+from coma.artifact import ArtifactConfig, library_versions, save_artifact
+from coma.config import ViTConfig
+from coma.data import Source, labels_among, open_labelled, open_source, say_absent_classes, shared_labels
+from coma.data.labels import whole_numbers
+from coma.errors import BadInput
 from pretrain.evaluate import random_encoder
 
 
@@ -175,7 +175,7 @@ def test_folders_without_an_image_are_no_classes(tmp_path):
 
 
 def test_classes_of_which_no_image_can_be_read_are_none(tmp_path, caplog):
-    caplog.set_level(logging.INFO, "pretrain")
+    caplog.set_level(logging.INFO, "coma")
     for part in ("train", "test"):
         folders(tmp_path / part, "ant", "cat", "dog", images=2)
     for path in (tmp_path / "train" / "ant").iterdir():
@@ -197,7 +197,7 @@ def test_classes_of_which_no_image_can_be_read_are_none(tmp_path, caplog):
 
 
 def test_classes_that_the_test_images_lack_are_said(tmp_path, caplog):
-    caplog.set_level(logging.INFO, "pretrain")
+    caplog.set_level(logging.INFO, "coma")
     folders(tmp_path / "train", "ant", "cat", "dog")
     folders(tmp_path / "val", "ant", "dog")
     splits = open_labelled(tmp_path)

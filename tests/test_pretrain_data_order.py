@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.order import GOLDEN, mix, sample_seeds, shuffled, uniforms
+from coma.data.shuffle import GOLDEN, mix, sample_seeds, shuffled, uniforms
 
 WORD = (1 << 64) - 1
 SEEDS = [-2152535657050944081, 7960286522194355700]

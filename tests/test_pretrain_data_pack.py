@@ -14,12 +14,12 @@ from PIL import Image
 from skimage import data as pictures
 from webdataset.compat import WebDataset
 
+from coma.data import ArraySource, open_source
+from coma.data.decode import Picture, decode
+from coma.data.encode import encode, shrink
+from coma.data.pack import PackSettings, pack
+from coma.errors import BadInput, ComaError, Interrupted
 from pretrain.commands.pack import run
-from pretrain.data import ArraySource, open_source
-from pretrain.data.encoding import encode, shrink
-from pretrain.data.images import Picture, decode
-from pretrain.data.packing import PackSettings, pack
-from pretrain.errors import BadInput, ComaError, Interrupted
 
 ASTRONAUT = pictures.astronaut()
 SMALL = PackSettings(size=64, shard_images=4)
@@ -224,7 +224,7 @@ def stop_after(images: int):
 
 
 def test_an_interrupted_pack_goes_on_and_ends_the_same(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain.data.packing._CHUNK", 2)
+    monkeypatch.setattr("coma.data.pack._CHUNK", 2)
     source, out = open_source(photos), tmp_path / "out"
     with pytest.raises(Stop):
         pack(source, out, SMALL, workers=0, progress=stop_after(6))
@@ -342,7 +342,7 @@ def test_what_stops_the_command_says_how_to_go_on(photos, tmp_path, monkeypatch,
     def fail(*_, **__):
         raise raised
 
-    monkeypatch.setattr("pretrain.data.packing._add", fail)
+    monkeypatch.setattr("coma.data.pack._add", fail)
     with pytest.raises(expected, match=message):
         run([str(photos), "--out", str(tmp_path / "out"), "--workers", "0"])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["index.json"]

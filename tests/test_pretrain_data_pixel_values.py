@@ -10,12 +10,12 @@ import pytest
 import tifffile
 from PIL import Image
 
-from pretrain.cli import main
-from pretrain.config import DataConfig
-from pretrain.data import ArraySource, Slices, check_some, measure, open_source, training_batches
-from pretrain.data.images import decode
-from pretrain.data.pixel_values import check_pixels
-from pretrain.errors import BadImage, BadInput
+from coma.cli import main
+from coma.config import DataConfig
+from coma.data import ArraySource, Slices, check_some, measure, open_source, training_batches
+from coma.data.decode import decode
+from coma.data.pixel_values import check_pixels
+from coma.errors import BadImage, BadInput
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (40, 50, 3), np.uint8)

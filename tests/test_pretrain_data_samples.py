@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from skimage import data as pictures
 
-from pretrain.config import DataConfig
-from pretrain.data import (
+from coma.config import DataConfig
+from coma.data import (
     ArraySource,
     Batch,
     Slices,
@@ -22,9 +22,9 @@ from pretrain.data import (
     training_batches,
     transforms,
 )
-from pretrain.data.order import sample_seeds
-from pretrain.data.samples import TrainingFetch
-from pretrain.errors import BadImage, BadInput
+from coma.data.loader import TrainingFetch
+from coma.data.shuffle import sample_seeds
+from coma.errors import BadImage, BadInput
 
 SIZE = 16
 DATA = DataConfig(image_size=SIZE, workers=0)
@@ -116,7 +116,7 @@ def test_large_jpegs_are_decoded_no_larger_than_their_crops_need(large_photos, m
         boxes.append(min(box[2:]))
         return transforms.resize(pixels, box, height, width)
 
-    monkeypatch.setattr("pretrain.data.samples.resize", noted)
+    monkeypatch.setattr("coma.data.loader.resize", noted)
     stream(large_photos, 12, data=replace(DATA, image_size=160))
     assert min(boxes) >= 159  # rounding
     assert max(boxes) < 2 * 160 + 2  # else half the scale would have done
@@ -126,7 +126,7 @@ def test_reduced_or_not_a_sample_shows_the_same_part(large_photos, monkeypatch):
     fetch = TrainingFetch(large_photos, replace(DATA, image_size=160), 3, 0, 1)
     seen = []
     monkeypatch.setattr(
-        "pretrain.data.samples.resize",
+        "coma.data.loader.resize",
         lambda pixels, box, *_: seen.append((pixels.shape, box)) or torch.empty(0),
     )
     for seed in range(300):
@@ -255,7 +255,7 @@ def test_a_folder_without_a_good_image_stops_the_run(tmp_path, workers):
 
 
 def test_the_search_for_a_good_image_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain.data.samples.MOST_TRIES", 5)
+    monkeypatch.setattr("coma.data.loader.MOST_TRIES", 5)
     source = open_source(folder_of(tmp_path, 0, 8))
     with pytest.raises(BadInput, match="5 images in a row"):
         stream(source, 1)

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from pretrain.data import open_source
-from pretrain.data.opening import expand_braces
-from pretrain.data.shards import index_shard
-from pretrain.errors import BadImage, BadInput
+from coma.data import open_source
+from coma.data.sources.open import expand_braces
+from coma.data.sources.webdataset import index_shard
+from coma.errors import BadImage, BadInput
 
 
 def png(value: int) -> bytes:

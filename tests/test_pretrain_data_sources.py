@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.data import ArraySource, Source, open_source
-from pretrain.data.folders import FolderSource
-from pretrain.data.source import Names
-from pretrain.errors import BadImage, BadInput
+from coma.data import ArraySource, Source, open_source
+from coma.data.sources.base import Names
+from coma.data.sources.image_folder import FolderSource
+from coma.errors import BadImage, BadInput
 
 
 def save(path: Path, value: int = 0, size: tuple[int, int] = (8, 6)) -> Path:

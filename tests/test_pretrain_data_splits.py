@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain import cli
-from pretrain.data import Source, open_source
-from pretrain.errors import BadInput
-from pretrain.splits import choose_images, known_split, paired_splits, split_of
+from coma import cli
+from coma.data import Source, open_source
+from coma.data.splits import choose_images, known_split, paired_splits, split_of
+from coma.errors import BadInput
 
 
 def png() -> bytes:
@@ -155,7 +155,7 @@ def test_what_cannot_be_told_apart_is_refused(tmp_path):
 
 
 def test_the_commands_say_what_they_leave_out(tmp_path, caplog):
-    caplog.set_level(logging.INFO, "pretrain")
+    caplog.set_level(logging.INFO, "coma")
     make(tmp_path / "data", ["training/1.png", "training/2.png", "validation/3.png"])
     assert (
         cli.main(["pack", str(tmp_path / "data"), "--out", str(tmp_path / "shards"), "--workers", "0"]) == 0

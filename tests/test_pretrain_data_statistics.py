@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from skimage import data as pictures
 
-from pretrain.data import ArraySource, measure
-from pretrain.errors import BadInput
+from coma.data import ArraySource, measure
+from coma.errors import BadInput
 
 RNG = np.random.default_rng(0)
 TILES = [pictures.astronaut()[y : y + 40, y : y + 60] for y in range(0, 400, 20)]

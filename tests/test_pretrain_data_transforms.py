@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage import data as pictures
 
-from pretrain.data import normalize
-from pretrain.data.order import uniforms
-from pretrain.data.transforms import RATIO, centre_square, random_crop, resize, stack
+from coma.data import normalize
+from coma.data.shuffle import uniforms
+from coma.data.transforms import RATIO, centre_square, random_crop, resize, stack
 
 ASTRONAUT = pictures.astronaut()
 SIDES = st.integers(1, 600)

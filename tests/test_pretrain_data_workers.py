@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain import machine
-from pretrain.data import workers as workers_module
-from pretrain.data.workers import default_workers, in_workers
-from pretrain.errors import BadImage, BadInput, ComaError
-from pretrain.ranges import OutOfRange
+from coma import devices
+from coma.data import worker_pool as workers_module
+from coma.data.worker_pool import default_workers, in_workers
+from coma.errors import BadImage, BadInput, ComaError
+from coma.ranges import OutOfRange
 
 
 def fetch(key: int) -> tuple[int, torch.Tensor]:
@@ -122,7 +122,7 @@ def test_images_need_no_shared_memory(fetch_images):
 SMALL = """
 import subprocess, sys
 import torch
-from pretrain.data.workers import in_workers
+from coma.data.worker_pool import in_workers
 
 def images(key):
     return torch.full((30 << 20,), key, dtype=torch.uint8)
@@ -160,7 +160,7 @@ def test_a_worker_that_hangs_is_named_and_given_up(monkeypatch, caplog):
 
 def test_a_stopped_worker_holds_nobody_up():
     """Neither who waits for it, when a signal comes, nor the end."""
-    from pretrain.training.signals import StopNow, StopRequest  # not for the workers, which import this file
+    from coma.signals import StopNow, StopRequest  # not for the workers, which import this file
 
     results = in_workers(fetch, count(20), 2)
     for pid in {next(results)[0] for _ in range(4)}:
@@ -239,7 +239,7 @@ SCRIPT = """
 import multiprocessing, os
 from itertools import count
 import torch
-from pretrain.data.workers import in_workers
+from coma.data.worker_pool import in_workers
 def chatter(key):
     os.write(2, b"a remark of a C library")
     return torch.zeros(1 << 20)  # large enough for a memory file
@@ -316,12 +316,12 @@ def test_default_number_of_workers(monkeypatch, cores, processes, workers):
 def test_cores_respect_the_containers_quota(monkeypatch, quota, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(Path, "read_text", lambda self: quota)
-    assert machine.cores() == cores
+    assert devices.cores() == cores
 
 
 def test_the_processor_is_named(monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda self: "processor\t: 0\nmodel name\t: A: B\nflags\t: fpu\n")
-    assert machine.processor() == "A: B"
+    assert devices.processor() == "A: B"
     monkeypatch.setattr("platform.processor", lambda: "another")
     monkeypatch.setattr(Path, "read_text", lambda self: "Features\t: fp\n")
-    assert machine.processor() == "another"
+    assert devices.processor() == "another"

@@ -10,16 +10,16 @@ from scipy import ndimage, signal
 from skimage import data
 from skimage.transform import warp
 
-import pretrain.pictures as pictures
-from pretrain import cli
+import pretrain.visualize.reconstructions as pictures
+from coma import cli
+from coma.config import BeyondConfig, DecoderConfig, Degradation, ViTConfig
+from coma.data.transforms import normalize
+from coma.errors import BadInput
+from coma.masking.sampling import uniform
+from coma.models import build_encoder
+from coma.objectives import build_objective
+from coma.objectives.degradations import KINDS, blur_kernels, border, centre, degrade
 from pretrain.commands.degrade import DegradeConfig
-from pretrain.config import BeyondConfig, DecoderConfig, Degradation, ViTConfig
-from pretrain.data.transforms import normalize
-from pretrain.degradations import KINDS, blur_kernels, border, centre, degrade
-from pretrain.errors import BadInput
-from pretrain.masking.partition import uniform
-from pretrain.models import build_encoder
-from pretrain.objectives import build_objective
 
 ALL = get_args(Degradation)
 MEAN, STD = DegradeConfig.mean, DegradeConfig.std

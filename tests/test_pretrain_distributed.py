@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pretrain.artifact import load_artifact
-from pretrain.config import (
+from coma.artifact import load_artifact
+from coma.config import (
     BeyondConfig,
     CMTConfig,
     CoMAConfig,
@@ -29,10 +29,10 @@ from pretrain.config import (
     RunConfig,
     TeacherConfig,
 )
-from pretrain.errors import BadInput
-from pretrain.models import build_encoder
-from pretrain.objectives import build_objective
-from pretrain.plain import to_plain
+from coma.config.serialization import to_plain
+from coma.errors import BadInput
+from coma.models import build_encoder
+from coma.objectives import build_objective
 from pretrain.training import pretrain, replay_nonfinite
 from pretrain.training.distributed import innermost_blocks, processes
 
@@ -45,15 +45,17 @@ from functools import partial
 from pathlib import Path
 import torch
 import torch.distributed.fsdp
-from pretrain.plain import read_config
-from pretrain.data import open_source
-from pretrain.errors import ComaError
-from pretrain.training import keeping, pretrain, setup
+from coma.config.serialization import read_config
+from coma.data import open_source
+from coma.errors import ComaError
+from pretrain.training import pretrain
+from pretrain.training import run_directory
+from pretrain.training import run_plan
 from pretrain.training.distributed import AGREED
-from pretrain.training.learner import Learner
+from pretrain.training.train_step import Learner
 
 torch.set_num_threads(1)
-keeping.reconstruction_sheet = keeping.loss_curve = lambda *_, **__: None
+run_directory.reconstruction_sheet = run_directory.loss_curve = lambda *_, **__: None
 folder, ports = Path(sys.argv[1]), iter(sys.argv[2:])
 take = Learner.step
 
@@ -82,9 +84,9 @@ def scenario(name, rank):
         at_step(1, lambda _: sys.exit(3))
     elif name == "unreadable":
         data = replace(data, on_bad_image="stop")
-        setup.open_source = lambda path: open_source(folder / "bad" if rank else path)
+        run_plan.open_source = lambda path: open_source(folder / "bad" if rank else path)
     elif name == "other-data":
-        setup.open_source = lambda path: open_source(folder / "fewer" if rank else path)
+        run_plan.open_source = lambda path: open_source(folder / "fewer" if rank else path)
     elif name == "nonfinite":
         at_step(2, poison)
     elif name.startswith("compiled"):
@@ -197,7 +199,7 @@ def codes(settings: PretrainConfig, folder: Path, methods: dict[str, Path]) -> d
 
 
 def dying(patch: pytest.MonkeyPatch, step: int) -> None:
-    from pretrain.training.learner import Learner
+    from pretrain.training.train_step import Learner
 
     take = Learner.step
     patch.setattr(Learner, "step", lambda self, n, *rest: take(self, n, *rest) if n < step else 1 / 0)

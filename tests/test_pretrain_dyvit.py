@@ -10,13 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.config import DyViTConfig, ViTConfig, dyvit_preset, encoder_preset
-from pretrain.errors import BadInput
-from pretrain.masking.partition import partition
-from pretrain.models import DyViT, ViT, build_encoder
-from pretrain.models.attention import Consecutive, stage_layout
-from pretrain.models.dyvit import FIRST_SIDE, Stage
-from pretrain.models.sequences import image_sequences
+from coma.config import DyViTConfig, ViTConfig, dyvit_preset, encoder_preset
+from coma.errors import BadInput
+from coma.masking.sampling import partition
+from coma.models import DyViT, ViT, build_encoder
+from coma.models.attention import Consecutive, stage_layout
+from coma.models.dyvit import FIRST_SIDE, Stage
+from coma.models.view_sequences import image_sequences
 
 
 @pytest.mark.parametrize("preset", ["tiny", "small", "base", "large"])
@@ -37,7 +37,7 @@ def test_many_windows_are_attended_in_pieces(windows, monkeypatch):
     images, group = torch.randn(3, 3, 24, 40), partition(torch.arange(3), 3, 5, 2)
     with torch.no_grad():
         whole = encoder.forward_features(images, group)
-        monkeypatch.setattr("pretrain.models.attention._MOST_WINDOWS", 4)
+        monkeypatch.setattr("coma.models.attention._MOST_WINDOWS", 4)
         torch.testing.assert_close(encoder.forward_features(images, group), whole)
 
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pretrain import cli
-from pretrain.artifact import ArtifactConfig, library_versions, save_artifact
-from pretrain.config import ViTConfig
-from pretrain.data import ArraySource
-from pretrain.errors import BadInput, CheckFailed
+from coma import cli
+from coma.artifact import ArtifactConfig, library_versions, save_artifact
+from coma.config import ViTConfig
+from coma.data import ArraySource
+from coma.errors import BadInput, CheckFailed
 from pretrain.evaluate import (
     Features,
     evaluate,
@@ -27,7 +27,7 @@ from pretrain.evaluate import (
     score,
     shared_labels,
 )
-from pretrain.evaluate.scoring import top_share
+from pretrain.evaluate.protocols import top_share
 
 MODEL = ViTConfig(patch=4, dim=16, depth=1, heads=2)
 

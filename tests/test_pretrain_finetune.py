@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import pretrain
-from pretrain.artifact import (
+import coma
+from coma.artifact import (
     LINEAR_HEAD,
     ArtifactConfig,
     library_versions,
@@ -24,17 +24,17 @@ from pretrain.artifact import (
     load_encoder,
     save_artifact,
 )
-from pretrain.config import DataConfig, FinetuneConfig, FinetuneRecipe, ViTConfig, encoder_preset
-from pretrain.data import ArraySource, Slices, labelled_batches, training_batches
-from pretrain.data.augment import rand_augment
-from pretrain.errors import BadArtifact, BadInput
-from pretrain.models import build_encoder
-from pretrain.models.classifier import build_classifier
-from pretrain.objectives.classification import Classification
-from pretrain.plain import from_plain, to_plain
-from pretrain.training.learner import seed_generators
+from coma.config import DataConfig, FinetuneConfig, FinetuneRecipe, ViTConfig, encoder_preset
+from coma.config.serialization import from_plain, to_plain
+from coma.data import ArraySource, Slices, labelled_batches, training_batches
+from coma.data.augment import rand_augment
+from coma.errors import BadArtifact, BadInput
+from coma.models import build_encoder
+from coma.models.classifier import build_classifier
+from coma.objectives.classification import Classification
 from pretrain.training.optimizer import build_optimizer, layer_groups
 from pretrain.training.throughput import finetuning_flops
+from pretrain.training.train_step import seed_generators
 
 PLAIN = ViTConfig(patch=4, dim=16, depth=2, heads=2)
 OFF = FinetuneRecipe(mixup=0.0, cutmix=0.0, erasing=0.0, smoothing=0.0, rand_augment=0)
@@ -262,7 +262,7 @@ def test_an_artifact_gives_the_same_logits(tmp_path, model):
     assert torch.equal(loaded(images), classifier(images))
     assert about == description(model)
     assert not loaded.training
-    assert pretrain.load_classifier is load_classifier
+    assert coma.load_classifier is load_classifier
     encoder = build_encoder(model).eval()
     tensors = {name: t for name, t in classifier.state_dict().items() if not name.startswith("head.")}
     encoder.load_state_dict(tensors)  # the encoder's names are its own

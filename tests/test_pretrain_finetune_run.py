@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from short_runs import MODEL, Killed, assert_same, killed_in, stop_during
 
-from pretrain import cli
-from pretrain.artifact import (
+from coma import cli
+from coma.artifact import (
     ArtifactConfig,
     library_versions,
     load_artifact,
@@ -27,16 +27,17 @@ from pretrain.artifact import (
     load_encoder,
     save_artifact,
 )
-from pretrain.config import DataConfig, FinetuneConfig, FinetuneRecipe, RunConfig, ViTConfig
-from pretrain.data import Source, evaluation_batches, normalize, open_source
-from pretrain.data.images import AtLeast
-from pretrain.data.source import EncodedSource
-from pretrain.errors import BadInput, CheckFailed, Interrupted
-from pretrain.models import build_encoder
-from pretrain.plain import read_config
-from pretrain.training import finetune, finetune_plan, keeping, validation
-from pretrain.training.state import read_state
-from pretrain.training.validation import Validation
+from coma.config import DataConfig, FinetuneConfig, FinetuneRecipe, RunConfig, ViTConfig
+from coma.config.serialization import read_config
+from coma.data import Source, evaluation_batches, normalize, open_source
+from coma.data.decode import AtLeast
+from coma.data.sources.base import EncodedSource
+from coma.errors import BadInput, CheckFailed, Interrupted
+from coma.models import build_encoder
+from pretrain.finetune import plan, validation
+from pretrain.finetune.validation import Validation
+from pretrain.training import finetune, run_directory
+from pretrain.training.checkpoint import read_state
 
 COLOURS = ("blue", "green", "red")
 VIT = ViTConfig(patch=4, dim=16, depth=2, heads=2)
@@ -95,7 +96,7 @@ def to(config: FinetuneConfig, out: Path, **recipe: Any) -> FinetuneConfig:
 def no_curves() -> Iterator[None]:
     """Drawing takes longer than these runs do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pretrain.training.keeping.loss_curve", lambda *_, **__: None)
+        patch.setattr("pretrain.training.run_directory.loss_curve", lambda *_, **__: None)
         yield
 
 
@@ -289,7 +290,7 @@ def test_held_out_images_are_the_same_when_the_run_goes_on(short, place, tmp_pat
     with pytest.raises(Interrupted), pytest.MonkeyPatch.context() as patch:
         stop_during(patch, 4, signal.SIGTERM)
         finetune(config)
-    monkeypatch.setattr(finetune_plan, "hold_out", lambda labels, *_: torch.arange(len(labels)) % 4 == 0)
+    monkeypatch.setattr(plan, "hold_out", lambda labels, *_: torch.arange(len(labels)) % 4 == 0)
     with pytest.raises(BadInput, match=r"the validation images have changed: 1 removed \(green/04"):
         finetune(config, resume=True)
     monkeypatch.undo()
@@ -325,13 +326,13 @@ def test_classes_of_one_image_stay_in_training(short, place, tmp_path, capsys):
 
 
 def test_a_run_of_an_earlier_version_is_refused(short, whole, tmp_path, monkeypatch):
-    read = keeping.read_state
+    read = run_directory.read_state
 
     def earlier(*given: Any) -> Any:
         state = read(*given)
         return state and state | {"validation": {"test_images": 9, "best": None, "last": None, "weights": {}}}
 
-    monkeypatch.setattr(keeping, "read_state", earlier)
+    monkeypatch.setattr(run_directory, "read_state", earlier)
     with pytest.raises(
         BadInput, match=r"earlier version, which chose the checkpoint on the test images.*--run"
     ):
@@ -428,7 +429,7 @@ def test_a_full_disk_loses_nothing(short, whole, tmp_path, capsys, site, what):
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(CheckFailed, match=rf"written: {what} \(No space"),
     ):
-        patch.setattr(f"pretrain.training.keeping.{site}", no_room)
+        patch.setattr(f"pretrain.training.run_directory.{site}", no_room)
         finetune(config)
     assert "coma evaluate --resume" not in capsys.readouterr().out
     finetune(config, resume=True)
@@ -495,7 +496,7 @@ def test_the_command_from_beginning_to_end(place, tmp_path, capsys, monkeypatch)
     assert read_config(run, FinetuneConfig).data.crop_scale == (0.08, 1.0)
 
     drawn: list[Path] = []
-    monkeypatch.setattr("pretrain.training.keeping.loss_curve", lambda _, path: drawn.append(path))
+    monkeypatch.setattr("pretrain.training.run_directory.loss_curve", lambda _, path: drawn.append(path))
     assert coma("--resume", run, "--out", out) == 0
     shown = capsys.readouterr()
     assert "resuming at step 3 of 4" in shown.err

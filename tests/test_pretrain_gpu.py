@@ -9,14 +9,14 @@ from encoders import TINY, awake
 from PIL import Image
 from short_runs import MODEL, OBJECTIVE, Killed, at, killed_in, learned
 
-from pretrain.config import DataConfig, DyViTConfig, MAEConfig, ViTConfig, dyvit_preset, method_preset
-from pretrain.data import Slices, open_source, training_batches
-from pretrain.errors import BadInput
-from pretrain.masking.partition import keep, partition
-from pretrain.models import DyViT, build_encoder
-from pretrain.models.window_variants import VARIANTS, attention_variant
-from pretrain.objectives import build_objective
-from pretrain.pretrained import load_pretrained
+from coma.config import DataConfig, DyViTConfig, MAEConfig, ViTConfig, dyvit_preset, method_preset
+from coma.data import Slices, open_source, training_batches
+from coma.errors import BadInput
+from coma.masking.sampling import keep, partition
+from coma.models import DyViT, build_encoder
+from coma.models.window_variants import VARIANTS, attention_variant
+from coma.objectives import build_objective
+from coma.objectives.load import load_pretrained
 from pretrain.training import pretrain
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # the compiler's own
@@ -171,7 +171,7 @@ def test_too_large_a_batch_is_an_error_of_one_line(accelerator, tmp_path):
 
 
 def settings_of(folder):
-    from pretrain.config import OptimizerConfig, PretrainConfig, RunConfig
+    from coma.config import OptimizerConfig, PretrainConfig, RunConfig
 
     return PretrainConfig(
         data=DataConfig(folder, image_size=224, mean=(0.5,) * 3, std=(0.3,) * 3, workers=0),

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.errors import BadInput
+from coma.errors import BadInput
 from pretrain.evaluate import (
     fit_linear,
 )
-from pretrain.evaluate.linear import draw_validation, loss_and_gradient, minimise, principal_axes
+from pretrain.evaluate.linear_probe import draw_validation, loss_and_gradient, minimise, principal_axes
 
 
 def blobs(n: int, c: int, classes: int, apart: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.masking.partition import group_of, group_sizes, keep, noise, partition
-from pretrain.masking.units import pad_to_units, patchify, spread, unit_grid, unpatchify
+from coma.masking.patchify import pad_to_units, patchify, spread, unit_grid, unpatchify
+from coma.masking.sampling import group_of, group_sizes, keep, noise, partition
 
 grid_sides = st.integers(1, 9)
 seeds_of = st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.config import CoMAConfig, DecoderConfig, DyViTConfig, MAEConfig, ViTConfig
-from pretrain.errors import BadInput
-from pretrain.masking.partition import group_sizes
-from pretrain.masking.units import patchify
-from pretrain.models import Decoder, build_encoder
-from pretrain.objectives import build_objective
-from pretrain.targets import hidden_loss, nearby_statistics, pixel_targets, unit_statistics
+from coma.config import CoMAConfig, DecoderConfig, DyViTConfig, MAEConfig, ViTConfig
+from coma.errors import BadInput
+from coma.masking.patchify import patchify
+from coma.masking.sampling import group_sizes
+from coma.models import Decoder, build_encoder
+from coma.objectives import build_objective
+from coma.objectives.targets import hidden_loss, nearby_statistics, pixel_targets, unit_statistics
 
 DECODER = DecoderConfig(dim=32, depth=1, heads=2)
 ENCODERS = {

@@ -14,12 +14,12 @@ from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor, nn
 
-import pretrain.pictures as pictures
-from pretrain.config import CoMAConfig, DecoderConfig, DyViTConfig, MAEConfig, ObjectiveConfig
-from pretrain.errors import BadInput
-from pretrain.models import build_encoder
-from pretrain.objectives import Objective, build_objective
-from pretrain.pictures import loss_curve, reconstruction_sheet
+import pretrain.visualize.reconstructions as pictures
+from coma.config import CoMAConfig, DecoderConfig, DyViTConfig, MAEConfig, ObjectiveConfig
+from coma.errors import BadInput
+from coma.models import build_encoder
+from coma.objectives import Objective, build_objective
+from pretrain.visualize.reconstructions import loss_curve, reconstruction_sheet
 
 DECODER = DecoderConfig(dim=16, depth=1, heads=2)
 
@@ -168,7 +168,7 @@ def test_an_older_picture_survives_a_failed_write(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "no space left on device")
         return write(number, data[: len(data) // 2])
 
-    monkeypatch.setattr("pretrain.files.os.write", full_disk)
+    monkeypatch.setattr("coma.atomic_io.os.write", full_disk)
     with pytest.raises(OSError, match="no space"):
         draw(objective, images, path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

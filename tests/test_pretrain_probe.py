@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 from short_runs import MODEL, Killed, assert_same, at, killed_in, learned, stop_during
 
-from pretrain import cli
-from pretrain.artifact import load_encoder
-from pretrain.config import ProbeConfig
-from pretrain.data import ArraySource, balanced, normalize, open_source
-from pretrain.errors import BadInput, CheckFailed, Interrupted
+from coma import cli
+from coma.artifact import load_encoder
+from coma.config import ProbeConfig
+from coma.data import ArraySource, balanced, normalize, open_source
+from coma.errors import BadInput, CheckFailed, Interrupted
+from coma.models import build_encoder
+from coma.models.attention import WindowGate
 from pretrain.evaluate import effective_rank, evaluate, feature_spread, open_probe, watched_gates
-from pretrain.evaluate.probe import Probe
-from pretrain.models import build_encoder
-from pretrain.models.attention import WindowGate
-from pretrain.pictures import loss_curve
+from pretrain.evaluate.online_probe import Probe
 from pretrain.training import pretrain
+from pretrain.visualize.reconstructions import loss_curve
 
 
 def class_folders(folder: Path, train: int = 24, test: int = 12, classes: int = 2) -> Path:
@@ -181,7 +181,7 @@ def test_the_command_shows_and_draws_what_a_probe_found(photos, labelled, tmp_pa
 
 
 def test_bad_labelled_images_are_refused_before_training(resumable, photos, labelled, tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain.training.learner.Learner.step", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("pretrain.training.train_step.Learner.step", lambda *_: pytest.fail("trained"))
     few = class_folders(tmp_path / "few", train=6)
     foreign = class_folders(tmp_path / "foreign")
     (foreign / "train" / "class1").rename(foreign / "train" / "class7")

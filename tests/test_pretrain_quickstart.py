@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import pretrain.commands.quickstart as quickstart
-from pretrain.cli import main
-from pretrain.config import PretrainConfig
-from pretrain.errors import CheckFailed
-from pretrain.plain import read_config
-from pretrain.pretrained import load_pretrained
+from coma.cli import main
+from coma.config import PretrainConfig
+from coma.config.serialization import read_config
+from coma.errors import CheckFailed
+from coma.objectives.load import load_pretrained
 
 
 def short(patch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import pytest
 
-from pretrain.artifact import ArtifactConfig, library_versions
-from pretrain.config import DataConfig, DyViTConfig, FinetuneRecipe, OptimizerConfig, PretrainConfig
-from pretrain.errors import BadInput
-from pretrain.methods import method_preset
-from pretrain.plain import from_plain, read_config, to_plain
-from pretrain.ranges import SEED, Range, Ranged, ranges_of
+from coma.artifact import ArtifactConfig, library_versions
+from coma.config import DataConfig, DyViTConfig, FinetuneRecipe, OptimizerConfig, PretrainConfig
+from coma.config.objectives import method_preset
+from coma.config.serialization import from_plain, read_config, to_plain
+from coma.errors import BadInput
+from coma.ranges import SEED, Range, Ranged, ranges_of
 
 
 @dataclass(frozen=True)

@@ -16,22 +16,22 @@ import pytest
 import torch
 from short_runs import assert_same, at, interrupted, learned, stop_during
 
-from pretrain.artifact import load_artifact
-from pretrain.config import (
+from coma.artifact import load_artifact
+from coma.config import (
     DataConfig,
     DecoderConfig,
     FinetuneConfig,
     MAEConfig,
     RunConfig,
 )
-from pretrain.data.identity import FILE
-from pretrain.data.samples import TrainingFetch
-from pretrain.errors import BadInput, Interrupted
-from pretrain.plain import read_config, to_plain
+from coma.config.serialization import read_config, to_plain
+from coma.data.identity import FILE
+from coma.data.loader import TrainingFetch
+from coma.errors import BadInput, Interrupted
 from pretrain.training import pretrain
-from pretrain.training.learner import Learner
 from pretrain.training.optimizer import learning_rate
-from pretrain.training.setup import write_config
+from pretrain.training.run_plan import write_config
+from pretrain.training.train_step import Learner
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,11 +74,12 @@ import os, random, signal, sys, time
 from dataclasses import replace
 from pathlib import Path
 import torch
-from pretrain.plain import read_config
-from pretrain.training import keeping, pretrain
+from coma.config.serialization import read_config
+from pretrain.training import pretrain
+from pretrain.training import run_directory
 
 torch.set_num_threads(1)
-keeping.reconstruction_sheet = keeping.loss_curve = lambda *_, **__: None
+run_directory.reconstruction_sheet = run_directory.loss_curve = lambda *_, **__: None
 config, rng, kills = read_config(Path(sys.argv[1])), random.Random(0), 0
 
 def start(out, resume):

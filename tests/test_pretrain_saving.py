@@ -12,11 +12,11 @@ import pytest
 import torch
 from short_runs import assert_same, at, interrupted, learned, stop_during
 
-from pretrain.errors import BadInput, CheckFailed
-from pretrain.files import write_whole
+from coma.atomic_io import write_whole
+from coma.errors import BadInput, CheckFailed
 from pretrain.training import pretrain
-from pretrain.training.learner import Learner
-from pretrain.training.state import read_state, write_state
+from pretrain.training.checkpoint import read_state, write_state
+from pretrain.training.train_step import Learner
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -39,7 +39,7 @@ def die_at(patch: pytest.MonkeyPatch, call: int) -> None:
         return function
 
     for name in ("open", "write", "fsync", "replace"):
-        patch.setattr(f"pretrain.files.os.{name}", mortal(getattr(os, name)))
+        patch.setattr(f"coma.atomic_io.os.{name}", mortal(getattr(os, name)))
     patch.setattr(Path, "unlink", mortal(Path.unlink))
 
 
@@ -164,8 +164,8 @@ def full(patch: pytest.MonkeyPatch, suffixes: tuple[str, ...]) -> None:
             return real_write(number, data[: len(data) // 2])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    patch.setattr("pretrain.files.os.open", opened)
-    patch.setattr("pretrain.files.os.write", write)
+    patch.setattr("coma.atomic_io.os.open", opened)
+    patch.setattr("coma.atomic_io.os.write", write)
 
 
 def test_a_full_disk_loses_no_training(resumable, whole, tmp_path, capsys):
@@ -223,7 +223,7 @@ def test_a_full_disk_anywhere_else_only_warns(resumable, whole, tmp_path, capsys
 
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"pretrain.training.keeping.{site}", no_room)
+        patch.setattr(f"pretrain.training.run_directory.{site}", no_room)
         if site == "save_artifact":
             with pytest.raises(CheckFailed, match="artifact"):
                 pretrain(at(resumable, run))

@@ -15,8 +15,7 @@ from taught_models import DECODER, ENCODERS, METHODS, STATISTICS, timm_weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.commands.pretrain import parse
-from pretrain.config import (
+from coma.config import (
     BalancedCoMAConfig,
     BeyondConfig,
     CMTConfig,
@@ -29,12 +28,13 @@ from pretrain.config import (
     TeacherConfig,
     ViTConfig,
 )
-from pretrain.errors import BadInput
-from pretrain.hashing import sha256_of
-from pretrain.models import build_encoder
-from pretrain.models.attending import attend
-from pretrain.plain import read_config
-from pretrain.teaching import identified, load_teacher, training_objective
+from coma.config.serialization import read_config
+from coma.errors import BadInput
+from coma.hashing import sha256_of
+from coma.models import build_encoder
+from coma.models.attention_maps import attend
+from coma.objectives.teachers import identified, load_teacher, training_objective
+from pretrain.commands.pretrain import parse
 from pretrain.training import pretrain
 from pretrain.training.distributed import Processes
 from pretrain.training.throughput import Meter, training_flops

@@ -12,18 +12,18 @@ from safetensors.torch import load_file, save_file
 from taught_models import ENCODERS, STATISTICS, pictures, timm_weights
 from torch import nn
 
-from pretrain.config import (
+from coma.config import (
     CMTConfig,
     PretrainConfig,
     TeacherConfig,
 )
-from pretrain.errors import BadArtifact, BadInput
-from pretrain.masking.guided import deal, draw
-from pretrain.masking.partition import group_sizes
-from pretrain.models import build_encoder
-from pretrain.models.attending import attend, check_readable, on_grid
-from pretrain.models.teacher import to_units
-from pretrain.teaching import PUBLISHED, identified, load_teacher, remarks
+from coma.errors import BadArtifact, BadInput
+from coma.masking.guided import deal, draw
+from coma.masking.sampling import group_sizes
+from coma.models import build_encoder
+from coma.models.attention_maps import attend, check_readable, on_grid
+from coma.models.teacher import to_units
+from coma.objectives.teachers import PUBLISHED, identified, load_teacher, remarks
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from timm.data import resolve_model_data_config
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
-import pretrain.models.timm_models  # noqa: F401 (registers the models)
-from pretrain.config import dyvit_preset
-from pretrain.models import DyViT
+import coma.models.timm_models  # noqa: F401 (registers the models)
+from coma.config import dyvit_preset
+from coma.models import DyViT
 
 TINY = {"img_size": 32, "depths": (1, 1, 2, 1)}
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.commands.pretrain import parse, run
-from pretrain.config import (
+from coma.config import (
     DataConfig,
     OptimizerConfig,
     PretrainConfig,
@@ -16,8 +15,9 @@ from pretrain.config import (
     encoder_preset,
     method_preset,
 )
-from pretrain.errors import BadInput, ComaError
-from pretrain.plain import read_config, to_plain
+from coma.config.serialization import read_config, to_plain
+from coma.errors import BadInput, ComaError
+from pretrain.commands.pretrain import parse, run
 from pretrain.training import pretrain
 from pretrain.training.distributed import AGREED
 
@@ -35,7 +35,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("reconstruction_sheet", "loss_curve"):
-        monkeypatch.setattr(f"pretrain.training.keeping.{name}", lambda *_, **__: None)
+        monkeypatch.setattr(f"pretrain.training.run_directory.{name}", lambda *_, **__: None)
 
 
 def test_presets_choose_defaults_and_flags_override_them():

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.data import ArraySource, Batch
-from pretrain.training.nonfinite import advice
+from coma.data import ArraySource, Batch
+from pretrain.training.nonfinite_replay import advice
 
 GOOD = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 WEIGHTS = {"a": torch.ones(2), "b": torch.ones(3)}

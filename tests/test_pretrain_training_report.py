@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from pretrain.config import (
+from coma.config import (
     DataConfig,
     DecoderConfig,
     MAEConfig,
@@ -18,10 +18,9 @@ from pretrain.config import (
     PretrainConfig,
     ViTConfig,
 )
-from pretrain.training import report
+from coma.signals import StopNow, StopRequest
+from pretrain.training.console import PATIENCE, Report
 from pretrain.training.distributed import Processes
-from pretrain.training.report import Report
-from pretrain.training.signals import StopNow, StopRequest
 from pretrain.training.throughput import Meter, peak_flops, training_flops
 
 
@@ -86,7 +85,7 @@ def test_waiting_for_data_is_mentioned_once(waited, hints):
     console = Console(file=StringIO(), width=400)
     watch = Report(console=console)
     for step in range(200):
-        watch.advance(step, 0.5, report.PATIENCE / 100, waited * report.PATIENCE / 100)
+        watch.advance(step, 0.5, PATIENCE / 100, waited * PATIENCE / 100)
     assert (
         shown(console).count("raise --workers if cores are free, shrink the files once with `coma pack`")
         == hints
@@ -159,7 +158,7 @@ def test_what_may_be_left_is_left_at_once(capfd):
 
 
 def test_what_is_better_finished_is_left_when_it_hangs(monkeypatch):
-    monkeypatch.setattr("pretrain.training.signals._SOON", 0.1)
+    monkeypatch.setattr("coma.signals._SOON", 0.1)
     alarm = signal.getsignal(signal.SIGALRM)
     with StopRequest(quiet=True) as stop:
         with stop.at_once(grace=60):  # finished in time

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from short_runs import MODEL
 
-from pretrain.config import OptimizerConfig, PretrainConfig, ViTConfig, method_preset
-from pretrain.errors import BadInput
-from pretrain.plain import read_config
-from pretrain.pretrained import load_pretrained
+from coma.config import OptimizerConfig, PretrainConfig, ViTConfig, method_preset
+from coma.config.serialization import read_config
+from coma.errors import BadInput
+from coma.objectives.load import load_pretrained
 from pretrain.training import pretrain
-from pretrain.training.setup import count_steps, share_out
+from pretrain.training.run_plan import count_steps, share_out
 
 
 def change(config: PretrainConfig, **parts: dict[str, Any]) -> PretrainConfig:
@@ -32,7 +32,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("reconstruction_sheet", "loss_curve"):
-        monkeypatch.setattr(f"pretrain.training.keeping.{name}", lambda *_, **__: None)
+        monkeypatch.setattr(f"pretrain.training.run_directory.{name}", lambda *_, **__: None)
 
 
 # what a run leaves ------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_sheets_do_not_disturb_training(settings, tmp_path):
 
 
 def test_a_picture_that_fails_never_ends_a_run(settings, monkeypatch, capsys):
-    monkeypatch.setattr("pretrain.training.keeping.reconstruction_sheet", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("pretrain.training.run_directory.reconstruction_sheet", lambda *_, **__: 1 / 0)
     pretrain(settings)
     assert "could not write reconstructions (division by zero)" in capsys.readouterr().err
 
@@ -236,6 +236,6 @@ def test_what_the_machine_cannot_do(settings, monkeypatch, error, message):
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("pretrain.training.learner.Learner.step", fail)
+    monkeypatch.setattr("pretrain.training.train_step.Learner.step", fail)
     with pytest.raises(BadInput, match=message):
         pretrain(settings)

@@ -12,8 +12,9 @@ import torch
 from short_runs import MODEL, OBJECTIVE
 from torch import nn
 
-from pretrain.artifact import load_artifact
-from pretrain.config import (
+from coma.amp import choose_precision
+from coma.artifact import load_artifact
+from coma.config import (
     DataConfig,
     DecoderConfig,
     MAEConfig,
@@ -22,16 +23,15 @@ from pretrain.config import (
     RunConfig,
     ViTConfig,
 )
-from pretrain.data import Batch, Slices, open_source, training_batches
-from pretrain.errors import BadInput, CheckFailed
-from pretrain.models import build_encoder
-from pretrain.objectives import build_objective
-from pretrain.precision import choose_precision
+from coma.data import Batch, Slices, open_source, training_batches
+from coma.errors import BadInput, CheckFailed
+from coma.models import build_encoder
+from coma.objectives import build_objective
 from pretrain.training import pretrain, replay_nonfinite
 from pretrain.training.distributed import Processes
 from pretrain.training.ema import MovingAverage
-from pretrain.training.learner import Learner, NotFinite
 from pretrain.training.optimizer import learning_rate, parameter_groups
+from pretrain.training.train_step import Learner, NotFinite
 
 CPU = torch.device("cpu")
 

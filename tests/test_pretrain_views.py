@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from encoders import TINY, awake, leak
 
-from pretrain.config import ViTConfig, dyvit_preset
-from pretrain.masking.partition import group_of, partition
-from pretrain.masking.units import pad_to_units, spread, unit_grid
-from pretrain.models import DyViT, ViT, build_encoder
-from pretrain.models.sequences import Sequences, image_sequences
+from coma.config import ViTConfig, dyvit_preset
+from coma.masking.patchify import pad_to_units, spread, unit_grid
+from coma.masking.sampling import group_of, partition
+from coma.models import DyViT, ViT, build_encoder
+from coma.models.view_sequences import Sequences, image_sequences
 
 
 @pytest.mark.parametrize("views", [2, 4])
@@ -39,14 +39,14 @@ def test_the_leak_test_catches_a_gate_that_pools_over_the_map(monkeypatch):
 
 
 def test_the_leak_test_catches_a_missing_mask(monkeypatch):
-    import pretrain.models.attention as attention
+    import coma.models.attention as attention
 
     monkeypatch.setattr(attention, "same_group_bias", lambda *_: None)
     assert leak(awake(DyViT(TINY)), 24, 24, 2) > 0
 
 
 def test_the_leak_test_catches_a_unit_in_the_wrong_view(monkeypatch):
-    import pretrain.models.dyvit as dyvit
+    import coma.models.dyvit as dyvit
 
     def misdealt(rows, cols, group, sizes):
         sequences = image_sequences(rows, cols, group, sizes)
@@ -147,7 +147,7 @@ def test_one_pass_for_all_views_equals_slow_passes_with_dropped_tokens(size, vie
 )
 def test_the_comparison_notices(fault, monkeypatch):
     name, wrong = fault
-    monkeypatch.setattr(f"pretrain.models.{name}", wrong)
+    monkeypatch.setattr(f"coma.models.{name}", wrong)
     assert off_by((24, 24), 2) > 1e-4
 
 
@@ -170,7 +170,7 @@ def test_one_view_in_place_equals_dropped_units(config, monkeypatch):
     group = group_of(visible)
     with torch.no_grad():
         expected = encoder.forward_features(images, group)
-        monkeypatch.setattr("pretrain.models.sequences.is_exporting", lambda: True)
+        monkeypatch.setattr("coma.models.view_sequences.is_exporting", lambda: True)
         found = encoder.forward_features(images, group)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert expected.abs().sum() > 0

@@ -4,13 +4,13 @@ import pytest
 import torch
 from short_runs import OBJECTIVE
 
-from pretrain.config import DyViTConfig
-from pretrain.masking.partition import group_sizes, partition
-from pretrain.models import attention, build_encoder, window_variants
-from pretrain.models.attention import Consecutive, stage_layout
-from pretrain.models.dyvit import Block
-from pretrain.models.sequences import image_sequences
-from pretrain.models.window_variants import (
+from coma.config import DyViTConfig
+from coma.masking.sampling import group_sizes, partition
+from coma.models import attention, build_encoder, window_variants
+from coma.models.attention import Consecutive, stage_layout
+from coma.models.dyvit import Block
+from coma.models.view_sequences import image_sequences
+from coma.models.window_variants import (
     VARIANTS,
     Elementwise,
     Flex,
@@ -20,8 +20,8 @@ from pretrain.models.window_variants import (
     blocks_bias,
     run_length,
 )
-from pretrain.models.windows import MASKED
-from pretrain.objectives import build_objective
+from coma.models.windows import MASKED
+from coma.objectives import build_objective
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own
 

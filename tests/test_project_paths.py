@@ -14,9 +14,9 @@ from command_settings import MISSING, VARIANTS, invocations, settings_of
 from export_files import backbone
 from PIL import Image
 
-from pretrain import cli
-from pretrain.errors import BadInput
-from pretrain.paths import local_path
+from coma import cli
+from coma.errors import BadInput
+from coma.paths import local_path
 
 BASES: dict[str, tuple[list[str], dict[str, str]]] = {
     "pretrain": (

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import cli
-from pretrain.config import PretrainConfig
-from pretrain.errors import BadInput
-from pretrain.preflight import require_file, require_folder, require_space
-from pretrain.training.setup import check_space
+from coma import cli
+from coma.config import PretrainConfig
+from coma.errors import BadInput
+from coma.preflight import require_file, require_folder, require_space
+from pretrain.training.run_plan import check_space
 
 NEEDS = [
     ("demo", "gradio", "[demo]"),

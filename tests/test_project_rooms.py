@@ -45,14 +45,14 @@ def test_the_contract_holds(copy):
     ("file", "line", "broken"),
     [
         ("models/dyvit.py", "import pretrain.training", "pretrain is built in layers"),
-        ("config.py", "from pretrain.data import open_source", "pretrain is built in layers"),
-        ("objectives/coma.py", "import pretrain.data", "pretrain is built in layers"),
+        ("config.py", "from coma.data import open_source", "pretrain is built in layers"),
+        ("objectives/coma.py", "import coma.data", "pretrain is built in layers"),
         (
             "data/source.py",
-            "def late():\n    from pretrain.models import DyViT",
+            "def late():\n    from coma.models import DyViT",
             "readers of images know no models",
         ),
-        ("training/loop.py", "import export.to_onnx", "pretrain imports no other room"),
+        ("training/loop.py", "import export.onnx_export", "pretrain imports no other room"),
         ("artifact/save.py", "def late():\n    import onnx", "pretrain needs none of the heavy packages"),
     ],
 )
@@ -69,7 +69,7 @@ def test_a_planted_import_is_caught(copy, file, line, broken):
 
 
 def test_a_module_outside_of_all_layers_is_caught(copy):
-    (copy / "pretrain" / "odds_and_ends.py").write_text("import pretrain.config\n")
+    (copy / "pretrain" / "odds_and_ends.py").write_text("import coma.config\n")
     code, said = lint(copy)
     assert code == 1 and "odds_and_ends" in said
 
@@ -81,7 +81,7 @@ def modules_after(statement: str) -> set[str]:
     return {name.partition(".")[0] for name in done.stdout.split()}
 
 
-LIGHT = ["pretrain", "pretrain.cli", "pretrain.config", "pretrain.errors"]
+LIGHT = ["pretrain", "coma.cli", "coma.config", "coma.errors"]
 
 
 @pytest.mark.parametrize("module", LIGHT + [entry.partition(":")[0] for entry in COMMANDS.values()])

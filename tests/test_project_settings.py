@@ -19,8 +19,8 @@ from command_settings import (
     words,
 )
 
-from pretrain import cli
-from pretrain.config import FinetuneConfig, PretrainConfig
+from coma import cli
+from coma.config import FinetuneConfig, PretrainConfig
 
 NUMBERS = {
     float: ("nan", "inf", "-inf", "-1", "0", "1e30"),

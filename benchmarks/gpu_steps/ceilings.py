@@ -8,8 +8,8 @@ import platform
 import torch
 from machine import describe, version_of
 
+from coma.devices import cores
 from gpu_steps.session import Session, median_seconds
-from pretrain.machine import cores
 from pretrain.training.throughput import peak_flops
 
 PACKAGES = (

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 from train_step import build
 
-from gpu_steps.session import Session, free
-from pretrain.artifact import load_artifact
-from pretrain.config import (
+from coma.amp import Precision, autocast, choose_attention
+from coma.artifact import load_artifact
+from coma.config import (
     DataConfig,
     OptimizerConfig,
     PretrainConfig,
@@ -23,13 +23,13 @@ from pretrain.config import (
     dyvit_preset,
     method_preset,
 )
-from pretrain.masking.partition import partition
-from pretrain.masking.units import unit_grid
-from pretrain.models import DyViT, build_encoder
-from pretrain.objectives import build_objective
-from pretrain.precision import Precision, autocast, choose_attention
+from coma.masking.patchify import unit_grid
+from coma.masking.sampling import partition
+from coma.models import DyViT, build_encoder
+from coma.objectives import build_objective
+from gpu_steps.session import Session, free
 from pretrain.training import pretrain
-from pretrain.training.learner import Learner
+from pretrain.training.train_step import Learner
 
 LIMITS: dict[Precision, float] = {"fp32": 1e-3, "bf16": 5e-2}
 """Largest relative error of all gradients together, by precision."""

@@ -20,9 +20,8 @@ import torch
 from PIL import Image
 from train_step import Step
 
-from gpu_steps.session import Session, free, median_seconds
-from pretrain.commands.quickstart import PHOTOGRAPHS
-from pretrain.config import (
+from coma.amp import choose_precision
+from coma.config import (
     DataConfig,
     OptimizerConfig,
     PretrainConfig,
@@ -30,10 +29,11 @@ from pretrain.config import (
     dyvit_preset,
     method_preset,
 )
-from pretrain.data import Slices, normalize, open_source, training_batches
-from pretrain.data.workers import default_workers
-from pretrain.errors import Interrupted
-from pretrain.precision import choose_precision
+from coma.data import Slices, normalize, open_source, training_batches
+from coma.data.worker_pool import default_workers
+from coma.errors import Interrupted
+from gpu_steps.session import Session, free, median_seconds
+from pretrain.commands.quickstart import PHOTOGRAPHS
 from pretrain.training import pretrain
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

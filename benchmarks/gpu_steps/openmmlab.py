@@ -38,7 +38,7 @@ def run(session: Session) -> None:
             options += ["--steps", str(steps), "--batch-size", str(batch), "--validations", "1", "--workers"]
             options += ["0" if small else "4", "--head-channels", "32" if small else "256"]
             options += ["--precision", "fp32" if small else "bf16", *flags]
-            session.run("-m", "pretrain", command, "train", *options)
+            session.run("-m", "coma", command, "train", *options)
             rows = [row for path in out.rglob("scalars.json") for row in map(json.loads, path.open())]
             trained = [row for row in rows if "loss" in row]
             if not trained:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from pretrain.models import attention
-from pretrain.models.attention import Consecutive, Windows
-from pretrain.models.dyvit import DyViT
-from pretrain.models.sequences import Sequences
-from pretrain.models.vit import ViT
+from coma.models import attention
+from coma.models.attention import Consecutive, Windows
+from coma.models.dyvit import DyViT
+from coma.models.view_sequences import Sequences
+from coma.models.vit import ViT
 
 PREFIX = "part: "
 """Begins the names of the ranges that a profile shows."""

@@ -9,10 +9,10 @@ import torch
 from torch.autograd import DeviceType
 from train_step import Step
 
+from coma.amp import choose_precision
 from gpu_steps.parts import PREFIX, Parts, kind_of
 from gpu_steps.session import Session, free, median_seconds, wait
 from gpu_steps.training import ON_CPU
-from pretrain.precision import choose_precision
 
 MODELS = ("CoMA DyViT-B", "MAE ViT-B")
 TOP = 10

@@ -1,6 +1,6 @@
 """What helps: other kernels for small windows, CUDA graphs, compiled blocks, each timed and checked.
 
-Every row is a whole training step of CoMA on DyViT-B under a variant of `pretrain.models.window_variants`,
+Every row is a whole training step of CoMA on DyViT-B under a variant of `coma.models.window_variants`,
 compared in loss and gradients with the reference before it is timed.
 """
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from train_step import Step
 
+from coma.amp import autocast, choose_precision
+from coma.models import window_variants
+from coma.models.window_variants import attention_variant
 from gpu_steps.correctness import error, loss_and_gradients
 from gpu_steps.session import Session, free, median_seconds
-from pretrain.models import window_variants
-from pretrain.models.window_variants import attention_variant
-from pretrain.precision import autocast, choose_precision
 from pretrain.training.distributed import innermost_blocks
 
 EAGER, GRAPH, BLOCKS, BOTH = "eager", "CUDA graph", "compiled blocks", "compiled blocks, CUDA graph"

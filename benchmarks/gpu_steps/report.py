@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from coma.atomic_io import write_whole
 from gpu_steps.steps import Step
-from pretrain.files import write_whole
 
 
 def save(out: Path, record: dict[str, Any]) -> None:

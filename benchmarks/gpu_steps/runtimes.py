@@ -23,7 +23,7 @@ def exported(session: Session, *flags: str) -> Path:
     out = session.folder / "export"
     shape = f"1x3x{32 if session.small else 224}x{32 if session.small else 224}"
     most = shape.replace("1x3", f"{2 if session.small else 64}x3", 1)
-    command = ["-m", "pretrain", "export", str(artifact_of(session)), "--form", "encoder", "--out", str(out)]
+    command = ["-m", "coma", "export", str(artifact_of(session)), "--form", "encoder", "--out", str(out)]
     command += ["--shapes", f"{shape}:{most}:{most}", "--verify-images", "2" if session.small else "8"]
     session.run(*command, *flags)
     return out
@@ -53,12 +53,12 @@ def tensorrt_rtx(session: Session) -> None:
     """Builds an engine of TensorRT-RTX and, on a GPU, runs it beside PyTorch."""
     if find_spec("tensorrt_rtx_bindings") is None:
         raise Skip("TensorRT-RTX is not installed")
-    from export.forms.load import load_deployable
-    from export.runtimes.pytorch import TorchRuntime
-    from export.runtimes.tensorrt import TensorRTRuntime
-    from export.shapes import Shape, Shapes
+    from coma.runtimes.pytorch import TorchRuntime
+    from coma.runtimes.shape_ranges import Shape, Shapes
+    from coma.runtimes.tensorrt import TensorRTRuntime
+    from export.graphs.load import load_deployable
+    from export.onnx_export import write_onnx
     from export.tensorrt.builder import build_engine
-    from export.to_onnx import write_onnx
 
     side = 32 if session.small else 224
     path, engine = session.folder / "encoder.onnx", session.folder / "encoder.engine"

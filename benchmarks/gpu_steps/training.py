@@ -12,9 +12,9 @@ from PIL import Image
 from skimage import data as pictures
 from train_step import Step, largest_batch
 
+from coma.amp import choose_precision
+from coma.models.window_variants import attention_variant
 from gpu_steps.session import Session, free, median_seconds
-from pretrain.models.window_variants import attention_variant
-from pretrain.precision import choose_precision
 from pretrain.training.throughput import peak_flops, peak_memory
 
 REFERENCE = "MAE ViT-B"

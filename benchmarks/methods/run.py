@@ -38,9 +38,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from machine import describe
 
+from coma.errors import Interrupted
 from pretrain.commands.compare import entry
-from pretrain.compare import Compared, Comparison, Entry, compare
-from pretrain.errors import Interrupted
+from pretrain.sweep import Compared, Comparison, Entry, compare
 
 TEACHER = "--teacher {teacher}"
 METHODS: Mapping[str, str] = {
@@ -103,9 +103,7 @@ def teacher(args: argparse.Namespace) -> Path:
     if not done.exists():
         arguments = ["--resume", str(out)] if (out / "config.json").exists() else begin
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        subprocess.run(
-            [sys.executable, "-m", "pretrain", "pretrain", *arguments], env=environment, check=True
-        )
+        subprocess.run([sys.executable, "-m", "coma", "pretrain", *arguments], env=environment, check=True)
     return out / "artifact"
 
 

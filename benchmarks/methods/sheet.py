@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from run import METHODS
 
-from pretrain.artifact import ArtifactConfig
-from pretrain.data import open_source
-from pretrain.data.transforms import centre_square, normalize, resize
-from pretrain.masking.units import spread, unit_grid
-from pretrain.objectives.base import MaskedPixels
-from pretrain.plain import read_config
-from pretrain.pretrained import load_pretrained
+from coma.artifact import ArtifactConfig
+from coma.config.serialization import read_config
+from coma.data import open_source
+from coma.data.transforms import centre_square, normalize, resize
+from coma.masking.patchify import spread, unit_grid
+from coma.objectives.base import MaskedPixels
+from coma.objectives.load import load_pretrained
 
 
 def rows(objective: MaskedPixels, images: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:

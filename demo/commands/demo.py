@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from coma.arguments import parse_arguments
+from coma.errors import BadInput
+from coma.messages import counted
+from coma.preflight import require_packages
+from coma.ranges import Range, Ranged
 from demo.storage import Storage, delete_leftovers, temporary_storage
-from pretrain.arguments import parse_arguments
-from pretrain.errors import BadInput
-from pretrain.messages import counted
-from pretrain.preflight import require_packages
-from pretrain.ranges import Range, Ranged
 
 if TYPE_CHECKING:
     from demo.models import Models

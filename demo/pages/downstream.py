@@ -8,11 +8,11 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from demo.finetuned import classify, detect, draw_classes, draw_objects, segment, shares
+from coma.errors import BadInput
+from coma.runtimes.model_spec import Form
 from demo.models import Model
-from demo.site import MODEL_WORK, Site, note, table
-from export.description import Form
-from pretrain.errors import BadInput
+from demo.predict import classify, detect, draw_classes, draw_objects, segment, shares
+from demo.session import MODEL_WORK, Site, note, table
 
 TITLES: dict[Form, str] = {"classifier": "Classify", "detector": "Detect", "segmentor": "Segment"}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gradio as gr
 
+from coma.runtimes.model_spec import Form
 from demo.models import Models
-from export.description import Form
 
 
 def guide(models: Models) -> None:

@@ -11,15 +11,15 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from demo.fit import FITS, Fitted, fit_picture
-from demo.hiding import hide
 from demo.inputs import CheckedEditor
+from demo.masking import hide
 from demo.masks import LARGEST_SEED, METHODS
 from demo.models import Model
 from demo.pages.results import CANVAS, facts_of, large, numbers_of, views_of
-from demo.paint import enlarge, heat_map, to_rgb
-from demo.reconstruct import rebuild
-from demo.site import MODEL_WORK, Site, heading, note
+from demo.reconstruction import rebuild
+from demo.render import enlarge, heat_map, to_rgb
+from demo.resize import FITS, Fitted, fit_picture
+from demo.session import MODEL_WORK, Site, heading, note
 from demo.storage import EXAMPLES, Storage
 
 EMPTY = "Choose a picture first: drop one on the left, or click on an example."

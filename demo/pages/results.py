@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from demo.fit import Fitted
 from demo.masks import METHODS
 from demo.models import Model
-from demo.paint import cover, enlarge, to_rgb
-from demo.reconstruct import Rebuilt
-from demo.site import cards, note
+from demo.reconstruction import Rebuilt
+from demo.render import cover, enlarge, to_rgb
+from demo.resize import Fitted
+from demo.session import cards, note
 
 CANVAS = 512
 Views = list[tuple[np.ndarray, str]]

@@ -6,9 +6,9 @@ from typing import Any
 
 import gradio as gr
 
-from demo.compare import Measured, compare
-from demo.site import MODEL_WORK, Site, note, table
-from export.description import Form
+from coma.runtimes.model_spec import Form
+from demo.compare_runtimes import Measured, compare
+from demo.session import MODEL_WORK, Site, note, table
 
 PROGRESS = gr.Progress()
 HEAD = ("runtime", "one picture", "times PyTorch's speed", "cosine", "largest difference", "what ran")

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from coma.arguments import parse_arguments
+from coma.errors import BadInput
+from coma.preflight import require_file
+from coma.ranges import SHARE, Range, Ranged
+from downstream.cli_options import FromOptions, TrainingOptions
 from downstream.commands import shared
-from downstream.options import FromOptions, TrainingOptions
-from pretrain.arguments import parse_arguments
-from pretrain.errors import BadInput
-from pretrain.preflight import require_file
-from pretrain.ranges import SHARE, Range, Ranged
 
 if TYPE_CHECKING:
+    from downstream.configs.adapt import Described
     from downstream.datasets.coco import CocoSplit
-    from downstream.fitting import Described
 
 USAGE = """
 usage: coma detect train ARTIFACT --data DATASET --out runs/detector
@@ -101,7 +101,7 @@ def _train(argv: list[str]) -> None:
 
 
 def _own(given: TrainConfig, encoder: Described) -> Any:
-    from downstream.detect import HAS_MASKS, training_config
+    from downstream.tasks.detection import HAS_MASKS, training_config
 
     data = shared.required(given.data, "--data", "a dataset in COCO's format")
     train, val = _splits(data)
@@ -113,7 +113,7 @@ def _own(given: TrainConfig, encoder: Described) -> Any:
 
 
 def _fit_data(config: Any, given: TrainConfig) -> None:
-    from downstream.detect import fit_dataset
+    from downstream.tasks.detection import fit_dataset
 
     train, val = _splits(shared.required(given.data, "--data", "a dataset in COCO's format"))
     masks = "mask_head" in config.model.get("roi_head", {})
@@ -138,10 +138,10 @@ def _test(argv: list[str]) -> None:
 
     import tempfile
 
+    from downstream.artifacts import read_finetuned
     from downstream.datasets.coco import open_coco
-    from downstream.detect import scoring
-    from downstream.finetuned import read_finetuned
-    from downstream.tuning import measure
+    from downstream.finetune import measure
+    from downstream.tasks.detection import scoring
 
     if given.out:
         require_file(given.out)
@@ -158,8 +158,8 @@ def _test(argv: list[str]) -> None:
 def _predict(argv: list[str]) -> None:
     given = parse_arguments(PredictConfig, argv, prog="coma detect predict")
 
-    from downstream.finetuned import load_finetuned
-    from downstream.prediction import image_numbers, list_images, number_images, predict, write_detections
+    from downstream.artifacts import load_finetuned
+    from downstream.predict import image_numbers, list_images, number_images, predict, write_detections
 
     device = shared.device_of(given.device)
     shared.check_empty(given.out)

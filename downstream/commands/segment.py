@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from coma.arguments import parse_arguments
+from coma.errors import BadInput
+from coma.preflight import require_file
+from coma.ranges import SIDE, Range, Ranged
+from downstream.cli_options import FromOptions, TrainingOptions
 from downstream.commands import shared
-from downstream.options import FromOptions, TrainingOptions
-from pretrain.arguments import parse_arguments
-from pretrain.errors import BadInput
-from pretrain.preflight import require_file
-from pretrain.ranges import SIDE, Range, Ranged
 
 if TYPE_CHECKING:
+    from downstream.configs.adapt import Described
     from downstream.datasets.labels import LabelSplit
-    from downstream.fitting import Described
 
 USAGE = """
 usage: coma segment train ARTIFACT --data DATASET --out runs/segmentor
@@ -100,14 +100,14 @@ def _train(argv: list[str]) -> None:
 
 
 def _own(given: TrainConfig, encoder: Described) -> Any:
-    from downstream.segment import training_config
+    from downstream.tasks.segmentation import training_config
 
     train, val = _splits(given)
     return training_config(encoder, train, val, given.training, given.crop_size or 512, given.short_side)
 
 
 def _fit_data(config: Any, given: TrainConfig) -> None:
-    from downstream.segment import fit_dataset
+    from downstream.tasks.segmentation import fit_dataset
 
     fit_dataset(config, *_splits(given))
 
@@ -130,10 +130,10 @@ def _test(argv: list[str]) -> None:
 
     import tempfile
 
+    from downstream.artifacts import read_finetuned
     from downstream.datasets.labels import open_labels
-    from downstream.finetuned import read_finetuned
-    from downstream.segment import scoring
-    from downstream.tuning import measure
+    from downstream.finetune import measure
+    from downstream.tasks.segmentation import scoring
 
     if given.out:
         require_file(given.out)
@@ -150,8 +150,8 @@ def _test(argv: list[str]) -> None:
 def _predict(argv: list[str]) -> None:
     given = parse_arguments(PredictConfig, argv, prog="coma segment predict")
 
-    from downstream.finetuned import load_finetuned
-    from downstream.prediction import list_images, number_images, predict, write_segmentations
+    from downstream.artifacts import load_finetuned
+    from downstream.predict import list_images, number_images, predict, write_segmentations
 
     device = shared.device_of(given.device)
     shared.check_empty(given.out)

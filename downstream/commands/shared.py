@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from downstream.options import is_main
-from pretrain.errors import BadInput
-from pretrain.files import lies_among
-from pretrain.preflight import require_folder, require_packages
+from coma.atomic_io import lies_among
+from coma.errors import BadInput
+from coma.preflight import require_folder, require_packages
+from downstream.cli_options import is_main
 
 if TYPE_CHECKING:
     import torch
 
-    from downstream.finetuned import Kind
-    from downstream.fitting import Described
+    from downstream.artifacts import Kind
+    from downstream.configs.adapt import Described
 
 log = logging.getLogger(__name__)
 COMMANDS = {"detector": "detect", "segmentor": "segment"}
@@ -84,11 +84,11 @@ def train(
     Raises:
         BadInput: settings that do not go together.
     """
-    from downstream.fitting import describe, fit_encoder
-    from downstream.options import check_foreign
-    from downstream.runs import CONFIG, settle
-    from downstream.settings import blaming, change, load_config
-    from downstream.tuning import check_library, finetune
+    from downstream.cli_options import check_foreign
+    from downstream.configs.adapt import describe, fit_encoder
+    from downstream.configs.load import blaming, change, load_config
+    from downstream.finetune import check_library, finetune
+    from downstream.openmmlab.runner import CONFIG, settle
 
     command, source = COMMANDS[kind], given.source
     if given.resume:
@@ -138,7 +138,7 @@ def noting(
     config: Any, path: Path, why: str, way: str = "--cfg-options NAME=VALUE changes it back"
 ) -> Iterator[None]:
     """Says in one line which settings of the user's configuration are other ones at the end, and why."""
-    from downstream.settings import differences
+    from downstream.configs.load import differences
 
     before = config.to_dict()
     yield
@@ -207,7 +207,7 @@ def say_trained(command: str, out: Path, artifact: Path | None) -> None:
     """Where everything is, and what can be done with it."""
     import json
 
-    from downstream.runs import is_headline
+    from downstream.openmmlab.runner import is_headline
 
     if not is_main():
         return

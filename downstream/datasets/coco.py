@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from coma.errors import BadInput
 from downstream.datasets.coco_checks import Record, check_ids, check_objects, check_references, records
 from downstream.datasets.coco_layouts import ROBOFLOW, find_annotations, find_images
-from downstream.datasets.headers import Header, read_header
-from downstream.datasets.problems import Problems, Progress, in_threads
-from pretrain.errors import BadInput
+from downstream.datasets.image_headers import Header, read_header
+from downstream.datasets.validation_report import Problems, Progress, in_threads
 
 log = logging.getLogger(__name__)
 
@@ -182,8 +182,8 @@ def _checked(
 
 def _say_left_out(annotations: Path, images: Path, listed: set[str]) -> None:
     """Log how many images there are of which kinds, and what else lies in their folder."""
-    from pretrain.data.folders import search  # imports torch: only where it is needed
-    from pretrain.data.inventory import kind_of
+    from coma.data.inventory import kind_of
+    from coma.data.sources.image_folder import search  # imports torch: only where it is needed
 
     found, inventory = search(images)
     for name in found:

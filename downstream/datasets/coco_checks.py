@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from downstream.datasets.masks import mask_fault
-from downstream.datasets.problems import Problems
+from downstream.datasets.validation_report import Problems
 
 BORDER = 1.0
 """Pixels that a box may reach beyond its image: annotation tools round differently."""

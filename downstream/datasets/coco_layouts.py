@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import BadInput
-from pretrain.splits import SPLITS, known_split, split_folders
+from coma.data.splits import SPLITS, known_split, split_folders
+from coma.errors import BadInput
 
 ROBOFLOW = "_annotations.coco.json"
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from downstream.datasets.problems import Problems
-from pretrain.errors import BadInput
+from coma.errors import BadInput
+from downstream.datasets.validation_report import Problems
 
 Colour = tuple[int, int, int]
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pretrain.errors import BadInput
-from pretrain.splits import SPLITS, known_split, split_folders
+from coma.data.splits import SPLITS, known_split, split_folders
+from coma.errors import BadInput
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +82,8 @@ def pair(layout: Layout, image_suffix: str | None, label_suffix: str | None) -> 
     Raises:
         BadInput: no image, or no label.
     """
-    from pretrain.data.folders import search, walk  # imports torch: only where it is needed
-    from pretrain.data.inventory import Inventory
+    from coma.data.inventory import Inventory
+    from coma.data.sources.image_folder import search, walk  # imports torch: only where it is needed
 
     found, inventory = search(layout.images)
     images, labels = sorted(found), sorted(walk(layout.labels, Inventory()))

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from downstream.datasets.headers import read_header
+from coma.errors import BadInput
+from downstream.datasets.image_headers import read_header
 from downstream.datasets.label_classes import (
     HOW_TO_SAY,
     Classes,
@@ -26,8 +27,7 @@ from downstream.datasets.label_classes import (
     find_classes,
 )
 from downstream.datasets.label_layouts import Layout, Pairing, find_layout, pair
-from downstream.datasets.problems import Problems, Progress, in_threads
-from pretrain.errors import BadInput
+from downstream.datasets.validation_report import Problems, Progress, in_threads
 
 MUCH_IGNORED = 0.5
 """A larger share of ignored pixels is remarked upon."""

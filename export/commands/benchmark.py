@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from coma.arguments import parse_arguments
+from coma.atomic_io import write_whole
+from coma.errors import BadInput
+from coma.preflight import require_file
+from coma.ranges import BATCH, SIDE, Range, Ranged
+from coma.runtimes.shape_ranges import Shape, check_pixels
 from export.commands.output import disk_errors, stoppable
-from export.shapes import Shape, check_pixels
-from pretrain.arguments import parse_arguments
-from pretrain.errors import BadInput
-from pretrain.files import write_whole
-from pretrain.preflight import require_file
-from pretrain.ranges import BATCH, SIDE, Range, Ranged
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from export.comparing import Contender, NotRun, Row
-    from export.description import Form
+    from coma.artifact import ArtifactConfig
+    from coma.runtimes.model_spec import Form
+    from export.benchmark import Contender, NotRun, Row
     from export.image_sets import ImageSet
-    from pretrain.artifact import ArtifactConfig
 
 FORMAT_VERSION = 1
 
@@ -104,7 +104,7 @@ def parse_size(text: str | None, config: ArtifactConfig, form: Form) -> tuple[in
     Raises:
         BadInput: not two numbers, or less than a mask unit.
     """
-    from export.forms.load import size_of
+    from export.graphs.load import size_of
 
     unit = config.model.unit
     if text is None:
@@ -126,7 +126,7 @@ def choose_form(wanted: str | None, artifact: Path, kind: str) -> Form:
     Raises:
         BadInput: the artifact has no such form.
     """
-    from export.forms.load import FORMS
+    from export.graphs.load import FORMS
 
     for form in FORMS[kind]:
         if wanted in (None, form):
@@ -137,10 +137,10 @@ def choose_form(wanted: str | None, artifact: Path, kind: str) -> Form:
 def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
     from rich.console import Console
 
-    from export.comparing import busy_note
-    from export.forms.load import artifact_hash
-    from export.manifest import machine, versions
-    from pretrain.artifact import load_artifact
+    from coma.artifact import load_artifact
+    from coma.runtimes.manifest import machine, versions
+    from export.benchmark import busy_note
+    from export.graphs.load import artifact_hash
 
     config = load_artifact(given.artifact).config
     form = choose_form(given.form, given.artifact, config.kind)
@@ -196,11 +196,11 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
 def _load(
     given: BenchmarkConfig, form: Form, channels: int, most: int
 ) -> tuple[list[Contender], ImageSet, list[NotRun]]:
+    from export.benchmark import MOST_IMAGES, NotRun, exported, open_exports, open_torch
     from export.commands.progress import Bar
-    from export.comparing import MOST_IMAGES, NotRun, exported, open_exports, open_torch
     from export.image_sets import TIMING, read_image_set
-    from export.images import open_images
-    from export.request import folder_beside
+    from export.job import folder_beside
+    from export.preprocessing import open_images
 
     folder = given.exports or folder_beside(given.artifact)
     with Bar() as bar:
@@ -218,8 +218,8 @@ def _load(
 def _measure(
     given: BenchmarkConfig, contenders: list[Contender], images: ImageSet, batch: int, size: tuple[int, int]
 ) -> tuple[list[Row], list[NotRun]]:
+    from export.benchmark import expected_seconds, measure, try_out
     from export.commands.progress import Bar
-    from export.comparing import expected_seconds, measure, try_out
 
     with Bar() as bar:
         calls, absent = try_out(contenders, images, batch, size, bar)

@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from coma.arguments import parse_arguments
+from coma.errors import BadInput, CheckFailed, ComaError
+from coma.messages import counted
+from coma.preflight import require_file, require_folder, require_packages
+from coma.ranges import Range, Ranged
+from coma.runtimes.shape_ranges import Shape, Shapes, parse_shapes
 from export.commands.output import disk_errors, exclusive, stoppable
-from export.shapes import Shape, Shapes, parse_shapes
-from pretrain.arguments import parse_arguments
-from pretrain.errors import BadInput, CheckFailed, ComaError
-from pretrain.messages import counted
-from pretrain.preflight import require_file, require_folder, require_packages
-from pretrain.ranges import Range, Ranged
 
 if TYPE_CHECKING:
+    from coma.artifact import ArtifactConfig
+    from coma.data.sources.base import Source
+    from coma.runtimes.model_spec import Form, Precision
+    from coma.runtimes.trt.sidecar import EngineOptions
     from export.commands.progress import Bar
-    from export.description import Form, Precision
-    from export.exporting import Outcome
-    from export.request import Request
-    from export.tensorrt.sidecar import EngineOptions
-    from pretrain.artifact import ArtifactConfig
-    from pretrain.data.source import Source
+    from export.job import Request
+    from export.pipeline import Outcome
 
 log = logging.getLogger(__name__)
 
@@ -120,15 +120,15 @@ def run(argv: list[str]) -> None:
     precisions = _choice(given.precision, PRECISIONS, "--precision")
     require_packages("onnx", "onnxscript", "onnxruntime")
     if "tensorrt" in targets:
-        from export.tensorrt.library import require_gpu, require_package
+        from coma.runtimes.trt.discovery import require_gpu, require_package
 
         require_package("tensorrt")
         require_gpu(0)
     if given.check == "rtx":
-        from export.tensorrt.library import require_package
+        from coma.runtimes.trt.discovery import require_package
 
         require_package("tensorrt_rtx")
-    from export.request import folder_beside
+    from export.job import folder_beside
 
     out = given.out or folder_beside(given.artifact)
     with stoppable(), disk_errors(out):
@@ -137,7 +137,7 @@ def run(argv: list[str]) -> None:
 
 def default_shapes(config: ArtifactConfig, form: Form) -> Shapes:
     """Batches of 1 to 32; free height and width where images are not all of one size."""
-    from export.forms.load import size_of
+    from export.graphs.load import size_of
 
     side = size_of(config, form)
     if config.kind not in ("detector", "segmentor"):
@@ -148,13 +148,13 @@ def default_shapes(config: ArtifactConfig, form: Form) -> Shapes:
 
 
 def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str, ...], out: Path) -> None:
+    from coma.artifact import load_artifact
+    from coma.runtimes.manifest import Manifest
+    from export.candidates import remove_unfinished
     from export.commands.progress import Bar
-    from export.exporting import Outcome, export, require
-    from export.forms.load import artifact_hash, forms_of
-    from export.making import remove_unfinished
-    from export.manifest import Manifest
+    from export.graphs.load import artifact_hash, forms_of
+    from export.pipeline import Outcome, export, require
     from export.report import NAME, write_report
-    from pretrain.artifact import load_artifact
 
     config = load_artifact(given.artifact).config
     forms = forms_of(given.artifact)
@@ -261,10 +261,10 @@ def _request(
 ) -> Request:
     from typing import cast
 
+    from coma.data.pixel_values import check_pixels
     from export.image_sets import CALIBRATION, read_image_set, shared_images
-    from export.images import open_images
-    from export.request import Request
-    from pretrain.data.pixel_values import check_pixels
+    from export.job import Request
+    from export.preprocessing import open_images
 
     channels, batch = config.model.channels, 1 if "batch" in shapes.dynamic else shapes.usual.batch
     source = open_images(given.verify, held_out=True)
@@ -306,13 +306,13 @@ def _request(
 
 def _kept_float(given: ExportConfig, kind: str, forms: tuple[Form, ...]) -> tuple[str, ...]:
     if given.keep_float is None:
-        from export.forms.detector import BEHIND_BACKBONE
+        from export.graphs.detector import BEHIND_BACKBONE
 
         return BEHIND_BACKBONE if kind == "detector" else ()
     if given.keep_float == ("none",):
         return ()
-    from export.forms.load import load_deployable
-    from export.making import fits, layers_of
+    from export.candidates import fits, layers_of
+    from export.graphs.load import load_deployable
 
     layers = {name for form in forms for name in layers_of(load_deployable(given.artifact, form).module)}
     for pattern in given.keep_float:
@@ -326,7 +326,7 @@ def _labelled(given: ExportConfig, source: Source, config: ArtifactConfig, batch
     """The images, if they can be used for the top-1 of a classifier."""
     if given.verify is None or source.labels is None or config.kind != "classifier":
         return None
-    from pretrain.data.labels import labels_among
+    from coma.data.labels import labels_among
 
     labels_among(source, config.class_names or (), "the model")
     count = min(len(source), given.metric_images)
@@ -336,7 +336,7 @@ def _labelled(given: ExportConfig, source: Source, config: ArtifactConfig, batch
 
 
 def _engine_options(config: EngineConfig) -> EngineOptions:
-    from export.tensorrt.sidecar import EngineOptions
+    from coma.runtimes.trt.sidecar import EngineOptions
 
     return EngineOptions(
         workspace_mib=config.workspace,
@@ -350,8 +350,8 @@ def _engine_options(config: EngineConfig) -> EngineOptions:
 
 
 def _check_rtx(outcome: Outcome, shapes: Mapping[Form, Shapes], bar: Bar) -> None:
-    from export.making import describe
-    from export.tensorrt.profiles import profile_of
+    from coma.runtimes.trt.profiles import profile_of
+    from export.candidates import describe
     from export.tensorrt.rtx import check_rtx
 
     for path in outcome.kept:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pretrain.errors import BadInput, ComaError
+from coma.errors import BadInput, ComaError
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ carry most of it since no residual path goes around them, 0.4 % and 1.0 % (`keep
 """
 
 from export.quantization.calibration import Batch, Method
-from export.quantization.files import ORT_FP8_ENTRY, Quantized, quantize_fp8, quantize_int8
-from export.quantization.inspection import precision_summary
+from export.quantization.precision_report import precision_summary
+from export.quantization.quantize import ORT_FP8_ENTRY, Quantized, quantize_fp8, quantize_int8
 
 __all__ = [
     "ORT_FP8_ENTRY",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
-from pretrain.errors import BadInput, CheckFailed
+from coma.errors import BadInput, CheckFailed
 
 if TYPE_CHECKING:
     from onnx import ModelProto

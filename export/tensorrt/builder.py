@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from export.description import Description
-from export.failures import library_errors, require_packages
-from export.tensorrt.library import Flavour, Library, load_library, require_gpu
-from export.tensorrt.listening import Progress, make_logger, make_monitor
-from export.tensorrt.profiles import Profile, Shape, check_profiles
-from export.tensorrt.sidecar import EngineOptions, Sidecar, write_sidecar
+from coma.errors import BadInput, CheckFailed, Interrupted
+from coma.hashing import sha256_of
+from coma.library_errors import library_errors, require_packages
+from coma.runtimes.model_spec import Description
+from coma.runtimes.trt.callbacks import Progress, make_logger, make_monitor
+from coma.runtimes.trt.discovery import Flavour, Library, load_library, require_gpu
+from coma.runtimes.trt.profiles import Profile, Shape, check_profiles
+from coma.runtimes.trt.sidecar import EngineOptions, Sidecar, write_sidecar
 from export.tensorrt.timing import open_timing_cache, save_timing_cache
-from pretrain.errors import BadInput, CheckFailed, Interrupted
-from pretrain.hashing import sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def _description(onnx_path: Path) -> Description:
     require_packages("onnx")
     import onnx
 
-    from export.to_onnx import read_description
+    from export.onnx_export import read_description
 
     if not onnx_path.is_file():
         raise BadInput(f"{onnx_path}: no such file")
@@ -104,7 +104,7 @@ def _description(onnx_path: Path) -> Description:
 
 
 def _write(engine_path: Path, data: memoryview) -> None:
-    from pretrain.files import write_whole
+    from coma.atomic_io import write_whole
 
     write_whole(engine_path, lambda file: file.write(data))
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from export.failures import first_line
+from coma.errors import CheckFailed, ComaError
+from coma.library_errors import first_line
+from coma.runtimes.trt.callbacks import Progress
+from coma.runtimes.trt.discovery import find_driver, load_library, require_package
+from coma.runtimes.trt.profiles import Profile
+from coma.runtimes.trt.sidecar import EngineOptions
 from export.tensorrt.builder import compile_plan
-from export.tensorrt.library import find_driver, load_library, require_package
-from export.tensorrt.listening import Progress
-from export.tensorrt.profiles import Profile
-from export.tensorrt.sidecar import EngineOptions
-from pretrain.errors import CheckFailed, ComaError
 
 PROVES = (
     "TensorRT-RTX parsed and compiled this graph for RTX cards, without a GPU. It is another product than "

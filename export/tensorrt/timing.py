@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import BadInput
+from coma.errors import BadInput
 
 
 def open_timing_cache(config: Any, path: Path) -> None:
@@ -28,7 +28,7 @@ def save_timing_cache(config: Any, path: Path) -> None:
     Raises:
         OSError: the disk is full, or not to be written.
     """
-    from pretrain.files import write_whole
+    from coma.atomic_io import write_whole
 
     cache = config.get_timing_cache()
     if path.exists():

@@ -23,16 +23,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from pretrain.arguments import parse_arguments
+from coma.arguments import parse_arguments
+from coma.devices import cores
+from coma.errors import BadInput, CheckFailed
+from coma.preflight import require_folder, require_packages
+from coma.ranges import BUDGET, IMAGES, JOBS, SEED, Range, Ranged
 from pretrain.commands import evaluate as evaluate_command
 from pretrain.commands import pretrain as pretrain_command
-from pretrain.errors import BadInput, CheckFailed
-from pretrain.machine import cores
-from pretrain.preflight import require_folder, require_packages
-from pretrain.ranges import BUDGET, IMAGES, JOBS, SEED, Range, Ranged
 
 if TYPE_CHECKING:
-    from pretrain.compare import Compared, Comparison, Entry
+    from pretrain.sweep import Compared, Comparison, Entry
 
 _OURS = {
     *("--out", "--seed", "--steps", "--epochs", "--resume", "--from", "--method", "--model", "--device"),
@@ -106,7 +106,7 @@ def run(argv: list[str]) -> None:
     require_packages("tensorboard", "matplotlib")
     require_folder(comparison.out)
 
-    from pretrain.compare import compare
+    from pretrain.sweep import compare
 
     compared = compare(comparison)
     print(_summary(compared))
@@ -130,8 +130,8 @@ def parse(argv: list[str]) -> Comparison:
         raise BadInput("give at least one of each: --methods, --models, --seeds, --protocols")
     _refuse(shared, _OURS, "behind --")
 
-    from pretrain.compare import Comparison
-    from pretrain.data.workers import default_workers
+    from coma.data.worker_pool import default_workers
+    from pretrain.sweep import Comparison
 
     device, gpus = _device(config.device)
     jobs = config.jobs or max(len(gpus), 1)
@@ -177,7 +177,7 @@ def entry(images: Path, method: str, model: str, flags: list[str], seeds: tuple[
     Raises:
         BadInput: `coma pretrain` does not take this.
     """
-    from pretrain.compare import Entry
+    from pretrain.sweep import Entry
 
     (method, method_flags), (model, model_flags) = _named(method), _named(model)
     _refuse(method_flags, _OURS, f"in --methods {method!r}")

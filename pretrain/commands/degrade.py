@@ -17,15 +17,15 @@ from typing import Annotated
 
 import tyro
 
-from pretrain.arguments import parse_arguments
-from pretrain.errors import BadInput
-from pretrain.methods import Degradation
-from pretrain.ranges import MEAN, SEED, STD, Range, Ranged
+from coma.arguments import parse_arguments
+from coma.config.objectives import Degradation
+from coma.errors import BadInput
+from coma.ranges import MEAN, SEED, STD, Range, Ranged
 
 Channels = tuple[float, float, float]
 
 _NO_PLACE = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
-"""Errors of what --out names; others are the machine's, see `pretrain.cli`."""
+"""Errors of what --out names; others are the machine's, see `coma.cli`."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ def run(argv: list[str]) -> None:
     config = parse_arguments(DegradeConfig, argv, prog="coma degrade", description=__doc__)
     _check(config)
 
-    from pretrain.data.channels import adapt
-    from pretrain.data.images import decode
-    from pretrain.data.pixel_values import check_pixels
-    from pretrain.data.transforms import centre_square, resize
-    from pretrain.pictures import degradation_sheet
+    from coma.data.channels import adapt
+    from coma.data.decode import decode
+    from coma.data.pixel_values import check_pixels
+    from coma.data.transforms import centre_square, resize
+    from pretrain.visualize.reconstructions import degradation_sheet
 
     name = str(config.image)
     try:

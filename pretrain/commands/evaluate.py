@@ -21,22 +21,22 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from pretrain.arguments import parse_arguments, parse_known
-from pretrain.config import DataConfig, FinetuneConfig, FinetuneRecipe, RunConfig
-from pretrain.errors import BadInput
-from pretrain.plain import read_config
-from pretrain.preflight import require_file, require_packages
-from pretrain.ranges import BATCH, MINUTES, PROCESSES, SEED, SIDE, STEPS, Range, Ranged
+from coma.arguments import parse_arguments, parse_known
+from coma.config import DataConfig, FinetuneConfig, FinetuneRecipe, RunConfig
+from coma.config.serialization import read_config
+from coma.errors import BadInput
+from coma.preflight import require_file, require_packages
+from coma.ranges import BATCH, MINUTES, PROCESSES, SEED, SIDE, STEPS, Range, Ranged
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from pretrain.artifact import ArtifactConfig
-    from pretrain.config import EncoderConfig
-    from pretrain.data import Source
+    from coma.artifact import ArtifactConfig
+    from coma.config import EncoderConfig
+    from coma.data import Source
+    from coma.models import Encoder
     from pretrain.evaluate import Protocol, Score
-    from pretrain.models import Encoder
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def run(argv: list[str]) -> None:
 
     from rich.console import Console
 
-    from pretrain.data import open_labelled, say_absent_classes
+    from coma.data import open_labelled, say_absent_classes
 
     console = Console()
     splits = open_labelled(config.data, config.train, config.test, config.val)
@@ -224,7 +224,7 @@ def _check_finetuning(config: EvaluateConfig) -> None:
         raise BadInput("fine-tuning runs in one process, on one GPU or a CPU; start it without torchrun")
     require_packages("tensorboard", "matplotlib")
     if len(config.protocol) > 1:  # what it would refuse is not to be found after the others are measured
-        from pretrain.training.finetune_plan import prepare_finetuning
+        from pretrain.finetune.plan import prepare_finetuning
 
         prepare_finetuning(_finetune_config(config), resume=config.resume is not None)
 
@@ -264,7 +264,7 @@ def _finetune_config(config: EvaluateConfig) -> FinetuneConfig:
     """The run that the flags describe."""
     given, size = config.finetune, config.image_size
     if size is None:
-        from pretrain.artifact import load_artifact
+        from coma.artifact import load_artifact
 
         size = load_artifact(config.artifacts[0]).config.image_size
     recipe = FinetuneRecipe(**{field.name: getattr(given, field.name) for field in fields(FinetuneRecipe)})
@@ -315,7 +315,7 @@ top-1 in the table: on {score.test_images:,} test images, used once, at the end
 
 def _encoders(config: EvaluateConfig) -> list[tuple[str, Encoder, ArtifactConfig]]:
     """The artifacts' encoders by name; behind them, one that has learned nothing for each architecture."""
-    from pretrain.artifact import load_encoder
+    from coma.artifact import load_encoder
     from pretrain.evaluate import random_encoder
 
     encoders = [(str(path), *load_encoder(path)) for path in config.artifacts]

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from pretrain.arguments import parse_arguments
-from pretrain.errors import ComaError, Interrupted
-from pretrain.messages import counted
-from pretrain.preflight import require_folder
-from pretrain.ranges import PROCESSES, SIDE, Range, Ranged
+from coma.arguments import parse_arguments
+from coma.errors import ComaError, Interrupted
+from coma.messages import counted
+from coma.preflight import require_folder
+from coma.ranges import PROCESSES, SIDE, Range, Ranged
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pretrain.data.packing import PackReport
+    from coma.data.pack import PackReport
 
 _NAMED_FAILURES = 10
 
@@ -60,8 +60,8 @@ def run(argv: list[str]) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from pretrain.data import open_source
-    from pretrain.data.packing import PackSettings, pack
+    from coma.data import open_source
+    from coma.data.pack import PackSettings, pack
 
     require_folder(config.out)
     console = Console()

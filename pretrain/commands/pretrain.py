@@ -11,7 +11,7 @@ Examples:
   coma pretrain PHOTOS --out runs/cmt --model vit-base --method cmt --teacher-weights clip.safetensors
   coma pretrain --resume runs/first
   coma pretrain --from runs/first --out runs/second --seed 1
-  torchrun --nproc-per-node 8 -m pretrain pretrain PHOTOS --out runs/eight --batch-size 2048 --compile
+  torchrun --nproc-per-node 8 -m coma pretrain PHOTOS --out runs/eight --batch-size 2048 --compile
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pretrain.arguments import parse_arguments, parse_known
-from pretrain.config import (
+from coma.arguments import parse_arguments, parse_known
+from coma.config import (
     BeyondConfig,
     DataConfig,
     Degradation,
@@ -41,10 +41,10 @@ from pretrain.config import (
     encoder_preset,
     method_preset,
 )
-from pretrain.errors import BadInput, ComaError
-from pretrain.plain import read_config
-from pretrain.preflight import require_packages
-from pretrain.ranges import CHANNELS, EPOCHS, SIDE, STEPS, Ranged
+from coma.config.serialization import read_config
+from coma.errors import BadInput, ComaError
+from coma.preflight import require_packages
+from coma.ranges import CHANNELS, EPOCHS, SIDE, STEPS, Ranged
 
 Model = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
 Method = Literal["coma", "coma4", "coma-independent", "coma-single", "mae", "beyond", "cmt", "coma-balanced"]

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pretrain.arguments import parse_arguments
-from pretrain.config import (
+from coma.arguments import parse_arguments
+from coma.config import (
     DataConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -25,16 +25,16 @@ from pretrain.config import (
     dyvit_preset,
     method_preset,
 )
-from pretrain.errors import BadInput, CheckFailed
-from pretrain.plain import read_config
-from pretrain.preflight import require_folder, require_packages
-from pretrain.ranges import Range, Ranged
+from coma.config.serialization import read_config
+from coma.errors import BadInput, CheckFailed
+from coma.preflight import require_folder, require_packages
+from coma.ranges import Range, Ranged
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pretrain.artifact import ArtifactConfig
-    from pretrain.objectives import Objective
+    from coma.artifact import ArtifactConfig
+    from coma.objectives import Objective
 
 PHOTOGRAPHS = (
     *("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg"),
@@ -85,9 +85,9 @@ def run(argv: list[str]) -> None:
         plan = _plan(config)
         console.print(f"training for {plan.optimizer.steps} steps")
 
-    from pretrain.pictures import reconstruction_sheet
-    from pretrain.pretrained import load_pretrained
+    from coma.objectives.load import load_pretrained
     from pretrain.training import pretrain
+    from pretrain.visualize.reconstructions import reconstruction_sheet
 
     run_directory = pretrain(plan, resume=(plan.run.out / "config.json").exists())
     objective, about = load_pretrained(run_directory / "artifact")
@@ -113,10 +113,10 @@ def verify(plan: PretrainConfig, objective: Objective, images: Tensor, seeds: Te
     """
     import torch
 
-    from pretrain.masking.units import unit_grid
-    from pretrain.models import build_encoder
-    from pretrain.objectives import build_objective
-    from pretrain.training.state import read_state
+    from coma.masking.patchify import unit_grid
+    from coma.models import build_encoder
+    from coma.objectives import build_objective
+    from pretrain.training.checkpoint import read_state
 
     folder = plan.run.out
     state = read_state(folder / "state", warn=lambda _: None)
@@ -196,12 +196,12 @@ def _plan(config: QuickstartConfig) -> PretrainConfig:
 
 def _steps(plan: PretrainConfig, minutes: float) -> int:
     """How many steps this machine takes in `minutes`, going by the fastest of a few."""
-    from pretrain.data import Slices, measure, open_source, training_batches
-    from pretrain.models import build_encoder
-    from pretrain.objectives import build_objective
-    from pretrain.precision import choose_precision
+    from coma.amp import choose_precision
+    from coma.data import Slices, measure, open_source, training_batches
+    from coma.models import build_encoder
+    from coma.objectives import build_objective
     from pretrain.training.distributed import processes
-    from pretrain.training.learner import Learner
+    from pretrain.training.train_step import Learner
 
     source, channels = open_source(plan.data.images or Path()), plan.model.channels
     slices = Slices(plan.optimizer.batch_size, plan.optimizer.batch_size)
@@ -221,7 +221,7 @@ def _steps(plan: PretrainConfig, minutes: float) -> int:
 
 def _examples(plan: PretrainConfig, about: ArtifactConfig) -> tuple[Tensor, Tensor]:
     """The first eight photographs, normalised `[8, 3, S, S]`, and seeds `[8]` for their masks."""
-    from pretrain.data import evaluation_batches, normalize, open_source
+    from coma.data import evaluation_batches, normalize, open_source
 
     source, size, channels = open_source(plan.data.images or Path()), about.image_size, about.model.channels
     batches = evaluation_batches(source, image_size=size, channels=channels, batch_size=8, workers=0)

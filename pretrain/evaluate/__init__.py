@@ -1,12 +1,12 @@
 """How good are frozen features? Accuracy of neighbours and of a linear classifier on labelled images."""
 
-from pretrain.data import shared_labels
+from coma.data import shared_labels
+from pretrain.evaluate.collapse import GateWatch, effective_rank, feature_spread, watched_gates
 from pretrain.evaluate.features import Features, extract_features, random_encoder
-from pretrain.evaluate.inspection import GateWatch, effective_rank, feature_spread, watched_gates
 from pretrain.evaluate.knn import knn_votes
-from pretrain.evaluate.linear import LinearClassifier, fit_linear
-from pretrain.evaluate.probe import Probe, check_labelled, open_probe
-from pretrain.evaluate.scoring import Protocol, Score, evaluate, labelled_features, score
+from pretrain.evaluate.linear_probe import LinearClassifier, fit_linear
+from pretrain.evaluate.online_probe import Probe, check_labelled, open_probe
+from pretrain.evaluate.protocols import Protocol, Score, evaluate, labelled_features, score
 
 __all__ = [
     "Features",

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pretrain.artifact import ArtifactConfig
-from pretrain.data import Source, evaluation_batches, normalize
-from pretrain.errors import BadInput, CheckFailed
-from pretrain.models import Encoder, build_encoder
-from pretrain.precision import autocast, choose_precision
+from coma.amp import autocast, choose_precision
+from coma.artifact import ArtifactConfig
+from coma.data import Source, evaluation_batches, normalize
+from coma.errors import BadInput, CheckFailed
+from coma.models import Encoder, build_encoder
 
 if TYPE_CHECKING:
     from rich.progress import Progress

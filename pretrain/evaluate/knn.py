@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.errors import BadInput
-from pretrain.ranges import Range
+from coma.errors import BadInput
+from coma.ranges import Range
 
 TEMPERATURE = Range(0, 1e3, above=True)
 

@@ -1,7 +1,7 @@
 """Training: one loop for all objectives, on one process or many, that can stop and go on anywhere."""
 
-from pretrain.training.finetuning import Finetuned, finetune
-from pretrain.training.loop import pretrain
-from pretrain.training.nonfinite import Replay, replay_nonfinite
+from pretrain.finetune.run import Finetuned, finetune
+from pretrain.training.nonfinite_replay import Replay, replay_nonfinite
+from pretrain.training.trainer import pretrain
 
 __all__ = ["Finetuned", "Replay", "finetune", "pretrain", "replay_nonfinite"]

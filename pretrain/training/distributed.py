@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain.errors import BadInput, ComaError
+from coma.errors import BadInput, ComaError
 
 T = TypeVar("T")
 

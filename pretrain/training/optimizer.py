@@ -9,9 +9,9 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from pretrain.config import DyViTConfig, EncoderConfig, FinetuneRecipe, OptimizerConfig
-from pretrain.models import Encoder
-from pretrain.objectives.classification import Classification
+from coma.config import DyViTConfig, EncoderConfig, FinetuneRecipe, OptimizerConfig
+from coma.models import Encoder
+from coma.objectives.classification import Classification
 
 
 def build_optimizer(objective: nn.Module, config: OptimizerConfig) -> AdamW:

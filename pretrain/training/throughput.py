@@ -19,12 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.config import EncoderConfig, FinetuneConfig, ObjectiveConfig, PretrainConfig
-from pretrain.masking.units import unit_grid
-from pretrain.models import build_encoder
-from pretrain.models.classifier import build_classifier
-from pretrain.objectives import build_objective
-from pretrain.teaching import stand_in
+from coma.config import EncoderConfig, FinetuneConfig, ObjectiveConfig, PretrainConfig
+from coma.masking.patchify import unit_grid
+from coma.models import build_encoder
+from coma.models.classifier import build_classifier
+from coma.objectives import build_objective
+from coma.objectives.teachers import stand_in
 from pretrain.training.distributed import Processes
 
 _PEAK = {

@@ -1,0 +1,220 @@
+"""Read an artifact back: strictly, safely, with errors that say what to do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from coma.artifact.save import sibling
+from coma.artifact.schema import (
+    CHECKSUMS,
+    CONFIG,
+    FORMAT_VERSION,
+    LINEAR_HEAD,
+    TENSORS,
+    ArtifactConfig,
+    content_sha256,
+)
+from coma.config.serialization import from_plain, read_json
+from coma.errors import BadArtifact, BadInput
+from coma.hashing import sha256_of
+from coma.messages import abridged
+from coma.models import Encoder, build_encoder
+
+log = logging.getLogger(__name__)
+
+_MISMATCH = (
+    "its checksum does not match; copy or export the artifact again, or, if you changed it yourself, remove "
+    f'"{CHECKSUMS}" from its {CONFIG}'
+)
+
+if TYPE_CHECKING:
+    from coma.models.classifier import Classifier
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A loaded artifact: its description and its tensors, on the CPU, as stored."""
+
+    config: ArtifactConfig
+    tensors: dict[str, Tensor]
+
+
+def load_artifact(directory: Path) -> Artifact:
+    """Read an artifact; tensors stay in the type they were stored in.
+
+    Raises:
+        BadArtifact: no artifact there, a damaged one, or one of a newer format; the message says which.
+    """
+    directory = Path(directory)
+    found = directory
+    if not directory.exists() and sibling(directory, "previous").is_dir():
+        found = sibling(directory, "previous")  # a replacement was cut short between its two renames
+    _check_directory(directory, found)
+    config, checksums = _read_config(found / CONFIG)
+    tensors = _read_tensors(found / TENSORS, config.format_version)
+    if checksums is None:
+        _say_unchecked(directory)
+    elif checksums.get(TENSORS) != sha256_of(found / TENSORS):
+        raise BadArtifact(f"{found / TENSORS}: damaged or replaced, {_MISMATCH}")
+    return Artifact(config, tensors)
+
+
+@cache
+def _say_unchecked(directory: Path) -> None:
+    log.warning("warning: %s: has no checksums (an older version wrote it): damage goes unnoticed", directory)
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy `tensors` into `module`, all of them or none; floating types are converted to the module's.
+
+    Raises:
+        BadArtifact: naming `source` and the tensors that are missing, unexpected or do not fit.
+    """
+    own = module.state_dict()
+    missing = [f"{name} {_describe(tensor)}" for name, tensor in own.items() if name not in tensors]
+    unexpected = [f"{name} {_describe(tensor)}" for name, tensor in tensors.items() if name not in own]
+    unfit = [
+        f"{name} is {_describe(tensors[name])}, the model has {_describe(tensor)}"
+        for name, tensor in own.items()
+        if name in tensors and not _fits(tensors[name], tensor)
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape or type", unfit))
+    problems = [f"{len(names)} {label}: {abridged(names)}" for label, names in kinds if names]
+    if problems:
+        raise BadArtifact(f"{source}: not of this {type(module).__name__}; " + "; ".join(problems))
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def load_encoder(directory: Path) -> tuple[Encoder, ArtifactConfig]:
+    """The encoder of a `backbone` or `pretrained` artifact, in evaluation mode on the CPU.
+
+    Raises:
+        BadArtifact: as `load_artifact` and `load_strict`, or an artifact of another kind.
+    """
+    artifact = load_artifact(directory)
+    tensors = artifact.tensors
+    if artifact.config.kind == "pretrained":
+        tensors = {
+            name.removeprefix("encoder."): tensor
+            for name, tensor in tensors.items()
+            if not name.startswith("decoder.")
+        }
+    elif artifact.config.kind != "backbone":
+        raise BadArtifact(
+            f"{directory}: its kind is {artifact.config.kind!r}; give a 'backbone' or 'pretrained' artifact"
+        )
+    encoder = build_encoder(artifact.config.model)
+    load_strict(encoder, tensors, source=f"{directory}/{TENSORS}")
+    return encoder.eval(), artifact.config
+
+
+def load_classifier(directory: Path) -> tuple[Classifier, ArtifactConfig]:
+    """The model of a `classifier` artifact, in evaluation mode on the CPU.
+
+    It maps images `[b, c, H, W]`, normalised by the description's mean and std, to logits `[b, classes]`, one
+    for each of its `class_names`.
+
+    Raises:
+        BadArtifact: as `load_artifact` and `load_strict`, or an artifact of another kind or with a head that
+            is not known here.
+    """
+    from coma.models.classifier import build_classifier  # registers models with timm
+
+    artifact = load_artifact(directory)
+    config = artifact.config
+    if config.kind != "classifier":
+        raise BadArtifact(
+            f"{directory}: its kind is {config.kind!r}; give a 'classifier' artifact, as "
+            "`coma evaluate --protocol finetune` makes"
+        )
+    if config.head != LINEAR_HEAD or config.class_names is None:
+        raise BadArtifact(
+            f"{directory}: its head is {config.head} for the classes {config.class_names}; known here is "
+            f"{LINEAR_HEAD} with class names"
+        )
+    classifier = build_classifier(config.model, len(config.class_names))
+    load_strict(classifier, artifact.tensors, source=f"{directory}/{TENSORS}")
+    return classifier.eval(), config
+
+
+def _check_directory(directory: Path, found: Path) -> None:
+    if found.exists() and not found.is_dir():
+        raise BadArtifact(f"{directory}: {_not_an_artifact(found)}")
+    if not found.is_dir():
+        reason = "a symbolic link that leads nowhere" if found.is_symlink() else "no such directory"
+        raise BadArtifact(f"{directory}: {reason}")
+    absent = [name for name in (CONFIG, TENSORS) if not (found / name).is_file()]
+    if absent:
+        inside = directory / "artifact"
+        hint = f"; did you mean {inside}?" if inside.is_dir() else ""
+        raise BadArtifact(f"{directory}: not an artifact, it has no {' and no '.join(absent)}{hint}")
+
+
+def _not_an_artifact(file: Path) -> str:
+    """What a file is that was given in place of an artifact, and what to give."""
+    folder = file.absolute().parent
+    if file.name in (CONFIG, TENSORS) and all((folder / name).is_file() for name in (CONFIG, TENSORS)):
+        return f"is a file of an artifact; give its directory, {folder}"
+    wanted = "give the directory that a command wrote, for example run/artifact"
+    match file.suffix.lower():
+        case ".pth" | ".pt" | ".ckpt" | ".bin" | ".safetensors":
+            return f"is a file of weights, without the model that they belong to; {wanted}"
+        case ".onnx" | ".engine" | ".plan":
+            return f"is an exported model; {wanted}, from which it was exported"
+    return f"is a file, not an artifact; {wanted}"
+
+
+def _read_config(path: Path) -> tuple[ArtifactConfig, dict[str, Any] | None]:
+    """The description, and the checksums that it carries."""
+    try:
+        plain = read_json(path, "a whole artifact")
+    except BadInput as error:
+        raise BadArtifact(str(error)) from None
+    version = plain.get("format_version") if isinstance(plain, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BadArtifact(f"{path}: not an artifact's config, it has no format_version")
+    if version > FORMAT_VERSION:
+        raise BadArtifact(f"{path}: format {version}, newest known here {FORMAT_VERSION}; upgrade coma-dyvit")
+    checksums = plain.pop(CHECKSUMS, None)
+    try:
+        config = from_plain(plain, ArtifactConfig, source=str(path))
+    except BadInput as error:
+        raise BadArtifact(str(error)) from None
+    if checksums is not None and not isinstance(checksums, dict):
+        raise BadArtifact(f"{path}: its {CHECKSUMS} are not readable; copy or export the artifact again")
+    if checksums is not None and checksums.get(CONFIG) != content_sha256(plain):
+        raise BadArtifact(f"{path}: damaged or edited, {_MISMATCH}")
+    return config, checksums
+
+
+def _read_tensors(path: Path, format_version: int) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            written = (file.metadata() or {}).get("format_version", str(format_version))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise BadArtifact(f"{path}: truncated or damaged ({error}); copy or export it again") from None
+    if written != str(format_version):
+        raise BadArtifact(
+            f"{path}: written in format {written}, but {CONFIG} beside it says {format_version}; "
+            "the two files belong to different artifacts"
+        )
+    return tensors
+
+
+def _fits(given: Tensor, wanted: Tensor) -> bool:
+    convertible = given.dtype == wanted.dtype or (given.is_floating_point() and wanted.is_floating_point())
+    return given.shape == wanted.shape and convertible
+
+
+def _describe(tensor: Tensor) -> str:
+    kind = "" if tensor.is_floating_point() else " " + str(tensor.dtype).removeprefix("torch.")
+    return f"{list(tensor.shape)}{kind}"

@@ -1,0 +1,143 @@
+"""Encoders as plain data: DyViT and ViT, with their presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from coma.errors import BadInput
+from coma.ranges import CHANNELS, DECAY, DEPTH, HEADS, WIDTH, Range, Ranged
+
+Windows = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class DyViTConfig(Ranged):
+    """Hierarchical ViT with dynamic multi-window self-attention."""
+
+    flags = "--model."
+
+    channels: Annotated[int, CHANNELS] = 3
+    """Input channels."""
+    patch: Annotated[int, Range(1, 1024)] = 4
+    """Side of a stem patch in pixels; the mask unit is 8 patches wide (32 px at patch 4)."""
+    dim: Annotated[int, WIDTH] = 96
+    """Channels of the first stage; they double at every following stage."""
+    depths: Annotated[tuple[int, int, int, int], DEPTH] = (1, 1, 10, 2)
+    """Blocks per stage."""
+    heads: Annotated[tuple[int, int, int, int], HEADS] = (2, 4, 6, 12)
+    """Attention heads per stage, shared out equally over the stage's windows."""
+    windows: Annotated[Windows, Range(0, 16384)] = ((4, 8), (2, 4), (2, 14), (7,))
+    """Window sides in tokens per stage, one group of heads each; 0 attends to the whole map."""
+    global_blocks: Annotated[int, Range(0, 256)] = 0
+    """Blocks of stage 3, evenly spaced, whose heads all attend to the whole map, whatever the windows; with
+    any, stage 4 does as well. For dense prediction at high resolution (ViTDet, Li et al. 2022, sec. 3)."""
+    mlp_ratio: Annotated[float, Range(0, 64, above=True)] = 4.0
+    """Hidden width of the MLP over its input width."""
+    drop_path: Annotated[float, DECAY] = 0.0
+    """Largest stochastic-depth rate, reached linearly at the last block."""
+
+    @property
+    def unit(self) -> int:
+        """Side of a mask unit in pixels: the total stride, so that merging never mixes two units."""
+        return self.patch * 8
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the last stage."""
+        return self.dim * 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (len(self.depths) == len(self.heads) == len(self.windows) == 4):
+            raise BadInput("DyViT has 4 stages: give 4 depths, 4 heads and 4 sets of windows")
+        if not 0 <= self.global_blocks <= self.depths[2]:
+            raise BadInput(f"global blocks {self.global_blocks}: stage 3 has {self.depths[2]} blocks")
+        for stage, (heads, windows) in enumerate(zip(self.heads, self.windows, strict=True)):
+            width = self.dim * 2**stage
+            if not windows:
+                raise BadInput(f"stage {stage + 1}: give the side of at least one window")
+            if heads % len(windows):
+                raise BadInput(f"stage {stage + 1}: {heads} heads cannot be shared by {len(windows)} windows")
+            if width % heads or (width // heads) % 4:
+                raise BadInput(
+                    f"stage {stage + 1}: {width} channels over {heads} heads must give a multiple of 4 "
+                    "(2-D rotary positions rotate pairs along both axes)"
+                )
+
+
+@dataclass(frozen=True)
+class ViTConfig(Ranged):
+    """Plain ViT, the backbone of MAE (He et al. 2021)."""
+
+    flags = "--model."
+
+    channels: Annotated[int, CHANNELS] = 3
+    """Input channels."""
+    patch: Annotated[int, Range(1, 1024)] = 16
+    """Side of a patch in pixels; it is also the mask unit."""
+    dim: Annotated[int, WIDTH] = 768
+    depth: Annotated[int, DEPTH] = 12
+    heads: Annotated[int, HEADS] = 12
+    mlp_ratio: Annotated[float, Range(0, 64, above=True)] = 4.0
+    """Hidden width of the MLP over its input width."""
+    drop_path: Annotated[float, DECAY] = 0.0
+    """Largest stochastic-depth rate, reached linearly at the last block."""
+
+    @property
+    def unit(self) -> int:
+        """Side of a mask unit in pixels."""
+        return self.patch
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the output."""
+        return self.dim
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dim % self.heads or self.dim % 4:
+            raise BadInput(f"ViT dim {self.dim} must be a multiple of 4 and of its {self.heads} heads")
+
+
+EncoderConfig = DyViTConfig | ViTConfig
+
+
+_DYVIT = {
+    "tiny": {"dim": 32, "depths": (1, 1, 6, 2), "heads": (2, 4, 8, 16)},
+    "small": {"dim": 64, "depths": (1, 1, 10, 2), "heads": (2, 2, 4, 8)},
+    "base": {"dim": 96, "depths": (1, 1, 10, 2), "heads": (2, 4, 6, 12)},
+    "large": {"dim": 144, "depths": (1, 1, 20, 2), "heads": (2, 6, 12, 24)},
+}
+_VIT = {
+    "vit-tiny": {"dim": 192, "depth": 12, "heads": 3},
+    "vit-small": {"dim": 384, "depth": 12, "heads": 6},
+    "vit-base": {"dim": 768, "depth": 12, "heads": 12},
+    "vit-large": {"dim": 1024, "depth": 24, "heads": 16},
+}
+ENCODER_PRESETS = (*_DYVIT, *_VIT)
+
+
+def encoder_preset(name: str, image_size: int = 224, channels: int = 3) -> EncoderConfig:
+    """The encoder called `name`, with patch and windows that suit square images of `image_size` pixels.
+
+    Raises:
+        BadInput: no preset has that name.
+    """
+    if name in _VIT:
+        patch = 16 if image_size >= 112 else 8 if image_size >= 64 else 4
+        return ViTConfig(channels=channels, patch=patch, **_VIT[name])
+    if name in _DYVIT:
+        return dyvit_preset(name, image_size, channels)
+    raise BadInput(f"no model preset {name!r}; there are: {', '.join(ENCODER_PRESETS)}")
+
+
+def dyvit_preset(name: str, image_size: int = 224, channels: int = 3) -> DyViTConfig:
+    """DyViT `tiny`, `small`, `base` or `large` for images of `image_size` pixels.
+
+    Windows lie inside a mask unit, or are as large as such an image: neither is cut from a map.
+    """
+    patch = 4 if image_size >= 112 else 2 if image_size >= 64 else 1
+    units = -(-image_size // (patch * 8))
+    windows = ((4, 8), (2, 4), (2, 2 * units), (units,))
+    return DyViTConfig(channels=channels, patch=patch, windows=windows, **_DYVIT[name])

@@ -1,0 +1,56 @@
+"""Fit a picture to the number of channels a model takes, without ever guessing.
+
+Only 1 and 3 are converted to: grey is repeated, transparency is laid over white, colour becomes
+luminance. Any other count must match exactly (4 takes RGBA or four bands as they are stored).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from coma.data.decode import Picture
+from coma.data.decode_arrays import white_of
+from coma.errors import BadImage
+
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, section 2.5.1
+
+
+def adapt(picture: Picture, channels: int, name: str) -> np.ndarray:
+    """Pixels `[H, W, channels]` of the picture's own dtype.
+
+    Raises:
+        BadImage: the picture has another number of channels and no conversion is defined.
+    """
+    pixels = picture.pixels
+    if pixels.shape[2] == channels:
+        return pixels
+    if channels in (1, 3):
+        if picture.alpha:
+            pixels = _over_white(pixels)
+        if pixels.shape[2] == channels:
+            return pixels
+        if pixels.shape[2] == 1:
+            return np.repeat(pixels, channels, axis=2)
+        if pixels.shape[2] == 3:
+            red, green, blue = (pixels[:, :, c, None] * _LUMA[c] for c in range(3))
+            return _as(pixels.dtype, red + green + blue)
+    have = picture.pixels.shape[2]
+    raise BadImage(
+        f"{name}: {have} channels, but the model takes {channels}; `coma pretrain --channels {have}` trains "
+        "one that takes such images"
+    )
+
+
+def unit_scale(pixels: np.ndarray) -> np.ndarray:
+    """Float32 in 0..1 for integer pixels; float pixels as they are."""
+    return pixels if pixels.dtype == np.float32 else pixels.astype(np.float32) / np.float32(white_of(pixels))
+
+
+def _over_white(pixels: np.ndarray) -> np.ndarray:
+    white = np.float32(white_of(pixels))
+    colour, alpha = pixels[:, :, :-1].astype(np.float32), pixels[:, :, -1:].astype(np.float32) / white
+    return _as(pixels.dtype, white - (white - colour) * alpha)
+
+
+def _as(dtype: np.dtype, values: np.ndarray) -> np.ndarray:
+    return values.astype(dtype) if dtype.kind == "f" else values.round().astype(dtype)

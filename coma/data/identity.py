@@ -1,0 +1,134 @@
+"""The list of a run's images, their names and sizes, which is compared when the run is resumed.
+
+    data.json.gz    {"images": {"names": [...], "sizes": [...], "labels": [...]}, ...}, written once
+
+Dates do not count (copies have others), and neither does where the data lie. What no list of names and sizes
+shows is a file that was replaced by another one of exactly the same size.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from coma.atomic_io import write_whole
+from coma.data.sources.base import Source
+from coma.errors import BadInput
+from coma.messages import abridged, printable
+
+FILE = "data.json.gz"
+FLAG = "--allow-changed-data"
+
+Listing = dict[str, dict[str, Any]]
+"""Names, sizes and labels of the images by what they are for."""
+
+
+def list_data(sources: Mapping[str, Source], *, labels: bool = True) -> Listing:
+    """Returns the listing of each source.
+
+    Args:
+        sources: Sources by what they are for, in words of messages, such as "test images".
+        labels: Whether the images are learned or measured with their labels.
+    """
+    listing: Listing = {}
+    for role, source in sources.items():
+        names, sizes = source.listing()
+        known = source.labels if labels else None
+        listing[role] = {"names": names, "sizes": sizes, "labels": None if known is None else known.tolist()}
+    return listing
+
+
+def write_listing(folder: Path, listing: Listing) -> None:
+    """Writes a listing into a run directory.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    text = gzip.compress(json.dumps(listing).encode(), compresslevel=1, mtime=0)
+    write_whole(folder / FILE, lambda file: file.write(text))
+
+
+def read_listing(folder: Path) -> Listing | None:
+    """Returns the listing in a run directory; None where there is none.
+
+    Raises:
+        BadInput: it is damaged.
+    """
+    try:
+        listing = json.loads(gzip.decompress((folder / FILE).read_bytes()))
+        for each in listing.values():
+            if not len(each["names"]) == len(each["sizes"]):
+                raise ValueError("names and sizes differ in number")
+        return listing
+    except FileNotFoundError:
+        return None
+    except (OSError, EOFError, zlib.error, ValueError, AttributeError, KeyError, TypeError) as error:
+        reason = str(error) or type(error).__name__
+        raise BadInput(
+            f"{folder / FILE}: the list of the run's images is damaged ({reason}); remove it to go on "
+            "without comparing them"
+        ) from None
+
+
+def changes(before: Listing, now: Listing) -> list[str]:
+    """Returns what changed, one line for each source that is in both listings."""
+    return [
+        f"the {role} have changed: {what}"
+        for role in before.keys() & now.keys()
+        if (what := _difference(before[role], now[role]))
+    ]
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    if before == now:
+        return ""
+    old, new = (dict(zip(each["names"], each["sizes"], strict=True)) for each in (before, now))
+    kinds = [
+        ("removed", [name for name in old if name not in new]),
+        ("added", [name for name in new if name not in old]),
+        (
+            "of another size",
+            [f"{n} {old[n]} -> {new[n]} bytes" for n in new if old.get(n, new[n]) != new[n]],
+        ),
+    ]
+    if before["labels"] is not None and now["labels"] is not None:
+        old, new = (dict(zip(each["names"], each["labels"], strict=True)) for each in (before, now))
+        kinds.append(("of another class", [name for name in new if old.get(name, new[name]) != new[name]]))
+    shown = {kind: abridged([printable(name) for name in names], 3) for kind, names in kinds}
+    facts = [f"{len(names)} {kind} ({shown[kind]})" for kind, names in kinds if names]
+    same = before["names"] == now["names"] and before["sizes"] == now["sizes"]
+    return ", ".join(facts) or ("" if same else "the same ones in another order")
+
+
+def check_listing(folder: Path, now: Listing, warn: Callable[[str], object], *, allow: bool) -> bool:
+    """Refuses to resume a run on other images than it was started with.
+
+    Args:
+        folder: The run directory.
+        now: The images that there are now.
+        warn: Receives a line if images have changed and that is allowed, or if the run has no list.
+        allow: Go on all the same.
+
+    Returns:
+        Whether they have changed.
+
+    Raises:
+        BadInput: they have changed; the message says which.
+    """
+    before = read_listing(folder)
+    if before is None:
+        warn(f"{folder}: has no list of its images (an older version began it): changes go unnoticed")
+        return False
+    found = changes(before, now)
+    if found and not allow:
+        raise BadInput(
+            f"{folder}: {'; '.join(found)}; give the images that it was started with, start anew in another "
+            f"directory, or go on all the same with {FLAG}"
+        )
+    for each in found:
+        warn(f"{each}; going on as asked")
+    return bool(found)

@@ -1,0 +1,258 @@
+"""Any source as WebDataset shards of images no larger than needed: read once, train many times.
+
+An image becomes a member `00000042-name.jpg`, its label `00000042-name.cls`. A JPEG that is small enough
+keeps its bytes; everything else is reduced and encoded again (see `encoding`).
+
+Shard k holds images k*s to (k+1)*s of the source, and `index.json` lists the finished ones; a shard
+appears under its name only when it is complete. So a pack that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+from coma.atomic_io import write_whole
+from coma.data.decode import decode, plain_jpeg_size
+from coma.data.encode import encode, shrink
+from coma.data.sources.base import Source
+from coma.data.sources.webdataset import INDEX
+from coma.data.worker_pool import in_workers
+from coma.errors import BadImage, BadInput
+from coma.ranges import SIDE, Range, Ranged
+
+_FORMAT = "coma-pack 1"
+_CHUNK = 16
+_IDENTITY = "names_and_sizes_sha256"
+
+
+@dataclass(frozen=True)
+class PackSettings(Ranged):
+    """What the packed images are like."""
+
+    size: Annotated[int, SIDE] = 256
+    """Short side in pixels that larger images are reduced to; smaller ones are left as they are."""
+    quality: Annotated[int, Range(1, 95)] = 90
+    """JPEG quality."""
+    shard_images: Annotated[int, Range(1, 10**9)] = 2000
+    """Images of the source per shard."""
+
+
+@dataclass
+class Shard:
+    """A finished shard, as `index.json` lists it."""
+
+    file: str
+    images: int = 0
+    bytes: int = 0
+    bytes_before: int = 0
+    failures: list[str] = field(default_factory=list)
+    filled: int = 0
+    """Images whose nodata, NaN or infinite values were filled."""
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What a pack consists of."""
+
+    shards: tuple[Shard, ...]
+    resumed: int
+    """Images of the source that earlier attempts had dealt with."""
+
+    @property
+    def images(self) -> int:
+        """Images in the shards."""
+        return sum(shard.images for shard in self.shards)
+
+    @property
+    def failures(self) -> list[str]:
+        """`path: reason` of every image left out."""
+        return [failure for shard in self.shards for failure in shard.failures]
+
+
+@dataclass(frozen=True)
+class _Packed:
+    key: str
+    suffix: str
+    content: bytes
+    label: int | None
+    bytes_before: int
+    filled: bool
+
+
+def pack(
+    source: Source,
+    out: Path,
+    settings: PackSettings,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> PackReport:
+    """Write the shards and their index; images that will not decode are left out and named in it.
+
+    Args:
+        source: what to pack.
+        out: folder for the shards; new, empty, or with the same pack unfinished.
+        settings: what the packed images are like.
+        workers: processes that decode and encode; default: one per core beside this one.
+        progress: called with the number of images done so far, those of an earlier attempt included.
+
+    Raises:
+        BadInput: the folder holds something else, or not one image could be read.
+    """
+    wanted = {
+        "format": _FORMAT,
+        "source": str(source.location.resolve()),
+        "images_in_source": len(source),
+        _IDENTITY: hashlib.sha256(json.dumps(source.listing()).encode()).hexdigest(),
+        **asdict(settings),
+        "class_names": None if source.class_names is None else list(source.class_names),
+    }
+    shards = _begun(out, wanted)
+    _save_index(out, wanted, shards, finished=False)
+    resumed = min(len(shards) * settings.shard_images, len(source))
+    progress(resumed)
+    todo = list(_chunks(len(source), settings.shard_images, len(shards)))
+    results = in_workers(_PackFetch(source, settings), todo, workers)
+    try:
+        for number, chunks in groupby(todo, lambda chunk: chunk.start // settings.shard_images):
+            with _shard(out / f"shard-{number:06d}.tar") as (shard, tar):
+                for chunk, packed in zip(chunks, results, strict=False):
+                    for each in packed:
+                        _add(shard, tar, each)
+                    progress(chunk.stop)
+            shards.append(shard)
+            _save_index(out, wanted, shards, finished=False)
+    finally:
+        results.close()
+    report = PackReport(tuple(shards), resumed)
+    if not report.images:
+        first = report.failures[0]
+        raise BadInput(f"{source.location}: none of {len(source)} images could be read; the first: {first}")
+    _save_index(out, wanted, shards, finished=True)
+    return report
+
+
+@dataclass(frozen=True)
+class _PackFetch:
+    source: Source
+    settings: PackSettings
+
+    def __call__(self, chunk: range) -> list[_Packed | str]:
+        return [self._packed(i) for i in chunk]
+
+    def _packed(self, i: int) -> _Packed | str:
+        try:
+            original = self.source.encoded(i)
+            if original is None:
+                picture = self.source.picture(i)
+            else:
+                picture = decode(original, self.source.describe(i), at_least=2 * self.settings.size)
+        except BadImage as error:
+            return str(error)
+        height, width, _ = picture.pixels.shape
+        if original is not None and min(height, width) <= self.settings.size and plain_jpeg_size(original):
+            suffix, content = ".jpg", original
+        else:
+            suffix, content = encode(shrink(picture, self.settings.size), self.settings.quality)
+        label = self.source.label(i)
+        before = picture.pixels.nbytes if original is None else len(original)
+        filled = picture.missing is not None
+        return _Packed(_key(i, self.source.describe(i)), suffix, content, label, before, filled)
+
+
+@contextmanager
+def _shard(path: Path) -> Iterator[tuple[Shard, tarfile.TarFile]]:
+    """A tar that appears under its name only once it is complete and on the disk."""
+    partial, shard = path.with_name(f".{path.name}.partial"), Shard(path.name)
+    try:
+        with open(partial, "wb") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                yield shard, tar
+            file.flush()
+            os.fsync(file.fileno())
+        shard.bytes = partial.stat().st_size
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _add(shard: Shard, tar: tarfile.TarFile, result: _Packed | str) -> None:
+    if isinstance(result, str):
+        shard.failures.append(result)
+        return
+    members = {result.suffix: result.content}
+    if result.label is not None:
+        members[".cls"] = str(result.label).encode()
+    for suffix, content in members.items():
+        info = tarfile.TarInfo(result.key + suffix)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    shard.images += 1
+    shard.filled += result.filled
+    shard.bytes_before += result.bytes_before
+
+
+def _begun(out: Path, wanted: dict[str, Any]) -> list[Shard]:
+    """The shards that an earlier attempt at the same pack has finished; makes the folder."""
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out}: is a file; --out is a folder for the shards")
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / INDEX).exists():
+        if any(not entry.name.startswith(".") for entry in out.iterdir()):
+            raise BadInput(f"{out}: holds other files already; choose a new folder for --out")
+        return []
+    try:
+        there = json.loads((out / INDEX).read_text())
+        shards = [Shard(**fields) for fields in there.pop("shards")]
+        finished = there.pop("finished")
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise BadInput(f"{out / INDEX}: not the index of a pack; choose a new folder for --out") from None
+    there.setdefault(_IDENTITY, wanted[_IDENTITY])  # an older version did not note it
+    other = [f"{key} {there.get(key)!r}" for key in wanted if there.get(key) != wanted[key]]
+    if other == [f"{_IDENTITY} {there[_IDENTITY]!r}"]:
+        raise BadInput(
+            f"{out}: names or sizes of the images in {wanted['source']} have changed since this pack was "
+            "begun; choose a new folder for --out"
+        )
+    if other:
+        raise BadInput(f"{out}: holds another pack ({', '.join(other)}); choose a new folder for --out")
+    if finished:
+        raise BadInput(f"{out}: this pack is finished already; delete the folder to make it again")
+    whole: list[Shard] = []
+    for shard in shards:
+        with suppress(OSError):
+            if (out / shard.file).stat().st_size == shard.bytes:
+                whole.append(shard)
+                continue
+        break
+    return whole
+
+
+def _save_index(out: Path, wanted: dict[str, Any], shards: list[Shard], *, finished: bool) -> None:
+    index = wanted | {"finished": finished, "shards": [asdict(shard) for shard in shards]}
+    text = json.dumps(index, indent=1) + "\n"
+    write_whole(out / INDEX, lambda file: file.write(text.encode()))
+
+
+def _chunks(n: int, shard_images: int, first_shard: int) -> Iterator[range]:
+    for start in range(first_shard * shard_images, n, shard_images):
+        stop = min(start + shard_images, n)
+        for at in range(start, stop, _CHUNK):
+            yield range(at, min(at + _CHUNK, stop))
+
+
+def _key(i: int, name: str) -> str:
+    stem = os.path.splitext(re.split(r"[/\[\]]", name.rstrip("]"))[-1])[0]
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", re.sub(r"^\d{8}-", "", stem))[:60]
+    return f"{i:08d}-{plain}" if plain else f"{i:08d}"

@@ -1,0 +1,1 @@
+"""Sources of images: folders, tar shards, `.npz` files, and parts of them."""

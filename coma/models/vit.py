@@ -1,0 +1,103 @@
+"""Plain ViT that really drops tokens: the encoder of MAE (He et al. 2021, sec. 3 and appendix A.1).
+
+Blocks are timm's; what is ours is that the views of `group` are encoded one sequence each (see `sequences`)
+and put back on one map, so that an objective treats this encoder and DyViT alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from coma.config import ViTConfig
+from coma.masking.patchify import pad_to_units
+from coma.models.blocks import drop_path_rates, run_block
+from coma.models.dyvit import check_images
+from coma.models.position_embeddings import sincos_positions
+from coma.models.view_sequences import image_sequences
+
+
+class ViT(nn.Module):
+    """Backbone: images to a pyramid of one map.
+
+    Args:
+        config: Channels, patch, width, depth and heads.
+    """
+
+    output_fmt = "NHWC"
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.unit = config.unit
+        self.num_features = config.dim
+        self.strides = (config.patch,)
+        self.grad_checkpointing = False
+        self.stem = nn.Conv2d(config.channels, config.dim, config.patch, stride=config.patch)
+        self.cls_token = nn.Parameter(torch.zeros(config.dim))
+        rates = drop_path_rates(config.drop_path, config.depth)
+        self.blocks = nn.ModuleList(
+            Block(config.dim, config.heads, config.mlp_ratio, qkv_bias=True, drop_path=rate) for rate in rates
+        )
+        self.norm = nn.LayerNorm(config.dim)
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.xavier_uniform_(self.stem.weight.view(config.dim, -1))
+        self.apply(init_xavier)
+
+    def forward(self, images: Tensor, group: Tensor | None = None) -> tuple[Tensor, ...]:
+        """One map `[b, dim, ceil(H/patch), ceil(W/patch)]`; see `DyViT.forward` for `group` and errors."""
+        return (rearrange(self.forward_features(images, group), "b h w c -> b c h w"),)
+
+    def forward_features(
+        self, images: Tensor, group: Tensor | None = None, sizes: Sequence[int] | None = None
+    ) -> Tensor:
+        """One feature vector per mask unit, `[b, h, w, dim]`; see `DyViT.forward_features`."""
+        check_images(images, group, self.config.channels, self.unit)
+        x = rearrange(self.stem(pad_to_units(images, self.unit)), "b c h w -> b h w c")
+        rows, cols = x.shape[1:3]
+        x = x + sincos_positions(rows, cols, x.shape[-1], device=x.device).to(x.dtype)
+        sequences = image_sequences(rows, cols, group, sizes)
+        x = self._encode(sequences.gather(x.flatten(1, 2)), sequences.real)
+        return sequences.scatter(x).unflatten(1, (rows, cols))
+
+    def pool(self, images: Tensor) -> Tensor:
+        """Mean of the map, `[b, dim]`: what linear and nearest-neighbour classifiers work on."""
+        return self.forward_features(images).mean(dim=(1, 2))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute block activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are not decayed beyond vectors and biases: none (the cls token is a vector)."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups for layer-wise decay: stem, every block, norm (timm's convention)."""
+        return {
+            "stem": r"^stem|^cls_token",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def _encode(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+        # n s c -> n s c, with a cls token alongside
+        cls = repeat(self.cls_token.to(tokens.dtype), "c -> n 1 c", n=tokens.shape[0])
+        x = torch.cat([cls, tokens], dim=1)
+        seen = None if real is None else F.pad(real, (1, 0), value=True)[:, None, None]  # n 1 1 1+s
+        for block in self.blocks:
+            x = run_block(block, x, seen, recompute=self.grad_checkpointing and self.training)
+        return self.norm(x[:, 1:])
+
+
+def init_xavier(module: nn.Module) -> None:
+    """Xavier-uniform linear layers with zero biases, as MAE initialises (appendix A.1)."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

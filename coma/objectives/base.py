@@ -1,0 +1,130 @@
+"""What all methods share: encoder, decoder, reconstruction. They add masks or degradations, and a loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from coma.config import ObjectiveConfig
+from coma.errors import BadInput
+from coma.masking.patchify import pad_to_units, patchify, unit_grid, unpatchify
+from coma.masking.sampling import group_of
+from coma.models import Decoder, Encoder
+from coma.objectives.targets import Statistics, hidden_loss, nearby_statistics, pixel_targets, unit_statistics
+
+
+@dataclass
+class ObjectiveOutput:
+    """One step's results.
+
+    Attributes:
+        loss: Scalar, float32.
+        prediction: `[v, b, h, w, p]`: the p = unit*unit*c pixels of a unit, or features (CMT-MAE).
+        target: `[b, h, w, p]`, float32.
+        visible: bool `[v, b, h, w]`: the units that each of the v views sees.
+        metrics: Scalars to log.
+    """
+
+    loss: Tensor
+    prediction: Tensor
+    target: Tensor
+    visible: Tensor
+    metrics: dict[str, Tensor]
+
+
+class MaskedPixels(nn.Module):
+    """Rebuild the pixels of mask units.
+
+    Args:
+        config: The method's settings.
+        encoder: Any encoder of this room.
+    """
+
+    def __init__(self, config: ObjectiveConfig, encoder: Encoder) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.decoder = Decoder(
+            encoder.num_features, encoder.unit**2 * encoder.config.channels, config.decoder
+        )
+
+    picture_note = ""
+    """What a viewer of its pictures has to know."""
+
+    def draw_visible(self, seeds: Tensor, h: int, w: int) -> Tensor:
+        """The units that each view sees, bool `[v, b, h, w]`, for samples with these int64 `seeds [b]`."""
+        raise NotImplementedError
+
+    def degraded(self, images: Tensor, seeds: Tensor) -> Tensor:
+        """Images `[b, c, H, W]` as the encoder gets them, but for what masks hide: here, as they are."""
+        return images
+
+    def encode(self, images: Tensor, visible: Tensor) -> Tensor:
+        """Features of the visible units, `[b, h, w, c]`, zeros elsewhere; images are whole units."""
+        return self.encoder.forward_features(images, group_of(visible))
+
+    def before_step(self, progress: float) -> None:
+        """Called by the trainer before every optimizer step, with the share of the run that is done."""
+
+    def after_step(self, progress: float) -> None:
+        """Called after every optimizer step, with the same number as before it."""
+
+    def predict(self, images: Tensor, features: Tensor, visible: Tensor) -> ObjectiveOutput:
+        """Decode `features` (see `Decoder.forward`), compare with the hidden pixels of `images`."""
+        prediction = self.decoder(features, visible)
+        target = pixel_targets(patchify(images, self.encoder.unit), self.config.norm_pix)
+        loss = hidden_loss(prediction, target, visible)
+        explained = 1 - loss.detach() / target.var().clamp(min=1e-8)
+        return ObjectiveOutput(loss, prediction, target, visible, {"explained_variance": explained})
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of mask units of `images [b, c, H, W]`.
+
+        Raises:
+            BadInput: H or W is not a multiple of the unit: a loss on padding would teach padding.
+        """
+        height, width = images.shape[-2:]
+        unit = self.encoder.unit
+        if height % unit or width % unit:
+            raise BadInput(f"training images of {height} x {width} px are not whole mask units of {unit} px")
+        return unit_grid(height, width, unit)
+
+    def reconstruct(self, images: Tensor, visible: Tensor, statistics: Statistics = "visible") -> Tensor:
+        """Fill in the hidden units from the visible ones.
+
+        Args:
+            images: `[b, c, H, W]`, normalised, any size of at least one unit.
+            visible: bool `[b, h, w]`.
+            statistics: With norm-pix, where mean and contrast of hidden units come from: `visible` carries
+                over those of the visible units nearby; `target` takes the true ones, which leaks them.
+
+        Returns:
+            Images like the input; visible units keep their pixels.
+        """
+        return self.fill_in(images, visible, statistics)
+
+    @torch.no_grad()
+    def fill_in(
+        self, images: Tensor, visible: Tensor, statistics: Statistics, *, everywhere: bool = False
+    ) -> Tensor:
+        """`reconstruct`; with `everywhere`, visible units are predicted as well."""
+        height, width = images.shape[-2:]
+        unit = self.encoder.unit
+        padded = pad_to_units(images, unit)
+        units = patchify(padded, unit).float()
+        shown_only = unpatchify(units * visible[..., None], unit).to(self.decoder.embed.weight.dtype)
+        features = self.encode(shown_only, visible)
+        predicted = self.decoder(features, visible[None])[0].float()
+        if self.config.norm_pix:
+            honest = statistics == "visible"
+            mean, std = nearby_statistics(units, visible) if honest else unit_statistics(units)
+            predicted = predicted * std + mean
+        filled = predicted if everywhere else torch.where(visible[..., None], units, predicted)
+        return unpatchify(filled, unit)[..., :height, :width].to(images.dtype)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute block activations in the backward pass instead of keeping them."""
+        self.encoder.set_grad_checkpointing(enable)
+        self.decoder.grad_checkpointing = enable

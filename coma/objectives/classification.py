@@ -1,0 +1,81 @@
+"""Learning classes: cross-entropy with soft targets on mixed and partly erased images.
+
+The recipe of MAE's fine-tuning (He et al. 2021, arXiv 2111.06377, table 9), in timm's implementation: a
+rectangle of noise in a quarter of the images (random erasing, Zhong et al. 2020), then every batch is mixed
+with itself in reverse order: pixels and labels blended with a weight from Beta(0.8, 0.8) (mixup, Zhang et al.
+2018, sec. 1), or a box of the one pasted into the other and labels blended by its area (CutMix, Yun et al.
+2019, eq. 1). Labels are smoothed (Szegedy et al. 2016, sec. 7). All of it is drawn from the global
+generators, which the training loop seeds before every pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from timm.data.mixup import Mixup, mixup_target
+from timm.data.random_erasing import RandomErasing
+from timm.loss.cross_entropy import SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from coma.config import FinetuneRecipe
+from coma.models.classifier import Classifier
+
+
+@dataclass
+class ClassificationOutput:
+    """One pass's results.
+
+    Attributes:
+        loss: Scalar, float32.
+        metrics: Scalars to log.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Classification(nn.Module):
+    """A classifier that learns.
+
+    Args:
+        recipe: Erasing, mixing and smoothing.
+        classifier: What is trained.
+        classes: How many classes there are.
+    """
+
+    def __init__(self, recipe: FinetuneRecipe, classifier: Classifier, classes: int) -> None:
+        super().__init__()
+        self.recipe, self.classes = recipe, classes
+        self.classifier = classifier
+        self.loss = SoftTargetCrossEntropy()
+
+    def forward(self, images: Tensor, labels: Tensor) -> ClassificationOutput:
+        """Loss of normalised images `[b, c, H, W]`, b even where they are mixed, and labels int64 `[b]`."""
+        images, targets = self.mix(images, labels)
+        return ClassificationOutput(self.loss(self.classifier(images).float(), targets))
+
+    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Erase and mix: images like the input, and targets `[b, classes]`, whose rows add up to 1."""
+        recipe = self.recipe
+        images = images.clone()  # timm works in place
+        if recipe.erasing:
+            images = RandomErasing(recipe.erasing, mode="pixel", device=images.device)(images)  # type: ignore[arg-type]
+        if not (recipe.mixup or recipe.cutmix):
+            return images, mixup_target(labels, self.classes, smoothing=recipe.smoothing)
+        mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=self.classes)
+        return mixup(images, labels)
+
+    def before_step(self, progress: float) -> None:
+        """Called before every optimizer step: it makes no difference here."""
+
+    def after_step(self, progress: float) -> None:
+        """Called after every optimizer step."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute block activations in the backward pass instead of keeping them."""
+        self.classifier.set_grad_checkpointing(enable)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the classifier only: mixing draws other numbers in every pass."""
+        self.classifier.compile(*args, **kwargs)

@@ -1,0 +1,26 @@
+"""From a `pretrained` artifact back to the objective that made it, decoder included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from coma.artifact import ArtifactConfig, load_artifact, load_strict
+from coma.errors import BadArtifact
+from coma.models import build_encoder
+from coma.objectives import MaskedPixels, build_objective
+
+
+def load_pretrained(directory: Path) -> tuple[MaskedPixels, ArtifactConfig]:
+    """The pre-trained objective, in evaluation mode on the CPU.
+
+    Raises:
+        BadArtifact: as `load_artifact` and `load_strict`, or an artifact without a decoder.
+    """
+    artifact = load_artifact(directory)
+    if artifact.config.objective is None or artifact.config.kind != "pretrained":
+        raise BadArtifact(
+            f"{directory}: its kind {artifact.config.kind!r} has no decoder; give a 'pretrained' artifact"
+        )
+    objective = build_objective(artifact.config.objective, build_encoder(artifact.config.model))
+    load_strict(objective, artifact.tensors, source=str(directory))
+    return objective.eval(), artifact.config

@@ -1,0 +1,111 @@
+"""Which sizes a file must take: `--shapes 1x3x224x224:8x3x224x224:32x3x224x224` (least, usual, most)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from coma.errors import BadInput
+from coma.ranges import BATCH, SIDE, Ranged
+
+MOST_PIXELS = 2**29
+"""Pixels of a batch: with three channels and 32 bits its tensor takes 6 GB."""
+EXAMPLE = "1x3x224x224:8x3x224x224:32x3x224x224"
+
+
+@dataclass(frozen=True, order=True)
+class Shape(Ranged):
+    """A batch of images: how many, and their size in pixels."""
+
+    flags = "--shapes "
+
+    batch: Annotated[int, BATCH]
+    height: Annotated[int, SIDE]
+    width: Annotated[int, SIDE]
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.height} x {self.width}"
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The least, the usual and the largest shape; axes that differ between them are dynamic.
+
+    Raises:
+        BadInput: they are not in ascending order, axis by axis.
+    """
+
+    least: Shape
+    usual: Shape
+    most: Shape
+
+    def __post_init__(self) -> None:
+        for axis in ("batch", "height", "width"):
+            low, middle, high = (getattr(each, axis) for each in (self.least, self.usual, self.most))
+            if not low <= middle <= high:
+                raise BadInput(f"--shapes {axis} {low}:{middle}:{high} must be in ascending order")
+
+    @property
+    def dynamic(self) -> frozenset[str]:
+        """Which of batch, height and width are not fixed."""
+        axes = ("batch", "height", "width")
+        return frozenset(a for a in axes if getattr(self.least, a) != getattr(self.most, a))
+
+    def allows(self, shape: Shape) -> bool:
+        """Whether a file of these shapes takes that one."""
+        axes = ("batch", "height", "width")
+        return all(getattr(self.least, a) <= getattr(shape, a) <= getattr(self.most, a) for a in axes)
+
+    def check(self, unit: int) -> None:
+        """Refuses images smaller than a mask unit of `unit` pixels, and batches that no runtime can hold.
+
+        Raises:
+            BadInput: the least height or width, or the largest batch.
+        """
+        check_pixels(self.most, "--shapes")
+        if min(self.least.height, self.least.width) < unit:
+            raise BadInput(
+                f"--shapes: {self.least.height} x {self.least.width} px is smaller than the encoder's mask "
+                f"unit of {unit} x {unit} px"
+            )
+
+
+def check_pixels(shape: Shape, flag: str) -> None:
+    """Refuses a batch of more than `MOST_PIXELS` pixels.
+
+    Raises:
+        BadInput: it has more.
+    """
+    pixels = shape.batch * shape.height * shape.width
+    if pixels > MOST_PIXELS:
+        raise BadInput(
+            f"{flag}: {shape} px is a batch of {pixels:.1e} pixels; give at most {MOST_PIXELS:.1e}"
+        )
+
+
+def parse_shapes(text: str, channels: int) -> Shapes:
+    """One shape (static) or three with colons between; each is NxCxHxW, or NxHxW.
+
+    Raises:
+        BadInput: anything else, or another number of channels.
+    """
+    parts = [_parse_shape(part, channels, text) for part in text.lower().replace(" ", "").split(":")]
+    if len(parts) == 1:
+        return Shapes(parts[0], parts[0], parts[0])
+    if len(parts) != 3:
+        raise BadInput(f"--shapes {text!r}: give one shape, or three: min:opt:max, for example {EXAMPLE}")
+    return Shapes(*parts)
+
+
+def _parse_shape(text: str, channels: int, whole: str) -> Shape:
+    try:
+        numbers = [int(number) for number in text.split("x")]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 4:
+        if numbers[1] != channels:
+            raise BadInput(f"--shapes {whole!r}: {numbers[1]} channels, but the model takes {channels}")
+        del numbers[1]
+    if len(numbers) != 3:
+        raise BadInput(f"--shapes {whole!r}: {text!r} is not NxCxHxW; for example {EXAMPLE}")
+    return Shape(*numbers)

@@ -1,0 +1,196 @@
+"""TensorRT engines as a runtime. Tensors stay on the GPU, work is queued on PyTorch's current stream."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coma.errors import BadInput, CheckFailed
+from coma.library_errors import library_errors
+from coma.runtimes.inputs import DTYPES, check_inputs
+from coma.runtimes.model_spec import Port
+from coma.runtimes.trt.callbacks import make_logger
+from coma.runtimes.trt.discovery import load_library, require_gpu
+from coma.runtimes.trt.engine_info import EngineSummary, inspect_engine
+from coma.runtimes.trt.profiles import Shape, choose_profile, written
+from coma.runtimes.trt.sidecar import REBUILD, check_fits, read_sidecar
+
+log = logging.getLogger(__name__)
+
+CAPTURED = 4
+"""Shapes whose CUDA graphs are kept: each has memory of its own."""
+
+
+class TensorRTRuntime:
+    """An engine, on one GPU. Implements `coma.runtimes.base.Runtime`.
+
+    Args:
+        path: The engine; its sidecar lies beside it. Opening an engine runs code that is in it.
+        device: "cuda" or "cuda:1".
+        cuda_graphs: Record what the engine does once per shape and replay it: less work for the CPU, so
+            quicker on small batches; the last four shapes are kept.
+
+    Raises:
+        BadInput: no GPU, no TensorRT, or an engine that is not for them; the message says what to do.
+        CheckFailed: TensorRT refuses an engine that fits by its sidecar.
+    """
+
+    def __init__(self, path: Path, device: str | torch.device = "cuda", *, cuda_graphs: bool = False) -> None:
+        self.device = torch.device(device)
+        if self.device.type != "cuda":
+            raise BadInput(f"TensorRT runs on NVIDIA GPUs only, not on {device}; use ONNX Runtime instead")
+        index = self.device.index or 0
+        sidecar = read_sidecar(path)
+        gpu, _ = require_gpu(index)
+        if not torch.cuda.is_available():
+            raise BadInput("this PyTorch has no CUDA, and TensorRT's tensors are its; install one with CUDA")
+        library = load_library(sidecar.flavour)
+        check_fits(sidecar, path, library, gpu)
+        self.device = torch.device("cuda", index)
+        self.title = f"{library.title} {gpu.name}" + (" CUDA graphs" if cuda_graphs else "")
+        self.description = sidecar.description
+        self._profiles = sidecar.profiles
+        self._path = path
+        self._trt = library.module
+        self._logger = make_logger(library.module)
+        with torch.cuda.device(self.device), library_errors(f"{path}: does not open"):
+            self._runtime, self._engine = _open(
+                self._trt, self._logger, path, host_code=sidecar.options.version_compatible
+            )
+        _check_ports(self._trt, self._engine, path, (*self.description.inputs, *self.description.outputs))
+        self._contexts: dict[int, Any] = {}
+        self._captured: OrderedDict[tuple[Shape, ...], _Captured | None] | None = (
+            OrderedDict() if cuda_graphs else None
+        )
+
+    def __call__(self, images: Tensor, **others: Tensor) -> dict[str, Tensor]:
+        """Run; the outputs are ready when PyTorch's current stream has come there.
+
+        Raises:
+            BadInput: a tensor that the engine cannot take; the message says what it takes.
+            CheckFailed: TensorRT refused to run.
+        """
+        given = check_inputs(self.description, images, others)
+        shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+        profile = choose_profile(self._profiles, shapes) if self._profiles else 0
+        with torch.cuda.device(self.device):
+            placed = {name: tensor.detach().to(self.device).contiguous() for name, tensor in given.items()}
+            captured = self._capture_for(profile, placed)
+            if captured is not None:
+                return captured.replay(placed)
+            if profile not in self._contexts:
+                self._contexts[profile] = self._new_context(profile)
+            context = self._contexts[profile]
+            outputs = self._bind(context, placed)
+            self._enqueue(context)
+            return outputs
+
+    def inspect(self) -> EngineSummary:
+        """What TensorRT made of the network."""
+        return inspect_engine(self._trt, self._engine)
+
+    def _new_context(self, profile: int) -> Any:
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise self._failed("cannot be prepared to run, perhaps for want of GPU memory")
+        if not context.set_optimization_profile_async(profile, torch.cuda.current_stream().cuda_stream):
+            raise self._failed(f"has no profile {profile}")
+        return context
+
+    def _bind(self, context: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tell the context where its inputs are and where its outputs, made here, go."""
+        for name, tensor in inputs.items():
+            if not context.set_input_shape(name, tuple(tensor.shape)):
+                raise self._failed(f"does not take {name} {written(tensor.shape)}")
+            context.set_tensor_address(name, tensor.data_ptr())
+        outputs = {}
+        for port in self.description.outputs:
+            shape = tuple(context.get_tensor_shape(port.name))
+            if min(shape, default=1) < 0:
+                raise self._failed(f"does not know the shape of {port.name} before it has run")
+            outputs[port.name] = torch.empty(shape, dtype=DTYPES[port.dtype], device=self.device)
+            context.set_tensor_address(port.name, outputs[port.name].data_ptr())
+        return outputs
+
+    def _enqueue(self, context: Any) -> None:
+        if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+            raise self._failed("did not run")
+
+    def _failed(self, what: str) -> CheckFailed:
+        return CheckFailed(f"{self._path}: {what}: {self._logger.last_errors()}")
+
+    def _capture_for(self, profile: int, inputs: Mapping[str, Tensor]) -> _Captured | None:
+        """The recording for these shapes, made now if need be; None where there is none."""
+        if self._captured is None:
+            return None
+        shapes = tuple(tuple(tensor.shape) for tensor in inputs.values())
+        if shapes not in self._captured:
+            self._captured[shapes] = self._capture(profile, inputs)
+            if len(self._captured) > CAPTURED:
+                self._captured.popitem(last=False)
+        self._captured.move_to_end(shapes)
+        return self._captured[shapes]
+
+    def _capture(self, profile: int, inputs: Mapping[str, Tensor]) -> _Captured | None:
+        context = self._new_context(profile)  # its own: a recording holds the state of its context
+        held = {name: tensor.clone() for name, tensor in inputs.items()}
+        outputs = self._bind(context, held)
+        self._enqueue(context)  # what TensorRT puts off until the first run cannot be recorded
+        torch.cuda.current_stream().synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._enqueue(context)
+        except (RuntimeError, CheckFailed) as error:
+            log.warning("%s: runs without CUDA graphs, recording failed: %s", self._path, error)
+            return None
+        return _Captured(graph, context, held, outputs)
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A recording, and the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    context: Any
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+    def replay(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for name, held in self.inputs.items():
+            held.copy_(inputs[name])
+        self.graph.replay()
+        return {name: output.clone() for name, output in self.outputs.items()}
+
+
+def _open(trt: Any, logger: Any, path: Path, *, host_code: bool) -> tuple[Any, Any]:
+    trt.init_libnvinfer_plugins(logger, "")
+    runtime = trt.Runtime(logger)
+    runtime.engine_host_code_allowed = host_code  # a version-compatible engine brings its own runtime
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise CheckFailed(f"{path}: does not open: {logger.last_errors()}; {REBUILD}")
+    return runtime, engine
+
+
+def _check_ports(trt: Any, engine: Any, path: Path, ports: tuple[Port, ...]) -> None:
+    """The engine's tensors must be those of its description; half precision never leaves the graph."""
+    types = {
+        trt.DataType.FLOAT: "float32",
+        trt.DataType.UINT8: "uint8",
+        trt.DataType.BOOL: "bool",
+        trt.DataType.INT64: "int64",
+    }
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    found = {name: types.get(engine.get_tensor_dtype(name)) for name in names}
+    if found != {port.name: port.dtype for port in ports}:
+        described = ", ".join(f"{port.name} {port.dtype}" for port in ports)
+        has = ", ".join(f"{name} {engine.get_tensor_dtype(name)}" for name in names)
+        raise BadInput(f"{path}: has {has}, and its sidecar describes {described}; {REBUILD}")

@@ -1,0 +1,126 @@
+"""Which shapes an engine takes: ranges per input, chosen when it is built, checked whenever it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from coma.errors import BadInput
+from coma.runtimes.model_spec import Description, Port
+from coma.runtimes.shape_ranges import Shapes
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ShapeRange:
+    """The shapes that an input may have, every axis between two sizes; the engine is fastest at `optimum`."""
+
+    minimum: Shape
+    optimum: Shape
+    maximum: Shape
+
+    def __contains__(self, shape: Shape) -> bool:
+        """Whether the engine takes that shape."""
+        return len(shape) == len(self.minimum) and all(
+            low <= size <= high for low, size, high in zip(self.minimum, shape, self.maximum, strict=True)
+        )
+
+    def __str__(self) -> str:
+        return f"{written(self.minimum)} to {written(self.maximum)}"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One optimization profile: the ranges of all inputs, by name. An engine may have several."""
+
+    shapes: dict[str, ShapeRange]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {shapes}" for name, shapes in self.shapes.items())
+
+
+def written(shape: Sequence[int]) -> str:
+    """Such as 1x3x224x224."""
+    return "x".join(map(str, shape))
+
+
+def profile_of(description: Description, shapes: Shapes) -> Profile:
+    """The profile of a file of that description that takes those images, and their masks with them.
+
+    Raises:
+        BadInput: an input has an axis that does not follow from the images.
+    """
+    axes: dict[str, list[int]] = {}
+    for shape in (shapes.least, shapes.usual, shapes.most):
+        sizes = {"batch": shape.batch, "height": shape.height, "width": shape.width}
+        sizes["rows"] = -(-shape.height // description.unit)
+        sizes["cols"] = -(-shape.width // description.unit)
+        for axis, size in sizes.items():
+            axes.setdefault(axis, []).append(size)
+    return make_profile(description.inputs, {axis: (s[0], s[1], s[2]) for axis, s in axes.items()})
+
+
+def make_profile(inputs: Sequence[Port], axes: Mapping[str, tuple[int, int, int]]) -> Profile:
+    """From sizes of named axes to shapes of inputs.
+
+    Args:
+        inputs: Of the description.
+        axes: Least, likeliest and largest size of every named axis: {"batch": (1, 8, 32)}.
+
+    Raises:
+        BadInput: an axis is missing, or its sizes do not grow.
+    """
+    for axis, sizes in axes.items():
+        if not 0 < sizes[0] <= sizes[1] <= sizes[2]:
+            raise BadInput(f"axis {axis}: {sizes} is not least, likeliest and largest size")
+    missing = {axis for port in inputs for axis in port.axes if isinstance(axis, str) and axis not in axes}
+    if missing:
+        raise BadInput(f"the engine needs sizes of the axes {', '.join(sorted(missing))}")
+
+    def shape(port: Port, which: int) -> Shape:
+        return tuple(axis if isinstance(axis, int) else axes[axis][which] for axis in port.axes)
+
+    return Profile({port.name: ShapeRange(shape(port, 0), shape(port, 1), shape(port, 2)) for port in inputs})
+
+
+def check_profiles(profiles: Sequence[Profile], inputs: Mapping[str, Shape], source: str) -> None:
+    """Before a build, that may take minutes: every profile must fit the graph's inputs.
+
+    Args:
+        profiles: As given.
+        inputs: Of the graph: shape by name, -1 where it may change.
+        source: For the message.
+
+    Raises:
+        BadInput: naming the input and both shapes.
+    """
+    if not profiles and any(size < 0 for shape in inputs.values() for size in shape):
+        raise BadInput(f"{source}: its shapes may change, so the engine needs a profile")
+    for profile in profiles:
+        if set(profile.shapes) != set(inputs):
+            raise BadInput(f"{source}: takes {sorted(inputs)}, and a profile is of {sorted(profile.shapes)}")
+        for name, shapes in profile.shapes.items():
+            for shape in (shapes.minimum, shapes.optimum, shapes.maximum):
+                fixed = len(shape) == len(inputs[name]) and all(
+                    size == free or free < 0 for size, free in zip(shape, inputs[name], strict=True)
+                )
+                if not fixed or shape not in shapes:
+                    raise BadInput(
+                        f"{source}: input {name} {written(inputs[name])} (-1: free) cannot be "
+                        f"{written(shape)} in a profile of {shapes}"
+                    )
+
+
+def choose_profile(profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> int:
+    """The number of the first profile that takes these shapes, by name of the input.
+
+    Raises:
+        BadInput: none does; the message says what they take.
+    """
+    for number, profile in enumerate(profiles):
+        if all(shapes[name] in allowed for name, allowed in profile.shapes.items()):
+            return number
+    given = ", ".join(f"{name} {written(shape)}" for name, shape in shapes.items())
+    taken = "; or ".join(map(str, profiles))
+    raise BadInput(f"{given}: the engine takes {taken}. Resize, or build an engine with a wider profile")

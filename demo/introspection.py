@@ -1,0 +1,238 @@
+"""What goes on inside an encoder: its pyramid in colour, its gates, and where a place looks.
+
+Nothing is computed twice or in another way: hooks read what the layers were given and gave, while the
+encoder runs as always, on one picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coma.errors import BadInput
+from coma.masking.patchify import unit_grid
+from coma.models import Encoder
+from coma.models.attention import DynamicMultiWindowAttention, Layout
+from coma.models.dyvit import FIRST_SIDE, DyViT
+from coma.models.vit import ViT
+from coma.models.windows import nest, unnest
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The windows of one block.
+
+    Attributes:
+        stage: 1 to 4.
+        block: From 1.
+        windows: Sides in tokens; 0 is the whole map.
+        weights: Mean over the channels of what the gate multiplies each window by; they average 1.
+        wins: Share of the channels that each window weighs most in.
+        strongest: `[h, w]`, the number of the window that brought most to each place (by the length of its
+            weighted output).
+    """
+
+    stage: int
+    block: int
+    windows: tuple[int, ...]
+    weights: tuple[float, ...]
+    wins: tuple[float, ...]
+    strongest: np.ndarray
+
+
+@torch.no_grad()
+def feature_pyramid(encoder: Encoder, image: Tensor) -> tuple[Tensor, ...]:
+    """The maps of an encoder, finest first, for an image `[1, c, H, W]`, normalised."""
+    return (DyViT if isinstance(encoder, DyViT) else ViT).forward(encoder, image)  # pyright: ignore
+
+
+def pyramid_colours(maps: tuple[Tensor, ...]) -> list[np.ndarray]:
+    """The first three principal components of every map `[1, c, h, w]` as uint8 `[h, w, 3]`.
+
+    Places of like features have like colours within a map; colours of two maps are not comparable.
+    """
+    return [_principal_colours(each[0].float()) for each in maps]
+
+
+def _principal_colours(features: Tensor) -> np.ndarray:
+    h, w = features.shape[1:]
+    rows = features.flatten(1).T.double()  # places, channels
+    rows = rows - rows.mean(dim=0)
+    _, _, directions = torch.linalg.svd(rows, full_matrices=False)
+    axes = directions[:3]
+    strongest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
+    scores = rows @ (axes * strongest.sign()).T  # the sign of a component means nothing: fix it
+    low, high = (torch.quantile(scores, q, dim=0) for q in (0.02, 0.98))
+    colours = ((scores - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
+    filled = torch.full((h * w, 3), 0.5, dtype=colours.dtype)
+    filled[:, : colours.shape[1]] = colours
+    return (filled.view(h, w, 3) * 255).round().byte().numpy()
+
+
+@torch.no_grad()
+def attention_received(encoder: Encoder, image: Tensor) -> Tensor:
+    """How much attention every mask unit gets in the last block, `[h, w]`, of sum 1.
+
+    Args:
+        encoder: In evaluation mode.
+        image: `[1, c, H, W]`, normalised.
+
+    Raises:
+        BadInput: an encoder whose last block does not see the whole picture.
+    """
+    from coma.models.attention_maps import attend, on_grid
+
+    _, attention = attend(encoder, image)
+    return on_grid(attention[:, None], *unit_grid(image.shape[-2], image.shape[-1], encoder.unit))[0, 0]
+
+
+@torch.no_grad()
+def gate_weights(encoder: Encoder, image: Tensor) -> list[Gates]:
+    """The gates of every block that has several windows.
+
+    Args:
+        encoder: DyViT, in evaluation mode.
+        image: `[1, c, H, W]`, normalised.
+
+    Raises:
+        BadInput: an encoder without gates.
+    """
+    if not isinstance(encoder, DyViT):
+        raise BadInput("This model is a plain ViT: it has one window, the whole picture, and no gates.")
+    found: list[Gates] = []
+    for stage, block, attention in _attentions(encoder):
+        if attention.gate is None:
+            continue
+        with (
+            _watching(attention.gate) as gate,
+            _watching(attention.proj) as proj,
+            _watching(attention) as all_,
+        ):
+            DyViT.forward(encoder, image)  # a classifier's own forward gives logits
+        layout: Layout = all_.inputs[1]
+        count = len(layout.windows)
+        weights = gate.output.flatten().unflatten(0, (count, -1))  # windows, channels of each
+        weighted: Tensor = proj.inputs[0]  # n s t c: the windows' outputs side by side
+        strength = weighted.unflatten(-1, (count, -1)).norm(dim=-1).argmax(dim=-1)  # n s t
+        whole = block - 1 in encoder.stages[stage - 1].whole  # pyright: ignore[reportOperatorIssue]
+        found.append(
+            Gates(
+                stage,
+                block,
+                (0,) * count if whole else encoder.config.windows[stage - 1],
+                tuple(weights.mean(dim=1).tolist()),
+                tuple(torch.bincount(weights.argmax(dim=0), minlength=count).div(weights.shape[1]).tolist()),
+                _as_map(strength[..., None], layout, stage)[..., 0].numpy(),
+            )
+        )
+    return found
+
+
+@torch.no_grad()
+def attention_of(
+    encoder: Encoder, image: Tensor, stage: int, row: float, col: float
+) -> dict[str, np.ndarray]:
+    """Where one place looks, in the last block of a stage: attention weights, mean over the heads.
+
+    Args:
+        encoder: DyViT or a plain ViT (which has one stage), in evaluation mode.
+        image: `[1, c, H, W]`, normalised.
+        stage: 1 to 4.
+        row: Of the place, 0 (top) to 1.
+        col: Likewise.
+
+    Returns:
+        Maps `[h, w]`, each of sum 1, by the name of the window; zero outside of the place's window.
+    """
+    if not isinstance(encoder, DyViT):
+        return {"whole picture": _plain_attention(encoder, image, row, col)}
+    attention = encoder.stages[stage - 1].blocks[-1].attn  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
+    with _watching(attention) as watched:
+        DyViT.forward(encoder, image)
+    x, layout = watched.inputs
+    side = FIRST_SIDE >> (stage - 1)
+    h, w = layout.sequences.rows * side, layout.sequences.cols * side
+    place = torch.zeros(1, h, w, 1)
+    place[0, min(int(row * h), h - 1), min(int(col * w), w - 1)] = 1
+    chosen = _as_tokens(place, layout, side)  # n s t 1
+    q, k, _ = attention.project(x, layout)  # n s t heads d
+    maps = {}
+    groups = len(layout.windows)
+    for i, (window, q_, k_) in enumerate(
+        zip(layout.windows, q.chunk(groups, dim=3), k.chunk(groups, dim=3), strict=True)
+    ):
+        query = (q_ * chosen[..., None]).sum(dim=(0, 1, 2))  # heads d
+        scores = (k_ * query).sum(dim=-1) * query.shape[-1] ** -0.5  # n s t heads
+        scores = scores.masked_fill(~_same_window(window, chosen)[..., None], -torch.inf)
+        weights = scores.flatten(0, 2).softmax(dim=0).view(scores.shape).mean(dim=-1, keepdim=True)
+        sides = encoder.config.windows[stage - 1][i] if encoder.config.windows[stage - 1] else 0
+        whole = len(encoder.stages[stage - 1].blocks) - 1 in encoder.stages[stage - 1].whole  # pyright: ignore
+        name = "whole picture" if whole or not sides or sides >= max(h, w) else f"{sides} x {sides} tokens"
+        maps[name if name not in maps else f"{name} ({i + 1})"] = _as_map(weights, layout, stage)[
+            ..., 0
+        ].numpy()
+    return maps
+
+
+def _same_window(window: Any, chosen: Tensor) -> Tensor:
+    """Tokens in the same window as the chosen one, bool `[n, s, t]`: with equal scores, who hears of it."""
+    silent = torch.zeros(*chosen.shape[:3], 1, 4)
+    heard = chosen[..., None, :].expand_as(silent).contiguous()
+    return window.attend(silent, silent, heard, fused=False)[..., 0] > 0
+
+
+def _plain_attention(encoder: Any, image: Tensor, row: float, col: float) -> np.ndarray:
+    from coma.models.attention_maps import softmax_of
+
+    with softmax_of(encoder.blocks[-1].attn) as taken:
+        features = ViT.forward(encoder, image)[0]
+    h, w = -(-image.shape[-2] // encoder.unit), -(-image.shape[-1] // encoder.unit)
+    side = encoder.unit // encoder.strides[0]
+    h, w = h * side, w * side
+    place = 1 + min(int(row * h), h - 1) * w + min(int(col * w), w - 1)  # the cls token is first
+    received = taken[0][0, :, place, 1:]  # heads s
+    weights = (received / received.sum(dim=1, keepdim=True)).mean(dim=0)
+    return weights.view(h, w).numpy()[: features.shape[-2], : features.shape[-1]]
+
+
+def _attentions(encoder: DyViT) -> Iterator[tuple[int, int, DynamicMultiWindowAttention]]:
+    for stage, layers in enumerate(encoder.stages, start=1):
+        for number, block in enumerate(layers.blocks, start=1):  # pyright: ignore
+            yield stage, number, block.attn  # pyright: ignore
+
+
+def _as_map(tokens: Tensor, layout: Layout, stage: int) -> Tensor:
+    # n s t c -> h w c
+    sequences = layout.sequences
+    return unnest(sequences.scatter(tokens), FIRST_SIDE >> (stage - 1), sequences.rows, sequences.cols)[0]
+
+
+def _as_tokens(place: Tensor, layout: Layout, side: int) -> Tensor:
+    return layout.sequences.gather(nest(place, side))
+
+
+class _Watched:
+    """What a module was last called with and gave."""
+
+    inputs: tuple[Any, ...]
+    output: Any
+
+
+@contextmanager
+def _watching(module: nn.Module) -> Iterator[_Watched]:
+    seen = _Watched()
+
+    def note(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        seen.inputs, seen.output = inputs, output
+
+    handle = module.register_forward_hook(note)
+    try:
+        yield seen
+    finally:
+        handle.remove()

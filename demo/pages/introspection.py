@@ -1,0 +1,166 @@
+"""The tab that looks inside: pyramid, gates, attention of a place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+from torch import Tensor
+
+from coma.data.transforms import normalize
+from coma.errors import BadInput
+from coma.models import DyViT
+from demo.introspection import attention_of, feature_pyramid, gate_weights, pyramid_colours
+from demo.models import Model
+from demo.render import enlarge, number_image, overlay, to_rgb
+from demo.resize import fit_picture
+from demo.session import MODEL_WORK, Site, note, table
+
+SHOWN = 448
+WINDOWS = np.array([(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167)], np.uint8)
+"""Okabe and Ito's colours, which people with colour blindness tell apart too."""
+Pictures = list[tuple[np.ndarray, str]]
+Files = list[tuple[str, str]]
+
+
+def inside_tab(site: Site, picture: gr.Image) -> None:
+    """Build the tab; everything is computed when its button is pressed, or a place is clicked."""
+    models = site.models.looked_into()
+    with gr.Row(elem_classes="settings", equal_height=True):
+        model = gr.Dropdown(
+            [each.name for each in models], value=models[0].name, label="Model", visible=len(models) > 1,
+            elem_id="inside-model", filterable=False,
+        )  # fmt: skip
+        look = gr.Button("Look inside", variant="primary", elem_id="look")
+    gr.Markdown("### Feature pyramid\nPrincipal components as colours: like colours are like features.")
+    pyramid = gr.Gallery(label="Feature pyramid", **_gallery(5), elem_id="pyramid")
+    gr.Markdown(
+        "### Gates of DM-MSA\nWhich window brings most to each place, and what the gates multiply them by."
+    )
+    strongest = gr.Gallery(
+        label="Strongest window of the last block of each stage", **_gallery(4), elem_id="gates"
+    )
+    weights = gr.HTML(elem_id="gate-weights", label="Gates")
+    gr.Markdown("### Attention of a place\nClick on the picture, or move the two sliders.")
+    with gr.Row():
+        with gr.Column(scale=2, min_width=260):
+            target = gr.Image(
+                label="Click a place", show_label=False, interactive=False, format="png", elem_id="place",
+                buttons=[], alt_text="The picture; click to see where this place looks",
+            )  # fmt: skip
+            row = gr.Slider(0, 1, 0.5, step=0.01, label="From the top", elem_id="row")
+            col = gr.Slider(0, 1, 0.5, step=0.01, label="From the left", elem_id="col")
+            stage = gr.Radio([1, 2, 3, 4], value=3, label="Stage", elem_id="stage")
+        with gr.Column(scale=3, min_width=300):
+            attention = gr.Gallery(
+                label="Where it looks (mean of the heads)", **_gallery(2), elem_id="attention"
+            )
+
+    def inside(picture: str | None, model: str) -> tuple[Files, Files, str, str]:
+        """Feature pyramid and gates of a picture."""
+        chosen = _of(site, model)
+        image, pixels = _input(site, chosen, picture)
+        encoder = chosen.encoder()
+        colours = pyramid_colours(feature_pyramid(encoder, image))
+        gates = gate_weights(encoder, image) if isinstance(encoder, DyViT) else []
+        shown: Pictures = [(enlarge(pixels, SHOWN), "picture")]
+        for stride, each in zip(encoder.strides, colours, strict=True):
+            size = f"{each.shape[1]} x {each.shape[0]}"
+            shown.append((enlarge(each, SHOWN, blocks=True), f"stride {stride}: {size}"))
+        if not gates:
+            text = "This model is a plain ViT: one window, the whole picture, and no gates."
+            return site.save_all(shown), [], note(text), site.save(enlarge(pixels, SHOWN))
+        last = {each.stage: each for each in gates}
+        maps: Pictures = [
+            (
+                enlarge(number_image(each.strongest, WINDOWS), SHOWN, blocks=True),
+                f"stage {each.stage}: {_legend(each.windows)}",
+            )
+            for each in last.values()
+        ]  # fmt: skip
+        rows = [
+            [
+                f"stage {each.stage}, block {each.block}",
+                "  ".join(f"{_window(w)}: x{v:.2f}" for w, v in zip(each.windows, each.weights, strict=True)),
+                "  ".join(f"{_window(w)}: {v:.0%}" for w, v in zip(each.windows, each.wins, strict=True)),
+            ]
+            for each in gates
+        ]
+        head = ("block", "mean weight of each window", "channels in which it weighs most")
+        text = table(head, rows, caption="Gates of DM-MSA")
+        return site.save_all(shown), site.save_all(maps), text, site.save(enlarge(pixels, SHOWN))
+
+    def attend(picture: str | None, model: str, stage: float, row: float, col: float) -> tuple[Files, str]:
+        """Attention of one place of a picture, in the last block of a stage."""
+        chosen = _of(site, model)
+        image, pixels = _input(site, chosen, picture)
+        maps = attention_of(chosen.encoder(), image, int(stage), row, col)
+        pictures = [
+            (_mark(enlarge(overlay(pixels, each), SHOWN), row, col), f"window: {name}")
+            for name, each in maps.items()
+        ]
+        return site.save_all(pictures), site.save(_mark(enlarge(pixels, SHOWN), row, col))
+
+    def clicked(event: gr.SelectData, picture: str | None, model: str) -> tuple[float, float]:
+        x, y = event.index
+        _, pixels = _input(site, _of(site, model), picture)
+        height, width = enlarge(pixels, SHOWN).shape[:2]
+        return round(min(max(y / height, 0), 1), 3), round(min(max(x / width, 0), 1), 3)
+
+    place = [picture, model, stage, row, col]
+    look.click(
+        inside, [picture, model], [pyramid, strongest, weights, target], api_name="inside", **MODEL_WORK
+    ).then(attend, place, [attention, target], api_visibility="private", **MODEL_WORK)
+    target.select(clicked, [picture, model], [row, col], api_visibility="private", show_progress="hidden")
+    gr.on(
+        [row.change, col.change, stage.change], attend, place, [attention, target],
+        api_name="attention", show_progress_on=[attention], **MODEL_WORK,
+    )  # fmt: skip
+
+
+def _gallery(columns: int) -> dict[str, Any]:
+    return {
+        "format": "png", "columns": columns, "height": "auto", "object_fit": "contain", "interactive": False,
+        "buttons": ["download", "download_all", "fullscreen"], "show_label": False,
+        "elem_classes": "pictures",
+    }  # fmt: skip
+
+
+def _of(site: Site, name: str) -> Model:
+    chosen = site.models[name]
+    if chosen not in site.models.looked_into():
+        raise BadInput("This model cannot be looked into; choose one from the list.")
+    return chosen
+
+
+def _input(site: Site, model: Model, picture: str | None) -> tuple[Tensor, np.ndarray]:
+    """The picture's centre square, normalised `[1, c, S, S]` and as uint8 `[S, S, 3]`."""
+    config = model.config
+    assert config is not None
+    pixels = site.pixels(picture, config.model.channels)
+    fitted = fit_picture(pixels, config.image_size, "crop", config.mean)
+    image = normalize(fitted.pixels[None], config.mean, config.std)
+    return image.to(torch.float32), to_rgb(fitted.pixels.permute(1, 2, 0).numpy())
+
+
+def _legend(windows: tuple[int, ...]) -> str:
+    names = ("blue", "orange", "green", "pink")
+    return ", ".join(f"{name} = {_window(side)}" for name, side in zip(names, windows, strict=False))
+
+
+def _window(side: int) -> str:
+    return "all" if side == 0 else f"{side}x{side}"
+
+
+def _mark(picture: np.ndarray, row: float, col: float) -> np.ndarray:
+    """A ring around a place."""
+    from PIL import Image, ImageDraw
+
+    image = Image.fromarray(picture)
+    y, x = row * picture.shape[0], col * picture.shape[1]
+    draw = ImageDraw.Draw(image)
+    for radius, colour in ((11, (0, 0, 0)), (9, (255, 255, 255)), (7, (0, 0, 0))):
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=2)
+    return np.asarray(image)

@@ -1,0 +1,78 @@
+"""Pictures of any size to the size that a model was made for, and the words that say what was done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coma.data.transforms import centre_square, resize
+
+Fit = Literal["crop", "letterbox", "whole"]
+FITS: dict[Fit, str] = {
+    "crop": "Centre square",
+    "letterbox": "Letter-box",
+    "whole": "Whole picture",
+}
+LONGEST = 3
+"""The whole picture: its longer side is at most so many times the model's size."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A picture at the model's size.
+
+    Attributes:
+        pixels: `[c, H, W]`, float32 in 0..1.
+        inside: Top, left, height and width in pixels of what is picture; the rest is letter-box.
+        note: What was done.
+    """
+
+    pixels: Tensor
+    inside: tuple[int, int, int, int]
+    note: str
+
+    def crop(self, image: np.ndarray) -> np.ndarray:
+        """The part of `[H, W, ...]` that is picture."""
+        top, left, height, width = self.inside
+        return image[top : top + height, left : left + width]
+
+
+def fit_picture(pixels: np.ndarray, side: int, how: Fit, fill: tuple[float, ...], unit: int = 1) -> Fitted:
+    """Bring a picture to `side` pixels.
+
+    Args:
+        pixels: `[H, W, c]`, uint8, or float32 in 0..1.
+        side: Pixels of the square that the model was trained on.
+        how: crop: the square in the middle. letterbox: all of it, with bars. whole: all of it, its shorter
+            side `side` pixels wide, neither square nor with bars.
+        fill: Of the bars, per channel, in 0..1: the model's mean colour.
+        unit: Side of a mask unit, which no side of a whole picture falls below.
+    """
+    height, width = pixels.shape[:2]
+    was = f"{width} x {height} px"
+    if how == "crop":
+        image = _scaled(pixels, centre_square(height, width), side, side)
+        return Fitted(image, (0, 0, side, side), f"{was}: its centre square, resized to {side} x {side} px")
+    everything = (0, 0, height, width)
+    if how == "whole":
+        scale = min(side / min(height, width), LONGEST * side / max(height, width))
+        h, w = (max(round(length * scale), unit) for length in (height, width))
+        return Fitted(_scaled(pixels, everything, h, w), (0, 0, h, w), f"{was}, resized to {w} x {h} px")
+    scale = side / max(height, width)
+    h, w = (max(round(length * scale), 1) for length in (height, width))
+    image = _scaled(pixels, everything, h, w)
+    top, left = (side - h) // 2, (side - w) // 2
+    colour = torch.tensor(fill).view(-1, 1, 1)
+    boxed = F.pad(image - colour, (left, side - w - left, top, side - h - top)) + colour
+    note = f"{was}, resized to {w} x {h} px and letter-boxed to {side} x {side} px (bars are not measured)"
+    return Fitted(boxed, (top, left, h, w), note)
+
+
+def _scaled(pixels: np.ndarray, box: tuple[int, int, int, int], height: int, width: int) -> Tensor:
+    image = resize(pixels, box, height, width)
+    return image.float() / 255 if image.dtype == torch.uint8 else image.clamp(0, 1)

@@ -1,0 +1,152 @@
+"""mmengine configurations: ours, which lie in `downstream/configs`, or any of mmdet's and mmseg's own."""
+
+from __future__ import annotations
+
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from errno import ENOSPC
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coma.errors import BadInput, ComaError
+
+MESSAGE = 300
+"""Characters of an error of OpenMMLab that are shown."""
+_LIBRARY = re.compile(r"[/\\](?=(?:mmdet|mmseg|mmcv)[/\\])")
+PRESETS = Path(__file__).parent
+
+
+def load_config(path: Path) -> Any:
+    """An mmengine configuration.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
+    if not path.is_file():
+        raise BadInput(f"--config {path}: no such file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of third parties about each other
+        from mmengine.config import Config
+
+        import downstream.openmmlab  # noqa: F401 - before mmdet and mmseg, which a configuration may import
+
+        with blaming(path, "cannot be read"):
+            return Config.fromfile(path)
+
+
+def require(config: Any, *modules: str) -> None:
+    """Have these modules imported before all others wherever the configuration is read or run."""
+    theirs = config.get("custom_imports") or {}
+    imports = theirs.get("imports") or []
+    imports = [imports] if isinstance(imports, str) else imports
+    config.custom_imports = {  # a whole new value: mmengine hands out copies of what it holds
+        "imports": list(dict.fromkeys([*modules, *imports])),
+        "allow_failed_imports": theirs.get("allow_failed_imports", False),
+    }
+
+
+@contextmanager
+def blaming(path: Path, what: str) -> Iterator[None]:
+    """Turns any error inside into one line that names the configuration, which is a program of the user's.
+
+    Raises:
+        BadInput: with `what` went wrong, and the file and line of OpenMMLab where it did.
+    """
+    try:
+        yield
+    except ComaError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, torch.OutOfMemoryError) or (
+            isinstance(error, OSError) and error.errno == ENOSPC
+        ):
+            raise
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if _LIBRARY.search(f.filename)]
+        where = f" at {_LIBRARY.split(frames[-1].filename)[-1]}:{frames[-1].lineno}" if frames else ""
+        said = _line(str(error) or (frames[-1].line if frames else None) or "nothing more is known")
+        raise BadInput(f"{path}: {what} ({type(error).__name__}{where}: {said})") from error
+
+
+def worker_error(text: str) -> str:
+    """What went wrong, without the traceback that errors of reading processes carry in their text."""
+    if "Original Traceback" not in text:
+        return text
+    return text.rstrip().rpartition("\n")[2].partition(": ")[2]
+
+
+def _line(text: str) -> str:
+    text = " ".join(worker_error(text).split())
+    return text if len(text) <= MESSAGE else f"{text[:MESSAGE]} ..."
+
+
+def change(config: Any, options: tuple[str, ...]) -> None:
+    """Apply changes given as `name=value`, as OpenMMLab's tools do.
+
+    Raises:
+        BadInput: one is not of that form, or does not fit the configuration.
+    """
+    from mmengine.config import DictAction
+
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise BadInput(f"--cfg-options {option}: must be name=value")
+        try:
+            config.merge_from_dict({name: DictAction._parse_iterable(value)})
+        except (KeyError, TypeError, AssertionError, ValueError) as error:
+            raise BadInput(f"--cfg-options {option}: does not fit ({error})") from None
+
+
+def differences(before: Any, after: Any, name: str = "") -> list[str]:
+    """Settings that differ, by name; a dataset, a metric or another type counts as one, and new ones not.
+
+    Args:
+        before: Plain settings.
+        after: The same settings later.
+        name: Where they stand.
+    """
+    if before == after:
+        return []
+    same = isinstance(before, dict) and isinstance(after, dict) and before.get("type") == after.get("type")
+    whole = name.endswith((".dataset", "_evaluator"))
+    if same and not whole:
+        names = {key: f"{name}.{key}" if name else key for key in (before if not name else [*before, *after])}
+        return [each for key in names for each in differences(before.get(key), after.get(key), names[key])]
+    if isinstance(before, list | tuple) and isinstance(after, list | tuple):
+        if len(before) == len(after) and any(isinstance(each, dict) for each in before):
+            pairs = enumerate(zip(before, after, strict=True))
+            return [each for i, (old, new) in pairs for each in differences(old, new, f"{name}.{i}")]
+        return [name] if list(before) != list(after) else []
+    return [name] if same else [f"{name} ({_short(before)} -> {_short(after)})"]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"{len(value)} entries"
+    return "nothing" if value is None else str(value.get("type") if isinstance(value, dict) else value)
+
+
+def replace_dataset(loader: Any, make: Callable[[list[Any]], dict[str, Any]]) -> None:
+    """Put `make(pipeline)` in the place of a loader's dataset, or of the several that it joins.
+
+    What repeats or mixes it stays around it.
+    """
+    holder = loader
+    while "dataset" in holder["dataset"]:
+        holder = holder["dataset"]
+    holder["dataset"] = make(pipeline_of(holder["dataset"]))
+
+
+def pipeline_of(dataset: Any) -> list[Any]:
+    """How a dataset is read; inside wrappers that repeat, join or mix some, the first one."""
+    while "pipeline" not in dataset or "dataset" in dataset or "datasets" in dataset:
+        inner = dataset.get("dataset") or next(iter(dataset.get("datasets") or ()), None)
+        if inner is None:
+            return []
+        dataset = inner
+    return dataset["pipeline"]

@@ -1,0 +1,206 @@
+"""AP and mIoU of a model of which only its answers are known: a file in a runtime, an engine on a device.
+
+Images are prepared as for `coma detect test` and `coma segment test`, and the scores come from the same loop
+and metrics of OpenMMLab; a stand-in takes the model's place. One thing differs: images are not padded to a
+multiple of anything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS
+from torch import Tensor
+
+from coma.artifact import ArtifactConfig
+from coma.errors import BadInput
+from downstream.artifacts import read_finetuned, settings_of
+from downstream.datasets.coco import CocoSplit, open_coco
+from downstream.datasets.labels import open_labels
+from downstream.finetune import scoring_config
+from downstream.openmmlab import runner
+from downstream.tasks import detection, segmentation
+
+Run = Callable[[Tensor], dict[str, Tensor]]
+"""An image `[1, c, H, W]`, normalised float32 on the CPU, to outputs by name, wherever they lie."""
+PADDING = ("pad_size_divisor", "test_cfg")
+"""What mmdet's and mmseg's preprocessing of test images calls it."""
+
+
+def measure_detector(directory: Path, data: Path, run: Run, most: int) -> dict[str, float]:
+    """Average precision of `run` on validation images.
+
+    Args:
+        directory: Artifact of the detector: its classes, and how images are prepared.
+        data: Dataset in COCO's format.
+        run: Gives `boxes` `[1, n, 4]` (corners in pixels of the input), `scores` `[1, n]` and `labels`
+            `[1, n]` (-1, or a score of 0, where nothing is); of a detector with masks also `masks`
+            `[1, n, h, w]`, probabilities inside each box.
+        most: At most so many images, evenly spaced over the split.
+
+    Returns:
+        `AP`, `AP50` and, where the detector and the dataset have masks, `mask AP`; in percent, by mmdet
+        rounded to a tenth.
+
+    Raises:
+        BadArtifact: no artifact of a detector.
+        BadInput: a dataset that cannot be used, other classes than the artifact's, or no object to find.
+    """
+    about = read_finetuned(directory, "detector").config
+    split = open_coco(data, "val")
+    with tempfile.TemporaryDirectory() as folder:
+        loader, metric = detection.scoring(about, split)
+        some = _part_of(split, most, Path(folder))
+        loader["dataset"]["ann_file"] = metric["ann_file"] = str(some)
+        tested = (about.head or {})["model"]["test_cfg"].get("rcnn", {})
+        answer = partial(_detect, run, tested.get("mask_thr_binary", 0.5))
+        scores = _measure(about, loader, metric, Path(folder), answer)
+    names = {"AP": "bbox_mAP", "AP50": "bbox_mAP_50"}
+    if "segm" in metric["metric"]:
+        names["mask AP"] = "segm_mAP"
+    found = {name: scores.get(f"coco/{theirs}", 0.0) for name, theirs in names.items()}  # none: no box at all
+    return {name: round(100 * score, 1) for name, score in found.items()}
+
+
+def measure_segmentor(directory: Path, data: Path, run: Run, most: int) -> dict[str, float]:
+    """Mean intersection over union of `run` on validation images.
+
+    Args:
+        directory: Artifact of the segmentor: its classes, and how images are prepared.
+        data: Folder of images and label maps.
+        run: Gives `logits` `[1, classes, H, W]` and `classes` int64 `[1, H, W]`. Those are measured where
+            the input has the image's own size; else the logits, resized to it as mmseg does.
+        most: At most so many images, evenly spaced over the split.
+
+    Returns:
+        `mIoU` and `pixel accuracy`, in percent, by mmseg rounded to a hundredth.
+
+    Raises:
+        BadArtifact: no artifact of a segmentor.
+        BadInput: a dataset that cannot be used, other classes than the artifact's, or no labelled pixel.
+    """
+    about = read_finetuned(directory, "segmentor").config
+    split = open_labels(data, "val")
+    loader, metric = segmentation.scoring(about, split)
+    loader["dataset"]["indices"] = evenly(split.pairs, most)
+    corners = bool((about.head or {})["model"]["decode_head"].get("align_corners", False))
+    with tempfile.TemporaryDirectory() as folder:
+        scores = _measure(about, loader, metric, Path(folder), partial(_segment, run, corners))
+    if math.isnan(scores["mIoU"]):
+        raise BadInput(f"{data}: no labelled pixel in the images to be measured; take more than {most}")
+    return {"mIoU": round(scores["mIoU"], 2), "pixel accuracy": round(scores["aAcc"], 2)}
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """Up to `most` of the numbers below `count`, the first and last among them.
+
+    Raises:
+        BadInput: `most` is less than 1.
+    """
+    if most < 1:
+        raise BadInput(f"{most} images: measure at least 1")
+    return torch.linspace(0, count - 1, min(most, count), dtype=torch.float64).round().long().tolist()
+
+
+@MODELS.register_module()
+class Deployed(BaseModel):
+    """Stands in mmengine's test loop where the model would be; `answer` is given to it afterwards.
+
+    Args:
+        data_preprocessor: Settings of the library's own.
+    """
+
+    answer: Callable[[Tensor, Any], None]
+    """Puts what is found on an image `[1, c, H, W]` into mm's sample, in pixels of the image file."""
+
+    def __init__(self, data_preprocessor: dict[str, Any]) -> None:
+        super().__init__(data_preprocessor)
+
+    def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = "predict") -> Any:
+        """Images `[b, c, H, W]` to their samples, with answers."""
+        for image, sample in zip(inputs.cpu(), data_samples, strict=True):
+            self.answer(image[None], sample)
+        return data_samples
+
+
+def _measure(
+    about: ArtifactConfig,
+    loader: dict[str, Any],
+    metric: dict[str, Any],
+    folder: Path,
+    answer: Callable[[Tensor, Any], None],
+) -> dict[str, float]:
+    preprocessor = dict(settings_of(about.head or {}).data_preprocessor)
+    unpadded = {name: value for name, value in preprocessor.items() if name not in PADDING}
+    config = scoring_config(about, {"type": "Deployed", "data_preprocessor": unpadded}, loader, metric)
+
+    def prepare(model: Any) -> None:
+        model.answer = answer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mm's packages warn of torch
+        return runner.test(config, folder, prepare, quiet=True)
+
+
+def _detect(run: Run, threshold: float, image: Tensor, sample: Any) -> None:
+    from mmengine.structures import InstanceData
+
+    found = {name: value[0].cpu() for name, value in run(image).items()}
+    there = (found["labels"] >= 0) & (found["scores"] > 0)
+    scale = torch.tensor(sample.get("scale_factor", (1.0, 1.0))).repeat(2)  # w h w h
+    boxes = found["boxes"][there].float() / scale
+    answer = InstanceData(bboxes=boxes, scores=found["scores"][there], labels=found["labels"][there])
+    if "masks" in found:
+        answer.masks = _paste(found["masks"][there].float(), boxes, sample.ori_shape, threshold)
+    sample.pred_instances = answer
+
+
+def _paste(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
+    """Probabilities `[n, h, w]` inside boxes `[n, 4]` to masks of the image, bool `[n, H, W]`."""
+    from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
+
+    pasted = torch.zeros(len(masks), *size, dtype=torch.bool)
+    for whole, mask, box in zip(pasted, masks, boxes, strict=True):
+        part, place = _do_paste_mask(mask[None, None], box[None], *size)
+        whole[place] = part[0] >= threshold
+    return pasted
+
+
+def _segment(run: Run, align_corners: bool, image: Tensor, sample: Any) -> None:
+    from mmengine.structures import PixelData
+
+    found, size = run(image), tuple(sample.ori_shape)
+    classes = found["classes"]
+    if tuple(image.shape[2:]) != size:
+        logits = F.interpolate(found["logits"].float(), size, mode="bilinear", align_corners=align_corners)
+        classes = logits.argmax(dim=1)
+    sample.pred_sem_seg = PixelData(data=classes.cpu())
+
+
+def _part_of(split: CocoSplit, most: int, folder: Path) -> Path:
+    """Annotations of up to `most` images of a split, written to `folder`: what is left out is no miss.
+
+    Raises:
+        BadInput: they have no object that counts.
+    """
+    content = json.loads(split.annotations.read_text(encoding="utf-8"))
+    images = [content["images"][i] for i in evenly(len(content["images"]), most)]
+    ids = {image["id"] for image in images}
+    objects = [each for each in content["annotations"] if each["image_id"] in ids]
+    if all(each.get("iscrowd", 0) for each in objects):
+        raise BadInput(
+            f"{split.annotations}: no object in the images to be measured; take more than {len(images)}"
+        )
+    path = folder / "annotations.json"
+    path.write_text(json.dumps({**content, "images": images, "annotations": objects}), encoding="utf-8")
+    return path

@@ -1,0 +1,226 @@
+"""Encoders of this project as backbones of MMDetection and MMSegmentation.
+
+    backbone=dict(type='DyViT', artifact='runs/first/artifact')                 # pre-trained
+    backbone=dict(type='DyViT', preset='small')                                 # random, to compare with
+    backbone=dict(type='PlainViT', artifact='runs/mae/artifact'), neck=dict(type='SimpleFeaturePyramid', ...)
+
+Registered with mmengine once, when `downstream.openmmlab` is imported (name it in `custom_imports`); both
+libraries find them there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from timm.layers.norm import LayerNorm2d
+from torch import Tensor, nn
+
+from coma.artifact import load_encoder
+from coma.config import DyViTConfig, EncoderConfig, ViTConfig, encoder_preset
+from coma.config.serialization import from_plain
+from coma.errors import BadArtifact, BadInput
+from coma.models import DyViT as DyViTEncoder
+from coma.models import Encoder, ViT, build_encoder
+
+log = logging.getLogger(__name__)
+
+
+class _Backbone(BaseModule):
+    """An encoder, its options for dense prediction, and where its weights come from."""
+
+    def __init__(
+        self,
+        kind: type[EncoderConfig],
+        artifact: str | Path | None,
+        encoder: dict[str, Any] | None,
+        preset: str | None,
+        channels: int,
+        frozen_stages: int,
+        with_cp: bool,
+        init_cfg: Any,
+        **changes: Any,
+    ) -> None:
+        super().__init__(init_cfg)
+        if sum(source is not None for source in (artifact, encoder, preset)) != 1:
+            raise BadInput(f"{type(self).__name__}: give one of artifact, encoder (its settings) and preset")
+        self.encoder = _encoder(kind, artifact, encoder, preset, channels, changes)
+        self.encoder.set_grad_checkpointing(with_cp)
+        self.frozen_stages = frozen_stages
+        self._freeze()
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Frozen parts stay in evaluation mode: no drop path in them."""
+        super().train(mode)
+        for part in self._frozen():
+            part.eval()
+        return self
+
+    def _freeze(self) -> None:
+        for part in self._frozen():
+            part.requires_grad_(False)
+
+    def _frozen(self) -> list[nn.Module]:
+        raise NotImplementedError
+
+
+@MODELS.register_module()
+class DyViT(_Backbone):
+    """DyViT: images `[b, c, H, W]` to a pyramid of `[b, dim * 2^i, ceil(H/s_i), ceil(W/s_i)]`.
+
+    Args:
+        artifact: Directory of a pre-trained model. All its encoder's tensors are loaded or none.
+        encoder: In place of an artifact, plain settings of `DyViTConfig`; weights are random.
+        preset: In place of an artifact, the name of a preset; weights are random.
+        channels: Of the images (preset only).
+        out_indices: Stages to hand out, counted from 0.
+        out_norms: Normalise every stage that is handed out; new layers, but for the last stage's own.
+        drop_path: Largest stochastic-depth rate.
+        frozen_stages: The stem and so many stages keep their weights (0: the stem); -1 freezes nothing.
+        with_cp: Recompute activations in the backward pass instead of keeping them.
+        global_blocks: Blocks of stage 3 that attend to the whole map, and with any, all of stage 4; see
+            `DyViTConfig.global_blocks`.
+        init_cfg: mmengine's.
+
+    Raises:
+        BadInput: settings that do not fit.
+        BadArtifact: not an artifact, or one of another encoder; tensors that are missing or do not fit.
+    """
+
+    def __init__(
+        self,
+        artifact: str | Path | None = None,
+        encoder: dict[str, Any] | None = None,
+        preset: str | None = None,
+        channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_norms: bool = True,
+        drop_path: float | None = None,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        global_blocks: int | None = None,
+        init_cfg: Any = None,
+    ) -> None:
+        if not out_indices or not set(out_indices) <= set(range(4)):
+            raise BadInput(f"DyViT: out_indices {tuple(out_indices)} must be some of 0, 1, 2, 3")
+        if not -1 <= frozen_stages <= 4:
+            raise BadInput(f"DyViT: frozen_stages {frozen_stages} must be -1 to 4")
+        changes = {"drop_path": drop_path, "global_blocks": global_blocks}
+        super().__init__(
+            DyViTConfig, artifact, encoder, preset, channels, frozen_stages, with_cp, init_cfg, **changes
+        )
+        self.out_indices = tuple(out_indices)
+        width = self.encoder.config.dim
+        self.norms = nn.ModuleList(
+            LayerNorm2d(width * 2**i) if out_norms and i < 3 else nn.Identity() for i in self.out_indices
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The chosen stages, finest first."""
+        pyramid = self.encoder(images)
+        return tuple(norm(pyramid[i]) for i, norm in zip(self.out_indices, self.norms, strict=True))
+
+    def _frozen(self) -> list[nn.Module]:
+        encoder = cast(DyViTEncoder, self.encoder)
+        parts = [encoder.stem, *encoder.stages][: self.frozen_stages + 1]
+        return [*parts, encoder.norm] if self.frozen_stages == 4 else parts
+
+
+@MODELS.register_module()
+class PlainViT(_Backbone):
+    """Plain ViT: images `[b, c, H, W]` to one map `[b, dim, ceil(H/patch), ceil(W/patch)]`.
+
+    Args:
+        artifact: Directory of a pre-trained model. All its encoder's tensors are loaded or none.
+        encoder: In place of an artifact, plain settings of `ViTConfig`; weights are random.
+        preset: In place of an artifact, the name of a preset; weights are random.
+        channels: Of the images (preset only).
+        drop_path: Largest stochastic-depth rate.
+        frozen_stages: The stem and so many blocks keep their weights (0: the stem); -1 freezes nothing.
+        with_cp: Recompute activations in the backward pass instead of keeping them.
+        init_cfg: mmengine's.
+
+    Raises:
+        BadInput: settings that do not fit.
+        BadArtifact: not an artifact, or one of another encoder; tensors that are missing or do not fit.
+    """
+
+    def __init__(
+        self,
+        artifact: str | Path | None = None,
+        encoder: dict[str, Any] | None = None,
+        preset: str | None = None,
+        channels: int = 3,
+        drop_path: float | None = None,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        init_cfg: Any = None,
+    ) -> None:
+        if frozen_stages < -1:
+            raise BadInput(f"PlainViT: frozen_stages {frozen_stages} must be -1 or more")
+        super().__init__(
+            ViTConfig,
+            artifact,
+            encoder,
+            preset,
+            channels,
+            frozen_stages,
+            with_cp,
+            init_cfg,
+            drop_path=drop_path,
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        """A pyramid of one map."""
+        return self.encoder(images)
+
+    def _frozen(self) -> list[nn.Module]:
+        encoder = cast(ViT, self.encoder)
+        parts = [encoder.stem, *encoder.blocks, encoder.norm]
+        if self.frozen_stages > len(encoder.blocks):
+            raise BadInput(
+                f"PlainViT: frozen_stages {self.frozen_stages}, but there are {len(parts) - 2} blocks"
+            )
+        return parts if self.frozen_stages == len(encoder.blocks) else parts[: self.frozen_stages + 1]
+
+    def _freeze(self) -> None:
+        super()._freeze()
+        if self.frozen_stages >= 0:
+            cast(ViT, self.encoder).cls_token.requires_grad_(False)
+
+
+def _encoder(
+    kind: type[EncoderConfig],
+    artifact: str | Path | None,
+    settings: dict[str, Any] | None,
+    preset: str | None,
+    channels: int,
+    changes: dict[str, Any],
+) -> Encoder:
+    """Build it, with those `changes` that are not None, and load the artifact's weights."""
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if artifact is None:
+        if settings is not None:
+            config = from_plain(settings, EncoderConfig, source="encoder")
+        else:
+            config = encoder_preset(str(preset), channels=channels)
+        _check_kind(config, kind, str(preset or "encoder"), BadInput)
+        return build_encoder(replace(config, **changes))
+    pretrained, about = load_encoder(Path(artifact))
+    _check_kind(about.model, kind, str(artifact), BadArtifact)
+    encoder = build_encoder(replace(about.model, **changes))
+    tensors = pretrained.state_dict()
+    encoder.load_state_dict(tensors, strict=True)
+    log.info("%s: all %d tensors of its encoder loaded, 0 missing, 0 unexpected", artifact, len(tensors))
+    return encoder
+
+
+def _check_kind(config: EncoderConfig, kind: type[EncoderConfig], source: str, error: type[BadInput]) -> None:
+    if not isinstance(config, kind):
+        wanted = "PlainViT" if isinstance(config, ViTConfig) else "DyViT"
+        raise error(f"{source}: holds another encoder; use backbone=dict(type='{wanted}', ...)")

@@ -1,0 +1,124 @@
+"""mmengine's checkpoints through torch's safe loader, which unpickles nothing but what is allowed here.
+
+Files that mmengine fetches from elsewhere go through it as well. Checkpoints hold, beside tensors and
+numbers, mmengine's `HistoryBuffer`: numpy arrays, and its own four methods, pickled as calls of `getattr`.
+That is allowed for these methods, and for nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pickle
+import re
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coma.errors import BadInput
+from coma.hashing import seal_holds
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+METHODS = ("min", "max", "current", "mean")
+_NUMBERED = re.compile(r"(?:iter|epoch)_(\d+)\.pth")
+
+
+def best_checkpoint(folder: Path) -> Path:
+    """The checkpoint with the best validation score, or the last one where nothing was validated.
+
+    Raises:
+        BadInput: there is none.
+    """
+    best = sorted(folder.glob("best_*.pth"), key=lambda path: path.stat().st_mtime)
+    last = latest_checkpoint(folder)
+    found = best[-1] if best else last
+    if found is None:
+        raise BadInput(f"{folder}: holds no checkpoint")
+    return found
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Returns the last checkpoint of a run, in this folder wherever it was when it was written."""
+    noted = folder / "last_checkpoint"
+    path = folder / Path(noted.read_text().strip()).name if noted.is_file() else None
+    return path if path and path.is_file() else None
+
+
+def intact_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint, or where it is damaged the one before; None where none was ever saved.
+
+    Raises:
+        BadInput: all of them are damaged.
+    """
+    last = latest_checkpoint(folder)
+    found = ((_NUMBERED.fullmatch(path.name), path) for path in folder.glob("*.pth"))
+    numbered = sorted(((int(name[1]), path) for name, path in found if name), reverse=True)
+    before = [path for _, path in numbered if path != last]
+    for path in (last, *before) if last else ():
+        holds = path.is_file() and seal_holds(path)
+        if holds is None:
+            log.warning("warning: %s: has no checksum (of an older version): damage goes unnoticed", path)
+        if holds is not False:
+            return path
+        log.warning("warning: %s: damaged (its checksum does not match); trying the one before", path)
+    if last:
+        raise BadInput(f"{folder}: all its checkpoints are damaged; start again in another folder")
+    return None
+
+
+def checkpoint_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint; nothing is unpickled but tensors, numbers and mmengine's histories.
+
+    Raises:
+        BadInput: it is damaged.
+    """
+    if seal_holds(path) is False:
+        raise BadInput(f"{path}: damaged (its checksum does not match)")
+    import torch
+
+    allow_checkpoints()
+    return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+
+
+def allow_checkpoints() -> None:
+    """Let `torch.load(..., weights_only=True)`, the default, read mmengine's checkpoints, and nothing more.
+
+    mmengine fetches files from `http`, `torchvision` and `open-mmlab` addresses through a function of torch
+    that unpickles anything unless it is told not to.
+    """
+    import numpy as np
+    import torch
+    from mmengine.logging import HistoryBuffer
+
+    loading: Any = importlib.import_module("mmengine.runner.checkpoint")
+    loading.load_url = partial(torch.hub.load_state_dict_from_url, weights_only=True)
+
+    dtypes = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
+    multiarray: Any = importlib.import_module("numpy._core.multiarray")
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            np.ndarray,
+            np.dtype,
+            multiarray._reconstruct,
+            multiarray.scalar,
+            (_method, "builtins.getattr"),
+            *dtypes,
+        ]
+    )
+
+
+def _method(owner: Any, name: str) -> Any:
+    """What `getattr` means in a checkpoint.
+
+    Raises:
+        pickle.UnpicklingError: anything but a `HistoryBuffer`'s own methods.
+    """
+    from mmengine.logging import HistoryBuffer
+
+    if owner is not HistoryBuffer or name not in METHODS:
+        raise pickle.UnpicklingError(f"getattr of {owner!r} and {name!r} in a checkpoint")
+    return getattr(owner, name)

@@ -1,0 +1,348 @@
+"""mmengine's Runner, as this toolkit runs things: safe to load, safe to stop, quiet, with a bar.
+
+A run directory holds what mmengine writes (`*.py`, `iter_*.pth`, `best_*.pth`, a folder per start with logs
+and TensorBoard files) and, at the end, `artifact/`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+import pickle
+import sys
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dataset import InfiniteSampler
+from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
+from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner.loops import _InfiniteDataloaderIterator
+from mmengine.utils import import_modules_from_strings
+
+import downstream.openmmlab  # noqa: F401 - before mmdet and mmseg
+from coma.errors import BadInput, CheckFailed, ComaError, Interrupted
+from coma.hashing import seal
+from coma.signals import StopRequest
+from downstream.cli_options import is_main
+from downstream.configs.adapt import IMPORTS
+from downstream.configs.load import blaming, require, worker_error
+from downstream.configs.strides import check_strides
+from downstream.openmmlab.backbones import DyViT, PlainViT
+from downstream.openmmlab.checkpoint import intact_checkpoint, latest_checkpoint
+from downstream.openmmlab.worker_init import settle_workers
+from downstream.progress import Bar
+
+log = logging.getLogger(__name__)
+HEADLINES = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50", "mIoU", "mAcc", "aAcc")
+SCORES = "coma_scores"
+"""Where checkpoints keep what every validation measured, by step (by epoch, where a run counts those)."""
+CONFIG, PRINTED = "config.py", "printed.txt"
+
+
+def train(config: Any, folder: Path, *, source: Path | None = None, resume: bool = False) -> Runner:
+    """Train to the end; under torchrun, on all its processes.
+
+    Args:
+        config: A whole mmengine configuration.
+        folder: The run directory.
+        source: The user's file that the configuration comes from, which errors name.
+        resume: Go on from the last checkpoint in it.
+
+    Returns:
+        The Runner, at its end.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+        CheckFailed: a loss that is not finite, or a disk that is full.
+        BadInput: a configuration that cannot be trained, or heads whose strides are not those of the encoder.
+    """
+    last = intact_checkpoint(folder) if resume else None
+    config.resume = last is not None
+    if last:
+        config.load_from = str(last)
+    elif resume:
+        log.info("no checkpoint was saved before the run ended; starting again")
+    blamed = blaming(source, "cannot be trained") if source else nullcontext()
+    printed, quiet = _prints_to(folder / PRINTED), not is_main()
+    with blamed, StopRequest(quiet=quiet) as stop, closing(Bar(quiet=quiet)) as bar, printed:
+        runner = build_runner(config, folder)
+        model = getattr(runner.model, "module", runner.model)
+        if isinstance(getattr(model, "backbone", None), DyViT | PlainViT):
+            try:
+                check_strides(model)
+            except BadInput as error:  # a run from before this was checked goes on as it was
+                if not resume:
+                    raise
+                log.warning("warning: %s", error)
+        watch = _Watch(stop, bar)
+        runner.register_hook(watch, priority="LOW")
+        if is_main() and not resume:
+            config.dump(folder / CONFIG)
+        try:
+            runner.train()
+        except torch.OutOfMemoryError as error:
+            raise BadInput(
+                "out of GPU memory; try a smaller --batch-size, --checkpoint-gradients or a smaller image"
+            ) from error
+        except ComaError as error:
+            raise type(error)(worker_error(str(error))) from error
+        except (OSError, RuntimeError, EOFError) as error:
+            if stop.asked and "DataLoader worker" in str(error):  # it may have come in the midst of a step
+                last = latest_checkpoint(folder)
+                raise Interrupted(
+                    f"stopped; a reading process got the signal, too, so --resume {folder} goes on from "
+                    f"{last.name if last else 'the start'}"
+                ) from error
+            if "DataLoader worker" in str(error):
+                raise ComaError(
+                    f"{folder}: a reading process died, most likely because memory ran out; use fewer "
+                    f"--workers, then go on with --resume {folder}"
+                ) from error
+            if not _disk_is_full(error):
+                raise
+            raise CheckFailed(
+                f"{folder}: could not save ({error}); make room, then go on with --resume {folder}"
+            ) from error
+    return runner
+
+
+def test(
+    config: Any, folder: Path, prepare: Callable[[torch.nn.Module], None], *, quiet: bool = False
+) -> dict[str, float]:
+    """Measure the configuration's model on its test images, after `prepare` gave it what it knows.
+
+    Without a bar where `quiet`: the caller has one.
+    """
+    with closing(Bar(quiet=quiet or not is_main())) as bar, _prints_to(folder / PRINTED):
+        runner = build_runner(config, folder)
+        runner.register_hook(_Watch(None, bar), priority="LOW")
+        prepare(getattr(runner.model, "module", runner.model))
+        return {name: float(value) for name, value in runner.test().items()}
+
+
+def build_runner(config: Any, folder: Path) -> Runner:
+    """A Runner of any configuration, working in `folder`.
+
+    Its log goes to files; errors alone to the terminal.
+    """
+    settle(config, folder)
+    import_modules_from_strings(**config.custom_imports)  # some were added after the file was read
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of third parties about each other
+        return _QuietRunner.from_cfg(config)
+
+
+def settle(config: Any, folder: Path) -> None:
+    """Adapt a configuration to this toolkit, this machine and the run directory, any number of times."""
+    require(config, IMPORTS)
+    config.work_dir = str(folder)
+    config.experiment_name = f"{folder.name}-{uuid.uuid4().hex[:8]}"  # mmengine keeps one logger per name
+    if "visualizer" in config:  # and one visualizer, which writes the curves, for good in its first folder
+        config.visualizer.name = config.experiment_name
+    config.launcher = "pytorch" if "LOCAL_RANK" in os.environ else "none"
+    for backends in (config.get("vis_backends"), config.get("visualizer", {}).get("vis_backends")):
+        kinds = {backend["type"] for backend in backends or ()}
+        if backends is not None and "TensorboardVisBackend" not in kinds:
+            backends.append({"type": "TensorboardVisBackend"})
+    if config.launcher != "none" and not torch.cuda.is_available():  # mmengine itself would ask for CUDA
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
+        config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
+    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        settle_workers(config.get(name), config.get("randomness", {}).get("seed") or 0)
+    if not torch.cuda.is_available() or config.launcher == "none":
+        _without_sync(config.model)
+
+
+def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """All of them or none; the error lists what does not fit."""
+    from coma.artifact import load_strict
+
+    load_strict(model, tensors, source="artifact")
+
+
+def scores_by_step(runner: Runner) -> dict[str, dict[str, float]]:
+    """What every validation of the run measured, by name; what is not finite is left out."""
+    return runner.message_hub.runtime_info.get(SCORES, {})
+
+
+class _QuietRunner(Runner):
+    """Logs everything to its files, errors alone to the terminal; seals its checkpoints."""
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        super().save_checkpoint(out_dir, filename, *args, **kwargs)
+        if is_main():
+            seal(Path(out_dir, filename))
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        logger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                handler.setLevel(logging.ERROR)
+                handler.setStream(sys.stderr)
+        return logger
+
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Any:
+        """Loads what fits, and says what does not; mmengine says so in its log alone."""
+        try:
+            checkpoint = super().load_checkpoint(filename, *args, **kwargs)
+        except pickle.UnpicklingError as error:
+            raise BadInput(
+                f"{filename}: holds more than tensors, numbers and mmengine's histories, and nothing else is "
+                "unpickled; save its state_dict alone"
+            ) from error
+        checkpoint.get("meta", {}).pop("config", None)  # mmengine would execute it as a program
+        model: Any = getattr(self.model, "module", self.model)
+        theirs = {
+            name.removeprefix("module."): t for name, t in checkpoint.get("state_dict", checkpoint).items()
+        }
+        ours = model.state_dict()
+        other = [n for n, t in ours.items() if getattr(theirs.get(n), "shape", None) != t.shape]
+        if len(other) == len(ours):
+            raise BadInput(f"{filename}: none of its {len(theirs)} tensors fits one of the model")
+        if is_main() and (other or not ours.keys() >= theirs.keys()):
+            log.warning(
+                "warning: %s: gave %d of the model's %d tensors; %d others of its own fit nothing%s",
+                filename,
+                len(ours) - len(other),
+                len(ours),
+                len(theirs.keys() - ours.keys()),
+                f"; not loaded: {', '.join(other[:3])}{' ...' if other[3:] else ''}" if other else "",
+            )
+        return checkpoint
+
+
+class _Watch(Hook):
+    """Moves the bar, refuses losses that are not finite, and stops the run where it was asked to."""
+
+    def __init__(self, stop: StopRequest | None, bar: Bar) -> None:
+        self._stop, self._bar, self._steps = stop, bar, 0
+
+    def before_train(self, runner: Any) -> None:
+        self._steps = runner.max_iters
+        _skip(runner.train_loop, runner.iter)
+        self._bar.start("training", self._steps, runner.iter)
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        loss = float(torch.as_tensor((outputs or {}).get("loss", 0.0)).detach())
+        if not math.isfinite(loss):
+            raise CheckFailed(
+                f"{runner.work_dir}: the loss is {loss} at step {runner.iter + 1}; lower --lr, or use "
+                "--precision fp32; the last checkpoint is from before"
+            )
+        self._bar.step(runner.iter + 1, f"loss {loss:.4f}")
+        if self._stop and _anyone(self._stop.asked) and runner.iter + 1 < self._steps:
+            self.leave(runner, runner.iter + 1)
+
+    def leave(self, runner: Any, done: int) -> None:
+        """Stop after `done` steps.
+
+        Raises:
+            Interrupted: always; what counts epochs cannot be stopped inside one, and goes on from its start.
+        """
+        where, way_on = f"stopped at step {done} of {self._steps}", f"go on with --resume {runner.work_dir}"
+        if not isinstance(runner.train_loop, IterBasedTrainLoop):
+            raise Interrupted(f"{where}; its epochs up to the last one that ended are saved, {way_on}")
+        _save(runner, done)
+        raise Interrupted(f"{where}; everything is saved, {way_on}")
+
+    def before_val(self, runner: Any) -> None:
+        self._bar.begin_part("validating", len(runner.val_dataloader))
+
+    def after_val_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        self._bar.advance_part()
+
+    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        self._bar.end_part()
+        finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
+        scores = runner.message_hub.runtime_info.setdefault(SCORES, {})
+        by_step = isinstance(runner.train_loop, IterBasedTrainLoop)
+        scores[str(runner.iter if by_step else runner.epoch)] = {
+            n: round(v, 5) for n, v in finite.items() if not n.endswith("time")
+        }
+        shown = {name: value for name, value in (metrics or {}).items() if is_headline(name)}
+        text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        self._bar.say(f"step {runner.iter}/{self._steps}: {text}")
+
+    def before_test(self, runner: Any) -> None:
+        self._bar.begin_part("testing", len(runner.test_dataloader))
+
+    def after_test_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        self._bar.advance_part()
+
+    def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        self._bar.end_part()
+
+
+def is_headline(name: str) -> bool:
+    """Whether a metric is one that people look at first."""
+    return name.rpartition("/")[2] in HEADLINES
+
+
+def _save(runner: Any, done: int) -> None:
+    """A checkpoint after `done` steps, noted as the last one."""
+    name = f"iter_{done}.pth"
+    meta = {"epoch": runner.epoch, "iter": done}
+    runner.save_checkpoint(runner.work_dir, name, meta=meta, by_epoch=False)
+    if is_main():
+        path = Path(runner.work_dir, "last_checkpoint")
+        path.write_text(str(Path(runner.work_dir, name)))
+
+
+def _skip(loop: Any, done: int) -> None:
+    """Go on in the order of images after `done` steps; mmengine would read and augment all of them again."""
+    sampler: Any = loop.dataloader.sampler
+    counts_steps = isinstance(loop, IterBasedTrainLoop)
+    if not done or not counts_steps or not isinstance(sampler, InfiniteSampler):
+        return
+    taken = done * (loop.dataloader.batch_size or 1)
+    sampler.indices = itertools.islice(sampler._indices_of_rank(), taken, None)
+    ahead: Any = itertools.chain(itertools.repeat(None, done), _InfiniteDataloaderIterator(loop.dataloader))
+    loop.dataloader_iterator = ahead
+
+
+def _anyone(asked: bool) -> bool:
+    if not torch.distributed.is_initialized():
+        return asked
+    votes = torch.tensor(float(asked), device="cuda" if torch.cuda.is_available() else "cpu")
+    torch.distributed.all_reduce(votes)
+    return bool(votes)
+
+
+def _without_sync(model: Any) -> None:
+    """Batch normalisation of one process where there is only one: the synchronised kind needs CUDA."""
+    if isinstance(model, dict):
+        if model.get("type") == "SyncBN":
+            model["type"] = "BN"
+        for child in model.values():
+            _without_sync(child)
+    elif isinstance(model, list | tuple):
+        for child in model:
+            _without_sync(child)
+
+
+@contextmanager
+def _prints_to(path: Path) -> Iterator[None]:
+    """What libraries print goes to a file: pycocotools reports every evaluation on the terminal."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file, redirect_stdout(file):
+        yield
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    text = str(error)
+    return getattr(error, "errno", None) == 28 or "PytorchStreamWriter" in text or "No space left" in text

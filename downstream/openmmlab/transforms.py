@@ -1,0 +1,56 @@
+"""Images for mm pipelines, read as in pre-training: any format, depth and number of channels.
+
+mm's own `LoadImageFromFile` reads what OpenCV does, as 8-bit colour.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmcv.transforms import BaseTransform
+from mmengine.registry import TRANSFORMS
+
+from coma.data.channels import adapt, unit_scale
+from coma.data.decode import decode
+from coma.errors import BadImage
+
+
+@TRANSFORMS.register_module()
+class ReadImage(BaseTransform):
+    """File at `img_path` to `img`, `[H, W, channels]`: uint8, or float32 scaled to 0..255.
+
+    Three channels are in mm's order, blue first, and always uint8: its distortions of colour expect that.
+
+    Args:
+        channels: That the model takes.
+    """
+
+    def __init__(self, channels: int = 3) -> None:
+        self.channels = channels
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Add `img`, `img_shape` and `ori_shape`.
+
+        Raises:
+            BadImage: the file will not decode, or its channels do not fit.
+        """
+        path = results["img_path"]
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise BadImage(f"{path}: {error.strerror or error}") from None
+        pixels = adapt(decode(data, str(path)), self.channels, str(path))
+        if self.channels == 3 and pixels.dtype == np.float32 and pixels.max() > 2:
+            raise BadImage(
+                f"{path}: float values up to {pixels.max():.4g}; colour images are read as 8 or 16 bits or "
+                "as floats of 0..1, so save it as one of these"
+            )
+        if pixels.dtype != np.uint8:
+            pixels = unit_scale(pixels) * np.float32(255)
+        if self.channels == 3:
+            pixels = pixels.round().clip(0, 255).astype(np.uint8)[..., ::-1]
+        results["img"] = np.ascontiguousarray(pixels)
+        results["img_shape"] = results["ori_shape"] = pixels.shape[:2]
+        return results

@@ -1,0 +1,263 @@
+"""Predictions of a detector or segmentor on images: pictures, and files that other tools read."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dataset import Compose
+from mmengine.utils import import_modules_from_strings
+from PIL import Image
+from torch import nn
+
+from coma.artifact import ArtifactConfig
+from coma.data.sources.image_folder import FolderSource
+from coma.errors import BadImage, BadInput
+from downstream.artifacts import dataset_meta, tuples
+
+log = logging.getLogger(__name__)
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model said about one image.
+
+    Attributes:
+        path: The image.
+        number: Its id in what is written.
+        sample: mm's data sample, on the CPU, in pixels of the file.
+    """
+
+    path: Path
+    number: int
+    sample: Any
+
+
+def list_images(images: Path) -> list[Path]:
+    """One image, or all below a folder, sorted.
+
+    Raises:
+        BadInput: there is none.
+    """
+    if images.is_file():
+        return [images]
+    if not images.exists():
+        raise BadInput(f"{images}: no such file or folder")
+    if not images.is_dir():
+        raise BadInput(f"{images}: is neither a folder nor a regular file")
+    source = FolderSource(images)
+    log.info(source.summary(), extra={"once": True})
+    return [source.path(i) for i in range(len(source))]
+
+
+def image_numbers(annotations: Path) -> dict[str, int]:
+    """Ids of a COCO file's images, by file name.
+
+    Raises:
+        BadInput: not a COCO file.
+    """
+    try:
+        images = json.loads(annotations.read_text(encoding="utf-8"))["images"]
+        return {str(image["file_name"]): int(image["id"]) for image in images}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{annotations}: not annotations in COCO's format ({error!r})") from None
+
+
+def number_images(paths: list[Path], numbers: dict[str, int] | None) -> list[int]:
+    """An id for every image: of the name in `numbers` that its path ends with; without, counted from 1.
+
+    Raises:
+        BadInput: an image that `numbers` does not have, or two that get one id.
+    """
+    if numbers is None:
+        return list(range(1, len(paths) + 1))
+    found: dict[int, Path] = {}
+    for path in paths:
+        tails = ["/".join(path.parts[i:]) for i in range(len(path.parts))]
+        number = next((numbers[tail] for tail in tails if tail in numbers), None)
+        if number is None:
+            raise BadInput(f"{path}: the annotations have no image of that name")
+        if number in found:
+            raise BadInput(f"{path} and {found[number]}: both are image {number} of the annotations")
+        found[number] = path
+    return list(found)
+
+
+def predict(
+    model: nn.Module,
+    config: ArtifactConfig,
+    paths: list[Path],
+    device: torch.device,
+    numbers: list[int],
+    skipped: Callable[[str], None] | None = None,
+) -> Iterator[Prediction]:
+    """Predictions one by one; an image that cannot be read is named to `skipped` and left out.
+
+    Args:
+        model: As `load_finetuned` gives it.
+        config: As well.
+        paths: Images.
+        device: To compute on.
+        numbers: An id for each; see `number_images`.
+        skipped: Called with a message.
+
+    Raises:
+        BadInput: no image could be read.
+    """
+    head = config.head or {}
+    module = {"mmdet": "mmdet.datasets.transforms", "mmseg": "mmseg.datasets.transforms"}[head["library"]]
+    import_modules_from_strings([module])
+    pipeline = Compose(tuples(head["pipeline"]))
+    model.to(device)
+    done = 0
+    for path, number in zip(paths, numbers, strict=True):
+        try:
+            data: Any = pipeline({"img_path": str(path), "img_id": number})
+        except BadImage as error:
+            if skipped:
+                skipped(str(error))
+            continue
+        with torch.no_grad():
+            batch = {"inputs": [data["inputs"]], "data_samples": [data["data_samples"]]}
+            sample = model.test_step(batch)[0]  # pyright: ignore[reportCallIssue]
+        done += 1
+        yield Prediction(path, number, sample.cpu())
+    if not done:
+        raise BadInput(f"{paths[0]}: none of {len(paths)} images could be read")
+
+
+def coco_results(prediction: Prediction, category_ids: list[int]) -> list[dict[str, Any]]:
+    """Detections of one image in COCO's result format, likeliest first.
+
+    Boxes are x, y, width, height in pixels; masks are run lengths.
+    """
+    found = prediction.sample.pred_instances
+    results = []
+    for i in range(len(found)):
+        x1, y1, x2, y2 = found.bboxes[i].tolist()
+        result: dict[str, Any] = {
+            "image_id": prediction.number,
+            "category_id": category_ids[int(found.labels[i])],
+            "bbox": [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)],
+            "score": round(float(found.scores[i]), 5),
+        }
+        if "masks" in found:
+            from pycocotools import mask
+
+            runs: Any = mask.encode(np.asfortranarray(found.masks[i].numpy().astype(np.uint8)))
+            result["segmentation"] = {"size": runs["size"], "counts": runs["counts"].decode("ascii")}
+        results.append(result)
+    return results
+
+
+def write_detections(
+    out: Path, predictions: Iterator[Prediction], config: ArtifactConfig, score: float, progress: Progress
+) -> int:
+    """Pictures, `detections.json` (COCO results) and `images.json` (what its ids mean).
+
+    Args:
+        out: Folder.
+        predictions: Of `predict`.
+        config: The artifact's.
+        score: Least score of what is drawn; the files hold everything.
+        progress: Told how many images are done.
+
+    Returns:
+        How many detections of at least `score` there were.
+    """
+    names = config.class_names or ()
+    ids = list((config.head or {}).get("category_ids") or range(1, len(names) + 1))
+    draw = _detection_drawer(config)
+    images, results, shown = [], [], 0
+    for count, prediction in enumerate(predictions, start=1):
+        found = coco_results(prediction, ids)
+        results += found
+        shown += sum(each["score"] >= score for each in found)
+        pixels = _pixels(prediction.path, config)
+        size = {"width": pixels.shape[1], "height": pixels.shape[0]}
+        images.append({"id": prediction.number, "file_name": prediction.path.name, **size})
+        draw(_picture_path(out, prediction), pixels, prediction.sample, score)
+        progress(count)
+    categories = [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)]
+    _write_json(out / "detections.json", results)
+    _write_json(out / "images.json", {"images": images, "categories": categories, "annotations": []})
+    return shown
+
+
+def write_segmentations(
+    out: Path, predictions: Iterator[Prediction], config: ArtifactConfig, progress: Progress
+) -> None:
+    """Pictures, and label maps in `labels/` (class numbers from 0, as palette PNG)."""
+    meta = dataset_meta(config)
+    colours = np.zeros((256, 3), np.uint8)
+    colours[: len(meta["palette"])] = meta["palette"][:256]
+    draw = _segmentation_drawer(meta)
+    for count, prediction in enumerate(predictions, start=1):
+        classes = prediction.sample.pred_sem_seg.data[0].numpy()
+        picture = _picture_path(out, prediction)
+        label = out / "labels" / picture.name
+        label.parent.mkdir(parents=True, exist_ok=True)
+        if len(meta["classes"]) <= 256:
+            image = Image.fromarray(classes.astype(np.uint8), mode="P")
+            image.putpalette(colours.tobytes())
+        else:
+            image = Image.fromarray(classes.astype(np.uint16))
+        image.save(label)
+        draw(picture, _pixels(prediction.path, config), prediction.sample)
+        progress(count)
+
+
+def _detection_drawer(config: ArtifactConfig) -> Callable[[Path, np.ndarray, Any, float], None]:
+    from mmdet.visualization import DetLocalVisualizer
+
+    visualizer = DetLocalVisualizer()
+    visualizer.dataset_meta = dataset_meta(config)
+
+    def draw(path: Path, pixels: np.ndarray, sample: Any, score: float) -> None:
+        visualizer.add_datasample(
+            path.name, pixels, sample, draw_gt=False, out_file=str(path), pred_score_thr=score
+        )
+
+    return draw
+
+
+def _segmentation_drawer(meta: dict[str, Any]) -> Callable[[Path, np.ndarray, Any], None]:
+    from mmseg.visualization import SegLocalVisualizer
+
+    visualizer = SegLocalVisualizer(alpha=0.6)
+    visualizer.dataset_meta = meta
+
+    def draw(path: Path, pixels: np.ndarray, sample: Any) -> None:
+        visualizer.add_datasample(path.name, pixels, sample, draw_gt=False, out_file=str(path))
+
+    return draw
+
+
+def _pixels(path: Path, config: ArtifactConfig) -> np.ndarray:
+    """What to draw on, `[H, W, 3]` uint8: the image's colours, or the mean of another number of channels."""
+    from downstream.openmmlab.transforms import ReadImage
+
+    pixels = ReadImage(config.model.channels).transform({"img_path": str(path)})["img"]
+    if pixels.shape[2] == 3:
+        pixels = pixels[..., ::-1]
+    else:
+        pixels = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
+    return np.ascontiguousarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _picture_path(out: Path, prediction: Prediction) -> Path:
+    folder = out / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{prediction.path.stem}.png"
+    return path if not path.exists() else folder / f"{prediction.number:06d}-{prediction.path.stem}.png"
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Detection and segmentation: what differs between the two."""

@@ -1,0 +1,213 @@
+"""Writes the files that are still to be verified: traced from PyTorch, or quantised from the fp32 file.
+
+A file carries its name only after it has passed; until then it is called `<name>.unverified.onnx`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from coma.errors import BadArtifact, CheckFailed
+from coma.library_errors import about_one_file, library_errors
+from coma.runtimes.manifest import STAGED
+from coma.runtimes.model_spec import Description, Form, Precision
+from coma.runtimes.shape_ranges import Shape, Shapes
+from export.graphs.base import Deployable
+from export.graphs.load import example_inputs, load_deployable
+from export.job import Request, Watcher, file_name
+from export.onnx_export import (
+    METADATA,
+    as_json,
+    in_precision,
+    read_description,
+    with_preprocessing,
+    write_onnx,
+)
+from export.preprocessing import as_input, resized
+from export.report import NAME as REPORT
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+UNVERIFIED = ".unverified"
+_BASE = ".onnx.base"
+
+
+class Maker:
+    """Writes the files that are still to be verified."""
+
+    def __init__(self, request: Request, form: Form, shapes: Shapes, watcher: Watcher, source: str) -> None:
+        self.request, self.shapes, self.watcher, self.source = request, shapes, watcher, source
+        self.form: Form = form
+        self._fp32_file: Path | None = None
+        self._unwanted: list[Path] = []
+
+    def onnx(self, precision: Precision) -> Path:
+        """An ONNX file of this precision, `.unverified`."""
+        target = self.waiting(self.request.out / file_name(self.form, precision))
+        if precision in ("int8", "fp8"):
+            self._quantize(precision, target)
+        else:
+            self._trace(precision, target)
+        return target
+
+    def clean(self) -> None:
+        """Take away what was made on the way and not asked for, or not finished."""
+        for path in self._unwanted:
+            path.unlink(missing_ok=True)
+
+    def waiting(self, path: Path) -> Path:
+        """What `path` is called until it is verified."""
+        return self.unwanted(path.with_suffix(UNVERIFIED + path.suffix))
+
+    def unwanted(self, path: Path) -> Path:
+        """A file to take away at the end, if it is still called so."""
+        self._unwanted.append(path)
+        return path
+
+    def passed(self, precision: Precision, path: Path) -> None:
+        """Told of a file that is kept: quantised ones are made of this run's fp32 file, no older one."""
+        if precision == "fp32":
+            self._fp32_file = path
+
+    def fp32(self) -> Path:
+        """The fp32 file of which quantised ones are made: the one that passed, or one made for that alone."""
+        if self._fp32_file is None:
+            base = self.unwanted(self.request.out / f"{self.form}{_BASE}")
+            self._trace("fp32", base)
+            self._fp32_file = base
+        return self._fp32_file
+
+    def deployable(self) -> Deployable:
+        """The model, read anew.
+
+        Raises:
+            BadArtifact: it cannot be read any more, or has become another one since the export began.
+        """
+        found = load_deployable(self.request.artifact, self.form)
+        if found.description.source != self.source:
+            raise BadArtifact(f"{self.request.artifact}: has changed during the export; export it again")
+        return found
+
+    def _trace(self, precision: Precision, target: Path) -> None:
+        self.watcher.step(f"{self.form} {precision}: tracing the graph")
+        deployable = fitted(self.deployable(), self.shapes)
+        if self.request.inside:
+            deployable = with_preprocessing(deployable)
+        in_precision(deployable.module, precision)
+        description = replace(deployable.description, precision=precision)
+        write_onnx(replace(deployable, description=description), self.shapes, target)
+
+    def _quantize(self, precision: Precision, target: Path) -> None:
+        from export.quantization import quantize_fp8, quantize_int8
+
+        base = self.fp32()
+        description = describe(base)
+        batches, total = self._batches(description)
+        title = f"{self.form} {precision}: reading ranges of activations"
+        self.watcher.step(title, 0, total)
+        common: dict[str, Any] = {
+            "keep": self._keep(),
+            "metadata": {METADATA: as_json(replace(description, precision=precision))},
+            "progress": lambda done: self.watcher.step(title, done, total),
+        }
+        with about_one_file(), library_errors("the graph cannot be quantised"):
+            if precision == "int8":
+                quantize_int8(base, target, batches, self.request.method, **common)
+            else:
+                quantize_fp8(base, target, batches, **common)
+
+    def _keep(self) -> list[str]:
+        """The patterns that mean something in this form, as its file names the layers."""
+        layers = layers_of(load_deployable(self.request.artifact, self.form).module)
+        here = [pattern for pattern in self.request.keep if fits(pattern, layers)]
+        return [f"form.{pattern}" for pattern in here] if self.request.inside else here
+
+    def _batches(self, description: Description) -> tuple[Iterator[dict[str, np.ndarray]], int]:
+        """All calibration images, batch by batch, and the number of batches; the last batch is filled up."""
+        usual, rule = self.shapes.usual, description.preprocessing
+        batch = description.inputs[0].axes[0]
+        size = batch if isinstance(batch, int) else 1
+        pictures = self.request.calibration.pictures if self.request.calibration else ()
+        starts = range(0, len(pictures), size)
+
+        def batch_from(start: int) -> dict[str, np.ndarray]:
+            numbers = [i % len(pictures) for i in range(start, start + size)]
+            images = [resized(pictures[i], rule, (usual.height, usual.width)) for i in numbers]
+            inputs = {"images": as_input(images, rule)}
+            for port, example in zip(
+                description.inputs[1:],
+                example_inputs(description, size, usual.height, usual.width)[1:],
+                strict=True,
+            ):
+                inputs[port.name] = example
+            return {name: each.numpy() for name, each in inputs.items()}
+
+        return map(batch_from, starts), len(starts)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what an export that was killed left in a folder; no other export may be writing there."""
+    files = [file_name(form, precision) for form in get_args(Form) for precision in get_args(Precision)]
+    names = {
+        f"{Path(file).stem}{UNVERIFIED}{end}"
+        for file in files
+        for end in (".onnx", ".engine", ".engine.json")
+    }
+    names |= {f"{form}{_BASE}" for form in get_args(Form)}
+    written = (*names, REPORT, STAGED)
+    found = [folder / name for name in (*names, STAGED, *(f".{name}.part" for name in written))]
+    there = [path for path in found if path.is_file()]
+    for path in there:
+        path.unlink()
+    if there:
+        log.warning("%s: removed %d unfinished files of an export that was killed", folder, len(there))
+
+
+def fitted(deployable: Deployable, shapes: Shapes) -> Deployable:
+    """The same model, preparing images for its own size if the shapes allow that, else for the usual one."""
+    about = deployable.description
+    rule, usual = about.preprocessing, shapes.usual
+    if rule.resize != "centre-square" or rule.size is None or shapes.allows(Shape(usual.batch, *rule.size)):
+        return deployable
+    rule = replace(rule, size=(usual.height, usual.width))
+    return replace(deployable, description=replace(about, preprocessing=rule))
+
+
+def layers_of(module: nn.Module) -> set[str]:
+    """Modules that hold a matrix, and those that use one of a part of theirs, by path."""
+    names = [name for name, each in module.named_parameters(remove_duplicate=False) if each.ndim > 1]
+    holders = {name.rpartition(".")[0] for name in names}
+    return holders | {path.rpartition(".")[0] for path in holders}
+
+
+def fits(pattern: str, layers: Iterable[str]) -> bool:
+    """Whether a pattern names one of the layers."""
+    return any(fnmatchcase(layer, pattern) for layer in layers)
+
+
+def describe(path: Path) -> Description:
+    """What an ONNX file says of itself."""
+    return read_description(load(path), path.name)
+
+
+def load(path: Path) -> Any:
+    """An ONNX file in memory.
+
+    Raises:
+        CheckFailed: it is none.
+    """
+    import onnx
+
+    try:
+        return onnx.load(path)
+    except Exception as error:  # protobuf's own kinds of errors
+        raise CheckFailed(f"{path}: not a readable ONNX file ({error})") from None

@@ -1,0 +1,199 @@
+"""From an artifact to what can be exported of it.
+
+Detectors and segmentors are rebuilt by the room that made them: it announces itself under the entry points
+`coma.finetuned`, one for each kind, each `load(directory) -> (model, description)`. This room imports none
+but `pretrain`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from coma.artifact import CHECKSUMS, ArtifactConfig, load_artifact, load_classifier, load_encoder
+from coma.errors import BadArtifact, BadInput
+from coma.library_errors import library_errors
+from coma.masking.patchify import unit_grid
+from coma.models import Encoder
+from coma.runtimes.model_spec import Description, Form, Port, Preprocessing
+from export.graphs.base import Deployable
+
+FORMS: dict[str, tuple[Form, ...]] = {
+    "backbone": ("encoder",),
+    "pretrained": ("encoder", "reconstructor"),
+    "classifier": ("classifier",),
+    "segmentor": ("segmentor",),
+    "detector": ("detector",),
+}
+"""Forms that can be made of each kind of artifact."""
+
+
+def forms_of(directory: Path) -> tuple[Form, ...]:
+    """What can be exported of this artifact.
+
+    Raises:
+        BadArtifact: it is none, or damaged.
+    """
+    return FORMS[load_artifact(directory).config.kind]
+
+
+def load_deployable(directory: Path, form: Form) -> Deployable:
+    """One form of an artifact, in fp32 on the CPU.
+
+    Raises:
+        BadArtifact: no artifact, or one of another kind.
+        BadInput: a model of which there is no exportable form; the message says what is in the way.
+    """
+    artifact = load_artifact(directory)
+    config = artifact.config
+    if form not in FORMS[config.kind]:
+        raise BadInput(
+            f"{directory}: is of kind {config.kind!r}; of it there is no {form}, but {FORMS[config.kind]}"
+        )
+    with library_errors(f"{directory}: cannot be rebuilt as its config.json says", BadArtifact):
+        module, outputs = _build(directory, form, config)
+        preprocessing = preprocessing_of(config, form)
+    inputs = [Port("images", "float32", ("batch", config.model.channels, "height", "width"))]
+    if form == "reconstructor":
+        inputs.append(Port("visible", "bool", ("batch", "rows", "cols")))
+    description = Description(
+        form=form,
+        precision="fp32",
+        inputs=tuple(inputs),
+        outputs=outputs,
+        preprocessing=preprocessing,
+        unit=config.model.unit,
+        class_names=config.class_names,
+        source=artifact_hash(directory),
+        versions=config.versions,
+    )
+    return Deployable(module.eval().requires_grad_(False), description)
+
+
+def example_inputs(description: Description, batch: int, height: int, width: int) -> tuple[Tensor, ...]:
+    """Inputs of that many images of so many pixels, drawn at random; of a reconstructor every other unit."""
+    generator = torch.Generator().manual_seed(0)
+    channels = cast(int, description.inputs[0].axes[1])
+    images = torch.randn(batch, channels, height, width, generator=generator)
+    if description.form != "reconstructor":
+        return (images,)
+    rows, cols = unit_grid(height, width, description.unit)
+    return images, (torch.arange(rows * cols) % 2 == 0).view(rows, cols).expand(batch, -1, -1).contiguous()
+
+
+def size_of(config: ArtifactConfig, form: Form) -> int:
+    """Side in pixels of the images that a form of the model was made for."""
+    return config.view_size if form == "reconstructor" else config.image_size
+
+
+def preprocessing_of(config: ArtifactConfig, form: Form = "encoder") -> Preprocessing:
+    """How the model's images were prepared when it was measured; those of a reconstructor, in training.
+
+    Raises:
+        BadInput: a pipeline that cannot be described here.
+    """
+    size = (size_of(config, form),) * 2
+    order = {1: "grey", 3: "RGB"}.get(config.model.channels, "as stored")
+    rule = Preprocessing("none", None, config.mean, config.std, channel_order=order)
+    if config.kind not in ("detector", "segmentor"):
+        return replace(rule, resize="centre-square", size=size)
+    resizes = [step for step in (config.head or {}).get("pipeline", []) if "Resize" in step["type"]]
+    if not resizes:
+        return rule
+    step = resizes[0]
+    if len(resizes) > 1 or step["type"] != "Resize" or "scale" not in step or not step.get("keep_ratio"):
+        raise BadInput(f"images resized by {resizes} cannot be exported; one Resize that keeps the ratio can")
+    short, long = sorted(int(side) for side in step["scale"])
+    return replace(rule, resize="keep-ratio", size=(short, long))
+
+
+def _build(directory: Path, form: Form, config: ArtifactConfig) -> tuple[nn.Module, tuple[Port, ...]]:
+    if form == "encoder":
+        return _encoder(directory)
+    if form == "reconstructor":
+        from coma.objectives.load import load_pretrained
+        from export.graphs.pretrained import ReconstructorForm
+
+        axes = ("batch", config.model.channels, "height", "width")
+        return ReconstructorForm(load_pretrained(directory)[0]), (Port("reconstruction", "float32", axes),)
+    if form == "classifier":
+        from export.graphs.wrappers import ClassifierForm
+
+        classes = len(config.class_names or ())
+        return ClassifierForm(load_classifier(directory)[0]), (Port("logits", "float32", ("batch", classes)),)
+    model, settings = _load_finetuned(directory, form), (config.head or {})["model"]
+    if form == "segmentor":
+        from export.graphs.wrappers import SegmentorForm
+
+        classes = int(settings["decode_head"]["num_classes"])
+        return SegmentorForm(model, settings), (
+            Port("logits", "float32", ("batch", classes, "height", "width")),
+            Port("classes", "int64", ("batch", "height", "width")),
+        )
+    from export.graphs.detector import detector
+
+    module = detector(model, config.head or {})
+    most = detections(settings)
+    ports = [
+        Port("boxes", "float32", ("batch", most, 4)),
+        Port("scores", "float32", ("batch", most)),
+        Port("labels", "int64", ("batch", most)),
+    ]
+    if settings.get("roi_head", {}).get("mask_head"):
+        ports.append(Port("masks", "float32", ("batch", most, 28, 28)))
+    return module, tuple(ports)
+
+
+def detections(settings: dict[str, Any]) -> int:
+    """How many detections a detector gives for every image, empty ones among them."""
+    test = settings["test_cfg"]
+    return int(test.get("rcnn", test)["max_per_img"])
+
+
+def _encoder(directory: Path) -> tuple[nn.Module, tuple[Port, ...]]:
+    from export.graphs.pretrained import EncoderForm
+
+    encoder: Encoder = load_encoder(directory)[0]
+    widths = [
+        encoder.num_features // 2 ** (len(encoder.strides) - 1 - i) for i in range(len(encoder.strides))
+    ]
+    ports = [
+        Port(f"stride{stride}", "float32", ("batch", width, f"height/{stride}", f"width/{stride}"))
+        for stride, width in zip(encoder.strides, widths, strict=True)
+    ]
+    return EncoderForm(encoder), (*ports, Port("pooled", "float32", ("batch", encoder.num_features)))
+
+
+def _load_finetuned(directory: Path, kind: str) -> nn.Module:
+    for entry in metadata.entry_points(group="coma.finetuned", name=kind):
+        return entry.load()(directory)[0]
+    raise BadInput(f"{directory}: nothing installed here rebuilds a {kind}; install coma-dyvit[downstream]")
+
+
+def artifact_hash(directory: Path) -> str:
+    """SHA-256 of what it computes: its weights and its `config.json` without how it was trained and by what.
+
+    Raises:
+        BadArtifact: it is none, or damaged.
+    """
+    try:
+        plain = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        for fact in ("trained", "versions", CHECKSUMS):
+            plain.pop(fact, None)
+        found = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+        with safe_open(directory / "model.safetensors", framework="pt", device="cpu") as file:
+            for name in sorted(file.keys()):  # the file's header has no fixed order
+                tensor = file.get_tensor(name)
+                found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    except (OSError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
+        raise BadArtifact(f"{directory}: not a readable artifact ({error})") from None
+    return found.hexdigest()

@@ -1,0 +1,109 @@
+"""Classifiers and segmentors in the form in which they leave."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coma.errors import BadInput
+
+
+class ClassifierForm(nn.Module):
+    """Images to logits.
+
+    Args:
+        classifier: Of `coma.artifact.load_classifier`.
+    """
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        """Images `[b, c, H, W]` to `[b, classes]`."""
+        return (self.classifier(images.to(next(self.parameters()).dtype)).float(),)
+
+
+class SegmentorForm(nn.Module):
+    """Images to logits and classes of every pixel: mmseg's EncoderDecoder, in its mode `whole`.
+
+    Args:
+        model: Of the artifact; it is copied where something has to change.
+        settings: Its model settings.
+
+    Raises:
+        BadInput: several decoders in a row, sliding windows, or one output for two classes.
+    """
+
+    def __init__(self, model: nn.Module, settings: dict) -> None:
+        super().__init__()
+        if settings.get("type") != "EncoderDecoder":
+            raise BadInput(f"a segmentor of type {settings.get('type')!r} is not exported; EncoderDecoder is")
+        if settings.get("test_cfg", {}).get("mode", "whole") != "whole":
+            raise BadInput("test_cfg.mode 'slide' is not exported; train with mode 'whole'")
+        head = settings["decode_head"]
+        if head.get("out_channels") not in (None, head["num_classes"]):
+            raise BadInput("a segmentor with one output for two classes is not exported; give it two")
+        parts = dict(copy.deepcopy(model).named_children())
+        self.backbone, self.neck, self.decode_head = (
+            parts.get(name, nn.Identity()) for name in ("backbone", "neck", "decode_head")
+        )
+        self.align_corners = bool(head.get("align_corners", False))
+        replace_adaptive_pooling(self)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images `[b, c, H, W]` to logits `[b, classes, H, W]` and classes int64 `[b, H, W]`."""
+        x = self.backbone(images.to(next(self.parameters()).dtype))
+        logits = self.decode_head(self.neck(x)).float()
+        logits = F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=self.align_corners)
+        return logits, logits.argmax(dim=1)
+
+
+class AdaptiveAveragePool(nn.Module):
+    """`nn.AdaptiveAvgPool2d` as two products, for maps whose size is not known when the graph is made.
+
+    Args:
+        side: Rows and columns of the output.
+    """
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `[b, c, h, w]` to `[b, c, side, side]`."""
+        rows, cols = (pooling_matrix(length, self.side, x) for length in x.shape[2:])
+        return rows @ x @ cols.transpose(0, 1)
+
+
+def pooling_matrix(length: int, side: int, like: Tensor) -> Tensor:
+    """How much each of `length` places counts in each of `side` averages, `[side, length]`.
+
+    Average i is over places floor(i * length / side) up to ceil((i + 1) * length / side), as in torch.
+    """
+    place = torch.arange(length, device=like.device)
+    averages = torch.arange(side, device=like.device)[:, None]
+    ends = ((averages + 1) * length + side - 1) // side
+    inside = (place >= averages * length // side) & (place < ends)
+    weights = inside.float()
+    return (weights / weights.sum(dim=1, keepdim=True)).to(like.dtype)
+
+
+def replace_adaptive_pooling(module: nn.Module) -> None:
+    """Put `AdaptiveAveragePool` where `nn.AdaptiveAvgPool2d` was, in all of its parts.
+
+    Raises:
+        BadInput: pooling to something that is not square.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, nn.AdaptiveAvgPool2d):
+            size = child.output_size
+            rows, cols = size if isinstance(size, tuple) else (size, size)
+            if rows != cols or rows is None:
+                raise BadInput(f"adaptive pooling to {child.output_size} is not exported; only to squares")
+            setattr(module, name, AdaptiveAveragePool(rows))
+        else:
+            replace_adaptive_pooling(child)

@@ -1,0 +1,184 @@
+"""From features to accuracies: `score` for features at hand, `evaluate` for an encoder and images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from coma.artifact import ArtifactConfig
+from coma.data import Source, check_some, shared_labels, top_share
+from coma.errors import BadInput
+from coma.models import Encoder
+from pretrain.evaluate.features import Features, extract_features
+from pretrain.evaluate.knn import check_knn, knn_votes
+from pretrain.evaluate.linear_probe import fit_linear
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+Protocol = Literal["knn", "linear"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well one protocol tells the classes of images apart, with one encoder.
+
+    Attributes:
+        encoder: Name of the encoder.
+        protocol: `knn` or `linear`, on frozen features; or `finetune`, which trains the encoder too.
+        top1: Share of test images whose likeliest class is right, 0..1.
+        top5: Share whose class is among the five likeliest; None with five classes or fewer.
+        classes: How many classes there are; chance is one in so many.
+        train_images: Training images that were read.
+        test_images: Test images that were read.
+        seconds: Time the protocol took, features not included.
+        settings: What it ran with: k and temperature, the penalty it chose, or how it was fine-tuned.
+    """
+
+    encoder: str
+    protocol: Protocol | Literal["finetune"]
+    top1: float
+    top5: float | None
+    classes: int
+    train_images: int
+    test_images: int
+    seconds: float
+    settings: dict[str, float]
+
+
+def score(
+    train: Features,
+    test: Features,
+    classes: int,
+    protocol: Protocol,
+    *,
+    name: str = "encoder",
+    k: int = 20,
+    temperature: float = 0.07,
+    seed: int = 0,
+) -> Score:
+    """Fit on `train`, count on `test`; see `knn_votes` and `fit_linear` for the protocols.
+
+    Raises:
+        BadInput: no such protocol, or too few training images for it.
+    """
+    check_protocol(protocol)
+    start = time.perf_counter()
+    if protocol == "knn":
+        settings = {"k": k, "temperature": temperature}
+        guess = knn_votes(train.values, train.labels, test.values, classes, k=k, temperature=temperature)
+    else:
+        classifier = fit_linear(train.values, train.labels, classes, seed=seed)
+        settings = {"penalty": classifier.penalty}
+        guess = classifier(test.values)
+    top1 = top_share(guess, test.labels, 1)
+    top5 = top_share(guess, test.labels, 5) if classes > 5 else None
+    seconds = time.perf_counter() - start
+    return Score(name, protocol, top1, top5, classes, len(train.labels), len(test.labels), seconds, settings)
+
+
+def check_protocol(name: str) -> None:
+    """Refuse what is no protocol, before the features are computed.
+
+    Raises:
+        BadInput: naming the protocols that there are.
+    """
+    if name not in get_args(Protocol):
+        raise BadInput(f"no protocol {name!r}; there are: {', '.join(get_args(Protocol))}")
+
+
+def evaluate(
+    encoder: Encoder,
+    config: ArtifactConfig,
+    train: Source,
+    test: Source,
+    protocols: Sequence[Protocol] = ("knn", "linear"),
+    *,
+    name: str = "encoder",
+    image_size: int | None = None,
+    k: int = 20,
+    temperature: float = 0.07,
+    seed: int = 0,
+    batch_size: int = 256,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[Score]:
+    """Score an encoder on labelled images, one score per protocol; features are computed once.
+
+    Args:
+        encoder: On the device to compute on.
+        config: Channels, mean, std and image size it was trained with.
+        train: Labelled images that neighbours and the linear classifier come from.
+        test: Labelled images to count on, of the same classes.
+        protocols: Which scores.
+        name: Of the encoder, for tables.
+        image_size: Side in pixels of the images shown; default: as trained.
+        k: Neighbours that vote (knn).
+        temperature: Of their votes (knn).
+        seed: Of the images held out to choose the penalty (linear).
+        batch_size: Images at a time through the encoder.
+        workers: Processes that decode.
+        progress: Gets a bar for each set of images.
+
+    Raises:
+        BadInput: labels that are missing or differ, unreadable images, or settings that do not fit them.
+        CheckFailed: the encoder's features are not finite.
+    """
+    for protocol in protocols:
+        check_protocol(protocol)
+    if "knn" in protocols:
+        check_knn(k, temperature, len(train))
+    for source in (train, test):
+        check_some(source, config.model.channels, config.mean, config.std, fixed=True)
+    known, asked, classes = labelled_features(
+        encoder,
+        config,
+        train,
+        test,
+        name=name,
+        image_size=image_size,
+        batch_size=batch_size,
+        workers=workers,
+        progress=progress,
+    )
+    return [
+        score(known, asked, classes, protocol, name=name, k=k, temperature=temperature, seed=seed)
+        for protocol in protocols
+    ]
+
+
+def labelled_features(
+    encoder: Encoder,
+    config: ArtifactConfig,
+    train: Source,
+    test: Source,
+    *,
+    name: str = "encoder",
+    image_size: int | None = None,
+    batch_size: int = 256,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[Features, Features, int]:
+    """Features of training and test images, labels counted alike, and the number of classes.
+
+    Raises:
+        BadInput, CheckFailed: as `evaluate`.
+    """
+    train_labels, test_labels, names = shared_labels(train, test)
+    known, asked = (
+        extract_features(
+            encoder,
+            config,
+            source,
+            labels=labels,
+            image_size=image_size,
+            batch_size=batch_size,
+            workers=workers,
+            progress=progress,
+            title=f"{name}: {part} images",
+        )
+        for source, labels, part in ((train, train_labels, "training"), (test, test_labels, "test"))
+    )
+    return known, asked, len(names)

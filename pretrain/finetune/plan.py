@@ -1,0 +1,152 @@
+"""A fine-tuning run before its first step: what fits together is put together, what does not is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from coma.artifact import ArtifactConfig, load_encoder
+from coma.config import FinetuneConfig
+from coma.data import (
+    Source,
+    Subset,
+    check_some,
+    hold_out,
+    open_labelled,
+    say_absent_classes,
+    shared_labels,
+)
+from coma.errors import BadInput
+from coma.messages import counted
+from pretrain.training.optimizer import default_layer_decay
+from pretrain.training.run_plan import (
+    Plan,
+    check_folder,
+    check_shapes,
+    check_space,
+    count_steps,
+    is_multiple,
+    share_out,
+)
+
+
+@dataclass(frozen=True)
+class FinetunePlan(Plan[FinetuneConfig]):
+    """A fine-tuning run, ready to start."""
+
+    about: ArtifactConfig
+    """Of the artifact that is fine-tuned."""
+    encoder: dict[str, Tensor]
+    """Its encoder's weights."""
+    labels: Tensor
+    """Of the training images, int64 `[n]`."""
+    test: Source
+    """Used once, at the end."""
+    test_labels: Tensor
+    """Labels of the test images, int64 `[m]`, counted alike."""
+    val: Source | None
+    """What chooses the checkpoint; None: nothing does, and the weights of the last step are published."""
+    val_labels: Tensor
+    """Labels of the validation images, counted alike."""
+    held_out: bool
+    """Whether the validation images are a part of the training split, which is not trained on."""
+    notes: tuple[str, ...]
+    """What is to be said before the first step."""
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """See `Plan.sources`."""
+        val = {} if self.val is None else {"validation images": self.val}
+        return {"training images": self.source, **val, "test images": self.test}
+
+    def looks_at(self, step: int) -> bool:
+        """Whether a validation is due."""
+        recipe = self.config.optimizer
+        every = max(1, round(recipe.validate * len(self.source) / recipe.batch_size))
+        return self.val is not None and step > 0 and is_multiple(step, every)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One for each class, in the order of the labels."""
+        return self.config.class_names or ()
+
+
+def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
+    """Fill in what follows from artifact and images, and check the settings against them.
+
+    Raises:
+        BadInput: an artifact without an encoder to fine-tune, images without labels or of one class, test
+            images of unknown classes, settings that do not fit, or a directory that cannot be used.
+    """
+    encoder, about = load_encoder(config.artifact)
+    images = config.data.images
+    splits = (
+        open_labelled(images, val=config.val)
+        if config.test is None
+        else open_labelled(None, images, config.test, config.val)
+    )
+    train, val, test = splits.train, splits.val, splits.test
+    labels, test_labels, names = shared_labels(train, test)
+    say_absent_classes(splits)
+    share, val_labels, held_out = config.optimizer.hold_out, labels[:0], val is None
+    chosen_by = "checkpoint: that of the last step (--hold-out 0), so nothing chooses it"
+    if val is not None:
+        _, val_labels, _ = shared_labels(train, val)
+        chosen_by = f"checkpoint: chosen by top-1 on {len(val):,} images of {val.location}"
+    elif share:
+        chosen = hold_out(labels, share, config.run.seed)
+        if not chosen.any():
+            raise BadInput(
+                f"{train.location}: every class has a single image, so none can be held out to choose the "
+                "checkpoint; give validation images (--val), or take the last step's weights (--hold-out 0)"
+            )
+        alone = int((labels.bincount() == 1).sum())
+        whole = f"; {counted(alone, 'class', 'classes')} with a single image have none there" if alone else ""
+        chosen_by = (
+            f"checkpoint: chosen by top-1 on {int(chosen.sum()):,} of the {len(labels):,} images of "
+            f"{train.location}, which are not trained on: {share:.3g} of every class, at least one of two, "
+            f"drawn by seed {config.run.seed}{whole} (--val gives others, --hold-out another share)"
+        )
+        val, val_labels = Subset(train, np.flatnonzero(chosen)), labels[chosen]
+        train, labels = Subset(train, np.flatnonzero(~chosen)), labels[~chosen]
+    notes = chosen_by, f"test: {len(test):,} images of {test.location}, used once, at the end"
+    config = check_folder(_filled_in(config, about, names), resume)
+    check_shapes(config)
+    slices = share_out(config.optimizer, rank=0, world=1)
+    if slices.micro_batch % 2 and (config.optimizer.mixup or config.optimizer.cutmix):
+        raise BadInput(
+            f"{slices.micro_batch} images per pass: mixup and CutMix pair them, so give an even --batch-size "
+            "and --micro-batch, or --mixup 0 --cutmix 0"
+        )
+    for source in (train, *((val,) if val else ()), test):
+        check_some(source, config.model.channels, config.data.mean or (), config.data.std or (), fixed=True)
+    steps = count_steps(config.optimizer, len(train))
+    weights = encoder.state_dict()
+    check_space(config, sum(tensor.numel() for tensor in weights.values()))
+    return FinetunePlan(
+        config=config,
+        source=train,
+        slices=slices,
+        steps=steps,
+        about=about,
+        encoder=weights,
+        labels=labels,
+        test=test,
+        test_labels=test_labels,
+        val=val,
+        val_labels=val_labels,
+        held_out=held_out and val is not None,
+        notes=notes,
+    )
+
+
+def _filled_in(config: FinetuneConfig, about: ArtifactConfig, names: tuple[str, ...]) -> FinetuneConfig:
+    data, recipe = config.data, config.optimizer
+    if data.mean is None:
+        data = replace(data, mean=about.mean, std=about.std)
+    if recipe.layer_decay is None:
+        recipe = replace(recipe, layer_decay=default_layer_decay(about.model))
+    model = replace(about.model, drop_path=recipe.drop_path)
+    return replace(config, data=data, model=model, class_names=names, optimizer=recipe)

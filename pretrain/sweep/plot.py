@@ -1,0 +1,97 @@
+"""`compare.png`: accuracy against training time, in the end and on the way."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coma.atomic_io import write_whole
+from pretrain.sweep.caption import clock, probed_on
+from pretrain.sweep.plan import FLOOR, Comparison
+from pretrain.sweep.results import TITLES, Group
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+
+_COLORS = (
+    *("#1b4f9c", "#d1611f", "#2d7d46", "#7a4fa3", "#c9a227", "#c2305f", "#3a8f98", "#4b4b55", "#7a5230"),
+    *("#7fb3e6", "#f2b48a", "#93cf9f", "#c3a6e0", "#e59bb4"),
+)
+
+
+def draw(comparison: Comparison, found: Sequence[Group], path: Path) -> None:
+    """Accuracy against training time: a column per backbone; a row per protocol, and one for probes of it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    measured = [name for name in comparison.protocols if any(group.top1(name) for group in found)]
+    rows = [(name, False) for name in measured]
+    rows += [(name, True) for name in measured if any(_curves(group, name) for group in found)]
+    if not rows:
+        return
+    models = list(dict.fromkeys(group.model for group in found))
+    methods = list(dict.fromkeys(group.method for group in found if group.method != FLOOR))
+    colors = dict(zip(methods, cycle(_COLORS), strict=False))
+    figure = Figure(figsize=(4.6 * len(models) + 2.4, 3.4 * len(rows)), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    grid = figure.subplots(len(rows), len(models), squeeze=False, sharey="row")
+    handles: dict[str, Artist] = {}
+    for line, (protocol, on_the_way) in zip(grid, rows, strict=True):
+        for axes, model in zip(line, models, strict=True):
+            for group in (each for each in found if each.model == model):
+                if group.method == FLOOR:
+                    if not on_the_way and group.top1(protocol):
+                        floor = statistics.mean(group.top1(protocol))
+                        axes.axhline(floor, color="#8a8a94", linestyle="--", linewidth=1)
+                elif on_the_way:
+                    for curve in _curves(group, protocol):
+                        axes.plot(*zip(*curve, strict=True), color=colors[group.method], linewidth=1.1)
+                elif group.top1(protocol):
+                    handles[group.method] = _point(axes, group, protocol, colors[group.method])
+            axes.set_title(f"{model}: {TITLES[protocol]}{', on the way' if on_the_way else ''}")
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.set_xlim(left=0)
+        line[0].set_ylabel("top-1 %")
+    for axes in grid[-1]:
+        axes.set_xlabel(f"training time ({clock(comparison)} minutes)")
+    figure.legend(handles.values(), handles, loc="outside right upper", frameon=False, fontsize="small")
+    notes = "bars: deviation of the seeds; hollow: a single run; dashed: untrained"
+    if comparison.probes:
+        notes += "\non the way: probes on {:,} training and {:,} test images".format(*probed_on(comparison))
+    figure.supxlabel(notes, fontsize="small", color="#60606c")
+    canvas.draw()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(path, lambda file: file.write(picture.getvalue()))
+
+
+def _point(axes: Axes, group: Group, protocol: str, color: str) -> Artist:
+    """Accuracy in the end."""
+    values = group.top1(protocol)
+    many = len(values) > 1
+    return axes.errorbar(
+        group.mean("seconds") / 60,
+        statistics.mean(values),
+        yerr=statistics.stdev(values) if many else None,
+        color=color,
+        marker="o",
+        markersize=6,
+        markerfacecolor=color if many else "none",
+        capsize=3,
+        linestyle="",
+    )[0]
+
+
+def _curves(group: Group, protocol: str) -> list[list[tuple[float, float]]]:
+    """Minutes and accuracy of every run's probes."""
+    return [
+        [(look.seconds / 60, look.top1[protocol]) for look in run.looks]
+        for run in group.runs
+        if run.looks and all(protocol in look.top1 for look in run.looks)
+    ]

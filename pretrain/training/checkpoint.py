@@ -1,0 +1,100 @@
+"""The resumable state: everything that a run needs to go on as if it had never stopped.
+
+    state/step-00001200.pt   the newest
+    state/step-00001100.pt   the one before, in case the newest does not load
+
+One file holds whole tensors, so it serves one process, DDP and FSDP2 alike and the number of processes may
+change. It holds plain dicts, lists, numbers, strings and tensors and is read with `weights_only`: loading a
+state runs no code from it. Random numbers and the loader's position are not in it as such: both follow from
+the number of samples consumed (see `learner`). It ends with the SHA-256 of what comes before (`hashing`), so
+that bytes which the disk, or anybody, changed are noticed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coma.atomic_io import Descriptor, sync, write_whole
+from coma.errors import BadInput
+from coma.hashing import Sealed, seal_holds
+
+FORMAT_VERSION = 1
+
+_NAME = re.compile(r"step-(\d+)\.pt")
+
+
+def write_state(folder: Path, state: dict[str, Any], keep: int | None) -> None:
+    """Write `state` as the newest, then remove all older ones but that of step `keep`.
+
+    Raises:
+        OSError: the disk is full; every older state is still there.
+    """
+    step = state["step"]
+    state = {"format_version": FORMAT_VERSION, "sealed": True, **state}
+
+    def write(file: Descriptor) -> None:
+        sealed = Sealed(file)
+        torch.save(state, sealed)  # type: ignore[arg-type] # all that it needs is `write`
+        sealed.seal()
+
+    write_whole(folder / f"step-{step:06d}.pt", write)
+    for other, path in _states(folder):
+        if other not in (step, keep) and path.is_file():
+            path.unlink()
+    for half in folder.glob(".step-*.part"):  # of a process that was killed while it wrote
+        half.unlink(missing_ok=True)
+    sync(folder)
+
+
+def read_state(folder: Path, warn: Callable[[str], object]) -> dict[str, Any] | None:
+    """The newest state that loads, tensors on the CPU; None where none was ever saved.
+
+    Args:
+        folder: `run/state`.
+        warn: Told about every state that does not load.
+
+    Raises:
+        BadInput: there are states, and none of them loads.
+    """
+    states = _states(folder)
+    for _, path in reversed(states):
+        try:
+            state = _load(path)
+        except Exception as error:
+            reason = str(error).partition("\n")[0] or (
+                type(error).__name__ if path.stat().st_size else "the file is empty"
+            )
+            warn(f"{path}: this state does not load ({reason}); trying the one before")
+            continue
+        if not state.pop("sealed", False):
+            warn(f"{path}: has no checksum (an older version wrote it): damage goes unnoticed")
+        return state
+    if states:
+        raise BadInput(
+            f"{folder}: none of the saved states loads; remove the folder to start again from step 0"
+        )
+    return None
+
+
+def _load(path: Path) -> dict[str, Any]:
+    holds = seal_holds(path)
+    if holds is False:
+        raise ValueError("its checksum does not match, so the file is damaged")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or "format_version" not in state:
+        raise ValueError("not a training state")
+    if state["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format {state['format_version']}, known here: {FORMAT_VERSION}")
+    if state.get("sealed") and holds is None:
+        raise ValueError("its checksum is missing, so the file is damaged")
+    return state
+
+
+def _states(folder: Path) -> list[tuple[int, Path]]:
+    found = [(_NAME.fullmatch(path.name), path) for path in folder.glob("step-*.pt")]
+    return sorted((int(match[1]), path) for match, path in found if match)

@@ -1,0 +1,334 @@
+"""The run directory: what is kept of a run, and what happens when the disk is full.
+
+    config.json           settings; `--from` starts a new run with them, `--resume` goes on
+    data.json.gz          names and sizes of the images, which a resumed run is compared with
+    metrics.jsonl         one JSON object per log point (and per probe; fine-tuning: per validation,
+                          val_*, and one row of the test at the end, test_*)
+    tensorboard/          the same
+    reconstructions/      step-00000500.png ... (pre-training)
+    state/                the resumable state (see `state`)
+    artifact/             pre-training: encoder and decoder, usable from the first save on; fine-tuning: the
+                          best classifier so far, from the first validation on
+    loss_curve.png        at the end
+    nonfinite/            only after a loss that was not a number
+
+Failing to write is no reason to lose a run: it is said, with the step of the last good state, and training
+goes on. Only at the end does it count.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from typing import Any, Generic, Literal, cast
+
+import torch
+from torch import Tensor
+
+from coma.artifact import ArtifactConfig, library_versions, save_artifact
+from coma.config import EncoderConfig, ObjectiveConfig, PretrainConfig
+from coma.config.serialization import to_plain
+from coma.data import Batch, Source, evaluation_batches, normalize
+from coma.data.identity import (
+    Listing,
+    changes,
+    check_listing,
+    list_data,
+    read_listing,
+    write_listing,
+)
+from coma.errors import ComaError
+from coma.models import build_encoder
+from coma.objectives import build_objective
+from coma.objectives.teachers import remarks
+from pretrain.evaluate import Probe, open_probe
+from pretrain.training.checkpoint import read_state, write_state
+from pretrain.training.console import Report
+from pretrain.training.metric_logs import MetricsLog, TensorBoardLog, drop_lines
+from pretrain.training.run_plan import Plan, PretrainPlan, Settings, write_config
+from pretrain.visualize.reconstructions import loss_curve, reconstruction_sheet
+
+_PROBES = 8
+"""Images on a sheet of reconstructions."""
+_PREFIX = "encoder."
+"""Of the encoder's tensors in the objective's."""
+
+
+class Keeper(ABC, Generic[Settings]):
+    """Writes the run directory; exists on process 0 only.
+
+    What kind of run it is shows in `look` (at what was learned) and `handed_over` (the artifact).
+
+    Args:
+        plan: The run.
+        report: Told what could not be written.
+    """
+
+    def __init__(self, plan: Plan[Settings], report: Report) -> None:
+        self._failed: dict[str, str] = {}
+        self._plan, self._report = plan, report
+        self._good: int | None = None
+        self._listing: Listing = {}
+        self.may_change = self.changed = False
+        """Whether a resumed run may go on with other images, and whether it does."""
+        self._looked = -1  # the step of the last look whose row the state knows of
+        self.at_once: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Context of work that is left when someone asks to stop."""
+        self._metrics: MetricsLog | None = None
+        self._tensorboard: TensorBoardLog | None = None
+
+    def check_data(self, *, resume: bool, allow: bool) -> None:
+        """Note which images the run is made of, or compare them with those that it was started with.
+
+        Raises:
+            BadInput: they have changed, and that is not allowed.
+        """
+        self._listing, self.may_change = self._plan.list_data(), allow
+        if resume:
+            self.changed = check_listing(self._plan.folder, self._listing, self._report.warn, allow=allow)
+
+    def resume(self) -> dict[str, Any] | None:
+        """The state to go on from, if there is one."""
+        state = read_state(self._plan.folder / "state", self._report.warn)
+        self._good = state["step"] if state else None
+        return state
+
+    def open(self, step: int) -> None:
+        """Write the settings and begin the logs, `step` steps being done.
+
+        Rows that a killed run wrote after its last state go: of that very step, too, where it looked at what
+        was learned and did not save any more; the resumed run looks again.
+
+        Raises:
+            OSError: the directory cannot be written.
+        """
+
+        def known(row: dict[str, Any]) -> bool:
+            return row["step"] < step or (row["step"] == step and ("loss" in row or self._looked == step))
+
+        write_config(self._plan.config)
+        if read_listing(self._plan.folder) != self._listing:
+            write_listing(self._plan.folder, self._listing)
+        path = self._plan.folder / "metrics.jsonl"
+        kept = drop_lines(path, known)
+        self._metrics = MetricsLog(path)
+        self._tensorboard = TensorBoardLog(self._plan.folder / "tensorboard", step)
+        for row in kept:
+            if row["step"] == step:
+                self._tensorboard.add(row)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Write a row of metrics."""
+        if self._metrics and self._tensorboard:
+            with self._or_say("metrics", row["step"]):
+                self._metrics.add(row)
+            with self._or_say("tensorboard", row["step"]):
+                self._tensorboard.add(row)
+
+    @abstractmethod
+    def look(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
+        """Look at what these weights have learned, before they are saved; perhaps again in a resumed run."""
+
+    @abstractmethod
+    def handed_over(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], ArtifactConfig] | None:
+        """Tensors and description of the artifact; None where there is nothing new to write."""
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the resumable state and the artifact."""
+        step = state["step"]
+        with self._or_say("metrics", step):
+            if self._metrics:
+                self._metrics.sync()
+        with self._or_say("state", step):
+            write_state(self._plan.folder / "state", state, keep=self._good)
+            self._good = step
+        with self._or_say("artifact", step):
+            handed = self.handed_over(state)
+            if handed:
+                tensors, description = handed
+                save_artifact(self._plan.folder / "artifact", tensors=tensors, config=description)
+
+    def conclude(self) -> None:
+        """Draw the loss curve of a run that is over."""
+        path = self._plan.folder / "loss_curve.png"
+        with self._or_say(path.name, self._plan.steps, Exception):
+            loss_curve(self._plan.folder / "metrics.jsonl", path)
+
+    def missing(self) -> str:
+        """Which results the disk refused when they were last tried, and why; pictures do not count."""
+        results = ("state", "artifact", "metrics")
+        return ", ".join(f"{what} ({self._failed[what]})" for what in results if what in self._failed)
+
+    def close(self) -> None:
+        """Close the logs."""
+        for log in (self._metrics, self._tensorboard):
+            if log:
+                log.close()
+
+    @contextmanager
+    def _or_say(
+        self,
+        what: str,
+        step: int,
+        errors: type[Exception] | tuple[type[Exception], ...] = (OSError, ComaError),
+    ) -> Iterator[None]:
+        """Note and report a failure to write `what`, once until it works again."""
+        try:
+            yield
+        except errors as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            if what not in self._failed or what == "state":
+                last = (
+                    "no state was saved yet"
+                    if self._good is None
+                    else f"the last good state is step {self._good}"
+                )
+                self._report.warn(f"step {step}: could not write {what} ({reason}); {last}; training goes on")
+            self._failed[what] = reason
+        else:
+            self._failed.pop(what, None)
+
+
+class PretrainingKeeper(Keeper[PretrainConfig]):
+    """Draws reconstructions, probes features, hands over encoder and decoder.
+
+    Args:
+        plan: The run.
+        report: Told what could not be written.
+
+    Raises:
+        BadInput: no image can be read, or none has the channels that the model takes; or labelled images to
+            probe with of which that is true, or that are unlabelled or too few.
+    """
+
+    def __init__(self, plan: PretrainPlan, report: Report) -> None:
+        super().__init__(plan, report)
+        self._pretraining = plan
+        self._first = first_images(plan.source, plan.config.model, plan.config.view_size)
+        self._probe = open_probe(plan.config.probe)
+        for source in (self._probe.train, self._probe.test) if self._probe else ():
+            first_images(source, plan.config.model, plan.config.data.image_size)
+        if self._probe:
+            report.say(str(self._probe))
+
+    def resume(self) -> dict[str, Any] | None:
+        """The state to go on from, if there is one."""
+        state = super().resume()
+        self._looked = state.get("probed", -1) if state else -1
+        return state
+
+    def check_data(self, *, resume: bool, allow: bool) -> None:
+        """See `Keeper`; the probe's images decide nothing, so that their changes are only said."""
+        super().check_data(resume=resume, allow=allow)
+        if self._probe is None:
+            return
+        of_probe = {"probe's training images": self._probe.train, "probe's test images": self._probe.test}
+        now = list_data(of_probe)
+        for change in changes(read_listing(self._plan.folder) or {}, now) if resume else ():
+            self._report.warn(f"{change}; their scores before and after cannot be compared")
+        self._listing |= now
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the resumable state and the artifact."""
+        super().save(state | {"probed": self._looked} if self._probe else state)
+
+    def look(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
+        """Draw what these weights make of the first images, probe them, or both, as is due."""
+        last = step == self._plan.steps
+        if last or self._pretraining.draws_at(step):
+            self._draw(weights, step, device)
+        if self._probe and (last or self._pretraining.probes_at(step)) and self._looked != step:
+            self._measure(self._probe, weights, step, device)
+
+    def _measure(self, probe: Probe, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
+        """Log what the features of these weights are worth; a probe that fails ends no run."""
+        config = self._plan.config
+        with torch.device("meta"):
+            encoder = build_encoder(config.model)
+        own = {name.removeprefix(_PREFIX): t for name, t in weights.items() if name.startswith(_PREFIX)}
+        encoder.load_state_dict(own, assign=True)
+        began = time.perf_counter()
+        try:
+            with self.at_once():
+                values = probe.measure(
+                    encoder.to(device), self._about("backbone", {}), workers=config.data.workers
+                )
+        except (ComaError, OSError, RuntimeError) as error:  # memory, an SVD that does not converge
+            reason = str(error).partition("\n")[0]
+            self._report.warn(f"step {step}: the probe failed ({reason}); training goes on")
+            return
+        self._looked = step
+        row = {f"probe_{name}": value for name, value in values.items()}
+        row["probe_seconds"] = round(time.perf_counter() - began, 3)
+        self.log({"step": step, "images_seen": step * config.optimizer.batch_size, **row})
+        self._report.probed(step, values)
+
+    def _draw(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
+        """Reconstructions of the first images, always the same ones with the same masks."""
+        mean, std = self._plan.statistics
+        path = self._plan.folder / "reconstructions" / f"step-{step:06d}.png"
+        with self._or_say("reconstructions", step, Exception):
+            with torch.device("meta"):
+                encoder = build_encoder(self._plan.config.model)
+                objective = build_objective(self._plan.config.objective, encoder)
+            objective.load_state_dict(encoder_and_decoder(weights), assign=True)
+            objective.to(device)
+            images = normalize(self._first.images.to(device), mean, std)
+            seeds = self._first.seeds.to(device)
+            reconstruction_sheet(objective, images, seeds, mean, std, path, caption=f"Step {step}")
+
+    def handed_over(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], ArtifactConfig]:
+        """The weights of this moment, or their moving average."""
+        config, source = self._plan.config, self._plan.source
+        trained = {
+            "method": to_plain(config.objective, ObjectiveConfig)["method"],
+            "steps": state["step"],
+            "steps_planned": self._plan.steps,
+            "images_seen": state["step"] * config.optimizer.batch_size,
+            "loss": state["loss"],
+            "data": source.location.name,
+            "images": len(source),
+            "ema": config.optimizer.ema,
+        }
+        notes = remarks(config.objective)
+        trained |= {"remarks": list(notes)} if notes else {}
+        return encoder_and_decoder(published(state)), self._about("pretrained", trained)
+
+    def _about(self, kind: Literal["backbone", "pretrained"], trained: dict[str, Any]) -> ArtifactConfig:
+        config, (mean, std) = self._plan.config, self._plan.statistics
+        return ArtifactConfig(
+            kind=kind,
+            model=config.model,
+            objective=config.objective,
+            image_size=config.data.image_size,
+            mean=mean,
+            std=std,
+            class_names=None,
+            trained=trained,
+            versions=library_versions(),
+        )
+
+
+def published(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of a resumable state that are handed over: their moving average where there is one."""
+    return state["model"] if state["ema"] is None else state["ema"]
+
+
+def encoder_and_decoder(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What an artifact holds of an objective's weights; what only training needs stays in the state."""
+    return {name: tensor for name, tensor in weights.items() if name.startswith(("encoder.", "decoder."))}
+
+
+def first_images(source: Source, model: EncoderConfig, image_size: int) -> Batch:
+    """The first images of a source that can be read.
+
+    Raises:
+        BadInput: there is none, or none has the channels that the model takes.
+    """
+    batches = evaluation_batches(
+        source, image_size=image_size, channels=model.channels, batch_size=_PROBES, workers=0
+    )
+    with closing(cast("Any", batches)):
+        return next(batches)

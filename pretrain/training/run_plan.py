@@ -1,0 +1,353 @@
+"""Everything that can be refused is refused here, before the first step and before anything is written.
+
+What a run needs to know beyond its settings is worked out once: how the batch is shared out, how many steps
+there are, mean and deviation of the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from coma.atomic_io import write_whole
+from coma.config import (
+    CMTConfig,
+    FinetuneConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    ProbeConfig,
+    TaughtConfig,
+)
+from coma.config.serialization import flat, read_config, to_plain
+from coma.data import Slices, Source, check_loader, check_some, measure, open_source
+from coma.data.identity import FLAG, Listing, list_data
+from coma.errors import BadInput
+from coma.masking.patchify import unit_grid
+from coma.models import build_encoder
+from coma.models.attention_maps import attend
+from coma.objectives import build_objective
+from coma.objectives.teachers import identified, may_have_moved
+from coma.preflight import require_folder, require_space
+from pretrain.training.distributed import Processes
+from pretrain.training.optimizer import learning_rate
+
+_MAY_CHANGE = {
+    *("data.images", "data.workers", "data.loader", "data.on_bad_image", "test", "val"),
+    "objective.teacher.weights",
+    *("optimizer.epochs", "optimizer.steps", "optimizer.micro_batch"),
+    *("run.out", "run.device", "run.precision", "run.compile", "run.checkpoint_gradients", "run.parallel"),
+    *("run.save_minutes", "run.save_steps", "run.log_steps", "run.sheet_steps"),
+    *(f"probe.{field.name}" for field in fields(ProbeConfig)),
+}
+"""What a resumed run may set anew: where things are, how the machine is used, how long to go on."""
+
+
+Settings = TypeVar("Settings", bound=PretrainConfig | FinetuneConfig)
+
+
+@dataclass(frozen=True)
+class Plan(Generic[Settings]):
+    """A run, ready to start."""
+
+    config: Settings
+    """With mean and deviation filled in."""
+    source: Source
+    slices: Slices
+    steps: int
+    """Optimizer steps from beginning to end."""
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return self.config.run.out
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel, of pixels scaled to 0..1."""
+        return self.config.data.mean or (), self.config.data.std or ()
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """What the run learns from and is measured on, by the words of messages; see `list_data`."""
+        return {"images": self.source}
+
+    def list_data(self) -> Listing:
+        """Names and sizes of the images that decide what comes out."""
+        return list_data(self.sources, labels=isinstance(self.config, FinetuneConfig))
+
+    def looks_at(self, step: int) -> bool:
+        """Whether to look at what was learned when `step` steps are done and more follow."""
+        return self.draws_at(step)
+
+    def draws_at(self, step: int) -> bool:
+        """Whether a picture of reconstructions is due."""
+        return step > 0 and is_multiple(step, self.config.run.sheet_steps)
+
+    def epochs(self, steps: int) -> float:
+        """Passes over the data after `steps` steps."""
+        return steps * self.slices.global_batch / len(self.source)
+
+
+@dataclass(frozen=True)
+class PretrainPlan(Plan[PretrainConfig]):
+    """A pre-training run, ready to start."""
+
+    def looks_at(self, step: int) -> bool:
+        """Whether a picture or a probe is due."""
+        return self.draws_at(step) or self.probes_at(step)
+
+    def probes_at(self, step: int) -> bool:
+        """Whether labelled images are to tell what was learned; before the first step, too."""
+        probe = self.config.probe
+        if probe.probe is None:
+            return False
+        every = probe.probe_steps
+        if every is None:
+            every = max(1, round(probe.probe_epochs * len(self.source) / self.slices.global_batch))
+        return is_multiple(step, every)
+
+
+def is_multiple(step: int, every: int) -> bool:
+    """Whether `step` comes every so many steps; 0: never."""
+    return every > 0 and step % every == 0
+
+
+def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> PretrainPlan:
+    """Check the settings against the data, the machine and the run directory.
+
+    Raises:
+        BadInput: on every process, naming what does not fit and what would.
+    """
+    with group.agreed():
+        if group.main:
+            config = check_folder(config, resume)
+    config = group.share(config)
+    with group.agreed():
+        if config.data.images is None:
+            raise BadInput("give the images to train on, for example: coma pretrain PHOTOS --out runs/first")
+        check_shapes(config)
+        parameters = check_objective(config)
+        if group.main:
+            check_space(config, parameters)
+        check_loader(config.data, config.model.channels)
+        slices = share_out(config.optimizer, group.rank, group.world)
+        source = open_source(config.data.images)
+        steps = count_steps(config.optimizer, len(source))
+    sizes = group.gather(len(source))
+    with group.agreed():
+        if len(set(sizes)) > 1:
+            raise BadInput(f"{config.data.images}: the processes see different numbers of images, {sizes}")
+    with group.agreed():
+        if group.main and config.data.mean is None:
+            mean, std = measure(source, config.model.channels, workers=config.data.workers)
+            config = replace(config, data=replace(config.data, mean=mean, std=std))
+        elif group.main:
+            check_some(source, config.model.channels, config.data.mean or (), config.data.std or ())
+    config = group.share(config)
+    with group.agreed():
+        if group.main:
+            config = identified(config)
+    return PretrainPlan(group.share(config), source, slices, steps)
+
+
+def check_shapes(config: PretrainConfig | FinetuneConfig) -> None:
+    """Refuse an image size that is not whole mask units, and statistics of another number of channels.
+
+    Raises:
+        BadInput: naming sizes that fit.
+    """
+    size, unit, channels = config.data.image_size, config.model.unit, config.model.channels
+    if size < unit or size % unit:
+        below, above = size // unit * unit, -(-size // unit) * unit
+        fitting = " or ".join(str(good) for good in dict.fromkeys((below, above)) if good)
+        raise BadInput(
+            f"--image-size {size}: must be a multiple of the {unit} px mask unit; {fitting} would do"
+        )
+    if config.data.mean is not None and len(config.data.mean) != channels:
+        raise BadInput(
+            f"--mean and --std have {len(config.data.mean)} values, the images {channels} channels"
+        )
+
+
+def check_space(config: PretrainConfig | FinetuneConfig, parameters: int) -> None:
+    """Refuse a disk that cannot hold the run's state beside the one that replaces it, and the artifact.
+
+    Raises:
+        BadInput: naming what is needed and what is free.
+    """
+    copies = 4 if config.optimizer.ema else 3  # weights, two moments of AdamW, their moving average
+    require_space(config.run.out, 4 * parameters * (2 * copies + 1), f"a run of {parameters:,} weights")
+
+
+def check_objective(config: PretrainConfig) -> int:
+    """Refuse what the objective cannot do with images of this size; no model is computed.
+
+    Returns:
+        How many weights are trained.
+
+    Raises:
+        BadInput: masks that leave nothing to see, or an encoder whose own attention is to guide them and does
+            not see the whole map.
+    """
+    size, model = config.view_size, config.model
+    with torch.device("meta"):
+        objective = build_objective(config.objective, build_encoder(model))
+    h, w = unit_grid(size, size, model.unit)
+    visible = objective.draw_visible(torch.zeros(1, dtype=torch.int64), h, w)
+    if not visible.flatten(1).any(dim=1).all():
+        raise BadInput(f"{len(visible)} views are too many for {h * w} mask units: some would see nothing")
+    if isinstance(config.objective, CMTConfig):
+        with FakeTensorMode(), torch.no_grad():
+            images = torch.empty(1, model.channels, size, size)
+            attend(build_encoder(model), images, block=config.objective.student_block)
+    return sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
+
+
+def share_out(optimizer: OptimizerConfig, rank: int, world: int) -> Slices:
+    """How the global batch is shared out over processes and passes.
+
+    Raises:
+        BadInput: it cannot be, naming numbers that can.
+    """
+    batch, micro = optimizer.batch_size, optimizer.micro_batch
+    together = world * (micro or 1)
+    if batch % together:
+        below, above = batch // together * together, -(-batch // together) * together
+        what = f"{world} processes" + (f" with --micro-batch {micro}" if micro else "")
+        fitting = [f"--batch-size {good}" for good in (below, above) if good]
+        if micro and batch % world == 0:
+            share = batch // world
+            fitting.append(
+                f"--micro-batch {max(m for m in range(1, min(micro, share) + 1) if share % m == 0)}"
+            )
+        raise BadInput(
+            f"--batch-size {batch} cannot be shared out over {what}; {' or '.join(fitting)} would do"
+        )
+    return Slices(batch, micro or batch // world, rank, world)
+
+
+def count_steps(optimizer: OptimizerConfig, images: int) -> int:
+    """Optimizer steps of the whole run."""
+    return optimizer.steps or math.ceil(optimizer.epochs * images / optimizer.batch_size)
+
+
+def check_resumable(plan: Plan, state: dict[str, Any], *, allow_changed_data: bool) -> None:
+    """Refuse to go on from `state` with another number of images, or to fewer steps than are done.
+
+    Raises:
+        BadInput: naming both numbers.
+    """
+    images, before = len(plan.source), state["images"]
+    if before != images and not allow_changed_data:
+        raise BadInput(
+            f"{plan.source.location}: has {images} images, but the run was started with {before}, so their "
+            f"order would change; give the same data, start a new run, or go on all the same with {FLAG}"
+        )
+    if state["step"] > plan.steps:
+        raise BadInput(f"{plan.folder}: has done {state['step']} steps, more than the {plan.steps} asked for")
+
+
+def write_config(config: PretrainConfig | FinetuneConfig) -> None:
+    """Put the settings into the run directory.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    text = json.dumps(to_plain(_located(config)), indent=2) + "\n"
+    write_whole(config.run.out / "config.json", lambda file: file.write(text.encode()))
+
+
+def _located(config: Settings) -> Settings:
+    """The settings with absolute paths of what is read: a run may be resumed from any directory."""
+    data = replace(config.data, images=config.data.images and config.data.images.absolute())
+    if isinstance(config, PretrainConfig):
+        probe = replace(config.probe, probe=config.probe.probe and config.probe.probe.absolute())
+        return replace(config, data=data, probe=probe)
+    test, val = (path and path.absolute() for path in (config.test, config.val))
+    return replace(config, data=data, artifact=config.artifact.absolute(), test=test, val=val)
+
+
+def extended(plan: Plan, state: dict[str, Any]) -> str | None:
+    """What becomes of the learning rate where a resumed run has another number of steps than before."""
+    done, config = state["step"], plan.config
+    before = count_steps(read_config(plan.folder, type(config)).optimizer, state["images"])
+    if before == plan.steps or not 0 < done < plan.steps:
+        return None
+    old = learning_rate(done - 1, before, config.optimizer)
+    new = learning_rate(done, plan.steps, config.optimizer)
+    return (
+        f"the schedule now ends at step {plan.steps} instead of {before}: the learning rate goes from "
+        f"{old:.3g} at step {done} to {new:.3g} at step {done + 1}"
+    )
+
+
+def way_on(config: PretrainConfig | FinetuneConfig) -> str:
+    """The command that goes on with a run."""
+    command = "pretrain" if isinstance(config, PretrainConfig) else "evaluate"
+    return f"coma {command} --resume {shlex.quote(str(config.run.out))}"
+
+
+def check_folder(config: Settings, resume: bool) -> Settings:
+    """The settings to begin or to go on with, the directory being fit for that.
+
+    Raises:
+        BadInput: the directory of a new run is not empty; that of an old one holds no run, or one with other
+            settings.
+    """
+    return _resumed(config) if resume else _fresh(config)
+
+
+def _fresh(config: Settings) -> Settings:
+    out = config.run.out
+    flag = "--out" if isinstance(config, PretrainConfig) else "--run"
+    require_folder(out, flag)
+    if out.is_dir() and any(out.iterdir()):
+        if (out / "config.json").is_file():
+            way_out = f"continue its run with `{way_on(config)}`, or choose another {flag}"
+        else:
+            way_out = f"choose another {flag}, or remove what is in it (it holds no run)"
+        raise BadInput(f"{flag} {out}: is not empty; {way_out}")
+    return config
+
+
+def _resumed(config: Settings) -> Settings:
+    """The settings to go on with: the new ones where that changes nothing about what is learned."""
+    saved = read_config(config.run.out, type(config))
+    require_folder(config.run.out, "--resume")
+    if config.data.mean is None:
+        config = replace(config, data=replace(config.data, mean=saved.data.mean, std=saved.data.std))
+    may_change = _MAY_CHANGE
+    if isinstance(config, PretrainConfig) and isinstance(saved, PretrainConfig):
+        config = replace(config, objective=_same_teacher(config.objective, saved.objective))
+        may_change = may_change | _places_of_teachers(config.objective, saved.objective)
+    old, new = flat(to_plain(_located(saved))), flat(to_plain(_located(config)))
+    changed = sorted(name for name in old | new if old.get(name) != new.get(name) and name not in may_change)
+    if changed:
+        listing = ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)
+        raise BadInput(
+            f"{config.run.out}: cannot be resumed with other settings than it was started with: {listing}; "
+            "leave them as they were, or start a new run in another directory"
+        )
+    return config
+
+
+def _same_teacher(new: ObjectiveConfig, saved: ObjectiveConfig) -> ObjectiveConfig:
+    """The new settings; a teacher whose weights they do not identify is to be the one of the run."""
+    if not isinstance(new, TaughtConfig) or not isinstance(saved, TaughtConfig) or new.teacher.sha256:
+        return new
+    return replace(new, teacher=replace(new.teacher, sha256=saved.teacher.sha256))
+
+
+def _places_of_teachers(new: ObjectiveConfig, saved: ObjectiveConfig) -> set[str]:
+    """What may be set anew of a teacher that is an artifact: where it is. Its SHA-256 is compared later."""
+    if not isinstance(new, TaughtConfig) or not isinstance(saved, TaughtConfig):
+        return set()
+    return {"objective.teacher.name"} if may_have_moved(saved.teacher, new.teacher) else set()

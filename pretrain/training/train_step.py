@@ -1,0 +1,232 @@
+"""One optimizer step, and everything that it changes: weights, optimizer, loss scale, moving average.
+
+Knows nothing of any method: an objective maps normalised images and their seeds, or their labels where there
+are some, to a loss. Random numbers of a
+forward pass (drop path) are seeded from the position of its first sample in the stream, so nothing depends
+on what drew numbers before, on a restart, or on how many processes share the batch.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+
+from coma.amp import Precision, autocast, build_scaler, choose_attention
+from coma.config import OptimizerConfig, RunConfig
+from coma.data import Batch, Slices, normalize
+from coma.data.shuffle import mix
+from coma.objectives import Objective
+from coma.objectives.classification import Classification
+from pretrain.training.distributed import Processes, reducing, spread_out
+from pretrain.training.ema import MovingAverage
+from pretrain.training.optimizer import build_optimizer
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step gave; the same on every process, but for the waiting."""
+
+    values: dict[str, float]
+    """loss, grad_norm, and the objective's own metrics; means over the global batch."""
+    requests: tuple[bool, ...]
+    """Which of the requests passed to `Learner.step` any process had."""
+    failures: tuple[str, ...]
+    """Images that could not be read, by any process."""
+    waited: float
+    """Seconds this process waited for data."""
+
+
+class NotFinite(Exception):
+    """A loss or gradient is not finite; raised on all processes before the weights are touched."""
+
+    def __init__(self, loss: float, grad_norm: float) -> None:
+        super().__init__(f"loss {loss}, gradient norm {grad_norm}")
+        self.loss = loss
+        self.grad_norm = grad_norm
+
+
+class Learner:
+    """An objective in training.
+
+    Args:
+        objective: On its device, identical on every process; a pre-training objective, or a `Classification`.
+        optimizer: Settings.
+        run: How the machine is used.
+        group: The processes.
+        slices: How the global batch is shared out.
+        precision: Number format of the forward pass.
+        mean: Per channel.
+        std: Per channel.
+    """
+
+    def __init__(
+        self,
+        objective: Objective | Classification,
+        optimizer: OptimizerConfig,
+        run: RunConfig,
+        group: Processes,
+        slices: Slices,
+        precision: Precision,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        self.objective = objective.train()
+        self.precision: Precision = precision
+        self.progress = 0.0
+        self.batches: list[Batch] = []  # of the step in progress, for the report of a loss that is not finite
+        self._config, self._group, self._slices = optimizer, group, slices
+        self._seed = pass_seed(run.seed)
+        self._mean, self._std = (torch.tensor(v, device=group.device) for v in (mean, std))
+        objective.set_grad_checkpointing(run.checkpoint_gradients)
+        choose_attention(objective, precision, group.device)
+        self._model = spread_out(objective, group, run.parallel)
+        if run.compile:
+            objective.compile(dynamic=False)
+        self._optimizer = build_optimizer(objective, optimizer)
+        self._parameters = [p for p in objective.parameters() if p.requires_grad]
+        self._scaler = build_scaler(precision, group.device)
+        self._ema = MovingAverage(self._parameters, optimizer.ema) if optimizer.ema else None
+
+    def step(
+        self,
+        number: int,
+        lr: float,
+        batches: Iterator[Batch],
+        requests: Callable[[], tuple[bool, ...]] = tuple,
+        progress: float = 0.0,
+    ) -> Step:
+        """Take step `number` (from 0): forward, backward, update.
+
+        Args:
+            number: Of the step, from 0.
+            lr: Learning rate; groups of parameters with an `lr_scale` take that share of it.
+            batches: Where the micro batches come from.
+            requests: What this process asks of all of them, called late in the step; see `Step.requests`.
+            progress: Share of the run that is done before this step; told to the objective.
+
+        Raises:
+            NotFinite: before anything was changed.
+        """
+        self.progress = progress
+        self.objective.before_step(progress)
+        for param_group in self._optimizer.param_groups:
+            param_group["lr"] = lr * param_group.get("lr_scale", 1.0)
+        self._optimizer.zero_grad(set_to_none=True)
+        self.batches, waited = [], 0.0
+        passes: list[dict[str, Tensor]] = []
+        first_rows = self._slices.first_rows(number * self._slices.global_batch)
+        for last in [*[False] * (self._slices.accumulation - 1), True]:
+            began = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - began
+            self.batches.append(batch)
+            passes.append(self._forward_backward(batch, next(first_rows), reduce=last))
+        grad_norm = self._unscale_and_clip()
+        sums = torch.stack([torch.stack(list(each.values())) for each in passes]).sum(dim=0)
+        means = sums / (len(passes) * self._group.world)
+        failures = tuple(failure for batch in self.batches for failure in batch.failures)
+        flags = torch.tensor([bool(failures), *requests()], dtype=means.dtype)
+        summed = self._group.total(torch.cat([means, flags.to(means.device, non_blocking=True)]))
+        *numbers, norm = torch.cat([summed, grad_norm[None]]).tolist()  # the one wait for the device
+        values = dict(zip(passes[0], numbers, strict=False)) | {"grad_norm": norm}
+        failed, *raised = (flag > 0 for flag in numbers[len(passes[0]) :])
+        self._check(values["loss"], norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        if self._ema:
+            self._ema.update(number + 1)
+        self.objective.after_step(progress)
+        if failed:
+            failures = tuple(failure for each in self._group.gather(failures) for failure in each)
+        return Step(values, tuple(raised), failures, waited)
+
+    def _forward_backward(self, batch: Batch, position: int, *, reduce: bool) -> dict[str, Tensor]:
+        device = self._group.device
+        images = normalize(batch.images.to(device, non_blocking=True), self._mean, self._std)
+        beside = (batch.seeds if batch.labels is None else batch.labels).to(device, non_blocking=True)
+        seed_generators(self._seed, position)
+        with reducing(self._model, reduce):
+            with autocast(self.precision, device):
+                output = self._model(images, beside)
+            self._scaler.scale(output.loss / self._slices.accumulation).backward()
+        values = {"loss": output.loss, **output.metrics}
+        return {name: value.detach().float() for name, value in values.items()}
+
+    def _unscale_and_clip(self) -> Tensor:
+        self._scaler.unscale_(self._optimizer)
+        norm = clip_grad_norm_(self._parameters, self._config.clip or math.inf)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()
+
+    def _check(self, loss: float, grad_norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        overflow = self._scaler.is_enabled() and self._scaler.get_scale() > 1
+        if not math.isfinite(loss) or not overflow:  # an fp16 overflow is skipped, with a smaller scale next
+            raise NotFinite(loss, grad_norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a step changes: whole tensors on the CPU of process 0, none on the others."""
+        optimizer = get_optimizer_state_dict(self.objective, self._optimizer, options=_WHOLE)
+        return {
+            "model": self.weights(),
+            "optimizer": optimizer,
+            "scaler": self._scaler.state_dict(),
+            "ema": self.published() if self._ema else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """The inverse of `state_dict`; process 0 has the state, the others give None."""
+        group = self._group
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=group.world > 1)
+        state = state or {"model": {}, "optimizer": {}, "ema": {}}
+        if self._ema and group.share(state["ema"] is not None):
+            set_model_state_dict(self.objective, state["ema"], options=options)
+            self._ema.restart()
+        set_model_state_dict(self.objective, state["model"], options=options)
+        set_optimizer_state_dict(self.objective, self._optimizer, state["optimizer"], options=options)
+        scaler = group.share(state.get("scaler"))
+        if scaler and self._scaler.is_enabled():
+            self._scaler.load_state_dict(scaler)
+
+    def published(self) -> dict[str, Tensor]:
+        """The weights to hand over, on process 0: their moving average where there is one."""
+        if self._ema is None:
+            return self.weights()
+        with self._ema.in_place_of_weights():
+            return {name: tensor.clone() for name, tensor in self.weights().items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights as they are, whole, on the CPU of process 0."""
+        return cast("dict[str, Tensor]", get_model_state_dict(self.objective, options=_WHOLE))
+
+
+def pass_seed(run_seed: int) -> int:
+    """What keeps the random numbers of forward passes apart from those of crops and masks."""
+    return mix((run_seed ^ 0x70617373) & (2**64 - 1))
+
+
+def seed_generators(seed: int, position: int) -> None:
+    """Make all random numbers from here on a function of the run's seed and a position in the stream."""
+    value = mix((seed + position) & (2**64 - 1))
+    torch.manual_seed(value)
+    random.seed(value)
+    np.random.seed(value % 2**32)

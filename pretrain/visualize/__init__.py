@@ -1,0 +1,1 @@
+"""Figures of runs: reconstructions, loss curves and contact sheets."""
