@@ -4,7 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := quickstart
-FILES := $(sort $(wildcard tests/test_*.py))
+FILES := $(sort $(shell find tests -name "test_*.py"))
 JOBS := $(shell getconf _NPROCESSORS_ONLN)
 LOCKED := $(VENV)/.locked
 INSTALLED := $(VENV)/.installed

@@ -15,7 +15,7 @@ REASON = re.compile(r"^(?:FAILED|ERROR) (tests/\S+?::.+?) - (.*)", re.MULTILINE)
 
 def run(session: Session) -> None:
     """One row of counts, and one for every test that did not pass."""
-    files = sorted((str(path) for path in (ROOT / "tests").glob("test_*_gpu.py")), reverse=True)
+    files = sorted((str(path) for path in (ROOT / "tests").rglob("test_gpu.py")), reverse=True)
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "--no-header"]
     command += ["-p", "no:cacheprovider", "-o", "filterwarnings=default"]
     command += [f"--accelerator={session.device.type}", *files]

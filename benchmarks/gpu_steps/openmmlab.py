@@ -16,7 +16,7 @@ def run(session: Session) -> None:
     for package in ("mmengine", "mmdet", "mmseg", "mmcv"):
         if find_spec(package) is None:
             raise Skip(f"{package} is not installed")
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests/helpers"))
     from downstream_data import coco, labelled
 
     small = session.small

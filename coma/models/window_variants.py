@@ -12,8 +12,8 @@ pieces of every DM-MSA for a while; each entry of `VARIANTS` answers one finding
     rotary       rotary positions in five passes over queries and keys in place of seven
     pieces       rotary positions and gates each compiled into one kernel
 
-Names joined by "+" apply one after the other, as in "merged+rotary". `tests/test_pretrain_window_variants.py`
-compares all of them with the reference; `benchmarks/gpu.py` times them.
+Names joined by "+" apply one after the other, as in "merged+rotary". `test_window_variants.py` compares all
+of them with the reference; `benchmarks/gpu.py` times them.
 """
 
 from __future__ import annotations

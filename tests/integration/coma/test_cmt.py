@@ -1,6 +1,6 @@
 """CMT-MAE and balanced CoMA: masks, targets, moving average, runs.
 
-The curves in `tests/golden/loss_curves_cmt.json` are renewed by `python tests/test_pretrain_cmt.py`.
+The curves in `tests/golden/loss_curves_cmt.json` are renewed by `python tests/integration/coma/test_cmt.py`.
 """
 
 import json
@@ -39,7 +39,7 @@ from pretrain.training import pretrain
 from pretrain.training.checkpoint import read_state
 from pretrain.training.train_step import Learner
 
-GOLDEN = Path(__file__).parent / "golden" / "loss_curves_cmt.json"
+GOLDEN = Path(__file__).parents[2] / "golden" / "loss_curves_cmt.json"
 
 
 @pytest.fixture(scope="module")

@@ -163,7 +163,7 @@ def test_signals_end_a_server_and_its_uploads(number, tmp_path):
         environment = {**os.environ, "TMPDIR": str(tmp_path)}
         process = subprocess.Popen(
             [sys.executable, "-c", SERVER], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[3],
         )  # fmt: skip
         assert process.stdout
         return process, int(process.stdout.readline()), Path(process.stdout.readline().strip())

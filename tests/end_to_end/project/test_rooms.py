@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 COMMANDS = PROJECT["project"]["entry-points"]["coma.commands"]
 HEAVY = ("gradio", "mmcv", "mmdet", "mmengine", "mmseg", "onnx", "onnxruntime", "tensorrt")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_pretrain_compare import SMALL, asked
-from test_pretrain_probe import class_folders
+from class_folders import class_folders
+from comparisons import SMALL, asked
 
 from coma.errors import BadInput
 from pretrain.commands.compare import _device, entry, parse

@@ -139,7 +139,7 @@ if __name__ == "__main__":
 def test_a_small_dev_shm_is_enough(tmp_path):
     (tmp_path / "script.py").write_text(SMALL)
     command = ["unshare", "--mount", sys.executable, str(tmp_path / "script.py")]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=150)
     except FileNotFoundError:
@@ -257,7 +257,7 @@ def test_a_program_that_ends_takes_its_workers_along_in_silence(tmp_path):
         [sys.executable, str(tmp_path / "script.py")],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": folder},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "TMPDIR": folder},
         timeout=150,
     )
     assert (done.returncode, done.stderr) == (0, "")

@@ -4,78 +4,16 @@ import io
 import struct
 import threading
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from upload_files import NOISE, bad_files, good_files, saved
 
 from coma.errors import BadImage
 from demo import upload
 from demo.storage import Storage
 from demo.upload import MAX_PIXELS, MAX_SIDE, Uploads, read_picture
-
-RNG = np.random.default_rng(0)
-NOISE = RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)
-
-
-def saved(path: Path, image: Image.Image, **options) -> Path:
-    image.save(path, **options)
-    return path
-
-
-def png(width: int, height: int, data: bytes = b"") -> bytes:
-    """A PNG of one byte a pixel whose header says this size."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-
-
-def bad_files(folder: Path) -> dict[str, Path]:
-    """Name of the trouble to a file that has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    photograph = Image.fromarray(NOISE)
-    whole = io.BytesIO()
-    photograph.save(whole, "PNG")
-    frames = [Image.fromarray(RNG.integers(0, 256, (20, 20, 3), dtype=np.uint8)) for _ in range(3)]
-    files: dict[str, bytes] = {
-        "not a picture.jpg": b"just some text that calls itself a photograph\n" * 20,
-        "not a picture (empty).png": b"",
-        "damaged.png": whole.getvalue()[: len(whole.getvalue()) // 2],
-        "too large.png": png(10_000, 10_000, zlib.compress(bytes(10_001 * 10_000), 9)),  # 100 megapixels
-        "too large (bomb).png": png(60_000, 60_000, zlib.compress(bytes(1000))),
-        "not a picture (svg).png": b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'></svg>",
-    }
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    saved(folder / "animated.gif", frames[0], save_all=True, append_images=frames[1:])
-    saved(folder / "animated (webp).webp", frames[0], save_all=True, append_images=frames[1:], lossless=True)
-    saved(folder / "animated (apng).png", frames[0], save_all=True, append_images=frames[1:])
-    saved(folder / "GIF pictures.gif", frames[0])
-    return {path.name: path for path in folder.iterdir()}
-
-
-def good_files(folder: Path) -> dict[str, Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    import imagecodecs
-
-    photograph = Image.fromarray(NOISE)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned: what is stored lying is seen upright
-    (folder / "16 bit.png").write_bytes(imagecodecs.png_encode(NOISE.astype(np.uint16) * 257))
-    saved(folder / "cmyk.jpg", photograph.convert("CMYK"))
-    saved(folder / "turned.jpg", photograph, exif=exif)
-    saved(folder / "transparent.png", Image.fromarray(np.dstack([NOISE, np.zeros((40, 60), np.uint8)])))
-    saved(folder / "grey.png", photograph.convert("L"))
-    saved(folder / "palette.png", photograph.convert("P"))
-    saved(folder / "renamed.txt.png", photograph, format="BMP")
-    saved(folder / "large.jpg", Image.fromarray(np.zeros((4000, 3000, 3), np.uint8)))
-    return {path.name: path for path in folder.iterdir()}
 
 
 def test_bad_files_are_refused_by_what_they_are(tmp_path):

@@ -1,6 +1,6 @@
 """Beyond Masking: what each degradation shows, where its loss lies, what it rebuilds, golden loss curves.
 
-The curves in `tests/golden/loss_curves_beyond.json` are renewed by `python tests/test_pretrain_beyond.py`.
+The curves in `tests/golden/loss_curves_beyond.json` are renewed by running this file.
 """
 
 import json
@@ -38,7 +38,7 @@ ENCODERS = {
     ),
     "vit": ViTConfig(patch=8, dim=32, depth=2, heads=2),
 }
-GOLDEN = Path(__file__).parent / "golden" / "loss_curves_beyond.json"
+GOLDEN = Path(__file__).parents[2] / "golden" / "loss_curves_beyond.json"
 ALL = get_args(Degradation)
 MASKED = ("zoom-in+mask", "zoom-in+coma")
 HIDING = ("zoom-in", *MASKED)

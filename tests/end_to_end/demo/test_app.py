@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from demo_files import models, served
 from PIL import Image
-from test_demo_upload import bad_files, good_files
+from upload_files import bad_files, good_files
 
 from coma.cli import main
 from coma.errors import BadInput, CheckFailed

@@ -13,7 +13,7 @@ from tensorrt_files import needs_rtx
 
 from coma.runtimes.trt.discovery import load_library
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 FILES = [*sorted((ROOT / "export/tensorrt").glob("*.py")), ROOT / "coma/runtimes/tensorrt.py"]
 SURFACES = json.loads((ROOT / "tests/golden/tensorrt_surfaces.json").read_text())
 OBJECTS = {

@@ -252,7 +252,7 @@ def test_teachers_are_loaded_strictly_from_local_files(weights, tmp_path, monkey
 )
 def test_teachers_that_cannot_teach_are_refused(config, message, monkeypatch):
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
-    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.chdir(Path(__file__).parents[3])
     with pytest.raises(BadInput, match=message):
         load_teacher(config, STATISTICS)
 

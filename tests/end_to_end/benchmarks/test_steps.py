@@ -24,7 +24,7 @@ from pretrain.training.throughput import training_flops
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler, profilers and mm's packages have many
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 BENCHMARKS = ROOT / "benchmarks"
 IN_OTHER_PROCESSES = ("e", "h", "i", "j", "k")
 """Steps that start commands, which other tests cover: they take minutes."""

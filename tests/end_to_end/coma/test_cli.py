@@ -1,6 +1,6 @@
 """`coma`: found commands, exit codes, messages, a fast start, and a surface that changes only on purpose.
 
-The texts in `tests/golden` are renewed by running this file: `python tests/test_pretrain_cli.py`.
+The texts in `tests/golden` are renewed by running this file: `python tests/end_to_end/coma/test_cli.py`.
 """
 
 import errno
@@ -20,7 +20,7 @@ import pytest
 import coma
 from coma import cli
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 OURS = sorted(name for name, entry in cli.find_commands().items() if entry.module.startswith("pretrain."))
 
 ROOM = '''"""Says hello.
@@ -334,7 +334,7 @@ def test_help_is_wrapped_where_the_terminal_ends_not_where_our_lines_do():
 
 def test_the_command_line_is_as_it_was():
     stored = {path.name: path.read_text(encoding="utf-8") for path in GOLDEN.glob("*.txt")}
-    assert surface() == stored, "if you meant to change it: python tests/test_pretrain_cli.py"
+    assert surface() == stored, "if you meant to change it: python tests/end_to_end/coma/test_cli.py"
 
 
 def test_a_changed_flag_would_be_noticed(monkeypatch):

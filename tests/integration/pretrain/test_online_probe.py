@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from class_folders import class_folders
 from PIL import Image
 from short_runs import MODEL, Killed, assert_same, at, killed_in, learned, stop_during
 
@@ -22,19 +23,6 @@ from pretrain.evaluate import effective_rank, evaluate, feature_spread, open_pro
 from pretrain.evaluate.online_probe import Probe
 from pretrain.training import pretrain
 from pretrain.visualize.reconstructions import loss_curve
-
-
-def class_folders(folder: Path, train: int = 24, test: int = 12, classes: int = 2) -> Path:
-    """Noise that is brighter from class to class."""
-    rng = np.random.default_rng(1)
-    for split, count in (("train", train), ("test", test)):
-        for number in range(count):
-            label = number % classes
-            place = folder / split / f"class{label}"
-            place.mkdir(parents=True, exist_ok=True)
-            pixels = rng.integers(0, 120, (20, 20, 3), dtype=np.uint8) + np.uint8(60 * label)
-            Image.fromarray(pixels).save(place / f"{number}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")

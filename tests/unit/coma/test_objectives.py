@@ -1,6 +1,6 @@
 """CoMA and MAE: which pixels carry loss, what each view may know, and golden loss curves.
 
-The curves in `tests/golden/loss_curves.json` are renewed by `python tests/test_pretrain_objectives.py`.
+The curves in `tests/golden/loss_curves.json` are renewed by `python tests/unit/coma/test_objectives.py`.
 """
 
 import json
@@ -32,7 +32,7 @@ METHODS = {
     "single": CoMAConfig(masks="single", decoder=DECODER),
     "mae": MAEConfig(decoder=DECODER),
 }
-GOLDEN = Path(__file__).parent / "golden" / "loss_curves.json"
+GOLDEN = Path(__file__).parents[2] / "golden" / "loss_curves.json"
 
 
 def objective(encoder, method, **changes):

@@ -33,7 +33,7 @@ from pretrain.training.optimizer import learning_rate
 from pretrain.training.run_plan import write_config
 from pretrain.training.train_step import Learner
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

@@ -36,7 +36,7 @@ from coma.objectives import build_objective
 from pretrain.training import pretrain, replay_nonfinite
 from pretrain.training.distributed import innermost_blocks, processes
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 PAIR = """
 import os, signal, sys
