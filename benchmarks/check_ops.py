@@ -13,7 +13,7 @@ share their name. To make one, with this repository installed:
 
 The functions of `downstream.openmmlab.mmcv_ops` are called directly and take nothing's place. Boxes are
 random and crowded, as before suppression; the comparison is repeated over draws, times are medians
-of rounds in turn. mmcv has no focal losses for the CPU: there, only ours are timed (not with `--device cuda`).
+of rounds in turn. mmcv has no focal losses for the CPU: there, only ours are timed (with CUDA, both are).
 
 Equal scores are where the two differ: mmcv sorts without keeping the order of equals, and its softnms swaps
 boxes as it goes, while ours take the first of equals. Two rows have scores of two decimals, to show what that

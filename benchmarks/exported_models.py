@@ -20,13 +20,13 @@ from coma.artifact import (
     load_artifact,
     save_artifact,
 )
+from coma.artifact.load import artifact_hash
 from coma.config import encoder_preset, method_preset
 from coma.models import build_encoder
 from coma.models.classifier import build_classifier
 from coma.objectives import build_objective
-from coma.runtimes.model_spec import Description, Form, Port, Precision, Preprocessing
-from export.graphs.base import Deployable
-from export.graphs.load import artifact_hash, load_deployable
+from coma.runtimes.model_spec import Deployable, Description, Form, Port, Precision, Preprocessing
+from export.graphs.load import load_deployable
 
 PEERS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224", "hiera_tiny_224")
 CLASSES = 1000

@@ -43,7 +43,7 @@ from torch import Tensor
 from coma.config import ENCODER_PRESETS
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import machine, versions
-from coma.runtimes.model_spec import Description, Precision
+from coma.runtimes.model_spec import METADATA, Description, Precision, as_json, read_description
 from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes
@@ -52,7 +52,7 @@ from export.graphs.detector import BEHIND_BACKBONE
 from export.graphs.load import example_inputs
 from export.image_sets import read_image_set
 from export.latency import Latency, compute, interleaved
-from export.onnx_export import METADATA, as_json, in_precision, read_description, write_onnx
+from export.onnx_export import in_precision, write_onnx
 from export.preprocessing import as_input, open_images, resized
 from export.quantization import quantize_int8
 from export.verify.parity import Verdict, verify

@@ -7,6 +7,12 @@ import os
 import platform
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coma.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
 
 
 def processor() -> str:
@@ -27,3 +33,28 @@ def cores() -> int:
         return max(1, min(allowed, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):  # no such file, or "max": no quota
         return allowed
+
+
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device asked for; `auto` takes what there is.
+
+    Raises:
+        BadInput: it is not there.
+    """
+    import torch
+
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available() and local_rank is None,
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind, available in there.items() if available)
+    if not there[name]:
+        raise BadInput(f"--device {name}: not available here; leave it out to take what there is")
+    if name != "cuda":
+        return torch.device(name)
+    index, gpus = local_rank or 0, torch.cuda.device_count()
+    if index >= gpus:
+        raise BadInput(f"this machine has {gpus} GPUs; start torchrun with --nproc-per-node {gpus} or fewer")
+    return torch.device("cuda", index)

@@ -18,7 +18,7 @@ from coma.errors import ComaError
 from coma.masking.patchify import unit_grid
 from coma.runtimes.model_spec import Form
 from demo.inputs import BLOBS, CheckedBlocks, CheckedImage, one_line
-from demo.masks import draw_views
+from demo.masking import draw_views
 from demo.middleware import Gate
 from demo.models import Models
 from demo.pages.downstream import TITLES, classify_tab, detect_tab, segment_tab

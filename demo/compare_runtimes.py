@@ -15,7 +15,7 @@ from coma.errors import ComaError
 from coma.masking.patchify import unit_grid
 from coma.runtimes.base import Runtime
 from coma.runtimes.model_spec import Form
-from demo.masks import draw_views
+from demo.masking import draw_views
 from demo.models import Model
 from demo.predict import prepare
 from demo.reconstruction import run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +13,11 @@ from torch import Tensor
 
 from coma.data.transforms import normalize
 from coma.errors import BadInput
-from coma.masking.patchify import unit_grid
-from coma.objectives.degradations import Kind, degrade
+from coma.masking.patchify import spread, unit_grid
+from coma.masking.sampling import keep, partition
+from coma.objectives.degradations import Kind, border, degrade
 from coma.runtimes.model_spec import Preprocessing
 from demo.introspection import attention_received
-from demo.masks import METHODS, draw_views, guided_view, painted_view, ring, zoomed_view
 from demo.models import Model
 from demo.resize import Fitted
 
@@ -99,3 +100,164 @@ def _unboxed(painted: np.ndarray, fitted: Fitted) -> np.ndarray:
     whole = np.zeros(fitted.pixels.shape[1:], bool)
     whole[top : top + height, left : left + width] = small >= 64
     return whole
+
+
+PAINTED = 0.1
+"""A unit is hidden when the brush covered at least this share of it."""
+
+
+LARGEST_SEED = 2**31 - 1
+
+
+_UNLEARNT = "A model that learned this undoes it; others rebuild each half of it from the other half."
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to hide parts of a picture.
+
+    Attributes:
+        title: For the picker.
+        about: One sentence.
+        views: How many complementary views; 1 is a single mask.
+        ratio: Whether the share that is hidden can be chosen.
+        seed: Whether it is drawn at random.
+        degrades: Which degradation of `coma.objectives.degradations` the input gets.
+    """
+
+    title: str
+    about: str
+    views: int = 1
+    ratio: bool = False
+    seed: bool = True
+    degrades: Kind | None = None
+
+
+METHODS: dict[str, Method] = {
+    "coma": Method(
+        "CoMA: complementary pair",
+        "Every unit is seen by one of two views; each view rebuilds what the other one saw.",
+        views=2,
+    ),
+    "coma4": Method(
+        "CoMA: four views",
+        "The units are shared out over four views; each sees a quarter and rebuilds the rest.",
+        views=4,
+    ),
+    "mae": Method("MAE: one random mask", "One view sees a random share of the units.", ratio=True),
+    "guided": Method(
+        "CMT: hide where the model looks",
+        "Hidden units are drawn in proportion to the attention that they get from the model itself.",
+        ratio=True,
+    ),
+    "zoom-in": Method(
+        "Beyond Masking: zoom in", "The model sees the centre, and draws the border.", seed=False
+    ),
+    "zoom-out": Method(
+        "Beyond Masking: zoom out",
+        f"The picture is shrunk and mirrored outwards. {_UNLEARNT}",
+        degrades="zoom-out",
+    ),
+    "distort": Method("Beyond Masking: distort", f"Seen through a fisheye. {_UNLEARNT}", degrades="distort"),
+    "blur": Method("Beyond Masking: blur", f"Blurred by a random kernel. {_UNLEARNT}", degrades="blur"),
+    "decolor": Method(
+        "Beyond Masking: take the colour",
+        f"A random mixture of the channels. {_UNLEARNT}",
+        degrades="decolor",
+    ),
+    "brush": Method("Brush: you paint what to hide", "One view sees what you left unpainted.", seed=False),
+}
+
+
+def zoomed_view(h: int, w: int) -> Tensor:
+    """What a view sees that zoomed in, bool `[1, h, w]`: all but the border.
+
+    Raises:
+        BadInput: fewer than 3 x 3 units.
+    """
+    rows, cols = ring(h, w)
+    inner = torch.ones(1, h - 2 * rows, w - 2 * cols, dtype=torch.bool)
+    return F.pad(inner, (cols, cols, rows, rows))
+
+
+def ring(h: int, w: int) -> tuple[int, int]:
+    """Rows and columns of units, at either end, that zooming in leaves out.
+
+    Raises:
+        BadInput: fewer than 3 x 3 units.
+    """
+    if min(h, w) < 3:
+        raise BadInput(f"This picture has {h} x {w} mask units; zooming in needs 3 x 3.")
+    return border(h), border(w)
+
+
+def guided_view(attention: Tensor, seed: int, hidden_ratio: float) -> Tensor:
+    """What a view sees when units were hidden in proportion to `attention [h, w]`: bool `[1, h, w]`."""
+    from coma.masking.sampling import draw
+
+    units = attention.numel()
+    hidden = min(max(round(units * hidden_ratio), 1), units - 1)
+    drawn: Callable[..., Tensor] = draw
+    return ~drawn(attention[None], torch.tensor([seed]), hidden)
+
+
+def draw_views(method: str, seed: int, h: int, w: int, hidden_ratio: float = 0.75) -> Tensor:
+    """Units that each view sees, bool `[v, h, w]`.
+
+    Args:
+        method: coma, coma4 or mae.
+        seed: 0 to `LARGEST_SEED`.
+        h: Rows of units.
+        w: Columns of units.
+        hidden_ratio: Of mae: share of the units to hide; one at least is hidden and one is seen.
+
+    Raises:
+        BadInput: too few units for so many views, or a method that draws nothing.
+    """
+    seeds = torch.tensor([seed])
+    views = METHODS[method].views
+    if views > 1:
+        if h * w < views:
+            raise BadInput(f"This picture has {h * w} mask units, too few for {views} views.")
+        group = partition(seeds, h, w, views)[0]
+        return group == torch.arange(views)[:, None, None]
+    if method != "mae":
+        raise BadInput(f"{METHODS[method].title}: draws no mask")
+    if h * w < 2:
+        raise BadInput("This picture is a single mask unit: nothing would be left to see.")
+    shown = min(max(round(h * w * (1 - hidden_ratio)), 1), h * w - 1)
+    return keep(seeds, h, w, shown)
+
+
+def painted_view(covered: np.ndarray, height: int, width: int, unit: int) -> Tensor:
+    """What a view sees when a person painted over the rest.
+
+    Args:
+        covered: bool `[H', W']`, painted pixels, at whatever size the brush had.
+        height: Pixels of the picture.
+        width: Likewise.
+        unit: Side of a mask unit in pixels.
+
+    Returns:
+        bool `[1, h, w]`, False for units of which at least `PAINTED` was covered.
+
+    Raises:
+        BadInput: nothing was painted, or everything.
+    """
+    paint = torch.from_numpy(np.ascontiguousarray(covered, dtype=np.float32))[None, None]
+    fine = F.interpolate(paint, (height, width), mode="area")
+    h, w = -(-height // unit), -(-width // unit)
+    padded = F.pad(fine, (0, w * unit - width, 0, h * unit - height))
+    real = F.pad(torch.ones_like(fine), (0, w * unit - width, 0, h * unit - height))
+    share = F.avg_pool2d(padded, unit) / F.avg_pool2d(real, unit)
+    visible = share[0] < PAINTED
+    if visible.all():
+        raise BadInput("Nothing is painted yet: draw over the picture what the model shall not see.")
+    if not visible.any():
+        raise BadInput("Everything is painted over: leave something for the model to see.")
+    return visible
+
+
+def pixel_view(visible: Tensor, unit: int, height: int, width: int) -> np.ndarray:
+    """Views of units `[v, h, w]` as pixels, bool `[v, height, width]`."""
+    return spread(visible, unit)[:, :height, :width].numpy()

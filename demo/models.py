@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from coma.artifact import ArtifactConfig, load_artifact
+from coma.artifact.load import artifact_hash
 from coma.errors import BadInput, ComaError
 from coma.models import Encoder
 from coma.runtimes.base import Runtime
-from coma.runtimes.model_spec import Description, Form
+from coma.runtimes.model_spec import FORMS, Description, Form
 from coma.runtimes.open import Device, open_runtime
 from demo.runtimes import Exported, Offer, exported_files, offers_of, verified_file
-from export.graphs.load import FORMS, artifact_hash
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Model:
 
     @property
     def method(self) -> str:
-        """The key of `demo.masks.METHODS` nearest to how it was trained."""
+        """The key of `demo.masking.METHODS` nearest to how it was trained."""
         objective = self.config.objective if self.config else None
         kind = type(objective).__name__.removesuffix("Config").lower()
         if kind == "coma":

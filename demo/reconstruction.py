@@ -19,7 +19,7 @@ from coma.data.transforms import normalize
 from coma.masking.patchify import pad_to_units, patchify, unpatchify
 from coma.objectives.targets import Statistics, nearby_statistics, unit_statistics
 from coma.runtimes.base import Runtime
-from demo.masks import pixel_view
+from demo.masking import pixel_view
 from demo.resize import Fitted
 from export.preprocessing import as_input
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from coma.atomic_io import sha256_of
 from coma.errors import BadInput
-from coma.hashing import sha256_of
 from coma.runtimes.manifest import NAME as MANIFEST
 from coma.runtimes.manifest import Manifest
 from coma.runtimes.model_spec import Form

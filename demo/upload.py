@@ -21,7 +21,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from coma.data.channels import adapt, unit_scale
-from coma.data.decode import Picture, decode
+from coma.data.decode import decode
+from coma.data.image import Picture
 from coma.data.transforms import resize
 from coma.errors import BadImage
 from demo.storage import Storage

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pretrain.training.console import clock
+from coma.progress import clock
 
 LINES = 20
 """Lines of a whole run where there is no terminal."""

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from coma.artifact.load import artifact_hash
 from coma.devices import cores
 from coma.errors import BadInput, ComaError
 from coma.library_errors import library_errors
@@ -21,7 +22,7 @@ from coma.runtimes.manifest import NAME, Entry, Manifest, is_verified
 from coma.runtimes.model_spec import Form
 from coma.runtimes.open import Device
 from coma.runtimes.pytorch import TorchRuntime
-from export.graphs.load import artifact_hash, example_inputs, load_deployable
+from export.graphs.load import example_inputs, load_deployable
 from export.image_sets import ImageSet
 from export.job import Watcher
 from export.latency import Latency, compute, end_to_end, interleaved

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any, get_args
 from coma.errors import BadArtifact, CheckFailed
 from coma.library_errors import about_one_file, library_errors
 from coma.runtimes.manifest import STAGED
-from coma.runtimes.model_spec import Description, Form, Precision
+from coma.runtimes.model_spec import (
+    METADATA,
+    Deployable,
+    Description,
+    Form,
+    Precision,
+    as_json,
+    read_description,
+)
 from coma.runtimes.shape_ranges import Shape, Shapes
-from export.graphs.base import Deployable
 from export.graphs.load import example_inputs, load_deployable
 from export.job import Request, Watcher, file_name
-from export.onnx_export import (
-    METADATA,
-    as_json,
-    in_precision,
-    read_description,
-    with_preprocessing,
-    write_onnx,
-)
+from export.onnx_export import in_precision, with_preprocessing, write_onnx
 from export.preprocessing import as_input, resized
 from export.report import NAME as REPORT
 

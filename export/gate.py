@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from coma.atomic_io import sha256_of
 from coma.errors import BadInput, CheckFailed, ComaError
-from coma.hashing import sha256_of
 from coma.library_errors import about_one_file, library_errors
 from coma.messages import counted
 from coma.runtimes.base import Runtime
-from coma.runtimes.manifest import Entry, Manifest
+from coma.runtimes.manifest import Entry, Manifest, Selection
 from coma.runtimes.model_spec import Precision
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shapes
@@ -24,7 +24,6 @@ from coma.runtimes.trt.sidecar import sidecar_path
 from export.candidates import Maker, describe, fitted, load
 from export.graphs.load import example_inputs, load_deployable
 from export.half_precision_emulation import emulate, is_short
-from export.image_sets import Selection
 from export.job import Request, Watcher
 from export.latency import compute, end_to_end, interleaved
 from export.preprocessing import as_input, resized

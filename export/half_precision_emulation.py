@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal, TypeGuard
 
 from coma.errors import BadInput
+from coma.runtimes.onnxruntime import EMULATED
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 Short = Literal["fp16", "bf16"]
 
-EMULATED = "coma.emulated"
-"""In a graph's metadata: what it emulates, "fp16" or "bf16"."""
 
 _EXACT = frozenset(
     {

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from coma.data.sources.base import Source
 from coma.errors import BadImage, BadInput
-from coma.messages import abridged, counted
+from coma.messages import counted
+from coma.runtimes.manifest import Selection
 from export.preprocessing import Photographs, evenly
 
 log = logging.getLogger(__name__)
 
-_NAMED = 5
-"""Most left-out images that a message names for each reason, and most reasons; manifest.json has all."""
 _CANDIDATES = 4
 """Most images that are looked at for each one that is wanted."""
 
@@ -47,32 +46,6 @@ class Purpose:
 VERIFICATION = Purpose("--verify", "--verify-images", least=4, advised=4)
 CALIBRATION = Purpose("--calibrate", "--calibrate-images", least=8, advised=32)
 TIMING = Purpose("--images", None, least=1, advised=1, distinct=False)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which images of a source are used.
-
-    Attributes:
-        location: The source, for people.
-        used: Number of images that are used.
-        available: Number of images in the source.
-        left_out: Reason by name, for images that were looked at and are not used.
-    """
-
-    location: str
-    used: int
-    available: int
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        left_out = f", {len(self.left_out)} left out" if self.left_out else ""
-        return f"{counted(self.used, 'image')} of {self.location}{left_out}"
-
-    @property
-    def names(self) -> str:
-        """The images that are left out, by reason."""
-        return named(self.left_out)
 
 
 @dataclass(frozen=True)
@@ -143,15 +116,6 @@ def name_in(source: Source, number: int) -> str:
 def reason_of(error: BadImage, source: Source, number: int) -> str:
     """Why an image cannot be read, without its name."""
     return str(error).removeprefix(f"{source.describe(number)}: ")
-
-
-def named(left_out: dict[str, str]) -> str:
-    """The images that are left out, by reason; of many only the first ones."""
-    reasons: dict[str, list[str]] = {}
-    for name, reason in left_out.items():
-        reasons.setdefault(reason, []).append(name)
-    groups = [f"{abridged(names, _NAMED)}: {reason}" for reason, names in reasons.items()]
-    return abridged(groups, _NAMED, "; ")
 
 
 def _check(found: Selection, most: int, purpose: Purpose) -> None:

@@ -7,7 +7,6 @@ of a 16-bit model, not converted; their inputs and outputs stay float32.
 from __future__ import annotations
 
 import ast
-import json
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,12 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from coma.atomic_io import write_whole
-from coma.config.serialization import from_plain, to_plain
-from coma.errors import BadInput, CheckFailed
+from coma.errors import CheckFailed
 from coma.library_errors import library_errors
-from coma.runtimes.model_spec import FORMAT_VERSION, Description, Port, Precision
+from coma.runtimes.model_spec import (
+    METADATA,
+    Deployable,
+    Description,
+    Port,
+    Precision,
+    as_json,
+)
 from coma.runtimes.shape_ranges import Shapes
-from export.graphs.base import Deployable
 from export.graphs.load import example_inputs
 
 if TYPE_CHECKING:
@@ -32,7 +36,6 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET = 18
-METADATA = "coma"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _TALKATIVE = (
     *("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes"),
@@ -155,39 +158,6 @@ def _check_size(size: int) -> None:
 
     if size >= onnx.checker.MAXIMUM_PROTOBUF:
         raise CheckFailed(f"would be {size / 1e9:.1f} GB, more than the 2 GB of an ONNX file; try fp16")
-
-
-def as_json(description: Description) -> str:
-    """What is written into a file."""
-    return json.dumps(to_plain(description))
-
-
-def read_description(model: onnx.ModelProto, source: str) -> Description:
-    """What an ONNX file of ours says of itself.
-
-    Raises:
-        BadInput: it says nothing, or something that is not known here.
-    """
-    found = {prop.key: prop.value for prop in model.metadata_props}.get(METADATA)
-    return parse_description(found, source)
-
-
-def parse_description(text: str | None, source: str) -> Description:
-    """A description from its JSON.
-
-    Raises:
-        BadInput: there is none, or it is not known here.
-    """
-    try:
-        plain = json.loads(text or "")
-        version = plain.get("format_version")
-    except (ValueError, RecursionError, AttributeError):
-        raise BadInput(
-            f"{source}: has no description of ours; give a file that `coma export` wrote"
-        ) from None
-    if version != FORMAT_VERSION:
-        raise BadInput(f"{source}: format {version}, known here is {FORMAT_VERSION}; export it again")
-    return from_plain(plain, Description, source=source)
 
 
 def modules_of(node: onnx.NodeProto) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -22,9 +25,9 @@ from coma.artifact.schema import (
     ArtifactConfig,
     content_sha256,
 )
+from coma.atomic_io import sha256_of
 from coma.config.serialization import from_plain, read_json
 from coma.errors import BadArtifact, BadInput
-from coma.hashing import sha256_of
 from coma.messages import abridged
 from coma.models import Encoder, build_encoder
 
@@ -218,3 +221,24 @@ def _fits(given: Tensor, wanted: Tensor) -> bool:
 def _describe(tensor: Tensor) -> str:
     kind = "" if tensor.is_floating_point() else " " + str(tensor.dtype).removeprefix("torch.")
     return f"{list(tensor.shape)}{kind}"
+
+
+def artifact_hash(directory: Path) -> str:
+    """SHA-256 of what it computes: its weights and its `config.json` without how it was trained and by what.
+
+    Raises:
+        BadArtifact: it is none, or damaged.
+    """
+    try:
+        plain = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        for fact in ("trained", "versions", CHECKSUMS):
+            plain.pop(fact, None)
+        found = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+        with safe_open(directory / "model.safetensors", framework="pt", device="cpu") as file:
+            for name in sorted(file.keys()):  # the file's header has no fixed order
+                tensor = file.get_tensor(name)
+                found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    except (OSError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
+        raise BadArtifact(f"{directory}: not a readable artifact ({error})") from None
+    return found.hexdigest()

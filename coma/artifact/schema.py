@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from coma.atomic_io import sha256_of
 from coma.config import EncoderConfig, ObjectiveConfig, view_size
 from coma.errors import BadInput
-from coma.hashing import sha256_of
 from coma.ranges import MEAN, SIDE, STD, Ranged
 
 FORMAT_VERSION = 1

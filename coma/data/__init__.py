@@ -5,9 +5,10 @@ read them, and a loader's whole state is the number of samples consumed.
 """
 
 from coma.data.augment import labelled_batches
+from coma.data.batches import Batch, Slices
 from coma.data.labelled import LabelledSplits, open_labelled, say_absent_classes
 from coma.data.labels import labels_among, shared_labels, top_share
-from coma.data.loader import Batch, Slices, check_loader, evaluation_batches, training_batches
+from coma.data.loader import check_loader, evaluation_batches, training_batches
 from coma.data.pixel_values import check_some
 from coma.data.sources.base import ArraySource, Source
 from coma.data.sources.open import open_source

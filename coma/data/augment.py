@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from coma.config import DataConfig
-from coma.data.loader import Batch, Slices, TrainingFetch, check_start
+from coma.data.batches import Batch, Slices, TrainingFetch
+from coma.data.loader import check_start
 from coma.data.shuffle import mix
 from coma.data.sources.base import Source
 from coma.data.worker_pool import in_workers

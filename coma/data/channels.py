@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from coma.data.decode import Picture
 from coma.data.decode_arrays import white_of
+from coma.data.image import Picture
 from coma.errors import BadImage
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, section 2.5.1

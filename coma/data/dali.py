@@ -25,8 +25,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from coma.data.batches import Batch, SampleFetch, Samples, TrainingFetch
 from coma.data.decode import plain_jpeg_size
-from coma.data.loader import Batch, SampleFetch, Samples, TrainingFetch
 from coma.data.transforms import Box
 from coma.data.worker_pool import default_workers, in_workers
 from coma.errors import BadInput

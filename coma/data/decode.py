@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import io
 import logging
-import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from coma.data import decode_arrays
+from coma.data.image import AtLeast, Picture, check_size, upright
 from coma.errors import BadImage
 
 EXTENSIONS = (
@@ -27,8 +27,6 @@ EXTENSIONS = (
 )
 HEIF_EXTENSIONS = (".heic", ".heif", ".hif")
 INSTALL_HEIF = "pip install 'coma-dyvit[heic]'"
-MAX_PIXELS = 178_956_970
-"""Larger images are refused; Pillow's own limit for a decompression bomb."""
 
 HEAD = 32
 """Bytes at the start of a file that tell whether it is an image."""
@@ -45,21 +43,6 @@ _GIF = (b"GIF87a", b"GIF89a")
 _AVIF_BRANDS = (b"avif", b"avis")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _TALKATIVE = ("PIL.TiffImagePlugin", "tifffile", "imagecodecs")
-
-
-AtLeast = int | Callable[[int, int], int]
-"""How small a JPEG may come back, see `decode`."""
-
-
-class Picture(NamedTuple):
-    """A decoded image."""
-
-    pixels: np.ndarray
-    """`[H, W, C]` uint8, uint16 or float32."""
-    alpha: bool = False
-    """The last channel is opacity."""
-    missing: np.ndarray | None = None
-    """bool `[H, W, C]`: values that the file marks as missing; None where there are none."""
 
 
 def decode(data: bytes, name: str, at_least: AtLeast = 0) -> Picture:
@@ -150,31 +133,7 @@ def _brands(data: bytes) -> tuple[bytes, ...]:
     return brands if brands and brands[0] in (*_AVIF_BRANDS, *_HEIF_BRANDS) else ()
 
 
-def check_size(*shape: int) -> None:
-    """Refuse sizes that only a damaged or hostile header has, before memory is taken for them.
-
-    Raises:
-        BadImage: the shape holds more values than `MAX_PIXELS` RGB pixels.
-    """
-    if math.prod(shape) > 3 * MAX_PIXELS:
-        size = " x ".join(map(str, shape))
-        raise BadImage(f"{size} values are more than the limit of {3 * MAX_PIXELS} (a decompression bomb?)")
-
-
-def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo a camera's rotation; `orientation` 1 to 8 as in the EXIF standard, section 4.6.4."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
-
-
 def _decode(data: bytes, at_least: AtLeast) -> Picture:
-    from coma.data import decode_arrays
-
     if data.startswith(_NPY):
         return decode_arrays.decode_npy(data)
     if data.startswith(_TIFF):

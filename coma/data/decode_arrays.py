@@ -16,7 +16,7 @@ import io
 
 import numpy as np
 
-from coma.data.decode import Picture, check_size, upright
+from coma.data.image import Picture, check_size, upright
 from coma.errors import BadImage
 
 MAX_CHANNELS = 16

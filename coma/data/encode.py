@@ -11,7 +11,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from coma.data.decode import Picture
+from coma.data.image import Picture
 from coma.data.transforms import resize
 
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from coma.data.sources.base import Source
+from coma.data.sources.image_folder import whole_numbers
 from coma.errors import BadInput
 from coma.messages import abridged
-
-
-def whole_numbers(names: Collection[str]) -> dict[str, int] | None:
-    """Values by name, where every name is a whole number and no two (as 7 and 07) are the same; else None."""
-    values = {name: int(name) for name in names if re.fullmatch("[0-9]{1,18}", name)}
-    return values if len(values) == len(set(names)) == len(set(values.values())) else None
 
 
 def shared_labels(train: Source, test: Source) -> tuple[Tensor, Tensor, tuple[str, ...]]:

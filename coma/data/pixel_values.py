@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from coma.data.channels import adapt
-from coma.data.decode import Picture
 from coma.data.decode_arrays import white_of
+from coma.data.image import Picture
 from coma.data.shuffle import spread
 from coma.data.sources.base import Source
 from coma.errors import BadImage, BadInput

@@ -24,9 +24,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from coma.masking.patchify import spread
-from coma.models.graphs import has_known_size, is_exporting
 from coma.models.position_embeddings import rotary_table, rotate
-from coma.models.view_sequences import Sequences
+from coma.models.view_sequences import Sequences, has_known_size, is_exporting
 from coma.models.windows import (
     MASKED,
     fit,

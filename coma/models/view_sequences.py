@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from coma.errors import BadInput
-from coma.models.graphs import is_exporting
 
 
 @dataclass(frozen=True)
@@ -158,3 +157,16 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     b, n = x.shape[:2]
     places = index + torch.arange(b, device=x.device)[:, None] * n
     return x.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, index.shape)
+
+
+def is_exporting() -> bool:
+    """Whether a graph for other programs is made (`torch.export`, not strict), as `torch.onnx.export` does.
+
+    Inside `torch.compile`, torch's function of this name is always true (seen in 2.11).
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
+def has_known_size(h: int, w: int) -> bool:
+    """Whether the sides of a map are numbers: not so in a graph that is exported for any size."""
+    return isinstance(h, int) and isinstance(w, int)

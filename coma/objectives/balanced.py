@@ -12,8 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from coma.config import BalancedCoMAConfig
-from coma.masking.guided import deal
-from coma.masking.sampling import eager
+from coma.masking.sampling import deal, eager
 from coma.models import Encoder
 from coma.models.teacher import Teacher
 from coma.objectives.coma import CoMA

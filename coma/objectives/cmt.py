@@ -31,9 +31,8 @@ from torch.distributed.tensor import DTensor
 
 from coma.config import CMTConfig
 from coma.errors import BadInput
-from coma.masking.guided import draw
 from coma.masking.patchify import patchify
-from coma.masking.sampling import eager, group_of, keep
+from coma.masking.sampling import draw, eager, group_of, keep
 from coma.models import Encoder
 from coma.models.attention_maps import attend
 from coma.models.teacher import Teacher, to_units

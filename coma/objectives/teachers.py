@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from coma.artifact import ArtifactConfig, load_encoder, load_strict
 from coma.artifact.schema import TENSORS
+from coma.atomic_io import sha256_of
 from coma.config import (
     CMTConfig,
     EncoderConfig,
@@ -32,7 +33,6 @@ from coma.config import (
 )
 from coma.config.serialization import to_plain
 from coma.errors import BadArtifact, BadInput
-from coma.hashing import sha256_of
 from coma.models import build_encoder
 from coma.models.attention_maps import check_readable
 from coma.models.teacher import Teacher
@@ -46,21 +46,6 @@ _RESIZED = ("pos_embed", "patch_embed.proj.weight", "relative_position_bias_tabl
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and deviation per channel."""
-
-
-def training_objective(config: PretrainConfig) -> Objective:
-    """The objective of a run, with its teacher where it has one; mean and deviation are filled in.
-
-    Raises:
-        BadInput: as `load_teacher`.
-    """
-    objective, encoder = config.objective, build_encoder(config.model)
-    if not isinstance(objective, TaughtConfig):
-        return build_objective(objective, encoder)
-    statistics = config.data.mean or (), config.data.std or ()
-    with torch.random.fork_rng(devices=()):  # a decoder beside a teacher begins as it would without one
-        teacher = load_teacher(objective.teacher, statistics)
-    return build_objective(objective, encoder, teacher)
 
 
 def identified(config: PretrainConfig) -> PretrainConfig:
@@ -120,21 +105,6 @@ def load_teacher(config: TeacherConfig, statistics: Statistics) -> Teacher:
             do not fit or are not the recorded ones, or images of other channels than it takes.
     """
     return _load(config, statistics)[0]
-
-
-def stand_in(objective: ObjectiveConfig, channels: int) -> Teacher | None:
-    """A teacher that computes what the real one does, on weights of any values; None where there is none.
-
-    Raises:
-        BadInput: as `load_teacher`, but for the weights of a network of timm's.
-    """
-    if not isinstance(objective, TaughtConfig):
-        return None
-    teacher, statistics = objective.teacher, ((0.0,) * channels, (1.0,) * channels)
-    with torch.random.fork_rng(devices=()):
-        if _is_folder(teacher.name):
-            return _load(teacher, statistics)[0]
-        return _timm_teacher(teacher, _build(teacher), statistics)
 
 
 def _load(config: TeacherConfig, statistics: Statistics) -> tuple[Teacher, str]:
@@ -305,3 +275,33 @@ def _converted(network: nn.Module, path: Path, name: str) -> dict[str, Tensor]:
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def stand_in(objective: ObjectiveConfig, channels: int) -> Teacher | None:
+    """A teacher that computes what the real one does, on weights of any values; None where there is none.
+
+    Raises:
+        BadInput: as `load_teacher`, but for the weights of a network of timm's.
+    """
+    if not isinstance(objective, TaughtConfig):
+        return None
+    teacher, statistics = objective.teacher, ((0.0,) * channels, (1.0,) * channels)
+    with torch.random.fork_rng(devices=()):
+        if _is_folder(teacher.name):
+            return _load(teacher, statistics)[0]
+        return _timm_teacher(teacher, _build(teacher), statistics)
+
+
+def training_objective(config: PretrainConfig) -> Objective:
+    """The objective of a run, with its teacher where it has one; mean and deviation are filled in.
+
+    Raises:
+        BadInput: as `load_teacher`.
+    """
+    objective, encoder = config.objective, build_encoder(config.model)
+    if not isinstance(objective, TaughtConfig):
+        return build_objective(objective, encoder)
+    statistics = config.data.mean or (), config.data.std or ()
+    with torch.random.fork_rng(devices=()):  # a decoder beside a teacher begins as it would without one
+        teacher = load_teacher(objective.teacher, statistics)
+    return build_objective(objective, encoder, teacher)

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from coma.artifact import library_versions
-from coma.atomic_io import sync, write_whole
+from coma.atomic_io import sha256_of, sync, write_whole
 from coma.config.serialization import from_plain
 from coma.devices import cores, processor
 from coma.errors import BadInput
-from coma.hashing import sha256_of
+from coma.messages import abridged, counted
 from coma.runtimes.model_spec import Form, Precision
-from export.image_sets import Selection
 
+_NAMED = 5
+"""Most left-out images that a message names for each reason, and most reasons; manifest.json has all."""
 NAME = "manifest.json"
 STAGED = f".{NAME}.next"
 """The manifest that is written while the former one is still valid."""
@@ -252,3 +253,38 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which images of a source are used.
+
+    Attributes:
+        location: The source, for people.
+        used: Number of images that are used.
+        available: Number of images in the source.
+        left_out: Reason by name, for images that were looked at and are not used.
+    """
+
+    location: str
+    used: int
+    available: int
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        left_out = f", {len(self.left_out)} left out" if self.left_out else ""
+        return f"{counted(self.used, 'image')} of {self.location}{left_out}"
+
+    @property
+    def names(self) -> str:
+        """The images that are left out, by reason."""
+        return named(self.left_out)
+
+
+def named(left_out: dict[str, str]) -> str:
+    """The images that are left out, by reason; of many only the first ones."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        reasons.setdefault(reason, []).append(name)
+    groups = [f"{abridged(names, _NAMED)}: {reason}" for reason, names in reasons.items()]
+    return abridged(groups, _NAMED, "; ")

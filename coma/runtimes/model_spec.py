@@ -5,8 +5,16 @@ ONNX files carry it as JSON under `coma` in their metadata, TensorRT engines in 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from coma.config.serialization import from_plain, to_plain
+from coma.errors import BadInput
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import nn
 
 FORMAT_VERSION = 1
 
@@ -60,7 +68,67 @@ class Description:
     """Side of a mask unit in pixels: the least height and width."""
     class_names: tuple[str, ...] | None
     source: str
-    """Of the artifact: `export.graphs.load.artifact_hash`."""
+    """Of the artifact: `coma.artifact.load.artifact_hash`."""
     versions: dict[str, str]
     """Of the libraries that wrote it."""
     format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Deployable:
+    """A model and what will be written about it.
+
+    Attributes:
+        module: In evaluation mode, on the CPU, fp32; takes the description's inputs in order, gives a
+            tuple of its outputs in order.
+        description: Of the fp32 file.
+    """
+
+    module: nn.Module
+    description: Description
+
+
+METADATA = "coma"
+
+
+def as_json(description: Description) -> str:
+    """What is written into a file."""
+    return json.dumps(to_plain(description))
+
+
+def read_description(model: onnx.ModelProto, source: str) -> Description:
+    """What an ONNX file of ours says of itself.
+
+    Raises:
+        BadInput: it says nothing, or something that is not known here.
+    """
+    found = {prop.key: prop.value for prop in model.metadata_props}.get(METADATA)
+    return parse_description(found, source)
+
+
+def parse_description(text: str | None, source: str) -> Description:
+    """A description from its JSON.
+
+    Raises:
+        BadInput: there is none, or it is not known here.
+    """
+    try:
+        plain = json.loads(text or "")
+        version = plain.get("format_version")
+    except (ValueError, RecursionError, AttributeError):
+        raise BadInput(
+            f"{source}: has no description of ours; give a file that `coma export` wrote"
+        ) from None
+    if version != FORMAT_VERSION:
+        raise BadInput(f"{source}: format {version}, known here is {FORMAT_VERSION}; export it again")
+    return from_plain(plain, Description, source=source)
+
+
+FORMS: dict[str, tuple[Form, ...]] = {
+    "backbone": ("encoder",),
+    "pretrained": ("encoder", "reconstructor"),
+    "classifier": ("classifier",),
+    "segmentor": ("segmentor",),
+    "detector": ("detector",),
+}
+"""Forms that can be made of each kind of artifact."""

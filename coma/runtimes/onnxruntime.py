@@ -13,13 +13,16 @@ from torch import Tensor
 
 from coma.errors import BadInput, CheckFailed
 from coma.library_errors import first_line, library_errors, require_packages
-from coma.runtimes.inputs import check_inputs
-from coma.runtimes.model_spec import Description
+from coma.runtimes.base import check_inputs
+from coma.runtimes.model_spec import Description, read_description
 from coma.runtimes.trt.discovery import load_library
-from export.half_precision_emulation import EMULATED
-from export.onnx_export import read_description
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
+EMULATED = "coma.emulated"
+"""In a graph's metadata: what it emulates, "fp16" or "bf16"."""
+ORT_FP8_ENTRY = ("session.disable_quant_qdq", "1")
+"""Session configuration without which ONNX Runtime moves fp8 pairs past transpositions, which it then refuses
+to compute in fp8."""
 _PROVIDERS: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -166,8 +169,6 @@ def _open(path: Path | bytes, name: str, provider: Provider, threads: int | None
     options.intra_op_num_threads = threads or 0
     options.add_session_config_entry(*_STILL)
     if fp8_products:
-        from export.quantization import ORT_FP8_ENTRY
-
         options.add_session_config_entry(*ORT_FP8_ENTRY)
     names = [wanted]
     if provider == "tensorrt":

@@ -6,14 +6,16 @@ Only what passed its gate is opened: no file that waits for it or failed, and no
 from __future__ import annotations
 
 import logging
+from importlib import metadata
 from pathlib import Path
 from typing import Literal, get_args
 
+from coma.artifact import load_artifact
 from coma.errors import BadInput
 from coma.library_errors import library_errors
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import NAME, Manifest, OfOthers, is_verified
-from coma.runtimes.model_spec import Form
+from coma.runtimes.model_spec import FORMS, Deployable, Form
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +69,17 @@ def _open(path: Path, device: Device, form: Form | None) -> Runtime:
     if path.is_file():
         raise BadInput(f"{path}: give an artifact's directory, a .onnx file or an .engine")
     from coma.runtimes.pytorch import TorchRuntime
-    from export.graphs.load import forms_of, load_deployable
 
     if device == "tensorrt":
         raise BadInput(f"{path}: is an artifact; it runs on cpu or cuda")
-    return TorchRuntime(load_deployable(path, form or forms_of(path)[-1]), device)
+    return TorchRuntime(_rebuilt(path, form or FORMS[load_artifact(path).config.kind][-1]), device)
+
+
+def _rebuilt(path: Path, form: Form) -> Deployable:
+    # graphs belong to the room `export`, which announces what builds them
+    for entry in metadata.entry_points(group="coma.graphs", name="load"):
+        return entry.load()(path, form)
+    raise BadInput(f"{path}: nothing installed here rebuilds models; install coma-dyvit[export]")
 
 
 def _check_listed(path: Path) -> None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from coma.errors import BadInput
-from coma.runtimes.inputs import check_inputs
-from export.graphs.base import Deployable
+from coma.runtimes.base import check_inputs
+from coma.runtimes.model_spec import Deployable
 
 
 class TorchRuntime:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coma.errors import BadInput, CheckFailed
 from coma.library_errors import library_errors
-from coma.runtimes.inputs import DTYPES, check_inputs
+from coma.runtimes.base import DTYPES, check_inputs
 from coma.runtimes.model_spec import Port
 from coma.runtimes.trt.callbacks import make_logger
 from coma.runtimes.trt.discovery import load_library, require_gpu

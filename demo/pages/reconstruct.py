@@ -12,8 +12,7 @@ import gradio as gr
 import numpy as np
 
 from demo.inputs import CheckedEditor
-from demo.masking import hide
-from demo.masks import LARGEST_SEED, METHODS
+from demo.masking import LARGEST_SEED, METHODS, hide
 from demo.models import Model
 from demo.pages.results import CANVAS, facts_of, large, numbers_of, views_of
 from demo.reconstruction import rebuild

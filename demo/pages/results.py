@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from demo.masks import METHODS
+from demo.masking import METHODS
 from demo.models import Model
 from demo.reconstruction import Rebuilt
 from demo.render import cover, enlarge, to_rgb

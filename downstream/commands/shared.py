@@ -176,7 +176,7 @@ def device_of(name: Device) -> torch.device:
     """
     import torch
 
-    from pretrain.training.distributed import pick_device
+    from coma.devices import pick_device
 
     return pick_device("cpu" if name == "auto" and not torch.cuda.is_available() else name)
 

@@ -15,15 +15,11 @@ from coma.config import DyViTConfig, EncoderConfig, encoder_preset
 from coma.config.serialization import from_plain
 from coma.errors import BadInput
 from downstream.cli_options import TrainingOptions
-from downstream.configs.load import require
+from downstream.configs.load import REGISTRATION, require
 from downstream.configs.strides import scale_strides
 
 log = logging.getLogger(__name__)
-IMPORTS, CHANNELS, PYRAMID = (
-    "downstream.openmmlab",
-    "downstream.openmmlab.data_preprocessor",
-    "SimpleFeaturePyramid",
-)
+CHANNELS, PYRAMID = "downstream.openmmlab.data_preprocessor", "SimpleFeaturePyramid"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -137,10 +133,10 @@ def fit_encoder(config: Any, encoder: Described, options: TrainingOptions) -> No
         for name, head in model.items():
             if name not in ("backbone", "neck", "data_preprocessor"):
                 scale_strides(head, ratio, config.get("default_scope", "mmdet"))
-    require(config, IMPORTS)
+    require(config, REGISTRATION)
     if model.data_preprocessor.get("type") == "DetDataPreprocessor" and encoder.model.channels not in (1, 3):
         model.data_preprocessor.type = "ChannelsDetDataPreprocessor"
-        require(config, IMPORTS, CHANNELS)
+        require(config, REGISTRATION, CHANNELS)
 
 
 def _finest(model: Any) -> int:

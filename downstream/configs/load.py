@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from errno import ENOSPC
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ MESSAGE = 300
 """Characters of an error of OpenMMLab that are shown."""
 _LIBRARY = re.compile(r"[/\\](?=(?:mmdet|mmseg|mmcv)[/\\])")
 PRESETS = Path(__file__).parent
+REGISTRATION = "downstream.openmmlab"
+"""The module that registers our backbones with mmengine when it is imported."""
 
 
 def load_config(path: Path) -> Any:
@@ -33,7 +36,7 @@ def load_config(path: Path) -> Any:
         warnings.simplefilter("ignore")  # of third parties about each other
         from mmengine.config import Config
 
-        import downstream.openmmlab  # noqa: F401 - before mmdet and mmseg, which a configuration may import
+        import_module(REGISTRATION)  # before mmdet and mmseg, which a configuration may import
 
         with blaming(path, "cannot be read"):
             return Config.fromfile(path)

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coma.atomic_io import seal_holds
 from coma.errors import BadInput
-from coma.hashing import seal_holds
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -28,12 +28,11 @@ from mmengine.runner.loops import _InfiniteDataloaderIterator
 from mmengine.utils import import_modules_from_strings
 
 import downstream.openmmlab  # noqa: F401 - before mmdet and mmseg
+from coma.atomic_io import seal
 from coma.errors import BadInput, CheckFailed, ComaError, Interrupted
-from coma.hashing import seal
 from coma.signals import StopRequest
 from downstream.cli_options import is_main
-from downstream.configs.adapt import IMPORTS
-from downstream.configs.load import blaming, require, worker_error
+from downstream.configs.load import REGISTRATION, blaming, require, worker_error
 from downstream.configs.strides import check_strides
 from downstream.openmmlab.backbones import DyViT, PlainViT
 from downstream.openmmlab.checkpoint import intact_checkpoint, latest_checkpoint
@@ -142,7 +141,7 @@ def build_runner(config: Any, folder: Path) -> Runner:
 
 def settle(config: Any, folder: Path) -> None:
     """Adapt a configuration to this toolkit, this machine and the run directory, any number of times."""
-    require(config, IMPORTS)
+    require(config, REGISTRATION)
     config.work_dir = str(folder)
     config.experiment_name = f"{folder.name}-{uuid.uuid4().hex[:8]}"  # mmengine keeps one logger per name
     if "visualizer" in config:  # and one visualizer, which writes the curves, for good in its first folder

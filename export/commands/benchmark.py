@@ -126,7 +126,7 @@ def choose_form(wanted: str | None, artifact: Path, kind: str) -> Form:
     Raises:
         BadInput: the artifact has no such form.
     """
-    from export.graphs.load import FORMS
+    from coma.runtimes.model_spec import FORMS
 
     for form in FORMS[kind]:
         if wanted in (None, form):
@@ -138,9 +138,9 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
     from rich.console import Console
 
     from coma.artifact import load_artifact
+    from coma.artifact.load import artifact_hash
     from coma.runtimes.manifest import machine, versions
     from export.benchmark import busy_note
-    from export.graphs.load import artifact_hash
 
     config = load_artifact(given.artifact).config
     form = choose_form(given.form, given.artifact, config.kind)

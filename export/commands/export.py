@@ -149,10 +149,11 @@ def default_shapes(config: ArtifactConfig, form: Form) -> Shapes:
 
 def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str, ...], out: Path) -> None:
     from coma.artifact import load_artifact
+    from coma.artifact.load import artifact_hash
     from coma.runtimes.manifest import Manifest
     from export.candidates import remove_unfinished
     from export.commands.progress import Bar
-    from export.graphs.load import artifact_hash, forms_of
+    from export.graphs.load import forms_of
     from export.pipeline import Outcome, export, require
     from export.report import NAME, write_report
 

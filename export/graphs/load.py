@@ -7,33 +7,21 @@ but `pretrain`.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from coma.artifact import CHECKSUMS, ArtifactConfig, load_artifact, load_classifier, load_encoder
+from coma.artifact import ArtifactConfig, load_artifact, load_classifier, load_encoder
+from coma.artifact.load import artifact_hash
 from coma.errors import BadArtifact, BadInput
 from coma.library_errors import library_errors
 from coma.masking.patchify import unit_grid
 from coma.models import Encoder
-from coma.runtimes.model_spec import Description, Form, Port, Preprocessing
-from export.graphs.base import Deployable
-
-FORMS: dict[str, tuple[Form, ...]] = {
-    "backbone": ("encoder",),
-    "pretrained": ("encoder", "reconstructor"),
-    "classifier": ("classifier",),
-    "segmentor": ("segmentor",),
-    "detector": ("detector",),
-}
-"""Forms that can be made of each kind of artifact."""
+from coma.runtimes.model_spec import FORMS, Deployable, Description, Form, Port, Preprocessing
 
 
 def forms_of(directory: Path) -> tuple[Form, ...]:
@@ -120,7 +108,7 @@ def _build(directory: Path, form: Form, config: ArtifactConfig) -> tuple[nn.Modu
         return _encoder(directory)
     if form == "reconstructor":
         from coma.objectives.load import load_pretrained
-        from export.graphs.pretrained import ReconstructorForm
+        from export.graphs.wrappers import ReconstructorForm
 
         axes = ("batch", config.model.channels, "height", "width")
         return ReconstructorForm(load_pretrained(directory)[0]), (Port("reconstruction", "float32", axes),)
@@ -159,7 +147,7 @@ def detections(settings: dict[str, Any]) -> int:
 
 
 def _encoder(directory: Path) -> tuple[nn.Module, tuple[Port, ...]]:
-    from export.graphs.pretrained import EncoderForm
+    from export.graphs.wrappers import EncoderForm
 
     encoder: Encoder = load_encoder(directory)[0]
     widths = [
@@ -176,24 +164,3 @@ def _load_finetuned(directory: Path, kind: str) -> nn.Module:
     for entry in metadata.entry_points(group="coma.finetuned", name=kind):
         return entry.load()(directory)[0]
     raise BadInput(f"{directory}: nothing installed here rebuilds a {kind}; install coma-dyvit[downstream]")
-
-
-def artifact_hash(directory: Path) -> str:
-    """SHA-256 of what it computes: its weights and its `config.json` without how it was trained and by what.
-
-    Raises:
-        BadArtifact: it is none, or damaged.
-    """
-    try:
-        plain = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        for fact in ("trained", "versions", CHECKSUMS):
-            plain.pop(fact, None)
-        found = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
-        with safe_open(directory / "model.safetensors", framework="pt", device="cpu") as file:
-            for name in sorted(file.keys()):  # the file's header has no fixed order
-                tensor = file.get_tensor(name)
-                found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-                found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    except (OSError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
-        raise BadArtifact(f"{directory}: not a readable artifact ({error})") from None
-    return found.hexdigest()

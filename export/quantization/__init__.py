@@ -7,10 +7,9 @@ carry most of it since no residual path goes around them, 0.4 % and 1.0 % (`keep
 
 from export.quantization.calibration import Batch, Method
 from export.quantization.precision_report import precision_summary
-from export.quantization.quantize import ORT_FP8_ENTRY, Quantized, quantize_fp8, quantize_int8
+from export.quantization.quantize import Quantized, quantize_fp8, quantize_int8
 
 __all__ = [
-    "ORT_FP8_ENTRY",
     "Batch",
     "Method",
     "Quantized",

@@ -11,16 +11,10 @@ from typing import TYPE_CHECKING
 from coma.errors import BadInput
 from export.onnx_export import check_graph, save
 from export.quantization.calibration import Batch, Method, activation_ranges
-from export.quantization.codes import INT8, Codes, fp8_codes
-from export.quantization.qdq import Product, at_opset, constant_products, insert_pairs
+from export.quantization.qdq import INT8, Codes, Product, at_opset, constant_products, fp8_codes, insert_pairs
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-
-
-ORT_FP8_ENTRY = ("session.disable_quant_qdq", "1")
-"""Session configuration without which ONNX Runtime moves fp8 pairs past transpositions, which it then refuses
-to compute in fp8."""
 
 
 @dataclass(frozen=True)

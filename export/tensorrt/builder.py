@@ -12,15 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from coma.atomic_io import sha256_of
 from coma.errors import BadInput, CheckFailed, Interrupted
-from coma.hashing import sha256_of
 from coma.library_errors import library_errors, require_packages
 from coma.runtimes.model_spec import Description
 from coma.runtimes.trt.callbacks import Progress, make_logger, make_monitor
 from coma.runtimes.trt.discovery import Flavour, Library, load_library, require_gpu
 from coma.runtimes.trt.profiles import Profile, Shape, check_profiles
 from coma.runtimes.trt.sidecar import EngineOptions, Sidecar, write_sidecar
-from export.tensorrt.timing import open_timing_cache, save_timing_cache
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +93,7 @@ def _description(onnx_path: Path) -> Description:
     require_packages("onnx")
     import onnx
 
-    from export.onnx_export import read_description
+    from coma.runtimes.model_spec import read_description
 
     if not onnx_path.is_file():
         raise BadInput(f"{onnx_path}: no such file")
@@ -228,3 +227,34 @@ def _parser_errors(parser: Any, logger: Any) -> str:
         why = " ".join(fault.desc().split())
         texts.append(f"node {fault.node()} {fault.node_name()} ({fault.node_operator()}): {why}")
     return "; ".join(texts) or logger.last_errors()
+
+
+def open_timing_cache(config: Any, path: Path) -> None:
+    """Let the build use what the file holds; an empty one where there is none.
+
+    Raises:
+        BadInput: the file is not a timing cache, or of another GPU or TensorRT.
+    """
+    known = path.read_bytes() if path.exists() else b""
+    cache = config.create_timing_cache(known)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        raise BadInput(
+            f"{path}: not a timing cache of this GPU and this TensorRT; give another file, or delete it"
+        )
+
+
+def save_timing_cache(config: Any, path: Path) -> None:
+    """Write what was there and what the build measured, and what another build has written meanwhile.
+
+    Raises:
+        OSError: the disk is full, or not to be written.
+    """
+    from coma.atomic_io import write_whole
+
+    cache = config.get_timing_cache()
+    if path.exists():
+        other = config.create_timing_cache(path.read_bytes())
+        if other is not None:
+            cache.combine(other, ignore_mismatch=False)
+    data = memoryview(cache.serialize()).cast("B")
+    write_whole(path, lambda file: file.write(data))

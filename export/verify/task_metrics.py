@@ -18,7 +18,8 @@ from coma.data.labels import labels_among
 from coma.data.sources.base import Source
 from coma.errors import BadImage, BadInput
 from coma.runtimes.base import Runtime
-from export.image_sets import Selection, name_in, named, reason_of
+from coma.runtimes.manifest import Selection, named
+from export.image_sets import name_in, reason_of
 from export.preprocessing import as_input, evenly, resized
 
 Run = Callable[[Tensor], dict[str, Tensor]]

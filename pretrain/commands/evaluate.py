@@ -138,7 +138,7 @@ def run(argv: list[str]) -> None:
         raise BadInput("give at least one --protocol: knn, linear, finetune")
     if config.out:
         require_file(config.out)
-    from pretrain.training.distributed import pick_device
+    from coma.devices import pick_device
 
     pick_device(config.device)
     if "finetune" in config.protocol:
@@ -232,7 +232,7 @@ def _check_finetuning(config: EvaluateConfig) -> None:
 def _finetune(config: EvaluateConfig) -> Score:
     """Fine-tune, or go on with it; a row for the table."""
     from pretrain.evaluate import Score
-    from pretrain.training import finetune
+    from pretrain.finetune.run import finetune
 
     result = finetune(
         _finetune_config(config),
@@ -336,8 +336,8 @@ def _measure(config: EvaluateConfig, train: Source, test: Source, console: Conso
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Column
 
+    from coma.devices import pick_device
     from pretrain.evaluate import evaluate
-    from pretrain.training.distributed import pick_device
 
     protocols: list[Protocol] = [name for name in config.protocol if name != "finetune"]
     if not protocols:

@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from coma.atomic_io import Descriptor, sync, write_whole
+from coma.atomic_io import Descriptor, Sealed, seal_holds, sync, write_whole
 from coma.errors import BadInput
-from coma.hashing import Sealed, seal_holds
 
 FORMAT_VERSION = 1
 

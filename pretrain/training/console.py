@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from coma.progress import clock
+
 DATA_WAIT = 0.1
 """Share of time spent waiting for data from which on it is worth a hint."""
 PATIENCE = 60.0
@@ -115,10 +117,3 @@ class Report:
 
     def _print(self, text: Text) -> None:
         self._console.print(text, soft_wrap=True)
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes, seconds."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

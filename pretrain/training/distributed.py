@@ -25,7 +25,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from coma.errors import BadInput, ComaError
+from coma.devices import pick_device
+from coma.errors import ComaError
 
 T = TypeVar("T")
 
@@ -157,29 +158,6 @@ def _leave(error: BaseException | None = None) -> None:
 def _lost_contact(error: RuntimeError) -> bool:
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
-
-
-def pick_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device asked for; `auto` takes what there is.
-
-    Raises:
-        BadInput: it is not there.
-    """
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available() and local_rank is None,
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(kind for kind, available in there.items() if available)
-    if not there[name]:
-        raise BadInput(f"--device {name}: not available here; leave it out to take what there is")
-    if name != "cuda":
-        return torch.device(name)
-    index, gpus = local_rank or 0, torch.cuda.device_count()
-    if index >= gpus:
-        raise BadInput(f"this machine has {gpus} GPUs; start torchrun with --nproc-per-node {gpus} or fewer")
-    return torch.device("cuda", index)
 
 
 def spread_out(objective: nn.Module, group: Processes, parallel: Literal["ddp", "fsdp"]) -> nn.Module:

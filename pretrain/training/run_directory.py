@@ -48,7 +48,8 @@ from pretrain.training.checkpoint import read_state, write_state
 from pretrain.training.console import Report
 from pretrain.training.metric_logs import MetricsLog, TensorBoardLog, drop_lines
 from pretrain.training.run_plan import Plan, PretrainPlan, Settings, write_config
-from pretrain.visualize.reconstructions import loss_curve, reconstruction_sheet
+from pretrain.visualize.curves import loss_curve
+from pretrain.visualize.reconstructions import reconstruction_sheet
 
 _PROBES = 8
 """Images on a sheet of reconstructions."""

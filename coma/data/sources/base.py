@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from coma.data.channels import adapt
-from coma.data.decode import AtLeast, Picture, complete, decode
+from coma.data.decode import complete, decode
 from coma.data.decode_arrays import as_hwc, as_pixels
+from coma.data.image import AtLeast, Picture
 from coma.data.inventory import Inventory
 from coma.errors import BadImage
 from coma.messages import counted, printable

@@ -8,8 +8,9 @@ no regular file or cannot be read. The order is that of the sorted paths, on eve
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,6 @@ import numpy as np
 
 from coma.data.decode import EXTENSIONS, HEAD
 from coma.data.inventory import Inventory, is_system_folder, kind_of
-from coma.data.labels import whole_numbers
 from coma.data.products import product_around, product_at
 from coma.data.sources.base import EncodedSource, Names
 from coma.data.splits import Chosen, choose_images
@@ -254,3 +254,9 @@ def _nothing_in(root: Path, inventory: Inventory) -> str:
     if not left_out:
         return f"{root}: the folder is empty ({looked})"
     return f"{root}: no image in this folder ({looked}); it holds {left_out}"
+
+
+def whole_numbers(names: Collection[str]) -> dict[str, int] | None:
+    """Values by name, where every name is a whole number and no two (as 7 and 07) are the same; else None."""
+    values = {name: int(name) for name in names if re.fullmatch("[0-9]{1,18}", name)}
+    return values if len(values) == len(set(names)) == len(set(values.values())) else None

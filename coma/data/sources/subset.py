@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coma.data.decode import AtLeast, Picture
+from coma.data.image import AtLeast, Picture
 from coma.data.sources.base import Source
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from coma.atomic_io import sha256_of
 from coma.config.serialization import from_plain, to_plain
 from coma.errors import BadInput
-from coma.hashing import sha256_of
 from coma.ranges import Range, Ranged
 from coma.runtimes.model_spec import Description
 from coma.runtimes.trt.discovery import TITLES, Flavour, Gpu, Library, version_numbers

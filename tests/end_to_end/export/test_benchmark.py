@@ -18,9 +18,16 @@ pytest.importorskip("onnxruntime")
 from export_files import Silent  # noqa: E402
 
 from coma import cli  # noqa: E402
+from coma.artifact.load import artifact_hash  # noqa: E402
 from coma.config import DyViTConfig  # noqa: E402
 from coma.errors import BadInput  # noqa: E402
-from coma.runtimes.manifest import Entry, Manifest, versions  # noqa: E402
+from coma.runtimes.manifest import (  # noqa: E402
+    Entry,
+    Manifest,
+    Selection,
+    versions,
+)
+from coma.runtimes.model_spec import METADATA, as_json, read_description  # noqa: E402
 from coma.runtimes.shape_ranges import Shape, Shapes  # noqa: E402
 from export.benchmark import (  # noqa: E402
     EAGER,
@@ -33,10 +40,10 @@ from export.benchmark import (  # noqa: E402
     try_out,
 )
 from export.commands import benchmark  # noqa: E402
-from export.graphs.load import artifact_hash, load_deployable  # noqa: E402
-from export.image_sets import ImageSet, Selection  # noqa: E402
+from export.graphs.load import load_deployable  # noqa: E402
+from export.image_sets import ImageSet  # noqa: E402
 from export.latency import interleaved  # noqa: E402
-from export.onnx_export import METADATA, as_json, read_description, write_onnx  # noqa: E402
+from export.onnx_export import write_onnx  # noqa: E402
 
 SMALL = DyViTConfig(dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((8,), (4,), (0,), (0,)))
 QUICK = ("--seconds", "0.01")

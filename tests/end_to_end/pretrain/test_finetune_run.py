@@ -30,13 +30,14 @@ from coma.artifact import (
 from coma.config import DataConfig, FinetuneConfig, FinetuneRecipe, RunConfig, ViTConfig
 from coma.config.serialization import read_config
 from coma.data import Source, evaluation_batches, normalize, open_source
-from coma.data.decode import AtLeast
+from coma.data.image import AtLeast
 from coma.data.sources.base import EncodedSource
 from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.models import build_encoder
 from pretrain.finetune import plan, validation
+from pretrain.finetune.run import finetune
 from pretrain.finetune.validation import Validation
-from pretrain.training import finetune, run_directory
+from pretrain.training import run_directory
 from pretrain.training.checkpoint import read_state
 
 COLOURS = ("blue", "green", "red")

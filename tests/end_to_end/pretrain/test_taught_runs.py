@@ -15,6 +15,7 @@ from taught_models import DECODER, ENCODERS, METHODS, STATISTICS, timm_weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from coma.atomic_io import sha256_of
 from coma.config import (
     BalancedCoMAConfig,
     BeyondConfig,
@@ -30,7 +31,6 @@ from coma.config import (
 )
 from coma.config.serialization import read_config
 from coma.errors import BadInput
-from coma.hashing import sha256_of
 from coma.models import build_encoder
 from coma.models.attention_maps import attend
 from coma.objectives.teachers import identified, load_teacher, training_objective

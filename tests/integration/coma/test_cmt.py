@@ -29,7 +29,7 @@ from coma.config import (
 )
 from coma.config.serialization import from_plain, to_plain
 from coma.errors import BadInput
-from coma.masking.guided import deal
+from coma.masking.sampling import deal
 from coma.models import build_encoder
 from coma.models.attention_maps import attend
 from coma.models.teacher import to_units

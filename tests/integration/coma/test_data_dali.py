@@ -13,8 +13,8 @@ from skimage import data as pictures
 
 from coma.config import DataConfig
 from coma.data import ArraySource, Slices, dali, open_source, training_batches
+from coma.data.batches import Opened
 from coma.data.dali import CropFetch, Jpeg
-from coma.data.loader import Opened
 from coma.errors import BadImage, BadInput
 
 HERE = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None

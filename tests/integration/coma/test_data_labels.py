@@ -15,7 +15,7 @@ from coma import cli
 from coma.artifact import ArtifactConfig, library_versions, save_artifact
 from coma.config import ViTConfig
 from coma.data import Source, labels_among, open_labelled, open_source, say_absent_classes, shared_labels
-from coma.data.labels import whole_numbers
+from coma.data.sources.image_folder import whole_numbers
 from coma.errors import BadInput
 from pretrain.evaluate import random_encoder
 

@@ -15,8 +15,9 @@ from skimage import data as pictures
 from webdataset.compat import WebDataset
 
 from coma.data import ArraySource, open_source
-from coma.data.decode import Picture, decode
+from coma.data.decode import decode
 from coma.data.encode import encode, shrink
+from coma.data.image import Picture
 from coma.data.pack import PackSettings, pack
 from coma.errors import BadInput, ComaError, Interrupted
 from pretrain.commands.pack import run

@@ -12,8 +12,7 @@ from export_files import DYVIT, OBJECTIVE, pretrained
 from coma.config import BeyondConfig, Degradation
 from coma.errors import BadInput
 from coma.runtimes.model_spec import Description
-from demo.masking import hide
-from demo.masks import METHODS, pixel_view, zoomed_view
+from demo.masking import METHODS, hide, pixel_view, zoomed_view
 from demo.models import Model, Models
 from demo.reconstruction import rebuild
 from demo.resize import fit_picture

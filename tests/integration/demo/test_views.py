@@ -17,8 +17,7 @@ from coma.errors import BadArtifact, BadInput
 from coma.runtimes.pytorch import TorchRuntime
 from demo.compare_runtimes import compare
 from demo.introspection import attention_of, feature_pyramid, gate_weights, pyramid_colours
-from demo.masking import hide
-from demo.masks import METHODS, draw_views, painted_view, pixel_view, zoomed_view
+from demo.masking import METHODS, draw_views, hide, painted_view, pixel_view, zoomed_view
 from demo.models import Models
 from demo.predict import draw_classes, paste_mask, shares
 from demo.reconstruction import measure_hidden, merge_views, rebuild

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from coma.atomic_io import seal
 from coma.errors import BadInput
-from coma.hashing import seal
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of mm's packages, which are imported inside
 

@@ -10,7 +10,7 @@ from export_files import Silent
 
 from coma.config import ViTConfig
 from coma.errors import BadInput, CheckFailed, Interrupted
-from coma.runtimes.manifest import NAME, Entry, Manifest
+from coma.runtimes.manifest import NAME, Entry, Manifest, Selection
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import parse_shapes
 from coma.runtimes.trt.sidecar import sidecar_path
@@ -18,7 +18,7 @@ from export import gate, pipeline
 from export.candidates import Maker, fits, layers_of
 from export.gate import Judge
 from export.graphs.load import load_deployable
-from export.image_sets import ImageSet, Selection
+from export.image_sets import ImageSet
 from export.pipeline import Outcome
 from export.report import render
 from export.verify.parity import Verdict

@@ -14,14 +14,14 @@ from PIL import Image
 
 from coma.data.transforms import normalize
 from coma.errors import BadInput
-from coma.runtimes.model_spec import Description, Port, Preprocessing
+from coma.runtimes.model_spec import METADATA, Description, Port, Preprocessing, as_json, read_description
 from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes
 from export.candidates import load
 from export.graphs.load import load_deployable
 from export.image_sets import read_image_set
-from export.onnx_export import METADATA, as_json, read_description, save, write_onnx
+from export.onnx_export import save, write_onnx
 from export.preprocessing import Photographs, as_input, evenly, fit_within, open_images, resized
 from export.verify.bisect import locate
 from export.verify.errors import Difference, Differences, cosine, match, split_pixels

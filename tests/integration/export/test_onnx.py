@@ -11,14 +11,14 @@ from torch import nn
 
 from coma.config import BeyondConfig, DyViTConfig, ViTConfig
 from coma.errors import BadInput, CheckFailed
-from coma.runtimes.model_spec import Precision
+from coma.runtimes.model_spec import Precision, read_description
 from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.open import open_runtime
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes, parse_shapes
 from export.graphs.load import example_inputs, forms_of, load_deployable
 from export.graphs.wrappers import AdaptiveAveragePool, SegmentorForm, replace_adaptive_pooling
-from export.onnx_export import in_precision, read_description, with_preprocessing, write_onnx
+from export.onnx_export import in_precision, with_preprocessing, write_onnx
 from export.quantization import quantize_int8
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages, and torch.onnx, warn of each other

@@ -19,10 +19,11 @@ from skimage import data  # noqa: E402
 from coma.config import DyViTConfig  # noqa: E402
 from coma.errors import BadInput, CheckFailed  # noqa: E402
 from coma.models import build_encoder  # noqa: E402
+from coma.runtimes.onnxruntime import ORT_FP8_ENTRY  # noqa: E402
 from export.half_precision_emulation import emulate  # noqa: E402
-from export.quantization import ORT_FP8_ENTRY, precision_summary, quantize_fp8, quantize_int8  # noqa: E402
+from export.quantization import precision_summary, quantize_fp8, quantize_int8  # noqa: E402
 from export.quantization.calibration import BINS, Magnitudes  # noqa: E402
-from export.quantization.codes import INT8, fp8_codes  # noqa: E402
+from export.quantization.qdq import INT8, fp8_codes  # noqa: E402
 
 MODEL = DyViTConfig(
     patch=2, dim=16, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8), (4,), (4,), (0,))

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from coma.artifact import load_artifact, save_artifact
+from coma.artifact.load import artifact_hash
 from coma.cli import main
 from coma.config import ViTConfig
 from coma.config.serialization import to_plain
@@ -24,7 +25,7 @@ from export import candidates, gate, pipeline
 from export.benchmark import exported
 from export.candidates import describe, fitted, layers_of
 from export.commands.export import run
-from export.graphs.load import artifact_hash, load_deployable, preprocessing_of
+from export.graphs.load import load_deployable, preprocessing_of
 from export.job import folder_beside
 from export.preprocessing import Photographs
 from export.quantization.qdq import constant_products

@@ -14,16 +14,15 @@ import pytest
 from onnx import TensorProto, helper
 from tensorrt_files import ABOUT, FLOAT, PROFILE, graph, needs_no_gpu, needs_rtx, node
 
+from coma.atomic_io import sha256_of
 from coma.errors import BadInput, CheckFailed, Interrupted
-from coma.hashing import sha256_of
 from coma.runtimes.tensorrt import _open
 from coma.runtimes.trt.callbacks import make_logger
 from coma.runtimes.trt.discovery import load_library
 from coma.runtimes.trt.profiles import Profile, ShapeRange
 from coma.runtimes.trt.sidecar import EngineOptions, read_sidecar
-from export.tensorrt.builder import build_engine, configure
+from export.tensorrt.builder import build_engine, configure, open_timing_cache, save_timing_cache
 from export.tensorrt.rtx import check_rtx
-from export.tensorrt.timing import open_timing_cache, save_timing_cache
 
 WEIGHT = np.random.default_rng(0).normal(size=(8, 8))
 HALF = [

@@ -22,7 +22,7 @@ from coma.models.attention import WindowGate
 from pretrain.evaluate import effective_rank, evaluate, feature_spread, open_probe, watched_gates
 from pretrain.evaluate.online_probe import Probe
 from pretrain.training import pretrain
-from pretrain.visualize.reconstructions import loss_curve
+from pretrain.visualize.curves import loss_curve
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ from coma.config import (
     RunConfig,
 )
 from coma.config.serialization import read_config, to_plain
+from coma.data.batches import TrainingFetch
 from coma.data.identity import FILE
-from coma.data.loader import TrainingFetch
 from coma.errors import BadInput, Interrupted
 from pretrain.training import pretrain
 from pretrain.training.optimizer import learning_rate

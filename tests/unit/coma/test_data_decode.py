@@ -12,7 +12,8 @@ from PIL import Image
 from skimage import data as pictures
 
 from coma.data.channels import adapt
-from coma.data.decode import Picture, decode
+from coma.data.decode import decode
+from coma.data.image import Picture
 from coma.errors import BadImage
 
 COLOUR = pictures.coffee()[:61, :83]  # [61, 83, 3], odd sides

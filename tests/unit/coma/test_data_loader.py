@@ -22,7 +22,7 @@ from coma.data import (
     training_batches,
     transforms,
 )
-from coma.data.loader import TrainingFetch
+from coma.data.batches import TrainingFetch
 from coma.data.shuffle import sample_seeds
 from coma.errors import BadImage, BadInput
 
@@ -255,7 +255,7 @@ def test_a_folder_without_a_good_image_stops_the_run(tmp_path, workers):
 
 
 def test_the_search_for_a_good_image_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("coma.data.loader.MOST_TRIES", 5)
+    monkeypatch.setattr("coma.data.batches.MOST_TRIES", 5)
     source = open_source(folder_of(tmp_path, 0, 8))
     with pytest.raises(BadInput, match="5 images in a row"):
         stream(source, 1)

@@ -214,7 +214,7 @@ def test_the_sheet_shows_what_every_degradation_shows_the_encoder(tmp_path, phot
 
 def test_the_sheet_says_how_it_was_made(tmp_path, photo, monkeypatch):
     drawn: list[Any] = []
-    monkeypatch.setattr(pictures, "_draw", lambda *a, **k: drawn.append(a) or Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(pictures, "draw_sheet", lambda *a, **k: drawn.append(a) or Image.new("RGB", (1, 1)))
     common = ["degrade", photo, "--out", str(tmp_path / "a.png"), "--draws", "1", "--kind"]
     assert cli.main([*common, "decolor", "zoom-in"]) == 0
     grey = ["--mean", "0.5", "0.5", "0.5", "--std", "0.5", "0.5", "0.5", "--unit", "48"]

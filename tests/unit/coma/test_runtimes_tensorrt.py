@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from tensorrt_files import ABOUT, IMAGES, PROFILE, needs_no_gpu
 
+from coma.atomic_io import sha256_of
 from coma.errors import BadInput
-from coma.hashing import sha256_of
 from coma.runtimes.model_spec import Port
 from coma.runtimes.shape_ranges import parse_shapes
 from coma.runtimes.tensorrt import TensorRTRuntime

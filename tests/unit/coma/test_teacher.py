@@ -18,8 +18,7 @@ from coma.config import (
     TeacherConfig,
 )
 from coma.errors import BadArtifact, BadInput
-from coma.masking.guided import deal, draw
-from coma.masking.sampling import group_sizes
+from coma.masking.sampling import deal, draw, group_sizes
 from coma.models import build_encoder
 from coma.models.attention_maps import attend, check_readable, on_grid
 from coma.models.teacher import to_units

@@ -19,7 +19,8 @@ from coma.config import CoMAConfig, DecoderConfig, DyViTConfig, MAEConfig, Objec
 from coma.errors import BadInput
 from coma.models import build_encoder
 from coma.objectives import Objective, build_objective
-from pretrain.visualize.reconstructions import loss_curve, reconstruction_sheet
+from pretrain.visualize.curves import _smooth, loss_curve
+from pretrain.visualize.reconstructions import reconstruction_sheet
 
 DECODER = DecoderConfig(dim=16, depth=1, heads=2)
 
@@ -44,7 +45,7 @@ class Columns:
         self.pixels: dict[str, np.ndarray] = {}
         self.shown: dict[str, np.ndarray | None] = {}
         self.title = self.notes = ""
-        monkeypatch.setattr(pictures, "_draw", self.take)
+        monkeypatch.setattr(pictures, "draw_sheet", self.take)
 
     def take(self, columns: Sequence[pictures.Column], title: str, notes: str) -> Image.Image:
         self.pixels = {heading: pixels for heading, pixels, _ in columns}
@@ -242,7 +243,7 @@ def test_curve_refuses_what_is_not_metrics(content, complaint, tmp_path):
 
 
 def test_smoothing_keeps_a_constant_and_the_length():
-    assert np.allclose(pictures._smooth([3.0] * 100), 3.0)
-    assert len(pictures._smooth([1.0])) == 1
+    assert np.allclose(_smooth([3.0] * 100), 3.0)
+    assert len(_smooth([1.0])) == 1
     noisy = [1.0, -1.0] * 50
-    assert np.abs(pictures._smooth(noisy)).max() < 0.5
+    assert np.abs(_smooth(noisy)).max() < 0.5

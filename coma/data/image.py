@@ -1,0 +1,51 @@
+"""A decoded image: its pixels, the limits of its size, and its orientation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from coma.errors import BadImage
+
+MAX_PIXELS = 178_956_970
+"""Larger images are refused; Pillow's own limit for a decompression bomb."""
+
+
+AtLeast = int | Callable[[int, int], int]
+"""How small a JPEG may come back, see `decode`."""
+
+
+class Picture(NamedTuple):
+    """A decoded image."""
+
+    pixels: np.ndarray
+    """`[H, W, C]` uint8, uint16 or float32."""
+    alpha: bool = False
+    """The last channel is opacity."""
+    missing: np.ndarray | None = None
+    """bool `[H, W, C]`: values that the file marks as missing; None where there are none."""
+
+
+def check_size(*shape: int) -> None:
+    """Refuse sizes that only a damaged or hostile header has, before memory is taken for them.
+
+    Raises:
+        BadImage: the shape holds more values than `MAX_PIXELS` RGB pixels.
+    """
+    if math.prod(shape) > 3 * MAX_PIXELS:
+        size = " x ".join(map(str, shape))
+        raise BadImage(f"{size} values are more than the limit of {3 * MAX_PIXELS} (a decompression bomb?)")
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo a camera's rotation; `orientation` 1 to 8 as in the EXIF standard, section 4.6.4."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
