@@ -71,7 +71,7 @@ def main() -> None:
     for model in args.models:
         learner = build(model, args.batch, device, args.compile)
         data = DataConfig(
-            args.folder, image_size=SIZE, workers=args.workers, repeats=args.repeats, loader=args.loader
+            args.folder, image_size=SIZE, workers=args.workers, aug_repeats=args.repeats, loader=args.loader
         )
         slices = Slices(args.batch, args.batch)
         real = training_batches(

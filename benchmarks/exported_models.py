@@ -25,8 +25,15 @@ from coma.config import encoder_preset, method_preset
 from coma.models import build_encoder
 from coma.models.classifier import build_classifier
 from coma.objectives import build_objective
-from coma.runtimes.model_spec import Deployable, Description, Form, Port, Precision, Preprocessing
-from export.graphs.load import load_deployable
+from coma.runtimes.model_spec import (
+    ExportableModel,
+    GraphKind,
+    ModelSpec,
+    Precision,
+    Preprocessing,
+    TensorSpec,
+)
+from export.graphs.load import load_exportable
 
 PEERS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224", "hiera_tiny_224")
 CLASSES = 1000
@@ -50,7 +57,7 @@ class Model:
     name: str
     weights: str
     side: int
-    load: Callable[[], Deployable]
+    load: Callable[[], ExportableModel]
     precisions: tuple[Precision, ...]
     calibrate: Path | None
     verify: Path | None
@@ -82,20 +89,20 @@ class Peer(nn.Module):
                 cast(Any, module).fused_attn = False
 
 
-def load_peer(name: str) -> Deployable:
+def load_peer(name: str) -> ExportableModel:
     """A peer with what our exporter wants to know of it."""
-    description = Description(
+    description = ModelSpec(
         form="classifier",
         precision="fp32",
-        inputs=(Port("images", "float32", ("batch", 3, "height", "width")),),
-        outputs=(Port("logits", "float32", ("batch", CLASSES)),),
+        inputs=(TensorSpec("images", "float32", ("batch", 3, "height", "width")),),
+        outputs=(TensorSpec("logits", "float32", ("batch", CLASSES)),),
         preprocessing=Preprocessing("centre-square", (224, 224), _MEAN, _STD),
         unit=32,
         class_names=None,
         source=f"timm {timm.__version__} {name}, seed 0",
         versions=library_versions(),
     )
-    return Deployable(Peer(name).eval().requires_grad_(False), description)
+    return ExportableModel(Peer(name).eval().requires_grad_(False), description)
 
 
 def models_of(args: argparse.Namespace, precisions: tuple[Precision, ...]) -> Iterator[Model]:
@@ -117,7 +124,7 @@ def models_of(args: argparse.Namespace, precisions: tuple[Precision, ...]) -> It
             continue
         config = load_artifact(artifact).config
         side = -(-config.image_size // config.model.unit) * config.model.unit
-        load = partial(load_deployable, artifact, cast(Form, kind))
+        load = partial(load_exportable, artifact, cast(GraphKind, kind))
         images = getattr(args, f"{kind}_images", None) or (args.calibrate, args.verify)
         yield Model(kind, about, side, load, precisions, *images)
     for name in args.peers:

@@ -43,7 +43,7 @@ from torch import Tensor
 from coma.config import ENCODER_PRESETS
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import machine, versions
-from coma.runtimes.model_spec import METADATA, Description, Precision, as_json, read_description
+from coma.runtimes.model_spec import METADATA, ModelSpec, Precision, as_json, read_model_spec
 from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes
@@ -108,7 +108,7 @@ def entrants_of(model: Model, args: argparse.Namespace) -> list[Entrant]:
     return found
 
 
-def file_of(model: Model, about: Description, how: str, shapes: Shapes, work: Path) -> Path:
+def file_of(model: Model, about: ModelSpec, how: str, shapes: Shapes, work: Path) -> Path:
     """Where a file lies: its name says of which weights it was made, for which shapes and by which torch."""
     source = about.source[:8] if " " not in about.source else f"timm-{timm.__version__}"
     batches = "-".join(str(each.batch) for each in (shapes.least, shapes.most))
@@ -135,7 +135,7 @@ def export(
         return
     if not plain.exists():
         write_onnx(deployable, shapes, plain)
-    about = replace(read_description(onnx.load(plain), plain.name), precision=precision)
+    about = replace(read_model_spec(onnx.load(plain), plain.name), precision=precision)
     pictures = read(model.calibrate, cast(int, about.inputs[0].axes[1]), args.calibrate_images)
     batches = (inputs_of(about, [picture], model.side, 1) for picture in pictures)
     arrays = ({name: tensor.numpy() for name, tensor in inputs.items()} for inputs in batches)
@@ -149,7 +149,7 @@ def read(place: Path | None, channels: int, most: int) -> list[np.ndarray]:
     return list(read_image_set(open_images(place), channels, most).pictures)
 
 
-def inputs_of(about: Description, pictures: list[np.ndarray], side: int, batch: int) -> dict[str, Tensor]:
+def inputs_of(about: ModelSpec, pictures: list[np.ndarray], side: int, batch: int) -> dict[str, Tensor]:
     """A batch as a model takes it."""
     rule, size = about.preprocessing, (side, side)
     examples = example_inputs(about, batch, *size)

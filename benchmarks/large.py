@@ -31,7 +31,7 @@ PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "cat")
 def settings(batch: int, processes: int) -> dict[str, list[str]]:
     """How a run may use its machine."""
     pieces = ["--micro-batch", str(max(m for m in (batch // 4, 1) if m and batch % m == 0))]
-    recompute = ["--checkpoint-gradients"]
+    recompute = ["--grad-checkpointing"]
     ways = {
         "one pass": [],
         f"{batch // int(pieces[1])} passes": pieces,
@@ -48,7 +48,9 @@ def measure(
     flags: list[str], processes: int, photos: Path, out: Path, steps: int, precision: str
 ) -> dict[str, float] | None:
     """Images per second, GiB and share of time without data of one run; None: it does not fit."""
-    fixed = shlex.split("--log-steps 1 --save-steps 1000 --sheet-steps 0 --mean .5 .5 .5 --std .3 .3 .3")
+    fixed = shlex.split(
+        "--log-steps 1 --save-steps 1000 --reconstruction-every 0 --mean .5 .5 .5 --std .3 .3 .3"
+    )
     command = [sys.executable, "-m"]
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]

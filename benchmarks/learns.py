@@ -51,7 +51,7 @@ def settings(args: argparse.Namespace, method: str, images: int, seed: int, out:
         model=replace(dyvit_preset("tiny", 32), **shape(args)),
         objective=replace(method_preset(method, decoder_dim=128, decoder_depth=2), norm_pix=args.norm_pix),
         optimizer=OptimizerConfig(steps=images // args.batch, batch_size=args.batch, base_lr=args.base_lr),
-        run=RunConfig(out, seed=seed, device="cpu", save_minutes=2, sheet_steps=0),
+        run=RunConfig(out, seed=seed, device="cpu", save_minutes=2, reconstruction_every=0),
     )
 
 

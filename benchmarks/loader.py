@@ -105,8 +105,8 @@ def main() -> None:
             "torchvision ImageFolder, bilinear": lambda: torchvision_loader(folder, bicubic=False),
             "ours, folder": lambda: our_loader(folder),
             "ours, shards of coma pack": lambda: our_loader(shards),
-            "ours, folder, repeats 2": lambda: our_loader(folder, repeats=2),
-            "ours, shards, repeats 4": lambda: our_loader(shards, repeats=4),
+            "ours, folder, repeats 2": lambda: our_loader(folder, aug_repeats=2),
+            "ours, shards, repeats 4": lambda: our_loader(shards, aug_repeats=4),
         }
         if find_spec("nvidia") and find_spec("nvidia.dali"):
             loaders["ours, folder, DALI on the CPU"] = lambda: our_loader(folder, loader="dali")

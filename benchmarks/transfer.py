@@ -85,7 +85,18 @@ def pack(args: argparse.Namespace) -> Path:
 
 def pretraining(method: str, steps: int, shards: Path, out: Path) -> Task:
     """DyViT-tiny by this method."""
-    settings = ["--batch-size", 16, "--base-lr", 8e-3, "--workers", 0, "--sheet-steps", 0, "--device", "cpu"]
+    settings = [
+        "--batch-size",
+        16,
+        "--base-lr",
+        8e-3,
+        "--workers",
+        0,
+        "--reconstruction-every",
+        0,
+        "--device",
+        "cpu",
+    ]
     arguments = coma(
         "pretrain", shards, "--out", out, "--model", "tiny", "--method", method, "--steps", steps, *settings
     )

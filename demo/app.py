@@ -16,7 +16,7 @@ from starlette.middleware import Middleware
 
 from coma.errors import ComaError
 from coma.masking.patchify import unit_grid
-from coma.runtimes.model_spec import Form
+from coma.runtimes.model_spec import GraphKind
 from demo.inputs import BLOBS, CheckedBlocks, CheckedImage, one_line
 from demo.masking import draw_views
 from demo.middleware import Gate
@@ -143,7 +143,11 @@ def _tabs(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
     if models.having("reconstructor"):
         with gr.Tab("Reconstruct"):
             reconstruct_tab(site, picture, page)
-    makers: dict[Form, Any] = {"classifier": classify_tab, "detector": detect_tab, "segmentor": segment_tab}
+    makers: dict[GraphKind, Any] = {
+        "classifier": classify_tab,
+        "detector": detect_tab,
+        "segmentor": segment_tab,
+    }
     for form, maker in makers.items():
         if models.having(form):
             with gr.Tab(TITLES[form]):

@@ -14,7 +14,7 @@ from coma.data.transforms import normalize
 from coma.errors import ComaError
 from coma.masking.patchify import unit_grid
 from coma.runtimes.base import Runtime
-from coma.runtimes.model_spec import Form
+from coma.runtimes.model_spec import GraphKind
 from demo.masking import draw_views
 from demo.models import Model
 from demo.predict import prepare
@@ -50,7 +50,7 @@ class Measured:
 
 
 def compare(
-    model: Model, form: Form, pixels: np.ndarray, told: Callable[[float, str], None] = lambda *_: None
+    model: Model, form: GraphKind, pixels: np.ndarray, told: Callable[[float, str], None] = lambda *_: None
 ) -> list[Measured]:
     """Run every runtime of `form` on the picture `[H, W, c]`.
 

@@ -191,17 +191,17 @@ def ring(h: int, w: int) -> tuple[int, int]:
     return border(h), border(w)
 
 
-def guided_view(attention: Tensor, seed: int, hidden_ratio: float) -> Tensor:
+def guided_view(attention: Tensor, seed: int, mask_ratio: float) -> Tensor:
     """What a view sees when units were hidden in proportion to `attention [h, w]`: bool `[1, h, w]`."""
     from coma.masking.sampling import draw
 
     units = attention.numel()
-    hidden = min(max(round(units * hidden_ratio), 1), units - 1)
+    hidden = min(max(round(units * mask_ratio), 1), units - 1)
     drawn: Callable[..., Tensor] = draw
     return ~drawn(attention[None], torch.tensor([seed]), hidden)
 
 
-def draw_views(method: str, seed: int, h: int, w: int, hidden_ratio: float = 0.75) -> Tensor:
+def draw_views(method: str, seed: int, h: int, w: int, mask_ratio: float = 0.75) -> Tensor:
     """Units that each view sees, bool `[v, h, w]`.
 
     Args:
@@ -209,7 +209,7 @@ def draw_views(method: str, seed: int, h: int, w: int, hidden_ratio: float = 0.7
         seed: 0 to `LARGEST_SEED`.
         h: Rows of units.
         w: Columns of units.
-        hidden_ratio: Of mae: share of the units to hide; one at least is hidden and one is seen.
+        mask_ratio: Of mae: share of the units to hide; one at least is hidden and one is seen.
 
     Raises:
         BadInput: too few units for so many views, or a method that draws nothing.
@@ -225,7 +225,7 @@ def draw_views(method: str, seed: int, h: int, w: int, hidden_ratio: float = 0.7
         raise BadInput(f"{METHODS[method].title}: draws no mask")
     if h * w < 2:
         raise BadInput("This picture is a single mask unit: nothing would be left to see.")
-    shown = min(max(round(h * w * (1 - hidden_ratio)), 1), h * w - 1)
+    shown = min(max(round(h * w * (1 - mask_ratio)), 1), h * w - 1)
     return keep(seeds, h, w, shown)
 
 

@@ -13,7 +13,7 @@ from coma.artifact.load import artifact_hash
 from coma.errors import BadInput, ComaError
 from coma.models import Encoder
 from coma.runtimes.base import Runtime
-from coma.runtimes.model_spec import FORMS, Description, Form
+from coma.runtimes.model_spec import GRAPH_KINDS, GraphKind, ModelSpec
 from coma.runtimes.open import Device, open_runtime
 from demo.runtimes import Exported, Offer, exported_files, offers_of, verified_file
 
@@ -43,19 +43,19 @@ class Model:
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     @property
-    def forms(self) -> tuple[Form, ...]:
+    def forms(self) -> tuple[GraphKind, ...]:
         """What it can be used as."""
-        possible = FORMS[self.kind]
+        possible = GRAPH_KINDS[self.kind]
         return tuple(form for form in possible if any(not offer.reason for offer in self.offers(form)))
 
-    def offers(self, form: Form) -> list[Offer]:
+    def offers(self, form: GraphKind) -> list[Offer]:
         """Runtimes of one form; those that are not available say why, and come last."""
         with self._lock:
             if form not in self._offers:
                 self._offers[form] = offers_of(self.files, form, self.artifact, self.device)
             return list(self._offers[form])
 
-    def runtime(self, form: Form, title: str | None = None) -> Runtime:
+    def runtime(self, form: GraphKind, title: str | None = None) -> Runtime:
         """Open a runtime, or the one that is open; the first that is available by default.
 
         Raises:
@@ -72,7 +72,7 @@ class Model:
                 self._opened[chosen] = open_runtime(chosen.path, chosen.device, form)
             return self._opened[chosen]
 
-    def description(self, form: Form) -> Description:
+    def description(self, form: GraphKind) -> ModelSpec:
         """What the first runtime says of the model."""
         return self.runtime(form).description
 
@@ -116,7 +116,7 @@ class Model:
 
     def class_names(self) -> tuple[str, ...]:
         """Of a fine-tuned model."""
-        about = self.description(cast(Form, self.kind))
+        about = self.description(cast(GraphKind, self.kind))
         return about.class_names or ()
 
     def palette(self) -> list[tuple[int, int, int]]:
@@ -177,7 +177,7 @@ class Models:
             raise BadInput("There is no such model here; choose one from the list.")
         return self._models[name]
 
-    def having(self, form: Form) -> list[Model]:
+    def having(self, form: GraphKind) -> list[Model]:
         """Those that can be used as `form`."""
         return [model for model in self._models.values() if form in model.forms]
 

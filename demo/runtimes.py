@@ -16,7 +16,7 @@ from coma.atomic_io import sha256_of
 from coma.errors import BadInput
 from coma.runtimes.manifest import NAME as MANIFEST
 from coma.runtimes.manifest import Manifest
-from coma.runtimes.model_spec import Form
+from coma.runtimes.model_spec import GraphKind
 from coma.runtimes.open import Device
 
 SUFFIXES = {".onnx": "ONNX Runtime", ".engine": "TensorRT"}
@@ -35,7 +35,7 @@ class Offer:
     """
 
     title: str
-    form: Form
+    form: GraphKind
     path: Path | None
     device: Device = "cpu"
     reason: str | None = None
@@ -55,7 +55,7 @@ class Exported:
     """
 
     path: Path
-    form: Form
+    form: GraphKind
     precision: str
     sha256: str
     source: str
@@ -100,7 +100,7 @@ def verified_file(path: Path) -> Exported:
     raise BadInput(f"{path}: {MANIFEST} beside it does not list it as verified; export it again")
 
 
-def offers_of(entries: list[Exported], form: Form, artifact: Path | None, device: Device) -> list[Offer]:
+def offers_of(entries: list[Exported], form: GraphKind, artifact: Path | None, device: Device) -> list[Offer]:
     """All runtimes for one form, those that are not available last.
 
     Args:

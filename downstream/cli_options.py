@@ -47,7 +47,7 @@ class TrainingOptions(Ranged):
     (default)."""
     global_blocks: Annotated[int | None, Range(0, 256)] = None
     """Blocks of stage 3 that attend to the whole map, evenly spaced; with any, all of stage 4 (DyViT)."""
-    checkpoint_gradients: bool = False
+    grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of matrix products; bf16 and fp16 use automatic mixed precision."""
@@ -76,7 +76,7 @@ class FromOptions:
     """Changes to the configuration, as OpenMMLab's tools take them: model.backbone.drop_path=0.2 ..."""
 
 
-ENCODER_OPTIONS = ("drop_path", "head_channels", "frozen_stages", "global_blocks", "checkpoint_gradients")
+ENCODER_OPTIONS = ("drop_path", "head_channels", "frozen_stages", "global_blocks", "grad_checkpointing")
 """Those that also apply to a configuration of the user's own, when an artifact or preset is put into it."""
 
 

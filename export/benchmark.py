@@ -19,12 +19,12 @@ from coma.errors import BadInput, ComaError
 from coma.library_errors import library_errors
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import NAME, Entry, Manifest, is_verified
-from coma.runtimes.model_spec import Form
+from coma.runtimes.model_spec import GraphKind
 from coma.runtimes.open import Device
 from coma.runtimes.pytorch import TorchRuntime
-from export.graphs.load import example_inputs, load_deployable
+from export.graphs.load import example_inputs, load_exportable
 from export.image_sets import ImageSet
-from export.job import Watcher
+from export.job import ProgressListener
 from export.latency import Latency, compute, end_to_end, interleaved
 from export.preprocessing import as_input, resized
 
@@ -88,7 +88,9 @@ class NotRun:
     batch: int | None = None
 
 
-def exported(folder: Path, artifact: Path, form: Form, required: bool) -> tuple[list[Entry], list[NotRun]]:
+def exported(
+    folder: Path, artifact: Path, form: GraphKind, required: bool
+) -> tuple[list[Entry], list[NotRun]]:
     """The files of one form in a folder of exports, and those that are out of the question.
 
     Args:
@@ -128,11 +130,11 @@ def exported(folder: Path, artifact: Path, form: Form, required: bool) -> tuple[
 
 
 def open_torch(
-    artifact: Path, form: Form, device: Device, compiled: bool
+    artifact: Path, form: GraphKind, device: Device, compiled: bool
 ) -> tuple[list[Contender], list[NotRun]]:
     """PyTorch as it is and, if asked for, compiled."""
     place = "cpu" if device == "cpu" else "cuda"
-    deployable = load_deployable(artifact, form)
+    deployable = load_exportable(artifact, form)
     found = [Contender(EAGER, "fp32", TorchRuntime(deployable, place), place)]
     if compiled:
         found.append(Contender(COMPILED, "fp32", TorchRuntime(deployable, place, compiled=True), place))
@@ -141,7 +143,7 @@ def open_torch(
 
 
 def open_exports(
-    folder: Path, entries: Sequence[Entry], device: Device, threads: int, watcher: Watcher
+    folder: Path, entries: Sequence[Entry], device: Device, threads: int, watcher: ProgressListener
 ) -> tuple[list[Contender], list[NotRun]]:
     """Load files: .onnx on `device`, .engine on a GPU."""
     found, absent = [], []
@@ -172,7 +174,11 @@ class Call:
 
 
 def try_out(
-    contenders: Sequence[Contender], images: ImageSet, batch: int, size: tuple[int, int], watcher: Watcher
+    contenders: Sequence[Contender],
+    images: ImageSet,
+    batch: int,
+    size: tuple[int, int],
+    watcher: ProgressListener,
 ) -> tuple[list[Call], list[NotRun]]:
     """What can be timed at one batch size, and what cannot: every call is made twice.
 

@@ -17,16 +17,16 @@ from coma.library_errors import about_one_file, library_errors
 from coma.runtimes.manifest import STAGED
 from coma.runtimes.model_spec import (
     METADATA,
-    Deployable,
-    Description,
-    Form,
+    ExportableModel,
+    GraphKind,
+    ModelSpec,
     Precision,
     as_json,
-    read_description,
+    read_model_spec,
 )
 from coma.runtimes.shape_ranges import Shape, Shapes
-from export.graphs.load import example_inputs, load_deployable
-from export.job import Request, Watcher, file_name
+from export.graphs.load import example_inputs, load_exportable
+from export.job import ProgressListener, Request, file_name
 from export.onnx_export import in_precision, with_preprocessing, write_onnx
 from export.preprocessing import as_input, resized
 from export.report import NAME as REPORT
@@ -41,12 +41,14 @@ UNVERIFIED = ".unverified"
 _BASE = ".onnx.base"
 
 
-class Maker:
+class CandidateBuilder:
     """Writes the files that are still to be verified."""
 
-    def __init__(self, request: Request, form: Form, shapes: Shapes, watcher: Watcher, source: str) -> None:
+    def __init__(
+        self, request: Request, form: GraphKind, shapes: Shapes, watcher: ProgressListener, source: str
+    ) -> None:
         self.request, self.shapes, self.watcher, self.source = request, shapes, watcher, source
-        self.form: Form = form
+        self.form: GraphKind = form
         self._fp32_file: Path | None = None
         self._unwanted: list[Path] = []
 
@@ -86,13 +88,13 @@ class Maker:
             self._fp32_file = base
         return self._fp32_file
 
-    def deployable(self) -> Deployable:
+    def deployable(self) -> ExportableModel:
         """The model, read anew.
 
         Raises:
             BadArtifact: it cannot be read any more, or has become another one since the export began.
         """
-        found = load_deployable(self.request.artifact, self.form)
+        found = load_exportable(self.request.artifact, self.form)
         if found.description.source != self.source:
             raise BadArtifact(f"{self.request.artifact}: has changed during the export; export it again")
         return found
@@ -127,11 +129,11 @@ class Maker:
 
     def _keep(self) -> list[str]:
         """The patterns that mean something in this form, as its file names the layers."""
-        layers = layers_of(load_deployable(self.request.artifact, self.form).module)
+        layers = layers_of(load_exportable(self.request.artifact, self.form).module)
         here = [pattern for pattern in self.request.keep if fits(pattern, layers)]
         return [f"form.{pattern}" for pattern in here] if self.request.inside else here
 
-    def _batches(self, description: Description) -> tuple[Iterator[dict[str, np.ndarray]], int]:
+    def _batches(self, description: ModelSpec) -> tuple[Iterator[dict[str, np.ndarray]], int]:
         """All calibration images, batch by batch, and the number of batches; the last batch is filled up."""
         usual, rule = self.shapes.usual, description.preprocessing
         batch = description.inputs[0].axes[0]
@@ -156,13 +158,13 @@ class Maker:
 
 def remove_unfinished(folder: Path) -> None:
     """Removes what an export that was killed left in a folder; no other export may be writing there."""
-    files = [file_name(form, precision) for form in get_args(Form) for precision in get_args(Precision)]
+    files = [file_name(form, precision) for form in get_args(GraphKind) for precision in get_args(Precision)]
     names = {
         f"{Path(file).stem}{UNVERIFIED}{end}"
         for file in files
         for end in (".onnx", ".engine", ".engine.json")
     }
-    names |= {f"{form}{_BASE}" for form in get_args(Form)}
+    names |= {f"{form}{_BASE}" for form in get_args(GraphKind)}
     written = (*names, REPORT, STAGED)
     found = [folder / name for name in (*names, STAGED, *(f".{name}.part" for name in written))]
     there = [path for path in found if path.is_file()]
@@ -172,7 +174,7 @@ def remove_unfinished(folder: Path) -> None:
         log.warning("%s: removed %d unfinished files of an export that was killed", folder, len(there))
 
 
-def fitted(deployable: Deployable, shapes: Shapes) -> Deployable:
+def fitted(deployable: ExportableModel, shapes: Shapes) -> ExportableModel:
     """The same model, preparing images for its own size if the shapes allow that, else for the usual one."""
     about = deployable.description
     rule, usual = about.preprocessing, shapes.usual
@@ -194,9 +196,9 @@ def fits(pattern: str, layers: Iterable[str]) -> bool:
     return any(fnmatchcase(layer, pattern) for layer in layers)
 
 
-def describe(path: Path) -> Description:
+def describe(path: Path) -> ModelSpec:
     """What an ONNX file says of itself."""
-    return read_description(load(path), path.name)
+    return read_model_spec(load(path), path.name)
 
 
 def load(path: Path) -> Any:

@@ -21,10 +21,10 @@ from coma.runtimes.model_spec import Precision
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shapes
 from coma.runtimes.trt.sidecar import sidecar_path
-from export.candidates import Maker, describe, fitted, load
-from export.graphs.load import example_inputs, load_deployable
+from export.candidates import CandidateBuilder, describe, fitted, load
+from export.graphs.load import example_inputs, load_exportable
 from export.half_precision_emulation import emulate, is_short
-from export.job import Request, Watcher
+from export.job import ProgressListener, Request
 from export.latency import compute, end_to_end, interleaved
 from export.preprocessing import as_input, resized
 from export.verify.parity import Verdict, verify
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 REJECTED = ".rejected"
 
 
-class Judge:
+class Gate:
     """Compares, measures, names and records the files of one form.
 
     A file that cannot be opened or measured raises CheckFailed, to be told to `failed`; BadInput is about
@@ -44,7 +44,12 @@ class Judge:
     """
 
     def __init__(
-        self, request: Request, reference: TorchRuntime, shapes: Shapes, watcher: Watcher, manifest: Manifest
+        self,
+        request: Request,
+        reference: TorchRuntime,
+        shapes: Shapes,
+        watcher: ProgressListener,
+        manifest: Manifest,
     ) -> None:
         self.request, self.reference, self.shapes = request, reference, shapes
         self.watcher, self.manifest = watcher, manifest
@@ -52,7 +57,7 @@ class Judge:
         self._scores: dict[str, float] | None = None
         self._scored_images: Selection | None = None
 
-    def onnx(self, waiting: Path, path: Path, precision: Precision, maker: Maker) -> str | None:
+    def onnx(self, waiting: Path, path: Path, precision: Precision, maker: CandidateBuilder) -> str | None:
         """Why the ONNX file is refused; None where it is kept."""
         from export.quantization import precision_summary
 
@@ -70,7 +75,7 @@ class Judge:
             self._fp32 = entry
         return self._keep(waiting, path, entry, verdict)
 
-    def engine(self, onnx_path: Path, maker: Maker) -> str | None:
+    def engine(self, onnx_path: Path, maker: CandidateBuilder) -> str | None:
         """Why the engine made of an ONNX file is refused; None where it is kept."""
         from coma.runtimes.tensorrt import TensorRTRuntime
         from coma.runtimes.trt.profiles import profile_of
@@ -89,7 +94,9 @@ class Judge:
         entry, verdict = self._entry(waiting, path.name, runtime, runtime, "cuda")
         return self._keep(waiting, path, entry, verdict)
 
-    def failed(self, path: Path, precision: Precision, maker: Maker, error: CheckFailed) -> str | None:
+    def failed(
+        self, path: Path, precision: Precision, maker: CandidateBuilder, error: CheckFailed
+    ) -> str | None:
         """Why a file is refused that could not be made, opened or measured; what there is of it is kept."""
         waiting, verdict = maker.waiting(path), Verdict((), 0, {}, (str(error),))
         return self._keep(waiting, path, self._described(waiting, path.name, precision, verdict), verdict)
@@ -197,7 +204,7 @@ class Judge:
 
     @cached_property
     def _reference_on_gpu(self) -> TorchRuntime:
-        model = load_deployable(self.request.artifact, self.reference.description.form)
+        model = load_exportable(self.request.artifact, self.reference.description.form)
         return TorchRuntime(fitted(model, self.shapes), "cuda")
 
     def _latency(self, runtime: Runtime, place: str) -> list[dict[str, Any]]:
@@ -228,7 +235,7 @@ class Judge:
             ]
         return rows
 
-    def _locate(self, waiting: Path, runtime: Runtime, maker: Maker) -> str | None:
+    def _locate(self, waiting: Path, runtime: Runtime, maker: CandidateBuilder) -> str | None:
         from export.verify.bisect import locate
 
         self.watcher.step(f"{waiting.name}: looking for where the error starts")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from coma.runtimes.model_spec import Form, Precision
+from coma.runtimes.model_spec import GraphKind, Precision
 
 if TYPE_CHECKING:
     from coma.data.sources.base import Source
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from export.quantization import Method
 
 
-class Watcher(Protocol):
+class ProgressListener(Protocol):
     """Told what is going on."""
 
     def step(self, title: str, done: int = 0, total: int | None = None) -> None:
@@ -72,6 +72,6 @@ def folder_beside(artifact: Path) -> Path:
     return artifact.resolve().parent / "export"
 
 
-def file_name(form: Form, precision: Precision) -> str:
+def file_name(form: GraphKind, precision: Precision) -> str:
     """Of the ONNX file."""
     return f"{form}.onnx" if precision == "fp32" else f"{form}-{precision}.onnx"

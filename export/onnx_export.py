@@ -21,10 +21,10 @@ from coma.errors import CheckFailed
 from coma.library_errors import library_errors
 from coma.runtimes.model_spec import (
     METADATA,
-    Deployable,
-    Description,
-    Port,
+    ExportableModel,
+    ModelSpec,
     Precision,
+    TensorSpec,
     as_json,
 )
 from coma.runtimes.shape_ranges import Shapes
@@ -55,7 +55,7 @@ class Preprocess(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, form: nn.Module, description: Description) -> None:
+    def __init__(self, form: nn.Module, description: ModelSpec) -> None:
         super().__init__()
         self.form = form
         self.pixels_out = description.form == "reconstructor"
@@ -69,7 +69,7 @@ class Preprocess(nn.Module):
         return tuple(o * self.std + self.mean for o in outputs) if self.pixels_out else outputs
 
 
-def with_preprocessing(deployable: Deployable) -> Deployable:
+def with_preprocessing(deployable: ExportableModel) -> ExportableModel:
     """The same model, taking uint8 pixels."""
     about = deployable.description
     images = replace(about.inputs[0], dtype="uint8")
@@ -78,7 +78,7 @@ def with_preprocessing(deployable: Deployable) -> Deployable:
         inputs=(images, *about.inputs[1:]),
         preprocessing=replace(about.preprocessing, inside=True),
     )
-    return Deployable(Preprocess(deployable.module, about), description)
+    return ExportableModel(Preprocess(deployable.module, about), description)
 
 
 def in_precision(module: nn.Module, precision: Precision) -> nn.Module:
@@ -89,7 +89,7 @@ def in_precision(module: nn.Module, precision: Precision) -> nn.Module:
     return module
 
 
-def write_onnx(deployable: Deployable, shapes: Shapes, path: Path) -> Description:
+def write_onnx(deployable: ExportableModel, shapes: Shapes, path: Path) -> ModelSpec:
     """Write the ONNX file of a model whose weights already have the precision wanted.
 
     Args:
@@ -166,7 +166,7 @@ def modules_of(node: onnx.NodeProto) -> list[str]:
     return [path for path in ast.literal_eval(text)[:-1] if path] if text else []  # the last is the node's
 
 
-def check_axes(model: onnx.ModelProto, description: Description) -> None:
+def check_axes(model: onnx.ModelProto, description: ModelSpec) -> None:
     """Compare the axes of the file's inputs and outputs with the description.
 
     Raises:
@@ -192,7 +192,7 @@ def check_axes(model: onnx.ModelProto, description: Description) -> None:
         raise CheckFailed("the exported graph is not as asked: " + "; ".join(faults))
 
 
-def _fixed(port: Port, shapes: Shapes, unit: int) -> Port:
+def _fixed(port: TensorSpec, shapes: Shapes, unit: int) -> TensorSpec:
     """The port with those axes as numbers that are the same in all shapes."""
     fixed = {
         "batch": shapes.usual.batch,
@@ -214,7 +214,7 @@ def _fixed(port: Port, shapes: Shapes, unit: int) -> Port:
     return replace(port, axes=tuple(fix(axis) for axis in port.axes))
 
 
-def _trace(deployable: Deployable, description: Description, shapes: Shapes) -> onnx.ModelProto:
+def _trace(deployable: ExportableModel, description: ModelSpec, shapes: Shapes) -> onnx.ModelProto:
     # the example has another height than width and two images, so that no two axes are taken for one
     usual, unit = shapes.usual, description.unit
     batch = max(usual.batch, 2) if "batch" in shapes.dynamic else usual.batch

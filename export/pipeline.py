@@ -8,13 +8,13 @@ from pathlib import Path
 from coma.errors import CheckFailed
 from coma.library_errors import require_packages
 from coma.runtimes.manifest import Manifest
-from coma.runtimes.model_spec import Form
+from coma.runtimes.model_spec import GraphKind
 from coma.runtimes.onnxruntime import Provider, require_provider
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shapes
-from export.candidates import Maker, fitted
-from export.gate import Judge
-from export.job import Request, Watcher, file_name
+from export.candidates import CandidateBuilder, fitted
+from export.gate import Gate
+from export.job import ProgressListener, Request, file_name
 from export.verify.tolerances import GATES
 
 
@@ -42,7 +42,12 @@ def require(device: Provider) -> None:
 
 
 def export(
-    request: Request, form: Form, shapes: Shapes, manifest: Manifest, watcher: Watcher, outcome: Outcome
+    request: Request,
+    form: GraphKind,
+    shapes: Shapes,
+    manifest: Manifest,
+    watcher: ProgressListener,
+    outcome: Outcome,
 ) -> None:
     """Export one form in all precisions, and add to `outcome` what became of them.
 
@@ -53,9 +58,9 @@ def export(
         Interrupted: Ctrl-C, likewise.
     """
     require(request.device)
-    maker = Maker(request, form, shapes, watcher, manifest.source)
+    maker = CandidateBuilder(request, form, shapes, watcher, manifest.source)
     reference = TorchRuntime(fitted(maker.deployable(), shapes))
-    judge = Judge(request, reference, shapes, watcher, manifest)
+    judge = Gate(request, reference, shapes, watcher, manifest)
     try:
         for precision in sorted(request.precisions, key=list(GATES).index):
             path = request.out / file_name(form, precision)

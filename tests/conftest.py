@@ -60,7 +60,7 @@ def settings(photos: Path, tmp_path: Path) -> PretrainConfig:
         model=MODEL,
         objective=OBJECTIVE,
         optimizer=OptimizerConfig(steps=5, batch_size=4),
-        run=RunConfig(out=tmp_path / "run", log_steps=2, save_steps=2, sheet_steps=3, device="cpu"),
+        run=RunConfig(out=tmp_path / "run", log_steps=2, save_steps=2, reconstruction_every=3, device="cpu"),
     )
 
 
@@ -71,8 +71,8 @@ def resumable(photos: Path) -> PretrainConfig:
         data=DataConfig(images=photos, image_size=16, workers=0),
         model=replace(MODEL, drop_path=0.3),
         objective=OBJECTIVE,
-        optimizer=OptimizerConfig(steps=7, batch_size=4, micro_batch=2, base_lr=0.1, ema=0.9),
-        run=RunConfig(log_steps=3, save_steps=2, sheet_steps=0, device="cpu"),
+        optimizer=OptimizerConfig(steps=7, batch_size=4, micro_batch=2, base_lr=0.1, ema_decay=0.9),
+        run=RunConfig(log_steps=3, save_steps=2, reconstruction_every=0, device="cpu"),
     )
 
 

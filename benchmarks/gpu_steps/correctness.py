@@ -170,8 +170,8 @@ def resumed(session: Session) -> None:
         data=DataConfig(photos, image_size=32, mean=(0.5,) * 3, std=(0.3,) * 3, workers=0),
         model=replace(dyvit_preset("tiny", 32), depths=(1, 1, 1, 1), drop_path=0.2),
         objective=method_preset("coma", decoder_dim=64, decoder_depth=1),
-        optimizer=OptimizerConfig(steps=6, batch_size=4, micro_batch=2, base_lr=0.02, ema=0.9),
-        run=RunConfig(save_steps=2, sheet_steps=0, log_steps=1, device=session.device.type),  # type: ignore[arg-type]
+        optimizer=OptimizerConfig(steps=6, batch_size=4, micro_batch=2, base_lr=0.02, ema_decay=0.9),
+        run=RunConfig(save_steps=2, reconstruction_every=0, log_steps=1, device=session.device.type),  # type: ignore[arg-type]
     )
     ends = []
     for name in ("whole", "ended"):

@@ -61,7 +61,7 @@ def run(session: Session) -> None:
     source = open_source(folder)
     workers = 0 if small else default_workers()
     for repeats in (1,) if small else (1, 4):
-        data = DataConfig(folder, image_size=size, workers=workers, repeats=repeats)
+        data = DataConfig(folder, image_size=size, workers=workers, aug_repeats=repeats)
         batches = training_batches(
             source, data, channels=3, seed=0, batch=Slices(batch, batch), device=device
         )
@@ -89,7 +89,7 @@ def run(session: Session) -> None:
                 config = settings(
                     session, folder, f"waiting-{repeats}", steps=3 if small else 24, batch=batch
                 )
-                pretrain(replace(config, data=replace(config.data, repeats=repeats, workers=workers)))
+                pretrain(replace(config, data=replace(config.data, aug_repeats=repeats, workers=workers)))
                 rows = metrics(config.run.out)[1:]
                 rows = rows[len(rows) // 2 :]  # by then the files are in the page cache and workers are ahead
                 speed, waited = (
@@ -108,9 +108,13 @@ def settings(session: Session, folder: Path, name: str, *, steps: int, batch: in
         objective=method_preset("coma", **({"decoder_dim": 64, "decoder_depth": 1} if session.small else {})),
         optimizer=OptimizerConfig(steps=steps, batch_size=batch, base_lr=8e-3 if session.small else 3e-4),
         run=RunConfig(
-            session.folder / name, log_steps=1, sheet_steps=0, save_minutes=60, device=session.device.type  # type: ignore[arg-type]
+            session.folder / name,
+            log_steps=1,
+            reconstruction_every=0,
+            save_minutes=60,
+            device=session.device.type,  # type: ignore[arg-type]
         ),
-    )  # fmt: skip
+    )
 
 
 def metrics(run: Path) -> list[dict]:

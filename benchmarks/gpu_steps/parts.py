@@ -19,7 +19,7 @@ from torch.profiler import record_function
 from coma.models import attention
 from coma.models.attention import Consecutive, Windows
 from coma.models.dyvit import DyViT
-from coma.models.view_sequences import Sequences
+from coma.models.view_sequences import ViewSequences
 from coma.models.vit import ViT
 
 PREFIX = "part: "
@@ -85,7 +85,7 @@ class Parts:
     @contextmanager
     def _pieces(self) -> Iterator[None]:
         before = attention._pieces
-        gather, scatter = Sequences.gather, Sequences.scatter
+        gather, scatter = ViewSequences.gather, ViewSequences.scatter
 
         def within(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **options: Any) -> Any:
@@ -103,12 +103,12 @@ class Parts:
             turn=within("rotary positions", before.turn),
             join=within("gates", before.join),
         )
-        Sequences.gather, Sequences.scatter = within("gathers", gather), within("gathers", scatter)
+        ViewSequences.gather, ViewSequences.scatter = within("gathers", gather), within("gathers", scatter)
         try:
             yield
         finally:
             attention._pieces = before
-            Sequences.gather, Sequences.scatter = gather, scatter
+            ViewSequences.gather, ViewSequences.scatter = gather, scatter
 
 
 @dataclass(frozen=True)

@@ -56,13 +56,13 @@ def tensorrt_rtx(session: Session) -> None:
     from coma.runtimes.pytorch import TorchRuntime
     from coma.runtimes.shape_ranges import Shape, Shapes
     from coma.runtimes.tensorrt import TensorRTRuntime
-    from export.graphs.load import load_deployable
+    from export.graphs.load import load_exportable
     from export.onnx_export import write_onnx
     from export.tensorrt.builder import build_engine
 
     side = 32 if session.small else 224
     path, engine = session.folder / "encoder.onnx", session.folder / "encoder.engine"
-    write_onnx(load_deployable(artifact_of(session), "encoder"), Shapes(*[Shape(1, side, side)] * 3), path)
+    write_onnx(load_exportable(artifact_of(session), "encoder"), Shapes(*[Shape(1, side, side)] * 3), path)
     sidecar = build_engine(path, engine, (), flavour="tensorrt_rtx")
     values = {"seconds": sidecar.seconds, "layers": sidecar.layers, "MB": engine.stat().st_size / 1e6}
     session.add("engine", values, ok=True, note=f"TensorRT-RTX {sidecar.version}")
@@ -71,7 +71,7 @@ def tensorrt_rtx(session: Session) -> None:
     images = torch.randn(1, 3, side, side, device=session.device)
     with session.attempt("engine on this GPU"):
         runtime = TensorRTRuntime(engine)
-        expected = TorchRuntime(load_deployable(artifact_of(session), "encoder"), "cuda")(images)
+        expected = TorchRuntime(load_exportable(artifact_of(session), "encoder"), "cuda")(images)
         found = runtime(images)
         off = max(
             float((found[name].float() - each.float()).norm() / each.float().norm())

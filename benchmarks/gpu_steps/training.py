@@ -94,7 +94,7 @@ def large_model(session: Session) -> None:
         photos.mkdir()
         for name in ("astronaut", "chelsea", "coffee", "rocket"):
             Image.fromarray(getattr(pictures, name)()).save(photos / f"{name}.jpg", quality=95)
-        ways = [("plain", []), ("gradient checkpointing", ["--checkpoint-gradients"])]
+        ways = [("plain", []), ("gradient checkpointing", ["--grad-checkpointing"])]
         for name, flags in ways[1:] if session.small else ways:
             label = f"{model}, {size} px, {name}"
             if not session.wants(label, 0.0 if session.small else 8.0):

@@ -97,7 +97,7 @@ def teacher(args: argparse.Namespace) -> Path:
     """A ViT pre-trained by MAE, for the methods that are taught."""
     out = args.work / "teacher"
     name = ["--method", "mae", "--model", *BACKBONES["ViT"].split()]
-    steps = ["--steps", str(round(args.images / args.batch)), "--seed", "100", "--sheet-steps", "0"]
+    steps = ["--steps", str(round(args.images / args.batch)), "--seed", "100", "--reconstruction-every", "0"]
     begin = [str(args.data / "train.npz"), "--out", str(out), *name, *steps, *flags(args), "--workers", "0"]
     done = out / "loss_curve.png"
     if not done.exists():

@@ -54,7 +54,7 @@ class MAEConfig(Ranged):
 
     flags = "--objective."
 
-    hidden_ratio: Annotated[float, INSIDE] = 0.75
+    mask_ratio: Annotated[float, INSIDE] = 0.75
     """Share of mask units that the encoder does not see."""
     norm_pix: bool = True
     """Predict pixels normalised per mask unit (MAE sec. 4.1) instead of plain pixels."""
@@ -70,7 +70,7 @@ class BeyondConfig(Ranged):
     degrade: Degradation = "zoom-in+mask"
     """What is done to the input. Published, their order of fine-tuned accuracy: zoom-in+mask, (masks alone,
     which is --method mae), zoom-in, zoom-out, distort, blur, decolor. zoom-in+coma is this project's own."""
-    hidden_ratio: Annotated[float, INSIDE] = 0.75
+    mask_ratio: Annotated[float, INSIDE] = 0.75
     """zoom-in+mask: share of the centre's mask units that the encoder does not see (published)."""
     views: Annotated[int, VIEWS] = 2
     """zoom-in+coma: groups that share the centre's units; each of them predicts what it does not see."""
@@ -99,7 +99,7 @@ class BeyondConfig(Ranged):
 
 
 _USED_BY: Mapping[str, tuple[Degradation, ...]] = {
-    "hidden_ratio": ("zoom-in+mask",),
+    "mask_ratio": ("zoom-in+mask",),
     "views": ("zoom-in+coma",),
     "border_weight": ("zoom-in+mask", "zoom-in+coma"),
 }
@@ -142,7 +142,7 @@ class CMTConfig(Ranged):
     stage), averaged over heads and, as no class token is trained, over all queries. (Our choice.)"""
     hide: Literal["attended", "ignored"] = "attended"
     """attended: hidden units are drawn in proportion to A. ignored: visible ones are. (Our choice.)"""
-    hidden_ratio: Annotated[float, INSIDE] = 0.75
+    mask_ratio: Annotated[float, INSIDE] = 0.75
     """Share of mask units that the encoder does not see. (Our choice: MAE's.)"""
     random_share: Annotated[float, SHARE] = 0.1
     """Share of the run at its beginning with random masks. (Our choice.)"""
@@ -154,10 +154,10 @@ class CMTConfig(Ranged):
     norm_targets: bool = True
     """Target features, of the last layers, are normalised over their channels (LayerNorm without
     weights). (Our choice.)"""
-    ema: Annotated[float, SHARE] = 0.996
+    ema_decay: Annotated[float, SHARE] = 0.996
     """Share that the averaged student keeps at the first step. That the student is a moving average is the
     paper's (by summaries of it); the schedule (BYOL's) is our choice."""
-    ema_end: Annotated[float, SHARE] = 1.0
+    ema_decay_end: Annotated[float, SHARE] = 1.0
     """The same at the last step; along half a cosine in between. (Our choice.)"""
     norm_pix: bool = True
     """For the pictures' pixels only, which a linear head learns beside: normalised per mask unit."""

@@ -51,7 +51,7 @@ class DataConfig(Ranged):
     """Area of the random crop as a share of the image (RandomResizedCrop)."""
     flip: bool = True
     """Flip half of the crops left to right."""
-    repeats: Annotated[int, Range(1, 1024)] = 1
+    aug_repeats: Annotated[int, Range(1, 1024)] = 1
     """Samples in a row from one decoded image, each with its own crop, flip and masks (Hoffer et al. 2020,
     "Augment your batch"): 2 to 4 feed a faster GPU from the same cores, with less variety in a batch. An
     epoch remains as many samples as there are images."""
@@ -61,7 +61,7 @@ class DataConfig(Ranged):
     """Processes that decode images; default: one per core beside the trainer (0 on 1 or 2 cores)."""
     loader: Literal["workers", "dali"] = "workers"
     """Who decodes: those processes, or NVIDIA DALI (an extra) with as many threads, on the GPU where there is
-    one; a quarter as many processes then read files. DALI decodes every sample, whatever --repeats."""
+    one; a quarter as many processes then read files. DALI decodes every sample, whatever --aug-repeats."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,11 +94,11 @@ class OptimizerConfig(Ranged):
     """Share of the steps with linearly rising learning rate."""
     weight_decay: Annotated[float, WEIGHT_DECAY] = 0.05
     betas: Annotated[tuple[float, float], DECAY] = (0.9, 0.95)
-    clip: Annotated[float, Range(0, 1e9)] = 1.0
+    clip_grad: Annotated[float, Range(0, 1e9)] = 1.0
     """Largest gradient norm; 0 switches clipping off."""
-    ema: Annotated[float, DECAY] = 0.0
+    ema_decay: Annotated[float, DECAY] = 0.0
     """Decay of a moving average of the weights that goes into the artifact in their place; 0: none. (That of
-    --method cmt is another, --objective.ema.)"""
+    --method cmt is another, --objective.ema-decay.)"""
 
     @property
     def lr(self) -> float:
@@ -118,7 +118,7 @@ class RunConfig(Ranged):
     """auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on CPU."""
     compile: bool = False
     """Compile the step with torch.compile (slow to start, faster to run)."""
-    checkpoint_gradients: bool = False
+    grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: replicate the model (ddp) or shard it (fsdp, FSDP2)."""
@@ -128,7 +128,7 @@ class RunConfig(Ranged):
     """Save the resumable state every so many steps instead."""
     log_steps: Annotated[int, STEPS] = 10
     """Write metrics every so many steps."""
-    sheet_steps: Annotated[int, Range(0, 10**12)] = 500
+    reconstruction_every: Annotated[int, Range(0, 10**12)] = 500
     """Write a picture of reconstructions every so many steps; 0: only at the end."""
 
 
@@ -188,7 +188,7 @@ class FinetuneRecipe(OptimizerConfig):
     """Learning rate of the head per 256 images; the rate used is base_lr x batch_size / 256."""
     warmup: Annotated[float, SHARE] = 0.05
     betas: Annotated[tuple[float, float], DECAY] = (0.9, 0.999)
-    ema: Annotated[float, DECAY] = 0.9999
+    ema_decay: Annotated[float, DECAY] = 0.9999
     """Decay of the moving average of the weights that is validated and published (from 0.1 at the first step
     it rises to this); 0 takes the weights themselves."""
     layer_decay: Annotated[float | None, Range(0, 1, above=True)] = None
@@ -204,9 +204,9 @@ class FinetuneRecipe(OptimizerConfig):
     half by CutMix where both are on."""
     cutmix: Annotated[float, Range(0, 1000)] = 1.0
     """Beta distribution of CutMix (Yun et al. 2019); 0: off."""
-    erasing: Annotated[float, SHARE] = 0.25
+    random_erasing: Annotated[float, SHARE] = 0.25
     """Share of the images with a random rectangle of noise (Zhong et al. 2020, random erasing)."""
-    smoothing: Annotated[float, DECAY] = 0.1
+    label_smoothing: Annotated[float, DECAY] = 0.1
     """Label smoothing (Szegedy et al. 2016, sec. 7)."""
     validate: Annotated[float, EPOCHS] = 1.0
     """Epochs between validations; the weights that do best on the validation images are published."""

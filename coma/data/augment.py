@@ -25,7 +25,7 @@ from coma.data.batches import Batch, Slices, TrainingFetch
 from coma.data.loader import check_start
 from coma.data.shuffle import mix
 from coma.data.sources.base import Source
-from coma.data.worker_pool import in_workers
+from coma.data.worker_pool import map_ordered
 
 _AUGMENT = 0x6175676D656E74  # keeps these numbers apart from those of the crop
 
@@ -62,7 +62,7 @@ def labelled_batches(
     check_start(start, batch)
     fetch = LabelledFetch(source, data, channels, seed, batch.micro_batch, labels, rand_augment)
     on_gpu = device is not None and device.type == "cuda"
-    return in_workers(fetch, batch.first_rows(start), data.workers, pin=on_gpu)
+    return map_ordered(fetch, batch.first_rows(start), data.workers, pin=on_gpu)
 
 
 @dataclass(frozen=True)

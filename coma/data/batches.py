@@ -126,7 +126,7 @@ class SampleFetch:
         n = len(self.source)
         positions = np.arange(first, first + self.count)
         seeds = sample_seeds(self.seed, positions)
-        places, repeats = np.unique(positions // self.data.repeats, return_counts=True)
+        places, repeats = np.unique(positions // self.data.aug_repeats, return_counts=True)
         chosen = shuffled(self.seed, places // n, places % n, n)
         views, indices, failures, filled = [], [], [], []
         for place, index, count in zip(places.tolist(), chosen.tolist(), repeats.tolist(), strict=True):
@@ -194,7 +194,7 @@ class SampleFetch:
 
     def _enough(self, place: int, height: int, width: int) -> int:
         """Smallest image side for which no crop at `place` is enlarged, whichever pass it is part of."""
-        repeats = self.data.repeats
+        repeats = self.data.aug_repeats
         seeds = sample_seeds(self.seed, np.arange(place * repeats, (place + 1) * repeats))
         boxes = (self.crop(height, width, seed)[0] for seed in seeds.tolist())
         smallest = min(min(box[2:]) for box in boxes)

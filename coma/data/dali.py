@@ -28,7 +28,7 @@ from torch import Tensor
 from coma.data.batches import Batch, SampleFetch, Samples, TrainingFetch
 from coma.data.decode import plain_jpeg_size
 from coma.data.transforms import Box
-from coma.data.worker_pool import default_workers, in_workers
+from coma.data.worker_pool import default_workers, map_ordered
 from coma.errors import BadInput
 
 _AHEAD = 3
@@ -83,10 +83,10 @@ def decoded(fetch: CropFetch, keys: Iterable[int], on_gpu: bool) -> Generator[Ba
     """The batches of `fetch`, decoded by DALI.
 
     Raises:
-        ComaError: while iterating, as `in_workers`, or that DALI does not work.
+        ComaError: while iterating, as `map_ordered`, or that DALI does not work.
     """
     workers = default_workers() if fetch.data.workers is None else fetch.data.workers
-    fetched = in_workers(fetch, keys, -(-workers // 4))  # reading files takes fewer than decoding them
+    fetched = map_ordered(fetch, keys, -(-workers // 4))  # reading files takes fewer than decoding them
     return _decoded(fetch, fetched, max(workers, 1), on_gpu)
 
 

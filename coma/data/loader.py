@@ -19,7 +19,7 @@ from coma.data.batches import Batch, Slices, TrainingFetch
 from coma.data.shuffle import sample_seeds
 from coma.data.sources.base import Source
 from coma.data.transforms import centre_square, resize, stack
-from coma.data.worker_pool import in_workers
+from coma.data.worker_pool import map_ordered
 from coma.errors import BadImage, BadInput
 
 
@@ -57,7 +57,7 @@ def training_batches(
         crops = CropFetch(source, data, channels, seed, batch.micro_batch)
         return decoded(crops, batch.first_rows(start), on_gpu)
     fetch = TrainingFetch(source, data, channels, seed, batch.micro_batch)
-    return in_workers(fetch, batch.first_rows(start), data.workers, pin=on_gpu)
+    return map_ordered(fetch, batch.first_rows(start), data.workers, pin=on_gpu)
 
 
 def check_start(start: int, batch: Slices) -> None:
@@ -92,7 +92,7 @@ def evaluation_batches(
     """
     fetch = _EvaluationFetch(source, image_size, channels, batch_size)
     held: Batch | None = None
-    for batch in in_workers(fetch, range(0, len(source), batch_size), workers):
+    for batch in map_ordered(fetch, range(0, len(source), batch_size), workers):
         if held is None or not len(held.indices):
             held = replace(batch, failures=(*(held.failures if held else ()), *batch.failures))
         elif not len(batch.indices):

@@ -27,7 +27,7 @@ from coma.data.decode import decode, plain_jpeg_size
 from coma.data.encode import encode, shrink
 from coma.data.sources.base import Source
 from coma.data.sources.webdataset import INDEX
-from coma.data.worker_pool import in_workers
+from coma.data.worker_pool import map_ordered
 from coma.errors import BadImage, BadInput
 from coma.ranges import SIDE, Range, Ranged
 
@@ -123,7 +123,7 @@ def pack(
     resumed = min(len(shards) * settings.shard_images, len(source))
     progress(resumed)
     todo = list(_chunks(len(source), settings.shard_images, len(shards)))
-    results = in_workers(_PackFetch(source, settings), todo, workers)
+    results = map_ordered(_PackFetch(source, settings), todo, workers)
     try:
         for number, chunks in groupby(todo, lambda chunk: chunk.start // settings.shard_images):
             with _shard(out / f"shard-{number:06d}.tar") as (shard, tar):

@@ -16,7 +16,7 @@ from coma.data.channels import adapt, unit_scale
 from coma.data.pixel_values import Values, check_mixture, check_pixels, say_filled, values_of
 from coma.data.shuffle import spread
 from coma.data.sources.base import Source
-from coma.data.worker_pool import in_workers
+from coma.data.worker_pool import map_ordered
 from coma.errors import BadImage, BadInput
 
 _CHUNK = 16
@@ -43,7 +43,7 @@ def measure(
     chosen = spread(len(source), limit)
     chunks = [chosen[i : i + _CHUNK] for i in range(0, len(chosen), _CHUNK)]
     sums = _Sums(channels)
-    for each in in_workers(_Measure(source, channels), chunks, workers):
+    for each in map_ordered(_Measure(source, channels), chunks, workers):
         sums.add(each)
     used = len(sums.ranges)
     if not used:

@@ -69,7 +69,7 @@ def default_workers(trainers: int | None = None) -> int:
     return min(share - 1, _MOST_WORKERS) if share > 2 else 0
 
 
-def in_workers(
+def map_ordered(
     fetch: Callable[[Key], Result], keys: Iterable[Key], workers: int | None, *, pin: bool = False
 ) -> Generator[Result, None, None]:
     """`fetch(key)` for every key, in order, computed ahead by worker processes.
@@ -213,10 +213,10 @@ def _sendable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        stand_in = RuntimeError(f"{type(error).__name__}: {error}")
+        dummy_teacher = RuntimeError(f"{type(error).__name__}: {error}")
         for note in getattr(error, "__notes__", ()):
-            stand_in.add_note(note)
-        return stand_in
+            dummy_teacher.add_note(note)
+        return dummy_teacher
     return error
 
 

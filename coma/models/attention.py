@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from coma.masking.patchify import spread
 from coma.models.position_embeddings import rotary_table, rotate
-from coma.models.view_sequences import Sequences, has_known_size, is_exporting
+from coma.models.view_sequences import ViewSequences, has_known_size, is_exporting
 from coma.models.windows import (
     MASKED,
     fit,
@@ -75,7 +75,7 @@ class Crossing:
         bias: `[b*windows, 1, m, m]` to add to the scores of a window's m tokens, where some are forbidden.
     """
 
-    sequences: Sequences
+    sequences: ViewSequences
     side: int
     window: tuple[int, int]
     bias: Tensor | None
@@ -110,7 +110,7 @@ class Layout:
             windows lie inside units.
     """
 
-    sequences: Sequences
+    sequences: ViewSequences
     windows: tuple[Windows, ...]
     rotary: Rotary
 
@@ -127,11 +127,11 @@ class Pieces:
 
     arrange: Callable[[tuple[Windows, ...], Tensor, int], tuple[Windows, ...]]
     turn: Callable[[Tensor, Rotary], Tensor]
-    join: Callable[[Sequence[Tensor], WindowGate, Sequences], Tensor]
+    join: Callable[[Sequence[Tensor], WindowGate, ViewSequences], Tensor]
 
 
 def stage_layout(
-    sequences: Sequences, windows: Sequence[int], head_dim: int, side: int, like: Tensor
+    sequences: ViewSequences, windows: Sequence[int], head_dim: int, side: int, like: Tensor
 ) -> Layout:
     """The layout of a stage.
 
@@ -230,7 +230,7 @@ class WindowGate(nn.Module):
         return rearrange(weights, "... g c -> ... (g c)").to(logits.dtype)
 
 
-def join_gated(outputs: Sequence[Tensor], gate: WindowGate, sequences: Sequences) -> Tensor:
+def join_gated(outputs: Sequence[Tensor], gate: WindowGate, sequences: ViewSequences) -> Tensor:
     """Window outputs side by side, each channel weighted by the gate: `[n, s, t, c]`."""
     return concat_weighted(outputs, gate(torch.cat([sequences.mean(each) for each in outputs], dim=-1)))
 
@@ -282,7 +282,7 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, 
     )
 
 
-def _real_bias(sequences: Sequences, side: int, dtype: torch.dtype) -> Tensor | None:
+def _real_bias(sequences: ViewSequences, side: int, dtype: torch.dtype) -> Tensor | None:
     if sequences.real is None:
         return None
     forbidden = (~sequences.real).to(dtype) * MASKED
@@ -290,7 +290,7 @@ def _real_bias(sequences: Sequences, side: int, dtype: torch.dtype) -> Tensor | 
 
 
 def _crossing_bias(
-    sequences: Sequences, window: tuple[int, int], side: int, like: Tensor, dtype: torch.dtype
+    sequences: ViewSequences, window: tuple[int, int], side: int, like: Tensor, dtype: torch.dtype
 ) -> Tensor | None:
     group, rows, cols = sequences.group, sequences.rows, sequences.cols
     if group is None:

@@ -29,14 +29,14 @@ class Decoder(nn.Module):
     def __init__(self, features: int, pixels: int, config: DecoderConfig) -> None:
         super().__init__()
         self.embed = nn.Linear(features, config.dim)
-        self.hidden_token = nn.Parameter(torch.zeros(config.dim))
+        self.mask_token = nn.Parameter(torch.zeros(config.dim))
         self.blocks = nn.ModuleList(
             Block(config.dim, config.heads, qkv_bias=True) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.dim)
         self.head = nn.Linear(config.dim, pixels)
         self.grad_checkpointing = False
-        nn.init.normal_(self.hidden_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
         self.apply(init_xavier)
 
     def forward(self, features: Tensor, visible: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Decoder(nn.Module):
         """What the pixels are read from, `[v, b, h, w, dim]`; arguments as in `forward`."""
         v, _, h, w = visible.shape
         tokens = self.embed(features)
-        x = torch.where(visible[..., None], tokens, self.hidden_token.to(tokens.dtype))
+        x = torch.where(visible[..., None], tokens, self.mask_token.to(tokens.dtype))
         x = x + sincos_positions(h, w, x.shape[-1], device=x.device).to(x.dtype)
         x = rearrange(x, "v b h w c -> (v b) (h w) c")
         for block in self.blocks:

@@ -28,7 +28,7 @@ from coma.errors import BadInput
 from coma.masking.patchify import cover, pad_to_units, unit_grid
 from coma.models.attention import DynamicMultiWindowAttention, Layout, stage_layout
 from coma.models.blocks import drop_path_rates, run_block
-from coma.models.view_sequences import Sequences, image_sequences
+from coma.models.view_sequences import ViewSequences, image_sequences
 from coma.models.windows import crop, nest, unnest
 
 FIRST_SIDE = 8
@@ -154,7 +154,7 @@ class DyViT(nn.Module):
 
     def _run(
         self, images: Tensor, group: Tensor | None, sizes: Sequence[int] | None = None, stages: int = 4
-    ) -> tuple[Sequences, list[Tensor]]:
+    ) -> tuple[ViewSequences, list[Tensor]]:
         # tokens [n, s, t, c] after each stage
         check_images(images, group, self.config.channels, self.unit)
         rows, cols = unit_grid(images.shape[-2], images.shape[-1], self.unit)
@@ -187,7 +187,7 @@ class Stem(nn.Module):
         self.conv = nn.Conv2d(channels, dim, patch, stride=patch)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, images: Tensor, sequences: Sequences) -> Tensor:
+    def forward(self, images: Tensor, sequences: ViewSequences) -> Tensor:
         """Embed the patches of every sequence."""
         p, q = self.conv.kernel_size
         patches = rearrange(images, "b c (h p) (w q) -> b h w c p q", p=p, q=q)
@@ -231,7 +231,7 @@ class Stage(nn.Module):
         self.merge = Merge(dim) if merge else nn.Identity()
         self.blocks = nn.ModuleList(Block(dim, heads, len(windows), mlp_ratio, rate) for rate in drop_path)
 
-    def forward(self, x: Tensor, sequences: Sequences, recompute: bool) -> Tensor:
+    def forward(self, x: Tensor, sequences: ViewSequences, recompute: bool) -> Tensor:
         """`[n, s, t, c]` -> `[n, s, t/4, 2c]` (first stage: same size)."""
         x = self.merge(x)
         windowed, whole = (
@@ -263,7 +263,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def _maps(sequences: Sequences, tokens: list[Tensor]) -> list[Tensor]:
+def _maps(sequences: ViewSequences, tokens: list[Tensor]) -> list[Tensor]:
     # tokens after each stage to maps, b h w c
     return [
         unnest(sequences.scatter(x), FIRST_SIDE >> i, sequences.rows, sequences.cols)

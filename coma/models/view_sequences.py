@@ -21,7 +21,7 @@ from coma.errors import BadInput
 
 
 @dataclass(frozen=True)
-class Sequences:
+class ViewSequences:
     """Which unit lies in which slot of which sequence.
 
     Attributes:
@@ -76,7 +76,7 @@ class Sequences:
 
 def image_sequences(
     rows: int, cols: int, group: Tensor | None = None, sizes: Sequence[int] | None = None
-) -> Sequences:
+) -> ViewSequences:
     """The sequences of a batch of images.
 
     Args:
@@ -91,7 +91,7 @@ def image_sequences(
         BadInput: on a CPU, `sizes` are not those of `group`.
     """
     if group is None:
-        return Sequences(rows, cols)
+        return ViewSequences(rows, cols)
     if is_exporting():
         return one_view_in_place(rows, cols, group)
     flat, device = group.flatten(1), group.device
@@ -122,7 +122,7 @@ def image_sequences(
     target = torch.where(real.flatten(1), unit_of, units)
     slot_of = (torch.arange(units + 1, device=device) % (views * longest)).repeat(b, 1)
     slot_of.scatter_(1, target, torch.arange(views * longest, device=device).expand_as(target))
-    return Sequences(
+    return ViewSequences(
         rows,
         cols,
         group,
@@ -133,7 +133,7 @@ def image_sequences(
     )
 
 
-def one_view_in_place(rows: int, cols: int, group: Tensor) -> Sequences:
+def one_view_in_place(rows: int, cols: int, group: Tensor) -> ViewSequences:
     """One view an image, every unit in its own slot: what graphs take whose shapes cannot follow values.
 
     The same results as `image_sequences` gives, at the cost of the whole image.
@@ -144,7 +144,7 @@ def one_view_in_place(rows: int, cols: int, group: Tensor) -> Sequences:
         group: 0 for units that the view sees, -1 for others, int64 `[b, rows, cols]`.
     """
     real = (group >= 0).flatten(1)
-    return Sequences(rows, cols, group, real=real, unseen=~real)
+    return ViewSequences(rows, cols, group, real=real, unseen=~real)
 
 
 def _readable(x: Tensor) -> bool:

@@ -167,9 +167,9 @@ def _sizes(config: BeyondConfig, h: int, w: int) -> tuple[int, ...]:
     units = (h - 2 * rows) * (w - 2 * cols)
     if config.degrade == "zoom-in+coma":
         return group_sizes(units, config.views)
-    shown = int(units * (1 - config.hidden_ratio)) if config.degrade == "zoom-in+mask" else units
+    shown = int(units * (1 - config.mask_ratio)) if config.degrade == "zoom-in+mask" else units
     if shown < 1:
-        raise BadInput(f"hiding {config.hidden_ratio:.0%} of {units} mask units leaves none to see")
+        raise BadInput(f"hiding {config.mask_ratio:.0%} of {units} mask units leaves none to see")
     return (shown,)
 
 

@@ -59,11 +59,13 @@ class Classification(nn.Module):
         """Erase and mix: images like the input, and targets `[b, classes]`, whose rows add up to 1."""
         recipe = self.recipe
         images = images.clone()  # timm works in place
-        if recipe.erasing:
-            images = RandomErasing(recipe.erasing, mode="pixel", device=images.device)(images)  # type: ignore[arg-type]
+        if recipe.random_erasing:
+            images = RandomErasing(recipe.random_erasing, mode="pixel", device=images.device)(images)  # type: ignore[arg-type]
         if not (recipe.mixup or recipe.cutmix):
-            return images, mixup_target(labels, self.classes, smoothing=recipe.smoothing)
-        mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=self.classes)
+            return images, mixup_target(labels, self.classes, smoothing=recipe.label_smoothing)
+        mixup = Mixup(
+            recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=self.classes
+        )
         return mixup(images, labels)
 
     def before_step(self, progress: float) -> None:

@@ -142,10 +142,10 @@ class CMT(MaskedPixels):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Average <- m average + (1 - m) encoder, m from `ema` to `ema_end` by a cosine (BYOL, app. A.2)."""
+        """Average <- m average + (1 - m) encoder, m from start to end by a cosine (BYOL, app. A.2)."""
         if self._teacher is None:
             return
-        start, end = self.config.ema, self.config.ema_end
+        start, end = self.config.ema_decay, self.config.ema_decay_end
         towards = 1 - end + (end - start) * (math.cos(math.pi * progress) + 1) / 2  # 1 - m
         for own, new in zip(self.average.parameters(), self.encoder.parameters(), strict=True):
             _local(own).lerp_(_local(new), towards)
@@ -158,9 +158,9 @@ class CMT(MaskedPixels):
         return self
 
     def _shown(self, h: int, w: int) -> int:
-        shown = int(h * w * (1 - self.config.hidden_ratio))
+        shown = int(h * w * (1 - self.config.mask_ratio))
         if shown < 1:
-            raise BadInput(f"hiding {self.config.hidden_ratio:.0%} of {h * w} mask units leaves none to see")
+            raise BadInput(f"hiding {self.config.mask_ratio:.0%} of {h * w} mask units leaves none to see")
         return shown
 
 

@@ -41,7 +41,7 @@ class MAE(MaskedPixels):
         return keep(seeds, h, w, self._shown(h, w))[None]
 
     def _shown(self, h: int, w: int) -> int:
-        shown = int(h * w * (1 - self.config.hidden_ratio))
+        shown = int(h * w * (1 - self.config.mask_ratio))
         if shown < 1:
-            raise BadInput(f"hiding {self.config.hidden_ratio:.0%} of {h * w} mask units leaves none to see")
+            raise BadInput(f"hiding {self.config.mask_ratio:.0%} of {h * w} mask units leaves none to see")
         return shown

@@ -48,7 +48,7 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and deviation per channel."""
 
 
-def identified(config: PretrainConfig) -> PretrainConfig:
+def with_weights_hash(config: PretrainConfig) -> PretrainConfig:
     """The settings with a teacher that can be told from others, from any directory.
 
     Its paths are absolute then, and it has a SHA-256; its weights were checked to be there and to fit.
@@ -75,7 +75,7 @@ def may_have_moved(old: TeacherConfig, new: TeacherConfig) -> bool:
     return _is_folder(new.name) and old.sha256 is not None and not known
 
 
-def remarks(objective: ObjectiveConfig) -> tuple[str, ...]:
+def caveats(objective: ObjectiveConfig) -> tuple[str, ...]:
     """What has to be said of a run before its results are compared with published ones."""
     if not isinstance(objective, CMTConfig):
         return ()
@@ -277,7 +277,7 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def stand_in(objective: ObjectiveConfig, channels: int) -> Teacher | None:
+def dummy_teacher(objective: ObjectiveConfig, channels: int) -> Teacher | None:
     """A teacher that computes what the real one does, on weights of any values; None where there is none.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coma.errors import BadInput
-from coma.runtimes.model_spec import Description
+from coma.runtimes.model_spec import ModelSpec
 
 
 class Runtime(Protocol):
@@ -21,7 +21,7 @@ class Runtime(Protocol):
     """
 
     title: str
-    description: Description
+    description: ModelSpec
 
     def __call__(self, images: Tensor, **others: Tensor) -> dict[str, Tensor]:
         """Run on `images` (and, for a reconstructor, `visible`).
@@ -38,7 +38,7 @@ class Runtime(Protocol):
 DTYPES = {"float32": torch.float32, "uint8": torch.uint8, "bool": torch.bool, "int64": torch.int64}
 
 
-def check_inputs(description: Description, images: Tensor, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def check_inputs(description: ModelSpec, images: Tensor, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inputs by name, if the file takes them.
 
     Raises:

@@ -18,7 +18,7 @@ from coma.config.serialization import from_plain
 from coma.devices import cores, processor
 from coma.errors import BadInput
 from coma.messages import abridged, counted
-from coma.runtimes.model_spec import Form, Precision
+from coma.runtimes.model_spec import GraphKind, Precision
 
 _NAMED = 5
 """Most left-out images that a message names for each reason, and most reasons; manifest.json has all."""
@@ -66,7 +66,7 @@ class Entry:
     """
 
     file: str
-    form: Form
+    form: GraphKind
     precision: Precision
     runtime: str
     sha256: str

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 
-Form = Literal["encoder", "reconstructor", "classifier", "segmentor", "detector"]
+GraphKind = Literal["encoder", "reconstructor", "classifier", "segmentor", "detector"]
 """What is exported: an artifact of kind backbone gives an encoder, one of kind pretrained an encoder or a
 reconstructor, the others what they are."""
 
@@ -26,7 +26,7 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 
 
 @dataclass(frozen=True)
-class Port:
+class TensorSpec:
     """An input or output tensor."""
 
     name: str
@@ -56,13 +56,13 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
-class Description:
+class ModelSpec:
     """An exported file."""
 
-    form: Form
+    form: GraphKind
     precision: Precision
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     preprocessing: Preprocessing
     unit: int
     """Side of a mask unit in pixels: the least height and width."""
@@ -75,7 +75,7 @@ class Description:
 
 
 @dataclass(frozen=True)
-class Deployable:
+class ExportableModel:
     """A model and what will be written about it.
 
     Attributes:
@@ -85,28 +85,28 @@ class Deployable:
     """
 
     module: nn.Module
-    description: Description
+    description: ModelSpec
 
 
 METADATA = "coma"
 
 
-def as_json(description: Description) -> str:
+def as_json(description: ModelSpec) -> str:
     """What is written into a file."""
     return json.dumps(to_plain(description))
 
 
-def read_description(model: onnx.ModelProto, source: str) -> Description:
+def read_model_spec(model: onnx.ModelProto, source: str) -> ModelSpec:
     """What an ONNX file of ours says of itself.
 
     Raises:
         BadInput: it says nothing, or something that is not known here.
     """
     found = {prop.key: prop.value for prop in model.metadata_props}.get(METADATA)
-    return parse_description(found, source)
+    return parse_model_spec(found, source)
 
 
-def parse_description(text: str | None, source: str) -> Description:
+def parse_model_spec(text: str | None, source: str) -> ModelSpec:
     """A description from its JSON.
 
     Raises:
@@ -121,10 +121,10 @@ def parse_description(text: str | None, source: str) -> Description:
         ) from None
     if version != FORMAT_VERSION:
         raise BadInput(f"{source}: format {version}, known here is {FORMAT_VERSION}; export it again")
-    return from_plain(plain, Description, source=source)
+    return from_plain(plain, ModelSpec, source=source)
 
 
-FORMS: dict[str, tuple[Form, ...]] = {
+GRAPH_KINDS: dict[str, tuple[GraphKind, ...]] = {
     "backbone": ("encoder",),
     "pretrained": ("encoder", "reconstructor"),
     "classifier": ("classifier",),

@@ -14,7 +14,7 @@ from torch import Tensor
 from coma.errors import BadInput, CheckFailed
 from coma.library_errors import first_line, library_errors, require_packages
 from coma.runtimes.base import check_inputs
-from coma.runtimes.model_spec import Description, read_description
+from coma.runtimes.model_spec import ModelSpec, read_model_spec
 from coma.runtimes.trt.discovery import load_library
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
@@ -137,7 +137,7 @@ def _library() -> Any:
     return onnxruntime
 
 
-def _read(path: Path | bytes, name: str) -> tuple[Description, str | None]:
+def _read(path: Path | bytes, name: str) -> tuple[ModelSpec, str | None]:
     # what a file says of itself, and what it emulates: before a session, whose settings depend on it
     require_packages("onnx")
     import onnx
@@ -154,7 +154,7 @@ def _read(path: Path | bytes, name: str) -> tuple[Description, str | None]:
             f"{name}: keeps weights in other files, as no file of `coma export` does; export it again"
         )
     emulated = {each.key: each.value for each in model.metadata_props}.get(EMULATED)
-    return read_description(model, name), emulated
+    return read_model_spec(model, name), emulated
 
 
 def _open(path: Path | bytes, name: str, provider: Provider, threads: int | None, fp8_products: bool) -> Any:

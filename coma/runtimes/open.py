@@ -15,7 +15,7 @@ from coma.errors import BadInput
 from coma.library_errors import library_errors
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import NAME, Manifest, OfOthers, is_verified
-from coma.runtimes.model_spec import FORMS, Deployable, Form
+from coma.runtimes.model_spec import GRAPH_KINDS, ExportableModel, GraphKind
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +27,13 @@ _UNFIT = {
 }
 
 
-def open_runtime(path: Path, device: Device = "cpu", form: Form | None = None) -> Runtime:
+def open_runtime(path: Path, device: Device = "cpu", form: GraphKind | None = None) -> Runtime:
     """Load what is at `path`.
 
     Args:
         path: An artifact's directory (PyTorch), a `.onnx` file (ONNX Runtime) or an `.engine` (TensorRT).
         device: cpu or cuda; `tensorrt` is ONNX Runtime's provider of that name.
-        form: Of an artifact: what it is used as; default: the last that it can be (see `forms_of`).
+        form: Of an artifact: what it is used as; default: the last that it can be (see `graph_kinds_of`).
 
     Raises:
         BadInput: nothing there that can be loaded, or not on that device, or not the file that was verified;
@@ -48,7 +48,7 @@ def open_runtime(path: Path, device: Device = "cpu", form: Form | None = None) -
         raise BadInput(f"{path}: cannot be opened ({error.strerror or error})") from None
 
 
-def _open(path: Path, device: Device, form: Form | None) -> Runtime:
+def _open(path: Path, device: Device, form: GraphKind | None) -> Runtime:
     if device not in get_args(Device):
         raise BadInput(f"device {device!r}: give one of {', '.join(get_args(Device))}")
     for suffix in (*path.suffixes, *path.resolve().suffixes):
@@ -72,10 +72,10 @@ def _open(path: Path, device: Device, form: Form | None) -> Runtime:
 
     if device == "tensorrt":
         raise BadInput(f"{path}: is an artifact; it runs on cpu or cuda")
-    return TorchRuntime(_rebuilt(path, form or FORMS[load_artifact(path).config.kind][-1]), device)
+    return TorchRuntime(_rebuilt(path, form or GRAPH_KINDS[load_artifact(path).config.kind][-1]), device)
 
 
-def _rebuilt(path: Path, form: Form) -> Deployable:
+def _rebuilt(path: Path, form: GraphKind) -> ExportableModel:
     # graphs belong to the room `export`, which announces what builds them
     for entry in metadata.entry_points(group="coma.graphs", name="load"):
         return entry.load()(path, form)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from coma.errors import BadInput
 from coma.runtimes.base import check_inputs
-from coma.runtimes.model_spec import Deployable
+from coma.runtimes.model_spec import ExportableModel
 
 
 class TorchRuntime:
@@ -22,7 +22,7 @@ class TorchRuntime:
         BadInput: a GPU is asked for and there is none.
     """
 
-    def __init__(self, deployable: Deployable, device: str = "cpu", compiled: bool = False) -> None:
+    def __init__(self, deployable: ExportableModel, device: str = "cpu", compiled: bool = False) -> None:
         self.description = deployable.description
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():

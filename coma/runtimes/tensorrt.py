@@ -15,7 +15,7 @@ from torch import Tensor
 from coma.errors import BadInput, CheckFailed
 from coma.library_errors import library_errors
 from coma.runtimes.base import DTYPES, check_inputs
-from coma.runtimes.model_spec import Port
+from coma.runtimes.model_spec import TensorSpec
 from coma.runtimes.trt.callbacks import make_logger
 from coma.runtimes.trt.discovery import load_library, require_gpu
 from coma.runtimes.trt.engine_info import EngineSummary, inspect_engine
@@ -180,7 +180,7 @@ def _open(trt: Any, logger: Any, path: Path, *, host_code: bool) -> tuple[Any, A
     return runtime, engine
 
 
-def _check_ports(trt: Any, engine: Any, path: Path, ports: tuple[Port, ...]) -> None:
+def _check_ports(trt: Any, engine: Any, path: Path, ports: tuple[TensorSpec, ...]) -> None:
     """The engine's tensors must be those of its description; half precision never leaves the graph."""
     types = {
         trt.DataType.FLOAT: "float32",

@@ -9,12 +9,12 @@ import gradio as gr
 import numpy as np
 
 from coma.errors import BadInput
-from coma.runtimes.model_spec import Form
+from coma.runtimes.model_spec import GraphKind
 from demo.models import Model
 from demo.predict import classify, detect, draw_classes, draw_objects, segment, shares
 from demo.session import MODEL_WORK, Site, note, table
 
-TITLES: dict[Form, str] = {"classifier": "Classify", "detector": "Detect", "segmentor": "Segment"}
+TITLES: dict[GraphKind, str] = {"classifier": "Classify", "detector": "Detect", "segmentor": "Segment"}
 
 
 def classify_tab(site: Site, picture: gr.Image) -> None:
@@ -98,7 +98,7 @@ def segment_tab(site: Site, picture: gr.Image) -> None:
     go.click(run, [picture, model, runtime], [drawn, legend, plain], api_name="segment", **MODEL_WORK)
 
 
-def _pickers(site: Site, form: Form, verb: str) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button]:
+def _pickers(site: Site, form: GraphKind, verb: str) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button]:
     """Model, runtime, and the button that starts."""
     models = site.models.having(form)
     with gr.Row(elem_classes="settings", equal_height=True):
@@ -120,11 +120,11 @@ def _pickers(site: Site, form: Form, verb: str) -> tuple[gr.Dropdown, gr.Dropdow
     return model, runtime, go
 
 
-def _titles(model: Model, form: Form) -> list[str]:
+def _titles(model: Model, form: GraphKind) -> list[str]:
     return [offer.title for offer in model.offers(form) if not offer.reason]
 
 
-def _open(site: Site, model: str, runtime: str, form: Form) -> tuple[Model, Any]:
+def _open(site: Site, model: str, runtime: str, form: GraphKind) -> tuple[Model, Any]:
     chosen = site.models[model]
     if form not in chosen.forms:
         raise BadInput(f"This model is no {form}; choose one from the list.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from coma.runtimes.model_spec import Form
+from coma.runtimes.model_spec import GraphKind
 from demo.models import Models
 
 
@@ -18,7 +18,7 @@ def guide(models: Models) -> None:
             f'    picture, "{name}", "coma", 0.75, 7, "crop", "PyTorch", "visible", None,\n'
             '    api_name="/reconstruct",\n)\nprint(numbers["psnr_db"], numbers["milliseconds"])'
         )
-    finetuned: tuple[tuple[Form, str, str], ...] = (
+    finetuned: tuple[tuple[GraphKind, str, str], ...] = (
         ("classifier", "classify", ""),
         ("detector", "detect", ", 0.5"),
         ("segmentor", "segment", ""),

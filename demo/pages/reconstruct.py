@@ -115,7 +115,7 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
     outputs = [slider, error, gallery, numbers, plain]
 
     def reconstruct(
-        picture: str | None, model: str, method: str, hidden_ratio: float, seed: float, fit: str,
+        picture: str | None, model: str, method: str, mask_ratio: float, seed: float, fit: str,
         runtime: str, statistics: str, painted: Sequence[str | bytes],
     ) -> tuple[Any, str | None, list[tuple[str, str]], str, dict[str, Any]]:  # fmt: skip
         """Hide parts of a picture and rebuild them."""
@@ -132,7 +132,7 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
         about = chosen.description("reconstructor")
         opened = chosen.runtime("reconstructor", runtime or None)
         source: Any = "target" if statistics == "target" and chosen.norm_pix else "visible"
-        what = hide(chosen, fitted, method, int(seed), float(hidden_ratio), strokes)
+        what = hide(chosen, fitted, method, int(seed), float(mask_ratio), strokes)
         rebuilt = rebuild(opened, fitted, what.visible, source, what.degraded, what.everything)
         after = enlarge(to_rgb(rebuilt.merged), CANVAS)
         facts = facts_of(rebuilt, chosen, fitted, about.unit, method, int(seed), opened.title, source)

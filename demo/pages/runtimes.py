@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from coma.runtimes.model_spec import Form
+from coma.runtimes.model_spec import GraphKind
 from demo.compare_runtimes import Measured, compare
 from demo.session import MODEL_WORK, Site, note, table
 
@@ -16,7 +16,7 @@ HEAD = ("runtime", "one picture", "times PyTorch's speed", "cosine", "largest di
 
 def runtimes_tab(site: Site, picture: gr.Image) -> None:
     """Build the tab."""
-    choices: dict[str, tuple[str, Form]] = {
+    choices: dict[str, tuple[str, GraphKind]] = {
         f"{name}: {form}" if len(forms) > 1 or len(site.models.names) > 1 else form: (name, form)
         for name in site.models.names
         for forms in (site.models[name].forms,)
@@ -58,7 +58,7 @@ def runtimes_tab(site: Site, picture: gr.Image) -> None:
     )
 
 
-def _waiting(site: Site, name: str, form: Form) -> str:
+def _waiting(site: Site, name: str, form: GraphKind) -> str:
     rows = [
         [offer.title, f"not available: {offer.reason}" if offer.reason else "press Compare"]
         for offer in site.models[name].offers(form)
@@ -67,7 +67,7 @@ def _waiting(site: Site, name: str, form: Form) -> str:
     return table(HEAD, rows, off, caption="Runtimes")
 
 
-def _result(rows: list[Measured], form: Form) -> str:
+def _result(rows: list[Measured], form: GraphKind) -> str:
     first = next((row for row in rows if row.reason is None), None)
     shown: list[list[str]] = []
     for row in rows:

@@ -109,7 +109,7 @@ def fit_encoder(config: Any, encoder: Described, options: TrainingOptions) -> No
     asked = {
         "drop_path": options.drop_path,
         "frozen_stages": options.frozen_stages,
-        "with_cp": options.checkpoint_gradients or None,
+        "with_cp": options.grad_checkpointing or None,
         "global_blocks": options.global_blocks,
     }
     if options.global_blocks and not encoder.hierarchical:

@@ -89,7 +89,7 @@ def train(config: Any, folder: Path, *, source: Path | None = None, resume: bool
             runner.train()
         except torch.OutOfMemoryError as error:
             raise BadInput(
-                "out of GPU memory; try a smaller --batch-size, --checkpoint-gradients or a smaller image"
+                "out of GPU memory; try a smaller --batch-size, --grad-checkpointing or a smaller image"
             ) from error
         except ComaError as error:
             raise type(error)(worker_error(str(error))) from error
@@ -249,11 +249,14 @@ class _Watch(Hook):
         Raises:
             Interrupted: always; what counts epochs cannot be stopped inside one, and goes on from its start.
         """
-        where, way_on = f"stopped at step {done} of {self._steps}", f"go on with --resume {runner.work_dir}"
+        where, advice = (
+            f"stopped at step {done} of {self._steps}",
+            f"go on with --resume {runner.work_dir}",
+        )
         if not isinstance(runner.train_loop, IterBasedTrainLoop):
-            raise Interrupted(f"{where}; its epochs up to the last one that ended are saved, {way_on}")
+            raise Interrupted(f"{where}; its epochs up to the last one that ended are saved, {advice}")
         _save(runner, done)
-        raise Interrupted(f"{where}; everything is saved, {way_on}")
+        raise Interrupted(f"{where}; everything is saved, {advice}")
 
     def before_val(self, runner: Any) -> None:
         self._bar.begin_part("validating", len(runner.val_dataloader))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from coma.artifact import ArtifactConfig
-    from coma.runtimes.model_spec import Form
+    from coma.runtimes.model_spec import GraphKind
     from export.benchmark import Contender, NotRun, Row
     from export.image_sets import ImageSet
 
@@ -98,7 +98,7 @@ def parse_batches(text: str) -> tuple[int, ...]:
     return batches
 
 
-def parse_size(text: str | None, config: ArtifactConfig, form: Form) -> tuple[int, int]:
+def parse_size(text: str | None, config: ArtifactConfig, form: GraphKind) -> tuple[int, int]:
     """`224x224`, height first; None: the size that this form was trained on.
 
     Raises:
@@ -120,18 +120,20 @@ def parse_size(text: str | None, config: ArtifactConfig, form: Form) -> tuple[in
     return height, width
 
 
-def choose_form(wanted: str | None, artifact: Path, kind: str) -> Form:
+def choose_form(wanted: str | None, artifact: Path, kind: str) -> GraphKind:
     """The form that is compared.
 
     Raises:
         BadInput: the artifact has no such form.
     """
-    from coma.runtimes.model_spec import FORMS
+    from coma.runtimes.model_spec import GRAPH_KINDS
 
-    for form in FORMS[kind]:
+    for form in GRAPH_KINDS[kind]:
         if wanted in (None, form):
             return form
-    raise BadInput(f"--form {wanted}: {artifact} is a {kind}; of it there is {' and '.join(FORMS[kind])}")
+    raise BadInput(
+        f"--form {wanted}: {artifact} is a {kind}; of it there is {' and '.join(GRAPH_KINDS[kind])}"
+    )
 
 
 def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
@@ -194,7 +196,7 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
 
 
 def _load(
-    given: BenchmarkConfig, form: Form, channels: int, most: int
+    given: BenchmarkConfig, form: GraphKind, channels: int, most: int
 ) -> tuple[list[Contender], ImageSet, list[NotRun]]:
     from export.benchmark import MOST_IMAGES, NotRun, exported, open_exports, open_torch
     from export.commands.progress import Bar

@@ -22,7 +22,7 @@ from export.commands.output import disk_errors, exclusive, stoppable
 if TYPE_CHECKING:
     from coma.artifact import ArtifactConfig
     from coma.data.sources.base import Source
-    from coma.runtimes.model_spec import Form, Precision
+    from coma.runtimes.model_spec import GraphKind, Precision
     from coma.runtimes.trt.sidecar import EngineOptions
     from export.commands.progress import Bar
     from export.job import Request
@@ -94,10 +94,10 @@ class ExportConfig(Ranged):
     """Number of calibration images. Fewer than 8 that remain are refused unless this number is smaller."""
     calibrate_method: Literal["percentile", "entropy", "minmax"] = "percentile"
     """How far the ranges of int8 reach."""
-    keep_float: tuple[str, ...] | None = None
+    exclude_layers: tuple[str, ...] | None = None
     """Layers that int8 and fp8 leave as they are, by module path: "*.merge.*". Default: none, but of
     detectors all behind the backbone, where small errors choose other proposals; none quantises them too."""
-    preprocess_inside: bool = False
+    normalize_in_graph: bool = False
     """The files take uint8 pixels; mean and deviation are in the graph."""
     device: Literal["cpu", "cuda", "tensorrt"] = "cpu"
     """Where ONNX files are verified and timed: ONNX Runtime's provider."""
@@ -135,7 +135,7 @@ def run(argv: list[str]) -> None:
         _export(given, targets, precisions, out)
 
 
-def default_shapes(config: ArtifactConfig, form: Form) -> Shapes:
+def default_shapes(config: ArtifactConfig, form: GraphKind) -> Shapes:
     """Batches of 1 to 32; free height and width where images are not all of one size."""
     from export.graphs.load import size_of
 
@@ -153,18 +153,18 @@ def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str
     from coma.runtimes.manifest import Manifest
     from export.candidates import remove_unfinished
     from export.commands.progress import Bar
-    from export.graphs.load import forms_of
+    from export.graphs.load import graph_kinds_of
     from export.pipeline import Outcome, export, require
     from export.report import NAME, write_report
 
     config = load_artifact(given.artifact).config
-    forms = forms_of(given.artifact)
+    forms = graph_kinds_of(given.artifact)
     if given.form != "all":
         if given.form not in forms:
             raise BadInput(f"--form {given.form}: {given.artifact} is a {config.kind}")
         forms = (given.form,)
     asked = parse_shapes(given.shapes, config.model.channels) if given.shapes else None
-    shapes: dict[Form, Shapes] = {form: asked or default_shapes(config, form) for form in forms}
+    shapes: dict[GraphKind, Shapes] = {form: asked or default_shapes(config, form) for form in forms}
     for each in shapes.values():
         each.check(config.model.unit)
     _check_flags(given, targets, precisions, config, shapes[forms[0]])
@@ -222,7 +222,7 @@ def _check_flags(
             "others than those of --verify"
         )
     if not quantised:
-        for name in ("calibrate", "keep_float"):
+        for name in ("calibrate", "exclude_layers"):
             if getattr(given, name) is not None:
                 raise BadInput(f"{_flag(name)} is about int8 and fp8, and --precision has neither")
     if "tensorrt" not in targets:
@@ -257,7 +257,7 @@ def _request(
     precisions: tuple[str, ...],
     out: Path,
     config: ArtifactConfig,
-    forms: tuple[Form, ...],
+    forms: tuple[GraphKind, ...],
     shapes: Shapes,
 ) -> Request:
     from typing import cast
@@ -291,7 +291,7 @@ def _request(
         out=out,
         precisions=cast("tuple[Precision, ...]", precisions),
         tensorrt="tensorrt" in targets,
-        inside=given.preprocess_inside,
+        inside=given.normalize_in_graph,
         device=given.device,
         images=images,
         calibration=calibration,
@@ -305,22 +305,22 @@ def _request(
     )
 
 
-def _kept_float(given: ExportConfig, kind: str, forms: tuple[Form, ...]) -> tuple[str, ...]:
-    if given.keep_float is None:
+def _kept_float(given: ExportConfig, kind: str, forms: tuple[GraphKind, ...]) -> tuple[str, ...]:
+    if given.exclude_layers is None:
         from export.graphs.detector import BEHIND_BACKBONE
 
         return BEHIND_BACKBONE if kind == "detector" else ()
-    if given.keep_float == ("none",):
+    if given.exclude_layers == ("none",):
         return ()
     from export.candidates import fits, layers_of
-    from export.graphs.load import load_deployable
+    from export.graphs.load import load_exportable
 
-    layers = {name for form in forms for name in layers_of(load_deployable(given.artifact, form).module)}
-    for pattern in given.keep_float:
+    layers = {name for form in forms for name in layers_of(load_exportable(given.artifact, form).module)}
+    for pattern in given.exclude_layers:
         if not fits(pattern, layers):
             known = ", ".join(sorted(layers, key=lambda name: (-name.count("."), name))[:3])
-            raise BadInput(f"--keep-float {pattern!r}: no layer is called that; there are {known}, ...")
-    return given.keep_float
+            raise BadInput(f"--exclude-layers {pattern!r}: no layer is called that; there are {known}, ...")
+    return given.exclude_layers
 
 
 def _labelled(given: ExportConfig, source: Source, config: ArtifactConfig, batch: int) -> Source | None:
@@ -350,7 +350,7 @@ def _engine_options(config: EngineConfig) -> EngineOptions:
     )
 
 
-def _check_rtx(outcome: Outcome, shapes: Mapping[Form, Shapes], bar: Bar) -> None:
+def _check_rtx(outcome: Outcome, shapes: Mapping[GraphKind, Shapes], bar: Bar) -> None:
     from coma.runtimes.trt.profiles import profile_of
     from export.candidates import describe
     from export.tensorrt.rtx import check_rtx

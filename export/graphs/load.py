@@ -21,19 +21,26 @@ from coma.errors import BadArtifact, BadInput
 from coma.library_errors import library_errors
 from coma.masking.patchify import unit_grid
 from coma.models import Encoder
-from coma.runtimes.model_spec import FORMS, Deployable, Description, Form, Port, Preprocessing
+from coma.runtimes.model_spec import (
+    GRAPH_KINDS,
+    ExportableModel,
+    GraphKind,
+    ModelSpec,
+    Preprocessing,
+    TensorSpec,
+)
 
 
-def forms_of(directory: Path) -> tuple[Form, ...]:
+def graph_kinds_of(directory: Path) -> tuple[GraphKind, ...]:
     """What can be exported of this artifact.
 
     Raises:
         BadArtifact: it is none, or damaged.
     """
-    return FORMS[load_artifact(directory).config.kind]
+    return GRAPH_KINDS[load_artifact(directory).config.kind]
 
 
-def load_deployable(directory: Path, form: Form) -> Deployable:
+def load_exportable(directory: Path, form: GraphKind) -> ExportableModel:
     """One form of an artifact, in fp32 on the CPU.
 
     Raises:
@@ -42,17 +49,18 @@ def load_deployable(directory: Path, form: Form) -> Deployable:
     """
     artifact = load_artifact(directory)
     config = artifact.config
-    if form not in FORMS[config.kind]:
+    if form not in GRAPH_KINDS[config.kind]:
         raise BadInput(
-            f"{directory}: is of kind {config.kind!r}; of it there is no {form}, but {FORMS[config.kind]}"
+            f"{directory}: an artifact of kind {config.kind!r} has no {form}, only "
+            f"{' and '.join(GRAPH_KINDS[config.kind])}"
         )
     with library_errors(f"{directory}: cannot be rebuilt as its config.json says", BadArtifact):
         module, outputs = _build(directory, form, config)
         preprocessing = preprocessing_of(config, form)
-    inputs = [Port("images", "float32", ("batch", config.model.channels, "height", "width"))]
+    inputs = [TensorSpec("images", "float32", ("batch", config.model.channels, "height", "width"))]
     if form == "reconstructor":
-        inputs.append(Port("visible", "bool", ("batch", "rows", "cols")))
-    description = Description(
+        inputs.append(TensorSpec("visible", "bool", ("batch", "rows", "cols")))
+    description = ModelSpec(
         form=form,
         precision="fp32",
         inputs=tuple(inputs),
@@ -63,10 +71,10 @@ def load_deployable(directory: Path, form: Form) -> Deployable:
         source=artifact_hash(directory),
         versions=config.versions,
     )
-    return Deployable(module.eval().requires_grad_(False), description)
+    return ExportableModel(module.eval().requires_grad_(False), description)
 
 
-def example_inputs(description: Description, batch: int, height: int, width: int) -> tuple[Tensor, ...]:
+def example_inputs(description: ModelSpec, batch: int, height: int, width: int) -> tuple[Tensor, ...]:
     """Inputs of that many images of so many pixels, drawn at random; of a reconstructor every other unit."""
     generator = torch.Generator().manual_seed(0)
     channels = cast(int, description.inputs[0].axes[1])
@@ -77,12 +85,12 @@ def example_inputs(description: Description, batch: int, height: int, width: int
     return images, (torch.arange(rows * cols) % 2 == 0).view(rows, cols).expand(batch, -1, -1).contiguous()
 
 
-def size_of(config: ArtifactConfig, form: Form) -> int:
+def size_of(config: ArtifactConfig, form: GraphKind) -> int:
     """Side in pixels of the images that a form of the model was made for."""
     return config.view_size if form == "reconstructor" else config.image_size
 
 
-def preprocessing_of(config: ArtifactConfig, form: Form = "encoder") -> Preprocessing:
+def preprocessing_of(config: ArtifactConfig, form: GraphKind = "encoder") -> Preprocessing:
     """How the model's images were prepared when it was measured; those of a reconstructor, in training.
 
     Raises:
@@ -103,40 +111,46 @@ def preprocessing_of(config: ArtifactConfig, form: Form = "encoder") -> Preproce
     return replace(rule, resize="keep-ratio", size=(short, long))
 
 
-def _build(directory: Path, form: Form, config: ArtifactConfig) -> tuple[nn.Module, tuple[Port, ...]]:
+def _build(
+    directory: Path, form: GraphKind, config: ArtifactConfig
+) -> tuple[nn.Module, tuple[TensorSpec, ...]]:
     if form == "encoder":
         return _encoder(directory)
     if form == "reconstructor":
         from coma.objectives.load import load_pretrained
-        from export.graphs.wrappers import ReconstructorForm
+        from export.graphs.wrappers import ReconstructorGraph
 
         axes = ("batch", config.model.channels, "height", "width")
-        return ReconstructorForm(load_pretrained(directory)[0]), (Port("reconstruction", "float32", axes),)
+        return ReconstructorGraph(load_pretrained(directory)[0]), (
+            TensorSpec("reconstruction", "float32", axes),
+        )
     if form == "classifier":
-        from export.graphs.wrappers import ClassifierForm
+        from export.graphs.wrappers import ClassifierGraph
 
         classes = len(config.class_names or ())
-        return ClassifierForm(load_classifier(directory)[0]), (Port("logits", "float32", ("batch", classes)),)
+        return ClassifierGraph(load_classifier(directory)[0]), (
+            TensorSpec("logits", "float32", ("batch", classes)),
+        )
     model, settings = _load_finetuned(directory, form), (config.head or {})["model"]
     if form == "segmentor":
-        from export.graphs.wrappers import SegmentorForm
+        from export.graphs.wrappers import SegmentorGraph
 
         classes = int(settings["decode_head"]["num_classes"])
-        return SegmentorForm(model, settings), (
-            Port("logits", "float32", ("batch", classes, "height", "width")),
-            Port("classes", "int64", ("batch", "height", "width")),
+        return SegmentorGraph(model, settings), (
+            TensorSpec("logits", "float32", ("batch", classes, "height", "width")),
+            TensorSpec("classes", "int64", ("batch", "height", "width")),
         )
     from export.graphs.detector import detector
 
     module = detector(model, config.head or {})
     most = detections(settings)
     ports = [
-        Port("boxes", "float32", ("batch", most, 4)),
-        Port("scores", "float32", ("batch", most)),
-        Port("labels", "int64", ("batch", most)),
+        TensorSpec("boxes", "float32", ("batch", most, 4)),
+        TensorSpec("scores", "float32", ("batch", most)),
+        TensorSpec("labels", "int64", ("batch", most)),
     ]
     if settings.get("roi_head", {}).get("mask_head"):
-        ports.append(Port("masks", "float32", ("batch", most, 28, 28)))
+        ports.append(TensorSpec("masks", "float32", ("batch", most, 28, 28)))
     return module, tuple(ports)
 
 
@@ -146,18 +160,18 @@ def detections(settings: dict[str, Any]) -> int:
     return int(test.get("rcnn", test)["max_per_img"])
 
 
-def _encoder(directory: Path) -> tuple[nn.Module, tuple[Port, ...]]:
-    from export.graphs.wrappers import EncoderForm
+def _encoder(directory: Path) -> tuple[nn.Module, tuple[TensorSpec, ...]]:
+    from export.graphs.wrappers import EncoderGraph
 
     encoder: Encoder = load_encoder(directory)[0]
     widths = [
         encoder.num_features // 2 ** (len(encoder.strides) - 1 - i) for i in range(len(encoder.strides))
     ]
     ports = [
-        Port(f"stride{stride}", "float32", ("batch", width, f"height/{stride}", f"width/{stride}"))
+        TensorSpec(f"stride{stride}", "float32", ("batch", width, f"height/{stride}", f"width/{stride}"))
         for stride, width in zip(encoder.strides, widths, strict=True)
     ]
-    return EncoderForm(encoder), (*ports, Port("pooled", "float32", ("batch", encoder.num_features)))
+    return EncoderGraph(encoder), (*ports, TensorSpec("pooled", "float32", ("batch", encoder.num_features)))
 
 
 def _load_finetuned(directory: Path, kind: str) -> nn.Module:

@@ -13,7 +13,7 @@ from coma.models import Encoder
 from coma.objectives import MaskedPixels
 
 
-class ClassifierForm(nn.Module):
+class ClassifierGraph(nn.Module):
     """Images to logits.
 
     Args:
@@ -29,7 +29,7 @@ class ClassifierForm(nn.Module):
         return (self.classifier(images.to(next(self.parameters()).dtype)).float(),)
 
 
-class SegmentorForm(nn.Module):
+class SegmentorGraph(nn.Module):
     """Images to logits and classes of every pixel: mmseg's EncoderDecoder, in its mode `whole`.
 
     Args:
@@ -111,7 +111,7 @@ def replace_adaptive_pooling(module: nn.Module) -> None:
             replace_adaptive_pooling(child)
 
 
-class EncoderForm(nn.Module):
+class EncoderGraph(nn.Module):
     """Images to the feature pyramid and the pooled feature.
 
     Args:
@@ -132,7 +132,7 @@ class EncoderForm(nn.Module):
         return *(each.float() for each in pyramid), pooled
 
 
-class ReconstructorForm(nn.Module):
+class ReconstructorGraph(nn.Module):
     """Images and a map of what is visible to images whose hidden units were predicted.
 
     Mean and contrast of hidden units come from visible ones nearby (see `objectives.targets`): hidden pixels

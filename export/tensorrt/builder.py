@@ -15,7 +15,7 @@ from typing import Any
 from coma.atomic_io import sha256_of
 from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.library_errors import library_errors, require_packages
-from coma.runtimes.model_spec import Description
+from coma.runtimes.model_spec import ModelSpec
 from coma.runtimes.trt.callbacks import Progress, make_logger, make_monitor
 from coma.runtimes.trt.discovery import Flavour, Library, load_library, require_gpu
 from coma.runtimes.trt.profiles import Profile, Shape, check_profiles
@@ -89,17 +89,17 @@ def build_engine(
     return sidecar
 
 
-def _description(onnx_path: Path) -> Description:
+def _description(onnx_path: Path) -> ModelSpec:
     require_packages("onnx")
     import onnx
 
-    from coma.runtimes.model_spec import read_description
+    from coma.runtimes.model_spec import read_model_spec
 
     if not onnx_path.is_file():
         raise BadInput(f"{onnx_path}: no such file")
     with library_errors(f"{onnx_path}: not an ONNX file", BadInput):
         model = onnx.load(str(onnx_path), load_external_data=False)
-    return read_description(model, str(onnx_path))
+    return read_model_spec(model, str(onnx_path))
 
 
 def _write(engine_path: Path, data: memoryview) -> None:

@@ -18,7 +18,7 @@ from coma.errors import BadInput, ComaError
 from coma.library_errors import library_errors
 from coma.masking.patchify import unit_grid
 from coma.runtimes.base import Runtime
-from coma.runtimes.model_spec import Description
+from coma.runtimes.model_spec import ModelSpec
 from coma.runtimes.shape_ranges import Shape, Shapes
 from export.preprocessing import as_input, resized
 from export.verify.errors import Difference, Differences, split_pixels
@@ -125,7 +125,7 @@ def verify(
     return Verdict(run, len(seen), differences.outputs, tuple(failures))
 
 
-def judge(outputs: dict[str, Difference], description: Description) -> list[str]:
+def judge(outputs: dict[str, Difference], description: ModelSpec) -> list[str]:
     """What is beyond the limits of the file's precision; NaN always is."""
     gate = GATES[description.precision]
     failures = []
@@ -224,7 +224,7 @@ def _hidden_and_visible(outputs: dict[str, Tensor], visible: Tensor, unit: int) 
     return parts
 
 
-def _others(description: Description, numbers: Sequence[int], height: int, width: int) -> dict[str, Tensor]:
+def _others(description: ModelSpec, numbers: Sequence[int], height: int, width: int) -> dict[str, Tensor]:
     """What a reconstructor needs beside images: which units are visible, half of them, by the number."""
     if description.form != "reconstructor":
         return {}

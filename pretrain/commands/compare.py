@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _OURS = {
     *("--out", "--seed", "--steps", "--epochs", "--resume", "--from", "--method", "--model", "--device"),
     *("--probe", "--probe-steps", "--probe-epochs", "--probe-protocols", "--probe-train", "--probe-test"),
-    *("--sheet-steps", "--allow-changed-data", "--no-allow-changed-data"),
+    *("--reconstruction-every", "--allow-changed-data", "--no-allow-changed-data"),
 }
 """Flags of `coma pretrain` that a comparison sets itself."""
 _OURS_TUNING = {
@@ -80,7 +80,7 @@ class CompareConfig(Ranged):
     """Labelled training images of such a probe; 0: all."""
     probe_test: Annotated[int, IMAGES] = 1000
     """Test images of it; 0: all."""
-    floor: bool = True
+    random_baseline: bool = True
     """Measure random weights, too."""
     finetune: str = ""
     """Flags of `coma evaluate --protocol finetune`, in quotes: "--epochs 20 --batch-size 64"."""
@@ -157,7 +157,7 @@ def parse(argv: list[str]) -> Comparison:
         workers=default_workers(jobs) if gpus else 0,
         probes=config.probes,
         probe_limits=(config.probe_train, config.probe_test),
-        floor=config.floor,
+        random_baseline=config.random_baseline,
         finetune_flags=flags,
         allow_changed_data=config.allow_changed_data,
         finetune_epochs=_finetune_epochs(flags) if "finetune" in config.protocols else 1.0,
@@ -189,7 +189,9 @@ def entry(images: Path, method: str, model: str, flags: list[str], seeds: tuple[
         raise BadInput(f"coma pretrain does not take {shlex.join([*flags, *own])}: {error}") from None
     except SystemExit:
         raise BadInput(f"coma pretrain does not take: {shlex.join([*flags, *own])}") from None
-    return Entry(method, model, replace(config, run=replace(config.run, sheet_steps=0)), tuple(seeds))
+    return Entry(
+        method, model, replace(config, run=replace(config.run, reconstruction_every=0)), tuple(seeds)
+    )
 
 
 def _named(text: str) -> tuple[str, list[str]]:

@@ -59,7 +59,7 @@ class Finetuning(FinetuneRecipe):
     """auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on CPU."""
     compile: bool = False
     """Compile the classifier with torch.compile (slow to start, faster to run)."""
-    checkpoint_gradients: bool = False
+    grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_minutes: Annotated[float, MINUTES] = 10.0
     """Save the resumable state at least this often (and at the end, on Ctrl-C and on SIGTERM)."""
@@ -287,11 +287,11 @@ def _finetune_config(config: EvaluateConfig) -> FinetuneConfig:
             device=config.device,
             precision=given.precision,
             compile=given.compile,
-            checkpoint_gradients=given.checkpoint_gradients,
+            grad_checkpointing=given.grad_checkpointing,
             save_minutes=given.save_minutes,
             save_steps=given.save_steps,
             log_steps=given.log_steps,
-            sheet_steps=0,
+            reconstruction_every=0,
         ),
     )
 

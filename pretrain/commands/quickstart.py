@@ -189,7 +189,7 @@ def _plan(config: QuickstartConfig) -> PretrainConfig:
         model=replace(dyvit_preset("tiny", _IMAGE_SIZE), depths=(1, 1, 2, 1)),
         objective=_objective(config.method),
         optimizer=OptimizerConfig(batch_size=len(PHOTOGRAPHS), base_lr=0.032),
-        run=RunConfig(out=config.out / "run", log_steps=10, sheet_steps=0),
+        run=RunConfig(out=config.out / "run", log_steps=10, reconstruction_every=0),
     )
     return replace(plan, optimizer=replace(plan.optimizer, steps=_steps(plan, config.minutes)))
 

@@ -28,7 +28,7 @@ from pretrain.training.run_plan import (
     check_space,
     count_steps,
     is_multiple,
-    share_out,
+    split_batch,
 )
 
 
@@ -114,7 +114,7 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
     notes = chosen_by, f"test: {len(test):,} images of {test.location}, used once, at the end"
     config = check_folder(_filled_in(config, about, names), resume)
     check_shapes(config)
-    slices = share_out(config.optimizer, rank=0, world=1)
+    slices = split_batch(config.optimizer, rank=0, world=1)
     if slices.micro_batch % 2 and (config.optimizer.mixup or config.optimizer.cutmix):
         raise BadInput(
             f"{slices.micro_batch} images per pass: mixup and CutMix pair them, so give an even --batch-size "

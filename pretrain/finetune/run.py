@@ -27,7 +27,7 @@ from coma.errors import BadInput
 from coma.models.classifier import build_classifier
 from coma.objectives.classification import Classification
 from pretrain.finetune.plan import FinetunePlan, prepare_finetuning
-from pretrain.finetune.validation import ClassifierKeeper, Validation
+from pretrain.finetune.validation import ClassifierRunDirectory, Validation
 from pretrain.training.console import Report
 from pretrain.training.distributed import processes
 from pretrain.training.trainer import Task, train
@@ -80,7 +80,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, allow_changed_data
         for images in dict.fromkeys((config.data.images, config.test)):
             if not resume and (note := lies_among(config.run.out, images, "--run")):
                 report.say(note)
-        keeper = ClassifierKeeper(plan, report)
+        keeper = ClassifierRunDirectory(plan, report)
         task = _finetuning(plan, keeper)
         train(plan, task, group, report, resume=resume, allow_changed_data=allow_changed_data)
     if keeper.test is None:
@@ -91,7 +91,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, allow_changed_data
     )
 
 
-def _finetuning(plan: FinetunePlan, keeper: ClassifierKeeper) -> Task:
+def _finetuning(plan: FinetunePlan, keeper: ClassifierRunDirectory) -> Task:
     config = plan.config
 
     def build() -> Classification:

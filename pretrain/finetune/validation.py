@@ -21,7 +21,7 @@ from coma.errors import BadInput, CheckFailed
 from coma.models.classifier import Classifier, build_classifier
 from pretrain.finetune.plan import FinetunePlan
 from pretrain.training.console import Report
-from pretrain.training.run_directory import Keeper, first_images
+from pretrain.training.run_directory import RunDirectory, first_images
 
 _PREFIX = "classifier."
 """Of the classifier's tensors in the objective's."""
@@ -97,7 +97,7 @@ def validate(
     return Validation(step, top_share(guess, truth, 1), top5, loss, len(truth)), tuple(failures)
 
 
-class ClassifierKeeper(Keeper[FinetuneConfig]):
+class ClassifierRunDirectory(RunDirectory[FinetuneConfig]):
     """Validates, hands over the classifier that did best (the earliest of several), and tests it at the end.
 
     Args:
@@ -269,7 +269,7 @@ class ClassifierKeeper(Keeper[FinetuneConfig]):
                 "val": None if plan.val is None else plan.val.location.name,
                 "val_held_out_of_training": plan.held_out,
                 "test": plan.test.location.name,
-                "ema": config.optimizer.ema,
+                "ema": config.optimizer.ema_decay,
                 "pretrained": None if config.from_scratch else plan.about.trained,
             },
             versions=library_versions(),

@@ -9,7 +9,7 @@ from coma.artifact import library_versions
 from coma.config import BalancedCoMAConfig, CMTConfig
 from coma.data import open_source
 from coma.devices import processor
-from pretrain.sweep.plan import FLOOR, TRIAL_STEPS, Comparison, Cost
+from pretrain.sweep.plan import RANDOM_BASELINE, TRIAL_STEPS, Comparison, Cost
 from pretrain.sweep.results import standard_error, tuned_by_earlier_version
 
 
@@ -60,8 +60,8 @@ def caption(comparison: Comparison, costs: Mapping[str, Cost], missing: Sequence
                 f"{earlier} of the fine-tuned accuracies are by an earlier version: of the last step, "
                 "with no training images held out."
             )
-    if comparison.floor:
-        about.append(f"`{FLOOR}` is the same backbone before training.")
+    if comparison.random_baseline:
+        about.append(f"`{RANDOM_BASELINE}` is the same backbone before training.")
     if comparison.probes:
         on = probed_on(comparison)
         about.append(

@@ -18,7 +18,7 @@ from coma.errors import BadInput
 Unit = Literal["images", "views", "seconds", "flops"]
 Protocol = Literal["knn", "linear", "finetune"]
 
-FLOOR = "random"
+RANDOM_BASELINE = "random"
 """Name of the row without training."""
 TRIAL_STEPS = 40
 """Of a run that tells how long a step takes."""
@@ -75,7 +75,7 @@ class Comparison:
     """Looks at every run on its way; 0: none."""
     probe_limits: tuple[int, int] = (2000, 1000)
     """Labelled training and test images of such a look."""
-    floor: bool = True
+    random_baseline: bool = True
     """Measure random weights, too."""
     finetune_flags: tuple[str, ...] = ()
     """Of `coma evaluate --protocol finetune`."""
@@ -166,7 +166,7 @@ def trial_config(entry: Entry, out: Path) -> PretrainConfig:
     return replace(
         entry.config,
         optimizer=replace(entry.config.optimizer, steps=TRIAL_STEPS),
-        run=replace(entry.config.run, out=out, log_steps=1, sheet_steps=0),
+        run=replace(entry.config.run, out=out, log_steps=1, reconstruction_every=0),
     )
 
 
@@ -209,9 +209,9 @@ def check(comparison: Comparison) -> None:
         BadInput: settings, or labelled images that do not serve.
     """
     from coma.data import open_source
-    from coma.objectives.teachers import identified
+    from coma.objectives.teachers import with_weights_hash
     from pretrain.evaluate import check_labelled
-    from pretrain.training.run_plan import check_shapes, share_out
+    from pretrain.training.run_plan import check_shapes, split_batch
 
     names = [entry.name for entry in comparison.entries]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -220,7 +220,7 @@ def check(comparison: Comparison) -> None:
     for entry in comparison.entries:
         if len(set(entry.seeds)) < len(entry.seeds):
             raise BadInput(f"--seeds {' '.join(map(str, entry.seeds))}: one was given twice; leave it out")
-        if slug(entry.method) == FLOOR:
+        if slug(entry.method) == RANDOM_BASELINE:
             raise BadInput(f"{entry.method}: the table calls untrained weights so; choose another name")
     models = {slug(entry.model): entry.model for entry in comparison.entries}
     for entry in comparison.entries:
@@ -234,8 +234,8 @@ def check(comparison: Comparison) -> None:
     for entry in comparison.entries:
         config = entry.config
         check_shapes(config)
-        share_out(config.optimizer, 0, 1)
-        identified(config)
+        split_batch(config.optimizer, 0, 1)
+        with_weights_hash(config)
         if config.data.images is None:
             raise BadInput("give the images to train on: coma compare IMAGES ...")
     open_source(comparison.entries[0].config.data.images or Path())

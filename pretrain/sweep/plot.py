@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from coma.atomic_io import write_whole
 from pretrain.sweep.caption import clock, probed_on
-from pretrain.sweep.plan import FLOOR, Comparison
+from pretrain.sweep.plan import RANDOM_BASELINE, Comparison
 from pretrain.sweep.results import TITLES, Group
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def draw(comparison: Comparison, found: Sequence[Group], path: Path) -> None:
     if not rows:
         return
     models = list(dict.fromkeys(group.model for group in found))
-    methods = list(dict.fromkeys(group.method for group in found if group.method != FLOOR))
+    methods = list(dict.fromkeys(group.method for group in found if group.method != RANDOM_BASELINE))
     colors = dict(zip(methods, cycle(_COLORS), strict=False))
     figure = Figure(figsize=(4.6 * len(models) + 2.4, 3.4 * len(rows)), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -44,7 +44,7 @@ def draw(comparison: Comparison, found: Sequence[Group], path: Path) -> None:
     for line, (protocol, on_the_way) in zip(grid, rows, strict=True):
         for axes, model in zip(line, models, strict=True):
             for group in (each for each in found if each.model == model):
-                if group.method == FLOOR:
+                if group.method == RANDOM_BASELINE:
                     if not on_the_way and group.top1(protocol):
                         floor = statistics.mean(group.top1(protocol))
                         axes.axhline(floor, color="#8a8a94", linestyle="--", linewidth=1)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from coma.atomic_io import write_whole
 from pretrain.sweep.caption import caption, clock, probed_on
-from pretrain.sweep.plan import FLOOR, Comparison, Cost
+from pretrain.sweep.plan import RANDOM_BASELINE, Comparison, Cost
 from pretrain.sweep.plot import draw
 from pretrain.sweep.results import TITLES, Group, Result, groups, mean_and_deviation, reach
 
@@ -72,7 +72,7 @@ def _rows(comparison: Comparison, found: Sequence[Group]) -> str:
 
 
 def _relative_time(group: Group, reference: Group | None) -> str:
-    if group.method == FLOOR or reference is None:
+    if group.method == RANDOM_BASELINE or reference is None:
         return ""
     return f"{group.seconds_per_image() / reference.seconds_per_image():.2f}"
 

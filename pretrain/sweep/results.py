@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pretrain.sweep.plan import FLOOR, Comparison, Cost, Entry, metrics_rows, slug, step_seconds
+from pretrain.sweep.plan import RANDOM_BASELINE, Comparison, Cost, Entry, metrics_rows, slug, step_seconds
 
 TITLES = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuned"}
 """Protocols as tables call them."""
@@ -137,12 +137,14 @@ def read_floor(comparison: Comparison, entry: Entry, seed: int, cost: Cost) -> R
     top1, validated = _scores(comparison, floor_name(entry, seed))
     if not top1:
         return None
-    return Result(FLOOR, entry.model, seed, cost.parameters, 0, 0, 0, 0.0, 0.0, None, top1, validated)
+    return Result(
+        RANDOM_BASELINE, entry.model, seed, cost.parameters, 0, 0, 0, 0.0, 0.0, None, top1, validated
+    )
 
 
 def floor_name(entry: Entry, seed: int) -> str:
     """Of random weights like those of an entry."""
-    return f"{FLOOR}-{slug(entry.model)}-{seed}"
+    return f"{RANDOM_BASELINE}-{slug(entry.model)}-{seed}"
 
 
 def score_file(comparison: Comparison, name: str, protocol: str) -> Path:

@@ -119,7 +119,7 @@ def collect(comparison: Comparison, costs: dict[str, Cost]) -> tuple[Result, ...
         for entry in comparison.entries
         for seed in entry.seeds
     ]
-    if comparison.floor:
+    if comparison.random_baseline:
         found += [read_floor(comparison, *each, costs[each[0].name]) for each in _floors(comparison)]
     return tuple(result for result in found if result)
 
@@ -361,7 +361,7 @@ def _floors(comparison: Comparison) -> list[tuple[Entry, int]]:
 
 
 def _floor_jobs(comparison: Comparison, costs: dict[str, Cost], images: int) -> list[Job]:
-    if not comparison.floor:
+    if not comparison.random_baseline:
         return []
     jobs = []
     for entry, seed in _floors(comparison):

@@ -73,7 +73,7 @@ class Report:
             share = self._waited / self._seconds
             self.warn(
                 f"{share:.0%} of the time goes into waiting for images: raise --workers if cores are free, "
-                "shrink the files once with `coma pack`, or take several crops from each with --repeats 2"
+                "shrink the files once with `coma pack`, or take several crops from each with --aug-repeats 2"
             )
 
     def row(self, row: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 Started by hand there is one process; started by `torchrun` there are as many as it says, on one machine or
 on several. Process 0 writes and prints. Two rules keep processes from waiting for each other for ever: what
 one decides (to stop, to save) is a number that all of them add up in the same step, and what goes wrong
-before the first step on one of them is raised on all (`agreed`).
+before the first step on one of them is raised on all (`raise_on_all_ranks`).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Processes:
         return boxes
 
     @contextmanager
-    def agreed(self) -> Iterator[None]:
+    def raise_on_all_ranks(self) -> Iterator[None]:
         """Raise on every process the error of the first one that has one; no communication inside."""
         if self.world == 1:
             yield
@@ -97,9 +97,9 @@ class Processes:
         for rank, found in enumerate(errors):
             if found:
                 kind, message = found
-                agreed = kind(message if rank == 0 else f"{self.name(rank)}: {message}")
-                agreed.add_note(AGREED)
-                raise agreed from error
+                raise_on_all_ranks = kind(message if rank == 0 else f"{self.name(rank)}: {message}")
+                raise_on_all_ranks.add_note(AGREED)
+                raise raise_on_all_ranks from error
 
     def name(self, rank: int | None = None) -> str:
         """How messages call a process."""
@@ -160,7 +160,7 @@ def _lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
-def spread_out(objective: nn.Module, group: Processes, parallel: Literal["ddp", "fsdp"]) -> nn.Module:
+def parallelize(objective: nn.Module, group: Processes, parallel: Literal["ddp", "fsdp"]) -> nn.Module:
     """The module to call in training: a replica on each process (DDP), or one sharded over all (FSDP2).
 
     FSDP2 shards `objective` in place, each transformer block for itself, so that one block's weights are

@@ -1,4 +1,4 @@
-"""Moving average of the weights: what is published when `--ema` is on.
+"""Moving average of the weights: what is published when `--ema-decay` is on.
 
 Works on whatever part of a parameter lives on this process, so it knows nothing of DDP or FSDP2: averaging
 is elementwise, and every process averages its own shard.

@@ -108,7 +108,7 @@ def stop_run(plan: Plan, learner: Learner, group: Processes, step: int, problem:
     """
     per_process = group.collect([replace(b, images=b.images.cpu()) for b in learner.batches])
     weights = learner.weights()
-    with group.agreed():
+    with group.raise_on_all_ranks():
         if group.main:
             batches = [each[a] for a in range(plan.slices.accumulation) for each in per_process]
             where = _write_down(plan, learner, step, problem, batches, weights)
@@ -142,7 +142,7 @@ def advice(plan: Plan, batches: list[Batch], weights: Mapping[str, Tensor]) -> s
     low, high = torch.aminmax(pixels.flatten(2), dim=2)
     if (low == high).all():
         return f"all {len(pixels)} images of the batch are of one colour each, such as {name}: look at them"
-    return "try a lower --base-lr, a longer --warmup, a smaller --clip or --precision fp32"
+    return "try a lower --base-lr, a longer --warmup, a smaller --clip-grad or --precision fp32"
 
 
 def _write_down(
@@ -181,7 +181,7 @@ def replay_nonfinite(path: Path, device: str = "cpu") -> Replay:
     objective.before_step(facts.get("progress", 0.0))
     weights = {n.removeprefix(_WEIGHTS): t for n, t in tensors.items() if n.startswith(_WEIGHTS)}
     load_strict(objective, weights, source=str(path))
-    objective.set_grad_checkpointing(config.run.checkpoint_gradients)
+    objective.set_grad_checkpointing(config.run.grad_checkpointing)
     how = facts["precision"], torch.device(device)
     choose_attention(objective, *how)
     micro = facts["micro_batch"]

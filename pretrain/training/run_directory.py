@@ -42,7 +42,7 @@ from coma.data.identity import (
 from coma.errors import ComaError
 from coma.models import build_encoder
 from coma.objectives import build_objective
-from coma.objectives.teachers import remarks
+from coma.objectives.teachers import caveats
 from pretrain.evaluate import Probe, open_probe
 from pretrain.training.checkpoint import read_state, write_state
 from pretrain.training.console import Report
@@ -57,7 +57,7 @@ _PREFIX = "encoder."
 """Of the encoder's tensors in the objective's."""
 
 
-class Keeper(ABC, Generic[Settings]):
+class RunDirectory(ABC, Generic[Settings]):
     """Writes the run directory; exists on process 0 only.
 
     What kind of run it is shows in `look` (at what was learned) and `handed_over` (the artifact).
@@ -192,7 +192,7 @@ class Keeper(ABC, Generic[Settings]):
             self._failed.pop(what, None)
 
 
-class PretrainingKeeper(Keeper[PretrainConfig]):
+class PretrainRunDirectory(RunDirectory[PretrainConfig]):
     """Draws reconstructions, probes features, hands over encoder and decoder.
 
     Args:
@@ -221,7 +221,7 @@ class PretrainingKeeper(Keeper[PretrainConfig]):
         return state
 
     def check_data(self, *, resume: bool, allow: bool) -> None:
-        """See `Keeper`; the probe's images decide nothing, so that their changes are only said."""
+        """See `RunDirectory`; the probe's images decide nothing, so that their changes are only said."""
         super().check_data(resume=resume, allow=allow)
         if self._probe is None:
             return
@@ -291,9 +291,9 @@ class PretrainingKeeper(Keeper[PretrainConfig]):
             "loss": state["loss"],
             "data": source.location.name,
             "images": len(source),
-            "ema": config.optimizer.ema,
+            "ema": config.optimizer.ema_decay,
         }
-        notes = remarks(config.objective)
+        notes = caveats(config.objective)
         trained |= {"remarks": list(notes)} if notes else {}
         return encoder_and_decoder(published(state)), self._about("pretrained", trained)
 

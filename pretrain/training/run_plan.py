@@ -34,7 +34,7 @@ from coma.masking.patchify import unit_grid
 from coma.models import build_encoder
 from coma.models.attention_maps import attend
 from coma.objectives import build_objective
-from coma.objectives.teachers import identified, may_have_moved
+from coma.objectives.teachers import may_have_moved, with_weights_hash
 from coma.preflight import require_folder, require_space
 from pretrain.training.distributed import Processes
 from pretrain.training.optimizer import learning_rate
@@ -43,8 +43,8 @@ _MAY_CHANGE = {
     *("data.images", "data.workers", "data.loader", "data.on_bad_image", "test", "val"),
     "objective.teacher.weights",
     *("optimizer.epochs", "optimizer.steps", "optimizer.micro_batch"),
-    *("run.out", "run.device", "run.precision", "run.compile", "run.checkpoint_gradients", "run.parallel"),
-    *("run.save_minutes", "run.save_steps", "run.log_steps", "run.sheet_steps"),
+    *("run.out", "run.device", "run.precision", "run.compile", "run.grad_checkpointing", "run.parallel"),
+    *("run.save_minutes", "run.save_steps", "run.log_steps", "run.reconstruction_every"),
     *(f"probe.{field.name}" for field in fields(ProbeConfig)),
 }
 """What a resumed run may set anew: where things are, how the machine is used, how long to go on."""
@@ -89,7 +89,7 @@ class Plan(Generic[Settings]):
 
     def draws_at(self, step: int) -> bool:
         """Whether a picture of reconstructions is due."""
-        return step > 0 and is_multiple(step, self.config.run.sheet_steps)
+        return step > 0 and is_multiple(step, self.config.run.reconstruction_every)
 
     def epochs(self, steps: int) -> float:
         """Passes over the data after `steps` steps."""
@@ -126,11 +126,11 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
     Raises:
         BadInput: on every process, naming what does not fit and what would.
     """
-    with group.agreed():
+    with group.raise_on_all_ranks():
         if group.main:
             config = check_folder(config, resume)
     config = group.share(config)
-    with group.agreed():
+    with group.raise_on_all_ranks():
         if config.data.images is None:
             raise BadInput("give the images to train on, for example: coma pretrain PHOTOS --out runs/first")
         check_shapes(config)
@@ -138,23 +138,23 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
         if group.main:
             check_space(config, parameters)
         check_loader(config.data, config.model.channels)
-        slices = share_out(config.optimizer, group.rank, group.world)
+        slices = split_batch(config.optimizer, group.rank, group.world)
         source = open_source(config.data.images)
         steps = count_steps(config.optimizer, len(source))
     sizes = group.gather(len(source))
-    with group.agreed():
+    with group.raise_on_all_ranks():
         if len(set(sizes)) > 1:
             raise BadInput(f"{config.data.images}: the processes see different numbers of images, {sizes}")
-    with group.agreed():
+    with group.raise_on_all_ranks():
         if group.main and config.data.mean is None:
             mean, std = measure(source, config.model.channels, workers=config.data.workers)
             config = replace(config, data=replace(config.data, mean=mean, std=std))
         elif group.main:
             check_some(source, config.model.channels, config.data.mean or (), config.data.std or ())
     config = group.share(config)
-    with group.agreed():
+    with group.raise_on_all_ranks():
         if group.main:
-            config = identified(config)
+            config = with_weights_hash(config)
     return PretrainPlan(group.share(config), source, slices, steps)
 
 
@@ -183,7 +183,7 @@ def check_space(config: PretrainConfig | FinetuneConfig, parameters: int) -> Non
     Raises:
         BadInput: naming what is needed and what is free.
     """
-    copies = 4 if config.optimizer.ema else 3  # weights, two moments of AdamW, their moving average
+    copies = 4 if config.optimizer.ema_decay else 3  # weights, two moments of AdamW, their moving average
     require_space(config.run.out, 4 * parameters * (2 * copies + 1), f"a run of {parameters:,} weights")
 
 
@@ -211,7 +211,7 @@ def check_objective(config: PretrainConfig) -> int:
     return sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
 
 
-def share_out(optimizer: OptimizerConfig, rank: int, world: int) -> Slices:
+def split_batch(optimizer: OptimizerConfig, rank: int, world: int) -> Slices:
     """How the global batch is shared out over processes and passes.
 
     Raises:
@@ -289,7 +289,7 @@ def extended(plan: Plan, state: dict[str, Any]) -> str | None:
     )
 
 
-def way_on(config: PretrainConfig | FinetuneConfig) -> str:
+def resume_command(config: PretrainConfig | FinetuneConfig) -> str:
     """The command that goes on with a run."""
     command = "pretrain" if isinstance(config, PretrainConfig) else "evaluate"
     return f"coma {command} --resume {shlex.quote(str(config.run.out))}"
@@ -311,7 +311,7 @@ def _fresh(config: Settings) -> Settings:
     require_folder(out, flag)
     if out.is_dir() and any(out.iterdir()):
         if (out / "config.json").is_file():
-            way_out = f"continue its run with `{way_on(config)}`, or choose another {flag}"
+            way_out = f"continue its run with `{resume_command(config)}`, or choose another {flag}"
         else:
             way_out = f"choose another {flag}, or remove what is in it (it holds no run)"
         raise BadInput(f"{flag} {out}: is not empty; {way_out}")

@@ -24,7 +24,7 @@ from coma.masking.patchify import unit_grid
 from coma.models import build_encoder
 from coma.models.classifier import build_classifier
 from coma.objectives import build_objective
-from coma.objectives.teachers import stand_in
+from coma.objectives.teachers import dummy_teacher
 from pretrain.training.distributed import Processes
 
 _PEAK = {
@@ -83,7 +83,7 @@ def training_flops(model: EncoderConfig, objective: ObjectiveConfig, image_size:
         BadInput: a teacher that is not there.
     """
     shape = model.channels, image_size, image_size
-    teacher = stand_in(objective, model.channels)
+    teacher = dummy_teacher(objective, model.channels)
     return _count_flops(
         lambda: build_objective(objective, build_encoder(model), teacher), lambda o, x, y: o(x, y).loss, shape
     )

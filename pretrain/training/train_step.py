@@ -34,7 +34,7 @@ from coma.data import Batch, Slices, normalize
 from coma.data.shuffle import mix
 from coma.objectives import Objective
 from coma.objectives.classification import Classification
-from pretrain.training.distributed import Processes, reducing, spread_out
+from pretrain.training.distributed import Processes, parallelize, reducing
 from pretrain.training.ema import MovingAverage
 from pretrain.training.optimizer import build_optimizer
 
@@ -96,15 +96,15 @@ class Learner:
         self._config, self._group, self._slices = optimizer, group, slices
         self._seed = pass_seed(run.seed)
         self._mean, self._std = (torch.tensor(v, device=group.device) for v in (mean, std))
-        objective.set_grad_checkpointing(run.checkpoint_gradients)
+        objective.set_grad_checkpointing(run.grad_checkpointing)
         choose_attention(objective, precision, group.device)
-        self._model = spread_out(objective, group, run.parallel)
+        self._model = parallelize(objective, group, run.parallel)
         if run.compile:
             objective.compile(dynamic=False)
         self._optimizer = build_optimizer(objective, optimizer)
         self._parameters = [p for p in objective.parameters() if p.requires_grad]
         self._scaler = build_scaler(precision, group.device)
-        self._ema = MovingAverage(self._parameters, optimizer.ema) if optimizer.ema else None
+        self._ema = MovingAverage(self._parameters, optimizer.ema_decay) if optimizer.ema_decay else None
 
     def step(
         self,
@@ -173,7 +173,7 @@ class Learner:
 
     def _unscale_and_clip(self) -> Tensor:
         self._scaler.unscale_(self._optimizer)
-        norm = clip_grad_norm_(self._parameters, self._config.clip or math.inf)
+        norm = clip_grad_norm_(self._parameters, self._config.clip_grad or math.inf)
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()
 
     def _check(self, loss: float, grad_norm: float) -> None:

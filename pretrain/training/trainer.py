@@ -22,15 +22,15 @@ from coma.data import Batch, training_batches
 from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.objectives import Objective
 from coma.objectives.classification import Classification
-from coma.objectives.teachers import remarks, training_objective
+from coma.objectives.teachers import caveats, training_objective
 from coma.signals import StopNow, StopRequest
 from pretrain.training.console import Report
 from pretrain.training.distributed import Processes, processes
 from pretrain.training.metric_logs import Window
 from pretrain.training.nonfinite_replay import stop_run
 from pretrain.training.optimizer import learning_rate
-from pretrain.training.run_directory import Keeper, PretrainingKeeper, published
-from pretrain.training.run_plan import Plan, PretrainPlan, check_resumable, extended, prepare, way_on
+from pretrain.training.run_directory import PretrainRunDirectory, RunDirectory, published
+from pretrain.training.run_plan import Plan, PretrainPlan, check_resumable, extended, prepare, resume_command
 from pretrain.training.throughput import Meter
 from pretrain.training.train_step import Learner, NotFinite, Step
 
@@ -48,7 +48,7 @@ class Task:
     """A fresh objective on the CPU; the global generators are seeded before."""
     batches: Callable[[int, torch.device], Iterator[Batch]]
     """Training samples from a position in the stream on, for a device."""
-    keep: Callable[[Report], Keeper]
+    keep: Callable[[Report], RunDirectory]
     """What writes the run directory; called on process 0."""
 
 
@@ -71,7 +71,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed_data
     """
     with processes(config.run.device) as group, closing(Report(quiet=not group.main)) as report:
         plan = prepare(config, group, resume=resume)
-        for remark in remarks(plan.config.objective):
+        for remark in caveats(plan.config.objective):
             report.warn(remark)
         if not resume and (note := lies_among(config.run.out, config.data.images)):
             report.say(note)
@@ -97,7 +97,7 @@ def _pretraining(plan: PretrainPlan) -> Task:
     return Task(
         build=lambda: training_objective(config),
         batches=batches,
-        keep=lambda report: PretrainingKeeper(plan, report),
+        keep=lambda report: PretrainRunDirectory(plan, report),
     )
 
 
@@ -136,8 +136,8 @@ class _Run:
         self._skipped: dict[str, None] = {}
         self._filled = 0  # images seen by this process whose missing values were filled
         self._saved_at = time.monotonic()
-        self._keeper: Keeper | None = None
-        with group.agreed():
+        self._keeper: RunDirectory | None = None
+        with group.raise_on_all_ranks():
             precision = choose_precision(config.run.precision, group.device)
             if group.main:
                 self._keeper = task.keep(report)
@@ -164,7 +164,7 @@ class _Run:
         """Load the last state, if there is one to go on from, and open the run directory."""
         state: dict[str, Any] | None = None
         longer: str | None = None
-        with self._group.agreed():
+        with self._group.raise_on_all_ranks():
             if self._keeper:
                 self._keeper.check_data(resume=resume, allow=allow_changed_data)
             if resume and self._keeper:
@@ -179,7 +179,7 @@ class _Run:
             self._done, self._loss = facts["step"], facts["loss"]
             self._window.load_state_dict(facts["window"])
             self._skipped = dict.fromkeys(facts["skipped"])
-        with self._group.agreed():
+        with self._group.raise_on_all_ranks():
             if self._keeper:
                 self._keeper.open(self._done)
         if resume:
@@ -308,26 +308,26 @@ class _Run:
 
     def _finish(self) -> None:
         looked = self._keep(save=True, look=True)
-        with self._group.agreed():
+        with self._group.raise_on_all_ranks():
             if self._keeper:
                 if not looked:
                     raise Interrupted(
                         f"all {self._done} steps are done and saved, but what was learned is not measured; "
-                        f"do that with: {way_on(self._plan.config)}"
+                        f"do that with: {resume_command(self._plan.config)}"
                     )
                 self._keeper.conclude()
                 missing = self._keeper.missing()
                 if missing:
                     raise CheckFailed(
                         f"{self._plan.folder}: all {self._done} steps are done, but not everything could be "
-                        f"written: {missing}; make room, then run: {way_on(self._plan.config)}"
+                        f"written: {missing}; make room, then run: {resume_command(self._plan.config)}"
                     )
 
     def _leave_early(self) -> None:
-        with self._group.agreed():
+        with self._group.raise_on_all_ranks():
             missing = self._keeper.missing() if self._keeper else ""
             where = f"stopped at step {self._done} of {self._plan.steps}"
-            command = way_on(self._plan.config)
+            command = resume_command(self._plan.config)
             if not self._done:
                 raise Interrupted(f"{where}; nothing was learned yet, start again with: {command}")
             if missing:
@@ -339,7 +339,7 @@ class _Run:
         if self._group.world > 1:  # saving takes all of them, and the others are in the midst of the step
             raise Interrupted(
                 f"stopped at step {self._done} of {self._plan.steps} while waiting for images; go on from "
-                f"the state that was saved last with: {way_on(self._plan.config)}"
+                f"the state that was saved last with: {resume_command(self._plan.config)}"
             )
         if self._done:
             self._keep(save=True, look=False)
@@ -356,6 +356,6 @@ def _too_big(micro_batch: int) -> BadInput:
     smaller = max((m for m in range(1, micro_batch) if micro_batch % m == 0), default=None)
     fewer = f"--micro-batch {smaller}, " if smaller else ""
     return BadInput(
-        f"out of GPU memory with {micro_batch} images per pass; try {fewer}--checkpoint-gradients, a smaller "
+        f"out of GPU memory with {micro_batch} images per pass; try {fewer}--grad-checkpointing, a smaller "
         "--image-size or a smaller model"
     )

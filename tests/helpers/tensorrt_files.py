@@ -11,17 +11,17 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from coma.config.serialization import to_plain
-from coma.runtimes.model_spec import Description, Port, Preprocessing
+from coma.runtimes.model_spec import ModelSpec, Preprocessing, TensorSpec
 from coma.runtimes.trt.discovery import find_driver
 from coma.runtimes.trt.profiles import Profile, ShapeRange
 
 FLOAT = TensorProto.FLOAT
-IMAGES = Port("images", "float32", ("batch", 4, 8))
-ABOUT = Description(
+IMAGES = TensorSpec("images", "float32", ("batch", 4, 8))
+ABOUT = ModelSpec(
     form="encoder",
     precision="fp16",
     inputs=(IMAGES,),
-    outputs=(Port("out", "float32", ("batch", 4, 8)),),
+    outputs=(TensorSpec("out", "float32", ("batch", 4, 8)),),
     preprocessing=Preprocessing("none", None, (0.5,), (0.5,)),
     unit=4,
     class_names=None,

@@ -29,7 +29,7 @@ import torch
 from coma.data.decode import EXTENSIONS, HEAD
 from coma.data.inventory import NO_EXTENSION, Inventory, is_system_folder
 from coma.data.sources.base import EncodedSource, Names, read_at
-from coma.data.worker_pool import in_workers
+from coma.data.worker_pool import map_ordered
 from coma.errors import BadInput
 from coma.messages import counted, printable
 
@@ -77,7 +77,7 @@ class ShardSource(EncodedSource):
                 raise BadInput(f"{shard}: this shard is missing")
             size += shard.stat().st_size
         samples, inventory = [], Inventory()
-        for each, account in in_workers(index_shard, shards, None if size > _WORTH_WORKERS else 0):
+        for each, account in map_ordered(index_shard, shards, None if size > _WORTH_WORKERS else 0):
             samples.append(each)
             inventory.add(account)
         counts = [len(each) for each in samples]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from coma.errors import BadInput
-from coma.runtimes.model_spec import Description, Port
+from coma.runtimes.model_spec import ModelSpec, TensorSpec
 from coma.runtimes.shape_ranges import Shapes
 
 Shape = tuple[int, ...]
@@ -45,7 +45,7 @@ def written(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def profile_of(description: Description, shapes: Shapes) -> Profile:
+def profile_of(description: ModelSpec, shapes: Shapes) -> Profile:
     """The profile of a file of that description that takes those images, and their masks with them.
 
     Raises:
@@ -61,7 +61,7 @@ def profile_of(description: Description, shapes: Shapes) -> Profile:
     return make_profile(description.inputs, {axis: (s[0], s[1], s[2]) for axis, s in axes.items()})
 
 
-def make_profile(inputs: Sequence[Port], axes: Mapping[str, tuple[int, int, int]]) -> Profile:
+def make_profile(inputs: Sequence[TensorSpec], axes: Mapping[str, tuple[int, int, int]]) -> Profile:
     """From sizes of named axes to shapes of inputs.
 
     Args:
@@ -78,7 +78,7 @@ def make_profile(inputs: Sequence[Port], axes: Mapping[str, tuple[int, int, int]
     if missing:
         raise BadInput(f"the engine needs sizes of the axes {', '.join(sorted(missing))}")
 
-    def shape(port: Port, which: int) -> Shape:
+    def shape(port: TensorSpec, which: int) -> Shape:
         return tuple(axis if isinstance(axis, int) else axes[axis][which] for axis in port.axes)
 
     return Profile({port.name: ShapeRange(shape(port, 0), shape(port, 1), shape(port, 2)) for port in inputs})

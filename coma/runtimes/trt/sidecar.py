@@ -17,7 +17,7 @@ from coma.atomic_io import sha256_of
 from coma.config.serialization import from_plain, to_plain
 from coma.errors import BadInput
 from coma.ranges import Range, Ranged
-from coma.runtimes.model_spec import Description
+from coma.runtimes.model_spec import ModelSpec
 from coma.runtimes.trt.discovery import TITLES, Flavour, Gpu, Library, version_numbers
 from coma.runtimes.trt.profiles import Profile
 
@@ -80,7 +80,7 @@ class Sidecar:
     engine_sha256: str
     profiles: tuple[Profile, ...]
     options: EngineOptions
-    description: Description
+    description: ModelSpec
     layers: int
     seconds: float
     platform: str = field(default_factory=lambda: this_platform())

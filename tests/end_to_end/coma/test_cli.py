@@ -326,7 +326,7 @@ def test_help_is_wrapped_where_the_terminal_ends_not_where_our_lines_do():
     command = [sys.executable, "-m", "coma", "pretrain", "--help"]  # tyro keeps texts it has read
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
     lines = [line.strip(" │") for line in done.stdout.splitlines()]
-    first = next(i for i, line in enumerate(lines) if line.startswith("--repeats INT")) + 1
+    first = next(i for i, line in enumerate(lines) if line.startswith("--aug-repeats INT")) + 1
     text = lines[first : next(i for i, line in enumerate(lines) if line.startswith("--on-bad-image"))]
     assert len(text) > 3 and min(map(len, text[:-1])) > 50 - 12  # of 50, less a long word
     assert text[-1].endswith("(1 to 1024) (default: 1)")

@@ -59,7 +59,7 @@ def photograph() -> Any:
 
 def reconstruct(client: Any, picture: Any, painted: Any = None, **changes: Any) -> tuple:
     values = {
-        "model": NAME, "method": "coma", "hidden_ratio": 0.75, "seed": 3, "fit": "crop", "runtime": "PyTorch",
+        "model": NAME, "method": "coma", "mask_ratio": 0.75, "seed": 3, "fit": "crop", "runtime": "PyTorch",
         "statistics": "visible", **changes,
     }  # fmt: skip
     return client.predict(picture=picture, painted=painted, **values, api_name="/reconstruct")
@@ -221,7 +221,7 @@ def test_choices_that_do_not_exist_are_refused(client, photograph):
         {"runtime": "TensorRT"},
         {"seed": -1},
         {"seed": 2**40},
-        {"hidden_ratio": 7},
+        {"mask_ratio": 7},
     ):
         with pytest.raises(Exception) as told:
             reconstruct(client, photograph, **changes)

@@ -27,7 +27,7 @@ from coma.runtimes.manifest import (  # noqa: E402
     Selection,
     versions,
 )
-from coma.runtimes.model_spec import METADATA, as_json, read_description  # noqa: E402
+from coma.runtimes.model_spec import METADATA, as_json, read_model_spec  # noqa: E402
 from coma.runtimes.shape_ranges import Shape, Shapes  # noqa: E402
 from export.benchmark import (  # noqa: E402
     EAGER,
@@ -40,7 +40,7 @@ from export.benchmark import (  # noqa: E402
     try_out,
 )
 from export.commands import benchmark  # noqa: E402
-from export.graphs.load import load_deployable  # noqa: E402
+from export.graphs.load import load_exportable  # noqa: E402
 from export.image_sets import ImageSet  # noqa: E402
 from export.latency import interleaved  # noqa: E402
 from export.onnx_export import write_onnx  # noqa: E402
@@ -77,10 +77,10 @@ def made(tmp_path_factory) -> Path:
     """An artifact and, beside it, its exports: one that a CPU runs, and others for every reason not to."""
     root = tmp_path_factory.mktemp("made")
     directory, folder = artifact(root / "artifact", SMALL), root / "export"
-    deployable, one = load_deployable(directory, "encoder"), Shape(1, 64, 64)
+    deployable, one = load_exportable(directory, "encoder"), Shape(1, 64, 64)
     write_onnx(deployable, Shapes(one, one, Shape(4, 64, 64)), folder / "encoder.onnx")
     model = onnx.load(folder / "encoder.onnx")
-    says = as_json(replace(read_description(model, "encoder"), precision="bf16"))
+    says = as_json(replace(read_model_spec(model, "encoder"), precision="bf16"))
     onnx.helper.set_model_props(model, {METADATA: says})
     onnx.save(model, folder / "encoder-bf16.onnx")
     (folder / "encoder.engine").write_bytes(b"no engine")

@@ -17,7 +17,7 @@ from coma.cli import main
 from coma.config import BeyondConfig, ViTConfig
 from coma.errors import BadInput
 from coma.runtimes.manifest import Manifest
-from coma.runtimes.model_spec import Form
+from coma.runtimes.model_spec import GraphKind
 from coma.runtimes.open import open_runtime
 from coma.runtimes.pytorch import TorchRuntime
 from export import candidates, gate
@@ -121,10 +121,10 @@ def test_a_failed_gate_keeps_the_file_aside_and_names_the_layer(tmp_path, monkey
         (["--seconds", "inf"], "--seconds inf"),
         (["--seconds=-1"], "--seconds -1"),
         (["--calibrate", "."], "--calibrate is about int8 and fp8"),
-        (["--keep-float", "none"], "--keep-float is about int8 and fp8"),
+        (["--exclude-layers", "none"], "--exclude-layers is about int8 and fp8"),
         (["--builder-level", "5"], "--builder-level is about engines; add --to onnx,tensorrt"),
         (["--dataset", "."], "--dataset measures detectors and segmentors, .* is a classifier; --verify"),
-        (["--precision", "int8", "--calibrate", "x", "--keep-float", "*.fc9"], r"'\*\.fc9': no layer"),
+        (["--precision", "int8", "--calibrate", "x", "--exclude-layers", "*.fc9"], r"'\*\.fc9': no layer"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_made(tmp_path, arguments, message, capsys):
@@ -233,7 +233,7 @@ def test_a_model_that_zooms_in_rebuilds_its_whole_views(tmp_path):
     method = BeyondConfig("zoom-in+mask", decoder=export_files.OBJECTIVE.decoder)
     artifact = export_files.pretrained(tmp_path / "artifact", method=method)
     run([str(artifact), "--verify-images", "2", "--seconds", "0"])
-    sides: dict[Form, int] = {"encoder": 48, "reconstructor": 80}
+    sides: dict[GraphKind, int] = {"encoder": 48, "reconstructor": 80}
     for form, side in sides.items():
         runtime = open_runtime(tmp_path / "export" / f"{form}.onnx", "cpu")
         assert runtime.description.inputs[0].axes[2:] == (side, side)

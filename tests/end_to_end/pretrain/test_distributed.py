@@ -150,8 +150,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
             drop_path=0.3,
         ),
         objective=CoMAConfig(decoder=DecoderConfig(8, 1, 2)),
-        optimizer=OptimizerConfig(steps=5, batch_size=4, micro_batch=2, base_lr=0.05, ema=0.8),
-        run=RunConfig(out=folder / "one", log_steps=1, save_steps=2, sheet_steps=0, device="cpu"),
+        optimizer=OptimizerConfig(steps=5, batch_size=4, micro_batch=2, base_lr=0.05, ema_decay=0.8),
+        run=RunConfig(out=folder / "one", log_steps=1, save_steps=2, reconstruction_every=0, device="cpu"),
     )
 
 
@@ -171,7 +171,10 @@ def methods(settings: PretrainConfig, folder: Path, one: Path) -> dict[str, Path
     decoder = settings.objective.decoder
     found = {}
     for name, objective in (
-        ("cmt", CMTConfig(TeacherConfig(str(one / "artifact")), random_share=0.4, ema=0.9, decoder=decoder)),
+        (
+            "cmt",
+            CMTConfig(TeacherConfig(str(one / "artifact")), random_share=0.4, ema_decay=0.9, decoder=decoder),
+        ),
         ("zoom", BeyondConfig("zoom-in+coma", decoder=decoder)),
     ):
         run = replace(settings.run, out=folder / f"one-{name}")

@@ -83,9 +83,15 @@ def short(place: Path) -> FinetuneConfig:
         artifact=place / "artifact",
         data=DataConfig(place / "data", image_size=16, workers=0),
         optimizer=FinetuneRecipe(
-            steps=7, batch_size=4, micro_batch=2, base_lr=0.1, ema=0.5, drop_path=0.3, erasing=0.5
+            steps=7,
+            batch_size=4,
+            micro_batch=2,
+            base_lr=0.1,
+            ema_decay=0.5,
+            drop_path=0.3,
+            random_erasing=0.5,
         ),
-        run=RunConfig(device="cpu", save_steps=2, log_steps=3, sheet_steps=0),
+        run=RunConfig(device="cpu", save_steps=2, log_steps=3, reconstruction_every=0),
     )
 
 
@@ -122,9 +128,11 @@ def test_it_learns_and_leaves_the_classifier_that_was_validated(short, place, tm
     paint(tmp_path / "data" / "train", 60, seed=2)
     paint(tmp_path / "data" / "val", 30, seed=5)
     paint(tmp_path / "data" / "test", 45, seed=3)
-    config = to(short, tmp_path / "run", steps=50, batch_size=12, micro_batch=None, base_lr=0.3, ema=0.8)
+    config = to(
+        short, tmp_path / "run", steps=50, batch_size=12, micro_batch=None, base_lr=0.3, ema_decay=0.8
+    )
     config = replace(config, data=DataConfig(tmp_path / "data", image_size=16, workers=0))
-    recipe = replace(config.optimizer, rand_augment=0, mixup=0.2, erasing=0.25, drop_path=0.0)
+    recipe = replace(config.optimizer, rand_augment=0, mixup=0.2, random_erasing=0.25, drop_path=0.0)
     config = replace(config, optimizer=recipe, run=replace(config.run, save_steps=None, log_steps=10))
     result = finetune(config)
     assert result.test.top1 >= 0.9  # chance is a third
@@ -342,7 +350,9 @@ def test_a_run_of_an_earlier_version_is_refused(short, whole, tmp_path, monkeypa
 
 def test_every_parameter_moves_at_its_own_rate(short, tmp_path):
     """One step of Adam moves weights by about their learning rate: the stem less than the head."""
-    config = to(short, tmp_path / "run", steps=1, ema=0.0, warmup=0.0, weight_decay=0.0, layer_decay=0.5)
+    config = to(
+        short, tmp_path / "run", steps=1, ema_decay=0.0, warmup=0.0, weight_decay=0.0, layer_decay=0.5
+    )
     tensors = load_artifact(finetune(config).artifact).tensors
     before = load_encoder(short.artifact)[0].state_dict()
     moved = {name: (tensors[name] - before[name]).abs().max().item() for name in before}

@@ -229,7 +229,9 @@ def failing(labelled: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     mae, coma = (replace(each, seeds=(0,)) for each in asked(labelled, out).entries)
     bad = replace(coma.config, data=replace(coma.config.data, mean=(0.5,) * 3, std=(1e-30,) * 3))
-    compared = compare(asked(labelled, out, entries=(mae, replace(coma, config=bad)), probes=0, floor=False))
+    compared = compare(
+        asked(labelled, out, entries=(mae, replace(coma, config=bad)), probes=0, random_baseline=False)
+    )
     assert [failure.partition(":")[0] for failure in compared.failures] == [
         "coma-small-0",
         "coma-small-0-evaluate",
@@ -246,8 +248,8 @@ def test_seconds_are_timed_first_and_stopping_is_safe(labelled, tmp_path):
 
 def timed(labelled: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    flags = """--methods mae --models "small: tiny" --seeds 0 --no-floor --protocols knn finetune
-        --finetune "--epochs 1 --batch-size 12 --ema 0" --device cpu --budget seconds 0.2"""
+    flags = """--methods mae --models "small: tiny" --seeds 0 --no-random-baseline --protocols knn finetune
+        --finetune "--epochs 1 --batch-size 12 --ema-decay 0" --device cpu --budget seconds 0.2"""
     argv = ["compare", str(labelled / "train"), *shlex.split(flags), "--test", str(labelled)]
     argv += ["--out", str(out), "--", *SMALL]
     child = os.fork()

@@ -33,7 +33,7 @@ from coma.config.serialization import read_config
 from coma.errors import BadInput
 from coma.models import build_encoder
 from coma.models.attention_maps import attend
-from coma.objectives.teachers import identified, load_teacher, training_objective
+from coma.objectives.teachers import load_teacher, training_objective, with_weights_hash
 from pretrain.commands.pretrain import parse
 from pretrain.training import pretrain
 from pretrain.training.distributed import Processes
@@ -81,8 +81,8 @@ def test_balanced_coma_begins_with_the_weights_of_coma(encoder, weights):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"objective": CMTConfig(hidden_ratio=0.99, decoder=DECODER)}, "hiding 99% of 4 mask units"),
-        ({"objective": MAEConfig(hidden_ratio=0.9, decoder=DECODER)}, "hiding 90% of 4 mask units"),
+        ({"objective": CMTConfig(mask_ratio=0.99, decoder=DECODER)}, "hiding 99% of 4 mask units"),
+        ({"objective": MAEConfig(mask_ratio=0.9, decoder=DECODER)}, "hiding 90% of 4 mask units"),
         ({"objective": CoMAConfig(views=5, decoder=DECODER)}, "5 views are too many for 4 mask units"),
         (
             {"objective": BeyondConfig("zoom-in+coma", views=5, decoder=DECODER)},
@@ -157,7 +157,7 @@ def test_a_new_run_with_old_settings_takes_other_weights(resumable, weights, tmp
     interrupted(at(taught_by(resumable, "test_vit", weights), run), 1)
     again = ["--out", str(tmp_path / "second"), "--teacher-weights", str(other)]
     fresh, *_ = parse(["--from", str(run), *again])
-    assert identified(fresh).objective.teacher == TeacherConfig("test_vit", other, sha256_of(other))  # type: ignore[union-attr]
+    assert with_weights_hash(fresh).objective.teacher == TeacherConfig("test_vit", other, sha256_of(other))  # type: ignore[union-attr]
     same, *_ = parse(["--resume", str(run), "--teacher-weights", str(other)])
     with pytest.raises(BadInput, match="these are not the weights of teacher test_vit"):
         pretrain(same, resume=True)
@@ -178,7 +178,7 @@ TEST_VIT = 100 * 2 * 768 * 64 + 6 * block(64, 3.0, 101)
 def test_all_that_a_step_of_cmt_computes_is_counted():
     """By hand: encoder, decoder and heads as in any method; teacher and average once, without gradients."""
     model = ViTConfig(patch=4, dim=16, depth=2, heads=2, mlp_ratio=2.0)
-    method = CMTConfig(TeacherConfig("test_vit"), hidden_ratio=0.5, decoder=DecoderConfig(8, 1, 2))
+    method = CMTConfig(TeacherConfig("test_vit"), mask_ratio=0.5, decoder=DecoderConfig(8, 1, 2))
     state = torch.get_rng_state()
     flops = training_flops(model, method, 16)
     assert torch.equal(torch.get_rng_state(), state)

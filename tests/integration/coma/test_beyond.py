@@ -207,25 +207,25 @@ def test_settings_and_views():
 
 def test_what_cannot_be_trained_on_is_refused():
     with pytest.raises(BadInput, match=r"--objective\.hidden-ratio 1 must be more than 0 and less than 1"):
-        BeyondConfig(hidden_ratio=1.0)
+        BeyondConfig(mask_ratio=1.0)
     with pytest.raises(BadInput, match=r"--objective\.views 1 must be 2 to 1024"):
         BeyondConfig(views=1)
     with pytest.raises(BadInput, match=r"--objective\.border-weight 0 must be"):
         BeyondConfig(border_weight=0.0)
     with pytest.raises(BadInput, match=r"no use of it"):
-        replace(BeyondConfig(hidden_ratio=0.5), degrade="zoom-in")
+        replace(BeyondConfig(mask_ratio=0.5), degrade="zoom-in")
     grey = build_encoder(ViTConfig(channels=1, patch=8, dim=32, depth=1, heads=2))
     with pytest.raises(BadInput, match="3 channels, not 1"):
         build_objective(BeyondConfig(degrade="decolor", decoder=DECODER), grey)
     with pytest.raises(BadInput, match="no centre to zoom in to"):
         objective("vit", "zoom-in").draw_visible(torch.arange(2), 2, 6)
     with pytest.raises(BadInput, match="leaves none to see"):
-        objective("vit", "zoom-in+mask", hidden_ratio=0.99)(pictures(), torch.arange(4))
+        objective("vit", "zoom-in+mask", mask_ratio=0.99)(pictures(), torch.arange(4))
 
 
 @pytest.mark.parametrize(
     ("name", "value", "kinds"),
-    [("hidden_ratio", 0.5, MASKED[:1]), ("views", 3, MASKED[1:]), ("border_weight", 0.2, MASKED)],
+    [("mask_ratio", 0.5, MASKED[:1]), ("views", 3, MASKED[1:]), ("border_weight", 0.2, MASKED)],
 )
 def test_a_setting_that_a_degradation_has_no_use_for_is_refused(name, value, kinds):
     flag = f"--objective.{name.replace('_', '-')} {value} belongs to {' and '.join(kinds)}; "

@@ -143,7 +143,7 @@ def test_masks_are_random_at_first_and_guided_then():
 
 @pytest.mark.parametrize("end", [1.0, 0.95])
 def test_the_average_follows_the_formula_and_the_teacher_does_not_move(end):
-    model = objective(ema=0.9, ema_end=end)
+    model = objective(ema_decay=0.9, ema_decay_end=end)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     frozen = {name: t.clone() for name, t in model._teacher.model.state_dict().items()}
     average = {name: t.clone() for name, t in model.encoder.state_dict().items()}
@@ -214,7 +214,7 @@ def test_settings():
     assert to_plain(balanced)["objective"]["method"] == "coma-balanced"
     assert from_plain(to_plain(balanced), PretrainConfig, source="x") == balanced
     with pytest.raises(BadInput, match=r"--objective\.hidden-ratio 1 must be"):
-        CMTConfig(hidden_ratio=1)
+        CMTConfig(mask_ratio=1)
     with pytest.raises(BadInput, match=r"--objective.mask-share 1\.5 must be 0 to 1"):
         CMTConfig(mask_share=1.5)
     with pytest.raises(BadInput, match=r"--objective\.student-block 0 must be 1 to 256"):
@@ -224,7 +224,7 @@ def test_settings():
     with pytest.raises(BadInput, match="cannot be balanced"):
         BalancedCoMAConfig(masks="single")
     with pytest.raises(BadInput, match="leaves none to see"):
-        objective(hidden_ratio=0.99)(pictures(), torch.arange(4))
+        objective(mask_ratio=0.99)(pictures(), torch.arange(4))
 
 
 # runs ------------------------------------------------------------------------------------------
@@ -240,7 +240,10 @@ def quick(monkeypatch):
 @pytest.fixture
 def guided(resumable, weights):
     method = CMTConfig(
-        teacher=TeacherConfig("test_vit", weights), random_share=0.3, ema=0.9, decoder=DecoderConfig(8, 1, 2)
+        teacher=TeacherConfig("test_vit", weights),
+        random_share=0.3,
+        ema_decay=0.9,
+        decoder=DecoderConfig(8, 1, 2),
     )
     return replace(resumable, objective=method)
 

@@ -64,7 +64,7 @@ def assert_alike(ours, theirs):
 @pytest.mark.parametrize("repeats", [1, 2])
 def test_the_samples_are_the_same(folder, workers, repeats, monkeypatch):
     monkeypatch.setattr(CropFetch, "without_dali", lambda *_: pytest.fail("DALI did not decode"))
-    data = replace(DATA, repeats=repeats)
+    data = replace(DATA, aug_repeats=repeats)
     assert_alike(batches(folder, data, 6), batches(folder, replace(data, loader="dali", workers=workers), 6))
 
 

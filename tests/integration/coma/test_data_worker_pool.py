@@ -18,7 +18,7 @@ import torch
 
 from coma import devices
 from coma.data import worker_pool as workers_module
-from coma.data.worker_pool import default_workers, in_workers
+from coma.data.worker_pool import default_workers, map_ordered
 from coma.errors import BadImage, BadInput, ComaError
 from coma.ranges import OutOfRange
 
@@ -37,7 +37,7 @@ def fetch(key: int) -> tuple[int, torch.Tensor]:
 
 def test_results_come_in_the_order_of_the_keys():
     for workers in (0, 2):
-        results = in_workers(fetch, count(20, 3), workers)
+        results = map_ordered(fetch, count(20, 3), workers)
         pids, values = zip(*islice(results, 10), strict=True)
         results.close()
         assert [int(value[0]) for value in values] == list(range(20, 50, 3))
@@ -47,7 +47,7 @@ def test_results_come_in_the_order_of_the_keys():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_errors_about_the_data_arrive_as_themselves(workers):
-    results = in_workers(fetch, [12, 13, 14], workers)
+    results = map_ordered(fetch, [12, 13, 14], workers)
     next(results)
     with pytest.raises(BadImage) as raised:
         next(results)
@@ -57,7 +57,7 @@ def test_errors_about_the_data_arrive_as_themselves(workers):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bugs_are_not_dressed_up(workers):
     with pytest.raises(RuntimeError, match="a bug"):
-        next(in_workers(fetch, [666], workers))
+        next(map_ordered(fetch, [666], workers))
 
 
 class Peculiar(Exception):
@@ -73,15 +73,15 @@ def peculiar(key: int) -> None:
 
 def test_errors_of_any_class_arrive():
     with pytest.raises(OutOfRange, match=r"^--quality 99 must be 1 to 95$") as raised:
-        next(in_workers(peculiar, [99], 1))
+        next(map_ordered(peculiar, [99], 1))
     assert raised.value.in_file == "quality 99 must be 1 to 95"
     with pytest.raises(RuntimeError, match=r"^Peculiar: a bug: of a peculiar class\n") as raised:
-        next(in_workers(peculiar, [0], 1))
+        next(map_ordered(peculiar, [0], 1))
     assert "in a data worker" in raised.value.__notes__[0]
 
 
 def test_a_killed_worker_is_reported():
-    results = in_workers(fetch, [1, 2, 99, 3, 4], 2)
+    results = map_ordered(fetch, [1, 2, 99, 3, 4], 2)
     with pytest.raises(
         ComaError, match="a data worker was killed by SIGKILL, most likely because memory ran out"
     ):
@@ -111,7 +111,7 @@ def images_through_the_pipe(key: int) -> tuple[torch.Tensor, list[str]]:
 def test_images_need_no_shared_memory(fetch_images):
     """Neither side uses /dev/shm, which is 64 MB in Docker; where a memory file fails, a pipe does."""
     before = mapped()  # of other tests
-    results = in_workers(fetch_images, range(4), 2)
+    results = map_ordered(fetch_images, range(4), 2)
     for number, (images, shared) in enumerate(results):
         images += 1  # they may be written to
         assert images.eq(number + 1).all() and images.dtype == torch.uint8
@@ -122,7 +122,7 @@ def test_images_need_no_shared_memory(fetch_images):
 SMALL = """
 import subprocess, sys
 import torch
-from coma.data.worker_pool import in_workers
+from coma.data.worker_pool import map_ordered
 
 def images(key):
     return torch.full((30 << 20,), key, dtype=torch.uint8)
@@ -130,7 +130,7 @@ def images(key):
 if __name__ == "__main__":
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", "/dev/shm"], check=True)
     source = torch.arange(5 << 20)  # 40 MB of names and offsets, say
-    kept = list(in_workers(images, range(6), 2))
+    kept = list(map_ordered(images, range(6), 2))
     assert [int(each[-1]) for each in kept] == list(range(6))
     print("all there")
 """
@@ -152,7 +152,7 @@ def test_a_small_dev_shm_is_enough(tmp_path):
 def test_a_worker_that_hangs_is_named_and_given_up(monkeypatch, caplog):
     monkeypatch.setattr(workers_module, "_SILENCE", 0.2)
     monkeypatch.setattr(workers_module, "_PATIENCE", 0.4)
-    results = in_workers(fetch, [7], 1)
+    results = map_ordered(fetch, [7], 1)
     with pytest.raises(ComaError, match=r"no images for 0 seconds: data worker \d+ does not answer"):
         list(results)
     assert "is the disk slow?" in caplog.text
@@ -162,7 +162,7 @@ def test_a_stopped_worker_holds_nobody_up():
     """Neither who waits for it, when a signal comes, nor the end."""
     from coma.signals import StopNow, StopRequest  # not for the workers, which import this file
 
-    results = in_workers(fetch, count(20), 2)
+    results = map_ordered(fetch, count(20), 2)
     for pid in {next(results)[0] for _ in range(4)}:
         os.kill(pid, signal.SIGSTOP)
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -177,7 +177,7 @@ def test_workers_that_cannot_be_started_are_an_error_in_one_line(monkeypatch):
 
     monkeypatch.setattr("multiprocessing.context.ForkServerProcess.start", full)
     with pytest.raises(ComaError, match=r"data workers cannot be started here .*; use --workers 0"):
-        list(in_workers(fetch, [1], 1))
+        list(map_ordered(fetch, [1], 1))
 
 
 @dataclass
@@ -199,13 +199,13 @@ def test_results_for_a_gpu_are_pinned_in_order(monkeypatch):
     devices: list[int] = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
-    assert list(in_workers(to_be_pinned, range(5), 2, pin=True)) == [Pinned(key, True) for key in range(5)]
+    assert list(map_ordered(to_be_pinned, range(5), 2, pin=True)) == [Pinned(key, True) for key in range(5)]
     assert devices == [3]  # the thread that pins would make itself at home on the first GPU
-    results = in_workers(to_be_pinned, count(11), 2, pin=True)
+    results = map_ordered(to_be_pinned, count(11), 2, pin=True)
     assert [next(results).key for _ in range(2)] == [11, 12]
     with pytest.raises(BadImage, match="unlucky"):
         next(results)
-    endless = in_workers(to_be_pinned, count(14), 1, pin=True)
+    endless = map_ordered(to_be_pinned, count(14), 1, pin=True)
     next(endless)
     endless.close()
 
@@ -216,11 +216,11 @@ def unsendable(key: int) -> object:
 
 def test_what_cannot_be_sent_is_an_error():
     with pytest.raises(Exception, match="unsendable"):
-        list(in_workers(unsendable, [1], 1))
+        list(map_ordered(unsendable, [1], 1))
 
 
 def test_workers_ignore_signals_meant_for_the_trainer():
-    results = in_workers(fetch, count(100), 2)
+    results = map_ordered(fetch, count(100), 2)
     pids = {next(results)[0] for _ in range(4)}
     for pid in pids:
         os.kill(pid, signal.SIGINT)
@@ -232,19 +232,19 @@ def test_workers_ignore_signals_meant_for_the_trainer():
 
 def test_negative_numbers_are_refused():
     with pytest.raises(BadInput, match="--workers -1"):
-        in_workers(fetch, [1], -1)
+        map_ordered(fetch, [1], -1)
 
 
 SCRIPT = """
 import multiprocessing, os
 from itertools import count
 import torch
-from coma.data.worker_pool import in_workers
+from coma.data.worker_pool import map_ordered
 def chatter(key):
     os.write(2, b"a remark of a C library")
     return torch.zeros(1 << 20)  # large enough for a memory file
 if __name__ == "__main__":
-    results = in_workers(chatter, count(), 2)
+    results = map_ordered(chatter, count(), 2)
     next(results)
     print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
 """
@@ -268,7 +268,7 @@ def test_a_program_that_ends_takes_its_workers_along_in_silence(tmp_path):
 
 
 def start_workers_and_die(connection: Connection) -> None:
-    results = in_workers(fetch, count(1000), 2)
+    results = map_ordered(fetch, count(1000), 2)
     connection.send([next(results)[0] for _ in range(4)])
     os.kill(os.getpid(), signal.SIGKILL)
 

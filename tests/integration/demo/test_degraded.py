@@ -11,7 +11,7 @@ from export_files import DYVIT, OBJECTIVE, pretrained
 
 from coma.config import BeyondConfig, Degradation
 from coma.errors import BadInput
-from coma.runtimes.model_spec import Description
+from coma.runtimes.model_spec import ModelSpec
 from demo.masking import METHODS, hide, pixel_view, zoomed_view
 from demo.models import Model, Models
 from demo.reconstruction import rebuild
@@ -69,7 +69,7 @@ class Echo:
 
     title = "echo"
 
-    def __init__(self, description: Description) -> None:
+    def __init__(self, description: ModelSpec) -> None:
         self.description = description
 
     def __call__(self, images: torch.Tensor, **_: torch.Tensor) -> dict[str, torch.Tensor]:

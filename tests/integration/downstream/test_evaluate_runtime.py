@@ -17,7 +17,7 @@ from coma.artifact import load_artifact, save_artifact
 from coma.errors import BadArtifact, BadInput
 from coma.runtimes.pytorch import TorchRuntime
 from downstream.commands import detect, segment
-from export.graphs.load import load_deployable
+from export.graphs.load import load_exportable
 from export.verify.task_metrics import measure
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages warn of each other
@@ -119,7 +119,7 @@ def test_a_detector_in_its_exported_form_scores_what_it_did(detector, objects, t
     theirs = {"AP": "bbox_mAP", "AP50": "bbox_mAP_50", "mask AP": "segm_mAP"}
     expected = {name: 100 * scores[f"coco/{metric}"] for name, metric in theirs.items()}
     assert expected["AP50"] > 10
-    runtime = TorchRuntime(load_deployable(detector, "detector"))
+    runtime = TorchRuntime(load_exportable(detector, "detector"))
     assert measure(runtime, detector, objects, ALL) == pytest.approx(expected, abs=0.5)
 
 
@@ -130,7 +130,7 @@ def test_a_segmentor_in_its_exported_form_scores_what_it_did(resized, segmentor,
     scores = json.loads((tmp_path / "scores.json").read_text())
     expected = {"mIoU": scores["mIoU"], "pixel accuracy": scores["aAcc"]}
     assert resized or expected["mIoU"] > 30  # ground alone: 26
-    runtime = TorchRuntime(load_deployable(path, "segmentor"))
+    runtime = TorchRuntime(load_exportable(path, "segmentor"))
     assert measure(runtime, path, scenes, ALL) == pytest.approx(expected, abs=0.5)
 
 

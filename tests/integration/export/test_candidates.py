@@ -15,9 +15,9 @@ from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import parse_shapes
 from coma.runtimes.trt.sidecar import sidecar_path
 from export import gate, pipeline
-from export.candidates import Maker, fits, layers_of
-from export.gate import Judge
-from export.graphs.load import load_deployable
+from export.candidates import CandidateBuilder, fits, layers_of
+from export.gate import Gate
+from export.graphs.load import load_exportable
 from export.image_sets import ImageSet
 from export.pipeline import Outcome
 from export.report import render
@@ -36,14 +36,14 @@ def classifier(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def judged(tmp_path, classifier, monkeypatch) -> tuple[Judge, Maker, Path]:
+def judged(tmp_path, classifier, monkeypatch) -> tuple[Gate, CandidateBuilder, Path]:
     """For engines, with a builder and a runtime that need no GPU."""
     request: Any = SimpleNamespace(
         artifact=classifier, out=tmp_path, engine=None, seconds=0, labelled=None,
         images=ImageSet(Selection("", 0, 0), ()), calibration=None,
         precisions=("fp32", "fp16"), tensorrt=True, inside=False, device="cpu", most=9,
     )  # fmt: skip
-    reference = TorchRuntime(load_deployable(classifier, "classifier"))
+    reference = TorchRuntime(load_exportable(classifier, "classifier"))
     about = reference.description
 
     def build(onnx_path, engine_path, *_):
@@ -58,8 +58,8 @@ def judged(tmp_path, classifier, monkeypatch) -> tuple[Judge, Maker, Path]:
         lambda *_, **__: SimpleNamespace(description=about, title="TensorRT"),
     )
     manifest = Manifest("artifact", about.source, "classifier")
-    maker = Maker(request, "classifier", FIXED, Silent(), about.source)
-    return Judge(request, reference, FIXED, Silent(), manifest), maker, tmp_path / "classifier.onnx"
+    maker = CandidateBuilder(request, "classifier", FIXED, Silent(), about.source)
+    return Gate(request, reference, FIXED, Silent(), manifest), maker, tmp_path / "classifier.onnx"
 
 
 def held(folder: Path) -> dict[str, str]:
@@ -189,12 +189,12 @@ def test_what_is_not_about_one_file_ends_the_export(exporting_it, tmp_path, monk
 def test_patterns_of_layers_hold_in_the_forms_that_have_them(tmp_path):
     artifact = export_files.pretrained(tmp_path / "artifact", VIT)
     layers = {
-        form: layers_of(load_deployable(artifact, form).module) for form in ("encoder", "reconstructor")
+        form: layers_of(load_exportable(artifact, form).module) for form in ("encoder", "reconstructor")
     }
     assert fits("*.decoder.head", layers["reconstructor"]) and not fits("*.decoder.head", layers["encoder"])
     assert not fits("*norm*", layers["encoder"])
     request: Any = SimpleNamespace(artifact=artifact, keep=("*.fc2", "*.decoder.*"), inside=False)
-    assert Maker(request, "encoder", FIXED, Silent(), "")._keep() == ["*.fc2"]
-    assert Maker(request, "reconstructor", FIXED, Silent(), "")._keep() == ["*.fc2", "*.decoder.*"]
+    assert CandidateBuilder(request, "encoder", FIXED, Silent(), "")._keep() == ["*.fc2"]
+    assert CandidateBuilder(request, "reconstructor", FIXED, Silent(), "")._keep() == ["*.fc2", "*.decoder.*"]
     request.inside = True  # the file's layers are then those of `form`
-    assert Maker(request, "encoder", FIXED, Silent(), "")._keep() == ["form.*.fc2"]
+    assert CandidateBuilder(request, "encoder", FIXED, Silent(), "")._keep() == ["form.*.fc2"]

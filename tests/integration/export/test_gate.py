@@ -14,12 +14,12 @@ from PIL import Image
 
 from coma.data.transforms import normalize
 from coma.errors import BadInput
-from coma.runtimes.model_spec import METADATA, Description, Port, Preprocessing, as_json, read_description
+from coma.runtimes.model_spec import METADATA, ModelSpec, Preprocessing, TensorSpec, as_json, read_model_spec
 from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes
 from export.candidates import load
-from export.graphs.load import load_deployable
+from export.graphs.load import load_exportable
 from export.image_sets import read_image_set
 from export.onnx_export import save, write_onnx
 from export.preprocessing import Photographs, as_input, evenly, fit_within, open_images, resized
@@ -38,7 +38,7 @@ def made(tmp_path_factory) -> Path:
     """A classifier's artifact and its ONNX file."""
     folder = tmp_path_factory.mktemp("gates")
     artifact = export_files.classifier(folder / "artifact")
-    write_onnx(load_deployable(artifact, "classifier"), SHAPES, folder / "c.onnx")
+    write_onnx(load_exportable(artifact, "classifier"), SHAPES, folder / "c.onnx")
     return folder
 
 
@@ -48,7 +48,7 @@ def pictures() -> list[np.ndarray]:
 
 
 def gate(folder: Path, file: Path, pictures):
-    reference = TorchRuntime(load_deployable(folder / "artifact", "classifier"))
+    reference = TorchRuntime(load_exportable(folder / "artifact", "classifier"))
     return verify(reference, OnnxRuntime(file, threads=1), SHAPES, pictures)
 
 
@@ -89,7 +89,7 @@ def test_pytorchs_outputs_are_computed_once_and_kept_while_they_are_needed(made,
             calls.append(tuple(images.shape))
             return super().__call__(images, **others)
 
-    reference = Counted(load_deployable(made / "artifact", "classifier"))
+    reference = Counted(load_exportable(made / "artifact", "classifier"))
     verify(reference, OnnxRuntime(made / "c.onnx", threads=1), SHAPES, pictures)
     assert calls == [(1, 3, 48, 48)] * len(pictures)
     wanted = _Reference(reference, pictures, again=2)
@@ -112,7 +112,7 @@ def test_a_corrupted_weight_is_refused_and_named(made, pictures, tmp_path):
     file = changed(made, tmp_path / "c.onnx", corrupt)
     verdict = gate(made, file, pictures)
     assert not verdict.passed and "cosine" in verdict.failures[0]
-    deployable = load_deployable(made / "artifact", "classifier")
+    deployable = load_exportable(made / "artifact", "classifier")
     rule = deployable.description.preprocessing
     images = as_input([resized(pictures[0], rule)], rule)
     finding = locate(deployable.module, load(file), (images,), 0.9999)
@@ -136,7 +136,7 @@ def test_nan_is_refused(made, pictures, tmp_path):
 @pytest.mark.parametrize("field", ["mean", "std"])
 def test_wrong_mean_or_deviation_is_refused(made, pictures, tmp_path, field):
     def mislead(model):
-        about = read_description(model, "c")
+        about = read_model_spec(model, "c")
         wrong = replace(about.preprocessing, **{field: (0.6, 0.5, 0.35)})
         onnx.helper.set_model_props(model, {METADATA: as_json(replace(about, preprocessing=wrong))})
 
@@ -272,7 +272,7 @@ def detections(*scores: float) -> dict[str, torch.Tensor]:
 def judged(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
     differences = Differences()
     differences.add(wanted, found)
-    about = Description(
+    about = ModelSpec(
         "detector", "fp32", (), (), Preprocessing("none", None, (0.0,), (1.0,)), 16, None, "", {}
     )
     return judge(differences.outputs, about)
@@ -290,7 +290,7 @@ def test_invented_repeated_and_misjudged_detections_are_refused():
 
 
 def test_limits_depend_on_precision():
-    about = Description(
+    about = ModelSpec(
         "encoder", "int8", (), (), Preprocessing("none", None, (0.0,), (1.0,)), 16, None, "", {}
     )
     outputs = {"x": Difference(cosine=0.995, compared=1, largest=2.0)}
@@ -345,6 +345,6 @@ def test_images_are_evenly_spaced():
 
 
 def test_ports_in_json_come_back(made):
-    about = read_description(load(made / "c.onnx"), "c")
-    assert about.outputs == (Port("logits", "float32", ("batch", 3)),)
+    about = read_model_spec(load(made / "c.onnx"), "c")
+    assert about.outputs == (TensorSpec("logits", "float32", ("batch", 3)),)
     assert about.class_names == export_files.CLASSES

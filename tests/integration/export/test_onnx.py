@@ -11,13 +11,13 @@ from torch import nn
 
 from coma.config import BeyondConfig, DyViTConfig, ViTConfig
 from coma.errors import BadInput, CheckFailed
-from coma.runtimes.model_spec import Precision, read_description
+from coma.runtimes.model_spec import Precision, read_model_spec
 from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.open import open_runtime
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes, parse_shapes
-from export.graphs.load import example_inputs, forms_of, load_deployable
-from export.graphs.wrappers import AdaptiveAveragePool, SegmentorForm, replace_adaptive_pooling
+from export.graphs.load import example_inputs, graph_kinds_of, load_exportable
+from export.graphs.wrappers import AdaptiveAveragePool, SegmentorGraph, replace_adaptive_pooling
 from export.onnx_export import in_precision, with_preprocessing, write_onnx
 from export.quantization import quantize_int8
 
@@ -39,7 +39,7 @@ ERRORS = {"fp32": 1e-4, "fp16": 2e-2}
 def write(
     folder: Path, artifact: Path, form, precision: Precision, shapes: Shapes, inside: bool = False
 ) -> Path:
-    deployable = load_deployable(artifact, form)
+    deployable = load_exportable(artifact, form)
     if inside:
         deployable = with_preprocessing(deployable)
     in_precision(deployable.module, precision)
@@ -50,7 +50,7 @@ def write(
 
 
 def compare(artifact: Path, form, path: Path, shape: Shape, limit: float) -> None:
-    reference, runtime = TorchRuntime(load_deployable(artifact, form)), OnnxRuntime(path, threads=1)
+    reference, runtime = TorchRuntime(load_exportable(artifact, form)), OnnxRuntime(path, threads=1)
     inputs = example_inputs(reference.description, shape.batch, shape.height, shape.width)
     names = [port.name for port in reference.description.inputs]
     wanted, found = (run(**dict(zip(names, inputs, strict=True))) for run in (reference, runtime))
@@ -73,7 +73,7 @@ def test_files_give_what_the_model_gives_at_any_size(form, precision, tmp_path):
     onnx.checker.check_model(model, full_check=True)
     assert {imported.domain for imported in model.opset_import} == {""}
     assert all(node.domain == "" for node in model.graph.node) and not model.functions
-    description = read_description(model, path.name)
+    description = read_model_spec(model, path.name)
     assert description.inputs[0].axes == ("batch", 3, "height", "width")
     assert description.precision == precision
     for value in (*model.graph.input, *model.graph.output):
@@ -168,7 +168,7 @@ def test_a_batch_that_was_baked_in_is_caught(tmp_path):
         def forward(self, images):
             return (self.form(images)[0].reshape(2, -1),)
 
-    deployable = load_deployable(export_files.classifier(tmp_path / "artifact"), "classifier")
+    deployable = load_exportable(export_files.classifier(tmp_path / "artifact"), "classifier")
     baked = replace(deployable, module=Baked(deployable.module))
     with pytest.raises(CheckFailed, match="batch should be dynamic and is fixed at 2"):
         write_onnx(baked, Shapes(Shape(1, 48, 48), Shape(2, 48, 48), Shape(4, 48, 48)), tmp_path / "b.onnx")
@@ -207,10 +207,10 @@ def test_a_strangers_file_is_refused(tmp_path):
 
 
 def test_forms_of_kinds(tmp_path):
-    assert forms_of(export_files.pretrained(tmp_path / "p")) == ("encoder", "reconstructor")
-    assert forms_of(export_files.backbone(tmp_path / "b")) == ("encoder",)
+    assert graph_kinds_of(export_files.pretrained(tmp_path / "p")) == ("encoder", "reconstructor")
+    assert graph_kinds_of(export_files.backbone(tmp_path / "b")) == ("encoder",)
     with pytest.raises(BadInput, match="there is no detector"):
-        load_deployable(tmp_path / "b", "detector")
+        load_exportable(tmp_path / "b", "detector")
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 6])
@@ -241,7 +241,7 @@ def test_adaptive_pooling_is_replaced_everywhere_or_refused():
 )
 def test_other_segmentors_are_refused(settings, message):
     with pytest.raises(BadInput, match=message):
-        SegmentorForm(nn.Module(), settings)
+        SegmentorGraph(nn.Module(), settings)
 
 
 def test_shapes_are_read_as_written():
@@ -269,7 +269,7 @@ def test_shapes_that_are_none(text, message):
 
 
 def test_images_below_a_unit_are_refused(tmp_path):
-    deployable = load_deployable(export_files.backbone(tmp_path / "a"), "encoder")
+    deployable = load_exportable(export_files.backbone(tmp_path / "a"), "encoder")
     with pytest.raises(BadInput, match="smaller than the encoder's mask unit"):
         write_onnx(deployable, Shapes(*[Shape(1, 8, 64)] * 3), tmp_path / "a.onnx")
 

@@ -23,8 +23,8 @@ from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.open import open_runtime
 from export import candidates
 from export.candidates import UNVERIFIED
-from export.gate import REJECTED, Judge
-from export.graphs.load import load_deployable
+from export.gate import REJECTED, Gate
+from export.graphs.load import load_exportable
 from export.half_precision_emulation import Short, emulate
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -143,7 +143,7 @@ def made(tmp_path_factory, photographs) -> Path:
     del about["checksums"]  # the weights are changed on purpose
     (artifact / "config.json").write_text(json.dumps(about))
     with torch.no_grad():
-        model, images = load_deployable(artifact, "classifier").module, torch.randn(1, 3, 48, 48)
+        model, images = load_exportable(artifact, "classifier").module, torch.randn(1, 3, 48, 48)
         assert model(images)[0].isfinite().all() and not model.half()(images)[0].isfinite().all()
 
     written = candidates.write_onnx
@@ -189,7 +189,7 @@ def test_the_layer_is_named_in_every_precision(made):
 def test_fp16_is_compared_emulated_and_timed_as_it_is(made, tmp_path):
     request: Any = SimpleNamespace(device="cpu")
     nobody: Any = None
-    judge = Judge(request, nobody, nobody, nobody, nobody)
+    judge = Gate(request, nobody, nobody, nobody, nobody)
     images = torch.randn(1, 3, 48, 48)
     compared, timed = judge._open(copied(made, "fp16", tmp_path), "fp16")
     assert timed and timed(images)["logits"].isfinite().all() and "emulated" not in timed.title

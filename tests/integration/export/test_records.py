@@ -25,7 +25,7 @@ from export import candidates, gate, pipeline
 from export.benchmark import exported
 from export.candidates import describe, fitted, layers_of
 from export.commands.export import run
-from export.graphs.load import load_deployable, preprocessing_of
+from export.graphs.load import load_exportable, preprocessing_of
 from export.job import folder_beside
 from export.preprocessing import Photographs
 from export.quantization.qdq import constant_products
@@ -83,7 +83,7 @@ def test_a_refused_file_leaves_the_older_one_and_nothing_is_made_of_it(tmp_path,
     assert main([*arguments, "--shapes", "1x48x48"]) == 0
     older, listed = (out / "classifier.onnx").read_bytes(), json.loads((out / "manifest.json").read_text())
     products = list(constant_products(onnx.load(out / "classifier.onnx").graph))
-    assert {each.layer for each in products} <= layers_of(load_deployable(classifier, "classifier").module)
+    assert {each.layer for each in products} <= layers_of(load_exportable(classifier, "classifier").module)
 
     def corrupt(deployable, shapes, path):
         if candidates.UNVERIFIED in path.name:  # not the one that int8 is made of
@@ -131,7 +131,7 @@ def test_an_artifact_of_an_odd_size_is_exported_and_prepared_at_that_size(tmp_pa
     ],
 )
 def test_images_are_prepared_for_a_size_that_the_file_takes(classifier, shapes, size):
-    found = fitted(load_deployable(classifier, "classifier"), parse_shapes(shapes, 3))
+    found = fitted(load_exportable(classifier, "classifier"), parse_shapes(shapes, 3))
     assert found.description.preprocessing.size == size
 
 
@@ -262,7 +262,7 @@ def test_rtx_checks_what_this_run_kept(tmp_path, classifier, monkeypatch):
 
     monkeypatch.setattr(pipeline, "export", keeps_fp16)
     monkeypatch.setattr(
-        candidates, "describe", lambda path: load_deployable(classifier, "classifier").description
+        candidates, "describe", lambda path: load_exportable(classifier, "classifier").description
     )
     monkeypatch.setattr("coma.runtimes.trt.profiles.profile_of", lambda *_: None)
     monkeypatch.setattr("coma.runtimes.trt.discovery.require_package", lambda _: None)

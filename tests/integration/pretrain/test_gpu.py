@@ -178,7 +178,7 @@ def settings_of(folder):
         model=MODEL,
         objective=method_preset("coma"),
         optimizer=OptimizerConfig(steps=1, batch_size=64),
-        run=RunConfig(sheet_steps=0),
+        run=RunConfig(reconstruction_every=0),
     )
 
 

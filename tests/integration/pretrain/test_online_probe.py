@@ -72,7 +72,7 @@ def test_a_probe_changes_nothing_else_and_finds_what_evaluate_finds(
 def test_published_weights_are_probed(probed, whole, tmp_path):
     """Those at hand give other features than their moving average."""
     run = pretrain(at(probed, tmp_path / "average"))
-    plain = replace(probed, optimizer=replace(probed.optimizer, ema=0.0))
+    plain = replace(probed, optimizer=replace(probed.optimizer, ema_decay=0.0))
     other = pretrain(at(plain, tmp_path / "plain"))
     ranks = [probe_rows(folder)[-1]["probe_effective_rank"] for folder in (run, other)]
     assert ranks[0] != ranks[1]
@@ -152,7 +152,8 @@ def test_the_command_shows_and_draws_what_a_probe_found(photos, labelled, tmp_pa
     flags += (
         " --objective.decoder.depth 1 --objective.decoder.heads 2 --workers 0 --device cpu --save-minutes 9"
     )
-    flags += f" --steps 2 --batch-size 2 --sheet-steps 0 --probe {labelled} --probe-steps 1 --probe-train 22"
+    flags += " --steps 2 --batch-size 2 --reconstruction-every 0 --probe-steps 1 --probe-train 22"
+    flags += f" --probe {labelled}"
     assert cli.main(["pretrain", str(photos), "--out", str(run), "--model", "tiny", *flags.split()]) == 0
     shown = capsys.readouterr()
     assert shown.err.count("probe: kNN ") == 3

@@ -16,7 +16,7 @@ from coma.config.serialization import read_config
 from coma.errors import BadInput
 from coma.objectives.load import load_pretrained
 from pretrain.training import pretrain
-from pretrain.training.run_plan import count_steps, share_out
+from pretrain.training.run_plan import count_steps, split_batch
 
 
 def change(config: PretrainConfig, **parts: dict[str, Any]) -> PretrainConfig:
@@ -150,8 +150,8 @@ def test_a_file_that_does_not_decode_is_named_once(settings, photos, no_pictures
 
 
 def test_sheets_do_not_disturb_training(settings, tmp_path):
-    with_sheets = pretrain(change(settings, run={"sheet_steps": 1}))
-    without = pretrain(change(settings, run={"sheet_steps": 0, "out": tmp_path / "other"}))
+    with_sheets = pretrain(change(settings, run={"reconstruction_every": 1}))
+    without = pretrain(change(settings, run={"reconstruction_every": 0, "out": tmp_path / "other"}))
     assert [row["loss"] for row in rows(with_sheets)] == [row["loss"] for row in rows(without)]
     assert len(list((without / "reconstructions").iterdir())) == 1  # the last
 
@@ -206,13 +206,13 @@ def test_a_directory_in_use_is_refused(settings, tmp_path, no_pictures):
 
 
 def test_sharing_out():
-    slices = share_out(OptimizerConfig(batch_size=64, micro_batch=8), rank=1, world=4)
+    slices = split_batch(OptimizerConfig(batch_size=64, micro_batch=8), rank=1, world=4)
     assert (slices.micro_batch, slices.accumulation, slices.rank) == (8, 2, 1)
-    assert share_out(OptimizerConfig(batch_size=64), rank=0, world=4).micro_batch == 16
+    assert split_batch(OptimizerConfig(batch_size=64), rank=0, world=4).micro_batch == 16
     with pytest.raises(
         BadInput, match="--batch-size 60 cannot be shared out over 8 processes; --batch-size 56"
     ):
-        share_out(OptimizerConfig(batch_size=60), rank=0, world=8)
+        split_batch(OptimizerConfig(batch_size=60), rank=0, world=8)
     assert count_steps(OptimizerConfig(epochs=2.5, batch_size=64), 100) == 4
     assert count_steps(OptimizerConfig(epochs=2.5, batch_size=64, steps=7), 100) == 7
 

@@ -94,7 +94,7 @@ class Counting(ArraySource):
 @pytest.mark.parametrize("micro", [1, 4, 12])
 def test_repeats_are_neighbours_with_crops_and_seeds_of_their_own(micro):
     tiles = Counting([ASTRONAUT[:40, x : x + 56] for x in range(0, 160, 10)])
-    thrice = replace(DATA, repeats=3)
+    thrice = replace(DATA, aug_repeats=3)
     batch = joined(stream(tiles, 48 // micro, data=thrice, batch=Slices(12, micro)))
     assert tiles.reads == {1: 48, 4: 24, 12: 16}[micro]  # once for every pass that an image is part of
     assert torch.equal(batch.indices, joined(stream(tiles, 4)).indices.repeat_interleave(3))
@@ -143,7 +143,7 @@ def test_reduced_or_not_a_sample_shows_the_same_part(large_photos, monkeypatch):
 
 
 def test_scaled_decoding_does_not_depend_on_how_the_stream_is_cut(large_photos):
-    data = replace(DATA, image_size=160, repeats=3)
+    data = replace(DATA, image_size=160, aug_repeats=3)
     whole = joined(stream(large_photos, 2, data=data, batch=Slices(6, 6)))
     cut = joined(stream(large_photos, 6, data=data, batch=Slices(6, 2)))
     assert same(whole, cut)

@@ -190,11 +190,11 @@ def test_what_cannot_be_trained_on_is_refused():
     with pytest.raises(BadInput, match="whole mask units"):
         objective("dyvit", "coma2")(torch.randn(1, 3, 33, 32), torch.arange(1))
     with pytest.raises(BadInput, match="leaves none to see"):
-        objective("dyvit", "mae", hidden_ratio=0.99)(pictures(), torch.arange(4))
+        objective("dyvit", "mae", mask_ratio=0.99)(pictures(), torch.arange(4))
     with pytest.raises(BadInput, match=r"--objective\.views 1 must be 2 to 1024"):
         CoMAConfig(views=1)
     with pytest.raises(BadInput, match=r"--objective\.hidden-ratio 1 must be more than 0 and less than 1"):
-        MAEConfig(hidden_ratio=1.0)
+        MAEConfig(mask_ratio=1.0)
 
 
 def loss_curve(encoder, method, steps=30):

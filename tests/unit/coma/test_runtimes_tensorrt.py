@@ -13,7 +13,7 @@ from tensorrt_files import ABOUT, IMAGES, PROFILE, needs_no_gpu
 
 from coma.atomic_io import sha256_of
 from coma.errors import BadInput
-from coma.runtimes.model_spec import Port
+from coma.runtimes.model_spec import TensorSpec
 from coma.runtimes.shape_ranges import parse_shapes
 from coma.runtimes.tensorrt import TensorRTRuntime
 from coma.runtimes.trt import discovery as library_module
@@ -42,8 +42,8 @@ def test_a_profile_follows_the_images_and_their_masks():
     about = replace(
         ABOUT,
         inputs=(
-            Port("images", "float32", ("batch", 3, "height", 64)),
-            Port("visible", "bool", ("batch", "rows", "cols")),
+            TensorSpec("images", "float32", ("batch", 3, "height", 64)),
+            TensorSpec("visible", "bool", ("batch", "rows", "cols")),
         ),
         unit=32,
     )

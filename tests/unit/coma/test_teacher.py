@@ -22,7 +22,7 @@ from coma.masking.sampling import deal, draw, group_sizes
 from coma.models import build_encoder
 from coma.models.attention_maps import attend, check_readable, on_grid
 from coma.models.teacher import to_units
-from coma.objectives.teachers import PUBLISHED, identified, load_teacher, remarks
+from coma.objectives.teachers import PUBLISHED, caveats, load_teacher, with_weights_hash
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_a_teacher_gets_images_of_its_size_and_statistics(weights):
 
 def test_teachers_are_loaded_strictly_from_local_files(weights, tmp_path, monkeypatch):
     fill = PretrainConfig(objective=CMTConfig(teacher=TeacherConfig("test_vit", weights)))
-    found = identified(fill).objective
+    found = with_weights_hash(fill).objective
     assert isinstance(found, CMTConfig) and found.teacher.sha256 is not None
     network = timm.create_model("test_vit")
     taught = load_teacher(found.teacher, STATISTICS)
@@ -296,11 +296,11 @@ def test_missing_weights_are_asked_for(weights, monkeypatch):
 
 
 def test_it_is_said_that_published_numbers_are_clips():
-    assert "says nothing about this run" in remarks(CMTConfig(teacher=TeacherConfig("test_vit")))[0]
-    assert "another GELU" in remarks(CMTConfig(teacher=TeacherConfig(PUBLISHED[1])))[0]
-    assert remarks(CMTConfig()) == () and CMTConfig().teacher.name == PUBLISHED[0]
+    assert "says nothing about this run" in caveats(CMTConfig(teacher=TeacherConfig("test_vit")))[0]
+    assert "another GELU" in caveats(CMTConfig(teacher=TeacherConfig(PUBLISHED[1])))[0]
+    assert caveats(CMTConfig()) == () and CMTConfig().teacher.name == PUBLISHED[0]
     given = TeacherConfig(PUBLISHED[0], Path("elsewhere/clip.safetensors"), "c0ffee")
-    (note,) = remarks(CMTConfig(teacher=given))  # a file is what its giver says it is
+    (note,) = caveats(CMTConfig(teacher=given))  # a file is what its giver says it is
     assert "clip.safetensors (SHA-256 c0ffee) are OpenAI's is taken from you" in note
     assert "elsewhere" not in note  # an artifact tells no places
     assert all(timm.is_model(name) for name in PUBLISHED)

@@ -11,7 +11,7 @@ from coma.config import ViTConfig, dyvit_preset
 from coma.masking.patchify import pad_to_units, spread, unit_grid
 from coma.masking.sampling import group_of, partition
 from coma.models import DyViT, ViT, build_encoder
-from coma.models.view_sequences import Sequences, image_sequences
+from coma.models.view_sequences import ViewSequences, image_sequences
 
 
 @pytest.mark.parametrize("views", [2, 4])
@@ -34,7 +34,7 @@ def test_no_window_leaks(windows):
 
 
 def test_the_leak_test_catches_a_gate_that_pools_over_the_map(monkeypatch):
-    monkeypatch.setattr(Sequences, "mean", lambda _, x: x.mean(dim=(0, 1, 2), keepdim=True))
+    monkeypatch.setattr(ViewSequences, "mean", lambda _, x: x.mean(dim=(0, 1, 2), keepdim=True))
     assert leak(awake(DyViT(TINY)), 24, 24, 2) > 0
 
 

@@ -95,7 +95,7 @@ def test_waiting_for_data_is_mentioned_once(waited, hints):
 def test_flops_are_those_of_the_matrix_products():
     """A ViT's, by hand: 2 FLOPs per weight and token forward, twice that backward, attention besides."""
     model = ViTConfig(patch=4, dim=16, depth=2, heads=2, mlp_ratio=2.0)
-    objective = MAEConfig(hidden_ratio=0.5, decoder=DecoderConfig(8, 1, 2))
+    objective = MAEConfig(mask_ratio=0.5, decoder=DecoderConfig(8, 1, 2))
     state = torch.get_rng_state()
     flops = training_flops(model, objective, 16)
     assert torch.equal(torch.get_rng_state(), state)

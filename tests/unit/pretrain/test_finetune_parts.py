@@ -37,7 +37,7 @@ from pretrain.training.throughput import finetuning_flops
 from pretrain.training.train_step import seed_generators
 
 PLAIN = ViTConfig(patch=4, dim=16, depth=2, heads=2)
-OFF = FinetuneRecipe(mixup=0.0, cutmix=0.0, erasing=0.0, smoothing=0.0, rand_augment=0)
+OFF = FinetuneRecipe(mixup=0.0, cutmix=0.0, random_erasing=0.0, label_smoothing=0.0, rand_augment=0)
 
 # layers -----------------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ def test_nothing_is_mixed_unless_asked_for(batch):
     images, targets = mixed(batch)
     assert torch.equal(images, batch[0])
     assert torch.equal(targets, torch.eye(3)[batch[1]])
-    _, smooth = mixed(batch, smoothing=0.3)
+    _, smooth = mixed(batch, label_smoothing=0.3)
     torch.testing.assert_close(smooth, torch.eye(3)[batch[1]] * 0.7 + 0.1)
 
 
@@ -228,10 +228,10 @@ def test_cutmix_pastes_a_box_and_counts_its_pixels(batch):
 
 def test_erasing_draws_noise_into_some_images(batch):
     changed = torch.stack(
-        [(mixed(batch, seed, erasing=0.25)[0] != batch[0]).flatten(1).any(1) for seed in range(25)]
+        [(mixed(batch, seed, random_erasing=0.25)[0] != batch[0]).flatten(1).any(1) for seed in range(25)]
     )
     assert 0.15 < changed.float().mean() < 0.35  # 200 images
-    assert (mixed(batch, erasing=1.0)[0] != batch[0]).flatten(1).any(1).all()
+    assert (mixed(batch, random_erasing=1.0)[0] != batch[0]).flatten(1).any(1).all()
 
 
 def test_the_loss_is_cross_entropy_with_these_targets(batch):
@@ -328,8 +328,8 @@ def test_settings_survive_json():
         ({"layer_decay": 0.0}, "--layer-decay 0 must be more than 0"),
         ({"rand_augment": 11}, "--rand-augment 11 must be 0 to 10"),
         ({"drop_path": 1.0}, "--drop-path 1 must be"),
-        ({"smoothing": -0.1}, "--smoothing -0.1 must be"),
-        ({"erasing": 2.0}, "--erasing 2 must be 0 to 1"),
+        ({"smoothing": -0.1}, "--label-smoothing -0.1 must be"),
+        ({"erasing": 2.0}, "--random-erasing 2 must be 0 to 1"),
         ({"mixup": -1.0}, "--mixup -1 must be 0 to 1000"),
         ({"validate": 0.0}, "--validate 0 must be"),
     ],

@@ -32,7 +32,9 @@ def changed(image: int, value: float) -> torch.Tensor:
 
 
 def test_ordinary_images_leave_the_learning_rate():
-    assert advised(GOOD) == "try a lower --base-lr, a longer --warmup, a smaller --clip or --precision fp32"
+    assert (
+        advised(GOOD) == "try a lower --base-lr, a longer --warmup, a smaller --clip-grad or --precision fp32"
+    )
     assert advised((GOOD * 255).to(torch.uint8)).startswith("try a lower --base-lr")
     one_blank = GOOD.clone()
     one_blank[0] = 0.5

@@ -152,7 +152,7 @@ def test_settings_that_cannot_be_compared_are_refused(labelled, tmp_path, capsys
     assert parse([*argv, "--methods", "mae", "zoom: beyond --degrade zoom-in"]).entries[1].method == "zoom"
     refused = [
         ([*argv, "--", "--seed", "3"], "--seed behind --"),
-        ([*argv, "--", "--sheet-steps=3"], "--sheet-steps=3 behind --"),
+        ([*argv, "--", "--reconstruction-every=3"], "--reconstruction-every=3 behind --"),
         ([*argv, "--methods", "mae --seed 3"], "--seed in --methods 'mae --seed 3'"),
         ([*argv, "--models", "tiny --steps 3"], "--steps in --models"),
         ([*argv, "--protocols", "finetune", "--finetune", "--from-scratch"], "--from-scratch in --finetune"),

@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 
 def learner(micro: int = 4, precision: Any = "fp32", model: Any = MODEL, **settings: Any) -> Learner:
     """A learner of 4 images per step, always from the same start."""
-    run = RunConfig(**{name: settings.pop(name) for name in ("checkpoint_gradients",) if name in settings})
+    run = RunConfig(**{name: settings.pop(name) for name in ("grad_checkpointing",) if name in settings})
     torch.manual_seed(0)
     objective = build_objective(OBJECTIVE, build_encoder(model))
     optimizer = OptimizerConfig(batch_size=4, **settings)
@@ -69,7 +69,7 @@ def moved(photos: Path, steps: int = 3, micro: int = 4, **settings: Any) -> torc
 
 
 def test_a_step_is_what_adamw_would_do_by_hand(photos):
-    one = learner(clip=0.1)
+    one = learner(clip_grad=0.1)
     by_hand = learner().objective
     optimizer = torch.optim.AdamW(by_hand.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     decayed, _ = parameter_groups(by_hand)
@@ -100,15 +100,13 @@ def test_accumulated_batches_are_the_batch(photos, micro):
 
 def test_recomputed_activations_change_nothing(photos):
     dropping = replace(MODEL, drop_path=0.5)
-    recomputing = learner(model=dropping, checkpoint_gradients=True)
+    recomputing = learner(model=dropping, grad_checkpointing=True)
     passes = []
     block = recomputing.objective.get_submodule("encoder.stages.0.blocks.0")
     block.register_forward_pre_hook(lambda *_: passes.append(1))
     recomputing.step(0, 1e-3, batches(photos))
     assert len(passes) == 2
-    assert torch.equal(
-        moved(photos, model=dropping), moved(photos, model=dropping, checkpoint_gradients=True)
-    )
+    assert torch.equal(moved(photos, model=dropping), moved(photos, model=dropping, grad_checkpointing=True))
 
 
 def test_random_numbers_follow_the_position_in_the_stream(photos):
@@ -219,7 +217,7 @@ def test_moving_average():
 
 
 def test_the_average_is_what_is_published(photos):
-    one, stream = learner(ema=0.9), batches(photos)
+    one, stream = learner(ema_decay=0.9), batches(photos)
     average = MovingAverage(list(one.objective.parameters()), 0.9)
     for number in range(3):
         one.step(number, 1e-3, stream)
@@ -242,7 +240,7 @@ def settings(photos: Path, out: Path, **optimizer: Any) -> PretrainConfig:
         model=replace(MODEL, drop_path=0.3),
         objective=OBJECTIVE,
         optimizer=replace(OptimizerConfig(steps=6, batch_size=4, micro_batch=2), **optimizer),
-        run=RunConfig(out=out, log_steps=1, save_steps=2, sheet_steps=0, device="cpu"),
+        run=RunConfig(out=out, log_steps=1, save_steps=2, reconstruction_every=0, device="cpu"),
     )
 
 
@@ -271,7 +269,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_can_be_replayed(photos, tmp_
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckFailed) as raised:
         poison(patch, 4, change)
-        pretrain(settings(photos, run, clip=0.0))
+        pretrain(settings(photos, run, clip_grad=0.0))
     path = run / "nonfinite" / "step-000005.safetensors"
     assert str(raised.value).startswith("step 5: loss ")
     assert str(path) in str(raised.value)

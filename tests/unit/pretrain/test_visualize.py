@@ -127,7 +127,7 @@ def test_notes_say_ratio_and_where_mean_and_contrast_come_from(tmp_path, monkeyp
 def test_any_channels_and_sizes_keep_their_colours(channels, tmp_path, monkeypatch):
     columns = Columns(monkeypatch)
     images = torch.linspace(-2, 2, channels).view(1, channels, 1, 1).expand(1, -1, 21, 30)
-    draw(small(MAEConfig(hidden_ratio=0.5, decoder=DECODER), channels), images, tmp_path / "a.png")
+    draw(small(MAEConfig(mask_ratio=0.5, decoder=DECODER), channels), images, tmp_path / "a.png")
     original = columns.pixels["original"]
     assert original.shape == (1, 21, 30, 3)
     expected = ((images[0, :3] if channels >= 3 else images[0, :1].expand(3, -1, -1)) * 0.25 + 0.5) * 255
