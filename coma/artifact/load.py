@@ -21,6 +21,7 @@ from coma.artifact.schema import (
     CONFIG,
     FORMAT_VERSION,
     LINEAR_HEAD,
+    RENAMED,
     TENSORS,
     ArtifactConfig,
     content_sha256,
@@ -188,7 +189,7 @@ def _read_config(path: Path) -> tuple[ArtifactConfig, dict[str, Any] | None]:
         raise BadArtifact(f"{path}: format {version}, newest known here {FORMAT_VERSION}; upgrade coma-dyvit")
     checksums = plain.pop(CHECKSUMS, None)
     try:
-        config = from_plain(plain, ArtifactConfig, source=str(path))
+        config = from_plain(_renamed(plain), ArtifactConfig, source=str(path))
     except BadInput as error:
         raise BadArtifact(str(error)) from None
     if checksums is not None and not isinstance(checksums, dict):
@@ -202,7 +203,7 @@ def _read_tensors(path: Path, format_version: int) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             written = (file.metadata() or {}).get("format_version", str(format_version))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {_today(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise BadArtifact(f"{path}: truncated or damaged ({error}); copy or export it again") from None
     if written != str(format_version):
@@ -211,6 +212,19 @@ def _read_tensors(path: Path, format_version: int) -> dict[str, Tensor]:
             "the two files belong to different artifacts"
         )
     return tensors
+
+
+def _renamed(plain: dict[str, Any]) -> dict[str, Any]:
+    """Returns the description with the settings of its objective under the names of today's format."""
+    objective = plain.get("objective")
+    if plain["format_version"] > 1 or not isinstance(objective, dict):
+        return plain
+    return plain | {"objective": {RENAMED.get(name, name): value for name, value in objective.items()}}
+
+
+def _today(name: str) -> str:
+    outer, dot, last = name.rpartition(".")
+    return outer + dot + RENAMED.get(last, last)
 
 
 def _fits(given: Tensor, wanted: Tensor) -> bool:

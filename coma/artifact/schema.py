@@ -15,7 +15,14 @@ from coma.config import EncoderConfig, ObjectiveConfig, view_size
 from coma.errors import BadInput
 from coma.ranges import MEAN, SIDE, STD, Ranged
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+RENAMED = {
+    "hidden_ratio": "mask_ratio",
+    "ema": "ema_decay",
+    "ema_end": "ema_decay_end",
+    "hidden_token": "mask_token",
+}
+"""Fields of an objective and last parts of tensor names that format 1 called otherwise."""
 CONFIG, TENSORS = "config.json", "model.safetensors"
 CHECKSUMS = "checksums"
 """Entry of `config.json` beside those of `ArtifactConfig`: SHA-256 of both files, see `with_checksums`."""

@@ -115,7 +115,7 @@ def test_the_tensors_file_says_its_format(directory):
     from safetensors import safe_open
 
     with safe_open(directory / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt", "format_version": "1", "kind": "pretrained"}
+        assert file.metadata() == {"format": "pt", "format_version": "2", "kind": "pretrained"}
 
 
 @pytest.mark.parametrize("config", [MODEL, DYVIT])
@@ -303,7 +303,7 @@ def test_tensors_of_another_model_are_refused(directory, tmp_path):
     ("changes", "message"),
     [
         ({"colour": "red"}, "colour"),
-        ({"format_version": 2}, "format 2, newest known here 1; upgrade"),
+        ({"format_version": 3}, "format 3, newest known here 2; upgrade"),
         ({"format_version": None}, "no format_version"),
         ({"format_version": True}, "no format_version"),
         ({"kind": "poem"}, "poem"),
@@ -379,7 +379,7 @@ def test_a_pickle_is_refused_unopened(directory):
 
 
 def test_tensors_of_another_format_are_refused(directory):
-    save_file(pretrained(), directory / "model.safetensors", metadata={"format_version": "2"})
+    save_file(pretrained(), directory / "model.safetensors", metadata={"format_version": "3"})
     with pytest.raises(BadArtifact, match="written in format 2"):
         load_artifact(directory)
 
