@@ -380,7 +380,7 @@ def test_a_pickle_is_refused_unopened(directory):
 
 def test_tensors_of_another_format_are_refused(directory):
     save_file(pretrained(), directory / "model.safetensors", metadata={"format_version": "3"})
-    with pytest.raises(BadArtifact, match="written in format 2"):
+    with pytest.raises(BadArtifact, match="written in format 3"):
         load_artifact(directory)
 
 
