@@ -143,7 +143,7 @@ def _place(suffix: str, device: Device) -> Device:
         from coma.runtimes.onnxruntime import providers
 
         return device if device in providers() else "cpu"
-    from coma.runtimes.trt.discovery import require_gpu, require_package
+    from coma.runtimes.tensorrt.discovery import require_gpu, require_package
 
     require_package("tensorrt")
     require_gpu(0)

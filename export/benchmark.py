@@ -242,7 +242,7 @@ def busy_note(threads: int) -> str | None:
 
 def _open(path: Path, entry: Entry, device: Device, threads: int) -> Contender:
     if path.suffix == ".engine":
-        from coma.runtimes.tensorrt import TensorRTRuntime
+        from coma.runtimes.tensorrt.runtime import TensorRTRuntime
 
         return Contender(path.name, entry.precision, TensorRTRuntime(path, cuda_graphs=True), "cuda")
     from coma.runtimes.onnxruntime import OnnxRuntime

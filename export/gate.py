@@ -20,7 +20,7 @@ from coma.runtimes.manifest import Entry, Manifest, Selection
 from coma.runtimes.model_spec import Precision
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shapes
-from coma.runtimes.trt.sidecar import sidecar_path
+from coma.runtimes.tensorrt.sidecar import sidecar_path
 from export.candidates import CandidateBuilder, describe, fitted, load
 from export.graphs.load import example_inputs, load_exportable
 from export.half_precision_emulation import emulate, is_short
@@ -77,8 +77,8 @@ class Gate:
 
     def engine(self, onnx_path: Path, maker: CandidateBuilder) -> str | None:
         """Why the engine made of an ONNX file is refused; None where it is kept."""
-        from coma.runtimes.tensorrt import TensorRTRuntime
-        from coma.runtimes.trt.profiles import profile_of
+        from coma.runtimes.tensorrt.profiles import profile_of
+        from coma.runtimes.tensorrt.runtime import TensorRTRuntime
         from export.tensorrt.builder import build_engine
 
         path = onnx_path.with_suffix(".engine")

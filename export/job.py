@@ -11,7 +11,7 @@ from coma.runtimes.model_spec import GraphKind, Precision
 if TYPE_CHECKING:
     from coma.data.sources.base import Source
     from coma.runtimes.open import Device
-    from coma.runtimes.trt.sidecar import EngineOptions
+    from coma.runtimes.tensorrt.sidecar import EngineOptions
     from export.image_sets import ImageSet
     from export.quantization import Method
 

@@ -55,7 +55,7 @@ def tensorrt_rtx(session: Session) -> None:
         raise Skip("TensorRT-RTX is not installed")
     from coma.runtimes.pytorch import TorchRuntime
     from coma.runtimes.shape_ranges import Shape, Shapes
-    from coma.runtimes.tensorrt import TensorRTRuntime
+    from coma.runtimes.tensorrt.runtime import TensorRTRuntime
     from export.graphs.load import load_exportable
     from export.onnx_export import write_onnx
     from export.tensorrt.builder import build_engine

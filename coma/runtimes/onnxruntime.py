@@ -15,7 +15,7 @@ from coma.errors import BadInput, CheckFailed
 from coma.library_errors import first_line, library_errors, require_packages
 from coma.runtimes.base import check_inputs
 from coma.runtimes.model_spec import ModelSpec, read_model_spec
-from coma.runtimes.trt.discovery import load_library
+from coma.runtimes.tensorrt.discovery import load_library
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 EMULATED = "coma.emulated"

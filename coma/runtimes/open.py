@@ -63,7 +63,7 @@ def _open(path: Path, device: Device, form: GraphKind | None) -> Runtime:
 
         return OnnxRuntime(path, device)
     if path.suffix == ".engine" and not path.is_dir():
-        from coma.runtimes.tensorrt import TensorRTRuntime
+        from coma.runtimes.tensorrt.runtime import TensorRTRuntime
 
         return TensorRTRuntime(path, "cuda" if device == "tensorrt" else device)
     if path.is_file():

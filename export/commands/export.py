@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from coma.artifact import ArtifactConfig
     from coma.data.sources.base import Source
     from coma.runtimes.model_spec import GraphKind, Precision
-    from coma.runtimes.trt.sidecar import EngineOptions
+    from coma.runtimes.tensorrt.sidecar import EngineOptions
     from export.commands.progress import Bar
     from export.job import Request
     from export.pipeline import Outcome
@@ -120,12 +120,12 @@ def run(argv: list[str]) -> None:
     precisions = _choice(given.precision, PRECISIONS, "--precision")
     require_packages("onnx", "onnxscript", "onnxruntime")
     if "tensorrt" in targets:
-        from coma.runtimes.trt.discovery import require_gpu, require_package
+        from coma.runtimes.tensorrt.discovery import require_gpu, require_package
 
         require_package("tensorrt")
         require_gpu(0)
     if given.check == "rtx":
-        from coma.runtimes.trt.discovery import require_package
+        from coma.runtimes.tensorrt.discovery import require_package
 
         require_package("tensorrt_rtx")
     from export.job import folder_beside
@@ -337,7 +337,7 @@ def _labelled(given: ExportConfig, source: Source, config: ArtifactConfig, batch
 
 
 def _engine_options(config: EngineConfig) -> EngineOptions:
-    from coma.runtimes.trt.sidecar import EngineOptions
+    from coma.runtimes.tensorrt.sidecar import EngineOptions
 
     return EngineOptions(
         workspace_mib=config.workspace,
@@ -351,7 +351,7 @@ def _engine_options(config: EngineConfig) -> EngineOptions:
 
 
 def _check_rtx(outcome: Outcome, shapes: Mapping[GraphKind, Shapes], bar: Bar) -> None:
-    from coma.runtimes.trt.profiles import profile_of
+    from coma.runtimes.tensorrt.profiles import profile_of
     from export.candidates import describe
     from export.tensorrt.rtx import check_rtx
 

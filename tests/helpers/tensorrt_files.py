@@ -12,8 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from coma.config.serialization import to_plain
 from coma.runtimes.model_spec import ModelSpec, Preprocessing, TensorSpec
-from coma.runtimes.trt.discovery import find_driver
-from coma.runtimes.trt.profiles import Profile, ShapeRange
+from coma.runtimes.tensorrt.discovery import find_driver
+from coma.runtimes.tensorrt.profiles import Profile, ShapeRange
 
 FLOAT = TensorProto.FLOAT
 IMAGES = TensorSpec("images", "float32", ("batch", 4, 8))

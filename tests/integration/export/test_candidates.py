@@ -13,7 +13,7 @@ from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.runtimes.manifest import NAME, Entry, Manifest, Selection
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import parse_shapes
-from coma.runtimes.trt.sidecar import sidecar_path
+from coma.runtimes.tensorrt.sidecar import sidecar_path
 from export import gate, pipeline
 from export.candidates import CandidateBuilder, fits, layers_of
 from export.gate import Gate
@@ -51,10 +51,10 @@ def judged(tmp_path, classifier, monkeypatch) -> tuple[Gate, CandidateBuilder, P
         sidecar_path(engine_path).write_text("new sidecar")
 
     monkeypatch.setattr("export.tensorrt.builder.build_engine", build)
-    monkeypatch.setattr("coma.runtimes.trt.profiles.profile_of", lambda *_: None)
+    monkeypatch.setattr("coma.runtimes.tensorrt.profiles.profile_of", lambda *_: None)
     monkeypatch.setattr(gate, "describe", lambda _: about)
     monkeypatch.setattr(
-        "coma.runtimes.tensorrt.TensorRTRuntime",
+        "coma.runtimes.tensorrt.runtime.TensorRTRuntime",
         lambda *_, **__: SimpleNamespace(description=about, title="TensorRT"),
     )
     manifest = Manifest("artifact", about.source, "classifier")

@@ -264,8 +264,8 @@ def test_rtx_checks_what_this_run_kept(tmp_path, classifier, monkeypatch):
     monkeypatch.setattr(
         candidates, "describe", lambda path: load_exportable(classifier, "classifier").description
     )
-    monkeypatch.setattr("coma.runtimes.trt.profiles.profile_of", lambda *_: None)
-    monkeypatch.setattr("coma.runtimes.trt.discovery.require_package", lambda _: None)
+    monkeypatch.setattr("coma.runtimes.tensorrt.profiles.profile_of", lambda *_: None)
+    monkeypatch.setattr("coma.runtimes.tensorrt.discovery.require_package", lambda _: None)
     monkeypatch.setattr("export.tensorrt.rtx.check_rtx", check)
     arguments = (
         str(classifier),

@@ -16,11 +16,11 @@ from tensorrt_files import ABOUT, FLOAT, PROFILE, graph, needs_no_gpu, needs_rtx
 
 from coma.atomic_io import sha256_of
 from coma.errors import BadInput, CheckFailed, Interrupted
-from coma.runtimes.tensorrt import _open
-from coma.runtimes.trt.callbacks import make_logger
-from coma.runtimes.trt.discovery import load_library
-from coma.runtimes.trt.profiles import Profile, ShapeRange
-from coma.runtimes.trt.sidecar import EngineOptions, read_sidecar
+from coma.runtimes.tensorrt.callbacks import make_logger
+from coma.runtimes.tensorrt.discovery import load_library
+from coma.runtimes.tensorrt.profiles import Profile, ShapeRange
+from coma.runtimes.tensorrt.runtime import _open
+from coma.runtimes.tensorrt.sidecar import EngineOptions, read_sidecar
 from export.tensorrt.builder import build_engine, configure, open_timing_cache, save_timing_cache
 from export.tensorrt.rtx import check_rtx
 

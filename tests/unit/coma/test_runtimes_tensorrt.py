@@ -15,12 +15,12 @@ from coma.atomic_io import sha256_of
 from coma.errors import BadInput
 from coma.runtimes.model_spec import TensorSpec
 from coma.runtimes.shape_ranges import parse_shapes
-from coma.runtimes.tensorrt import TensorRTRuntime
-from coma.runtimes.trt import discovery as library_module
-from coma.runtimes.trt.discovery import Driver, Gpu, Library, load_library, require_gpu
-from coma.runtimes.trt.engine_info import summarize
-from coma.runtimes.trt.profiles import Profile, ShapeRange, choose_profile, make_profile, profile_of
-from coma.runtimes.trt.sidecar import (
+from coma.runtimes.tensorrt import discovery as library_module
+from coma.runtimes.tensorrt.discovery import Driver, Gpu, Library, load_library, require_gpu
+from coma.runtimes.tensorrt.engine_info import summarize
+from coma.runtimes.tensorrt.profiles import Profile, ShapeRange, choose_profile, make_profile, profile_of
+from coma.runtimes.tensorrt.runtime import TensorRTRuntime
+from coma.runtimes.tensorrt.sidecar import (
     EngineOptions,
     Sidecar,
     check_fits,

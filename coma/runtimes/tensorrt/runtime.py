@@ -16,11 +16,11 @@ from coma.errors import BadInput, CheckFailed
 from coma.library_errors import library_errors
 from coma.runtimes.base import DTYPES, check_inputs
 from coma.runtimes.model_spec import TensorSpec
-from coma.runtimes.trt.callbacks import make_logger
-from coma.runtimes.trt.discovery import load_library, require_gpu
-from coma.runtimes.trt.engine_info import EngineSummary, inspect_engine
-from coma.runtimes.trt.profiles import Shape, choose_profile, written
-from coma.runtimes.trt.sidecar import REBUILD, check_fits, read_sidecar
+from coma.runtimes.tensorrt.callbacks import make_logger
+from coma.runtimes.tensorrt.discovery import load_library, require_gpu
+from coma.runtimes.tensorrt.engine_info import EngineSummary, inspect_engine
+from coma.runtimes.tensorrt.profiles import Shape, choose_profile, written
+from coma.runtimes.tensorrt.sidecar import REBUILD, check_fits, read_sidecar
 
 log = logging.getLogger(__name__)
 

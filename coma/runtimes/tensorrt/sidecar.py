@@ -18,8 +18,8 @@ from coma.config.serialization import from_plain, to_plain
 from coma.errors import BadInput
 from coma.ranges import Range, Ranged
 from coma.runtimes.model_spec import ModelSpec
-from coma.runtimes.trt.discovery import TITLES, Flavour, Gpu, Library, version_numbers
-from coma.runtimes.trt.profiles import Profile
+from coma.runtimes.tensorrt.discovery import TITLES, Flavour, Gpu, Library, version_numbers
+from coma.runtimes.tensorrt.profiles import Profile
 
 FORMAT_VERSION = 1
 REBUILD = "build it again from its ONNX file on this machine"
