@@ -81,7 +81,7 @@ def exported_files(folder: Path) -> Iterator[Exported]:
     for each in manifest.files:
         path = folder / each.file
         if path.is_file():
-            yield Exported(path, each.form, each.precision, each.sha256, manifest.source, manifest.kind)
+            yield Exported(path, each.graph, each.precision, each.sha256, manifest.source, manifest.kind)
 
 
 def verified_file(path: Path) -> Exported:

@@ -64,7 +64,7 @@ def build_engine(
         Interrupted: Ctrl-C; nothing was written.
     """
     options = options or EngineOptions()
-    description = _description(onnx_path)
+    spec = _description(onnx_path)
     library = load_library(flavour)
     gpu, driver = require_gpu(options.gpu) if flavour == "tensorrt" else (None, None)
     try:
@@ -81,7 +81,7 @@ def build_engine(
         engine_sha256=hashlib.sha256(plan.data).hexdigest(),
         profiles=profiles,
         options=replace(options, timing_cache=None),
-        description=description,
+        spec=spec,
         layers=plan.layers,
         seconds=round(plan.seconds, 1),
     )

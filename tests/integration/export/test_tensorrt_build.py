@@ -51,7 +51,7 @@ def test_an_engine_and_its_sidecar_are_written(onnx_file: Path):
         onnx_file, path, (PROFILE,), options, lambda *told: phases.append(told), flavour="tensorrt_rtx"
     )
     assert read_sidecar(path) == sidecar
-    assert sidecar.description == ABOUT and sidecar.profiles == (PROFILE,) and sidecar.options == options
+    assert sidecar.spec == ABOUT and sidecar.profiles == (PROFILE,) and sidecar.options == options
     assert sidecar.engine_sha256 == sha256_of(path) and sidecar.onnx_sha256 == sha256_of(onnx_file)
     assert sidecar.layers >= len(HALF) and sidecar.gpu is None
     assert all(0 <= done <= steps for _, done, steps in phases) and len({name for name, *_ in phases}) > 3
@@ -240,4 +240,4 @@ INT8_CONSTANTS = {
 def test_explicit_int8_is_taken(tmp_path: Path):
     file = graph(tmp_path / "model.onnx", INT8, INT8_CONSTANTS, about=replace(ABOUT, precision="int8"))
     sidecar = build_engine(file, tmp_path / "engine", (PROFILE,), flavour="tensorrt_rtx")
-    assert sidecar.description.precision == "int8"
+    assert sidecar.spec.precision == "int8"

@@ -39,7 +39,7 @@ TRT = Library("tensorrt", "10.13.3.9", None)
 
 
 def test_a_profile_follows_the_images_and_their_masks():
-    about = replace(
+    spec = replace(
         ABOUT,
         inputs=(
             TensorSpec("images", "float32", ("batch", 3, "height", 64)),
@@ -47,7 +47,7 @@ def test_a_profile_follows_the_images_and_their_masks():
         ),
         unit=32,
     )
-    profile = profile_of(about, parse_shapes("1x3x32x64:2x3x70x64:8x3x96x64", 3))
+    profile = profile_of(spec, parse_shapes("1x3x32x64:2x3x70x64:8x3x96x64", 3))
     assert profile.shapes["images"] == ShapeRange((1, 3, 32, 64), (2, 3, 70, 64), (8, 3, 96, 64))
     assert profile.shapes["visible"] == ShapeRange((1, 1, 2), (2, 3, 2), (8, 3, 2))
 
@@ -89,7 +89,7 @@ def of(path: Path, **changed: Any) -> Sidecar:
         engine_sha256=sha256_of(path),
         profiles=(PROFILE,),
         options=EngineOptions(),
-        description=ABOUT,
+        spec=ABOUT,
         layers=7,
         seconds=1.5,
     )
