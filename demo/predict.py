@@ -13,7 +13,7 @@ from torch import Tensor
 from coma.runtimes.base import Runtime
 from demo.reconstruction import run
 from demo.render import enlarge, to_rgb
-from export.preprocessing import as_input, resized
+from export.preprocessing import resize_image, to_input
 
 Colour = tuple[int, int, int]
 
@@ -40,7 +40,7 @@ class Found:
 def prepare(pixels: np.ndarray, runtime: Runtime) -> Tensor:
     """Pixels `[H, W, c]` to the input `[1, c, h, w]` that the model's description asks for."""
     about = runtime.spec.preprocessing
-    return as_input([resized(pixels, about)], about)
+    return to_input([resize_image(pixels, about)], about)
 
 
 def classify(runtime: Runtime, pixels: np.ndarray, names: tuple[str, ...], most: int = 5) -> dict[str, float]:

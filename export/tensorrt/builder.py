@@ -66,7 +66,7 @@ def build_engine(
     options = options or EngineOptions()
     spec = _description(onnx_path)
     library = load_library(flavour)
-    gpu, driver = require_gpu(options.gpu) if flavour == "tensorrt" else (None, None)
+    gpu, driver = require_gpu() if flavour == "tensorrt" else (None, None)
     try:
         plan = compile_plan(library, onnx_path, profiles, options, progress)
     except KeyboardInterrupt:
@@ -144,10 +144,6 @@ def _compile(
 ) -> Plan:
     started = time.perf_counter()
     trt = library.module
-    if library.flavour == "tensorrt" and options.gpu:
-        import torch
-
-        torch.cuda.set_device(options.gpu)  # TensorRT builds on the current device of its thread
     with library_errors(f"{onnx_path}: {library.title} failed"):
         logger = make_logger(trt)
         trt.init_libnvinfer_plugins(logger, "")
@@ -194,10 +190,9 @@ def configure(trt: Any, config: Any, options: EngineOptions) -> None:
         trt.BuilderFlag.TF32: options.tf32,
         trt.BuilderFlag.VERSION_COMPATIBLE: options.version_compatible,
         trt.BuilderFlag.REFIT: options.refit,
-        trt.BuilderFlag.STRIP_PLAN: options.strip_plan,
     }
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
-    config.builder_optimization_level = options.optimization_level
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
+    config.builder_optimization_level = options.builder_level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector; costs no time
     config.hardware_compatibility_level = levels[options.hardware_compatibility]
     for flag, wanted in flags.items():

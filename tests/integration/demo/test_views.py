@@ -239,7 +239,9 @@ def exported(tmp_path_factory) -> Path:
     from export.commands import export
 
     artifact = pretrained(tmp_path_factory.mktemp("exported") / "run" / "artifact")
-    export.run([str(artifact), "--form", "reconstructor", "--seconds", "0", "--verify-images", "2"])
+    export.run(
+        [str(artifact), "--graph", "reconstructor", "--benchmark-seconds", "0", "--verify-images", "2"]
+    )
     return artifact
 
 

@@ -26,15 +26,15 @@ from coma.runtimes.manifest import NAME, STAGED, Manifest
 from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.open import open_runtime
 from export import candidates, onnx_export
-from export.commands.output import exclusive
 from export.gate import REJECTED
+from export.output import exclusive
 from export.pipeline import require
 from export.tensorrt import rtx
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 
 VIT = ViTConfig(patch=16, dim=16, depth=1, heads=2)
-QUICK = ("--shapes", "1x48x48", "--seconds", "0", "--verify-images", "4")
+QUICK = ("--shapes", "1x48x48", "--benchmark-seconds", "0", "--verify-images", "4")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(run_folder, monkeypat
     assert export(run_folder / "artifact", "--precision", "fp16") == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(
-        f"error: {folder / name}: No space left on device; make room there, or give another"
+        f"error: {folder / name}: No space left on device; free some space there, or give another"
     )
     after = content(folder)
     if name == "report.md":  # written last: the file was already kept
@@ -141,12 +141,12 @@ def test_a_graph_that_cannot_be_made_is_refused_and_the_others_are_made(tmp_path
 def test_a_folder_takes_one_export_at_a_time(run_folder, capsys):
     with exclusive(run_folder / "export"):
         assert export(run_folder / "artifact") == 2
-    assert "another coma export writes there; wait until it has ended" in capsys.readouterr().err
+    assert "another coma export writes to this folder; wait until it has ended" in capsys.readouterr().err
 
 
 def test_a_killed_export_leaves_no_lock_and_its_unfinished_files_are_removed(run_folder, caplog):
     folder = run_folder / "export"
-    code = "import sys, time; from pathlib import Path; from export.commands.output import exclusive\n"
+    code = "import sys, time; from pathlib import Path; from export.output import exclusive\n"
     code += "with exclusive(Path(sys.argv[1])): print('locked', flush=True); time.sleep(100)"
     with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE) as other:
         assert other.stdout and other.stdout.readline() == b"locked\n"
@@ -176,7 +176,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with exclusive(tmp_path):
-        assert "cannot be locked (No locks available); run no second export there" in caplog.text
+        assert "cannot be locked (No locks available); run only one export there at a time" in caplog.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -242,13 +242,13 @@ def test_only_what_the_manifest_lists_is_opened(run_folder, caplog):
         open_runtime(folder.parent / "link.onnx")
     shutil.copy(path, folder / f"x.onnx{REJECTED}")
     (folder.parent / "good.onnx").symlink_to(folder / f"x.onnx{REJECTED}")
-    with pytest.raises(BadInput, match="failed its gate"):
+    with pytest.raises(BadInput, match="failed verification"):
         open_runtime(folder.parent / "good.onnx")
     assert not caplog.records
     alone = folder.parent / "alone"
     alone.mkdir()
     open_runtime(Path(shutil.copy(path, alone)))  # as an older or a copied one
-    assert "nobody knows if it was verified" in caplog.text
+    assert "so it may not have been verified" in caplog.text
 
 
 def test_a_file_and_a_manifest_that_an_export_just_replaced_fit(run_folder, monkeypatch):
