@@ -187,16 +187,16 @@ def test_fewer_labelled_images_than_a_fixed_batch_are_refused_at_once(tmp_path, 
 def test_bundled_photographs_do_not_fit_five_channels(tmp_path, undecoded):
     config = export_files.about("backbone", replace(VIT, channels=5), mean=(0.5,) * 5, std=(0.2,) * 5)
     save_artifact(tmp_path / "artifact", tensors={}, config=config)
-    with pytest.raises(BadInput, match="takes 5 channels: give images with --verify; the bundled photogr"):
+    with pytest.raises(BadInput, match="takes 5 channels, and the bundled photographs have 3; give"):
         run([str(tmp_path / "artifact")])
 
 
 @pytest.mark.parametrize(
     ("kind", "dataset", "shapes", "message"),
     [
-        ("segmentor", ".", "1x64x64", "--shapes must leave height and width free and begin at a batch of 1"),
-        ("detector", ".", "1x64x64:1x64x64:1x96x64", "must leave height and width free"),
-        ("detector", ".", "2x64x64:2x64x64:2x96x96", "begin at a batch of 1; they go from 2 x 64 x 64"),
+        ("segmentor", ".", "1x64x64", "--shapes needs a dynamic height and width and a minimum batch of 1"),
+        ("detector", ".", "1x64x64:1x64x64:1x96x64", "needs a dynamic height and width"),
+        ("detector", ".", "2x64x64:2x64x64:2x96x96", "minimum batch of 1; the shapes are 2 x 64 x 64"),
         ("detector", "nowhere", "1x64x64:1x64x64:1x96x96", "--dataset nowhere: no such file"),
         ("backbone", ".", "1x64x64", "measures detectors and segmentors, .* is a backbone$"),
     ],

@@ -106,7 +106,7 @@ def test_manifest_report_and_terminal_count_the_images(tmp_path, capsys, caplog)
     assert main(["export", str(artifact), "--verify", str(verify), *more]) == 0
     assert "over 4 images and 1 shape\n" in capsys.readouterr().err
     assert "4 images used, 1 left out: broken0.png: not an image" in caplog.text
-    assert "also in --verify: 4 images" in caplog.text
+    assert "4 images also in --verify" in caplog.text
     (entry,) = json.loads((tmp_path / "export" / "manifest.json").read_text())["files"]
     assert entry["images"] == f"4 images of {verify}, 1 left out"
     counts = {name: (each["used"], each["available"]) for name, each in entry["image_sets"].items()}
