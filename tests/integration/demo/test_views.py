@@ -316,9 +316,9 @@ def test_only_what_was_named_can_be_had(models, tmp_path):
 
 def test_what_is_computed_needs_no_gradio():
     code = (
-        "import demo.upload, demo.resize, demo.masks, demo.masking, demo.render, demo.reconstruction; "
-        "import demo.introspection, "
-        "demo.predict, demo.compare_runtimes, demo.models; import sys; print(*sys.modules)"
+        "import demo.upload, demo.resize, demo.masking, demo.render, demo.reconstruction, "
+        "demo.introspection, demo.predict, demo.compare_runtimes, demo.models\n"
+        "import sys; print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Faults from outside: full disks, refused graphs, two exports at once, hostile atomic_io, signals."""
+"""Faults from outside: full disks, refused graphs, two exports at once, hostile files, signals."""
 
 import errno
 import fcntl
