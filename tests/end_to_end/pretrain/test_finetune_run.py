@@ -3,6 +3,7 @@ numbers, and refuse with one line.
 """
 
 import errno
+import importlib
 import json
 import os
 import signal
@@ -409,7 +410,14 @@ class Dead(BaseException):
     """Stands for kill -9: from here on the process writes nothing."""
 
 
-@pytest.mark.parametrize("site", ["keeping.write_state", "keeping.save_artifact", "validation.validate"])
+SITES = [
+    "training.run_directory.write_state",
+    "training.run_directory.save_artifact",
+    "finetune.validation.validate",
+]
+
+
+@pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("when", [1, 2])
 def test_killed_at_any_point_of_a_save(short, whole, tmp_path, site, when):
     config, calls = to(short, tmp_path / "run"), 0
@@ -421,10 +429,10 @@ def test_killed_at_any_point_of_a_save(short, whole, tmp_path, site, when):
             raise Dead
         return real(*_, **__)
 
-    module, _, name = site.partition(".")
-    real = getattr(__import__(f"pretrain.training.{module}", fromlist=[name]), name)
+    module, _, name = site.rpartition(".")
+    real = getattr(importlib.import_module(f"pretrain.{module}"), name)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Dead):
-        patch.setattr(f"pretrain.training.{site}", die)
+        patch.setattr(f"pretrain.{site}", die)
         finetune(config)
     finetune(config, resume=True)
     assert_same(config.run.out, whole)
