@@ -88,6 +88,7 @@ def coma(*arguments: object) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_a_configuration_of_mmdet_in_processes_of_its_own(small, data, backbone, tmp_path):
     """Train, go on and predict where nothing imported our modules before; all that is changed is said."""
     out = tmp_path / "run"

@@ -61,10 +61,21 @@ SIZES = [(96, 128), (64, 64), (131, 75), (40, 50)]  # one odd, one less than two
 """Heights and widths in pixels."""
 
 
+class Built(dict[str, tuple[Any, ArtifactConfig]]):
+    """Detectors, each built when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, name: str) -> tuple[Any, ArtifactConfig]:
+        self[name] = build(self.folder / name, *MODELS[name])
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, tuple[Any, ArtifactConfig]]:
-    folder = tmp_path_factory.mktemp("detectors")
-    return {name: build(folder / name, *recipe) for name, recipe in MODELS.items()}
+def models(tmp_path_factory) -> Built:
+    return Built(tmp_path_factory.mktemp("detectors"))
 
 
 def build(
@@ -179,7 +190,9 @@ def in_order(detections: tuple[Tensor, ...], size: tuple[int, int]) -> None:
     assert all(mask[labels == -1].eq(0).all() and mask.min() >= 0 and mask.max() <= 1 for mask in masks)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[pytest.mark.slow] * each.startswith("cascade")) for each in MODELS]
+)
 def test_the_form_finds_what_mmdet_finds(name, models):
     model, config = models[name]
     form = detector(model, config.head)
@@ -274,7 +287,9 @@ EXPORTS: dict[str, tuple[Detector, EncoderConfig, dict[str, Any], dict[int, str]
 }
 
 
-@pytest.mark.parametrize("name", EXPORTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[pytest.mark.slow] * each.endswith("any size")) for each in EXPORTS]
+)
 def test_onnx_runtime_finds_the_same(name, tmp_path):
     preset, encoder, changes, axes = EXPORTS[name]
     model, config = build(tmp_path / "artifact", preset, encoder, changes)

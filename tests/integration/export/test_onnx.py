@@ -64,8 +64,17 @@ def compare(artifact: Path, form, path: Path, shape: Shape, limit: float) -> Non
             assert (found[name] == value).double().mean() > 1 - 2 * max(limit, 0.01)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("form", MAKERS)
+QUICK = (("encoder", "fp32"), ("classifier", "fp16"))
+
+
+@pytest.mark.parametrize(
+    ("form", "precision"),
+    [
+        pytest.param(form, precision, marks=[pytest.mark.slow] * ((form, precision) not in QUICK))
+        for form in MAKERS
+        for precision in ERRORS
+    ],
+)
 def test_files_give_what_the_model_gives_at_any_size(form, precision, tmp_path):
     artifact = MAKERS[form](tmp_path / "artifact")
     path = write(tmp_path, artifact, form, precision, FREE)
