@@ -21,7 +21,7 @@ from coma.errors import BadArtifact, BadInput, CheckFailed, Interrupted
 from downstream.commands.detect import run
 from downstream.configs.load import PRESETS
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages warn of each other
+pytestmark = [pytest.mark.openmmlab, pytest.mark.filterwarnings("ignore")]  # mm's packages warn of each other
 
 SMALL = ["--head-channels", "32", "--short-side", "64", "--batch-size", "2", "--workers", "0"]
 

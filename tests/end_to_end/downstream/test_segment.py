@@ -20,7 +20,7 @@ from coma.errors import BadArtifact, BadInput
 from downstream.commands.segment import run
 from downstream.openmmlab.checkpoint import allow_checkpoints
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages warn of each other
+pytestmark = [pytest.mark.openmmlab, pytest.mark.filterwarnings("ignore")]  # mm's packages warn of each other
 
 SMALL = ["--head-channels", "32", "--crop-size", "64", "--batch-size", "4", "--workers", "0"]
 

@@ -22,7 +22,7 @@ from coma.errors import BadArtifact, BadImage, BadInput
 from downstream.commands.detect import run
 from downstream.configs.load import PRESETS, differences, load_config, require
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages warn of each other
+pytestmark = [pytest.mark.openmmlab, pytest.mark.filterwarnings("ignore")]  # mm's packages warn of each other
 
 RETINANET = "_base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'\n"
 SMALL = ["--head-channels", "32", "--short-side", "64", "--batch-size", "2", "--workers", "0"]

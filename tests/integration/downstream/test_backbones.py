@@ -8,7 +8,10 @@ import pytest
 import torch
 from downstream_data import DYVIT, VIT, artifact
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mmengine's and mmcv's own
+pytestmark = [
+    pytest.mark.openmmlab,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # mmengine's and mmcv's own
+]
 
 from coma.artifact import load_artifact, load_encoder, save_artifact  # noqa: E402
 from coma.config import EncoderConfig  # noqa: E402

@@ -30,7 +30,10 @@ from export.graphs.detection_ops import anchors_at, pad_images
 from export.graphs.detector import detector
 from export.graphs.detector_config import read_settings
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages, and torch.onnx, warn of each other
+pytestmark = [
+    pytest.mark.openmmlab,
+    pytest.mark.filterwarnings("ignore"),  # mm's packages, and torch.onnx, warn of each other
+]
 
 SMALL = DyViTConfig(dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((8,), (4,), (0,), (0,)))
 CLASSES = ("cat", "cup", "face")
