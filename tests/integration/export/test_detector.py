@@ -104,7 +104,8 @@ def build(
     model = build_model(about)
     spread(model)
     save_artifact(folder, tensors=model.state_dict(), config=about)
-    return load_finetuned(folder)
+    loaded = load_finetuned(folder)
+    return loaded, loaded.artifact
 
 
 LAST = {"rpn_cls": 2.0, "rpn_reg": 0.3, "fc_cls": 2.0, "fc_reg": 1.0, "conv_logits": 2.0,
