@@ -74,7 +74,7 @@ class Model:
 
     def description(self, form: GraphKind) -> ModelSpec:
         """What the first runtime says of the model."""
-        return self.runtime(form).description
+        return self.runtime(form).spec
 
     @property
     def norm_pix(self) -> bool:

@@ -121,7 +121,7 @@ def test_true_statistics_are_those_of_the_objective_itself(models, photograph):
     assert isinstance(runtime, TorchRuntime)
     fitted = fit_picture(photograph, 48, "crop", MEAN)
     visible = draw_views("coma", 2, 3, 3)
-    rule = runtime.description.preprocessing
+    rule = runtime.spec.preprocessing
     images = normalize(fitted.pixels[None], rule.mean, rule.std).expand(2, -1, -1, -1)
     expected = runtime.module.objective.reconstruct(images, visible, "target")  # pyright: ignore
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (rule.mean, rule.std))
