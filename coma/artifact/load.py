@@ -137,7 +137,7 @@ def load_classifier(directory: Path) -> tuple[Classifier, ArtifactConfig]:
     if config.kind != "classifier":
         raise BadArtifact(
             f"{directory}: its kind is {config.kind!r}; give a 'classifier' artifact, as "
-            "`coma evaluate --protocol finetune` makes"
+            "`coma classify train` makes"
         )
     if config.head != LINEAR_HEAD or config.class_names is None:
         raise BadArtifact(

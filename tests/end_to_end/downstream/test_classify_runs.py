@@ -34,9 +34,9 @@ from coma.data.image import AtLeast
 from coma.data.sources.base import EncodedSource
 from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.models import build_encoder
-from pretrain.finetune import plan, validation
-from pretrain.finetune.run import finetune
-from pretrain.finetune.validation import Validation
+from downstream.classify import plan, validation
+from downstream.classify.finetune import finetune
+from downstream.classify.validation import Validation
 from pretrain.training import run_directory
 from pretrain.training.checkpoint import read_state
 
