@@ -17,8 +17,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from coma.artifact import load_strict
 from coma.atomic_io import lies_among
 from coma.config import FinetuneConfig
@@ -28,9 +26,9 @@ from coma.models.classifier import build_classifier
 from coma.objectives.classification import Classification
 from pretrain.finetune.plan import FinetunePlan, prepare_finetuning
 from pretrain.finetune.validation import ClassifierRunDirectory, Validation
-from pretrain.training.console import Report
-from pretrain.training.distributed import processes
-from pretrain.training.trainer import Task, train
+from pretrain.training.console import TrainingConsole
+from pretrain.training.distributed import Processes, processes
+from pretrain.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -73,16 +71,16 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, allow_changed_data
         Interrupted: Ctrl-C or SIGTERM; everything is saved.
     """
     began = time.monotonic()
-    with processes(config.run.device) as group, closing(Report()) as report:
+    with processes(config.run.device) as group, closing(TrainingConsole()) as console:
         if group.world > 1:
             raise BadInput("fine-tuning runs in one process, on one GPU or a CPU; start it without torchrun")
         plan = prepare_finetuning(config, resume=resume)
         for images in dict.fromkeys((config.data.images, config.test)):
             if not resume and (note := lies_among(config.run.out, images, "--run")):
-                report.say(note)
-        keeper = ClassifierRunDirectory(plan, report)
-        task = _finetuning(plan, keeper)
-        train(plan, task, group, report, resume=resume, allow_changed_data=allow_changed_data)
+                console.say(note)
+        trainer = _ClassifierTrainer(plan, group, console)
+        trainer.train(resume=resume, allow_changed_data=allow_changed_data)
+    keeper = trainer.classifier
     if keeper.test is None:
         raise AssertionError("every run ends with a test")
     seconds = time.monotonic() - began
@@ -91,17 +89,25 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, allow_changed_data
     )
 
 
-def _finetuning(plan: FinetunePlan, keeper: ClassifierRunDirectory) -> Task:
-    config = plan.config
+class _ClassifierTrainer(Trainer[FinetunePlan]):
+    """Trains the whole encoder under a linear head."""
 
-    def build() -> Classification:
+    def __init__(self, plan: FinetunePlan, group: Processes, console: TrainingConsole) -> None:
+        super().__init__(plan, group, console)
+        self.classifier = ClassifierRunDirectory(plan, console)
+
+    def objective(self) -> Classification:
+        """See `Trainer`."""
+        plan, config = self.plan, self.plan.config
         classifier = build_classifier(config.model, len(plan.class_names))
         if not config.from_scratch:
             tensors = classifier.state_dict() | plan.encoder  # the head stays as it was drawn
             load_strict(classifier, tensors, source=str(config.artifact))
         return Classification(config.optimizer, classifier, len(plan.class_names))
 
-    def batches(start: int, device: torch.device) -> Iterator[Batch]:
+    def batches(self, start: int) -> Iterator[Batch]:
+        """See `Trainer`."""
+        plan, config = self.plan, self.plan.config
         return labelled_batches(
             plan.source,
             config.data,
@@ -111,7 +117,9 @@ def _finetuning(plan: FinetunePlan, keeper: ClassifierRunDirectory) -> Task:
             batch=plan.slices,
             rand_augment=config.optimizer.rand_augment,
             start=start,
-            device=device,
+            device=self.group.device,
         )
 
-    return Task(build, batches, lambda _: keeper)
+    def run_directory(self) -> ClassifierRunDirectory:
+        """See `Trainer`."""
+        return self.classifier

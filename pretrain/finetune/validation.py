@@ -20,7 +20,7 @@ from coma.data import Source, evaluation_batches, normalize, top_share
 from coma.errors import BadInput, CheckFailed
 from coma.models.classifier import Classifier, build_classifier
 from pretrain.finetune.plan import FinetunePlan
-from pretrain.training.console import Report
+from pretrain.training.console import TrainingConsole
 from pretrain.training.run_directory import RunDirectory, first_images
 
 _PREFIX = "classifier."
@@ -102,14 +102,14 @@ class ClassifierRunDirectory(RunDirectory[FinetuneConfig]):
 
     Args:
         plan: The run.
-        report: Told the scores, and what could not be written.
+        console: Told the scores, and what could not be written.
 
     Raises:
         BadInput: no training, validation or test image can be read.
     """
 
-    def __init__(self, plan: FinetunePlan, report: Report) -> None:
-        super().__init__(plan, report)
+    def __init__(self, plan: FinetunePlan, console: TrainingConsole) -> None:
+        super().__init__(plan, console)
         self._finetuning = plan
         self.best: Validation | None = None
         self.last: Validation | None = None
@@ -121,7 +121,7 @@ class ClassifierRunDirectory(RunDirectory[FinetuneConfig]):
             if source is not None:
                 first_images(source, plan.config.model, plan.config.data.image_size)
         for note in plan.notes:
-            report.say(note)
+            console.say(note)
 
     def resume(self) -> dict[str, Any] | None:
         """The state to go on from, if there is one.
@@ -148,14 +148,14 @@ class ClassifierRunDirectory(RunDirectory[FinetuneConfig]):
                 )
         if self.changed or before != now:
             if plan.held_out:
-                self._report.warn("the held-out images were drawn anew; some of them were trained on before")
+                self._console.warn("the held-out images were drawn anew; some of them were trained on before")
             return state  # scores on other images say nothing of what follows
-        self._weights, self._chosen, self._looked = kept["weights"], kept["chosen"], kept["looked"]
+        self._weights, self._chosen, self._evaluated = kept["weights"], kept["chosen"], kept["evaluated"]
         self.best, self.last, self.test = (
             Validation(**kept[name]) if kept[name] else None for name in ("best", "last", "test")
         )
         if self.test and state["step"] < plan.steps:
-            self._report.say(
+            self._console.say(
                 "the test images were used already; they are used again if other weights do better now"
             )
         return state
@@ -166,14 +166,14 @@ class ClassifierRunDirectory(RunDirectory[FinetuneConfig]):
             **{name: scores and asdict(scores) for name, scores in self._scores().items()},
             "weights": self._weights,
             "chosen": self._chosen,
-            "looked": self._looked,
+            "evaluated": self._evaluated,
             "images": self._counts(),
         }
         super().save(state | {"validation": kept})
 
-    def look(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
+    def evaluate(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
         """Validate these weights, and test the best ones at the end, unless that was done before resuming."""
-        if self._looked == step:
+        if self._evaluated == step:
             return
         plan = self._finetuning
         own = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
@@ -185,15 +185,15 @@ class ClassifierRunDirectory(RunDirectory[FinetuneConfig]):
         if self.last and self.best:
             self._log_scores("val", self.last, {"step": step})
             scores = f"top-1 {self.last.top1:.2%}, best {self.best.top1:.2%} at step {self._chosen}"
-            self._report.say(f"step {step}/{plan.steps}  validation: {scores}")
+            self._console.say(f"step {step}/{plan.steps}  validation: {scores}")
         if step == plan.steps and self.test is None:
             self.test = self._scored(self._weights, plan.test, plan.test_labels, self._chosen, device, "test")
             self._log_scores("test", self.test, {"step": step, "chosen_step": self._chosen})
             scores = f"top-1 {self.test.top1:.2%} on {self.test.images:,} images"
-            self._report.say(
+            self._console.say(
                 f"step {step}/{plan.steps}  test, with the weights of step {self._chosen}: {scores}"
             )
-        self._looked = step
+        self._evaluated = step
 
     def _counts(self) -> dict[str, int]:
         plan = self._finetuning
@@ -238,11 +238,11 @@ class ClassifierRunDirectory(RunDirectory[FinetuneConfig]):
         scores, failures = scored
         for failure in failures:
             if failure not in self._told:
-                self._report.warn(f"left out of the {what} images: {failure}")
+                self._console.warn(f"left out of the {what} images: {failure}")
         self._told |= set(failures)
         return scores
 
-    def handed_over(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], ArtifactConfig] | None:
+    def artifact_payload(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], ArtifactConfig] | None:
         """The best classifier so far, once there is one."""
         plan = self._finetuning
         if not self._weights:
