@@ -1,4 +1,4 @@
-"""Settings of fine-tuning a classifier: the flags of `coma classify train`, stored in its run's `config.json`."""
+"""Settings of `coma classify train`: a run's `config.json` stores them, and the flags are made from them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class FinetuneDataConfig(DataConfig):
     """Labelled images and how they are read."""
 
     images: Annotated[Path, tyro.conf.arg(name="data", metavar="CLASSES")] = field()
-    """Folder that holds train and test, and perhaps val: folders with one folder per class, or .npz packs. With
-    --test, the training images themselves."""
+    """Folder that holds train and test, and perhaps val: folders with one folder per class, or .npz packs.
+    With --test, the training images themselves."""
     image_size: Annotated[int, Range(0, 16384)] = 0
     """Side of the square training crop in pixels, a multiple of the mask unit; 0: as in pre-training."""
     mean: Annotated[tuple[float, ...] | None, MEAN, *_NO_FLAG] = None
@@ -37,8 +37,8 @@ class FinetuneDataConfig(DataConfig):
 class FinetuneRecipe(OptimizerConfig):
     """Fine-tuning of the whole encoder under a linear head (MAE, He et al. 2021, app. A.2, table 9).
 
-    The values are those of that table, except for the batch (1024 there; the learning rate scales with it), the
-    moving average, which MAE does not use, and gradient clipping, which is on as in pre-training.
+    The values are those of that table, except for the batch (1024 there; the learning rate scales with it),
+    the moving average, which MAE does not use, and gradient clipping, which is on as in pre-training.
     """
 
     base_lr: Annotated[float, RATE] = 1e-3
@@ -57,8 +57,8 @@ class FinetuneRecipe(OptimizerConfig):
     """Magnitude of RandAugment (Cubuk et al. 2020), with standard deviation 0.5; 0: off. It applies to 8-bit
     images of three channels; other images are cropped and flipped only."""
     mixup: Annotated[float, Range(0, 1000)] = 0.8
-    """Alpha of mixup (Zhang et al. 2018); 0: off. Every batch is mixed: half of them by mixup and half by CutMix
-    if both are on."""
+    """Alpha of mixup (Zhang et al. 2018); 0: off. Every batch is mixed: half of them by mixup and half by
+    CutMix if both are on."""
     cutmix: Annotated[float, Range(0, 1000)] = 1.0
     """Alpha of CutMix (Yun et al. 2019); 0: off."""
     random_erasing: Annotated[float, SHARE] = 0.25
@@ -68,8 +68,8 @@ class FinetuneRecipe(OptimizerConfig):
     validate: Annotated[float, EPOCHS] = 1.0
     """Epochs between validations; the weights with the best validation accuracy are published."""
     hold_out: Annotated[float, Range(0, 0.5)] = 0.1
-    """Share of every class's training images that is held out for validation if there are no validation images;
-    0 publishes the weights of the last step."""
+    """Share of every class's training images that is held out for validation if there are no validation
+    images; 0 publishes the weights of the last step."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Fine-tuning: the whole encoder and a linear head are trained on labelled images.
 
-It runs in the training loop of pre-training, so that stopping, resuming and everything else about a run is the
-same. Its own parts are the recipe (`coma.objectives.classification`, layer-wise learning rates), the labels
-(`plan`), and the artifact: the classifier with the best validation accuracy (`run_directory`).
+It runs in the training loop of pre-training, so that stopping, resuming and everything else about a run is
+the same. Its own parts are the recipe (`coma.objectives.classification`, layer-wise learning rates), the
+labels (`plan`), and the artifact: the classifier with the best validation accuracy (`run_directory`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from coma.artifact import load_strict
 from coma.atomic_io import lies_among
 from coma.config import FinetuneConfig
@@ -26,9 +24,9 @@ from coma.objectives.classification import Classification
 from downstream.classify.plan import FinetunePlan, prepare_finetuning
 from downstream.classify.run_directory import ClassifierRunDirectory
 from downstream.classify.validation import Validation
-from pretrain.training.console import Report
-from pretrain.training.distributed import processes
-from pretrain.training.trainer import Task, train
+from pretrain.training.console import TrainingConsole
+from pretrain.training.distributed import Processes, processes
+from pretrain.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,8 @@ def finetune(
 
     Args:
         config: The run. Model, class names, mean, standard deviation, layer decay and an image size of 0 are
-            filled in from the artifact and the images. Resuming uses the directory `config.run.out`, and refuses
-            settings that would change what is learned.
+            filled in from the artifact and the images. Resuming uses the directory `config.run.out`, and
+            refuses settings that would change what is learned.
         resume: Resume a run that was interrupted.
         allow_changed_data: Resume although the images are not those that the run was started with.
 
@@ -75,14 +73,14 @@ def finetune(
     began = time.monotonic()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise BadInput("fine-tuning runs in one process, on one GPU or a CPU; start it without torchrun")
-    with processes(config.run.device) as group, closing(Report()) as report:
+    with processes(config.run.device) as group, closing(TrainingConsole()) as console:
         plan = prepare_finetuning(config, resume=resume)
         for images in dict.fromkeys((config.data.images, config.test)):
             if not resume and (note := lies_among(config.run.out, images)):
-                report.say(note)
-        directory = ClassifierRunDirectory(plan, report)
-        task = _finetuning(plan, directory)
-        train(plan, task, group, report, resume=resume, allow_changed_data=allow_changed_data)
+                console.say(note)
+        trainer = _ClassifierTrainer(plan, group, console)
+        trainer.train(resume=resume, allow_changed_data=allow_changed_data)
+    directory = trainer.directory
     if directory.test is None:
         raise AssertionError("every run ends with a test")
     seconds = time.monotonic() - began
@@ -91,27 +89,37 @@ def finetune(
     )
 
 
-def _finetuning(plan: FinetunePlan, directory: ClassifierRunDirectory) -> Task:
-    config = plan.config
+class _ClassifierTrainer(Trainer[FinetunePlan]):
+    """Trains the whole encoder under a linear head."""
 
-    def build() -> Classification:
+    def __init__(self, plan: FinetunePlan, group: Processes, console: TrainingConsole) -> None:
+        super().__init__(plan, group, console)
+        self.directory = ClassifierRunDirectory(plan, console)
+
+    def objective(self) -> Classification:
+        """See `Trainer`."""
+        plan, config = self.plan, self.plan.config
         classifier = build_classifier(config.model, len(plan.class_names))
         if not config.from_scratch:
             tensors = classifier.state_dict() | plan.encoder  # the head keeps its initial weights
             load_strict(classifier, tensors, source=str(config.artifact))
         return Classification(config.optimizer, classifier, len(plan.class_names))
 
-    def batches(start: int, device: torch.device) -> Iterator[Batch]:
+    def batches(self, start: int) -> Iterator[Batch]:
+        """See `Trainer`."""
+        config = self.plan.config
         return labelled_batches(
-            plan.source,
+            self.plan.source,
             config.data,
-            plan.labels,
+            self.plan.labels,
             channels=config.model.channels,
             seed=config.run.seed,
-            batch=plan.slices,
+            batch=self.plan.slices,
             rand_augment=config.optimizer.rand_augment,
             start=start,
-            device=device,
+            device=self.group.device,
         )
 
-    return Task(build, batches, lambda _: directory)
+    def run_directory(self) -> ClassifierRunDirectory:
+        """See `Trainer`."""
+        return self.directory

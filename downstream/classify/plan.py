@@ -22,7 +22,7 @@ from coma.errors import BadInput
 from coma.messages import counted
 from pretrain.training.optimizer import default_layer_decay
 from pretrain.training.run_plan import (
-    Plan,
+    RunPlan,
     check_folder,
     check_shapes,
     check_space,
@@ -33,7 +33,7 @@ from pretrain.training.run_plan import (
 
 
 @dataclass(frozen=True)
-class FinetunePlan(Plan[FinetuneConfig]):
+class FinetunePlan(RunPlan[FinetuneConfig]):
     """A fine-tuning run, ready to start."""
 
     pretrained: ArtifactConfig
@@ -57,11 +57,11 @@ class FinetunePlan(Plan[FinetuneConfig]):
 
     @property
     def sources(self) -> dict[str, Source]:
-        """See `Plan.sources`."""
+        """See `RunPlan.sources`."""
         val = {} if self.val is None else {"validation images": self.val}
         return {"training images": self.source, **val, "test images": self.test}
 
-    def looks_at(self, step: int) -> bool:
+    def evaluates_at(self, step: int) -> bool:
         """Returns whether a validation is due."""
         recipe = self.config.optimizer
         every = max(1, round(recipe.validate * len(self.source) / recipe.batch_size))

@@ -20,7 +20,7 @@ from coma.errors import BadInput
 from coma.models.classifier import build_classifier
 from downstream.classify.plan import FinetunePlan
 from downstream.classify.validation import Validation, validate
-from pretrain.training.console import Report
+from pretrain.training.console import TrainingConsole
 from pretrain.training.run_directory import RunDirectory, first_images
 
 _PREFIX = "classifier."
@@ -32,14 +32,14 @@ class ClassifierRunDirectory(RunDirectory[FinetuneConfig]):
 
     Args:
         plan: The run.
-        report: Prints scores, and what could not be written.
+        console: Prints scores, and what could not be written.
 
     Raises:
         BadInput: no training, validation or test image can be read.
     """
 
-    def __init__(self, plan: FinetunePlan, report: Report) -> None:
-        super().__init__(plan, report)
+    def __init__(self, plan: FinetunePlan, console: TrainingConsole) -> None:
+        super().__init__(plan, console)
         self._finetuning = plan
         self.best: Validation | None = None
         self.last: Validation | None = None
@@ -51,7 +51,7 @@ class ClassifierRunDirectory(RunDirectory[FinetuneConfig]):
             if source is not None:
                 first_images(source, plan.config.model, plan.config.data.image_size)
         for note in plan.notes:
-            report.say(note)
+            console.say(note)
 
     def resume(self) -> dict[str, Any] | None:
         """Returns the state to resume from, if there is one.
@@ -72,14 +72,14 @@ class ClassifierRunDirectory(RunDirectory[FinetuneConfig]):
                 )
         if self.changed or before != now:
             if plan.held_out:
-                self._report.warn("the held-out images were drawn anew; some of them were trained on before")
+                self._console.warn("the held-out images were drawn anew; some of them were trained on before")
             return state  # scores on other images cannot be compared
-        self._weights, self._chosen, self._looked = kept["weights"], kept["chosen"], kept["looked"]
+        self._weights, self._chosen, self._evaluated = kept["weights"], kept["chosen"], kept["evaluated"]
         self.best, self.last, self.test = (
             Validation(**kept[name]) if kept[name] else None for name in ("best", "last", "test")
         )
         if self.test and state["step"] < plan.steps:
-            self._report.say(
+            self._console.say(
                 "the test images were used already; they are used again if later weights do better"
             )
         return state
@@ -91,14 +91,14 @@ class ClassifierRunDirectory(RunDirectory[FinetuneConfig]):
             **{name: each and asdict(each) for name, each in scores.items()},
             "weights": self._weights,
             "chosen": self._chosen,
-            "looked": self._looked,
+            "evaluated": self._evaluated,
             "images": self._counts(),
         }
         super().save(state | {"validation": kept})
 
-    def look(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
+    def evaluate(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
         """Validates these weights, and tests the best ones at the end, unless that was done before resuming."""
-        if self._looked == step:
+        if self._evaluated == step:
             return
         plan = self._finetuning
         own = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
@@ -110,15 +110,15 @@ class ClassifierRunDirectory(RunDirectory[FinetuneConfig]):
         if self.last and self.best:
             self._log_scores("val", self.last, {"step": step})
             scores = f"top-1 {self.last.top1:.2%}, best {self.best.top1:.2%} at step {self._chosen}"
-            self._report.say(f"step {step}/{plan.steps}  validation: {scores}")
+            self._console.say(f"step {step}/{plan.steps}  validation: {scores}")
         if step == plan.steps and self.test is None:
             self.test = self._score(self._weights, plan.test, plan.test_labels, self._chosen, device, "test")
             self._log_scores("test", self.test, {"step": step, "chosen_step": self._chosen})
-            self._report.say(
+            self._console.say(
                 f"step {step}/{plan.steps}  test, with the weights of step {self._chosen}: "
                 f"top-1 {self.test.top1:.2%} on {self.test.images:,} images"
             )
-        self._looked = step
+        self._evaluated = step
 
     def _counts(self) -> dict[str, int]:
         plan = self._finetuning
@@ -159,11 +159,11 @@ class ClassifierRunDirectory(RunDirectory[FinetuneConfig]):
             )
         for failure in failures:
             if failure not in self._reported:
-                self._report.warn(f"left out of the {what} images: {failure}")
+                self._console.warn(f"left out of the {what} images: {failure}")
         self._reported |= set(failures)
         return scores
 
-    def handed_over(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], ArtifactConfig] | None:
+    def artifact_payload(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], ArtifactConfig] | None:
         """Returns the best classifier so far, or None before the first validation."""
         plan = self._finetuning
         if not self._weights:

@@ -503,7 +503,7 @@ def test_the_command_from_beginning_to_end(place, tmp_path, capsys, monkeypatch)
         stop_during(patch, 2)
         assert coma(place / "artifact", "--data", place / "data", *flags, "--run", run, *SMALL) == 130
     told = capsys.readouterr()
-    assert f"go on with: coma evaluate --resume {run}" in told.err
+    assert f"resume with: coma evaluate --resume {run}" in told.err
     assert read_config(run, FinetuneConfig).data.crop_scale == (0.08, 1.0)
 
     drawn: list[Path] = []
