@@ -132,7 +132,7 @@ def load_classifier(directory: str | Path) -> Classifier:
     if config.kind != "classifier":
         raise BadArtifact(
             f"{directory}: its kind is {config.kind!r}; give a 'classifier' artifact, as "
-            "`coma evaluate --protocol finetune` makes"
+            "`coma classify train` makes"
         )
     if config.head != LINEAR_HEAD or config.class_names is None:
         raise BadArtifact(

@@ -37,7 +37,7 @@ from coma.objectives import CMT, BalancedCoMA, build_objective
 from coma.objectives.teachers import load_teacher, training_objective
 from pretrain.training import pretrain
 from pretrain.training.checkpoint import read_state
-from pretrain.training.train_step import Learner
+from pretrain.training.train_step import TrainStep
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "loss_curves_cmt.json"
 
@@ -266,13 +266,13 @@ def test_interrupted_and_resumed_is_uninterrupted(guided, tmp_path):
 def test_a_forgotten_average_would_be_noticed(guided, tmp_path, monkeypatch):
     whole, run = pretrain(at(guided, tmp_path / "whole")), tmp_path / "run"
     interrupted(at(guided, run), 4)
-    load = Learner.load_state_dict
+    load = TrainStep.load_state_dict
 
     def forget(self, state):
         load(self, state)
         self.objective.average.load_state_dict(self.objective.encoder.state_dict())
 
-    monkeypatch.setattr(Learner, "load_state_dict", forget)
+    monkeypatch.setattr(TrainStep, "load_state_dict", forget)
     pretrain(at(guided, run), resume=True)
     with pytest.raises(AssertionError):
         assert_same(run, whole)

@@ -171,7 +171,7 @@ def test_the_command_shows_and_draws_what_a_probe_found(photos, labelled, tmp_pa
 
 
 def test_bad_labelled_images_are_refused_before_training(resumable, photos, labelled, tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain.training.train_step.Learner.step", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("pretrain.training.train_step.TrainStep.__call__", lambda *_: pytest.fail("trained"))
     few = class_folders(tmp_path / "few", train=6)
     foreign = class_folders(tmp_path / "foreign")
     (foreign / "train" / "class1").rename(foreign / "train" / "class7")

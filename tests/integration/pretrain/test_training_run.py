@@ -222,7 +222,7 @@ def test_sharing_out():
     [
         (
             torch.OutOfMemoryError("CUDA out of memory"),
-            "with 4 images per pass; try --micro-batch 2, --checkpoint",
+            "with 4 images per pass; try --micro-batch 2, --grad-checkpointing",
         ),
         (
             type("InvalidCxxCompiler", (RuntimeError,), {"__module__": "torch._inductor.exc"})(
@@ -236,6 +236,6 @@ def test_what_the_machine_cannot_do(settings, monkeypatch, error, message):
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("pretrain.training.train_step.Learner.step", fail)
+    monkeypatch.setattr("pretrain.training.train_step.TrainStep.__call__", fail)
     with pytest.raises(BadInput, match=message):
         pretrain(settings)

@@ -35,9 +35,9 @@ from coma.data.image import AtLeast
 from coma.data.sources.base import EncodedSource
 from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.models import build_encoder
-from pretrain.finetune import plan, validation
-from pretrain.finetune.run import finetune
-from pretrain.finetune.validation import Validation
+from downstream.classify import plan, validation
+from downstream.classify.finetune import finetune
+from downstream.classify.validation import Validation
 from pretrain.training import run_directory
 from pretrain.training.checkpoint import read_state
 
@@ -513,7 +513,7 @@ def test_the_command_from_beginning_to_end(place, tmp_path, capsys, monkeypatch)
         stop_during(patch, 2)
         assert coma(place / "artifact", "--data", place / "data", *flags, "--run", run, *SMALL) == 130
     told = capsys.readouterr()
-    assert f"go on with: coma evaluate --resume {run}" in told.err
+    assert f"resume with: coma evaluate --resume {run}" in told.err
     assert read_config(run, FinetuneConfig).data.crop_scale == (0.08, 1.0)
 
     drawn: list[Path] = []
