@@ -52,23 +52,23 @@ from pretrain.training import pretrain
 from pretrain.training import run_directory
 from pretrain.training import run_plan
 from pretrain.training.distributed import AGREED
-from pretrain.training.train_step import Learner
+from pretrain.training.train_step import TrainStep
 
 torch.set_num_threads(1)
 run_directory.reconstruction_sheet = run_directory.loss_curve = lambda *_, **__: None
 folder, ports = Path(sys.argv[1]), iter(sys.argv[2:])
-take = Learner.step
+take = TrainStep.__call__
 
 def at_step(number, action):
     def step(self, n, *rest):
         if n == number:
             action(self)
         return take(self, n, *rest)
-    Learner.step = step
+    TrainStep.__call__ = step
 
-def poison(learner):
+def poison(train_step):
     with torch.no_grad():
-        learner.objective.decoder.head.bias[0] = float("nan")
+        train_step.objective.decoder.head.bias[0] = float("nan")
 
 def scenario(name, rank):
     method = folder / f"{name.partition('-')[0]}.json"
@@ -214,10 +214,10 @@ def run_pairs(settings: PretrainConfig, scenarios: tuple[str, ...]) -> dict[str,
 
 
 def dying(patch: pytest.MonkeyPatch, step: int) -> None:
-    from pretrain.training.train_step import Learner
+    from pretrain.training.train_step import TrainStep
 
-    take = Learner.step
-    patch.setattr(Learner, "step", lambda self, n, *rest: take(self, n, *rest) if n < step else 1 / 0)
+    take = TrainStep.__call__
+    patch.setattr(TrainStep, "__call__", lambda self, n, *rest: take(self, n, *rest) if n < step else 1 / 0)
 
 
 def free_ports(count: int) -> list[str]:
