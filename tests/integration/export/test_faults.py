@@ -279,8 +279,8 @@ def breaks(sender, *_):
 @pytest.mark.parametrize(
     ("child", "message"),
     [
-        (hangs, "made no progress for 0 minutes and was ended"),
-        (is_killed, "its process was killed by SIGKILL"),
+        pytest.param(hangs, "made no progress for 0 minutes and was ended", marks=pytest.mark.slow),
+        pytest.param(is_killed, "its process was killed by SIGKILL", marks=pytest.mark.slow),
         (breaks, "its process ended with exit code 3"),
     ],
 )
