@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from short_runs import MODEL, Killed, assert_same, killed_in, stop_during
+from short_runs import MODEL, Killed, assert_same, killed_in, rows, stop_during
 
 from coma import cli
 from coma.artifact import (
@@ -114,10 +114,6 @@ def whole(short: FinetuneConfig, no_curves: None, tmp_path_factory: pytest.TempP
     config = to(short, tmp_path_factory.mktemp("whole") / "run")
     finetune(config)
     return config.run.out
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 pytestmark = pytest.mark.usefixtures("no_curves")
