@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from coma.data.splits import SPLITS, known_split, split_folders
+from coma.data.splits import SPLITS, parse_split, split_folders
 from coma.errors import BadInput
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def find_layout(data: Path, split: str) -> Layout:
     Raises:
         BadInput: there are none; the message says what was looked for.
     """
-    split = known_split(split)
+    split = parse_split(split)
     if not data.is_dir():
         raise BadInput(f"{data}: {'is a file, not' if data.is_file() else 'there is no'} folder of a dataset")
     images, labels = data / "leftImg8bit" / split, data / "gtFine" / split
@@ -83,10 +83,13 @@ def pair(layout: Layout, image_suffix: str | None, label_suffix: str | None) -> 
         BadInput: no image, or no label.
     """
     from coma.data.inventory import Inventory
-    from coma.data.sources.image_folder import search, walk  # imports torch: only where it is needed
+    from coma.data.sources.image_folder import (  # imports torch: only where it is needed
+        find_images,
+        walk_files,
+    )
 
-    found, inventory = search(layout.images)
-    images, labels = sorted(found), sorted(walk(layout.labels, Inventory()))
+    found, inventory = find_images(layout.images)
+    images, labels = sorted(found), sorted(walk_files(layout.labels, Inventory()))
     if not images:
         raise BadInput(
             f"{layout.images}: no image in this folder; it holds {inventory.left_out() or 'nothing'}"

@@ -146,12 +146,12 @@ def run(argv: list[str]) -> None:
 
     from rich.console import Console
 
-    from coma.data import open_labelled, say_absent_classes
+    from coma.data import log_missing_classes, open_labelled_splits
 
     console = Console()
-    splits = open_labelled(config.data, config.train, config.test, config.val)
+    splits = open_labelled_splits(config.data, config.train, config.test, config.val)
     if "finetune" not in config.protocol:  # its run says so itself
-        say_absent_classes(splits)
+        log_missing_classes(splits)
     scores = _measure(config, splits.train, splits.test, console)
     if "finetune" in config.protocol:
         scores.append(_finetune(config))

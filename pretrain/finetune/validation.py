@@ -16,7 +16,7 @@ from torch import Tensor
 from coma.amp import Precision, autocast, choose_attention, choose_precision
 from coma.artifact import LINEAR_HEAD, ArtifactConfig, library_versions
 from coma.config import FinetuneConfig
-from coma.data import Source, evaluation_batches, normalize, top_share
+from coma.data import Source, evaluation_batches, normalize, topk_accuracy
 from coma.errors import BadInput, CheckFailed
 from coma.models.classifier import Classifier, build_classifier
 from pretrain.finetune.plan import FinetunePlan
@@ -92,9 +92,9 @@ def validate(
     guess, truth = torch.cat(logits), labels[torch.cat(indices)]
     if not guess.isfinite().all():
         raise CheckFailed(f"step {step}: the classifier's outputs are not finite; try --precision fp32")
-    top5 = top_share(guess, truth, 5) if guess.shape[1] > 5 else None
+    top5 = topk_accuracy(guess, truth, 5) if guess.shape[1] > 5 else None
     loss = F.cross_entropy(guess, truth).item()
-    return Validation(step, top_share(guess, truth, 1), top5, loss, len(truth)), tuple(failures)
+    return Validation(step, topk_accuracy(guess, truth, 1), top5, loss, len(truth)), tuple(failures)
 
 
 class ClassifierRunDirectory(RunDirectory[FinetuneConfig]):

@@ -30,8 +30,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from coma.amp import Precision, autocast, build_scaler, choose_attention
 from coma.config import OptimizerConfig, RunConfig
-from coma.data import Batch, Slices, normalize
-from coma.data.shuffle import mix
+from coma.data import Batch, BatchLayout, normalize
+from coma.data.shuffle import splitmix64
 from coma.objectives import Objective
 from coma.objectives.classification import Classification
 from pretrain.training.distributed import Processes, parallelize, reducing
@@ -84,7 +84,7 @@ class Learner:
         optimizer: OptimizerConfig,
         run: RunConfig,
         group: Processes,
-        slices: Slices,
+        slices: BatchLayout,
         precision: Precision,
         mean: tuple[float, ...],
         std: tuple[float, ...],
@@ -133,13 +133,13 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         self.batches, waited = [], 0.0
         passes: list[dict[str, Tensor]] = []
-        first_rows = self._slices.first_rows(number * self._slices.global_batch)
+        micro_batch_starts = self._slices.micro_batch_starts(number * self._slices.global_batch)
         for last in [*[False] * (self._slices.accumulation - 1), True]:
             began = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - began
             self.batches.append(batch)
-            passes.append(self._forward_backward(batch, next(first_rows), reduce=last))
+            passes.append(self._forward_backward(batch, next(micro_batch_starts), reduce=last))
         grad_norm = self._unscale_and_clip()
         sums = torch.stack([torch.stack(list(each.values())) for each in passes]).sum(dim=0)
         means = sums / (len(passes) * self._group.world)
@@ -221,12 +221,12 @@ class Learner:
 
 def pass_seed(run_seed: int) -> int:
     """What keeps the random numbers of forward passes apart from those of crops and masks."""
-    return mix((run_seed ^ 0x70617373) & (2**64 - 1))
+    return splitmix64((run_seed ^ 0x70617373) & (2**64 - 1))
 
 
 def seed_generators(seed: int, position: int) -> None:
     """Make all random numbers from here on a function of the run's seed and a position in the stream."""
-    value = mix((seed + position) & (2**64 - 1))
+    value = splitmix64((seed + position) & (2**64 - 1))
     torch.manual_seed(value)
     random.seed(value)
     np.random.seed(value % 2**32)

@@ -19,9 +19,9 @@ import numpy as np
 
 from coma.data.decode import EXTENSIONS, HEAD
 from coma.data.inventory import Inventory, is_system_folder, kind_of
-from coma.data.products import product_around, product_at
+from coma.data.run_outputs import enclosing_run_output, run_output_at
 from coma.data.sources.base import EncodedSource, Names
-from coma.data.splits import Chosen, choose_images
+from coma.data.splits import SplitImages, select_images
 from coma.errors import BadImage, BadInput
 from coma.messages import abridged, printable
 
@@ -36,7 +36,7 @@ class FolderSource(EncodedSource):
     set number their classes alike.
     """
 
-    numbered = False
+    labels_are_stored = False
 
     def __init__(self, root: Path, split: str | None = None, *, held_out: bool = False) -> None:
         """Search the folder.
@@ -50,10 +50,10 @@ class FolderSource(EncodedSource):
             BadInput: no image in it, no such split, a folder that this toolkit wrote, or one that may not be
                 read.
         """
-        found, inventory = search(root)
+        found, inventory = find_images(root)
         if not found:
             raise BadInput(_nothing_in(root, inventory))
-        chosen = choose_images(sorted(found), root, split, held_out)
+        chosen = select_images(sorted(found), root, split, held_out)
         location = root / chosen.folder
         class_names = _class_names(chosen)
         number = {name: i for i, name in enumerate(class_names or ())}
@@ -61,13 +61,13 @@ class FolderSource(EncodedSource):
         super().__init__(location, labels, class_names and tuple(map(printable, class_names)))
         self._names = Names(chosen.names)
         if chosen.folder:
-            _, inventory = search(location)  # what lies in other splits is none of this one
+            _, inventory = find_images(location)  # what lies in other splits is none of this one
         inventory.images = Counter(kind_of(name) for name in chosen.names)
         self.split, self.notes, self.inventory = chosen.split, chosen.notes, inventory
         if class_names is None:
-            self.unlabelled = _why_unlabelled(location, chosen)
+            self.unlabelled_reason = _why_unlabelled(location, chosen)
         else:
-            for name in sorted(set(subfolders(location)) - chosen.classes):
+            for name in sorted(set(list_folders(location)) - chosen.classes):
                 inventory.leave_out("folder without an image", "folders without an image", name)
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ class FolderSource(EncodedSource):
         with ThreadPoolExecutor(_STATS) as pool:
             return names, [size for part in pool.map(sizes, parts) for size in part]
 
-    def encoded(self, i: int) -> bytes:
+    def read_bytes(self, i: int) -> bytes:
         """The file's content."""
         try:
             return self.path(i).read_bytes()
@@ -109,7 +109,7 @@ class FolderSource(EncodedSource):
             raise BadImage(f"{self.describe(i)}: cannot be read ({error.strerror})") from None
 
 
-def search(root: Path) -> tuple[list[str], Inventory]:
+def find_images(root: Path) -> tuple[list[str], Inventory]:
     """Returns the relative paths (with /) of the images below a folder, and the account of the search.
 
     Raises:
@@ -117,10 +117,10 @@ def search(root: Path) -> tuple[list[str], Inventory]:
     """
     inventory = Inventory()
     head = partial(_head, root)
-    return [name for name in walk(root, inventory) if inventory.takes(name, head)], inventory
+    return [name for name in walk_files(root, inventory) if inventory.takes(name, head)], inventory
 
 
-def walk(root: Path, inventory: Inventory) -> Iterator[str]:
+def walk_files(root: Path, inventory: Inventory) -> Iterator[str]:
     """Yields the relative paths (with /) of all regular files below a folder that may be data.
 
     What is left out is counted in `inventory`.
@@ -128,7 +128,7 @@ def walk(root: Path, inventory: Inventory) -> Iterator[str]:
     Raises:
         BadInput: a folder that this toolkit wrote, or one that may not be read.
     """
-    if product := product_around(root):
+    if product := enclosing_run_output(root):
         place, what = product
         inside = "is" if place == root.resolve() else f"lies in {printable(str(place))}, which is"
         raise BadInput(
@@ -154,7 +154,7 @@ def walk(root: Path, inventory: Inventory) -> Iterator[str]:
                 "folder that cannot be read", "folders that cannot be read", f"{prefix}: {error.strerror}"
             )
             continue
-        if prefix and (what := product_at(root / prefix, {entry.name for entry in here}.__contains__)):
+        if prefix and (what := run_output_at(root / prefix, {entry.name for entry in here}.__contains__)):
             inventory.leave_out("folder written by coma", "folders written by coma", f"{prefix} is {what}")
             continue
         folders = []
@@ -174,17 +174,17 @@ def walk(root: Path, inventory: Inventory) -> Iterator[str]:
         pending.extend(sorted(folders, reverse=True))
 
 
-def subfolders(root: Path) -> list[str]:
+def list_folders(root: Path) -> list[str]:
     """Names of the folders directly in `root` that may hold data, sorted: as `walk` enters them.
 
     Raises:
         BadInput: the folder may not be read.
     """
     names = [entry.name for entry in _shown(root) if _is(entry.is_dir)]
-    return [name for name in names if not is_system_folder(name) and not product_at(root / name)]
+    return [name for name in names if not is_system_folder(name) and not run_output_at(root / name)]
 
 
-def files_in(root: Path) -> list[str]:
+def list_files(root: Path) -> list[str]:
     """Names of the regular files directly in `root`, hidden ones left out, sorted.
 
     Raises:
@@ -222,16 +222,16 @@ def _head(root: Path, name: str) -> bytes:
         return b""
 
 
-def _class_names(chosen: Chosen) -> tuple[str, ...] | None:
+def _class_names(chosen: SplitImages) -> tuple[str, ...] | None:
     """Names of the class folders: whole numbers by their value, so that 10 comes after 9; others sorted."""
     several_places = chosen.split is not None and not chosen.folder
     if several_places or len(chosen.classes) < 2 or not all("/" in name for name in chosen.names):
         return None
-    values = whole_numbers(sorted(chosen.classes))
+    values = parse_whole_numbers(sorted(chosen.classes))
     return tuple(sorted(chosen.classes, key=values.__getitem__ if values else None))
 
 
-def _why_unlabelled(location: Path, chosen: Chosen) -> str:
+def _why_unlabelled(location: Path, chosen: SplitImages) -> str:
     if chosen.split is not None and not chosen.folder:
         return (
             f"its {chosen.split} images lie in several places; give one folder with a folder for each class"
@@ -256,7 +256,7 @@ def _nothing_in(root: Path, inventory: Inventory) -> str:
     return f"{root}: no image in this folder ({looked}); it holds {left_out}"
 
 
-def whole_numbers(names: Collection[str]) -> dict[str, int] | None:
+def parse_whole_numbers(names: Collection[str]) -> dict[str, int] | None:
     """Values by name, where every name is a whole number and no two (as 7 and 07) are the same; else None."""
     values = {name: int(name) for name in names if re.fullmatch("[0-9]{1,18}", name)}
     return values if len(values) == len(set(names)) == len(set(values.values())) else None

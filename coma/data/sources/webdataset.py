@@ -98,7 +98,7 @@ class ShardSource(EncodedSource):
         self._shard = torch.from_numpy(np.repeat(np.arange(len(shards), dtype=np.int32), counts))
         self._places = torch.tensor([(sample.image.start, sample.image.size) for sample in flat])
         self._names = Names(sample.image.name for sample in flat)
-        self.unlabelled = self._why_unlabelled(flat)
+        self.unlabelled_reason = self._why_unlabelled(flat)
 
     def __len__(self) -> int:
         """Number of samples that have an image."""
@@ -114,7 +114,7 @@ class ShardSource(EncodedSource):
         names = [f"{shards[k]}/{name}" for k, name in zip(self._shard.tolist(), self._names, strict=True)]
         return names, self._places[:, 1].tolist()
 
-    def encoded(self, i: int) -> bytes:
+    def read_bytes(self, i: int) -> bytes:
         """The image's file content."""
         start, size = self._places[i].tolist()
         return read_at(self._shards[int(self._shard[i])], start, size, self.describe(i))

@@ -15,8 +15,8 @@ from skimage import data as pictures
 from coma.cli import main
 from coma.data import inventory, open_source
 from coma.data.decode import decode
-from coma.data.products import product_around
-from coma.data.sources.image_folder import FolderSource, subfolders
+from coma.data.run_outputs import enclosing_run_output
+from coma.data.sources.image_folder import FolderSource, list_folders
 from coma.errors import BadImage, BadInput
 
 COLOUR = pictures.coffee()[:61, :83]  # [61, 83, 3]
@@ -159,7 +159,7 @@ def test_folders_of_systems_are_neither_images_nor_classes(tmp_path):
     source = open_source(tmp_path)
     assert found(tmp_path) == ["cat/1.png", "dog/2.png"]
     assert source.class_names == ("cat", "dog")
-    assert subfolders(tmp_path) == ["cat", "dog", "ghost"]
+    assert list_folders(tmp_path) == ["cat", "dog", "ghost"]
     summary = source.summary()
     assert "16 folders that systems leave behind (#recycle, $RECYCLE.BIN, @eaDir, ...)" in summary
     assert "5 hidden files or folders (.DS_Store, .Trash-0, ._cat.png, ...)" in summary
@@ -310,7 +310,7 @@ def test_products_are_recognised_by_their_content(tmp_path, what):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert found(tmp_path) == ["cat/1.png", "dog/2.png"]
-    assert subfolders(tmp_path) == ["cat", "dog"]
+    assert list_folders(tmp_path) == ["cat", "dog"]
     assert f"1 folder written by coma (result/ is {what})" in open_source(tmp_path).summary()
     with pytest.raises(BadInput, match=f"result: is {what}, and its pictures are results"):
         open_source(tmp_path / "result")
@@ -336,7 +336,7 @@ def test_the_pictures_of_a_quickstart_are_data(tmp_path):
     for name, text in PRODUCTS["a run of coma pretrain"].items():
         (tmp_path / "run" / name).write_text(text)
     assert found(tmp_path / "pictures") == ["a.png"]
-    assert product_around(tmp_path) == (tmp_path, "a folder of coma quickstart")
+    assert enclosing_run_output(tmp_path) == (tmp_path, "a folder of coma quickstart")
 
 
 # the line ---------------------------------------------------------------------------------------

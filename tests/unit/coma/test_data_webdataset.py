@@ -83,14 +83,16 @@ def test_a_sample_without_a_usable_label_is_named(tmp_path):
         members = {
             f"{i}.{kind}": png(i) if kind == "png" else b"1" for i in range(3) for kind in ("png", "cls")
         }
-        return open_source(write_tar(tmp_path / "a.tar", members | last)).unlabelled
+        return open_source(write_tar(tmp_path / "a.tar", members | last)).unlabelled_reason
 
     assert why({}) == ""
     assert why({"3.png": png(3)}).startswith(f"{tmp_path}/a.tar[3.png] has no label, which would be")
     assert "a.tar: the label in 3.cls is not a whole number from 0 on (so 1 of 4 samples have none)" in why(
         {"3.png": png(3), "3.cls": b"cat"}
     )
-    assert open_source(write_tar(tmp_path / "b.tar", {"1.png": png(0), "2.png": png(1)})).unlabelled == ""
+    assert (
+        open_source(write_tar(tmp_path / "b.tar", {"1.png": png(0), "2.png": png(1)})).unlabelled_reason == ""
+    )
 
 
 def test_one_image_per_sample_whatever_else_it_holds(tmp_path):
