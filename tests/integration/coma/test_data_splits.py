@@ -13,8 +13,8 @@ from PIL import Image
 
 from coma import cli
 from coma.data import Source, open_source
-from coma.data.splits import paired_splits, parse_split, select_images, split_of
 from coma.errors import BadInput
+from coma.splits import paired_splits, parse_split, select_images, split_of
 
 
 def png() -> bytes:
