@@ -189,9 +189,9 @@ def _say_left_out(annotations: Path, images: Path, listed: set[str]) -> None:
     for name in found:
         if name not in listed:
             what = f"that {annotations.name} does not list"
-            inventory.leave_out(f"image {what}", f"images {what}", name)
+            inventory.skip(f"image {what}", f"images {what}", name)
     inventory.images = Counter(map(kind_of, listed))
-    log.info(inventory.line(images), extra={"once": True})
+    log.info(inventory.summary(images), extra={"once": True})
 
 
 def _why_none(remarks: list[str]) -> str:

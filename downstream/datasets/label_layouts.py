@@ -89,12 +89,12 @@ def pair(layout: Layout, image_suffix: str | None, label_suffix: str | None) -> 
     )
 
     found, inventory = find_images(layout.images)
-    images, labels = sorted(found), sorted(walk_files(layout.labels, Inventory()))
+    images, labels = sorted(found), sorted(walk_files(layout.labels, lambda _: Inventory()))
     if not images:
         raise BadInput(
-            f"{layout.images}: no image in this folder; it holds {inventory.left_out() or 'nothing'}"
+            f"{layout.images}: no image in this folder; it holds {inventory.skipped() or 'nothing'}"
         )
-    log.info(inventory.line(layout.images), extra={"once": True})
+    log.info(inventory.summary(layout.images), extra={"once": True})
     image_suffix = image_suffix or layout.image_suffix or _most_common(images)
     ours = {name.removesuffix(image_suffix) for name in images if name.endswith(image_suffix)}
     if not ours:

@@ -67,7 +67,7 @@ class Source(ABC):
     def summary(self) -> str:
         """Returns one line: how many images of which kinds there are, and what was left out and why."""
         if self.inventory.images:
-            return self.inventory.line(self.location)
+            return self.inventory.summary(self.location)
         return f"{printable(str(self.location))}: {counted(len(self), 'image')}"
 
     @abstractmethod

@@ -100,7 +100,7 @@ def _open_folder(path: Path, split: str | None, held_out: bool) -> Source:
         names = {INDEX, *(shard.name for shard in shards)}
         for name in [*list_folders(source.location), *list_files(source.location)]:
             if name not in names:
-                source.inventory.leave_out("entry beside the shards", "entries beside the shards", name)
+                source.inventory.skip("entry beside the shards", "entries beside the shards", name)
     source.split, source.notes = found.get(chosen[0]), (*source.notes, *notes)
     return source
 
