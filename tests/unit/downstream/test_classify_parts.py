@@ -24,7 +24,15 @@ from coma.artifact import (
     load_encoder,
     save_artifact,
 )
-from coma.config import DataConfig, FinetuneConfig, FinetuneRecipe, ViTConfig, encoder_preset
+from coma.config import (
+    DataConfig,
+    FinetuneConfig,
+    FinetuneDataConfig,
+    FinetuneRecipe,
+    FinetuneRunConfig,
+    ViTConfig,
+    encoder_preset,
+)
 from coma.config.serialization import from_plain, to_plain
 from coma.data import ArraySource, Slices, labelled_batches, training_batches
 from coma.data.augment import rand_augment
@@ -317,7 +325,11 @@ def test_flops_of_a_dyvit_are_those_of_a_step_on_numbers():
 
 def test_settings_survive_json():
     config = FinetuneConfig(
-        Path("run/artifact"), DataConfig(Path("data")), model=MODEL, class_names=("a", "b")
+        Path("run/artifact"),
+        FinetuneDataConfig(Path("data")),
+        FinetuneRunConfig(Path("run")),
+        model=MODEL,
+        class_names=("a", "b"),
     )
     assert from_plain(json.loads(json.dumps(to_plain(config))), FinetuneConfig, source="x") == config
 
@@ -328,8 +340,8 @@ def test_settings_survive_json():
         ({"layer_decay": 0.0}, "--layer-decay 0 must be more than 0"),
         ({"rand_augment": 11}, "--rand-augment 11 must be 0 to 10"),
         ({"drop_path": 1.0}, "--drop-path 1 must be"),
-        ({"smoothing": -0.1}, "--label-smoothing -0.1 must be"),
-        ({"erasing": 2.0}, "--random-erasing 2 must be 0 to 1"),
+        ({"label_smoothing": -0.1}, "--label-smoothing -0.1 must be"),
+        ({"random_erasing": 2.0}, "--random-erasing 2 must be 0 to 1"),
         ({"mixup": -1.0}, "--mixup -1 must be 0 to 1000"),
         ({"validate": 0.0}, "--validate 0 must be"),
     ],
