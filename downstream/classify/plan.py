@@ -80,7 +80,8 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
         BadInput: an artifact without an encoder to fine-tune, images without labels or of one class, test
             images of unknown classes, settings that do not fit, or a directory that cannot be used.
     """
-    encoder, about = load_encoder(config.artifact)
+    encoder = load_encoder(config.artifact)
+    about = encoder.artifact
     images = config.data.images
     splits = (
         open_labelled(images, val=config.val)

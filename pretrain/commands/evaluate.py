@@ -109,7 +109,8 @@ def _encoders(config: EvaluateConfig) -> list[tuple[str, Encoder, ArtifactConfig
     from coma.artifact import load_encoder
     from pretrain.evaluate import random_encoder
 
-    encoders = [(str(path), *load_encoder(path)) for path in config.artifacts]
+    loaded = [(str(path), load_encoder(path)) for path in config.artifacts]
+    encoders = [(name, encoder, encoder.artifact) for name, encoder in loaded]
     if not config.random_baseline:
         return encoders
     alike: dict[tuple[EncoderConfig, int], list[tuple[str, ArtifactConfig]]] = {}

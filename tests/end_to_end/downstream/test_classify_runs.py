@@ -68,7 +68,8 @@ def test_it_learns_and_leaves_the_classifier_that_was_validated(short, place, tm
     losses = [row["loss"] for row in rows(config.run.out) if "loss" in row]
     assert losses[-1] < 0.8 * losses[0]
 
-    classifier, about = load_classifier(result.artifact)
+    classifier = load_classifier(result.artifact)
+    about = classifier.artifact
     assert (about.kind, about.class_names, about.image_size) == ("classifier", COLOURS, 16)
     assert (about.trained["test_top1"], about.trained["val_top1"]) == (result.test.top1, result.best.top1)
     assert about.trained["steps"] == result.test.step == result.best.step
@@ -82,7 +83,7 @@ def test_it_learns_and_leaves_the_classifier_that_was_validated(short, place, tm
 
 def test_it_begins_with_the_artifacts_weights_unless_told_otherwise(short, tmp_path):
     still = {"steps": 1, "base_lr": 1e-30, "weight_decay": 0.0}
-    encoder, _ = load_encoder(short.artifact)
+    encoder = load_encoder(short.artifact)
     for scratch in (False, True):
         config = replace(to(short, tmp_path / str(scratch), **still), from_scratch=scratch)
         tensors = load_artifact(finetune(config).artifact).tensors
@@ -105,7 +106,7 @@ def test_images_of_five_channels(short, tmp_path, model):
     config = to(short, tmp_path / "run", steps=2)
     data = replace(config.data, images=tmp_path / "data")
     finetune(replace(config, artifact=publish(tmp_path / "artifact", model), data=data))
-    classifier, _ = load_classifier(tmp_path / "run" / "artifact")
+    classifier = load_classifier(tmp_path / "run" / "artifact")
     assert classifier(torch.randn(1, 5, 16, 16)).shape == (1, 2)
 
 
@@ -246,7 +247,7 @@ def test_every_parameter_moves_at_its_own_rate(short, tmp_path):
         short, tmp_path / "run", steps=1, ema_decay=0.0, warmup=0.0, weight_decay=0.0, layer_decay=0.5
     )
     tensors = load_artifact(finetune(config).artifact).tensors
-    before = load_encoder(short.artifact)[0].state_dict()
+    before = load_encoder(short.artifact).state_dict()
     moved = {name: (tensors[name] - before[name]).abs().max().item() for name in before}
     lr = config.optimizer.lr
     assert moved["stem.conv.weight"] == pytest.approx(lr / 32, rel=0.1)

@@ -265,7 +265,8 @@ def description(model=PLAIN, **changes) -> ArtifactConfig:
 def test_an_artifact_gives_the_same_logits(tmp_path, model):
     classifier = build_classifier(model, 3).eval()
     save_artifact(tmp_path / "artifact", tensors=classifier.state_dict(), config=description(model))
-    loaded, about = load_classifier(tmp_path / "artifact")
+    loaded = load_classifier(tmp_path / "artifact")
+    about = loaded.artifact
     images = torch.randn(2, 3, 16, 24)
     assert torch.equal(loaded(images), classifier(images))
     assert about == description(model)
