@@ -29,7 +29,6 @@ from coma.preflight import require_file, require_packages
 from coma.ranges import BATCH, MINUTES, PROCESSES, SEED, SIDE, STEPS, Range, Ranged
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
     from coma.artifact import ArtifactConfig
@@ -152,7 +151,7 @@ def run(argv: list[str]) -> None:
     splits = open_labelled(config.data, config.train, config.test, config.val)
     if "finetune" not in config.protocol:  # its run says so itself
         say_absent_classes(splits)
-    scores = _measure(config, splits.train, splits.test, console)
+    scores = _measure(config, splits.train, splits.test)
     if "finetune" in config.protocol:
         scores.append(_finetune(config))
     console.print(_table(scores))
@@ -331,22 +330,18 @@ def _encoders(config: EvaluateConfig) -> list[tuple[str, Encoder, ArtifactConfig
     return encoders
 
 
-def _measure(config: EvaluateConfig, train: Source, test: Source, console: Console) -> list[Score]:
+def _measure(config: EvaluateConfig, train: Source, test: Source) -> list[Score]:
     """Scores of frozen encoders, where they are asked for."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Column
-
     from coma.devices import pick_device
+    from coma.progress import Progress
     from pretrain.evaluate import evaluate
 
     protocols: list[Protocol] = [name for name in config.protocol if name != "finetune"]
     if not protocols:
         return []
     encoders, device = _encoders(config), pick_device(config.device)
-    title = TextColumn("{task.description}", table_column=Column(overflow="fold"))
-    columns = (title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(True))
     scores = []
-    with Progress(*columns, console=console) as progress:
+    with Progress() as progress:
         for name, encoder, about in encoders:
             scores += evaluate(
                 encoder.to(device),
