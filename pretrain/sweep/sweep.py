@@ -16,8 +16,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from coma.config.serialization import flat, to_plain
 from coma.data import measure, open_source
 from coma.data.identity import FLAG, check_listing, list_data, read_listing, write_listing
 from coma.errors import BadInput, CheckFailed, Interrupted
+from coma.progress import Progress, clock
 from coma.signals import StopRequest
 from pretrain.evaluate import random_encoder
 from pretrain.sweep.plan import (
@@ -47,7 +48,6 @@ from pretrain.sweep.plan import (
     trial_seconds,
 )
 from pretrain.sweep.process_pool import Job, Runner
-from pretrain.sweep.progress import Progress
 from pretrain.sweep.report import write_report
 from pretrain.sweep.results import Result, floor_name, read_floor, read_result, read_scores, score_file
 
@@ -82,11 +82,10 @@ def compare(comparison: Comparison) -> Compared:
     _open(comparison)
     _check_data(comparison)
     comparison = _with_statistics(comparison)
-    with StopRequest() as stop, closing(Progress()) as progress:
-        runner = Runner(comparison.out, _slots(comparison), progress.tell, stop)
+    with StopRequest() as stop:
         costs = {e.name: cost(e.config) for e in comparison.entries}
         if comparison.unit == "seconds":
-            costs = _timed(comparison, costs, runner, progress)
+            costs = _timed(comparison, costs, stop)
         plans = []
         for entry in comparison.entries:
             batch = entry.config.optimizer.batch_size
@@ -101,9 +100,8 @@ def compare(comparison: Comparison) -> Compared:
             for job in _jobs(comparison, entry, seed, config, costs[entry.name], images)
         ]
         jobs += _floor_jobs(comparison, costs, images)
-        progress.start(jobs)
         try:
-            runner.run(jobs)
+            runner = _run(comparison, jobs, stop)
         except Interrupted:
             write_report(comparison, collect(comparison, costs), costs, ["the comparison was stopped"])
             raise
@@ -216,9 +214,24 @@ def _slots(comparison: Comparison) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
 
 
-def _timed(
-    comparison: Comparison, costs: dict[str, Cost], runner: Runner, progress: Progress
-) -> dict[str, Cost]:
+def _run(comparison: Comparison, jobs: Sequence[Job], stop: StopRequest) -> Runner:
+    """Runs the jobs, with a bar, and a line for every event."""
+    total = float(sum(job.work for job in jobs)) or 1.0
+    with Progress() as progress:
+        bar = progress.bar("work done", total, float(sum(job.work for job in jobs if job.done())))
+
+        def tell(event: str | None, done: float) -> None:
+            bar.update(done)
+            if event:
+                left = "time left unknown" if bar.seconds_left is None else f"{clock(bar.seconds_left)} left"
+                progress.say(f"{time.strftime('%H:%M:%S')} {event}  ({done / total:.0%}, {left})")
+
+        runner = Runner(comparison.out, _slots(comparison), tell, stop)
+        runner.run(jobs)
+    return runner
+
+
+def _timed(comparison: Comparison, costs: dict[str, Cost], stop: StopRequest) -> dict[str, Cost]:
     """Costs with seconds, from a short run of every entry, side by side as later; measured once."""
 
     def trial(entry: Entry) -> Job:
@@ -232,10 +245,7 @@ def _timed(
             1,
         )
 
-    jobs = [trial(entry) for entry in comparison.entries]
-    progress.start(jobs)
-    trials = Runner(comparison.out, _slots(comparison), progress.tell, runner.stop)
-    trials.run(jobs)
+    trials = _run(comparison, [trial(entry) for entry in comparison.entries], stop)
     if trials.failures:
         raise CheckFailed("; ".join(map(str, trials.failures)))
     batch = {entry.name: entry.config.optimizer.batch_size for entry in comparison.entries}

@@ -15,7 +15,6 @@ from pretrain.sweep import Cost, Result, compare, groups, mean_and_deviation, re
 from pretrain.sweep.caption import caption
 from pretrain.sweep.plan import last_step
 from pretrain.sweep.plot import draw
-from pretrain.sweep.progress import time_left
 from pretrain.sweep.results import (
     Look,
     Reach,
@@ -144,7 +143,6 @@ def test_when_a_method_reaches_the_reference():
     assert noisy and sure and (noisy.learned, sure.learned) == (False, True)  # 2.5 points: 1.6 errors, then 5
     assert mean_and_deviation([1.0, 3.0]) == "2.0 ± 1.4 (n = 2)"
     assert (mean_and_deviation([2.0]), mean_and_deviation([])) == ("2.0 (n = 1)", "")
-    assert time_left(60, 1, 2) == "about 0:02 h left"
 
 
 def test_settings_that_cannot_be_compared_are_refused(labelled, tmp_path, capsys):
