@@ -63,9 +63,9 @@ def caption(comparison: CompareConfig, costs: Mapping[str, Cost], missing: Seque
             f"The last columns: images and time until a probe matched {comparison.reference}'s last one (in "
             f"its own row: until it first did), by {comparison.probes} probes on {on[0]:,} training and "
             f"{on[1]:,} test images, which cannot be compared with the accuracies beside them. They are "
-            "upper bounds (≤), since probes are far apart, and tend to be early, since one of several probes is "
-            "above the target by chance. A run that is probed has not finished its learning-rate schedule: a "
-            "run planned for so few images might do better."
+            "upper bounds (≤), since probes are far apart, and tend to be early, since one of several probes "
+            "is above the target by chance. A run that is probed has not finished its learning-rate "
+            "schedule: a run planned for so few images might do better."
         )
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
     about.append(f"{_machine(comparison)}; {versions}.")

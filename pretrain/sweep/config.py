@@ -69,7 +69,7 @@ class CompareConfig(Ranged):
     out: Path = Path("compare")
     """Folder for runs, scores, compare.md, compare.csv and compare.png."""
     reference: str | None = None
-    """Method that times and accuracies are related to; mae when not given, or the first method."""
+    """Method that times and accuracies are related to; default: mae, or the first method."""
     probes: Annotated[int, Range(0, 10**6)] = 0
     """Number of probes during every run (knn, linear): they draw curves and tell how many images each method
     needed to match the last probe of the reference."""
@@ -86,11 +86,11 @@ class CompareConfig(Ranged):
     started; finished runs stay as they are."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     jobs: Annotated[int | None, JOBS] = None
-    """Number of runs at a time; when not given, one on every GPU, or one on a CPU."""
+    """Number of runs at a time; default: one on every GPU, or one on a CPU."""
     threads: Annotated[int | None, JOBS] = None
-    """Threads of every run on a CPU; when not given, the cores divided by the jobs."""
+    """Threads of every run on a CPU; default: the cores divided by the jobs."""
     workers: Annotated[int | None, PROCESSES] = None
-    """Processes of every run that decode images; set from the number of cores when not given."""
+    """Processes of every run that decode images; default: by the number of cores."""
     entries: Annotated[tuple[Entry, ...], *_NO_FLAG] = ()
     """Filled in from methods, models, seeds and the flags behind --."""
     gpus: Annotated[tuple[str, ...], *_NO_FLAG] = ()
