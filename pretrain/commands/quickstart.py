@@ -90,7 +90,8 @@ def run(argv: list[str]) -> None:
     from pretrain.visualize.reconstructions import reconstruction_sheet
 
     run_directory = pretrain(plan, resume=(plan.run.out / "config.json").exists())
-    objective, about = load_pretrained(run_directory / "artifact")
+    objective = load_pretrained(run_directory / "artifact")
+    about = objective.artifact
     images, seeds = _examples(plan, about)
     verify(plan, objective, images, seeds)
     sheet = config.out / "reconstructions.png"

@@ -291,7 +291,7 @@ def extended(plan: RunPlan, state: dict[str, Any]) -> str | None:
 
 def resume_command(config: PretrainConfig | FinetuneConfig) -> str:
     """The command that goes on with a run."""
-    command = "pretrain" if isinstance(config, PretrainConfig) else "evaluate"
+    command = "pretrain" if isinstance(config, PretrainConfig) else "classify train"
     return f"coma {command} --resume {shlex.quote(str(config.run.out))}"
 
 
@@ -307,14 +307,13 @@ def check_folder(config: Settings, resume: bool) -> Settings:
 
 def _fresh(config: Settings) -> Settings:
     out = config.run.out
-    flag = "--out" if isinstance(config, PretrainConfig) else "--run"
-    require_folder(out, flag)
+    require_folder(out)
     if out.is_dir() and any(out.iterdir()):
         if (out / "config.json").is_file():
-            way_out = f"continue its run with `{resume_command(config)}`, or choose another {flag}"
+            way_out = f"continue its run with `{resume_command(config)}`, or choose another --out"
         else:
-            way_out = f"choose another {flag}, or remove what is in it (it holds no run)"
-        raise BadInput(f"{flag} {out}: is not empty; {way_out}")
+            way_out = "choose another --out, or remove what is in it (it holds no run)"
+        raise BadInput(f"--out {out}: is not empty; {way_out}")
     return config
 
 

@@ -122,9 +122,9 @@ for name in os.environ["SCENARIOS"].split():
 SCENARIOS = (
     *("ddp", "fsdp", "fsdp-then-one", "one-then-fsdp"),
     *("bug", "unreadable", "other-data", "nonfinite"),
-    *("cmt", "cmt-fsdp", "zoom"),
-    *("compiled-ddp", "compiled-fsdp"),
 )
+METHODS = ("cmt", "cmt-fsdp", "zoom")
+COMPILED = ("compiled-ddp", "compiled-fsdp")
 
 
 @pytest.fixture(scope="module")
@@ -185,16 +185,28 @@ def methods(settings: PretrainConfig, folder: Path, one: Path) -> dict[str, Path
 
 
 @pytest.fixture(scope="module")
-def codes(settings: PretrainConfig, folder: Path, methods: dict[str, Path]) -> dict[str, tuple[int, int]]:
+def codes(settings: PretrainConfig, folder: Path) -> dict[str, tuple[int, int]]:
     """Exit codes of both processes in every scenario."""
-    (folder / "config.json").write_text(json.dumps(to_plain(settings)))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
         started = replace(settings, run=replace(settings.run, out=folder / "one-then-fsdp"))
         dying(patch, 3)
         pretrain(started)
-    command = [sys.executable, "-c", PAIR, str(folder), *free_ports(len(SCENARIOS))]
+    return run_pairs(settings, SCENARIOS)
+
+
+@pytest.fixture(scope="module")
+def slow_codes(settings: PretrainConfig, methods: dict[str, Path]) -> dict[str, tuple[int, int]]:
+    """Exit codes of both processes with other methods, and with compiled graphs."""
+    return run_pairs(settings, METHODS + COMPILED)
+
+
+def run_pairs(settings: PretrainConfig, scenarios: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """Run the scenarios one after the other, each in two processes."""
+    folder = settings.run.out.parent
+    (folder / "config.json").write_text(json.dumps(to_plain(settings)))
+    command = [sys.executable, "-c", PAIR, str(folder), *free_ports(len(scenarios))]
     ended = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"SCENARIOS": " ".join(SCENARIOS)}
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"SCENARIOS": " ".join(scenarios)}
     )
     assert ended.returncode == 0, ended.stderr
     lines = (line.split() for line in ended.stdout.splitlines())
@@ -247,15 +259,23 @@ def without_key_bias(name: str, weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([query, value])
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "compiled-ddp", "compiled-fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_are_one(codes, folder, one, parallel):
     assert codes[parallel] == (0, 0), said(folder, parallel)
     assert_close(folder / parallel, one)
 
 
-@pytest.mark.parametrize("name", ["cmt", "cmt-fsdp", "zoom"])
-def test_two_processes_are_one_whatever_the_method(codes, folder, methods, name):
-    assert codes[name] == (0, 0), said(folder, name)
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", COMPILED)
+def test_two_compiled_processes_are_one(slow_codes, folder, one, parallel):
+    assert slow_codes[parallel] == (0, 0), said(folder, parallel)
+    assert_close(folder / parallel, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_are_one_whatever_the_method(slow_codes, folder, methods, name):
+    assert slow_codes[name] == (0, 0), said(folder, name)
     assert_close(folder / name, methods[name.partition("-")[0]])
 
 

@@ -304,7 +304,8 @@ def test_a_run_from_the_command_line(method, photos, weights, tmp_path, capsys):
     said = capsys.readouterr().err
     assert ("not CLIP ViT-B/16" in said) == (method == "cmt")
     assert next((out / "reconstructions").glob("*.png")).stat().st_size > 5000
-    model, about = load_pretrained(out / "artifact")
+    model = load_pretrained(out / "artifact")
+    about = model.artifact
     assert ("remarks" in about.trained) == (method == "cmt")
     assert about.trained["method"] == method
     assert model.reconstruct(pictures(2), model.draw_visible(torch.arange(2), 4, 4)[0]).isfinite().all()

@@ -66,7 +66,7 @@ def test_a_run_leaves_everything(settings, photos, capsys):
     assert saved.data.mean is not None
     assert all(0.4 < m < 0.6 for m in saved.data.mean)  # measured on uniform noise
 
-    _, about = load_pretrained(run / "artifact")
+    about = load_pretrained(run / "artifact").artifact
     assert (about.model, about.objective, about.mean) == (MODEL, settings.objective, saved.data.mean)
     assert about.trained["steps"] == about.trained["steps_planned"] == 5
     assert about.trained["images_seen"] == 20
@@ -109,7 +109,7 @@ def test_one_loop_for_all_objectives_and_encoders(settings, no_pictures, method)
     model = ViTConfig(patch=4, dim=8, depth=1, heads=2)
     objective = method_preset(method, decoder_dim=32, decoder_depth=1)
     run = pretrain(replace(settings, model=model, objective=objective))
-    restored, _ = load_pretrained(run / "artifact")
+    restored = load_pretrained(run / "artifact")
     assert restored.config == objective
     assert rows(run)[-1]["step"] == 5
 

@@ -1,16 +1,13 @@
-"""Fine-tuning: the whole encoder and a linear head learn the classes of labelled images.
+"""Fine-tuning: the whole encoder and a linear head are trained on labelled images.
 
-The same loop as in pre-training (`loop`), so that stopping, resuming and everything else about a run is the
-same; its own are the recipe (`objectives.classification`, `optimizer.layer_groups`), the labels
-(`finetune_plan`), and what is kept: the classifier that did best on the validation images (`validation`).
-
-Validation images choose the checkpoint: those of the val split, or else a part of every class's training
-images, which is then not trained on. The test images are used once, at the end, with the checkpoint that was
-chosen.
+It runs in the training loop of pre-training, so that stopping, resuming and everything else about a run is
+the same. Its own parts are the recipe (`coma.objectives.classification`, layer-wise learning rates), the
+labels (`plan`), and the artifact: the classifier with the best validation accuracy (`run_directory`).
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -24,46 +21,49 @@ from coma.data import Batch, labelled_batches
 from coma.errors import BadInput
 from coma.models.classifier import build_classifier
 from coma.objectives.classification import Classification
-from pretrain.finetune.plan import FinetunePlan, prepare_finetuning
-from pretrain.finetune.validation import ClassifierRunDirectory, Validation
+from downstream.classify.plan import FinetunePlan, prepare_finetuning
+from downstream.classify.run_directory import ClassifierRunDirectory
+from downstream.classify.validation import Validation
 from pretrain.training.console import TrainingConsole
 from pretrain.training.distributed import Processes, processes
 from pretrain.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class Finetuned:
-    """What came out of a run."""
+class FinetuneResult:
+    """Results of a fine-tuning run."""
 
     config: FinetuneConfig
-    """As its directory has it."""
+    """Settings as the run directory has them."""
     best: Validation | None
-    """Scores of the chosen checkpoint on the validation images; None where nothing chose it."""
+    """Validation scores of the chosen checkpoint; None without validation images."""
     last: Validation | None
-    """Scores on the validation images at the last step; None where there are none."""
+    """Validation scores of the last step; None without validation images."""
     test: Validation
-    """Scores of the chosen checkpoint on the test images."""
+    """Test scores of the chosen checkpoint."""
     steps: int
     """Optimizer steps of the whole run."""
     train_images: int
     seconds: float
-    """That this call took."""
+    """Duration of this call."""
 
     @property
     def artifact(self) -> Path:
-        """The classifier that was chosen."""
+        """Directory of the chosen classifier."""
         return self.config.run.out / "artifact"
 
 
-def finetune(config: FinetuneConfig, *, resume: bool = False, allow_changed_data: bool = False) -> Finetuned:
-    """Fine-tune an artifact's encoder, from beginning to end or from the last saved state on.
+def finetune(
+    config: FinetuneConfig, *, resume: bool = False, allow_changed_data: bool = False
+) -> FinetuneResult:
+    """Fine-tunes an artifact's encoder, from the beginning or from the last saved state to the end.
 
     Args:
-        config: The run. `model`, `class_names`, mean, deviation and layer decay are filled in from the
-            artifact and the images. Resuming takes the directory `config.run.out`, and refuses settings that
-            would change what is learned.
-        resume: Go on with a run that was interrupted.
-        allow_changed_data: Go on although the images are not those that the run was started with.
+        config: The run. Model, class names, mean, standard deviation, layer decay and an image size of 0 are
+            filled in from the artifact and the images. Resuming uses the directory `config.run.out`, and
+            refuses settings that would change what is learned.
+        resume: Resume a run that was interrupted.
+        allow_changed_data: Resume although the images are not those that the run was started with.
 
     Raises:
         BadInput: settings, artifact, data or directory that cannot be used, or several processes.
@@ -71,21 +71,21 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, allow_changed_data
         Interrupted: Ctrl-C or SIGTERM; everything is saved.
     """
     began = time.monotonic()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadInput("fine-tuning runs in one process, on one GPU or a CPU; start it without torchrun")
     with processes(config.run.device) as group, closing(TrainingConsole()) as console:
-        if group.world > 1:
-            raise BadInput("fine-tuning runs in one process, on one GPU or a CPU; start it without torchrun")
         plan = prepare_finetuning(config, resume=resume)
         for images in dict.fromkeys((config.data.images, config.test)):
-            if not resume and (note := lies_among(config.run.out, images, "--run")):
+            if not resume and (note := lies_among(config.run.out, images)):
                 console.say(note)
         trainer = _ClassifierTrainer(plan, group, console)
         trainer.train(resume=resume, allow_changed_data=allow_changed_data)
-    keeper = trainer.classifier
-    if keeper.test is None:
+    directory = trainer.directory
+    if directory.test is None:
         raise AssertionError("every run ends with a test")
     seconds = time.monotonic() - began
-    return Finetuned(
-        plan.config, keeper.best, keeper.last, keeper.test, plan.steps, len(plan.source), seconds
+    return FinetuneResult(
+        plan.config, directory.best, directory.last, directory.test, plan.steps, len(plan.source), seconds
     )
 
 
@@ -94,27 +94,27 @@ class _ClassifierTrainer(Trainer[FinetunePlan]):
 
     def __init__(self, plan: FinetunePlan, group: Processes, console: TrainingConsole) -> None:
         super().__init__(plan, group, console)
-        self.classifier = ClassifierRunDirectory(plan, console)
+        self.directory = ClassifierRunDirectory(plan, console)
 
     def objective(self) -> Classification:
         """See `Trainer`."""
         plan, config = self.plan, self.plan.config
         classifier = build_classifier(config.model, len(plan.class_names))
         if not config.from_scratch:
-            tensors = classifier.state_dict() | plan.encoder  # the head stays as it was drawn
+            tensors = classifier.state_dict() | plan.encoder  # the head keeps its initial weights
             load_strict(classifier, tensors, source=str(config.artifact))
         return Classification(config.optimizer, classifier, len(plan.class_names))
 
     def batches(self, start: int) -> Iterator[Batch]:
         """See `Trainer`."""
-        plan, config = self.plan, self.plan.config
+        config = self.plan.config
         return labelled_batches(
-            plan.source,
+            self.plan.source,
             config.data,
-            plan.labels,
+            self.plan.labels,
             channels=config.model.channels,
             seed=config.run.seed,
-            batch=plan.slices,
+            batch=self.plan.slices,
             rand_augment=config.optimizer.rand_augment,
             start=start,
             device=self.group.device,
@@ -122,4 +122,4 @@ class _ClassifierTrainer(Trainer[FinetunePlan]):
 
     def run_directory(self) -> ClassifierRunDirectory:
         """See `Trainer`."""
-        return self.classifier
+        return self.directory
