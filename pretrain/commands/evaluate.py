@@ -61,8 +61,9 @@ class EvaluateConfig(Ranged):
     batch_size: Annotated[int, BATCH] = 256
     """Images per forward pass."""
     workers: Annotated[int | None, PROCESSES] = None
-    """Number of processes that decode images; default: by the number of cores."""
-    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
+    """Processes that decode images; default: by the number of cores."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto: the GPU where there is one."""
     out: Path | None = None
     """Folder for results.json and the table, results.md."""
 

@@ -85,6 +85,7 @@ class CompareConfig(Ranged):
     """Resume a comparison although images were added, removed, renamed or changed in size since it was
     started; finished runs stay as they are."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: all GPUs where there are any."""
     jobs: Annotated[int | None, JOBS] = None
     """Number of runs at a time; default: one on every GPU, or one on a CPU."""
     threads: Annotated[int | None, JOBS] = None
