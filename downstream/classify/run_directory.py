@@ -97,7 +97,7 @@ class ClassifierRunDirectory(RunDirectory[FinetuneConfig]):
         super().save(state | {"validation": kept})
 
     def evaluate(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
-        """Validates these weights, and tests the best ones at the end, unless that was done before resuming."""
+        """Validates these weights and, at the end, tests the best ones, unless done before resuming."""
         if self._evaluated == step:
             return
         plan = self._finetuning

@@ -1,17 +1,15 @@
 """Pre-train an encoder on a folder of images.
 
-Reads photographs, shards or packs, masks them, learns to fill them in, and leaves an artifact that
-`coma evaluate` and the other commands take. Interrupted runs go on where they were last saved.
+The model learns to fill in what masks hide. The run writes an artifact for `coma evaluate`,
+`coma export` and fine-tuning. Ctrl-C saves the run; --resume continues it.
 
 Examples:
   coma pretrain PHOTOS --out runs/first --model tiny --image-size 64 --epochs 100
-  coma pretrain PHOTOS --out runs/few --recipe small-data
-  coma pretrain PHOTOS --out runs/mae --model vit-base --method mae --batch-size 1024 --micro-batch 128
+  coma pretrain PHOTOS --out runs/mae --model vit-base --method mae --batch-size 1024
   coma pretrain PHOTOS --out runs/zoom --method beyond --degrade zoom-in+mask
-  coma pretrain PHOTOS --out runs/cmt --model vit-base --method cmt --teacher-weights clip.safetensors
+  coma pretrain PHOTOS --out runs/cmt --model vit-base --method cmt --teacher-weights FILE
   coma pretrain --resume runs/first
-  coma pretrain --from runs/first --out runs/second --seed 1
-  torchrun --nproc-per-node 8 -m coma pretrain PHOTOS --out runs/eight --batch-size 2048 --compile
+  torchrun --nproc-per-node 8 -m coma pretrain PHOTOS --out runs/eight --batch-size 2048
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ from coma.config import (
 from coma.config.serialization import read_config
 from coma.errors import BadInput, ComaError
 from coma.preflight import require_packages
-from coma.ranges import CHANNELS, EPOCHS, SIDE, STEPS, Ranged
+from coma.ranges import CHANNELS, EPOCHS, RARE, SIDE, STEPS, Ranged
 
 Model = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
 Method = Literal["coma", "coma4", "coma-independent", "coma-single", "mae", "beyond", "cmt", "coma-balanced"]
@@ -60,33 +58,34 @@ _NOT_RESUMED = ("model", "method", "degrade", "recipe", "channels", "from_")
 
 @dataclass(frozen=True)
 class Presets(Ranged):
-    """These choose defaults, which the flags below override."""
+    """Presets; the flags below override what they set."""
 
     model: Model | None = None
-    """Encoder, fitted to --image-size (default: small). tiny to large are DyViT, vit-* plain ViT."""
+    """Encoder: tiny to large are DyViT, vit-* are plain ViT; default: small"""
     method: Method | None = None
-    """coma: two complementary views (default). coma4: four. coma-independent, coma-single: its controls.
-    mae: one view of a quarter of the image. beyond: other degradations than masks, see --degrade. cmt: masks
-    and targets made by a frozen teacher and the model's moving average (CMT-MAE). coma-balanced: coma, with
-    views that get about as much each of what a teacher looks at. --help behind it lists its settings."""
-    degrade: Degradation | None = None
-    """With --method beyond, how (default: zoom-in+mask); `coma degrade IMAGE --out SHEET` shows them all."""
-    teacher: str | None = None
-    """With --method cmt or coma-balanced: a vision transformer by its name in timm, or the directory of an
-    artifact (default: CLIP ViT-B/16, vit_base_patch16_clip_quickgelu_224.openai; the accuracy published for
-    CMT-MAE was reached with CLIP). With --resume: where that artifact is now."""
-    teacher_weights: Path | None = None
-    """Its .safetensors file; default: the one in the local cache of the model hub. Nothing is downloaded."""
+    """coma: two complementary views. coma4: four. coma-independent, coma-single: controls. mae: one view of
+    a quarter of the image. beyond: other degradations than masks, see --degrade. cmt (CMT-MAE): masks and
+    targets from a teacher. coma-balanced: coma with masks from a teacher's attention. --method X --help-all
+    lists the settings of X; default: coma"""
+    degrade: Annotated[Degradation | None, RARE] = None
+    """Degradation of --method beyond; `coma degrade IMAGE --out SHEET` draws all of them; default:
+    zoom-in+mask"""
+    teacher: Annotated[str | None, RARE, tyro.conf.arg(metavar="NAME")] = None
+    """Teacher of --method cmt and coma-balanced: a vision transformer by its name in timm, or the directory
+    of an artifact. CMT-MAE's published accuracy was reached with CLIP. With --resume: where that artifact is
+    now; default: vit_base_patch16_clip_quickgelu_224.openai, which is CLIP ViT-B/16"""
+    teacher_weights: Annotated[Path | None, RARE] = None
+    """The teacher's .safetensors file; nothing is downloaded; default: that in the model hub's local cache"""
     recipe: Literal["default", "small-data"] | None = None
-    """small-data: for up to about 10,000 images on one GPU (settings not measured yet)."""
+    """small-data suits up to about 10,000 images on one GPU; default: default"""
     channels: Annotated[int | None, CHANNELS] = None
-    """Channels of the images (default: 3)."""
+    """Channels of the images; default: 3"""
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Start a new run with the settings of this run directory or config.json."""
     resume: Path | None = None
-    """Go on with the run in this directory, with its own settings."""
-    allow_changed_data: bool = False
-    """With --resume: go on although images were added, removed, renamed or changed in size meanwhile."""
+    """Resume the run in this directory with its saved settings."""
+    allow_changed_data: Annotated[bool, RARE] = False
+    """With --resume: continue although images were added, removed, renamed or changed in size meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +139,8 @@ def parse(argv: list[str]) -> tuple[PretrainConfig, bool, bool]:
         ("optimizer", Annotated[OptimizerConfig, flat], defaults.optimizer),
         ("run", Annotated[RunConfig, flat], defaults.run),
         ("probe", Annotated[ProbeConfig, flat], defaults.probe),
-        ("model", type(defaults.model), defaults.model),
-        ("objective", type(defaults.objective), defaults.objective),
+        ("model", Annotated[type(defaults.model), RARE], defaults.model),
+        ("objective", Annotated[type(defaults.objective), RARE], defaults.objective),
     ]
     fields = [(name, kind, dataclasses.field(default=default)) for name, kind, default in groups]
     flags = dataclasses.make_dataclass("Flags", fields, frozen=True)

@@ -308,7 +308,7 @@ def test_the_command_packs_and_sums_up(photos, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "10 images in 1 shard: " in printed
     assert "images/s" in printed
-    assert "1 left out" in printed
+    assert "1 skipped" in printed
     assert f"{photos}/cat/bad.jpg: not an image" in printed
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert index["finished"] is True
@@ -331,11 +331,11 @@ def test_the_command_packs_the_split_that_is_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("raised", "expected", "message"),
     [
-        (KeyboardInterrupt(), Interrupted, "run again to go on"),
+        (KeyboardInterrupt(), Interrupted, "run the same command again to resume"),
         (
             OSError(28, "No space left on device", "shard.tar"),
             ComaError,
-            "shard.tar: No space left on device; when",
+            "shard.tar: No space left on device; solve",
         ),
     ],
 )
