@@ -19,7 +19,6 @@ from coma.config.objectives import (
     Degradation,
     MAEConfig,
     ObjectiveConfig,
-    TaughtConfig,
     TeacherConfig,
     method_preset,
 )
@@ -54,7 +53,6 @@ __all__ = [
     "PretrainConfig",
     "ProbeConfig",
     "RunConfig",
-    "TaughtConfig",
     "TeacherConfig",
     "ViTConfig",
     "Windows",

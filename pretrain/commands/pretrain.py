@@ -22,12 +22,14 @@ import os
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from coma.arguments import parse_arguments, parse_known
 from coma.config import (
+    ENCODER_PRESETS,
+    METHOD_PRESETS,
     BeyondConfig,
     DataConfig,
     Degradation,
@@ -36,7 +38,6 @@ from coma.config import (
     PretrainConfig,
     ProbeConfig,
     RunConfig,
-    TaughtConfig,
     TeacherConfig,
     encoder_preset,
     method_preset,
@@ -45,15 +46,22 @@ from coma.config.serialization import read_config
 from coma.errors import BadInput, ComaError
 from coma.preflight import require_packages
 from coma.ranges import CHANNELS, EPOCHS, SIDE, STEPS, Ranged
+from coma.registry import ARCHITECTURES, METHODS, presets
 
-Model = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
-Method = Literal["coma", "coma4", "coma-independent", "coma-single", "mae", "beyond", "cmt", "coma-balanced"]
+if TYPE_CHECKING:
+    Model = Method = str
+else:
+    Model, Method = Literal[ENCODER_PRESETS], Literal[METHOD_PRESETS]
 
 _RECIPES = {
     "default": OptimizerConfig(),
     "small-data": OptimizerConfig(epochs=400, batch_size=64, base_lr=4e-3, warmup=0.05),
 }
-_NARROW_DECODER = {"tiny": 192, "vit-tiny": 192}  # the full 512 channels would cost more than the encoder
+
+_METHOD_HELP = (
+    "; ".join(f"{name}: {preset.help}" for name, preset in presets(METHODS).items())
+    + ". Default: coma. Followed by --help, its own settings are listed."
+)
 
 _NOT_RESUMED = ("model", "method", "degrade", "recipe", "channels", "from_")
 
@@ -64,11 +72,7 @@ class Presets(Ranged):
 
     model: Model | None = None
     """Encoder, fitted to --image-size (default: small). tiny to large are DyViT, vit-* plain ViT."""
-    method: Method | None = None
-    """coma: two complementary views (default). coma4: four. coma-independent, coma-single: its controls.
-    mae: one view of a quarter of the image. beyond: other degradations than masks, see --degrade. cmt: masks
-    and targets made by a frozen teacher and the model's moving average (CMT-MAE). coma-balanced: coma, with
-    views that get about as much each of what a teacher looks at. --help behind it lists its settings."""
+    method: Annotated[Method | None, tyro.conf.arg(help=_METHOD_HELP)] = None
     degrade: Degradation | None = None
     """With --method beyond, how (default: zoom-in+mask); `coma degrade IMAGE --out SHEET` shows them all."""
     teacher: str | None = None
@@ -174,7 +178,7 @@ def _defaults(first: _First) -> PretrainConfig:
     else:
         model = replace(config.model, channels=channels)
     if first.method or not first.from_:
-        width = _NARROW_DECODER.get(first.model or "small", config.objective.decoder.dim)
+        width = presets(ARCHITECTURES)[first.model or "small"].decoder_dim or config.objective.decoder.dim
         objective = method_preset(first.method or "coma", decoder_dim=width)
     else:
         objective = _with_any_weights(config.objective)
@@ -200,9 +204,12 @@ def _counted_in_epochs(config: PretrainConfig, first: _First) -> PretrainConfig:
 
 
 def _with_teacher(objective: ObjectiveConfig, first: Presets) -> ObjectiveConfig:
-    if not isinstance(objective, TaughtConfig):
+    if objective.teacher is None:
         flag = f"--teacher {first.teacher}" if first.teacher else f"--teacher-weights {first.teacher_weights}"
-        raise BadInput(f"{flag} belongs to --method cmt and coma-balanced; give one of them, or leave it out")
+        taught = [name for name in METHOD_PRESETS if method_preset(name).teacher]
+        raise BadInput(
+            f"{flag} belongs to --method {' and '.join(taught)}; give one of them, or leave it out"
+        )
     if first.teacher:
         return replace(objective, teacher=TeacherConfig(first.teacher, first.teacher_weights))
     return replace(objective, teacher=replace(objective.teacher, weights=first.teacher_weights))
@@ -210,7 +217,7 @@ def _with_teacher(objective: ObjectiveConfig, first: Presets) -> ObjectiveConfig
 
 def _with_any_weights(objective: ObjectiveConfig) -> ObjectiveConfig:
     # a new run notes for itself which weights its teacher has
-    if not isinstance(objective, TaughtConfig):
+    if objective.teacher is None:
         return objective
     return replace(objective, teacher=replace(objective.teacher, sha256=None))
 

@@ -18,7 +18,7 @@ from coma.artifact import LINEAR_HEAD, ArtifactConfig, library_versions
 from coma.config import FinetuneConfig
 from coma.data import Source, evaluation_batches, normalize, top_share
 from coma.errors import BadInput, CheckFailed
-from coma.models.classifier import Classifier, build_classifier
+from coma.models.classifiers import Classifier, build_classifier
 from pretrain.finetune.plan import FinetunePlan
 from pretrain.training.console import Report
 from pretrain.training.run_directory import RunDirectory, first_images

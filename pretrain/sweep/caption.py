@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from coma.artifact import library_versions
-from coma.config import BalancedCoMAConfig, CMTConfig
 from coma.data import open_source
 from coma.devices import processor
 from pretrain.sweep.plan import RANDOM_BASELINE, TRIAL_STEPS, Comparison, Cost
@@ -107,9 +106,9 @@ def _zooms(comparison: Comparison) -> list[str]:
 def _teachers(comparison: Comparison) -> list[str]:
     """Who was taught by what."""
     names = {
-        entry.method: objective.teacher.name
+        entry.method: teacher.name
         for entry in comparison.entries
-        if isinstance(objective := entry.config.objective, CMTConfig | BalancedCoMAConfig)
+        if (teacher := entry.config.objective.teacher) is not None
     }
     if not names:
         return []

@@ -9,7 +9,7 @@ from torch import nn
 from coma.artifact import LINEAR_HEAD, ArtifactConfig, library_versions, save_artifact
 from coma.config import CoMAConfig, DecoderConfig, DyViTConfig, EncoderConfig, ObjectiveConfig
 from coma.models import build_encoder
-from coma.models.classifier import build_classifier
+from coma.models.classifiers import build_classifier
 from coma.objectives import build_objective
 
 DYVIT = DyViTConfig(
