@@ -38,7 +38,7 @@ from coma.data import ArraySource, BatchLayout, labelled_batches, training_batch
 from coma.data.augment import rand_augment
 from coma.errors import BadArtifact, BadInput
 from coma.models import build_encoder
-from coma.models.classifier import build_classifier
+from coma.models.classifiers import build_classifier
 from coma.objectives.classification import Classification
 from pretrain.training.optimizer import build_optimizer, layer_groups
 from pretrain.training.throughput import finetuning_flops
