@@ -58,7 +58,7 @@ _RECIPES = {
 
 _METHOD_HELP = (
     "; ".join(f"{name}: {preset.help}" for name, preset in presets(METHODS).items())
-    + ". Default: coma. Followed by --help, its own settings are listed."
+    + ". --method X --help-all lists the settings of X; default: coma"
 )
 
 _NOT_RESUMED = ("model", "method", "degrade", "recipe", "channels", "from_")
