@@ -18,20 +18,20 @@ from coma.errors import ComaError
 from coma.masking.patchify import unit_grid
 from coma.runtimes.model_spec import GraphKind
 from demo.inputs import BLOBS, CheckedBlocks, CheckedImage, one_line
-from demo.masking import draw_views
-from demo.middleware import Gate
+from demo.masking import sample_views
+from demo.middleware import RequestGuard
 from demo.models import Models
 from demo.pages.downstream import TITLES, classify_tab, detect_tab, segment_tab
 from demo.pages.guide import guide
-from demo.pages.introspection import inside_tab
+from demo.pages.introspection import introspection_tab
 from demo.pages.reconstruct import example_pictures, reconstruct_tab
 from demo.pages.runtimes import runtimes_tab
-from demo.reconstruction import rebuild
+from demo.reconstruction import reconstruct
 from demo.render import heat_map
-from demo.resize import fit_picture
-from demo.session import Site
+from demo.resize import resize_picture
+from demo.session import Session
 from demo.storage import Storage
-from demo.upload import MAX_BYTES, MAX_PIXELS, TAKES
+from demo.upload import ACCEPTED, MAX_BYTES, MAX_PIXELS
 
 KEPT_SECONDS, SWEEP_SECONDS = 3300, 60
 """Uploads and results are deleted within the hour, and all of them when the server stops."""
@@ -41,15 +41,15 @@ WAITING = 64
 """Requests in the queue; more are turned away with a message."""
 
 
-def build(models: Models, storage: Storage) -> tuple[CheckedBlocks, dict[str, Any]]:
+def build_page(models: Models, storage: Storage) -> tuple[CheckedBlocks, dict[str, Any]]:
     """The page for these models, not yet served, and the arguments of its `launch` that protect it.
 
     Args:
         models: What it may use.
         storage: Where gradio keeps files: its GRADIO_TEMP_DIR.
     """
-    _warm(models)
-    site = Site(models, storage)
+    _warm_up(models)
+    session = Session(models, storage)
     examples = example_pictures(storage)
 
     def choose(event: gr.SelectData) -> str:
@@ -79,36 +79,36 @@ def build(models: Models, storage: Storage) -> tuple[CheckedBlocks, dict[str, An
                 )  # fmt: skip
                 chosen.select(choose, None, picture, api_visibility="private")
                 gr.HTML(
-                    f"<p class='note'>{TAKES}; at most {MAX_BYTES >> 20} MB and {MAX_PIXELS // 10**6} "
+                    f"<p class='note'>{ACCEPTED}; at most {MAX_BYTES >> 20} MB and {MAX_PIXELS // 10**6} "
                     "megapixels. Pictures stay on this server and are deleted within the hour.</p>"
                 )
             with gr.Column(scale=3, min_width=320, elem_id="right"), gr.Tabs(elem_id="tabs"):
-                _tabs(site, picture, page)
+                _tabs(session, picture, page)
         guide(models)
     page.storage = storage
     page.queue(max_size=WAITING, default_concurrency_limit=4, api_open=False)  # nobody passes the queue by
     protection = {
         "max_file_size": MAX_BYTES,
-        "allowed_paths": [str(storage.folder)],  # read by gradio's copying alone: `Gate` sends files
+        "allowed_paths": [str(storage.folder)],  # read by gradio's copying alone: `RequestGuard` sends files
         "state_session_capacity": SESSIONS,
         "app_kwargs": {
-            "middleware": [Middleware(Gate, storage=storage)],
-            "lifespan": lambda _: _sweeping(site, page),
+            "middleware": [Middleware(RequestGuard, storage=storage)],
+            "lifespan": lambda _: _sweeping(session, page),
         },
     }
     return page, protection
 
 
 @asynccontextmanager
-async def _sweeping(site: Site, page: gr.Blocks) -> AsyncIterator[None]:
+async def _sweeping(session: Session, page: gr.Blocks) -> AsyncIterator[None]:
     """Deletes what visitors sent and got once it is old enough, as long as the server runs."""
 
     async def sweep() -> None:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             try:
-                await anyio.to_thread.run_sync(site.storage.delete_older, KEPT_SECONDS)
-                site.uploads.forget_older(KEPT_SECONDS)
+                await anyio.to_thread.run_sync(session.storage.delete_older, KEPT_SECONDS)
+                session.uploads.forget_older(KEPT_SECONDS)
                 BLOBS.forget_older(KEPT_SECONDS)
                 for names in page.temp_file_sets:  # gradio's own lists of them, which nobody needs
                     names.clear()
@@ -122,7 +122,7 @@ async def _sweeping(site: Site, page: gr.Blocks) -> AsyncIterator[None]:
         task.cancel()
 
 
-def _warm(models: Models) -> None:
+def _warm_up(models: Models) -> None:
     """Do what the first visitor would have to wait for: late imports, and opening the first model."""
     for model in models.having("reconstructor")[:1]:
         try:
@@ -130,19 +130,19 @@ def _warm(models: Models) -> None:
             about, rule = runtime.description, runtime.description.preprocessing
             side = rule.size[0] if rule.size else 224
             blank = np.zeros((side, side, len(rule.mean)), np.uint8)
-            fitted = fit_picture(blank, side, "crop", rule.mean)
-            visible = draw_views("mae", 0, *unit_grid(side, side, about.unit))
-            rebuilt = rebuild(runtime, fitted, visible)
+            resized = resize_picture(blank, side, "crop", rule.mean)
+            visible = sample_views("mae", 0, *unit_grid(side, side, about.unit))
+            rebuilt = reconstruct(runtime, resized, visible)
         except ComaError:  # it does not open, which is told to whoever asks for it, or takes other sizes
             return
         heat_map(rebuilt.error, rebuilt.predicted)
 
 
-def _tabs(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
-    models = site.models
+def _tabs(session: Session, picture: gr.Image, page: gr.Blocks) -> None:
+    models = session.models
     if models.having("reconstructor"):
         with gr.Tab("Reconstruct"):
-            reconstruct_tab(site, picture, page)
+            reconstruct_tab(session, picture, page)
     makers: dict[GraphKind, Any] = {
         "classifier": classify_tab,
         "detector": detect_tab,
@@ -151,12 +151,12 @@ def _tabs(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
     for form, maker in makers.items():
         if models.having(form):
             with gr.Tab(TITLES[form]):
-                maker(site, picture)
-    if models.looked_into():
+                maker(session, picture)
+    if models.with_encoder():
         with gr.Tab("Look inside"):
-            inside_tab(site, picture)
+            introspection_tab(session, picture)
     with gr.Tab("Runtimes"):
-        runtimes_tab(site, picture)
+        runtimes_tab(session, picture)
 
 
 def _header(models: Models) -> str:

@@ -19,7 +19,7 @@ Colour = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Found:
+class Detection:
     """One object.
 
     Attributes:
@@ -50,7 +50,7 @@ def classify(runtime: Runtime, pixels: np.ndarray, names: tuple[str, ...], most:
     return {names[i]: float(p) for p, i in zip(scores[:most], order[:most].tolist(), strict=True)}
 
 
-def detect(runtime: Runtime, pixels: np.ndarray, names: tuple[str, ...], score: float) -> list[Found]:
+def detect(runtime: Runtime, pixels: np.ndarray, names: tuple[str, ...], score: float) -> list[Detection]:
     """Objects of at least this score, likeliest first, in pixels of the picture as it was given."""
     images = prepare(pixels, runtime)
     found = run(runtime, images)
@@ -64,7 +64,7 @@ def detect(runtime: Runtime, pixels: np.ndarray, names: tuple[str, ...], score: 
         x1, y1, x2, y2 = (found["boxes"][0, i] * scale).tolist()
         box = (max(x1, 0), max(y1, 0), min(x2, width), min(y2, height))
         mask = paste_mask(found["masks"][0, i].numpy(), box, height, width) if "masks" in found else None
-        objects.append(Found(names[label], label, value, box, mask))
+        objects.append(Detection(names[label], label, value, box, mask))
     return objects
 
 
@@ -87,7 +87,7 @@ def paste_mask(
     return whole
 
 
-def draw_objects(pixels: np.ndarray, objects: Sequence[Found], colours: Sequence[Colour]) -> np.ndarray:
+def draw_objects(pixels: np.ndarray, objects: Sequence[Detection], colours: Sequence[Colour]) -> np.ndarray:
     """Boxes, masks, names and scores on the picture `[H, W, c]`: uint8 `[H', W', 3]`, enlarged if small."""
     picture = as_picture(pixels)
     for each in objects:

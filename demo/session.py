@@ -15,13 +15,13 @@ from demo.models import Models
 from demo.storage import Storage
 from demo.upload import Uploads
 
-MODEL_WORK = {"concurrency_id": "model", "concurrency_limit": 1, "trigger_mode": "always_last"}
+MODEL_EVENT = {"concurrency_id": "model", "concurrency_limit": 1, "trigger_mode": "always_last"}
 """Settings of every event that runs a model: one at a time, so that a time that is shown is the model's own;
 the others wait in the queue, which gives the turn to the next whatever becomes of the one before."""
 
 
 @dataclass
-class Site:
+class Session:
     """One running page.
 
     Attributes:

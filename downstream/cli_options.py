@@ -17,7 +17,7 @@ Preset = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit
 
 
 @dataclass(frozen=True)
-class TrainingOptions(Ranged):
+class TrainOptions(Ranged):
     """How long and how to train.
 
     With --config only those of the encoder apply (drop path, head channels, frozen stages, global blocks,
@@ -80,7 +80,7 @@ ENCODER_OPTIONS = ("drop_path", "head_channels", "frozen_stages", "global_blocks
 """Those that also apply to a configuration of the user's own, when an artifact or preset is put into it."""
 
 
-def check_foreign(source: FromOptions, training: TrainingOptions, others: Mapping[str, object]) -> None:
+def check_foreign(source: FromOptions, training: TrainOptions, others: Mapping[str, object]) -> None:
     """Refuse options that --config leaves without effect.
 
     Args:

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from coma.artifact import ArtifactConfig
 from coma.errors import BadInput
-from downstream.artifacts import read_finetuned, settings_of
+from downstream.artifacts import model_settings, read_finetuned
 from downstream.datasets.coco import CocoSplit, open_coco
 from downstream.datasets.labels import open_labels
-from downstream.finetune import scoring_config
+from downstream.finetune import test_config
 from downstream.openmmlab import runner
 from downstream.tasks import detection, segmentation
 
@@ -59,7 +59,7 @@ def measure_detector(directory: Path, data: Path, run: Run, most: int) -> dict[s
     about = read_finetuned(directory, "detector").config
     split = open_coco(data, "val")
     with tempfile.TemporaryDirectory() as folder:
-        loader, metric = detection.scoring(about, split)
+        loader, metric = detection.test_settings(about, split)
         some = _part_of(split, most, Path(folder))
         loader["dataset"]["ann_file"] = metric["ann_file"] = str(some)
         tested = (about.head or {})["model"]["test_cfg"].get("rcnn", {})
@@ -91,7 +91,7 @@ def measure_segmentor(directory: Path, data: Path, run: Run, most: int) -> dict[
     """
     about = read_finetuned(directory, "segmentor").config
     split = open_labels(data, "val")
-    loader, metric = segmentation.scoring(about, split)
+    loader, metric = segmentation.test_settings(about, split)
     loader["dataset"]["indices"] = evenly(split.pairs, most)
     corners = bool((about.head or {})["model"]["decode_head"].get("align_corners", False))
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +113,7 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 @MODELS.register_module()
-class Deployed(BaseModel):
+class RuntimeModel(BaseModel):
     """Stands in mmengine's test loop where the model would be; `answer` is given to it afterwards.
 
     Args:
@@ -140,9 +140,9 @@ def _measure(
     folder: Path,
     answer: Callable[[Tensor, Any], None],
 ) -> dict[str, float]:
-    preprocessor = dict(settings_of(about.head or {}).data_preprocessor)
+    preprocessor = dict(model_settings(about.head or {}).data_preprocessor)
     unpadded = {name: value for name, value in preprocessor.items() if name not in PADDING}
-    config = scoring_config(about, {"type": "Deployed", "data_preprocessor": unpadded}, loader, metric)
+    config = test_config(about, {"type": "RuntimeModel", "data_preprocessor": unpadded}, loader, metric)
 
     def prepare(model: Any) -> None:
         model.answer = answer

@@ -13,14 +13,14 @@ from coma.errors import BadInput
 from downstream.artifacts import (
     LIBRARIES,
     Kind,
-    describe_finetuned,
+    finetuned_config,
+    lists_to_tuples,
+    model_settings,
     read_finetuned,
-    register,
-    settings_of,
-    tuples,
+    register_modules,
 )
 from downstream.cli_options import is_main
-from downstream.configs.schedule import share_batch
+from downstream.configs.schedule import split_batch
 from downstream.openmmlab import runner
 from downstream.openmmlab.checkpoint import best_checkpoint, checkpoint_weights
 
@@ -46,9 +46,9 @@ def finetune(
     check_library(kind, config, source)
     if config.model.get("backbone", {}).get("type") in ("DyViT", "PlainViT"):
         channels = len(config.model.data_preprocessor.get("mean") or (0, 0, 0))
-        describe_finetuned(kind, config, DyViTConfig(channels=channels))  # to fail before training, not after
+        finetuned_config(kind, config, DyViTConfig(channels=channels))  # to fail before training, not after
     if resume:
-        share_batch(config)
+        split_batch(config)
     trained = runner.train(config, out, source=source, resume=resume)
     model = getattr(trained.model, "module", trained.model)
     encoder = getattr(model.backbone, "encoder", None)
@@ -86,7 +86,7 @@ def _publish(kind: Kind, config: Any, out: Path, runner: Any, encoder: EncoderCo
         "pretrained": config.model.backbone.get("artifact", "none: random weights"),
     }
     names = tuple(dataset.metainfo["classes"])
-    about = describe_finetuned(kind, config, encoder, names, trained, category_ids(dataset))
+    about = finetuned_config(kind, config, encoder, names, trained, category_ids(dataset))
     save_artifact(out / "artifact", tensors=checkpoint_weights(best), config=about)
 
 
@@ -98,7 +98,7 @@ def category_ids(dataset: Any) -> list[int] | None:
     return None if ids is None else [int(i) for i in ids]
 
 
-def measure(
+def evaluate(
     artifact: Path, kind: Kind, loader: dict[str, Any], metric: dict[str, Any], folder: Path
 ) -> dict[str, float]:
     """Scores of an artifact on labelled images.
@@ -114,11 +114,11 @@ def measure(
         BadArtifact: not an artifact of this kind.
     """
     found = read_finetuned(artifact, kind)
-    config = scoring_config(found.config, settings_of(found.config.head or {}), loader, metric)
+    config = test_config(found.config, model_settings(found.config.head or {}), loader, metric)
     return runner.test(config, folder, partial(runner.load_weights, tensors=found.tensors))
 
 
-def scoring_config(
+def test_config(
     about: ArtifactConfig, model: dict[str, Any], loader: dict[str, Any], metric: dict[str, Any]
 ) -> Any:
     """What mmengine needs to measure a model on images prepared as the artifact says.
@@ -126,14 +126,14 @@ def scoring_config(
     Args:
         about: Of a detector or segmentor.
         model: Settings of the model; the artifact's own, or of one in its place.
-        loader: As of `measure`.
-        metric: As of `measure`.
+        loader: As of `evaluate`.
+        metric: As of `evaluate`.
     """
     from mmengine.config import Config
 
-    register(about)
+    register_modules(about)
     head = about.head or {}
-    *before, pack = tuples(head["pipeline"])
+    *before, pack = lists_to_tuples(head["pipeline"])
     return Config(
         {
             "default_scope": head["library"],

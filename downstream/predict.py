@@ -19,7 +19,7 @@ from torch import nn
 from coma.artifact import ArtifactConfig
 from coma.data.sources.image_folder import FolderSource
 from coma.errors import BadImage, BadInput
-from downstream.artifacts import dataset_meta, tuples
+from downstream.artifacts import dataset_meta, lists_to_tuples
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int], None]
@@ -57,7 +57,7 @@ def list_images(images: Path) -> list[Path]:
     return [source.path(i) for i in range(len(source))]
 
 
-def image_numbers(annotations: Path) -> dict[str, int]:
+def read_image_ids(annotations: Path) -> dict[str, int]:
     """Ids of a COCO file's images, by file name.
 
     Raises:
@@ -70,7 +70,7 @@ def image_numbers(annotations: Path) -> dict[str, int]:
         raise BadInput(f"{annotations}: not annotations in COCO's format ({error!r})") from None
 
 
-def number_images(paths: list[Path], numbers: dict[str, int] | None) -> list[int]:
+def assign_image_ids(paths: list[Path], numbers: dict[str, int] | None) -> list[int]:
     """An id for every image: of the name in `numbers` that its path ends with; without, counted from 1.
 
     Raises:
@@ -105,7 +105,7 @@ def predict(
         config: As well.
         paths: Images.
         device: To compute on.
-        numbers: An id for each; see `number_images`.
+        numbers: An id for each; see `assign_image_ids`.
         skipped: Called with a message.
 
     Raises:
@@ -114,7 +114,7 @@ def predict(
     head = config.head or {}
     module = {"mmdet": "mmdet.datasets.transforms", "mmseg": "mmseg.datasets.transforms"}[head["library"]]
     import_modules_from_strings([module])
-    pipeline = Compose(tuples(head["pipeline"]))
+    pipeline = Compose(lists_to_tuples(head["pipeline"]))
     model.to(device)
     done = 0
     for path, number in zip(paths, numbers, strict=True):

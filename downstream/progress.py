@@ -14,7 +14,7 @@ LINES = 20
 """Lines of a whole run where there is no terminal."""
 
 
-class Bar:
+class ProgressBar:
     """Live on a terminal, a line now and then elsewhere; on stderr.
 
     Args:
@@ -46,17 +46,17 @@ class Bar:
             rate = (time.monotonic() - self._began) / (done - self._first)
             self.say(f"step {done}/{self._steps}  {text}  {clock((self._steps - done) * rate)} left")
 
-    def begin_part(self, title: str, total: int) -> None:
+    def start_inner(self, title: str, total: int) -> None:
         """A shorter task inside the run."""
         self._progress.start()
         self._part = self._progress.add_task(title, total=total)
 
-    def advance_part(self) -> None:
+    def advance_inner(self) -> None:
         """One piece of it is done."""
         if self._part is not None:
             self._progress.advance(self._part)
 
-    def end_part(self) -> None:
+    def end_inner(self) -> None:
         """It is over."""
         if self._part is not None:
             self._progress.remove_task(self._part)

@@ -12,11 +12,11 @@ from torch import Tensor
 from coma.data.transforms import normalize
 from coma.errors import BadInput
 from coma.models import DyViT
-from demo.introspection import attention_of, feature_pyramid, gate_weights, pyramid_colours
+from demo.introspection import attention_maps_of, feature_pyramid, gate_weights, pyramid_colours
 from demo.models import Model
-from demo.render import enlarge, number_image, overlay, to_rgb
-from demo.resize import fit_picture
-from demo.session import MODEL_WORK, Site, note, table
+from demo.render import colour_indices, enlarge, overlay, to_rgb
+from demo.resize import resize_picture
+from demo.session import MODEL_EVENT, Session, note, table
 
 SHOWN = 448
 WINDOWS = np.array([(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167)], np.uint8)
@@ -25,9 +25,9 @@ Pictures = list[tuple[np.ndarray, str]]
 Files = list[tuple[str, str]]
 
 
-def inside_tab(site: Site, picture: gr.Image) -> None:
+def introspection_tab(session: Session, picture: gr.Image) -> None:
     """Build the tab; everything is computed when its button is pressed, or a place is clicked."""
-    models = site.models.looked_into()
+    models = session.models.with_encoder()
     with gr.Row(elem_classes="settings", equal_height=True):
         model = gr.Dropdown(
             [each.name for each in models], value=models[0].name, label="Model", visible=len(models) > 1,
@@ -60,8 +60,8 @@ def inside_tab(site: Site, picture: gr.Image) -> None:
 
     def inside(picture: str | None, model: str) -> tuple[Files, Files, str, str]:
         """Feature pyramid and gates of a picture."""
-        chosen = _of(site, model)
-        image, pixels = _input(site, chosen, picture)
+        chosen = _of(session, model)
+        image, pixels = _input(session, chosen, picture)
         encoder = chosen.encoder()
         colours = pyramid_colours(feature_pyramid(encoder, image))
         gates = gate_weights(encoder, image) if isinstance(encoder, DyViT) else []
@@ -71,11 +71,11 @@ def inside_tab(site: Site, picture: gr.Image) -> None:
             shown.append((enlarge(each, SHOWN, blocks=True), f"stride {stride}: {size}"))
         if not gates:
             text = "This model is a plain ViT: one window, the whole picture, and no gates."
-            return site.save_all(shown), [], note(text), site.save(enlarge(pixels, SHOWN))
+            return session.save_all(shown), [], note(text), session.save(enlarge(pixels, SHOWN))
         last = {each.stage: each for each in gates}
         maps: Pictures = [
             (
-                enlarge(number_image(each.strongest, WINDOWS), SHOWN, blocks=True),
+                enlarge(colour_indices(each.strongest, WINDOWS), SHOWN, blocks=True),
                 f"stage {each.stage}: {_legend(each.windows)}",
             )
             for each in last.values()
@@ -90,33 +90,33 @@ def inside_tab(site: Site, picture: gr.Image) -> None:
         ]
         head = ("block", "mean weight of each window", "channels in which it weighs most")
         text = table(head, rows, caption="Gates of DM-MSA")
-        return site.save_all(shown), site.save_all(maps), text, site.save(enlarge(pixels, SHOWN))
+        return session.save_all(shown), session.save_all(maps), text, session.save(enlarge(pixels, SHOWN))
 
     def attend(picture: str | None, model: str, stage: float, row: float, col: float) -> tuple[Files, str]:
         """Attention of one place of a picture, in the last block of a stage."""
-        chosen = _of(site, model)
-        image, pixels = _input(site, chosen, picture)
-        maps = attention_of(chosen.encoder(), image, int(stage), row, col)
+        chosen = _of(session, model)
+        image, pixels = _input(session, chosen, picture)
+        maps = attention_maps_of(chosen.encoder(), image, int(stage), row, col)
         pictures = [
             (_mark(enlarge(overlay(pixels, each), SHOWN), row, col), f"window: {name}")
             for name, each in maps.items()
         ]
-        return site.save_all(pictures), site.save(_mark(enlarge(pixels, SHOWN), row, col))
+        return session.save_all(pictures), session.save(_mark(enlarge(pixels, SHOWN), row, col))
 
     def clicked(event: gr.SelectData, picture: str | None, model: str) -> tuple[float, float]:
         x, y = event.index
-        _, pixels = _input(site, _of(site, model), picture)
+        _, pixels = _input(session, _of(session, model), picture)
         height, width = enlarge(pixels, SHOWN).shape[:2]
         return round(min(max(y / height, 0), 1), 3), round(min(max(x / width, 0), 1), 3)
 
     place = [picture, model, stage, row, col]
     look.click(
-        inside, [picture, model], [pyramid, strongest, weights, target], api_name="inside", **MODEL_WORK
-    ).then(attend, place, [attention, target], api_visibility="private", **MODEL_WORK)
+        inside, [picture, model], [pyramid, strongest, weights, target], api_name="inside", **MODEL_EVENT
+    ).then(attend, place, [attention, target], api_visibility="private", **MODEL_EVENT)
     target.select(clicked, [picture, model], [row, col], api_visibility="private", show_progress="hidden")
     gr.on(
         [row.change, col.change, stage.change], attend, place, [attention, target],
-        api_name="attention", show_progress_on=[attention], **MODEL_WORK,
+        api_name="attention", show_progress_on=[attention], **MODEL_EVENT,
     )  # fmt: skip
 
 
@@ -128,21 +128,21 @@ def _gallery(columns: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _of(site: Site, name: str) -> Model:
-    chosen = site.models[name]
-    if chosen not in site.models.looked_into():
+def _of(session: Session, name: str) -> Model:
+    chosen = session.models[name]
+    if chosen not in session.models.with_encoder():
         raise BadInput("This model cannot be looked into; choose one from the list.")
     return chosen
 
 
-def _input(site: Site, model: Model, picture: str | None) -> tuple[Tensor, np.ndarray]:
+def _input(session: Session, model: Model, picture: str | None) -> tuple[Tensor, np.ndarray]:
     """The picture's centre square, normalised `[1, c, S, S]` and as uint8 `[S, S, 3]`."""
     config = model.config
     assert config is not None
-    pixels = site.pixels(picture, config.model.channels)
-    fitted = fit_picture(pixels, config.image_size, "crop", config.mean)
-    image = normalize(fitted.pixels[None], config.mean, config.std)
-    return image.to(torch.float32), to_rgb(fitted.pixels.permute(1, 2, 0).numpy())
+    pixels = session.pixels(picture, config.model.channels)
+    resized = resize_picture(pixels, config.image_size, "crop", config.mean)
+    image = normalize(resized.pixels[None], config.mean, config.std)
+    return image.to(torch.float32), to_rgb(resized.pixels.permute(1, 2, 0).numpy())
 
 
 def _legend(windows: tuple[int, ...]) -> str:

@@ -12,13 +12,13 @@ import gradio as gr
 import numpy as np
 
 from demo.inputs import CheckedEditor
-from demo.masking import LARGEST_SEED, METHODS, hide
+from demo.masking import LARGEST_SEED, METHODS, mask_picture
 from demo.models import Model
-from demo.pages.results import CANVAS, facts_of, large, numbers_of, views_of
-from demo.reconstruction import rebuild
+from demo.pages.results import CANVAS, facts_html, large, result_facts, view_pictures
+from demo.reconstruction import reconstruct
 from demo.render import enlarge, heat_map, to_rgb
-from demo.resize import FITS, Fitted, fit_picture
-from demo.session import MODEL_WORK, Site, heading, note
+from demo.resize import RESIZE_MODES, Resized, resize_picture
+from demo.session import MODEL_EVENT, Session, heading, note
 from demo.storage import EXAMPLES, Storage
 
 EMPTY = "Choose a picture first: drop one on the left, or click on an example."
@@ -28,15 +28,15 @@ STATISTICS = {
 }
 
 
-def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
+def reconstruct_tab(session: Session, picture: gr.Image, page: gr.Blocks) -> None:
     """Build the tab.
 
     Args:
-        site: What tabs share.
+        session: What tabs share.
         picture: The input that all tabs share.
         page: For what happens when it is opened.
     """
-    models = site.models.having("reconstructor")
+    models = session.models.having("reconstructor")
     first = models[0]
     with gr.Row(elem_classes="settings"):
         model = gr.Dropdown(
@@ -48,7 +48,7 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
             info=METHODS[first.method].about, elem_id="method", filterable=False, scale=2,
         )  # fmt: skip
         fit = gr.Dropdown(
-            [(title, key) for key, title in FITS.items()], value="crop", label="Fit to the model",
+            [(title, key) for key, title in RESIZE_MODES.items()], value="crop", label="Fit to the model",
             info="How the picture is brought to its size", elem_id="fit", filterable=False,
         )  # fmt: skip
     began = METHODS[first.method]
@@ -114,35 +114,35 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
     inputs = [picture, model, method, ratio, seed, fit, runtime, statistics, editor]
     outputs = [slider, error, gallery, numbers, plain]
 
-    def reconstruct(
+    def run(
         picture: str | None, model: str, method: str, mask_ratio: float, seed: float, fit: str,
         runtime: str, statistics: str, painted: Sequence[str | bytes],
     ) -> tuple[Any, str | None, list[tuple[str, str]], str, dict[str, Any]]:  # fmt: skip
         """Hide parts of a picture and rebuild them."""
         if not picture:
             return None, None, [], note(EMPTY), {"note": EMPTY}
-        chosen = site.models[model]
-        fitted = _fitted(site, chosen, picture, fit)
-        strokes = site.uploads.strokes(painted) if method == "brush" else None
+        chosen = session.models[model]
+        resized = _resized(session, chosen, picture, fit)
+        strokes = session.uploads.strokes(painted) if method == "brush" else None
         if method == "brush" and (strokes is None or not strokes.any()):
             hint = "Paint over the picture above, then press Rebuild."
-            before = enlarge(_original(fitted), CANVAS)
-            shown = site.save(before)
+            before = enlarge(_original(resized), CANVAS)
+            shown = session.save(before)
             return (shown, shown), None, [], note(hint), {"note": hint}
         about = chosen.description("reconstructor")
         opened = chosen.runtime("reconstructor", runtime or None)
         source: Any = "target" if statistics == "target" and chosen.norm_pix else "visible"
-        what = hide(chosen, fitted, method, int(seed), float(mask_ratio), strokes)
-        rebuilt = rebuild(opened, fitted, what.visible, source, what.degraded, what.everything)
+        what = mask_picture(chosen, resized, method, int(seed), float(mask_ratio), strokes)
+        rebuilt = reconstruct(opened, resized, what.visible, source, what.degraded, what.predicts_all)
         after = enlarge(to_rgb(rebuilt.merged), CANVAS)
-        facts = facts_of(rebuilt, chosen, fitted, about.unit, method, int(seed), opened.title, source)
+        facts = result_facts(rebuilt, chosen, resized, about.unit, method, int(seed), opened.title, source)
         before = enlarge(to_rgb(rebuilt.original), CANVAS)
         heat = large(heat_map(rebuilt.error, rebuilt.predicted), blocks=True)
         return (
-            (site.save(before), site.save(after)),
-            site.save(heat),
-            site.save_all(views_of(rebuilt)),
-            numbers_of(facts),
+            (session.save(before), session.save(after)),
+            session.save(heat),
+            session.save_all(view_pictures(rebuilt)),
+            facts_html(facts),
             facts,
         )
 
@@ -156,7 +156,7 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
         )
 
     def changed_model(name: str) -> tuple[Any, ...]:
-        chosen = site.models[name]
+        chosen = session.models[name]
         titles = _available(chosen)
         return (
             gr.update(choices=titles, value=titles[0]),
@@ -168,7 +168,9 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
     def canvas(picture: str | None, model: str, method: str, fit: str) -> Any:
         if method != "brush":
             return gr.update(visible=False)
-        background = site.save(enlarge(_original(_fitted(site, site.models[model], picture, fit)), CANVAS))
+        background = session.save(
+            enlarge(_original(_resized(session, session.models[model], picture, fit)), CANVAS)
+        )
         return gr.update(
             value={"background": background, "layers": [], "composite": background}, visible=True
         )
@@ -177,12 +179,12 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
         "inputs": inputs,
         "outputs": outputs,
         "show_progress_on": [slider, numbers],
-        **MODEL_WORK,
+        **MODEL_EVENT,
     }
-    go.click(reconstruct, **work, api_name="reconstruct")  # the first one gets the name
+    go.click(run, **work, api_name="reconstruct")  # the first one gets the name
     method.change(changed_method, method, [method, ratio, seed, again], api_visibility="private")
     model.change(changed_model, model, [runtime, statistics, missing, method], api_visibility="private").then(
-        reconstruct, **work, api_visibility="private"
+        run, **work, api_visibility="private"
     )
     gr.on(
         [picture.change, method.change, fit.change, model.change],
@@ -191,19 +193,19 @@ def reconstruct_tab(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
     gr.on(
         [page.load, picture.change, method.change, fit.change, ratio.release, seed.change, runtime.change,
          statistics.change, editor.change],
-        reconstruct, **work, api_visibility="private",
+        run, **work, api_visibility="private",
     )  # fmt: skip
     again.click(lambda: random.randint(1, 9999), None, seed, api_visibility="private")
 
 
 def _available(model: Model) -> list[str]:
-    return [offer.title for offer in model.offers("reconstructor") if not offer.reason]
+    return [option.title for option in model.options("reconstructor") if not option.reason]
 
 
 def _unavailable(model: Model) -> str:
     import html
 
-    off = [offer for offer in model.offers("reconstructor") if offer.reason]
+    off = [option for option in model.options("reconstructor") if option.reason]
     items = "".join(
         f"<li aria-disabled='true'><b>{html.escape(each.title)}</b> {html.escape(each.reason or '')}</li>"
         for each in off
@@ -211,15 +213,15 @@ def _unavailable(model: Model) -> str:
     return f"<ul class='off' aria-label='Runtimes that are not available'>{items}</ul>" if off else ""
 
 
-def _fitted(site: Site, model: Model, picture: str | None, fit: Any) -> Fitted:
+def _resized(session: Session, model: Model, picture: str | None, fit: Any) -> Resized:
     about = model.description("reconstructor")
     rule, channels = about.preprocessing, len(about.preprocessing.mean)
     side = rule.size[0] if rule.size else 224
-    return fit_picture(site.pixels(picture, channels), side, fit, rule.mean, about.unit)
+    return resize_picture(session.pixels(picture, channels), side, fit, rule.mean, about.unit)
 
 
-def _original(fitted: Fitted) -> np.ndarray:
-    return to_rgb(fitted.crop(fitted.pixels.permute(1, 2, 0).numpy()))
+def _original(resized: Resized) -> np.ndarray:
+    return to_rgb(resized.crop(resized.pixels.permute(1, 2, 0).numpy()))
 
 
 def example_pictures(storage: Storage) -> list[str]:

@@ -8,16 +8,16 @@ import numpy as np
 
 from demo.masking import METHODS
 from demo.models import Model
-from demo.reconstruction import Rebuilt
+from demo.reconstruction import Reconstruction
 from demo.render import cover, enlarge, to_rgb
-from demo.resize import Fitted
+from demo.resize import Resized
 from demo.session import cards, note
 
 CANVAS = 512
 Views = list[tuple[np.ndarray, str]]
 
 
-def views_of(rebuilt: Rebuilt) -> Views:
+def view_pictures(rebuilt: Reconstruction) -> Views:
     """All pictures, each with a caption that says what it is."""
     pictures: Views = []
     seen = to_rgb(rebuilt.shown)
@@ -31,10 +31,10 @@ def views_of(rebuilt: Rebuilt) -> Views:
             f"{names[1 - i]} rebuilt from {names[i]}" if len(rebuilt.hidden) == 2 else f"rebuilt from {view}"
         )
         pictures.append(
-            (large(cover(seen, hidden & (not rebuilt.everything)), blocks=True), f"what {view} sees")
+            (large(cover(seen, hidden & (not rebuilt.predicts_all)), blocks=True), f"what {view} sees")
         )
         pictures.append((large(to_rgb(filled)), f"{pair if several else 'composite'}: {score.psnr:.1f} dB"))
-    if not several and not rebuilt.everything:
+    if not several and not rebuilt.predicts_all:
         alone = cover(to_rgb(rebuilt.merged), ~rebuilt.predicted)
         pictures.append((large(alone), "reconstruction alone"))
     return pictures
@@ -45,8 +45,15 @@ def large(picture: np.ndarray, *, blocks: bool = False) -> np.ndarray:
     return enlarge(picture, CANVAS, blocks=blocks)
 
 
-def facts_of(
-    rebuilt: Rebuilt, model: Model, fitted: Fitted, unit: int, method: str, seed: int, title: str, source: str
+def result_facts(
+    rebuilt: Reconstruction,
+    model: Model,
+    resized: Resized,
+    unit: int,
+    method: str,
+    seed: int,
+    title: str,
+    source: str,
 ) -> dict[str, Any]:
     """The numbers, for programs."""
     psnr = rebuilt.score.psnr
@@ -66,12 +73,12 @@ def facts_of(
         "seed": seed if METHODS[method].seed else None,
         "runtime": title,
         "milliseconds": round(1000 * rebuilt.seconds, 1),
-        "picture": fitted.note,
+        "picture": resized.note,
         "statistics": source if model.norm_pix else None,
     }
 
 
-def numbers_of(facts: dict[str, Any]) -> str:
+def facts_html(facts: dict[str, Any]) -> str:
     """The numbers, for people."""
     views = facts["views"]
     hidden = " / ".join(f"{view['hidden']:.0%}" for view in views[:2]) + (" ..." if len(views) > 2 else "")

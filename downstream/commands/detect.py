@@ -12,11 +12,11 @@ from coma.arguments import parse_arguments
 from coma.errors import BadInput
 from coma.preflight import require_file
 from coma.ranges import SHARE, Range, Ranged
-from downstream.cli_options import FromOptions, TrainingOptions
+from downstream.cli_options import FromOptions, TrainOptions
 from downstream.commands import shared
 
 if TYPE_CHECKING:
-    from downstream.configs.adapt import Described
+    from downstream.configs.adapt import EncoderSpec
     from downstream.datasets.coco import CocoSplit
 
 USAGE = """
@@ -50,7 +50,7 @@ class TrainConfig(Ranged):
     short_side: Annotated[int | None, Range(32, 16384)] = None
     """Pixels that the short side of images is resized to (default: the median of the training images, at
     most 800)."""
-    training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(default_factory=TrainingOptions)
+    training: tyro.conf.OmitArgPrefixes[TrainOptions] = field(default_factory=TrainOptions)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _train(argv: list[str]) -> None:
     shared.train("detector", given, _own, _fit_data, others)
 
 
-def _own(given: TrainConfig, encoder: Described) -> Any:
+def _own(given: TrainConfig, encoder: EncoderSpec) -> Any:
     from downstream.tasks.detection import HAS_MASKS, training_config
 
     data = shared.required(given.data, "--data", "a dataset in COCO's format")
@@ -113,13 +113,13 @@ def _own(given: TrainConfig, encoder: Described) -> Any:
 
 
 def _fit_data(config: Any, given: TrainConfig) -> None:
-    from downstream.tasks.detection import fit_dataset
+    from downstream.tasks.detection import set_dataset
 
     train, val = _splits(shared.required(given.data, "--data", "a dataset in COCO's format"))
     masks = "mask_head" in config.model.get("roi_head", {})
     if masks and not (train.has_masks and val.has_masks):
         raise BadInput(f"--config {given.source.config}: has a mask head; {given.data} has boxes alone")
-    fit_dataset(config, train, val, masks)
+    set_dataset(config, train, val, masks)
 
 
 def _splits(data: Path) -> tuple[CocoSplit, CocoSplit]:
@@ -140,8 +140,8 @@ def _test(argv: list[str]) -> None:
 
     from downstream.artifacts import read_finetuned
     from downstream.datasets.coco import open_coco
-    from downstream.finetune import measure
-    from downstream.tasks.detection import scoring
+    from downstream.finetune import evaluate
+    from downstream.tasks.detection import test_settings
 
     if given.out:
         require_file(given.out)
@@ -149,9 +149,9 @@ def _test(argv: list[str]) -> None:
     about = read_finetuned(given.artifact, "detector").config
     with shared.checking(f"checking {given.split}") as progress:
         split = open_coco(given.data, given.split, progress=progress)
-    loader, metric = scoring(about, split)
+    loader, metric = test_settings(about, split)
     with tempfile.TemporaryDirectory() as folder:
-        scores = measure(given.artifact, "detector", loader, metric, Path(folder))
+        scores = evaluate(given.artifact, "detector", loader, metric, Path(folder))
     shared.say_scores(scores, given.out, given.split, split.annotations)
 
 
@@ -159,12 +159,12 @@ def _predict(argv: list[str]) -> None:
     given = parse_arguments(PredictConfig, argv, prog="coma detect predict")
 
     from downstream.artifacts import load_finetuned
-    from downstream.predict import image_numbers, list_images, number_images, predict, write_detections
+    from downstream.predict import assign_image_ids, list_images, predict, read_image_ids, write_detections
 
     device = shared.device_of(given.device)
     shared.check_empty(given.out)
     paths = list_images(given.images)
-    numbers = number_images(paths, image_numbers(given.annotations) if given.annotations else None)
+    numbers = assign_image_ids(paths, read_image_ids(given.annotations) if given.annotations else None)
     model, about = load_finetuned(given.artifact, "detector")
     out = shared.new_folder(given.out)
     with shared.predicting(len(paths)) as progress:

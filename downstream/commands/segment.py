@@ -12,11 +12,11 @@ from coma.arguments import parse_arguments
 from coma.errors import BadInput
 from coma.preflight import require_file
 from coma.ranges import SIDE, Range, Ranged
-from downstream.cli_options import FromOptions, TrainingOptions
+from downstream.cli_options import FromOptions, TrainOptions
 from downstream.commands import shared
 
 if TYPE_CHECKING:
-    from downstream.configs.adapt import Described
+    from downstream.configs.adapt import EncoderSpec
     from downstream.datasets.labels import LabelSplit
 
 USAGE = """
@@ -51,7 +51,7 @@ class TrainConfig(Ranged):
     """Side of the square training crop in pixels (default: 512)."""
     short_side: Annotated[int | None, Range(32, 16384)] = None
     """Resize images to this short side first (default: as they are)."""
-    training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(default_factory=TrainingOptions)
+    training: tyro.conf.OmitArgPrefixes[TrainOptions] = field(default_factory=TrainOptions)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _train(argv: list[str]) -> None:
     shared.train("segmentor", given, _own, _fit_data, others)
 
 
-def _own(given: TrainConfig, encoder: Described) -> Any:
+def _own(given: TrainConfig, encoder: EncoderSpec) -> Any:
     from downstream.tasks.segmentation import training_config
 
     train, val = _splits(given)
@@ -107,9 +107,9 @@ def _own(given: TrainConfig, encoder: Described) -> Any:
 
 
 def _fit_data(config: Any, given: TrainConfig) -> None:
-    from downstream.tasks.segmentation import fit_dataset
+    from downstream.tasks.segmentation import set_dataset
 
-    fit_dataset(config, *_splits(given))
+    set_dataset(config, *_splits(given))
 
 
 def _splits(given: TrainConfig) -> tuple[LabelSplit, LabelSplit]:
@@ -132,8 +132,8 @@ def _test(argv: list[str]) -> None:
 
     from downstream.artifacts import read_finetuned
     from downstream.datasets.labels import open_labels
-    from downstream.finetune import measure
-    from downstream.tasks.segmentation import scoring
+    from downstream.finetune import evaluate
+    from downstream.tasks.segmentation import test_settings
 
     if given.out:
         require_file(given.out)
@@ -141,9 +141,9 @@ def _test(argv: list[str]) -> None:
     about = read_finetuned(given.artifact, "segmentor").config
     with shared.checking(f"checking {given.split}") as progress:
         split = open_labels(given.data, given.split, given.classes, progress)
-    loader, metric = scoring(about, split)
+    loader, metric = test_settings(about, split)
     with tempfile.TemporaryDirectory() as folder:
-        scores = measure(given.artifact, "segmentor", loader, metric, Path(folder))
+        scores = evaluate(given.artifact, "segmentor", loader, metric, Path(folder))
     shared.say_scores(scores, given.out, given.split, split.labels)
 
 
@@ -151,7 +151,7 @@ def _predict(argv: list[str]) -> None:
     given = parse_arguments(PredictConfig, argv, prog="coma segment predict")
 
     from downstream.artifacts import load_finetuned
-    from downstream.predict import list_images, number_images, predict, write_segmentations
+    from downstream.predict import assign_image_ids, list_images, predict, write_segmentations
 
     device = shared.device_of(given.device)
     shared.check_empty(given.out)
@@ -164,7 +164,7 @@ def _predict(argv: list[str]) -> None:
             about,
             paths,
             device,
-            number_images(paths, None),
+            assign_image_ids(paths, None),
             lambda text: shared.warn([f"skipped {text}"]),
         )
         write_segmentations(out, found, about, progress)

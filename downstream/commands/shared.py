@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from downstream.artifacts import Kind
-    from downstream.configs.adapt import Described
+    from downstream.configs.adapt import EncoderSpec
 
 log = logging.getLogger(__name__)
 COMMANDS = {"detector": "detect", "segmentor": "segment"}
@@ -68,7 +68,7 @@ def required(value: Path | None, flag: str, why: str) -> Path:
 def train(
     kind: Kind,
     given: Any,
-    own: Callable[[Any, Described], Any],
+    own: Callable[[Any, EncoderSpec], Any],
     fit_data: Callable[[Any, Any], None],
     others: Mapping[str, object],
 ) -> None:
@@ -85,10 +85,10 @@ def train(
         BadInput: settings that do not go together.
     """
     from downstream.cli_options import check_foreign
-    from downstream.configs.adapt import describe, fit_encoder
-    from downstream.configs.load import blaming, change, load_config
+    from downstream.configs.adapt import encoder_spec, set_encoder
+    from downstream.configs.load import apply_cfg_options, config_errors, load_config
     from downstream.finetune import check_library, finetune
-    from downstream.openmmlab.runner import CONFIG, settle
+    from downstream.openmmlab.runner import CONFIG, prepare_config
 
     command, source = COMMANDS[kind], given.source
     if given.resume:
@@ -105,25 +105,27 @@ def train(
             warn([note])
     encoder = None
     if source.artifact or source.preset or not source.config:
-        encoder = describe(source.artifact, source.preset)
+        encoder = encoder_spec(source.artifact, source.preset)
     if encoder and not source.config:
         config = own(given, encoder)
-        change(config, source.cfg_options)
+        apply_cfg_options(config, source.cfg_options)
     else:
         check_foreign(source, given.training, others)
         config = load_config(source.config)
         check_library(kind, config, source.config)
-        with blaming(source.config, "cannot be fitted"):
+        with config_errors(source.config, "cannot be fitted"):
             if encoder:
-                with noting(config, source.config, f"to fit {source.artifact or source.preset}"):
-                    fit_encoder(config, encoder, given.training)
+                with log_changes(config, source.config, f"to fit {source.artifact or source.preset}"):
+                    set_encoder(config, encoder, given.training)
             if given.data:
-                with noting(config, source.config, f"to read {given.data}"):
+                with log_changes(config, source.config, f"to read {given.data}"):
                     fit_data(config, given)
-            change(config, source.cfg_options)
-            with noting(config, source.config, "for this machine and --out", "--resume goes on with a run"):
+            apply_cfg_options(config, source.cfg_options)
+            with log_changes(
+                config, source.config, "for this machine and --out", "--resume goes on with a run"
+            ):
                 config.resume = False
-                settle(config, out)
+                prepare_config(config, out)
     try:
         trained = finetune(kind, config, out, source=source.config)
     except BadInput as error:
@@ -134,7 +136,7 @@ def train(
 
 
 @contextmanager
-def noting(
+def log_changes(
     config: Any, path: Path, why: str, way: str = "--cfg-options NAME=VALUE changes it back"
 ) -> Iterator[None]:
     """Says in one line which settings of the user's configuration are other ones at the end, and why."""

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from coma.errors import BadInput
-from downstream.cli_options import TrainingOptions
+from downstream.cli_options import TrainOptions
 
 
-def fit_schedule(
-    config: Any, options: TrainingOptions, images: int, defaults: dict[str, float], best: str
+def set_schedule(
+    config: Any, options: TrainOptions, images: int, defaults: dict[str, float], best: str
 ) -> None:
     """Steps, batches, rates, validations and saving.
 
@@ -54,7 +54,7 @@ def fit_schedule(
     config.val_cfg, config.test_cfg = {"type": "ValLoop"}, {"type": "TestLoop"}
     loader = config.train_dataloader
     config.global_batch_size = batch
-    share_batch(config)
+    split_batch(config)
     loader.sampler = {"type": "InfiniteSampler", "shuffle": True, "seed": options.seed}
     loader.pop("batch_sampler", None)
     hooks = config.setdefault("default_hooks", {})
@@ -75,7 +75,7 @@ def fit_schedule(
     config.randomness = {"seed": options.seed}
 
 
-def share_batch(config: Any) -> None:
+def split_batch(config: Any) -> None:
     """Share out `global_batch_size`, where the configuration has one, over the processes there are now.
 
     Raises:
@@ -90,7 +90,7 @@ def share_batch(config: Any) -> None:
     config.train_dataloader.batch_size = batch // world
 
 
-def fit_workers(config: Any, workers: int | None) -> None:
+def set_workers(config: Any, workers: int | None) -> None:
     """The same number of reading processes for all loaders."""
     from coma.data.worker_pool import default_workers
 

@@ -79,11 +79,11 @@ def checkpoint_weights(path: Path) -> dict[str, Tensor]:
         raise BadInput(f"{path}: damaged (its checksum does not match)")
     import torch
 
-    allow_checkpoints()
+    allow_safe_loading()
     return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
 
 
-def allow_checkpoints() -> None:
+def allow_safe_loading() -> None:
     """Let `torch.load(..., weights_only=True)`, the default, read mmengine's checkpoints, and nothing more.
 
     mmengine fetches files from `http`, `torchvision` and `open-mmlab` addresses through a function of torch

@@ -15,7 +15,7 @@ from coma.data.worker_pool import Parcel
 
 
 @FUNCTIONS.register_module()
-def settle_worker(worker_id: int, **facts: Any) -> None:
+def init_worker(worker_id: int, **facts: Any) -> None:
     """First thing in such a process: leave the trainer's process group, then seed as mmengine does.
 
     Ctrl-C and schedulers signal whole groups; a reader that died of it would take the trainer along. Images
@@ -32,9 +32,9 @@ def _end(error: Exception, _: object) -> None:
     os._exit(1)
 
 
-def settle_workers(loader: Any, seed: int) -> None:
+def set_worker_init(loader: Any, seed: int) -> None:
     """Have the workers of a loader's settings, if it has any, begin so."""
     if loader and loader.get("num_workers"):
         rank = int(os.environ.get("RANK", "0"))
         facts = {"num_workers": loader.num_workers, "rank": rank, "seed": seed}
-        loader.worker_init_fn = {"type": "settle_worker", **facts}
+        loader.worker_init_fn = {"type": "init_worker", **facts}

@@ -146,10 +146,10 @@ def test_bad_uploads_get_a_sentence_and_the_page_lives_on(client, photograph, tm
     from gradio_client.exceptions import AppError
 
     for name, path in bad_files(tmp_path / "bad").items():
-        with pytest.raises(AppError) as told:
+        with pytest.raises(AppError) as report_progress:
             reconstruct(client, handle_file(str(path)))
         expected = name.split(".")[0].split(" (")[0]
-        assert expected.replace("not a picture", "is not a picture") in str(told.value), name
+        assert expected.replace("not a picture", "is not a picture") in str(report_progress.value), name
     for path in good_files(tmp_path / "good").values():
         assert reconstruct(client, handle_file(str(path)))[-1]["psnr_db"] > 0
     assert reconstruct(client, photograph)[-1]["psnr_db"] > 0
@@ -203,7 +203,7 @@ def test_files_of_the_server_and_addresses_are_out_of_reach(page, tmp_path):
 
 
 def test_a_model_that_does_not_open_is_no_reason_not_to_serve():
-    from demo.app import _warm
+    from demo.app import _warm_up
 
     def fails(form: str) -> None:
         asked.append(form)
@@ -211,7 +211,7 @@ def test_a_model_that_does_not_open_is_no_reason_not_to_serve():
 
     asked: list[str] = []
     models: Any = SimpleNamespace(having=lambda form: [SimpleNamespace(runtime=fails)])
-    _warm(models)
+    _warm_up(models)
     assert asked == ["reconstructor"]
 
 
@@ -223,9 +223,9 @@ def test_choices_that_do_not_exist_are_refused(client, photograph):
         {"seed": 2**40},
         {"mask_ratio": 7},
     ):
-        with pytest.raises(Exception) as told:
+        with pytest.raises(Exception) as report_progress:
             reconstruct(client, photograph, **changes)
-        assert "Traceback" not in str(told.value)
+        assert "Traceback" not in str(report_progress.value)
 
 
 def test_drawings_that_are_never_used_do_not_pile_up(monkeypatch):

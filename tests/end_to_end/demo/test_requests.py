@@ -439,7 +439,7 @@ def test_an_unexpected_error_is_one_line_in_the_log(server, monkeypatch, caplog,
 
 
 def test_a_password_guards_the_files_too(tmp_path):
-    from demo.middleware import Gate
+    from demo.middleware import RequestGuard
     from demo.storage import Storage
 
     kept, sent = Storage(tmp_path), []
@@ -459,7 +459,7 @@ def test_a_password_guards_the_files_too(tmp_path):
             sent.append(message)
 
         sent.clear()
-        await Gate(App, kept)(scope, receive, send)  # pyright: ignore[reportArgumentType]
+        await RequestGuard(App, kept)(scope, receive, send)  # pyright: ignore[reportArgumentType]
         return sent[0]["status"]
 
     cookies = (b"", b"access-token-c=x", b"access-token-c=t", b"access-token-unsecure-c=t")

@@ -115,9 +115,9 @@ def test_predictions_are_drawn_and_written_as_coco_does(trained, data, tmp_path,
 
 
 def test_a_stopped_run_goes_on_with_the_images_that_come_next(data, backbone, tmp_path, monkeypatch):
-    from downstream.openmmlab.runner import _Watch
+    from downstream.openmmlab.runner import _ProgressHook
 
-    after = _Watch.after_train_iter
+    after = _ProgressHook.after_train_iter
     seen: list[list[int]] = []
 
     def stopped(self, runner, batch_idx, data_batch, *args, **kwargs):
@@ -126,7 +126,7 @@ def test_a_stopped_run_goes_on_with_the_images_that_come_next(data, backbone, tm
             os.kill(os.getpid(), signal.SIGTERM)
         after(self, runner, batch_idx, data_batch, *args, **kwargs)
 
-    monkeypatch.setattr(_Watch, "after_train_iter", stopped)
+    monkeypatch.setattr(_ProgressHook, "after_train_iter", stopped)
     out = tmp_path / "run"
     with pytest.raises(Interrupted, match=r"stopped at step 2 of 3; everything is saved"):
         run(
@@ -388,6 +388,6 @@ def test_the_stand_in_operators_are_announced(caplog):
 
     sys.modules.pop("mmcv._ext")
     with caplog.at_level(logging.INFO, "downstream.openmmlab.op_registry"):
-        op_registry.provide_ops()
-        op_registry.provide_ops()
+        op_registry.register_ops()
+        op_registry.register_ops()
     assert len([r for r in caplog.records if "torchvision" in r.message]) == 1

@@ -18,7 +18,7 @@ from PIL import Image
 from coma.artifact import load_artifact
 from coma.errors import BadArtifact, BadInput
 from downstream.commands.segment import run
-from downstream.openmmlab.checkpoint import allow_checkpoints
+from downstream.openmmlab.checkpoint import allow_safe_loading
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages warn of each other
 
@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, tmp_path):
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    allow_checkpoints()
+    allow_safe_loading()
     done = torch.load((out / "last_checkpoint").read_text())["meta"]["iter"]
     assert 2 <= done < 30
     config = (out / "config.py").read_text()

@@ -58,9 +58,9 @@ def test_regular_files_below_the_folder_are_opened_and_nothing_else(tmp_path):
         ".",
     ]
     for path in [*(f"{folder}/{name}" for name in (*inside, *odd)), *outside, str(folder), f"{folder}x/a"]:
-        with pytest.raises(BadImage) as told:
+        with pytest.raises(BadImage) as report_progress:
             kept.open(path)
-        assert str(told.value) == GONE, path
+        assert str(report_progress.value) == GONE, path
     descriptors = len(os.listdir("/dev/fd"))
     for _ in range(50):
         with pytest.raises(BadImage):
@@ -114,10 +114,10 @@ def test_a_running_server_sweeps_its_files_and_its_memory(tmp_path, monkeypatch)
         Storage.delete_older(kept, seconds)
 
     monkeypatch.setattr(kept, "delete_older", fail_once)
-    site = SimpleNamespace(storage=kept, uploads=uploads)
+    session = SimpleNamespace(storage=kept, uploads=uploads)
 
     async def serve() -> None:
-        async with app._sweeping(site, page):  # pyright: ignore[reportArgumentType]
+        async with app._sweeping(session, page):  # pyright: ignore[reportArgumentType]
             while path.exists() or page.temp_file_sets[0]:
                 await asyncio.sleep(0.01)
 
