@@ -29,6 +29,7 @@ from downstream.datasets.coco import CocoSplit, open_coco
 from downstream.datasets.labels import open_labels
 from downstream.finetune import test_config
 from downstream.openmmlab import runner
+from downstream.openmmlab.private import paste_masks
 from downstream.tasks import detection, segmentation
 
 Run = Callable[[Tensor], dict[str, Tensor]]
@@ -149,7 +150,7 @@ def _measure(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mm's packages warn of torch
-        return runner.test(config, folder, prepare, quiet=True)
+        return runner.test(config, folder, prepare, device="cpu", quiet=True)
 
 
 def _detect(run: Run, threshold: float, image: Tensor, sample: Any) -> None:
@@ -161,19 +162,8 @@ def _detect(run: Run, threshold: float, image: Tensor, sample: Any) -> None:
     boxes = found["boxes"][there].float() / scale
     answer = InstanceData(bboxes=boxes, scores=found["scores"][there], labels=found["labels"][there])
     if "masks" in found:
-        answer.masks = _paste(found["masks"][there].float(), boxes, sample.ori_shape, threshold)
+        answer.masks = paste_masks(found["masks"][there].float(), boxes, sample.ori_shape, threshold)
     sample.pred_instances = answer
-
-
-def _paste(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
-    """Probabilities `[n, h, w]` inside boxes `[n, 4]` to masks of the image, bool `[n, H, W]`."""
-    from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
-
-    pasted = torch.zeros(len(masks), *size, dtype=torch.bool)
-    for whole, mask, box in zip(pasted, masks, boxes, strict=True):
-        part, place = _do_paste_mask(mask[None, None], box[None], *size)
-        whole[place] = part[0] >= threshold
-    return pasted
 
 
 def _segment(run: Run, align_corners: bool, image: Tensor, sample: Any) -> None:

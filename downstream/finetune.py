@@ -26,7 +26,7 @@ from downstream.openmmlab.checkpoint import best_checkpoint, checkpoint_weights
 
 
 def finetune(
-    kind: Kind, config: Any, out: Path, *, source: Path | None = None, resume: bool = False
+    kind: Kind, config: Any, out: Path, *, device: str, source: Path | None = None, resume: bool = False
 ) -> Path | None:
     """Train, then make an artifact of the best checkpoint.
 
@@ -34,6 +34,7 @@ def finetune(
         kind: What it becomes.
         config: A whole mmengine configuration of that library.
         out: The run directory.
+        device: cuda or cpu.
         source: The user's file that the configuration comes from, which errors name.
         resume: Go on from its last checkpoint.
 
@@ -49,7 +50,7 @@ def finetune(
         finetuned_config(kind, config, DyViTConfig(channels=channels))  # to fail before training, not after
     if resume:
         split_batch(config)
-    trained = runner.train(config, out, source=source, resume=resume)
+    trained = runner.train(config, out, device=device, source=source, resume=resume)
     model = getattr(trained.model, "module", trained.model)
     encoder = getattr(model.backbone, "encoder", None)
     if encoder is None:
@@ -99,7 +100,7 @@ def category_ids(dataset: Any) -> list[int] | None:
 
 
 def evaluate(
-    artifact: Path, kind: Kind, loader: dict[str, Any], metric: dict[str, Any], folder: Path
+    artifact: Path, kind: Kind, loader: dict[str, Any], metric: dict[str, Any], folder: Path, device: str
 ) -> dict[str, float]:
     """Scores of an artifact on labelled images.
 
@@ -108,14 +109,15 @@ def evaluate(
         kind: What it must be.
         loader: `dataset` settings without their pipeline, and `labels`, the step that reads labels.
         metric: Settings of the metric.
-        folder: For logs.
+        folder: Folder for logs.
+        device: cuda or cpu.
 
     Raises:
         BadArtifact: not an artifact of this kind.
     """
     found = read_finetuned(artifact, kind)
     config = test_config(found.config, model_settings(found.config.head or {}), loader, metric)
-    return runner.test(config, folder, partial(runner.load_weights, tensors=found.tensors))
+    return runner.test(config, folder, partial(runner.load_weights, tensors=found.tensors), device=device)
 
 
 def test_config(

@@ -93,14 +93,14 @@ def apply_cfg_options(config: Any, options: tuple[str, ...]) -> None:
     Raises:
         BadInput: one is not of that form, or does not fit the configuration.
     """
-    from mmengine.config import DictAction
+    from downstream.openmmlab.private import parse_option_value
 
     for option in options:
         name, equals, value = option.partition("=")
         if not equals:
             raise BadInput(f"--cfg-options {option}: must be name=value")
         try:
-            config.merge_from_dict({name: DictAction._parse_iterable(value)})
+            config.merge_from_dict({name: parse_option_value(value)})
         except (KeyError, TypeError, AssertionError, ValueError) as error:
             raise BadInput(f"--cfg-options {option}: does not fit ({error})") from None
 

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from mmengine.dataset import InfiniteSampler
+from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 from mmengine.runner import IterBasedTrainLoop, Runner
-from mmengine.runner.loops import _InfiniteDataloaderIterator
 from mmengine.utils import import_modules_from_strings
 
 import downstream.openmmlab  # noqa: F401 - before mmdet and mmseg
@@ -36,6 +36,7 @@ from downstream.configs.load import REGISTER_MODULE, config_errors, require_impo
 from downstream.configs.strides import check_strides
 from downstream.openmmlab.backbones import DyViT, PlainViT
 from downstream.openmmlab.checkpoint import intact_checkpoint, latest_checkpoint
+from downstream.openmmlab.private import use_device
 from downstream.openmmlab.worker_init import set_worker_init
 from downstream.progress import ProgressBar
 
@@ -46,12 +47,15 @@ SCORES = "coma_scores"
 CONFIG, PRINTED = "config.py", "printed.txt"
 
 
-def train(config: Any, folder: Path, *, source: Path | None = None, resume: bool = False) -> Runner:
+def train(
+    config: Any, folder: Path, *, device: str, source: Path | None = None, resume: bool = False
+) -> Runner:
     """Train to the end; under torchrun, on all its processes.
 
     Args:
         config: A whole mmengine configuration.
         folder: The run directory.
+        device: cuda or cpu.
         source: The user's file that the configuration comes from, which errors name.
         resume: Go on from the last checkpoint in it.
 
@@ -72,7 +76,7 @@ def train(config: Any, folder: Path, *, source: Path | None = None, resume: bool
     blamed = config_errors(source, "cannot be trained") if source else nullcontext()
     printed, quiet = _redirect_prints(folder / PRINTED), not is_main()
     with blamed, StopRequest(quiet=quiet) as stop, closing(ProgressBar(quiet=quiet)) as bar, printed:
-        runner = build_runner(config, folder)
+        runner = build_runner(config, folder, device)
         model = getattr(runner.model, "module", runner.model)
         if isinstance(getattr(model, "backbone", None), DyViT | PlainViT):
             try:
@@ -114,32 +118,38 @@ def train(config: Any, folder: Path, *, source: Path | None = None, resume: bool
 
 
 def test(
-    config: Any, folder: Path, prepare: Callable[[torch.nn.Module], None], *, quiet: bool = False
+    config: Any,
+    folder: Path,
+    prepare: Callable[[torch.nn.Module], None],
+    *,
+    device: str,
+    quiet: bool = False,
 ) -> dict[str, float]:
     """Measure the configuration's model on its test images, after `prepare` gave it what it knows.
 
     Without a bar where `quiet`: the caller has one.
     """
     with closing(ProgressBar(quiet=quiet or not is_main())) as bar, _redirect_prints(folder / PRINTED):
-        runner = build_runner(config, folder)
+        runner = build_runner(config, folder, device)
         runner.register_hook(_ProgressHook(None, bar), priority="LOW")
         prepare(getattr(runner.model, "module", runner.model))
         return {name: float(value) for name, value in runner.test().items()}
 
 
-def build_runner(config: Any, folder: Path) -> Runner:
+def build_runner(config: Any, folder: Path, device: str) -> Runner:
     """A Runner of any configuration, working in `folder`.
 
     Its log goes to files; errors alone to the terminal.
     """
-    prepare_config(config, folder)
+    prepare_config(config, folder, device)
     import_modules_from_strings(**config.custom_imports)  # some were added after the file was read
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of third parties about each other
+        use_device(device)
         return _CheckedRunner.from_cfg(config)
 
 
-def prepare_config(config: Any, folder: Path) -> None:
+def prepare_config(config: Any, folder: Path, device: str) -> None:
     """Adapt a configuration to this toolkit, this machine and the run directory, any number of times."""
     require_imports(config, REGISTER_MODULE)
     config.work_dir = str(folder)
@@ -151,13 +161,13 @@ def prepare_config(config: Any, folder: Path) -> None:
         kinds = {backend["type"] for backend in backends or ()}
         if backends is not None and "TensorboardVisBackend" not in kinds:
             backends.append({"type": "TensorboardVisBackend"})
-    if config.launcher != "none" and not torch.cuda.is_available():  # mmengine itself would ask for CUDA
+    if config.launcher != "none" and device == "cpu":  # mmengine itself would ask for CUDA
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo")
         config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         set_worker_init(config.get(name), config.get("randomness", {}).get("seed") or 0)
-    if not torch.cuda.is_available() or config.launcher == "none":
+    if device == "cpu" or config.launcher == "none":
         _replace_sync_bn(config.model)
 
 
@@ -312,15 +322,16 @@ def _skip_seen_images(loop: Any, done: int) -> None:
     if not done or not counts_steps or not isinstance(sampler, InfiniteSampler):
         return
     taken = done * (loop.dataloader.batch_size or 1)
-    sampler.indices = itertools.islice(sampler._indices_of_rank(), taken, None)
-    ahead: Any = itertools.chain(itertools.repeat(None, done), _InfiniteDataloaderIterator(loop.dataloader))
-    loop.dataloader_iterator = ahead
+    order = InfiniteSampler(sampler.dataset, sampler.shuffle, sampler.seed).indices  # from the start
+    sampler.indices = itertools.islice(order, taken, None)
+    batches: Any = itertools.chain(itertools.repeat(None, done), loop.dataloader)
+    loop.dataloader_iterator = batches
 
 
 def _any_process(asked: bool) -> bool:
     if not torch.distributed.is_initialized():
         return asked
-    votes = torch.tensor(float(asked), device="cuda" if torch.cuda.is_available() else "cpu")
+    votes = torch.tensor(float(asked), device=get_device())
     torch.distributed.all_reduce(votes)
     return bool(votes)
 

@@ -19,7 +19,6 @@ HAS_MASKS = ("mask-rcnn", "cascade-mask-rcnn")
 LONGEST = 1333 / 800
 """Longest side over the short one that images are resized to (Faster R-CNN's convention on COCO)."""
 META = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
-DEFAULTS = {"epochs": 24, "batch_size": 4, "lr": 1e-4, "weight_decay": 0.05, "layer_decay": 0.8}
 
 
 def preset_path(name: Detector) -> Path:
@@ -46,7 +45,7 @@ def training_config(
     set_dataset(config, train, val, masks)
     set_pipelines(config, encoder.model.channels, short_side or default_short_side(train), masks)
     best = "coco/segm_mAP" if masks else "coco/bbox_mAP"
-    set_schedule(config, options, train.count, DEFAULTS, best)
+    set_schedule(config, options, train.count, best)
     set_workers(config, options.workers)
     return config
 

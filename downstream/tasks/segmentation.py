@@ -15,7 +15,6 @@ from downstream.configs.schedule import set_schedule, set_workers
 from downstream.datasets.labels import LabelSplit
 
 PRESET = PRESETS / "mmseg" / "upernet_dyvit_160k_ade20k-512x512.py"
-DEFAULTS = {"epochs": 100, "batch_size": 8, "lr": 1e-4, "weight_decay": 0.05, "layer_decay": 0.75}
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 
 
@@ -39,7 +38,7 @@ def training_config(
     set_encoder(config, encoder, options)
     set_dataset(config, train, val)
     set_pipelines(config, encoder.model.channels, crop, resize, train.reduce_zero_label)
-    set_schedule(config, options, train.pairs, DEFAULTS, "mIoU")
+    set_schedule(config, options, train.pairs, "mIoU")
     set_workers(config, options.workers)
     if config.train_dataloader.batch_size < 2:
         raise BadInput("--batch-size: batch normalisation needs at least 2 images for every process")

@@ -78,7 +78,7 @@ def test_a_run_leaves_an_artifact_of_the_best_checkpoint(trained, backbone):
 
 
 def test_the_artifact_gives_what_the_trained_model_gave(trained, data, tmp_path, capsys):
-    run(["test", str(trained / "artifact"), "--data", str(data), "--out", str(tmp_path / "scores.json")])
+    run(["test", str(trained / "artifact"), "--data", str(data), "--out", str(tmp_path)])
     scores = json.loads((tmp_path / "scores.json").read_text())
     kept = load_artifact(trained / "artifact").config.trained["scores"]
     assert "coco/bbox_mAP_50" in kept and {k: scores[k] for k in kept} == pytest.approx(kept, abs=1e-3)
@@ -174,7 +174,7 @@ def test_a_signal_to_the_whole_job_saves_as_well(data, backbone, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "pretrain",
+        "coma",
         "detect",
         "train",
         str(backbone),
@@ -316,8 +316,8 @@ def test_a_plain_runner_runs_what_the_command_wrote(trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give one of train, test, predict"),
-        (["tarin"], "no action 'tarin'"),
+        ([], "give one of train, test, predict, check"),
+        (["tarin"], "no verb 'tarin'"),
         (["train", "--data", "D", "--out", "x"], "give an artifact"),
         (["train", "A", "--out", "x", "--preset", "tiny", "--data", "D"], "and not both"),
         (["train", "--preset", "tiny", "--data", "D"], "give --out"),
@@ -344,10 +344,10 @@ def test_a_plain_runner_runs_what_the_command_wrote(trained, tmp_path):
         ),
         (["train", "--preset", "tiny", "--data", "D", "--out", "D"], "is not empty"),
         (["train", "--config", "none.py", "--out", "x"], "no such file"),
-        (["train", "A", "--config", "C", "--out", "x", "--steps", "3"], "--steps: without effect"),
+        (["train", "A", "--config", "C", "--out", "x", "--steps", "3"], "--steps: no effect"),
         (
             ["train", "--config", "C", "--out", "x", "--drop-path", "0.2", "--model", "retinanet"],
-            "--model: without",
+            "--model: no effect",
         ),
         (["train", "--preset", "tiny", "--data", "D", "--out", "x", "--batch-size", "0"], "at least 1"),
         (

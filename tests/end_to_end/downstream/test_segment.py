@@ -50,7 +50,7 @@ def test_it_learns_and_leaves_an_artifact(trained):
 
 
 def test_the_artifact_gives_what_the_trained_model_gave(trained, data, tmp_path, capsys):
-    run(["test", str(trained / "artifact"), "--data", str(data), "--out", str(tmp_path / "scores.json")])
+    run(["test", str(trained / "artifact"), "--data", str(data), "--out", str(tmp_path)])
     scores = json.loads((tmp_path / "scores.json").read_text())
     kept = load_artifact(trained / "artifact").config.trained
     assert kept["checkpoint"].endswith("iter_40.pth")

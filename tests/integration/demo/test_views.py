@@ -316,7 +316,7 @@ def test_only_what_was_named_can_be_had(models, tmp_path):
 
 def test_what_is_computed_needs_no_gradio():
     code = (
-        "import demo.upload, demo.resize, demo.masks, demo.masking, demo.render, demo.reconstruction; "
+        "import demo.upload, demo.resize, demo.masking, demo.render, demo.reconstruction; "
         "import demo.introspection, "
         "demo.predict, demo.compare_runtimes, demo.models; import sys; print(*sys.modules)"
     )
