@@ -1,4 +1,4 @@
-"""The page: one picture on the left, a tab for everything that can be done with it on the right."""
+"""Builds the page: the picture on the left, one tab per task on the right."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from demo.storage import Storage
 from demo.upload import ACCEPTED, MAX_BYTES, MAX_PIXELS
 
 KEPT_SECONDS, SWEEP_SECONDS = 3300, 60
-"""Uploads and results are deleted within the hour, and all of them when the server stops."""
+"""Age at which uploads and results are deleted, and seconds between two sweeps."""
 SESSIONS = 256
-"""Visitors whose choices are remembered; each costs memory."""
+"""Visitors whose state is kept in memory."""
 WAITING = 64
-"""Requests in the queue; more are turned away with a message."""
+"""Longest queue; requests beyond it are refused with a message."""
 
 
 def build_page(models: Models, storage: Storage) -> tuple[CheckedBlocks, dict[str, Any]]:
-    """The page for these models, not yet served, and the arguments of its `launch` that protect it.
+    """Returns the page, not yet served, and the arguments of its `launch` that protect the server.
 
     Args:
-        models: What it may use.
-        storage: Where gradio keeps files: its GRADIO_TEMP_DIR.
+        models: Models that visitors can use.
+        storage: Folder of all files, which is also gradio's GRADIO_TEMP_DIR.
     """
     _warm_up(models)
     session = Session(models, storage)
@@ -68,7 +68,7 @@ def build_page(models: Models, storage: Storage) -> tuple[CheckedBlocks, dict[st
                     sources=["upload", "clipboard", "webcam"],
                     elem_id="picture",
                     height=300,
-                    alt_text="The picture that is worked on",
+                    alt_text="The input picture",
                     buttons=["fullscreen"],
                     placeholder="Drop a picture here, or click to choose one",
                 )
@@ -86,10 +86,10 @@ def build_page(models: Models, storage: Storage) -> tuple[CheckedBlocks, dict[st
                 _tabs(session, picture, page)
         guide(models)
     page.storage = storage
-    page.queue(max_size=WAITING, default_concurrency_limit=4, api_open=False)  # nobody passes the queue by
+    page.queue(max_size=WAITING, default_concurrency_limit=4, api_open=False)
     protection = {
         "max_file_size": MAX_BYTES,
-        "allowed_paths": [str(storage.folder)],  # read by gradio's copying alone: `RequestGuard` sends files
+        "allowed_paths": [str(storage.folder)],  # for gradio's own copies; `RequestGuard` serves files
         "state_session_capacity": SESSIONS,
         "app_kwargs": {
             "middleware": [Middleware(RequestGuard, storage=storage)],
@@ -101,7 +101,7 @@ def build_page(models: Models, storage: Storage) -> tuple[CheckedBlocks, dict[st
 
 @asynccontextmanager
 async def _sweeping(session: Session, page: gr.Blocks) -> AsyncIterator[None]:
-    """Deletes what visitors sent and got once it is old enough, as long as the server runs."""
+    """Deletes old uploads and results for as long as the server runs."""
 
     async def sweep() -> None:
         while True:
@@ -110,10 +110,10 @@ async def _sweeping(session: Session, page: gr.Blocks) -> AsyncIterator[None]:
                 await anyio.to_thread.run_sync(session.storage.delete_older, KEPT_SECONDS)
                 session.uploads.forget_older(KEPT_SECONDS)
                 BLOBS.forget_older(KEPT_SECONDS)
-                for names in page.temp_file_sets:  # gradio's own lists of them, which nobody needs
+                for names in page.temp_file_sets:  # gradio's own lists of files, which are unused
                     names.clear()
-            except Exception as error:  # the next round may succeed
-                logging.getLogger("demo").warning("old pictures were not deleted: %s", one_line(error))
+            except Exception as error:  # the next sweep may succeed
+                logging.getLogger("demo").warning("old files were not deleted: %s", one_line(error))
 
     task = asyncio.create_task(sweep())
     try:
@@ -123,7 +123,7 @@ async def _sweeping(session: Session, page: gr.Blocks) -> AsyncIterator[None]:
 
 
 def _warm_up(models: Models) -> None:
-    """Do what the first visitor would have to wait for: late imports, and opening the first model."""
+    """Imports late modules and opens the first model, so that the first visitor does not wait."""
     for model in models.having("reconstructor")[:1]:
         try:
             runtime = model.runtime("reconstructor")
@@ -133,7 +133,7 @@ def _warm_up(models: Models) -> None:
             resized = resize_picture(blank, side, "crop", rule.mean)
             visible = sample_views("mae", 0, *unit_grid(side, side, about.unit))
             rebuilt = reconstruct(runtime, resized, visible)
-        except ComaError:  # it does not open, which is told to whoever asks for it, or takes other sizes
+        except ComaError:  # visitors who choose this model see the error
             return
         heat_map(rebuilt.error, rebuilt.predicted)
 
@@ -153,7 +153,7 @@ def _tabs(session: Session, picture: gr.Image, page: gr.Blocks) -> None:
             with gr.Tab(TITLES[form]):
                 maker(session, picture)
     if models.with_encoder():
-        with gr.Tab("Look inside"):
+        with gr.Tab("Introspection"):
             introspection_tab(session, picture)
     with gr.Tab("Runtimes"):
         runtimes_tab(session, picture)
@@ -164,6 +164,6 @@ def _header(models: Models) -> str:
 
     names = ", ".join(f"{html.escape(name)} ({models[name].kind})" for name in models.names)
     return (
-        "<h1>CoMA-DyViT</h1><p>Hide parts of a picture, and see what a model that was pre-trained without "
-        f"labels makes of the rest. <span class='models'>Here: {names}</span></p>"
+        "<h1>CoMA-DyViT</h1><p>Mask parts of a picture and see how a model that was pre-trained without "
+        f"labels reconstructs them. <span class='models'>Models: {names}</span></p>"
     )

@@ -74,13 +74,13 @@ def check_library(kind: Kind, config: Any, source: Path | None) -> None:
         raise BadInput(f"{path}: has no model with a backbone")
 
 
-def _publish(kind: Kind, config: Any, out: Path, runner: Any, encoder: EncoderConfig) -> None:
-    dataset: Any = runner.train_dataloader.dataset
+def _publish(kind: Kind, config: Any, out: Path, trainer: Any, encoder: EncoderConfig) -> None:
+    dataset: Any = trainer.train_dataloader.dataset
     best = best_checkpoint(out)
-    scores = runner.scores_by_step(runner)
+    scores = runner.scores_by_step(trainer)
     kept = re.search(r"_(\d+)\.pth$", best.name)
     trained = {
-        "steps": runner.max_iters,
+        "steps": trainer.max_iters,
         "checkpoint": best.name,
         "scores": scores.get(kept[1] if kept else "", {}),
         "last_scores": scores[max(scores, key=int)] if scores else {},

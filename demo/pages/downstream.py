@@ -18,12 +18,12 @@ TITLES: dict[GraphKind, str] = {"classifier": "Classify", "detector": "Detect", 
 
 
 def classify_tab(session: Session, picture: gr.Image) -> None:
-    """Top-5 bars."""
+    """Builds the tab that shows the five most probable classes."""
     model, runtime, go = _pickers(session, "classifier", "Classify")
     bars = gr.Label(label="Top 5", num_top_classes=5, elem_id="top5")
 
     def run(picture: str | None, model: str, runtime: str) -> dict[str, float]:
-        """The likeliest classes of a picture."""
+        """Returns the most probable classes of a picture."""
         chosen, opened = _open(session, model, runtime, "classifier")
         return classify(opened, _pixels(session, chosen, picture), chosen.class_names())
 
@@ -31,18 +31,18 @@ def classify_tab(session: Session, picture: gr.Image) -> None:
 
 
 def detect_tab(session: Session, picture: gr.Image) -> None:
-    """Boxes and masks."""
+    """Builds the tab that shows detected objects."""
     model, runtime, go = _pickers(session, "detector", "Detect")
-    score = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="Least score", elem_id="score")
+    score = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="Score threshold", elem_id="score")
     drawn = gr.Image(
-        label="Found", format="png", interactive=False, elem_id="detections",
-        buttons=["download", "fullscreen"], alt_text="The picture with boxes around what was found",
+        label="Detected objects", format="png", interactive=False, elem_id="detections",
+        buttons=["download", "fullscreen"], alt_text="The picture with boxes around the detected objects",
     )  # fmt: skip
     rows = gr.HTML(elem_id="objects")
     plain = gr.JSON(visible=False, label="Objects")
 
     def run(picture: str | None, model: str, runtime: str, score: float) -> tuple[str, str, list[Any]]:
-        """Objects in a picture, of at least this score."""
+        """Returns the objects in a picture with at least this score."""
         chosen, opened = _open(session, model, runtime, "detector")
         pixels = _pixels(session, chosen, picture)
         found = detect(opened, pixels, chosen.class_names(), float(score))
@@ -54,7 +54,7 @@ def detect_tab(session: Session, picture: gr.Image) -> None:
             [each.name, f"{each.score:.2f}", " ".join(f"{v:.0f}" for v in each.box)] for each in found[:50]
         ]
         text = table(("class", "score", "x1 y1 x2 y2, pixels"), cells, caption=f"{len(found)} objects")
-        empty = note("Nothing of at least this score; try a lower one.")
+        empty = note("No object reaches this score; lower the threshold.")
         drawing = session.save(draw_objects(pixels, found, chosen.palette()))
         return drawing, text if found else empty, listed
 
@@ -68,17 +68,17 @@ def detect_tab(session: Session, picture: gr.Image) -> None:
 
 
 def segment_tab(session: Session, picture: gr.Image) -> None:
-    """Overlay and legend."""
+    """Builds the tab that shows the class of every pixel."""
     model, runtime, go = _pickers(session, "segmentor", "Segment")
     drawn = gr.ImageSlider(
         label="Picture | classes (drag the line)", format="png", interactive=False, elem_id="classes",
         buttons=["download", "fullscreen"], max_height=620, slider_position=35,
     )  # fmt: skip
     legend = gr.HTML(elem_id="legend")
-    plain = gr.JSON(visible=False, label="Shares")
+    plain = gr.JSON(visible=False, label="Class shares")
 
     def run(picture: str | None, model: str, runtime: str) -> tuple[Any, str, dict[str, float]]:
-        """The class of every pixel."""
+        """Returns the class of every pixel."""
         chosen, opened = _open(session, model, runtime, "segmentor")
         pixels = _pixels(session, chosen, picture)
         classes = segment(opened, pixels)
@@ -99,7 +99,7 @@ def segment_tab(session: Session, picture: gr.Image) -> None:
 
 
 def _pickers(session: Session, form: GraphKind, verb: str) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button]:
-    """Model, runtime, and the button that starts."""
+    """Returns the choice of model, the choice of runtime, and the start button."""
     models = session.models.having(form)
     with gr.Row(elem_classes="settings", equal_height=True):
         model = gr.Dropdown(
@@ -127,7 +127,7 @@ def _titles(model: Model, form: GraphKind) -> list[str]:
 def _open(session: Session, model: str, runtime: str, form: GraphKind) -> tuple[Model, Any]:
     chosen = session.models[model]
     if form not in chosen.forms:
-        raise BadInput(f"This model is no {form}; choose one from the list.")
+        raise BadInput(f"This model is not a {form}; choose one from the list.")
     return chosen, chosen.runtime(form, runtime or None)
 
 

@@ -1,4 +1,4 @@
-"""The tab that hides parts of a picture and shows what the model makes of them."""
+"""The tab that masks parts of a picture and reconstructs them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from demo.storage import EXAMPLES, Storage
 
 EMPTY = "Choose a picture first: drop one on the left, or click on an example."
 STATISTICS = {
-    "visible": "Visible units only (honest)",
-    "target": "True patches (leaks what is hidden)",
+    "visible": "Estimated from visible patches",
+    "target": "Taken from the masked patches (leaks)",
 }
 
 
 def reconstruct_tab(session: Session, picture: gr.Image, page: gr.Blocks) -> None:
-    """Build the tab.
+    """Builds the tab.
 
     Args:
-        session: What tabs share.
-        picture: The input that all tabs share.
-        page: For what happens when it is opened.
+        session: State that the tabs share.
+        picture: Picture input that the tabs share.
+        page: The page, whose opening starts the first reconstruction.
     """
     models = session.models.having("reconstructor")
     first = models[0]
@@ -44,12 +44,12 @@ def reconstruct_tab(session: Session, picture: gr.Image, page: gr.Blocks) -> Non
             elem_id="rebuild-model", filterable=False,
         )  # fmt: skip
         method = gr.Dropdown(
-            [(each.title, key) for key, each in METHODS.items()], value=first.method, label="What is hidden",
+            [(each.title, key) for key, each in METHODS.items()], value=first.method, label="Masking method",
             info=METHODS[first.method].about, elem_id="method", filterable=False, scale=2,
         )  # fmt: skip
-        fit = gr.Dropdown(
-            [(title, key) for key, title in RESIZE_MODES.items()], value="crop", label="Fit to the model",
-            info="How the picture is brought to its size", elem_id="fit", filterable=False,
+        resize_mode = gr.Dropdown(
+            [(title, key) for key, title in RESIZE_MODES.items()], value="crop", label="Resize mode",
+            info="How the picture is brought to the model's size", elem_id="resize_mode", filterable=False,
         )  # fmt: skip
     began = METHODS[first.method]
     with gr.Row(elem_classes="settings", equal_height=True):
@@ -58,15 +58,13 @@ def reconstruct_tab(session: Session, picture: gr.Image, page: gr.Blocks) -> Non
             0.95,
             0.75,
             step=0.05,
-            label="Share that is hidden",
+            label="Mask ratio",
             visible=began.ratio,
             elem_id="ratio",
         )
-        seed = gr.Number(
-            0, label="Seed of the mask", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed"
-        )
-        again = gr.Button("Another mask", elem_id="again", min_width=130)
-        go = gr.Button("Rebuild", variant="primary", elem_id="go", min_width=130)
+        seed = gr.Number(0, label="Mask seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed")
+        again = gr.Button("New mask", elem_id="again", min_width=130)
+        go = gr.Button("Reconstruct", variant="primary", elem_id="go", min_width=130)
     with gr.Row(elem_classes="settings"):
         runtime = gr.Radio(_available(first), value=_available(first)[0], label="Runtime", elem_id="runtime")
         statistics = gr.Radio(
@@ -75,7 +73,7 @@ def reconstruct_tab(session: Session, picture: gr.Image, page: gr.Blocks) -> Non
         )  # fmt: skip
     missing = gr.HTML(_unavailable(first), elem_id="missing")
     editor = CheckedEditor(
-        label="Paint over what the model shall not see, then press Rebuild",
+        label="Paint over the parts to mask, then press Reconstruct",
         sources=(),
         transforms=(),
         layers=False,
@@ -91,41 +89,44 @@ def reconstruct_tab(session: Session, picture: gr.Image, page: gr.Blocks) -> Non
     numbers = gr.HTML(elem_id="numbers", label="Numbers")
     with gr.Row():
         with gr.Column(min_width=300):
-            gr.HTML(padding=False, value=heading("Original | rebuilt: drag the line"))
+            gr.HTML(padding=False, value=heading("Original | reconstruction (drag the line)"))
             slider = gr.ImageSlider(
-                label="Original and rebuilt", show_label=False, format="png", interactive=False,
+                label="Original and reconstruction", show_label=False, format="png", interactive=False,
                 elem_id="before-after", buttons=["download", "fullscreen"], max_height=CANVAS,
             )  # fmt: skip
         with gr.Column(min_width=300):
-            gr.HTML(padding=False, value=heading("Error: black is none, yellow is 128 of 255 levels or more"))
+            gr.HTML(
+                padding=False,
+                value=heading("Error: black is 0, yellow is 128 of 255 levels or more"),
+            )
             error = gr.Image(
                 label="Error heat map", show_label=False, format="png", interactive=False, elem_id="error",
                 buttons=["download", "fullscreen"],
-                alt_text="Error of every hidden pixel as a colour",
+                alt_text="Absolute error of every masked pixel as a colour",
             )  # fmt: skip
-    gr.HTML(padding=False, value=heading("Every view: click one to enlarge or download it"))
+    gr.HTML(padding=False, value=heading("All views (click one to enlarge or download it)"))
     gallery = gr.Gallery(
-        label="Every view", show_label=False, format="png", columns=4, height="auto", object_fit="contain",
+        label="All views", show_label=False, format="png", columns=4, height="auto", object_fit="contain",
         buttons=["download", "download_all", "fullscreen"], interactive=False, elem_id="views",
         elem_classes="pictures",
     )  # fmt: skip
     plain = gr.JSON(visible=False, label="Facts")
 
-    inputs = [picture, model, method, ratio, seed, fit, runtime, statistics, editor]
+    inputs = [picture, model, method, ratio, seed, resize_mode, runtime, statistics, editor]
     outputs = [slider, error, gallery, numbers, plain]
 
     def run(
-        picture: str | None, model: str, method: str, mask_ratio: float, seed: float, fit: str,
+        picture: str | None, model: str, method: str, mask_ratio: float, seed: float, resize_mode: str,
         runtime: str, statistics: str, painted: Sequence[str | bytes],
     ) -> tuple[Any, str | None, list[tuple[str, str]], str, dict[str, Any]]:  # fmt: skip
-        """Hide parts of a picture and rebuild them."""
+        """Masks parts of a picture and reconstructs them."""
         if not picture:
             return None, None, [], note(EMPTY), {"note": EMPTY}
         chosen = session.models[model]
-        resized = _resized(session, chosen, picture, fit)
+        resized = _resized(session, chosen, picture, resize_mode)
         strokes = session.uploads.strokes(painted) if method == "brush" else None
         if method == "brush" and (strokes is None or not strokes.any()):
-            hint = "Paint over the picture above, then press Rebuild."
+            hint = "Paint over the picture above, then press Reconstruct."
             before = enlarge(_original(resized), CANVAS)
             shown = session.save(before)
             return (shown, shown), None, [], note(hint), {"note": hint}
@@ -165,11 +166,11 @@ def reconstruct_tab(session: Session, picture: gr.Image, page: gr.Blocks) -> Non
             gr.update(value=chosen.method),
         )
 
-    def canvas(picture: str | None, model: str, method: str, fit: str) -> Any:
+    def canvas(picture: str | None, model: str, method: str, resize_mode: str) -> Any:
         if method != "brush":
             return gr.update(visible=False)
         background = session.save(
-            enlarge(_original(_resized(session, session.models[model], picture, fit)), CANVAS)
+            enlarge(_original(_resized(session, session.models[model], picture, resize_mode)), CANVAS)
         )
         return gr.update(
             value={"background": background, "layers": [], "composite": background}, visible=True
@@ -187,12 +188,13 @@ def reconstruct_tab(session: Session, picture: gr.Image, page: gr.Blocks) -> Non
         run, **work, api_visibility="private"
     )
     gr.on(
-        [picture.change, method.change, fit.change, model.change],
-        canvas, [picture, model, method, fit], editor, api_visibility="private", show_progress="hidden",
+        [picture.change, method.change, resize_mode.change, model.change],
+        canvas, [picture, model, method, resize_mode], editor,
+        api_visibility="private", show_progress="hidden",
     )  # fmt: skip
     gr.on(
-        [page.load, picture.change, method.change, fit.change, ratio.release, seed.change, runtime.change,
-         statistics.change, editor.change],
+        [page.load, picture.change, method.change, resize_mode.change, ratio.release, seed.change,
+         runtime.change, statistics.change, editor.change],
         run, **work, api_visibility="private",
     )  # fmt: skip
     again.click(lambda: random.randint(1, 9999), None, seed, api_visibility="private")
@@ -213,11 +215,11 @@ def _unavailable(model: Model) -> str:
     return f"<ul class='off' aria-label='Runtimes that are not available'>{items}</ul>" if off else ""
 
 
-def _resized(session: Session, model: Model, picture: str | None, fit: Any) -> Resized:
+def _resized(session: Session, model: Model, picture: str | None, resize_mode: Any) -> Resized:
     about = model.description("reconstructor")
     rule, channels = about.preprocessing, len(about.preprocessing.mean)
     side = rule.size[0] if rule.size else 224
-    return resize_picture(session.pixels(picture, channels), side, fit, rule.mean, about.unit)
+    return resize_picture(session.pixels(picture, channels), side, resize_mode, rule.mean, about.unit)
 
 
 def _original(resized: Resized) -> np.ndarray:
@@ -225,7 +227,7 @@ def _original(resized: Resized) -> np.ndarray:
 
 
 def example_pictures(storage: Storage) -> list[str]:
-    """Copies of photographs that come with scikit-image, where visitors can reach them."""
+    """Copies photographs of scikit-image into the storage and returns their paths."""
     import skimage
 
     from pretrain.commands.quickstart import PHOTOGRAPHS

@@ -1,4 +1,4 @@
-"""What the reconstruction tab shows of a result: pictures with captions, and numbers."""
+"""Pictures and numbers of a reconstruction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Views = list[tuple[np.ndarray, str]]
 
 
 def view_pictures(rebuilt: Reconstruction) -> Views:
-    """All pictures, each with a caption that says what it is."""
+    """Returns the pictures of all views with captions."""
     pictures: Views = []
     seen = to_rgb(rebuilt.shown)
     names = "ABCDEFGH"
@@ -28,7 +28,9 @@ def view_pictures(rebuilt: Reconstruction) -> Views:
     ):
         view = f"view {names[i]}" if several else "the model"
         pair = (
-            f"{names[1 - i]} rebuilt from {names[i]}" if len(rebuilt.hidden) == 2 else f"rebuilt from {view}"
+            f"{names[1 - i]} reconstructed from {names[i]}"
+            if len(rebuilt.hidden) == 2
+            else f"reconstructed from {view}"
         )
         pictures.append(
             (large(cover(seen, hidden & (not rebuilt.predicts_all)), blocks=True), f"what {view} sees")
@@ -36,12 +38,12 @@ def view_pictures(rebuilt: Reconstruction) -> Views:
         pictures.append((large(to_rgb(filled)), f"{pair if several else 'composite'}: {score.psnr:.1f} dB"))
     if not several and not rebuilt.predicts_all:
         alone = cover(to_rgb(rebuilt.merged), ~rebuilt.predicted)
-        pictures.append((large(alone), "reconstruction alone"))
+        pictures.append((large(alone), "masked pixels only"))
     return pictures
 
 
 def large(picture: np.ndarray, *, blocks: bool = False) -> np.ndarray:
-    """A picture as large as the page shows it."""
+    """Returns the picture enlarged to its size on the page."""
     return enlarge(picture, CANVAS, blocks=blocks)
 
 
@@ -55,7 +57,7 @@ def result_facts(
     title: str,
     source: str,
 ) -> dict[str, Any]:
-    """The numbers, for programs."""
+    """Returns the numbers as JSON."""
     psnr = rebuilt.score.psnr
     return {
         "psnr_db": round(psnr, 3) if np.isfinite(psnr) else None,
@@ -79,26 +81,26 @@ def result_facts(
 
 
 def facts_html(facts: dict[str, Any]) -> str:
-    """The numbers, for people."""
+    """Returns the numbers as HTML."""
     views = facts["views"]
     hidden = " / ".join(f"{view['hidden']:.0%}" for view in views[:2]) + (" ..." if len(views) > 2 else "")
     rows = [
         (
-            "PSNR, hidden pixels",
+            "PSNR, masked pixels",
             f"{facts['psnr_db']:.2f} dB" if facts["psnr_db"] else "exact",
             "higher is better",
         ),
-        ("SSIM, hidden pixels", "-" if facts["ssim"] is None else f"{facts['ssim']:.3f}", "1 is equal"),
-        ("hidden", hidden, "share of each view's pixels"),
-        ("mask unit", f"{facts['unit_px']} px", "what is hidden as a whole"),
+        ("SSIM, masked pixels", "-" if facts["ssim"] is None else f"{facts['ssim']:.3f}", "1 is identical"),
+        ("mask ratio", hidden, "share of masked pixels in each view"),
+        ("mask unit", f"{facts['unit_px']} px", "smallest part that is masked"),
         ("time", f"{facts['milliseconds']:.0f} ms", facts["runtime"]),
     ]
     if facts["seed"] is not None:
         rows.append(("seed", str(facts["seed"]), "the same seed draws the same mask"))
     if facts["statistics"] == "target":
         leak = (
-            "CAUTION: hidden patches are shown with their own true mean and contrast, which the model never "
-            "saw: picture and numbers leak."
+            "CAUTION: masked patches are shown with their true mean and standard deviation, which the model "
+            "never saw: picture and numbers leak information."
         )
         warning = f"<p class='leak' role='alert'>{leak}</p>"
     else:

@@ -1,4 +1,4 @@
-"""The tab that runs one model by every runtime there is, and compares them."""
+"""The tab that compares all runtimes of a model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from demo.compare_runtimes import RuntimeTiming, time_runtimes
 from demo.session import MODEL_EVENT, Session, note, table
 
 PROGRESS = gr.Progress()
-HEAD = ("runtime", "one picture", "times PyTorch's speed", "cosine", "largest difference", "what ran")
+HEAD = ("runtime", "latency", "speed-up", "cosine", "largest difference", "version")
 
 
 def runtimes_tab(session: Session, picture: gr.Image) -> None:
-    """Build the tab."""
+    """Builds the tab."""
     choices: dict[str, tuple[str, GraphKind]] = {
         f"{name}: {form}" if len(forms) > 1 or len(session.models.names) > 1 else form: (name, form)
         for name in session.models.names
@@ -23,8 +23,8 @@ def runtimes_tab(session: Session, picture: gr.Image) -> None:
         for form in forms
     }
     gr.Markdown(
-        "The same weights by PyTorch, ONNX Runtime and TensorRT, on the picture on the left. A file is "
-        "offered only if `coma export` verified it and it was made of these very weights."
+        "Runs the same weights with PyTorch, ONNX Runtime and TensorRT on the picture on the left. Exported "
+        "files are listed only if `coma export` verified them and they hold these weights."
     )
     with gr.Row(elem_classes="settings", equal_height=True):
         what = gr.Dropdown(
@@ -35,7 +35,7 @@ def runtimes_tab(session: Session, picture: gr.Image) -> None:
     plain = gr.JSON(visible=False, label="Comparison")
 
     def compare_runtimes(picture: str | None, what: str, progress: Any = PROGRESS) -> tuple[str, list[Any]]:
-        """Time every runtime of a model on a picture."""
+        """Measures every runtime of a model on a picture."""
         name, form = choices[what]
         model = session.models[name]
         config = model.config
@@ -87,5 +87,8 @@ def _result(rows: list[RuntimeTiming], form: GraphKind) -> str:
             ]
         )
     off = [i for i, row in enumerate(rows) if row.reason is not None]
-    text = "Median of the runs, copies to and from a GPU included; differences are to the first row."
+    text = (
+        "Latency is the median for one picture, including copies to and from the GPU; speed-up, cosine and "
+        "difference are relative to the first row."
+    )
     return table(HEAD, shown, off, caption="Runtimes") + note(text)

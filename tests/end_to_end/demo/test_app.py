@@ -59,8 +59,8 @@ def photograph() -> Any:
 
 def reconstruct(client: Any, picture: Any, painted: Any = None, **changes: Any) -> tuple:
     values = {
-        "model": NAME, "method": "coma", "mask_ratio": 0.75, "seed": 3, "fit": "crop", "runtime": "PyTorch",
-        "statistics": "visible", **changes,
+        "model": NAME, "method": "coma", "mask_ratio": 0.75, "seed": 3, "resize_mode": "crop",
+        "runtime": "PyTorch",        "statistics": "visible", **changes,
     }  # fmt: skip
     return client.predict(picture=picture, painted=painted, **values, api_name="/reconstruct")
 
@@ -85,14 +85,14 @@ def test_a_pair_comes_back_as_png_with_numbers(client, photograph):
     ("changes", "views"),
     [
         ({"method": "coma4"}, 8),
-        ({"method": "mae", "fit": "letterbox"}, 3),
-        ({"fit": "whole", "method": "blur"}, 4),
+        ({"method": "mae", "resize_mode": "letterbox"}, 3),
+        ({"resize_mode": "whole", "method": "blur"}, 4),
     ],
 )
 def test_other_methods_and_sizes(client, photograph, changes, views):
     *_, shown, _, facts = reconstruct(client, photograph, **changes)
     assert len(shown) == views and facts["method"] == changes["method"]
-    assert ("letter-boxed" in facts["picture"]) == (changes.get("fit") == "letterbox")
+    assert ("letter-boxed" in facts["picture"]) == (changes.get("resize_mode") == "letterbox")
 
 
 def test_true_statistics_are_labelled_as_leaking(client, photograph):
@@ -146,10 +146,10 @@ def test_bad_uploads_get_a_sentence_and_the_page_lives_on(client, photograph, tm
     from gradio_client.exceptions import AppError
 
     for name, path in bad_files(tmp_path / "bad").items():
-        with pytest.raises(AppError) as report_progress:
+        with pytest.raises(AppError) as told:
             reconstruct(client, handle_file(str(path)))
         expected = name.split(".")[0].split(" (")[0]
-        assert expected.replace("not a picture", "is not a picture") in str(report_progress.value), name
+        assert expected.replace("not a picture", "is not a picture") in str(told.value), name
     for path in good_files(tmp_path / "good").values():
         assert reconstruct(client, handle_file(str(path)))[-1]["psnr_db"] > 0
     assert reconstruct(client, photograph)[-1]["psnr_db"] > 0
@@ -223,9 +223,9 @@ def test_choices_that_do_not_exist_are_refused(client, photograph):
         {"seed": 2**40},
         {"mask_ratio": 7},
     ):
-        with pytest.raises(Exception) as report_progress:
+        with pytest.raises(Exception) as told:
             reconstruct(client, photograph, **changes)
-        assert "Traceback" not in str(report_progress.value)
+        assert "Traceback" not in str(told.value)
 
 
 def test_drawings_that_are_never_used_do_not_pile_up(monkeypatch):

@@ -248,8 +248,8 @@ def test_values_that_fit_nowhere_get_a_sentence(server, capfd):
         assert answer["success"] or answer["output"]["error"], call
     failed = [answer["output"]["error"] for answer in answers if not answer["success"]]
     assert len(failed) > len(calls) / 2
-    assert "Seed of the mask: give a number from 0 to 2147483647." in failed
-    assert any(text.startswith("Fit to the model: choose one of crop, letterbox, whole") for text in failed)
+    assert "Mask seed: give a number from 0 to 2147483647." in failed
+    assert any(text.startswith("Resize mode: choose one of crop, letterbox, whole") for text in failed)
     assert "This takes 9 values, not 8: see Use via API on the page." in failed
     assert "Traceback" not in capfd.readouterr().err
 

@@ -58,9 +58,9 @@ def test_regular_files_below_the_folder_are_opened_and_nothing_else(tmp_path):
         ".",
     ]
     for path in [*(f"{folder}/{name}" for name in (*inside, *odd)), *outside, str(folder), f"{folder}x/a"]:
-        with pytest.raises(BadImage) as report_progress:
+        with pytest.raises(BadImage) as told:
             kept.open(path)
-        assert str(report_progress.value) == GONE, path
+        assert str(told.value) == GONE, path
     descriptors = len(os.listdir("/dev/fd"))
     for _ in range(50):
         with pytest.raises(BadImage):

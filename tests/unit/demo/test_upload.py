@@ -20,10 +20,10 @@ def test_bad_files_are_refused_by_what_they_are(tmp_path):
     files = bad_files(tmp_path / "bad")
     uploads = Uploads(Storage(tmp_path))
     for name, path in files.items():
-        with pytest.raises(BadImage) as report_progress:
+        with pytest.raises(BadImage) as told:
             uploads.read(str(path), 3)
         expected = name.split(".")[0].split(" (")[0]
-        text = str(report_progress.value)
+        text = str(told.value)
         assert expected.replace("not a picture", "is not a picture") in text, f"{name}: {text}"
         assert str(tmp_path) not in text
 
