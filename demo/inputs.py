@@ -112,7 +112,7 @@ def _uploaded(value: Any, storage: Storage) -> dict[str, Any] | None:
         raise refusal("Please send the picture as a file.")
     if path.lower().startswith(("http:", "https:", "//", "data:")):
         raise refusal("Please send the picture itself, not its address.")
-    if not storage.holds(path):
+    if not storage.contains(path):
         raise refusal(GONE)
     return {"path": path, "meta": {"_type": "gradio.FileData"}}
 

@@ -24,7 +24,7 @@ from coma.models.windows import nest, unnest
 
 
 @dataclass(frozen=True)
-class Gates:
+class BlockGates:
     """The windows of one block.
 
     Attributes:
@@ -92,7 +92,7 @@ def attention_received(encoder: Encoder, image: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gate_weights(encoder: Encoder, image: Tensor) -> list[Gates]:
+def gate_weights(encoder: Encoder, image: Tensor) -> list[BlockGates]:
     """The gates of every block that has several windows.
 
     Args:
@@ -105,7 +105,7 @@ def gate_weights(encoder: Encoder, image: Tensor) -> list[Gates]:
     if not encoder.window_gates():
         raise BadInput("This model has no gates: all its layers have one window, the whole picture.")
     encoder = cast(DyViT, encoder)
-    found: list[Gates] = []
+    found: list[BlockGates] = []
     for stage, block, attention in _attentions(encoder):
         if attention.gate is None:
             continue
@@ -122,7 +122,7 @@ def gate_weights(encoder: Encoder, image: Tensor) -> list[Gates]:
         strength = weighted.unflatten(-1, (count, -1)).norm(dim=-1).argmax(dim=-1)  # n s t
         whole = block - 1 in encoder.stages[stage - 1].whole  # pyright: ignore[reportOperatorIssue]
         found.append(
-            Gates(
+            BlockGates(
                 stage,
                 block,
                 (0,) * count if whole else encoder.config.windows[stage - 1],
@@ -135,7 +135,7 @@ def gate_weights(encoder: Encoder, image: Tensor) -> list[Gates]:
 
 
 @torch.no_grad()
-def attention_of(
+def attention_maps_of(
     encoder: Encoder, image: Tensor, stage: int, row: float, col: float
 ) -> dict[str, np.ndarray]:
     """Where one place looks, in the last block of a stage: attention weights, mean over the heads.

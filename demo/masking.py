@@ -19,33 +19,33 @@ from coma.objectives.degradations import Kind, border, degrade
 from coma.runtimes.model_spec import Preprocessing
 from demo.introspection import attention_received
 from demo.models import Model
-from demo.resize import Fitted
+from demo.resize import Resized
 
 
 @dataclass(frozen=True)
-class Hidden:
+class MaskedPicture:
     """What is hidden.
 
     Attributes:
         visible: Units that each view sees, bool `[v, h, w]`; of a model that zooms in, none of the border.
         degraded: Pixels `[c, H, W]` in place of the picture's, which may leave 0..1; None: the picture.
-        everything: The model predicts all pixels, those of visible units too.
+        predicts_all: The model predicts all pixels, those of visible units too.
     """
 
     visible: Tensor
     degraded: Tensor | None = None
-    everything: bool = False
+    predicts_all: bool = False
 
 
-def hide(
-    model: Model, fitted: Fitted, method: str, seed: int, ratio: float, painted: np.ndarray | None = None
-) -> Hidden:
+def mask_picture(
+    model: Model, resized: Resized, method: str, seed: int, ratio: float, painted: np.ndarray | None = None
+) -> MaskedPicture:
     """Hide parts of a picture.
 
     Args:
         model: Who will rebuild them; it matters where it guides the mask, learned to undo a degradation, or
             zooms in: then its masks are drawn on the centre, of which alone it sees something.
-        fitted: The picture.
+        resized: The picture.
         method: A key of `METHODS`.
         seed: Of masks and degradations.
         ratio: Share to hide, where that can be chosen.
@@ -56,9 +56,9 @@ def hide(
     """
     about = model.description("reconstructor")
     rule = about.preprocessing
-    height, width = fitted.pixels.shape[1:]
+    height, width = resized.pixels.shape[1:]
     h, w = unit_grid(height, width, about.unit)
-    rows, cols = ring(h, w) if model.zooms_in else (0, 0)
+    rows, cols = border_units(h, w) if model.zooms_in else (0, 0)
     inner = h - 2 * rows, w - 2 * cols
 
     def whole(views: Tensor) -> Tensor:
@@ -66,24 +66,24 @@ def hide(
 
     kind = METHODS[method].degrades
     if kind:
-        shown = _degraded(fitted.pixels, seed, kind, rule)
+        shown = _degraded(resized.pixels, seed, kind, rule)
         if model.undoes == kind:
-            return Hidden(torch.ones(1, h, w, dtype=torch.bool), shown, everything=True)
-        return Hidden(whole(draw_views("coma", seed, *inner)), shown)
+            return MaskedPicture(torch.ones(1, h, w, dtype=torch.bool), shown, predicts_all=True)
+        return MaskedPicture(whole(sample_views("coma", seed, *inner)), shown)
     if method == "brush":
-        unboxed = _unboxed(np.zeros((1, 1), bool) if painted is None else painted, fitted)
+        unboxed = _unboxed(np.zeros((1, 1), bool) if painted is None else painted, resized)
         visible = painted_view(unboxed, height, width, about.unit)
         visible &= whole(torch.ones(1, *inner, dtype=torch.bool))
         if not visible.any():
             raise BadInput("This model sees the centre alone: leave some of that for it to see.")
-        return Hidden(visible)
+        return MaskedPicture(visible)
     if method == "zoom-in":
-        return Hidden(zoomed_view(h, w))
+        return MaskedPicture(zoom_in_view(h, w))
     if method == "guided":
-        image = normalize(fitted.pixels[None], rule.mean, rule.std)
+        image = normalize(resized.pixels[None], rule.mean, rule.std)
         attention = attention_received(model.encoder(), image)[rows : h - rows, cols : w - cols]
-        return Hidden(whole(guided_view(attention, seed, ratio)))
-    return Hidden(whole(draw_views(method, seed, *inner, ratio)))
+        return MaskedPicture(whole(attention_view(attention, seed, ratio)))
+    return MaskedPicture(whole(sample_views(method, seed, *inner, ratio)))
 
 
 def _degraded(pixels: Tensor, seed: int, kind: Kind, rule: Preprocessing) -> Tensor:
@@ -93,11 +93,11 @@ def _degraded(pixels: Tensor, seed: int, kind: Kind, rule: Preprocessing) -> Ten
     return degrade(normalised, torch.tensor([seed]), kind)[0][0] * std + mean
 
 
-def _unboxed(painted: np.ndarray, fitted: Fitted) -> np.ndarray:
+def _unboxed(painted: np.ndarray, resized: Resized) -> np.ndarray:
     """What was painted on the picture, on the whole of what the model gets."""
-    top, left, height, width = fitted.inside
+    top, left, height, width = resized.content
     small = np.asarray(Image.fromarray(painted).convert("L").resize((width, height), Image.Resampling.BOX))
-    whole = np.zeros(fitted.pixels.shape[1:], bool)
+    whole = np.zeros(resized.pixels.shape[1:], bool)
     whole[top : top + height, left : left + width] = small >= 64
     return whole
 
@@ -169,18 +169,18 @@ METHODS: dict[str, Method] = {
 }
 
 
-def zoomed_view(h: int, w: int) -> Tensor:
+def zoom_in_view(h: int, w: int) -> Tensor:
     """What a view sees that zoomed in, bool `[1, h, w]`: all but the border.
 
     Raises:
         BadInput: fewer than 3 x 3 units.
     """
-    rows, cols = ring(h, w)
+    rows, cols = border_units(h, w)
     inner = torch.ones(1, h - 2 * rows, w - 2 * cols, dtype=torch.bool)
     return F.pad(inner, (cols, cols, rows, rows))
 
 
-def ring(h: int, w: int) -> tuple[int, int]:
+def border_units(h: int, w: int) -> tuple[int, int]:
     """Rows and columns of units, at either end, that zooming in leaves out.
 
     Raises:
@@ -191,7 +191,7 @@ def ring(h: int, w: int) -> tuple[int, int]:
     return border(h), border(w)
 
 
-def guided_view(attention: Tensor, seed: int, mask_ratio: float) -> Tensor:
+def attention_view(attention: Tensor, seed: int, mask_ratio: float) -> Tensor:
     """What a view sees when units were hidden in proportion to `attention [h, w]`: bool `[1, h, w]`."""
     from coma.masking.sampling import draw
 
@@ -201,7 +201,7 @@ def guided_view(attention: Tensor, seed: int, mask_ratio: float) -> Tensor:
     return ~drawn(attention[None], torch.tensor([seed]), hidden)
 
 
-def draw_views(method: str, seed: int, h: int, w: int, mask_ratio: float = 0.75) -> Tensor:
+def sample_views(method: str, seed: int, h: int, w: int, mask_ratio: float = 0.75) -> Tensor:
     """Units that each view sees, bool `[v, h, w]`.
 
     Args:

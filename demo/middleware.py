@@ -44,7 +44,7 @@ _SHOWN = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif")
 _log = logging.getLogger("demo")
 
 
-class Gate:
+class RequestGuard:
     """Middleware of the page's server.
 
     Args:
@@ -67,7 +67,7 @@ class Gate:
         elif wanted or not _ROUTES.fullmatch(scope["path"]):
             await _answer(404, "Not found.")(scope, receive, send)
         else:
-            await _Exchange(scope, receive, send).run(self.app)
+            await _GuardedExchange(scope, receive, send).run(self.app)
 
     def _file(self, path: str, scope: Scope) -> Response:
         """An upload or a result; one answer for everything that is neither."""
@@ -94,7 +94,7 @@ class Gate:
         return StreamingResponse(chunks(), headers=headers, media_type=kind)
 
 
-class _Exchange:
+class _GuardedExchange:
     """One request and its answer."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -16,7 +16,7 @@ from coma.registry import entry_of
 from coma.runtimes.base import Runtime
 from coma.runtimes.model_spec import GRAPH_KINDS, GraphKind, ModelSpec
 from coma.runtimes.open import Device, open_runtime
-from demo.runtimes import Exported, Offer, exported_files, offers_of, verified_file
+from demo.runtimes import Exported, RuntimeOption, exported_files, runtime_options, verified_file
 
 
 @dataclass
@@ -38,8 +38,8 @@ class Model:
     artifact: Path | None
     files: list[Exported]
     device: Device = "cpu"
-    _offers: dict[str, list[Offer]] = field(default_factory=dict, repr=False)
-    _opened: dict[Offer, Runtime] = field(default_factory=dict, repr=False)
+    _options: dict[str, list[RuntimeOption]] = field(default_factory=dict, repr=False)
+    _opened: dict[RuntimeOption, Runtime] = field(default_factory=dict, repr=False)
     _encoder: Encoder | None = field(default=None, repr=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
@@ -47,14 +47,14 @@ class Model:
     def forms(self) -> tuple[GraphKind, ...]:
         """What it can be used as."""
         possible = GRAPH_KINDS[self.kind]
-        return tuple(form for form in possible if any(not offer.reason for offer in self.offers(form)))
+        return tuple(form for form in possible if any(not option.reason for option in self.options(form)))
 
-    def offers(self, form: GraphKind) -> list[Offer]:
+    def options(self, form: GraphKind) -> list[RuntimeOption]:
         """Runtimes of one form; those that are not available say why, and come last."""
         with self._lock:
-            if form not in self._offers:
-                self._offers[form] = offers_of(self.files, form, self.artifact, self.device)
-            return list(self._offers[form])
+            if form not in self._options:
+                self._options[form] = runtime_options(self.files, form, self.artifact, self.device)
+            return list(self._options[form])
 
     def runtime(self, form: GraphKind, title: str | None = None) -> Runtime:
         """Open a runtime, or the one that is open; the first that is available by default.
@@ -62,8 +62,8 @@ class Model:
         Raises:
             BadInput: there is none of this title, it is not available, or it does not open.
         """
-        offers = self.offers(form)
-        chosen = next((offer for offer in offers if offer.title == title or title is None), None)
+        options = self.options(form)
+        chosen = next((option for option in options if option.title == title or title is None), None)
         if chosen is None:
             raise BadInput(f"{self.name} has no runtime called {title!r}.")
         if chosen.reason or chosen.path is None:
@@ -182,7 +182,7 @@ class Models:
         """Those that can be used as `form`."""
         return [model for model in self._models.values() if form in model.forms]
 
-    def looked_into(self) -> list[Model]:
+    def with_encoder(self) -> list[Model]:
         """Those whose encoder is at hand."""
         kinds = ("backbone", "pretrained", "classifier")
         return [model for model in self._models.values() if model.artifact and model.kind in kinds]

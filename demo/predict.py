@@ -7,19 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from coma.runtimes.base import Runtime
 from demo.reconstruction import run
 from demo.render import enlarge, to_rgb
+from downstream.draw import Colour, draw_boxes, draw_masks
 from export.preprocessing import as_input, resized
-
-Colour = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Found:
+class Detection:
     """One object.
 
     Attributes:
@@ -50,7 +49,7 @@ def classify(runtime: Runtime, pixels: np.ndarray, names: tuple[str, ...], most:
     return {names[i]: float(p) for p, i in zip(scores[:most], order[:most].tolist(), strict=True)}
 
 
-def detect(runtime: Runtime, pixels: np.ndarray, names: tuple[str, ...], score: float) -> list[Found]:
+def detect(runtime: Runtime, pixels: np.ndarray, names: tuple[str, ...], score: float) -> list[Detection]:
     """Objects of at least this score, likeliest first, in pixels of the picture as it was given."""
     images = prepare(pixels, runtime)
     found = run(runtime, images)
@@ -64,7 +63,7 @@ def detect(runtime: Runtime, pixels: np.ndarray, names: tuple[str, ...], score: 
         x1, y1, x2, y2 = (found["boxes"][0, i] * scale).tolist()
         box = (max(x1, 0), max(y1, 0), min(x2, width), min(y2, height))
         mask = paste_mask(found["masks"][0, i].numpy(), box, height, width) if "masks" in found else None
-        objects.append(Found(names[label], label, value, box, mask))
+        objects.append(Detection(names[label], label, value, box, mask))
     return objects
 
 
@@ -87,31 +86,16 @@ def paste_mask(
     return whole
 
 
-def draw_objects(pixels: np.ndarray, objects: Sequence[Found], colours: Sequence[Colour]) -> np.ndarray:
-    """Boxes, masks, names and scores on the picture `[H, W, c]`: uint8 `[H', W', 3]`, enlarged if small."""
+def draw_objects(pixels: np.ndarray, objects: Sequence[Detection], colours: Sequence[Colour]) -> np.ndarray:
+    """Draws boxes, masks, class names and scores on `[H, W, c]`: uint8 `[H', W', 3]`, enlarged if small."""
     picture = as_picture(pixels)
-    for each in objects:
-        if each.mask is not None:
-            tint = np.array(colours[each.number % len(colours)], np.float32)
-            picture[each.mask] = (picture[each.mask] * 0.5 + tint * 0.5).astype(np.uint8)
+    chosen = [colours[each.number % len(colours)] for each in objects]
+    masks = [torch.from_numpy(each.mask) for each in objects if each.mask is not None]
+    if masks:
+        picture = draw_masks(picture, torch.stack(masks), chosen)
     large = enlarge(picture, 900)
-    scale = large.shape[1] / picture.shape[1]
-    image = Image.fromarray(large)
-    draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(max(14, round(max(large.shape) / 60)))
-    for each in reversed(objects):
-        colour = colours[each.number % len(colours)]
-        x1, y1, x2, y2 = (value * scale for value in each.box)
-        if x2 <= x1 or y2 <= y1:
-            continue
-        draw.rectangle((x1, y1, x2, y2), outline=colour, width=3)
-        text = f"{each.name} {each.score:.2f}"
-        left, top, right, bottom = draw.textbbox((x1, y1), text, font=font)
-        up = min(bottom - top + 6, y1)  # above the box where there is room
-        draw.rectangle((left - 1, top - up, right + 5, bottom - up + 5), fill=colour)
-        dark = sum(colour) < 380
-        draw.text((x1 + 2, y1 - up + 1), text, fill=(255, 255, 255) if dark else (0, 0, 0), font=font)
-    return np.asarray(image)
+    boxes = torch.tensor([each.box for each in objects]).view(-1, 4) * (large.shape[1] / picture.shape[1])
+    return draw_boxes(large, boxes, [f"{each.name} {each.score:.2f}" for each in objects], chosen)
 
 
 def segment(runtime: Runtime, pixels: np.ndarray) -> np.ndarray:

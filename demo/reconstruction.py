@@ -20,7 +20,7 @@ from coma.masking.patchify import pad_to_units, patchify, unpatchify
 from coma.objectives.targets import Statistics, nearby_statistics, unit_statistics
 from coma.runtimes.base import Runtime
 from demo.masking import pixel_view
-from demo.resize import Fitted
+from demo.resize import Resized
 from export.preprocessing import as_input
 
 
@@ -38,13 +38,13 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Rebuilt:
+class Reconstruction:
     """What every view made of a picture. Pixels are float32 in 0..1, without letter-box.
 
     Attributes:
         original: `[H, W, c]`.
         shown: `[H, W, c]`: what it was degraded to before anything was hidden; else the original.
-        everything: The model predicted all pixels from a degraded picture, none of them was hidden from it.
+        predicts_all: The model predicted all pixels from a degraded picture, none of them was hidden from it.
         hidden: bool `[v, H, W]`: pixels that the view did not see, and so had to predict.
         filled: `[v, H, W, c]`: visible pixels as they are, hidden ones rebuilt.
         merged: `[H, W, c]`: every hidden pixel from the views that did not see it (their mean), others as
@@ -57,7 +57,7 @@ class Rebuilt:
 
     original: np.ndarray
     shown: np.ndarray
-    everything: bool
+    predicts_all: bool
     hidden: np.ndarray
     filled: np.ndarray
     merged: np.ndarray
@@ -72,32 +72,32 @@ class Rebuilt:
         return np.abs(self.merged - self.original).mean(axis=-1)
 
 
-def rebuild(
+def reconstruct(
     runtime: Runtime,
-    fitted: Fitted,
+    resized: Resized,
     visible: Tensor,
     statistics: Statistics = "visible",
     degraded: Tensor | None = None,
-    everything: bool = False,
-) -> Rebuilt:
+    predicts_all: bool = False,
+) -> Reconstruction:
     """Hide, rebuild, compare.
 
     Args:
         runtime: Of a reconstructor.
-        fitted: The picture.
+        resized: The picture.
         visible: Units that each view sees, bool `[v, h, w]`.
         statistics: Of a norm-pix model only: where hidden units get mean and contrast from; `target` leaks.
         degraded: What the model gets in place of the picture, pixels `[c, H, W]`. What leaves 0..1 is shown
             cut off, and is cut off for a runtime that takes whole numbers; others get it as it is.
-        everything: It predicts all pixels from that, whatever is visible (see `coma.objectives.beyond`).
+        predicts_all: It predicts all pixels from that, whatever is visible (see `coma.objectives.beyond`).
 
     Raises:
         BadInput: a size or a number of views that the runtime does not take.
     """
     about = runtime.spec.preprocessing
-    views, (height, width) = len(visible), fitted.pixels.shape[1:]
+    views, (height, width) = len(visible), resized.pixels.shape[1:]
     unit = runtime.spec.unit
-    pixels_in = fitted.pixels if degraded is None else degraded
+    pixels_in = resized.pixels if degraded is None else degraded
     displayed = pixels_in.clamp(0, 1)
     if about.normalize_in_graph:
         pixels_in = displayed
@@ -105,24 +105,26 @@ def rebuild(
     began = time.perf_counter()
     out = run(runtime, images, visible=visible)["reconstruction"].float()
     seconds = time.perf_counter() - began
-    plain = normalize(fitted.pixels[None], about.mean, about.std)
+    plain = normalize(resized.pixels[None], about.mean, about.std)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (about.mean, about.std))
     if about.normalize_in_graph:
         out = (out / 255 - mean) / std
-    if statistics == "target" and not everything:
+    if statistics == "target" and not predicts_all:
         seen = normalize(pixels_in[None], about.mean, about.std)
         out = with_true_statistics(out, seen.expand(views, -1, -1, -1), plain, visible, unit)
     pixels = (out * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    views_seen = pixel_view(visible & (not everything), unit, height, width)
-    original = fitted.crop(fitted.pixels.permute(1, 2, 0).numpy())
-    filled = np.stack([fitted.crop(each) for each in pixels])
-    shown = fitted.crop(displayed.permute(1, 2, 0).numpy())
-    hidden = np.stack([fitted.crop(~each) for each in views_seen])
+    views_seen = pixel_view(visible & (not predicts_all), unit, height, width)
+    original = resized.crop(resized.pixels.permute(1, 2, 0).numpy())
+    filled = np.stack([resized.crop(each) for each in pixels])
+    shown = resized.crop(displayed.permute(1, 2, 0).numpy())
+    hidden = np.stack([resized.crop(~each) for each in views_seen])
     filled = np.where(hidden[..., None], filled, shown)  # bit for bit, whatever the runtime rounds
     merged, predicted = merge_views(shown, filled, hidden)
     scores = tuple(measure_hidden(original, each, where) for each, where in zip(filled, hidden, strict=True))
     total = measure_hidden(original, merged, predicted)
-    return Rebuilt(original, shown, everything, hidden, filled, merged, predicted, scores, total, seconds)
+    return Reconstruction(
+        original, shown, predicts_all, hidden, filled, merged, predicted, scores, total, seconds
+    )
 
 
 def run(runtime: Runtime, images: Tensor, **others: Tensor) -> dict[str, Tensor]:

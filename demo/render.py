@@ -61,6 +61,6 @@ def enlarge(picture: np.ndarray, to: int = SHOWN, *, blocks: bool = False) -> np
     return np.asarray(Image.fromarray(picture).resize(size, how))
 
 
-def number_image(values: np.ndarray, colours: np.ndarray) -> np.ndarray:
+def colour_indices(values: np.ndarray, colours: np.ndarray) -> np.ndarray:
     """Whole numbers `[H, W]` as the colours, uint8 `[n, 3]`, of the same numbers."""
     return colours[values % len(colours)]

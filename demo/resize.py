@@ -12,8 +12,8 @@ from torch import Tensor
 
 from coma.data.transforms import centre_square, resize
 
-Fit = Literal["crop", "letterbox", "whole"]
-FITS: dict[Fit, str] = {
+ResizeMode = Literal["crop", "letterbox", "whole"]
+RESIZE_MODES: dict[ResizeMode, str] = {
     "crop": "Centre square",
     "letterbox": "Letter-box",
     "whole": "Whole picture",
@@ -23,26 +23,28 @@ LONGEST = 3
 
 
 @dataclass(frozen=True)
-class Fitted:
+class Resized:
     """A picture at the model's size.
 
     Attributes:
         pixels: `[c, H, W]`, float32 in 0..1.
-        inside: Top, left, height and width in pixels of what is picture; the rest is letter-box.
+        content: Top, left, height and width in pixels of what is picture; the rest is letter-box.
         note: What was done.
     """
 
     pixels: Tensor
-    inside: tuple[int, int, int, int]
+    content: tuple[int, int, int, int]
     note: str
 
     def crop(self, image: np.ndarray) -> np.ndarray:
         """The part of `[H, W, ...]` that is picture."""
-        top, left, height, width = self.inside
+        top, left, height, width = self.content
         return image[top : top + height, left : left + width]
 
 
-def fit_picture(pixels: np.ndarray, side: int, how: Fit, fill: tuple[float, ...], unit: int = 1) -> Fitted:
+def resize_picture(
+    pixels: np.ndarray, side: int, how: ResizeMode, fill: tuple[float, ...], unit: int = 1
+) -> Resized:
     """Bring a picture to `side` pixels.
 
     Args:
@@ -57,12 +59,12 @@ def fit_picture(pixels: np.ndarray, side: int, how: Fit, fill: tuple[float, ...]
     was = f"{width} x {height} px"
     if how == "crop":
         image = _scaled(pixels, centre_square(height, width), side, side)
-        return Fitted(image, (0, 0, side, side), f"{was}: its centre square, resized to {side} x {side} px")
+        return Resized(image, (0, 0, side, side), f"{was}: its centre square, resized to {side} x {side} px")
     everything = (0, 0, height, width)
     if how == "whole":
         scale = min(side / min(height, width), LONGEST * side / max(height, width))
         h, w = (max(round(length * scale), unit) for length in (height, width))
-        return Fitted(_scaled(pixels, everything, h, w), (0, 0, h, w), f"{was}, resized to {w} x {h} px")
+        return Resized(_scaled(pixels, everything, h, w), (0, 0, h, w), f"{was}, resized to {w} x {h} px")
     scale = side / max(height, width)
     h, w = (max(round(length * scale), 1) for length in (height, width))
     image = _scaled(pixels, everything, h, w)
@@ -70,7 +72,7 @@ def fit_picture(pixels: np.ndarray, side: int, how: Fit, fill: tuple[float, ...]
     colour = torch.tensor(fill).view(-1, 1, 1)
     boxed = F.pad(image - colour, (left, side - w - left, top, side - h - top)) + colour
     note = f"{was}, resized to {w} x {h} px and letter-boxed to {side} x {side} px (bars are not measured)"
-    return Fitted(boxed, (top, left, h, w), note)
+    return Resized(boxed, (top, left, h, w), note)
 
 
 def _scaled(pixels: np.ndarray, box: tuple[int, int, int, int], height: int, width: int) -> Tensor:

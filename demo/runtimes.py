@@ -23,7 +23,7 @@ SUFFIXES = {".onnx": "ONNX Runtime", ".engine": "TensorRT"}
 
 
 @dataclass(frozen=True)
-class Offer:
+class RuntimeOption:
     """One way to run one form of a model, or why it cannot be run.
 
     Attributes:
@@ -100,7 +100,9 @@ def verified_file(path: Path) -> Exported:
     raise BadInput(f"{path}: {MANIFEST} beside it does not list it as verified; export it again")
 
 
-def offers_of(entries: list[Exported], form: GraphKind, artifact: Path | None, device: Device) -> list[Offer]:
+def runtime_options(
+    entries: list[Exported], form: GraphKind, artifact: Path | None, device: Device
+) -> list[RuntimeOption]:
     """All runtimes for one form, those that are not available last.
 
     Args:
@@ -109,28 +111,30 @@ def offers_of(entries: list[Exported], form: GraphKind, artifact: Path | None, d
         artifact: Its directory, if it was given.
         device: For PyTorch and ONNX Runtime.
     """
-    offers = []
+    options = []
     if artifact is not None:
-        offers.append(Offer("PyTorch", form, artifact, device))
+        options.append(RuntimeOption("PyTorch", form, artifact, device))
     else:
-        offers.append(Offer("PyTorch", form, None, reason="the artifact itself was not named at the start"))
+        options.append(
+            RuntimeOption("PyTorch", form, None, reason="the artifact itself was not named at the start")
+        )
     for suffix, library in SUFFIXES.items():
         files = [entry for entry in entries if entry.form == form and entry.path.suffix == suffix]
-        offers += [_offer(entry, library, device) for entry in files]
+        options += [_option(entry, library, device) for entry in files]
         if not files:
-            offers.append(Offer(library, form, None, reason=_how_to_make(suffix, artifact)))
-    return sorted(offers, key=lambda offer: offer.reason is not None)
+            options.append(RuntimeOption(library, form, None, reason=_how_to_make(suffix, artifact)))
+    return sorted(options, key=lambda option: option.reason is not None)
 
 
-def _offer(entry: Exported, library: str, device: Device) -> Offer:
+def _option(entry: Exported, library: str, device: Device) -> RuntimeOption:
     title = library if entry.precision == "fp32" else f"{library} {entry.precision}"
     try:
         where = _place(entry.path.suffix, device)
     except BadInput as error:
-        return Offer(title, entry.form, entry.path, reason=str(error))
+        return RuntimeOption(title, entry.form, entry.path, reason=str(error))
     if where == "cpu" and device != "cpu":
         title += " on the CPU"
-    return Offer(title, entry.form, entry.path, where, entry.changed)
+    return RuntimeOption(title, entry.form, entry.path, where, entry.changed)
 
 
 def _place(suffix: str, device: Device) -> Device:

@@ -41,7 +41,7 @@ class Storage:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder.resolve()
 
-    def holds(self, path: str) -> bool:
+    def contains(self, path: str) -> bool:
         """Whether a path names a place below the folder; nothing is asked of the disk."""
         parts = Path(path).parts
         below = parts[: len(self.folder.parts)] == self.folder.parts and len(parts) > len(self.folder.parts)
@@ -54,7 +54,7 @@ class Storage:
             BadImage: `GONE`, for everything else: links, pipes, directories, files elsewhere or nowhere.
         """
         with suppress(OSError, ValueError):  # ValueError: a path with a NUL, or that no file name encodes
-            if self.holds(path):
+            if self.contains(path):
                 *folders, name = Path(path).parts[len(self.folder.parts) :]
                 here = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
                 try:

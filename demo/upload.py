@@ -39,7 +39,7 @@ AT_ONCE = 2
 WAIT_SECONDS = 60
 """Who waits longer than that for others' pictures to be decoded is told so."""
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
-TAKES = "JPEG, PNG, WebP, TIFF or BMP"
+ACCEPTED = "JPEG, PNG, WebP, TIFF or BMP"
 _NAMED = (*FORMATS, "GIF", "AVIF", "ICO", "PPM")  # those that a refusal calls by name
 _TIFF_CODES = {1: "none", 2: "CCITT", 3: "CCITT", 4: "CCITT", 5: "LZW", 8: "deflate", 32773: "PackBits",
                32946: "deflate", 50000: "Zstandard"}  # fmt: skip
@@ -158,7 +158,7 @@ def _check_header(data: bytes) -> None:
     except Image.DecompressionBombError:
         raise BadImage(_too_large()) from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError):
-        raise BadImage(f"This file is not a picture; please send a {TAKES} file.") from None
+        raise BadImage(f"This file is not a picture; please send a {ACCEPTED} file.") from None
     except Exception:  # decoders raise whatever they like on hostile headers
         raise BadImage("This picture is damaged: its header cannot be read.") from None
     if width * height > MAX_PIXELS:
@@ -168,7 +168,7 @@ def _check_header(data: bytes) -> None:
     if several:  # not of an MPO, whose other frames are views of the same photograph
         raise BadImage("This picture is animated or has several pages; please send a still one.")
     if kind not in (*FORMATS, "MPO"):
-        raise BadImage(f"{kind} pictures are not taken; please send a {TAKES} file.")
+        raise BadImage(f"{kind} pictures are not taken; please send a {ACCEPTED} file.")
     if kind in ("JPEG", "MPO") and data.count(b"\xff\xda") * width * height > MAX_SCANNED:  # start of scan
         raise BadImage("This JPEG has too many scans; please save it anew.")
     if kind == "TIFF" and _tiff_compression(data) not in _TIFF_CODES:

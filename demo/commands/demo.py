@@ -124,10 +124,10 @@ def serve(
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     storage = Storage(folder)
     os.environ["GRADIO_TEMP_DIR"] = str(storage.folder)
-    from demo.app import build
+    from demo.app import build_page
     from demo.style import CSS, theme
 
-    page, protection = build(models, storage)
+    page, protection = build_page(models, storage)
     page.launch(
         server_name=host,
         server_port=port or free_port(host),

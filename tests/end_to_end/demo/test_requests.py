@@ -63,8 +63,8 @@ def test_values_that_fit_nowhere_get_a_sentence(server, capfd, names):
         assert answer["success"] or answer["output"]["error"], call
     failed = [answer["output"]["error"] for answer in answers if not answer["success"]]
     assert len(failed) > len(calls) / 2
-    assert "Seed of the mask: give a number from 0 to 2147483647." in failed
-    assert any(text.startswith("Fit to the model: choose one of crop, letterbox, whole") for text in failed)
+    assert "Mask seed: give a number from 0 to 2147483647." in failed
+    assert any(text.startswith("Resize mode: choose one of crop, letterbox, whole") for text in failed)
     assert "This takes 9 values, not 8: see Use via API on the page." in failed
     assert "Traceback" not in capfd.readouterr().err
 
@@ -220,7 +220,7 @@ def test_an_unexpected_error_is_one_line_in_the_log(server, monkeypatch, caplog,
 
 
 def test_a_password_guards_the_files_too(tmp_path):
-    from demo.middleware import Gate
+    from demo.middleware import RequestGuard
     from demo.storage import Storage
 
     kept, sent = Storage(tmp_path), []
@@ -240,7 +240,7 @@ def test_a_password_guards_the_files_too(tmp_path):
             sent.append(message)
 
         sent.clear()
-        await Gate(App, kept)(scope, receive, send)  # pyright: ignore[reportArgumentType]
+        await RequestGuard(App, kept)(scope, receive, send)  # pyright: ignore[reportArgumentType]
         return sent[0]["status"]
 
     cookies = (b"", b"access-token-c=x", b"access-token-c=t", b"access-token-unsecure-c=t")
