@@ -17,9 +17,11 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # mkdocs starts with its own folder on the path
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # mkdocs starts with its own folder on the path
 
 COMMANDS, MEMBERS = "<!-- commands -->", r"<!-- members of (\S+) -->"
+FILE = r"<!-- file (\S+) -->"
 FORMULA = r"```math\n(.*?)\n```"
 EDGE = "─╭╮╰╯"
 
@@ -28,6 +30,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Returns a page with its placeholders and formulas filled in."""
     if COMMANDS in markdown:
         markdown = markdown.replace(COMMANDS, "\n".join(command_pages()))
+    markdown = re.sub(FILE, lambda found: f"```python\n{(ROOT / found[1]).read_text()}```", markdown)
     markdown = re.sub(MEMBERS, lambda found: "\n".join(members(found[1])), markdown)
     return re.sub(FORMULA, lambda found: formula(found[1]), markdown, flags=re.DOTALL)
 
@@ -58,7 +61,7 @@ def command_pages() -> Iterator[str]:
 
 
 def section(invocation: str, text: str) -> str:
-    """Returns a command's help under a heading, one block for each group of its flags."""
+    """Returns a command's help under a heading."""
     return f"## coma {invocation}\n\n```text\n{text}\n```\n"
 
 

@@ -229,7 +229,7 @@ def test_blocks_say_their_language_and_hide_no_commands():
 
 
 def _pages(language: str, *, slow: bool | None = None) -> list[str]:
-    found = [each for each in BLOCKS if each.language == language and "--8<--" not in each.code]
+    found = [each for each in BLOCKS if each.language == language]
     if slow is not None:
         found = [each for each in found if ("downstream" in each.code) is slow]
     return list(dict.fromkeys(each.page for each in found))
@@ -239,7 +239,7 @@ def run_python(page: str) -> dict[str, Any]:
     """Runs the blocks of a page one after another, as one program."""
     names: dict[str, Any] = {"__name__": page}
     for block in BLOCKS:
-        if block.page == page and block.language == "python" and "--8<--" not in block.code:
+        if block.page == page and block.language == "python":
             exec(compile(block.code, page, "exec"), names)
     return names
 
