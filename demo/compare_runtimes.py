@@ -77,15 +77,15 @@ def compare(
         first = first or outputs
         cosine = min(_cosine(first[name], outputs[name]) for name in first)
         name = next(iter(first))
-        scale = 255 * max(runtime.description.preprocessing.std) if form == "reconstructor" else 1.0
+        scale = 255 * max(runtime.spec.preprocessing.std) if form == "reconstructor" else 1.0
         difference = float((first[name].double() - outputs[name].double()).abs().max()) * scale
         rows.append(Measured(offer.title, runtime.title, milliseconds, runs, cosine, difference))
     return rows
 
 
 def _time(runtime: Runtime, pixels: np.ndarray) -> tuple[dict[str, Tensor], float, int]:
-    about, rule = runtime.description, runtime.description.preprocessing
-    if about.form == "reconstructor":
+    about, rule = runtime.spec, runtime.spec.preprocessing
+    if about.graph == "reconstructor":
         side = rule.size[0] if rule.size else 224
         fitted = fit_picture(pixels, side, "crop", rule.mean)
         images = as_input([fitted.pixels], rule)
@@ -93,7 +93,7 @@ def _time(runtime: Runtime, pixels: np.ndarray) -> tuple[dict[str, Tensor], floa
     else:
         images, others = prepare(pixels, runtime), {}
     outputs = run(runtime, images, **others)
-    if about.form == "reconstructor" and rule.inside:
+    if about.graph == "reconstructor" and rule.normalize_in_graph:
         outputs["reconstruction"] = normalize(outputs["reconstruction"] / 255, rule.mean, rule.std)
     seconds: list[float] = []
     while len(seconds) < MOST_RUNS and (len(seconds) < 3 or sum(seconds) < SECONDS):

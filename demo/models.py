@@ -74,7 +74,7 @@ class Model:
 
     def description(self, form: GraphKind) -> ModelSpec:
         """What the first runtime says of the model."""
-        return self.runtime(form).description
+        return self.runtime(form).spec
 
     @property
     def norm_pix(self) -> bool:
@@ -208,5 +208,5 @@ def _load_encoder(model: Model) -> Encoder:
     if model.artifact is None:
         raise BadInput("Only exported files of this model were given; name its artifact to look inside.")
     if model.kind == "classifier":
-        return cast(Encoder, load_classifier(model.artifact)[0])
-    return load_encoder(model.artifact)[0]
+        return cast(Encoder, load_classifier(model.artifact))
+    return load_encoder(model.artifact)

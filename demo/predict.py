@@ -39,7 +39,7 @@ class Found:
 
 def prepare(pixels: np.ndarray, runtime: Runtime) -> Tensor:
     """Pixels `[H, W, c]` to the input `[1, c, h, w]` that the model's description asks for."""
-    about = runtime.description.preprocessing
+    about = runtime.spec.preprocessing
     return as_input([resized(pixels, about)], about)
 
 

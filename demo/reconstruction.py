@@ -94,12 +94,12 @@ def rebuild(
     Raises:
         BadInput: a size or a number of views that the runtime does not take.
     """
-    about = runtime.description.preprocessing
+    about = runtime.spec.preprocessing
     views, (height, width) = len(visible), fitted.pixels.shape[1:]
-    unit = runtime.description.unit
+    unit = runtime.spec.unit
     pixels_in = fitted.pixels if degraded is None else degraded
     displayed = pixels_in.clamp(0, 1)
-    if about.inside:
+    if about.normalize_in_graph:
         pixels_in = displayed
     images = as_input([pixels_in] * views, about)
     began = time.perf_counter()
@@ -107,7 +107,7 @@ def rebuild(
     seconds = time.perf_counter() - began
     plain = normalize(fitted.pixels[None], about.mean, about.std)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (about.mean, about.std))
-    if about.inside:
+    if about.normalize_in_graph:
         out = (out / 255 - mean) / std
     if statistics == "target" and not everything:
         seen = normalize(pixels_in[None], about.mean, about.std)

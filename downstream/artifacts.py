@@ -12,7 +12,7 @@ import re
 import warnings
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -78,8 +78,16 @@ def describe_finetuned(
     )
 
 
-def load_finetuned(directory: Path, kind: Kind | None = None) -> tuple[nn.Module, ArtifactConfig]:
-    """The detector or segmentor of an artifact, in evaluation mode on the CPU.
+class Finetuned(nn.Module):
+    """What type checkers see of a model of OpenMMLab that was loaded from an artifact."""
+
+    artifact: ArtifactConfig
+
+
+def load_finetuned(directory: Path, kind: Kind | None = None) -> Finetuned:
+    """Returns the detector or segmentor of an artifact, in evaluation mode on the CPU.
+
+    Its attribute `artifact` is the artifact's description.
 
     Raises:
         BadArtifact: not an artifact of this kind, or tensors that do not fit.
@@ -87,9 +95,10 @@ def load_finetuned(directory: Path, kind: Kind | None = None) -> tuple[nn.Module
     artifact = read_finetuned(directory, kind)
     config = artifact.config
     with blaming(directory / "config.json", "describes no model that can be built"):
-        model = build_model(config)
+        model = cast(Finetuned, build_model(config))
+    model.artifact = config
     load_strict(model, artifact.tensors, source=str(directory))
-    return model.eval(), config
+    return model.eval()
 
 
 def read_finetuned(directory: Path, kind: Kind | None = None) -> Artifact:

@@ -89,14 +89,14 @@ class NotRun:
 
 
 def exported(
-    folder: Path, artifact: Path, form: GraphKind, required: bool
+    folder: Path, artifact: Path, graph: GraphKind, required: bool
 ) -> tuple[list[Entry], list[NotRun]]:
-    """The files of one form in a folder of exports, and those that are out of the question.
+    """The files of one graph in a folder of exports, and those that are out of the question.
 
     Args:
         folder: With its manifest.json.
         artifact: What the files must have been made of.
-        form: Which of them.
+        graph: Which of them.
         required: A folder without exports of this artifact is an error; otherwise it is only named.
 
     Raises:
@@ -112,8 +112,8 @@ def exported(
     entries, absent = [], []
     for entry in manifest.files:
         path = folder / entry.file
-        if entry.form != form:
-            absent.append(NotRun(entry.file, f"is of the form {entry.form}, not {form}"))
+        if entry.graph != graph:
+            absent.append(NotRun(entry.file, f"is of the graph {entry.graph}, not {graph}"))
         elif not path.is_file():
             absent.append(NotRun(entry.file, f"listed in {NAME}, but no longer there"))
         elif not is_verified(folder, entry):
@@ -130,25 +130,25 @@ def exported(
 
 
 def open_torch(
-    artifact: Path, form: GraphKind, device: Device, compiled: bool
+    artifact: Path, graph: GraphKind, device: Device, compiled: bool
 ) -> tuple[list[Contender], list[NotRun]]:
     """PyTorch as it is and, if asked for, compiled."""
     place = "cpu" if device == "cpu" else "cuda"
-    deployable = load_exportable(artifact, form)
-    found = [Contender(EAGER, "fp32", TorchRuntime(deployable, place), place)]
+    exportable = load_exportable(artifact, graph)
+    found = [Contender(EAGER, "fp32", TorchRuntime(exportable, place), place)]
     if compiled:
-        found.append(Contender(COMPILED, "fp32", TorchRuntime(deployable, place, compiled=True), place))
+        found.append(Contender(COMPILED, "fp32", TorchRuntime(exportable, place, compiled=True), place))
         return found, []
     return found, [NotRun(COMPILED, "not asked for; --compile runs it, compiling takes a while")]
 
 
 def open_exports(
-    folder: Path, entries: Sequence[Entry], device: Device, threads: int, watcher: ProgressListener
+    folder: Path, entries: Sequence[Entry], device: Device, threads: int, listener: ProgressListener
 ) -> tuple[list[Contender], list[NotRun]]:
     """Load files: .onnx on `device`, .engine on a GPU."""
     found, absent = [], []
     for number, entry in enumerate(entries):
-        watcher.step(f"loading {entry.file}", number, len(entries))
+        listener.step(f"loading {entry.file}", number, len(entries))
         try:
             found.append(_open(folder / entry.file, entry, device, threads))
         except ComaError as error:
@@ -178,7 +178,7 @@ def try_out(
     images: ImageSet,
     batch: int,
     size: tuple[int, int],
-    watcher: ProgressListener,
+    listener: ProgressListener,
 ) -> tuple[list[Call], list[NotRun]]:
     """What can be timed at one batch size, and what cannot: every call is made twice.
 
@@ -187,11 +187,11 @@ def try_out(
         images: Shown again and again where they are fewer than the batch.
         batch: How many at a time.
         size: Height and width they are resized to.
-        watcher: Told what is being tried.
+        listener: Told what is being tried.
     """
     calls, absent = [], []
     for number, each in enumerate(contenders):
-        watcher.step(f"batch {batch}: trying {each.name}", number, len(contenders))
+        listener.step(f"batch {batch}: trying {each.name}", number, len(contenders))
         try:
             with library_errors(each.name):
                 calls += [
@@ -242,7 +242,7 @@ def busy_note(threads: int) -> str | None:
 
 def _open(path: Path, entry: Entry, device: Device, threads: int) -> Contender:
     if path.suffix == ".engine":
-        from coma.runtimes.tensorrt import TensorRTRuntime
+        from coma.runtimes.tensorrt.runtime import TensorRTRuntime
 
         return Contender(path.name, entry.precision, TensorRTRuntime(path, cuda_graphs=True), "cuda")
     from coma.runtimes.onnxruntime import OnnxRuntime
@@ -254,15 +254,15 @@ def _open(path: Path, entry: Entry, device: Device, threads: int) -> Contender:
 def _calls(
     each: Contender, images: ImageSet, batch: int, size: tuple[int, int]
 ) -> list[tuple[str, Callable[[], object]]]:
-    about = each.runtime.description
-    rule = about.preprocessing
+    spec = each.runtime.spec
+    rule = spec.preprocessing
     pictures = [images.pictures[i % len(images.pictures)] for i in range(min(batch, len(images.pictures)))]
     shown = [resized(picture, rule, size) for picture in pictures]
-    examples = example_inputs(about, batch, *size)
-    inputs = {port.name: tensor for port, tensor in zip(about.inputs, examples, strict=True)}
+    examples = example_inputs(spec, batch, *size)
+    inputs = {tensor_spec.name: tensor for tensor_spec, tensor in zip(spec.inputs, examples, strict=True)}
     inputs["images"] = as_input([shown[i % len(shown)] for i in range(batch)], rule)
     found = [("compute", compute(each.runtime, {k: v.to(each.device) for k, v in inputs.items()}))]
-    if images.files and about.form != "reconstructor":  # which takes a mask beside the images
+    if images.files and spec.graph != "reconstructor":  # which takes a mask beside the images
         files = [images.files[i % len(images.files)] for i in range(batch)]
         found.append(("end to end", end_to_end(each.runtime, files, size, inputs["images"].shape[1])))
     return found

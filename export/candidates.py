@@ -21,8 +21,8 @@ from coma.runtimes.model_spec import (
     GraphKind,
     ModelSpec,
     Precision,
-    as_json,
     read_model_spec,
+    to_json,
 )
 from coma.runtimes.shape_ranges import Shape, Shapes
 from export.graphs.load import example_inputs, load_exportable
@@ -45,16 +45,16 @@ class CandidateBuilder:
     """Writes the files that are still to be verified."""
 
     def __init__(
-        self, request: Request, form: GraphKind, shapes: Shapes, watcher: ProgressListener, source: str
+        self, request: Request, graph: GraphKind, shapes: Shapes, listener: ProgressListener, source: str
     ) -> None:
-        self.request, self.shapes, self.watcher, self.source = request, shapes, watcher, source
-        self.form: GraphKind = form
+        self.request, self.shapes, self.listener, self.source = request, shapes, listener, source
+        self.graph: GraphKind = graph
         self._fp32_file: Path | None = None
         self._unwanted: list[Path] = []
 
     def onnx(self, precision: Precision) -> Path:
         """An ONNX file of this precision, `.unverified`."""
-        target = self.waiting(self.request.out / file_name(self.form, precision))
+        target = self.waiting(self.request.out / file_name(self.graph, precision))
         if precision in ("int8", "fp8"):
             self._quantize(precision, target)
         else:
@@ -83,43 +83,43 @@ class CandidateBuilder:
     def fp32(self) -> Path:
         """The fp32 file of which quantised ones are made: the one that passed, or one made for that alone."""
         if self._fp32_file is None:
-            base = self.unwanted(self.request.out / f"{self.form}{_BASE}")
+            base = self.unwanted(self.request.out / f"{self.graph}{_BASE}")
             self._trace("fp32", base)
             self._fp32_file = base
         return self._fp32_file
 
-    def deployable(self) -> ExportableModel:
+    def exportable(self) -> ExportableModel:
         """The model, read anew.
 
         Raises:
             BadArtifact: it cannot be read any more, or has become another one since the export began.
         """
-        found = load_exportable(self.request.artifact, self.form)
-        if found.description.source != self.source:
+        found = load_exportable(self.request.artifact, self.graph)
+        if found.spec.source != self.source:
             raise BadArtifact(f"{self.request.artifact}: has changed during the export; export it again")
         return found
 
     def _trace(self, precision: Precision, target: Path) -> None:
-        self.watcher.step(f"{self.form} {precision}: tracing the graph")
-        deployable = fitted(self.deployable(), self.shapes)
-        if self.request.inside:
-            deployable = with_preprocessing(deployable)
-        in_precision(deployable.module, precision)
-        description = replace(deployable.description, precision=precision)
-        write_onnx(replace(deployable, description=description), self.shapes, target)
+        self.listener.step(f"{self.graph} {precision}: tracing the graph")
+        exportable = fit_preprocessing(self.exportable(), self.shapes)
+        if self.request.normalize_in_graph:
+            exportable = with_preprocessing(exportable)
+        in_precision(exportable.module, precision)
+        spec = replace(exportable.spec, precision=precision)
+        write_onnx(replace(exportable, spec=spec), self.shapes, target)
 
     def _quantize(self, precision: Precision, target: Path) -> None:
         from export.quantization import quantize_fp8, quantize_int8
 
         base = self.fp32()
-        description = describe(base)
-        batches, total = self._batches(description)
-        title = f"{self.form} {precision}: reading ranges of activations"
-        self.watcher.step(title, 0, total)
+        spec = describe(base)
+        batches, total = self._batches(spec)
+        title = f"{self.graph} {precision}: reading ranges of activations"
+        self.listener.step(title, 0, total)
         common: dict[str, Any] = {
             "keep": self._keep(),
-            "metadata": {METADATA: as_json(replace(description, precision=precision))},
-            "progress": lambda done: self.watcher.step(title, done, total),
+            "metadata": {METADATA: to_json(replace(spec, precision=precision))},
+            "progress": lambda done: self.listener.step(title, done, total),
         }
         with about_one_file(), library_errors("the graph cannot be quantised"):
             if precision == "int8":
@@ -128,29 +128,29 @@ class CandidateBuilder:
                 quantize_fp8(base, target, batches, **common)
 
     def _keep(self) -> list[str]:
-        """The patterns that mean something in this form, as its file names the layers."""
-        layers = layers_of(load_exportable(self.request.artifact, self.form).module)
+        """The patterns that mean something in this graph, as its file names the layers."""
+        layers = layers_of(load_exportable(self.request.artifact, self.graph).module)
         here = [pattern for pattern in self.request.keep if fits(pattern, layers)]
-        return [f"form.{pattern}" for pattern in here] if self.request.inside else here
+        return [f"model.{pattern}" for pattern in here] if self.request.normalize_in_graph else here
 
-    def _batches(self, description: ModelSpec) -> tuple[Iterator[dict[str, np.ndarray]], int]:
+    def _batches(self, spec: ModelSpec) -> tuple[Iterator[dict[str, np.ndarray]], int]:
         """All calibration images, batch by batch, and the number of batches; the last batch is filled up."""
-        usual, rule = self.shapes.usual, description.preprocessing
-        batch = description.inputs[0].axes[0]
+        opt, rule = self.shapes.opt, spec.preprocessing
+        batch = spec.inputs[0].axes[0]
         size = batch if isinstance(batch, int) else 1
         pictures = self.request.calibration.pictures if self.request.calibration else ()
         starts = range(0, len(pictures), size)
 
         def batch_from(start: int) -> dict[str, np.ndarray]:
             numbers = [i % len(pictures) for i in range(start, start + size)]
-            images = [resized(pictures[i], rule, (usual.height, usual.width)) for i in numbers]
+            images = [resized(pictures[i], rule, (opt.height, opt.width)) for i in numbers]
             inputs = {"images": as_input(images, rule)}
-            for port, example in zip(
-                description.inputs[1:],
-                example_inputs(description, size, usual.height, usual.width)[1:],
+            for tensor_spec, example in zip(
+                spec.inputs[1:],
+                example_inputs(spec, size, opt.height, opt.width)[1:],
                 strict=True,
             ):
-                inputs[port.name] = example
+                inputs[tensor_spec.name] = example
             return {name: each.numpy() for name, each in inputs.items()}
 
         return map(batch_from, starts), len(starts)
@@ -158,7 +158,7 @@ class CandidateBuilder:
 
 def remove_unfinished(folder: Path) -> None:
     """Removes what an export that was killed left in a folder; no other export may be writing there."""
-    files = [file_name(form, precision) for form in get_args(GraphKind) for precision in get_args(Precision)]
+    files = [file_name(graph, each) for graph in get_args(GraphKind) for each in get_args(Precision)]
     names = {
         f"{Path(file).stem}{UNVERIFIED}{end}"
         for file in files
@@ -174,14 +174,14 @@ def remove_unfinished(folder: Path) -> None:
         log.warning("%s: removed %d unfinished files of an export that was killed", folder, len(there))
 
 
-def fitted(deployable: ExportableModel, shapes: Shapes) -> ExportableModel:
+def fit_preprocessing(exportable: ExportableModel, shapes: Shapes) -> ExportableModel:
     """The same model, preparing images for its own size if the shapes allow that, else for the usual one."""
-    about = deployable.description
-    rule, usual = about.preprocessing, shapes.usual
-    if rule.resize != "centre-square" or rule.size is None or shapes.allows(Shape(usual.batch, *rule.size)):
-        return deployable
-    rule = replace(rule, size=(usual.height, usual.width))
-    return replace(deployable, description=replace(about, preprocessing=rule))
+    spec = exportable.spec
+    rule, opt = spec.preprocessing, shapes.opt
+    if rule.resize != "centre-square" or rule.size is None or shapes.allows(Shape(opt.batch, *rule.size)):
+        return exportable
+    rule = replace(rule, size=(opt.height, opt.width))
+    return replace(exportable, spec=replace(spec, preprocessing=rule))
 
 
 def layers_of(module: nn.Module) -> set[str]:

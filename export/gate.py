@@ -20,16 +20,16 @@ from coma.runtimes.manifest import Entry, Manifest, Selection
 from coma.runtimes.model_spec import Precision
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shapes
-from coma.runtimes.trt.sidecar import sidecar_path
-from export.candidates import CandidateBuilder, describe, fitted, load
+from coma.runtimes.tensorrt.sidecar import sidecar_path
+from export.candidates import CandidateBuilder, describe, fit_preprocessing, load
 from export.graphs.load import example_inputs, load_exportable
-from export.half_precision_emulation import emulate, is_short
+from export.half_precision_emulation import emulate, is_half
 from export.job import ProgressListener, Request
 from export.latency import compute, end_to_end, interleaved
 from export.preprocessing import as_input, resized
-from export.verify.parity import Verdict, verify
+from export.verify.parity import ParityResult, verify
 from export.verify.task_metrics import measure, top1
-from export.verify.tolerances import GATES
+from export.verify.tolerances import TOLERANCES
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ REJECTED = ".rejected"
 
 
 class Gate:
-    """Compares, measures, names and records the files of one form.
+    """Compares, measures, names and records the files of one graph.
 
     A file that cannot be opened or measured raises CheckFailed, to be told to `failed`; BadInput is about
     what was asked for, and ends the export.
@@ -48,16 +48,16 @@ class Gate:
         request: Request,
         reference: TorchRuntime,
         shapes: Shapes,
-        watcher: ProgressListener,
+        listener: ProgressListener,
         manifest: Manifest,
     ) -> None:
         self.request, self.reference, self.shapes = request, reference, shapes
-        self.watcher, self.manifest = watcher, manifest
+        self.listener, self.manifest = listener, manifest
         self._fp32: Entry | None = None
         self._scores: dict[str, float] | None = None
         self._scored_images: Selection | None = None
 
-    def onnx(self, waiting: Path, path: Path, precision: Precision, maker: CandidateBuilder) -> str | None:
+    def onnx(self, waiting: Path, path: Path, precision: Precision, builder: CandidateBuilder) -> str | None:
         """Why the ONNX file is refused; None where it is kept."""
         from export.quantization import precision_summary
 
@@ -67,27 +67,27 @@ class Gate:
         with library_errors("the graph cannot be inspected"):
             entry.numbers = precision_summary(load(waiting))
         if not verdict.passed:
-            entry.error = self._locate(waiting, runtime, maker)
+            entry.error = self._locate(waiting, runtime, builder)
         elif precision in ("int8", "fp8"):
-            verdict = _worth_it(verdict, entry, maker.fp32().stat().st_size, self._fp32)
+            verdict = _worth_it(verdict, entry, builder.fp32().stat().st_size, self._fp32)
             entry.verification = verdict.plain()
         elif precision == "fp32":
             self._fp32 = entry
         return self._keep(waiting, path, entry, verdict)
 
-    def engine(self, onnx_path: Path, maker: CandidateBuilder) -> str | None:
+    def engine(self, onnx_path: Path, builder: CandidateBuilder) -> str | None:
         """Why the engine made of an ONNX file is refused; None where it is kept."""
-        from coma.runtimes.tensorrt import TensorRTRuntime
-        from coma.runtimes.trt.profiles import profile_of
+        from coma.runtimes.tensorrt.profiles import profile_of
+        from coma.runtimes.tensorrt.runtime import TensorRTRuntime
         from export.tensorrt.builder import build_engine
 
         path = onnx_path.with_suffix(".engine")
-        waiting = maker.waiting(path)
-        maker.unwanted(sidecar_path(waiting))
+        waiting = builder.waiting(path)
+        builder.unwanted(sidecar_path(waiting))
         profile = profile_of(describe(onnx_path), self.shapes)
 
         def progress(phase: str, done: int, steps: int) -> None:
-            self.watcher.step(f"{path.name}: {phase}", done, steps)
+            self.listener.step(f"{path.name}: {phase}", done, steps)
 
         build_engine(onnx_path, waiting, (profile,), self.request.engine, progress)
         runtime = TensorRTRuntime(waiting, "cuda", cuda_graphs=not self.shapes.dynamic)
@@ -95,17 +95,17 @@ class Gate:
         return self._keep(waiting, path, entry, verdict)
 
     def failed(
-        self, path: Path, precision: Precision, maker: CandidateBuilder, error: CheckFailed
+        self, path: Path, precision: Precision, builder: CandidateBuilder, error: CheckFailed
     ) -> str | None:
         """Why a file is refused that could not be made, opened or measured; what there is of it is kept."""
-        waiting, verdict = maker.waiting(path), Verdict((), 0, {}, (str(error),))
+        waiting, verdict = builder.waiting(path), ParityResult((), 0, {}, (str(error),))
         return self._keep(waiting, path, self._described(waiting, path.name, precision, verdict), verdict)
 
     def _open(self, waiting: Path, precision: Precision) -> tuple[Runtime, Runtime | None]:
         # what is compared, and what is timed: the file as it is, if this device can run it
         from coma.runtimes.onnxruntime import OnnxRuntime
 
-        if self.request.device == "cpu" and is_short(precision):
+        if self.request.device == "cpu" and is_half(precision):
             with about_one_file(), library_errors("the graph cannot be emulated in fp32"):
                 emulated = emulate(load(waiting), precision).SerializeToString()
             compared = OnnxRuntime(emulated)
@@ -115,46 +115,46 @@ class Gate:
 
     def _entry(
         self, waiting: Path, name: str, runtime: Runtime, timed: Runtime | None, place: str
-    ) -> tuple[Entry, Verdict]:
-        about = runtime.description
+    ) -> tuple[Entry, ParityResult]:
+        spec = runtime.spec
         label = f"{name}: comparing with PyTorch"
-        self.watcher.step(label)
+        self.listener.step(label)
         verdict = verify(
             self.reference,
             runtime,
             self.shapes,
             self.request.images.pictures,
-            lambda done, total: self.watcher.step(label, done, total),
+            lambda done, total: self.listener.step(label, done, total),
         )
         metric = self._metric(runtime) if verdict.passed else {}
-        gate = GATES[about.precision]
+        gate = TOLERANCES[spec.precision]
         for score, value in metric.get("file", {}).items():
             lost = metric["torch"][score] - value
             if not lost <= gate.points + 1e-6:  # scores are rounded to tenths: 43.2 - 43.1 is more than 0.1
                 fault = f"{score} fell by {lost:.2f} points, more than {gate.points}"
                 verdict = replace(verdict, failures=(*verdict.failures, fault))
         latency = self._latency(timed, place) if verdict.passed and self.request.seconds and timed else []
-        entry = self._described(waiting, name, about.precision, verdict)
+        entry = self._described(waiting, name, spec.precision, verdict)
         return replace(entry, runtime=runtime.title, metric=metric, latency=latency), verdict
 
-    def _described(self, waiting: Path, name: str, precision: Precision, verdict: Verdict) -> Entry:
+    def _described(self, waiting: Path, name: str, precision: Precision, verdict: ParityResult) -> Entry:
         there = waiting.exists()
         return Entry(
             file=name,
-            form=self.reference.description.form,
+            graph=self.reference.spec.graph,
             precision=precision,
             runtime="",
             sha256=sha256_of(waiting) if there else "",
             bytes=waiting.stat().st_size if there else 0,
             parameters=sum(p.numel() for p in self.reference.module.parameters()),
-            shapes=[str(s) for s in dict.fromkeys((self.shapes.least, self.shapes.usual, self.shapes.most))],
-            tolerances=asdict(GATES[precision]),
+            shapes=[str(s) for s in dict.fromkeys((self.shapes.min, self.shapes.opt, self.shapes.max))],
+            tolerances=asdict(TOLERANCES[precision]),
             verification=verdict.plain(),
             images=str(self.request.images.selection),
             image_sets=self._image_sets(precision),
         )
 
-    def _keep(self, waiting: Path, path: Path, entry: Entry, verdict: Verdict) -> str | None:
+    def _keep(self, waiting: Path, path: Path, entry: Entry, verdict: ParityResult) -> str | None:
         rejected = path.with_name(path.name + REJECTED)
         target = path if verdict.passed else rejected
         # the sidecar first: an engine beside that of another is refused, one without any cannot be told
@@ -170,7 +170,7 @@ class Gate:
             for each in (rejected, sidecar_path(rejected)):  # of an earlier try
                 each.unlink(missing_ok=True)
         mark = "kept   " if verdict.passed else "refused"
-        self.watcher.say(f"{mark} {entry.file}  {_found(entry, verdict)}")
+        self.listener.say(f"{mark} {entry.file}  {_found(entry, verdict)}")
         return fault
 
     def _metric(self, runtime: Runtime) -> dict[str, dict[str, float]]:
@@ -184,12 +184,12 @@ class Gate:
             return {"torch": self._scores, "file": self._score(runtime)[0]}
 
     def _score(self, runtime: Runtime) -> tuple[dict[str, float], Selection | None]:
-        request, form = self.request, runtime.description.form
-        if form == "classifier" and request.labelled is not None:
-            self.watcher.step(f"top-1 of {runtime.title}")
+        request, graph = self.request, runtime.spec.graph
+        if graph == "classifier" and request.labelled is not None:
+            self.listener.step(f"top-1 of {runtime.title}")
             return top1(runtime, request.labelled, request.most)
-        if form in ("detector", "segmentor") and request.dataset is not None:
-            self.watcher.step(f"the task's metric, of {runtime.title}")
+        if graph in ("detector", "segmentor") and request.dataset is not None:
+            self.listener.step(f"the task's metric, of {runtime.title}")
             with library_errors(f"--dataset {request.dataset}", BadInput):  # mmdet and mmseg raise anything
                 return measure(runtime, request.artifact, request.dataset, request.most), None
         return {}, None
@@ -204,29 +204,29 @@ class Gate:
 
     @cached_property
     def _reference_on_gpu(self) -> TorchRuntime:
-        model = load_exportable(self.request.artifact, self.reference.description.form)
-        return TorchRuntime(fitted(model, self.shapes), "cuda")
+        model = load_exportable(self.request.artifact, self.reference.spec.graph)
+        return TorchRuntime(fit_preprocessing(model, self.shapes), "cuda")
 
     def _latency(self, runtime: Runtime, place: str) -> list[dict[str, Any]]:
         """The file and PyTorch in turns, both on the device `place`; PyTorch's rows follow the file's."""
-        usual, pictures = self.shapes.usual, self.request.images.pictures
+        opt, pictures = self.shapes.opt, self.request.images.pictures
         both = (runtime, self.reference if place == "cpu" else self._reference_on_gpu)
         rows = []
-        for batch in dict.fromkeys((self.shapes.least.batch, usual.batch)):
-            self.watcher.step(f"timing a batch of {batch}")
-            size, shape = (usual.height, usual.width), f"{batch} x {usual.height} x {usual.width}"
+        for batch in dict.fromkeys((self.shapes.min.batch, opt.batch)):
+            self.listener.step(f"timing a batch of {batch}")
+            size, shape = (opt.height, opt.width), f"{batch} x {opt.height} x {opt.width}"
             calls = []
             for each in both:
-                about = each.description
-                names = [port.name for port in about.inputs]
-                inputs = dict(zip(names, example_inputs(about, batch, *size), strict=True))
-                pixels = [resized(self.request.images.pictures[0], about.preprocessing, size)] * batch
-                inputs["images"] = as_input(pixels, about.preprocessing)
+                spec = each.spec
+                names = [each.name for each in spec.inputs]
+                inputs = dict(zip(names, example_inputs(spec, batch, *size), strict=True))
+                pixels = [resized(self.request.images.pictures[0], spec.preprocessing, size)] * batch
+                inputs["images"] = as_input(pixels, spec.preprocessing)
                 calls.append(compute(each, {name: tensor.to(place) for name, tensor in inputs.items()}))
             timed = [("compute", call, each) for call, each in zip(calls, both, strict=True)]
-            if runtime.description.form != "reconstructor":
+            if runtime.spec.graph != "reconstructor":
                 files = [_as_png(pictures[i % len(pictures)]) for i in range(batch)]
-                channels = int(runtime.description.inputs[0].axes[1])
+                channels = int(runtime.spec.inputs[0].axes[1])
                 timed += [("end to end", end_to_end(each, files, size, channels), each) for each in both]
             results = interleaved([call for _, call, _ in timed], batch, self.request.seconds)
             rows += [
@@ -235,24 +235,24 @@ class Gate:
             ]
         return rows
 
-    def _locate(self, waiting: Path, runtime: Runtime, maker: CandidateBuilder) -> str | None:
+    def _locate(self, waiting: Path, runtime: Runtime, builder: CandidateBuilder) -> str | None:
         from export.verify.bisect import locate
 
-        self.watcher.step(f"{waiting.name}: looking for where the error starts")
-        about, usual = runtime.description, self.shapes.usual
-        batch = self.shapes.usual.batch if "batch" not in self.shapes.dynamic else 1
-        rule, own = about.preprocessing, self.reference.description.preprocessing
-        size = (usual.height, usual.width)
+        self.listener.step(f"{waiting.name}: looking for where the error starts")
+        spec, opt = runtime.spec, self.shapes.opt
+        batch = self.shapes.opt.batch if "batch" not in self.shapes.dynamic else 1
+        rule, own = spec.preprocessing, self.reference.spec.preprocessing
+        size = (opt.height, opt.width)
         pixels = [resized(self.request.images.pictures[0], own, size)] * batch
-        others = example_inputs(self.reference.description, batch, *size)[1:]
+        others = example_inputs(self.reference.spec, batch, *size)[1:]
         model = load(waiting)
         try:
             with library_errors("not located"):
                 found = locate(
                     self.reference.module,
-                    emulate(model, about.precision) if is_short(about.precision) else model,
+                    emulate(model, spec.precision) if is_half(spec.precision) else model,
                     (as_input(pixels, own), *others),
-                    GATES[about.precision].cosine,
+                    TOLERANCES[spec.precision].cosine,
                     exported=(as_input(pixels, rule), *others),
                 )
         except (ComaError, RuntimeError):  # it cannot even be run with its insides marked
@@ -263,7 +263,7 @@ class Gate:
         return f"{found}" + ("; or other proposals reach it than in PyTorch" if other else "")
 
 
-def _found(entry: Entry, verdict: Verdict) -> str:
+def _found(entry: Entry, verdict: ParityResult) -> str:
     if not verdict.images:
         return "; ".join(verdict.failures)
     worst = [each.cosine for each in verdict.outputs.values() if each.compared or not each.finite]
@@ -277,7 +277,7 @@ def _found(entry: Entry, verdict: Verdict) -> str:
     )
 
 
-def _worth_it(verdict: Verdict, entry: Entry, fp32_bytes: int, fp32: Entry | None) -> Verdict:
+def _worth_it(verdict: ParityResult, entry: Entry, fp32_bytes: int, fp32: Entry | None) -> ParityResult:
     """A quantised file is kept only if it is smaller than the fp32 file, or faster where both were timed."""
     ours, plain = _medians(entry), _medians(fp32) if fp32 else {}
     faster = bool(ours) and all(shape in plain and p50 < plain[shape] for shape, p50 in ours.items())

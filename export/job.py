@@ -11,7 +11,7 @@ from coma.runtimes.model_spec import GraphKind, Precision
 if TYPE_CHECKING:
     from coma.data.sources.base import Source
     from coma.runtimes.open import Device
-    from coma.runtimes.trt.sidecar import EngineOptions
+    from coma.runtimes.tensorrt.sidecar import EngineOptions
     from export.image_sets import ImageSet
     from export.quantization import Method
 
@@ -54,7 +54,7 @@ class Request:
     out: Path
     precisions: tuple[Precision, ...]
     tensorrt: bool
-    inside: bool
+    normalize_in_graph: bool
     device: Device
     images: ImageSet
     calibration: ImageSet | None
@@ -72,6 +72,6 @@ def folder_beside(artifact: Path) -> Path:
     return artifact.resolve().parent / "export"
 
 
-def file_name(form: GraphKind, precision: Precision) -> str:
+def file_name(graph: GraphKind, precision: Precision) -> str:
     """Of the ONNX file."""
-    return f"{form}.onnx" if precision == "fp32" else f"{form}-{precision}.onnx"
+    return f"{graph}.onnx" if precision == "fp32" else f"{graph}-{precision}.onnx"

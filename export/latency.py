@@ -71,7 +71,7 @@ def end_to_end(runtime: Runtime, files: Sequence[bytes], size: tuple[int, int], 
     """A call from the contents of image files to outputs: decoding and resizing in the caller's thread."""
     from coma.data.channels import adapt
 
-    rule = runtime.description.preprocessing
+    rule = runtime.spec.preprocessing
 
     def call() -> object:
         pixels = [adapt(decode(data, "image"), channels, "image") for data in files]

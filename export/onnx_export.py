@@ -25,7 +25,7 @@ from coma.runtimes.model_spec import (
     ModelSpec,
     Precision,
     TensorSpec,
-    as_json,
+    to_json,
 )
 from coma.runtimes.shape_ranges import Shapes
 from export.graphs.load import example_inputs
@@ -48,52 +48,52 @@ class Preprocess(nn.Module):
     """Mean and deviation inside the graph: pixels in, and of a reconstructor pixels out.
 
     Args:
-        form: The model.
+        model: The network.
         description: Its own.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, form: nn.Module, description: ModelSpec) -> None:
+    def __init__(self, model: nn.Module, spec: ModelSpec) -> None:
         super().__init__()
-        self.form = form
-        self.pixels_out = description.form == "reconstructor"
+        self.model = model
+        self.pixels_out = spec.graph == "reconstructor"
         for name in ("mean", "std"):
-            values = torch.tensor(getattr(description.preprocessing, name)) * 255
+            values = torch.tensor(getattr(spec.preprocessing, name)) * 255
             self.register_buffer(name, values.view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """Images `[b, c, H, W]` uint8; a reconstruction is float32 in 0..255."""
-        outputs = self.form((images.float() - self.mean) / self.std, *others)
+        outputs = self.model((images.float() - self.mean) / self.std, *others)
         return tuple(o * self.std + self.mean for o in outputs) if self.pixels_out else outputs
 
 
-def with_preprocessing(deployable: ExportableModel) -> ExportableModel:
+def with_preprocessing(exportable: ExportableModel) -> ExportableModel:
     """The same model, taking uint8 pixels."""
-    about = deployable.description
-    images = replace(about.inputs[0], dtype="uint8")
-    description = replace(
-        about,
-        inputs=(images, *about.inputs[1:]),
-        preprocessing=replace(about.preprocessing, inside=True),
+    spec = exportable.spec
+    images = replace(spec.inputs[0], dtype="uint8")
+    spec = replace(
+        spec,
+        inputs=(images, *spec.inputs[1:]),
+        preprocessing=replace(spec.preprocessing, normalize_in_graph=True),
     )
-    return ExportableModel(Preprocess(deployable.module, about), description)
+    return ExportableModel(Preprocess(exportable.module, spec), spec)
 
 
 def in_precision(module: nn.Module, precision: Precision) -> nn.Module:
     """The model with 16-bit weights, in place; preprocessing stays in float32."""
     dtype = _TYPES.get(precision)
     if dtype:
-        (module.form if isinstance(module, Preprocess) else module).to(dtype)
+        (module.model if isinstance(module, Preprocess) else module).to(dtype)
     return module
 
 
-def write_onnx(deployable: ExportableModel, shapes: Shapes, path: Path) -> ModelSpec:
+def write_onnx(exportable: ExportableModel, shapes: Shapes, path: Path) -> ModelSpec:
     """Write the ONNX file of a model whose weights already have the precision wanted.
 
     Args:
-        deployable: The model and its description, precision included.
+        exportable: The model and its spec, precision included.
         shapes: What it must take; axes that differ are dynamic.
         path: The file; it appears at once and whole.
 
@@ -107,25 +107,25 @@ def write_onnx(deployable: ExportableModel, shapes: Shapes, path: Path) -> Model
     """
     import onnx
 
-    about = deployable.description
-    shapes.check(about.unit)
-    state = deployable.module.state_dict(keep_vars=True).values()
+    spec = exportable.spec
+    shapes.check(spec.unit)
+    state = exportable.module.state_dict(keep_vars=True).values()
     _check_size(sum(each.numel() * each.element_size() for each in state))
-    description = replace(
-        about,
-        inputs=tuple(_fixed(port, shapes, about.unit) for port in about.inputs),
-        outputs=tuple(_fixed(port, shapes, about.unit) for port in about.outputs),
+    spec = replace(
+        spec,
+        inputs=tuple(_fixed(tensor_spec, shapes, spec.unit) for tensor_spec in spec.inputs),
+        outputs=tuple(_fixed(tensor_spec, shapes, spec.unit) for tensor_spec in spec.outputs),
     )
     with library_errors("the graph cannot be traced"):
-        model = _trace(deployable, description, shapes)
-    if about.precision == "bf16" and any(node.op_type == "Conv" for node in model.graph.node):
+        model = _trace(exportable, spec, shapes)
+    if spec.precision == "bf16" and any(node.op_type == "Conv" for node in model.graph.node):
         raise CheckFailed(f"ONNX files of opset {OPSET} hold no bf16 convolutions; take fp16")
     _drop_unused(model)
-    onnx.helper.set_model_props(model, {METADATA: as_json(description)})
+    onnx.helper.set_model_props(model, {METADATA: to_json(spec)})
     check_graph(model)
-    check_axes(model, description)
+    check_axes(model, spec)
     save(model, path)
-    return description
+    return spec
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
@@ -166,40 +166,40 @@ def modules_of(node: onnx.NodeProto) -> list[str]:
     return [path for path in ast.literal_eval(text)[:-1] if path] if text else []  # the last is the node's
 
 
-def check_axes(model: onnx.ModelProto, description: ModelSpec) -> None:
-    """Compare the axes of the file's inputs and outputs with the description.
+def check_axes(model: onnx.ModelProto, spec: ModelSpec) -> None:
+    """Compare the axes of the file's inputs and outputs with the spec.
 
     Raises:
         CheckFailed: naming those that are fixed but should be dynamic, or the other way round.
     """
     faults = []
     values = [*model.graph.input, *model.graph.output]
-    ports = [*description.inputs, *description.outputs]
-    if [value.name for value in values] != [port.name for port in ports]:
-        raise CheckFailed(f"the graph has {[v.name for v in values]}, not {[p.name for p in ports]}")
-    for value, port in zip(values, ports, strict=True):
+    tensor_specs = [*spec.inputs, *spec.outputs]
+    if [value.name for value in values] != [each.name for each in tensor_specs]:
+        raise CheckFailed(f"the graph has {[v.name for v in values]}, not {[p.name for p in tensor_specs]}")
+    for value, tensor_spec in zip(values, tensor_specs, strict=True):
         dims = value.type.tensor_type.shape.dim
-        if len(dims) != len(port.axes):
-            faults.append(f"{port.name} has {len(dims)} axes, not {len(port.axes)}")
+        if len(dims) != len(tensor_spec.axes):
+            faults.append(f"{tensor_spec.name} has {len(dims)} axes, not {len(tensor_spec.axes)}")
             continue
-        for dim, axis in zip(dims, port.axes, strict=True):
+        for dim, axis in zip(dims, tensor_spec.axes, strict=True):
             fixed = dim.dim_value if dim.HasField("dim_value") else None
             if isinstance(axis, int) and fixed not in (axis, None):
-                faults.append(f"{port.name}: {axis} became {fixed}")
+                faults.append(f"{tensor_spec.name}: {axis} became {fixed}")
             if isinstance(axis, str) and fixed is not None:
-                faults.append(f"{port.name}: {axis} should be dynamic and is fixed at {fixed}")
+                faults.append(f"{tensor_spec.name}: {axis} should be dynamic and is fixed at {fixed}")
     if faults:
         raise CheckFailed("the exported graph is not as asked: " + "; ".join(faults))
 
 
-def _fixed(port: TensorSpec, shapes: Shapes, unit: int) -> TensorSpec:
-    """The port with those axes as numbers that are the same in all shapes."""
+def _fixed(tensor_spec: TensorSpec, shapes: Shapes, unit: int) -> TensorSpec:
+    """The tensor_spec with those axes as numbers that are the same in all shapes."""
     fixed = {
-        "batch": shapes.usual.batch,
-        "height": shapes.usual.height,
-        "width": shapes.usual.width,
-        "rows": -(-shapes.usual.height // unit),
-        "cols": -(-shapes.usual.width // unit),
+        "batch": shapes.opt.batch,
+        "height": shapes.opt.height,
+        "width": shapes.opt.width,
+        "rows": -(-shapes.opt.height // unit),
+        "cols": -(-shapes.opt.width // unit),
     }
     of_sides = {"rows": "height", "cols": "width"}
 
@@ -211,35 +211,36 @@ def _fixed(port: TensorSpec, shapes: Shapes, unit: int) -> TensorSpec:
             return axis
         return -(-fixed[name] // int(stride or 1))
 
-    return replace(port, axes=tuple(fix(axis) for axis in port.axes))
+    return replace(tensor_spec, axes=tuple(fix(axis) for axis in tensor_spec.axes))
 
 
-def _trace(deployable: ExportableModel, description: ModelSpec, shapes: Shapes) -> onnx.ModelProto:
+def _trace(exportable: ExportableModel, spec: ModelSpec, shapes: Shapes) -> onnx.ModelProto:
     # the example has another height than width and two images, so that no two axes are taken for one
-    usual, unit = shapes.usual, description.unit
-    batch = max(usual.batch, 2) if "batch" in shapes.dynamic else usual.batch
-    widths = (usual.width + unit, usual.width - unit, usual.width)
-    width = next(w for w in widths if shapes.least.width <= w <= shapes.most.width)
-    inputs = list(example_inputs(description, batch, usual.height, width))
-    if description.preprocessing.inside:
+    opt, unit = shapes.opt, spec.unit
+    batch = max(opt.batch, 2) if "batch" in shapes.dynamic else opt.batch
+    widths = (opt.width + unit, opt.width - unit, opt.width)
+    width = next(w for w in widths if shapes.min.width <= w <= shapes.max.width)
+    inputs = list(example_inputs(spec, batch, opt.height, width))
+    if spec.preprocessing.normalize_in_graph:
         inputs[0] = (inputs[0] * 40 + 128).clamp(0, 255).to(torch.uint8)
     dynamic = tuple(
-        {i: axis for i, axis in enumerate(port.axes) if isinstance(axis, str)} for port in description.inputs
+        {i: axis for i, axis in enumerate(tensor_spec.axes) if isinstance(axis, str)}
+        for tensor_spec in spec.inputs
     )
     table = None
-    if description.form == "detector":
+    if spec.graph == "detector":
         from export.custom_ops import translations
 
         table = translations()
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            deployable.module,
+            exportable.module,
             tuple(inputs),
             dynamo=True,
-            dynamic_shapes=_matching(deployable.module, dynamic) if any(dynamic) else None,
+            dynamic_shapes=_matching(exportable.module, dynamic) if any(dynamic) else None,
             opset_version=OPSET,
-            input_names=[port.name for port in description.inputs],
-            output_names=[port.name for port in description.outputs],
+            input_names=[each.name for each in spec.inputs],
+            output_names=[each.name for each in spec.outputs],
             custom_translation_table=table,
             external_data=False,
             verbose=False,

@@ -1,4 +1,4 @@
-"""From an artifact to a folder of verified files, form by form: make, compare, keep or refuse."""
+"""From an artifact to a folder of verified files, graph by graph: make, compare, keep or refuse."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from coma.runtimes.model_spec import GraphKind
 from coma.runtimes.onnxruntime import Provider, require_provider
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shapes
-from export.candidates import CandidateBuilder, fitted
+from export.candidates import CandidateBuilder, fit_preprocessing
 from export.gate import Gate
 from export.job import ProgressListener, Request, file_name
-from export.verify.tolerances import GATES
+from export.verify.tolerances import TOLERANCES
 
 
 @dataclass
@@ -43,13 +43,13 @@ def require(device: Provider) -> None:
 
 def export(
     request: Request,
-    form: GraphKind,
+    graph: GraphKind,
     shapes: Shapes,
     manifest: Manifest,
-    watcher: ProgressListener,
+    listener: ProgressListener,
     outcome: Outcome,
 ) -> None:
-    """Export one form in all precisions, and add to `outcome` what became of them.
+    """Export one graph in all precisions, and add to `outcome` what became of them.
 
     A file that cannot be made, opened or measured is refused, and the others are made.
 
@@ -58,26 +58,26 @@ def export(
         Interrupted: Ctrl-C, likewise.
     """
     require(request.device)
-    maker = CandidateBuilder(request, form, shapes, watcher, manifest.source)
-    reference = TorchRuntime(fitted(maker.deployable(), shapes))
-    judge = Gate(request, reference, shapes, watcher, manifest)
+    builder = CandidateBuilder(request, graph, shapes, listener, manifest.source)
+    reference = TorchRuntime(fit_preprocessing(builder.exportable(), shapes))
+    judge = Gate(request, reference, shapes, listener, manifest)
     try:
-        for precision in sorted(request.precisions, key=list(GATES).index):
-            path = request.out / file_name(form, precision)
+        for precision in sorted(request.precisions, key=list(TOLERANCES).index):
+            path = request.out / file_name(graph, precision)
             try:
-                fault = judge.onnx(maker.onnx(precision), path, precision, maker)
+                fault = judge.onnx(builder.onnx(precision), path, precision, builder)
             except CheckFailed as error:
-                fault = judge.failed(path, precision, maker, error)
+                fault = judge.failed(path, precision, builder, error)
             if fault:
                 outcome.refused.append(fault)
                 continue
             outcome.kept.append(path)
-            maker.passed(precision, path)
+            builder.passed(precision, path)
             if request.tensorrt:
                 try:
-                    fault = judge.engine(path, maker)
+                    fault = judge.engine(path, builder)
                 except CheckFailed as error:
-                    fault = judge.failed(path.with_suffix(".engine"), precision, maker, error)
+                    fault = judge.failed(path.with_suffix(".engine"), precision, builder, error)
                 outcome.refused += [fault] if fault else []
     finally:
-        maker.clean()
+        builder.clean()

@@ -92,6 +92,6 @@ def _bilinear(image: Tensor, height: int, width: int) -> Tensor:
 
 def as_input(images: Sequence[Tensor], preprocessing: Preprocessing) -> Tensor:
     """Images `[c, h, w]` of one size, as read, to the input `images` `[b, c, h, w]`."""
-    if preprocessing.inside:
+    if preprocessing.normalize_in_graph:
         return torch.stack([i if i.dtype == torch.uint8 else (i * 255).round().byte() for i in images])
     return normalize(stack(images), preprocessing.mean, preprocessing.std)

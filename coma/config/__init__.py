@@ -9,6 +9,12 @@ from coma.config.architectures import (
     dyvit_preset,
     encoder_preset,
 )
+from coma.config.finetune import (
+    FinetuneConfig,
+    FinetuneDataConfig,
+    FinetuneRecipe,
+    FinetuneRunConfig,
+)
 from coma.config.objectives import (
     METHOD_PRESETS,
     BalancedCoMAConfig,
@@ -23,16 +29,7 @@ from coma.config.objectives import (
     TeacherConfig,
     method_preset,
 )
-from coma.config.runs import (
-    DataConfig,
-    FinetuneConfig,
-    FinetuneRecipe,
-    OptimizerConfig,
-    PretrainConfig,
-    ProbeConfig,
-    RunConfig,
-    view_size,
-)
+from coma.config.runs import DataConfig, OptimizerConfig, PretrainConfig, ProbeConfig, RunConfig, view_size
 
 __all__ = [
     "ENCODER_PRESETS",
@@ -47,7 +44,9 @@ __all__ = [
     "DyViTConfig",
     "EncoderConfig",
     "FinetuneConfig",
+    "FinetuneDataConfig",
     "FinetuneRecipe",
+    "FinetuneRunConfig",
     "MAEConfig",
     "ObjectiveConfig",
     "OptimizerConfig",

@@ -144,6 +144,6 @@ def read_config(path: Path, kind: type[Settings] = PretrainConfig) -> Settings:
         raise BadInput(f"{path}: is of an artifact, not of a run; give a run directory or its config.json")
     finetuned = isinstance(plain, dict) and "artifact" in plain
     if finetuned != (kind is FinetuneConfig):
-        made_by = "evaluate --protocol finetune" if finetuned else "pretrain"
+        made_by = "classify train" if finetuned else "pretrain"
         raise BadInput(f"{path}: is of a run of `coma {made_by}`; give it to that command")
     return from_plain(plain, kind, source=str(path))

@@ -21,7 +21,7 @@ from typing import Any
 _LARGEST_FILE = 1 << 24
 _CONFIGS = {
     "a run of coma pretrain": {"data", "model", "objective", "optimizer", "run"},
-    "a fine-tuning run of coma evaluate": {"artifact", "data", "optimizer", "run"},
+    "a run of coma classify": {"artifact", "data", "optimizer", "run"},
     "an artifact": {"kind", "model", "image_size", "mean", "std"},
 }
 """What `config.json` has of each."""

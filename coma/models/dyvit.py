@@ -24,6 +24,7 @@ from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from coma.config import DyViTConfig
+from coma.config.artifact import ArtifactConfig
 from coma.errors import BadInput
 from coma.masking.patchify import cover, pad_to_units, unit_grid
 from coma.models.attention import DynamicMultiWindowAttention, Layout, stage_layout
@@ -46,6 +47,8 @@ class DyViT(nn.Module):
     """
 
     output_fmt = "NHWC"
+    artifact: ArtifactConfig
+    """What it was trained with; there on models that were loaded from an artifact."""
 
     def __init__(self, config: DyViTConfig) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from coma.config import ViTConfig
+from coma.config.artifact import ArtifactConfig
 from coma.masking.patchify import pad_to_units
 from coma.models.blocks import drop_path_rates, run_block
 from coma.models.dyvit import check_images
@@ -31,6 +32,8 @@ class ViT(nn.Module):
     """
 
     output_fmt = "NHWC"
+    artifact: ArtifactConfig
+    """What it was trained with; there on models that were loaded from an artifact."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()

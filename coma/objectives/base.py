@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from coma.config import ObjectiveConfig
+from coma.config.artifact import ArtifactConfig
 from coma.errors import BadInput
 from coma.masking.patchify import pad_to_units, patchify, unit_grid, unpatchify
 from coma.masking.sampling import group_of
@@ -41,6 +42,9 @@ class MaskedPixels(nn.Module):
         config: The method's settings.
         encoder: Any encoder of this room.
     """
+
+    artifact: ArtifactConfig
+    """What it was trained with; there on models that were loaded from an artifact."""
 
     def __init__(self, config: ObjectiveConfig, encoder: Encoder) -> None:
         super().__init__()

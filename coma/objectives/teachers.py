@@ -111,7 +111,8 @@ def _load(config: TeacherConfig, statistics: Statistics) -> tuple[Teacher, str]:
     """The teacher, and its SHA-256."""
     if _is_folder(config.name):
         folder = _artifact_of(config)
-        encoder, about = load_encoder(folder)
+        encoder = load_encoder(folder)
+        about = encoder.artifact
         _check_channels(config.name, about.model.channels, len(statistics[0]))
         size = (about.image_size, about.image_size)
         asked = _asked(config)

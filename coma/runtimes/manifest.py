@@ -25,7 +25,7 @@ _NAMED = 5
 NAME = "manifest.json"
 STAGED = f".{NAME}.next"
 """The manifest that is written while the former one is still valid."""
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _LIBRARIES = (
     "onnx",
     "onnxscript",
@@ -46,7 +46,7 @@ class Entry:
 
     Attributes:
         file: Its name in the folder.
-        form: encoder, reconstructor, classifier, segmentor or detector.
+        graph: encoder, reconstructor, classifier, segmentor or detector.
         precision: Of its products.
         runtime: Who ran it when it was verified; empty of one that could not be run.
         sha256: Of the file; empty of one that could not be made.
@@ -54,7 +54,7 @@ class Entry:
         parameters: Of the model.
         shapes: Least, usual and most, as asked for.
         tolerances: The limits it was held to.
-        verification: What the gate found (see `export.verify.parity.Verdict.plain`).
+        verification: What the gate found (see `export.verify.parity.ParityResult.plain`).
         images: Human-readable description of the verification images.
         image_sets: Images by purpose: verification, calibration, top-1; empty in older manifests.
         metric: Scores in percent, of PyTorch (`torch`) and of the file (`file`); empty without labels.
@@ -66,7 +66,7 @@ class Entry:
     """
 
     file: str
-    form: GraphKind
+    graph: GraphKind
     precision: Precision
     runtime: str
     sha256: str

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import onnx
     from torch import nn
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 GraphKind = Literal["encoder", "reconstructor", "classifier", "segmentor", "detector"]
 """What is exported: an artifact of kind backbone gives an encoder, one of kind pretrained an encoder or a
@@ -48,7 +48,7 @@ class Preprocessing:
     """Per channel, of pixels scaled to 0..1."""
     std: tuple[float, ...]
     """Per channel, likewise."""
-    inside: bool = False
+    normalize_in_graph: bool = False
     """The graph takes uint8 pixels and does mean and deviation itself; otherwise it takes (x / 255 - mean)
     / std as float32."""
     channel_order: str = "RGB"
@@ -59,7 +59,7 @@ class Preprocessing:
 class ModelSpec:
     """An exported file."""
 
-    form: GraphKind
+    graph: GraphKind
     precision: Precision
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -85,15 +85,15 @@ class ExportableModel:
     """
 
     module: nn.Module
-    description: ModelSpec
+    spec: ModelSpec
 
 
 METADATA = "coma"
 
 
-def as_json(description: ModelSpec) -> str:
+def to_json(spec: ModelSpec) -> str:
     """What is written into a file."""
-    return json.dumps(to_plain(description))
+    return json.dumps(to_plain(spec))
 
 
 def read_model_spec(model: onnx.ModelProto, source: str) -> ModelSpec:

@@ -15,7 +15,7 @@ from coma.errors import BadInput, CheckFailed
 from coma.library_errors import first_line, library_errors, require_packages
 from coma.runtimes.base import check_inputs
 from coma.runtimes.model_spec import ModelSpec, read_model_spec
-from coma.runtimes.trt.discovery import load_library
+from coma.runtimes.tensorrt.discovery import load_library
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 EMULATED = "coma.emulated"
@@ -49,7 +49,7 @@ class OnnxRuntime:
         path: The file, or its content. The CPU runs bf16 only emulated (`export.half_precision_emulation`).
         provider: Who computes.
         threads: Of a CPU; default: all cores.
-        extra_outputs: Hand out all outputs of the graph, not only those of the description.
+        extra_outputs: Hand out all outputs of the graph, not only those of the spec.
 
     Raises:
         BadInput: a package is missing, the file is none of ours, or the provider is not at hand or cannot
@@ -65,8 +65,8 @@ class OnnxRuntime:
         extra_outputs: bool = False,
     ) -> None:
         name = path.name if isinstance(path, Path) else "the graph"
-        self.description, emulated = _read(path, name)
-        precision = self.description.precision
+        self.spec, emulated = _read(path, name)
+        precision = self.spec.precision
         if precision == "bf16" and provider == "cpu" and not emulated:
             raise BadInput(f"{name}: ONNX Runtime computes no bf16 on a CPU; it needs a GPU (cuda)")
         self._session = _open(path, name, provider, threads, fp8_products=precision == "fp8")
@@ -74,12 +74,12 @@ class OnnxRuntime:
         if emulated:
             self.title += f", {emulated} emulated"
         self._device = torch.device("cpu" if provider == "cpu" else "cuda")
-        ours = [port.name for port in self.description.outputs]
+        ours = [each.name for each in self.spec.outputs]
         self._outputs = [out.name for out in self._session.get_outputs()] if extra_outputs else ours
 
     def __call__(self, images: Tensor, **others: Tensor) -> dict[str, Tensor]:
         """Run; see `Runtime`."""
-        inputs = check_inputs(self.description, images, others)
+        inputs = check_inputs(self.spec, images, others)
         if self._device.type == "cuda":
             return self._run_bound(
                 {name: each.to(self._device).contiguous() for name, each in inputs.items()}
@@ -124,8 +124,8 @@ def require_provider(provider: Provider) -> None:
     require_packages("onnx", "onnxruntime")
     from onnx import helper
 
-    ports = [helper.make_tensor_value_info(name, 1, [1]) for name in ("x", "y")]
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", ports[:1], ports[1:])
+    values = [helper.make_tensor_value_info(name, 1, [1]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", values[:1], values[1:])
     model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)])
     _open(model.SerializeToString(), "a first graph", provider, None, fp8_products=False)
 

@@ -27,13 +27,13 @@ _UNFIT = {
 }
 
 
-def open_runtime(path: Path, device: Device = "cpu", form: GraphKind | None = None) -> Runtime:
+def open_runtime(path: Path, device: Device = "cpu", graph: GraphKind | None = None) -> Runtime:
     """Load what is at `path`.
 
     Args:
         path: An artifact's directory (PyTorch), a `.onnx` file (ONNX Runtime) or an `.engine` (TensorRT).
         device: cpu or cuda; `tensorrt` is ONNX Runtime's provider of that name.
-        form: Of an artifact: what it is used as; default: the last that it can be (see `graph_kinds_of`).
+        graph: Of an artifact: what it is used as; default: the last that it can be (see `graph_kinds_of`).
 
     Raises:
         BadInput: nothing there that can be loaded, or not on that device, or not the file that was verified;
@@ -43,12 +43,12 @@ def open_runtime(path: Path, device: Device = "cpu", form: GraphKind | None = No
     path = Path(path)
     try:
         with library_errors(f"{path}: cannot be opened", BadInput):
-            return _open(path, device, form)
+            return _open(path, device, graph)
     except OSError as error:
         raise BadInput(f"{path}: cannot be opened ({error.strerror or error})") from None
 
 
-def _open(path: Path, device: Device, form: GraphKind | None) -> Runtime:
+def _open(path: Path, device: Device, graph: GraphKind | None) -> Runtime:
     if device not in get_args(Device):
         raise BadInput(f"device {device!r}: give one of {', '.join(get_args(Device))}")
     for suffix in (*path.suffixes, *path.resolve().suffixes):
@@ -63,7 +63,7 @@ def _open(path: Path, device: Device, form: GraphKind | None) -> Runtime:
 
         return OnnxRuntime(path, device)
     if path.suffix == ".engine" and not path.is_dir():
-        from coma.runtimes.tensorrt import TensorRTRuntime
+        from coma.runtimes.tensorrt.runtime import TensorRTRuntime
 
         return TensorRTRuntime(path, "cuda" if device == "tensorrt" else device)
     if path.is_file():
@@ -72,13 +72,13 @@ def _open(path: Path, device: Device, form: GraphKind | None) -> Runtime:
 
     if device == "tensorrt":
         raise BadInput(f"{path}: is an artifact; it runs on cpu or cuda")
-    return TorchRuntime(_rebuilt(path, form or GRAPH_KINDS[load_artifact(path).config.kind][-1]), device)
+    return TorchRuntime(_rebuilt(path, graph or GRAPH_KINDS[load_artifact(path).config.kind][-1]), device)
 
 
-def _rebuilt(path: Path, form: GraphKind) -> ExportableModel:
+def _rebuilt(path: Path, graph: GraphKind) -> ExportableModel:
     # graphs belong to the room `export`, which announces what builds them
     for entry in metadata.entry_points(group="coma.graphs", name="load"):
-        return entry.load()(path, form)
+        return entry.load()(path, graph)
     raise BadInput(f"{path}: nothing installed here rebuilds models; install coma-dyvit[export]")
 
 

@@ -14,7 +14,7 @@ class TorchRuntime:
     """PyTorch, in the model's own precision.
 
     Args:
-        deployable: What is run; it is moved to the device.
+        exportable: What is run; it is moved to the device.
         device: Where.
         compiled: Compile it with torch.compile, for every shape anew.
 
@@ -22,12 +22,12 @@ class TorchRuntime:
         BadInput: a GPU is asked for and there is none.
     """
 
-    def __init__(self, deployable: ExportableModel, device: str = "cpu", compiled: bool = False) -> None:
-        self.description = deployable.description
+    def __init__(self, exportable: ExportableModel, device: str = "cpu", compiled: bool = False) -> None:
+        self.spec = exportable.spec
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise BadInput(f"{device}: PyTorch finds no GPU here; choose cpu")
-        self.module = deployable.module.to(self.device)
+        self.module = exportable.module.to(self.device)
         self._run = torch.compile(self.module, dynamic=False) if compiled else self.module
         how = " compiled" if compiled else ""
         self.title = f"torch {torch.__version__.partition('+')[0]}{how}, {device}"
@@ -35,6 +35,6 @@ class TorchRuntime:
     @torch.inference_mode()
     def __call__(self, images: Tensor, **others: Tensor) -> dict[str, Tensor]:
         """Run; see `Runtime`."""
-        inputs = check_inputs(self.description, images, others)
+        inputs = check_inputs(self.spec, images, others)
         outputs = self._run(*(each.to(self.device) for each in inputs.values()))
-        return {port.name: out for port, out in zip(self.description.outputs, outputs, strict=True)}
+        return {tensor_spec.name: out for tensor_spec, out in zip(self.spec.outputs, outputs, strict=True)}

@@ -1,4 +1,4 @@
-"""Which sizes a file must take: `--shapes 1x3x224x224:8x3x224x224:32x3x224x224` (least, usual, most)."""
+"""Which sizes a file must take: `--shapes 1x3x224x224:8x3x224x224:32x3x224x224` (least, opt, most)."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Shapes:
         BadInput: they are not in ascending order, axis by axis.
     """
 
-    least: Shape
-    usual: Shape
-    most: Shape
+    min: Shape
+    opt: Shape
+    max: Shape
 
     def __post_init__(self) -> None:
         for axis in ("batch", "height", "width"):
-            low, middle, high = (getattr(each, axis) for each in (self.least, self.usual, self.most))
+            low, middle, high = (getattr(each, axis) for each in (self.min, self.opt, self.max))
             if not low <= middle <= high:
                 raise BadInput(f"--shapes {axis} {low}:{middle}:{high} must be in ascending order")
 
@@ -49,12 +49,12 @@ class Shapes:
     def dynamic(self) -> frozenset[str]:
         """Which of batch, height and width are not fixed."""
         axes = ("batch", "height", "width")
-        return frozenset(a for a in axes if getattr(self.least, a) != getattr(self.most, a))
+        return frozenset(a for a in axes if getattr(self.min, a) != getattr(self.max, a))
 
     def allows(self, shape: Shape) -> bool:
         """Whether a file of these shapes takes that one."""
         axes = ("batch", "height", "width")
-        return all(getattr(self.least, a) <= getattr(shape, a) <= getattr(self.most, a) for a in axes)
+        return all(getattr(self.min, a) <= getattr(shape, a) <= getattr(self.max, a) for a in axes)
 
     def check(self, unit: int) -> None:
         """Refuses images smaller than a mask unit of `unit` pixels, and batches that no runtime can hold.
@@ -62,10 +62,10 @@ class Shapes:
         Raises:
             BadInput: the least height or width, or the largest batch.
         """
-        check_pixels(self.most, "--shapes")
-        if min(self.least.height, self.least.width) < unit:
+        check_pixels(self.max, "--shapes")
+        if min(self.min.height, self.min.width) < unit:
             raise BadInput(
-                f"--shapes: {self.least.height} x {self.least.width} px is smaller than the encoder's mask "
+                f"--shapes: {self.min.height} x {self.min.width} px is smaller than the encoder's mask "
                 f"unit of {unit} x {unit} px"
             )
 

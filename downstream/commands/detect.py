@@ -165,7 +165,8 @@ def _predict(argv: list[str]) -> None:
     shared.check_empty(given.out)
     paths = list_images(given.images)
     numbers = number_images(paths, image_numbers(given.annotations) if given.annotations else None)
-    model, about = load_finetuned(given.artifact, "detector")
+    model = load_finetuned(given.artifact, "detector")
+    about = model.artifact
     out = shared.new_folder(given.out)
     with shared.predicting(len(paths)) as progress:
         found = predict(model, about, paths, device, numbers, lambda text: shared.warn([f"skipped {text}"]))

@@ -156,7 +156,8 @@ def _predict(argv: list[str]) -> None:
     device = shared.device_of(given.device)
     shared.check_empty(given.out)
     paths = list_images(given.images)
-    model, about = load_finetuned(given.artifact, "segmentor")
+    model = load_finetuned(given.artifact, "segmentor")
+    about = model.artifact
     out = shared.new_folder(given.out)
     with shared.predicting(len(paths)) as progress:
         found = predict(

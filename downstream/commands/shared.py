@@ -27,9 +27,18 @@ Device = Literal["auto", "cuda", "cpu"]
 
 
 def choose_action(
-    argv: Sequence[str], actions: dict[str, Callable[[list[str]], None]], usage: str, package: str
+    argv: Sequence[str],
+    actions: dict[str, Callable[[list[str]], None]],
+    usage: str,
+    package: str | None = None,
 ) -> None:
-    """Run the action that the first argument names; help needs none of OpenMMLab's packages.
+    """Runs the action that the first argument names.
+
+    Args:
+        argv: Arguments of the command.
+        actions: Functions by name.
+        usage: Help text without an action.
+        package: OpenMMLab's package that the actions need, but not their --help; None: they need none.
 
     Raises:
         BadInput: it names none.
@@ -41,6 +50,9 @@ def choose_action(
         raise BadInput(f"give one of {', '.join(actions)}")
     if argv[0] not in actions:
         raise BadInput(f"no action {argv[0]!r}; there are: {', '.join(actions)}")
+    if package is None:
+        actions[argv[0]](list(argv[1:]))
+        return
     if os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None):
         warn(
             ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored: nothing but tensors and numbers is unpickled here"]

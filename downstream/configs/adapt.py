@@ -74,7 +74,7 @@ def describe(artifact: Path | None, preset: str | None) -> Described:
     else:
         from coma.artifact import load_encoder
 
-        about = load_encoder(artifact)[1]
+        about = load_encoder(artifact).artifact
         described = Described(about.model, about.mean, about.std, {"artifact": str(artifact.resolve())})
     if described.strides[0] < 1:
         raise BadInput(

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from coma.data.splits import SPLITS, known_split, split_folders
 from coma.errors import BadInput
+from coma.splits import SPLITS, known_split, split_folders
 
 ROBOFLOW = "_annotations.coco.json"
 

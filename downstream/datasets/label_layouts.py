@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from coma.data.splits import SPLITS, known_split, split_folders
 from coma.errors import BadInput
+from coma.splits import SPLITS, known_split, split_folders
 
 log = logging.getLogger(__name__)
 

@@ -41,7 +41,7 @@ class BenchmarkConfig(Ranged):
     """Of any kind: backbone, pretrained, classifier, segmentor, detector."""
     exports: Path | None = None
     """Folder that coma export wrote (default: export beside the artifact, if it is there)."""
-    form: Literal["encoder", "reconstructor"] | None = None
+    graph: Literal["encoder", "reconstructor"] | None = None
     """Of a pre-trained artifact: which half of it (default: encoder)."""
     device: Literal["cpu", "cuda", "tensorrt"] = "cpu"
     """Where .onnx files run, by ONNX Runtime's provider of that name; PyTorch runs on the same processor.
@@ -98,8 +98,8 @@ def parse_batches(text: str) -> tuple[int, ...]:
     return batches
 
 
-def parse_size(text: str | None, config: ArtifactConfig, form: GraphKind) -> tuple[int, int]:
-    """`224x224`, height first; None: the size that this form was trained on.
+def parse_size(text: str | None, config: ArtifactConfig, graph: GraphKind) -> tuple[int, int]:
+    """`224x224`, height first; None: the size that this graph was trained on.
 
     Raises:
         BadInput: not two numbers, or less than a mask unit.
@@ -108,7 +108,7 @@ def parse_size(text: str | None, config: ArtifactConfig, form: GraphKind) -> tup
 
     unit = config.model.unit
     if text is None:
-        side = size_of(config, form)
+        side = size_of(config, graph)
         return side, side
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.strip().isdecimal() and len(part) < 20 for part in parts):
@@ -120,19 +120,19 @@ def parse_size(text: str | None, config: ArtifactConfig, form: GraphKind) -> tup
     return height, width
 
 
-def choose_form(wanted: str | None, artifact: Path, kind: str) -> GraphKind:
-    """The form that is compared.
+def choose_graph(wanted: str | None, artifact: Path, kind: str) -> GraphKind:
+    """The graph that is compared.
 
     Raises:
-        BadInput: the artifact has no such form.
+        BadInput: the artifact has no such graph.
     """
     from coma.runtimes.model_spec import GRAPH_KINDS
 
-    for form in GRAPH_KINDS[kind]:
-        if wanted in (None, form):
-            return form
+    for graph in GRAPH_KINDS[kind]:
+        if wanted in (None, graph):
+            return graph
     raise BadInput(
-        f"--form {wanted}: {artifact} is a {kind}; of it there is {' and '.join(GRAPH_KINDS[kind])}"
+        f"--graph {wanted}: {artifact} is a {kind}; of it there is {' and '.join(GRAPH_KINDS[kind])}"
     )
 
 
@@ -145,10 +145,10 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
     from export.benchmark import busy_note
 
     config = load_artifact(given.artifact).config
-    form = choose_form(given.form, given.artifact, config.kind)
-    size = parse_size(given.size, config, form)
+    graph = choose_graph(given.graph, given.artifact, config.kind)
+    size = parse_size(given.size, config, graph)
     check_pixels(Shape(max(batches), *size), "--batch and --size")
-    contenders, images, absent = _load(given, form, config.model.channels, max(batches))
+    contenders, images, absent = _load(given, graph, config.model.channels, max(batches))
     note = busy_note(_threads())
     rows: list[Row] = []
     for batch in batches:
@@ -165,7 +165,7 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
         "artifact": given.artifact.resolve().name,
         "source": artifact_hash(given.artifact),
         "kind": config.kind,
-        "form": form,
+        "graph": graph,
         "device": given.device,
         "size": list(size),
         "threads": _threads(),
@@ -181,7 +181,7 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=120)  # a file or a pipe: lines as long as they are
-    about = f"{given.artifact}: {form}, {size[0]} x {size[1]} px, {shown}"
+    about = f"{given.artifact}: {graph}, {size[0]} x {size[1]} px, {shown}"
     console.print(f"{about}\n{plain['machine']}, {plain['threads']} thread(s)", soft_wrap=True, markup=False)
     for batch in dict.fromkeys(row.batch for row in rows):
         console.print(_table([row for row in rows if row.batch == batch], batch))
@@ -196,7 +196,7 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
 
 
 def _load(
-    given: BenchmarkConfig, form: GraphKind, channels: int, most: int
+    given: BenchmarkConfig, graph: GraphKind, channels: int, most: int
 ) -> tuple[list[Contender], ImageSet, list[NotRun]]:
     from export.benchmark import MOST_IMAGES, NotRun, exported, open_exports, open_torch
     from export.commands.progress import Bar
@@ -207,12 +207,12 @@ def _load(
     folder = given.exports or folder_beside(given.artifact)
     with Bar() as bar:
         bar.step("reading images and hashes of files")
-        entries, absent = exported(folder, given.artifact, form, required=given.exports is not None)
+        entries, absent = exported(folder, given.artifact, graph, required=given.exports is not None)
         images = read_image_set(open_images(given.images), channels, min(most, MOST_IMAGES), TIMING)
-        if not images.files and form != "reconstructor":
+        if not images.files and graph != "reconstructor":
             absent.append(NotRun("end to end", f"{images.selection.location} holds no image files to decode"))
         bar.step("loading PyTorch's model")
-        contenders, more = open_torch(given.artifact, form, given.device, given.compile)
+        contenders, more = open_torch(given.artifact, graph, given.device, given.compile)
         others, unfit = open_exports(folder, entries, given.device, _threads(), bar)
     return [*contenders, *others], images, [*absent, *more, *unfit]
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from coma.artifact import ArtifactConfig
     from coma.data.sources.base import Source
     from coma.runtimes.model_spec import GraphKind, Precision
-    from coma.runtimes.trt.sidecar import EngineOptions
+    from coma.runtimes.tensorrt.sidecar import EngineOptions
     from export.commands.progress import Bar
     from export.job import Request
     from export.pipeline import Outcome
@@ -70,7 +70,7 @@ class ExportConfig(Ranged):
     """onnx, or onnx,tensorrt."""
     precision: str = "fp32"
     """Some of fp32, fp16, bf16, int8, fp8, with commas between."""
-    form: Literal["all", "encoder", "reconstructor"] = "all"
+    graph: Literal["all", "encoder", "reconstructor"] = "all"
     """Of a pre-trained artifact: which half of it."""
     shapes: str | None = None
     """One shape (static), or least:usual:most, each NxCxHxW. Default: batches of 1 to 32 at the size it was
@@ -120,12 +120,12 @@ def run(argv: list[str]) -> None:
     precisions = _choice(given.precision, PRECISIONS, "--precision")
     require_packages("onnx", "onnxscript", "onnxruntime")
     if "tensorrt" in targets:
-        from coma.runtimes.trt.discovery import require_gpu, require_package
+        from coma.runtimes.tensorrt.discovery import require_gpu, require_package
 
         require_package("tensorrt")
         require_gpu(0)
     if given.check == "rtx":
-        from coma.runtimes.trt.discovery import require_package
+        from coma.runtimes.tensorrt.discovery import require_package
 
         require_package("tensorrt_rtx")
     from export.job import folder_beside
@@ -135,11 +135,11 @@ def run(argv: list[str]) -> None:
         _export(given, targets, precisions, out)
 
 
-def default_shapes(config: ArtifactConfig, form: GraphKind) -> Shapes:
+def default_shapes(config: ArtifactConfig, graph: GraphKind) -> Shapes:
     """Batches of 1 to 32; free height and width where images are not all of one size."""
     from export.graphs.load import size_of
 
-    side = size_of(config, form)
+    side = size_of(config, graph)
     if config.kind not in ("detector", "segmentor"):
         return Shapes(Shape(1, side, side), Shape(_USUAL_BATCH, side, side), Shape(_MOST_BATCH, side, side))
     unit = config.model.unit
@@ -158,21 +158,21 @@ def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str
     from export.report import NAME, write_report
 
     config = load_artifact(given.artifact).config
-    forms = graph_kinds_of(given.artifact)
-    if given.form != "all":
-        if given.form not in forms:
-            raise BadInput(f"--form {given.form}: {given.artifact} is a {config.kind}")
-        forms = (given.form,)
+    graphs = graph_kinds_of(given.artifact)
+    if given.graph != "all":
+        if given.graph not in graphs:
+            raise BadInput(f"--graph {given.graph}: {given.artifact} is a {config.kind}")
+        graphs = (given.graph,)
     asked = parse_shapes(given.shapes, config.model.channels) if given.shapes else None
-    shapes: dict[GraphKind, Shapes] = {form: asked or default_shapes(config, form) for form in forms}
+    shapes: dict[GraphKind, Shapes] = {graph: asked or default_shapes(config, graph) for graph in graphs}
     for each in shapes.values():
         each.check(config.model.unit)
-    _check_flags(given, targets, precisions, config, shapes[forms[0]])
+    _check_flags(given, targets, precisions, config, shapes[graphs[0]])
     require(given.device)
     require_folder(out)
     if given.engine.timing_cache:
         require_file(given.engine.timing_cache, "--timing-cache")
-    request = _request(given, targets, precisions, out, config, forms, shapes[forms[0]])
+    request = _request(given, targets, precisions, out, config, graphs, shapes[graphs[0]])
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
         remove_unfinished(out)
@@ -181,8 +181,8 @@ def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str
         outcome = Outcome()
         try:
             with Bar() as bar:
-                for form in forms:
-                    export(request, form, shapes[form], manifest, bar, outcome)
+                for graph in graphs:
+                    export(request, graph, shapes[graph], manifest, bar, outcome)
                 if given.check == "rtx":
                     _check_rtx(outcome, shapes, bar)
         except BaseException as error:
@@ -244,10 +244,10 @@ def _check_flags(
         )
     if not given.dataset.exists():
         raise BadInput(f"--dataset {given.dataset}: no such file or directory")
-    if not {"height", "width"} <= shapes.dynamic or shapes.least.batch > 1:
+    if not {"height", "width"} <= shapes.dynamic or shapes.min.batch > 1:
         raise BadInput(
             "--dataset: its images are of many sizes and come one at a time, so --shapes must leave height "
-            f"and width free and begin at a batch of 1; they go from {shapes.least} to {shapes.most}"
+            f"and width free and begin at a batch of 1; they go from {shapes.min} to {shapes.max}"
         )
 
 
@@ -257,7 +257,7 @@ def _request(
     precisions: tuple[str, ...],
     out: Path,
     config: ArtifactConfig,
-    forms: tuple[GraphKind, ...],
+    graphs: tuple[GraphKind, ...],
     shapes: Shapes,
 ) -> Request:
     from typing import cast
@@ -267,10 +267,10 @@ def _request(
     from export.job import Request
     from export.preprocessing import open_images
 
-    channels, batch = config.model.channels, 1 if "batch" in shapes.dynamic else shapes.usual.batch
+    channels, batch = config.model.channels, 1 if "batch" in shapes.dynamic else shapes.opt.batch
     source = open_images(given.verify, held_out=True)
     labelled = _labelled(given, source, config, batch)
-    keep = _kept_float(given, config.kind, forms)
+    keep = _kept_float(given, config.kind, graphs)
     images = read_image_set(source, channels, given.verify_images)
     calibration = None
     if given.calibrate is not None:
@@ -291,7 +291,7 @@ def _request(
         out=out,
         precisions=cast("tuple[Precision, ...]", precisions),
         tensorrt="tensorrt" in targets,
-        inside=given.normalize_in_graph,
+        normalize_in_graph=given.normalize_in_graph,
         device=given.device,
         images=images,
         calibration=calibration,
@@ -305,7 +305,7 @@ def _request(
     )
 
 
-def _kept_float(given: ExportConfig, kind: str, forms: tuple[GraphKind, ...]) -> tuple[str, ...]:
+def _kept_float(given: ExportConfig, kind: str, graphs: tuple[GraphKind, ...]) -> tuple[str, ...]:
     if given.exclude_layers is None:
         from export.graphs.detector import BEHIND_BACKBONE
 
@@ -315,7 +315,7 @@ def _kept_float(given: ExportConfig, kind: str, forms: tuple[GraphKind, ...]) ->
     from export.candidates import fits, layers_of
     from export.graphs.load import load_exportable
 
-    layers = {name for form in forms for name in layers_of(load_exportable(given.artifact, form).module)}
+    layers = {name for graph in graphs for name in layers_of(load_exportable(given.artifact, graph).module)}
     for pattern in given.exclude_layers:
         if not fits(pattern, layers):
             known = ", ".join(sorted(layers, key=lambda name: (-name.count("."), name))[:3])
@@ -337,7 +337,7 @@ def _labelled(given: ExportConfig, source: Source, config: ArtifactConfig, batch
 
 
 def _engine_options(config: EngineConfig) -> EngineOptions:
-    from coma.runtimes.trt.sidecar import EngineOptions
+    from coma.runtimes.tensorrt.sidecar import EngineOptions
 
     return EngineOptions(
         workspace_mib=config.workspace,
@@ -351,15 +351,15 @@ def _engine_options(config: EngineConfig) -> EngineOptions:
 
 
 def _check_rtx(outcome: Outcome, shapes: Mapping[GraphKind, Shapes], bar: Bar) -> None:
-    from coma.runtimes.trt.profiles import profile_of
+    from coma.runtimes.tensorrt.profiles import profile_of
     from export.candidates import describe
     from export.tensorrt.rtx import check_rtx
 
     for path in outcome.kept:
         bar.step(f"{path.name}: TensorRT-RTX parses and compiles it")
         try:
-            about = describe(path)
-            report = check_rtx(path, (profile_of(about, shapes[about.form]),))
+            spec = describe(path)
+            report = check_rtx(path, (profile_of(spec, shapes[spec.graph]),))
         except CheckFailed as error:
             outcome.refused.append(f"{path.name}: {error}")
             continue

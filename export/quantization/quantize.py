@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from coma.errors import BadInput
 from export.onnx_export import check_graph, save
 from export.quantization.calibration import Batch, Method, activation_ranges
-from export.quantization.qdq import INT8, Codes, Product, at_opset, constant_products, fp8_codes, insert_pairs
+from export.quantization.qdq import INT8, Codes, Product, at_opset, fp8_codes, insert_qdq, weight_matmuls
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -113,7 +113,7 @@ class _Chosen:
         from onnx import TensorProto
 
         model = onnx.load(source)
-        products = list(constant_products(model.graph))
+        products = list(weight_matmuls(model.graph))
         if any(each.data_type == TensorProto.BFLOAT16 for each in products):
             raise BadInput(f"{source}: layers in bf16; quantise an export in fp32 or fp16")
         for pattern in keep:
@@ -147,7 +147,7 @@ class _Chosen:
 
         half = any(each.data_type == TensorProto.FLOAT16 for each in self.changed)
         model = at_opset(self.model, 19 if half or codes is not INT8 else 13)  # whose pairs take the types
-        insert_pairs(model.graph, self.changed, ranges, codes, per_channel=per_channel)
+        insert_qdq(model.graph, self.changed, ranges, codes, per_channel=per_channel)
         said = {each.key: each.value for each in model.metadata_props} | dict(metadata)
         helper.set_model_props(model, said)
         check_graph(model)

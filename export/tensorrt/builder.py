@@ -16,10 +16,10 @@ from coma.atomic_io import sha256_of
 from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.library_errors import library_errors, require_packages
 from coma.runtimes.model_spec import ModelSpec
-from coma.runtimes.trt.callbacks import Progress, make_logger, make_monitor
-from coma.runtimes.trt.discovery import Flavour, Library, load_library, require_gpu
-from coma.runtimes.trt.profiles import Profile, Shape, check_profiles
-from coma.runtimes.trt.sidecar import EngineOptions, Sidecar, write_sidecar
+from coma.runtimes.tensorrt.callbacks import Progress, make_logger, make_monitor
+from coma.runtimes.tensorrt.discovery import Flavour, Library, load_library, require_gpu
+from coma.runtimes.tensorrt.profiles import Profile, Shape, check_profiles
+from coma.runtimes.tensorrt.sidecar import EngineOptions, Sidecar, write_sidecar
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def build_engine(
         Interrupted: Ctrl-C; nothing was written.
     """
     options = options or EngineOptions()
-    description = _description(onnx_path)
+    spec = _description(onnx_path)
     library = load_library(flavour)
     gpu, driver = require_gpu(options.gpu) if flavour == "tensorrt" else (None, None)
     try:
@@ -81,7 +81,7 @@ def build_engine(
         engine_sha256=hashlib.sha256(plan.data).hexdigest(),
         profiles=profiles,
         options=replace(options, timing_cache=None),
-        description=description,
+        spec=spec,
         layers=plan.layers,
         seconds=round(plan.seconds, 1),
     )

@@ -116,6 +116,6 @@ def _run(model: onnx.ModelProto, values: dict[str, str], inputs: Sequence[Tensor
         if value not in there and value in types:
             marked.graph.output.append(types[value])
     session = OnnxRuntime(marked.SerializeToString(), extra_outputs=True)
-    names = [port.name for port in session.description.inputs]
+    names = [each.name for each in session.spec.inputs]
     outputs = session(**dict(zip(names, inputs, strict=True)))
     return {name: outputs[value].float() for name, value in values.items() if value in outputs}

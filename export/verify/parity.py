@@ -22,13 +22,13 @@ from coma.runtimes.model_spec import ModelSpec
 from coma.runtimes.shape_ranges import Shape, Shapes
 from export.preprocessing import as_input, resized
 from export.verify.errors import Difference, Differences, split_pixels
-from export.verify.tolerances import GATES
+from export.verify.tolerances import TOLERANCES
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ParityResult:
     """What the gate found.
 
     Attributes:
@@ -70,16 +70,16 @@ class Verdict:
 
 
 def shapes_to_run(shapes: Shapes, unit: int) -> tuple[Shape, ...]:
-    """Batches of 1, 2, the usual and the most; least, usual, largest and odd sizes: all that are allowed."""
-    usual = shapes.usual
-    odd = (usual.height + unit // 2 + 1, max(usual.width - 5, unit))
-    sizes = [(s.height, s.width) for s in (usual, shapes.least, shapes.most)]
-    wanted = [Shape(batch, *sizes[0]) for batch in (1, 2, usual.batch, shapes.most.batch)]
+    """Batches of 1, 2, the usual and the most; least, opt, largest and odd sizes: all that are allowed."""
+    opt = shapes.opt
+    odd = (opt.height + unit // 2 + 1, max(opt.width - 5, unit))
+    sizes = [(s.height, s.width) for s in (opt, shapes.min, shapes.max)]
+    wanted = [Shape(batch, *sizes[0]) for batch in (1, 2, opt.batch, shapes.max.batch)]
     odds = [odd, (odd[1], odd[0])]
-    if not any(shapes.allows(Shape(shapes.least.batch, *size)) for size in odds):  # nothing beyond the usual
-        below = (max(usual.height - unit // 2 - 1, unit), max(usual.width - 5, unit))
+    if not any(shapes.allows(Shape(shapes.min.batch, *size)) for size in odds):  # nothing beyond the usual
+        below = (max(opt.height - unit // 2 - 1, unit), max(opt.width - 5, unit))
         odds = [below, (below[1], below[0])]
-    wanted += [Shape(shapes.least.batch, *size) for size in (*sizes, *odds)]
+    wanted += [Shape(shapes.min.batch, *size) for size in (*sizes, *odds)]
     return tuple(shape for shape in dict.fromkeys(wanted) if shapes.allows(shape))
 
 
@@ -89,7 +89,7 @@ def verify(
     shapes: Shapes,
     pictures: Sequence[np.ndarray],
     progress: Progress | None = None,
-) -> Verdict:
+) -> ParityResult:
     """Run both and compare, image by image.
 
     Args:
@@ -99,11 +99,11 @@ def verify(
         pictures: Decoded images `[H, W, c]`.
         progress: Told how many shapes of how many are done.
     """
-    description = runtime.description
+    spec = runtime.spec
     differences = Differences()
     failures: list[str] = []
     seen: set[int] = set()
-    run = shapes_to_run(shapes, description.unit)
+    run = shapes_to_run(shapes, spec.unit)
     wanted = _Reference(reference, pictures, max(shape.batch for shape in run))
     for number, shape in enumerate(run):
         numbers = [i % len(pictures) for i in range(max(shape.batch, 1))]
@@ -121,18 +121,18 @@ def verify(
                 break
         if progress:
             progress(number + 1, len(run))
-    failures += judge(differences.outputs, description)
-    return Verdict(run, len(seen), differences.outputs, tuple(failures))
+    failures += judge(differences.outputs, spec)
+    return ParityResult(run, len(seen), differences.outputs, tuple(failures))
 
 
-def judge(outputs: dict[str, Difference], description: ModelSpec) -> list[str]:
+def judge(outputs: dict[str, Difference], spec: ModelSpec) -> list[str]:
     """What is beyond the limits of the file's precision; NaN always is."""
-    gate = GATES[description.precision]
+    gate = TOLERANCES[spec.precision]
     failures = []
     for name, each in outputs.items():
         if not each.finite:
             failures.append(f"{name} holds NaN or infinite values")
-        elif not (each.compared or each.counted) and description.form != "detector":
+        elif not (each.compared or each.counted) and spec.graph != "detector":
             failures.append(f"{name}: there was nothing to compare; give larger or more images")
         elif each.compared and not each.largest:
             failures.append(f"{name} is zero everywhere, in PyTorch too: that compares nothing")
@@ -143,7 +143,7 @@ def judge(outputs: dict[str, Difference], description: ModelSpec) -> list[str]:
         agreement, least = each.agreement, gate.found if name == "labels" else gate.agreement
         if agreement is not None and agreement < least:
             failures.append(f"{name}: {agreement:.2%} agree, fewer than {least:.2%}")
-    if description.form == "detector" and not outputs["labels"].counted:
+    if spec.graph == "detector" and not outputs["labels"].counted:
         failures.append("nothing was detected by PyTorch: give images with something to detect")
     return failures
 
@@ -167,9 +167,9 @@ class _Reference:
             self._size, self._known = (height, width), {}
         if number in self._known:
             return self._known[number]
-        rule = self.runtime.description.preprocessing
+        rule = self.runtime.spec.preprocessing
         images = as_input([resized(self.pictures[number], rule, (height, width))], rule)
-        others = _others(self.runtime.description, [number], height, width)
+        others = _others(self.runtime.spec, [number], height, width)
         outputs = {name: each[0].cpu() for name, each in self.runtime(images, **others).items()}
         if number < self.again:
             self._known[number] = outputs
@@ -184,22 +184,22 @@ def _compare(
     pictures: Sequence[np.ndarray],
     differences: Differences,
 ) -> None:
-    description = runtime.description
+    spec = runtime.spec
     height, width = shape.height, shape.width
-    rule = description.preprocessing
+    rule = spec.preprocessing
     images = as_input([resized(pictures[i], rule, (height, width)) for i in numbers], rule)
-    others = _others(description, numbers, height, width)
+    others = _others(spec, numbers, height, width)
     found = {k: v.cpu() for k, v in runtime(images, **others).items()}
     for place, number in enumerate(numbers):
         ours = wanted(number, height, width)
         _check_outputs(ours, found, len(numbers))
         theirs = {name: found[name][place] for name in ours}
-        if description.form == "reconstructor":
-            if rule.inside:  # normalised again: of pixels, their mean is most
+        if spec.graph == "reconstructor":
+            if rule.normalize_in_graph:  # normalised again: of pixels, their mean is most
                 mean, std = (255 * torch.tensor(v).view(-1, 1, 1) for v in (rule.mean, rule.std))
                 theirs = {name: (values - mean) / std for name, values in theirs.items()}
             visible = others["visible"][place]
-            ours, theirs = (_hidden_and_visible(each, visible, description.unit) for each in (ours, theirs))
+            ours, theirs = (_hidden_and_visible(each, visible, spec.unit) for each in (ours, theirs))
         differences.add(ours, theirs)
 
 
@@ -224,11 +224,11 @@ def _hidden_and_visible(outputs: dict[str, Tensor], visible: Tensor, unit: int) 
     return parts
 
 
-def _others(description: ModelSpec, numbers: Sequence[int], height: int, width: int) -> dict[str, Tensor]:
+def _others(spec: ModelSpec, numbers: Sequence[int], height: int, width: int) -> dict[str, Tensor]:
     """What a reconstructor needs beside images: which units are visible, half of them, by the number."""
-    if description.form != "reconstructor":
+    if spec.graph != "reconstructor":
         return {}
-    rows, cols = unit_grid(height, width, description.unit)
+    rows, cols = unit_grid(height, width, spec.unit)
     maps = []
     for number in numbers:
         order = torch.randperm(rows * cols, generator=torch.Generator().manual_seed(number))

@@ -40,10 +40,10 @@ def top1(runtime: Runtime, source: Source, most: int) -> tuple[dict[str, float],
     Raises:
         BadInput: no labels, classes that the model does not know, or no image that can be read.
     """
-    description = runtime.description
-    labels = labels_among(source, description.class_names or (), "the model").tolist()
-    rule = description.preprocessing
-    batch_axis, channels, *size = description.inputs[0].axes
+    spec = runtime.spec
+    labels = labels_among(source, spec.class_names or (), "the model").tolist()
+    rule = spec.preprocessing
+    batch_axis, channels, *size = spec.inputs[0].axes
     batch = batch_axis if isinstance(batch_axis, int) else 1
     height, width = (
         side if isinstance(side, int) else own
@@ -85,17 +85,17 @@ def measure(runtime: Runtime, directory: Path, data: Path, most: int) -> dict[st
     Raises:
         BadInput: the room that computes it is not installed, or the dataset does not fit.
     """
-    form = runtime.description.form
-    for entry in metadata.entry_points(group="coma.measure", name=form):
+    graph = runtime.spec.graph
+    for entry in metadata.entry_points(group="coma.measure", name=graph):
         task: Measure = entry.load()
         return task(directory, data, lambda images: runtime(_again(images, runtime)), most)
-    raise BadInput(f"--dataset: nothing installed here measures a {form}; install coma-dyvit[downstream]")
+    raise BadInput(f"--dataset: nothing installed here measures a {graph}; install coma-dyvit[downstream]")
 
 
 def _again(images: Tensor, runtime: Runtime) -> Tensor:
     """Normalised images as pixels, for files that normalise themselves."""
-    rule = runtime.description.preprocessing
-    if not rule.inside:
+    rule = runtime.spec.preprocessing
+    if not rule.normalize_in_graph:
         return images
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (rule.mean, rule.std))
     return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -33,7 +33,7 @@ class Gate:
         return math.sqrt(2 * (1 - self.cosine))
 
 
-GATES: dict[Precision, Gate] = {
+TOLERANCES: dict[Precision, Gate] = {
     "fp32": Gate(cosine=0.9999, agreement=0.999, found=0.995, points=0.1),
     "fp16": Gate(cosine=0.999, agreement=0.99, found=0.90, points=0.1),
     "bf16": Gate(cosine=0.999, agreement=0.95, found=0.80, points=0.1),

@@ -27,18 +27,18 @@ class Score:
 
     Attributes:
         encoder: Name of the encoder.
-        protocol: `knn` or `linear`, on frozen features; or `finetune`, which trains the encoder too.
+        protocol: `knn` or `linear`, on frozen features.
         top1: Share of test images whose likeliest class is right, 0..1.
         top5: Share whose class is among the five likeliest; None with five classes or fewer.
         classes: How many classes there are; chance is one in so many.
         train_images: Training images that were read.
         test_images: Test images that were read.
         seconds: Time the protocol took, features not included.
-        settings: What it ran with: k and temperature, the penalty it chose, or how it was fine-tuned.
+        settings: What it ran with: k and temperature, or the penalty it chose.
     """
 
     encoder: str
-    protocol: Protocol | Literal["finetune"]
+    protocol: Protocol
     top1: float
     top5: float | None
     classes: int

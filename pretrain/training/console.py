@@ -26,7 +26,7 @@ PATIENCE = 60.0
 """Seconds of training before that hint."""
 
 
-class Report:
+class TrainingConsole:
     """Progress and messages of one run.
 
     Args:

@@ -54,7 +54,7 @@ Settings = TypeVar("Settings", bound=PretrainConfig | FinetuneConfig)
 
 
 @dataclass(frozen=True)
-class Plan(Generic[Settings]):
+class RunPlan(Generic[Settings]):
     """A run, ready to start."""
 
     config: Settings
@@ -83,11 +83,11 @@ class Plan(Generic[Settings]):
         """Names and sizes of the images that decide what comes out."""
         return list_data(self.sources, labels=isinstance(self.config, FinetuneConfig))
 
-    def looks_at(self, step: int) -> bool:
+    def evaluates_at(self, step: int) -> bool:
         """Whether to look at what was learned when `step` steps are done and more follow."""
-        return self.draws_at(step)
+        return self.draws_reconstructions_at(step)
 
-    def draws_at(self, step: int) -> bool:
+    def draws_reconstructions_at(self, step: int) -> bool:
         """Whether a picture of reconstructions is due."""
         return step > 0 and is_multiple(step, self.config.run.reconstruction_every)
 
@@ -97,12 +97,12 @@ class Plan(Generic[Settings]):
 
 
 @dataclass(frozen=True)
-class PretrainPlan(Plan[PretrainConfig]):
+class PretrainPlan(RunPlan[PretrainConfig]):
     """A pre-training run, ready to start."""
 
-    def looks_at(self, step: int) -> bool:
+    def evaluates_at(self, step: int) -> bool:
         """Whether a picture or a probe is due."""
-        return self.draws_at(step) or self.probes_at(step)
+        return self.draws_reconstructions_at(step) or self.probes_at(step)
 
     def probes_at(self, step: int) -> bool:
         """Whether labelled images are to tell what was learned; before the first step, too."""
@@ -239,7 +239,7 @@ def count_steps(optimizer: OptimizerConfig, images: int) -> int:
     return optimizer.steps or math.ceil(optimizer.epochs * images / optimizer.batch_size)
 
 
-def check_resumable(plan: Plan, state: dict[str, Any], *, allow_changed_data: bool) -> None:
+def check_resumable(plan: RunPlan, state: dict[str, Any], *, allow_changed_data: bool) -> None:
     """Refuse to go on from `state` with another number of images, or to fewer steps than are done.
 
     Raises:
@@ -275,7 +275,7 @@ def _located(config: Settings) -> Settings:
     return replace(config, data=data, artifact=config.artifact.absolute(), test=test, val=val)
 
 
-def extended(plan: Plan, state: dict[str, Any]) -> str | None:
+def extended(plan: RunPlan, state: dict[str, Any]) -> str | None:
     """What becomes of the learning rate where a resumed run has another number of steps than before."""
     done, config = state["step"], plan.config
     before = count_steps(read_config(plan.folder, type(config)).optimizer, state["images"])
@@ -291,7 +291,7 @@ def extended(plan: Plan, state: dict[str, Any]) -> str | None:
 
 def resume_command(config: PretrainConfig | FinetuneConfig) -> str:
     """The command that goes on with a run."""
-    command = "pretrain" if isinstance(config, PretrainConfig) else "evaluate"
+    command = "pretrain" if isinstance(config, PretrainConfig) else "classify train"
     return f"coma {command} --resume {shlex.quote(str(config.run.out))}"
 
 
@@ -307,14 +307,13 @@ def check_folder(config: Settings, resume: bool) -> Settings:
 
 def _fresh(config: Settings) -> Settings:
     out = config.run.out
-    flag = "--out" if isinstance(config, PretrainConfig) else "--run"
-    require_folder(out, flag)
+    require_folder(out)
     if out.is_dir() and any(out.iterdir()):
         if (out / "config.json").is_file():
-            way_out = f"continue its run with `{resume_command(config)}`, or choose another {flag}"
+            way_out = f"continue its run with `{resume_command(config)}`, or choose another --out"
         else:
-            way_out = f"choose another {flag}, or remove what is in it (it holds no run)"
-        raise BadInput(f"{flag} {out}: is not empty; {way_out}")
+            way_out = "choose another --out, or remove what is in it (it holds no run)"
+        raise BadInput(f"--out {out}: is not empty; {way_out}")
     return config
 
 

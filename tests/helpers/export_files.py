@@ -90,7 +90,7 @@ def segmentor(folder: Path, model: EncoderConfig = DYVIT) -> Path:
 
 
 class Silent:
-    """A watcher of exports that shows nothing."""
+    """A listener of exports that shows nothing."""
 
     def step(self, title: str, done: int = 0, total: int | None = None) -> None: ...
     def say(self, line: str) -> None: ...

@@ -15,7 +15,7 @@ from coma.config import CoMAConfig, DecoderConfig, DyViTConfig, PretrainConfig
 from coma.errors import Interrupted
 from pretrain.training import pretrain
 from pretrain.training.checkpoint import read_state
-from pretrain.training.train_step import Learner
+from pretrain.training.train_step import TrainStep
 
 MODEL = DyViTConfig(
     patch=1, dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8), (4,), (4,), (0,))
@@ -57,14 +57,14 @@ def same(one: Any, other: Any) -> bool:
 
 def stop_during(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
     """Send this process a signal in the middle of a step."""
-    take = Learner.step
+    take = TrainStep.__call__
 
-    def step_and_signal(self: Learner, n: int, *rest: Any) -> Any:
+    def step_and_signal(self: TrainStep, n: int, *rest: Any) -> Any:
         if n == step:
             os.kill(os.getpid(), number)
         return take(self, n, *rest)
 
-    patch.setattr(Learner, "step", step_and_signal)
+    patch.setattr(TrainStep, "__call__", step_and_signal)
 
 
 def interrupted(config: PretrainConfig, step: int) -> None:
@@ -80,11 +80,11 @@ class Killed(BaseException):
 
 def killed_in(patch: pytest.MonkeyPatch, step: int) -> None:
     """End the run in the middle of a step."""
-    take = Learner.step
+    take = TrainStep.__call__
 
-    def step_or_end(self: Learner, n: int, *rest: Any) -> Any:
+    def step_or_end(self: TrainStep, n: int, *rest: Any) -> Any:
         if n == step:
             raise Killed
         return take(self, n, *rest)
 
-    patch.setattr(Learner, "step", step_or_end)
+    patch.setattr(TrainStep, "__call__", step_or_end)

@@ -21,9 +21,9 @@ from coma.data.decode import EXTENSIONS, HEAD
 from coma.data.inventory import Inventory, is_system_folder, kind_of
 from coma.data.products import product_around, product_at
 from coma.data.sources.base import EncodedSource, Names
-from coma.data.splits import Chosen, choose_images
 from coma.errors import BadImage, BadInput
 from coma.messages import abridged, printable
+from coma.splits import Chosen, choose_images
 
 _CHUNK, _STATS = 1000, 16
 """Files whose sizes are asked for in a row, and how often at the same time: a network answers slowly."""

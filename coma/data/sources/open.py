@@ -24,8 +24,8 @@ from coma.data.sources.base import Source
 from coma.data.sources.image_folder import FolderSource, files_in, subfolders
 from coma.data.sources.npz import NpzSource
 from coma.data.sources.webdataset import INDEX, ShardSource
-from coma.data.splits import Split, all_splits, choose_split, left_out_note, paired_splits, split_of
 from coma.errors import BadInput
+from coma.splits import Split, all_splits, choose_split, left_out_note, paired_splits, split_of
 
 log = logging.getLogger(__name__)
 

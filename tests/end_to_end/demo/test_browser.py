@@ -18,6 +18,7 @@ CHROMIUM = next(
 )
 
 pytestmark = [
+    pytest.mark.browser,
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium; apt-get install chromium"),
 ]

@@ -27,7 +27,7 @@ from coma.runtimes.manifest import (  # noqa: E402
     Selection,
     versions,
 )
-from coma.runtimes.model_spec import METADATA, as_json, read_model_spec  # noqa: E402
+from coma.runtimes.model_spec import METADATA, read_model_spec, to_json  # noqa: E402
 from coma.runtimes.shape_ranges import Shape, Shapes  # noqa: E402
 from export.benchmark import (  # noqa: E402
     EAGER,
@@ -52,7 +52,7 @@ QUICK = ("--seconds", "0.01")
 def entry(path: Path, precision: str, **changes) -> Entry:
     known = {
         "file": path.name,
-        "form": "encoder",
+        "graph": "encoder",
         "precision": precision,
         "runtime": "",
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "",
@@ -77,10 +77,10 @@ def made(tmp_path_factory) -> Path:
     """An artifact and, beside it, its exports: one that a CPU runs, and others for every reason not to."""
     root = tmp_path_factory.mktemp("made")
     directory, folder = artifact(root / "artifact", SMALL), root / "export"
-    deployable, one = load_exportable(directory, "encoder"), Shape(1, 64, 64)
-    write_onnx(deployable, Shapes(one, one, Shape(4, 64, 64)), folder / "encoder.onnx")
+    exportable, one = load_exportable(directory, "encoder"), Shape(1, 64, 64)
+    write_onnx(exportable, Shapes(one, one, Shape(4, 64, 64)), folder / "encoder.onnx")
     model = onnx.load(folder / "encoder.onnx")
-    says = as_json(replace(read_model_spec(model, "encoder"), precision="bf16"))
+    says = to_json(replace(read_model_spec(model, "encoder"), precision="bf16"))
     onnx.helper.set_model_props(model, {METADATA: says})
     onnx.save(model, folder / "encoder-bf16.onnx")
     (folder / "encoder.engine").write_bytes(b"no engine")
@@ -90,7 +90,7 @@ def made(tmp_path_factory) -> Path:
         ("encoder-bf16.onnx", "bf16", {}),
         ("encoder.engine", "fp32", {}),
         ("gone.onnx", "fp16", {}),
-        ("reconstructor.onnx", "fp32", {"form": "reconstructor"}),
+        ("reconstructor.onnx", "fp32", {"graph": "reconstructor"}),
     ):
         manifest.add(entry(folder / name, precision, **changes), passed=True)
     refused = {"verification": {"outputs": {}, "failures": ["pooled: cosine 0.5 is below 0.99"]}}
@@ -161,7 +161,7 @@ def test_what_is_not_run_is_named_with_its_reason(measured):
 
 def test_the_file_says_what_was_measured_and_where(measured, made):
     assert measured["source"] == artifact_hash(made)
-    assert (measured["kind"], measured["form"], measured["size"]) == ("backbone", "encoder", [64, 64])
+    assert (measured["kind"], measured["graph"], measured["size"]) == ("backbone", "encoder", [64, 64])
     assert measured["machine"] and measured["versions"] == versions()
     assert measured["threads"] == torch.get_num_threads()
     assert "scikit-image" in measured["images"]
@@ -220,7 +220,7 @@ def test_exports_of_another_artifact_are_not_taken_for_its_own(made, tmp_path):
         (["--size", "16x64"], "mask unit is 32 x 32 px"),
         (["--seconds", "0"], "--seconds 0 must be more than 0"),
         (["--threads", "0"], "--threads 0 must be 1 to 4096"),
-        (["--form", "reconstructor"], "is a backbone; of it there is encoder"),
+        (["--graph", "reconstructor"], "is a backbone; of it there is encoder"),
         (["--exports", "nowhere"], "--exports nowhere: no manifest.json there; coma export"),
         (["--images", "nowhere"], "nowhere"),
         (["--out", "."], "is a directory"),
@@ -307,7 +307,7 @@ def test_calls_run_in_turns():
 def test_help_says_what_it_does(capsys):
     assert cli.main(["benchmark", "--help"]) == 0
     shown = capsys.readouterr().out
-    for flag in ("exports", "form", "device", "batch", "size", "seconds", "compile", "threads", "images"):
+    for flag in ("exports", "graph", "device", "batch", "size", "seconds", "compile", "threads", "images"):
         assert f"--{flag}" in shown
     assert cli.main(["--help"]) == 0
     assert "Time an artifact in PyTorch and in every file exported of it" in capsys.readouterr().out

@@ -81,10 +81,10 @@ def test_a_classifier_in_three_precisions(tmp_path, photographs, capsys, monkeyp
 def test_a_failed_gate_keeps_the_file_aside_and_names_the_layer(tmp_path, monkeypatch, capsys):
     artifact = export_files.classifier(tmp_path / "artifact")
 
-    def corrupt(deployable, shapes, path):
-        layer = deployable.module.classifier.stages[1].blocks[0].mlp.fc2
+    def corrupt(exportable, shapes, path):
+        layer = exportable.module.classifier.stages[1].blocks[0].mlp.fc2
         layer.weight.data.mul_(-2)
-        return written(deployable, shapes, path)
+        return written(exportable, shapes, path)
 
     written = candidates.write_onnx
     monkeypatch.setattr(candidates, "write_onnx", corrupt)
@@ -113,7 +113,7 @@ def test_a_failed_gate_keeps_the_file_aside_and_names_the_layer(tmp_path, monkey
         (["--precision", "int8"], "int8 and fp8 need --calibrate"),
         (["--shapes", "1x5x48x48"], "5 channels"),
         (["--shapes", "1x8x48"], "smaller than the encoder's mask unit"),
-        (["--form", "reconstructor"], "is a classifier"),
+        (["--graph", "reconstructor"], "is a classifier"),
         (["--verify", "nowhere"], "nowhere"),
         (["--verify-images", "0"], "--verify-images 0"),
         (["--to", "onnx,tensorrt"], "TensorRT|tensorrt|GPU"),
@@ -223,7 +223,7 @@ def test_exports_of_another_artifact_are_not_mixed_in(tmp_path):
 def test_default_shapes_follow_the_kind(tmp_path):
     config = load_artifact(export_files.classifier(tmp_path / "c")).config
     shapes = default_shapes(config, "classifier")
-    assert shapes.dynamic == {"batch"} and shapes.usual.height == 48
+    assert shapes.dynamic == {"batch"} and shapes.opt.height == 48
     config = load_artifact(export_files.segmentor(tmp_path / "s")).config
     assert default_shapes(config, "segmentor").dynamic == {"batch", "height", "width"}
 
@@ -234,9 +234,9 @@ def test_a_model_that_zooms_in_rebuilds_its_whole_views(tmp_path):
     artifact = export_files.pretrained(tmp_path / "artifact", method=method)
     run([str(artifact), "--verify-images", "2", "--seconds", "0"])
     sides: dict[GraphKind, int] = {"encoder": 48, "reconstructor": 80}
-    for form, side in sides.items():
-        runtime = open_runtime(tmp_path / "export" / f"{form}.onnx", "cpu")
-        assert runtime.description.inputs[0].axes[2:] == (side, side)
-        assert runtime.description.preprocessing.size == (side, side)
+    for graph, side in sides.items():
+        runtime = open_runtime(tmp_path / "export" / f"{graph}.onnx", "cpu")
+        assert runtime.spec.inputs[0].axes[2:] == (side, side)
+        assert runtime.spec.preprocessing.size == (side, side)
         config = load_artifact(artifact).config
-        assert parse_size(None, config, form) == (side, side)
+        assert parse_size(None, config, graph) == (side, side)

@@ -31,8 +31,9 @@ TESTS = HERE.parents[1]
 def in_another_process(scenario: str, *arguments: Path) -> None:
     """Forks of this one could not train: torch's autograd has run in it, and does not survive that."""
     code = (
-        "import sys, pytest, torch; from pathlib import Path; import test_sweep as t\n"
-        "torch.set_num_threads(1); t.light(pytest.MonkeyPatch())\n"
+        "import sys, pytest, torch, test_sweep as t\n"
+        "from pathlib import Path; from comparisons import light\n"
+        "torch.set_num_threads(1); light(pytest.MonkeyPatch())\n"
         f"t.{scenario}(*map(Path, sys.argv[1:]))"
     )
     places = os.pathsep.join(map(str, (HERE, TESTS / "helpers", TESTS.parent)))

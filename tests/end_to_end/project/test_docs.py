@@ -40,6 +40,7 @@ GPU, CLIP, INSTALLS = "needs an NVIDIA GPU", "needs CLIP's weights", "changes th
 NOT_RUN: dict[str, str] = {
     "make quickstart": "takes three minutes; test_quickstart.py runs what it runs",
     "make test": "runs this test",
+    "make test-slow": "runs this test",
     "make lint types rooms": "continuous integration runs it",
     "make docs": "test_the_site_builds_without_a_network runs it",
     "bash .ci/run": "runs this test",

@@ -62,7 +62,13 @@ def test_the_walk_knows_every_flag_that_takes_a_number(invocation, monkeypatch):
     assert shown <= known
 
 
-@pytest.mark.parametrize("invocation", invocations())
+QUICK = ("pack", "benchmark")
+
+
+@pytest.mark.parametrize(
+    "invocation",
+    [pytest.param(each, marks=[pytest.mark.slow] * (each not in QUICK)) for each in invocations()],
+)
 def test_numbers_that_make_no_sense_are_one_line(invocation, tmp_path, capsys):
     for flag, (hint, allowed, variant) in flags_of(invocation).items():
         if "Fixed" in str(hint):

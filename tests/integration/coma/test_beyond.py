@@ -246,7 +246,8 @@ def test_a_run_leaves_an_artifact_that_loads_reconstructs_and_evaluates(settings
     config = replace(settings, model=MODEL, objective=method)
     folder = pretrain(at(config, tmp_path / "run"))
     assert (folder / "reconstructions" / "step-000005.png").stat().st_size > 5000
-    model, about = load_pretrained(folder / "artifact")
+    model = load_pretrained(folder / "artifact")
+    about = model.artifact
     assert about.image_size == 16
     assert about.trained["method"] == "beyond"
     images = torch.randn(2, 3, 32, 32)

@@ -37,7 +37,7 @@ from coma.objectives import CMT, BalancedCoMA, build_objective
 from coma.objectives.teachers import load_teacher, training_objective
 from pretrain.training import pretrain
 from pretrain.training.checkpoint import read_state
-from pretrain.training.train_step import Learner
+from pretrain.training.train_step import TrainStep
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "loss_curves_cmt.json"
 
@@ -266,13 +266,13 @@ def test_interrupted_and_resumed_is_uninterrupted(guided, tmp_path):
 def test_a_forgotten_average_would_be_noticed(guided, tmp_path, monkeypatch):
     whole, run = pretrain(at(guided, tmp_path / "whole")), tmp_path / "run"
     interrupted(at(guided, run), 4)
-    load = Learner.load_state_dict
+    load = TrainStep.load_state_dict
 
     def forget(self, state):
         load(self, state)
         self.objective.average.load_state_dict(self.objective.encoder.state_dict())
 
-    monkeypatch.setattr(Learner, "load_state_dict", forget)
+    monkeypatch.setattr(TrainStep, "load_state_dict", forget)
     pretrain(at(guided, run), resume=True)
     with pytest.raises(AssertionError):
         assert_same(run, whole)
@@ -304,7 +304,8 @@ def test_a_run_from_the_command_line(method, photos, weights, tmp_path, capsys):
     said = capsys.readouterr().err
     assert ("not CLIP ViT-B/16" in said) == (method == "cmt")
     assert next((out / "reconstructions").glob("*.png")).stat().st_size > 5000
-    model, about = load_pretrained(out / "artifact")
+    model = load_pretrained(out / "artifact")
+    about = model.artifact
     assert ("remarks" in about.trained) == (method == "cmt")
     assert about.trained["method"] == method
     assert model.reconstruct(pictures(2), model.draw_visible(torch.arange(2), 4, 4)[0]).isfinite().all()

@@ -279,7 +279,7 @@ PRODUCTS = {
         "config.json": '{"data":1,"model":1,"objective":1,"optimizer":1,"run":1}',
         "metrics.jsonl": "",
     },
-    "a fine-tuning run of coma evaluate": {
+    "a run of coma classify": {
         "config.json": '{"artifact":1,"data":1,"optimizer":1,"run":1}',
         "metrics.jsonl": "",
     },

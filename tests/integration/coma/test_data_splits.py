@@ -13,8 +13,8 @@ from PIL import Image
 
 from coma import cli
 from coma.data import Source, open_source
-from coma.data.splits import choose_images, known_split, paired_splits, split_of
 from coma.errors import BadInput
+from coma.splits import choose_images, known_split, paired_splits, split_of
 
 
 def png() -> bytes:

@@ -20,7 +20,7 @@ from downstream.commands import detect, segment
 from export.graphs.load import load_exportable
 from export.verify.task_metrics import measure
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages warn of each other
+pytestmark = [pytest.mark.openmmlab, pytest.mark.filterwarnings("ignore")]  # mm's packages warn of each other
 
 SMALL = ["--lr", "3e-3", "--validations", "1", "--head-channels", "32", "--workers", "0"]
 ALL = 100

@@ -13,7 +13,7 @@ from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.runtimes.manifest import NAME, Entry, Manifest, Selection
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import parse_shapes
-from coma.runtimes.trt.sidecar import sidecar_path
+from coma.runtimes.tensorrt.sidecar import sidecar_path
 from export import gate, pipeline
 from export.candidates import CandidateBuilder, fits, layers_of
 from export.gate import Gate
@@ -21,13 +21,13 @@ from export.graphs.load import load_exportable
 from export.image_sets import ImageSet
 from export.pipeline import Outcome
 from export.report import render
-from export.verify.parity import Verdict
+from export.verify.parity import ParityResult
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 
 VIT = ViTConfig(patch=16, dim=16, depth=1, heads=2)
 FIXED = parse_shapes("2x3x64x64", 3)
-PASSED, FAILED = Verdict((), 1, {}, ()), Verdict((), 1, {}, ("too far off",))
+PASSED, FAILED = ParityResult((), 1, {}, ()), ParityResult((), 1, {}, ("too far off",))
 
 
 @pytest.fixture(scope="module")
@@ -41,25 +41,25 @@ def judged(tmp_path, classifier, monkeypatch) -> tuple[Gate, CandidateBuilder, P
     request: Any = SimpleNamespace(
         artifact=classifier, out=tmp_path, engine=None, seconds=0, labelled=None,
         images=ImageSet(Selection("", 0, 0), ()), calibration=None,
-        precisions=("fp32", "fp16"), tensorrt=True, inside=False, device="cpu", most=9,
+        precisions=("fp32", "fp16"), tensorrt=True, normalize_in_graph=False, device="cpu", most=9,
     )  # fmt: skip
     reference = TorchRuntime(load_exportable(classifier, "classifier"))
-    about = reference.description
+    spec = reference.spec
 
     def build(onnx_path, engine_path, *_):
         engine_path.write_text("new engine")
         sidecar_path(engine_path).write_text("new sidecar")
 
     monkeypatch.setattr("export.tensorrt.builder.build_engine", build)
-    monkeypatch.setattr("coma.runtimes.trt.profiles.profile_of", lambda *_: None)
-    monkeypatch.setattr(gate, "describe", lambda _: about)
+    monkeypatch.setattr("coma.runtimes.tensorrt.profiles.profile_of", lambda *_: None)
+    monkeypatch.setattr(gate, "describe", lambda _: spec)
     monkeypatch.setattr(
-        "coma.runtimes.tensorrt.TensorRTRuntime",
-        lambda *_, **__: SimpleNamespace(description=about, title="TensorRT"),
+        "coma.runtimes.tensorrt.runtime.TensorRTRuntime",
+        lambda *_, **__: SimpleNamespace(spec=spec, title="TensorRT"),
     )
-    manifest = Manifest("artifact", about.source, "classifier")
-    maker = CandidateBuilder(request, "classifier", FIXED, Silent(), about.source)
-    return Gate(request, reference, FIXED, Silent(), manifest), maker, tmp_path / "classifier.onnx"
+    manifest = Manifest("artifact", spec.source, "classifier")
+    builder = CandidateBuilder(request, "classifier", FIXED, Silent(), spec.source)
+    return Gate(request, reference, FIXED, Silent(), manifest), builder, tmp_path / "classifier.onnx"
 
 
 def held(folder: Path) -> dict[str, str]:
@@ -67,32 +67,32 @@ def held(folder: Path) -> dict[str, str]:
 
 
 def test_an_engine_and_its_sidecar_get_their_names_together(judged, tmp_path, monkeypatch):
-    judge, maker, source = judged
+    judge, builder, source = judged
     monkeypatch.setattr(gate, "verify", lambda *_: FAILED)
-    assert judge.engine(source, maker)
+    assert judge.engine(source, builder)
     refused = {"classifier.engine.rejected": "new engine", "classifier.engine.rejected.json": "new sidecar"}
     assert held(tmp_path) == refused
     monkeypatch.setattr(gate, "verify", lambda *_: PASSED)
-    assert not judge.engine(source, maker)
-    maker.clean()
+    assert not judge.engine(source, builder)
+    builder.clean()
     assert held(tmp_path) == {"classifier.engine": "new engine", "classifier.engine.json": "new sidecar"}
 
 
 def test_an_engine_that_is_not_finished_leaves_nothing(judged, tmp_path, monkeypatch):
-    judge, maker, source = judged
+    judge, builder, source = judged
 
     def fails(*_):
         raise CheckFailed("out of memory")
 
     monkeypatch.setattr(gate, "verify", fails)
     with pytest.raises(CheckFailed):
-        judge.engine(source, maker)
-    maker.clean()
+        judge.engine(source, builder)
+    builder.clean()
     assert held(tmp_path) == {}
 
 
 def test_an_engine_is_recorded_after_its_sidecar_is_in_place(judged, tmp_path, monkeypatch):
-    judge, maker, source = judged
+    judge, builder, source = judged
     seen = []
 
     def replaces(path, target):
@@ -103,7 +103,7 @@ def test_an_engine_is_recorded_after_its_sidecar_is_in_place(judged, tmp_path, m
     replace = Path.replace
     monkeypatch.setattr(gate, "verify", lambda *_: PASSED)
     monkeypatch.setattr(Path, "replace", replaces)
-    judge.engine(source, maker)
+    judge.engine(source, builder)
     assert [set(names) for names in seen] == [{"classifier.engine", "classifier.engine.json"}]
 
 
@@ -114,7 +114,7 @@ def exporting_it(judged, monkeypatch):
     monkeypatch.setattr(gate, "verify", lambda *_: PASSED)
 
     def export() -> tuple[Outcome, Manifest]:
-        manifest, outcome = Manifest("artifact", judge.reference.description.source, "classifier"), Outcome()
+        manifest, outcome = Manifest("artifact", judge.reference.spec.source, "classifier"), Outcome()
         pipeline.export(judge.request, "classifier", FIXED, manifest, Silent(), outcome)
         return outcome, manifest
 
@@ -189,12 +189,12 @@ def test_what_is_not_about_one_file_ends_the_export(exporting_it, tmp_path, monk
 def test_patterns_of_layers_hold_in_the_forms_that_have_them(tmp_path):
     artifact = export_files.pretrained(tmp_path / "artifact", VIT)
     layers = {
-        form: layers_of(load_exportable(artifact, form).module) for form in ("encoder", "reconstructor")
+        graph: layers_of(load_exportable(artifact, graph).module) for graph in ("encoder", "reconstructor")
     }
     assert fits("*.decoder.head", layers["reconstructor"]) and not fits("*.decoder.head", layers["encoder"])
     assert not fits("*norm*", layers["encoder"])
-    request: Any = SimpleNamespace(artifact=artifact, keep=("*.fc2", "*.decoder.*"), inside=False)
+    request: Any = SimpleNamespace(artifact=artifact, keep=("*.fc2", "*.decoder.*"), normalize_in_graph=False)
     assert CandidateBuilder(request, "encoder", FIXED, Silent(), "")._keep() == ["*.fc2"]
     assert CandidateBuilder(request, "reconstructor", FIXED, Silent(), "")._keep() == ["*.fc2", "*.decoder.*"]
-    request.inside = True  # the file's layers are then those of `form`
-    assert CandidateBuilder(request, "encoder", FIXED, Silent(), "")._keep() == ["form.*.fc2"]
+    request.normalize_in_graph = True  # the file's layers are then those of `model`
+    assert CandidateBuilder(request, "encoder", FIXED, Silent(), "")._keep() == ["model.*.fc2"]

@@ -30,7 +30,10 @@ from export.graphs.detection_ops import anchors_at, pad_images
 from export.graphs.detector import detector
 from export.graphs.detector_config import read_settings
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages, and torch.onnx, warn of each other
+pytestmark = [
+    pytest.mark.openmmlab,
+    pytest.mark.filterwarnings("ignore"),  # mm's packages, and torch.onnx, warn of each other
+]
 
 SMALL = DyViTConfig(dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((8,), (4,), (0,), (0,)))
 CLASSES = ("cat", "cup", "face")
@@ -61,10 +64,21 @@ SIZES = [(96, 128), (64, 64), (131, 75), (40, 50)]  # one odd, one less than two
 """Heights and widths in pixels."""
 
 
+class Built(dict[str, tuple[Any, ArtifactConfig]]):
+    """Detectors, each built when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, name: str) -> tuple[Any, ArtifactConfig]:
+        self[name] = build(self.folder / name, *MODELS[name])
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, tuple[Any, ArtifactConfig]]:
-    folder = tmp_path_factory.mktemp("detectors")
-    return {name: build(folder / name, *recipe) for name, recipe in MODELS.items()}
+def models(tmp_path_factory) -> Built:
+    return Built(tmp_path_factory.mktemp("detectors"))
 
 
 def build(
@@ -85,12 +99,13 @@ def build(
         few = {"rpn.nms_pre": 200, "rpn.max_per_img": 150, "rcnn.max_per_img": 60}
     config.merge_from_dict({f"model.test_cfg.{name}": value for name, value in few.items()})
     config.merge_from_dict({f"model.{name}": value for name, value in changes.items()})
-    about = describe_finetuned("detector", config, encoder, CLASSES)
+    spec = describe_finetuned("detector", config, encoder, CLASSES)
     torch.manual_seed(1)
-    model = build_model(about)
+    model = build_model(spec)
     spread(model)
-    save_artifact(folder, tensors=model.state_dict(), config=about)
-    return load_finetuned(folder)
+    save_artifact(folder, tensors=model.state_dict(), config=spec)
+    loaded = load_finetuned(folder)
+    return loaded, loaded.artifact
 
 
 LAST = {"rpn_cls": 2.0, "rpn_reg": 0.3, "fc_cls": 2.0, "fc_reg": 1.0, "conv_logits": 2.0,
@@ -120,7 +135,7 @@ def photographs(height: int, width: int, count: int) -> np.ndarray:
 
 
 def normalised(pictures: np.ndarray, config: ArtifactConfig) -> Tensor:
-    """`[b, 3, H, W]` as the form takes it."""
+    """`[b, 3, H, W]` as the module takes it."""
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (config.mean, config.std))
     return (torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255 - mean) / std
 
@@ -131,8 +146,8 @@ def mmdet_predicts(model: Any, pictures: np.ndarray) -> list[dict[str, Tensor]]:
 
     inputs = [torch.from_numpy(each[..., ::-1].copy()).permute(2, 0, 1) for each in pictures]  # bgr
     shape = pictures.shape[1:3]
-    about = {"img_shape": shape, "ori_shape": shape, "scale_factor": (1.0, 1.0)}
-    samples = [DetDataSample(metainfo=about) for _ in inputs]
+    spec = {"img_shape": shape, "ori_shape": shape, "scale_factor": (1.0, 1.0)}
+    samples = [DetDataSample(metainfo=spec) for _ in inputs]
     logits: list[Tensor] = []
     heads = getattr(getattr(model, "roi_head", None), "mask_head", None)
     heads = heads if isinstance(heads, nn.ModuleList) else [heads] if heads else []
@@ -179,16 +194,18 @@ def in_order(detections: tuple[Tensor, ...], size: tuple[int, int]) -> None:
     assert all(mask[labels == -1].eq(0).all() and mask.min() >= 0 and mask.max() <= 1 for mask in masks)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[pytest.mark.slow] * each.startswith("cascade")) for each in MODELS]
+)
 def test_the_form_finds_what_mmdet_finds(name, models):
     model, config = models[name]
-    form = detector(model, config.head)
+    module = detector(model, config.head)
     counts = []
     for number, size in enumerate(SIZES):
         pictures = photographs(*size, count=1 + number % 3)
         expected = mmdet_predicts(model, pictures)
         with torch.no_grad(), warnings.catch_warnings(action="error"):
-            found = form(normalised(pictures, config))
+            found = module(normalised(pictures, config))
         in_order(found, size)
         assert len(found) == len(expected[0]) and found[0].dtype == torch.float32
         for i, reference in enumerate(expected):
@@ -201,9 +218,9 @@ def test_the_model_given_stays_as_it_is(models):
     model, config = models["mask-rcnn"]
     before = copy.deepcopy(model.state_dict())
     model.train()
-    form = detector(model, config.head)
-    assert model.training and not any(module.training for module in form.modules())
-    for weights in form.parameters():
+    module = detector(model, config.head)
+    assert model.training and not any(module.training for module in module.modules())
+    for weights in module.parameters():
         weights.data.zero_()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     model.eval()
@@ -224,17 +241,17 @@ def test_nothing_found_is_zeros_and_class_minus_one(models):
 
 def test_boxes_are_float32_whatever_the_weights(models):
     model, config = models["mask-rcnn"]
-    form = detector(model, config.head).to(torch.bfloat16)
+    module = detector(model, config.head).to(torch.bfloat16)
     with torch.no_grad():
-        found = form(normalised(photographs(64, 96, 2), config))
+        found = module(normalised(photographs(64, 96, 2), config))
     assert [each.dtype for each in found] == [torch.float32, torch.float32, torch.int64, torch.float32]
     in_order(found, (64, 96))
     assert (found[0] * 2 % 1 != 0).any()  # not rounded to what bfloat16 knows of 64 pixels
 
 
-def export(form: nn.Module, path: Path, axes: dict[int, str], size: tuple[int, int] = (96, 128)) -> Path:
+def export(module: nn.Module, path: Path, axes: dict[int, str], size: tuple[int, int] = (96, 128)) -> Path:
     program = torch.onnx.export(
-        form,
+        module,
         (torch.randn(2, 3, *size),),
         input_names=["images"],
         dynamo=True,
@@ -274,12 +291,14 @@ EXPORTS: dict[str, tuple[Detector, EncoderConfig, dict[str, Any], dict[int, str]
 }
 
 
-@pytest.mark.parametrize("name", EXPORTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[pytest.mark.slow] * each.endswith("any size")) for each in EXPORTS]
+)
 def test_onnx_runtime_finds_the_same(name, tmp_path):
     preset, encoder, changes, axes = EXPORTS[name]
     model, config = build(tmp_path / "artifact", preset, encoder, changes)
-    form = detector(model, config.head or {})
-    path = export(form, tmp_path / "model.onnx", axes)
+    module = detector(model, config.head or {})
+    path = export(module, tmp_path / "model.onnx", axes)
     check_file(path, masks="mask" in preset)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -288,7 +307,7 @@ def test_onnx_runtime_finds_the_same(name, tmp_path):
         batch = 1 + number % 3
         images = normalised(photographs(*size, count=batch), config)
         with torch.no_grad():
-            expected = form(images)
+            expected = module(images)
         found = tuple(torch.from_numpy(each) for each in session.run(None, {"images": images.numpy()}))
         assert [each.dtype for each in found] == [each.dtype for each in expected]
         in_order(found, size)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from coma.data.transforms import normalize
 from coma.errors import BadInput
-from coma.runtimes.model_spec import METADATA, ModelSpec, Preprocessing, TensorSpec, as_json, read_model_spec
+from coma.runtimes.model_spec import METADATA, ModelSpec, Preprocessing, TensorSpec, read_model_spec, to_json
 from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes
@@ -112,13 +112,13 @@ def test_a_corrupted_weight_is_refused_and_named(made, pictures, tmp_path):
     file = changed(made, tmp_path / "c.onnx", corrupt)
     verdict = gate(made, file, pictures)
     assert not verdict.passed and "cosine" in verdict.failures[0]
-    deployable = load_exportable(made / "artifact", "classifier")
-    rule = deployable.description.preprocessing
+    exportable = load_exportable(made / "artifact", "classifier")
+    rule = exportable.spec.preprocessing
     images = as_input([resized(pictures[0], rule)], rule)
-    finding = locate(deployable.module, load(file), (images,), 0.9999)
+    finding = locate(exportable.module, load(file), (images,), 0.9999)
     assert finding and finding.module == scope
     assert finding.before == "classifier.stages.2.blocks.0.norm2" and scope in str(finding)
-    assert locate(deployable.module, load(made / "c.onnx"), (images,), 0.9999) is None
+    assert locate(exportable.module, load(made / "c.onnx"), (images,), 0.9999) is None
 
 
 def test_nan_is_refused(made, pictures, tmp_path):
@@ -136,9 +136,9 @@ def test_nan_is_refused(made, pictures, tmp_path):
 @pytest.mark.parametrize("field", ["mean", "std"])
 def test_wrong_mean_or_deviation_is_refused(made, pictures, tmp_path, field):
     def mislead(model):
-        about = read_model_spec(model, "c")
-        wrong = replace(about.preprocessing, **{field: (0.6, 0.5, 0.35)})
-        onnx.helper.set_model_props(model, {METADATA: as_json(replace(about, preprocessing=wrong))})
+        spec = read_model_spec(model, "c")
+        wrong = replace(spec.preprocessing, **{field: (0.6, 0.5, 0.35)})
+        onnx.helper.set_model_props(model, {METADATA: to_json(replace(spec, preprocessing=wrong))})
 
     verdict = gate(made, changed(made, tmp_path / "c.onnx", mislead), pictures)
     assert not verdict.passed and "cosine" in verdict.failures[0]
@@ -157,7 +157,7 @@ def test_a_baked_batch_is_refused(made, pictures, tmp_path):
 def test_a_metric_of_labelled_images(made, tmp_path):
     runtime = OnnxRuntime(made / "c.onnx", threads=1)
     names = export_files.CLASSES
-    rule = runtime.description.preprocessing
+    rule = runtime.spec.preprocessing
     pictures = list(read_image_set(Photographs(), 3, 6).pictures)
     for number, pixels in enumerate(pictures):
         guess = names[int(runtime(as_input([resized(pixels, rule)], rule))["logits"].argmax())]
@@ -272,10 +272,10 @@ def detections(*scores: float) -> dict[str, torch.Tensor]:
 def judged(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
     differences = Differences()
     differences.add(wanted, found)
-    about = ModelSpec(
+    spec = ModelSpec(
         "detector", "fp32", (), (), Preprocessing("none", None, (0.0,), (1.0,)), 16, None, "", {}
     )
-    return judge(differences.outputs, about)
+    return judge(differences.outputs, spec)
 
 
 def test_invented_repeated_and_misjudged_detections_are_refused():
@@ -290,18 +290,16 @@ def test_invented_repeated_and_misjudged_detections_are_refused():
 
 
 def test_limits_depend_on_precision():
-    about = ModelSpec(
-        "encoder", "int8", (), (), Preprocessing("none", None, (0.0,), (1.0,)), 16, None, "", {}
-    )
+    spec = ModelSpec("encoder", "int8", (), (), Preprocessing("none", None, (0.0,), (1.0,)), 16, None, "", {})
     outputs = {"x": Difference(cosine=0.995, compared=1, largest=2.0)}
-    assert judge(outputs, about) == []
-    assert judge(outputs, replace(about, precision="fp16")) == ["x: cosine 0.995000 is below 0.999"]
-    assert "nothing to compare" in judge({"x": Difference()}, about)[0]
+    assert judge(outputs, spec) == []
+    assert judge(outputs, replace(spec, precision="fp16")) == ["x: cosine 0.995000 is below 0.999"]
+    assert "nothing to compare" in judge({"x": Difference()}, spec)[0]
     silent = Difference()
     silent.add(torch.zeros(3), torch.zeros(3))  # equal, and of no worth
-    assert "compares nothing" in judge({"x": silent}, about)[0]
+    assert "compares nothing" in judge({"x": silent}, spec)[0]
     nothing = {"labels": Difference(), "boxes": Difference()}
-    assert "nothing was detected" in judge(nothing, replace(about, form="detector"))[0]
+    assert "nothing was detected" in judge(nothing, replace(spec, graph="detector"))[0]
 
 
 def test_every_batch_and_odd_sizes_are_run():
@@ -323,7 +321,7 @@ def test_images_are_prepared_as_in_evaluation():
     assert torch.equal(image, torch.from_numpy(pixels[:, 10:50].copy()).permute(2, 0, 1))
     expected = normalize(image[None], rule.mean, rule.std)
     torch.testing.assert_close(as_input([image], rule), expected)
-    assert as_input([image], replace(rule, inside=True)).dtype == torch.uint8
+    assert as_input([image], replace(rule, normalize_in_graph=True)).dtype == torch.uint8
     assert resized(pixels, Preprocessing("none", None, (0.5,) * 3, (0.2,) * 3)).shape == (3, 40, 60)
 
 
@@ -345,6 +343,6 @@ def test_images_are_evenly_spaced():
 
 
 def test_ports_in_json_come_back(made):
-    about = read_model_spec(load(made / "c.onnx"), "c")
-    assert about.outputs == (TensorSpec("logits", "float32", ("batch", 3)),)
-    assert about.class_names == export_files.CLASSES
+    spec = read_model_spec(load(made / "c.onnx"), "c")
+    assert spec.outputs == (TensorSpec("logits", "float32", ("batch", 3)),)
+    assert spec.class_names == export_files.CLASSES

@@ -25,14 +25,14 @@ from export import candidates
 from export.candidates import UNVERIFIED
 from export.gate import REJECTED, Gate
 from export.graphs.load import load_exportable
-from export.half_precision_emulation import Short, emulate
+from export.half_precision_emulation import Half, emulate
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 
 LAYER, NEXT = "stages.2.blocks.0.mlp.fc1", "stages.2.blocks.0.mlp.fc2"
-TYPES: dict[Short, tuple[int, torch.dtype]] = {
+TYPES: dict[Half, tuple[int, torch.dtype]] = {
     "fp16": (TensorProto.FLOAT16, torch.float16),
     "bf16": (TensorProto.BFLOAT16, torch.bfloat16),
 }
@@ -45,13 +45,13 @@ def node(kind: str, inputs: str, output: str, **attributes) -> NodeProto:
 
 def graph(nodes: list[NodeProto], shape: tuple[int, ...], **weights: Tensor) -> ModelProto:
     """From `x` to `y`, both float32 and of one shape; weights in their own types."""
-    ports = [helper.make_tensor_value_info(name, FP32, shape) for name in "xy"]
+    values = [helper.make_tensor_value_info(name, FP32, shape) for name in "xy"]
     kinds = {each: code for code, each in TYPES.values()} | {torch.float32: FP32}
     stored = [
         helper.make_tensor(name, kinds[each.dtype], each.shape, each.float().flatten().tolist())
         for name, each in weights.items()
     ]
-    main = helper.make_graph(nodes, "main", ports[:1], ports[1:], stored)
+    main = helper.make_graph(nodes, "main", values[:1], values[1:], stored)
     return helper.make_model(main, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
@@ -139,19 +139,19 @@ def made(tmp_path_factory, photographs) -> Path:
     for name, scale in ((f"{LAYER}.weight", 3e4), (f"{LAYER}.bias", 3e4), (f"{NEXT}.weight", 1 / 3e4)):
         weights[name] *= scale
     save_file(weights, artifact / "model.safetensors")
-    about = json.loads((artifact / "config.json").read_text())
-    del about["checksums"]  # the weights are changed on purpose
-    (artifact / "config.json").write_text(json.dumps(about))
+    spec = json.loads((artifact / "config.json").read_text())
+    del spec["checksums"]  # the weights are changed on purpose
+    (artifact / "config.json").write_text(json.dumps(spec))
     with torch.no_grad():
         model, images = load_exportable(artifact, "classifier").module, torch.randn(1, 3, 48, 48)
         assert model(images)[0].isfinite().all() and not model.half()(images)[0].isfinite().all()
 
     written = candidates.write_onnx
 
-    def corrupt(deployable, shapes, path):
-        if deployable.description.precision == "bf16":
-            deployable.module.get_submodule(f"classifier.{LAYER}").weight.data.mul_(-2)
-        return written(deployable, shapes, path)
+    def corrupt(exportable, shapes, path):
+        if exportable.spec.precision == "bf16":
+            exportable.module.get_submodule(f"classifier.{LAYER}").weight.data.mul_(-2)
+        return written(exportable, shapes, path)
 
     images = ("--verify", str(photographs), "--calibrate", str(photographs))
     images += ("--verify-images", "2", "--calibrate-images", "2")

@@ -22,7 +22,7 @@ from coma.models import build_encoder  # noqa: E402
 from coma.runtimes.onnxruntime import ORT_FP8_ENTRY  # noqa: E402
 from export.half_precision_emulation import emulate  # noqa: E402
 from export.quantization import precision_summary, quantize_fp8, quantize_int8  # noqa: E402
-from export.quantization.calibration import BINS, Magnitudes  # noqa: E402
+from export.quantization.calibration import BINS, MagnitudeHistogram  # noqa: E402
 from export.quantization.qdq import INT8, fp8_codes  # noqa: E402
 
 MODEL = DyViTConfig(
@@ -296,7 +296,7 @@ def test_a_failure_leaves_the_target_as_it_was(
 
 def test_magnitudes_are_counted_over_growing_ranges() -> None:
     values = np.abs(np.random.default_rng(0).normal(size=40_000)).astype(np.float32)
-    magnitudes = Magnitudes()
+    magnitudes = MagnitudeHistogram()
     magnitudes.add(np.zeros(3, np.float32))
     for part in np.split(np.sort(values), 8):
         magnitudes.add(part)
@@ -304,10 +304,10 @@ def test_magnitudes_are_counted_over_growing_ranges() -> None:
     width = magnitudes.top / BINS
     assert math.isclose(magnitudes.percentile(99), np.quantile(values, 0.99), abs_tol=2 * width)
     assert 2 < magnitudes.least_divergence() <= values.max()
-    outlier = Magnitudes()
+    outlier = MagnitudeHistogram()
     outlier.add(np.append(values, np.float32(60)))
     assert outlier.least_divergence() < 10  # one value does not cost all others their resolution
-    assert Magnitudes().least_divergence() == 0
+    assert MagnitudeHistogram().least_divergence() == 0
 
 
 def test_codes_round_to_the_nearest_and_saturate() -> None:
@@ -352,12 +352,12 @@ def test_every_result_is_rounded_as_torch_rounds_it() -> None:
         helper.make_node("Cast", ["scores"], ["out_scores"], to=TensorProto.FLOAT),
         helper.make_node("Cast", ["shares"], ["out_shares"], to=TensorProto.FLOAT),
     ]
-    ports = [
+    tensor_specs = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, [64, size])
         for name, size in (("x", 32), ("out_scores", 48), ("out_shares", 48))
     ]
     bits = helper.make_tensor("w", TensorProto.BFLOAT16, w.shape, weight.float().numpy().ravel())
-    graph = helper.make_graph(nodes, "main", ports[:1], ports[1:], [bits])
+    graph = helper.make_graph(nodes, "main", tensor_specs[:1], tensor_specs[1:], [bits])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     found = run(emulate(model, "bf16"), x, "x")
     assert all((a == b).mean() > 0.99 for a, b in zip(found, expected, strict=True))  # but for orders of sums
@@ -369,17 +369,17 @@ def test_fp16_runs_on_a_cpu(exports: dict[str, Path]) -> None:
 
 
 def test_what_cannot_be_emulated_is_refused() -> None:
-    def model(inside: int, port: int) -> ModelProto:
+    def model(inside: int, outer: int) -> ModelProto:
         def result(name: str, kind: int):
             return helper.make_tensor_value_info(name, kind, [2])
 
         cast = helper.make_node("Cast", ["x"], ["inner"], to=inside)
-        back = helper.make_node("Cast", ["inner"], ["y"], to=port)
-        branch = helper.make_graph([cast, back], "branch", [], [result("y", port)])
+        back = helper.make_node("Cast", ["inner"], ["y"], to=outer)
+        branch = helper.make_graph([cast, back], "branch", [], [result("y", outer)])
         node = helper.make_node("If", ["which"], ["z"], "choose", then_branch=branch, else_branch=branch)
         which = helper.make_tensor_value_info("which", TensorProto.BOOL, [])
         inputs = [result("x", TensorProto.FLOAT), which]
-        return helper.make_model(helper.make_graph([node], "main", inputs, [result("z", port)]))
+        return helper.make_model(helper.make_graph([node], "main", inputs, [result("z", outer)]))
 
     emulate(model(TensorProto.FLOAT16, TensorProto.FLOAT), "bf16")
     with pytest.raises(BadInput, match="If 'choose'"):

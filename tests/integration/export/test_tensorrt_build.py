@@ -16,11 +16,11 @@ from tensorrt_files import ABOUT, FLOAT, PROFILE, graph, needs_no_gpu, needs_rtx
 
 from coma.atomic_io import sha256_of
 from coma.errors import BadInput, CheckFailed, Interrupted
-from coma.runtimes.tensorrt import _open
-from coma.runtimes.trt.callbacks import make_logger
-from coma.runtimes.trt.discovery import load_library
-from coma.runtimes.trt.profiles import Profile, ShapeRange
-from coma.runtimes.trt.sidecar import EngineOptions, read_sidecar
+from coma.runtimes.tensorrt.callbacks import make_logger
+from coma.runtimes.tensorrt.discovery import load_library
+from coma.runtimes.tensorrt.profiles import Profile, ShapeRange
+from coma.runtimes.tensorrt.runtime import _open
+from coma.runtimes.tensorrt.sidecar import EngineOptions, read_sidecar
 from export.tensorrt.builder import build_engine, configure, open_timing_cache, save_timing_cache
 from export.tensorrt.rtx import check_rtx
 
@@ -51,7 +51,7 @@ def test_an_engine_and_its_sidecar_are_written(onnx_file: Path):
         onnx_file, path, (PROFILE,), options, lambda *told: phases.append(told), flavour="tensorrt_rtx"
     )
     assert read_sidecar(path) == sidecar
-    assert sidecar.description == ABOUT and sidecar.profiles == (PROFILE,) and sidecar.options == options
+    assert sidecar.spec == ABOUT and sidecar.profiles == (PROFILE,) and sidecar.options == options
     assert sidecar.engine_sha256 == sha256_of(path) and sidecar.onnx_sha256 == sha256_of(onnx_file)
     assert sidecar.layers >= len(HALF) and sidecar.gpu is None
     assert all(0 <= done <= steps for _, done, steps in phases) and len({name for name, *_ in phases}) > 3
@@ -240,4 +240,4 @@ INT8_CONSTANTS = {
 def test_explicit_int8_is_taken(tmp_path: Path):
     file = graph(tmp_path / "model.onnx", INT8, INT8_CONSTANTS, about=replace(ABOUT, precision="int8"))
     sidecar = build_engine(file, tmp_path / "engine", (PROFILE,), flavour="tensorrt_rtx")
-    assert sidecar.description.precision == "int8"
+    assert sidecar.spec.precision == "int8"

@@ -131,7 +131,7 @@ def test_a_run_trains_saves_and_reconstructs(accelerator, settings, tmp_path, pr
     pretrain(config)
     rows, weights = learned(tmp_path / "run")
     assert len(rows) == 3 and all(torch.isfinite(each).all() for each in weights.values())
-    objective, _ = load_pretrained(tmp_path / "run" / "artifact")
+    objective = load_pretrained(tmp_path / "run" / "artifact")
     images = torch.randn(2, 3, 16, 16)
     shown = objective.draw_visible(torch.arange(2), 2, 2)[0]
     expected = objective.reconstruct(images, shown)

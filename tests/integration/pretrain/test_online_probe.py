@@ -61,7 +61,8 @@ def test_a_probe_changes_nothing_else_and_finds_what_evaluate_finds(
     found = probe_rows(run)
     assert [row["step"] for row in found] == [0, 2, 4, 6, 7]
     assert [row["images_seen"] for row in found] == [0, 8, 16, 24, 28]
-    encoder, about = load_encoder(run / "artifact")
+    encoder = load_encoder(run / "artifact")
+    about = encoder.artifact
     scores = evaluate(encoder, about, open_source(labelled, "train"), open_source(labelled, "test"))
     assert {f"probe_{score.protocol}": score.top1 for score in scores}.items() <= found[-1].items()
     assert found[0]["probe_stage1_window1"] == pytest.approx(0.5)
@@ -170,7 +171,7 @@ def test_the_command_shows_and_draws_what_a_probe_found(photos, labelled, tmp_pa
 
 
 def test_bad_labelled_images_are_refused_before_training(resumable, photos, labelled, tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain.training.train_step.Learner.step", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("pretrain.training.train_step.TrainStep.__call__", lambda *_: pytest.fail("trained"))
     few = class_folders(tmp_path / "few", train=6)
     foreign = class_folders(tmp_path / "foreign")
     (foreign / "train" / "class1").rename(foreign / "train" / "class7")

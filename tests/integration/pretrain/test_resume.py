@@ -31,7 +31,7 @@ from coma.errors import BadInput, Interrupted
 from pretrain.training import pretrain
 from pretrain.training.optimizer import learning_rate
 from pretrain.training.run_plan import write_config
-from pretrain.training.train_step import Learner
+from pretrain.training.train_step import TrainStep
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -137,7 +137,7 @@ def test_longer_runs_and_another_share_out_may_be_resumed(resumable, whole, tmp_
 def test_resuming_what_was_never_saved_starts_again(resumable, whole, tmp_path, capsys):
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(Learner, "step", lambda *_: 1 / 0)
+        patch.setattr(TrainStep, "__call__", lambda *_: 1 / 0)
         pretrain(at(resumable, run))
     pretrain(at(resumable, run), resume=True)
     assert "starting again from step 0" in capsys.readouterr().err

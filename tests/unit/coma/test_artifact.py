@@ -130,13 +130,14 @@ def test_an_encoder_computes_the_same_after_the_disk(tmp_path, config):
     with torch.inference_mode():
         expected = objective.encoder.pool(images)
         for kind in ("p", "b"):
-            encoder, _ = load_encoder(tmp_path / kind)
+            encoder = load_encoder(tmp_path / kind)
             assert not encoder.training
             assert torch.equal(encoder.pool(images), expected)
 
 
 def test_an_objective_computes_the_same_after_the_disk(directory):
-    objective, about = load_pretrained(directory)
+    objective = load_pretrained(directory)
+    about = objective.artifact
     assert about == description()
     assert same(objective.state_dict(), pretrained())
     assert not objective.training
@@ -145,7 +146,7 @@ def test_an_objective_computes_the_same_after_the_disk(directory):
 def test_half_precision_tensors_load_into_a_float_model(tmp_path):
     tensors = {name: tensor.bfloat16() for name, tensor in pretrained().items()}
     save_artifact(tmp_path / "a", tensors=tensors, config=description())
-    objective, _ = load_pretrained(tmp_path / "a")
+    objective = load_pretrained(tmp_path / "a")
     assert same(objective.state_dict(), {name: tensor.float() for name, tensor in tensors.items()})
 
 

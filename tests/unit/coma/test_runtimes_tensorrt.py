@@ -15,12 +15,12 @@ from coma.atomic_io import sha256_of
 from coma.errors import BadInput
 from coma.runtimes.model_spec import TensorSpec
 from coma.runtimes.shape_ranges import parse_shapes
-from coma.runtimes.tensorrt import TensorRTRuntime
-from coma.runtimes.trt import discovery as library_module
-from coma.runtimes.trt.discovery import Driver, Gpu, Library, load_library, require_gpu
-from coma.runtimes.trt.engine_info import summarize
-from coma.runtimes.trt.profiles import Profile, ShapeRange, choose_profile, make_profile, profile_of
-from coma.runtimes.trt.sidecar import (
+from coma.runtimes.tensorrt import discovery as library_module
+from coma.runtimes.tensorrt.discovery import Driver, Gpu, Library, load_library, require_gpu
+from coma.runtimes.tensorrt.engine_info import summarize
+from coma.runtimes.tensorrt.profiles import Profile, ShapeRange, choose_profile, make_profile, profile_of
+from coma.runtimes.tensorrt.runtime import TensorRTRuntime
+from coma.runtimes.tensorrt.sidecar import (
     EngineOptions,
     Sidecar,
     check_fits,
@@ -39,7 +39,7 @@ TRT = Library("tensorrt", "10.13.3.9", None)
 
 
 def test_a_profile_follows_the_images_and_their_masks():
-    about = replace(
+    spec = replace(
         ABOUT,
         inputs=(
             TensorSpec("images", "float32", ("batch", 3, "height", 64)),
@@ -47,7 +47,7 @@ def test_a_profile_follows_the_images_and_their_masks():
         ),
         unit=32,
     )
-    profile = profile_of(about, parse_shapes("1x3x32x64:2x3x70x64:8x3x96x64", 3))
+    profile = profile_of(spec, parse_shapes("1x3x32x64:2x3x70x64:8x3x96x64", 3))
     assert profile.shapes["images"] == ShapeRange((1, 3, 32, 64), (2, 3, 70, 64), (8, 3, 96, 64))
     assert profile.shapes["visible"] == ShapeRange((1, 1, 2), (2, 3, 2), (8, 3, 2))
 
@@ -89,7 +89,7 @@ def of(path: Path, **changed: Any) -> Sidecar:
         engine_sha256=sha256_of(path),
         profiles=(PROFILE,),
         options=EngineOptions(),
-        description=ABOUT,
+        spec=ABOUT,
         layers=7,
         seconds=1.5,
     )

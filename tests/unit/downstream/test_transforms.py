@@ -12,6 +12,8 @@ from downstream.datasets.image_headers import read_header
 from downstream.openmmlab.transforms import ReadImage
 from downstream.predict import list_images
 
+pytestmark = pytest.mark.openmmlab
+
 
 def save(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@ numbers, and refuse with one line.
 """
 
 import errno
+import importlib
 import json
 import os
 import signal
@@ -34,9 +35,9 @@ from coma.data.image import AtLeast
 from coma.data.sources.base import EncodedSource
 from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.models import build_encoder
-from pretrain.finetune import plan, validation
-from pretrain.finetune.run import finetune
-from pretrain.finetune.validation import Validation
+from downstream.classify import plan, validation
+from downstream.classify.finetune import finetune
+from downstream.classify.validation import Validation
 from pretrain.training import run_directory
 from pretrain.training.checkpoint import read_state
 
@@ -142,7 +143,8 @@ def test_it_learns_and_leaves_the_classifier_that_was_validated(short, place, tm
     losses = [row["loss"] for row in rows(config.run.out) if "loss" in row]
     assert losses[-1] < 0.8 * losses[0]
 
-    classifier, about = load_classifier(result.artifact)
+    classifier = load_classifier(result.artifact)
+    about = classifier.artifact
     assert (about.kind, about.class_names, about.image_size) == ("classifier", COLOURS, 16)
     assert (about.trained["test_top1"], about.trained["val_top1"]) == (result.test.top1, result.best.top1)
     assert about.trained["steps"] == result.test.step == result.best.step
@@ -156,7 +158,7 @@ def test_it_learns_and_leaves_the_classifier_that_was_validated(short, place, tm
 
 def test_it_begins_with_the_artifacts_weights_unless_told_otherwise(short, tmp_path):
     still = {"steps": 1, "base_lr": 1e-30, "weight_decay": 0.0}
-    encoder, _ = load_encoder(short.artifact)
+    encoder = load_encoder(short.artifact)
     for scratch in (False, True):
         config = replace(to(short, tmp_path / str(scratch), **still), from_scratch=scratch)
         tensors = load_artifact(finetune(config).artifact).tensors
@@ -179,7 +181,7 @@ def test_images_of_five_channels(short, tmp_path, model):
     config = to(short, tmp_path / "run", steps=2)
     data = replace(config.data, images=tmp_path / "data")
     finetune(replace(config, artifact=publish(tmp_path / "artifact", model), data=data))
-    classifier, _ = load_classifier(tmp_path / "run" / "artifact")
+    classifier = load_classifier(tmp_path / "run" / "artifact")
     assert classifier(torch.randn(1, 5, 16, 16)).shape == (1, 2)
 
 
@@ -354,7 +356,7 @@ def test_every_parameter_moves_at_its_own_rate(short, tmp_path):
         short, tmp_path / "run", steps=1, ema_decay=0.0, warmup=0.0, weight_decay=0.0, layer_decay=0.5
     )
     tensors = load_artifact(finetune(config).artifact).tensors
-    before = load_encoder(short.artifact)[0].state_dict()
+    before = load_encoder(short.artifact).state_dict()
     moved = {name: (tensors[name] - before[name]).abs().max().item() for name in before}
     lr = config.optimizer.lr
     assert moved["stem.conv.weight"] == pytest.approx(lr / 32, rel=0.1)
@@ -409,7 +411,14 @@ class Dead(BaseException):
     """Stands for kill -9: from here on the process writes nothing."""
 
 
-@pytest.mark.parametrize("site", ["keeping.write_state", "keeping.save_artifact", "validation.validate"])
+SITES = [
+    "training.run_directory.write_state",
+    "training.run_directory.save_artifact",
+    "finetune.validation.validate",
+]
+
+
+@pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("when", [1, 2])
 def test_killed_at_any_point_of_a_save(short, whole, tmp_path, site, when):
     config, calls = to(short, tmp_path / "run"), 0
@@ -421,10 +430,10 @@ def test_killed_at_any_point_of_a_save(short, whole, tmp_path, site, when):
             raise Dead
         return real(*_, **__)
 
-    module, _, name = site.partition(".")
-    real = getattr(__import__(f"pretrain.training.{module}", fromlist=[name]), name)
+    module, _, name = site.rpartition(".")
+    real = getattr(importlib.import_module(f"pretrain.{module}"), name)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Dead):
-        patch.setattr(f"pretrain.training.{site}", die)
+        patch.setattr(f"pretrain.{site}", die)
         finetune(config)
     finetune(config, resume=True)
     assert_same(config.run.out, whole)
@@ -471,7 +480,8 @@ def test_what_may_not_change(short, place, whole, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(short, place, tmp_path):
-    encoder, about = load_encoder(place / "artifact")
+    encoder = load_encoder(place / "artifact")
+    about = encoder.artifact
     with torch.no_grad():
         encoder.norm.bias.fill_(float("nan"))
     save_artifact(tmp_path / "damaged", tensors=encoder.state_dict(), config=about)
@@ -503,7 +513,7 @@ def test_the_command_from_beginning_to_end(place, tmp_path, capsys, monkeypatch)
         stop_during(patch, 2)
         assert coma(place / "artifact", "--data", place / "data", *flags, "--run", run, *SMALL) == 130
     told = capsys.readouterr()
-    assert f"go on with: coma evaluate --resume {run}" in told.err
+    assert f"resume with: coma evaluate --resume {run}" in told.err
     assert read_config(run, FinetuneConfig).data.crop_scale == (0.08, 1.0)
 
     drawn: list[Path] = []

@@ -1,4 +1,4 @@
-"""A fine-tuning run before its first step: what fits together is put together, what does not is refused."""
+"""The plan of a fine-tuning run: settings filled in from artifact and images, data splits, and all checks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from coma.errors import BadInput
 from coma.messages import counted
 from pretrain.training.optimizer import default_layer_decay
 from pretrain.training.run_plan import (
-    Plan,
+    RunPlan,
     check_folder,
     check_shapes,
     check_space,
@@ -33,54 +33,55 @@ from pretrain.training.run_plan import (
 
 
 @dataclass(frozen=True)
-class FinetunePlan(Plan[FinetuneConfig]):
+class FinetunePlan(RunPlan[FinetuneConfig]):
     """A fine-tuning run, ready to start."""
 
-    about: ArtifactConfig
-    """Of the artifact that is fine-tuned."""
+    pretrained: ArtifactConfig
+    """Description of the artifact that is fine-tuned."""
     encoder: dict[str, Tensor]
-    """Its encoder's weights."""
+    """The artifact's encoder weights."""
     labels: Tensor
-    """Of the training images, int64 `[n]`."""
+    """Labels of the training images, int64 `[n]`."""
     test: Source
-    """Used once, at the end."""
+    """Test images, used once, at the end."""
     test_labels: Tensor
-    """Labels of the test images, int64 `[m]`, counted alike."""
+    """Labels of the test images, int64 `[m]`, with the same numbers for the same classes."""
     val: Source | None
-    """What chooses the checkpoint; None: nothing does, and the weights of the last step are published."""
+    """Validation images, which choose the checkpoint; None publishes the weights of the last step."""
     val_labels: Tensor
-    """Labels of the validation images, counted alike."""
+    """Labels of the validation images, with the same numbers."""
     held_out: bool
     """Whether the validation images are a part of the training split, which is not trained on."""
     notes: tuple[str, ...]
-    """What is to be said before the first step."""
+    """Lines to print before the first step."""
 
     @property
     def sources(self) -> dict[str, Source]:
-        """See `Plan.sources`."""
+        """See `RunPlan.sources`."""
         val = {} if self.val is None else {"validation images": self.val}
         return {"training images": self.source, **val, "test images": self.test}
 
-    def looks_at(self, step: int) -> bool:
-        """Whether a validation is due."""
+    def evaluates_at(self, step: int) -> bool:
+        """Returns whether a validation is due."""
         recipe = self.config.optimizer
         every = max(1, round(recipe.validate * len(self.source) / recipe.batch_size))
         return self.val is not None and step > 0 and is_multiple(step, every)
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """One for each class, in the order of the labels."""
+        """Class names in the order of the labels."""
         return self.config.class_names or ()
 
 
 def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
-    """Fill in what follows from artifact and images, and check the settings against them.
+    """Fills in what follows from artifact and images, and checks the settings against them.
 
     Raises:
         BadInput: an artifact without an encoder to fine-tune, images without labels or of one class, test
             images of unknown classes, settings that do not fit, or a directory that cannot be used.
     """
-    encoder, about = load_encoder(config.artifact)
+    encoder = load_encoder(config.artifact)
+    about = encoder.artifact
     images = config.data.images
     splits = (
         open_labelled(images, val=config.val)
@@ -91,7 +92,7 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
     labels, test_labels, names = shared_labels(train, test)
     say_absent_classes(splits)
     share, val_labels, held_out = config.optimizer.hold_out, labels[:0], val is None
-    chosen_by = "checkpoint: that of the last step (--hold-out 0), so nothing chooses it"
+    chosen_by = "checkpoint: the last step's; nothing chooses it (--hold-out 0)"
     if val is not None:
         _, val_labels, _ = shared_labels(train, val)
         chosen_by = f"checkpoint: chosen by top-1 on {len(val):,} images of {val.location}"
@@ -100,14 +101,16 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
         if not chosen.any():
             raise BadInput(
                 f"{train.location}: every class has a single image, so none can be held out to choose the "
-                "checkpoint; give validation images (--val), or take the last step's weights (--hold-out 0)"
+                "checkpoint; give validation images (--val), or publish the last step's weights (--hold-out 0)"
             )
-        alone = int((labels.bincount() == 1).sum())
-        whole = f"; {counted(alone, 'class', 'classes')} with a single image have none there" if alone else ""
+        single = int((labels.bincount() == 1).sum())
+        none_there = (
+            f"; {counted(single, 'class', 'classes')} with a single image have none" if single else ""
+        )
         chosen_by = (
             f"checkpoint: chosen by top-1 on {int(chosen.sum()):,} of the {len(labels):,} images of "
             f"{train.location}, which are not trained on: {share:.3g} of every class, at least one of two, "
-            f"drawn by seed {config.run.seed}{whole} (--val gives others, --hold-out another share)"
+            f"drawn with seed {config.run.seed}{none_there} (--val or --hold-out change this)"
         )
         val, val_labels = Subset(train, np.flatnonzero(chosen)), labels[chosen]
         train, labels = Subset(train, np.flatnonzero(~chosen)), labels[~chosen]
@@ -130,7 +133,7 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
         source=train,
         slices=slices,
         steps=steps,
-        about=about,
+        pretrained=about,
         encoder=weights,
         labels=labels,
         test=test,
@@ -144,6 +147,7 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
 
 def _filled_in(config: FinetuneConfig, about: ArtifactConfig, names: tuple[str, ...]) -> FinetuneConfig:
     data, recipe = config.data, config.optimizer
+    data = replace(data, image_size=data.image_size or about.image_size)
     if data.mean is None:
         data = replace(data, mean=about.mean, std=about.std)
     if recipe.layer_decay is None:

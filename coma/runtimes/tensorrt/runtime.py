@@ -16,11 +16,11 @@ from coma.errors import BadInput, CheckFailed
 from coma.library_errors import library_errors
 from coma.runtimes.base import DTYPES, check_inputs
 from coma.runtimes.model_spec import TensorSpec
-from coma.runtimes.trt.callbacks import make_logger
-from coma.runtimes.trt.discovery import load_library, require_gpu
-from coma.runtimes.trt.engine_info import EngineSummary, inspect_engine
-from coma.runtimes.trt.profiles import Shape, choose_profile, written
-from coma.runtimes.trt.sidecar import REBUILD, check_fits, read_sidecar
+from coma.runtimes.tensorrt.callbacks import make_logger
+from coma.runtimes.tensorrt.discovery import load_library, require_gpu
+from coma.runtimes.tensorrt.engine_info import EngineSummary, inspect_engine
+from coma.runtimes.tensorrt.profiles import Shape, choose_profile, written
+from coma.runtimes.tensorrt.sidecar import REBUILD, check_fits, read_sidecar
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class TensorRTRuntime:
         check_fits(sidecar, path, library, gpu)
         self.device = torch.device("cuda", index)
         self.title = f"{library.title} {gpu.name}" + (" CUDA graphs" if cuda_graphs else "")
-        self.description = sidecar.description
+        self.spec = sidecar.spec
         self._profiles = sidecar.profiles
         self._path = path
         self._trt = library.module
@@ -64,7 +64,7 @@ class TensorRTRuntime:
             self._runtime, self._engine = _open(
                 self._trt, self._logger, path, host_code=sidecar.options.version_compatible
             )
-        _check_ports(self._trt, self._engine, path, (*self.description.inputs, *self.description.outputs))
+        _check_tensors(self._trt, self._engine, path, (*self.spec.inputs, *self.spec.outputs))
         self._contexts: dict[int, Any] = {}
         self._captured: OrderedDict[tuple[Shape, ...], _Captured | None] | None = (
             OrderedDict() if cuda_graphs else None
@@ -77,7 +77,7 @@ class TensorRTRuntime:
             BadInput: a tensor that the engine cannot take; the message says what it takes.
             CheckFailed: TensorRT refused to run.
         """
-        given = check_inputs(self.description, images, others)
+        given = check_inputs(self.spec, images, others)
         shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
         profile = choose_profile(self._profiles, shapes) if self._profiles else 0
         with torch.cuda.device(self.device):
@@ -111,12 +111,12 @@ class TensorRTRuntime:
                 raise self._failed(f"does not take {name} {written(tensor.shape)}")
             context.set_tensor_address(name, tensor.data_ptr())
         outputs = {}
-        for port in self.description.outputs:
-            shape = tuple(context.get_tensor_shape(port.name))
+        for each in self.spec.outputs:
+            shape = tuple(context.get_tensor_shape(each.name))
             if min(shape, default=1) < 0:
-                raise self._failed(f"does not know the shape of {port.name} before it has run")
-            outputs[port.name] = torch.empty(shape, dtype=DTYPES[port.dtype], device=self.device)
-            context.set_tensor_address(port.name, outputs[port.name].data_ptr())
+                raise self._failed(f"does not know the shape of {each.name} before it has run")
+            outputs[each.name] = torch.empty(shape, dtype=DTYPES[each.dtype], device=self.device)
+            context.set_tensor_address(each.name, outputs[each.name].data_ptr())
         return outputs
 
     def _enqueue(self, context: Any) -> None:
@@ -180,7 +180,7 @@ def _open(trt: Any, logger: Any, path: Path, *, host_code: bool) -> tuple[Any, A
     return runtime, engine
 
 
-def _check_ports(trt: Any, engine: Any, path: Path, ports: tuple[TensorSpec, ...]) -> None:
+def _check_tensors(trt: Any, engine: Any, path: Path, tensors: tuple[TensorSpec, ...]) -> None:
     """The engine's tensors must be those of its description; half precision never leaves the graph."""
     types = {
         trt.DataType.FLOAT: "float32",
@@ -190,7 +190,7 @@ def _check_ports(trt: Any, engine: Any, path: Path, ports: tuple[TensorSpec, ...
     }
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     found = {name: types.get(engine.get_tensor_dtype(name)) for name in names}
-    if found != {port.name: port.dtype for port in ports}:
-        described = ", ".join(f"{port.name} {port.dtype}" for port in ports)
+    if found != {each.name: each.dtype for each in tensors}:
+        described = ", ".join(f"{each.name} {each.dtype}" for each in tensors)
         has = ", ".join(f"{name} {engine.get_tensor_dtype(name)}" for name in names)
         raise BadInput(f"{path}: has {has}, and its sidecar describes {described}; {REBUILD}")

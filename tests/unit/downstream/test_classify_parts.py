@@ -257,7 +257,8 @@ def description(model=PLAIN, **changes) -> ArtifactConfig:
 def test_an_artifact_gives_the_same_logits(tmp_path, model):
     classifier = build_classifier(model, 3).eval()
     save_artifact(tmp_path / "artifact", tensors=classifier.state_dict(), config=description(model))
-    loaded, about = load_classifier(tmp_path / "artifact")
+    loaded = load_classifier(tmp_path / "artifact")
+    about = loaded.artifact
     images = torch.randn(2, 3, 16, 24)
     assert torch.equal(loaded(images), classifier(images))
     assert about == description(model)
@@ -328,8 +329,8 @@ def test_settings_survive_json():
         ({"layer_decay": 0.0}, "--layer-decay 0 must be more than 0"),
         ({"rand_augment": 11}, "--rand-augment 11 must be 0 to 10"),
         ({"drop_path": 1.0}, "--drop-path 1 must be"),
-        ({"smoothing": -0.1}, "--label-smoothing -0.1 must be"),
-        ({"erasing": 2.0}, "--random-erasing 2 must be 0 to 1"),
+        ({"label_smoothing": -0.1}, "--label-smoothing -0.1 must be"),
+        ({"random_erasing": 2.0}, "--random-erasing 2 must be 0 to 1"),
         ({"mixup": -1.0}, "--mixup -1 must be 0 to 1000"),
         ({"validate": 0.0}, "--validate 0 must be"),
     ],

@@ -18,10 +18,10 @@ from coma.config.serialization import from_plain, to_plain
 from coma.errors import BadInput
 from coma.ranges import Range, Ranged
 from coma.runtimes.model_spec import ModelSpec
-from coma.runtimes.trt.discovery import TITLES, Flavour, Gpu, Library, version_numbers
-from coma.runtimes.trt.profiles import Profile
+from coma.runtimes.tensorrt.discovery import TITLES, Flavour, Gpu, Library, version_numbers
+from coma.runtimes.tensorrt.profiles import Profile
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REBUILD = "build it again from its ONNX file on this machine"
 
 
@@ -80,7 +80,7 @@ class Sidecar:
     engine_sha256: str
     profiles: tuple[Profile, ...]
     options: EngineOptions
-    description: ModelSpec
+    spec: ModelSpec
     layers: int
     seconds: float
     platform: str = field(default_factory=lambda: this_platform())

@@ -45,27 +45,27 @@ def written(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def profile_of(description: ModelSpec, shapes: Shapes) -> Profile:
+def profile_of(spec: ModelSpec, shapes: Shapes) -> Profile:
     """The profile of a file of that description that takes those images, and their masks with them.
 
     Raises:
         BadInput: an input has an axis that does not follow from the images.
     """
     axes: dict[str, list[int]] = {}
-    for shape in (shapes.least, shapes.usual, shapes.most):
+    for shape in (shapes.min, shapes.opt, shapes.max):
         sizes = {"batch": shape.batch, "height": shape.height, "width": shape.width}
-        sizes["rows"] = -(-shape.height // description.unit)
-        sizes["cols"] = -(-shape.width // description.unit)
+        sizes["rows"] = -(-shape.height // spec.unit)
+        sizes["cols"] = -(-shape.width // spec.unit)
         for axis, size in sizes.items():
             axes.setdefault(axis, []).append(size)
-    return make_profile(description.inputs, {axis: (s[0], s[1], s[2]) for axis, s in axes.items()})
+    return make_profile(spec.inputs, {axis: (s[0], s[1], s[2]) for axis, s in axes.items()})
 
 
 def make_profile(inputs: Sequence[TensorSpec], axes: Mapping[str, tuple[int, int, int]]) -> Profile:
     """From sizes of named axes to shapes of inputs.
 
     Args:
-        inputs: Of the description.
+        inputs: Of the spec.
         axes: Least, likeliest and largest size of every named axis: {"batch": (1, 8, 32)}.
 
     Raises:
@@ -74,14 +74,24 @@ def make_profile(inputs: Sequence[TensorSpec], axes: Mapping[str, tuple[int, int
     for axis, sizes in axes.items():
         if not 0 < sizes[0] <= sizes[1] <= sizes[2]:
             raise BadInput(f"axis {axis}: {sizes} is not least, likeliest and largest size")
-    missing = {axis for port in inputs for axis in port.axes if isinstance(axis, str) and axis not in axes}
+    missing = {
+        axis
+        for tensor_spec in inputs
+        for axis in tensor_spec.axes
+        if isinstance(axis, str) and axis not in axes
+    }
     if missing:
         raise BadInput(f"the engine needs sizes of the axes {', '.join(sorted(missing))}")
 
-    def shape(port: TensorSpec, which: int) -> Shape:
-        return tuple(axis if isinstance(axis, int) else axes[axis][which] for axis in port.axes)
+    def shape(tensor: TensorSpec, which: int) -> Shape:
+        return tuple(axis if isinstance(axis, int) else axes[axis][which] for axis in tensor.axes)
 
-    return Profile({port.name: ShapeRange(shape(port, 0), shape(port, 1), shape(port, 2)) for port in inputs})
+    return Profile(
+        {
+            tensor_spec.name: ShapeRange(shape(tensor_spec, 0), shape(tensor_spec, 1), shape(tensor_spec, 2))
+            for tensor_spec in inputs
+        }
+    )
 
 
 def check_profiles(profiles: Sequence[Profile], inputs: Mapping[str, Shape], source: str) -> None:
