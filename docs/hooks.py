@@ -5,24 +5,31 @@ mkdocs calls the functions whose names begin with `on_` (see `hooks` in mkdocs.y
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
+import docstring_parser
 from latex2mathml.converter import convert
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # mkdocs starts with its own folder on the path
+from coma.arguments import _complete_help_texts  # noqa: E402  (ranges in the texts, as in --help)
 
 COMMANDS, MEMBERS = "<!-- commands -->", r"<!-- members of (\S+) -->"
+FIELDS = r"<!-- fields of (\S+) -->"
 FILE = r"<!-- file (\S+) -->"
 FORMULA = r"```math\n(.*?)\n```"
+WIDTH = 92
 EDGE = "─╭╮╰╯"
 
 
@@ -32,6 +39,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         markdown = markdown.replace(COMMANDS, "\n".join(command_pages()))
     markdown = re.sub(FILE, lambda found: f"```python\n{(ROOT / found[1]).read_text()}```", markdown)
     markdown = re.sub(MEMBERS, lambda found: "\n".join(members(found[1])), markdown)
+    markdown = re.sub(FIELDS, lambda found: fields(locate(found[1])), markdown)
     return re.sub(FORMULA, lambda found: formula(found[1]), markdown, flags=re.DOTALL)
 
 
@@ -41,11 +49,35 @@ def formula(latex: str) -> str:
 
 
 def members(module: str) -> Iterator[str]:
-    """Yields mkdocstrings' directives for all classes and functions that a module lists in `__all__`."""
+    """Yields the settings, classes and functions that a module lists in `__all__`: tables, and directives."""
     for name in importlib.import_module(module).__all__:
         thing = getattr(importlib.import_module(module), name)
-        if hasattr(thing, "__qualname__"):
+        if dataclasses.is_dataclass(thing) and isinstance(thing, type):
+            yield f"### {name}\n\n{fields(thing)}\n"
+        elif hasattr(thing, "__qualname__"):
             yield f"::: {thing.__module__}.{thing.__qualname__}\n"
+
+
+def fields(kind: type) -> str:
+    """Returns a dataclass as a table: its fields, their defaults, and what their docstrings say."""
+    _complete_help_texts()
+    described = docstring_parser.parse_from_object(kind)
+    texts = {param.arg_name: param.description or "" for param in described.params}
+    rows = ["| field | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(kind):
+        text = re.sub(r"\s+", " ", texts.get(field.name, "")).replace("|", "\\|")
+        rows.append(f"| `{field.name}` | {default_of(field)} | {text} |")
+    return f"{described.description or ''}\n\n" + "\n".join(rows)
+
+
+def default_of(field: dataclasses.Field[Any]) -> str:
+    """Returns the default of a field as code; that of nested settings by the name of their class."""
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+        return f"`{type(value).__name__}`" if dataclasses.is_dataclass(value) else f"`{value!r}`"
+    if field.default is dataclasses.MISSING:
+        return "required"
+    return "" if field.default is None else f"`{field.default}`"
 
 
 def command_pages() -> Iterator[str]:
@@ -69,7 +101,7 @@ def help_text(*invocation: str) -> str:
     """Returns what `coma ... --help-all` prints, or `--help` where that is all; without boxes."""
     from coma.cli import main
 
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = str(WIDTH)
     for flag in ("--help-all", "--help"):
         out = StringIO()
         with redirect_stdout(out), redirect_stderr(StringIO()):
@@ -80,11 +112,13 @@ def help_text(*invocation: str) -> str:
 
 
 def unboxed(text: str) -> Iterator[str]:
-    """Yields the lines of a help text, with headings in place of frames."""
+    """Yields the lines of a help text, wrapped, with headings in place of frames."""
     for line in text.splitlines():
         if line.startswith("╭"):
             yield f"\n{line.strip(EDGE + ' ')}:"
-        elif line.startswith("│") and not set(line) <= set("│─ "):
-            yield f"  {line.strip('│').rstrip()}".rstrip()
-        elif not line.startswith(("╰", "│")):
-            yield line.rstrip()
+        elif set(line) & set("╰├") or (line and set(line) <= set("│─- ")):
+            continue
+        else:
+            line = line.strip("│").rstrip()
+            indent = " " * (len(line) - len(line.lstrip()))
+            yield textwrap.fill(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False) if line else ""

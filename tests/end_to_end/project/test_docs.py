@@ -30,7 +30,7 @@ from export_files import classifier, pretrained, segmentor
 from PIL import Image
 
 from coma import cli
-from coma.config import PretrainConfig
+from coma.config import FinetuneConfig, PretrainConfig
 from coma.config.serialization import to_plain
 
 BLOCKS = list(blocks())
@@ -141,6 +141,7 @@ def folder(tmp_path_factory) -> Path:
     config = PretrainConfig()
     config = replace(config, data=replace(config.data, images=root / "PHOTOS"))
     (root / "runs/first/config.json").write_text(json.dumps(to_plain(config)))
+    (root / "runs/classifier/config.json").write_text(json.dumps(to_plain(FinetuneConfig())))
     return root
 
 
