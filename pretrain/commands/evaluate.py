@@ -93,11 +93,11 @@ def run(argv: list[str]) -> None:
 
     from rich.console import Console
 
-    from coma.data import open_labelled, say_absent_classes
+    from coma.data import log_missing_classes, open_labelled_splits
 
     console = Console()
-    splits = open_labelled(config.data, config.train, config.test)
-    say_absent_classes(splits)
+    splits = open_labelled_splits(config.data, config.train, config.test)
+    log_missing_classes(splits)
     scores = _evaluate(config, splits, console)
     _print_table(scores, console)
     if config.out:

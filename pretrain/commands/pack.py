@@ -67,9 +67,12 @@ def run(argv: list[str]) -> None:
     console = Console()
     settings = PackSettings(config.size, config.quality, config.shard_images)
     source = open_source(config.images, config.split)
-    if source.unlabelled:
+    if source.unlabelled_reason:
         console.print(
-            f"labels are not packed: {source.unlabelled}", markup=False, highlight=False, soft_wrap=True
+            f"labels are not packed: {source.unlabelled_reason}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
     started = time.perf_counter()
     columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -27,8 +27,8 @@ from coma.artifact import ArtifactConfig, library_versions, save_artifact
 from coma.atomic_io import lies_among, write_whole
 from coma.config import PretrainConfig
 from coma.config.serialization import flat, to_plain
-from coma.data import measure, open_source
-from coma.data.identity import FLAG, check_listing, list_data, read_listing, write_listing
+from coma.data import compute_mean_std, open_source
+from coma.data.listing import FLAG, check_listing, list_data, read_listing, write_listing
 from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.signals import StopRequest
 from pretrain.evaluate import random_encoder
@@ -196,7 +196,9 @@ def _with_statistics(comparison: Comparison) -> Comparison:
         data = entry.config.data
         if data.mean is None and data.images is not None:
             if not kept.exists():
-                found = measure(open_source(data.images), entry.config.model.channels, workers=data.workers)
+                found = compute_mean_std(
+                    open_source(data.images), entry.config.model.channels, workers=data.workers
+                )
                 text = json.dumps(found)
                 write_whole(kept, lambda file, text=text: file.write(text.encode()))
             mean, std = (tuple(values) for values in json.loads(kept.read_text()))

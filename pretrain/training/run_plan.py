@@ -27,8 +27,8 @@ from coma.config import (
     TaughtConfig,
 )
 from coma.config.serialization import flat, read_config, to_plain
-from coma.data import Slices, Source, check_loader, check_some, measure, open_source
-from coma.data.identity import FLAG, Listing, list_data
+from coma.data import BatchLayout, Source, check_loader, check_sample, compute_mean_std, open_source
+from coma.data.listing import FLAG, Listing, list_data
 from coma.errors import BadInput
 from coma.masking.patchify import unit_grid
 from coma.models import build_encoder
@@ -60,7 +60,7 @@ class RunPlan(Generic[Settings]):
     config: Settings
     """With mean and deviation filled in."""
     source: Source
-    slices: Slices
+    slices: BatchLayout
     steps: int
     """Optimizer steps from beginning to end."""
 
@@ -147,10 +147,10 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
             raise BadInput(f"{config.data.images}: the processes see different numbers of images, {sizes}")
     with group.raise_on_all_ranks():
         if group.main and config.data.mean is None:
-            mean, std = measure(source, config.model.channels, workers=config.data.workers)
+            mean, std = compute_mean_std(source, config.model.channels, workers=config.data.workers)
             config = replace(config, data=replace(config.data, mean=mean, std=std))
         elif group.main:
-            check_some(source, config.model.channels, config.data.mean or (), config.data.std or ())
+            check_sample(source, config.model.channels, config.data.mean or (), config.data.std or ())
     config = group.share(config)
     with group.raise_on_all_ranks():
         if group.main:
@@ -211,7 +211,7 @@ def check_objective(config: PretrainConfig) -> int:
     return sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
 
 
-def split_batch(optimizer: OptimizerConfig, rank: int, world: int) -> Slices:
+def split_batch(optimizer: OptimizerConfig, rank: int, world: int) -> BatchLayout:
     """How the global batch is shared out over processes and passes.
 
     Raises:
@@ -231,7 +231,7 @@ def split_batch(optimizer: OptimizerConfig, rank: int, world: int) -> Slices:
         raise BadInput(
             f"--batch-size {batch} cannot be shared out over {what}; {' or '.join(fitting)} would do"
         )
-    return Slices(batch, micro or batch // world, rank, world)
+    return BatchLayout(batch, micro or batch // world, rank, world)
 
 
 def count_steps(optimizer: OptimizerConfig, images: int) -> int:

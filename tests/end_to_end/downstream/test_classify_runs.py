@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from short_runs import MODEL, Killed, assert_same, killed_in, stop_during
+from short_runs import MODEL, Killed, assert_same, killed_in, rows, stop_during
 
 from coma import cli
 from coma.artifact import (
@@ -31,7 +31,7 @@ from coma.artifact import (
 from coma.config import DataConfig, FinetuneConfig, FinetuneRecipe, RunConfig, ViTConfig
 from coma.config.serialization import read_config
 from coma.data import Source, evaluation_batches, normalize, open_source
-from coma.data.image import AtLeast
+from coma.data.image import MinSide
 from coma.data.sources.base import EncodedSource
 from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.models import build_encoder
@@ -116,10 +116,6 @@ def whole(short: FinetuneConfig, no_curves: None, tmp_path_factory: pytest.TempP
     return config.run.out
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 pytestmark = pytest.mark.usefixtures("no_curves")
 
 # learning ---------------------------------------------------------------------------------------
@@ -189,7 +185,7 @@ def test_packs_are_read_and_numbers_are_names_where_there_are_none(short, place,
     for part in ("train", "val", "test"):
         source = open_source(place / "data", part)
         assert source.labels is not None
-        files = [source.encoded(i) or b"" for i in range(len(source))]
+        files = [source.read_bytes(i) or b"" for i in range(len(source))]
         offsets = np.cumsum([0, *map(len, files)])
         data = np.frombuffer(b"".join(files), np.uint8)
         np.savez(tmp_path / f"{part}.npz", data=data, offsets=offsets, labels=source.labels)
@@ -270,14 +266,14 @@ def test_a_part_of_every_class_is_held_out_where_there_is_no_val_split(
 ):
     shown = watched(monkeypatch)
     read: set[str] = set()
-    real = EncodedSource.picture
+    real = EncodedSource.decode
 
-    def note(source: EncodedSource, i: int, at_least: AtLeast = 0) -> Any:
-        if callable(at_least):  # as training samples are read
+    def note(source: EncodedSource, i: int, min_side: MinSide = 0) -> Any:
+        if callable(min_side):  # as training samples are read
             read.add(source.describe(i))
-        return real(source, i, at_least)
+        return real(source, i, min_side)
 
-    monkeypatch.setattr(EncodedSource, "picture", note)
+    monkeypatch.setattr(EncodedSource, "decode", note)
     result = finetune(without_val(short, place, tmp_path / "run", steps=20, validate=4.0))
     *validated, tested = shown
     assert all(images == validated[0] for images in validated)

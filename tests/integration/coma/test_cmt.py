@@ -15,7 +15,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from short_runs import MODEL, assert_same, at, interrupted, learned
-from taught_models import ENCODERS, METHODS, STATISTICS, objective, pictures, teacher, timm_weights
+from taught_models import ENCODERS, METHODS, STATISTICS, objective, pictures, teacher
 
 from coma import cli, load_pretrained
 from coma.config import (
@@ -40,11 +40,6 @@ from pretrain.training.checkpoint import read_state
 from pretrain.training.train_step import TrainStep
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "loss_curves_cmt.json"
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return timm_weights(tmp_path_factory.mktemp("weights"))
 
 
 # the objectives --------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from coma.artifact import (
 )
 from coma.config import DataConfig, FinetuneConfig, FinetuneRecipe, ViTConfig, encoder_preset
 from coma.config.serialization import from_plain, to_plain
-from coma.data import ArraySource, Slices, labelled_batches, training_batches
+from coma.data import ArraySource, BatchLayout, labelled_batches, training_batches
 from coma.data.augment import rand_augment
 from coma.errors import BadArtifact, BadInput
 from coma.models import build_encoder
@@ -121,7 +121,7 @@ def tiles(n: int = 12, channels: int = 3, dtype: type = np.uint8) -> ArraySource
 def first(source: ArraySource, strength: int, seed: int = 0, channels: int = 3):
     data = DataConfig(image_size=16, workers=0, mean=(0.5,) * channels, std=(0.2,) * channels)
     labels = torch.from_numpy(source.labels)
-    how = {"channels": channels, "seed": seed, "batch": Slices(8, 8)}
+    how = {"channels": channels, "seed": seed, "batch": BatchLayout(8, 8)}
     return (
         next(labelled_batches(source, data, labels, rand_augment=strength, **how)),
         next(training_batches(source, data, **how)),
