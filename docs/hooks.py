@@ -29,7 +29,8 @@ COMMANDS, MEMBERS = "<!-- commands -->", r"<!-- members of (\S+) -->"
 FIELDS = r"<!-- fields of (\S+) -->"
 FILE = r"<!-- file (\S+) -->"
 FORMULA = r"```math\n(.*?)\n```"
-WIDTH = 92
+ROOMS = ("coma", "pretrain", "downstream", "export", "demo")
+WIDTH = 88
 EDGE = "─╭╮╰╯"
 
 
@@ -54,20 +55,22 @@ def members(module: str) -> Iterator[str]:
         thing = getattr(importlib.import_module(module), name)
         if dataclasses.is_dataclass(thing) and isinstance(thing, type):
             yield f"### {name}\n\n{fields(thing)}\n"
-        elif hasattr(thing, "__qualname__"):
+        elif getattr(thing, "__module__", "").partition(".")[0] in ROOMS:  # no constants, no types of Python
             yield f"::: {thing.__module__}.{thing.__qualname__}\n"
 
 
 def fields(kind: type) -> str:
     """Returns a dataclass as a table: its fields, their defaults, and what their docstrings say."""
     _complete_help_texts()
-    described = docstring_parser.parse_from_object(kind)
-    texts = {param.arg_name: param.description or "" for param in described.params}
+    described = [
+        docstring_parser.parse_from_object(each) for each in kind.__mro__ if dataclasses.is_dataclass(each)
+    ]
+    texts = {param.arg_name: param.description or "" for each in reversed(described) for param in each.params}
     rows = ["| field | default | meaning |", "|---|---|---|"]
     for field in dataclasses.fields(kind):
         text = re.sub(r"\s+", " ", texts.get(field.name, "")).replace("|", "\\|")
         rows.append(f"| `{field.name}` | {default_of(field)} | {text} |")
-    return f"{described.description or ''}\n\n" + "\n".join(rows)
+    return f"{described[0].description or ''}\n\n" + "\n".join(rows)
 
 
 def default_of(field: dataclasses.Field[Any]) -> str:
@@ -112,13 +115,12 @@ def help_text(*invocation: str) -> str:
 
 
 def unboxed(text: str) -> Iterator[str]:
-    """Yields the lines of a help text, wrapped, with headings in place of frames."""
-    for line in text.splitlines():
-        if line.startswith("╭"):
+    """Yields the lines of a help text, wrapped, with a blank line before each group of flags."""
+    lines = [line.strip("│").rstrip() for line in text.splitlines()]
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        is_title = line.startswith("╭") or (line.strip() and set(following.strip()) == {"-"})
+        if is_title:
             yield f"\n{line.strip(EDGE + ' ')}:"
-        elif set(line) & set("╰├") or (line and set(line) <= set("│─- ")):
-            continue
-        else:
-            line = line.strip("│").rstrip()
+        elif not set(line) & set(EDGE) and set(line.strip()) != {"-"}:
             indent = " " * (len(line) - len(line.lstrip()))
-            yield textwrap.fill(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False) if line else ""
+            yield textwrap.fill(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False)

@@ -30,7 +30,7 @@ from export_files import classifier, pretrained, segmentor
 from PIL import Image
 
 from coma import cli
-from coma.config import FinetuneConfig, PretrainConfig
+from coma.config import FinetuneConfig, FinetuneDataConfig, FinetuneRunConfig, PretrainConfig
 from coma.config.serialization import to_plain
 
 BLOCKS = list(blocks())
@@ -124,6 +124,11 @@ NEEDED: dict[str, list[str]] = {
 """Commands of other pages that come before those of a page."""
 
 
+def finetuning(root: Path) -> FinetuneConfig:
+    data = FinetuneDataConfig(images=root / "CLASSES")
+    return FinetuneConfig(root / "runs/first/artifact", data, FinetuneRunConfig(out=root / "runs/classifier"))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """What the documents name: images, datasets, a run, artifacts of very small models."""
@@ -141,7 +146,7 @@ def folder(tmp_path_factory) -> Path:
     config = PretrainConfig()
     config = replace(config, data=replace(config.data, images=root / "PHOTOS"))
     (root / "runs/first/config.json").write_text(json.dumps(to_plain(config)))
-    (root / "runs/classifier/config.json").write_text(json.dumps(to_plain(FinetuneConfig())))
+    (root / "runs/classifier/config.json").write_text(json.dumps(to_plain(finetuning(root))))
     return root
 
 
