@@ -208,7 +208,7 @@ def test_settings():
     balanced = PretrainConfig(objective=method_preset("coma-balanced"))
     assert to_plain(balanced)["objective"]["method"] == "coma-balanced"
     assert from_plain(to_plain(balanced), PretrainConfig, source="x") == balanced
-    with pytest.raises(BadInput, match=r"--objective\.hidden-ratio 1 must be"):
+    with pytest.raises(BadInput, match=r"--objective\.mask-ratio 1 must be"):
         CMTConfig(mask_ratio=1)
     with pytest.raises(BadInput, match=r"--objective.mask-share 1\.5 must be 0 to 1"):
         CMTConfig(mask_share=1.5)

@@ -57,7 +57,7 @@ def segmentor(scenes, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def deployed() -> Any:
+def evaluate_runtime() -> Any:
 
     return deployed
 
