@@ -10,7 +10,7 @@ from coma.artifact import LINEAR_HEAD, ArtifactConfig, library_versions, save_ar
 from coma.cli import main
 from coma.config import CoMAConfig, DecoderConfig, DyViTConfig, EncoderConfig, ObjectiveConfig, ViTConfig
 from coma.models import build_encoder
-from coma.models.classifier import build_classifier
+from coma.models.classifiers import build_classifier
 from coma.objectives import build_objective
 
 DYVIT = DyViTConfig(

@@ -33,7 +33,9 @@ from coma.masking.sampling import deal
 from coma.models import build_encoder
 from coma.models.attention_maps import attend
 from coma.models.teacher import to_units
-from coma.objectives import CMT, BalancedCoMA, build_objective
+from coma.objectives import build_objective
+from coma.objectives.balanced import BalancedCoMA
+from coma.objectives.cmt import CMT
 from coma.objectives.teachers import load_teacher, training_objective
 from pretrain.training import pretrain
 from pretrain.training.checkpoint import read_state

@@ -14,7 +14,7 @@ from short_runs import MODEL, Killed, assert_same, at, killed_in, learned, rows,
 from coma import cli
 from coma.artifact import load_encoder
 from coma.config import ProbeConfig
-from coma.data import ArraySource, balanced, normalize, open_source
+from coma.data import ArraySource, balanced_subset, normalize, open_source
 from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.models import build_encoder
 from coma.models.attention import WindowGate
@@ -197,11 +197,11 @@ def test_bad_labelled_images_are_refused_before_training(resumable, photos, labe
 def test_limits_draw_alike_from_every_class():
     labels = np.array([0] * 50 + [1] * 30 + [2] * 3)
     source = ArraySource([np.full((20, 20, 3), i, np.uint8) for i in range(83)], labels)
-    part = balanced(source, 23)
+    part = balanced_subset(source, 23)
     assert part.labels is not None
     assert np.bincount(part.labels).tolist() == [10, 10, 3]
     assert np.array_equal(part.labels, labels[[int(part.read(i)[0, 0, 0]) for i in range(23)]])
-    assert balanced(source, 0) is balanced(source, 83) is source
+    assert balanced_subset(source, 0) is balanced_subset(source, 83) is source
 
 
 # statistics --------------------------------------------------------------------------------------

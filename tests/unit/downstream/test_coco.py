@@ -319,6 +319,6 @@ def test_what_lies_beside_the_listed_images_is_counted_and_named(data, caplog):
     with caplog.at_level("INFO"):
         open_coco(data, "train")
     assert (
-        f"{data / 'train'}: 2 images (2 .jpg); left out: 1 .txt (not read), "
+        f"{data / 'train'}: 2 images (2 .jpg); skipped: 1 .txt (not read), "
         "1 image that train.json does not list (3.jpg)"
     ) in caplog.messages

@@ -23,7 +23,7 @@ from coma.config import (
     RunConfig,
     ViTConfig,
 )
-from coma.data import Batch, Slices, open_source, training_batches
+from coma.data import Batch, BatchLayout, open_source, training_batches
 from coma.errors import BadInput, CheckFailed
 from coma.models import build_encoder
 from coma.objectives import build_objective
@@ -42,13 +42,17 @@ def train_step(micro: int = 4, precision: Any = "fp32", model: Any = MODEL, **se
     torch.manual_seed(0)
     objective = build_objective(OBJECTIVE, build_encoder(model))
     optimizer = OptimizerConfig(batch_size=4, **settings)
-    slices = Slices(4, micro)
+    slices = BatchLayout(4, micro)
     return TrainStep(objective, optimizer, run, Processes(CPU), slices, precision, (0.5,) * 3, (0.3,) * 3)
 
 
 def batches(photos: Path, micro: int = 4) -> Iterator[Batch]:
     return training_batches(
-        open_source(photos), DataConfig(image_size=16, workers=0), channels=3, seed=0, batch=Slices(4, micro)
+        open_source(photos),
+        DataConfig(image_size=16, workers=0),
+        channels=3,
+        seed=0,
+        batch=BatchLayout(4, micro),
     )
 
 
