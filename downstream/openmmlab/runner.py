@@ -37,8 +37,8 @@ from downstream.configs.load import REGISTER_MODULE, config_errors, require_impo
 from downstream.configs.strides import check_strides
 from downstream.openmmlab.backbones import DyViT, PlainViT
 from downstream.openmmlab.checkpoint import intact_checkpoint, latest_checkpoint
-from downstream.openmmlab.private import use_device
 from downstream.openmmlab.worker_init import set_worker_init
+from downstream.private import use_device
 
 log = logging.getLogger(__name__)
 HEADLINES = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50", "mIoU", "mAcc", "aAcc")
