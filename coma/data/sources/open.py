@@ -25,7 +25,7 @@ from coma.data.sources.image_folder import FolderSource, list_files, list_folder
 from coma.data.sources.npz import NpzSource
 from coma.data.sources.webdataset import INDEX, ShardSource
 from coma.errors import BadInput
-from coma.splits import Split, all_splits, choose_split, left_out_note, paired_splits, split_of
+from coma.splits import Split, all_splits, choose_split, paired_splits, skipped_note, split_of
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def _choose(
         return chosen, ()
     names = [str(file.relative_to(path)) for file in chosen]
     kept = names[0] if len(names) == 1 else f"{len(names)} files, {names[0]} to {names[-1]}"
-    return chosen, (left_out_note(path, kept, others),)
+    return chosen, (skipped_note(path, kept, others),)
 
 
 def _no_split(path: Path, split: str | None) -> None:
