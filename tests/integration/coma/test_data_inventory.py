@@ -213,7 +213,7 @@ def test_a_pipe_is_refused_in_one_line(tmp_path, name, capsys):
     os.mkfifo(tmp_path / name)
     assert main(["pretrain", str(tmp_path / name), "--out", str(tmp_path / "run")]) == 2
     way_out = "give a folder of images, a .npz pack or .tar shards"
-    assert capsys.readouterr().err == f"error: {tmp_path / name}: is a device or pipe; {way_out}\n"
+    assert capsys.readouterr().err == f"error: {tmp_path / name}: is not a regular file; {way_out}\n"
     assert main(["degrade", str(tmp_path / name), "--out", str(tmp_path / "sheet.png")]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path / name}: is not a regular file; give an image file\n"
 

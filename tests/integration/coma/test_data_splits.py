@@ -145,10 +145,10 @@ def test_a_split_among_the_classes_that_it_holds_is_refused(tmp_path):
 
 def test_what_cannot_be_told_apart_is_refused(tmp_path):
     make(tmp_path, ["train.npz", "training.npz"])
-    with pytest.raises(BadInput, match=r"train\.npz and training\.npz are both called like the train split"):
+    with pytest.raises(BadInput, match=r"train\.npz and training\.npz are both named like the train split"):
         open_source(tmp_path)
     make(tmp_path / "shards", ["0.tar", "1.tar"])
-    with pytest.raises(BadInput, match="no split 'test' here; no shard is called train, val, test"):
+    with pytest.raises(BadInput, match="no split 'test' here; no shard is named train, val, test"):
         open_source(tmp_path / "shards", "test")
 
 
