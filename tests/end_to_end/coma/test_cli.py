@@ -341,8 +341,8 @@ def test_a_changed_flag_would_be_noticed(monkeypatch):
     usual = surface()
     monkeypatch.setattr(cli, "USAGE", cli.USAGE.replace("--traceback", "--trace"))
     assert surface() != usual
-    assert "--protocol\n" in usual["flags-evaluate.txt"]
-    assert "--no-reference\n" in usual["flags-evaluate.txt"]
+    assert "--protocols\n" in usual["flags-evaluate.txt"]
+    assert "--no-random-baseline\n" in usual["flags-evaluate.txt"]
 
 
 if __name__ == "__main__":
