@@ -51,7 +51,7 @@ class EvaluateConfig(Ranged):
     random_baseline: bool = True
     """Also evaluate a randomly initialised encoder of the same architecture."""
     image_size: Annotated[int | None, SIDE] = None
-    """Side of the images shown to the encoder in pixels; as in pre-training when not given."""
+    """Side of the images shown to the encoder in pixels; default: as in pre-training."""
     k: Annotated[int, Range(1, 10**6)] = 20
     """Number of neighbours that vote (knn)."""
     temperature: Annotated[float, Range(1e-3, 1e3)] = 0.07
@@ -61,8 +61,9 @@ class EvaluateConfig(Ranged):
     batch_size: Annotated[int, BATCH] = 256
     """Images per forward pass."""
     workers: Annotated[int | None, PROCESSES] = None
-    """Number of processes that decode images; set from the number of cores when not given."""
-    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
+    """Processes that decode images; default: by the number of cores."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto: the GPU where there is one."""
     out: Path | None = None
     """Folder for results.json and the table, results.md."""
 
@@ -89,10 +90,10 @@ def run(argv: list[str]) -> None:
 
     pick_device(config.device)
 
-    from coma.data import open_labelled, say_absent_classes
+    from coma.data import log_missing_classes, open_labelled_splits
 
-    splits = open_labelled(config.data, config.train, config.test)
-    say_absent_classes(splits)
+    splits = open_labelled_splits(config.data, config.train, config.test)
+    log_missing_classes(splits)
     scores = _evaluate(config, splits)
     _print_table(scores)
     if config.out:
