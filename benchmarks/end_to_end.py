@@ -22,7 +22,7 @@ from machine import report, wait
 
 from coma.amp import choose_precision
 from coma.config import DataConfig, OptimizerConfig, RunConfig, encoder_preset, method_preset
-from coma.data import Slices, open_source, training_batches
+from coma.data import BatchLayout, open_source, training_batches
 from coma.data.worker_pool import default_workers
 from coma.models import build_encoder
 from coma.objectives import build_objective
@@ -36,7 +36,7 @@ def build(model: str, batch: int, device: torch.device, compiled: bool) -> Train
     """The trainer's train_step."""
     objective = build_objective(method_preset("coma"), build_encoder(encoder_preset(model))).to(device)
     precision = choose_precision("auto", device)
-    run, slices = RunConfig(compile=compiled), Slices(batch, batch)
+    run, slices = RunConfig(compile=compiled), BatchLayout(batch, batch)
     statistics_ = (0.5,) * 3, (0.3,) * 3
     return TrainStep(objective, OptimizerConfig(), run, Processes(device), slices, precision, *statistics_)
 
@@ -73,7 +73,7 @@ def main() -> None:
         data = DataConfig(
             args.folder, image_size=SIZE, workers=args.workers, aug_repeats=args.repeats, loader=args.loader
         )
-        slices = Slices(args.batch, args.batch)
+        slices = BatchLayout(args.batch, args.batch)
         real = training_batches(
             open_source(args.folder), data, channels=3, seed=0, batch=slices, device=device
         )

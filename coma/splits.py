@@ -68,7 +68,7 @@ class Place(NamedTuple):
     """The split's own folder, relative; for `beside` what lies beside the splits."""
 
 
-class Chosen(NamedTuple):
+class SplitImages(NamedTuple):
     """The images of one split, out of all that lie below a folder."""
 
     names: list[str]
@@ -97,7 +97,7 @@ def split_folders(parent: Path, split: Split) -> list[Path]:
     return sorted(found, key=lambda path: (usual.get(path.name.lower(), len(names)), path.name))
 
 
-def known_split(name: str) -> Split:
+def parse_split(name: str) -> Split:
     """The split that a user asks for.
 
     Raises:
@@ -183,7 +183,7 @@ def choose_split(there: Collection[Split], path: Path, split: str | None, held_o
         BadInput: what was asked for is not there, or there are only held-out images.
     """
     if split is not None:
-        wanted = known_split(split)
+        wanted = parse_split(split)
         for name in (wanted,) if wanted == "train" else (wanted, "test", "val"):
             if name in there:
                 return name
@@ -202,7 +202,7 @@ def choose_split(there: Collection[Split], path: Path, split: str | None, held_o
     )
 
 
-def choose_images(names: Sequence[str], path: Path, split: str | None, held_out: bool) -> Chosen:
+def select_images(names: Sequence[str], path: Path, split: str | None, held_out: bool) -> SplitImages:
     """The images of the split that is to be read.
 
     Without a `split`, training images are read with whatever lies where there are no splits.
@@ -224,7 +224,7 @@ def choose_images(names: Sequence[str], path: Path, split: str | None, held_out:
     if wanted is None:
         firsts = {folder.partition("/")[0] for folder in folders if folder}
         _check_mirrors(folders, firsts, path)
-        return Chosen(list(names), "", None, firsts, _not_splits(firsts, path))
+        return SplitImages(list(names), "", None, firsts, _not_splits(firsts, path))
     taken = {wanted, ""} if split is None and wanted == "train" else {wanted}
     kept = [name for name, parent in zip(names, parents, strict=True) if where[parent].split in taken]
     owners = {place.folder for place in where.values() if place.split in taken}
@@ -237,7 +237,7 @@ def choose_images(names: Sequence[str], path: Path, split: str | None, held_out:
     left_out = Counter(where[parent].folder for parent in parents if where[parent].split not in taken)
     read = Counter(where[parent].folder for parent in parents if where[parent].split in taken)
     notes = _left_out(left_out, path, read) if split is None and not held_out else ()
-    return Chosen([name.removeprefix(f"{owner}/") for name in kept], owner, wanted, classes, notes)
+    return SplitImages([name.removeprefix(f"{owner}/") for name in kept], owner, wanted, classes, notes)
 
 
 def _check_mirrors(folders: Collection[str], firsts: Collection[str], path: Path) -> None:

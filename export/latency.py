@@ -69,12 +69,12 @@ def compute(runtime: Runtime, inputs: dict[str, Tensor]) -> Callable[[], object]
 
 def end_to_end(runtime: Runtime, files: Sequence[bytes], size: tuple[int, int], channels: int) -> Callable:
     """A call from the contents of image files to outputs: decoding and resizing in the caller's thread."""
-    from coma.data.channels import adapt
+    from coma.data.channels import convert_channels
 
     rule = runtime.spec.preprocessing
 
     def call() -> object:
-        pixels = [adapt(decode(data, "image"), channels, "image") for data in files]
+        pixels = [convert_channels(decode(data, "image"), channels, "image") for data in files]
         return runtime(as_input([resized(each, rule, size) for each in pixels], rule))
 
     return call

@@ -34,7 +34,7 @@ class Photographs(EncodedSource):
         """The file."""
         return str(self.location / PHOTOGRAPHS[i])
 
-    def encoded(self, i: int) -> bytes:
+    def read_bytes(self, i: int) -> bytes:
         """The file's content."""
         path = self.location / PHOTOGRAPHS[i]
         return read_at(path, 0, path.stat().st_size, path.name)

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from coma.config.architectures import DyViTConfig, EncoderConfig
-from coma.config.objectives import BeyondConfig, CoMAConfig, ObjectiveConfig
+from coma.config.objectives import CoMAConfig, ObjectiveConfig
 from coma.errors import BadInput
 from coma.ranges import (
     BATCH,
@@ -177,6 +177,6 @@ class PretrainConfig:
 
 def view_size(image_size: int, unit: int, objective: ObjectiveConfig | None) -> int:
     """Side in pixels of what an objective rebuilds where the encoder sees `image_size` pixels of it."""
-    if isinstance(objective, BeyondConfig) and objective.zooms_in:
+    if objective is not None and objective.zooms_in:
         return image_size + 2 * unit * max(1, round(image_size / unit / 7))
     return image_size

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from coma.config import DataConfig
-from coma.data.channels import adapt
+from coma.data.channels import convert_channels
 from coma.data.pixel_values import check_pixels, filled_share
-from coma.data.shuffle import sample_seeds, shuffled, uniforms
+from coma.data.shuffle import permuted_indices, sample_seeds, uniforms
 from coma.data.sources.base import Source
 from coma.data.transforms import Box, random_crop, resize, scaled_box, stack
 from coma.errors import BadImage, BadInput
 from coma.ranges import BATCH
 
-MOST_TRIES = 100
+MAX_ATTEMPTS = 100
 """Images tried in place of one that will not decode, before the data are refused."""
 
 
 @dataclass(frozen=True)
-class Slices:
+class BatchLayout:
     """How a global batch is shared out."""
 
     global_batch: int
@@ -51,7 +51,7 @@ class Slices:
         """Forward passes per optimizer step."""
         return self.global_batch // (self.micro_batch * self.world)
 
-    def first_rows(self, start: int) -> Iterator[int]:
+    def micro_batch_starts(self, start: int) -> Iterator[int]:
         """Stream position of this process's first sample of every pass, from `start` on, without end."""
         return itertools.count(start + self.rank * self.micro_batch, self.micro_batch * self.world)
 
@@ -85,7 +85,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Samples:
+class UnstackedBatch:
     """Samples before they are one tensor, the first of them at position `first`; otherwise like `Batch`."""
 
     first: int
@@ -100,7 +100,7 @@ class Samples:
         return Batch(stack(self.views), self.seeds, self.indices, self.failures, filled=self.filled)
 
 
-class Opened(NamedTuple):
+class OpenedImage(NamedTuple):
     """A decoded image, perhaps at a reduced scale."""
 
     pixels: np.ndarray
@@ -112,7 +112,7 @@ class Opened(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SampleFetch:
+class SampleFetcher:
     """Samples of the stream; what becomes of an image is in `open` and `view`."""
 
     source: Source
@@ -121,13 +121,13 @@ class SampleFetch:
     seed: int
     count: int
 
-    def samples(self, first: int) -> Samples:
+    def samples(self, first: int) -> UnstackedBatch:
         """Samples `first` to `first + count`."""
         n = len(self.source)
         positions = np.arange(first, first + self.count)
         seeds = sample_seeds(self.seed, positions)
         places, repeats = np.unique(positions // self.data.aug_repeats, return_counts=True)
-        chosen = shuffled(self.seed, places // n, places % n, n)
+        chosen = permuted_indices(self.seed, places // n, places % n, n)
         views, indices, failures, filled = [], [], [], []
         for place, index, count in zip(places.tolist(), chosen.tolist(), repeats.tolist(), strict=True):
             image, used, failed = self._readable(place, index)
@@ -135,10 +135,10 @@ class SampleFetch:
                 views.append(self.view(image, seed))
                 indices.append(used)
             failures.extend(failed)
-            if isinstance(image, Opened) and image.filled:
+            if isinstance(image, OpenedImage) and image.filled:
                 filled.append(f"{self.source.describe(used)}: {image.filled}")
         seeds = torch.from_numpy(seeds)
-        return Samples(first, views, seeds, torch.tensor(indices), tuple(failures), tuple(filled))
+        return UnstackedBatch(first, views, seeds, torch.tensor(indices), tuple(failures), tuple(filled))
 
     def open(self, index: int, place: int) -> Any:
         """Image `index`, for the samples at `place` in the order, as `view` takes it.
@@ -149,16 +149,16 @@ class SampleFetch:
         """
         full: list[tuple[int, int]] = []
 
-        def at_least(height: int, width: int) -> int:
+        def min_side(height: int, width: int) -> int:
             full.append((height, width))
             return self._enough(place, height, width)
 
-        picture = self.source.picture(index, at_least)
-        pixels = adapt(picture, self.channels, self.source.describe(index))
+        picture = self.source.decode(index, min_side)
+        pixels = convert_channels(picture, self.channels, self.source.describe(index))
         check_pixels(pixels, self.data.mean, self.data.std, lambda: self.source.describe(index))
         filled = "" if picture.missing is None else filled_share(picture)
         height, width = full[0] if full else pixels.shape[:2]
-        return Opened(pixels, height, width, filled)
+        return OpenedImage(pixels, height, width, filled)
 
     def view(self, image: Any, seed: int) -> Any:
         """A sample from an opened image."""
@@ -179,10 +179,10 @@ class SampleFetch:
         """Image `index`, at `place` in the order, or the next readable one of the epoch; and what failed."""
         n = len(self.source)
         failures: list[str] = []
-        for step in range(min(n, MOST_TRIES)):
+        for step in range(min(n, MAX_ATTEMPTS)):
             if step:
                 rank = np.array([(place + step) % n])
-                index = int(shuffled(self.seed, np.array([place // n]), rank, n)[0])
+                index = int(permuted_indices(self.seed, np.array([place // n]), rank, n)[0])
             try:
                 return self.open(index, place), index, failures
             except BadImage as error:
@@ -201,7 +201,7 @@ class SampleFetch:
         return math.ceil(self.data.image_size * min(height, width) / smallest)
 
 
-class TrainingFetch(SampleFetch):
+class TrainingFetcher(SampleFetcher):
     """The batch whose first sample has a given position in the stream."""
 
     def __call__(self, first: int) -> Batch:

@@ -1,7 +1,7 @@
 """The same samples, with NVIDIA DALI decoding them: an extra for GPUs that outrun the cores beside them.
 
 Which file, which crop and which flip stay what they are with any other loader, since they belong to the
-sample (see `samples`): worker processes read files and draw crops, DALI decodes, cuts and resizes, on the
+sample (see `batches`): worker processes read files and draw crops, DALI decodes, cuts and resizes, on the
 GPU where there is one. Pixels differ a little (it decodes at full scale, and its cubic filter is its own),
 and with them a run's numbers.
 
@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from coma.data.batches import Batch, SampleFetch, Samples, TrainingFetch
+from coma.data.batches import Batch, SampleFetcher, TrainingFetcher, UnstackedBatch
 from coma.data.decode import plain_jpeg_size
 from coma.data.transforms import Box
 from coma.data.worker_pool import default_workers, map_ordered
@@ -54,20 +54,20 @@ class Crop(NamedTuple):
     flipped: bool
 
 
-class CropFetch(SampleFetch):
+class CropFetcher(SampleFetcher):
     """Samples as `Crop`s where DALI may decode them, as finished pixels where not."""
 
-    def __call__(self, first: int) -> Samples:
+    def __call__(self, first: int) -> UnstackedBatch:
         """Samples `first` to `first + count`."""
         return self.samples(first)
 
     def without_dali(self, first: int) -> Batch:
         """The same samples, decoded here."""
-        return TrainingFetch(self.source, self.data, self.channels, self.seed, self.count)(first)
+        return TrainingFetcher(self.source, self.data, self.channels, self.seed, self.count)(first)
 
     def open(self, index: int, place: int) -> Any:
-        """A `Jpeg`, or pixels; see `SampleFetch.open`."""
-        content = self.source.encoded(index)
+        """A `Jpeg`, or pixels; see `SampleFetcher.open`."""
+        content = self.source.read_bytes(index)
         if content and _END_OF_IMAGE in content[-_TRAILER:] and (size := plain_jpeg_size(content)):
             return Jpeg(content, *size)
         return super().open(index, place)
@@ -79,7 +79,7 @@ class CropFetch(SampleFetch):
         return Crop(image.content, *self.crop(image.height, image.width, seed))
 
 
-def decoded(fetch: CropFetch, keys: Iterable[int], on_gpu: bool) -> Generator[Batch, None, None]:
+def decoded(fetch: CropFetcher, keys: Iterable[int], on_gpu: bool) -> Generator[Batch, None, None]:
     """The batches of `fetch`, decoded by DALI.
 
     Raises:
@@ -108,11 +108,11 @@ def check_dali(channels: int) -> None:
 
 
 def _decoded(
-    fetch: CropFetch, fetched: Generator[Samples, None, None], threads: int, on_gpu: bool
+    fetch: CropFetcher, fetched: Generator[UnstackedBatch, None, None], threads: int, on_gpu: bool
 ) -> Generator[Batch, None, None]:
     try:
         while True:
-            begun: deque[Samples | Exception] = deque()
+            begun: deque[UnstackedBatch | Exception] = deque()
             failure, works = yield from _by_dali(fetch, fetched, begun, threads, on_gpu)
             for samples in begun:  # lost with the pipeline
                 if isinstance(samples, Exception):
@@ -127,9 +127,9 @@ def _decoded(
 
 
 def _by_dali(
-    fetch: CropFetch,
-    fetched: Generator[Samples, None, None],
-    begun: deque[Samples | Exception],
+    fetch: CropFetcher,
+    fetched: Generator[UnstackedBatch, None, None],
+    begun: deque[UnstackedBatch | Exception],
     threads: int,
     on_gpu: bool,
 ) -> Generator[Batch, None, tuple[RuntimeError, bool]]:
@@ -162,13 +162,13 @@ def _by_dali(
             copied.synchronize()  # the next run lets DALI use its memory again
 
 
-def _assembled(samples: Samples, pixels: Tensor) -> Batch:
+def _assembled(samples: UnstackedBatch, pixels: Tensor) -> Batch:
     made = iter(pixels)
     views = [next(made) if isinstance(view, Crop) else view.to(pixels.device) for view in samples.views]
     return replace(samples, views=views).stacked()  # a copy, on a GPU one that may still be waiting its turn
 
 
-def _feed(samples: Samples | Exception) -> tuple[list[np.ndarray], ...]:
+def _feed(samples: UnstackedBatch | Exception) -> tuple[list[np.ndarray], ...]:
     """Files, starts, shapes and flips of one batch."""
     views = [] if isinstance(samples, Exception) else samples.views
     crops = [view for view in views if isinstance(view, Crop)] or [_nothing()]
@@ -186,7 +186,7 @@ def _nothing() -> Crop:
 
 
 def _build(
-    fetch: CropFetch, begin: Callable[[], tuple[list[np.ndarray], ...]], threads: int, on_gpu: bool
+    fetch: CropFetcher, begin: Callable[[], tuple[list[np.ndarray], ...]], threads: int, on_gpu: bool
 ) -> Any:
     """A pipeline from what `begin` gives to uint8 `[n, 3, S, S]`."""
     from nvidia.dali import fn, pipeline_def, types  # type: ignore[import-not-found]

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from coma.data.sources.base import Source
-from coma.data.sources.image_folder import whole_numbers
+from coma.data.sources.image_folder import parse_whole_numbers
 from coma.errors import BadInput
 from coma.messages import abridged
 
 
-def shared_labels(train: Source, test: Source) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+def align_labels(train: Source, test: Source) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Labels of both sets, int64 `[n]` and `[m]`, counted alike from 0, and the classes' names in that order.
 
     The classes are those that the training set has images of, and the test set plays no part in how they are
@@ -26,7 +26,7 @@ def shared_labels(train: Source, test: Source) -> tuple[Tensor, Tensor, tuple[st
     ours, theirs = _names_of_both(train, test)
     known = _class_of_each(train, ours)
     names = list(dict.fromkeys(known[np.argsort(np.asarray(train.labels), kind="stable")].tolist()))
-    values = whole_numbers(names)
+    values = parse_whole_numbers(names)
     classes = tuple(sorted(names, key=values.__getitem__) if values else names)
     asked = _found(_class_of_each(test, theirs), classes, test, f"{train.location} has no image")
     if len(classes) < 2:
@@ -34,7 +34,7 @@ def shared_labels(train: Source, test: Source) -> tuple[Tensor, Tensor, tuple[st
     return _places(known, classes), asked, classes
 
 
-def labels_among(source: Source, classes: Sequence[str], owner: str) -> Tensor:
+def class_indices(source: Source, classes: Sequence[str], owner: str) -> Tensor:
     """Labels of a source's images as places in a list of classes, int64 `[n]`.
 
     Args:
@@ -46,12 +46,12 @@ def labels_among(source: Source, classes: Sequence[str], owner: str) -> Tensor:
         BadInput: no labels, images of other classes, or labels that are bare numbers where the classes have
             names.
     """
-    if source.labels is not None and source.class_names is None and whole_numbers(classes) is None:
+    if source.labels is not None and source.class_names is None and parse_whole_numbers(classes) is None:
         raise BadInput(_only_numbers(source, classes, owner))
     return _found(_class_of_each(source, source.class_names), classes, source, f"{owner} knows nothing")
 
 
-def top_share(guess: Tensor, labels: Tensor, most: int) -> float:
+def topk_accuracy(guess: Tensor, labels: Tensor, most: int) -> float:
     """Share of rows of `guess [n, classes]` with the right label among the `most` largest, 0..1."""
     return (guess.topk(most, dim=1).indices == labels[:, None]).any(dim=1).double().mean().item()
 
@@ -66,9 +66,9 @@ def _names_of_both(train: Source, test: Source) -> tuple[Sequence[str] | None, S
     for bare, named in ((train, test), (test, train)):
         if bare.labels is None or bare.class_names is not None or named.class_names is None:
             continue
-        if named.numbered:
+        if named.labels_are_stored:
             return (None, None) if bare is train else (ours, ours)
-        if whole_numbers(named.class_names) is None:
+        if parse_whole_numbers(named.class_names) is None:
             raise BadInput(_only_numbers(bare, named.class_names, str(named.location)))
     return ours, theirs
 
@@ -77,7 +77,7 @@ def _class_of_each(source: Source, names: Sequence[str] | None) -> np.ndarray:
     """The name of every image's class, `[n]`; its number where there are no names."""
     labels = source.labels
     if labels is None:
-        why = source.unlabelled or (
+        why = source.unlabelled_reason or (
             "give a folder with one folder of images per class, or a pack with labels"
         )
         raise BadInput(f"{source.location}: has no labels; {why}")
@@ -96,7 +96,7 @@ def _class_of_each(source: Source, names: Sequence[str] | None) -> np.ndarray:
 def _found(asked: np.ndarray, classes: Sequence[str], source: Source, whose: str) -> Tensor:
     """Places of names in a list of classes, by value where both are whole numbers."""
     names = list(dict.fromkeys(asked.tolist()))
-    ours, theirs = whole_numbers(classes), whole_numbers(names)
+    ours, theirs = parse_whole_numbers(classes), parse_whole_numbers(names)
     if ours and theirs:
         by_value = {value: name for name, value in ours.items()}
         asked = np.array([by_value.get(theirs[name], name) for name in asked.tolist()], object)

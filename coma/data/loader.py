@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from coma.config import DataConfig
-from coma.data.batches import Batch, Slices, TrainingFetch
+from coma.data.batches import Batch, BatchLayout, TrainingFetcher
 from coma.data.shuffle import sample_seeds
 from coma.data.sources.base import Source
 from coma.data.transforms import centre_square, resize, stack
@@ -29,7 +29,7 @@ def training_batches(
     *,
     channels: int,
     seed: int,
-    batch: Slices,
+    batch: BatchLayout,
     start: int = 0,
     device: torch.device | None = None,
 ) -> Iterator[Batch]:
@@ -38,7 +38,7 @@ def training_batches(
     Args:
         source: the images.
         data: crop, flip, workers, and what to do about images that will not decode.
-        channels: of the batches; see `adapt` for what is converted.
+        channels: of the batches; see `convert_channels` for what is converted.
         seed: of the run.
         batch: this process's share.
         start: samples consumed so far by whole optimizer steps.
@@ -52,15 +52,15 @@ def training_batches(
     on_gpu = device is not None and device.type == "cuda"
     check_loader(data, channels)
     if data.loader == "dali":
-        from coma.data.dali import CropFetch, decoded
+        from coma.data.dali import CropFetcher, decoded
 
-        crops = CropFetch(source, data, channels, seed, batch.micro_batch)
-        return decoded(crops, batch.first_rows(start), on_gpu)
-    fetch = TrainingFetch(source, data, channels, seed, batch.micro_batch)
-    return map_ordered(fetch, batch.first_rows(start), data.workers, pin=on_gpu)
+        crops = CropFetcher(source, data, channels, seed, batch.micro_batch)
+        return decoded(crops, batch.micro_batch_starts(start), on_gpu)
+    fetch = TrainingFetcher(source, data, channels, seed, batch.micro_batch)
+    return map_ordered(fetch, batch.micro_batch_starts(start), data.workers, pin=on_gpu)
 
 
-def check_start(start: int, batch: Slices) -> None:
+def check_start(start: int, batch: BatchLayout) -> None:
     """Refuse a position in the stream at which no optimizer step begins.
 
     Raises:
@@ -90,7 +90,7 @@ def evaluation_batches(
     Raises:
         BadInput: while iterating, not a single image is readable.
     """
-    fetch = _EvaluationFetch(source, image_size, channels, batch_size)
+    fetch = _EvaluationFetcher(source, image_size, channels, batch_size)
     held: Batch | None = None
     for batch in map_ordered(fetch, range(0, len(source), batch_size), workers):
         if held is None or not len(held.indices):
@@ -107,7 +107,7 @@ def evaluation_batches(
 
 
 @dataclass(frozen=True)
-class _EvaluationFetch:
+class _EvaluationFetcher:
     source: Source
     image_size: int
     channels: int
@@ -118,7 +118,7 @@ class _EvaluationFetch:
         images, indices, failures = [], [], []
         for index in range(first, min(first + self.count, len(self.source))):
             try:
-                pixels = self.source.read(index, self.channels, at_least=size)
+                pixels = self.source.read(index, self.channels, min_side=size)
             except BadImage as error:
                 failures.append(str(error))
                 continue

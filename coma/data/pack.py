@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 from coma.atomic_io import write_whole
 from coma.data.decode import decode, plain_jpeg_size
-from coma.data.encode import encode, shrink
+from coma.data.encode import encode, reduce_to_short_side
 from coma.data.sources.base import Source
 from coma.data.sources.webdataset import INDEX
 from coma.data.worker_pool import map_ordered
@@ -123,7 +123,7 @@ def pack(
     resumed = min(len(shards) * settings.shard_images, len(source))
     progress(resumed)
     todo = list(_chunks(len(source), settings.shard_images, len(shards)))
-    results = map_ordered(_PackFetch(source, settings), todo, workers)
+    results = map_ordered(_PackFetcher(source, settings), todo, workers)
     try:
         for number, chunks in groupby(todo, lambda chunk: chunk.start // settings.shard_images):
             with _shard(out / f"shard-{number:06d}.tar") as (shard, tar):
@@ -144,7 +144,7 @@ def pack(
 
 
 @dataclass(frozen=True)
-class _PackFetch:
+class _PackFetcher:
     source: Source
     settings: PackSettings
 
@@ -153,18 +153,18 @@ class _PackFetch:
 
     def _packed(self, i: int) -> _Packed | str:
         try:
-            original = self.source.encoded(i)
+            original = self.source.read_bytes(i)
             if original is None:
-                picture = self.source.picture(i)
+                picture = self.source.decode(i)
             else:
-                picture = decode(original, self.source.describe(i), at_least=2 * self.settings.size)
+                picture = decode(original, self.source.describe(i), min_side=2 * self.settings.size)
         except BadImage as error:
             return str(error)
         height, width, _ = picture.pixels.shape
         if original is not None and min(height, width) <= self.settings.size and plain_jpeg_size(original):
             suffix, content = ".jpg", original
         else:
-            suffix, content = encode(shrink(picture, self.settings.size), self.settings.quality)
+            suffix, content = encode(reduce_to_short_side(picture, self.settings.size), self.settings.quality)
         label = self.source.label(i)
         before = picture.pixels.nbytes if original is None else len(original)
         filled = picture.missing is not None

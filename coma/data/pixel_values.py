@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coma.data.channels import adapt
-from coma.data.decode_arrays import white_of
-from coma.data.image import Picture
-from coma.data.shuffle import spread
+from coma.data.channels import convert_channels
+from coma.data.decode_arrays import max_value
+from coma.data.image import DecodedImage
+from coma.data.shuffle import sample_indices
 from coma.data.sources.base import Source
 from coma.errors import BadImage, BadInput
 from coma.messages import counted
@@ -94,13 +94,13 @@ def check_pixels(
         if far.max() > _FAR:
             otherwise = "" if fixed else ", or all images in the unit of this one"
             raise BadInput(
-                f"{name()}: float values of {low:.4g} to {high:.4g}, but mean ({numbers(mean)}) "
-                f"and standard deviation ({numbers(std)}) are of values in 0..1; save such images scaled to "
-                f"0..1{otherwise}"
+                f"{name()}: float values of {low:.4g} to {high:.4g}, but mean ({format_values(mean)}) "
+                f"and standard deviation ({format_values(std)}) are of values in 0..1; save such images scaled "
+                f"to 0..1{otherwise}"
             )
 
 
-def check_some(
+def check_sample(
     source: Source, channels: int, mean: Sequence[float], std: Sequence[float], *, fixed: bool = False
 ) -> None:
     """Checks a few images, spread over the source, by `check_pixels`; says how many had values filled.
@@ -109,11 +109,13 @@ def check_some(
         BadInput: as `check_pixels`.
     """
     filled = looked_at = 0
-    for i in spread(len(source), _LOOKED_AT):
+    for i in sample_indices(len(source), _LOOKED_AT):
         try:
             name = source.describe(i)
-            picture = source.picture(i)
-            check_pixels(adapt(picture, channels, name), mean, std, lambda name=name: name, fixed=fixed)
+            picture = source.decode(i)
+            check_pixels(
+                convert_channels(picture, channels, name), mean, std, lambda name=name: name, fixed=fixed
+            )
         except BadImage:
             continue
         looked_at += 1
@@ -132,7 +134,7 @@ def say_filled(source: Source, filled: int, looked_at: int, share: float | None 
         )
 
 
-def filled_share(picture: Picture) -> str:
+def filled_share(picture: DecodedImage) -> str:
     """Returns how much of a picture was missing, for messages."""
     share = 0.0 if picture.missing is None else picture.missing.mean()
     return f"{share:.2%} of its values are nodata, NaN or infinite; filled with the mean of their channel"
@@ -174,16 +176,16 @@ def _too_large(
     pixels: np.ndarray, mean: Sequence[float], std: Sequence[float], name: str, fixed: bool
 ) -> str:
     facts = (
-        f"{name}: its pixels are scaled to 0..1, but mean ({numbers(mean)}) and standard deviation "
-        f"({numbers(std)}) are of larger values"
+        f"{name}: its pixels are scaled to 0..1, but mean ({format_values(mean)}) and standard deviation "
+        f"({format_values(std)}) are of larger values"
     )
     if fixed:
         return f"{facts}: the model learned from float images; give float images in the same unit"
-    white = 255 if max(*mean, *std) <= 255 else white_of(pixels)
+    white = 255 if max(*mean, *std) <= 255 else max_value(pixels)
     means, stds = ([value / white if value > 1 else value for value in values] for values in (mean, std))
-    return f"{facts}; divided by {white}: --mean {numbers(means)} --std {numbers(stds)}"
+    return f"{facts}; divided by {white}: --mean {format_values(means)} --std {format_values(stds)}"
 
 
-def numbers(values: Sequence[float]) -> str:
+def format_values(values: Sequence[float]) -> str:
     """Returns the numbers as they are given to a flag."""
     return " ".join(f"{value:.4g}" for value in values)

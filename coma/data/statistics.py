@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coma.data.channels import adapt, unit_scale
+from coma.data.channels import convert_channels, scale_to_unit
 from coma.data.pixel_values import Values, check_mixture, check_pixels, say_filled, values_of
-from coma.data.shuffle import spread
+from coma.data.shuffle import sample_indices
 from coma.data.sources.base import Source
 from coma.data.worker_pool import map_ordered
 from coma.errors import BadImage, BadInput
@@ -23,7 +23,7 @@ _CHUNK = 16
 _AT_LEAST = 256  # large JPEGs may be measured on a reduced image
 
 
-def measure(
+def compute_mean_std(
     source: Source, channels: int, limit: int = 1000, workers: int | None = None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel, of pixels scaled to 0..1 (float data: as they are).
@@ -40,7 +40,7 @@ def measure(
         BadInput: no image decodes, images are of units that do not go together, or a channel is constant and
             could not be normalised.
     """
-    chosen = spread(len(source), limit)
+    chosen = sample_indices(len(source), limit)
     chunks = [chosen[i : i + _CHUNK] for i in range(0, len(chosen), _CHUNK)]
     sums = _Sums(channels)
     for each in map_ordered(_Measure(source, channels), chunks, workers):
@@ -88,13 +88,13 @@ class _Measure:
         for index in indices:
             name = self.source.describe(index)
             try:
-                picture = self.source.picture(index, at_least=_AT_LEAST)
-                pixels = adapt(picture, self.channels, name)
+                picture = self.source.decode(index, min_side=_AT_LEAST)
+                pixels = convert_channels(picture, self.channels, name)
             except BadImage as error:
                 sums.failure = sums.failure or str(error)
                 continue
             check_pixels(pixels, None, None, lambda name=name: name)
-            values = unit_scale(pixels).reshape(-1, self.channels).astype(np.float64)
+            values = scale_to_unit(pixels).reshape(-1, self.channels).astype(np.float64)
             there = np.ones((1, 1), bool)
             if picture.missing is not None:
                 sums.filled, sums.missing = sums.filled + 1, sums.missing + float(picture.missing.mean())

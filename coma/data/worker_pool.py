@@ -1,7 +1,7 @@
 """Run a function over keys in worker processes, results in order: decoding, indexing and packing alike.
 
 - Transport: every worker answers on a pipe of its own, and what is large in a result travels in an anonymous
-  memory file (`Parcel`). Neither needs /dev/shm, which containers keep small (64 MB in Docker). A worker that
+  memory file (`SharedPickle`). Neither needs /dev/shm, which containers keep small (64 MB in Docker). A worker that
   dies closes its pipe, so its end is noticed when its answer is due.
 - Start method: forkserver. By the time a run reads data it has threads (CUDA, TensorBoard, the progress
   bar), and forking a process with threads can deadlock the child; the fork server is started clean,
@@ -165,7 +165,7 @@ class _Failure(NamedTuple):
 
 def _start(crew: list[_Worker], fetch: Callable[[Key], Any], workers: int) -> None:
     """Add workers to the crew, one after the other."""
-    context, parcel = _context(), Parcel(fetch)
+    context, parcel = _context(), SharedPickle(fetch)
     try:
         get_temp_dir()  # made here, it is removed here; workers are killed, and would leave theirs behind
         with _signals_held():
@@ -197,7 +197,7 @@ def _serve(connection: Connection, fetch: Callable[[Key], Any]) -> None:
         except (EOFError, OSError):
             return
         try:
-            answer: Any = Parcel(fetch(key))
+            answer: Any = SharedPickle(fetch(key))
         except Exception as error:
             if not isinstance(error, ComaError):  # a bug, or memory that ran out
                 error.add_note(f"in a data worker:\n{traceback.format_exc()}")
@@ -294,7 +294,7 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class Parcel:
+class SharedPickle:
     """An object on its way to another process, where it is unpickled as the object itself.
 
     Large buffers (arrays, tensors) are copied once into an anonymous memory file that both processes map. It

@@ -12,11 +12,11 @@ from coma.config import FinetuneConfig
 from coma.data import (
     Source,
     Subset,
-    check_some,
+    align_labels,
+    check_sample,
     hold_out,
-    open_labelled,
-    say_absent_classes,
-    shared_labels,
+    log_missing_classes,
+    open_labelled_splits,
 )
 from coma.errors import BadInput
 from coma.messages import counted
@@ -84,17 +84,17 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
     about = encoder.artifact
     images = config.data.images
     splits = (
-        open_labelled(images, val=config.val)
+        open_labelled_splits(images, val=config.val)
         if config.test is None
-        else open_labelled(None, images, config.test, config.val)
+        else open_labelled_splits(None, images, config.test, config.val)
     )
     train, val, test = splits.train, splits.val, splits.test
-    labels, test_labels, names = shared_labels(train, test)
-    say_absent_classes(splits)
+    labels, test_labels, names = align_labels(train, test)
+    log_missing_classes(splits)
     share, val_labels, held_out = config.optimizer.hold_out, labels[:0], val is None
     chosen_by = "checkpoint: the last step's; nothing chooses it (--hold-out 0)"
     if val is not None:
-        _, val_labels, _ = shared_labels(train, val)
+        _, val_labels, _ = align_labels(train, val)
         chosen_by = f"checkpoint: chosen by top-1 on {len(val):,} images of {val.location}"
     elif share:
         chosen = hold_out(labels, share, config.run.seed)
@@ -122,7 +122,7 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
             "and --micro-batch, or --mixup 0 --cutmix 0"
         )
     for source in (train, *((val,) if val else ()), test):
-        check_some(source, config.model.channels, config.data.mean or (), config.data.std or (), fixed=True)
+        check_sample(source, config.model.channels, config.data.mean or (), config.data.std or (), fixed=True)
     steps = count_steps(config.optimizer, len(train))
     weights = encoder.state_dict()
     check_space(config, sum(tensor.numel() for tensor in weights.values()))

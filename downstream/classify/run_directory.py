@@ -17,7 +17,7 @@ from coma.artifact import LINEAR_HEAD, ArtifactConfig, library_versions
 from coma.config import FinetuneConfig
 from coma.data import Source
 from coma.errors import BadInput
-from coma.models.classifier import build_classifier
+from coma.models.classifiers import build_classifier
 from downstream.classify.plan import FinetunePlan
 from downstream.classify.validation import Validation, validate
 from pretrain.training.console import TrainingConsole

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coma.amp import Precision, autocast
-from coma.data import Source, evaluation_batches, normalize, top_share
+from coma.data import Source, evaluation_batches, normalize, topk_accuracy
 from coma.errors import CheckFailed
-from coma.models.classifier import Classifier
+from coma.models.classifiers import Classifier
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,6 @@ def validate(
     guess, truth = torch.cat(logits), labels[torch.cat(indices)]
     if not guess.isfinite().all():
         raise CheckFailed(f"step {step}: the classifier's outputs are not finite; try --precision fp32")
-    top5 = top_share(guess, truth, 5) if guess.shape[1] > 5 else None
+    top5 = topk_accuracy(guess, truth, 5) if guess.shape[1] > 5 else None
     loss = F.cross_entropy(guess, truth).item()
-    return Validation(step, top_share(guess, truth, 1), top5, loss, len(truth)), tuple(failures)
+    return Validation(step, topk_accuracy(guess, truth, 1), top5, loss, len(truth)), tuple(failures)

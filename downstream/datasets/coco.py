@@ -183,15 +183,15 @@ def _checked(
 def _say_left_out(annotations: Path, images: Path, listed: set[str]) -> None:
     """Log how many images there are of which kinds, and what else lies in their folder."""
     from coma.data.inventory import kind_of
-    from coma.data.sources.image_folder import search  # imports torch: only where it is needed
+    from coma.data.sources.image_folder import find_images  # imports torch: only where it is needed
 
-    found, inventory = search(images)
+    found, inventory = find_images(images)
     for name in found:
         if name not in listed:
             what = f"that {annotations.name} does not list"
-            inventory.leave_out(f"image {what}", f"images {what}", name)
+            inventory.skip(f"image {what}", f"images {what}", name)
     inventory.images = Counter(map(kind_of, listed))
-    log.info(inventory.line(images), extra={"once": True})
+    log.info(inventory.summary(images), extra={"once": True})
 
 
 def _why_none(remarks: list[str]) -> str:

@@ -11,7 +11,7 @@ from mmengine.dataset import worker_init_fn
 from mmengine.registry import FUNCTIONS
 from torch import Tensor
 
-from coma.data.worker_pool import Parcel
+from coma.data.worker_pool import SharedPickle
 
 
 @FUNCTIONS.register_module()
@@ -21,7 +21,7 @@ def settle_worker(worker_id: int, **facts: Any) -> None:
     Ctrl-C and schedulers signal whole groups; a reader that died of it would take the trainer along. Images
     travel without /dev/shm, and what cannot be sent ends the process: torch would wait for it for ever.
     """
-    ForkingPickler.register(Tensor, lambda tensor: Parcel(tensor).__reduce__())
+    ForkingPickler.register(Tensor, lambda tensor: SharedPickle(tensor).__reduce__())
     Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
     os.setpgrp()
     worker_init_fn(worker_id, **facts)

@@ -327,9 +327,9 @@ def _labelled(given: ExportConfig, source: Source, config: ArtifactConfig, batch
     """The images, if they can be used for the top-1 of a classifier."""
     if given.verify is None or source.labels is None or config.kind != "classifier":
         return None
-    from coma.data.labels import labels_among
+    from coma.data.labels import class_indices
 
-    labels_among(source, config.class_names or (), "the model")
+    class_indices(source, config.class_names or (), "the model")
     count = min(len(source), given.metric_images)
     if count < batch:
         raise BadInput(f"--verify: top-1 on {counted(count, 'image')} is fewer than one batch of {batch}")

@@ -90,10 +90,10 @@ def run(argv: list[str]) -> None:
 
     pick_device(config.device)
 
-    from coma.data import open_labelled, say_absent_classes
+    from coma.data import log_missing_classes, open_labelled_splits
 
-    splits = open_labelled(config.data, config.train, config.test)
-    say_absent_classes(splits)
+    splits = open_labelled_splits(config.data, config.train, config.test)
+    log_missing_classes(splits)
     scores = _evaluate(config, splits)
     _print_table(scores)
     if config.out:

@@ -62,8 +62,8 @@ def run(argv: list[str]) -> None:
     require_folder(config.out)
     settings = PackSettings(config.size, config.quality, config.shard_images)
     source = open_source(config.images, config.split)
-    if source.unlabelled:
-        print(f"labels are not packed: {source.unlabelled}")
+    if source.unlabelled_reason:
+        print(f"labels are not packed: {source.unlabelled_reason}")
     started = time.perf_counter()
     with Progress() as progress:
         try:

@@ -20,12 +20,14 @@ import os
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from coma.arguments import parse_arguments, parse_known
 from coma.config import (
+    ENCODER_PRESETS,
+    METHOD_PRESETS,
     BeyondConfig,
     DataConfig,
     Degradation,
@@ -34,7 +36,6 @@ from coma.config import (
     PretrainConfig,
     ProbeConfig,
     RunConfig,
-    TaughtConfig,
     TeacherConfig,
     encoder_preset,
     method_preset,
@@ -43,15 +44,22 @@ from coma.config.serialization import read_config
 from coma.errors import BadInput, ComaError
 from coma.preflight import require_packages
 from coma.ranges import CHANNELS, EPOCHS, RARE, SIDE, STEPS, Ranged
+from coma.registry import ARCHITECTURES, METHODS, presets
 
-Model = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
-Method = Literal["coma", "coma4", "coma-independent", "coma-single", "mae", "beyond", "cmt", "coma-balanced"]
+if TYPE_CHECKING:
+    Model = Method = str
+else:
+    Model, Method = Literal[ENCODER_PRESETS], Literal[METHOD_PRESETS]
 
 _RECIPES = {
     "default": OptimizerConfig(),
     "small-data": OptimizerConfig(epochs=400, batch_size=64, base_lr=4e-3, warmup=0.05),
 }
-_NARROW_DECODER = {"tiny": 192, "vit-tiny": 192}  # the full 512 channels would cost more than the encoder
+
+_METHOD_HELP = (
+    "; ".join(f"{name}: {preset.help}" for name, preset in presets(METHODS).items())
+    + ". --method X --help-all lists the settings of X; default: coma"
+)
 
 _NOT_RESUMED = ("model", "method", "degrade", "recipe", "channels", "from_")
 
@@ -62,11 +70,7 @@ class Presets(Ranged):
 
     model: Model | None = None
     """Encoder: tiny to large are DyViT, vit-* are plain ViT; default: small"""
-    method: Method | None = None
-    """coma: two complementary views. coma4: four. coma-independent, coma-single: controls. mae: one view of
-    a quarter of the image. beyond: other degradations than masks, see --degrade. cmt (CMT-MAE): masks and
-    targets from a teacher. coma-balanced: coma with masks from a teacher's attention. --method X --help-all
-    lists the settings of X; default: coma"""
+    method: Annotated[Method | None, tyro.conf.arg(help=_METHOD_HELP)] = None
     degrade: Annotated[Degradation | None, RARE] = None
     """Degradation of --method beyond; `coma degrade IMAGE --out SHEET` draws all of them; default:
     zoom-in+mask"""
@@ -173,7 +177,7 @@ def _defaults(first: _First) -> PretrainConfig:
     else:
         model = replace(config.model, channels=channels)
     if first.method or not first.from_:
-        width = _NARROW_DECODER.get(first.model or "small", config.objective.decoder.dim)
+        width = presets(ARCHITECTURES)[first.model or "small"].decoder_dim or config.objective.decoder.dim
         objective = method_preset(first.method or "coma", decoder_dim=width)
     else:
         objective = _with_any_weights(config.objective)
@@ -199,9 +203,12 @@ def _counted_in_epochs(config: PretrainConfig, first: _First) -> PretrainConfig:
 
 
 def _with_teacher(objective: ObjectiveConfig, first: Presets) -> ObjectiveConfig:
-    if not isinstance(objective, TaughtConfig):
+    if objective.teacher is None:
         flag = f"--teacher {first.teacher}" if first.teacher else f"--teacher-weights {first.teacher_weights}"
-        raise BadInput(f"{flag} belongs to --method cmt and coma-balanced; give one of them, or leave it out")
+        taught = [name for name in METHOD_PRESETS if method_preset(name).teacher]
+        raise BadInput(
+            f"{flag} belongs to --method {' and '.join(taught)}; give one of them, or leave it out"
+        )
     if first.teacher:
         return replace(objective, teacher=TeacherConfig(first.teacher, first.teacher_weights))
     return replace(objective, teacher=replace(objective.teacher, weights=first.teacher_weights))
@@ -209,7 +216,7 @@ def _with_teacher(objective: ObjectiveConfig, first: Presets) -> ObjectiveConfig
 
 def _with_any_weights(objective: ObjectiveConfig) -> ObjectiveConfig:
     # a new run notes for itself which weights its teacher has
-    if not isinstance(objective, TaughtConfig):
+    if objective.teacher is None:
         return objective
     return replace(objective, teacher=replace(objective.teacher, sha256=None))
 

@@ -1,6 +1,6 @@
 """Evaluation of frozen features on labelled images: nearest neighbours, a linear classifier, collapse."""
 
-from coma.data import shared_labels
+from coma.data import align_labels
 from pretrain.evaluate.collapse import GateStatistics, effective_rank, feature_spread, watched_gates
 from pretrain.evaluate.features import Features, extract_features, random_encoder
 from pretrain.evaluate.knn import knn_votes
@@ -15,6 +15,7 @@ __all__ = [
     "Probe",
     "Protocol",
     "Score",
+    "align_labels",
     "check_labelled",
     "effective_rank",
     "evaluate",
@@ -26,6 +27,5 @@ __all__ = [
     "open_probe",
     "random_encoder",
     "score",
-    "shared_labels",
     "watched_gates",
 ]

@@ -71,7 +71,7 @@ class GateStatistics:
         self._seen[stage] = self._seen.get(stage, 0) + n
 
     def summary(self) -> dict[str, float]:
-        """Returns the weight of every window and the entropy, means over a stage's blocks and all images.
+        """Returns every window's weight and the entropy, means over a stage's blocks and all images.
 
         `stage3_window1` is the share of the first window (the windows of a stage add up to 1, and are equal at
         the start of training); `stage3_entropy` is 1 if all windows have equal weights and 0 if every channel
@@ -94,9 +94,8 @@ def watched_gates(encoder: Encoder) -> Iterator[GateStatistics]:
     def recorder(stage: int) -> Callable[[WindowGate, Any, Tensor], None]:
         return lambda gate, _, weights: watch.add(stage, weights.detach(), gate.windows)
 
-    for name, module in encoder.named_modules():
-        if isinstance(module, WindowGate):  # its name begins with stages.N
-            handles.append(module.register_forward_hook(recorder(int(name.split(".")[1]) + 1)))
+    for stage, gate in encoder.window_gates():
+        handles.append(gate.register_forward_hook(recorder(stage)))
     try:
         yield watch
     finally:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from coma.artifact import ArtifactConfig
 from coma.config import ProbeConfig
-from coma.data import Source, balanced, open_labelled, shared_labels
+from coma.data import Source, align_labels, balanced_subset, open_labelled_splits
 from coma.errors import BadInput
 from coma.models import Encoder
 from pretrain.evaluate.collapse import effective_rank, feature_spread, watched_gates
@@ -97,13 +97,13 @@ def check_labelled(folder: Path, protocols: Sequence[Protocol]) -> None:
 
 
 def _open(config: ProbeConfig, folder: Path) -> Probe:
-    splits = open_labelled(folder)
+    splits = open_labelled_splits(folder)
     sources = splits.train, splits.test
-    shared_labels(*sources)
+    align_labels(*sources)
     limits = config.probe_train, config.probe_test
-    train, test = (balanced(source, most) for source, most in zip(sources, limits, strict=True))
+    train, test = (balanced_subset(source, most) for source, most in zip(sources, limits, strict=True))
     try:
-        labels, _, _ = shared_labels(train, test)
+        labels, _, _ = align_labels(train, test)
     except BadInput:
         raise BadInput(
             f"--probe-train {limits[0]}: too few for the classes of {folder}; give at least one image of each"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from coma.artifact import ArtifactConfig
-from coma.data import Source, check_some, shared_labels, top_share
+from coma.data import Source, align_labels, check_sample, topk_accuracy
 from coma.errors import BadInput
 from coma.models import Encoder
 from pretrain.evaluate.features import Features, extract_features
@@ -73,8 +73,8 @@ def score(
         classifier = fit_linear(train.values, train.labels, classes, seed=seed)
         settings = {"penalty": classifier.penalty}
         guess = classifier(test.values)
-    top1 = top_share(guess, test.labels, 1)
-    top5 = top_share(guess, test.labels, 5) if classes > 5 else None
+    top1 = topk_accuracy(guess, test.labels, 1)
+    top5 = topk_accuracy(guess, test.labels, 5) if classes > 5 else None
     seconds = time.perf_counter() - start
     return Score(name, protocol, top1, top5, classes, len(train.labels), len(test.labels), seconds, settings)
 
@@ -131,7 +131,7 @@ def evaluate(
     if "knn" in protocols:
         check_knn(k, temperature, len(train))
     for source in (train, test):
-        check_some(source, config.model.channels, config.mean, config.std, fixed=True)
+        check_sample(source, config.model.channels, config.mean, config.std, fixed=True)
     known, asked, classes = labelled_features(
         encoder,
         config,
@@ -166,7 +166,7 @@ def labelled_features(
     Raises:
         BadInput, CheckFailed: as `evaluate`.
     """
-    train_labels, test_labels, names = shared_labels(train, test)
+    train_labels, test_labels, names = align_labels(train, test)
     known, asked = (
         extract_features(
             encoder,

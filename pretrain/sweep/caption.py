@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from coma.artifact import library_versions
-from coma.config import BalancedCoMAConfig, CMTConfig
 from coma.data import open_source
 from coma.devices import processor
 from pretrain.sweep.config import RANDOM_BASELINE, CompareConfig
@@ -102,9 +101,9 @@ def _zooms(comparison: CompareConfig) -> list[str]:
 def _teachers(comparison: CompareConfig) -> list[str]:
     """Returns the teacher of every taught method."""
     names = {
-        entry.method: objective.teacher.name
+        entry.method: teacher.name
         for entry in comparison.entries
-        if isinstance(objective := entry.config.objective, CMTConfig | BalancedCoMAConfig)
+        if (teacher := entry.config.objective.teacher) is not None
     }
     if not names:
         return []

@@ -27,8 +27,8 @@ from coma.artifact import ArtifactConfig, library_versions, save_artifact
 from coma.atomic_io import lies_among, write_whole
 from coma.config import PretrainConfig
 from coma.config.serialization import flat, to_plain
-from coma.data import measure, open_source
-from coma.data.identity import FLAG, check_listing, list_data, read_listing, write_listing
+from coma.data import compute_mean_std, open_source
+from coma.data.listing import FLAG, check_listing, list_data, read_listing, write_listing
 from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.progress import Progress, clock
 from coma.signals import StopRequest
@@ -198,7 +198,7 @@ def _with_statistics(comparison: CompareConfig) -> CompareConfig:
         if data.mean is None:
             if not kept.exists():
                 source = open_source(comparison.images)
-                _write_json(kept, measure(source, entry.config.model.channels, workers=data.workers))
+                _write_json(kept, compute_mean_std(source, entry.config.model.channels, workers=data.workers))
             mean, std = (tuple(values) for values in json.loads(kept.read_text()))
             data = replace(data, mean=mean, std=std)
         if data.workers is None:

@@ -27,7 +27,7 @@ from coma.atomic_io import write_whole
 from coma.config import FinetuneConfig, PretrainConfig
 from coma.config.serialization import from_plain, to_plain
 from coma.data import Batch, normalize
-from coma.data.pixel_values import numbers
+from coma.data.pixel_values import format_values
 from coma.errors import BadInput, CheckFailed
 from coma.objectives.teachers import training_objective
 from pretrain.training.distributed import Processes
@@ -139,7 +139,7 @@ def advice(plan: RunPlan, batches: list[Batch], weights: Mapping[str, Tensor]) -
         return (
             f"{name} holds values that are {farthest[worst]:.4g} standard deviations away from the mean: "
             "look for missing values that are not declared as nodata, for another unit, and at the mean "
-            f"({numbers(mean)}) and standard deviation ({numbers(std)})"
+            f"({format_values(mean)}) and standard deviation ({format_values(std)})"
         )
     low, high = torch.aminmax(pixels.flatten(2), dim=2)
     if (low == high).all():

@@ -31,7 +31,7 @@ from coma.artifact import ArtifactConfig, library_versions, save_artifact
 from coma.config import EncoderConfig, ObjectiveConfig, PretrainConfig
 from coma.config.serialization import to_plain
 from coma.data import Batch, Source, evaluation_batches, normalize
-from coma.data.identity import (
+from coma.data.listing import (
     Listing,
     changes,
     check_listing,

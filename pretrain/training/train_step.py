@@ -29,8 +29,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from coma.amp import Precision, autocast, build_scaler, choose_attention
 from coma.config import OptimizerConfig, RunConfig
-from coma.data import Batch, Slices, normalize
-from coma.data.shuffle import mix
+from coma.data import Batch, BatchLayout, normalize
+from coma.data.shuffle import splitmix64
 from coma.objectives import Objective
 from coma.objectives.classification import Classification
 from pretrain.training.distributed import Processes, parallelize, reducing
@@ -83,7 +83,7 @@ class TrainStep:
         optimizer: OptimizerConfig,
         run: RunConfig,
         group: Processes,
-        slices: Slices,
+        slices: BatchLayout,
         precision: Precision,
         mean: tuple[float, ...],
         std: tuple[float, ...],
@@ -133,7 +133,7 @@ class TrainStep:
         self.batches, waited = [], 0.0
         passes: list[dict[str, Tensor]] = []
         device = self._group.device
-        first_rows = self._slices.first_rows(number * self._slices.global_batch)
+        micro_batch_starts = self._slices.micro_batch_starts(number * self._slices.global_batch)
         for last in [*[False] * (self._slices.accumulation - 1), True]:
             began = time.perf_counter()
             batch = next(batches)
@@ -141,7 +141,7 @@ class TrainStep:
             self.batches.append(batch)
             images = normalize(batch.images.to(device, non_blocking=True), self._mean, self._std)
             beside = (batch.seeds if batch.labels is None else batch.labels).to(device, non_blocking=True)
-            seed_generators(self._seed, next(first_rows))
+            seed_generators(self._seed, next(micro_batch_starts))
             with reducing(self._model, last):  # gradients are averaged over processes in the last pass
                 with autocast(self.precision, device):
                     output = self._model(images, beside)
@@ -217,12 +217,12 @@ class TrainStep:
 
 def pass_seed(run_seed: int) -> int:
     """What keeps the random numbers of forward passes apart from those of crops and masks."""
-    return mix((run_seed ^ 0x70617373) & (2**64 - 1))
+    return splitmix64((run_seed ^ 0x70617373) & (2**64 - 1))
 
 
 def seed_generators(seed: int, position: int) -> None:
     """Make all random numbers from here on a function of the run's seed and a position in the stream."""
-    value = mix((seed + position) & (2**64 - 1))
+    value = splitmix64((seed + position) & (2**64 - 1))
     torch.manual_seed(value)
     random.seed(value)
     np.random.seed(value % 2**32)

@@ -1,7 +1,7 @@
 """What every kind of data looks like from outside: numbered pictures with a name, perhaps labels.
 
 A source travels to worker processes, so whatever grows with the number of images (names, offsets,
-labels) is kept in tensors: those travel in memory that all workers share (`workers.Parcel`), and a million
+labels) is kept in tensors: those travel in memory that all workers share (`workers.SharedPickle`), and a million
 names cost once, not once per worker.
 """
 
@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from coma.data.channels import adapt
-from coma.data.decode import complete, decode
-from coma.data.decode_arrays import as_hwc, as_pixels
-from coma.data.image import AtLeast, Picture
+from coma.data.channels import convert_channels
+from coma.data.decode import decode, fill_missing
+from coma.data.decode_arrays import to_hwc, to_supported_dtype
+from coma.data.image import DecodedImage, MinSide
 from coma.data.inventory import Inventory
 from coma.errors import BadImage
 from coma.messages import counted, printable
@@ -34,9 +34,9 @@ class Source(ABC):
     """Names of the labels, where they are known."""
     inventory: Inventory
     """What the search for the images found and left out; empty where there was none."""
-    unlabelled: str = ""
+    unlabelled_reason: str = ""
     """Why images that seem to have labels have none: names the file and says what to do."""
-    numbered: bool = True
+    labels_are_stored: bool = True
     """Whether the labels' numbers are the data's own, not places in a sorted list of folder names."""
     split: str | None = None
     """train, val or test, where the images are those of a split."""
@@ -67,7 +67,7 @@ class Source(ABC):
     def summary(self) -> str:
         """Returns one line: how many images of which kinds there are, and what was left out and why."""
         if self.inventory.images:
-            return self.inventory.line(self.location)
+            return self.inventory.summary(self.location)
         return f"{printable(str(self.location))}: {counted(len(self), 'image')}"
 
     @abstractmethod
@@ -79,14 +79,14 @@ class Source(ABC):
         return [self.describe(i) for i in range(len(self))], [0] * len(self)
 
     @abstractmethod
-    def picture(self, i: int, at_least: AtLeast = 0) -> Picture:
-        """The decoded image; `at_least` as in `decode`.
+    def decode(self, i: int, min_side: MinSide = 0) -> DecodedImage:
+        """The decoded image; `min_side` as in `decode`.
 
         Raises:
             BadImage: it cannot be read or decoded.
         """
 
-    def encoded(self, i: int) -> bytes | None:
+    def read_bytes(self, i: int) -> bytes | None:
         """The image's file content; None where there is no file.
 
         Raises:
@@ -94,30 +94,30 @@ class Source(ABC):
         """
         return None
 
-    def read(self, i: int, channels: int | None = None, at_least: AtLeast = 0) -> np.ndarray:
+    def read(self, i: int, channels: int | None = None, min_side: MinSide = 0) -> np.ndarray:
         """Pixels `[H, W, C]` uint8, uint16 or float32, with C = `channels` where given.
 
         Raises:
             BadImage: it cannot be read or decoded, or its channels do not fit.
         """
-        picture = self.picture(i, at_least)
-        return picture.pixels if channels is None else adapt(picture, channels, self.describe(i))
+        picture = self.decode(i, min_side)
+        return picture.pixels if channels is None else convert_channels(picture, channels, self.describe(i))
 
 
 class EncodedSource(Source):
     """A source whose images are encoded files, wherever they lie."""
 
     @abstractmethod
-    def encoded(self, i: int) -> bytes:
+    def read_bytes(self, i: int) -> bytes:
         """The image's file content.
 
         Raises:
             BadImage: it cannot be read.
         """
 
-    def picture(self, i: int, at_least: AtLeast = 0) -> Picture:
-        """The decoded image; see `Source.picture`."""
-        return decode(self.encoded(i), self.describe(i), at_least)
+    def decode(self, i: int, min_side: MinSide = 0) -> DecodedImage:
+        """The decoded image; see `Source.decode`."""
+        return decode(self.read_bytes(i), self.describe(i), min_side)
 
 
 class ArraySource(Source):
@@ -145,10 +145,10 @@ class ArraySource(Source):
         """Positions, and bytes of the arrays."""
         return [str(i) for i in range(len(self))], [np.asarray(image).nbytes for image in self._images]
 
-    def picture(self, i: int, at_least: AtLeast = 0) -> Picture:
+    def decode(self, i: int, min_side: MinSide = 0) -> DecodedImage:
         """The array as it is."""
         try:
-            return complete(Picture(as_pixels(as_hwc(np.asarray(self._images[i])))))
+            return fill_missing(DecodedImage(to_supported_dtype(to_hwc(np.asarray(self._images[i])))))
         except BadImage as error:
             raise BadImage(f"{self.describe(i)}: {error}") from None
 

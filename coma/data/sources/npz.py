@@ -63,7 +63,7 @@ class NpzSource(EncodedSource):
         names = list(self._names) or [str(i) for i in range(len(self))]
         return names, self._offsets.diff().tolist()
 
-    def encoded(self, i: int) -> bytes:
+    def read_bytes(self, i: int) -> bytes:
         """The image's file content."""
         start, end = self._offsets[i : i + 2].tolist()
         if self._data is not None:

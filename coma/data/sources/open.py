@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from coma.data.sources.base import Source
-from coma.data.sources.image_folder import FolderSource, files_in, subfolders
+from coma.data.sources.image_folder import FolderSource, list_files, list_folders
 from coma.data.sources.npz import NpzSource
 from coma.data.sources.webdataset import INDEX, ShardSource
 from coma.errors import BadInput
@@ -98,9 +98,9 @@ def _open_folder(path: Path, split: str | None, held_out: bool) -> Source:
         folders = {shard.parent for shard in chosen}
         source = ShardSource(folders.pop() if len(folders) == 1 else path, chosen)
         names = {INDEX, *(shard.name for shard in shards)}
-        for name in [*subfolders(source.location), *files_in(source.location)]:
+        for name in [*list_folders(source.location), *list_files(source.location)]:
             if name not in names:
-                source.inventory.leave_out("entry beside the shards", "entries beside the shards", name)
+                source.inventory.skip("entry beside the shards", "entries beside the shards", name)
     source.split, source.notes = found.get(chosen[0]), (*source.notes, *notes)
     return source
 
@@ -114,7 +114,7 @@ def _shards(path: Path) -> tuple[list[Path], dict[Path, Split]]:
         return shards, {shard: splits[shard.stem] for shard in shards if shard.stem in splits}
     found: dict[Path, Split] = {
         shard: split
-        for name in subfolders(path)
+        for name in list_folders(path)
         if (split := split_of(name)) is not None
         for shard in _files(path / name, ".tar")
     }
@@ -122,7 +122,7 @@ def _shards(path: Path) -> tuple[list[Path], dict[Path, Split]]:
 
 
 def _files(folder: Path, suffix: str) -> list[Path]:
-    return [folder / name for name in files_in(folder) if name.lower().endswith(suffix)]
+    return [folder / name for name in list_files(folder) if name.lower().endswith(suffix)]
 
 
 def _choose(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coma.data.image import AtLeast, Picture
+from coma.data.image import DecodedImage, MinSide
 from coma.data.sources.base import Source
 
 
@@ -23,7 +23,7 @@ class Subset(Source):
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         labels = source.labels
         super().__init__(source.location, None if labels is None else labels[indices], source.class_names)
-        self.unlabelled, self.numbered = source.unlabelled, source.numbered
+        self.unlabelled_reason, self.labels_are_stored = source.unlabelled_reason, source.labels_are_stored
         self.split, self.notes, self.inventory = source.split, source.notes, source.inventory
         self._source = source
         self._indices = torch.from_numpy(indices.astype(np.int64))
@@ -42,16 +42,16 @@ class Subset(Source):
         chosen = self._indices.tolist()
         return [names[i] for i in chosen], [sizes[i] for i in chosen]
 
-    def picture(self, i: int, at_least: AtLeast = 0) -> Picture:
-        """The decoded image; see `Source.picture`."""
-        return self._source.picture(int(self._indices[i]), at_least)
+    def decode(self, i: int, min_side: MinSide = 0) -> DecodedImage:
+        """The decoded image; see `Source.decode`."""
+        return self._source.decode(int(self._indices[i]), min_side)
 
-    def encoded(self, i: int) -> bytes | None:
+    def read_bytes(self, i: int) -> bytes | None:
         """The image's file content, if there is a file; see `Source.encoded`."""
-        return self._source.encoded(int(self._indices[i]))
+        return self._source.read_bytes(int(self._indices[i]))
 
 
-def balanced(source: Source, most: int, seed: int = 0) -> Source:
+def balanced_subset(source: Source, most: int, seed: int = 0) -> Source:
     """At most `most` labelled images, as many of each class as there are; the same for the same seed.
 
     Args:

@@ -79,10 +79,10 @@ class ShardSource(EncodedSource):
         samples, inventory = [], Inventory()
         for each, account in map_ordered(index_shard, shards, None if size > _WORTH_WORKERS else 0):
             samples.append(each)
-            inventory.add(account)
+            inventory.merge(account)
         counts = [len(each) for each in samples]
         if not sum(counts):
-            left_out = inventory.left_out()
+            left_out = inventory.skipped()
             holds = f"; it holds {left_out}" if left_out else ""
             looked = f"looked for {' '.join(EXTENSIONS)}"
             raise BadInput(f"{location}: no image in {counted(len(shards), 'shard')} ({looked}){holds}")
@@ -98,7 +98,7 @@ class ShardSource(EncodedSource):
         self._shard = torch.from_numpy(np.repeat(np.arange(len(shards), dtype=np.int32), counts))
         self._places = torch.tensor([(sample.image.start, sample.image.size) for sample in flat])
         self._names = Names(sample.image.name for sample in flat)
-        self.unlabelled = self._why_unlabelled(flat)
+        self.unlabelled_reason = self._why_unlabelled(flat)
 
     def __len__(self) -> int:
         """Number of samples that have an image."""
@@ -114,7 +114,7 @@ class ShardSource(EncodedSource):
         names = [f"{shards[k]}/{name}" for k, name in zip(self._shard.tolist(), self._names, strict=True)]
         return names, self._places[:, 1].tolist()
 
-    def encoded(self, i: int) -> bytes:
+    def read_bytes(self, i: int) -> bytes:
         """The image's file content."""
         start, size = self._places[i].tolist()
         return read_at(self._shards[int(self._shard[i])], start, size, self.describe(i))
@@ -182,7 +182,7 @@ def _members(path: Path, file: int, inventory: Inventory) -> Iterator[Member]:
             elif kind == tarfile.SYMTYPE:
                 yield Member(name, start, size, posixpath.join(posixpath.dirname(name), link))
             elif kind != tarfile.DIRTYPE:
-                inventory.leave_out("special file", "special files", f"{path.name}[{name}]")
+                inventory.skip("special file", "special files", f"{path.name}[{name}]")
             longer = {}
 
 
@@ -198,7 +198,7 @@ def _linked(path: Path, members: list[Member], inventory: Inventory) -> list[Mem
         if target.link is None:
             found.append(target._replace(name=member.name))
         else:
-            inventory.leave_out(
+            inventory.skip(
                 "link that leads to no file of its shard",
                 "links that lead to no file of their shard",
                 f"{path.name}[{member.name}]",
@@ -210,10 +210,10 @@ def _is_shown(path: Path, name: str, inventory: Inventory) -> bool:
     """Whether a member would be found in a folder: it is not hidden, nor in a folder that systems write."""
     *folders, base = [part for part in name.split("/") if part not in ("", ".", "..")] or [name]
     if base.startswith(".") or any(folder.startswith(".") for folder in folders):
-        inventory.leave_out_hidden(f"{path.name}[{name}]")
+        inventory.skip_hidden(f"{path.name}[{name}]")
         return False
     if any(map(is_system_folder, folders)):
-        inventory.leave_out_system_folder(f"{path.name}[{name}]")
+        inventory.skip_system_folder(f"{path.name}[{name}]")
         return False
     return True
 
@@ -256,7 +256,7 @@ def _samples(path: Path, file: int, group: list[Member], inventory: Inventory) -
     images, others = [], []
     for member in group:
         base = member.name.rpartition("/")[2]
-        kind, is_image = inventory.judge(base, lambda _, at=member.start: os.pread(file, HEAD, at))
+        kind, is_image = inventory.identify(base, lambda _, at=member.start: os.pread(file, HEAD, at))
         (images if is_image else others).append((member, kind, base.partition(".")[2]))
     if not images:
         for _, kind, _ in others:
@@ -266,7 +266,7 @@ def _samples(path: Path, file: int, group: list[Member], inventory: Inventory) -
     samples = []
     for member, kind, rest in images:
         if plain and member is not plain[0] and not rest[:1].isdigit():
-            inventory.leave_out(
+            inventory.skip(
                 "further image of a sample", "further images of samples", f"{path.name}[{member.name}]"
             )
             continue

@@ -294,7 +294,7 @@ def test_public_names_are_there_and_others_are_not():
     assert set(coma.__all__) <= set(dir(coma))
     assert re.match(r"\d+\.\d+", coma.__version__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        _ = coma.nonsense
+        _ = coma.nonsense  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def surface() -> dict[str, str]:

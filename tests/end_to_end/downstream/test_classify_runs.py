@@ -18,7 +18,7 @@ from coma.artifact import (
 )
 from coma.config import FinetuneConfig, FinetuneDataConfig, ViTConfig
 from coma.data import Source, evaluation_batches, normalize, open_source
-from coma.data.image import AtLeast
+from coma.data.image import MinSide
 from coma.data.sources.base import EncodedSource
 from coma.errors import BadInput
 from downstream.classify import run_directory
@@ -114,7 +114,7 @@ def test_packs_are_read_and_numbers_are_names_where_there_are_none(short, place,
     for part in ("train", "val", "test"):
         source = open_source(place / "data", part)
         assert source.labels is not None
-        files = [source.encoded(i) or b"" for i in range(len(source))]
+        files = [source.read_bytes(i) or b"" for i in range(len(source))]
         offsets = np.cumsum([0, *map(len, files)])
         data = np.frombuffer(b"".join(files), np.uint8)
         np.savez(tmp_path / f"{part}.npz", data=data, offsets=offsets, labels=source.labels)
@@ -189,14 +189,14 @@ def test_a_part_of_every_class_is_held_out_where_there_is_no_val_split(
 ):
     shown = watched(monkeypatch)
     read: set[str] = set()
-    real = EncodedSource.picture
+    real = EncodedSource.decode
 
-    def note(source: EncodedSource, i: int, at_least: AtLeast = 0) -> Any:
-        if callable(at_least):  # as training samples are read
+    def note(source: EncodedSource, i: int, min_side: MinSide = 0) -> Any:
+        if callable(min_side):  # as training samples are read
             read.add(source.describe(i))
-        return real(source, i, at_least)
+        return real(source, i, min_side)
 
-    monkeypatch.setattr(EncodedSource, "picture", note)
+    monkeypatch.setattr(EncodedSource, "decode", note)
     result = finetune(without_val(short, place, tmp_path / "run", steps=20, validate=4.0))
     *validated, tested = shown
     assert all(images == validated[0] for images in validated)

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from class_folders import class_folders
 from comparisons import SMALL, asked
 
 from coma import cli
@@ -47,11 +46,6 @@ def in_another_process(scenario: str, *arguments: Path) -> None:
         timeout=250,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return class_folders(tmp_path_factory.mktemp("labelled"))
 
 
 # from end to end --------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from webdataset.compat import WebDataset
 
 from coma.data import ArraySource, open_source
 from coma.data.decode import decode
-from coma.data.encode import encode, shrink
-from coma.data.image import Picture
+from coma.data.encode import encode, reduce_to_short_side
+from coma.data.image import DecodedImage
 from coma.data.pack import PackSettings, pack
 from coma.errors import BadInput, ComaError, Interrupted
 from pretrain.commands.pack import run
@@ -43,21 +43,21 @@ def photos(tmp_path) -> Path:
 
 @pytest.mark.parametrize("shape", [(200, 300), (300, 200), (64, 5000), (65, 65)])
 def test_large_images_are_reduced_to_the_short_side(shape):
-    small = shrink(Picture(np.zeros((*shape, 3), np.uint8)), 64).pixels
+    small = reduce_to_short_side(DecodedImage(np.zeros((*shape, 3), np.uint8)), 64).pixels
     assert min(small.shape[:2]) == 64
     assert small.shape[0] / small.shape[1] == pytest.approx(shape[0] / shape[1], rel=0.01)
 
 
 def test_small_images_are_never_enlarged():
-    picture = Picture(ASTRONAUT[:40, :500])
-    assert shrink(picture, 64) is picture
+    picture = DecodedImage(ASTRONAUT[:40, :500])
+    assert reduce_to_short_side(picture, 64) is picture
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 def test_reducing_keeps_depth_and_brightness(dtype):
     white = 1 if dtype is np.float32 else np.iinfo(dtype).max
     pixels = (ASTRONAUT / 255 * white).astype(dtype)
-    small = shrink(Picture(pixels), 64).pixels
+    small = reduce_to_short_side(DecodedImage(pixels), 64).pixels
     assert small.dtype == dtype
     assert (small / white).mean() == pytest.approx((pixels / white).mean(), abs=0.005)
 
@@ -79,7 +79,7 @@ def test_reducing_keeps_depth_and_brightness(dtype):
     ],
 )
 def test_what_is_written_reads_back(pixels, alpha, suffix):
-    extension, content = encode(Picture(pixels, alpha), quality=95)
+    extension, content = encode(DecodedImage(pixels, alpha), quality=95)
     back = decode(content, "x")
     assert extension == suffix
     assert back.pixels.dtype == pixels.dtype
@@ -173,7 +173,7 @@ def test_small_jpegs_keep_their_bytes_unless_they_must_be_turned(tmp_path):
     )  # damaged
     pack(open_source(folder), tmp_path / "out", SMALL, workers=0)
     packed = open_source(tmp_path / "out")
-    kept, turned, converted, damaged = (packed.encoded(i) for i in range(4))
+    kept, turned, converted, damaged = (packed.read_bytes(i) for i in range(4))
     assert kept == (folder / "a.jpg").read_bytes()
     assert damaged == (folder / "d.jpg").read_bytes()
     assert kept is not None and turned is not None and converted is not None
@@ -205,7 +205,7 @@ def test_arrays_and_packs_can_be_packed(tmp_path):
     pack(open_source(tmp_path / "one"), tmp_path / "two", SMALL, workers=0)
     again = open_source(tmp_path / "two")
     assert again.class_names == ("a", "b")
-    assert again.encoded(1) == open_source(tmp_path / "one").encoded(1)
+    assert again.read_bytes(1) == open_source(tmp_path / "one").read_bytes(1)
     assert again.describe(1) == f"{tmp_path}/two/shard-000000.tar[00000001-1.jpg]"
 
 

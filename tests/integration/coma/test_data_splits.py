@@ -14,7 +14,7 @@ from PIL import Image
 from coma import cli
 from coma.data import Source, open_source
 from coma.errors import BadInput
-from coma.splits import choose_images, known_split, paired_splits, split_of
+from coma.splits import paired_splits, parse_split, select_images, split_of
 
 
 def png() -> bytes:
@@ -68,7 +68,7 @@ def test_what_else_names_say_has_to_agree():
     ):
         assert paired_splits(names) == {}
     with pytest.raises(BadInput, match="'nonsense' is not a split; there are train, val, test"):
-        known_split("nonsense")
+        parse_split("nonsense")
 
 
 LAYOUTS = {
@@ -183,5 +183,5 @@ def test_the_commands_say_what_they_leave_out(tmp_path, caplog):
 
 def test_every_folder_that_is_read_is_named():
     names = ["ann_dir/train/a.png", "ann_dir/val/b.png", "img_dir/train/a.jpg", "img_dir/val/b.jpg"]
-    (note,) = choose_images(names, Path("data"), None, held_out=False).notes
+    (note,) = select_images(names, Path("data"), None, held_out=False).notes
     assert "reads ann_dir/train/ (1 image), img_dir/train/ (1 image), and leaves out ann_dir/val/" in note

@@ -20,14 +20,14 @@ from coma.data import ArraySource
 from coma.errors import BadInput, CheckFailed
 from pretrain.evaluate import (
     Features,
+    align_labels,
     evaluate,
     extract_features,
     knn_votes,
     random_encoder,
     score,
-    shared_labels,
 )
-from pretrain.evaluate.protocols import top_share
+from pretrain.evaluate.protocols import topk_accuracy
 
 MODEL = ViTConfig(patch=4, dim=16, depth=1, heads=2)
 
@@ -126,8 +126,8 @@ def test_impossible_neighbours_are_refused(k, temperature, message):
 def test_top_shares_are_counted():
     guess = torch.tensor([[3.0, 2, 1, 0, -1, -2], [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]])
     labels = torch.tensor([0, 0, 4])
-    assert top_share(guess, labels, 1) == pytest.approx(1 / 3)
-    assert top_share(guess, labels, 5) == pytest.approx(2 / 3)
+    assert topk_accuracy(guess, labels, 1) == pytest.approx(1 / 3)
+    assert topk_accuracy(guess, labels, 5) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("protocol", ["knn", "linear"])
@@ -158,12 +158,12 @@ def array(labels, names=None, where="set") -> ArraySource:
 
 def test_names_decide_when_the_sets_count_their_classes_differently():
     train, test = array([0, 1, 2, 1], ("ant", "bee", "cat")), array([0, 1, 0], ("cat", "ant"))
-    known, asked, classes = shared_labels(train, test)
+    known, asked, classes = align_labels(train, test)
     assert (known.tolist(), asked.tolist(), classes) == ([0, 1, 2, 1], [2, 0, 2], ("ant", "bee", "cat"))
 
 
 def test_numbers_decide_where_there_are_no_names():
-    known, asked, classes = shared_labels(array([0, 3, 1]), array([3, 0], ("a", "b", "c", "d")))
+    known, asked, classes = align_labels(array([0, 3, 1]), array([3, 0], ("a", "b", "c", "d")))
     assert (known.tolist(), asked.tolist(), classes) == ([0, 2, 1], [2, 0], ("0", "1", "3"))
 
 
@@ -184,7 +184,7 @@ def test_numbers_decide_where_there_are_no_names():
 )
 def test_labels_that_do_not_fit_are_refused(train, test, message):
     with pytest.raises(BadInput, match=message):
-        shared_labels(train, test)
+        align_labels(train, test)
 
 
 # features --------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ from coma.config import (
     MAEConfig,
 )
 from coma.config.serialization import read_config, to_plain
-from coma.data.batches import TrainingFetch
-from coma.data.identity import FILE
+from coma.data.batches import TrainingFetcher
+from coma.data.listing import FILE
 from coma.errors import BadInput, Interrupted
 from pretrain.training import pretrain
 from pretrain.training.optimizer import learning_rate
@@ -277,16 +277,16 @@ def test_a_longer_schedule_says_what_becomes_of_the_learning_rate(resumable, tmp
 @pytest.mark.parametrize("position", [0, 12, 14])  # of a first step, of another, of its second pass
 def test_waiting_for_images_ends_when_someone_asks(resumable, whole, tmp_path, capfd, position):
     run = tmp_path / "run"
-    read = TrainingFetch.__call__
+    read = TrainingFetcher.__call__
 
-    def hangs(self: TrainingFetch, first: int) -> Any:
+    def hangs(self: TrainingFetcher, first: int) -> Any:
         if first == position:
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
             time.sleep(300)
         return read(self, first)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as told:
-        patch.setattr(TrainingFetch, "__call__", hangs)
+        patch.setattr(TrainingFetcher, "__call__", hangs)
         pretrain(at(resumable, run))
     said = "everything is saved" if position else "nothing was learned yet"
     assert f"stopped at step {position // 4} of 7; {said}" in str(told.value)

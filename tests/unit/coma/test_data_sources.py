@@ -57,7 +57,7 @@ def test_links_are_followed_and_circles_end(tmp_path):
 def test_files_that_go_after_they_were_found_are_named(tmp_path):
     source = open_source(save(tmp_path / "a.png").parent)
     (tmp_path / "a.png").unlink()
-    with pytest.raises(BadImage, match=r"a\.png: the file has gone"):
+    with pytest.raises(BadImage, match=r"a\.png: the file no longer exists"):
         source.read(0)
 
 
@@ -102,7 +102,7 @@ def test_folders_that_may_not_be_read_are_counted_and_one_alone_is_refused(tmp_p
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert open_source(tmp_path).summary() == (
-        f"{tmp_path}: 1 image (1 .png); left out: 1 folder that cannot be read (locked/: Permission denied)"
+        f"{tmp_path}: 1 image (1 .png); skipped: 1 folder that cannot be read (locked/: Permission denied)"
     )
     with pytest.raises(BadInput, match=r"locked: this folder cannot be read \(Permission denied\)"):
         open_source(tmp_path / "locked")

@@ -34,11 +34,11 @@ from coma.config import (
     encoder_preset,
 )
 from coma.config.serialization import from_plain, to_plain
-from coma.data import ArraySource, Slices, labelled_batches, training_batches
+from coma.data import ArraySource, BatchLayout, labelled_batches, training_batches
 from coma.data.augment import rand_augment
 from coma.errors import BadArtifact, BadInput
 from coma.models import build_encoder
-from coma.models.classifier import build_classifier
+from coma.models.classifiers import build_classifier
 from coma.objectives.classification import Classification
 from pretrain.training.optimizer import build_optimizer, layer_groups
 from pretrain.training.throughput import finetuning_flops
@@ -129,7 +129,7 @@ def tiles(n: int = 12, channels: int = 3, dtype: type = np.uint8) -> ArraySource
 def first(source: ArraySource, strength: int, seed: int = 0, channels: int = 3):
     data = DataConfig(image_size=16, workers=0, mean=(0.5,) * channels, std=(0.2,) * channels)
     labels = torch.from_numpy(source.labels)
-    how = {"channels": channels, "seed": seed, "batch": Slices(8, 8)}
+    how = {"channels": channels, "seed": seed, "batch": BatchLayout(8, 8)}
     return (
         next(labelled_batches(source, data, labels, rand_augment=strength, **how)),
         next(training_batches(source, data, **how)),

@@ -2,11 +2,9 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from class_folders import class_folders
 from comparisons import SMALL, asked
 
 from coma.errors import BadInput
@@ -27,11 +25,6 @@ from pretrain.sweep.results import (
     time_to_target,
 )
 from pretrain.sweep.sweep import _slots
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return class_folders(tmp_path_factory.mktemp("labelled"))
 
 
 def test_budgets():

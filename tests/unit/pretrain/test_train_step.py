@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import MODEL, OBJECTIVE
+from short_runs import MODEL, OBJECTIVE, rows
 from torch import nn
 
 from coma.amp import choose_precision
@@ -23,7 +23,7 @@ from coma.config import (
     RunConfig,
     ViTConfig,
 )
-from coma.data import Batch, Slices, open_source, training_batches
+from coma.data import Batch, BatchLayout, open_source, training_batches
 from coma.errors import BadInput, CheckFailed
 from coma.models import build_encoder
 from coma.objectives import build_objective
@@ -42,13 +42,17 @@ def train_step(micro: int = 4, precision: Any = "fp32", model: Any = MODEL, **se
     torch.manual_seed(0)
     objective = build_objective(OBJECTIVE, build_encoder(model))
     optimizer = OptimizerConfig(batch_size=4, **settings)
-    slices = Slices(4, micro)
+    slices = BatchLayout(4, micro)
     return TrainStep(objective, optimizer, run, Processes(CPU), slices, precision, (0.5,) * 3, (0.3,) * 3)
 
 
 def batches(photos: Path, micro: int = 4) -> Iterator[Batch]:
     return training_batches(
-        open_source(photos), DataConfig(image_size=16, workers=0), channels=3, seed=0, batch=Slices(4, micro)
+        open_source(photos),
+        DataConfig(image_size=16, workers=0),
+        channels=3,
+        seed=0,
+        batch=BatchLayout(4, micro),
     )
 
 
@@ -283,8 +287,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_can_be_replayed(photos, tmp_
     assert not math.isfinite(replay.grad_norm)
     assert len(facts["images"]) == 4
     assert load_artifact(run / "artifact").config.trained["steps"] == 4  # of before
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
 
 
 def test_a_finite_step_replays_to_the_same_numbers(photos, tmp_path):

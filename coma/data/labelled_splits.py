@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from coma.data.labels import shared_labels
+from coma.data.labels import align_labels
 from coma.data.sources.base import Source
 from coma.data.sources.open import open_source
 from coma.data.sources.subset import Subset
@@ -27,7 +27,7 @@ class LabelledSplits:
     test: Source
 
 
-def open_labelled(
+def open_labelled_splits(
     data: Path | None, train: Path | None = None, test: Path | None = None, val: Path | None = None
 ) -> LabelledSplits:
     """The splits in one folder, or each from its own place.
@@ -60,16 +60,16 @@ def open_labelled(
     return LabelledSplits(readable[0], readable[2] if len(readable) > 2 else None, readable[1])
 
 
-def say_absent_classes(splits: LabelledSplits) -> None:
+def log_missing_classes(splits: LabelledSplits) -> None:
     """Say which classes of the training images the validation and test images lack.
 
     Raises:
-        BadInput: as `shared_labels`.
+        BadInput: as `align_labels`.
     """
     for source in (splits.val, splits.test):
         if source is None:
             continue
-        _, labels, classes = shared_labels(splits.train, source)
+        _, labels, classes = align_labels(splits.train, source)
         absent = sorted(set(range(len(classes))) - set(labels.tolist()))
         if absent:
             few = ", ".join(classes[i] for i in absent[:5]) + (", ..." if len(absent) > 5 else "")
@@ -110,7 +110,7 @@ def _first_fault(source: Source, members: np.ndarray) -> str:
     first = ""
     for i in members.tolist():
         try:
-            source.picture(i, at_least=1)
+            source.decode(i, min_side=1)
         except BadImage as error:
             first = first or str(error)
         else:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from coma.data import open_source
-from coma.data.identity import FILE, changes, check_listing, list_data, read_listing, write_listing
+from coma.data.listing import FILE, changes, check_listing, list_data, read_listing, write_listing
 from coma.data.sources.base import ArraySource, Source
 from coma.data.sources.subset import Subset
 from coma.errors import BadInput

@@ -29,7 +29,7 @@ _BESIDE_CONFIG = ("metrics.jsonl", "state", "artifact", "reconstructions", "mode
 """One of these, at least, lies beside it in a run or an artifact: settings alone are no product."""
 
 
-def product_at(folder: Path, holds: Callable[[str], bool] | None = None) -> str | None:
+def run_output_at(folder: Path, holds: Callable[[str], bool] | None = None) -> str | None:
     """Returns what this toolkit wrote there, in words; None of any other folder.
 
     Args:
@@ -57,19 +57,19 @@ def product_at(folder: Path, holds: Callable[[str], bool] | None = None) -> str 
             and drawn == _names(folder / "labels")
         ):
             return "predictions of coma segment"
-        if holds("run") and product_at(folder / "run"):
+        if holds("run") and run_output_at(folder / "run"):
             return "a folder of coma quickstart"
     return None
 
 
-def product_around(folder: Path) -> tuple[Path, str] | None:
+def enclosing_run_output(folder: Path) -> tuple[Path, str] | None:
     """Returns the folder of this toolkit that `folder` is, or lies in, and what it is.
 
     The pictures that a quickstart learns from are data.
     """
     real = folder.resolve()
     for place in (real, *real.parents):
-        what = product_at(place)
+        what = run_output_at(place)
         if what and (place == real or "quickstart" not in what):
             return place, what
     return None
