@@ -41,7 +41,7 @@ def one_line(error: BaseException) -> str:
 
 
 class CheckedBlocks(gr.Blocks):
-    """gr.Blocks that checks the arguments of events, limits their time, and turns errors into one sentence."""
+    """gr.Blocks that checks the arguments of events, limits their time and words their errors."""
 
     storage: Storage
 
