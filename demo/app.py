@@ -17,6 +17,7 @@ from starlette.middleware import Middleware
 from coma.errors import ComaError
 from coma.masking.patchify import unit_grid
 from coma.runtimes.model_spec import GraphKind
+from demo.gradio_internals import clear_file_lists
 from demo.inputs import BLOBS, CheckedBlocks, CheckedImage, one_line
 from demo.masking import sample_views
 from demo.middleware import RequestGuard
@@ -110,8 +111,7 @@ async def _sweeping(session: Session, page: gr.Blocks) -> AsyncIterator[None]:
                 await anyio.to_thread.run_sync(session.storage.delete_older, KEPT_SECONDS)
                 session.uploads.forget_older(KEPT_SECONDS)
                 BLOBS.forget_older(KEPT_SECONDS)
-                for names in page.temp_file_sets:  # gradio's own lists of files, which are unused
-                    names.clear()
+                clear_file_lists(page)
             except Exception as error:  # the next sweep may succeed
                 logging.getLogger("demo").warning("old files were not deleted: %s", one_line(error))
 

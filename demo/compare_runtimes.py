@@ -1,4 +1,4 @@
-"""All runtimes of one model on one picture: how long each takes, and how far each is from the first."""
+"""Compares the runtimes of a model on one picture: latency, and difference to the first runtime."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ MOST_RUNS, SECONDS = 30, 1.0
 
 @dataclass(frozen=True)
 class RuntimeTiming:
-    """One runtime.
+    """Measurements of one runtime.
 
     Attributes:
-        title: "ONNX Runtime fp16".
+        title: Name on the page, for example "ONNX Runtime fp16".
         version: Library, version and device; empty if it did not run.
-        milliseconds: Median of the runs, one picture each, with the copies to and from a GPU.
-        runs: How many.
-        cosine: Least cosine similarity of an output to the first runtime's.
-        difference: Largest difference of a value of the first output; of reconstructions in levels of 0 to
+        milliseconds: Median latency for one picture, with copies to and from the GPU.
+        runs: Number of runs.
+        cosine: Lowest cosine similarity of an output to the first runtime's.
+        difference: Largest difference of a value of the first output; for reconstructions in levels of 0 to
             255.
         reason: Why it did not run; None if it did.
     """
@@ -55,13 +55,13 @@ def time_runtimes(
     pixels: np.ndarray,
     report_progress: Callable[[float, str], None] = lambda *_: None,
 ) -> list[RuntimeTiming]:
-    """Run every runtime of `form` on the picture `[H, W, c]`.
+    """Runs every runtime of a graph on the picture.
 
     Args:
         model: The model.
-        form: What it is used as.
-        pixels: uint8, or float32 in 0..1.
-        report_progress: Called with the share that is done and what comes next.
+        form: Kind of the graph.
+        pixels: `[H, W, c]`, uint8, or float32 in 0..1.
+        report_progress: Called with the share that is done and the next runtime.
     """
     options = model.options(form)
     rows: list[RuntimeTiming] = []

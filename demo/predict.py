@@ -1,4 +1,4 @@
-"""What classifiers, detectors and segmentors found, drawn on the picture and as rows of numbers."""
+"""Runs classifiers, detectors and segmentors on a picture and draws their predictions."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from export.preprocessing import as_input, resized
 
 @dataclass(frozen=True)
 class Detection:
-    """One object.
+    """A detected object.
 
     Attributes:
-        name: Of its class.
-        number: Of its class.
-        score: 0 to 1.
+        name: Name of the class.
+        number: Index of the class.
+        score: Score, 0 to 1.
         box: Corners x1, y1, x2, y2 in pixels of the picture.
-        mask: bool `[H, W]` of the picture, where the model has masks.
+        mask: bool `[H, W]`, for models with masks.
     """
 
     name: str
@@ -37,20 +37,20 @@ class Detection:
 
 
 def prepare(pixels: np.ndarray, runtime: Runtime) -> Tensor:
-    """Pixels `[H, W, c]` to the input `[1, c, h, w]` that the model's description asks for."""
+    """Preprocesses pixels `[H, W, c]` to the model's input `[1, c, h, w]`."""
     about = runtime.spec.preprocessing
     return as_input([resized(pixels, about)], about)
 
 
 def classify(runtime: Runtime, pixels: np.ndarray, names: tuple[str, ...], most: int = 5) -> dict[str, float]:
-    """Probabilities of the likeliest classes, likeliest first."""
+    """Returns the probabilities of the `most` most probable classes, in descending order."""
     logits = run(runtime, prepare(pixels, runtime))["logits"][0]
     scores, order = logits.float().softmax(dim=0).sort(descending=True)
     return {names[i]: float(p) for p, i in zip(scores[:most], order[:most].tolist(), strict=True)}
 
 
 def detect(runtime: Runtime, pixels: np.ndarray, names: tuple[str, ...], score: float) -> list[Detection]:
-    """Objects of at least this score, likeliest first, in pixels of the picture as it was given."""
+    """Returns the objects of at least this score, in the runtime's order, in pixels of the picture."""
     images = prepare(pixels, runtime)
     found = run(runtime, images)
     height, width = pixels.shape[:2]
@@ -70,7 +70,7 @@ def detect(runtime: Runtime, pixels: np.ndarray, names: tuple[str, ...], score: 
 def paste_mask(
     mask: np.ndarray, box: tuple[float, float, float, float], height: int, width: int
 ) -> np.ndarray:
-    """A box's mask, probabilities `[28, 28]`, as bool `[height, width]` of the picture."""
+    """Pastes the mask of a box, probabilities `[28, 28]`, into the picture: bool `[height, width]`."""
     whole = np.zeros((height, width), bool)
     x1, y1, x2, y2 = (
         int(np.floor(box[0])),
@@ -99,7 +99,7 @@ def draw_objects(pixels: np.ndarray, objects: Sequence[Detection], colours: Sequ
 
 
 def segment(runtime: Runtime, pixels: np.ndarray) -> np.ndarray:
-    """Class of every pixel, int64 `[H, W]` of the picture as it was given."""
+    """Returns the class of every pixel of the picture, int64 `[H, W]`."""
     classes = run(runtime, prepare(pixels, runtime))["classes"][0].numpy()
     size = (pixels.shape[1], pixels.shape[0])
     image = Image.fromarray(classes.astype(np.int32)).resize(size, Image.Resampling.NEAREST)
@@ -109,18 +109,18 @@ def segment(runtime: Runtime, pixels: np.ndarray) -> np.ndarray:
 def draw_classes(
     pixels: np.ndarray, classes: np.ndarray, colours: Sequence[Colour], strength: float = 0.6
 ) -> np.ndarray:
-    """The picture `[H, W, c]` under the colours of its classes `[H, W]`: uint8 `[H', W', 3]`."""
+    """Overlays the picture `[H, W, c]` with the colours of its classes `[H, W]`: uint8 `[H', W', 3]`."""
     tints = np.array(colours, np.float32)[classes]
     return enlarge((as_picture(pixels) * (1 - strength) + tints * strength).astype(np.uint8), 900)
 
 
 def shares(classes: np.ndarray, names: tuple[str, ...]) -> list[tuple[int, str, float]]:
-    """Number, name and share of the picture of every class that is there, largest first."""
+    """Returns index, name and share of every class in the picture, largest first."""
     counts = np.bincount(classes.ravel(), minlength=len(names)) / classes.size
     return [(int(i), names[i], float(counts[i])) for i in counts.argsort()[::-1] if counts[i] > 0]
 
 
 def as_picture(pixels: np.ndarray) -> np.ndarray:
-    """Pixels `[H, W, c]`, uint8 or float32 in 0..1, as uint8 `[H, W, 3]` of its own memory."""
+    """Converts pixels `[H, W, c]`, uint8 or float32 in 0..1, to a new uint8 `[H, W, 3]`."""
     scaled = pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels
     return to_rgb(scaled).copy()

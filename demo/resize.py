@@ -1,4 +1,4 @@
-"""Pictures of any size to the size that a model was made for, and the words that say what was done."""
+"""Resizes pictures to the size that a model expects, and describes how."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESIZE_MODES: dict[ResizeMode, str] = {
     "whole": "Whole picture",
 }
 LONGEST = 3
-"""The whole picture: its longer side is at most so many times the model's size."""
+"""Longest side of a whole picture, as a multiple of the model's size."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Resized:
 
     Attributes:
         pixels: `[c, H, W]`, float32 in 0..1.
-        content: Top, left, height and width in pixels of what is picture; the rest is letter-box.
-        note: What was done.
+        content: Top, left, height and width of the picture; the rest is letter-box.
+        note: Description of the resizing.
     """
 
     pixels: Tensor
@@ -37,7 +37,7 @@ class Resized:
     note: str
 
     def crop(self, image: np.ndarray) -> np.ndarray:
-        """The part of `[H, W, ...]` that is picture."""
+        """Returns `image`, `[H, W, ...]`, without its letter-box."""
         top, left, height, width = self.content
         return image[top : top + height, left : left + width]
 
@@ -45,21 +45,21 @@ class Resized:
 def resize_picture(
     pixels: np.ndarray, side: int, how: ResizeMode, fill: tuple[float, ...], unit: int = 1
 ) -> Resized:
-    """Bring a picture to `side` pixels.
+    """Resizes a picture to `side` pixels.
 
     Args:
         pixels: `[H, W, c]`, uint8, or float32 in 0..1.
-        side: Pixels of the square that the model was trained on.
-        how: crop: the square in the middle. letterbox: all of it, with bars. whole: all of it, its shorter
-            side `side` pixels wide, neither square nor with bars.
-        fill: Of the bars, per channel, in 0..1: the model's mean colour.
-        unit: Side of a mask unit, which no side of a whole picture falls below.
+        side: Side of the square that the model was trained on, in pixels.
+        how: crop takes the centre square; letterbox takes the whole picture and adds bars; whole resizes the
+            shorter side to `side` pixels and keeps the aspect ratio.
+        fill: Colour of the bars, per channel, in 0..1: the model's mean.
+        unit: Side of a mask unit; no side of a whole picture is smaller.
     """
     height, width = pixels.shape[:2]
     was = f"{width} x {height} px"
     if how == "crop":
         image = _scaled(pixels, centre_square(height, width), side, side)
-        return Resized(image, (0, 0, side, side), f"{was}: its centre square, resized to {side} x {side} px")
+        return Resized(image, (0, 0, side, side), f"{was}: centre square, resized to {side} x {side} px")
     everything = (0, 0, height, width)
     if how == "whole":
         scale = min(side / min(height, width), LONGEST * side / max(height, width))

@@ -40,8 +40,8 @@ def guide(models: Models) -> None:
     with gr.Accordion("Use this page from Python", open=False, elem_id="guide"):
         gr.Markdown(
             "Everything on this page can be called from Python after `pip install gradio_client`. **Use via "
-            "API** at the end of the page lists all endpoints and their arguments. To choose the masked parts "
-            'yourself, pass `"brush"` and, instead of `None`, `{"background": None, "composite": None, "layers": '
+            "API** at the end of the page lists all endpoints and their arguments. To choose "
+            'the mask, pass `"brush"` and, for `None`, `{"background": None, "composite": None, "layers": '
             '[handle_file("strokes.png")]}`, where the PNG is transparent except for the masked parts.'
         )
         gr.Code(code, language="python", label="Python", interactive=False)

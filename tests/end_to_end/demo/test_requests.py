@@ -171,7 +171,7 @@ def test_an_event_that_does_not_end_is_given_up_and_the_next_one_runs(server, mo
         patch.setattr("demo.pages.reconstruct.hide", stuck)
         answers = ask(server, [usual(server, event)] * 3)
         assert {answer["output"]["error"] for answer in answers} == {
-            "This took longer than 0.5 seconds and was given up."
+            "This took longer than 0.5 seconds and was cancelled."
         }
     assert ask(server, [usual(server, event)])[0]["success"]  # though three threads are stuck
     free.set()
@@ -213,7 +213,7 @@ def test_an_unexpected_error_is_one_line_in_the_log(server, monkeypatch, caplog,
     monkeypatch.setattr("demo.pages.reconstruct.hide", broken)
     event = next(each for each in server.config["dependencies"] if each["api_name"] == "reconstruct")
     answer = ask(server, [usual(server, event)])[0]
-    assert answer["output"]["error"] == "The server could not do this; its log says why."
+    assert answer["output"]["error"] == "The server failed; its log says why."
     said = [each.getMessage() for each in caplog.records if each.name == "demo"]
     assert len(said) == 1 and said[0].startswith("reconstruct failed: KeyError: ") and "\n" not in said[0]
     assert "Traceback" not in capfd.readouterr().err
