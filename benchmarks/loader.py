@@ -31,7 +31,7 @@ from torchvision import transforms as T
 
 from coma.cli import main as coma
 from coma.config import DataConfig
-from coma.data import Slices, open_source, training_batches
+from coma.data import BatchLayout, open_source, training_batches
 
 SIZE, BATCH = 224, 32
 
@@ -52,7 +52,7 @@ def torchvision_loader(folder: Path, bicubic: bool) -> Iterator[object]:
 def our_loader(path: Path, **settings: Any) -> Iterator[object]:
     """The trainer's."""
     data = DataConfig(path, image_size=SIZE, workers=0, **settings)
-    return training_batches(open_source(path), data, channels=3, seed=0, batch=Slices(BATCH, BATCH))
+    return training_batches(open_source(path), data, channels=3, seed=0, batch=BatchLayout(BATCH, BATCH))
 
 
 def seconds(batches: Iterator[object], count: int) -> float:

@@ -100,7 +100,7 @@ def read_image_set(source: Source, channels: int, most: int, purpose: Purpose = 
         pictures.append(picture)
     selection = Selection(location, len(pictures), len(source), left_out)
     _check(selection, most, purpose)
-    encoded = [source.encoded(number) for number in used] if purpose is TIMING else []
+    encoded = [source.read_bytes(number) for number in used] if purpose is TIMING else []
     files = tuple(each for each in encoded if each is not None)
     names = tuple(map(source.describe, used))
     return ImageSet(selection, tuple(pictures), names, files if len(files) == len(pictures) else ())

@@ -63,12 +63,12 @@ def time_interleaved(
 
 def end_to_end(runtime: Runtime, files: Sequence[bytes], size: tuple[int, int], channels: int) -> Callable:
     """Returns a call from the bytes of image files to outputs; decoding runs in the caller's thread."""
-    from coma.data.channels import adapt
+    from coma.data.channels import convert_channels
 
     rule = runtime.spec.preprocessing
 
     def call() -> object:
-        pixels = [adapt(decode(data, "image"), channels, "image") for data in files]
+        pixels = [convert_channels(decode(data, "image"), channels, "image") for data in files]
         return runtime(to_input([resize_image(each, rule, size) for each in pixels], rule))
 
     return call

@@ -251,9 +251,9 @@ def _labelled(config: ExportConfig, source: Source, artifact: ArtifactConfig, ba
     """Returns the source if it can measure the top-1 accuracy of a classifier."""
     if config.verify is None or source.labels is None or artifact.kind != "classifier":
         return None
-    from coma.data.labels import labels_among
+    from coma.data.labels import class_indices
 
-    labels_among(source, artifact.class_names or (), "the model")
+    class_indices(source, artifact.class_names or (), "the model")
     count = min(len(source), config.metric_images)
     if count < batch:
         raise BadInput(f"--verify: top-1 on {counted(count, 'image')} is fewer than one batch of {batch}")

@@ -34,7 +34,7 @@ class Photographs(EncodedSource):
         """Returns the path of the file."""
         return str(self.location / PHOTOGRAPHS[i])
 
-    def encoded(self, i: int) -> bytes:
+    def read_bytes(self, i: int) -> bytes:
         """Returns the content of the file."""
         path = self.location / PHOTOGRAPHS[i]
         return read_at(path, 0, path.stat().st_size, path.name)

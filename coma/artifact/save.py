@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coma.artifact.schema import CONFIG, TENSORS, ArtifactConfig, with_checksums
+from coma.artifact.schema import CONFIG, TENSORS, with_checksums
 from coma.atomic_io import sync
+from coma.config.artifact import ArtifactConfig
 from coma.config.serialization import to_plain
 from coma.errors import BadArtifact
 

@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from coma.config import DataConfig
-from coma.data.batches import Batch, Slices, TrainingFetch
+from coma.data.batches import Batch, BatchLayout, TrainingFetcher
 from coma.data.loader import check_start
-from coma.data.shuffle import mix
+from coma.data.shuffle import splitmix64
 from coma.data.sources.base import Source
 from coma.data.worker_pool import map_ordered
 
@@ -37,7 +37,7 @@ def labelled_batches(
     *,
     channels: int,
     seed: int,
-    batch: Slices,
+    batch: BatchLayout,
     rand_augment: int = 0,
     start: int = 0,
     device: torch.device | None = None,
@@ -60,13 +60,13 @@ def labelled_batches(
         BadInput: while iterating, no image in a long row decodes.
     """
     check_start(start, batch)
-    fetch = LabelledFetch(source, data, channels, seed, batch.micro_batch, labels, rand_augment)
+    fetch = LabelledFetcher(source, data, channels, seed, batch.micro_batch, labels, rand_augment)
     on_gpu = device is not None and device.type == "cuda"
-    return map_ordered(fetch, batch.first_rows(start), data.workers, pin=on_gpu)
+    return map_ordered(fetch, batch.micro_batch_starts(start), data.workers, pin=on_gpu)
 
 
 @dataclass(frozen=True)
-class LabelledFetch(TrainingFetch):
+class LabelledFetcher(TrainingFetcher):
     """The labelled batch whose first sample has a given position in the stream."""
 
     labels: Tensor
@@ -95,7 +95,7 @@ def rand_augment(image: Tensor, strength: int, seed: int, mean: Sequence[float])
         mean: per channel, of pixels scaled to 0..1: fills what an operation leaves empty.
     """
     operations = _operations(strength, min(image.shape[-2:]), tuple(round(255 * value) for value in mean))
-    with _numbers_from(mix((seed ^ _AUGMENT) & (2**64 - 1))):
+    with _numbers_from(splitmix64((seed ^ _AUGMENT) & (2**64 - 1))):
         shown = operations(Image.fromarray(image.permute(1, 2, 0).numpy()))
     return torch.from_numpy(np.array(shown)).permute(2, 0, 1)
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from coma.data.decode_arrays import white_of
-from coma.data.image import Picture
+from coma.data.decode_arrays import max_value
+from coma.data.image import DecodedImage
 from coma.errors import BadImage
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, section 2.5.1
 
 
-def adapt(picture: Picture, channels: int, name: str) -> np.ndarray:
+def convert_channels(picture: DecodedImage, channels: int, name: str) -> np.ndarray:
     """Pixels `[H, W, channels]` of the picture's own dtype.
 
     Raises:
@@ -41,13 +41,13 @@ def adapt(picture: Picture, channels: int, name: str) -> np.ndarray:
     )
 
 
-def unit_scale(pixels: np.ndarray) -> np.ndarray:
+def scale_to_unit(pixels: np.ndarray) -> np.ndarray:
     """Float32 in 0..1 for integer pixels; float pixels as they are."""
-    return pixels if pixels.dtype == np.float32 else pixels.astype(np.float32) / np.float32(white_of(pixels))
+    return pixels if pixels.dtype == np.float32 else pixels.astype(np.float32) / np.float32(max_value(pixels))
 
 
 def _over_white(pixels: np.ndarray) -> np.ndarray:
-    white = np.float32(white_of(pixels))
+    white = np.float32(max_value(pixels))
     colour, alpha = pixels[:, :, :-1].astype(np.float32), pixels[:, :, -1:].astype(np.float32) / white
     return _as(pixels.dtype, white - (white - colour) * alpha)
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from coma.data import decode_arrays
-from coma.data.image import AtLeast, Picture, check_size, upright
+from coma.data.image import DecodedImage, MinSide, apply_orientation, check_size
 from coma.errors import BadImage
 
 EXTENSIONS = (
@@ -45,13 +45,13 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 _TALKATIVE = ("PIL.TiffImagePlugin", "tifffile", "imagecodecs")
 
 
-def decode(data: bytes, name: str, at_least: AtLeast = 0) -> Picture:
+def decode(data: bytes, name: str, min_side: MinSide = 0) -> DecodedImage:
     """Pixels of an encoded image.
 
     Args:
         data: the whole file.
         name: how errors call it.
-        at_least: a JPEG may come back 2, 4 or 8 times smaller (scaled while decoding, which is much
+        min_side: a JPEG may come back 2, 4 or 8 times smaller (scaled while decoding, which is much
             faster) as long as no side falls below this many pixels; 0 always gives full size. May be
             a function of the image's height and width, upright.
 
@@ -63,7 +63,7 @@ def decode(data: bytes, name: str, at_least: AtLeast = 0) -> Picture:
         raise BadImage(f"{name}: the file is empty")
     try:
         with _quiet():
-            return complete(_decode(data, at_least))
+            return fill_missing(_decode(data, min_side))
     except BadImage as error:
         raise BadImage(f"{name}: {error}") from None
     except Exception as error:  # decoders fail with OSError, SyntaxError, struct.error, zlib.error, ...
@@ -86,7 +86,7 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
         return None
 
 
-def complete(picture: Picture) -> Picture:
+def fill_missing(picture: DecodedImage) -> DecodedImage:
     """Returns the picture with its missing values filled with the mean of their channel.
 
     Missing are the values that `picture.missing` marks and floats that are NaN, infinite or beyond 1e37.
@@ -133,18 +133,18 @@ def _brands(data: bytes) -> tuple[bytes, ...]:
     return brands if brands and brands[0] in (*_AVIF_BRANDS, *_HEIF_BRANDS) else ()
 
 
-def _decode(data: bytes, at_least: AtLeast) -> Picture:
+def _decode(data: bytes, min_side: MinSide) -> DecodedImage:
     if data.startswith(_NPY):
         return decode_arrays.decode_npy(data)
     if data.startswith(_TIFF):
-        return decode_arrays.decode_tiff(data) or _decode_with_pillow(data, at_least)
+        return decode_arrays.decode_tiff(data) or _decode_with_pillow(data, min_side)
     if data.startswith(_PNG) and data[24:25] == b"\x10":  # bit depth 16
         check_size(int.from_bytes(data[16:20]), int.from_bytes(data[20:24]), 3)
         with Image.open(io.BytesIO(data), formats=("PNG",)) as header:
             orientation = _orientation(header)
         picture = decode_arrays.decode_png16(data)
-        return picture._replace(pixels=upright(picture.pixels, orientation))
-    return _decode_with_pillow(data, at_least)
+        return picture._replace(pixels=apply_orientation(picture.pixels, orientation))
+    return _decode_with_pillow(data, min_side)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -158,16 +158,16 @@ def _open(data: bytes) -> Image.Image:
     return HeifImageFile(io.BytesIO(data))
 
 
-def _decode_with_pillow(data: bytes, at_least: AtLeast) -> Picture:
+def _decode_with_pillow(data: bytes, min_side: MinSide) -> DecodedImage:
     with _open(data) as image:
         check_size(*image.size, 3)
         if image.format in _ANIMATED and getattr(image, "is_animated", False):
             raise BadImage("is an animation; save the frame that is meant as a still image")
         is_jpeg = image.format == "JPEG"
         orientation = _orientation(image) if is_jpeg else 1
-        if is_jpeg and at_least:
+        if is_jpeg and min_side:
             width, height = image.size[::-1] if orientation >= 5 else image.size
-            side = at_least(height, width) if callable(at_least) else at_least
+            side = min_side(height, width) if callable(min_side) else min_side
             image.draft(None, (side, side))
         image.load()
         if not is_jpeg:  # load() already turns a TIFF and forgets the tag
@@ -182,7 +182,7 @@ def _decode_with_pillow(data: bytes, at_least: AtLeast) -> Picture:
                 shown = image.convert("RGBA" if transparent else "RGB")
         pixels = np.asarray(shown)
     pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
-    return Picture(upright(pixels, orientation), alpha=pixels.shape[2] in (2, 4))
+    return DecodedImage(apply_orientation(pixels, orientation), alpha=pixels.shape[2] in (2, 4))
 
 
 @contextmanager

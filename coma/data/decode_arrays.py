@@ -16,7 +16,7 @@ import io
 
 import numpy as np
 
-from coma.data.image import Picture, check_size, upright
+from coma.data.image import DecodedImage, apply_orientation, check_size
 from coma.errors import BadImage
 
 MAX_CHANNELS = 16
@@ -27,26 +27,26 @@ _JPEG = (6, 7)  # TIFF 6.0, Compression
 _GDAL_NODATA = 42113  # a number as text, for all channels
 
 
-def decode_npy(data: bytes) -> Picture:
+def decode_npy(data: bytes) -> DecodedImage:
     """An image saved with `numpy.save`.
 
     Raises:
         BadImage: object arrays, or axes or values outside the rules above.
     """
     array = np.load(io.BytesIO(data), allow_pickle=False)
-    return Picture(as_pixels(as_hwc(array)))
+    return DecodedImage(to_supported_dtype(to_hwc(array)))
 
 
-def decode_png16(data: bytes) -> Picture:
+def decode_png16(data: bytes) -> DecodedImage:
     """A PNG of 16 bits per channel, as uint16 `[H, W, C]`."""
     import imagecodecs
 
     array = imagecodecs.png_decode(data)
     pixels = array[:, :, None] if array.ndim == 2 else array
-    return Picture(pixels, alpha=pixels.shape[2] in (2, 4))
+    return DecodedImage(pixels, alpha=pixels.shape[2] in (2, 4))
 
 
-def decode_tiff(data: bytes) -> Picture | None:
+def decode_tiff(data: bytes) -> DecodedImage | None:
     """A TIFF as stored: any depth, up to 16 channels in one page, in planes or in pages.
 
     Returns:
@@ -73,18 +73,22 @@ def decode_tiff(data: bytes) -> Picture | None:
         array = series.asarray(maxworkers=1)
         axes, extras = series.axes, tuple(page.extrasamples)
         tag, nodata = page.tags.get("Orientation"), page.tags.get(_GDAL_NODATA)
-    pixels = as_pixels(_by_axes(array, axes))
+    pixels = to_supported_dtype(_by_axes(array, axes))
     alpha = pixels.shape[2] in (2, 4) and extras[-1:] in ((_ASSOCIATED,), (_UNASSOCIATED,))
     missing = None if nodata is None else _equal_to(pixels, str(nodata.value), alpha)
     if photometric == _WHITE_IS_ZERO:
-        pixels = white_of(pixels) - pixels
+        pixels = max_value(pixels) - pixels
     if alpha and extras[-1] == _ASSOCIATED:
         pixels = _unmultiply(pixels)
     turned = int(tag.value) if tag is not None else 1
-    return Picture(upright(pixels, turned), alpha, None if missing is None else upright(missing, turned))
+    return DecodedImage(
+        apply_orientation(pixels, turned),
+        alpha,
+        None if missing is None else apply_orientation(missing, turned),
+    )
 
 
-def as_hwc(array: np.ndarray) -> np.ndarray:
+def to_hwc(array: np.ndarray) -> np.ndarray:
     """An array `[H, W]`, `[H, W, C]` or `[C, H, W]` as `[H, W, C]`, where the shape leaves no doubt.
 
     Raises:
@@ -103,7 +107,7 @@ def as_hwc(array: np.ndarray) -> np.ndarray:
     return array if last else np.moveaxis(array, 0, 2)
 
 
-def as_pixels(array: np.ndarray) -> np.ndarray:
+def to_supported_dtype(array: np.ndarray) -> np.ndarray:
     """The same values as uint8, uint16 or float32.
 
     Raises:
@@ -119,7 +123,7 @@ def as_pixels(array: np.ndarray) -> np.ndarray:
     raise BadImage(f"{array.dtype} pixels are not supported: save them as uint8, uint16 or float32")
 
 
-def white_of(pixels: np.ndarray) -> int:
+def max_value(pixels: np.ndarray) -> int:
     """The value that stands for 1.0: 255, 65535, or 1 for floats."""
     return 1 if pixels.dtype.kind == "f" else int(np.iinfo(pixels.dtype).max)
 
@@ -151,13 +155,13 @@ def _by_axes(array: np.ndarray, axes: str) -> np.ndarray:
         case "SYX" | "CYX":
             return np.moveaxis(array, 0, 2)
         case "QYX" | "IYX":  # pages without a stated meaning
-            return as_hwc(array)
+            return to_hwc(array)
     raise BadImage(f"axes {axes} of shape {array.shape} are not one image: save one file per frame")
 
 
 def _unmultiply(pixels: np.ndarray) -> np.ndarray:
     colour, alpha = pixels[:, :, :-1], pixels[:, :, -1:]
-    white = white_of(pixels)
+    white = max_value(pixels)
     plain = np.divide(colour, alpha, out=np.zeros(colour.shape, np.float32), where=alpha > 0) * white
     plain = plain if pixels.dtype.kind == "f" else plain.round().clip(0, white)
     return np.concatenate([plain.astype(pixels.dtype), alpha], axis=2)

@@ -11,11 +11,11 @@ import io
 import numpy as np
 from PIL import Image
 
-from coma.data.image import Picture
+from coma.data.image import DecodedImage
 from coma.data.transforms import resize
 
 
-def shrink(picture: Picture, size: int) -> Picture:
+def reduce_to_short_side(picture: DecodedImage, size: int) -> DecodedImage:
     """The picture with a short side of at most `size` pixels; its dtype stays."""
     pixels = picture.pixels
     height, width, _ = pixels.shape
@@ -29,7 +29,7 @@ def shrink(picture: Picture, size: int) -> Picture:
     return picture._replace(pixels=small)
 
 
-def encode(picture: Picture, quality: int) -> tuple[str, bytes]:
+def encode(picture: DecodedImage, quality: int) -> tuple[str, bytes]:
     """Extension and file content: JPEG where nothing but its own loss is lost, else PNG or TIFF."""
     buffer, channels = io.BytesIO(), picture.pixels.shape[2]
     pixels = np.ascontiguousarray(picture.pixels[:, :, 0] if channels == 1 else picture.pixels)

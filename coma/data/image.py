@@ -14,11 +14,11 @@ MAX_PIXELS = 178_956_970
 """Larger images are refused; Pillow's own limit for a decompression bomb."""
 
 
-AtLeast = int | Callable[[int, int], int]
+MinSide = int | Callable[[int, int], int]
 """How small a JPEG may come back, see `decode`."""
 
 
-class Picture(NamedTuple):
+class DecodedImage(NamedTuple):
     """A decoded image."""
 
     pixels: np.ndarray
@@ -40,7 +40,7 @@ def check_size(*shape: int) -> None:
         raise BadImage(f"{size} values are more than the limit of {3 * MAX_PIXELS} (a decompression bomb?)")
 
 
-def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Undo a camera's rotation; `orientation` 1 to 8 as in the EXIF standard, section 4.6.4."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coma.data.channels import unit_scale
+from coma.data.channels import scale_to_unit
 
 Box = tuple[int, int, int, int]
 """Top, left, height, width in pixels."""
@@ -64,7 +64,7 @@ def resize(pixels: np.ndarray, box: Box, height: int, width: int) -> Tensor:
     """Cut `box` out of `[H, W, C]` and resample it: uint8, or float32 (16-bit scaled to 0..1) `[C, h, w]`."""
     top, left, h, w = box
     part = pixels[top : top + h, left : left + w]
-    part = np.array(part, order="C") if part.dtype == np.uint8 else unit_scale(np.ascontiguousarray(part))
+    part = np.array(part, order="C") if part.dtype == np.uint8 else scale_to_unit(np.ascontiguousarray(part))
     image = torch.from_numpy(part).permute(2, 0, 1)
     if (h, w) == (height, width):
         return image

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from coma.config import ObjectiveConfig
+from coma.config.artifact import ArtifactConfig
 from coma.errors import BadInput
 from coma.masking.patchify import pad_to_units, patchify, unit_grid, unpatchify
 from coma.masking.sampling import group_of
@@ -42,6 +43,9 @@ class MaskedPixels(nn.Module):
         encoder: Any encoder of this room.
     """
 
+    artifact: ArtifactConfig
+    """What it was trained with; there on models that were loaded from an artifact."""
+
     def __init__(self, config: ObjectiveConfig, encoder: Encoder) -> None:
         super().__init__()
         self.config = config
@@ -64,6 +68,9 @@ class MaskedPixels(nn.Module):
     def encode(self, images: Tensor, visible: Tensor) -> Tensor:
         """Features of the visible units, `[b, h, w, c]`, zeros elsewhere; images are whole units."""
         return self.encoder.forward_features(images, group_of(visible))
+
+    def check_images(self, height: int, width: int) -> None:
+        """Raises BadInput where the method cannot train on images of this size; nothing is computed."""
 
     def before_step(self, progress: float) -> None:
         """Called by the trainer before every optimizer step, with the share of the run that is done."""

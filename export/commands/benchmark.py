@@ -200,39 +200,39 @@ def _benchmark(config: BenchmarkConfig, batches: tuple[int, ...]) -> None:
 def _load(
     config: BenchmarkConfig, graph: GraphKind, channels: int, most: int
 ) -> tuple[list[LoadedModel], ImageSet, list[NotRun]]:
+    from coma.progress import Progress
     from export.benchmark import MOST_IMAGES, NotRun, list_exports, open_exports, open_torch
     from export.config import folder_beside
     from export.image_sets import TIMING, read_image_set
     from export.preprocessing import open_images
-    from export.progress import Bar
 
     folder = config.exports or folder_beside(config.artifact)
-    with Bar() as bar:
-        bar.step("reading images and file hashes")
+    with Progress() as progress:
+        progress.step("reading images and file hashes")
         entries, absent = list_exports(folder, config.artifact, graph, required=config.exports is not None)
         images = read_image_set(open_images(config.images), channels, min(most, MOST_IMAGES), TIMING)
         if not images.files and graph != "reconstructor":
             absent.append(NotRun("end to end", f"{images.selection.location} holds no image files to decode"))
-        bar.step("loading the PyTorch model")
+        progress.step("loading the PyTorch model")
         models, more = open_torch(config.artifact, graph, config.device, config.compile)
-        others, unfit = open_exports(folder, entries, config.device, _threads(), bar)
+        others, unfit = open_exports(folder, entries, config.device, _threads(), progress)
     return [*models, *others], images, [*absent, *more, *unfit]
 
 
 def _measure(
     config: BenchmarkConfig, models: list[LoadedModel], images: ImageSet, batch: int, size: tuple[int, int]
 ) -> tuple[list[Row], list[NotRun]]:
+    from coma.progress import Progress
     from export.benchmark import expected_seconds, measure, prepare_calls
-    from export.progress import Bar
 
     seconds = config.benchmark_seconds
-    with Bar() as bar:
-        calls, absent = prepare_calls(models, images, batch, size, bar)
+    with Progress() as progress:
+        calls, absent = prepare_calls(models, images, batch, size, progress)
     if not calls:
         return [], absent
     # no bar from here on: drawing it ten times a second would disturb the measurement
     duration = expected_seconds(calls, seconds)
-    bar.say(f"batch {batch}: timing {len(calls)} calls in turns, about {max(duration, 1):.0f} s")
+    progress.say(f"batch {batch}: timing {len(calls)} calls in turns, about {max(duration, 1):.0f} s")
     return measure(calls, batch, seconds), absent
 
 

@@ -27,13 +27,13 @@ def run(argv: list[str]) -> None:
         require_gpu()
     if config.check == "rtx":
         require_package("tensorrt_rtx")
+    from coma.progress import Progress
     from export.pipeline import export_artifact
-    from export.progress import Bar
     from export.report import NAME
 
     out = config.folder
-    with sigterm_interrupts("unfinished files were removed"), disk_errors(out), Bar() as bar:
-        outcome = export_artifact(config, bar)
+    with sigterm_interrupts("unfinished files were removed"), disk_errors(out), Progress() as progress:
+        outcome = export_artifact(config, progress)
     if config.check == "rtx":
         from export.tensorrt.rtx import PROVES
 

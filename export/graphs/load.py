@@ -129,14 +129,14 @@ def _build(
         from export.graphs.wrappers import ReconstructorGraph
 
         axes = ("batch", config.model.channels, "height", "width")
-        return ReconstructorGraph(load_pretrained(directory)[0]), (
+        return ReconstructorGraph(load_pretrained(directory)), (
             TensorSpec("reconstruction", "float32", axes),
         )
     if graph == "classifier":
         from export.graphs.wrappers import ClassifierGraph
 
         classes = len(config.class_names or ())
-        return ClassifierGraph(load_classifier(directory)[0]), (
+        return ClassifierGraph(load_classifier(directory)), (
             TensorSpec("logits", "float32", ("batch", classes)),
         )
     model, settings = _load_finetuned(directory, graph), (config.head or {})["model"]
@@ -171,7 +171,7 @@ def detections(settings: dict[str, Any]) -> int:
 def _encoder(directory: Path) -> tuple[nn.Module, tuple[TensorSpec, ...]]:
     from export.graphs.wrappers import EncoderGraph
 
-    encoder: Encoder = load_encoder(directory)[0]
+    encoder: Encoder = load_encoder(directory)
     widths = [
         encoder.num_features // 2 ** (len(encoder.strides) - 1 - i) for i in range(len(encoder.strides))
     ]
@@ -187,5 +187,5 @@ def _encoder(directory: Path) -> tuple[nn.Module, tuple[TensorSpec, ...]]:
 
 def _load_finetuned(directory: Path, kind: str) -> nn.Module:
     for entry in metadata.entry_points(group="coma.finetuned", name=kind):
-        return entry.load()(directory)[0]
+        return entry.load()(directory)
     raise BadInput(f"{directory}: nothing installed here rebuilds a {kind}; install coma-dyvit[downstream]")

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from coma.data.labels import labels_among
+from coma.data.labels import class_indices
 from coma.data.sources.base import Source
 from coma.errors import BadImage, BadInput
 from coma.runtimes.base import Runtime
@@ -41,7 +41,7 @@ def top1(runtime: Runtime, source: Source, most: int) -> tuple[dict[str, float],
         BadInput: no labels, classes that the model does not know, or no image that can be read.
     """
     spec = runtime.spec
-    labels = labels_among(source, spec.class_names or (), "the model").tolist()
+    labels = class_indices(source, spec.class_names or (), "the model").tolist()
     rule = spec.preprocessing
     batch_axis, channels, *size = spec.inputs[0].axes
     batch = batch_axis if isinstance(batch_axis, int) else 1

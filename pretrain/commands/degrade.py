@@ -67,7 +67,7 @@ def run(argv: list[str]) -> None:
     config = parse_arguments(DegradeConfig, argv, prog="coma degrade", description=__doc__)
     _check(config)
 
-    from coma.data.channels import adapt
+    from coma.data.channels import convert_channels
     from coma.data.decode import decode
     from coma.data.pixel_values import check_pixels
     from coma.data.transforms import centre_square, resize
@@ -80,7 +80,7 @@ def run(argv: list[str]) -> None:
         picture = decode(config.image.read_bytes(), name)
     except OSError as error:
         raise BadInput(f"{name}: cannot be read ({error.strerror}); give an image file") from None
-    pixels = adapt(picture, 3, name)
+    pixels = convert_channels(picture, 3, name)
     check_pixels(pixels, config.mean, config.std, lambda: name)
     view = resize(pixels, centre_square(*pixels.shape[:2]), config.size, config.size)
     kinds = tuple(dict.fromkeys(config.kind))

@@ -90,7 +90,8 @@ def run(argv: list[str]) -> None:
     from pretrain.visualize.reconstructions import reconstruction_sheet
 
     run_directory = pretrain(plan, resume=(plan.run.out / "config.json").exists())
-    objective, about = load_pretrained(run_directory / "artifact")
+    objective = load_pretrained(run_directory / "artifact")
+    about = objective.artifact
     images, seeds = _examples(plan, about)
     verify(plan, objective, images, seeds)
     sheet = config.out / "reconstructions.png"
@@ -197,24 +198,24 @@ def _plan(config: QuickstartConfig) -> PretrainConfig:
 def _steps(plan: PretrainConfig, minutes: float) -> int:
     """How many steps this machine takes in `minutes`, going by the fastest of a few."""
     from coma.amp import choose_precision
-    from coma.data import Slices, measure, open_source, training_batches
+    from coma.data import BatchLayout, compute_mean_std, open_source, training_batches
     from coma.models import build_encoder
     from coma.objectives import build_objective
     from pretrain.training.distributed import processes
-    from pretrain.training.train_step import Learner
+    from pretrain.training.train_step import TrainStep
 
     source, channels = open_source(plan.data.images or Path()), plan.model.channels
-    slices = Slices(plan.optimizer.batch_size, plan.optimizer.batch_size)
+    slices = BatchLayout(plan.optimizer.batch_size, plan.optimizer.batch_size)
     batches = training_batches(source, plan.data, channels=channels, seed=plan.run.seed, batch=slices)
     seconds = []
     with processes(plan.run.device) as group:
         objective = build_objective(plan.objective, build_encoder(plan.model)).to(group.device)
         precision = choose_precision(plan.run.precision, group.device)
-        mean, std = measure(source, channels, workers=0)
-        learner = Learner(objective, plan.optimizer, plan.run, group, slices, precision, mean, std)
+        mean, std = compute_mean_std(source, channels, workers=0)
+        train_step = TrainStep(objective, plan.optimizer, plan.run, group, slices, precision, mean, std)
         for number in range(_TRIALS):
             began = time.perf_counter()
-            learner.step(number, 0.0, batches)
+            train_step(number, 0.0, batches)
             seconds.append(time.perf_counter() - began)
     return min(max(round(60 * minutes / min(seconds)), _FEWEST_STEPS), _MOST_STEPS)
 

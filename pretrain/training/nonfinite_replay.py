@@ -27,12 +27,12 @@ from coma.atomic_io import write_whole
 from coma.config import FinetuneConfig, PretrainConfig
 from coma.config.serialization import from_plain, to_plain
 from coma.data import Batch, normalize
-from coma.data.pixel_values import numbers
+from coma.data.pixel_values import format_values
 from coma.errors import BadInput, CheckFailed
 from coma.objectives.teachers import training_objective
 from pretrain.training.distributed import Processes
-from pretrain.training.run_plan import Plan
-from pretrain.training.train_step import Learner, NotFinite, pass_seed, seed_generators
+from pretrain.training.run_plan import RunPlan
+from pretrain.training.train_step import NotFinite, TrainStep, pass_seed, seed_generators
 
 _WEIGHTS = "weights."
 _FAR = 100.0
@@ -100,23 +100,25 @@ def save_nonfinite(
     return path
 
 
-def stop_run(plan: Plan, learner: Learner, group: Processes, step: int, problem: NotFinite) -> NoReturn:
+def stop_run(
+    plan: RunPlan, train_step: TrainStep, group: Processes, step: int, problem: NotFinite
+) -> NoReturn:
     """Write down step number `step` (counted from 1) and end the run, on all processes.
 
     Raises:
         CheckFailed: with the step, the file, and what to try.
     """
-    per_process = group.collect([replace(b, images=b.images.cpu()) for b in learner.batches])
-    weights = learner.weights()
+    per_process = group.collect([replace(b, images=b.images.cpu()) for b in train_step.batches])
+    weights = train_step.weights()
     with group.raise_on_all_ranks():
         if group.main:
             batches = [each[a] for a in range(plan.slices.accumulation) for each in per_process]
-            where = _write_down(plan, learner, step, problem, batches, weights)
+            where = _write_down(plan, train_step, step, problem, batches, weights)
             raise CheckFailed(f"step {step}: {problem}; {where}; {advice(plan, batches, weights)}")
     raise AssertionError("process 0 raised, and so did all")
 
 
-def advice(plan: Plan, batches: list[Batch], weights: Mapping[str, Tensor]) -> str:
+def advice(plan: RunPlan, batches: list[Batch], weights: Mapping[str, Tensor]) -> str:
     """Returns what to do about a loss that is not finite, after a look at the weights and the batch."""
     damaged = [name for name, weight in weights.items() if not weight.isfinite().all()]
     if damaged:
@@ -137,7 +139,7 @@ def advice(plan: Plan, batches: list[Batch], weights: Mapping[str, Tensor]) -> s
         return (
             f"{name} holds values that are {farthest[worst]:.4g} standard deviations away from the mean: "
             "look for missing values that are not declared as nodata, for another unit, and at the mean "
-            f"({numbers(mean)}) and standard deviation ({numbers(std)})"
+            f"({format_values(mean)}) and standard deviation ({format_values(std)})"
         )
     low, high = torch.aminmax(pixels.flatten(2), dim=2)
     if (low == high).all():
@@ -146,8 +148,8 @@ def advice(plan: Plan, batches: list[Batch], weights: Mapping[str, Tensor]) -> s
 
 
 def _write_down(
-    plan: Plan,
-    learner: Learner,
+    plan: RunPlan,
+    train_step: TrainStep,
     step: int,
     problem: NotFinite,
     batches: list[Batch],
@@ -158,7 +160,15 @@ def _write_down(
     folder = plan.folder / "nonfinite"
     try:
         path = save_nonfinite(
-            folder, step, problem, plan.config, learner.precision, batches, weights, names, learner.progress
+            folder,
+            step,
+            problem,
+            plan.config,
+            train_step.precision,
+            batches,
+            weights,
+            names,
+            train_step.progress,
         )
     except OSError as error:
         return f"the batch that leads to it could not be written ({error.strerror})"

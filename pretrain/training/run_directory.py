@@ -31,7 +31,7 @@ from coma.artifact import ArtifactConfig, library_versions, save_artifact
 from coma.config import EncoderConfig, ObjectiveConfig, PretrainConfig
 from coma.config.serialization import to_plain
 from coma.data import Batch, Source, evaluation_batches, normalize
-from coma.data.identity import (
+from coma.data.listing import (
     Listing,
     changes,
     check_listing,
@@ -45,9 +45,9 @@ from coma.objectives import build_objective
 from coma.objectives.teachers import caveats
 from pretrain.evaluate import Probe, open_probe
 from pretrain.training.checkpoint import read_state, write_state
-from pretrain.training.console import Report
+from pretrain.training.console import TrainingConsole
 from pretrain.training.metric_logs import MetricsLog, TensorBoardLog, drop_lines
-from pretrain.training.run_plan import Plan, PretrainPlan, Settings, write_config
+from pretrain.training.run_plan import PretrainPlan, RunPlan, Settings, write_config
 from pretrain.visualize.curves import loss_curve
 from pretrain.visualize.reconstructions import reconstruction_sheet
 
@@ -60,21 +60,21 @@ _PREFIX = "encoder."
 class RunDirectory(ABC, Generic[Settings]):
     """Writes the run directory; exists on process 0 only.
 
-    What kind of run it is shows in `look` (at what was learned) and `handed_over` (the artifact).
+    What kind of run it is shows in `look` (at what was learned) and `artifact_payload` (the artifact).
 
     Args:
         plan: The run.
-        report: Told what could not be written.
+        console: Told what could not be written.
     """
 
-    def __init__(self, plan: Plan[Settings], report: Report) -> None:
+    def __init__(self, plan: RunPlan[Settings], console: TrainingConsole) -> None:
         self._failed: dict[str, str] = {}
-        self._plan, self._report = plan, report
+        self._plan, self._console = plan, console
         self._good: int | None = None
         self._listing: Listing = {}
         self.may_change = self.changed = False
         """Whether a resumed run may go on with other images, and whether it does."""
-        self._looked = -1  # the step of the last look whose row the state knows of
+        self._evaluated = -1  # the step of the last look whose row the state knows of
         self.at_once: Callable[[], AbstractContextManager[None]] = nullcontext
         """Context of work that is left when someone asks to stop."""
         self._metrics: MetricsLog | None = None
@@ -88,11 +88,11 @@ class RunDirectory(ABC, Generic[Settings]):
         """
         self._listing, self.may_change = self._plan.list_data(), allow
         if resume:
-            self.changed = check_listing(self._plan.folder, self._listing, self._report.warn, allow=allow)
+            self.changed = check_listing(self._plan.folder, self._listing, self._console.warn, allow=allow)
 
     def resume(self) -> dict[str, Any] | None:
         """The state to go on from, if there is one."""
-        state = read_state(self._plan.folder / "state", self._report.warn)
+        state = read_state(self._plan.folder / "state", self._console.warn)
         self._good = state["step"] if state else None
         return state
 
@@ -107,7 +107,7 @@ class RunDirectory(ABC, Generic[Settings]):
         """
 
         def known(row: dict[str, Any]) -> bool:
-            return row["step"] < step or (row["step"] == step and ("loss" in row or self._looked == step))
+            return row["step"] < step or (row["step"] == step and ("loss" in row or self._evaluated == step))
 
         write_config(self._plan.config)
         if read_listing(self._plan.folder) != self._listing:
@@ -129,11 +129,11 @@ class RunDirectory(ABC, Generic[Settings]):
                 self._tensorboard.add(row)
 
     @abstractmethod
-    def look(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
+    def evaluate(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
         """Look at what these weights have learned, before they are saved; perhaps again in a resumed run."""
 
     @abstractmethod
-    def handed_over(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], ArtifactConfig] | None:
+    def artifact_payload(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], ArtifactConfig] | None:
         """Tensors and description of the artifact; None where there is nothing new to write."""
 
     def save(self, state: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ class RunDirectory(ABC, Generic[Settings]):
             write_state(self._plan.folder / "state", state, keep=self._good)
             self._good = step
         with self._or_say("artifact", step):
-            handed = self.handed_over(state)
+            handed = self.artifact_payload(state)
             if handed:
                 tensors, description = handed
                 save_artifact(self._plan.folder / "artifact", tensors=tensors, config=description)
@@ -186,7 +186,9 @@ class RunDirectory(ABC, Generic[Settings]):
                     if self._good is None
                     else f"the last good state is step {self._good}"
                 )
-                self._report.warn(f"step {step}: could not write {what} ({reason}); {last}; training goes on")
+                self._console.warn(
+                    f"step {step}: could not write {what} ({reason}); {last}; training goes on"
+                )
             self._failed[what] = reason
         else:
             self._failed.pop(what, None)
@@ -197,27 +199,27 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
 
     Args:
         plan: The run.
-        report: Told what could not be written.
+        console: Told what could not be written.
 
     Raises:
         BadInput: no image can be read, or none has the channels that the model takes; or labelled images to
             probe with of which that is true, or that are unlabelled or too few.
     """
 
-    def __init__(self, plan: PretrainPlan, report: Report) -> None:
-        super().__init__(plan, report)
+    def __init__(self, plan: PretrainPlan, console: TrainingConsole) -> None:
+        super().__init__(plan, console)
         self._pretraining = plan
         self._first = first_images(plan.source, plan.config.model, plan.config.view_size)
         self._probe = open_probe(plan.config.probe)
         for source in (self._probe.train, self._probe.test) if self._probe else ():
             first_images(source, plan.config.model, plan.config.data.image_size)
         if self._probe:
-            report.say(str(self._probe))
+            console.say(str(self._probe))
 
     def resume(self) -> dict[str, Any] | None:
         """The state to go on from, if there is one."""
         state = super().resume()
-        self._looked = state.get("probed", -1) if state else -1
+        self._evaluated = state.get("probed", -1) if state else -1
         return state
 
     def check_data(self, *, resume: bool, allow: bool) -> None:
@@ -228,19 +230,19 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
         of_probe = {"probe's training images": self._probe.train, "probe's test images": self._probe.test}
         now = list_data(of_probe)
         for change in changes(read_listing(self._plan.folder) or {}, now) if resume else ():
-            self._report.warn(f"{change}; their scores before and after cannot be compared")
+            self._console.warn(f"{change}; their scores before and after cannot be compared")
         self._listing |= now
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the resumable state and the artifact."""
-        super().save(state | {"probed": self._looked} if self._probe else state)
+        super().save(state | {"probed": self._evaluated} if self._probe else state)
 
-    def look(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
+    def evaluate(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
         """Draw what these weights make of the first images, probe them, or both, as is due."""
         last = step == self._plan.steps
-        if last or self._pretraining.draws_at(step):
+        if last or self._pretraining.draws_reconstructions_at(step):
             self._draw(weights, step, device)
-        if self._probe and (last or self._pretraining.probes_at(step)) and self._looked != step:
+        if self._probe and (last or self._pretraining.probes_at(step)) and self._evaluated != step:
             self._measure(self._probe, weights, step, device)
 
     def _measure(self, probe: Probe, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
@@ -258,13 +260,13 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
                 )
         except (ComaError, OSError, RuntimeError) as error:  # memory, an SVD that does not converge
             reason = str(error).partition("\n")[0]
-            self._report.warn(f"step {step}: the probe failed ({reason}); training goes on")
+            self._console.warn(f"step {step}: the probe failed ({reason}); training goes on")
             return
-        self._looked = step
+        self._evaluated = step
         row = {f"probe_{name}": value for name, value in values.items()}
         row["probe_seconds"] = round(time.perf_counter() - began, 3)
         self.log({"step": step, "images_seen": step * config.optimizer.batch_size, **row})
-        self._report.probed(step, values)
+        self._console.probed(step, values)
 
     def _draw(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
         """Reconstructions of the first images, always the same ones with the same masks."""
@@ -280,7 +282,7 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
             seeds = self._first.seeds.to(device)
             reconstruction_sheet(objective, images, seeds, mean, std, path, caption=f"Step {step}")
 
-    def handed_over(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], ArtifactConfig]:
+    def artifact_payload(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], ArtifactConfig]:
         """The weights of this moment, or their moving average."""
         config, source = self._plan.config, self._plan.source
         trained = {
@@ -295,7 +297,7 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
         }
         notes = caveats(config.objective)
         trained |= {"remarks": list(notes)} if notes else {}
-        return encoder_and_decoder(published(state)), self._about("pretrained", trained)
+        return encoder_and_decoder(weights_to_publish(state)), self._about("pretrained", trained)
 
     def _about(self, kind: Literal["backbone", "pretrained"], trained: dict[str, Any]) -> ArtifactConfig:
         config, (mean, std) = self._plan.config, self._plan.statistics
@@ -312,7 +314,7 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
         )
 
 
-def published(state: dict[str, Any]) -> dict[str, Tensor]:
+def weights_to_publish(state: dict[str, Any]) -> dict[str, Tensor]:
     """The weights of a resumable state that are handed over: their moving average where there is one."""
     return state["model"] if state["ema"] is None else state["ema"]
 

@@ -14,25 +14,21 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coma.atomic_io import write_whole
 from coma.config import (
-    CMTConfig,
     FinetuneConfig,
     ObjectiveConfig,
     OptimizerConfig,
     PretrainConfig,
     ProbeConfig,
-    TaughtConfig,
 )
 from coma.config.serialization import flat, read_config, to_plain
-from coma.data import Slices, Source, check_loader, check_some, measure, open_source
-from coma.data.identity import FLAG, Listing, list_data
+from coma.data import BatchLayout, Source, check_loader, check_sample, compute_mean_std, open_source
+from coma.data.listing import FLAG, Listing, list_data
 from coma.errors import BadInput
 from coma.masking.patchify import unit_grid
 from coma.models import build_encoder
-from coma.models.attention_maps import attend
 from coma.objectives import build_objective
 from coma.objectives.teachers import may_have_moved, with_weights_hash
 from coma.preflight import require_folder, require_space
@@ -54,13 +50,13 @@ Settings = TypeVar("Settings", bound=PretrainConfig | FinetuneConfig)
 
 
 @dataclass(frozen=True)
-class Plan(Generic[Settings]):
+class RunPlan(Generic[Settings]):
     """A run, ready to start."""
 
     config: Settings
     """With mean and deviation filled in."""
     source: Source
-    slices: Slices
+    slices: BatchLayout
     steps: int
     """Optimizer steps from beginning to end."""
 
@@ -83,11 +79,11 @@ class Plan(Generic[Settings]):
         """Names and sizes of the images that decide what comes out."""
         return list_data(self.sources, labels=isinstance(self.config, FinetuneConfig))
 
-    def looks_at(self, step: int) -> bool:
+    def evaluates_at(self, step: int) -> bool:
         """Whether to look at what was learned when `step` steps are done and more follow."""
-        return self.draws_at(step)
+        return self.draws_reconstructions_at(step)
 
-    def draws_at(self, step: int) -> bool:
+    def draws_reconstructions_at(self, step: int) -> bool:
         """Whether a picture of reconstructions is due."""
         return step > 0 and is_multiple(step, self.config.run.reconstruction_every)
 
@@ -97,12 +93,12 @@ class Plan(Generic[Settings]):
 
 
 @dataclass(frozen=True)
-class PretrainPlan(Plan[PretrainConfig]):
+class PretrainPlan(RunPlan[PretrainConfig]):
     """A pre-training run, ready to start."""
 
-    def looks_at(self, step: int) -> bool:
+    def evaluates_at(self, step: int) -> bool:
         """Whether a picture or a probe is due."""
-        return self.draws_at(step) or self.probes_at(step)
+        return self.draws_reconstructions_at(step) or self.probes_at(step)
 
     def probes_at(self, step: int) -> bool:
         """Whether labelled images are to tell what was learned; before the first step, too."""
@@ -147,10 +143,10 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
             raise BadInput(f"{config.data.images}: the processes see different numbers of images, {sizes}")
     with group.raise_on_all_ranks():
         if group.main and config.data.mean is None:
-            mean, std = measure(source, config.model.channels, workers=config.data.workers)
+            mean, std = compute_mean_std(source, config.model.channels, workers=config.data.workers)
             config = replace(config, data=replace(config.data, mean=mean, std=std))
         elif group.main:
-            check_some(source, config.model.channels, config.data.mean or (), config.data.std or ())
+            check_sample(source, config.model.channels, config.data.mean or (), config.data.std or ())
     config = group.share(config)
     with group.raise_on_all_ranks():
         if group.main:
@@ -204,14 +200,11 @@ def check_objective(config: PretrainConfig) -> int:
     visible = objective.draw_visible(torch.zeros(1, dtype=torch.int64), h, w)
     if not visible.flatten(1).any(dim=1).all():
         raise BadInput(f"{len(visible)} views are too many for {h * w} mask units: some would see nothing")
-    if isinstance(config.objective, CMTConfig):
-        with FakeTensorMode(), torch.no_grad():
-            images = torch.empty(1, model.channels, size, size)
-            attend(build_encoder(model), images, block=config.objective.student_block)
+    objective.check_images(size, size)
     return sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
 
 
-def split_batch(optimizer: OptimizerConfig, rank: int, world: int) -> Slices:
+def split_batch(optimizer: OptimizerConfig, rank: int, world: int) -> BatchLayout:
     """How the global batch is shared out over processes and passes.
 
     Raises:
@@ -231,7 +224,7 @@ def split_batch(optimizer: OptimizerConfig, rank: int, world: int) -> Slices:
         raise BadInput(
             f"--batch-size {batch} cannot be shared out over {what}; {' or '.join(fitting)} would do"
         )
-    return Slices(batch, micro or batch // world, rank, world)
+    return BatchLayout(batch, micro or batch // world, rank, world)
 
 
 def count_steps(optimizer: OptimizerConfig, images: int) -> int:
@@ -239,7 +232,7 @@ def count_steps(optimizer: OptimizerConfig, images: int) -> int:
     return optimizer.steps or math.ceil(optimizer.epochs * images / optimizer.batch_size)
 
 
-def check_resumable(plan: Plan, state: dict[str, Any], *, allow_changed_data: bool) -> None:
+def check_resumable(plan: RunPlan, state: dict[str, Any], *, allow_changed_data: bool) -> None:
     """Refuse to go on from `state` with another number of images, or to fewer steps than are done.
 
     Raises:
@@ -275,7 +268,7 @@ def _located(config: Settings) -> Settings:
     return replace(config, data=data, artifact=config.artifact.absolute(), test=test, val=val)
 
 
-def extended(plan: Plan, state: dict[str, Any]) -> str | None:
+def extended(plan: RunPlan, state: dict[str, Any]) -> str | None:
     """What becomes of the learning rate where a resumed run has another number of steps than before."""
     done, config = state["step"], plan.config
     before = count_steps(read_config(plan.folder, type(config)).optimizer, state["images"])
@@ -291,7 +284,7 @@ def extended(plan: Plan, state: dict[str, Any]) -> str | None:
 
 def resume_command(config: PretrainConfig | FinetuneConfig) -> str:
     """The command that goes on with a run."""
-    command = "pretrain" if isinstance(config, PretrainConfig) else "evaluate"
+    command = "pretrain" if isinstance(config, PretrainConfig) else "classify train"
     return f"coma {command} --resume {shlex.quote(str(config.run.out))}"
 
 
@@ -307,14 +300,13 @@ def check_folder(config: Settings, resume: bool) -> Settings:
 
 def _fresh(config: Settings) -> Settings:
     out = config.run.out
-    flag = "--out" if isinstance(config, PretrainConfig) else "--run"
-    require_folder(out, flag)
+    require_folder(out)
     if out.is_dir() and any(out.iterdir()):
         if (out / "config.json").is_file():
-            way_out = f"continue its run with `{resume_command(config)}`, or choose another {flag}"
+            way_out = f"continue its run with `{resume_command(config)}`, or choose another --out"
         else:
-            way_out = f"choose another {flag}, or remove what is in it (it holds no run)"
-        raise BadInput(f"{flag} {out}: is not empty; {way_out}")
+            way_out = "choose another --out, or remove what is in it (it holds no run)"
+        raise BadInput(f"--out {out}: is not empty; {way_out}")
     return config
 
 
@@ -341,13 +333,13 @@ def _resumed(config: Settings) -> Settings:
 
 def _same_teacher(new: ObjectiveConfig, saved: ObjectiveConfig) -> ObjectiveConfig:
     """The new settings; a teacher whose weights they do not identify is to be the one of the run."""
-    if not isinstance(new, TaughtConfig) or not isinstance(saved, TaughtConfig) or new.teacher.sha256:
+    if not new.teacher or not saved.teacher or new.teacher.sha256:
         return new
     return replace(new, teacher=replace(new.teacher, sha256=saved.teacher.sha256))
 
 
 def _places_of_teachers(new: ObjectiveConfig, saved: ObjectiveConfig) -> set[str]:
     """What may be set anew of a teacher that is an artifact: where it is. Its SHA-256 is compared later."""
-    if not isinstance(new, TaughtConfig) or not isinstance(saved, TaughtConfig):
+    if not new.teacher or not saved.teacher:
         return set()
     return {"objective.teacher.name"} if may_have_moved(saved.teacher, new.teacher) else set()

@@ -1,6 +1,5 @@
 """A real browser on the served page: upload, brush, other methods and runtimes, a phone; nothing leaves."""
 
-import gc
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ CHROMIUM = next(
 )
 
 pytestmark = [
+    pytest.mark.browser,
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium; apt-get install chromium"),
 ]
@@ -29,13 +29,6 @@ UNNAMED = """() => [...document.querySelectorAll('button, input:not([type=file])
     .filter(e => ![...e.querySelectorAll('img')].some(i => i.alt))
     .map(e => e.outerHTML.slice(0, 160))"""
 """What a screen reader would call "button" and no more."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def litter():
-    """What gradio leaves unclosed is collected here, where its warnings are ignored, not in other modules."""
-    yield
-    gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +125,7 @@ def test_a_visit(browser, address, tmp_path):
     hidden = int(visit.number("hidden").rstrip("%"))
     assert 5 < hidden < 60, "the brush hid something, and not everything"
 
-    page.get_by_role("tab", name="Look inside").click()
+    page.get_by_role("tab", name="Introspection").click()
     page.click("#look")
     page.wait_for_selector("#attention img")
     assert "stage 1, block 1" in page.inner_text("#gate-weights")
@@ -184,7 +177,7 @@ def test_everything_has_a_name_and_a_place_in_the_order_of_tabs(browser, address
         names.add(
             visit.page.evaluate("document.activeElement.innerText || document.activeElement.ariaLabel || ''")
         )
-    assert {"Rebuild", "Another mask"} <= {name.strip() for name in names}
+    assert {"Reconstruct", "New mask"} <= {name.strip() for name in names}
     visit.context.close()
 
 

@@ -21,7 +21,7 @@ from coma.errors import BadArtifact, BadInput, CheckFailed, Interrupted
 from downstream.commands.detect import run
 from downstream.configs.load import PRESETS
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages warn of each other
+pytestmark = [pytest.mark.openmmlab, pytest.mark.filterwarnings("ignore")]  # mm's packages warn of each other
 
 SMALL = ["--head-channels", "32", "--short-side", "64", "--batch-size", "2", "--workers", "0"]
 
@@ -78,7 +78,7 @@ def test_a_run_leaves_an_artifact_of_the_best_checkpoint(trained, backbone):
 
 
 def test_the_artifact_gives_what_the_trained_model_gave(trained, data, tmp_path, capsys):
-    run(["test", str(trained / "artifact"), "--data", str(data), "--out", str(tmp_path / "scores.json")])
+    run(["test", str(trained / "artifact"), "--data", str(data), "--out", str(tmp_path)])
     scores = json.loads((tmp_path / "scores.json").read_text())
     kept = load_artifact(trained / "artifact").config.trained["scores"]
     assert "coco/bbox_mAP_50" in kept and {k: scores[k] for k in kept} == pytest.approx(kept, abs=1e-3)
@@ -114,10 +114,11 @@ def test_predictions_are_drawn_and_written_as_coco_does(trained, data, tmp_path,
         assert each["segmentation"]["size"] == [64, 96]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_images_that_come_next(data, backbone, tmp_path, monkeypatch):
-    from downstream.openmmlab.runner import _Watch
+    from downstream.openmmlab.runner import _ProgressHook
 
-    after = _Watch.after_train_iter
+    after = _ProgressHook.after_train_iter
     seen: list[list[int]] = []
 
     def stopped(self, runner, batch_idx, data_batch, *args, **kwargs):
@@ -126,7 +127,7 @@ def test_a_stopped_run_goes_on_with_the_images_that_come_next(data, backbone, tm
             os.kill(os.getpid(), signal.SIGTERM)
         after(self, runner, batch_idx, data_batch, *args, **kwargs)
 
-    monkeypatch.setattr(_Watch, "after_train_iter", stopped)
+    monkeypatch.setattr(_ProgressHook, "after_train_iter", stopped)
     out = tmp_path / "run"
     with pytest.raises(Interrupted, match=r"stopped at step 2 of 3; everything is saved"):
         run(
@@ -155,6 +156,7 @@ def test_a_stopped_run_goes_on_with_the_images_that_come_next(data, backbone, tm
     assert (out / "artifact" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(data, backbone, tmp_path):
     spoilt = load_artifact(backbone)
     spoilt.tensors["stem.conv.weight"][0, 0, 0, 0] = float("nan")
@@ -166,6 +168,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(data, backbone, tmp_
     assert not list((tmp_path / "run").glob("*.pth"))
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_job_saves_as_well(data, backbone, tmp_path):
     """Schedulers send it to the reading processes, too, which die of it."""
     from downstream.openmmlab.checkpoint import checkpoint_weights
@@ -174,7 +177,7 @@ def test_a_signal_to_the_whole_job_saves_as_well(data, backbone, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "pretrain",
+        "coma",
         "detect",
         "train",
         str(backbone),
@@ -201,6 +204,7 @@ def test_a_signal_to_the_whole_job_saves_as_well(data, backbone, tmp_path):
     assert 25 <= done < 100 and checkpoint_weights(out / f"iter_{done}.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["retinanet", "cascade-mask-rcnn"])
 def test_other_detectors_train_and_predict(model, data, backbone, tmp_path):
     out = tmp_path / "run"
@@ -224,6 +228,7 @@ def test_other_detectors_train_and_predict(model, data, backbone, tmp_path):
     assert (tmp_path / "p" / "pictures" / "1.png").is_file()
 
 
+@pytest.mark.slow
 def test_boxes_alone_and_five_channels_and_a_plain_vit(tmp_path):
     """Without masks the default is Faster R-CNN; TIFF of five channels; a ViT makes its own pyramid."""
     import tifffile
@@ -262,6 +267,7 @@ def test_boxes_alone_and_five_channels_and_a_plain_vit(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_any_configuration_of_mmdet(data, backbone, tmp_path):
     """Its backbone, classes and data are replaced; its schedule is its own."""
     theirs = tmp_path / "theirs.py"
@@ -297,6 +303,7 @@ def test_what_cannot_become_an_artifact_is_known_before_training(data, backbone,
     assert not list(tmp_path.rglob("*.pth"))
 
 
+@pytest.mark.slow
 def test_a_plain_runner_runs_what_the_command_wrote(trained, tmp_path):
     """mmengine alone, in a process of its own, from the run's configuration file."""
     script = (
@@ -316,8 +323,8 @@ def test_a_plain_runner_runs_what_the_command_wrote(trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give one of train, test, predict"),
-        (["tarin"], "no action 'tarin'"),
+        ([], "give one of train, test, predict, check"),
+        (["tarin"], "no verb 'tarin'"),
         (["train", "--data", "D", "--out", "x"], "give an artifact"),
         (["train", "A", "--out", "x", "--preset", "tiny", "--data", "D"], "and not both"),
         (["train", "--preset", "tiny", "--data", "D"], "give --out"),
@@ -344,10 +351,10 @@ def test_a_plain_runner_runs_what_the_command_wrote(trained, tmp_path):
         ),
         (["train", "--preset", "tiny", "--data", "D", "--out", "D"], "is not empty"),
         (["train", "--config", "none.py", "--out", "x"], "no such file"),
-        (["train", "A", "--config", "C", "--out", "x", "--steps", "3"], "--steps: without effect"),
+        (["train", "A", "--config", "C", "--out", "x", "--steps", "3"], "--steps: no effect"),
         (
             ["train", "--config", "C", "--out", "x", "--drop-path", "0.2", "--model", "retinanet"],
-            "--model: without",
+            "--model: no effect",
         ),
         (["train", "--preset", "tiny", "--data", "D", "--out", "x", "--batch-size", "0"], "at least 1"),
         (
@@ -388,6 +395,6 @@ def test_the_stand_in_operators_are_announced(caplog):
 
     sys.modules.pop("mmcv._ext")
     with caplog.at_level(logging.INFO, "downstream.openmmlab.op_registry"):
-        op_registry.provide_ops()
-        op_registry.provide_ops()
+        op_registry.register_ops()
+        op_registry.register_ops()
     assert len([r for r in caplog.records if "torchvision" in r.message]) == 1

@@ -9,12 +9,13 @@ import export_files
 import onnx
 import pytest
 import torch
+from export_files import VIT
 from PIL import Image
 from skimage import data
 
 from coma.artifact import load_artifact, save_artifact
 from coma.cli import main
-from coma.config import BeyondConfig, ViTConfig
+from coma.config import BeyondConfig
 from coma.errors import BadInput
 from coma.runtimes.manifest import Manifest
 from coma.runtimes.model_spec import GraphKind
@@ -27,7 +28,6 @@ from export.pipeline import default_shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 
-VIT = ViTConfig(patch=16, dim=16, depth=1, heads=2)
 QUICK = ("--shapes", "1x48x48:2x48x48:4x48x48", "--benchmark-seconds", "0.01")
 
 
@@ -167,7 +167,7 @@ def test_classes_that_the_model_does_not_know_are_refused_at_once(
     (photographs / "cat").rename(photographs / "dog")
     more = ("--calibrate", str(photographs)) if precision == "int8" else ()
     try:
-        with pytest.raises(BadInput, match="knows nothing: dog; it has cat, cup, face"):
+        with pytest.raises(BadInput, match="does not have the classes dog; it has cat, cup, face"):
             run([str(artifact), "--verify", str(photographs), "--precision", precision, *more])
     finally:
         (photographs / "dog").rename(photographs / "cat")

@@ -105,7 +105,13 @@ def test_every_command_has_paths():
     assert sum(len(paths_of(invocation)) for invocation in invocations()) > 40
 
 
-@pytest.mark.parametrize("invocation", invocations())
+QUICK = ("pack", "degrade")
+
+
+@pytest.mark.parametrize(
+    "invocation",
+    [pytest.param(each, marks=[pytest.mark.slow] * (each not in QUICK)) for each in invocations()],
+)
 def test_places_that_are_something_else_are_one_line(invocation, places, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(os.walk(places))

@@ -206,7 +206,7 @@ def test_settings_and_views():
 
 
 def test_what_cannot_be_trained_on_is_refused():
-    with pytest.raises(BadInput, match=r"--objective\.hidden-ratio 1 must be more than 0 and less than 1"):
+    with pytest.raises(BadInput, match=r"--objective\.mask-ratio 1 must be more than 0 and less than 1"):
         BeyondConfig(mask_ratio=1.0)
     with pytest.raises(BadInput, match=r"--objective\.views 1 must be 2 to 1024"):
         BeyondConfig(views=1)
@@ -246,7 +246,8 @@ def test_a_run_leaves_an_artifact_that_loads_reconstructs_and_evaluates(settings
     config = replace(settings, model=MODEL, objective=method)
     folder = pretrain(at(config, tmp_path / "run"))
     assert (folder / "reconstructions" / "step-000005.png").stat().st_size > 5000
-    model, about = load_pretrained(folder / "artifact")
+    model = load_pretrained(folder / "artifact")
+    about = model.artifact
     assert about.image_size == 16
     assert about.trained["method"] == "beyond"
     images = torch.randn(2, 3, 32, 32)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from coma.artifact import ArtifactConfig, save_artifact
 from coma.config import DyViTConfig, EncoderConfig
 from coma.errors import BadInput
-from downstream.artifacts import build_model, describe_finetuned, load_finetuned
-from downstream.cli_options import TrainingOptions
-from downstream.configs.adapt import Described, fit_encoder
+from downstream.artifacts import build_model, finetuned_config, load_finetuned
+from downstream.cli_options import TrainOptions
+from downstream.configs.adapt import EncoderSpec, set_encoder
 from downstream.configs.load import load_config
 from downstream.tasks.detection import Detector, preset_path
 from export.custom_ops import translations
@@ -30,7 +30,10 @@ from export.graphs.detection_ops import anchors_at, pad_images
 from export.graphs.detector import detector
 from export.graphs.detector_config import read_settings
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages, and torch.onnx, warn of each other
+pytestmark = [
+    pytest.mark.openmmlab,
+    pytest.mark.filterwarnings("ignore"),  # mm's packages, and torch.onnx, warn of each other
+]
 
 SMALL = DyViTConfig(dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((8,), (4,), (0,), (0,)))
 CLASSES = ("cat", "cup", "face")
@@ -61,10 +64,21 @@ SIZES = [(96, 128), (64, 64), (131, 75), (40, 50)]  # one odd, one less than two
 """Heights and widths in pixels."""
 
 
+class Built(dict[str, tuple[Any, ArtifactConfig]]):
+    """Detectors, each built when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, name: str) -> tuple[Any, ArtifactConfig]:
+        self[name] = build(self.folder / name, *MODELS[name])
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, tuple[Any, ArtifactConfig]]:
-    folder = tmp_path_factory.mktemp("detectors")
-    return {name: build(folder / name, *recipe) for name, recipe in MODELS.items()}
+def models(tmp_path_factory) -> Built:
+    return Built(tmp_path_factory.mktemp("detectors"))
 
 
 def build(
@@ -72,8 +86,8 @@ def build(
 ) -> tuple[Any, ArtifactConfig]:
     """A detector with random weights that went through an artifact."""
     config = load_config(preset_path(preset))
-    described = Described(encoder, (0.45, 0.42, 0.39), (0.24, 0.23, 0.25), {"preset": "tiny"})
-    fit_encoder(config, described, TrainingOptions(head_channels=32))
+    described = EncoderSpec(encoder, (0.45, 0.42, 0.39), (0.24, 0.23, 0.25), {"preset": "tiny"})
+    set_encoder(config, described, TrainOptions(head_channels=32))
     heads = config.model.get("roi_head", config.model)
     if "roi_head.num_stages" in changes:
         heads.bbox_head = heads.bbox_head[: changes["roi_head.num_stages"]]
@@ -85,12 +99,13 @@ def build(
         few = {"rpn.nms_pre": 200, "rpn.max_per_img": 150, "rcnn.max_per_img": 60}
     config.merge_from_dict({f"model.test_cfg.{name}": value for name, value in few.items()})
     config.merge_from_dict({f"model.{name}": value for name, value in changes.items()})
-    spec = describe_finetuned("detector", config, encoder, CLASSES)
+    spec = finetuned_config("detector", config, encoder, CLASSES)
     torch.manual_seed(1)
     model = build_model(spec)
     spread(model)
     save_artifact(folder, tensors=model.state_dict(), config=spec)
-    return load_finetuned(folder)
+    loaded = load_finetuned(folder)
+    return loaded, loaded.artifact
 
 
 LAST = {"rpn_cls": 2.0, "rpn_reg": 0.3, "fc_cls": 2.0, "fc_reg": 1.0, "conv_logits": 2.0,
@@ -179,7 +194,9 @@ def in_order(detections: tuple[Tensor, ...], size: tuple[int, int]) -> None:
     assert all(mask[labels == -1].eq(0).all() and mask.min() >= 0 and mask.max() <= 1 for mask in masks)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[pytest.mark.slow] * each.startswith("cascade")) for each in MODELS]
+)
 def test_the_form_finds_what_mmdet_finds(name, models):
     model, config = models[name]
     module = detector(model, config.head)
@@ -274,7 +291,9 @@ EXPORTS: dict[str, tuple[Detector, EncoderConfig, dict[str, Any], dict[int, str]
 }
 
 
-@pytest.mark.parametrize("name", EXPORTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[pytest.mark.slow] * each.endswith("any size")) for each in EXPORTS]
+)
 def test_onnx_runtime_finds_the_same(name, tmp_path):
     preset, encoder, changes, axes = EXPORTS[name]
     model, config = build(tmp_path / "artifact", preset, encoder, changes)

@@ -67,8 +67,17 @@ def compare(artifact: Path, graph, path: Path, shape: Shape, limit: float) -> No
             assert (found[name] == value).double().mean() > 1 - 2 * max(limit, 0.01)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("graph", MAKERS)
+QUICK = (("encoder", "fp32"), ("classifier", "fp16"))
+
+
+@pytest.mark.parametrize(
+    ("graph", "precision"),
+    [
+        pytest.param(graph, precision, marks=[pytest.mark.slow] * ((graph, precision) not in QUICK))
+        for graph in MAKERS
+        for precision in ERRORS
+    ],
+)
 def test_files_give_what_the_model_gives_at_any_size(graph, precision, tmp_path):
     artifact = MAKERS[graph](tmp_path / "artifact")
     path = write(tmp_path, artifact, graph, precision, FREE)
