@@ -21,6 +21,8 @@ from typing import Any, ClassVar, get_type_hints
 
 from coma.errors import BadInput
 
+RARE = "rare"
+"""Marks a field, as in `Annotated[int, RARE]`, whose flag only `--help-all` shows."""
 _UNSPOKEN = 10**4
 """Bounds from here on only keep numbers away from memory and clocks; help texts leave them out."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from coma.masking.patchify import unit_grid
 from coma.models import Encoder
 from coma.models.attention import DynamicMultiWindowAttention, Layout
 from coma.models.dyvit import FIRST_SIDE, DyViT
-from coma.models.vit import ViT
 from coma.models.windows import nest, unnest
 
 
@@ -49,7 +48,7 @@ class Gates:
 @torch.no_grad()
 def feature_pyramid(encoder: Encoder, image: Tensor) -> tuple[Tensor, ...]:
     """The maps of an encoder, finest first, for an image `[1, c, H, W]`, normalised."""
-    return (DyViT if isinstance(encoder, DyViT) else ViT).forward(encoder, image)  # pyright: ignore
+    return encoder.pyramid(image)
 
 
 def pyramid_colours(maps: tuple[Tensor, ...]) -> list[np.ndarray]:
@@ -103,8 +102,9 @@ def gate_weights(encoder: Encoder, image: Tensor) -> list[Gates]:
     Raises:
         BadInput: an encoder without gates.
     """
-    if not isinstance(encoder, DyViT):
-        raise BadInput("This model is a plain ViT: it has one window, the whole picture, and no gates.")
+    if not encoder.window_gates():
+        raise BadInput("This model has no gates: all its layers have one window, the whole picture.")
+    encoder = cast(DyViT, encoder)
     found: list[Gates] = []
     for stage, block, attention in _attentions(encoder):
         if attention.gate is None:
@@ -114,7 +114,7 @@ def gate_weights(encoder: Encoder, image: Tensor) -> list[Gates]:
             _watching(attention.proj) as proj,
             _watching(attention) as all_,
         ):
-            DyViT.forward(encoder, image)  # a classifier's own forward gives logits
+            encoder.pyramid(image)
         layout: Layout = all_.inputs[1]
         count = len(layout.windows)
         weights = gate.output.flatten().unflatten(0, (count, -1))  # windows, channels of each
@@ -150,11 +150,12 @@ def attention_of(
     Returns:
         Maps `[h, w]`, each of sum 1, by the name of the window; zero outside of the place's window.
     """
-    if not isinstance(encoder, DyViT):
+    if len(encoder.strides) == 1:
         return {"whole picture": _plain_attention(encoder, image, row, col)}
+    encoder = cast(DyViT, encoder)
     attention = encoder.stages[stage - 1].blocks[-1].attn  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
     with _watching(attention) as watched:
-        DyViT.forward(encoder, image)
+        encoder.pyramid(image)
     x, layout = watched.inputs
     side = FIRST_SIDE >> (stage - 1)
     h, w = layout.sequences.rows * side, layout.sequences.cols * side
@@ -191,7 +192,7 @@ def _plain_attention(encoder: Any, image: Tensor, row: float, col: float) -> np.
     from coma.models.attention_maps import softmax_of
 
     with softmax_of(encoder.blocks[-1].attn) as taken:
-        features = ViT.forward(encoder, image)[0]
+        features = encoder.pyramid(image)[0]
     h, w = -(-image.shape[-2] // encoder.unit), -(-image.shape[-1] // encoder.unit)
     side = encoder.unit // encoder.strides[0]
     h, w = h * side, w * side

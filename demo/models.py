@@ -12,6 +12,7 @@ from coma.artifact import ArtifactConfig, load_artifact
 from coma.artifact.load import artifact_hash
 from coma.errors import BadInput, ComaError
 from coma.models import Encoder
+from coma.registry import entry_of
 from coma.runtimes.base import Runtime
 from coma.runtimes.model_spec import GRAPH_KINDS, GraphKind, ModelSpec
 from coma.runtimes.open import Device, open_runtime
@@ -98,10 +99,10 @@ class Model:
     def method(self) -> str:
         """The key of `demo.masking.METHODS` nearest to how it was trained."""
         objective = self.config.objective if self.config else None
-        kind = type(objective).__name__.removesuffix("Config").lower()
-        if kind == "coma":
-            return "coma4" if objective.views > 2 else "coma"  # type: ignore[union-attr]
-        return self.undoes or {"mae": "mae", "cmt": "guided", "beyond": "zoom-in"}.get(kind, "coma")
+        if objective is None:
+            return "coma"
+        masks = self.undoes or entry_of(objective).masks
+        return "coma4" if masks == "coma" and getattr(objective, "views", 2) > 2 else masks
 
     def encoder(self) -> Encoder:
         """Its encoder, to look inside.

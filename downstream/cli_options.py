@@ -6,14 +6,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from coma.config import ENCODER_PRESETS
 from coma.errors import BadInput
 from coma.ranges import BATCH, DECAY, EPOCHS, PROCESSES, RATE, WEIGHT_DECAY, Range, Ranged
 
-Preset = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
+if TYPE_CHECKING:
+    Preset = str
+else:
+    Preset = Literal[ENCODER_PRESETS]
 
 
 @dataclass(frozen=True)

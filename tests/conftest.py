@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from class_folders import class_folders
 from PIL import Image
 from short_runs import MODEL, OBJECTIVE, at
+from taught_models import timm_weights
 
 from coma.config import DataConfig, OptimizerConfig, PretrainConfig, RunConfig
 from pretrain.training import pretrain
@@ -50,6 +52,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(10):
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{number}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of noise in train and test folders."""
+    return class_folders(tmp_path_factory.mktemp("labelled"))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of weights of timm's smallest vision transformer."""
+    return timm_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from training import build
+from train_step import build
 
 from coma.amp import Precision, autocast, choose_attention
 from coma.artifact import load_artifact

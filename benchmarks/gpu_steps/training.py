@@ -10,7 +10,7 @@ import torch
 from large import measure
 from PIL import Image
 from skimage import data as pictures
-from training import Step, largest_batch
+from train_step import Step, largest_batch
 
 from coma.amp import choose_precision
 from coma.models.window_variants import attention_variant

@@ -19,7 +19,7 @@ from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from coma.config import FinetuneRecipe
-from coma.models.classifier import Classifier
+from coma.models.classifiers import Classifier
 
 
 @dataclass

@@ -171,13 +171,12 @@ def warn(warnings: Sequence[str]) -> None:
 @contextmanager
 def checking(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar for reading a dataset through; gives what is told how far it is."""
-    from rich.console import Console
-    from rich.progress import Progress
+    from coma.progress import Progress
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with Progress() as progress:
+        bar = progress.bar(title)
+        yield lambda done, total: bar.update(done, total=total)
+        bar.remove()
 
 
 def device_of(name: Device) -> torch.device:
@@ -264,10 +263,7 @@ def say_scores(scores: dict[str, float], out: Path | None, split: str, where: Pa
 @contextmanager
 def predicting(total: int) -> Iterator[Callable[[int], None]]:
     """A bar over images; gives what is told how many are done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from coma.progress import Progress
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(True))
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("predicting", total=total)
-        yield lambda done: progress.update(task, completed=done)
+    with Progress() as progress:
+        yield progress.bar("predicting", total).update

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coma.config import DyViTConfig, EncoderConfig, encoder_preset
+from coma.config import EncoderConfig, encoder_preset
 from coma.config.serialization import from_plain
 from coma.errors import BadInput
 from downstream.cli_options import TrainingOptions
@@ -42,7 +42,7 @@ class Described:
     @property
     def hierarchical(self) -> bool:
         """Whether it makes a pyramid by itself."""
-        return isinstance(self.model, DyViTConfig)
+        return len(self.model.strides) > 1
 
     @property
     def strides(self) -> tuple[float, float, float, float]:
@@ -54,9 +54,7 @@ class Described:
     @property
     def channels(self) -> list[int]:
         """Channels of what the encoder hands out."""
-        if isinstance(self.model, DyViTConfig):
-            return [self.model.dim * 2**i for i in range(4)]
-        return [self.model.dim]
+        return list(self.model.widths)
 
 
 def describe(artifact: Path | None, preset: str | None) -> Described:

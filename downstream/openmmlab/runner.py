@@ -15,7 +15,7 @@ import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from mmengine.utils import import_modules_from_strings
 import downstream.openmmlab  # noqa: F401 - before mmdet and mmseg
 from coma.atomic_io import seal
 from coma.errors import BadInput, CheckFailed, ComaError, Interrupted
+from coma.progress import Progress
 from coma.signals import StopRequest
 from downstream.cli_options import is_main
 from downstream.configs.load import REGISTRATION, blaming, require, worker_error
@@ -37,10 +38,11 @@ from downstream.configs.strides import check_strides
 from downstream.openmmlab.backbones import DyViT, PlainViT
 from downstream.openmmlab.checkpoint import intact_checkpoint, latest_checkpoint
 from downstream.openmmlab.worker_init import settle_workers
-from downstream.progress import Bar
 
 log = logging.getLogger(__name__)
 HEADLINES = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50", "mIoU", "mAcc", "aAcc")
+_LINES = 20
+"""Lines of progress over a whole run where there is no terminal."""
 SCORES = "coma_scores"
 """Where checkpoints keep what every validation measured, by step (by epoch, where a run counts those)."""
 CONFIG, PRINTED = "config.py", "printed.txt"
@@ -71,7 +73,7 @@ def train(config: Any, folder: Path, *, source: Path | None = None, resume: bool
         log.info("no checkpoint was saved before the run ended; starting again")
     blamed = blaming(source, "cannot be trained") if source else nullcontext()
     printed, quiet = _prints_to(folder / PRINTED), not is_main()
-    with blamed, StopRequest(quiet=quiet) as stop, closing(Bar(quiet=quiet)) as bar, printed:
+    with blamed, StopRequest(quiet=quiet) as stop, Progress(quiet) as progress, printed:
         runner = build_runner(config, folder)
         model = getattr(runner.model, "module", runner.model)
         if isinstance(getattr(model, "backbone", None), DyViT | PlainViT):
@@ -81,7 +83,7 @@ def train(config: Any, folder: Path, *, source: Path | None = None, resume: bool
                 if not resume:
                     raise
                 log.warning("warning: %s", error)
-        watch = _Watch(stop, bar)
+        watch = _Watch(stop, progress)
         runner.register_hook(watch, priority="LOW")
         if is_main() and not resume:
             config.dump(folder / CONFIG)
@@ -120,9 +122,9 @@ def test(
 
     Without a bar where `quiet`: the caller has one.
     """
-    with closing(Bar(quiet=quiet or not is_main())) as bar, _prints_to(folder / PRINTED):
+    with Progress(quiet or not is_main()) as progress, _prints_to(folder / PRINTED):
         runner = build_runner(config, folder)
-        runner.register_hook(_Watch(None, bar), priority="LOW")
+        runner.register_hook(_Watch(None, progress), priority="LOW")
         prepare(getattr(runner.model, "module", runner.model))
         return {name: float(value) for name, value in runner.test().items()}
 
@@ -222,13 +224,13 @@ class _QuietRunner(Runner):
 class _Watch(Hook):
     """Moves the bar, refuses losses that are not finite, and stops the run where it was asked to."""
 
-    def __init__(self, stop: StopRequest | None, bar: Bar) -> None:
-        self._stop, self._bar, self._steps = stop, bar, 0
+    def __init__(self, stop: StopRequest | None, progress: Progress) -> None:
+        self._stop, self._progress, self._steps = stop, progress, 0
 
     def before_train(self, runner: Any) -> None:
         self._steps = runner.max_iters
         _skip(runner.train_loop, runner.iter)
-        self._bar.start("training", self._steps, runner.iter)
+        self._training = self._progress.bar("step", self._steps, runner.iter, _LINES)
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
@@ -239,7 +241,7 @@ class _Watch(Hook):
                 f"{runner.work_dir}: the loss is {loss} at step {runner.iter + 1}; lower --lr, or use "
                 "--precision fp32; the last checkpoint is from before"
             )
-        self._bar.step(runner.iter + 1, f"loss {loss:.4f}")
+        self._training.update(runner.iter + 1, f"loss {loss:.4f}")
         if self._stop and _anyone(self._stop.asked) and runner.iter + 1 < self._steps:
             self.leave(runner, runner.iter + 1)
 
@@ -259,15 +261,15 @@ class _Watch(Hook):
         raise Interrupted(f"{where}; everything is saved, {advice}")
 
     def before_val(self, runner: Any) -> None:
-        self._bar.begin_part("validating", len(runner.val_dataloader))
+        self._pass = self._progress.bar("validating", len(runner.val_dataloader))
 
     def after_val_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        self._bar.advance_part()
+        self._pass.advance()
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        self._bar.end_part()
+        self._pass.remove()
         finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
         scores = runner.message_hub.runtime_info.setdefault(SCORES, {})
         by_step = isinstance(runner.train_loop, IterBasedTrainLoop)
@@ -276,18 +278,18 @@ class _Watch(Hook):
         }
         shown = {name: value for name, value in (metrics or {}).items() if is_headline(name)}
         text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        self._bar.say(f"step {runner.iter}/{self._steps}: {text}")
+        self._progress.say(f"step {runner.iter}/{self._steps}: {text}")
 
     def before_test(self, runner: Any) -> None:
-        self._bar.begin_part("testing", len(runner.test_dataloader))
+        self._pass = self._progress.bar("testing", len(runner.test_dataloader))
 
     def after_test_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        self._bar.advance_part()
+        self._pass.advance()
 
     def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        self._bar.end_part()
+        self._pass.remove()
 
 
 def is_headline(name: str) -> bool:

@@ -1,8 +1,8 @@
 """Pack images into shards of reduced images, which any disk reads fast.
 
-Large photographs spend most of their decoding time on pixels that training discards, and many small files are
-slow on network disks. Pack once; `coma pretrain SHARDS` then reads the same images in random order. Shards
-are ordinary WebDataset tars. An interrupted pack resumes when the command is run again.
+Large photographs spend most of their decoding time on pixels that training discards, and many small files
+are slow on network disks. Pack once; `coma pretrain SHARDS` then reads the same images in random order.
+Shards are ordinary WebDataset tars. An interrupted pack resumes when the command is run again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from coma.messages import counted
 from coma.preflight import require_folder
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from coma.data.pack import PackReport
 
 _NAMED_FAILURES = 10
@@ -29,70 +27,50 @@ def run(argv: list[str]) -> None:
     """Parses the arguments, packs, and prints a summary.
 
     Raises:
-        BadInput: There is nothing to pack, or the output folder has other files.
+        BadInput: nothing to pack, or an output folder that holds something else.
         Interrupted: Ctrl-C; finished shards are kept.
     """
     config = parse_arguments(PackConfig, argv, prog="coma pack", description=__doc__)
 
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from coma.data import open_source
     from coma.data.pack import pack
+    from coma.progress import Progress
 
     require_folder(config.out)
-    console = Console()
     source = open_source(config.images, config.split)
     if source.unlabelled_reason:
-        console.print(
-            f"labels are not packed: {source.unlabelled_reason}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        print(f"labels are not packed: {source.unlabelled_reason}")
     started = time.perf_counter()
-    columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console)
-    task = bar.add_task("packing", total=len(source))
-
-    def show(done: int) -> None:
-        bar.start()  # only now, so that an error before it is printed alone
-        bar.update(task, completed=done)
-
-    try:
-        report = pack(source, config, show)
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped; {config.out} keeps its finished shards; run the same command again to resume"
-        ) from None
-    except OSError as error:
-        where = error.filename or config.out
-        raise ComaError(
-            f"{where}: {error.strerror}; when this is solved, run the same command again to resume"
-        ) from None
-    finally:
-        if bar.live.is_started:
-            bar.stop()
-    _print_summary(console, report, len(source), config.out, time.perf_counter() - started)
+    with Progress() as progress:
+        try:
+            report = pack(source, config, lambda done: progress.step("packing", done, len(source)))
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped; {config.out} keeps its finished shards; run the same command again to resume"
+            ) from None
+        except OSError as error:
+            where = error.filename or config.out
+            raise ComaError(
+                f"{where}: {error.strerror}; solve that, then run the same command again"
+            ) from None
+    _print_summary(report, len(source), config.out, time.perf_counter() - started)
 
 
-def _print_summary(console: Console, report: PackReport, total: int, out: Path, seconds: float) -> None:
+def _print_summary(report: PackReport, total: int, out: Path, seconds: float) -> None:
     before = _megabytes(sum(shard.bytes_before for shard in report.shards))
     after = _megabytes(sum(shard.bytes for shard in report.shards))
-    lines = [
-        f"{report.images} images in {counted(len(report.shards), 'shard')}: {before} became {after}",
-        f"{(total - report.resumed) / seconds:.0f} images/s on this run",
-    ]
+    print(f"{report.images} images in {counted(len(report.shards), 'shard')}: {before} became {after}")
+    print(f"{(total - report.resumed) / seconds:.0f} images/s on this run")
     if filled := sum(shard.filled for shard in report.shards):
-        lines.append(
+        print(
             f"{counted(filled, 'image')} had nodata, NaN or infinite values, which were filled with the "
             "mean of their channel"
         )
     if report.failures:
-        lines.append(f"{len(report.failures)} skipped, all listed in {out / 'index.json'}:")
-        lines += [f"  {failure}" for failure in report.failures[:_NAMED_FAILURES]]
-    lines.append(f"next: coma pretrain {out}")
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+        print(f"{len(report.failures)} skipped, all listed in {out / 'index.json'}:")
+        for failure in report.failures[:_NAMED_FAILURES]:
+            print(f"  {failure}")
+    print(f"next: coma pretrain {out}")
 
 
 def _megabytes(count: int) -> str:

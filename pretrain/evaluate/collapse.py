@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from coma.models import DyViT, Encoder
+from coma.models import Encoder
 from coma.models.attention import WindowGate
 
 
@@ -94,11 +94,8 @@ def watched_gates(encoder: Encoder) -> Iterator[GateWatch]:
     def recorder(stage: int) -> Callable[[WindowGate, Any, Tensor], None]:
         return lambda gate, _, weights: watch.add(stage, weights.detach(), gate.windows)
 
-    stages = encoder.stages if isinstance(encoder, DyViT) else ()
-    for number, stage in enumerate(stages, start=1):
-        for module in stage.modules():
-            if isinstance(module, WindowGate):
-                handles.append(module.register_forward_hook(recorder(number)))
+    for stage, gate in encoder.window_gates():
+        handles.append(gate.register_forward_hook(recorder(stage)))
     try:
         yield watch
     finally:

@@ -16,7 +16,7 @@ from coma.errors import BadInput, CheckFailed
 from coma.models import Encoder, build_encoder
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from coma.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def extract_features(
         raise BadInput(f"image size {size} px is smaller than the encoder's mask unit of {encoder.unit} px")
     device = next(encoder.parameters()).device
     kept = device if device.type == "cuda" else torch.device("cpu")
-    task = progress.add_task(title, total=len(source)) if progress else None
+    bar = progress.bar(title, len(source)) if progress else None
     values, indices, failures = [], [], []
     training = encoder.training
     encoder.eval()
@@ -90,8 +90,8 @@ def extract_features(
                 values.append(encoder.pool(images).float().to(kept))  # b c
                 indices.append(batch.indices)
                 failures += batch.failures
-                if progress and task is not None:
-                    progress.advance(task, len(batch.images) + len(batch.failures))
+                if bar:
+                    bar.advance(len(batch.images) + len(batch.failures))
     finally:
         encoder.train(training)
     if failures:

@@ -16,7 +16,7 @@ from pretrain.evaluate.knn import check_knn, knn_votes
 from pretrain.evaluate.linear_probe import fit_linear
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from coma.progress import Progress
 
 Protocol = Literal["knn", "linear"]
 

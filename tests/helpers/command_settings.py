@@ -15,7 +15,7 @@ import tyro
 from coma import cli
 from coma.ranges import Range
 
-ACTIONS = {name: ("train", "test", "predict") for name in ("detect", "segment")}
+ACTIONS = {"classify": ("train",), **{name: ("train", "test", "predict") for name in ("detect", "segment")}}
 VARIANTS = {
     "pretrain": [
         *([], ["--model", "vit-tiny"]),
@@ -32,6 +32,7 @@ NEEDED = {
     "pack": [MISSING, "--out", "{out}/packed"],
     "degrade": [MISSING, "--out", "{out}/sheet.png"],
     "quickstart": ["--out", __file__],
+    "classify train": [MISSING, "--data", MISSING, "--out", "{out}/run"],
     "detect train": [MISSING, "--data", MISSING, "--out", "{out}/run"],
     "detect test": [MISSING, "--data", MISSING],
     "detect predict": [MISSING, MISSING, "--out", "{out}/found"],

@@ -27,18 +27,23 @@ def at(config: PretrainConfig, out: Path, **changes: Any) -> PretrainConfig:
     return replace(config, run=replace(config.run, out=out, **changes))
 
 
+def rows(run: Path) -> list[dict[str, Any]]:
+    """What a run logged, a row for every log point."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def learned(run: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """What must not depend on interruptions: metrics without timings, published weights."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
+    logged = rows(run)
+    for row in logged:
         for name in ("images_per_s", "data_wait", "memory_gib", "cpu_s", "probe_seconds"):
             row.pop(name, None)
-    return rows, load_artifact(run / "artifact").tensors
+    return logged, load_artifact(run / "artifact").tensors
 
 
 def assert_same(run: Path, other: Path) -> None:
-    (rows, weights), (other_rows, other_weights) = learned(run), learned(other)
-    assert rows == other_rows
+    (logged, weights), (other_logged, other_weights) = learned(run), learned(other)
+    assert logged == other_logged
     assert list(weights) == list(other_weights)
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
     state, other_state = (read_state(folder / "state", warn=pytest.fail) for folder in (run, other))

@@ -1,6 +1,5 @@
 """A real browser on the served page: upload, brush, other methods and runtimes, a phone; nothing leaves."""
 
-import gc
 import os
 import re
 import shutil
@@ -30,13 +29,6 @@ UNNAMED = """() => [...document.querySelectorAll('button, input:not([type=file])
     .filter(e => ![...e.querySelectorAll('img')].some(i => i.alt))
     .map(e => e.outerHTML.slice(0, 160))"""
 """What a screen reader would call "button" and no more."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def litter():
-    """What gradio leaves unclosed is collected here, where its warnings are ignored, not in other modules."""
-    yield
-    gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,13 @@ import export_files
 import onnx
 import pytest
 import torch
+from export_files import VIT
 from PIL import Image
 from skimage import data
 
 from coma.artifact import load_artifact, save_artifact
 from coma.cli import main
-from coma.config import BeyondConfig, ViTConfig
+from coma.config import BeyondConfig
 from coma.errors import BadInput
 from coma.runtimes.manifest import Manifest
 from coma.runtimes.model_spec import GraphKind
@@ -26,7 +27,6 @@ from export.commands.export import default_shapes, run
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 
-VIT = ViTConfig(patch=16, dim=16, depth=1, heads=2)
 QUICK = ("--shapes", "1x48x48:2x48x48:4x48x48", "--seconds", "0.01")
 
 

@@ -8,12 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from short_runs import rows
 from torch import nn
 
 from coma.artifact import load_artifact
@@ -232,10 +232,6 @@ def free_ports(count: int) -> list[str]:
 
 def said(folder: Path, name: str) -> list[str]:
     return [(folder / f"{name}-{rank}.log").read_text() for rank in range(2)]
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_close(run: Path, other: Path) -> None:

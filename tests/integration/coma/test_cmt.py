@@ -15,7 +15,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from short_runs import MODEL, assert_same, at, interrupted, learned
-from taught_models import ENCODERS, METHODS, STATISTICS, objective, pictures, teacher, timm_weights
+from taught_models import ENCODERS, METHODS, STATISTICS, objective, pictures, teacher
 
 from coma import cli, load_pretrained
 from coma.config import (
@@ -33,18 +33,15 @@ from coma.masking.sampling import deal
 from coma.models import build_encoder
 from coma.models.attention_maps import attend
 from coma.models.teacher import to_units
-from coma.objectives import CMT, BalancedCoMA, build_objective
+from coma.objectives import build_objective
+from coma.objectives.balanced import BalancedCoMA
+from coma.objectives.cmt import CMT
 from coma.objectives.teachers import load_teacher, training_objective
 from pretrain.training import pretrain
 from pretrain.training.checkpoint import read_state
 from pretrain.training.train_step import TrainStep
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "loss_curves_cmt.json"
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return timm_weights(tmp_path_factory.mktemp("weights"))
 
 
 # the objectives --------------------------------------------------------------------------------
@@ -213,7 +210,7 @@ def test_settings():
     balanced = PretrainConfig(objective=method_preset("coma-balanced"))
     assert to_plain(balanced)["objective"]["method"] == "coma-balanced"
     assert from_plain(to_plain(balanced), PretrainConfig, source="x") == balanced
-    with pytest.raises(BadInput, match=r"--objective\.hidden-ratio 1 must be"):
+    with pytest.raises(BadInput, match=r"--objective\.mask-ratio 1 must be"):
         CMTConfig(mask_ratio=1)
     with pytest.raises(BadInput, match=r"--objective.mask-share 1\.5 must be 0 to 1"):
         CMTConfig(mask_share=1.5)

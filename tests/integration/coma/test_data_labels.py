@@ -82,7 +82,7 @@ def test_the_command_matches_numbers_by_their_value(tmp_path):
     model = ViTConfig(patch=4, dim=16, depth=1, heads=2)
     about = ArtifactConfig("backbone", model, None, 8, (0.5,) * 3, (0.25,) * 3, None, {}, library_versions())
     save_artifact(tmp_path / "artifact", tensors=random_encoder(about).state_dict(), config=about)
-    argv = ["--train", train, "--test", test, "--protocol", "knn", "--k", 1, "--workers", 0]
+    argv = ["--train", train, "--test", test, "--protocols", "knn", "--k", 1, "--workers", 0]
     out = ["--no-reference", "--out", tmp_path / "out.json"]
     assert cli.main(["evaluate", *map(str, [tmp_path / "artifact", *argv, *out])]) == 0
     assert json.loads((tmp_path / "out.json").read_text())["scores"][0]["top1"] == 1

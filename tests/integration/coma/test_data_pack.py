@@ -345,7 +345,7 @@ def test_the_command_packs_the_split_that_is_asked_for(tmp_path):
         (
             OSError(28, "No space left on device", "shard.tar"),
             ComaError,
-            "shard.tar: No space left on device; when",
+            "shard.tar: No space left on device; solve",
         ),
     ],
 )

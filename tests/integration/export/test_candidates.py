@@ -6,9 +6,8 @@ from typing import Any
 
 import export_files
 import pytest
-from export_files import Silent
+from export_files import VIT, Silent
 
-from coma.config import ViTConfig
 from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.runtimes.manifest import NAME, Entry, Manifest, Selection
 from coma.runtimes.pytorch import TorchRuntime
@@ -25,7 +24,6 @@ from export.verify.parity import ParityResult
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 
-VIT = ViTConfig(patch=16, dim=16, depth=1, heads=2)
 FIXED = parse_shapes("2x3x64x64", 3)
 PASSED, FAILED = ParityResult((), 1, {}, ()), ParityResult((), 1, {}, ("too far off",))
 

@@ -9,12 +9,12 @@ from typing import Any
 import export_files
 import onnx
 import pytest
+from export_files import VIT
 from PIL import Image
 
 from coma.artifact import load_artifact, save_artifact
 from coma.artifact.load import artifact_hash
 from coma.cli import main
-from coma.config import ViTConfig
 from coma.config.serialization import to_plain
 from coma.errors import BadInput, CheckFailed
 from coma.runtimes.manifest import Entry, Manifest
@@ -34,7 +34,6 @@ from export.verify.parity import ParityResult
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 
-VIT = ViTConfig(patch=16, dim=16, depth=1, heads=2)
 FIXED = parse_shapes("2x3x64x64", 3)
 PASSED, FAILED = ParityResult((), 1, {}, ()), ParityResult((), 1, {}, ("too far off",))
 

@@ -1,6 +1,5 @@
 """Labelled images looked at during training: the same numbers as afterwards, and nothing else changes."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 from class_folders import class_folders
 from PIL import Image
-from short_runs import MODEL, Killed, assert_same, at, killed_in, learned, stop_during
+from short_runs import MODEL, Killed, assert_same, at, killed_in, learned, rows, stop_during
 
 from coma import cli
 from coma.artifact import load_encoder
@@ -25,11 +24,6 @@ from pretrain.training import pretrain
 from pretrain.visualize.curves import loss_curve
 
 
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return class_folders(tmp_path_factory.mktemp("labelled"))
-
-
 @pytest.fixture
 def probed(resumable, labelled, no_pictures):
     """The run of seven steps, probed before it, at steps 2, 4, 6 and at the end."""
@@ -37,8 +31,7 @@ def probed(resumable, labelled, no_pictures):
 
 
 def probe_rows(run: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "probe_knn" in row]
+    return [row for row in rows(run) if "probe_knn" in row]
 
 
 # the run -----------------------------------------------------------------------------------------

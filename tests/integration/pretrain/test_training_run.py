@@ -1,6 +1,5 @@
 """A whole run: what it leaves behind, and what it refuses."""
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from short_runs import MODEL
+from short_runs import MODEL, rows
 
 from coma.config import OptimizerConfig, PretrainConfig, ViTConfig, method_preset
 from coma.config.serialization import read_config
@@ -23,10 +22,6 @@ def change(config: PretrainConfig, **parts: dict[str, Any]) -> PretrainConfig:
     return replace(
         config, **{name: replace(getattr(config, name), **fields) for name, fields in parts.items()}
     )
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture

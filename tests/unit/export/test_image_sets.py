@@ -6,19 +6,17 @@ from pathlib import Path
 import export_files
 import numpy as np
 import pytest
+from export_files import VIT
 from PIL import Image
 from skimage import data
 
 from coma.cli import main
-from coma.config import ViTConfig
 from coma.data.sources.base import ArraySource
 from coma.errors import BadInput
 from export.image_sets import CALIBRATION, TIMING, VERIFICATION, read_image_set
 from export.preprocessing import Photographs, open_images
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
-
-VIT = ViTConfig(patch=16, dim=16, depth=1, heads=2)
 
 
 def folder_of(folder: Path, good: int = 0, broken: int = 0, copies: int = 0, plain: int = 0) -> Path:
