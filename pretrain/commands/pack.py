@@ -51,7 +51,7 @@ def run(argv: list[str]) -> None:
         except OSError as error:
             where = error.filename or config.out
             raise ComaError(
-                f"{where}: {error.strerror}; solve that, then run the same command again"
+                f"{where}: {error.strerror}; when this is solved, run the same command again to resume"
             ) from None
     _print_summary(report, len(source), config.out, time.perf_counter() - started)
 
