@@ -59,6 +59,22 @@ def require_file(file: Path, flag: str = "--out") -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
 
 
+def check_regular_file(path: Path, advice: str = "", *, must_exist: bool = True) -> None:
+    """Refuses what is not a regular file: reading a pipe would wait for ever.
+
+    Args:
+        path: File to be read.
+        advice: What to do, for the message.
+        must_exist: Whether a missing file is refused too.
+
+    Raises:
+        BadInput: The path is a folder, pipe or device, or does not exist.
+    """
+    if not path.is_file() and (must_exist or path.exists()):
+        what = "is not a regular file" if path.exists() else "no such file"
+        raise BadInput(f"{path}: {what}" + (f"; {advice}" if advice else ""))
+
+
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Refuses a disk that has too little room.
 

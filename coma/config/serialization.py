@@ -17,6 +17,7 @@ from cattrs.v import format_exception
 from coma.config import EncoderConfig, FinetuneConfig, ObjectiveConfig, PretrainConfig
 from coma.errors import BadInput
 from coma.paths import local_path
+from coma.preflight import check_regular_file
 from coma.ranges import OutOfRange
 from coma.registry import ARCHITECTURES, METHODS, Architecture, Method, entry_of, resolve
 
@@ -108,8 +109,7 @@ def read_json(path: Path, wanted: str) -> Any:
     Raises:
         BadInput: it cannot be read, or is no JSON; the message says what is `wanted` in its place.
     """
-    if path.exists() and not path.is_file():
-        raise BadInput(f"{path}: is not a regular file; give {wanted}")
+    check_regular_file(path, f"give {wanted}", must_exist=False)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from coma.errors import BadInput, CheckFailed
 from coma.library_errors import first_line, library_errors, require_packages
+from coma.preflight import check_regular_file
 from coma.runtimes.base import check_inputs
 from coma.runtimes.model_spec import ModelSpec, read_model_spec
 from coma.runtimes.tensorrt.discovery import load_library
@@ -143,8 +144,8 @@ def _read(path: Path | bytes, name: str) -> tuple[ModelSpec, str | None]:
     import onnx
     from onnx.external_data_helper import _get_all_tensors, uses_external_data
 
-    if isinstance(path, Path) and not path.is_file():
-        raise BadInput(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+    if isinstance(path, Path):
+        check_regular_file(path)
     with library_errors(f"{name}: not a readable ONNX file", BadInput):
         content = path.read_bytes() if isinstance(path, Path) else path
         model = onnx.load_model_from_string(content)
