@@ -1,8 +1,8 @@
 """Pack images into resized shards, which read fast from any disk.
 
-Large photographs spend most of their decoding time on pixels that training throws away, and many small
-files are slow on network disks. Pack once; `coma pretrain SHARDS` then reads the same images in random
-order. Shards are ordinary WebDataset tars. A pack that was interrupted goes on when run again.
+Decoding large photographs spends most of its time on pixels that training discards, and many small files
+are slow on network disks. Pack once; `coma pretrain SHARDS` then reads the same images in random order.
+Shards are ordinary WebDataset tars. The same command resumes a pack that was interrupted.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ _NAMED_FAILURES = 10
 
 @dataclass(frozen=True)
 class PackConfig(Ranged):
-    """What to pack, and how."""
+    """Images to pack, and the format of the shards."""
 
     images: Annotated[Path, tyro.conf.Positional]
     """Folder of images (searched recursively), .npz pack, .tar shards or a folder of them."""
     out: Path
     """New folder for the shards."""
     size: Annotated[int, SIDE] = 256
-    """Short side in pixels that larger images are reduced to; smaller ones are left as they are."""
+    """Short side in pixels to which larger images are reduced; smaller ones keep their size."""
     quality: Annotated[int, Range(1, 95)] = 90
     """JPEG quality; 16-bit, transparent and multi-channel images are stored without loss."""
     shard_images: Annotated[int, Range(1, 10**9)] = 2000
     """Images per shard."""
     split: str | None = None
-    """Split to pack: train, test or val (default: train, where there are splits)."""
+    """Split to pack: train, test or val; default: train, where there are splits"""
     workers: Annotated[int | None, PROCESSES] = None
-    """Processes; default: one per core beside this one (0 on 1 or 2 cores)."""
+    """Processes; default: one per core but one, 0 on two cores"""
 
 
 def run(argv: list[str]) -> None:
-    """Parse, pack, print a summary.
+    """Packs and prints a summary.
 
     Raises:
         BadInput: nothing to pack, or an output folder that holds something else.
