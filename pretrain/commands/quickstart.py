@@ -72,18 +72,15 @@ def run(argv: list[str]) -> None:
     """
     config = parse_arguments(QuickstartConfig, argv, prog="coma quickstart", description=__doc__)
 
-    from rich.console import Console
-
     require_packages("skimage", "tensorboard", "matplotlib")
-    console = Console(highlight=False, soft_wrap=True)
     plan = _earlier(config)
     if plan:
-        console.print(f"resuming the quickstart in {config.out} (--fresh starts over)")
+        print(f"resuming the quickstart in {config.out} (--fresh starts over)")
     else:
         folder = _copy_photographs(config.out / "pictures")
-        console.print(f"{len(PHOTOGRAPHS)} photographs that come with scikit-image are in {folder}")
+        print(f"{len(PHOTOGRAPHS)} photographs that come with scikit-image are in {folder}")
         plan = _plan(config)
-        console.print(f"training for {plan.optimizer.steps} steps")
+        print(f"training for {plan.optimizer.steps} steps")
 
     from coma.objectives.load import load_pretrained
     from pretrain.training import pretrain
@@ -96,8 +93,8 @@ def run(argv: list[str]) -> None:
     verify(plan, objective, images, seeds)
     sheet = config.out / "reconstructions.png"
     reconstruction_sheet(objective, images, seeds, about.mean, about.std, sheet, caption=_caption(about))
-    console.print(_results(run_directory, about, sheet))
-    console.print(_next_steps(run_directory))
+    print(_results(run_directory, about, sheet))
+    print(_next_steps(run_directory))
 
 
 def verify(plan: PretrainConfig, objective: Objective, images: Tensor, seeds: Tensor) -> None:
