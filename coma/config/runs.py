@@ -1,4 +1,4 @@
-"""Every setting of a run, pre-training or fine-tuning, as plain frozen data.
+"""Settings of a pre-training run, as plain frozen data.
 
 A run is described by one `PretrainConfig`: written to `run/config.json`, read back with `--from`, and stored
 in the artifact (see `serialization`).
