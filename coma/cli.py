@@ -171,7 +171,7 @@ def _versions() -> str:
 
 
 def _configure_logging(room: str) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_CurrentStderr()])
+    logging.basicConfig(level=logging.WARNING, handlers=[_CurrentStderr()])
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _CurrentStderr):
             handler.said.clear()
@@ -183,12 +183,18 @@ def _configure_logging(room: str) -> None:
 class _CurrentStderr(logging.StreamHandler):
     """Writes to what is `sys.stderr` at the time: a progress bar puts itself there while it is shown.
 
-    A line that is logged with `extra={"once": True}` is written once in a command, however often it comes.
+    Lines of level WARNING and above begin with their level. A line that is logged with `extra={"once": True}`
+    is written once in a command, however often it comes.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.said: set[str] = set()
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line: `warning: MESSAGE`, or the message alone."""
+        text = super().format(record)
+        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the line, unless it came before and was not to come again."""

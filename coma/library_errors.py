@@ -47,8 +47,8 @@ def about_one_file() -> Iterator[None]:
         raise CheckFailed(str(error)) from error
 
 
-def require_packages(*names: str) -> None:
-    """Imports packages that the environment may lack, before any long step.
+def load_packages(*names: str) -> None:
+    """Imports packages that may be missing or broken; `preflight.require_packages` only looks for them.
 
     Raises:
         BadInput: one of them is missing or broken; the message says how to install it.

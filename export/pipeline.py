@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coma.errors import CheckFailed
-from coma.library_errors import require_packages
+from coma.library_errors import load_packages
 from coma.runtimes.manifest import Manifest
 from coma.runtimes.model_spec import GraphKind
 from coma.runtimes.onnxruntime import Provider, require_provider
@@ -37,7 +37,7 @@ def require(device: Provider) -> None:
     Raises:
         BadInput: a package is missing or broken, or ONNX Runtime cannot use the device.
     """
-    require_packages("onnx", "onnxscript")
+    load_packages("onnx", "onnxscript")
     require_provider(device)
 
 

@@ -65,7 +65,7 @@ def load_artifact(directory: str | Path) -> Artifact:
 
 @cache
 def _say_unchecked(directory: Path) -> None:
-    log.warning("warning: %s: has no checksums (an older version wrote it): damage goes unnoticed", directory)
+    log.warning("%s: has no checksums (an older version wrote it): damage goes unnoticed", directory)
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

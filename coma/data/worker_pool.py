@@ -263,7 +263,7 @@ def _wait_for(worker: _Worker) -> None:
             raise ComaError(
                 f"{what}; look whether the disk that holds the images does, and whether all of them are files"
             )
-        log.warning("warning: %s (is the disk slow?); still waiting, Ctrl-C stops", what)
+        log.warning("%s (is the disk slow?); still waiting, Ctrl-C stops", what)
 
 
 @contextmanager

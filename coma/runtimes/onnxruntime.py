@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from coma.errors import BadInput, CheckFailed
-from coma.library_errors import first_line, library_errors, require_packages
+from coma.library_errors import first_line, library_errors, load_packages
 from coma.runtimes.base import check_inputs
 from coma.runtimes.model_spec import ModelSpec, read_model_spec
 from coma.runtimes.trt.discovery import load_library
@@ -121,7 +121,7 @@ def require_provider(provider: Provider) -> None:
     Raises:
         BadInput: a package is missing, or the provider does not start here.
     """
-    require_packages("onnx", "onnxruntime")
+    load_packages("onnx", "onnxruntime")
     from onnx import helper
 
     ports = [helper.make_tensor_value_info(name, 1, [1]) for name in ("x", "y")]
@@ -131,7 +131,7 @@ def require_provider(provider: Provider) -> None:
 
 
 def _library() -> Any:
-    require_packages("onnxruntime")
+    load_packages("onnxruntime")
     import onnxruntime
 
     return onnxruntime
@@ -139,7 +139,7 @@ def _library() -> Any:
 
 def _read(path: Path | bytes, name: str) -> tuple[ModelSpec, str | None]:
     # what a file says of itself, and what it emulates: before a session, whose settings depend on it
-    require_packages("onnx")
+    load_packages("onnx")
     import onnx
     from onnx.external_data_helper import _get_all_tensors, uses_external_data
 

@@ -182,7 +182,7 @@ def _check_data(comparison: Comparison) -> None:
         for note in filter(None, notes):
             log.info(note)
     if begun:
-        warn = partial(log.warning, "warning: %s")
+        warn = partial(log.warning, "%s")
         check_listing(comparison.out, now, warn, allow=comparison.allow_changed_data)
     if not begun or read_listing(comparison.out) != now:
         write_listing(comparison.out, now)

@@ -1,6 +1,6 @@
 """The wheel, built and installed into empty environments, outside the repository: what a user gets from pip.
 
-Versions are those of requirements.lock, so that uv links them from its cache; what is not cached is downloaded.
+Versions are those of requirements.lock, so that uv links them from its cache; it downloads the rest.
 """
 
 import os
@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[3]
 UV = Path(sys.executable).with_name("uv")
 PRETRAIN = """pretrain images --out run --model tiny --image-size 32 --steps 2 --batch-size 4 --workers 0
 --model.depths 1 1 1 1 --objective.decoder.depth 1 --device cpu --mean .5 .5 .5 --std .3 .3 .3"""
+EXPORT = "export run/artifact --out exports --precision fp32 --images images"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -54,10 +55,8 @@ def install(folder: Path, wheel: Path, constraints: Path, extras: str = "") -> P
     """Returns the `coma` of a new environment that holds the wheel and what it needs."""
     call(UV, "venv", "--python", sys.executable, folder, cwd=folder.parent)
     python = folder / "bin" / "python"
-    call(
-        UV, "pip", "install", "--python", python, "--constraint", constraints, f"coma-dyvit{extras} @ {wheel.as_uri()}",
-        cwd=folder.parent,
-    )  # fmt: skip
+    options = ("--python", python, "--constraint", constraints)
+    call(UV, "pip", "install", *options, f"coma-dyvit{extras} @ {wheel.as_uri()}", cwd=folder.parent)
     return folder / "bin" / "coma"
 
 
