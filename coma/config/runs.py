@@ -1,7 +1,7 @@
-"""Every setting of a run, pre-training or fine-tuning, as plain frozen data.
+"""Settings of a pre-training or fine-tuning run, as plain frozen data.
 
-A run is described by one `PretrainConfig`: written to `run/config.json`, read back with `--from`, and stored
-in the artifact (see `serialization`).
+One `PretrainConfig` describes a run. It is written to `run/config.json`, and `--from` reads it back (see
+`serialization`).
 """
 
 from __future__ import annotations
@@ -37,31 +37,32 @@ from coma.ranges import (
 
 @dataclass(frozen=True)
 class DataConfig(Ranged):
-    """What to train on and how to read it."""
+    """Training images, and how they are read."""
 
     images: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")] = None
     """Folder of images (searched recursively), .npz pack, .tar shards or a folder of them."""
     image_size: Annotated[int, SIDE] = 224
     """Side of the square training crop in pixels; a multiple of the mask unit."""
     mean: Annotated[tuple[float, ...] | None, MEAN] = None
-    """Per-channel mean of pixels scaled to 0..1; measured on a sample of the data when not given."""
+    """Per-channel mean of pixels scaled to 0..1. Default: measured on a sample of the data."""
     std: Annotated[tuple[float, ...] | None, STD] = None
-    """Per-channel standard deviation; measured when not given."""
+    """Per-channel standard deviation. Default: measured likewise."""
     crop_scale: Annotated[tuple[float, float], Range(0, 1, above=True)] = (0.2, 1.0)
-    """Area of the random crop as a share of the image (RandomResizedCrop)."""
+    """Smallest and largest area of the random crop as a share of the image (RandomResizedCrop)."""
     flip: bool = True
     """Flip half of the crops left to right."""
     aug_repeats: Annotated[int, Range(1, 1024)] = 1
-    """Samples in a row from one decoded image, each with its own crop, flip and masks (Hoffer et al. 2020,
-    "Augment your batch"): 2 to 4 feed a faster GPU from the same cores, with less variety in a batch. An
-    epoch remains as many samples as there are images."""
+    """Samples taken from each decoded image, each with its own crop, flip and masks (Hoffer et al. 2020,
+    "Augment your batch"). 2 to 4 feed a faster GPU from the same cores, at the price of less variety in a batch.
+    The number of samples in an epoch stays the same."""
     on_bad_image: Literal["skip", "stop"] = "skip"
-    """A file that will not decode is named, counted and skipped, or stops the run."""
+    """skip: files that will not decode are named, counted and skipped. stop: the first one stops the run."""
     workers: Annotated[int | None, PROCESSES] = None
-    """Processes that decode images; default: one per core beside the trainer (0 on 1 or 2 cores)."""
+    """Processes that decode images. Default: one per core beside the trainer (0 on 1 or 2 cores)."""
     loader: Literal["workers", "dali"] = "workers"
-    """Who decodes: those processes, or NVIDIA DALI (an extra) with as many threads, on the GPU where there is
-    one; a quarter as many processes then read files. DALI decodes every sample, whatever --aug-repeats."""
+    """workers: the processes decode. dali: NVIDIA DALI (an extra) decodes with as many threads, on a GPU if
+    there is one, while a quarter as many processes read files; it decodes every sample, whatever
+    --aug-repeats is."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,22 +84,23 @@ class OptimizerConfig(Ranged):
     epochs: Annotated[float, EPOCHS] = 100.0
     """Passes over the data."""
     steps: Annotated[int | None, STEPS] = None
-    """Optimizer steps; overrides --epochs when given."""
+    """Optimizer steps; they override --epochs."""
     batch_size: Annotated[int, BATCH] = 256
     """Images per optimizer step, over all processes and accumulation steps."""
     micro_batch: Annotated[int | None, BATCH] = None
-    """Images per process and forward pass; the rest of the batch is accumulated. Default: no accumulation."""
+    """Images per process and forward pass; gradients of several passes are accumulated. Default: no
+    accumulation."""
     base_lr: Annotated[float, RATE] = 1.5e-4
-    """Learning rate per 256 images; the rate used is base_lr x batch_size / 256."""
+    """Learning rate per 256 images; the peak rate is base_lr x batch_size / 256."""
     warmup: Annotated[float, SHARE] = 0.1
-    """Share of the steps with linearly rising learning rate."""
+    """Share of the steps in which the learning rate rises linearly from 0."""
     weight_decay: Annotated[float, WEIGHT_DECAY] = 0.05
     betas: Annotated[tuple[float, float], DECAY] = (0.9, 0.95)
     clip_grad: Annotated[float, Range(0, 1e9)] = 1.0
-    """Largest gradient norm; 0 switches clipping off."""
+    """Largest gradient norm; 0 disables clipping."""
     ema_decay: Annotated[float, DECAY] = 0.0
-    """Decay of a moving average of the weights that goes into the artifact in their place; 0: none. (That of
-    --method cmt is another, --objective.ema-decay.)"""
+    """Decay of a moving average of the weights, which is saved in the artifact in place of the weights; 0: none.
+    (The averaged student of --method cmt has its own, --objective.ema-decay.)"""
 
     @property
     def lr(self) -> float:
@@ -108,53 +110,53 @@ class OptimizerConfig(Ranged):
 
 @dataclass(frozen=True)
 class RunConfig(Ranged):
-    """Where the run lives and how it uses the machine."""
+    """Run directory, device, number format, and how often the run saves and logs."""
 
     out: Path = Path("run")
-    """Run directory: config.json, metrics.jsonl, tensorboard/, reconstructions/, state/, artifact/."""
+    """Run directory: config.json, metrics.jsonl, tensorboard/, reconstructions/, state/ and artifact/."""
     seed: Annotated[int, SEED] = 0
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on CPU."""
+    """auto: bf16 on GPUs that support it, fp16 on older GPUs, fp32 on a CPU."""
     compile: bool = False
-    """Compile the step with torch.compile (slow to start, faster to run)."""
+    """Compile the training step with torch.compile: slower to start, faster to run."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Under torchrun: replicate the model (ddp) or shard it (fsdp, FSDP2)."""
+    """Under torchrun: replicate the model on every GPU (ddp) or shard it (fsdp, FSDP2)."""
     save_minutes: Annotated[float, MINUTES] = 10.0
-    """Save the resumable state at least this often (and at the end, on Ctrl-C and on SIGTERM)."""
+    """Save a checkpoint at least this often, and at the end, on Ctrl-C and on SIGTERM."""
     save_steps: Annotated[int | None, STEPS] = None
-    """Save the resumable state every so many steps instead."""
+    """Save a checkpoint every so many steps instead."""
     log_steps: Annotated[int, STEPS] = 10
-    """Write metrics every so many steps."""
+    """Steps between two lines of metrics."""
     reconstruction_every: Annotated[int, Range(0, 10**12)] = 500
-    """Write a picture of reconstructions every so many steps; 0: only at the end."""
+    """Steps between two pictures of reconstructions; 0: only at the end."""
 
 
 @dataclass(frozen=True)
 class ProbeConfig(Ranged):
-    """What features are worth during training, measured on labelled images that are never trained on."""
+    """Online evaluation during pre-training: kNN and linear probe on labelled images."""
 
     probe: Path | None = None
-    """Folder that holds train and test (or val): folders with one folder per class, or .npz packs. Accuracy
-    and collapse statistics go into metrics.jsonl, TensorBoard and the loss curve, DM-MSA's gates into the
-    first two."""
+    """Labelled images, which are never trained on: a folder that holds train and test (or val), each with one
+    folder per class or as a .npz pack. Accuracy and collapse statistics are written to metrics.jsonl,
+    TensorBoard and the loss curve, DM-MSA's gates to the first two."""
     probe_epochs: Annotated[float, EPOCHS] = 1.0
-    """Measure every so many passes over the training images (and before the first step, and at the end)."""
+    """Epochs between two evaluations; there is one before the first step and one at the end as well."""
     probe_steps: Annotated[int | None, STEPS] = None
-    """Measure every so many steps instead."""
+    """Steps between two evaluations, in place of --probe-epochs."""
     probe_protocols: tuple[Literal["knn", "linear"], ...] = ("knn", "linear")
-    """As in `coma evaluate`."""
+    """Protocols, as in `coma evaluate`."""
     probe_train: Annotated[int, IMAGES] = 2000
-    """Labelled training images to use, drawn alike from every class; 0: all."""
+    """Labelled training images to use, equally many of every class; 0: all."""
     probe_test: Annotated[int, IMAGES] = 1000
-    """Test images to count on, drawn likewise; 0: all."""
+    """Test images to use, equally many of every class; 0: all."""
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """One pre-training run."""
+    """Settings of one pre-training run."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: EncoderConfig = field(default_factory=DyViTConfig)
@@ -165,12 +167,12 @@ class PretrainConfig:
 
     @property
     def view_size(self) -> int:
-        """Side in pixels of the crops that the objective gets: --image-size, unless it zooms in."""
+        """Side in pixels of the crops that the objective gets: --image-size, or more if it zooms in."""
         return view_size(self.data.image_size, self.model.unit, self.objective)
 
 
 def view_size(image_size: int, unit: int, objective: ObjectiveConfig | None) -> int:
-    """Side in pixels of what an objective rebuilds where the encoder sees `image_size` pixels of it."""
+    """Returns the side in pixels of what an objective predicts when the encoder sees `image_size` pixels."""
     if objective is not None and objective.zooms_in:
         return image_size + 2 * unit * max(1, round(image_size / unit / 7))
     return image_size
