@@ -81,8 +81,8 @@ class BeyondConfig(ObjectiveConfig):
     """Degradations other than masks ("Beyond Masking", Tian et al. 2022, arXiv 2203.14313)."""
 
     degrade: Degradation = "zoom-in+mask"
-    """Degradation of the input. In the paper's order of fine-tuned accuracy: zoom-in+mask, masks alone (--method
-    mae), zoom-in, zoom-out, distort, blur, decolor. zoom-in+coma is this project's own."""
+    """Degradation of the input. In the paper's order of fine-tuned accuracy: zoom-in+mask, masks alone
+    (--method mae), zoom-in, zoom-out, distort, blur, decolor. zoom-in+coma is this project's own."""
     mask_ratio: Annotated[float, INSIDE] = 0.75
     """zoom-in+mask: share of the centre's mask units that the encoder does not see (value of the paper)."""
     views: Annotated[int, VIEWS] = 2
@@ -135,8 +135,8 @@ class TeacherConfig(Ranged):
     """SHA-256 of the teacher's weights, and of how an artifact says to use them. It is filled in when the run
     starts and checked when it resumes."""
     block: Annotated[int, DEPTH] = 1
-    """Block whose attention is read, counted from the last one, which is 1; the attention is averaged over the
-    heads. (Our choice.)"""
+    """Block whose attention is read, counted from the last one, which is 1; the attention is averaged over
+    the heads. (Our choice.)"""
     query: AttentionQuery = "auto"
     """Query of the attention: the class token, or the mean over all patches. auto uses the class token if the
     teacher was trained with one. (Our choice.)"""
@@ -166,15 +166,16 @@ class CMTConfig(ObjectiveConfig):
     distance: Literal["cosine", "smooth-l1"] = "cosine"
     """Loss between predicted and target features. (Our choice.)"""
     norm_targets: bool = True
-    """Normalise the target features, which are those of the last layers, over their channels (LayerNorm without
-    weights). (Our choice.)"""
+    """Normalise the target features, which are those of the last layers, over their channels (LayerNorm
+    without weights). (Our choice.)"""
     ema_decay: Annotated[float, SHARE] = 0.996
-    """Decay of the averaged student at the first step. The moving average is the paper's (by summaries of it);
-    the schedule (BYOL's) is our choice."""
+    """Decay of the averaged student at the first step. The moving average is the paper's (by summaries of
+    it); the schedule (BYOL's) is our choice."""
     ema_decay_end: Annotated[float, SHARE] = 1.0
     """Decay of the averaged student at the last step; in between it follows half a cosine. (Our choice.)"""
     norm_pix: bool = True
-    """Normalise pixels per mask unit for the linear head that draws reconstructions; the loss uses features."""
+    """Normalise pixels per mask unit for the linear head that draws reconstructions; the loss uses
+    features."""
     decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(depth=8))
 
 

@@ -53,8 +53,8 @@ class DataConfig(Ranged):
     """Flip half of the crops left to right."""
     aug_repeats: Annotated[int, Range(1, 1024)] = 1
     """Samples taken from each decoded image, each with its own crop, flip and masks (Hoffer et al. 2020,
-    "Augment your batch"). 2 to 4 feed a faster GPU from the same cores, at the price of less variety in a batch.
-    The number of samples in an epoch stays the same."""
+    "Augment your batch"). 2 to 4 feed a faster GPU from the same cores, at the price of less variety in a
+    batch. The number of samples in an epoch stays the same."""
     on_bad_image: Literal["skip", "stop"] = "skip"
     """skip: files that will not decode are named, counted and skipped. stop: the first one stops the run."""
     workers: Annotated[int | None, PROCESSES] = None
@@ -99,8 +99,8 @@ class OptimizerConfig(Ranged):
     clip_grad: Annotated[float, Range(0, 1e9)] = 1.0
     """Largest gradient norm; 0 disables clipping."""
     ema_decay: Annotated[float, DECAY] = 0.0
-    """Decay of a moving average of the weights, which is saved in the artifact in place of the weights; 0: none.
-    (The averaged student of --method cmt has its own, --objective.ema-decay.)"""
+    """Decay of a moving average of the weights, which is saved in the artifact in place of the weights; 0:
+    none. (The averaged student of --method cmt has its own, --objective.ema-decay.)"""
 
     @property
     def lr(self) -> float:
@@ -121,7 +121,7 @@ class RunConfig(Ranged):
     compile: bool = False
     """Compile the training step with torch.compile: slower to start, faster to run."""
     grad_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, and about a third more time."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: replicate the model on every GPU (ddp) or shard it (fsdp, FSDP2)."""
     save_minutes: Annotated[float, MINUTES] = 10.0
