@@ -36,10 +36,10 @@ CHILD = (sys.executable, "-P", "-m", "coma")
 BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell reports for a program that writes to a closed pipe
 
 OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS}
-"""Errors of the machine, not of the program: full or failing disks, files that may not be touched."""
+"""Errors of the machine: full or failing disks, missing permissions."""
 
 PATHS = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
-"""Errors of what a path names."""
+"""Errors of a path: it is missing, exists already, or is no folder."""
 
 USAGE = """usage: coma [--traceback] COMMAND ...
        coma COMMAND --help
@@ -136,7 +136,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _install(package: str, extras: Sequence[str]) -> str:
-    """The command that installs a package that is missing."""
+    """Returns the command that installs a package that is missing."""
     offered = metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
     own = [extra for extra in offered if extra.partition("-")[0] == package][:1]  # onnxruntime, mmcv-lite
     names = ",".join([*extras, *(extra for extra in own if extra not in extras)])

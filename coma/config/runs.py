@@ -222,7 +222,7 @@ class FinetuneConfig:
     """One fine-tuning run."""
 
     artifact: Path
-    """Of kind backbone or pretrained: where the encoder comes from."""
+    """Artifact of kind backbone or pretrained that the encoder comes from."""
     data: DataConfig
     """Labelled training images; mean and deviation are the artifact's when not given."""
     test: Path | None = None

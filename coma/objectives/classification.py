@@ -1,4 +1,4 @@
-"""Learning classes: cross-entropy with soft targets on mixed and partly erased images.
+"""Classification: cross-entropy with soft targets on mixed and partly erased images.
 
 The recipe of MAE's fine-tuning (He et al. 2021, arXiv 2111.06377, table 9), in timm's implementation: a
 rectangle of noise in a quarter of the images (random erasing, Zhong et al. 2020), then every batch is mixed
@@ -36,7 +36,7 @@ class ClassificationOutput:
 
 
 class Classification(nn.Module):
-    """A classifier that learns.
+    """A classifier with its training loss.
 
     Args:
         recipe: Erasing, mixing and smoothing.
@@ -69,13 +69,13 @@ class Classification(nn.Module):
         return mixup(images, labels)
 
     def before_step(self, progress: float) -> None:
-        """Called before every optimizer step: it makes no difference here."""
+        """Does nothing before an optimizer step."""
 
     def after_step(self, progress: float) -> None:
-        """Called after every optimizer step."""
+        """Does nothing after an optimizer step."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute block activations in the backward pass instead of keeping them."""
+        """Recompute block activations in the backward pass instead of storing them."""
         self.classifier.set_grad_checkpointing(enable)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
