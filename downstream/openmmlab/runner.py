@@ -86,7 +86,7 @@ def train(
             except BadInput as error:  # a run from before this was checked goes on as it was
                 if not resume:
                     raise
-                log.warning("warning: %s", error)
+                log.warning("%s", error)
         watch = _ProgressHook(stop, progress)
         runner.register_hook(watch, priority="LOW")
         if is_main() and not resume:
@@ -221,7 +221,7 @@ class _CheckedRunner(Runner):
             raise BadInput(f"{filename}: none of its {len(theirs)} tensors fits one of the model")
         if is_main() and (other or not ours.keys() >= theirs.keys()):
             log.warning(
-                "warning: %s: gave %d of the model's %d tensors; %d others of its own fit nothing%s",
+                "%s: gave %d of the model's %d tensors; %d others of its own fit nothing%s",
                 filename,
                 len(ours) - len(other),
                 len(ours),

@@ -14,7 +14,7 @@ from typing import Any
 
 from coma.atomic_io import sha256_of
 from coma.errors import BadInput, CheckFailed, Interrupted
-from coma.library_errors import library_errors, require_packages
+from coma.library_errors import library_errors, load_packages
 from coma.runtimes.model_spec import ModelSpec
 from coma.runtimes.tensorrt.callbacks import Progress, make_logger, make_monitor
 from coma.runtimes.tensorrt.discovery import Flavour, Library, load_library, require_gpu
@@ -90,7 +90,7 @@ def build_engine(
 
 
 def _description(onnx_path: Path) -> ModelSpec:
-    require_packages("onnx")
+    load_packages("onnx")
     import onnx
 
     from coma.runtimes.model_spec import read_model_spec
