@@ -1,4 +1,4 @@
-"""A bar for a run with validations in between: steps with time left, and a second bar for what is inside."""
+"""Progress bar of a training run, with an inner bar for validations."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from coma.progress import clock
 
 LINES = 20
-"""Lines of a whole run where there is no terminal."""
+"""Number of lines per run without a terminal."""
 
 
 class ProgressBar:
-    """Live on a terminal, a line now and then elsewhere; on stderr.
+    """A live bar on a terminal, and a few lines elsewhere.
 
     Args:
-        quiet: Say nothing (all processes but the first).
-        console: Where to; stderr by default.
+        quiet: Print nothing (all processes but the first).
+        console: Console to print to; stderr by default.
     """
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
@@ -33,13 +33,13 @@ class ProgressBar:
         self._began = time.monotonic()
 
     def start(self, title: str, steps: int, done: int = 0) -> None:
-        """Show the bar, with `done` of `steps` behind it."""
+        """Shows the bar with `done` of `steps` steps."""
         self._steps, self._first, self._began = steps, done, time.monotonic()
         self._progress.start()
         self._task = self._progress.add_task(title, total=steps, completed=done)
 
     def step(self, done: int, text: str) -> None:
-        """So many steps are done."""
+        """Updates the number of finished steps."""
         self._progress.update(self._task, completed=done, description=text)
         every = max(self._steps // LINES, 1)
         if not self._console.is_terminal and (done % every == 0 or done == self._steps):
@@ -47,25 +47,25 @@ class ProgressBar:
             self.say(f"step {done}/{self._steps}  {text}  {clock((self._steps - done) * rate)} left")
 
     def start_inner(self, title: str, total: int) -> None:
-        """A shorter task inside the run."""
+        """Shows the inner bar."""
         self._progress.start()
         self._part = self._progress.add_task(title, total=total)
 
     def advance_inner(self) -> None:
-        """One piece of it is done."""
+        """Advances the inner bar by one."""
         if self._part is not None:
             self._progress.advance(self._part)
 
     def end_inner(self) -> None:
-        """It is over."""
+        """Removes the inner bar."""
         if self._part is not None:
             self._progress.remove_task(self._part)
             self._part = None
 
     def say(self, text: str) -> None:
-        """One line, above the bar."""
+        """Prints a line above the bar."""
         self._console.print(text, soft_wrap=True, markup=False)
 
     def close(self) -> None:
-        """Take the bar away; the cursor is back where it belongs."""
+        """Removes the bar and restores the cursor."""
         self._progress.stop()

@@ -186,5 +186,5 @@ def test_bad_input_is_named(arguments: list[str], message, data, trained, tmp_pa
 def test_a_segmentor_is_not_a_detector(trained, data, tmp_path):
     from downstream.commands.detect import run as detect
 
-    with pytest.raises(BadArtifact, match=r"its kind is 'segmentor', not 'detector'; coma segment takes it"):
+    with pytest.raises(BadArtifact, match=r"its kind is 'segmentor', not 'detector'; use coma segment"):
         detect(["predict", str(trained / "artifact"), str(data), "--out", str(tmp_path / "x")])
