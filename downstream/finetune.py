@@ -123,13 +123,13 @@ def evaluate(
 def test_config(
     about: ArtifactConfig, model: dict[str, Any], loader: dict[str, Any], metric: dict[str, Any]
 ) -> Any:
-    """What mmengine needs to measure a model on images prepared as the artifact says.
+    """Returns the mmengine configuration that measures a model with the preprocessing of an artifact.
 
     Args:
-        about: Of a detector or segmentor.
-        model: Settings of the model; the artifact's own, or of one in its place.
-        loader: As of `evaluate`.
-        metric: As of `evaluate`.
+        about: Configuration of the artifact.
+        model: Settings of the model: the artifact's own, or a replacement.
+        loader: As for `evaluate`.
+        metric: As for `evaluate`.
     """
     from mmengine.config import Config
 

@@ -170,7 +170,7 @@ def test_without_an_encoder_load_from_is_loaded(trained, data, tmp_path, caplog)
     (said,) = [
         r.getMessage() for r in caplog.records if "some.pth" in r.getMessage() and r.levelname == "WARNING"
     ]
-    assert f"gave {len(rest)} of the model's {len(rest) + 2} tensors; 1 others of its own fit nothing" in said
+    assert f"loaded {len(rest)} of the model's {len(rest) + 2} tensors; 1 tensors of the file are unused" in said
     assert said.endswith(f"not loaded: {', '.join(n for n in weights if n in taken)}")
 
 
@@ -187,7 +187,7 @@ def test_nothing_in_a_checkpoint_is_executed(trained, data, tmp_path, monkeypatc
     mark = tmp_path / "mark"
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save({"state_dict": Evil(mark)}, tmp_path / "evil.pth")
-    with pytest.raises(BadInput, match=r"evil\.pth: holds more than tensors"):
+    with pytest.raises(BadInput, match=r"evil\.pth: holds other objects than tensors"):
         continued(trained, tmp_path / "evil.pth", data, tmp_path / "run")
     assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored" in capsys.readouterr().err
     again = tmp_path / "again"
