@@ -183,6 +183,12 @@ def test_bad_input_is_named(arguments: list[str], message, data, trained, tmp_pa
         run([places.get(argument, argument) for argument in arguments])
 
 
+def test_check_prints_what_a_dataset_holds(data, capsys):
+    run(["check", "--data", str(data)])
+    said = capsys.readouterr().out
+    assert "pixels of square" in said and "no errors found" in said
+
+
 def test_a_segmentor_is_not_a_detector(trained, data, tmp_path):
     from downstream.commands.detect import run as detect
 
