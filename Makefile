@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-fast test-slow test-isolated lint types rooms format lock clean
+.PHONY: help env quickstart test test-fast test-slow test-isolated lint types rooms docs format lock clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,13 +48,16 @@ types: $(INSTALLED)  ## check types
 rooms: $(INSTALLED)  ## check which module may import which
 	$(BIN)/lint-imports
 
+docs: $(INSTALLED)  ## build the documentation into build/docs; it needs no network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 format: $(INSTALLED)  ## apply the formatting
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 lock: $(INSTALLED)  ## renew requirements.lock from pyproject.toml
 	$(BIN)/uv pip compile --quiet --upgrade --universal --fork-strategy fewest --python-version 3.11 \
-		--generate-hashes --custom-compile-command "make lock" --group dev --extra downstream --extra mmcv-lite \
+		--generate-hashes --custom-compile-command "make lock" --group dev --group docs --extra downstream --extra mmcv-lite \
 		--extra export --extra demo --extra heic --extra onnxruntime-gpu --extra tensorrt-rtx \
 		--output-file requirements.lock pyproject.toml
 

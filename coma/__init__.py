@@ -41,7 +41,7 @@ def __getattr__(name: str) -> Any:
     elif name in _CORE:
         value = getattr(importlib.import_module(_CORE[name]), name)
     elif name in _ROOMS and (entries := metadata.entry_points(group="coma.api", name=name)):
-        value = next(iter(entries)).load()
+        value = importlib.import_module("coma.rooms").load(next(iter(entries)))
     else:
         raise AttributeError(f"module 'coma' has no attribute {name!r}")
     globals()[name] = value

@@ -1,7 +1,5 @@
 # What type checkers and editors see of `import coma`; `coma/__init__.py` imports each name on first use.
 
-from downstream.classify.finetune import finetune as finetune
-
 from coma.artifact import load_artifact as load_artifact
 from coma.artifact import load_classifier as load_classifier
 from coma.artifact import load_encoder as load_encoder
@@ -19,6 +17,7 @@ from coma.models import build_encoder as build_encoder
 from coma.objectives import build_objective as build_objective
 from coma.objectives.load import load_pretrained as load_pretrained
 from coma.runtimes.open import open_runtime as open_runtime
+from downstream.classify.finetune import finetune as finetune
 from pretrain.evaluate import evaluate as evaluate
 from pretrain.training import pretrain as pretrain
 

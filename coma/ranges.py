@@ -132,7 +132,8 @@ DECAY = Range(0, 1, below=True)
 """Shares that may not be everything: of moving averages, stochastic depth, label smoothing."""
 MEAN = Range(-1e9, 1e9)
 """Means of pixel values: any that are finite."""
-STD = Range(0, 1e9, above=True)
+STD = Range(1e-9, 1e9)
+"""Standard deviations of pixel values; smaller ones would make normalised pixels overflow."""
 
 
 class Ranged:

@@ -64,7 +64,7 @@ def run(argv: list[str]) -> None:
         CheckFailed: a loss that is not finite, or results that could not be written.
         Interrupted: Ctrl-C or SIGTERM; everything is saved.
     """
-    shared.choose_action(argv, {"train": _train}, USAGE)
+    shared.run_verb(argv, {"train": _train}, USAGE)
 
 
 def parse(argv: list[str]) -> TrainConfig:

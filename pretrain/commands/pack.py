@@ -1,24 +1,21 @@
-"""Pack images into resized shards, which read fast from any disk.
+"""Pack images into shards of reduced images, which any disk reads fast.
 
-Large photographs spend most of their decoding time on pixels that training throws away, and many small
-files are slow on network disks. Pack once; `coma pretrain SHARDS` then reads the same images in random
-order. Shards are ordinary WebDataset tars. A pack that was interrupted goes on when run again.
+Large photographs spend most of their decoding time on pixels that training discards, and many small files are
+slow on network disks. Pack once; `coma pretrain SHARDS` then reads the same images in random order. Shards
+are ordinary WebDataset tars. An interrupted pack resumes when the command is run again.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import tyro
+from typing import TYPE_CHECKING
 
 from coma.arguments import parse_arguments
+from coma.config.pack import PackConfig
 from coma.errors import ComaError, Interrupted
 from coma.messages import counted
 from coma.preflight import require_folder
-from coma.ranges import PROCESSES, SIDE, Range, Ranged
 
 if TYPE_CHECKING:
     from coma.data.pack import PackReport
@@ -26,54 +23,27 @@ if TYPE_CHECKING:
 _NAMED_FAILURES = 10
 
 
-@dataclass(frozen=True)
-class PackConfig(Ranged):
-    """What to pack, and how."""
-
-    images: Annotated[Path, tyro.conf.Positional]
-    """Folder of images (searched recursively), .npz pack, .tar shards or a folder of them."""
-    out: Path
-    """New folder for the shards."""
-    size: Annotated[int, SIDE] = 256
-    """Short side in pixels that larger images are reduced to; smaller ones are left as they are."""
-    quality: Annotated[int, Range(1, 95)] = 90
-    """JPEG quality; 16-bit, transparent and multi-channel images are stored without loss."""
-    shard_images: Annotated[int, Range(1, 10**9)] = 2000
-    """Images per shard."""
-    split: str | None = None
-    """Split to pack: train, test or val (default: train, where there are splits)."""
-    workers: Annotated[int | None, PROCESSES] = None
-    """Processes; default: one per core beside this one (0 on 1 or 2 cores)."""
-
-
 def run(argv: list[str]) -> None:
-    """Parse, pack, print a summary.
+    """Parses the arguments, packs, and prints a summary.
 
     Raises:
-        BadInput: nothing to pack, or an output folder that holds something else.
+        BadInput: There is nothing to pack, or the output folder has other files.
         Interrupted: Ctrl-C; finished shards are kept.
     """
     config = parse_arguments(PackConfig, argv, prog="coma pack", description=__doc__)
 
     from coma.data import open_source
-    from coma.data.pack import PackSettings, pack
+    from coma.data.pack import pack
     from coma.progress import Progress
 
     require_folder(config.out)
-    settings = PackSettings(config.size, config.quality, config.shard_images)
     source = open_source(config.images, config.split)
     if source.unlabelled_reason:
         print(f"labels are not packed: {source.unlabelled_reason}")
     started = time.perf_counter()
     with Progress() as progress:
         try:
-            report = pack(
-                source,
-                config.out,
-                settings,
-                workers=config.workers,
-                progress=lambda done: progress.step("packing", done, len(source)),
-            )
+            report = pack(source, config, lambda done: progress.step("packing", done, len(source)))
         except KeyboardInterrupt:
             raise Interrupted(
                 f"stopped; {config.out} keeps its finished shards; run the same command again to resume"
@@ -81,7 +51,7 @@ def run(argv: list[str]) -> None:
         except OSError as error:
             where = error.filename or config.out
             raise ComaError(
-                f"{where}: {error.strerror}; solve that, then run the same command again"
+                f"{where}: {error.strerror}; when this is solved, run the same command again to resume"
             ) from None
     _print_summary(report, len(source), config.out, time.perf_counter() - started)
 
@@ -93,7 +63,7 @@ def _print_summary(report: PackReport, total: int, out: Path, seconds: float) ->
     print(f"{(total - report.resumed) / seconds:.0f} images/s on this run")
     if filled := sum(shard.filled for shard in report.shards):
         print(
-            f"{counted(filled, 'image')} held nodata, NaN or infinite values, which were filled with the "
+            f"{counted(filled, 'image')} had nodata, NaN or infinite values, which were filled with the "
             "mean of their channel"
         )
     if report.failures:

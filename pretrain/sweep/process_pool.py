@@ -10,13 +10,13 @@ import fcntl
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from coma.cli import CHILD
 from coma.errors import Interrupted
 from coma.signals import StopRequest
 
@@ -159,10 +159,9 @@ class ProcessPool:
         return handle
 
     def _process(self, job: Job, slot: int, locks: tuple[int, int]) -> subprocess.Popen[bytes]:
-        # -P: a user's own pretrain.py in the current folder does not shadow ours
-        command = [sys.executable, "-P", "-m", "coma", *map(str, job.arguments())]
+        command = [*CHILD, *map(str, job.arguments())]
         with self._log(job).open("ab") as log:
-            log.write(f"\n$ coma {' '.join(command[4:])}\n".encode())
+            log.write(f"\n$ coma {' '.join(command[len(CHILD) :])}\n".encode())
             log.flush()
             return subprocess.Popen(
                 command,

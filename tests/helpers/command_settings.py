@@ -78,7 +78,9 @@ def settings_of(invocation: str, variant: tuple[str, ...] = ()) -> tuple[type, .
 
 
 def dataclasses_in(kind: Any) -> Iterator[type]:
-    """A dataclass and all that its fields hold, also behind unions and annotations."""
+    """A dataclass and all that its fields hold, also behind unions and annotations; without fixed fields."""
+    if "Fixed" in str(get_args(kind)[1:] if get_origin(kind) is Annotated else ""):
+        return
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         yield kind
         hints = get_type_hints(kind, include_extras=True)

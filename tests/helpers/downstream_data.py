@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from coma.artifact import save_artifact
 from coma.config import DyViTConfig, EncoderConfig, ViTConfig
 from coma.models import build_encoder
-from downstream.openmmlab.op_registry import provide_ops
+from downstream.openmmlab.op_registry import register_ops
 
 DYVIT = DyViTConfig(dim=8, depths=(1, 1, 2, 1), heads=(2, 2, 2, 2), windows=((4, 8), (4,), (0, 2), (0,)))
 VIT = ViTConfig(patch=16, dim=16, depth=2, heads=2)
@@ -88,5 +88,5 @@ def labelled(root: Path, train: int = 6, val: int = 3, size: tuple[int, int] = (
 def provided_ops() -> Any:
     """`mmcv.ops`, imported after the operators were provided to an mmcv that was there before."""
     importlib.import_module("mmcv")
-    provide_ops()
+    register_ops()
     return importlib.import_module("mmcv.ops")

@@ -175,11 +175,11 @@ def test_numbers_decide_where_there_are_no_names():
         (
             array([0, 1], ("a", "b")),
             array([0, 1], ("a", "c"), "exam"),
-            "exam: classes of which set has no image: c; it has a, b",
+            "exam: set does not have the classes c; it has a, b",
         ),
         (array([0, 0], ("a", "b")), array([1], ("a", "b")), "no image: b; it has a"),
         (array([0, 1]), array([2, 7]), "no image: 2, 7; it has 0, 1"),
-        (array([1, 1]), array([1, 1]), "all of one class"),
+        (array([1, 1]), array([1, 1]), "of one class"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(train, test, message):

@@ -69,7 +69,7 @@ def test_a_method_is_added_by_one_entry_and_learns(toy):
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     images, seeds = torch.randn(2, 3, 64, 64), torch.arange(2)
     losses = []
-    visible = None
+    visible = torch.empty(0)
     for _ in range(2):
         output = model(images, seeds)
         visible = output.visible[0]
