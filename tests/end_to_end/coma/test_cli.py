@@ -337,9 +337,7 @@ def test_the_command_line_is_as_it_was(request):
         for name, text in surface().items():
             (GOLDEN / name).write_text(text, encoding="utf-8")
     stored = {path.name: path.read_text(encoding="utf-8") for path in GOLDEN.glob("*.txt")}
-    assert surface() == stored, (
-        "if you meant to change it: pytest -k command_line_is --renew-golden"
-    )
+    assert surface() == stored, "if you meant to change it: pytest -k command_line_is --renew-golden"
 
 
 def test_a_changed_flag_would_be_noticed(monkeypatch):
