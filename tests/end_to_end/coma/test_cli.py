@@ -1,6 +1,6 @@
 """`coma`: found commands, exit codes, messages, a fast start, and a surface that changes only on purpose.
 
-The texts in `tests/golden` are renewed by running this file: `python tests/end_to_end/coma/test_cli.py`.
+The texts in `tests/golden` are renewed by `pytest --renew-golden`.
 """
 
 import errno
@@ -333,9 +333,12 @@ def test_help_is_wrapped_where_the_terminal_ends_not_where_our_lines_do():
     assert text[-1].endswith("(1 to 1024; default: 1)")
 
 
-def test_the_command_line_is_as_it_was():
+def test_the_command_line_is_as_it_was(request):
+    if request.config.getoption("--renew-golden"):
+        for name, text in surface().items():
+            (GOLDEN / name).write_text(text, encoding="utf-8")
     stored = {path.name: path.read_text(encoding="utf-8") for path in GOLDEN.glob("*.txt")}
-    assert surface() == stored, "if you meant to change it: python tests/end_to_end/coma/test_cli.py"
+    assert surface() == stored, "if you meant to change it: pytest -k command_line_is --renew-golden"
 
 
 def test_a_changed_flag_would_be_noticed(monkeypatch):
@@ -344,9 +347,3 @@ def test_a_changed_flag_would_be_noticed(monkeypatch):
     assert surface() != usual
     assert "--protocols\n" in usual["flags-evaluate.txt"]
     assert "--no-random-baseline\n" in usual["flags-evaluate.txt"]
-
-
-if __name__ == "__main__":
-    for name, text in surface().items():
-        (GOLDEN / name).write_text(text, encoding="utf-8")
-        print(GOLDEN / name)
