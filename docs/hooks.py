@@ -110,7 +110,7 @@ def help_text(*invocation: str) -> str:
         with redirect_stdout(out), redirect_stderr(StringIO()):
             code = main([*invocation, flag])
         if code == 0 and out.getvalue().strip():
-            return "\n".join(unboxed(out.getvalue())).strip()
+            return re.sub(r"\n{3,}", "\n\n", "\n".join(unboxed(out.getvalue()))).strip()
     raise RuntimeError(f"coma {' '.join(invocation)} has no help")
 
 
