@@ -23,7 +23,7 @@ from coma.artifact import (
 from coma.artifact.load import artifact_hash
 from coma.config import encoder_preset, method_preset
 from coma.models import build_encoder
-from coma.models.classifier import build_classifier
+from coma.models.classifiers import build_classifier
 from coma.objectives import build_objective
 from coma.runtimes.model_spec import (
     ExportableModel,

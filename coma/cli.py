@@ -25,9 +25,14 @@ from typing import TextIO
 
 import coma
 from coma.errors import ComaError, Interrupted
+from coma.rooms import DISTRIBUTION, entry_points, load
 
-DISTRIBUTION = "coma-dyvit"
 GROUP = "coma.commands"
+"""Entry points of the commands; one may name the extras that it needs: `demo = "demo.commands:run [demo]"`."""
+
+CHILD = (sys.executable, "-P", "-m", "coma")
+"""Starts `coma` as a child process; -P, so that no file of the current folder takes the place of ours."""
+
 BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell reports for a program that writes to a closed pipe
 
 OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -45,13 +50,14 @@ USAGE = """usage: coma [--traceback] COMMAND ...
 commands:
 {commands}
 
-  --traceback  show where an error of yours came from
+  --traceback  print the full traceback on errors
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `coma` with these arguments (default: the process's) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    os.environ["PYTHONSAFEPATH"] = "1"  # worker processes: no file of the current folder is imported there
     show_traceback = arguments[:1] == ["--traceback"]
     try:
         code = _dispatch(arguments[show_traceback:])
@@ -120,7 +126,7 @@ def _dispatch(arguments: list[str]) -> int:
     command = commands[name]
     _configure_logging(command.module.partition(".")[0])
     try:
-        command.load()(rest)
+        load(command)(rest)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", *(each.module.partition(".")[0] for each in commands.values())):
@@ -138,12 +144,8 @@ def _install(package: str, extras: Sequence[str]) -> str:
 
 
 def find_commands() -> dict[str, metadata.EntryPoint]:
-    """Commands of all installed rooms by name, in alphabetical order.
-
-    An entry point may name the extras its command needs: `demo = "demo.commands:run [demo]"`.
-    """
-    found = sorted(metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
-    return {entry.name: entry for entry in found}
+    """Returns the commands of all installed rooms by name, in alphabetical order."""
+    return entry_points(GROUP)
 
 
 def help_line(module: str) -> str:

@@ -21,6 +21,8 @@ from typing import Any, ClassVar, get_type_hints
 
 from coma.errors import BadInput
 
+RARE = "rare"
+"""Marks a field, as in `Annotated[int, RARE]`, whose flag only `--help-all` shows."""
 _UNSPOKEN = 10**4
 """Bounds from here on only keep numbers away from memory and clocks; help texts leave them out."""
 
@@ -130,7 +132,8 @@ DECAY = Range(0, 1, below=True)
 """Shares that may not be everything: of moving averages, stochastic depth, label smoothing."""
 MEAN = Range(-1e9, 1e9)
 """Means of pixel values: any that are finite."""
-STD = Range(0, 1e9, above=True)
+STD = Range(1e-9, 1e9)
+"""Standard deviations of pixel values; smaller ones would make normalised pixels overflow."""
 
 
 class Ranged:

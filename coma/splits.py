@@ -1,8 +1,8 @@
-"""Names of splits: one list for the whole product, and which folders, packs or shards are splits.
+"""Names of splits: one list for the whole product, and the folders, packs or shards that are splits.
 
-A name is that of a split in any case, with numbers or words such as "images" and "set" beside it:
-`train`, `Training`, `train2017`, `VAL_images`, `trainset`. What else a name says has to agree:
-`imagenet_train` and `imagenet_val` are splits of one another, `train_station` and `test_tube` are not.
+Upper and lower case are equal, and numbers and words such as "images" and "set" are ignored: `train`,
+`Training`, `train2017`, `VAL_images`, `trainset` are splits. The rest of the name must match that of another
+split: `imagenet_train` and `imagenet_val` are splits, `train_station` and `test_tube` are not.
 """
 
 from __future__ import annotations
@@ -23,34 +23,12 @@ SPLITS: dict[Split, tuple[str, ...]] = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing", "tst", "eval", "evaluation", "holdout", "heldout"),
 }
-"""What folders, packs and shards of a split are called, in lower case."""
+"""Names of the folders, packs and shards of each split, in lower case."""
 
-_NEUTRAL = frozenset(
-    [
-        "set",
-        "split",
-        "part",
-        "data",
-        "dataset",
-        "dir",
-        "folder",
-        "shard",
-        "shards",
-        "image",
-        "images",
-        "img",
-        "imgs",
-        "jpg",
-        "jpeg",
-        "jpegs",
-        "png",
-        "pngs",
-        "photo",
-        "photos",
-        "picture",
-        "pictures",
-        "instances",
-    ]
+_NEUTRAL = (
+    *("set", "split", "part", "data", "dataset", "dir", "folder", "shard", "shards", "instances"),
+    *("image", "images", "img", "imgs", "photo", "photos", "picture", "pictures"),
+    *("jpg", "jpeg", "jpegs", "png", "pngs"),
 )
 _SPLIT_OF: dict[str, Split] = {
     word + end: split for split, words in SPLITS.items() for word in words for end in ("", *_NEUTRAL)
@@ -59,38 +37,38 @@ _SPLIT_OF["trainval"] = "train"
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[^\W\d_a-zA-Z]+")
 
 
-class Place(NamedTuple):
-    """Where an image belongs."""
+class FolderSplit(NamedTuple):
+    """The split that a folder belongs to."""
 
     split: Split | Literal["beside", ""]
-    """beside: next to splits, in none of them. Empty: there are no splits where it lies."""
+    """"beside" if the folder is next to splits but in none of them; empty if there are no splits around."""
     folder: str
-    """The split's own folder, relative; for `beside` what lies beside the splits."""
+    """Relative path of the split's own folder; with "beside", of the folder next to the splits."""
 
 
 class SplitImages(NamedTuple):
-    """The images of one split, out of all that lie below a folder."""
+    """The images of one split of a folder."""
 
     names: list[str]
-    """Relative to `folder`."""
+    """Paths relative to `folder`."""
     folder: str
-    """The split's own folder, relative; empty where images lie in several places, or there are no splits."""
+    """Relative path of the split's folder; empty if the split has several folders or there are no splits."""
     split: Split | None
-    """None: there are no splits."""
+    """None if there are no splits."""
     classes: set[str]
-    """Names of the folders in this split and in those beside it."""
+    """Names of the class folders in this split and in the splits beside it."""
     notes: tuple[str, ...]
-    """What was left out or may be misread, a sentence each."""
+    """Sentences for the user about images that are skipped or may be misread."""
 
 
 def split_of(name: str) -> Split | None:
-    """The split that a name stands for; None where it says something else, too."""
+    """Returns the split that a name means; None if the name has other words too."""
     split, others = _parsed(name)
     return None if others else split
 
 
 def split_folders(parent: Path, split: Split) -> list[Path]:
-    """The folders directly in `parent` that are called like a split, its usual names first."""
+    """Returns the folders directly in `parent` that are named like a split, the usual names first."""
     names = SPLITS[split]
     found = [path for path in parent.glob("*") if split_of(path.name) == split and path.is_dir()]
     usual = {name: number for number, name in enumerate(names)}
@@ -98,10 +76,10 @@ def split_folders(parent: Path, split: Split) -> list[Path]:
 
 
 def parse_split(name: str) -> Split:
-    """The split that a user asks for.
+    """Returns the split that a user asks for by name.
 
     Raises:
-        BadInput: it is none.
+        BadInput: The name is not that of a split.
     """
     split = split_of(name)
     if split is None:
@@ -110,37 +88,39 @@ def parse_split(name: str) -> Split:
 
 
 def paired_splits(names: Iterable[str]) -> dict[str, Split]:
-    """The splits among names that lie side by side; none unless one is of training and one is held out.
+    """Returns the splits among names in one folder; empty unless one is for training and one is held out.
 
-    What else their names say must be the same, or every name must mention a split and one say nothing else.
+    The other words of their names must be equal, or all names must have a split and one no other word.
     """
     parsed = {name: _parsed(name) for name in names}
     kinds: dict[tuple[str, ...], set[bool]] = {}
     for split, others in parsed.values():
         if split:
             kinds.setdefault(others, set()).add(split == "train")
-    agreed = {others for others, found in kinds.items() if len(found) == 2}
+    matching = {others for others, found in kinds.items() if len(found) == 2}
     if () in kinds and all(split for split, _ in parsed.values()) and len(set().union(*kinds.values())) == 2:
-        agreed |= kinds.keys()  # train beside val_original
-    if agreed:
-        agreed.add(())
-    return {name: split for name, (split, others) in parsed.items() if split is not None and others in agreed}
+        matching |= kinds.keys()  # train beside val_original
+    if matching:
+        matching.add(())
+    return {
+        name: split for name, (split, others) in parsed.items() if split is not None and others in matching
+    }
 
 
 def all_splits(names: Collection[str]) -> dict[str, Split]:
-    """The same names, if each of them is that of a split and says nothing else; otherwise none."""
+    """Returns the split of every name if all names are those of splits; otherwise an empty dictionary."""
     found: dict[str, Split] = {name: split for name in names if (split := split_of(name)) is not None}
     return found if len(found) == len(names) else {}
 
 
-def places(folders: Collection[str]) -> dict[str, Place]:
-    """Where the images of every folder belong.
+def assign_folders(folders: Collection[str]) -> dict[str, FolderSplit]:
+    """Returns the split of every folder.
 
-    Splits may lie at any depth, as in `images/train` or `bottle/train`. Where one level of the tree has
-    splits side by side, a folder that is called like a split is one elsewhere, too.
+    Splits may be at any depth, as in `images/train` or `bottle/train`. If one level of the tree has splits
+    side by side, folders that are named like a split are splits on all levels.
 
     Args:
-        folders: that hold images themselves, relative, with /; the root is the empty string.
+        folders: Relative paths (with /) of the folders that contain images; the root is the empty string.
     """
     children: dict[str, set[str]] = {}
     for folder in folders:
@@ -151,13 +131,13 @@ def places(folders: Collection[str]) -> dict[str, Place]:
                 break
             names.add(name)
     pairs = {parent: paired_splits(names) for parent, names in children.items()}
-    found: dict[str, Place] = {}
+    found: dict[str, FolderSplit] = {}
     if any(pairs.values()):
         for parent, names in children.items():
             splits = pairs[parent] or {name: split for name in names if (split := split_of(name))}
             for name in names if splits else ():
                 folder = f"{parent}/{name}".lstrip("/")
-                found[folder] = Place(splits.get(name, "beside"), folder)
+                found[folder] = FolderSplit(splits.get(name, "beside"), folder)
     else:
         top, names = "", children.get("", set())
         while len(names) == 1 and top not in folders and not all_splits(names):
@@ -166,21 +146,21 @@ def places(folders: Collection[str]) -> dict[str, Place]:
         if top not in folders:
             for name, split in all_splits(names).items():
                 folder = f"{top}/{name}".lstrip("/")
-                found[folder] = Place(split, folder)
+                found[folder] = FolderSplit(split, folder)
     return {folder: _place(folder, found, pairs) for folder in folders}
 
 
 def choose_split(there: Collection[Split], path: Path, split: str | None, held_out: bool) -> Split | None:
-    """Which of the splits at `path` to read; None where there are none and none was asked for.
+    """Returns the split to read; None if there are no splits and none was requested.
 
     Args:
-        there: the splits that there are.
-        path: for messages.
-        split: what was asked for; test and val stand for each other where only one exists.
-        held_out: without a `split`, test or val where there are any, not the training split.
+        there: The splits at `path`.
+        path: Data set, for messages.
+        split: Requested split; test replaces val and val replaces test if only one of them exists.
+        held_out: Without `split`, prefer test or val to the training split.
 
     Raises:
-        BadInput: what was asked for is not there, or there are only held-out images.
+        BadInput: The requested split does not exist, or there are only held-out images.
     """
     if split is not None:
         wanted = parse_split(split)
@@ -196,75 +176,73 @@ def choose_split(there: Collection[Split], path: Path, split: str | None, held_o
         if name in there:
             return name
     raise BadInput(
-        f"{path}: holds no training images, only a split that is kept from training "
-        f"({' and '.join(name for name in SPLITS if name in there)}); give that folder or file itself to "
-        "train on it"
+        f"{path}: has no training images, only the held-out split "
+        f"{' and '.join(name for name in SPLITS if name in there)}; to train on it, give its own path"
     )
 
 
 def select_images(names: Sequence[str], path: Path, split: str | None, held_out: bool) -> SplitImages:
-    """The images of the split that is to be read.
+    """Returns the images of the split to read.
 
-    Without a `split`, training images are read with whatever lies where there are no splits.
+    Without `split`, these are the training images and all images in folders that have no splits.
 
     Args:
-        names: of all images below `path`, relative, with /.
-        path: for messages.
-        split: as in `choose_split`.
-        held_out: as in `choose_split`.
+        names: Relative paths (with /) of all images below `path`.
+        path: Folder of images, for messages.
+        split: See `choose_split`.
+        held_out: See `choose_split`.
 
     Raises:
-        BadInput: as `choose_split`; or a held-out folder lies among the class folders that it holds itself.
+        BadInput: See `choose_split`; or a held-out folder is beside class folders that it contains itself.
     """
     parents = [_parent(name) for name in names]
     folders = set(parents)
-    where = places(folders)
-    there = {place.split for place in where.values() if place.split in SPLITS}
+    of_folder = assign_folders(folders)
+    there = {place.split for place in of_folder.values() if place.split in SPLITS}
     wanted = choose_split(there, path, split, held_out)  # type: ignore[arg-type]
     if wanted is None:
         firsts = {folder.partition("/")[0] for folder in folders if folder}
-        _check_mirrors(folders, firsts, path)
+        _refuse_nested_splits(folders, firsts, path)
         return SplitImages(list(names), "", None, firsts, _not_splits(firsts, path))
     taken = {wanted, ""} if split is None and wanted == "train" else {wanted}
-    kept = [name for name, parent in zip(names, parents, strict=True) if where[parent].split in taken]
-    owners = {place.folder for place in where.values() if place.split in taken}
+    kept = [name for name, parent in zip(names, parents, strict=True) if of_folder[parent].split in taken]
+    owners = {place.folder for place in of_folder.values() if place.split in taken}
     owner = owners.pop() if len(owners) == 1 else ""
     classes = {
         folder.removeprefix(f"{place.folder}/").partition("/")[0]
-        for folder, place in where.items()
+        for folder, place in of_folder.items()
         if place.split in SPLITS and _parent(place.folder) == _parent(owner) and folder != place.folder
     }
-    left_out = Counter(where[parent].folder for parent in parents if where[parent].split not in taken)
-    read = Counter(where[parent].folder for parent in parents if where[parent].split in taken)
-    notes = _left_out(left_out, path, read) if split is None and not held_out else ()
+    skipped = Counter(of_folder[parent].folder for parent in parents if of_folder[parent].split not in taken)
+    read = Counter(of_folder[parent].folder for parent in parents if of_folder[parent].split in taken)
+    notes = _skipped_note(skipped, path, read) if split is None and not held_out else ()
     return SplitImages([name.removeprefix(f"{owner}/") for name in kept], owner, wanted, classes, notes)
 
 
-def _check_mirrors(folders: Collection[str], firsts: Collection[str], path: Path) -> None:
+def _refuse_nested_splits(folders: Collection[str], firsts: Collection[str], path: Path) -> None:
     for folder in sorted(folders):
         first, _, rest = folder.partition("/")
         if split_of(first) in ("val", "test") and rest.partition("/")[0] in firsts:
             raise BadInput(
-                f"{path}: {first}/ holds the folder {rest.partition('/')[0]}/, which lies beside it, too, so "
-                "it looks like a split of the others; move those into a folder train/ beside it"
+                f"{path}: {first}/ holds the folder {rest.partition('/')[0]}/, which also lies beside it, so "
+                "it looks like a split of the others; move the others into a folder train/ beside it"
             )
 
 
-def left_out_note(path: Path, kept: str, others: Sequence[str]) -> str:
-    """One sentence about splits that are not read."""
-    left_out = abridged(others, 4)
-    return f"{path}: reads {kept}, and leaves out {left_out}; give one of these by its own path to use it"
+def skipped_note(path: Path, read: str, skipped: Sequence[str]) -> str:
+    """Returns one sentence about the splits that are not read."""
+    return f"{path}: reads {read} and skips {abridged(skipped, 4)}; to use one of these, give its own path"
 
 
-def _left_out(counts: Counter[str], path: Path, read: Counter[str]) -> tuple[str, ...]:
-    if not counts:
+def _skipped_note(skipped: Counter[str], path: Path, read: Counter[str]) -> tuple[str, ...]:
+    if not skipped:
         return ()
     read_folders = abridged(_counted(read, "other folders"), 4)
-    return (left_out_note(path, read_folders, _counted(counts, "what lies beside them")),)
+    return (skipped_note(path, read_folders, _counted(skipped, "images beside them")),)
 
 
 def _counted(counts: Counter[str], nameless: str) -> list[str]:
-    """Folders with how many images they hold."""
+    """Folders with their numbers of images."""
     return [
         f"{f'{folder}/' if folder else nameless} ({counted(count, 'image')})"
         for folder, count in sorted(counts.items())
@@ -272,7 +250,7 @@ def _counted(counts: Counter[str], nameless: str) -> list[str]:
 
 
 def _not_splits(firsts: set[str], path: Path) -> tuple[str, ...]:
-    """Folders that are called like splits and are read like all others."""
+    """A note about folders that are named like splits but are read like all others."""
     bare = [name for name in firsts if split_of(name)]
     if not bare or len(firsts) == 1:
         return ()
@@ -287,18 +265,18 @@ def _parent(name: str) -> str:
     return name.rpartition("/")[0]
 
 
-def _place(folder: str, found: dict[str, Place], pairs: dict[str, dict[str, Split]]) -> Place:
+def _place(folder: str, found: dict[str, FolderSplit], pairs: dict[str, dict[str, Split]]) -> FolderSplit:
     if pairs.get(folder):
-        return Place("beside", folder)  # images next to the splits
+        return FolderSplit("beside", folder)  # images next to the splits
     ends = [match.start() for match in re.finditer("/", folder)]
     for end in (*ends, len(folder)):
         if folder[:end] in found:
             return found[folder[:end]]
-    return Place("", "")
+    return FolderSplit("", "")
 
 
 def _parsed(name: str) -> tuple[Split | None, tuple[str, ...]]:
-    """The split that a name mentions, if it mentions one, and what else it says."""
+    """The split in a name, if there is exactly one, and the other words of the name."""
     words = [word.lower() for word in _WORD.findall(name)]
     split: list[Split] = [_SPLIT_OF[word] for word in words if word in _SPLIT_OF]
     if len(split) != 1:

@@ -1,6 +1,6 @@
-"""A page in the browser that shows what a model makes of hidden parts of a picture.
+"""A web demo that reconstructs masked images.
 
-`upload`, `fit`, `masks`, `reconstruct`, `paint`, `inside`, `finetuned` and `models` take arrays and give
-arrays and know nothing of the page; `app` and `pages` build it with gradio. Three modules stand between it
-and strangers: `middleware` checks requests, `inputs` the arguments of events, `storage` every file.
+`upload`, `resize`, `masking`, `reconstruction`, `render`, `introspection`, `predict` and `models` compute
+with arrays and do not know the page; `app` and `pages` build the page with gradio. Three modules protect
+the server: `middleware` checks requests, `inputs` checks arguments of events, `storage` checks every file.
 """

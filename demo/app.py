@@ -1,4 +1,4 @@
-"""The page: one picture on the left, a tab for everything that can be done with it on the right."""
+"""Builds the page: the picture on the left, one tab per task on the right."""
 
 from __future__ import annotations
 
@@ -17,39 +17,40 @@ from starlette.middleware import Middleware
 from coma.errors import ComaError
 from coma.masking.patchify import unit_grid
 from coma.runtimes.model_spec import GraphKind
+from demo.gradio_internals import clear_file_lists
 from demo.inputs import BLOBS, CheckedBlocks, CheckedImage, one_line
-from demo.masking import draw_views
-from demo.middleware import Gate
+from demo.masking import sample_views
+from demo.middleware import RequestGuard
 from demo.models import Models
 from demo.pages.downstream import TITLES, classify_tab, detect_tab, segment_tab
 from demo.pages.guide import guide
-from demo.pages.introspection import inside_tab
+from demo.pages.introspection import introspection_tab
 from demo.pages.reconstruct import example_pictures, reconstruct_tab
 from demo.pages.runtimes import runtimes_tab
-from demo.reconstruction import rebuild
+from demo.reconstruction import reconstruct
 from demo.render import heat_map
-from demo.resize import fit_picture
-from demo.session import Site
+from demo.resize import resize_picture
+from demo.session import Session
 from demo.storage import Storage
-from demo.upload import MAX_BYTES, MAX_PIXELS, TAKES
+from demo.upload import ACCEPTED, MAX_BYTES, MAX_PIXELS
 
 KEPT_SECONDS, SWEEP_SECONDS = 3300, 60
-"""Uploads and results are deleted within the hour, and all of them when the server stops."""
+"""Age at which uploads and results are deleted, and seconds between two sweeps."""
 SESSIONS = 256
-"""Visitors whose choices are remembered; each costs memory."""
+"""Visitors whose state is kept in memory."""
 WAITING = 64
-"""Requests in the queue; more are turned away with a message."""
+"""Longest queue; requests beyond it are refused with a message."""
 
 
-def build(models: Models, storage: Storage) -> tuple[CheckedBlocks, dict[str, Any]]:
-    """The page for these models, not yet served, and the arguments of its `launch` that protect it.
+def build_page(models: Models, storage: Storage) -> tuple[CheckedBlocks, dict[str, Any]]:
+    """Returns the page, not yet served, and the arguments of its `launch` that protect the server.
 
     Args:
-        models: What it may use.
-        storage: Where gradio keeps files: its GRADIO_TEMP_DIR.
+        models: Models that visitors can use.
+        storage: Folder of all files, which is also gradio's GRADIO_TEMP_DIR.
     """
-    _warm(models)
-    site = Site(models, storage)
+    _warm_up(models)
+    session = Session(models, storage)
     examples = example_pictures(storage)
 
     def choose(event: gr.SelectData) -> str:
@@ -68,7 +69,7 @@ def build(models: Models, storage: Storage) -> tuple[CheckedBlocks, dict[str, An
                     sources=["upload", "clipboard", "webcam"],
                     elem_id="picture",
                     height=300,
-                    alt_text="The picture that is worked on",
+                    alt_text="The input picture",
                     buttons=["fullscreen"],
                     placeholder="Drop a picture here, or click to choose one",
                 )
@@ -79,41 +80,40 @@ def build(models: Models, storage: Storage) -> tuple[CheckedBlocks, dict[str, An
                 )  # fmt: skip
                 chosen.select(choose, None, picture, api_visibility="private")
                 gr.HTML(
-                    f"<p class='note'>{TAKES}; at most {MAX_BYTES >> 20} MB and {MAX_PIXELS // 10**6} "
+                    f"<p class='note'>{ACCEPTED}; at most {MAX_BYTES >> 20} MB and {MAX_PIXELS // 10**6} "
                     "megapixels. Pictures stay on this server and are deleted within the hour.</p>"
                 )
             with gr.Column(scale=3, min_width=320, elem_id="right"), gr.Tabs(elem_id="tabs"):
-                _tabs(site, picture, page)
+                _tabs(session, picture, page)
         guide(models)
     page.storage = storage
-    page.queue(max_size=WAITING, default_concurrency_limit=4, api_open=False)  # nobody passes the queue by
+    page.queue(max_size=WAITING, default_concurrency_limit=4, api_open=False)
     protection = {
         "max_file_size": MAX_BYTES,
-        "allowed_paths": [str(storage.folder)],  # read by gradio's copying alone: `Gate` sends files
+        "allowed_paths": [str(storage.folder)],  # for gradio's own copies; `RequestGuard` serves files
         "state_session_capacity": SESSIONS,
         "app_kwargs": {
-            "middleware": [Middleware(Gate, storage=storage)],
-            "lifespan": lambda _: _sweeping(site, page),
+            "middleware": [Middleware(RequestGuard, storage=storage)],
+            "lifespan": lambda _: _sweeping(session, page),
         },
     }
     return page, protection
 
 
 @asynccontextmanager
-async def _sweeping(site: Site, page: gr.Blocks) -> AsyncIterator[None]:
-    """Deletes what visitors sent and got once it is old enough, as long as the server runs."""
+async def _sweeping(session: Session, page: gr.Blocks) -> AsyncIterator[None]:
+    """Deletes old uploads and results for as long as the server runs."""
 
     async def sweep() -> None:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             try:
-                await anyio.to_thread.run_sync(site.storage.delete_older, KEPT_SECONDS)
-                site.uploads.forget_older(KEPT_SECONDS)
+                await anyio.to_thread.run_sync(session.storage.delete_older, KEPT_SECONDS)
+                session.uploads.forget_older(KEPT_SECONDS)
                 BLOBS.forget_older(KEPT_SECONDS)
-                for names in page.temp_file_sets:  # gradio's own lists of them, which nobody needs
-                    names.clear()
-            except Exception as error:  # the next round may succeed
-                logging.getLogger("demo").warning("old pictures were not deleted: %s", one_line(error))
+                clear_file_lists(page)
+            except Exception as error:  # the next sweep may succeed
+                logging.getLogger("demo").warning("old files were not deleted: %s", one_line(error))
 
     task = asyncio.create_task(sweep())
     try:
@@ -122,27 +122,27 @@ async def _sweeping(site: Site, page: gr.Blocks) -> AsyncIterator[None]:
         task.cancel()
 
 
-def _warm(models: Models) -> None:
-    """Do what the first visitor would have to wait for: late imports, and opening the first model."""
+def _warm_up(models: Models) -> None:
+    """Imports late modules and opens the first model, so that the first visitor does not wait."""
     for model in models.having("reconstructor")[:1]:
         try:
             runtime = model.runtime("reconstructor")
             about, rule = runtime.spec, runtime.spec.preprocessing
             side = rule.size[0] if rule.size else 224
             blank = np.zeros((side, side, len(rule.mean)), np.uint8)
-            fitted = fit_picture(blank, side, "crop", rule.mean)
-            visible = draw_views("mae", 0, *unit_grid(side, side, about.unit))
-            rebuilt = rebuild(runtime, fitted, visible)
-        except ComaError:  # it does not open, which is told to whoever asks for it, or takes other sizes
+            resized = resize_picture(blank, side, "crop", rule.mean)
+            visible = sample_views("mae", 0, *unit_grid(side, side, about.unit))
+            rebuilt = reconstruct(runtime, resized, visible)
+        except ComaError:  # visitors who choose this model see the error
             return
         heat_map(rebuilt.error, rebuilt.predicted)
 
 
-def _tabs(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
-    models = site.models
+def _tabs(session: Session, picture: gr.Image, page: gr.Blocks) -> None:
+    models = session.models
     if models.having("reconstructor"):
         with gr.Tab("Reconstruct"):
-            reconstruct_tab(site, picture, page)
+            reconstruct_tab(session, picture, page)
     makers: dict[GraphKind, Any] = {
         "classifier": classify_tab,
         "detector": detect_tab,
@@ -151,12 +151,12 @@ def _tabs(site: Site, picture: gr.Image, page: gr.Blocks) -> None:
     for form, maker in makers.items():
         if models.having(form):
             with gr.Tab(TITLES[form]):
-                maker(site, picture)
-    if models.looked_into():
-        with gr.Tab("Look inside"):
-            inside_tab(site, picture)
+                maker(session, picture)
+    if models.with_encoder():
+        with gr.Tab("Introspection"):
+            introspection_tab(session, picture)
     with gr.Tab("Runtimes"):
-        runtimes_tab(site, picture)
+        runtimes_tab(session, picture)
 
 
 def _header(models: Models) -> str:
@@ -164,6 +164,6 @@ def _header(models: Models) -> str:
 
     names = ", ".join(f"{html.escape(name)} ({models[name].kind})" for name in models.names)
     return (
-        "<h1>CoMA-DyViT</h1><p>Hide parts of a picture, and see what a model that was pre-trained without "
-        f"labels makes of the rest. <span class='models'>Here: {names}</span></p>"
+        "<h1>CoMA-DyViT</h1><p>Mask parts of a picture and see how a model that was pre-trained without "
+        f"labels reconstructs them. <span class='models'>Models: {names}</span></p>"
     )

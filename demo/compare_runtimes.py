@@ -1,4 +1,4 @@
-"""All runtimes of one model on one picture: how long each takes, and how far each is from the first."""
+"""Compares the runtimes of a model on one picture: latency, and difference to the first runtime."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from coma.errors import ComaError
 from coma.masking.patchify import unit_grid
 from coma.runtimes.base import Runtime
 from coma.runtimes.model_spec import GraphKind
-from demo.masking import draw_views
+from demo.masking import sample_views
 from demo.models import Model
 from demo.predict import prepare
 from demo.reconstruction import run
-from demo.resize import fit_picture
+from demo.resize import resize_picture
 from export.preprocessing import as_input
 
 MOST_RUNS, SECONDS = 30, 1.0
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One runtime.
+class RuntimeTiming:
+    """Measurements of one runtime.
 
     Attributes:
-        title: "ONNX Runtime fp16".
+        title: Name on the page, for example "ONNX Runtime fp16".
         version: Library, version and device; empty if it did not run.
-        milliseconds: Median of the runs, one picture each, with the copies to and from a GPU.
-        runs: How many.
-        cosine: Least cosine similarity of an output to the first runtime's.
-        difference: Largest difference of a value of the first output; of reconstructions in levels of 0 to
+        milliseconds: Median latency for one picture, with copies to and from the GPU.
+        runs: Number of runs.
+        cosine: Lowest cosine similarity of an output to the first runtime's.
+        difference: Largest difference of a value of the first output; for reconstructions in levels of 0 to
             255.
         reason: Why it did not run; None if it did.
     """
@@ -49,37 +49,40 @@ class Measured:
     reason: str | None = None
 
 
-def compare(
-    model: Model, form: GraphKind, pixels: np.ndarray, told: Callable[[float, str], None] = lambda *_: None
-) -> list[Measured]:
-    """Run every runtime of `form` on the picture `[H, W, c]`.
+def time_runtimes(
+    model: Model,
+    form: GraphKind,
+    pixels: np.ndarray,
+    report_progress: Callable[[float, str], None] = lambda *_: None,
+) -> list[RuntimeTiming]:
+    """Runs every runtime of a graph on the picture.
 
     Args:
         model: The model.
-        form: What it is used as.
-        pixels: uint8, or float32 in 0..1.
-        told: Called with the share that is done and what comes next.
+        form: Kind of the graph.
+        pixels: `[H, W, c]`, uint8, or float32 in 0..1.
+        report_progress: Called with the share that is done and the next runtime.
     """
-    offers = model.offers(form)
-    rows: list[Measured] = []
+    options = model.options(form)
+    rows: list[RuntimeTiming] = []
     first: dict[str, Tensor] | None = None
-    for done, offer in enumerate(offers):
-        told(done / len(offers), offer.title)
-        if offer.reason:
-            rows.append(Measured(offer.title, reason=offer.reason))
+    for done, option in enumerate(options):
+        report_progress(done / len(options), option.title)
+        if option.reason:
+            rows.append(RuntimeTiming(option.title, reason=option.reason))
             continue
         try:
-            runtime = model.runtime(form, offer.title)
+            runtime = model.runtime(form, option.title)
             outputs, milliseconds, runs = _time(runtime, pixels)
         except ComaError as error:
-            rows.append(Measured(offer.title, reason=str(error)))
+            rows.append(RuntimeTiming(option.title, reason=str(error)))
             continue
         first = first or outputs
         cosine = min(_cosine(first[name], outputs[name]) for name in first)
         name = next(iter(first))
         scale = 255 * max(runtime.spec.preprocessing.std) if form == "reconstructor" else 1.0
         difference = float((first[name].double() - outputs[name].double()).abs().max()) * scale
-        rows.append(Measured(offer.title, runtime.title, milliseconds, runs, cosine, difference))
+        rows.append(RuntimeTiming(option.title, runtime.title, milliseconds, runs, cosine, difference))
     return rows
 
 
@@ -87,9 +90,9 @@ def _time(runtime: Runtime, pixels: np.ndarray) -> tuple[dict[str, Tensor], floa
     about, rule = runtime.spec, runtime.spec.preprocessing
     if about.graph == "reconstructor":
         side = rule.size[0] if rule.size else 224
-        fitted = fit_picture(pixels, side, "crop", rule.mean)
-        images = as_input([fitted.pixels], rule)
-        others = {"visible": draw_views("coma", 0, *unit_grid(side, side, about.unit))[:1]}
+        resized = resize_picture(pixels, side, "crop", rule.mean)
+        images = as_input([resized.pixels], rule)
+        others = {"visible": sample_views("coma", 0, *unit_grid(side, side, about.unit))[:1]}
     else:
         images, others = prepare(pixels, runtime), {}
     outputs = run(runtime, images, **others)

@@ -1,7 +1,6 @@
-"""What goes on inside an encoder: its pyramid in colour, its gates, and where a place looks.
+"""Introspection of an encoder: feature pyramid in colour, window gates, attention of a position.
 
-Nothing is computed twice or in another way: hooks read what the layers were given and gave, while the
-encoder runs as always, on one picture.
+Hooks record the inputs and outputs of layers while the encoder runs unchanged on one picture.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,22 +19,20 @@ from coma.masking.patchify import unit_grid
 from coma.models import Encoder
 from coma.models.attention import DynamicMultiWindowAttention, Layout
 from coma.models.dyvit import FIRST_SIDE, DyViT
-from coma.models.vit import ViT
 from coma.models.windows import nest, unnest
 
 
 @dataclass(frozen=True)
-class Gates:
-    """The windows of one block.
+class BlockGates:
+    """The window gates of one block.
 
     Attributes:
-        stage: 1 to 4.
-        block: From 1.
-        windows: Sides in tokens; 0 is the whole map.
-        weights: Mean over the channels of what the gate multiplies each window by; they average 1.
-        wins: Share of the channels that each window weighs most in.
-        strongest: `[h, w]`, the number of the window that brought most to each place (by the length of its
-            weighted output).
+        stage: Stage, 1 to 4.
+        block: Block of the stage, from 1.
+        windows: Window sides in tokens; 0 is the whole map.
+        weights: Gate of each window, averaged over channels; their mean is 1.
+        wins: Share of channels in which each window has the largest gate.
+        strongest: `[h, w]`, index of the window with the largest output norm at each position.
     """
 
     stage: int
@@ -48,26 +45,26 @@ class Gates:
 
 @torch.no_grad()
 def feature_pyramid(encoder: Encoder, image: Tensor) -> tuple[Tensor, ...]:
-    """The maps of an encoder, finest first, for an image `[1, c, H, W]`, normalised."""
-    return (DyViT if isinstance(encoder, DyViT) else ViT).forward(encoder, image)  # pyright: ignore
+    """Returns the feature maps of a normalised image `[1, c, H, W]`, finest first."""
+    return encoder.pyramid(image)
 
 
 def pyramid_colours(maps: tuple[Tensor, ...]) -> list[np.ndarray]:
-    """The first three principal components of every map `[1, c, h, w]` as uint8 `[h, w, 3]`.
+    """Returns the first three principal components of every map `[1, c, h, w]` as uint8 `[h, w, 3]`.
 
-    Places of like features have like colours within a map; colours of two maps are not comparable.
+    Similar features have similar colours within a map; colours of two maps are not comparable.
     """
     return [_principal_colours(each[0].float()) for each in maps]
 
 
 def _principal_colours(features: Tensor) -> np.ndarray:
     h, w = features.shape[1:]
-    rows = features.flatten(1).T.double()  # places, channels
+    rows = features.flatten(1).T.double()  # positions, channels
     rows = rows - rows.mean(dim=0)
     _, _, directions = torch.linalg.svd(rows, full_matrices=False)
     axes = directions[:3]
     strongest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
-    scores = rows @ (axes * strongest.sign()).T  # the sign of a component means nothing: fix it
+    scores = rows @ (axes * strongest.sign()).T  # the sign of a component is arbitrary: fix it
     low, high = (torch.quantile(scores, q, dim=0) for q in (0.02, 0.98))
     colours = ((scores - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
     filled = torch.full((h * w, 3), 0.5, dtype=colours.dtype)
@@ -77,14 +74,14 @@ def _principal_colours(features: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def attention_received(encoder: Encoder, image: Tensor) -> Tensor:
-    """How much attention every mask unit gets in the last block, `[h, w]`, of sum 1.
+    """Returns the attention that every mask unit receives in the last block, `[h, w]`, with sum 1.
 
     Args:
-        encoder: In evaluation mode.
-        image: `[1, c, H, W]`, normalised.
+        encoder: Encoder in evaluation mode.
+        image: Normalised image, `[1, c, H, W]`.
 
     Raises:
-        BadInput: an encoder whose last block does not see the whole picture.
+        BadInput: an encoder whose last block does not attend globally.
     """
     from coma.models.attention_maps import attend, on_grid
 
@@ -93,19 +90,20 @@ def attention_received(encoder: Encoder, image: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gate_weights(encoder: Encoder, image: Tensor) -> list[Gates]:
-    """The gates of every block that has several windows.
+def gate_weights(encoder: Encoder, image: Tensor) -> list[BlockGates]:
+    """Returns the gates of every block that has several windows.
 
     Args:
-        encoder: DyViT, in evaluation mode.
-        image: `[1, c, H, W]`, normalised.
+        encoder: DyViT in evaluation mode.
+        image: Normalised image, `[1, c, H, W]`.
 
     Raises:
         BadInput: an encoder without gates.
     """
-    if not isinstance(encoder, DyViT):
-        raise BadInput("This model is a plain ViT: it has one window, the whole picture, and no gates.")
-    found: list[Gates] = []
+    if not encoder.window_gates():
+        raise BadInput("This model has no gates: all its layers have one window, the whole picture.")
+    encoder = cast(DyViT, encoder)
+    found: list[BlockGates] = []
     for stage, block, attention in _attentions(encoder):
         if attention.gate is None:
             continue
@@ -114,7 +112,7 @@ def gate_weights(encoder: Encoder, image: Tensor) -> list[Gates]:
             _watching(attention.proj) as proj,
             _watching(attention) as all_,
         ):
-            DyViT.forward(encoder, image)  # a classifier's own forward gives logits
+            encoder.pyramid(image)
         layout: Layout = all_.inputs[1]
         count = len(layout.windows)
         weights = gate.output.flatten().unflatten(0, (count, -1))  # windows, channels of each
@@ -122,7 +120,7 @@ def gate_weights(encoder: Encoder, image: Tensor) -> list[Gates]:
         strength = weighted.unflatten(-1, (count, -1)).norm(dim=-1).argmax(dim=-1)  # n s t
         whole = block - 1 in encoder.stages[stage - 1].whole  # pyright: ignore[reportOperatorIssue]
         found.append(
-            Gates(
+            BlockGates(
                 stage,
                 block,
                 (0,) * count if whole else encoder.config.windows[stage - 1],
@@ -135,26 +133,27 @@ def gate_weights(encoder: Encoder, image: Tensor) -> list[Gates]:
 
 
 @torch.no_grad()
-def attention_of(
+def attention_maps_of(
     encoder: Encoder, image: Tensor, stage: int, row: float, col: float
 ) -> dict[str, np.ndarray]:
-    """Where one place looks, in the last block of a stage: attention weights, mean over the heads.
+    """Returns the attention of one position in the last block of a stage, averaged over heads.
 
     Args:
-        encoder: DyViT or a plain ViT (which has one stage), in evaluation mode.
-        image: `[1, c, H, W]`, normalised.
-        stage: 1 to 4.
-        row: Of the place, 0 (top) to 1.
-        col: Likewise.
+        encoder: DyViT or a plain ViT (which has one stage) in evaluation mode.
+        image: Normalised image, `[1, c, H, W]`.
+        stage: Stage, 1 to 4.
+        row: Vertical position, 0 (top) to 1.
+        col: Horizontal position, 0 (left) to 1.
 
     Returns:
-        Maps `[h, w]`, each of sum 1, by the name of the window; zero outside of the place's window.
+        Maps `[h, w]` with sum 1, by the name of the window; zero outside the position's window.
     """
-    if not isinstance(encoder, DyViT):
+    if len(encoder.strides) == 1:
         return {"whole picture": _plain_attention(encoder, image, row, col)}
+    encoder = cast(DyViT, encoder)
     attention = encoder.stages[stage - 1].blocks[-1].attn  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
     with _watching(attention) as watched:
-        DyViT.forward(encoder, image)
+        encoder.pyramid(image)
     x, layout = watched.inputs
     side = FIRST_SIDE >> (stage - 1)
     h, w = layout.sequences.rows * side, layout.sequences.cols * side
@@ -181,7 +180,7 @@ def attention_of(
 
 
 def _same_window(window: Any, chosen: Tensor) -> Tensor:
-    """Tokens in the same window as the chosen one, bool `[n, s, t]`: with equal scores, who hears of it."""
+    """Returns the tokens in the chosen token's window, bool `[n, s, t]`, found by uniform attention."""
     silent = torch.zeros(*chosen.shape[:3], 1, 4)
     heard = chosen[..., None, :].expand_as(silent).contiguous()
     return window.attend(silent, silent, heard, fused=False)[..., 0] > 0
@@ -191,7 +190,7 @@ def _plain_attention(encoder: Any, image: Tensor, row: float, col: float) -> np.
     from coma.models.attention_maps import softmax_of
 
     with softmax_of(encoder.blocks[-1].attn) as taken:
-        features = ViT.forward(encoder, image)[0]
+        features = encoder.pyramid(image)[0]
     h, w = -(-image.shape[-2] // encoder.unit), -(-image.shape[-1] // encoder.unit)
     side = encoder.unit // encoder.strides[0]
     h, w = h * side, w * side
@@ -218,7 +217,7 @@ def _as_tokens(place: Tensor, layout: Layout, side: int) -> Tensor:
 
 
 class _Watched:
-    """What a module was last called with and gave."""
+    """The last inputs and output of a module."""
 
     inputs: tuple[Any, ...]
     output: Any

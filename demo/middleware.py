@@ -1,6 +1,6 @@
-"""Stands before gradio's routes: which of them exist here, and how large and how long a request may be.
+"""Middleware in front of gradio: allowed routes, and limits on the size and time of requests.
 
-Whatever goes wrong behind it is answered with a sentence, and is one line in the log.
+Every error behind it is answered with one sentence and logged as one line.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coma.errors import BadImage
+from demo.gradio_internals import is_logged_in
 from demo.inputs import one_line
 from demo.storage import Storage
 from demo.upload import MAX_BYTES
 
 MAX_JSON = 2**20
-"""Bytes of a request that uploads nothing: pictures are sent as files, and requests name their paths."""
-_SLACK = 2**20  # what separates and names the parts of an upload
+"""Largest request without an upload, in bytes; requests name pictures by their paths."""
+_SLACK = 2**20  # headers of the parts of an upload
 BODY_SECONDS = 120
-"""Time for a request to arrive in full."""
+"""Seconds until a request must have arrived."""
 ANSWER_SECONDS = 60
-"""Time for an answer; a stream of events has none, and ends with the event that it waits for."""
-_DRAINED = 256 * 2**20  # bytes that are thrown away until the client listens to the answer
+"""Seconds until a request must be answered; event streams are exempt."""
+_DRAINED = 256 * 2**20  # bytes that are read and dropped before the answer
 
 _FILE = re.compile(r"/gradio_api/file[=/](.*)", re.DOTALL)
 _ROUTES = re.compile(
@@ -37,19 +38,19 @@ _ROUTES = re.compile(
     r"|upload_progress|component_server|cancel|reset|queue/(join|data|status))/?"
     r"|(heartbeat|call|run|api)/.*))?"
 )
-"""Routes of gradio that the page and its clients use. The others fetch from other servers, keep
-recordings and links, or edit the program."""
+"""Routes of gradio that the page and its clients use. The others download from other servers, keep recordings
+and links, or edit the program."""
 _STREAMS = re.compile(r"/gradio_api/(heartbeat/|queue/data|upload_progress|call/)")
 _SHOWN = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif")
 _log = logging.getLogger("demo")
 
 
-class Gate:
-    """Middleware of the page's server.
+class RequestGuard:
+    """Answers file requests from the storage, refuses unknown routes, and limits all other requests.
 
     Args:
-        app: What stands behind.
-        storage: The only folder that files are sent from.
+        app: The application behind it.
+        storage: The only folder that files are served from.
     """
 
     def __init__(self, app: ASGIApp, storage: Storage) -> None:
@@ -57,7 +58,7 @@ class Gate:
         self.storage = storage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Answers one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -67,11 +68,11 @@ class Gate:
         elif wanted or not _ROUTES.fullmatch(scope["path"]):
             await _answer(404, "Not found.")(scope, receive, send)
         else:
-            await _Exchange(scope, receive, send).run(self.app)
+            await _GuardedExchange(scope, receive, send).run(self.app)
 
     def _file(self, path: str, scope: Scope) -> Response:
-        """An upload or a result; one answer for everything that is neither."""
-        if not _logged_in(scope):
+        """Returns an upload or a result; everything else gets the same answer."""
+        if not is_logged_in(scope):
             return _answer(401, "Not authenticated.")
         try:
             file = self.storage.open(path)
@@ -94,8 +95,8 @@ class Gate:
         return StreamingResponse(chunks(), headers=headers, media_type=kind)
 
 
-class _Exchange:
-    """One request and its answer."""
+class _GuardedExchange:
+    """One request and its answer, within the limits."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope, self._receive, self._send = scope, receive, send
@@ -117,14 +118,14 @@ class _Exchange:
                 await app(self._scope, self.receive, self.send)
         except Exception as error:
             if not self._refused and isinstance(error, TimeoutError):
-                self._refused = _answer(503, "This took too long and was given up.")
+                self._refused = _answer(503, "This took too long and was cancelled.")
             if not self._refused:
                 about = f"{self._scope['method']} {self._scope['path'][:100]!r}"
                 _log.warning("%s failed: %s", about, one_line(error))
-                self._refused = _answer(400, "This request cannot be used; see Use via API on the page.")
+                self._refused = _answer(400, "This request is not valid; see Use via API on the page.")
         if self._refused and not self._started:
             await self._refused(self._scope, self._receive, self._send)
-        elif self._refused:  # in the middle of an answer: end it
+        elif self._refused:  # the answer has begun: end it
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def receive(self) -> Message:
@@ -140,9 +141,9 @@ class _Exchange:
         self._refused = _answer(
             413, f"This is too large: at most {MAX_BYTES >> 20} MB of files, else {MAX_JSON >> 20} MB."
         )
-        while not self._complete and self._size < _DRAINED:  # who is still sending hears no answer
+        while not self._complete and self._size < _DRAINED:  # the client reads no answer while it sends
             self._size += len((await self._next()).get("body", b""))
-        raise MultiPartException("too large")  # which makes gradio delete what it had of the files
+        raise MultiPartException("too large")  # makes gradio delete the partial files
 
     async def _next(self) -> Message:
         try:
@@ -165,15 +166,3 @@ class _Exchange:
 
 def _answer(status: int, text: str) -> Response:
     return JSONResponse({"detail": text}, status)
-
-
-def _logged_in(scope: Scope) -> bool:
-    """Whether gradio would let this request in: without --auth everybody is."""
-    from starlette.requests import cookie_parser
-
-    app = scope["app"]
-    if app.auth is None:
-        return True
-    cookies = cookie_parser(dict(scope["headers"]).get(b"cookie", b"").decode("latin-1"))
-    names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
-    return any(cookies.get(name) in app.tokens for name in names)

@@ -1,4 +1,4 @@
-"""The models that the page may use: those named when it was started, and no others."""
+"""The models of the page: only those given when it starts."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from coma.artifact import ArtifactConfig, load_artifact
 from coma.artifact.load import artifact_hash
 from coma.errors import BadInput, ComaError
 from coma.models import Encoder
+from coma.registry import entry_of
 from coma.runtimes.base import Runtime
 from coma.runtimes.model_spec import GRAPH_KINDS, GraphKind, ModelSpec
 from coma.runtimes.open import Device, open_runtime
-from demo.runtimes import Exported, Offer, exported_files, offers_of, verified_file
+from demo.runtimes import Exported, RuntimeOption, exported_files, runtime_options, verified_file
 
 
 @dataclass
 class Model:
-    """One set of weights, and the ways to run it.
+    """One set of weights and its runtimes.
 
     Attributes:
-        name: For the picker, unique.
+        name: Unique name on the page.
         kind: backbone, pretrained, classifier, segmentor or detector.
-        config: What the artifact says; None where only exported files were given.
-        artifact: Its directory, likewise.
+        config: Configuration of the artifact; None where only exported files were given.
+        artifact: Directory of the artifact; None where only exported files were given.
         files: Exported files of these weights.
-        device: For PyTorch and ONNX Runtime.
+        device: Device for PyTorch and ONNX Runtime.
     """
 
     name: str
@@ -37,34 +38,34 @@ class Model:
     artifact: Path | None
     files: list[Exported]
     device: Device = "cpu"
-    _offers: dict[str, list[Offer]] = field(default_factory=dict, repr=False)
-    _opened: dict[Offer, Runtime] = field(default_factory=dict, repr=False)
+    _options: dict[str, list[RuntimeOption]] = field(default_factory=dict, repr=False)
+    _opened: dict[RuntimeOption, Runtime] = field(default_factory=dict, repr=False)
     _encoder: Encoder | None = field(default=None, repr=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     @property
     def forms(self) -> tuple[GraphKind, ...]:
-        """What it can be used as."""
+        """Returns the graphs that at least one runtime can run."""
         possible = GRAPH_KINDS[self.kind]
-        return tuple(form for form in possible if any(not offer.reason for offer in self.offers(form)))
+        return tuple(form for form in possible if any(not option.reason for option in self.options(form)))
 
-    def offers(self, form: GraphKind) -> list[Offer]:
-        """Runtimes of one form; those that are not available say why, and come last."""
+    def options(self, form: GraphKind) -> list[RuntimeOption]:
+        """Returns the runtimes of one graph, available ones first."""
         with self._lock:
-            if form not in self._offers:
-                self._offers[form] = offers_of(self.files, form, self.artifact, self.device)
-            return list(self._offers[form])
+            if form not in self._options:
+                self._options[form] = runtime_options(self.files, form, self.artifact, self.device)
+            return list(self._options[form])
 
     def runtime(self, form: GraphKind, title: str | None = None) -> Runtime:
-        """Open a runtime, or the one that is open; the first that is available by default.
+        """Opens a runtime, or returns the open one; by default the first that is available.
 
         Raises:
-            BadInput: there is none of this title, it is not available, or it does not open.
+            BadInput: an unknown title, or a runtime that is not available or does not open.
         """
-        offers = self.offers(form)
-        chosen = next((offer for offer in offers if offer.title == title or title is None), None)
+        options = self.options(form)
+        chosen = next((option for option in options if option.title == title or title is None), None)
         if chosen is None:
-            raise BadInput(f"{self.name} has no runtime called {title!r}.")
+            raise BadInput(f"{self.name} has no runtime {title!r}.")
         if chosen.reason or chosen.path is None:
             raise BadInput(f"{chosen.title} is not available: {chosen.reason}.")
         with self._lock:
@@ -73,41 +74,41 @@ class Model:
             return self._opened[chosen]
 
     def description(self, form: GraphKind) -> ModelSpec:
-        """What the first runtime says of the model."""
+        """Returns the specification of the model by its first runtime."""
         return self.runtime(form).spec
 
     @property
     def norm_pix(self) -> bool:
-        """Whether it predicts pixels without mean and contrast; not known, so False, of files alone."""
+        """Returns whether the model predicts normalised patches (False where only files were given)."""
         objective = self.config.objective if self.config else None
         return bool(objective and getattr(objective, "norm_pix", False))
 
     @property
     def undoes(self) -> str | None:
-        """The degradation that it learned to undo, predicting every pixel; None if it fills in masks."""
+        """Returns the degradation that the model learned to undo; None if it reconstructs masks."""
         objective = self.config.objective if self.config else None
         return None if objective is None or getattr(objective, "zooms_in", True) else str(objective.degrade)  # type: ignore[union-attr]
 
     @property
     def zooms_in(self) -> bool:
-        """Whether it sees the centre of a picture alone; not known, so False, of files alone."""
+        """Returns whether the model sees only the centre (False where only files were given)."""
         objective = self.config.objective if self.config else None
         return bool(getattr(objective, "zooms_in", False))
 
     @property
     def method(self) -> str:
-        """The key of `demo.masking.METHODS` nearest to how it was trained."""
+        """Returns the key of `demo.masking.METHODS` closest to the training of the model."""
         objective = self.config.objective if self.config else None
-        kind = type(objective).__name__.removesuffix("Config").lower()
-        if kind == "coma":
-            return "coma4" if objective.views > 2 else "coma"  # type: ignore[union-attr]
-        return self.undoes or {"mae": "mae", "cmt": "guided", "beyond": "zoom-in"}.get(kind, "coma")
+        if objective is None:
+            return "coma"
+        masks = self.undoes or entry_of(objective).masks
+        return "coma4" if masks == "coma" and getattr(objective, "views", 2) > 2 else masks
 
     def encoder(self) -> Encoder:
-        """Its encoder, to look inside.
+        """Returns the encoder in PyTorch, for introspection.
 
         Raises:
-            BadInput: only exported files were given, or a kind whose encoder is not at hand.
+            BadInput: only exported files were given, or the kind has no encoder.
         """
         with self._lock:
             if self._encoder is None:
@@ -115,12 +116,12 @@ class Model:
             return self._encoder
 
     def class_names(self) -> tuple[str, ...]:
-        """Of a fine-tuned model."""
+        """Returns the class names of a fine-tuned model."""
         about = self.description(cast(GraphKind, self.kind))
         return about.class_names or ()
 
     def palette(self) -> list[tuple[int, int, int]]:
-        """A colour for every class."""
+        """Returns a colour for every class."""
         from downstream.datasets.label_classes import default_palette
 
         head: dict[str, Any] = (self.config.head if self.config else None) or {}
@@ -129,15 +130,15 @@ class Model:
 
 
 class Models:
-    """All of them.
+    """The models of the page by name.
 
     Args:
-        given: Artifacts and exported files; files of an artifact's weights go with it, as do those that
-            `coma export` left in `export` beside it.
-        device: For PyTorch and ONNX Runtime.
+        given: Artifacts and exported files. Files of the same weights form one model, with those that
+            `coma export` wrote to `export` beside the artifact.
+        device: Device for PyTorch and ONNX Runtime.
 
     Raises:
-        BadInput: something that is neither, is damaged or was never verified.
+        BadInput: a path that is neither an artifact nor a verified file, or is damaged.
     """
 
     def __init__(self, given: Sequence[Path], device: Device = "cpu") -> None:
@@ -160,34 +161,34 @@ class Models:
             if all(known.path.resolve() != path.resolve() for known in model.files):
                 model.files.append(entry)
         if not self._models:
-            raise BadInput("no model was given")
+            raise BadInput("no model was given; name an artifact or an exported file")
 
     @property
     def names(self) -> list[str]:
-        """In the order in which they were given."""
+        """Returns the names in the order given."""
         return list(self._models)
 
     def __getitem__(self, name: str) -> Model:
-        """One of them.
+        """Returns a model.
 
         Raises:
-            BadInput: no model of that name was given at the start.
+            BadInput: no model has this name.
         """
         if name not in self._models:
-            raise BadInput("There is no such model here; choose one from the list.")
+            raise BadInput("There is no such model; choose one from the list.")
         return self._models[name]
 
     def having(self, form: GraphKind) -> list[Model]:
-        """Those that can be used as `form`."""
+        """Returns the models that can run this graph."""
         return [model for model in self._models.values() if form in model.forms]
 
-    def looked_into(self) -> list[Model]:
-        """Those whose encoder is at hand."""
+    def with_encoder(self) -> list[Model]:
+        """Returns the models whose encoder can be loaded in PyTorch."""
         kinds = ("backbone", "pretrained", "classifier")
         return [model for model in self._models.values() if model.artifact and model.kind in kinds]
 
     def _name(self, path: Path) -> str:
-        """A short name: the folder of a run, else of the artifact; never a whole path."""
+        """Returns a short, unique name: the folder of the run or the artifact, never a whole path."""
         parts = [part for part in path.resolve().parts if part not in ("artifact", "run", "export", "/")]
         name = " / ".join(parts[-1:]) if path.suffix == "" else path.name
         number = sum(known == name or known.startswith(f"{name} (") for known in self._models)
@@ -195,10 +196,10 @@ class Models:
 
 
 def _beside(artifact: Path, source: str) -> list[Exported]:
-    """Files of these weights in `export` beside an artifact."""
+    """Returns the files of these weights in `export` beside an artifact."""
     try:
         return [entry for entry in exported_files(artifact.parent / "export") if entry.source == source]
-    except ComaError:  # nothing was exported, or something that is none of ours
+    except ComaError:  # no folder of exports
         return []
 
 
@@ -206,7 +207,7 @@ def _load_encoder(model: Model) -> Encoder:
     from coma.artifact import load_classifier, load_encoder
 
     if model.artifact is None:
-        raise BadInput("Only exported files of this model were given; name its artifact to look inside.")
+        raise BadInput("Only exported files of this model were given; introspection needs the artifact.")
     if model.kind == "classifier":
         return cast(Encoder, load_classifier(model.artifact))
     return load_encoder(model.artifact)

@@ -1,7 +1,7 @@
-"""One picture, hidden part by part and rebuilt by any runtime, with numbers that say how well.
+"""Reconstructs a masked picture with any runtime and measures the result.
 
-The numbers are taken where pixels were hidden, and nowhere else: what a view sees is copied, and would only
-flatter them. PSNR and SSIM are scikit-image's, of pixels in 0..1.
+PSNR and SSIM (scikit-image, pixels in 0..1) are measured on masked pixels only: visible pixels are copied, so
+they would improve the numbers.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from coma.masking.patchify import pad_to_units, patchify, unpatchify
 from coma.objectives.targets import Statistics, nearby_statistics, unit_statistics
 from coma.runtimes.base import Runtime
 from demo.masking import pixel_view
-from demo.resize import Fitted
+from demo.resize import Resized
 from export.preprocessing import as_input
 
 
 @dataclass(frozen=True)
 class Score:
-    """How near a reconstruction is, over the pixels that were hidden.
+    """Quality of a reconstruction on masked pixels.
 
     Attributes:
-        psnr: Decibels; infinite for equal pixels.
-        ssim: -1 to 1; None for pictures smaller than its window of 7 pixels.
+        psnr: Decibels; infinite for identical pixels.
+        ssim: -1 to 1; None for pictures smaller than the 7-pixel window.
     """
 
     psnr: float
@@ -38,26 +38,25 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Rebuilt:
-    """What every view made of a picture. Pixels are float32 in 0..1, without letter-box.
+class Reconstruction:
+    """Reconstruction of a picture from every view. Pixels are float32 in 0..1, without letter-box.
 
     Attributes:
         original: `[H, W, c]`.
-        shown: `[H, W, c]`: what it was degraded to before anything was hidden; else the original.
-        everything: The model predicted all pixels from a degraded picture, none of them was hidden from it.
-        hidden: bool `[v, H, W]`: pixels that the view did not see, and so had to predict.
-        filled: `[v, H, W, c]`: visible pixels as they are, hidden ones rebuilt.
-        merged: `[H, W, c]`: every hidden pixel from the views that did not see it (their mean), others as
-            they are.
-        predicted: bool `[H, W]`: which of them was rebuilt.
-        scores: Of each view.
-        score: Of `merged`.
-        seconds: That the runtime took.
+        shown: `[H, W, c]`, the degraded picture before masking; otherwise the original.
+        predicts_all: Whether the model predicted all pixels from a degraded picture without a mask.
+        hidden: bool `[v, H, W]`, pixels that the view did not see.
+        filled: `[v, H, W, c]`, visible pixels unchanged and hidden ones reconstructed.
+        merged: `[H, W, c]`, every pixel as the mean of the views that did not see it.
+        predicted: bool `[H, W]`, pixels that at least one view reconstructed.
+        scores: Score of each view.
+        score: Score of `merged`.
+        seconds: Time of the runtime.
     """
 
     original: np.ndarray
     shown: np.ndarray
-    everything: bool
+    predicts_all: bool
     hidden: np.ndarray
     filled: np.ndarray
     merged: np.ndarray
@@ -68,36 +67,37 @@ class Rebuilt:
 
     @property
     def error(self) -> np.ndarray:
-        """Mean absolute difference of the channels, `[H, W]`."""
+        """Absolute error, averaged over channels, `[H, W]`."""
         return np.abs(self.merged - self.original).mean(axis=-1)
 
 
-def rebuild(
+def reconstruct(
     runtime: Runtime,
-    fitted: Fitted,
+    resized: Resized,
     visible: Tensor,
     statistics: Statistics = "visible",
     degraded: Tensor | None = None,
-    everything: bool = False,
-) -> Rebuilt:
-    """Hide, rebuild, compare.
+    predicts_all: bool = False,
+) -> Reconstruction:
+    """Reconstructs a picture from its visible units and measures the result.
 
     Args:
-        runtime: Of a reconstructor.
-        fitted: The picture.
+        runtime: Runtime of a reconstructor.
+        resized: The picture.
         visible: Units that each view sees, bool `[v, h, w]`.
-        statistics: Of a norm-pix model only: where hidden units get mean and contrast from; `target` leaks.
-        degraded: What the model gets in place of the picture, pixels `[c, H, W]`. What leaves 0..1 is shown
-            cut off, and is cut off for a runtime that takes whole numbers; others get it as it is.
-        everything: It predicts all pixels from that, whatever is visible (see `coma.objectives.beyond`).
+        statistics: Source of the hidden units' mean and standard deviation (norm-pix models only); `target`
+            leaks.
+        degraded: Pixels `[c, H, W]` that the model gets instead of the picture. Values outside 0..1 are
+            clipped on the page and for runtimes that take integers.
+        predicts_all: Whether the model predicts all pixels, whatever is visible (`coma.objectives.beyond`).
 
     Raises:
-        BadInput: a size or a number of views that the runtime does not take.
+        BadInput: a size or a number of views that the runtime does not support.
     """
     about = runtime.spec.preprocessing
-    views, (height, width) = len(visible), fitted.pixels.shape[1:]
+    views, (height, width) = len(visible), resized.pixels.shape[1:]
     unit = runtime.spec.unit
-    pixels_in = fitted.pixels if degraded is None else degraded
+    pixels_in = resized.pixels if degraded is None else degraded
     displayed = pixels_in.clamp(0, 1)
     if about.normalize_in_graph:
         pixels_in = displayed
@@ -105,42 +105,44 @@ def rebuild(
     began = time.perf_counter()
     out = run(runtime, images, visible=visible)["reconstruction"].float()
     seconds = time.perf_counter() - began
-    plain = normalize(fitted.pixels[None], about.mean, about.std)
+    plain = normalize(resized.pixels[None], about.mean, about.std)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (about.mean, about.std))
     if about.normalize_in_graph:
         out = (out / 255 - mean) / std
-    if statistics == "target" and not everything:
+    if statistics == "target" and not predicts_all:
         seen = normalize(pixels_in[None], about.mean, about.std)
         out = with_true_statistics(out, seen.expand(views, -1, -1, -1), plain, visible, unit)
     pixels = (out * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    views_seen = pixel_view(visible & (not everything), unit, height, width)
-    original = fitted.crop(fitted.pixels.permute(1, 2, 0).numpy())
-    filled = np.stack([fitted.crop(each) for each in pixels])
-    shown = fitted.crop(displayed.permute(1, 2, 0).numpy())
-    hidden = np.stack([fitted.crop(~each) for each in views_seen])
-    filled = np.where(hidden[..., None], filled, shown)  # bit for bit, whatever the runtime rounds
+    views_seen = pixel_view(visible & (not predicts_all), unit, height, width)
+    original = resized.crop(resized.pixels.permute(1, 2, 0).numpy())
+    filled = np.stack([resized.crop(each) for each in pixels])
+    shown = resized.crop(displayed.permute(1, 2, 0).numpy())
+    hidden = np.stack([resized.crop(~each) for each in views_seen])
+    filled = np.where(hidden[..., None], filled, shown)  # visible pixels stay bit-identical
     merged, predicted = merge_views(shown, filled, hidden)
     scores = tuple(measure_hidden(original, each, where) for each, where in zip(filled, hidden, strict=True))
     total = measure_hidden(original, merged, predicted)
-    return Rebuilt(original, shown, everything, hidden, filled, merged, predicted, scores, total, seconds)
+    return Reconstruction(
+        original, shown, predicts_all, hidden, filled, merged, predicted, scores, total, seconds
+    )
 
 
 def run(runtime: Runtime, images: Tensor, **others: Tensor) -> dict[str, Tensor]:
-    """Run, and bring what comes out to the CPU, so that a clock around it sees all of the work."""
+    """Runs the model and copies its outputs to the CPU, so that the time covers all work."""
     outputs: Mapping[str, Tensor] = runtime(images, **others)
     return {name: each.detach().cpu() for name, each in outputs.items()}
 
 
 def with_true_statistics(out: Tensor, seen: Tensor, images: Tensor, visible: Tensor, unit: int) -> Tensor:
-    """Put the hidden units' own mean and contrast in place of those guessed from visible ones.
+    """Replaces the estimated mean and standard deviation of hidden units by the true ones.
 
-    This shows what a norm-pix model predicted, at the price of showing pixels' statistics that it never saw.
+    This shows the prediction of a norm-pix model, but leaks statistics that it never saw.
 
     Args:
-        out: Reconstructions `[v, c, H, W]`, normalised, as runtimes give them.
-        seen: What the model got, `[v, c, H, W]`, normalised.
+        out: Reconstructions of the runtime, `[v, c, H, W]`, normalised.
+        seen: Input of the model, `[v, c, H, W]`, normalised.
         images: The picture, `[v or 1, c, H, W]`, normalised.
-        visible: bool `[v, h, w]`.
+        visible: Visible units, bool `[v, h, w]`.
         unit: Side of a mask unit.
 
     Returns:
@@ -157,7 +159,7 @@ def with_true_statistics(out: Tensor, seen: Tensor, images: Tensor, visible: Ten
 def merge_views(
     original: np.ndarray, filled: np.ndarray, hidden: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Every pixel from the views that did not see it.
+    """Merges the views: every pixel is the mean of the views that did not see it.
 
     Args:
         original: `[H, W, c]`.
@@ -165,7 +167,7 @@ def merge_views(
         hidden: bool `[v, H, W]`.
 
     Returns:
-        `[H, W, c]`, and bool `[H, W]`: pixels that some view rebuilt. The others are the original's.
+        The merged picture `[H, W, c]`, and bool `[H, W]`: pixels that at least one view reconstructed.
     """
     weights = hidden[..., None].astype(np.float32)
     count = weights.sum(axis=0)
@@ -174,11 +176,11 @@ def merge_views(
 
 
 def measure_hidden(original: np.ndarray, rebuilt: np.ndarray, hidden: np.ndarray) -> Score:
-    """PSNR over the hidden pixels, and the mean of SSIM's map over them.
+    """Returns the PSNR of the hidden pixels and the mean of the SSIM map over them.
 
     Args:
         original: `[H, W, c]` in 0..1.
-        rebuilt: Likewise.
+        rebuilt: Reconstruction, `[H, W, c]` in 0..1.
         hidden: bool `[H, W]`.
     """
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity

@@ -1,4 +1,4 @@
-"""Arrays to pictures for people: what a view sees, errors in colour, and a size that can be looked at."""
+"""Turns arrays into pictures: masked views, error maps, overlays."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import numpy as np
 from PIL import Image
 
 SHOWN = 512
-"""Pixels that the longer side of a small picture is enlarged to."""
+"""Longer side, in pixels, that small pictures are enlarged to."""
 HIDDEN = (128, 134, 148)
-"""Colour of what a view does not see."""
+"""Colour of masked pixels."""
 WORST = 0.5
-"""Error, in 0..1, from which on the heat map does not get brighter."""
+"""Error, in 0..1, at which the heat map saturates."""
 
 
 def to_rgb(image: np.ndarray) -> np.ndarray:
-    """Pixels `[H, W, c]` in 0..1 to uint8 `[H, W, 3]`: the first three channels, or the first as grey."""
+    """Converts `[H, W, c]` in 0..1 to uint8 `[H, W, 3]`: the first three channels, or the first as grey."""
     colours = image[..., :3] if image.shape[-1] >= 3 else np.repeat(image[..., :1], 3, axis=-1)
     return (colours.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def cover(picture: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-    """A picture uint8 `[H, W, 3]` whose `hidden` pixels, bool `[H, W]`, are blank."""
+    """Returns the picture, uint8 `[H, W, 3]`, with its `hidden` pixels, bool `[H, W]`, blank."""
     return np.where(hidden[..., None], np.array(HIDDEN, np.uint8), picture)
 
 
 def heat_map(error: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """Errors `[H, W]` in 0..1 as colours from black over red to yellow; blank outside of `where`."""
+    """Returns errors, `[H, W]` in 0..1, as colours from black to yellow; blank outside `where`."""
     from matplotlib import colormaps
 
     colours = colormaps["inferno"](np.clip(error / WORST, 0, 1))[..., :3]
@@ -33,7 +33,7 @@ def heat_map(error: np.ndarray, where: np.ndarray) -> np.ndarray:
 
 
 def overlay(picture: np.ndarray, strength: np.ndarray) -> np.ndarray:
-    """A picture with a map `[h, w]` of values from 0 laid over it, the largest one brightest."""
+    """Returns the picture with a non-negative map `[h, w]` overlaid; the largest value is brightest."""
     from matplotlib import colormaps
 
     height, width = picture.shape[:2]
@@ -45,12 +45,12 @@ def overlay(picture: np.ndarray, strength: np.ndarray) -> np.ndarray:
 
 
 def enlarge(picture: np.ndarray, to: int = SHOWN, *, blocks: bool = False) -> np.ndarray:
-    """Bring the longer side of uint8 `[H, W, 3]` to at least `to` pixels.
+    """Enlarges a picture until its longer side has at least `to` pixels.
 
     Args:
-        picture: Any size; a larger one is left alone.
-        to: Pixels.
-        blocks: Keep hard edges, as masks and maps have them.
+        picture: uint8 `[H, W, 3]`; larger pictures are returned unchanged.
+        to: Longer side in pixels.
+        blocks: Keep the hard edges of masks and feature maps.
     """
     height, width = picture.shape[:2]
     scale = to / max(height, width)
@@ -61,6 +61,6 @@ def enlarge(picture: np.ndarray, to: int = SHOWN, *, blocks: bool = False) -> np
     return np.asarray(Image.fromarray(picture).resize(size, how))
 
 
-def number_image(values: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Whole numbers `[H, W]` as the colours, uint8 `[n, 3]`, of the same numbers."""
+def colour_indices(values: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Returns the colours, uint8 `[n, 3]`, of the indices `[H, W]`."""
     return colours[values % len(colours)]

@@ -1,4 +1,4 @@
-"""Pictures of any size to the size that a model was made for, and the words that say what was done."""
+"""Resizes pictures to the size that a model expects, and describes how."""
 
 from __future__ import annotations
 
@@ -12,57 +12,59 @@ from torch import Tensor
 
 from coma.data.transforms import centre_square, resize
 
-Fit = Literal["crop", "letterbox", "whole"]
-FITS: dict[Fit, str] = {
+ResizeMode = Literal["crop", "letterbox", "whole"]
+RESIZE_MODES: dict[ResizeMode, str] = {
     "crop": "Centre square",
     "letterbox": "Letter-box",
     "whole": "Whole picture",
 }
 LONGEST = 3
-"""The whole picture: its longer side is at most so many times the model's size."""
+"""Longest side of a whole picture, as a multiple of the model's size."""
 
 
 @dataclass(frozen=True)
-class Fitted:
+class Resized:
     """A picture at the model's size.
 
     Attributes:
         pixels: `[c, H, W]`, float32 in 0..1.
-        inside: Top, left, height and width in pixels of what is picture; the rest is letter-box.
-        note: What was done.
+        content: Top, left, height and width of the picture; the rest is letter-box.
+        note: Description of the resizing.
     """
 
     pixels: Tensor
-    inside: tuple[int, int, int, int]
+    content: tuple[int, int, int, int]
     note: str
 
     def crop(self, image: np.ndarray) -> np.ndarray:
-        """The part of `[H, W, ...]` that is picture."""
-        top, left, height, width = self.inside
+        """Returns `image`, `[H, W, ...]`, without its letter-box."""
+        top, left, height, width = self.content
         return image[top : top + height, left : left + width]
 
 
-def fit_picture(pixels: np.ndarray, side: int, how: Fit, fill: tuple[float, ...], unit: int = 1) -> Fitted:
-    """Bring a picture to `side` pixels.
+def resize_picture(
+    pixels: np.ndarray, side: int, how: ResizeMode, fill: tuple[float, ...], unit: int = 1
+) -> Resized:
+    """Resizes a picture to `side` pixels.
 
     Args:
         pixels: `[H, W, c]`, uint8, or float32 in 0..1.
-        side: Pixels of the square that the model was trained on.
-        how: crop: the square in the middle. letterbox: all of it, with bars. whole: all of it, its shorter
-            side `side` pixels wide, neither square nor with bars.
-        fill: Of the bars, per channel, in 0..1: the model's mean colour.
-        unit: Side of a mask unit, which no side of a whole picture falls below.
+        side: Side of the square that the model was trained on, in pixels.
+        how: crop takes the centre square; letterbox takes the whole picture and adds bars; whole resizes the
+            shorter side to `side` pixels and keeps the aspect ratio.
+        fill: Colour of the bars, per channel, in 0..1: the model's mean.
+        unit: Side of a mask unit; no side of a whole picture is smaller.
     """
     height, width = pixels.shape[:2]
     was = f"{width} x {height} px"
     if how == "crop":
         image = _scaled(pixels, centre_square(height, width), side, side)
-        return Fitted(image, (0, 0, side, side), f"{was}: its centre square, resized to {side} x {side} px")
+        return Resized(image, (0, 0, side, side), f"{was}: centre square, resized to {side} x {side} px")
     everything = (0, 0, height, width)
     if how == "whole":
         scale = min(side / min(height, width), LONGEST * side / max(height, width))
         h, w = (max(round(length * scale), unit) for length in (height, width))
-        return Fitted(_scaled(pixels, everything, h, w), (0, 0, h, w), f"{was}, resized to {w} x {h} px")
+        return Resized(_scaled(pixels, everything, h, w), (0, 0, h, w), f"{was}, resized to {w} x {h} px")
     scale = side / max(height, width)
     h, w = (max(round(length * scale), 1) for length in (height, width))
     image = _scaled(pixels, everything, h, w)
@@ -70,7 +72,7 @@ def fit_picture(pixels: np.ndarray, side: int, how: Fit, fill: tuple[float, ...]
     colour = torch.tensor(fill).view(-1, 1, 1)
     boxed = F.pad(image - colour, (left, side - w - left, top, side - h - top)) + colour
     note = f"{was}, resized to {w} x {h} px and letter-boxed to {side} x {side} px (bars are not measured)"
-    return Fitted(boxed, (top, left, h, w), note)
+    return Resized(boxed, (top, left, h, w), note)
 
 
 def _scaled(pixels: np.ndarray, box: tuple[int, int, int, int], height: int, width: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""Which runtimes there are for a model, and why others are not.
+"""Lists the runtimes of a model, and why others are not available.
 
-An exported file is offered only if `manifest.json` beside it lists it as verified, with the hash that the
-file has, and names the artifact by its hash: nothing that was refused, changed or mixed up runs
-under the artifact's name.
+An exported file is used only if the `manifest.json` beside it lists it as verified, with the hash of the file
+and the hash of the artifact. So a file that failed verification, changed or belongs to other weights never
+runs under the name of the artifact.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ SUFFIXES = {".onnx": "ONNX Runtime", ".engine": "TensorRT"}
 
 
 @dataclass(frozen=True)
-class Offer:
-    """One way to run one form of a model, or why it cannot be run.
+class RuntimeOption:
+    """A runtime of one graph of a model, available or not.
 
     Attributes:
-        title: "PyTorch", "ONNX Runtime fp16".
-        form: What the model is used as.
-        path: Artifact or file; None where there is none.
-        device: As `open_runtime` takes it.
-        reason: Why it is not available; None if it is.
+        title: Name on the page, for example "ONNX Runtime fp16".
+        form: Kind of the graph.
+        path: Artifact or exported file; None where there is none.
+        device: Device for `open_runtime`.
+        reason: Why the runtime is not available; None if it is.
     """
 
     title: str
@@ -43,15 +43,15 @@ class Offer:
 
 @dataclass(frozen=True)
 class Exported:
-    """A verified file, as its manifest has it.
+    """A verified file and its entry in the manifest.
 
     Attributes:
         path: The file.
-        form: What it is.
-        precision: Of its products.
-        sha256: That it had when it was verified.
+        form: Kind of the graph.
+        precision: Precision of the matrix products.
+        sha256: SHA-256 of the file when it was verified.
         source: SHA-256 of the artifact's weights.
-        kind: Of the artifact.
+        kind: Kind of the artifact.
     """
 
     path: Path
@@ -63,21 +63,21 @@ class Exported:
 
     @cached_property
     def changed(self) -> str | None:
-        """Why it is not the file that was verified; None if it is. Read once."""
+        """Returns why the file differs from the verified one; None if it does not."""
         if sha256_of(self.path) == self.sha256:
             return None
-        return f"is not the file that {MANIFEST} verified; export it again"
+        return f"differs from the file that {MANIFEST} lists; export it again"
 
 
 def exported_files(folder: Path) -> Iterator[Exported]:
-    """What a folder of exports says it holds; files that are not there are left out.
+    """Yields the files that a folder's manifest lists and that exist.
 
     Raises:
-        BadInput: no manifest, or one that cannot be read.
+        BadInput: a missing or unreadable manifest.
     """
     manifest = Manifest.read(folder, "export again")
     if manifest is None:
-        raise BadInput(f"{folder}: no {MANIFEST}; `coma export` makes one, with the files")
+        raise BadInput(f"{folder}: no {MANIFEST}; use a folder that `coma export` wrote")
     for each in manifest.files:
         path = folder / each.file
         if path.is_file():
@@ -85,10 +85,10 @@ def exported_files(folder: Path) -> Iterator[Exported]:
 
 
 def verified_file(path: Path) -> Exported:
-    """One file that was given by name.
+    """Returns an exported file.
 
     Raises:
-        BadInput: it is missing, was never verified, or has changed since.
+        BadInput: a file that is missing, not verified, or changed since.
     """
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
@@ -97,47 +97,51 @@ def verified_file(path: Path) -> Exported:
             if entry.changed:
                 raise BadInput(f"{path}: {entry.changed}")
             return entry
-    raise BadInput(f"{path}: {MANIFEST} beside it does not list it as verified; export it again")
+    raise BadInput(f"{path}: is not listed in the {MANIFEST} beside it; export it again")
 
 
-def offers_of(entries: list[Exported], form: GraphKind, artifact: Path | None, device: Device) -> list[Offer]:
-    """All runtimes for one form, those that are not available last.
+def runtime_options(
+    entries: list[Exported], form: GraphKind, artifact: Path | None, device: Device
+) -> list[RuntimeOption]:
+    """Returns all runtimes of one graph, available ones first.
 
     Args:
-        entries: Files of the same weights.
-        form: What the model is used as.
-        artifact: Its directory, if it was given.
-        device: For PyTorch and ONNX Runtime.
+        entries: Exported files of the same weights.
+        form: Kind of the graph.
+        artifact: Directory of the artifact, if it was given.
+        device: Device for PyTorch and ONNX Runtime.
     """
-    offers = []
+    options = []
     if artifact is not None:
-        offers.append(Offer("PyTorch", form, artifact, device))
+        options.append(RuntimeOption("PyTorch", form, artifact, device))
     else:
-        offers.append(Offer("PyTorch", form, None, reason="the artifact itself was not named at the start"))
+        options.append(
+            RuntimeOption("PyTorch", form, None, reason="the artifact was not given when the demo started")
+        )
     for suffix, library in SUFFIXES.items():
         files = [entry for entry in entries if entry.form == form and entry.path.suffix == suffix]
-        offers += [_offer(entry, library, device) for entry in files]
+        options += [_option(entry, library, device) for entry in files]
         if not files:
-            offers.append(Offer(library, form, None, reason=_how_to_make(suffix, artifact)))
-    return sorted(offers, key=lambda offer: offer.reason is not None)
+            options.append(RuntimeOption(library, form, None, reason=_how_to_make(suffix, artifact)))
+    return sorted(options, key=lambda option: option.reason is not None)
 
 
-def _offer(entry: Exported, library: str, device: Device) -> Offer:
+def _option(entry: Exported, library: str, device: Device) -> RuntimeOption:
     title = library if entry.precision == "fp32" else f"{library} {entry.precision}"
     try:
         where = _place(entry.path.suffix, device)
     except BadInput as error:
-        return Offer(title, entry.form, entry.path, reason=str(error))
+        return RuntimeOption(title, entry.form, entry.path, reason=str(error))
     if where == "cpu" and device != "cpu":
         title += " on the CPU"
-    return Offer(title, entry.form, entry.path, where, entry.changed)
+    return RuntimeOption(title, entry.form, entry.path, where, entry.changed)
 
 
 def _place(suffix: str, device: Device) -> Device:
-    """Where files of a kind run: engines on a GPU, others on `device` if this ONNX Runtime can, or the CPU.
+    """Returns the device for a file: the GPU for engines; `device` or else the CPU for ONNX Runtime.
 
     Raises:
-        BadInput: what this machine lacks for them.
+        BadInput: this machine lacks TensorRT or a GPU.
     """
     if suffix == ".onnx":
         from coma.runtimes.onnxruntime import providers
@@ -153,5 +157,5 @@ def _place(suffix: str, device: Device) -> Device:
 def _how_to_make(suffix: str, artifact: Path | None) -> str:
     name = artifact.name if artifact else "ARTIFACT"
     if suffix == ".onnx":
-        return f"no exported file; coma export {name} makes one"
-    return f"no engine; coma export {name} --to onnx,tensorrt makes one, on a machine with an NVIDIA GPU"
+        return f"not exported; coma export {name} writes a file"
+    return f"not exported; coma export {name} --to onnx,tensorrt builds one on a machine with an NVIDIA GPU"

@@ -1,4 +1,4 @@
-"""What every tab shares: the models, the pictures that were sent, words for errors, tables."""
+"""What all tabs share: models, uploaded pictures, and HTML for numbers, tables and notes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from demo.models import Models
 from demo.storage import Storage
 from demo.upload import Uploads
 
-MODEL_WORK = {"concurrency_id": "model", "concurrency_limit": 1, "trigger_mode": "always_last"}
-"""Settings of every event that runs a model: one at a time, so that a time that is shown is the model's own;
-the others wait in the queue, which gives the turn to the next whatever becomes of the one before."""
+MODEL_EVENT = {"concurrency_id": "model", "concurrency_limit": 1, "trigger_mode": "always_last"}
+"""Settings of every event that runs a model: one at a time, so that the measured time is the model's own; the
+others wait in the queue."""
 
 
 @dataclass
-class Site:
-    """One running page.
+class Session:
+    """State of one running page.
 
     Attributes:
-        models: Those that were named at the start.
-        storage: Where uploads and results lie for a while.
-        uploads: Reads what was sent.
+        models: Models that visitors can use.
+        storage: Folder of uploads and results.
+        uploads: Reader of uploaded pictures.
     """
 
     models: Models
@@ -38,23 +38,23 @@ class Site:
         self.uploads = Uploads(self.storage)
 
     def save(self, picture: np.ndarray) -> str:
-        """Write uint8 `[H, W, 3]` as a PNG of its own name.
+        """Writes a picture, uint8 `[H, W, 3]`, as a PNG with a unique name and returns its path.
 
-        gradio would name it by its content, and write it again while another visitor reads it.
+        gradio names files by their content, so it would overwrite a file that another visitor reads.
         """
         path = self.storage.folder / f"{uuid.uuid4().hex}.png"
         Image.fromarray(picture).save(path, compress_level=3)
         return str(path)
 
     def save_all(self, pictures: Sequence[tuple[np.ndarray, str]]) -> list[tuple[str, str]]:
-        """Likewise, with captions."""
+        """Writes pictures; returns their paths with the captions."""
         return [(self.save(picture), caption) for picture, caption in pictures]
 
     def pixels(self, picture: str | None, channels: int = 3) -> np.ndarray:
-        """The picture that the page shows, `[H, W, channels]`.
+        """Returns the pixels of the chosen picture, `[H, W, channels]`.
 
         Raises:
-            BadImage: there is none, or it cannot be used.
+            BadImage: no picture is chosen, or it cannot be used.
         """
         if not picture:
             raise BadImage("Choose a picture first: drop one, or click on an example.")
@@ -62,7 +62,7 @@ class Site:
 
 
 def cards(rows: Sequence[tuple[str, str, str]]) -> str:
-    """Numbers in large type: name, value, and what it means."""
+    """Returns HTML cards, each with a name, a value in large type, and an explanation on hover."""
     items = "".join(
         f"<div class='card' title='{html.escape(note, quote=True)}'><dt>{html.escape(name)}</dt>"
         f"<dd>{html.escape(value)}</dd></div>"
@@ -74,7 +74,7 @@ def cards(rows: Sequence[tuple[str, str, str]]) -> str:
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], off: Sequence[int] = (), caption: str = ""
 ) -> str:
-    """An HTML table; the rows numbered in `off` are greyed out. Cells are plain text."""
+    """Returns an HTML table of plain text; the rows numbered in `off` are greyed out."""
     top = "".join(f"<th scope='col'>{html.escape(cell)}</th>" for cell in head)
     body = ""
     for number, row in enumerate(rows):
@@ -92,10 +92,10 @@ def table(
 
 
 def note(text: str) -> str:
-    """A line of small print."""
+    """Returns a line of small print as HTML."""
     return f"<p class='note'>{html.escape(text)}</p>"
 
 
 def heading(text: str) -> str:
-    """A line above pictures."""
+    """Returns a heading above pictures as HTML."""
     return f"<p class='heading'>{html.escape(text)}</p>"

@@ -1,8 +1,8 @@
-"""The folder of uploads and results: the only files that a visitor can reach, and none of them for long.
+"""The folder of uploads and results, the only files that visitors can reach.
 
-Every file of a request is opened here, by walking down from the folder without following a link, and what
-was opened is looked at afterwards: nothing can change between the check and the reading. Whatever is not a
-regular file below the folder gets the same answer as a file that does not exist.
+Files are opened by walking down from the folder without following links, and checked after they are open, so
+that nothing can change between the check and the reading. Anything but a regular file below the folder gets
+the same answer as a missing file. Files are deleted when they are old and when the server stops.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import BinaryIO
 
 from coma.errors import BadImage
 
-GONE = "This picture is not there any more; please send it again."
-"""The one answer for everything that cannot be had, whatever the reason."""
+GONE = "This picture no longer exists; please upload it again."
+"""The answer for every file that cannot be opened, whatever the reason."""
 PREFIX = "coma-demo-"
 EXAMPLES = "examples"
-"""Subfolder of pictures that stay as long as the server does."""
+"""Subfolder of the example pictures, which are never deleted while the server runs."""
 _LOCK = "lock"
 _DAY = 24 * 3600
 
@@ -34,27 +34,27 @@ class Storage:
     """Files below one folder.
 
     Args:
-        folder: It is made if it does not exist.
+        folder: Folder; it is created if it does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder.resolve()
 
-    def holds(self, path: str) -> bool:
-        """Whether a path names a place below the folder; nothing is asked of the disk."""
+    def contains(self, path: str) -> bool:
+        """Returns whether a path lies below the folder, by its text only."""
         parts = Path(path).parts
         below = parts[: len(self.folder.parts)] == self.folder.parts and len(parts) > len(self.folder.parts)
         return below and ".." not in parts
 
     def open(self, path: str) -> BinaryIO:
-        """Open a regular file below the folder.
+        """Opens a regular file below the folder.
 
         Raises:
-            BadImage: `GONE`, for everything else: links, pipes, directories, files elsewhere or nowhere.
+            BadImage: `GONE` for links, pipes, directories, files outside and missing files.
         """
-        with suppress(OSError, ValueError):  # ValueError: a path with a NUL, or that no file name encodes
-            if self.holds(path):
+        with suppress(OSError, ValueError):  # ValueError: a NUL, or characters that file names cannot hold
+            if self.contains(path):
                 *folders, name = Path(path).parts[len(self.folder.parts) :]
                 here = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
                 try:
@@ -66,13 +66,13 @@ class Storage:
                 finally:
                     os.close(here)
                 status = os.fstat(number)
-                if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:  # 2: a link from elsewhere
+                if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:  # 2: a hard link
                     return os.fdopen(number, "rb")
                 os.close(number)
         raise BadImage(GONE)
 
     def delete_older(self, seconds: float) -> None:
-        """Delete what was written longer ago; the examples stay."""
+        """Deletes files that were written longer ago, except the examples."""
         limit = time.time() - seconds
         for place, _, names in os.walk(self.folder, topdown=False):
             folder = Path(place)
@@ -89,30 +89,30 @@ class Storage:
 
 @contextmanager
 def temporary_storage() -> Iterator[Storage]:
-    """A new folder that is deleted at the end; a lock says to other servers that this one lives."""
+    """Creates a folder that is deleted at the end; a lock tells other servers that this one is running."""
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     try:
         with (folder / f"{_LOCK}.new").open("x") as lock:
-            with suppress(OSError):  # a file system without locks: nobody else will get this one either
+            with suppress(OSError):  # the file system has no locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            (folder / f"{_LOCK}.new").rename(folder / _LOCK)  # nobody sees it before it is locked
+            (folder / f"{_LOCK}.new").rename(folder / _LOCK)  # it appears only once it is locked
             yield Storage(folder / "files")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)  # what a last thread may have written
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)  # files that a last thread may write
 
 
 def delete_leftovers() -> int:
-    """Delete the folders of servers that were killed, and return how many there were."""
+    """Deletes the folders of servers that were killed; returns their number."""
     count = 0
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(OSError):  # BlockingIOError: its server lives
+        with suppress(OSError):  # BlockingIOError: its server is running
             status = folder.lstat()
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
                 continue
             try:
                 lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-            except FileNotFoundError:  # it is being made at this moment, or an older version made it
+            except FileNotFoundError:  # it is being created
                 if status.st_mtime > time.time() - _DAY:
                     continue
                 lock = None

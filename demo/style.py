@@ -1,4 +1,4 @@
-"""How the page looks. Fonts of the system only: nothing is fetched from anywhere."""
+"""Style sheet and theme of the page. It uses system fonts, so nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ul.off li { opacity: .75; } ul.off li::before { content: "\\2298\\a0"; } ul.off 
 
 
 def theme() -> Any:
-    """Colours and fonts."""
+    """Returns the colours and fonts."""
     import gradio as gr
     from gradio.themes.utils.fonts import Font
 

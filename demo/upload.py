@@ -1,10 +1,9 @@
-"""Pictures that strangers send, to pixels: what is too large, damaged or no picture is refused kindly.
+"""Decodes uploaded pictures and refuses those that are too large, damaged or not pictures.
 
-A file is read once, through `demo.storage`; everything else is done with its bytes. Size is read from the
-header before anything is decoded, and only a few are decoded at a time, so that what a request may cost is
-known: at most `MAX_PIXELS` pixels of at most 8 bytes, `AT_ONCE` times. What a header does not bound is
-refused: pages are not counted, a JPEG passes over its pixels a bounded number of times, and a TIFF holds no
-picture of another format, whose own header may say another size.
+A file is read once, through `demo.storage`. Its size is read from the header before it is decoded, and only
+`AT_ONCE` files are decoded at a time, so that the cost of a request is bounded: at most `MAX_PIXELS` pixels
+of at most 8 bytes each. Files whose cost the header does not bound are refused: pictures of several pages,
+JPEGs with many scans, and TIFFs that hold another format.
 """
 
 from __future__ import annotations
@@ -30,27 +29,27 @@ from demo.storage import Storage
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000
 LONGEST_SIDE = 65_535
-"""Pixels along the longer side of a file, as in JPEG: a BMP can skip 255 lines by one escape code."""
+"""Longest side in pixels, as in JPEG: a BMP can skip 255 lines with one escape code."""
 MAX_SCANNED = 100 * MAX_PIXELS
-"""Pixels that the scans of a JPEG may pass over: encoders write about 10 scans, hostile files a million."""
+"""Pixels over all scans of a JPEG: encoders write about 10 scans, hostile files a million."""
 MAX_SIDE = 1600
-"""Pixels of the longer side that is kept: no model here sees more."""
+"""Longer side that pictures are reduced to; no model needs more."""
 AT_ONCE = 2
 WAIT_SECONDS = 60
-"""Who waits longer than that for others' pictures to be decoded is told so."""
+"""Seconds to wait for a turn to decode."""
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
-TAKES = "JPEG, PNG, WebP, TIFF or BMP"
-_NAMED = (*FORMATS, "GIF", "AVIF", "ICO", "PPM")  # those that a refusal calls by name
+ACCEPTED = "JPEG, PNG, WebP, TIFF or BMP"
+_NAMED = (*FORMATS, "GIF", "AVIF", "ICO", "PPM")  # formats that the error names
 _TIFF_CODES = {1: "none", 2: "CCITT", 3: "CCITT", 4: "CCITT", 5: "LZW", 8: "deflate", 32773: "PackBits",
                32946: "deflate", 50000: "Zstandard"}  # fmt: skip
 
 
 class Uploads:
-    """Reads uploaded files, remembering the last few: a page asks for the same one again and again.
+    """Reads uploaded files and caches the last ones, since the page asks for the same file repeatedly.
 
     Args:
-        storage: Where they lie.
-        most: How many pictures are remembered.
+        storage: Folder of the files.
+        most: Number of cached pictures.
     """
 
     def __init__(self, storage: Storage, most: int = 16) -> None:
@@ -61,10 +60,10 @@ class Uploads:
         self._turns = threading.BoundedSemaphore(AT_ONCE)
 
     def read(self, path: str, channels: int) -> np.ndarray:
-        """Pixels of the file, upright, `[H, W, channels]` in uint8, or float32 in 0..1 of more bits.
+        """Returns the upright pixels, `[H, W, channels]`: uint8, or float32 in 0..1 for higher bit depths.
 
         Raises:
-            BadImage: anything wrong with it, in words for the person who sent it.
+            BadImage: anything wrong with the file, in words for the visitor.
         """
         with self._storage.open(path) as file:
             status = os.fstat(file.fileno())
@@ -81,16 +80,18 @@ class Uploads:
             return convert_channels(picture, channels, "picture")
         except BadImage:
             have = picture.pixels.shape[2]
-            raise BadImage(f"The model takes pictures of {channels} channels; this one has {have}.") from None
+            raise BadImage(
+                f"This model needs pictures with {channels} channels; this one has {have}."
+            ) from None
 
     def strokes(self, layers: Sequence[str | bytes]) -> np.ndarray | None:
-        """Painted pixels of all layers, bool `[H, W]`: not transparent or, without transparency, not black.
+        """Returns the painted pixels of all layers, bool `[H, W]`: those with alpha, or that are not black.
 
         Args:
-            layers: Paths of uploaded files, or the files themselves.
+            layers: Paths of uploaded files, or their contents.
 
         Raises:
-            BadImage: as for pictures, or layers that differ in size.
+            BadImage: anything wrong with a file, or layers of different sizes.
         """
         painted: np.ndarray | None = None
         for layer in layers:
@@ -105,7 +106,7 @@ class Uploads:
         return painted
 
     def forget_older(self, seconds: float) -> None:
-        """Forget pictures of files that were written longer ago."""
+        """Drops cached pictures of files that were written longer ago."""
         limit = (time.time() - seconds) * 1e9
         with self._lock:
             for key in [key for key in self._kept if key[1] < limit]:
@@ -113,7 +114,7 @@ class Uploads:
 
     def _decode(self, data: bytes) -> DecodedImage:
         if not self._turns.acquire(timeout=WAIT_SECONDS):
-            raise BadImage("Too many pictures are being read at the moment; please try again in a minute.")
+            raise BadImage("The server is decoding too many pictures; please try again in a minute.")
         try:
             return read_picture(data)
         finally:
@@ -121,16 +122,16 @@ class Uploads:
 
 
 def read_picture(data: bytes) -> DecodedImage:
-    """Decode a file, its longer side reduced to at most `MAX_SIDE` pixels.
+    """Decodes a file and reduces its longer side to at most `MAX_SIDE` pixels.
 
     Returns:
-        Pixels uint8, or float32 in 0..1.
+        The picture, uint8 or float32 in 0..1.
 
     Raises:
-        BadImage: too large, animated, damaged or no picture.
+        BadImage: a file that is too large, animated, damaged or not a picture.
     """
     if len(data) > MAX_BYTES:
-        raise BadImage(f"This file is larger than {MAX_BYTES >> 20} MB; please send a smaller one.")
+        raise BadImage(f"This file is larger than {MAX_BYTES >> 20} MB; please upload a smaller one.")
     _check_header(data)
     try:
         picture = decode(data, "picture", min_side=MAX_SIDE)
@@ -148,7 +149,7 @@ def read_picture(data: bytes) -> DecodedImage:
 
 
 def _check_header(data: bytes) -> None:
-    """Refuse by what the file says of itself, without decoding it."""
+    """Refuses a file by its header, without decoding it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -158,32 +159,34 @@ def _check_header(data: bytes) -> None:
     except Image.DecompressionBombError:
         raise BadImage(_too_large()) from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError):
-        raise BadImage(f"This file is not a picture; please send a {TAKES} file.") from None
-    except Exception:  # decoders raise whatever they like on hostile headers
+        raise BadImage(f"This file is not a picture; please upload a {ACCEPTED} file.") from None
+    except Exception:  # decoders raise any exception on hostile headers
         raise BadImage("This picture is damaged: its header cannot be read.") from None
     if width * height > MAX_PIXELS:
         raise BadImage(_too_large(width, height))
     if max(width, height) > LONGEST_SIDE:
         raise BadImage(f"This picture is too long: at most {LONGEST_SIDE} pixels a side, please.")
-    if several:  # not of an MPO, whose other frames are views of the same photograph
-        raise BadImage("This picture is animated or has several pages; please send a still one.")
+    if several:  # the frames of an MPO are views of one photograph
+        raise BadImage("This picture is animated or has several pages; please upload a single picture.")
     if kind not in (*FORMATS, "MPO"):
-        raise BadImage(f"{kind} pictures are not taken; please send a {TAKES} file.")
+        raise BadImage(f"{kind} pictures are not supported; please upload a {ACCEPTED} file.")
     if kind in ("JPEG", "MPO") and data.count(b"\xff\xda") * width * height > MAX_SCANNED:  # start of scan
-        raise BadImage("This JPEG has too many scans; please save it anew.")
+        raise BadImage("This JPEG has too many scans; please save it again.")
     if kind == "TIFF" and _tiff_compression(data) not in _TIFF_CODES:
         codes = ", ".join(dict.fromkeys(_TIFF_CODES.values()))
-        raise BadImage(f"Of TIFF pictures these compressions are taken: {codes}; please save it anew.")
+        raise BadImage(
+            f"This TIFF compression is not supported; please save the picture with one of: {codes}."
+        )
 
 
 def _tiff_compression(data: bytes) -> int:
-    """As its reader finds it; Pillow may find another tag of the same number."""
+    """Returns the compression that tifffile, which decodes the file, finds; Pillow may find another tag."""
     import tifffile
 
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             return int(file.pages.first.compression)
-    except Exception:  # as above
+    except Exception:  # see `_check_header`
         raise BadImage("This picture is damaged: its header cannot be read.") from None
 
 

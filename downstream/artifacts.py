@@ -26,7 +26,7 @@ from coma.artifact import (
 from coma.config import EncoderConfig
 from coma.config.serialization import to_plain
 from coma.errors import BadArtifact, BadInput
-from downstream.configs.load import blaming, pipeline_of
+from downstream.configs.load import config_errors, pipeline_of
 
 Kind = Literal["detector", "segmentor"]
 LIBRARIES = {"detector": "mmdet", "segmentor": "mmseg"}
@@ -34,7 +34,7 @@ _SCOPE = re.compile(r"^(mmengine|mmcv|mmdet|mmseg)\.")
 _PACKAGES = {"mmdet": "mmdet", "mmseg": "mmsegmentation", "mmengine": "mmengine"}
 
 
-def describe_finetuned(
+def finetuned_config(
     kind: Kind,
     config: Any,
     encoder: EncoderConfig,
@@ -94,7 +94,7 @@ def load_finetuned(directory: Path, kind: Kind | None = None) -> Finetuned:
     """
     artifact = read_finetuned(directory, kind)
     config = artifact.config
-    with blaming(directory / "config.json", "describes no model that can be built"):
+    with config_errors(directory / "config.json", "describes no model that can be built"):
         model = cast(Finetuned, build_model(config))
     model.artifact = config
     load_strict(model, artifact.tensors, source=str(directory))
@@ -122,22 +122,22 @@ def build_model(config: ArtifactConfig) -> nn.Module:
     """The model that an artifact describes, with random weights."""
     from mmengine.registry import MODELS
 
-    register(config)
+    register_modules(config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mm's packages warn of each other's names
-        return MODELS.build(settings_of(config.head or {}))
+        return MODELS.build(model_settings(config.head or {}))
 
 
-def settings_of(head: dict[str, Any]) -> Any:
+def model_settings(head: dict[str, Any]) -> Any:
     """The model's settings, as mmengine takes them."""
     from mmengine.config import ConfigDict
 
     settings = ConfigDict(head["model"])
-    settings.data_preprocessor = tuples(settings.data_preprocessor)
+    settings.data_preprocessor = lists_to_tuples(settings.data_preprocessor)
     return settings
 
 
-def register(config: ArtifactConfig) -> None:
+def register_modules(config: ArtifactConfig) -> None:
     """Import what the settings of an artifact name, and make its library's the default scope.
 
     Raises:
@@ -183,13 +183,13 @@ def _check_types(settings: Any) -> None:
     check(settings)
 
 
-def tuples(value: Any) -> Any:
+def lists_to_tuples(value: Any) -> Any:
     """Lists of numbers as tuples, which mm tells apart and JSON does not."""
     if isinstance(value, dict):
-        return type(value)({key: tuples(child) for key, child in value.items()})
+        return type(value)({key: lists_to_tuples(child) for key, child in value.items()})
     if isinstance(value, list):
         numbers = all(isinstance(child, int | float) for child in value)
-        return tuple(value) if numbers else [tuples(child) for child in value]
+        return tuple(value) if numbers else [lists_to_tuples(child) for child in value]
     return value
 
 

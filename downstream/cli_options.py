@@ -1,110 +1,129 @@
-"""What can be chosen about fine-tuning on the command line; plain frozen data, no mm and no torch in here."""
+"""Options that `coma detect` and `coma segment` share: frozen dataclasses, free of OpenMMLab and torch."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import tyro
+from tyro.conf import Positional, arg
 
-from coma.errors import BadInput
+from coma.config import ENCODER_PRESETS
 from coma.ranges import BATCH, DECAY, EPOCHS, PROCESSES, RATE, WEIGHT_DECAY, Range, Ranged
 
-Preset = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
+if TYPE_CHECKING:
+    Preset = str
+else:
+    Preset = Literal[ENCODER_PRESETS]
+
+Device = Literal["auto", "cuda", "cpu"]
+Split = Literal["train", "val", "test"]
+UNSET = arg(help_behavior_hint="")
+"""Marks flags that have no default."""
 
 
 @dataclass(frozen=True)
-class TrainingOptions(Ranged):
-    """How long and how to train.
+class TrainOptions(Ranged):
+    """Fine-tunes an encoder for dense prediction.
 
-    With --config only those of the encoder apply (drop path, head channels, frozen stages, global blocks,
-    checkpoint gradients); the rest is the configuration's.
+    With --config, of the training settings only those of the encoder apply (--drop-path, --head-channels,
+    --frozen-stages, --global-blocks, --grad-checkpointing); the configuration holds the others.
     """
 
-    epochs: Annotated[float | None, EPOCHS] = None
-    """Passes over the training images (default: 24 for detection, 100 for segmentation)."""
-    steps: Annotated[int | None, Range(1, 10**9)] = None
-    """Optimizer steps, in place of --epochs."""
-    batch_size: Annotated[int | None, BATCH] = None
-    """Images per step, all processes together (default: 4 for detection, 8 for segmentation)."""
-    lr: Annotated[float | None, RATE] = None
-    """Peak learning rate of AdamW (default: 1e-4)."""
-    weight_decay: Annotated[float | None, WEIGHT_DECAY] = None
-    """Of matrices; vectors have none (default: 0.05)."""
-    layer_decay: Annotated[float | None, Range(0, 1, above=True)] = None
-    """Learning rate of an encoder's layer over that of the next (default: 0.8 for detection, 0.75 for
-    segmentation)."""
-    drop_path: Annotated[float | None, DECAY] = None
-    """Largest stochastic-depth rate of the encoder (default: 0.1)."""
-    head_channels: Annotated[int | None, Range(1, 8192)] = None
-    """Width of neck and head (default: 256 for detection, 512 for segmentation); 128 suits
-    the tiny encoder, and CPUs."""
-    frozen_stages: Annotated[int | None, Range(-1, 256)] = None
-    """Keep the weights of the stem and so many stages (0: the stem alone; plain ViT: blocks); -1 trains all
-    (default)."""
-    global_blocks: Annotated[int | None, Range(0, 256)] = None
-    """Blocks of stage 3 that attend to the whole map, evenly spaced; with any, all of stage 4 (DyViT)."""
+    artifact: Annotated[Path | None, Positional, arg(metavar="ARTIFACT", help_behavior_hint="")] = None
+    """Pre-trained artifact, for example runs/first/artifact."""
+    data: Annotated[Path | None, arg(metavar="DATASET", help_behavior_hint="")] = None
+    """Dataset with a train and a val split."""
+    out: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="")] = None
+    """New run directory."""
+    resume: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="")] = None
+    """Resume the run in this directory with its saved settings."""
+    device: Device = "auto"
+    """Device to train on; auto is the GPU where there is one."""
+    epochs: Annotated[float, EPOCHS] = 24
+    """Passes over the training images."""
+    steps: Annotated[int | None, Range(1, 10**9), UNSET] = None
+    """Optimizer steps, instead of --epochs."""
+    batch_size: Annotated[int, BATCH] = 4
+    """Images per step, over all processes."""
+    lr: Annotated[float, RATE] = 1e-4
+    """Peak learning rate of AdamW."""
+    workers: Annotated[int | None, PROCESSES, arg(help_behavior_hint="(default: cores - 1, at most 8)")] = (
+        None
+    )
+    """Processes that load images."""
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+    """Seed of the new weights, the order of the images and the augmentation."""
+    preset: Annotated[Preset | None, UNSET] = None
+    """Encoder with random weights, instead of an artifact: the baseline to compare with."""
+    frozen_stages: Annotated[int | None, Range(-1, 256), arg(help_behavior_hint="(default: -1)")] = None
+    """Freeze the stem and this many stages (plain ViT: blocks); 0 freezes the stem, -1 nothing."""
+    drop_path: Annotated[float | None, DECAY, arg(help_behavior_hint="(default: 0.1)")] = None
+    """Largest stochastic-depth rate of the encoder."""
+    head_channels: Annotated[int | None, Range(1, 8192), arg(help_behavior_hint="(default: 256)")] = None
+    """Channels of neck and head; 128 suits the tiny encoder, and CPUs."""
+    global_blocks: Annotated[int | None, Range(0, 256), arg(help_behavior_hint="(default: 0)")] = None
+    """Number of stage-3 blocks with global attention, evenly spaced; any also make stage 4 global (DyViT)."""
+    weight_decay: Annotated[float, WEIGHT_DECAY] = 0.05
+    """Weight decay of matrices; vectors have none."""
+    layer_decay: Annotated[float, Range(0, 1, above=True)] = 0.8
+    """Learning rate of an encoder layer relative to the next layer's."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of matrix products; bf16 and fp16 use automatic mixed precision."""
     validations: Annotated[int, Range(1, 10**6)] = 12
-    """How often to measure on the validation images, evenly over the run."""
-    save_steps: Annotated[int | None, Range(1, 10**9)] = None
-    """Save the resumable state every so many steps (default: at every validation)."""
-    workers: Annotated[int | None, PROCESSES] = None
-    """Processes that read images; default: one per core beside the trainer (0 on 1 or 2 cores), at most 8."""
-    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
-    """Of weights, order and augmentation."""
+    """Number of validations, evenly spaced over the run."""
+    save_steps: Annotated[
+        int | None, Range(1, 10**9), arg(help_behavior_hint="(default: at every validation)")
+    ] = None
+    """Steps between two checkpoints."""
+    config: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Any configuration of MMDetection or MMSegmentation, instead of ours. It is a Python program: use only
+    configurations that you trust."""
+    cfg_options: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE", help_behavior_hint="")] = ()
+    """Changes to the configuration, as OpenMMLab's tools take them: model.backbone.drop_path=0.2"""
 
 
 @dataclass(frozen=True)
-class FromOptions:
-    """Where the encoder and the configuration come from."""
+class TestOptions:
+    """Measures a fine-tuned model on labelled images."""
 
-    artifact: Annotated[Path | None, tyro.conf.Positional] = None
-    """Pre-trained artifact (run/artifact)."""
-    preset: Preset | None = None
-    """In place of an artifact: an encoder with random weights, to compare with."""
-    config: Path | None = None
-    """Any mmengine configuration, in place of ours; --cfg-options change it. It is a Python program: run only
-    what you trust."""
-    cfg_options: tuple[str, ...] = ()
-    """Changes to the configuration, as OpenMMLab's tools take them: model.backbone.drop_path=0.2 ..."""
-
-
-ENCODER_OPTIONS = ("drop_path", "head_channels", "frozen_stages", "global_blocks", "grad_checkpointing")
-"""Those that also apply to a configuration of the user's own, when an artifact or preset is put into it."""
+    artifact: Annotated[Path, Positional, arg(metavar="ARTIFACT")]
+    """Artifact of `coma detect train` or `coma segment train`."""
+    data: Annotated[Path, arg(metavar="DATASET")]
+    """Dataset to measure on."""
+    split: Split = "val"
+    """Split to measure on."""
+    out: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
+    """Folder to write scores.json to."""
+    device: Device = "auto"
+    """Device to compute on; auto is the GPU where there is one."""
 
 
-def check_foreign(source: FromOptions, training: TrainingOptions, others: Mapping[str, object]) -> None:
-    """Refuse options that --config leaves without effect.
+@dataclass(frozen=True)
+class PredictOptions(Ranged):
+    """Predicts on images."""
 
-    Args:
-        source: Where the encoder comes from.
-        training: What was asked for.
-        others: Options of one command by name; None where they were not given.
+    artifact: Annotated[Path, Positional, arg(metavar="ARTIFACT")]
+    """Artifact of `coma detect train` or `coma segment train`."""
+    images: Annotated[Path, Positional, arg(metavar="IMAGES")]
+    """An image, or a folder of images (searched recursively)."""
+    out: Annotated[Path, arg(metavar="FOLDER")]
+    """New folder for the pictures and the predictions."""
+    device: Device = "auto"
+    """Device to compute on; auto is the GPU where there is one."""
 
-    Raises:
-        BadInput: naming them.
-    """
-    applies = ENCODER_OPTIONS if source.artifact or source.preset else ()
-    given = [
-        each.name
-        for each in fields(training)
-        if each.name not in applies and getattr(training, each.name) != each.default
-    ]
-    given += [name for name, value in others.items() if value is not None]
-    if given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise BadInput(
-            f"{flags}: without effect on a configuration of your own; change it there, or by --cfg-options"
-        )
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """Checks every file of a dataset and prints what it holds."""
+
+    data: Annotated[Path, arg(metavar="DATASET")]
+    """Dataset to check."""
 
 
 def is_main() -> bool:
-    """Whether this process is the one that reports and writes; torchrun starts several."""
+    """Returns whether this process reports and writes; torchrun starts several."""
     return os.environ.get("RANK", "0") == "0"

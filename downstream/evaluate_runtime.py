@@ -24,11 +24,12 @@ from torch import Tensor
 
 from coma.artifact import ArtifactConfig
 from coma.errors import BadInput
-from downstream.artifacts import read_finetuned, settings_of
+from downstream.artifacts import model_settings, read_finetuned
 from downstream.datasets.coco import CocoSplit, open_coco
 from downstream.datasets.labels import open_labels
-from downstream.finetune import scoring_config
+from downstream.finetune import test_config
 from downstream.openmmlab import runner
+from downstream.private import paste_masks
 from downstream.tasks import detection, segmentation
 
 Run = Callable[[Tensor], dict[str, Tensor]]
@@ -59,7 +60,7 @@ def measure_detector(directory: Path, data: Path, run: Run, most: int) -> dict[s
     about = read_finetuned(directory, "detector").config
     split = open_coco(data, "val")
     with tempfile.TemporaryDirectory() as folder:
-        loader, metric = detection.scoring(about, split)
+        loader, metric = detection.test_settings(about, split)
         some = _part_of(split, most, Path(folder))
         loader["dataset"]["ann_file"] = metric["ann_file"] = str(some)
         tested = (about.head or {})["model"]["test_cfg"].get("rcnn", {})
@@ -91,7 +92,7 @@ def measure_segmentor(directory: Path, data: Path, run: Run, most: int) -> dict[
     """
     about = read_finetuned(directory, "segmentor").config
     split = open_labels(data, "val")
-    loader, metric = segmentation.scoring(about, split)
+    loader, metric = segmentation.test_settings(about, split)
     loader["dataset"]["indices"] = evenly(split.pairs, most)
     corners = bool((about.head or {})["model"]["decode_head"].get("align_corners", False))
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +114,7 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 @MODELS.register_module()
-class Deployed(BaseModel):
+class RuntimeModel(BaseModel):
     """Stands in mmengine's test loop where the model would be; `answer` is given to it afterwards.
 
     Args:
@@ -140,16 +141,16 @@ def _measure(
     folder: Path,
     answer: Callable[[Tensor, Any], None],
 ) -> dict[str, float]:
-    preprocessor = dict(settings_of(about.head or {}).data_preprocessor)
+    preprocessor = dict(model_settings(about.head or {}).data_preprocessor)
     unpadded = {name: value for name, value in preprocessor.items() if name not in PADDING}
-    config = scoring_config(about, {"type": "Deployed", "data_preprocessor": unpadded}, loader, metric)
+    config = test_config(about, {"type": "RuntimeModel", "data_preprocessor": unpadded}, loader, metric)
 
     def prepare(model: Any) -> None:
         model.answer = answer
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mm's packages warn of torch
-        return runner.test(config, folder, prepare, quiet=True)
+        return runner.test(config, folder, prepare, device="cpu", quiet=True)
 
 
 def _detect(run: Run, threshold: float, image: Tensor, sample: Any) -> None:
@@ -161,19 +162,8 @@ def _detect(run: Run, threshold: float, image: Tensor, sample: Any) -> None:
     boxes = found["boxes"][there].float() / scale
     answer = InstanceData(bboxes=boxes, scores=found["scores"][there], labels=found["labels"][there])
     if "masks" in found:
-        answer.masks = _paste(found["masks"][there].float(), boxes, sample.ori_shape, threshold)
+        answer.masks = paste_masks(found["masks"][there].float(), boxes, sample.ori_shape, threshold)
     sample.pred_instances = answer
-
-
-def _paste(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
-    """Probabilities `[n, h, w]` inside boxes `[n, 4]` to masks of the image, bool `[n, H, W]`."""
-    from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
-
-    pasted = torch.zeros(len(masks), *size, dtype=torch.bool)
-    for whole, mask, box in zip(pasted, masks, boxes, strict=True):
-        part, place = _do_paste_mask(mask[None, None], box[None], *size)
-        whole[place] = part[0] >= threshold
-    return pasted
 
 
 def _segment(run: Run, align_corners: bool, image: Tensor, sample: Any) -> None:

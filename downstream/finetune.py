@@ -13,20 +13,20 @@ from coma.errors import BadInput
 from downstream.artifacts import (
     LIBRARIES,
     Kind,
-    describe_finetuned,
+    finetuned_config,
+    lists_to_tuples,
+    model_settings,
     read_finetuned,
-    register,
-    settings_of,
-    tuples,
+    register_modules,
 )
 from downstream.cli_options import is_main
-from downstream.configs.schedule import share_batch
+from downstream.configs.schedule import split_batch
 from downstream.openmmlab import runner
 from downstream.openmmlab.checkpoint import best_checkpoint, checkpoint_weights
 
 
 def finetune(
-    kind: Kind, config: Any, out: Path, *, source: Path | None = None, resume: bool = False
+    kind: Kind, config: Any, out: Path, *, device: str, source: Path | None = None, resume: bool = False
 ) -> Path | None:
     """Train, then make an artifact of the best checkpoint.
 
@@ -34,6 +34,7 @@ def finetune(
         kind: What it becomes.
         config: A whole mmengine configuration of that library.
         out: The run directory.
+        device: cuda or cpu.
         source: The user's file that the configuration comes from, which errors name.
         resume: Go on from its last checkpoint.
 
@@ -46,10 +47,10 @@ def finetune(
     check_library(kind, config, source)
     if config.model.get("backbone", {}).get("type") in ("DyViT", "PlainViT"):
         channels = len(config.model.data_preprocessor.get("mean") or (0, 0, 0))
-        describe_finetuned(kind, config, DyViTConfig(channels=channels))  # to fail before training, not after
+        finetuned_config(kind, config, DyViTConfig(channels=channels))  # to fail before training, not after
     if resume:
-        share_batch(config)
-    trained = runner.train(config, out, source=source, resume=resume)
+        split_batch(config)
+    trained = runner.train(config, out, device=device, source=source, resume=resume)
     model = getattr(trained.model, "module", trained.model)
     encoder = getattr(model.backbone, "encoder", None)
     if encoder is None:
@@ -73,20 +74,20 @@ def check_library(kind: Kind, config: Any, source: Path | None) -> None:
         raise BadInput(f"{path}: has no model with a backbone")
 
 
-def _publish(kind: Kind, config: Any, out: Path, runner: Any, encoder: EncoderConfig) -> None:
-    dataset: Any = runner.train_dataloader.dataset
+def _publish(kind: Kind, config: Any, out: Path, trainer: Any, encoder: EncoderConfig) -> None:
+    dataset: Any = trainer.train_dataloader.dataset
     best = best_checkpoint(out)
-    scores = runner.scores_by_step(runner)
+    scores = runner.scores_by_step(trainer)
     kept = re.search(r"_(\d+)\.pth$", best.name)
     trained = {
-        "steps": runner.max_iters,
+        "steps": trainer.max_iters,
         "checkpoint": best.name,
         "scores": scores.get(kept[1] if kept else "", {}),
         "last_scores": scores[max(scores, key=int)] if scores else {},
         "pretrained": config.model.backbone.get("artifact", "none: random weights"),
     }
     names = tuple(dataset.metainfo["classes"])
-    about = describe_finetuned(kind, config, encoder, names, trained, category_ids(dataset))
+    about = finetuned_config(kind, config, encoder, names, trained, category_ids(dataset))
     save_artifact(out / "artifact", tensors=checkpoint_weights(best), config=about)
 
 
@@ -98,8 +99,8 @@ def category_ids(dataset: Any) -> list[int] | None:
     return None if ids is None else [int(i) for i in ids]
 
 
-def measure(
-    artifact: Path, kind: Kind, loader: dict[str, Any], metric: dict[str, Any], folder: Path
+def evaluate(
+    artifact: Path, kind: Kind, loader: dict[str, Any], metric: dict[str, Any], folder: Path, device: str
 ) -> dict[str, float]:
     """Scores of an artifact on labelled images.
 
@@ -108,17 +109,18 @@ def measure(
         kind: What it must be.
         loader: `dataset` settings without their pipeline, and `labels`, the step that reads labels.
         metric: Settings of the metric.
-        folder: For logs.
+        folder: Folder for logs.
+        device: cuda or cpu.
 
     Raises:
         BadArtifact: not an artifact of this kind.
     """
     found = read_finetuned(artifact, kind)
-    config = scoring_config(found.config, settings_of(found.config.head or {}), loader, metric)
-    return runner.test(config, folder, partial(runner.load_weights, tensors=found.tensors))
+    config = test_config(found.config, model_settings(found.config.head or {}), loader, metric)
+    return runner.test(config, folder, partial(runner.load_weights, tensors=found.tensors), device=device)
 
 
-def scoring_config(
+def test_config(
     about: ArtifactConfig, model: dict[str, Any], loader: dict[str, Any], metric: dict[str, Any]
 ) -> Any:
     """What mmengine needs to measure a model on images prepared as the artifact says.
@@ -126,14 +128,14 @@ def scoring_config(
     Args:
         about: Of a detector or segmentor.
         model: Settings of the model; the artifact's own, or of one in its place.
-        loader: As of `measure`.
-        metric: As of `measure`.
+        loader: As of `evaluate`.
+        metric: As of `evaluate`.
     """
     from mmengine.config import Config
 
-    register(about)
+    register_modules(about)
     head = about.head or {}
-    *before, pack = tuples(head["pipeline"])
+    *before, pack = lists_to_tuples(head["pipeline"])
     return Config(
         {
             "default_scope": head["library"],

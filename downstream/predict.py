@@ -19,7 +19,8 @@ from torch import nn
 from coma.artifact import ArtifactConfig
 from coma.data.sources.image_folder import FolderSource
 from coma.errors import BadImage, BadInput
-from downstream.artifacts import dataset_meta, tuples
+from downstream.artifacts import dataset_meta, lists_to_tuples
+from downstream.draw import draw_boxes, draw_masks
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int], None]
@@ -57,7 +58,7 @@ def list_images(images: Path) -> list[Path]:
     return [source.path(i) for i in range(len(source))]
 
 
-def image_numbers(annotations: Path) -> dict[str, int]:
+def read_image_ids(annotations: Path) -> dict[str, int]:
     """Ids of a COCO file's images, by file name.
 
     Raises:
@@ -70,7 +71,7 @@ def image_numbers(annotations: Path) -> dict[str, int]:
         raise BadInput(f"{annotations}: not annotations in COCO's format ({error!r})") from None
 
 
-def number_images(paths: list[Path], numbers: dict[str, int] | None) -> list[int]:
+def assign_image_ids(paths: list[Path], numbers: dict[str, int] | None) -> list[int]:
     """An id for every image: of the name in `numbers` that its path ends with; without, counted from 1.
 
     Raises:
@@ -105,7 +106,7 @@ def predict(
         config: As well.
         paths: Images.
         device: To compute on.
-        numbers: An id for each; see `number_images`.
+        numbers: An id for each; see `assign_image_ids`.
         skipped: Called with a message.
 
     Raises:
@@ -114,7 +115,7 @@ def predict(
     head = config.head or {}
     module = {"mmdet": "mmdet.datasets.transforms", "mmseg": "mmseg.datasets.transforms"}[head["library"]]
     import_modules_from_strings([module])
-    pipeline = Compose(tuples(head["pipeline"]))
+    pipeline = Compose(lists_to_tuples(head["pipeline"]))
     model.to(device)
     done = 0
     for path, number in zip(paths, numbers, strict=True):
@@ -174,7 +175,7 @@ def write_detections(
     """
     names = config.class_names or ()
     ids = list((config.head or {}).get("category_ids") or range(1, len(names) + 1))
-    draw = _detection_drawer(config)
+    meta = dataset_meta(config)
     images, results, shown = [], [], 0
     for count, prediction in enumerate(predictions, start=1):
         found = coco_results(prediction, ids)
@@ -183,7 +184,9 @@ def write_detections(
         pixels = _pixels(prediction.path, config)
         size = {"width": pixels.shape[1], "height": pixels.shape[0]}
         images.append({"id": prediction.number, "file_name": prediction.path.name, **size})
-        draw(_picture_path(out, prediction), pixels, prediction.sample, score)
+        instances = prediction.sample.pred_instances
+        drawn = _draw_detections(pixels, instances[instances.scores >= score], meta)
+        Image.fromarray(drawn).save(_picture_path(out, prediction))
         progress(count)
     categories = [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)]
     _write_json(out / "detections.json", results)
@@ -214,18 +217,13 @@ def write_segmentations(
         progress(count)
 
 
-def _detection_drawer(config: ArtifactConfig) -> Callable[[Path, np.ndarray, Any, float], None]:
-    from mmdet.visualization import DetLocalVisualizer
-
-    visualizer = DetLocalVisualizer()
-    visualizer.dataset_meta = dataset_meta(config)
-
-    def draw(path: Path, pixels: np.ndarray, sample: Any, score: float) -> None:
-        visualizer.add_datasample(
-            path.name, pixels, sample, draw_gt=False, out_file=str(path), pred_score_thr=score
-        )
-
-    return draw
+def _draw_detections(pixels: np.ndarray, found: Any, meta: dict[str, Any]) -> np.ndarray:
+    labels = [int(label) for label in found.labels]
+    colours = [meta["palette"][label] for label in labels]
+    if "masks" in found:
+        pixels = draw_masks(pixels, found.masks.bool(), colours)
+    names = [f"{meta['classes'][i]} {score:.2f}" for i, score in zip(labels, found.scores, strict=True)]
+    return draw_boxes(pixels, found.bboxes, names, colours)
 
 
 def _segmentation_drawer(meta: dict[str, Any]) -> Callable[[Path, np.ndarray, Any], None]:

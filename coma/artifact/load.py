@@ -32,7 +32,7 @@ _MISMATCH = (
 )
 
 if TYPE_CHECKING:
-    from coma.models.classifier import Classifier
+    from coma.models.classifiers import Classifier
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def load_classifier(directory: str | Path) -> Classifier:
         BadArtifact: as `load_artifact` and `load_strict`, or an artifact of another kind or with a head that
             is not known here.
     """
-    from coma.models.classifier import build_classifier  # registers models with timm
+    from coma.models.classifiers import build_classifier  # registers models with timm
 
     artifact = load_artifact(directory)
     config = artifact.config

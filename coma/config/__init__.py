@@ -25,7 +25,6 @@ from coma.config.objectives import (
     Degradation,
     MAEConfig,
     ObjectiveConfig,
-    TaughtConfig,
     TeacherConfig,
     method_preset,
 )
@@ -53,7 +52,6 @@ __all__ = [
     "PretrainConfig",
     "ProbeConfig",
     "RunConfig",
-    "TaughtConfig",
     "TeacherConfig",
     "ViTConfig",
     "Windows",

@@ -10,7 +10,7 @@ import tyro
 
 from coma.config.architectures import DyViTConfig, EncoderConfig
 from coma.config.runs import DataConfig, OptimizerConfig, RunConfig
-from coma.ranges import DECAY, EPOCHS, IMAGES, MEAN, RATE, SHARE, STD, Range
+from coma.ranges import DECAY, EPOCHS, IMAGES, MEAN, RARE, RATE, SEED, SHARE, STD, Range
 
 _NO_FLAG = tyro.conf.Fixed, tyro.conf.Suppress
 
@@ -27,7 +27,9 @@ class FinetuneDataConfig(DataConfig):
     mean: Annotated[tuple[float, ...] | None, MEAN, *_NO_FLAG] = None
     """Filled in when the run starts, like `std`: those of the artifact."""
     std: Annotated[tuple[float, ...] | None, STD, *_NO_FLAG] = None
-    crop_scale: Annotated[tuple[float, float], Range(0, 1, above=True)] = (0.08, 1.0)
+    crop_scale: Annotated[
+        tuple[float, float], Range(0, 1, above=True), RARE, tyro.conf.arg(metavar="LOW HIGH")
+    ] = (0.08, 1.0)
     """Area of the random crop as a share of the image (RandomResizedCrop)."""
     loader: Annotated[Literal["workers", "dali"], *_NO_FLAG] = "workers"
     """NVIDIA DALI does not augment as RandAugment does."""
@@ -43,8 +45,8 @@ class FinetuneRecipe(OptimizerConfig):
 
     base_lr: Annotated[float, RATE] = 1e-3
     """Learning rate of the head per 256 images; the rate used is base_lr x batch_size / 256."""
-    warmup: Annotated[float, SHARE] = 0.05
-    betas: Annotated[tuple[float, float], DECAY] = (0.9, 0.999)
+    warmup: Annotated[float, SHARE, RARE] = 0.05
+    betas: Annotated[tuple[float, float], DECAY, RARE, tyro.conf.arg(metavar="BETA1 BETA2")] = (0.9, 0.999)
     ema_decay: Annotated[float, DECAY] = 0.9999
     """Decay of the moving average of the weights that is validated and published (it rises to this value from
     0.1 at the first step); 0 uses the weights themselves."""
@@ -53,17 +55,17 @@ class FinetuneRecipe(OptimizerConfig):
     2021, BEiT); 1: no decay. Default: 0.75, or 0.65 for the presets base and vit-base."""
     drop_path: Annotated[float, DECAY] = 0.1
     """Stochastic-depth rate of the last block; it grows linearly with depth (Huang et al. 2016)."""
-    rand_augment: Annotated[int, Range(0, 10)] = 9
+    rand_augment: Annotated[int, Range(0, 10), RARE] = 9
     """Magnitude of RandAugment (Cubuk et al. 2020), with standard deviation 0.5; 0: off. It applies to 8-bit
     images of three channels; other images are cropped and flipped only."""
-    mixup: Annotated[float, Range(0, 1000)] = 0.8
+    mixup: Annotated[float, Range(0, 1000), RARE] = 0.8
     """Alpha of mixup (Zhang et al. 2018); 0: off. Every batch is mixed: half of them by mixup and half by
     CutMix if both are on."""
-    cutmix: Annotated[float, Range(0, 1000)] = 1.0
+    cutmix: Annotated[float, Range(0, 1000), RARE] = 1.0
     """Alpha of CutMix (Yun et al. 2019); 0: off."""
-    random_erasing: Annotated[float, SHARE] = 0.25
+    random_erasing: Annotated[float, SHARE, RARE] = 0.25
     """Probability that a rectangle of an image is replaced by noise (Zhong et al. 2020)."""
-    label_smoothing: Annotated[float, DECAY] = 0.1
+    label_smoothing: Annotated[float, DECAY, RARE] = 0.1
     """Label smoothing (Szegedy et al. 2016, sec. 7)."""
     validate: Annotated[float, EPOCHS] = 1.0
     """Epochs between validations; the weights with the best validation accuracy are published."""
@@ -74,11 +76,13 @@ class FinetuneRecipe(OptimizerConfig):
 
 @dataclass(frozen=True)
 class FinetuneRunConfig(RunConfig):
-    """Where the run lives and how it uses the machine."""
+    """Where the run is written and how it uses the machine."""
 
     out: Path = field()
     """New run directory: config.json, metrics.jsonl, tensorboard/, state/, loss_curve.png, and artifact/, the
     classifier that did best on the validation images."""
+    seed: Annotated[int, SEED] = 0
+    """Seed of the head, crops, augmentation and held-out images."""
     parallel: Annotated[Literal["ddp", "fsdp"], *_NO_FLAG] = "ddp"
     """A classifier is trained in one process."""
     reconstruction_every: Annotated[int, IMAGES, *_NO_FLAG] = 0

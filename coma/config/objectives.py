@@ -6,12 +6,13 @@ Help texts say what is published and what is this project's choice.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from coma.errors import BadInput
 from coma.ranges import DEPTH, HEADS, INSIDE, SHARE, VIEWS, WIDTH, Ranged
+from coma.registry import METHODS, presets, resolve
 
 AttentionQuery = Literal["auto", "class", "mean"]
 Degradation = Literal["zoom-in", "zoom-out", "distort", "blur", "decolor", "zoom-in+mask", "zoom-in+coma"]
@@ -33,11 +34,26 @@ class DecoderConfig(Ranged):
             raise BadInput(f"decoder dim {self.dim} must be a multiple of 4 and of its {self.heads} heads")
 
 
-@dataclass(frozen=True)
-class CoMAConfig(Ranged):
-    """Complementary masks: all pixels are learned from, equally often (Li et al. 2025)."""
+class ObjectiveConfig(Ranged):
+    """Base of every method's settings: what all methods have, and what only some have."""
 
     flags = "--objective."
+
+    norm_pix: bool
+    decoder: DecoderConfig
+    teacher: TeacherConfig | None = None
+    """The network that guides the method; None where it needs none."""
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # subclasses are dataclasses
+
+    @property
+    def zooms_in(self) -> bool:
+        """Whether the encoder sees only the centre of what is predicted."""
+        return False
+
+
+@dataclass(frozen=True)
+class CoMAConfig(ObjectiveConfig):
+    """Complementary masks: all pixels are learned from, equally often (Li et al. 2025)."""
 
     views: Annotated[int, VIEWS] = 2
     """K: mask units are shared out into K groups; each group predicts all the others."""
@@ -49,10 +65,8 @@ class CoMAConfig(Ranged):
 
 
 @dataclass(frozen=True)
-class MAEConfig(Ranged):
+class MAEConfig(ObjectiveConfig):
     """Masked autoencoder, the baseline (He et al. 2021)."""
-
-    flags = "--objective."
 
     mask_ratio: Annotated[float, INSIDE] = 0.75
     """Share of mask units that the encoder does not see."""
@@ -62,10 +76,8 @@ class MAEConfig(Ranged):
 
 
 @dataclass(frozen=True)
-class BeyondConfig(Ranged):
+class BeyondConfig(ObjectiveConfig):
     """Degradations other than masks (Tian et al. 2022, "Beyond Masking", arXiv 2203.14313)."""
-
-    flags = "--objective."
 
     degrade: Degradation = "zoom-in+mask"
     """What is done to the input. Published, their order of fine-tuned accuracy: zoom-in+mask, (masks alone,
@@ -128,12 +140,10 @@ class TeacherConfig(Ranged):
 
 
 @dataclass(frozen=True)
-class CMTConfig(Ranged):
+class CMTConfig(ObjectiveConfig):
     """Masks and targets made by a teacher and the student's moving average (CMT-MAE, Mo 2024)."""
 
-    flags = "--objective."
-
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
     mask_share: Annotated[float, SHARE] = 0.5
     """a in A = a A_teacher + (1 - a) A_student, the attention that guides masks. That the two are added up
     linearly is published; the paper's value was not at hand, this one is our choice."""
@@ -168,7 +178,7 @@ class CMTConfig(Ranged):
 class BalancedCoMAConfig(CoMAConfig):
     """Complementary masks dealt so that each view gets about as much of what a teacher looks at (our own)."""
 
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,38 +186,18 @@ class BalancedCoMAConfig(CoMAConfig):
             raise BadInput(f"balanced views are complementary; masks {self.masks!r} cannot be balanced")
 
 
-TaughtConfig = CMTConfig | BalancedCoMAConfig
-ObjectiveConfig = CoMAConfig | MAEConfig | BeyondConfig | CMTConfig | BalancedCoMAConfig
-
-
-METHOD_PRESETS = ("coma", "coma4", "coma-independent", "coma-single", "mae", "beyond", "cmt", "coma-balanced")
+METHOD_PRESETS = tuple(presets(METHODS))
 
 
 def method_preset(name: str, *, decoder_dim: int = 512, decoder_depth: int | None = None) -> ObjectiveConfig:
-    """The objective called `name`; decoder depth is 4 for CoMA and 8 for others unless given.
+    """Returns the settings of the preset `name`; the depth of the decoder is its own unless given.
 
     Raises:
         BadInput: no preset has that name.
     """
-
-    def decoder(depth: int) -> DecoderConfig:
-        return DecoderConfig(decoder_dim, decoder_depth or depth, heads=max(decoder_dim // 32, 1))
-
-    match name:
-        case "coma":
-            return CoMAConfig(decoder=decoder(4))
-        case "coma4":
-            return CoMAConfig(views=4, decoder=decoder(4))
-        case "coma-independent":
-            return CoMAConfig(masks="independent", decoder=decoder(4))
-        case "coma-single":
-            return CoMAConfig(masks="single", decoder=decoder(4))
-        case "mae":
-            return MAEConfig(decoder=decoder(8))
-        case "beyond":
-            return BeyondConfig(decoder=decoder(8))
-        case "cmt":
-            return CMTConfig(decoder=decoder(8))
-        case "coma-balanced":
-            return BalancedCoMAConfig(decoder=decoder(4))
+    for method in METHODS.values():
+        if preset := method.presets.get(name):
+            settings: ObjectiveConfig = resolve(method.config)(**preset.settings)
+            depth, heads = decoder_depth or settings.decoder.depth, max(decoder_dim // 32, 1)
+            return replace(settings, decoder=DecoderConfig(decoder_dim, depth, heads))
     raise BadInput(f"no method {name!r}; there are: {', '.join(METHOD_PRESETS)}")

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from coma.config.architectures import DyViTConfig, EncoderConfig
-from coma.config.objectives import BeyondConfig, CoMAConfig, ObjectiveConfig
+from coma.config.objectives import CoMAConfig, ObjectiveConfig
 from coma.errors import BadInput
 from coma.ranges import (
     BATCH,
@@ -23,6 +23,7 @@ from coma.ranges import (
     MEAN,
     MINUTES,
     PROCESSES,
+    RARE,
     RATE,
     SEED,
     SHARE,
@@ -37,29 +38,31 @@ from coma.ranges import (
 
 @dataclass(frozen=True)
 class DataConfig(Ranged):
-    """What to train on and how to read it."""
+    """Training images and how they are read."""
 
     images: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")] = None
-    """Folder of images (searched recursively), .npz pack, .tar shards or a folder of them."""
+    """Folder of images (searched recursively), .npz pack or .tar shards."""
     image_size: Annotated[int, SIDE] = 224
-    """Side of the square training crop in pixels; a multiple of the mask unit."""
-    mean: Annotated[tuple[float, ...] | None, MEAN] = None
-    """Per-channel mean of pixels scaled to 0..1; measured on a sample of the data when not given."""
-    std: Annotated[tuple[float, ...] | None, STD] = None
-    """Per-channel standard deviation; measured when not given."""
-    crop_scale: Annotated[tuple[float, float], Range(0, 1, above=True)] = (0.2, 1.0)
+    """Side of the square training crop in pixels."""
+    mean: Annotated[tuple[float, ...] | None, MEAN, RARE, tyro.conf.arg(metavar="R G B")] = None
+    """Mean of every channel, of pixels scaled to 0..1; default: measured on a sample of the images"""
+    std: Annotated[tuple[float, ...] | None, STD, RARE, tyro.conf.arg(metavar="R G B")] = None
+    """Standard deviation of every channel; default: measured on a sample of the images"""
+    crop_scale: Annotated[
+        tuple[float, float], Range(0, 1, above=True), RARE, tyro.conf.arg(metavar="MIN MAX")
+    ] = (0.2, 1.0)
     """Area of the random crop as a share of the image (RandomResizedCrop)."""
-    flip: bool = True
+    flip: Annotated[bool, RARE] = True
     """Flip half of the crops left to right."""
-    aug_repeats: Annotated[int, Range(1, 1024)] = 1
+    aug_repeats: Annotated[int, Range(1, 1024), RARE] = 1
     """Samples in a row from one decoded image, each with its own crop, flip and masks (Hoffer et al. 2020,
     "Augment your batch"): 2 to 4 feed a faster GPU from the same cores, with less variety in a batch. An
     epoch remains as many samples as there are images."""
-    on_bad_image: Literal["skip", "stop"] = "skip"
+    on_bad_image: Annotated[Literal["skip", "stop"], RARE] = "skip"
     """A file that will not decode is named, counted and skipped, or stops the run."""
     workers: Annotated[int | None, PROCESSES] = None
-    """Processes that decode images; default: one per core beside the trainer (0 on 1 or 2 cores)."""
-    loader: Literal["workers", "dali"] = "workers"
+    """Processes that decode images; default: one per core but one, 0 on two cores"""
+    loader: Annotated[Literal["workers", "dali"], RARE] = "workers"
     """Who decodes: those processes, or NVIDIA DALI (an extra) with as many threads, on the GPU where there is
     one; a quarter as many processes then read files. DALI decodes every sample, whatever --aug-repeats."""
 
@@ -82,23 +85,25 @@ class OptimizerConfig(Ranged):
 
     epochs: Annotated[float, EPOCHS] = 100.0
     """Passes over the data."""
-    steps: Annotated[int | None, STEPS] = None
-    """Optimizer steps; overrides --epochs when given."""
+    steps: Annotated[int | None, STEPS, RARE] = None
+    """Optimizer steps; overrides --epochs."""
     batch_size: Annotated[int, BATCH] = 256
-    """Images per optimizer step, over all processes and accumulation steps."""
+    """Images per optimizer step, over all processes."""
     micro_batch: Annotated[int | None, BATCH] = None
-    """Images per process and forward pass; the rest of the batch is accumulated. Default: no accumulation."""
+    """Images per process and forward pass; gradients accumulate over the batch; default: the whole batch"""
     base_lr: Annotated[float, RATE] = 1.5e-4
-    """Learning rate per 256 images; the rate used is base_lr x batch_size / 256."""
+    """Learning rate per 256 images of the batch."""
     warmup: Annotated[float, SHARE] = 0.1
-    """Share of the steps with linearly rising learning rate."""
-    weight_decay: Annotated[float, WEIGHT_DECAY] = 0.05
-    betas: Annotated[tuple[float, float], DECAY] = (0.9, 0.95)
-    clip_grad: Annotated[float, Range(0, 1e9)] = 1.0
+    """Share of the steps over which the learning rate rises linearly."""
+    weight_decay: Annotated[float, WEIGHT_DECAY, RARE] = 0.05
+    """Weight decay of matrices; biases, norms and tokens have none."""
+    betas: Annotated[tuple[float, float], DECAY, RARE, tyro.conf.arg(metavar="BETA1 BETA2")] = (0.9, 0.95)
+    """Decay rates of AdamW's two moving averages."""
+    clip_grad: Annotated[float, Range(0, 1e9), RARE] = 1.0
     """Largest gradient norm; 0 switches clipping off."""
-    ema_decay: Annotated[float, DECAY] = 0.0
-    """Decay of a moving average of the weights that goes into the artifact in their place; 0: none. (That of
-    --method cmt is another, --objective.ema-decay.)"""
+    ema_decay: Annotated[float, DECAY, RARE] = 0.0
+    """Decay of a moving average of the weights, which the artifact then holds; 0: none. (--method cmt has
+    another one, --objective.ema-decay.)"""
 
     @property
     def lr(self) -> float:
@@ -108,47 +113,48 @@ class OptimizerConfig(Ranged):
 
 @dataclass(frozen=True)
 class RunConfig(Ranged):
-    """Where the run lives and how it uses the machine."""
+    """Where the run is written and how it uses the machine."""
 
     out: Path = Path("run")
-    """Run directory: config.json, metrics.jsonl, tensorboard/, reconstructions/, state/, artifact/."""
+    """Run directory for settings, metrics, state and artifact."""
     seed: Annotated[int, SEED] = 0
-    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
+    """Seed of weights, crops and masks."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto: the GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on CPU."""
+    """auto: bf16 on a GPU (fp16 on older ones), fp32 on a CPU."""
     compile: bool = False
-    """Compile the step with torch.compile (slow to start, faster to run)."""
+    """Compile the model: a slower start, faster steps."""
     grad_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Recompute activations: less memory, a third more time."""
+    parallel: Annotated[Literal["ddp", "fsdp"], RARE] = "ddp"
     """Under torchrun: replicate the model (ddp) or shard it (fsdp, FSDP2)."""
-    save_minutes: Annotated[float, MINUTES] = 10.0
+    save_minutes: Annotated[float, MINUTES, RARE] = 10.0
     """Save the resumable state at least this often (and at the end, on Ctrl-C and on SIGTERM)."""
-    save_steps: Annotated[int | None, STEPS] = None
+    save_steps: Annotated[int | None, STEPS, RARE] = None
     """Save the resumable state every so many steps instead."""
-    log_steps: Annotated[int, STEPS] = 10
+    log_steps: Annotated[int, STEPS, RARE] = 10
     """Write metrics every so many steps."""
-    reconstruction_every: Annotated[int, Range(0, 10**12)] = 500
+    reconstruction_every: Annotated[int, Range(0, 10**12), RARE] = 500
     """Write a picture of reconstructions every so many steps; 0: only at the end."""
 
 
 @dataclass(frozen=True)
 class ProbeConfig(Ranged):
-    """What features are worth during training, measured on labelled images that are never trained on."""
+    """Online evaluation during pre-training: kNN and linear probe on labelled images."""
 
     probe: Path | None = None
-    """Folder that holds train and test (or val): folders with one folder per class, or .npz packs. Accuracy
-    and collapse statistics go into metrics.jsonl, TensorBoard and the loss curve, DM-MSA's gates into the
-    first two."""
-    probe_epochs: Annotated[float, EPOCHS] = 1.0
+    """Labelled images that are never trained on: a folder with train and test (or val), each with a folder
+    per class or an .npz pack. Scores go into the metrics and the loss curve."""
+    probe_epochs: Annotated[float, EPOCHS, RARE] = 1.0
     """Measure every so many passes over the training images (and before the first step, and at the end)."""
-    probe_steps: Annotated[int | None, STEPS] = None
+    probe_steps: Annotated[int | None, STEPS, RARE] = None
     """Measure every so many steps instead."""
-    probe_protocols: tuple[Literal["knn", "linear"], ...] = ("knn", "linear")
+    probe_protocols: Annotated[tuple[Literal["knn", "linear"], ...], RARE] = ("knn", "linear")
     """As in `coma evaluate`."""
-    probe_train: Annotated[int, IMAGES] = 2000
+    probe_train: Annotated[int, IMAGES, RARE] = 2000
     """Labelled training images to use, drawn alike from every class; 0: all."""
-    probe_test: Annotated[int, IMAGES] = 1000
+    probe_test: Annotated[int, IMAGES, RARE] = 1000
     """Test images to count on, drawn likewise; 0: all."""
 
 
@@ -171,6 +177,6 @@ class PretrainConfig:
 
 def view_size(image_size: int, unit: int, objective: ObjectiveConfig | None) -> int:
     """Side in pixels of what an objective rebuilds where the encoder sees `image_size` pixels of it."""
-    if isinstance(objective, BeyondConfig) and objective.zooms_in:
+    if objective is not None and objective.zooms_in:
         return image_size + 2 * unit * max(1, round(image_size / unit / 7))
     return image_size

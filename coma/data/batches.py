@@ -1,4 +1,4 @@
-"""Samples and batches of the training stream, and how each of them is made."""
+"""Samples and batches of the training stream."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from coma.errors import BadImage, BadInput
 from coma.ranges import BATCH
 
 MAX_ATTEMPTS = 100
-"""Images tried in place of one that will not decode, before the data are refused."""
+"""Number of consecutive images that may fail to decode before the data are refused."""
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch is shared out."""
+    """How a global batch is divided among processes and forward passes."""
 
     global_batch: int
     """Images per optimizer step."""
@@ -42,39 +42,39 @@ class BatchLayout:
         together = self.micro_batch * self.world
         if self.global_batch % together:
             raise BadInput(
-                f"batch size {self.global_batch} is no multiple of {together} images per pass "
+                f"batch size {self.global_batch} is not a multiple of {together} images per pass "
                 f"({self.micro_batch} on each of {self.world} processes)"
             )
 
     @property
     def accumulation(self) -> int:
-        """Forward passes per optimizer step."""
+        """Number of forward passes per optimizer step."""
         return self.global_batch // (self.micro_batch * self.world)
 
     def micro_batch_starts(self, start: int) -> Iterator[int]:
-        """Stream position of this process's first sample of every pass, from `start` on, without end."""
+        """Yields, without end, the position of this process's first sample in every pass from `start`."""
         return itertools.count(start + self.rank * self.micro_batch, self.micro_batch * self.world)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images with what identifies them."""
+    """Images and what identifies them."""
 
     images: Tensor
-    """`[B, C, S, S]` uint8, or float32: 16-bit data scaled to 0..1, float data as they are."""
+    """`[B, C, S, S]` uint8, or float32: 16-bit data are scaled to 0..1, float data are unchanged."""
     seeds: Tensor
-    """int64 `[B]`, the samples' own randomness."""
+    """int64 `[B]`: the random seed of each sample."""
     indices: Tensor
-    """int64 `[B]`, positions in the source."""
+    """int64 `[B]`: positions in the source."""
     failures: tuple[str, ...] = ()
-    """`path: reason` of every image that was tried and left out."""
+    """`path: reason` of every image that was skipped."""
     labels: Tensor | None = None
-    """int64 `[B]`, where the samples are to be learned with their labels."""
+    """int64 `[B]`; None in self-supervised training."""
     filled: tuple[str, ...] = ()
-    """`path: how much` of every image whose missing values were filled."""
+    """`path: share` of every image whose missing values were filled."""
 
     def pin_memory(self, device: object = None) -> Batch:
-        """The same batch in page-locked memory (the loader calls this)."""
+        """Returns the batch in page-locked memory."""
         return replace(
             self,
             images=self.images.pin_memory(),
@@ -86,7 +86,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class UnstackedBatch:
-    """Samples before they are one tensor, the first of them at position `first`; otherwise like `Batch`."""
+    """Samples that are not stacked into one tensor yet; `first` is the stream position of the first one."""
 
     first: int
     views: list[Any]
@@ -95,25 +95,26 @@ class UnstackedBatch:
     failures: tuple[str, ...]
     filled: tuple[str, ...] = ()
 
-    def stacked(self) -> Batch:
-        """The batch."""
+    def stack(self) -> Batch:
+        """Returns the batch."""
         return Batch(stack(self.views), self.seeds, self.indices, self.failures, filled=self.filled)
 
 
 class OpenedImage(NamedTuple):
-    """A decoded image, perhaps at a reduced scale."""
+    """A decoded image, possibly at a reduced scale."""
 
     pixels: np.ndarray
     height: int
-    """At full scale, as `width`."""
+    """Height at full scale."""
     width: int
+    """Width at full scale."""
     filled: str = ""
-    """How much of it was missing, if anything was."""
+    """How much of the image was missing, in words; empty if nothing was."""
 
 
 @dataclass(frozen=True)
 class SampleFetcher:
-    """Samples of the stream; what becomes of an image is in `open` and `view`."""
+    """Reads samples of the stream. `open` reads an image, and `view` makes a sample of it."""
 
     source: Source
     data: DataConfig
@@ -122,7 +123,7 @@ class SampleFetcher:
     count: int
 
     def samples(self, first: int) -> UnstackedBatch:
-        """Samples `first` to `first + count`."""
+        """Returns samples `first` to `first + count`."""
         n = len(self.source)
         positions = np.arange(first, first + self.count)
         seeds = sample_seeds(self.seed, positions)
@@ -130,7 +131,7 @@ class SampleFetcher:
         chosen = permuted_indices(self.seed, places // n, places % n, n)
         views, indices, failures, filled = [], [], [], []
         for place, index, count in zip(places.tolist(), chosen.tolist(), repeats.tolist(), strict=True):
-            image, used, failed = self._readable(place, index)
+            image, used, failed = self._open_readable(place, index)
             for seed in seeds[len(views) : len(views) + count].tolist():
                 views.append(self.view(image, seed))
                 indices.append(used)
@@ -141,17 +142,17 @@ class SampleFetcher:
         return UnstackedBatch(first, views, seeds, torch.tensor(indices), tuple(failures), tuple(filled))
 
     def open(self, index: int, place: int) -> Any:
-        """Image `index`, for the samples at `place` in the order, as `view` takes it.
+        """Returns image `index` for the samples at `place` in the order, as `view` takes it.
 
         Raises:
-            BadImage: it cannot be read or decoded, or its channels do not fit.
-            BadInput: the run's mean and standard deviation are not meant for such pixels.
+            BadImage: The image cannot be read or decoded, or has the wrong number of channels.
+            BadInput: The run's mean and standard deviation do not fit the pixels.
         """
         full: list[tuple[int, int]] = []
 
         def min_side(height: int, width: int) -> int:
             full.append((height, width))
-            return self._enough(place, height, width)
+            return self._min_side(place, height, width)
 
         picture = self.source.decode(index, min_side)
         pixels = convert_channels(picture, self.channels, self.source.describe(index))
@@ -161,22 +162,25 @@ class SampleFetcher:
         return OpenedImage(pixels, height, width, filled)
 
     def view(self, image: Any, seed: int) -> Any:
-        """A sample from an opened image."""
+        """Returns a sample of an opened image."""
         size = self.data.image_size
         box, flipped = self.crop(image.height, image.width, seed)
-        view = resize(
-            image.pixels, scaled_box(box, (image.height, image.width), image.pixels.shape), size, size
-        )
+        box = scaled_box(box, (image.height, image.width), image.pixels.shape)
+        view = resize(image.pixels, box, size, size)
         return view.flip(-1) if flipped else view
 
     def crop(self, height: int, width: int, seed: int) -> tuple[Box, bool]:
-        """Which part of an image a sample shows, and whether it is flipped."""
+        """Returns the part of an image that a sample shows, and whether it is flipped."""
         draws = uniforms(seed)
         flipped = next(draws) < 0.5
         return random_crop(height, width, self.data.crop_scale, draws), self.data.flip and flipped
 
-    def _readable(self, place: int, index: int) -> tuple[Any, int, list[str]]:
-        """Image `index`, at `place` in the order, or the next readable one of the epoch; and what failed."""
+    def _open_readable(self, place: int, index: int) -> tuple[Any, int, list[str]]:
+        """Opens image `index`, at `place` in the order, or the next readable one of the epoch.
+
+        Returns:
+            The image, its index, and the errors of the images that were skipped.
+        """
         n = len(self.source)
         failures: list[str] = []
         for step in range(min(n, MAX_ATTEMPTS)):
@@ -192,8 +196,8 @@ class SampleFetcher:
         row = f"{len(failures)} images in a row could not be used"
         raise BadInput(f"{self.source.location}: {row}; the last: {failures[-1]}")
 
-    def _enough(self, place: int, height: int, width: int) -> int:
-        """Smallest image side for which no crop at `place` is enlarged, whichever pass it is part of."""
+    def _min_side(self, place: int, height: int, width: int) -> int:
+        """The smallest image side at which none of the crops at `place` is enlarged."""
         repeats = self.data.aug_repeats
         seeds = sample_seeds(self.seed, np.arange(place * repeats, (place + 1) * repeats))
         boxes = (self.crop(height, width, seed)[0] for seed in seeds.tolist())
@@ -202,8 +206,8 @@ class SampleFetcher:
 
 
 class TrainingFetcher(SampleFetcher):
-    """The batch whose first sample has a given position in the stream."""
+    """Reads the batch that begins at a given position of the stream."""
 
     def __call__(self, first: int) -> Batch:
-        """Samples `first` to `first + count`."""
-        return self.samples(first).stacked()
+        """Returns samples `first` to `first + count`."""
+        return self.samples(first).stack()

@@ -1,9 +1,10 @@
-"""Labelled images to learn and to count on: the splits that a measurement needs, opened and checked."""
+"""Labelled images for an evaluation: training, validation and test splits with the same classes."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,19 @@ from coma.data.labels import align_labels
 from coma.data.sources.base import Source
 from coma.data.sources.open import open_source
 from coma.data.sources.subset import Subset
+from coma.data.worker_pool import map_ordered
 from coma.errors import BadImage, BadInput
 from coma.messages import abridged, counted
 
 log = logging.getLogger(__name__)
 
+_PARALLEL_FROM = 200
+"""Number of classes from which images are decoded in worker processes."""
+
 
 @dataclass(frozen=True)
 class LabelledSplits:
-    """Training and test images of the same classes, and validation images where there are any beside them."""
+    """Training, validation and test images with the same classes."""
 
     train: Source
     val: Source | None
@@ -30,18 +35,18 @@ class LabelledSplits:
 def open_labelled_splits(
     data: Path | None, train: Path | None = None, test: Path | None = None, val: Path | None = None
 ) -> LabelledSplits:
-    """The splits in one folder, or each from its own place.
+    """Opens the splits of one folder, or each split from its own path.
 
-    Classes of which no image can be read are left out, and said so.
+    Classes without any readable image are skipped and logged.
 
     Args:
-        data: holds train and test (or val).
-        train: training images in another place.
-        test: test images in another place.
-        val: validation images in another place.
+        data: Folder with the splits train and test (or val).
+        train: Training images in another place.
+        test: Test images in another place.
+        val: Validation images in another place.
 
     Raises:
-        BadInput: a place is missing, or holds nothing that can be read, or a split or labels are missing.
+        BadInput: A path or split does not exist, or has no readable image.
     """
     if data and not (train or test):
         sources = [open_source(data, "train"), open_source(data, "test")]
@@ -55,58 +60,62 @@ def open_labelled_splits(
     if val is not None:
         sources.append(open_source(val, held_out=True))
     if sources[1].split == "val":
-        _say(f"{sources[1].location}: stands in for test images, which there are none of")
+        _log_once(f"{sources[1].location}: used as test images, because there is no test split")
     readable = [_with_readable_classes(source) for source in sources]
     return LabelledSplits(readable[0], readable[2] if len(readable) > 2 else None, readable[1])
 
 
 def log_missing_classes(splits: LabelledSplits) -> None:
-    """Say which classes of the training images the validation and test images lack.
+    """Logs the classes of the training images that the validation or test images do not have.
 
     Raises:
-        BadInput: as `align_labels`.
+        BadInput: See `align_labels`.
     """
     for source in (splits.val, splits.test):
         if source is None:
             continue
         _, labels, classes = align_labels(splits.train, source)
-        absent = sorted(set(range(len(classes))) - set(labels.tolist()))
-        if absent:
-            few = ", ".join(classes[i] for i in absent[:5]) + (", ..." if len(absent) > 5 else "")
-            _say(f"{source.location}: has no image of {len(absent)} of {len(classes)} classes: {few}")
+        present = set(labels.tolist())
+        missing = [name for i, name in enumerate(classes) if i not in present]
+        if missing:
+            few = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            _log_once(f"{source.location}: has no image of {len(missing)} of {len(classes)} classes: {few}")
 
 
-def _say(line: str) -> None:
+def _log_once(line: str) -> None:
     log.info(line, extra={"once": True})
 
 
 def _with_readable_classes(source: Source) -> Source:
-    """The images without those of classes of which none can be read."""
+    """Returns the images without those of classes that have no readable image."""
     labels = source.labels
     if labels is None:
         return source
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[order], prepend=labels[order[0]] - 1))
+    classes = np.split(order, starts[1:])
+    errors = map_ordered(
+        partial(_error_of_all, source), classes, None if len(classes) >= _PARALLEL_FROM else 0
+    )
     unreadable, reasons = [], []
-    for members in np.split(order, starts[1:]):
-        reason = _first_fault(source, members)
-        if reason:
+    for members, error in zip(classes, errors, strict=True):
+        if error:
             label = int(labels[members[0]])
             unreadable.append(label)
             name = str(label) if source.class_names is None else source.class_names[label]
-            reasons.append(f"{name} ({len(members)}; {reason})")
+            reasons.append(f"{name} ({len(members)}; {error})")
     if not unreadable:
         return source
-    if len(unreadable) == len(starts):
+    if len(unreadable) == len(classes):
         raise BadInput(f"{source.location}: no image could be read; class {reasons[0]}")
     kept = Subset(source, np.flatnonzero(~np.isin(labels, unreadable)))
-    without = counted(len(unreadable), "class", "classes")
-    _say(f"{source.location}: {without} left out, as no image there can be read: {abridged(reasons, 3)}")
+    skipped = counted(len(unreadable), "class", "classes")
+    _log_once(f"{source.location}: {skipped} skipped, because no image can be read: {abridged(reasons, 3)}")
     return kept
 
 
-def _first_fault(source: Source, members: np.ndarray) -> str:
-    """Why none of these images can be read; empty if one can."""
+def _error_of_all(source: Source, members: np.ndarray) -> str:
+    """Returns the first error if none of these images can be read; otherwise the empty string."""
     first = ""
     for i in members.tolist():
         try:

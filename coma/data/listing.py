@@ -1,9 +1,9 @@
-"""The list of a run's images, their names and sizes, which is compared when the run is resumed.
+"""The names, sizes and labels of a run's images, which are compared when the run is resumed.
 
     data.json.gz    {"images": {"names": [...], "sizes": [...], "labels": [...]}, ...}, written once
 
-Dates do not count (copies have others), and neither does where the data lie. What no list of names and sizes
-shows is a file that was replaced by another one of exactly the same size.
+Dates are not compared, because copies have other ones, and neither is the location of the data. A file that
+was replaced by another one of exactly the same size is not noticed.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ FILE = "data.json.gz"
 FLAG = "--allow-changed-data"
 
 Listing = dict[str, dict[str, Any]]
-"""Names, sizes and labels of the images by what they are for."""
+"""Names, sizes and labels of the images, by their role, such as "test images"."""
 
 
 def list_data(sources: Mapping[str, Source], *, labels: bool = True) -> Listing:
     """Returns the listing of each source.
 
     Args:
-        sources: Sources by what they are for, in words of messages, such as "test images".
-        labels: Whether the images are learned or measured with their labels.
+        sources: Sources by their role, such as "test images", which messages use.
+        labels: Whether the labels of the images are used.
     """
     listing: Listing = {}
     for role, source in sources.items():
@@ -46,17 +46,17 @@ def write_listing(folder: Path, listing: Listing) -> None:
     """Writes a listing into a run directory.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: It cannot be written.
     """
     text = gzip.compress(json.dumps(listing).encode(), compresslevel=1, mtime=0)
     write_whole(folder / FILE, lambda file: file.write(text))
 
 
 def read_listing(folder: Path) -> Listing | None:
-    """Returns the listing in a run directory; None where there is none.
+    """Returns the listing in a run directory; None if there is none.
 
     Raises:
-        BadInput: it is damaged.
+        BadInput: It is damaged.
     """
     try:
         listing = json.loads(gzip.decompress((folder / FILE).read_bytes()))
@@ -69,13 +69,13 @@ def read_listing(folder: Path) -> Listing | None:
     except (OSError, EOFError, zlib.error, ValueError, AttributeError, KeyError, TypeError) as error:
         reason = str(error) or type(error).__name__
         raise BadInput(
-            f"{folder / FILE}: the list of the run's images is damaged ({reason}); remove it to go on "
+            f"{folder / FILE}: the list of the run's images is damaged ({reason}); remove it to resume "
             "without comparing them"
         ) from None
 
 
 def changes(before: Listing, now: Listing) -> list[str]:
-    """Returns what changed, one line for each source that is in both listings."""
+    """Returns the changes, one line for each source in both listings."""
     return [
         f"the {role} have changed: {what}"
         for role in before.keys() & now.keys()
@@ -101,34 +101,34 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     shown = {kind: abridged([printable(name) for name in names], 3) for kind, names in kinds}
     facts = [f"{len(names)} {kind} ({shown[kind]})" for kind, names in kinds if names]
     same = before["names"] == now["names"] and before["sizes"] == now["sizes"]
-    return ", ".join(facts) or ("" if same else "the same ones in another order")
+    return ", ".join(facts) or ("" if same else "the same images in another order")
 
 
 def check_listing(folder: Path, now: Listing, warn: Callable[[str], object], *, allow: bool) -> bool:
     """Refuses to resume a run on other images than it was started with.
 
     Args:
-        folder: The run directory.
-        now: The images that there are now.
-        warn: Receives a line if images have changed and that is allowed, or if the run has no list.
-        allow: Go on all the same.
+        folder: Run directory.
+        now: Listing of the images as they are now.
+        warn: Receives a line if images have changed and that is allowed, or if the run has no listing.
+        allow: Resume although images have changed.
 
     Returns:
-        Whether they have changed.
+        Whether images have changed.
 
     Raises:
-        BadInput: they have changed; the message says which.
+        BadInput: Images have changed; the message says which.
     """
     before = read_listing(folder)
     if before is None:
-        warn(f"{folder}: has no list of its images (an older version began it): changes go unnoticed")
+        warn(f"{folder}: has no list of its images, as an older version started it: changes are not noticed")
         return False
     found = changes(before, now)
     if found and not allow:
         raise BadInput(
-            f"{folder}: {'; '.join(found)}; give the images that it was started with, start anew in another "
-            f"directory, or go on all the same with {FLAG}"
+            f"{folder}: {'; '.join(found)}; give the images that it was started with, start a new run in "
+            f"another directory, or resume anyway with {FLAG}"
         )
     for each in found:
-        warn(f"{each}; going on as asked")
+        warn(f"{each}; continuing because of {FLAG}")
     return bool(found)

@@ -1,8 +1,8 @@
-"""Folders that this toolkit writes: their pictures are results, never data to learn from.
+"""Recognises the folders that this toolkit writes, so that their pictures are never used as data.
 
-They are recognised by what they hold, whatever they are called, also those of earlier versions:
+They are recognised by their content, whatever their name, including those of earlier versions:
 
-    config.json and other files     runs of pretrain and of fine-tuning, artifacts
+    config.json and other files     runs of pretrain and classify, artifacts
     compare.json                    comparisons
     config.py and mmengine's files  runs of detect and segment
     detections.json, or the same pictures in labels/ and pictures/    predictions
@@ -24,17 +24,17 @@ _CONFIGS = {
     "a run of coma classify": {"artifact", "data", "optimizer", "run"},
     "an artifact": {"kind", "model", "image_size", "mean", "std"},
 }
-"""What `config.json` has of each."""
+"""Keys of `config.json` in each of them."""
 _BESIDE_CONFIG = ("metrics.jsonl", "state", "artifact", "reconstructions", "model.safetensors")
-"""One of these, at least, lies beside it in a run or an artifact: settings alone are no product."""
+"""A run or an artifact has at least one of these beside `config.json`."""
 
 
 def run_output_at(folder: Path, holds: Callable[[str], bool] | None = None) -> str | None:
-    """Returns what this toolkit wrote there, in words; None of any other folder.
+    """Returns what this toolkit wrote into a folder, in words; None for any other folder.
 
     Args:
-        folder: Where to look.
-        holds: Whether the folder has an entry of a name; by default the file system is asked.
+        folder: Folder to check.
+        holds: Returns whether the folder has an entry of a given name; by default the file system is asked.
     """
     holds = holds or (lambda name: os.path.exists(folder / name))
     if holds("config.json") and any(map(holds, _BESIDE_CONFIG)):
@@ -63,9 +63,9 @@ def run_output_at(folder: Path, holds: Callable[[str], bool] | None = None) -> s
 
 
 def enclosing_run_output(folder: Path) -> tuple[Path, str] | None:
-    """Returns the folder of this toolkit that `folder` is, or lies in, and what it is.
+    """Returns the run output that `folder` is or lies in, and what it is; None if there is none.
 
-    The pictures that a quickstart learns from are data.
+    The pictures of a quickstart are data.
     """
     real = folder.resolve()
     for place in (real, *real.parents):

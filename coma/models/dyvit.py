@@ -27,7 +27,7 @@ from coma.config import DyViTConfig
 from coma.config.artifact import ArtifactConfig
 from coma.errors import BadInput
 from coma.masking.patchify import cover, pad_to_units, unit_grid
-from coma.models.attention import DynamicMultiWindowAttention, Layout, stage_layout
+from coma.models.attention import DynamicMultiWindowAttention, Layout, WindowGate, stage_layout
 from coma.models.blocks import drop_path_rates, run_block
 from coma.models.view_sequences import ViewSequences, image_sequences
 from coma.models.windows import crop, nest, unnest
@@ -55,7 +55,7 @@ class DyViT(nn.Module):
         self.config = config
         self.unit = config.unit
         self.num_features = self.head_hidden_size = config.num_features
-        self.strides = tuple(config.patch * 2**i for i in range(4))
+        self.strides = config.strides
         self.grad_checkpointing = False
 
         ends = list(accumulate(config.depths))
@@ -108,6 +108,18 @@ class DyViT(nn.Module):
             rearrange(crop(x, cover(height, stride), cover(width, stride)), "b h w c -> b c h w")
             for x, stride in zip(maps, self.strides, strict=True)
         )
+
+    pyramid = forward
+    """The pyramid, also of a classifier, whose own `forward` returns logits."""
+
+    def window_gates(self) -> list[tuple[int, WindowGate]]:
+        """Returns the gates of DM-MSA, each with the number of its stage, 1 to 4."""
+        return [
+            (number, module)
+            for number, stage in enumerate(self.stages, start=1)
+            for module in stage.modules()
+            if isinstance(module, WindowGate)
+        ]
 
     def forward_features(
         self, images: Tensor, group: Tensor | None = None, sizes: Sequence[int] | None = None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from coma.config import ViTConfig
 from coma.config.artifact import ArtifactConfig
 from coma.masking.patchify import pad_to_units
+from coma.models.attention import WindowGate
 from coma.models.blocks import drop_path_rates, run_block
 from coma.models.dyvit import check_images
 from coma.models.position_embeddings import sincos_positions
@@ -40,7 +41,7 @@ class ViT(nn.Module):
         self.config = config
         self.unit = config.unit
         self.num_features = config.dim
-        self.strides = (config.patch,)
+        self.strides = config.strides
         self.grad_checkpointing = False
         self.stem = nn.Conv2d(config.channels, config.dim, config.patch, stride=config.patch)
         self.cls_token = nn.Parameter(torch.zeros(config.dim))
@@ -56,6 +57,13 @@ class ViT(nn.Module):
     def forward(self, images: Tensor, group: Tensor | None = None) -> tuple[Tensor, ...]:
         """One map `[b, dim, ceil(H/patch), ceil(W/patch)]`; see `DyViT.forward` for `group` and errors."""
         return (rearrange(self.forward_features(images, group), "b h w c -> b c h w"),)
+
+    pyramid = forward
+    """The pyramid, also of a classifier, whose own `forward` returns logits."""
+
+    def window_gates(self) -> list[tuple[int, WindowGate]]:
+        """Returns no gates: every layer has one window, the whole image."""
+        return []
 
     def forward_features(
         self, images: Tensor, group: Tensor | None = None, sizes: Sequence[int] | None = None

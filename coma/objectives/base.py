@@ -69,6 +69,9 @@ class MaskedPixels(nn.Module):
         """Features of the visible units, `[b, h, w, c]`, zeros elsewhere; images are whole units."""
         return self.encoder.forward_features(images, group_of(visible))
 
+    def check_images(self, height: int, width: int) -> None:
+        """Raises BadInput where the method cannot train on images of this size; nothing is computed."""
+
     def before_step(self, progress: float) -> None:
         """Called by the trainer before every optimizer step, with the share of the run that is done."""
 

@@ -28,7 +28,6 @@ from coma.config import (
     EncoderConfig,
     ObjectiveConfig,
     PretrainConfig,
-    TaughtConfig,
     TeacherConfig,
 )
 from coma.config.serialization import to_plain
@@ -57,9 +56,9 @@ def with_weights_hash(config: PretrainConfig) -> PretrainConfig:
         BadInput: as `load_teacher`, or the teacher takes images of other channels.
     """
     objective = config.objective
-    if not isinstance(objective, TaughtConfig):
-        return config
     teacher, channels = objective.teacher, config.model.channels
+    if teacher is None:
+        return config
     digest = _load(teacher, ((0.0,) * channels, (1.0,) * channels))[1]
     name = str(Path(teacher.name).resolve()) if _is_folder(teacher.name) else teacher.name
     weights = teacher.weights and teacher.weights.absolute()
@@ -284,9 +283,9 @@ def dummy_teacher(objective: ObjectiveConfig, channels: int) -> Teacher | None:
     Raises:
         BadInput: as `load_teacher`, but for the weights of a network of timm's.
     """
-    if not isinstance(objective, TaughtConfig):
-        return None
     teacher, statistics = objective.teacher, ((0.0,) * channels, (1.0,) * channels)
+    if teacher is None:
+        return None
     with torch.random.fork_rng(devices=()):
         if _is_folder(teacher.name):
             return _load(teacher, statistics)[0]
@@ -300,7 +299,7 @@ def training_objective(config: PretrainConfig) -> Objective:
         BadInput: as `load_teacher`.
     """
     objective, encoder = config.objective, build_encoder(config.model)
-    if not isinstance(objective, TaughtConfig):
+    if objective.teacher is None:
         return build_objective(objective, encoder)
     statistics = config.data.mean or (), config.data.std or ()
     with torch.random.fork_rng(devices=()):  # a decoder beside a teacher begins as it would without one

@@ -1,4 +1,4 @@
-"""Show in the browser what a model makes of hidden parts of a picture."""
+"""Serve a web demo that reconstructs masked images with any exported model."""
 
 from __future__ import annotations
 
@@ -24,38 +24,43 @@ if TYPE_CHECKING:
     from demo.models import Models
 
 QUICKSTART = Path("quickstart")
-"""Where `make quickstart` leaves its run; `--out` of `coma quickstart`."""
+"""Default `--out` of `coma quickstart`."""
 
 
 @dataclass(frozen=True)
 class DemoConfig(Ranged):
-    """Serve a page: rebuild hidden parts of pictures, compare runtimes, look inside, classify, detect.
+    """Serves a web page that reconstructs masked images, compares runtimes and shows features.
 
-    For this machine alone unless --host or --share says otherwise. Only the models named here can be used.
+    Only this machine can open it, unless --host or --share is given. Only the models named here are used.
     """
 
-    models: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Artifacts, and files that `coma export` made (those beside an artifact are found). Default: the model
-    of the quickstart in this folder, which is trained first where there is none."""
+    models: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(
+            metavar="MODEL", help_behavior_hint="(default: the quickstart's model, trained if missing)"
+        ),
+    ] = ()
+    """Artifacts, and files of `coma export`; exported files beside an artifact are found."""
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 lets other machines in."""
+    """Address to listen on; 0.0.0.0 admits other machines."""
     port: Annotated[int, Range(0, 65535)] = 7860
-    """0 takes a free one."""
+    """Port to listen on; 0 picks a free one."""
     share: bool = False
-    """Make a public address through gradio's servers. Everybody who has it can use the page."""
-    auth: str | None = None
-    """NAME:PASSWORD that visitors have to give."""
+    """Create a public address through gradio's servers; everyone who knows it can use the page."""
+    auth: Annotated[str | None, tyro.conf.arg(metavar="NAME:PASSWORD", help_behavior_hint="")] = None
+    """User name and password that visitors must enter."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """For PyTorch and ONNX Runtime; auto: a GPU where there is one."""
+    """Device for PyTorch and ONNX Runtime; auto is the GPU where there is one."""
     open: bool = False
-    """Open it in this machine's browser."""
+    """Open the page in the browser of this machine."""
 
 
 def run(argv: list[str]) -> None:
-    """Parse, load, serve until Ctrl-C or another signal that ends programs.
+    """Serves the page until Ctrl-C or another signal ends it.
 
     Raises:
-        BadInput: no artifact, a port that is taken, a malformed --auth.
+        BadInput: no artifact, a port in use, or a malformed --auth.
     """
     given = parse_arguments(DemoConfig, argv, prog="coma demo")
     auth = parse_auth(given.auth)
@@ -64,13 +69,14 @@ def run(argv: list[str]) -> None:
     device = pick_device(given.device)
     models = load_models(given.models or (quickstart(),), device)
     if dead := delete_leftovers():
-        print(f"deleted the pictures of {counted(dead, 'demo server')} that had been killed", flush=True)
+        print(f"deleted the pictures of {counted(dead, 'demo server')} that did not end cleanly", flush=True)
     with _ended_by_signals(), temporary_storage() as storage:
         server = serve(models, storage.folder, given.host, given.port, auth, given.share, given.open)
         print(f"\n  open {server.share_url or server.local_url} in a browser; Ctrl-C stops\n", flush=True)
         if given.host not in ("127.0.0.1", "localhost", "::1") and not auth:
             print(
-                "  anybody who reaches this machine can use it; --auth NAME:PASSWORD asks first\n", flush=True
+                "  everyone who can reach this machine can use the page; --auth NAME:PASSWORD restricts it\n",
+                flush=True,
             )
         try:
             server.block_thread()
@@ -80,11 +86,11 @@ def run(argv: list[str]) -> None:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Make the signals that end programs leave by the way of Ctrl-C, so that everything is put away."""
+    """Makes SIGTERM and SIGHUP exit like Ctrl-C does, so that temporary files are deleted."""
 
     def stop(number: int, _: object) -> None:
         for each in (*before, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)  # a second one would interrupt the putting away
+            signal.signal(each, signal.SIG_IGN)  # a second signal would interrupt the clean-up
         raise SystemExit(128 + number)
 
     numbers = (signal.SIGTERM, signal.SIGHUP)
@@ -107,27 +113,27 @@ def serve(
     share: bool = False,
     inbrowser: bool = False,
 ) -> Any:
-    """Start the page in the background.
+    """Starts the page in the background.
 
     Args:
-        models: What it may use.
-        folder: For uploads and results; whoever made it removes it.
-        host: Address.
-        port: 0 takes a free one.
-        auth: Name and password.
-        share: Through gradio's servers.
-        inbrowser: Open it.
+        models: Models that visitors can use.
+        folder: Folder for uploads and results; the caller deletes it.
+        host: Address to listen on.
+        port: Port to listen on; 0 picks a free one.
+        auth: User name and password.
+        share: Create a public address through gradio's servers.
+        inbrowser: Open the page in a browser.
 
     Returns:
-        gradio's page, running: `local_url`, `close()`.
+        The running page of gradio, with `local_url` and `close()`.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     storage = Storage(folder)
     os.environ["GRADIO_TEMP_DIR"] = str(storage.folder)
-    from demo.app import build
+    from demo.app import build_page
     from demo.style import CSS, theme
 
-    page, protection = build(models, storage)
+    page, protection = build_page(models, storage)
     page.launch(
         server_name=host,
         server_port=port or free_port(host),
@@ -151,10 +157,10 @@ def serve(
 
 
 def load_models(given: tuple[Path, ...], device: Literal["cpu", "cuda"]) -> Models:
-    """What was named.
+    """Loads the models.
 
     Raises:
-        BadInput: something that is no artifact and no verified file.
+        BadInput: a path that is neither an artifact nor a verified file.
     """
     from demo.models import Models
 
@@ -162,23 +168,23 @@ def load_models(given: tuple[Path, ...], device: Literal["cpu", "cuda"]) -> Mode
 
 
 def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
-    """The device to use; auto: a GPU where there is one.
+    """Returns the device; auto is the GPU where there is one.
 
     Raises:
-        BadInput: there is no GPU.
+        BadInput: cuda was asked for, but there is no GPU.
     """
     import torch
 
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: this PyTorch sees no GPU")
+        raise BadInput("--device cuda: PyTorch finds no GPU")
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def quickstart(folder: Path = QUICKSTART) -> Path:
-    """The quickstart's artifact, trained now (with a progress bar) if there is none."""
+    """Returns the artifact of the quickstart, which is trained first if it is missing."""
     artifact = folder / "run" / "artifact"
     if not (artifact / "model.safetensors").exists():
-        print(f"no model was named, and there is no {artifact}: training a tiny one first", flush=True)
+        print(f"no model was given and {artifact} does not exist: training a tiny model first", flush=True)
         from pretrain.commands import quickstart as command
 
         command.run(["--out", str(folder)])
@@ -186,10 +192,10 @@ def quickstart(folder: Path = QUICKSTART) -> Path:
 
 
 def parse_auth(text: str | None) -> tuple[str, str] | None:
-    """NAME:PASSWORD as two strings.
+    """Returns the user name and the password of NAME:PASSWORD.
 
     Raises:
-        BadInput: no colon, or one side of it empty.
+        BadInput: a missing colon, or an empty part.
     """
     if text is None:
         return None
@@ -200,13 +206,13 @@ def parse_auth(text: str | None) -> tuple[str, str] | None:
 
 
 def check_port(host: str, port: int) -> None:
-    """Find out before anything is loaded whether the port can be had.
+    """Checks, before models are loaded, that the port is free.
 
     Raises:
-        BadInput: it is taken, or the address is none of this machine's.
+        BadInput: the port is in use, or the address does not belong to this machine.
     """
     if not host.strip():
-        raise BadInput("--host '' is no address; give 127.0.0.1 for this machine alone")
+        raise BadInput("--host '' is not an address; 127.0.0.1 serves this machine only")
     try:
         with socket.create_server((host, port)):
             pass
@@ -218,6 +224,6 @@ def check_port(host: str, port: int) -> None:
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens at."""
+    """Returns a free port."""
     with socket.create_server((host, 0)) as server:
         return server.getsockname()[1]

@@ -12,39 +12,39 @@ from coma.errors import BadInput
 from coma.runtimes.model_spec import GraphKind
 from demo.models import Model
 from demo.predict import classify, detect, draw_classes, draw_objects, segment, shares
-from demo.session import MODEL_WORK, Site, note, table
+from demo.session import MODEL_EVENT, Session, note, table
 
 TITLES: dict[GraphKind, str] = {"classifier": "Classify", "detector": "Detect", "segmentor": "Segment"}
 
 
-def classify_tab(site: Site, picture: gr.Image) -> None:
-    """Top-5 bars."""
-    model, runtime, go = _pickers(site, "classifier", "Classify")
+def classify_tab(session: Session, picture: gr.Image) -> None:
+    """Builds the tab that shows the five most probable classes."""
+    model, runtime, go = _pickers(session, "classifier", "Classify")
     bars = gr.Label(label="Top 5", num_top_classes=5, elem_id="top5")
 
     def run(picture: str | None, model: str, runtime: str) -> dict[str, float]:
-        """The likeliest classes of a picture."""
-        chosen, opened = _open(site, model, runtime, "classifier")
-        return classify(opened, _pixels(site, chosen, picture), chosen.class_names())
+        """Returns the most probable classes of a picture."""
+        chosen, opened = _open(session, model, runtime, "classifier")
+        return classify(opened, _pixels(session, chosen, picture), chosen.class_names())
 
-    go.click(run, [picture, model, runtime], bars, api_name="classify", **MODEL_WORK)
+    go.click(run, [picture, model, runtime], bars, api_name="classify", **MODEL_EVENT)
 
 
-def detect_tab(site: Site, picture: gr.Image) -> None:
-    """Boxes and masks."""
-    model, runtime, go = _pickers(site, "detector", "Detect")
-    score = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="Least score", elem_id="score")
+def detect_tab(session: Session, picture: gr.Image) -> None:
+    """Builds the tab that shows detected objects."""
+    model, runtime, go = _pickers(session, "detector", "Detect")
+    score = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="Score threshold", elem_id="score")
     drawn = gr.Image(
-        label="Found", format="png", interactive=False, elem_id="detections",
-        buttons=["download", "fullscreen"], alt_text="The picture with boxes around what was found",
+        label="Detected objects", format="png", interactive=False, elem_id="detections",
+        buttons=["download", "fullscreen"], alt_text="The picture with boxes around the detected objects",
     )  # fmt: skip
     rows = gr.HTML(elem_id="objects")
     plain = gr.JSON(visible=False, label="Objects")
 
     def run(picture: str | None, model: str, runtime: str, score: float) -> tuple[str, str, list[Any]]:
-        """Objects in a picture, of at least this score."""
-        chosen, opened = _open(site, model, runtime, "detector")
-        pixels = _pixels(site, chosen, picture)
+        """Returns the objects in a picture with at least this score."""
+        chosen, opened = _open(session, model, runtime, "detector")
+        pixels = _pixels(session, chosen, picture)
         found = detect(opened, pixels, chosen.class_names(), float(score))
         listed = [
             {"class": each.name, "score": round(each.score, 4), "box": [round(v, 1) for v in each.box]}
@@ -54,33 +54,33 @@ def detect_tab(site: Site, picture: gr.Image) -> None:
             [each.name, f"{each.score:.2f}", " ".join(f"{v:.0f}" for v in each.box)] for each in found[:50]
         ]
         text = table(("class", "score", "x1 y1 x2 y2, pixels"), cells, caption=f"{len(found)} objects")
-        empty = note("Nothing of at least this score; try a lower one.")
-        drawing = site.save(draw_objects(pixels, found, chosen.palette()))
+        empty = note("No object reaches this score; lower the threshold.")
+        drawing = session.save(draw_objects(pixels, found, chosen.palette()))
         return drawing, text if found else empty, listed
 
     work: dict[str, Any] = {
         "inputs": [picture, model, runtime, score],
         "outputs": [drawn, rows, plain],
-        **MODEL_WORK,
+        **MODEL_EVENT,
     }
     go.click(run, **work, api_name="detect")
     score.release(run, **work, api_visibility="private")
 
 
-def segment_tab(site: Site, picture: gr.Image) -> None:
-    """Overlay and legend."""
-    model, runtime, go = _pickers(site, "segmentor", "Segment")
+def segment_tab(session: Session, picture: gr.Image) -> None:
+    """Builds the tab that shows the class of every pixel."""
+    model, runtime, go = _pickers(session, "segmentor", "Segment")
     drawn = gr.ImageSlider(
         label="Picture | classes (drag the line)", format="png", interactive=False, elem_id="classes",
         buttons=["download", "fullscreen"], max_height=620, slider_position=35,
     )  # fmt: skip
     legend = gr.HTML(elem_id="legend")
-    plain = gr.JSON(visible=False, label="Shares")
+    plain = gr.JSON(visible=False, label="Class shares")
 
     def run(picture: str | None, model: str, runtime: str) -> tuple[Any, str, dict[str, float]]:
-        """The class of every pixel."""
-        chosen, opened = _open(site, model, runtime, "segmentor")
-        pixels = _pixels(site, chosen, picture)
+        """Returns the class of every pixel."""
+        chosen, opened = _open(session, model, runtime, "segmentor")
+        pixels = _pixels(session, chosen, picture)
         classes = segment(opened, pixels)
         colours = chosen.palette()
         found = shares(classes, chosen.class_names())
@@ -90,17 +90,17 @@ def segment_tab(site: Site, picture: gr.Image) -> None:
             for i, name, share in found
         )
         pictures = tuple(
-            site.save(draw_classes(pixels, classes, colours, strength)) for strength in (0.0, 0.65)
+            session.save(draw_classes(pixels, classes, colours, strength)) for strength in (0.0, 0.65)
         )
         text = f"<ul class='legend' aria-label='Classes in the picture'>{items}</ul>"
         return pictures, text, {name: round(share, 4) for _, name, share in found}
 
-    go.click(run, [picture, model, runtime], [drawn, legend, plain], api_name="segment", **MODEL_WORK)
+    go.click(run, [picture, model, runtime], [drawn, legend, plain], api_name="segment", **MODEL_EVENT)
 
 
-def _pickers(site: Site, form: GraphKind, verb: str) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button]:
-    """Model, runtime, and the button that starts."""
-    models = site.models.having(form)
+def _pickers(session: Session, form: GraphKind, verb: str) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button]:
+    """Returns the choice of model, the choice of runtime, and the start button."""
+    models = session.models.having(form)
     with gr.Row(elem_classes="settings", equal_height=True):
         model = gr.Dropdown(
             [each.name for each in models], value=models[0].name, label="Model", visible=len(models) > 1,
@@ -113,7 +113,7 @@ def _pickers(site: Site, form: GraphKind, verb: str) -> tuple[gr.Dropdown, gr.Dr
         go = gr.Button(verb, variant="primary", elem_id=f"{form}-go")
 
     def changed(name: str) -> Any:
-        there = _titles(site.models[name], form)
+        there = _titles(session.models[name], form)
         return gr.update(choices=there, value=there[0])
 
     model.change(changed, model, runtime, api_visibility="private", show_progress="hidden")
@@ -121,15 +121,15 @@ def _pickers(site: Site, form: GraphKind, verb: str) -> tuple[gr.Dropdown, gr.Dr
 
 
 def _titles(model: Model, form: GraphKind) -> list[str]:
-    return [offer.title for offer in model.offers(form) if not offer.reason]
+    return [option.title for option in model.options(form) if not option.reason]
 
 
-def _open(site: Site, model: str, runtime: str, form: GraphKind) -> tuple[Model, Any]:
-    chosen = site.models[model]
+def _open(session: Session, model: str, runtime: str, form: GraphKind) -> tuple[Model, Any]:
+    chosen = session.models[model]
     if form not in chosen.forms:
-        raise BadInput(f"This model is no {form}; choose one from the list.")
+        raise BadInput(f"This model is not a {form}; choose one from the list.")
     return chosen, chosen.runtime(form, runtime or None)
 
 
-def _pixels(site: Site, model: Model, picture: str | None) -> np.ndarray:
-    return site.pixels(picture, len(model.description(model.kind).preprocessing.mean))  # pyright: ignore
+def _pixels(session: Session, model: Model, picture: str | None) -> np.ndarray:
+    return session.pixels(picture, len(model.description(model.kind).preprocessing.mean))  # pyright: ignore

@@ -1,4 +1,4 @@
-"""The foot of the page: how to call it from a program."""
+"""The last part of the page: how to call it from Python."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from demo.models import Models
 
 
 def guide(models: Models) -> None:
-    """Build it."""
+    """Builds the code example for these models."""
     calls = []
     if models.having("reconstructor"):
         name = models.having("reconstructor")[0].name
@@ -37,11 +37,11 @@ def guide(models: Models) -> None:
             *calls,
         ]
     )
-    with gr.Accordion("Use it from a program", open=False, elem_id="guide"):
+    with gr.Accordion("Use this page from Python", open=False, elem_id="guide"):
         gr.Markdown(
-            "Everything here can be called with `pip install gradio_client`; every endpoint with its "
-            "arguments is listed by **Use via API** at the end of the page. To hide what you choose, give "
-            '`"brush"` and, in place of `None`, `{"background": None, "composite": None, "layers": '
-            '[handle_file("strokes.png")]}`: a transparent PNG, painted where the model shall not see.'
+            "Everything on this page can be called from Python after `pip install gradio_client`. **Use via "
+            "API** at the end of the page lists all endpoints and their arguments. To choose "
+            'the mask, pass `"brush"` and, for `None`, `{"background": None, "composite": None, "layers": '
+            '[handle_file("strokes.png")]}`, where the PNG is transparent except for the masked parts.'
         )
         gr.Code(code, language="python", label="Python", interactive=False)

@@ -1,4 +1,4 @@
-"""The tab that looks inside: pyramid, gates, attention of a place."""
+"""The introspection tab: feature pyramid, window gates, attention of a position."""
 
 from __future__ import annotations
 
@@ -11,71 +11,70 @@ from torch import Tensor
 
 from coma.data.transforms import normalize
 from coma.errors import BadInput
-from coma.models import DyViT
-from demo.introspection import attention_of, feature_pyramid, gate_weights, pyramid_colours
+from demo.introspection import attention_maps_of, feature_pyramid, gate_weights, pyramid_colours
 from demo.models import Model
-from demo.render import enlarge, number_image, overlay, to_rgb
-from demo.resize import fit_picture
-from demo.session import MODEL_WORK, Site, note, table
+from demo.render import colour_indices, enlarge, overlay, to_rgb
+from demo.resize import resize_picture
+from demo.session import MODEL_EVENT, Session, note, table
 
 SHOWN = 448
 WINDOWS = np.array([(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167)], np.uint8)
-"""Okabe and Ito's colours, which people with colour blindness tell apart too."""
+"""Okabe and Ito's palette, which is safe for colour-blind people."""
 Pictures = list[tuple[np.ndarray, str]]
 Files = list[tuple[str, str]]
 
 
-def inside_tab(site: Site, picture: gr.Image) -> None:
-    """Build the tab; everything is computed when its button is pressed, or a place is clicked."""
-    models = site.models.looked_into()
+def introspection_tab(session: Session, picture: gr.Image) -> None:
+    """Builds the tab, which computes on a press of the button or a click on the picture."""
+    models = session.models.with_encoder()
     with gr.Row(elem_classes="settings", equal_height=True):
         model = gr.Dropdown(
             [each.name for each in models], value=models[0].name, label="Model", visible=len(models) > 1,
             elem_id="inside-model", filterable=False,
         )  # fmt: skip
-        look = gr.Button("Look inside", variant="primary", elem_id="look")
-    gr.Markdown("### Feature pyramid\nPrincipal components as colours: like colours are like features.")
+        look = gr.Button("Show features", variant="primary", elem_id="look")
+    gr.Markdown(
+        "### Feature pyramid\nPrincipal components as colours: similar colours mean similar features."
+    )
     pyramid = gr.Gallery(label="Feature pyramid", **_gallery(5), elem_id="pyramid")
     gr.Markdown(
-        "### Gates of DM-MSA\nWhich window brings most to each place, and what the gates multiply them by."
+        "### Gates of DM-MSA\nThe window that contributes most at each position, and the gates' weights."
     )
     strongest = gr.Gallery(
         label="Strongest window of the last block of each stage", **_gallery(4), elem_id="gates"
     )
     weights = gr.HTML(elem_id="gate-weights", label="Gates")
-    gr.Markdown("### Attention of a place\nClick on the picture, or move the two sliders.")
+    gr.Markdown("### Attention of a position\nClick on the picture, or move the two sliders.")
     with gr.Row():
         with gr.Column(scale=2, min_width=260):
             target = gr.Image(
-                label="Click a place", show_label=False, interactive=False, format="png", elem_id="place",
-                buttons=[], alt_text="The picture; click to see where this place looks",
+                label="Choose a position", show_label=False, interactive=False, format="png", elem_id="place",
+                buttons=[], alt_text="The picture; click to see what this position attends to",
             )  # fmt: skip
-            row = gr.Slider(0, 1, 0.5, step=0.01, label="From the top", elem_id="row")
-            col = gr.Slider(0, 1, 0.5, step=0.01, label="From the left", elem_id="col")
+            row = gr.Slider(0, 1, 0.5, step=0.01, label="Vertical position", elem_id="row")
+            col = gr.Slider(0, 1, 0.5, step=0.01, label="Horizontal position", elem_id="col")
             stage = gr.Radio([1, 2, 3, 4], value=3, label="Stage", elem_id="stage")
         with gr.Column(scale=3, min_width=300):
-            attention = gr.Gallery(
-                label="Where it looks (mean of the heads)", **_gallery(2), elem_id="attention"
-            )
+            attention = gr.Gallery(label="Attention (mean over heads)", **_gallery(2), elem_id="attention")
 
     def inside(picture: str | None, model: str) -> tuple[Files, Files, str, str]:
-        """Feature pyramid and gates of a picture."""
-        chosen = _of(site, model)
-        image, pixels = _input(site, chosen, picture)
+        """Returns the feature pyramid and the gates of a picture."""
+        chosen = _of(session, model)
+        image, pixels = _input(session, chosen, picture)
         encoder = chosen.encoder()
         colours = pyramid_colours(feature_pyramid(encoder, image))
-        gates = gate_weights(encoder, image) if isinstance(encoder, DyViT) else []
+        gates = gate_weights(encoder, image) if encoder.window_gates() else []
         shown: Pictures = [(enlarge(pixels, SHOWN), "picture")]
         for stride, each in zip(encoder.strides, colours, strict=True):
             size = f"{each.shape[1]} x {each.shape[0]}"
             shown.append((enlarge(each, SHOWN, blocks=True), f"stride {stride}: {size}"))
         if not gates:
-            text = "This model is a plain ViT: one window, the whole picture, and no gates."
-            return site.save_all(shown), [], note(text), site.save(enlarge(pixels, SHOWN))
+            text = "This model has no gates: every layer has one window, the whole picture."
+            return session.save_all(shown), [], note(text), session.save(enlarge(pixels, SHOWN))
         last = {each.stage: each for each in gates}
         maps: Pictures = [
             (
-                enlarge(number_image(each.strongest, WINDOWS), SHOWN, blocks=True),
+                enlarge(colour_indices(each.strongest, WINDOWS), SHOWN, blocks=True),
                 f"stage {each.stage}: {_legend(each.windows)}",
             )
             for each in last.values()
@@ -88,35 +87,35 @@ def inside_tab(site: Site, picture: gr.Image) -> None:
             ]
             for each in gates
         ]
-        head = ("block", "mean weight of each window", "channels in which it weighs most")
+        head = ("block", "mean weight of each window", "channels where it has the largest weight")
         text = table(head, rows, caption="Gates of DM-MSA")
-        return site.save_all(shown), site.save_all(maps), text, site.save(enlarge(pixels, SHOWN))
+        return session.save_all(shown), session.save_all(maps), text, session.save(enlarge(pixels, SHOWN))
 
     def attend(picture: str | None, model: str, stage: float, row: float, col: float) -> tuple[Files, str]:
-        """Attention of one place of a picture, in the last block of a stage."""
-        chosen = _of(site, model)
-        image, pixels = _input(site, chosen, picture)
-        maps = attention_of(chosen.encoder(), image, int(stage), row, col)
+        """Returns the attention of one position in the last block of a stage."""
+        chosen = _of(session, model)
+        image, pixels = _input(session, chosen, picture)
+        maps = attention_maps_of(chosen.encoder(), image, int(stage), row, col)
         pictures = [
             (_mark(enlarge(overlay(pixels, each), SHOWN), row, col), f"window: {name}")
             for name, each in maps.items()
         ]
-        return site.save_all(pictures), site.save(_mark(enlarge(pixels, SHOWN), row, col))
+        return session.save_all(pictures), session.save(_mark(enlarge(pixels, SHOWN), row, col))
 
     def clicked(event: gr.SelectData, picture: str | None, model: str) -> tuple[float, float]:
         x, y = event.index
-        _, pixels = _input(site, _of(site, model), picture)
+        _, pixels = _input(session, _of(session, model), picture)
         height, width = enlarge(pixels, SHOWN).shape[:2]
         return round(min(max(y / height, 0), 1), 3), round(min(max(x / width, 0), 1), 3)
 
     place = [picture, model, stage, row, col]
     look.click(
-        inside, [picture, model], [pyramid, strongest, weights, target], api_name="inside", **MODEL_WORK
-    ).then(attend, place, [attention, target], api_visibility="private", **MODEL_WORK)
+        inside, [picture, model], [pyramid, strongest, weights, target], api_name="inside", **MODEL_EVENT
+    ).then(attend, place, [attention, target], api_visibility="private", **MODEL_EVENT)
     target.select(clicked, [picture, model], [row, col], api_visibility="private", show_progress="hidden")
     gr.on(
         [row.change, col.change, stage.change], attend, place, [attention, target],
-        api_name="attention", show_progress_on=[attention], **MODEL_WORK,
+        api_name="attention", show_progress_on=[attention], **MODEL_EVENT,
     )  # fmt: skip
 
 
@@ -128,21 +127,21 @@ def _gallery(columns: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _of(site: Site, name: str) -> Model:
-    chosen = site.models[name]
-    if chosen not in site.models.looked_into():
-        raise BadInput("This model cannot be looked into; choose one from the list.")
+def _of(session: Session, name: str) -> Model:
+    chosen = session.models[name]
+    if chosen not in session.models.with_encoder():
+        raise BadInput("The encoder of this model is not available; choose a model from the list.")
     return chosen
 
 
-def _input(site: Site, model: Model, picture: str | None) -> tuple[Tensor, np.ndarray]:
-    """The picture's centre square, normalised `[1, c, S, S]` and as uint8 `[S, S, 3]`."""
+def _input(session: Session, model: Model, picture: str | None) -> tuple[Tensor, np.ndarray]:
+    """Returns the centre square, normalised `[1, c, S, S]` and as uint8 `[S, S, 3]`."""
     config = model.config
     assert config is not None
-    pixels = site.pixels(picture, config.model.channels)
-    fitted = fit_picture(pixels, config.image_size, "crop", config.mean)
-    image = normalize(fitted.pixels[None], config.mean, config.std)
-    return image.to(torch.float32), to_rgb(fitted.pixels.permute(1, 2, 0).numpy())
+    pixels = session.pixels(picture, config.model.channels)
+    resized = resize_picture(pixels, config.image_size, "crop", config.mean)
+    image = normalize(resized.pixels[None], config.mean, config.std)
+    return image.to(torch.float32), to_rgb(resized.pixels.permute(1, 2, 0).numpy())
 
 
 def _legend(windows: tuple[int, ...]) -> str:
@@ -155,7 +154,7 @@ def _window(side: int) -> str:
 
 
 def _mark(picture: np.ndarray, row: float, col: float) -> np.ndarray:
-    """A ring around a place."""
+    """Returns the picture with a ring around a position."""
     from PIL import Image, ImageDraw
 
     image = Image.fromarray(picture)

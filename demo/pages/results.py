@@ -1,4 +1,4 @@
-"""What the reconstruction tab shows of a result: pictures with captions, and numbers."""
+"""Pictures and numbers of a reconstruction."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import numpy as np
 
 from demo.masking import METHODS
 from demo.models import Model
-from demo.reconstruction import Rebuilt
+from demo.reconstruction import Reconstruction
 from demo.render import cover, enlarge, to_rgb
-from demo.resize import Fitted
+from demo.resize import Resized
 from demo.session import cards, note
 
 CANVAS = 512
 Views = list[tuple[np.ndarray, str]]
 
 
-def views_of(rebuilt: Rebuilt) -> Views:
-    """All pictures, each with a caption that says what it is."""
+def view_pictures(rebuilt: Reconstruction) -> Views:
+    """Returns the pictures of all views with captions."""
     pictures: Views = []
     seen = to_rgb(rebuilt.shown)
     names = "ABCDEFGH"
@@ -28,27 +28,36 @@ def views_of(rebuilt: Rebuilt) -> Views:
     ):
         view = f"view {names[i]}" if several else "the model"
         pair = (
-            f"{names[1 - i]} rebuilt from {names[i]}" if len(rebuilt.hidden) == 2 else f"rebuilt from {view}"
+            f"{names[1 - i]} reconstructed from {names[i]}"
+            if len(rebuilt.hidden) == 2
+            else f"reconstructed from {view}"
         )
         pictures.append(
-            (large(cover(seen, hidden & (not rebuilt.everything)), blocks=True), f"what {view} sees")
+            (large(cover(seen, hidden & (not rebuilt.predicts_all)), blocks=True), f"what {view} sees")
         )
         pictures.append((large(to_rgb(filled)), f"{pair if several else 'composite'}: {score.psnr:.1f} dB"))
-    if not several and not rebuilt.everything:
+    if not several and not rebuilt.predicts_all:
         alone = cover(to_rgb(rebuilt.merged), ~rebuilt.predicted)
-        pictures.append((large(alone), "reconstruction alone"))
+        pictures.append((large(alone), "masked pixels only"))
     return pictures
 
 
 def large(picture: np.ndarray, *, blocks: bool = False) -> np.ndarray:
-    """A picture as large as the page shows it."""
+    """Returns the picture enlarged to its size on the page."""
     return enlarge(picture, CANVAS, blocks=blocks)
 
 
-def facts_of(
-    rebuilt: Rebuilt, model: Model, fitted: Fitted, unit: int, method: str, seed: int, title: str, source: str
+def result_facts(
+    rebuilt: Reconstruction,
+    model: Model,
+    resized: Resized,
+    unit: int,
+    method: str,
+    seed: int,
+    title: str,
+    source: str,
 ) -> dict[str, Any]:
-    """The numbers, for programs."""
+    """Returns the numbers as JSON."""
     psnr = rebuilt.score.psnr
     return {
         "psnr_db": round(psnr, 3) if np.isfinite(psnr) else None,
@@ -66,32 +75,32 @@ def facts_of(
         "seed": seed if METHODS[method].seed else None,
         "runtime": title,
         "milliseconds": round(1000 * rebuilt.seconds, 1),
-        "picture": fitted.note,
+        "picture": resized.note,
         "statistics": source if model.norm_pix else None,
     }
 
 
-def numbers_of(facts: dict[str, Any]) -> str:
-    """The numbers, for people."""
+def facts_html(facts: dict[str, Any]) -> str:
+    """Returns the numbers as HTML."""
     views = facts["views"]
     hidden = " / ".join(f"{view['hidden']:.0%}" for view in views[:2]) + (" ..." if len(views) > 2 else "")
     rows = [
         (
-            "PSNR, hidden pixels",
+            "PSNR, masked pixels",
             f"{facts['psnr_db']:.2f} dB" if facts["psnr_db"] else "exact",
             "higher is better",
         ),
-        ("SSIM, hidden pixels", "-" if facts["ssim"] is None else f"{facts['ssim']:.3f}", "1 is equal"),
-        ("hidden", hidden, "share of each view's pixels"),
-        ("mask unit", f"{facts['unit_px']} px", "what is hidden as a whole"),
+        ("SSIM, masked pixels", "-" if facts["ssim"] is None else f"{facts['ssim']:.3f}", "1 is identical"),
+        ("mask ratio", hidden, "share of masked pixels in each view"),
+        ("mask unit", f"{facts['unit_px']} px", "smallest part that is masked"),
         ("time", f"{facts['milliseconds']:.0f} ms", facts["runtime"]),
     ]
     if facts["seed"] is not None:
         rows.append(("seed", str(facts["seed"]), "the same seed draws the same mask"))
     if facts["statistics"] == "target":
         leak = (
-            "CAUTION: hidden patches are shown with their own true mean and contrast, which the model never "
-            "saw: picture and numbers leak."
+            "CAUTION: masked patches are shown with their true mean and standard deviation, which the model "
+            "never saw: picture and numbers leak information."
         )
         warning = f"<p class='leak' role='alert'>{leak}</p>"
     else:

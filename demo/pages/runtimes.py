@@ -1,4 +1,4 @@
-"""The tab that runs one model by every runtime there is, and compares them."""
+"""The tab that compares all runtimes of a model."""
 
 from __future__ import annotations
 
@@ -7,50 +7,50 @@ from typing import Any
 import gradio as gr
 
 from coma.runtimes.model_spec import GraphKind
-from demo.compare_runtimes import Measured, compare
-from demo.session import MODEL_WORK, Site, note, table
+from demo.compare_runtimes import RuntimeTiming, time_runtimes
+from demo.session import MODEL_EVENT, Session, note, table
 
 PROGRESS = gr.Progress()
-HEAD = ("runtime", "one picture", "times PyTorch's speed", "cosine", "largest difference", "what ran")
+HEAD = ("runtime", "latency", "speed-up", "cosine", "largest difference", "version")
 
 
-def runtimes_tab(site: Site, picture: gr.Image) -> None:
-    """Build the tab."""
+def runtimes_tab(session: Session, picture: gr.Image) -> None:
+    """Builds the tab."""
     choices: dict[str, tuple[str, GraphKind]] = {
-        f"{name}: {form}" if len(forms) > 1 or len(site.models.names) > 1 else form: (name, form)
-        for name in site.models.names
-        for forms in (site.models[name].forms,)
+        f"{name}: {form}" if len(forms) > 1 or len(session.models.names) > 1 else form: (name, form)
+        for name in session.models.names
+        for forms in (session.models[name].forms,)
         for form in forms
     }
     gr.Markdown(
-        "The same weights by PyTorch, ONNX Runtime and TensorRT, on the picture on the left. A file is "
-        "offered only if `coma export` verified it and it was made of these very weights."
+        "Runs the same weights with PyTorch, ONNX Runtime and TensorRT on the picture on the left. Exported "
+        "files are listed only if `coma export` verified them and they hold these weights."
     )
     with gr.Row(elem_classes="settings", equal_height=True):
         what = gr.Dropdown(
             list(choices), value=list(choices)[-1], label="Model", elem_id="compare-model", filterable=False
         )
         go = gr.Button("Compare", variant="primary", elem_id="compare")
-    result = gr.HTML(_waiting(site, *list(choices.values())[-1]), elem_id="comparison", label="Table")
+    result = gr.HTML(_waiting(session, *list(choices.values())[-1]), elem_id="comparison", label="Table")
     plain = gr.JSON(visible=False, label="Comparison")
 
     def compare_runtimes(picture: str | None, what: str, progress: Any = PROGRESS) -> tuple[str, list[Any]]:
-        """Time every runtime of a model on a picture."""
+        """Measures every runtime of a model on a picture."""
         name, form = choices[what]
-        model = site.models[name]
+        model = session.models[name]
         config = model.config
         channels = config.model.channels if config else len(model.description(form).preprocessing.mean)
-        pixels = site.pixels(picture, channels)
+        pixels = session.pixels(picture, channels)
 
-        def told(share: float, title: str) -> None:
+        def report_progress(share: float, title: str) -> None:
             progress(share, desc=f"running {title}")
 
-        rows = compare(model, form, pixels, told)
+        rows = time_runtimes(model, form, pixels, report_progress)
         return _result(rows, form), [vars(row) for row in rows]
 
-    go.click(compare_runtimes, [picture, what], [result, plain], api_name="compare_runtimes", **MODEL_WORK)
+    go.click(compare_runtimes, [picture, what], [result, plain], api_name="compare_runtimes", **MODEL_EVENT)
     what.change(
-        lambda chosen: _waiting(site, *choices[chosen]),
+        lambda chosen: _waiting(session, *choices[chosen]),
         what,
         result,
         api_visibility="private",
@@ -58,16 +58,16 @@ def runtimes_tab(site: Site, picture: gr.Image) -> None:
     )
 
 
-def _waiting(site: Site, name: str, form: GraphKind) -> str:
+def _waiting(session: Session, name: str, form: GraphKind) -> str:
     rows = [
-        [offer.title, f"not available: {offer.reason}" if offer.reason else "press Compare"]
-        for offer in site.models[name].offers(form)
+        [option.title, f"not available: {option.reason}" if option.reason else "press Compare"]
+        for option in session.models[name].options(form)
     ]
-    off = [i for i, offer in enumerate(site.models[name].offers(form)) if offer.reason]
+    off = [i for i, option in enumerate(session.models[name].options(form)) if option.reason]
     return table(HEAD, rows, off, caption="Runtimes")
 
 
-def _result(rows: list[Measured], form: GraphKind) -> str:
+def _result(rows: list[RuntimeTiming], form: GraphKind) -> str:
     first = next((row for row in rows if row.reason is None), None)
     shown: list[list[str]] = []
     for row in rows:
@@ -87,5 +87,8 @@ def _result(rows: list[Measured], form: GraphKind) -> str:
             ]
         )
     off = [i for i, row in enumerate(rows) if row.reason is not None]
-    text = "Median of the runs, copies to and from a GPU included; differences are to the first row."
+    text = (
+        "Latency is the median for one picture, including copies to and from the GPU; speed-up, cosine and "
+        "difference are relative to the first row."
+    )
     return table(HEAD, shown, off, caption="Runtimes") + note(text)

@@ -19,7 +19,7 @@ from coma.atomic_io import lies_among
 from coma.config import FinetuneConfig
 from coma.data import Batch, labelled_batches
 from coma.errors import BadInput
-from coma.models.classifier import build_classifier
+from coma.models.classifiers import build_classifier
 from coma.objectives.classification import Classification
 from downstream.classify.plan import FinetunePlan, prepare_finetuning
 from downstream.classify.run_directory import ClassifierRunDirectory

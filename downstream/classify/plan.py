@@ -101,16 +101,14 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
         if not chosen.any():
             raise BadInput(
                 f"{train.location}: every class has a single image, so none can be held out to choose the "
-                "checkpoint; give validation images (--val), or publish the last step's weights (--hold-out 0)"
+                "checkpoint; give validation images (--val), or take the last step's weights (--hold-out 0)"
             )
         single = int((labels.bincount() == 1).sum())
-        none_there = (
-            f"; {counted(single, 'class', 'classes')} with a single image have none" if single else ""
-        )
+        without = f"; {counted(single, 'class', 'classes')} with a single image have none" if single else ""
         chosen_by = (
             f"checkpoint: chosen by top-1 on {int(chosen.sum()):,} of the {len(labels):,} images of "
             f"{train.location}, which are not trained on: {share:.3g} of every class, at least one of two, "
-            f"drawn with seed {config.run.seed}{none_there} (--val or --hold-out change this)"
+            f"drawn with seed {config.run.seed}{without} (--val or --hold-out change this)"
         )
         val, val_labels = Subset(train, np.flatnonzero(chosen)), labels[chosen]
         train, labels = Subset(train, np.flatnonzero(~chosen)), labels[~chosen]

@@ -17,7 +17,7 @@ from coma.artifact import LINEAR_HEAD, ArtifactConfig, library_versions
 from coma.config import FinetuneConfig
 from coma.data import Source
 from coma.errors import BadInput
-from coma.models.classifier import build_classifier
+from coma.models.classifiers import build_classifier
 from downstream.classify.plan import FinetunePlan
 from downstream.classify.validation import Validation, validate
 from pretrain.training.console import TrainingConsole
@@ -97,7 +97,7 @@ class ClassifierRunDirectory(RunDirectory[FinetuneConfig]):
         super().save(state | {"validation": kept})
 
     def evaluate(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
-        """Validates these weights, and tests the best ones at the end, unless that was done before resuming."""
+        """Validates these weights and, at the end, tests the best ones, unless done before resuming."""
         if self._evaluated == step:
             return
         plan = self._finetuning

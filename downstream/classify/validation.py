@@ -11,7 +11,7 @@ from torch import Tensor
 from coma.amp import Precision, autocast
 from coma.data import Source, evaluation_batches, normalize, topk_accuracy
 from coma.errors import CheckFailed
-from coma.models.classifier import Classifier
+from coma.models.classifiers import Classifier
 
 
 @dataclass(frozen=True)

@@ -35,17 +35,18 @@ CLASSES is a folder with train/ and test/, and perhaps val/: folders with one fo
 class TrainConfig:
     """Fine-tune a classifier: the whole encoder under a linear head.
 
-    Every image is cropped, flipped, augmented and mixed anew in every epoch. The checkpoint is chosen by top-1
-    accuracy on centre crops of the validation images: those of --val, of a val split beside test, or else a part
-    of the training images (--hold-out), which is not trained on. The test images are used once, at the end.
+    Every image is cropped, flipped, augmented and mixed anew in every epoch. The checkpoint is chosen by
+    top-1 accuracy on centre crops of the validation images: those of --val, of a val split beside test, or
+    else a part of the training images (--hold-out), which is not trained on. The test images are used once,
+    at the end.
     """
 
     config: Annotated[FinetuneConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
     resume: Path | None = None
     """Resume the run in this directory with its saved settings."""
     allow_changed_data: bool = False
-    """With --resume: continue although images were added, removed, renamed, changed in size or moved to another
-    class; the best checkpoint is then searched anew."""
+    """With --resume: continue although images were added, removed, renamed, changed in size or moved to
+    another class; the best checkpoint is then searched anew."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def run(argv: list[str]) -> None:
         CheckFailed: a loss that is not finite, or results that could not be written.
         Interrupted: Ctrl-C or SIGTERM; everything is saved.
     """
-    shared.choose_action(argv, {"train": _train}, USAGE)
+    shared.run_verb(argv, {"train": _train}, USAGE)
 
 
 def parse(argv: list[str]) -> TrainConfig:

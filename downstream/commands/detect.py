@@ -1,22 +1,21 @@
-"""Train a detector on boxes and masks in COCO's format; test it; draw what it finds."""
+"""Fine-tune and run object detectors on images annotated in COCO format."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tyro
+from tyro.conf import arg
 
 from coma.arguments import parse_arguments
 from coma.errors import BadInput
-from coma.preflight import require_file
-from coma.ranges import SHARE, Range, Ranged
-from downstream.cli_options import FromOptions, TrainingOptions
+from coma.ranges import SHARE, Range
+from downstream.cli_options import CheckOptions, PredictOptions, TestOptions, TrainOptions
 from downstream.commands import shared
 
 if TYPE_CHECKING:
-    from downstream.configs.adapt import Described
+    from downstream.configs.adapt import EncoderSpec
     from downstream.datasets.coco import CocoSplit
 
 USAGE = """
@@ -25,154 +24,149 @@ usage: coma detect train ARTIFACT --data DATASET --out runs/detector
        coma detect train --resume runs/detector
        coma detect test ARTIFACT --data DATASET
        coma detect predict ARTIFACT IMAGES --out PREDICTIONS
+       coma detect check --data DATASET
 
-Train a detector on boxes and masks in COCO's format; test it; draw what it finds.
+Fine-tune and run object detectors on images annotated in COCO format.
 
 DATASET is a folder with annotations/instances_train2017.json and train2017/, or annotations/train.json and
-train/, or train/_annotations.coco.json; val likewise. It is checked before training starts. `coma detect
-train --help` and so on list all settings.
+train/, or train/_annotations.coco.json; val likewise. Training checks it first. `coma detect train --help`
+lists the settings of training; every verb has its own --help.
 """
 
 
 @dataclass(frozen=True)
-class TrainConfig(Ranged):
-    """Fine-tune a detector: encoder, FPN (plain ViT: simple feature pyramid) and head."""
+class DetectTrain(TrainOptions):
+    """Fine-tunes a detector: the encoder, an FPN (plain ViT: a simple feature pyramid) and a head.
 
-    source: tyro.conf.OmitArgPrefixes[FromOptions] = field(default_factory=FromOptions)
-    data: Path | None = None
-    """Dataset in COCO's format, with train and val."""
-    out: Path | None = None
-    """New run directory."""
-    resume: Path | None = None
-    """Go on with the run in this directory, with its own settings."""
-    model: Literal["mask-rcnn", "cascade-mask-rcnn", "faster-rcnn", "retinanet"] | None = None
-    """Detector (default: mask-rcnn where every object has a mask, else faster-rcnn)."""
-    short_side: Annotated[int | None, Range(32, 16384)] = None
-    """Pixels that the short side of images is resized to (default: the median of the training images, at
-    most 800)."""
-    training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(default_factory=TrainingOptions)
+    With --config, of the training settings only those of the encoder apply (--drop-path, --head-channels,
+    --frozen-stages, --global-blocks, --grad-checkpointing); the configuration holds the others.
+    """
 
-
-@dataclass(frozen=True)
-class TestConfig:
-    """Average precision of a detector on labelled images."""
-
-    artifact: Annotated[Path, tyro.conf.Positional]
-    """Artifact of kind detector."""
-    data: Path
-    """Dataset in COCO's format."""
-    split: Literal["train", "val", "test"] = "val"
-    out: Path | None = None
-    """Also write the scores to this file, as JSON."""
+    model: Annotated[
+        Literal["mask-rcnn", "cascade-mask-rcnn", "faster-rcnn", "retinanet"] | None,
+        arg(help_behavior_hint="(default: mask-rcnn if every object has a mask, else faster-rcnn)"),
+    ] = None
+    """Detector."""
+    short_side: Annotated[
+        int | None,
+        Range(32, 16384),
+        arg(help_behavior_hint="(default: the median of the training images, at most 800)"),
+    ] = None
+    """Short side that images are resized to, in pixels."""
 
 
 @dataclass(frozen=True)
-class PredictConfig(Ranged):
-    """Boxes and masks on images: pictures, and detections in COCO's result format."""
+class DetectTest(TestOptions):
+    """Measures the average precision (AP) of a detector on labelled images."""
 
-    artifact: Annotated[Path, tyro.conf.Positional]
-    """Artifact of kind detector."""
-    images: Annotated[Path, tyro.conf.Positional]
-    """An image, or a folder of them (searched recursively)."""
-    out: Path
-    """New folder for pictures/, detections.json and images.json."""
+
+@dataclass(frozen=True)
+class DetectPredict(PredictOptions):
+    """Detects objects: writes pictures/, detections.json (COCO result format) and images.json."""
+
     score: Annotated[float, SHARE] = 0.3
-    """Least score of what is drawn; detections.json holds everything."""
-    annotations: Path | None = None
-    """COCO json whose image ids to use; without, images are counted from 1."""
-    device: shared.Device = "auto"
+    """Lowest score of objects that are drawn; detections.json holds all objects."""
+    annotations: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """COCO annotations whose image ids are used; otherwise images are numbered from 1."""
+
+
+@dataclass(frozen=True)
+class DetectCheck(CheckOptions):
+    """Checks every image and object of a COCO dataset and prints what it holds."""
 
 
 def run(argv: list[str]) -> None:
-    """Parse, and train, test or predict.
+    """Runs one verb.
 
     Raises:
         BadInput: settings, artifacts or images that cannot be used.
         CheckFailed: a loss that is not finite, or results that could not be written.
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
-    shared.choose_action(argv, {"train": _train, "test": _test, "predict": _predict}, USAGE, "mmdet")
+    verbs = {"train": _train, "test": _test, "predict": _predict, "check": _check}
+    shared.run_verb(argv, verbs, USAGE, "mmdet")
 
 
 def _train(argv: list[str]) -> None:
-    given = parse_arguments(TrainConfig, argv, prog="coma detect train")
-    others = {"model": given.model, "short_side": given.short_side}
-    shared.train("detector", given, _own, _fit_data, others)
+    options = parse_arguments(DetectTrain, argv, prog="coma detect train")
+    shared.train("detector", options, argv, _config, _set_dataset)
 
 
-def _own(given: TrainConfig, encoder: Described) -> Any:
+def _config(options: DetectTrain, encoder: EncoderSpec) -> Any:
     from downstream.tasks.detection import HAS_MASKS, training_config
 
-    data = shared.required(given.data, "--data", "a dataset in COCO's format")
-    train, val = _splits(data)
+    data, train, val = _open_splits(options)
     masks = train.has_masks and val.has_masks
-    model = given.model or ("mask-rcnn" if masks else "faster-rcnn")
+    model = options.model or ("mask-rcnn" if masks else "faster-rcnn")
     if model in HAS_MASKS and not masks:
-        raise BadInput(f"--model {model}: needs a mask for every object; {data} has boxes alone: faster-rcnn")
-    return training_config(encoder, model, train, val, given.training, given.short_side)
+        raise BadInput(
+            f"--model {model}: needs a mask for every object; {data} has only boxes: use faster-rcnn"
+        )
+    return training_config(encoder, model, train, val, options, options.short_side)
 
 
-def _fit_data(config: Any, given: TrainConfig) -> None:
-    from downstream.tasks.detection import fit_dataset
+def _set_dataset(config: Any, options: DetectTrain) -> None:
+    from downstream.tasks.detection import set_dataset
 
-    train, val = _splits(shared.required(given.data, "--data", "a dataset in COCO's format"))
+    data, train, val = _open_splits(options)
     masks = "mask_head" in config.model.get("roi_head", {})
     if masks and not (train.has_masks and val.has_masks):
-        raise BadInput(f"--config {given.source.config}: has a mask head; {given.data} has boxes alone")
-    fit_dataset(config, train, val, masks)
+        raise BadInput(f"--config {options.config}: has a mask head, but {data} has only boxes")
+    set_dataset(config, train, val, masks)
 
 
-def _splits(data: Path) -> tuple[CocoSplit, CocoSplit]:
+def _open_splits(options: DetectTrain | DetectCheck) -> tuple[Path, CocoSplit, CocoSplit]:
     from downstream.datasets.coco import check_same_classes, open_coco
 
-    with shared.checking("checking train and val") as progress:
+    data = shared.require_option(options.data, "--data", "a dataset in COCO format")
+    with shared.progress_bar("checking train and val") as progress:
         train, val = (open_coco(data, name, progress=progress) for name in ("train", "val"))
     for split in (train, val):
         shared.warn([f"{split.annotations}: {warning}" for warning in split.warnings])
     check_same_classes(train, val)
-    return train, val
+    return data, train, val
 
 
 def _test(argv: list[str]) -> None:
-    given = parse_arguments(TestConfig, argv, prog="coma detect test")
+    options = parse_arguments(DetectTest, argv, prog="coma detect test")
 
-    import tempfile
-
-    from downstream.artifacts import read_finetuned
     from downstream.datasets.coco import open_coco
-    from downstream.finetune import measure
-    from downstream.tasks.detection import scoring
+    from downstream.tasks.detection import test_settings
 
-    if given.out:
-        require_file(given.out)
+    def open_split(progress: Any) -> CocoSplit:
+        return open_coco(options.data, options.split, progress=progress)
 
-    about = read_finetuned(given.artifact, "detector").config
-    with shared.checking(f"checking {given.split}") as progress:
-        split = open_coco(given.data, given.split, progress=progress)
-    loader, metric = scoring(about, split)
-    with tempfile.TemporaryDirectory() as folder:
-        scores = measure(given.artifact, "detector", loader, metric, Path(folder))
-    shared.say_scores(scores, given.out, given.split, split.annotations)
+    shared.test("detector", options, open_split, test_settings)
 
 
 def _predict(argv: list[str]) -> None:
-    given = parse_arguments(PredictConfig, argv, prog="coma detect predict")
+    options = parse_arguments(DetectPredict, argv, prog="coma detect predict")
 
-    from downstream.artifacts import load_finetuned
-    from downstream.predict import image_numbers, list_images, number_images, predict, write_detections
+    from downstream.predict import write_detections
 
-    device = shared.device_of(given.device)
-    shared.check_empty(given.out)
-    paths = list_images(given.images)
-    numbers = number_images(paths, image_numbers(given.annotations) if given.annotations else None)
-    model = load_finetuned(given.artifact, "detector")
-    about = model.artifact
-    out = shared.new_folder(given.out)
-    with shared.predicting(len(paths)) as progress:
-        found = predict(model, about, paths, device, numbers, lambda text: shared.warn([f"skipped {text}"]))
-        count = write_detections(out, found, about, given.score, progress)
+    def write(out: Path, predictions: Any, about: Any, progress: Any) -> int:
+        return write_detections(out, predictions, about, options.score, progress)
+
+    count, images = shared.predict("detector", options, options.annotations, write)
     print(
-        f"\n{count} detections with a score of {given.score} or more in {len(paths)} images\n\n"
-        f"  pictures     {out / 'pictures'}\n"
-        f"  COCO format  {out / 'detections.json'}, image ids in {out / 'images.json'}"
+        f"\n{count} detections with a score of {options.score} or more in {images} images\n\n"
+        f"  pictures     {options.out / 'pictures'}\n"
+        f"  COCO format  {options.out / 'detections.json'}, image ids in {options.out / 'images.json'}"
     )
+
+
+def _check(argv: list[str]) -> None:
+    _, *splits = _open_splits(parse_arguments(DetectCheck, argv, prog="coma detect check"))
+
+    def sizes(split: CocoSplit) -> str:
+        return " / ".join(f"{width} x {height}" for width, height in split.image_sizes)
+
+    rows = [
+        ("images", [str(split.count) for split in splits]),
+        ("size: min / median / max", [sizes(split) for split in splits]),
+        ("classes", [str(len(split.class_names)) for split in splits]),
+        ("objects: small / medium / large", [" / ".join(map(str, s.small_medium_large)) for s in splits]),
+        ("crowds", [str(split.crowds) for split in splits]),
+        ("masks", ["yes" if split.has_masks else "no" for split in splits]),
+    ]
+    shared.print_check(rows, ("train", "val"))

@@ -1,22 +1,21 @@
-"""Train a segmentor on images and label maps; test it; draw what it sees."""
+"""Fine-tune and run semantic segmentation models on images and label maps."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
+from tyro.conf import arg
 
 from coma.arguments import parse_arguments
 from coma.errors import BadInput
-from coma.preflight import require_file
-from coma.ranges import SIDE, Range, Ranged
-from downstream.cli_options import FromOptions, TrainingOptions
+from coma.ranges import BATCH, EPOCHS, SIDE, Range
+from downstream.cli_options import CheckOptions, PredictOptions, TestOptions, TrainOptions
 from downstream.commands import shared
 
 if TYPE_CHECKING:
-    from downstream.configs.adapt import Described
+    from downstream.configs.adapt import EncoderSpec
     from downstream.datasets.labels import LabelSplit
 
 USAGE = """
@@ -25,99 +24,96 @@ usage: coma segment train ARTIFACT --data DATASET --out runs/segmentor
        coma segment train --resume runs/segmentor
        coma segment test ARTIFACT --data DATASET
        coma segment predict ARTIFACT IMAGES --out PREDICTIONS
+       coma segment check --data DATASET
 
-Train a segmentor on images and label maps; test it; draw what it sees.
+Fine-tune and run semantic segmentation models on images and label maps.
 
-DATASET is a folder with img_dir/train and ann_dir/train (or images/ and labels/, ADE20K's or Cityscapes'
-layout), val likewise, and classes.json or classes.txt. It is checked before training starts. `coma segment
-train --help` and so on list all settings.
+DATASET is a folder with img_dir/train and ann_dir/train (or images/ and labels/, or the layout of ADE20K or
+Cityscapes), val likewise, and classes.json or classes.txt. Training checks it first. `coma segment train
+--help` lists the settings of training; every verb has its own --help.
 """
+CLASSES = arg(metavar="FILE", help_behavior_hint="(default: classes.json or classes.txt in --data)")
 
 
 @dataclass(frozen=True)
-class TrainConfig(Ranged):
-    """Fine-tune UPerNet on the encoder."""
+class SegmentTrain(TrainOptions):
+    """Fine-tunes a segmentor: the encoder and UPerNet.
 
-    source: tyro.conf.OmitArgPrefixes[FromOptions] = field(default_factory=FromOptions)
-    data: Path | None = None
-    """Folder of images and label maps, with train and val."""
-    classes: Path | None = None
-    """Class names, one a line, or JSON (default: classes.json or classes.txt in --data)."""
-    out: Path | None = None
-    """New run directory."""
-    resume: Path | None = None
-    """Go on with the run in this directory, with its own settings."""
-    crop_size: Annotated[int | None, SIDE] = None
-    """Side of the square training crop in pixels (default: 512)."""
-    short_side: Annotated[int | None, Range(32, 16384)] = None
-    """Resize images to this short side first (default: as they are)."""
-    training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(default_factory=TrainingOptions)
+    With --config, of the training settings only those of the encoder apply (--drop-path, --head-channels,
+    --frozen-stages, --global-blocks, --grad-checkpointing); the configuration holds the others.
+    """
 
-
-@dataclass(frozen=True)
-class TestConfig:
-    """Mean intersection over union of a segmentor on labelled images."""
-
-    artifact: Annotated[Path, tyro.conf.Positional]
-    """Artifact of kind segmentor."""
-    data: Path
-    """Folder of images and label maps."""
-    classes: Path | None = None
-    """Class names (default: classes.json or classes.txt in --data)."""
-    split: Literal["train", "val", "test"] = "val"
-    out: Path | None = None
-    """Also write the scores to this file, as JSON."""
+    epochs: Annotated[float, EPOCHS] = 100
+    batch_size: Annotated[int, BATCH] = 8
+    layer_decay: Annotated[float, Range(0, 1, above=True)] = 0.75
+    head_channels: Annotated[int | None, Range(1, 8192), arg(help_behavior_hint="(default: 512)")] = None
+    classes: Annotated[Path | None, CLASSES] = None
+    """Class names: JSON, or text with one name per line."""
+    crop_size: Annotated[int, SIDE] = 512
+    """Side of the square training crop, in pixels."""
+    short_side: Annotated[
+        int | None, Range(32, 16384), arg(help_behavior_hint="(default: images keep their size)")
+    ] = None
+    """Short side that images are resized to before cropping, in pixels."""
 
 
 @dataclass(frozen=True)
-class PredictConfig:
-    """Label maps of images, and overlays."""
+class SegmentTest(TestOptions):
+    """Measures the mean intersection over union (mIoU) of a segmentor on labelled images."""
 
-    artifact: Annotated[Path, tyro.conf.Positional]
-    """Artifact of kind segmentor."""
-    images: Annotated[Path, tyro.conf.Positional]
-    """An image, or a folder of them (searched recursively)."""
-    out: Path
-    """New folder for pictures/ and labels/."""
-    device: shared.Device = "auto"
+    classes: Annotated[Path | None, CLASSES] = None
+    """Class names: JSON, or text with one name per line."""
+
+
+@dataclass(frozen=True)
+class SegmentPredict(PredictOptions):
+    """Segments images: writes labels/ (label maps) and pictures/ (overlays)."""
+
+
+@dataclass(frozen=True)
+class SegmentCheck(CheckOptions):
+    """Checks every image and label map of a dataset and prints what it holds."""
+
+    classes: Annotated[Path | None, CLASSES] = None
+    """Class names: JSON, or text with one name per line."""
 
 
 def run(argv: list[str]) -> None:
-    """Parse, and train, test or predict.
+    """Runs one verb.
 
     Raises:
         BadInput: settings, artifacts or images that cannot be used.
         CheckFailed: a loss that is not finite, or results that could not be written.
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
-    shared.choose_action(argv, {"train": _train, "test": _test, "predict": _predict}, USAGE, "mmseg")
+    verbs = {"train": _train, "test": _test, "predict": _predict, "check": _check}
+    shared.run_verb(argv, verbs, USAGE, "mmseg")
 
 
 def _train(argv: list[str]) -> None:
-    given = parse_arguments(TrainConfig, argv, prog="coma segment train")
-    others = {"crop_size": given.crop_size, "short_side": given.short_side}
-    shared.train("segmentor", given, _own, _fit_data, others)
+    options = parse_arguments(SegmentTrain, argv, prog="coma segment train")
+    shared.train("segmentor", options, argv, _config, _set_dataset)
 
 
-def _own(given: TrainConfig, encoder: Described) -> Any:
+def _config(options: SegmentTrain, encoder: EncoderSpec) -> Any:
     from downstream.tasks.segmentation import training_config
 
-    train, val = _splits(given)
-    return training_config(encoder, train, val, given.training, given.crop_size or 512, given.short_side)
+    train, val = _open_splits(options)
+    return training_config(encoder, train, val, options, options.crop_size, options.short_side)
 
 
-def _fit_data(config: Any, given: TrainConfig) -> None:
-    from downstream.tasks.segmentation import fit_dataset
+def _set_dataset(config: Any, options: SegmentTrain) -> None:
+    from downstream.tasks.segmentation import set_dataset
 
-    fit_dataset(config, *_splits(given))
+    set_dataset(config, *_open_splits(options))
 
 
-def _splits(given: TrainConfig) -> tuple[LabelSplit, LabelSplit]:
+def _open_splits(options: SegmentTrain | SegmentCheck) -> tuple[LabelSplit, LabelSplit]:
     from downstream.datasets.labels import open_labels
 
-    data = shared.required(given.data, "--data", "a folder of images and label maps")
-    with shared.checking("checking train and val") as progress:
-        train, val = (open_labels(data, name, given.classes, progress) for name in ("train", "val"))
+    data = shared.require_option(options.data, "--data", "a folder of images and label maps")
+    with shared.progress_bar("checking train and val") as progress:
+        train, val = (open_labels(data, name, options.classes, progress) for name in ("train", "val"))
     for split in (train, val):
         shared.warn([f"{split.labels}: {warning}" for warning in split.warnings])
     if train.class_names != val.class_names:
@@ -126,47 +122,34 @@ def _splits(given: TrainConfig) -> tuple[LabelSplit, LabelSplit]:
 
 
 def _test(argv: list[str]) -> None:
-    given = parse_arguments(TestConfig, argv, prog="coma segment test")
+    options = parse_arguments(SegmentTest, argv, prog="coma segment test")
 
-    import tempfile
-
-    from downstream.artifacts import read_finetuned
     from downstream.datasets.labels import open_labels
-    from downstream.finetune import measure
-    from downstream.tasks.segmentation import scoring
+    from downstream.tasks.segmentation import test_settings
 
-    if given.out:
-        require_file(given.out)
+    def open_split(progress: Any) -> LabelSplit:
+        return open_labels(options.data, options.split, options.classes, progress)
 
-    about = read_finetuned(given.artifact, "segmentor").config
-    with shared.checking(f"checking {given.split}") as progress:
-        split = open_labels(given.data, given.split, given.classes, progress)
-    loader, metric = scoring(about, split)
-    with tempfile.TemporaryDirectory() as folder:
-        scores = measure(given.artifact, "segmentor", loader, metric, Path(folder))
-    shared.say_scores(scores, given.out, given.split, split.labels)
+    shared.test("segmentor", options, open_split, test_settings)
 
 
 def _predict(argv: list[str]) -> None:
-    given = parse_arguments(PredictConfig, argv, prog="coma segment predict")
+    options = parse_arguments(SegmentPredict, argv, prog="coma segment predict")
 
-    from downstream.artifacts import load_finetuned
-    from downstream.predict import list_images, number_images, predict, write_segmentations
+    from downstream.predict import write_segmentations
 
-    device = shared.device_of(given.device)
-    shared.check_empty(given.out)
-    paths = list_images(given.images)
-    model = load_finetuned(given.artifact, "segmentor")
-    about = model.artifact
-    out = shared.new_folder(given.out)
-    with shared.predicting(len(paths)) as progress:
-        found = predict(
-            model,
-            about,
-            paths,
-            device,
-            number_images(paths, None),
-            lambda text: shared.warn([f"skipped {text}"]),
-        )
-        write_segmentations(out, found, about, progress)
+    shared.predict("segmentor", options, None, write_segmentations)
+    out = options.out
     print(f"\n  overlays    {out / 'pictures'}\n  label maps  {out / 'labels'} (class numbers from 0)")
+
+
+def _check(argv: list[str]) -> None:
+    splits = _open_splits(parse_arguments(SegmentCheck, argv, prog="coma segment check"))
+    rows = [
+        ("images", [str(split.pairs) for split in splits]),
+        ("classes", [str(len(split.class_names)) for split in splits]),
+        ("ignored pixels", [f"{split.ignored:.1%}" for split in splits]),
+    ]
+    for i, name in enumerate(splits[0].class_names):
+        rows.append((f"pixels of {name}", [f"{split.shares[i]:.2%}" for split in splits]))
+    shared.print_check(rows, ("train", "val"))

@@ -1,166 +1,258 @@
-"""What `coma detect` and `coma segment` have in common: their three actions, and what they print."""
+"""The verbs of `coma detect` and `coma segment`: train, test, predict, check."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from coma.atomic_io import lies_among
 from coma.errors import BadInput
 from coma.preflight import require_folder, require_packages
-from downstream.cli_options import is_main
+from downstream.cli_options import PredictOptions, TestOptions, TrainOptions, is_main
 
 if TYPE_CHECKING:
     import torch
 
     from downstream.artifacts import Kind
-    from downstream.configs.adapt import Described
+    from downstream.configs.adapt import EncoderSpec
 
 log = logging.getLogger(__name__)
 COMMANDS = {"detector": "detect", "segmentor": "segment"}
-Device = Literal["auto", "cuda", "cpu"]
+ENCODER_OPTIONS = ("drop_path", "head_channels", "frozen_stages", "global_blocks", "grad_checkpointing")
+"""Training options that also apply to a configuration of the user's own, once an encoder is put into it."""
+SOURCE_OPTIONS = ("artifact", "preset", "config", "cfg_options", "data", "classes", "out", "device")
+"""Options that apply with --config, whatever the encoder."""
 
 
-def choose_action(
-    argv: Sequence[str],
-    actions: dict[str, Callable[[list[str]], None]],
-    usage: str,
-    package: str | None = None,
+def run_verb(
+    argv: Sequence[str], verbs: dict[str, Callable[[list[str]], None]], usage: str, package: str | None = None
 ) -> None:
-    """Runs the action that the first argument names.
-
-    Args:
-        argv: Arguments of the command.
-        actions: Functions by name.
-        usage: Help text without an action.
-        package: OpenMMLab's package that the actions need, but not their --help; None: they need none.
+    """Runs the verb that the first argument names; its --help needs no package.
 
     Raises:
-        BadInput: it names none.
+        BadInput: the first argument names no verb.
     """
     if not argv or argv[0] in ("-h", "--help"):
         print(usage.strip())
         if argv:
             return
-        raise BadInput(f"give one of {', '.join(actions)}")
-    if argv[0] not in actions:
-        raise BadInput(f"no action {argv[0]!r}; there are: {', '.join(actions)}")
+        raise BadInput(f"give one of {', '.join(verbs)}")
+    if argv[0] not in verbs:
+        raise BadInput(f"no verb {argv[0]!r}; choose one of {', '.join(verbs)}")
     if package is None:
-        actions[argv[0]](list(argv[1:]))
+        verbs[argv[0]](list(argv[1:]))
         return
     if os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None):
         warn(
-            ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored: nothing but tensors and numbers is unpickled here"]
+            ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored: checkpoints are loaded without unpickling objects"]
         )
     if not is_main():
         logging.getLogger("downstream").setLevel(logging.WARNING)
-    if not {"-h", "--help"} & set(argv):
+    if argv[0] != "check" and not {"-h", "--help"} & set(argv):
         require_packages("mmengine", "mmcv", package)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # mm's packages warn of each other and of torch, for pages
-        actions[argv[0]](list(argv[1:]))
+        warnings.simplefilter("ignore")  # OpenMMLab's packages warn about each other and about torch
+        verbs[argv[0]](list(argv[1:]))
 
 
-def required(value: Path | None, flag: str, why: str) -> Path:
-    """The same path.
+def require_option(value: Path | None, flag: str, what: str) -> Path:
+    """Returns the path.
 
     Raises:
-        BadInput: it was not given.
+        BadInput: the flag was not given.
     """
     if value is None:
-        raise BadInput(f"give {flag}: {why}")
+        raise BadInput(f"give {flag}: {what}")
     return value
 
 
 def train(
     kind: Kind,
-    given: Any,
-    own: Callable[[Any, Described], Any],
-    fit_data: Callable[[Any, Any], None],
-    others: Mapping[str, object],
+    options: TrainOptions,
+    argv: Sequence[str],
+    make_config: Callable[[Any, EncoderSpec], Any],
+    set_dataset: Callable[[Any, Any], None],
 ) -> None:
-    """Train what our settings, a configuration of the user's own, or the run to be resumed say.
+    """Trains with our configuration, with the user's own, or resumes a run.
 
     Args:
-        kind: What it becomes.
-        given: The command's `TrainConfig`.
-        own: Our configuration, from what was given and the encoder.
-        fit_data: Puts the dataset that was given into a configuration.
-        others: The command's own options by name, which only ours take; None where they were not given.
+        kind: Kind of the artifact.
+        options: Options of the command.
+        argv: Arguments that the options were parsed from.
+        make_config: Makes our configuration from the options and the encoder.
+        set_dataset: Puts the dataset of the options into a configuration.
 
     Raises:
         BadInput: settings that do not go together.
     """
-    from downstream.cli_options import check_foreign
-    from downstream.configs.adapt import describe, fit_encoder
-    from downstream.configs.load import blaming, change, load_config
+    from downstream.configs.adapt import encoder_spec, set_encoder
+    from downstream.configs.load import apply_cfg_options, config_errors, load_config
     from downstream.finetune import check_library, finetune
-    from downstream.openmmlab.runner import CONFIG, settle
+    from downstream.openmmlab.runner import CONFIG, prepare_config
 
-    command, source = COMMANDS[kind], given.source
-    if given.resume:
-        path = given.resume / CONFIG
+    command, device = COMMANDS[kind], device_of(options.device).type
+    if options.resume:
+        path = options.resume / CONFIG
         if not path.is_file():
-            raise BadInput(f"--resume {given.resume}: holds no {CONFIG}; give a run of coma {command} train")
-        config = load_config(path)
-        say_trained(command, given.resume, finetune(kind, config, given.resume, source=path, resume=True))
+            raise BadInput(
+                f"--resume {options.resume}: holds no {CONFIG}; give a run of coma {command} train"
+            )
+        trained = finetune(kind, load_config(path), options.resume, device=device, source=path, resume=True)
+        print_trained(command, options.resume, trained)
         return
-    out = required(given.out, "--out", f"a new run directory, for example runs/{kind}")
-    if is_main():  # it may have begun to write when others look
-        check_empty(out, f"go on with --resume {out}, or " if (out / CONFIG).is_file() else "")
-        if note := lies_among(out, getattr(given, "data", None)):
+    out = require_option(options.out, "--out", f"a new run directory, for example runs/{kind}")
+    if is_main():  # it may have begun to write when the other processes look
+        check_empty(out, f"resume with --resume {out}, or " if (out / CONFIG).is_file() else "")
+        if note := lies_among(out, options.data):
             warn([note])
-    encoder = None
-    if source.artifact or source.preset or not source.config:
-        encoder = describe(source.artifact, source.preset)
-    if encoder and not source.config:
-        config = own(given, encoder)
-        change(config, source.cfg_options)
+    encoder, theirs = None, options.config
+    if options.artifact or options.preset or not theirs:
+        encoder = encoder_spec(options.artifact, options.preset)
+    if encoder and not theirs:
+        config = make_config(options, encoder)
+        apply_cfg_options(config, options.cfg_options)
     else:
-        check_foreign(source, given.training, others)
-        config = load_config(source.config)
-        check_library(kind, config, source.config)
-        with blaming(source.config, "cannot be fitted"):
+        assert theirs
+        refuse_without_effect(options, argv)
+        config = load_config(theirs)
+        check_library(kind, config, theirs)
+        with config_errors(theirs, "cannot be adapted"):
             if encoder:
-                with noting(config, source.config, f"to fit {source.artifact or source.preset}"):
-                    fit_encoder(config, encoder, given.training)
-            if given.data:
-                with noting(config, source.config, f"to read {given.data}"):
-                    fit_data(config, given)
-            change(config, source.cfg_options)
-            with noting(config, source.config, "for this machine and --out", "--resume goes on with a run"):
+                with log_changes(config, theirs, f"to fit {options.artifact or options.preset}"):
+                    set_encoder(config, encoder, options)
+            if options.data:
+                with log_changes(config, theirs, f"to read {options.data}"):
+                    set_dataset(config, options)
+            apply_cfg_options(config, options.cfg_options)
+            with log_changes(config, theirs, "for this machine and --out", "--resume resumes a run"):
                 config.resume = False
-                settle(config, out)
+                prepare_config(config, out, device)
     try:
-        trained = finetune(kind, config, out, source=source.config)
+        trained = finetune(kind, config, out, device=device, source=theirs)
     except BadInput as error:
-        if given.data or not isinstance(error.__cause__, FileNotFoundError):
+        if options.data or not isinstance(error.__cause__, FileNotFoundError):
             raise
-        raise BadInput(f"{error}; if that is of the dataset, name yours with --data") from error
-    say_trained(command, out, trained)
+        raise BadInput(f"{error}; if this is a file of the dataset, name your own with --data") from error
+    print_trained(command, out, trained)
+
+
+def refuse_without_effect(options: TrainOptions, argv: Sequence[str]) -> None:
+    """Refuses flags that have no effect on the configuration of --config.
+
+    Raises:
+        BadInput: naming the flags.
+    """
+    given = {
+        word[2:].partition("=")[0].removeprefix("no-").replace("-", "_") for word in argv if word[:2] == "--"
+    }
+    applies = {*SOURCE_OPTIONS, *(ENCODER_OPTIONS if options.artifact or options.preset else ())}
+    names = [each.name for each in fields(options) if each.name in given - applies]
+    if names:
+        flags = ", ".join("--" + name.replace("_", "-") for name in names)
+        raise BadInput(f"{flags}: no effect with --config; change the configuration, or use --cfg-options")
 
 
 @contextmanager
-def noting(
-    config: Any, path: Path, why: str, way: str = "--cfg-options NAME=VALUE changes it back"
+def log_changes(
+    config: Any, path: Path, why: str, hint: str = "--cfg-options NAME=VALUE changes it back"
 ) -> Iterator[None]:
-    """Says in one line which settings of the user's configuration are other ones at the end, and why."""
+    """Logs in one line which settings of the user's configuration change inside, and why."""
     from downstream.configs.load import differences
 
     before = config.to_dict()
     yield
-    changed = differences(before, config.to_dict())
-    if changed:
-        log.info("%s: changed %s: %s; %s", path, why, ", ".join(changed), way)
+    if changed := differences(before, config.to_dict()):
+        log.info("%s: changed %s: %s; %s", path, why, ", ".join(changed), hint)
+
+
+def test(kind: Kind, options: TestOptions, open_split: Callable[..., Any], test_settings: Any) -> None:
+    """Measures an artifact on a split of a dataset, prints the scores and writes them to --out.
+
+    Args:
+        kind: Kind of the artifact.
+        options: Options of the command.
+        open_split: Opens and checks the split, given a callback for progress.
+        test_settings: `test_settings` of the task.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from downstream.artifacts import read_finetuned
+    from downstream.finetune import evaluate
+
+    if options.out:
+        require_folder(options.out)
+    device, about = device_of(options.device).type, read_finetuned(options.artifact, kind).config
+    with progress_bar(f"checking {options.split}") as progress:
+        split = open_split(progress)
+    loader, metric = test_settings(about, split)
+    with tempfile.TemporaryDirectory() as folder:
+        scores = evaluate(options.artifact, kind, loader, metric, Path(folder), device)
+    hint = "; training chose the checkpoint by this split, so --split test is the fairer measure"
+    print(f"{options.split} split: {options.data}{hint if options.split == 'val' else ''}")
+    table = Table("metric", "value")
+    for name, value in scores.items():
+        if not name.endswith("time"):
+            table.add_row(name, f"{value:.4g}")
+    Console().print(table)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+
+
+def predict(kind: Kind, options: PredictOptions, annotations: Path | None, write: Callable[..., Any]) -> Any:
+    """Predicts on images and writes the predictions to --out.
+
+    Args:
+        kind: Kind of the artifact.
+        options: Options of the command.
+        annotations: COCO file that holds the ids of the images; None counts images from 1.
+        write: Writes predictions: called with the folder, the predictions, the artifact's configuration and a
+            callback for progress.
+
+    Returns:
+        What `write` returns, and the number of images.
+    """
+    from downstream.artifacts import load_finetuned
+    from downstream.predict import assign_image_ids, list_images, predict, read_image_ids
+
+    device = device_of(options.device)
+    check_empty(options.out)
+    paths = list_images(options.images)
+    ids = assign_image_ids(paths, read_image_ids(annotations) if annotations else None)
+    model = load_finetuned(options.artifact, kind)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with progress_bar("predicting") as progress:
+        predictions = predict(
+            model, model.artifact, paths, device, ids, lambda text: warn([f"skipped {text}"])
+        )
+        written = write(options.out, predictions, model.artifact, lambda done: progress(done, len(paths)))
+    return written, len(paths)
+
+
+def print_check(rows: Sequence[tuple[str, Sequence[str]]], splits: Sequence[str]) -> None:
+    """Prints what a checked dataset holds: a row per fact, a column per split."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("", *splits)
+    for name, values in rows:
+        table.add_row(escape(name), *values)
+    Console().print(table)
+    print("no errors found")
 
 
 def warn(warnings: Sequence[str]) -> None:
-    """A line for each, on stderr."""
+    """Prints each warning on a line of stderr."""
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False, quiet=not is_main())
@@ -169,22 +261,21 @@ def warn(warnings: Sequence[str]) -> None:
 
 
 @contextmanager
-def checking(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for reading a dataset through; gives what is told how far it is."""
-    from rich.console import Console
-    from rich.progress import Progress
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows a progress bar on a terminal; yields a function for the items done and in total."""
+    from coma.progress import Progress
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with Progress() as progress:
+        bar = progress.bar(title)
+        yield lambda done, total: bar.update(done, total=total)
+        bar.remove()
 
 
-def device_of(name: Device) -> torch.device:
-    """The device asked for; `auto` is a GPU of CUDA's, or the CPU: mm's operators know no other.
+def device_of(name: str) -> torch.device:
+    """Returns the device; `auto` is the GPU or the CPU, since mmcv's operators run nowhere else.
 
     Raises:
-        BadInput: there is no GPU.
+        BadInput: the device is not available.
     """
     import torch
 
@@ -193,81 +284,38 @@ def device_of(name: Device) -> torch.device:
     return pick_device("cpu" if name == "auto" and not torch.cuda.is_available() else name)
 
 
-def check_empty(out: Path, way: str = "") -> None:
-    """Refuse a folder that holds something or cannot be written to; `way` says what else could be done.
+def check_empty(out: Path, hint: str = "") -> None:
+    """Refuses a folder that is not empty or cannot be written to.
 
     Raises:
-        BadInput: it does.
+        BadInput: naming the folder, with `hint` on what else to do.
     """
     require_folder(out)
     if out.exists() and any(out.iterdir()):
-        raise BadInput(f"--out {out}: is not empty; {way}choose another")
+        raise BadInput(f"--out {out}: is not empty; {hint}choose another")
 
 
-def new_folder(out: Path) -> Path:
-    """The same folder, made.
-
-    Raises:
-        BadInput: it holds something.
-    """
-    check_empty(out)
-    out.mkdir(parents=True, exist_ok=True)
-    return out
-
-
-def say_trained(command: str, out: Path, artifact: Path | None) -> None:
-    """Where everything is, and what can be done with it."""
-    import json
-
+def print_trained(command: str, out: Path, artifact: Path | None) -> None:
+    """Prints the scores of a trained run, where its files are, and what to do next."""
     from downstream.openmmlab.runner import is_headline
 
     if not is_main():
         return
     if artifact is None:
-        print(f"\n{out}: trained; its backbone is none of ours, so there are checkpoints but no artifact")
+        print(f"\n{out}: trained; its backbone is not one of ours, so there are checkpoints but no artifact")
         return
     about = json.loads((artifact / "config.json").read_text())
     scores, last = (
         "  ".join(f"{k} {v:.4g}" for k, v in about["trained"][which].items() if is_headline(k))
-        or "nothing found"
+        or "no score above 0"
         for which in ("scores", "last_scores")
     )
     print(
         f"\n{about['trained']['steps']} steps; val split, at the last step: {last}\n"
-        f"kept: {about['trained']['checkpoint']}, chosen by the val split: {scores}\n\n"
+        f"best checkpoint: {about['trained']['checkpoint']}, chosen by the val split: {scores}\n\n"
         f"  artifact     {artifact}\n"
         f"  curves       tensorboard --logdir {out}\n\n"
         f"next:\n"
         f"  coma {command} predict {artifact} IMAGES --out PREDICTIONS\n"
         f"  coma {command} test {artifact} --data DATASET"
     )
-
-
-def say_scores(scores: dict[str, float], out: Path | None, split: str, where: Path) -> None:
-    """A table of scores on a split, and a file of them where one was asked for."""
-    import json
-
-    from rich.console import Console
-    from rich.table import Table
-
-    chosen = "; training chooses the checkpoint by this split, --split test counts on others"
-    print(f"{split} split: {where}{chosen if split == 'val' else ''}")
-    table = Table("metric", "value")
-    for name, value in scores.items():
-        if not name.endswith("time"):
-            table.add_row(name, f"{value:.4g}")
-    Console().print(table)
-    if out:
-        out.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def predicting(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over images; gives what is told how many are done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(True))
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("predicting", total=total)
-        yield lambda done: progress.update(task, completed=done)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coma.config import DyViTConfig, EncoderConfig, encoder_preset
+from coma.config import EncoderConfig, encoder_preset
 from coma.config.serialization import from_plain
 from coma.errors import BadInput
-from downstream.cli_options import TrainingOptions
-from downstream.configs.load import REGISTRATION, require
+from downstream.cli_options import TrainOptions
+from downstream.configs.load import REGISTER_MODULE, require_imports
 from downstream.configs.strides import scale_strides
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Described:
+class EncoderSpec:
     """What of an encoder the rest of a model has to fit.
 
     Attributes:
@@ -42,7 +42,7 @@ class Described:
     @property
     def hierarchical(self) -> bool:
         """Whether it makes a pyramid by itself."""
-        return isinstance(self.model, DyViTConfig)
+        return len(self.model.strides) > 1
 
     @property
     def strides(self) -> tuple[float, float, float, float]:
@@ -54,12 +54,10 @@ class Described:
     @property
     def channels(self) -> list[int]:
         """Channels of what the encoder hands out."""
-        if isinstance(self.model, DyViTConfig):
-            return [self.model.dim * 2**i for i in range(4)]
-        return [self.model.dim]
+        return list(self.model.widths)
 
 
-def describe(artifact: Path | None, preset: str | None) -> Described:
+def encoder_spec(artifact: Path | None, preset: str | None) -> EncoderSpec:
     """The encoder asked for.
 
     Raises:
@@ -70,12 +68,12 @@ def describe(artifact: Path | None, preset: str | None) -> Described:
         raise BadInput("give an artifact (run/artifact), or --preset for random weights, and not both")
     if artifact is None:
         model = encoder_preset(str(preset))
-        described = Described(model, IMAGENET_MEAN, IMAGENET_STD, {"preset": preset})
+        described = EncoderSpec(model, IMAGENET_MEAN, IMAGENET_STD, {"preset": preset})
     else:
         from coma.artifact import load_encoder
 
         about = load_encoder(artifact).artifact
-        described = Described(about.model, about.mean, about.std, {"artifact": str(artifact.resolve())})
+        described = EncoderSpec(about.model, about.mean, about.std, {"artifact": str(artifact.resolve())})
     if described.strides[0] < 1:
         raise BadInput(
             f"{artifact or preset}: patches of {described.model.patch} px are too small; 4 or more"
@@ -83,7 +81,7 @@ def describe(artifact: Path | None, preset: str | None) -> Described:
     return described
 
 
-def fit_encoder(config: Any, encoder: Described, options: TrainingOptions) -> None:
+def set_encoder(config: Any, encoder: EncoderSpec, options: TrainOptions) -> None:
     """Put the encoder into `config.model`, and fit necks, heads, anchors and pixel statistics to it.
 
     Raises:
@@ -123,27 +121,27 @@ def fit_encoder(config: Any, encoder: Described, options: TrainingOptions) -> No
     model.backbone = backbone
     for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
         if config.get(loader):
-            _fit_reading(config[loader].dataset, encoder.model.channels)
-    _fit_statistics(model, encoder)
+            _set_image_reader(config[loader].dataset, encoder.model.channels)
+    _set_pixel_statistics(model, encoder)
     if options.head_channels is not None:
-        _fit_width(model, options.head_channels)
-    _fit_pyramid(model, encoder, finest)
+        _set_head_channels(model, options.head_channels)
+    _set_pyramid(model, encoder, finest)
     ratio = encoder.strides[0] / _finest_stride(before)
     if ratio != 1:
         for name, head in model.items():
             if name not in ("backbone", "neck", "data_preprocessor"):
                 scale_strides(head, ratio, config.get("default_scope", "mmdet"))
-    require(config, REGISTRATION)
+    require_imports(config, REGISTER_MODULE)
     if model.data_preprocessor.get("type") == "DetDataPreprocessor" and encoder.model.channels not in (1, 3):
         model.data_preprocessor.type = "ChannelsDetDataPreprocessor"
-        require(config, REGISTRATION, CHANNELS)
+        require_imports(config, REGISTER_MODULE, CHANNELS)
 
 
 def _finest(model: Any) -> int:
     """Number of the finest of four maps that a neck, or heads without one, take."""
-    necks = each(model.get("neck"))
+    necks = as_list(model.get("neck"))
     if necks and "in_channels" in necks[0] and necks[0].get("type") != PYRAMID:
-        return max(necks[0].get("start_level", 0), 4 - len(each(necks[0]["in_channels"])), 0)
+        return max(necks[0].get("start_level", 0), 4 - len(as_list(necks[0]["in_channels"])), 0)
     first = min(model.get("backbone", {}).get("out_indices") or (0,))
     return min(necks[0].get("start_level", 0) if necks else first, 3)
 
@@ -155,27 +153,27 @@ def _finest_stride(backbone: Any) -> float:
     try:
         if backbone.get("encoder"):
             model = from_plain(backbone["encoder"], EncoderConfig, source="encoder")
-            return Described(model, (), (), {}).strides[0]
+            return EncoderSpec(model, (), (), {}).strides[0]
         artifact = backbone.get("artifact")
-        return describe(artifact and Path(artifact), backbone.get("preset")).strides[0]
+        return encoder_spec(artifact and Path(artifact), backbone.get("preset")).strides[0]
     except BadInput:  # an artifact that is no longer there; `check_strides` sees what does not fit
         return 4
 
 
-def _fit_reading(node: Any, channels: int) -> None:
+def _set_image_reader(node: Any, channels: int) -> None:
     """Our reader in place of mm's, wherever a pipeline begins with it."""
     if isinstance(node, dict):
         if node.get("type") == "LoadImageFromFile":
             node.clear()
             node.update(type="ReadImage", channels=channels)
         for child in list(node.values()):
-            _fit_reading(child, channels)
+            _set_image_reader(child, channels)
     elif isinstance(node, list | tuple):
         for child in node:
-            _fit_reading(child, channels)
+            _set_image_reader(child, channels)
 
 
-def _fit_statistics(model: Any, encoder: Described) -> None:
+def _set_pixel_statistics(model: Any, encoder: EncoderSpec) -> None:
     channels = encoder.model.channels
     preprocessor = model.setdefault("data_preprocessor", {})
     preprocessor["mean"] = [255 * value for value in encoder.mean]
@@ -183,9 +181,9 @@ def _fit_statistics(model: Any, encoder: Described) -> None:
     preprocessor["bgr_to_rgb"] = channels == 3
 
 
-def _fit_pyramid(model: Any, encoder: Described, finest: int) -> None:
+def _set_pyramid(model: Any, encoder: EncoderSpec, finest: int) -> None:
     # maps finer than number `finest` are not made: what nothing uses would have no gradient
-    necks = each(model.get("neck"))
+    necks = as_list(model.get("neck"))
     neck: Any = necks[0] if necks else {}
     channels = encoder.channels
     if neck or not encoder.hierarchical:
@@ -206,11 +204,11 @@ def _fit_pyramid(model: Any, encoder: Described, finest: int) -> None:
     elif isinstance(neck.get("in_channels"), int):
         neck.in_channels = encoder.channels[-1]
     elif neck:
-        falling = each(neck.get("in_channels")) != sorted(each(neck.get("in_channels")))
+        falling = as_list(neck.get("in_channels")) != sorted(as_list(neck.get("in_channels")))
         neck.in_channels = encoder.channels[finest:][:: -1 if falling else 1]
         if neck.get("start_level"):
             neck.start_level = 0
-    for head in (*each(model.get("decode_head")), *each(model.get("auxiliary_head"))):
+    for head in (*as_list(model.get("decode_head")), *as_list(model.get("auxiliary_head"))):
         several = isinstance(head.get("in_channels"), list | tuple)
         index = head.get("in_index", range(len(channels)) if several else -1)
         head.in_channels = (
@@ -218,27 +216,27 @@ def _fit_pyramid(model: Any, encoder: Described, finest: int) -> None:
         )  # as mmseg's heads pick from the pyramid
 
 
-def _fit_width(model: Any, width: int) -> None:
+def _set_head_channels(model: Any, width: int) -> None:
     """Neck and heads of this width, with the proportions that mm's configurations have."""
     if width < 32 or width % 32:
         raise BadInput(f"--head-channels {width}: must be a multiple of 32")
-    for head in each(model.get("decode_head")):
+    for head in as_list(model.get("decode_head")):
         _set_width(head, width, "channels")
-    for head in each(model.get("auxiliary_head")):
+    for head in as_list(model.get("auxiliary_head")):
         _set_width(head, width // 2, "channels")
-    for neck in each(model.get("neck"))[:1]:
+    for neck in as_list(model.get("neck"))[:1]:
         _set_width(neck, width, "out_channels")
     for name in ("rpn_head", "bbox_head"):
-        for head in each(model.get(name)):
+        for head in as_list(model.get(name)):
             _set_width(head, width, "in_channels", "feat_channels")
     roi_head = model.get("roi_head", {})
     for name in ("bbox_roi_extractor", "mask_roi_extractor"):
-        for extractor in each(roi_head.get(name)):
+        for extractor in as_list(roi_head.get(name)):
             _set_width(extractor, width, "out_channels")
-    for head in each(roi_head.get("bbox_head")):
+    for head in as_list(roi_head.get("bbox_head")):
         _set_width(head, width, "in_channels")
         _set_width(head, 4 * width, "fc_out_channels")
-    for head in each(roi_head.get("mask_head")):
+    for head in as_list(roi_head.get("mask_head")):
         _set_width(head, width, "in_channels", "conv_out_channels")
 
 
@@ -252,6 +250,6 @@ def _set_width(part: Any, width: int, *names: str) -> None:
         part[name] = width
 
 
-def each(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     """A list of what may be one, several or none."""
     return [] if not value else list(value) if isinstance(value, list | tuple) else [value]

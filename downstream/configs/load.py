@@ -20,7 +20,7 @@ MESSAGE = 300
 """Characters of an error of OpenMMLab that are shown."""
 _LIBRARY = re.compile(r"[/\\](?=(?:mmdet|mmseg|mmcv)[/\\])")
 PRESETS = Path(__file__).parent
-REGISTRATION = "downstream.openmmlab"
+REGISTER_MODULE = "downstream.openmmlab"
 """The module that registers our backbones with mmengine when it is imported."""
 
 
@@ -36,13 +36,13 @@ def load_config(path: Path) -> Any:
         warnings.simplefilter("ignore")  # of third parties about each other
         from mmengine.config import Config
 
-        import_module(REGISTRATION)  # before mmdet and mmseg, which a configuration may import
+        import_module(REGISTER_MODULE)  # before mmdet and mmseg, which a configuration may import
 
-        with blaming(path, "cannot be read"):
+        with config_errors(path, "cannot be read"):
             return Config.fromfile(path)
 
 
-def require(config: Any, *modules: str) -> None:
+def require_imports(config: Any, *modules: str) -> None:
     """Have these modules imported before all others wherever the configuration is read or run."""
     theirs = config.get("custom_imports") or {}
     imports = theirs.get("imports") or []
@@ -54,7 +54,7 @@ def require(config: Any, *modules: str) -> None:
 
 
 @contextmanager
-def blaming(path: Path, what: str) -> Iterator[None]:
+def config_errors(path: Path, what: str) -> Iterator[None]:
     """Turns any error inside into one line that names the configuration, which is a program of the user's.
 
     Raises:
@@ -87,20 +87,20 @@ def _line(text: str) -> str:
     return text if len(text) <= MESSAGE else f"{text[:MESSAGE]} ..."
 
 
-def change(config: Any, options: tuple[str, ...]) -> None:
+def apply_cfg_options(config: Any, options: tuple[str, ...]) -> None:
     """Apply changes given as `name=value`, as OpenMMLab's tools do.
 
     Raises:
         BadInput: one is not of that form, or does not fit the configuration.
     """
-    from mmengine.config import DictAction
+    from downstream.private import parse_option_value
 
     for option in options:
         name, equals, value = option.partition("=")
         if not equals:
             raise BadInput(f"--cfg-options {option}: must be name=value")
         try:
-            config.merge_from_dict({name: DictAction._parse_iterable(value)})
+            config.merge_from_dict({name: parse_option_value(value)})
         except (KeyError, TypeError, AssertionError, ValueError) as error:
             raise BadInput(f"--cfg-options {option}: does not fit ({error})") from None
 

@@ -1,4 +1,4 @@
-"""How long a configuration trains, at which rate, and how often it is measured and saved."""
+"""The training schedule of a configuration: steps, learning rates, validations, checkpoints."""
 
 from __future__ import annotations
 
@@ -8,44 +8,44 @@ from typing import Any
 import torch
 
 from coma.errors import BadInput
-from downstream.cli_options import TrainingOptions
+from downstream.cli_options import TrainOptions
 
 
-def fit_schedule(
-    config: Any, options: TrainingOptions, images: int, defaults: dict[str, float], best: str
-) -> None:
-    """Steps, batches, rates, validations and saving.
+def set_schedule(config: Any, options: TrainOptions, images: int, best: str) -> None:
+    """Sets steps, batch size, optimizer, learning rates, validations and checkpoints.
 
     Args:
-        config: What to change.
-        options: What was asked for.
-        images: Training images.
-        defaults: A task's own epochs, batch_size, lr, weight_decay and layer_decay.
-        best: The metric that the best checkpoint is chosen by; more is better.
+        config: Configuration to change.
+        options: Options of the command.
+        images: Number of training images.
+        best: Metric that the best checkpoint is chosen by; higher is better.
 
     Raises:
-        BadInput: numbers that make no run.
+        BadInput: too few epochs for one step, or mixed precision without a GPU.
     """
-    batch = int(defaults["batch_size"]) if options.batch_size is None else options.batch_size
-    epochs = options.epochs if options.epochs is not None else defaults["epochs"]
-    steps = options.steps if options.steps is not None else round(epochs * images / batch)
+    batch = options.batch_size
+    steps = options.steps if options.steps is not None else round(options.epochs * images / batch)
     if steps < 1:
-        raise BadInput(f"--epochs {epochs:g} of {images} images make no step; give more of them")
+        raise BadInput(
+            f"--epochs {options.epochs:g} of {images} images are less than one step; use more epochs"
+        )
     every = max(-(-steps // options.validations), 1)
     warmup = min(500, steps // 10)
-    warmup *= warmup > 1  # mmengine's warm-up of one step would never end
-    lr = options.lr if options.lr is not None else defaults["lr"]
-    decay = options.weight_decay if options.weight_decay is not None else defaults["weight_decay"]
-    rate = options.layer_decay if options.layer_decay is not None else defaults["layer_decay"]
-    if options.precision != "fp32" and not torch.cuda.is_available():
+    warmup *= warmup > 1  # mmengine never ends a warm-up of one step
+    if options.precision != "fp32" and (options.device == "cpu" or not torch.cuda.is_available()):
         raise BadInput(f"--precision {options.precision}: mmengine's mixed precision needs a GPU; use fp32")
     amp = {"type": "AmpOptimWrapper", "dtype": {"bf16": "bfloat16"}.get(options.precision, "float16")}
     config.optim_wrapper = {
         **({"type": "OptimWrapper"} if options.precision == "fp32" else amp),
         "constructor": "LayerDecayConstructor",
-        "paramwise_cfg": {"decay_rate": rate},
+        "paramwise_cfg": {"decay_rate": options.layer_decay},
         "clip_grad": {"max_norm": 1.0, "norm_type": 2},
-        "optimizer": {"type": "AdamW", "lr": lr, "betas": (0.9, 0.999), "weight_decay": decay},
+        "optimizer": {
+            "type": "AdamW",
+            "lr": options.lr,
+            "betas": (0.9, 0.999),
+            "weight_decay": options.weight_decay,
+        },
     }
     rising = {"type": "LinearLR", "start_factor": 1e-3, "by_epoch": False, "begin": 0, "end": warmup}
     falling = {"type": "CosineAnnealingLR", "eta_min": 0.0, "by_epoch": False, "begin": warmup, "end": steps}
@@ -54,7 +54,7 @@ def fit_schedule(
     config.val_cfg, config.test_cfg = {"type": "ValLoop"}, {"type": "TestLoop"}
     loader = config.train_dataloader
     config.global_batch_size = batch
-    share_batch(config)
+    split_batch(config)
     loader.sampler = {"type": "InfiniteSampler", "shuffle": True, "seed": options.seed}
     loader.pop("batch_sampler", None)
     hooks = config.setdefault("default_hooks", {})
@@ -75,11 +75,11 @@ def fit_schedule(
     config.randomness = {"seed": options.seed}
 
 
-def share_batch(config: Any) -> None:
-    """Share out `global_batch_size`, where the configuration has one, over the processes there are now.
+def split_batch(config: Any) -> None:
+    """Splits `global_batch_size`, where the configuration has one, over the processes of this start.
 
     Raises:
-        BadInput: it cannot be.
+        BadInput: the processes do not divide it.
     """
     batch = config.get("global_batch_size")
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -90,8 +90,8 @@ def share_batch(config: Any) -> None:
     config.train_dataloader.batch_size = batch // world
 
 
-def fit_workers(config: Any, workers: int | None) -> None:
-    """The same number of reading processes for all loaders."""
+def set_workers(config: Any, workers: int | None) -> None:
+    """Sets the number of worker processes of all data loaders."""
     from coma.data.worker_pool import default_workers
 
     count = min(default_workers(), 8) if workers is None else workers

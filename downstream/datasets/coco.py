@@ -24,7 +24,7 @@ from coma.errors import BadInput
 from downstream.datasets.coco_checks import Record, check_ids, check_objects, check_references, records
 from downstream.datasets.coco_layouts import ROBOFLOW, find_annotations, find_images
 from downstream.datasets.image_headers import Header, read_header
-from downstream.datasets.validation_report import Problems, Progress, in_threads
+from downstream.datasets.validation_report import Progress, ValidationReport, map_in_threads
 
 log = logging.getLogger(__name__)
 
@@ -139,25 +139,25 @@ def _checked(
     check_files: bool,
     progress: Progress | None,
 ) -> CocoSplit:
-    problems = Problems(str(annotations))
-    remarks: list[str] = []
-    listed = records(content, problems)
-    check_ids(listed, problems)
-    objects = check_objects(listed, problems, remarks)
-    check_references(listed, remarks)
-    _check_images(listed.images, images, check_files, problems, remarks, progress)
-    if not problems and not listed.images:
-        problems.add("there is no image")
-    if not problems and not listed.categories:
-        problems.add("there is no category")
-    if not problems and needs_objects and not objects.learned:
-        problems.add(f"there is no object to learn from among {len(listed.objects)}", _why_none(remarks))
-    problems.check()
+    report = ValidationReport(str(annotations))
+    warnings: list[str] = []
+    listed = records(content, report)
+    check_ids(listed, report)
+    objects = check_objects(listed, report, warnings)
+    check_references(listed, warnings)
+    _check_images(listed.images, images, check_files, report, warnings, progress)
+    if not report and not listed.images:
+        report.add("there is no image")
+    if not report and not listed.categories:
+        report.add("there is no category")
+    if not report and needs_objects and not objects.learned:
+        report.add(f"there is no object to learn from among {len(listed.objects)}", _why_none(warnings))
+    report.raise_if_any()
     _say_left_out(annotations, images, {os.path.normpath(image["file_name"]) for image in listed.images})
     if objects.crowds:
-        remarks.append(f"crowds, neither learned nor counted as misses: {objects.crowds}")
+        warnings.append(f"crowds, neither learned nor counted as misses: {objects.crowds}")
     if 0 < objects.masks < len(listed.objects):
-        remarks.append(
+        warnings.append(
             f"objects without mask: {len(listed.objects) - objects.masks} of {len(listed.objects)}"
         )
     sizes = np.array([[image["width"], image["height"]] for image in listed.images])
@@ -176,7 +176,7 @@ def _checked(
         small_medium_large=objects.small_medium_large,
         image_sizes=(smallest, median, largest),
         median_short_side=int(np.median(sizes.min(axis=1))),
-        warnings=tuple(remarks),
+        warnings=tuple(warnings),
     )
 
 
@@ -194,40 +194,40 @@ def _say_left_out(annotations: Path, images: Path, listed: set[str]) -> None:
     log.info(inventory.summary(images), extra={"once": True})
 
 
-def _why_none(remarks: list[str]) -> str:
-    return "; ".join(remark for remark in remarks if remark.startswith(("boxes", "objects")))
+def _why_none(warnings: list[str]) -> str:
+    return "; ".join(remark for remark in warnings if remark.startswith(("boxes", "objects")))
 
 
 def _check_images(
     images: list[Record],
     folder: Path,
     check_files: bool,
-    problems: Problems,
-    remarks: list[str],
+    report: ValidationReport,
+    warnings: list[str],
     progress: Progress | None,
 ) -> None:
     sizeless = [image for image in images if min(image["width"], image["height"]) < 1]
-    problems.add_all("image size is not positive", sizeless, lambda image: f"{_name(image)}: {_size(image)}")
+    report.add_all("image size is not positive", sizeless, lambda image: f"{_name(image)}: {_size(image)}")
     astray = [image for image in images if _escapes(image["file_name"])]
-    problems.add_all(f"file_name leads out of {folder}", astray, _name)
+    report.add_all(f"file_name leads out of {folder}", astray, _name)
     if not check_files:
         return
     inside = [image for image in images if not _escapes(image["file_name"])]
     turned = 0
-    headers = in_threads(
+    headers = map_in_threads(
         lambda image: read_header(os.path.join(folder, image["file_name"])), inside, progress
     )
     for image, header in zip(inside, headers, strict=True):
         if isinstance(header, str):
             missing = header == "missing"
             kind = f"image missing in {folder}" if missing else f"image in {folder} cannot be read"
-            problems.add(kind, _name(image) if missing else f"{_name(image)}: {header}")
+            report.add(kind, _name(image) if missing else f"{_name(image)}: {header}")
             continue
         turned += header.orientation > 1
         if (image["width"], image["height"]) != header.shown:
-            problems.add(f"image in {folder} has another size than the json says", _misfit(image, header))
+            report.add(f"image in {folder} has another size than the json says", _misfit(image, header))
     if turned:
-        remarks.append(
+        warnings.append(
             f"images turned by their EXIF data, whose boxes must fit the upright picture: {turned}"
         )
 

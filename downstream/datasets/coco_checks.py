@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from downstream.datasets.masks import mask_fault
-from downstream.datasets.validation_report import Problems
+from downstream.datasets.masks import mask_error
+from downstream.datasets.validation_report import ValidationReport
 
 BORDER = 1.0
 """Pixels that a box may reach beyond its image: annotation tools round differently."""
@@ -58,92 +58,90 @@ class Objects(NamedTuple):
     """Learned ones by area, as COCO divides them: up to 32 x 32, up to 96 x 96, above."""
 
 
-def records(content: Any, problems: Problems) -> Content:
+def records(content: Any, report: ValidationReport) -> Content:
     """The lists of a COCO file, without the records that lack something."""
     if not isinstance(content, dict):
-        problems.add("not a COCO file", f"the top level is a {type(content).__name__}, not an object")
+        report.add("not a COCO file", f"the top level is a {type(content).__name__}, not an object")
         return Content([], [], [])
-    return Content(*(_complete(content, key, problems) for key in _KEYS))
+    return Content(*(_complete(content, key, report) for key in _KEYS))
 
 
-def check_ids(content: Content, problems: Problems) -> None:
+def check_ids(content: Content, report: ValidationReport) -> None:
     """Ids and class names are unique, and every reference leads somewhere."""
     for what, listed in zip(("image", "annotation", "category"), content, strict=True):
         counts = Counter(record["id"] for record in listed)
         repeated = [(i, n) for i, n in counts.items() if n > 1]
-        problems.add_all(f"{what} id used more than once", repeated, lambda r: f"id {r[0]} {r[1]} times")
+        report.add_all(f"{what} id used more than once", repeated, lambda r: f"id {r[0]} {r[1]} times")
     names = Counter(record["name"] for record in content.categories)
     repeated_names = [name for name, n in names.items() if n > 1]
-    problems.add_all("category name used more than once", repeated_names, repr)
+    report.add_all("category name used more than once", repeated_names, repr)
     nameless = [record for record in content.categories if not record["name"].strip()]
-    problems.add_all("category without a name", nameless, lambda r: f"category {r['id']}")
+    report.add_all("category without a name", nameless, lambda r: f"category {r['id']}")
     for key, targets in (("image_id", content.images), ("category_id", content.categories)):
         known = {record["id"] for record in targets}
         lost = [a for a in content.objects if a[key] not in known]
-        problems.add_all(
-            f"unknown {key}", lost, lambda a, key=key: f"annotation {a['id']} has {key} {a[key]}"
-        )
+        report.add_all(f"unknown {key}", lost, lambda a, key=key: f"annotation {a['id']} has {key} {a[key]}")
 
 
-def check_objects(content: Content, problems: Problems, remarks: list[str]) -> Objects:
+def check_objects(content: Content, report: ValidationReport, warnings: list[str]) -> Objects:
     """Boxes, areas and masks of the objects whose image is known."""
     image_of = {image["id"]: image for image in content.images if min(image["width"], image["height"]) > 0}
     objects = [a for a in content.objects if a["image_id"] in image_of]
     badly_formed = [a for a in objects if not _is_box(a["bbox"])]
-    problems.add_all("bbox is not four numbers", badly_formed, lambda a: f"{_name(a)}: {a['bbox']!r:.80}")
+    report.add_all("bbox is not four numbers", badly_formed, lambda a: f"{_name(a)}: {a['bbox']!r:.80}")
     objects = [a for a in objects if _is_box(a["bbox"])]
     if not objects:
         return Objects(0, 0, 0, (0, 0, 0))
     boxes = np.array([a["bbox"] for a in objects], np.float64)  # n 4: x y width height
     sizes = np.array([[image_of[a["image_id"]][k] for k in ("width", "height")] for a in objects], np.float64)
-    extents = _check_boxes(objects, boxes, sizes, problems, remarks)
+    extents = _check_boxes(objects, boxes, sizes, report, warnings)
 
     undecided = [a for a in objects if a["iscrowd"] not in (0, 1)]
-    problems.add_all("iscrowd is neither 0 nor 1", undecided, lambda a: f"{_name(a)}: {a['iscrowd']}")
+    report.add_all("iscrowd is neither 0 nor 1", undecided, lambda a: f"{_name(a)}: {a['iscrowd']}")
     crowd = np.array([a["iscrowd"] != 0 for a in objects])
     areas = np.array([a["area"] for a in objects], np.float64)
     flat = np.flatnonzero(~(areas > 0) & (extents > 0))
     if len(flat):
         first = _name(objects[flat[0]])
-        remarks.append(f"objects without area, left out of training: {len(flat)} ({first})")
+        warnings.append(f"objects without area, left out of training: {len(flat)} ({first})")
     learned = ~crowd & (areas > 0) & (extents >= 1)  # as mmdet decides
     bounds = np.searchsorted([32**2, 96**2], areas[learned], side="right")
     small, medium, large = np.bincount(bounds, minlength=3).tolist()
     return Objects(
-        int(learned.sum()), int(crowd.sum()), _check_masks(objects, sizes, problems), (small, medium, large)
+        int(learned.sum()), int(crowd.sum()), _check_masks(objects, sizes, report), (small, medium, large)
     )
 
 
-def check_references(content: Content, remarks: list[str]) -> None:
+def check_references(content: Content, warnings: list[str]) -> None:
     """Remarks on images and categories that nothing refers to, and on an id that evaluation stumbles over."""
     empty = len({image["id"] for image in content.images} - {a["image_id"] for a in content.objects})
     if empty:
-        remarks.append(f"images without object: {empty} of {len(content.images)}")
+        warnings.append(f"images without object: {empty} of {len(content.images)}")
     used = {a["category_id"] for a in content.objects}
     unused = [category["name"] for category in content.categories if category["id"] not in used]
     if unused:
-        remarks.append(
+        warnings.append(
             f"categories without object: {len(unused)} of {len(content.categories)} ({_few(unused)})"
         )
     files = Counter(image["file_name"] for image in content.images)
     shared = [name for name, n in files.items() if n > 1]
     if shared:
-        remarks.append(f"image files under more than one id: {len(shared)} ({_few(shared)})")
+        warnings.append(f"image files under more than one id: {len(shared)} ({_few(shared)})")
     if any(a["id"] == 0 for a in content.objects):
-        remarks.append("annotation with id 0, which COCO's evaluation takes for 'not found': count from 1")
+        warnings.append("annotation with id 0, which COCO's evaluation takes for 'not found': count from 1")
 
 
-def _complete(content: Record, key: str, problems: Problems) -> list[Record]:
+def _complete(content: Record, key: str, report: ValidationReport) -> list[Record]:
     listed = content.get(key)
     if not isinstance(listed, list):
-        problems.add("not a COCO file", f"there is no list '{key}'")
+        report.add("not a COCO file", f"there is no list '{key}'")
         return []
     wanted = _KEYS[key]
     complete = []
     what = {"images": "image", "annotations": "annotation", "categories": "category"}[key]
     for position, record in enumerate(listed):
         if not isinstance(record, dict):
-            problems.add(f"{what} is not an object", f"{key}[{position}] is {record!r:.60}")
+            report.add(f"{what} is not an object", f"{key}[{position}] is {record!r:.60}")
             continue
         faulty = False
         for name, types in wanted.items():
@@ -152,9 +150,9 @@ def _complete(content: Record, key: str, problems: Problems) -> list[Record]:
             faulty = True
             where = f"{what} {record['id']}" if type(record.get("id")) is int else f"{key}[{position}]"
             if name in record:
-                problems.add(f"{what} {name} is not {_NAMES[types]}", f"{where}: {record[name]!r:.60}")
+                report.add(f"{what} {name} is not {_NAMES[types]}", f"{where}: {record[name]!r:.60}")
             else:
-                problems.add(f"{what} without {name}", where)
+                report.add(f"{what} without {name}", where)
         if not faulty:
             complete.append(record)
     return complete
@@ -168,7 +166,7 @@ def _is_box(box: list[Any]) -> bool:
 
 
 def _check_boxes(
-    objects: list[Record], boxes: np.ndarray, sizes: np.ndarray, problems: Problems, remarks: list[str]
+    objects: list[Record], boxes: np.ndarray, sizes: np.ndarray, report: ValidationReport, warnings: list[str]
 ) -> np.ndarray:
     """The shorter side of every box, 0 where the box is of no use."""
 
@@ -176,16 +174,16 @@ def _check_boxes(
         return f"{_name(objects[row])}: {objects[row]['bbox']}"
 
     finite = np.logical_and.reduce(np.isfinite(boxes), axis=1)
-    problems.add_all("bbox is not finite", np.flatnonzero(~finite).tolist(), box_of)
+    report.add_all("bbox is not finite", np.flatnonzero(~finite).tolist(), box_of)
     boxes = np.where(finite[:, None], boxes, 0.0)
     shorter = boxes[:, 2:].min(axis=1)
     negative = np.flatnonzero(finite & (shorter < 0)).tolist()
-    problems.add_all("bbox of negative width or height", negative, box_of)
+    report.add_all("bbox of negative width or height", negative, box_of)
     flat = np.flatnonzero(finite & (shorter == 0)).tolist()
     if len(flat) > SLIPS * len(objects):
-        problems.add_all("bbox without width or height", flat, box_of)
+        report.add_all("bbox without width or height", flat, box_of)
     elif flat:
-        remarks.append(
+        warnings.append(
             f"boxes without width or height, left out of training: {len(flat)} ({box_of(flat[0])})"
         )
 
@@ -196,18 +194,18 @@ def _check_boxes(
         width, height = sizes[row].astype(int)
         return f"{box_of(row)} by {beyond[row]:.1f} px (image: {width} x {height})"
 
-    problems.add_all("box reaches out of its image", outside, described)
+    report.add_all("box reaches out of its image", outside, described)
     slightly = int((finite & (beyond > 0.01) & (beyond <= BORDER)).sum())
     if slightly:
-        remarks.append(f"boxes that reach up to {BORDER:g} px out of their image: {slightly}")
+        warnings.append(f"boxes that reach up to {BORDER:g} px out of their image: {slightly}")
     tiny = int((finite & (shorter > 0) & (shorter < TINY)).sum())
     if tiny:
         all_of_them = " (all: are they fractions of the image?)" if tiny == len(objects) else ""
-        remarks.append(f"boxes less than {TINY:g} px wide or high: {tiny}{all_of_them}")
+        warnings.append(f"boxes less than {TINY:g} px wide or high: {tiny}{all_of_them}")
     return np.maximum(shorter, 0.0)
 
 
-def _check_masks(objects: list[Record], sizes: np.ndarray, problems: Problems) -> int:
+def _check_masks(objects: list[Record], sizes: np.ndarray, report: ValidationReport) -> int:
     """How many objects have a mask."""
     masks = 0
     for record, (width, height) in zip(objects, sizes.astype(int).tolist(), strict=True):
@@ -215,9 +213,9 @@ def _check_masks(objects: list[Record], sizes: np.ndarray, problems: Problems) -
         if not segmentation:  # absent, null or an empty list: an object with a box alone
             continue
         masks += 1
-        fault = mask_fault(segmentation, width, height)
+        fault = mask_error(segmentation, width, height)
         if fault:
-            problems.add("segmentation is malformed", f"{_name(record)}: {fault}")
+            report.add("segmentation is malformed", f"{_name(record)}: {fault}")
     return masks
 
 

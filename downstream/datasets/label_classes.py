@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coma.errors import BadInput
-from downstream.datasets.validation_report import Problems
+from downstream.datasets.validation_report import ValidationReport
 
 Colour = tuple[int, int, int]
 
@@ -97,7 +97,7 @@ def _read(path: Path) -> Classes:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:
         raise BadInput(f"{path}: not a text file in UTF-8") from None
-    problems = Problems(str(path))
+    report = ValidationReport(str(path))
     if path.suffix.lower() != ".json":
         names = [line.strip() for line in text.splitlines()]
         while names and not names[-1]:
@@ -110,35 +110,35 @@ def _read(path: Path) -> Classes:
             raise BadInput(f"{path}: not a JSON file ({error}); {HOW_TO_SAY}") from None
     if not isinstance(content, dict) or not isinstance(content.get("classes"), list):
         raise BadInput(f"{path}: there is no list 'classes'; {HOW_TO_SAY}")
-    classes = _interpreted(content, problems)
-    problems.check()
+    classes = _interpreted(content, report)
+    report.raise_if_any()
     return classes
 
 
-def _interpreted(content: dict[str, Any], problems: Problems) -> Classes:
+def _interpreted(content: dict[str, Any], report: ValidationReport) -> Classes:
     names = content["classes"]
     for number, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
-            problems.add("class without a name", f"class {number} is {name!r:.40}")
+            report.add("class without a name", f"class {number} is {name!r:.40}")
         elif name in names[:number]:
-            problems.add("class name used more than once", f"{name!r} for {names.index(name)} and {number}")
+            report.add("class name used more than once", f"{name!r} for {names.index(name)} and {number}")
     if not 2 <= len(names) <= MOST:
-        problems.add("number of classes", f"{len(names)}; there must be 2 to {MOST}")
+        report.add("number of classes", f"{len(names)}; there must be 2 to {MOST}")
     ignore = content.get("ignore_index", 255)
     reduce = content.get("reduce_zero_label")
     if not isinstance(reduce, bool | None):
-        problems.add("reduce_zero_label is neither true nor false", f"{reduce!r:.40}")
+        report.add("reduce_zero_label is neither true nor false", f"{reduce!r:.40}")
     if type(ignore) is not int or not 0 <= ignore <= 255:
-        problems.add("ignore_index is not 0 to 255", f"{ignore!r:.40}")
+        report.add("ignore_index is not 0 to 255", f"{ignore!r:.40}")
     elif not reduce and ignore < len(names):
-        problems.add("ignore_index is also a class", f"{ignore} ({names[ignore]!r:.40})")
+        report.add("ignore_index is also a class", f"{ignore} ({names[ignore]!r:.40})")
     suffixes = [content.get(key) for key in ("img_suffix", "seg_map_suffix")]
     for key, suffix in zip(("img_suffix", "seg_map_suffix"), suffixes, strict=True):
         if not (suffix is None or (isinstance(suffix, str) and "." in suffix)):
-            problems.add(f"{key} is not the end of a file name", f"{suffix!r:.40}")
+            report.add(f"{key} is not the end of a file name", f"{suffix!r:.40}")
     return Classes(
         names=tuple(map(str, names)),
-        palette=_palette(content.get("palette"), len(names), problems),
+        palette=_palette(content.get("palette"), len(names), report),
         ignore_index=ignore,
         image_suffix=suffixes[0],
         label_suffix=suffixes[1],
@@ -146,17 +146,15 @@ def _interpreted(content: dict[str, Any], problems: Problems) -> Classes:
     )
 
 
-def _palette(listed: Any, count: int, problems: Problems) -> tuple[Colour, ...]:
+def _palette(listed: Any, count: int, report: ValidationReport) -> tuple[Colour, ...]:
     if listed is None:
         return default_palette(count)
     if not isinstance(listed, list) or len(listed) != count:
         size = f"{len(listed)} colours" if isinstance(listed, list) else repr(listed)[:40]
-        problems.add("palette does not match", f"{size} for {count} classes")
+        report.add("palette does not match", f"{size} for {count} classes")
         return ()
     for number, colour in enumerate(listed):
         whole = isinstance(colour, list) and len(colour) == 3 and all(type(c) is int for c in colour)
         if not whole or not all(0 <= c <= 255 for c in colour):
-            problems.add(
-                "palette colour is not three numbers from 0 to 255", f"class {number}: {colour!r:.40}"
-            )
+            report.add("palette colour is not three numbers from 0 to 255", f"class {number}: {colour!r:.40}")
     return tuple(tuple(colour) if isinstance(colour, list) else () for colour in listed)  # type: ignore[misc]

@@ -27,7 +27,7 @@ from downstream.datasets.label_classes import (
     find_classes,
 )
 from downstream.datasets.label_layouts import Layout, Pairing, find_layout, pair
-from downstream.datasets.validation_report import Problems, Progress, in_threads
+from downstream.datasets.validation_report import Progress, ValidationReport, map_in_threads
 
 MUCH_IGNORED = 0.5
 """A larger share of ignored pixels is remarked upon."""
@@ -84,21 +84,21 @@ def open_labels(
         raise BadInput(f"{data}: with reduce_zero_label ignore_index must be 255, not {known.ignore_index}")
     pairing = pair(layout, known.image_suffix, known.label_suffix)
 
-    problems = Problems(f"{layout.images} and {layout.labels}")
-    remarks: list[str] = []
-    _check_names(pairing, problems, remarks)
-    counts, ignored = _count(layout, pairing, known, reduce, problems, remarks, progress)
+    report = ValidationReport(f"{layout.images} and {layout.labels}")
+    warnings: list[str] = []
+    _check_names(pairing, report, warnings)
+    counts, ignored = _count(layout, pairing, known, reduce, report, warnings, progress)
     labelled = int(counts.sum())
-    if not problems and not labelled:
-        problems.add("no pixel of a class", "every one is ignored")
-    problems.check()
+    if not report and not labelled:
+        report.add("no pixel of a class", "every one is ignored")
+    report.raise_if_any()
     share = ignored / (labelled + ignored)
     absent = [name for name, count in zip(known.names, counts, strict=True) if not count]
     if absent:
         few = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
-        remarks.append(f"classes that never occur: {len(absent)} of {len(known.names)} ({few})")
+        warnings.append(f"classes that never occur: {len(absent)} of {len(known.names)} ({few})")
     if share > MUCH_IGNORED:
-        remarks.append(f"ignored pixels: {share:.0%}")
+        warnings.append(f"ignored pixels: {share:.0%}")
     return LabelSplit(
         images=layout.images,
         labels=layout.labels,
@@ -111,7 +111,7 @@ def open_labels(
         reduce_zero_label=reduce,
         shares=tuple((counts / labelled).tolist()),
         ignored=share,
-        warnings=tuple(remarks),
+        warnings=tuple(warnings),
     )
 
 
@@ -135,11 +135,11 @@ def read_label(path: Path | str) -> tuple[tuple[int, int], np.ndarray] | str:
     return image.size, np.bincount(values.ravel())
 
 
-def _check_names(pairing: Pairing, problems: Problems, remarks: list[str]) -> None:
+def _check_names(pairing: Pairing, report: ValidationReport, warnings: list[str]) -> None:
     said = f"an image a{pairing.image_suffix} has its label in a{pairing.label_suffix}"
-    problems.add_all(f"image without label; {said}", pairing.alone, str)
-    problems.add_all(f"label without image; {said}", pairing.unused, str)
-    problems.add_all(f"image that does not end in {pairing.image_suffix}", pairing.others, str)
+    report.add_all(f"image without label; {said}", pairing.alone, str)
+    report.add_all(f"label without image; {said}", pairing.unused, str)
+    report.add_all(f"image that does not end in {pairing.image_suffix}", pairing.others, str)
 
 
 def _count(
@@ -147,8 +147,8 @@ def _count(
     pairing: Pairing,
     known: Classes,
     reduce: bool,
-    problems: Problems,
-    remarks: list[str],
+    report: ValidationReport,
+    warnings: list[str],
     progress: Progress | None,
 ) -> tuple[np.ndarray, int]:
     """Pixels of every class, and ignored ones."""
@@ -166,37 +166,39 @@ def _count(
         label = read_label(layout.labels / (stem + pairing.label_suffix))
         return label, read_header(layout.images / (stem + pairing.image_suffix))
 
-    for stem, (label, header) in zip(pairing.stems, in_threads(read, pairing.stems, progress), strict=True):
+    for stem, (label, header) in zip(
+        pairing.stems, map_in_threads(read, pairing.stems, progress), strict=True
+    ):
         image_name, label_name = stem + pairing.image_suffix, stem + pairing.label_suffix
         if isinstance(header, str):
-            problems.add("image cannot be read", f"{image_name}: {header}")
+            report.add("image cannot be read", f"{image_name}: {header}")
         if isinstance(label, str):
             colours = "colours" in label
             kind = f"label in colours; {_RECODE}" if colours else "label cannot be read"
-            problems.add(kind, f"{label_name}: {label}")
+            report.add(kind, f"{label_name}: {label}")
             continue
         size, counts = label
         totals[: len(counts)] += counts
         wrong = np.flatnonzero((counts > 0) & ~allowed[: len(counts)]).tolist()
         if wrong:
             values = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
-            problems.add(f"label value out of range ({meaning})", f"{label_name}: {values}")
+            report.add(f"label value out of range ({meaning})", f"{label_name}: {values}")
         if isinstance(header, str):
             continue
         turned += header.orientation > 1
         if size != header.shown:
             shown = "{} x {}".format(*header.shown)
             turn = f" as shown (EXIF orientation {header.orientation})" if header.orientation > 1 else ""
-            problems.add(
+            report.add(
                 "image and label differ in size",
                 f"{image_name} is {shown}{turn}, its label {size[0]} x {size[1]}",
             )
     if turned:
-        remarks.append(
+        warnings.append(
             f"images turned by their EXIF data, whose labels must fit the upright picture: {turned}"
         )
     if len(known.names) == 2 and not reduce and set(np.flatnonzero(totals)) == {0, 255}:
-        problems.add("labels hold 0 and 255 alone", "is 255 the second class? It must be 1; 255 is ignored")
+        report.add("labels hold 0 and 255 alone", "is 255 the second class? It must be 1; 255 is ignored")
     return totals[first : last + 1], int(sum(totals[value] for value in ignored_values))
 
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 
-def mask_fault(segmentation: Any, width: int, height: int) -> str:
+def mask_error(segmentation: Any, width: int, height: int) -> str:
     """What is wrong, in a few words; empty if nothing is."""
     if isinstance(segmentation, list):
         return _polygons_fault(segmentation)
@@ -15,7 +15,7 @@ def mask_fault(segmentation: Any, width: int, height: int) -> str:
     return f"is a {type(segmentation).__name__}, not polygons or run lengths"
 
 
-def runs_of(text: str) -> list[int]:
+def decode_run_lengths(text: str) -> list[int]:
     """Run lengths from COCO's text form: 5 bits a character, differences to the last run but one.
 
     The form is that of `rleToString` in pycocotools, `common/maskApi.c`.
@@ -67,7 +67,7 @@ def _runs_fault(runs: dict[str, Any], width: int, height: int) -> str:
         return f"its run lengths are for size {size}, the image has [{height}, {width}]"
     if isinstance(counts, str):
         try:
-            counts = runs_of(counts)
+            counts = decode_run_lengths(counts)
         except ValueError as error:
             return str(error)
     if not isinstance(counts, list) or not all(type(count) is int for count in counts):

@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
-class Problems:
+class ValidationReport:
     """Collects faults by kind, to report them all at once."""
 
     def __init__(self, name: str) -> None:
@@ -48,7 +48,7 @@ class Problems:
         """Whether there is any."""
         return bool(self._found)
 
-    def check(self) -> None:
+    def raise_if_any(self) -> None:
         """Go on if nothing was found.
 
         Raises:
@@ -65,7 +65,7 @@ class Problems:
         raise BadInput("\n".join(lines))
 
 
-def in_threads(work: Callable[[_T], _R], items: Sequence[_T], progress: Progress | None) -> Generator[_R]:
+def map_in_threads(work: Callable[[_T], _R], items: Sequence[_T], progress: Progress | None) -> Generator[_R]:
     """`work` of every item, in order, done by a few threads; whoever stops early waits for no other."""
     chunks = [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
     pool = ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1)), "check")

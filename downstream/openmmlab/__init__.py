@@ -8,17 +8,17 @@ operators, those of torchvision. It must come before the first import of `mmcv.o
 as they are imported.
 """
 
-from downstream.openmmlab.checkpoint import allow_checkpoints
-from downstream.openmmlab.op_registry import provide_ops
+from downstream.openmmlab.checkpoint import allow_safe_loading
+from downstream.openmmlab.op_registry import register_ops
 
-provide_ops()
-allow_checkpoints()
+register_ops()
+allow_safe_loading()
 
 from downstream.openmmlab.backbones import DyViT, PlainViT  # noqa: E402
 from downstream.openmmlab.necks import SimpleFeaturePyramid  # noqa: E402
 from downstream.openmmlab.optim import LayerDecayConstructor  # noqa: E402
 from downstream.openmmlab.transforms import ReadImage  # noqa: E402
-from downstream.openmmlab.worker_init import settle_worker  # noqa: E402
+from downstream.openmmlab.worker_init import init_worker  # noqa: E402
 
 __all__ = [
     "DyViT",
@@ -26,5 +26,5 @@ __all__ = [
     "PlainViT",
     "ReadImage",
     "SimpleFeaturePyramid",
-    "settle_worker",
+    "init_worker",
 ]

@@ -223,5 +223,5 @@ def _encoder(
 
 def _check_kind(config: EncoderConfig, kind: type[EncoderConfig], source: str, error: type[BadInput]) -> None:
     if not isinstance(config, kind):
-        wanted = "PlainViT" if isinstance(config, ViTConfig) else "DyViT"
+        wanted = "DyViT" if len(config.strides) > 1 else "PlainViT"
         raise error(f"{source}: holds another encoder; use backbone=dict(type='{wanted}', ...)")

@@ -7,16 +7,15 @@ That is allowed for these methods, and for nothing else.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import pickle
 import re
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coma.atomic_io import seal_holds
 from coma.errors import BadInput
+from downstream.private import download_safely, numpy_constructors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,36 +78,20 @@ def checkpoint_weights(path: Path) -> dict[str, Tensor]:
         raise BadInput(f"{path}: damaged (its checksum does not match)")
     import torch
 
-    allow_checkpoints()
+    allow_safe_loading()
     return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
 
 
-def allow_checkpoints() -> None:
-    """Let `torch.load(..., weights_only=True)`, the default, read mmengine's checkpoints, and nothing more.
-
-    mmengine fetches files from `http`, `torchvision` and `open-mmlab` addresses through a function of torch
-    that unpickles anything unless it is told not to.
-    """
+def allow_safe_loading() -> None:
+    """Makes torch's safe loader, `torch.load(..., weights_only=True)`, accept mmengine's checkpoints."""
     import numpy as np
     import torch
     from mmengine.logging import HistoryBuffer
 
-    loading: Any = importlib.import_module("mmengine.runner.checkpoint")
-    loading.load_url = partial(torch.hub.load_state_dict_from_url, weights_only=True)
-
+    download_safely()
     dtypes = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
-    multiarray: Any = importlib.import_module("numpy._core.multiarray")
-    torch.serialization.add_safe_globals(
-        [
-            HistoryBuffer,
-            np.ndarray,
-            np.dtype,
-            multiarray._reconstruct,
-            multiarray.scalar,
-            (_method, "builtins.getattr"),
-            *dtypes,
-        ]
-    )
+    allowed = [HistoryBuffer, np.ndarray, np.dtype, *numpy_constructors(), *dtypes]
+    torch.serialization.add_safe_globals([*allowed, (_method, "builtins.getattr")])
 
 
 def _method(owner: Any, name: str) -> Any:

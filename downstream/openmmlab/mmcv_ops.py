@@ -314,7 +314,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 """What the module that stands in for `mmcv._ext` has."""
 
 
-def refuse(operator: str) -> None:
+def raise_unsupported(operator: str) -> None:
     """Say of an operator that it needs a compiled mmcv, and how to get one.
 
     Raises:
@@ -325,7 +325,7 @@ def refuse(operator: str) -> None:
 
 def _average_only(pool_mode: int) -> None:
     if pool_mode != 1:
-        refuse("roi_align with pool_mode='max'")
+        raise_unsupported("roi_align with pool_mode='max'")
 
 
 def _wide(x: Tensor) -> Tensor:

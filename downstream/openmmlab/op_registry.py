@@ -2,7 +2,7 @@
 
 mmcv-lite ships every Python file of `mmcv.ops`; what it lacks is the binary module `mmcv._ext`, which has to
 be compiled against each torch release. torchvision brings non-maximum suppression and RoIAlign compiled, for
-CPU and GPU, with every release of torch. `provide_ops` puts those, and what else `mmcv_ops` has,
+CPU and GPU, with every release of torch. `register_ops` puts those, and what else `mmcv_ops` has,
 in the missing module's place; any other operator is an error when it is called. A compiled mmcv is used as it
 is.
 """
@@ -21,14 +21,14 @@ from types import ModuleType
 from typing import Any
 
 from coma.errors import BadInput
-from downstream.openmmlab.mmcv_ops import OPERATORS, refuse
+from downstream.openmmlab.mmcv_ops import OPERATORS, raise_unsupported
 
 _log = logging.getLogger(__name__)
 
 _EXTENSION = "mmcv._ext"
 
 
-def provide_ops() -> None:
+def register_ops() -> None:
     """Make `mmcv.ops` importable; called before its first import, any number of times.
 
     Raises:
@@ -76,6 +76,6 @@ def _absent(name: str) -> Callable[..., Any]:
         raise AttributeError(name)
 
     def absent(*_: object, **__: object) -> None:
-        refuse(name)
+        raise_unsupported(name)
 
     return absent

@@ -15,43 +15,49 @@ import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.dataset import InfiniteSampler
+from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 from mmengine.runner import IterBasedTrainLoop, Runner
-from mmengine.runner.loops import _InfiniteDataloaderIterator
 from mmengine.utils import import_modules_from_strings
 
 import downstream.openmmlab  # noqa: F401 - before mmdet and mmseg
 from coma.atomic_io import seal
 from coma.errors import BadInput, CheckFailed, ComaError, Interrupted
+from coma.progress import Progress
 from coma.signals import StopRequest
 from downstream.cli_options import is_main
-from downstream.configs.load import REGISTRATION, blaming, require, worker_error
+from downstream.configs.load import REGISTER_MODULE, config_errors, require_imports, worker_error
 from downstream.configs.strides import check_strides
 from downstream.openmmlab.backbones import DyViT, PlainViT
 from downstream.openmmlab.checkpoint import intact_checkpoint, latest_checkpoint
-from downstream.openmmlab.worker_init import settle_workers
-from downstream.progress import Bar
+from downstream.openmmlab.worker_init import set_worker_init
+from downstream.private import use_device
 
 log = logging.getLogger(__name__)
 HEADLINES = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50", "mIoU", "mAcc", "aAcc")
+_LINES = 20
+"""Lines of progress over a whole run where there is no terminal."""
 SCORES = "coma_scores"
 """Where checkpoints keep what every validation measured, by step (by epoch, where a run counts those)."""
 CONFIG, PRINTED = "config.py", "printed.txt"
 
 
-def train(config: Any, folder: Path, *, source: Path | None = None, resume: bool = False) -> Runner:
+def train(
+    config: Any, folder: Path, *, device: str, source: Path | None = None, resume: bool = False
+) -> Runner:
     """Train to the end; under torchrun, on all its processes.
 
     Args:
         config: A whole mmengine configuration.
         folder: The run directory.
+        device: cuda or cpu.
         source: The user's file that the configuration comes from, which errors name.
         resume: Go on from the last checkpoint in it.
 
@@ -69,10 +75,10 @@ def train(config: Any, folder: Path, *, source: Path | None = None, resume: bool
         config.load_from = str(last)
     elif resume:
         log.info("no checkpoint was saved before the run ended; starting again")
-    blamed = blaming(source, "cannot be trained") if source else nullcontext()
-    printed, quiet = _prints_to(folder / PRINTED), not is_main()
-    with blamed, StopRequest(quiet=quiet) as stop, closing(Bar(quiet=quiet)) as bar, printed:
-        runner = build_runner(config, folder)
+    blamed = config_errors(source, "cannot be trained") if source else nullcontext()
+    printed, quiet = _redirect_prints(folder / PRINTED), not is_main()
+    with blamed, StopRequest(quiet=quiet) as stop, Progress(quiet) as progress, printed:
+        runner = build_runner(config, folder, device)
         model = getattr(runner.model, "module", runner.model)
         if isinstance(getattr(model, "backbone", None), DyViT | PlainViT):
             try:
@@ -81,7 +87,7 @@ def train(config: Any, folder: Path, *, source: Path | None = None, resume: bool
                 if not resume:
                     raise
                 log.warning("warning: %s", error)
-        watch = _Watch(stop, bar)
+        watch = _ProgressHook(stop, progress)
         runner.register_hook(watch, priority="LOW")
         if is_main() and not resume:
             config.dump(folder / CONFIG)
@@ -114,34 +120,40 @@ def train(config: Any, folder: Path, *, source: Path | None = None, resume: bool
 
 
 def test(
-    config: Any, folder: Path, prepare: Callable[[torch.nn.Module], None], *, quiet: bool = False
+    config: Any,
+    folder: Path,
+    prepare: Callable[[torch.nn.Module], None],
+    *,
+    device: str,
+    quiet: bool = False,
 ) -> dict[str, float]:
     """Measure the configuration's model on its test images, after `prepare` gave it what it knows.
 
     Without a bar where `quiet`: the caller has one.
     """
-    with closing(Bar(quiet=quiet or not is_main())) as bar, _prints_to(folder / PRINTED):
-        runner = build_runner(config, folder)
-        runner.register_hook(_Watch(None, bar), priority="LOW")
+    with Progress(quiet or not is_main()) as progress, _redirect_prints(folder / PRINTED):
+        runner = build_runner(config, folder, device)
+        runner.register_hook(_ProgressHook(None, progress), priority="LOW")
         prepare(getattr(runner.model, "module", runner.model))
         return {name: float(value) for name, value in runner.test().items()}
 
 
-def build_runner(config: Any, folder: Path) -> Runner:
+def build_runner(config: Any, folder: Path, device: str) -> Runner:
     """A Runner of any configuration, working in `folder`.
 
     Its log goes to files; errors alone to the terminal.
     """
-    settle(config, folder)
+    prepare_config(config, folder, device)
     import_modules_from_strings(**config.custom_imports)  # some were added after the file was read
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of third parties about each other
-        return _QuietRunner.from_cfg(config)
+        use_device(device)
+        return _CheckedRunner.from_cfg(config)
 
 
-def settle(config: Any, folder: Path) -> None:
+def prepare_config(config: Any, folder: Path, device: str) -> None:
     """Adapt a configuration to this toolkit, this machine and the run directory, any number of times."""
-    require(config, REGISTRATION)
+    require_imports(config, REGISTER_MODULE)
     config.work_dir = str(folder)
     config.experiment_name = f"{folder.name}-{uuid.uuid4().hex[:8]}"  # mmengine keeps one logger per name
     if "visualizer" in config:  # and one visualizer, which writes the curves, for good in its first folder
@@ -151,14 +163,14 @@ def settle(config: Any, folder: Path) -> None:
         kinds = {backend["type"] for backend in backends or ()}
         if backends is not None and "TensorboardVisBackend" not in kinds:
             backends.append({"type": "TensorboardVisBackend"})
-    if config.launcher != "none" and not torch.cuda.is_available():  # mmengine itself would ask for CUDA
+    if config.launcher != "none" and device == "cpu":  # mmengine itself would ask for CUDA
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo")
         config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
-        settle_workers(config.get(name), config.get("randomness", {}).get("seed") or 0)
-    if not torch.cuda.is_available() or config.launcher == "none":
-        _without_sync(config.model)
+        set_worker_init(config.get(name), config.get("randomness", {}).get("seed") or 0)
+    if device == "cpu" or config.launcher == "none":
+        _replace_sync_bn(config.model)
 
 
 def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -173,7 +185,7 @@ def scores_by_step(runner: Runner) -> dict[str, dict[str, float]]:
     return runner.message_hub.runtime_info.get(SCORES, {})
 
 
-class _QuietRunner(Runner):
+class _CheckedRunner(Runner):
     """Logs everything to its files, errors alone to the terminal; seals its checkpoints."""
 
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
@@ -219,16 +231,16 @@ class _QuietRunner(Runner):
         return checkpoint
 
 
-class _Watch(Hook):
+class _ProgressHook(Hook):
     """Moves the bar, refuses losses that are not finite, and stops the run where it was asked to."""
 
-    def __init__(self, stop: StopRequest | None, bar: Bar) -> None:
-        self._stop, self._bar, self._steps = stop, bar, 0
+    def __init__(self, stop: StopRequest | None, progress: Progress) -> None:
+        self._stop, self._progress, self._steps = stop, progress, 0
 
     def before_train(self, runner: Any) -> None:
         self._steps = runner.max_iters
-        _skip(runner.train_loop, runner.iter)
-        self._bar.start("training", self._steps, runner.iter)
+        _skip_seen_images(runner.train_loop, runner.iter)
+        self._training = self._progress.bar("step", self._steps, runner.iter, _LINES)
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
@@ -239,8 +251,8 @@ class _Watch(Hook):
                 f"{runner.work_dir}: the loss is {loss} at step {runner.iter + 1}; lower --lr, or use "
                 "--precision fp32; the last checkpoint is from before"
             )
-        self._bar.step(runner.iter + 1, f"loss {loss:.4f}")
-        if self._stop and _anyone(self._stop.asked) and runner.iter + 1 < self._steps:
+        self._training.update(runner.iter + 1, f"loss {loss:.4f}")
+        if self._stop and _any_process(self._stop.asked) and runner.iter + 1 < self._steps:
             self.leave(runner, runner.iter + 1)
 
     def leave(self, runner: Any, done: int) -> None:
@@ -259,15 +271,15 @@ class _Watch(Hook):
         raise Interrupted(f"{where}; everything is saved, {advice}")
 
     def before_val(self, runner: Any) -> None:
-        self._bar.begin_part("validating", len(runner.val_dataloader))
+        self._pass = self._progress.bar("validating", len(runner.val_dataloader))
 
     def after_val_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        self._bar.advance_part()
+        self._pass.advance()
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        self._bar.end_part()
+        self._pass.remove()
         finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
         scores = runner.message_hub.runtime_info.setdefault(SCORES, {})
         by_step = isinstance(runner.train_loop, IterBasedTrainLoop)
@@ -276,18 +288,18 @@ class _Watch(Hook):
         }
         shown = {name: value for name, value in (metrics or {}).items() if is_headline(name)}
         text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        self._bar.say(f"step {runner.iter}/{self._steps}: {text}")
+        self._progress.say(f"step {runner.iter}/{self._steps}: {text}")
 
     def before_test(self, runner: Any) -> None:
-        self._bar.begin_part("testing", len(runner.test_dataloader))
+        self._pass = self._progress.bar("testing", len(runner.test_dataloader))
 
     def after_test_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        self._bar.advance_part()
+        self._pass.advance()
 
     def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        self._bar.end_part()
+        self._pass.remove()
 
 
 def is_headline(name: str) -> bool:
@@ -305,40 +317,41 @@ def _save(runner: Any, done: int) -> None:
         path.write_text(str(Path(runner.work_dir, name)))
 
 
-def _skip(loop: Any, done: int) -> None:
+def _skip_seen_images(loop: Any, done: int) -> None:
     """Go on in the order of images after `done` steps; mmengine would read and augment all of them again."""
     sampler: Any = loop.dataloader.sampler
     counts_steps = isinstance(loop, IterBasedTrainLoop)
     if not done or not counts_steps or not isinstance(sampler, InfiniteSampler):
         return
     taken = done * (loop.dataloader.batch_size or 1)
-    sampler.indices = itertools.islice(sampler._indices_of_rank(), taken, None)
-    ahead: Any = itertools.chain(itertools.repeat(None, done), _InfiniteDataloaderIterator(loop.dataloader))
-    loop.dataloader_iterator = ahead
+    order = InfiniteSampler(sampler.dataset, sampler.shuffle, sampler.seed).indices  # from the start
+    sampler.indices = itertools.islice(order, taken, None)
+    batches: Any = itertools.chain(itertools.repeat(None, done), loop.dataloader)
+    loop.dataloader_iterator = batches
 
 
-def _anyone(asked: bool) -> bool:
+def _any_process(asked: bool) -> bool:
     if not torch.distributed.is_initialized():
         return asked
-    votes = torch.tensor(float(asked), device="cuda" if torch.cuda.is_available() else "cpu")
+    votes = torch.tensor(float(asked), device=get_device())
     torch.distributed.all_reduce(votes)
     return bool(votes)
 
 
-def _without_sync(model: Any) -> None:
+def _replace_sync_bn(model: Any) -> None:
     """Batch normalisation of one process where there is only one: the synchronised kind needs CUDA."""
     if isinstance(model, dict):
         if model.get("type") == "SyncBN":
             model["type"] = "BN"
         for child in model.values():
-            _without_sync(child)
+            _replace_sync_bn(child)
     elif isinstance(model, list | tuple):
         for child in model:
-            _without_sync(child)
+            _replace_sync_bn(child)
 
 
 @contextmanager
-def _prints_to(path: Path) -> Iterator[None]:
+def _redirect_prints(path: Path) -> Iterator[None]:
     """What libraries print goes to a file: pycocotools reports every evaluation on the terminal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file, redirect_stdout(file):

@@ -1,9 +1,8 @@
-"""Processes that read images for mm's loaders."""
+"""Worker processes that load images for OpenMMLab's data loaders."""
 
 from __future__ import annotations
 
 import os
-from multiprocessing.queues import Queue
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -12,29 +11,25 @@ from mmengine.registry import FUNCTIONS
 from torch import Tensor
 
 from coma.data.worker_pool import SharedPickle
+from downstream.private import exit_on_send_error
 
 
 @FUNCTIONS.register_module()
-def settle_worker(worker_id: int, **facts: Any) -> None:
-    """First thing in such a process: leave the trainer's process group, then seed as mmengine does.
+def init_worker(worker_id: int, **settings: Any) -> None:
+    """Initialises a worker process: leaves the trainer's process group, then seeds as mmengine does.
 
-    Ctrl-C and schedulers signal whole groups; a reader that died of it would take the trainer along. Images
-    travel without /dev/shm, and what cannot be sent ends the process: torch would wait for it for ever.
+    Ctrl-C and job schedulers signal whole process groups, and a worker that dies of the signal ends the
+    training. Images are sent without /dev/shm.
     """
     ForkingPickler.register(Tensor, lambda tensor: SharedPickle(tensor).__reduce__())
-    Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
+    exit_on_send_error("a worker process cannot send its images")
     os.setpgrp()
-    worker_init_fn(worker_id, **facts)
+    worker_init_fn(worker_id, **settings)
 
 
-def _end(error: Exception, _: object) -> None:
-    os.write(2, f"a reading process cannot send its images: {type(error).__name__}: {error}\n".encode())
-    os._exit(1)
-
-
-def settle_workers(loader: Any, seed: int) -> None:
-    """Have the workers of a loader's settings, if it has any, begin so."""
+def set_worker_init(loader: Any, seed: int) -> None:
+    """Sets `init_worker` in the settings of a data loader that has worker processes."""
     if loader and loader.get("num_workers"):
         rank = int(os.environ.get("RANK", "0"))
-        facts = {"num_workers": loader.num_workers, "rank": rank, "seed": seed}
-        loader.worker_init_fn = {"type": "settle_worker", **facts}
+        settings = {"num_workers": loader.num_workers, "rank": rank, "seed": seed}
+        loader.worker_init_fn = {"type": "init_worker", **settings}

@@ -8,22 +8,21 @@ from typing import Any
 from coma.artifact import ArtifactConfig
 from coma.errors import BadInput
 from downstream.artifacts import check_classes
-from downstream.cli_options import TrainingOptions
-from downstream.configs.adapt import Described, each, fit_encoder
+from downstream.cli_options import TrainOptions
+from downstream.configs.adapt import EncoderSpec, as_list, set_encoder
 from downstream.configs.load import PRESETS, load_config, pipeline_of, replace_dataset
-from downstream.configs.schedule import fit_schedule, fit_workers
+from downstream.configs.schedule import set_schedule, set_workers
 from downstream.datasets.labels import LabelSplit
 
 PRESET = PRESETS / "mmseg" / "upernet_dyvit_160k_ade20k-512x512.py"
-DEFAULTS = {"epochs": 100, "batch_size": 8, "lr": 1e-4, "weight_decay": 0.05, "layer_decay": 0.75}
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 
 
 def training_config(
-    encoder: Described,
+    encoder: EncoderSpec,
     train: LabelSplit,
     val: LabelSplit,
-    options: TrainingOptions,
+    options: TrainOptions,
     crop: int,
     resize: int | None = None,
 ) -> Any:
@@ -36,24 +35,24 @@ def training_config(
     if crop < unit or crop % unit:
         raise BadInput(f"--crop-size {crop}: must be a multiple of the encoder's {unit} px mask unit")
     config = load_config(PRESET)
-    fit_encoder(config, encoder, options)
-    fit_dataset(config, train, val)
-    fit_pipelines(config, encoder.model.channels, crop, resize, train.reduce_zero_label)
-    fit_schedule(config, options, train.pairs, DEFAULTS, "mIoU")
-    fit_workers(config, options.workers)
+    set_encoder(config, encoder, options)
+    set_dataset(config, train, val)
+    set_pipelines(config, encoder.model.channels, crop, resize, train.reduce_zero_label)
+    set_schedule(config, options, train.pairs, "mIoU")
+    set_workers(config, options.workers)
     if config.train_dataloader.batch_size < 2:
         raise BadInput("--batch-size: batch normalisation needs at least 2 images for every process")
     return config
 
 
-def fit_dataset(config: Any, train: LabelSplit, val: LabelSplit) -> None:
+def set_dataset(config: Any, train: LabelSplit, val: LabelSplit) -> None:
     """Read these images and label maps, and give every head as many classes as they have."""
     for loader, split in (("train_dataloader", train), ("val_dataloader", val), ("test_dataloader", val)):
-        replace_dataset(config[loader], partial(dataset_of, split))
-    config.val_evaluator = config.test_evaluator = metric_of(val)
+        replace_dataset(config[loader], partial(dataset_settings, split))
+    config.val_evaluator = config.test_evaluator = metric_settings(val)
     model = config.model
     model.data_preprocessor["seg_pad_val"] = train.ignore_index
-    for head in (*each(model.get("decode_head")), *each(model.get("auxiliary_head"))):
+    for head in (*as_list(model.get("decode_head")), *as_list(model.get("auxiliary_head"))):
         head.num_classes, head.ignore_index = len(train.class_names), train.ignore_index
     for loader, split in (("train_dataloader", train), ("val_dataloader", val), ("test_dataloader", val)):
         for step in pipeline_of(config[loader].dataset):
@@ -61,7 +60,7 @@ def fit_dataset(config: Any, train: LabelSplit, val: LabelSplit) -> None:
                 step["reduce_zero_label"] = split.reduce_zero_label
 
 
-def dataset_of(split: LabelSplit, pipeline: list[Any]) -> dict[str, Any]:
+def dataset_settings(split: LabelSplit, pipeline: list[Any]) -> dict[str, Any]:
     """Settings of mmseg's reader of a split."""
     return {
         "type": "BaseSegDataset",
@@ -76,31 +75,31 @@ def dataset_of(split: LabelSplit, pipeline: list[Any]) -> dict[str, Any]:
     }
 
 
-def metric_of(split: LabelSplit) -> dict[str, Any]:
+def metric_settings(split: LabelSplit) -> dict[str, Any]:
     """Settings of the mean intersection over union of a split."""
     return {"type": "IoUMetric", "iou_metrics": ["mIoU"], "ignore_index": split.ignore_index}
 
 
-def labels_of(reduce_zero_label: bool) -> dict[str, Any]:
+def annotation_step(reduce_zero_label: bool) -> dict[str, Any]:
     """The pipeline step that reads label maps."""
     return {"type": "LoadAnnotations", "reduce_zero_label": reduce_zero_label}
 
 
-def scoring(about: ArtifactConfig, split: LabelSplit) -> tuple[dict[str, Any], dict[str, Any]]:
+def test_settings(about: ArtifactConfig, split: LabelSplit) -> tuple[dict[str, Any], dict[str, Any]]:
     """How `tuning.measure` reads this split, and its metric.
 
     Raises:
         BadInput: the split has other classes than the artifact.
     """
     check_classes(about, split.class_names, split.labels)
-    loader = {"dataset": dataset_of(split, []), "labels": labels_of(split.reduce_zero_label)}
-    return loader, metric_of(split)
+    loader = {"dataset": dataset_settings(split, []), "labels": annotation_step(split.reduce_zero_label)}
+    return loader, metric_settings(split)
 
 
-def fit_pipelines(config: Any, channels: int, crop: int, resize: int | None, reduce_zero_label: bool) -> None:
+def set_pipelines(config: Any, channels: int, crop: int, resize: int | None, reduce_zero_label: bool) -> None:
     """Read any format; train on crops of images at 0.5 to 2 times their size, test on whole ones."""
     read = {"type": "ReadImage", "channels": channels}
-    labels = labels_of(reduce_zero_label)
+    labels = annotation_step(reduce_zero_label)
     exactly = [{"type": "Resize", "scale": (resize * 4, resize), "keep_ratio": True}] if resize else []
     jitter: dict[str, Any] = {
         "type": "RandomChoice",

@@ -198,38 +198,38 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
 def _load(
     given: BenchmarkConfig, graph: GraphKind, channels: int, most: int
 ) -> tuple[list[Contender], ImageSet, list[NotRun]]:
+    from coma.progress import Progress
     from export.benchmark import MOST_IMAGES, NotRun, exported, open_exports, open_torch
-    from export.commands.progress import Bar
     from export.image_sets import TIMING, read_image_set
     from export.job import folder_beside
     from export.preprocessing import open_images
 
     folder = given.exports or folder_beside(given.artifact)
-    with Bar() as bar:
-        bar.step("reading images and hashes of files")
+    with Progress() as progress:
+        progress.step("reading images and hashes of files")
         entries, absent = exported(folder, given.artifact, graph, required=given.exports is not None)
         images = read_image_set(open_images(given.images), channels, min(most, MOST_IMAGES), TIMING)
         if not images.files and graph != "reconstructor":
             absent.append(NotRun("end to end", f"{images.selection.location} holds no image files to decode"))
-        bar.step("loading PyTorch's model")
+        progress.step("loading PyTorch's model")
         contenders, more = open_torch(given.artifact, graph, given.device, given.compile)
-        others, unfit = open_exports(folder, entries, given.device, _threads(), bar)
+        others, unfit = open_exports(folder, entries, given.device, _threads(), progress)
     return [*contenders, *others], images, [*absent, *more, *unfit]
 
 
 def _measure(
     given: BenchmarkConfig, contenders: list[Contender], images: ImageSet, batch: int, size: tuple[int, int]
 ) -> tuple[list[Row], list[NotRun]]:
+    from coma.progress import Progress
     from export.benchmark import expected_seconds, measure, try_out
-    from export.commands.progress import Bar
 
-    with Bar() as bar:
-        calls, absent = try_out(contenders, images, batch, size, bar)
+    with Progress() as progress:
+        calls, absent = try_out(contenders, images, batch, size, progress)
     if not calls:
         return [], absent
     # no bar meanwhile: one that is drawn ten times a second would be measured too
     lasts = expected_seconds(calls, given.seconds)
-    bar.say(f"batch {batch}: timing {len(calls)} calls in turns, about {max(lasts, 1):.0f} s")
+    progress.say(f"batch {batch}: timing {len(calls)} calls in turns, about {max(lasts, 1):.0f} s")
     return measure(calls, batch, given.seconds), absent
 
 

@@ -22,9 +22,9 @@ from export.commands.output import disk_errors, exclusive, stoppable
 if TYPE_CHECKING:
     from coma.artifact import ArtifactConfig
     from coma.data.sources.base import Source
+    from coma.progress import Progress
     from coma.runtimes.model_spec import GraphKind, Precision
     from coma.runtimes.tensorrt.sidecar import EngineOptions
-    from export.commands.progress import Bar
     from export.job import Request
     from export.pipeline import Outcome
 
@@ -150,9 +150,9 @@ def default_shapes(config: ArtifactConfig, graph: GraphKind) -> Shapes:
 def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str, ...], out: Path) -> None:
     from coma.artifact import load_artifact
     from coma.artifact.load import artifact_hash
+    from coma.progress import Progress
     from coma.runtimes.manifest import Manifest
     from export.candidates import remove_unfinished
-    from export.commands.progress import Bar
     from export.graphs.load import graph_kinds_of
     from export.pipeline import Outcome, export, require
     from export.report import NAME, write_report
@@ -180,11 +180,11 @@ def _export(given: ExportConfig, targets: tuple[str, ...], precisions: tuple[str
         manifest = Manifest.of(out, name, source, config.kind)
         outcome = Outcome()
         try:
-            with Bar() as bar:
+            with Progress() as progress:
                 for graph in graphs:
-                    export(request, graph, shapes[graph], manifest, bar, outcome)
+                    export(request, graph, shapes[graph], manifest, progress, outcome)
                 if given.check == "rtx":
-                    _check_rtx(outcome, shapes, bar)
+                    _check_rtx(outcome, shapes, progress)
         except BaseException as error:
             if manifest.files or manifest.rejected:
                 with suppress(OSError):  # the first error counts
@@ -350,20 +350,20 @@ def _engine_options(config: EngineConfig) -> EngineOptions:
     )
 
 
-def _check_rtx(outcome: Outcome, shapes: Mapping[GraphKind, Shapes], bar: Bar) -> None:
+def _check_rtx(outcome: Outcome, shapes: Mapping[GraphKind, Shapes], progress: Progress) -> None:
     from coma.runtimes.tensorrt.profiles import profile_of
     from export.candidates import describe
     from export.tensorrt.rtx import check_rtx
 
     for path in outcome.kept:
-        bar.step(f"{path.name}: TensorRT-RTX parses and compiles it")
+        progress.step(f"{path.name}: TensorRT-RTX parses and compiles it")
         try:
             spec = describe(path)
             report = check_rtx(path, (profile_of(spec, shapes[spec.graph]),))
         except CheckFailed as error:
             outcome.refused.append(f"{path.name}: {error}")
             continue
-        bar.say(
+        progress.say(
             f"rtx     {path.name}  TensorRT-RTX {report.version} compiled {report.layers} layers in "
             f"{report.seconds:.1f} s"
         )

@@ -24,8 +24,6 @@ from coma.preflight import require_folder
 from coma.ranges import BATCH, PROCESSES, SEED, SIDE, Range, Ranged
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from coma.artifact import ArtifactConfig
     from coma.config import EncoderConfig
     from coma.data import LabelledSplits
@@ -53,7 +51,7 @@ class EvaluateConfig(Ranged):
     random_baseline: bool = True
     """Also evaluate a randomly initialised encoder of the same architecture."""
     image_size: Annotated[int | None, SIDE] = None
-    """Side of the images shown to the encoder in pixels; as in pre-training when not given."""
+    """Side of the images shown to the encoder in pixels; default: as in pre-training."""
     k: Annotated[int, Range(1, 10**6)] = 20
     """Number of neighbours that vote (knn)."""
     temperature: Annotated[float, Range(1e-3, 1e3)] = 0.07
@@ -63,8 +61,9 @@ class EvaluateConfig(Ranged):
     batch_size: Annotated[int, BATCH] = 256
     """Images per forward pass."""
     workers: Annotated[int | None, PROCESSES] = None
-    """Number of processes that decode images; set from the number of cores when not given."""
-    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
+    """Processes that decode images; default: by the number of cores."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto: the GPU where there is one."""
     out: Path | None = None
     """Folder for results.json and the table, results.md."""
 
@@ -91,15 +90,12 @@ def run(argv: list[str]) -> None:
 
     pick_device(config.device)
 
-    from rich.console import Console
-
     from coma.data import log_missing_classes, open_labelled_splits
 
-    console = Console()
     splits = open_labelled_splits(config.data, config.train, config.test)
     log_missing_classes(splits)
-    scores = _evaluate(config, splits, console)
-    _print_table(scores, console)
+    scores = _evaluate(config, splits)
+    _print_table(scores)
     if config.out:
         _write(config.out, splits, scores)
 
@@ -123,18 +119,14 @@ def _encoders(config: EvaluateConfig) -> list[tuple[str, Encoder, ArtifactConfig
     return encoders
 
 
-def _evaluate(config: EvaluateConfig, splits: LabelledSplits, console: Console) -> list[Score]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Column
-
+def _evaluate(config: EvaluateConfig, splits: LabelledSplits) -> list[Score]:
     from coma.devices import pick_device
+    from coma.progress import Progress
     from pretrain.evaluate import evaluate
 
     encoders, device = _encoders(config), pick_device(config.device)
-    title = TextColumn("{task.description}", table_column=Column(overflow="fold"))
-    columns = (title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(True))
     scores = []
-    with Progress(*columns, console=console) as progress:
+    with Progress() as progress:
         for name, encoder, about in encoders:
             scores += evaluate(
                 encoder.to(device),
@@ -164,7 +156,8 @@ def _cells(score: Score) -> tuple[str, ...]:
     return score.encoder, score.protocol, f"{100 * score.top1:.2f}", top5, *images, f"{score.seconds:.1f}"
 
 
-def _print_table(scores: list[Score], console: Console) -> None:
+def _print_table(scores: list[Score]) -> None:
+    from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
@@ -174,7 +167,7 @@ def _print_table(scores: list[Score], console: Console) -> None:
         table.add_column(heading.replace(" ", "\n", 1), justify="right")
     for score in scores:
         table.add_row(*map(Text, _cells(score)))
-    console.print(table)
+    Console().print(table)
 
 
 def _write(out: Path, splits: LabelledSplits, scores: list[Score]) -> None:

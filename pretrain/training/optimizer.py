@@ -9,7 +9,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from coma.config import DyViTConfig, EncoderConfig, FinetuneRecipe, OptimizerConfig
+from coma.config import EncoderConfig, FinetuneRecipe, OptimizerConfig
 from coma.models import Encoder
 from coma.objectives.classification import Classification
 
@@ -67,8 +67,7 @@ def default_layer_decay(model: EncoderConfig) -> float:
 
     0.65 is what MAE's released recipe takes for ViT-B.
     """
-    base_width = 96 if isinstance(model, DyViTConfig) else 768
-    return 0.65 if model.dim == base_width else 0.75
+    return 0.65 if model.as_wide_as_base else 0.75
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:

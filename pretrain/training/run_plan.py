@@ -14,17 +14,14 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coma.atomic_io import write_whole
 from coma.config import (
-    CMTConfig,
     FinetuneConfig,
     ObjectiveConfig,
     OptimizerConfig,
     PretrainConfig,
     ProbeConfig,
-    TaughtConfig,
 )
 from coma.config.serialization import flat, read_config, to_plain
 from coma.data import BatchLayout, Source, check_loader, check_sample, compute_mean_std, open_source
@@ -32,7 +29,6 @@ from coma.data.listing import FLAG, Listing, list_data
 from coma.errors import BadInput
 from coma.masking.patchify import unit_grid
 from coma.models import build_encoder
-from coma.models.attention_maps import attend
 from coma.objectives import build_objective
 from coma.objectives.teachers import may_have_moved, with_weights_hash
 from coma.preflight import require_folder, require_space
@@ -204,10 +200,7 @@ def check_objective(config: PretrainConfig) -> int:
     visible = objective.draw_visible(torch.zeros(1, dtype=torch.int64), h, w)
     if not visible.flatten(1).any(dim=1).all():
         raise BadInput(f"{len(visible)} views are too many for {h * w} mask units: some would see nothing")
-    if isinstance(config.objective, CMTConfig):
-        with FakeTensorMode(), torch.no_grad():
-            images = torch.empty(1, model.channels, size, size)
-            attend(build_encoder(model), images, block=config.objective.student_block)
+    objective.check_images(size, size)
     return sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
 
 
@@ -340,13 +333,13 @@ def _resumed(config: Settings) -> Settings:
 
 def _same_teacher(new: ObjectiveConfig, saved: ObjectiveConfig) -> ObjectiveConfig:
     """The new settings; a teacher whose weights they do not identify is to be the one of the run."""
-    if not isinstance(new, TaughtConfig) or not isinstance(saved, TaughtConfig) or new.teacher.sha256:
+    if not new.teacher or not saved.teacher or new.teacher.sha256:
         return new
     return replace(new, teacher=replace(new.teacher, sha256=saved.teacher.sha256))
 
 
 def _places_of_teachers(new: ObjectiveConfig, saved: ObjectiveConfig) -> set[str]:
     """What may be set anew of a teacher that is an artifact: where it is. Its SHA-256 is compared later."""
-    if not isinstance(new, TaughtConfig) or not isinstance(saved, TaughtConfig):
+    if not new.teacher or not saved.teacher:
         return set()
     return {"objective.teacher.name"} if may_have_moved(saved.teacher, new.teacher) else set()

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from coma.config import EncoderConfig, FinetuneConfig, ObjectiveConfig, PretrainConfig
 from coma.masking.patchify import unit_grid
 from coma.models import build_encoder
-from coma.models.classifier import build_classifier
+from coma.models.classifiers import build_classifier
 from coma.objectives import build_objective
 from coma.objectives.teachers import dummy_teacher
 from pretrain.training.distributed import Processes

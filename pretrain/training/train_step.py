@@ -119,7 +119,7 @@ class TrainStep:
             number: Of the step, from 0.
             lr: Learning rate; groups of parameters with an `lr_scale` take that share of it.
             batches: Where the micro batches come from.
-            requests: What this process asks of all of them, called late in the step; see `StepResult.requests`.
+            requests: What this process asks of all of them, called late in the step; see `StepResult`.
             progress: Share of the run that is done before this step; told to the objective.
 
         Raises:

@@ -10,7 +10,7 @@ from coma.artifact import LINEAR_HEAD, ArtifactConfig, library_versions, save_ar
 from coma.cli import main
 from coma.config import CoMAConfig, DecoderConfig, DyViTConfig, EncoderConfig, ObjectiveConfig, ViTConfig
 from coma.models import build_encoder
-from coma.models.classifier import build_classifier
+from coma.models.classifiers import build_classifier
 from coma.objectives import build_objective
 
 DYVIT = DyViTConfig(
@@ -68,14 +68,14 @@ def classifier(folder: Path, model: EncoderConfig = DYVIT) -> Path:
 
 
 def segmentor(folder: Path, model: EncoderConfig = DYVIT) -> Path:
-    from downstream.artifacts import build_model, describe_finetuned
-    from downstream.cli_options import TrainingOptions
-    from downstream.configs.adapt import Described, fit_encoder
+    from downstream.artifacts import build_model, finetuned_config
+    from downstream.cli_options import TrainOptions
+    from downstream.configs.adapt import EncoderSpec, set_encoder
     from downstream.configs.load import load_config
     from downstream.tasks.segmentation import PRESET
 
     config = load_config(PRESET)
-    fit_encoder(config, Described(model, MEAN, STD, {"preset": "tiny"}), TrainingOptions(head_channels=32))
+    set_encoder(config, EncoderSpec(model, MEAN, STD, {"preset": "tiny"}), TrainOptions(head_channels=32))
     for head in (config.model.decode_head, config.model.auxiliary_head):
         head.num_classes, head.norm_cfg = len(CLASSES), {"type": "BN"}
     config.model.test_cfg = {"mode": "whole"}
@@ -85,7 +85,7 @@ def segmentor(folder: Path, model: EncoderConfig = DYVIT) -> Path:
         {"type": "Resize", "scale": (256, 64), "keep_ratio": True},
         {"type": "PackSegInputs"},
     ]
-    config_of = describe_finetuned("segmentor", config, model, CLASSES)
+    config_of = finetuned_config("segmentor", config, model, CLASSES)
     module = awake(build_model(config_of))
     save_artifact(folder, tensors=module.state_dict(), config=config_of)
     return folder

@@ -47,7 +47,7 @@ class FolderSource(EncodedSource):
             held_out: See `open_source`.
 
         Raises:
-            BadInput: The folder has no image or no such split, was written by this toolkit, or cannot be read.
+            BadInput: The folder has no image or no such split, cannot be read, or is a run output.
         """
         found, inventories = _find(root)
         if not found:
@@ -82,7 +82,7 @@ class FolderSource(EncodedSource):
         return printable(str(self.path(i)))
 
     def listing(self) -> tuple[list[str], list[int]]:
-        """Returns the paths inside the folder, and the sizes in bytes; -1 for a file that no longer exists."""
+        """Returns the paths inside the folder and the sizes in bytes; -1 for files that no longer exist."""
         names, root = list(self._names), str(self.location)
 
         def sizes(part: Sequence[str]) -> list[int]:
@@ -140,7 +140,7 @@ def _merged(inventories: dict[str, Inventory], prefix: str = "") -> Inventory:
 
 
 def walk_files(root: Path, inventory_of: Callable[[str], Inventory]) -> Iterator[str]:
-    """Yields the relative paths (with /) of all regular files below a folder, except those of skipped folders.
+    """Yields the relative paths (with /) of the regular files below a folder, except in skipped folders.
 
     Args:
         root: Folder to search.
@@ -282,6 +282,6 @@ def _no_images(root: Path, inventory: Inventory) -> str:
 
 
 def parse_whole_numbers(names: Collection[str]) -> dict[str, int] | None:
-    """Returns the values by name if all names are whole numbers with different values (7 and 07 are equal)."""
+    """Returns the values by name; None unless all names are whole numbers of different values (7 is 07)."""
     values = {name: int(name) for name in names if re.fullmatch("[0-9]{1,18}", name)}
     return values if len(values) == len(set(names)) == len(set(values.values())) else None

@@ -51,8 +51,8 @@ def photograph() -> Any:
 
 def reconstruct(client: Any, picture: Any, painted: Any = None, **changes: Any) -> tuple:
     values = {
-        "model": NAME, "method": "coma", "mask_ratio": 0.75, "seed": 3, "fit": "crop", "runtime": "PyTorch",
-        "statistics": "visible", **changes,
+        "model": NAME, "method": "coma", "mask_ratio": 0.75, "seed": 3, "resize_mode": "crop",
+        "runtime": "PyTorch",        "statistics": "visible", **changes,
     }  # fmt: skip
     return client.predict(picture=picture, painted=painted, **values, api_name="/reconstruct")
 
@@ -77,14 +77,14 @@ def test_a_pair_comes_back_as_png_with_numbers(client, photograph):
     ("changes", "views"),
     [
         ({"method": "coma4"}, 8),
-        ({"method": "mae", "fit": "letterbox"}, 3),
-        ({"fit": "whole", "method": "blur"}, 4),
+        ({"method": "mae", "resize_mode": "letterbox"}, 3),
+        ({"resize_mode": "whole", "method": "blur"}, 4),
     ],
 )
 def test_other_methods_and_sizes(client, photograph, changes, views):
     *_, shown, _, facts = reconstruct(client, photograph, **changes)
     assert len(shown) == views and facts["method"] == changes["method"]
-    assert ("letter-boxed" in facts["picture"]) == (changes.get("fit") == "letterbox")
+    assert ("letter-boxed" in facts["picture"]) == (changes.get("resize_mode") == "letterbox")
 
 
 def test_true_statistics_are_labelled_as_leaking(client, photograph):
@@ -195,7 +195,7 @@ def test_files_of_the_server_and_addresses_are_out_of_reach(page, tmp_path):
 
 
 def test_a_model_that_does_not_open_is_no_reason_not_to_serve():
-    from demo.app import _warm
+    from demo.app import _warm_up
 
     def fails(form: str) -> None:
         asked.append(form)
@@ -203,7 +203,7 @@ def test_a_model_that_does_not_open_is_no_reason_not_to_serve():
 
     asked: list[str] = []
     models: Any = SimpleNamespace(having=lambda form: [SimpleNamespace(runtime=fails)])
-    _warm(models)
+    _warm_up(models)
     assert asked == ["reconstructor"]
 
 

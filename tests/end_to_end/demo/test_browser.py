@@ -123,7 +123,7 @@ def test_a_visit(browser, address, tmp_path):
     hidden = int(visit.number("hidden").rstrip("%"))
     assert 5 < hidden < 60, "the brush hid something, and not everything"
 
-    page.get_by_role("tab", name="Look inside").click()
+    page.get_by_role("tab", name="Introspection").click()
     page.click("#look")
     page.wait_for_selector("#attention img")
     assert "stage 1, block 1" in page.inner_text("#gate-weights")
@@ -175,7 +175,7 @@ def test_everything_has_a_name_and_a_place_in_the_order_of_tabs(browser, address
         names.add(
             visit.page.evaluate("document.activeElement.innerText || document.activeElement.ariaLabel || ''")
         )
-    assert {"Rebuild", "Another mask"} <= {name.strip() for name in names}
+    assert {"Reconstruct", "New mask"} <= {name.strip() for name in names}
     visit.context.close()
 
 

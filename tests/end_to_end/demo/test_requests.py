@@ -63,8 +63,8 @@ def test_values_that_fit_nowhere_get_a_sentence(server, capfd, names):
         assert answer["success"] or answer["output"]["error"], call
     failed = [answer["output"]["error"] for answer in answers if not answer["success"]]
     assert len(failed) > len(calls) / 2
-    assert "Seed of the mask: give a number from 0 to 2147483647." in failed
-    assert any(text.startswith("Fit to the model: choose one of crop, letterbox, whole") for text in failed)
+    assert "Mask seed: give a number from 0 to 2147483647." in failed
+    assert any(text.startswith("Resize mode: choose one of crop, letterbox, whole") for text in failed)
     assert "This takes 9 values, not 8: see Use via API on the page." in failed
     assert "Traceback" not in capfd.readouterr().err
 
@@ -171,7 +171,7 @@ def test_an_event_that_does_not_end_is_given_up_and_the_next_one_runs(server, mo
         patch.setattr("demo.pages.reconstruct.hide", stuck)
         answers = ask(server, [usual(server, event)] * 3)
         assert {answer["output"]["error"] for answer in answers} == {
-            "This took longer than 0.5 seconds and was given up."
+            "This took longer than 0.5 seconds and was cancelled."
         }
     assert ask(server, [usual(server, event)])[0]["success"]  # though three threads are stuck
     free.set()
@@ -213,14 +213,14 @@ def test_an_unexpected_error_is_one_line_in_the_log(server, monkeypatch, caplog,
     monkeypatch.setattr("demo.pages.reconstruct.hide", broken)
     event = next(each for each in server.config["dependencies"] if each["api_name"] == "reconstruct")
     answer = ask(server, [usual(server, event)])[0]
-    assert answer["output"]["error"] == "The server could not do this; its log says why."
+    assert answer["output"]["error"] == "The server failed; its log says why."
     said = [each.getMessage() for each in caplog.records if each.name == "demo"]
     assert len(said) == 1 and said[0].startswith("reconstruct failed: KeyError: ") and "\n" not in said[0]
     assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_password_guards_the_files_too(tmp_path):
-    from demo.middleware import Gate
+    from demo.middleware import RequestGuard
     from demo.storage import Storage
 
     kept, sent = Storage(tmp_path), []
@@ -240,7 +240,7 @@ def test_a_password_guards_the_files_too(tmp_path):
             sent.append(message)
 
         sent.clear()
-        await Gate(App, kept)(scope, receive, send)  # pyright: ignore[reportArgumentType]
+        await RequestGuard(App, kept)(scope, receive, send)  # pyright: ignore[reportArgumentType]
         return sent[0]["status"]
 
     cookies = (b"", b"access-token-c=x", b"access-token-c=t", b"access-token-unsecure-c=t")

@@ -78,7 +78,7 @@ def test_a_run_leaves_an_artifact_of_the_best_checkpoint(trained, backbone):
 
 
 def test_the_artifact_gives_what_the_trained_model_gave(trained, data, tmp_path, capsys):
-    run(["test", str(trained / "artifact"), "--data", str(data), "--out", str(tmp_path / "scores.json")])
+    run(["test", str(trained / "artifact"), "--data", str(data), "--out", str(tmp_path)])
     scores = json.loads((tmp_path / "scores.json").read_text())
     kept = load_artifact(trained / "artifact").config.trained["scores"]
     assert "coco/bbox_mAP_50" in kept and {k: scores[k] for k in kept} == pytest.approx(kept, abs=1e-3)
@@ -116,9 +116,9 @@ def test_predictions_are_drawn_and_written_as_coco_does(trained, data, tmp_path,
 
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_images_that_come_next(data, backbone, tmp_path, monkeypatch):
-    from downstream.openmmlab.runner import _Watch
+    from downstream.openmmlab.runner import _ProgressHook
 
-    after = _Watch.after_train_iter
+    after = _ProgressHook.after_train_iter
     seen: list[list[int]] = []
 
     def stopped(self, runner, batch_idx, data_batch, *args, **kwargs):
@@ -127,7 +127,7 @@ def test_a_stopped_run_goes_on_with_the_images_that_come_next(data, backbone, tm
             os.kill(os.getpid(), signal.SIGTERM)
         after(self, runner, batch_idx, data_batch, *args, **kwargs)
 
-    monkeypatch.setattr(_Watch, "after_train_iter", stopped)
+    monkeypatch.setattr(_ProgressHook, "after_train_iter", stopped)
     out = tmp_path / "run"
     with pytest.raises(Interrupted, match=r"stopped at step 2 of 3; everything is saved"):
         run(
@@ -323,8 +323,8 @@ def test_a_plain_runner_runs_what_the_command_wrote(trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give one of train, test, predict"),
-        (["tarin"], "no action 'tarin'"),
+        ([], "give one of train, test, predict, check"),
+        (["tarin"], "no verb 'tarin'"),
         (["train", "--data", "D", "--out", "x"], "give an artifact"),
         (["train", "A", "--out", "x", "--preset", "tiny", "--data", "D"], "and not both"),
         (["train", "--preset", "tiny", "--data", "D"], "give --out"),
@@ -351,10 +351,10 @@ def test_a_plain_runner_runs_what_the_command_wrote(trained, tmp_path):
         ),
         (["train", "--preset", "tiny", "--data", "D", "--out", "D"], "is not empty"),
         (["train", "--config", "none.py", "--out", "x"], "no such file"),
-        (["train", "A", "--config", "C", "--out", "x", "--steps", "3"], "--steps: without effect"),
+        (["train", "A", "--config", "C", "--out", "x", "--steps", "3"], "--steps: no effect"),
         (
             ["train", "--config", "C", "--out", "x", "--drop-path", "0.2", "--model", "retinanet"],
-            "--model: without",
+            "--model: no effect",
         ),
         (["train", "--preset", "tiny", "--data", "D", "--out", "x", "--batch-size", "0"], "at least 1"),
         (
@@ -395,6 +395,6 @@ def test_the_stand_in_operators_are_announced(caplog):
 
     sys.modules.pop("mmcv._ext")
     with caplog.at_level(logging.INFO, "downstream.openmmlab.op_registry"):
-        op_registry.provide_ops()
-        op_registry.provide_ops()
+        op_registry.register_ops()
+        op_registry.register_ops()
     assert len([r for r in caplog.records if "torchvision" in r.message]) == 1

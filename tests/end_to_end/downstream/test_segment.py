@@ -18,7 +18,7 @@ from PIL import Image
 from coma.artifact import load_artifact
 from coma.errors import BadArtifact, BadInput
 from downstream.commands.segment import run
-from downstream.openmmlab.checkpoint import allow_checkpoints
+from downstream.openmmlab.checkpoint import allow_safe_loading
 
 pytestmark = [pytest.mark.openmmlab, pytest.mark.filterwarnings("ignore")]  # mm's packages warn of each other
 
@@ -50,7 +50,7 @@ def test_it_learns_and_leaves_an_artifact(trained):
 
 
 def test_the_artifact_gives_what_the_trained_model_gave(trained, data, tmp_path, capsys):
-    run(["test", str(trained / "artifact"), "--data", str(data), "--out", str(tmp_path / "scores.json")])
+    run(["test", str(trained / "artifact"), "--data", str(data), "--out", str(tmp_path)])
     scores = json.loads((tmp_path / "scores.json").read_text())
     kept = load_artifact(trained / "artifact").config.trained
     assert kept["checkpoint"].endswith("iter_40.pth")
@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, tmp_path):
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    allow_checkpoints()
+    allow_safe_loading()
     done = torch.load((out / "last_checkpoint").read_text())["meta"]["iter"]
     assert 2 <= done < 30
     config = (out / "config.py").read_text()

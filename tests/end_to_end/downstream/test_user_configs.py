@@ -20,7 +20,7 @@ from downstream_data import artifact, coco
 from coma.artifact import load_artifact
 from coma.errors import BadArtifact, BadImage, BadInput
 from downstream.commands.detect import run
-from downstream.configs.load import PRESETS, differences, load_config, require
+from downstream.configs.load import PRESETS, differences, load_config, require_imports
 
 pytestmark = [pytest.mark.openmmlab, pytest.mark.filterwarnings("ignore")]  # mm's packages warn of each other
 
@@ -119,12 +119,12 @@ def test_a_configuration_of_mmdet_in_processes_of_its_own(small, data, backbone,
 def test_our_modules_are_imported_before_those_of_a_configuration():
     config = load_config(PRESETS / "mmdet" / "retinanet_dyvit_fpn_1x_coco.py")
     config.custom_imports = {"imports": "their.module", "allow_failed_imports": True}
-    require(config, "ours", "ours.too")
-    require(config, "ours")
+    require_imports(config, "ours", "ours.too")
+    require_imports(config, "ours")
     assert config.custom_imports["imports"] == ["ours", "ours.too", "their.module"]
     assert config.custom_imports["allow_failed_imports"] is True
     config.pop("custom_imports")
-    require(config, "ours")
+    require_imports(config, "ours")
     assert config.custom_imports == {"imports": ["ours"], "allow_failed_imports": False}
 
 

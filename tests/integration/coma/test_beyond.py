@@ -206,7 +206,7 @@ def test_settings_and_views():
 
 
 def test_what_cannot_be_trained_on_is_refused():
-    with pytest.raises(BadInput, match=r"--objective\.hidden-ratio 1 must be more than 0 and less than 1"):
+    with pytest.raises(BadInput, match=r"--objective\.mask-ratio 1 must be more than 0 and less than 1"):
         BeyondConfig(mask_ratio=1.0)
     with pytest.raises(BadInput, match=r"--objective\.views 1 must be 2 to 1024"):
         BeyondConfig(views=1)

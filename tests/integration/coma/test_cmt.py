@@ -33,7 +33,9 @@ from coma.masking.sampling import deal
 from coma.models import build_encoder
 from coma.models.attention_maps import attend
 from coma.models.teacher import to_units
-from coma.objectives import CMT, BalancedCoMA, build_objective
+from coma.objectives import build_objective
+from coma.objectives.balanced import BalancedCoMA
+from coma.objectives.cmt import CMT
 from coma.objectives.teachers import load_teacher, training_objective
 from pretrain.training import pretrain
 from pretrain.training.checkpoint import read_state
@@ -208,7 +210,7 @@ def test_settings():
     balanced = PretrainConfig(objective=method_preset("coma-balanced"))
     assert to_plain(balanced)["objective"]["method"] == "coma-balanced"
     assert from_plain(to_plain(balanced), PretrainConfig, source="x") == balanced
-    with pytest.raises(BadInput, match=r"--objective\.hidden-ratio 1 must be"):
+    with pytest.raises(BadInput, match=r"--objective\.mask-ratio 1 must be"):
         CMTConfig(mask_ratio=1)
     with pytest.raises(BadInput, match=r"--objective.mask-share 1\.5 must be 0 to 1"):
         CMTConfig(mask_share=1.5)

@@ -178,7 +178,7 @@ def test_dali_runs_again_when_its_pixels_are_copied(folder, monkeypatch):
     monkeypatch.setattr(dali, "_build", build)
     monkeypatch.setattr("torch.cuda.current_stream", Stream)
     fetch = CropFetcher(open_source(folder), DALI, 3, 0, 4)
-    made = dali.decoded(fetch, range(0, 12, 4), on_gpu=True)
+    made = dali.dali_batches(fetch, range(0, 12, 4), on_gpu=True)
     assert [len(next(made).images) for _ in range(3)] == [4, 4, 4]
     made.close()
     assert done == [*["run", "copy begun", "copied"] * 2, "run", "copy begun"]

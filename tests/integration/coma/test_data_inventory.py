@@ -1,4 +1,4 @@
-"""What a search for images takes and what it leaves out: all of it is counted and named in one line."""
+"""What a search for images finds and what it skips: all of it is counted and named in one line."""
 
 import io
 import os
@@ -213,7 +213,7 @@ def test_a_pipe_is_refused_in_one_line(tmp_path, name, capsys):
     os.mkfifo(tmp_path / name)
     assert main(["pretrain", str(tmp_path / name), "--out", str(tmp_path / "run")]) == 2
     way_out = "give a folder of images, a .npz pack or .tar shards"
-    assert capsys.readouterr().err == f"error: {tmp_path / name}: is a device or pipe; {way_out}\n"
+    assert capsys.readouterr().err == f"error: {tmp_path / name}: is not a regular file; {way_out}\n"
     assert main(["degrade", str(tmp_path / name), "--out", str(tmp_path / "sheet.png")]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path / name}: is not a regular file; give an image file\n"
 
@@ -355,9 +355,9 @@ def labelled(tmp_path) -> Path:
 def test_every_command_says_what_it_reads(labelled, tmp_path, caplog):
     train = f"{labelled}/train: 6 images (6 .png); skipped: 1 .mp4 (not read)"
     note = (
-        f"{labelled}: reads train/ (6 images), and leaves out test/ (6 images); give one of these by its own "
+        f"{labelled}: reads train/ (6 images) and skips test/ (6 images); "
+        "to use one of these, give its own path"
     )
-    note += "path to use it"
     test = f"{labelled}/test: 6 images (6 .png)"
     run = tmp_path / "run"
     assert main(["pretrain", str(labelled), "--out", str(run), "--steps", "1", *TINY]) == 0

@@ -82,7 +82,7 @@ def test_the_command_matches_numbers_by_their_value(tmp_path):
     model = ViTConfig(patch=4, dim=16, depth=1, heads=2)
     about = ArtifactConfig("backbone", model, None, 8, (0.5,) * 3, (0.25,) * 3, None, {}, library_versions())
     save_artifact(tmp_path / "artifact", tensors=random_encoder(about).state_dict(), config=about)
-    argv = ["--train", train, "--test", test, "--protocol", "knn", "--k", 1, "--workers", 0]
+    argv = ["--train", train, "--test", test, "--protocols", "knn", "--k", 1, "--workers", 0]
     out = ["--no-reference", "--out", tmp_path / "out.json"]
     assert cli.main(["evaluate", *map(str, [tmp_path / "artifact", *argv, *out])]) == 0
     assert json.loads((tmp_path / "out.json").read_text())["scores"][0]["top1"] == 1
@@ -138,10 +138,11 @@ def test_what_does_not_match_is_named(tmp_path):
     train = open_source(folders(tmp_path / "train", "cat", "Dog"))
     test = open_source(folders(tmp_path / "test", "cat", "dog", "eel"))
     with pytest.raises(
-        BadInput, match=r"has no image: dog, eel; it has Dog, cat .*letter for letter: dog is Dog"
+        BadInput,
+        match=r"not have the classes dog, eel; it has Dog, cat .*lower case matter: dog is Dog",
     ):
         align_labels(train, test)
-    with pytest.raises(BadInput, match="the model knows nothing: eel; it has cat, dog"):
+    with pytest.raises(BadInput, match="the model does not have the classes eel; it has cat, dog"):
         class_indices(test, ("cat", "dog"), "the model")
     bare = open_source(shard(tmp_path / "a.tar", ["0", "1"]))
     with pytest.raises(BadInput, match=r"numbers without names, and the model has names \(cat, dog\)"):
@@ -197,9 +198,9 @@ def test_classes_of_which_no_image_can_be_read_are_none(tmp_path, caplog):
         path.write_bytes(b"no image")
     (tmp_path / "train" / "cat" / "0.png").write_bytes(b"")
     splits = open_labelled_splits(tmp_path)
-    assert "1 class left out, as no image there can be read: ant (2; " in caplog.text
+    assert "1 class skipped, because no image can be read: ant (2; " in caplog.text
     assert len(splits.train) == 4
-    with pytest.raises(BadInput, match="has no image: ant; it has cat, dog"):
+    with pytest.raises(BadInput, match="not have the classes ant; it has cat, dog"):
         align_labels(splits.train, splits.test)
     for path in (tmp_path / "test" / "ant").iterdir():
         path.unlink()
@@ -217,7 +218,7 @@ def test_classes_that_the_test_images_lack_are_said(tmp_path, caplog):
     folders(tmp_path / "val", "ant", "dog")
     splits = open_labelled_splits(tmp_path)
     assert splits.val is None and splits.test.split == "val"
-    assert f"{tmp_path}/val: stands in for test images, which there are none of" in caplog.text
+    assert f"{tmp_path}/val: used as test images, because there is no test split" in caplog.text
     log_missing_classes(splits)
     assert f"{tmp_path}/val: has no image of 1 of 3 classes: cat" in caplog.text
 

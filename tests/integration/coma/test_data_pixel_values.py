@@ -139,7 +139,7 @@ def test_missing_values_do_not_count_in_the_statistics(caplog):
         np.sqrt(np.mean([np.square(each).mean() for each in known]) - mean**2), rel=1e-6
     )
     assert caplog.messages == [
-        "array: 1 of 2 images looked at hold nodata, NaN or infinite values (2.50% of all values); they are "
+        "array: 1 of 2 images looked at have nodata, NaN or infinite values (2.50% of all values); they are "
         "filled with the mean of their channel"
     ]
 
@@ -164,7 +164,7 @@ def test_a_geotiff_with_nodata_trains_and_says_so(tmp_path, capsys, caplog):
         (tmp_path / f"{number}.tif").write_bytes(tiff(array, "-3.4028234663852886e+38"))
     assert main(["pretrain", str(tmp_path), "--out", str(tmp_path / "run"), *RUN]) == 0
     assert (
-        f"{tmp_path}: 4 of 4 images looked at hold nodata, NaN or infinite values (5.00% of all"
+        f"{tmp_path}: 4 of 4 images looked at have nodata, NaN or infinite values (5.00% of all"
         in caplog.text
     )
     error = capsys.readouterr().err
@@ -180,7 +180,7 @@ def test_a_pack_says_how_many_images_were_filled(tmp_path, capsys):
         array = with_hole(HEIGHTS, -9999) if number else HEIGHTS
         (tmp_path / "in" / f"{number}.tif").write_bytes(tiff(array, "-9999"))
     assert main(["pack", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "0"]) == 0
-    assert "2 images held nodata, NaN or infinite values, which were filled" in capsys.readouterr().out
+    assert "2 images had nodata, NaN or infinite values, which were filled" in capsys.readouterr().out
 
 
 # units ------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_floats_of_0_to_1_beside_floats_of_0_to_255_are_refused_by_name():
     text = refusal([COLOUR.astype(np.float32), COLOUR.astype(np.float32) / 255])
     assert "array[0] (float, 0 to 255) are of different units" in text
     assert "array[1] (float, 0 to 1)" in text
-    assert "give --mean and --std to train nevertheless" in text
+    assert "give --mean and --std to train anyway" in text
 
 
 def test_twelve_bits_in_sixteen_beside_bytes_are_refused_by_name():
@@ -318,7 +318,9 @@ def test_an_image_of_another_unit_stops_training_by_name(tmp_path):
 
 
 def test_nobody_is_told_to_change_the_statistics_of_a_trained_model():
-    with pytest.raises(BadInput, match="learned from float images; give float images in the same unit") as no:
+    with pytest.raises(
+        BadInput, match="was trained on float images; give float images in the same unit"
+    ) as no:
         check_pixels(COLOUR, [120.0] * 3, [50.0] * 3, lambda: "a.png", fixed=True)
     assert "--mean" not in str(no.value)
 

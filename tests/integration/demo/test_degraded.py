@@ -12,10 +12,10 @@ from export_files import DYVIT, OBJECTIVE, pretrained
 from coma.config import BeyondConfig, Degradation
 from coma.errors import BadInput
 from coma.runtimes.model_spec import ModelSpec
-from demo.masking import METHODS, hide, pixel_view, zoomed_view
+from demo.masking import METHODS, mask_picture, pixel_view, zoom_in_view
 from demo.models import Model, Models
-from demo.reconstruction import rebuild
-from demo.resize import fit_picture
+from demo.reconstruction import reconstruct
+from demo.resize import resize_picture
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch, of what the fixtures do
 
@@ -38,12 +38,12 @@ def undoing(degradation: Degradation, folder: Path) -> Model:
 
 def test_a_model_that_undoes_blur_is_asked_for_every_pixel(tmp_path, photograph):
     model = undoing("blur", tmp_path)
-    fitted = fit_picture(photograph, 48, "crop", MEAN)
-    what = hide(model, fitted, "blur", 0, 0.5)
-    assert model.method == "blur" and what.everything and what.visible.all()
+    fitted = resize_picture(photograph, 48, "crop", MEAN)
+    what = mask_picture(model, fitted, "blur", 0, 0.5)
+    assert model.method == "blur" and what.predicts_all and what.visible.all()
     runtime = model.runtime("reconstructor")
-    assert rebuild(runtime, fitted, what.visible, "visible", what.degraded, True).predicted.all()
-    assert not hide(model, fitted, "distort", 0, 0.5).everything
+    assert reconstruct(runtime, fitted, what.visible, "visible", what.degraded, True).predicted.all()
+    assert not mask_picture(model, fitted, "distort", 0, 0.5).predicts_all
 
 
 @pytest.mark.parametrize("kind", ["zoom-out", "distort", "blur", "decolor"])
@@ -51,12 +51,12 @@ def test_what_is_undone_was_degraded_as_in_training(kind, tmp_path, photograph):
     model = undoing(kind, tmp_path)
     runtime: Any = model.runtime("reconstructor")
     objective = runtime.module.objective
-    fitted = fit_picture(photograph, 48, "crop", MEAN)
+    fitted = resize_picture(photograph, 48, "crop", MEAN)
     rule = runtime.spec.preprocessing
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (rule.mean, rule.std))
     for seed in range(3):
-        what = hide(model, fitted, kind, seed, 0.5)
-        rebuilt = rebuild(runtime, fitted, what.visible, "visible", what.degraded, what.everything)
+        what = mask_picture(model, fitted, kind, seed, 0.5)
+        rebuilt = reconstruct(runtime, fitted, what.visible, "visible", what.degraded, what.predicts_all)
         given = objective.degraded((fitted.pixels[None] - mean) / std, torch.tensor([seed]))
         filled = objective.reconstruct(given, what.visible)
         for ours, theirs in ((rebuilt.shown, given), (rebuilt.filled[0], filled)):
@@ -81,13 +81,13 @@ def test_what_leaves_the_range_of_pixels_reaches_the_model_but_no_picture(tmp_pa
     about = undoing("decolor", tmp_path).description("reconstructor")
     rule = about.preprocessing
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (rule.mean, rule.std))
-    fitted = fit_picture(photograph, 48, "crop", MEAN)
+    fitted = resize_picture(photograph, 48, "crop", MEAN)
     degraded, visible = fitted.pixels * 3 - 1, torch.ones(1, 3, 3, dtype=torch.bool)
     floats, whole = (
         Echo(replace(about, preprocessing=replace(rule, normalize_in_graph=i))) for i in (False, True)
     )
     for runtime in (floats, whole):
-        rebuilt = rebuild(runtime, fitted, visible, "visible", degraded, True)
+        rebuilt = reconstruct(runtime, fitted, visible, "visible", degraded, True)
         assert np.array_equal(rebuilt.shown, degraded.clamp(0, 1).permute(1, 2, 0).numpy())
     torch.testing.assert_close(floats.got * std + mean, degraded)
     assert whole.got.dtype == torch.uint8
@@ -97,11 +97,11 @@ def test_what_leaves_the_range_of_pixels_reaches_the_model_but_no_picture(tmp_pa
 @pytest.mark.parametrize("method", METHODS)
 def test_a_model_that_zooms_in_gets_its_masks_on_the_centre(method, tmp_path, photograph):
     model = undoing("zoom-in+mask", tmp_path)
-    fitted = fit_picture(photograph, 96, "crop", MEAN)  # 6 x 6 units, of which it sees 4 x 4
+    fitted = resize_picture(photograph, 96, "crop", MEAN)  # 6 x 6 units, of which it sees 4 x 4
     painted = np.zeros((96, 96), bool)
     painted[:48] = True
-    what = hide(model, fitted, method, 3, 0.75, painted)
-    inside = zoomed_view(6, 6)
+    what = mask_picture(model, fitted, method, 3, 0.75, painted)
+    inside = zoom_in_view(6, 6)
     assert not (what.visible & ~inside).any()
     centre = what.visible[:, 1:5, 1:5]
     if METHODS[method].views > 1:
@@ -112,16 +112,16 @@ def test_a_model_that_zooms_in_gets_its_masks_on_the_centre(method, tmp_path, ph
         assert centre[0].sum(1).tolist() == [0, 0, 4, 4]
     border = ~pixel_view(inside, UNIT, 96, 96)[0]
     for statistics in ("visible", "target"):
-        rebuilt = rebuild(model.runtime("reconstructor"), fitted, what.visible, statistics, what.degraded)
+        rebuilt = reconstruct(model.runtime("reconstructor"), fitted, what.visible, statistics, what.degraded)
         assert rebuilt.predicted[border].all() and np.isfinite(rebuilt.merged).all()
 
 
 def test_a_model_that_zooms_in_needs_something_to_see(tmp_path, photograph):
     model = undoing("zoom-in", tmp_path)
-    fitted = fit_picture(photograph, 96, "crop", MEAN)
+    fitted = resize_picture(photograph, 96, "crop", MEAN)
     painted = np.zeros((96, 96), bool)
     painted[16:80, 16:80] = True
     with pytest.raises(BadInput, match="sees the centre alone"):
-        hide(model, fitted, "brush", 0, 0.5, painted)
+        mask_picture(model, fitted, "brush", 0, 0.5, painted)
     with pytest.raises(BadInput, match="zooming in needs 3 x 3"):
-        hide(model, fit_picture(photograph, 32, "crop", MEAN), "coma", 0, 0.5)
+        mask_picture(model, resize_picture(photograph, 32, "crop", MEAN), "coma", 0, 0.5)

@@ -114,10 +114,10 @@ def test_a_running_server_sweeps_its_files_and_its_memory(tmp_path, monkeypatch)
         Storage.delete_older(kept, seconds)
 
     monkeypatch.setattr(kept, "delete_older", fail_once)
-    site = SimpleNamespace(storage=kept, uploads=uploads)
+    session = SimpleNamespace(storage=kept, uploads=uploads)
 
     async def serve() -> None:
-        async with app._sweeping(site, page):  # pyright: ignore[reportArgumentType]
+        async with app._sweeping(session, page):  # pyright: ignore[reportArgumentType]
             while path.exists() or page.temp_file_sets[0]:
                 await asyncio.sleep(0.01)
 

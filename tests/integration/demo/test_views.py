@@ -15,14 +15,14 @@ from coma.artifact import load_encoder
 from coma.config import ViTConfig
 from coma.errors import BadArtifact, BadInput
 from coma.runtimes.pytorch import TorchRuntime
-from demo.compare_runtimes import compare
-from demo.introspection import attention_of, feature_pyramid, gate_weights, pyramid_colours
-from demo.masking import METHODS, draw_views, hide, painted_view, pixel_view, zoomed_view
+from demo.compare_runtimes import time_runtimes
+from demo.introspection import attention_maps_of, feature_pyramid, gate_weights, pyramid_colours
+from demo.masking import METHODS, mask_picture, painted_view, pixel_view, sample_views, zoom_in_view
 from demo.models import Models
 from demo.predict import draw_classes, paste_mask, shares
-from demo.reconstruction import measure_hidden, merge_views, rebuild
+from demo.reconstruction import measure_hidden, merge_views, reconstruct
 from demo.render import heat_map, overlay
-from demo.resize import fit_picture
+from demo.resize import resize_picture
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch, of what the fixtures do
 
@@ -45,32 +45,32 @@ def models(tmp_path_factory) -> Models:
 @pytest.mark.parametrize(("shape", "size"), [((40, 80, 3), (24, 48)), ((80, 40, 3), (48, 24))])
 def test_a_letter_box_keeps_the_whole_picture_and_says_so(shape, size):
     pixels = np.full(shape, 200, np.uint8)
-    fitted = fit_picture(pixels, 48, "letterbox", MEAN)
-    assert fitted.pixels.shape == (3, 48, 48) and fitted.inside[2:] == size
+    fitted = resize_picture(pixels, 48, "letterbox", MEAN)
+    assert fitted.pixels.shape == (3, 48, 48) and fitted.content[2:] == size
     inside = fitted.crop(fitted.pixels.permute(1, 2, 0).numpy())
     assert inside.shape[:2] == size and np.allclose(inside, 200 / 255, atol=1e-6)
     assert torch.allclose(fitted.pixels[:, 0, 0], torch.tensor(MEAN))
     assert "letter-boxed" in fitted.note and "80" in fitted.note
-    assert fit_picture(pixels, 48, "crop", MEAN).pixels.shape == (3, 48, 48)
-    whole = fit_picture(pixels, 48, "whole", MEAN).pixels.shape[1:]
+    assert resize_picture(pixels, 48, "crop", MEAN).pixels.shape == (3, 48, 48)
+    whole = resize_picture(pixels, 48, "whole", MEAN).pixels.shape[1:]
     assert min(whole) == 48 and max(whole) == 96
-    assert max(fit_picture(np.zeros((10, 1000, 3), np.uint8), 48, "whole", MEAN, 16).pixels.shape) == 144
+    assert max(resize_picture(np.zeros((10, 1000, 3), np.uint8), 48, "whole", MEAN, 16).pixels.shape) == 144
 
 
 @pytest.mark.parametrize(("method", "views"), [("coma", 2), ("coma4", 4)])
 def test_views_share_out_every_unit(method, views):
-    visible = draw_views(method, 5, 4, 5)
+    visible = sample_views(method, 5, 4, 5)
     assert visible.shape == (views, 4, 5) and (visible.sum(0) == 1).all()
-    assert visible.equal(draw_views(method, 5, 4, 5)) and not visible.equal(draw_views(method, 6, 4, 5))
+    assert visible.equal(sample_views(method, 5, 4, 5)) and not visible.equal(sample_views(method, 6, 4, 5))
     with pytest.raises(BadInput, match="too few"):
-        draw_views(method, 5, 1, 1)
+        sample_views(method, 5, 1, 1)
 
 
 @pytest.mark.parametrize("ratio", [0.01, 0.5, 0.99])
 def test_one_unit_at_least_is_hidden_and_one_is_seen(ratio):
-    visible = draw_views("mae", 0, 3, 3, ratio)
+    visible = sample_views("mae", 0, 3, 3, ratio)
     assert visible.sum() == min(max(round(9 * (1 - ratio)), 1), 8)
-    assert zoomed_view(5, 5).sum() == 9
+    assert zoom_in_view(5, 5).sum() == 9
 
 
 def test_paint_hides_the_units_it_covers_and_no_others():
@@ -88,9 +88,9 @@ def test_paint_hides_the_units_it_covers_and_no_others():
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "brush"])
 def test_every_method_hides_rebuilds_and_measures(models, photograph, method):
     model = models[models.names[0]]
-    fitted = fit_picture(photograph, 48, "crop", MEAN)
-    what = hide(model, fitted, method, 3, 0.5)
-    rebuilt = rebuild(model.runtime("reconstructor"), fitted, what.visible, "visible", what.degraded)
+    fitted = resize_picture(photograph, 48, "crop", MEAN)
+    what = mask_picture(model, fitted, method, 3, 0.5)
+    rebuilt = reconstruct(model.runtime("reconstructor"), fitted, what.visible, "visible", what.degraded)
     assert rebuilt.merged.shape == (48, 48, 3) and np.isfinite(rebuilt.score.psnr)
     assert (rebuilt.hidden.mean(axis=(1, 2)) > 0).all()
     if METHODS[method].views > 1:
@@ -102,14 +102,14 @@ def test_every_method_hides_rebuilds_and_measures(models, photograph, method):
 def test_hidden_pixels_have_no_influence_unless_the_true_statistics_are_asked_for(models, photograph):
     model = models[models.names[0]]
     assert model.norm_pix
-    fitted = fit_picture(photograph, 48, "crop", MEAN)
-    visible = draw_views("mae", 1, 3, 3, 0.5)
+    fitted = resize_picture(photograph, 48, "crop", MEAN)
+    visible = sample_views("mae", 1, 3, 3, 0.5)
     hidden = torch.from_numpy(~pixel_view(visible, UNIT, 48, 48)[0])
     other = replace(fitted, pixels=torch.where(hidden, 0.1 * fitted.pixels, fitted.pixels))
     runtime = model.runtime("reconstructor")
-    one, two = (rebuild(runtime, each, visible).merged for each in (fitted, other))
+    one, two = (reconstruct(runtime, each, visible).merged for each in (fitted, other))
     assert np.array_equal(one, two)
-    one, two = (rebuild(runtime, each, visible, "target").merged for each in (fitted, other))
+    one, two = (reconstruct(runtime, each, visible, "target").merged for each in (fitted, other))
     assert np.abs(one - two).max() > 0.05
 
 
@@ -119,14 +119,14 @@ def test_true_statistics_are_those_of_the_objective_itself(models, photograph):
     model = models[models.names[0]]
     runtime = model.runtime("reconstructor")
     assert isinstance(runtime, TorchRuntime)
-    fitted = fit_picture(photograph, 48, "crop", MEAN)
-    visible = draw_views("coma", 2, 3, 3)
+    fitted = resize_picture(photograph, 48, "crop", MEAN)
+    visible = sample_views("coma", 2, 3, 3)
     rule = runtime.spec.preprocessing
     images = normalize(fitted.pixels[None], rule.mean, rule.std).expand(2, -1, -1, -1)
     expected = runtime.module.objective.reconstruct(images, visible, "target")  # pyright: ignore
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (rule.mean, rule.std))
     pixels = (expected * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    assert np.allclose(rebuild(runtime, fitted, visible, "target").filled, pixels, atol=1e-5)
+    assert np.allclose(reconstruct(runtime, fitted, visible, "target").filled, pixels, atol=1e-5)
 
 
 def test_numbers_are_of_the_hidden_pixels_alone():
@@ -156,7 +156,7 @@ def test_attention_is_what_the_layer_computes(tmp_path):
     encoder = load_encoder(backbone(tmp_path / "a"))
     image = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     for stage, tokens in ((1, 24), (2, 12), (3, 6), (4, 3)):
-        maps = attention_of(encoder, image, stage, 0.4, 0.7)
+        maps = attention_maps_of(encoder, image, stage, 0.4, 0.7)
         assert all(
             m.shape == (tokens, tokens) and m.sum() == pytest.approx(1, abs=1e-5) for m in maps.values()
         )
@@ -175,7 +175,7 @@ def test_attention_is_what_the_layer_computes(tmp_path):
     qk, _ = attention.qkv(x).unflatten(-1, (3, attention.heads, -1)).split((2, 1), dim=3)  # pyright: ignore
     q, k = rotate(qk, layout.rotary).unbind(dim=3)
     row, col = 2, 4
-    for i, m in enumerate(attention_of(encoder, image, 3, (row + 0.5) / 6, (col + 0.5) / 6).values()):
+    for i, m in enumerate(attention_maps_of(encoder, image, 3, (row + 0.5) / 6, (col + 0.5) / 6).values()):
         values = torch.randn(1, 6, 6, 1, generator=torch.Generator().manual_seed(1))
         tokens = (
             layout.sequences.gather(nest(values, 2))[..., None, :].expand_as(q.chunk(2, 3)[i]).contiguous()
@@ -202,7 +202,7 @@ def test_gates_are_read_as_they_are(tmp_path):
 def test_plain_vit_has_attention_and_no_gates(tmp_path):
     encoder = load_encoder(backbone(tmp_path / "v", ViTConfig(patch=16, dim=16, depth=2, heads=2)))
     image = torch.randn(1, 3, 48, 64)
-    (found,) = attention_of(encoder, image, 1, 0.5, 0.5).values()
+    (found,) = attention_maps_of(encoder, image, 1, 0.5, 0.5).values()
     assert found.shape == (3, 4) and found.sum() == pytest.approx(1, abs=1e-5)
     with pytest.raises(BadInput, match="no gates"):
         gate_weights(encoder, image)
@@ -247,10 +247,10 @@ def exported(tmp_path_factory) -> Path:
 def test_exported_files_beside_an_artifact_run_and_agree(exported, photograph):
     models = Models([exported])
     model = models[models.names[0]]
-    titles = {offer.title: offer.reason for offer in model.offers("reconstructor")}
+    titles = {option.title: option.reason for option in model.options("reconstructor")}
     assert titles["PyTorch"] is None and titles["ONNX Runtime"] is None
     assert "coma export" in str(titles["TensorRT"])
-    rows = {row.title: row for row in compare(model, "reconstructor", photograph)}
+    rows = {row.title: row for row in time_runtimes(model, "reconstructor", photograph)}
     assert rows["ONNX Runtime"].cosine > 0.99999 and rows["ONNX Runtime"].difference < 0.1
     assert rows["ONNX Runtime"].milliseconds > 0 and rows["TensorRT"].reason
     with pytest.raises(BadInput, match="not available"):
@@ -268,7 +268,7 @@ def test_a_file_given_by_name_is_hashed_once(exported, monkeypatch):
 
     hashed, sha256_of = [], runtimes.sha256_of
     monkeypatch.setattr(runtimes, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
-    Models([exported.parent / "export" / "reconstructor.onnx"])["reconstructor.onnx"].offers("reconstructor")
+    Models([exported.parent / "export" / "reconstructor.onnx"])["reconstructor.onnx"].options("reconstructor")
     assert hashed == ["reconstructor.onnx"]
 
 
@@ -281,8 +281,8 @@ def test_without_cuda_onnx_runtime_runs_on_the_cpu_and_says_so(exported, monkeyp
     monkeypatch.setattr("coma.runtimes.onnxruntime.providers", lambda: there)
     file = exported.parent / "export" / "reconstructor.onnx"
     (model,) = Models([file], "cuda").having("reconstructor")
-    offer = model.offers("reconstructor")[0]
-    assert (offer.title, offer.device, offer.reason) == (title, device, None)
+    option = model.options("reconstructor")[0]
+    assert (option.title, option.device, option.reason) == (title, device, None)
 
 
 def test_a_file_that_was_changed_or_mixed_up_is_not_offered(exported, tmp_path):
@@ -292,15 +292,15 @@ def test_a_file_that_was_changed_or_mixed_up_is_not_offered(exported, tmp_path):
     shutil.copytree(exported.parent, run)
     file = run / "export" / "reconstructor.onnx"
     file.write_bytes(file.read_bytes() + b"\0")
-    offers = Models([run / "artifact"])[tmp_path.name].offers("reconstructor")
-    assert "not the file" in str(next(o.reason for o in offers if o.title == "ONNX Runtime"))
+    options = Models([run / "artifact"])[tmp_path.name].options("reconstructor")
+    assert "not the file" in str(next(o.reason for o in options if o.title == "ONNX Runtime"))
     with pytest.raises(BadInput, match="not the file"):
         Models([file])
     manifest = run / "export" / "manifest.json"
     plain = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**plain, "source": "0" * 64}))  # of other weights
-    offers = Models([run / "artifact"])[tmp_path.name].offers("reconstructor")
-    assert "coma export" in str(next(o.reason for o in offers if o.title == "ONNX Runtime"))
+    options = Models([run / "artifact"])[tmp_path.name].options("reconstructor")
+    assert "coma export" in str(next(o.reason for o in options if o.title == "ONNX Runtime"))
     manifest.write_text(json.dumps({**plain, "files": []}))
     with pytest.raises(BadInput, match="does not list"):
         Models([file])

@@ -10,8 +10,8 @@ from downstream_data import DYVIT, VIT
 
 from coma.config import EncoderConfig
 from coma.config.serialization import to_plain
-from downstream.cli_options import TrainingOptions
-from downstream.configs.adapt import Described, fit_encoder
+from downstream.cli_options import TrainOptions
+from downstream.configs.adapt import EncoderSpec, set_encoder
 from downstream.configs.load import PRESETS, load_config
 
 pytestmark = [
@@ -26,8 +26,8 @@ def reduced(path: Path) -> Any:
     """The configuration with an encoder of 8 or 16 channels and heads of 32."""
     config = load_config(path)
     model = VIT if config.model.backbone.type == "PlainViT" else DYVIT
-    encoder = Described(model, (0.4,) * 3, (0.2,) * 3, {"encoder": to_plain(model, EncoderConfig)})
-    fit_encoder(config, encoder, TrainingOptions(head_channels=32))
+    encoder = EncoderSpec(model, (0.4,) * 3, (0.2,) * 3, {"encoder": to_plain(model, EncoderConfig)})
+    set_encoder(config, encoder, TrainOptions(head_channels=32))
     return config
 
 
@@ -54,8 +54,8 @@ def test_fits_a_base_encoder_as_it_is(path):
 
     config, fitted = load_config(path), load_config(path)
     name = "vit-base" if config.model.backbone.type == "PlainViT" else "base"
-    fit_encoder(
-        fitted, Described(encoder_preset(name), (0.5,) * 3, (0.5,) * 3, {"preset": name}), TrainingOptions()
+    set_encoder(
+        fitted, EncoderSpec(encoder_preset(name), (0.5,) * 3, (0.5,) * 3, {"preset": name}), TrainOptions()
     )
     for part in ("neck", "rpn_head", "roi_head", "bbox_head", "decode_head", "auxiliary_head"):
         given, expected = config.model.get(part), fitted.model.get(part)
@@ -69,11 +69,11 @@ def test_takes_a_step(path):
     from mmengine.registry import MODELS, init_default_scope
 
     import downstream.openmmlab  # noqa: F401
-    from downstream.openmmlab.runner import _without_sync
+    from downstream.openmmlab.runner import _replace_sync_bn
 
     config = reduced(path)
     init_default_scope(config.default_scope)
-    _without_sync(config.model)
+    _replace_sync_bn(config.model)
     preprocessor = config.model.data_preprocessor
     for setting, small in (("batch_augments", None), ("size", (64, 96))):  # they pad to 512 and 1024 px
         if setting in preprocessor:
@@ -107,11 +107,10 @@ def test_the_rate_rises_to_what_was_asked_for_and_falls_to_nothing(steps):
     from mmengine.registry import PARAM_SCHEDULERS
 
     import downstream.openmmlab  # noqa: F401
-    from downstream.configs.schedule import fit_schedule
+    from downstream.configs.schedule import set_schedule
 
     config = load_config(PRESETS / "mmdet" / "retinanet_dyvit_fpn_1x_coco.py")
-    defaults = {"batch_size": 2, "epochs": 1, "lr": 0.5, "weight_decay": 0.0, "layer_decay": 1.0}
-    fit_schedule(config, TrainingOptions(steps=steps), 100, defaults, "coco/bbox_mAP")
+    set_schedule(config, TrainOptions(steps=steps, batch_size=2, lr=0.5), 100, "coco/bbox_mAP")
     wrapper = OptimWrapper(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5))
     schedulers = [PARAM_SCHEDULERS.build({"optimizer": wrapper, **each}) for each in config.param_scheduler]
     rates = []
@@ -129,11 +128,11 @@ def test_data_of_ones_own_keep_the_repetition_of_large_scale_jitter(tmp_path):
     from downstream_data import coco
 
     from downstream.datasets import open_coco
-    from downstream.tasks.detection import fit_dataset
+    from downstream.tasks.detection import set_dataset
 
     config = load_config(PRESETS / "mmdet" / "mask-rcnn_dyvit_fpn_lsj-100e_coco.py")
     data = coco(tmp_path / "data", train=1, val=1)
-    fit_dataset(config, open_coco(data, "train"), open_coco(data, "val"), masks=True)
+    set_dataset(config, open_coco(data, "train"), open_coco(data, "val"), masks=True)
     dataset = config.train_dataloader.dataset
     assert (dataset.type, dataset.times) == ("RepeatDataset", 4)
     assert dataset.dataset.ann_file == str(data / "annotations" / "train.json")
@@ -147,11 +146,11 @@ def test_heads_of_other_segmentors_are_fitted(name, tmp_path):
     theirs = tmp_path / "theirs.py"
     theirs.write_text(f"_base_ = 'mmseg::{name}.py'\n")
     config = load_config(theirs)
-    fit_encoder(config, Described(DYVIT, (0.4,) * 3, (0.2,) * 3, {"preset": "tiny"}), TrainingOptions())
-    from downstream.configs.adapt import each
+    set_encoder(config, EncoderSpec(DYVIT, (0.4,) * 3, (0.2,) * 3, {"preset": "tiny"}), TrainOptions())
+    from downstream.configs.adapt import as_list
 
     channels = [8, 16, 32, 64]
-    for head in each(config.model.decode_head):
+    for head in as_list(config.model.decode_head):
         wanted = (
             channels[head.in_index]
             if isinstance(head.in_index, int)

@@ -11,7 +11,7 @@ import pytest
 from downstream_data import provided_ops
 
 from coma.errors import BadInput
-from downstream.openmmlab.op_registry import provide_ops
+from downstream.openmmlab.op_registry import register_ops
 
 pytestmark = [
     pytest.mark.openmmlab,
@@ -45,9 +45,9 @@ def test_the_module_is_one_to_everyone_who_looks(ops):
 
 def test_it_is_announced_once(mmcv, caplog):
     with caplog.at_level(logging.INFO):
-        provide_ops()
+        register_ops()
         first = sys.modules["mmcv._ext"]
-        provide_ops()
+        register_ops()
     assert [record.name for record in caplog.records] == ["downstream.openmmlab.op_registry"]
     assert "torchvision" in caplog.text
     assert sys.modules["mmcv._ext"] is first is vars(mmcv)["_ext"]
@@ -57,7 +57,7 @@ def test_operators_that_are_loaded_are_left_alone(mmcv, monkeypatch, caplog):
     loaded = ModuleType("mmcv._ext")
     monkeypatch.setitem(sys.modules, "mmcv._ext", loaded)
     with caplog.at_level(logging.INFO):
-        provide_ops()
+        register_ops()
     assert sys.modules["mmcv._ext"] is loaded and not hasattr(loaded, "nms")
     assert not caplog.records
 
@@ -65,7 +65,7 @@ def test_operators_that_are_loaded_are_left_alone(mmcv, monkeypatch, caplog):
 def test_operators_that_are_installed_are_left_alone(mmcv, tmp_path, caplog):
     (tmp_path / "_ext.py").write_text("compiled = True")
     with caplog.at_level(logging.INFO):
-        provide_ops()
+        register_ops()
     assert sys.modules["mmcv._ext"].compiled and not hasattr(sys.modules["mmcv._ext"], "nms")
     assert not caplog.records
 
@@ -73,14 +73,14 @@ def test_operators_that_are_installed_are_left_alone(mmcv, tmp_path, caplog):
 def test_operators_that_cannot_be_loaded_are_said_so(mmcv, tmp_path):
     (tmp_path / "_ext.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
     with pytest.raises(BadInput, match=r"cannot be loaded \(undefined symbol: _ZN3c10\).*another torch"):
-        provide_ops()
+        register_ops()
     assert "mmcv._ext" not in sys.modules
 
 
 def test_without_any_mmcv_it_says_what_to_install(mmcv, monkeypatch):
     monkeypatch.setitem(sys.modules, "mmcv", None)
     with pytest.raises(BadInput, match=r"pip install mmcv-lite==2\.1\.0"):
-        provide_ops()
+        register_ops()
 
 
 def test_what_an_mmcv_misses_is_not_taken_for_mmcv(mmcv, monkeypatch, tmp_path):
@@ -88,7 +88,7 @@ def test_what_an_mmcv_misses_is_not_taken_for_mmcv(mmcv, monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "mmcv")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="mmengine_that_is_not_there"):
-        provide_ops()
+        register_ops()
 
 
 def test_reading_configurations_imports_nothing_heavy():

@@ -64,11 +64,15 @@ class Images(Dataset):
 
 
 def test_images_for_mm_need_no_shared_memory():
-    from downstream.openmmlab.worker_init import settle_worker
+    from downstream.openmmlab.worker_init import init_worker
 
-    settle = partial(settle_worker, num_workers=1, rank=0, seed=0)
+    init = partial(init_worker, num_workers=1, rank=0, seed=0)
     loader = DataLoader(
-        Images(), batch_size=None, num_workers=1, worker_init_fn=settle, multiprocessing_context="forkserver"
+        Images(),
+        batch_size=None,
+        num_workers=1,
+        worker_init_fn=init,
+        multiprocessing_context="forkserver",
     )
     for number, sample in enumerate(loader):
         assert sample["image"].eq(number).all()

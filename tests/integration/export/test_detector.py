@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from coma.artifact import ArtifactConfig, save_artifact
 from coma.config import DyViTConfig, EncoderConfig
 from coma.errors import BadInput
-from downstream.artifacts import build_model, describe_finetuned, load_finetuned
-from downstream.cli_options import TrainingOptions
-from downstream.configs.adapt import Described, fit_encoder
+from downstream.artifacts import build_model, finetuned_config, load_finetuned
+from downstream.cli_options import TrainOptions
+from downstream.configs.adapt import EncoderSpec, set_encoder
 from downstream.configs.load import load_config
 from downstream.tasks.detection import Detector, preset_path
 from export.custom_ops import translations
@@ -86,8 +86,8 @@ def build(
 ) -> tuple[Any, ArtifactConfig]:
     """A detector with random weights that went through an artifact."""
     config = load_config(preset_path(preset))
-    described = Described(encoder, (0.45, 0.42, 0.39), (0.24, 0.23, 0.25), {"preset": "tiny"})
-    fit_encoder(config, described, TrainingOptions(head_channels=32))
+    described = EncoderSpec(encoder, (0.45, 0.42, 0.39), (0.24, 0.23, 0.25), {"preset": "tiny"})
+    set_encoder(config, described, TrainOptions(head_channels=32))
     heads = config.model.get("roi_head", config.model)
     if "roi_head.num_stages" in changes:
         heads.bbox_head = heads.bbox_head[: changes["roi_head.num_stages"]]
@@ -99,7 +99,7 @@ def build(
         few = {"rpn.nms_pre": 200, "rpn.max_per_img": 150, "rcnn.max_per_img": 60}
     config.merge_from_dict({f"model.test_cfg.{name}": value for name, value in few.items()})
     config.merge_from_dict({f"model.{name}": value for name, value in changes.items()})
-    spec = describe_finetuned("detector", config, encoder, CLASSES)
+    spec = finetuned_config("detector", config, encoder, CLASSES)
     torch.manual_seed(1)
     model = build_model(spec)
     spread(model)

@@ -180,7 +180,7 @@ def test_a_metric_of_labelled_images(made, tmp_path):
     (tmp_path / "other" / names[0]).mkdir(exist_ok=True)
     shutil.copy(next(tmp_path.glob("data/*/*.png")), tmp_path / "other" / names[0] / "x.png")
     (tmp_path / "other" / names[0]).rename(tmp_path / "other" / "dog")
-    with pytest.raises(BadInput, match="classes of which the model knows nothing: dog; it has"):
+    with pytest.raises(BadInput, match="the model does not have the classes dog; it has"):
         top1(runtime, open_images(tmp_path / "other"), 10)
 
 

@@ -37,10 +37,15 @@ ERRORS = {"fp32": 1e-4, "fp16": 2e-2}
 
 
 def write(
-    folder: Path, artifact: Path, graph, precision: Precision, shapes: Shapes, inside: bool = False
+    folder: Path,
+    artifact: Path,
+    graph,
+    precision: Precision,
+    shapes: Shapes,
+    normalize_in_graph: bool = False,
 ) -> Path:
     exportable = load_exportable(artifact, graph)
-    if inside:
+    if normalize_in_graph:
         exportable = with_preprocessing(exportable)
     in_precision(exportable.module, precision)
     spec = replace(exportable.spec, precision=precision)

@@ -18,11 +18,11 @@ from short_runs import assert_same, at, interrupted, learned, stop_during
 
 from coma.artifact import load_artifact
 from coma.config import (
-    DataConfig,
     DecoderConfig,
     FinetuneConfig,
+    FinetuneDataConfig,
+    FinetuneRunConfig,
     MAEConfig,
-    RunConfig,
 )
 from coma.config.serialization import read_config, to_plain
 from coma.data.batches import TrainingFetcher
@@ -234,8 +234,8 @@ def test_a_run_without_a_list_of_its_images_resumes_with_a_note(resumable, whole
 
 def test_settings_of_fine_tuning_note_every_path_that_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data, run = DataConfig(Path("train")), RunConfig(Path("run"))
-    config = FinetuneConfig(Path("artifact"), data, test=Path("test"), val=Path("val"), run=run)
+    data, run = FinetuneDataConfig(Path("train")), FinetuneRunConfig(Path("run"))
+    config = FinetuneConfig(Path("artifact"), data, run, test=Path("test"), val=Path("val"))
     write_config(config)
     saved = read_config(Path("run"), FinetuneConfig)
     paths = saved.artifact, saved.data.images, saved.test, saved.val

@@ -83,7 +83,7 @@ def test_another_order_and_another_class_are_changes(tmp_path):
     ]
     assert changes(*(list_data({"images": each}, labels=False) for each in (one, relabelled))) == []
     assert changes(*(list_data({"images": each}) for each in (one, turned))) == [
-        "the images have changed: the same ones in another order"
+        "the images have changed: the same images in another order"
     ]
 
 

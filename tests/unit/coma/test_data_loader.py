@@ -179,7 +179,7 @@ def test_crops_can_be_switched_off_and_flips_are_mirrors():
 
 
 def test_slices_that_do_not_fit_are_refused():
-    with pytest.raises(BadInput, match="batch size 10 is no multiple of 8 images per pass"):
+    with pytest.raises(BadInput, match="batch size 10 is not a multiple of 8 images per pass"):
         BatchLayout(10, 4, 0, 2)
     with pytest.raises(BadInput, match="at least 1"):
         BatchLayout(0, 0)

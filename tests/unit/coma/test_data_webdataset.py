@@ -86,8 +86,10 @@ def test_a_sample_without_a_usable_label_is_named(tmp_path):
         return open_source(write_tar(tmp_path / "a.tar", members | last)).unlabelled_reason
 
     assert why({}) == ""
-    assert why({"3.png": png(3)}).startswith(f"{tmp_path}/a.tar[3.png] has no label, which would be")
-    assert "a.tar: the label in 3.cls is not a whole number from 0 on (so 1 of 4 samples have none)" in why(
+    assert why({"3.png": png(3)}).startswith(
+        f"{tmp_path}/a.tar[3.png] has no label (a whole number in a .cls file)"
+    )
+    assert "a.tar: the label in 3.cls is not a whole number from 0 (so 1 of 4 samples have none)" in why(
         {"3.png": png(3), "3.cls": b"cat"}
     )
     assert (
@@ -158,7 +160,7 @@ def test_folders_links_and_devices_in_a_tar_are_passed_over(tmp_path):
     assert source.read(0)[0, 0, 0] == 9
     assert source.summary().endswith(
         "1 image (1 .png); skipped: 1 special file (a.tar[other.png]), "
-        "1 link that leads to no file of its shard (a.tar[other.png])"
+        "1 link to no file of its shard (a.tar[other.png])"
     )
 
 
@@ -203,7 +205,7 @@ def test_links_inside_a_shard_are_followed(tmp_path, kind):
     assert [int(source.read(i)[0, 0, 0]) for i in range(len(source))] == [1, 2, 1, 2, 1]
     assert source.describe(3) == f"{tmp_path}/a.tar[folder/soft.png]"
     assert source.summary().endswith(
-        "5 images (5 .png); skipped: 2 links that lead to no file of their shard "
+        "5 images (5 .png); skipped: 2 links to no file of their shard "
         "(a.tar[outside.png], a.tar[circle.png])"
     )
 
@@ -265,7 +267,7 @@ def test_a_shard_that_shrinks_is_a_bad_image(tmp_path):
     source = open_source(path)
     path.write_bytes(path.read_bytes()[:1500])
     assert source.read(0).shape == (4, 5, 3)
-    with pytest.raises(BadImage, match=r"a\.tar\[1\.png\]: its file became shorter"):
+    with pytest.raises(BadImage, match=r"a\.tar\[1\.png\]: the file became shorter"):
         source.read(1)
     path.unlink()
     with pytest.raises(BadImage, match="cannot be read"):

@@ -193,7 +193,7 @@ def test_what_cannot_be_trained_on_is_refused():
         objective("dyvit", "mae", mask_ratio=0.99)(pictures(), torch.arange(4))
     with pytest.raises(BadInput, match=r"--objective\.views 1 must be 2 to 1024"):
         CoMAConfig(views=1)
-    with pytest.raises(BadInput, match=r"--objective\.hidden-ratio 1 must be more than 0 and less than 1"):
+    with pytest.raises(BadInput, match=r"--objective\.mask-ratio 1 must be more than 0 and less than 1"):
         MAEConfig(mask_ratio=1.0)
 
 

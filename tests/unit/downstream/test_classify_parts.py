@@ -24,13 +24,21 @@ from coma.artifact import (
     load_encoder,
     save_artifact,
 )
-from coma.config import DataConfig, FinetuneConfig, FinetuneRecipe, ViTConfig, encoder_preset
+from coma.config import (
+    DataConfig,
+    FinetuneConfig,
+    FinetuneDataConfig,
+    FinetuneRecipe,
+    FinetuneRunConfig,
+    ViTConfig,
+    encoder_preset,
+)
 from coma.config.serialization import from_plain, to_plain
 from coma.data import ArraySource, BatchLayout, labelled_batches, training_batches
 from coma.data.augment import rand_augment
 from coma.errors import BadArtifact, BadInput
 from coma.models import build_encoder
-from coma.models.classifier import build_classifier
+from coma.models.classifiers import build_classifier
 from coma.objectives.classification import Classification
 from pretrain.training.optimizer import build_optimizer, layer_groups
 from pretrain.training.throughput import finetuning_flops
@@ -318,7 +326,11 @@ def test_flops_of_a_dyvit_are_those_of_a_step_on_numbers():
 
 def test_settings_survive_json():
     config = FinetuneConfig(
-        Path("run/artifact"), DataConfig(Path("data")), model=MODEL, class_names=("a", "b")
+        Path("run/artifact"),
+        FinetuneDataConfig(Path("data")),
+        FinetuneRunConfig(Path("run")),
+        model=MODEL,
+        class_names=("a", "b"),
     )
     assert from_plain(json.loads(json.dumps(to_plain(config))), FinetuneConfig, source="x") == config
 

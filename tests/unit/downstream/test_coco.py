@@ -13,8 +13,8 @@ from dataset_files import Content, coco, refusal, save, write
 from pycocotools import mask as coco_masks
 
 from downstream.datasets import check_same_classes, open_coco, read_coco
-from downstream.datasets.masks import mask_fault, runs_of
-from downstream.datasets.validation_report import in_threads
+from downstream.datasets.masks import decode_run_lengths, mask_error
+from downstream.datasets.validation_report import map_in_threads
 
 
 @pytest.fixture
@@ -152,10 +152,10 @@ def test_run_lengths_are_read_as_pycocotools_writes_them():
         edges = np.concatenate([[0], np.flatnonzero(np.diff(column)) + 1, [column.size]])
         runs = ([0] if column[0] else []) + np.diff(edges).tolist()
         text = str(coco_masks.encode(drawn)["counts"], "ascii")  # type: ignore[arg-type]
-        assert runs_of(text) == runs
+        assert decode_run_lengths(text) == runs
         for counts in (text, runs):
-            assert mask_fault({"size": [37, 53], "counts": counts}, width=53, height=37) == ""
-            assert mask_fault({"size": [37, 53], "counts": counts[:-1]}, width=53, height=37) != ""
+            assert mask_error({"size": [37, 53], "counts": counts}, width=53, height=37) == ""
+            assert mask_error({"size": [37, 53], "counts": counts[:-1]}, width=53, height=37) != ""
 
 
 def test_images_that_cannot_be_read(data):
@@ -296,10 +296,10 @@ def test_progress_ends_with_all_files(data):
 def test_threads_keep_the_order_and_stop_when_the_caller_does():
     told = []
     items = range(100)
-    assert list(in_threads(lambda n: -n, items, lambda *at: told.append(at))) == [-n for n in items]
+    assert list(map_in_threads(lambda n: -n, items, lambda *at: told.append(at))) == [-n for n in items]
     assert told == [(32, 100), (64, 100), (96, 100), (100, 100)]
     done = []
-    results = in_threads(lambda n: done.append(n) or time.sleep(0.001), range(3200), None)
+    results = map_in_threads(lambda n: done.append(n) or time.sleep(0.001), range(3200), None)
     next(results)
     results.close()
     assert 0 < len(done) < 3200

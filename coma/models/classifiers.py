@@ -1,8 +1,9 @@
-"""DyViT as timm models: `timm.create_model("dyvit_base")` after importing this module.
+"""Encoders under a linear head; DyViT also as a timm model, `timm.create_model("dyvit_base")`.
 
-Follows timm's conventions (forward_features / forward_head, forward_intermediates, feature_info,
-group_matcher, reset_classifier), so what builds on timm builds on DyViT: feature pyramids, layer-decayed
-optimizers, fine-tuning scripts. The encoder's parameters keep their names; a head is added as `head.*`.
+Importing this module registers DyViT with timm. `DyViTClassifier` follows timm's conventions
+(forward_features / forward_head, forward_intermediates, feature_info, group_matcher, reset_classifier), so
+what builds on timm builds on DyViT: feature pyramids, layer-decayed optimizers, fine-tuning scripts. The
+encoder's parameters keep their names; a head is added as `head.*`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from coma.config import DyViTConfig, dyvit_preset
+from coma.config import DyViTConfig, EncoderConfig, ViTConfig, dyvit_preset
 from coma.masking.patchify import cover
 from coma.models.dyvit import DyViT
+from coma.models.vit import ViT
+from coma.registry import ARCHITECTURES, entry_of, resolve
 
 OutFormat = Literal["NCHW", "NHWC"]
 
@@ -177,30 +180,44 @@ _CFG = {
     "classifier": "head",
     "license": "apache-2.0",
 }
-default_cfgs = generate_default_cfgs(
-    {f"dyvit_{preset}": _CFG for preset in ("tiny", "small", "base", "large")}
-)
+default_cfgs = generate_default_cfgs({f"dyvit_{preset}": _CFG for preset in ARCHITECTURES["dyvit"].presets})
 
 
-@register_model
-def dyvit_tiny(pretrained: bool = False, **kwargs: Any) -> DyViTClassifier:
-    """DyViT tiny: 3 M parameters."""
-    return _create("tiny", pretrained, **kwargs)
+def _register(preset: str, help: str) -> None:
+    def create(pretrained: bool = False, **kwargs: Any) -> DyViTClassifier:
+        return _create(preset, pretrained, **kwargs)
+
+    create.__name__ = f"dyvit_{preset}"
+    create.__doc__ = f"DyViT {preset}: {help} parameters."
+    register_model(create)
 
 
-@register_model
-def dyvit_small(pretrained: bool = False, **kwargs: Any) -> DyViTClassifier:
-    """DyViT small: 15 M parameters."""
-    return _create("small", pretrained, **kwargs)
+for _name, _preset in ARCHITECTURES["dyvit"].presets.items():
+    _register(_name, _preset.help)
 
 
-@register_model
-def dyvit_base(pretrained: bool = False, **kwargs: Any) -> DyViTClassifier:
-    """DyViT base: 35 M parameters."""
-    return _create("base", pretrained, **kwargs)
+class ViTClassifier(ViT):
+    """Plain ViT with a linear head on mean-pooled tokens (MAE, He et al. 2021, app. A.2: without cls token).
+
+    Args:
+        config: The backbone.
+        num_classes: Outputs.
+    """
+
+    def __init__(self, config: ViTConfig, num_classes: int) -> None:
+        super().__init__(config)
+        self.head = nn.Linear(config.num_features, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Images `[b, c, H, W]` to logits `[b, num_classes]`."""
+        return self.head(self.pool(images))
 
 
-@register_model
-def dyvit_large(pretrained: bool = False, **kwargs: Any) -> DyViTClassifier:
-    """DyViT large: 120 M parameters."""
-    return _create("large", pretrained, **kwargs)
+Classifier = DyViTClassifier | ViTClassifier
+
+
+def build_classifier(config: EncoderConfig, num_classes: int) -> Classifier:
+    """Returns the encoder that `config` describes under a linear head, freshly initialised."""
+    return resolve(entry_of(config).classifier)(config, num_classes)

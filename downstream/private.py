@@ -1,0 +1,64 @@
+"""All private names of other libraries that this room uses; `test_private.py` notices when they change."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import partial
+from multiprocessing.queues import Queue
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def use_device(device: str) -> None:
+    """Makes mmengine build and run models on this device (cuda or cpu), where it would take what it finds."""
+    importlib.import_module("mmengine.device.utils").DEVICE = device  # type: ignore[attr-defined]
+
+
+def parse_option_value(text: str) -> Any:
+    """Returns the value of a `--cfg-options` entry, parsed as OpenMMLab's tools parse it."""
+    from mmengine.config import DictAction
+
+    return DictAction._parse_iterable(text)
+
+
+def download_safely() -> None:
+    """Makes mmengine's downloads of checkpoints load tensors and numbers only.
+
+    mmengine downloads `http`, `torchvision` and `open-mmlab` addresses through a function of torch that
+    unpickles anything by default.
+    """
+    load_url = partial(torch.hub.load_state_dict_from_url, weights_only=True)
+    importlib.import_module("mmengine.runner.checkpoint").load_url = load_url  # type: ignore[attr-defined]
+
+
+def numpy_constructors() -> list[Any]:
+    """Returns the functions that pickled numpy arrays and scalars call."""
+    multiarray: Any = importlib.import_module("numpy._core.multiarray")
+    return [multiarray._reconstruct, multiarray.scalar]
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
+    """Pastes masks as mmdet does: probabilities `[n, h, w]` in boxes `[n, 4]` to bool `[n, H, W]`."""
+    from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
+
+    pasted = torch.zeros(len(masks), *size, dtype=torch.bool)
+    for whole, mask, box in zip(pasted, masks, boxes, strict=True):
+        part, place = _do_paste_mask(mask[None, None], box[None], *size)
+        whole[place] = part[0] >= threshold
+    return pasted
+
+
+def exit_on_send_error(message: str) -> None:
+    """Ends this process with a message when it cannot send an object through a queue.
+
+    Otherwise the process that reads the queue would wait forever.
+    """
+
+    def end(error: Exception, _: object) -> None:
+        os.write(2, f"{message}: {type(error).__name__}: {error}\n".encode())
+        os._exit(1)
+
+    Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]

@@ -1,0 +1,82 @@
+"""Private names that `downstream.private` uses still exist and still do the same."""
+
+import importlib
+import inspect
+import multiprocessing
+import os
+from multiprocessing.queues import Queue
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import downstream.openmmlab  # noqa: F401
+from downstream import private
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # OpenMMLab's packages warn about each other
+
+
+def test_mmengine_takes_the_device_it_is_told(monkeypatch):
+    import mmengine.device
+    import mmengine.device.utils
+    import mmengine.runner.runner
+
+    monkeypatch.setattr(mmengine.device.utils, "DEVICE", "cuda")
+    private.use_device("cpu")
+    assert mmengine.device.get_device() == mmengine.runner.runner.get_device() == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0.2", 0.2), ("(96,64)", (96, 64)), ("[1,2]", [1, 2]), ("False", False), ("a", "a")]
+)
+def test_values_of_cfg_options(text, value):
+    assert private.parse_option_value(text) == value
+
+
+def test_downloads_of_checkpoints_unpickle_nothing():
+    loading: Any = importlib.import_module("mmengine.runner.checkpoint")
+
+    private.download_safely()
+    assert loading.load_url.func is torch.hub.load_state_dict_from_url
+    assert loading.load_url.keywords == {"weights_only": True}
+    assert "load_url(" in inspect.getsource(loading)  # what mmengine calls for every address
+
+
+def test_numpy_arrays_are_pickled_by_the_allowed_functions():
+    arrays: Any = (np.zeros(2), np.float64(1))
+    names = {function.__name__ for function in private.numpy_constructors()}
+    used = {each.__reduce__()[0].__name__ for each in arrays}
+    assert names == used == {"_reconstruct", "scalar"}
+
+
+def test_masks_are_pasted_as_mmdet_pastes_them():
+    from mmdet.models.roi_heads.mask_heads import FCNMaskHead
+    from mmengine.config import ConfigDict
+
+    head = FCNMaskHead(num_convs=1, in_channels=4, conv_out_channels=4, num_classes=1)
+    masks, size = torch.randn(3, 28, 28), (40, 60)
+    boxes = torch.tensor([[2.5, 3.0, 30.2, 20.0], [0.0, 0.0, 60.0, 40.0], [50.0, 30.0, 59.5, 39.0]])
+    theirs = head._predict_by_feat_single(
+        masks[:, None],
+        boxes,
+        torch.zeros(3, dtype=torch.long),
+        {"scale_factor": (1.0, 1.0), "ori_shape": size},
+        ConfigDict(mask_thr_binary=0.5),
+        rescale=True,
+        activate_map=False,
+    )
+    assert torch.equal(private.paste_masks(masks.sigmoid(), boxes, size, 0.5), theirs)
+
+
+def test_a_process_that_cannot_send_ends(monkeypatch):
+    monkeypatch.setattr(Queue, "_on_queue_feeder_error", vars(Queue)["_on_queue_feeder_error"])
+    ended, said = [], []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(os, "write", lambda _, text: said.append(text))
+    private.exit_on_send_error("cannot send")
+    queue = multiprocessing.get_context("spawn").Queue()
+    queue.put(lambda: None)  # cannot be pickled
+    queue.close()
+    queue.join_thread()
+    assert ended == [1] and b"cannot send: " in said[0]
