@@ -28,7 +28,7 @@ from coma.errors import ComaError, Interrupted
 from coma.rooms import DISTRIBUTION, entry_points, load
 
 GROUP = "coma.commands"
-"""Entry points of the commands; one may name the extras that it needs: `demo = "demo.commands:run [demo]"`."""
+"""Entry points of the commands; one may name extras that it needs: `demo = "demo.commands:run [demo]"`."""
 
 CHILD = (sys.executable, "-P", "-m", "coma")
 """Starts `coma` as a child process; -P, so that no file of the current folder takes the place of ours."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coma.config import DataConfig
 from coma.data.channels import convert_channels
-from coma.data.pixel_values import check_pixels, filled_share
+from coma.data.pixel_values import check_pixels, describe_filled
 from coma.data.shuffle import permuted_indices, sample_seeds, uniforms
 from coma.data.sources.base import Source
 from coma.data.transforms import Box, random_crop, resize, scaled_box, stack
@@ -157,7 +157,7 @@ class SampleFetcher:
         picture = self.source.decode(index, min_side)
         pixels = convert_channels(picture, self.channels, self.source.describe(index))
         check_pixels(pixels, self.data.mean, self.data.std, lambda: self.source.describe(index))
-        filled = "" if picture.missing is None else filled_share(picture)
+        filled = "" if picture.missing is None else describe_filled(picture)
         height, width = full[0] if full else pixels.shape[:2]
         return OpenedImage(pixels, height, width, filled)
 

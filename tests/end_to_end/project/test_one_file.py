@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def one_file():
     return module
 
 
-def pair(one_file, config, views):
+def pair(one_file: Any, config: DyViTConfig, views: int) -> tuple[Any, Any]:
     """A model of the toolkit, and the reading copy with its weights."""
     decoder = DecoderConfig(dim=32, depth=2, heads=4)
     real = awake(build_objective(CoMAConfig(views=views, decoder=decoder), build_encoder(config))).eval()
