@@ -14,12 +14,12 @@ STUB = Path(coma.__file__).with_suffix(".pyi")
 
 def test_the_stub_and_all_agree():
     imports = [node for node in ast.parse(STUB.read_text()).body if isinstance(node, ast.ImportFrom)]
-    stub = {alias.asname: node.module for node in imports for alias in node.names}
+    stub = {alias.name: str(node.module) for node in imports for alias in node.names}
     assert all(alias.asname == alias.name for node in imports for alias in node.names)
     assert sorted(stub) == sorted(coma.__all__)
     for name, module in stub.items():
-        __import__(str(module))
-        assert getattr(sys.modules[str(module)], name) is getattr(coma, name)
+        __import__(module)
+        assert getattr(sys.modules[module], name) is getattr(coma, name)
     assert (STUB.parent / "py.typed").exists()
 
 
