@@ -212,23 +212,12 @@ def _exports(path: Path) -> Report:
 
 
 def _onnx(path: Path) -> Report:
-    from coma.library_errors import library_errors
-    from coma.preflight import require_packages
-    from coma.runtimes.model_spec import read_model_spec
+    from coma.runtimes.model_spec import inspect_onnx
 
-    require_packages("onnx")
-    import onnx
-
-    with library_errors(f"{path}: not a readable ONNX file", BadInput):
-        model = onnx.load(path, load_external_data=False)
-        opset = {each.domain or "ai.onnx": each.version for each in model.opset_import}
-        made = f"{model.producer_name} {model.producer_version}".strip()
-        graph = f"{counted(len(model.graph.node), 'node')}, opset {opset.get('ai.onnx', '?')}"
-    try:
-        spec = read_model_spec(model, str(path))
-    except BadInput:
-        return Report("ONNX file, not written by `coma export`", {"graph": graph, "made by": made}, [])
-    facts = {"kind of graph": spec.graph, "precision": spec.precision, "graph": graph, "made by": made}
+    spec, facts = inspect_onnx(path)
+    if spec is None:
+        return Report("ONNX file, not written by `coma export`", facts, [])
+    facts = {"kind of graph": spec.graph, "precision": spec.precision, **facts}
     return Report("ONNX file of `coma export`", facts | _listing(path), _described(path))
 
 

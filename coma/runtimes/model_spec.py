@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from coma.config.serialization import from_plain, to_plain
 from coma.errors import BadInput
+from coma.messages import counted
 
 if TYPE_CHECKING:
     import onnx
@@ -104,6 +106,30 @@ def read_model_spec(model: onnx.ModelProto, source: str) -> ModelSpec:
     """
     found = {prop.key: prop.value for prop in model.metadata_props}.get(METADATA)
     return parse_model_spec(found, source)
+
+
+def inspect_onnx(path: Path) -> tuple[ModelSpec | None, dict[str, str]]:
+    """Returns what an ONNX file says of itself, None unless it is ours, and facts about its graph.
+
+    Raises:
+        BadInput: the package onnx is missing, or the file is not readable.
+    """
+    from coma.library_errors import library_errors, load_packages
+
+    load_packages("onnx")
+    import onnx
+
+    with library_errors(f"{path}: not a readable ONNX file", BadInput):
+        model = onnx.load(path, load_external_data=False)
+        opset = {each.domain: each.version for each in model.opset_import}.get("", "?")
+        facts = {
+            "graph": f"{counted(len(model.graph.node), 'node')}, opset {opset}",
+            "made by": f"{model.producer_name} {model.producer_version}".strip(),
+        }
+    try:
+        return read_model_spec(model, str(path)), facts
+    except BadInput:
+        return None, facts
 
 
 def parse_model_spec(text: str | None, source: str) -> ModelSpec:

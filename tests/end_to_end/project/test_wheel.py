@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 UV = Path(sys.executable).with_name("uv")
 PRETRAIN = """pretrain images --out run --model tiny --image-size 32 --steps 2 --batch-size 4 --workers 0
 --model.depths 1 1 1 1 --objective.decoder.depth 1 --device cpu --mean .5 .5 .5 --std .3 .3 .3"""
-EXPORT = "export run/artifact --out exports --precision fp32 --images images"
+EXPORT = "export run/artifact --out exports --precision fp32"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
