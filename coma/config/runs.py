@@ -1,7 +1,7 @@
-"""Every setting of a run, pre-training or fine-tuning, as plain frozen data.
+"""Settings of a pre-training run, as plain frozen data.
 
-A run is described by one `PretrainConfig`: written to `run/config.json`, read back with `--from`, and stored
-in the artifact (see `serialization`).
+One `PretrainConfig` describes a run. It is written to `run/config.json`, and `--from` reads it back (see
+`serialization`).
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class ProbeConfig(Ranged):
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """One pre-training run."""
+    """Settings of one pre-training run."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: EncoderConfig = field(default_factory=DyViTConfig)

@@ -20,6 +20,7 @@ import tyro
 from coma.arguments import parse_arguments
 from coma.config.objectives import Degradation
 from coma.errors import BadInput
+from coma.preflight import check_regular_file
 from coma.ranges import MEAN, SEED, STD, Range, Ranged
 
 Channels = tuple[float, float, float]
@@ -75,8 +76,7 @@ def run(argv: list[str]) -> None:
 
     name = str(config.image)
     try:
-        if config.image.exists() and not (config.image.is_file() or config.image.is_dir()):
-            raise BadInput(f"{name}: is not a regular file; give an image file")
+        check_regular_file(config.image, "give an image file", must_exist=False)
         picture = decode(config.image.read_bytes(), name)
     except OSError as error:
         raise BadInput(f"{name}: cannot be read ({error.strerror}); give an image file") from None
