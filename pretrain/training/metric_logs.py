@@ -15,6 +15,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -71,38 +72,15 @@ def drop_lines(path: Path, known: Callable[[dict[str, Any]], bool]) -> list[dict
     return rows
 
 
-class MetricsLog:
-    """`metrics.jsonl` of a run.
+class MetricsLog(LineFile):
+    """`metrics.jsonl` of a run."""
 
-    Args:
-        path: The file; existing lines are kept.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = LineFile(path)
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Appends one line.
-
-        Raises:
-            OSError: the disk is full; the line is written with the next one that finds room.
-        """
-        self._file.add(json.dumps(row, allow_nan=False).encode() + b"\n")
-
-    def sync(self) -> None:
-        """Forces everything to the disk.
-
-        Raises:
-            OSError: the disk is full.
-        """
-        self._file.sync()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+    def add_row(self, row: dict[str, Any]) -> None:
+        """Appends one line; see `LineFile.add`."""
+        self.add(json.dumps(row, allow_nan=False).encode() + b"\n")
 
 
-class TensorBoardLog:
+class TensorBoardLog(LineFile):
     """Scalars for TensorBoard, written in this thread so that a full disk is noticed here.
 
     Args:
@@ -111,21 +89,16 @@ class TensorBoardLog:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+        from tensorboard.compat.proto.event_pb2 import SessionLog  # type: ignore[attr-defined]
 
-        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        self._file = LineFile(folder / name)
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        restart = SessionLog(status=SessionLog.SessionStatus.START)
-        self._write(Event(wall_time=time.time(), step=step, session_log=restart))
+        super().__init__(
+            folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        )
+        self._add_event(file_version="brain.Event:2")
+        self._add_event(step=step, session_log=SessionLog(status=SessionLog.SessionStatus.START))
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Appends all numbers of a row except its step.
-
-        Raises:
-            OSError: the disk is full; they are written with the next row that finds room.
-        """
-        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[attr-defined]
+    def add_row(self, row: dict[str, Any]) -> None:
+        """Appends all numbers of a row except its step; see `LineFile.add`."""
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
         values = [
@@ -133,17 +106,12 @@ class TensorBoardLog:
             for name, value in row.items()
             if name != "step" and value is not None
         ]
-        self._write(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
+        self._add_event(step=row["step"], summary=Summary(value=values))
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-    def _write(self, event: Any) -> None:
-        from io import BytesIO
-
+    def _add_event(self, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[attr-defined]
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         record = BytesIO()
-        RecordWriter(record).write(event.SerializeToString())
-        self._file.add(record.getvalue())
+        RecordWriter(record).write(Event(wall_time=time.time(), **content).SerializeToString())
+        self.add(record.getvalue())

@@ -119,15 +119,15 @@ class RunDirectory(ABC, Generic[Settings]):
         self._tensorboard = TensorBoardLog(self._plan.folder / "tensorboard", step)
         for row in kept:
             if row["step"] == step:
-                self._tensorboard.add(row)
+                self._tensorboard.add_row(row)
 
     def log(self, row: dict[str, Any]) -> None:
         """Writes a row of metrics."""
         if self._metrics and self._tensorboard:
             with self._or_say("metrics", row["step"]):
-                self._metrics.add(row)
+                self._metrics.add_row(row)
             with self._or_say("tensorboard", row["step"]):
-                self._tensorboard.add(row)
+                self._tensorboard.add_row(row)
 
     @abstractmethod
     def evaluate(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:

@@ -117,7 +117,7 @@ def test_verification_catches_an_artifact_with_one_other_weight(copy):
     about = json.loads(path.with_name("config.json").read_text())
     del about["checksums"]  # which would notice it first
     path.with_name("config.json").write_text(json.dumps(about))
-    with pytest.raises(CheckFailed, match="something else than the trained model"):
+    with pytest.raises(CheckFailed, match="does not reconstruct the same as the trained model"):
         quickstart.verify(plan, load_pretrained(copy / "run/artifact"), images, seeds)
 
 

@@ -215,7 +215,7 @@ def test_metrics_wait_for_room(resumable, whole, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "site",
-    ["save_artifact", "reconstruction_sheet", "loss_curve", "TensorBoardLog.add"],
+    ["save_artifact", "reconstruction_sheet", "loss_curve", "TensorBoardLog.add_row"],
 )
 def test_a_full_disk_anywhere_else_only_warns(resumable, whole, tmp_path, capsys, site):
     def no_room(*_: Any, **__: Any) -> None:

@@ -177,8 +177,8 @@ def test_numbers_decide_where_there_are_no_names():
             array([0, 1], ("a", "c"), "exam"),
             "exam: set does not have the classes c; it has a, b",
         ),
-        (array([0, 0], ("a", "b")), array([1], ("a", "b")), "no image: b; it has a"),
-        (array([0, 1]), array([2, 7]), "no image: 2, 7; it has 0, 1"),
+        (array([0, 0], ("a", "b")), array([1], ("a", "b")), "does not have the classes b; it has a"),
+        (array([0, 1]), array([2, 7]), "does not have the classes 2, 7; it has 0, 1"),
         (array([1, 1]), array([1, 1]), "of one class"),
     ],
 )
