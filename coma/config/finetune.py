@@ -55,6 +55,8 @@ class FinetuneRecipe(OptimizerConfig):
     2021, BEiT); 1: no decay. Default: 0.75, or 0.65 for the presets base and vit-base."""
     drop_path: Annotated[float, DECAY] = 0.1
     """Stochastic-depth rate of the last block; it grows linearly with depth (Huang et al. 2016)."""
+    frozen_stages: Annotated[int, Range(-1, 256)] = -1
+    """Freeze the stem and this many stages (plain ViT: blocks); 0 freezes the stem, -1 nothing."""
     rand_augment: Annotated[int, Range(0, 10), RARE] = 9
     """Magnitude of RandAugment (Cubuk et al. 2020), with standard deviation 0.5; 0: off. It applies to 8-bit
     images of three channels; other images are cropped and flipped only."""

@@ -112,6 +112,10 @@ class DyViT(nn.Module):
     pyramid = forward
     """The pyramid, also of a classifier, whose own `forward` returns logits."""
 
+    def parts(self) -> list[nn.Module]:
+        """Returns the stem and the stages, which can be frozen in this order."""
+        return [self.stem, *self.stages]
+
     def window_gates(self) -> list[tuple[int, WindowGate]]:
         """Returns the gates of DM-MSA, each with the number of its stage, 1 to 4."""
         return [

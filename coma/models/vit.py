@@ -61,6 +61,10 @@ class ViT(nn.Module):
     pyramid = forward
     """The pyramid, also of a classifier, whose own `forward` returns logits."""
 
+    def parts(self) -> list[nn.Module]:
+        """Returns the stem and the blocks, which can be frozen in this order."""
+        return [self.stem, *self.blocks]
+
     def window_gates(self) -> list[tuple[int, WindowGate]]:
         """Returns no gates: every layer has one window, the whole image."""
         return []

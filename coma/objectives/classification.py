@@ -49,6 +49,21 @@ class Classification(nn.Module):
         self.recipe, self.classes = recipe, classes
         self.classifier = classifier
         self.loss = SoftTargetCrossEntropy()
+        stages, parts = recipe.frozen_stages, classifier.parts()
+        self._frozen = parts[: stages + 1]
+        if stages >= len(parts) - 1:
+            self._frozen.append(classifier.norm)
+        for part in self._frozen:
+            part.requires_grad_(False)
+        if stages >= 0 and isinstance(token := getattr(classifier, "cls_token", None), nn.Parameter):
+            token.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Classification:
+        """Sets the mode; frozen parts stay in evaluation mode, without drop path."""
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
 
     def forward(self, images: Tensor, labels: Tensor) -> ClassificationOutput:
         """Returns the loss of normalised images `[b, c, H, W]` (b even for mixing) and labels int64 `[b]`."""

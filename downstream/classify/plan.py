@@ -81,7 +81,12 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
             images of unknown classes, settings that do not fit, or a directory that cannot be used.
     """
     encoder = load_encoder(config.artifact)
-    about = encoder.artifact
+    about, stages = encoder.artifact, len(encoder.parts()) - 1
+    if config.optimizer.frozen_stages > stages:
+        raise BadInput(
+            f"--frozen-stages {config.optimizer.frozen_stages}: {config.artifact} has {stages} stages (plain "
+            f"ViT: blocks); give -1 to {stages}"
+        )
     images = config.data.images
     splits = (
         open_labelled_splits(images, val=config.val)

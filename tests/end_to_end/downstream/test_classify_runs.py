@@ -253,3 +253,21 @@ def test_every_parameter_moves_at_its_own_rate(short, tmp_path):
     assert moved["stem.conv.weight"] == pytest.approx(lr / 32, rel=0.1)
     assert moved["stages.1.merge.linear.weight"] == pytest.approx(lr / 8, rel=0.1)
     assert moved["norm.weight"] == pytest.approx(lr / 2, rel=0.1)
+
+
+@pytest.mark.parametrize(("model", "last"), [(MODEL, 4), (VIT, 2)])
+def test_frozen_stages_keep_their_weights(short, tmp_path, model, last):
+    """0: the stem; -1 would freeze nothing, and `last` all but the head."""
+    artifact = publish(tmp_path / "artifact", model)
+    before = load_encoder(artifact).state_dict()
+    blocks = "stages" if last == 4 else "blocks"
+    for stages in (0, 1, last):
+        config = to(short, tmp_path / str(stages), steps=1, ema_decay=0.0, warmup=0.0, frozen_stages=stages)
+        tensors = load_artifact(finetune(replace(config, artifact=artifact)).artifact).tensors
+        moved = {name for name in before if not torch.equal(tensors[name], before[name])}
+        kept = ("stem", "cls_token", *(f"{blocks}.{i}." for i in range(stages)))
+        expected = {name for name in before if not name.startswith(kept) and stages < last}
+        idle = {name for name in before if name.endswith("gate.hidden.bias")}  # no gradient in the first step
+        assert moved - idle == expected - idle
+    with pytest.raises(BadInput, match=rf"--frozen-stages 9: .* has {last} stages"):
+        finetune(replace(to(short, tmp_path / "other", frozen_stages=9), artifact=artifact))
