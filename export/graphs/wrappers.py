@@ -132,8 +132,8 @@ class EncoderGraph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Maps images `[b, c, H, W]` to maps `[b, c_i, ceil(H/s_i), ceil(W/s_i)]` and a pooled feature.
 
-        The finest map comes first. The pooled feature `[b, c]` is the mean of the last map over all units that
-        cover the image.
+        The finest map comes first. The pooled feature `[b, c]` is the mean of the last map over all units
+        that cover the image.
         """
         pyramid = self.encoder(images.to(self.encoder.norm.weight.dtype))
         pooled = pyramid[-1].float().mean(dim=(2, 3))
