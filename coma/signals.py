@@ -20,7 +20,7 @@ _SOON = 1.0
 
 
 class StopNow(BaseException):
-    """Leaves what may be left; no `Exception`, so that nothing takes it for a fault."""
+    """Interrupts work that may be interrupted. No `Exception`, so that no handler catches it."""
 
 
 class StopRequest:

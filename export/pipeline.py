@@ -13,7 +13,7 @@ from coma.artifact import ArtifactConfig, load_artifact
 from coma.artifact.load import artifact_hash
 from coma.data.pixel_values import check_pixels
 from coma.errors import BadInput, CheckFailed, ComaError
-from coma.library_errors import require_packages
+from coma.library_errors import load_packages
 from coma.messages import counted
 from coma.preflight import require_file, require_folder
 from coma.runtimes.manifest import Manifest
@@ -153,7 +153,7 @@ def require(device: Provider) -> None:
     Raises:
         BadInput: a package is missing or broken, or ONNX Runtime cannot use the device.
     """
-    require_packages("onnx", "onnxscript")
+    load_packages("onnx", "onnxscript")
     require_provider(device)
 
 

@@ -15,6 +15,7 @@ from coma.config.serialization import from_plain
 from coma.devices import cores, processor
 from coma.errors import BadInput
 from coma.messages import abridged, counted
+from coma.preflight import check_regular_file
 from coma.runtimes.model_spec import GraphKind, Precision
 from coma.signals import signals_deferred
 
@@ -169,8 +170,7 @@ class Manifest:
         """
         path = folder / NAME
         try:
-            if path.exists() and not path.is_file():  # reading a pipe would block
-                raise BadInput(f"{path}: not a regular file; {instead}")
+            check_regular_file(path, instead, must_exist=False)
             plain = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None

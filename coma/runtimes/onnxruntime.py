@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from coma.errors import BadInput, CheckFailed
-from coma.library_errors import first_line, library_errors, require_packages
+from coma.library_errors import first_line, library_errors, load_packages
+from coma.preflight import check_regular_file
 from coma.runtimes.base import check_inputs
 from coma.runtimes.model_spec import ModelSpec, read_model_spec
 from coma.runtimes.tensorrt.discovery import load_library
@@ -121,7 +122,7 @@ def require_provider(provider: Provider) -> None:
     Raises:
         BadInput: a package is missing, or the provider does not start.
     """
-    require_packages("onnx", "onnxruntime")
+    load_packages("onnx", "onnxruntime")
     from onnx import helper
 
     values = [helper.make_tensor_value_info(name, 1, [1]) for name in ("x", "y")]
@@ -131,7 +132,7 @@ def require_provider(provider: Provider) -> None:
 
 
 def _library() -> Any:
-    require_packages("onnxruntime")
+    load_packages("onnxruntime")
     import onnxruntime
 
     return onnxruntime
@@ -139,12 +140,12 @@ def _library() -> Any:
 
 def _read(path: Path | bytes, name: str) -> tuple[ModelSpec, str | None]:
     """Returns the specification of a file and the precision that it emulates."""
-    require_packages("onnx")
+    load_packages("onnx")
     import onnx
     from onnx.external_data_helper import _get_all_tensors, uses_external_data
 
-    if isinstance(path, Path) and not path.is_file():
-        raise BadInput(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+    if isinstance(path, Path):
+        check_regular_file(path)
     with library_errors(f"{name}: not a readable ONNX file", BadInput):
         content = path.read_bytes() if isinstance(path, Path) else path
         model = onnx.load_model_from_string(content)

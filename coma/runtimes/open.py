@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from coma.artifact import load_artifact
 from coma.errors import BadInput
 from coma.library_errors import library_errors
+from coma.preflight import check_regular_file
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import NAME, ForeignManifest, Manifest, is_verified
 from coma.runtimes.model_spec import GRAPH_KINDS, ExportableModel, GraphKind
@@ -55,8 +56,7 @@ def _open(path: Path, device: Device, graph: GraphKind | None) -> Runtime:
         if suffix in _UNFIT:
             raise BadInput(f"{path}: {_UNFIT[suffix]}")
     if path.suffix in (".onnx", ".engine") and not path.is_dir():
-        if not path.is_file():
-            raise BadInput(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+        check_regular_file(path)
         _check_listed(path)
     if path.suffix == ".onnx" and not path.is_dir():
         from coma.runtimes.onnxruntime import OnnxRuntime

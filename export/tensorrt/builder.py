@@ -14,7 +14,7 @@ from typing import Any
 
 from coma.atomic_io import sha256_of, write_whole
 from coma.errors import BadInput, CheckFailed, Interrupted
-from coma.library_errors import library_errors, require_packages
+from coma.library_errors import library_errors, load_packages
 from coma.runtimes.model_spec import ModelSpec, read_model_spec
 from coma.runtimes.tensorrt.callbacks import Progress, make_logger, make_monitor
 from coma.runtimes.tensorrt.discovery import Flavour, Library, load_library, require_gpu
@@ -91,7 +91,7 @@ def build_engine(
 
 
 def _read_spec(onnx_path: Path) -> ModelSpec:
-    require_packages("onnx")
+    load_packages("onnx")
     import onnx
 
     if not onnx_path.is_file():

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from coma.atomic_io import sha256_of, write_whole
 from coma.config.serialization import from_plain, to_plain
 from coma.errors import BadInput
+from coma.preflight import check_regular_file
 from coma.ranges import Range, Ranged
 from coma.runtimes.model_spec import ModelSpec
 from coma.runtimes.tensorrt.discovery import TITLES, Flavour, Gpu, Library, version_numbers
@@ -109,8 +110,7 @@ def read_sidecar(engine_path: Path) -> Sidecar:
     if not engine_path.is_file():
         raise BadInput(f"{engine_path}: no such file")
     try:
-        if path.exists() and not path.is_file():  # reading a pipe would block
-            raise BadInput(f"{path}: not a regular file; {REBUILD}")
+        check_regular_file(path, REBUILD, must_exist=False)
         plain = json.loads(path.read_text())
     except FileNotFoundError:
         raise BadInput(f"{engine_path}: its sidecar {path.name} is missing; {REBUILD}") from None
