@@ -1,1 +1,1 @@
-"""Artifacts to ONNX and TensorRT, compared with PyTorch on real images before they are kept."""
+"""Export of artifacts to ONNX and TensorRT, verified against PyTorch on real images."""

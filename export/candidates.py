@@ -64,7 +64,7 @@ class CandidateBuilder:
         if precision in ("int8", "fp8"):
             self._quantize(precision, target)
         else:
-            self._trace(precision, target)
+            write_onnx(self._prepare_model(precision), self.shapes, target)
         return target
 
     def remove_temporary_files(self) -> None:
@@ -85,7 +85,7 @@ class CandidateBuilder:
         """Returns the fp32 file that quantised files are made from, and builds one if none was verified."""
         if self.fp32_file is None:
             base = self.temporary(self.config.folder / f"{self.graph}{_BASE}")
-            self._trace("fp32", base)
+            write_onnx(self._prepare_model("fp32"), self.shapes, base)
             self.fp32_file = base
         return self.fp32_file
 
@@ -100,12 +100,12 @@ class CandidateBuilder:
             raise BadArtifact(f"{self.config.artifact}: has changed during the export; export it again")
         return model
 
-    def _trace(self, precision: Precision, target: Path) -> None:
+    def _prepare_model(self, precision: Precision) -> ExportableModel:
         self.listener.step(f"{self.graph} {precision}: tracing the graph")
         model = fit_preprocessing(self.load_model(), self.shapes)
         if self.config.normalize_in_graph:
             model = with_normalization(model)
-        write_onnx(cast_weights(model, precision), self.shapes, target)
+        return cast_weights(model, precision)
 
     def _quantize(self, precision: Precision, target: Path) -> None:
         from export.quantization import quantize_fp8, quantize_int8

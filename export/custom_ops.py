@@ -1,8 +1,7 @@
-"""The one operator that detectors need and torch lacks, and what it becomes in an ONNX file.
+"""The operator `nms_keep`, which exported detectors need, and its translation to ONNX.
 
-Non-maximum suppression finds a number of boxes that depends on the data. `nms_keep` hands out a map of fixed
-size in its place: true where a box stays. What depends on the data remains inside the operator, so every
-other tensor of an exported detector has a size that is known beforehand.
+The number of boxes after non-maximum suppression depends on the data. `nms_keep` returns a mask of fixed size
+instead, so the sizes of all other tensors in an exported detector do not depend on the data.
 """
 
 from __future__ import annotations
@@ -19,16 +18,17 @@ from torch import Tensor
 def nms_keep(
     boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: float, limit: int
 ) -> Tensor:
-    """Which boxes stay when better ones suppress those that they overlap, class by class.
+    """Returns the boxes that remain after non-maximum suppression within each class.
 
-    A box goes when its intersection over union with a better one that stays is more than the threshold.
+    A box is suppressed if its intersection over union with a remaining box of a higher score exceeds the
+    threshold.
 
     Args:
-        boxes: Corners (x1, y1, x2, y2) `[b, n, 4]`, shared by the classes of an image.
+        boxes: Corners (x1, y1, x2, y2) `[b, n, 4]`, shared by all classes of an image.
         scores: `[b, c, n]`.
-        iou_threshold: 0 to 1; rounded to float32, as ONNX Runtime does.
-        score_threshold: Only scores above it take part.
-        limit: At most so many boxes stay of each image and class: the best.
+        iou_threshold: 0 to 1; rounded to float32, as in ONNX Runtime.
+        score_threshold: Minimum score, exclusive.
+        limit: Maximum number of remaining boxes per image and class.
 
     Returns:
         Bool `[b, c, n]`.
@@ -49,10 +49,10 @@ def _(boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: floa
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """For `torch.onnx.export(..., custom_translation_table=...)`: standard operators, from opset 18 on."""
+    """Returns the `custom_translation_table` of `torch.onnx.export`, with standard operators of opset 18."""
     from onnxscript import opset18
 
-    op: Any = opset18  # its signatures leave no room for results that may be None
+    op: Any = opset18  # its type stubs do not cover optional results
 
     def onnx_nms_keep(boxes, scores, iou_threshold: float, score_threshold: float, limit: int):
         found = op.NonMaxSuppression(  # [k, 3]: image, class, box
@@ -63,7 +63,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             op.Constant(value_floats=[score_threshold]),
         )
         ones = op.Expand(op.Constant(value_float=1.0), op.Shape(found, end=1))
-        nowhere = op.ConstantOfShape(op.Shape(scores))  # numbers: not every runtime scatters booleans
+        nowhere = op.ConstantOfShape(op.Shape(scores))  # floats: not every runtime scatters booleans
         return op.Greater(op.ScatterND(nowhere, found, ones), op.Constant(value_float=0.5))
 
     return {torch.ops.coma.nms_keep.default: onnx_nms_keep}

@@ -1,8 +1,9 @@
-"""16-bit graphs where 16-bit products cannot run: the same graph in fp32, every 16-bit tensor rounded.
+"""Emulates a 16-bit graph in fp32 by rounding every 16-bit tensor.
 
-This is what a GPU computes that multiplies 16-bit numbers and accumulates in fp32, up to the order of its
-sums, infinities included. ONNX Runtime's CPU provider can thus check exported files: it has no bf16 products,
-and of fp16 graphs it keeps what one operator hands to the next in fp32, where nothing overflows.
+The result is that of a GPU that multiplies 16-bit numbers and accumulates in fp32, up to the order of its
+sums and with the same overflows. ONNX Runtime's CPU provider cannot verify 16-bit files directly: it has no
+bf16 matrix multiplications, and it keeps intermediate results of fp16 graphs in fp32, where nothing
+overflows.
 """
 
 from __future__ import annotations
@@ -27,29 +28,29 @@ _EXACT = frozenset(
         "Unsqueeze", "Where"
     }
 )  # fmt: skip
-"""Operators whose results are among their operands, up to sign and zero: nothing to round."""
+"""Operators that only select operands, up to sign and zero, so their results need no rounding."""
 
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
 
 
 def is_half(precision: str) -> TypeGuard[Half]:
-    """Whether files of this precision have to be emulated on a CPU."""
+    """Whether files of this precision are emulated on a CPU."""
     return precision in ("fp16", "bf16")
 
 
 def emulate(model: ModelProto, precision: Half) -> ModelProto:
-    """A copy that computes in fp32 what the model computes in 16 bits, with the same inputs and outputs.
+    """Returns a copy of a model that computes in fp32 what the model computes in 16 bits.
 
     Args:
-        model: With inputs and outputs of other types, as exports have.
-        precision: Of its 16-bit tensors.
+        model: A model with inputs and outputs of other types, as in exported files.
+        precision: Precision of its 16-bit tensors.
 
     Returns:
-        A model without them except between two Cast nodes, which round; its metadata says `EMULATED`.
+        A model with 16-bit tensors only between two Cast nodes, which round; its metadata hold `EMULATED`.
 
     Raises:
-        BadInput: 16-bit inputs or outputs, 16 bits inside of branches or loops, or a node whose types cannot
-            be inferred.
+        BadInput: the model has 16-bit inputs or outputs, 16 bits inside branches or loops, or a node whose
+            types cannot be inferred.
     """
     from onnx import ModelProto, TensorProto, inliner, shape_inference
 
@@ -82,12 +83,14 @@ def emulate(model: ModelProto, precision: Half) -> ModelProto:
 
 
 def _rounded(node: NodeProto, types: Mapping[str, int], short: int) -> Iterator[NodeProto]:
-    # the node in fp32, and after it what rounds its results, of the same module
+    """Yields the node in fp32, followed by the nodes that round its results."""
     from onnx import TensorProto, helper
 
     for attribute in node.attribute:
         if any(_holds(graph, types, short) for graph in (attribute.g, *attribute.graphs)):
-            raise BadInput(f"{node.op_type} {node.name!r} holds 16 bits in a branch or loop: not emulated")
+            raise BadInput(
+                f"{node.op_type} {node.name!r} has 16 bits in a branch or loop, which cannot be emulated"
+            )
         if attribute.name in _TYPE_ATTRIBUTES and attribute.i == short:
             attribute.i = TensorProto.FLOAT
         for tensor in (attribute.t, *attribute.tensors):
@@ -122,7 +125,7 @@ def _holds(graph: GraphProto, types: Mapping[str, int], short: int) -> bool:
 
 
 def _widen(tensor: TensorProto, short: int) -> None:
-    # to fp32 in place, exactly
+    """Converts a 16-bit tensor to fp32 in place."""
     import numpy as np
     from onnx import numpy_helper
 

@@ -1,4 +1,4 @@
-"""`report.md`: a folder of exports for people to read."""
+"""`report.md`: a human-readable report of a folder of exports."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ NAME = "report.md"
 
 
 def write_report(manifest: Manifest, folder: Path) -> Path:
-    """Write it, whole or not at all."""
+    """Writes the report atomically and returns its path."""
     write_whole(folder / NAME, lambda file: file.write(render(manifest).encode()))
     return folder / NAME
 
 
 def render(manifest: Manifest) -> str:
-    """The report as Markdown."""
+    """Returns the report as Markdown."""
     parts = [
         f"# Exports of {manifest.artifact}",
         f"A {manifest.kind}, compared with PyTorch (fp32).\n\n{_circumstances(manifest)}",
@@ -27,8 +27,8 @@ def render(manifest: Manifest) -> str:
     latencies = [row for entry in manifest.files for row in _latency_rows(entry)]
     if latencies:
         parts.append(
-            "## Latency\n\nFile and PyTorch run in turns. Compute: from a tensor to outputs. End to end: "
-            "from the bytes of image files, decoding and resizing included.\n\n" + _table(_LATENCY, latencies)
+            "## Latency\n\nFile and PyTorch run in turns. Compute: from tensors to outputs. End to end: "
+            "from the bytes of image files, with decoding and resizing.\n\n" + _table(_LATENCY, latencies)
         )
     parts += _image_sets([*manifest.files, *manifest.rejected])
     if manifest.rejected:
@@ -42,7 +42,7 @@ def render(manifest: Manifest) -> str:
 
 
 def _circumstances(manifest: Manifest) -> str:
-    """On what, where and with what the files were compared; by file where that is not the same for all."""
+    """Returns the images, machine and versions of the verification; by file if they differ."""
     names: dict[str, list[str]] = {}
     for entry in [*manifest.files, *manifest.rejected]:
         known = ", ".join(f"{name} {v}" for name, v in entry.versions.items() if v != "not installed")
@@ -53,7 +53,7 @@ def _circumstances(manifest: Manifest) -> str:
 
 
 def _image_sets(entries: list[Entry]) -> list[str]:
-    """The images of each purpose, and those that were left out."""
+    """Returns the image sets by purpose, and the images that are left out."""
     found: dict[str, list[str]] = {}
     for entry in entries:
         for purpose, selection in entry.image_sets.items():
@@ -63,9 +63,17 @@ def _image_sets(entries: list[Entry]) -> list[str]:
     return ["## Images\n\n" + "\n".join(lines)] if lines else []
 
 
-_FILES = ("file", "precision", "run by", "MB", "parameters", "shapes (batch x height x width)", "metric")
-_ERRORS = ("file", "output", "least cosine", "largest", "99.9 %", "mean", "agree")
-_LATENCY = ("file", "shape", "who", "what", "p50 ms", "p90", "p99", "images/s")
+_FILES = (
+    "file",
+    "precision",
+    "runtime",
+    "MB",
+    "parameters",
+    "shapes (min : opt : max, batch x height x width)",
+    "metric",
+)
+_ERRORS = ("file", "output", "minimum cosine", "maximum error", "99.9 %", "mean", "agreement")
+_LATENCY = ("file", "shape", "runtime", "what", "p50 ms", "p90", "p99", "images/s")
 
 
 def _file_row(entry: Entry) -> tuple[str, ...]:
@@ -80,7 +88,7 @@ def _file_row(entry: Entry) -> tuple[str, ...]:
         f"{entry.bytes / 1e6:.1f}",
         f"{entry.parameters / 1e6:.2f} M",
         " : ".join(entry.shapes),
-        metric or "no labels given",
+        metric or "no labels",
     )
 
 

@@ -100,11 +100,11 @@ def _folder(path: Path) -> Report:
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
         return _artifact(path)
     if (path / "manifest.json").is_file():
-        from coma.runtimes.manifest import OfOthers
+        from coma.runtimes.manifest import ForeignManifest
 
         try:
             return _exports(path)
-        except OfOthers:
+        except ForeignManifest:
             pass
     if (path / "compare.json").is_file():
         return Report(

@@ -1,1 +1,1 @@
-"""The models in the form in which they leave: tensors in, tensors out, shapes free where asked."""
+"""Models as graphs that can be exported: tensors in, tensors out, with dynamic shapes."""

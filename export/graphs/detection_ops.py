@@ -1,13 +1,12 @@
-"""Detection as functions of tensors whose sizes do not depend on what is in the image.
+"""Detection as functions of tensors whose sizes do not depend on the content of the image.
 
-    map       b a*c h w   what a dense head says at one level: a anchors at every place, c numbers for each
+    map       b a*c h w   output of a dense head at one level: a anchors per position, c values per anchor
     boxes     b n 4       corners x1 y1 x2 y2 in pixels of the image
-    scores    b n         0 where there is no box
+    scores    b n         0 in slots without a box
 
-Python decides nothing by a value or by a size that may change, so a trace at one size holds at any: lists are
-padded and then cut to a fixed length, and only `nms_keep` knows how many boxes there really are. Arithmetic
-is in float32, whatever the network computes in: pixels of a large image have too many digits for half
-precision.
+No Python branch depends on a value or on a dynamic size, so a trace at one size holds at all sizes: lists are
+padded to a fixed length, and only `nms_keep` depends on the number of boxes. Arithmetic is in float32 in all
+precisions, because pixel coordinates of a large image need more digits than half precision has.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ from coma.masking.patchify import cover
 from export.custom_ops import nms_keep
 
 LONGEST_STEP = -math.log(16 / 1000)
-"""Largest logarithm, up or down, of a box's side over its anchor's; the number is mmdet's."""
+"""Maximum absolute logarithm of the ratio of a box's side to its anchor's, as in mmdet."""
 NEVER = -1e4
-"""Logit of what is not there."""
-_LARGEST_LOGIT = 80.0  # its exponential, up or down, is a float32
+"""Logit of an empty slot."""
+_LARGEST_LOGIT = 80.0  # exp(80) and exp(-80) are finite in float32
 
 
 @dataclass(frozen=True)
 class BoxCode:
-    """How boxes are told as differences (dx, dy, log dw, log dh) from others.
+    """Encoding of boxes as differences (dx, dy, log dw, log dh) from other boxes.
 
     Attributes:
-        means: Of the differences that the network tells.
-        stds: Likewise.
-        clip: Whether boxes end at the image's border.
+        means: Means of the normalised differences.
+        stds: Standard deviations of the normalised differences.
+        clip: Whether boxes are clipped at the border of the image.
     """
 
     means: tuple[float, ...]
@@ -47,17 +46,17 @@ class BoxCode:
 
 @dataclass(frozen=True)
 class Candidates:
-    """From the maps of a dense head to boxes.
+    """Settings that turn the maps of a dense head into boxes.
 
     Attributes:
-        strides: Of every level, (x, y), in pixels.
-        anchors: Of every level, corners around the origin, in pixels.
-        code: From anchors to boxes.
-        before: At most so many boxes of every level of an image are looked at: the likeliest.
-        smallest: Boxes not wider and higher than this are dropped; None keeps all.
-        iou: Overlap above which the less likely of two boxes goes.
-        score: Least score; 0 for region proposals.
-        limit: Boxes of an image.
+        strides: Strides (x, y) of every level in pixels.
+        anchors: Anchors of every level, as corners around the origin in pixels.
+        code: Encoding of boxes relative to anchors.
+        before: Maximum number of boxes per level and image before suppression (the most likely ones).
+        smallest: Boxes must be wider and higher than this; None keeps all.
+        iou: Overlap (IoU) above which the box with the lower score is suppressed.
+        score: Minimum score; 0 for region proposals.
+        limit: Maximum number of boxes per image.
     """
 
     strides: tuple[tuple[float, float], ...]
@@ -72,14 +71,14 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Pooling:
-    """From regions of a pyramid to maps of one size (RoIAlign).
+    """Settings of RoIAlign, which pools regions of a pyramid to maps of one size.
 
     Attributes:
-        size: Of those maps, (height, width).
-        strides: Of the levels that are looked at.
-        samples: Along each side of a bin; 0 is one per pixel.
-        aligned: Whether the middle of a pixel is at 0.5.
-        finest: Side of a region in pixels, below twice which the finest level is taken.
+        size: Height and width of the pooled maps.
+        strides: Strides of the levels.
+        samples: Number of samples along each side of a bin; 0 means one per pixel.
+        aligned: Whether the centre of a pixel is at 0.5.
+        finest: Regions with a side below twice this number of pixels use the finest level.
     """
 
     size: tuple[int, int]
@@ -90,26 +89,26 @@ class Pooling:
 
 
 def image_corner(images: Tensor) -> Tensor:
-    """Width and height of images `[b, c, H, W]` in pixels, float32 `[2]`."""
+    """Returns the width and height of images `[b, c, H, W]` in pixels, float32 `[2]`."""
     height, width = images.shape[-2:]
     sides = [torch.full((1,), side, dtype=torch.float32, device=images.device) for side in (width, height)]
     return torch.cat(sides)
 
 
 def pad_images(images: Tensor, divisor: int, value: float) -> Tensor:
-    """`[b, c, H, W]` with `value` at the right and bottom, up to whole multiples of `divisor` pixels."""
+    """Pads images `[b, c, H, W]` with `value` at the right and bottom to multiples of `divisor` pixels."""
     height, width = (cover(side, divisor) * divisor for side in images.shape[-2:])
     return F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]), value=value)
 
 
 def anchors_at(index: Tensor, anchors: Tensor, stride: tuple[float, float], width: int) -> Tensor:
-    """Anchors of a level (Faster R-CNN, Ren et al. 2015, arXiv 1506.01497, sec. 3.1.1), some of them.
+    """Returns some anchors of a level (Faster R-CNN, Ren et al. 2015, arXiv 1506.01497, sec. 3.1.1).
 
     Args:
-        index: Number of the anchor, place by place, row by row, `[...]`.
-        anchors: Corners around the origin, the same at every place `[a, 4]`, in pixels.
-        stride: Pixels from a place to the one on its right and to the one below.
-        width: Places from left to right.
+        index: Numbers of the anchors `[...]`, counted by position in rows.
+        anchors: Anchors of one position `[a, 4]`, as corners around the origin in pixels.
+        stride: Distance between positions, horizontally and vertically, in pixels.
+        width: Number of positions in a row.
 
     Returns:
         Corners `[..., 4]`, in pixels.
@@ -121,14 +120,14 @@ def anchors_at(index: Tensor, anchors: Tensor, stride: tuple[float, float], widt
 
 
 def decode_boxes(anchors: Tensor, deltas: Tensor, code: BoxCode, corner: Tensor) -> Tensor:
-    """Boxes from what the network says of anchors (R-CNN, Girshick et al. 2014, arXiv 1311.2524, app. C).
+    """Decodes boxes (R-CNN, Girshick et al. 2014, arXiv 1311.2524, app. C).
 
-    The middle moves by dx, dy times the anchor's sides; the sides grow by exp(dw), exp(dh).
+    The centre moves by dx, dy times the sides of the anchor; the sides are multiplied by exp(dw), exp(dh).
 
     Args:
         anchors: `[..., 4]`, anchors or other boxes, in pixels.
         deltas: dx, dy, dw, dh `[..., 4]`, normalised as in `code`.
-        code: Their means and deviations, and whether boxes end at the border.
+        code: Means and standard deviations of the deltas, and whether boxes are clipped.
         corner: Width and height of the image `[2]`.
 
     Returns:
@@ -145,30 +144,30 @@ def decode_boxes(anchors: Tensor, deltas: Tensor, code: BoxCode, corner: Tensor)
 
 
 def odds_of(logits: Tensor) -> Tensor:
-    """Odds p / (1 - p), 0 of what is not there: in the order of the logits.
+    """Returns the odds p / (1 - p), which keep the order of the logits; 0 for empty slots.
 
-    Probabilities lose that order: runtimes approximate the sigmoid, ONNX Runtime's has an absolute error of
-    1e-7 and is 0 below -18. Which of two unlikely boxes suppresses the other then differs from PyTorch.
+    Probabilities may lose that order: runtimes approximate the sigmoid, and ONNX Runtime's has an absolute
+    error of 1e-7 and is 0 below -18, so suppression among unlikely boxes would differ from PyTorch.
     """
     return torch.where(logits > NEVER, logits.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT).exp(), 0)
 
 
 def probability_of(odds: Tensor) -> Tensor:
-    """The inverse, odds / (1 + odds)."""
+    """Returns the probability odds / (1 + odds)."""
     return odds / (1 + odds)
 
 
 def likeliest(values: Tensor, count: int, least: float) -> tuple[Tensor, Tensor]:
-    """The largest `count` of `[b, n]` and where they are, both `[b, count]`, largest first.
+    """Returns the largest `count` values of `[b, n]` in descending order, and their indices.
 
-    Where n is less than `count`, the rest is `least` at place 0.
+    If n is less than `count`, the remaining slots hold `least` and index 0.
     """
     values, index = F.pad(values, (0, count), value=least).topk(count)
     return values, torch.where(values > least, index, 0)
 
 
 def take(rows: Tensor, index: Tensor) -> Tensor:
-    """Rows of `[b, n, ...]` at `[b, k]`: `[b, k, ...]`."""
+    """Gathers the rows `[b, k]` of `[b, n, ...]` into `[b, k, ...]`."""
     rest = rows.shape[2:]
     return rows.gather(1, index.reshape(*index.shape, *(1 for _ in rest)).expand(-1, -1, *rest))
 
@@ -176,13 +175,13 @@ def take(rows: Tensor, index: Tensor) -> Tensor:
 def level_candidates(
     level: int, logits: Tensor, deltas: Tensor, settings: Candidates, corner: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The likeliest boxes of a level of a dense head: RPN, or RetinaNet (Lin et al. 2017, arXiv 1708.02002).
+    """Returns the most likely boxes of one level of an RPN or RetinaNet (Lin et al. 2017, arXiv 1708.02002).
 
     Args:
-        level: Its number, from the finest one on.
-        logits: Map of `a * c` channels: a logit of each class.
+        level: Number of the level, 0 for the finest one.
+        logits: Map of `a * c` channels with a logit for each class.
         deltas: Map of `a * 4` channels.
-        settings: Anchors, code, and how many boxes.
+        settings: Anchors, encoding and numbers of boxes.
         corner: Width and height of the image `[2]`.
 
     Returns:
@@ -206,9 +205,9 @@ def level_candidates(
 def region_features(features: list[Tensor], boxes: Tensor, pooling: Pooling) -> Tensor:
     """RoIAlign (Mask R-CNN, He et al. 2017, arXiv 1703.06870, sec. 3) from the level that fits a region.
 
-    Level floor(k0 + log2(sqrt(area) / 224)) (FPN, Lin et al. 2017, arXiv 1612.03144, sec. 4.2, eq. 1), from
-    the finest level on. Every level is asked for every region, but for those of other levels at a size of
-    zero, which costs nothing where samples are one per pixel.
+    The level is floor(k0 + log2(sqrt(area) / 224)) (FPN, Lin et al. 2017, arXiv 1612.03144, sec. 4.2, eq. 1).
+    Every level pools all regions, but those of other levels have size zero, which costs nothing with one
+    sample per pixel.
 
     Args:
         features: Maps `[b, c, h_i, w_i]`, finest first.
@@ -237,18 +236,18 @@ def region_features(features: list[Tensor], boxes: Tensor, pooling: Pooling) -> 
 def best_boxes(
     boxes: Tensor, scores: Tensor, iou: float, score: float, limit: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What suppression leaves, over all classes: the likeliest `limit` boxes.
+    """Returns the most likely `limit` boxes of all classes after suppression.
 
     Args:
-        boxes: `[b, 1, n, 4]`, shared by the classes, or `[b, c, n, 4]`.
+        boxes: `[b, 1, n, 4]` if all classes share them, else `[b, c, n, 4]`.
         scores: Probabilities or odds `[b, c, n]`.
-        iou: Overlap above which the less likely of two boxes of a class goes.
-        score: Only scores above it count.
-        limit: Boxes of an image.
+        iou: Overlap (IoU) above which the box of a class with the lower score is suppressed.
+        score: Minimum score, exclusive.
+        limit: Maximum number of boxes per image.
 
     Returns:
-        Boxes `[b, limit, 4]`, scores `[b, limit]`, likeliest first, and their class, int64 `[b, limit]`;
-        0, 0 and -1 where there are no more.
+        Boxes `[b, limit, 4]`, scores `[b, limit]` in descending order and classes, int64 `[b, limit]`; empty
+        slots hold 0, 0 and -1.
     """
     classes, count = scores.shape[1:]
     if boxes.shape[1] == 1:

@@ -1,9 +1,9 @@
-"""Detectors of mmdet as one graph: pixels to boxes, every size in it known or named.
+"""Detectors of mmdet as one graph from pixels to boxes, in which every size is fixed or a named dynamic axis.
 
-mmdet's own code goes through lists whose lengths depend on what is found. Here a level always proposes as
-many boxes as it may, an image always has as many detections as it may, and what is not there has score 0
-(see `detection`). The networks inside are mmdet's modules themselves, called as they are; their settings say
-what lies between them. Nothing of mmdet is imported.
+mmdet's own code uses lists whose lengths depend on the detections. Here every level proposes its maximum
+number of boxes, every image has its maximum number of detections, and empty slots have score 0 (see
+`detection_ops`). The networks are mmdet's own modules; the settings of the artifact define the steps between
+them. This module does not import mmdet.
 
     FasterRCNN, MaskRCNN     boxes from proposals (arXiv 1506.01497, 1703.06870), one pass
     CascadeRCNN              three passes, each from the boxes of the one before (arXiv 1712.00726)
@@ -32,14 +32,14 @@ from export.graphs.detection_ops import (
 from export.graphs.detector_config import DetectorSettings, Regions, Settings, read_settings
 
 AFTER_BACKBONE = ("pyramid.neck.*", "[!p]*")
-"""Layers of a detector after its encoder, as patterns of module paths: the neck, and all but `pyramid`."""
+"""Patterns of the layers after the encoder of a detector: the neck, and all modules except `pyramid`."""
 
 Detections = tuple[Tensor, ...]
-"""Boxes, scores, labels, and masks where there are any."""
+"""Boxes, scores, labels and, with a mask head, masks."""
 
 
 def detector(model: nn.Module, head: Settings) -> nn.Module:
-    """A detector ready to be exported, a copy in evaluation mode.
+    """Returns a copy of a detector in evaluation mode that can be exported.
 
         images  b c H W       normalised, any H and W that the encoder takes
         ->
@@ -49,15 +49,15 @@ def detector(model: nn.Module, head: Settings) -> nn.Module:
         masks   b n 28 28     float32, with a mask head only: probability that a place of the box (not of the
                               image) belongs to the object; 0 without detection
 
-    n is the settings' `max_per_img`. The networks may be cast to half precision afterwards; what goes in and
-    comes out stays float32, and so does everything between the networks.
+    n is `max_per_img` of the settings. The networks may be cast to half precision afterwards; inputs, outputs
+    and the steps between the networks stay in float32.
 
     Args:
         model: FasterRCNN, MaskRCNN, CascadeRCNN or RetinaNet, as mmdet builds it.
-        head: The artifact's plain settings; `head["model"]` are those that `model` was built from.
+        head: Settings of the artifact; `model` was built from `head["model"]`.
 
     Raises:
-        BadInput: a detector, a layer or an option that cannot be exported; the message names it.
+        BadInput: the detector, a layer or an option cannot be exported; the message names it.
     """
     settings = read_settings(head["model"])
     _check_modules(model)
@@ -66,7 +66,7 @@ def detector(model: nn.Module, head: Settings) -> nn.Module:
 
 
 class Pyramid(nn.Module):
-    """Images `[b, c, H, W]` to the maps that detectors look at, finest first."""
+    """Images `[b, c, H, W]` to the feature pyramid of a detector, finest map first."""
 
     def __init__(self, model: Any, settings: DetectorSettings) -> None:
         super().__init__()
@@ -75,13 +75,13 @@ class Pyramid(nn.Module):
         self.neck = copy.deepcopy(getattr(model, "neck", None)) or nn.Identity()
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Pad, then the encoder and the pyramid on it."""
+        """Pads the images, then runs the encoder and the neck."""
         padded = pad_images(images, self.settings.divisor, self.settings.padding)
         return list(self.neck(self.backbone(padded.to(next(self.parameters()).dtype))))
 
 
 class OneStage(nn.Module):
-    """RetinaNet: the likeliest anchors of all levels, class by class."""
+    """RetinaNet: detections from the anchors of all levels."""
 
     def __init__(self, model: Any, settings: DetectorSettings) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class OneStage(nn.Module):
         self.head = copy.deepcopy(model.bbox_head)
 
     def forward(self, images: Tensor) -> Detections:
-        """Images `[b, c, H, W]` to detections; see `detector`."""
+        """Maps images `[b, c, H, W]` to detections; see `detector`."""
         settings, corner = self.settings.candidates, image_corner(images)
         maps = zip(*self.head(self.pyramid(images)), strict=True)
         levels = [level_candidates(i, x, y, settings, corner) for i, (x, y) in enumerate(maps)]
@@ -103,7 +103,7 @@ class OneStage(nn.Module):
 
 
 class TwoStage(nn.Module):
-    """Faster, Mask and Cascade R-CNN: proposals, then classes, better boxes and masks of each."""
+    """Faster, Mask and Cascade R-CNN: region proposals, then their classes, refined boxes and masks."""
 
     def __init__(self, model: Any, settings: DetectorSettings, regions: Regions) -> None:
         super().__init__()
@@ -115,14 +115,14 @@ class TwoStage(nn.Module):
         self.mask_heads = _stages(model.roi_head.mask_head) if regions.mask_poolings else nn.ModuleList()
 
     def forward(self, images: Tensor) -> Detections:
-        """Images `[b, c, H, W]` to detections; see `detector`."""
+        """Maps images `[b, c, H, W]` to detections; see `detector`."""
         corner, features, regions = image_corner(images), self.pyramid(images), self.regions
         boxes, scores = self._classify(features, *self._propose(features, corner), corner)
         found = best_boxes(boxes, scores, regions.iou, regions.score, regions.limit)
         return (*found, self._masks(features, *found)) if self.mask_heads else found
 
     def _propose(self, features: list[Tensor], corner: Tensor) -> tuple[Tensor, Tensor]:
-        """Region proposals `[b, n, 4]` and their odds `[b, n]`; levels do not suppress each other."""
+        """Returns region proposals `[b, n, 4]` and their odds `[b, n]`; levels are suppressed separately."""
         settings = self.settings.candidates
         maps = zip(*self.rpn(features), strict=True)
         levels = [level_candidates(i, x, y, settings, corner)[:2] for i, (x, y) in enumerate(maps)]
@@ -132,19 +132,19 @@ class TwoStage(nn.Module):
     def _classify(
         self, features: list[Tensor], boxes: Tensor, proposed: Tensor, corner: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Proposals `[b, n, 4]` and their odds `[b, n]` to boxes and scores of every class.
+        """Maps proposals `[b, n, 4]` and their odds `[b, n]` to boxes and scores of every class.
 
-        Cascade R-CNN, Cai and Vasconcelos 2018, sec. 4: every stage starts from the boxes of the one before;
-        mmdet takes the mean of the stages' logits.
+        In Cascade R-CNN (Cai and Vasconcelos 2018, sec. 4) every stage starts from the boxes of the previous
+        one; the logits are the mean over the stages, as in mmdet.
 
         Returns:
-            Boxes `[b, c, n, 4]` (c is 1 where classes share them) and scores `[b, c, n]`.
+            Boxes `[b, c, n, 4]` (c is 1 if the classes share them) and scores `[b, c, n]`.
         """
         regions, count = self.regions, boxes.shape[1]
         total, refined = torch.zeros((), device=boxes.device), boxes[:, :, None]
         for stage, head in enumerate(self.box_heads):
             logits, deltas = head(region_features(features, boxes, regions.poolings[stage]))
-            logits = logits.float().reshape(-1, count, logits.shape[1])  # b n c+1: the last is none of them
+            logits = logits.float().reshape(-1, count, logits.shape[1])  # b n c+1: the last is background
             deltas = deltas.float().reshape(-1, count, deltas.shape[1] // 4, 4)
             refined = decode_boxes(boxes[:, :, None], deltas, regions.codes[stage], corner)  # b n c 4
             boxes = _of_class(refined, logits[..., :-1].argmax(-1), regions.agnostic[stage])
@@ -153,7 +153,7 @@ class TwoStage(nn.Module):
         return refined.permute(0, 2, 1, 3), torch.where(proposed[:, None] > 0, scores, 0)
 
     def _masks(self, features: list[Tensor], boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
-        """Probabilities `[b, n, h, w]` of each box's class; of several stages the mean."""
+        """Returns mask probabilities `[b, n, h, w]` for each box's class, as the mean over the stages."""
         masks: list[Tensor] = []
         for stage, head in enumerate(self.mask_heads):
             logits = head(region_features(features, boxes, self.regions.mask_poolings[stage]))
@@ -164,19 +164,19 @@ class TwoStage(nn.Module):
 
 
 def _of_class(values: Tensor, labels: Tensor, agnostic: bool) -> Tensor:
-    """From `[b, n, c, ...]` what belongs to the classes `[b, n]`: `[b, n, ...]`; c is 1 if `agnostic`."""
+    """Selects the classes `[b, n]` from `[b, n, c, ...]`: `[b, n, ...]`; c is 1 if `agnostic`."""
     if agnostic:
         return values[:, :, 0]
     return take(values.flatten(0, 1), labels.reshape(-1, 1))[:, 0].unflatten(0, (-1, labels.shape[1]))
 
 
 def _stages(heads: Any) -> nn.ModuleList:
-    """Copies of a cascade's heads, or of the only one."""
+    """Returns copies of the heads of all stages."""
     return copy.deepcopy(heads if isinstance(heads, nn.ModuleList) else nn.ModuleList([heads]))
 
 
 def _check_modules(model: nn.Module) -> None:
-    """Refuse layers that are compiled operators, and losses that turn logits into scores in their own way."""
+    """Refuses compiled operators, and losses with their own activation of the logits."""
     for name, module in model.named_modules():
         kind, home = type(module).__name__, type(module).__module__
         compiled = home.startswith("mmcv.ops.") and kind != "RoIAlign"

@@ -1,7 +1,7 @@
-"""What a detector's plain settings (those of mmdet) say of anchors, boxes, regions and suppression.
+"""Reads a detector's settings (those of mmdet): anchors, boxes, regions and suppression.
 
-Read strictly: a type or an option that `forms.detection` does not have is refused by its name. Defaults are
-those of mmdet 3.
+Reading is strict: a type or an option that `detection_ops` does not implement is refused by its name.
+Defaults are those of mmdet 3.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ BOX_HEADS = ("BBoxHead", "ConvFCBBoxHead", "Shared2FCBBoxHead", "Shared4Conv1FCB
 
 @dataclass(frozen=True)
 class Regions:
-    """What is done with region proposals.
+    """Settings of the stages that refine region proposals.
 
     Attributes:
-        poolings: Of every stage.
-        codes: Of every stage.
-        mask_poolings: Of every stage; empty without masks.
-        agnostic: Of every stage: whether its boxes are the same for all classes.
-        mask_agnostic: Of every stage: whether its masks are.
+        poolings: Pooling of every stage.
+        codes: Box encoding of every stage.
+        mask_poolings: Mask pooling of every stage; empty without masks.
+        agnostic: Whether all classes share the boxes, for every stage.
+        mask_agnostic: Whether all classes share the masks, for every stage.
         classes: Number of classes.
-        iou: Overlap above which the less likely of two boxes of a class goes.
-        score: Least score.
-        limit: Detections of an image.
+        iou: Overlap (IoU) above which the box of a class with the lower score is suppressed.
+        score: Minimum score.
+        limit: Maximum number of detections per image.
     """
 
     poolings: tuple[Pooling, ...]
@@ -54,15 +54,15 @@ class Regions:
 
 @dataclass(frozen=True)
 class DetectorSettings:
-    """A detector of mmdet.
+    """Settings of a detector.
 
     Attributes:
-        architecture: Which of three.
-        divisor: Images are padded to whole multiples of so many pixels.
-        padding: With this value.
-        candidates: The region proposals, or with one stage the detections.
+        architecture: Architecture of the detector.
+        divisor: Images are padded to multiples of this number of pixels.
+        padding: Value of padded pixels.
+        candidates: Settings of the region proposals or, with one stage, of the detections.
         classes: Number of classes.
-        regions: None with one stage.
+        regions: Settings of the later stages; None with one stage.
     """
 
     architecture: Architecture
@@ -74,10 +74,10 @@ class DetectorSettings:
 
 
 def read_settings(model: Settings) -> DetectorSettings:
-    """What `config.head["model"]` of a detector's artifact says.
+    """Reads `config.head["model"]` of a detector's artifact.
 
     Raises:
-        BadInput: something that the exported form does not have; the message names it.
+        BadInput: a setting that cannot be exported; the message names it.
     """
     kind = _name(model.get("type"))
     if kind not in ARCHITECTURES:
@@ -156,7 +156,7 @@ def _regions(head: Settings, test: Settings, architecture: Architecture) -> Regi
 def _anchors(
     settings: Settings, where: str
 ) -> tuple[tuple[tuple[float, float], ...], tuple[tuple[tuple[float, ...], ...], ...]]:
-    """Strides and anchors of every level; Faster R-CNN sec. 3.1.1: a ratio is height over width."""
+    """Returns strides and anchors of every level (Faster R-CNN sec. 3.1.1); a ratio is height over width."""
     known = ("strides", "ratios", "scales", "base_sizes", "scale_major", "octave_base_scale",
              "scales_per_octave", "center_offset", "use_box_type")  # fmt: skip
     _expect(settings, where, ("AnchorGenerator",), known)
@@ -220,14 +220,16 @@ def _score(test: Settings) -> float:
 
 def _count(test: Settings, name: str, where: str) -> int:
     if int(test.get(name, -1)) < 1:
-        raise BadInput(f"{where}.{name} must be at least 1: what is exported hands out as many boxes always")
+        raise BadInput(
+            f"{where}.{name} must be at least 1, because an exported detector always returns that many boxes"
+        )
     return int(test[name])
 
 
 def _expect(
     settings: Settings, where: str, types: tuple[str, ...], known: tuple[str, ...] | None = None, **only: Any
 ) -> None:
-    """Refuse another type, an option that is not `known`, and one of `only` with another value than there."""
+    """Refuses other types, options that are not `known`, and other values of the options in `only`."""
     kind = _name(settings.get("type"))
     if kind not in types:
         raise BadInput(f"{where} of type {kind} cannot be exported; of type {' or '.join(types)} it can")
@@ -237,7 +239,7 @@ def _expect(
 
 
 def _name(kind: Any) -> str:
-    """A type without the library's name before it."""
+    """Returns the name of a type without its library."""
     return str(kind).rpartition(".")[2]
 
 

@@ -1,8 +1,7 @@
-"""From an artifact to what can be exported of it.
+"""Loads the graphs of an artifact.
 
-Detectors and segmentors are rebuilt by the room that made them: it announces itself under the entry points
-`coma.finetuned`, one for each kind, each `load(directory) -> (model, spec)`. This room imports none
-but `pretrain`.
+Detectors and segmentors are loaded by the room that trained them: it registers one entry point
+`coma.finetuned` for each kind, a function `load(directory) -> model`. This room imports no other room.
 """
 
 from __future__ import annotations
@@ -31,21 +30,12 @@ from coma.runtimes.model_spec import (
 )
 
 
-def graph_kinds_of(directory: Path) -> tuple[GraphKind, ...]:
-    """What can be exported of this artifact.
-
-    Raises:
-        BadArtifact: it is none, or damaged.
-    """
-    return GRAPH_KINDS[load_artifact(directory).config.kind]
-
-
 def load_exportable(directory: Path, graph: GraphKind) -> ExportableModel:
-    """One graph of an artifact, in fp32 on the CPU.
+    """Loads one graph of an artifact in fp32 on the CPU.
 
     Raises:
-        BadArtifact: no artifact, or one of another kind.
-        BadInput: a model of which there is no exportable graph; the message says what is in the way.
+        BadArtifact: the directory is not an artifact, or is damaged.
+        BadInput: the artifact has no such graph, or its model cannot be exported; the message says why.
     """
     artifact = load_artifact(directory)
     config = artifact.config
@@ -54,7 +44,7 @@ def load_exportable(directory: Path, graph: GraphKind) -> ExportableModel:
             f"{directory}: an artifact of kind {config.kind!r} has no {graph}, only "
             f"{' and '.join(GRAPH_KINDS[config.kind])}"
         )
-    with library_errors(f"{directory}: cannot be rebuilt as its config.json says", BadArtifact):
+    with library_errors(f"{directory}: cannot be loaded as its config.json specifies", BadArtifact):
         module, outputs = _build(directory, graph, config)
         preprocessing = preprocessing_of(config, graph)
     inputs = [TensorSpec("images", "float32", ("batch", config.model.channels, "height", "width"))]
@@ -92,15 +82,15 @@ def example_inputs(spec: ModelSpec, batch: int, height: int, width: int) -> tupl
 
 
 def size_of(config: ArtifactConfig, graph: GraphKind) -> int:
-    """Side in pixels of the images that a graph of the model was made for."""
+    """Returns the side of the training images of a graph in pixels."""
     return config.view_size if graph == "reconstructor" else config.image_size
 
 
 def preprocessing_of(config: ArtifactConfig, graph: GraphKind = "encoder") -> Preprocessing:
-    """How the model's images were prepared when it was measured; those of a reconstructor, in training.
+    """Returns the preprocessing of the model's images in evaluation; for a reconstructor, in training.
 
     Raises:
-        BadInput: a pipeline that cannot be described here.
+        BadInput: a pipeline that cannot be exported.
     """
     size = (size_of(config, graph),) * 2
     order = {1: "grey", 3: "RGB"}.get(config.model.channels, "as stored")
@@ -112,9 +102,7 @@ def preprocessing_of(config: ArtifactConfig, graph: GraphKind = "encoder") -> Pr
         return rule
     step = resizes[0]
     if len(resizes) > 1 or step["type"] != "Resize" or "scale" not in step or not step.get("keep_ratio"):
-        raise BadInput(
-            f"images resize_image by {resizes} cannot be exported; one Resize that keeps the ratio can"
-        )
+        raise BadInput(f"images resized by {resizes} cannot be exported; one Resize that keeps the ratio can")
     short, long = sorted(int(side) for side in step["scale"])
     return replace(rule, resize="keep-ratio", size=(short, long))
 
@@ -163,7 +151,7 @@ def _build(
 
 
 def detections(settings: dict[str, Any]) -> int:
-    """How many detections a detector gives for every image, empty ones among them."""
+    """Returns the number of detections per image, including empty slots."""
     test = settings["test_cfg"]
     return int(test.get("rcnn", test)["max_per_img"])
 
@@ -188,4 +176,4 @@ def _encoder(directory: Path) -> tuple[nn.Module, tuple[TensorSpec, ...]]:
 def _load_finetuned(directory: Path, kind: str) -> nn.Module:
     for entry in metadata.entry_points(group="coma.finetuned", name=kind):
         return entry.load()(directory)
-    raise BadInput(f"{directory}: nothing installed here rebuilds a {kind}; install coma-dyvit[downstream]")
+    raise BadInput(f"{directory}: no installed package loads a {kind}; install coma-dyvit[downstream]")

@@ -1,4 +1,4 @@
-"""Classifiers and segmentors in the form in which they leave."""
+"""Encoders, reconstructors, classifiers and segmentors as graphs that can be exported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ClassifierGraph(nn.Module):
     """Images to logits.
 
     Args:
-        classifier: Of `coma.artifact.load_classifier`.
+        classifier: A classifier, as `coma.artifact.load_classifier` returns it.
     """
 
     def __init__(self, classifier: nn.Module) -> None:
@@ -25,30 +25,34 @@ class ClassifierGraph(nn.Module):
         self.classifier = classifier
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
-        """Images `[b, c, H, W]` to `[b, classes]`."""
+        """Maps images `[b, c, H, W]` to logits `[b, classes]`."""
         return (self.classifier(images.to(next(self.parameters()).dtype)).float(),)
 
 
 class SegmentorGraph(nn.Module):
-    """Images to logits and classes of every pixel: mmseg's EncoderDecoder, in its mode `whole`.
+    """Images to logits and classes of every pixel: mmseg's EncoderDecoder in the mode `whole`.
 
     Args:
-        model: Of the artifact; it is copied where something has to change.
-        settings: Its model settings.
+        model: The segmentor of the artifact; its modules are copied.
+        settings: Model settings of the artifact.
 
     Raises:
-        BadInput: several decoders in a row, sliding windows, or one output for two classes.
+        BadInput: the segmentor has several decoders, sliding windows, or one output for two classes.
     """
 
     def __init__(self, model: nn.Module, settings: dict) -> None:
         super().__init__()
         if settings.get("type") != "EncoderDecoder":
-            raise BadInput(f"a segmentor of type {settings.get('type')!r} is not exported; EncoderDecoder is")
+            raise BadInput(
+                f"a segmentor of type {settings.get('type')!r} cannot be exported; EncoderDecoder can"
+            )
         if settings.get("test_cfg", {}).get("mode", "whole") != "whole":
-            raise BadInput("test_cfg.mode 'slide' is not exported; train with mode 'whole'")
+            raise BadInput("test_cfg.mode 'slide' cannot be exported; train with mode 'whole'")
         head = settings["decode_head"]
         if head.get("out_channels") not in (None, head["num_classes"]):
-            raise BadInput("a segmentor with one output for two classes is not exported; give it two")
+            raise BadInput(
+                "a segmentor with one output for two classes cannot be exported; train it with two outputs"
+            )
         parts = dict(copy.deepcopy(model).named_children())
         self.backbone, self.neck, self.decode_head = (
             parts.get(name, nn.Identity()) for name in ("backbone", "neck", "decode_head")
@@ -57,7 +61,7 @@ class SegmentorGraph(nn.Module):
         replace_adaptive_pooling(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images `[b, c, H, W]` to logits `[b, classes, H, W]` and classes int64 `[b, H, W]`."""
+        """Maps images `[b, c, H, W]` to logits `[b, classes, H, W]` and classes int64 `[b, H, W]`."""
         x = self.backbone(images.to(next(self.parameters()).dtype))
         logits = self.decode_head(self.neck(x)).float()
         logits = F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=self.align_corners)
@@ -65,10 +69,10 @@ class SegmentorGraph(nn.Module):
 
 
 class AdaptiveAveragePool(nn.Module):
-    """`nn.AdaptiveAvgPool2d` as two products, for maps whose size is not known when the graph is made.
+    """`nn.AdaptiveAvgPool2d` as two matrix multiplications, for maps of dynamic size.
 
     Args:
-        side: Rows and columns of the output.
+        side: Height and width of the output.
     """
 
     def __init__(self, side: int) -> None:
@@ -76,15 +80,16 @@ class AdaptiveAveragePool(nn.Module):
         self.side = side
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps `[b, c, h, w]` to `[b, c, side, side]`."""
+        """Pools maps `[b, c, h, w]` to `[b, c, side, side]`."""
         rows, cols = (pooling_matrix(length, self.side, x) for length in x.shape[2:])
         return rows @ x @ cols.transpose(0, 1)
 
 
 def pooling_matrix(length: int, side: int, like: Tensor) -> Tensor:
-    """How much each of `length` places counts in each of `side` averages, `[side, length]`.
+    """Returns the weights `[side, length]` of `length` positions in `side` averages.
 
-    Average i is over places floor(i * length / side) up to ceil((i + 1) * length / side), as in torch.
+    Average i covers the positions from floor(i * length / side) up to ceil((i + 1) * length / side), as in
+    torch.
     """
     place = torch.arange(length, device=like.device)
     averages = torch.arange(side, device=like.device)[:, None]
@@ -95,17 +100,19 @@ def pooling_matrix(length: int, side: int, like: Tensor) -> Tensor:
 
 
 def replace_adaptive_pooling(module: nn.Module) -> None:
-    """Put `AdaptiveAveragePool` where `nn.AdaptiveAvgPool2d` was, in all of its parts.
+    """Replaces `nn.AdaptiveAvgPool2d` with `AdaptiveAveragePool` in a module and its children.
 
     Raises:
-        BadInput: pooling to something that is not square.
+        BadInput: the output of a pooling is not square.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.AdaptiveAvgPool2d):
             size = child.output_size
             rows, cols = size if isinstance(size, tuple) else (size, size)
             if rows != cols or rows is None:
-                raise BadInput(f"adaptive pooling to {child.output_size} is not exported; only to squares")
+                raise BadInput(
+                    f"adaptive pooling to {child.output_size} cannot be exported; square outputs can"
+                )
             setattr(module, name, AdaptiveAveragePool(rows))
         else:
             replace_adaptive_pooling(child)
@@ -123,9 +130,10 @@ class EncoderGraph(nn.Module):
         self.encoder = encoder
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Images `[b, c, H, W]` to maps `[b, c_i, ceil(H/s_i), ceil(W/s_i)]`, finest first, and `[b, c]`.
+        """Maps images `[b, c, H, W]` to maps `[b, c_i, ceil(H/s_i), ceil(W/s_i)]` and a pooled feature.
 
-        The last one is the mean of the last map over the whole units that cover the image.
+        The finest map comes first. The pooled feature `[b, c]` is the mean of the last map over all units
+        that cover the image.
         """
         pyramid = self.encoder(images.to(self.encoder.norm.weight.dtype))
         pooled = pyramid[-1].float().mean(dim=(2, 3))
@@ -133,10 +141,10 @@ class EncoderGraph(nn.Module):
 
 
 class ReconstructorGraph(nn.Module):
-    """Images and a map of what is visible to images whose hidden units were predicted.
+    """Images and a mask to images with predicted hidden units.
 
-    Mean and contrast of hidden units come from visible ones nearby (see `objectives.targets`): hidden pixels
-    have no influence on the output.
+    The mean and contrast of hidden units come from visible units nearby (see `coma.objectives.targets`), so
+    hidden pixels do not affect the output.
 
     Args:
         objective: A pre-trained objective.
@@ -147,5 +155,5 @@ class ReconstructorGraph(nn.Module):
         self.objective = objective
 
     def forward(self, images: Tensor, visible: Tensor) -> tuple[Tensor]:
-        """Images `[b, c, H, W]` and bool `[b, h, w]`, one for each mask unit, to `[b, c, H, W]`."""
+        """Maps images `[b, c, H, W]` and visible units, bool `[b, h, w]`, to images `[b, c, H, W]`."""
         return (self.objective.reconstruct(images, visible),)

@@ -1,13 +1,14 @@
-"""Up to which magnitude the activations of a graph are kept: one number a tensor, from example inputs.
+"""Calibration: the clipping magnitude of every activation of a graph, from example inputs.
 
-The graph runs once over the examples, batch by batch; of every tensor only a histogram of magnitudes stays,
-so that memory grows with one batch, not with their number. ONNX Runtime's own calibrators watch all
-products, those of attention included, and keep every activation of every batch until the end.
+The graph runs once over the examples, batch by batch. A histogram of magnitudes is kept for every tensor, so
+memory does not grow with the number of batches. ONNX Runtime's own calibrators watch all matrix
+multiplications, including those of attention, and keep every activation of every batch until the end.
 
-    minmax       the largest magnitude seen: nothing is clipped
-    percentile   a magnitude that all but a few values stay below
-    entropy      where clipped and rounded values differ least in distribution from what they were, by
-                 Kullback-Leibler divergence (Migacz, "8-bit inference with TensorRT", GTC 2017)
+    minmax       the maximum magnitude: no value is clipped
+    percentile   a percentile of the magnitudes
+    entropy      the magnitude with the smallest Kullback-Leibler divergence between the distributions before
+    and
+                 after quantisation (Migacz, "8-bit inference with TensorRT", GTC 2017)
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Batch = Mapping[str, np.ndarray]
 
 BINS = 4096
 LEVELS = 128
-"""Magnitudes that a symmetric int8 tells apart."""
+"""Number of magnitudes of a symmetric int8."""
 
 
 def activation_ranges(
@@ -40,27 +41,27 @@ def activation_ranges(
     percentile: float = 99.99,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
-    """The magnitude that each tensor's largest code stands for.
+    """Returns the clipping magnitude of each tensor.
 
     Args:
-        model: The graph, in fp32 or fp16; run by ONNX Runtime on the CPU.
-        tensors: Names of activations in it.
-        batches: Its inputs by name; sizes may differ from batch to batch where the graph's axes are dynamic.
-        method: See above.
-        percentile: Share of the values that `percentile` keeps, in percent.
-        progress: Told the number of batches done, after each.
+        model: The graph in fp32 or fp16; ONNX Runtime runs it on the CPU.
+        tensors: Names of the activations.
+        batches: Inputs by name; dynamic axes may have different sizes in different batches.
+        method: Calibration method; see the module's docstring.
+        percentile: Percentile of the method of that name.
+        progress: Receives the number of finished batches.
 
     Returns:
-        By name; 0 for a tensor that was zero throughout.
+        Magnitudes by name; 0 for a tensor that is zero everywhere.
 
     Raises:
-        BadInput: no batches, one that the graph does not take, or a percentile outside 0 to 100.
-        CheckFailed: an activation that is not finite.
+        BadInput: there are no batches, the graph does not take one, or the percentile is outside 0 to 100.
+        CheckFailed: an activation is not finite.
     """
     if not 0 < percentile <= 100:
-        raise BadInput(f"percentile {percentile}: it lies above 0 and is at most 100")
+        raise BadInput(f"percentile {percentile} must be more than 0 and at most 100")
     histograms = {name: MagnitudeHistogram() for name in tensors}
-    session, done = _watching(model, tensors), 0
+    session, done = _calibration_session(model, tensors), 0
     for batch in batches:
         try:
             outputs = cast(list[np.ndarray], session.run(list(tensors), dict(batch)))
@@ -74,7 +75,7 @@ def activation_ranges(
         if progress:
             progress(done)
     if not done:
-        raise BadInput("calibration got no batches: pass at least one, of images like those to be seen later")
+        raise BadInput("calibration needs at least one batch, of images like those that the model will see")
     if method == "minmax":
         return {name: each.largest for name, each in histograms.items()}
     if method == "percentile":
@@ -83,7 +84,7 @@ def activation_ranges(
 
 
 class MagnitudeHistogram:
-    """Histogram of magnitudes from 0 on; its range doubles whenever a value exceeds it."""
+    """Histogram of magnitudes; its range doubles whenever a value exceeds it."""
 
     def __init__(self) -> None:
         self.counts = np.zeros(BINS, np.int64)
@@ -91,7 +92,7 @@ class MagnitudeHistogram:
         self.largest = 0.0
 
     def add(self, values: np.ndarray) -> None:
-        """Count finite values of any shape."""
+        """Adds finite values of any shape."""
         magnitudes = np.abs(values.ravel().astype(np.float32, copy=False))
         self.largest = max(self.largest, float(magnitudes.max(initial=0)))
         if not self.top:
@@ -103,15 +104,15 @@ class MagnitudeHistogram:
             self.counts += np.histogram(magnitudes, BINS, (0, self.top))[0]
 
     def percentile(self, share: float) -> float:
-        """The least magnitude that `share` percent of the values do not exceed, up to a bin's width."""
+        """Returns the magnitude that `share` percent of the values do not exceed, to within a bin."""
         cumulated = self.counts.cumsum()
         above = int(np.searchsorted(cumulated, share / 100 * cumulated[-1])) + 1
         return min(self.top * above / BINS, self.largest)
 
     def least_divergence(self) -> float:
-        """Where to clip so that `LEVELS` codes keep the distribution best.
+        """Returns the magnitude at which clipping to `LEVELS` levels changes the distribution least.
 
-        Exact zeros say nothing on it: where most values are zero they would drown the rest.
+        Exact zeros are left out: if most values are zero, they would dominate the result.
         """
         counts = self.counts.astype(np.float64)
         counts[0] = counts[1]
@@ -123,7 +124,7 @@ class MagnitudeHistogram:
 
 
 def _divergence(counts: np.ndarray, end: int) -> float:
-    # of the first `end` bins, with what is clipped in the last one, from the same in LEVELS steps
+    """Returns the divergence of the first `end` bins, with clipped values in the last, from LEVELS levels."""
     kept = counts[:end]
     reference = kept.copy()
     reference[-1] += counts[end:].sum()
@@ -138,8 +139,8 @@ def _divergence(counts: np.ndarray, end: int) -> float:
     return float(np.sum(p[p > 0] * np.log(p[p > 0] / q[p > 0])))
 
 
-def _watching(model: ModelProto, tensors: Sequence[str]) -> InferenceSession:
-    # a session whose outputs include the tensors
+def _calibration_session(model: ModelProto, tensors: Sequence[str]) -> InferenceSession:
+    """Returns a session whose outputs include the tensors."""
     import onnxruntime
     from onnx import ModelProto, ValueInfoProto
 
@@ -148,7 +149,7 @@ def _watching(model: ModelProto, tensors: Sequence[str]) -> InferenceSession:
     known = {output.name for output in watched.graph.output}
     watched.graph.output.extend(ValueInfoProto(name=name) for name in tensors if name not in known)
     options = onnxruntime.SessionOptions()
-    options.enable_cpu_mem_arena = False  # batches of several sizes would each leave their arena behind
+    options.enable_cpu_mem_arena = False  # otherwise batches of each size would keep their own arena
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(
         watched.SerializeToString(), options, providers=["CPUExecutionProvider"]

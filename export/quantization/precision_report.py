@@ -1,4 +1,4 @@
-"""What precisions a graph is made of."""
+"""Summary of the precisions in a graph."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 
 def precision_summary(model: ModelProto) -> dict[str, Any]:
-    """Operators and weights of a graph by element type, as plain data.
+    """Counts the operators and weights of a graph by element type.
 
     Args:
-        model: Any; what its branches and loops hold is not counted.
+        model: The graph; nodes inside branches and loops are not counted.
 
     Returns:
-        operators: For every element type, how many of each operator compute in it: the type of the first
-            output, and of the numbers behind it for products of dequantised ones. "unknown" where inference
-            of types fails.
-        weight_bytes: For every element type, bytes of the constants.
-        float_layers: Paths of layers whose weights are fp32, fp16 or bf16.
+        operators: Number of operators by element type and operator. The type is that of the first output or,
+            for matrix multiplications of dequantised values, the quantised type; "unknown" if it cannot be
+            inferred.
+        weight_bytes: Bytes of the constants by element type.
+        float_layers: Paths of layers with weights in fp32, fp16 or bf16.
     """
     from onnx import TensorProto, helper, shape_inference
 

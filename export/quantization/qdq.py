@@ -1,13 +1,13 @@
-"""Products of activations with constant weights, and how they become products of 8-bit numbers.
+"""Inserts QuantizeLinear and DequantizeLinear (Q/DQ) pairs before multiplications with constant weights.
 
     x  ->  QuantizeLinear -> DequantizeLinear  -\
                                                  MatMul | Gemm | Conv
     w, stored in 8 bits   -> DequantizeLinear  -/
 
-TensorRT parses this form as explicit quantisation (its developer guide, "Explicit Quantization"); other
-runtimes compute it as written, or fuse it. Zero points are zero: TensorRT takes no others. All else stays in
-float: products of two activations (those of attention), normalisations, softmax, GELU, resizing, whatever
-follows a detector's heads.
+TensorRT supports these pairs as explicit quantisation (see its developer guide); other runtimes compute or
+fuse them. Zero points are zero, because TensorRT supports no others. All other operators stay in float:
+attention (products of two activations), normalisation, softmax, GELU, resizing, and the steps after a
+detector's heads.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Product:
-    """A MatMul, Gemm or Conv of an activation and a constant."""
+class WeightMatmul:
+    """A MatMul, Gemm or Conv of an activation with a constant weight."""
 
     layer: str
-    """Path of the torch module that it was exported from; the node's name where the file does not tell."""
+    """Path of the torch module that it was exported from, or the name of the node if the file has no path."""
     output: str
     activation: str
     weight: str
     axis: int
-    """Of the output channels in the weight."""
+    """Axis of the output channels in the weight."""
     data_type: int
     """ONNX's number for the weight's type."""
 
 
-def weight_matmuls(graph: GraphProto) -> Iterator[Product]:
-    """Products whose second operand is a constant of fp32, fp16 or bf16, in the order of the graph.
+def weight_matmuls(graph: GraphProto) -> Iterator[WeightMatmul]:
+    """Yields the matrix multiplications with constant weights in fp32, fp16 or bf16, in graph order.
 
-    Left out are those inside of branches and loops, and stacks of matrices.
+    Branches, loops and stacks of matrices are left out.
     """
     from onnx import TensorProto
 
@@ -55,27 +55,27 @@ def weight_matmuls(graph: GraphProto) -> Iterator[Product]:
         weight = weights[node.input[1]]
         if node.op_type == "Conv" or len(weight.dims) == 2:
             layer, output = [node.name, *modules_of(node)][-1], node.output[0]
-            yield Product(layer, output, node.input[0], weight.name, axis, weight.data_type)
+            yield WeightMatmul(layer, output, node.input[0], weight.name, axis, weight.data_type)
 
 
 def insert_qdq(
     graph: GraphProto,
-    products: Sequence[Product],
+    products: Sequence[WeightMatmul],
     ranges: Mapping[str, float],
-    codes: Codes,
+    codes: EightBitType,
     *,
     per_channel: bool,
 ) -> None:
-    """Put a pair before every product and keep its weight in 8 bits, in place.
+    """Inserts a Q/DQ pair before every matrix multiplication and stores its weight in 8 bits, in place.
 
-    Products of one activation share its pair; float weights that nothing uses any more are dropped.
+    Multiplications of one activation share a pair; float weights without a use are removed.
 
     Args:
-        graph: Holds the products; of an opset whose QuantizeLinear takes the type.
-        products: What is to change.
-        ranges: Of every product's activation, the magnitude that becomes the largest number.
-        codes: The type.
-        per_channel: One scale for every output channel of a weight, instead of one for all of it.
+        graph: The graph, of an opset whose QuantizeLinear supports the type.
+        products: Matrix multiplications to quantise.
+        ranges: Clipping magnitude of every activation.
+        codes: The 8-bit type.
+        per_channel: Whether every output channel of a weight has its own scale.
     """
     weights = {each.name: each for each in graph.initializer}
     chosen = {product.output: product for product in products}
@@ -110,7 +110,7 @@ def _output_axis(node: NodeProto) -> int | None:
 
 
 def _activation_pair(
-    graph: GraphProto, source: str, name: str, amax: np.ndarray, dtype: np.dtype, codes: Codes
+    graph: GraphProto, source: str, name: str, amax: np.ndarray, dtype: np.dtype, codes: EightBitType
 ) -> list[NodeProto]:
     from onnx import helper
 
@@ -122,7 +122,7 @@ def _activation_pair(
 
 
 def _encoded_weight(
-    graph: GraphProto, name: str, values: np.ndarray, codes: Codes, axis: int, per_channel: bool
+    graph: GraphProto, name: str, values: np.ndarray, codes: EightBitType, axis: int, per_channel: bool
 ) -> NodeProto:
     from onnx import helper
 
@@ -137,7 +137,7 @@ def _encoded_weight(
     return node
 
 
-def _parameters(graph: GraphProto, name: str, scale: np.ndarray, codes: Codes) -> tuple[str, str]:
+def _parameters(graph: GraphProto, name: str, scale: np.ndarray, codes: EightBitType) -> tuple[str, str]:
     # the zero point also says which type it is
     _store(graph, f"{name}/scale", scale)
     _store(graph, f"{name}/zero", np.zeros(scale.shape, codes.dtype))
@@ -164,7 +164,7 @@ def _drop_unused(graph: GraphProto, names: set[str]) -> None:
 
 
 def _used(graph: GraphProto) -> Iterator[str]:
-    # names that nodes take, inside of branches and loops too
+    # inputs of nodes, including those inside branches and loops
     yield from (output.name for output in graph.output)
     for node in graph.node:
         yield from node.input
@@ -174,7 +174,7 @@ def _used(graph: GraphProto) -> Iterator[str]:
 
 
 def at_opset(model: ModelProto, opset: int) -> ModelProto:
-    """The model for an opset no lower than this, with all that its file says of it and of its nodes."""
+    """Converts a model to an opset that is no lower, and keeps the metadata of the model and its nodes."""
     from onnx import version_converter
 
     current = next(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
@@ -182,7 +182,7 @@ def at_opset(model: ModelProto, opset: int) -> ModelProto:
         return model
     converted = version_converter.convert_version(model, opset)
     converted.ir_version = max(model.ir_version, converted.ir_version)
-    converted.metadata_props.MergeFrom(model.metadata_props)  # what the converter leaves out
+    converted.metadata_props.MergeFrom(model.metadata_props)  # the converter drops them
     said = {node.output[0]: node.metadata_props for node in model.graph.node if node.output}
     for node in converted.graph.node:
         if node.output and not node.metadata_props:
@@ -191,33 +191,33 @@ def at_opset(model: ModelProto, opset: int) -> ModelProto:
 
 
 @dataclass(frozen=True)
-class Codes:
-    """A type of 8 bits, used symmetrically around zero."""
+class EightBitType:
+    """An 8-bit type, used symmetrically around zero."""
 
     name: str
     dtype: np.dtype
     largest: float
-    """The number that the largest magnitude becomes."""
+    """Value that represents the clipping magnitude."""
 
     def scale(self, amax: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """What the number 1 stands for, in `dtype`: 1 where all is zero, and never zero itself."""
+        """Returns the scale in `dtype`; 1 if all values are zero, and never 0."""
         least = float(np.finfo(dtype).tiny)
         scale = np.asarray(amax, np.float64) / self.largest
         return np.where(scale > 0, np.maximum(scale, least), 1.0).astype(dtype)
 
     def encode(self, values: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        """The nearest numbers, ties to even; what lies beyond the largest becomes the largest."""
+        """Rounds to the nearest value, ties to even, and clips."""
         scaled = values.astype(np.float32) / scale.astype(np.float32)
         if np.issubdtype(self.dtype, np.integer):
             scaled = np.rint(scaled)
         return np.clip(scaled, -self.largest, self.largest).astype(self.dtype)
 
 
-INT8 = Codes("int8", np.dtype(np.int8), 127.0)
+INT8 = EightBitType("int8", np.dtype(np.int8), 127.0)
 
 
-def fp8_codes() -> Codes:
+def fp8_codes() -> EightBitType:
     """E4M3FN: -448 to 448, three bits of mantissa, no infinity (Micikevicius et al. 2022, table 1)."""
     import ml_dtypes  # onnx brings it
 
-    return Codes("fp8", np.dtype(ml_dtypes.float8_e4m3fn), 448.0)
+    return EightBitType("fp8", np.dtype(ml_dtypes.float8_e4m3fn), 448.0)

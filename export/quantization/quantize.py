@@ -1,4 +1,4 @@
-"""Quantising an ONNX file: calibrate, insert pairs, write the new file."""
+"""Quantises an ONNX file: calibrates, inserts Q/DQ pairs and writes the new file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 from coma.errors import BadInput
 from export.onnx_export import check_graph, save_onnx
 from export.quantization.calibration import Batch, Method, activation_ranges
-from export.quantization.qdq import INT8, Codes, Product, at_opset, fp8_codes, insert_qdq, weight_matmuls
+from export.quantization.qdq import (
+    INT8,
+    EightBitType,
+    WeightMatmul,
+    at_opset,
+    fp8_codes,
+    insert_qdq,
+    weight_matmuls,
+)
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -19,14 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was done to a file."""
+    """Result of a quantisation."""
 
     layers: tuple[str, ...]
-    """Of the products in 8 bits, in the order of the graph."""
+    """Quantised layers in the order of the graph."""
     excluded: tuple[str, ...]
-    """Of products with constant weights that stayed in float."""
+    """Layers with constant weights that stay in float."""
     ranges: dict[str, float]
-    """Of every quantised activation, the magnitude of its largest number."""
+    """Clipping magnitude of every quantised activation."""
 
 
 def quantize_int8(
@@ -41,22 +49,22 @@ def quantize_int8(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Quantized:
-    """Write a copy of an ONNX file whose linear and convolutional layers multiply int8 numbers.
+    """Writes a copy of an ONNX file with linear and convolutional layers in int8.
 
     Args:
-        source: One file, fp32 or fp16 inside; a fp16 one becomes opset 19.
-        target: Is replaced at the end, or left as it was.
-        batches: Inputs by name, like those to be seen later: a hundred images are plenty.
-        method: How far activations reach; see `calibration`.
-        percentile: For the method of that name.
-        exclude: Layers that stay in float, by module path, with * and ?: "backbone.stages.0.*".
-        exclude_first: The first layer stays in float too; its input would be the image in 8 bits.
-        metadata: Entries to add to what the source says of itself, or to put in place of it.
-        progress: Told the number of batches done, after each.
+        source: ONNX file in fp32 or fp16; the copy of a fp16 file has opset 19.
+        target: New file; it is written atomically.
+        batches: Inputs by name; a hundred images like those that the model will see are enough.
+        method: Calibration method; see `calibration`.
+        percentile: Percentile of the method of that name.
+        exclude: Layers that stay in float, as patterns of module paths: "backbone.stages.0.*".
+        exclude_first: Keep the first layer in float, whose input is the image.
+        metadata: Metadata entries to add or to replace.
+        progress: Receives the number of finished batches.
 
     Raises:
-        BadInput: no batches, a source without layers to quantise, or a pattern in `keep` that fits none.
-        CheckFailed: an activation that is not finite.
+        BadInput: there are no batches or no layers to quantise, or a pattern in `exclude` matches no layer.
+        CheckFailed: an activation is not finite.
     """
     chosen = _Chosen.of(source, exclude, exclude_first)
     ranges = activation_ranges(
@@ -75,20 +83,20 @@ def quantize_fp8(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Quantized:
-    """The same in fp8 (E4M3FN), for TensorRT on GPUs of compute capability 8.9 and later; opset 19.
+    """Writes a copy of an ONNX file in fp8 (E4M3), for TensorRT on GPUs of compute capability 8.9 and later.
 
-    Scales come from the largest magnitudes: the steps of fp8 grow with its numbers, so clipping gains
-    nothing. Weights have one scale each: one for every channel made the errors no smaller. ONNX Runtime
-    computes such a file on a CPU if `ORT_FP8_ENTRY` is set.
+    Scales come from the maximum magnitudes: the steps of fp8 grow with the value, so clipping gains nothing.
+    Weights have one scale each, because one per channel did not reduce the errors. The opset is 19. ONNX
+    Runtime runs such a file on a CPU with `ORT_FP8_ENTRY`.
 
     Args:
-        source: See `quantize_int8`; so are the others.
-        target: Is replaced at the end, or left as it was.
+        source: ONNX file in fp32 or fp16.
+        target: New file; it is written atomically.
         batches: Inputs by name.
-        exclude: Layers that stay in float.
-        exclude_first: The first layer too.
-        metadata: Entries to add or to replace.
-        progress: Told the number of batches done, after each.
+        exclude: Layers that stay in float, as patterns of module paths.
+        exclude_first: Keep the first layer in float.
+        metadata: Metadata entries to add or to replace.
+        progress: Receives the number of finished batches.
 
     Raises:
         BadInput: see `quantize_int8`.
@@ -101,11 +109,11 @@ def quantize_fp8(
 
 @dataclass(frozen=True)
 class _Chosen:
-    """A graph, and which of its products change."""
+    """A graph, and its matrix multiplications to quantise."""
 
     model: ModelProto
-    changed: list[Product]
-    excluded: list[Product]
+    changed: list[WeightMatmul]
+    excluded: list[WeightMatmul]
 
     @classmethod
     def of(cls, source: Path, exclude: Sequence[str], exclude_first: bool) -> _Chosen:
@@ -115,11 +123,11 @@ class _Chosen:
         model = onnx.load(source)
         products = list(weight_matmuls(model.graph))
         if any(each.data_type == TensorProto.BFLOAT16 for each in products):
-            raise BadInput(f"{source}: layers in bf16; quantise an export in fp32 or fp16")
+            raise BadInput(f"{source}: has layers in bf16; quantise an fp32 or fp16 file")
         for pattern in exclude:
             if not any(fnmatchcase(each.layer, pattern) for each in products):
                 known = ", ".join(each.layer for each in products[:3])
-                raise BadInput(f"{source}: no layer is called {pattern!r}; its layers are {known}, ...")
+                raise BadInput(f"{source}: no layer has the name {pattern!r}; layers are {known}, ...")
         kept = [
             each
             for index, each in enumerate(products)
@@ -139,7 +147,7 @@ class _Chosen:
         target: Path,
         ranges: dict[str, float],
         metadata: Mapping[str, str],
-        codes: Codes,
+        codes: EightBitType,
         *,
         per_channel: bool,
     ) -> Quantized:

@@ -1,5 +1,5 @@
-"""ONNX files to TensorRT engines, what is written beside an engine, and what is checked before one is used.
+"""TensorRT engines from ONNX files, and checks of graphs with TensorRT-RTX.
 
-One code for TensorRT 10.13 and later and for 11: the network is strongly typed, so the ONNX file alone says
-what is computed in which precision.
+The code supports TensorRT 10.13 and later, and 11: the network is strongly typed, so the ONNX file determines
+the precision of every operator.
 """

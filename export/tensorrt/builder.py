@@ -1,4 +1,4 @@
-"""From an ONNX file to an engine: parse, set the shapes and limits, compile, write with its sidecar."""
+"""Builds an engine from an ONNX file: parses, sets shapes and options, compiles, and writes the sidecar."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from coma.atomic_io import sha256_of
+from coma.atomic_io import sha256_of, write_whole
 from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.library_errors import library_errors, load_packages
-from coma.runtimes.model_spec import ModelSpec
+from coma.runtimes.model_spec import ModelSpec, read_model_spec
 from coma.runtimes.tensorrt.callbacks import Progress, make_logger, make_monitor
 from coma.runtimes.tensorrt.discovery import Flavour, Library, load_library, require_gpu
 from coma.runtimes.tensorrt.profiles import Profile, Shape, check_profiles
@@ -29,9 +29,9 @@ class Plan:
     """A compiled engine.
 
     Attributes:
-        data: Its bytes, as TensorRT holds them.
-        layers: Of the network, before TensorRT fused any.
-        seconds: That parsing and compiling took.
+        data: Bytes of the engine.
+        layers: Number of layers before fusion.
+        seconds: Time for parsing and compiling.
     """
 
     data: memoryview
@@ -48,30 +48,31 @@ def build_engine(
     *,
     flavour: Flavour = "tensorrt",
 ) -> Sidecar:
-    """Build an engine for the shapes of `profiles` and write it, and what is known of it beside it.
+    """Builds an engine for the shapes of `profiles` and writes it with its sidecar.
 
     Args:
-        onnx_path: Written by this toolkit: its metadata are kept in the sidecar.
-        engine_path: Where the engine goes; replaced whole, or not at all.
-        profiles: At least one, unless all shapes are fixed.
-        options: Default: those of `EngineOptions`.
-        progress: Called as `progress(phase, done, steps)` from another thread; phases lie in each other.
+        onnx_path: File that coma export wrote; the sidecar keeps its specification.
+        engine_path: Path of the engine; it is written atomically.
+        profiles: Optimization profiles; at least one, unless all shapes are fixed.
+        options: Options of the builder (default: those of `EngineOptions`).
+        progress: Called as `progress(phase, done, steps)` from another thread; phases are nested.
         flavour: tensorrt_rtx needs no GPU, and its engines run on RTX cards only.
 
     Raises:
-        BadInput: no TensorRT, no GPU, not an ONNX file of ours, or profiles that do not fit it.
-        CheckFailed: TensorRT does not take the graph; the message says which nodes, or its last errors.
+        BadInput: there is no TensorRT or no GPU, coma export did not write the file, or the profiles do not
+            fit.
+        CheckFailed: TensorRT refuses the graph; the message names the nodes or quotes its last errors.
         Interrupted: Ctrl-C; nothing was written.
     """
     options = options or EngineOptions()
-    spec = _description(onnx_path)
+    spec = _read_spec(onnx_path)
     library = load_library(flavour)
     gpu, driver = require_gpu() if flavour == "tensorrt" else (None, None)
     try:
         plan = compile_plan(library, onnx_path, profiles, options, progress)
     except KeyboardInterrupt:
         raise Interrupted(f"{engine_path}: the build was cancelled; nothing was written") from None
-    _write(engine_path, plan.data)
+    write_whole(engine_path, lambda file: file.write(plan.data))
     sidecar = Sidecar(
         flavour=flavour,
         version=library.version,
@@ -89,23 +90,15 @@ def build_engine(
     return sidecar
 
 
-def _description(onnx_path: Path) -> ModelSpec:
+def _read_spec(onnx_path: Path) -> ModelSpec:
     load_packages("onnx")
     import onnx
-
-    from coma.runtimes.model_spec import read_model_spec
 
     if not onnx_path.is_file():
         raise BadInput(f"{onnx_path}: no such file")
     with library_errors(f"{onnx_path}: not an ONNX file", BadInput):
         model = onnx.load(str(onnx_path), load_external_data=False)
     return read_model_spec(model, str(onnx_path))
-
-
-def _write(engine_path: Path, data: memoryview) -> None:
-    from coma.atomic_io import write_whole
-
-    write_whole(engine_path, lambda file: file.write(data))
 
 
 def compile_plan(
@@ -115,12 +108,12 @@ def compile_plan(
     options: EngineOptions,
     progress: Progress | None = None,
 ) -> Plan:
-    """Parse and compile, in a thread, so that Ctrl-C is heard meanwhile.
+    """Parses and compiles in a thread, so that Ctrl-C works in the meantime.
 
     Raises:
-        BadInput: no such file, or profiles that do not fit it.
-        CheckFailed: TensorRT does not take the graph.
-        KeyboardInterrupt: after TensorRT has stopped, at the end of the step it was in.
+        BadInput: the file is missing, or the profiles do not fit.
+        CheckFailed: TensorRT refuses the graph.
+        KeyboardInterrupt: TensorRT has stopped at the end of its current step.
     """
     if not onnx_path.is_file():
         raise BadInput(f"{onnx_path}: no such file")
@@ -152,7 +145,7 @@ def _compile(
         parser = trt.OnnxParser(network, logger)
         if not parser.parse_from_file(str(onnx_path)):
             raise CheckFailed(
-                f"{onnx_path}: {library.title} does not take it: {_parser_errors(parser, logger)}"
+                f"{onnx_path}: {library.title} refuses the graph: {_parser_errors(parser, logger)}"
             )
         check_profiles(profiles, _inputs(network), str(onnx_path))
         config = builder.create_builder_config()
@@ -163,7 +156,7 @@ def _compile(
             _add_profile(builder, config, profile)
         monitor = make_monitor(trt, cancelled, progress)
         config.progress_monitor = monitor
-        cache = options.timing_cache if library.flavour == "tensorrt" else None  # RTX measures nothing
+        cache = options.timing_cache if library.flavour == "tensorrt" else None  # RTX has no timings
         if cache is not None:
             open_timing_cache(config, cache)
         memory = builder.build_serialized_network(network, config)
@@ -174,13 +167,13 @@ def _compile(
     if cache is not None:
         try:
             save_timing_cache(config, cache)
-        except OSError as error:  # the engine is complete all the same
+        except OSError as error:  # the engine is complete
             log.warning("%s: the timing cache was not saved (%s)", cache, error.strerror or error)
     return Plan(memoryview(memory).cast("B"), network.num_layers, time.perf_counter() - started)
 
 
 def configure(trt: Any, config: Any, options: EngineOptions) -> None:
-    """Everything of `options` that is a setting of TensorRT's."""
+    """Applies the options to a builder configuration."""
     levels = {
         "none": trt.HardwareCompatibilityLevel.NONE,
         "ampere_plus": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
@@ -225,10 +218,10 @@ def _parser_errors(parser: Any, logger: Any) -> str:
 
 
 def open_timing_cache(config: Any, path: Path) -> None:
-    """Let the build use what the file holds; an empty one where there is none.
+    """Loads the timing cache from a file, or an empty one if there is no file.
 
     Raises:
-        BadInput: the file is not a timing cache, or of another GPU or TensorRT.
+        BadInput: the file is not a timing cache, or belongs to another GPU or TensorRT.
     """
     known = path.read_bytes() if path.exists() else b""
     cache = config.create_timing_cache(known)
@@ -239,13 +232,11 @@ def open_timing_cache(config: Any, path: Path) -> None:
 
 
 def save_timing_cache(config: Any, path: Path) -> None:
-    """Write what was there and what the build measured, and what another build has written meanwhile.
+    """Saves the timing cache, merged with the timings that another build has saved in the meantime.
 
     Raises:
-        OSError: the disk is full, or not to be written.
+        OSError: the disk is full or not writable.
     """
-    from coma.atomic_io import write_whole
-
     cache = config.get_timing_cache()
     if path.exists():
         other = config.create_timing_cache(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Does NVIDIA's parser and compiler take this graph? Asked of TensorRT-RTX, which builds without a GPU."""
+"""Checks a graph with the parser and compiler of TensorRT-RTX, which needs no GPU."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from coma.runtimes.tensorrt.sidecar import EngineOptions
 from export.tensorrt.builder import compile_plan
 
 PROVES = (
-    "TensorRT-RTX parsed and compiled this graph for RTX cards, without a GPU. It is another product than "
-    "TensorRT, with another set of operators: that says nothing of results, of speed, or of other GPUs."
+    "TensorRT-RTX parsed and compiled this graph for RTX cards, without a GPU. TensorRT is another product "
+    "with other operators; this check does not cover its support, nor results, speed or other GPUs."
 )
 
 NO_PLUGINS = (
-    "That proves nothing: without a GPU no plugin can be made, and some operators (RoiAlign) are plugins."
+    "This is inconclusive: without a GPU no plugin can be created, and some operators (RoiAlign) are plugins."
 )
 
 
 SILENCE = 900
-"""Seconds without progress after which a compilation counts as hanging."""
+"""Seconds without progress after which a compilation is stopped."""
 
 
 @dataclass(frozen=True)
 class RtxReport:
-    """That TensorRT-RTX took a graph.
+    """Result of a check that passed.
 
     Attributes:
-        version: Of TensorRT-RTX.
-        seconds: That parsing and compiling took.
+        version: Version of TensorRT-RTX.
+        seconds: Time for parsing and compiling.
         engine_bytes: Size of the engine, which is not kept.
-        layers: Of the parsed network.
-        proves: What this proves, and what not; to be printed with it.
+        layers: Number of layers of the parsed network.
+        proves: What the check covers and what not; printed with the result.
     """
 
     version: str
@@ -58,11 +58,11 @@ def check_rtx(
     options: EngineOptions | None = None,
     progress: Progress | None = None,
 ) -> RtxReport:
-    """Compile `onnx_path` with TensorRT-RTX, in a process of its own: some graphs crash its compiler.
+    """Compiles `onnx_path` with TensorRT-RTX in a separate process, because some graphs crash its compiler.
 
     Raises:
         BadInput: TensorRT-RTX is not installed, or the profiles do not fit the file.
-        CheckFailed: it does not take the graph, or died of it.
+        CheckFailed: it refuses the graph or crashes.
     """
     require_package("tensorrt_rtx")
     spawn = multiprocessing.get_context("spawn")
@@ -76,7 +76,7 @@ def check_rtx(
         while isinstance(answer := _receive(receiver, onnx_path), tuple):
             if progress is not None:
                 progress(*answer)
-    except (EOFError, OSError, UnpicklingError):  # it died, perhaps in the middle of a word
+    except (EOFError, OSError, UnpicklingError):  # it crashed, perhaps within a message
         child.join()
         code = child.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -95,16 +95,16 @@ def check_rtx(
 
 
 def _receive(receiver: Connection, onnx_path: Path) -> Any:
-    """Returns what the child says next.
+    """Returns the next message of the child process.
 
     Raises:
-        CheckFailed: it says nothing for too long.
-        EOFError: it has ended.
+        CheckFailed: there was no message for too long.
+        EOFError: the child process has ended.
     """
     if not receiver.poll(SILENCE):
         raise CheckFailed(
             f"{onnx_path}: the compiler of TensorRT-RTX made no progress for {SILENCE / 60:.0f} minutes "
-            "and was ended"
+            "and was stopped"
         )
     return receiver.recv()
 
@@ -112,19 +112,19 @@ def _receive(receiver: Connection, onnx_path: Path) -> Any:
 def _check(
     sender: Connection, onnx_path: Path, profiles: tuple[Profile, ...], options: EngineOptions
 ) -> None:
-    """In the child: progress as tuples, then the report or the error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends this process
-    told = time.monotonic()
+    """Runs in the child process: sends progress as tuples, then the report or the error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and stops this process
+    sent = time.monotonic()
 
-    def tell(phase: str, done: int, steps: int) -> None:
-        nonlocal told
-        if time.monotonic() - told > 0.1:
-            told = time.monotonic()
+    def send_progress(phase: str, done: int, steps: int) -> None:
+        nonlocal sent
+        if time.monotonic() - sent > 0.1:
+            sent = time.monotonic()
             sender.send((phase, done, steps))
 
     try:
         library = load_library("tensorrt_rtx")
-        plan = compile_plan(library, onnx_path, profiles, options, tell)
+        plan = compile_plan(library, onnx_path, profiles, options, send_progress)
         sender.send(RtxReport(library.version, round(plan.seconds, 1), plan.data.nbytes, plan.layers))
     except ComaError as error:
         sender.send(error)

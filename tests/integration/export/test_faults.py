@@ -279,7 +279,7 @@ def breaks(sender, *_):
 @pytest.mark.parametrize(
     ("child", "message"),
     [
-        pytest.param(hangs, "made no progress for 0 minutes and was ended", marks=pytest.mark.slow),
+        pytest.param(hangs, "made no progress for 0 minutes and was stopped", marks=pytest.mark.slow),
         pytest.param(is_killed, "its process was killed by SIGKILL", marks=pytest.mark.slow),
         (breaks, "its process ended with exit code 3"),
     ],

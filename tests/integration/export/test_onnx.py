@@ -11,12 +11,12 @@ from torch import nn
 
 from coma.config import BeyondConfig, DyViTConfig, ViTConfig
 from coma.errors import BadInput, CheckFailed
-from coma.runtimes.model_spec import Precision, read_model_spec
+from coma.runtimes.model_spec import GRAPH_KINDS, Precision, read_model_spec
 from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.open import open_runtime
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes, parse_shapes
-from export.graphs.load import example_inputs, graph_kinds_of, load_exportable
+from export.graphs.load import example_inputs, load_exportable
 from export.graphs.wrappers import AdaptiveAveragePool, SegmentorGraph, replace_adaptive_pooling
 from export.onnx_export import cast_weights, with_normalization, write_onnx
 from export.quantization import quantize_int8
@@ -228,10 +228,16 @@ def test_a_strangers_file_is_refused(tmp_path):
         open_runtime(tmp_path / "x.onnx")
 
 
-def test_forms_of_kinds(tmp_path):
-    assert graph_kinds_of(export_files.pretrained(tmp_path / "p")) == ("encoder", "reconstructor")
-    assert graph_kinds_of(export_files.backbone(tmp_path / "b")) == ("encoder",)
-    with pytest.raises(BadInput, match="there is no detector"):
+def test_graphs_of_kinds(tmp_path):
+    assert GRAPH_KINDS["pretrained"] == ("encoder", "reconstructor") and GRAPH_KINDS["backbone"] == (
+        "encoder",
+    )
+    assert (
+        load_exportable(export_files.pretrained(tmp_path / "p"), "reconstructor").spec.graph
+        == "reconstructor"
+    )
+    export_files.backbone(tmp_path / "b")
+    with pytest.raises(BadInput, match="has no detector"):
         load_exportable(tmp_path / "b", "detector")
 
 

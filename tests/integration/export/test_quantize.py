@@ -263,7 +263,7 @@ def test_kept_layers_and_metadata(exports: dict[str, Path], tmp_path: Path) -> N
     assert tuple(precision_summary(model)["float_layers"]) == done.excluded
     assert {each.key: each.value for each in model.metadata_props} == {"coma": "fp8", "other": "stays"}
     assert all(node.metadata_props for node in model.graph.node if node.op_type == "Softmax")
-    with pytest.raises(BadInput, match=r"no layer is called 'neck\.\*'"):
+    with pytest.raises(BadInput, match=r"no layer has the name 'neck\.\*'"):
         quantize_int8(exports["fp32"], target, calibration(), exclude=("neck.*",))
 
 

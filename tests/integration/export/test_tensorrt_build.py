@@ -192,7 +192,7 @@ def test_an_engine_that_does_not_open_says_why(onnx_file: Path):
 def test_the_check_without_a_gpu_reports_what_it_proves(onnx_file: Path):
     report = check_rtx(onnx_file, (PROFILE,))
     assert report.engine_bytes > 1000 and report.layers >= len(HALF) and report.seconds > 0
-    assert "another product" in report.proves
+    assert "TensorRT is another product" in report.proves
 
 
 @needs_rtx
