@@ -28,7 +28,7 @@ from downstream.datasets.coco import CocoSplit, open_coco
 from downstream.datasets.labels import open_labels
 from downstream.finetune import test_config
 from downstream.openmmlab import runner
-from downstream.openmmlab.private import paste_masks
+from downstream.private import paste_masks
 from downstream.tasks import detection, segmentation
 
 Run = Callable[[Tensor], dict[str, Tensor]]

@@ -93,7 +93,7 @@ def apply_cfg_options(config: Any, options: tuple[str, ...]) -> None:
     Raises:
         BadInput: a malformed change, or one that does not fit the configuration.
     """
-    from downstream.openmmlab.private import parse_option_value
+    from downstream.private import parse_option_value
 
     for option in options:
         name, equals, value = option.partition("=")

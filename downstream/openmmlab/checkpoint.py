@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from coma.atomic_io import seal_holds
 from coma.errors import BadInput
-from downstream.openmmlab.private import download_safely, numpy_constructors
+from downstream.private import download_safely, numpy_constructors
 
 if TYPE_CHECKING:
     from torch import Tensor

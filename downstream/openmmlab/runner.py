@@ -36,8 +36,8 @@ from downstream.configs.load import REGISTER_MODULE, config_errors, require_impo
 from downstream.configs.strides import check_strides
 from downstream.openmmlab.backbones import DyViT, PlainViT
 from downstream.openmmlab.checkpoint import intact_checkpoint, latest_checkpoint
-from downstream.openmmlab.private import use_device
 from downstream.openmmlab.worker_init import set_worker_init
+from downstream.private import use_device
 from downstream.progress import ProgressBar
 
 log = logging.getLogger(__name__)
@@ -171,13 +171,6 @@ def prepare_config(config: Any, folder: Path, device: str) -> None:
         set_worker_init(config.get(name), config.get("randomness", {}).get("seed") or 0)
     if device == "cpu" or config.launcher == "none":
         _replace_sync_bn(config.model)
-
-
-def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Loads all tensors strictly; the error lists those that do not fit."""
-    from coma.artifact import load_strict
-
-    load_strict(model, tensors, source="artifact")
 
 
 def scores_by_step(runner: Runner) -> dict[str, dict[str, float]]:

@@ -11,7 +11,7 @@ from mmengine.registry import FUNCTIONS
 from torch import Tensor
 
 from coma.data.worker_pool import Parcel
-from downstream.openmmlab.private import exit_on_send_error
+from downstream.private import exit_on_send_error
 
 
 @FUNCTIONS.register_module()

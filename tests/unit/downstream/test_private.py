@@ -1,4 +1,4 @@
-"""Private names that `downstream.openmmlab.private` uses still exist and still do the same."""
+"""Private names that `downstream.private` uses still exist and still do the same."""
 
 import importlib
 import inspect
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import downstream.openmmlab  # noqa: F401
-from downstream.openmmlab import private
+from downstream import private
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # OpenMMLab's packages warn about each other
 
