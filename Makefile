@@ -4,6 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := quickstart
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 FILES := $(sort $(shell find tests -name "test_*.py"))
 JOBS := $(shell getconf _NPROCESSORS_ONLN)
 LOCKED := $(VENV)/.locked
@@ -11,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-isolated test-slow lint types rooms format lock clean
+.PHONY: help env quickstart test test-fast test-slow test-isolated lint types rooms docs format lock clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,19 +21,22 @@ env: $(INSTALLED)  ## build or update .venv from requirements.lock
 
 quickstart: $(INSTALLED)  ## pre-train a tiny CoMA-DyViT for two minutes, show what it learned, export and verify it
 	$(BIN)/coma quickstart --out $(OUT) $(ARGS)
-	$(BIN)/coma export $(OUT)/run/artifact --precision fp32,fp16 --seconds 1
+	$(BIN)/coma export $(OUT)/run/artifact --precision fp32,fp16 --benchmark-seconds 1
 
-test: $(INSTALLED)  ## run the tests in random order (ARGS="-k name" picks some)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
+test: $(INSTALLED)  ## run the tests in random order, in ten minutes on two cores (ARGS="-k name" picks some)
+	$(PYTEST) $(ARGS)
+
+test-fast: $(INSTALLED)  ## run the unit tests that need no OpenMMLab, in a minute
+	$(PYTEST) -m "not slow and not openmmlab" $(ARGS) tests/unit
+
+test-slow: $(INSTALLED)  ## run the tests that take minutes: sweeps, compilers, dry runs
+	$(PYTEST) -m slow $(ARGS)
 
 test-isolated: $(INSTALLED)  ## run every test file in a process of its own, JOBS at a time (FILES=... picks some)
 	@printf '%s\n' $(FILES) | xargs -P $(JOBS) -I FILE sh -c ' \
 		if said=$$($(BIN)/python -m pytest --numprocesses 0 -p no:cacheprovider $(ARGS) FILE 2>&1); \
 		then outcome=passed code=0; else outcome=FAILED code=1; printf "%s\n" "$$said"; fi; \
 		echo "$$outcome FILE: $$(printf "%s" "$$said" | tail -n 1 | tr -d =)"; exit $$code'
-
-test-slow: $(INSTALLED)  ## run the tests that take minutes
-	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(INSTALLED)  ## check style and formatting
 	$(BIN)/ruff check
@@ -44,13 +48,16 @@ types: $(INSTALLED)  ## check types
 rooms: $(INSTALLED)  ## check which module may import which
 	$(BIN)/lint-imports
 
+docs: $(INSTALLED)  ## build the documentation into build/docs; it needs no network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 format: $(INSTALLED)  ## apply the formatting
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 lock: $(INSTALLED)  ## renew requirements.lock from pyproject.toml
 	$(BIN)/uv pip compile --quiet --upgrade --universal --fork-strategy fewest --python-version 3.11 \
-		--generate-hashes --custom-compile-command "make lock" --group dev --extra downstream --extra mmcv-lite \
+		--generate-hashes --custom-compile-command "make lock" --group dev --group docs --extra downstream --extra mmcv-lite \
 		--extra export --extra demo --extra heic --extra onnxruntime-gpu --extra tensorrt-rtx \
 		--output-file requirements.lock pyproject.toml
 

@@ -22,29 +22,29 @@ from machine import report, wait
 
 from coma.amp import choose_precision
 from coma.config import DataConfig, OptimizerConfig, RunConfig, encoder_preset, method_preset
-from coma.data import Slices, open_source, training_batches
+from coma.data import BatchLayout, open_source, training_batches
 from coma.data.worker_pool import default_workers
 from coma.models import build_encoder
 from coma.objectives import build_objective
 from pretrain.training.distributed import Processes
-from pretrain.training.train_step import Learner
+from pretrain.training.train_step import TrainStep
 
 SIZE, ROUNDS = 224, 3
 
 
-def build(model: str, batch: int, device: torch.device, compiled: bool) -> Learner:
-    """The trainer's learner."""
+def build(model: str, batch: int, device: torch.device, compiled: bool) -> TrainStep:
+    """The trainer's train_step."""
     objective = build_objective(method_preset("coma"), build_encoder(encoder_preset(model))).to(device)
     precision = choose_precision("auto", device)
-    run, slices = RunConfig(compile=compiled), Slices(batch, batch)
+    run, slices = RunConfig(compile=compiled), BatchLayout(batch, batch)
     statistics_ = (0.5,) * 3, (0.3,) * 3
-    return Learner(objective, OptimizerConfig(), run, Processes(device), slices, precision, *statistics_)
+    return TrainStep(objective, OptimizerConfig(), run, Processes(device), slices, precision, *statistics_)
 
 
-def one_step(learner: Learner, batches: Iterator[Any], device: torch.device) -> tuple[float, float]:
+def one_step(train_step: TrainStep, batches: Iterator[Any], device: torch.device) -> tuple[float, float]:
     """Seconds of a step, and how many of them were spent waiting for data."""
     started = time.perf_counter()
-    waited = learner.step(0, 1e-4, batches).waited
+    waited = train_step(0, 1e-4, batches).waited
     wait(device)
     return time.perf_counter() - started, waited
 
@@ -69,11 +69,11 @@ def main() -> None:
     device = torch.device("cuda" if on_gpu else "cpu")
     rows = []
     for model in args.models:
-        learner = build(model, args.batch, device, args.compile)
+        train_step = build(model, args.batch, device, args.compile)
         data = DataConfig(
             args.folder, image_size=SIZE, workers=args.workers, aug_repeats=args.repeats, loader=args.loader
         )
-        slices = Slices(args.batch, args.batch)
+        slices = BatchLayout(args.batch, args.batch)
         real = training_batches(
             open_source(args.folder), data, channels=3, seed=0, batch=slices, device=device
         )
@@ -81,9 +81,9 @@ def main() -> None:
         taken: dict[str, list[tuple[float, float]]] = {"files": [], "synthetic": []}
         for _ in range(ROUNDS):
             for _ in range(2 + 4 * (default_workers() if args.workers is None else args.workers)):
-                one_step(learner, real, device)  # what the workers had prepared in the meantime
-            taken["files"] += [one_step(learner, real, device) for _ in range(args.steps)]
-            taken["synthetic"] += [one_step(learner, same, device) for _ in range(args.steps)]
+                one_step(train_step, real, device)  # what the workers had prepared in the meantime
+            taken["files"] += [one_step(train_step, real, device) for _ in range(args.steps)]
+            taken["synthetic"] += [one_step(train_step, same, device) for _ in range(args.steps)]
         seconds = {name: statistics.median(s for s, _ in each) for name, each in taken.items()}
         waited = sum(w for _, w in taken["files"]) / sum(s for s, _ in taken["files"])
         real.close()  # type: ignore[attr-defined]

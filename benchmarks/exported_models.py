@@ -23,7 +23,7 @@ from coma.artifact import (
 from coma.artifact.load import artifact_hash
 from coma.config import encoder_preset, method_preset
 from coma.models import build_encoder
-from coma.models.classifier import build_classifier
+from coma.models.classifiers import build_classifier
 from coma.objectives import build_objective
 from coma.runtimes.model_spec import (
     ExportableModel,
@@ -91,8 +91,8 @@ class Peer(nn.Module):
 
 def load_peer(name: str) -> ExportableModel:
     """A peer with what our exporter wants to know of it."""
-    description = ModelSpec(
-        form="classifier",
+    spec = ModelSpec(
+        graph="classifier",
         precision="fp32",
         inputs=(TensorSpec("images", "float32", ("batch", 3, "height", "width")),),
         outputs=(TensorSpec("logits", "float32", ("batch", CLASSES)),),
@@ -102,7 +102,7 @@ def load_peer(name: str) -> ExportableModel:
         source=f"timm {timm.__version__} {name}, seed 0",
         versions=library_versions(),
     )
-    return ExportableModel(Peer(name).eval().requires_grad_(False), description)
+    return ExportableModel(Peer(name).eval().requires_grad_(False), spec)
 
 
 def models_of(args: argparse.Namespace, precisions: tuple[Precision, ...]) -> Iterator[Model]:

@@ -28,7 +28,7 @@ import json
 import os
 import time
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,19 +43,19 @@ from torch import Tensor
 from coma.config import ENCODER_PRESETS
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import machine, versions
-from coma.runtimes.model_spec import METADATA, ModelSpec, Precision, as_json, read_model_spec
+from coma.runtimes.model_spec import METADATA, ModelSpec, Precision, read_model_spec, to_json
 from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes
 from export.benchmark import busy_note
-from export.graphs.detector import BEHIND_BACKBONE
-from export.graphs.load import example_inputs
+from export.graphs.detector import AFTER_BACKBONE
+from export.graphs.load import named_examples
 from export.image_sets import read_image_set
-from export.latency import Latency, compute, interleaved
-from export.onnx_export import in_precision, write_onnx
-from export.preprocessing import as_input, open_images, resized
+from export.latency import Latency, time_interleaved
+from export.onnx_export import cast_weights, write_onnx
+from export.preprocessing import open_images, resize_image, to_input
 from export.quantization import quantize_int8
-from export.verify.parity import Verdict, verify
+from export.verify.parity import ParityResult, verify
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -77,7 +77,7 @@ class Entrant:
     precision: Precision
     runtime: Runtime
     megabytes: float | None = None
-    verdict: Verdict | None = None
+    verdict: ParityResult | None = None
     seconds: float | None = None
 
 
@@ -92,12 +92,12 @@ def entrants_of(model: Model, args: argparse.Namespace) -> list[Entrant]:
         images = ""
         if precision == "int8" and model.calibrate:
             images = f"-{args.calibrate_images}-of-{'-'.join(model.calibrate.parts[-2:])}"
-        path = file_of(model, reference.description, precision + images, shapes, args.work)
+        path = file_of(model, reference.spec, precision + images, shapes, args.work)
         seconds = None
         if not path.exists():
             print(f"{model.name} {precision}: exporting", flush=True)
             started = time.perf_counter()
-            plain = file_of(model, reference.description, "fp32", shapes, args.work)
+            plain = file_of(model, reference.spec, "fp32", shapes, args.work)
             export(model, precision, shapes, path, plain, args)
             seconds = time.perf_counter() - started
         print(f"{model.name} {precision}: comparing with PyTorch", flush=True)
@@ -108,10 +108,10 @@ def entrants_of(model: Model, args: argparse.Namespace) -> list[Entrant]:
     return found
 
 
-def file_of(model: Model, about: ModelSpec, how: str, shapes: Shapes, work: Path) -> Path:
+def file_of(model: Model, spec: ModelSpec, how: str, shapes: Shapes, work: Path) -> Path:
     """Where a file lies: its name says of which weights it was made, for which shapes and by which torch."""
-    source = about.source[:8] if " " not in about.source else f"timm-{timm.__version__}"
-    batches = "-".join(str(each.batch) for each in (shapes.least, shapes.most))
+    source = spec.source[:8] if " " not in spec.source else f"timm-{timm.__version__}"
+    batches = "-".join(str(each.batch) for each in (shapes.min, shapes.max))
     made_by = f"torch-{torch.__version__.partition('+')[0]}"
     return work / f"{model.name}-{source}-{model.side}-batch-{batches}-{made_by}-{how}.onnx"
 
@@ -125,22 +125,20 @@ def export(
     args: argparse.Namespace,
 ) -> None:
     """Write one file; it appears whole or not at all. `plain` is the fp32 one, made for int8 if need be."""
-    deployable = model.load()
-    description = replace(deployable.description, precision=precision)
-    if isinstance(deployable.module, Peer):
-        deployable.module.spell_out()
+    exportable = model.load()
+    if isinstance(exportable.module, Peer):
+        exportable.module.spell_out()
     if precision != "int8":
-        in_precision(deployable.module, precision)
-        write_onnx(replace(deployable, description=description), shapes, path)
+        write_onnx(cast_weights(exportable, precision), shapes, path)
         return
     if not plain.exists():
-        write_onnx(deployable, shapes, plain)
-    about = replace(read_model_spec(onnx.load(plain), plain.name), precision=precision)
-    pictures = read(model.calibrate, cast(int, about.inputs[0].axes[1]), args.calibrate_images)
-    batches = (inputs_of(about, [picture], model.side, 1) for picture in pictures)
+        write_onnx(exportable, shapes, plain)
+    spec = replace(read_model_spec(onnx.load(plain), plain.name), precision=precision)
+    pictures = read(model.calibrate, cast(int, spec.inputs[0].axes[1]), args.calibrate_images)
+    batches = (inputs_of(spec, [picture], model.side, 1) for picture in pictures)
     arrays = ({name: tensor.numpy() for name, tensor in inputs.items()} for inputs in batches)
-    keep = BEHIND_BACKBONE if about.form == "detector" else ()
-    quantize_int8(plain, path, arrays, metadata={METADATA: as_json(about)}, keep=keep)
+    exclude = AFTER_BACKBONE if spec.graph == "detector" else ()
+    quantize_int8(plain, path, arrays, metadata={METADATA: to_json(spec)}, exclude=exclude)
 
 
 @cache
@@ -149,13 +147,12 @@ def read(place: Path | None, channels: int, most: int) -> list[np.ndarray]:
     return list(read_image_set(open_images(place), channels, most).pictures)
 
 
-def inputs_of(about: ModelSpec, pictures: list[np.ndarray], side: int, batch: int) -> dict[str, Tensor]:
+def inputs_of(spec: ModelSpec, pictures: list[np.ndarray], side: int, batch: int) -> dict[str, Tensor]:
     """A batch as a model takes it."""
-    rule, size = about.preprocessing, (side, side)
-    examples = example_inputs(about, batch, *size)
-    inputs = {port.name: tensor for port, tensor in zip(about.inputs, examples, strict=True)}
-    shown = [resized(picture, rule, size) for picture in pictures[:batch]]
-    return inputs | {"images": as_input([shown[i % len(shown)] for i in range(batch)], rule)}
+    rule, size = spec.preprocessing, (side, side)
+    inputs = named_examples(spec, batch, *size)
+    shown = [resize_image(picture, rule, size) for picture in pictures[:batch]]
+    return inputs | {"images": to_input([shown[i % len(shown)] for i in range(batch)], rule)}
 
 
 def time_all(entrants: list[Entrant], batch: int, args: argparse.Namespace) -> list[Latency]:
@@ -164,9 +161,9 @@ def time_all(entrants: list[Entrant], batch: int, args: argparse.Namespace) -> l
     calls = []
     for entrant in entrants:
         pictures = read(entrant.model.verify, 3, args.verify_images)
-        inputs = inputs_of(entrant.runtime.description, pictures, entrant.model.side, batch)
-        calls.append(compute(entrant.runtime, inputs))
-    return interleaved(calls, batch, args.seconds)
+        inputs = inputs_of(entrant.runtime.spec, pictures, entrant.model.side, batch)
+        calls.append(partial(entrant.runtime, **inputs))
+    return time_interleaved(calls, batch, args.seconds)
 
 
 def as_plain(entrant: Entrant, latencies: dict[int, Latency]) -> dict[str, Any]:
@@ -183,7 +180,7 @@ def as_plain(entrant: Entrant, latencies: dict[int, Latency]) -> dict[str, Any]:
         "export_seconds": entrant.seconds,
         "least_cosine": min((o.cosine for o in outputs if o.compared or not o.finite), default=None),
         "largest_error": max((o.max for o in outputs), default=None),
-        "verification": verdict.plain() if verdict else None,
+        "verification": verdict.to_dict() if verdict else None,
         "latency": {str(batch): vars(latency) for batch, latency in latencies.items()},
     }
 

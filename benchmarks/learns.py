@@ -81,11 +81,12 @@ def run_one(args: argparse.Namespace, seed: int, name: str, images: int) -> None
     started = time.process_time()
     if name == "random":
         pretrained = folder(args, seed, "CoMA") / "artifact"
-        encoder = random_encoder(config := load_encoder(pretrained)[1], seed)
+        encoder = random_encoder(config := load_encoder(pretrained).artifact, seed)
     else:
         method = "coma" if name == "CoMA" else "mae"
         pretrain(settings(args, method, images, seed, out), resume=(out / "state").exists())
-        encoder, config = load_encoder(out / "artifact")
+        encoder = load_encoder(out / "artifact")
+        config = encoder.artifact
     seconds = time.process_time() - started
     splits = (("train", args.train), ("test", args.test))
     train, test = (open_source(labelled(args.data, args.work, *split)) for split in splits)

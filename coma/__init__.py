@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from importlib import metadata
+from typing import Any
 
-if TYPE_CHECKING:
-    from coma.artifact import load_artifact, load_classifier, load_encoder, save_artifact
-    from coma.config import PretrainConfig, encoder_preset, method_preset
-    from coma.models import DyViT, ViT, build_encoder
-    from coma.objectives import build_objective
-    from coma.objectives.load import load_pretrained
-
-    __version__: str
-
-_HOME = {
+_CORE = {
+    "ArtifactConfig": "coma.config.artifact",
+    "BadArtifact": "coma.errors",
+    "BadInput": "coma.errors",
+    "ComaError": "coma.errors",
     "DyViT": "coma.models",
     "PretrainConfig": "coma.config",
     "ViT": "coma.models",
@@ -26,34 +22,30 @@ _HOME = {
     "load_encoder": "coma.artifact",
     "load_pretrained": "coma.objectives.load",
     "method_preset": "coma.config",
+    "open_runtime": "coma.runtimes.open",
     "save_artifact": "coma.artifact",
 }
+"""Public names of the core, and the modules that they live in."""
 
-__all__ = [
-    "DyViT",
-    "PretrainConfig",
-    "ViT",
-    "build_encoder",
-    "build_objective",
-    "encoder_preset",
-    "load_artifact",
-    "load_classifier",
-    "load_encoder",
-    "load_pretrained",
-    "method_preset",
-    "save_artifact",
-]
+_ROOMS = ("evaluate", "finetune", "pretrain")
+"""Public names of rooms, which announce them as entry points of the group `coma.api`: nothing here imports
+a room."""
+
+__all__ = [*_CORE, *_ROOMS]  # pyright: ignore[reportUnsupportedDunderAll]  # the stub lists them
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for, so that `import coma` costs nothing."""
+    """Imports a public name when it is first used, so that `import coma` costs nothing."""
     if name == "__version__":
-        from importlib import metadata
-
-        return metadata.version("coma-dyvit")
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'coma' has no attribute {name!r}")
+        value = metadata.version("coma-dyvit")
+    elif name in _CORE:
+        value = getattr(importlib.import_module(_CORE[name]), name)
+    elif name in _ROOMS and (entries := metadata.entry_points(group="coma.api", name=name)):
+        value = importlib.import_module("coma.rooms").load(next(iter(entries)))
+    else:
+        raise AttributeError(f"module 'coma' has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

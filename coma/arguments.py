@@ -1,8 +1,8 @@
-"""Command lines: from arguments to settings, for every command alike.
+"""Parses command lines into settings, for all commands.
 
-tyro builds the flags from dataclasses. What it is told here, once: paths are local ones, optional flags take
-what their type takes, help texts say the range of a number (see `ranges`), and a value that does not fit is
-one line that names its flag.
+tyro builds the flags from dataclasses. This module tells it how: paths are local ones, optional flags take
+what their type takes, help texts name the range and the default of a flag once, and a value that does not fit
+is one line that names its flag. `--help` leaves out what is marked as `RARE`; `--help-all` shows everything.
 """
 
 from __future__ import annotations
@@ -10,20 +10,27 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import tyro
-from tyro import _errors as events  # its hook is not public yet (1.0.17); see `_one_line`
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro import _errors as events  # its hook is not public yet (1.0.17); `test_arguments` watches it
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from coma.errors import BadInput
 from coma.paths import local_path
-from coma.ranges import ranges_of
+from coma.ranges import RARE, ranges_of
 
 Settings = TypeVar("Settings")
 
@@ -36,7 +43,7 @@ def parse_arguments(
     description: str | None = None,
     default: Settings | None = None,
 ) -> Settings:
-    """The settings that the arguments ask for.
+    """Returns the settings that the arguments ask for.
 
     Args:
         kind: A dataclass; every field becomes a flag.
@@ -49,36 +56,149 @@ def parse_arguments(
         BadInput: a value that does not fit its flag, or a flag that is missing.
         SystemExit: the help was asked for, or a flag is unknown; tyro has printed what is to be said.
     """
-    with _told_what_is_ours():
-        return tyro.cli(
-            kind,
-            args=argv,
-            prog=prog,
-            description=description,
-            default=tyro.MISSING_NONPROP if default is None else default,
-            registry=_registry(),
-        )
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    complete = "--help-all" in own
+    hidden: list[str] | None = [] if {"-h", "--help"} & {*own} and not complete else None
+    words = ["--help" if word == "--help-all" else word for word in argv]
+    try:
+        with events.on_parse_error(_one_line):
+            return tyro.cli(
+                kind,
+                args=words,
+                prog=prog,
+                description=description,
+                default=tyro.MISSING_NONPROP if default is None else default,
+                registry=_registry(hidden),
+            )
+    except SystemExit:
+        if hidden:
+            print(f"{prog} --help-all shows {len(hidden)} more flags.")
+        raise
 
 
 def parse_known(kind: type[Settings], argv: Sequence[str], *, prog: str) -> Settings:
-    """The settings that some of the arguments ask for; the others, and a call for help, are passed over.
+    """Returns the settings that some of the arguments ask for; it ignores the others and `--help`.
 
     Raises:
         BadInput: a value that does not fit its flag.
     """
-    rest = [argument for argument in argv if argument not in ("-h", "--help")]
-    with _told_what_is_ours():
+    rest = [argument for argument in argv if argument not in ("-h", "--help", "--help-all")]
+    with events.on_parse_error(_one_line):
         return tyro.cli(
             kind, args=rest, prog=prog, return_unknown_args=True, add_help=False, registry=_registry()
         )[0]
 
 
-def _registry() -> ConstructorRegistry:
+def _registry(hidden: list[str] | None = None) -> ConstructorRegistry:
+    """Returns the rules of this module; rare flags are left out and listed in `hidden` where it is given."""
     registry = ConstructorRegistry()
     registry.primitive_rule(_number)
     registry.primitive_rule(_path)
+    registry.primitive_rule(_text)
     registry.primitive_rule(_optional)
+    registry.struct_rule(_dataclass(hidden))
     return registry
+
+
+def _dataclass(hidden: list[str] | None) -> Callable[[StructTypeInfo], StructConstructorSpec | None]:
+    """Returns the rule by which the fields of a dataclass become flags."""
+
+    def rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+        kind: Any = info.type
+        if not dataclasses.is_dataclass(kind) or not isinstance(kind, type):
+            return None
+        hints, texts, ranges = get_type_hints(kind, include_extras=True), _texts(kind), ranges_of(kind)
+        given = info.default if dataclasses.is_dataclass(info.default) else None
+        fields = []
+        for field in dataclasses.fields(kind):
+            hint: Any = hints[field.name]
+            base, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+            default, text = getattr(given, field.name, _default(field)), texts.get(field.name, "")
+            if dataclasses.is_dataclass(default):
+                names = _names(type(default))
+            else:
+                names = [field.name]
+                text, shown = _presentation(base, default, str(ranges.get(field.name, "")), text)
+                extras = [shown, *extras]
+                if tyro.conf.Positional in extras and _metavar(base) is None:
+                    extras = [tyro.conf.arg(metavar=field.name.upper()), *extras]
+            if hidden is not None and RARE in extras:
+                hidden.extend(names)
+                extras.append(tyro.conf.Suppress)
+            hint = Annotated[(base, *extras)] if extras else base  # type: ignore[valid-type]
+            fields.append(StructFieldSpec(field.name, hint, default, text or None))
+        return StructConstructorSpec(kind, tuple(fields))
+
+    return rule
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return tyro.MISSING_NONPROP
+
+
+def _names(kind: Any) -> list[str]:
+    """Returns the fields of a dataclass and of those in it."""
+    found = []
+    for field in dataclasses.fields(kind):
+        default = _default(field)
+        found += _names(type(default)) if dataclasses.is_dataclass(default) else [field.name]
+    return found
+
+
+@cache
+def _texts(kind: type) -> dict[str, str]:
+    """Returns the docstrings of a dataclass's fields, each as one line; inherited ones too."""
+    texts: dict[str, str] = {}
+    for each in reversed(kind.__mro__):
+        if not dataclasses.is_dataclass(each):
+            continue
+        try:
+            params = docstring_parser.parse_from_object(each).params
+        except OSError:  # made by `make_dataclass`, which has no source
+            continue
+        own = {param.arg_name: inspect.cleandoc(param.description or "") for param in params}
+        texts |= {name: re.sub(r"(?<!\n)\n(?!\n)", " ", text) for name, text in own.items() if text}
+    return texts
+
+
+def _presentation(hint: Any, default: Any, allowed: str, text: str) -> tuple[str, Any]:
+    """Returns a flag's help text, and how its values, its range and its one default are shown.
+
+    Where no value is the default, the last words of the text may say what that means: "default: 3".
+    """
+    told = _TOLD.fullmatch(text)
+    meaning = told["a"] or told["b"] if told else ""
+    if told:
+        text = told["text"] + "."
+
+    def behind(label: str) -> str:
+        if isinstance(default, bool):
+            label = "on" if default else "off"
+        shown = f"default: {meaning if default is None else label}"
+        parts = [allowed, "" if default in (None, ()) and not meaning else shown]
+        return f"({'; '.join(filter(None, parts))})" if any(parts) else ""
+
+    return text, tyro.conf.arg(metavar=_metavar(hint), help_behavior_hint=behind)
+
+
+_TOLD = re.compile(
+    r"(?P<text>.*?)[.;,]? (?:\((?i:default): (?P<a>[^()]+)\)|(?i:default): (?P<b>.+?))\.?", re.DOTALL
+)
+"""A help text whose last words say what happens where nothing is given."""
+
+
+def _metavar(hint: Any) -> str | None:
+    """Returns `N ...` for tuples of any length, instead of tyro's nested brackets; None for all others."""
+    for part in (hint, *get_args(hint)):
+        members = get_args(part)
+        if get_origin(part) is tuple and members[-1:] == (Ellipsis,):
+            inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(members[0], set()))
+            return f"{inner.metavar} ..." if isinstance(inner, PrimitiveConstructorSpec) else None
+    return None
 
 
 def _number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
@@ -95,10 +215,22 @@ def _number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar=kind.__name__.upper(),
+        metavar="N" if kind is int else "X",
         instance_from_str=read,
         is_instance=lambda value: isinstance(value, (int, kind)) and not isinstance(value, bool),
-        str_from_instance=lambda value: [str(value)],
+        str_from_instance=lambda value: [f"{value:.6g}" if isinstance(value, float) else str(value)],
+    )
+
+
+def _text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    if info.type is not str:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="TEXT",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value],
     )
 
 
@@ -139,12 +271,6 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
-def _told_what_is_ours() -> AbstractContextManager[None]:
-    """Let tyro read help texts and report errors as this module's docstring says."""
-    _complete_help_texts()
-    return events.on_parse_error(_one_line)
-
-
 def _one_line(event: events.ParseErrorEvent) -> None:
     """Raise a rejected value as one line; other events, such as unknown flags, print tyro's suggestions."""
     if isinstance(event, events.InvalidChoice):
@@ -169,31 +295,7 @@ def _one_line(event: events.ParseErrorEvent) -> None:
 
 
 def _name(argument: Any) -> str:
-    """What the user calls an argument: its flag, or the word that the help shows for its position."""
+    """Returns the name of an argument: its flag, or the word that the help shows for its position."""
     if argument.is_positional():
         return argument.field.argconf.metavar or argument.field.intern_name.upper()
     return argument.display_name()
-
-
-def _complete_help_texts() -> None:
-    """Let tyro wrap help texts at the terminal's width, not where our lines end, and add ranges to them.
-
-    It joins the lines of a field's docstring (1.0.17) unless they begin with a blank, as all but the first
-    do: docstring_parser hands them on as they stand in the source. Nor does it join those that begin with a
-    digit, a bracket or a quote.
-    """
-    parse = docstring_parser.parse_from_object
-    if parse.__module__ == __name__:
-        return
-
-    def parse_from_object(settings: Any, *args: Any, **options: Any) -> docstring_parser.Docstring:
-        found = parse(settings, *args, **options)
-        ranges = ranges_of(settings) if dataclasses.is_dataclass(settings) else {}
-        for param in found.params:
-            text = inspect.cleandoc(param.description or "")
-            allowed = str(ranges.get(param.arg_name, ""))
-            text = f"{text} ({allowed})" if allowed else text
-            param.description = re.sub(r"(?<!\n)\n(?!\n)", " ", text) or None
-        return found
-
-    docstring_parser.parse_from_object = parse_from_object

@@ -25,16 +25,21 @@ from typing import TextIO
 
 import coma
 from coma.errors import ComaError, Interrupted
+from coma.rooms import DISTRIBUTION, entry_points, load
 
-DISTRIBUTION = "coma-dyvit"
 GROUP = "coma.commands"
+"""Entry points of the commands; one may name extras that it needs: `demo = "demo.commands:run [demo]"`."""
+
+CHILD = (sys.executable, "-P", "-m", "coma")
+"""Starts `coma` as a child process; -P, so that no file of the current folder takes the place of ours."""
+
 BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell reports for a program that writes to a closed pipe
 
 OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS}
-"""Errors of the machine, not of the program: full or failing disks, files that may not be touched."""
+"""Errors of the machine: full or failing disks, missing permissions."""
 
 PATHS = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
-"""Errors of what a path names."""
+"""Errors of a path: it is missing, exists already, or is no folder."""
 
 USAGE = """usage: coma [--traceback] COMMAND ...
        coma COMMAND --help
@@ -45,13 +50,14 @@ USAGE = """usage: coma [--traceback] COMMAND ...
 commands:
 {commands}
 
-  --traceback  show where an error of yours came from
+  --traceback  print the full traceback on errors
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `coma` with these arguments (default: the process's) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    os.environ["PYTHONSAFEPATH"] = "1"  # worker processes: no file of the current folder is imported there
     show_traceback = arguments[:1] == ["--traceback"]
     try:
         code = _dispatch(arguments[show_traceback:])
@@ -120,7 +126,7 @@ def _dispatch(arguments: list[str]) -> int:
     command = commands[name]
     _configure_logging(command.module.partition(".")[0])
     try:
-        command.load()(rest)
+        load(command)(rest)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", *(each.module.partition(".")[0] for each in commands.values())):
@@ -130,7 +136,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _install(package: str, extras: Sequence[str]) -> str:
-    """The command that installs a package that is missing."""
+    """Returns the command that installs a package that is missing."""
     offered = metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
     own = [extra for extra in offered if extra.partition("-")[0] == package][:1]  # onnxruntime, mmcv-lite
     names = ",".join([*extras, *(extra for extra in own if extra not in extras)])
@@ -138,12 +144,8 @@ def _install(package: str, extras: Sequence[str]) -> str:
 
 
 def find_commands() -> dict[str, metadata.EntryPoint]:
-    """Commands of all installed rooms by name, in alphabetical order.
-
-    An entry point may name the extras its command needs: `demo = "demo.commands:run [demo]"`.
-    """
-    found = sorted(metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
-    return {entry.name: entry for entry in found}
+    """Returns the commands of all installed rooms by name, in alphabetical order."""
+    return entry_points(GROUP)
 
 
 def help_line(module: str) -> str:
@@ -169,7 +171,7 @@ def _versions() -> str:
 
 
 def _configure_logging(room: str) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_CurrentStderr()])
+    logging.basicConfig(level=logging.WARNING, handlers=[_CurrentStderr()])
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _CurrentStderr):
             handler.said.clear()
@@ -181,12 +183,18 @@ def _configure_logging(room: str) -> None:
 class _CurrentStderr(logging.StreamHandler):
     """Writes to what is `sys.stderr` at the time: a progress bar puts itself there while it is shown.
 
-    A line that is logged with `extra={"once": True}` is written once in a command, however often it comes.
+    Lines of level WARNING and above begin with their level. A line that is logged with `extra={"once": True}`
+    is written once in a command, however often it comes.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.said: set[str] = set()
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line: `warning: MESSAGE`, or the message alone."""
+        text = super().format(record)
+        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the line, unless it came before and was not to come again."""

@@ -127,7 +127,7 @@ def _warm_up(models: Models) -> None:
     for model in models.having("reconstructor")[:1]:
         try:
             runtime = model.runtime("reconstructor")
-            about, rule = runtime.description, runtime.description.preprocessing
+            about, rule = runtime.spec, runtime.spec.preprocessing
             side = rule.size[0] if rule.size else 224
             blank = np.zeros((side, side, len(rule.mean)), np.uint8)
             resized = resize_picture(blank, side, "crop", rule.mean)

@@ -20,7 +20,7 @@ from demo.models import Model
 from demo.predict import prepare
 from demo.reconstruction import run
 from demo.resize import resize_picture
-from export.preprocessing import as_input
+from export.preprocessing import to_input
 
 MOST_RUNS, SECONDS = 30, 1.0
 
@@ -80,23 +80,23 @@ def time_runtimes(
         first = first or outputs
         cosine = min(_cosine(first[name], outputs[name]) for name in first)
         name = next(iter(first))
-        scale = 255 * max(runtime.description.preprocessing.std) if form == "reconstructor" else 1.0
+        scale = 255 * max(runtime.spec.preprocessing.std) if form == "reconstructor" else 1.0
         difference = float((first[name].double() - outputs[name].double()).abs().max()) * scale
         rows.append(RuntimeTiming(option.title, runtime.title, milliseconds, runs, cosine, difference))
     return rows
 
 
 def _time(runtime: Runtime, pixels: np.ndarray) -> tuple[dict[str, Tensor], float, int]:
-    about, rule = runtime.description, runtime.description.preprocessing
-    if about.form == "reconstructor":
+    about, rule = runtime.spec, runtime.spec.preprocessing
+    if about.graph == "reconstructor":
         side = rule.size[0] if rule.size else 224
         resized = resize_picture(pixels, side, "crop", rule.mean)
-        images = as_input([resized.pixels], rule)
+        images = to_input([resized.pixels], rule)
         others = {"visible": sample_views("coma", 0, *unit_grid(side, side, about.unit))[:1]}
     else:
         images, others = prepare(pixels, runtime), {}
     outputs = run(runtime, images, **others)
-    if about.form == "reconstructor" and rule.inside:
+    if about.graph == "reconstructor" and rule.normalize_in_graph:
         outputs["reconstruction"] = normalize(outputs["reconstruction"] / 255, rule.mean, rule.std)
     seconds: list[float] = []
     while len(seconds) < MOST_RUNS and (len(seconds) < 3 or sum(seconds) < SECONDS):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from coma.masking.patchify import unit_grid
 from coma.models import Encoder
 from coma.models.attention import DynamicMultiWindowAttention, Layout
 from coma.models.dyvit import FIRST_SIDE, DyViT
-from coma.models.vit import ViT
 from coma.models.windows import nest, unnest
 
 
@@ -47,7 +46,7 @@ class BlockGates:
 @torch.no_grad()
 def feature_pyramid(encoder: Encoder, image: Tensor) -> tuple[Tensor, ...]:
     """Returns the feature maps of a normalised image `[1, c, H, W]`, finest first."""
-    return (DyViT if isinstance(encoder, DyViT) else ViT).forward(encoder, image)  # pyright: ignore
+    return encoder.pyramid(image)
 
 
 def pyramid_colours(maps: tuple[Tensor, ...]) -> list[np.ndarray]:
@@ -101,8 +100,9 @@ def gate_weights(encoder: Encoder, image: Tensor) -> list[BlockGates]:
     Raises:
         BadInput: an encoder without gates.
     """
-    if not isinstance(encoder, DyViT):
-        raise BadInput("This model is a plain ViT, which attends globally and has no gates.")
+    if not encoder.window_gates():
+        raise BadInput("This model has no gates: all its layers have one window, the whole picture.")
+    encoder = cast(DyViT, encoder)
     found: list[BlockGates] = []
     for stage, block, attention in _attentions(encoder):
         if attention.gate is None:
@@ -112,7 +112,7 @@ def gate_weights(encoder: Encoder, image: Tensor) -> list[BlockGates]:
             _watching(attention.proj) as proj,
             _watching(attention) as all_,
         ):
-            DyViT.forward(encoder, image)  # a classifier's own forward gives logits
+            encoder.pyramid(image)
         layout: Layout = all_.inputs[1]
         count = len(layout.windows)
         weights = gate.output.flatten().unflatten(0, (count, -1))  # windows, channels of each
@@ -148,11 +148,12 @@ def attention_maps_of(
     Returns:
         Maps `[h, w]` with sum 1, by the name of the window; zero outside the position's window.
     """
-    if not isinstance(encoder, DyViT):
+    if len(encoder.strides) == 1:
         return {"whole picture": _plain_attention(encoder, image, row, col)}
+    encoder = cast(DyViT, encoder)
     attention = encoder.stages[stage - 1].blocks[-1].attn  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
     with _watching(attention) as watched:
-        DyViT.forward(encoder, image)
+        encoder.pyramid(image)
     x, layout = watched.inputs
     side = FIRST_SIDE >> (stage - 1)
     h, w = layout.sequences.rows * side, layout.sequences.cols * side
@@ -189,7 +190,7 @@ def _plain_attention(encoder: Any, image: Tensor, row: float, col: float) -> np.
     from coma.models.attention_maps import softmax_of
 
     with softmax_of(encoder.blocks[-1].attn) as taken:
-        features = ViT.forward(encoder, image)[0]
+        features = encoder.pyramid(image)[0]
     h, w = -(-image.shape[-2] // encoder.unit), -(-image.shape[-1] // encoder.unit)
     side = encoder.unit // encoder.strides[0]
     h, w = h * side, w * side

@@ -12,6 +12,7 @@ from coma.artifact import ArtifactConfig, load_artifact
 from coma.artifact.load import artifact_hash
 from coma.errors import BadInput, ComaError
 from coma.models import Encoder
+from coma.registry import entry_of
 from coma.runtimes.base import Runtime
 from coma.runtimes.model_spec import GRAPH_KINDS, GraphKind, ModelSpec
 from coma.runtimes.open import Device, open_runtime
@@ -74,7 +75,7 @@ class Model:
 
     def description(self, form: GraphKind) -> ModelSpec:
         """Returns the specification of the model by its first runtime."""
-        return self.runtime(form).description
+        return self.runtime(form).spec
 
     @property
     def norm_pix(self) -> bool:
@@ -98,10 +99,10 @@ class Model:
     def method(self) -> str:
         """Returns the key of `demo.masking.METHODS` closest to the training of the model."""
         objective = self.config.objective if self.config else None
-        kind = type(objective).__name__.removesuffix("Config").lower()
-        if kind == "coma":
-            return "coma4" if objective.views > 2 else "coma"  # type: ignore[union-attr]
-        return self.undoes or {"mae": "mae", "cmt": "guided", "beyond": "zoom-in"}.get(kind, "coma")
+        if objective is None:
+            return "coma"
+        masks = self.undoes or entry_of(objective).masks
+        return "coma4" if masks == "coma" and getattr(objective, "views", 2) > 2 else masks
 
     def encoder(self) -> Encoder:
         """Returns the encoder in PyTorch, for introspection.
@@ -208,5 +209,5 @@ def _load_encoder(model: Model) -> Encoder:
     if model.artifact is None:
         raise BadInput("Only exported files of this model were given; introspection needs the artifact.")
     if model.kind == "classifier":
-        return cast(Encoder, load_classifier(model.artifact)[0])
-    return load_encoder(model.artifact)[0]
+        return cast(Encoder, load_classifier(model.artifact))
+    return load_encoder(model.artifact)

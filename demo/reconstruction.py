@@ -21,7 +21,7 @@ from coma.objectives.targets import Statistics, nearby_statistics, unit_statisti
 from coma.runtimes.base import Runtime
 from demo.masking import pixel_view
 from demo.resize import Resized
-from export.preprocessing import as_input
+from export.preprocessing import to_input
 
 
 @dataclass(frozen=True)
@@ -94,20 +94,20 @@ def reconstruct(
     Raises:
         BadInput: a size or a number of views that the runtime does not support.
     """
-    about = runtime.description.preprocessing
+    about = runtime.spec.preprocessing
     views, (height, width) = len(visible), resized.pixels.shape[1:]
-    unit = runtime.description.unit
+    unit = runtime.spec.unit
     pixels_in = resized.pixels if degraded is None else degraded
     displayed = pixels_in.clamp(0, 1)
-    if about.inside:
+    if about.normalize_in_graph:
         pixels_in = displayed
-    images = as_input([pixels_in] * views, about)
+    images = to_input([pixels_in] * views, about)
     began = time.perf_counter()
     out = run(runtime, images, visible=visible)["reconstruction"].float()
     seconds = time.perf_counter() - began
     plain = normalize(resized.pixels[None], about.mean, about.std)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (about.mean, about.std))
-    if about.inside:
+    if about.normalize_in_graph:
         out = (out / 255 - mean) / std
     if statistics == "target" and not predicts_all:
         seen = normalize(pixels_in[None], about.mean, about.std)

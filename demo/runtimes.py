@@ -81,7 +81,7 @@ def exported_files(folder: Path) -> Iterator[Exported]:
     for each in manifest.files:
         path = folder / each.file
         if path.is_file():
-            yield Exported(path, each.form, each.precision, each.sha256, manifest.source, manifest.kind)
+            yield Exported(path, each.graph, each.precision, each.sha256, manifest.source, manifest.kind)
 
 
 def verified_file(path: Path) -> Exported:
@@ -147,7 +147,7 @@ def _place(suffix: str, device: Device) -> Device:
         from coma.runtimes.onnxruntime import providers
 
         return device if device in providers() else "cpu"
-    from coma.runtimes.trt.discovery import require_gpu, require_package
+    from coma.runtimes.tensorrt.discovery import require_gpu, require_package
 
     require_package("tensorrt")
     require_gpu(0)

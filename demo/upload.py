@@ -19,9 +19,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from coma.data.channels import adapt, unit_scale
+from coma.data.channels import convert_channels, scale_to_unit
 from coma.data.decode import decode
-from coma.data.image import Picture
+from coma.data.image import DecodedImage
 from coma.data.transforms import resize
 from coma.errors import BadImage
 from demo.storage import Storage
@@ -54,7 +54,7 @@ class Uploads:
 
     def __init__(self, storage: Storage, most: int = 16) -> None:
         self._storage = storage
-        self._kept: OrderedDict[tuple[str, int, int], Picture] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, int, int], DecodedImage] = OrderedDict()
         self._most = most
         self._lock = threading.Lock()
         self._turns = threading.BoundedSemaphore(AT_ONCE)
@@ -77,7 +77,7 @@ class Uploads:
                     while len(self._kept) > self._most:
                         self._kept.popitem(last=False)
         try:
-            return adapt(picture, channels, "picture")
+            return convert_channels(picture, channels, "picture")
         except BadImage:
             have = picture.pixels.shape[2]
             raise BadImage(
@@ -112,7 +112,7 @@ class Uploads:
             for key in [key for key in self._kept if key[1] < limit]:
                 del self._kept[key]
 
-    def _decode(self, data: bytes) -> Picture:
+    def _decode(self, data: bytes) -> DecodedImage:
         if not self._turns.acquire(timeout=WAIT_SECONDS):
             raise BadImage("The server is decoding too many pictures; please try again in a minute.")
         try:
@@ -121,7 +121,7 @@ class Uploads:
             self._turns.release()
 
 
-def read_picture(data: bytes) -> Picture:
+def read_picture(data: bytes) -> DecodedImage:
     """Decodes a file and reduces its longer side to at most `MAX_SIDE` pixels.
 
     Returns:
@@ -134,7 +134,7 @@ def read_picture(data: bytes) -> Picture:
         raise BadImage(f"This file is larger than {MAX_BYTES >> 20} MB; please upload a smaller one.")
     _check_header(data)
     try:
-        picture = decode(data, "picture", at_least=MAX_SIDE)
+        picture = decode(data, "picture", min_side=MAX_SIDE)
     except BadImage:
         raise BadImage("This picture is damaged or cut short: it does not decode.") from None
     pixels, alpha = picture.pixels, picture.alpha
@@ -144,8 +144,8 @@ def read_picture(data: bytes) -> Picture:
         whole = (0, 0, *pixels.shape[:2])
         pixels = resize(pixels, whole, height, width).permute(1, 2, 0).contiguous().numpy()
     elif pixels.dtype != np.uint8:
-        pixels = unit_scale(pixels)
-    return Picture(pixels.clip(0, 1) if pixels.dtype != np.uint8 else pixels, alpha)
+        pixels = scale_to_unit(pixels)
+    return DecodedImage(pixels.clip(0, 1) if pixels.dtype != np.uint8 else pixels, alpha)
 
 
 def _check_header(data: bytes) -> None:

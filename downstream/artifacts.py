@@ -12,7 +12,7 @@ import re
 import warnings
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -78,8 +78,16 @@ def finetuned_config(
     )
 
 
-def load_finetuned(directory: Path, kind: Kind | None = None) -> tuple[nn.Module, ArtifactConfig]:
-    """Loads the detector or segmentor of an artifact, in evaluation mode on the CPU.
+class Finetuned(nn.Module):
+    """What type checkers see of a model of OpenMMLab that was loaded from an artifact."""
+
+    artifact: ArtifactConfig
+
+
+def load_finetuned(directory: Path, kind: Kind | None = None) -> Finetuned:
+    """Returns the detector or segmentor of an artifact, in evaluation mode on the CPU.
+
+    Its attribute `artifact` is the artifact's description.
 
     Raises:
         BadArtifact: an artifact of another kind, or tensors that do not fit.
@@ -87,9 +95,10 @@ def load_finetuned(directory: Path, kind: Kind | None = None) -> tuple[nn.Module
     artifact = read_finetuned(directory, kind)
     config = artifact.config
     with config_errors(directory / "config.json", "describes a model that cannot be built"):
-        model = build_model(config)
+        model = cast(Finetuned, build_model(config))
+    model.artifact = config
     load_strict(model, artifact.tensors, source=str(directory))
-    return model.eval(), config
+    return model.eval()
 
 
 def read_finetuned(directory: Path, kind: Kind | None = None) -> Artifact:

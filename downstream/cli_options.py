@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from coma.config import ENCODER_PRESETS
 from coma.ranges import BATCH, DECAY, EPOCHS, PROCESSES, RATE, WEIGHT_DECAY, Range, Ranged
+
+if TYPE_CHECKING:
+    Preset = str
+else:
+    Preset = Literal[ENCODER_PRESETS]
 
 Device = Literal["auto", "cuda", "cpu"]
 Split = Literal["train", "val", "test"]
-Preset = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
 UNSET = arg(help_behavior_hint="")
 """Marks flags that have no default."""
 

@@ -16,7 +16,7 @@ from coma.runtimes.onnxruntime import EMULATED
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-Short = Literal["fp16", "bf16"]
+Half = Literal["fp16", "bf16"]
 
 
 _EXACT = frozenset(
@@ -32,12 +32,12 @@ _EXACT = frozenset(
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
 
 
-def is_short(precision: str) -> TypeGuard[Short]:
+def is_half(precision: str) -> TypeGuard[Half]:
     """Whether files of this precision have to be emulated on a CPU."""
     return precision in ("fp16", "bf16")
 
 
-def emulate(model: ModelProto, precision: Short) -> ModelProto:
+def emulate(model: ModelProto, precision: Half) -> ModelProto:
     """A copy that computes in fp32 what the model computes in 16 bits, with the same inputs and outputs.
 
     Args:
@@ -59,9 +59,11 @@ def emulate(model: ModelProto, precision: Short) -> ModelProto:
     if copy.functions:
         copy = inliner.inline_local_functions(copy)
     graph = copy.graph
-    ports = [each.name for each in (*graph.input, *graph.output) if each.type.tensor_type.elem_type == short]
-    if ports:
-        raise BadInput(f"inputs or outputs in {precision} ({', '.join(ports)}): export them in fp32")
+    sixteen_bit = [
+        each.name for each in (*graph.input, *graph.output) if each.type.tensor_type.elem_type == short
+    ]
+    if sixteen_bit:
+        raise BadInput(f"inputs or outputs in {precision} ({', '.join(sixteen_bit)}): export them in fp32")
     typed = shape_inference.infer_shapes(copy).graph
     types = {
         each.name: each.type.tensor_type.elem_type

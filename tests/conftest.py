@@ -1,15 +1,18 @@
 """What tests share: one thread each, so that results depend on no machine, a few pictures, a short run."""
 
+import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from class_folders import class_folders
 from PIL import Image
 from short_runs import MODEL, OBJECTIVE, at
+from taught_models import timm_weights
 
 from coma.config import DataConfig, OptimizerConfig, PretrainConfig, RunConfig
 from pretrain.training import pretrain
@@ -31,6 +34,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=["cuda", "cpu"],
         help="device of the tests marked gpu; cpu shows that they themselves work",
     )
+    parser.addoption(
+        "--renew-golden",
+        action="store_true",
+        help="write tests/golden anew, in place of comparing with what is there",
+    )
+
+
+@pytest.fixture
+def golden_curve(request: pytest.FixtureRequest) -> Callable[[str, str, list[float]], None]:
+    """Compares a loss curve with the one of this name in a file of `tests/golden`."""
+
+    def compare(file: str, name: str, curve: list[float]) -> None:
+        path = Path(__file__).parent / "golden" / file
+        curves = json.loads(path.read_text())
+        if request.config.getoption("--renew-golden"):
+            curves[name] = [round(loss, 5) for loss in curve]
+            path.write_text(json.dumps(curves, indent=0) + "\n")
+        assert curve == pytest.approx(curves[name], rel=0.01)
+        assert curve[-1] < 0.9 * curve[0]
+
+    return compare
 
 
 @pytest.fixture
@@ -50,6 +74,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(10):
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{number}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of noise in train and test folders."""
+    return class_folders(tmp_path_factory.mktemp("labelled"))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of weights of timm's smallest vision transformer."""
+    return timm_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from coma.models import DyViT, build_encoder
 from coma.objectives import build_objective
 from gpu_steps.session import Session, free
 from pretrain.training import pretrain
-from pretrain.training.train_step import Learner
+from pretrain.training.train_step import TrainStep
 
 LIMITS: dict[Precision, float] = {"fp32": 1e-3, "bf16": 5e-2}
 """Largest relative error of all gradients together, by precision."""
@@ -192,17 +192,17 @@ def resumed(session: Session) -> None:
 @contextmanager
 def ended_in(step: int) -> Iterator[None]:
     """A run inside ends in the middle of this step, as if killed."""
-    take = Learner.step
+    take = TrainStep.__call__
 
-    def take_or_end(self: Learner, number: int, *rest: Any) -> Any:
+    def take_or_end(self: TrainStep, number: int, *rest: Any) -> Any:
         if number == step:
             raise KeyboardInterrupt
         return take(self, number, *rest)
 
-    Learner.step = take_or_end  # type: ignore[method-assign]
+    TrainStep.__call__ = take_or_end  # type: ignore[method-assign]
     try:
         yield
     except KeyboardInterrupt:
         pass
     finally:
-        Learner.step = take  # type: ignore[method-assign]
+        TrainStep.__call__ = take  # type: ignore[method-assign]

@@ -29,7 +29,7 @@ from coma.config import (
     dyvit_preset,
     method_preset,
 )
-from coma.data import Slices, normalize, open_source, training_batches
+from coma.data import BatchLayout, normalize, open_source, training_batches
 from coma.data.worker_pool import default_workers
 from coma.errors import Interrupted
 from gpu_steps.session import Session, free, median_seconds
@@ -63,7 +63,7 @@ def run(session: Session) -> None:
     for repeats in (1,) if small else (1, 4):
         data = DataConfig(folder, image_size=size, workers=workers, aug_repeats=repeats)
         batches = training_batches(
-            source, data, channels=3, seed=0, batch=Slices(batch, batch), device=device
+            source, data, channels=3, seed=0, batch=BatchLayout(batch, batch), device=device
         )
         next(batches)
         started = time.perf_counter()

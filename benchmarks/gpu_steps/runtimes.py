@@ -23,7 +23,7 @@ def exported(session: Session, *flags: str) -> Path:
     out = session.folder / "export"
     shape = f"1x3x{32 if session.small else 224}x{32 if session.small else 224}"
     most = shape.replace("1x3", f"{2 if session.small else 64}x3", 1)
-    command = ["-m", "coma", "export", str(artifact_of(session)), "--form", "encoder", "--out", str(out)]
+    command = ["-m", "coma", "export", str(artifact_of(session)), "--graph", "encoder", "--out", str(out)]
     command += ["--shapes", f"{shape}:{most}:{most}", "--verify-images", "2" if session.small else "8"]
     session.run(*command, *flags)
     return out
@@ -39,7 +39,7 @@ def onnx_runtime(session: Session) -> None:
         raise Skip(f"ONNX Runtime offers {', '.join(offered)}; onnxruntime-gpu is not installed")
     device, precisions = ("cuda", "fp32,fp16,bf16") if gpu else ("cpu", "fp32")
     seconds = "0.1" if session.small else "1"
-    folder = exported(session, "--precision", precisions, "--device", device, "--seconds", seconds)
+    folder = exported(session, "--precision", precisions, "--device", device, "--benchmark-seconds", seconds)
     manifest = json.loads((folder / "manifest.json").read_text())
     for verdict in ("files", "rejected"):
         for entry in manifest[verdict]:
@@ -55,7 +55,7 @@ def tensorrt_rtx(session: Session) -> None:
         raise Skip("TensorRT-RTX is not installed")
     from coma.runtimes.pytorch import TorchRuntime
     from coma.runtimes.shape_ranges import Shape, Shapes
-    from coma.runtimes.tensorrt import TensorRTRuntime
+    from coma.runtimes.tensorrt.runtime import TensorRTRuntime
     from export.graphs.load import load_exportable
     from export.onnx_export import write_onnx
     from export.tensorrt.builder import build_engine

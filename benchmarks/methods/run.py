@@ -40,7 +40,7 @@ from machine import describe
 
 from coma.errors import Interrupted
 from pretrain.commands.compare import entry
-from pretrain.sweep import Compared, Comparison, Entry, compare
+from pretrain.sweep import CompareConfig, Entry, SweepResult, compare
 
 TEACHER = "--teacher {teacher}"
 METHODS: Mapping[str, str] = {
@@ -124,24 +124,27 @@ def entries(args: argparse.Namespace) -> tuple[Entry, ...]:
     )
 
 
-def comparison(args: argparse.Namespace, unit: str, test: Path, found: tuple[Entry, ...]) -> Comparison:
+def comparison(args: argparse.Namespace, unit: str, test: Path, found: tuple[Entry, ...]) -> CompareConfig:
     """One budget."""
-    return Comparison(
-        entries=found,
-        unit="images" if unit == "images" else "seconds",
-        amount=args.images if unit == "images" else args.seconds,
+    return CompareConfig(
+        images=args.data / "train.npz",
         test=test,
+        budget=("images", args.images) if unit == "images" else ("seconds", args.seconds),
+        entries=found,
         protocols=("knn", "linear"),
         out=args.work / f"equal-{unit}",
         reference="mae",
         device="cpu",
         jobs=args.jobs,
+        threads=1,
+        workers=0,
         probes=args.probes,
-        probe_limits=(1000, 1000),
+        probe_train=1000,
+        probe_test=1000,
     )
 
 
-def record(args: argparse.Namespace, found: Mapping[str, Compared]) -> None:
+def record(args: argparse.Namespace, found: Mapping[str, SweepResult]) -> None:
     """Everything of all runs as JSON."""
     about = {"machine": describe(), "data": args.data.name, "flags": flags(args)}
     about |= {"backbones": dict(BACKBONES), "methods": dict(METHODS), "teacher": TAUGHT_BY}
@@ -192,7 +195,7 @@ def main() -> None:
 
     test, found = labelled(args), entries(args)
     print(describe(), flush=True)
-    done: dict[str, Compared] = {}
+    done: dict[str, SweepResult] = {}
     for unit in args.budgets:
         try:
             done[unit] = compare(comparison(args, unit, test, found))

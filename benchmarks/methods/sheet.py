@@ -82,7 +82,8 @@ def main() -> None:
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
     for row, (name, place) in enumerate(found.items(), start=1):
-        objective, config = load_pretrained(place)
+        objective = load_pretrained(place)
+        config = objective.artifact
         squares = [source.read(index, config.model.channels) for index in args.images]
         size = read_config(place.parent / "config.json").view_size
         squares = [resize(each, centre_square(*each.shape[:2]), size, size) for each in squares]

@@ -12,7 +12,8 @@ compares them: an artifact that a disk, a copy or an edit changed is refused.
 
 from coma.artifact.load import Artifact, load_artifact, load_classifier, load_encoder, load_strict
 from coma.artifact.save import save_artifact
-from coma.artifact.schema import CHECKSUMS, LINEAR_HEAD, ArtifactConfig, library_versions
+from coma.artifact.schema import CHECKSUMS, LINEAR_HEAD, library_versions
+from coma.config.artifact import ArtifactConfig
 
 __all__ = [
     "CHECKSUMS",

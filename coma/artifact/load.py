@@ -1,4 +1,4 @@
-"""Read an artifact back: strictly, safely, with errors that say what to do."""
+"""Loads artifacts: strictly, without unpickling, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -16,17 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from coma.artifact.save import sibling
-from coma.artifact.schema import (
-    CHECKSUMS,
-    CONFIG,
-    FORMAT_VERSION,
-    LINEAR_HEAD,
-    RENAMED,
-    TENSORS,
-    ArtifactConfig,
-    content_sha256,
-)
+from coma.artifact.schema import CHECKSUMS, CONFIG, LINEAR_HEAD, RENAMED, TENSORS, content_sha256
 from coma.atomic_io import sha256_of
+from coma.config.artifact import FORMAT_VERSION, ArtifactConfig
 from coma.config.serialization import from_plain, read_json
 from coma.errors import BadArtifact, BadInput
 from coma.messages import abridged
@@ -40,7 +32,7 @@ _MISMATCH = (
 )
 
 if TYPE_CHECKING:
-    from coma.models.classifier import Classifier
+    from coma.models.classifiers import Classifier
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,7 @@ class Artifact:
     tensors: dict[str, Tensor]
 
 
-def load_artifact(directory: Path) -> Artifact:
+def load_artifact(directory: str | Path) -> Artifact:
     """Read an artifact; tensors stay in the type they were stored in.
 
     Raises:
@@ -73,7 +65,7 @@ def load_artifact(directory: Path) -> Artifact:
 
 @cache
 def _say_unchecked(directory: Path) -> None:
-    log.warning("warning: %s: has no checksums (an older version wrote it): damage goes unnoticed", directory)
+    log.warning("%s: has no checksums (an older version wrote it): damage goes unnoticed", directory)
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -97,8 +89,10 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     module.load_state_dict(dict(tensors), strict=True)
 
 
-def load_encoder(directory: Path) -> tuple[Encoder, ArtifactConfig]:
-    """The encoder of a `backbone` or `pretrained` artifact, in evaluation mode on the CPU.
+def load_encoder(directory: str | Path) -> Encoder:
+    """Returns the encoder of a `backbone` or `pretrained` artifact, in evaluation mode on the CPU.
+
+    Its attribute `artifact` is the artifact's description: image size, mean, std, how it was trained.
 
     Raises:
         BadArtifact: as `load_artifact` and `load_strict`, or an artifact of another kind.
@@ -117,27 +111,28 @@ def load_encoder(directory: Path) -> tuple[Encoder, ArtifactConfig]:
         )
     encoder = build_encoder(artifact.config.model)
     load_strict(encoder, tensors, source=f"{directory}/{TENSORS}")
-    return encoder.eval(), artifact.config
+    encoder.artifact = artifact.config
+    return encoder.eval()
 
 
-def load_classifier(directory: Path) -> tuple[Classifier, ArtifactConfig]:
-    """The model of a `classifier` artifact, in evaluation mode on the CPU.
+def load_classifier(directory: str | Path) -> Classifier:
+    """Returns the model of a `classifier` artifact, in evaluation mode on the CPU.
 
-    It maps images `[b, c, H, W]`, normalised by the description's mean and std, to logits `[b, classes]`, one
-    for each of its `class_names`.
+    It maps images `[b, c, H, W]`, normalised by the `mean` and `std` of its attribute `artifact`, to logits
+    `[b, classes]`, one for each of `artifact.class_names`.
 
     Raises:
         BadArtifact: as `load_artifact` and `load_strict`, or an artifact of another kind or with a head that
             is not known here.
     """
-    from coma.models.classifier import build_classifier  # registers models with timm
+    from coma.models.classifiers import build_classifier  # registers models with timm
 
     artifact = load_artifact(directory)
     config = artifact.config
     if config.kind != "classifier":
         raise BadArtifact(
             f"{directory}: its kind is {config.kind!r}; give a 'classifier' artifact, as "
-            "`coma evaluate --protocol finetune` makes"
+            "`coma classify train` makes"
         )
     if config.head != LINEAR_HEAD or config.class_names is None:
         raise BadArtifact(
@@ -146,7 +141,8 @@ def load_classifier(directory: Path) -> tuple[Classifier, ArtifactConfig]:
         )
     classifier = build_classifier(config.model, len(config.class_names))
     load_strict(classifier, artifact.tensors, source=f"{directory}/{TENSORS}")
-    return classifier.eval(), config
+    classifier.artifact = config
+    return classifier.eval()
 
 
 def _check_directory(directory: Path, found: Path) -> None:
@@ -163,7 +159,7 @@ def _check_directory(directory: Path, found: Path) -> None:
 
 
 def _not_an_artifact(file: Path) -> str:
-    """What a file is that was given in place of an artifact, and what to give."""
+    """Returns a message for a file that was given in place of an artifact."""
     folder = file.absolute().parent
     if file.name in (CONFIG, TENSORS) and all((folder / name).is_file() for name in (CONFIG, TENSORS)):
         return f"is a file of an artifact; give its directory, {folder}"
@@ -177,7 +173,7 @@ def _not_an_artifact(file: Path) -> str:
 
 
 def _read_config(path: Path) -> tuple[ArtifactConfig, dict[str, Any] | None]:
-    """The description, and the checksums that it carries."""
+    """Returns the description, and the checksums that it carries."""
     try:
         plain = read_json(path, "a whole artifact")
     except BadInput as error:

@@ -1,21 +1,16 @@
-"""What `config.json` of an artifact says, and the names of its files."""
+"""File names of an artifact, its checksums, and the names that older formats used."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import platform
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from coma.atomic_io import sha256_of
-from coma.config import EncoderConfig, ObjectiveConfig, view_size
-from coma.errors import BadInput
-from coma.ranges import MEAN, SIDE, STD, Ranged
 
-FORMAT_VERSION = 2
 RENAMED = {
     "hidden_ratio": "mask_ratio",
     "ema": "ema_decay",
@@ -30,63 +25,9 @@ CHECKSUMS = "checksums"
 LINEAR_HEAD: dict[str, Any] = {"type": "linear", "pool": "mean"}
 """`head` of a classifier: one linear layer, `head.weight` and `head.bias`, on the mean of the last map."""
 
-Kind = Literal["backbone", "pretrained", "classifier", "detector", "segmentor"]
-
-
-@dataclass(frozen=True)
-class ArtifactConfig(Ranged):
-    """Everything needed to rebuild the model and to feed it images.
-
-    Raises:
-        BadInput: values that contradict each other; the message names them.
-    """
-
-    flags = ""
-
-    kind: Kind
-    """backbone: an encoder. pretrained: encoder and decoder. The others: a fine-tuned model."""
-    model: EncoderConfig
-    objective: ObjectiveConfig | None
-    """How it was pre-trained; required of kind `pretrained`, whose decoder it describes."""
-    image_size: Annotated[int, SIDE]
-    """Side in pixels of the square images that the encoder was trained on."""
-    mean: Annotated[tuple[float, ...], MEAN]
-    """Per-channel mean of pixels scaled to 0..1."""
-    std: Annotated[tuple[float, ...], STD]
-    """Per-channel standard deviation of pixels scaled to 0..1."""
-    class_names: tuple[str, ...] | None
-    trained: dict[str, Any]
-    """Plain facts: method, steps, images_seen, loss, name of the data. Values that JSON can hold."""
-    versions: dict[str, str]
-    """Of Python and the libraries that wrote it; see `coma.artifact.library_versions`."""
-    head: dict[str, Any] | None = None
-    """What a fine-tuned model has beside the encoder, as plain data: the room that made it rebuilds it from
-    this. None where there is nothing to say (backbone, pretrained)."""
-    format_version: int = FORMAT_VERSION
-
-    @property
-    def view_size(self) -> int:
-        """Side in pixels of the square images that pre-training rebuilt: larger, where it zooms in."""
-        return view_size(self.image_size, self.model.unit, self.objective)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        channels, unit = self.model.channels, self.model.unit
-        if not len(self.mean) == len(self.std) == channels:
-            raise BadInput(
-                f"mean has {len(self.mean)} values and std {len(self.std)}; give one for each of "
-                f"{channels} channels"
-            )
-        if self.image_size < unit:
-            raise BadInput(f"image size {self.image_size} px is smaller than a mask unit of {unit} px")
-        if self.class_names is not None and not (self.class_names and all(self.class_names)):
-            raise BadInput("class names must be at least one name, none of them empty")
-        if self.kind == "pretrained" and self.objective is None:
-            raise BadInput("an artifact of kind 'pretrained' needs its objective")
-
 
 def with_checksums(plain: dict[str, Any], tensors: Path) -> dict[str, Any]:
-    """What `config.json` holds: a description, with the SHA-256 of its content and of the file of tensors."""
+    """Returns a description with the SHA-256 of its content and of the file of tensors."""
     return plain | {CHECKSUMS: {CONFIG: content_sha256(plain), TENSORS: sha256_of(tensors)}}
 
 

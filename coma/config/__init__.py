@@ -9,6 +9,12 @@ from coma.config.architectures import (
     dyvit_preset,
     encoder_preset,
 )
+from coma.config.finetune import (
+    FinetuneConfig,
+    FinetuneDataConfig,
+    FinetuneRecipe,
+    FinetuneRunConfig,
+)
 from coma.config.objectives import (
     METHOD_PRESETS,
     BalancedCoMAConfig,
@@ -19,20 +25,10 @@ from coma.config.objectives import (
     Degradation,
     MAEConfig,
     ObjectiveConfig,
-    TaughtConfig,
     TeacherConfig,
     method_preset,
 )
-from coma.config.runs import (
-    DataConfig,
-    FinetuneConfig,
-    FinetuneRecipe,
-    OptimizerConfig,
-    PretrainConfig,
-    ProbeConfig,
-    RunConfig,
-    view_size,
-)
+from coma.config.runs import DataConfig, OptimizerConfig, PretrainConfig, ProbeConfig, RunConfig, view_size
 
 __all__ = [
     "ENCODER_PRESETS",
@@ -47,14 +43,15 @@ __all__ = [
     "DyViTConfig",
     "EncoderConfig",
     "FinetuneConfig",
+    "FinetuneDataConfig",
     "FinetuneRecipe",
+    "FinetuneRunConfig",
     "MAEConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "PretrainConfig",
     "ProbeConfig",
     "RunConfig",
-    "TaughtConfig",
     "TeacherConfig",
     "ViTConfig",
     "Windows",

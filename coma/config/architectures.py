@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 from coma.errors import BadInput
 from coma.ranges import CHANNELS, DECAY, DEPTH, HEADS, WIDTH, Range, Ranged
+from coma.registry import ARCHITECTURES, presets, resolve
 
 Windows = tuple[tuple[int, ...], ...]
 
@@ -46,6 +47,31 @@ class DyViTConfig(Ranged):
     def num_features(self) -> int:
         """Channels of the last stage."""
         return self.dim * 8
+
+    @property
+    def as_wide_as_base(self) -> bool:
+        """Whether it has the width of the preset base."""
+        return self.dim == 96
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per token of every map of the pyramid, finest first."""
+        return tuple(self.patch * 2**i for i in range(4))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of every map of the pyramid, finest first."""
+        return tuple(self.dim * 2**i for i in range(4))
+
+    @staticmethod
+    def suited_to(image_size: int) -> dict[str, Any]:
+        """Returns patch and windows for square images of `image_size` pixels.
+
+        Windows lie inside a mask unit, or are as large as such an image: neither is cut from a map.
+        """
+        patch = 4 if image_size >= 112 else 2 if image_size >= 64 else 1
+        units = -(-image_size // (patch * 8))
+        return {"patch": patch, "windows": ((4, 8), (2, 4), (2, 2 * units), (units,))}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,6 +120,26 @@ class ViTConfig(Ranged):
         """Channels of the output."""
         return self.dim
 
+    @property
+    def as_wide_as_base(self) -> bool:
+        """Whether it has the width of the preset vit-base."""
+        return self.dim == 768
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per token of its one map."""
+        return (self.patch,)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of its one map."""
+        return (self.dim,)
+
+    @staticmethod
+    def suited_to(image_size: int) -> dict[str, Any]:
+        """Returns the patch for square images of `image_size` pixels."""
+        return {"patch": 16 if image_size >= 112 else 8 if image_size >= 64 else 4}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dim % self.heads or self.dim % 4:
@@ -103,41 +149,22 @@ class ViTConfig(Ranged):
 EncoderConfig = DyViTConfig | ViTConfig
 
 
-_DYVIT = {
-    "tiny": {"dim": 32, "depths": (1, 1, 6, 2), "heads": (2, 4, 8, 16)},
-    "small": {"dim": 64, "depths": (1, 1, 10, 2), "heads": (2, 2, 4, 8)},
-    "base": {"dim": 96, "depths": (1, 1, 10, 2), "heads": (2, 4, 6, 12)},
-    "large": {"dim": 144, "depths": (1, 1, 20, 2), "heads": (2, 6, 12, 24)},
-}
-_VIT = {
-    "vit-tiny": {"dim": 192, "depth": 12, "heads": 3},
-    "vit-small": {"dim": 384, "depth": 12, "heads": 6},
-    "vit-base": {"dim": 768, "depth": 12, "heads": 12},
-    "vit-large": {"dim": 1024, "depth": 24, "heads": 16},
-}
-ENCODER_PRESETS = (*_DYVIT, *_VIT)
+ENCODER_PRESETS = tuple(presets(ARCHITECTURES))
 
 
 def encoder_preset(name: str, image_size: int = 224, channels: int = 3) -> EncoderConfig:
-    """The encoder called `name`, with patch and windows that suit square images of `image_size` pixels.
+    """Returns the encoder called `name`, with patch and windows that suit images of `image_size` pixels.
 
     Raises:
         BadInput: no preset has that name.
     """
-    if name in _VIT:
-        patch = 16 if image_size >= 112 else 8 if image_size >= 64 else 4
-        return ViTConfig(channels=channels, patch=patch, **_VIT[name])
-    if name in _DYVIT:
-        return dyvit_preset(name, image_size, channels)
+    for architecture in ARCHITECTURES.values():
+        if preset := architecture.presets.get(name):
+            config: type[EncoderConfig] = resolve(architecture.config)
+            return config(channels=channels, **config.suited_to(image_size), **preset.settings)
     raise BadInput(f"no model preset {name!r}; there are: {', '.join(ENCODER_PRESETS)}")
 
 
 def dyvit_preset(name: str, image_size: int = 224, channels: int = 3) -> DyViTConfig:
-    """DyViT `tiny`, `small`, `base` or `large` for images of `image_size` pixels.
-
-    Windows lie inside a mask unit, or are as large as such an image: neither is cut from a map.
-    """
-    patch = 4 if image_size >= 112 else 2 if image_size >= 64 else 1
-    units = -(-image_size // (patch * 8))
-    windows = ((4, 8), (2, 4), (2, 2 * units), (units,))
-    return DyViTConfig(channels=channels, patch=patch, windows=windows, **_DYVIT[name])
+    """Returns DyViT `tiny`, `small`, `base` or `large`, as `encoder_preset` does."""
+    return cast(DyViTConfig, encoder_preset(name, image_size, channels))

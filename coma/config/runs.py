@@ -1,7 +1,7 @@
-"""Every setting of a run, pre-training or fine-tuning, as plain frozen data.
+"""Settings of a pre-training run, as plain frozen data.
 
-A run is described by one `PretrainConfig`: written to `run/config.json`, read back with `--from`, and stored
-in the artifact (see `serialization`).
+One `PretrainConfig` describes a run. It is written to `run/config.json`, and `--from` reads it back (see
+`serialization`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from coma.config.architectures import DyViTConfig, EncoderConfig
-from coma.config.objectives import BeyondConfig, CoMAConfig, ObjectiveConfig
+from coma.config.objectives import CoMAConfig, ObjectiveConfig
 from coma.errors import BadInput
 from coma.ranges import (
     BATCH,
@@ -23,6 +23,7 @@ from coma.ranges import (
     MEAN,
     MINUTES,
     PROCESSES,
+    RARE,
     RATE,
     SEED,
     SHARE,
@@ -37,31 +38,33 @@ from coma.ranges import (
 
 @dataclass(frozen=True)
 class DataConfig(Ranged):
-    """What to train on and how to read it."""
+    """Training images and how they are read."""
 
     images: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")] = None
-    """Folder of images (searched recursively), .npz pack, .tar shards or a folder of them."""
+    """Folder of images (searched recursively), .npz pack or .tar shards."""
     image_size: Annotated[int, SIDE] = 224
-    """Side of the square training crop in pixels; a multiple of the mask unit."""
-    mean: Annotated[tuple[float, ...] | None, MEAN] = None
-    """Per-channel mean of pixels scaled to 0..1; measured on a sample of the data when not given."""
-    std: Annotated[tuple[float, ...] | None, STD] = None
-    """Per-channel standard deviation; measured when not given."""
-    crop_scale: Annotated[tuple[float, float], Range(0, 1, above=True)] = (0.2, 1.0)
-    """Area of the random crop as a share of the image (RandomResizedCrop)."""
-    flip: bool = True
+    """Side of the square training crop in pixels."""
+    mean: Annotated[tuple[float, ...] | None, MEAN, RARE, tyro.conf.arg(metavar="R G B")] = None
+    """Mean of every channel, of pixels scaled to 0..1; default: measured on a sample of the images"""
+    std: Annotated[tuple[float, ...] | None, STD, RARE, tyro.conf.arg(metavar="R G B")] = None
+    """Standard deviation of every channel; default: measured on a sample of the images"""
+    crop_scale: Annotated[
+        tuple[float, float], Range(0, 1, above=True), RARE, tyro.conf.arg(metavar="MIN MAX")
+    ] = (0.2, 1.0)
+    """Smallest and largest area of the random crop, as shares of the image (RandomResizedCrop)."""
+    flip: Annotated[bool, RARE] = True
     """Flip half of the crops left to right."""
-    aug_repeats: Annotated[int, Range(1, 1024)] = 1
-    """Samples in a row from one decoded image, each with its own crop, flip and masks (Hoffer et al. 2020,
-    "Augment your batch"): 2 to 4 feed a faster GPU from the same cores, with less variety in a batch. An
-    epoch remains as many samples as there are images."""
-    on_bad_image: Literal["skip", "stop"] = "skip"
-    """A file that will not decode is named, counted and skipped, or stops the run."""
+    aug_repeats: Annotated[int, Range(1, 1024), RARE] = 1
+    """Consecutive samples from one decoded image, each with its own crop, flip and masks (Hoffer et al. 2020,
+    "Augment your batch"). 2 to 4 feed a faster GPU from the same cores, with less variety in a batch. The
+    number of samples in an epoch stays the same."""
+    on_bad_image: Annotated[Literal["skip", "stop"], RARE] = "skip"
+    """What a file that cannot be decoded does: it is named, counted and skipped, or stops the run."""
     workers: Annotated[int | None, PROCESSES] = None
-    """Processes that decode images; default: one per core beside the trainer (0 on 1 or 2 cores)."""
-    loader: Literal["workers", "dali"] = "workers"
-    """Who decodes: those processes, or NVIDIA DALI (an extra) with as many threads, on the GPU where there is
-    one; a quarter as many processes then read files. DALI decodes every sample, whatever --aug-repeats."""
+    """Processes that decode images; default: one per core but one, 0 on two cores"""
+    loader: Annotated[Literal["workers", "dali"], RARE] = "workers"
+    """Decoder: worker processes, or NVIDIA DALI (an extra) with as many threads, on the GPU where there is
+    one; a quarter as many processes then read files. DALI ignores --aug-repeats."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,80 +84,83 @@ class OptimizerConfig(Ranged):
     """AdamW with warm-up and cosine decay (MAE, appendix A.1)."""
 
     epochs: Annotated[float, EPOCHS] = 100.0
-    """Passes over the data."""
-    steps: Annotated[int | None, STEPS] = None
-    """Optimizer steps; overrides --epochs when given."""
+    """Passes over the images."""
+    steps: Annotated[int | None, STEPS, RARE] = None
+    """Optimizer steps; overrides --epochs."""
     batch_size: Annotated[int, BATCH] = 256
-    """Images per optimizer step, over all processes and accumulation steps."""
+    """Images per optimizer step, over all processes."""
     micro_batch: Annotated[int | None, BATCH] = None
-    """Images per process and forward pass; the rest of the batch is accumulated. Default: no accumulation."""
+    """Images per process and forward pass; gradients accumulate over the batch; default: the whole batch"""
     base_lr: Annotated[float, RATE] = 1.5e-4
-    """Learning rate per 256 images; the rate used is base_lr x batch_size / 256."""
+    """Learning rate per 256 images of the batch."""
     warmup: Annotated[float, SHARE] = 0.1
-    """Share of the steps with linearly rising learning rate."""
-    weight_decay: Annotated[float, WEIGHT_DECAY] = 0.05
-    betas: Annotated[tuple[float, float], DECAY] = (0.9, 0.95)
-    clip_grad: Annotated[float, Range(0, 1e9)] = 1.0
+    """Share of the steps over which the learning rate rises linearly."""
+    weight_decay: Annotated[float, WEIGHT_DECAY, RARE] = 0.05
+    """Weight decay of matrices; biases, norms and tokens have none."""
+    betas: Annotated[tuple[float, float], DECAY, RARE, tyro.conf.arg(metavar="BETA1 BETA2")] = (0.9, 0.95)
+    """Decay rates of AdamW's two moving averages."""
+    clip_grad: Annotated[float, Range(0, 1e9), RARE] = 1.0
     """Largest gradient norm; 0 switches clipping off."""
-    ema_decay: Annotated[float, DECAY] = 0.0
-    """Decay of a moving average of the weights that goes into the artifact in their place; 0: none. (That of
-    --method cmt is another, --objective.ema-decay.)"""
+    ema_decay: Annotated[float, DECAY, RARE] = 0.0
+    """Decay of a moving average of the weights, which the artifact then holds; 0: none. (--method cmt has
+    another one, --objective.ema-decay.)"""
 
     @property
     def lr(self) -> float:
-        """Peak learning rate: linear scaling (Goyal et al. 2017), as in MAE appendix A.1."""
+        """Peak learning rate, scaled linearly with the batch (Goyal et al. 2017; MAE, appendix A.1)."""
         return self.base_lr * self.batch_size / 256
 
 
 @dataclass(frozen=True)
 class RunConfig(Ranged):
-    """Where the run lives and how it uses the machine."""
+    """Where the run is written and how it uses the machine."""
 
     out: Path = Path("run")
-    """Run directory: config.json, metrics.jsonl, tensorboard/, reconstructions/, state/, artifact/."""
+    """Run directory for settings, metrics, state and artifact."""
     seed: Annotated[int, SEED] = 0
-    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
+    """Seed of weights, crops and masks."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto: the GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on CPU."""
+    """auto: bf16 on a GPU (fp16 on older ones), fp32 on a CPU."""
     compile: bool = False
-    """Compile the step with torch.compile (slow to start, faster to run)."""
+    """Compile the model: a slower start, faster steps."""
     grad_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Under torchrun: replicate the model (ddp) or shard it (fsdp, FSDP2)."""
-    save_minutes: Annotated[float, MINUTES] = 10.0
-    """Save the resumable state at least this often (and at the end, on Ctrl-C and on SIGTERM)."""
-    save_steps: Annotated[int | None, STEPS] = None
-    """Save the resumable state every so many steps instead."""
-    log_steps: Annotated[int, STEPS] = 10
-    """Write metrics every so many steps."""
-    reconstruction_every: Annotated[int, Range(0, 10**12)] = 500
-    """Write a picture of reconstructions every so many steps; 0: only at the end."""
+    """Recompute activations: less memory, a third more time."""
+    parallel: Annotated[Literal["ddp", "fsdp"], RARE] = "ddp"
+    """Parallelism under torchrun: replicate the model (ddp) or shard it (fsdp, which is FSDP2)."""
+    save_minutes: Annotated[float, MINUTES, RARE] = 10.0
+    """Minutes between saves of the resumable state, which the end, Ctrl-C and SIGTERM save as well."""
+    save_steps: Annotated[int | None, STEPS, RARE] = None
+    """Steps between saves of the resumable state; overrides --save-minutes."""
+    log_steps: Annotated[int, STEPS, RARE] = 10
+    """Steps between log points."""
+    reconstruction_every: Annotated[int, Range(0, 10**12), RARE] = 500
+    """Steps between pictures of reconstructions; 0: only at the end."""
 
 
 @dataclass(frozen=True)
 class ProbeConfig(Ranged):
-    """What features are worth during training, measured on labelled images that are never trained on."""
+    """Online evaluation during pre-training: kNN and linear probe on labelled images."""
 
     probe: Path | None = None
-    """Folder that holds train and test (or val): folders with one folder per class, or .npz packs. Accuracy
-    and collapse statistics go into metrics.jsonl, TensorBoard and the loss curve, DM-MSA's gates into the
-    first two."""
-    probe_epochs: Annotated[float, EPOCHS] = 1.0
-    """Measure every so many passes over the training images (and before the first step, and at the end)."""
-    probe_steps: Annotated[int | None, STEPS] = None
-    """Measure every so many steps instead."""
-    probe_protocols: tuple[Literal["knn", "linear"], ...] = ("knn", "linear")
-    """As in `coma evaluate`."""
-    probe_train: Annotated[int, IMAGES] = 2000
-    """Labelled training images to use, drawn alike from every class; 0: all."""
-    probe_test: Annotated[int, IMAGES] = 1000
-    """Test images to count on, drawn likewise; 0: all."""
+    """Labelled images that are never trained on: a folder with train and test (or val), each with a folder
+    per class or an .npz pack."""
+    probe_epochs: Annotated[float, EPOCHS, RARE] = 1.0
+    """Epochs between evaluations; there is also one before the first step and one at the end."""
+    probe_steps: Annotated[int | None, STEPS, RARE] = None
+    """Steps between evaluations; overrides --probe-epochs."""
+    probe_protocols: Annotated[tuple[Literal["knn", "linear"], ...], RARE] = ("knn", "linear")
+    """Protocols, as in `coma evaluate`."""
+    probe_train: Annotated[int, IMAGES, RARE] = 2000
+    """Labelled training images, equally many from every class; 0: all."""
+    probe_test: Annotated[int, IMAGES, RARE] = 1000
+    """Test images, equally many from every class; 0: all."""
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """One pre-training run."""
+    """Settings of one pre-training run."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: EncoderConfig = field(default_factory=DyViTConfig)
@@ -165,74 +171,12 @@ class PretrainConfig:
 
     @property
     def view_size(self) -> int:
-        """Side in pixels of the crops that the objective gets: --image-size, unless it zooms in."""
+        """Side in pixels of the objective's crops: --image-size, unless it zooms in."""
         return view_size(self.data.image_size, self.model.unit, self.objective)
 
 
 def view_size(image_size: int, unit: int, objective: ObjectiveConfig | None) -> int:
-    """Side in pixels of what an objective rebuilds where the encoder sees `image_size` pixels of it."""
-    if isinstance(objective, BeyondConfig) and objective.zooms_in:
+    """Returns the side in pixels of an objective's crops where the encoder sees `image_size` pixels."""
+    if objective is not None and objective.zooms_in:
         return image_size + 2 * unit * max(1, round(image_size / unit / 7))
     return image_size
-
-
-@dataclass(frozen=True)
-class FinetuneRecipe(OptimizerConfig):
-    """Fine-tuning of the whole encoder under a linear head (MAE, He et al. 2021, app. A.2, table 9).
-
-    The values are those of that table, but for the batch (there 1024; the rate scales with it), the moving
-    average, which MAE does not use, and gradient clipping, which is on as in pre-training.
-    """
-
-    base_lr: Annotated[float, RATE] = 1e-3
-    """Learning rate of the head per 256 images; the rate used is base_lr x batch_size / 256."""
-    warmup: Annotated[float, SHARE] = 0.05
-    betas: Annotated[tuple[float, float], DECAY] = (0.9, 0.999)
-    ema_decay: Annotated[float, DECAY] = 0.9999
-    """Decay of the moving average of the weights that is validated and published (from 0.1 at the first step
-    it rises to this); 0 takes the weights themselves."""
-    layer_decay: Annotated[float | None, Range(0, 1, above=True)] = None
-    """Learning rate of a layer over that of the layer above it (Clark et al. 2020, ELECTRA; Bao et al. 2021,
-    BEiT); 1: all the same. Default: 0.75, or 0.65 for the presets base and vit-base."""
-    drop_path: Annotated[float, DECAY] = 0.1
-    """Largest stochastic-depth rate, reached linearly at the last block (Huang et al. 2016)."""
-    rand_augment: Annotated[int, Range(0, 10)] = 9
-    """Strength of RandAugment (Cubuk et al. 2020), varied by 0.5; 0: off. For 8-bit images of three
-    channels; others are cropped and flipped only."""
-    mixup: Annotated[float, Range(0, 1000)] = 0.8
-    """Beta distribution of mixup (Zhang et al. 2018); 0: off. Every batch is mixed: half of them by mixup,
-    half by CutMix where both are on."""
-    cutmix: Annotated[float, Range(0, 1000)] = 1.0
-    """Beta distribution of CutMix (Yun et al. 2019); 0: off."""
-    random_erasing: Annotated[float, SHARE] = 0.25
-    """Share of the images with a random rectangle of noise (Zhong et al. 2020, random erasing)."""
-    label_smoothing: Annotated[float, DECAY] = 0.1
-    """Label smoothing (Szegedy et al. 2016, sec. 7)."""
-    validate: Annotated[float, EPOCHS] = 1.0
-    """Epochs between validations; the weights that do best on the validation images are published."""
-    hold_out: Annotated[float, Range(0, 0.5)] = 0.1
-    """Share of every class's training images that are not trained on and choose the checkpoint where there
-    are no validation images; 0 publishes the weights of the last step."""
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """One fine-tuning run."""
-
-    artifact: Path
-    """Of kind backbone or pretrained: where the encoder comes from."""
-    data: DataConfig
-    """Labelled training images; mean and deviation are the artifact's when not given."""
-    test: Path | None = None
-    """Labelled test images; None: `data.images` holds train and test (or val)."""
-    val: Path | None = None
-    """Labelled images that choose the checkpoint; None: val beside test in `data.images`, or else a part of
-    the training images, see `FinetuneRecipe.hold_out`."""
-    from_scratch: bool = False
-    """Random weights instead of the artifact's."""
-    model: EncoderConfig = field(default_factory=DyViTConfig)
-    """The artifact's, with the recipe's drop path; filled in when the run starts."""
-    class_names: tuple[str, ...] | None = None
-    """Filled in when the run starts."""
-    optimizer: FinetuneRecipe = field(default_factory=FinetuneRecipe)
-    run: RunConfig = field(default_factory=RunConfig)

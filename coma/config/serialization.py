@@ -6,7 +6,7 @@ Reading is strict: unknown, missing and mistyped fields are refused by name, and
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,22 +14,12 @@ import cattrs
 from cattrs.strategies import configure_union_passthrough
 from cattrs.v import format_exception
 
-from coma.config import (
-    BalancedCoMAConfig,
-    BeyondConfig,
-    CMTConfig,
-    CoMAConfig,
-    DyViTConfig,
-    EncoderConfig,
-    FinetuneConfig,
-    MAEConfig,
-    ObjectiveConfig,
-    PretrainConfig,
-    ViTConfig,
-)
+from coma.config import EncoderConfig, FinetuneConfig, ObjectiveConfig, PretrainConfig
 from coma.errors import BadInput
 from coma.paths import local_path
+from coma.preflight import check_regular_file
 from coma.ranges import OutOfRange
+from coma.registry import ARCHITECTURES, METHODS, Architecture, Method, entry_of, resolve
 
 Settings = TypeVar("Settings", PretrainConfig, FinetuneConfig)
 
@@ -41,15 +31,8 @@ def _converter() -> cattrs.Converter:
     converter.register_unstructure_hook(Path, str)
     converter.register_structure_hook(Path, lambda value, _: local_path(value))
     configure_union_passthrough(str | int, converter)
-    _register_union(converter, EncoderConfig, "architecture", {"dyvit": DyViTConfig, "vit": ViTConfig})
-    methods = {
-        "coma": CoMAConfig,
-        "mae": MAEConfig,
-        "beyond": BeyondConfig,
-        "cmt": CMTConfig,
-        "coma-balanced": BalancedCoMAConfig,
-    }
-    _register_union(converter, ObjectiveConfig, "method", methods)
+    _register_tagged(converter, EncoderConfig, "architecture", ARCHITECTURES)
+    _register_tagged(converter, ObjectiveConfig, "method", METHODS)
     return converter
 
 
@@ -62,23 +45,28 @@ def _exactly(kind: type, accepted: type | tuple[type, ...]) -> Callable[[Any, An
     return structure
 
 
-def _register_union(converter: cattrs.Converter, union: Any, tag: str, kinds: dict[str, type]) -> None:
-    """Members of `union` are told apart by a field `tag`; None is stored as null."""
-    names = {kind: name for name, kind in kinds.items()}
+def _register_tagged(
+    converter: cattrs.Converter, base: Any, tag: str, table: Mapping[str, Method] | Mapping[str, Architecture]
+) -> None:
+    """Stores settings of type `base` with a field `tag`, their key in `table`; None is stored as null."""
 
     def unstructure(value: Any) -> Any:
-        return value and {tag: names[type(value)], **converter.unstructure(value, type(value))}
+        if value is None:
+            return None
+        name = next(name for name, entry in table.items() if entry is entry_of(value))
+        return {tag: name, **converter.unstructure(value, type(value))}
 
-    def structure(plain: Any, _: Any) -> Any:
+    def structure(plain: Any, kind: Any) -> Any:
+        if plain is None and kind != base:
+            return None
         name = plain.get(tag) if isinstance(plain, dict) else None
-        if name not in kinds:
-            raise BadInput(f"{tag} {name!r} is none of {', '.join(kinds)}")
-        return converter.structure({k: v for k, v in plain.items() if k != tag}, kinds[name])
+        if not isinstance(plain, dict) or not isinstance(name, str) or name not in table:
+            raise BadInput(f"{tag} {name!r} is none of {', '.join(table)}")
+        return converter.structure({k: v for k, v in plain.items() if k != tag}, resolve(table[name].config))
 
-    for kind in (union, union | None):
-        converter.register_unstructure_hook(kind, unstructure)
-    converter.register_structure_hook(union, structure)
-    converter.register_structure_hook(union | None, lambda plain, _: plain and structure(plain, union))
+    kinds = (base, base | None)
+    converter.register_unstructure_hook_func(lambda kind: kind in kinds, unstructure)
+    converter.register_structure_hook_func(lambda kind: kind in kinds, structure)
 
 
 def to_plain(value: Any, kind: Any = None) -> Any:
@@ -95,7 +83,7 @@ def flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_plain(plain: Any, kind: Any, *, source: str) -> Any:
-    """The inverse of `to_plain`; unknown, missing and mistyped fields are refused.
+    """Builds settings from plain data; unknown, missing and mistyped fields are refused.
 
     Raises:
         BadInput: naming `source` and every field that does not fit.
@@ -116,13 +104,12 @@ def _explain(error: BaseException, kind: type | None) -> str:
 
 
 def read_json(path: Path, wanted: str) -> Any:
-    """What a JSON file holds.
+    """Returns the content of a JSON file.
 
     Raises:
         BadInput: it cannot be read, or is no JSON; the message says what is `wanted` in its place.
     """
-    if path.exists() and not path.is_file():
-        raise BadInput(f"{path}: is not a regular file; give {wanted}")
+    check_regular_file(path, f"give {wanted}", must_exist=False)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -133,7 +120,7 @@ def read_json(path: Path, wanted: str) -> Any:
 
 
 def read_config(path: Path, kind: type[Settings] = PretrainConfig) -> Settings:
-    """A run's settings from `config.json`, or from the run directory that holds it.
+    """Returns a run's settings from `config.json`, or from the run directory that holds it.
 
     Raises:
         BadInput: no such file, not JSON, or fields that do not fit, as those of another kind of run.
@@ -144,6 +131,6 @@ def read_config(path: Path, kind: type[Settings] = PretrainConfig) -> Settings:
         raise BadInput(f"{path}: is of an artifact, not of a run; give a run directory or its config.json")
     finetuned = isinstance(plain, dict) and "artifact" in plain
     if finetuned != (kind is FinetuneConfig):
-        made_by = "evaluate --protocol finetune" if finetuned else "pretrain"
+        made_by = "classify train" if finetuned else "pretrain"
         raise BadInput(f"{path}: is of a run of `coma {made_by}`; give it to that command")
     return from_plain(plain, kind, source=str(path))

@@ -5,37 +5,37 @@ read them, and a loader's whole state is the number of samples consumed.
 """
 
 from coma.data.augment import labelled_batches
-from coma.data.batches import Batch, Slices
-from coma.data.labelled import LabelledSplits, open_labelled, say_absent_classes
-from coma.data.labels import labels_among, shared_labels, top_share
+from coma.data.batches import Batch, BatchLayout
+from coma.data.labelled_splits import LabelledSplits, log_missing_classes, open_labelled_splits
+from coma.data.labels import align_labels, class_indices, topk_accuracy
 from coma.data.loader import check_loader, evaluation_batches, training_batches
-from coma.data.pixel_values import check_some
+from coma.data.pixel_values import check_sample
 from coma.data.sources.base import ArraySource, Source
 from coma.data.sources.open import open_source
-from coma.data.sources.subset import Subset, balanced, hold_out
-from coma.data.statistics import measure
+from coma.data.sources.subset import Subset, balanced_subset, hold_out
+from coma.data.statistics import compute_mean_std
 from coma.data.transforms import normalize
 
 __all__ = [
     "ArraySource",
     "Batch",
+    "BatchLayout",
     "LabelledSplits",
-    "Slices",
     "Source",
     "Subset",
-    "balanced",
+    "align_labels",
+    "balanced_subset",
     "check_loader",
-    "check_some",
+    "check_sample",
+    "class_indices",
+    "compute_mean_std",
     "evaluation_batches",
     "hold_out",
     "labelled_batches",
-    "labels_among",
-    "measure",
+    "log_missing_classes",
     "normalize",
-    "open_labelled",
+    "open_labelled_splits",
     "open_source",
-    "say_absent_classes",
-    "shared_labels",
-    "top_share",
+    "topk_accuracy",
     "training_batches",
 ]

@@ -1,4 +1,4 @@
-"""Samples and batches of the training stream, and how each of them is made."""
+"""Samples and batches of the training stream."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 from coma.config import DataConfig
-from coma.data.channels import adapt
-from coma.data.pixel_values import check_pixels, filled_share
-from coma.data.shuffle import sample_seeds, shuffled, uniforms
+from coma.data.channels import convert_channels
+from coma.data.pixel_values import check_pixels, describe_filled
+from coma.data.shuffle import permuted_indices, sample_seeds, uniforms
 from coma.data.sources.base import Source
 from coma.data.transforms import Box, random_crop, resize, scaled_box, stack
 from coma.errors import BadImage, BadInput
 from coma.ranges import BATCH
 
-MOST_TRIES = 100
-"""Images tried in place of one that will not decode, before the data are refused."""
+MAX_ATTEMPTS = 100
+"""Number of consecutive images that may fail to decode before the data are refused."""
 
 
 @dataclass(frozen=True)
-class Slices:
-    """How a global batch is shared out."""
+class BatchLayout:
+    """How a global batch is divided among processes and forward passes."""
 
     global_batch: int
     """Images per optimizer step."""
@@ -42,39 +42,39 @@ class Slices:
         together = self.micro_batch * self.world
         if self.global_batch % together:
             raise BadInput(
-                f"batch size {self.global_batch} is no multiple of {together} images per pass "
+                f"batch size {self.global_batch} is not a multiple of {together} images per pass "
                 f"({self.micro_batch} on each of {self.world} processes)"
             )
 
     @property
     def accumulation(self) -> int:
-        """Forward passes per optimizer step."""
+        """Number of forward passes per optimizer step."""
         return self.global_batch // (self.micro_batch * self.world)
 
-    def first_rows(self, start: int) -> Iterator[int]:
-        """Stream position of this process's first sample of every pass, from `start` on, without end."""
+    def micro_batch_starts(self, start: int) -> Iterator[int]:
+        """Yields, without end, the position of this process's first sample in every pass from `start`."""
         return itertools.count(start + self.rank * self.micro_batch, self.micro_batch * self.world)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images with what identifies them."""
+    """Images and what identifies them."""
 
     images: Tensor
-    """`[B, C, S, S]` uint8, or float32: 16-bit data scaled to 0..1, float data as they are."""
+    """`[B, C, S, S]` uint8, or float32: 16-bit data are scaled to 0..1, float data are unchanged."""
     seeds: Tensor
-    """int64 `[B]`, the samples' own randomness."""
+    """int64 `[B]`: the random seed of each sample."""
     indices: Tensor
-    """int64 `[B]`, positions in the source."""
+    """int64 `[B]`: positions in the source."""
     failures: tuple[str, ...] = ()
-    """`path: reason` of every image that was tried and left out."""
+    """`path: reason` of every image that was skipped."""
     labels: Tensor | None = None
-    """int64 `[B]`, where the samples are to be learned with their labels."""
+    """int64 `[B]`; None in self-supervised training."""
     filled: tuple[str, ...] = ()
-    """`path: how much` of every image whose missing values were filled."""
+    """`path: share` of every image whose missing values were filled."""
 
     def pin_memory(self, device: object = None) -> Batch:
-        """The same batch in page-locked memory (the loader calls this)."""
+        """Returns the batch in page-locked memory."""
         return replace(
             self,
             images=self.images.pin_memory(),
@@ -85,8 +85,8 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Samples before they are one tensor, the first of them at position `first`; otherwise like `Batch`."""
+class UnstackedBatch:
+    """Samples that are not stacked into one tensor yet; `first` is the stream position of the first one."""
 
     first: int
     views: list[Any]
@@ -95,25 +95,26 @@ class Samples:
     failures: tuple[str, ...]
     filled: tuple[str, ...] = ()
 
-    def stacked(self) -> Batch:
-        """The batch."""
+    def stack(self) -> Batch:
+        """Returns the batch."""
         return Batch(stack(self.views), self.seeds, self.indices, self.failures, filled=self.filled)
 
 
-class Opened(NamedTuple):
-    """A decoded image, perhaps at a reduced scale."""
+class OpenedImage(NamedTuple):
+    """A decoded image, possibly at a reduced scale."""
 
     pixels: np.ndarray
     height: int
-    """At full scale, as `width`."""
+    """Height at full scale."""
     width: int
+    """Width at full scale."""
     filled: str = ""
-    """How much of it was missing, if anything was."""
+    """How much of the image was missing, in words; empty if nothing was."""
 
 
 @dataclass(frozen=True)
-class SampleFetch:
-    """Samples of the stream; what becomes of an image is in `open` and `view`."""
+class SampleFetcher:
+    """Reads samples of the stream. `open` reads an image, and `view` makes a sample of it."""
 
     source: Source
     data: DataConfig
@@ -121,68 +122,71 @@ class SampleFetch:
     seed: int
     count: int
 
-    def samples(self, first: int) -> Samples:
-        """Samples `first` to `first + count`."""
+    def samples(self, first: int) -> UnstackedBatch:
+        """Returns samples `first` to `first + count`."""
         n = len(self.source)
         positions = np.arange(first, first + self.count)
         seeds = sample_seeds(self.seed, positions)
         places, repeats = np.unique(positions // self.data.aug_repeats, return_counts=True)
-        chosen = shuffled(self.seed, places // n, places % n, n)
+        chosen = permuted_indices(self.seed, places // n, places % n, n)
         views, indices, failures, filled = [], [], [], []
         for place, index, count in zip(places.tolist(), chosen.tolist(), repeats.tolist(), strict=True):
-            image, used, failed = self._readable(place, index)
+            image, used, failed = self._open_readable(place, index)
             for seed in seeds[len(views) : len(views) + count].tolist():
                 views.append(self.view(image, seed))
                 indices.append(used)
             failures.extend(failed)
-            if isinstance(image, Opened) and image.filled:
+            if isinstance(image, OpenedImage) and image.filled:
                 filled.append(f"{self.source.describe(used)}: {image.filled}")
         seeds = torch.from_numpy(seeds)
-        return Samples(first, views, seeds, torch.tensor(indices), tuple(failures), tuple(filled))
+        return UnstackedBatch(first, views, seeds, torch.tensor(indices), tuple(failures), tuple(filled))
 
     def open(self, index: int, place: int) -> Any:
-        """Image `index`, for the samples at `place` in the order, as `view` takes it.
+        """Returns image `index` for the samples at `place` in the order, as `view` takes it.
 
         Raises:
-            BadImage: it cannot be read or decoded, or its channels do not fit.
-            BadInput: the run's mean and standard deviation are not meant for such pixels.
+            BadImage: The image cannot be read or decoded, or has the wrong number of channels.
+            BadInput: The run's mean and standard deviation do not fit the pixels.
         """
         full: list[tuple[int, int]] = []
 
-        def at_least(height: int, width: int) -> int:
+        def min_side(height: int, width: int) -> int:
             full.append((height, width))
-            return self._enough(place, height, width)
+            return self._min_side(place, height, width)
 
-        picture = self.source.picture(index, at_least)
-        pixels = adapt(picture, self.channels, self.source.describe(index))
+        picture = self.source.decode(index, min_side)
+        pixels = convert_channels(picture, self.channels, self.source.describe(index))
         check_pixels(pixels, self.data.mean, self.data.std, lambda: self.source.describe(index))
-        filled = "" if picture.missing is None else filled_share(picture)
+        filled = "" if picture.missing is None else describe_filled(picture)
         height, width = full[0] if full else pixels.shape[:2]
-        return Opened(pixels, height, width, filled)
+        return OpenedImage(pixels, height, width, filled)
 
     def view(self, image: Any, seed: int) -> Any:
-        """A sample from an opened image."""
+        """Returns a sample of an opened image."""
         size = self.data.image_size
         box, flipped = self.crop(image.height, image.width, seed)
-        view = resize(
-            image.pixels, scaled_box(box, (image.height, image.width), image.pixels.shape), size, size
-        )
+        box = scaled_box(box, (image.height, image.width), image.pixels.shape)
+        view = resize(image.pixels, box, size, size)
         return view.flip(-1) if flipped else view
 
     def crop(self, height: int, width: int, seed: int) -> tuple[Box, bool]:
-        """Which part of an image a sample shows, and whether it is flipped."""
+        """Returns the part of an image that a sample shows, and whether it is flipped."""
         draws = uniforms(seed)
         flipped = next(draws) < 0.5
         return random_crop(height, width, self.data.crop_scale, draws), self.data.flip and flipped
 
-    def _readable(self, place: int, index: int) -> tuple[Any, int, list[str]]:
-        """Image `index`, at `place` in the order, or the next readable one of the epoch; and what failed."""
+    def _open_readable(self, place: int, index: int) -> tuple[Any, int, list[str]]:
+        """Opens image `index`, at `place` in the order, or the next readable one of the epoch.
+
+        Returns:
+            The image, its index, and the errors of the images that were skipped.
+        """
         n = len(self.source)
         failures: list[str] = []
-        for step in range(min(n, MOST_TRIES)):
+        for step in range(min(n, MAX_ATTEMPTS)):
             if step:
                 rank = np.array([(place + step) % n])
-                index = int(shuffled(self.seed, np.array([place // n]), rank, n)[0])
+                index = int(permuted_indices(self.seed, np.array([place // n]), rank, n)[0])
             try:
                 return self.open(index, place), index, failures
             except BadImage as error:
@@ -192,8 +196,8 @@ class SampleFetch:
         row = f"{len(failures)} images in a row could not be used"
         raise BadInput(f"{self.source.location}: {row}; the last: {failures[-1]}")
 
-    def _enough(self, place: int, height: int, width: int) -> int:
-        """Smallest image side for which no crop at `place` is enlarged, whichever pass it is part of."""
+    def _min_side(self, place: int, height: int, width: int) -> int:
+        """The smallest image side at which none of the crops at `place` is enlarged."""
         repeats = self.data.aug_repeats
         seeds = sample_seeds(self.seed, np.arange(place * repeats, (place + 1) * repeats))
         boxes = (self.crop(height, width, seed)[0] for seed in seeds.tolist())
@@ -201,9 +205,9 @@ class SampleFetch:
         return math.ceil(self.data.image_size * min(height, width) / smallest)
 
 
-class TrainingFetch(SampleFetch):
-    """The batch whose first sample has a given position in the stream."""
+class TrainingFetcher(SampleFetcher):
+    """Reads the batch that begins at a given position of the stream."""
 
     def __call__(self, first: int) -> Batch:
-        """Samples `first` to `first + count`."""
-        return self.samples(first).stacked()
+        """Returns samples `first` to `first + count`."""
+        return self.samples(first).stack()

@@ -1,13 +1,13 @@
-"""Scientific rasters to pixels: TIFF of any depth and number of channels, NPY arrays, 16-bit PNG.
+"""Decodes scientific rasters: TIFF of any depth and number of channels, NPY arrays, 16-bit PNG.
 
-Two rules make arrays unambiguous, and what they do not cover is refused:
+Arrays follow two rules; everything else is refused:
 
     axes    2-D is `[H, W]`. In 3-D the axis of at most 16 is the channels: last (HWC) or first (CHW).
-            If both or neither are that short, nothing says which is meant.
-    values  uint8 and uint16 are counts up to white; bool is black and white; floats are taken as they
-            are, whatever their range (the measured mean and std bring them to scale).
+            If both or neither are that short, the shape is ambiguous.
+    values  uint8 and uint16 are counts up to white; bool is black and white; floats are used as they
+            are, in any range (the measured mean and std bring them to scale).
 
-What a GeoTIFF declares as nodata is marked as missing.
+Values that a GeoTIFF declares as nodata are marked as missing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import io
 
 import numpy as np
 
-from coma.data.image import Picture, check_size, upright
+from coma.data.image import DecodedImage, apply_orientation, check_size
 from coma.errors import BadImage
 
 MAX_CHANNELS = 16
@@ -27,34 +27,34 @@ _JPEG = (6, 7)  # TIFF 6.0, Compression
 _GDAL_NODATA = 42113  # a number as text, for all channels
 
 
-def decode_npy(data: bytes) -> Picture:
-    """An image saved with `numpy.save`.
+def decode_npy(data: bytes) -> DecodedImage:
+    """Decodes an image saved with `numpy.save`.
 
     Raises:
-        BadImage: object arrays, or axes or values outside the rules above.
+        BadImage: The array has Python objects, or breaks the rules above.
     """
     array = np.load(io.BytesIO(data), allow_pickle=False)
-    return Picture(as_pixels(as_hwc(array)))
+    return DecodedImage(to_supported_dtype(to_hwc(array)))
 
 
-def decode_png16(data: bytes) -> Picture:
-    """A PNG of 16 bits per channel, as uint16 `[H, W, C]`."""
+def decode_png16(data: bytes) -> DecodedImage:
+    """Decodes a PNG of 16 bits per channel to uint16 `[H, W, C]`."""
     import imagecodecs
 
     array = imagecodecs.png_decode(data)
     pixels = array[:, :, None] if array.ndim == 2 else array
-    return Picture(pixels, alpha=pixels.shape[2] in (2, 4))
+    return DecodedImage(pixels, alpha=pixels.shape[2] in (2, 4))
 
 
-def decode_tiff(data: bytes) -> Picture | None:
-    """A TIFF as stored: any depth, up to 16 channels in one page, in planes or in pages.
+def decode_tiff(data: bytes) -> DecodedImage | None:
+    """Decodes a TIFF as stored: any depth, up to 16 channels in one page, in planes or in pages.
 
     Returns:
-        None if Pillow should read it: colours to convert (palette, CMYK, YCbCr, 1 to 4 bits), or JPEG
-        inside, whose own header only libtiff compares with the file's before it takes memory.
+        None if Pillow should decode it: its colours need a conversion (palette, CMYK, YCbCr, 1 to 4 bits), or
+        it is compressed as JPEG, whose own header only libtiff checks before it allocates memory.
 
     Raises:
-        BadImage: a stack of frames, or axes or values outside the rules above.
+        BadImage: The file is a stack of frames, or breaks the rules above.
     """
     import tifffile
 
@@ -73,22 +73,26 @@ def decode_tiff(data: bytes) -> Picture | None:
         array = series.asarray(maxworkers=1)
         axes, extras = series.axes, tuple(page.extrasamples)
         tag, nodata = page.tags.get("Orientation"), page.tags.get(_GDAL_NODATA)
-    pixels = as_pixels(_by_axes(array, axes))
+    pixels = to_supported_dtype(_by_axes(array, axes))
     alpha = pixels.shape[2] in (2, 4) and extras[-1:] in ((_ASSOCIATED,), (_UNASSOCIATED,))
-    missing = None if nodata is None else _equal_to(pixels, str(nodata.value), alpha)
+    missing = None if nodata is None else _nodata_mask(pixels, str(nodata.value), alpha)
     if photometric == _WHITE_IS_ZERO:
-        pixels = white_of(pixels) - pixels
+        pixels = max_value(pixels) - pixels
     if alpha and extras[-1] == _ASSOCIATED:
         pixels = _unmultiply(pixels)
     turned = int(tag.value) if tag is not None else 1
-    return Picture(upright(pixels, turned), alpha, None if missing is None else upright(missing, turned))
+    return DecodedImage(
+        apply_orientation(pixels, turned),
+        alpha,
+        None if missing is None else apply_orientation(missing, turned),
+    )
 
 
-def as_hwc(array: np.ndarray) -> np.ndarray:
-    """An array `[H, W]`, `[H, W, C]` or `[C, H, W]` as `[H, W, C]`, where the shape leaves no doubt.
+def to_hwc(array: np.ndarray) -> np.ndarray:
+    """Returns an array `[H, W]`, `[H, W, C]` or `[C, H, W]` as `[H, W, C]`.
 
     Raises:
-        BadImage: the channels cannot be told from the shape.
+        BadImage: The shape is ambiguous.
     """
     if array.ndim == 2:
         return array[:, :, None]
@@ -103,11 +107,11 @@ def as_hwc(array: np.ndarray) -> np.ndarray:
     return array if last else np.moveaxis(array, 0, 2)
 
 
-def as_pixels(array: np.ndarray) -> np.ndarray:
-    """The same values as uint8, uint16 or float32.
+def to_supported_dtype(array: np.ndarray) -> np.ndarray:
+    """Returns the same values as uint8, uint16 or float32.
 
     Raises:
-        BadImage: complex, signed or wider integers, whose white is not known.
+        BadImage: The values are complex, or signed or wider integers, whose white is unknown.
     """
     if array.dtype == bool:
         return array.astype(np.uint8) * 255
@@ -119,16 +123,16 @@ def as_pixels(array: np.ndarray) -> np.ndarray:
     raise BadImage(f"{array.dtype} pixels are not supported: save them as uint8, uint16 or float32")
 
 
-def white_of(pixels: np.ndarray) -> int:
-    """The value that stands for 1.0: 255, 65535, or 1 for floats."""
+def max_value(pixels: np.ndarray) -> int:
+    """Returns the value that means 1.0: 255, 65535, or 1 for floats."""
     return 1 if pixels.dtype.kind == "f" else int(np.iinfo(pixels.dtype).max)
 
 
-def _equal_to(pixels: np.ndarray, nodata: str, alpha: bool) -> np.ndarray | None:
-    """Which values are nodata, bool `[H, W, C]`; None where the declaration is no number.
+def _nodata_mask(pixels: np.ndarray, nodata: str, alpha: bool) -> np.ndarray | None:
+    """Returns which values are nodata, bool `[H, W, C]`; None if the declared value is not a number.
 
-    Floats are compared one by one. Of integers, where nodata is often 0 and so is the red of a green leaf, a
-    pixel is missing only if all of its channels say so.
+    Floats are compared one by one. In integer images nodata is often 0, which is also a valid value of one
+    channel, so a pixel is missing only if all of its channels are nodata.
     """
     try:
         value = float(nodata.strip("\0 "))
@@ -151,13 +155,13 @@ def _by_axes(array: np.ndarray, axes: str) -> np.ndarray:
         case "SYX" | "CYX":
             return np.moveaxis(array, 0, 2)
         case "QYX" | "IYX":  # pages without a stated meaning
-            return as_hwc(array)
+            return to_hwc(array)
     raise BadImage(f"axes {axes} of shape {array.shape} are not one image: save one file per frame")
 
 
 def _unmultiply(pixels: np.ndarray) -> np.ndarray:
     colour, alpha = pixels[:, :, :-1], pixels[:, :, -1:]
-    white = white_of(pixels)
+    white = max_value(pixels)
     plain = np.divide(colour, alpha, out=np.zeros(colour.shape, np.float32), where=alpha > 0) * white
     plain = plain if pixels.dtype.kind == "f" else plain.round().clip(0, white)
     return np.concatenate([plain.astype(pixels.dtype), alpha], axis=2)

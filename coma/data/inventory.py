@@ -1,7 +1,7 @@
-"""Counts of what a search for images found and of what it left out: the line that every command begins with.
+"""Counts of the images that a search found and of the files it skipped, as one line of text.
 
-A name decides whether a file is opened as an image; its content decides how it is decoded (see `images`).
-Files whose name says nothing (`IMG_0001`, `scan.001`, `photo.jpg?width=200`) are judged by their first bytes.
+The extension decides whether a file is an image; its content decides how it is decoded (see `decode`). Files
+without an extension (`IMG_0001`, `scan.001`, `photo.jpg?width=200`) are recognised by their first bytes.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from coma.data.decode import EXTENSIONS, HEIF_EXTENSIONS, INSTALL_HEIF, looks_li
 from coma.messages import counted, printable
 
 NO_EXTENSION = "without extension"
-"""Kind of the files whose name has no extension, or one that is no word."""
+"""Kind of a file whose name has no extension, or one that is not a word."""
 
 _EXTENSION = re.compile(r"\.[a-z][a-z0-9]{1,9}")
 _NAMED = 3
-"""Examples that are named of everything that is left out."""
+"""Examples that are named for each reason."""
 _MOST_KINDS = 12
-"""Extensions that are listed one by one."""
+"""Extensions that are listed separately."""
 
 _SYSTEM_FOLDERS = {
     *("__macosx", "network trash folder", "temporary items", "thevolumesettingsfolder"),  # macOS
@@ -34,92 +34,90 @@ _SYSTEM_FOLDERS = {
 
 
 class Inventory:
-    """Images by kind, and everything that was left out, by reason."""
+    """Counts of the images by kind, and of everything that was skipped, by reason."""
 
     def __init__(self) -> None:
         self.images: Counter[str] = Counter()
-        """How many images there are of each kind: `.jpg`, `.png`, `without extension`, ..."""
+        """Number of images of each kind: `.jpg`, `.png`, `without extension`, ..."""
         self.unread: Counter[str] = Counter()
-        """How many files of other kinds there are."""
-        self._left_out: dict[str, tuple[str, int, list[str]]] = {}
+        """Number of files of each other kind."""
+        self._skipped: dict[str, tuple[str, int, list[str]]] = {}
         self._reads_heif = find_spec("pillow_heif") is not None
 
-    def judge(self, name: str, head: Callable[[str], bytes]) -> tuple[str, bool]:
-        """Returns the kind of a file, and whether it is taken as an image.
+    def identify(self, name: str, head: Callable[[str], bytes]) -> tuple[str, bool]:
+        """Returns the kind of a file, and whether it is an image.
 
         Args:
-            name: Its name; folders may stand before it.
-            head: Reads the first bytes of the file of that name; called only where the name does not tell.
+            name: File name, with or without folders before it.
+            head: Reads the first bytes of the file; called only if the name has no extension.
         """
         kind = kind_of(name)
-        if kind in EXTENSIONS or (self._reads_heif and kind in HEIF_EXTENSIONS):
-            return kind, True
-        if kind != NO_EXTENSION:
-            return kind, False
-        return NO_EXTENSION, looks_like_image(head(name))
+        if kind == NO_EXTENSION:
+            return kind, looks_like_image(head(name))
+        return kind, kind in EXTENSIONS or (self._reads_heif and kind in HEIF_EXTENSIONS)
 
-    def takes(self, name: str, head: Callable[[str], bytes]) -> bool:
-        """Counts a file; returns whether it is taken as an image. The arguments are those of `judge`."""
-        kind, is_image = self.judge(name, head)
+    def count_file(self, name: str, head: Callable[[str], bytes]) -> bool:
+        """Counts a file and returns whether it is an image. The arguments are those of `identify`."""
+        kind, is_image = self.identify(name, head)
         (self.images if is_image else self.unread)[kind] += 1
         return is_image
 
-    def add(self, other: Inventory) -> None:
-        """Adds the counts of another search."""
+    def merge(self, other: Inventory, prefix: str = "") -> None:
+        """Adds the counts of another search; `prefix` is removed from the names it skipped."""
         self.images += other.images
         self.unread += other.unread
-        for one, (many, count, names) in other._left_out.items():
-            _, before, named = self._left_out.get(one, (many, 0, []))
-            self._left_out[one] = many, before + count, [*named, *names][:_NAMED]
+        for one, (many, count, names) in other._skipped.items():
+            _, before, named = self._skipped.get(one, (many, 0, []))
+            short = [name.removeprefix(prefix) for name in names]
+            self._skipped[one] = many, before + count, [*named, *short][:_NAMED]
 
-    def leave_out(self, one: str, many: str, name: str) -> None:
-        """Counts something that is left out: `one` and `many` say what it is, in singular and plural."""
-        _, count, names = self._left_out.get(one, (many, 0, []))
-        self._left_out[one] = many, count + 1, [*names, printable(name)][:_NAMED]
+    def skip(self, one: str, many: str, name: str) -> None:
+        """Counts something that is skipped; `one` and `many` say what it is, in singular and plural."""
+        _, count, names = self._skipped.get(one, (many, 0, []))
+        self._skipped[one] = many, count + 1, [*names, printable(name)][:_NAMED]
 
-    def leave_out_hidden(self, name: str) -> None:
+    def skip_hidden(self, name: str) -> None:
         """Counts a hidden file or folder."""
-        self.leave_out("hidden file or folder", "hidden files or folders", name)
+        self.skip("hidden file or folder", "hidden files or folders", name)
 
-    def leave_out_system_folder(self, name: str) -> None:
-        """Counts a folder that an operating system or a program keeps for itself."""
-        self.leave_out("folder that systems leave behind", "folders that systems leave behind", name)
+    def skip_system_folder(self, name: str) -> None:
+        """Counts a folder that belongs to an operating system or a program."""
+        self.skip("system folder", "system folders", name)
 
-    def line(self, location: object) -> str:
-        """Returns the one line: how many images of which kinds, and what is left out and why."""
-        count = self.images.total()
-        kinds = f" ({listed(self.images)})" if self.images else ""
-        found = f"{printable(str(location))}: {counted(count, 'image')}{kinds}"
-        left_out = self.left_out()
-        return f"{found}; left out: {left_out}" if left_out else found
+    def summary(self, location: object) -> str:
+        """Returns one line: the number of images of each kind, and what was skipped and why."""
+        kinds = f" ({_listed(self.images)})" if self.images else ""
+        found = f"{printable(str(location))}: {counted(self.images.total(), 'image')}{kinds}"
+        skipped = self.skipped()
+        return f"{found}; skipped: {skipped}" if skipped else found
 
-    def left_out(self) -> str:
-        """Returns what is left out, for messages; empty where nothing is."""
+    def skipped(self) -> str:
+        """Returns what was skipped and why, for messages; empty if nothing was."""
         parts = []
         heif = Counter({kind: n for kind, n in self.unread.items() if kind in HEIF_EXTENSIONS})
         if heif:
-            parts.append(f"{listed(heif)} (to read them: {INSTALL_HEIF})")
+            parts.append(f"{_listed(heif)} (to read them: {INSTALL_HEIF})")
         if others := self.unread - heif:
-            parts.append(f"{listed(others)} (not read)")
-        for one, (many, count, names) in self._left_out.items():
+            parts.append(f"{_listed(others)} (not read)")
+        for one, (many, count, names) in self._skipped.items():
             more = ", ..." if count > len(names) else ""
             parts.append(f"{counted(count, one, many)} ({', '.join(names)}{more})")
         return ", ".join(parts)
 
 
 def kind_of(name: str) -> str:
-    """Returns the extension of a file's name in lower case, or that it has none that is a word."""
+    """Returns the extension of a file name in lower case, or `NO_EXTENSION`."""
     kind = name[name.rfind(".") :].lower()
     return kind if _EXTENSION.fullmatch(kind) else NO_EXTENSION
 
 
 def is_system_folder(name: str) -> bool:
-    """Returns whether an operating system or a program keeps a folder of this name for itself."""
+    """Returns whether folders of this name belong to an operating system or a program."""
     return name.lower() in _SYSTEM_FOLDERS
 
 
-def listed(kinds: Counter[str]) -> str:
-    """Returns the counts by kind, the largest first."""
+def _listed(kinds: Counter[str]) -> str:
+    """Returns the counts by kind, largest first."""
     most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
     parts = [f"{count:,} {printable(kind)}" for kind, count in most[:_MOST_KINDS]]
     if rest := most[_MOST_KINDS:]:

@@ -1,9 +1,9 @@
-"""The stream of training samples, cut into batches the same way for any number of processes.
+"""The stream of training samples, divided into batches in the same way for any number of processes.
 
-Sample s of the stream belongs to optimizer step s // G (G: the global batch). Inside a step, accumulation
-step a of process r takes rows a*m*W + r*m ... + m (m: micro batch, W: processes). Everything about a
-sample, from the file to the flip, follows from the run's seed and s (see `order`), so batches are the
-same for any number of workers, and what a run has consumed is one integer.
+Sample s of the stream belongs to optimizer step s // G (G: global batch). Within a step, accumulation step a
+of process r takes the rows from a*m*W + r*m to a*m*W + r*m + m (m: micro batch, W: number of processes). The
+file, the crop and the flip of a sample follow from the run's seed and s (see `shuffle`), so batches are the
+same for any number of workers, and the state of a loader is the number of samples consumed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from coma.config import DataConfig
-from coma.data.batches import Batch, Slices, TrainingFetch
+from coma.data.batches import Batch, BatchLayout, TrainingFetcher
 from coma.data.shuffle import sample_seeds
 from coma.data.sources.base import Source
 from coma.data.transforms import centre_square, resize, stack
@@ -29,52 +29,52 @@ def training_batches(
     *,
     channels: int,
     seed: int,
-    batch: Slices,
+    batch: BatchLayout,
     start: int = 0,
     device: torch.device | None = None,
 ) -> Iterator[Batch]:
-    """Random crops, without end; call `close()` on the iterator to stop its workers early.
+    """Yields batches of random crops without end. Call `close()` on the iterator to stop its workers early.
 
     Args:
-        source: the images.
-        data: crop, flip, workers, and what to do about images that will not decode.
-        channels: of the batches; see `adapt` for what is converted.
-        seed: of the run.
-        batch: this process's share.
-        start: samples consumed so far by whole optimizer steps.
-        device: where they will be needed: what goes to a GPU is pinned.
+        source: Images.
+        data: Crop, flip, workers, and what happens if an image does not decode.
+        channels: Number of channels of the batches; see `convert_channels`.
+        seed: Seed of the run.
+        batch: This process's share of the global batch.
+        start: Number of samples that whole optimizer steps have consumed so far.
+        device: Target device; batches for a GPU are in page-locked memory.
 
     Raises:
-        BadImage: while iterating, an image will not decode and `data.on_bad_image` is "stop".
-        BadInput: DALI was asked for and cannot be used; while iterating, no image in a long row decodes.
+        BadImage: While iterating: an image does not decode and `data.on_bad_image` is "stop".
+        BadInput: DALI is requested and cannot be used. While iterating: many images in a row do not decode.
     """
     check_start(start, batch)
     on_gpu = device is not None and device.type == "cuda"
     check_loader(data, channels)
     if data.loader == "dali":
-        from coma.data.dali import CropFetch, decoded
+        from coma.data.dali import CropFetcher, dali_batches
 
-        crops = CropFetch(source, data, channels, seed, batch.micro_batch)
-        return decoded(crops, batch.first_rows(start), on_gpu)
-    fetch = TrainingFetch(source, data, channels, seed, batch.micro_batch)
-    return map_ordered(fetch, batch.first_rows(start), data.workers, pin=on_gpu)
+        crops = CropFetcher(source, data, channels, seed, batch.micro_batch)
+        return dali_batches(crops, batch.micro_batch_starts(start), on_gpu)
+    fetch = TrainingFetcher(source, data, channels, seed, batch.micro_batch)
+    return map_ordered(fetch, batch.micro_batch_starts(start), data.workers, pin=on_gpu)
 
 
-def check_start(start: int, batch: Slices) -> None:
-    """Refuse a position in the stream at which no optimizer step begins.
+def check_start(start: int, batch: BatchLayout) -> None:
+    """Checks that a position in the stream is the beginning of an optimizer step.
 
     Raises:
-        ValueError: it is not a whole number of global batches.
+        ValueError: It is not a multiple of the global batch.
     """
     if start < 0 or start % batch.global_batch:
         raise ValueError(f"start {start} is not a whole number of batches of {batch.global_batch}")
 
 
 def check_loader(data: DataConfig, channels: int) -> None:
-    """Refuse a loader that cannot be used here.
+    """Checks that the loader can be used here.
 
     Raises:
-        BadInput: DALI is not installed, or does not make images of so many channels.
+        BadInput: DALI is not installed, or does not support this number of channels.
     """
     if data.loader == "dali":
         from coma.data.dali import check_dali
@@ -85,13 +85,15 @@ def check_loader(data: DataConfig, channels: int) -> None:
 def evaluation_batches(
     source: Source, *, image_size: int, channels: int, batch_size: int, workers: int | None = None
 ) -> Iterator[Batch]:
-    """Every image once, in order: its largest centred square, resized; bad ones are left out and named.
+    """Yields every image once, in order, as its resized centre square; unreadable ones are skipped and named.
+
+    Batches have at least one image.
 
     Raises:
-        BadInput: while iterating, not a single image is readable.
+        BadInput: While iterating: no image is readable.
     """
-    fetch = _EvaluationFetch(source, image_size, channels, batch_size)
-    held: Batch | None = None
+    fetch = _EvaluationFetcher(source, image_size, channels, batch_size)
+    held: Batch | None = None  # empty batches pass their failures on to a neighbour
     for batch in map_ordered(fetch, range(0, len(source), batch_size), workers):
         if held is None or not len(held.indices):
             held = replace(batch, failures=(*(held.failures if held else ()), *batch.failures))
@@ -107,7 +109,7 @@ def evaluation_batches(
 
 
 @dataclass(frozen=True)
-class _EvaluationFetch:
+class _EvaluationFetcher:
     source: Source
     image_size: int
     channels: int
@@ -118,7 +120,7 @@ class _EvaluationFetch:
         images, indices, failures = [], [], []
         for index in range(first, min(first + self.count, len(self.source))):
             try:
-                pixels = self.source.read(index, self.channels, at_least=size)
+                pixels = self.source.read(index, self.channels, min_side=size)
             except BadImage as error:
                 failures.append(str(error))
                 continue

@@ -1,10 +1,10 @@
-"""Any source as WebDataset shards of images no larger than needed: read once, train many times.
+"""Writes any source as WebDataset shards of images no larger than needed: read once, train many times.
 
-An image becomes a member `00000042-name.jpg`, its label `00000042-name.cls`. A JPEG that is small enough
-keeps its bytes; everything else is reduced and encoded again (see `encoding`).
+An image becomes a member `00000042-name.jpg`, its label `00000042-name.cls`. A JPEG that is small enough is
+copied; all other images are reduced and encoded again (see `encode`).
 
-Shard k holds images k*s to (k+1)*s of the source, and `index.json` lists the finished ones; a shard
-appears under its name only when it is complete. So a pack that was stopped goes on where it was.
+Shard k holds the images k*s to (k+1)*s of the source, and `index.json` lists the finished shards. A shard
+gets its name only when it is complete, so a pack that was stopped resumes after its last complete shard.
 """
 
 from __future__ import annotations
@@ -20,32 +20,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from coma.atomic_io import write_whole
+from coma.config.pack import PackConfig
 from coma.data.decode import decode, plain_jpeg_size
-from coma.data.encode import encode, shrink
+from coma.data.encode import encode, reduce_to_short_side
 from coma.data.sources.base import Source
 from coma.data.sources.webdataset import INDEX
 from coma.data.worker_pool import map_ordered
 from coma.errors import BadImage, BadInput
-from coma.ranges import SIDE, Range, Ranged
 
 _FORMAT = "coma-pack 1"
 _CHUNK = 16
 _IDENTITY = "names_and_sizes_sha256"
-
-
-@dataclass(frozen=True)
-class PackSettings(Ranged):
-    """What the packed images are like."""
-
-    size: Annotated[int, SIDE] = 256
-    """Short side in pixels that larger images are reduced to; smaller ones are left as they are."""
-    quality: Annotated[int, Range(1, 95)] = 90
-    """JPEG quality."""
-    shard_images: Annotated[int, Range(1, 10**9)] = 2000
-    """Images of the source per shard."""
 
 
 @dataclass
@@ -58,25 +46,25 @@ class Shard:
     bytes_before: int = 0
     failures: list[str] = field(default_factory=list)
     filled: int = 0
-    """Images whose nodata, NaN or infinite values were filled."""
+    """Number of images whose nodata, NaN or infinite values were filled."""
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What a pack consists of."""
+    """The result of packing."""
 
     shards: tuple[Shard, ...]
     resumed: int
-    """Images of the source that earlier attempts had dealt with."""
+    """Number of images of the source that earlier attempts had packed."""
 
     @property
     def images(self) -> int:
-        """Images in the shards."""
+        """Number of images in the shards."""
         return sum(shard.images for shard in self.shards)
 
     @property
     def failures(self) -> list[str]:
-        """`path: reason` of every image left out."""
+        """`path: reason` of every image that was skipped."""
         return [failure for shard in self.shards for failure in shard.failures]
 
 
@@ -91,41 +79,37 @@ class _Packed:
 
 
 def pack(
-    source: Source,
-    out: Path,
-    settings: PackSettings,
-    *,
-    workers: int | None = None,
-    progress: Callable[[int], None] = lambda done: None,
+    source: Source, config: PackConfig, progress: Callable[[int], None] = lambda done: None
 ) -> PackReport:
-    """Write the shards and their index; images that will not decode are left out and named in it.
+    """Writes the shards and their index; images that do not decode are skipped and named in it.
 
     Args:
-        source: what to pack.
-        out: folder for the shards; new, empty, or with the same pack unfinished.
-        settings: what the packed images are like.
-        workers: processes that decode and encode; default: one per core beside this one.
-        progress: called with the number of images done so far, those of an earlier attempt included.
+        source: Images to pack.
+        config: Settings. The folder `out` must be new, empty, or contain the same pack unfinished.
+        progress: Receives the number of images done so far, including those of an earlier attempt.
 
     Raises:
-        BadInput: the folder holds something else, or not one image could be read.
+        BadInput: The folder contains something else, or no image could be read.
     """
+    out = config.out
     wanted = {
         "format": _FORMAT,
         "source": str(source.location.resolve()),
         "images_in_source": len(source),
         _IDENTITY: hashlib.sha256(json.dumps(source.listing()).encode()).hexdigest(),
-        **asdict(settings),
+        "size": config.size,
+        "quality": config.quality,
+        "shard_images": config.shard_images,
         "class_names": None if source.class_names is None else list(source.class_names),
     }
-    shards = _begun(out, wanted)
+    shards = _finished_shards(out, wanted)
     _save_index(out, wanted, shards, finished=False)
-    resumed = min(len(shards) * settings.shard_images, len(source))
+    resumed = min(len(shards) * config.shard_images, len(source))
     progress(resumed)
-    todo = list(_chunks(len(source), settings.shard_images, len(shards)))
-    results = map_ordered(_PackFetch(source, settings), todo, workers)
+    todo = list(_chunks(len(source), config.shard_images, len(shards)))
+    results = map_ordered(_PackFetcher(source, config), todo, config.workers)
     try:
-        for number, chunks in groupby(todo, lambda chunk: chunk.start // settings.shard_images):
+        for number, chunks in groupby(todo, lambda chunk: chunk.start // config.shard_images):
             with _shard(out / f"shard-{number:06d}.tar") as (shard, tar):
                 for chunk, packed in zip(chunks, results, strict=False):
                     for each in packed:
@@ -144,36 +128,36 @@ def pack(
 
 
 @dataclass(frozen=True)
-class _PackFetch:
+class _PackFetcher:
     source: Source
-    settings: PackSettings
+    config: PackConfig
 
     def __call__(self, chunk: range) -> list[_Packed | str]:
         return [self._packed(i) for i in chunk]
 
     def _packed(self, i: int) -> _Packed | str:
         try:
-            original = self.source.encoded(i)
+            original = self.source.read_bytes(i)
             if original is None:
-                picture = self.source.picture(i)
+                image = self.source.decode(i)
             else:
-                picture = decode(original, self.source.describe(i), at_least=2 * self.settings.size)
+                image = decode(original, self.source.describe(i), min_side=2 * self.config.size)
         except BadImage as error:
             return str(error)
-        height, width, _ = picture.pixels.shape
-        if original is not None and min(height, width) <= self.settings.size and plain_jpeg_size(original):
+        height, width, _ = image.pixels.shape
+        if original is not None and min(height, width) <= self.config.size and plain_jpeg_size(original):
             suffix, content = ".jpg", original
         else:
-            suffix, content = encode(shrink(picture, self.settings.size), self.settings.quality)
+            suffix, content = encode(reduce_to_short_side(image, self.config.size), self.config.quality)
         label = self.source.label(i)
-        before = picture.pixels.nbytes if original is None else len(original)
-        filled = picture.missing is not None
+        before = image.pixels.nbytes if original is None else len(original)
+        filled = image.missing is not None
         return _Packed(_key(i, self.source.describe(i)), suffix, content, label, before, filled)
 
 
 @contextmanager
 def _shard(path: Path) -> Iterator[tuple[Shard, tarfile.TarFile]]:
-    """A tar that appears under its name only once it is complete and on the disk."""
+    """Opens a tar that gets its name only when it is complete and on the disk."""
     partial, shard = path.with_name(f".{path.name}.partial"), Shard(path.name)
     try:
         with open(partial, "wb") as file:
@@ -203,14 +187,14 @@ def _add(shard: Shard, tar: tarfile.TarFile, result: _Packed | str) -> None:
     shard.bytes_before += result.bytes_before
 
 
-def _begun(out: Path, wanted: dict[str, Any]) -> list[Shard]:
-    """The shards that an earlier attempt at the same pack has finished; makes the folder."""
+def _finished_shards(out: Path, wanted: dict[str, Any]) -> list[Shard]:
+    """Returns the shards that an earlier attempt has finished; creates the folder if there is none."""
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out}: is a file; --out is a folder for the shards")
     out.mkdir(parents=True, exist_ok=True)
     if not (out / INDEX).exists():
         if any(not entry.name.startswith(".") for entry in out.iterdir()):
-            raise BadInput(f"{out}: holds other files already; choose a new folder for --out")
+            raise BadInput(f"{out}: already has other files; choose a new folder for --out")
         return []
     try:
         there = json.loads((out / INDEX).read_text())
@@ -218,17 +202,17 @@ def _begun(out: Path, wanted: dict[str, Any]) -> list[Shard]:
         finished = there.pop("finished")
     except (ValueError, TypeError, KeyError, AttributeError):
         raise BadInput(f"{out / INDEX}: not the index of a pack; choose a new folder for --out") from None
-    there.setdefault(_IDENTITY, wanted[_IDENTITY])  # an older version did not note it
+    there.setdefault(_IDENTITY, wanted[_IDENTITY])  # an older version did not store it
     other = [f"{key} {there.get(key)!r}" for key in wanted if there.get(key) != wanted[key]]
     if other == [f"{_IDENTITY} {there[_IDENTITY]!r}"]:
         raise BadInput(
             f"{out}: names or sizes of the images in {wanted['source']} have changed since this pack was "
-            "begun; choose a new folder for --out"
+            "started; choose a new folder for --out"
         )
     if other:
-        raise BadInput(f"{out}: holds another pack ({', '.join(other)}); choose a new folder for --out")
+        raise BadInput(f"{out}: is another pack ({', '.join(other)}); choose a new folder for --out")
     if finished:
-        raise BadInput(f"{out}: this pack is finished already; delete the folder to make it again")
+        raise BadInput(f"{out}: this pack is already finished; delete the folder to make it again")
     whole: list[Shard] = []
     for shard in shards:
         with suppress(OSError):

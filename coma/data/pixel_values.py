@@ -1,7 +1,8 @@
-"""Pixels that do not fit the mean and standard deviation they are normalised with, or each other.
+"""Checks that pixels fit the mean and standard deviation that normalise them, and that images fit each other.
 
-Integer pixels are scaled to 0..1; floats stay as they are, in whatever unit. So statistics of 0..255 turn
-8-bit images into constants, and so do floats of 0..255 among them. Both are refused by name.
+Integer pixels are scaled to 0..1; floats are used as they are, in any unit. Statistics of values 0..255 would
+make 8-bit images nearly constant, and so would float images of values 0..255 among them. Both are refused
+with the name of an image.
 """
 
 from __future__ import annotations
@@ -12,47 +13,47 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coma.data.channels import adapt
-from coma.data.decode_arrays import white_of
-from coma.data.image import Picture
-from coma.data.shuffle import spread
+from coma.data.channels import convert_channels
+from coma.data.decode_arrays import max_value
+from coma.data.image import DecodedImage
+from coma.data.shuffle import sample_indices
 from coma.data.sources.base import Source
 from coma.errors import BadImage, BadInput
 from coma.messages import counted
 
 log = logging.getLogger(__name__)
 
-_LOOKED_AT = 16
-"""Images that are looked at before anything begins."""
-_FAR = 30.0
-"""Standard deviations between the mean of an image and that of all from which on their units differ."""
-_MARKS = (-32768.0, -32767.0, -99999.0, -9999.0, -999.0)
-"""What rasters commonly write where they know nothing."""
+_SAMPLE = 16
+"""Number of images that are checked before a run starts."""
+_MAX_DISTANCE = 30.0
+"""Maximum distance of an image's mean from the mean of all images, in standard deviations."""
+_NODATA = (-32768.0, -32767.0, -99999.0, -9999.0, -999.0)
+"""Values that rasters commonly use for missing values."""
 _HUGE = 1e9
-"""Larger values than any measurement: netCDF and others write 9.97e36 or 1e20 where they know nothing."""
+"""Larger values are missing ones: netCDF and other formats write 9.97e36 or 1e20."""
 
 
-class Values(NamedTuple):
-    """The range of one image."""
+class PixelRange(NamedTuple):
+    """The range of the pixel values of one image."""
 
     name: str
     kind: str
     """8-bit, 16-bit or float."""
     low: float
-    """Smallest value, as it is stored."""
+    """Smallest stored value."""
     high: float
-    """Largest value, as it is stored."""
+    """Largest stored value."""
     contrast: float
-    """Standard deviation of the values, integers scaled to 0..1."""
+    """Standard deviation of the values; integers are scaled to 0..1."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.kind}, {self.low:.4g} to {self.high:.4g})"
 
 
-def values_of(pixels: np.ndarray, name: str, contrast: float) -> Values:
-    """Returns the range of an image's pixels `[H, W, C]`, whose contrast is known."""
+def pixel_range(pixels: np.ndarray, name: str, contrast: float) -> PixelRange:
+    """Returns the range of pixels `[H, W, C]`; see `PixelRange` for `contrast`."""
     kind = {1: "8-bit", 2: "16-bit"}.get(pixels.dtype.itemsize, "float")
-    return Values(name, kind, float(pixels.min()), float(pixels.max()), contrast)
+    return PixelRange(name, kind, float(pixels.min()), float(pixels.max()), contrast)
 
 
 def check_pixels(
@@ -63,86 +64,89 @@ def check_pixels(
     *,
     fixed: bool = False,
 ) -> None:
-    """Refuses an image that the mean and standard deviation are not meant for.
+    """Checks that the mean and standard deviation fit an image.
 
     Args:
-        pixels: `[H, W, C]`, as they are stored.
-        mean: Mean per channel that the pixels will be normalised with; None where it is not known yet.
-        std: Standard deviation per channel; None where it is not known yet.
-        name: Gives the image's name.
-        fixed: The mean and standard deviation are those of a trained model, so only the images can change.
+        pixels: Stored values, `[H, W, C]`.
+        mean: Mean per channel for the normalisation; None if it is not known yet.
+        std: Standard deviation per channel; None if it is not known yet.
+        name: Returns the name of the image.
+        fixed: Whether the mean and standard deviation are those of a trained model, so only the images can
+            change.
 
     Raises:
-        BadInput: statistics of larger values than the image's, or the other way round, or a mark for missing
-            values that is not declared.
+        BadInput: The statistics are of larger or smaller values than those of the image, or the image has
+            missing values that are not declared.
     """
     if pixels.dtype != np.float32:
         if mean and std and max(*mean, *std) > 1:
             raise BadInput(_too_large(pixels, mean, std, name(), fixed))
         return
     low, high = float(pixels.min()), float(pixels.max())
-    for mark in (low, high):
-        others = pixels[pixels != mark] if mark in _MARKS or abs(mark) > _HUGE else pixels[:0]
-        if others.size and abs(others - mark).min() > 10 * others.std(dtype=np.float64):
+    for extreme in (low, high):
+        others = pixels[pixels != extreme] if extreme in _NODATA or abs(extreme) > _HUGE else pixels[:0]
+        if others.size and abs(others - extreme).min() > 10 * others.std(dtype=np.float64):
             raise BadInput(
-                f"{name()}: {pixels.size - others.size} of {pixels.size} values are {mark:g}, far from all "
-                "others; if they are missing, save them as NaN or declare them "
-                f"(gdal_edit.py -a_nodata {mark:g} FILE)"
+                f"{name()}: {pixels.size - others.size} of {pixels.size} values are {extreme:g}, far from "
+                "all others; if they are missing values, save them as NaN or declare them "
+                f"(gdal_edit.py -a_nodata {extreme:g} FILE)"
             )
     if mean and std and min(mean) >= 0 and max(*mean, *std) <= 1:
         far = np.abs(pixels.mean(axis=(0, 1), dtype=np.float64) - mean) / std
-        if far.max() > _FAR:
+        if far.max() > _MAX_DISTANCE:
             otherwise = "" if fixed else ", or all images in the unit of this one"
             raise BadInput(
-                f"{name()}: float values of {low:.4g} to {high:.4g}, but mean ({numbers(mean)}) "
-                f"and standard deviation ({numbers(std)}) are of values in 0..1; save such images scaled to "
-                f"0..1{otherwise}"
+                f"{name()}: float values of {low:.4g} to {high:.4g}, but mean ({format_values(mean)}) and "
+                f"standard deviation ({format_values(std)}) are of values in 0..1; save such images scaled "
+                f"to 0..1{otherwise}"
             )
 
 
-def check_some(
+def check_sample(
     source: Source, channels: int, mean: Sequence[float], std: Sequence[float], *, fixed: bool = False
 ) -> None:
-    """Checks a few images, spread over the source, by `check_pixels`; says how many had values filled.
+    """Checks a few images, spread over the source, and logs how many had missing values.
 
     Raises:
-        BadInput: as `check_pixels`.
+        BadInput: See `check_pixels`.
     """
-    filled = looked_at = 0
-    for i in spread(len(source), _LOOKED_AT):
+    filled = checked = 0
+    for i in sample_indices(len(source), _SAMPLE):
         try:
             name = source.describe(i)
-            picture = source.picture(i)
-            check_pixels(adapt(picture, channels, name), mean, std, lambda name=name: name, fixed=fixed)
+            image = source.decode(i)
+            check_pixels(
+                convert_channels(image, channels, name), mean, std, lambda name=name: name, fixed=fixed
+            )
         except BadImage:
             continue
-        looked_at += 1
-        filled += picture.missing is not None
-    say_filled(source, filled, looked_at)
+        checked += 1
+        filled += image.missing is not None
+    log_filled(source, filled, checked)
 
 
-def say_filled(source: Source, filled: int, looked_at: int, share: float | None = None) -> None:
-    """Logs how many images had missing values, where there are any."""
+def log_filled(source: Source, filled: int, checked: int, share: float | None = None) -> None:
+    """Logs how many images had missing values, if any had."""
     if filled:
         of_them = "" if share is None else f" ({share:.2%} of all values)"
         log.info(
-            f"{source.location}: {filled} of {counted(looked_at, 'image')} looked at hold nodata, NaN or "
+            f"{source.location}: {filled} of {counted(checked, 'image')} looked at have nodata, NaN or "
             f"infinite values{of_them}; they are filled with the mean of their channel",
             extra={"once": True},
         )
 
 
-def filled_share(picture: Picture) -> str:
-    """Returns how much of a picture was missing, for messages."""
-    share = 0.0 if picture.missing is None else picture.missing.mean()
+def describe_filled(image: DecodedImage) -> str:
+    """Returns the share of missing values of an image, in words."""
+    share = 0.0 if image.missing is None else image.missing.mean()
     return f"{share:.2%} of its values are nodata, NaN or infinite; filled with the mean of their channel"
 
 
-def check_mixture(location: object, images: Sequence[Values]) -> None:
-    """Refuses images of units that do not go together: some would be constants beside the others.
+def check_same_unit(location: object, images: Sequence[PixelRange]) -> None:
+    """Checks that all images are in the same unit; otherwise some would be nearly constant beside the others.
 
     Raises:
-        BadInput: naming an image of each unit.
+        BadInput: They are not; the message names an image of each unit.
     """
     images = [image for image in images if image.contrast > 0]
     floats = [image for image in images if image.kind == "float"]
@@ -156,7 +160,7 @@ def check_mixture(location: object, images: Sequence[Values]) -> None:
             f"0..1, floats are not; save the float images ({len(other_unit)} of {len(images)} looked at) "
             "scaled to 0..1, or train on them separately"
         )
-    anyway = "save them in one range, or give --mean and --std to train nevertheless"
+    anyway = "save them in one range, or give --mean and --std to train anyway"
     unit = [image for image in floats if image.low >= 0 and image.high <= 1 and image.contrast > 0.02]
     large = [image for image in floats if image.low >= 0 and image.high > 32]
     if unit and large and len(unit) + len(large) == len(floats):
@@ -174,16 +178,16 @@ def _too_large(
     pixels: np.ndarray, mean: Sequence[float], std: Sequence[float], name: str, fixed: bool
 ) -> str:
     facts = (
-        f"{name}: its pixels are scaled to 0..1, but mean ({numbers(mean)}) and standard deviation "
-        f"({numbers(std)}) are of larger values"
+        f"{name}: its pixels are scaled to 0..1, but mean ({format_values(mean)}) and standard deviation "
+        f"({format_values(std)}) are of larger values"
     )
     if fixed:
-        return f"{facts}: the model learned from float images; give float images in the same unit"
-    white = 255 if max(*mean, *std) <= 255 else white_of(pixels)
+        return f"{facts}: the model was trained on float images; give float images in the same unit"
+    white = 255 if max(*mean, *std) <= 255 else max_value(pixels)
     means, stds = ([value / white if value > 1 else value for value in values] for values in (mean, std))
-    return f"{facts}; divided by {white}: --mean {numbers(means)} --std {numbers(stds)}"
+    return f"{facts}; divided by {white}: --mean {format_values(means)} --std {format_values(stds)}"
 
 
-def numbers(values: Sequence[float]) -> str:
-    """Returns the numbers as they are given to a flag."""
+def format_values(values: Sequence[float]) -> str:
+    """Returns numbers in the form of a flag's value."""
     return " ".join(f"{value:.4g}" for value in values)

@@ -1,13 +1,12 @@
-"""Which image comes when, and with which seed: pure functions of (run seed, position in the stream).
+"""The order of the images and the seed of every sample: pure functions of (run seed, stream position).
 
-The stream is infinite: epoch after epoch, each a permutation of the n images. Position s of the stream
-is image `shuffled(seed, s // n, s % n, n)` with the seed `sample_seeds(seed, s)`; where every image comes r
-times in a row, s // r chooses the image. Nothing is drawn from a generator and no permutation is stored, so
-any process can start anywhere: the loader's whole state is one integer, and an epoch over a billion images
-costs no memory.
+The stream is infinite: epoch after epoch, each a permutation of the n images. Position s of the stream is
+image `permuted_indices(seed, s // n, s % n, n)` with the seed `sample_seeds(seed, s)`; with r augmented
+repeats, s // r selects the image. There is no generator state and no stored permutation, so every process can
+start anywhere: the state of the loader is one integer, and an epoch over a billion images costs no memory.
 
-Randomness comes from splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
-generators", figure 17): value number i under a key is `mix(mix(key) + (i + 1) * GOLDEN)`.
+Random numbers are those of splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
+generators", figure 17): value i of a key is `splitmix64(splitmix64(key) + (i + 1) * GOLDEN)`.
 """
 
 from __future__ import annotations
@@ -18,26 +17,27 @@ import numpy as np
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_ORDER, _CROP = 0x6F72646572, 0x63726F70  # what a key is for: unrelated numbers for unrelated uses
+_ORDER, _CROP = 0x6F72646572, 0x63726F70  # purposes of a key: independent numbers for each
 _WORD = (1 << 64) - 1
 _ROUNDS = 8
 
 
 def sample_seeds(seed: int, positions: np.ndarray) -> np.ndarray:
-    """Seeds of the samples at `positions [b]` of a run's stream: int64 `[b]`."""
-    return _values(mix(seed & _WORD), positions).view(np.int64)
+    """Returns the seeds of the samples at `positions [b]` of a run's stream, int64 `[b]`."""
+    return _values(splitmix64(seed & _WORD), positions).view(np.int64)
 
 
-def shuffled(seed: int, epoch: np.ndarray, rank: np.ndarray, n: int) -> np.ndarray:
-    """Image at place `rank [b]` (0..n-1) of each `epoch [b]`: int64 `[b]`, a permutation in every epoch.
+def permuted_indices(seed: int, epoch: np.ndarray, rank: np.ndarray, n: int) -> np.ndarray:
+    """Returns the image at position `rank [b]` (0..n-1) of each `epoch [b]`: int64 `[b]`.
 
-    A balanced Feistel network over the smallest power of 4 that holds n, walked along its cycles until
-    it lands below n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", sections 4 and 3).
-    Never over fewer than 64 places: networks on 16 do not give all orders of 4 images equally often.
+    Each epoch is a permutation: a balanced Feistel network over the smallest power of 4 that is at least n,
+    applied repeatedly until the result is below n (Black and Rogaway 2002, "Ciphers with arbitrary finite
+    domains", sections 4 and 3). It has at least 64 values, because networks over 16 values do not give all
+    orders of 4 images equally often.
     """
     half = np.uint64(max((n - 1).bit_length() + 1, 6) // 2)
     low = np.uint64((1 << int(half)) - 1)
-    epoch_keys = _values(mix((seed ^ _ORDER) & _WORD), epoch)
+    epoch_keys = _values(splitmix64((seed ^ _ORDER) & _WORD), epoch)
     place = rank.astype(np.uint64)
     todo = np.arange(len(place))
     while len(todo):
@@ -50,22 +50,22 @@ def shuffled(seed: int, epoch: np.ndarray, rank: np.ndarray, n: int) -> np.ndarr
     return place.astype(np.int64)
 
 
-def spread(n: int, limit: int) -> list[int]:
-    """Returns up to `limit` of n images, spread over them; the same ones every time."""
+def sample_indices(n: int, limit: int) -> list[int]:
+    """Returns up to `limit` of n indices, spread over all of them; always the same ones."""
     count = min(limit, n)
-    return shuffled(0, np.zeros(count, np.int64), np.arange(count), n).tolist()
+    return permuted_indices(0, np.zeros(count, np.int64), np.arange(count), n).tolist()
 
 
 def uniforms(sample_seed: int) -> Iterator[float]:
-    """Endless numbers in [0, 1) for the crop and flip of one sample, 53 bits each."""
-    state = mix((sample_seed ^ _CROP) & _WORD)
+    """Yields random numbers in [0, 1), of 53 bits each, for the crop and flip of one sample."""
+    state = splitmix64((sample_seed ^ _CROP) & _WORD)
     while True:
         state = state + GOLDEN & _WORD
-        yield (mix(state) >> 11) * 2.0**-53
+        yield (splitmix64(state) >> 11) * 2.0**-53
 
 
-def mix(x: int) -> int:
-    """The finaliser of splitmix64: every bit of a 64-bit integer changes half of the result's bits."""
+def splitmix64(x: int) -> int:
+    """Returns the splitmix64 hash of a 64-bit integer."""
     x = (x ^ x >> 30) * _MULTIPLIERS[0] & _WORD
     x = (x ^ x >> 27) * _MULTIPLIERS[1] & _WORD
     return x ^ x >> 31

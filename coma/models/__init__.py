@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from coma.config import DyViTConfig, EncoderConfig
+from coma.config import EncoderConfig
 from coma.models.decoder import Decoder
 from coma.models.dyvit import DyViT
 from coma.models.vit import ViT
+from coma.registry import entry_of, resolve
 
 Encoder = DyViT | ViT
 
@@ -13,5 +14,5 @@ __all__ = ["Decoder", "DyViT", "Encoder", "ViT", "build_encoder"]
 
 
 def build_encoder(config: EncoderConfig) -> Encoder:
-    """The encoder that `config` describes, freshly initialised."""
-    return DyViT(config) if isinstance(config, DyViTConfig) else ViT(config)
+    """Returns the encoder that `config` describes, freshly initialised."""
+    return resolve(entry_of(config).encoder)(config)

@@ -24,9 +24,10 @@ from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from coma.config import DyViTConfig
+from coma.config.artifact import ArtifactConfig
 from coma.errors import BadInput
 from coma.masking.patchify import cover, pad_to_units, unit_grid
-from coma.models.attention import DynamicMultiWindowAttention, Layout, stage_layout
+from coma.models.attention import DynamicMultiWindowAttention, Layout, WindowGate, stage_layout
 from coma.models.blocks import drop_path_rates, run_block
 from coma.models.view_sequences import ViewSequences, image_sequences
 from coma.models.windows import crop, nest, unnest
@@ -46,13 +47,15 @@ class DyViT(nn.Module):
     """
 
     output_fmt = "NHWC"
+    artifact: ArtifactConfig
+    """Description of the artifact that the model was loaded from; absent on other models."""
 
     def __init__(self, config: DyViTConfig) -> None:
         super().__init__()
         self.config = config
         self.unit = config.unit
         self.num_features = self.head_hidden_size = config.num_features
-        self.strides = tuple(config.patch * 2**i for i in range(4))
+        self.strides = config.strides
         self.grad_checkpointing = False
 
         ends = list(accumulate(config.depths))
@@ -82,7 +85,7 @@ class DyViT(nn.Module):
                 nn.init.zeros_(module.gate.out.weight)  # equal weights to begin with
 
     def forward(self, images: Tensor, group: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The feature pyramid.
+        """Returns the feature pyramid.
 
         Args:
             images: `[b, c, H, W]`, normalised.
@@ -106,10 +109,22 @@ class DyViT(nn.Module):
             for x, stride in zip(maps, self.strides, strict=True)
         )
 
+    pyramid = forward
+    """The pyramid, also of a classifier, whose own `forward` returns logits."""
+
+    def window_gates(self) -> list[tuple[int, WindowGate]]:
+        """Returns the gates of DM-MSA, each with the number of its stage, 1 to 4."""
+        return [
+            (number, module)
+            for number, stage in enumerate(self.stages, start=1)
+            for module in stage.modules()
+            if isinstance(module, WindowGate)
+        ]
+
     def forward_features(
         self, images: Tensor, group: Tensor | None = None, sizes: Sequence[int] | None = None
     ) -> Tensor:
-        """The last map, normalised: one feature vector per mask unit.
+        """Returns the last map, normalised: one feature vector per mask unit.
 
         Args:
             images: `[b, c, H, W]`, normalised.
@@ -132,7 +147,7 @@ class DyViT(nn.Module):
         return _maps(*self._run(images, group, stages=stages))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute block activations in the backward pass instead of keeping them."""
+        """Recompute block activations in the backward pass instead of storing them."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:

@@ -16,7 +16,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from coma.config import ViTConfig
+from coma.config.artifact import ArtifactConfig
 from coma.masking.patchify import pad_to_units
+from coma.models.attention import WindowGate
 from coma.models.blocks import drop_path_rates, run_block
 from coma.models.dyvit import check_images
 from coma.models.position_embeddings import sincos_positions
@@ -31,13 +33,15 @@ class ViT(nn.Module):
     """
 
     output_fmt = "NHWC"
+    artifact: ArtifactConfig
+    """Description of the artifact that the model was loaded from; absent on other models."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
         self.unit = config.unit
         self.num_features = config.dim
-        self.strides = (config.patch,)
+        self.strides = config.strides
         self.grad_checkpointing = False
         self.stem = nn.Conv2d(config.channels, config.dim, config.patch, stride=config.patch)
         self.cls_token = nn.Parameter(torch.zeros(config.dim))
@@ -51,13 +55,20 @@ class ViT(nn.Module):
         self.apply(init_xavier)
 
     def forward(self, images: Tensor, group: Tensor | None = None) -> tuple[Tensor, ...]:
-        """One map `[b, dim, ceil(H/patch), ceil(W/patch)]`; see `DyViT.forward` for `group` and errors."""
+        """Returns one map `[b, dim, ceil(H/patch), ceil(W/patch)]`; `group` as in `DyViT.forward`."""
         return (rearrange(self.forward_features(images, group), "b h w c -> b c h w"),)
+
+    pyramid = forward
+    """The pyramid, also of a classifier, whose own `forward` returns logits."""
+
+    def window_gates(self) -> list[tuple[int, WindowGate]]:
+        """Returns no gates: every layer has one window, the whole image."""
+        return []
 
     def forward_features(
         self, images: Tensor, group: Tensor | None = None, sizes: Sequence[int] | None = None
     ) -> Tensor:
-        """One feature vector per mask unit, `[b, h, w, dim]`; see `DyViT.forward_features`."""
+        """Returns one feature vector per mask unit, `[b, h, w, dim]`; see `DyViT.forward_features`."""
         check_images(images, group, self.config.channels, self.unit)
         x = rearrange(self.stem(pad_to_units(images, self.unit)), "b c h w -> b h w c")
         rows, cols = x.shape[1:3]
@@ -71,7 +82,7 @@ class ViT(nn.Module):
         return self.forward_features(images).mean(dim=(1, 2))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute block activations in the backward pass instead of keeping them."""
+        """Recompute block activations in the backward pass instead of storing them."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:

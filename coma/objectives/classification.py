@@ -1,11 +1,11 @@
-"""Learning classes: cross-entropy with soft targets on mixed and partly erased images.
+"""Classification: cross-entropy with soft targets on mixed and partly erased images.
 
-The recipe of MAE's fine-tuning (He et al. 2021, arXiv 2111.06377, table 9), in timm's implementation: a
-rectangle of noise in a quarter of the images (random erasing, Zhong et al. 2020), then every batch is mixed
-with itself in reverse order: pixels and labels blended with a weight from Beta(0.8, 0.8) (mixup, Zhang et al.
-2018, sec. 1), or a box of the one pasted into the other and labels blended by its area (CutMix, Yun et al.
-2019, eq. 1). Labels are smoothed (Szegedy et al. 2016, sec. 7). All of it is drawn from the global
-generators, which the training loop seeds before every pass.
+The recipe is that of MAE's fine-tuning (He et al. 2021, arXiv 2111.06377, table 9), in timm's implementation.
+A quarter of the images get a rectangle of noise (random erasing, Zhong et al. 2020). Then every batch is
+mixed with itself in reverse order: either pixels and labels are blended with a weight from Beta(0.8, 0.8)
+(mixup, Zhang et al. 2018, sec. 1), or a box of one image is pasted into the other and labels are blended by
+its area (CutMix, Yun et al. 2019, eq. 1). Labels are smoothed (Szegedy et al. 2016, sec. 7). All of it is
+drawn from the global generators, which the training loop seeds before every pass.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from coma.config import FinetuneRecipe
-from coma.models.classifier import Classifier
+from coma.models.classifiers import Classifier
 
 
 @dataclass
 class ClassificationOutput:
-    """One pass's results.
+    """Results of one forward pass.
 
     Attributes:
         loss: Scalar, float32.
@@ -36,12 +36,12 @@ class ClassificationOutput:
 
 
 class Classification(nn.Module):
-    """A classifier that learns.
+    """Training objective of a classifier.
 
     Args:
-        recipe: Erasing, mixing and smoothing.
-        classifier: What is trained.
-        classes: How many classes there are.
+        recipe: Settings of erasing, mixing and smoothing.
+        classifier: Classifier to train.
+        classes: Number of classes.
     """
 
     def __init__(self, recipe: FinetuneRecipe, classifier: Classifier, classes: int) -> None:
@@ -51,12 +51,12 @@ class Classification(nn.Module):
         self.loss = SoftTargetCrossEntropy()
 
     def forward(self, images: Tensor, labels: Tensor) -> ClassificationOutput:
-        """Loss of normalised images `[b, c, H, W]`, b even where they are mixed, and labels int64 `[b]`."""
+        """Returns the loss of normalised images `[b, c, H, W]` (b even for mixing) and labels int64 `[b]`."""
         images, targets = self.mix(images, labels)
         return ClassificationOutput(self.loss(self.classifier(images).float(), targets))
 
     def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Erase and mix: images like the input, and targets `[b, classes]`, whose rows add up to 1."""
+        """Erases and mixes; returns images and targets `[b, classes]`, whose rows add up to 1."""
         recipe = self.recipe
         images = images.clone()  # timm works in place
         if recipe.random_erasing:
@@ -69,15 +69,15 @@ class Classification(nn.Module):
         return mixup(images, labels)
 
     def before_step(self, progress: float) -> None:
-        """Called before every optimizer step: it makes no difference here."""
+        """Does nothing; the training loop calls it before every optimizer step."""
 
     def after_step(self, progress: float) -> None:
-        """Called after every optimizer step."""
+        """Does nothing; the training loop calls it after every optimizer step."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute block activations in the backward pass instead of keeping them."""
+        """Recomputes block activations in the backward pass instead of storing them."""
         self.classifier.set_grad_checkpointing(enable)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the classifier only: mixing draws other numbers in every pass."""
+        """Compiles the classifier alone: mixing draws other numbers in every pass."""
         self.classifier.compile(*args, **kwargs)

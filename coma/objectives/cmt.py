@@ -27,13 +27,14 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from coma.config import CMTConfig
 from coma.errors import BadInput
 from coma.masking.patchify import patchify
 from coma.masking.sampling import draw, eager, group_of, keep
-from coma.models import Encoder
+from coma.models import Encoder, build_encoder
 from coma.models.attention_maps import attend
 from coma.models.teacher import Teacher, to_units
 from coma.models.vit import init_xavier
@@ -115,7 +116,7 @@ class CMT(MaskedPixels):
         return (taught, learnt), share * attention + (1 - share) * own
 
     def guided_visible(self, attention: Tensor, seeds: Tensor) -> Tensor:
-        """The units that the one view sees, bool `[1, b, h, w]`, drawn by `attention [b, h, w]`."""
+        """Returns the units that the one view sees, bool `[1, b, h, w]`, drawn by `attention [b, h, w]`."""
         h, w = attention.shape[1:]
         shown = self._shown(h, w)
         if self.config.hide == "attended":
@@ -135,6 +136,13 @@ class CMT(MaskedPixels):
             apart = F.smooth_l1_loss(guess, target.expand_as(guess), reduction="none").mean(dim=-1)
         hidden = (~visible).float()
         return (apart * hidden).sum() / hidden.sum()
+
+    def check_images(self, height: int, width: int) -> None:
+        """Raises BadInput where the student's block that guides the masks does not see the whole map."""
+        encoder = self.encoder.config
+        with FakeTensorMode(), torch.no_grad():
+            images = torch.empty(1, encoder.channels, height, width)
+            attend(build_encoder(encoder), images, block=self.config.student_block)
 
     def before_step(self, progress: float) -> None:
         """Masks are random as long as less than `random_share` of the run is done."""

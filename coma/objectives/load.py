@@ -1,17 +1,19 @@
-"""From a `pretrained` artifact back to the objective that made it, decoder included."""
+"""Loads the objective of a `pretrained` artifact, decoder included."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from coma.artifact import ArtifactConfig, load_artifact, load_strict
+from coma.artifact import load_artifact, load_strict
 from coma.errors import BadArtifact
 from coma.models import build_encoder
 from coma.objectives import MaskedPixels, build_objective
 
 
-def load_pretrained(directory: Path) -> tuple[MaskedPixels, ArtifactConfig]:
-    """The pre-trained objective, in evaluation mode on the CPU.
+def load_pretrained(directory: str | Path) -> MaskedPixels:
+    """Returns the pre-trained objective, in evaluation mode on the CPU.
+
+    Its attribute `artifact` is the artifact's description: image size, mean, std, how it was trained.
 
     Raises:
         BadArtifact: as `load_artifact` and `load_strict`, or an artifact without a decoder.
@@ -23,4 +25,5 @@ def load_pretrained(directory: Path) -> tuple[MaskedPixels, ArtifactConfig]:
         )
     objective = build_objective(artifact.config.objective, build_encoder(artifact.config.model))
     load_strict(objective, artifact.tensors, source=str(directory))
-    return objective.eval(), artifact.config
+    objective.artifact = artifact.config
+    return objective.eval()

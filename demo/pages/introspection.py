@@ -11,7 +11,6 @@ from torch import Tensor
 
 from coma.data.transforms import normalize
 from coma.errors import BadInput
-from coma.models import DyViT
 from demo.introspection import attention_maps_of, feature_pyramid, gate_weights, pyramid_colours
 from demo.models import Model
 from demo.render import colour_indices, enlarge, overlay, to_rgb
@@ -64,13 +63,13 @@ def introspection_tab(session: Session, picture: gr.Image) -> None:
         image, pixels = _input(session, chosen, picture)
         encoder = chosen.encoder()
         colours = pyramid_colours(feature_pyramid(encoder, image))
-        gates = gate_weights(encoder, image) if isinstance(encoder, DyViT) else []
+        gates = gate_weights(encoder, image) if encoder.window_gates() else []
         shown: Pictures = [(enlarge(pixels, SHOWN), "picture")]
         for stride, each in zip(encoder.strides, colours, strict=True):
             size = f"{each.shape[1]} x {each.shape[0]}"
             shown.append((enlarge(each, SHOWN, blocks=True), f"stride {stride}: {size}"))
         if not gates:
-            text = "This model is a plain ViT, which attends globally and has no gates."
+            text = "This model has no gates: every layer has one window, the whole picture."
             return session.save_all(shown), [], note(text), session.save(enlarge(pixels, SHOWN))
         last = {each.stage: each for each in gates}
         maps: Pictures = [

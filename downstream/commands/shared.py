@@ -33,9 +33,9 @@ SOURCE_OPTIONS = ("artifact", "preset", "config", "cfg_options", "data", "classe
 
 
 def run_verb(
-    argv: Sequence[str], verbs: dict[str, Callable[[list[str]], None]], usage: str, package: str
+    argv: Sequence[str], verbs: dict[str, Callable[[list[str]], None]], usage: str, package: str | None = None
 ) -> None:
-    """Runs the verb that the first argument names; --help needs none of OpenMMLab's packages.
+    """Runs the verb that the first argument names; its --help needs no package.
 
     Raises:
         BadInput: the first argument names no verb.
@@ -47,6 +47,9 @@ def run_verb(
         raise BadInput(f"give one of {', '.join(verbs)}")
     if argv[0] not in verbs:
         raise BadInput(f"no verb {argv[0]!r}; choose one of {', '.join(verbs)}")
+    if package is None:
+        verbs[argv[0]](list(argv[1:]))
+        return
     if os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None):
         warn(
             ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored: checkpoints are loaded without unpickling objects"]
@@ -225,11 +228,13 @@ def predict(kind: Kind, options: PredictOptions, annotations: Path | None, write
     check_empty(options.out)
     paths = list_images(options.images)
     ids = assign_image_ids(paths, read_image_ids(annotations) if annotations else None)
-    model, about = load_finetuned(options.artifact, kind)
+    model = load_finetuned(options.artifact, kind)
     options.out.mkdir(parents=True, exist_ok=True)
     with progress_bar("predicting") as progress:
-        predictions = predict(model, about, paths, device, ids, lambda text: warn([f"skipped {text}"]))
-        written = write(options.out, predictions, about, lambda done: progress(done, len(paths)))
+        predictions = predict(
+            model, model.artifact, paths, device, ids, lambda text: warn([f"skipped {text}"])
+        )
+        written = write(options.out, predictions, model.artifact, lambda done: progress(done, len(paths)))
     return written, len(paths)
 
 
@@ -258,14 +263,12 @@ def warn(warnings: Sequence[str]) -> None:
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """Shows a progress bar on a terminal; yields a function for the items done and in total."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from coma.progress import Progress
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(True))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with Progress() as progress:
+        bar = progress.bar(title)
+        yield lambda done, total: bar.update(done, total=total)
+        bar.remove()
 
 
 def device_of(name: str) -> torch.device:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coma.config import DyViTConfig, EncoderConfig, encoder_preset
+from coma.config import EncoderConfig, encoder_preset
 from coma.config.serialization import from_plain
 from coma.errors import BadInput
 from downstream.cli_options import TrainOptions
@@ -42,7 +42,7 @@ class EncoderSpec:
     @property
     def hierarchical(self) -> bool:
         """Returns whether the encoder outputs a feature pyramid."""
-        return isinstance(self.model, DyViTConfig)
+        return len(self.model.strides) > 1
 
     @property
     def strides(self) -> tuple[float, float, float, float]:
@@ -54,9 +54,7 @@ class EncoderSpec:
     @property
     def channels(self) -> list[int]:
         """Returns the channels of the encoder's outputs."""
-        if isinstance(self.model, DyViTConfig):
-            return [self.model.dim * 2**i for i in range(4)]
-        return [self.model.dim]
+        return list(self.model.widths)
 
 
 def encoder_spec(artifact: Path | None, preset: str | None) -> EncoderSpec:
@@ -74,7 +72,7 @@ def encoder_spec(artifact: Path | None, preset: str | None) -> EncoderSpec:
     else:
         from coma.artifact import load_encoder
 
-        about = load_encoder(artifact)[1]
+        about = load_encoder(artifact).artifact
         described = EncoderSpec(about.model, about.mean, about.std, {"artifact": str(artifact.resolve())})
     if described.strides[0] < 1:
         raise BadInput(

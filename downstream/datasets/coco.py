@@ -183,15 +183,15 @@ def _checked(
 def _say_left_out(annotations: Path, images: Path, listed: set[str]) -> None:
     """Logs the number of images by kind, and the files that are left out."""
     from coma.data.inventory import kind_of
-    from coma.data.sources.image_folder import search  # imports torch: only where it is needed
+    from coma.data.sources.image_folder import find_images  # imports torch: only where it is needed
 
-    found, inventory = search(images)
+    found, inventory = find_images(images)
     for name in found:
         if name not in listed:
             what = f"that {annotations.name} does not list"
-            inventory.leave_out(f"image {what}", f"images {what}", name)
+            inventory.skip(f"image {what}", f"images {what}", name)
     inventory.images = Counter(map(kind_of, listed))
-    log.info(inventory.line(images), extra={"once": True})
+    log.info(inventory.summary(images), extra={"once": True})
 
 
 def _why_none(warnings: list[str]) -> str:

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from coma.data.splits import SPLITS, known_split, split_folders
 from coma.errors import BadInput
+from coma.splits import SPLITS, parse_split, split_folders
 
 ROBOFLOW = "_annotations.coco.json"
 
@@ -19,7 +19,7 @@ def find_annotations(data: Path, split: str) -> Path:
     Raises:
         BadInput: no file, or more than one; the message lists the names that were tried.
     """
-    split = known_split(split)
+    split = parse_split(split)
     if not data.is_dir():
         raise BadInput(f"{data}: {'is a file, not' if data.is_file() else 'there is no'} folder of a dataset")
     words = "|".join(SPLITS[split])
@@ -57,7 +57,7 @@ def find_images(data: Path, annotations: Path, split: str, content: Any) -> Path
     own = re.sub("^instances_", "", annotations.stem, flags=re.IGNORECASE)
     both = data, data / "images"
     tried = [parent / own for parent in both]
-    tried += [folder for parent in both for folder in split_folders(parent, known_split(split))]
+    tried += [folder for parent in both for folder in split_folders(parent, parse_split(split))]
     tried += [parent / split for parent in both]  # for the message
     tried = list(dict.fromkeys([*tried, data / "images", data]))
     folders = [folder for folder in tried if folder.is_dir()]

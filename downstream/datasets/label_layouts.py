@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from coma.data.splits import SPLITS, known_split, split_folders
 from coma.errors import BadInput
+from coma.splits import SPLITS, parse_split, split_folders
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def find_layout(data: Path, split: str) -> Layout:
     Raises:
         BadInput: no folders; the message lists the names that were tried.
     """
-    split = known_split(split)
+    split = parse_split(split)
     if not data.is_dir():
         raise BadInput(f"{data}: {'is a file, not' if data.is_file() else 'there is no'} folder of a dataset")
     images, labels = data / "leftImg8bit" / split, data / "gtFine" / split
@@ -83,15 +83,18 @@ def pair(layout: Layout, image_suffix: str | None, label_suffix: str | None) -> 
         BadInput: no image, or no label.
     """
     from coma.data.inventory import Inventory
-    from coma.data.sources.image_folder import search, walk  # imports torch: only where it is needed
+    from coma.data.sources.image_folder import (  # imports torch: only where it is needed
+        find_images,
+        walk_files,
+    )
 
-    found, inventory = search(layout.images)
-    images, labels = sorted(found), sorted(walk(layout.labels, Inventory()))
+    found, inventory = find_images(layout.images)
+    images, labels = sorted(found), sorted(walk_files(layout.labels, lambda _: Inventory()))
     if not images:
         raise BadInput(
-            f"{layout.images}: no image in this folder; it holds {inventory.left_out() or 'nothing'}"
+            f"{layout.images}: no image in this folder; it holds {inventory.skipped() or 'nothing'}"
         )
-    log.info(inventory.line(layout.images), extra={"once": True})
+    log.info(inventory.summary(layout.images), extra={"once": True})
     image_suffix = image_suffix or layout.image_suffix or _most_common(images)
     ours = {name.removesuffix(image_suffix) for name in images if name.endswith(image_suffix)}
     if not ours:

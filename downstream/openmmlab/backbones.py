@@ -209,7 +209,8 @@ def _encoder(
             config = encoder_preset(str(preset), channels=channels)
         _check_kind(config, kind, str(preset or "encoder"), BadInput)
         return build_encoder(replace(config, **changes))
-    pretrained, about = load_encoder(Path(artifact))
+    pretrained = load_encoder(Path(artifact))
+    about = pretrained.artifact
     _check_kind(about.model, kind, str(artifact), BadArtifact)
     encoder = build_encoder(replace(about.model, **changes))
     tensors = pretrained.state_dict()
@@ -220,5 +221,5 @@ def _encoder(
 
 def _check_kind(config: EncoderConfig, kind: type[EncoderConfig], source: str, error: type[BadInput]) -> None:
     if not isinstance(config, kind):
-        wanted = "PlainViT" if isinstance(config, ViTConfig) else "DyViT"
+        wanted = "DyViT" if len(config.strides) > 1 else "PlainViT"
         raise error(f"{source}: is another encoder; use backbone=dict(type='{wanted}', ...)")

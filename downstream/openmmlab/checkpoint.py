@@ -58,10 +58,10 @@ def intact_checkpoint(folder: Path) -> Path | None:
     for path in (last, *before) if last else ():
         holds = path.is_file() and seal_holds(path)
         if holds is None:
-            log.warning("warning: %s: has no checksum (of an older version): damage goes unnoticed", path)
+            log.warning("%s: has no checksum (of an older version): damage goes unnoticed", path)
         if holds is not False:
             return path
-        log.warning("warning: %s: damaged (its checksum does not match); trying the one before", path)
+        log.warning("%s: damaged (its checksum does not match); trying the one before", path)
     if last:
         raise BadInput(f"{folder}: all its checkpoints are damaged; start again in another folder")
     return None

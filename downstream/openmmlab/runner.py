@@ -15,7 +15,7 @@ import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from mmengine.utils import import_modules_from_strings
 import downstream.openmmlab  # noqa: F401 - before mmdet and mmseg
 from coma.atomic_io import seal
 from coma.errors import BadInput, CheckFailed, ComaError, Interrupted
+from coma.progress import Progress
 from coma.signals import StopRequest
 from downstream.cli_options import is_main
 from downstream.configs.load import REGISTER_MODULE, config_errors, require_imports, worker_error
@@ -38,10 +39,11 @@ from downstream.openmmlab.backbones import DyViT, PlainViT
 from downstream.openmmlab.checkpoint import intact_checkpoint, latest_checkpoint
 from downstream.openmmlab.worker_init import set_worker_init
 from downstream.private import use_device
-from downstream.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 HEADLINES = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50", "mIoU", "mAcc", "aAcc")
+_LINES = 20
+"""Lines of progress over a whole run where there is no terminal."""
 SCORES = "coma_scores"
 """Key of the validation scores in checkpoints, by step (by epoch for epoch-based runs)."""
 CONFIG, PRINTED = "config.py", "printed.txt"
@@ -75,7 +77,7 @@ def train(
         log.info("no checkpoint was saved before the run ended; starting from the beginning")
     blamed = config_errors(source, "cannot be trained") if source else nullcontext()
     printed, quiet = _redirect_prints(folder / PRINTED), not is_main()
-    with blamed, StopRequest(quiet=quiet) as stop, closing(ProgressBar(quiet=quiet)) as bar, printed:
+    with blamed, StopRequest(quiet=quiet) as stop, Progress(quiet) as progress, printed:
         runner = build_runner(config, folder, device)
         model = getattr(runner.model, "module", runner.model)
         if isinstance(getattr(model, "backbone", None), DyViT | PlainViT):
@@ -84,8 +86,8 @@ def train(
             except BadInput as error:  # a resumed run keeps its strides
                 if not resume:
                     raise
-                log.warning("warning: %s", error)
-        watch = _ProgressHook(stop, bar)
+                log.warning("%s", error)
+        watch = _ProgressHook(stop, progress)
         runner.register_hook(watch, priority="LOW")
         if is_main() and not resume:
             config.dump(folder / CONFIG)
@@ -134,9 +136,9 @@ def test(
         device: cuda or cpu.
         quiet: Show no progress bar.
     """
-    with closing(ProgressBar(quiet=quiet or not is_main())) as bar, _redirect_prints(folder / PRINTED):
+    with Progress(quiet or not is_main()) as progress, _redirect_prints(folder / PRINTED):
         runner = build_runner(config, folder, device)
-        runner.register_hook(_ProgressHook(None, bar), priority="LOW")
+        runner.register_hook(_ProgressHook(None, progress), priority="LOW")
         prepare(getattr(runner.model, "module", runner.model))
         return {name: float(value) for name, value in runner.test().items()}
 
@@ -214,7 +216,7 @@ class _CheckedRunner(Runner):
             raise BadInput(f"{filename}: none of its {len(theirs)} tensors fits one of the model")
         if is_main() and (other or not ours.keys() >= theirs.keys()):
             log.warning(
-                "warning: %s: loaded %d of the model's %d tensors; %d tensors of the file are unused%s",
+                "%s: loaded %d of the model's %d tensors; %d tensors of the file are unused%s",
                 filename,
                 len(ours) - len(other),
                 len(ours),
@@ -227,13 +229,13 @@ class _CheckedRunner(Runner):
 class _ProgressHook(Hook):
     """Updates the progress bar, refuses losses that are not finite, and stops the run on request."""
 
-    def __init__(self, stop: StopRequest | None, bar: ProgressBar) -> None:
-        self._stop, self._bar, self._steps = stop, bar, 0
+    def __init__(self, stop: StopRequest | None, progress: Progress) -> None:
+        self._stop, self._progress, self._steps = stop, progress, 0
 
     def before_train(self, runner: Any) -> None:
         self._steps = runner.max_iters
         _skip_seen_images(runner.train_loop, runner.iter)
-        self._bar.start("training", self._steps, runner.iter)
+        self._training = self._progress.bar("step", self._steps, runner.iter, _LINES)
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
@@ -244,7 +246,7 @@ class _ProgressHook(Hook):
                 f"{runner.work_dir}: the loss is {loss} at step {runner.iter + 1}; lower --lr, or use "
                 "--precision fp32; the last checkpoint is from an earlier step"
             )
-        self._bar.step(runner.iter + 1, f"loss {loss:.4f}")
+        self._training.update(runner.iter + 1, f"loss {loss:.4f}")
         if self._stop and _any_process(self._stop.asked) and runner.iter + 1 < self._steps:
             self.leave(runner, runner.iter + 1)
 
@@ -264,15 +266,15 @@ class _ProgressHook(Hook):
         raise Interrupted(f"{where}; everything is saved, {advice}")
 
     def before_val(self, runner: Any) -> None:
-        self._bar.start_inner("validating", len(runner.val_dataloader))
+        self._pass = self._progress.bar("validating", len(runner.val_dataloader))
 
     def after_val_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        self._bar.advance_inner()
+        self._pass.advance()
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        self._bar.end_inner()
+        self._pass.remove()
         finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
         scores = runner.message_hub.runtime_info.setdefault(SCORES, {})
         by_step = isinstance(runner.train_loop, IterBasedTrainLoop)
@@ -281,18 +283,18 @@ class _ProgressHook(Hook):
         }
         shown = {name: value for name, value in (metrics or {}).items() if is_headline(name)}
         text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        self._bar.say(f"step {runner.iter}/{self._steps}: {text}")
+        self._progress.say(f"step {runner.iter}/{self._steps}: {text}")
 
     def before_test(self, runner: Any) -> None:
-        self._bar.start_inner("testing", len(runner.test_dataloader))
+        self._pass = self._progress.bar("testing", len(runner.test_dataloader))
 
     def after_test_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        self._bar.advance_inner()
+        self._pass.advance()
 
     def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        self._bar.end_inner()
+        self._pass.remove()
 
 
 def is_headline(name: str) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from mmengine.registry import TRANSFORMS
 
-from coma.data.channels import adapt, unit_scale
+from coma.data.channels import convert_channels, scale_to_unit
 from coma.data.decode import decode
 from coma.errors import BadImage
 
@@ -41,14 +41,14 @@ class ReadImage(BaseTransform):
             data = Path(path).read_bytes()
         except OSError as error:
             raise BadImage(f"{path}: {error.strerror or error}") from None
-        pixels = adapt(decode(data, str(path)), self.channels, str(path))
+        pixels = convert_channels(decode(data, str(path)), self.channels, str(path))
         if self.channels == 3 and pixels.dtype == np.float32 and pixels.max() > 2:
             raise BadImage(
                 f"{path}: float values up to {pixels.max():.4g}; colour images are read as 8 or 16 bits or "
                 "as floats of 0..1, so save it as one of these"
             )
         if pixels.dtype != np.uint8:
-            pixels = unit_scale(pixels) * np.float32(255)
+            pixels = scale_to_unit(pixels) * np.float32(255)
         if self.channels == 3:
             pixels = pixels.round().clip(0, 255).astype(np.uint8)[..., ::-1]
         results["img"] = np.ascontiguousarray(pixels)

@@ -10,7 +10,7 @@ from mmengine.dataset import worker_init_fn
 from mmengine.registry import FUNCTIONS
 from torch import Tensor
 
-from coma.data.worker_pool import Parcel
+from coma.data.worker_pool import SharedPickle
 from downstream.private import exit_on_send_error
 
 
@@ -21,7 +21,7 @@ def init_worker(worker_id: int, **settings: Any) -> None:
     Ctrl-C and job schedulers signal whole process groups, and a worker that dies of the signal ends the
     training. Images are sent without /dev/shm.
     """
-    ForkingPickler.register(Tensor, lambda tensor: Parcel(tensor).__reduce__())
+    ForkingPickler.register(Tensor, lambda tensor: SharedPickle(tensor).__reduce__())
     exit_on_send_error("a worker process cannot send its images")
     os.setpgrp()
     worker_init_fn(worker_id, **settings)

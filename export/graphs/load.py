@@ -1,7 +1,7 @@
 """From an artifact to what can be exported of it.
 
 Detectors and segmentors are rebuilt by the room that made them: it announces itself under the entry points
-`coma.finetuned`, one for each kind, each `load(directory) -> (model, description)`. This room imports none
+`coma.finetuned`, one for each kind, each `load(directory) -> (model, spec)`. This room imports none
 but `pretrain`.
 """
 
@@ -40,28 +40,28 @@ def graph_kinds_of(directory: Path) -> tuple[GraphKind, ...]:
     return GRAPH_KINDS[load_artifact(directory).config.kind]
 
 
-def load_exportable(directory: Path, form: GraphKind) -> ExportableModel:
-    """One form of an artifact, in fp32 on the CPU.
+def load_exportable(directory: Path, graph: GraphKind) -> ExportableModel:
+    """One graph of an artifact, in fp32 on the CPU.
 
     Raises:
         BadArtifact: no artifact, or one of another kind.
-        BadInput: a model of which there is no exportable form; the message says what is in the way.
+        BadInput: a model of which there is no exportable graph; the message says what is in the way.
     """
     artifact = load_artifact(directory)
     config = artifact.config
-    if form not in GRAPH_KINDS[config.kind]:
+    if graph not in GRAPH_KINDS[config.kind]:
         raise BadInput(
-            f"{directory}: an artifact of kind {config.kind!r} has no {form}, only "
+            f"{directory}: an artifact of kind {config.kind!r} has no {graph}, only "
             f"{' and '.join(GRAPH_KINDS[config.kind])}"
         )
     with library_errors(f"{directory}: cannot be rebuilt as its config.json says", BadArtifact):
-        module, outputs = _build(directory, form, config)
-        preprocessing = preprocessing_of(config, form)
+        module, outputs = _build(directory, graph, config)
+        preprocessing = preprocessing_of(config, graph)
     inputs = [TensorSpec("images", "float32", ("batch", config.model.channels, "height", "width"))]
-    if form == "reconstructor":
+    if graph == "reconstructor":
         inputs.append(TensorSpec("visible", "bool", ("batch", "rows", "cols")))
-    description = ModelSpec(
-        form=form,
+    spec = ModelSpec(
+        graph=graph,
         precision="fp32",
         inputs=tuple(inputs),
         outputs=outputs,
@@ -71,32 +71,38 @@ def load_exportable(directory: Path, form: GraphKind) -> ExportableModel:
         source=artifact_hash(directory),
         versions=config.versions,
     )
-    return ExportableModel(module.eval().requires_grad_(False), description)
+    return ExportableModel(module.eval().requires_grad_(False), spec)
 
 
-def example_inputs(description: ModelSpec, batch: int, height: int, width: int) -> tuple[Tensor, ...]:
-    """Inputs of that many images of so many pixels, drawn at random; of a reconstructor every other unit."""
+def named_examples(spec: ModelSpec, batch: int, height: int, width: int) -> dict[str, Tensor]:
+    """Returns example inputs by name; see `example_inputs`."""
+    examples = example_inputs(spec, batch, height, width)
+    return {each.name: example for each, example in zip(spec.inputs, examples, strict=True)}
+
+
+def example_inputs(spec: ModelSpec, batch: int, height: int, width: int) -> tuple[Tensor, ...]:
+    """Returns random images of a size and, for a reconstructor, masks with every other unit visible."""
     generator = torch.Generator().manual_seed(0)
-    channels = cast(int, description.inputs[0].axes[1])
+    channels = cast(int, spec.inputs[0].axes[1])
     images = torch.randn(batch, channels, height, width, generator=generator)
-    if description.form != "reconstructor":
+    if spec.graph != "reconstructor":
         return (images,)
-    rows, cols = unit_grid(height, width, description.unit)
+    rows, cols = unit_grid(height, width, spec.unit)
     return images, (torch.arange(rows * cols) % 2 == 0).view(rows, cols).expand(batch, -1, -1).contiguous()
 
 
-def size_of(config: ArtifactConfig, form: GraphKind) -> int:
-    """Side in pixels of the images that a form of the model was made for."""
-    return config.view_size if form == "reconstructor" else config.image_size
+def size_of(config: ArtifactConfig, graph: GraphKind) -> int:
+    """Side in pixels of the images that a graph of the model was made for."""
+    return config.view_size if graph == "reconstructor" else config.image_size
 
 
-def preprocessing_of(config: ArtifactConfig, form: GraphKind = "encoder") -> Preprocessing:
+def preprocessing_of(config: ArtifactConfig, graph: GraphKind = "encoder") -> Preprocessing:
     """How the model's images were prepared when it was measured; those of a reconstructor, in training.
 
     Raises:
         BadInput: a pipeline that cannot be described here.
     """
-    size = (size_of(config, form),) * 2
+    size = (size_of(config, graph),) * 2
     order = {1: "grey", 3: "RGB"}.get(config.model.channels, "as stored")
     rule = Preprocessing("none", None, config.mean, config.std, channel_order=order)
     if config.kind not in ("detector", "segmentor"):
@@ -106,33 +112,35 @@ def preprocessing_of(config: ArtifactConfig, form: GraphKind = "encoder") -> Pre
         return rule
     step = resizes[0]
     if len(resizes) > 1 or step["type"] != "Resize" or "scale" not in step or not step.get("keep_ratio"):
-        raise BadInput(f"images resized by {resizes} cannot be exported; one Resize that keeps the ratio can")
+        raise BadInput(
+            f"images resize_image by {resizes} cannot be exported; one Resize that keeps the ratio can"
+        )
     short, long = sorted(int(side) for side in step["scale"])
     return replace(rule, resize="keep-ratio", size=(short, long))
 
 
 def _build(
-    directory: Path, form: GraphKind, config: ArtifactConfig
+    directory: Path, graph: GraphKind, config: ArtifactConfig
 ) -> tuple[nn.Module, tuple[TensorSpec, ...]]:
-    if form == "encoder":
+    if graph == "encoder":
         return _encoder(directory)
-    if form == "reconstructor":
+    if graph == "reconstructor":
         from coma.objectives.load import load_pretrained
         from export.graphs.wrappers import ReconstructorGraph
 
         axes = ("batch", config.model.channels, "height", "width")
-        return ReconstructorGraph(load_pretrained(directory)[0]), (
+        return ReconstructorGraph(load_pretrained(directory)), (
             TensorSpec("reconstruction", "float32", axes),
         )
-    if form == "classifier":
+    if graph == "classifier":
         from export.graphs.wrappers import ClassifierGraph
 
         classes = len(config.class_names or ())
-        return ClassifierGraph(load_classifier(directory)[0]), (
+        return ClassifierGraph(load_classifier(directory)), (
             TensorSpec("logits", "float32", ("batch", classes)),
         )
-    model, settings = _load_finetuned(directory, form), (config.head or {})["model"]
-    if form == "segmentor":
+    model, settings = _load_finetuned(directory, graph), (config.head or {})["model"]
+    if graph == "segmentor":
         from export.graphs.wrappers import SegmentorGraph
 
         classes = int(settings["decode_head"]["num_classes"])
@@ -144,14 +152,14 @@ def _build(
 
     module = detector(model, config.head or {})
     most = detections(settings)
-    ports = [
+    outputs = [
         TensorSpec("boxes", "float32", ("batch", most, 4)),
         TensorSpec("scores", "float32", ("batch", most)),
         TensorSpec("labels", "int64", ("batch", most)),
     ]
     if settings.get("roi_head", {}).get("mask_head"):
-        ports.append(TensorSpec("masks", "float32", ("batch", most, 28, 28)))
-    return module, tuple(ports)
+        outputs.append(TensorSpec("masks", "float32", ("batch", most, 28, 28)))
+    return module, tuple(outputs)
 
 
 def detections(settings: dict[str, Any]) -> int:
@@ -163,18 +171,21 @@ def detections(settings: dict[str, Any]) -> int:
 def _encoder(directory: Path) -> tuple[nn.Module, tuple[TensorSpec, ...]]:
     from export.graphs.wrappers import EncoderGraph
 
-    encoder: Encoder = load_encoder(directory)[0]
+    encoder: Encoder = load_encoder(directory)
     widths = [
         encoder.num_features // 2 ** (len(encoder.strides) - 1 - i) for i in range(len(encoder.strides))
     ]
-    ports = [
+    maps = [
         TensorSpec(f"stride{stride}", "float32", ("batch", width, f"height/{stride}", f"width/{stride}"))
         for stride, width in zip(encoder.strides, widths, strict=True)
     ]
-    return EncoderGraph(encoder), (*ports, TensorSpec("pooled", "float32", ("batch", encoder.num_features)))
+    return EncoderGraph(encoder), (
+        *maps,
+        TensorSpec("pooled", "float32", ("batch", encoder.num_features)),
+    )
 
 
 def _load_finetuned(directory: Path, kind: str) -> nn.Module:
     for entry in metadata.entry_points(group="coma.finetuned", name=kind):
-        return entry.load()(directory)[0]
+        return entry.load()(directory)
     raise BadInput(f"{directory}: nothing installed here rebuilds a {kind}; install coma-dyvit[downstream]")

@@ -59,7 +59,7 @@ def activation_ranges(
     """
     if not 0 < percentile <= 100:
         raise BadInput(f"percentile {percentile}: it lies above 0 and is at most 100")
-    histograms = {name: Magnitudes() for name in tensors}
+    histograms = {name: MagnitudeHistogram() for name in tensors}
     session, done = _watching(model, tensors), 0
     for batch in batches:
         try:
@@ -82,7 +82,7 @@ def activation_ranges(
     return {name: each.least_divergence() for name, each in histograms.items()}
 
 
-class Magnitudes:
+class MagnitudeHistogram:
     """Histogram of magnitudes from 0 on; its range doubles whenever a value exceeds it."""
 
     def __init__(self) -> None:

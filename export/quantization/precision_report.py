@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
-from export.quantization.qdq import constant_products
+from export.quantization.qdq import weight_matmuls
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -51,5 +51,5 @@ def precision_summary(model: ModelProto) -> dict[str, Any]:
     return {
         "operators": {kind: dict(counts) for kind, counts in sorted(operators.items())},
         "weight_bytes": dict(weight_bytes),
-        "float_layers": [product.layer for product in constant_products(model.graph)],
+        "float_layers": [product.layer for product in weight_matmuls(model.graph)],
     }

@@ -39,7 +39,7 @@ class Product:
     """ONNX's number for the weight's type."""
 
 
-def constant_products(graph: GraphProto) -> Iterator[Product]:
+def weight_matmuls(graph: GraphProto) -> Iterator[Product]:
     """Products whose second operand is a constant of fp32, fp16 or bf16, in the order of the graph.
 
     Left out are those inside of branches and loops, and stacks of matrices.
@@ -58,7 +58,7 @@ def constant_products(graph: GraphProto) -> Iterator[Product]:
             yield Product(layer, output, node.input[0], weight.name, axis, weight.data_type)
 
 
-def insert_pairs(
+def insert_qdq(
     graph: GraphProto,
     products: Sequence[Product],
     ranges: Mapping[str, float],

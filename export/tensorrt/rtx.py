@@ -13,10 +13,10 @@ from typing import Any
 
 from coma.errors import CheckFailed, ComaError
 from coma.library_errors import first_line
-from coma.runtimes.trt.callbacks import Progress
-from coma.runtimes.trt.discovery import find_driver, load_library, require_package
-from coma.runtimes.trt.profiles import Profile
-from coma.runtimes.trt.sidecar import EngineOptions
+from coma.runtimes.tensorrt.callbacks import Progress
+from coma.runtimes.tensorrt.discovery import find_driver, load_library, require_package
+from coma.runtimes.tensorrt.profiles import Profile
+from coma.runtimes.tensorrt.sidecar import EngineOptions
 from export.tensorrt.builder import compile_plan
 
 PROVES = (

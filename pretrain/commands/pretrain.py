@@ -1,17 +1,15 @@
 """Pre-train an encoder on a folder of images.
 
-Reads photographs, shards or packs, masks them, learns to fill them in, and leaves an artifact that
-`coma evaluate` and the other commands take. Interrupted runs go on where they were last saved.
+The model learns to fill in what masks hide. The run writes an artifact for `coma evaluate`,
+`coma export` and fine-tuning. Ctrl-C saves the run; --resume continues it.
 
 Examples:
   coma pretrain PHOTOS --out runs/first --model tiny --image-size 64 --epochs 100
-  coma pretrain PHOTOS --out runs/few --recipe small-data
-  coma pretrain PHOTOS --out runs/mae --model vit-base --method mae --batch-size 1024 --micro-batch 128
+  coma pretrain PHOTOS --out runs/mae --model vit-base --method mae --batch-size 1024
   coma pretrain PHOTOS --out runs/zoom --method beyond --degrade zoom-in+mask
-  coma pretrain PHOTOS --out runs/cmt --model vit-base --method cmt --teacher-weights clip.safetensors
+  coma pretrain PHOTOS --out runs/cmt --model vit-base --method cmt --teacher-weights FILE
   coma pretrain --resume runs/first
-  coma pretrain --from runs/first --out runs/second --seed 1
-  torchrun --nproc-per-node 8 -m coma pretrain PHOTOS --out runs/eight --batch-size 2048 --compile
+  torchrun --nproc-per-node 8 -m coma pretrain PHOTOS --out runs/eight --batch-size 2048
 """
 
 from __future__ import annotations
@@ -22,12 +20,14 @@ import os
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from coma.arguments import parse_arguments, parse_known
 from coma.config import (
+    ENCODER_PRESETS,
+    METHOD_PRESETS,
     BeyondConfig,
     DataConfig,
     Degradation,
@@ -36,7 +36,6 @@ from coma.config import (
     PretrainConfig,
     ProbeConfig,
     RunConfig,
-    TaughtConfig,
     TeacherConfig,
     encoder_preset,
     method_preset,
@@ -44,54 +43,58 @@ from coma.config import (
 from coma.config.serialization import read_config
 from coma.errors import BadInput, ComaError
 from coma.preflight import require_packages
-from coma.ranges import CHANNELS, EPOCHS, SIDE, STEPS, Ranged
+from coma.ranges import CHANNELS, EPOCHS, RARE, SIDE, STEPS, Ranged
+from coma.registry import ARCHITECTURES, METHODS, presets
 
-Model = Literal["tiny", "small", "base", "large", "vit-tiny", "vit-small", "vit-base", "vit-large"]
-Method = Literal["coma", "coma4", "coma-independent", "coma-single", "mae", "beyond", "cmt", "coma-balanced"]
+if TYPE_CHECKING:
+    Model = Method = str
+else:
+    Model, Method = Literal[ENCODER_PRESETS], Literal[METHOD_PRESETS]
 
 _RECIPES = {
     "default": OptimizerConfig(),
     "small-data": OptimizerConfig(epochs=400, batch_size=64, base_lr=4e-3, warmup=0.05),
 }
-_NARROW_DECODER = {"tiny": 192, "vit-tiny": 192}  # the full 512 channels would cost more than the encoder
+
+_METHOD_HELP = (
+    "; ".join(f"{name}: {preset.help}" for name, preset in presets(METHODS).items())
+    + ". --method X --help-all lists the settings of X; default: coma"
+)
 
 _NOT_RESUMED = ("model", "method", "degrade", "recipe", "channels", "from_")
 
 
 @dataclass(frozen=True)
 class Presets(Ranged):
-    """These choose defaults, which the flags below override."""
+    """Presets; the flags below override what they set."""
 
     model: Model | None = None
-    """Encoder, fitted to --image-size (default: small). tiny to large are DyViT, vit-* plain ViT."""
-    method: Method | None = None
-    """coma: two complementary views (default). coma4: four. coma-independent, coma-single: its controls.
-    mae: one view of a quarter of the image. beyond: other degradations than masks, see --degrade. cmt: masks
-    and targets made by a frozen teacher and the model's moving average (CMT-MAE). coma-balanced: coma, with
-    views that get about as much each of what a teacher looks at. --help behind it lists its settings."""
-    degrade: Degradation | None = None
-    """With --method beyond, how (default: zoom-in+mask); `coma degrade IMAGE --out SHEET` shows them all."""
-    teacher: str | None = None
-    """With --method cmt or coma-balanced: a vision transformer by its name in timm, or the directory of an
-    artifact (default: CLIP ViT-B/16, vit_base_patch16_clip_quickgelu_224.openai; the accuracy published for
-    CMT-MAE was reached with CLIP). With --resume: where that artifact is now."""
-    teacher_weights: Path | None = None
-    """Its .safetensors file; default: the one in the local cache of the model hub. Nothing is downloaded."""
+    """Encoder: tiny to large are DyViT, vit-* are plain ViT; default: small"""
+    method: Annotated[Method | None, tyro.conf.arg(help=_METHOD_HELP)] = None
+    degrade: Annotated[Degradation | None, RARE] = None
+    """Degradation of --method beyond; `coma degrade IMAGE --out SHEET` draws all of them; default:
+    zoom-in+mask"""
+    teacher: Annotated[str | None, RARE, tyro.conf.arg(metavar="NAME")] = None
+    """Teacher of --method cmt and coma-balanced: a vision transformer by its name in timm, or the directory
+    of an artifact. CMT-MAE's published accuracy was reached with CLIP. With --resume: where that artifact is
+    now; default: vit_base_patch16_clip_quickgelu_224.openai, which is CLIP ViT-B/16"""
+    teacher_weights: Annotated[Path | None, RARE] = None
+    """The teacher's .safetensors file; nothing is downloaded; default: that in the model hub's local cache"""
     recipe: Literal["default", "small-data"] | None = None
-    """small-data: for up to about 10,000 images on one GPU (settings not measured yet)."""
+    """small-data suits up to about 10,000 images on one GPU; default: default"""
     channels: Annotated[int | None, CHANNELS] = None
-    """Channels of the images (default: 3)."""
+    """Channels of the images; default: 3"""
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Start a new run with the settings of this run directory or config.json."""
     resume: Path | None = None
-    """Go on with the run in this directory, with its own settings."""
-    allow_changed_data: bool = False
-    """With --resume: go on although images were added, removed, renamed or changed in size meanwhile."""
+    """Resume the run in this directory with its saved settings."""
+    allow_changed_data: Annotated[bool, RARE] = False
+    """With --resume: continue although images were added, removed, renamed or changed in size meanwhile."""
 
 
 @dataclass(frozen=True)
 class _First(Presets):
-    """What has to be known before the other defaults are."""
+    """Flags that decide the defaults of the others."""
 
     image_size: Annotated[int | None, SIDE] = None
     epochs: Annotated[float | None, EPOCHS] = None
@@ -101,7 +104,7 @@ class _First(Presets):
 
 
 def run(argv: list[str]) -> None:
-    """Parse, train, say where everything is.
+    """Trains and prints where the results are.
 
     Raises:
         BadInput: settings, images or directories that cannot be used.
@@ -126,7 +129,7 @@ def run(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> tuple[PretrainConfig, bool, bool]:
-    """The settings that `argv` asks for, whether they are those of a run to be resumed, and on other images.
+    """Returns the settings in `argv`, whether they resume a run, and whether its images may have changed.
 
     Raises:
         BadInput: presets that contradict each other, or a run that cannot be read.
@@ -140,8 +143,8 @@ def parse(argv: list[str]) -> tuple[PretrainConfig, bool, bool]:
         ("optimizer", Annotated[OptimizerConfig, flat], defaults.optimizer),
         ("run", Annotated[RunConfig, flat], defaults.run),
         ("probe", Annotated[ProbeConfig, flat], defaults.probe),
-        ("model", type(defaults.model), defaults.model),
-        ("objective", type(defaults.objective), defaults.objective),
+        ("model", Annotated[type(defaults.model), RARE], defaults.model),
+        ("objective", Annotated[type(defaults.objective), RARE], defaults.objective),
     ]
     fields = [(name, kind, dataclasses.field(default=default)) for name, kind, default in groups]
     flags = dataclasses.make_dataclass("Flags", fields, frozen=True)
@@ -174,7 +177,7 @@ def _defaults(first: _First) -> PretrainConfig:
     else:
         model = replace(config.model, channels=channels)
     if first.method or not first.from_:
-        width = _NARROW_DECODER.get(first.model or "small", config.objective.decoder.dim)
+        width = presets(ARCHITECTURES)[first.model or "small"].decoder_dim or config.objective.decoder.dim
         objective = method_preset(first.method or "coma", decoder_dim=width)
     else:
         objective = _with_any_weights(config.objective)
@@ -191,7 +194,7 @@ def _defaults(first: _First) -> PretrainConfig:
 
 
 def _counted_in_epochs(config: PretrainConfig, first: _First) -> PretrainConfig:
-    """The settings of another run without its steps, which override epochs, where only epochs are given."""
+    """Drops the other run's steps, which override epochs, where only epochs are given."""
     if first.epochs is not None and first.steps is None:
         config = replace(config, optimizer=replace(config.optimizer, steps=None))
     if first.probe_epochs is not None and first.probe_steps is None:
@@ -200,9 +203,12 @@ def _counted_in_epochs(config: PretrainConfig, first: _First) -> PretrainConfig:
 
 
 def _with_teacher(objective: ObjectiveConfig, first: Presets) -> ObjectiveConfig:
-    if not isinstance(objective, TaughtConfig):
+    if objective.teacher is None:
         flag = f"--teacher {first.teacher}" if first.teacher else f"--teacher-weights {first.teacher_weights}"
-        raise BadInput(f"{flag} belongs to --method cmt and coma-balanced; give one of them, or leave it out")
+        taught = [name for name in METHOD_PRESETS if method_preset(name).teacher]
+        raise BadInput(
+            f"{flag} belongs to --method {' and '.join(taught)}; give one of them, or leave it out"
+        )
     if first.teacher:
         return replace(objective, teacher=TeacherConfig(first.teacher, first.teacher_weights))
     return replace(objective, teacher=replace(objective.teacher, weights=first.teacher_weights))
@@ -210,7 +216,7 @@ def _with_teacher(objective: ObjectiveConfig, first: Presets) -> ObjectiveConfig
 
 def _with_any_weights(objective: ObjectiveConfig) -> ObjectiveConfig:
     # a new run notes for itself which weights its teacher has
-    if not isinstance(objective, TaughtConfig):
+    if objective.teacher is None:
         return objective
     return replace(objective, teacher=replace(objective.teacher, sha256=None))
 

@@ -1,7 +1,7 @@
-"""How good are frozen features? Accuracy of neighbours and of a linear classifier on labelled images."""
+"""Evaluation of frozen features on labelled images: nearest neighbours, a linear classifier, collapse."""
 
-from coma.data import shared_labels
-from pretrain.evaluate.collapse import GateWatch, effective_rank, feature_spread, watched_gates
+from coma.data import align_labels
+from pretrain.evaluate.collapse import GateStatistics, effective_rank, feature_spread, watched_gates
 from pretrain.evaluate.features import Features, extract_features, random_encoder
 from pretrain.evaluate.knn import knn_votes
 from pretrain.evaluate.linear_probe import LinearClassifier, fit_linear
@@ -10,11 +10,12 @@ from pretrain.evaluate.protocols import Protocol, Score, evaluate, labelled_feat
 
 __all__ = [
     "Features",
-    "GateWatch",
+    "GateStatistics",
     "LinearClassifier",
     "Probe",
     "Protocol",
     "Score",
+    "align_labels",
     "check_labelled",
     "effective_rank",
     "evaluate",
@@ -26,6 +27,5 @@ __all__ = [
     "open_probe",
     "random_encoder",
     "score",
-    "shared_labels",
     "watched_gates",
 ]

@@ -1,7 +1,7 @@
-"""What can be said about an encoder without labels: do its features collapse, what do its gates choose?
+"""Statistics of an encoder that need no labels: collapse of its features, and the weights of its gates.
 
-Collapsed features: all images get nearly the same vector, or vectors in a few directions only. A loss that
-falls does not rule that out, and accuracy shows it late.
+Features are collapsed if all images get nearly the same vector, or vectors in a few directions only. A
+falling loss does not rule that out, and accuracy shows it late.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from coma.models import DyViT, Encoder
+from coma.models import Encoder
 from coma.models.attention import WindowGate
 
 
 def feature_spread(features: Tensor) -> float:
-    """Standard deviation of l2-normalised features `[n, d]`, mean over dimensions, in units of 1/sqrt(d).
+    """Returns the standard deviation of l2-normalised features `[n, d]`, mean over d, in units of 1/sqrt(d).
 
-    1 where the directions of the images are spread evenly, 0 where all images have the same (Chen & He 2021,
-    "SimSiam", arXiv 2011.10566, sec. 4.1). Features with a large common part lie far below 1 without having
-    collapsed: what tells is a fall during training.
+    It is 1 if the directions of the images are spread evenly, and 0 if all images have the same direction
+    (Chen & He 2021, "SimSiam", arXiv 2011.10566, sec. 4.1). Features with a large common part are far below 1
+    without being collapsed; a fall during training shows a collapse.
     """
     normalised = F.normalize(features.double(), dim=1)
     return (normalised.std(dim=0, correction=0).mean() * math.sqrt(features.shape[1])).item()
 
 
 def effective_rank(features: Tensor) -> float:
-    """Number of directions that features `[n, d]` fill, 1 to min(n, d).
+    """Returns the number of directions that features `[n, d]` fill, 1 to min(n, d).
 
-    exp of the entropy of the singular values, as shares of their sum (Roy & Vetterli 2007, "The effective
-    rank"; Garrido et al. 2023, "RankMe", arXiv 2210.02885, whose features keep their mean; here it is taken
-    away, since it would count as a direction of its own and dwarf the others).
+    It is exp of the entropy of the singular values, divided by their sum (Roy & Vetterli 2007, "The effective
+    rank"; Garrido et al. 2023, "RankMe", arXiv 2210.02885). RankMe keeps the mean of the features; it is
+    subtracted here, since it would count as a direction of its own and dwarf the others.
     """
     centred = features.double() - features.double().mean(dim=0)
     sizes = torch.linalg.svdvals(centred)
@@ -46,8 +46,8 @@ def effective_rank(features: Tensor) -> float:
     return math.exp(torch.special.entr(sizes / total).sum().item())
 
 
-class GateWatch:
-    """Means over the images that an encoder saw; filled by `watched_gates`."""
+class GateStatistics:
+    """Mean weights of DM-MSA's gates over the images of an encoder; see `watched_gates`."""
 
     def __init__(self) -> None:
         self._weights: dict[int, Tensor] = {}
@@ -55,12 +55,12 @@ class GateWatch:
         self._seen: dict[int, int] = {}
 
     def add(self, stage: int, weights: Tensor, windows: int) -> None:
-        """Take in one gate's weights `[n, ..., c]`, which average 1 over the windows.
+        """Adds one gate's weights `[n, ..., c]`, whose mean over the windows is 1.
 
         Args:
-            stage: From 1.
-            weights: As `WindowGate` gives them.
-            windows: How many share the channels.
+            stage: Number of the stage, from 1.
+            weights: Output of `WindowGate`.
+            windows: Number of windows that share the channels.
         """
         shares = rearrange(weights.float().cpu().double(), "n ... (g c) -> n (... c) g", g=windows) / windows
         entropy = torch.special.entr(shares).sum(dim=-1) / math.log(windows)
@@ -71,11 +71,11 @@ class GateWatch:
         self._seen[stage] = self._seen.get(stage, 0) + n
 
     def summary(self) -> dict[str, float]:
-        """Per stage, over its blocks and all images: the weight of every window, and the entropy.
+        """Returns every window's weight and the entropy, means over blocks and images.
 
-        `stage3_window1` is the share that the first window of the stage has (all windows of a stage add up to
-        1; equal at the start of training); `stage3_entropy` is 1 where the windows count alike and 0 where
-        every channel takes one alone.
+        `stage3_window1` is the share of the first window (the windows of a stage add up to 1, and are equal
+        at the start of training); `stage3_entropy` is 1 if all windows have equal weights and 0 if every
+        channel uses a single window.
         """
         found = {}
         for stage, seen in sorted(self._seen.items()):
@@ -86,19 +86,16 @@ class GateWatch:
 
 
 @contextmanager
-def watched_gates(encoder: Encoder) -> Iterator[GateWatch]:
-    """Inside this block the gates of DM-MSA are recorded whenever the encoder runs; a ViT has none."""
-    watch = GateWatch()
+def watched_gates(encoder: Encoder) -> Iterator[GateStatistics]:
+    """Records the gates of DM-MSA while the encoder runs inside this block; a ViT has none."""
+    watch = GateStatistics()
     handles = []
 
     def recorder(stage: int) -> Callable[[WindowGate, Any, Tensor], None]:
         return lambda gate, _, weights: watch.add(stage, weights.detach(), gate.windows)
 
-    stages = encoder.stages if isinstance(encoder, DyViT) else ()
-    for number, stage in enumerate(stages, start=1):
-        for module in stage.modules():
-            if isinstance(module, WindowGate):
-                handles.append(module.register_forward_hook(recorder(number)))
+    for stage, gate in encoder.window_gates():
+        handles.append(gate.register_forward_hook(recorder(stage)))
     try:
         yield watch
     finally:

@@ -1,4 +1,4 @@
-"""One feature vector per image, from a frozen encoder: what both protocols work on."""
+"""Features of labelled images: one vector per image, from a frozen encoder."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from coma.errors import BadInput, CheckFailed
 from coma.models import Encoder, build_encoder
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from coma.progress import Progress
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of a labelled set of images, in the set's order.
+    """Features and labels of images, in the order of their source.
 
     Attributes:
         values: float32 `[n, c]`, on the encoder's device (on the CPU for other devices than CUDA).
         labels: int64 `[n]`, on the same device.
-        failures: Why images were left out, one line for each.
+        failures: One line for each image that could not be read.
     """
 
     values: Tensor
@@ -48,21 +48,21 @@ def extract_features(
     progress: Progress | None = None,
     title: str = "features",
 ) -> Features:
-    """Mean-pooled last features of every image that decodes; the same call gives the same features.
+    """Returns the mean-pooled last features of every readable image; they are the same in every call.
 
-    Of each image the encoder sees the largest square in the middle. On CUDA the encoder runs under bf16
-    autocast (fp16 where there is no bf16), elsewhere in its own precision.
+    The encoder sees the largest square in the middle of each image. On CUDA it runs under bf16 autocast (fp16
+    where there is no bf16), elsewhere in its own precision.
 
     Args:
-        encoder: On the device to compute on; its training mode is restored afterwards.
-        config: Channels, mean, std and image size the encoder was trained with.
+        encoder: Encoder on the device to compute on; its training mode is restored afterwards.
+        config: Channels, mean, std and image size of the encoder's training.
         source: Images.
         labels: Class of every image of the source, int64 `[len(source)]`.
-        image_size: Side in pixels of the images shown; default: as trained.
-        batch_size: Images at a time.
-        workers: Processes that decode.
-        progress: Gets a bar.
-        title: Of the bar.
+        image_size: Side in pixels of the images shown; as in training by default.
+        batch_size: Images per forward pass.
+        workers: Number of processes that decode images.
+        progress: Shows a bar.
+        title: Title of the bar.
 
     Raises:
         BadInput: image size below a mask unit, or no image could be read.
@@ -73,7 +73,7 @@ def extract_features(
         raise BadInput(f"image size {size} px is smaller than the encoder's mask unit of {encoder.unit} px")
     device = next(encoder.parameters()).device
     kept = device if device.type == "cuda" else torch.device("cpu")
-    task = progress.add_task(title, total=len(source)) if progress else None
+    bar = progress.bar(title, len(source)) if progress else None
     values, indices, failures = [], [], []
     training = encoder.training
     encoder.eval()
@@ -90,8 +90,8 @@ def extract_features(
                 values.append(encoder.pool(images).float().to(kept))  # b c
                 indices.append(batch.indices)
                 failures += batch.failures
-                if progress and task is not None:
-                    progress.advance(task, len(batch.images) + len(batch.failures))
+                if bar:
+                    bar.advance(len(batch.images) + len(batch.failures))
     finally:
         encoder.train(training)
     if failures:
@@ -105,7 +105,7 @@ def extract_features(
 
 
 def random_encoder(config: ArtifactConfig, seed: int = 0) -> Encoder:
-    """An encoder of the same architecture that has learned nothing: what a score must be compared with."""
+    """Returns a randomly initialised encoder of the same architecture: the baseline of every score."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return build_encoder(config.model).eval()

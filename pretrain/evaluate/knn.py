@@ -1,8 +1,8 @@
 """Weighted k-nearest neighbours on frozen features: nothing is trained, so nothing can be tuned.
 
-Every test image asks its k most similar training images; neighbour i votes for its class with weight
-exp(s_i / t), s_i the cosine similarity and t the temperature (Wu et al. 2018, arXiv 1805.01978, sec. 3.4).
-k = 20 and t = 0.07 are the values that DINO reports with (Caron et al. 2021, arXiv 2104.14294, app. F).
+The k most similar training images of a test image vote for their classes; neighbour i has the weight
+exp(s_i / t), where s_i is the cosine similarity and t the temperature (Wu et al. 2018, arXiv 1805.01978, sec.
+3.4). k = 20 and t = 0.07 are DINO's values (Caron et al. 2021, arXiv 2104.14294, app. F).
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ def knn_votes(
     temperature: float = 0.07,
     memory: int = 2**28,
 ) -> Tensor:
-    """Votes of the k nearest training images for each class.
+    """Returns the votes of the k nearest training images for each class.
 
     Args:
         train: Features `[n, c]`.
         labels: Classes of the training images, int64 `[n]`, each in 0..classes-1.
         test: Features `[m, c]`.
-        classes: How many classes there are.
-        k: Neighbours that vote.
-        temperature: The smaller, the more the nearest neighbour decides.
-        memory: Bytes that the similarities computed at once may take; changes no result.
+        classes: Number of classes.
+        k: Number of neighbours that vote.
+        temperature: Softmax temperature; lower values weight the nearest neighbours more.
+        memory: Largest size in bytes of the similarities computed at once; changes no result.
 
     Returns:
-        `[m, classes]`, float32: the larger, the likelier; each row's nearest neighbour votes with weight 1.
+        `[m, classes]`, float32; the nearest neighbour of each row has the weight 1.
 
     Raises:
         BadInput: k is not 1..n, or the temperature is not positive.
@@ -57,10 +57,10 @@ def knn_votes(
 
 
 def check_knn(k: int, temperature: float, images: int) -> None:
-    """Refuse settings that `images` training images cannot serve.
+    """Checks the settings of the vote against the number of training images.
 
     Raises:
-        BadInput: saying which setting, and what it may be.
+        BadInput: naming the setting and its range.
     """
     if not 1 <= k <= images:
         raise BadInput(f"k = {k} neighbours must be 1 to {images}, the number of training images")

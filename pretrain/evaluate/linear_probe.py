@@ -1,11 +1,11 @@
-"""A linear classifier on frozen features, to the optimum: softmax regression with an L2 penalty.
+"""A linear classifier on frozen features, trained to the optimum: softmax regression with an L2 penalty.
 
 This is a feature-level probe: features are computed once, from centre crops, and the convex problem is
 solved in seconds, by L-BFGS along the principal axes of the features with every axis scaled by its
 curvature. (Features are strongly correlated: with 5,000 images and a random DyViT, the weakest penalties
 needed 25 times as long without that, and were still short of the optimum.) It is not MAE's linear probing
 (He et al. 2021, app. A.2: LARS, a BatchNorm before the classifier, 90 epochs of augmented crops), and its
-numbers must not be put beside those.
+numbers cannot be compared with those.
 
 The strength of the penalty is chosen on a fifth of every class's training images, by cross-entropy (which
 is smoother than accuracy); then the classifier is fitted to all of them. Test images play no part in it.
@@ -24,19 +24,20 @@ from coma.data import hold_out
 from coma.errors import BadInput
 
 PENALTIES = tuple(10.0**e for e in (1, 0, -1, -2, -3, -4, -5, -6, -7))
-"""Tried from strong to weak, until two in a row are worse than the best; each starts from the one before."""
+"""Penalties from strong to weak, tried until two in a row are worse than the best; each fit starts from the
+last."""
 
 
 @dataclass(frozen=True)
 class LinearClassifier:
-    """Standardise, then score: `(features - mean) / std @ weight + bias`.
+    """Linear classifier of standardised features: `(features - mean) / std @ weight + bias`.
 
     Attributes:
         mean: `[c]`.
         std: `[c]`.
         weight: `[c, classes]`.
         bias: `[classes]`.
-        penalty: The L2 penalty it was fitted with.
+        penalty: L2 penalty of the fit.
     """
 
     mean: Tensor
@@ -46,7 +47,7 @@ class LinearClassifier:
     penalty: float
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Scores `[n, classes]` of features `[n, c]`."""
+        """Returns the logits `[n, classes]` of features `[n, c]`."""
         return torch.addmm(self.bias, (features - self.mean) / self.std, self.weight)
 
 
@@ -59,24 +60,24 @@ def fit_linear(
     seed: int = 0,
     iterations: int = 100,
 ) -> LinearClassifier:
-    """Minimise mean cross-entropy + penalty / 2 * |weight|^2 over standardised features.
+    """Minimises mean cross-entropy + penalty / 2 * |weight|^2 over standardised features.
 
     Args:
         features: `[n, c]`; the computation runs on their device and in their type.
         labels: int64 `[n]`, each in 0..classes-1.
-        classes: How many classes there are.
-        penalties: Candidates, strong to weak.
-        seed: Of the draw of the held-out images.
-        iterations: Most L-BFGS steps per fit.
+        classes: Number of classes.
+        penalties: Candidates from strong to weak.
+        seed: Seed of the held-out images.
+        iterations: Largest number of L-BFGS steps per fit.
 
     Raises:
         BadInput: no class has two images, so none can be held out to choose among several penalties.
     """
     mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
-    std = torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), std, 1)  # a constant feature stays out
+    std = torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), std, 1)  # a constant feature has no effect
     x = (features - mean) / std
     axes, variances = principal_axes(x)
-    x = x @ axes  # a rotation: the penalty does not notice
+    x = x @ axes  # a rotation, which does not change the penalty
     weight = x.new_zeros(x.shape[1] + 1, classes)  # its last row is the bias
     best, start = penalties[0], weight
     if len(penalties) > 1:
@@ -96,7 +97,7 @@ def fit_linear(
 
 
 def draw_validation(labels: Tensor, seed: int) -> Tensor:
-    """The fifth of every class by which the penalty is chosen, bool `[n]`.
+    """Returns which images choose the penalty, a fifth of every class, bool `[n]`.
 
     Raises:
         BadInput: no class has two images.
@@ -108,12 +109,12 @@ def draw_validation(labels: Tensor, seed: int) -> Tensor:
 
 
 def scores(x: Tensor, weight: Tensor) -> Tensor:
-    """`[n, c]` and `[c + 1, classes]`, the bias in the last row -> `[n, classes]`."""
+    """Returns logits `[n, classes]` of `[n, c]` for weights `[c + 1, classes]`; the last row is the bias."""
     return torch.addmm(weight[-1], x, weight[:-1])
 
 
 def principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Axes `[c, c]`, one per column, along which features `[n, c]` are uncorrelated; variances `[c]`."""
+    """Returns axes `[c, c]` (columns) along which features `[n, c]` are uncorrelated, and variances `[c]`."""
     covariance = (x.T @ x).double() / len(x)
     variances, axes = torch.linalg.eigh(covariance)
     return axes.to(x.dtype), variances.clamp(min=0).to(x.dtype)
@@ -122,7 +123,7 @@ def principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
 def minimise(
     x: Tensor, labels: Tensor, start: Tensor, penalty: float, variances: Tensor, iterations: int
 ) -> Tensor:
-    """The weights `[c + 1, classes]` at the optimum of the penalised loss, searched from `start`.
+    """Returns the weights `[c + 1, classes]` at the optimum of the penalised loss, searched from `start`.
 
     The search runs in weights divided by `scale`, in which the loss is about equally curved along all axes:
     the curvature of softmax regression at equal scores is variance / classes (Boehning 1992, eq. 3.1).
@@ -153,7 +154,7 @@ def minimise(
 def loss_and_gradient(
     x: Tensor, labels: Tensor, weight: Tensor, penalty: float, memory: int = 2**28
 ) -> tuple[Tensor, Tensor]:
-    """Value and gradient of the penalised loss, in slices of at most `memory` bytes of scores.
+    """Returns value and gradient of the penalised loss, in slices of at most `memory` bytes of logits.
 
     The gradient of the cross-entropy by the scores is softmax - one-hot; written out, it needs no graph.
 

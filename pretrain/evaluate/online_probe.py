@@ -1,6 +1,6 @@
-"""A quick look at what an encoder has learned so far: accuracy on labelled images, collapse, gates.
+"""Online evaluation during pre-training: accuracy on labelled images, collapse of the features, gates.
 
-The same protocols as `evaluate`, on as many images as were asked for; with all of them, the same numbers.
+It runs the protocols of `evaluate` on a number of images; with all images, it returns the same numbers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from coma.artifact import ArtifactConfig
 from coma.config import ProbeConfig
-from coma.data import Source, balanced, open_labelled, shared_labels
+from coma.data import Source, align_labels, balanced_subset, open_labelled_splits
 from coma.errors import BadInput
 from coma.models import Encoder
 from pretrain.evaluate.collapse import effective_rank, feature_spread, watched_gates
@@ -20,44 +20,45 @@ from pretrain.evaluate.linear_probe import draw_validation
 from pretrain.evaluate.protocols import Protocol, labelled_features, score
 
 _K = 20
-"""Neighbours that vote, as in `evaluate`."""
+"""Number of neighbours that vote, as in `evaluate`."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Labelled images to measure encoders on, opened and checked; see `open_probe`."""
+    """Labelled images to evaluate encoders on, opened and checked; see `open_probe`."""
 
     train: Source
-    """That neighbours and the linear classifier come from."""
+    """Training images of the neighbours and the linear classifier."""
     test: Source
-    """To count on."""
+    """Test images."""
     config: ProbeConfig
 
     def __str__(self) -> str:
-        """Says what is measured on what."""
+        """Returns a line that names the images."""
         learned, counted = (
             f"{len(source):,} images of {source.location}" for source in (self.train, self.test)
         )
         return (
-            f"probe: accuracy on {counted}, by nearest neighbours or a classifier from {learned}; nothing "
-            "that is trained or saved depends on it"
+            f"probe: accuracy on {counted}, by neighbours among {learned} or a classifier trained on them; "
+            "it has no influence on training"
         )
 
     def measure(
         self, encoder: Encoder, about: ArtifactConfig, *, batch_size: int = 256, workers: int | None = None
     ) -> dict[str, float]:
-        """What the encoder has learned, as numbers for a log.
+        """Returns the encoder's scores as numbers for a log.
 
         Args:
-            encoder: On the device to compute on.
-            about: Mean, std and image size that it is trained with.
-            batch_size: Images at a time.
-            workers: Processes that decode.
+            encoder: Encoder on the device to compute on.
+            about: Mean, std and image size of its training.
+            batch_size: Images per forward pass.
+            workers: Number of processes that decode images.
 
         Returns:
-            `knn`, `linear`: top-1 on the test images, 0..1, as far as asked for. `feature_std`,
-            `effective_rank`: of the test images' features, see `feature_spread` and `effective_rank`.
-            `stage1_window1`, ... `stage1_entropy`, ...: of DM-MSA's gates on all images, see `GateWatch`.
+            `knn`, `linear`: top-1 on the test images, 0..1, for the protocols of the probe. `feature_std`,
+            `effective_rank`: statistics of the test images' features, see `feature_spread` and
+            `effective_rank`. `stage1_window1`, ... `stage1_entropy`, ...: statistics of DM-MSA's gates on all
+            images, see `GateStatistics`.
 
         Raises:
             BadInput: images that can no longer be read.
@@ -77,7 +78,7 @@ class Probe:
 
 
 def open_probe(config: ProbeConfig) -> Probe | None:
-    """The labelled images that `--probe` names, limited and checked; None where it names none.
+    """Returns the labelled images of `--probe`, limited and checked, or None without it.
 
     Raises:
         BadInput: labelled images that are missing, unlabelled, of one class, or too few for a protocol.
@@ -86,7 +87,7 @@ def open_probe(config: ProbeConfig) -> Probe | None:
 
 
 def check_labelled(folder: Path, protocols: Sequence[Protocol]) -> None:
-    """Refuse labelled images that the protocols cannot work on.
+    """Checks that the protocols can use these labelled images.
 
     Raises:
         BadInput: as `open_probe`.
@@ -96,13 +97,13 @@ def check_labelled(folder: Path, protocols: Sequence[Protocol]) -> None:
 
 
 def _open(config: ProbeConfig, folder: Path) -> Probe:
-    splits = open_labelled(folder)
+    splits = open_labelled_splits(folder)
     sources = splits.train, splits.test
-    shared_labels(*sources)
+    align_labels(*sources)
     limits = config.probe_train, config.probe_test
-    train, test = (balanced(source, most) for source, most in zip(sources, limits, strict=True))
+    train, test = (balanced_subset(source, most) for source, most in zip(sources, limits, strict=True))
     try:
-        labels, _, _ = shared_labels(train, test)
+        labels, _, _ = align_labels(train, test)
     except BadInput:
         raise BadInput(
             f"--probe-train {limits[0]}: too few for the classes of {folder}; give at least one image of each"

@@ -1,4 +1,4 @@
-"""From features to accuracies: `score` for features at hand, `evaluate` for an encoder and images."""
+"""Evaluation protocols: `score` computes an accuracy from features, `evaluate` from an encoder and images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from coma.artifact import ArtifactConfig
-from coma.data import Source, check_some, shared_labels, top_share
+from coma.data import Source, align_labels, check_sample, topk_accuracy
 from coma.errors import BadInput
 from coma.models import Encoder
 from pretrain.evaluate.features import Features, extract_features
@@ -16,29 +16,29 @@ from pretrain.evaluate.knn import check_knn, knn_votes
 from pretrain.evaluate.linear_probe import fit_linear
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from coma.progress import Progress
 
 Protocol = Literal["knn", "linear"]
 
 
 @dataclass(frozen=True)
 class Score:
-    """How well one protocol tells the classes of images apart, with one encoder.
+    """Accuracy of one encoder under one protocol.
 
     Attributes:
         encoder: Name of the encoder.
-        protocol: `knn` or `linear`, on frozen features; or `finetune`, which trains the encoder too.
-        top1: Share of test images whose likeliest class is right, 0..1.
-        top5: Share whose class is among the five likeliest; None with five classes or fewer.
-        classes: How many classes there are; chance is one in so many.
-        train_images: Training images that were read.
-        test_images: Test images that were read.
-        seconds: Time the protocol took, features not included.
-        settings: What it ran with: k and temperature, the penalty it chose, or how it was fine-tuned.
+        protocol: `knn` or `linear`, on frozen features.
+        top1: Top-1 accuracy on the test images, 0..1.
+        top5: Top-5 accuracy; None for five classes or fewer.
+        classes: Number of classes; chance is one over it.
+        train_images: Number of training images that were read.
+        test_images: Number of test images that were read.
+        seconds: Time of the protocol, without that of the features.
+        settings: k and temperature (knn), or the penalty that was chosen (linear).
     """
 
     encoder: str
-    protocol: Protocol | Literal["finetune"]
+    protocol: Protocol
     top1: float
     top5: float | None
     classes: int
@@ -59,7 +59,7 @@ def score(
     temperature: float = 0.07,
     seed: int = 0,
 ) -> Score:
-    """Fit on `train`, count on `test`; see `knn_votes` and `fit_linear` for the protocols.
+    """Fits on `train` and returns the accuracy on `test`; see `knn_votes` and `fit_linear`.
 
     Raises:
         BadInput: no such protocol, or too few training images for it.
@@ -73,17 +73,17 @@ def score(
         classifier = fit_linear(train.values, train.labels, classes, seed=seed)
         settings = {"penalty": classifier.penalty}
         guess = classifier(test.values)
-    top1 = top_share(guess, test.labels, 1)
-    top5 = top_share(guess, test.labels, 5) if classes > 5 else None
+    top1 = topk_accuracy(guess, test.labels, 1)
+    top5 = topk_accuracy(guess, test.labels, 5) if classes > 5 else None
     seconds = time.perf_counter() - start
     return Score(name, protocol, top1, top5, classes, len(train.labels), len(test.labels), seconds, settings)
 
 
 def check_protocol(name: str) -> None:
-    """Refuse what is no protocol, before the features are computed.
+    """Checks the name of a protocol, before features are computed.
 
     Raises:
-        BadInput: naming the protocols that there are.
+        BadInput: naming the protocols.
     """
     if name not in get_args(Protocol):
         raise BadInput(f"no protocol {name!r}; there are: {', '.join(get_args(Protocol))}")
@@ -105,22 +105,22 @@ def evaluate(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> list[Score]:
-    """Score an encoder on labelled images, one score per protocol; features are computed once.
+    """Returns the scores of an encoder on labelled images, one per protocol; features are computed once.
 
     Args:
-        encoder: On the device to compute on.
-        config: Channels, mean, std and image size it was trained with.
-        train: Labelled images that neighbours and the linear classifier come from.
-        test: Labelled images to count on, of the same classes.
-        protocols: Which scores.
-        name: Of the encoder, for tables.
-        image_size: Side in pixels of the images shown; default: as trained.
-        k: Neighbours that vote (knn).
-        temperature: Of their votes (knn).
-        seed: Of the images held out to choose the penalty (linear).
-        batch_size: Images at a time through the encoder.
-        workers: Processes that decode.
-        progress: Gets a bar for each set of images.
+        encoder: Encoder on the device to compute on.
+        config: Channels, mean, std and image size of its training.
+        train: Labelled training images of the neighbours and the linear classifier.
+        test: Labelled test images of the same classes.
+        protocols: Protocols to score.
+        name: Name of the encoder in tables.
+        image_size: Side in pixels of the images shown; as in training by default.
+        k: Number of neighbours that vote (knn).
+        temperature: Softmax temperature of the vote (knn); lower values weight the nearest neighbours more.
+        seed: Seed of the images held out to choose the penalty (linear).
+        batch_size: Images per forward pass.
+        workers: Number of processes that decode images.
+        progress: Shows a bar for each set of images.
 
     Raises:
         BadInput: labels that are missing or differ, unreadable images, or settings that do not fit them.
@@ -131,7 +131,7 @@ def evaluate(
     if "knn" in protocols:
         check_knn(k, temperature, len(train))
     for source in (train, test):
-        check_some(source, config.model.channels, config.mean, config.std, fixed=True)
+        check_sample(source, config.model.channels, config.mean, config.std, fixed=True)
     known, asked, classes = labelled_features(
         encoder,
         config,
@@ -161,12 +161,12 @@ def labelled_features(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Features, Features, int]:
-    """Features of training and test images, labels counted alike, and the number of classes.
+    """Returns features of training and test images, with the same class numbers, and the number of classes.
 
     Raises:
         BadInput, CheckFailed: as `evaluate`.
     """
-    train_labels, test_labels, names = shared_labels(train, test)
+    train_labels, test_labels, names = align_labels(train, test)
     known, asked = (
         extract_features(
             encoder,

@@ -1,21 +1,18 @@
-"""Methods, backbones and seeds under an equal budget: run, measured, put in one table and one picture."""
+"""Methods, backbones and seeds under an equal budget: runs, scores, one table and one picture."""
 
-from pretrain.sweep.plan import Comparison, Cost, Entry, Protocol, Unit, steps_for
-from pretrain.sweep.results import Group, Result, groups, mean_and_deviation, reach
-from pretrain.sweep.sweep import Compared, compare
+from pretrain.sweep.config import CompareConfig, Entry
+from pretrain.sweep.plan import Cost, steps_for
+from pretrain.sweep.results import Group, Result, groups
+from pretrain.sweep.sweep import SweepResult, compare
 
 __all__ = [
-    "Compared",
-    "Comparison",
+    "CompareConfig",
     "Cost",
     "Entry",
     "Group",
-    "Protocol",
     "Result",
-    "Unit",
+    "SweepResult",
     "compare",
     "groups",
-    "mean_and_deviation",
-    "reach",
     "steps_for",
 ]

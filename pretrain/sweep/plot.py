@@ -1,4 +1,4 @@
-"""`compare.png`: accuracy against training time, in the end and on the way."""
+"""`compare.png`: accuracy against training time, at the end and during training."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coma.atomic_io import write_whole
-from pretrain.sweep.caption import clock, probed_on
-from pretrain.sweep.plan import RANDOM_BASELINE, Comparison
+from pretrain.sweep.caption import clock_name, probed_on
+from pretrain.sweep.config import RANDOM_BASELINE, CompareConfig
 from pretrain.sweep.results import TITLES, Group
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ _COLORS = (
 )
 
 
-def draw(comparison: Comparison, found: Sequence[Group], path: Path) -> None:
-    """Accuracy against training time: a column per backbone; a row per protocol, and one for probes of it."""
+def draw(comparison: CompareConfig, found: Sequence[Group], path: Path) -> None:
+    """Draws accuracy against training time: a column per backbone, a row per protocol, a row per probe."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -41,29 +41,31 @@ def draw(comparison: Comparison, found: Sequence[Group], path: Path) -> None:
     canvas = FigureCanvasAgg(figure)
     grid = figure.subplots(len(rows), len(models), squeeze=False, sharey="row")
     handles: dict[str, Artist] = {}
-    for line, (protocol, on_the_way) in zip(grid, rows, strict=True):
+    for line, (protocol, during) in zip(grid, rows, strict=True):
         for axes, model in zip(line, models, strict=True):
             for group in (each for each in found if each.model == model):
                 if group.method == RANDOM_BASELINE:
-                    if not on_the_way and group.top1(protocol):
-                        floor = statistics.mean(group.top1(protocol))
-                        axes.axhline(floor, color="#8a8a94", linestyle="--", linewidth=1)
-                elif on_the_way:
+                    if not during and group.top1(protocol):
+                        baseline = statistics.mean(group.top1(protocol))
+                        axes.axhline(baseline, color="#8a8a94", linestyle="--", linewidth=1)
+                elif during:
                     for curve in _curves(group, protocol):
                         axes.plot(*zip(*curve, strict=True), color=colors[group.method], linewidth=1.1)
                 elif group.top1(protocol):
                     handles[group.method] = _point(axes, group, protocol, colors[group.method])
-            axes.set_title(f"{model}: {TITLES[protocol]}{', on the way' if on_the_way else ''}")
+            axes.set_title(f"{model}: {TITLES[protocol]}{', during training' if during else ''}")
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
             axes.set_xlim(left=0)
         line[0].set_ylabel("top-1 %")
     for axes in grid[-1]:
-        axes.set_xlabel(f"training time ({clock(comparison)} minutes)")
+        axes.set_xlabel(f"training time ({clock_name(comparison)} minutes)")
     figure.legend(handles.values(), handles, loc="outside right upper", frameon=False, fontsize="small")
-    notes = "bars: deviation of the seeds; hollow: a single run; dashed: untrained"
+    notes = "bars: standard deviation over seeds; hollow: a single run; dashed: random weights"
     if comparison.probes:
-        notes += "\non the way: probes on {:,} training and {:,} test images".format(*probed_on(comparison))
+        notes += "\nduring training: probes on {:,} training and {:,} test images".format(
+            *probed_on(comparison)
+        )
     figure.supxlabel(notes, fontsize="small", color="#60606c")
     canvas.draw()
     picture = io.BytesIO()
@@ -72,7 +74,7 @@ def draw(comparison: Comparison, found: Sequence[Group], path: Path) -> None:
 
 
 def _point(axes: Axes, group: Group, protocol: str, color: str) -> Artist:
-    """Accuracy in the end."""
+    """Draws the accuracy at the end of training."""
     values = group.top1(protocol)
     many = len(values) > 1
     return axes.errorbar(
@@ -89,9 +91,9 @@ def _point(axes: Axes, group: Group, protocol: str, color: str) -> Artist:
 
 
 def _curves(group: Group, protocol: str) -> list[list[tuple[float, float]]]:
-    """Minutes and accuracy of every run's probes."""
+    """Returns minutes and accuracy of every run's probes."""
     return [
-        [(look.seconds / 60, look.top1[protocol]) for look in run.looks]
+        [(point.seconds / 60, point.top1[protocol]) for point in run.curve]
         for run in group.runs
-        if run.looks and all(protocol in look.top1 for look in run.looks)
+        if run.curve and all(protocol in point.top1 for point in run.curve)
     ]

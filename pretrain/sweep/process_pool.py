@@ -1,8 +1,7 @@
-"""Many runs of `coma`, a process each, side by side: one that fails or is killed takes no other with it.
+"""A pool of `coma` processes: one that fails or is killed does not affect the others.
 
-Every process holds two locks for as long as it lives: on a file of its own, and on one of the place where it
-runs. Whoever is started again after being killed waits for processes of its former life that still run,
-instead of starting others beside them.
+Every process holds two locks while it lives: one of its job and one of its slot. A comparison that was killed
+and is started again waits for processes that still hold them, instead of starting others beside them.
 """
 
 from __future__ import annotations
@@ -11,18 +10,18 @@ import fcntl
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from coma.cli import CHILD
 from coma.errors import Interrupted
 from coma.signals import StopRequest
 
 _POLL = 0.1  # seconds
-_PATIENCE = 120.0  # seconds: what is told to stop may have a large state to save
+_PATIENCE = 120.0  # seconds: a process that is asked to stop may have a large state to save
 _SHOW = 1.0  # seconds: progress is read from files
 
 
@@ -32,20 +31,20 @@ class Job:
 
     name: str
     arguments: Callable[[], Sequence[object]]
-    """Of `coma`; asked for when it starts, since a run that was begun is resumed."""
+    """Arguments of `coma`, computed when the process starts, since a run may have to be resumed."""
     done: Callable[[], bool]
-    """Whether its results are there, whoever made them."""
+    """Whether its results exist, whichever process wrote them."""
     work: float = 1.0
-    """How much it is, in any unit that all jobs share."""
+    """Amount of work, in a unit that all jobs share."""
     progress: Callable[[], float] = lambda: 0.0
-    """Share that is done, while it runs."""
+    """Share of the work that is done, while it runs."""
     after: str | None = None
-    """Name of the job that it needs the results of."""
+    """Name of the job whose results it needs."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that did not give its results."""
+    """A job without results."""
 
     name: str
     reason: str
@@ -62,13 +61,13 @@ class _Running:
     locks: tuple[int, int]
 
 
-class Runner:
+class ProcessPool:
     """Runs jobs; see `run`.
 
     Args:
-        folder: Gets `logs/` and `locks/`.
-        slots: Environment variables of each place where a job can run, one job at a time.
-        tell: Told what happens: a line, and the work that is done.
+        folder: Folder for `logs/` and `locks/`.
+        slots: Environment variables of every slot; a slot runs one job at a time.
+        tell: Receives events, a line each, and the work that is done.
         stop: Whether to stop.
     """
 
@@ -87,10 +86,10 @@ class Runner:
         self.failures: list[Failure] = []
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Run what is not done yet; `failures` lists what went wrong.
+        """Runs the jobs that are not done yet; `failures` lists those that failed.
 
         Raises:
-            Interrupted: someone asked to stop; every process was told, and has ended.
+            Interrupted: Ctrl-C or SIGTERM; every process was asked to stop, and has ended.
         """
         for folder in (self._logs, self._locks):
             folder.mkdir(parents=True, exist_ok=True)
@@ -105,9 +104,9 @@ class Runner:
             while waiting or self._running:
                 if self.stop.asked:
                     self._end(signal.SIGTERM)
-                    raise Interrupted("stopped; go on with the same command")
+                    raise Interrupted("stopped; run the same command again to resume")
                 self._collect()
-                self._drop_hopeless(waiting)
+                self._drop_blocked(waiting)
                 self._start(waiting)
                 if time.monotonic() >= due:
                     self._tell(None, self._work_done())
@@ -130,7 +129,7 @@ class Runner:
                 os.close(place)
                 continue
             waiting.remove(job)
-            if job.done():  # by a process of a comparison that was killed
+            if job.done():  # by a process that outlived its comparison
                 os.close(place)
                 os.close(lock)
                 self._finished += job.work
@@ -142,7 +141,7 @@ class Runner:
             self._tell("waiting for a run that another process of this comparison started", self._work_done())
 
     def _free_slot(self) -> tuple[int, int | None]:
-        """A place where nothing runs, with a lock on it, if there is one."""
+        """Returns a free slot and the lock on it, if there is one."""
         for slot in range(len(self._slots)):
             place = self._lock(f"slot-{slot}")
             if place is not None:
@@ -150,7 +149,7 @@ class Runner:
         return -1, None
 
     def _lock(self, name: str) -> int | None:
-        """A lock, unless another process holds it, or one of ours."""
+        """Returns a lock, or None if a process holds it."""
         handle = os.open(self._locks / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,9 +159,9 @@ class Runner:
         return handle
 
     def _process(self, job: Job, slot: int, locks: tuple[int, int]) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "coma", *map(str, job.arguments())]
+        command = [*CHILD, *map(str, job.arguments())]
         with self._log(job).open("ab") as log:
-            log.write(f"\n$ coma {' '.join(command[3:])}\n".encode())
+            log.write(f"\n$ coma {' '.join(command[len(CHILD) :])}\n".encode())
             log.flush()
             return subprocess.Popen(
                 command,
@@ -170,7 +169,7 @@ class Runner:
                 stdout=log,
                 stderr=log,
                 env=os.environ | self._slots[slot],
-                start_new_session=True,  # Ctrl-C reaches it once, through us
+                start_new_session=True,  # Ctrl-C reaches it once, through this process
                 pass_fds=locks,
             )
 
@@ -190,12 +189,12 @@ class Runner:
             else:
                 self._fail(each.job, _reason(code, self._log(each.job)))
 
-    def _drop_hopeless(self, waiting: list[Job]) -> None:
+    def _drop_blocked(self, waiting: list[Job]) -> None:
         failed = {failure.name for failure in self.failures}
         for job in list(waiting):
             if job.after in failed:
                 waiting.remove(job)
-                self._fail(job, f"not run, for {job.after} failed")
+                self._fail(job, f"not run, since {job.after} failed")
                 failed.add(job.name)
 
     def _fail(self, job: Job, reason: str) -> None:
@@ -232,9 +231,9 @@ def _close(handles: Sequence[int]) -> None:
 
 
 def _reason(code: int, log: Path) -> str:
-    """How the last process that wrote to a log ended, and what it said last."""
+    """Returns how the last process that wrote to a log ended, and its last message."""
     text = log.read_text(errors="replace").rpartition("\n$ coma ")[2]
-    lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]  # but for the command
-    told = [line for line in lines if line.startswith("error:")] or lines or [""]
+    lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]  # without the command
+    messages = [line for line in lines if line.startswith("error:")] or lines or [""]
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return f"{how}, {told[-1].removeprefix('error: ')}" if told[-1] else how
+    return f"{how}, {messages[-1].removeprefix('error: ')}" if messages[-1] else how

@@ -1,4 +1,4 @@
-"""`compare.md`, `compare.csv` and `compare.png`: the same runs as a table, one by one, and as a picture."""
+"""`compare.md`, `compare.csv` and `compare.png`: results as a table, one row per run, and a picture."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from coma.atomic_io import write_whole
-from pretrain.sweep.caption import caption, clock, probed_on
-from pretrain.sweep.plan import RANDOM_BASELINE, Comparison, Cost
+from pretrain.sweep.caption import caption, clock_name, probed_on
+from pretrain.sweep.config import RANDOM_BASELINE, CompareConfig
+from pretrain.sweep.plan import Cost
 from pretrain.sweep.plot import draw
-from pretrain.sweep.results import TITLES, Group, Result, groups, mean_and_deviation, reach
+from pretrain.sweep.results import TITLES, Group, Result, groups, mean_and_std, time_to_target
 
 
 def write_report(
-    comparison: Comparison, results: Sequence[Result], costs: Mapping[str, Cost], missing: Sequence[str] = ()
+    comparison: CompareConfig,
+    results: Sequence[Result],
+    costs: Mapping[str, Cost],
+    missing: Sequence[str] = (),
 ) -> Path:
-    """Write all three next to the runs.
+    """Writes all three next to the runs.
 
     Args:
-        comparison: What was asked for.
-        results: Of all runs that are done.
-        costs: Of every entry, by its name.
-        missing: What failed, a line each.
+        comparison: The comparison.
+        results: Results of all finished runs.
+        costs: Costs by the name of their entry.
+        missing: A line for every failure.
 
     Returns:
         The table's path.
@@ -39,11 +43,10 @@ def write_report(
     return path
 
 
-def _rows(comparison: Comparison, found: Sequence[Group]) -> str:
-    """The table."""
-    frozen = [name for name in comparison.protocols if name != "finetune"]
-    probed = frozen if comparison.probes else []
-    named, whose = comparison.reference, clock(comparison)
+def _rows(comparison: CompareConfig, found: Sequence[Group]) -> str:
+    """Returns the table."""
+    probed = comparison.frozen_protocols if comparison.probes else ()
+    named, whose = comparison.reference, clock_name(comparison)
     head = ["method", "backbone", "encoder parameters (M)", "images seen", "views", f"training ({whose} min)"]
     head += ["GFLOPs per image", f"time per epoch / {named}"]
     head += [f"{TITLES[name]} top-1 %" for name in comparison.protocols]
@@ -64,8 +67,8 @@ def _rows(comparison: Comparison, found: Sequence[Group]) -> str:
                 f"{group.mean('seconds') / 60:.1f}",
                 f"{flops / 1e9:.3g}" if (flops := group.flops_per_image()) else "",
                 _relative_time(group, reference),
-                *(mean_and_deviation(group.top1(name)) for name in comparison.protocols),
-                *(_reached(group, reference, name, comparison) for name in probed),
+                *(mean_and_std(group.top1(name)) for name in comparison.protocols),
+                *(_reach(group, reference, name, comparison) for name in probed),
             ]
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -77,8 +80,8 @@ def _relative_time(group: Group, reference: Group | None) -> str:
     return f"{group.seconds_per_image() / reference.seconds_per_image():.2f}"
 
 
-def _reached(group: Group, reference: Group | None, protocol: str, comparison: Comparison) -> str:
-    found = reach(group, reference, protocol, probed_on(comparison)[1])
+def _reach(group: Group, reference: Group | None, protocol: str, comparison: CompareConfig) -> str:
+    found = time_to_target(group, reference, protocol, probed_on(comparison)[1])
     if reference is None or found is None:
         return ""
     if not found.learned:
@@ -90,8 +93,8 @@ def _reached(group: Group, reference: Group | None, protocol: str, comparison: C
     return f"≤ {images:,.0f} ({images / whole[0]:.0%}), {seconds / 60:.1f} ({seconds / whole[1]:.0%})"
 
 
-def _csv(comparison: Comparison, results: Sequence[Result]) -> str:
-    """One row per run."""
+def _csv(comparison: CompareConfig, results: Sequence[Result]) -> str:
+    """Returns the results, one row per run."""
     protocols = list(comparison.protocols)
     numbers = ["parameters", "steps", "images", "views", "seconds", "flops", "loss"]
     text = io.StringIO()

@@ -1,4 +1,4 @@
-"""From run directories and scores to rows and their means: every number of the table, none from memory."""
+"""Results of a comparison: numbers of every run, read from run directories and scores, and their means."""
 
 from __future__ import annotations
 
@@ -11,98 +11,97 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pretrain.sweep.plan import RANDOM_BASELINE, Comparison, Cost, Entry, metrics_rows, slug, step_seconds
+from pretrain.sweep.config import RANDOM_BASELINE, CompareConfig, Entry, slug
+from pretrain.sweep.plan import Cost, metrics_rows, step_seconds
 
 TITLES = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuned"}
-"""Protocols as tables call them."""
+"""Names of the protocols in tables."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """A probe on the way."""
+class ProbePoint:
+    """Accuracy of a probe during training."""
 
     images: int
     seconds: float
-    """Of training before it."""
+    """Training time before it."""
     top1: dict[str, float]
-    """By protocol, in percent."""
+    """Top-1 by protocol, in percent."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run, measured."""
+    """One run with its scores."""
 
     method: str
     model: str
     seed: int
     parameters: int
-    """Of the encoder."""
+    """Parameters of the encoder."""
     steps: int
     images: int
     views: int
     seconds: float
-    """Of training steps, by the clock of the budget."""
+    """Time of training steps on the budget's clock."""
     flops: float | None
     loss: float | None
     top1: dict[str, float]
     """Top-1 on the test images by protocol, in percent."""
     validated: float | None = None
     """Top-1 on the validation images that chose the fine-tuned checkpoint, in percent."""
-    looks: tuple[Look, ...] = field(default=(), repr=False)
+    curve: tuple[ProbePoint, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of a method on a backbone, over all seeds."""
+    """The runs of a method on a backbone with all seeds."""
 
     method: str
     model: str
     runs: tuple[Result, ...]
 
     def mean(self, name: str) -> float:
-        """Of a number of every run."""
+        """Returns the mean of a field over the runs."""
         return statistics.mean(getattr(run, name) for run in self.runs)
 
     def top1(self, protocol: str) -> list[float]:
-        """Of all runs that were measured so, in percent."""
+        """Returns the top-1 of all runs that have this score, in percent."""
         return [run.top1[protocol] for run in self.runs if protocol in run.top1]
 
     def flops_per_image(self) -> float | None:
-        """Of training, forward and backward; None where they cannot be counted, or there was none."""
+        """Returns FLOPs per training image, forward and backward; None if unknown or without training."""
         run = self.runs[0]
         return run.flops / run.images if run.flops and run.images else None
 
     def seconds_per_image(self) -> float:
-        """Of training."""
+        """Returns seconds per training image."""
         return self.mean("seconds") / self.mean("images")
 
 
 @dataclass(frozen=True)
-class Reach:
-    """When the runs of a group first did as well on the way as the reference did in the end."""
+class TimeToTarget:
+    """The first probes of a group's runs that matched the last probe of the reference."""
 
     target: float
     """The reference's last probe, mean over its seeds, in percent."""
     images: tuple[int, ...]
-    """Of every run that got there, up to that probe."""
+    """Images up to that probe, of every run that matched the target."""
     seconds: tuple[float, ...]
-    """Likewise, of training."""
+    """Training time up to that probe, of every run that matched the target."""
     runs: int
     learned: bool
-    """Whether the reference ended better than it began, by more than two standard errors of counting test
-    images; else there is nothing to reach."""
+    """Whether the reference's last probe is better than its first by more than two standard errors of
+    counting test images; without that, the target means nothing."""
 
 
-def read_result(comparison: Comparison, entry: Entry, seed: int, cost: Cost) -> Result | None:
-    """What a run left; None where it is not done."""
+def read_result(comparison: CompareConfig, entry: Entry, seed: int, cost: Cost) -> Result | None:
+    """Returns the result of a run, or None if it is not finished."""
     name = f"{entry.name}-{seed}"
     run = comparison.out / "runs" / name
     rows = metrics_rows(run)
     logged = [row for row in rows if "loss" in row]
-    if not logged or not (run / "artifact" / "config.json").exists():
-        return None
-    steps = json.loads((run / "artifact" / "config.json").read_text())["trained"]["steps"]
-    if steps != logged[-1]["step"]:
+    steps: int = read_trained(run / "artifact").get("steps", 0)
+    if not logged or steps != logged[-1]["step"]:
         return None
     top1, validated = _scores(comparison, name)
     batch = entry.config.optimizer.batch_size
@@ -120,8 +119,8 @@ def read_result(comparison: Comparison, entry: Entry, seed: int, cost: Cost) -> 
         loss=logged[-1]["loss"],
         top1=top1,
         validated=validated,
-        looks=tuple(
-            Look(
+        curve=tuple(
+            ProbePoint(
                 row["step"] * batch,
                 seconds_until(logged, row["step"], batch),
                 {name: 100 * row[f"probe_{name}"] for name in ("knn", "linear") if f"probe_{name}" in row},
@@ -132,9 +131,9 @@ def read_result(comparison: Comparison, entry: Entry, seed: int, cost: Cost) -> 
     )
 
 
-def read_floor(comparison: Comparison, entry: Entry, seed: int, cost: Cost) -> Result | None:
-    """The scores of random weights; None where there is none."""
-    top1, validated = _scores(comparison, floor_name(entry, seed))
+def read_random_baseline(comparison: CompareConfig, entry: Entry, seed: int, cost: Cost) -> Result | None:
+    """Returns the scores of random weights, or None if there are none yet."""
+    top1, validated = _scores(comparison, random_baseline_name(entry, seed))
     if not top1:
         return None
     return Result(
@@ -142,46 +141,50 @@ def read_floor(comparison: Comparison, entry: Entry, seed: int, cost: Cost) -> R
     )
 
 
-def floor_name(entry: Entry, seed: int) -> str:
-    """Of random weights like those of an entry."""
+def random_baseline_name(entry: Entry, seed: int) -> str:
+    """Returns the name of random weights of an entry's backbone."""
     return f"{RANDOM_BASELINE}-{slug(entry.model)}-{seed}"
 
 
-def score_file(comparison: Comparison, name: str, protocol: str) -> Path:
-    """Where `coma evaluate` leaves the scores of a run; the frozen protocols share one."""
-    if protocol != "finetune":
-        protocol = "-".join(each for each in comparison.protocols if each != "finetune")
-    return comparison.out / "scores" / f"{name}-{protocol}.json"
+def score_folder(comparison: CompareConfig, name: str) -> Path:
+    """Returns the folder of the scores of `coma evaluate`."""
+    return comparison.out / "scores" / f"{name}-{'-'.join(comparison.frozen_protocols)}"
 
 
-def read_scores(path: Path) -> list[dict[str, Any]]:
-    """The scores in such a file; none where it is not there or not whole."""
+def classifier_run(comparison: CompareConfig, name: str) -> Path:
+    """Returns the run directory of `coma classify train`."""
+    return comparison.out / "finetuned" / name
+
+
+def read_scores(folder: Path) -> list[dict[str, Any]]:
+    """Returns the scores of `coma evaluate` in a folder, none if they are missing or incomplete."""
     try:
-        return json.loads(path.read_text())["scores"]
+        return json.loads((folder / "results.json").read_text())["scores"]
     except (FileNotFoundError, json.JSONDecodeError):
         return []
 
 
-def _scores(comparison: Comparison, name: str) -> tuple[dict[str, float], float | None]:
-    top1: dict[str, float] = {}
-    validated = None
-    for path in dict.fromkeys(score_file(comparison, name, each) for each in comparison.protocols):
-        for score in read_scores(path):
-            settings = score["settings"]
-            top1[score["protocol"]] = 100 * settings.get("last_top1", score["top1"])
-            if "val_top1" in settings:
-                validated = 100 * settings["val_top1"]
-    return top1, validated
+def read_trained(artifact: Path) -> dict[str, Any]:
+    """Returns what an artifact says of its training, nothing if there is no artifact."""
+    try:
+        return json.loads((artifact / "config.json").read_text())["trained"]
+    except FileNotFoundError:
+        return {}
 
 
-def tuned_by_earlier_version(comparison: Comparison) -> int:
-    """Returns how many fine-tuned scores are of a last step: earlier versions chose by the test images."""
-    files = (comparison.out / "scores").glob("*-finetune.json")
-    return sum("last_top1" in score["settings"] for path in files for score in read_scores(path))
+def _scores(comparison: CompareConfig, name: str) -> tuple[dict[str, float], float | None]:
+    scores = read_scores(score_folder(comparison, name)) if comparison.frozen_protocols else []
+    top1 = {score["protocol"]: 100 * score["top1"] for score in scores}
+    if "finetune" not in comparison.protocols:
+        return top1, None
+    trained = read_trained(classifier_run(comparison, name) / "artifact")
+    if "test_top1" in trained:
+        top1["finetune"] = 100 * trained["test_top1"]
+    return top1, 100 * trained["val_top1"] if "val_top1" in trained else None
 
 
 def seconds_until(logged: Sequence[dict[str, Any]], step: int, batch_size: int) -> float:
-    """Seconds of the first `step` training steps, from the log points' means."""
+    """Returns the seconds of the first `step` training steps, from the means of the log points."""
     points = [{"step": 0}, *logged]
     return sum(
         (min(after["step"], step) - before["step"]) * step_seconds(after, batch_size)
@@ -191,7 +194,7 @@ def seconds_until(logged: Sequence[dict[str, Any]], step: int, batch_size: int) 
 
 
 def groups(results: Sequence[Result]) -> list[Group]:
-    """Runs put together over the seeds, in order of appearance."""
+    """Returns the runs grouped over the seeds, in order of appearance."""
     keys = dict.fromkeys((result.method, result.model) for result in results)
     return [
         Group(method, model, tuple(r for r in results if (r.method, r.model) == (method, model)))
@@ -199,46 +202,48 @@ def groups(results: Sequence[Result]) -> list[Group]:
     ]
 
 
-def reach(group: Group, reference: Group | None, protocol: str, test_images: int) -> Reach | None:
-    """When the group first did as well as the reference did in the end; None without probes.
+def time_to_target(
+    group: Group, reference: Group | None, protocol: str, test_images: int
+) -> TimeToTarget | None:
+    """Returns when the group first matched the reference's last probe, or None without probes.
 
-    An upper bound where probes are far apart, and an early one where they are noisy: of several looks, one
-    is above by chance.
+    It is an upper bound where probes are far apart, and early where they are noisy: one of several probes is
+    above the target by chance.
     """
     if reference is None:
         return None
-    finals = [run.looks[-1].top1[protocol] for run in reference.runs if _probed(run, protocol)]
+    finals = [run.curve[-1].top1[protocol] for run in reference.runs if _probed(run, protocol)]
     runs = [run for run in group.runs if _probed(run, protocol)]
     if not finals or not runs:
         return None
     target = statistics.mean(finals)
     first = [
-        next((look for look in run.looks if look.images and look.top1[protocol] >= target), None)
+        next((point for point in run.curve if point.images and point.top1[protocol] >= target), None)
         for run in runs
     ]
-    there = [look for look in first if look is not None]
-    begun = statistics.mean(run.looks[0].top1[protocol] for run in reference.runs if _probed(run, protocol))
+    matched = [point for point in first if point is not None]
+    begun = statistics.mean(run.curve[0].top1[protocol] for run in reference.runs if _probed(run, protocol))
     noise = standard_error(target, test_images)
-    return Reach(
+    return TimeToTarget(
         target,
-        tuple(look.images for look in there),
-        tuple(look.seconds for look in there),
+        tuple(point.images for point in matched),
+        tuple(point.seconds for point in matched),
         len(runs),
         target > begun + 2 * noise,
     )
 
 
 def standard_error(percent: float, images: int) -> float:
-    """Of an accuracy that was counted on so many images, in percent (binomial)."""
+    """Returns the binomial standard error of an accuracy in percent, counted on so many images."""
     return math.sqrt(max(percent * (100 - percent), 0.0) / images)
 
 
 def _probed(run: Result, protocol: str) -> bool:
-    return bool(run.looks) and protocol in run.looks[-1].top1
+    return bool(run.curve) and protocol in run.curve[-1].top1
 
 
-def mean_and_deviation(values: Sequence[float]) -> str:
-    """Mean, sample deviation and number of values."""
+def mean_and_std(values: Sequence[float]) -> str:
+    """Returns mean, sample standard deviation and number of values as text."""
     if not values:
         return ""
     if len(values) == 1:

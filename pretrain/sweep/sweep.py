@@ -1,14 +1,14 @@
-"""`compare`: settle the budget, run and measure everything that is not done yet, write the report.
+"""Runs a comparison: plans the budget, runs and evaluates everything that is not done yet, writes the report.
 
 out/data.json.gz           names and sizes of the images
 out/settings/NAME.json     settings of a run; NAME is method-backbone-seed
-out/trials/ENTRY/          the short run that told how long a step takes (--budget seconds)
-out/runs/NAME/             the run, as `coma pretrain` leaves it
-out/floor/NAME/            random weights as an artifact
-out/scores/NAME-*.json     what `coma evaluate` measured
-out/finetuned/NAME/        the fine-tuning run
-out/logs, out/locks        of every process
-out/compare.json           what was asked for; compare.md, compare.csv, compare.png
+out/trials/ENTRY/          trial run that measures the time of a step (--budget seconds)
+out/runs/NAME/             run of `coma pretrain`
+out/random-baseline/NAME/  artifact of random weights
+out/scores/NAME-*/         scores of `coma evaluate`
+out/finetuned/NAME/        run of `coma classify train`
+out/logs, out/locks        one file per process
+out/compare.json           budget and other settings; compare.md, compare.csv, compare.png
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,107 +27,111 @@ from coma.artifact import ArtifactConfig, library_versions, save_artifact
 from coma.atomic_io import lies_among, write_whole
 from coma.config import PretrainConfig
 from coma.config.serialization import flat, to_plain
-from coma.data import measure, open_source
-from coma.data.identity import FLAG, check_listing, list_data, read_listing, write_listing
+from coma.data import compute_mean_std, open_source
+from coma.data.listing import FLAG, check_listing, list_data, read_listing, write_listing
 from coma.errors import BadInput, CheckFailed, Interrupted
+from coma.progress import Progress, clock
 from coma.signals import StopRequest
 from pretrain.evaluate import random_encoder
+from pretrain.sweep.config import CompareConfig, Entry, check, finetune_epochs
 from pretrain.sweep.plan import (
     TRIAL_STEPS,
-    Comparison,
     Cost,
-    Entry,
-    check,
     cost,
-    frozen_of,
     last_step,
     run_config,
     steps_for,
     trial_config,
     trial_seconds,
 )
-from pretrain.sweep.process_pool import Job, Runner
-from pretrain.sweep.progress import Progress
+from pretrain.sweep.process_pool import Job, ProcessPool
 from pretrain.sweep.report import write_report
-from pretrain.sweep.results import Result, floor_name, read_floor, read_result, read_scores, score_file
+from pretrain.sweep.results import (
+    Result,
+    classifier_run,
+    random_baseline_name,
+    read_random_baseline,
+    read_result,
+    read_scores,
+    read_trained,
+    score_folder,
+)
 
 log = logging.getLogger(__name__)
 
 _START_UP = 2e11
-"""FLOPs that could be done while a process starts, roughly; for the estimate of the time that is left."""
-_ANY = 3e8
-"""Of an image, where they cannot be counted; for the same."""
+"""FLOPs that take about as long as the start of a process; used to estimate the time left."""
+_UNKNOWN_FLOPS = 3e8
+"""FLOPs assumed for an image where they cannot be counted; used to estimate the time left."""
 
 
 @dataclass(frozen=True)
-class Compared:
-    """What came out."""
+class SweepResult:
+    """Results of a comparison."""
 
-    comparison: Comparison
+    comparison: CompareConfig
     results: tuple[Result, ...]
     costs: dict[str, Cost]
     failures: tuple[str, ...]
     table: Path
 
 
-def compare(comparison: Comparison) -> Compared:
-    """Run, measure and report; called again after any interruption, it goes on.
+def compare(comparison: CompareConfig) -> SweepResult:
+    """Runs, evaluates and reports; a second call resumes after any interruption.
 
     Raises:
         BadInput: settings or labelled images that cannot be used, or a directory of another comparison.
-        CheckFailed: no trial run of a method could tell how long a step takes.
+        CheckFailed: the time of a step could not be measured, because a trial run failed.
         Interrupted: Ctrl-C or SIGTERM; every run has saved its state.
     """
     check(comparison)
     _open(comparison)
     _check_data(comparison)
     comparison = _with_statistics(comparison)
-    with StopRequest() as stop, closing(Progress()) as progress:
-        runner = Runner(comparison.out, _slots(comparison), progress.tell, stop)
+    with StopRequest() as stop:
         costs = {e.name: cost(e.config) for e in comparison.entries}
         if comparison.unit == "seconds":
-            costs = _timed(comparison, costs, runner, progress)
+            costs = _timed(comparison, costs, stop)
         plans = []
         for entry in comparison.entries:
             batch = entry.config.optimizer.batch_size
-            steps = steps_for(comparison.unit, comparison.amount, batch, costs[entry.name], entry.name)
-            plans += [(entry, seed, run_config(entry, seed, steps, comparison)) for seed in entry.seeds]
-        for _, _, config in plans:
+            steps = steps_for(*comparison.budget, batch, costs[entry.name], entry.name)
+            plans += [(run_config(entry, seed, steps, comparison), costs[entry.name]) for seed in entry.seeds]
+        for config, _ in plans:
             _keep_settings(comparison, config)
         images = sum(len(open_source(comparison.test, split)) for split in ("train", "test"))
-        jobs = [
-            job
-            for entry, seed, config in plans
-            for job in _jobs(comparison, entry, seed, config, costs[entry.name], images)
-        ]
-        jobs += _floor_jobs(comparison, costs, images)
-        progress.start(jobs)
+        jobs = [job for config, each in plans for job in _jobs(comparison, config, each, images)]
+        jobs += _random_baseline_jobs(comparison, costs, images)
         try:
-            runner.run(jobs)
+            pool = _run(comparison, jobs, stop)
         except Interrupted:
             write_report(comparison, collect(comparison, costs), costs, ["the comparison was stopped"])
             raise
     results = collect(comparison, costs)
-    failures = (*map(str, runner.failures), *_missing(comparison, results, runner))
-    return Compared(comparison, results, costs, failures, write_report(comparison, results, costs, failures))
+    failures = (*map(str, pool.failures), *_unreadable(comparison, results, pool))
+    table = write_report(comparison, results, costs, failures)
+    return SweepResult(comparison, results, costs, failures, table)
 
 
-def collect(comparison: Comparison, costs: dict[str, Cost]) -> tuple[Result, ...]:
-    """All results that are there."""
+def collect(comparison: CompareConfig, costs: dict[str, Cost]) -> tuple[Result, ...]:
+    """Returns the results of all finished runs."""
     found: list[Result | None] = [
         read_result(comparison, entry, seed, costs[entry.name])
         for entry in comparison.entries
         for seed in entry.seeds
     ]
     if comparison.random_baseline:
-        found += [read_floor(comparison, *each, costs[each[0].name]) for each in _floors(comparison)]
+        found += [
+            read_random_baseline(comparison, entry, seed, costs[entry.name])
+            for entry, seed in _random_baselines(comparison)
+        ]
     return tuple(result for result in found if result)
 
 
-def _missing(comparison: Comparison, results: Sequence[Result], runner: Runner) -> list[str]:
-    """Runs that say that they are done, and cannot be read: cut short by a full disk, say."""
+def _unreadable(comparison: CompareConfig, results: Sequence[Result], pool: ProcessPool) -> list[str]:
+    """Returns a line for every run that is finished and cannot be read, for example after a full disk."""
     there = {(result.method, result.model, result.seed) for result in results if result.top1}
-    failed = {failure.name for failure in runner.failures}
+    failed = {failure.name for failure in pool.failures}
     names = [
         f"{entry.name}-{seed}"
         for entry in comparison.entries
@@ -136,21 +140,21 @@ def _missing(comparison: Comparison, results: Sequence[Result], runner: Runner) 
     ]
     runs = comparison.out / "runs"
     return [
-        f"{name}: its log or its scores are not whole; delete {runs / name} and start again"
+        f"{name}: its log or its scores are incomplete; delete {runs / name} and run the same command again"
         for name in names
         if name not in failed and not any(each.startswith(f"{name}-") for each in failed)
     ]
 
 
-def _open(comparison: Comparison) -> None:
-    """Refuse a directory of something else, or of a comparison with another budget or other test images."""
+def _open(comparison: CompareConfig) -> None:
+    """Refuses a directory of something else, or of a comparison with another budget or other test images."""
     out = comparison.out
     asked = {
-        "budget": [comparison.unit, comparison.amount],
+        "budget": list(comparison.budget),
         "test": str(comparison.test),
         "device": comparison.device,
         "threads": comparison.threads if comparison.device == "cpu" else None,
-        "probes": [comparison.probes, *comparison.probe_limits],
+        "probes": [comparison.probes, comparison.probe_train, comparison.probe_test],
         "finetune": list(comparison.finetune_flags),
     }
     path = out / "compare.json"
@@ -161,44 +165,40 @@ def _open(comparison: Comparison) -> None:
         ]
         if changed:
             raise BadInput(
-                f"{out}: holds a comparison with other settings: {', '.join(changed)}; leave them as they "
+                f"{out}: holds a comparison with other settings: {', '.join(changed)}; keep them as they "
                 "were (methods, models, seeds and protocols may be added), or give another --out"
             )
         return
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise BadInput(f"--out {out}: is not empty and holds no comparison; choose another")
-    text = json.dumps(asked, indent=2) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
+    _write_json(path, asked)
 
 
-def _check_data(comparison: Comparison) -> None:
-    """Note which images are compared on, or refuse others than the comparison was begun with."""
-    images = comparison.entries[0].config.data.images
+def _check_data(comparison: CompareConfig) -> None:
+    """Notes the images of a new comparison, and refuses other images when it is resumed."""
     test = {f"{split} images": open_source(comparison.test, split) for split in ("train", "test")}
-    now = list_data({"images": open_source(images or Path())}, labels=False) | list_data(test)
-    begun = any((comparison.out / "settings").glob("*.json"))
-    if not begun:
-        notes = (lies_among(comparison.out, path) for path in dict.fromkeys((images, comparison.test)))
-        for note in filter(None, notes):
-            log.info(note)
-    if begun:
-        warn = partial(log.warning, "warning: %s")
+    now = list_data({"images": open_source(comparison.images)}, labels=False) | list_data(test)
+    if any((comparison.out / "settings").glob("*.json")):
+        warn = partial(log.warning, "%s")
         check_listing(comparison.out, now, warn, allow=comparison.allow_changed_data)
-    if not begun or read_listing(comparison.out) != now:
+    else:
+        for path in dict.fromkeys((comparison.images, comparison.test)):
+            if note := lies_among(comparison.out, path):
+                log.info(note)
+    if read_listing(comparison.out) != now:
         write_listing(comparison.out, now)
 
 
-def _with_statistics(comparison: Comparison) -> Comparison:
-    """Mean and deviation of the images, measured once for all runs and kept; and who decodes for them."""
+def _with_statistics(comparison: CompareConfig) -> CompareConfig:
+    """Returns the comparison with mean and standard deviation, measured once for all runs, and workers."""
     kept = comparison.out / "statistics.json"
     entries = []
     for entry in comparison.entries:
         data = entry.config.data
-        if data.mean is None and data.images is not None:
+        if data.mean is None:
             if not kept.exists():
-                found = measure(open_source(data.images), entry.config.model.channels, workers=data.workers)
-                text = json.dumps(found)
-                write_whole(kept, lambda file, text=text: file.write(text.encode()))
+                source = open_source(comparison.images)
+                _write_json(kept, compute_mean_std(source, entry.config.model.channels, workers=data.workers))
             mean, std = (tuple(values) for values in json.loads(kept.read_text()))
             data = replace(data, mean=mean, std=std)
         if data.workers is None:
@@ -208,18 +208,34 @@ def _with_statistics(comparison: Comparison) -> Comparison:
     return replace(comparison, entries=tuple(entries))
 
 
-def _slots(comparison: Comparison) -> list[dict[str, str]]:
-    threads = {name: str(comparison.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+def _slots(comparison: CompareConfig) -> list[dict[str, str]]:
+    """Returns the environment variables of every job that runs at a time."""
+    jobs = comparison.jobs or 1
     if not comparison.gpus:
-        return [threads] * comparison.jobs
-    gpus = (comparison.gpus[i % len(comparison.gpus)] for i in range(comparison.jobs))
+        return [dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(comparison.threads or 1))] * jobs
+    gpus = (comparison.gpus[i % len(comparison.gpus)] for i in range(jobs))
     return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
 
 
-def _timed(
-    comparison: Comparison, costs: dict[str, Cost], runner: Runner, progress: Progress
-) -> dict[str, Cost]:
-    """Costs with seconds, from a short run of every entry, side by side as later; measured once."""
+def _run(comparison: CompareConfig, jobs: Sequence[Job], stop: StopRequest) -> ProcessPool:
+    """Runs the jobs, with a bar, and a line for every event."""
+    total = float(sum(job.work for job in jobs)) or 1.0
+    with Progress() as progress:
+        bar = progress.bar("work done", total, float(sum(job.work for job in jobs if job.done())))
+
+        def tell(event: str | None, done: float) -> None:
+            bar.update(done)
+            if event:
+                left = "time left unknown" if bar.seconds_left is None else f"{clock(bar.seconds_left)} left"
+                progress.say(f"{time.strftime('%H:%M:%S')} {event}  ({done / total:.0%}, {left})")
+
+        pool = ProcessPool(comparison.out, _slots(comparison), tell, stop)
+        pool.run(jobs)
+    return pool
+
+
+def _timed(comparison: CompareConfig, costs: dict[str, Cost], stop: StopRequest) -> dict[str, Cost]:
+    """Returns costs with seconds, measured once in a trial run of every entry, as many at a time as later."""
 
     def trial(entry: Entry) -> Job:
         out = comparison.out / "trials" / entry.name
@@ -227,15 +243,11 @@ def _timed(
         _write_json(settings, to_plain(trial_config(entry, out)))
         return Job(
             f"trial-{entry.name}",
-            lambda: _started(comparison, settings, out),
+            lambda: _pretrain_arguments(comparison, settings, out),
             lambda: _is_trained(out, TRIAL_STEPS),
-            1,
         )
 
-    jobs = [trial(entry) for entry in comparison.entries]
-    progress.start(jobs)
-    trials = Runner(comparison.out, _slots(comparison), progress.tell, runner.stop)
-    trials.run(jobs)
+    trials = _run(comparison, [trial(entry) for entry in comparison.entries], stop)
     if trials.failures:
         raise CheckFailed("; ".join(map(str, trials.failures)))
     batch = {entry.name: entry.config.optimizer.batch_size for entry in comparison.entries}
@@ -245,11 +257,11 @@ def _timed(
     }
 
 
-def _keep_settings(comparison: Comparison, config: PretrainConfig) -> None:
-    """Write the settings of a run, or make sure that they are the ones that it was started with.
+def _keep_settings(comparison: CompareConfig, config: PretrainConfig) -> None:
+    """Writes the settings of a run, or checks that it was started with the same ones.
 
     Raises:
-        BadInput: they are not.
+        BadInput: it was started with other settings.
     """
     path, plain = _settings(comparison, config.run.out.name), to_plain(config)
     if not path.exists():
@@ -259,7 +271,7 @@ def _keep_settings(comparison: Comparison, config: PretrainConfig) -> None:
     changed = [
         f"{name} {before.get(name)} -> {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name != "data.workers"  # who decodes changes no result
+        if before.get(name) != now.get(name) and name != "data.workers"  # workers change no result
     ]
     if changed:
         raise BadInput(
@@ -268,7 +280,7 @@ def _keep_settings(comparison: Comparison, config: PretrainConfig) -> None:
         )
 
 
-def _settings(comparison: Comparison, name: str) -> Path:
+def _settings(comparison: CompareConfig, name: str) -> Path:
     return comparison.out / "settings" / f"{name}.json"
 
 
@@ -276,82 +288,79 @@ def _write_json(path: Path, plain: Any) -> None:
     write_whole(path, lambda file: file.write((json.dumps(plain, indent=2) + "\n").encode()))
 
 
-def _started(comparison: Comparison, settings: Path, out: Path) -> Sequence[object]:
-    """Begin a run, or go on with it."""
+def _pretrain_arguments(comparison: CompareConfig, settings: Path, out: Path) -> Sequence[object]:
+    """Returns the arguments that start a run, or resume it."""
     if (out / "config.json").exists():
         return "pretrain", "--resume", out, *_allowed(comparison)
-    shutil.rmtree(out, ignore_errors=True)  # killed before it had written anything whole
+    shutil.rmtree(out, ignore_errors=True)  # killed before it wrote a complete file
     return "pretrain", "--from", settings, "--out", out
 
 
-def _allowed(comparison: Comparison) -> Sequence[str]:
+def _allowed(comparison: CompareConfig) -> Sequence[str]:
     return (FLAG,) if comparison.allow_changed_data else ()
 
 
 def _is_trained(run: Path, steps: int) -> bool:
-    path = run / "artifact" / "config.json"
-    return path.exists() and json.loads(path.read_text())["trained"]["steps"] == steps
+    return read_trained(run / "artifact").get("steps") == steps
 
 
-def _jobs(
-    comparison: Comparison, entry: Entry, seed: int, config: PretrainConfig, cost: Cost, images: int
-) -> list[Job]:
-    """Train a run, then measure it."""
-    out, steps = config.run.out, config.optimizer.steps or 0
-
-    flops = cost.flops or _ANY
-    work = _START_UP + flops * steps * config.optimizer.batch_size
+def _jobs(comparison: CompareConfig, config: PretrainConfig, cost: Cost, images: int) -> list[Job]:
+    """Returns the jobs that train a run and evaluate it."""
+    out, steps, flops = config.run.out, config.optimizer.steps or 0, cost.flops or _UNKNOWN_FLOPS
     settings = _settings(comparison, out.name)
     train = Job(
         out.name,
-        lambda: _started(comparison, settings, out),
+        lambda: _pretrain_arguments(comparison, settings, out),
         lambda: _is_trained(out, steps),
-        work,
+        _START_UP + flops * steps * config.optimizer.batch_size,
         lambda: last_step(out) / steps,
     )
-    return [train, *_measuring(comparison, out.name, seed, out / "artifact", flops * images, train.name)]
+    seed, artifact = config.run.seed, out / "artifact"
+    return [train, *_evaluation_jobs(comparison, out.name, seed, artifact, flops * images, train.name)]
 
 
-def _measuring(
-    comparison: Comparison, name: str, seed: int, artifact: Path, work: float, after: str | None
+def _evaluation_jobs(
+    comparison: CompareConfig, name: str, seed: int, artifact: Path, work: float, after: str | None
 ) -> list[Job]:
-    common = ["evaluate", artifact, "--data", comparison.test, "--seed", seed, "--device", comparison.device]
-    common += ["--workers", comparison.workers]
+    common = ["--data", comparison.test, "--seed", seed, "--device", comparison.device]
+    common += ["--workers", comparison.workers or 0]
     jobs = []
-    frozen = frozen_of(comparison.protocols)
-    if frozen:
-        path = score_file(comparison, name, frozen[0])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        arguments = [*common, "--no-reference", "--out", path, "--protocol", *frozen]
+    if comparison.frozen_protocols:
+        scores = score_folder(comparison, name)
+        protocols = ["--protocols", *comparison.frozen_protocols, "--no-random-baseline"]
+        evaluate = ["evaluate", artifact, *common, *protocols, "--out", scores]
         jobs.append(
             Job(
                 f"{name}-evaluate",
-                lambda: arguments,
-                lambda: bool(read_scores(path)),
+                lambda: evaluate,
+                lambda: bool(read_scores(scores)),
                 _START_UP + work / 3,
                 after=after,
             )
         )
     if "finetune" in comparison.protocols:
-        tuned, scores = comparison.out / "finetuned" / name, score_file(comparison, name, "finetune")
-        scores.parent.mkdir(parents=True, exist_ok=True)
-        flags = ["--protocol", "finetune", "--run", tuned, *comparison.finetune_flags]
+        run, flags = classifier_run(comparison, name), comparison.finetune_flags
 
-        def finetune() -> Sequence[object]:
-            if (tuned / "config.json").exists():
-                return "evaluate", "--resume", tuned, "--out", scores, *_allowed(comparison)
-            shutil.rmtree(tuned, ignore_errors=True)
-            return *common, "--out", scores, *flags
+        def classify() -> Sequence[object]:
+            if (run / "config.json").exists():
+                return "classify", "train", "--resume", run, *_allowed(comparison)
+            shutil.rmtree(run, ignore_errors=True)
+            return "classify", "train", artifact, *common, "--out", run, *flags
 
-        epochs = comparison.finetune_epochs
         jobs.append(
-            Job(f"{name}-finetune", finetune, lambda: bool(read_scores(scores)), work * epochs, after=after)
+            Job(
+                f"{name}-finetune",
+                classify,
+                lambda: "test_top1" in read_trained(run / "artifact"),
+                work * finetune_epochs(flags),
+                after=after,
+            )
         )
     return jobs
 
 
-def _floors(comparison: Comparison) -> list[tuple[Entry, int]]:
-    """An entry of every backbone, and every seed that it is trained with."""
+def _random_baselines(comparison: CompareConfig) -> list[tuple[Entry, int]]:
+    """Returns an entry of every backbone, with every seed that the backbone is trained with."""
     first: dict[str, Entry] = {}
     seeds: dict[str, dict[int, None]] = {}
     for entry in comparison.entries:
@@ -360,14 +369,11 @@ def _floors(comparison: Comparison) -> list[tuple[Entry, int]]:
     return [(first[model], seed) for model, own in seeds.items() for seed in own]
 
 
-def _floor_jobs(comparison: Comparison, costs: dict[str, Cost], images: int) -> list[Job]:
-    if not comparison.random_baseline:
-        return []
+def _random_baseline_jobs(comparison: CompareConfig, costs: dict[str, Cost], images: int) -> list[Job]:
     jobs = []
-    for entry, seed in _floors(comparison):
-        name = floor_name(entry, seed)
-        artifact = comparison.out / "floor" / name
-        config = entry.config
+    for entry, seed in _random_baselines(comparison) if comparison.random_baseline else ():
+        name, config = random_baseline_name(entry, seed), entry.config
+        artifact = comparison.out / "random-baseline" / name
         about = ArtifactConfig(
             kind="backbone",
             model=config.model,
@@ -381,6 +387,6 @@ def _floor_jobs(comparison: Comparison, costs: dict[str, Cost], images: int) -> 
         )
         if not artifact.exists():
             save_artifact(artifact, tensors=random_encoder(about, seed).state_dict(), config=about)
-        work = (costs[entry.name].flops or _ANY) * images
-        jobs += _measuring(comparison, name, seed, artifact, work, None)
+        work = (costs[entry.name].flops or _UNKNOWN_FLOPS) * images
+        jobs += _evaluation_jobs(comparison, name, seed, artifact, work, None)
     return jobs

@@ -1,6 +1,6 @@
-"""Training: one loop for all objectives, on one process or many, that can stop and go on anywhere."""
+"""Training: one loop for all objectives, on one process or many, resumable after any interruption."""
 
 from pretrain.training.nonfinite_replay import Replay, replay_nonfinite
-from pretrain.training.trainer import pretrain
+from pretrain.training.pretraining import pretrain
 
 __all__ = ["Replay", "pretrain", "replay_nonfinite"]

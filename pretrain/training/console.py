@@ -1,73 +1,41 @@
-"""What a person sees of a run: a live bar on a terminal, a line per log point elsewhere, and warnings.
+"""What a training run prints: a bar on a terminal, a line per log point elsewhere, and warnings.
 
-Only process 0 reports, on stderr.
+Only process 0 prints, on stderr.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
-
-from coma.progress import clock
+from coma.progress import Bar, Progress
 
 DATA_WAIT = 0.1
-"""Share of time spent waiting for data from which on it is worth a hint."""
+"""Share of time spent waiting for data from which on a hint is printed."""
 PATIENCE = 60.0
 """Seconds of training before that hint."""
 
 
-class Report:
-    """Progress and messages of one run.
+class TrainingConsole(Progress):
+    """Progress and messages of one run; see `Progress`."""
 
-    Args:
-        quiet: Say nothing (all processes but the first).
-        console: Where to; stderr by default.
-    """
-
-    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True, quiet=quiet, highlight=False)
-        self._quiet = quiet
-        self._progress: Progress | None = None
-        self._task: Any = None
-        self._steps = self._taken = 0
-        self._waited = self._seconds = 0.0
-        self._hinted = False
-        self._probed = ""
+    _bar: Bar | None = None
+    _steps = _taken = 0
+    _waited = _seconds = 0.0
+    _hinted = False
+    _facts = _probed = ""
 
     def start(self, step: int, steps: int) -> None:
-        """Show the bar, at `step` of `steps`."""
+        """Shows the bar at `step` of `steps`."""
         self._steps = steps
-        if self._quiet or not self._console.is_terminal:
-            return
-        columns: tuple[ProgressColumn, ...] = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[facts]}"),
-        )
-        progress = Progress(*columns, console=self._console, expand=True)
-        self._task = progress.add_task("training", total=steps, completed=step, facts="")
-        progress.start()
-        self._progress = progress
+        self._bar = self.bar("step", steps, step)
 
     def advance(self, step: int, loss: float, seconds: float, waited: float) -> None:
-        """One step is done; `waited` of its `seconds` went by without data."""
+        """Moves the bar after a step that took `seconds`, `waited` of them without data."""
         self._taken += 1
         self._seconds += seconds
         self._waited += waited
-        if self._progress:
-            self._progress.update(self._task, completed=step, description=f"loss {loss:.4f}")
+        if self._bar:
+            self._bar.update(step, f"loss {loss:.4f}  {self._facts}")
         if self._seconds >= PATIENCE and not self._hinted and self._waited > DATA_WAIT * self._seconds:
             self._hinted = True
             share = self._waited / self._seconds
@@ -77,7 +45,7 @@ class Report:
             )
 
     def row(self, row: dict[str, Any]) -> None:
-        """A log point."""
+        """Shows a log point."""
         facts = [f"{row['images_per_s']:.4g} images/s", f"data wait {row['data_wait']:.0%}"]
         if row.get("mfu") is not None:
             facts.append(f"MFU {row['mfu']:.0%}")
@@ -85,35 +53,21 @@ class Report:
             facts.append(f"{row['skipped']} files skipped")
         if self._probed:
             facts.append(self._probed)
-        if self._progress:
-            self._progress.update(self._task, facts="  ".join(facts))
-        elif not self._quiet:
+        self._facts = "  ".join(facts)
+        head = f"loss {row['loss']:.4f}"
+        if self._bar and self.live:
+            self._bar.update(row["step"], f"{head}  {self._facts}")
+        elif self._bar:
             left = (self._steps - row["step"]) * self._seconds / max(self._taken, 1)
-            head = f"step {row['step']}/{self._steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}"
-            self.say("  ".join([head, f"lr {row['lr']:.3g}", *facts, f"{clock(left)} left"]))
+            epoch, rate = f"epoch {row['epoch']:.2f}", f"lr {row['lr']:.3g}"
+            self._bar.line("  ".join([epoch, head, rate, self._facts]), left)
 
     def probed(self, step: int, values: dict[str, float]) -> None:
-        """What a probe found after `step` steps; its accuracies stay in sight."""
+        """Prints what the online probe measured after `step` steps; its accuracies stay beside the bar."""
         names = {"knn": "kNN", "linear": "linear"}
         self._probed = "  ".join(f"{names[key]} {values[key]:.1%}" for key in names if key in values)
         spread = (
-            f"features' deviation {values['feature_std']:.2f}, effective rank {values['effective_rank']:.1f}"
+            f"standard deviation of the features {values['feature_std']:.2f}, "
+            f"effective rank {values['effective_rank']:.1f}"
         )
         self.say(f"step {step}/{self._steps}  probe: {self._probed}  {spread}")
-
-    def say(self, text: str) -> None:
-        """One line, above the bar."""
-        self._print(Text(text))
-
-    def warn(self, text: str) -> None:
-        """One line that should be noticed."""
-        self._print(Text.assemble(("warning: ", "bold yellow"), text))
-
-    def close(self) -> None:
-        """Take the bar away; the cursor is back where it belongs."""
-        if self._progress:
-            self._progress.stop()
-            self._progress = None
-
-    def _print(self, text: Text) -> None:
-        self._console.print(text, soft_wrap=True)

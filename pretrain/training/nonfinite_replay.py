@@ -1,10 +1,10 @@
-"""A loss that is not a number stops the run; what is needed to see it again is written down first.
+"""A loss that is not finite stops the run, after the step was saved so that it can be replayed.
 
     run/nonfinite/step-00001234.safetensors    images, seeds (labels, if they are learned) of the batch, and
                                                the weights of that moment
     run/nonfinite/step-00001234.json           the run's settings, loss, gradient norm, names of the images
 
-`replay_nonfinite` computes that step of a pre-training run again, on any device.
+`replay_nonfinite` computes that step of a pre-training run again on any device.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from coma.atomic_io import write_whole
 from coma.config import FinetuneConfig, PretrainConfig
 from coma.config.serialization import from_plain, to_plain
 from coma.data import Batch, normalize
-from coma.data.pixel_values import numbers
+from coma.data.pixel_values import format_values
 from coma.errors import BadInput, CheckFailed
 from coma.objectives.teachers import training_objective
 from pretrain.training.distributed import Processes
-from pretrain.training.run_plan import Plan
-from pretrain.training.train_step import Learner, NotFinite, pass_seed, seed_generators
+from pretrain.training.run_plan import RunPlan
+from pretrain.training.train_step import NotFinite, TrainStep, pass_seed, seed_generators
 
 _WEIGHTS = "weights."
 _FAR = 100.0
-"""Standard deviations from the mean that no pixel of an ordinary image reaches."""
+"""Distance from the mean, in standard deviations, that no pixel of an ordinary image reaches."""
 
 
 class Replay(NamedTuple):
-    """What the step gives when it is computed again."""
+    """Loss and gradient norm of a replayed step."""
 
     loss: float
     grad_norm: float
@@ -57,18 +57,18 @@ def save_nonfinite(
     names: list[str],
     progress: float = 0.0,
 ) -> Path:
-    """Write the step down.
+    """Writes the step to files.
 
     Args:
         folder: `run/nonfinite`.
         step: Number of the step, from 1.
         problem: Loss and gradient norm.
-        config: Of the run, mean and std included.
+        config: Settings of the run, with mean and std.
         precision: Number format of the forward pass.
         batches: The micro batches of all processes, in the order of the stream.
-        weights: Before the step.
-        names: Of the images.
-        progress: Share of the run that was done.
+        weights: Weights before the step.
+        names: Names of the images.
+        progress: Share of the run before the step.
 
     Returns:
         The `.safetensors` file.
@@ -100,24 +100,26 @@ def save_nonfinite(
     return path
 
 
-def stop_run(plan: Plan, learner: Learner, group: Processes, step: int, problem: NotFinite) -> NoReturn:
-    """Write down step number `step` (counted from 1) and end the run, on all processes.
+def stop_run(
+    plan: RunPlan, train_step: TrainStep, group: Processes, step: int, problem: NotFinite
+) -> NoReturn:
+    """Saves step number `step` (counted from 1) and ends the run on all processes.
 
     Raises:
         CheckFailed: with the step, the file, and what to try.
     """
-    per_process = group.collect([replace(b, images=b.images.cpu()) for b in learner.batches])
-    weights = learner.weights()
+    per_process = group.collect([replace(b, images=b.images.cpu()) for b in train_step.batches])
+    weights = train_step.weights()
     with group.raise_on_all_ranks():
         if group.main:
             batches = [each[a] for a in range(plan.slices.accumulation) for each in per_process]
-            where = _write_down(plan, learner, step, problem, batches, weights)
+            where = _write_down(plan, train_step, step, problem, batches, weights)
             raise CheckFailed(f"step {step}: {problem}; {where}; {advice(plan, batches, weights)}")
     raise AssertionError("process 0 raised, and so did all")
 
 
-def advice(plan: Plan, batches: list[Batch], weights: Mapping[str, Tensor]) -> str:
-    """Returns what to do about a loss that is not finite, after a look at the weights and the batch."""
+def advice(plan: RunPlan, batches: list[Batch], weights: Mapping[str, Tensor]) -> str:
+    """Returns advice about a loss that is not finite, derived from the weights and the batch."""
     damaged = [name for name, weight in weights.items() if not weight.isfinite().all()]
     if damaged:
         return (
@@ -137,7 +139,7 @@ def advice(plan: Plan, batches: list[Batch], weights: Mapping[str, Tensor]) -> s
         return (
             f"{name} holds values that are {farthest[worst]:.4g} standard deviations away from the mean: "
             "look for missing values that are not declared as nodata, for another unit, and at the mean "
-            f"({numbers(mean)}) and standard deviation ({numbers(std)})"
+            f"({format_values(mean)}) and standard deviation ({format_values(std)})"
         )
     low, high = torch.aminmax(pixels.flatten(2), dim=2)
     if (low == high).all():
@@ -146,19 +148,27 @@ def advice(plan: Plan, batches: list[Batch], weights: Mapping[str, Tensor]) -> s
 
 
 def _write_down(
-    plan: Plan,
-    learner: Learner,
+    plan: RunPlan,
+    train_step: TrainStep,
     step: int,
     problem: NotFinite,
     batches: list[Batch],
     weights: Mapping[str, Tensor],
 ) -> str:
-    """Where the step is, or why it is not, for the user."""
+    """Saves the step and returns where it is, or why it could not be written."""
     names = [plan.source.describe(i) for batch in batches for i in batch.indices.tolist()]
     folder = plan.folder / "nonfinite"
     try:
         path = save_nonfinite(
-            folder, step, problem, plan.config, learner.precision, batches, weights, names, learner.progress
+            folder,
+            step,
+            problem,
+            plan.config,
+            train_step.precision,
+            batches,
+            weights,
+            names,
+            train_step.progress,
         )
     except OSError as error:
         return f"the batch that leads to it could not be written ({error.strerror})"
@@ -166,11 +176,11 @@ def _write_down(
 
 
 def replay_nonfinite(path: Path, device: str = "cpu") -> Replay:
-    """Compute a saved step again: the mean loss of its batch, and the norm of its gradient.
+    """Computes a saved step again: the mean loss of its batch and the norm of its gradient.
 
     Args:
         path: The `.safetensors` file, its `.json` beside it.
-        device: Where to compute.
+        device: Device to compute on.
 
     Raises:
         BadInput: files that are missing or not what `save_nonfinite` wrote.

@@ -1,7 +1,7 @@
-"""Everything that can be refused is refused here, before the first step and before anything is written.
+"""The plan of a run: its settings, checked before the first step and before anything is written.
 
-What a run needs to know beyond its settings is worked out once: how the batch is shared out, how many steps
-there are, mean and deviation of the data.
+The plan also holds what follows from settings, data and machine: the split of the batch, the number of steps,
+mean and standard deviation of the data.
 """
 
 from __future__ import annotations
@@ -14,25 +14,21 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coma.atomic_io import write_whole
 from coma.config import (
-    CMTConfig,
     FinetuneConfig,
     ObjectiveConfig,
     OptimizerConfig,
     PretrainConfig,
     ProbeConfig,
-    TaughtConfig,
 )
 from coma.config.serialization import flat, read_config, to_plain
-from coma.data import Slices, Source, check_loader, check_some, measure, open_source
-from coma.data.identity import FLAG, Listing, list_data
+from coma.data import BatchLayout, Source, check_loader, check_sample, compute_mean_std, open_source
+from coma.data.listing import FLAG, Listing, list_data
 from coma.errors import BadInput
 from coma.masking.patchify import unit_grid
 from coma.models import build_encoder
-from coma.models.attention_maps import attend
 from coma.objectives import build_objective
 from coma.objectives.teachers import may_have_moved, with_weights_hash
 from coma.preflight import require_folder, require_space
@@ -47,22 +43,22 @@ _MAY_CHANGE = {
     *("run.save_minutes", "run.save_steps", "run.log_steps", "run.reconstruction_every"),
     *(f"probe.{field.name}" for field in fields(ProbeConfig)),
 }
-"""What a resumed run may set anew: where things are, how the machine is used, how long to go on."""
+"""Settings that a resumed run may change: locations, use of the machine, and length of the run."""
 
 
 Settings = TypeVar("Settings", bound=PretrainConfig | FinetuneConfig)
 
 
 @dataclass(frozen=True)
-class Plan(Generic[Settings]):
+class RunPlan(Generic[Settings]):
     """A run, ready to start."""
 
     config: Settings
-    """With mean and deviation filled in."""
+    """The settings, with mean and standard deviation filled in."""
     source: Source
-    slices: Slices
+    slices: BatchLayout
     steps: int
-    """Optimizer steps from beginning to end."""
+    """Optimizer steps of the whole run."""
 
     @property
     def folder(self) -> Path:
@@ -76,36 +72,36 @@ class Plan(Generic[Settings]):
 
     @property
     def sources(self) -> dict[str, Source]:
-        """What the run learns from and is measured on, by the words of messages; see `list_data`."""
+        """The images of the run by their names in messages; see `list_data`."""
         return {"images": self.source}
 
     def list_data(self) -> Listing:
-        """Names and sizes of the images that decide what comes out."""
+        """Returns names and sizes of the images that influence the result."""
         return list_data(self.sources, labels=isinstance(self.config, FinetuneConfig))
 
-    def looks_at(self, step: int) -> bool:
-        """Whether to look at what was learned when `step` steps are done and more follow."""
-        return self.draws_at(step)
+    def evaluates_at(self, step: int) -> bool:
+        """Returns whether an evaluation is due after `step` steps."""
+        return self.draws_reconstructions_at(step)
 
-    def draws_at(self, step: int) -> bool:
-        """Whether a picture of reconstructions is due."""
+    def draws_reconstructions_at(self, step: int) -> bool:
+        """Returns whether a picture of reconstructions is due."""
         return step > 0 and is_multiple(step, self.config.run.reconstruction_every)
 
     def epochs(self, steps: int) -> float:
-        """Passes over the data after `steps` steps."""
+        """Returns the passes over the data after `steps` steps."""
         return steps * self.slices.global_batch / len(self.source)
 
 
 @dataclass(frozen=True)
-class PretrainPlan(Plan[PretrainConfig]):
+class PretrainPlan(RunPlan[PretrainConfig]):
     """A pre-training run, ready to start."""
 
-    def looks_at(self, step: int) -> bool:
-        """Whether a picture or a probe is due."""
-        return self.draws_at(step) or self.probes_at(step)
+    def evaluates_at(self, step: int) -> bool:
+        """Returns whether a picture or a probe is due."""
+        return self.draws_reconstructions_at(step) or self.probes_at(step)
 
     def probes_at(self, step: int) -> bool:
-        """Whether labelled images are to tell what was learned; before the first step, too."""
+        """Returns whether the online probe is due, which it also is before the first step."""
         probe = self.config.probe
         if probe.probe is None:
             return False
@@ -116,15 +112,15 @@ class PretrainPlan(Plan[PretrainConfig]):
 
 
 def is_multiple(step: int, every: int) -> bool:
-    """Whether `step` comes every so many steps; 0: never."""
+    """Returns whether `step` is a multiple of `every`; never for 0."""
     return every > 0 and step % every == 0
 
 
 def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> PretrainPlan:
-    """Check the settings against the data, the machine and the run directory.
+    """Checks the settings against the data, the machine and the run directory.
 
     Raises:
-        BadInput: on every process, naming what does not fit and what would.
+        BadInput: on every process, with what does not fit and what would.
     """
     with group.raise_on_all_ranks():
         if group.main:
@@ -147,10 +143,10 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
             raise BadInput(f"{config.data.images}: the processes see different numbers of images, {sizes}")
     with group.raise_on_all_ranks():
         if group.main and config.data.mean is None:
-            mean, std = measure(source, config.model.channels, workers=config.data.workers)
+            mean, std = compute_mean_std(source, config.model.channels, workers=config.data.workers)
             config = replace(config, data=replace(config.data, mean=mean, std=std))
         elif group.main:
-            check_some(source, config.model.channels, config.data.mean or (), config.data.std or ())
+            check_sample(source, config.model.channels, config.data.mean or (), config.data.std or ())
     config = group.share(config)
     with group.raise_on_all_ranks():
         if group.main:
@@ -159,7 +155,7 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
 
 
 def check_shapes(config: PretrainConfig | FinetuneConfig) -> None:
-    """Refuse an image size that is not whole mask units, and statistics of another number of channels.
+    """Refuses an image size that is no multiple of the mask unit, and statistics for other channels.
 
     Raises:
         BadInput: naming sizes that fit.
@@ -178,24 +174,23 @@ def check_shapes(config: PretrainConfig | FinetuneConfig) -> None:
 
 
 def check_space(config: PretrainConfig | FinetuneConfig, parameters: int) -> None:
-    """Refuse a disk that cannot hold the run's state beside the one that replaces it, and the artifact.
+    """Refuses a disk without room for two states of the run and the artifact.
 
     Raises:
-        BadInput: naming what is needed and what is free.
+        BadInput: with the space that is needed and the space that is free.
     """
     copies = 4 if config.optimizer.ema_decay else 3  # weights, two moments of AdamW, their moving average
     require_space(config.run.out, 4 * parameters * (2 * copies + 1), f"a run of {parameters:,} weights")
 
 
 def check_objective(config: PretrainConfig) -> int:
-    """Refuse what the objective cannot do with images of this size; no model is computed.
+    """Refuses an objective that does not fit images of this size, without computing a model.
 
     Returns:
-        How many weights are trained.
+        The number of trained weights.
 
     Raises:
-        BadInput: masks that leave nothing to see, or an encoder whose own attention is to guide them and does
-            not see the whole map.
+        BadInput: masks that hide everything, or an encoder without global attention that is to guide them.
     """
     size, model = config.view_size, config.model
     with torch.device("meta"):
@@ -204,18 +199,15 @@ def check_objective(config: PretrainConfig) -> int:
     visible = objective.draw_visible(torch.zeros(1, dtype=torch.int64), h, w)
     if not visible.flatten(1).any(dim=1).all():
         raise BadInput(f"{len(visible)} views are too many for {h * w} mask units: some would see nothing")
-    if isinstance(config.objective, CMTConfig):
-        with FakeTensorMode(), torch.no_grad():
-            images = torch.empty(1, model.channels, size, size)
-            attend(build_encoder(model), images, block=config.objective.student_block)
+    objective.check_images(size, size)
     return sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
 
 
-def split_batch(optimizer: OptimizerConfig, rank: int, world: int) -> Slices:
-    """How the global batch is shared out over processes and passes.
+def split_batch(optimizer: OptimizerConfig, rank: int, world: int) -> BatchLayout:
+    """Splits the global batch over processes and passes.
 
     Raises:
-        BadInput: it cannot be, naming numbers that can.
+        BadInput: it cannot be split evenly; the message names numbers that can.
     """
     batch, micro = optimizer.batch_size, optimizer.micro_batch
     together = world * (micro or 1)
@@ -229,18 +221,18 @@ def split_batch(optimizer: OptimizerConfig, rank: int, world: int) -> Slices:
                 f"--micro-batch {max(m for m in range(1, min(micro, share) + 1) if share % m == 0)}"
             )
         raise BadInput(
-            f"--batch-size {batch} cannot be shared out over {what}; {' or '.join(fitting)} would do"
+            f"--batch-size {batch} cannot be split evenly over {what}; {' or '.join(fitting)} would do"
         )
-    return Slices(batch, micro or batch // world, rank, world)
+    return BatchLayout(batch, micro or batch // world, rank, world)
 
 
 def count_steps(optimizer: OptimizerConfig, images: int) -> int:
-    """Optimizer steps of the whole run."""
+    """Returns the optimizer steps of the whole run."""
     return optimizer.steps or math.ceil(optimizer.epochs * images / optimizer.batch_size)
 
 
-def check_resumable(plan: Plan, state: dict[str, Any], *, allow_changed_data: bool) -> None:
-    """Refuse to go on from `state` with another number of images, or to fewer steps than are done.
+def check_resumable(plan: RunPlan, state: dict[str, Any], *, allow_changed_data: bool) -> None:
+    """Refuses to resume from `state` with another number of images, or with fewer steps than are done.
 
     Raises:
         BadInput: naming both numbers.
@@ -249,24 +241,24 @@ def check_resumable(plan: Plan, state: dict[str, Any], *, allow_changed_data: bo
     if before != images and not allow_changed_data:
         raise BadInput(
             f"{plan.source.location}: has {images} images, but the run was started with {before}, so their "
-            f"order would change; give the same data, start a new run, or go on all the same with {FLAG}"
+            f"order would change; give the same data, start a new run, or continue anyway with {FLAG}"
         )
     if state["step"] > plan.steps:
         raise BadInput(f"{plan.folder}: has done {state['step']} steps, more than the {plan.steps} asked for")
 
 
 def write_config(config: PretrainConfig | FinetuneConfig) -> None:
-    """Put the settings into the run directory.
+    """Writes the settings into the run directory.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     text = json.dumps(to_plain(_located(config)), indent=2) + "\n"
     write_whole(config.run.out / "config.json", lambda file: file.write(text.encode()))
 
 
 def _located(config: Settings) -> Settings:
-    """The settings with absolute paths of what is read: a run may be resumed from any directory."""
+    """Returns the settings with absolute paths: a run may be resumed from any directory."""
     data = replace(config.data, images=config.data.images and config.data.images.absolute())
     if isinstance(config, PretrainConfig):
         probe = replace(config.probe, probe=config.probe.probe and config.probe.probe.absolute())
@@ -275,8 +267,8 @@ def _located(config: Settings) -> Settings:
     return replace(config, data=data, artifact=config.artifact.absolute(), test=test, val=val)
 
 
-def extended(plan: Plan, state: dict[str, Any]) -> str | None:
-    """What becomes of the learning rate where a resumed run has another number of steps than before."""
+def extended(plan: RunPlan, state: dict[str, Any]) -> str | None:
+    """Returns a note on the learning rate where a resumed run has another number of steps than before."""
     done, config = state["step"], plan.config
     before = count_steps(read_config(plan.folder, type(config)).optimizer, state["images"])
     if before == plan.steps or not 0 < done < plan.steps:
@@ -290,13 +282,13 @@ def extended(plan: Plan, state: dict[str, Any]) -> str | None:
 
 
 def resume_command(config: PretrainConfig | FinetuneConfig) -> str:
-    """The command that goes on with a run."""
-    command = "pretrain" if isinstance(config, PretrainConfig) else "evaluate"
+    """Returns the command that resumes a run."""
+    command = "pretrain" if isinstance(config, PretrainConfig) else "classify train"
     return f"coma {command} --resume {shlex.quote(str(config.run.out))}"
 
 
 def check_folder(config: Settings, resume: bool) -> Settings:
-    """The settings to begin or to go on with, the directory being fit for that.
+    """Returns the settings to start or resume with, if the directory is fit for that.
 
     Raises:
         BadInput: the directory of a new run is not empty; that of an old one holds no run, or one with other
@@ -307,19 +299,18 @@ def check_folder(config: Settings, resume: bool) -> Settings:
 
 def _fresh(config: Settings) -> Settings:
     out = config.run.out
-    flag = "--out" if isinstance(config, PretrainConfig) else "--run"
-    require_folder(out, flag)
+    require_folder(out)
     if out.is_dir() and any(out.iterdir()):
         if (out / "config.json").is_file():
-            way_out = f"continue its run with `{resume_command(config)}`, or choose another {flag}"
+            way_out = f"continue its run with `{resume_command(config)}`, or choose another --out"
         else:
-            way_out = f"choose another {flag}, or remove what is in it (it holds no run)"
-        raise BadInput(f"{flag} {out}: is not empty; {way_out}")
+            way_out = "choose another --out, or remove what is in it (it holds no run)"
+        raise BadInput(f"--out {out}: is not empty; {way_out}")
     return config
 
 
 def _resumed(config: Settings) -> Settings:
-    """The settings to go on with: the new ones where that changes nothing about what is learned."""
+    """Returns the settings to resume with: the new ones where they do not change what is learned."""
     saved = read_config(config.run.out, type(config))
     require_folder(config.run.out, "--resume")
     if config.data.mean is None:
@@ -334,20 +325,20 @@ def _resumed(config: Settings) -> Settings:
         listing = ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)
         raise BadInput(
             f"{config.run.out}: cannot be resumed with other settings than it was started with: {listing}; "
-            "leave them as they were, or start a new run in another directory"
+            "keep these settings, or start a new run in another directory"
         )
     return config
 
 
 def _same_teacher(new: ObjectiveConfig, saved: ObjectiveConfig) -> ObjectiveConfig:
-    """The new settings; a teacher whose weights they do not identify is to be the one of the run."""
-    if not isinstance(new, TaughtConfig) or not isinstance(saved, TaughtConfig) or new.teacher.sha256:
+    """Returns the new settings, with the run's own teacher where they do not identify its weights."""
+    if not new.teacher or not saved.teacher or new.teacher.sha256:
         return new
     return replace(new, teacher=replace(new.teacher, sha256=saved.teacher.sha256))
 
 
 def _places_of_teachers(new: ObjectiveConfig, saved: ObjectiveConfig) -> set[str]:
-    """What may be set anew of a teacher that is an artifact: where it is. Its SHA-256 is compared later."""
-    if not isinstance(new, TaughtConfig) or not isinstance(saved, TaughtConfig):
+    """Returns what may change of a teacher that is an artifact: its place. Its SHA-256 is compared later."""
+    if not new.teacher or not saved.teacher:
         return set()
     return {"objective.teacher.name"} if may_have_moved(saved.teacher, new.teacher) else set()

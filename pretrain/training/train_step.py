@@ -1,9 +1,8 @@
 """One optimizer step, and everything that it changes: weights, optimizer, loss scale, moving average.
 
-Knows nothing of any method: an objective maps normalised images and their seeds, or their labels where there
-are some, to a loss. Random numbers of a
-forward pass (drop path) are seeded from the position of its first sample in the stream, so nothing depends
-on what drew numbers before, on a restart, or on how many processes share the batch.
+A train step knows no method: an objective maps normalised images and their seeds (or labels, where there are
+any) to a loss. The random numbers of a forward pass (drop path) are seeded from the position of its first
+sample in the stream, so they do not depend on earlier draws, on restarts, or on the number of processes.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from coma.amp import Precision, autocast, build_scaler, choose_attention
 from coma.config import OptimizerConfig, RunConfig
-from coma.data import Batch, Slices, normalize
-from coma.data.shuffle import mix
+from coma.data import Batch, BatchLayout, normalize
+from coma.data.shuffle import splitmix64
 from coma.objectives import Objective
 from coma.objectives.classification import Classification
 from pretrain.training.distributed import Processes, parallelize, reducing
@@ -42,13 +41,13 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one optimizer step gave; the same on every process, but for the waiting."""
+class StepResult:
+    """Result of one optimizer step; the same on every process, except for the waiting time."""
 
     values: dict[str, float]
     """loss, grad_norm, and the objective's own metrics; means over the global batch."""
     requests: tuple[bool, ...]
-    """Which of the requests passed to `Learner.step` any process had."""
+    """For each of the requests passed to `TrainStep`, whether any process raised it."""
     failures: tuple[str, ...]
     """Images that could not be read, by any process."""
     waited: float
@@ -64,18 +63,18 @@ class NotFinite(Exception):
         self.grad_norm = grad_norm
 
 
-class Learner:
-    """An objective in training.
+class TrainStep:
+    """Takes optimizer steps on an objective, and owns everything that they change.
 
     Args:
         objective: On its device, identical on every process; a pre-training objective, or a `Classification`.
         optimizer: Settings.
         run: How the machine is used.
         group: The processes.
-        slices: How the global batch is shared out.
+        slices: Split of the global batch over processes and passes.
         precision: Number format of the forward pass.
-        mean: Per channel.
-        std: Per channel.
+        mean: Mean of every channel.
+        std: Standard deviation of every channel.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class Learner:
         optimizer: OptimizerConfig,
         run: RunConfig,
         group: Processes,
-        slices: Slices,
+        slices: BatchLayout,
         precision: Precision,
         mean: tuple[float, ...],
         std: tuple[float, ...],
@@ -106,22 +105,22 @@ class Learner:
         self._scaler = build_scaler(precision, group.device)
         self._ema = MovingAverage(self._parameters, optimizer.ema_decay) if optimizer.ema_decay else None
 
-    def step(
+    def __call__(
         self,
         number: int,
         lr: float,
         batches: Iterator[Batch],
         requests: Callable[[], tuple[bool, ...]] = tuple,
         progress: float = 0.0,
-    ) -> Step:
-        """Take step `number` (from 0): forward, backward, update.
+    ) -> StepResult:
+        """Takes step `number` (from 0): forward, backward, update.
 
         Args:
-            number: Of the step, from 0.
+            number: Number of the step, from 0.
             lr: Learning rate; groups of parameters with an `lr_scale` take that share of it.
-            batches: Where the micro batches come from.
-            requests: What this process asks of all of them, called late in the step; see `Step.requests`.
-            progress: Share of the run that is done before this step; told to the objective.
+            batches: Iterator of micro batches.
+            requests: Returns the requests of this process, called late in the step; see `StepResult`.
+            progress: Share of the run before this step, which schedules of the objective use.
 
         Raises:
             NotFinite: before anything was changed.
@@ -133,13 +132,22 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         self.batches, waited = [], 0.0
         passes: list[dict[str, Tensor]] = []
-        first_rows = self._slices.first_rows(number * self._slices.global_batch)
+        device = self._group.device
+        micro_batch_starts = self._slices.micro_batch_starts(number * self._slices.global_batch)
         for last in [*[False] * (self._slices.accumulation - 1), True]:
             began = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - began
             self.batches.append(batch)
-            passes.append(self._forward_backward(batch, next(first_rows), reduce=last))
+            images = normalize(batch.images.to(device, non_blocking=True), self._mean, self._std)
+            beside = (batch.seeds if batch.labels is None else batch.labels).to(device, non_blocking=True)
+            seed_generators(self._seed, next(micro_batch_starts))
+            with reducing(self._model, last):  # gradients are averaged over processes in the last pass
+                with autocast(self.precision, device):
+                    output = self._model(images, beside)
+                self._scaler.scale(output.loss / self._slices.accumulation).backward()
+            values = {"loss": output.loss, **output.metrics}
+            passes.append({name: value.detach().float() for name, value in values.items()})
         grad_norm = self._unscale_and_clip()
         sums = torch.stack([torch.stack(list(each.values())) for each in passes]).sum(dim=0)
         means = sums / (len(passes) * self._group.world)
@@ -157,19 +165,7 @@ class Learner:
         self.objective.after_step(progress)
         if failed:
             failures = tuple(failure for each in self._group.gather(failures) for failure in each)
-        return Step(values, tuple(raised), failures, waited)
-
-    def _forward_backward(self, batch: Batch, position: int, *, reduce: bool) -> dict[str, Tensor]:
-        device = self._group.device
-        images = normalize(batch.images.to(device, non_blocking=True), self._mean, self._std)
-        beside = (batch.seeds if batch.labels is None else batch.labels).to(device, non_blocking=True)
-        seed_generators(self._seed, position)
-        with reducing(self._model, reduce):
-            with autocast(self.precision, device):
-                output = self._model(images, beside)
-            self._scaler.scale(output.loss / self._slices.accumulation).backward()
-        values = {"loss": output.loss, **output.metrics}
-        return {name: value.detach().float() for name, value in values.items()}
+        return StepResult(values, tuple(raised), failures, waited)
 
     def _unscale_and_clip(self) -> Tensor:
         self._scaler.unscale_(self._optimizer)
@@ -184,17 +180,17 @@ class Learner:
             raise NotFinite(loss, grad_norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a step changes: whole tensors on the CPU of process 0, none on the others."""
+        """Returns what a step changes: whole tensors on the CPU of process 0, none on the others."""
         optimizer = get_optimizer_state_dict(self.objective, self._optimizer, options=_WHOLE)
         return {
             "model": self.weights(),
             "optimizer": optimizer,
             "scaler": self._scaler.state_dict(),
-            "ema": self.published() if self._ema else None,
+            "ema": self.weights_to_publish() if self._ema else None,
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """The inverse of `state_dict`; process 0 has the state, the others give None."""
+        """Restores what `state_dict` returned; process 0 gives the state, the others give None."""
         group = self._group
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=group.world > 1)
         state = state or {"model": {}, "optimizer": {}, "ema": {}}
@@ -207,26 +203,26 @@ class Learner:
         if scaler and self._scaler.is_enabled():
             self._scaler.load_state_dict(scaler)
 
-    def published(self) -> dict[str, Tensor]:
-        """The weights to hand over, on process 0: their moving average where there is one."""
+    def weights_to_publish(self) -> dict[str, Tensor]:
+        """Returns the weights for the artifact, on process 0: their moving average where there is one."""
         if self._ema is None:
             return self.weights()
         with self._ema.in_place_of_weights():
             return {name: tensor.clone() for name, tensor in self.weights().items()}
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights as they are, whole, on the CPU of process 0."""
+        """Returns the current weights, whole, on the CPU of process 0."""
         return cast("dict[str, Tensor]", get_model_state_dict(self.objective, options=_WHOLE))
 
 
 def pass_seed(run_seed: int) -> int:
-    """What keeps the random numbers of forward passes apart from those of crops and masks."""
-    return mix((run_seed ^ 0x70617373) & (2**64 - 1))
+    """Returns a seed that separates the random numbers of forward passes from those of crops and masks."""
+    return splitmix64((run_seed ^ 0x70617373) & (2**64 - 1))
 
 
 def seed_generators(seed: int, position: int) -> None:
-    """Make all random numbers from here on a function of the run's seed and a position in the stream."""
-    value = mix((seed + position) & (2**64 - 1))
+    """Seeds all generators from the run's seed and a position in the sample stream."""
+    value = splitmix64((seed + position) & (2**64 - 1))
     torch.manual_seed(value)
     random.seed(value)
     np.random.seed(value % 2**32)

@@ -15,7 +15,7 @@ import tyro
 from coma import cli
 from coma.ranges import Range
 
-ACTIONS = {name: ("train", "test", "predict") for name in ("detect", "segment")}
+ACTIONS = {"classify": ("train",), **{name: ("train", "test", "predict") for name in ("detect", "segment")}}
 VARIANTS = {
     "pretrain": [
         *([], ["--model", "vit-tiny"]),
@@ -32,6 +32,7 @@ NEEDED = {
     "pack": [MISSING, "--out", "{out}/packed"],
     "degrade": [MISSING, "--out", "{out}/sheet.png"],
     "quickstart": ["--out", __file__],
+    "classify train": [MISSING, "--data", MISSING, "--out", "{out}/run"],
     "detect train": [MISSING, "--data", MISSING, "--out", "{out}/run"],
     "detect test": [MISSING, "--data", MISSING],
     "detect predict": [MISSING, MISSING, "--out", "{out}/found"],
@@ -77,7 +78,9 @@ def settings_of(invocation: str, variant: tuple[str, ...] = ()) -> tuple[type, .
 
 
 def dataclasses_in(kind: Any) -> Iterator[type]:
-    """A dataclass and all that its fields hold, also behind unions and annotations."""
+    """A dataclass and all that its fields hold, also behind unions and annotations; without fixed fields."""
+    if "Fixed" in str(get_args(kind)[1:] if get_origin(kind) is Annotated else ""):
+        return
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         yield kind
         hints = get_type_hints(kind, include_extras=True)

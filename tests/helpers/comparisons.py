@@ -17,7 +17,7 @@ import torch
 
 from coma import cli
 from pretrain.commands.compare import entry
-from pretrain.sweep import Comparison, process_pool
+from pretrain.sweep import CompareConfig, process_pool
 
 SMALL = shlex.split(
     "--model.dim 8 --model.depths 1 1 1 1 --model.heads 2 2 2 2 --image-size 16 --batch-size 4 --log-steps 2 "
@@ -50,7 +50,7 @@ class Forked:
             torch.set_num_threads(1)
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
-            code = cli.main(command[3:])
+            code = cli.main(command[len(cli.CHILD) :])
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
@@ -79,14 +79,14 @@ def light(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(f"pretrain.training.run_directory.{name}", lambda *_, **__: None)
 
 
-def asked(labelled: Path, out: Path, **changes: Any) -> Comparison:
+def asked(labelled: Path, out: Path, **changes: Any) -> CompareConfig:
     """Two methods, a backbone, two seeds, six steps."""
     found = [entry(labelled / "train", name, "small: tiny", SMALL, (0, 1)) for name in ("mae", "coma")]
-    comparison = Comparison(
-        entries=tuple(found),
-        unit="images",
-        amount=24,
+    comparison = CompareConfig(
+        images=labelled / "train",
         test=labelled,
+        budget=("images", 24),
+        entries=tuple(found),
         protocols=("knn", "linear"),
         out=out,
         reference="mae",

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from export_files import about
 from PIL import Image, ImageDraw
 
-from coma.artifact import ArtifactConfig, library_versions, save_artifact
+from coma.artifact import save_artifact
 from coma.config import DyViTConfig, EncoderConfig, ViTConfig
 from coma.models import build_encoder
 from downstream.openmmlab.op_registry import register_ops
@@ -21,20 +22,10 @@ COLOURS = {"square": (220, 40, 40), "disc": (40, 60, 220)}
 
 def artifact(directory: Path, model: EncoderConfig = DYVIT, seed: int = 0) -> Path:
     torch.manual_seed(seed)
-    encoder = build_encoder(model)
-    channels = model.channels
-    config = ArtifactConfig(
-        kind="backbone",
-        model=model,
-        objective=None,
-        image_size=model.unit * 2,
-        mean=(0.4,) * channels,
-        std=(0.2,) * channels,
-        class_names=None,
-        trained={},
-        versions=library_versions(),
+    config = about(
+        "backbone", model, model.unit * 2, mean=(0.4,) * model.channels, std=(0.2,) * model.channels
     )
-    save_artifact(directory, tensors=encoder.state_dict(), config=config)
+    save_artifact(directory, tensors=build_encoder(model).state_dict(), config=config)
     return directory
 
 

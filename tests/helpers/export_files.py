@@ -7,14 +7,16 @@ import torch
 from torch import nn
 
 from coma.artifact import LINEAR_HEAD, ArtifactConfig, library_versions, save_artifact
-from coma.config import CoMAConfig, DecoderConfig, DyViTConfig, EncoderConfig, ObjectiveConfig
+from coma.cli import main
+from coma.config import CoMAConfig, DecoderConfig, DyViTConfig, EncoderConfig, ObjectiveConfig, ViTConfig
 from coma.models import build_encoder
-from coma.models.classifier import build_classifier
+from coma.models.classifiers import build_classifier
 from coma.objectives import build_objective
 
 DYVIT = DyViTConfig(
     patch=2, dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8), (2, 4), (0, 2), (0,))
 )
+VIT = ViTConfig(patch=16, dim=16, depth=1, heads=2)
 OBJECTIVE = CoMAConfig(decoder=DecoderConfig(dim=16, depth=1, heads=2))
 CLASSES = ("cat", "cup", "face")
 MEAN, STD = (0.45, 0.42, 0.39), (0.24, 0.23, 0.25)
@@ -89,8 +91,14 @@ def segmentor(folder: Path, model: EncoderConfig = DYVIT) -> Path:
     return folder
 
 
+def export(artifact: Path, *more: str) -> int:
+    """Exit code of the shortest export of one size."""
+    quick = ("--shapes", "1x48x48", "--benchmark-seconds", "0", "--verify-images", "4")
+    return main(["export", str(artifact), *quick, *more])
+
+
 class Silent:
-    """A watcher of exports that shows nothing."""
+    """A listener of exports that shows nothing."""
 
     def step(self, title: str, done: int = 0, total: int | None = None) -> None: ...
     def say(self, line: str) -> None: ...

@@ -15,7 +15,7 @@ from coma.config import CoMAConfig, DecoderConfig, DyViTConfig, PretrainConfig
 from coma.errors import Interrupted
 from pretrain.training import pretrain
 from pretrain.training.checkpoint import read_state
-from pretrain.training.train_step import Learner
+from pretrain.training.train_step import TrainStep
 
 MODEL = DyViTConfig(
     patch=1, dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8), (4,), (4,), (0,))
@@ -27,18 +27,23 @@ def at(config: PretrainConfig, out: Path, **changes: Any) -> PretrainConfig:
     return replace(config, run=replace(config.run, out=out, **changes))
 
 
+def rows(run: Path) -> list[dict[str, Any]]:
+    """What a run logged, a row for every log point."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def learned(run: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """What must not depend on interruptions: metrics without timings, published weights."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
+    logged = rows(run)
+    for row in logged:
         for name in ("images_per_s", "data_wait", "memory_gib", "cpu_s", "probe_seconds"):
             row.pop(name, None)
-    return rows, load_artifact(run / "artifact").tensors
+    return logged, load_artifact(run / "artifact").tensors
 
 
 def assert_same(run: Path, other: Path) -> None:
-    (rows, weights), (other_rows, other_weights) = learned(run), learned(other)
-    assert rows == other_rows
+    (logged, weights), (other_logged, other_weights) = learned(run), learned(other)
+    assert logged == other_logged
     assert list(weights) == list(other_weights)
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
     state, other_state = (read_state(folder / "state", warn=pytest.fail) for folder in (run, other))
@@ -57,14 +62,14 @@ def same(one: Any, other: Any) -> bool:
 
 def stop_during(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
     """Send this process a signal in the middle of a step."""
-    take = Learner.step
+    take = TrainStep.__call__
 
-    def step_and_signal(self: Learner, n: int, *rest: Any) -> Any:
+    def step_and_signal(self: TrainStep, n: int, *rest: Any) -> Any:
         if n == step:
             os.kill(os.getpid(), number)
         return take(self, n, *rest)
 
-    patch.setattr(Learner, "step", step_and_signal)
+    patch.setattr(TrainStep, "__call__", step_and_signal)
 
 
 def interrupted(config: PretrainConfig, step: int) -> None:
@@ -80,11 +85,11 @@ class Killed(BaseException):
 
 def killed_in(patch: pytest.MonkeyPatch, step: int) -> None:
     """End the run in the middle of a step."""
-    take = Learner.step
+    take = TrainStep.__call__
 
-    def step_or_end(self: Learner, n: int, *rest: Any) -> Any:
+    def step_or_end(self: TrainStep, n: int, *rest: Any) -> Any:
         if n == step:
             raise Killed
         return take(self, n, *rest)
 
-    patch.setattr(Learner, "step", step_or_end)
+    patch.setattr(TrainStep, "__call__", step_or_end)

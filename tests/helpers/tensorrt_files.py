@@ -1,4 +1,4 @@
-"""What the tests of engines share: a description, small ONNX files of it, and who can be tested here."""
+"""What the tests of engines share: a spec, small ONNX files of it, and who can be tested here."""
 
 import importlib.util
 import json
@@ -12,13 +12,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from coma.config.serialization import to_plain
 from coma.runtimes.model_spec import ModelSpec, Preprocessing, TensorSpec
-from coma.runtimes.trt.discovery import find_driver
-from coma.runtimes.trt.profiles import Profile, ShapeRange
+from coma.runtimes.tensorrt.discovery import find_driver
+from coma.runtimes.tensorrt.profiles import Profile, ShapeRange
 
 FLOAT = TensorProto.FLOAT
 IMAGES = TensorSpec("images", "float32", ("batch", 4, 8))
 ABOUT = ModelSpec(
-    form="encoder",
+    graph="encoder",
     precision="fp16",
     inputs=(IMAGES,),
     outputs=(TensorSpec("out", "float32", ("batch", 4, 8)),),
@@ -40,7 +40,7 @@ needs_no_gpu = pytest.mark.skipif(find_driver() is not None, reason="there is a 
 def graph(
     path: Path, nodes: list[onnx.NodeProto], constants: dict[str, Any] | None = None, **more: Any
 ) -> Path:
-    """An ONNX file from images [batch, 4, 8] to out, with our description."""
+    """An ONNX file from images [batch, 4, 8] to out, with our spec."""
     arrays = [numpy_helper.from_array(np.asarray(array), name) for name, array in (constants or {}).items()]
     inputs = [helper.make_tensor_value_info("images", FLOAT, more.get("shape", ["batch", 4, 8]))]
     outputs = [helper.make_tensor_value_info("out", FLOAT, None)]

@@ -1,8 +1,8 @@
-"""What every kind of data looks like from outside: numbered pictures with a name, perhaps labels.
+"""The interface of all image sources: numbered images with names and, if there are any, labels.
 
-A source travels to worker processes, so whatever grows with the number of images (names, offsets,
-labels) is kept in tensors: those travel in memory that all workers share (`workers.Parcel`), and a million
-names cost once, not once per worker.
+A source is sent to worker processes, so everything that grows with the number of images (names, offsets,
+labels) is kept in tensors. These are in memory that all workers share (`worker_pool.SharedPickle`): a million
+names are stored once, not once per worker.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from coma.data.channels import adapt
-from coma.data.decode import complete, decode
-from coma.data.decode_arrays import as_hwc, as_pixels
-from coma.data.image import AtLeast, Picture
+from coma.data.channels import convert_channels
+from coma.data.decode import decode, fill_missing
+from coma.data.decode_arrays import to_hwc, to_supported_dtype
+from coma.data.image import DecodedImage, MinSide
 from coma.data.inventory import Inventory
 from coma.errors import BadImage
 from coma.messages import counted, printable
 
 
 class Source(ABC):
-    """Numbered pictures; cheap to pickle, safe to read from many processes."""
+    """Numbered images; fast to pickle, and safe to read from many processes."""
 
     location: Path
-    """What the user pointed at, or the split chosen inside it."""
+    """Path that the user gave, or the folder of the split inside it."""
     class_names: tuple[str, ...] | None
-    """Names of the labels, where they are known."""
+    """Class names in the order of the labels; None if unknown."""
     inventory: Inventory
-    """What the search for the images found and left out; empty where there was none."""
-    unlabelled: str = ""
-    """Why images that seem to have labels have none: names the file and says what to do."""
-    numbered: bool = True
-    """Whether the labels' numbers are the data's own, not places in a sorted list of folder names."""
+    """What the search for images found and skipped; empty if there was no search."""
+    unlabelled_reason: str = ""
+    """Why the images have no labels although they seem to: names the file and says what to do."""
+    labels_are_stored: bool = True
+    """Whether the data store the labels as numbers; False if they are positions of sorted folder names."""
     split: str | None = None
-    """train, val or test, where the images are those of a split."""
+    """train, val or test; None if the images are not those of a split."""
     notes: tuple[str, ...] = ()
-    """What else was left out or might be misread, a sentence each, for people."""
+    """Sentences for the user about images that are skipped or may be misread."""
 
     def __init__(
         self, location: Path, labels: np.ndarray | None = None, class_names: tuple[str, ...] | None = None
@@ -53,75 +53,75 @@ class Source(ABC):
 
     @property
     def labels(self) -> np.ndarray | None:
-        """Class of every image, int64 `[n]`, a copy; None for unlabelled data."""
+        """Class of every image, int64 `[n]` (a copy); None for unlabelled data."""
         return None if self._labels is None else self._labels.numpy().copy()
 
     def label(self, i: int) -> int | None:
-        """Class of one image; None for unlabelled data."""
+        """Returns the class of an image; None for unlabelled data."""
         return None if self._labels is None else int(self._labels[i])
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of images, readable or not; at least 1."""
+        """Returns the number of images, readable or not; at least 1."""
 
     def summary(self) -> str:
-        """Returns one line: how many images of which kinds there are, and what was left out and why."""
+        """Returns one line: the number of images of each kind, and what was skipped and why."""
         if self.inventory.images:
-            return self.inventory.line(self.location)
+            return self.inventory.summary(self.location)
         return f"{printable(str(self.location))}: {counted(len(self), 'image')}"
 
     @abstractmethod
     def describe(self, i: int) -> str:
-        """The image's name in messages."""
+        """Returns the name of an image, for messages."""
 
     def listing(self) -> tuple[list[str], list[int]]:
-        """Names of the images inside `location` and their sizes in bytes: what tells them from others."""
+        """Returns the names of the images inside `location`, and their sizes in bytes."""
         return [self.describe(i) for i in range(len(self))], [0] * len(self)
 
     @abstractmethod
-    def picture(self, i: int, at_least: AtLeast = 0) -> Picture:
-        """The decoded image; `at_least` as in `decode`.
+    def decode(self, i: int, min_side: MinSide = 0) -> DecodedImage:
+        """Returns a decoded image; for `min_side`, see `decode.decode`.
 
         Raises:
-            BadImage: it cannot be read or decoded.
+            BadImage: It cannot be read or decoded.
         """
 
-    def encoded(self, i: int) -> bytes | None:
-        """The image's file content; None where there is no file.
+    def read_bytes(self, i: int) -> bytes | None:
+        """Returns the content of an image file; None if the image is not a file.
 
         Raises:
-            BadImage: it cannot be read.
+            BadImage: It cannot be read.
         """
         return None
 
-    def read(self, i: int, channels: int | None = None, at_least: AtLeast = 0) -> np.ndarray:
-        """Pixels `[H, W, C]` uint8, uint16 or float32, with C = `channels` where given.
+    def read(self, i: int, channels: int | None = None, min_side: MinSide = 0) -> np.ndarray:
+        """Returns pixels `[H, W, C]` uint8, uint16 or float32; C is `channels` if given.
 
         Raises:
-            BadImage: it cannot be read or decoded, or its channels do not fit.
+            BadImage: The image cannot be read or decoded, or its channels cannot be converted.
         """
-        picture = self.picture(i, at_least)
-        return picture.pixels if channels is None else adapt(picture, channels, self.describe(i))
+        image = self.decode(i, min_side)
+        return image.pixels if channels is None else convert_channels(image, channels, self.describe(i))
 
 
 class EncodedSource(Source):
-    """A source whose images are encoded files, wherever they lie."""
+    """A source whose images are encoded files, on disk or inside another file."""
 
     @abstractmethod
-    def encoded(self, i: int) -> bytes:
-        """The image's file content.
+    def read_bytes(self, i: int) -> bytes:
+        """Returns the content of an image file.
 
         Raises:
-            BadImage: it cannot be read.
+            BadImage: It cannot be read.
         """
 
-    def picture(self, i: int, at_least: AtLeast = 0) -> Picture:
-        """The decoded image; see `Source.picture`."""
-        return decode(self.encoded(i), self.describe(i), at_least)
+    def decode(self, i: int, min_side: MinSide = 0) -> DecodedImage:
+        """Returns a decoded image; see `Source.decode`."""
+        return decode(self.read_bytes(i), self.describe(i), min_side)
 
 
 class ArraySource(Source):
-    """Arrays in memory, each `[H, W]`, `[H, W, C]` or `[C, H, W]`; for data that has no files."""
+    """Arrays in memory, each `[H, W]`, `[H, W, C]` or `[C, H, W]`; for data without files."""
 
     def __init__(
         self,
@@ -134,27 +134,27 @@ class ArraySource(Source):
         self._images = images
 
     def __len__(self) -> int:
-        """Number of arrays."""
+        """Returns the number of arrays."""
         return len(self._images)
 
     def describe(self, i: int) -> str:
-        """The position in the list."""
+        """Returns the position in the list."""
         return f"{self.location}[{i}]"
 
     def listing(self) -> tuple[list[str], list[int]]:
-        """Positions, and bytes of the arrays."""
+        """Returns the positions, and the sizes of the arrays in bytes."""
         return [str(i) for i in range(len(self))], [np.asarray(image).nbytes for image in self._images]
 
-    def picture(self, i: int, at_least: AtLeast = 0) -> Picture:
-        """The array as it is."""
+    def decode(self, i: int, min_side: MinSide = 0) -> DecodedImage:
+        """Returns the array as an image."""
         try:
-            return complete(Picture(as_pixels(as_hwc(np.asarray(self._images[i])))))
+            return fill_missing(DecodedImage(to_supported_dtype(to_hwc(np.asarray(self._images[i])))))
         except BadImage as error:
             raise BadImage(f"{self.describe(i)}: {error}") from None
 
 
 class Names(Sequence[str]):
-    """Many strings in one byte tensor; file names that are not text survive the round trip."""
+    """Many strings in one byte tensor; file names that are not valid text are kept too."""
 
     def __init__(self, names: Iterable[str]) -> None:
         encoded = [os.fsencode(name) for name in names]
@@ -163,16 +163,16 @@ class Names(Sequence[str]):
         self._bytes = torch.from_numpy(np.frombuffer(bytearray(b"".join(encoded)), np.uint8))
 
     def __len__(self) -> int:
-        """Number of strings."""
+        """Returns the number of strings."""
         return len(self._ends) - 1
 
     def __iter__(self) -> Iterator[str]:
-        """All strings, faster than one by one."""
+        """Yields all strings, faster than by index."""
         text, ends = self._bytes.numpy().tobytes(), self._ends.tolist()
         return (os.fsdecode(text[start:end]) for start, end in pairwise(ends))
 
     def __getitem__(self, i: int) -> str:  # type: ignore[override]
-        """String number i."""
+        """Returns string i."""
         if i >= len(self):
             raise IndexError(i)  # ends a loop over the names
         start, end = self._ends[i : i + 2].tolist()
@@ -180,10 +180,10 @@ class Names(Sequence[str]):
 
 
 def read_at(path: Path | str, start: int, size: int, name: str) -> bytes:
-    """A piece of a large file, without keeping it open.
+    """Returns `size` bytes of a file from `start`, without keeping the file open.
 
     Raises:
-        BadImage: calling the image `name`, if the piece cannot be read.
+        BadImage: They cannot be read; the message calls the image `name`.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -191,5 +191,5 @@ def read_at(path: Path | str, start: int, size: int, name: str) -> bytes:
     except OSError as error:
         raise BadImage(f"{name}: cannot be read ({error.strerror})") from None
     if len(data) < size:
-        raise BadImage(f"{name}: its file became shorter after it was opened")
+        raise BadImage(f"{name}: the file became shorter after it was opened")
     return data

@@ -1,15 +1,15 @@
-"""A folder of images, searched recursively; class folders when every image lies in one.
+"""A folder of images, searched recursively; class folders give the labels.
 
-Symbolic links are followed, and each real folder is searched once, so links that run in a circle end. Left
-out, counted and named are hidden files and folders, folders that systems and this toolkit write, and what is
-no regular file or cannot be read. The order is that of the sorted paths, on every machine.
+Symbolic links are followed, and every real folder is searched once, so circular links end. Hidden files and
+folders, system folders, folders written by this toolkit, special files and unreadable folders are skipped,
+counted and named. Images are in the order of their sorted paths, on every machine.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,71 +19,70 @@ import numpy as np
 
 from coma.data.decode import EXTENSIONS, HEAD
 from coma.data.inventory import Inventory, is_system_folder, kind_of
-from coma.data.products import product_around, product_at
+from coma.data.run_outputs import enclosing_run_output, run_output_at
 from coma.data.sources.base import EncodedSource, Names
-from coma.data.splits import Chosen, choose_images
 from coma.errors import BadImage, BadInput
 from coma.messages import abridged, printable
+from coma.splits import SplitImages, select_images
 
-_CHUNK, _STATS = 1000, 16
-"""Files whose sizes are asked for in a row, and how often at the same time: a network answers slowly."""
+_CHUNK, _THREADS = 1000, 16
+"""Number of files whose sizes one thread asks for in a row, and number of threads: network disks are slow."""
 
 
 class FolderSource(EncodedSource):
-    """All images below a folder, or those of one of the splits in it.
+    """All images below a folder, or the images of one of its splits.
 
-    Images that all lie in first-level subfolders (two or more) are labelled by them. The splits of one data
-    set number their classes alike.
+    If all images lie in first-level subfolders (two or more), these are the classes. All splits of a data set
+    share one numbering of the classes.
     """
 
-    numbered = False
+    labels_are_stored = False
 
     def __init__(self, root: Path, split: str | None = None, *, held_out: bool = False) -> None:
-        """Search the folder.
+        """Searches the folder.
 
         Args:
-            root: the folder.
-            split: as in `open_source`.
-            held_out: as in `open_source`.
+            root: Folder of images.
+            split: See `open_source`.
+            held_out: See `open_source`.
 
         Raises:
-            BadInput: no image in it, no such split, a folder that this toolkit wrote, or one that may not be
-                read.
+            BadInput: The folder has no image or no such split, cannot be read, or is a run output.
         """
-        found, inventory = search(root)
+        found, inventories = _find(root)
         if not found:
-            raise BadInput(_nothing_in(root, inventory))
-        chosen = choose_images(sorted(found), root, split, held_out)
+            raise BadInput(_no_images(root, _merged(inventories)))
+        chosen = select_images(sorted(found), root, split, held_out)
         location = root / chosen.folder
         class_names = _class_names(chosen)
         number = {name: i for i, name in enumerate(class_names or ())}
         labels = np.array([number[name.partition("/")[0]] for name in chosen.names]) if class_names else None
         super().__init__(location, labels, class_names and tuple(map(printable, class_names)))
         self._names = Names(chosen.names)
-        if chosen.folder:
-            _, inventory = search(location)  # what lies in other splits is none of this one
-        inventory.images = Counter(kind_of(name) for name in chosen.names)
-        self.split, self.notes, self.inventory = chosen.split, chosen.notes, inventory
+        prefix = f"{chosen.folder}/" if chosen.folder else ""
+        self.split, self.notes, self.inventory = chosen.split, chosen.notes, _merged(inventories, prefix)
+        self.inventory.images = Counter(kind_of(name) for name in chosen.names)
         if class_names is None:
-            self.unlabelled = _why_unlabelled(location, chosen)
-        else:
-            for name in sorted(set(subfolders(location)) - chosen.classes):
-                inventory.leave_out("folder without an image", "folders without an image", name)
+            self.unlabelled_reason = _why_unlabelled(location, chosen)
+            return
+        inside = {folder.removeprefix(prefix) for folder in inventories if folder.startswith(prefix)}
+        for name in sorted({folder.partition("/")[0] for folder in inside} - {""} - chosen.classes):
+            self.inventory.skip("folder without an image", "folders without an image", name)
 
     def __len__(self) -> int:
-        """Number of image files."""
+        """Returns the number of image files."""
         return len(self._names)
 
     def path(self, i: int) -> Path:
-        """Where the image lies."""
+        """Returns the path of an image."""
         return self.location / self._names[i]
 
     def describe(self, i: int) -> str:
-        """The file's path."""
+        """Returns the path of an image, for messages."""
         return printable(str(self.path(i)))
 
     def listing(self) -> tuple[list[str], list[int]]:
-        """Paths inside the folder, and sizes; -1 of a file that has gone."""
+        """Returns the paths inside the folder and the sizes in bytes; -1 for files that no longer exist."""
         names, root = list(self._names), str(self.location)
 
         def sizes(part: Sequence[str]) -> list[int]:
@@ -96,40 +95,62 @@ class FolderSource(EncodedSource):
             return found
 
         parts = [names[at : at + _CHUNK] for at in range(0, len(names), _CHUNK)]
-        with ThreadPoolExecutor(_STATS) as pool:
+        with ThreadPoolExecutor(_THREADS) as pool:
             return names, [size for part in pool.map(sizes, parts) for size in part]
 
-    def encoded(self, i: int) -> bytes:
-        """The file's content."""
+    def read_bytes(self, i: int) -> bytes:
+        """Returns the content of an image file."""
         try:
             return self.path(i).read_bytes()
         except FileNotFoundError:
-            raise BadImage(f"{self.describe(i)}: the file has gone") from None
+            raise BadImage(f"{self.describe(i)}: the file no longer exists") from None
         except OSError as error:
             raise BadImage(f"{self.describe(i)}: cannot be read ({error.strerror})") from None
 
 
-def search(root: Path) -> tuple[list[str], Inventory]:
-    """Returns the relative paths (with /) of the images below a folder, and the account of the search.
+def find_images(root: Path) -> tuple[list[str], Inventory]:
+    """Returns the relative paths (with /) of the images below a folder, and the counts of the search.
 
     Raises:
-        BadInput: a folder that this toolkit wrote, or one that may not be read.
+        BadInput: The folder was written by this toolkit, or cannot be read.
     """
-    inventory = Inventory()
+    found, inventories = _find(root)
+    return found, _merged(inventories)
+
+
+def _find(root: Path) -> tuple[list[str], dict[str, Inventory]]:
+    """The images below a folder, and an inventory of each folder by its relative path (which ends in /)."""
+    inventories: dict[str, Inventory] = defaultdict(Inventory)
     head = partial(_head, root)
-    return [name for name in walk(root, inventory) if inventory.takes(name, head)], inventory
+    found = [
+        name
+        for name in walk_files(root, inventories.__getitem__)
+        if inventories[_parent(name)].count_file(name, head)
+    ]
+    return found, inventories
 
 
-def walk(root: Path, inventory: Inventory) -> Iterator[str]:
-    """Yields the relative paths (with /) of all regular files below a folder that may be data.
+def _merged(inventories: dict[str, Inventory], prefix: str = "") -> Inventory:
+    """The counts of all folders below `prefix` together, with names relative to it."""
+    total = Inventory()
+    for folder, inventory in inventories.items():
+        if folder.startswith(prefix):
+            total.merge(inventory, prefix)
+    return total
 
-    What is left out is counted in `inventory`.
+
+def walk_files(root: Path, inventory_of: Callable[[str], Inventory]) -> Iterator[str]:
+    """Yields the relative paths (with /) of the regular files below a folder, except in skipped folders.
+
+    Args:
+        root: Folder to search.
+        inventory_of: Returns the inventory that counts what is skipped in a folder, given its relative path.
 
     Raises:
-        BadInput: a folder that this toolkit wrote, or one that may not be read.
+        BadInput: The folder was written by this toolkit, or cannot be read.
     """
-    if product := product_around(root):
-        place, what = product
+    if output := enclosing_run_output(root):
+        place, what = output
         inside = "is" if place == root.resolve() else f"lies in {printable(str(place))}, which is"
         raise BadInput(
             f"{printable(str(root))}: {inside} {what}, and its pictures are results; give the folder of the "
@@ -139,10 +160,11 @@ def walk(root: Path, inventory: Inventory) -> Iterator[str]:
     pending = [""]
     while pending:
         prefix = pending.pop()
+        parent = inventory_of(_parent(prefix[:-1]))
         try:
             status = os.stat(root / prefix)
             if (status.st_dev, status.st_ino) in seen:
-                inventory.leave_out("folder reached twice by links", "folders reached twice by links", prefix)
+                parent.skip("folder reached twice by links", "folders reached twice by links", prefix)
                 continue
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(root / prefix) as entries:
@@ -150,50 +172,49 @@ def walk(root: Path, inventory: Inventory) -> Iterator[str]:
         except OSError as error:
             if not prefix:
                 raise _unreadable(root, error) from None
-            inventory.leave_out(
-                "folder that cannot be read", "folders that cannot be read", f"{prefix}: {error.strerror}"
-            )
+            name = f"{prefix}: {error.strerror}"
+            parent.skip("folder that cannot be read", "folders that cannot be read", name)
             continue
-        if prefix and (what := product_at(root / prefix, {entry.name for entry in here}.__contains__)):
-            inventory.leave_out("folder written by coma", "folders written by coma", f"{prefix} is {what}")
+        if prefix and (what := run_output_at(root / prefix, {entry.name for entry in here}.__contains__)):
+            parent.skip("folder written by coma", "folders written by coma", f"{prefix} is {what}")
             continue
-        folders = []
+        inventory, folders = inventory_of(prefix), []
         for entry in here:
             path = prefix + entry.name
             if entry.name.startswith("."):
-                inventory.leave_out_hidden(path)
+                inventory.skip_hidden(path)
             elif _is(entry.is_file):
                 yield path
             elif not _is(entry.is_dir):
                 what = "special file" if os.path.exists(root / path) else "broken link"
-                inventory.leave_out(what, f"{what}s", path)
+                inventory.skip(what, f"{what}s", path)
             elif is_system_folder(entry.name):
-                inventory.leave_out_system_folder(path)
+                inventory.skip_system_folder(path)
             else:
                 folders.append(f"{path}/")
         pending.extend(sorted(folders, reverse=True))
 
 
-def subfolders(root: Path) -> list[str]:
-    """Names of the folders directly in `root` that may hold data, sorted: as `walk` enters them.
+def list_folders(root: Path) -> list[str]:
+    """Returns the sorted names of the folders directly in `root` that `walk_files` enters.
 
     Raises:
-        BadInput: the folder may not be read.
+        BadInput: The folder cannot be read.
     """
-    names = [entry.name for entry in _shown(root) if _is(entry.is_dir)]
-    return [name for name in names if not is_system_folder(name) and not product_at(root / name)]
+    names = [entry.name for entry in _entries(root) if _is(entry.is_dir)]
+    return [name for name in names if not is_system_folder(name) and not run_output_at(root / name)]
 
 
-def files_in(root: Path) -> list[str]:
-    """Names of the regular files directly in `root`, hidden ones left out, sorted.
+def list_files(root: Path) -> list[str]:
+    """Returns the sorted names of the regular files directly in `root`, without hidden ones.
 
     Raises:
-        BadInput: the folder may not be read.
+        BadInput: The folder cannot be read.
     """
-    return [entry.name for entry in _shown(root) if _is(entry.is_file)]
+    return [entry.name for entry in _entries(root) if _is(entry.is_file)]
 
 
-def _shown(root: Path) -> list[os.DirEntry[str]]:
+def _entries(root: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(root) as entries:
             shown = [entry for entry in entries if not entry.name.startswith(".")]
@@ -203,11 +224,16 @@ def _shown(root: Path) -> list[os.DirEntry[str]]:
 
 
 def _is(ask: Callable[[], bool]) -> bool:
-    """Returns the answer of `DirEntry.is_file` or `is_dir`; a link that runs in a circle is neither."""
+    """Returns the answer of `DirEntry.is_file` or `is_dir`; False for a link that points to itself."""
     try:
         return ask()
     except OSError:
         return False
+
+
+def _parent(path: str) -> str:
+    """The folder of a relative path: `a/b/c.png` gives `a/b/`, and `c.png` the empty string."""
+    return path[: path.rfind("/") + 1]
 
 
 def _unreadable(folder: Path, error: OSError) -> BadInput:
@@ -222,16 +248,16 @@ def _head(root: Path, name: str) -> bytes:
         return b""
 
 
-def _class_names(chosen: Chosen) -> tuple[str, ...] | None:
-    """Names of the class folders: whole numbers by their value, so that 10 comes after 9; others sorted."""
+def _class_names(chosen: SplitImages) -> tuple[str, ...] | None:
+    """Names of the class folders: whole numbers by their value, so that 10 follows 9; others sorted."""
     several_places = chosen.split is not None and not chosen.folder
     if several_places or len(chosen.classes) < 2 or not all("/" in name for name in chosen.names):
         return None
-    values = whole_numbers(sorted(chosen.classes))
+    values = parse_whole_numbers(sorted(chosen.classes))
     return tuple(sorted(chosen.classes, key=values.__getitem__ if values else None))
 
 
-def _why_unlabelled(location: Path, chosen: Chosen) -> str:
+def _why_unlabelled(location: Path, chosen: SplitImages) -> str:
     if chosen.split is not None and not chosen.folder:
         return (
             f"its {chosen.split} images lie in several places; give one folder with a folder for each class"
@@ -248,15 +274,14 @@ def _why_unlabelled(location: Path, chosen: Chosen) -> str:
     )
 
 
-def _nothing_in(root: Path, inventory: Inventory) -> str:
+def _no_images(root: Path, inventory: Inventory) -> str:
     looked = f"looked for {' '.join(EXTENSIONS)}, in subfolders too"
-    left_out = inventory.left_out()
-    if not left_out:
+    if not (skipped := inventory.skipped()):
         return f"{root}: the folder is empty ({looked})"
-    return f"{root}: no image in this folder ({looked}); it holds {left_out}"
+    return f"{root}: no image in this folder ({looked}); it holds {skipped}"
 
 
-def whole_numbers(names: Collection[str]) -> dict[str, int] | None:
-    """Values by name, where every name is a whole number and no two (as 7 and 07) are the same; else None."""
+def parse_whole_numbers(names: Collection[str]) -> dict[str, int] | None:
+    """Returns the values by name; None unless all names are whole numbers of different values (7 is 07)."""
     values = {name: int(name) for name in names if re.fullmatch("[0-9]{1,18}", name)}
     return values if len(values) == len(set(names)) == len(set(values.values())) else None

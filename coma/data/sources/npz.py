@@ -1,11 +1,11 @@
-"""A `.npz` pack: encoded images one after another in one array, for data sets of many small files.
+"""A `.npz` pack: encoded images concatenated in one array, for data sets of many small files.
 
     data     uint8 [bytes]    the files, concatenated
     offsets  int64 [n + 1]    image i is data[offsets[i] : offsets[i + 1]]
     labels, class_names, file_names    optional: int64 [n], str [k], str [n]
 
-`numpy.savez` stores its arrays uncompressed, so images are read from their place in the file and take no
-memory; a compressed pack (`savez_compressed`) is unpacked once and shared by all processes.
+`numpy.savez` stores arrays uncompressed, so images are read from their place in the file and use no memory. A
+compressed pack (`savez_compressed`) is decompressed once, into memory that all processes share.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class NpzSource(EncodedSource):
     """The images of a pack."""
 
     def __init__(self, path: Path) -> None:
-        """Read everything but the images.
+        """Reads everything except the images.
 
         Raises:
-            BadInput: not such a pack, or its offsets or labels are out of range.
+            BadInput: The file is not such a pack, or its offsets or labels are out of range.
         """
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as pack:
@@ -51,20 +51,20 @@ class NpzSource(EncodedSource):
         self._names = Names(map(str, _of_length(path, "file_names", extra.get("file_names"), n)))
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Returns the number of images."""
         return len(self._offsets) - 1
 
     def describe(self, i: int) -> str:
-        """The pack and the image's file name in it, or its number."""
+        """Returns the path of the pack, and the image's file name or number in it."""
         return f"{self.location}[{self._names[i] if len(self._names) else i}]"
 
     def listing(self) -> tuple[list[str], list[int]]:
-        """File names in the pack, or numbers, and sizes."""
+        """Returns file names in the pack, or numbers, and sizes in bytes."""
         names = list(self._names) or [str(i) for i in range(len(self))]
         return names, self._offsets.diff().tolist()
 
-    def encoded(self, i: int) -> bytes:
-        """The image's file content."""
+    def read_bytes(self, i: int) -> bytes:
+        """Returns the content of an image file."""
         start, end = self._offsets[i : i + 2].tolist()
         if self._data is not None:
             return self._data[start:end].numpy().tobytes()
@@ -72,7 +72,7 @@ class NpzSource(EncodedSource):
 
 
 def _place_of_data(path: Path) -> tuple[int | None, int]:
-    """Where the bytes of `data` start in the file (None: they are compressed), and how many there are."""
+    """Returns the start of `data` in the file (None if it is compressed) and its number of bytes."""
     with zipfile.ZipFile(path) as archive, archive.open("data.npy") as member, open(path, "rb") as raw:
         info = archive.getinfo("data.npy")
         version = np.lib.format.read_magic(member)
@@ -95,10 +95,10 @@ def _offsets(path: Path, offsets: np.ndarray) -> np.ndarray:
     if offsets.dtype.kind not in "iu" or offsets.ndim != 1:
         raise BadInput(f"{path}: offsets are {offsets.dtype} {list(offsets.shape)}, expected int64 [n + 1]")
     if len(offsets) < 2:
-        raise BadInput(f"{path}: this pack holds no image")
+        raise BadInput(f"{path}: this pack has no image")
     offsets = offsets.astype(np.int64)
     if offsets[0] < 0 or (np.diff(offsets) < 0).any():
-        raise BadInput(f"{path}: offsets must be >= 0 and never fall")
+        raise BadInput(f"{path}: offsets must be >= 0 and must not decrease")
     return offsets
 
 

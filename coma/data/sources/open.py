@@ -1,15 +1,15 @@
-"""`open_source`: from what the user points at to a source.
+"""`open_source`: opens the images at a path, whatever their form.
 
-What is looked for, in this order:
+The first that applies:
 
-    folder with packs that are called like splits  -> the pack of the split
-    folder with .tar files                         -> those of the split, or all of them, sorted
-    folder with split folders of .tar files        -> those of the split
+    folder with .npz packs named like splits       -> the pack of the split
+    folder with .tar files                         -> the shards of the split, or all of them, sorted
+    folder with split folders of .tar files        -> the shards of the split
     any other folder                               -> the images of the split, or all of them, recursively
     file.npz, file.tar, shards-{000..012}.tar      -> the pack, the shard, the shards
 
-What splits are called is said in `splits`; `train` is read unless another one is asked for, and what is left
-out is among the source's notes.
+`coma.splits` defines the names of splits. Without a requested split, `train` is read; the source's notes name
+what is skipped.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from coma.data.sources.base import Source
-from coma.data.sources.image_folder import FolderSource, files_in, subfolders
+from coma.data.sources.image_folder import FolderSource, list_files, list_folders
 from coma.data.sources.npz import NpzSource
 from coma.data.sources.webdataset import INDEX, ShardSource
-from coma.data.splits import Split, all_splits, choose_split, left_out_note, paired_splits, split_of
 from coma.errors import BadInput
+from coma.preflight import check_regular_file
+from coma.splits import Split, all_splits, choose_split, paired_splits, skipped_note, split_of
 
 log = logging.getLogger(__name__)
 
 
 def open_source(path: Path, split: str | None = None, *, held_out: bool = False) -> Source:
-    """The images at `path`; one line that says what they are, and what is left out, goes to the log.
+    """Opens the images at `path`, and logs one line that says what was found and skipped.
 
     Args:
-        path: a folder, a `.npz` pack, a `.tar` shard or a brace pattern of shards.
-        split: "train", "test" or "val" of data that have splits; test and val stand for each other where
-            only one exists. By default the training split, so that held-out images stay unseen.
-        held_out: By default test or val, where there are any.
+        path: Folder, `.npz` pack, `.tar` shard or brace pattern of shards.
+        split: "train", "test" or "val"; test replaces val and val replaces test if only one of them exists.
+            By default the training split, so that held-out images remain unseen.
+        held_out: Without `split`, prefer test or val to the training split.
 
     Raises:
-        BadInput: nothing there, nothing readable there, no image there, or no such split.
+        BadInput: The path does not exist, is not readable, or has no image or no such split.
     """
     try:
         source = _open(Path(path), split, held_out)
@@ -56,15 +57,14 @@ def open_source(path: Path, split: str | None = None, *, held_out: bool = False)
 def _open(path: Path, split: str | None, held_out: bool) -> Source:
     if not path.exists():
         if "{" in path.name:
-            _no_split(path, split)
+            _refuse_split(path, split)
             return ShardSource(path, [path.with_name(name) for name in expand_braces(path.name)])
-        broken = "a symbolic link that leads nowhere" if path.is_symlink() else "no such file or folder"
+        broken = "a broken symbolic link" if path.is_symlink() else "no such file or folder"
         raise BadInput(f"{path}: {broken}")
     if path.is_dir():
         return _open_folder(path, split, held_out)
-    _no_split(path, split)
-    if not path.is_file():
-        raise BadInput(f"{path}: is a device or pipe; give a folder of images, a .npz pack or .tar shards")
+    _refuse_split(path, split)
+    check_regular_file(path, "give a folder of images, a .npz pack or .tar shards")
     if path.suffix.lower() == ".npz":
         return NpzSource(path)
     if path.suffix.lower() == ".tar":
@@ -82,7 +82,7 @@ def _open_folder(path: Path, split: str | None, held_out: bool) -> Source:
         if len(chosen) > 1:
             same = " and ".join(file.name for file in chosen)
             raise BadInput(
-                f"{path}: {same} are both called like the {found[chosen[0]]} split; give one of them"
+                f"{path}: {same} are both named like the {found[chosen[0]]} split; give one of them"
             )
         source: Source = NpzSource(chosen[0])
     else:
@@ -91,22 +91,20 @@ def _open_folder(path: Path, split: str | None, held_out: bool) -> Source:
         if not shards or (shards[0].parent != path and to_train and "train" not in found.values()):
             return FolderSource(path, split, held_out=held_out)
         if split is not None and not found:
-            raise BadInput(
-                f"{path}: no split {split!r} here; no shard is called train, val, test or the like"
-            )
+            raise BadInput(f"{path}: no split {split!r} here; no shard is named train, val, test or the like")
         chosen, notes = _choose(shards, found, path, split, held_out) if found else (shards, ())
         folders = {shard.parent for shard in chosen}
         source = ShardSource(folders.pop() if len(folders) == 1 else path, chosen)
         names = {INDEX, *(shard.name for shard in shards)}
-        for name in [*subfolders(source.location), *files_in(source.location)]:
+        for name in [*list_folders(source.location), *list_files(source.location)]:
             if name not in names:
-                source.inventory.leave_out("entry beside the shards", "entries beside the shards", name)
+                source.inventory.skip("entry beside the shards", "entries beside the shards", name)
     source.split, source.notes = found.get(chosen[0]), (*source.notes, *notes)
     return source
 
 
 def _shards(path: Path) -> tuple[list[Path], dict[Path, Split]]:
-    """The shards in a folder, or else in the split folders in it; and which of them are of a split."""
+    """Returns the shards in a folder, or in its split folders, and the splits of those that have one."""
     shards = _files(path, ".tar")
     if shards:
         stems = [shard.stem for shard in shards]
@@ -114,7 +112,7 @@ def _shards(path: Path) -> tuple[list[Path], dict[Path, Split]]:
         return shards, {shard: splits[shard.stem] for shard in shards if shard.stem in splits}
     found: dict[Path, Split] = {
         shard: split
-        for name in subfolders(path)
+        for name in list_folders(path)
         if (split := split_of(name)) is not None
         for shard in _files(path / name, ".tar")
     }
@@ -122,13 +120,13 @@ def _shards(path: Path) -> tuple[list[Path], dict[Path, Split]]:
 
 
 def _files(folder: Path, suffix: str) -> list[Path]:
-    return [folder / name for name in files_in(folder) if name.lower().endswith(suffix)]
+    return [folder / name for name in list_files(folder) if name.lower().endswith(suffix)]
 
 
 def _choose(
     files: Sequence[Path], splits: Mapping[Path, Split], path: Path, split: str | None, held_out: bool
 ) -> tuple[list[Path], tuple[str, ...]]:
-    """The files of the split to be read, and what is said about the others."""
+    """Returns the files of the split to read, and a note about the others."""
     wanted = choose_split(set(splits.values()), path, split, held_out)
     chosen = [file for file in files if splits.get(file) == wanted]
     others = [str(file.relative_to(path)) for file in files if splits.get(file) != wanted]
@@ -136,19 +134,19 @@ def _choose(
         return chosen, ()
     names = [str(file.relative_to(path)) for file in chosen]
     kept = names[0] if len(names) == 1 else f"{len(names)} files, {names[0]} to {names[-1]}"
-    return chosen, (left_out_note(path, kept, others),)
+    return chosen, (skipped_note(path, kept, others),)
 
 
-def _no_split(path: Path, split: str | None) -> None:
+def _refuse_split(path: Path, split: str | None) -> None:
     if split is not None:
         raise BadInput(f"{path}: one file has no split {split!r}; give the folder that holds the splits")
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names a pattern stands for: `{000..012}` counts with leading zeros, `{a,b}` lists.
+    """Returns the names that a pattern matches: `{000..012}` counts with leading zeros, `{a,b}` lists.
 
     Raises:
-        BadInput: a brace that is neither.
+        BadInput: A brace is neither.
     """
     choices = [
         _alternatives(part[1:-1], pattern) if part.startswith("{") else [part]

@@ -1,4 +1,4 @@
-"""Some images of a source: as many as a quick look needs, or a part that is held out."""
+"""Subsets of a source: a limited number of images, or a held-out share."""
 
 from __future__ import annotations
 
@@ -8,77 +8,79 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coma.data.image import AtLeast, Picture
+from coma.data.image import DecodedImage, MinSide
 from coma.data.sources.base import Source
 
 
 class Subset(Source):
-    """Images `indices [m]` of a source, in this order; labels and class names are the source's.
+    """Images `indices [m]` of a source, in this order, with its labels and class names.
 
     Args:
-        source: Where they come from.
+        source: All images.
         indices: int64 `[m]`, at least one.
     """
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         labels = source.labels
         super().__init__(source.location, None if labels is None else labels[indices], source.class_names)
-        self.unlabelled, self.numbered = source.unlabelled, source.numbered
+        self.unlabelled_reason, self.labels_are_stored = source.unlabelled_reason, source.labels_are_stored
         self.split, self.notes, self.inventory = source.split, source.notes, source.inventory
         self._source = source
         self._indices = torch.from_numpy(indices.astype(np.int64))
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Returns the number of images."""
         return len(self._indices)
 
     def describe(self, i: int) -> str:
-        """The image's name in the source."""
+        """Returns the name of an image in the source."""
         return self._source.describe(int(self._indices[i]))
 
     def listing(self) -> tuple[list[str], list[int]]:
-        """Names and sizes of these images; see `Source.listing`."""
+        """Returns names and sizes of these images; see `Source.listing`."""
         names, sizes = self._source.listing()
         chosen = self._indices.tolist()
         return [names[i] for i in chosen], [sizes[i] for i in chosen]
 
-    def picture(self, i: int, at_least: AtLeast = 0) -> Picture:
-        """The decoded image; see `Source.picture`."""
-        return self._source.picture(int(self._indices[i]), at_least)
+    def decode(self, i: int, min_side: MinSide = 0) -> DecodedImage:
+        """Returns a decoded image; see `Source.decode`."""
+        return self._source.decode(int(self._indices[i]), min_side)
 
-    def encoded(self, i: int) -> bytes | None:
-        """The image's file content, if there is a file; see `Source.encoded`."""
-        return self._source.encoded(int(self._indices[i]))
+    def read_bytes(self, i: int) -> bytes | None:
+        """Returns the content of an image file; see `Source.read_bytes`."""
+        return self._source.read_bytes(int(self._indices[i]))
 
 
-def balanced(source: Source, most: int, seed: int = 0) -> Source:
-    """At most `most` labelled images, as many of each class as there are; the same for the same seed.
+def balanced_subset(source: Source, limit: int, seed: int = 0) -> Source:
+    """Returns at most `limit` images of a labelled source, spread as evenly as possible over its classes.
 
     Args:
-        source: With labels.
-        most: 0 takes all images.
-        seed: Of the draw.
+        source: Labelled images.
+        limit: Number of images; 0 for all.
+        seed: Random seed of the choice.
     """
     labels = source.labels
-    if labels is None or not 0 < most < len(source):
+    if labels is None or not 0 < limit < len(source):
         return source
     order = np.random.default_rng(seed).permutation(len(labels))
     drawn = labels[order]
-    ranks = np.empty(len(labels), np.int64)  # of an image among those of its class
+    ranks = np.empty(len(labels), np.int64)  # of every image within its class
     for label in np.unique(labels):
         members = drawn == label
         ranks[members] = np.arange(members.sum())
-    chosen = order[np.argsort(ranks, kind="stable")[:most]]
+    chosen = order[np.argsort(ranks, kind="stable")[:limit]]
     return Subset(source, np.sort(chosen))
 
 
 def hold_out(labels: Tensor, share: float, seed: int) -> Tensor:
-    """Draws a share of every class, bool `[n]`, rounded down, but at least one image of a class that has two.
+    """Returns the images to hold out, bool `[n]`: a random share of every class.
+
+    The number per class is rounded down, but at least 1 if the class has two images.
 
     Args:
         labels: int64 `[n]`.
-        share: above 0 and below 1.
-        seed: the same labels and seed give the same images.
+        share: Above 0 and below 1.
+        seed: Random seed of the choice.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)

@@ -1,11 +1,11 @@
-"""WebDataset shards (`.tar`), read at random: exact shuffling and exact resume, which a stream cannot give.
+"""WebDataset shards (`.tar`) with random access, for exact shuffling and exact resume.
 
-The headers of every shard are walked once and the place of each image is kept. Members that share
-everything up to the first dot of their base name are one sample: an image, and its label in `.cls` (an
-integer in text) or in the field "label" of `.json`. Where a sample has an image of a plain name (`7.jpg`),
-others whose name goes on with a word (`7.mask.png`) are taken for its other fields and left out. Dots that
-belong to the name (`IMG_2024.05.01.jpg`) make images of their own, with the label `IMG_2024.05.01.cls`.
-Links are followed inside their shard.
+Opening a shard reads the headers of all its members and keeps the place of each image. Members whose names
+are equal up to the first dot of the base name form one sample: an image and its label, in `.cls` (an integer
+as text) or in the field "label" of `.json`. If a sample has an image with a plain name (`7.jpg`), images with
+a word after the first dot (`7.mask.png`) are other fields of the sample and are skipped. Dots that belong to
+the name (`IMG_2024.05.01.jpg`) give images of their own, with the label in `IMG_2024.05.01.cls`. Links to
+members of the same shard are followed.
 
 `index.json`, which `coma pack` writes beside its shards, adds the class names.
 """
@@ -39,7 +39,7 @@ _WITHOUT_CONTENT = (
     *(tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE),
     *(tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE),
 )
-_WORTH_WORKERS = 8 << 30  # bytes of shards above which their headers are walked in parallel
+_PARALLEL_FROM = 8 << 30  # total bytes of shards from which headers are read in worker processes
 
 
 class Member(NamedTuple):
@@ -49,27 +49,27 @@ class Member(NamedTuple):
     start: int
     size: int
     link: str | None = None
-    """The name of what it links to."""
+    """Name of the linked member."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image in a shard, with its label if it has one."""
+    """An image in a shard, and its label."""
 
     image: Member
     label: int | None
     fault: str = ""
-    """Why it has none, where something is wrong with its label."""
+    """What is wrong with the label, if anything is."""
 
 
 class ShardSource(EncodedSource):
-    """The images of one or more shards, in the order they are stored."""
+    """The images of one or more shards, in stored order."""
 
     def __init__(self, location: Path, shards: Sequence[Path]) -> None:
-        """Index the shards.
+        """Reads the headers of the shards.
 
         Raises:
-            BadInput: a shard that is damaged, compressed or missing, or no image in any of them.
+            BadInput: A shard is damaged, compressed or missing, or no shard has an image.
         """
         size = 0
         for shard in shards:
@@ -77,13 +77,12 @@ class ShardSource(EncodedSource):
                 raise BadInput(f"{shard}: this shard is missing")
             size += shard.stat().st_size
         samples, inventory = [], Inventory()
-        for each, account in map_ordered(index_shard, shards, None if size > _WORTH_WORKERS else 0):
+        for each, skipped in map_ordered(index_shard, shards, None if size > _PARALLEL_FROM else 0):
             samples.append(each)
-            inventory.add(account)
+            inventory.merge(skipped)
         counts = [len(each) for each in samples]
         if not sum(counts):
-            left_out = inventory.left_out()
-            holds = f"; it holds {left_out}" if left_out else ""
+            holds = f"; it holds {inventory.skipped()}" if inventory.skipped() else ""
             looked = f"looked for {' '.join(EXTENSIONS)}"
             raise BadInput(f"{location}: no image in {counted(len(shards), 'shard')} ({looked}){holds}")
         flat = [sample for each in samples for sample in each]
@@ -98,45 +97,43 @@ class ShardSource(EncodedSource):
         self._shard = torch.from_numpy(np.repeat(np.arange(len(shards), dtype=np.int32), counts))
         self._places = torch.tensor([(sample.image.start, sample.image.size) for sample in flat])
         self._names = Names(sample.image.name for sample in flat)
-        self.unlabelled = self._why_unlabelled(flat)
+        self.unlabelled_reason = self._why_unlabelled(flat)
 
     def __len__(self) -> int:
-        """Number of samples that have an image."""
+        """Returns the number of samples that have an image."""
         return len(self._shard)
 
     def describe(self, i: int) -> str:
-        """The shard and the image's name in it."""
+        """Returns the path of the shard and the name of the image in it."""
         return printable(f"{self._shards[int(self._shard[i])]}[{self._names[i]}]")
 
     def listing(self) -> tuple[list[str], list[int]]:
-        """Names as `shard.tar/member`, and sizes."""
+        """Returns names as `shard.tar/member`, and sizes in bytes."""
         shards = [os.path.basename(shard) for shard in self._shards]
         names = [f"{shards[k]}/{name}" for k, name in zip(self._shard.tolist(), self._names, strict=True)]
         return names, self._places[:, 1].tolist()
 
-    def encoded(self, i: int) -> bytes:
-        """The image's file content."""
+    def read_bytes(self, i: int) -> bytes:
+        """Returns the content of an image file."""
         start, size = self._places[i].tolist()
         return read_at(self._shards[int(self._shard[i])], start, size, self.describe(i))
 
     def _why_unlabelled(self, samples: Sequence[Sample]) -> str:
-        """Which sample lacks a label, where others have one or it has one that cannot be used."""
+        """Names a sample without a usable label, if labels seem to be intended."""
         lacking = [i for i, sample in enumerate(samples) if sample.label is None]
         fault = next((samples[i].fault for i in lacking if samples[i].fault), "")
         if not fault and len(lacking) in (0, len(samples)):
             return ""
-        what = (
-            fault or f"{self.describe(lacking[0])} has no label, which would be a whole number in a .cls file"
-        )
+        what = fault or f"{self.describe(lacking[0])} has no label (a whole number in a .cls file)"
         more = f" (so {len(lacking)} of {len(samples)} samples have none)"
-        return f"{what}{more}; give every sample a label, or take those without one out"
+        return f"{what}{more}; add a label to every sample, or remove the samples without one"
 
 
 def index_shard(path: Path) -> tuple[list[Sample], Inventory]:
-    """Returns the samples of a shard, in their order, and the account of what it holds.
+    """Returns the samples of a shard, in stored order, and the inventory of its files.
 
     Raises:
-        BadInput: not a tar, compressed, truncated, or a label that is not an integer.
+        BadInput: The file is not a tar, or is compressed, truncated or damaged.
     """
     inventory = Inventory()
     with open(path, "rb", buffering=0) as shard:
@@ -151,7 +148,7 @@ def index_shard(path: Path) -> tuple[list[Sample], Inventory]:
 
 
 def _members(path: Path, file: int, inventory: Inventory) -> Iterator[Member]:
-    """Walk the headers (POSIX.1-2001 ustar and pax, GNU long names): three times as fast as `tarfile`."""
+    """Reads all headers (POSIX.1-2001 ustar and pax, GNU long names), three times as fast as `tarfile`."""
     length, at = os.fstat(file).st_size, 0
     longer: dict[str, str] = {}
     while at < length:
@@ -182,12 +179,12 @@ def _members(path: Path, file: int, inventory: Inventory) -> Iterator[Member]:
             elif kind == tarfile.SYMTYPE:
                 yield Member(name, start, size, posixpath.join(posixpath.dirname(name), link))
             elif kind != tarfile.DIRTYPE:
-                inventory.leave_out("special file", "special files", f"{path.name}[{name}]")
+                inventory.skip("special file", "special files", f"{path.name}[{name}]")
             longer = {}
 
 
 def _linked(path: Path, members: list[Member], inventory: Inventory) -> list[Member]:
-    """The members, links with the place of the file that they lead to; others are left out."""
+    """Returns the members, with links replaced by the files they lead to; other links are skipped."""
     by_name = {posixpath.normpath(member.name): member for member in members}
     found = []
     for member in members:
@@ -198,31 +195,28 @@ def _linked(path: Path, members: list[Member], inventory: Inventory) -> list[Mem
         if target.link is None:
             found.append(target._replace(name=member.name))
         else:
-            inventory.leave_out(
-                "link that leads to no file of its shard",
-                "links that lead to no file of their shard",
-                f"{path.name}[{member.name}]",
-            )
+            name = f"{path.name}[{member.name}]"
+            inventory.skip("link to no file of its shard", "links to no file of their shard", name)
     return found
 
 
 def _is_shown(path: Path, name: str, inventory: Inventory) -> bool:
-    """Whether a member would be found in a folder: it is not hidden, nor in a folder that systems write."""
+    """Returns whether a member is neither hidden nor in a system folder."""
     *folders, base = [part for part in name.split("/") if part not in ("", ".", "..")] or [name]
     if base.startswith(".") or any(folder.startswith(".") for folder in folders):
-        inventory.leave_out_hidden(f"{path.name}[{name}]")
+        inventory.skip_hidden(f"{path.name}[{name}]")
         return False
     if any(map(is_system_folder, folders)):
-        inventory.leave_out_system_folder(f"{path.name}[{name}]")
+        inventory.skip_system_folder(f"{path.name}[{name}]")
         return False
     return True
 
 
 def _header(block: bytes) -> tuple[str, bytes, int, str]:
-    """Name, type, size and linked name in a header block (POSIX.1-2001, pax, "ustar Interchange Format").
+    """Returns name, type, size and linked name of a header (POSIX.1-2001, pax, "ustar Interchange Format").
 
     Raises:
-        ValueError: its checksum is wrong, or it is not a header at all.
+        ValueError: The block is not a header, or its checksum is wrong.
     """
     checksum = int(block[148:156].rstrip(b"\0 ") or b"-1", 8)
     if len(block) < _BLOCK or sum(block) - sum(block[148:156]) + 8 * ord(" ") != checksum:
@@ -230,13 +224,13 @@ def _header(block: bytes) -> tuple[str, bytes, int, str]:
     name, size, kind = block[:100].partition(b"\0")[0], block[124:136], block[156:157]
     if block[257:263] == b"ustar\0" and block[345]:
         name = block[345:500].partition(b"\0")[0] + b"/" + name
-    large = size[0] == 0x80  # GNU: sizes from 8 GiB on are written in base 256
+    large = size[0] == 0x80  # GNU: sizes of 8 GiB and more are in base 256
     length = int.from_bytes(size[1:]) if large else int(size.rstrip(b"\0 ") or b"0", 8)
     return os.fsdecode(name), kind, length, os.fsdecode(block[157:257].partition(b"\0")[0])
 
 
 def _pax(records: bytes) -> dict[str, str]:
-    """Records `length key=value newline` of a pax header (POSIX.1-2001, pax, "pax Extended Header")."""
+    """Returns the records `length key=value newline` of a POSIX.1-2001 "pax Extended Header"."""
     found = {}
     while records and records[0]:
         length = int(records.partition(b" ")[0])
@@ -252,11 +246,11 @@ def _key(name: str) -> str:
 
 
 def _samples(path: Path, file: int, group: list[Member], inventory: Inventory) -> list[Sample]:
-    """The images among members that share a key, with their labels."""
+    """Returns the images among members with one key, and their labels."""
     images, others = [], []
     for member in group:
         base = member.name.rpartition("/")[2]
-        kind, is_image = inventory.judge(base, lambda _, at=member.start: os.pread(file, HEAD, at))
+        kind, is_image = inventory.identify(base, lambda _, at=member.start: os.pread(file, HEAD, at))
         (images if is_image else others).append((member, kind, base.partition(".")[2]))
     if not images:
         for _, kind, _ in others:
@@ -266,9 +260,8 @@ def _samples(path: Path, file: int, group: list[Member], inventory: Inventory) -
     samples = []
     for member, kind, rest in images:
         if plain and member is not plain[0] and not rest[:1].isdigit():
-            inventory.leave_out(
-                "further image of a sample", "further images of samples", f"{path.name}[{member.name}]"
-            )
+            name = f"{path.name}[{member.name}]"
+            inventory.skip("further image of a sample", "further images of samples", name)
             continue
         inventory.images[kind] += 1
         stem = member.name if kind == NO_EXTENSION else member.name[: -len(kind)]
@@ -277,7 +270,7 @@ def _samples(path: Path, file: int, group: list[Member], inventory: Inventory) -
 
 
 def _label(path: Path, file: int, group: list[Member], stems: Iterable[str]) -> tuple[int | None, str]:
-    """The label from the first of an image's members that gives one, or what is wrong with them."""
+    """Returns the first label in the members of an image, and what is wrong if there is none."""
     fault = ""
     for stem in dict.fromkeys(stems):
         for member in group:
@@ -285,7 +278,7 @@ def _label(path: Path, file: int, group: list[Member], stems: Iterable[str]) -> 
                 try:
                     label = _parsed_label(member, os.pread(file, member.size, member.start))
                 except (ValueError, RecursionError):
-                    fault = f"{path}: the label in {printable(member.name)} is not a whole number from 0 on"
+                    fault = f"{path}: the label in {printable(member.name)} is not a whole number from 0"
                     continue
                 if label is not None:
                     return label, ""
@@ -293,10 +286,11 @@ def _label(path: Path, file: int, group: list[Member], stems: Iterable[str]) -> 
 
 
 def _parsed_label(member: Member, text: bytes) -> int | None:
-    """The label in a file of a sample, if there is one.
+    """Returns the label in a `.cls` or `.json` file; None if there is none.
 
     Raises:
-        ValueError: it is not a whole number from 0 on; RecursionError, if it is JSON that is nested too deep.
+        ValueError: The label is not a whole number from 0.
+        RecursionError: The JSON is nested too deep.
     """
     label: Any = text.decode().strip()
     if not member.name.lower().endswith(".cls"):

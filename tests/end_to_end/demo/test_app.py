@@ -1,6 +1,5 @@
 """The served page, called by programs: round trips, many at once, strangers, and the command line."""
 
-import gc
 import socket
 import threading
 import time
@@ -22,13 +21,6 @@ from demo.commands import demo
 pytestmark = pytest.mark.filterwarnings("ignore")  # gradio and what it builds on warn of each other
 
 NAME = "small"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def litter():
-    """What gradio leaves unclosed is collected here, where its warnings are ignored, not in other modules."""
-    yield
-    gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """A real browser on the served page: upload, brush, other methods and runtimes, a phone; nothing leaves."""
 
-import gc
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ CHROMIUM = next(
 )
 
 pytestmark = [
+    pytest.mark.browser,
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium; apt-get install chromium"),
 ]
@@ -31,20 +31,15 @@ UNNAMED = """() => [...document.querySelectorAll('button, input:not([type=file])
 """What a screen reader would call "button" and no more."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def litter():
-    """What gradio leaves unclosed is collected here, where its warnings are ignored, not in other modules."""
-    yield
-    gc.collect()
-
-
 @pytest.fixture(scope="module")
 def address(tmp_path_factory) -> Iterator[str]:
     from export.commands import export
 
     folder = tmp_path_factory.mktemp("page")
     given = models(folder)
-    export.run([str(given[0]), "--form", "reconstructor", "--seconds", "0", "--verify-images", "1"])
+    export.run(
+        [str(given[0]), "--graph", "reconstructor", "--benchmark-seconds", "0", "--verify-images", "1"]
+    )
     with served(folder / "uploads", *given) as page:
         yield page.local_url
 

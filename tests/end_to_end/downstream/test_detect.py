@@ -21,7 +21,7 @@ from coma.errors import BadArtifact, BadInput, CheckFailed, Interrupted
 from downstream.commands.detect import run
 from downstream.configs.load import PRESETS
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages warn of each other
+pytestmark = [pytest.mark.openmmlab, pytest.mark.filterwarnings("ignore")]  # mm's packages warn of each other
 
 SMALL = ["--head-channels", "32", "--short-side", "64", "--batch-size", "2", "--workers", "0"]
 
@@ -114,6 +114,7 @@ def test_predictions_are_drawn_and_written_as_coco_does(trained, data, tmp_path,
         assert each["segmentation"]["size"] == [64, 96]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_images_that_come_next(data, backbone, tmp_path, monkeypatch):
     from downstream.openmmlab.runner import _ProgressHook
 
@@ -155,6 +156,7 @@ def test_a_stopped_run_goes_on_with_the_images_that_come_next(data, backbone, tm
     assert (out / "artifact" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(data, backbone, tmp_path):
     spoilt = load_artifact(backbone)
     spoilt.tensors["stem.conv.weight"][0, 0, 0, 0] = float("nan")
@@ -166,6 +168,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(data, backbone, tmp_
     assert not list((tmp_path / "run").glob("*.pth"))
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_job_saves_as_well(data, backbone, tmp_path):
     """Schedulers send it to the reading processes, too, which die of it."""
     from downstream.openmmlab.checkpoint import checkpoint_weights
@@ -201,6 +204,7 @@ def test_a_signal_to_the_whole_job_saves_as_well(data, backbone, tmp_path):
     assert 25 <= done < 100 and checkpoint_weights(out / f"iter_{done}.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["retinanet", "cascade-mask-rcnn"])
 def test_other_detectors_train_and_predict(model, data, backbone, tmp_path):
     out = tmp_path / "run"
@@ -224,6 +228,7 @@ def test_other_detectors_train_and_predict(model, data, backbone, tmp_path):
     assert (tmp_path / "p" / "pictures" / "1.png").is_file()
 
 
+@pytest.mark.slow
 def test_boxes_alone_and_five_channels_and_a_plain_vit(tmp_path):
     """Without masks the default is Faster R-CNN; TIFF of five channels; a ViT makes its own pyramid."""
     import tifffile
@@ -262,6 +267,7 @@ def test_boxes_alone_and_five_channels_and_a_plain_vit(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_any_configuration_of_mmdet(data, backbone, tmp_path):
     """Its backbone, classes and data are replaced; its schedule is its own."""
     theirs = tmp_path / "theirs.py"
@@ -297,6 +303,7 @@ def test_what_cannot_become_an_artifact_is_known_before_training(data, backbone,
     assert not list(tmp_path.rglob("*.pth"))
 
 
+@pytest.mark.slow
 def test_a_plain_runner_runs_what_the_command_wrote(trained, tmp_path):
     """mmengine alone, in a process of its own, from the run's configuration file."""
     script = (

@@ -20,7 +20,7 @@ from coma.errors import BadArtifact, BadInput
 from downstream.commands.segment import run
 from downstream.openmmlab.checkpoint import allow_safe_loading
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages warn of each other
+pytestmark = [pytest.mark.openmmlab, pytest.mark.filterwarnings("ignore")]  # mm's packages warn of each other
 
 SMALL = ["--head-channels", "32", "--crop-size", "64", "--batch-size", "4", "--workers", "0"]
 
@@ -77,6 +77,7 @@ def test_label_maps_and_overlays(trained, data, tmp_path):
     assert np.mean(agreement) > 0.88  # ground alone: 0.77
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint(data, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "coma", "segment", "train", "--preset", "tiny", "--data", str(data)]
@@ -96,6 +97,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, tmp_path):
     assert load_artifact(out / "artifact").config.trained["steps"] == done + 1
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_batch(data, tmp_path):
     from downstream.openmmlab.checkpoint import checkpoint_weights
 
@@ -123,6 +125,7 @@ def test_two_processes_share_a_batch(data, tmp_path):
     assert not any(name.startswith("module.") for name in checkpoint_weights(out / "iter_2.pth"))
 
 
+@pytest.mark.slow
 def test_five_channels_and_ade20k_numbers(tmp_path):
     """Multi-channel TIFF, images smaller than the crop, and labels that count from 1."""
     import tifffile
@@ -144,6 +147,7 @@ def test_five_channels_and_ade20k_numbers(tmp_path):
     assert np.asarray(Image.open(tmp_path / "p" / "labels" / "0.png")).max() <= 1
 
 
+@pytest.mark.slow
 def test_any_configuration_of_mmseg(data, tmp_path):
     theirs = tmp_path / "theirs.py"
     theirs.write_text(

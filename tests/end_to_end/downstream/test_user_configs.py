@@ -22,7 +22,7 @@ from coma.errors import BadArtifact, BadImage, BadInput
 from downstream.commands.detect import run
 from downstream.configs.load import PRESETS, differences, load_config, require_imports
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages warn of each other
+pytestmark = [pytest.mark.openmmlab, pytest.mark.filterwarnings("ignore")]  # mm's packages warn of each other
 
 RETINANET = "_base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'\n"
 SMALL = ["--head-channels", "32", "--short-side", "64", "--batch-size", "2", "--workers", "0"]
@@ -88,6 +88,7 @@ def coma(*arguments: object) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_a_configuration_of_mmdet_in_processes_of_its_own(small, data, backbone, tmp_path):
     """Train, go on and predict where nothing imported our modules before; all that is changed is said."""
     out = tmp_path / "run"

@@ -9,12 +9,13 @@ import export_files
 import onnx
 import pytest
 import torch
+from export_files import VIT
 from PIL import Image
 from skimage import data
 
 from coma.artifact import load_artifact, save_artifact
 from coma.cli import main
-from coma.config import BeyondConfig, ViTConfig
+from coma.config import BeyondConfig
 from coma.errors import BadInput
 from coma.runtimes.manifest import Manifest
 from coma.runtimes.model_spec import GraphKind
@@ -22,12 +23,12 @@ from coma.runtimes.open import open_runtime
 from coma.runtimes.pytorch import TorchRuntime
 from export import candidates, gate
 from export.commands.benchmark import parse_size
-from export.commands.export import default_shapes, run
+from export.commands.export import run
+from export.pipeline import default_shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 
-VIT = ViTConfig(patch=16, dim=16, depth=1, heads=2)
-QUICK = ("--shapes", "1x48x48:2x48x48:4x48x48", "--seconds", "0.01")
+QUICK = ("--shapes", "1x48x48:2x48x48:4x48x48", "--benchmark-seconds", "0.01")
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +82,10 @@ def test_a_classifier_in_three_precisions(tmp_path, photographs, capsys, monkeyp
 def test_a_failed_gate_keeps_the_file_aside_and_names_the_layer(tmp_path, monkeypatch, capsys):
     artifact = export_files.classifier(tmp_path / "artifact")
 
-    def corrupt(deployable, shapes, path):
-        layer = deployable.module.classifier.stages[1].blocks[0].mlp.fc2
+    def corrupt(exportable, shapes, path):
+        layer = exportable.module.classifier.stages[1].blocks[0].mlp.fc2
         layer.weight.data.mul_(-2)
-        return written(deployable, shapes, path)
+        return written(exportable, shapes, path)
 
     written = candidates.write_onnx
     monkeypatch.setattr(candidates, "write_onnx", corrupt)
@@ -113,16 +114,16 @@ def test_a_failed_gate_keeps_the_file_aside_and_names_the_layer(tmp_path, monkey
         (["--precision", "int8"], "int8 and fp8 need --calibrate"),
         (["--shapes", "1x5x48x48"], "5 channels"),
         (["--shapes", "1x8x48"], "smaller than the encoder's mask unit"),
-        (["--form", "reconstructor"], "is a classifier"),
+        (["--graph", "reconstructor"], "is a classifier"),
         (["--verify", "nowhere"], "nowhere"),
         (["--verify-images", "0"], "--verify-images 0"),
         (["--to", "onnx,tensorrt"], "TensorRT|tensorrt|GPU"),
-        (["--seconds", "nan"], "--seconds nan"),
-        (["--seconds", "inf"], "--seconds inf"),
-        (["--seconds=-1"], "--seconds -1"),
-        (["--calibrate", "."], "--calibrate is about int8 and fp8"),
-        (["--exclude-layers", "none"], "--exclude-layers is about int8 and fp8"),
-        (["--builder-level", "5"], "--builder-level is about engines; add --to onnx,tensorrt"),
+        (["--benchmark-seconds", "nan"], "--benchmark-seconds nan"),
+        (["--benchmark-seconds", "inf"], "--benchmark-seconds inf"),
+        (["--benchmark-seconds=-1"], "--benchmark-seconds -1"),
+        (["--calibrate", "."], "--calibrate has an effect on int8 and fp8 only"),
+        (["--exclude-layers", "none"], "--exclude-layers has an effect on int8 and fp8 only"),
+        (["--builder-level", "5"], "--builder-level has an effect on engines only; add --to onnx,tensorrt"),
         (["--dataset", "."], "--dataset measures detectors and segmentors, .* is a classifier; --verify"),
         (["--precision", "int8", "--calibrate", "x", "--exclude-layers", "*.fc9"], r"'\*\.fc9': no layer"),
     ],
@@ -166,7 +167,7 @@ def test_classes_that_the_model_does_not_know_are_refused_at_once(
     (photographs / "cat").rename(photographs / "dog")
     more = ("--calibrate", str(photographs)) if precision == "int8" else ()
     try:
-        with pytest.raises(BadInput, match="knows nothing: dog; it has cat, cup, face"):
+        with pytest.raises(BadInput, match="does not have the classes dog; it has cat, cup, face"):
             run([str(artifact), "--verify", str(photographs), "--precision", precision, *more])
     finally:
         (photographs / "dog").rename(photographs / "cat")
@@ -186,16 +187,16 @@ def test_fewer_labelled_images_than_a_fixed_batch_are_refused_at_once(tmp_path, 
 def test_bundled_photographs_do_not_fit_five_channels(tmp_path, undecoded):
     config = export_files.about("backbone", replace(VIT, channels=5), mean=(0.5,) * 5, std=(0.2,) * 5)
     save_artifact(tmp_path / "artifact", tensors={}, config=config)
-    with pytest.raises(BadInput, match="takes 5 channels: give images with --verify; the bundled photogr"):
+    with pytest.raises(BadInput, match="takes 5 channels, and the bundled photographs have 3; give"):
         run([str(tmp_path / "artifact")])
 
 
 @pytest.mark.parametrize(
     ("kind", "dataset", "shapes", "message"),
     [
-        ("segmentor", ".", "1x64x64", "--shapes must leave height and width free and begin at a batch of 1"),
-        ("detector", ".", "1x64x64:1x64x64:1x96x64", "must leave height and width free"),
-        ("detector", ".", "2x64x64:2x64x64:2x96x96", "begin at a batch of 1; they go from 2 x 64 x 64"),
+        ("segmentor", ".", "1x64x64", "--shapes needs a dynamic height and width and a minimum batch of 1"),
+        ("detector", ".", "1x64x64:1x64x64:1x96x64", "needs a dynamic height and width"),
+        ("detector", ".", "2x64x64:2x64x64:2x96x96", "minimum batch of 1; the shapes are 2 x 64 x 64"),
         ("detector", "nowhere", "1x64x64:1x64x64:1x96x96", "--dataset nowhere: no such file"),
         ("backbone", ".", "1x64x64", "measures detectors and segmentors, .* is a backbone$"),
     ],
@@ -213,7 +214,7 @@ def test_exports_of_another_artifact_are_not_mixed_in(tmp_path):
         Manifest.of(tmp_path, "b", "other", "classifier")
     plain = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({**plain, "format_version": 1}))
-    with pytest.raises(BadInput, match="of format 1, and this program writes 2; choose another --out"):
+    with pytest.raises(BadInput, match="format 1, but this version reads format 3; choose another --out"):
         Manifest.of(tmp_path, "a", "hash", "classifier")
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(BadInput, match="not readable"):
@@ -223,7 +224,7 @@ def test_exports_of_another_artifact_are_not_mixed_in(tmp_path):
 def test_default_shapes_follow_the_kind(tmp_path):
     config = load_artifact(export_files.classifier(tmp_path / "c")).config
     shapes = default_shapes(config, "classifier")
-    assert shapes.dynamic == {"batch"} and shapes.usual.height == 48
+    assert shapes.dynamic == {"batch"} and shapes.opt.height == 48
     config = load_artifact(export_files.segmentor(tmp_path / "s")).config
     assert default_shapes(config, "segmentor").dynamic == {"batch", "height", "width"}
 
@@ -232,11 +233,11 @@ def test_a_model_that_zooms_in_rebuilds_its_whole_views(tmp_path):
     """The encoder saw 48 px; the decoder rebuilds the view around them, 80."""
     method = BeyondConfig("zoom-in+mask", decoder=export_files.OBJECTIVE.decoder)
     artifact = export_files.pretrained(tmp_path / "artifact", method=method)
-    run([str(artifact), "--verify-images", "2", "--seconds", "0"])
+    run([str(artifact), "--verify-images", "2", "--benchmark-seconds", "0"])
     sides: dict[GraphKind, int] = {"encoder": 48, "reconstructor": 80}
-    for form, side in sides.items():
-        runtime = open_runtime(tmp_path / "export" / f"{form}.onnx", "cpu")
-        assert runtime.description.inputs[0].axes[2:] == (side, side)
-        assert runtime.description.preprocessing.size == (side, side)
+    for graph, side in sides.items():
+        runtime = open_runtime(tmp_path / "export" / f"{graph}.onnx", "cpu")
+        assert runtime.spec.inputs[0].axes[2:] == (side, side)
+        assert runtime.spec.preprocessing.size == (side, side)
         config = load_artifact(artifact).config
-        assert parse_size(None, config, form) == (side, side)
+        assert parse_size(None, config, graph) == (side, side)

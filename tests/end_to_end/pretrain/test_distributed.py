@@ -8,12 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from short_runs import rows
 from torch import nn
 
 from coma.artifact import load_artifact
@@ -52,23 +52,23 @@ from pretrain.training import pretrain
 from pretrain.training import run_directory
 from pretrain.training import run_plan
 from pretrain.training.distributed import AGREED
-from pretrain.training.train_step import Learner
+from pretrain.training.train_step import TrainStep
 
 torch.set_num_threads(1)
 run_directory.reconstruction_sheet = run_directory.loss_curve = lambda *_, **__: None
 folder, ports = Path(sys.argv[1]), iter(sys.argv[2:])
-take = Learner.step
+take = TrainStep.__call__
 
 def at_step(number, action):
     def step(self, n, *rest):
         if n == number:
             action(self)
         return take(self, n, *rest)
-    Learner.step = step
+    TrainStep.__call__ = step
 
-def poison(learner):
+def poison(train_step):
     with torch.no_grad():
-        learner.objective.decoder.head.bias[0] = float("nan")
+        train_step.objective.decoder.head.bias[0] = float("nan")
 
 def scenario(name, rank):
     method = folder / f"{name.partition('-')[0]}.json"
@@ -122,9 +122,9 @@ for name in os.environ["SCENARIOS"].split():
 SCENARIOS = (
     *("ddp", "fsdp", "fsdp-then-one", "one-then-fsdp"),
     *("bug", "unreadable", "other-data", "nonfinite"),
-    *("cmt", "cmt-fsdp", "zoom"),
-    *("compiled-ddp", "compiled-fsdp"),
 )
+METHODS = ("cmt", "cmt-fsdp", "zoom")
+COMPILED = ("compiled-ddp", "compiled-fsdp")
 
 
 @pytest.fixture(scope="module")
@@ -185,16 +185,28 @@ def methods(settings: PretrainConfig, folder: Path, one: Path) -> dict[str, Path
 
 
 @pytest.fixture(scope="module")
-def codes(settings: PretrainConfig, folder: Path, methods: dict[str, Path]) -> dict[str, tuple[int, int]]:
+def codes(settings: PretrainConfig, folder: Path) -> dict[str, tuple[int, int]]:
     """Exit codes of both processes in every scenario."""
-    (folder / "config.json").write_text(json.dumps(to_plain(settings)))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
         started = replace(settings, run=replace(settings.run, out=folder / "one-then-fsdp"))
         dying(patch, 3)
         pretrain(started)
-    command = [sys.executable, "-c", PAIR, str(folder), *free_ports(len(SCENARIOS))]
+    return run_pairs(settings, SCENARIOS)
+
+
+@pytest.fixture(scope="module")
+def slow_codes(settings: PretrainConfig, methods: dict[str, Path]) -> dict[str, tuple[int, int]]:
+    """Exit codes of both processes with other methods, and with compiled graphs."""
+    return run_pairs(settings, METHODS + COMPILED)
+
+
+def run_pairs(settings: PretrainConfig, scenarios: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """Run the scenarios one after the other, each in two processes."""
+    folder = settings.run.out.parent
+    (folder / "config.json").write_text(json.dumps(to_plain(settings)))
+    command = [sys.executable, "-c", PAIR, str(folder), *free_ports(len(scenarios))]
     ended = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"SCENARIOS": " ".join(SCENARIOS)}
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"SCENARIOS": " ".join(scenarios)}
     )
     assert ended.returncode == 0, ended.stderr
     lines = (line.split() for line in ended.stdout.splitlines())
@@ -202,10 +214,10 @@ def codes(settings: PretrainConfig, folder: Path, methods: dict[str, Path]) -> d
 
 
 def dying(patch: pytest.MonkeyPatch, step: int) -> None:
-    from pretrain.training.train_step import Learner
+    from pretrain.training.train_step import TrainStep
 
-    take = Learner.step
-    patch.setattr(Learner, "step", lambda self, n, *rest: take(self, n, *rest) if n < step else 1 / 0)
+    take = TrainStep.__call__
+    patch.setattr(TrainStep, "__call__", lambda self, n, *rest: take(self, n, *rest) if n < step else 1 / 0)
 
 
 def free_ports(count: int) -> list[str]:
@@ -220,10 +232,6 @@ def free_ports(count: int) -> list[str]:
 
 def said(folder: Path, name: str) -> list[str]:
     return [(folder / f"{name}-{rank}.log").read_text() for rank in range(2)]
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_close(run: Path, other: Path) -> None:
@@ -247,15 +255,23 @@ def without_key_bias(name: str, weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([query, value])
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "compiled-ddp", "compiled-fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_are_one(codes, folder, one, parallel):
     assert codes[parallel] == (0, 0), said(folder, parallel)
     assert_close(folder / parallel, one)
 
 
-@pytest.mark.parametrize("name", ["cmt", "cmt-fsdp", "zoom"])
-def test_two_processes_are_one_whatever_the_method(codes, folder, methods, name):
-    assert codes[name] == (0, 0), said(folder, name)
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", COMPILED)
+def test_two_compiled_processes_are_one(slow_codes, folder, one, parallel):
+    assert slow_codes[parallel] == (0, 0), said(folder, parallel)
+    assert_close(folder / parallel, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_are_one_whatever_the_method(slow_codes, folder, methods, name):
+    assert slow_codes[name] == (0, 0), said(folder, name)
     assert_close(folder / name, methods[name.partition("-")[0]])
 
 

@@ -53,7 +53,8 @@ def test_everything_it_promises_is_there(finished):
     ):
         with Image.open(finished / made) as picture:
             picture.verify()
-    objective, about = load_pretrained(finished / "run" / "artifact")
+    objective = load_pretrained(finished / "run" / "artifact")
+    about = objective.artifact
     assert about.trained["steps"] == 3 and about.trained["images"] == len(pictures)
     assert not objective.training
 
@@ -63,7 +64,7 @@ def test_running_it_again_trains_nothing_and_draws_again(copy, capsys):
     (copy / "reconstructions.png").unlink()
     assert coma(copy) == 0
     said = capsys.readouterr().out
-    assert "going on" in said and "--fresh" in said and str(copy / "reconstructions.png") in said
+    assert "resuming" in said and "--fresh" in said and str(copy / "reconstructions.png") in said
     torch.testing.assert_close(load_file(copy / "run/artifact/model.safetensors"), weights, rtol=0, atol=0)
     assert (copy / "reconstructions.png").exists()
 
@@ -73,7 +74,7 @@ def test_fresh_starts_over_and_may_change_the_method(copy, monkeypatch, capsys):
     assert coma(copy, "--method", "mae") == 2
     assert "--fresh" in capsys.readouterr().err
     assert coma(copy, "--method", "mae", "--fresh") == 0
-    assert load_pretrained(copy / "run/artifact")[1].trained["method"] == "mae"
+    assert load_pretrained(copy / "run/artifact").artifact.trained["method"] == "mae"
 
 
 def test_other_peoples_folders_are_left_alone(copy, tmp_path, capsys):
@@ -106,7 +107,7 @@ def test_verification_catches_an_artifact_with_one_other_weight(copy):
     plan = moved(copy)
     images, seeds = torch.randn(2, 3, 64, 64), torch.arange(2)
     path = copy / "run/artifact/model.safetensors"
-    quickstart.verify(plan, load_pretrained(copy / "run/artifact")[0], images, seeds)
+    quickstart.verify(plan, load_pretrained(copy / "run/artifact"), images, seeds)
     tensors = load_file(path)
     name = next(name for name in tensors if name.startswith("decoder.") and name.endswith("head.bias"))
     tensors[name][0] += 1e-3
@@ -117,12 +118,12 @@ def test_verification_catches_an_artifact_with_one_other_weight(copy):
     del about["checksums"]  # which would notice it first
     path.with_name("config.json").write_text(json.dumps(about))
     with pytest.raises(CheckFailed, match="something else than the trained model"):
-        quickstart.verify(plan, load_pretrained(copy / "run/artifact")[0], images, seeds)
+        quickstart.verify(plan, load_pretrained(copy / "run/artifact"), images, seeds)
 
 
 def test_verification_needs_a_state_to_compare_with(copy):
     plan = moved(copy)
     shutil.rmtree(copy / "run/state")
-    objective = load_pretrained(copy / "run/artifact")[0]
+    objective = load_pretrained(copy / "run/artifact")
     with pytest.raises(CheckFailed, match="no training state"):
         quickstart.verify(plan, objective, torch.randn(1, 3, 64, 64), torch.arange(1))

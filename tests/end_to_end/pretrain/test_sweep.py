@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from class_folders import class_folders
 from comparisons import SMALL, asked
 
 from coma import cli
@@ -31,8 +30,9 @@ TESTS = HERE.parents[1]
 def in_another_process(scenario: str, *arguments: Path) -> None:
     """Forks of this one could not train: torch's autograd has run in it, and does not survive that."""
     code = (
-        "import sys, pytest, torch; from pathlib import Path; import test_sweep as t\n"
-        "torch.set_num_threads(1); t.light(pytest.MonkeyPatch())\n"
+        "import sys, pytest, torch, test_sweep as t\n"
+        "from pathlib import Path; from comparisons import light\n"
+        "torch.set_num_threads(1); light(pytest.MonkeyPatch())\n"
         f"t.{scenario}(*map(Path, sys.argv[1:]))"
     )
     places = os.pathsep.join(map(str, (HERE, TESTS / "helpers", TESTS.parent)))
@@ -46,11 +46,6 @@ def in_another_process(scenario: str, *arguments: Path) -> None:
         timeout=250,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return class_folders(tmp_path_factory.mktemp("labelled"))
 
 
 # from end to end --------------------------------------------------------------------------------
@@ -82,10 +77,10 @@ def killed(labelled: Path, tmp_path: Path) -> None:
             compare(comparison)
         finally:
             os._exit(0)
-    until(lambda: len(list((out / "scores").glob("*.json"))) >= 1)
+    until(lambda: len(list((out / "scores").glob("*/results.json"))) >= 1)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    finished = sorted(path.stem for path in (out / "scores").glob("*.json"))
+    finished = sorted(path.parent.name for path in (out / "scores").glob("*/results.json"))
     began = starts(out)
     compared = compare(comparison)
     assert not compared.failures and finished
@@ -114,9 +109,8 @@ def killed(labelled: Path, tmp_path: Path) -> None:
             seconds[method] += sum(
                 2 * row["cpu_s"] for row in logged if "loss" in row
             )  # a log point in two steps
-            scores = json.loads((out / "scores" / f"{method}-small-{seed}-knn-linear.json").read_text())[
-                "scores"
-            ]
+            results = out / "scores" / f"{method}-small-{seed}-knn-linear" / "results.json"
+            scores = json.loads(results.read_text())["scores"]
             if method == "coma":
                 accuracy.append(100 * next(s["top1"] for s in scores if s["protocol"] == "knn"))
             assert scores[1]["top1"] == pytest.approx(
@@ -144,7 +138,7 @@ def test_a_process_of_a_killed_comparison_is_waited_for(tmp_path, lock):
         os._exit(0)
     until((tmp_path / "held").exists)
     told: list[str | None] = []
-    runner = process_pool.Runner(
+    runner = process_pool.ProcessPool(
         tmp_path, [{}], lambda line, _: told.append(line), process_pool.StopRequest()
     )
     runner.run([process_pool.Job("one", lambda: pytest.fail("started beside it"), marker.exists)])
@@ -172,7 +166,7 @@ def test_a_process_that_does_not_stop_is_killed(tmp_path, monkeypatch):
     job = process_pool.Job("one", tuple, lambda: False, progress=progress)
     monkeypatch.setattr(process_pool, "_SHOW", 0.0)
     with pytest.raises(Interrupted):
-        process_pool.Runner(tmp_path, [{}], lambda line, _: told.append(line), stop).run([job])
+        process_pool.ProcessPool(tmp_path, [{}], lambda line, _: told.append(line), stop).run([job])
     assert "one does not stop; killing it" in told
 
 
@@ -182,9 +176,8 @@ def test_another_comparison_of_changed_images_is_refused(tmp_path, monkeypatch, 
         for number in (1, 2):
             (photos / split / str(number)).mkdir(parents=True)
             (photos / split / str(number) / "a.png").write_bytes(b"1")
-    entry = SimpleNamespace(config=SimpleNamespace(data=SimpleNamespace(images=photos)))
     out = tmp_path / "out"
-    comparison: Any = SimpleNamespace(entries=[entry], test=photos, out=out, allow_changed_data=False)
+    comparison: Any = SimpleNamespace(images=photos, test=photos, out=out, allow_changed_data=False)
     sweep._check_data(comparison)
     (out / "settings").mkdir()
     (out / "settings" / "one.json").touch()
@@ -194,7 +187,7 @@ def test_another_comparison_of_changed_images_is_refused(tmp_path, monkeypatch, 
         sweep._check_data(comparison)
     comparison.allow_changed_data = True
     sweep._check_data(comparison)
-    assert "warning: the test images have changed" in caplog.text
+    assert "the test images have changed" in caplog.text
     comparison.allow_changed_data = False
     sweep._check_data(comparison)
 
@@ -207,9 +200,9 @@ def test_progress_is_asked_for_now_and_then(tmp_path, monkeypatch):
     monkeypatch.setattr(process_pool, "_POLL", 0.001)
     job = process_pool.Job("one", tuple, lambda: not looks, progress=lambda: asked.append(1) or 0.5)
     told: list[float] = []
-    process_pool.Runner(tmp_path, [{}], lambda _, done: told.append(done), process_pool.StopRequest()).run(
-        [job]
-    )
+    process_pool.ProcessPool(
+        tmp_path, [{}], lambda _, done: told.append(done), process_pool.StopRequest()
+    ).run([job])
     assert 0 < len(asked) < 10 and told[0] == 0.5 and told[-1] == 1
 
 

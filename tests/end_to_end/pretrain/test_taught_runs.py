@@ -11,7 +11,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 from short_runs import MODEL, OBJECTIVE, at, interrupted
-from taught_models import DECODER, ENCODERS, METHODS, STATISTICS, timm_weights
+from small_models import DECODER, ENCODERS
+from taught_models import METHODS, STATISTICS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,11 +41,6 @@ from pretrain.training.distributed import Processes
 from pretrain.training.throughput import Meter, training_flops
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return timm_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")

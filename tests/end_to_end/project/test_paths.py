@@ -37,7 +37,7 @@ BASES: dict[str, tuple[list[str], dict[str, str]]] = {
     "segment train": (["{artifact}"], {"--data": "{photos}", "--out": "{out}/run"}),
     "segment test": (["{artifact}"], {"--data": "{photos}"}),
     "segment predict": (["{artifact}", "{photos}"], {"--out": "{out}/found"}),
-    "export": (["{artifact}"], {"--out": "{out}/export", "--seconds": "0"}),
+    "export": (["{artifact}"], {"--out": "{out}/export", "--benchmark-seconds": "0"}),
     "benchmark": (["{artifact}"], {}),
     "demo": ([], {"--port": "0", "--device": "cpu"}),
 }
@@ -105,7 +105,13 @@ def test_every_command_has_paths():
     assert sum(len(paths_of(invocation)) for invocation in invocations()) > 40
 
 
-@pytest.mark.parametrize("invocation", invocations())
+QUICK = ("pack", "degrade")
+
+
+@pytest.mark.parametrize(
+    "invocation",
+    [pytest.param(each, marks=[pytest.mark.slow] * (each not in QUICK)) for each in invocations()],
+)
 def test_places_that_are_something_else_are_one_line(invocation, places, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(os.walk(places))

@@ -26,7 +26,7 @@ NEEDS = [
     ("pretrain MISSING", "tensorboard", ""),
     ("quickstart", "skimage", ""),
     ("compare MISSING --test MISSING --budget images 9", "matplotlib", ""),
-    ("evaluate MISSING --data MISSING --protocol finetune --run run", "matplotlib", ""),
+    ("classify train MISSING --data MISSING --out run", "matplotlib", ""),
 ]
 
 

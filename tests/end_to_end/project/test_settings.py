@@ -56,13 +56,21 @@ def test_the_walk_knows_every_flag_that_takes_a_number(invocation, monkeypatch):
     shown: set[str] = set()
     for variant in VARIANTS.get(invocation, [[]]):
         with redirect_stdout(io.StringIO()) as text:
-            cli.main([*invocation.split(), *variant, "--help"])
-        rows = re.findall(r"^(?:│ |  )(--[a-z][\w.-]*) .*\b(?:INT|FLOAT)\b", text.getvalue(), re.MULTILINE)
+            cli.main([*invocation.split(), *variant, "--help-all"])
+        rows = re.findall(
+            r"^(?:│ |  )(--[a-z][\w.-]*) (?:N|X|R G B|MIN MAX|BETA1 BETA2)\b", text.getvalue(), re.MULTILINE
+        )
         shown |= {re.sub(r"\.\d$", "", flag) for flag in rows}
     assert shown <= known
 
 
-@pytest.mark.parametrize("invocation", invocations())
+QUICK = ("pack", "benchmark")
+
+
+@pytest.mark.parametrize(
+    "invocation",
+    [pytest.param(each, marks=[pytest.mark.slow] * (each not in QUICK)) for each in invocations()],
+)
 def test_numbers_that_make_no_sense_are_one_line(invocation, tmp_path, capsys):
     for flag, (hint, allowed, variant) in flags_of(invocation).items():
         if "Fixed" in str(hint):

@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 from short_runs import MODEL, OBJECTIVE
-from taught_models import DECODER, ENCODERS, METHODS, pictures
+from small_models import DECODER, ENCODERS, pictures
+from taught_models import METHODS
 from taught_models import objective as objective_of
 
 from coma.config import BeyondConfig, DecoderConfig, MAEConfig, ViTConfig
@@ -39,8 +40,12 @@ def loss_and_gradients(model, images, seeds):
     return [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
-@pytest.mark.parametrize("encoder", [DYVIT, VIT], ids=["dyvit", "vit"])
-@pytest.mark.parametrize("objective", [OBJECTIVE, MAE], ids=["coma", "mae"])
+@pytest.mark.parametrize(
+    "encoder", [pytest.param(DYVIT, id="dyvit", marks=pytest.mark.slow), pytest.param(VIT, id="vit")]
+)
+@pytest.mark.parametrize(
+    "objective", [pytest.param(OBJECTIVE, id="coma"), pytest.param(MAE, id="mae", marks=pytest.mark.slow)]
+)
 def test_traced_training_graphs_equal_eager(encoder, objective):
     images, seeds = torch.randn(2, 3, 24, 24), torch.arange(2)  # 9 units: views of 5 and 4
     results = []
@@ -54,6 +59,7 @@ def test_traced_training_graphs_equal_eager(encoder, objective):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("method", ["cmt", "coma-balanced", "zoom-in+coma"])
@@ -74,6 +80,7 @@ def test_steps_that_ask_a_teacher_or_zoom_in_equal_eager(encoder, method):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # the compiler's own
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_generated_code_of_a_block_equals_eager():

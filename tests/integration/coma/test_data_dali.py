@@ -12,9 +12,9 @@ from PIL import Image
 from skimage import data as pictures
 
 from coma.config import DataConfig
-from coma.data import ArraySource, Slices, dali, open_source, training_batches
-from coma.data.batches import Opened
-from coma.data.dali import CropFetch, Jpeg
+from coma.data import ArraySource, BatchLayout, dali, open_source, training_batches
+from coma.data.batches import OpenedImage
+from coma.data.dali import CropFetcher, Jpeg
 from coma.errors import BadImage, BadInput
 
 HERE = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
@@ -41,7 +41,7 @@ def folder(tmp_path):
 
 def batches(path, data, count, batch=8, start=0):
     stream = training_batches(
-        open_source(path), data, channels=3, seed=0, batch=Slices(batch, batch), start=start
+        open_source(path), data, channels=3, seed=0, batch=BatchLayout(batch, batch), start=start
     )
     found = list(islice(stream, count))
     stream.close()  # type: ignore[attr-defined]
@@ -63,7 +63,7 @@ def assert_alike(ours, theirs):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("repeats", [1, 2])
 def test_the_samples_are_the_same(folder, workers, repeats, monkeypatch):
-    monkeypatch.setattr(CropFetch, "without_dali", lambda *_: pytest.fail("DALI did not decode"))
+    monkeypatch.setattr(CropFetcher, "without_dali", lambda *_: pytest.fail("DALI did not decode"))
     data = replace(DATA, aug_repeats=repeats)
     assert_alike(batches(folder, data, 6), batches(folder, replace(data, loader="dali", workers=workers), 6))
 
@@ -102,8 +102,8 @@ def undecodable(folder, monkeypatch):
 
 @needs_dali
 def test_batches_that_dali_fails_on_are_made_without_it(undecodable, monkeypatch):
-    remade, decode = [], CropFetch.without_dali
-    monkeypatch.setattr(CropFetch, "without_dali", lambda self, at: remade.append(at) or decode(self, at))
+    remade, decode = [], CropFetcher.without_dali
+    monkeypatch.setattr(CropFetcher, "without_dali", lambda self, at: remade.append(at) or decode(self, at))
     found = batches(undecodable, DALI, 6, batch=2)
     assert 0 < len(remade) < 6
     assert "05.jpg" in " ".join(failure for batch in found for failure in batch.failures)
@@ -128,7 +128,7 @@ def test_bad_images_stop_the_run_when_their_turn_comes(folder):
     stops = replace(DATA, on_bad_image="stop")
     good = []
     for data in (stops, replace(stops, loader="dali")):
-        stream = training_batches(open_source(folder), data, channels=3, seed=0, batch=Slices(1, 1))
+        stream = training_batches(open_source(folder), data, channels=3, seed=0, batch=BatchLayout(1, 1))
         with pytest.raises(BadImage, match=r"05\.jpg"):
             for batch in stream:
                 good.append((data.loader, batch.indices.item()))
@@ -139,18 +139,20 @@ def test_bad_images_stop_the_run_when_their_turn_comes(folder):
 @needs_dali
 def test_data_without_files_pass_through():
     tiles = ArraySource([photo[:100, :120] for photo in PHOTOS])
-    stream = (training_batches(tiles, data, channels=3, seed=0, batch=Slices(4, 4)) for data in (DATA, DALI))
+    stream = (
+        training_batches(tiles, data, channels=3, seed=0, batch=BatchLayout(4, 4)) for data in (DATA, DALI)
+    )
     one, other = (next(each) for each in stream)
     assert torch.equal(one.images, other.images)
 
 
 def test_only_plain_jpegs_are_trusted_to_it(folder):
-    fetch = CropFetch(open_source(folder), DALI, 3, 0, 8)
+    fetch = CropFetcher(open_source(folder), DALI, 3, 0, 8)
     opened = {fetch.source.describe(i).split("/")[-1]: fetch.open(i, 0) for i in range(len(fetch.source))}
     assert isinstance(opened["00.jpg"], Jpeg)
     assert isinstance(opened["grey.jpg"], Jpeg)
-    assert isinstance(opened["turned.jpg"], Opened)
-    assert isinstance(opened["lossless.png"], Opened)
+    assert isinstance(opened["turned.jpg"], OpenedImage)
+    assert isinstance(opened["lossless.png"], OpenedImage)
 
 
 def test_dali_runs_again_when_its_pixels_are_copied(folder, monkeypatch):
@@ -175,8 +177,8 @@ def test_dali_runs_again_when_its_pixels_are_copied(folder, monkeypatch):
 
     monkeypatch.setattr(dali, "_build", build)
     monkeypatch.setattr("torch.cuda.current_stream", Stream)
-    fetch = CropFetch(open_source(folder), DALI, 3, 0, 4)
-    made = dali.decoded(fetch, range(0, 12, 4), on_gpu=True)
+    fetch = CropFetcher(open_source(folder), DALI, 3, 0, 4)
+    made = dali.dali_batches(fetch, range(0, 12, 4), on_gpu=True)
     assert [len(next(made).images) for _ in range(3)] == [4, 4, 4]
     made.close()
     assert done == [*["run", "copy begun", "copied"] * 2, "run", "copy begun"]
@@ -189,4 +191,4 @@ def test_what_it_cannot_do_is_said(folder, monkeypatch):
         batches(folder, DALI, 1)
     monkeypatch.setitem(sys.modules, "nvidia.dali", ModuleType("nvidia.dali"))
     with pytest.raises(BadInput, match="--channels 4"):
-        training_batches(open_source(folder), DALI, channels=4, seed=0, batch=Slices(4, 4))
+        training_batches(open_source(folder), DALI, channels=4, seed=0, batch=BatchLayout(4, 4))

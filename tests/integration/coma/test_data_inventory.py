@@ -1,4 +1,4 @@
-"""What a search for images takes and what it leaves out: all of it is counted and named in one line."""
+"""What a search for images finds and what it skips: all of it is counted and named in one line."""
 
 import io
 import os
@@ -15,8 +15,8 @@ from skimage import data as pictures
 from coma.cli import main
 from coma.data import inventory, open_source
 from coma.data.decode import decode
-from coma.data.products import product_around
-from coma.data.sources.image_folder import FolderSource, subfolders
+from coma.data.run_outputs import enclosing_run_output
+from coma.data.sources.image_folder import FolderSource, list_folders
 from coma.errors import BadImage, BadInput
 
 COLOUR = pictures.coffee()[:61, :83]  # [61, 83, 3]
@@ -64,7 +64,7 @@ def test_animations_are_refused(kind):
     frames = [Image.fromarray(COLOUR[shift:]).resize((40, 30)) for shift in (0, 9)]
     buffer = io.BytesIO()
     frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
-    with pytest.raises(BadImage, match=r"x: is an animation; save the frame that is meant as a still image"):
+    with pytest.raises(BadImage, match=r"x: is an animation; save one frame as a still image"):
         decode(buffer.getvalue(), "x")
 
 
@@ -93,7 +93,7 @@ def test_without_the_extra_heic_is_counted_with_the_way_to_read_it(tmp_path, mon
     for number in range(3):
         (tmp_path / f"{number}.heic").write_bytes(b"")
     assert open_source(tmp_path).summary() == (
-        f"{tmp_path}: 1 image (1 .png); left out: 3 .heic (to read them: pip install 'coma-dyvit[heic]')"
+        f"{tmp_path}: 1 image (1 .png); skipped: 3 .heic (to read them: pip install 'coma-dyvit[heic]')"
     )
     (tmp_path / "a.png").unlink()
     with pytest.raises(BadInput, match=r"it holds 3 \.heic \(to read them: pip install"):
@@ -117,7 +117,7 @@ def test_what_has_no_extension_is_judged_by_its_content(tmp_path):
     (tmp_path / "kinds" / "array.npy").rename(tmp_path / "kinds" / "array")
     source = open_source(tmp_path)
     assert source.summary() == (
-        f"{tmp_path}: 11 images (11 without extension); left out: 3 without extension (not read)"
+        f"{tmp_path}: 11 images (11 without extension); skipped: 3 without extension (not read)"
     )
     assert all(source.read(i).shape == COLOUR.shape for i in range(11))
 
@@ -128,7 +128,7 @@ def test_every_other_format_is_counted_by_its_extension(tmp_path):
     for name in names:
         (tmp_path / name).write_bytes(encoded("JPEG"))  # never looked into
     assert open_source(tmp_path).summary() == (
-        f"{tmp_path}: 1 image (1 .png); left out: "
+        f"{tmp_path}: 1 image (1 .png); skipped: "
         "2 .nef, 1 .cr2, 1 .dcm, 1 .dng, 1 .jp2, 1 .mp4, 1 .psd, 1 .svg, 1 .xmp (not read)"
     )
     for number in range(40):
@@ -159,9 +159,9 @@ def test_folders_of_systems_are_neither_images_nor_classes(tmp_path):
     source = open_source(tmp_path)
     assert found(tmp_path) == ["cat/1.png", "dog/2.png"]
     assert source.class_names == ("cat", "dog")
-    assert subfolders(tmp_path) == ["cat", "dog", "ghost"]
+    assert list_folders(tmp_path) == ["cat", "dog", "ghost"]
     summary = source.summary()
-    assert "16 folders that systems leave behind (#recycle, $RECYCLE.BIN, @eaDir, ...)" in summary
+    assert "16 system folders (#recycle, $RECYCLE.BIN, @eaDir, ...)" in summary
     assert "5 hidden files or folders (.DS_Store, .Trash-0, ._cat.png, ...)" in summary
     assert "1 .db (not read)" in summary
     assert "1 folder without an image (ghost)" in summary
@@ -202,7 +202,7 @@ def test_odd_objects_end_in_a_count_and_never_in_a_wait(tmp_path):
     with pytest.raises(BadImage, match=r"empty\.jpg: the file is empty"):
         source.read(0)
     assert source.summary() == (
-        f"{folder}: 3 images (2 .png, 1 .jpg); left out: 4 special files (fifo, fifo.jpg, socket.jpg, ...), "
+        f"{folder}: 3 images (2 .png, 1 .jpg); skipped: 4 special files (fifo, fifo.jpg, socket.jpg, ...), "
         "4 broken links (gone.jpg, loop, ping.jpg, ...), 1 folder reached twice by links (again/)"
     )
 
@@ -213,7 +213,7 @@ def test_a_pipe_is_refused_in_one_line(tmp_path, name, capsys):
     os.mkfifo(tmp_path / name)
     assert main(["pretrain", str(tmp_path / name), "--out", str(tmp_path / "run")]) == 2
     way_out = "give a folder of images, a .npz pack or .tar shards"
-    assert capsys.readouterr().err == f"error: {tmp_path / name}: is a device or pipe; {way_out}\n"
+    assert capsys.readouterr().err == f"error: {tmp_path / name}: is not a regular file; {way_out}\n"
     assert main(["degrade", str(tmp_path / name), "--out", str(tmp_path / "sheet.png")]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path / name}: is not a regular file; give an image file\n"
 
@@ -260,7 +260,7 @@ def test_runs_among_the_photographs_are_never_data(tmp_path, monkeypatch, caplog
     assert said(caplog) == [".: 4 images (4 .png)"]
     assert main(["pretrain", "--resume", "run", "--steps", "2"]) == 0
     assert said(caplog) == [
-        f"{tmp_path}: 4 images (4 .png); left out: 1 folder written by coma (run/ is a run of coma pretrain)"
+        f"{tmp_path}: 4 images (4 .png); skipped: 1 folder written by coma (run/ is a run of coma pretrain)"
     ]
     capsys.readouterr()
     (tmp_path / "run").rename(tmp_path / "holiday")  # whatever it is called
@@ -279,7 +279,7 @@ PRODUCTS = {
         "config.json": '{"data":1,"model":1,"objective":1,"optimizer":1,"run":1}',
         "metrics.jsonl": "",
     },
-    "a fine-tuning run of coma evaluate": {
+    "a run of coma classify": {
         "config.json": '{"artifact":1,"data":1,"optimizer":1,"run":1}',
         "metrics.jsonl": "",
     },
@@ -310,7 +310,7 @@ def test_products_are_recognised_by_their_content(tmp_path, what):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert found(tmp_path) == ["cat/1.png", "dog/2.png"]
-    assert subfolders(tmp_path) == ["cat", "dog"]
+    assert list_folders(tmp_path) == ["cat", "dog"]
     assert f"1 folder written by coma (result/ is {what})" in open_source(tmp_path).summary()
     with pytest.raises(BadInput, match=f"result: is {what}, and its pictures are results"):
         open_source(tmp_path / "result")
@@ -336,7 +336,7 @@ def test_the_pictures_of_a_quickstart_are_data(tmp_path):
     for name, text in PRODUCTS["a run of coma pretrain"].items():
         (tmp_path / "run" / name).write_text(text)
     assert found(tmp_path / "pictures") == ["a.png"]
-    assert product_around(tmp_path) == (tmp_path, "a folder of coma quickstart")
+    assert enclosing_run_output(tmp_path) == (tmp_path, "a folder of coma quickstart")
 
 
 # the line ---------------------------------------------------------------------------------------
@@ -353,11 +353,11 @@ def labelled(tmp_path) -> Path:
 
 
 def test_every_command_says_what_it_reads(labelled, tmp_path, caplog):
-    train = f"{labelled}/train: 6 images (6 .png); left out: 1 .mp4 (not read)"
+    train = f"{labelled}/train: 6 images (6 .png); skipped: 1 .mp4 (not read)"
     note = (
-        f"{labelled}: reads train/ (6 images), and leaves out test/ (6 images); give one of these by its own "
+        f"{labelled}: reads train/ (6 images) and skips test/ (6 images); "
+        "to use one of these, give its own path"
     )
-    note += "path to use it"
     test = f"{labelled}/test: 6 images (6 .png)"
     run = tmp_path / "run"
     assert main(["pretrain", str(labelled), "--out", str(run), "--steps", "1", *TINY]) == 0
@@ -376,7 +376,7 @@ def test_the_line_comes_first_and_once(labelled, tmp_path):
     command += f"assert main({arguments}) == 0\n"
     command += f"open_source({str(place)!r})"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
-    assert done.stderr == f"{labelled}/train: 6 images (6 .png); left out: 1 .mp4 (not read)\n"
+    assert done.stderr == f"{labelled}/train: 6 images (6 .png); skipped: 1 .mp4 (not read)\n"
 
 
 def test_opening_asks_the_file_system_nothing_about_ordinary_files(tmp_path, monkeypatch):
@@ -389,3 +389,15 @@ def test_opening_asks_the_file_system_nothing_about_ordinary_files(tmp_path, mon
     monkeypatch.setattr("builtins.open", lambda path, *a, **k: pytest.fail(f"opened {path}"))
     assert len(open_source(tmp_path)) == 20
     assert not [path for path in asked if str(path).endswith(".png")]
+
+
+def test_a_split_is_searched_once(labelled, monkeypatch):
+    save(labelled / "train" / "cat" / ".hidden.png")
+    searched, real = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: searched.append(os.path.realpath(path)) or real(path))
+    source = FolderSource(labelled)
+    assert sorted(searched) == sorted({str(labelled), *(str(each) for each in labelled.rglob("*/"))})
+    assert source.summary() == (
+        f"{labelled}/train: 6 images (6 .png); skipped: 1 .mp4 (not read), "
+        "1 hidden file or folder (cat/.hidden.png)"
+    )

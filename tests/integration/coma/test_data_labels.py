@@ -14,8 +14,15 @@ from PIL import Image
 from coma import cli
 from coma.artifact import ArtifactConfig, library_versions, save_artifact
 from coma.config import ViTConfig
-from coma.data import Source, labels_among, open_labelled, open_source, say_absent_classes, shared_labels
-from coma.data.sources.image_folder import whole_numbers
+from coma.data import (
+    Source,
+    align_labels,
+    class_indices,
+    log_missing_classes,
+    open_labelled_splits,
+    open_source,
+)
+from coma.data.sources.image_folder import parse_whole_numbers
 from coma.errors import BadInput
 from pretrain.evaluate import random_encoder
 
@@ -52,7 +59,7 @@ def shard(path: Path, labels: Sequence[str | None]) -> Path:
 
 def classes_of(train: Source, test: Source) -> tuple[list[str], list[str]]:
     """Classes of both sets' images as the other labels name them."""
-    known, asked, names = shared_labels(train, test)
+    known, asked, names = align_labels(train, test)
     return [names[i] for i in known], [names[i] for i in asked]
 
 
@@ -75,10 +82,10 @@ def test_the_command_matches_numbers_by_their_value(tmp_path):
     model = ViTConfig(patch=4, dim=16, depth=1, heads=2)
     about = ArtifactConfig("backbone", model, None, 8, (0.5,) * 3, (0.25,) * 3, None, {}, library_versions())
     save_artifact(tmp_path / "artifact", tensors=random_encoder(about).state_dict(), config=about)
-    argv = ["--train", train, "--test", test, "--protocol", "knn", "--k", 1, "--workers", 0]
-    out = ["--no-reference", "--out", tmp_path / "out.json"]
+    argv = ["--train", train, "--test", test, "--protocols", "knn", "--k", 1, "--workers", 0]
+    out = ["--no-random-baseline", "--out", tmp_path / "scores"]
     assert cli.main(["evaluate", *map(str, [tmp_path / "artifact", *argv, *out])]) == 0
-    assert json.loads((tmp_path / "out.json").read_text())["scores"][0]["top1"] == 1
+    assert json.loads((tmp_path / "scores" / "results.json").read_text())["scores"][0]["top1"] == 1
 
 
 def test_leading_zeros_change_no_value(tmp_path):
@@ -86,14 +93,19 @@ def test_leading_zeros_change_no_value(tmp_path):
     for test in (folders(tmp_path / "plain", "0", "2", "10"), shard(tmp_path / "a.tar", ["0", "2", "10"])):
         assert classes_of(padded, open_source(test))[0] == ["00", "02", "10"]
         assert sorted(classes_of(padded, open_source(test))[1]) == ["00", "02", "10"]
-    assert whole_numbers(["7", "07"]) is whole_numbers(["7", "x"]) is whole_numbers(["-1"]) is None
+    assert (
+        parse_whole_numbers(["7", "07"])
+        is parse_whole_numbers(["7", "x"])
+        is parse_whole_numbers(["-1"])
+        is None
+    )
 
 
 def test_sparse_numbers_are_few_classes(tmp_path):
     years = [open_source(folders(tmp_path / part, "2019", "1990", "2025")) for part in ("a", "b")]
-    assert shared_labels(*years)[2] == ("1990", "2019", "2025")
+    assert align_labels(*years)[2] == ("1990", "2019", "2025")
     huge = [open_source(shard(tmp_path / f"{part}.tar", ["5", "123456789012"])) for part in "cd"]
-    known, asked, names = shared_labels(*huge)
+    known, asked, names = align_labels(*huge)
     assert (known.tolist(), asked.tolist(), names) == ([0, 1], [0, 1], ("5", "123456789012"))
 
 
@@ -106,7 +118,7 @@ def test_numbers_say_nothing_about_folders_with_names(tmp_path, bare_first):
     with pytest.raises(
         BadInput, match=r"a\.tar: its labels are numbers without names, and .*b has names \(cat, dog"
     ):
-        shared_labels(*(both if bare_first else reversed(both)))
+        align_labels(*(both if bare_first else reversed(both)))
 
 
 def test_numbers_of_packs_are_their_own(tmp_path):
@@ -119,39 +131,43 @@ def test_numbers_of_packs_are_their_own(tmp_path):
     assert classes_of(open_source(folders(tmp_path / "c", "cat", "dog")), named)[1] == ["dog", "cat", "cat"]
     beyond = open_source(shard(tmp_path / "d.tar", ["1", "7"]))
     with pytest.raises(BadInput, match=r"d\.tar\[001\.png\]: its label is 7, but labels must be 0 to 1"):
-        shared_labels(named, beyond)
+        align_labels(named, beyond)
 
 
 def test_what_does_not_match_is_named(tmp_path):
     train = open_source(folders(tmp_path / "train", "cat", "Dog"))
     test = open_source(folders(tmp_path / "test", "cat", "dog", "eel"))
     with pytest.raises(
-        BadInput, match=r"has no image: dog, eel; it has Dog, cat .*letter for letter: dog is Dog"
+        BadInput,
+        match=r"not have the classes dog, eel; it has Dog, cat .*lower case matter: dog is Dog",
     ):
-        shared_labels(train, test)
-    with pytest.raises(BadInput, match="the model knows nothing: eel; it has cat, dog"):
-        labels_among(test, ("cat", "dog"), "the model")
+        align_labels(train, test)
+    with pytest.raises(BadInput, match="the model does not have the classes eel; it has cat, dog"):
+        class_indices(test, ("cat", "dog"), "the model")
     bare = open_source(shard(tmp_path / "a.tar", ["0", "1"]))
     with pytest.raises(BadInput, match=r"numbers without names, and the model has names \(cat, dog\)"):
-        labels_among(bare, ("cat", "dog"), "the model")
-    assert labels_among(bare, ("0", "10", "1"), "the model").tolist() == [0, 2]  # as sorted by older versions
+        class_indices(bare, ("cat", "dog"), "the model")
+    assert class_indices(bare, ("0", "10", "1"), "the model").tolist() == [
+        0,
+        2,
+    ]  # as sorted by older versions
 
 
 def test_files_that_leave_a_data_set_without_labels_are_named(tmp_path):
     train = folders(tmp_path / "data" / "train", "cat", "dog")
     folders(tmp_path / "data" / "test", "cat", "dog")
     picture(train / "IMG_1.png")
-    splits = open_labelled(tmp_path / "data")
+    splits = open_labelled_splits(tmp_path / "data")
     with pytest.raises(
         BadInput, match=r"has no labels; IMG_1\.png lies in .*beside its class folders \(cat, dog\)"
     ):
-        shared_labels(splits.train, splits.test)
+        align_labels(splits.train, splits.test)
     lacking = open_source(shard(tmp_path / "a.tar", ["0", "1", None]))
     with pytest.raises(BadInput, match=r"has no labels; .*a\.tar\[002\.png\] has no label.*1 of 3 samples"):
-        shared_labels(lacking, lacking)
+        align_labels(lacking, lacking)
     words = open_source(shard(tmp_path / "b.tar", ["0", "cat"]))
     with pytest.raises(BadInput, match=r"b\.tar: the label in 001\.cls is not a whole number"):
-        shared_labels(words, words)
+        align_labels(words, words)
 
 
 def test_packing_says_that_labels_are_lost(tmp_path, capsys):
@@ -169,7 +185,7 @@ def test_folders_without_an_image_are_no_classes(tmp_path):
         for name in ("empty", "notes"):
             (tmp_path / part / name).mkdir()
         (tmp_path / part / "notes" / "a.txt").write_text("no image")
-    splits = open_labelled(tmp_path)
+    splits = open_labelled_splits(tmp_path)
     assert splits.train.class_names == ("cat", "dog")
     assert "2 folders without an image (empty, notes)" in splits.train.summary()
 
@@ -181,43 +197,43 @@ def test_classes_of_which_no_image_can_be_read_are_none(tmp_path, caplog):
     for path in (tmp_path / "train" / "ant").iterdir():
         path.write_bytes(b"no image")
     (tmp_path / "train" / "cat" / "0.png").write_bytes(b"")
-    splits = open_labelled(tmp_path)
-    assert "1 class left out, as no image there can be read: ant (2; " in caplog.text
+    splits = open_labelled_splits(tmp_path)
+    assert "1 class skipped, because no image can be read: ant (2; " in caplog.text
     assert len(splits.train) == 4
-    with pytest.raises(BadInput, match="has no image: ant; it has cat, dog"):
-        shared_labels(splits.train, splits.test)
+    with pytest.raises(BadInput, match="not have the classes ant; it has cat, dog"):
+        align_labels(splits.train, splits.test)
     for path in (tmp_path / "test" / "ant").iterdir():
         path.unlink()
-    splits = open_labelled(tmp_path)
-    assert shared_labels(splits.train, splits.test)[2] == ("cat", "dog")
+    splits = open_labelled_splits(tmp_path)
+    assert align_labels(splits.train, splits.test)[2] == ("cat", "dog")
     for path in (tmp_path / "test").glob("*/*.png"):
         path.write_bytes(b"")
     with pytest.raises(BadInput, match=r"test: no image could be read; class cat \(2; .*0\.png"):
-        open_labelled(tmp_path)
+        open_labelled_splits(tmp_path)
 
 
 def test_classes_that_the_test_images_lack_are_said(tmp_path, caplog):
     caplog.set_level(logging.INFO, "coma")
     folders(tmp_path / "train", "ant", "cat", "dog")
     folders(tmp_path / "val", "ant", "dog")
-    splits = open_labelled(tmp_path)
+    splits = open_labelled_splits(tmp_path)
     assert splits.val is None and splits.test.split == "val"
-    assert f"{tmp_path}/val: stands in for test images, which there are none of" in caplog.text
-    say_absent_classes(splits)
+    assert f"{tmp_path}/val: used as test images, because there is no test split" in caplog.text
+    log_missing_classes(splits)
     assert f"{tmp_path}/val: has no image of 1 of 3 classes: cat" in caplog.text
 
 
 def test_a_val_split_is_apart_from_a_test_split(tmp_path):
     for part in ("Training", "dev", "TEST"):
         folders(tmp_path / part, "cat", "dog")
-    splits = open_labelled(tmp_path)
+    splits = open_labelled_splits(tmp_path)
     assert splits.val is not None
     assert [each.location.name for each in (splits.train, splits.val, splits.test)] == [
         "Training",
         "dev",
         "TEST",
     ]
-    apart = open_labelled(
+    apart = open_labelled_splits(
         None, tmp_path / "Training", tmp_path, tmp_path / "dev"
     )  # of a folder with splits, test
     assert apart.val is not None and (apart.val.location.name, apart.test.location.name) == ("dev", "TEST")

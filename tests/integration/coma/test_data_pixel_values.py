@@ -12,7 +12,7 @@ from PIL import Image
 
 from coma.cli import main
 from coma.config import DataConfig
-from coma.data import ArraySource, Slices, check_some, measure, open_source, training_batches
+from coma.data import ArraySource, BatchLayout, check_sample, compute_mean_std, open_source, training_batches
 from coma.data.decode import decode
 from coma.data.pixel_values import check_pixels
 from coma.errors import BadImage, BadInput
@@ -132,14 +132,14 @@ def test_an_image_of_nothing_but_nodata_is_a_bad_image(array, nodata, reason):
 def test_missing_values_do_not_count_in_the_statistics(caplog):
     caplog.set_level(logging.INFO)
     holes = [with_hole(HEIGHTS, np.nan), HEIGHTS + 1]
-    (mean,), (std,) = measure(ArraySource(holes), 1)
+    (mean,), (std,) = compute_mean_std(ArraySource(holes), 1)
     known = [each[np.isfinite(each)].astype(np.float64) for each in holes]
     assert mean == pytest.approx(np.mean([each.mean() for each in known]))
     assert std == pytest.approx(
         np.sqrt(np.mean([np.square(each).mean() for each in known]) - mean**2), rel=1e-6
     )
     assert caplog.messages == [
-        "array: 1 of 2 images looked at hold nodata, NaN or infinite values (2.50% of all values); they are "
+        "array: 1 of 2 images looked at have nodata, NaN or infinite values (2.50% of all values); they are "
         "filled with the mean of their channel"
     ]
 
@@ -149,7 +149,7 @@ def test_training_counts_and_names_images_with_missing_values(tmp_path):
         array = with_hole(HEIGHTS, -9999) if number == 2 else HEIGHTS
         (tmp_path / f"{number}.tif").write_bytes(tiff(array, "-9999"))
     data = DataConfig(image_size=16, workers=0, mean=(115,), std=(8.7,))
-    batches = training_batches(open_source(tmp_path), data, channels=1, seed=0, batch=Slices(4, 4))
+    batches = training_batches(open_source(tmp_path), data, channels=1, seed=0, batch=BatchLayout(4, 4))
     batch = next(batches)
     assert batch.filled == (
         f"{tmp_path}/2.tif: 5.00% of its values are nodata, NaN or infinite; "
@@ -164,7 +164,7 @@ def test_a_geotiff_with_nodata_trains_and_says_so(tmp_path, capsys, caplog):
         (tmp_path / f"{number}.tif").write_bytes(tiff(array, "-3.4028234663852886e+38"))
     assert main(["pretrain", str(tmp_path), "--out", str(tmp_path / "run"), *RUN]) == 0
     assert (
-        f"{tmp_path}: 4 of 4 images looked at hold nodata, NaN or infinite values (5.00% of all"
+        f"{tmp_path}: 4 of 4 images looked at have nodata, NaN or infinite values (5.00% of all"
         in caplog.text
     )
     error = capsys.readouterr().err
@@ -180,7 +180,7 @@ def test_a_pack_says_how_many_images_were_filled(tmp_path, capsys):
         array = with_hole(HEIGHTS, -9999) if number else HEIGHTS
         (tmp_path / "in" / f"{number}.tif").write_bytes(tiff(array, "-9999"))
     assert main(["pack", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "0"]) == 0
-    assert "2 images held nodata, NaN or infinite values, which were filled" in capsys.readouterr().out
+    assert "2 images had nodata, NaN or infinite values, which were filled" in capsys.readouterr().out
 
 
 # units ------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_a_pack_says_how_many_images_were_filled(tmp_path, capsys):
 
 def refusal(images: Sequence[np.ndarray], channels: int = 3) -> str:
     with pytest.raises(BadInput) as raised:
-        measure(ArraySource(images), channels)
+        compute_mean_std(ArraySource(images), channels)
     return str(raised.value)
 
 
@@ -207,7 +207,7 @@ def test_floats_of_0_to_1_beside_floats_of_0_to_255_are_refused_by_name():
     text = refusal([COLOUR.astype(np.float32), COLOUR.astype(np.float32) / 255])
     assert "array[0] (float, 0 to 255) are of different units" in text
     assert "array[1] (float, 0 to 1)" in text
-    assert "give --mean and --std to train nevertheless" in text
+    assert "give --mean and --std to train anyway" in text
 
 
 def test_twelve_bits_in_sixteen_beside_bytes_are_refused_by_name():
@@ -226,7 +226,7 @@ def test_twelve_bits_in_sixteen_beside_bytes_are_refused_by_name():
     ],
 )  # fmt: skip
 def test_what_goes_together_is_measured(images):
-    mean, std = measure(ArraySource(images), 3)
+    mean, std = compute_mean_std(ArraySource(images), 3)
     assert len(mean) == len(std) == 3
 
 
@@ -236,7 +236,7 @@ def test_undeclared_marks_are_refused_by_name():
         "array[1]: 100 of 2000 values are -9999, far from all others; if they are missing, save them as "
         "NaN or declare them (gdal_edit.py -a_nodata -9999 FILE)"
     )
-    measure(ArraySource([HEIGHTS - 1e4 + 1, HEIGHTS * 100 - 9999]), 1)  # such depths there are
+    compute_mean_std(ArraySource([HEIGHTS - 1e4 + 1, HEIGHTS * 100 - 9999]), 1)  # such depths there are
 
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -260,18 +260,18 @@ def test_statistics_of_0_to_255_are_refused_with_the_values_divided(mean, std, a
         with pytest.raises(
             BadInput, match=r"array\[0\]: its pixels are scaled to 0\.\.1, but mean"
         ) as raised:
-            check_some(ArraySource([pixels]), 3, mean, std)
+            check_sample(ArraySource([pixels]), 3, mean, std)
         assert advice in str(raised.value)
 
 
 def test_statistics_of_sixteen_bits_are_divided_by_65535():
     with pytest.raises(BadInput, match=r"divided by 65535: --mean 0\.5 --std 0\.25"):
-        check_some(ArraySource([HEIGHTS.astype(np.uint16)]), 1, (32767.5,), (16383.75,))
+        check_sample(ArraySource([HEIGHTS.astype(np.uint16)]), 1, (32767.5,), (16383.75,))
 
 
 def test_floats_far_from_statistics_of_0_to_1_are_refused():
     with pytest.raises(BadInput, match=r"array\[0\]: float values of 0 to 255, but mean \(0\.485 0\.456"):
-        check_some(ArraySource([COLOUR.astype(np.float32)]), 3, *IMAGENET)
+        check_sample(ArraySource([COLOUR.astype(np.float32)]), 3, *IMAGENET)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_floats_far_from_statistics_of_0_to_1_are_refused():
     ],
 )
 def test_statistics_that_fit_are_taken(pixels, mean, std):
-    check_some(ArraySource([pixels]), 3, mean, std)
+    check_sample(ArraySource([pixels]), 3, mean, std)
 
 
 def test_every_command_with_statistics_refuses_those_of_other_pixels(tmp_path, capsys):
@@ -311,14 +311,16 @@ def test_an_image_of_another_unit_stops_training_by_name(tmp_path):
     np.save(tmp_path / "b.npy", COLOUR.astype(np.float32))
     for mean, name in (((0.5,) * 3, "b.npy"), ((127.5,) * 3, "a.png")):
         data = DataConfig(image_size=16, workers=0, mean=mean, std=(0.5,) * 3)
-        batches = training_batches(open_source(tmp_path), data, channels=3, seed=0, batch=Slices(2, 2))
+        batches = training_batches(open_source(tmp_path), data, channels=3, seed=0, batch=BatchLayout(2, 2))
         with pytest.raises(BadInput, match=f"^{tmp_path}/{name}: ") as raised:
             next(batches)
         assert not isinstance(raised.value, BadImage)  # which would be skipped
 
 
 def test_nobody_is_told_to_change_the_statistics_of_a_trained_model():
-    with pytest.raises(BadInput, match="learned from float images; give float images in the same unit") as no:
+    with pytest.raises(
+        BadInput, match="was trained on float images; give float images in the same unit"
+    ) as no:
         check_pixels(COLOUR, [120.0] * 3, [50.0] * 3, lambda: "a.png", fixed=True)
     assert "--mean" not in str(no.value)
 

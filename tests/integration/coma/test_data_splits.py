@@ -13,8 +13,8 @@ from PIL import Image
 
 from coma import cli
 from coma.data import Source, open_source
-from coma.data.splits import choose_images, known_split, paired_splits, split_of
 from coma.errors import BadInput
+from coma.splits import paired_splits, parse_split, select_images, split_of
 
 
 def png() -> bytes:
@@ -68,7 +68,7 @@ def test_what_else_names_say_has_to_agree():
     ):
         assert paired_splits(names) == {}
     with pytest.raises(BadInput, match="'nonsense' is not a split; there are train, val, test"):
-        known_split("nonsense")
+        parse_split("nonsense")
 
 
 LAYOUTS = {
@@ -93,7 +93,7 @@ def test_training_images_alone_are_read_and_the_others_are_said(tmp_path, names)
     trained = [name for name in names if "train" in name.lower()]
     assert sorted(shown(source, tmp_path)) == sorted(trained)
     (note,) = source.notes
-    assert f"{tmp_path}: reads " in note and "give one of these by its own path to use it" in note
+    assert f"{tmp_path}: reads " in note and "to use one of these, give its own path" in note
     for name in set(names) - set(trained):
         assert name in note or f"{name.rpartition('/')[0]}/ (1 image)" in note or name == "4.png"
     assert source.split == "train" and open_source(tmp_path, "train").notes == ()
@@ -114,9 +114,7 @@ def test_training_images_alone_are_read_and_the_others_are_said(tmp_path, names)
 )
 def test_held_out_images_alone_are_not_trained_on(tmp_path, names):
     make(tmp_path, names)
-    with pytest.raises(
-        BadInput, match=r"holds no training images, only a split that is kept from training \("
-    ):
+    with pytest.raises(BadInput, match=r"has no training images, only the held-out split "):
         open_source(tmp_path)
     assert open_source(tmp_path, held_out=True).split in ("val", "test")
     place = tmp_path / names[0]  # pointed at, they are
@@ -140,17 +138,17 @@ def test_a_class_that_is_called_like_a_split_is_a_class_and_that_is_said(tmp_pat
 def test_a_split_among_the_classes_that_it_holds_is_refused(tmp_path):
     make(tmp_path, ["cat/1.png", "dog/2.png", "test/cat/3.png"])
     with pytest.raises(
-        BadInput, match=r"test/ holds the folder cat/.*move those into a folder train/ beside it"
+        BadInput, match=r"test/ holds the folder cat/.*move the others into a folder train/ beside it"
     ):
         open_source(tmp_path)
 
 
 def test_what_cannot_be_told_apart_is_refused(tmp_path):
     make(tmp_path, ["train.npz", "training.npz"])
-    with pytest.raises(BadInput, match=r"train\.npz and training\.npz are both called like the train split"):
+    with pytest.raises(BadInput, match=r"train\.npz and training\.npz are both named like the train split"):
         open_source(tmp_path)
     make(tmp_path / "shards", ["0.tar", "1.tar"])
-    with pytest.raises(BadInput, match="no split 'test' here; no shard is called train, val, test"):
+    with pytest.raises(BadInput, match="no split 'test' here; no shard is named train, val, test"):
         open_source(tmp_path / "shards", "test")
 
 
@@ -160,7 +158,7 @@ def test_the_commands_say_what_they_leave_out(tmp_path, caplog):
     assert (
         cli.main(["pack", str(tmp_path / "data"), "--out", str(tmp_path / "shards"), "--workers", "0"]) == 0
     )
-    text = "data: reads training/ (2 images), and leaves out validation/ (1 image); give one of these"
+    text = "data: reads training/ (2 images) and skips validation/ (1 image); to use one of these"
     assert text in caplog.text
     caplog.clear()
     flags = [
@@ -183,5 +181,5 @@ def test_the_commands_say_what_they_leave_out(tmp_path, caplog):
 
 def test_every_folder_that_is_read_is_named():
     names = ["ann_dir/train/a.png", "ann_dir/val/b.png", "img_dir/train/a.jpg", "img_dir/val/b.jpg"]
-    (note,) = choose_images(names, Path("data"), None, held_out=False).notes
-    assert "reads ann_dir/train/ (1 image), img_dir/train/ (1 image), and leaves out ann_dir/val/" in note
+    (note,) = select_images(names, Path("data"), None, held_out=False).notes
+    assert "reads ann_dir/train/ (1 image), img_dir/train/ (1 image) and skips ann_dir/val/" in note

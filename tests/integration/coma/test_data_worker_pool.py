@@ -150,8 +150,8 @@ def test_a_small_dev_shm_is_enough(tmp_path):
 
 
 def test_a_worker_that_hangs_is_named_and_given_up(monkeypatch, caplog):
-    monkeypatch.setattr(workers_module, "_SILENCE", 0.2)
-    monkeypatch.setattr(workers_module, "_PATIENCE", 0.4)
+    monkeypatch.setattr(workers_module, "_WARN_AFTER", 0.2)
+    monkeypatch.setattr(workers_module, "_TIMEOUT", 0.4)
     results = map_ordered(fetch, [7], 1)
     with pytest.raises(ComaError, match=r"no images for 0 seconds: data worker \d+ does not answer"):
         list(results)

@@ -52,7 +52,7 @@ def test_what_is_undone_was_degraded_as_in_training(kind, tmp_path, photograph):
     runtime: Any = model.runtime("reconstructor")
     objective = runtime.module.objective
     fitted = resize_picture(photograph, 48, "crop", MEAN)
-    rule = runtime.description.preprocessing
+    rule = runtime.spec.preprocessing
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (rule.mean, rule.std))
     for seed in range(3):
         what = mask_picture(model, fitted, kind, seed, 0.5)
@@ -69,8 +69,8 @@ class Echo:
 
     title = "echo"
 
-    def __init__(self, description: ModelSpec) -> None:
-        self.description = description
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
 
     def __call__(self, images: torch.Tensor, **_: torch.Tensor) -> dict[str, torch.Tensor]:
         self.got = images[0]
@@ -83,7 +83,9 @@ def test_what_leaves_the_range_of_pixels_reaches_the_model_but_no_picture(tmp_pa
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (rule.mean, rule.std))
     fitted = resize_picture(photograph, 48, "crop", MEAN)
     degraded, visible = fitted.pixels * 3 - 1, torch.ones(1, 3, 3, dtype=torch.bool)
-    floats, whole = (Echo(replace(about, preprocessing=replace(rule, inside=i))) for i in (False, True))
+    floats, whole = (
+        Echo(replace(about, preprocessing=replace(rule, normalize_in_graph=i))) for i in (False, True)
+    )
     for runtime in (floats, whole):
         rebuilt = reconstruct(runtime, fitted, visible, "visible", degraded, True)
         assert np.array_equal(rebuilt.shown, degraded.clamp(0, 1).permute(1, 2, 0).numpy())

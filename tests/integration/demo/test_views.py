@@ -121,7 +121,7 @@ def test_true_statistics_are_those_of_the_objective_itself(models, photograph):
     assert isinstance(runtime, TorchRuntime)
     fitted = resize_picture(photograph, 48, "crop", MEAN)
     visible = sample_views("coma", 2, 3, 3)
-    rule = runtime.description.preprocessing
+    rule = runtime.spec.preprocessing
     images = normalize(fitted.pixels[None], rule.mean, rule.std).expand(2, -1, -1, -1)
     expected = runtime.module.objective.reconstruct(images, visible, "target")  # pyright: ignore
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (rule.mean, rule.std))
@@ -153,7 +153,7 @@ def test_merged_pixels_come_from_views_that_did_not_see_them():
 
 
 def test_attention_is_what_the_layer_computes(tmp_path):
-    encoder, _ = load_encoder(backbone(tmp_path / "a"))
+    encoder = load_encoder(backbone(tmp_path / "a"))
     image = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     for stage, tokens in ((1, 24), (2, 12), (3, 6), (4, 3)):
         maps = attention_maps_of(encoder, image, stage, 0.4, 0.7)
@@ -188,7 +188,7 @@ def test_attention_is_what_the_layer_computes(tmp_path):
 
 
 def test_gates_are_read_as_they_are(tmp_path):
-    encoder, _ = load_encoder(backbone(tmp_path / "a"))
+    encoder = load_encoder(backbone(tmp_path / "a"))
     image = torch.randn(1, 3, 48, 48)
     gates = gate_weights(encoder, image)
     assert [(g.stage, g.windows) for g in gates] == [(1, (4, 8)), (2, (2, 4)), (3, (0, 2))]
@@ -200,7 +200,7 @@ def test_gates_are_read_as_they_are(tmp_path):
 
 
 def test_plain_vit_has_attention_and_no_gates(tmp_path):
-    encoder, _ = load_encoder(backbone(tmp_path / "v", ViTConfig(patch=16, dim=16, depth=2, heads=2)))
+    encoder = load_encoder(backbone(tmp_path / "v", ViTConfig(patch=16, dim=16, depth=2, heads=2)))
     image = torch.randn(1, 3, 48, 64)
     (found,) = attention_maps_of(encoder, image, 1, 0.5, 0.5).values()
     assert found.shape == (3, 4) and found.sum() == pytest.approx(1, abs=1e-5)
@@ -214,7 +214,7 @@ def test_principal_colours_tell_two_regions_apart(tmp_path):
     (picture,) = pyramid_colours((maps,))
     assert picture.shape == (4, 6, 3) and (picture[:, :3] == picture[0, 0]).all()
     assert (picture[:, 0] != picture[:, 5]).any()
-    encoder, _ = load_encoder(backbone(tmp_path / "a"))
+    encoder = load_encoder(backbone(tmp_path / "a"))
     assert len(pyramid_colours(feature_pyramid(encoder, torch.randn(1, 3, 48, 48)))) == 4
 
 
@@ -239,7 +239,9 @@ def exported(tmp_path_factory) -> Path:
     from export.commands import export
 
     artifact = pretrained(tmp_path_factory.mktemp("exported") / "run" / "artifact")
-    export.run([str(artifact), "--form", "reconstructor", "--seconds", "0", "--verify-images", "2"])
+    export.run(
+        [str(artifact), "--graph", "reconstructor", "--benchmark-seconds", "0", "--verify-images", "2"]
+    )
     return artifact
 
 
@@ -316,9 +318,9 @@ def test_only_what_was_named_can_be_had(models, tmp_path):
 
 def test_what_is_computed_needs_no_gradio():
     code = (
-        "import demo.upload, demo.resize, demo.masking, demo.render, demo.reconstruction; "
-        "import demo.introspection, "
-        "demo.predict, demo.compare_runtimes, demo.models; import sys; print(*sys.modules)"
+        "import demo.upload, demo.resize, demo.masking, demo.render, demo.reconstruction, "
+        "demo.introspection, demo.predict, demo.compare_runtimes, demo.models\n"
+        "import sys; print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

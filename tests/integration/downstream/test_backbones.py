@@ -8,7 +8,10 @@ import pytest
 import torch
 from downstream_data import DYVIT, VIT, artifact
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mmengine's and mmcv's own
+pytestmark = [
+    pytest.mark.openmmlab,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # mmengine's and mmcv's own
+]
 
 from coma.artifact import load_artifact, load_encoder, save_artifact  # noqa: E402
 from coma.config import EncoderConfig  # noqa: E402
@@ -30,7 +33,7 @@ def test_a_pyramid_of_any_image_with_the_weights_of_the_artifact(models, tmp_pat
     path = artifact(tmp_path / "a")
     with caplog.at_level(logging.INFO, "downstream.openmmlab.backbones"):
         backbone = models.build({"type": "DyViT", "artifact": str(path), "out_norms": False}).eval()
-    encoder, _ = load_encoder(path)
+    encoder = load_encoder(path)
     images = torch.randn(2, 3, 70, 101)
     with torch.no_grad():
         maps, expected = backbone(images), encoder(images)

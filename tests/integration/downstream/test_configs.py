@@ -14,7 +14,10 @@ from downstream.cli_options import TrainOptions
 from downstream.configs.adapt import EncoderSpec, set_encoder
 from downstream.configs.load import PRESETS, load_config
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # mm's configurations and models warn of each other
+pytestmark = [
+    pytest.mark.openmmlab,
+    pytest.mark.filterwarnings("ignore"),  # mm's configurations and models warn of each other
+]
 
 ALL = sorted(PRESETS.glob("mm*/*.py"))
 

@@ -1,5 +1,6 @@
 """Deployed detectors and segmentors, measured: against `coma detect|segment test`, and with known answers."""
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from downstream.commands import detect, segment
 from export.graphs.load import load_exportable
 from export.verify.task_metrics import measure
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages warn of each other
+pytestmark = [pytest.mark.openmmlab, pytest.mark.filterwarnings("ignore")]  # mm's packages warn of each other
 
 SMALL = ["--lr", "3e-3", "--validations", "1", "--head-channels", "32", "--workers", "0"]
 ALL = 100
@@ -57,9 +58,8 @@ def segmentor(scenes, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def deployed() -> Any:
-
-    return deployed
+def evaluate_runtime() -> Any:
+    return importlib.import_module("downstream.evaluate_runtime")  # mmengine warns when it is imported
 
 
 def doubling(segmentor: Path, to: Path, **preprocessor: Any) -> Path:

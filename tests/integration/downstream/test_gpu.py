@@ -9,7 +9,11 @@ from check_ops import cases, differing
 
 from downstream.openmmlab.mmcv_ops import OPERATORS
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # mm's packages have many
+pytestmark = [
+    pytest.mark.openmmlab,
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore"),  # mm's packages have many
+]
 
 
 @pytest.mark.parametrize("name", cases(10, 0, torch.device("cpu")))

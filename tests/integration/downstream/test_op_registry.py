@@ -13,7 +13,10 @@ from downstream_data import provided_ops
 from coma.errors import BadInput
 from downstream.openmmlab.op_registry import register_ops
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mmengine's and mmcv's own
+pytestmark = [
+    pytest.mark.openmmlab,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # mmengine's and mmcv's own
+]
 
 
 @pytest.fixture(scope="module")

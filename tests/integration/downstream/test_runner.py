@@ -10,7 +10,10 @@ from torch.utils.data import DataLoader, Dataset
 from coma.atomic_io import seal
 from coma.errors import BadInput
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of mm's packages, which are imported inside
+pytestmark = [
+    pytest.mark.openmmlab,
+    pytest.mark.filterwarnings("ignore"),  # of mm's packages, which are imported inside
+]
 
 
 @pytest.fixture

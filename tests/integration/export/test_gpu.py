@@ -13,13 +13,13 @@ from export.onnx_export import write_onnx
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # the exporter's own
 
 
-@pytest.mark.parametrize("form", ["encoder", "reconstructor"])
-def test_pytorch_computes_there_what_it_does_on_a_cpu(accelerator, tmp_path, form):
-    artifact = backbone(tmp_path / "a") if form == "encoder" else pretrained(tmp_path / "a")
+@pytest.mark.parametrize("graph", ["encoder", "reconstructor"])
+def test_pytorch_computes_there_what_it_does_on_a_cpu(accelerator, tmp_path, graph):
+    artifact = backbone(tmp_path / "a") if graph == "encoder" else pretrained(tmp_path / "a")
     images = torch.randn(2, 3, 48, 48)
-    others = {} if form == "encoder" else {"visible": torch.rand(2, 3, 3) > 0.5}
-    here = TorchRuntime(load_exportable(artifact, form))(images, **others)
-    there = TorchRuntime(load_exportable(artifact, form), accelerator.type)(images, **others)
+    others = {} if graph == "encoder" else {"visible": torch.rand(2, 3, 3) > 0.5}
+    here = TorchRuntime(load_exportable(artifact, graph))(images, **others)
+    there = TorchRuntime(load_exportable(artifact, graph), accelerator.type)(images, **others)
     for name, expected in here.items():
         assert there[name].device.type == accelerator.type
         torch.testing.assert_close(there[name].cpu(), expected, rtol=1e-3, atol=1e-3)
@@ -28,9 +28,9 @@ def test_pytorch_computes_there_what_it_does_on_a_cpu(accelerator, tmp_path, for
 def test_onnx_runtime_computes_there_what_pytorch_does(accelerator, tmp_path):
     if accelerator.type not in providers():
         pytest.skip(f"this ONNX Runtime offers {', '.join(providers())}")
-    deployable = load_exportable(backbone(tmp_path / "a"), "encoder")
+    exportable = load_exportable(backbone(tmp_path / "a"), "encoder")
     path, side = tmp_path / "encoder.onnx", 48
-    write_onnx(deployable, Shapes(Shape(1, side, side), Shape(2, side, side), Shape(2, side, side)), path)
+    write_onnx(exportable, Shapes(Shape(1, side, side), Shape(2, side, side), Shape(2, side, side)), path)
     images = torch.randn(2, 3, side, side)
     expected = TorchRuntime(load_exportable(tmp_path / "a", "encoder"))(images)
     found = OnnxRuntime(path, accelerator.type)(images.to(accelerator))  # type: ignore[arg-type]

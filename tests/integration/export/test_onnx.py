@@ -18,7 +18,7 @@ from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes, parse_shapes
 from export.graphs.load import example_inputs, graph_kinds_of, load_exportable
 from export.graphs.wrappers import AdaptiveAveragePool, SegmentorGraph, replace_adaptive_pooling
-from export.onnx_export import in_precision, with_preprocessing, write_onnx
+from export.onnx_export import cast_weights, with_normalization, write_onnx
 from export.quantization import quantize_int8
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages, and torch.onnx, warn of each other
@@ -37,24 +37,27 @@ ERRORS = {"fp32": 1e-4, "fp16": 2e-2}
 
 
 def write(
-    folder: Path, artifact: Path, form, precision: Precision, shapes: Shapes, inside: bool = False
+    folder: Path,
+    artifact: Path,
+    graph,
+    precision: Precision,
+    shapes: Shapes,
+    normalize_in_graph: bool = False,
 ) -> Path:
-    deployable = load_exportable(artifact, form)
-    if inside:
-        deployable = with_preprocessing(deployable)
-    in_precision(deployable.module, precision)
-    about = replace(deployable.description, precision=precision)
-    path = folder / f"{form}-{precision}.onnx"
-    write_onnx(replace(deployable, description=about), shapes, path)
+    exportable = load_exportable(artifact, graph)
+    if normalize_in_graph:
+        exportable = with_normalization(exportable)
+    path = folder / f"{graph}-{precision}.onnx"
+    write_onnx(cast_weights(exportable, precision), shapes, path)
     return path
 
 
-def compare(artifact: Path, form, path: Path, shape: Shape, limit: float) -> None:
-    reference, runtime = TorchRuntime(load_exportable(artifact, form)), OnnxRuntime(path, threads=1)
-    inputs = example_inputs(reference.description, shape.batch, shape.height, shape.width)
-    names = [port.name for port in reference.description.inputs]
+def compare(artifact: Path, graph, path: Path, shape: Shape, limit: float) -> None:
+    reference, runtime = TorchRuntime(load_exportable(artifact, graph)), OnnxRuntime(path, threads=1)
+    inputs = example_inputs(reference.spec, shape.batch, shape.height, shape.width)
+    names = [each.name for each in reference.spec.inputs]
     wanted, found = (run(**dict(zip(names, inputs, strict=True))) for run in (reference, runtime))
-    assert list(found) == [port.name for port in reference.description.outputs]
+    assert list(found) == [each.name for each in reference.spec.outputs]
     for name, value in wanted.items():
         assert found[name].shape == value.shape and found[name].dtype == value.dtype
         if value.is_floating_point():
@@ -64,32 +67,41 @@ def compare(artifact: Path, form, path: Path, shape: Shape, limit: float) -> Non
             assert (found[name] == value).double().mean() > 1 - 2 * max(limit, 0.01)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("form", MAKERS)
-def test_files_give_what_the_model_gives_at_any_size(form, precision, tmp_path):
-    artifact = MAKERS[form](tmp_path / "artifact")
-    path = write(tmp_path, artifact, form, precision, FREE)
+QUICK = (("encoder", "fp32"), ("classifier", "fp16"))
+
+
+@pytest.mark.parametrize(
+    ("graph", "precision"),
+    [
+        pytest.param(graph, precision, marks=[pytest.mark.slow] * ((graph, precision) not in QUICK))
+        for graph in MAKERS
+        for precision in ERRORS
+    ],
+)
+def test_files_give_what_the_model_gives_at_any_size(graph, precision, tmp_path):
+    artifact = MAKERS[graph](tmp_path / "artifact")
+    path = write(tmp_path, artifact, graph, precision, FREE)
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     assert {imported.domain for imported in model.opset_import} == {""}
     assert all(node.domain == "" for node in model.graph.node) and not model.functions
-    description = read_model_spec(model, path.name)
-    assert description.inputs[0].axes == ("batch", 3, "height", "width")
-    assert description.precision == precision
+    spec = read_model_spec(model, path.name)
+    assert spec.inputs[0].axes == ("batch", 3, "height", "width")
+    assert spec.precision == precision
     for value in (*model.graph.input, *model.graph.output):
         assert value.type.tensor_type.elem_type != onnx.TensorProto.FLOAT16
         assert value.type.tensor_type.shape.dim[0].dim_param
     for shape in RUN:
-        compare(artifact, form, path, shape, ERRORS[precision])
+        compare(artifact, graph, path, shape, ERRORS[precision])
     if precision == "fp32":
         quantised = tmp_path / "int8.onnx"
-        names = [port.name for port in description.inputs]
-        inputs = [example_inputs(description, 2, 64, 48), example_inputs(description, 1, 48, 64)]
+        names = [each.name for each in spec.inputs]
+        inputs = [example_inputs(spec, 2, 64, 48), example_inputs(spec, 1, 48, 64)]
         batches = [{k: v.numpy() for k, v in zip(names, each, strict=True)} for each in inputs]
         quantize_int8(path, quantised, batches)
         onnx.checker.check_model(onnx.load(quantised), full_check=True)
         for shape in RUN:
-            compare(artifact, form, quantised, shape, 0.1)
+            compare(artifact, graph, quantised, shape, 0.1)
 
 
 @pytest.mark.parametrize("windows", [((4, 8), (2, 4), (2, 14), (7,))])
@@ -138,14 +150,24 @@ def test_static_shapes_are_static_and_others_refused(tmp_path):
 def test_pixels_in_and_mean_inside(tmp_path):
     artifact = export_files.pretrained(tmp_path / "artifact")
     batch = Shapes(Shape(1, 48, 48), Shape(2, 48, 48), Shape(4, 48, 48))
-    path = write(tmp_path, artifact, "reconstructor", "fp16", batch, inside=True)
-    runtime, reference = open_runtime(path), open_runtime(artifact, form="reconstructor")
+    path = write(tmp_path, artifact, "reconstructor", "fp16", batch, normalize_in_graph=True)
+    runtime, reference = open_runtime(path), open_runtime(artifact, graph="reconstructor")
     pixels = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
     mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (export_files.MEAN, export_files.STD))
     visible = torch.rand(3, 3, 3) < 0.5
     wanted = reference((pixels / 255 - mean) / std, visible=visible)["reconstruction"]
     found = runtime(pixels, visible=visible)["reconstruction"]
     torch.testing.assert_close(found / 255, wanted * std + mean, atol=5e-3, rtol=0)
+
+
+def test_a_model_without_a_mask_takes_pixels_too(tmp_path):
+    artifact = export_files.classifier(tmp_path / "artifact")
+    batch = Shapes(Shape(1, 48, 48), Shape(2, 48, 48), Shape(4, 48, 48))
+    path = write(tmp_path, artifact, "classifier", "fp32", batch, normalize_in_graph=True)
+    pixels = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
+    mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (export_files.MEAN, export_files.STD))
+    wanted = open_runtime(artifact)((pixels / 255 - mean) / std)["logits"]
+    torch.testing.assert_close(open_runtime(path)(pixels)["logits"], wanted, atol=1e-4, rtol=1e-3)
 
 
 def test_more_channels(tmp_path):
@@ -161,15 +183,15 @@ def test_more_channels(tmp_path):
 
 def test_a_batch_that_was_baked_in_is_caught(tmp_path):
     class Baked(nn.Module):
-        def __init__(self, form: nn.Module) -> None:
+        def __init__(self, graph: nn.Module) -> None:
             super().__init__()
-            self.form = form
+            self.graph = graph
 
         def forward(self, images):
-            return (self.form(images)[0].reshape(2, -1),)
+            return (self.graph(images)[0].reshape(2, -1),)
 
-    deployable = load_exportable(export_files.classifier(tmp_path / "artifact"), "classifier")
-    baked = replace(deployable, module=Baked(deployable.module))
+    exportable = load_exportable(export_files.classifier(tmp_path / "artifact"), "classifier")
+    baked = replace(exportable, module=Baked(exportable.module))
     with pytest.raises(CheckFailed, match="batch should be dynamic and is fixed at 2"):
         write_onnx(baked, Shapes(Shape(1, 48, 48), Shape(2, 48, 48), Shape(4, 48, 48)), tmp_path / "b.onnx")
     assert not list(tmp_path.glob("b.onnx*"))
@@ -177,7 +199,7 @@ def test_a_batch_that_was_baked_in_is_caught(tmp_path):
 
 def test_runtimes_refuse_what_does_not_fit(tmp_path):
     artifact = export_files.pretrained(tmp_path / "artifact")
-    runtime = open_runtime(artifact, form="reconstructor")
+    runtime = open_runtime(artifact, graph="reconstructor")
     images, visible = torch.zeros(1, 3, 48, 48), torch.ones(1, 3, 3, dtype=torch.bool)
     with pytest.raises(BadInput, match="takes images and visible, given were images"):
         runtime(images)
@@ -202,7 +224,7 @@ def test_a_strangers_file_is_refused(tmp_path):
     graph = onnx.helper.make_graph([node], "g", [value("x", 1, [1])], [value("y", 1, [1])])
     opset = [onnx.helper.make_opsetid("", 18)]
     onnx.save(onnx.helper.make_model(graph, ir_version=10, opset_imports=opset), tmp_path / "x.onnx")
-    with pytest.raises(BadInput, match="no description of ours"):
+    with pytest.raises(BadInput, match="holds no specification of a model"):
         open_runtime(tmp_path / "x.onnx")
 
 
@@ -269,9 +291,9 @@ def test_shapes_that_are_none(text, message):
 
 
 def test_images_below_a_unit_are_refused(tmp_path):
-    deployable = load_exportable(export_files.backbone(tmp_path / "a"), "encoder")
+    exportable = load_exportable(export_files.backbone(tmp_path / "a"), "encoder")
     with pytest.raises(BadInput, match="smaller than the encoder's mask unit"):
-        write_onnx(deployable, Shapes(*[Shape(1, 8, 64)] * 3), tmp_path / "a.onnx")
+        write_onnx(exportable, Shapes(*[Shape(1, 8, 64)] * 3), tmp_path / "a.onnx")
 
 
 def test_default_model_has_crossing_windows():

@@ -22,7 +22,7 @@ from coma.models import build_encoder  # noqa: E402
 from coma.runtimes.onnxruntime import ORT_FP8_ENTRY  # noqa: E402
 from export.half_precision_emulation import emulate  # noqa: E402
 from export.quantization import precision_summary, quantize_fp8, quantize_int8  # noqa: E402
-from export.quantization.calibration import BINS, Magnitudes  # noqa: E402
+from export.quantization.calibration import BINS, MagnitudeHistogram  # noqa: E402
 from export.quantization.qdq import INT8, fp8_codes  # noqa: E402
 
 MODEL = DyViTConfig(
@@ -213,7 +213,7 @@ def test_every_output_channel_of_every_kind_of_layer_has_its_scale(tmp_path: Pat
     source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
     onnx.save(model, source)
     images = rng.normal(size=(64, 3, 3, 3)).astype(np.float32)
-    done = quantize_int8(source, target, [{"x": images}], "minmax", keep_first=False)
+    done = quantize_int8(source, target, [{"x": images}], "minmax", exclude_first=False)
     assert done.layers == ("first", "second", "third")
     stored = {each.name: each for each in onnx.load(target).graph.initializer}
     for name, axis in (("conv", 0), ("upright", 1), ("turned", 0)):
@@ -233,7 +233,7 @@ def test_methods_of_calibration(exports: dict[str, Path], tmp_path: Path, method
         exports["fp32"], tmp_path / "out.onnx", calibration(), method, percentile=99, progress=seen.append
     )
     images = crops(4, seed=99)
-    assert seen == [1, 2, 3, 4] and done.kept == ("encoder.stem",)
+    assert seen == [1, 2, 3, 4] and done.excluded == ("encoder.stem",)
     assert worst_cosine(run(tmp_path / "out.onnx", images), run(exports["fp32"], images)) > 0.99
     highest = quantize_int8(exports["fp32"], tmp_path / "out.onnx", calibration(), "minmax").ranges
     assert all(0 < done.ranges[name] <= highest[name] for name in highest)
@@ -254,17 +254,17 @@ def test_kept_layers_and_metadata(exports: dict[str, Path], tmp_path: Path) -> N
         exports["fp32"],
         target,
         calibration(),
-        keep=("*.merge.*", "*.gate.*"),
-        keep_first=False,
+        exclude=("*.merge.*", "*.gate.*"),
+        exclude_first=False,
         metadata={"coma": "fp8"},
     )
     model = onnx.load(target)
-    assert len(done.kept) == 5 and done.layers[0] == "encoder.stem"
-    assert tuple(precision_summary(model)["float_layers"]) == done.kept
+    assert len(done.excluded) == 5 and done.layers[0] == "encoder.stem"
+    assert tuple(precision_summary(model)["float_layers"]) == done.excluded
     assert {each.key: each.value for each in model.metadata_props} == {"coma": "fp8", "other": "stays"}
     assert all(node.metadata_props for node in model.graph.node if node.op_type == "Softmax")
     with pytest.raises(BadInput, match=r"no layer is called 'neck\.\*'"):
-        quantize_int8(exports["fp32"], target, calibration(), keep=("neck.*",))
+        quantize_int8(exports["fp32"], target, calibration(), exclude=("neck.*",))
 
 
 def test_a_failure_leaves_the_target_as_it_was(
@@ -296,7 +296,7 @@ def test_a_failure_leaves_the_target_as_it_was(
 
 def test_magnitudes_are_counted_over_growing_ranges() -> None:
     values = np.abs(np.random.default_rng(0).normal(size=40_000)).astype(np.float32)
-    magnitudes = Magnitudes()
+    magnitudes = MagnitudeHistogram()
     magnitudes.add(np.zeros(3, np.float32))
     for part in np.split(np.sort(values), 8):
         magnitudes.add(part)
@@ -304,10 +304,10 @@ def test_magnitudes_are_counted_over_growing_ranges() -> None:
     width = magnitudes.top / BINS
     assert math.isclose(magnitudes.percentile(99), np.quantile(values, 0.99), abs_tol=2 * width)
     assert 2 < magnitudes.least_divergence() <= values.max()
-    outlier = Magnitudes()
+    outlier = MagnitudeHistogram()
     outlier.add(np.append(values, np.float32(60)))
     assert outlier.least_divergence() < 10  # one value does not cost all others their resolution
-    assert Magnitudes().least_divergence() == 0
+    assert MagnitudeHistogram().least_divergence() == 0
 
 
 def test_codes_round_to_the_nearest_and_saturate() -> None:
@@ -352,12 +352,12 @@ def test_every_result_is_rounded_as_torch_rounds_it() -> None:
         helper.make_node("Cast", ["scores"], ["out_scores"], to=TensorProto.FLOAT),
         helper.make_node("Cast", ["shares"], ["out_shares"], to=TensorProto.FLOAT),
     ]
-    ports = [
+    tensor_specs = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, [64, size])
         for name, size in (("x", 32), ("out_scores", 48), ("out_shares", 48))
     ]
     bits = helper.make_tensor("w", TensorProto.BFLOAT16, w.shape, weight.float().numpy().ravel())
-    graph = helper.make_graph(nodes, "main", ports[:1], ports[1:], [bits])
+    graph = helper.make_graph(nodes, "main", tensor_specs[:1], tensor_specs[1:], [bits])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     found = run(emulate(model, "bf16"), x, "x")
     assert all((a == b).mean() > 0.99 for a, b in zip(found, expected, strict=True))  # but for orders of sums
@@ -369,17 +369,17 @@ def test_fp16_runs_on_a_cpu(exports: dict[str, Path]) -> None:
 
 
 def test_what_cannot_be_emulated_is_refused() -> None:
-    def model(inside: int, port: int) -> ModelProto:
+    def model(inside: int, outer: int) -> ModelProto:
         def result(name: str, kind: int):
             return helper.make_tensor_value_info(name, kind, [2])
 
         cast = helper.make_node("Cast", ["x"], ["inner"], to=inside)
-        back = helper.make_node("Cast", ["inner"], ["y"], to=port)
-        branch = helper.make_graph([cast, back], "branch", [], [result("y", port)])
+        back = helper.make_node("Cast", ["inner"], ["y"], to=outer)
+        branch = helper.make_graph([cast, back], "branch", [], [result("y", outer)])
         node = helper.make_node("If", ["which"], ["z"], "choose", then_branch=branch, else_branch=branch)
         which = helper.make_tensor_value_info("which", TensorProto.BOOL, [])
         inputs = [result("x", TensorProto.FLOAT), which]
-        return helper.make_model(helper.make_graph([node], "main", inputs, [result("z", port)]))
+        return helper.make_model(helper.make_graph([node], "main", inputs, [result("z", outer)]))
 
     emulate(model(TensorProto.FLOAT16, TensorProto.FLOAT), "bf16")
     with pytest.raises(BadInput, match="If 'choose'"):

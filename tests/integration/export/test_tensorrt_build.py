@@ -16,11 +16,11 @@ from tensorrt_files import ABOUT, FLOAT, PROFILE, graph, needs_no_gpu, needs_rtx
 
 from coma.atomic_io import sha256_of
 from coma.errors import BadInput, CheckFailed, Interrupted
-from coma.runtimes.tensorrt import _open
-from coma.runtimes.trt.callbacks import make_logger
-from coma.runtimes.trt.discovery import load_library
-from coma.runtimes.trt.profiles import Profile, ShapeRange
-from coma.runtimes.trt.sidecar import EngineOptions, read_sidecar
+from coma.runtimes.tensorrt.callbacks import make_logger
+from coma.runtimes.tensorrt.discovery import load_library
+from coma.runtimes.tensorrt.profiles import Profile, ShapeRange
+from coma.runtimes.tensorrt.runtime import _open
+from coma.runtimes.tensorrt.sidecar import EngineOptions, read_sidecar
 from export.tensorrt.builder import build_engine, configure, open_timing_cache, save_timing_cache
 from export.tensorrt.rtx import check_rtx
 
@@ -46,12 +46,12 @@ def onnx_file(tmp_path: Path) -> Path:
 def test_an_engine_and_its_sidecar_are_written(onnx_file: Path):
     path = onnx_file.with_name("model.engine")
     phases: list[tuple[str, int, int]] = []
-    options = EngineOptions(workspace_mib=64, optimization_level=1)
+    options = EngineOptions(workspace=64, builder_level=1)
     sidecar = build_engine(
         onnx_file, path, (PROFILE,), options, lambda *told: phases.append(told), flavour="tensorrt_rtx"
     )
     assert read_sidecar(path) == sidecar
-    assert sidecar.description == ABOUT and sidecar.profiles == (PROFILE,) and sidecar.options == options
+    assert sidecar.spec == ABOUT and sidecar.profiles == (PROFILE,) and sidecar.options == options
     assert sidecar.engine_sha256 == sha256_of(path) and sidecar.onnx_sha256 == sha256_of(onnx_file)
     assert sidecar.layers >= len(HALF) and sidecar.gpu is None
     assert all(0 <= done <= steps for _, done, steps in phases) and len({name for name, *_ in phases}) > 3
@@ -159,9 +159,9 @@ def test_options_become_settings():
         assert {flag: config.get_flag(getattr(trt.BuilderFlag, flag)) for flag in flags} == dict.fromkeys(
             flags, wanted
         )
-    configure(trt, config, EngineOptions(workspace_mib=32, optimization_level=5, strip_plan=True))
+    configure(trt, config, EngineOptions(workspace=32, builder_level=5))
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 32 * 2**20
-    assert config.builder_optimization_level == 5 and config.get_flag(trt.BuilderFlag.STRIP_PLAN)
+    assert config.builder_optimization_level == 5
 
 
 @needs_rtx
@@ -240,4 +240,4 @@ INT8_CONSTANTS = {
 def test_explicit_int8_is_taken(tmp_path: Path):
     file = graph(tmp_path / "model.onnx", INT8, INT8_CONSTANTS, about=replace(ABOUT, precision="int8"))
     sidecar = build_engine(file, tmp_path / "engine", (PROFILE,), flavour="tensorrt_rtx")
-    assert sidecar.description.precision == "int8"
+    assert sidecar.spec.precision == "int8"

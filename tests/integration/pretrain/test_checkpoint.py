@@ -16,7 +16,7 @@ from coma.atomic_io import write_whole
 from coma.errors import BadInput, CheckFailed
 from pretrain.training import pretrain
 from pretrain.training.checkpoint import read_state, write_state
-from pretrain.training.train_step import Learner
+from pretrain.training.train_step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -199,15 +199,15 @@ def test_metrics_wait_for_room(resumable, whole, tmp_path, capsys):
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         full(patch, ("metrics.jsonl",))
-        log = Learner.step
+        log = TrainStep.__call__
 
-        def room_after_5(self: Learner, n: int, *rest: Any) -> Any:
+        def room_after_5(self: TrainStep, n: int, *rest: Any) -> Any:
             if n == 5:
                 patch.undo()
             return log(self, n, *rest)
 
         with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(Learner, "step", room_after_5)
+            inner.setattr(TrainStep, "__call__", room_after_5)
             pretrain(at(resumable, run))
     assert "step 3: could not write metrics (No space left on device)" in capsys.readouterr().err
     assert_same(run, whole)
@@ -253,19 +253,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_is_really_full(resumable, whole, small_disk, capsys):
     run, ballast = small_disk / "run", small_disk / "ballast"
 
-    def fill(self: Learner, n: int, *rest: Any) -> Any:
+    def fill(self: TrainStep, n: int, *rest: Any) -> Any:
         if n == 5:
             with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
                 while True:
                     file.write(bytes(4096))
         return take(self, n, *rest)
 
-    take = Learner.step
+    take = TrainStep.__call__
     with (
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(CheckFailed, match=r"written: state \(No space"),
     ):
-        patch.setattr(Learner, "step", fill)
+        patch.setattr(TrainStep, "__call__", fill)
         pretrain(at(resumable, run))
     assert "the last good state is step 4" in capsys.readouterr().err
     with pytest.raises(BadInput, match=r"needs [\d.]+ MB of disk, and [\d.]+ MB are free; make room"):

@@ -20,14 +20,14 @@ from coma.data import ArraySource
 from coma.errors import BadInput, CheckFailed
 from pretrain.evaluate import (
     Features,
+    align_labels,
     evaluate,
     extract_features,
     knn_votes,
     random_encoder,
     score,
-    shared_labels,
 )
-from pretrain.evaluate.protocols import top_share
+from pretrain.evaluate.protocols import topk_accuracy
 
 MODEL = ViTConfig(patch=4, dim=16, depth=1, heads=2)
 
@@ -126,8 +126,8 @@ def test_impossible_neighbours_are_refused(k, temperature, message):
 def test_top_shares_are_counted():
     guess = torch.tensor([[3.0, 2, 1, 0, -1, -2], [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]])
     labels = torch.tensor([0, 0, 4])
-    assert top_share(guess, labels, 1) == pytest.approx(1 / 3)
-    assert top_share(guess, labels, 5) == pytest.approx(2 / 3)
+    assert topk_accuracy(guess, labels, 1) == pytest.approx(1 / 3)
+    assert topk_accuracy(guess, labels, 5) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("protocol", ["knn", "linear"])
@@ -158,12 +158,12 @@ def array(labels, names=None, where="set") -> ArraySource:
 
 def test_names_decide_when_the_sets_count_their_classes_differently():
     train, test = array([0, 1, 2, 1], ("ant", "bee", "cat")), array([0, 1, 0], ("cat", "ant"))
-    known, asked, classes = shared_labels(train, test)
+    known, asked, classes = align_labels(train, test)
     assert (known.tolist(), asked.tolist(), classes) == ([0, 1, 2, 1], [2, 0, 2], ("ant", "bee", "cat"))
 
 
 def test_numbers_decide_where_there_are_no_names():
-    known, asked, classes = shared_labels(array([0, 3, 1]), array([3, 0], ("a", "b", "c", "d")))
+    known, asked, classes = align_labels(array([0, 3, 1]), array([3, 0], ("a", "b", "c", "d")))
     assert (known.tolist(), asked.tolist(), classes) == ([0, 2, 1], [2, 0], ("0", "1", "3"))
 
 
@@ -175,16 +175,16 @@ def test_numbers_decide_where_there_are_no_names():
         (
             array([0, 1], ("a", "b")),
             array([0, 1], ("a", "c"), "exam"),
-            "exam: classes of which set has no image: c; it has a, b",
+            "exam: set does not have the classes c; it has a, b",
         ),
         (array([0, 0], ("a", "b")), array([1], ("a", "b")), "no image: b; it has a"),
         (array([0, 1]), array([2, 7]), "no image: 2, 7; it has 0, 1"),
-        (array([1, 1]), array([1, 1]), "all of one class"),
+        (array([1, 1]), array([1, 1]), "of one class"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(train, test, message):
     with pytest.raises(BadInput, match=message):
-        shared_labels(train, test)
+        align_labels(train, test)
 
 
 # features --------------------------------------------------------------------------------------
@@ -312,27 +312,30 @@ def coma(*argv: object) -> int:
 
 
 def test_the_command_prints_a_table_and_writes_json(folder, capsys):
-    out = folder / "results.json"
+    out = folder / "evaluation"
     assert coma(folder / "artifact", "--data", folder / "data", "--workers", 0, "--k", 5, "--out", out) == 0
     shown = capsys.readouterr().out
     assert "top-1 %" in shown
     assert "random, like" in shown
-    results = json.loads(out.read_text())
+    results = json.loads((out / "results.json").read_text())
     assert Path(results["train"]) == folder / "data" / "train"
     rows = [(row["encoder"].startswith("random"), row["protocol"]) for row in results["scores"]]
     assert rows == [(False, "knn"), (False, "linear"), (True, "knn"), (True, "linear")]
     assert all(
         row["top1"] > 0.5 and row["top5"] is None and row["test_images"] == 30 for row in results["scores"]
     )
+    head, _, first, *_ = (out / "results.md").read_text().splitlines()
+    assert head.startswith("| encoder | protocol | test top-1 % |")
+    assert first.startswith(f"| {folder / 'artifact'} | knn | {100 * results['scores'][0]['top1']:.2f} |")
 
 
 def test_the_command_takes_several_artifacts_and_one_protocol(folder, capsys):
-    artifact, data, out = folder / "artifact", folder / "data", folder / "results.json"
+    artifact, data, out = folder / "artifact", folder / "data", folder / "evaluation"
     pair = ("--train", data / "train", "--test", data / "test")
     shutil.copytree(artifact, folder / "other")
-    argv = (artifact, folder / "other", *pair, "--protocol", "knn", "--workers", 0, "--out", out)
-    assert coma(*argv, "--no-reference") == 0
-    scores = json.loads(out.read_text())["scores"]
+    argv = (artifact, folder / "other", *pair, "--protocols", "knn", "--workers", 0, "--out", out)
+    assert coma(*argv, "--no-random-baseline") == 0
+    scores = json.loads((out / "results.json").read_text())["scores"]
     assert len(scores) == 2
     assert scores[0]["top1"] == scores[1]["top1"]
     assert coma(folder / "data" / ".." / "other", *argv[1:]) == 2
@@ -352,14 +355,16 @@ def test_rows_are_told_apart_and_one_baseline_serves_an_architecture(folder, cap
     monkeypatch.setenv("COLUMNS", "80")
     for path, each in zip(paths, others.values(), strict=True):
         save_artifact(path, tensors=random_encoder(each, 5).state_dict(), config=each)
-    argv = ("--data", "data", "--protocol", "knn", "--k", 3, "--workers", 0, "--out", "out.json")
+    argv = ("--data", "data", "--protocols", "knn", "--k", 3, "--workers", 0, "--out", "evaluation")
     assert coma(*paths, *argv) == 0
     table = capsys.readouterr().out.split("┏")[1]
     assert "…" not in table and "..." not in table
     cells = [line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│")]
     assert "".join(cells).startswith("".join(map(str, paths)))
     assert max(map(len, table.splitlines())) <= 80
-    names = [row["encoder"] for row in json.loads((folder / "out.json").read_text())["scores"]]
+    names = [
+        row["encoder"] for row in json.loads((folder / "evaluation" / "results.json").read_text())["scores"]
+    ]
     assert names == [*map(str, paths), f"random, like {paths[0]} and 1 more", f"random, like {paths[2]}"]
 
 
@@ -369,16 +374,17 @@ def test_rows_are_told_apart_and_one_baseline_serves_an_architecture(folder, cap
         (("--data", "DATA"), "give at least one artifact"),
         (("ARTIFACT",), "give --data, or both --train and --test"),
         (("ARTIFACT", "--train", "DATA"), "give --data, or both --train and --test"),
-        (("ARTIFACT", "--data", "DATA", "--out", "DATA"), "is a directory"),
+        (("ARTIFACT", "--data", "DATA", "--out", "FILE"), "is a file; give a folder"),
         (("ARTIFACT", "--data", "nowhere"), "nowhere"),
         (("nothing", "--data", "DATA"), "nothing: no such directory"),
         (("ARTIFACT", "--data", "DATA", "--k", "999"), "1 to 60"),
         (("ARTIFACT", "--data", "DATA", "--image-size", "2"), "image size 2 px"),
-        (("ARTIFACT", "--data", "DATA", "--protocol"), "at least one --protocol"),
+        (("ARTIFACT", "--data", "DATA", "--protocols"), "at least one of --protocols"),
     ],
 )
 def test_the_command_refuses_with_one_line(folder, capsys, argv, message):
-    places = {"DATA": folder / "data", "ARTIFACT": folder / "artifact"}
+    (folder / "file").touch()
+    places = {"DATA": folder / "data", "ARTIFACT": folder / "artifact", "FILE": folder / "file"}
     assert coma(*(places.get(word, word) for word in argv)) == 2
     shown = capsys.readouterr().err
     assert message in shown

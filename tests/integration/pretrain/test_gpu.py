@@ -10,7 +10,7 @@ from PIL import Image
 from short_runs import MODEL, OBJECTIVE, Killed, at, killed_in, learned
 
 from coma.config import DataConfig, DyViTConfig, MAEConfig, ViTConfig, dyvit_preset, method_preset
-from coma.data import Slices, open_source, training_batches
+from coma.data import BatchLayout, open_source, training_batches
 from coma.errors import BadInput
 from coma.masking.sampling import keep, partition
 from coma.models import DyViT, build_encoder
@@ -118,7 +118,7 @@ def test_masks_are_those_of_a_cpu(accelerator):
 def test_batches_for_a_gpu_are_pinned(accelerator, photos, workers):
     data = DataConfig(photos, image_size=16, workers=workers)
     batches = training_batches(
-        open_source(photos), data, channels=3, seed=0, batch=Slices(4, 4), device=accelerator
+        open_source(photos), data, channels=3, seed=0, batch=BatchLayout(4, 4), device=accelerator
     )
     batch = next(batches)
     batches.close()  # type: ignore[attr-defined]
@@ -131,7 +131,7 @@ def test_a_run_trains_saves_and_reconstructs(accelerator, settings, tmp_path, pr
     pretrain(config)
     rows, weights = learned(tmp_path / "run")
     assert len(rows) == 3 and all(torch.isfinite(each).all() for each in weights.values())
-    objective, _ = load_pretrained(tmp_path / "run" / "artifact")
+    objective = load_pretrained(tmp_path / "run" / "artifact")
     images = torch.randn(2, 3, 16, 16)
     shown = objective.draw_visible(torch.arange(2), 2, 2)[0]
     expected = objective.reconstruct(images, shown)

@@ -1,6 +1,5 @@
 """Labelled images looked at during training: the same numbers as afterwards, and nothing else changes."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +9,12 @@ import pytest
 import torch
 from class_folders import class_folders
 from PIL import Image
-from short_runs import MODEL, Killed, assert_same, at, killed_in, learned, stop_during
+from short_runs import MODEL, Killed, assert_same, at, killed_in, learned, rows, stop_during
 
 from coma import cli
 from coma.artifact import load_encoder
 from coma.config import ProbeConfig
-from coma.data import ArraySource, balanced, normalize, open_source
+from coma.data import ArraySource, balanced_subset, normalize, open_source
 from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.models import build_encoder
 from coma.models.attention import WindowGate
@@ -25,11 +24,6 @@ from pretrain.training import pretrain
 from pretrain.visualize.curves import loss_curve
 
 
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return class_folders(tmp_path_factory.mktemp("labelled"))
-
-
 @pytest.fixture
 def probed(resumable, labelled, no_pictures):
     """The run of seven steps, probed before it, at steps 2, 4, 6 and at the end."""
@@ -37,8 +31,7 @@ def probed(resumable, labelled, no_pictures):
 
 
 def probe_rows(run: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "probe_knn" in row]
+    return [row for row in rows(run) if "probe_knn" in row]
 
 
 # the run -----------------------------------------------------------------------------------------
@@ -49,11 +42,10 @@ def test_a_probe_changes_nothing_else_and_finds_what_evaluate_finds(
 ):
     run = pretrain(at(probed, tmp_path / "run"))
     measured = (
-        f"probe: accuracy on 12 images of {labelled}/test, by nearest neighbours or a classifier from 24"
+        f"probe: accuracy on 12 images of {labelled}/test, by neighbours among 24 images of {labelled}/train"
     )
-    assert f"{measured} images of {labelled}/train; nothing that is trained or saved depends on it" in (
-        capsys.readouterr().err
-    )
+    told = capsys.readouterr().err
+    assert f"{measured} or a classifier trained on them; it has no influence on training" in told
     rows, weights = learned(run)
     plain_rows, plain_weights = learned(whole)
     assert [row for row in rows if "loss" in row] == plain_rows
@@ -61,7 +53,8 @@ def test_a_probe_changes_nothing_else_and_finds_what_evaluate_finds(
     found = probe_rows(run)
     assert [row["step"] for row in found] == [0, 2, 4, 6, 7]
     assert [row["images_seen"] for row in found] == [0, 8, 16, 24, 28]
-    encoder, about = load_encoder(run / "artifact")
+    encoder = load_encoder(run / "artifact")
+    about = encoder.artifact
     scores = evaluate(encoder, about, open_source(labelled, "train"), open_source(labelled, "test"))
     assert {f"probe_{score.protocol}": score.top1 for score in scores}.items() <= found[-1].items()
     assert found[0]["probe_stage1_window1"] == pytest.approx(0.5)
@@ -140,7 +133,7 @@ def test_a_probe_that_fails_on_the_way_ends_no_run(probed, tmp_path, monkeypatch
 
     monkeypatch.setattr(Probe, "measure", fail)
     run = pretrain(at(probed, tmp_path / "run"))
-    assert "step 2: the probe failed (no features); training goes on" in capsys.readouterr().err
+    assert "step 2: the probe failed (no features); training continues" in capsys.readouterr().err
     assert learned(run)[0][-1]["step"] == 7
 
 
@@ -170,7 +163,7 @@ def test_the_command_shows_and_draws_what_a_probe_found(photos, labelled, tmp_pa
 
 
 def test_bad_labelled_images_are_refused_before_training(resumable, photos, labelled, tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain.training.train_step.Learner.step", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("pretrain.training.train_step.TrainStep.__call__", lambda *_: pytest.fail("trained"))
     few = class_folders(tmp_path / "few", train=6)
     foreign = class_folders(tmp_path / "foreign")
     (foreign / "train" / "class1").rename(foreign / "train" / "class7")
@@ -203,11 +196,11 @@ def test_bad_labelled_images_are_refused_before_training(resumable, photos, labe
 def test_limits_draw_alike_from_every_class():
     labels = np.array([0] * 50 + [1] * 30 + [2] * 3)
     source = ArraySource([np.full((20, 20, 3), i, np.uint8) for i in range(83)], labels)
-    part = balanced(source, 23)
+    part = balanced_subset(source, 23)
     assert part.labels is not None
     assert np.bincount(part.labels).tolist() == [10, 10, 3]
     assert np.array_equal(part.labels, labels[[int(part.read(i)[0, 0, 0]) for i in range(23)]])
-    assert balanced(source, 0) is balanced(source, 83) is source
+    assert balanced_subset(source, 0) is balanced_subset(source, 83) is source
 
 
 # statistics --------------------------------------------------------------------------------------

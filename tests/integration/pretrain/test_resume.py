@@ -18,20 +18,20 @@ from short_runs import assert_same, at, interrupted, learned, stop_during
 
 from coma.artifact import load_artifact
 from coma.config import (
-    DataConfig,
     DecoderConfig,
     FinetuneConfig,
+    FinetuneDataConfig,
+    FinetuneRunConfig,
     MAEConfig,
-    RunConfig,
 )
 from coma.config.serialization import read_config, to_plain
-from coma.data.batches import TrainingFetch
-from coma.data.identity import FILE
+from coma.data.batches import TrainingFetcher
+from coma.data.listing import FILE
 from coma.errors import BadInput, Interrupted
 from pretrain.training import pretrain
 from pretrain.training.optimizer import learning_rate
 from pretrain.training.run_plan import write_config
-from pretrain.training.train_step import Learner
+from pretrain.training.train_step import TrainStep
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -137,7 +137,7 @@ def test_longer_runs_and_another_share_out_may_be_resumed(resumable, whole, tmp_
 def test_resuming_what_was_never_saved_starts_again(resumable, whole, tmp_path, capsys):
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(Learner, "step", lambda *_: 1 / 0)
+        patch.setattr(TrainStep, "__call__", lambda *_: 1 / 0)
         pretrain(at(resumable, run))
     pretrain(at(resumable, run), resume=True)
     assert "starting again from step 0" in capsys.readouterr().err
@@ -234,8 +234,8 @@ def test_a_run_without_a_list_of_its_images_resumes_with_a_note(resumable, whole
 
 def test_settings_of_fine_tuning_note_every_path_that_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data, run = DataConfig(Path("train")), RunConfig(Path("run"))
-    config = FinetuneConfig(Path("artifact"), data, test=Path("test"), val=Path("val"), run=run)
+    data, run = FinetuneDataConfig(Path("train")), FinetuneRunConfig(Path("run"))
+    config = FinetuneConfig(Path("artifact"), data, run, test=Path("test"), val=Path("val"))
     write_config(config)
     saved = read_config(Path("run"), FinetuneConfig)
     paths = saved.artifact, saved.data.images, saved.test, saved.val
@@ -277,16 +277,16 @@ def test_a_longer_schedule_says_what_becomes_of_the_learning_rate(resumable, tmp
 @pytest.mark.parametrize("position", [0, 12, 14])  # of a first step, of another, of its second pass
 def test_waiting_for_images_ends_when_someone_asks(resumable, whole, tmp_path, capfd, position):
     run = tmp_path / "run"
-    read = TrainingFetch.__call__
+    read = TrainingFetcher.__call__
 
-    def hangs(self: TrainingFetch, first: int) -> Any:
+    def hangs(self: TrainingFetcher, first: int) -> Any:
         if first == position:
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
             time.sleep(300)
         return read(self, first)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as told:
-        patch.setattr(TrainingFetch, "__call__", hangs)
+        patch.setattr(TrainingFetcher, "__call__", hangs)
         pretrain(at(resumable, run))
     said = "everything is saved" if position else "nothing was learned yet"
     assert f"stopped at step {position // 4} of 7; {said}" in str(told.value)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from short_runs import rows
 
 from coma.config import (
     DataConfig,
@@ -26,10 +27,6 @@ def change(config: PretrainConfig, **parts: dict[str, Any]) -> PretrainConfig:
     return replace(
         config, **{name: replace(getattr(config, name), **fields) for name, fields in parts.items()}
     )
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(autouse=True)

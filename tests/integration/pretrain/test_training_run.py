@@ -1,6 +1,5 @@
 """A whole run: what it leaves behind, and what it refuses."""
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from short_runs import MODEL
+from short_runs import MODEL, rows
 
 from coma.config import OptimizerConfig, PretrainConfig, ViTConfig, method_preset
 from coma.config.serialization import read_config
@@ -23,10 +22,6 @@ def change(config: PretrainConfig, **parts: dict[str, Any]) -> PretrainConfig:
     return replace(
         config, **{name: replace(getattr(config, name), **fields) for name, fields in parts.items()}
     )
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -66,7 +61,7 @@ def test_a_run_leaves_everything(settings, photos, capsys):
     assert saved.data.mean is not None
     assert all(0.4 < m < 0.6 for m in saved.data.mean)  # measured on uniform noise
 
-    _, about = load_pretrained(run / "artifact")
+    about = load_pretrained(run / "artifact").artifact
     assert (about.model, about.objective, about.mean) == (MODEL, settings.objective, saved.data.mean)
     assert about.trained["steps"] == about.trained["steps_planned"] == 5
     assert about.trained["images_seen"] == 20
@@ -109,7 +104,7 @@ def test_one_loop_for_all_objectives_and_encoders(settings, no_pictures, method)
     model = ViTConfig(patch=4, dim=8, depth=1, heads=2)
     objective = method_preset(method, decoder_dim=32, decoder_depth=1)
     run = pretrain(replace(settings, model=model, objective=objective))
-    restored, _ = load_pretrained(run / "artifact")
+    restored = load_pretrained(run / "artifact")
     assert restored.config == objective
     assert rows(run)[-1]["step"] == 5
 
@@ -210,7 +205,7 @@ def test_sharing_out():
     assert (slices.micro_batch, slices.accumulation, slices.rank) == (8, 2, 1)
     assert split_batch(OptimizerConfig(batch_size=64), rank=0, world=4).micro_batch == 16
     with pytest.raises(
-        BadInput, match="--batch-size 60 cannot be shared out over 8 processes; --batch-size 56"
+        BadInput, match="--batch-size 60 cannot be split evenly over 8 processes; --batch-size 56"
     ):
         split_batch(OptimizerConfig(batch_size=60), rank=0, world=8)
     assert count_steps(OptimizerConfig(epochs=2.5, batch_size=64), 100) == 4
@@ -222,7 +217,7 @@ def test_sharing_out():
     [
         (
             torch.OutOfMemoryError("CUDA out of memory"),
-            "with 4 images per pass; try --micro-batch 2, --checkpoint",
+            "with 4 images per pass; try --micro-batch 2, --grad-checkpointing",
         ),
         (
             type("InvalidCxxCompiler", (RuntimeError,), {"__module__": "torch._inductor.exc"})(
@@ -236,6 +231,6 @@ def test_what_the_machine_cannot_do(settings, monkeypatch, error, message):
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("pretrain.training.train_step.Learner.step", fail)
+    monkeypatch.setattr("pretrain.training.train_step.TrainStep.__call__", fail)
     with pytest.raises(BadInput, match=message):
         pretrain(settings)

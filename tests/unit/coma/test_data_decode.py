@@ -11,9 +11,9 @@ import tifffile
 from PIL import Image
 from skimage import data as pictures
 
-from coma.data.channels import adapt
+from coma.data.channels import convert_channels
 from coma.data.decode import decode
-from coma.data.image import Picture
+from coma.data.image import DecodedImage
 from coma.errors import BadImage
 
 COLOUR = pictures.coffee()[:61, :83]  # [61, 83, 3], odd sides
@@ -241,10 +241,10 @@ def test_large_jpegs_may_come_smaller_but_never_below_what_was_asked():
     large = Image.fromarray(COLOUR).resize((830, 610))
     data = encoded(large, "JPEG", quality=95)
     assert decode(data, "x").pixels.shape == (610, 830, 3)
-    assert decode(data, "x", at_least=306).pixels.shape == (610, 830, 3)
-    small = decode(data, "x", at_least=150).pixels
+    assert decode(data, "x", min_side=306).pixels.shape == (610, 830, 3)
+    small = decode(data, "x", min_side=150).pixels
     assert small.shape == (153, 208, 3)
-    assert (decode(data, "x", at_least=lambda height, width: 150 * width // height).pixels.shape) == (
+    assert (decode(data, "x", min_side=lambda height, width: 150 * width // height).pixels.shape) == (
         305,
         415,
         3,
@@ -256,8 +256,8 @@ def test_large_jpegs_may_come_smaller_but_never_below_what_was_asked():
 
 
 def test_grey_is_repeated_and_colour_becomes_luminance():
-    assert (adapt(Picture(GREY[:, :, None]), 3, "x") == np.dstack([GREY] * 3)).all()
-    luminance = adapt(Picture(COLOUR), 1, "x")
+    assert (convert_channels(DecodedImage(GREY[:, :, None]), 3, "x") == np.dstack([GREY] * 3)).all()
+    luminance = convert_channels(DecodedImage(COLOUR), 1, "x")
     want = np.asarray(Image.fromarray(COLOUR).convert("L"))
     assert np.abs(luminance[:, :, 0].astype(int) - want).max() <= 1
     assert luminance.dtype == np.uint8
@@ -269,7 +269,7 @@ def test_transparency_is_laid_over_white(dtype):
     colour = np.array([[[0, 0, 0], [white, 0, 0], [white / 5, white / 5, white / 5]]], dtype)
     opaque, clear, half = (np.full((1, 3, 1), share * white, dtype) for share in (1, 0, 0.5))
     over = [
-        adapt(Picture(np.concatenate([colour, alpha], 2), alpha=True), 3, "x")
+        convert_channels(DecodedImage(np.concatenate([colour, alpha], 2), alpha=True), 3, "x")
         for alpha in (opaque, clear, half)
     ]
     assert np.allclose(over[0], colour, atol=1e-6)
@@ -279,16 +279,16 @@ def test_transparency_is_laid_over_white(dtype):
 
 
 def test_grey_with_alpha_fits_1_2_and_3_channels():
-    picture = Picture(np.dstack([GREY, np.full_like(GREY, 255)]), alpha=True)
-    assert (adapt(picture, 1, "x")[:, :, 0] == GREY).all()
-    assert (adapt(picture, 2, "x") == picture.pixels).all()
-    assert (adapt(picture, 3, "x") == GREY[:, :, None]).all()
+    picture = DecodedImage(np.dstack([GREY, np.full_like(GREY, 255)]), alpha=True)
+    assert (convert_channels(picture, 1, "x")[:, :, 0] == GREY).all()
+    assert (convert_channels(picture, 2, "x") == picture.pixels).all()
+    assert (convert_channels(picture, 3, "x") == GREY[:, :, None]).all()
 
 
 @pytest.mark.parametrize(("have", "want"), [(4, 3), (2, 3), (5, 3), (5, 1), (3, 4), (1, 2), (13, 12)])
 def test_other_counts_must_match_exactly(have, want):
     message = rf"^bands\.tif: {have} channels, but the model takes {want}; `coma pretrain --channels {have}` "
     with pytest.raises(BadImage, match=message):
-        adapt(Picture(np.zeros((4, 4, have), np.uint8)), want, "bands.tif")
+        convert_channels(DecodedImage(np.zeros((4, 4, have), np.uint8)), want, "bands.tif")
     same = np.zeros((4, 4, have), np.uint16)
-    assert adapt(Picture(same), have, "x") is same
+    assert convert_channels(DecodedImage(same), have, "x") is same

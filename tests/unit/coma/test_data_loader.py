@@ -15,14 +15,14 @@ from coma.config import DataConfig
 from coma.data import (
     ArraySource,
     Batch,
-    Slices,
+    BatchLayout,
     Source,
     evaluation_batches,
     open_source,
     training_batches,
     transforms,
 )
-from coma.data.batches import TrainingFetch
+from coma.data.batches import TrainingFetcher
 from coma.data.shuffle import sample_seeds
 from coma.errors import BadImage, BadInput
 
@@ -36,7 +36,7 @@ TILES = ArraySource(
 
 def stream(source: Source, count: int, *, data=DATA, channels=3, seed=0, batch=None, start=0) -> list[Batch]:
     batches = training_batches(
-        source, data, channels=channels, seed=seed, batch=batch or Slices(4, 4), start=start
+        source, data, channels=channels, seed=seed, batch=batch or BatchLayout(4, 4), start=start
     )
     found = list(islice(batches, count))
     batches.close()  # type: ignore[attr-defined]
@@ -73,9 +73,9 @@ def test_every_epoch_shows_every_image_once():
 
 
 def test_the_stream_is_the_same_however_it_is_cut():
-    whole = joined(stream(TILES, 3, batch=Slices(24, 24)))
+    whole = joined(stream(TILES, 3, batch=BatchLayout(24, 24)))
     for micro, world in ((24, 1), (4, 1), (12, 2), (3, 2), (2, 4), (1, 8)):
-        ranks = [Slices(24, micro, rank, world) for rank in range(world)]
+        ranks = [BatchLayout(24, micro, rank, world) for rank in range(world)]
         parts = [stream(TILES, 3 * ranks[0].accumulation, batch=rank) for rank in ranks]
         passes = [part[i] for i in range(len(parts[0])) for part in parts]  # pass by pass, rank by rank
         assert same(joined(passes), whole)
@@ -86,16 +86,16 @@ class Counting(ArraySource):
 
     reads = 0
 
-    def picture(self, i, at_least=0):
+    def decode(self, i, min_side=0):
         self.reads += 1
-        return super().picture(i, at_least)
+        return super().decode(i, min_side)
 
 
 @pytest.mark.parametrize("micro", [1, 4, 12])
 def test_repeats_are_neighbours_with_crops_and_seeds_of_their_own(micro):
     tiles = Counting([ASTRONAUT[:40, x : x + 56] for x in range(0, 160, 10)])
     thrice = replace(DATA, aug_repeats=3)
-    batch = joined(stream(tiles, 48 // micro, data=thrice, batch=Slices(12, micro)))
+    batch = joined(stream(tiles, 48 // micro, data=thrice, batch=BatchLayout(12, micro)))
     assert tiles.reads == {1: 48, 4: 24, 12: 16}[micro]  # once for every pass that an image is part of
     assert torch.equal(batch.indices, joined(stream(tiles, 4)).indices.repeat_interleave(3))
     assert torch.equal(batch.seeds, joined(stream(tiles, 12)).seeds)
@@ -116,17 +116,17 @@ def test_large_jpegs_are_decoded_no_larger_than_their_crops_need(large_photos, m
         boxes.append(min(box[2:]))
         return transforms.resize(pixels, box, height, width)
 
-    monkeypatch.setattr("coma.data.loader.resize", noted)
+    monkeypatch.setattr("coma.data.batches.resize", noted)
     stream(large_photos, 12, data=replace(DATA, image_size=160))
     assert min(boxes) >= 159  # rounding
     assert max(boxes) < 2 * 160 + 2  # else half the scale would have done
 
 
 def test_reduced_or_not_a_sample_shows_the_same_part(large_photos, monkeypatch):
-    fetch = TrainingFetch(large_photos, replace(DATA, image_size=160), 3, 0, 1)
+    fetch = TrainingFetcher(large_photos, replace(DATA, image_size=160), 3, 0, 1)
     seen = []
     monkeypatch.setattr(
-        "coma.data.loader.resize",
+        "coma.data.batches.resize",
         lambda pixels, box, *_: seen.append((pixels.shape, box)) or torch.empty(0),
     )
     for seed in range(300):
@@ -144,15 +144,15 @@ def test_reduced_or_not_a_sample_shows_the_same_part(large_photos, monkeypatch):
 
 def test_scaled_decoding_does_not_depend_on_how_the_stream_is_cut(large_photos):
     data = replace(DATA, image_size=160, aug_repeats=3)
-    whole = joined(stream(large_photos, 2, data=data, batch=Slices(6, 6)))
-    cut = joined(stream(large_photos, 6, data=data, batch=Slices(6, 2)))
+    whole = joined(stream(large_photos, 2, data=data, batch=BatchLayout(6, 6)))
+    cut = joined(stream(large_photos, 6, data=data, batch=BatchLayout(6, 2)))
     assert same(whole, cut)
 
 
 @pytest.mark.parametrize("start", [0, 8, 16, 40])  # inside an epoch of 16, at its end, in the third
 def test_a_run_goes_on_where_it_stopped(start):
-    uninterrupted = stream(TILES, 12, batch=Slices(8, 4))
-    resumed = stream(TILES, 12 - start // 4, batch=Slices(8, 4), start=start)
+    uninterrupted = stream(TILES, 12, batch=BatchLayout(8, 4))
+    resumed = stream(TILES, 12 - start // 4, batch=BatchLayout(8, 4), start=start)
     assert same(joined(uninterrupted[start // 4 :]), joined(resumed)) or not resumed
 
 
@@ -179,10 +179,10 @@ def test_crops_can_be_switched_off_and_flips_are_mirrors():
 
 
 def test_slices_that_do_not_fit_are_refused():
-    with pytest.raises(BadInput, match="batch size 10 is no multiple of 8 images per pass"):
-        Slices(10, 4, 0, 2)
+    with pytest.raises(BadInput, match="batch size 10 is not a multiple of 8 images per pass"):
+        BatchLayout(10, 4, 0, 2)
     with pytest.raises(BadInput, match="at least 1"):
-        Slices(0, 0)
+        BatchLayout(0, 0)
     with pytest.raises(ValueError, match="start 6"):
         stream(TILES, 1, start=6)
 
@@ -209,19 +209,19 @@ def folder_of(path: Path, good: int, bad: int) -> Path:
 
 def test_workers_change_nothing(tmp_path):
     source = open_source(folder_of(tmp_path, 9, 4))
-    alone = joined(stream(source, 8, batch=Slices(8, 4)))
+    alone = joined(stream(source, 8, batch=BatchLayout(8, 4)))
     assert alone.failures
     for workers in (1, 3):
         data = replace(DATA, workers=workers)
-        assert same(joined(stream(source, 8, data=data, batch=Slices(8, 4))), alone)
+        assert same(joined(stream(source, 8, data=data, batch=BatchLayout(8, 4))), alone)
 
 
 def test_bad_images_are_replaced_by_the_next_good_one_and_named(tmp_path):
     source = open_source(folder_of(tmp_path, 9, 4))  # bad ones are 0 to 3
-    n, batches = len(source), stream(source, 13, batch=Slices(5, 5))  # 5 epochs
+    n, batches = len(source), stream(source, 13, batch=BatchLayout(5, 5))  # 5 epochs
     whole = joined(batches)
     reference = joined(
-        stream(ArraySource([ASTRONAUT[:40, :40]] * n), 13, batch=Slices(5, 5))
+        stream(ArraySource([ASTRONAUT[:40, :40]] * n), 13, batch=BatchLayout(5, 5))
     ).indices.tolist()
     for epoch in range(5):
         planned = reference[epoch * n : (epoch + 1) * n]
@@ -255,7 +255,7 @@ def test_a_folder_without_a_good_image_stops_the_run(tmp_path, workers):
 
 
 def test_the_search_for_a_good_image_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("coma.data.batches.MOST_TRIES", 5)
+    monkeypatch.setattr("coma.data.batches.MAX_ATTEMPTS", 5)
     source = open_source(folder_of(tmp_path, 0, 8))
     with pytest.raises(BadInput, match="5 images in a row"):
         stream(source, 1)
@@ -321,7 +321,7 @@ def test_pinning_takes_the_whole_batch(monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
     batches = training_batches(
-        TILES, DATA, channels=3, seed=0, batch=Slices(4, 4), device=torch.device("cuda")
+        TILES, DATA, channels=3, seed=0, batch=BatchLayout(4, 4), device=torch.device("cuda")
     )
     batch = next(batches)
     assert len(pinned) == 3

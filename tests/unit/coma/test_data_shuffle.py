@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coma.data.shuffle import GOLDEN, mix, sample_seeds, shuffled, uniforms
+from coma.data.shuffle import GOLDEN, permuted_indices, sample_seeds, splitmix64, uniforms
 
 WORD = (1 << 64) - 1
 SEEDS = [-2152535657050944081, 7960286522194355700]
@@ -17,7 +17,7 @@ UNIFORMS = [0.900663704655, 0.799490935]
 
 
 def epoch_of(n: int, epoch: int = 0, seed: int = 0) -> list[int]:
-    return shuffled(seed, np.full(n, epoch), np.arange(n), n).tolist()
+    return permuted_indices(seed, np.full(n, epoch), np.arange(n), n).tolist()
 
 
 @settings(max_examples=60, deadline=None)
@@ -29,7 +29,7 @@ def test_every_epoch_holds_every_image_once(n, epoch, seed):
 def test_a_place_does_not_depend_on_who_asks():
     whole = epoch_of(1000, epoch=3, seed=7)
     picked = [17, 999, 0, 17]
-    alone = shuffled(7, np.full(4, 3), np.array(picked), 1000)
+    alone = permuted_indices(7, np.full(4, 3), np.array(picked), 1000)
     assert alone.tolist() == [whole[i] for i in picked]
 
 
@@ -42,7 +42,9 @@ def test_epochs_and_seeds_give_unrelated_orders():
 
 def test_all_orders_of_four_images_are_equally_likely():
     epochs = 48_000
-    orders = np.stack([shuffled(5, np.arange(epochs), np.full(epochs, rank), 4) for rank in range(4)], axis=1)
+    orders = np.stack(
+        [permuted_indices(5, np.arange(epochs), np.full(epochs, rank), 4) for rank in range(4)], axis=1
+    )
     counts = Counter(map(tuple, orders.tolist()))
     chi_square = sum((counts[order] - 2000) ** 2 / 2000 for order in permutations(range(4)))
     assert chi_square < 49.7  # 23 degrees of freedom: one permutation in a thousand is above
@@ -58,7 +60,7 @@ def test_neighbours_in_an_epoch_are_unrelated():
 
 def test_mix_is_splitmix64():
     """The first numbers of the published generator with seed 0."""
-    assert [mix(GOLDEN * i & WORD) for i in (1, 2, 3)] == [
+    assert [splitmix64(GOLDEN * i & WORD) for i in (1, 2, 3)] == [
         0xE220A8397B1DCDAF,
         0x6E789E6AA1B965F4,
         0x06C45D188009454F,

@@ -57,7 +57,7 @@ def test_links_are_followed_and_circles_end(tmp_path):
 def test_files_that_go_after_they_were_found_are_named(tmp_path):
     source = open_source(save(tmp_path / "a.png").parent)
     (tmp_path / "a.png").unlink()
-    with pytest.raises(BadImage, match=r"a\.png: the file has gone"):
+    with pytest.raises(BadImage, match=r"a\.png: the file no longer exists"):
         source.read(0)
 
 
@@ -102,7 +102,7 @@ def test_folders_that_may_not_be_read_are_counted_and_one_alone_is_refused(tmp_p
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert open_source(tmp_path).summary() == (
-        f"{tmp_path}: 1 image (1 .png); left out: 1 folder that cannot be read (locked/: Permission denied)"
+        f"{tmp_path}: 1 image (1 .png); skipped: 1 folder that cannot be read (locked/: Permission denied)"
     )
     with pytest.raises(BadInput, match=r"locked: this folder cannot be read \(Permission denied\)"):
         open_source(tmp_path / "locked")
@@ -238,11 +238,11 @@ def test_what_a_worker_is_sent_does_not_grow_with_the_data(tmp_path):
         ({"offsets": None}, "this pack lacks offsets"),
         ({"data": np.zeros((9, 9), np.uint8)}, r"data is uint8 \[9, 9\], expected uint8 \[bytes\]"),
         ({"data": np.zeros(9, np.int32)}, "data is int32"),
-        ({"offsets": np.array([0, 5, 3, 9, 10, 11])}, "never fall"),
+        ({"offsets": np.array([0, 5, 3, 9, 10, 11])}, "must not decrease"),
         ({"offsets": np.array([-1, 5, 6, 9, 10, 11])}, ">= 0"),
         ({"offsets": np.array([0, 5, 6, 9, 10, 10**9])}, "offsets end at 1000000000, beyond the"),
         ({"offsets": np.array([0.0, 1.0])}, "offsets are float64"),
-        ({"offsets": np.array([0])}, "holds no image"),
+        ({"offsets": np.array([0])}, "has no image"),
         ({"labels": np.arange(4)}, "4 labels for 5 images"),
         ({"labels": np.arange(5)}, "labels run from 0 to 4 of 2 classes"),
         ({"labels": np.zeros(5)}, "labels are float64"),

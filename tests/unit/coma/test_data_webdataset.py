@@ -83,14 +83,18 @@ def test_a_sample_without_a_usable_label_is_named(tmp_path):
         members = {
             f"{i}.{kind}": png(i) if kind == "png" else b"1" for i in range(3) for kind in ("png", "cls")
         }
-        return open_source(write_tar(tmp_path / "a.tar", members | last)).unlabelled
+        return open_source(write_tar(tmp_path / "a.tar", members | last)).unlabelled_reason
 
     assert why({}) == ""
-    assert why({"3.png": png(3)}).startswith(f"{tmp_path}/a.tar[3.png] has no label, which would be")
-    assert "a.tar: the label in 3.cls is not a whole number from 0 on (so 1 of 4 samples have none)" in why(
+    assert why({"3.png": png(3)}).startswith(
+        f"{tmp_path}/a.tar[3.png] has no label (a whole number in a .cls file)"
+    )
+    assert "a.tar: the label in 3.cls is not a whole number from 0 (so 1 of 4 samples have none)" in why(
         {"3.png": png(3), "3.cls": b"cat"}
     )
-    assert open_source(write_tar(tmp_path / "b.tar", {"1.png": png(0), "2.png": png(1)})).unlabelled == ""
+    assert (
+        open_source(write_tar(tmp_path / "b.tar", {"1.png": png(0), "2.png": png(1)})).unlabelled_reason == ""
+    )
 
 
 def test_one_image_per_sample_whatever_else_it_holds(tmp_path):
@@ -104,10 +108,10 @@ def test_one_image_per_sample_whatever_else_it_holds(tmp_path):
     source = open_source(write_tar(tmp_path / "a.tar", members))
     assert [source.read(i)[0, 0, 0] for i in range(len(source))] == [2, 3, 6, 9]
     assert source.summary() == (
-        f"{tmp_path}/a.tar: 4 images (3 .png, 1 .jpg); left out: 1 .txt (not read), "
+        f"{tmp_path}/a.tar: 4 images (3 .png, 1 .jpg); skipped: 1 .txt (not read), "
         "2 further images of samples (a.tar[a/x.seg.png], a.tar[b/x.png]), "
         "3 hidden files or folders (a.tar[._d.png], a.tar[.e.png], a.tar[.cache/h.png]), "
-        "1 folder that systems leave behind (a.tar[__MACOSX/g.png])"
+        "1 system folder (a.tar[__MACOSX/g.png])"
     )
 
 
@@ -155,8 +159,8 @@ def test_folders_links_and_devices_in_a_tar_are_passed_over(tmp_path):
     assert len(source) == 1
     assert source.read(0)[0, 0, 0] == 9
     assert source.summary().endswith(
-        "1 image (1 .png); left out: 1 special file (a.tar[other.png]), "
-        "1 link that leads to no file of its shard (a.tar[other.png])"
+        "1 image (1 .png); skipped: 1 special file (a.tar[other.png]), "
+        "1 link to no file of its shard (a.tar[other.png])"
     )
 
 
@@ -175,7 +179,7 @@ def test_dots_in_names_hide_no_image(tmp_path):
     assert (labels["IMG_2024.05.01.jpg"], labels["IMG_2024.05.02.jpg"], labels["photo.1.png"]) == (7, None, 5)
     assert source.summary() == (
         f"{tmp_path}/a.tar: 18 images (9 .png, 8 .jpg, 1 without extension); "
-        "left out: 1 without extension (not read)"
+        "skipped: 1 without extension (not read)"
     )
 
 
@@ -201,7 +205,7 @@ def test_links_inside_a_shard_are_followed(tmp_path, kind):
     assert [int(source.read(i)[0, 0, 0]) for i in range(len(source))] == [1, 2, 1, 2, 1]
     assert source.describe(3) == f"{tmp_path}/a.tar[folder/soft.png]"
     assert source.summary().endswith(
-        "5 images (5 .png); left out: 2 links that lead to no file of their shard "
+        "5 images (5 .png); skipped: 2 links to no file of their shard "
         "(a.tar[outside.png], a.tar[circle.png])"
     )
 
@@ -212,7 +216,7 @@ def test_what_lies_beside_shards_is_counted(tmp_path):
     (tmp_path / "more").mkdir()
     (tmp_path / "folder.tar").mkdir()
     assert open_source(tmp_path).summary() == (
-        f"{tmp_path}: 1 image (1 .png); left out: 3 entries beside the shards (folder.tar, more, b.png)"
+        f"{tmp_path}: 1 image (1 .png); skipped: 3 entries beside the shards (folder.tar, more, b.png)"
     )
 
 
@@ -263,7 +267,7 @@ def test_a_shard_that_shrinks_is_a_bad_image(tmp_path):
     source = open_source(path)
     path.write_bytes(path.read_bytes()[:1500])
     assert source.read(0).shape == (4, 5, 3)
-    with pytest.raises(BadImage, match=r"a\.tar\[1\.png\]: its file became shorter"):
+    with pytest.raises(BadImage, match=r"a\.tar\[1\.png\]: the file became shorter"):
         source.read(1)
     path.unlink()
     with pytest.raises(BadImage, match="cannot be read"):

@@ -135,6 +135,7 @@ def test_gradient_checkpointing_computes_twice_and_changes_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.slow
 def test_captured_graph_equals_eager():
     encoder = awake(DyViT(TINY))
     images, group = torch.randn(2, 3, 24, 24), partition(torch.arange(2), 3, 3, 2)

@@ -105,7 +105,7 @@ def test_descriptions_of_artifacts_are_checked():
     for change, message in [
         ({"model": {**to_plain(good)["model"], "mlp_ratio": math.inf}}, "model.mlp-ratio inf must be"),
         ({"image_size": 2**70}, "image-size 118059"),
-        ({"std": [0.2, 0.0, 0.2]}, "std: 0 must be more than 0"),
+        ({"std": [0.2, 0.0, 0.2]}, "std: 0 must be at least 1e-09"),
         ({"mean": [0.2, math.nan, 0.2]}, "mean: nan must be a number"),
     ]:
         with pytest.raises(BadInput, match=message):

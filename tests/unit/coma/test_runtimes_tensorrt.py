@@ -15,12 +15,12 @@ from coma.atomic_io import sha256_of
 from coma.errors import BadInput
 from coma.runtimes.model_spec import TensorSpec
 from coma.runtimes.shape_ranges import parse_shapes
-from coma.runtimes.tensorrt import TensorRTRuntime
-from coma.runtimes.trt import discovery as library_module
-from coma.runtimes.trt.discovery import Driver, Gpu, Library, load_library, require_gpu
-from coma.runtimes.trt.engine_info import summarize
-from coma.runtimes.trt.profiles import Profile, ShapeRange, choose_profile, make_profile, profile_of
-from coma.runtimes.trt.sidecar import (
+from coma.runtimes.tensorrt import discovery as library_module
+from coma.runtimes.tensorrt.discovery import Driver, Gpu, Library, load_library, require_gpu
+from coma.runtimes.tensorrt.engine_info import summarize
+from coma.runtimes.tensorrt.profiles import Profile, ShapeRange, choose_profile, make_profile, profile_of
+from coma.runtimes.tensorrt.runtime import TensorRTRuntime
+from coma.runtimes.tensorrt.sidecar import (
     EngineOptions,
     Sidecar,
     check_fits,
@@ -39,7 +39,7 @@ TRT = Library("tensorrt", "10.13.3.9", None)
 
 
 def test_a_profile_follows_the_images_and_their_masks():
-    about = replace(
+    spec = replace(
         ABOUT,
         inputs=(
             TensorSpec("images", "float32", ("batch", 3, "height", 64)),
@@ -47,7 +47,7 @@ def test_a_profile_follows_the_images_and_their_masks():
         ),
         unit=32,
     )
-    profile = profile_of(about, parse_shapes("1x3x32x64:2x3x70x64:8x3x96x64", 3))
+    profile = profile_of(spec, parse_shapes("1x3x32x64:2x3x70x64:8x3x96x64", 3))
     assert profile.shapes["images"] == ShapeRange((1, 3, 32, 64), (2, 3, 70, 64), (8, 3, 96, 64))
     assert profile.shapes["visible"] == ShapeRange((1, 1, 2), (2, 3, 2), (8, 3, 2))
 
@@ -89,7 +89,7 @@ def of(path: Path, **changed: Any) -> Sidecar:
         engine_sha256=sha256_of(path),
         profiles=(PROFILE,),
         options=EngineOptions(),
-        description=ABOUT,
+        spec=ABOUT,
         layers=7,
         seconds=1.5,
     )
@@ -125,8 +125,12 @@ REFUSED = {
         T4,
         "this is Tesla T4",
     ),
-    "no weights": ({"options": EngineOptions(strip_plan=True)}, TRT, H200, "without its weights"),
-    "another file": ({"engine_sha256": "0" * 64}, TRT, H200, "not the file that its sidecar describes"),
+    "another file": (
+        {"engine_sha256": "0" * 64},
+        TRT,
+        H200,
+        "differs from the file that its sidecar",
+    ),
 }
 
 
@@ -156,8 +160,8 @@ def test_a_missing_or_foreign_sidecar_is_refused(engine: Path):
     plain = json.loads(path.read_text())
     for text, message in (
         ("{", "not a readable sidecar"),
-        ("[]", "of format None"),
-        (json.dumps({**plain, "format_version": 2}), "of format 2, and this program reads 1"),
+        ("[]", "format None"),
+        (json.dumps({**plain, "format_version": 1}), "format 1, but this version reads format 2"),
         (json.dumps({**plain, "colour": "red"}), "colour"),
         (json.dumps({**plain, "layers": "7"}), "layers"),
     ):
@@ -165,7 +169,7 @@ def test_a_missing_or_foreign_sidecar_is_refused(engine: Path):
         with pytest.raises(BadInput, match=message):
             read_sidecar(engine)
     path.unlink()
-    with pytest.raises(BadInput, match=r"model.engine.json is not beside it; build it again"):
+    with pytest.raises(BadInput, match=r"its sidecar model.engine.json is missing; build it again"):
         read_sidecar(engine)
     with pytest.raises(BadInput, match="no such file"):
         read_sidecar(engine.with_name("other.engine"))
@@ -173,9 +177,9 @@ def test_a_missing_or_foreign_sidecar_is_refused(engine: Path):
 
 def test_options_out_of_range_are_refused():
     with pytest.raises(BadInput, match="must be 0 to 5"):
-        EngineOptions(optimization_level=6)
+        EngineOptions(builder_level=6)
     with pytest.raises(BadInput, match="at least 1"):
-        EngineOptions(workspace_mib=0)
+        EngineOptions(workspace=0)
 
 
 # No GPU, no package
@@ -183,7 +187,7 @@ def test_options_out_of_range_are_refused():
 
 @needs_no_gpu
 def test_without_a_gpu_a_runtime_says_so(engine: Path):
-    with pytest.raises(BadInput, match="no working NVIDIA driver here; use ONNX Runtime"):
+    with pytest.raises(BadInput, match="no working NVIDIA driver; use ONNX Runtime"):
         TensorRTRuntime(engine)
 
 

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 from tensorrt_files import needs_rtx
 
-from coma.runtimes.trt.discovery import load_library
+from coma.runtimes.tensorrt.discovery import load_library
 
 ROOT = Path(__file__).parents[3]
-FILES = [*sorted((ROOT / "export/tensorrt").glob("*.py")), ROOT / "coma/runtimes/tensorrt.py"]
+FILES = [
+    *sorted((ROOT / "export/tensorrt").glob("*.py")),
+    *sorted((ROOT / "coma/runtimes/tensorrt").glob("*.py")),
+]
 SURFACES = json.loads((ROOT / "tests/golden/tensorrt_surfaces.json").read_text())
 OBJECTS = {
     "trt": "tensorrt",

@@ -9,7 +9,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from taught_models import ENCODERS, STATISTICS, pictures, timm_weights
+from small_models import ENCODERS, pictures
+from taught_models import STATISTICS
 from torch import nn
 
 from coma.config import (
@@ -23,12 +24,6 @@ from coma.models import build_encoder
 from coma.models.attention_maps import attend, check_readable, on_grid
 from coma.models.teacher import to_units
 from coma.objectives.teachers import PUBLISHED, caveats, load_teacher, with_weights_hash
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return timm_weights(tmp_path_factory.mktemp("weights"))
-
 
 # guided masks ----------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from timm.data import resolve_model_data_config
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
-import coma.models.timm_models  # noqa: F401 (registers the models)
+import coma.models.classifiers  # noqa: F401 (registers the models)
 from coma.config import dyvit_preset
 from coma.models import DyViT
 

@@ -140,8 +140,8 @@ def test_one_pass_for_all_views_equals_slow_passes_with_dropped_tokens(size, vie
         ("attention.rotate", lambda x, _: x),
         ("attention._real_bias", lambda *_: None),
         ("attention.nested_places", lambda side, _: torch.cartesian_prod(*[torch.arange(side)] * 2)),
-        ("sequences.Sequences.mean", lambda _, x: x.mean(dim=(0, 1, 2), keepdim=True)),
-        ("sequences.Sequences.at", lambda _, table: table[:5][None]),
+        ("view_sequences.ViewSequences.mean", lambda _, x: x.mean(dim=(0, 1, 2), keepdim=True)),
+        ("view_sequences.ViewSequences.at", lambda _, table: table[:5][None]),
     ],
     ids=["no rotary", "slots without a unit", "tokens out of order", "gate over all views", "wrong places"],
 )

@@ -23,7 +23,10 @@ from coma.models.window_variants import (
 from coma.models.windows import MASKED
 from coma.objectives import build_objective
 
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # the compiler's own
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+]
 
 NAMES = [*VARIANTS, "products+varlen", "merged+rotary+pieces"]
 STAGES = {8: (4, 8), 4: (2, 4), 2: (2, 6), 1: (3,)}  # side of a unit in tokens: windows, on 3 x 3 units
@@ -61,9 +64,12 @@ def run(name, side, views, windows=None, dtype=torch.float64, grad=True):
     return layout, [seen.detach(), x.grad, *(p.grad for p in block.parameters())]
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("views", VIEWS)
-@pytest.mark.parametrize("side", STAGES)
+@pytest.mark.parametrize(
+    "side", [pytest.param(each, marks=[pytest.mark.slow] * (each != 2)) for each in STAGES]
+)
+@pytest.mark.parametrize(
+    "views", [pytest.param(each, marks=[pytest.mark.slow] * (each != "uneven views")) for each in VIEWS]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_variant_equals_the_reference(name, side, views):
     grad = "flex" not in name  # FlexAttention has no backward pass on CPUs

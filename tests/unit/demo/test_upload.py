@@ -56,7 +56,7 @@ def tiff(compression: int, content: bytes, pages: int = 1) -> bytes:
     """A TIFF of 8 by 8 grey pixels in one strip; every page shows it."""
     tags = {256: 8, 257: 8, 258: 8, 259: compression, 262: 1, 277: 1, 278: 8, 279: len(content)}
     size = 2 + 12 * (len(tags) + 1) + 4
-    directories = b""
+    directories = bytearray()  # which grows in place
     for page in range(1, pages + 1):
         fields = sorted({**tags, 273: 8 + pages * size}.items())
         following = 8 + page * size if page < pages else 0

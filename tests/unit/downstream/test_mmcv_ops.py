@@ -13,7 +13,10 @@ from downstream_data import provided_ops
 from coma.errors import BadInput
 from downstream.openmmlab.mmcv_ops import OPERATORS
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mmengine's and mmcv's own
+pytestmark = [
+    pytest.mark.openmmlab,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # mmengine's and mmcv's own
+]
 
 WHOLE = [0.0, 0.0, 10.0, 10.0]
 LOW = [0.0, 0.0, 10.0, 6.0]  # overlaps WHOLE by 60 / 100

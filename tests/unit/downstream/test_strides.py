@@ -16,7 +16,10 @@ from downstream.configs.adapt import EncoderSpec, set_encoder
 from downstream.configs.load import PRESETS, load_config
 from downstream.configs.strides import check_strides
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # mm's configurations and models warn of each other
+pytestmark = [
+    pytest.mark.openmmlab,
+    pytest.mark.filterwarnings("ignore"),  # mm's configurations and models warn of each other
+]
 
 FCOS = "fcos/fcos_r50-caffe_fpn_gn-head_1x_coco"
 

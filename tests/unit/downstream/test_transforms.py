@@ -12,6 +12,8 @@ from downstream.datasets.image_headers import read_header
 from downstream.openmmlab.transforms import ReadImage
 from downstream.predict import list_images
 
+pytestmark = pytest.mark.openmmlab
+
 
 def save(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,8 +30,8 @@ def test_a_folder_is_searched_as_in_pretraining_and_the_rest_is_said(tmp_path, c
     (tmp_path / "film.mp4").touch()
     assert list_images(tmp_path) == wanted
     assert caplog.messages == [
-        f"{tmp_path}: 2 images (1 .jpg, 1 .png); left out: 1 .mp4 (not read), 1 hidden file or folder (.b), "
-        "1 folder that systems leave behind (@eaDir), 1 special file (pipe.png), "
+        f"{tmp_path}: 2 images (1 .jpg, 1 .png); skipped: 1 .mp4 (not read), 1 hidden file or folder (.b), "
+        "1 system folder (@eaDir), 1 special file (pipe.png), "
         "1 folder written by coma (predictions/ is predictions of coma segment)"
     ]
     with pytest.raises(BadInput, match="predictions: is predictions of coma segment, and its pictures are"):

@@ -89,8 +89,8 @@ def misjudged(rank: Callable[[Tensor], Tensor], path: Path) -> int:
     """Unlikely boxes that ONNX Runtime keeps or drops otherwise than PyTorch."""
     generator = torch.Generator().manual_seed(0)
     inputs = random_boxes(generator, 2, 400), -torch.rand(2, 1, 400, generator=generator) * 12 - 10
-    form = Suppress(rank)
-    program = torch.onnx.export(form, inputs, dynamo=True, opset_version=18,
+    module = Suppress(rank)
+    program = torch.onnx.export(module, inputs, dynamo=True, opset_version=18,
                                 custom_translation_table=translations(), verbose=False)  # fmt: skip
     assert program is not None
     program.save(str(path))
@@ -98,7 +98,7 @@ def misjudged(rank: Callable[[Tensor], Tensor], path: Path) -> int:
     feed = dict(
         zip((each.name for each in session.get_inputs()), (each.numpy() for each in inputs), strict=True)
     )
-    return int((torch.tensor(session.run(None, feed)[0]) != form(*inputs)).sum())
+    return int((torch.tensor(session.run(None, feed)[0]) != module(*inputs)).sum())
 
 
 def test_unlikely_boxes_suppress_each_other_in_one_order_everywhere(tmp_path):

@@ -19,7 +19,7 @@ from coma.config import (
     ViTConfig,
 )
 from coma.signals import StopNow, StopRequest
-from pretrain.training.console import PATIENCE, Report
+from pretrain.training.console import PATIENCE, TrainingConsole
 from pretrain.training.distributed import Processes
 from pretrain.training.throughput import Meter, peak_flops, training_flops
 
@@ -46,7 +46,7 @@ ROW = {
 
 def test_a_terminal_gets_a_live_bar():
     console = terminal()
-    bar = Report(console=console)
+    bar = TrainingConsole(console=console)
     bar.start(10, 40)
     bar.advance(20, 0.25, 1.0, 0.0)
     bar.row(ROW | {"mfu": 0.31})
@@ -61,7 +61,7 @@ def test_a_terminal_gets_a_live_bar():
 
 def test_a_file_gets_lines():
     console = Console(file=StringIO(), width=40)
-    lines = Report(console=console)
+    lines = TrainingConsole(console=console)
     lines.start(10, 40)
     lines.advance(20, 0.25, 1.5, 0.0)
     lines.row(ROW)
@@ -72,7 +72,7 @@ def test_a_file_gets_lines():
 
 
 def test_other_processes_are_quiet(capsys):
-    silent = Report(quiet=True)
+    silent = TrainingConsole(quiet=True)
     silent.start(0, 10)
     silent.advance(1, 0.5, 100.0, 99.0)
     silent.row(ROW)
@@ -83,7 +83,7 @@ def test_other_processes_are_quiet(capsys):
 @pytest.mark.parametrize(("waited", "hints"), [(0.15, 1), (0.05, 0)])
 def test_waiting_for_data_is_mentioned_once(waited, hints):
     console = Console(file=StringIO(), width=400)
-    watch = Report(console=console)
+    watch = TrainingConsole(console=console)
     for step in range(200):
         watch.advance(step, 0.5, PATIENCE / 100, waited * PATIENCE / 100)
     assert (

@@ -2,35 +2,29 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from class_folders import class_folders
 from comparisons import SMALL, asked
 
 from coma.errors import BadInput
 from pretrain.commands.compare import _device, entry, parse
-from pretrain.sweep import Cost, Result, compare, groups, mean_and_deviation, reach, steps_for
+from pretrain.sweep import Cost, Result, compare, groups, steps_for
 from pretrain.sweep.caption import caption
 from pretrain.sweep.plan import last_step
 from pretrain.sweep.plot import draw
-from pretrain.sweep.progress import time_left
 from pretrain.sweep.results import (
-    Look,
-    Reach,
-    floor_name,
-    read_floor,
-    score_file,
+    ProbePoint,
+    TimeToTarget,
+    classifier_run,
+    mean_and_std,
+    random_baseline_name,
+    read_random_baseline,
     seconds_until,
     standard_error,
+    time_to_target,
 )
 from pretrain.sweep.sweep import _slots
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return class_folders(tmp_path_factory.mktemp("labelled"))
 
 
 def test_budgets():
@@ -94,7 +88,7 @@ def test_gpus_are_those_that_cuda_sees(monkeypatch, count, visible, names):
     assert _device("auto") == ("cuda" if count else "cpu", names)
     assert _device("cpu") == ("cpu", ())
     if not count:
-        with pytest.raises(BadInput, match="--device cuda: no GPU here"):
+        with pytest.raises(BadInput, match="--device cuda: this machine has no GPU"):
             _device("cuda")
 
 
@@ -123,28 +117,31 @@ def test_jobs_share_the_cores_that_are_ours(labelled, tmp_path, monkeypatch, gpu
 
 def test_when_a_method_reaches_the_reference():
     def runs(method: str, *curves: list[float]) -> list[Result]:
-        looks = [
-            tuple(Look(100 * i, 1.0 * i, {"knn": value}) for i, value in enumerate(curve)) for curve in curves
+        points = [
+            tuple(ProbePoint(100 * i, 1.0 * i, {"knn": value}) for i, value in enumerate(curve))
+            for curve in curves
         ]
         return [
-            Result(method, "m", i, 1, 1, 400, 400, 4.0, 1.0, 0.1, {"knn": 1.0}, looks=each)
-            for i, each in enumerate(looks)
+            Result(method, "m", i, 1, 1, 400, 400, 4.0, 1.0, 0.1, {"knn": 1.0}, curve=each)
+            for i, each in enumerate(points)
         ]
 
     found = groups(
         runs("mae", [10, 20, 25, 30, 38], [10, 20, 25, 30, 42]) + runs("coma", [10, 40, 39], [10, 20, 30])
     )
-    assert reach(found[1], found[0], "knn", 1000) == Reach(40.0, (100,), (1.0,), 2, True)
+    assert time_to_target(found[1], found[0], "knn", 1000) == TimeToTarget(40.0, (100,), (1.0,), 2, True)
     one, other = groups(runs("coma", [10, 40]) + runs("mae", [30, 20]))
-    assert reach(one, other, "knn", 1000) == Reach(20.0, (100,), (1.0,), 1, False)
-    assert reach(found[1], None, "knn", 1000) is None and reach(found[1], found[0], "linear", 1000) is None
+    assert time_to_target(one, other, "knn", 1000) == TimeToTarget(20.0, (100,), (1.0,), 1, False)
+    assert (
+        time_to_target(found[1], None, "knn", 1000) is None
+        and time_to_target(found[1], found[0], "linear", 1000) is None
+    )
     assert standard_error(50, 1000) == pytest.approx(100 * np.sqrt(0.25 / 1000))  # binomial
     almost, _ = groups(runs("mae", [37.5, 40]) + runs("coma", [0, 0]))
-    noisy, sure = (reach(almost, almost, "knn", images) for images in (1000, 10_000))
+    noisy, sure = (time_to_target(almost, almost, "knn", images) for images in (1000, 10_000))
     assert noisy and sure and (noisy.learned, sure.learned) == (False, True)  # 2.5 points: 1.6 errors, then 5
-    assert mean_and_deviation([1.0, 3.0]) == "2.0 ± 1.4 (n = 2)"
-    assert (mean_and_deviation([2.0]), mean_and_deviation([])) == ("2.0 (n = 1)", "")
-    assert time_left(60, 1, 2) == "about 0:02 h left"
+    assert mean_and_std([1.0, 3.0]) == "2.0 ± 1.4 (n = 2)"
+    assert (mean_and_std([2.0]), mean_and_std([])) == ("2.0 (n = 1)", "")
 
 
 def test_settings_that_cannot_be_compared_are_refused(labelled, tmp_path, capsys):
@@ -158,7 +155,7 @@ def test_settings_that_cannot_be_compared_are_refused(labelled, tmp_path, capsys
         ([*argv, "--protocols", "finetune", "--finetune", "--from-scratch"], "--from-scratch in --finetune"),
         ([*argv, "--methods", "nonsense"], "does not take"),
         ([*argv, "--", "--nonsense"], "does not take"),
-        ([*argv, "--protocols", "finetune", "--finetune", "--nonsense 3"], "--finetune: coma evaluate"),
+        ([*argv, "--protocols", "finetune", "--finetune", "--nonsense 3"], "--finetune: coma classify train"),
         ([*argv, "--protocols", "--methods", "mae"], "at least one of each"),
     ]
     for arguments, complaint in refused:
@@ -168,11 +165,11 @@ def test_settings_that_cannot_be_compared_are_refused(labelled, tmp_path, capsys
     good = asked(labelled, tmp_path / "out")
     untaught = entry(labelled / "train", "cmt", "vit-tiny", ["--image-size", "16", "--batch-size", "4"], (0,))
     for changes, complaint in [
-        ({"entries": good.entries * 2}, "asked for twice"),
+        ({"entries": good.entries * 2}, "was given twice"),
         ({"reference": "cmt"}, "--reference cmt: is none of the methods: mae, coma"),
         ({"test": tmp_path / "nowhere"}, "no such file"),
         ({"entries": (replace(good.entries[0], seeds=(0, 0)),)}, "--seeds 0 0: one was given twice"),
-        ({"entries": (replace(good.entries[0], method="random"),)}, "the table calls untrained weights so"),
+        ({"entries": (replace(good.entries[0], method="random"),)}, "the table's name for untrained weights"),
         ({"entries": (good.entries[0], untaught)}, "--teacher-weights"),
         ({"out": labelled}, "is not empty and holds no comparison"),
     ]:
@@ -197,26 +194,25 @@ def test_the_caption_tells_what_is_not_alike(labelled, tmp_path):
     text = caption(comparison, {each.name: Cost(1, 1, None) for each in found}, ["a run: exit code 1"])
     assert "4, 1.56e-05, 0.2 to 1 of the area (mae --base-lr 1e-3 on small)" in text
     assert "centre of a crop: 25% (zoom, small) of its area" in text
-    assert "Taught: cmt --teacher runs/mae/artifact by artifact. What training the teacher took" in text
+    assert (
+        "Taught: cmt --teacher runs/mae/artifact by artifact. No column includes the training of the teacher"
+        in text
+    )
     assert "**Missing:** a run: exit code 1" in text
 
 
-def test_fine_tuned_scores_of_earlier_versions_are_told_apart(labelled, tmp_path):
-    """They chose by the test images; what is shown of them is the last step, and the caption says so."""
+def test_fine_tuned_scores_are_those_of_the_classifier(labelled, tmp_path):
+    """Top-1 on the test images, once they were used, and on the images that chose the checkpoint."""
     found = (entry(labelled / "train", "mae", "tiny", SMALL, (0,)),)
     comparison = asked(labelled, tmp_path, entries=found, protocols=("finetune",))
     costs = {each.name: Cost(1, 1, None) for each in found}
-    score = {"protocol": "finetune", "top1": 0.9, "settings": {"last_top1": 0.5}}
-    path = score_file(comparison, floor_name(found[0], 0), "finetune")
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"scores": [score]}))
-    floor = read_floor(comparison, found[0], 0, costs[found[0].name])
-    assert floor and (floor.top1, floor.validated) == ({"finetune": 50}, None)
-    assert "1 of the fine-tuned accuracies are by an earlier version" in caption(comparison, costs, [])
-    path.write_text(json.dumps({"scores": [score | {"settings": {"val_top1": 0.75}}]}))
-    floor = read_floor(comparison, found[0], 0, costs[found[0].name])
-    assert floor and (floor.top1, floor.validated) == ({"finetune": 90}, 75)
-    assert "earlier version" not in caption(comparison, costs, [])
+    config = classifier_run(comparison, random_baseline_name(found[0], 0)) / "artifact" / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text(json.dumps({"trained": {"val_top1": 0.75}}))
+    assert read_random_baseline(comparison, found[0], 0, costs[found[0].name]) is None
+    config.write_text(json.dumps({"trained": {"val_top1": 0.75, "test_top1": 0.5}}))
+    baseline = read_random_baseline(comparison, found[0], 0, costs[found[0].name])
+    assert baseline and (baseline.top1, baseline.validated) == ({"finetune": 50}, 75)
 
 
 def test_the_picture_shows_everything_once_where_it_was_measured(labelled, tmp_path, monkeypatch):
@@ -226,16 +222,16 @@ def test_the_picture_shows_everything_once_where_it_was_measured(labelled, tmp_p
     from matplotlib.figure import Figure
 
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: shown.append(figure))
-    looks = (Look(0, 0.0, {"knn": 10.0}), Look(400, 90.0, {"knn": 35.0}))
+    curve = (ProbePoint(0, 0.0, {"knn": 10.0}), ProbePoint(400, 90.0, {"knn": 35.0}))
     results = [
-        Result(method, model, seed, 1, 1, 400, 400, 120.0, 1.0, 0.1, {"knn": 40.0 + seed}, looks=looks)
+        Result(method, model, seed, 1, 1, 400, 400, 120.0, 1.0, 0.1, {"knn": 40.0 + seed}, curve=curve)
         for method, model, seed in [("mae", "a", 0), ("mae", "a", 1), ("coma", "a", 0), ("coma", "b", 0)]
     ]
     results.append(Result("random", "b", 0, 1, 0, 0, 0, 0.0, 0.0, None, {"knn": 20.0}))
     draw(asked(labelled, tmp_path), groups(results), tmp_path / "unused.png")
     (figure,) = shown
     axes = {each.get_title(): each for each in figure.axes}
-    assert list(axes) == ["a: kNN", "b: kNN", "a: kNN, on the way", "b: kNN, on the way"]
+    assert list(axes) == ["a: kNN", "b: kNN", "a: kNN, during training", "b: kNN, during training"]
     markers = [
         (float(line.get_xdata()[0]), float(line.get_ydata()[0]), line.get_markerfacecolor() == "none")
         for line in axes["a: kNN"].lines
@@ -245,4 +241,4 @@ def test_the_picture_shows_everything_once_where_it_was_measured(labelled, tmp_p
     assert [list(line.get_ydata()) for line in axes["b: kNN"].lines if line.get_linestyle() == "--"] == [
         [20, 20]
     ]
-    assert [list(line.get_xdata()) for line in axes["a: kNN, on the way"].lines] == [[0, 1.5]] * 3
+    assert [list(line.get_xdata()) for line in axes["a: kNN, during training"].lines] == [[0, 1.5]] * 3

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import MODEL, OBJECTIVE
+from short_runs import MODEL, OBJECTIVE, rows
 from torch import nn
 
 from coma.amp import choose_precision
@@ -23,7 +23,7 @@ from coma.config import (
     RunConfig,
     ViTConfig,
 )
-from coma.data import Batch, Slices, open_source, training_batches
+from coma.data import Batch, BatchLayout, open_source, training_batches
 from coma.errors import BadInput, CheckFailed
 from coma.models import build_encoder
 from coma.objectives import build_objective
@@ -31,37 +31,41 @@ from pretrain.training import pretrain, replay_nonfinite
 from pretrain.training.distributed import Processes
 from pretrain.training.ema import MovingAverage
 from pretrain.training.optimizer import learning_rate, parameter_groups
-from pretrain.training.train_step import Learner, NotFinite
+from pretrain.training.train_step import NotFinite, TrainStep
 
 CPU = torch.device("cpu")
 
 
-def learner(micro: int = 4, precision: Any = "fp32", model: Any = MODEL, **settings: Any) -> Learner:
-    """A learner of 4 images per step, always from the same start."""
+def train_step(micro: int = 4, precision: Any = "fp32", model: Any = MODEL, **settings: Any) -> TrainStep:
+    """A train_step of 4 images per step, always from the same start."""
     run = RunConfig(**{name: settings.pop(name) for name in ("grad_checkpointing",) if name in settings})
     torch.manual_seed(0)
     objective = build_objective(OBJECTIVE, build_encoder(model))
     optimizer = OptimizerConfig(batch_size=4, **settings)
-    slices = Slices(4, micro)
-    return Learner(objective, optimizer, run, Processes(CPU), slices, precision, (0.5,) * 3, (0.3,) * 3)
+    slices = BatchLayout(4, micro)
+    return TrainStep(objective, optimizer, run, Processes(CPU), slices, precision, (0.5,) * 3, (0.3,) * 3)
 
 
 def batches(photos: Path, micro: int = 4) -> Iterator[Batch]:
     return training_batches(
-        open_source(photos), DataConfig(image_size=16, workers=0), channels=3, seed=0, batch=Slices(4, micro)
+        open_source(photos),
+        DataConfig(image_size=16, workers=0),
+        channels=3,
+        seed=0,
+        batch=BatchLayout(4, micro),
     )
 
 
-def weights(learner: Learner) -> torch.Tensor:
-    return nn.utils.parameters_to_vector(learner.objective.parameters()).detach().clone()
+def weights(train_step: TrainStep) -> torch.Tensor:
+    return nn.utils.parameters_to_vector(train_step.objective.parameters()).detach().clone()
 
 
 def moved(photos: Path, steps: int = 3, micro: int = 4, **settings: Any) -> torch.Tensor:
     """How far the weights are from the start after some steps."""
-    one, stream = learner(micro, **settings), batches(photos, micro)
+    one, stream = train_step(micro, **settings), batches(photos, micro)
     start = weights(one)
     for number in range(steps):
-        one.step(number, 1e-3, stream)
+        one(number, 1e-3, stream)
     return weights(one) - start
 
 
@@ -69,8 +73,8 @@ def moved(photos: Path, steps: int = 3, micro: int = 4, **settings: Any) -> torc
 
 
 def test_a_step_is_what_adamw_would_do_by_hand(photos):
-    one = learner(clip_grad=0.1)
-    by_hand = learner().objective
+    one = train_step(clip_grad=0.1)
+    by_hand = train_step().objective
     optimizer = torch.optim.AdamW(by_hand.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     decayed, _ = parameter_groups(by_hand)
     batch = next(batches(photos))
@@ -81,7 +85,7 @@ def test_a_step_is_what_adamw_would_do_by_hand(photos):
         for parameter in decayed:
             parameter.mul_(1 - 1e-3 * 0.05)
     optimizer.step()
-    step = one.step(0, 1e-3, batches(photos))
+    step = one(0, 1e-3, batches(photos))
     assert step.values["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert step.values["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
     assert step.values["grad_norm"] > 0.1
@@ -100,11 +104,11 @@ def test_accumulated_batches_are_the_batch(photos, micro):
 
 def test_recomputed_activations_change_nothing(photos):
     dropping = replace(MODEL, drop_path=0.5)
-    recomputing = learner(model=dropping, grad_checkpointing=True)
+    recomputing = train_step(model=dropping, grad_checkpointing=True)
     passes = []
     block = recomputing.objective.get_submodule("encoder.stages.0.blocks.0")
     block.register_forward_pre_hook(lambda *_: passes.append(1))
-    recomputing.step(0, 1e-3, batches(photos))
+    recomputing(0, 1e-3, batches(photos))
     assert len(passes) == 2
     assert torch.equal(moved(photos, model=dropping), moved(photos, model=dropping, grad_checkpointing=True))
 
@@ -115,15 +119,15 @@ def test_random_numbers_follow_the_position_in_the_stream(photos):
     losses = []
     for number, foreign in ((0, 0), (0, 5), (1, 0)):
         torch.manual_seed(foreign)
-        losses.append(learner(model=dropping).step(number, 0.0, iter([first])).values["loss"])
+        losses.append(train_step(model=dropping)(number, 0.0, iter([first])).values["loss"])
     assert losses[0] == losses[1] != losses[2]
 
 
 @pytest.mark.parametrize(("precision", "fused"), [("fp32", True), ("bf16", False), ("fp16", False)])
 def test_fused_attention_is_for_32_bits_on_a_cpu(photos, precision, fused):
-    one = learner(precision=precision)
+    one = train_step(precision=precision)
     with torch.profiler.profile(acc_events=True) as profile:
-        one.step(0, 1e-3, batches(photos))
+        one(0, 1e-3, batches(photos))
     used = {event.key for event in profile.key_averages()}
     assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in used) == fused
     assert ("aten::_scaled_dot_product_flash_attention_for_cpu_backward" in used) == fused
@@ -137,17 +141,17 @@ def test_half_precision_learns_nearly_the_same(photos, precision):
 
 
 def test_an_fp16_overflow_is_skipped_and_scaled_down(photos):
-    one, stream = learner(precision="fp16"), batches(photos)
+    one, stream = train_step(precision="fp16"), batches(photos)
     scaler = one._scaler
     scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**40})
     before = weights(one)
-    step = one.step(0, 1e-3, stream)
+    step = one(0, 1e-3, stream)
     assert math.isfinite(step.values["loss"])
     assert not math.isfinite(step.values["grad_norm"])
     assert torch.equal(weights(one), before)
     assert scaler.get_scale() == 2.0**39
     scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**10})
-    one.step(1, 1e-3, stream)
+    one(1, 1e-3, stream)
     assert not torch.equal(weights(one), before)
 
 
@@ -217,15 +221,15 @@ def test_moving_average():
 
 
 def test_the_average_is_what_is_published(photos):
-    one, stream = learner(ema_decay=0.9), batches(photos)
+    one, stream = train_step(ema_decay=0.9), batches(photos)
     average = MovingAverage(list(one.objective.parameters()), 0.9)
     for number in range(3):
-        one.step(number, 1e-3, stream)
+        one(number, 1e-3, stream)
         average.update(number + 1)
     own = weights(one)
     with average.in_place_of_weights():
         expected = weights(one)
-    published = torch.cat([tensor.flatten() for tensor in one.published().values()])
+    published = torch.cat([tensor.flatten() for tensor in one.weights_to_publish().values()])
     torch.testing.assert_close(published.sort().values, expected.sort().values)
     assert not torch.equal(expected, own)
     assert torch.equal(weights(one), own)
@@ -245,15 +249,15 @@ def settings(photos: Path, out: Path, **optimizer: Any) -> PretrainConfig:
 
 
 def poison(patch: pytest.MonkeyPatch, step: int, change: Any) -> None:
-    take = Learner.step
+    take = TrainStep.__call__
 
-    def poisoned(self: Learner, n: int, *rest: Any) -> Any:
+    def poisoned(self: TrainStep, n: int, *rest: Any) -> Any:
         if n == step:
             with torch.no_grad():
                 change(self.objective)
         return take(self, n, *rest)
 
-    patch.setattr(Learner, "step", poisoned)
+    patch.setattr(TrainStep, "__call__", poisoned)
 
 
 def blow_up_loss(objective: nn.Module) -> None:
@@ -283,16 +287,15 @@ def test_a_loss_that_is_no_number_stops_the_run_and_can_be_replayed(photos, tmp_
     assert not math.isfinite(replay.grad_norm)
     assert len(facts["images"]) == 4
     assert load_artifact(run / "artifact").config.trained["steps"] == 4  # of before
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
 
 
 def test_a_finite_step_replays_to_the_same_numbers(photos, tmp_path):
     """So what a replay gives is what the step gave, drop path and accumulation included."""
     run, seen = tmp_path / "run", {}
-    check = Learner._check
+    check = TrainStep._check
 
-    def refuse(self: Learner, loss: float, grad_norm: float) -> None:
+    def refuse(self: TrainStep, loss: float, grad_norm: float) -> None:
         check(self, loss, grad_norm)
         seen["calls"] = seen.get("calls", 0) + 1
         if seen["calls"] == 4:
@@ -300,19 +303,19 @@ def test_a_finite_step_replays_to_the_same_numbers(photos, tmp_path):
             raise NotFinite(loss, grad_norm)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckFailed):
-        patch.setattr(Learner, "_check", refuse)
+        patch.setattr(TrainStep, "_check", refuse)
         pretrain(settings(photos, run))
     replay = replay_nonfinite(run / "nonfinite" / "step-000004.safetensors")
     assert replay == pytest.approx(seen["values"], rel=1e-6)
 
 
 def test_weights_are_not_touched_by_a_bad_step(photos):
-    one, stream = learner(), batches(photos)
+    one, stream = train_step(), batches(photos)
     with torch.no_grad():
         blow_up_loss(one.objective)
     before = weights(one)
     with pytest.raises(NotFinite):
-        one.step(0, 1e-3, stream)
+        one(0, 1e-3, stream)
     assert torch.equal(weights(one), before)
 
 

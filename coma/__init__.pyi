@@ -1,0 +1,25 @@
+# What type checkers and editors see of `import coma`; `coma/__init__.py` imports each name on first use.
+
+from coma.artifact import load_artifact as load_artifact
+from coma.artifact import load_classifier as load_classifier
+from coma.artifact import load_encoder as load_encoder
+from coma.artifact import save_artifact as save_artifact
+from coma.config import PretrainConfig as PretrainConfig
+from coma.config import encoder_preset as encoder_preset
+from coma.config import method_preset as method_preset
+from coma.config.artifact import ArtifactConfig as ArtifactConfig
+from coma.errors import BadArtifact as BadArtifact
+from coma.errors import BadInput as BadInput
+from coma.errors import ComaError as ComaError
+from coma.models import DyViT as DyViT
+from coma.models import ViT as ViT
+from coma.models import build_encoder as build_encoder
+from coma.objectives import build_objective as build_objective
+from coma.objectives.load import load_pretrained as load_pretrained
+from coma.runtimes.open import open_runtime as open_runtime
+from downstream.classify.finetune import finetune as finetune
+from pretrain.evaluate import evaluate as evaluate
+from pretrain.training import pretrain as pretrain
+
+__version__: str
+__all__: list[str]

@@ -1,0 +1,31 @@
+"""Settings of `coma pack`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from coma.ranges import PROCESSES, SIDE, Range, Ranged
+
+
+@dataclass(frozen=True)
+class PackConfig(Ranged):
+    """What to pack, and how."""
+
+    images: Annotated[Path, tyro.conf.Positional]
+    """Folder of images (searched recursively), .npz pack, .tar shards or a folder of them."""
+    out: Path
+    """New folder for the shards."""
+    size: Annotated[int, SIDE] = 256
+    """Short side in pixels to which larger images are reduced; smaller images keep their size."""
+    quality: Annotated[int, Range(1, 95)] = 90
+    """JPEG quality; 16-bit, transparent and multi-channel images are stored without loss."""
+    shard_images: Annotated[int, Range(1, 10**9)] = 2000
+    """Images per shard."""
+    split: str | None = None
+    """Split to pack: train, test or val (default: train, if there are splits)."""
+    workers: Annotated[int | None, PROCESSES] = None
+    """Worker processes (default: one per core beside this process; 0 on 1 or 2 cores)."""

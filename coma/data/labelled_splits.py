@@ -1,0 +1,127 @@
+"""Labelled images for an evaluation: training, validation and test splits with the same classes."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from coma.data.labels import align_labels
+from coma.data.sources.base import Source
+from coma.data.sources.open import open_source
+from coma.data.sources.subset import Subset
+from coma.data.worker_pool import map_ordered
+from coma.errors import BadImage, BadInput
+from coma.messages import abridged, counted
+
+log = logging.getLogger(__name__)
+
+_PARALLEL_FROM = 5000
+"""Number of classes from which worker processes decode: one image takes about a millisecond."""
+
+
+@dataclass(frozen=True)
+class LabelledSplits:
+    """Training, validation and test images with the same classes."""
+
+    train: Source
+    val: Source | None
+    test: Source
+
+
+def open_labelled_splits(
+    data: Path | None, train: Path | None = None, test: Path | None = None, val: Path | None = None
+) -> LabelledSplits:
+    """Opens the splits of one folder, or each split from its own path.
+
+    Classes without any readable image are skipped and logged.
+
+    Args:
+        data: Folder with the splits train and test (or val).
+        train: Training images in another place.
+        test: Test images in another place.
+        val: Validation images in another place.
+
+    Raises:
+        BadInput: A path or split does not exist, or has no readable image.
+    """
+    if data and not (train or test):
+        sources = [open_source(data, "train"), open_source(data, "test")]
+        if val is None and sources[1].split == "test":
+            found = open_source(data, "val")
+            sources += [found] if found.split == "val" else []
+    elif train and test and not data:
+        sources = [open_source(train), open_source(test, held_out=True)]
+    else:
+        raise BadInput("give --data, or both --train and --test")
+    if val is not None:
+        sources.append(open_source(val, held_out=True))
+    if sources[1].split == "val":
+        _log_once(f"{sources[1].location}: used as test images, because there is no test split")
+    readable = [_with_readable_classes(source) for source in sources]
+    return LabelledSplits(readable[0], readable[2] if len(readable) > 2 else None, readable[1])
+
+
+def log_missing_classes(splits: LabelledSplits) -> None:
+    """Logs the classes of the training images that the validation or test images do not have.
+
+    Raises:
+        BadInput: See `align_labels`.
+    """
+    for source in (splits.val, splits.test):
+        if source is None:
+            continue
+        _, labels, classes = align_labels(splits.train, source)
+        present = set(labels.tolist())
+        missing = [name for i, name in enumerate(classes) if i not in present]
+        if missing:
+            few = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            _log_once(f"{source.location}: has no image of {len(missing)} of {len(classes)} classes: {few}")
+
+
+def _log_once(line: str) -> None:
+    log.info(line, extra={"once": True})
+
+
+def _with_readable_classes(source: Source) -> Source:
+    """Returns the images without those of classes that have no readable image."""
+    labels = source.labels
+    if labels is None:
+        return source
+    order = np.argsort(labels, kind="stable")
+    starts = np.flatnonzero(np.diff(labels[order], prepend=labels[order[0]] - 1))
+    classes = np.split(order, starts[1:])
+    errors = map_ordered(
+        partial(_error_of_all, source), classes, None if len(classes) >= _PARALLEL_FROM else 0
+    )
+    unreadable, reasons = [], []
+    for members, error in zip(classes, errors, strict=True):
+        if error:
+            label = int(labels[members[0]])
+            unreadable.append(label)
+            name = str(label) if source.class_names is None else source.class_names[label]
+            reasons.append(f"{name} ({len(members)}; {error})")
+    if not unreadable:
+        return source
+    if len(unreadable) == len(classes):
+        raise BadInput(f"{source.location}: no image could be read; class {reasons[0]}")
+    kept = Subset(source, np.flatnonzero(~np.isin(labels, unreadable)))
+    skipped = counted(len(unreadable), "class", "classes")
+    _log_once(f"{source.location}: {skipped} skipped, because no image can be read: {abridged(reasons, 3)}")
+    return kept
+
+
+def _error_of_all(source: Source, members: np.ndarray) -> str:
+    """Returns the first error if none of these images can be read; otherwise the empty string."""
+    first = ""
+    for i in members.tolist():
+        try:
+            source.decode(i, min_side=1)
+        except BadImage as error:
+            first = first or str(error)
+        else:
+            return ""
+    return first

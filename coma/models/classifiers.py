@@ -1,0 +1,223 @@
+"""Encoders under a linear head; DyViT also as a timm model, `timm.create_model("dyvit_base")`.
+
+Importing this module registers DyViT with timm. `DyViTClassifier` follows timm's conventions
+(forward_features / forward_head, forward_intermediates, feature_info, group_matcher, reset_classifier), so
+what builds on timm builds on DyViT: feature pyramids, layer-decayed optimizers, fine-tuning scripts. The
+encoder's parameters keep their names; a head is added as `head.*`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any, Literal, overload
+
+import torch.nn.functional as F
+from einops import rearrange
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from coma.config import DyViTConfig, EncoderConfig, ViTConfig, dyvit_preset
+from coma.masking.patchify import cover
+from coma.models.dyvit import DyViT
+from coma.models.vit import ViT
+from coma.registry import ARCHITECTURES, entry_of, resolve
+
+OutFormat = Literal["NCHW", "NHWC"]
+
+
+class DyViTClassifier(DyViT):
+    """DyViT with a linear head on mean-pooled features.
+
+    Args:
+        config: The backbone.
+        num_classes: Outputs; 0 returns pooled features.
+        drop_rate: Dropout before the head.
+        global_pool: "avg", or "" for unpooled maps `[b, h, w, c]`.
+    """
+
+    def __init__(
+        self, config: DyViTConfig, num_classes: int = 1000, drop_rate: float = 0.0, global_pool: str = "avg"
+    ) -> None:
+        super().__init__(config)
+        self.drop_rate = drop_rate
+        self.reset_classifier(num_classes, global_pool)
+
+    def forward(self, images: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Images `[b, c, H, W]` to logits `[b, num_classes]`."""
+        return self.forward_head(self.forward_features(images))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features `[b, h, w, c]` to logits, or to pooled features with `pre_logits`."""
+        if self.global_pool:
+            x = x.mean(dim=(1, 2))
+        x = F.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.head(x)
+
+    def get_classifier(self) -> nn.Module:
+        """Returns the head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head.
+
+        Raises:
+            ValueError: a pooling other than "avg" or "".
+        """
+        self.global_pool = self.global_pool if global_pool is None else global_pool
+        if self.global_pool not in ("avg", ""):
+            raise ValueError(f"global_pool {self.global_pool!r}: DyViT pools with 'avg' or not at all ('')")
+        self.num_classes = num_classes
+        like = {"device": self.stem.conv.weight.device, "dtype": self.stem.conv.weight.dtype}
+        self.head = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
+        if isinstance(self.head, nn.Linear):
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    @overload
+    def forward_intermediates(
+        self, x: Tensor, indices: int | Sequence[int] | None = None, norm: bool = False,
+        stop_early: bool = False, output_fmt: OutFormat = "NCHW", *, intermediates_only: Literal[True],
+    ) -> list[Tensor]: ...  # fmt: skip
+    @overload
+    def forward_intermediates(
+        self, x: Tensor, indices: int | Sequence[int] | None = None, norm: bool = False,
+        stop_early: bool = False, output_fmt: OutFormat = "NCHW", intermediates_only: Literal[False] = False,
+    ) -> tuple[Tensor, list[Tensor]]: ...  # fmt: skip
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: OutFormat = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Outputs of chosen stages.
+
+        Args:
+            x: Images `[b, c, H, W]`.
+            indices: Stages to return; an int for the last n, None for all.
+            norm: Normalise the last stage's output.
+            stop_early: Do not run stages beyond the last one asked for.
+            output_fmt: Axes of the maps.
+            intermediates_only: Leave out the final features.
+
+        Returns:
+            Maps, or (final features, maps).
+
+        Raises:
+            ValueError: an unknown `output_fmt`.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt {output_fmt!r} must be NCHW or NHWC")
+        take, last = feature_take_indices(len(self.stages), None if indices is None else indices)  # pyright: ignore[reportArgumentType]
+        height, width = x.shape[-2:]
+        maps = self.stage_maps(x, stages=last + 1 if stop_early else len(self.stages))
+        final = self.norm(maps[-1]) if len(maps) == 4 else maps[-1]
+        chosen = []
+        for i in take:
+            stride = self.strides[i]
+            full = final if norm and i == 3 else maps[i]
+            cropped = full[:, : cover(height, stride), : cover(width, stride)]
+            chosen.append(rearrange(cropped, "b h w c -> b c h w") if output_fmt == "NCHW" else cropped)
+        return chosen if intermediates_only else (final, chosen)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages, norm and head that the chosen stages do not need."""
+        take, last = feature_take_indices(len(self.stages), indices)  # pyright: ignore[reportArgumentType]
+        cut = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if prune_norm or cut:
+            self.norm = nn.Identity()
+        if cut:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or cut:
+            self.reset_classifier(0, "")
+        return take
+
+
+def _create(preset: str, pretrained: bool = False, **kwargs: Any) -> DyViTClassifier:
+    def build(
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        img_size: int | tuple[int, int] = 224,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
+        **overrides: Any,
+    ) -> DyViTClassifier:
+        config = dyvit_preset(preset, min(img_size) if isinstance(img_size, tuple) else img_size, in_chans)
+        unknown = overrides.keys() - {field.name for field in fields(DyViTConfig)}
+        if unknown:
+            raise TypeError(f"dyvit_{preset}: unknown arguments {sorted(unknown)}")
+        config = replace(config, drop_path=drop_path_rate, **overrides)
+        return DyViTClassifier(config, num_classes, drop_rate, global_pool)
+
+    return build_model_with_cfg(
+        build,
+        f"dyvit_{preset}",
+        pretrained,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+_CFG = {
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "pool_size": (7, 7),
+    "crop_pct": 0.9,
+    "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "stem.conv",
+    "classifier": "head",
+    "license": "apache-2.0",
+}
+default_cfgs = generate_default_cfgs({f"dyvit_{preset}": _CFG for preset in ARCHITECTURES["dyvit"].presets})
+
+
+def _register(preset: str, help: str) -> None:
+    def create(pretrained: bool = False, **kwargs: Any) -> DyViTClassifier:
+        return _create(preset, pretrained, **kwargs)
+
+    create.__name__ = f"dyvit_{preset}"
+    create.__doc__ = f"DyViT {preset}: {help} parameters."
+    register_model(create)
+
+
+for _name, _preset in ARCHITECTURES["dyvit"].presets.items():
+    _register(_name, _preset.help)
+
+
+class ViTClassifier(ViT):
+    """Plain ViT with a linear head on mean-pooled tokens (MAE, He et al. 2021, app. A.2: without cls token).
+
+    Args:
+        config: The backbone.
+        num_classes: Outputs.
+    """
+
+    def __init__(self, config: ViTConfig, num_classes: int) -> None:
+        super().__init__(config)
+        self.head = nn.Linear(config.num_features, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Images `[b, c, H, W]` to logits `[b, num_classes]`."""
+        return self.head(self.pool(images))
+
+
+Classifier = DyViTClassifier | ViTClassifier
+
+
+def build_classifier(config: EncoderConfig, num_classes: int) -> Classifier:
+    """Returns the encoder that `config` describes under a linear head, freshly initialised."""
+    return resolve(entry_of(config).classifier)(config, num_classes)

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: finding the library, running engines, and reading their sidecars."""

@@ -1,0 +1,1 @@
+"""Fine-tuning of a classifier, in pre-training's training loop."""

@@ -1,0 +1,125 @@
+"""Fine-tuning: the whole encoder and a linear head are trained on labelled images.
+
+It runs in the training loop of pre-training, so that stopping, resuming and everything else about a run is
+the same. Its own parts are the recipe (`coma.objectives.classification`, layer-wise learning rates), the
+labels (`plan`), and the artifact: the classifier with the best validation accuracy (`run_directory`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from coma.artifact import load_strict
+from coma.atomic_io import lies_among
+from coma.config import FinetuneConfig
+from coma.data import Batch, labelled_batches
+from coma.errors import BadInput
+from coma.models.classifiers import build_classifier
+from coma.objectives.classification import Classification
+from downstream.classify.plan import FinetunePlan, prepare_finetuning
+from downstream.classify.run_directory import ClassifierRunDirectory
+from downstream.classify.validation import Validation
+from pretrain.training.console import TrainingConsole
+from pretrain.training.distributed import Processes, processes
+from pretrain.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """Results of a fine-tuning run."""
+
+    config: FinetuneConfig
+    """Settings as the run directory has them."""
+    best: Validation | None
+    """Validation scores of the chosen checkpoint; None without validation images."""
+    last: Validation | None
+    """Validation scores of the last step; None without validation images."""
+    test: Validation
+    """Test scores of the chosen checkpoint."""
+    steps: int
+    """Optimizer steps of the whole run."""
+    train_images: int
+    seconds: float
+    """Duration of this call."""
+
+    @property
+    def artifact(self) -> Path:
+        """Directory of the chosen classifier."""
+        return self.config.run.out / "artifact"
+
+
+def finetune(
+    config: FinetuneConfig, *, resume: bool = False, allow_changed_data: bool = False
+) -> FinetuneResult:
+    """Fine-tunes an artifact's encoder, from the beginning or from the last saved state to the end.
+
+    Args:
+        config: The run. Model, class names, mean, standard deviation, layer decay and an image size of 0 are
+            filled in from the artifact and the images. Resuming uses the directory `config.run.out`, and
+            refuses settings that would change what is learned.
+        resume: Resume a run that was interrupted.
+        allow_changed_data: Resume although the images are not those that the run was started with.
+
+    Raises:
+        BadInput: settings, artifact, data or directory that cannot be used, or several processes.
+        CheckFailed: a loss or gradient that is not finite, or results that could not be written.
+        Interrupted: Ctrl-C or SIGTERM; everything is saved.
+    """
+    began = time.monotonic()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadInput("fine-tuning runs in one process, on one GPU or a CPU; start it without torchrun")
+    with processes(config.run.device) as group, closing(TrainingConsole()) as console:
+        plan = prepare_finetuning(config, resume=resume)
+        for images in dict.fromkeys((config.data.images, config.test)):
+            if not resume and (note := lies_among(config.run.out, images)):
+                console.say(note)
+        trainer = _ClassifierTrainer(plan, group, console)
+        trainer.train(resume=resume, allow_changed_data=allow_changed_data)
+    directory = trainer.directory
+    if directory.test is None:
+        raise AssertionError("every run ends with a test")
+    seconds = time.monotonic() - began
+    return FinetuneResult(
+        plan.config, directory.best, directory.last, directory.test, plan.steps, len(plan.source), seconds
+    )
+
+
+class _ClassifierTrainer(Trainer[FinetunePlan]):
+    """Trains the whole encoder under a linear head."""
+
+    def __init__(self, plan: FinetunePlan, group: Processes, console: TrainingConsole) -> None:
+        super().__init__(plan, group, console)
+        self.directory = ClassifierRunDirectory(plan, console)
+
+    def objective(self) -> Classification:
+        """See `Trainer`."""
+        plan, config = self.plan, self.plan.config
+        classifier = build_classifier(config.model, len(plan.class_names))
+        if not config.from_scratch:
+            tensors = classifier.state_dict() | plan.encoder  # the head keeps its initial weights
+            load_strict(classifier, tensors, source=str(config.artifact))
+        return Classification(config.optimizer, classifier, len(plan.class_names))
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """See `Trainer`."""
+        config = self.plan.config
+        return labelled_batches(
+            self.plan.source,
+            config.data,
+            self.plan.labels,
+            channels=config.model.channels,
+            seed=config.run.seed,
+            batch=self.plan.slices,
+            rand_augment=config.optimizer.rand_augment,
+            start=start,
+            device=self.group.device,
+        )
+
+    def run_directory(self) -> ClassifierRunDirectory:
+        """See `Trainer`."""
+        return self.directory

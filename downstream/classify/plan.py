@@ -1,0 +1,154 @@
+"""The plan of a fine-tuning run: settings filled in from artifact and images, data splits, and all checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from coma.artifact import ArtifactConfig, load_encoder
+from coma.config import FinetuneConfig
+from coma.data import (
+    Source,
+    Subset,
+    align_labels,
+    check_sample,
+    hold_out,
+    log_missing_classes,
+    open_labelled_splits,
+)
+from coma.errors import BadInput
+from coma.messages import counted
+from pretrain.training.optimizer import default_layer_decay
+from pretrain.training.run_plan import (
+    RunPlan,
+    check_folder,
+    check_shapes,
+    check_space,
+    count_steps,
+    is_multiple,
+    split_batch,
+)
+
+
+@dataclass(frozen=True)
+class FinetunePlan(RunPlan[FinetuneConfig]):
+    """A fine-tuning run, ready to start."""
+
+    pretrained: ArtifactConfig
+    """Description of the artifact that is fine-tuned."""
+    encoder: dict[str, Tensor]
+    """The artifact's encoder weights."""
+    labels: Tensor
+    """Labels of the training images, int64 `[n]`."""
+    test: Source
+    """Test images, used once, at the end."""
+    test_labels: Tensor
+    """Labels of the test images, int64 `[m]`, with the same numbers for the same classes."""
+    val: Source | None
+    """Validation images, which choose the checkpoint; None publishes the weights of the last step."""
+    val_labels: Tensor
+    """Labels of the validation images, with the same numbers."""
+    held_out: bool
+    """Whether the validation images are a part of the training split, which is not trained on."""
+    notes: tuple[str, ...]
+    """Lines to print before the first step."""
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """See `RunPlan.sources`."""
+        val = {} if self.val is None else {"validation images": self.val}
+        return {"training images": self.source, **val, "test images": self.test}
+
+    def evaluates_at(self, step: int) -> bool:
+        """Returns whether a validation is due."""
+        recipe = self.config.optimizer
+        every = max(1, round(recipe.validate * len(self.source) / recipe.batch_size))
+        return self.val is not None and step > 0 and is_multiple(step, every)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Class names in the order of the labels."""
+        return self.config.class_names or ()
+
+
+def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
+    """Fills in what follows from artifact and images, and checks the settings against them.
+
+    Raises:
+        BadInput: an artifact without an encoder to fine-tune, images without labels or of one class, test
+            images of unknown classes, settings that do not fit, or a directory that cannot be used.
+    """
+    encoder = load_encoder(config.artifact)
+    about = encoder.artifact
+    images = config.data.images
+    splits = (
+        open_labelled_splits(images, val=config.val)
+        if config.test is None
+        else open_labelled_splits(None, images, config.test, config.val)
+    )
+    train, val, test = splits.train, splits.val, splits.test
+    labels, test_labels, names = align_labels(train, test)
+    log_missing_classes(splits)
+    share, val_labels, held_out = config.optimizer.hold_out, labels[:0], val is None
+    chosen_by = "checkpoint: the last step's; nothing chooses it (--hold-out 0)"
+    if val is not None:
+        _, val_labels, _ = align_labels(train, val)
+        chosen_by = f"checkpoint: chosen by top-1 on {len(val):,} images of {val.location}"
+    elif share:
+        chosen = hold_out(labels, share, config.run.seed)
+        if not chosen.any():
+            raise BadInput(
+                f"{train.location}: every class has a single image, so none can be held out to choose the "
+                "checkpoint; give validation images (--val), or take the last step's weights (--hold-out 0)"
+            )
+        single = int((labels.bincount() == 1).sum())
+        without = f"; {counted(single, 'class', 'classes')} with a single image have none" if single else ""
+        chosen_by = (
+            f"checkpoint: chosen by top-1 on {int(chosen.sum()):,} of the {len(labels):,} images of "
+            f"{train.location}, which are not trained on: {share:.3g} of every class, at least one of two, "
+            f"drawn with seed {config.run.seed}{without} (--val or --hold-out change this)"
+        )
+        val, val_labels = Subset(train, np.flatnonzero(chosen)), labels[chosen]
+        train, labels = Subset(train, np.flatnonzero(~chosen)), labels[~chosen]
+    notes = chosen_by, f"test: {len(test):,} images of {test.location}, used once, at the end"
+    config = check_folder(_filled_in(config, about, names), resume)
+    check_shapes(config)
+    slices = split_batch(config.optimizer, rank=0, world=1)
+    if slices.micro_batch % 2 and (config.optimizer.mixup or config.optimizer.cutmix):
+        raise BadInput(
+            f"{slices.micro_batch} images per pass: mixup and CutMix pair them, so give an even --batch-size "
+            "and --micro-batch, or --mixup 0 --cutmix 0"
+        )
+    for source in (train, *((val,) if val else ()), test):
+        check_sample(source, config.model.channels, config.data.mean or (), config.data.std or (), fixed=True)
+    steps = count_steps(config.optimizer, len(train))
+    weights = encoder.state_dict()
+    check_space(config, sum(tensor.numel() for tensor in weights.values()))
+    return FinetunePlan(
+        config=config,
+        source=train,
+        slices=slices,
+        steps=steps,
+        pretrained=about,
+        encoder=weights,
+        labels=labels,
+        test=test,
+        test_labels=test_labels,
+        val=val,
+        val_labels=val_labels,
+        held_out=held_out and val is not None,
+        notes=notes,
+    )
+
+
+def _filled_in(config: FinetuneConfig, about: ArtifactConfig, names: tuple[str, ...]) -> FinetuneConfig:
+    data, recipe = config.data, config.optimizer
+    data = replace(data, image_size=data.image_size or about.image_size)
+    if data.mean is None:
+        data = replace(data, mean=about.mean, std=about.std)
+    if recipe.layer_decay is None:
+        recipe = replace(recipe, layer_decay=default_layer_decay(about.model))
+    model = replace(about.model, drop_path=recipe.drop_path)
+    return replace(config, data=data, model=model, class_names=names, optimizer=recipe)

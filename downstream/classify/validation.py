@@ -1,0 +1,84 @@
+"""Accuracy of a classifier on validation or test images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coma.amp import Precision, autocast
+from coma.data import Source, evaluation_batches, normalize, topk_accuracy
+from coma.errors import CheckFailed
+from coma.models.classifiers import Classifier
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Scores of a classifier on validation or test images."""
+
+    step: int
+    """Number of optimizer steps that the classifier has taken."""
+    top1: float
+    """Top-1 accuracy, 0..1."""
+    top5: float | None
+    """Top-5 accuracy; None for five classes or fewer."""
+    loss: float
+    """Mean cross-entropy, without label smoothing."""
+    images: int
+    """Number of images that could be read."""
+
+
+def validate(
+    classifier: Classifier,
+    source: Source,
+    labels: Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    step: int,
+    image_size: int,
+    batch_size: int,
+    precision: Precision = "fp32",
+    workers: int | None = None,
+) -> tuple[Validation, tuple[str, ...]]:
+    """Scores a classifier on centre crops, the crops that `coma evaluate` uses.
+
+    Args:
+        classifier: Classifier on the device to compute on; it stays in evaluation mode.
+        source: Validation or test images.
+        labels: Labels of all these images, int64 `[m]`.
+        mean: Per-channel mean of pixels scaled to 0..1.
+        std: Per-channel standard deviation.
+        step: Number of optimizer steps that the classifier has taken.
+        image_size: Side of the crops in pixels.
+        batch_size: Images per forward pass.
+        precision: Number format of the forward pass.
+        workers: Number of processes that decode images.
+
+    Returns:
+        The scores, and one line for each image that could not be read.
+
+    Raises:
+        BadInput: no image could be read.
+        CheckFailed: the classifier's outputs are not finite.
+    """
+    device = next(classifier.parameters()).device
+    classifier.eval()
+    logits, indices, failures = [], [], []
+    channels = classifier.config.channels
+    with torch.inference_mode(), autocast(precision, device):
+        for batch in evaluation_batches(
+            source, image_size=image_size, channels=channels, batch_size=batch_size, workers=workers
+        ):
+            images = normalize(batch.images.to(device), mean, std)
+            logits.append(classifier(images).float().cpu())  # b classes
+            indices.append(batch.indices)
+            failures += batch.failures
+    guess, truth = torch.cat(logits), labels[torch.cat(indices)]
+    if not guess.isfinite().all():
+        raise CheckFailed(f"step {step}: the classifier's outputs are not finite; try --precision fp32")
+    top5 = topk_accuracy(guess, truth, 5) if guess.shape[1] > 5 else None
+    loss = F.cross_entropy(guess, truth).item()
+    return Validation(step, topk_accuracy(guess, truth, 1), top5, loss, len(truth)), tuple(failures)

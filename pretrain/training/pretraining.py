@@ -1,0 +1,71 @@
+"""Pre-training: the objective, batches and run directory of `coma pretrain`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+from coma.atomic_io import lies_among
+from coma.config import PretrainConfig
+from coma.data import Batch, training_batches
+from coma.objectives import Objective
+from coma.objectives.teachers import caveats, training_objective
+from pretrain.training.console import TrainingConsole
+from pretrain.training.distributed import processes
+from pretrain.training.run_directory import PretrainRunDirectory
+from pretrain.training.run_plan import PretrainPlan, prepare
+from pretrain.training.trainer import Trainer
+
+
+def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed_data: bool = False) -> Path:
+    """Train from the beginning, or resume from the last saved state; under torchrun, on all its processes.
+
+    Args:
+        config: The run. Resuming takes the directory `config.run.out`, and refuses settings that would
+            change what is learned.
+        resume: Resume a run that was interrupted.
+        allow_changed_data: Resume although the images are not those that the run was started with.
+
+    Returns:
+        The run directory; its layout is described in `pretrain.training.run_directory`.
+
+    Raises:
+        BadInput: settings, data or directory that cannot be used.
+        CheckFailed: a loss or gradient that is not finite, or results that could not be written.
+        Interrupted: Ctrl-C or SIGTERM; everything is saved.
+    """
+    with processes(config.run.device) as group, closing(TrainingConsole(quiet=not group.main)) as console:
+        plan = prepare(config, group, resume=resume)
+        for caveat in caveats(plan.config.objective):
+            console.warn(caveat)
+        if not resume and (note := lies_among(config.run.out, config.data.images)):
+            console.say(note)
+        PretrainTrainer(plan, group, console).train(resume=resume, allow_changed_data=allow_changed_data)
+        return plan.folder
+
+
+class PretrainTrainer(Trainer[PretrainPlan]):
+    """Trains an encoder and its decoder to fill in what the objective hides."""
+
+    def objective(self) -> Objective:
+        """See `Trainer`."""
+        return training_objective(self.plan.config)
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """See `Trainer`."""
+        config = self.plan.config
+        return training_batches(
+            self.plan.source,
+            replace(config.data, image_size=config.view_size),
+            channels=config.model.channels,
+            seed=config.run.seed,
+            batch=self.plan.slices,
+            start=start,
+            device=self.group.device,
+        )
+
+    def run_directory(self) -> PretrainRunDirectory:
+        """See `Trainer`."""
+        return PretrainRunDirectory(self.plan, self.console)

@@ -1,0 +1,80 @@
+"""Fine-tuning runs of a few steps on pictures of three colours."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from short_runs import MODEL
+
+from coma.artifact import ArtifactConfig, library_versions, save_artifact
+from coma.config import FinetuneConfig, FinetuneDataConfig, FinetuneRecipe, FinetuneRunConfig
+from coma.models import build_encoder
+
+COLOURS = ("blue", "green", "red")
+
+
+def paint(folder: Path, count: int, seed: int) -> None:
+    """Noisy pictures in class folders, each a little brighter in the colour of its class."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        colour = number % 3
+        pixels = rng.integers(0, 200, (20, 20, 3))
+        pixels[:, :, 2 - colour] += 55
+        path = folder / COLOURS[colour] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def publish(path: Path, model: Any = MODEL, kind: Any = "backbone") -> Path:
+    """An artifact with an encoder that has learned nothing."""
+    torch.manual_seed(3)
+    c = model.channels
+    about = ArtifactConfig(kind, model, None, 16, (0.5,) * c, (0.25,) * c, None, {}, library_versions())
+    save_artifact(path, tensors=build_encoder(model).state_dict(), config=about)
+    return path
+
+
+def fill(folder: Path) -> Path:
+    """A folder with `data` (12, 6 and 9 pictures of three colours) and `artifact`."""
+    paint(folder / "data" / "train", 12, seed=0)
+    paint(folder / "data" / "val", 6, seed=4)
+    paint(folder / "data" / "test", 9, seed=1)
+    publish(folder / "artifact")
+    return folder
+
+
+def seven_steps(place: Path) -> FinetuneConfig:
+    """Seven steps with everything that a resumed run has to restore; validated after 3, 6 and 7."""
+    return FinetuneConfig(
+        artifact=place / "artifact",
+        data=FinetuneDataConfig(place / "data", workers=0),
+        optimizer=FinetuneRecipe(
+            steps=7,
+            batch_size=4,
+            micro_batch=2,
+            base_lr=0.1,
+            ema_decay=0.5,
+            drop_path=0.3,
+            random_erasing=0.5,
+        ),
+        run=FinetuneRunConfig(Path("run"), device="cpu", save_steps=2, log_steps=3),
+    )
+
+
+def to(config: FinetuneConfig, out: Path, **recipe: Any) -> FinetuneConfig:
+    return replace(config, run=replace(config.run, out=out), optimizer=replace(config.optimizer, **recipe))
+
+
+def without_val(short: FinetuneConfig, place: Path, out: Path, **recipe: Any) -> FinetuneConfig:
+    """The same without a val split."""
+    config = to(short, out, **recipe)
+    data = replace(config.data, images=place / "data" / "train")
+    return replace(config, data=data, test=place / "data" / "test")
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
