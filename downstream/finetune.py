@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coma.artifact import ArtifactConfig, save_artifact
+from coma.artifact import ArtifactConfig, load_strict, save_artifact
 from coma.config import DyViTConfig, EncoderConfig
 from coma.errors import BadInput
 from downstream.artifacts import (
@@ -117,7 +117,8 @@ def evaluate(
     """
     found = read_finetuned(artifact, kind)
     config = test_config(found.config, model_settings(found.config.head or {}), loader, metric)
-    return runner.test(config, folder, partial(runner.load_weights, tensors=found.tensors), device=device)
+    prepare = partial(load_strict, tensors=found.tensors, source=str(artifact))
+    return runner.test(config, folder, prepare, device=device)
 
 
 def test_config(

@@ -175,13 +175,6 @@ def prepare_config(config: Any, folder: Path, device: str) -> None:
         _replace_sync_bn(config.model)
 
 
-def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Loads all tensors strictly; the error lists those that do not fit."""
-    from coma.artifact import load_strict
-
-    load_strict(model, tensors, source="artifact")
-
-
 def scores_by_step(runner: Runner) -> dict[str, dict[str, float]]:
     """Returns the finite scores of every validation of the run."""
     return runner.message_hub.runtime_info.get(SCORES, {})
