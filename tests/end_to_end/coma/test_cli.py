@@ -279,9 +279,10 @@ def test_messages_of_the_running_room_are_shown(room, capsys):
     logging.getLogger("annex").info("from the room")
     logging.getLogger("coma.data").info("from a library of ours")
     logging.getLogger("elsewhere").info("from another library")
+    logging.getLogger("annex").warning("cat.jpg: skipped")
     with redirect_stderr(io.StringIO()) as bar:
         logging.getLogger("annex").info("while a progress bar has the terminal")
-    assert capsys.readouterr().err == "from the room\nfrom a library of ours\n"
+    assert capsys.readouterr().err == "from the room\nfrom a library of ours\nwarning: cat.jpg: skipped\n"
     assert bar.getvalue() == "while a progress bar has the terminal\n"
 
 
