@@ -140,10 +140,15 @@ def _artifact(path: Path) -> Report:
         "versions": _listed(config.versions),
         "checksums": "match" if checked else "none: an older version wrote it, damage would go unnoticed",
     }
+    encoder = [
+        "coma evaluate {} --data CLASSES",
+        "coma classify train {} --data CLASSES --out RUN",
+        "coma detect train {} --data DATA --out RUN",
+    ]
     steps = {
-        "backbone": ["coma evaluate {} --data CLASSES", "coma detect train {} --data DATA --out RUN"],
-        "pretrained": ["coma evaluate {} --data CLASSES", "coma detect train {} --data DATA --out RUN"],
-        "classifier": ["coma classify test {} --data CLASSES"],
+        "backbone": encoder,
+        "pretrained": encoder,
+        "classifier": [],
         "detector": ["coma detect predict {} IMAGES --out PICTURES"],
         "segmentor": ["coma segment predict {} IMAGES --out PICTURES"],
     }
@@ -194,9 +199,9 @@ def _exports(path: Path) -> Report:
         state = (
             "missing" if not file.is_file() else "verified" if is_verified(path, entry) else "changed since"
         )
-        facts[entry.file] = f"{state}; {entry.form}, {entry.precision}, {entry.bytes / 1e6:,.1f} MB"
+        facts[entry.file] = f"{state}; {entry.graph}, {entry.precision}, {entry.bytes / 1e6:,.1f} MB"
     for entry in manifest.rejected:
-        facts[entry.file] = f"rejected; {entry.form}, {entry.precision}; see report.md"
+        facts[entry.file] = f"rejected; {entry.graph}, {entry.precision}; see report.md"
     versions = manifest.files or manifest.rejected
     facts["versions"] = _listed(versions[0].versions) if versions else ""
     return Report(
@@ -223,19 +228,19 @@ def _onnx(path: Path) -> Report:
         spec = read_model_spec(model, str(path))
     except BadInput:
         return Report("ONNX file, not written by `coma export`", {"graph": graph, "made by": made}, [])
-    facts = {"form": spec.form, "precision": spec.precision, "graph": graph, "made by": made}
+    facts = {"kind of graph": spec.graph, "precision": spec.precision, "graph": graph, "made by": made}
     return Report("ONNX file of `coma export`", facts | _listing(path), _described(path))
 
 
 def _engine(path: Path) -> Report:
     from coma.atomic_io import sha256_of
-    from coma.runtimes.trt.sidecar import read_sidecar
+    from coma.runtimes.tensorrt.sidecar import read_sidecar
 
     sidecar = read_sidecar(path)
     intact = sha256_of(path) == sidecar.engine_sha256
     facts = {
-        "form": sidecar.description.form,
-        "precision": sidecar.description.precision,
+        "kind of graph": sidecar.spec.graph,
+        "precision": sidecar.spec.precision,
         "built by": f"{sidecar.flavour} {sidecar.version} on {sidecar.platform}",
         "for": sidecar.gpu.name if sidecar.gpu else "any GPU",
         "checksum": "matches" if intact else "does not match; build it again",
