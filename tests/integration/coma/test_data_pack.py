@@ -262,7 +262,7 @@ def test_an_unfinished_pack_is_not_gone_on_with_from_other_images(photos, tmp_pa
         pack_small(open_source(photos), out, progress=stop_after(6))
     first = min(photos.rglob("*.jpg"))
     first.rename(first.with_name("another.jpg"))
-    with pytest.raises(BadInput, match=r"the images in .* have changed since this pack was starten"):
+    with pytest.raises(BadInput, match=r"the images in .* have changed since this pack was started"):
         pack_small(open_source(photos), out)
 
 
@@ -345,7 +345,7 @@ def test_the_command_packs_the_split_that_is_asked_for(tmp_path):
         (
             OSError(28, "No space left on device", "shard.tar"),
             ComaError,
-            "shard.tar: No space left on device; solve",
+            "shard.tar: No space left on device; when this is solved",
         ),
     ],
 )
