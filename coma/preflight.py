@@ -1,4 +1,4 @@
-"""What a command needs, checked before its first long step: packages, places to write to, free space."""
+"""Checks before the first long step of a command: packages, places to write to, free space."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from coma.errors import BadInput
 
 
 def require_packages(*names: str) -> None:
-    """Checks that packages are installed; none of them is imported.
+    """Checks that packages are installed, without importing them.
 
     Raises:
         ModuleNotFoundError: naming the first one; `coma.cli` says what to install.

@@ -23,7 +23,7 @@ from latex2mathml.converter import convert
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # mkdocs starts with its own folder on the path
-from coma.arguments import _complete_help_texts  # noqa: E402  (ranges in the texts, as in --help)
+from coma.ranges import ranges_of  # noqa: E402
 
 COMMANDS, MEMBERS = "<!-- commands -->", r"<!-- members of (\S+) -->"
 FIELDS = r"<!-- fields of (\S+) -->"
@@ -61,14 +61,15 @@ def members(module: str) -> Iterator[str]:
 
 def fields(kind: type) -> str:
     """Returns a dataclass as a table: its fields, their defaults, and what their docstrings say."""
-    _complete_help_texts()
     described = [
         docstring_parser.parse_from_object(each) for each in kind.__mro__ if dataclasses.is_dataclass(each)
     ]
     texts = {param.arg_name: param.description or "" for each in reversed(described) for param in each.params}
     rows = ["| field | default | meaning |", "|---|---|---|"]
+    ranges = ranges_of(kind)
     for field in dataclasses.fields(kind):
         text = re.sub(r"\s+", " ", texts.get(field.name, "")).replace("|", "\\|")
+        text += f" ({ranges[field.name]})" if field.name in ranges else ""
         rows.append(f"| `{field.name}` | {default_of(field)} | {text} |")
     return f"{described[0].description or ''}\n\n" + "\n".join(rows)
 
@@ -110,7 +111,7 @@ def help_text(*invocation: str) -> str:
         with redirect_stdout(out), redirect_stderr(StringIO()):
             code = main([*invocation, flag])
         if code == 0 and out.getvalue().strip():
-            return "\n".join(unboxed(out.getvalue())).strip()
+            return re.sub(r"\n{3,}", "\n\n", "\n".join(unboxed(out.getvalue()))).strip()
     raise RuntimeError(f"coma {' '.join(invocation)} has no help")
 
 

@@ -1,6 +1,6 @@
 """Show what degraded training images look like.
 
-Draws one picture with every degradation of --method beyond, a few random draws of each, beside the image.
+Draws the image beside every degradation of --method beyond, with a few random draws of each.
 
 Examples:
   coma degrade PHOTO --out sheet.png
@@ -31,7 +31,7 @@ _NO_PLACE = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errn
 
 @dataclass(frozen=True)
 class DegradeConfig(Ranged):
-    """What to show."""
+    """Image, degradations and sheet."""
 
     image: Annotated[Path, tyro.conf.Positional]
     """An image file of three channels."""
@@ -41,29 +41,29 @@ class DegradeConfig(Ranged):
         *("zoom-out", "distort", "blur", "decolor"),
         *("zoom-in", "zoom-in+mask", "zoom-in+coma"),
     )
-    """Which degradations, with their default settings: zoom-in+mask hides 75 % of the centre, zoom-in+coma
-    shares it out over 2 views."""
+    """Degradations with their default settings: zoom-in+mask hides 75 % of the centre, zoom-in+coma splits
+    it over 2 views."""
     draws: Annotated[int, Range(1, 64)] = 4
-    """Random draws of each."""
+    """Random draws of each degradation."""
     size: Annotated[int, Range(16, 2048)] = 288
     """Side of the square view in pixels; its centre is what zooming in shows (published: 224 of 288)."""
     unit: Annotated[int | None, Range(1, 2048)] = None
-    """Side of a mask unit in pixels, of which the border and masks are made; default: a ninth of the view
-    (published: 32 of 288)."""
+    """Side in pixels of a mask unit, the unit of border and masks; published: 32 of 288; default: a ninth of
+    the view"""
     mean: Annotated[Channels, MEAN] = (0.485, 0.456, 0.406)
-    """Per channel, of pixels scaled to 0..1. Pixels are normalised before they are degraded, as in training;
-    it shows in decolor alone. Default: ImageNet's; those of a run are in its artifact's config.json."""
+    """Mean of every channel, of pixels scaled to 0..1. Pixels are normalised before they are degraded, as
+    in training, which only decolor shows. The default is ImageNet's; a run's is in its artifact."""
     std: Annotated[Channels, STD] = (0.229, 0.224, 0.225)
-    """Per channel, likewise."""
+    """Standard deviation of every channel."""
     seed: Annotated[int, SEED] = 0
-    """Of the first draw; the next ones count on."""
+    """Seed of the first draw; later draws use the following numbers."""
 
 
 def run(argv: list[str]) -> None:
-    """Parse, degrade, draw.
+    """Degrades the image and draws the sheet.
 
     Raises:
-        BadInput: no such image, numbers that make no sheet, or a place where no file can be.
+        BadInput: the image does not exist, or the sheet cannot be drawn or written.
     """
     config = parse_arguments(DegradeConfig, argv, prog="coma degrade", description=__doc__)
     _check(config)

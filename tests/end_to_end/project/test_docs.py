@@ -55,6 +55,9 @@ NOT_RUN: dict[str, str] = {
     "coma pretrain PHOTOS --out runs/cmt --method cmt --teacher-weights CLIP.safetensors": CLIP,
     "coma pretrain SHARDS --out runs/dali --loader dali": "needs DALI, an extra for NVIDIA GPUs",
     "coma export runs/first/artifact --to onnx,tensorrt --precision fp16": GPU,
+    "coma compare PHOTOS --methods mae coma 'zoom: beyond --degrade zoom-in+mask' --models tiny vit-tiny "
+    "--seeds 0 1 2 --budget images 100000 --test CLASSES --protocols knn linear --probes 5 --out comparison "
+    "-- --image-size 64": "test_sweep.py runs comparisons, with a process for every run",
     "coma demo": "trains the quickstart's model; the other demo is run",
     "coma detect train runs/first/artifact --data COCO --config ANY.py --cfg-options "
     "optim_wrapper.optimizer.lr=0.0002 --out runs/own": "test_user_configs.py trains several configurations",
@@ -82,11 +85,6 @@ def small(words: list[str], number: int) -> list[str]:
             model = TINY_VIT if any(word.startswith("vit-") for word in words) else TINY_DYVIT
             more = f"{steps} --micro-batch 4 --no-compile --image-size 32 {model} {TINY_DECODER}"
             return [*words, *more.split()]
-        case ["compare", *_]:
-            cut = words.index("--")
-            own = "--budget images 8 --seeds 0 --probes 1 --jobs 1 --device cpu --protocols knn --models tiny"
-            shared = f"--batch-size 4 --workers 0 --image-size 32 {TINY_DYVIT} {TINY_DECODER}"
-            return [*words[:cut], *own.split(), "--", *shared.split()]
         case ["evaluate", *_]:
             return [*words, "--device", "cpu", "--workers", "0", "--image-size", "32"]
         case ["classify", "train", "--resume", *_]:
@@ -115,6 +113,7 @@ def small(words: list[str], number: int) -> list[str]:
     return words
 
 
+TRAINS = ("pretrain", "classify", "detect", "segment")
 NEEDED: dict[str, list[str]] = {
     "docs/guides/resume.md": ["coma pretrain PHOTOS --out runs/first"],
     "docs/guides/pretrain.md": ["coma pretrain PHOTOS --out runs/mae --method mae"],
@@ -312,12 +311,8 @@ def test_commands_run(tmp_path_factory, folder, page, monkeypatch):
     monkeypatch.chdir(place)
     for number, command in enumerate(to_run(page)):
         words = small(list(command.coma or ()), number)
-        if (
-            words[0] == "pretrain" and "--out" in words
-        ):  # of a run that is there already, the artifact is kept
-            for entry in ("config.json", "state"):
-                path = Path(words[words.index("--out") + 1]) / entry
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if words[0] in TRAINS and "--out" in words:  # a page may write where another one wrote
+            shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
         run_command(words)
 
 
