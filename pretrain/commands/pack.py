@@ -27,7 +27,7 @@ def run(argv: list[str]) -> None:
     """Parses the arguments, packs, and prints a summary.
 
     Raises:
-        BadInput: nothing to pack, or an output folder that holds something else.
+        BadInput: There is nothing to pack, or the output folder has other files.
         Interrupted: Ctrl-C; finished shards are kept.
     """
     config = parse_arguments(PackConfig, argv, prog="coma pack", description=__doc__)

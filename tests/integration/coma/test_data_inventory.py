@@ -376,7 +376,7 @@ def test_the_line_comes_first_and_once(labelled, tmp_path):
     command += f"assert main({arguments}) == 0\n"
     command += f"open_source({str(place)!r})"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
-    assert done.stderr == f"{labelled}/train: 6 images (6 .png); skipped: 1 .mp4 (not read)\n"
+    assert done.stderr == f"{labelled}/train: 6 images (6 .png); skipped: 1 .mp4 (not read)\npacking\n"
 
 
 def test_opening_asks_the_file_system_nothing_about_ordinary_files(tmp_path, monkeypatch):

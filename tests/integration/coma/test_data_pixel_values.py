@@ -233,8 +233,8 @@ def test_what_goes_together_is_measured(images):
 def test_undeclared_marks_are_refused_by_name():
     text = refusal([HEIGHTS, with_hole(HEIGHTS, -9999)], channels=1)
     assert text == (
-        "array[1]: 100 of 2000 values are -9999, far from all others; if they are missing, save them as "
-        "NaN or declare them (gdal_edit.py -a_nodata -9999 FILE)"
+        "array[1]: 100 of 2000 values are -9999, far from all others; if they are missing values, save them "
+        "as NaN or declare them (gdal_edit.py -a_nodata -9999 FILE)"
     )
     compute_mean_std(ArraySource([HEIGHTS - 1e4 + 1, HEIGHTS * 100 - 9999]), 1)  # such depths there are
 

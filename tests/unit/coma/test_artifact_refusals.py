@@ -74,7 +74,7 @@ def test_tensors_of_another_model_are_refused(directory, tmp_path):
         ({"format_version": True}, "no format_version"),
         ({"kind": "poem"}, "poem"),
         ({"mean": [0.5]}, "for each of 2 channels"),
-        ({"std": [0.5, 0.0]}, "std: 0 must be more than 0"),
+        ({"std": [0.5, 0.0]}, "std: 0 must be at least 1e-09"),
         ({"mean": [0.5, float("nan")]}, "mean: nan must be a number"),
         ({"image_size": 3}, "smaller than a mask unit of 4 px"),
         ({"image_size": "large"}, "image_size"),

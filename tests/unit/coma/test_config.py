@@ -87,7 +87,8 @@ def test_unreadable_configs_are_refused(tmp_path):
     ("wrong", "message"),
     [
         (lambda: DataConfig(mean=(0.5,)), "both"),
-        (lambda: DataConfig(mean=(0.5,), std=(0.0,)), "--std: 0 must be more than 0"),
+        (lambda: DataConfig(mean=(0.5,), std=(0.0,)), "--std: 0 must be at least 1e-09"),
+        (lambda: DataConfig(mean=(0.5,), std=(1e-30,)), "--std: 1e-30 must be at least 1e-09"),
         (lambda: DataConfig(crop_scale=(0.5, 0.2)), "smallest share, then"),
         (lambda: ViTConfig(dim=10, heads=3), "multiple of 4"),
         (lambda: encoder_preset("huge"), "no model preset"),

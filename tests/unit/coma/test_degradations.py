@@ -240,7 +240,7 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path, photo, capsys):
         (photo, ["--out", out, "--size", "1000000"], "--size 1000000"),
         (photo, ["--out", out, "--unit", "0"], "--unit 0"),
         (photo, ["--out", out, "--unit", "18"], "no centre to zoom in to"),
-        (photo, ["--out", out, "--std", "1", "0", "1"], "--std: 0 must be more than 0"),
+        (photo, ["--out", out, "--std", "1", "0", "1"], "--std: 0 must be at least 1e-09"),
         (photo, ["--out", out, "--mean", "nan", "0", "1"], "--mean: nan must be a number"),
         (photo, ["--out", out, "--kind"], "--kind: name at least one"),
         (photo, ["--out", out, "--seed", str(2**63)], f"--seed {2**63}"),
