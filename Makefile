@@ -21,7 +21,7 @@ env: $(INSTALLED)  ## build or update .venv from requirements.lock
 
 quickstart: $(INSTALLED)  ## pre-train a tiny CoMA-DyViT for two minutes, show what it learned, export and verify it
 	$(BIN)/coma quickstart --out $(OUT) $(ARGS)
-	$(BIN)/coma export $(OUT)/run/artifact --precision fp32,fp16 --seconds 1
+	$(BIN)/coma export $(OUT)/run/artifact --precision fp32,fp16 --benchmark-seconds 1
 
 test: $(INSTALLED)  ## run the tests in random order, in ten minutes on two cores (ARGS="-k name" picks some)
 	$(PYTEST) $(ARGS)

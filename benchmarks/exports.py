@@ -28,7 +28,7 @@ import json
 import os
 import time
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,12 +48,12 @@ from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes
 from export.benchmark import busy_note
-from export.graphs.detector import BEHIND_BACKBONE
-from export.graphs.load import example_inputs
+from export.graphs.detector import AFTER_BACKBONE
+from export.graphs.load import named_examples
 from export.image_sets import read_image_set
-from export.latency import Latency, compute, interleaved
-from export.onnx_export import in_precision, write_onnx
-from export.preprocessing import as_input, open_images, resized
+from export.latency import Latency, time_interleaved
+from export.onnx_export import cast_weights, write_onnx
+from export.preprocessing import open_images, resize_image, to_input
 from export.quantization import quantize_int8
 from export.verify.parity import ParityResult, verify
 
@@ -126,12 +126,10 @@ def export(
 ) -> None:
     """Write one file; it appears whole or not at all. `plain` is the fp32 one, made for int8 if need be."""
     exportable = model.load()
-    spec = replace(exportable.spec, precision=precision)
     if isinstance(exportable.module, Peer):
         exportable.module.spell_out()
     if precision != "int8":
-        in_precision(exportable.module, precision)
-        write_onnx(replace(exportable, spec=spec), shapes, path)
+        write_onnx(cast_weights(exportable, precision), shapes, path)
         return
     if not plain.exists():
         write_onnx(exportable, shapes, plain)
@@ -139,8 +137,8 @@ def export(
     pictures = read(model.calibrate, cast(int, spec.inputs[0].axes[1]), args.calibrate_images)
     batches = (inputs_of(spec, [picture], model.side, 1) for picture in pictures)
     arrays = ({name: tensor.numpy() for name, tensor in inputs.items()} for inputs in batches)
-    keep = BEHIND_BACKBONE if spec.graph == "detector" else ()
-    quantize_int8(plain, path, arrays, metadata={METADATA: to_json(spec)}, keep=keep)
+    exclude = AFTER_BACKBONE if spec.graph == "detector" else ()
+    quantize_int8(plain, path, arrays, metadata={METADATA: to_json(spec)}, exclude=exclude)
 
 
 @cache
@@ -152,10 +150,9 @@ def read(place: Path | None, channels: int, most: int) -> list[np.ndarray]:
 def inputs_of(spec: ModelSpec, pictures: list[np.ndarray], side: int, batch: int) -> dict[str, Tensor]:
     """A batch as a model takes it."""
     rule, size = spec.preprocessing, (side, side)
-    examples = example_inputs(spec, batch, *size)
-    inputs = {tensor_spec.name: tensor for tensor_spec, tensor in zip(spec.inputs, examples, strict=True)}
-    shown = [resized(picture, rule, size) for picture in pictures[:batch]]
-    return inputs | {"images": as_input([shown[i % len(shown)] for i in range(batch)], rule)}
+    inputs = named_examples(spec, batch, *size)
+    shown = [resize_image(picture, rule, size) for picture in pictures[:batch]]
+    return inputs | {"images": to_input([shown[i % len(shown)] for i in range(batch)], rule)}
 
 
 def time_all(entrants: list[Entrant], batch: int, args: argparse.Namespace) -> list[Latency]:
@@ -165,8 +162,8 @@ def time_all(entrants: list[Entrant], batch: int, args: argparse.Namespace) -> l
     for entrant in entrants:
         pictures = read(entrant.model.verify, 3, args.verify_images)
         inputs = inputs_of(entrant.runtime.spec, pictures, entrant.model.side, batch)
-        calls.append(compute(entrant.runtime, inputs))
-    return interleaved(calls, batch, args.seconds)
+        calls.append(partial(entrant.runtime, **inputs))
+    return time_interleaved(calls, batch, args.seconds)
 
 
 def as_plain(entrant: Entrant, latencies: dict[int, Latency]) -> dict[str, Any]:
@@ -183,7 +180,7 @@ def as_plain(entrant: Entrant, latencies: dict[int, Latency]) -> dict[str, Any]:
         "export_seconds": entrant.seconds,
         "least_cosine": min((o.cosine for o in outputs if o.compared or not o.finite), default=None),
         "largest_error": max((o.max for o in outputs), default=None),
-        "verification": verdict.plain() if verdict else None,
+        "verification": verdict.to_dict() if verdict else None,
         "latency": {str(batch): vars(latency) for batch, latency in latencies.items()},
     }
 

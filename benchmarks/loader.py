@@ -1,13 +1,13 @@
-"""Training samples per second of one core: our loader against torchvision's ImageFolder.
+"""Training samples per second of one core: this project's loader against torchvision's ImageFolder.
 
     python benchmarks/loader.py FOLDER                      # images in FOLDER, as they are
     python benchmarks/loader.py FOLDER --short-side 375     # first enlarged to ImageNet's usual size
 
-Every loader makes what MAE trains on (224 px, crops of 20 to 100 % of the area, bicubic, flips), in this
-process, on one thread (DALI on one of its own); CPU time counts, so other programs do not. torchvision's
-ends with normalised float32; ours hands over uint8, as pixels travel to the device before they are
-normalised. The loaders take turns, round after round; the median counts. Files are in the page cache: this
-measures cores, not disks.
+Every loader produces the samples of MAE (224 px, crops of 20 to 100 % of the area, bicubic, flips), in this
+process, on one thread (DALI on one of its own). CPU time is measured, so other programs do not matter.
+torchvision's samples are normalised float32; ours are uint8, because pixels are normalised on the device. The
+loaders take turns in several rounds, and the median counts. Files are in the page cache: this measures cores,
+not disks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SIZE, BATCH = 224, 32
 
 
 def torchvision_loader(folder: Path, bicubic: bool) -> Iterator[object]:
-    """ImageFolder as MAE's recipe has it, epoch after epoch."""
+    """Yields batches of ImageFolder with MAE's transforms, without end."""
     mode = T.InterpolationMode.BICUBIC if bicubic else T.InterpolationMode.BILINEAR
     crop = T.RandomResizedCrop(SIZE, scale=(0.2, 1.0), interpolation=mode)
     normalise = T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -50,22 +50,22 @@ def torchvision_loader(folder: Path, bicubic: bool) -> Iterator[object]:
 
 
 def our_loader(path: Path, **settings: Any) -> Iterator[object]:
-    """The trainer's."""
+    """Yields batches of the trainer's loader."""
     data = DataConfig(path, image_size=SIZE, workers=0, **settings)
     return training_batches(open_source(path), data, channels=3, seed=0, batch=BatchLayout(BATCH, BATCH))
 
 
 def seconds(batches: Iterator[object], count: int) -> float:
-    """CPU seconds of this process for `count` batches."""
+    """Returns the CPU seconds of this process for `count` batches."""
     started = time.process_time()
     for _ in islice(batches, count):
         pass
-    time.sleep(0.5)  # whoever works ahead does it in this turn
+    time.sleep(0.5)  # work done ahead belongs to this turn
     return time.process_time() - started
 
 
 def prepare(source: Path, work: Path, short_side: int | None) -> tuple[Path, Path]:
-    """A folder with one class, as ImageFolder wants it, and the same images as shards."""
+    """Returns a folder with one class, as ImageFolder needs it, and the same images as shards."""
     folder, shards = work / "folder", work / "shards"
     (folder / "all").mkdir(parents=True)
     paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
@@ -86,7 +86,7 @@ def prepare(source: Path, work: Path, short_side: int | None) -> tuple[Path, Pat
 
 
 def main() -> None:
-    """Measure and print the table; `--out` keeps it as JSON."""
+    """Measures, and prints the table; `--out` writes it as JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Number formats of a step: parameters, optimizer and loss stay in float32.
+"""Mixed precision: parameters, optimizer and loss stay in float32.
 
 In 16-bit training autocast takes products in 16 bits, and with them the activations that DyViT's merges, a
 ViT's stem and the decoder hand on; norms, softmax and the loss are float32.
@@ -20,7 +20,7 @@ _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_precision(wanted: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Precision:
-    """What "auto" means on this device: bf16 on GPUs that have it, fp16 on older ones, else fp32.
+    """Returns the precision for "auto": bf16 on GPUs that support it, fp16 on older ones, else fp32.
 
     Raises:
         BadInput: bf16 on a GPU without it, or fp16 on mps.
@@ -36,13 +36,13 @@ def choose_precision(wanted: Literal["auto", "fp32", "bf16", "fp16"], device: to
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """The context of a forward pass."""
+    """Returns the context of a forward pass."""
     kind = _TYPES.get(precision)
     return torch.autocast(device.type, dtype=kind, enabled=kind is not None)
 
 
 def choose_attention(model: nn.Module, precision: Precision, device: torch.device) -> None:
-    """Let the attention layers of `model` use torch's fused kernels, but not in 16-bit training on a CPU.
+    """Makes attention layers use torch's fused kernels, except for 16-bit training on a CPU.
 
     There two products and a softmax take a tenth to a sixth of the time (torch 2.11; `benchmarks/LOG.md`).
     """

@@ -1,4 +1,4 @@
-"""Command lines: from arguments to settings, in every command alike.
+"""Parses command lines into settings, for all commands.
 
 tyro builds the flags from dataclasses. This module tells it how: paths are local ones, optional flags take
 what their type takes, help texts name the range and the default of a flag once, and a value that does not fit
@@ -43,7 +43,7 @@ def parse_arguments(
     description: str | None = None,
     default: Settings | None = None,
 ) -> Settings:
-    """The settings that the arguments ask for.
+    """Returns the settings that the arguments ask for.
 
     Args:
         kind: A dataclass; every field becomes a flag.
@@ -77,7 +77,7 @@ def parse_arguments(
 
 
 def parse_known(kind: type[Settings], argv: Sequence[str], *, prog: str) -> Settings:
-    """The settings that some of the arguments ask for; the others, and a call for help, are passed over.
+    """Returns the settings that some of the arguments ask for; it ignores the others and `--help`.
 
     Raises:
         BadInput: a value that does not fit its flag.
@@ -295,7 +295,7 @@ def _one_line(event: events.ParseErrorEvent) -> None:
 
 
 def _name(argument: Any) -> str:
-    """What the user calls an argument: its flag, or the word that the help shows for its position."""
+    """Returns the name of an argument: its flag, or the word that the help shows for its position."""
     if argument.is_positional():
         return argument.field.argconf.metavar or argument.field.intern_name.upper()
     return argument.display_name()

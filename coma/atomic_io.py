@@ -1,4 +1,4 @@
-"""Writing that survives kill -9 and full disks: whole files or none, and the last good one stays.
+"""Atomic file writes: after kill -9 or on a full disk, the last good file stays whole.
 
 A file is written under a temporary name in its own folder, forced to the disk, renamed, and the folder's
 entry forced too. Whatever goes wrong on the way, the temporary file is removed.
@@ -29,7 +29,7 @@ class Descriptor(RawIOBase):
         self._error: OSError | None = None
 
     def writable(self) -> bool:
-        """Yes."""
+        """Returns True."""
         return True
 
     def write(self, data: bytes | memoryview, /) -> int:  # type: ignore[override]
@@ -54,7 +54,7 @@ class Descriptor(RawIOBase):
 
 
 def write_whole(path: Path, write: Write) -> None:
-    """Put what `write(file)` writes at `path`: afterwards it holds all of that, or what it held before.
+    """Writes a file atomically: afterwards `path` holds all that `write(file)` wrote, or what it held before.
 
     Raises:
         OSError: the disk is full, or not to be written, or `path` is a device or folder; nothing has changed.
@@ -82,7 +82,7 @@ def write_whole(path: Path, write: Write) -> None:
 
 
 def lies_among(out: Path, images: Path | None, flag: str = "--out") -> str | None:
-    """What to say of results that are written among the images; None where they are not."""
+    """Returns a warning if results are written among the images, else None."""
     if images is None or images.resolve() not in out.resolve().parents:
         return None
     return (

@@ -36,10 +36,10 @@ CHILD = (sys.executable, "-P", "-m", "coma")
 BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell reports for a program that writes to a closed pipe
 
 OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS}
-"""Errors of the machine, not of the program: full or failing disks, files that may not be touched."""
+"""Errors of the machine: full or failing disks, missing permissions."""
 
 PATHS = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
-"""Errors of what a path names."""
+"""Errors of a path: it is missing, exists already, or is no folder."""
 
 USAGE = """usage: coma [--traceback] COMMAND ...
        coma COMMAND --help
@@ -136,7 +136,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _install(package: str, extras: Sequence[str]) -> str:
-    """The command that installs a package that is missing."""
+    """Returns the command that installs a package that is missing."""
     offered = metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
     own = [extra for extra in offered if extra.partition("-")[0] == package][:1]  # onnxruntime, mmcv-lite
     names = ",".join([*extras, *(extra for extra in own if extra not in extras)])
@@ -171,7 +171,7 @@ def _versions() -> str:
 
 
 def _configure_logging(room: str) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_CurrentStderr()])
+    logging.basicConfig(level=logging.WARNING, handlers=[_CurrentStderr()])
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _CurrentStderr):
             handler.said.clear()
@@ -183,12 +183,18 @@ def _configure_logging(room: str) -> None:
 class _CurrentStderr(logging.StreamHandler):
     """Writes to what is `sys.stderr` at the time: a progress bar puts itself there while it is shown.
 
-    A line that is logged with `extra={"once": True}` is written once in a command, however often it comes.
+    Lines of level WARNING and above begin with their level. A line that is logged with `extra={"once": True}`
+    is written once in a command, however often it comes.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.said: set[str] = set()
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line: `warning: MESSAGE`, or the message alone."""
+        text = super().format(record)
+        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the line, unless it came before and was not to come again."""

@@ -1,4 +1,4 @@
-"""The processor: what it is called, and how much of it is ours."""
+"""Processor and device: the processor's name, usable cores, and the device of a command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Returns the processor's name."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -36,10 +36,10 @@ def cores() -> int:
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device asked for; `auto` takes what there is.
+    """Returns the device called `name`; `auto` picks CUDA, else MPS, else the CPU.
 
     Raises:
-        BadInput: it is not there.
+        BadInput: the device is not available.
     """
     import torch
 
@@ -51,7 +51,7 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     if name == "auto":
         name = next(kind for kind, available in there.items() if available)
     if not there[name]:
-        raise BadInput(f"--device {name}: not available here; leave it out to take what there is")
+        raise BadInput(f"--device {name}: not available here; leave the flag out to use what is available")
     if name != "cuda":
         return torch.device(name)
     index, gpus = local_rank or 0, torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""What can go wrong for a user, as a small tree of exceptions.
+"""Exceptions of this toolkit, as a small tree.
 
     ComaError                exit code 1
     ├── BadInput             exit code 2: something the user passed in; the message names it and the fix

@@ -1,4 +1,4 @@
-"""Errors of libraries as errors of this toolkit: one line each, with what was attempted.
+"""Turns errors of libraries into one-line errors of this toolkit that name the attempt.
 
 onnx, onnxscript, ONNX Runtime, TensorRT, protobuf and torch.export raise dozens of classes, several of them
 not public, so whatever they raise is caught where they are called. `coma --traceback` shows the original.
@@ -47,8 +47,8 @@ def about_one_file() -> Iterator[None]:
         raise CheckFailed(str(error)) from error
 
 
-def require_packages(*names: str) -> None:
-    """Imports packages that the environment may lack, before any long step.
+def load_packages(*names: str) -> None:
+    """Imports packages that may be missing or broken; `preflight.require_packages` only looks for them.
 
     Raises:
         BadInput: one of them is missing or broken; the message says how to install it.
@@ -63,7 +63,7 @@ def require_packages(*names: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the error that caused this one, with its class where the text alone says little."""
+    """Returns the first line of the root cause, with its class if the text alone says little."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = _COLOURS.sub("", str(error)).strip().partition("\n")[0][:_LONGEST]

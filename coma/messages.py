@@ -1,4 +1,4 @@
-"""Parts of messages: counts with their nouns, long lists cut short, and names that may hold any character."""
+"""Helpers for messages: counts with nouns, shortened lists, names with any characters."""
 
 from __future__ import annotations
 

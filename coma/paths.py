@@ -1,4 +1,4 @@
-"""Paths as users write them: local ones, and what to say of others."""
+"""Local paths as users write them, with clear errors for remote ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://?")
 
 
 def local_path(text: str) -> Path:
-    """A path as a user wrote it.
+    """Returns a path as a user wrote it.
 
     Raises:
         BadInput: it is empty, no file system can have it, its links lead in a circle, or it is the address of

@@ -1,4 +1,4 @@
-"""What a command needs, checked before its first long step: packages, places to write to, free space."""
+"""Checks before the first long step of a command: packages, places to write to, free space."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from coma.errors import BadInput
 
 
 def require_packages(*names: str) -> None:
-    """Checks that packages are installed; none of them is imported.
+    """Checks that packages are installed, without importing them.
 
     Raises:
         ModuleNotFoundError: naming the first one; `coma.cli` says what to install.
@@ -57,6 +57,22 @@ def require_file(file: Path, flag: str = "--out") -> None:
         if file.exists() and not os.access(file, os.W_OK):
             raise BadInput(f"{flag} {file}: cannot be written to; choose another name")
         file.parent.mkdir(parents=True, exist_ok=True)
+
+
+def check_regular_file(path: Path, advice: str = "", *, must_exist: bool = True) -> None:
+    """Refuses what is not a regular file: reading a pipe would wait for ever.
+
+    Args:
+        path: File to be read.
+        advice: What to do, for the message.
+        must_exist: Whether a missing file is refused too.
+
+    Raises:
+        BadInput: The path is a folder, pipe or device, or does not exist.
+    """
+    if not path.is_file() and (must_exist or path.exists()):
+        what = "is not a regular file" if path.exists() else "no such file"
+        raise BadInput(f"{path}: {what}" + (f"; {advice}" if advice else ""))
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:

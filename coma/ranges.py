@@ -44,13 +44,13 @@ class Range:
     below: bool = False
 
     def __contains__(self, value: float) -> bool:
-        """Whether `value` lies in the range; what is not finite does not."""
+        """Returns whether `value` lies in the range; what is not finite does not."""
         high_enough = value > self.low if self.above else value >= self.low
         low_enough = value < self.high if self.below else value <= self.high
         return high_enough and low_enough and math.isfinite(value)
 
     def __str__(self) -> str:
-        """The range in words that follow "must be"; bounds that only the machine sets are left out."""
+        """Returns the range in words that follow "must be", without bounds that only the machine sets."""
         if not (self.above or self.below) and max(abs(self.low), abs(self.high)) < _UNSPOKEN:
             return f"{_text(self.low)} to {_text(self.high)}"
         bounds = ((self.low, self._lower()), (self.high, self._upper()))
@@ -72,7 +72,7 @@ class Range:
                 raise OutOfRange(f"{name}{separator}", f"{_text(number)} must be {self._broken_by(number)}")
 
     def _broken_by(self, number: float) -> str:
-        """The rule that a number outside the range breaks."""
+        """Returns the rule that a number outside the range breaks."""
         if abs(self.high) < _UNSPOKEN or number != number:
             return str(self) or "a number"
         return self._upper() if number >= self.high else self._lower()
@@ -93,7 +93,7 @@ class OutOfRange(BadInput):
         """The same for readers of a JSON file, where fields are no flags."""
 
     def __str__(self) -> str:
-        """The message."""
+        """Returns the message."""
         return " ".join(self.args)
 
 
@@ -149,7 +149,7 @@ class Ranged:
 
 @cache
 def ranges_of(kind: type) -> Mapping[str, Range]:
-    """The ranges that the fields of a dataclass declare, by field name."""
+    """Returns the ranges that the fields of a dataclass declare, by field name."""
     hints = get_type_hints(kind, include_extras=True)
     return {
         field.name: extra

@@ -1,4 +1,4 @@
-"""What rooms announce as entry points: found by group and name, imported on use.
+"""Entry points of rooms: found by group and name, imported on use.
 
 `coma` imports no room. A room that supplies a command, a name of `import coma` or a loader lists it in
 pyproject.toml, and whoever needs it asks here.

@@ -20,7 +20,7 @@ _SOON = 1.0
 
 
 class StopNow(BaseException):
-    """Leaves what may be left; no `Exception`, so that nothing takes it for a fault."""
+    """Interrupts work that may be interrupted. No `Exception`, so that no handler catches it."""
 
 
 class StopRequest:
@@ -95,3 +95,45 @@ class StopRequest:
                 os.write(sys.stderr.fileno(), f"\nstopping {when}\n".encode())
         if first and self._grace is not None:
             self._leave_soon(self._grace)
+
+
+@contextmanager
+def sigterm_interrupts(consequence: str) -> Iterator[None]:
+    """Raises KeyboardInterrupt on SIGTERM, as on Ctrl-C, so that unfinished files are removed.
+
+    Args:
+        consequence: End of the message, for example "unfinished files were removed".
+    """
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # the clean-up runs undisturbed
+        raise KeyboardInterrupt(f"stopped by SIGTERM; {consequence}")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Delays Ctrl-C and SIGTERM until the block has ended, for changes that belong together."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)

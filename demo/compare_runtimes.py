@@ -20,7 +20,7 @@ from demo.models import Model
 from demo.predict import prepare
 from demo.reconstruction import run
 from demo.resize import resize_picture
-from export.preprocessing import as_input
+from export.preprocessing import to_input
 
 MOST_RUNS, SECONDS = 30, 1.0
 
@@ -91,7 +91,7 @@ def _time(runtime: Runtime, pixels: np.ndarray) -> tuple[dict[str, Tensor], floa
     if about.graph == "reconstructor":
         side = rule.size[0] if rule.size else 224
         resized = resize_picture(pixels, side, "crop", rule.mean)
-        images = as_input([resized.pixels], rule)
+        images = to_input([resized.pixels], rule)
         others = {"visible": sample_views("coma", 0, *unit_grid(side, side, about.unit))[:1]}
     else:
         images, others = prepare(pixels, runtime), {}

@@ -14,7 +14,7 @@ from coma.runtimes.base import Runtime
 from demo.reconstruction import run
 from demo.render import enlarge, to_rgb
 from downstream.draw import Colour, draw_boxes, draw_masks
-from export.preprocessing import as_input, resized
+from export.preprocessing import resize_image, to_input
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Detection:
 def prepare(pixels: np.ndarray, runtime: Runtime) -> Tensor:
     """Preprocesses pixels `[H, W, c]` to the model's input `[1, c, h, w]`."""
     about = runtime.spec.preprocessing
-    return as_input([resized(pixels, about)], about)
+    return to_input([resize_image(pixels, about)], about)
 
 
 def classify(runtime: Runtime, pixels: np.ndarray, names: tuple[str, ...], most: int = 5) -> dict[str, float]:

@@ -21,7 +21,7 @@ from coma.objectives.targets import Statistics, nearby_statistics, unit_statisti
 from coma.runtimes.base import Runtime
 from demo.masking import pixel_view
 from demo.resize import Resized
-from export.preprocessing import as_input
+from export.preprocessing import to_input
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def reconstruct(
     displayed = pixels_in.clamp(0, 1)
     if about.normalize_in_graph:
         pixels_in = displayed
-    images = as_input([pixels_in] * views, about)
+    images = to_input([pixels_in] * views, about)
     began = time.perf_counter()
     out = run(runtime, images, visible=visible)["reconstruction"].float()
     seconds = time.perf_counter() - began

@@ -1,5 +1,5 @@
-"""The backbone inside MMDetection and MMSegmentation: adapters, configurations, and two commands.
+"""Fine-tuning of encoders: detection with MMDetection, segmentation with MMSegmentation.
 
-One module meets each foreign thing: `backbone` for models, `ops` for mmcv's compiled operators, `layer_decay`
-for optimizers, `runs` for mmengine's Runner. Importing this package imports none of OpenMMLab.
+Everything that touches OpenMMLab's registries, operators and runner is in `openmmlab`. Importing this package
+imports none of OpenMMLab.
 """

@@ -1,8 +1,8 @@
-"""Detectors and segmentors as artifacts: what the export room and `predict` take.
+"""Artifacts of detectors and segmentors.
 
-config.json        kind detector or segmentor; the encoder's settings; mean, std and class names; `head`:
-the library, its model settings with the encoder in them, and how images are resized
-model.safetensors  all weights, under the names that the library gives them
+config.json        kind (detector or segmentor), encoder settings, mean, std and class names; `head` holds the
+                   library, its model settings and its test pipeline
+model.safetensors  all weights, under the library's names
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def finetuned_config(
     trained: dict[str, Any] | None = None,
     category_ids: list[int] | None = None,
 ) -> ArtifactConfig:
-    """What an artifact says of a model, from its mmengine configuration.
+    """Returns the artifact configuration of a model from its mmengine configuration.
 
     Raises:
-        BadInput: settings that are not plain data, or without the pixels' mean and deviation.
+        BadInput: settings that are not plain data, or without mean and std of the pixels.
     """
     pixels = config.model.get("data_preprocessor", {})
     if not pixels.get("mean") or not pixels.get("std"):
@@ -90,11 +90,11 @@ def load_finetuned(directory: Path, kind: Kind | None = None) -> Finetuned:
     Its attribute `artifact` is the artifact's description.
 
     Raises:
-        BadArtifact: not an artifact of this kind, or tensors that do not fit.
+        BadArtifact: an artifact of another kind, or tensors that do not fit.
     """
     artifact = read_finetuned(directory, kind)
     config = artifact.config
-    with config_errors(directory / "config.json", "describes no model that can be built"):
+    with config_errors(directory / "config.json", "describes a model that cannot be built"):
         model = cast(Finetuned, build_model(config))
     model.artifact = config
     load_strict(model, artifact.tensors, source=str(directory))
@@ -102,34 +102,34 @@ def load_finetuned(directory: Path, kind: Kind | None = None) -> Finetuned:
 
 
 def read_finetuned(directory: Path, kind: Kind | None = None) -> Artifact:
-    """An artifact of a detector or segmentor, without building its model.
+    """Reads the artifact of a detector or segmentor without building its model.
 
     Raises:
-        BadArtifact: not an artifact of this kind; the message says what it is.
+        BadArtifact: an artifact of another kind.
     """
     artifact = load_artifact(directory)
     config = artifact.config
     if config.kind not in LIBRARIES or (kind and config.kind != kind):
-        takes = {"detector": "coma detect takes it", "segmentor": "coma segment takes it"}
-        hint = takes.get(config.kind, "coma detect train and coma segment train make one of it")
+        takes = {"detector": "use coma detect", "segmentor": "use coma segment"}
+        hint = takes.get(config.kind, "fine-tune it with coma detect train or coma segment train")
         raise BadArtifact(f"{directory}: its kind is {config.kind!r}, not {kind or 'detector'!r}; {hint}")
     if not config.head or config.head.get("library") != LIBRARIES[config.kind]:
-        raise BadArtifact(f"{directory}: has no settings of a {config.kind} in its config.json")
+        raise BadArtifact(f"{directory}: its config.json has no settings of a {config.kind}")
     return artifact
 
 
 def build_model(config: ArtifactConfig) -> nn.Module:
-    """The model that an artifact describes, with random weights."""
+    """Builds the model that an artifact describes, with random weights."""
     from mmengine.registry import MODELS
 
     register_modules(config)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # mm's packages warn of each other's names
+        warnings.simplefilter("ignore")  # OpenMMLab's packages warn about each other
         return MODELS.build(model_settings(config.head or {}))
 
 
 def model_settings(head: dict[str, Any]) -> Any:
-    """The model's settings, as mmengine takes them."""
+    """Returns the settings of the model for mmengine."""
     from mmengine.config import ConfigDict
 
     settings = ConfigDict(head["model"])
@@ -138,10 +138,10 @@ def model_settings(head: dict[str, Any]) -> Any:
 
 
 def register_modules(config: ArtifactConfig) -> None:
-    """Import what the settings of an artifact name, and make its library's the default scope.
+    """Imports the modules that an artifact needs and makes its library the default scope.
 
     Raises:
-        BadArtifact: they name what mmengine would take from any module, or execute.
+        BadArtifact: settings that would make mmengine import or execute other code.
     """
     from mmengine.registry import DefaultScope, init_default_scope
 
@@ -149,7 +149,7 @@ def register_modules(config: ArtifactConfig) -> None:
 
     head = config.head or {}
     if head.get("library") == "mmdet":
-        import mmdet.models  # noqa: F401 - likewise
+        import mmdet.models  # noqa: F401 - registers its models
     else:
         import mmseg.models  # noqa: F401
     if config.model.channels not in (1, 3):
@@ -161,7 +161,7 @@ def register_modules(config: ArtifactConfig) -> None:
 
 
 def _check_types(settings: Any) -> None:
-    known = {*vars(import_module("mmcv.ops"))}  # pooling and suppression are named by function
+    known = {*vars(import_module("mmcv.ops"))}  # pooling and NMS are named by function
     for library in ("mmengine", *LIBRARIES.values()):
         for name in ("MODELS", "TASK_UTILS", "TRANSFORMS", "WEIGHT_INITIALIZERS"):
             registry = getattr(import_module(f"{library}.registry"), name)
@@ -177,14 +177,14 @@ def _check_types(settings: Any) -> None:
             if loads or _SCOPE.sub("", name) not in known:
                 raise BadArtifact(
                     f"the artifact's config.json names {name!r}, which mmengine, mmdet and mmseg do not "
-                    "register for models; nothing else is built from an artifact"
+                    "register for models; artifacts may name nothing else"
                 )
 
     check(settings)
 
 
 def lists_to_tuples(value: Any) -> Any:
-    """Lists of numbers as tuples, which mm tells apart and JSON does not."""
+    """Converts lists of numbers to tuples, which OpenMMLab distinguishes and JSON does not."""
     if isinstance(value, dict):
         return type(value)({key: lists_to_tuples(child) for key, child in value.items()})
     if isinstance(value, list):
@@ -194,7 +194,7 @@ def lists_to_tuples(value: Any) -> Any:
 
 
 def dataset_meta(config: ArtifactConfig) -> dict[str, Any]:
-    """Class names and colours, as mm's visualisers and metrics take them."""
+    """Returns class names and colours for OpenMMLab's visualizers and metrics."""
     from downstream.datasets.label_classes import default_palette
 
     names = config.class_names or ()
@@ -203,10 +203,10 @@ def dataset_meta(config: ArtifactConfig) -> dict[str, Any]:
 
 
 def check_classes(about: ArtifactConfig, names: tuple[str, ...], data: Path) -> None:
-    """Refuse to measure on images of other classes.
+    """Checks that a dataset has the classes of an artifact.
 
     Raises:
-        BadInput: naming both lists.
+        BadInput: other classes, naming both lists.
     """
     if about.class_names != names:
         raise BadInput(
@@ -220,7 +220,7 @@ def _without_labels(pipeline: list[Any]) -> list[Any]:
 
 
 def _short_side(pipeline: list[Any], pixels: Any, encoder: EncoderConfig) -> int:
-    """Pixels of the short side that test images are resized to; else of training crops."""
+    """Returns the short side of resized test images; without resizing, that of training crops."""
     for step in pipeline:
         if step["type"] == "Resize" and "scale" in step:
             return max(int(min(step["scale"])), encoder.unit)
@@ -228,7 +228,7 @@ def _short_side(pipeline: list[Any], pixels: Any, encoder: EncoderConfig) -> int
 
 
 def plain_settings(value: Any) -> Any:
-    """Mmengine's settings as JSON holds them: dicts, lists, numbers, strings."""
+    """Converts mmengine's settings to JSON types."""
     if isinstance(value, dict):
         return {str(key): plain_settings(child) for key, child in value.items() if key != "_scope_"}
     if isinstance(value, list | tuple):
@@ -237,4 +237,4 @@ def plain_settings(value: Any) -> Any:
         return value
     if isinstance(value, os.PathLike):
         return str(value)
-    raise BadInput(f"the configuration holds {value!r}, which an artifact cannot")
+    raise BadInput(f"the configuration holds {value!r}, which an artifact cannot hold")

@@ -1,8 +1,7 @@
-"""AP and mIoU of a model of which only its answers are known: a file in a runtime, an engine on a device.
+"""Measures AP and mIoU of exported models in any runtime.
 
-Images are prepared as for `coma detect test` and `coma segment test`, and the scores come from the same loop
-and metrics of OpenMMLab; a stand-in takes the model's place. One thing differs: images are not padded to a
-multiple of anything.
+Preprocessing, test loop and metrics are those of `coma detect test` and `coma segment test`; a wrapper around
+the runtime replaces the model. The only difference is that images are not padded to a multiple of the stride.
 """
 
 from __future__ import annotations
@@ -33,29 +32,29 @@ from downstream.private import paste_masks
 from downstream.tasks import detection, segmentation
 
 Run = Callable[[Tensor], dict[str, Tensor]]
-"""An image `[1, c, H, W]`, normalised float32 on the CPU, to outputs by name, wherever they lie."""
+"""Maps a normalised float32 image `[1, c, H, W]` on the CPU to named outputs on any device."""
 PADDING = ("pad_size_divisor", "test_cfg")
-"""What mmdet's and mmseg's preprocessing of test images calls it."""
+"""Settings of mmdet's and mmseg's data preprocessors that pad test images."""
 
 
 def measure_detector(directory: Path, data: Path, run: Run, most: int) -> dict[str, float]:
-    """Average precision of `run` on validation images.
+    """Measures the average precision of a detector on validation images.
 
     Args:
-        directory: Artifact of the detector: its classes, and how images are prepared.
-        data: Dataset in COCO's format.
-        run: Gives `boxes` `[1, n, 4]` (corners in pixels of the input), `scores` `[1, n]` and `labels`
-            `[1, n]` (-1, or a score of 0, where nothing is); of a detector with masks also `masks`
-            `[1, n, h, w]`, probabilities inside each box.
-        most: At most so many images, evenly spaced over the split.
+        directory: Artifact of the detector, which defines classes and preprocessing.
+        data: Dataset in COCO format.
+        run: Runtime. It returns `boxes` `[1, n, 4]` (corners in pixels of the input), `scores` `[1, n]`
+            and `labels` `[1, n]` (-1, or a score of 0, for empty places); detectors with masks also return
+            `masks` `[1, n, h, w]`, probabilities inside each box.
+        most: Largest number of images, evenly spaced over the split.
 
     Returns:
-        `AP`, `AP50` and, where the detector and the dataset have masks, `mask AP`; in percent, by mmdet
-        rounded to a tenth.
+        `AP`, `AP50` and, where the detector and the dataset have masks, `mask AP`; in percent, rounded to
+        a tenth by mmdet.
 
     Raises:
-        BadArtifact: no artifact of a detector.
-        BadInput: a dataset that cannot be used, other classes than the artifact's, or no object to find.
+        BadArtifact: not an artifact of a detector.
+        BadInput: a dataset that cannot be used, has other classes than the artifact, or has no object.
     """
     about = read_finetuned(directory, "detector").config
     split = open_coco(data, "val")
@@ -69,26 +68,28 @@ def measure_detector(directory: Path, data: Path, run: Run, most: int) -> dict[s
     names = {"AP": "bbox_mAP", "AP50": "bbox_mAP_50"}
     if "segm" in metric["metric"]:
         names["mask AP"] = "segm_mAP"
-    found = {name: scores.get(f"coco/{theirs}", 0.0) for name, theirs in names.items()}  # none: no box at all
+    found = {
+        name: scores.get(f"coco/{theirs}", 0.0) for name, theirs in names.items()
+    }  # missing if there is no box
     return {name: round(100 * score, 1) for name, score in found.items()}
 
 
 def measure_segmentor(directory: Path, data: Path, run: Run, most: int) -> dict[str, float]:
-    """Mean intersection over union of `run` on validation images.
+    """Measures the mean intersection over union of a segmentor on validation images.
 
     Args:
-        directory: Artifact of the segmentor: its classes, and how images are prepared.
+        directory: Artifact of the segmentor, which defines classes and preprocessing.
         data: Folder of images and label maps.
-        run: Gives `logits` `[1, classes, H, W]` and `classes` int64 `[1, H, W]`. Those are measured where
-            the input has the image's own size; else the logits, resized to it as mmseg does.
-        most: At most so many images, evenly spaced over the split.
+        run: Runtime. It returns `logits` `[1, classes, H, W]` and `classes` int64 `[1, H, W]`. The classes
+            are measured if the input has the image's size; otherwise the logits, resized as in mmseg.
+        most: Largest number of images, evenly spaced over the split.
 
     Returns:
-        `mIoU` and `pixel accuracy`, in percent, by mmseg rounded to a hundredth.
+        `mIoU` and `pixel accuracy`, in percent, rounded to a hundredth by mmseg.
 
     Raises:
-        BadArtifact: no artifact of a segmentor.
-        BadInput: a dataset that cannot be used, other classes than the artifact's, or no labelled pixel.
+        BadArtifact: not an artifact of a segmentor.
+        BadInput: a dataset that cannot be used, has other classes than the artifact, or no labelled pixel.
     """
     about = read_finetuned(directory, "segmentor").config
     split = open_labels(data, "val")
@@ -98,37 +99,37 @@ def measure_segmentor(directory: Path, data: Path, run: Run, most: int) -> dict[
     with tempfile.TemporaryDirectory() as folder:
         scores = _measure(about, loader, metric, Path(folder), partial(_segment, run, corners))
     if math.isnan(scores["mIoU"]):
-        raise BadInput(f"{data}: no labelled pixel in the images to be measured; take more than {most}")
+        raise BadInput(f"{data}: no labelled pixel in the measured images; measure more than {most}")
     return {"mIoU": round(scores["mIoU"], 2), "pixel accuracy": round(scores["aAcc"], 2)}
 
 
 def evenly(count: int, most: int) -> list[int]:
-    """Up to `most` of the numbers below `count`, the first and last among them.
+    """Returns up to `most` evenly spaced numbers below `count`, with the first and the last.
 
     Raises:
         BadInput: `most` is less than 1.
     """
     if most < 1:
-        raise BadInput(f"{most} images: measure at least 1")
+        raise BadInput(f"{most} images are too few; measure at least 1")
     return torch.linspace(0, count - 1, min(most, count), dtype=torch.float64).round().long().tolist()
 
 
 @MODELS.register_module()
 class RuntimeModel(BaseModel):
-    """Stands in mmengine's test loop where the model would be; `answer` is given to it afterwards.
+    """Replaces the model in mmengine's test loop; `answer` is set after it is built.
 
     Args:
-        data_preprocessor: Settings of the library's own.
+        data_preprocessor: Settings of the library's data preprocessor.
     """
 
     answer: Callable[[Tensor, Any], None]
-    """Puts what is found on an image `[1, c, H, W]` into mm's sample, in pixels of the image file."""
+    """Writes predictions for an image `[1, c, H, W]` into its data sample, in pixels of the file."""
 
     def __init__(self, data_preprocessor: dict[str, Any]) -> None:
         super().__init__(data_preprocessor)
 
     def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = "predict") -> Any:
-        """Images `[b, c, H, W]` to their samples, with answers."""
+        """Returns the data samples of images `[b, c, H, W]` with their predictions."""
         for image, sample in zip(inputs.cpu(), data_samples, strict=True):
             self.answer(image[None], sample)
         return data_samples
@@ -149,7 +150,7 @@ def _measure(
         model.answer = answer
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # mm's packages warn of torch
+        warnings.simplefilter("ignore")  # OpenMMLab's packages warn about torch
         return runner.test(config, folder, prepare, device="cpu", quiet=True)
 
 
@@ -178,10 +179,10 @@ def _segment(run: Run, align_corners: bool, image: Tensor, sample: Any) -> None:
 
 
 def _part_of(split: CocoSplit, most: int, folder: Path) -> Path:
-    """Annotations of up to `most` images of a split, written to `folder`: what is left out is no miss.
+    """Writes the annotations of up to `most` images of a split to `folder`, so that others are not missed.
 
     Raises:
-        BadInput: they have no object that counts.
+        BadInput: the images have no object.
     """
     content = json.loads(split.annotations.read_text(encoding="utf-8"))
     images = [content["images"][i] for i in evenly(len(content["images"]), most)]
@@ -189,7 +190,7 @@ def _part_of(split: CocoSplit, most: int, folder: Path) -> Path:
     objects = [each for each in content["annotations"] if each["image_id"] in ids]
     if all(each.get("iscrowd", 0) for each in objects):
         raise BadInput(
-            f"{split.annotations}: no object in the images to be measured; take more than {len(images)}"
+            f"{split.annotations}: no object in the measured images; measure more than {len(images)}"
         )
     path = folder / "annotations.json"
     path.write_text(json.dumps({**content, "images": images, "annotations": objects}), encoding="utf-8")

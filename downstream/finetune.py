@@ -1,4 +1,4 @@
-"""Fine-tuning from configuration to artifact, and measuring an artifact: the same for both libraries."""
+"""Fine-tunes a configuration to an artifact and evaluates artifacts, for detectors and segmentors."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from downstream.openmmlab.checkpoint import best_checkpoint, checkpoint_weights
 def finetune(
     kind: Kind, config: Any, out: Path, *, device: str, source: Path | None = None, resume: bool = False
 ) -> Path | None:
-    """Train, then make an artifact of the best checkpoint.
+    """Trains a model and saves its best checkpoint as an artifact.
 
     Args:
-        kind: What it becomes.
-        config: A whole mmengine configuration of that library.
+        kind: Kind of the artifact.
+        config: Complete mmengine configuration of the kind's library.
         out: The run directory.
         device: cuda or cpu.
-        source: The user's file that the configuration comes from, which errors name.
-        resume: Go on from its last checkpoint.
+        source: File of the configuration, for error messages.
+        resume: Resume from the last checkpoint.
 
     Returns:
-        The artifact; None where the model's backbone is none of ours, so that no artifact describes it.
+        The artifact; None if the backbone is not one of ours.
 
     Raises:
-        BadInput: a configuration of another library, or as `runner.train`.
+        BadInput: a configuration of another library, or one that cannot be trained.
     """
     check_library(kind, config, source)
     if config.model.get("backbone", {}).get("type") in ("DyViT", "PlainViT"):
@@ -61,14 +61,14 @@ def finetune(
 
 
 def check_library(kind: Kind, config: Any, source: Path | None) -> None:
-    """Refuse what is no configuration of a model, or one of another library.
+    """Checks that a configuration holds a model of the kind's library.
 
     Raises:
         BadInput: naming the file.
     """
     path, scope, model = source or "the configuration", config.get("default_scope"), config.get("model")
     if scope != LIBRARIES[kind]:
-        said = f"is one of {scope}" if scope else "has no default_scope"
+        said = f"its default_scope is {scope}" if scope else "has no default_scope"
         raise BadInput(f"{path}: {said}; a {kind} needs a configuration of {LIBRARIES[kind]}")
     if not isinstance(model, dict) or not isinstance(model.get("backbone"), dict):
         raise BadInput(f"{path}: has no model with a backbone")
@@ -92,7 +92,7 @@ def _publish(kind: Kind, config: Any, out: Path, trainer: Any, encoder: EncoderC
 
 
 def category_ids(dataset: Any) -> list[int] | None:
-    """The dataset's own numbers of its classes, where it has any (COCO)."""
+    """Returns the category ids of a COCO dataset; None for other datasets."""
     while hasattr(dataset, "dataset"):
         dataset = dataset.dataset
     ids = getattr(dataset, "cat_ids", None)
@@ -102,18 +102,18 @@ def category_ids(dataset: Any) -> list[int] | None:
 def evaluate(
     artifact: Path, kind: Kind, loader: dict[str, Any], metric: dict[str, Any], folder: Path, device: str
 ) -> dict[str, float]:
-    """Scores of an artifact on labelled images.
+    """Measures an artifact on labelled images and returns its scores.
 
     Args:
-        artifact: Directory.
-        kind: What it must be.
-        loader: `dataset` settings without their pipeline, and `labels`, the step that reads labels.
+        artifact: Directory of the artifact.
+        kind: Kind of the artifact.
+        loader: `dataset`, settings without a pipeline, and `labels`, the pipeline step that loads labels.
         metric: Settings of the metric.
         folder: Folder for logs.
         device: cuda or cpu.
 
     Raises:
-        BadArtifact: not an artifact of this kind.
+        BadArtifact: an artifact of another kind.
     """
     found = read_finetuned(artifact, kind)
     config = test_config(found.config, model_settings(found.config.head or {}), loader, metric)
@@ -123,13 +123,13 @@ def evaluate(
 def test_config(
     about: ArtifactConfig, model: dict[str, Any], loader: dict[str, Any], metric: dict[str, Any]
 ) -> Any:
-    """What mmengine needs to measure a model on images prepared as the artifact says.
+    """Returns the mmengine configuration that measures a model with the preprocessing of an artifact.
 
     Args:
-        about: Of a detector or segmentor.
-        model: Settings of the model; the artifact's own, or of one in its place.
-        loader: As of `evaluate`.
-        metric: As of `evaluate`.
+        about: Configuration of the artifact.
+        model: Settings of the model: the artifact's own, or a replacement.
+        loader: As for `evaluate`.
+        metric: As for `evaluate`.
     """
     from mmengine.config import Config
 

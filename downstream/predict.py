@@ -1,4 +1,4 @@
-"""Predictions of a detector or segmentor on images: pictures, and files that other tools read."""
+"""Predicts with a detector or segmentor and writes pictures, COCO results and label maps."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model said about one image.
+    """Prediction for one image.
 
     Attributes:
-        path: The image.
-        number: Its id in what is written.
-        sample: mm's data sample, on the CPU, in pixels of the file.
+        path: Path of the image.
+        number: Id of the image.
+        sample: OpenMMLab's data sample, on the CPU, in pixels of the file.
     """
 
     path: Path
@@ -42,10 +42,10 @@ class Prediction:
 
 
 def list_images(images: Path) -> list[Path]:
-    """One image, or all below a folder, sorted.
+    """Returns one image, or all images below a folder, sorted.
 
     Raises:
-        BadInput: there is none.
+        BadInput: no image, or no such path.
     """
     if images.is_file():
         return [images]
@@ -59,7 +59,7 @@ def list_images(images: Path) -> list[Path]:
 
 
 def read_image_ids(annotations: Path) -> dict[str, int]:
-    """Ids of a COCO file's images, by file name.
+    """Returns the image ids of a COCO file, by file name.
 
     Raises:
         BadInput: not a COCO file.
@@ -68,14 +68,16 @@ def read_image_ids(annotations: Path) -> dict[str, int]:
         images = json.loads(annotations.read_text(encoding="utf-8"))["images"]
         return {str(image["file_name"]): int(image["id"]) for image in images}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{annotations}: not annotations in COCO's format ({error!r})") from None
+        raise BadInput(
+            f"{annotations}: not a COCO annotation file ({type(error).__name__}: {error})"
+        ) from None
 
 
 def assign_image_ids(paths: list[Path], numbers: dict[str, int] | None) -> list[int]:
-    """An id for every image: of the name in `numbers` that its path ends with; without, counted from 1.
+    """Returns an id for every image: that of the name that its path ends with, or counted from 1.
 
     Raises:
-        BadInput: an image that `numbers` does not have, or two that get one id.
+        BadInput: an image without an id, or two images with the same id.
     """
     if numbers is None:
         return list(range(1, len(paths) + 1))
@@ -84,7 +86,7 @@ def assign_image_ids(paths: list[Path], numbers: dict[str, int] | None) -> list[
         tails = ["/".join(path.parts[i:]) for i in range(len(path.parts))]
         number = next((numbers[tail] for tail in tails if tail in numbers), None)
         if number is None:
-            raise BadInput(f"{path}: the annotations have no image of that name")
+            raise BadInput(f"{path}: the annotations have no image with this name")
         if number in found:
             raise BadInput(f"{path} and {found[number]}: both are image {number} of the annotations")
         found[number] = path
@@ -99,15 +101,15 @@ def predict(
     numbers: list[int],
     skipped: Callable[[str], None] | None = None,
 ) -> Iterator[Prediction]:
-    """Predictions one by one; an image that cannot be read is named to `skipped` and left out.
+    """Yields one prediction per image; images that cannot be read are skipped.
 
     Args:
-        model: As `load_finetuned` gives it.
-        config: As well.
+        model: Model of `load_finetuned`.
+        config: Artifact configuration of `load_finetuned`.
         paths: Images.
-        device: To compute on.
-        numbers: An id for each; see `assign_image_ids`.
-        skipped: Called with a message.
+        device: Device to compute on.
+        numbers: Ids of the images; see `assign_image_ids`.
+        skipped: Called with a message for every skipped image.
 
     Raises:
         BadInput: no image could be read.
@@ -135,9 +137,9 @@ def predict(
 
 
 def coco_results(prediction: Prediction, category_ids: list[int]) -> list[dict[str, Any]]:
-    """Detections of one image in COCO's result format, likeliest first.
+    """Returns the detections of one image in COCO result format, in order of their scores.
 
-    Boxes are x, y, width, height in pixels; masks are run lengths.
+    Boxes are x, y, width, height in pixels; masks are run-length encoded.
     """
     found = prediction.sample.pred_instances
     results = []
@@ -161,17 +163,17 @@ def coco_results(prediction: Prediction, category_ids: list[int]) -> list[dict[s
 def write_detections(
     out: Path, predictions: Iterator[Prediction], config: ArtifactConfig, score: float, progress: Progress
 ) -> int:
-    """Pictures, `detections.json` (COCO results) and `images.json` (what its ids mean).
+    """Writes pictures, `detections.json` (COCO results) and `images.json` (the ids of images and classes).
 
     Args:
-        out: Folder.
-        predictions: Of `predict`.
-        config: The artifact's.
-        score: Least score of what is drawn; the files hold everything.
-        progress: Told how many images are done.
+        out: Output folder.
+        predictions: Predictions of `predict`.
+        config: Configuration of the artifact.
+        score: Lowest score of objects that are drawn; the files hold all objects.
+        progress: Called with the number of finished images.
 
     Returns:
-        How many detections of at least `score` there were.
+        The number of detections with at least `score`.
     """
     names = config.class_names or ()
     ids = list((config.head or {}).get("category_ids") or range(1, len(names) + 1))
@@ -197,7 +199,7 @@ def write_detections(
 def write_segmentations(
     out: Path, predictions: Iterator[Prediction], config: ArtifactConfig, progress: Progress
 ) -> None:
-    """Pictures, and label maps in `labels/` (class numbers from 0, as palette PNG)."""
+    """Writes pictures, and label maps to `labels/` (palette PNG, class numbers from 0)."""
     meta = dataset_meta(config)
     colours = np.zeros((256, 3), np.uint8)
     colours[: len(meta["palette"])] = meta["palette"][:256]
@@ -239,7 +241,7 @@ def _segmentation_drawer(meta: dict[str, Any]) -> Callable[[Path, np.ndarray, An
 
 
 def _pixels(path: Path, config: ArtifactConfig) -> np.ndarray:
-    """What to draw on, `[H, W, 3]` uint8: the image's colours, or the mean of another number of channels."""
+    """Returns the image to draw on, uint8 `[H, W, 3]`: RGB, or the mean of the channels as grey."""
     from downstream.openmmlab.transforms import ReadImage
 
     pixels = ReadImage(config.model.channels).transform({"img_path": str(path)})["img"]

@@ -1,7 +1,7 @@
-"""How long an artifact takes in PyTorch and in every file that was exported of it, run in turns.
+"""Latency of an artifact in PyTorch and in all of its exported files, measured in turns.
 
-A file is run only if it is the one that was verified: its hash must be the one in manifest.json. What cannot
-be run is handed out with its reason, beside what could.
+A file runs only if it was verified: its hash must be the one in manifest.json. Models that cannot run are
+returned with the reason.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +23,27 @@ from coma.runtimes.manifest import NAME, Entry, Manifest, is_verified
 from coma.runtimes.model_spec import GraphKind
 from coma.runtimes.open import Device
 from coma.runtimes.pytorch import TorchRuntime
-from export.graphs.load import example_inputs, load_exportable
+from export.graphs.load import load_exportable, named_examples
 from export.image_sets import ImageSet
-from export.job import ProgressListener
-from export.latency import Latency, compute, end_to_end, interleaved
-from export.preprocessing import as_input, resized
+from export.latency import Latency, end_to_end, time_interleaved
+from export.preprocessing import resize_image, to_input
+from export.progress import ProgressListener
 
 EAGER, COMPILED = "torch eager", "torch compiled"
 MOST_IMAGES = 64
-"""Different images that are shown; larger batches repeat them."""
-_WARM_UP, _LEAST = 3, 5  # runs: the first as `interleaved` has it, the second as it is told
+"""Maximum number of different images; larger batches repeat them."""
+_WARM_UP, _LEAST = 3, 5  # runs of each call in `time_interleaved`
 
 
 @dataclass(frozen=True)
-class Contender:
+class LoadedModel:
     """A loaded model.
 
     Attributes:
-        name: torch eager, torch compiled, or the file's.
-        precision: Of its products.
-        runtime: It.
-        device: Where its inputs lie when only computing is timed.
+        name: torch eager, torch compiled, or the name of the file.
+        precision: Precision of its matrix multiplications.
+        runtime: Runtime that runs the model.
+        device: Device of its inputs when only computing is timed.
     """
 
     name: str
@@ -53,16 +54,16 @@ class Contender:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one contender.
+    """Measurement of one model at one batch size.
 
     Attributes:
-        name: The contender's.
-        precision: Of its products.
+        name: Name of the model.
+        precision: Precision of its matrix multiplications.
         runtime: Library, version and device.
-        batch: Images of a call.
+        batch: Number of images in a call.
         what: "compute" (from tensors to outputs) or "end to end" (from the bytes of image files).
-        latency: In milliseconds.
-        speed: Median time of PyTorch on the same device over its own; None where PyTorch did not run there.
+        latency: Latency in milliseconds.
+        speed: Speed-up over PyTorch on the same device; None if PyTorch did not run there.
     """
 
     name: str
@@ -73,39 +74,40 @@ class Row:
     latency: Latency
     speed: float | None
 
-    def plain(self) -> dict[str, Any]:
-        """For JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the values for JSON."""
         values = asdict(self)
         return values | values.pop("latency")
 
 
 @dataclass(frozen=True)
 class NotRun:
-    """Something that takes part in no comparison, or not in that of one batch size, and why."""
+    """A model that did not run, or not at one batch size, and the reason."""
 
     name: str
     reason: str
     batch: int | None = None
 
 
-def exported(
+def list_exports(
     folder: Path, artifact: Path, graph: GraphKind, required: bool
 ) -> tuple[list[Entry], list[NotRun]]:
-    """The files of one graph in a folder of exports, and those that are out of the question.
+    """Lists the verified files of one graph in a folder of exports, and the files that cannot take part.
 
     Args:
-        folder: With its manifest.json.
-        artifact: What the files must have been made of.
-        graph: Which of them.
-        required: A folder without exports of this artifact is an error; otherwise it is only named.
+        folder: Folder with a manifest.json.
+        artifact: Artifact that the files must be exported from.
+        graph: Graph of the files.
+        required: Whether a folder without exports of this artifact is an error.
 
     Raises:
-        BadInput: that error; a manifest that cannot be read; a file that is not the one that was verified.
+        BadInput: the folder has no exports of this artifact although they are required, its manifest cannot
+            be read, or a file has changed since its verification.
     """
-    manifest = Manifest.read(folder, f"make it again with coma export {artifact}")
+    manifest = Manifest.read(folder, f"run coma export {artifact} again")
     if manifest is None or manifest.source != artifact_hash(artifact):
-        reason = f"no {NAME} there" if manifest is None else "holds exports of another artifact"
-        reason += f"; coma export {artifact} makes its own"
+        reason = f"no {NAME}" if manifest is None else "holds exports of another artifact"
+        reason += f"; run coma export {artifact}"
         if required:
             raise BadInput(f"--exports {folder}: {reason}")
         return [], [NotRun(str(folder), reason)]
@@ -113,13 +115,13 @@ def exported(
     for entry in manifest.files:
         path = folder / entry.file
         if entry.graph != graph:
-            absent.append(NotRun(entry.file, f"is of the graph {entry.graph}, not {graph}"))
+            absent.append(NotRun(entry.file, f"is a graph of the {entry.graph}, not of the {graph}"))
         elif not path.is_file():
-            absent.append(NotRun(entry.file, f"listed in {NAME}, but no longer there"))
+            absent.append(NotRun(entry.file, f"is listed in {NAME} but missing"))
         elif not is_verified(folder, entry):
             raise BadInput(
-                f"{path}: is not the file that was verified (its SHA-256 is not the one in {NAME}); "
-                f"make it again with coma export {artifact}"
+                f"{path}: has changed since its verification (its SHA-256 differs from {NAME}); "
+                f"run coma export {artifact} again"
             )
         else:
             entries.append(entry)
@@ -131,21 +133,21 @@ def exported(
 
 def open_torch(
     artifact: Path, graph: GraphKind, device: Device, compiled: bool
-) -> tuple[list[Contender], list[NotRun]]:
-    """PyTorch as it is and, if asked for, compiled."""
+) -> tuple[list[LoadedModel], list[NotRun]]:
+    """Loads the artifact in PyTorch, eager and, if `compiled`, also compiled."""
     place = "cpu" if device == "cpu" else "cuda"
     exportable = load_exportable(artifact, graph)
-    found = [Contender(EAGER, "fp32", TorchRuntime(exportable, place), place)]
+    found = [LoadedModel(EAGER, "fp32", TorchRuntime(exportable, place), place)]
     if compiled:
-        found.append(Contender(COMPILED, "fp32", TorchRuntime(exportable, place, compiled=True), place))
+        found.append(LoadedModel(COMPILED, "fp32", TorchRuntime(exportable, place, compiled=True), place))
         return found, []
-    return found, [NotRun(COMPILED, "not asked for; --compile runs it, compiling takes a while")]
+    return found, [NotRun(COMPILED, "add --compile, which takes a minute or more per batch size")]
 
 
 def open_exports(
     folder: Path, entries: Sequence[Entry], device: Device, threads: int, listener: ProgressListener
-) -> tuple[list[Contender], list[NotRun]]:
-    """Load files: .onnx on `device`, .engine on a GPU."""
+) -> tuple[list[LoadedModel], list[NotRun]]:
+    """Loads exported files: .onnx on `device`, .engine on a GPU."""
     found, absent = [], []
     for number, entry in enumerate(entries):
         listener.step(f"loading {entry.file}", number, len(entries))
@@ -158,117 +160,114 @@ def open_exports(
 
 @dataclass(frozen=True)
 class Call:
-    """Something to time.
+    """A call to time.
 
     Attributes:
-        contender: Whose it is.
+        model: Model that the call runs.
         what: "compute" or "end to end".
-        run: It.
-        seconds: That its second run took.
+        run: The call.
+        seconds: Duration of its second run.
     """
 
-    contender: Contender
+    model: LoadedModel
     what: str
     run: Callable[[], object]
     seconds: float
 
 
-def try_out(
-    contenders: Sequence[Contender],
+def prepare_calls(
+    models: Sequence[LoadedModel],
     images: ImageSet,
     batch: int,
     size: tuple[int, int],
     listener: ProgressListener,
 ) -> tuple[list[Call], list[NotRun]]:
-    """What can be timed at one batch size, and what cannot: every call is made twice.
+    """Returns the calls to time at one batch size and the models that cannot run; every call runs twice.
 
     Args:
-        contenders: What is compared.
-        images: Shown again and again where they are fewer than the batch.
-        batch: How many at a time.
-        size: Height and width they are resized to.
-        listener: Told what is being tried.
+        models: Models to compare.
+        images: Images; a batch repeats them if it is larger.
+        batch: Batch size.
+        size: Height and width that images are resized to.
+        listener: Receives progress updates.
     """
     calls, absent = [], []
-    for number, each in enumerate(contenders):
-        listener.step(f"batch {batch}: trying {each.name}", number, len(contenders))
+    for number, each in enumerate(models):
+        listener.step(f"batch {batch}: trying {each.name}", number, len(models))
         try:
             with library_errors(each.name):
                 calls += [
-                    Call(each, what, run, _second_run(run)) for what, run in _calls(each, images, batch, size)
+                    Call(each, what, run, _time_second_run(run))
+                    for what, run in _calls(each, images, batch, size)
                 ]
         except (ComaError, RuntimeError) as error:  # of torch: no memory, no compiler
             absent.append(NotRun(each.name, str(error).strip().partition("\n")[0][:300], batch))
-    return sorted(calls, key=lambda call: call.what), absent  # compute first; contenders in their order
+    return sorted(calls, key=lambda call: call.what), absent  # compute first; models in their order
 
 
 def expected_seconds(calls: Sequence[Call], seconds: float) -> float:
-    """How long timing them will take."""
+    """Returns the expected duration of `measure`."""
     once = sum(call.seconds for call in calls)
     return _WARM_UP * once + max(seconds * len(calls), _LEAST * once)
 
 
 def measure(calls: Sequence[Call], batch: int, seconds: float) -> list[Row]:
-    """Run all of them in turns, for so many seconds each; `speed` relates to PyTorch's on the same device."""
+    """Times all calls in turns, for `seconds` each; `speed` compares with PyTorch on the same device."""
     with library_errors(f"timing a batch of {batch}"):
-        results = interleaved([call.run for call in calls], batch, seconds, least=_LEAST)
+        results = time_interleaved([call.run for call in calls], batch, seconds, least=_LEAST)
     pairs = list(zip(calls, results, strict=True))
-    eager = {
-        (call.what, call.contender.device): result.p50
-        for call, result in pairs
-        if call.contender.name == EAGER
-    }
+    eager = {(call.what, call.model.device): result.p50 for call, result in pairs if call.model.name == EAGER}
     rows = []
     for call, result in pairs:
-        each, theirs = call.contender, eager.get((call.what, call.contender.device))
+        each, theirs = call.model, eager.get((call.what, call.model.device))
         speed = None if theirs is None else theirs / result.p50
         rows.append(Row(each.name, each.precision, each.runtime.title, batch, call.what, result, speed))
     return rows
 
 
 def busy_note(threads: int) -> str | None:
-    """What to know of the numbers where other processes want the same cores; None where they do not."""
+    """Returns a warning if other processes use the same cores, or None."""
     if not hasattr(os, "getloadavg"):
         return None
     load = os.getloadavg()[0]
     if load - 1 + threads <= cores() + 0.5:  # one of the load may be this process
         return None
     return (
-        f"the {cores()} cores were busy before this began (load {load:.1f}), so the numbers are unsteady; "
-        "with several threads PyTorch's most of all, since they wait actively for each other: take fewer "
-        "--threads, or set OMP_WAIT_POLICY=passive in the environment"
+        f"the {cores()} cores were busy before this began (load {load:.1f}), so the numbers vary, most of "
+        "all PyTorch's with several threads, which wait actively for each other; use fewer --threads, or set "
+        "OMP_WAIT_POLICY=passive in the environment"
     )
 
 
-def _open(path: Path, entry: Entry, device: Device, threads: int) -> Contender:
+def _open(path: Path, entry: Entry, device: Device, threads: int) -> LoadedModel:
     if path.suffix == ".engine":
         from coma.runtimes.tensorrt.runtime import TensorRTRuntime
 
-        return Contender(path.name, entry.precision, TensorRTRuntime(path, cuda_graphs=True), "cuda")
+        return LoadedModel(path.name, entry.precision, TensorRTRuntime(path, cuda_graphs=True), "cuda")
     from coma.runtimes.onnxruntime import OnnxRuntime
 
     runtime = OnnxRuntime(path, device, threads)
-    return Contender(path.name, entry.precision, runtime, "cpu" if device == "cpu" else "cuda")
+    return LoadedModel(path.name, entry.precision, runtime, "cpu" if device == "cpu" else "cuda")
 
 
 def _calls(
-    each: Contender, images: ImageSet, batch: int, size: tuple[int, int]
+    each: LoadedModel, images: ImageSet, batch: int, size: tuple[int, int]
 ) -> list[tuple[str, Callable[[], object]]]:
     spec = each.runtime.spec
     rule = spec.preprocessing
     pictures = [images.pictures[i % len(images.pictures)] for i in range(min(batch, len(images.pictures)))]
-    shown = [resized(picture, rule, size) for picture in pictures]
-    examples = example_inputs(spec, batch, *size)
-    inputs = {tensor_spec.name: tensor for tensor_spec, tensor in zip(spec.inputs, examples, strict=True)}
-    inputs["images"] = as_input([shown[i % len(shown)] for i in range(batch)], rule)
-    found = [("compute", compute(each.runtime, {k: v.to(each.device) for k, v in inputs.items()}))]
-    if images.files and spec.graph != "reconstructor":  # which takes a mask beside the images
+    shown = [resize_image(picture, rule, size) for picture in pictures]
+    inputs = named_examples(spec, batch, *size)
+    inputs["images"] = to_input([shown[i % len(shown)] for i in range(batch)], rule)
+    on_device = {name: tensor.to(each.device) for name, tensor in inputs.items()}
+    found: list[tuple[str, Callable[[], object]]] = [("compute", partial(each.runtime, **on_device))]
+    if images.files and spec.graph != "reconstructor":  # which also takes a mask
         files = [images.files[i % len(images.files)] for i in range(batch)]
         found.append(("end to end", end_to_end(each.runtime, files, size, inputs["images"].shape[1])))
     return found
 
 
-def _second_run(call: Callable[[], object]) -> float:
+def _time_second_run(call: Callable[[], object]) -> float:
     call()
     start = time.perf_counter()
     call()

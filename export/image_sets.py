@@ -1,7 +1,7 @@
 """Image sets: the images that verify, calibrate or time a model, and those that are left out, with reasons.
 
-Broken files, images of one colour and copies of another image add nothing to a comparison, so other images of
-the source take their place. Where too few remain, nothing is verified or calibrated.
+Broken files, images of a single colour and duplicates add nothing to a comparison, so other images of the
+source replace them. An image set with too few usable images is refused.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from coma.data.sources.base import Source
 from coma.errors import BadImage, BadInput
 from coma.messages import counted
 from coma.runtimes.manifest import Selection
-from export.preprocessing import Photographs, evenly
+from export.preprocessing import Photographs, evenly_spaced
 
 log = logging.getLogger(__name__)
 
 _CANDIDATES = 4
-"""Most images that are looked at for each one that is wanted."""
+"""Maximum number of images to read for each image of the set."""
 
 
 @dataclass(frozen=True)
 class Purpose:
-    """What an image set is for, and how many images that takes.
+    """Purpose of an image set, and the number of images that it needs.
 
     Attributes:
-        flag: Command-line flag that names the source.
+        flag: Flag that names the source.
         count_flag: Flag for the number of images; a number below `least` accepts that few.
-        least: Fewest usable images.
-        advised: Below this number a warning is printed.
-        distinct: Copies and images of one colour are left out.
+        least: Minimum number of usable images.
+        advised: A smaller set causes a warning.
+        distinct: Whether duplicates and images of a single colour are left out.
     """
 
     flag: str
@@ -53,25 +53,27 @@ class ImageSet:
     """Decoded images.
 
     Attributes:
-        selection: Where they come from, and what is left out.
+        selection: Source of the images, and those that are left out.
         pictures: Pixels `[H, W, c]`.
-        files: Contents of the image files; empty where the source has no files.
+        names: Names of the images in messages.
+        files: Contents of the image files; empty if the source has no files.
     """
 
     selection: Selection
     pictures: tuple[np.ndarray, ...]
+    names: tuple[str, ...] = ()
     files: tuple[bytes, ...] = ()
 
 
 def read_image_set(source: Source, channels: int, most: int, purpose: Purpose = VERIFICATION) -> ImageSet:
-    """Reads up to `most` usable images, evenly spaced over the source, and says what is left out.
+    """Reads up to `most` usable images, evenly spaced over the source, and logs which ones are left out.
 
     Raises:
         BadInput: fewer than `purpose.least` images are usable (or than `most`, if that is smaller).
     """
     location = "scikit-image" if isinstance(source, Photographs) else str(source.location)
-    wider = evenly(len(source), most * _CANDIDATES)
-    numbers = list(dict.fromkeys(evenly(len(source), most) + wider))[: len(wider)]
+    wider = evenly_spaced(len(source), most * _CANDIDATES)
+    numbers = list(dict.fromkeys(evenly_spaced(len(source), most) + wider))[: len(wider)]
     used: list[int] = []
     pictures: list[np.ndarray] = []
     left_out: dict[str, str] = {}
@@ -88,7 +90,7 @@ def read_image_set(source: Source, channels: int, most: int, purpose: Purpose = 
         if purpose.distinct:
             content = _content(picture)
             if (picture == picture[:1, :1]).all():
-                left_out[name] = "one colour everywhere"
+                left_out[name] = "a single colour"
             elif content in known:
                 left_out[name] = f"the same pixels as {known[content]}"
             if name in left_out:
@@ -100,39 +102,40 @@ def read_image_set(source: Source, channels: int, most: int, purpose: Purpose = 
     _check(selection, most, purpose)
     encoded = [source.read_bytes(number) for number in used] if purpose is TIMING else []
     files = tuple(each for each in encoded if each is not None)
-    return ImageSet(selection, tuple(pictures), files if len(files) == len(pictures) else ())
+    names = tuple(map(source.describe, used))
+    return ImageSet(selection, tuple(pictures), names, files if len(files) == len(pictures) else ())
 
 
 def shared_images(one: ImageSet, other: ImageSet) -> int:
-    """Number of images that are in both sets."""
+    """Returns the number of images that are in both sets."""
     return len({_content(each) for each in one.pictures} & {_content(each) for each in other.pictures})
 
 
 def name_in(source: Source, number: int) -> str:
-    """Name of an image within its source."""
+    """Returns the name of an image within its source."""
     return source.describe(number).removeprefix(f"{source.location}/")
 
 
 def reason_of(error: BadImage, source: Source, number: int) -> str:
-    """Why an image cannot be read, without its name."""
+    """Returns why an image cannot be read, without its name."""
     return str(error).removeprefix(f"{source.describe(number)}: ")
 
 
 def _check(found: Selection, most: int, purpose: Purpose) -> None:
-    """Refuses a set that is too small, and warns of a small one and of what is left out.
+    """Refuses a set that is too small; warns about a small set and about images that are left out.
 
     Raises:
-        BadInput: naming what is left out, and what to do.
+        BadInput: too few images are usable.
     """
     place = f"{purpose.flag} {found.location}"
     if found.used < min(purpose.least, most):
         looked_at = counted(found.used + len(found.left_out), "image")
         left_out = f", left out are {found.names}" if found.left_out else ""
         least = counted(min(purpose.least, most), "different image")
-        way_out = f"give {least} or more with {purpose.flag}"
+        remedy = f"give {least} or more with {purpose.flag}"
         if found.used and purpose.count_flag:
-            way_out += f", or accept {found.used} with {purpose.count_flag} {found.used}"
-        raise BadInput(f"{place}: {found.used} of {looked_at} can be used{left_out}; {way_out}")
+            remedy += f", or accept {found.used} with {purpose.count_flag} {found.used}"
+        raise BadInput(f"{place}: {found.used} of {looked_at} can be used{left_out}; {remedy}")
     if found.left_out:
         used, left_out = counted(found.used, "image"), len(found.left_out)
         log.warning("%s: %s used, %d left out: %s", place, used, left_out, found.names)

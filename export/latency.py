@@ -1,4 +1,4 @@
-"""How long runtimes take: warm, interleaved, so that what disturbs the machine disturbs all of them alike."""
+"""Latency of runtimes, measured in turns after a warm-up, so that disturbances affect all of them alike."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from coma.data.decode import decode
 from coma.runtimes.base import Runtime
-from export.preprocessing import as_input, resized
+from export.preprocessing import resize_image, to_input
 
 _WARM_UP = 3
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Of one runtime at one shape, in milliseconds.
+    """Latency of one runtime at one shape, in milliseconds.
 
     Attributes:
-        p50: Half of the runs took at most this.
-        p90: Nine tenths.
-        p99: 99 of 100.
-        images_per_second: By the median.
-        runs: How many were timed.
+        p50: Median.
+        p90: 90th percentile.
+        p99: 99th percentile.
+        images_per_second: Throughput at the median.
+        runs: Number of timed runs.
     """
 
     p50: float
@@ -36,16 +35,16 @@ class Latency:
     runs: int
 
 
-def interleaved(
+def time_interleaved(
     calls: Sequence[Callable[[], object]], batch: int, seconds: float, least: int = 5
 ) -> list[Latency]:
-    """Time calls in turns, for about `seconds` each and at least so many times.
+    """Times calls in turns.
 
     Args:
-        calls: What is timed.
-        batch: Images of a call.
-        seconds: For each of them.
-        least: Runs of each.
+        calls: Calls to time.
+        batch: Number of images in a call.
+        seconds: Approximate time for each call.
+        least: Minimum number of runs of each call.
     """
     for call in calls:
         for _ in range(_WARM_UP):
@@ -54,33 +53,28 @@ def interleaved(
     ends = time.perf_counter() + seconds * len(calls)
     while len(times[0]) < least or time.perf_counter() < ends:
         for call, spent in zip(calls, times, strict=True):
-            _wait()
+            _synchronize()
             start = time.perf_counter()
             call()
-            _wait()
+            _synchronize()
             spent.append(1000 * (time.perf_counter() - start))
     return [_summary(spent, batch) for spent in times]
 
 
-def compute(runtime: Runtime, inputs: dict[str, Tensor]) -> Callable[[], object]:
-    """A call from inputs in memory to outputs on the runtime's device."""
-    return lambda: runtime(**inputs)
-
-
 def end_to_end(runtime: Runtime, files: Sequence[bytes], size: tuple[int, int], channels: int) -> Callable:
-    """A call from the contents of image files to outputs: decoding and resizing in the caller's thread."""
+    """Returns a call from the bytes of image files to outputs; decoding runs in the caller's thread."""
     from coma.data.channels import convert_channels
 
     rule = runtime.spec.preprocessing
 
     def call() -> object:
         pixels = [convert_channels(decode(data, "image"), channels, "image") for data in files]
-        return runtime(as_input([resized(each, rule, size) for each in pixels], rule))
+        return runtime(to_input([resize_image(each, rule, size) for each in pixels], rule))
 
     return call
 
 
-def _wait() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

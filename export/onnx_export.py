@@ -1,12 +1,13 @@
-"""A model to one ONNX file, with what it is written into it and its dynamic axes asserted.
+"""Exports a model to one ONNX file that holds its specification, and checks the dynamic axes.
 
-Opset 18 and standard operators only: what both ONNX Runtime and NVIDIA's parser take. 16-bit files are made
-of a 16-bit model, not converted; their inputs and outputs stay float32.
+Files use opset 18 and standard operators, which both ONNX Runtime and NVIDIA's parser support. 16-bit files
+are traced from a 16-bit model, not converted; their inputs and outputs stay float32.
 """
 
 from __future__ import annotations
 
 import ast
+import logging
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,9 +26,11 @@ from coma.runtimes.model_spec import (
     ModelSpec,
     Precision,
     TensorSpec,
+    read_model_spec,
     to_json,
 )
 from coma.runtimes.shape_ranges import Shapes
+from export.custom_ops import translations
 from export.graphs.load import example_inputs
 
 if TYPE_CHECKING:
@@ -37,19 +40,19 @@ if TYPE_CHECKING:
 
 OPSET = 18
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_TALKATIVE = (
+_VERBOSE_LOGGERS = (
     *("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes"),
     *("onnxscript", "onnx_ir"),
 )
-_TYPES: dict[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES: dict[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class Preprocess(nn.Module):
-    """Mean and deviation inside the graph: pixels in, and of a reconstructor pixels out.
+class NormalizedInput(nn.Module):
+    """A model that takes uint8 pixels and normalises them itself; a reconstructor also returns pixels.
 
     Args:
-        model: The network.
-        description: Its own.
+        model: The model, which takes normalised images.
+        spec: Its specification.
     """
 
     mean: Tensor
@@ -58,82 +61,121 @@ class Preprocess(nn.Module):
     def __init__(self, model: nn.Module, spec: ModelSpec) -> None:
         super().__init__()
         self.model = model
-        self.pixels_out = spec.graph == "reconstructor"
+        self.returns_pixels = spec.graph == "reconstructor"
         for name in ("mean", "std"):
             values = torch.tensor(getattr(spec.preprocessing, name)) * 255
             self.register_buffer(name, values.view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        """Images `[b, c, H, W]` uint8; a reconstruction is float32 in 0..255."""
+        """Takes images `[b, c, H, W]` uint8; a reconstruction is float32 in 0..255."""
         outputs = self.model((images.float() - self.mean) / self.std, *others)
-        return tuple(o * self.std + self.mean for o in outputs) if self.pixels_out else outputs
+        return tuple(o * self.std + self.mean for o in outputs) if self.returns_pixels else outputs
 
 
-def with_preprocessing(exportable: ExportableModel) -> ExportableModel:
-    """The same model, taking uint8 pixels."""
+def with_normalization(exportable: ExportableModel) -> ExportableModel:
+    """Returns the model with normalisation in its graph: it takes uint8 pixels."""
     spec = exportable.spec
     images = replace(spec.inputs[0], dtype="uint8")
-    spec = replace(
-        spec,
-        inputs=(images, *spec.inputs[1:]),
-        preprocessing=replace(spec.preprocessing, normalize_in_graph=True),
+    return ExportableModel(
+        NormalizedInput(exportable.module, spec),
+        replace(
+            spec,
+            inputs=(images, *spec.inputs[1:]),
+            preprocessing=replace(spec.preprocessing, normalize_in_graph=True),
+        ),
     )
-    return ExportableModel(Preprocess(exportable.module, spec), spec)
 
 
-def in_precision(module: nn.Module, precision: Precision) -> nn.Module:
-    """The model with 16-bit weights, in place; preprocessing stays in float32."""
-    dtype = _TYPES.get(precision)
+def cast_weights(exportable: ExportableModel, precision: Precision) -> ExportableModel:
+    """Returns the model with its weights cast in place to a 16-bit precision; normalisation stays in fp32."""
+    module, dtype = exportable.module, _DTYPES.get(precision)
     if dtype:
-        (module.model if isinstance(module, Preprocess) else module).to(dtype)
-    return module
+        (module.model if isinstance(module, NormalizedInput) else module).to(dtype)
+    return ExportableModel(module, replace(exportable.spec, precision=precision))
 
 
 def write_onnx(exportable: ExportableModel, shapes: Shapes, path: Path) -> ModelSpec:
-    """Write the ONNX file of a model whose weights already have the precision wanted.
+    """Writes the ONNX file of a model whose weights already have their final precision.
 
     Args:
-        exportable: The model and its spec, precision included.
-        shapes: What it must take; axes that differ are dynamic.
-        path: The file; it appears at once and whole.
+        exportable: The model and its specification.
+        shapes: Shapes that the file must take; axes that differ between them are dynamic.
+        path: The file; it is written atomically.
 
     Returns:
-        The description in the file: the model's with those axes as numbers that are fixed.
+        The specification in the file, with the sizes of fixed axes.
 
     Raises:
         BadInput: images smaller than a mask unit.
-        CheckFailed: the model cannot be traced or is too large for one file, the graph is not valid, or an
-            axis that was asked to be dynamic is not.
+        CheckFailed: the model cannot be traced or is too large for one file, the graph is invalid, or an axis
+            is fixed that should be dynamic.
     """
     import onnx
 
-    spec = exportable.spec
-    shapes.check(spec.unit)
+    shapes.check(exportable.spec.unit)
     state = exportable.module.state_dict(keep_vars=True).values()
     _check_size(sum(each.numel() * each.element_size() for each in state))
     spec = replace(
-        spec,
-        inputs=tuple(_fixed(tensor_spec, shapes, spec.unit) for tensor_spec in spec.inputs),
-        outputs=tuple(_fixed(tensor_spec, shapes, spec.unit) for tensor_spec in spec.outputs),
+        exportable.spec,
+        inputs=tuple(_with_sizes(each, shapes, exportable.spec.unit) for each in exportable.spec.inputs),
+        outputs=tuple(_with_sizes(each, shapes, exportable.spec.unit) for each in exportable.spec.outputs),
     )
-    with library_errors("the graph cannot be traced"):
-        model = _trace(exportable, spec, shapes)
+    dynamic: Any = tuple(
+        {i: axis for i, axis in enumerate(each.axes) if isinstance(axis, str)} for each in spec.inputs
+    )
+    if isinstance(exportable.module, NormalizedInput) and len(dynamic) > 1:
+        dynamic = (dynamic[0], dynamic[1:])  # follows the signature, where *others is one argument
+    with library_errors("the graph cannot be traced"), _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            exportable.module,
+            _trace_inputs(spec, shapes),
+            dynamo=True,
+            dynamic_shapes=dynamic if shapes.dynamic else None,
+            opset_version=OPSET,
+            input_names=[each.name for each in spec.inputs],
+            output_names=[each.name for each in spec.outputs],
+            custom_translation_table=translations() if spec.graph == "detector" else None,
+            external_data=False,
+            verbose=False,
+        )
+    if program is None:
+        raise CheckFailed("torch returned no graph")
+    model = program.model_proto
     if spec.precision == "bf16" and any(node.op_type == "Conv" for node in model.graph.node):
-        raise CheckFailed(f"ONNX files of opset {OPSET} hold no bf16 convolutions; take fp16")
-    _drop_unused(model)
+        raise CheckFailed(f"ONNX has no bf16 convolution in opset {OPSET}; use fp16")
+    _drop_source_notes(model)
     onnx.helper.set_model_props(model, {METADATA: to_json(spec)})
     check_graph(model)
     check_axes(model, spec)
-    save(model, path)
+    save_onnx(model, path)
     return spec
 
 
-def save(model: onnx.ModelProto, path: Path) -> None:
-    """Writes a file that appears at once and whole.
+def load_onnx(path: Path) -> onnx.ModelProto:
+    """Loads an ONNX file.
 
     Raises:
-        CheckFailed: it would be larger than 2 GB, which is more than one ONNX file holds.
-        OSError: the disk is full, or not to be written.
+        CheckFailed: the file is not readable as ONNX.
+    """
+    import onnx
+
+    try:
+        return onnx.load(path)
+    except Exception as error:  # protobuf has its own classes of errors
+        raise CheckFailed(f"{path}: not a readable ONNX file ({error})") from None
+
+
+def read_spec(path: Path) -> ModelSpec:
+    """Reads the specification in an ONNX file."""
+    return read_model_spec(load_onnx(path), path.name)
+
+
+def save_onnx(model: onnx.ModelProto, path: Path) -> None:
+    """Writes an ONNX file atomically.
+
+    Raises:
+        CheckFailed: the file would be larger than 2 GB, the limit of protobuf.
+        OSError: the disk is full or not writable.
     """
     with library_errors("the graph cannot be written"):
         _check_size(model.ByteSize())
@@ -145,7 +187,7 @@ def check_graph(model: onnx.ModelProto) -> None:
     """Runs the checker of the onnx package.
 
     Raises:
-        CheckFailed: it refuses the graph.
+        CheckFailed: the graph is invalid.
     """
     import onnx
 
@@ -161,39 +203,41 @@ def _check_size(size: int) -> None:
 
 
 def modules_of(node: onnx.NodeProto) -> list[str]:
-    """Paths of the torch modules that a node was exported from, from outer to inner."""
+    """Returns the paths of the torch modules that a node was exported from, outermost first."""
     text = {prop.key: prop.value for prop in node.metadata_props}.get(_SCOPES)
-    return [path for path in ast.literal_eval(text)[:-1] if path] if text else []  # the last is the node's
+    return (
+        [path for path in ast.literal_eval(text)[:-1] if path] if text else []
+    )  # the last is the node's own
 
 
 def check_axes(model: onnx.ModelProto, spec: ModelSpec) -> None:
-    """Compare the axes of the file's inputs and outputs with the spec.
+    """Compares the axes of the graph's inputs and outputs with the specification.
 
     Raises:
-        CheckFailed: naming those that are fixed but should be dynamic, or the other way round.
+        CheckFailed: an axis is fixed that should be dynamic, or has another size.
     """
     faults = []
     values = [*model.graph.input, *model.graph.output]
-    tensor_specs = [*spec.inputs, *spec.outputs]
-    if [value.name for value in values] != [each.name for each in tensor_specs]:
-        raise CheckFailed(f"the graph has {[v.name for v in values]}, not {[p.name for p in tensor_specs]}")
-    for value, tensor_spec in zip(values, tensor_specs, strict=True):
+    tensors = [*spec.inputs, *spec.outputs]
+    if [value.name for value in values] != [each.name for each in tensors]:
+        raise CheckFailed(f"the graph has {[v.name for v in values]}, not {[p.name for p in tensors]}")
+    for value, tensor in zip(values, tensors, strict=True):
         dims = value.type.tensor_type.shape.dim
-        if len(dims) != len(tensor_spec.axes):
-            faults.append(f"{tensor_spec.name} has {len(dims)} axes, not {len(tensor_spec.axes)}")
+        if len(dims) != len(tensor.axes):
+            faults.append(f"{tensor.name} has {len(dims)} axes, not {len(tensor.axes)}")
             continue
-        for dim, axis in zip(dims, tensor_spec.axes, strict=True):
+        for dim, axis in zip(dims, tensor.axes, strict=True):
             fixed = dim.dim_value if dim.HasField("dim_value") else None
             if isinstance(axis, int) and fixed not in (axis, None):
-                faults.append(f"{tensor_spec.name}: {axis} became {fixed}")
+                faults.append(f"{tensor.name}: {axis} became {fixed}")
             if isinstance(axis, str) and fixed is not None:
-                faults.append(f"{tensor_spec.name}: {axis} should be dynamic and is fixed at {fixed}")
+                faults.append(f"{tensor.name}: {axis} should be dynamic and is fixed at {fixed}")
     if faults:
-        raise CheckFailed("the exported graph is not as asked: " + "; ".join(faults))
+        raise CheckFailed("the exported graph has wrong axes: " + "; ".join(faults))
 
 
-def _fixed(tensor_spec: TensorSpec, shapes: Shapes, unit: int) -> TensorSpec:
-    """The tensor_spec with those axes as numbers that are the same in all shapes."""
+def _with_sizes(tensor: TensorSpec, shapes: Shapes, unit: int) -> TensorSpec:
+    """Returns the specification with the sizes of the axes that are fixed."""
     fixed = {
         "batch": shapes.opt.batch,
         "height": shapes.opt.height,
@@ -211,52 +255,23 @@ def _fixed(tensor_spec: TensorSpec, shapes: Shapes, unit: int) -> TensorSpec:
             return axis
         return -(-fixed[name] // int(stride or 1))
 
-    return replace(tensor_spec, axes=tuple(fix(axis) for axis in tensor_spec.axes))
+    return replace(tensor, axes=tuple(fix(axis) for axis in tensor.axes))
 
 
-def _trace(exportable: ExportableModel, spec: ModelSpec, shapes: Shapes) -> onnx.ModelProto:
-    # the example has another height than width and two images, so that no two axes are taken for one
+def _trace_inputs(spec: ModelSpec, shapes: Shapes) -> tuple[Tensor, ...]:
+    """Returns example inputs whose batch, height and width differ, so that no two axes are taken for one."""
     opt, unit = shapes.opt, spec.unit
     batch = max(opt.batch, 2) if "batch" in shapes.dynamic else opt.batch
     widths = (opt.width + unit, opt.width - unit, opt.width)
     width = next(w for w in widths if shapes.min.width <= w <= shapes.max.width)
-    inputs = list(example_inputs(spec, batch, opt.height, width))
+    images, *others = example_inputs(spec, batch, opt.height, width)
     if spec.preprocessing.normalize_in_graph:
-        inputs[0] = (inputs[0] * 40 + 128).clamp(0, 255).to(torch.uint8)
-    dynamic = tuple(
-        {i: axis for i, axis in enumerate(tensor_spec.axes) if isinstance(axis, str)}
-        for tensor_spec in spec.inputs
-    )
-    table = None
-    if spec.graph == "detector":
-        from export.custom_ops import translations
-
-        table = translations()
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            exportable.module,
-            tuple(inputs),
-            dynamo=True,
-            dynamic_shapes=_matching(exportable.module, dynamic) if any(dynamic) else None,
-            opset_version=OPSET,
-            input_names=[each.name for each in spec.inputs],
-            output_names=[each.name for each in spec.outputs],
-            custom_translation_table=table,
-            external_data=False,
-            verbose=False,
-        )
-    if program is None:
-        raise CheckFailed("torch gave no graph")
-    return program.model_proto
+        images = (images * 40 + 128).clamp(0, 255).to(torch.uint8)
+    return images, *others
 
 
-def _matching(module: nn.Module, dynamic: tuple[dict[int, str], ...]) -> Any:
-    # `dynamic_shapes` follows the signature: what comes in as *others is one entry
-    return (dynamic[0], dynamic[1:]) if isinstance(module, Preprocess) else dynamic
-
-
-def _drop_unused(model: onnx.ModelProto) -> None:
-    """Take out the note of torch's source lines in every node: a third of a small file, and paths in it."""
+def _drop_source_notes(model: onnx.ModelProto) -> None:
+    """Removes torch's notes of source lines from all nodes: they hold paths and a third of a small file."""
     for node in model.graph.node:
         kept = [prop for prop in node.metadata_props if prop.key == _SCOPES]
         del node.metadata_props[:]
@@ -266,9 +281,8 @@ def _drop_unused(model: onnx.ModelProto) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    import logging
-
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    """Silences warnings and loggers of torch's exporter."""
+    loggers = [logging.getLogger(name) for name in _VERBOSE_LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Images as the exported files take them: read, resized as the file says, normalised or left as pixels."""
+"""Preprocessing of images for exported files: reading, resizing as the file specifies, and normalisation."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from coma.data.transforms import centre_square, normalize, resize, stack
 from coma.runtimes.model_spec import Preprocessing
 
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png", "ihc.png")
-"""Files of scikit-image's data folder."""
+"""Files in the data folder of scikit-image."""
 
 
 class Photographs(EncodedSource):
-    """Photographs that came with an ordinary dependency: what is verified on where no images are given."""
+    """Photographs bundled with scikit-image: the default images for verification."""
 
     def __init__(self) -> None:
         import skimage
@@ -27,43 +27,46 @@ class Photographs(EncodedSource):
         super().__init__(Path(skimage.__file__).parent / "data")
 
     def __len__(self) -> int:
-        """Number of photographs."""
+        """Returns the number of photographs."""
         return len(PHOTOGRAPHS)
 
     def describe(self, i: int) -> str:
-        """The file."""
+        """Returns the path of the file."""
         return str(self.location / PHOTOGRAPHS[i])
 
     def read_bytes(self, i: int) -> bytes:
-        """The file's content."""
+        """Returns the content of the file."""
         path = self.location / PHOTOGRAPHS[i]
         return read_at(path, 0, path.stat().st_size, path.name)
 
 
 def open_images(place: Path | None, *, held_out: bool = False) -> Source:
-    """The images at `place` (a folder, one with a folder for each class, .npz, .tar), or the photographs.
+    """Opens the images at `place` (a folder, with or without a subfolder per class, .npz or .tar shards).
 
-    Of a folder with splits they are the training images, or, if `held_out`, those of test or val.
+    Without a place, the bundled photographs are used. In a folder with splits, the training images are used,
+    or those of test or val if `held_out`.
 
     Raises:
-        BadInput: nothing there that can be read.
+        BadInput: `place` holds no images that can be read.
     """
     from coma.data.sources.open import open_source
 
     return Photographs() if place is None else open_source(place, held_out=held_out)
 
 
-def evenly(count: int, most: int) -> list[int]:
-    """Up to `most` of the numbers below `count`, evenly spaced, the first and the last among them."""
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """Returns up to `most` evenly spaced numbers below `count`, including the first and the last."""
     most = min(most, count)
     return [round(i * (count - 1) / max(most - 1, 1)) for i in range(most)]
 
 
-def resized(pixels: np.ndarray, preprocessing: Preprocessing, size: tuple[int, int] | None = None) -> Tensor:
-    """Pixels `[H, W, c]` at the size that the rule gives, or at `size` (height, width) pixels.
+def resize_image(
+    pixels: np.ndarray, preprocessing: Preprocessing, size: tuple[int, int] | None = None
+) -> Tensor:
+    """Resizes pixels `[H, W, c]` to `size` (height, width), or as the preprocessing specifies.
 
     Returns:
-        `[c, h, w]` uint8, or float32 in 0..1 of images with more than 8 bits.
+        `[c, h, w]` uint8, or float32 in 0..1 for images with more than 8 bits.
     """
     height, width = pixels.shape[:2]
     whole = (0, 0, height, width)
@@ -77,7 +80,7 @@ def resized(pixels: np.ndarray, preprocessing: Preprocessing, size: tuple[int, i
 
 
 def fit_within(height: int, width: int, sides: tuple[int, int]) -> tuple[int, int]:
-    """The largest size in proportion whose shorter and longer side are at most `sides`, in pixels."""
+    """Returns the largest size of the same ratio whose shorter and longer side are at most `sides` pixels."""
     short, long = sides
     scale = min(long / max(height, width), short / min(height, width))
     return int(height * scale + 0.5), int(width * scale + 0.5)
@@ -90,8 +93,8 @@ def _bilinear(image: Tensor, height: int, width: int) -> Tensor:
     return out.round().to(torch.uint8) if image.dtype == torch.uint8 else out
 
 
-def as_input(images: Sequence[Tensor], preprocessing: Preprocessing) -> Tensor:
-    """Images `[c, h, w]` of one size, as read, to the input `images` `[b, c, h, w]`."""
+def to_input(images: Sequence[Tensor], preprocessing: Preprocessing) -> Tensor:
+    """Returns the input `images` `[b, c, h, w]` made from images `[c, h, w]` of one size."""
     if preprocessing.normalize_in_graph:
         return torch.stack([i if i.dtype == torch.uint8 else (i * 255).round().byte() for i in images])
     return normalize(stack(images), preprocessing.mean, preprocessing.std)

@@ -1,7 +1,8 @@
 """What tests share: one thread each, so that results depend on no machine, a few pictures, a short run."""
 
+import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=["cuda", "cpu"],
         help="device of the tests marked gpu; cpu shows that they themselves work",
     )
+    parser.addoption(
+        "--renew-golden",
+        action="store_true",
+        help="write tests/golden anew, in place of comparing with what is there",
+    )
+
+
+@pytest.fixture
+def golden_curve(request: pytest.FixtureRequest) -> Callable[[str, str, list[float]], None]:
+    """Compares a loss curve with the one of this name in a file of `tests/golden`."""
+
+    def compare(file: str, name: str, curve: list[float]) -> None:
+        path = Path(__file__).parent / "golden" / file
+        curves = json.loads(path.read_text())
+        if request.config.getoption("--renew-golden"):
+            curves[name] = [round(loss, 5) for loss in curve]
+            path.write_text(json.dumps(curves, indent=0) + "\n")
+        assert curve == pytest.approx(curves[name], rel=0.01)
+        assert curve[-1] < 0.9 * curve[0]
+
+    return compare
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def onnx_runtime(session: Session) -> None:
         raise Skip(f"ONNX Runtime offers {', '.join(offered)}; onnxruntime-gpu is not installed")
     device, precisions = ("cuda", "fp32,fp16,bf16") if gpu else ("cpu", "fp32")
     seconds = "0.1" if session.small else "1"
-    folder = exported(session, "--precision", precisions, "--device", device, "--seconds", seconds)
+    folder = exported(session, "--precision", precisions, "--device", device, "--benchmark-seconds", seconds)
     manifest = json.loads((folder / "manifest.json").read_text())
     for verdict in ("files", "rejected"):
         for entry in manifest[verdict]:

@@ -1,4 +1,4 @@
-"""Read an artifact back: strictly, safely, with errors that say what to do."""
+"""Loads artifacts: strictly, without unpickling, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def load_artifact(directory: str | Path) -> Artifact:
 
 @cache
 def _say_unchecked(directory: Path) -> None:
-    log.warning("warning: %s: has no checksums (an older version wrote it): damage goes unnoticed", directory)
+    log.warning("%s: has no checksums (an older version wrote it): damage goes unnoticed", directory)
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -159,7 +159,7 @@ def _check_directory(directory: Path, found: Path) -> None:
 
 
 def _not_an_artifact(file: Path) -> str:
-    """What a file is that was given in place of an artifact, and what to give."""
+    """Returns a message for a file that was given in place of an artifact."""
     folder = file.absolute().parent
     if file.name in (CONFIG, TENSORS) and all((folder / name).is_file() for name in (CONFIG, TENSORS)):
         return f"is a file of an artifact; give its directory, {folder}"
@@ -173,7 +173,7 @@ def _not_an_artifact(file: Path) -> str:
 
 
 def _read_config(path: Path) -> tuple[ArtifactConfig, dict[str, Any] | None]:
-    """The description, and the checksums that it carries."""
+    """Returns the description, and the checksums that it carries."""
     try:
         plain = read_json(path, "a whole artifact")
     except BadInput as error:

@@ -1,4 +1,4 @@
-"""Write an artifact so that a kill at any moment leaves one that loads.
+"""Saves artifacts atomically: a kill at any moment leaves one that loads.
 
 The new directory is written beside the old one and synced; the old one is renamed to `.NAME.previous`, the
 new one to `NAME`, then the old one is removed. Loading looks for `.NAME.previous` when there is no `NAME`.
@@ -69,7 +69,7 @@ def _write(partial: Path, tensors: Mapping[str, Tensor], config: ArtifactConfig)
 
 
 def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values on the CPU, contiguous, no two in one storage: what safetensors can write."""
+    """Returns the same values on the CPU, contiguous, no two in one storage: what safetensors can write."""
     taken: set[int] = set()
     own = {}
     for name, tensor in tensors.items():
@@ -83,7 +83,7 @@ def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sibling(directory: Path, role: str) -> Path:
-    """Where a replacement keeps the half-written new artifact (`partial`) and the old one (`previous`)."""
+    """Returns where a replacement keeps the new artifact (`partial`) and the old one (`previous`)."""
     real = Path(os.path.realpath(directory))
     return real.with_name(f".{real.name}.{role}")
 

@@ -1,4 +1,4 @@
-"""What `config.json` of an artifact says, and the names of its files."""
+"""File names of an artifact, its checksums, and the names that older formats used."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LINEAR_HEAD: dict[str, Any] = {"type": "linear", "pool": "mean"}
 
 
 def with_checksums(plain: dict[str, Any], tensors: Path) -> dict[str, Any]:
-    """What `config.json` holds: a description, with the SHA-256 of its content and of the file of tensors."""
+    """Returns a description with the SHA-256 of its content and of the file of tensors."""
     return plain | {CHECKSUMS: {CONFIG: content_sha256(plain), TENSORS: sha256_of(tensors)}}
 
 

@@ -1,4 +1,4 @@
-"""What the `config.json` of an artifact describes, as plain frozen data."""
+"""Description of an artifact, as plain frozen data: what its `config.json` holds."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ArtifactConfig(Ranged):
     trained: dict[str, Any]
     """Plain facts: method, steps, images_seen, loss, name of the data. Values that JSON can hold."""
     versions: dict[str, str]
-    """Of Python and the libraries that wrote it; see `coma.artifact.library_versions`."""
+    """Versions of Python and the libraries that wrote it; see `coma.artifact.library_versions`."""
     head: dict[str, Any] | None = None
     """What a fine-tuned model has beside the encoder, as plain data: the room that made it rebuilds it from
     this. None where there is nothing to say (backbone, pretrained)."""

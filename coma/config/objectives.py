@@ -1,6 +1,6 @@
-"""Settings of the objectives, as plain frozen data (no torch in here); `coma.config` hands them on.
+"""Settings of the pre-training objectives, as plain frozen data without torch.
 
-Help texts say what is published and what is this project's choice.
+Help texts say which values are published and which are this project's choice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Degradation = Literal["zoom-in", "zoom-out", "distort", "blur", "decolor", "zoom
 
 @dataclass(frozen=True)
 class DecoderConfig(Ranged):
-    """Light transformer behind the encoder that makes the predictions; shared by all views."""
+    """Light transformer that predicts hidden units from the encoder's features; all views share it."""
 
     flags = "--objective.decoder."
 
@@ -53,14 +53,15 @@ class ObjectiveConfig(Ranged):
 
 @dataclass(frozen=True)
 class CoMAConfig(ObjectiveConfig):
-    """Complementary masks: all pixels are learned from, equally often (Li et al. 2025)."""
+    """Complementary masks: every pixel is supervised in every step (CoMA, Li et al. 2025)."""
 
     views: Annotated[int, VIEWS] = 2
-    """K: mask units are shared out into K groups; each group predicts all the others."""
+    """K: the mask units are split into K groups, and each group predicts all the others."""
     masks: Literal["complementary", "independent", "single"] = "complementary"
-    """Controls: `independent` draws K unrelated masks of the same ratio; `single` uses one view only."""
+    """complementary: the K groups together cover the image. Controls for ablations: independent draws K
+    unrelated masks of the same ratio; single uses one view."""
     norm_pix: bool = True
-    """Predict pixels normalised per mask unit (MAE sec. 4.1) instead of plain pixels."""
+    """Predict pixels that are normalised per mask unit (MAE, sec. 4.1) instead of plain pixels."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
 
@@ -69,29 +70,29 @@ class MAEConfig(ObjectiveConfig):
     """Masked autoencoder, the baseline (He et al. 2021)."""
 
     mask_ratio: Annotated[float, INSIDE] = 0.75
-    """Share of mask units that the encoder does not see."""
+    """Share of the mask units that the encoder does not see."""
     norm_pix: bool = True
-    """Predict pixels normalised per mask unit (MAE sec. 4.1) instead of plain pixels."""
+    """Predict pixels that are normalised per mask unit (MAE, sec. 4.1) instead of plain pixels."""
     decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(depth=8))
 
 
 @dataclass(frozen=True)
 class BeyondConfig(ObjectiveConfig):
-    """Degradations other than masks (Tian et al. 2022, "Beyond Masking", arXiv 2203.14313)."""
+    """Degradations other than masks ("Beyond Masking", Tian et al. 2022, arXiv 2203.14313)."""
 
     degrade: Degradation = "zoom-in+mask"
-    """What is done to the input. Published, their order of fine-tuned accuracy: zoom-in+mask, (masks alone,
-    which is --method mae), zoom-in, zoom-out, distort, blur, decolor. zoom-in+coma is this project's own."""
+    """Degradation of the input. In the paper's order of fine-tuned accuracy: zoom-in+mask, masks alone
+    (--method mae), zoom-in, zoom-out, distort, blur, decolor. zoom-in+coma is this project's own."""
     mask_ratio: Annotated[float, INSIDE] = 0.75
-    """zoom-in+mask: share of the centre's mask units that the encoder does not see (published)."""
+    """zoom-in+mask: share of the centre's mask units that the encoder does not see (value of the paper)."""
     views: Annotated[int, VIEWS] = 2
-    """zoom-in+coma: groups that share the centre's units; each of them predicts what it does not see."""
+    """zoom-in+coma: number of groups into which the centre's units are split; each predicts the others."""
     border_weight: Annotated[float, INSIDE] = 0.5
-    """zoom-in+mask and zoom-in+coma: share of the loss that the border around the centre gets; the hidden
-    part of the centre has the rest. The authors' code weighs the centre's mean error by 0.8 and the sum of
-    four strips' mean errors by 0.2, so both alike. Plain zoom-in weighs all pixels alike."""
+    """zoom-in+mask and zoom-in+coma: weight of the border around the centre in the loss; the hidden part of
+    the centre has the rest. The authors' code weighs the centre's mean error by 0.8 and the sum of four
+    strips' mean errors by 0.2, which makes both equal. Plain zoom-in weighs all pixels equally."""
     norm_pix: bool = True
-    """Predict pixels normalised per mask unit (MAE sec. 4.1) instead of plain pixels."""
+    """Predict pixels that are normalised per mask unit (MAE, sec. 4.1) instead of plain pixels."""
     decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(depth=8))
 
     @property
@@ -106,7 +107,7 @@ class BeyondConfig(ObjectiveConfig):
             if self.degrade not in kinds and value != default:
                 raise BadInput(
                     f"--objective.{name.replace('_', '-')} {value} belongs to {' and '.join(kinds)}; "
-                    f"{self.degrade} makes no use of it: leave it at {default}"
+                    f"{self.degrade} does not use it; leave it at {default}"
                 )
 
 
@@ -115,28 +116,30 @@ _USED_BY: Mapping[str, tuple[Degradation, ...]] = {
     "views": ("zoom-in+coma",),
     "border_weight": ("zoom-in+mask", "zoom-in+coma"),
 }
-"""Settings of `BeyondConfig` that not every degradation has a use for."""
+"""Settings of `BeyondConfig` that only some degradations use."""
 
 
 @dataclass(frozen=True)
 class TeacherConfig(Ranged):
-    """A frozen network that guides."""
+    """A frozen network that guides masks or targets."""
 
     flags = "--objective.teacher."
 
     name: str = "vit_base_patch16_clip_quickgelu_224.openai"
-    """A vision transformer by its name in timm (also as timm:NAME), or the directory of an artifact. Default:
-    CLIP ViT-B/16, the teacher published for CMT-MAE."""
+    """A vision transformer by its name in timm (also as timm:NAME), or the directory of an artifact. CLIP
+    ViT-B/16 is the teacher published for CMT-MAE."""
     weights: Path | None = None
-    """Its .safetensors file; default: the one in the local cache of the model hub. Nothing is downloaded."""
+    """The teacher's .safetensors file. Default: the one in the local cache of the model hub; nothing is
+    downloaded."""
     sha256: str | None = None
-    """Of its weights, and of how an artifact says to use them; filled in when the run starts, checked when it
-    goes on."""
+    """SHA-256 of the teacher's weights, and of how an artifact says to use them. It is filled in when the run
+    starts and checked when it resumes."""
     block: Annotated[int, DEPTH] = 1
-    """Whose attention is read, counted from the last block, which is 1; averaged over heads. (Our choice.)"""
+    """Block whose attention is read, counted from the last one, which is 1; the attention is averaged over
+    the heads. (Our choice.)"""
     query: AttentionQuery = "auto"
-    """Who attends: the class token, or the mean over all patches; auto: the class token if it was trained
-    with one. (Our choice.)"""
+    """Query of the attention: the class token, or the mean over all patches. auto uses the class token if the
+    teacher was trained with one. (Our choice.)"""
 
 
 @dataclass(frozen=True)
@@ -145,38 +148,40 @@ class CMTConfig(ObjectiveConfig):
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
     mask_share: Annotated[float, SHARE] = 0.5
-    """a in A = a A_teacher + (1 - a) A_student, the attention that guides masks. That the two are added up
-    linearly is published; the paper's value was not at hand, this one is our choice."""
+    """a in A = a A_teacher + (1 - a) A_student, the attention that guides the masks. The linear sum is
+    published; the paper's value was not available, so this one is our choice."""
     student_block: Annotated[int, DEPTH] = 1
-    """Whose attention is A_student, counted from the averaged student's last block (of DyViT, within its last
-    stage), averaged over heads and, as no class token is trained, over all queries. (Our choice.)"""
+    """Block of the averaged student whose attention is A_student, counted from the last one (of DyViT, within
+    its last stage). The attention is averaged over heads and, as no class token is trained, over all queries.
+    (Our choice.)"""
     hide: Literal["attended", "ignored"] = "attended"
-    """attended: hidden units are drawn in proportion to A. ignored: visible ones are. (Our choice.)"""
+    """attended: hidden units are drawn in proportion to A. ignored: visible units are. (Our choice.)"""
     mask_ratio: Annotated[float, INSIDE] = 0.75
-    """Share of mask units that the encoder does not see. (Our choice: MAE's.)"""
+    """Share of the mask units that the encoder does not see. (Our choice: MAE's value.)"""
     random_share: Annotated[float, SHARE] = 0.1
-    """Share of the run at its beginning with random masks. (Our choice.)"""
+    """Share of the run, at its beginning, that uses random masks. (Our choice.)"""
     target_share: Annotated[float, SHARE] = 0.5
-    """Weight of the teacher's features as target; the averaged student's have the rest. That both are targets
-    is published; the paper's weight was not at hand, this one is our choice."""
+    """Weight of the teacher's features in the target; the averaged student's features have the rest. Both
+    targets are published; the paper's weight was not available, so this one is our choice."""
     distance: Literal["cosine", "smooth-l1"] = "cosine"
-    """Between predicted and target features. (Our choice.)"""
+    """Loss between predicted and target features. (Our choice.)"""
     norm_targets: bool = True
-    """Target features, of the last layers, are normalised over their channels (LayerNorm without
-    weights). (Our choice.)"""
+    """Normalise the target features, which are those of the last layers, over their channels (LayerNorm
+    without weights). (Our choice.)"""
     ema_decay: Annotated[float, SHARE] = 0.996
-    """Share that the averaged student keeps at the first step. That the student is a moving average is the
-    paper's (by summaries of it); the schedule (BYOL's) is our choice."""
+    """Decay of the averaged student at the first step. The moving average is the paper's (by summaries of
+    it); the schedule (BYOL's) is our choice."""
     ema_decay_end: Annotated[float, SHARE] = 1.0
-    """The same at the last step; along half a cosine in between. (Our choice.)"""
+    """Decay of the averaged student at the last step; in between it follows half a cosine. (Our choice.)"""
     norm_pix: bool = True
-    """For the pictures' pixels only, which a linear head learns beside: normalised per mask unit."""
+    """Normalise pixels per mask unit for the linear head that draws reconstructions; the loss uses
+    features."""
     decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(depth=8))
 
 
 @dataclass(frozen=True)
 class BalancedCoMAConfig(CoMAConfig):
-    """Complementary masks dealt so that each view gets about as much of what a teacher looks at (our own)."""
+    """Complementary masks whose views get nearly equal shares of a teacher's attention (our own)."""
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
 

@@ -1,7 +1,7 @@
-"""Every setting of a run, pre-training or fine-tuning, as plain frozen data.
+"""Settings of a pre-training run, as plain frozen data.
 
-A run is described by one `PretrainConfig`: written to `run/config.json`, read back with `--from`, and stored
-in the artifact (see `serialization`).
+One `PretrainConfig` describes a run. It is written to `run/config.json`, and `--from` reads it back (see
+`serialization`).
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ class DataConfig(Ranged):
     crop_scale: Annotated[
         tuple[float, float], Range(0, 1, above=True), RARE, tyro.conf.arg(metavar="MIN MAX")
     ] = (0.2, 1.0)
-    """Area of the random crop as a share of the image (RandomResizedCrop)."""
+    """Smallest and largest area of the random crop, as shares of the image (RandomResizedCrop)."""
     flip: Annotated[bool, RARE] = True
     """Flip half of the crops left to right."""
     aug_repeats: Annotated[int, Range(1, 1024), RARE] = 1
-    """Samples in a row from one decoded image, each with its own crop, flip and masks (Hoffer et al. 2020,
-    "Augment your batch"): 2 to 4 feed a faster GPU from the same cores, with less variety in a batch. An
-    epoch remains as many samples as there are images."""
+    """Consecutive samples from one decoded image, each with its own crop, flip and masks (Hoffer et al. 2020,
+    "Augment your batch"). 2 to 4 feed a faster GPU from the same cores, with less variety in a batch. The
+    number of samples in an epoch stays the same."""
     on_bad_image: Annotated[Literal["skip", "stop"], RARE] = "skip"
-    """A file that will not decode is named, counted and skipped, or stops the run."""
+    """What a file that cannot be decoded does: it is named, counted and skipped, or stops the run."""
     workers: Annotated[int | None, PROCESSES] = None
     """Processes that decode images; default: one per core but one, 0 on two cores"""
     loader: Annotated[Literal["workers", "dali"], RARE] = "workers"
-    """Who decodes: those processes, or NVIDIA DALI (an extra) with as many threads, on the GPU where there is
-    one; a quarter as many processes then read files. DALI decodes every sample, whatever --aug-repeats."""
+    """Decoder: worker processes, or NVIDIA DALI (an extra) with as many threads, on the GPU where there is
+    one; a quarter as many processes then read files. DALI ignores --aug-repeats."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +84,7 @@ class OptimizerConfig(Ranged):
     """AdamW with warm-up and cosine decay (MAE, appendix A.1)."""
 
     epochs: Annotated[float, EPOCHS] = 100.0
-    """Passes over the data."""
+    """Passes over the images."""
     steps: Annotated[int | None, STEPS, RARE] = None
     """Optimizer steps; overrides --epochs."""
     batch_size: Annotated[int, BATCH] = 256
@@ -107,7 +107,7 @@ class OptimizerConfig(Ranged):
 
     @property
     def lr(self) -> float:
-        """Peak learning rate: linear scaling (Goyal et al. 2017), as in MAE appendix A.1."""
+        """Peak learning rate, scaled linearly with the batch (Goyal et al. 2017; MAE, appendix A.1)."""
         return self.base_lr * self.batch_size / 256
 
 
@@ -128,15 +128,15 @@ class RunConfig(Ranged):
     grad_checkpointing: bool = False
     """Recompute activations: less memory, a third more time."""
     parallel: Annotated[Literal["ddp", "fsdp"], RARE] = "ddp"
-    """Under torchrun: replicate the model (ddp) or shard it (fsdp, FSDP2)."""
+    """Parallelism under torchrun: replicate the model (ddp) or shard it (fsdp, which is FSDP2)."""
     save_minutes: Annotated[float, MINUTES, RARE] = 10.0
-    """Save the resumable state at least this often (and at the end, on Ctrl-C and on SIGTERM)."""
+    """Minutes between saves of the resumable state, which the end, Ctrl-C and SIGTERM save as well."""
     save_steps: Annotated[int | None, STEPS, RARE] = None
-    """Save the resumable state every so many steps instead."""
+    """Steps between saves of the resumable state; overrides --save-minutes."""
     log_steps: Annotated[int, STEPS, RARE] = 10
-    """Write metrics every so many steps."""
+    """Steps between log points."""
     reconstruction_every: Annotated[int, Range(0, 10**12), RARE] = 500
-    """Write a picture of reconstructions every so many steps; 0: only at the end."""
+    """Steps between pictures of reconstructions; 0: only at the end."""
 
 
 @dataclass(frozen=True)
@@ -145,22 +145,22 @@ class ProbeConfig(Ranged):
 
     probe: Path | None = None
     """Labelled images that are never trained on: a folder with train and test (or val), each with a folder
-    per class or an .npz pack. Scores go into the metrics and the loss curve."""
+    per class or an .npz pack."""
     probe_epochs: Annotated[float, EPOCHS, RARE] = 1.0
-    """Measure every so many passes over the training images (and before the first step, and at the end)."""
+    """Epochs between evaluations; there is also one before the first step and one at the end."""
     probe_steps: Annotated[int | None, STEPS, RARE] = None
-    """Measure every so many steps instead."""
+    """Steps between evaluations; overrides --probe-epochs."""
     probe_protocols: Annotated[tuple[Literal["knn", "linear"], ...], RARE] = ("knn", "linear")
-    """As in `coma evaluate`."""
+    """Protocols, as in `coma evaluate`."""
     probe_train: Annotated[int, IMAGES, RARE] = 2000
-    """Labelled training images to use, drawn alike from every class; 0: all."""
+    """Labelled training images, equally many from every class; 0: all."""
     probe_test: Annotated[int, IMAGES, RARE] = 1000
-    """Test images to count on, drawn likewise; 0: all."""
+    """Test images, equally many from every class; 0: all."""
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """One pre-training run."""
+    """Settings of one pre-training run."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: EncoderConfig = field(default_factory=DyViTConfig)
@@ -171,12 +171,12 @@ class PretrainConfig:
 
     @property
     def view_size(self) -> int:
-        """Side in pixels of the crops that the objective gets: --image-size, unless it zooms in."""
+        """Side in pixels of the objective's crops: --image-size, unless it zooms in."""
         return view_size(self.data.image_size, self.model.unit, self.objective)
 
 
 def view_size(image_size: int, unit: int, objective: ObjectiveConfig | None) -> int:
-    """Side in pixels of what an objective rebuilds where the encoder sees `image_size` pixels of it."""
+    """Returns the side in pixels of an objective's crops where the encoder sees `image_size` pixels."""
     if objective is not None and objective.zooms_in:
         return image_size + 2 * unit * max(1, round(image_size / unit / 7))
     return image_size

@@ -17,6 +17,7 @@ from cattrs.v import format_exception
 from coma.config import EncoderConfig, FinetuneConfig, ObjectiveConfig, PretrainConfig
 from coma.errors import BadInput
 from coma.paths import local_path
+from coma.preflight import check_regular_file
 from coma.ranges import OutOfRange
 from coma.registry import ARCHITECTURES, METHODS, Architecture, Method, entry_of, resolve
 
@@ -82,7 +83,7 @@ def flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_plain(plain: Any, kind: Any, *, source: str) -> Any:
-    """The inverse of `to_plain`; unknown, missing and mistyped fields are refused.
+    """Builds settings from plain data; unknown, missing and mistyped fields are refused.
 
     Raises:
         BadInput: naming `source` and every field that does not fit.
@@ -103,13 +104,12 @@ def _explain(error: BaseException, kind: type | None) -> str:
 
 
 def read_json(path: Path, wanted: str) -> Any:
-    """What a JSON file holds.
+    """Returns the content of a JSON file.
 
     Raises:
         BadInput: it cannot be read, or is no JSON; the message says what is `wanted` in its place.
     """
-    if path.exists() and not path.is_file():
-        raise BadInput(f"{path}: is not a regular file; give {wanted}")
+    check_regular_file(path, f"give {wanted}", must_exist=False)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -120,7 +120,7 @@ def read_json(path: Path, wanted: str) -> Any:
 
 
 def read_config(path: Path, kind: type[Settings] = PretrainConfig) -> Settings:
-    """A run's settings from `config.json`, or from the run directory that holds it.
+    """Returns a run's settings from `config.json`, or from the run directory that holds it.
 
     Raises:
         BadInput: no such file, not JSON, or fields that do not fit, as those of another kind of run.

@@ -1,9 +1,9 @@
-"""Training samples with labels: the crops of pre-training, then RandAugment, all from the sample's own seed.
+"""Labelled training samples: the crops of pre-training, then RandAugment, all from the seed of the sample.
 
-RandAugment (Cubuk et al. 2020, arXiv 1909.13719) is timm's, in the variant that MAE fine-tunes with (He et
-al. 2021, table 9, "RandAug (9, 0.5)"): two operations per image, strength 9 of 10 with a deviation of 0.5,
-stronger operations for larger numbers. It is defined on 8-bit colour images; images of another kind, 16-bit,
-float, or of other than three channels, are cropped and flipped only.
+RandAugment (Cubuk et al. 2020, arXiv 1909.13719) is timm's, in the variant of MAE fine-tuning (He et al.
+2021, table 9, "RandAug (9, 0.5)"): two operations per image, strength 9 of 10 with a standard deviation of
+0.5, stronger operations for larger numbers. It is defined for 8-bit colour images; other images (16-bit,
+float, or not of three channels) are only cropped and flipped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from coma.data.shuffle import splitmix64
 from coma.data.sources.base import Source
 from coma.data.worker_pool import map_ordered
 
-_AUGMENT = 0x6175676D656E74  # keeps these numbers apart from those of the crop
+_AUGMENT = 0x6175676D656E74  # makes these random numbers independent of those of the crop
 
 
 def labelled_batches(
@@ -42,22 +42,22 @@ def labelled_batches(
     start: int = 0,
     device: torch.device | None = None,
 ) -> Iterator[Batch]:
-    """Random crops with their labels, without end; otherwise like `training_batches`.
+    """Yields batches of random crops and their labels without end; see `training_batches`.
 
     Args:
-        source: the images.
-        data: crop, flip, mean (which RandAugment fills in), and what to do about images that will not decode.
-        labels: of all images of the source, int64 `[n]`.
-        channels: of the batches.
-        seed: of the run.
-        batch: this process's share.
-        rand_augment: strength of RandAugment, 0 to 10; 0: off.
-        start: samples consumed so far by whole optimizer steps.
-        device: where they will be needed: what goes to a GPU is pinned.
+        source: Images.
+        data: Crop, flip, mean (the fill value of RandAugment), and what happens if an image does not decode.
+        labels: Labels of all images of the source, int64 `[n]`.
+        channels: Number of channels of the batches.
+        seed: Seed of the run.
+        batch: This process's share of the global batch.
+        rand_augment: Strength of RandAugment, 0 (off) to 10.
+        start: Number of samples that whole optimizer steps have consumed so far.
+        device: Target device; batches for a GPU are in page-locked memory.
 
     Raises:
-        BadImage: while iterating, an image will not decode and `data.on_bad_image` is "stop".
-        BadInput: while iterating, no image in a long row decodes.
+        BadImage: While iterating: an image does not decode and `data.on_bad_image` is "stop".
+        BadInput: While iterating: many images in a row do not decode.
     """
     check_start(start, batch)
     fetch = LabelledFetcher(source, data, channels, seed, batch.micro_batch, labels, rand_augment)
@@ -67,18 +67,18 @@ def labelled_batches(
 
 @dataclass(frozen=True)
 class LabelledFetcher(TrainingFetcher):
-    """The labelled batch whose first sample has a given position in the stream."""
+    """Reads the labelled batch that begins at a given position of the stream."""
 
     labels: Tensor
     rand_augment: int
 
     def __call__(self, first: int) -> Batch:
-        """Samples `first` to `first + count`."""
+        """Returns samples `first` to `first + count`."""
         batch = super().__call__(first)
         return replace(batch, labels=self.labels[batch.indices])
 
     def view(self, image: Any, seed: int) -> Tensor:
-        """A sample from an opened image."""
+        """Returns a sample of an opened image."""
         view = super().view(image, seed)
         if not self.rand_augment or view.dtype != torch.uint8 or len(view) != 3:
             return view
@@ -86,18 +86,18 @@ class LabelledFetcher(TrainingFetcher):
 
 
 def rand_augment(image: Tensor, strength: int, seed: int, mean: Sequence[float]) -> Tensor:
-    """RandAugment of one image, the same for the same seed.
+    """Applies RandAugment to an image.
 
     Args:
         image: uint8 `[3, h, w]`.
         strength: 0 to 10.
-        seed: of the sample.
-        mean: per channel, of pixels scaled to 0..1: fills what an operation leaves empty.
+        seed: Seed of the sample, which determines the result.
+        mean: Fill value per channel, of pixels scaled to 0..1.
     """
     operations = _operations(strength, min(image.shape[-2:]), tuple(round(255 * value) for value in mean))
-    with _numbers_from(splitmix64((seed ^ _AUGMENT) & (2**64 - 1))):
-        shown = operations(Image.fromarray(image.permute(1, 2, 0).numpy()))
-    return torch.from_numpy(np.array(shown)).permute(2, 0, 1)
+    with _seeded(splitmix64((seed ^ _AUGMENT) & (2**64 - 1))):
+        augmented = operations(Image.fromarray(image.permute(1, 2, 0).numpy()))
+    return torch.from_numpy(np.array(augmented)).permute(2, 0, 1)
 
 
 @lru_cache(maxsize=8)
@@ -109,8 +109,8 @@ def _operations(strength: int, side: int, fill: tuple[int, ...]) -> Any:
 
 
 @contextmanager
-def _numbers_from(seed: int) -> Iterator[None]:
-    """Inside, Python's and numpy's generators, from which timm draws, start from `seed`; then as before."""
+def _seeded(seed: int) -> Iterator[None]:
+    """Seeds Python's and numpy's generators, which timm uses, and restores their states at the end."""
     before = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)

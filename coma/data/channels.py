@@ -1,7 +1,7 @@
-"""Fit a picture to the number of channels a model takes, without ever guessing.
+"""Converts images to the number of channels that a model takes.
 
-Only 1 and 3 are converted to: grey is repeated, transparency is laid over white, colour becomes
-luminance. Any other count must match exactly (4 takes RGBA or four bands as they are stored).
+Only 1 and 3 channels are converted: grey is repeated, transparency is composed over white, colour becomes
+luminance. All other numbers must match exactly (4 takes RGBA or four bands as stored).
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from coma.errors import BadImage
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, section 2.5.1
 
 
-def convert_channels(picture: DecodedImage, channels: int, name: str) -> np.ndarray:
-    """Pixels `[H, W, channels]` of the picture's own dtype.
+def convert_channels(image: DecodedImage, channels: int, name: str) -> np.ndarray:
+    """Returns pixels `[H, W, channels]` in the dtype of the image.
 
     Raises:
-        BadImage: the picture has another number of channels and no conversion is defined.
+        BadImage: The image has another number of channels, and no conversion is defined.
     """
-    pixels = picture.pixels
+    pixels = image.pixels
     if pixels.shape[2] == channels:
         return pixels
     if channels in (1, 3):
-        if picture.alpha:
+        if image.alpha:
             pixels = _over_white(pixels)
         if pixels.shape[2] == channels:
             return pixels
@@ -34,7 +34,7 @@ def convert_channels(picture: DecodedImage, channels: int, name: str) -> np.ndar
         if pixels.shape[2] == 3:
             red, green, blue = (pixels[:, :, c, None] * _LUMA[c] for c in range(3))
             return _as(pixels.dtype, red + green + blue)
-    have = picture.pixels.shape[2]
+    have = image.pixels.shape[2]
     raise BadImage(
         f"{name}: {have} channels, but the model takes {channels}; `coma pretrain --channels {have}` trains "
         "one that takes such images"
@@ -42,7 +42,7 @@ def convert_channels(picture: DecodedImage, channels: int, name: str) -> np.ndar
 
 
 def scale_to_unit(pixels: np.ndarray) -> np.ndarray:
-    """Float32 in 0..1 for integer pixels; float pixels as they are."""
+    """Returns integer pixels as float32 in 0..1, and float pixels unchanged."""
     return pixels if pixels.dtype == np.float32 else pixels.astype(np.float32) / np.float32(max_value(pixels))
 
 

@@ -1,10 +1,10 @@
-"""File contents to pixels: JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP and NPY, told apart by content, not by name.
+"""Decodes image files: JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP and NPY, recognised by content, not by name.
 
-What comes out is upright (EXIF applied), in display colours (palettes, CMYK and YCbCr become RGB) and
-in the file's own precision: 16-bit stays uint16, where Pillow alone would drop 16-bit RGB to 8 bits.
-HEIC is read where the extra `heic` is installed. Values that are missing (nodata, NaN, infinite) are filled
-with the mean of their channel and marked. Whatever is wrong with a file ends as one `BadImage` line that
-names it; animations are refused, because nothing says which of their frames is meant.
+Pixels are upright (EXIF orientation is applied), in display colours (palettes, CMYK and YCbCr are converted
+to RGB) and in the precision of the file: 16 bits remain uint16, where Pillow alone would reduce 16-bit RGB to
+8 bits. HEIC needs the extra `heic`. Missing values (nodata, NaN, infinite) are filled with the mean of their
+channel and marked. Every fault of a file raises one `BadImage` with a line that names the file. Animations
+are refused, because nothing says which frame is meant.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ HEIF_EXTENSIONS = (".heic", ".heif", ".hif")
 INSTALL_HEIF = "pip install 'coma-dyvit[heic]'"
 
 HEAD = 32
-"""Bytes at the start of a file that tell whether it is an image."""
+"""Number of bytes at the start of a file that identify its format."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")
 _ANIMATED = ("PNG", "WEBP", "AVIF", "GIF")
 _LARGEST = 1e37
-"""Floats beyond this are no measurements: the usual mark for nodata is about -3.4e38, the smallest float."""
+"""Larger floats are missing values: nodata is usually about -3.4e38, the smallest float."""
 _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -42,22 +42,22 @@ _NPY = b"\x93NUMPY"
 _GIF = (b"GIF87a", b"GIF89a")
 _AVIF_BRANDS = (b"avif", b"avis")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-_TALKATIVE = ("PIL.TiffImagePlugin", "tifffile", "imagecodecs")
+_LOGGERS = ("PIL.TiffImagePlugin", "tifffile", "imagecodecs")
 
 
 def decode(data: bytes, name: str, min_side: MinSide = 0) -> DecodedImage:
-    """Pixels of an encoded image.
+    """Decodes an image file.
 
     Args:
-        data: the whole file.
-        name: how errors call it.
-        min_side: a JPEG may come back 2, 4 or 8 times smaller (scaled while decoding, which is much
-            faster) as long as no side falls below this many pixels; 0 always gives full size. May be
-            a function of the image's height and width, upright.
+        data: Content of the file.
+        name: Name of the image, for errors.
+        min_side: A JPEG may be decoded 2, 4 or 8 times smaller (which is much faster) as long as no side is
+            below this many pixels; 0 always decodes the full size. May be a function of height and width of
+            the upright image.
 
     Raises:
-        BadImage: empty, not an image, truncated, too large, animated, without any value, or of a kind that is
-            not supported.
+        BadImage: The file is empty, truncated, too large, animated or not an image, has no valid value, or is
+            of an unsupported kind.
     """
     if not data:
         raise BadImage(f"{name}: the file is empty")
@@ -71,9 +71,9 @@ def decode(data: bytes, name: str, min_side: MinSide = 0) -> DecodedImage:
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG that looks the same to every reader: grey or RGB, not turned by its EXIF.
+    """Returns height and width of a JPEG that all decoders read alike: grey or RGB, without EXIF rotation.
 
-    None for everything else.
+    Returns None for all other files.
     """
     if not data.startswith(_JPEG):
         return None
@@ -82,19 +82,19 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
             check_size(*header.size, 3)
             plain = header.mode in ("L", "RGB") and _orientation(header) == 1
             return (header.height, header.width) if plain else None
-    except Exception:  # damaged or too large: whoever decodes it will say how
+    except Exception:  # damaged or too large: `decode` says how
         return None
 
 
-def fill_missing(picture: DecodedImage) -> DecodedImage:
-    """Returns the picture with its missing values filled with the mean of their channel.
+def fill_missing(image: DecodedImage) -> DecodedImage:
+    """Returns the image with its missing values filled with the mean of their channel.
 
-    Missing are the values that `picture.missing` marks and floats that are NaN, infinite or beyond 1e37.
+    Missing are the values that `image.missing` marks, and floats that are NaN, infinite or beyond 1e37.
 
     Raises:
-        BadImage: a side of 0 pixels, or a channel without any value.
+        BadImage: A side has 0 pixels, or a channel has no valid value.
     """
-    pixels, missing = picture.pixels, picture.missing
+    pixels, missing = image.pixels, image.missing
     if 0 in pixels.shape:
         raise BadImage("the image has no pixels")
     if pixels.dtype == np.float32:
@@ -102,7 +102,7 @@ def fill_missing(picture: DecodedImage) -> DecodedImage:
         if not usable.all():
             missing = ~usable if missing is None else missing | ~usable
     if missing is None or not missing.any():
-        return picture._replace(missing=None)
+        return image._replace(missing=None)
     empty = [str(channel + 1) for channel in np.flatnonzero(missing.all(axis=(0, 1)))]
     if empty:
         where = "" if len(empty) == pixels.shape[2] else f" of channel {', '.join(empty)}"
@@ -110,11 +110,11 @@ def fill_missing(picture: DecodedImage) -> DecodedImage:
     means = pixels.mean(axis=(0, 1), where=~missing, dtype=np.float64)
     if pixels.dtype != np.float32:
         means = means.round()
-    return picture._replace(pixels=np.where(missing, means.astype(pixels.dtype), pixels), missing=missing)
+    return image._replace(pixels=np.where(missing, means.astype(pixels.dtype), pixels), missing=missing)
 
 
 def looks_like_image(head: bytes) -> bool:
-    """Returns whether the first `HEAD` bytes of a file are those of a format that is read here."""
+    """Returns whether a file with these first `HEAD` bytes is in a supported format."""
     if head.startswith((_JPEG, _PNG, *_TIFF, _NPY, *_GIF)):
         return True
     if head.startswith(b"RIFF"):
@@ -125,7 +125,7 @@ def looks_like_image(head: bytes) -> bool:
 
 
 def _brands(data: bytes) -> tuple[bytes, ...]:
-    """Brands of an AVIF or HEIF file (ISO/IEC 14496-12, FileTypeBox); none of any other file."""
+    """Returns the brands of an AVIF or HEIF file (ISO/IEC 14496-12, FileTypeBox); empty for other files."""
     if data[4:8] != b"ftyp":
         return ()
     box = data[8 : min(int.from_bytes(data[:4]), 256)]
@@ -162,7 +162,7 @@ def _decode_with_pillow(data: bytes, min_side: MinSide) -> DecodedImage:
     with _open(data) as image:
         check_size(*image.size, 3)
         if image.format in _ANIMATED and getattr(image, "is_animated", False):
-            raise BadImage("is an animation; save the frame that is meant as a still image")
+            raise BadImage("is an animation; save one frame as a still image")
         is_jpeg = image.format == "JPEG"
         orientation = _orientation(image) if is_jpeg else 1
         if is_jpeg and min_side:
@@ -170,7 +170,7 @@ def _decode_with_pillow(data: bytes, min_side: MinSide) -> DecodedImage:
             side = min_side(height, width) if callable(min_side) else min_side
             image.draft(None, (side, side))
         image.load()
-        if not is_jpeg:  # load() already turns a TIFF and forgets the tag
+        if not is_jpeg:  # load() already rotates a TIFF and removes the tag
             orientation = _orientation(image)
         transparent = image.has_transparency_data
         match image.mode:
@@ -187,8 +187,8 @@ def _decode_with_pillow(data: bytes, min_side: MinSide) -> DecodedImage:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the decoders' remarks about odd files away from the terminal: what matters is raised."""
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    """Hides the decoders' warnings about unusual files; faults that matter are raised."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [logger.disabled for logger in loggers]
     for logger in loggers:
         logger.disabled = True
@@ -204,7 +204,7 @@ def _quiet() -> Iterator[None]:
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(0x0112, 1)
-    except Exception:  # damaged metadata does not make a good picture bad
+    except Exception:  # damaged metadata do not spoil the pixels
         return 1
     return value if value in range(1, 9) else 1
 

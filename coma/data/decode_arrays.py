@@ -1,13 +1,13 @@
-"""Scientific rasters to pixels: TIFF of any depth and number of channels, NPY arrays, 16-bit PNG.
+"""Decodes scientific rasters: TIFF of any depth and number of channels, NPY arrays, 16-bit PNG.
 
-Two rules make arrays unambiguous, and what they do not cover is refused:
+Arrays follow two rules; everything else is refused:
 
     axes    2-D is `[H, W]`. In 3-D the axis of at most 16 is the channels: last (HWC) or first (CHW).
-            If both or neither are that short, nothing says which is meant.
-    values  uint8 and uint16 are counts up to white; bool is black and white; floats are taken as they
-            are, whatever their range (the measured mean and std bring them to scale).
+            If both or neither are that short, the shape is ambiguous.
+    values  uint8 and uint16 are counts up to white; bool is black and white; floats are used as they
+            are, in any range (the measured mean and std bring them to scale).
 
-What a GeoTIFF declares as nodata is marked as missing.
+Values that a GeoTIFF declares as nodata are marked as missing.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _GDAL_NODATA = 42113  # a number as text, for all channels
 
 
 def decode_npy(data: bytes) -> DecodedImage:
-    """An image saved with `numpy.save`.
+    """Decodes an image saved with `numpy.save`.
 
     Raises:
-        BadImage: object arrays, or axes or values outside the rules above.
+        BadImage: The array has Python objects, or breaks the rules above.
     """
     array = np.load(io.BytesIO(data), allow_pickle=False)
     return DecodedImage(to_supported_dtype(to_hwc(array)))
 
 
 def decode_png16(data: bytes) -> DecodedImage:
-    """A PNG of 16 bits per channel, as uint16 `[H, W, C]`."""
+    """Decodes a PNG of 16 bits per channel to uint16 `[H, W, C]`."""
     import imagecodecs
 
     array = imagecodecs.png_decode(data)
@@ -47,14 +47,14 @@ def decode_png16(data: bytes) -> DecodedImage:
 
 
 def decode_tiff(data: bytes) -> DecodedImage | None:
-    """A TIFF as stored: any depth, up to 16 channels in one page, in planes or in pages.
+    """Decodes a TIFF as stored: any depth, up to 16 channels in one page, in planes or in pages.
 
     Returns:
-        None if Pillow should read it: colours to convert (palette, CMYK, YCbCr, 1 to 4 bits), or JPEG
-        inside, whose own header only libtiff compares with the file's before it takes memory.
+        None if Pillow should decode it: its colours need a conversion (palette, CMYK, YCbCr, 1 to 4 bits), or
+        it is compressed as JPEG, whose own header only libtiff checks before it allocates memory.
 
     Raises:
-        BadImage: a stack of frames, or axes or values outside the rules above.
+        BadImage: The file is a stack of frames, or breaks the rules above.
     """
     import tifffile
 
@@ -75,7 +75,7 @@ def decode_tiff(data: bytes) -> DecodedImage | None:
         tag, nodata = page.tags.get("Orientation"), page.tags.get(_GDAL_NODATA)
     pixels = to_supported_dtype(_by_axes(array, axes))
     alpha = pixels.shape[2] in (2, 4) and extras[-1:] in ((_ASSOCIATED,), (_UNASSOCIATED,))
-    missing = None if nodata is None else _equal_to(pixels, str(nodata.value), alpha)
+    missing = None if nodata is None else _nodata_mask(pixels, str(nodata.value), alpha)
     if photometric == _WHITE_IS_ZERO:
         pixels = max_value(pixels) - pixels
     if alpha and extras[-1] == _ASSOCIATED:
@@ -89,10 +89,10 @@ def decode_tiff(data: bytes) -> DecodedImage | None:
 
 
 def to_hwc(array: np.ndarray) -> np.ndarray:
-    """An array `[H, W]`, `[H, W, C]` or `[C, H, W]` as `[H, W, C]`, where the shape leaves no doubt.
+    """Returns an array `[H, W]`, `[H, W, C]` or `[C, H, W]` as `[H, W, C]`.
 
     Raises:
-        BadImage: the channels cannot be told from the shape.
+        BadImage: The shape is ambiguous.
     """
     if array.ndim == 2:
         return array[:, :, None]
@@ -108,10 +108,10 @@ def to_hwc(array: np.ndarray) -> np.ndarray:
 
 
 def to_supported_dtype(array: np.ndarray) -> np.ndarray:
-    """The same values as uint8, uint16 or float32.
+    """Returns the same values as uint8, uint16 or float32.
 
     Raises:
-        BadImage: complex, signed or wider integers, whose white is not known.
+        BadImage: The values are complex, or signed or wider integers, whose white is unknown.
     """
     if array.dtype == bool:
         return array.astype(np.uint8) * 255
@@ -124,15 +124,15 @@ def to_supported_dtype(array: np.ndarray) -> np.ndarray:
 
 
 def max_value(pixels: np.ndarray) -> int:
-    """The value that stands for 1.0: 255, 65535, or 1 for floats."""
+    """Returns the value that means 1.0: 255, 65535, or 1 for floats."""
     return 1 if pixels.dtype.kind == "f" else int(np.iinfo(pixels.dtype).max)
 
 
-def _equal_to(pixels: np.ndarray, nodata: str, alpha: bool) -> np.ndarray | None:
-    """Which values are nodata, bool `[H, W, C]`; None where the declaration is no number.
+def _nodata_mask(pixels: np.ndarray, nodata: str, alpha: bool) -> np.ndarray | None:
+    """Returns which values are nodata, bool `[H, W, C]`; None if the declared value is not a number.
 
-    Floats are compared one by one. Of integers, where nodata is often 0 and so is the red of a green leaf, a
-    pixel is missing only if all of its channels say so.
+    Floats are compared one by one. In integer images nodata is often 0, which is also a valid value of one
+    channel, so a pixel is missing only if all of its channels are nodata.
     """
     try:
         value = float(nodata.strip("\0 "))

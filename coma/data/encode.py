@@ -1,7 +1,7 @@
-"""Pictures back to files, for packs: what loses nothing that training could see, chosen per picture.
+"""Encodes decoded images again, for packs: without any loss that training could notice.
 
-8-bit grey and colour become JPEG, transparency and 16 bits PNG, more channels and floats TIFF; the last
-two without any loss.
+8-bit grey and colour become JPEG, transparency and 16 bits PNG, more channels and floats TIFF; PNG and TIFF
+are lossless.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from coma.data.image import DecodedImage
 from coma.data.transforms import resize
 
 
-def reduce_to_short_side(picture: DecodedImage, size: int) -> DecodedImage:
-    """The picture with a short side of at most `size` pixels; its dtype stays."""
-    pixels = picture.pixels
+def reduce_to_short_side(image: DecodedImage, size: int) -> DecodedImage:
+    """Returns the image with a short side of at most `size` pixels, in the same dtype."""
+    pixels = image.pixels
     height, width, _ = pixels.shape
     short = min(height, width)
     if short <= size:
-        return picture
+        return image
     h, w = (round(side * size / short) for side in (height, width))
     small = resize(pixels, (0, 0, height, width), h, w).permute(1, 2, 0).contiguous().numpy()
     if pixels.dtype == np.uint16:
         small = (small * np.float32(65535)).round().astype(np.uint16)
-    return picture._replace(pixels=small)
+    return image._replace(pixels=small)
 
 
-def encode(picture: DecodedImage, quality: int) -> tuple[str, bytes]:
-    """Extension and file content: JPEG where nothing but its own loss is lost, else PNG or TIFF."""
-    buffer, channels = io.BytesIO(), picture.pixels.shape[2]
-    pixels = np.ascontiguousarray(picture.pixels[:, :, 0] if channels == 1 else picture.pixels)
+def encode(image: DecodedImage, quality: int) -> tuple[str, bytes]:
+    """Returns the extension and content of a file: JPEG for 8-bit grey and colour, else PNG or TIFF."""
+    buffer, channels = io.BytesIO(), image.pixels.shape[2]
+    pixels = np.ascontiguousarray(image.pixels[:, :, 0] if channels == 1 else image.pixels)
     if pixels.dtype == np.uint8 and channels in (1, 3):
         Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
         return ".jpg", buffer.getvalue()
-    if pixels.dtype != np.float32 and (channels in (1, 3) or picture.alpha):
+    if pixels.dtype != np.float32 and (channels in (1, 3) or image.alpha):
         import imagecodecs
 
         return ".png", bytes(imagecodecs.png_encode(pixels))

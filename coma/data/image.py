@@ -1,4 +1,4 @@
-"""A decoded image: its pixels, the limits of its size, and its orientation."""
+"""A decoded image: its pixels, the limit of its size, and its orientation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from coma.errors import BadImage
 
 MAX_PIXELS = 178_956_970
-"""Larger images are refused; Pillow's own limit for a decompression bomb."""
+"""Larger images are refused; this is Pillow's own limit for decompression bombs."""
 
 
 MinSide = int | Callable[[int, int], int]
-"""How small a JPEG may come back, see `decode`."""
+"""The smallest side to which a JPEG may be reduced while decoding; see `decode.decode`."""
 
 
 class DecodedImage(NamedTuple):
@@ -24,16 +24,16 @@ class DecodedImage(NamedTuple):
     pixels: np.ndarray
     """`[H, W, C]` uint8, uint16 or float32."""
     alpha: bool = False
-    """The last channel is opacity."""
+    """Whether the last channel is opacity."""
     missing: np.ndarray | None = None
-    """bool `[H, W, C]`: values that the file marks as missing; None where there are none."""
+    """bool `[H, W, C]`: values that the file marks as missing; None if there are none."""
 
 
 def check_size(*shape: int) -> None:
-    """Refuse sizes that only a damaged or hostile header has, before memory is taken for them.
+    """Refuses sizes of damaged or hostile headers before memory is allocated for them.
 
     Raises:
-        BadImage: the shape holds more values than `MAX_PIXELS` RGB pixels.
+        BadImage: The shape has more values than `MAX_PIXELS` RGB pixels.
     """
     if math.prod(shape) > 3 * MAX_PIXELS:
         size = " x ".join(map(str, shape))
@@ -41,7 +41,7 @@ def check_size(*shape: int) -> None:
 
 
 def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo a camera's rotation; `orientation` 1 to 8 as in the EXIF standard, section 4.6.4."""
+    """Returns upright pixels; `orientation` is 1 to 8 as in the EXIF standard, section 4.6.4."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):

@@ -1,8 +1,8 @@
-"""From a decoded picture to a square tensor, and from a batch to what the model takes.
+"""Crops, resizes, stacks and normalises images.
 
-One resampler for every kind of image: torch's antialiased bicubic, which has a fast integer path for
-uint8 (six times Pillow's speed on one core) and takes any number of channels. Results never leave the
-range of the pixels they were made from, so 16-bit and float data do not ring below black.
+All kinds of images use one resampler: torch's antialiased bicubic, which has a fast integer path for uint8
+(six times Pillow's speed on one core) and takes any number of channels. Results are clamped to the range of
+the source pixels, so 16-bit and float data do not ring below black.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ RATIO = (3 / 4, 4 / 3)
 
 
 def random_crop(height: int, width: int, scale: tuple[float, float], draws: Iterator[float]) -> Box:
-    """A random part of the image: `scale` bounds its area's share, `RATIO` its shape.
+    """Returns a random crop: `scale` limits its share of the area, `RATIO` its shape.
 
-    Up to ten tries, then the largest centred box of an allowed shape, as the sampling of Szegedy et al.
-    2015, section 6, is commonly completed.
+    After ten failed tries it is the largest centred box of an allowed shape, the usual completion of the
+    sampling of Szegedy et al. 2015, section 6.
     """
     for _ in range(10):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * next(draws))
@@ -44,7 +44,7 @@ def random_crop(height: int, width: int, scale: tuple[float, float], draws: Iter
 
 
 def scaled_box(box: Box, full: Sequence[int], reduced: Sequence[int]) -> Box:
-    """The same part of an image of height and width `full` after it was reduced to `reduced`."""
+    """Returns the box for an image that was reduced from height and width `full` to `reduced`."""
     if full[0] == reduced[0] and full[1] == reduced[1]:
         return box
     (top, bottom), (left, right) = (
@@ -55,13 +55,13 @@ def scaled_box(box: Box, full: Sequence[int], reduced: Sequence[int]) -> Box:
 
 
 def centre_square(height: int, width: int) -> Box:
-    """The largest square in the middle."""
+    """Returns the largest centred square."""
     side = min(height, width)
     return (height - side) // 2, (width - side) // 2, side, side
 
 
 def resize(pixels: np.ndarray, box: Box, height: int, width: int) -> Tensor:
-    """Cut `box` out of `[H, W, C]` and resample it: uint8, or float32 (16-bit scaled to 0..1) `[C, h, w]`."""
+    """Crops `box` from `[H, W, C]` and resizes it to uint8 or float32 (16-bit scaled to 0..1) `[C, h, w]`."""
     top, left, h, w = box
     part = pixels[top : top + h, left : left + w]
     part = np.array(part, order="C") if part.dtype == np.uint8 else scale_to_unit(np.ascontiguousarray(part))
@@ -73,19 +73,19 @@ def resize(pixels: np.ndarray, box: Box, height: int, width: int) -> Tensor:
 
 
 def stack(images: Sequence[Tensor]) -> Tensor:
-    """Images `[C, h, w]` as one batch; uint8 among floats is scaled to 0..1."""
+    """Stacks images `[C, h, w]` into one batch; uint8 among floats is scaled to 0..1."""
     if all(image.dtype == torch.uint8 for image in images):
         return torch.stack(tuple(images))
     return torch.stack([image.div(255) if image.dtype == torch.uint8 else image for image in images])
 
 
 def normalize(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
-    """Float32 `[B, C, H, W]` of zero mean and unit deviation, on the images' device.
+    """Returns float32 `[B, C, H, W]` of zero mean and unit standard deviation, on the images' device.
 
     Args:
-        images: uint8, or floats already scaled to 0..1.
-        mean: per channel, of pixels scaled to 0..1.
-        std: per channel, likewise.
+        images: uint8, or floats that are already scaled to 0..1.
+        mean: Mean per channel, of pixels scaled to 0..1.
+        std: Standard deviation per channel, of pixels scaled to 0..1.
     """
     shape = (-1, 1, 1)
     scaled = images.to(torch.float32).div_(255) if images.dtype == torch.uint8 else images.to(torch.float32)

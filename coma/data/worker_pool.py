@@ -251,7 +251,7 @@ def _wait_for(worker: _Worker) -> None:
             raise ComaError(
                 f"{what}; check that the disk with the images responds and that all of them are regular files"
             )
-        log.warning("warning: %s (is the disk slow?); still waiting, Ctrl-C stops", what)
+        log.warning("%s (is the disk slow?); still waiting, Ctrl-C stops", what)
 
 
 @contextmanager

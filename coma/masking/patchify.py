@@ -31,7 +31,7 @@ def pad_to_units(images: Tensor, unit: int) -> Tensor:
 
 
 def cover(length: int, side: int) -> int:
-    """How many pieces of `side` cover `length`: their quotient, rounded up.
+    """Returns how many pieces of `side` cover `length`: their quotient, rounded up.
 
     Written for exported graphs too: their whole-number division rounds towards zero, so none is negative,
     and a size that is always computed in this one way is known to be equal to itself.
@@ -40,7 +40,7 @@ def cover(length: int, side: int) -> int:
 
 
 def unit_grid(height: int, width: int, unit: int) -> tuple[int, int]:
-    """Rows and columns of units that cover an image of `height x width` pixels."""
+    """Returns rows and columns of units that cover an image of `height x width` pixels."""
     return cover(height, unit), cover(width, unit)
 
 

@@ -1,4 +1,4 @@
-"""Which units each view sees, drawn from the sample's own seed.
+"""Sampling of masks: the units that each view sees, drawn from the sample's own seed.
 
 Randomness belongs to the sample: noise is a hash of (seed, position), not the next numbers of a
 generator. A sample gets the same masks whichever process, batch or device it lands on, so there is no
@@ -46,7 +46,7 @@ def uniform(seeds: Tensor, count: int, salt: int = 0) -> Tensor:
 
 @eager
 def partition(seeds: Tensor, h: int, w: int, groups: int) -> Tensor:
-    """Share out h x w units over `groups` groups of equal size (+-1), at random: int64 `[b, h, w]`.
+    """Splits h x w units at random into `groups` groups of equal size (+-1): int64 `[b, h, w]`.
 
     CoMA (Li et al. 2025): with two groups the views are a mask M and its complement 1 - M.
     """
@@ -56,7 +56,7 @@ def partition(seeds: Tensor, h: int, w: int, groups: int) -> Tensor:
 
 
 def group_sizes(units: int, groups: int) -> tuple[int, ...]:
-    """How many units `partition` gives to each group; the same for every sample."""
+    """Returns how many units `partition` gives to each group; the same for every sample."""
     return tuple((units - group + groups - 1) // groups for group in range(groups))
 
 
@@ -69,7 +69,7 @@ def keep(seeds: Tensor, h: int, w: int, count: int, salt: int = 0) -> Tensor:
 
 
 def group_of(visible: Tensor) -> Tensor:
-    """One view as a group map: 0 where visible, -1 (seen by no view) elsewhere."""
+    """Returns one view as a group map: 0 where visible, -1 (seen by no view) elsewhere."""
     return visible.to(torch.int64) - 1
 
 
@@ -98,7 +98,7 @@ def draw(weights: Tensor, seeds: Tensor, count: int) -> Tensor:
     Args:
         weights: `[b, h, w]`, not negative.
         seeds: int64 `[b]`.
-        count: Of units, 0 to h*w.
+        count: Number of units, 0 to h*w.
 
     Returns:
         bool `[b, h, w]`, true where drawn.
@@ -112,9 +112,9 @@ def draw(weights: Tensor, seeds: Tensor, count: int) -> Tensor:
 
 @eager
 def deal(weights: Tensor, seeds: Tensor, groups: int) -> Tensor:
-    """Share units out over groups of equal size (+-1) and of nearly equal weight.
+    """Splits units into groups of equal size (+-1) and nearly equal weight.
 
-    Units are ranked by weight; every `groups` consecutive ones are shared out at random, one to each.
+    Units are ranked by weight; every `groups` consecutive ones are assigned at random, one to each group.
 
     Args:
         weights: `[b, h, w]`.

@@ -133,7 +133,7 @@ class Pieces:
 def stage_layout(
     sequences: ViewSequences, windows: Sequence[int], head_dim: int, side: int, like: Tensor
 ) -> Layout:
-    """The layout of a stage.
+    """Returns the layout of a stage.
 
     Args:
         sequences: Where the units lie.

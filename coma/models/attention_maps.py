@@ -32,8 +32,8 @@ def attend(
     Args:
         model: DyViT, plain ViT, or one of timm's vision transformers; see `check_readable`.
         images: `[b, c, H, W]`, normalised for it.
-        block: Whose attention, counted from the last, which is 1; of DyViT, within its last stage.
-        query: Who attends: `class` token, `mean` over all places, or `auto`.
+        block: Block whose attention is read, counted from the last, which is 1; of DyViT, in its last stage.
+        query: Query of the attention: `class` token, `mean` over all places, or `auto`.
 
     Returns:
         Last-layer features `[b, h, w, c]` and attention `[b, h, w]`, which adds up to 1 for every image.
@@ -74,7 +74,7 @@ def check_readable(
     block: int = 1,
     query: AttentionQuery = "auto",
 ) -> str:
-    """Why `attend` cannot ask a model about images of that size so; empty where it can.
+    """Returns why `attend` cannot read a model's attention at this image size; empty if it can.
 
     It is tried on tensors that have shapes only: nothing is computed.
     """
@@ -145,7 +145,7 @@ def softmax_of(attention: Any) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _watching_dyvit(attention: DynamicMultiWindowAttention) -> Iterator[list[Tensor]]:
-    """The same for DM-MSA, whose windows here are the whole map: its softmax is computed beside it."""
+    """Records the softmax of DM-MSA, whose windows must be the whole map, by computing it again."""
     taken: list[Tensor] = []
 
     def compute(_: nn.Module, args: tuple[Tensor, Layout]) -> None:

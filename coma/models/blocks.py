@@ -1,4 +1,4 @@
-"""What stacks of transformer blocks have in common, whichever encoder they belong to."""
+"""Helpers for stacks of transformer blocks, shared by all encoders."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class DyViTClassifier(DyViT):
         return x if pre_logits else self.head(x)
 
     def get_classifier(self) -> nn.Module:
-        """The head."""
+        """Returns the head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:

@@ -53,7 +53,7 @@ class Decoder(nn.Module):
         return self.head(self.states(features, visible))
 
     def states(self, features: Tensor, visible: Tensor) -> Tensor:
-        """What the pixels are read from, `[v, b, h, w, dim]`; arguments as in `forward`."""
+        """Returns the features that pixels are predicted from, `[v, b, h, w, dim]`."""
         v, _, h, w = visible.shape
         tokens = self.embed(features)
         x = torch.where(visible[..., None], tokens, self.mask_token.to(tokens.dtype))

@@ -48,7 +48,7 @@ class DyViT(nn.Module):
 
     output_fmt = "NHWC"
     artifact: ArtifactConfig
-    """What it was trained with; there on models that were loaded from an artifact."""
+    """Description of the artifact that the model was loaded from; absent on other models."""
 
     def __init__(self, config: DyViTConfig) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class DyViT(nn.Module):
                 nn.init.zeros_(module.gate.out.weight)  # equal weights to begin with
 
     def forward(self, images: Tensor, group: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The feature pyramid.
+        """Returns the feature pyramid.
 
         Args:
             images: `[b, c, H, W]`, normalised.
@@ -124,7 +124,7 @@ class DyViT(nn.Module):
     def forward_features(
         self, images: Tensor, group: Tensor | None = None, sizes: Sequence[int] | None = None
     ) -> Tensor:
-        """The last map, normalised: one feature vector per mask unit.
+        """Returns the last map, normalised: one feature vector per mask unit.
 
         Args:
             images: `[b, c, H, W]`, normalised.
@@ -147,7 +147,7 @@ class DyViT(nn.Module):
         return _maps(*self._run(images, group, stages=stages))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute block activations in the backward pass instead of keeping them."""
+        """Recompute block activations in the backward pass instead of storing them."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:

@@ -22,7 +22,7 @@ def rotary_table(places: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, 
     Args:
         places: Row and column of every token, `[..., 2]`.
         dim: Channels of one head, a multiple of 4.
-        dtype: Of the result; angles are computed in float32.
+        dtype: Type of the result; angles are computed in float32.
     """
     exponents = torch.arange(dim // 4, device=places.device, dtype=torch.float32) / (dim // 4)
     angles = (places[..., None].float() * _ROTARY_BASE**-exponents).flatten(-2)

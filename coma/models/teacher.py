@@ -25,8 +25,8 @@ class Teacher:
         size: Height and width in pixels of the images it takes.
         statistics: Mean and deviation per channel of pixels scaled to 0..1 that its images are normalised by.
         data_statistics: Those that the images it will get are normalised by.
-        block: Whose attention, counted from the last.
-        query: Who attends; both as for `attend`.
+        block: Block whose attention is read, counted from the last.
+        query: Query of the attention; both as for `attend`.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
-        """What it makes of images.
+        """Returns features and attention for images.
 
         Args:
             images: `[b, c, H, W]`, normalised by the data's statistics.

@@ -60,7 +60,7 @@ class ViewSequences:
         return units.masked_fill(self.unseen.view(*self.unseen.shape, *[1] * (x.ndim - 2)), 0)
 
     def at(self, table: Tensor) -> Tensor:
-        """What a table for every place, `[rows*cols, ...]`, says of every slot: `[n or 1, s, ...]`."""
+        """Returns the rows of `table [rows*cols, ...]` that belong to every slot: `[n or 1, s, ...]`."""
         if self.unit_of is None:
             return table[None]
         return table.index_select(0, self.unit_of.flatten()).unflatten(0, self.unit_of.shape)
@@ -77,7 +77,7 @@ class ViewSequences:
 def image_sequences(
     rows: int, cols: int, group: Tensor | None = None, sizes: Sequence[int] | None = None
 ) -> ViewSequences:
-    """The sequences of a batch of images.
+    """Returns the sequences of a batch of images.
 
     Args:
         rows: Units along the height of an image.
@@ -168,5 +168,5 @@ def is_exporting() -> bool:
 
 
 def has_known_size(h: int, w: int) -> bool:
-    """Whether the sides of a map are numbers: not so in a graph that is exported for any size."""
+    """Returns whether the sides of a map are numbers: not so in a graph that is exported for any size."""
     return isinstance(h, int) and isinstance(w, int)

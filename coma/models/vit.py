@@ -34,7 +34,7 @@ class ViT(nn.Module):
 
     output_fmt = "NHWC"
     artifact: ArtifactConfig
-    """What it was trained with; there on models that were loaded from an artifact."""
+    """Description of the artifact that the model was loaded from; absent on other models."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class ViT(nn.Module):
         self.apply(init_xavier)
 
     def forward(self, images: Tensor, group: Tensor | None = None) -> tuple[Tensor, ...]:
-        """One map `[b, dim, ceil(H/patch), ceil(W/patch)]`; see `DyViT.forward` for `group` and errors."""
+        """Returns one map `[b, dim, ceil(H/patch), ceil(W/patch)]`; `group` as in `DyViT.forward`."""
         return (rearrange(self.forward_features(images, group), "b h w c -> b c h w"),)
 
     pyramid = forward
@@ -68,7 +68,7 @@ class ViT(nn.Module):
     def forward_features(
         self, images: Tensor, group: Tensor | None = None, sizes: Sequence[int] | None = None
     ) -> Tensor:
-        """One feature vector per mask unit, `[b, h, w, dim]`; see `DyViT.forward_features`."""
+        """Returns one feature vector per mask unit, `[b, h, w, dim]`; see `DyViT.forward_features`."""
         check_images(images, group, self.config.channels, self.unit)
         x = rearrange(self.stem(pad_to_units(images, self.unit)), "b c h w -> b h w c")
         rows, cols = x.shape[1:3]
@@ -82,7 +82,7 @@ class ViT(nn.Module):
         return self.forward_features(images).mean(dim=(1, 2))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute block activations in the backward pass instead of keeping them."""
+        """Recompute block activations in the backward pass instead of storing them."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:

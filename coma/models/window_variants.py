@@ -42,7 +42,7 @@ from coma.models.position_embeddings import rotate
 from coma.models.windows import MASKED
 
 BACKEND = "inductor"
-"""Of torch.compile, for small pieces and FlexAttention."""
+"""Backend of torch.compile for small pieces and FlexAttention."""
 
 _TILE = 128
 """Tokens that one tile of a fused kernel takes at most: merged windows are not made longer."""
@@ -106,13 +106,13 @@ class Flex:
 def allowed_pairs(
     lengths: tuple[int, ...], real: Tensor | None, tokens: int, device: torch.device
 ) -> Callable[..., Tensor]:
-    """Whether a head of a sequence lets one token attend to another, as FlexAttention asks for it.
+    """Returns whether a head of a sequence lets one token attend to another, as FlexAttention asks for it.
 
     Args:
         lengths: Tokens of the window of every head.
         real: Slots that hold a unit of their view, bool `[n, s]`; None: all of them.
         tokens: Tokens of a unit.
-        device: Of the tokens.
+        device: Device of the tokens.
     """
     length = torch.cat([torch.full((1,), each, device=device) for each in lengths])
 
@@ -163,7 +163,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: i
 
 
 def _small(kind: type[Consecutive], longest: int) -> Callable[[Pieces], Pieces]:
-    """A variant that lets `kind` take the windows of at most `longest` tokens."""
+    """Returns a variant that lets `kind` take the windows of at most `longest` tokens."""
 
     def arrange(windows: tuple[Windows, ...], like: Tensor, heads: int) -> tuple[Windows, ...]:
         return tuple(

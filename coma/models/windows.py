@@ -43,7 +43,7 @@ def nest(x: Tensor, side: int) -> Tensor:
 
 
 def unnest(x: Tensor, side: int, rows: int, cols: int) -> Tensor:
-    """The inverse of `nest`, for `rows` x `cols` units: `[b, h*w, side*side, ...]` -> a map."""
+    """Undoes `nest` for `rows` x `cols` units: `[b, h*w, side*side, ...]` -> a map."""
     b, rest = x.shape[0], x.shape[3:]
     halves, axes = _nested_axes(side)
     pair = math.prod(rest) * (2 if halves else 1)
@@ -82,7 +82,7 @@ def merge(windows: Tensor, window: tuple[int, int], h: int, w: int) -> Tensor:
 
 
 def crop(x: Tensor, h: int, w: int) -> Tensor:
-    """The first h rows and w columns of a map `[b, h', w', ...]`.
+    """Returns the first h rows and w columns of a map `[b, h', w', ...]`.
 
     The checks say, where sizes are symbols, that the result has just these.
     """
@@ -92,12 +92,12 @@ def crop(x: Tensor, h: int, w: int) -> Tensor:
 
 
 def same_group_bias(group: Tensor, window: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """What to add to attention scores so that tokens attend only inside their own group.
+    """Returns a bias for attention scores that restricts attention to the token's own group.
 
     Args:
         group: Group of every token, int64 `[b, h, w]`.
         window: Sides of the window in tokens.
-        dtype: Of the queries and keys.
+        dtype: Type of the queries and keys.
 
     Returns:
         `[b*rows*cols, 1, wh*ww, wh*ww]`: 0 within a group, `MASKED` across groups.
@@ -112,7 +112,7 @@ def same_group_bias(group: Tensor, window: tuple[int, int], dtype: torch.dtype) 
 
 
 def needs_padding(window: tuple[int, int], h: int, w: int) -> bool:
-    """Whether a map of h x w tokens is not a whole number of windows."""
+    """Returns whether a map of h x w tokens is not a whole number of windows."""
     return bool(h % window[0] or w % window[1])
 
 

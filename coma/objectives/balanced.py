@@ -35,7 +35,7 @@ class BalancedCoMA(CoMA):
 
     @eager
     def split_batch(self, images: Tensor, seeds: Tensor, h: int, w: int) -> Tensor:
-        """The view of every unit, int64 `[b, h, w]`."""
+        """Returns the view of every unit, int64 `[b, h, w]`."""
         if self._teacher is None:
             raise RuntimeError("balanced CoMA without its teacher reconstructs, but does not learn")
         _, attention = self._teacher(images, h, w)

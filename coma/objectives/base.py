@@ -1,4 +1,4 @@
-"""What all methods share: encoder, decoder, reconstruction. They add masks or degradations, and a loss."""
+"""Base of all methods: encoder, decoder, reconstruction. Methods add masks or degradations, and a loss."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ObjectiveOutput:
 
 
 class MaskedPixels(nn.Module):
-    """Rebuild the pixels of mask units.
+    """Predicts the pixels of masked units.
 
     Args:
         config: The method's settings.
@@ -44,7 +44,7 @@ class MaskedPixels(nn.Module):
     """
 
     artifact: ArtifactConfig
-    """What it was trained with; there on models that were loaded from an artifact."""
+    """Description of the artifact that the model was loaded from; absent on other models."""
 
     def __init__(self, config: ObjectiveConfig, encoder: Encoder) -> None:
         super().__init__()
@@ -55,10 +55,10 @@ class MaskedPixels(nn.Module):
         )
 
     picture_note = ""
-    """What a viewer of its pictures has to know."""
+    """Note that is shown under its reconstructions."""
 
     def draw_visible(self, seeds: Tensor, h: int, w: int) -> Tensor:
-        """The units that each view sees, bool `[v, b, h, w]`, for samples with these int64 `seeds [b]`."""
+        """Returns the units that each view sees, bool `[v, b, h, w]`, drawn by int64 `seeds [b]`."""
         raise NotImplementedError
 
     def degraded(self, images: Tensor, seeds: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class MaskedPixels(nn.Module):
         return ObjectiveOutput(loss, prediction, target, visible, {"explained_variance": explained})
 
     def grid(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns of mask units of `images [b, c, H, W]`.
+        """Returns rows and columns of mask units of `images [b, c, H, W]`.
 
         Raises:
             BadInput: H or W is not a multiple of the unit: a loss on padding would teach padding.
@@ -132,6 +132,6 @@ class MaskedPixels(nn.Module):
         return unpatchify(filled, unit)[..., :height, :width].to(images.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute block activations in the backward pass instead of keeping them."""
+        """Recompute block activations in the backward pass instead of storing them."""
         self.encoder.set_grad_checkpointing(enable)
         self.decoder.grad_checkpointing = enable

@@ -74,7 +74,7 @@ class Beyond(MaskedPixels):
         return ObjectiveOutput(loss, prediction, target, visible, {"explained_variance": explained})
 
     def loss_weights(self, visible: Tensor) -> Tensor:
-        """What share of the loss each unit carries, `[v, b, h, w]`, in all 1.
+        """Returns the weight of every unit in the loss, `[v, b, h, w]`; the weights add up to 1.
 
         Without a mask all units alike, the visible too: none of them is seen as it is, or (zooming in) they
         are part of the view that is to be rebuilt. With one, hidden units of the centre share
@@ -89,7 +89,7 @@ class Beyond(MaskedPixels):
         return hidden * ((1 - share) / hidden.sum().clamp(min=1)) + outside * (share / outside.sum())
 
     def draw_visible(self, seeds: Tensor, h: int, w: int) -> Tensor:
-        """The units of whole views that the encoder sees, see `draw_views`."""
+        """Returns the units of whole views that the encoder sees, see `draw_views`."""
         return draw_views(self.config, seeds, h, w)
 
     def degraded(self, images: Tensor, seeds: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class Beyond(MaskedPixels):
 
 
 def draw_views(config: BeyondConfig, seeds: Tensor, h: int, w: int) -> Tensor:
-    """The units of whole views that an encoder sees: without zoom-in, all.
+    """Returns the units of whole views that an encoder sees: without zoom-in, all.
 
     Args:
         config: The degradation; a model is not needed.

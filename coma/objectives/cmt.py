@@ -116,7 +116,7 @@ class CMT(MaskedPixels):
         return (taught, learnt), share * attention + (1 - share) * own
 
     def guided_visible(self, attention: Tensor, seeds: Tensor) -> Tensor:
-        """The units that the one view sees, bool `[1, b, h, w]`, drawn by `attention [b, h, w]`."""
+        """Returns the units that the one view sees, bool `[1, b, h, w]`, drawn by `attention [b, h, w]`."""
         h, w = attention.shape[1:]
         shown = self._shown(h, w)
         if self.config.hide == "attended":

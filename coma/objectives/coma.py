@@ -50,11 +50,11 @@ class CoMA(MaskedPixels):
         return self.predict(images, features.unflatten(0, (views, -1)), visible)
 
     def split_batch(self, images: Tensor, seeds: Tensor, h: int, w: int) -> Tensor:
-        """The view of every unit, int64 `[b, h, w]`, of sizes as in `group_sizes`: here at random."""
+        """Returns the view of every unit, int64 `[b, h, w]`, of sizes as in `group_sizes`: here at random."""
         return partition(seeds, h, w, self.config.views)
 
     def draw_visible(self, seeds: Tensor, h: int, w: int) -> Tensor:
-        """The units that each view sees, bool `[v, b, h, w]`, for samples with these int64 `seeds [b]`."""
+        """Returns the units that each view sees, bool `[v, b, h, w]`, drawn by int64 `seeds [b]`."""
         if self.config.masks == "complementary":
             return self._views_of(partition(seeds, h, w, self.config.views))
         views = self.config.views if self.config.masks == "independent" else 1

@@ -61,7 +61,7 @@ def degrade(images: Tensor, seeds: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
 
 
 def border(length: int) -> int:
-    """What zooming in cuts off at either end of a side: 1/9, 1 at least; 32 of 288 px, 1 of 9 units.
+    """Returns how much zooming in crops at either end of a side: 1/9, at least 1; 32 of 288 px, 1 of 9 units.
 
     Written for exported graphs too, to which a length is not known: `max` would decide it once for all.
     """
@@ -105,7 +105,7 @@ def distort(images: Tensor, seeds: Tensor) -> Tensor:
 
 
 def blur(images: Tensor, seeds: Tensor) -> Tensor:
-    """One random 7 x 7 kernel an image, the same for its channels."""
+    """Returns one random 7 x 7 kernel an image, the same for its channels."""
     b, c, height, width = images.shape
     kernels = blur_kernels(seeds).to(images.dtype).repeat_interleave(c, dim=0)[:, None]
     padded = F.pad(images, (_KERNEL // 2,) * 4, mode="reflect")

@@ -1,4 +1,4 @@
-"""From a `pretrained` artifact back to the objective that made it, decoder included."""
+"""Loads the objective of a `pretrained` artifact, decoder included."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class MAE(MaskedPixels):
         return self.predict(images, features, visible)
 
     def draw_visible(self, seeds: Tensor, h: int, w: int) -> Tensor:
-        """The units that the one view sees, bool `[1, b, h, w]`, for samples with int64 `seeds [b]`."""
+        """Returns the units that the one view sees, bool `[1, b, h, w]`, drawn by int64 `seeds [b]`."""
         return keep(seeds, h, w, self._shown(h, w))[None]
 
     def _shown(self, h: int, w: int) -> int:

@@ -1,4 +1,4 @@
-"""What is predicted, and how predictions become pictures again.
+"""Prediction targets, and reconstruction of images from predictions.
 
 Pixels of a mask unit, either as they are or normalised by the unit's own mean and deviation ("norm-pix",
 MAE sec. 4.1). A norm-pix prediction holds structure but no mean and contrast: to show it, those must come

@@ -48,7 +48,7 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def with_weights_hash(config: PretrainConfig) -> PretrainConfig:
-    """The settings with a teacher that can be told from others, from any directory.
+    """Returns the settings with a teacher that can be told from others, from any directory.
 
     Its paths are absolute then, and it has a SHA-256; its weights were checked to be there and to fit.
 
@@ -67,7 +67,7 @@ def with_weights_hash(config: PretrainConfig) -> PretrainConfig:
 
 
 def may_have_moved(old: TeacherConfig, new: TeacherConfig) -> bool:
-    """Whether both are artifacts, so that the SHA-256, and not their place, says if they are the same."""
+    """Returns whether both are artifacts, which their SHA-256 identifies wherever they lie."""
     import timm
 
     known = timm.is_model(old.name.removeprefix("timm:"))
@@ -75,7 +75,7 @@ def may_have_moved(old: TeacherConfig, new: TeacherConfig) -> bool:
 
 
 def caveats(objective: ObjectiveConfig) -> tuple[str, ...]:
-    """What has to be said of a run before its results are compared with published ones."""
+    """Returns caveats about comparing a run with published results."""
     if not isinstance(objective, CMTConfig):
         return ()
     teacher = objective.teacher
@@ -97,7 +97,7 @@ def caveats(objective: ObjectiveConfig) -> tuple[str, ...]:
 
 
 def load_teacher(config: TeacherConfig, statistics: Statistics) -> Teacher:
-    """A teacher for images that are normalised by `statistics`, mean and deviation per channel.
+    """Returns a teacher for images that are normalised by `statistics`, mean and deviation per channel.
 
     Raises:
         BadInput: an unknown name, a network whose attention cannot be read, weights that are missing, that
@@ -107,7 +107,7 @@ def load_teacher(config: TeacherConfig, statistics: Statistics) -> Teacher:
 
 
 def _load(config: TeacherConfig, statistics: Statistics) -> tuple[Teacher, str]:
-    """The teacher, and its SHA-256."""
+    """Returns the teacher, and its SHA-256."""
     if _is_folder(config.name):
         folder = _artifact_of(config)
         encoder = load_encoder(folder)
@@ -139,7 +139,7 @@ def _timm_teacher(config: TeacherConfig, network: Any, statistics: Statistics) -
 
 
 def _asked(config: TeacherConfig) -> dict[str, Any]:
-    """Whose attention is read."""
+    """Returns which block and query are read."""
     return {"block": config.block, "query": config.query}
 
 
@@ -168,7 +168,7 @@ def _is_folder(name: str) -> bool:
 
 
 def _artifact_of(config: TeacherConfig) -> Path:
-    """The directory of a teacher that is an artifact."""
+    """Returns the directory of a teacher that is an artifact."""
     if config.weights:
         raise BadInput(
             f"--teacher {config.name} is an artifact and has its weights; leave out --teacher-weights"
@@ -182,7 +182,7 @@ def _artifact_of(config: TeacherConfig) -> Path:
 
 
 def _weights_of(config: TeacherConfig, network: Any) -> Path:
-    """The file that holds the weights of a network of timm's."""
+    """Returns the file that holds the weights of a network of timm's."""
     if config.weights:
         if config.weights.suffix != ".safetensors" or not config.weights.is_file():
             raise BadInput(f"--teacher-weights {config.weights}: give an existing .safetensors file")
@@ -206,7 +206,7 @@ def _cached(repository: str | None) -> Path | None:
 
 
 def _build(config: TeacherConfig) -> Any:
-    """A network of timm's, without weights.
+    """Returns a network of timm's, without weights.
 
     Raises:
         BadInput: none of that name, or one whose attention cannot be read.
@@ -247,7 +247,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _converted(network: nn.Module, path: Path, name: str) -> dict[str, Tensor]:
-    """A file's tensors by the names that `network` knows, without those of a classifier: it has none.
+    """Returns a file's tensors by the names that `network` knows, without those of a classifier: it has none.
 
     Raises:
         BadInput: not a readable file, or one of another network.
@@ -278,7 +278,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def dummy_teacher(objective: ObjectiveConfig, channels: int) -> Teacher | None:
-    """A teacher that computes what the real one does, on weights of any values; None where there is none.
+    """Returns a teacher with the real one's operations and arbitrary weights; None if the method has none.
 
     Raises:
         BadInput: as `load_teacher`, but for the weights of a network of timm's.
@@ -293,7 +293,7 @@ def dummy_teacher(objective: ObjectiveConfig, channels: int) -> Teacher | None:
 
 
 def training_objective(config: PretrainConfig) -> Objective:
-    """The objective of a run, with its teacher where it has one; mean and deviation are filled in.
+    """Returns the objective of a run, with its teacher where it has one; mean and deviation are filled in.
 
     Raises:
         BadInput: as `load_teacher`.

@@ -1,4 +1,4 @@
-"""What every runtime is: a spec, and tensors by name to tensors by name."""
+"""The interface of all runtimes: a specification, and a call from named tensors to named tensors."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ class Runtime(Protocol):
     """A loaded model.
 
     Attributes:
-        title: Library, version and device, for tables: "ONNX Runtime 1.31 CPU".
-        description: What the file says of itself.
+        title: Library, version and device for tables, such as "ONNX Runtime 1.31 CPU".
+        spec: Specification of the model.
     """
 
     title: str
     spec: ModelSpec
 
     def __call__(self, images: Tensor, **others: Tensor) -> dict[str, Tensor]:
-        """Run on `images` (and, for a reconstructor, `visible`).
+        """Runs the model on `images` and, for a reconstructor, `visible`.
 
-        Inputs may lie anywhere; outputs lie on the runtime's device, by the names of
-        `spec.outputs`, in the types of their tensor_specs.
+        Inputs may be on any device; outputs are on the runtime's device, with the names and types of
+        `spec.outputs`.
 
         Raises:
-            BadInput: a tensor that the model cannot take; the message says what it takes.
+            BadInput: an input has the wrong name, type or shape; the message says what the model takes.
         """
         ...
 
@@ -39,10 +39,10 @@ DTYPES = {"float32": torch.float32, "uint8": torch.uint8, "bool": torch.bool, "i
 
 
 def check_inputs(spec: ModelSpec, images: Tensor, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs by name, if the file takes them.
+    """Checks the inputs against the specification and returns them by name.
 
     Raises:
-        BadInput: an input is missing or unknown, or of another type, rank, size or number of images.
+        BadInput: an input is missing or unknown, or has another type or shape.
     """
     given = {"images": images, **others}
     names = [each.name for each in spec.inputs]

@@ -1,12 +1,9 @@
-"""`manifest.json`: what lies in a folder of exports, what was measured of it, and what was refused."""
+"""`manifest.json`: the exported files in a folder, their measurements, and the files that were rejected."""
 
 from __future__ import annotations
 
 import json
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -18,13 +15,15 @@ from coma.config.serialization import from_plain
 from coma.devices import cores, processor
 from coma.errors import BadInput
 from coma.messages import abridged, counted
+from coma.preflight import check_regular_file
 from coma.runtimes.model_spec import GraphKind, Precision
+from coma.signals import signals_deferred
 
 _NAMED = 5
-"""Most left-out images that a message names for each reason, and most reasons; manifest.json has all."""
+"""Maximum number of reasons, and of images per reason, that a message names; manifest.json has all."""
 NAME = "manifest.json"
 STAGED = f".{NAME}.next"
-"""The manifest that is written while the former one is still valid."""
+"""Name of a new manifest before it replaces the previous one."""
 FORMAT_VERSION = 3
 _LIBRARIES = (
     "onnx",
@@ -36,33 +35,33 @@ _LIBRARIES = (
 )
 
 
-class OfOthers(BadInput):
-    """A `manifest.json` that `coma export` did not write: other programs have files of that name too."""
+class ForeignManifest(BadInput):
+    """A `manifest.json` that coma export did not write: other programs have files of that name too."""
 
 
 @dataclass
 class Entry:
-    """One file.
+    """Record of one exported file.
 
     Attributes:
-        file: Its name in the folder.
+        file: Name of the file in the folder.
         graph: encoder, reconstructor, classifier, segmentor or detector.
-        precision: Of its products.
-        runtime: Who ran it when it was verified; empty of one that could not be run.
-        sha256: Of the file; empty of one that could not be made.
-        bytes: Its size, weights included.
-        parameters: Of the model.
-        shapes: Least, usual and most, as asked for.
-        tolerances: The limits it was held to.
-        verification: What the gate found (see `export.verify.parity.ParityResult.plain`).
+        precision: Precision of its matrix multiplications.
+        runtime: Runtime of the verification; empty if the file could not run.
+        sha256: SHA-256 of the file; empty if it could not be built.
+        bytes: Size of the file.
+        parameters: Number of parameters of the model.
+        shapes: Minimum, optimal and maximum input shape.
+        tolerances: Tolerances of the verification.
+        verification: Result of the verification (see `export.verify.parity.ParityResult.to_dict`).
         images: Human-readable description of the verification images.
-        image_sets: Images by purpose: verification, calibration, top-1; empty in older manifests.
-        metric: Scores in percent, of PyTorch (`torch`) and of the file (`file`); empty without labels.
-        latency: By shape, of the file and of PyTorch: compute and end to end, milliseconds.
-        numbers: Which operators and weights have which precision.
-        error: Where a refused file begins to differ.
-        machine: That measured it.
-        versions: Of Python and of all libraries that had a part in it.
+        image_sets: Images by purpose: verification, calibration, top-1.
+        metric: Scores of PyTorch (`torch`) and of the file (`file`) in percent; empty without labels.
+        latency: Latency of the file and of PyTorch by shape, compute and end to end, in milliseconds.
+        numbers: Operators and weights by precision.
+        error: Module where the error of a rejected file starts.
+        machine: Machine of the verification.
+        versions: Versions of Python and of the libraries involved.
     """
 
     file: str
@@ -87,7 +86,7 @@ class Entry:
 
 @dataclass
 class Manifest:
-    """A folder of exports."""
+    """Content of a manifest."""
 
     artifact: str
     source: str
@@ -96,25 +95,25 @@ class Manifest:
     rejected: list[Entry] = field(default_factory=list)
 
     def add(self, entry: Entry, passed: bool) -> None:
-        """Put in a file, in place of what was known of one of its name.
+        """Adds an entry and replaces earlier ones of the same file.
 
-        A refused one is not in the way of one that passed before: that one keeps its name and its entry.
+        A rejected file does not replace one that passed before: that file keeps its name and its entry.
         """
         for entries in (self.files, self.rejected) if passed else (self.rejected,):
             entries[:] = [known for known in entries if _name(known) != _name(entry)]
         (self.files if passed else self.rejected).append(entry)
 
     def commit(self, entry: Entry, passed: bool, folder: Path, moves: Sequence[tuple[Path, Path]]) -> None:
-        """Adds an entry and writes the manifest; files get their names at the same moment.
+        """Adds an entry, writes the manifest and renames the entry's files together.
 
         Args:
-            entry: The file.
-            passed: Whether it is verified or refused.
-            folder: Where the manifest lies.
-            moves: Present and final path of every file that belongs to the entry.
+            entry: Record of the file.
+            passed: Whether the file passed verification.
+            folder: Folder of the manifest.
+            moves: Current and final path of every file that belongs to the entry.
 
         Raises:
-            OSError: the disk is full, or not to be written; the manifest and its files stay as they were.
+            OSError: the disk is full or not writable; the manifest and its files stay as they were.
         """
         before = list(self.files), list(self.rejected)
         self.add(entry, passed)
@@ -125,13 +124,13 @@ class Manifest:
             raise
 
     def write(self, folder: Path, moves: Sequence[tuple[Path, Path]] = ()) -> None:
-        """Writes it, whole or not at all, and moves files when it lies on the disk."""
+        """Writes the manifest atomically and renames files at the same time."""
         plain = {"format_version": FORMAT_VERSION, **asdict(self)}
         text = json.dumps(plain, indent=1) + "\n"
         staged = folder / STAGED
         write_whole(staged, lambda file: file.write(text.encode()))
         try:
-            with _signals_after():
+            with signals_deferred():
                 for source, to in moves:
                     source.replace(to)
                 staged.replace(folder / NAME)
@@ -141,10 +140,10 @@ class Manifest:
 
     @classmethod
     def of(cls, folder: Path, artifact: str, source: str, kind: str) -> Manifest:
-        """What the folder already holds of the same artifact, or an empty one.
+        """Returns the manifest of a folder for an artifact, or an empty one.
 
         Raises:
-            BadInput: the folder holds exports of another artifact, or of another version of this program.
+            BadInput: the folder holds exports of another artifact, or a manifest of another format.
         """
         known = cls.read(folder, "choose another --out")
         if known is None:
@@ -159,20 +158,19 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path, instead: str) -> Manifest | None:
-        """What a folder of exports says of itself; None where there is no such file.
+        """Reads the manifest of a folder; returns None if there is none.
 
         Args:
-            folder: Where it lies.
-            instead: What to do if it cannot be used, for the message.
+            folder: Folder of the manifest.
+            instead: Remedy for the error message.
 
         Raises:
-            BadInput: it cannot be read, or is of another version of this program; `OfOthers` if it is none of
-                this program's at all.
+            BadInput: the manifest cannot be read or has another format; `ForeignManifest` if coma export did
+                not write it.
         """
         path = folder / NAME
         try:
-            if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-                raise BadInput(f"{path}: not a regular file; {instead}")
+            check_regular_file(path, instead, must_exist=False)
             plain = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -181,11 +179,11 @@ class Manifest:
                 f"{path}: not readable ({getattr(error, 'strerror', None) or error}); {instead}"
             ) from None
         if not isinstance(plain, dict) or "format_version" not in plain:
-            raise OfOthers(f"{path}: not readable (coma export did not write it); {instead}")
+            raise ForeignManifest(f"{path}: not readable (coma export did not write it); {instead}")
         version = plain["format_version"]
         if version != FORMAT_VERSION:
             raise BadInput(
-                f"{path}: of format {version}, and this program writes {FORMAT_VERSION}; {instead}"
+                f"{path}: format {version}, but this version reads format {FORMAT_VERSION}; {instead}"
             )
         del plain["format_version"]
         try:
@@ -201,9 +199,9 @@ class Manifest:
 
 
 def is_verified(folder: Path, entry: Entry) -> bool:
-    """Whether a listed file is the one that was verified, by its hash.
+    """Whether a listed file is unchanged since its verification, by its hash.
 
-    An export that runs meanwhile may have replaced the file and the manifest, so both are read again.
+    An export may have replaced the file and the manifest in the meantime, so both are read again.
     """
     path = folder / entry.file
     if sha256_of(path) == entry.sha256:
@@ -212,32 +210,12 @@ def is_verified(folder: Path, entry: Entry) -> bool:
     return again is not None and (entry.file, sha256_of(path)) in [(e.file, e.sha256) for e in again.files]
 
 
-@contextmanager
-def _signals_after() -> Iterator[None]:
-    """Holds Ctrl-C and SIGTERM back until the end: the names of files and the manifest change together."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: came.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
-
-
 def _name(entry: Entry) -> str:
     return entry.file.removesuffix(".rejected")
 
 
 def machine() -> str:
-    """Processor, and GPU where there is one."""
+    """Returns the name of the processor and of the GPU, if there is one."""
     import torch
 
     gpu = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
@@ -245,7 +223,7 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of all libraries that had a part in it."""
+    """Returns the versions of Python and of the libraries that exports use."""
     found = library_versions()
     for name in _LIBRARIES:
         try:
@@ -257,13 +235,13 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which images of a source are used.
+    """Images of a source that are used.
 
     Attributes:
-        location: The source, for people.
+        location: Human-readable location of the source.
         used: Number of images that are used.
         available: Number of images in the source.
-        left_out: Reason by name, for images that were looked at and are not used.
+        left_out: Images that were read but not used, by name, with the reason.
     """
 
     location: str
@@ -277,12 +255,12 @@ class Selection:
 
     @property
     def names(self) -> str:
-        """The images that are left out, by reason."""
+        """Names of the images that are left out, by reason."""
         return named(self.left_out)
 
 
 def named(left_out: dict[str, str]) -> str:
-    """The images that are left out, by reason; of many only the first ones."""
+    """Returns the names of images that are left out, by reason, up to a maximum number."""
     reasons: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         reasons.setdefault(reason, []).append(name)

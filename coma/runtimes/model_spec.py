@@ -1,6 +1,6 @@
-"""What an exported file says of itself: its inputs and outputs, and how to make the first from an image file.
+"""Specification of an exported model: its inputs, outputs and the preprocessing of its images.
 
-ONNX files carry it as JSON under `coma` in their metadata, TensorRT engines in the sidecar beside them.
+ONNX files hold it as JSON under `coma` in their metadata, TensorRT engines in the sidecar beside them.
 """
 
 from __future__ import annotations
@@ -19,45 +19,45 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2
 
 GraphKind = Literal["encoder", "reconstructor", "classifier", "segmentor", "detector"]
-"""What is exported: an artifact of kind backbone gives an encoder, one of kind pretrained an encoder or a
-reconstructor, the others what they are."""
+"""Part of a model that is exported as one graph; see `GRAPH_KINDS`."""
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output tensor."""
+    """Name, type and shape of an input or output."""
 
     name: str
     dtype: Literal["float32", "uint8", "bool", "int64"]
     axes: tuple[str | int, ...]
-    """Name of every axis, for example ("batch", 3, "height", "width"); a number where it never changes."""
+    """Name of every dynamic axis and size of every fixed one, for example ("batch", 3, "height", "width")."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From a decoded image, RGB as people see it (or any number of channels), to the input `images`."""
+    """Preprocessing from a decoded image to the input `images`."""
 
     resize: Literal["none", "centre-square", "keep-ratio"]
-    """none: as it is. centre-square: the largest square in the middle (all of the image where `size` is no
-    square), bicubic with antialiasing. keep-ratio: as large as fits into `size`, bilinear."""
+    """none: no resizing. centre-square: crops the largest square in the middle (nothing if `size` is not
+    square) and resizes it, bicubic with antialiasing. keep-ratio: resizes to the largest size within `size`,
+    bilinear."""
     size: tuple[int, int] | None
-    """Pixels: height and width of centre-square; shorter and longer side of keep-ratio."""
+    """Height and width (centre-square), or shorter and longer side (keep-ratio), in pixels."""
     mean: tuple[float, ...]
-    """Per channel, of pixels scaled to 0..1."""
+    """Mean per channel, of pixels scaled to 0..1."""
     std: tuple[float, ...]
-    """Per channel, likewise."""
+    """Standard deviation per channel, of pixels scaled to 0..1."""
     normalize_in_graph: bool = False
-    """The graph takes uint8 pixels and does mean and deviation itself; otherwise it takes (x / 255 - mean)
-    / std as float32."""
+    """True if the graph takes uint8 pixels and normalises them; otherwise it takes (x / 255 - mean) / std as
+    float32."""
     channel_order: str = "RGB"
-    """RGB, grey, or as stored in the image files."""
+    """Order of the channels: RGB, grey, or as stored in the image files."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """An exported file."""
+    """Specification of an exported model."""
 
     graph: GraphKind
     precision: Precision
@@ -65,23 +65,23 @@ class ModelSpec:
     outputs: tuple[TensorSpec, ...]
     preprocessing: Preprocessing
     unit: int
-    """Side of a mask unit in pixels: the least height and width."""
+    """Side of a mask unit in pixels: the minimum height and width."""
     class_names: tuple[str, ...] | None
     source: str
-    """Of the artifact: `coma.artifact.load.artifact_hash`."""
+    """Hash of the artifact: `coma.artifact.load.artifact_hash`."""
     versions: dict[str, str]
-    """Of the libraries that wrote it."""
+    """Versions of the libraries that wrote the artifact."""
     format_version: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True)
 class ExportableModel:
-    """A model and what will be written about it.
+    """A model that can be exported, and its specification.
 
     Attributes:
-        module: In evaluation mode, on the CPU, fp32; takes the description's inputs in order, gives a
-            tuple of its outputs in order.
-        description: Of the fp32 file.
+        module: The network, in evaluation mode, on the CPU and in fp32; takes the inputs of `spec` in order
+            and returns a tuple of its outputs in order.
+        spec: Specification of the fp32 file.
     """
 
     module: nn.Module
@@ -92,35 +92,37 @@ METADATA = "coma"
 
 
 def to_json(spec: ModelSpec) -> str:
-    """What is written into a file."""
+    """Returns the JSON for the metadata of a file."""
     return json.dumps(to_plain(spec))
 
 
 def read_model_spec(model: onnx.ModelProto, source: str) -> ModelSpec:
-    """What an ONNX file of ours says of itself.
+    """Reads the specification in the metadata of an ONNX model.
 
     Raises:
-        BadInput: it says nothing, or something that is not known here.
+        BadInput: the metadata hold no specification, or one of another format.
     """
     found = {prop.key: prop.value for prop in model.metadata_props}.get(METADATA)
     return parse_model_spec(found, source)
 
 
 def parse_model_spec(text: str | None, source: str) -> ModelSpec:
-    """A description from its JSON.
+    """Parses a specification from its JSON.
 
     Raises:
-        BadInput: there is none, or it is not known here.
+        BadInput: there is no specification, or it has another format.
     """
     try:
         plain = json.loads(text or "")
         version = plain.get("format_version")
     except (ValueError, RecursionError, AttributeError):
         raise BadInput(
-            f"{source}: has no description of ours; give a file that `coma export` wrote"
+            f"{source}: holds no specification of a model; give a file that coma export wrote"
         ) from None
     if version != FORMAT_VERSION:
-        raise BadInput(f"{source}: format {version}, known here is {FORMAT_VERSION}; export it again")
+        raise BadInput(
+            f"{source}: format {version}, but this version reads format {FORMAT_VERSION}; export it again"
+        )
     return from_plain(plain, ModelSpec, source=source)
 
 
@@ -131,4 +133,4 @@ GRAPH_KINDS: dict[str, tuple[GraphKind, ...]] = {
     "segmentor": ("segmentor",),
     "detector": ("detector",),
 }
-"""Forms that can be made of each kind of artifact."""
+"""Graphs of each kind of artifact."""

@@ -1,4 +1,4 @@
-"""ONNX Runtime, with the provider that was asked for or an error: never another one in silence."""
+"""The ONNX Runtime runtime. It uses the requested execution provider or fails; it never falls back."""
 
 from __future__ import annotations
 
@@ -12,49 +12,50 @@ import torch
 from torch import Tensor
 
 from coma.errors import BadInput, CheckFailed
-from coma.library_errors import first_line, library_errors, require_packages
+from coma.library_errors import first_line, library_errors, load_packages
+from coma.preflight import check_regular_file
 from coma.runtimes.base import check_inputs
 from coma.runtimes.model_spec import ModelSpec, read_model_spec
 from coma.runtimes.tensorrt.discovery import load_library
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 EMULATED = "coma.emulated"
-"""In a graph's metadata: what it emulates, "fp16" or "bf16"."""
+"""Metadata key of a graph that emulates a precision; the value is "fp16" or "bf16"."""
 ORT_FP8_ENTRY = ("session.disable_quant_qdq", "1")
-"""Session configuration without which ONNX Runtime moves fp8 pairs past transpositions, which it then refuses
-to compute in fp8."""
+"""Session option for fp8 files. Without it ONNX Runtime moves Q/DQ pairs past transpositions, which it then
+refuses to compute in fp8."""
 _PROVIDERS: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
 _STRICT = {"CUDAExecutionProvider": {"use_tf32": "0"}}
-"""Options of providers: fp32 products with all bits of the mantissa, as PyTorch's, not with 10."""
+"""Provider options: fp32 matrix multiplications without TF32, as in PyTorch."""
 _LACKING = {
     "cuda": "no GPU, or CUDA and cuDNN of another version",
-    "tensorrt": "no GPU, or TensorRT 10's libraries were not found (pip install 'tensorrt-cu13<11')",
+    "tensorrt": "no GPU, or the libraries of TensorRT 10 were not found (pip install 'tensorrt-cu13<11')",
 }
-"""Why another provider stood in, most likely."""
-_STILL = ("session.force_spinning_stop", "1")
-"""Threads wait actively within a run, but not after it: PyTorch, run in turns with it on two cores, took
-twice as long."""
+"""Likely reason why a provider did not start."""
+_STOP_SPINNING = ("session.force_spinning_stop", "1")
+"""Session option that ends the active waiting of threads after a run. Otherwise PyTorch took twice as long
+when both ran in turns on two cores."""
 
 
 class OnnxRuntime:
-    """A session on one ONNX file.
+    """Runs an ONNX file with ONNX Runtime.
 
-    On GPUs inputs and outputs stay there (IO binding); nothing goes through the host.
+    On a GPU, inputs and outputs stay there (IO binding).
 
     Args:
-        path: The file, or its content. The CPU runs bf16 only emulated (`export.half_precision_emulation`).
-        provider: Who computes.
-        threads: Of a CPU; default: all cores.
-        extra_outputs: Hand out all outputs of the graph, not only those of the spec.
+        path: The file, or its content. bf16 runs on a CPU only as an emulation in fp32; see `EMULATED`.
+        provider: Execution provider.
+        threads: Number of CPU threads (default: all cores).
+        extra_outputs: Return all outputs of the graph, not only those of the specification.
 
     Raises:
-        BadInput: a package is missing, the file is none of ours, or the provider is not at hand or cannot
-            compute in the file's precision.
-        CheckFailed: ONNX Runtime cannot load this file.
+        BadInput: a package is missing, coma export did not write the file, or the provider does not start or
+            does not support the precision.
+        CheckFailed: ONNX Runtime cannot load the file.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class OnnxRuntime:
         self.spec, emulated = _read(path, name)
         precision = self.spec.precision
         if precision == "bf16" and provider == "cpu" and not emulated:
-            raise BadInput(f"{name}: ONNX Runtime computes no bf16 on a CPU; it needs a GPU (cuda)")
+            raise BadInput(f"{name}: ONNX Runtime has no bf16 on a CPU; use a GPU (cuda)")
         self._session = _open(path, name, provider, threads, fp8_products=precision == "fp8")
         self.title = f"ONNX Runtime {_library().__version__}, {provider}"
         if emulated:
@@ -78,7 +79,7 @@ class OnnxRuntime:
         self._outputs = [out.name for out in self._session.get_outputs()] if extra_outputs else ours
 
     def __call__(self, images: Tensor, **others: Tensor) -> dict[str, Tensor]:
-        """Run; see `Runtime`."""
+        """Runs the model; see `Runtime`."""
         inputs = check_inputs(self.spec, images, others)
         if self._device.type == "cuda":
             return self._run_bound(
@@ -106,53 +107,51 @@ class OnnxRuntime:
 
 
 def providers() -> list[Provider]:
-    """Those that this build of ONNX Runtime has; whether they start shows when a file is loaded.
+    """Returns the providers of the installed ONNX Runtime; whether they start shows when a file is loaded.
 
     Raises:
-        BadInput: it is not installed.
+        BadInput: ONNX Runtime is not installed.
     """
     there = _library().get_available_providers()
     return [name for name, title in _PROVIDERS.items() if title in there]
 
 
 def require_provider(provider: Provider) -> None:
-    """Opens a session on a graph of one node, before anything is traced for this provider.
+    """Checks that a provider starts by opening a graph of one node.
 
     Raises:
-        BadInput: a package is missing, or the provider does not start here.
+        BadInput: a package is missing, or the provider does not start.
     """
-    require_packages("onnx", "onnxruntime")
+    load_packages("onnx", "onnxruntime")
     from onnx import helper
 
     values = [helper.make_tensor_value_info(name, 1, [1]) for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", values[:1], values[1:])
     model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)])
-    _open(model.SerializeToString(), "a first graph", provider, None, fp8_products=False)
+    _open(model.SerializeToString(), "a test graph", provider, None, fp8_products=False)
 
 
 def _library() -> Any:
-    require_packages("onnxruntime")
+    load_packages("onnxruntime")
     import onnxruntime
 
     return onnxruntime
 
 
 def _read(path: Path | bytes, name: str) -> tuple[ModelSpec, str | None]:
-    # what a file says of itself, and what it emulates: before a session, whose settings depend on it
-    require_packages("onnx")
+    """Returns the specification of a file and the precision that it emulates."""
+    load_packages("onnx")
     import onnx
     from onnx.external_data_helper import _get_all_tensors, uses_external_data
 
-    if isinstance(path, Path) and not path.is_file():
-        raise BadInput(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+    if isinstance(path, Path):
+        check_regular_file(path)
     with library_errors(f"{name}: not a readable ONNX file", BadInput):
         content = path.read_bytes() if isinstance(path, Path) else path
         model = onnx.load_model_from_string(content)
         outside = any(map(uses_external_data, _get_all_tensors(model)))
     if outside:
-        raise BadInput(
-            f"{name}: keeps weights in other files, as no file of `coma export` does; export it again"
-        )
+        raise BadInput(f"{name}: keeps weights in other files, which coma export never does; export it again")
     emulated = {each.key: each.value for each in model.metadata_props}.get(EMULATED)
     return read_model_spec(model, name), emulated
 
@@ -165,15 +164,15 @@ def _open(path: Path | bytes, name: str, provider: Provider, threads: int | None
             f"{provider}: this build of ONNX Runtime has no {wanted}, only {', '.join(providers())}"
         )
     options = library.SessionOptions()
-    options.log_severity_level = 4  # what matters is raised
+    options.log_severity_level = 4  # errors are raised
     options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry(*_STILL)
+    options.add_session_config_entry(*_STOP_SPINNING)
     if fp8_products:
         options.add_session_config_entry(*ORT_FP8_ENTRY)
     names = [wanted]
     if provider == "tensorrt":
         names.append(_PROVIDERS["cuda"])
-        with suppress(BadInput):  # only the package knows where pip put TensorRT's libraries
+        with suppress(BadInput):  # loads the libraries that pip installed
             load_library("tensorrt")
     try:
         session = library.InferenceSession(

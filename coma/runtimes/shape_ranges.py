@@ -1,4 +1,4 @@
-"""Which sizes a file must take: `--shapes 1x3x224x224:8x3x224x224:32x3x224x224` (least, opt, most)."""
+"""Input shapes of an exported file as min:opt:max: `--shapes 1x3x224x224:8x3x224x224:32x3x224x224`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from coma.errors import BadInput
 from coma.ranges import BATCH, SIDE, Ranged
 
 MOST_PIXELS = 2**29
-"""Pixels of a batch: with three channels and 32 bits its tensor takes 6 GB."""
+"""Maximum number of pixels in a batch: with three channels in fp32 its tensor takes 6 GB."""
 EXAMPLE = "1x3x224x224:8x3x224x224:32x3x224x224"
 
 
 @dataclass(frozen=True, order=True)
 class Shape(Ranged):
-    """A batch of images: how many, and their size in pixels."""
+    """Number of images in a batch, and their height and width in pixels."""
 
     flags = "--shapes "
 
@@ -29,10 +29,10 @@ class Shape(Ranged):
 
 @dataclass(frozen=True)
 class Shapes:
-    """The least, the usual and the largest shape; axes that differ between them are dynamic.
+    """Minimum, optimal and maximum shape; axes that differ between minimum and maximum are dynamic.
 
     Raises:
-        BadInput: they are not in ascending order, axis by axis.
+        BadInput: the shapes are not in ascending order along every axis.
     """
 
     min: Shape
@@ -47,20 +47,20 @@ class Shapes:
 
     @property
     def dynamic(self) -> frozenset[str]:
-        """Which of batch, height and width are not fixed."""
+        """The dynamic axes among batch, height and width."""
         axes = ("batch", "height", "width")
         return frozenset(a for a in axes if getattr(self.min, a) != getattr(self.max, a))
 
     def allows(self, shape: Shape) -> bool:
-        """Whether a file of these shapes takes that one."""
+        """Whether a shape lies between minimum and maximum."""
         axes = ("batch", "height", "width")
         return all(getattr(self.min, a) <= getattr(shape, a) <= getattr(self.max, a) for a in axes)
 
     def check(self, unit: int) -> None:
-        """Refuses images smaller than a mask unit of `unit` pixels, and batches that no runtime can hold.
+        """Refuses images smaller than a mask unit of `unit` pixels, and batches that fit into no memory.
 
         Raises:
-            BadInput: the least height or width, or the largest batch.
+            BadInput: the minimum is too small or the maximum too large.
         """
         check_pixels(self.max, "--shapes")
         if min(self.min.height, self.min.width) < unit:
@@ -74,7 +74,7 @@ def check_pixels(shape: Shape, flag: str) -> None:
     """Refuses a batch of more than `MOST_PIXELS` pixels.
 
     Raises:
-        BadInput: it has more.
+        BadInput: the batch has more pixels.
     """
     pixels = shape.batch * shape.height * shape.width
     if pixels > MOST_PIXELS:
@@ -84,10 +84,10 @@ def check_pixels(shape: Shape, flag: str) -> None:
 
 
 def parse_shapes(text: str, channels: int) -> Shapes:
-    """One shape (static) or three with colons between; each is NxCxHxW, or NxHxW.
+    """Parses one static shape, or min:opt:max; each is NxCxHxW or NxHxW.
 
     Raises:
-        BadInput: anything else, or another number of channels.
+        BadInput: the text has another form, or another number of channels than the model.
     """
     parts = [_parse_shape(part, channels, text) for part in text.lower().replace(" ", "").split(":")]
     if len(parts) == 1:

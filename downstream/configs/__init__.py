@@ -1,1 +1,1 @@
-"""Configurations for MMDetection and MMSegmentation, and what adapts a configuration to an artifact."""
+"""Configurations for MMDetection and MMSegmentation, and functions that adapt them to an encoder."""

@@ -1,7 +1,7 @@
-"""An mmengine configuration, fitted to an encoder.
+"""Adapts mmengine configurations to an encoder.
 
-Fitting changes only what depends on the encoder: its settings and weights, the channels and strides that
-necks and heads expect, and the mean and deviation of the pixels.
+Only what depends on the encoder changes: its settings and weights, the channels and strides of necks and
+heads, and the mean and std of the pixels.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What of an encoder the rest of a model has to fit.
+    """An encoder, as far as the rest of a model depends on it.
 
     Attributes:
-        model: Its settings.
-        mean: Per channel, of pixels in 0..1.
-        std: Per channel, likewise.
-        backbone: `artifact` or `preset`, as the backbone takes it.
+        model: Configuration of the encoder.
+        mean: Mean of pixels in 0..1, per channel.
+        std: Standard deviation of pixels in 0..1, per channel.
+        backbone: The `artifact` or `preset` argument of the backbone.
     """
 
     model: EncoderConfig
@@ -41,28 +41,28 @@ class EncoderSpec:
 
     @property
     def hierarchical(self) -> bool:
-        """Whether it makes a pyramid by itself."""
+        """Returns whether the encoder outputs a feature pyramid."""
         return len(self.model.strides) > 1
 
     @property
     def strides(self) -> tuple[float, float, float, float]:
-        """Pixels per token of the pyramid's four maps, whoever makes them; whole numbers are of type int."""
+        """Returns the strides of the four pyramid levels, of encoder or neck; integers are of type int."""
         patch = self.model.patch
         first = patch if self.hierarchical else patch / 4 if patch % 4 else patch // 4
         return (first, first * 2, first * 4, first * 8)
 
     @property
     def channels(self) -> list[int]:
-        """Channels of what the encoder hands out."""
+        """Returns the channels of the encoder's outputs."""
         return list(self.model.widths)
 
 
 def encoder_spec(artifact: Path | None, preset: str | None) -> EncoderSpec:
-    """The encoder asked for.
+    """Returns the specification of an artifact's or a preset's encoder.
 
     Raises:
         BadInput: not exactly one of the two, or a ViT whose patches are too small for a pyramid.
-        BadArtifact: not an artifact, or not one of an encoder.
+        BadArtifact: not an artifact of an encoder.
     """
     if (artifact is None) == (preset is None):
         raise BadInput("give an artifact (run/artifact), or --preset for random weights, and not both")
@@ -76,16 +76,16 @@ def encoder_spec(artifact: Path | None, preset: str | None) -> EncoderSpec:
         described = EncoderSpec(about.model, about.mean, about.std, {"artifact": str(artifact.resolve())})
     if described.strides[0] < 1:
         raise BadInput(
-            f"{artifact or preset}: patches of {described.model.patch} px are too small; 4 or more"
+            f"{artifact or preset}: patches of {described.model.patch} px are too small; 4 or more are needed"
         )
     return described
 
 
 def set_encoder(config: Any, encoder: EncoderSpec, options: TrainOptions) -> None:
-    """Put the encoder into `config.model`, and fit necks, heads, anchors and pixel statistics to it.
+    """Replaces the backbone of `config.model` and adapts necks, heads, anchors and pixel statistics.
 
     Raises:
-        BadInput: options or a model that this encoder does not go with.
+        BadInput: options or a model that do not fit the encoder.
     """
     model = config.model
     before = model.get("backbone", {})
@@ -97,10 +97,10 @@ def set_encoder(config: Any, encoder: EncoderSpec, options: TrainOptions) -> Non
     dropped = ", ".join(f"{name}={value}" for name, value in weights.items() if value)
     if dropped:
         log.info(
-            "not loaded: %s; the encoder's weights are those of %s, and --cfg-options load_from=FILE loads a "
-            "checkpoint over them",
+            "not loaded: %s; the encoder starts from %s; --cfg-options load_from=FILE loads a checkpoint "
+            "instead",
             dropped,
-            encoder.backbone.get("artifact") or "nothing (random)",
+            encoder.backbone.get("artifact") or "random weights",
         )
     kind = "DyViT" if encoder.hierarchical else "PlainViT"
     kept = ("drop_path", "frozen_stages", "with_cp", "global_blocks") if before.get("type") == kind else ()
@@ -111,7 +111,7 @@ def set_encoder(config: Any, encoder: EncoderSpec, options: TrainOptions) -> Non
         "global_blocks": options.global_blocks,
     }
     if options.global_blocks and not encoder.hierarchical:
-        raise BadInput("--global-blocks: a plain ViT attends to the whole map in every block")
+        raise BadInput("--global-blocks: a plain ViT has global attention in every block")
     backbone = {"type": kind, **encoder.backbone, "drop_path": 0.1}
     backbone |= {name: before[name] for name in kept if name in before}
     backbone |= {name: value for name, value in asked.items() if value is not None}
@@ -138,7 +138,7 @@ def set_encoder(config: Any, encoder: EncoderSpec, options: TrainOptions) -> Non
 
 
 def _finest(model: Any) -> int:
-    """Number of the finest of four maps that a neck, or heads without one, take."""
+    """Returns the index of the finest of the four levels that the neck, or heads without a neck, use."""
     necks = as_list(model.get("neck"))
     if necks and "in_channels" in necks[0] and necks[0].get("type") != PYRAMID:
         return max(necks[0].get("start_level", 0), 4 - len(as_list(necks[0]["in_channels"])), 0)
@@ -147,7 +147,7 @@ def _finest(model: Any) -> int:
 
 
 def _finest_stride(backbone: Any) -> float:
-    """Pixels between the places of the finest map that the heads of a configuration were written for."""
+    """Returns the finest stride that the heads of a configuration expect."""
     if backbone.get("type") not in ("DyViT", "PlainViT"):
         return 4
     try:
@@ -156,12 +156,12 @@ def _finest_stride(backbone: Any) -> float:
             return EncoderSpec(model, (), (), {}).strides[0]
         artifact = backbone.get("artifact")
         return encoder_spec(artifact and Path(artifact), backbone.get("preset")).strides[0]
-    except BadInput:  # an artifact that is no longer there; `check_strides` sees what does not fit
+    except BadInput:  # the artifact is gone; `check_strides` checks the result
         return 4
 
 
 def _set_image_reader(node: Any, channels: int) -> None:
-    """Our reader in place of mm's, wherever a pipeline begins with it."""
+    """Replaces LoadImageFromFile by ReadImage in every pipeline below `node`."""
     if isinstance(node, dict):
         if node.get("type") == "LoadImageFromFile":
             node.clear()
@@ -182,7 +182,7 @@ def _set_pixel_statistics(model: Any, encoder: EncoderSpec) -> None:
 
 
 def _set_pyramid(model: Any, encoder: EncoderSpec, finest: int) -> None:
-    # maps finer than number `finest` are not made: what nothing uses would have no gradient
+    # levels finer than `finest` are left out, since unused layers would get no gradient
     necks = as_list(model.get("neck"))
     neck: Any = necks[0] if necks else {}
     channels = encoder.channels
@@ -217,7 +217,7 @@ def _set_pyramid(model: Any, encoder: EncoderSpec, finest: int) -> None:
 
 
 def _set_head_channels(model: Any, width: int) -> None:
-    """Neck and heads of this width, with the proportions that mm's configurations have."""
+    """Sets the channels of neck and heads in the proportions of OpenMMLab's configurations."""
     if width < 32 or width % 32:
         raise BadInput(f"--head-channels {width}: must be a multiple of 32")
     for head in as_list(model.get("decode_head")):
@@ -244,12 +244,12 @@ def _set_width(part: Any, width: int, *names: str) -> None:
     for name in names:
         if not isinstance(part.get(name), int):
             raise BadInput(
-                f"--head-channels: {part.get('type')} has no single width {name}; leave the flag out, or set "
-                "the widths by --cfg-options"
+                f"--head-channels: {part.get('type')} has no single setting {name}; omit the flag, or use "
+                "--cfg-options"
             )
         part[name] = width
 
 
 def as_list(value: Any) -> list[Any]:
-    """A list of what may be one, several or none."""
+    """Returns one, several or no values as a list."""
     return [] if not value else list(value) if isinstance(value, list | tuple) else [value]

@@ -1,4 +1,4 @@
-"""mmengine configurations: ours, which lie in `downstream/configs`, or any of mmdet's and mmseg's own."""
+"""Loads and changes mmengine configurations: ours in `downstream/configs`, or the user's."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ import torch
 from coma.errors import BadInput, ComaError
 
 MESSAGE = 300
-"""Characters of an error of OpenMMLab that are shown."""
+"""Longest part of an error of OpenMMLab that is shown, in characters."""
 _LIBRARY = re.compile(r"[/\\](?=(?:mmdet|mmseg|mmcv)[/\\])")
 PRESETS = Path(__file__).parent
 REGISTER_MODULE = "downstream.openmmlab"
-"""The module that registers our backbones with mmengine when it is imported."""
+"""Module that registers our backbones with mmengine when it is imported."""
 
 
 def load_config(path: Path) -> Any:
-    """An mmengine configuration.
+    """Loads an mmengine configuration.
 
     Raises:
-        BadInput: it cannot be read.
+        BadInput: a missing file, or one that cannot be loaded.
     """
     if not path.is_file():
         raise BadInput(f"--config {path}: no such file")
@@ -43,11 +43,11 @@ def load_config(path: Path) -> Any:
 
 
 def require_imports(config: Any, *modules: str) -> None:
-    """Have these modules imported before all others wherever the configuration is read or run."""
+    """Makes mmengine import these modules first wherever the configuration is used."""
     theirs = config.get("custom_imports") or {}
     imports = theirs.get("imports") or []
     imports = [imports] if isinstance(imports, str) else imports
-    config.custom_imports = {  # a whole new value: mmengine hands out copies of what it holds
+    config.custom_imports = {  # a new value, since mmengine returns copies
         "imports": list(dict.fromkeys([*modules, *imports])),
         "allow_failed_imports": theirs.get("allow_failed_imports", False),
     }
@@ -55,10 +55,10 @@ def require_imports(config: Any, *modules: str) -> None:
 
 @contextmanager
 def config_errors(path: Path, what: str) -> Iterator[None]:
-    """Turns any error inside into one line that names the configuration, which is a program of the user's.
+    """Turns errors inside into one line that names the user's configuration.
 
     Raises:
-        BadInput: with `what` went wrong, and the file and line of OpenMMLab where it did.
+        BadInput: with `what`, and the file and line of OpenMMLab that raised the error.
     """
     try:
         yield
@@ -71,12 +71,12 @@ def config_errors(path: Path, what: str) -> Iterator[None]:
             raise
         frames = [f for f in traceback.extract_tb(error.__traceback__) if _LIBRARY.search(f.filename)]
         where = f" at {_LIBRARY.split(frames[-1].filename)[-1]}:{frames[-1].lineno}" if frames else ""
-        said = _line(str(error) or (frames[-1].line if frames else None) or "nothing more is known")
+        said = _line(str(error) or (frames[-1].line if frames else None) or "no message")
         raise BadInput(f"{path}: {what} ({type(error).__name__}{where}: {said})") from error
 
 
 def worker_error(text: str) -> str:
-    """What went wrong, without the traceback that errors of reading processes carry in their text."""
+    """Returns the message of an error without the traceback that worker processes add."""
     if "Original Traceback" not in text:
         return text
     return text.rstrip().rpartition("\n")[2].partition(": ")[2]
@@ -88,10 +88,10 @@ def _line(text: str) -> str:
 
 
 def apply_cfg_options(config: Any, options: tuple[str, ...]) -> None:
-    """Apply changes given as `name=value`, as OpenMMLab's tools do.
+    """Applies changes given as `name=value`, as OpenMMLab's tools do.
 
     Raises:
-        BadInput: one is not of that form, or does not fit the configuration.
+        BadInput: a malformed change, or one that does not fit the configuration.
     """
     from downstream.private import parse_option_value
 
@@ -106,12 +106,12 @@ def apply_cfg_options(config: Any, options: tuple[str, ...]) -> None:
 
 
 def differences(before: Any, after: Any, name: str = "") -> list[str]:
-    """Settings that differ, by name; a dataset, a metric or another type counts as one, and new ones not.
+    """Returns the names of settings that differ; datasets, metrics and changed types count as one.
 
     Args:
-        before: Plain settings.
+        before: Settings as plain data; new settings are ignored.
         after: The same settings later.
-        name: Where they stand.
+        name: Name of these settings.
     """
     if before == after:
         return []
@@ -135,10 +135,7 @@ def _short(value: Any) -> str:
 
 
 def replace_dataset(loader: Any, make: Callable[[list[Any]], dict[str, Any]]) -> None:
-    """Put `make(pipeline)` in the place of a loader's dataset, or of the several that it joins.
-
-    What repeats or mixes it stays around it.
-    """
+    """Replaces the dataset of a loader by `make(pipeline)`; wrappers that repeat or mix it stay."""
     holder = loader
     while "dataset" in holder["dataset"]:
         holder = holder["dataset"]
@@ -146,7 +143,7 @@ def replace_dataset(loader: Any, make: Callable[[list[Any]], dict[str, Any]]) ->
 
 
 def pipeline_of(dataset: Any) -> list[Any]:
-    """How a dataset is read; inside wrappers that repeat, join or mix some, the first one."""
+    """Returns the pipeline of a dataset, or of the first one inside wrappers."""
     while "pipeline" not in dataset or "dataset" in dataset or "datasets" in dataset:
         inner = dataset.get("dataset") or next(iter(dataset.get("datasets") or ()), None)
         if inner is None:

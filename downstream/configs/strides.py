@@ -1,8 +1,7 @@
-"""Strides in the settings of heads: fitted to an encoder, and checked on the built model.
+"""Adapts the strides in the settings of heads to an encoder, and checks them on the built model.
 
-Heads of OpenMMLab are told how many pixels lie between the places of the maps that they get, under many
-names, and ranges of object sizes beside them. Configurations are written for backbones whose finest map has a
-stride of 4.
+Heads of OpenMMLab hold the strides of their feature maps, and ranges of object sizes, under many names.
+Configurations are written for backbones whose finest stride is 4.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ IN_PIXELS = (
     "scale_ranges",
     "base_edge_list",
 )
-"""Settings of heads that grow with the strides of the maps; ranges of object sizes among them."""
+"""Settings of heads in pixels, which scale with the strides; some are ranges of object sizes."""
 UNBOUNDED = 1e8
-"""mmdet's infinity in ranges of sizes."""
+"""Infinity in mmdet's ranges of object sizes."""
 GENERATORS = (
     "prior_generator",
     "anchor_generator",
@@ -40,16 +39,16 @@ GENERATORS = (
     "square_anchor_generator",
     "point_generator",
 )
-"""Attributes under which heads keep the places that they predict at."""
+"""Attributes of heads that hold their anchor or point generators."""
 
 
 def scale_strides(head: Any, ratio: float, library: str) -> None:
-    """Multiplies every setting in pixels of `head` and below it, those left at their defaults as well.
+    """Scales all settings in pixels of a head, including defaults that are not written out.
 
     Args:
-        head: Settings of a head, with its `type`; several in a list.
-        ratio: Stride of the encoder's finest map over the one that the settings were written for.
-        library: mmdet or mmseg, which know the classes.
+        head: Settings of a head with its `type`, or a list of several.
+        ratio: Finest stride of the encoder divided by the one that the settings expect.
+        library: mmdet or mmseg, whose registry holds the classes.
     """
     if isinstance(head, list | tuple):
         for each in head:
@@ -67,14 +66,14 @@ def scale_strides(head: Any, ratio: float, library: str) -> None:
 
 
 def check_strides(model: nn.Module) -> None:
-    """Compares the strides that heads were told with the maps that backbone and neck make.
+    """Checks the strides of heads against the feature maps of backbone and neck.
 
     Raises:
-        BadInput: naming the head, its strides and those of the maps.
+        BadInput: naming the head, its strides and those of the feature maps.
     """
     backbone: Any = model.backbone
     encoder = backbone.encoder.config
-    side = 32 * encoder.patch  # 4 places of the coarsest stage
+    side = 32 * encoder.patch  # 4 x 4 tokens in the coarsest stage
     training, device = model.training, next(model.parameters()).device
     with torch.no_grad():
         image = torch.zeros(1, encoder.channels, side, side, device=device)
@@ -82,7 +81,7 @@ def check_strides(model: nn.Module) -> None:
     model.train(training)
     for name, head in model.named_modules():
         if name.partition(".")[0] in ("backbone", "neck") or "semantic" in name:
-            continue  # what pools semantic maps gets others
+            continue  # semantic heads get other maps
         seen = head.resize_feats(maps) if hasattr(head, "resize_feats") else maps  # pyright: ignore[reportCallIssue]
         for attribute, strides in _strides(head):
             sizes = [each.shape[-1] for each in seen]
@@ -94,12 +93,12 @@ def check_strides(model: nn.Module) -> None:
                 raise BadInput(
                     f"model.{name} ({type(head).__name__}): its {attribute} are {_listed(strides)}, but the "
                     f"maps of encoder and neck have {_listed([side / size for size in sizes])} pixels; "
-                    "change the head, or the neck, in the configuration or by --cfg-options"
+                    "change the head or the neck in the configuration, or use --cfg-options"
                 )
 
 
 def _fits(size: int, stride: float, side: int) -> bool:
-    """Whether a map of `size` places can have this stride, on an image of `side` pixels."""
+    """Returns whether a map of `size` positions fits this stride on an image of `side` pixels."""
     return side <= 2 * stride if size == 1 else 0.7 < size * stride / side < 1.5
 
 
@@ -108,7 +107,7 @@ def _listed(numbers: Sequence[float]) -> str:
 
 
 def _strides(head: Any) -> Iterator[tuple[str, list[float]]]:
-    """Strides that a head works with, by name; what it was told, but for those that its generators have."""
+    """Yields the strides of a head by name, from its generators or else its own attributes."""
     found = {f"{name}.strides": getattr(getattr(head, name, None), "strides", None) for name in GENERATORS}
     if not any(found.values()):
         found = {name: getattr(head, name, None) for name in ("strides", "featmap_strides")}
@@ -127,7 +126,7 @@ def _scaled(value: Any, ratio: float) -> Any:
 
 
 def _defaults(kind: Any, library: str) -> dict[str, Any]:
-    """Defaults of a registered class by name, inherited ones too, as far as arguments are handed up."""
+    """Returns the defaults of a registered class by name, with those that it passes to its bases."""
     found: dict[str, Any] = {}
     for each in _class(kind, library).__mro__:
         if "__init__" not in vars(each):

@@ -1,7 +1,4 @@
-"""Datasets of `coma detect` and `coma segment`: found, and checked in full before training starts.
-
-Nothing here needs torch or an OpenMMLab package.
-"""
+"""Finds and checks the datasets of `coma detect` and `coma segment`, without OpenMMLab."""
 
 from downstream.datasets.coco import CocoSplit, check_same_classes, open_coco, read_coco
 from downstream.datasets.labels import LabelSplit, open_labels

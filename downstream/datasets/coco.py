@@ -1,11 +1,11 @@
-"""Detection datasets in COCO format: a split is found in the usual layouts and checked in full.
+"""Finds detection datasets in COCO format in the common layouts and checks every image and object.
 
     annotations/instances_train2017.json   train2017/ or images/train2017/    COCO's own
     annotations/train.json, train.json     train/, images/train/ or images/
     train/_annotations.coco.json           beside it                          Roboflow's
 
-The split is called train, val (or valid, validation) or test. What training cannot do with ends as one
-`BadInput` that lists every kind of fault; what is merely remarkable goes to `CocoSplit.warnings`.
+Splits are named train, val (or valid, validation) and test. Errors are reported together, in one `BadInput`
+that lists every kind; warnings go to `CocoSplit.warnings`.
 """
 
 from __future__ import annotations
@@ -31,44 +31,44 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CocoSplit:
-    """A checked split."""
+    """A checked split of a dataset."""
 
     annotations: Path
     images: Path
-    """The folder that `file_name` is relative to."""
+    """Folder that `file_name` is relative to."""
     count: int
     """Number of images."""
     class_names: tuple[str, ...]
-    """In the order of the file's categories, which is how mmdet numbers classes."""
+    """Names in the order of the file's categories, which is mmdet's order of classes."""
     category_ids: tuple[int, ...]
-    """The categories' ids in that order."""
+    """Ids of the categories, in the same order."""
     has_masks: bool
-    """Every object, crowds too, has polygons or run lengths."""
+    """Whether every object, crowds too, has polygons or run lengths."""
     objects: int
-    """Objects that training uses; no crowds, nothing without extent."""
+    """Number of objects that training uses: no crowds, no empty boxes."""
     crowds: int
     small_medium_large: tuple[int, int, int]
-    """Those objects by area: up to 32 x 32, up to 96 x 96, above."""
+    """Number of these objects with an area up to 32 x 32, up to 96 x 96, and above."""
     image_sizes: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-    """Smallest, median and largest width and height of the images, each side by itself."""
+    """Smallest, median and largest width and height of the images, each side separately."""
     median_short_side: int
-    """Median over the images of the shorter of width and height."""
+    """Median of the images' short sides."""
     warnings: tuple[str, ...]
 
 
 def open_coco(
     data: Path, split: str, check_files: bool = True, progress: Progress | None = None
 ) -> CocoSplit:
-    """Find a split below `data` and check it.
+    """Finds a split below `data` and checks it.
 
     Args:
-        data: the dataset's folder.
+        data: Folder of the dataset.
         split: train, val or test.
-        check_files: read the header of every image; without, only the file of annotations is checked.
-        progress: told how many images were read, of how many.
+        check_files: Read the header of every image; otherwise only the annotations are checked.
+        progress: Called with the number of checked images and the total.
 
     Raises:
-        BadInput: no such split, or something is wrong with it.
+        BadInput: a missing split, or one with errors.
     """
     annotations = find_annotations(data, split)
     content = _load(annotations)
@@ -85,17 +85,17 @@ def read_coco(
     check_files: bool = True,
     progress: Progress | None = None,
 ) -> CocoSplit:
-    """Check annotations and a folder of images, wherever they lie; see `open_coco`.
+    """Checks an annotation file and a folder of images; see `open_coco`.
 
     Args:
-        annotations: the json file.
-        images: the folder that its file names are relative to.
-        needs_objects: a split without objects is refused.
-        check_files: read the header of every image.
-        progress: told how many images were read, of how many.
+        annotations: JSON file.
+        images: Folder that its file names are relative to.
+        needs_objects: Refuse a split without objects.
+        check_files: Read the header of every image.
+        progress: Called with the number of checked images and the total.
 
     Raises:
-        BadInput: something is wrong with it.
+        BadInput: a split with errors.
     """
     if not images.is_dir():
         raise BadInput(f"{images}: there is no such folder of images")
@@ -103,10 +103,10 @@ def read_coco(
 
 
 def check_same_classes(train: CocoSplit, val: CocoSplit) -> None:
-    """Classes are numbered by their place in the file: two splits must list the same ones in one order.
+    """Checks that two splits list the same categories in the same order, which numbers the classes.
 
     Raises:
-        BadInput: naming what one has and the other lacks, or the first place where they differ.
+        BadInput: naming the categories that differ, or the first position where the order differs.
     """
     ours, theirs = (list(zip(s.category_ids, s.class_names, strict=True)) for s in (train, val))
     if ours == theirs:
@@ -181,7 +181,7 @@ def _checked(
 
 
 def _say_left_out(annotations: Path, images: Path, listed: set[str]) -> None:
-    """Log how many images there are of which kinds, and what else lies in their folder."""
+    """Logs the number of images by kind, and the files that are left out."""
     from coma.data.inventory import kind_of
     from coma.data.sources.image_folder import find_images  # imports torch: only where it is needed
 

@@ -1,4 +1,4 @@
-"""Where a split of a COCO dataset lies: its file of annotations, and the folder its file names start from."""
+"""Finds the annotation file and the image folder of a COCO split."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ROBOFLOW = "_annotations.coco.json"
 
 
 def find_annotations(data: Path, split: str) -> Path:
-    """The json file of a split.
+    """Returns the annotation file of a split.
 
     Raises:
-        BadInput: there is none, or more than one; the message says what was looked for.
+        BadInput: no file, or more than one; the message lists the names that were tried.
     """
     split = parse_split(split)
     if not data.is_dir():
@@ -49,10 +49,10 @@ def _jsons(folder: Path) -> list[Path]:
 
 
 def find_images(data: Path, annotations: Path, split: str, content: Any) -> Path:
-    """The folder, of those that may hold the images, in which most of the first file names exist.
+    """Returns the candidate folder that holds most of the first file names.
 
     Raises:
-        BadInput: there is no such folder.
+        BadInput: no folder holds any.
     """
     own = re.sub("^instances_", "", annotations.stem, flags=re.IGNORECASE)
     both = data, data / "images"

@@ -1,4 +1,4 @@
-"""Size of an image file as training will see it: only the header is read, the EXIF rotation counts."""
+"""Reads the size of images from their headers, including the EXIF rotation."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")
 
 
 class Header(NamedTuple):
-    """What a file says about its image."""
+    """Size and orientation of an image file."""
 
     width: int
     height: int
     orientation: int
-    """EXIF, 1 to 8: 1 is upright, from 5 on width and height are exchanged when it is shown."""
+    """EXIF orientation, 1 (upright) to 8; from 5 on, width and height are swapped for display."""
 
     @property
     def shown(self) -> tuple[int, int]:
-        """Width and height of the upright picture."""
+        """Returns width and height of the upright picture."""
         return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
 
 def read_header(path: Path | str) -> Header | str:
-    """The header, or what is wrong with the file in a few words."""
+    """Returns the header, or a short description of the error."""
     if os.path.exists(path) and not os.path.isfile(path):
-        return "not a regular file"  # opening a pipe would wait for ever
+        return "not a regular file"  # opening a pipe would block
     try:
         with Image.open(path, formats=_FORMATS) as image:
             return Header(*image.size, _orientation(image))
@@ -41,7 +41,7 @@ def read_header(path: Path | str) -> Header | str:
 
 
 def _decoded(path: Path) -> Header | str:
-    """Of what Pillow does not know, as TIFF of many channels: read whole, as training will."""
+    """Decodes the file as training does, for formats that Pillow cannot read, such as multi-channel TIFF."""
     from coma.data.decode import decode  # imports torch: only where it is needed
     from coma.errors import BadImage
 
@@ -54,9 +54,9 @@ def _decoded(path: Path) -> Header | str:
 
 def _orientation(image: Image.Image) -> int:
     if image.format == "PNG" and "exif" not in image.info:
-        return 1  # Pillow would decode the whole file to look behind the pixels
+        return 1  # Pillow would decode the file to look for EXIF after the pixels
     try:
         value = image.getexif().get(0x0112, 1)
-    except Exception:  # damaged metadata does not make a good picture bad
+    except Exception:  # damaged metadata does not matter
         return 1
     return value if value in range(1, 9) else 1

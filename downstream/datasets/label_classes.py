@@ -1,4 +1,4 @@
-"""Classes of a segmentation dataset: from `classes.json`, from `classes.txt`, or the public standards'."""
+"""Reads the classes of a segmentation dataset: `classes.json`, `classes.txt`, Cityscapes, ADE20K."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from downstream.datasets.validation_report import ValidationReport
 Colour = tuple[int, int, int]
 
 MOST = 254
-"""Classes that 8-bit labels can tell apart beside 0 and 255, which may both be ignored."""
+"""Largest number of classes in 8-bit labels, where 0 and 255 may be ignored."""
 
 CITYSCAPES: dict[str, Colour] = {
     "road": (128, 64, 128),
@@ -36,7 +36,7 @@ CITYSCAPES: dict[str, Colour] = {
     "motorcycle": (0, 0, 230),
     "bicycle": (119, 11, 32),
 }
-"""The 19 classes of the benchmark in the order of their train ids, with their colours."""
+"""The 19 classes of the benchmark with their colours, in the order of their train ids."""
 
 ADE20K_CLASSES = 150
 
@@ -48,7 +48,7 @@ HOW_TO_SAY = (
 
 @dataclass(frozen=True)
 class Classes:
-    """What the numbers in the labels mean, and how files are called where that was said."""
+    """Meaning of the label values, and suffixes of file names if given."""
 
     names: tuple[str, ...]
     palette: tuple[Colour, ...]
@@ -59,10 +59,10 @@ class Classes:
 
 
 def find_classes(data: Path, given: Path | None) -> Classes | None:
-    """Classes of a dataset: the file given, or else `classes.json` or `classes.txt` in its folder.
+    """Reads the classes from the given file, or else from `classes.json` or `classes.txt` in the folder.
 
     Raises:
-        BadInput: something is wrong with the file.
+        BadInput: a malformed file.
     """
     for path in [given] if given else [data / "classes.json", data / "classes.txt"]:
         if given or path.is_file():
@@ -71,18 +71,18 @@ def find_classes(data: Path, given: Path | None) -> Classes | None:
 
 
 def cityscapes_classes() -> Classes:
-    """Those of the Cityscapes benchmark."""
+    """Returns the classes of the Cityscapes benchmark."""
     return Classes(tuple(CITYSCAPES), tuple(CITYSCAPES.values()))
 
 
 def ade20k_classes() -> Classes:
-    """150 classes without names, for the scene parsing benchmark's labels."""
+    """Returns 150 classes without names, for labels of ADE20K's scene parsing benchmark."""
     names = tuple(f"class {number}" for number in range(1, ADE20K_CLASSES + 1))
     return Classes(names, default_palette(len(names)))
 
 
 def default_palette(count: int) -> tuple[Colour, ...]:
-    """Distinct colours: those of PASCAL VOC, whose bits are the class number's, without its black."""
+    """Returns the colours of PASCAL VOC without black."""
 
     def channel(number: int, first: int) -> int:
         return sum((number >> (3 * bit + first) & 1) << (7 - bit) for bit in range(3))

@@ -1,7 +1,7 @@
-"""Where a split of a segmentation dataset lies, and which label belongs to which image.
+"""Finds the folders of a segmentation split and pairs images with labels.
 
-mmsegmentation finds a label by its image's name: the image's suffix, which is the same for all, gives
-way to the labels'. So two suffixes describe a dataset, here guessed where nobody said.
+mmsegmentation finds a label by replacing the image's suffix with the label's suffix, so two suffixes describe
+a dataset. They are guessed where they are not given.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ _CITYSCAPES = ("_leftImg8bit.png", "_gtFine_labelTrainIds.png")
 
 
 class Layout(NamedTuple):
-    """Two folders with the same tree below them."""
+    """Folders of images and labels with the same tree."""
 
     images: Path
     labels: Path
     kind: str = ""
-    """cityscapes or ade20k where the layout is theirs."""
+    """cityscapes or ade20k for their layouts, else empty."""
     image_suffix: str | None = None
     label_suffix: str | None = None
 
 
 class Pairing(NamedTuple):
-    """Images and labels by what their names have in common."""
+    """Images and labels, paired by their names."""
 
     image_suffix: str
     label_suffix: str
     stems: list[str]
-    """Of the pairs: relative paths without suffix, sorted."""
+    """Relative paths of the pairs without suffix, sorted."""
     alone: list[str]
-    """Images without a label, relative paths."""
+    """Relative paths of images without a label."""
     unused: list[str]
-    """Labels without an image."""
+    """Relative paths of labels without an image."""
     others: list[str]
-    """Images that have another suffix, so that mmsegmentation would not see them."""
+    """Images with another suffix, which mmsegmentation would not find."""
 
 
 def find_layout(data: Path, split: str) -> Layout:
-    """The folders of a split.
+    """Returns the folders of a split.
 
     Raises:
-        BadInput: there are none; the message says what was looked for.
+        BadInput: no folders; the message lists the names that were tried.
     """
     split = parse_split(split)
     if not data.is_dir():
@@ -77,7 +77,7 @@ def find_layout(data: Path, split: str) -> Layout:
 
 
 def pair(layout: Layout, image_suffix: str | None, label_suffix: str | None) -> Pairing:
-    """Match the files of both folders.
+    """Pairs the files of both folders.
 
     Raises:
         BadInput: no image, or no label.
@@ -128,7 +128,7 @@ def _most_common(images: Sequence[str]) -> str:
 
 
 def _guess(stems: Sequence[str], labels: Sequence[str]) -> str | None:
-    """What most often follows an image's stem in the labels' names."""
+    """Returns the most common suffix of labels after an image's stem."""
     sample = stems[:: max(1, len(stems) // 20)]
     follows: Counter[str] = Counter()
     for stem in sample:

@@ -1,12 +1,12 @@
-"""Segmentation datasets: images and, in a second folder, label files whose pixels are class numbers.
+"""Finds and checks segmentation datasets: images, and label files whose pixels are class numbers.
 
     img_dir/train/a.jpg                        ann_dir/train/a.png                       mmsegmentation's
     images/training/a.jpg                      annotations/training/a.png                ADE20K, 0: unlabelled
     images/train/a.jpg                         labels|masks|annotations/train/a.png
     leftImg8bit/train/x/a_leftImg8bit.png      gtFine/train/x/a_gtFine_labelTrainIds.png Cityscapes
 
-Every label is read once, for what it holds and how often. What training cannot do with ends as one
-`BadInput` that lists every kind of fault; what is merely remarkable goes to `LabelSplit.warnings`.
+Every label is read once. Errors are reported together, in one `BadInput` that lists every kind; warnings go
+to `LabelSplit.warnings`.
 """
 
 from __future__ import annotations
@@ -30,49 +30,49 @@ from downstream.datasets.label_layouts import Layout, Pairing, find_layout, pair
 from downstream.datasets.validation_report import Progress, ValidationReport, map_in_threads
 
 MUCH_IGNORED = 0.5
-"""A larger share of ignored pixels is remarked upon."""
+"""A larger share of ignored pixels gives a warning."""
 
-_FORMATS = ("PNG", "TIFF", "BMP")  # what loses no value
+_FORMATS = ("PNG", "TIFF", "BMP")  # lossless formats
 _NUMBERS = ("1", "L", "P", "I", "I;16")
 _COUNTED = 65536
 
 
 @dataclass(frozen=True)
 class LabelSplit:
-    """A checked split."""
+    """A checked split of a dataset."""
 
     images: Path
     labels: Path
     pairs: int
     image_suffix: str
     label_suffix: str
-    """What replaces the images' suffix in the name of the label."""
+    """Suffix of labels, which replaces the images' suffix."""
     class_names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     ignore_index: int
     reduce_zero_label: bool
-    """The files count classes from 1, and 0 is ignored."""
+    """Whether the files count classes from 1, with 0 ignored."""
     shares: tuple[float, ...]
-    """Of the labelled pixels, by class."""
+    """Share of the labelled pixels, by class."""
     ignored: float
-    """Share of all pixels that are ignored."""
+    """Share of ignored pixels."""
     warnings: tuple[str, ...]
 
 
 def open_labels(
     data: Path, split: str, classes: Path | None = None, progress: Progress | None = None
 ) -> LabelSplit:
-    """Find a split below `data` and check it.
+    """Finds a split below `data` and checks it.
 
     Args:
-        data: the dataset's folder.
+        data: Folder of the dataset.
         split: train, val or test.
-        classes: a json or text file of class names; by default `classes.json` or `classes.txt` in `data`,
-            or the public standard's for Cityscapes and ADE20K.
-        progress: told how many pairs were read, of how many.
+        classes: JSON or text file of class names; by default `classes.json` or `classes.txt` in `data`, or
+            the standard classes of Cityscapes and ADE20K.
+        progress: Called with the number of checked pairs and the total.
 
     Raises:
-        BadInput: no such split, or something is wrong with it.
+        BadInput: a missing split, or one with errors.
     """
     layout = find_layout(data, split)
     known = find_classes(data, classes)
@@ -116,7 +116,7 @@ def open_labels(
 
 
 def read_label(path: Path | str) -> tuple[tuple[int, int], np.ndarray] | str:
-    """Width and height of a label and how often each value occurs, or what is wrong in a few words."""
+    """Returns the size of a label and the count of each value, or a short description of the error."""
     try:
         with Image.open(path, formats=_FORMATS) as image:
             if image.mode not in _NUMBERS:
@@ -151,7 +151,7 @@ def _count(
     warnings: list[str],
     progress: Progress | None,
 ) -> tuple[np.ndarray, int]:
-    """Pixels of every class, and ignored ones."""
+    """Checks every pair; returns the pixels of every class, and the ignored ones."""
     first = 1 if reduce else 0
     last = first + len(known.names) - 1
     ignored_values = {0, known.ignore_index} if reduce else {known.ignore_index}

@@ -1,4 +1,4 @@
-"""What can be wrong with one object's `segmentation`: polygons, or run lengths as numbers or as text."""
+"""Checks the `segmentation` of one object: polygons, or run lengths as numbers or text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def mask_error(segmentation: Any, width: int, height: int) -> str:
-    """What is wrong, in a few words; empty if nothing is."""
+    """Returns a short description of the error; empty if there is none."""
     if isinstance(segmentation, list):
         return _polygons_fault(segmentation)
     if isinstance(segmentation, dict):
@@ -16,12 +16,12 @@ def mask_error(segmentation: Any, width: int, height: int) -> str:
 
 
 def decode_run_lengths(text: str) -> list[int]:
-    """Run lengths from COCO's text form: 5 bits a character, differences to the last run but one.
+    """Decodes COCO's compressed run lengths: 5 bits per character, differences to the second last run.
 
-    The form is that of `rleToString` in pycocotools, `common/maskApi.c`.
+    The format is that of `rleToString` in pycocotools, `common/maskApi.c`.
 
     Raises:
-        ValueError: the text ends inside a number or holds a character of another alphabet.
+        ValueError: a text that ends inside a number, or an invalid character.
     """
     runs: list[int] = []
     value = shift = 0

@@ -1,4 +1,4 @@
-"""Many faults of a dataset in one error: how many of each kind, and the first few by name."""
+"""Collects the errors of a dataset: the number of each kind, and the first few by name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from coma.errors import BadInput
 from coma.messages import printable
 
 SHOWN = 5
-"""Faults of one kind that a message names; the others are counted."""
+"""Errors of one kind that the report names; the others are counted."""
 
 Progress = Callable[[int, int], None]
-"""Called with the number of files read so far and the number of all."""
+"""Called with the number of checked files and the total."""
 
 _CHUNK = 32
 _T = TypeVar("_T")
@@ -23,20 +23,20 @@ _R = TypeVar("_R")
 
 
 class ValidationReport:
-    """Collects faults by kind, to report them all at once."""
+    """Collects errors by kind, to report them together."""
 
     def __init__(self, name: str) -> None:
-        """An empty collection; `name` is the file or folder the faults are in."""
+        """Creates an empty report; `name` is the file or folder with the errors."""
         self._name = name
         self._found: dict[str, list[str]] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, kind: str, where: str = "") -> None:
-        """One more fault of this kind, described by `where`."""
+        """Adds an error of this kind, described by `where`."""
         self.add_all(kind, [where], str)
 
     def add_all(self, kind: str, places: Sequence[_T], describe: Callable[[_T], str]) -> None:
-        """As many faults of this kind as there are places; only the first few are described."""
+        """Adds an error of this kind per place; only the first few are described."""
         if not len(places):
             return
         examples = self._found.setdefault(kind, [])
@@ -45,14 +45,14 @@ class ValidationReport:
         self._counts[kind] = self._counts.get(kind, 0) + len(places)
 
     def __bool__(self) -> bool:
-        """Whether there is any."""
+        """Returns whether there are errors."""
         return bool(self._found)
 
     def raise_if_any(self) -> None:
-        """Go on if nothing was found.
+        """Raises an error if there are any errors.
 
         Raises:
-            BadInput: listing every kind with its count and its first examples.
+            BadInput: listing every kind with its count and first examples.
         """
         if not self._found:
             return
@@ -66,12 +66,12 @@ class ValidationReport:
 
 
 def map_in_threads(work: Callable[[_T], _R], items: Sequence[_T], progress: Progress | None) -> Generator[_R]:
-    """`work` of every item, in order, done by a few threads; whoever stops early waits for no other."""
+    """Yields `work(item)` in order, computed by a few threads; stopping early cancels the rest."""
     chunks = [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
     pool = ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1)), "check")
     done = 0
     try:
-        with warnings.catch_warnings():  # of Pillow, about odd metadata: what matters is raised
+        with warnings.catch_warnings():  # Pillow warns about odd metadata; errors are raised
             warnings.simplefilter("ignore")
             for results in pool.map(lambda chunk: [work(item) for item in chunk], chunks):
                 yield from results

@@ -1,11 +1,10 @@
-"""All that MMDetection and MMSegmentation need from here; importing it registers it with mmengine.
+"""Registers our modules with mmengine for MMDetection and MMSegmentation.
 
     custom_imports = dict(imports=['downstream.openmmlab'], allow_failed_imports=False)
 
-This is mmengine's way of plugging in, and the one module here whose import has effects: backbones and neck,
-reading, layer-wise learning rates, checkpoints that load safely, and, where mmcv came without its compiled
-operators, those of torchvision. It must come before the first import of `mmcv.ops`, which mmdet and mmseg do
-as they are imported.
+Importing this package has side effects, as mmengine's plug-ins do: it registers backbones, neck, image reader
+and layer-wise learning rates, makes checkpoints load safely, and, where mmcv has no compiled operators,
+registers those of torchvision. Import it before mmdet and mmseg, which import `mmcv.ops`.
 """
 
 from downstream.openmmlab.checkpoint import allow_safe_loading

@@ -4,8 +4,7 @@
     backbone=dict(type='DyViT', preset='small')                                 # random, to compare with
     backbone=dict(type='PlainViT', artifact='runs/mae/artifact'), neck=dict(type='SimpleFeaturePyramid', ...)
 
-Registered with mmengine once, when `downstream.openmmlab` is imported (name it in `custom_imports`); both
-libraries find them there.
+They are registered with mmengine when `downstream.openmmlab` is imported (name it in `custom_imports`).
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class _Backbone(BaseModule):
-    """An encoder, its options for dense prediction, and where its weights come from."""
+    """An encoder with frozen stages, gradient checkpointing and a source of weights."""
 
     def __init__(
         self,
@@ -48,14 +47,14 @@ class _Backbone(BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         if sum(source is not None for source in (artifact, encoder, preset)) != 1:
-            raise BadInput(f"{type(self).__name__}: give one of artifact, encoder (its settings) and preset")
+            raise BadInput(f"{type(self).__name__}: give one of artifact, encoder (settings) and preset")
         self.encoder = _encoder(kind, artifact, encoder, preset, channels, changes)
         self.encoder.set_grad_checkpointing(with_cp)
         self.frozen_stages = frozen_stages
         self._freeze()
 
     def train(self, mode: bool = True) -> nn.Module:
-        """Frozen parts stay in evaluation mode: no drop path in them."""
+        """Sets the mode; frozen parts stay in evaluation mode, without drop path."""
         super().train(mode)
         for part in self._frozen():
             part.eval()
@@ -71,25 +70,24 @@ class _Backbone(BaseModule):
 
 @MODELS.register_module()
 class DyViT(_Backbone):
-    """DyViT: images `[b, c, H, W]` to a pyramid of `[b, dim * 2^i, ceil(H/s_i), ceil(W/s_i)]`.
+    """DyViT backbone: images `[b, c, H, W]` to maps `[b, dim * 2^i, ceil(H/s_i), ceil(W/s_i)]`.
 
     Args:
-        artifact: Directory of a pre-trained model. All its encoder's tensors are loaded or none.
-        encoder: In place of an artifact, plain settings of `DyViTConfig`; weights are random.
-        preset: In place of an artifact, the name of a preset; weights are random.
-        channels: Of the images (preset only).
-        out_indices: Stages to hand out, counted from 0.
-        out_norms: Normalise every stage that is handed out; new layers, but for the last stage's own.
+        artifact: Directory of a pre-trained model, whose encoder is loaded strictly.
+        encoder: Settings of `DyViTConfig` instead of an artifact; the weights are random.
+        preset: Name of a preset instead of an artifact; the weights are random.
+        channels: Image channels (presets only).
+        out_indices: Stages to return, counted from 0.
+        out_norms: Normalise the returned stages with new layers (the last stage has its own).
         drop_path: Largest stochastic-depth rate.
-        frozen_stages: The stem and so many stages keep their weights (0: the stem); -1 freezes nothing.
-        with_cp: Recompute activations in the backward pass instead of keeping them.
-        global_blocks: Blocks of stage 3 that attend to the whole map, and with any, all of stage 4; see
-            `DyViTConfig.global_blocks`.
-        init_cfg: mmengine's.
+        frozen_stages: Freeze the stem and this many stages; 0 freezes the stem, -1 nothing.
+        with_cp: Recompute activations in the backward pass (gradient checkpointing).
+        global_blocks: Number of stage-3 blocks with global attention; see `DyViTConfig.global_blocks`.
+        init_cfg: As in mmengine.
 
     Raises:
         BadInput: settings that do not fit.
-        BadArtifact: not an artifact, or one of another encoder; tensors that are missing or do not fit.
+        BadArtifact: not an artifact of this encoder, or tensors that do not fit.
     """
 
     def __init__(
@@ -121,7 +119,7 @@ class DyViT(_Backbone):
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The chosen stages, finest first."""
+        """Returns the maps of the chosen stages, finest first."""
         pyramid = self.encoder(images)
         return tuple(norm(pyramid[i]) for i, norm in zip(self.out_indices, self.norms, strict=True))
 
@@ -133,21 +131,21 @@ class DyViT(_Backbone):
 
 @MODELS.register_module()
 class PlainViT(_Backbone):
-    """Plain ViT: images `[b, c, H, W]` to one map `[b, dim, ceil(H/patch), ceil(W/patch)]`.
+    """Plain ViT backbone: images `[b, c, H, W]` to one map `[b, dim, ceil(H/patch), ceil(W/patch)]`.
 
     Args:
-        artifact: Directory of a pre-trained model. All its encoder's tensors are loaded or none.
-        encoder: In place of an artifact, plain settings of `ViTConfig`; weights are random.
-        preset: In place of an artifact, the name of a preset; weights are random.
-        channels: Of the images (preset only).
+        artifact: Directory of a pre-trained model, whose encoder is loaded strictly.
+        encoder: Settings of `ViTConfig` instead of an artifact; the weights are random.
+        preset: Name of a preset instead of an artifact; the weights are random.
+        channels: Image channels (presets only).
         drop_path: Largest stochastic-depth rate.
-        frozen_stages: The stem and so many blocks keep their weights (0: the stem); -1 freezes nothing.
-        with_cp: Recompute activations in the backward pass instead of keeping them.
-        init_cfg: mmengine's.
+        frozen_stages: Freeze the stem and this many blocks; 0 freezes the stem, -1 nothing.
+        with_cp: Recompute activations in the backward pass (gradient checkpointing).
+        init_cfg: As in mmengine.
 
     Raises:
         BadInput: settings that do not fit.
-        BadArtifact: not an artifact, or one of another encoder; tensors that are missing or do not fit.
+        BadArtifact: not an artifact of this encoder, or tensors that do not fit.
     """
 
     def __init__(
@@ -176,7 +174,7 @@ class PlainViT(_Backbone):
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
-        """A pyramid of one map."""
+        """Returns a tuple of one map."""
         return self.encoder(images)
 
     def _frozen(self) -> list[nn.Module]:
@@ -202,7 +200,7 @@ def _encoder(
     channels: int,
     changes: dict[str, Any],
 ) -> Encoder:
-    """Build it, with those `changes` that are not None, and load the artifact's weights."""
+    """Builds the encoder with the `changes` that are not None, and loads the artifact's weights."""
     changes = {name: value for name, value in changes.items() if value is not None}
     if artifact is None:
         if settings is not None:
@@ -224,4 +222,4 @@ def _encoder(
 def _check_kind(config: EncoderConfig, kind: type[EncoderConfig], source: str, error: type[BadInput]) -> None:
     if not isinstance(config, kind):
         wanted = "DyViT" if len(config.strides) > 1 else "PlainViT"
-        raise error(f"{source}: holds another encoder; use backbone=dict(type='{wanted}', ...)")
+        raise error(f"{source}: is another encoder; use backbone=dict(type='{wanted}', ...)")

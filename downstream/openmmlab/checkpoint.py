@@ -1,8 +1,7 @@
-"""mmengine's checkpoints through torch's safe loader, which unpickles nothing but what is allowed here.
+"""Loads mmengine's checkpoints, also downloaded ones, through torch's safe loader.
 
-Files that mmengine fetches from elsewhere go through it as well. Checkpoints hold, beside tensors and
-numbers, mmengine's `HistoryBuffer`: numpy arrays, and its own four methods, pickled as calls of `getattr`.
-That is allowed for these methods, and for nothing else.
+Besides tensors and numbers, checkpoints hold mmengine's `HistoryBuffer`: numpy arrays, and four of its
+methods, pickled as calls of `getattr`. The loader admits these methods and nothing else.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ _NUMBERED = re.compile(r"(?:iter|epoch)_(\d+)\.pth")
 
 
 def best_checkpoint(folder: Path) -> Path:
-    """The checkpoint with the best validation score, or the last one where nothing was validated.
+    """Returns the checkpoint with the best validation score, or the last one without validations.
 
     Raises:
-        BadInput: there is none.
+        BadInput: no checkpoint.
     """
     best = sorted(folder.glob("best_*.pth"), key=lambda path: path.stat().st_mtime)
     last = latest_checkpoint(folder)
@@ -40,17 +39,17 @@ def best_checkpoint(folder: Path) -> Path:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Returns the last checkpoint of a run, in this folder wherever it was when it was written."""
+    """Returns the last checkpoint of a run, also if the folder has moved since."""
     noted = folder / "last_checkpoint"
     path = folder / Path(noted.read_text().strip()).name if noted.is_file() else None
     return path if path and path.is_file() else None
 
 
 def intact_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint, or where it is damaged the one before; None where none was ever saved.
+    """Returns the last undamaged checkpoint; None if none was saved.
 
     Raises:
-        BadInput: all of them are damaged.
+        BadInput: all checkpoints are damaged.
     """
     last = latest_checkpoint(folder)
     found = ((_NUMBERED.fullmatch(path.name), path) for path in folder.glob("*.pth"))
@@ -59,20 +58,20 @@ def intact_checkpoint(folder: Path) -> Path | None:
     for path in (last, *before) if last else ():
         holds = path.is_file() and seal_holds(path)
         if holds is None:
-            log.warning("warning: %s: has no checksum (of an older version): damage goes unnoticed", path)
+            log.warning("%s: has no checksum (of an older version): damage goes unnoticed", path)
         if holds is not False:
             return path
-        log.warning("warning: %s: damaged (its checksum does not match); trying the one before", path)
+        log.warning("%s: damaged (its checksum does not match); trying the one before", path)
     if last:
         raise BadInput(f"{folder}: all its checkpoints are damaged; start again in another folder")
     return None
 
 
 def checkpoint_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in a checkpoint; nothing is unpickled but tensors, numbers and mmengine's histories.
+    """Loads the weights of a checkpoint without unpickling other objects.
 
     Raises:
-        BadInput: it is damaged.
+        BadInput: a damaged checkpoint.
     """
     if seal_holds(path) is False:
         raise BadInput(f"{path}: damaged (its checksum does not match)")
@@ -95,10 +94,10 @@ def allow_safe_loading() -> None:
 
 
 def _method(owner: Any, name: str) -> Any:
-    """What `getattr` means in a checkpoint.
+    """Replaces `getattr` in a checkpoint.
 
     Raises:
-        pickle.UnpicklingError: anything but a `HistoryBuffer`'s own methods.
+        pickle.UnpicklingError: any attribute but the four methods of `HistoryBuffer`.
     """
     from mmengine.logging import HistoryBuffer
 

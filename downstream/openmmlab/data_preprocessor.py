@@ -1,4 +1,4 @@
-"""mmdet's data preprocessor for any number of channels; its own takes 1 and 3."""
+"""mmdet's data preprocessor for any number of channels (mmdet's own supports 1 and 3)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class ChannelsDetDataPreprocessor(DetDataPreprocessor):
     """Normalises, pads and stacks images of any number of channels.
 
     Args:
-        mean: Per channel, of pixels in 0..255.
-        std: Per channel, likewise.
-        kwargs: Of `DetDataPreprocessor`.
+        mean: Mean of pixels in 0..255, per channel.
+        std: Standard deviation of pixels in 0..255, per channel.
+        kwargs: Arguments of `DetDataPreprocessor`.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], **kwargs: Any) -> None:

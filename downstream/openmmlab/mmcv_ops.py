@@ -1,9 +1,9 @@
-"""mmcv's compiled operators on torchvision, torch and NumPy, which `op_registry` registers.
+"""mmcv's compiled operators, implemented with torchvision, torch and NumPy.
 
     operator                            from
     nms                                 torchvision
     roi_align, avg, forward, backward   torchvision
-    softnms, nms_match                  NumPy, here: mmcv calls both with CPU tensors only
+    softnms, nms_match                  NumPy, here (mmcv calls both with CPU tensors only)
     sigmoid and softmax focal loss      torch, here
 
 Calling conventions are those of mmcv 2.1.0 (`mmcv/ops/csrc`): outputs are arguments, filled in place. Half
@@ -31,7 +31,7 @@ _TINY = 1.1754944e-38  # the smallest normal float32, below which mmcv's focal l
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Non-maximum suppression: a box goes when a better one overlaps it by more than the threshold.
+    """Non-maximum suppression: drops boxes that a better box overlaps by more than the threshold.
 
     Args:
         boxes: Corners `[n, 4]` (x1, y1, x2, y2).
@@ -40,7 +40,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
         offset: A box is x2 - x1 + offset wide.
 
     Returns:
-        Indices of the boxes that stay, best first, int64 `[m]`.
+        Indices of the kept boxes, best first, int64 `[m]`.
     """
     import torch
     import torchvision
@@ -111,14 +111,14 @@ def softnms(
 
 
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
-    """Every box that stays after suppression, with those that it suppresses.
+    """Groups every kept box with the boxes that it suppresses.
 
     Args:
         dets: Corners and score `[n, 5]`, on the CPU.
-        iou_threshold: Overlap from which a box goes.
+        iou_threshold: Overlap from which a box is suppressed.
 
     Returns:
-        A list for every box that stays, best first: its index, then those of its group, best first.
+        A list per kept box, best first: its index, then the indices of its group, best first.
     """
     array = _array(dets)
     order = (-array[:, 4]).argsort(kind="stable")
@@ -188,7 +188,7 @@ def roi_align_backward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Add the gradient of `roi_align_forward`'s input, `[b, c, h, w]`, to `grad_input`.
+    """Adds the gradient of `roi_align_forward`'s input, `[b, c, h, w]`, to `grad_input`.
 
     On a GPU the order of its sums varies, as in mmcv; `torch.use_deterministic_algorithms` refuses it.
 
@@ -210,7 +210,7 @@ def roi_align_backward(
 def sigmoid_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Focal loss of a yes or no per class (Lin et al. 2017, arXiv 1708.02002, eq. 5).
+    """Sigmoid focal loss (Lin et al. 2017, arXiv 1708.02002, eq. 5).
 
     With p = sigmoid(input): -alpha (1-p)^gamma log(p) for the target class, -(1-alpha) p^gamma log(1-p) for
     all others. Logarithms are taken of the logits; mmcv's, taken of p in float32, stop at -87.
@@ -235,7 +235,7 @@ def sigmoid_focal_loss_forward(
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Overwrite `grad_input` with the derivative of `sigmoid_focal_loss_forward`, element by element."""
+    """Overwrites `grad_input` with the element-wise derivative of `sigmoid_focal_loss_forward`."""
     from torch.nn.functional import logsigmoid
 
     x = _wide(input)
@@ -248,7 +248,7 @@ def sigmoid_focal_loss_backward(
 def softmax_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Focal loss of one class among several: -alpha (1-p)^gamma log(p), p that of the target class.
+    """Softmax focal loss: -alpha (1-p)^gamma log(p), where p is the probability of the target class.
 
     Args:
         input: Probabilities `[n, c]`: mmcv takes the softmax before.
@@ -272,7 +272,7 @@ def softmax_focal_loss_backward(
     gamma: float,
     alpha: float,
 ) -> None:
-    """Overwrite `grad_input` `[n, c]` with the derivative of that loss by the logits, row by row.
+    """Overwrites `grad_input` `[n, c]` with the derivative of the softmax focal loss by the logits.
 
     `buff` `[n]` receives the derivative by the logarithm of p.
     """
@@ -286,12 +286,12 @@ def softmax_focal_loss_backward(
 
 
 def get_compiler_version() -> str:
-    """What reports of the environment call mmcv's compiler."""
-    return f"none: torchvision {version('torchvision')} stands in"
+    """Returns the entry for mmcv's compiler in environment reports."""
+    return f"none: operators of torchvision {version('torchvision')}"
 
 
 def get_compiling_cuda_version() -> str:
-    """What mmcv itself answers when it was compiled without CUDA."""
+    """Returns what mmcv returns when it is compiled without CUDA."""
     return "not available"
 
 
@@ -311,16 +311,16 @@ OPERATORS: dict[str, Callable[..., Any]] = {
         get_compiling_cuda_version,
     )
 }
-"""What the module that stands in for `mmcv._ext` has."""
+"""Operators of the module that replaces `mmcv._ext`."""
 
 
 def raise_unsupported(operator: str) -> None:
-    """Say of an operator that it needs a compiled mmcv, and how to get one.
+    """Refuses an operator that needs a compiled mmcv, and says how to install one.
 
     Raises:
         BadInput: always.
     """
-    raise BadInput(f"{operator} needs a compiled mmcv, which torchvision does not replace: {COMPILE}")
+    raise BadInput(f"{operator} needs a compiled mmcv: {COMPILE}")
 
 
 def _average_only(pool_mode: int) -> None:
@@ -329,7 +329,7 @@ def _average_only(pool_mode: int) -> None:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Float32 for half precision; float64 stays."""
+    """Converts half precision to float32; float64 stays."""
     return x if x.element_size() >= 4 else x.float()
 
 
@@ -338,7 +338,7 @@ def _array(x: Tensor) -> np.ndarray:
 
 
 def _overlap(box: np.ndarray, boxes: np.ndarray, offset: int) -> np.ndarray:
-    """Intersection over union of a box `[4]` with boxes `[n, 4]`: `[n]`; 0 where both are empty."""
+    """Returns the IoU of a box `[4]` with boxes `[n, 4]`: `[n]`; 0 where both are empty."""
     import numpy as np
 
     def area(corners: np.ndarray) -> np.ndarray:
@@ -359,7 +359,7 @@ def _one_hot(target: Tensor, classes: int) -> Tensor:
 
 
 def _row_weight(weight: Tensor, target: Tensor) -> Tensor:
-    """Weight of every row's class `[n]`, or a one `[1]` when `weight` is empty."""
+    """Returns the weight of every row's class `[n]`, or a one `[1]` if `weight` is empty."""
     weight = _wide(weight)
     return weight.index_select(0, target) if weight.numel() else weight.new_ones(1)
 

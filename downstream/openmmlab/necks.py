@@ -1,4 +1,4 @@
-"""A feature pyramid from the one map of a plain ViT (ViTDet, Li et al. 2022, arXiv 2203.16527, sec. 3)."""
+"""Simple feature pyramid of a plain ViT (ViTDet, Li et al. 2022, arXiv 2203.16527, sec. 3)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from coma.errors import BadInput
 
 @MODELS.register_module()
 class SimpleFeaturePyramid(BaseModule):
-    """Maps at 4, 2, 1 and 1/2 times the resolution of the last input, each by a path of its own.
+    """Maps at 4, 2, 1 and 1/2 times the resolution of the last input, each from its own layers.
 
     Args:
-        in_channels: Of the backbone's map; a sequence is taken for its last entry.
-        out_channels: Of every map of the pyramid.
-        num_outs: Maps handed out; beyond 1/2, every other pixel of the one before (as FPN does).
-        start_level: The finest maps left out, 0 to 3: 1 for RetinaNet.
-        init_cfg: mmengine's.
+        in_channels: Channels of the backbone's map; the last entry of a sequence.
+        out_channels: Channels of every output map.
+        num_outs: Number of output maps; those beyond 1/2 are subsampled, as in FPN.
+        start_level: Number of finest maps to omit, 0 to 3; 1 for RetinaNet.
+        init_cfg: As in mmengine.
 
     Raises:
-        BadInput: numbers that do not go together, or channels that cannot be halved twice.
+        BadInput: inconsistent numbers, or channels that are not a multiple of 4.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class SimpleFeaturePyramid(BaseModule):
         )
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """`[b, c, h, w]`, the last of `inputs`, to maps `[b, out_channels, ...]`, finest first."""
+        """Maps the last of `inputs`, `[b, c, h, w]`, to `[b, out_channels, ...]`, finest first."""
         maps = [path(inputs[-1]) for path in self.paths]
         while len(maps) < self.num_outs:
             maps.append(F.max_pool2d(maps[-1], 1, stride=2))

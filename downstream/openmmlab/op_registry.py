@@ -1,10 +1,9 @@
-"""mmcv without its compiled operators: torchvision's in the place of the missing module.
+"""Registers operators for mmcv-lite, which lacks the compiled module `mmcv._ext`.
 
-mmcv-lite ships every Python file of `mmcv.ops`; what it lacks is the binary module `mmcv._ext`, which has to
-be compiled against each torch release. torchvision brings non-maximum suppression and RoIAlign compiled, for
-CPU and GPU, with every release of torch. `register_ops` puts those, and what else `mmcv_ops` has,
-in the missing module's place; any other operator is an error when it is called. A compiled mmcv is used as it
-is.
+mmcv-lite has every Python file of `mmcv.ops`, but `mmcv._ext` must be compiled for each torch release.
+torchvision has compiled NMS and RoIAlign, on CPU and GPU, for every torch release. `register_ops` puts a
+module with the operators of `mmcv_ops` in the place of `mmcv._ext`; calling any other operator raises an
+error. A compiled mmcv is used unchanged.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ _EXTENSION = "mmcv._ext"
 
 
 def register_ops() -> None:
-    """Make `mmcv.ops` importable; called before its first import, any number of times.
+    """Makes `mmcv.ops` importable; call it before the first import, any number of times.
 
     Raises:
-        BadInput: there is no mmcv, or its compiled operators cannot be loaded.
+        BadInput: mmcv is missing, or its compiled operators cannot be loaded.
     """
-    import torch  # noqa: F401 - a compiled mmcv needs torch's libraries to be loaded
+    import torch  # noqa: F401 - a compiled mmcv needs torch's libraries
 
     try:
         mmcv = importlib.import_module("mmcv")
@@ -45,7 +44,7 @@ def register_ops() -> None:
             "mmcv is missing: `pip install mmcv-lite==2.1.0`, or a compiled mmcv==2.1.0"
         ) from error
     try:
-        importlib.import_module(_EXTENSION)  # compiled, or ours from a call before
+        importlib.import_module(_EXTENSION)  # compiled, or registered before
     except ModuleNotFoundError as error:
         if error.name != _EXTENSION:
             raise
@@ -60,18 +59,18 @@ def register_ops() -> None:
     _Operators().exec_module(module)
     sys.modules[_EXTENSION] = module
     vars(mmcv)["_ext"] = module
-    _log.info("mmcv has no compiled operators: those of torchvision %s stand in", version("torchvision"))
+    _log.info("mmcv has no compiled operators: using those of torchvision %s", version("torchvision"))
 
 
 class _Operators(Loader):
-    """Fills a module with `OPERATORS`; mmcv takes a module whose spec has no loader for a missing one."""
+    """Fills a module with `OPERATORS`; mmcv treats a module without a loader as missing."""
 
     def exec_module(self, module: ModuleType) -> None:
         vars(module).update(OPERATORS, __getattr__=_absent)
 
 
 def _absent(name: str) -> Callable[..., Any]:
-    """Any other operator: there when `mmcv.ops` asks for it on import, an error when it is called."""
+    """Returns any other operator: `mmcv.ops` can import it, but calling it raises an error."""
     if name.startswith("_"):
         raise AttributeError(name)
 

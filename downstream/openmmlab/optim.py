@@ -1,8 +1,8 @@
-"""Layer-wise learning-rate decay: the deeper below the head, the slower a layer of the encoder learns.
+"""Layer-wise learning-rate decay: the further from the head, the lower the rate of an encoder layer.
 
-Rate of layer i is `base * decay ** (n - i)`: the stem is layer 0, every block of the n - 1 is one layer (a
-merge goes with the block behind it, the last norm with the last block), and what is not of the encoder is
-layer n, with the full rate (BEiT, Bao et al. 2021, app. H; after ELECTRA, Clark et al. 2020, app. A).
+The rate of layer i is `base * decay ** (n - i)`: the stem is layer 0, each of the n - 1 blocks is one layer
+(a merge belongs to the block after it, the last norm to the last block), and everything outside the encoder
+is layer n, with the full rate (BEiT, Bao et al. 2021, app. H; after ELECTRA, Clark et al. 2020, app. A).
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
                 "dict(decay_rate=...), above 0 and up to 1"
             )
         if self.base_lr is None:
-            raise BadInput("LayerDecayConstructor: the optimizer needs its lr")
+            raise BadInput("LayerDecayConstructor: the optimizer needs lr")
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, *_: Any, **__: Any) -> None:
-        """Append one group for every rate and weight decay; see `parameter_groups`."""
+        """Appends one group per learning rate and weight decay; see `parameter_groups`."""
         decay = self.base_wd or 0.0
         groups = parameter_groups(module, self.base_lr, decay, self.paramwise_cfg["decay_rate"])
         params.extend(groups)
@@ -52,10 +52,10 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float, decay_rate: float
 ) -> list[dict[str, Any]]:
-    """Groups with `params`, `names`, `lr` and `weight_decay`, from the stem to the heads.
+    """Returns groups with `params`, `names`, `lr` and `weight_decay`, from the stem to the heads.
 
     Raises:
-        BadInput: the model's `backbone` is none of ours.
+        BadInput: the model's `backbone` is not one of ours.
     """
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, DyViT | PlainViT):
@@ -85,6 +85,6 @@ def parameter_groups(
 
 
 def encoder_layers(encoder: Encoder) -> dict[str, int]:
-    """Layer of every parameter of an encoder: 0 is the stem, 1 the first block."""
+    """Returns the layer of every encoder parameter: 0 is the stem, 1 the first block."""
     groups: Any = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)
     return {name: int(layer) for name, layer in groups.items()}

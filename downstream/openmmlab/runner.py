@@ -1,4 +1,4 @@
-"""mmengine's Runner, as this toolkit runs things: safe to load, safe to stop, quiet, with a bar.
+"""mmengine's Runner with safe loading, safe interruption, a quiet terminal and a progress bar.
 
 A run directory holds what mmengine writes (`*.py`, `iter_*.pth`, `best_*.pth`, a folder per start with logs
 and TensorBoard files) and, at the end, `artifact/`.
@@ -45,36 +45,36 @@ HEADLINES = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50", "mIoU", "mAcc
 _LINES = 20
 """Lines of progress over a whole run where there is no terminal."""
 SCORES = "coma_scores"
-"""Where checkpoints keep what every validation measured, by step (by epoch, where a run counts those)."""
+"""Key of the validation scores in checkpoints, by step (by epoch for epoch-based runs)."""
 CONFIG, PRINTED = "config.py", "printed.txt"
 
 
 def train(
     config: Any, folder: Path, *, device: str, source: Path | None = None, resume: bool = False
 ) -> Runner:
-    """Train to the end; under torchrun, on all its processes.
+    """Trains to the end; under torchrun, on all processes.
 
     Args:
-        config: A whole mmengine configuration.
+        config: Complete mmengine configuration.
         folder: The run directory.
         device: cuda or cpu.
-        source: The user's file that the configuration comes from, which errors name.
-        resume: Go on from the last checkpoint in it.
+        source: File of the configuration, for error messages.
+        resume: Resume from the last checkpoint in the run directory.
 
     Returns:
-        The Runner, at its end.
+        The Runner after training.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
-        CheckFailed: a loss that is not finite, or a disk that is full.
-        BadInput: a configuration that cannot be trained, or heads whose strides are not those of the encoder.
+        CheckFailed: a loss that is not finite, or a full disk.
+        BadInput: a configuration that cannot be trained, or strides of heads that do not fit the encoder.
     """
     last = intact_checkpoint(folder) if resume else None
     config.resume = last is not None
     if last:
         config.load_from = str(last)
     elif resume:
-        log.info("no checkpoint was saved before the run ended; starting again")
+        log.info("no checkpoint was saved before the run ended; starting from the beginning")
     blamed = config_errors(source, "cannot be trained") if source else nullcontext()
     printed, quiet = _redirect_prints(folder / PRINTED), not is_main()
     with blamed, StopRequest(quiet=quiet) as stop, Progress(quiet) as progress, printed:
@@ -83,10 +83,10 @@ def train(
         if isinstance(getattr(model, "backbone", None), DyViT | PlainViT):
             try:
                 check_strides(model)
-            except BadInput as error:  # a run from before this was checked goes on as it was
+            except BadInput as error:  # a resumed run keeps its strides
                 if not resume:
                     raise
-                log.warning("warning: %s", error)
+                log.warning("%s", error)
         watch = _ProgressHook(stop, progress)
         runner.register_hook(watch, priority="LOW")
         if is_main() and not resume:
@@ -100,21 +100,21 @@ def train(
         except ComaError as error:
             raise type(error)(worker_error(str(error))) from error
         except (OSError, RuntimeError, EOFError) as error:
-            if stop.asked and "DataLoader worker" in str(error):  # it may have come in the midst of a step
+            if stop.asked and "DataLoader worker" in str(error):  # the signal may arrive within a step
                 last = latest_checkpoint(folder)
                 raise Interrupted(
-                    f"stopped; a reading process got the signal, too, so --resume {folder} goes on from "
+                    f"stopped; a worker process got the signal, too, so --resume {folder} continues from "
                     f"{last.name if last else 'the start'}"
                 ) from error
             if "DataLoader worker" in str(error):
                 raise ComaError(
-                    f"{folder}: a reading process died, most likely because memory ran out; use fewer "
-                    f"--workers, then go on with --resume {folder}"
+                    f"{folder}: a worker process died, most likely out of memory; use fewer --workers, "
+                    f"then --resume {folder}"
                 ) from error
             if not _disk_is_full(error):
                 raise
             raise CheckFailed(
-                f"{folder}: could not save ({error}); make room, then go on with --resume {folder}"
+                f"{folder}: could not save ({error}); free some space, then --resume {folder}"
             ) from error
     return runner
 
@@ -127,9 +127,14 @@ def test(
     device: str,
     quiet: bool = False,
 ) -> dict[str, float]:
-    """Measure the configuration's model on its test images, after `prepare` gave it what it knows.
+    """Measures the model of a configuration on its test images.
 
-    Without a bar where `quiet`: the caller has one.
+    Args:
+        config: Complete mmengine configuration.
+        folder: Folder for logs.
+        prepare: Called with the built model, to load its weights.
+        device: cuda or cpu.
+        quiet: Show no progress bar.
     """
     with Progress(quiet or not is_main()) as progress, _redirect_prints(folder / PRINTED):
         runner = build_runner(config, folder, device)
@@ -139,10 +144,7 @@ def test(
 
 
 def build_runner(config: Any, folder: Path, device: str) -> Runner:
-    """A Runner of any configuration, working in `folder`.
-
-    Its log goes to files; errors alone to the terminal.
-    """
+    """Builds the Runner of a configuration in `folder`; it logs to files, and only errors to the terminal."""
     prepare_config(config, folder, device)
     import_modules_from_strings(**config.custom_imports)  # some were added after the file was read
     with warnings.catch_warnings():
@@ -152,18 +154,18 @@ def build_runner(config: Any, folder: Path, device: str) -> Runner:
 
 
 def prepare_config(config: Any, folder: Path, device: str) -> None:
-    """Adapt a configuration to this toolkit, this machine and the run directory, any number of times."""
+    """Adapts a configuration to this toolkit, the device and the run directory, any number of times."""
     require_imports(config, REGISTER_MODULE)
     config.work_dir = str(folder)
-    config.experiment_name = f"{folder.name}-{uuid.uuid4().hex[:8]}"  # mmengine keeps one logger per name
-    if "visualizer" in config:  # and one visualizer, which writes the curves, for good in its first folder
+    config.experiment_name = f"{folder.name}-{uuid.uuid4().hex[:8]}"  # mmengine has one logger per name
+    if "visualizer" in config:  # and one visualizer, which stays in its first folder
         config.visualizer.name = config.experiment_name
     config.launcher = "pytorch" if "LOCAL_RANK" in os.environ else "none"
     for backends in (config.get("vis_backends"), config.get("visualizer", {}).get("vis_backends")):
         kinds = {backend["type"] for backend in backends or ()}
         if backends is not None and "TensorboardVisBackend" not in kinds:
             backends.append({"type": "TensorboardVisBackend"})
-    if config.launcher != "none" and device == "cpu":  # mmengine itself would ask for CUDA
+    if config.launcher != "none" and device == "cpu":  # mmengine would require CUDA
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo")
         config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
@@ -174,19 +176,19 @@ def prepare_config(config: Any, folder: Path, device: str) -> None:
 
 
 def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """All of them or none; the error lists what does not fit."""
+    """Loads all tensors strictly; the error lists those that do not fit."""
     from coma.artifact import load_strict
 
     load_strict(model, tensors, source="artifact")
 
 
 def scores_by_step(runner: Runner) -> dict[str, dict[str, float]]:
-    """What every validation of the run measured, by name; what is not finite is left out."""
+    """Returns the finite scores of every validation of the run."""
     return runner.message_hub.runtime_info.get(SCORES, {})
 
 
 class _CheckedRunner(Runner):
-    """Logs everything to its files, errors alone to the terminal; seals its checkpoints."""
+    """A Runner that logs to files, prints only errors, and writes checksums beside its checkpoints."""
 
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
         super().save_checkpoint(out_dir, filename, *args, **kwargs)
@@ -202,15 +204,15 @@ class _CheckedRunner(Runner):
         return logger
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Any:
-        """Loads what fits, and says what does not; mmengine says so in its log alone."""
+        """Loads the tensors that fit and warns about the others, which mmengine only logs."""
         try:
             checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         except pickle.UnpicklingError as error:
             raise BadInput(
-                f"{filename}: holds more than tensors, numbers and mmengine's histories, and nothing else is "
-                "unpickled; save its state_dict alone"
+                f"{filename}: holds other objects than tensors, numbers and mmengine's histories; save only "
+                "its state_dict"
             ) from error
-        checkpoint.get("meta", {}).pop("config", None)  # mmengine would execute it as a program
+        checkpoint.get("meta", {}).pop("config", None)  # mmengine would execute it
         model: Any = getattr(self.model, "module", self.model)
         theirs = {
             name.removeprefix("module."): t for name, t in checkpoint.get("state_dict", checkpoint).items()
@@ -221,7 +223,7 @@ class _CheckedRunner(Runner):
             raise BadInput(f"{filename}: none of its {len(theirs)} tensors fits one of the model")
         if is_main() and (other or not ours.keys() >= theirs.keys()):
             log.warning(
-                "warning: %s: gave %d of the model's %d tensors; %d others of its own fit nothing%s",
+                "%s: loaded %d of the model's %d tensors; %d tensors of the file are unused%s",
                 filename,
                 len(ours) - len(other),
                 len(ours),
@@ -232,7 +234,7 @@ class _CheckedRunner(Runner):
 
 
 class _ProgressHook(Hook):
-    """Moves the bar, refuses losses that are not finite, and stops the run where it was asked to."""
+    """Updates the progress bar, refuses losses that are not finite, and stops the run on request."""
 
     def __init__(self, stop: StopRequest | None, progress: Progress) -> None:
         self._stop, self._progress, self._steps = stop, progress, 0
@@ -249,24 +251,24 @@ class _ProgressHook(Hook):
         if not math.isfinite(loss):
             raise CheckFailed(
                 f"{runner.work_dir}: the loss is {loss} at step {runner.iter + 1}; lower --lr, or use "
-                "--precision fp32; the last checkpoint is from before"
+                "--precision fp32; the last checkpoint is from an earlier step"
             )
         self._training.update(runner.iter + 1, f"loss {loss:.4f}")
         if self._stop and _any_process(self._stop.asked) and runner.iter + 1 < self._steps:
             self.leave(runner, runner.iter + 1)
 
     def leave(self, runner: Any, done: int) -> None:
-        """Stop after `done` steps.
+        """Stops the run after `done` steps.
 
         Raises:
-            Interrupted: always; what counts epochs cannot be stopped inside one, and goes on from its start.
+            Interrupted: always; epoch-based runs resume from the start of the epoch.
         """
         where, advice = (
             f"stopped at step {done} of {self._steps}",
-            f"go on with --resume {runner.work_dir}",
+            f"continue with --resume {runner.work_dir}",
         )
         if not isinstance(runner.train_loop, IterBasedTrainLoop):
-            raise Interrupted(f"{where}; its epochs up to the last one that ended are saved, {advice}")
+            raise Interrupted(f"{where}; the finished epochs are saved, {advice}")
         _save(runner, done)
         raise Interrupted(f"{where}; everything is saved, {advice}")
 
@@ -303,12 +305,12 @@ class _ProgressHook(Hook):
 
 
 def is_headline(name: str) -> bool:
-    """Whether a metric is one that people look at first."""
+    """Returns whether a metric is one of the main ones."""
     return name.rpartition("/")[2] in HEADLINES
 
 
 def _save(runner: Any, done: int) -> None:
-    """A checkpoint after `done` steps, noted as the last one."""
+    """Saves a checkpoint after `done` steps and notes it as the last one."""
     name = f"iter_{done}.pth"
     meta = {"epoch": runner.epoch, "iter": done}
     runner.save_checkpoint(runner.work_dir, name, meta=meta, by_epoch=False)
@@ -318,7 +320,7 @@ def _save(runner: Any, done: int) -> None:
 
 
 def _skip_seen_images(loop: Any, done: int) -> None:
-    """Go on in the order of images after `done` steps; mmengine would read and augment all of them again."""
+    """Skips the images of `done` steps, which mmengine would load and augment again."""
     sampler: Any = loop.dataloader.sampler
     counts_steps = isinstance(loop, IterBasedTrainLoop)
     if not done or not counts_steps or not isinstance(sampler, InfiniteSampler):
@@ -339,7 +341,7 @@ def _any_process(asked: bool) -> bool:
 
 
 def _replace_sync_bn(model: Any) -> None:
-    """Batch normalisation of one process where there is only one: the synchronised kind needs CUDA."""
+    """Replaces SyncBN, which needs CUDA and several processes, by BN."""
     if isinstance(model, dict):
         if model.get("type") == "SyncBN":
             model["type"] = "BN"
@@ -352,7 +354,7 @@ def _replace_sync_bn(model: Any) -> None:
 
 @contextmanager
 def _redirect_prints(path: Path) -> Iterator[None]:
-    """What libraries print goes to a file: pycocotools reports every evaluation on the terminal."""
+    """Redirects prints of libraries to a file, such as pycocotools' reports."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file, redirect_stdout(file):
         yield

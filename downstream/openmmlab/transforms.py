@@ -1,6 +1,6 @@
-"""Images for mm pipelines, read as in pre-training: any format, depth and number of channels.
+"""Loads images for OpenMMLab's pipelines as in pre-training: any format, bit depth and number of channels.
 
-mm's own `LoadImageFromFile` reads what OpenCV does, as 8-bit colour.
+OpenMMLab's own `LoadImageFromFile` loads 8-bit colour with OpenCV.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from coma.errors import BadImage
 
 @TRANSFORMS.register_module()
 class ReadImage(BaseTransform):
-    """File at `img_path` to `img`, `[H, W, channels]`: uint8, or float32 scaled to 0..255.
+    """Loads the file at `img_path` to `img`, `[H, W, channels]`: uint8, or float32 scaled to 0..255.
 
-    Three channels are in mm's order, blue first, and always uint8: its distortions of colour expect that.
+    Three channels are in BGR order and always uint8, as OpenMMLab's colour distortions expect.
 
     Args:
-        channels: That the model takes.
+        channels: Channels of the model's input.
     """
 
     def __init__(self, channels: int = 3) -> None:
         self.channels = channels
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Add `img`, `img_shape` and `ori_shape`.
+        """Adds `img`, `img_shape` and `ori_shape`.
 
         Raises:
-            BadImage: the file will not decode, or its channels do not fit.
+            BadImage: a file that does not decode, or whose channels do not fit.
         """
         path = results["img_path"]
         try:

@@ -1,1 +1,1 @@
-"""Detection and segmentation: what differs between the two."""
+"""What differs between detection and segmentation: datasets, pipelines, metrics."""

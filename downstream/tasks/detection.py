@@ -1,4 +1,4 @@
-"""From a dataset in COCO's format and an encoder to the configuration of a detector."""
+"""Configurations of detectors for an encoder and a COCO dataset."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from downstream.datasets.coco import CocoSplit
 Detector = Literal["mask-rcnn", "cascade-mask-rcnn", "faster-rcnn", "retinanet"]
 HAS_MASKS = ("mask-rcnn", "cascade-mask-rcnn")
 LONGEST = 1333 / 800
-"""Longest side over the short one that images are resized to (Faster R-CNN's convention on COCO)."""
+"""Largest ratio of long to short side of resized images (Faster R-CNN's convention on COCO)."""
 META = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
 
 
 def preset_path(name: Detector) -> Path:
-    """The configuration file of one of our detectors."""
+    """Returns the configuration file of a detector."""
     return PRESETS / "mmdet" / f"{name}_dyvit_fpn_1x_coco.py"
 
 
@@ -34,7 +34,7 @@ def training_config(
     options: TrainOptions,
     short_side: int | None = None,
 ) -> Any:
-    """The configuration of one of our detectors, for this encoder and these images.
+    """Returns the training configuration of a detector for an encoder and a dataset.
 
     Raises:
         BadInput: options that do not fit.
@@ -51,7 +51,7 @@ def training_config(
 
 
 def set_dataset(config: Any, train: CocoSplit, val: CocoSplit, masks: bool) -> None:
-    """Read these images, and give every head as many classes as they have."""
+    """Sets the dataset and the number of classes of every head."""
     names = train.class_names
     for loader, split in (("train_dataloader", train), ("val_dataloader", val), ("test_dataloader", val)):
         training = loader == "train_dataloader"
@@ -63,7 +63,7 @@ def set_dataset(config: Any, train: CocoSplit, val: CocoSplit, masks: bool) -> N
 def dataset_settings(
     split: CocoSplit, names: tuple[str, ...], training: bool, pipeline: list[Any]
 ) -> dict[str, Any]:
-    """Settings of mmdet's reader of a split; in training, images without objects are left out."""
+    """Returns the settings of mmdet's dataset; training skips images without objects."""
     return {
         "type": "CocoDataset",
         "data_root": "",
@@ -76,18 +76,20 @@ def dataset_settings(
 
 
 def metric_settings(split: CocoSplit, masks: bool) -> dict[str, Any]:
-    """Settings of COCO's average precision over a split."""
+    """Returns the settings of COCO's average precision on a split."""
     kinds = ["bbox", "segm"] if masks else ["bbox"]
     return {"type": "CocoMetric", "ann_file": str(split.annotations.resolve()), "metric": kinds}
 
 
 def annotation_step(masks: bool) -> dict[str, Any]:
-    """The pipeline step that reads boxes, and masks where the model learns them."""
+    """Returns the pipeline step that loads boxes, and masks if asked for."""
     return {"type": "LoadAnnotations", "with_bbox": True, "with_mask": masks}
 
 
 def test_settings(about: ArtifactConfig, split: CocoSplit) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How `tuning.measure` reads this split, and its metric: of masks too, where model and split have them.
+    """Returns the `loader` and `metric` settings of `finetune.evaluate` for a split.
+
+    Masks are measured too where model and split have them.
 
     Raises:
         BadInput: the split has other classes than the artifact.
@@ -102,7 +104,7 @@ def test_settings(about: ArtifactConfig, split: CocoSplit) -> tuple[dict[str, An
 
 
 def set_pipelines(config: Any, channels: int, short_side: int, masks: bool) -> None:
-    """Read any format; resize to `short_side`, in training to 0.8 to 1.25 times that, and flip."""
+    """Sets the pipelines: any image format; `short_side`, in training times 0.8 to 1.25; flips."""
     scale = (round(short_side * LONGEST), short_side)
     read = {"type": "ReadImage", "channels": channels}
     config.train_dataloader.dataset.pipeline = [
@@ -122,12 +124,12 @@ def set_pipelines(config: Any, channels: int, short_side: int, masks: bool) -> N
 
 
 def default_short_side(train: CocoSplit) -> int:
-    """The median short side of the training images, at most 800 px, in whole multiples of 32."""
+    """Returns the median short side of the training images, at most 800 px, as a multiple of 32."""
     return max(min(800, round(train.median_short_side / 32) * 32), 32)
 
 
 def _set_classes(node: Any, classes: int) -> None:
-    """Every `num_classes` below `node`; what finds mere objects (RPN) has none in its settings."""
+    """Sets every `num_classes` below `node`; an RPN has no such setting."""
     if isinstance(node, dict):
         if "num_classes" in node:
             node["num_classes"] = classes

@@ -1,4 +1,4 @@
-"""From folders of images and label maps and an encoder to the configuration of a segmentor."""
+"""Configurations of UPerNet for an encoder and a dataset of images and label maps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def training_config(
     crop: int,
     resize: int | None = None,
 ) -> Any:
-    """The configuration of UPerNet, for this encoder and these images.
+    """Returns the training configuration of UPerNet for an encoder and a dataset.
 
     Raises:
         BadInput: options that do not fit.
@@ -41,12 +41,12 @@ def training_config(
     set_schedule(config, options, train.pairs, "mIoU")
     set_workers(config, options.workers)
     if config.train_dataloader.batch_size < 2:
-        raise BadInput("--batch-size: batch normalisation needs at least 2 images for every process")
+        raise BadInput("--batch-size: batch normalisation needs at least 2 images per process")
     return config
 
 
 def set_dataset(config: Any, train: LabelSplit, val: LabelSplit) -> None:
-    """Read these images and label maps, and give every head as many classes as they have."""
+    """Sets the dataset and the number of classes of every head."""
     for loader, split in (("train_dataloader", train), ("val_dataloader", val), ("test_dataloader", val)):
         replace_dataset(config[loader], partial(dataset_settings, split))
     config.val_evaluator = config.test_evaluator = metric_settings(val)
@@ -61,7 +61,7 @@ def set_dataset(config: Any, train: LabelSplit, val: LabelSplit) -> None:
 
 
 def dataset_settings(split: LabelSplit, pipeline: list[Any]) -> dict[str, Any]:
-    """Settings of mmseg's reader of a split."""
+    """Returns the settings of mmseg's dataset."""
     return {
         "type": "BaseSegDataset",
         "data_root": None,
@@ -76,17 +76,17 @@ def dataset_settings(split: LabelSplit, pipeline: list[Any]) -> dict[str, Any]:
 
 
 def metric_settings(split: LabelSplit) -> dict[str, Any]:
-    """Settings of the mean intersection over union of a split."""
+    """Returns the settings of the mean intersection over union on a split."""
     return {"type": "IoUMetric", "iou_metrics": ["mIoU"], "ignore_index": split.ignore_index}
 
 
 def annotation_step(reduce_zero_label: bool) -> dict[str, Any]:
-    """The pipeline step that reads label maps."""
+    """Returns the pipeline step that loads label maps."""
     return {"type": "LoadAnnotations", "reduce_zero_label": reduce_zero_label}
 
 
 def test_settings(about: ArtifactConfig, split: LabelSplit) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How `tuning.measure` reads this split, and its metric.
+    """Returns the `loader` and `metric` settings of `finetune.evaluate` for a split.
 
     Raises:
         BadInput: the split has other classes than the artifact.
@@ -97,7 +97,7 @@ def test_settings(about: ArtifactConfig, split: LabelSplit) -> tuple[dict[str, A
 
 
 def set_pipelines(config: Any, channels: int, crop: int, resize: int | None, reduce_zero_label: bool) -> None:
-    """Read any format; train on crops of images at 0.5 to 2 times their size, test on whole ones."""
+    """Sets the pipelines: any image format; crops at 0.5 to 2 times the size; whole test images."""
     read = {"type": "ReadImage", "channels": channels}
     labels = annotation_step(reduce_zero_label)
     exactly = [{"type": "Resize", "scale": (resize * 4, resize), "keep_ratio": True}] if resize else []

@@ -1,4 +1,4 @@
-"""Time an artifact in PyTorch and in every file exported of it, side by side."""
+"""Measure the latency of an artifact in PyTorch and in all files exported from it, side by side."""
 
 from __future__ import annotations
 
@@ -15,94 +15,96 @@ from coma.errors import BadInput
 from coma.preflight import require_file
 from coma.ranges import BATCH, SIDE, Range, Ranged
 from coma.runtimes.shape_ranges import Shape, check_pixels
-from export.commands.output import disk_errors, stoppable
+from coma.signals import sigterm_interrupts
+from export.output import disk_errors
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from coma.artifact import ArtifactConfig
     from coma.runtimes.model_spec import GraphKind
-    from export.benchmark import Contender, NotRun, Row
+    from export.benchmark import LoadedModel, NotRun, Row
     from export.image_sets import ImageSet
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig(Ranged):
-    """Time an artifact in PyTorch and in every file exported of it, side by side.
+    """Measure the latency of an artifact in PyTorch and in all files exported from it, side by side.
 
-    All run in turns, warm, so that whatever else the machine does disturbs them alike. Compute is from
-    tensors, on the device already, to outputs; end to end is from the bytes of image files, decoding and
-    resizing in one thread included. What cannot be run is listed with the reason.
+    All models run warm and in turns, so that disturbances affect them alike. "Compute" is the time from
+    tensors on the device to outputs; "end to end" is the time from the bytes of image files, with decoding
+    and resizing in one thread. Models that cannot run are listed with the reason.
     """
 
     artifact: Annotated[Path, tyro.conf.Positional]
-    """Of any kind: backbone, pretrained, classifier, segmentor, detector."""
+    """Artifact directory of any kind: backbone, pretrained, classifier, segmentor or detector."""
     exports: Path | None = None
-    """Folder that coma export wrote (default: export beside the artifact, if it is there)."""
+    """Folder that coma export wrote (default: the folder export beside the artifact, if it exists)."""
     graph: Literal["encoder", "reconstructor"] | None = None
-    """Of a pre-trained artifact: which half of it (default: encoder)."""
+    """Graph of a pre-trained artifact (default: encoder)."""
     device: Literal["cpu", "cuda", "tensorrt"] = "cpu"
-    """Where .onnx files run, by ONNX Runtime's provider of that name; PyTorch runs on the same processor.
-    Engines run wherever there is a GPU."""
+    """ONNX Runtime execution provider for .onnx files; PyTorch runs on the same device. Engines run on any
+    GPU."""
     batch: str = "1,8"
-    """Images at a time, with commas between."""
+    """Batch sizes, separated by commas."""
     size: str | None = None
-    """Height and width in pixels, HxW (default: as it was trained)."""
-    seconds: Annotated[float, Range(0, 86400, above=True)] = 2.0
-    """How long each is run at each batch, and as long again from end to end; at least five times."""
+    """Image height and width in pixels, HxW (default: the training size)."""
+    benchmark_seconds: Annotated[float, Range(0, 86400, above=True)] = 2.0
+    """Seconds to time each model at each batch size, once for compute and once end to end; at least five
+    runs."""
     compile: bool = False
-    """Also PyTorch compiled by torch.compile, which takes a minute or more for each batch."""
+    """Also time PyTorch with torch.compile, which compiles for a minute or more per batch size."""
     threads: Annotated[int | None, Range(1, 4096)] = None
-    """Of a CPU, for PyTorch and ONNX Runtime alike (default: what PyTorch takes)."""
+    """CPU threads of PyTorch and ONNX Runtime (default: PyTorch's number)."""
     images: Path | None = None
-    """What is shown: a folder, .npz or .tar shards (default: photographs that came with scikit-image)."""
+    """Input images: a folder, .npz or .tar shards (default: photographs bundled with scikit-image)."""
     out: Path | None = None
-    """Also write the results to this file, as JSON, with machine and versions."""
+    """JSON file for the results, the machine and the versions."""
 
 
 def run(argv: list[str]) -> None:
-    """Parse, load, time, print a table.
+    """Parses the arguments, loads the models, times them and prints a table.
 
     Raises:
-        BadInput: settings, artifacts, images or files that cannot be used.
+        BadInput: settings, an artifact, images or files that cannot be used.
     """
-    given = parse_arguments(BenchmarkConfig, argv, prog="coma benchmark")
-    batches = parse_batches(given.batch)
-    if given.out:
-        require_file(given.out)  # now, not after minutes of measuring
+    config = parse_arguments(BenchmarkConfig, argv, prog="coma benchmark")
+    batches = parse_batches(config.batch)
+    if config.out:
+        require_file(config.out)  # now, not after minutes of measuring
 
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(given.threads or before)
+    torch.set_num_threads(config.threads or before)
     try:
-        with stoppable(), disk_errors(given.out or given.artifact):
-            _benchmark(given, batches)
+        with sigterm_interrupts("no results were written"), disk_errors(config.out or config.artifact):
+            _benchmark(config, batches)
     finally:
         torch.set_num_threads(before)
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
-    """`1,8`, each once.
+    """Parses batch sizes such as `1,8` and drops repetitions.
 
     Raises:
-        BadInput: anything but numbers from 1, with commas between.
+        BadInput: something other than positive integers separated by commas.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and len(part) < 20 for part in parts):
-        raise BadInput(f"--batch {text!r}: give whole numbers with commas between, for example 1,8")
+        raise BadInput(f"--batch {text!r}: give whole numbers separated by commas, for example 1,8")
     batches = tuple(dict.fromkeys(map(int, parts)))
     BATCH.check("--batch", batches)
     return batches
 
 
 def parse_size(text: str | None, config: ArtifactConfig, graph: GraphKind) -> tuple[int, int]:
-    """`224x224`, height first; None: the size that this graph was trained on.
+    """Parses a height and width such as `224x224`; without a text, returns the training size of the graph.
 
     Raises:
-        BadInput: not two numbers, or less than a mask unit.
+        BadInput: something other than two numbers, or a side smaller than a mask unit.
     """
     from export.graphs.load import size_of
 
@@ -121,7 +123,7 @@ def parse_size(text: str | None, config: ArtifactConfig, graph: GraphKind) -> tu
 
 
 def choose_graph(wanted: str | None, artifact: Path, kind: str) -> GraphKind:
-    """The graph that is compared.
+    """Returns the graph to time: the wanted one, or the first of the artifact.
 
     Raises:
         BadInput: the artifact has no such graph.
@@ -131,12 +133,10 @@ def choose_graph(wanted: str | None, artifact: Path, kind: str) -> GraphKind:
     for graph in GRAPH_KINDS[kind]:
         if wanted in (None, graph):
             return graph
-    raise BadInput(
-        f"--graph {wanted}: {artifact} is a {kind}; of it there is {' and '.join(GRAPH_KINDS[kind])}"
-    )
+    raise BadInput(f"--graph {wanted}: {artifact} is a {kind}; its graph is {' or '.join(GRAPH_KINDS[kind])}")
 
 
-def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
+def _benchmark(config: BenchmarkConfig, batches: tuple[int, ...]) -> None:
     from rich.console import Console
 
     from coma.artifact import load_artifact
@@ -144,35 +144,35 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
     from coma.runtimes.manifest import machine, versions
     from export.benchmark import busy_note
 
-    config = load_artifact(given.artifact).config
-    graph = choose_graph(given.graph, given.artifact, config.kind)
-    size = parse_size(given.size, config, graph)
+    artifact = load_artifact(config.artifact).config
+    graph = choose_graph(config.graph, config.artifact, artifact.kind)
+    size = parse_size(config.size, artifact, graph)
     check_pixels(Shape(max(batches), *size), "--batch and --size")
-    contenders, images, absent = _load(given, graph, config.model.channels, max(batches))
+    models, images, absent = _load(config, graph, artifact.model.channels, max(batches))
     note = busy_note(_threads())
     rows: list[Row] = []
     for batch in batches:
-        found, left_out = _measure(given, contenders, images, batch, size)
+        found, left_out = _measure(config, models, images, batch, size)
         rows += found
         absent += left_out
     if not rows:
-        raise BadInput(f"{given.artifact}: nothing could be run; " + "; ".join(_lines(absent)))
+        raise BadInput(f"{config.artifact}: no model could run; " + "; ".join(_lines(absent)))
     shown = str(images.selection)
     if len(images.pictures) < max(batches):
         shown += ", repeated in larger batches"
-    plain: dict[str, Any] = {
+    results: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "artifact": given.artifact.resolve().name,
-        "source": artifact_hash(given.artifact),
-        "kind": config.kind,
+        "artifact": config.artifact.resolve().name,
+        "source": artifact_hash(config.artifact),
+        "kind": artifact.kind,
         "graph": graph,
-        "device": given.device,
+        "device": config.device,
         "size": list(size),
         "threads": _threads(),
-        "seconds": given.seconds,
+        "seconds": config.benchmark_seconds,
         "images": shown,
         "left_out": images.selection.left_out,
-        "rows": [row.plain() for row in rows],
+        "rows": [row.to_dict() for row in rows],
         "not_run": [asdict(each) for each in absent],
         "note": note,
         "machine": machine(),
@@ -180,57 +180,60 @@ def _benchmark(given: BenchmarkConfig, batches: tuple[int, ...]) -> None:
     }
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=120)  # a file or a pipe: lines as long as they are
-    about = f"{given.artifact}: {graph}, {size[0]} x {size[1]} px, {shown}"
-    console.print(f"{about}\n{plain['machine']}, {plain['threads']} thread(s)", soft_wrap=True, markup=False)
+        console = Console(highlight=False, width=120)  # a file or a pipe takes long lines
+    title = f"{config.artifact}: {graph}, {size[0]} x {size[1]} px, {shown}"
+    console.print(
+        f"{title}\n{results['machine']}, {results['threads']} thread(s)", soft_wrap=True, markup=False
+    )
     for batch in dict.fromkeys(row.batch for row in rows):
         console.print(_table([row for row in rows if row.batch == batch], batch))
     for line in _lines(absent):
         console.print(f"not run  {line}", soft_wrap=True, markup=False)
     if note:
         console.print(f"note     {note}", soft_wrap=True, markup=False)
-    if given.out:
-        text = json.dumps(plain, indent=1) + "\n"
-        write_whole(given.out, lambda file: file.write(text.encode()))
-        console.print(f"results  {given.out}", soft_wrap=True, markup=False)
+    if config.out:
+        text = json.dumps(results, indent=1) + "\n"
+        write_whole(config.out, lambda file: file.write(text.encode()))
+        console.print(f"results  {config.out}", soft_wrap=True, markup=False)
 
 
 def _load(
-    given: BenchmarkConfig, graph: GraphKind, channels: int, most: int
-) -> tuple[list[Contender], ImageSet, list[NotRun]]:
+    config: BenchmarkConfig, graph: GraphKind, channels: int, most: int
+) -> tuple[list[LoadedModel], ImageSet, list[NotRun]]:
     from coma.progress import Progress
-    from export.benchmark import MOST_IMAGES, NotRun, exported, open_exports, open_torch
+    from export.benchmark import MOST_IMAGES, NotRun, list_exports, open_exports, open_torch
+    from export.config import folder_beside
     from export.image_sets import TIMING, read_image_set
-    from export.job import folder_beside
     from export.preprocessing import open_images
 
-    folder = given.exports or folder_beside(given.artifact)
+    folder = config.exports or folder_beside(config.artifact)
     with Progress() as progress:
-        progress.step("reading images and hashes of files")
-        entries, absent = exported(folder, given.artifact, graph, required=given.exports is not None)
-        images = read_image_set(open_images(given.images), channels, min(most, MOST_IMAGES), TIMING)
+        progress.step("reading images and file hashes")
+        entries, absent = list_exports(folder, config.artifact, graph, required=config.exports is not None)
+        images = read_image_set(open_images(config.images), channels, min(most, MOST_IMAGES), TIMING)
         if not images.files and graph != "reconstructor":
             absent.append(NotRun("end to end", f"{images.selection.location} holds no image files to decode"))
-        progress.step("loading PyTorch's model")
-        contenders, more = open_torch(given.artifact, graph, given.device, given.compile)
-        others, unfit = open_exports(folder, entries, given.device, _threads(), progress)
-    return [*contenders, *others], images, [*absent, *more, *unfit]
+        progress.step("loading the PyTorch model")
+        models, more = open_torch(config.artifact, graph, config.device, config.compile)
+        others, unfit = open_exports(folder, entries, config.device, _threads(), progress)
+    return [*models, *others], images, [*absent, *more, *unfit]
 
 
 def _measure(
-    given: BenchmarkConfig, contenders: list[Contender], images: ImageSet, batch: int, size: tuple[int, int]
+    config: BenchmarkConfig, models: list[LoadedModel], images: ImageSet, batch: int, size: tuple[int, int]
 ) -> tuple[list[Row], list[NotRun]]:
     from coma.progress import Progress
-    from export.benchmark import expected_seconds, measure, try_out
+    from export.benchmark import expected_seconds, measure, prepare_calls
 
+    seconds = config.benchmark_seconds
     with Progress() as progress:
-        calls, absent = try_out(contenders, images, batch, size, progress)
+        calls, absent = prepare_calls(models, images, batch, size, progress)
     if not calls:
         return [], absent
-    # no bar meanwhile: one that is drawn ten times a second would be measured too
-    lasts = expected_seconds(calls, given.seconds)
-    progress.say(f"batch {batch}: timing {len(calls)} calls in turns, about {max(lasts, 1):.0f} s")
-    return measure(calls, batch, given.seconds), absent
+    # no bar from here on: drawing it ten times a second would disturb the measurement
+    duration = expected_seconds(calls, seconds)
+    progress.say(f"batch {batch}: timing {len(calls)} calls in turns, about {max(duration, 1):.0f} s")
+    return measure(calls, batch, seconds), absent
 
 
 def _threads() -> int:
@@ -243,7 +246,7 @@ def _table(rows: list[Row], batch: int) -> Table:
     from rich.table import Table
 
     table = Table(title=f"batch of {batch}", title_justify="left")
-    for heading in ("", "model", "precision", "run by"):
+    for heading in ("", "model", "precision", "runtime"):
         table.add_column(heading, overflow="fold")
     for heading in ("p50 ms", "p90", "p99", "images/s", "speed"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -256,7 +259,7 @@ def _table(rows: list[Row], batch: int) -> Table:
         numbers = (timed.p50, timed.p90, timed.p99, timed.images_per_second)
         speed = "" if row.speed is None else f"{row.speed:.2f} x"
         table.add_row(what, row.name, row.precision, row.runtime, *map(_short, numbers), speed)
-    table.caption = "speed: of PyTorch's median time on the same device, how many times faster"
+    table.caption = "speed: median time of PyTorch on the same device, divided by that of the model"
     return table
 
 

@@ -31,7 +31,7 @@ from export.graphs.detection_ops import (
 )
 from export.graphs.detector_config import DetectorSettings, Regions, Settings, read_settings
 
-BEHIND_BACKBONE = ("pyramid.neck.*", "[!p]*")
+AFTER_BACKBONE = ("pyramid.neck.*", "[!p]*")
 """Layers of a detector after its encoder, as patterns of module paths: the neck, and all but `pyramid`."""
 
 Detections = tuple[Tensor, ...]

@@ -74,8 +74,14 @@ def load_exportable(directory: Path, graph: GraphKind) -> ExportableModel:
     return ExportableModel(module.eval().requires_grad_(False), spec)
 
 
+def named_examples(spec: ModelSpec, batch: int, height: int, width: int) -> dict[str, Tensor]:
+    """Returns example inputs by name; see `example_inputs`."""
+    examples = example_inputs(spec, batch, height, width)
+    return {each.name: example for each, example in zip(spec.inputs, examples, strict=True)}
+
+
 def example_inputs(spec: ModelSpec, batch: int, height: int, width: int) -> tuple[Tensor, ...]:
-    """Inputs of that many images of so many pixels, drawn at random; of a reconstructor every other unit."""
+    """Returns random images of a size and, for a reconstructor, masks with every other unit visible."""
     generator = torch.Generator().manual_seed(0)
     channels = cast(int, spec.inputs[0].axes[1])
     images = torch.randn(batch, channels, height, width, generator=generator)
@@ -106,7 +112,9 @@ def preprocessing_of(config: ArtifactConfig, graph: GraphKind = "encoder") -> Pr
         return rule
     step = resizes[0]
     if len(resizes) > 1 or step["type"] != "Resize" or "scale" not in step or not step.get("keep_ratio"):
-        raise BadInput(f"images resized by {resizes} cannot be exported; one Resize that keeps the ratio can")
+        raise BadInput(
+            f"images resize_image by {resizes} cannot be exported; one Resize that keeps the ratio can"
+        )
     short, long = sorted(int(side) for side in step["scale"])
     return replace(rule, resize="keep-ratio", size=(short, long))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coma.errors import BadInput
-from export.onnx_export import check_graph, save
+from export.onnx_export import check_graph, save_onnx
 from export.quantization.calibration import Batch, Method, activation_ranges
 from export.quantization.qdq import INT8, Codes, Product, at_opset, fp8_codes, insert_qdq, weight_matmuls
 
@@ -23,7 +23,7 @@ class Quantized:
 
     layers: tuple[str, ...]
     """Of the products in 8 bits, in the order of the graph."""
-    kept: tuple[str, ...]
+    excluded: tuple[str, ...]
     """Of products with constant weights that stayed in float."""
     ranges: dict[str, float]
     """Of every quantised activation, the magnitude of its largest number."""
@@ -36,8 +36,8 @@ def quantize_int8(
     method: Method = "percentile",
     *,
     percentile: float = 99.99,
-    keep: Sequence[str] = (),
-    keep_first: bool = True,
+    exclude: Sequence[str] = (),
+    exclude_first: bool = True,
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Quantized:
@@ -49,8 +49,8 @@ def quantize_int8(
         batches: Inputs by name, like those to be seen later: a hundred images are plenty.
         method: How far activations reach; see `calibration`.
         percentile: For the method of that name.
-        keep: Layers that stay in float, by module path, with * and ?: "backbone.stages.0.*".
-        keep_first: The first layer stays in float too; its input would be the image in 8 bits.
+        exclude: Layers that stay in float, by module path, with * and ?: "backbone.stages.0.*".
+        exclude_first: The first layer stays in float too; its input would be the image in 8 bits.
         metadata: Entries to add to what the source says of itself, or to put in place of it.
         progress: Told the number of batches done, after each.
 
@@ -58,7 +58,7 @@ def quantize_int8(
         BadInput: no batches, a source without layers to quantise, or a pattern in `keep` that fits none.
         CheckFailed: an activation that is not finite.
     """
-    chosen = _Chosen.of(source, keep, keep_first)
+    chosen = _Chosen.of(source, exclude, exclude_first)
     ranges = activation_ranges(
         chosen.model, chosen.tensors, batches, method, percentile=percentile, progress=progress
     )
@@ -70,8 +70,8 @@ def quantize_fp8(
     target: Path,
     batches: Iterable[Batch],
     *,
-    keep: Sequence[str] = (),
-    keep_first: bool = True,
+    exclude: Sequence[str] = (),
+    exclude_first: bool = True,
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Quantized:
@@ -85,8 +85,8 @@ def quantize_fp8(
         source: See `quantize_int8`; so are the others.
         target: Is replaced at the end, or left as it was.
         batches: Inputs by name.
-        keep: Layers that stay in float.
-        keep_first: The first layer too.
+        exclude: Layers that stay in float.
+        exclude_first: The first layer too.
         metadata: Entries to add or to replace.
         progress: Told the number of batches done, after each.
 
@@ -94,7 +94,7 @@ def quantize_fp8(
         BadInput: see `quantize_int8`.
         CheckFailed: see `quantize_int8`.
     """
-    chosen = _Chosen.of(source, keep, keep_first)
+    chosen = _Chosen.of(source, exclude, exclude_first)
     ranges = activation_ranges(chosen.model, chosen.tensors, batches, "minmax", progress=progress)
     return chosen.write(target, ranges, metadata or {}, fp8_codes(), per_channel=False)
 
@@ -105,10 +105,10 @@ class _Chosen:
 
     model: ModelProto
     changed: list[Product]
-    kept: list[Product]
+    excluded: list[Product]
 
     @classmethod
-    def of(cls, source: Path, keep: Sequence[str], keep_first: bool) -> _Chosen:
+    def of(cls, source: Path, exclude: Sequence[str], exclude_first: bool) -> _Chosen:
         import onnx
         from onnx import TensorProto
 
@@ -116,14 +116,14 @@ class _Chosen:
         products = list(weight_matmuls(model.graph))
         if any(each.data_type == TensorProto.BFLOAT16 for each in products):
             raise BadInput(f"{source}: layers in bf16; quantise an export in fp32 or fp16")
-        for pattern in keep:
+        for pattern in exclude:
             if not any(fnmatchcase(each.layer, pattern) for each in products):
                 known = ", ".join(each.layer for each in products[:3])
                 raise BadInput(f"{source}: no layer is called {pattern!r}; its layers are {known}, ...")
         kept = [
             each
             for index, each in enumerate(products)
-            if (keep_first and not index) or any(fnmatchcase(each.layer, pattern) for pattern in keep)
+            if (exclude_first and not index) or any(fnmatchcase(each.layer, pattern) for pattern in exclude)
         ]
         changed = [each for each in products if each not in kept]
         if not changed:
@@ -151,7 +151,7 @@ class _Chosen:
         said = {each.key: each.value for each in model.metadata_props} | dict(metadata)
         helper.set_model_props(model, said)
         check_graph(model)
-        save(model, target)
+        save_onnx(model, target)
         return Quantized(
-            tuple(each.layer for each in self.changed), tuple(each.layer for each in self.kept), ranges
+            tuple(each.layer for each in self.changed), tuple(each.layer for each in self.excluded), ranges
         )

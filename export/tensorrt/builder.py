@@ -14,7 +14,7 @@ from typing import Any
 
 from coma.atomic_io import sha256_of
 from coma.errors import BadInput, CheckFailed, Interrupted
-from coma.library_errors import library_errors, require_packages
+from coma.library_errors import library_errors, load_packages
 from coma.runtimes.model_spec import ModelSpec
 from coma.runtimes.tensorrt.callbacks import Progress, make_logger, make_monitor
 from coma.runtimes.tensorrt.discovery import Flavour, Library, load_library, require_gpu
@@ -66,7 +66,7 @@ def build_engine(
     options = options or EngineOptions()
     spec = _description(onnx_path)
     library = load_library(flavour)
-    gpu, driver = require_gpu(options.gpu) if flavour == "tensorrt" else (None, None)
+    gpu, driver = require_gpu() if flavour == "tensorrt" else (None, None)
     try:
         plan = compile_plan(library, onnx_path, profiles, options, progress)
     except KeyboardInterrupt:
@@ -90,7 +90,7 @@ def build_engine(
 
 
 def _description(onnx_path: Path) -> ModelSpec:
-    require_packages("onnx")
+    load_packages("onnx")
     import onnx
 
     from coma.runtimes.model_spec import read_model_spec
@@ -144,10 +144,6 @@ def _compile(
 ) -> Plan:
     started = time.perf_counter()
     trt = library.module
-    if library.flavour == "tensorrt" and options.gpu:
-        import torch
-
-        torch.cuda.set_device(options.gpu)  # TensorRT builds on the current device of its thread
     with library_errors(f"{onnx_path}: {library.title} failed"):
         logger = make_logger(trt)
         trt.init_libnvinfer_plugins(logger, "")
@@ -194,10 +190,9 @@ def configure(trt: Any, config: Any, options: EngineOptions) -> None:
         trt.BuilderFlag.TF32: options.tf32,
         trt.BuilderFlag.VERSION_COMPATIBLE: options.version_compatible,
         trt.BuilderFlag.REFIT: options.refit,
-        trt.BuilderFlag.STRIP_PLAN: options.strip_plan,
     }
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
-    config.builder_optimization_level = options.optimization_level
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
+    config.builder_optimization_level = options.builder_level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector; costs no time
     config.hardware_compatibility_level = levels[options.hardware_compatibility]
     for flag, wanted in flags.items():

@@ -1,1 +1,1 @@
-"""Nothing leaves without having been compared with PyTorch on real images."""
+"""Verification of exported files against PyTorch on real images."""

@@ -1,7 +1,8 @@
-"""Where a refused file begins to differ: the first module whose output is off.
+"""Locates the error of a rejected file: finds the first module whose output differs from PyTorch's.
 
-torch's exporter writes into every node the modules it came from. The last node of a module gives the module's
-output, which a hook gives on PyTorch's side; marked as outputs of the graph, all are compared in one run.
+torch's exporter records in every node the modules that it came from. The last node of a module computes the
+module's output, which a hook captures in PyTorch. All of them become outputs of the graph and are compared in
+one run.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finding:
-    """Where an error starts.
+    """Module where an error starts.
 
     Attributes:
-        module: The first module, in the order of computing, whose output is beyond the limit.
-        cosine: Of its output.
-        before: The last module that was within it; None where there was none.
+        module: First module, in the order of computation, whose output exceeds the tolerance.
+        cosine: Cosine similarity of its output.
+        before: Last module within the tolerance, or None.
     """
 
     module: str
@@ -37,7 +38,7 @@ class Finding:
     before: str | None
 
     def __str__(self) -> str:
-        after = f", after {self.before} was right" if self.before else ", the first module that can be seen"
+        after = f"; {self.before} is correct" if self.before else "; the first module that can be compared"
         return f"the error starts in {self.module} (cosine {self.cosine:.4f}{after})"
 
 
@@ -49,25 +50,25 @@ def locate(
     *,
     exported: Sequence[Tensor] | None = None,
 ) -> Finding | None:
-    """The first module whose output in the file is not PyTorch's.
+    """Finds the first module whose output in the file differs from PyTorch's.
 
     Args:
-        module: In fp32.
-        model: The file's graph; its node names say which modules they belong to.
-        inputs: Of the module.
-        limit: Least cosine similarity.
-        exported: Inputs of the file, where they differ (uint8 pixels).
+        module: The model in fp32.
+        model: The graph, whose nodes name the modules that they belong to.
+        inputs: Inputs of the module.
+        limit: Minimum cosine similarity.
+        exported: Inputs of the file if they differ (uint8 pixels).
 
     Returns:
-        None where no module can be told apart as wrong.
+        None if no module can be identified.
     """
     wanted = module_outputs(module, inputs)
     values = {name: value for name, value in module_values(model).items() if name in wanted}
     found = _run(model, values, exported or inputs)
     before = None
-    for name, expected in wanted.items():  # in the order in which they were computed
+    for name, expected in wanted.items():  # in the order of computation
         if name not in found or found[name].numel() != expected.numel():
-            continue  # what a module gives was changed or fused away
+            continue  # the output was changed or fused away
         similarity = cosine(expected.double().flatten(), found[name].double().flatten())
         if not similarity >= limit:
             return Finding(name, similarity, before)
@@ -76,7 +77,7 @@ def locate(
 
 
 def module_outputs(module: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    """What every part of a model gives, by its name, in the order of computing; parts that run once."""
+    """Returns the outputs of all modules that run once, by name, in the order of computation."""
     outputs: dict[str, Tensor] = {}
     runs: dict[str, int] = {}
 
@@ -99,7 +100,7 @@ def module_outputs(module: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Ten
 
 
 def module_values(model: onnx.ModelProto) -> dict[str, str]:
-    """The value in the graph that each module gives: the output of the last node that came from it."""
+    """Returns the value in the graph that each module computes: the output of its last node."""
     values: dict[str, str] = {}
     for node in model.graph.node:
         values |= dict.fromkeys(modules_of(node), node.output[0])

@@ -1,4 +1,4 @@
-"""How far two results lie apart: one image's outputs at a time, gathered over all of them."""
+"""Errors between the outputs of PyTorch and of a file, accumulated image by image."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 SURE = 0.3
-"""Least score of the reference's detections that have to be found again."""
-_BEST = 10  # of each image where none is sure
-_SAME_PLACE = 0.9  # intersection over union
+"""Minimum score of the reference's detections that must match."""
+_BEST = 10  # detections per image if none has that score
+_SAME_PLACE = 0.9  # minimum intersection over union of a match
 
 
 @dataclass
-class Difference:
-    """Of one output, over all that was compared.
+class OutputError:
+    """Error of one output over all images.
 
     Attributes:
-        cosine: Least cosine similarity of an image; of whole numbers not taken.
-        relative: Largest norm of an image's error over that of PyTorch's values: what a cosine cannot see, a
-            wrong scale, it does.
-        max: Largest absolute error.
-        p99_9: Largest 99.9th percentile of the absolute error of an image.
-        largest: Largest absolute value of PyTorch's.
-        compared: Values that were compared.
+        cosine: Minimum cosine similarity of an image; floating-point outputs only.
+        relative: Maximum relative error (norm of the error over norm of PyTorch's output) of an image;
+            detects a wrong scale, which the cosine does not.
+        max: Maximum absolute error.
+        p99_9: Maximum 99.9th percentile of the absolute error of an image.
+        largest: Maximum absolute value of PyTorch's output.
+        compared: Number of compared values.
         total: Sum of the absolute errors.
-        same: Whole numbers that are equal, or detections that were found again.
-        counted: How many of them there were.
-        finite: Neither NaN nor infinite values.
+        same: Number of equal integers, or of matching detections.
+        counted: Number of integers or detections.
+        finite: Whether all values are finite.
     """
 
     cosine: float = 1.0
@@ -51,11 +51,11 @@ class Difference:
 
     @property
     def agreement(self) -> float | None:
-        """Share of whole numbers, or detections, that are the same; None of other outputs."""
+        """Share of equal integers or matching detections; None for other outputs."""
         return self.same / self.counted if self.counted else None
 
     def add(self, wanted: Tensor, found: Tensor) -> None:
-        """One image's values, floats, of any shape."""
+        """Adds the floating-point values of one image, of any shape."""
         if not (wanted.isfinite().all() and found.isfinite().all()):
             self.finite = False
             self.cosine, self.relative, self.max, self.p99_9 = -1.0, inf, inf, inf
@@ -74,36 +74,36 @@ class Difference:
         self.total += error.sum().item()
 
     def count(self, same: int, of: int) -> None:
-        """Some whole numbers, or detections."""
+        """Adds integers or detections."""
         self.same += same
         self.counted += of
 
 
 def cosine(wanted: Tensor, found: Tensor) -> float:
-    """Cosine similarity of two vectors; 1 where both are zero."""
+    """Returns the cosine similarity of two vectors; 1 if both are zero."""
     if not wanted.any() and not found.any():
         return 1.0
     return F.cosine_similarity(wanted, found, dim=0).item()
 
 
 def relative_error(wanted: Tensor, error: Tensor) -> float:
-    """|error| / |wanted|; 0 where both are zero."""
+    """Returns |error| / |wanted|; 0 if both are zero."""
     off, size = error.norm().item(), wanted.norm().item()
     return off / size if size else (inf if off else 0.0)
 
 
 @dataclass
-class Differences:
-    """Of all outputs of a file, by name."""
+class OutputErrors:
+    """Errors of all outputs of a file by name."""
 
-    outputs: dict[str, Difference] = field(default_factory=dict)
+    outputs: dict[str, OutputError] = field(default_factory=dict)
 
-    def of(self, name: str) -> Difference:
-        """The difference of one output."""
-        return self.outputs.setdefault(name, Difference())
+    def of(self, name: str) -> OutputError:
+        """Returns the error of one output."""
+        return self.outputs.setdefault(name, OutputError())
 
     def add(self, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-        """One image's outputs, without a batch axis."""
+        """Adds the outputs of one image, without a batch axis."""
         if "boxes" in wanted:
             self._add_detections(wanted, found)
             return
@@ -114,8 +114,8 @@ class Differences:
                 self.of(name).count(int((values == found[name]).sum()), values.numel())
 
     def _add_detections(self, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-        # near-equal scores decide the order of detections: they are matched first, and both ways, so that one
-        # that is there twice, or invented, counts like one that is missing
+        # nearly equal scores make the order of detections arbitrary, so they are matched first; both ways, so
+        # that duplicates and inventions count like missing detections
         for name in ("boxes", "scores"):
             if not found[name].isfinite().all() or not wanted[name].isfinite().all():
                 self.of(name).add(wanted[name], found[name])
@@ -131,14 +131,15 @@ class Differences:
 
 
 def match(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[list[tuple[int, int]], int]:
-    """Detections of one image that are the same: of one class, and nearly in one place.
+    """Matches detections of one image that have the same class and nearly the same box.
 
     Args:
-        wanted: boxes `[n, 4]`, scores `[n]`, labels `[n]`, likeliest first; empty slots have the score 0.
-        found: Likewise.
+        wanted: boxes `[n, 4]`, scores `[n]` in descending order, and labels `[n]`; empty slots have score 0.
+        found: Detections in the same form.
 
     Returns:
-        Pairs of places in the two lists, and how many were sought: those of at least `SURE`, or the best few.
+        Pairs of indices into the two lists, and the number of detections to match: those with a score of at
+        least `SURE`, or the best few.
     """
     there = int((wanted["scores"] > 0).sum())
     sought = int((wanted["scores"] >= SURE).sum()) or min(there, _BEST)
@@ -155,7 +156,7 @@ def match(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[list[tup
 
 
 def split_pixels(images: Tensor, visible: Tensor, unit: int) -> tuple[Tensor, Tensor]:
-    """Pixels of hidden and of visible mask units: of `[c, H, W]`, by bool `[h, w]`, two of `[c, n]`."""
+    """Returns the pixels `[c, n]` of hidden and of visible units of `[c, H, W]`; `visible`: bool `[h, w]`."""
     height, width = images.shape[1:]
     shown = visible.repeat_interleave(unit, 0).repeat_interleave(unit, 1)[:height, :width]
     return images[:, ~shown], images[:, shown]

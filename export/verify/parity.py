@@ -1,7 +1,8 @@
-"""The gate: a runtime against PyTorch, on images, at several sizes and batches.
+"""Parity of an exported file with PyTorch on images, at several batch sizes and image sizes.
 
-Both sides start from the same decoded images. PyTorch sees them prepared as its artifact says, the file as
-the file says: what is compared is the whole way from pixels to outputs, mean and deviation included.
+Both sides start from the same decoded images. PyTorch gets them preprocessed as the artifact specifies, the
+file as the file specifies, so the comparison covers the whole way from pixels to outputs, normalisation
+included.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from coma.masking.patchify import unit_grid
 from coma.runtimes.base import Runtime
 from coma.runtimes.model_spec import ModelSpec
 from coma.runtimes.shape_ranges import Shape, Shapes
-from export.preprocessing import as_input, resized
-from export.verify.errors import Difference, Differences, split_pixels
+from export.preprocessing import resize_image, to_input
+from export.verify.errors import OutputError, OutputErrors, split_pixels
 from export.verify.tolerances import TOLERANCES
 
 Progress = Callable[[int, int], None]
@@ -29,27 +30,27 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ParityResult:
-    """What the gate found.
+    """Result of a verification.
 
     Attributes:
-        shapes: At which the file was run.
-        images: How many different ones.
-        outputs: How far apart the outputs were, by name.
-        failures: Why the file is refused; empty where it passed.
+        shapes: Shapes at which the file ran.
+        images: Number of different images.
+        outputs: Errors of the outputs by name.
+        failures: Reasons for which the file is rejected; empty if it passed.
     """
 
     shapes: tuple[Shape, ...]
     images: int
-    outputs: dict[str, Difference]
+    outputs: dict[str, OutputError]
     failures: tuple[str, ...]
 
     @property
     def passed(self) -> bool:
-        """Nothing failed."""
+        """Whether the file passed."""
         return not self.failures
 
-    def plain(self) -> dict[str, Any]:
-        """For JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the values for JSON."""
         return {
             "passed": self.passed,
             "failures": list(self.failures),
@@ -70,13 +71,13 @@ class ParityResult:
 
 
 def shapes_to_run(shapes: Shapes, unit: int) -> tuple[Shape, ...]:
-    """Batches of 1, 2, the usual and the most; least, opt, largest and odd sizes: all that are allowed."""
+    """Returns the shapes to verify: small, optimal and maximum batches; minimum, maximum and odd sizes."""
     opt = shapes.opt
     odd = (opt.height + unit // 2 + 1, max(opt.width - 5, unit))
     sizes = [(s.height, s.width) for s in (opt, shapes.min, shapes.max)]
     wanted = [Shape(batch, *sizes[0]) for batch in (1, 2, opt.batch, shapes.max.batch)]
     odds = [odd, (odd[1], odd[0])]
-    if not any(shapes.allows(Shape(shapes.min.batch, *size)) for size in odds):  # nothing beyond the usual
+    if not any(shapes.allows(Shape(shapes.min.batch, *size)) for size in odds):  # none is larger
         below = (max(opt.height - unit // 2 - 1, unit), max(opt.width - 5, unit))
         odds = [below, (below[1], below[0])]
     wanted += [Shape(shapes.min.batch, *size) for size in (*sizes, *odds)]
@@ -90,17 +91,17 @@ def verify(
     pictures: Sequence[np.ndarray],
     progress: Progress | None = None,
 ) -> ParityResult:
-    """Run both and compare, image by image.
+    """Runs both and compares their outputs image by image.
 
     Args:
-        reference: PyTorch, fp32.
-        runtime: What was exported.
-        shapes: What it was exported for.
+        reference: PyTorch in fp32.
+        runtime: Runtime of the exported file.
+        shapes: Shapes that the file takes.
         pictures: Decoded images `[H, W, c]`.
-        progress: Told how many shapes of how many are done.
+        progress: Receives the number of finished shapes and their total.
     """
     spec = runtime.spec
-    differences = Differences()
+    differences = OutputErrors()
     failures: list[str] = []
     seen: set[int] = set()
     run = shapes_to_run(shapes, spec.unit)
@@ -108,7 +109,7 @@ def verify(
     for number, shape in enumerate(run):
         numbers = [i % len(pictures) for i in range(max(shape.batch, 1))]
         batches = [numbers]
-        if shape.batch < len(pictures) and number == 0:  # once, at the usual size: all images
+        if shape.batch < len(pictures) and number == 0:  # all images once, at the optimal size
             starts = range(0, len(pictures), shape.batch)
             batches = [[i % len(pictures) for i in range(start, start + shape.batch)] for start in starts]
         for batch in batches:
@@ -121,37 +122,37 @@ def verify(
                 break
         if progress:
             progress(number + 1, len(run))
-    failures += judge(differences.outputs, spec)
+    failures += find_failures(differences.outputs, spec)
     return ParityResult(run, len(seen), differences.outputs, tuple(failures))
 
 
-def judge(outputs: dict[str, Difference], spec: ModelSpec) -> list[str]:
-    """What is beyond the limits of the file's precision; NaN always is."""
-    gate = TOLERANCES[spec.precision]
+def find_failures(outputs: dict[str, OutputError], spec: ModelSpec) -> list[str]:
+    """Returns the errors that exceed the tolerances of the precision; NaN always does."""
+    limits = TOLERANCES[spec.precision]
     failures = []
     for name, each in outputs.items():
         if not each.finite:
             failures.append(f"{name} holds NaN or infinite values")
         elif not (each.compared or each.counted) and spec.graph != "detector":
-            failures.append(f"{name}: there was nothing to compare; give larger or more images")
+            failures.append(f"{name}: no values to compare; give larger or more images")
         elif each.compared and not each.largest:
-            failures.append(f"{name} is zero everywhere, in PyTorch too: that compares nothing")
-        elif each.compared and each.cosine < gate.cosine:
-            failures.append(f"{name}: cosine {each.cosine:.6f} is below {gate.cosine}")
-        elif each.compared and each.relative > gate.relative:
-            failures.append(f"{name}: relative error {each.relative:.4f} is above {gate.relative:.4f}")
-        agreement, least = each.agreement, gate.found if name == "labels" else gate.agreement
+            failures.append(f"{name} is zero everywhere, in PyTorch too, so the comparison is empty")
+        elif each.compared and each.cosine < limits.cosine:
+            failures.append(f"{name}: cosine {each.cosine:.6f} is below {limits.cosine}")
+        elif each.compared and each.relative > limits.relative:
+            failures.append(f"{name}: relative error {each.relative:.4f} is above {limits.relative:.4f}")
+        agreement, least = each.agreement, limits.found if name == "labels" else limits.agreement
         if agreement is not None and agreement < least:
             failures.append(f"{name}: {agreement:.2%} agree, fewer than {least:.2%}")
     if spec.graph == "detector" and not outputs["labels"].counted:
-        failures.append("nothing was detected by PyTorch: give images with something to detect")
+        failures.append("PyTorch detected nothing; give images that show objects")
     return failures
 
 
 class _Reference:
     """PyTorch's outputs for each image and size, computed once.
 
-    Kept are those of the size that is being run, of the first `again` images: later batches hold no others.
+    It caches the outputs of the first `again` images at the current size; later batches use no others.
     """
 
     def __init__(self, runtime: Runtime, pictures: Sequence[np.ndarray], again: int) -> None:
@@ -162,13 +163,13 @@ class _Reference:
         self._known: dict[int, dict[str, Tensor]] = {}
 
     def __call__(self, number: int, height: int, width: int) -> dict[str, Tensor]:
-        """Outputs of one image, without a batch axis, on the CPU."""
+        """Returns the outputs of one image, without a batch axis, on the CPU."""
         if self._size != (height, width):
             self._size, self._known = (height, width), {}
         if number in self._known:
             return self._known[number]
         rule = self.runtime.spec.preprocessing
-        images = as_input([resized(self.pictures[number], rule, (height, width))], rule)
+        images = to_input([resize_image(self.pictures[number], rule, (height, width))], rule)
         others = _others(self.runtime.spec, [number], height, width)
         outputs = {name: each[0].cpu() for name, each in self.runtime(images, **others).items()}
         if number < self.again:
@@ -182,12 +183,12 @@ def _compare(
     numbers: Sequence[int],
     shape: Shape,
     pictures: Sequence[np.ndarray],
-    differences: Differences,
+    differences: OutputErrors,
 ) -> None:
     spec = runtime.spec
     height, width = shape.height, shape.width
     rule = spec.preprocessing
-    images = as_input([resized(pictures[i], rule, (height, width)) for i in numbers], rule)
+    images = to_input([resize_image(pictures[i], rule, (height, width)) for i in numbers], rule)
     others = _others(spec, numbers, height, width)
     found = {k: v.cpu() for k, v in runtime(images, **others).items()}
     for place, number in enumerate(numbers):
@@ -195,7 +196,7 @@ def _compare(
         _check_outputs(ours, found, len(numbers))
         theirs = {name: found[name][place] for name in ours}
         if spec.graph == "reconstructor":
-            if rule.normalize_in_graph:  # normalised again: of pixels, their mean is most
+            if rule.normalize_in_graph:  # normalises again, because the mean dominates pixel values
                 mean, std = (255 * torch.tensor(v).view(-1, 1, 1) for v in (rule.mean, rule.std))
                 theirs = {name: (values - mean) / std for name, values in theirs.items()}
             visible = others["visible"][place]
@@ -204,10 +205,10 @@ def _compare(
 
 
 def _check_outputs(wanted: dict[str, Tensor], found: dict[str, Tensor], batch: int) -> None:
-    """Refuse outputs that are not there, or of another size or type than PyTorch's of one image."""
+    """Refuses outputs that are missing, or whose shape or type differs from PyTorch's."""
     for name, values in wanted.items():
         if name not in found:
-            raise BadInput(f"it gives no {name}")
+            raise BadInput(f"output {name} is missing")
         expected = ((batch, *values.shape), values.dtype)
         if (tuple(found[name].shape), found[name].dtype) != expected:
             raise BadInput(
@@ -217,7 +218,7 @@ def _check_outputs(wanted: dict[str, Tensor], found: dict[str, Tensor], batch: i
 
 
 def _hidden_and_visible(outputs: dict[str, Tensor], visible: Tensor, unit: int) -> dict[str, Tensor]:
-    """A reconstruction in two: what was hidden, and the rest, which would drown its errors."""
+    """Splits a reconstruction into hidden units and visible ones, which would mask errors of the former."""
     parts = {}
     for name, values in outputs.items():
         parts[name], parts[f"{name} of visible units"] = split_pixels(values, visible, unit)
@@ -225,7 +226,7 @@ def _hidden_and_visible(outputs: dict[str, Tensor], visible: Tensor, unit: int) 
 
 
 def _others(spec: ModelSpec, numbers: Sequence[int], height: int, width: int) -> dict[str, Tensor]:
-    """What a reconstructor needs beside images: which units are visible, half of them, by the number."""
+    """Returns the mask of a reconstructor, with half of the units visible; the image number is the seed."""
     if spec.graph != "reconstructor":
         return {}
     rows, cols = unit_grid(height, width, spec.unit)

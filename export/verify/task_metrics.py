@@ -1,7 +1,7 @@
-"""What the task itself says: the same metric of PyTorch and of the file, in percent, on labelled images.
+"""Metrics of a task (top-1, AP, mIoU) on labelled images, in percent, for PyTorch and for exported files.
 
-Top-1 is computed here. AP and mIoU are computed by the room that made the model, with its library's own
-metrics, which announces itself under the entry points `coma.measure`.
+Top-1 is computed here. AP and mIoU are computed by the room that trained the model, with the metrics of its
+library; it registers them under the entry points `coma.measure`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from coma.errors import BadImage, BadInput
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import Selection, named
 from export.image_sets import name_in, reason_of
-from export.preprocessing import as_input, evenly, resized
+from export.preprocessing import evenly_spaced, resize_image, to_input
 
 Run = Callable[[Tensor], dict[str, Tensor]]
-"""Images `[1, c, H, W]` as the model takes them, normalised float32, to outputs by name."""
+"""Runs normalised float32 images `[1, c, H, W]` and returns outputs by name."""
 
 
 class Measure(Protocol):
-    """Of the entry points `coma.measure`: one for each kind of artifact."""
+    """Function behind an entry point `coma.measure`; there is one for each kind of artifact."""
 
     def __call__(self, directory: Path, data: Path, run: Run, most: int) -> dict[str, float]:
-        """Scores in percent of `run` on up to `most` validation images of the dataset at `data`."""
+        """Returns the scores of `run` in percent on up to `most` validation images of a dataset."""
         ...
 
 
 def top1(runtime: Runtime, source: Source, most: int) -> tuple[dict[str, float], Selection]:
-    """Returns the share of images whose likeliest class is their label, in percent, and those images.
+    """Returns the top-1 accuracy in percent, and the images that it was measured on.
 
     Raises:
         BadInput: no labels, classes that the model does not know, or no image that can be read.
@@ -53,47 +53,47 @@ def top1(runtime: Runtime, source: Source, most: int) -> tuple[dict[str, float],
     left_out: dict[str, str] = {}
     waiting: list[tuple[Tensor, int]] = []
 
-    def ask() -> None:
+    def run_batch() -> None:
         nonlocal right, seen
         if not waiting:
             return
         images = [image for image, _ in waiting]
-        images += images[:1] * (batch - len(images))  # of a fixed batch the last may not be full
-        guessed = runtime(as_input(images, rule))["logits"].argmax(dim=1).tolist()
+        images += images[:1] * (batch - len(images))  # fills up the last batch of a fixed size
+        guessed = runtime(to_input(images, rule))["logits"].argmax(dim=1).tolist()
         right += sum(guess == label for guess, (_, label) in zip(guessed, waiting, strict=False))
         seen += len(waiting)
         waiting.clear()
 
-    for i in evenly(len(source), most):
+    for i in evenly_spaced(len(source), most):
         try:
             pixels = source.read(i, int(channels))
         except BadImage as error:
             left_out[name_in(source, i)] = reason_of(error, source, i)
             continue
-        waiting.append((resized(pixels, rule, (height, width)), labels[i]))
+        waiting.append((resize_image(pixels, rule, (height, width)), labels[i]))
         if len(waiting) == batch:
-            ask()
-    ask()
+            run_batch()
+    run_batch()
     if not seen:
         raise BadInput(f"{source.location}: no image can be read: {named(left_out)}")
     return {"top-1": 100 * right / seen}, Selection(str(source.location), seen, len(source), left_out)
 
 
 def measure(runtime: Runtime, directory: Path, data: Path, most: int) -> dict[str, float]:
-    """AP of a detector, mIoU of a segmentor, in percent, on its dataset's validation images.
+    """Returns the AP of a detector or mIoU of a segmentor in percent on the validation images of a dataset.
 
     Raises:
-        BadInput: the room that computes it is not installed, or the dataset does not fit.
+        BadInput: the room that computes the metric is not installed, or the dataset does not fit the model.
     """
     graph = runtime.spec.graph
     for entry in metadata.entry_points(group="coma.measure", name=graph):
         task: Measure = entry.load()
-        return task(directory, data, lambda images: runtime(_again(images, runtime)), most)
-    raise BadInput(f"--dataset: nothing installed here measures a {graph}; install coma-dyvit[downstream]")
+        return task(directory, data, lambda images: runtime(_as_file_input(images, runtime)), most)
+    raise BadInput(f"--dataset: no installed package measures a {graph}; install coma-dyvit[downstream]")
 
 
-def _again(images: Tensor, runtime: Runtime) -> Tensor:
-    """Normalised images as pixels, for files that normalise themselves."""
+def _as_file_input(images: Tensor, runtime: Runtime) -> Tensor:
+    """Returns normalised images as pixels for a file that normalises in its graph."""
     rule = runtime.spec.preprocessing
     if not rule.normalize_in_graph:
         return images

@@ -1,6 +1,6 @@
 """Show what degraded training images look like.
 
-Draws one picture with every degradation of --method beyond, a few random draws of each, beside the image.
+Draws the image beside every degradation of --method beyond, with a few random draws of each.
 
 Examples:
   coma degrade PHOTO --out sheet.png
@@ -20,6 +20,7 @@ import tyro
 from coma.arguments import parse_arguments
 from coma.config.objectives import Degradation
 from coma.errors import BadInput
+from coma.preflight import check_regular_file
 from coma.ranges import MEAN, SEED, STD, Range, Ranged
 
 Channels = tuple[float, float, float]
@@ -30,7 +31,7 @@ _NO_PLACE = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errn
 
 @dataclass(frozen=True)
 class DegradeConfig(Ranged):
-    """What to show."""
+    """Image, degradations and sheet."""
 
     image: Annotated[Path, tyro.conf.Positional]
     """An image file of three channels."""
@@ -40,29 +41,29 @@ class DegradeConfig(Ranged):
         *("zoom-out", "distort", "blur", "decolor"),
         *("zoom-in", "zoom-in+mask", "zoom-in+coma"),
     )
-    """Which degradations, with their default settings: zoom-in+mask hides 75 % of the centre, zoom-in+coma
-    shares it out over 2 views."""
+    """Degradations with their default settings: zoom-in+mask hides 75 % of the centre, zoom-in+coma splits
+    it over 2 views."""
     draws: Annotated[int, Range(1, 64)] = 4
-    """Random draws of each."""
+    """Random draws of each degradation."""
     size: Annotated[int, Range(16, 2048)] = 288
     """Side of the square view in pixels; its centre is what zooming in shows (published: 224 of 288)."""
     unit: Annotated[int | None, Range(1, 2048)] = None
-    """Side of a mask unit in pixels, of which the border and masks are made; default: a ninth of the view
-    (published: 32 of 288)."""
+    """Side in pixels of a mask unit, the unit of border and masks; published: 32 of 288; default: a ninth of
+    the view"""
     mean: Annotated[Channels, MEAN] = (0.485, 0.456, 0.406)
-    """Per channel, of pixels scaled to 0..1. Pixels are normalised before they are degraded, as in training;
-    it shows in decolor alone. Default: ImageNet's; those of a run are in its artifact's config.json."""
+    """Mean of every channel, of pixels scaled to 0..1. Pixels are normalised before they are degraded, as
+    in training, which only decolor shows. The default is ImageNet's; a run's is in its artifact."""
     std: Annotated[Channels, STD] = (0.229, 0.224, 0.225)
-    """Per channel, likewise."""
+    """Standard deviation of every channel."""
     seed: Annotated[int, SEED] = 0
-    """Of the first draw; the next ones count on."""
+    """Seed of the first draw; later draws use the following numbers."""
 
 
 def run(argv: list[str]) -> None:
-    """Parse, degrade, draw.
+    """Degrades the image and draws the sheet.
 
     Raises:
-        BadInput: no such image, numbers that make no sheet, or a place where no file can be.
+        BadInput: the image does not exist, or the sheet cannot be drawn or written.
     """
     config = parse_arguments(DegradeConfig, argv, prog="coma degrade", description=__doc__)
     _check(config)
@@ -75,8 +76,7 @@ def run(argv: list[str]) -> None:
 
     name = str(config.image)
     try:
-        if config.image.exists() and not (config.image.is_file() or config.image.is_dir()):
-            raise BadInput(f"{name}: is not a regular file; give an image file")
+        check_regular_file(config.image, "give an image file", must_exist=False)
         picture = decode(config.image.read_bytes(), name)
     except OSError as error:
         raise BadInput(f"{name}: cannot be read ({error.strerror}); give an image file") from None

@@ -1,8 +1,8 @@
 """Pack images into shards of reduced images, which any disk reads fast.
 
-Large photographs spend most of their decoding time on pixels that training discards, and many small files are
-slow on network disks. Pack once; `coma pretrain SHARDS` then reads the same images in random order. Shards
-are ordinary WebDataset tars. An interrupted pack resumes when the command is run again.
+Large photographs spend most of their decoding time on pixels that training discards, and many small files
+are slow on network disks. Pack once; `coma pretrain SHARDS` then reads the same images in random order.
+Shards are ordinary WebDataset tars. An interrupted pack resumes when the command is run again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def run(argv: list[str]) -> None:
     """Parses the arguments, packs, and prints a summary.
 
     Raises:
-        BadInput: There is nothing to pack, or the output folder has other files.
+        BadInput: nothing to pack, or an output folder that holds something else.
         Interrupted: Ctrl-C; finished shards are kept.
     """
     config = parse_arguments(PackConfig, argv, prog="coma pack", description=__doc__)

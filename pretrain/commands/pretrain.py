@@ -94,7 +94,7 @@ class Presets(Ranged):
 
 @dataclass(frozen=True)
 class _First(Presets):
-    """What has to be known before the other defaults are."""
+    """Flags that decide the defaults of the others."""
 
     image_size: Annotated[int | None, SIDE] = None
     epochs: Annotated[float | None, EPOCHS] = None
@@ -104,7 +104,7 @@ class _First(Presets):
 
 
 def run(argv: list[str]) -> None:
-    """Parse, train, say where everything is.
+    """Trains and prints where the results are.
 
     Raises:
         BadInput: settings, images or directories that cannot be used.
@@ -129,7 +129,7 @@ def run(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> tuple[PretrainConfig, bool, bool]:
-    """The settings that `argv` asks for, whether they are those of a run to be resumed, and on other images.
+    """Returns the settings in `argv`, whether they resume a run, and whether its images may have changed.
 
     Raises:
         BadInput: presets that contradict each other, or a run that cannot be read.
@@ -194,7 +194,7 @@ def _defaults(first: _First) -> PretrainConfig:
 
 
 def _counted_in_epochs(config: PretrainConfig, first: _First) -> PretrainConfig:
-    """The settings of another run without its steps, which override epochs, where only epochs are given."""
+    """Drops the other run's steps, which override epochs, where only epochs are given."""
     if first.epochs is not None and first.steps is None:
         config = replace(config, optimizer=replace(config.optimizer, steps=None))
     if first.probe_epochs is not None and first.probe_steps is None:

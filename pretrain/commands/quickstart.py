@@ -1,8 +1,8 @@
 """Pre-train a tiny model on a few photographs in two minutes, offline, and show what it learned.
 
-The photographs come with scikit-image, so nothing is downloaded. The model learns them by heart, which
-says little about features and a lot about whether everything works: reading, masks, training,
-reconstruction, saving and loading.
+The photographs come with scikit-image, so nothing is downloaded. The model overfits them, which says
+little about features and a lot about whether everything works: reading, masks, training, reconstruction,
+saving and loading.
 """
 
 from __future__ import annotations
@@ -53,37 +53,34 @@ class QuickstartConfig(Ranged):
     """Two minutes from photographs to a pre-trained model."""
 
     out: Path = Path("quickstart")
-    """Folder for everything that is made."""
+    """Folder for photographs, run and pictures."""
     minutes: Annotated[float, Range(0, 600, above=True)] = 2.0
-    """How long to train; a few trial steps tell how many that makes."""
+    """Training time; a few trial steps determine the number of steps."""
     method: Literal["coma", "coma4", "mae"] = "coma"
     """coma: two complementary views. coma4: four. mae: one view of a quarter of the image."""
     fresh: bool = False
-    """Remove what an earlier quickstart left in --out, and start over."""
+    """Remove an earlier quickstart in --out and start over."""
 
 
 def run(argv: list[str]) -> None:
-    """Parse, train (or go on with an earlier quickstart), verify, draw, say what is where.
+    """Trains or resumes, verifies the artifact, draws reconstructions, and lists the results.
 
     Raises:
         BadInput: settings that cannot be used, or a folder that holds something else.
         CheckFailed: the artifact does not reconstruct what the trained model does.
-        Interrupted: Ctrl-C; the same command goes on from there.
+        Interrupted: Ctrl-C; the same command resumes.
     """
     config = parse_arguments(QuickstartConfig, argv, prog="coma quickstart", description=__doc__)
 
-    from rich.console import Console
-
     require_packages("skimage", "tensorboard", "matplotlib")
-    console = Console(highlight=False, soft_wrap=True)
     plan = _earlier(config)
     if plan:
-        console.print(f"going on with what is in {config.out} (--fresh starts over)")
+        print(f"resuming the quickstart in {config.out} (--fresh starts over)")
     else:
         folder = _copy_photographs(config.out / "pictures")
-        console.print(f"{len(PHOTOGRAPHS)} photographs that come with scikit-image are in {folder}")
+        print(f"{len(PHOTOGRAPHS)} photographs that come with scikit-image are in {folder}")
         plan = _plan(config)
-        console.print(f"training for {plan.optimizer.steps} steps")
+        print(f"training for {plan.optimizer.steps} steps")
 
     from coma.objectives.load import load_pretrained
     from pretrain.training import pretrain
@@ -96,16 +93,16 @@ def run(argv: list[str]) -> None:
     verify(plan, objective, images, seeds)
     sheet = config.out / "reconstructions.png"
     reconstruction_sheet(objective, images, seeds, about.mean, about.std, sheet, caption=_caption(about))
-    console.print(_results(run_directory, about, sheet))
-    console.print(_next_steps(run_directory))
+    print(_results(run_directory, about, sheet))
+    print(_next_steps(run_directory))
 
 
 def verify(plan: PretrainConfig, objective: Objective, images: Tensor, seeds: Tensor) -> None:
-    """Compare an objective that was loaded from the artifact with the weights as the trainer has them.
+    """Compares an objective loaded from the artifact with the weights in the training state.
 
     Args:
         plan: The run; its last training state holds those weights.
-        objective: What was loaded.
+        objective: The loaded objective.
         images: `[b, c, H, W]`, normalised.
         seeds: int64 `[b]`, which fix the masks.
 
@@ -128,11 +125,11 @@ def verify(plan: PretrainConfig, objective: Objective, images: Tensor, seeds: Te
     h, w = unit_grid(images.shape[-2], images.shape[-1], objective.encoder.unit)
     for view in objective.draw_visible(seeds, h, w):
         if not torch.equal(objective.reconstruct(images, view), trained.reconstruct(images, view)):
-            raise CheckFailed(f"{folder / 'artifact'}: reconstructs something else than the trained model")
+            raise CheckFailed(f"{folder / 'artifact'}: does not reconstruct the same as the trained model")
 
 
 def _earlier(config: QuickstartConfig) -> PretrainConfig | None:
-    """The run that an earlier quickstart began in this folder; None where there is none to go on with."""
+    """Returns the run that an earlier quickstart started in this folder, if there is one to resume."""
     out, run, pictures = config.out, config.out / "run", config.out / "pictures"
     require_folder(out)
     if not (run / "config.json").exists():
@@ -155,7 +152,7 @@ def _earlier(config: QuickstartConfig) -> PretrainConfig | None:
 
 
 def _copy_photographs(folder: Path) -> Path:
-    """Put small square copies of scikit-image's photographs into `folder`, numbered to keep their order."""
+    """Writes small square copies of scikit-image's photographs into `folder`, numbered in order."""
     import skimage
     from PIL import Image, ImageOps
 
@@ -177,10 +174,10 @@ def _objective(method: str) -> ObjectiveConfig:
 
 
 def _plan(config: QuickstartConfig) -> PretrainConfig:
-    """Settings that learn a few photographs by heart.
+    """Returns settings that overfit a few photographs.
 
-    Fewer blocks than `tiny` has, nearly fixed crops, plain pixels and many small steps: in two minutes on
-    two cores this gave clearer pictures than deeper models, larger batches, or pixels normalised per unit.
+    Fewer blocks than `tiny`, nearly fixed crops, plain pixels and many small steps: in two minutes on two
+    cores this gave clearer pictures than deeper models, larger batches, or pixels normalised per unit.
     """
     pictures = config.out / "pictures"
     plan = PretrainConfig(
@@ -196,7 +193,7 @@ def _plan(config: QuickstartConfig) -> PretrainConfig:
 
 
 def _steps(plan: PretrainConfig, minutes: float) -> int:
-    """How many steps this machine takes in `minutes`, going by the fastest of a few."""
+    """Returns how many steps this machine takes in `minutes`, from the fastest of a few."""
     from coma.amp import choose_precision
     from coma.data import BatchLayout, compute_mean_std, open_source, training_batches
     from coma.models import build_encoder
@@ -221,7 +218,7 @@ def _steps(plan: PretrainConfig, minutes: float) -> int:
 
 
 def _examples(plan: PretrainConfig, about: ArtifactConfig) -> tuple[Tensor, Tensor]:
-    """The first eight photographs, normalised `[8, 3, S, S]`, and seeds `[8]` for their masks."""
+    """Returns the eight photographs, normalised `[8, 3, S, S]`, and seeds `[8]` for their masks."""
     from coma.data import evaluation_batches, normalize, open_source
 
     source, size, channels = open_source(plan.data.images or Path()), about.image_size, about.model.channels
@@ -232,7 +229,7 @@ def _examples(plan: PretrainConfig, about: ArtifactConfig) -> tuple[Tensor, Tens
 
 def _caption(about: ArtifactConfig) -> str:
     steps, images = about.trained["steps"], about.trained["images"]
-    return f"A tiny DyViT after {steps} steps on {images} photographs, which it learns by heart"
+    return f"A tiny DyViT after {steps} steps on {images} photographs, which it overfits"
 
 
 def _results(run_directory: Path, about: ArtifactConfig, sheet: Path) -> str:
@@ -256,8 +253,8 @@ def _next_steps(run_directory: Path) -> str:
   {coma} pretrain PHOTOS --out runs/first
       pre-train on your own images
   {coma} pretrain --resume runs/first
-      go on after an interruption
+      resume after an interruption
   {coma} evaluate {run_directory / "artifact"} --data CLASSES
       measure its features on labelled images
   {coma} export {run_directory / "artifact"}
-      ONNX files of it, compared with PyTorch"""
+      write ONNX files, verified against PyTorch"""

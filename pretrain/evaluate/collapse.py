@@ -71,11 +71,11 @@ class GateStatistics:
         self._seen[stage] = self._seen.get(stage, 0) + n
 
     def summary(self) -> dict[str, float]:
-        """Returns every window's weight and the entropy, means over a stage's blocks and all images.
+        """Returns every window's weight and the entropy, means over blocks and images.
 
         `stage3_window1` is the share of the first window (the windows of a stage add up to 1, and are equal
-        at the start of training); `stage3_entropy` is 1 if all windows have equal weights and 0 if every channel
-        uses a single window.
+        at the start of training); `stage3_entropy` is 1 if all windows have equal weights and 0 if every
+        channel uses a single window.
         """
         found = {}
         for stage, seen in sorted(self._seen.items()):

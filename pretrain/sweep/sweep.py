@@ -179,7 +179,7 @@ def _check_data(comparison: CompareConfig) -> None:
     test = {f"{split} images": open_source(comparison.test, split) for split in ("train", "test")}
     now = list_data({"images": open_source(comparison.images)}, labels=False) | list_data(test)
     if any((comparison.out / "settings").glob("*.json")):
-        warn = partial(log.warning, "warning: %s")
+        warn = partial(log.warning, "%s")
         check_listing(comparison.out, now, warn, allow=comparison.allow_changed_data)
     else:
         for path in dict.fromkeys((comparison.images, comparison.test)):

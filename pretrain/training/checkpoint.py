@@ -1,13 +1,13 @@
-"""The resumable state: everything that a run needs to go on as if it had never stopped.
+"""The resumable state: everything that a run needs to continue as if it had never stopped.
 
     state/step-00001200.pt   the newest
     state/step-00001100.pt   the one before, in case the newest does not load
 
 One file holds whole tensors, so it serves one process, DDP and FSDP2 alike and the number of processes may
-change. It holds plain dicts, lists, numbers, strings and tensors and is read with `weights_only`: loading a
-state runs no code from it. Random numbers and the loader's position are not in it as such: both follow from
-the number of samples consumed (see `learner`). It ends with the SHA-256 of what comes before (`hashing`), so
-that bytes which the disk, or anybody, changed are noticed.
+change. It holds plain dicts, lists, numbers, strings and tensors and is read with `weights_only`, so loading
+a state runs no code from it. It stores neither random states nor the loader's position: both follow from the
+number of samples consumed (see `train_step`). It ends with the SHA-256 of its content, so changed bytes are
+noticed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NAME = re.compile(r"step-(\d+)\.pt")
 
 
 def write_state(folder: Path, state: dict[str, Any], keep: int | None) -> None:
-    """Write `state` as the newest, then remove all older ones but that of step `keep`.
+    """Writes `state` as the newest file, then removes all older ones except that of step `keep`.
 
     Raises:
         OSError: the disk is full; every older state is still there.
@@ -51,11 +51,11 @@ def write_state(folder: Path, state: dict[str, Any], keep: int | None) -> None:
 
 
 def read_state(folder: Path, warn: Callable[[str], object]) -> dict[str, Any] | None:
-    """The newest state that loads, tensors on the CPU; None where none was ever saved.
+    """Returns the newest state that loads, with tensors on the CPU; None where none was ever saved.
 
     Args:
         folder: `run/state`.
-        warn: Told about every state that does not load.
+        warn: Receives a message for every state that does not load.
 
     Raises:
         BadInput: there are states, and none of them loads.
@@ -68,7 +68,7 @@ def read_state(folder: Path, warn: Callable[[str], object]) -> dict[str, Any] | 
             reason = str(error).partition("\n")[0] or (
                 type(error).__name__ if path.stat().st_size else "the file is empty"
             )
-            warn(f"{path}: this state does not load ({reason}); trying the one before")
+            warn(f"{path}: this state does not load ({reason}); trying the previous one")
             continue
         if not state.pop("sealed", False):
             warn(f"{path}: has no checksum (an older version wrote it): damage goes unnoticed")

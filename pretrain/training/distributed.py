@@ -1,9 +1,9 @@
-"""One process or many: who this process is, how processes agree, how the model is spread over them.
+"""One process or many: ranks, collective decisions, and the parallel model.
 
-Started by hand there is one process; started by `torchrun` there are as many as it says, on one machine or
-on several. Process 0 writes and prints. Two rules keep processes from waiting for each other for ever: what
-one decides (to stop, to save) is a number that all of them add up in the same step, and what goes wrong
-before the first step on one of them is raised on all (`raise_on_all_ranks`).
+A run has one process, or as many as `torchrun` starts on one machine or several. Process 0 writes and
+prints. Two rules keep processes from waiting for each other forever: a decision of one process (to stop, to
+save) is a flag that all of them sum in the same step, and an error before the first step on one process is
+raised on all of them (`raise_on_all_ranks`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ AGREED = "(every process stopped for this reason; process 0 reports it)"
 """Note on an error that all processes raise, so that one of them prints it."""
 
 _PATIENCE = timedelta(minutes=30)
-"""For the others while process 0 measures the data or writes to a slow disk."""
+"""How long the other processes wait while process 0 measures the data or writes to a slow disk."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """True for the process that writes and prints."""
         return self.rank == 0
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum of all processes' `values`, in place."""
+        """Sums `values` over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def share(self, value: T) -> T:
-        """Process 0's value, on every process."""
+        """Returns the value of process 0, on every process."""
         if self.world == 1:
             return value
         box = [value]
@@ -65,7 +65,7 @@ class Processes:
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """All processes' values, in order, on every process."""
+        """Returns the values of all processes by rank, on every process."""
         if self.world == 1:
             return [value]
         boxes = [value] * self.world
@@ -73,7 +73,7 @@ class Processes:
         return boxes
 
     def collect(self, value: T) -> list[T]:
-        """All processes' values, in order, on process 0; nothing on the others."""
+        """Returns the values of all processes by rank on process 0, and nothing on the others."""
         if self.world == 1:
             return [value]
         boxes: list[T] = [value] * self.world if self.main else []
@@ -82,7 +82,7 @@ class Processes:
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """Raise on every process the error of the first one that has one; no communication inside."""
+        """Raises the first rank's error on every rank; the block must not communicate."""
         if self.world == 1:
             yield
             return
@@ -102,13 +102,13 @@ class Processes:
                 raise raise_on_all_ranks from error
 
     def name(self, rank: int | None = None) -> str:
-        """How messages call a process."""
+        """Returns the name of a process in messages: `process 1 of 2`."""
         return f"process {self.rank if rank is None else rank} of {self.world}"
 
 
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
-    """Join the processes that torchrun started, if it did, and leave them in the end.
+    """Joins the process group that torchrun started, if it did, and shuts it down at the end.
 
     Args:
         device: "auto", "cuda", "mps" or "cpu".
@@ -143,10 +143,10 @@ def processes(device: str) -> Iterator[Processes]:
 
 
 def _leave(error: BaseException | None = None) -> None:
-    """Part in good order.
+    """Shuts down the process group.
 
-    Sharded parameters hold on to the connections. If they were still alive when Python shuts down, the
-    threads behind the connections would now and then hang or abort the process.
+    Sharded parameters keep the connections alive. If they still existed when Python shuts down, the
+    connections' threads would sometimes hang or abort the process.
     """
     if error is not None:
         traceback.clear_frames(error.__traceback__)
@@ -161,10 +161,10 @@ def _lost_contact(error: RuntimeError) -> bool:
 
 
 def parallelize(objective: nn.Module, group: Processes, parallel: Literal["ddp", "fsdp"]) -> nn.Module:
-    """The module to call in training: a replica on each process (DDP), or one sharded over all (FSDP2).
+    """Returns the module to call in training: a replica per process (DDP), or one sharded over all (FSDP2).
 
-    FSDP2 shards `objective` in place, each transformer block for itself, so that one block's weights are
-    whole at a time; parameters and their names stay where they were.
+    FSDP2 shards `objective` in place, block by block, so that only one transformer block is gathered at a
+    time; parameters keep their names.
     """
     if group.world == 1:
         return objective
@@ -179,14 +179,14 @@ def parallelize(objective: nn.Module, group: Processes, parallel: Literal["ddp",
 
 
 def innermost_blocks(module: nn.Module) -> list[nn.Module]:
-    """Members of module lists that hold no module list themselves: transformer blocks, not stages."""
+    """Returns members of module lists that hold no module list themselves: blocks, not stages."""
     lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
     members = [member for part in lists for member in part]
     return [m for m in members if not any(isinstance(part, nn.ModuleList) for part in m.modules())]
 
 
 def reducing(model: nn.Module, reduce: bool) -> AbstractContextManager[None]:
-    """Around forward and backward: whether gradients are averaged over processes, or still accumulate."""
+    """Context of forward and backward that averages gradients over processes, or only accumulates them."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(reduce)
     if isinstance(model, DistributedDataParallel) and not reduce:

@@ -1,7 +1,6 @@
-"""Moving average of the weights: what is published when `--ema-decay` is on.
+"""Moving average of the weights, which the artifact holds when `--ema-decay` is on.
 
-Works on whatever part of a parameter lives on this process, so it knows nothing of DDP or FSDP2: averaging
-is elementwise, and every process averages its own shard.
+Averaging is elementwise, so every process averages its own part of the parameters, under DDP and FSDP2 alike.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class MovingAverage:
     """average <- d * average + (1 - d) * weights, after every step.
 
-    Early on d is smaller, min(decay, (1 + n) / (10 + n)) after n steps, so that the random start is soon
-    forgotten (the ramp of TensorFlow's ExponentialMovingAverage).
+    After n steps d is min(decay, (1 + n) / (10 + n)), so that the random start soon loses its weight (the
+    ramp of TensorFlow's ExponentialMovingAverage).
 
     Args:
-        parameters: Those that are optimised.
+        parameters: The parameters to average.
         decay: d, in 0..1.
     """
 
@@ -36,18 +35,18 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
-        """Take in the weights after step number `steps` (counted from 1)."""
+        """Updates the average with the weights after step `steps` (counted from 1)."""
         decay = min(self.decay, (1 + steps) / (10 + steps))
         get_ema_multi_avg_fn(decay)(self._average, self._weights(), steps)
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Begin again from the present weights; after loading an average into them, this restores it."""
+        """Sets the average to the current weights; this restores an average that was loaded into them."""
         _copy(self._weights(), self._average)
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """The model holds the average inside this block, and its own weights again afterwards."""
+        """Puts the average into the model inside this block, and its own weights back afterwards."""
         with torch.no_grad():
             own = [weight.clone() for weight in self._weights()]
             _copy(self._average, self._weights())

@@ -1,7 +1,10 @@
-"""What a run logs: `metrics.jsonl`, one JSON object per log point, and the same for TensorBoard.
+"""Logs of a run: `metrics.jsonl` with one JSON object per log point, and the same values for TensorBoard.
 
-Values are means over the steps since the last log point; `Window` holds their sums and is part of the
-resumable state, so a resumed run writes the very lines that an uninterrupted one would have written.
+Values are means over the steps since the last log point. `Window` holds their sums and is part of the
+resumable state, so a resumed run writes the same lines as an uninterrupted one.
+
+TensorBoard's own SummaryWriter is not used: when the disk is full (measured), its thread prints a traceback,
+its file ends with a broken record, and it never writes again. Here a refused record waits for room.
 """
 
 from __future__ import annotations
@@ -26,32 +29,32 @@ class Window:
         self._counts: dict[str, int] = {}
 
     def add(self, values: dict[str, float]) -> None:
-        """Take in one step; values that are not finite (an fp16 overflow) are left out of the means."""
+        """Adds the values of a step, except those that are not finite (an fp16 overflow)."""
         for name, value in values.items():
             if math.isfinite(value):
                 self._sums[name] = self._sums.get(name, 0.0) + value
                 self._counts[name] = self._counts.get(name, 0) + 1
 
     def take(self) -> dict[str, float]:
-        """The means; the sums start again."""
+        """Returns the means and resets the sums."""
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data for the resumable state."""
+        """Returns the sums as plain data."""
         return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Restores what `state_dict` returned."""
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
 
 
 def drop_lines(path: Path, known: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Remove the lines of `metrics.jsonl` that are not `known`, and what a kill left half-written.
+    """Removes the lines of `metrics.jsonl` that are not `known`, and a line that a kill cut short.
 
     Returns:
-        The rows that stay.
+        The remaining rows.
     """
     if not path.exists():
         return []
@@ -72,14 +75,14 @@ class MetricsLog:
     """`metrics.jsonl` of a run.
 
     Args:
-        path: The file; what it holds stays.
+        path: The file; existing lines are kept.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = LineFile(path)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append one line.
+        """Appends one line.
 
         Raises:
             OSError: the disk is full; the line is written with the next one that finds room.
@@ -87,7 +90,7 @@ class MetricsLog:
         self._file.add(json.dumps(row, allow_nan=False).encode() + b"\n")
 
     def sync(self) -> None:
-        """Force everything to the disk.
+        """Forces everything to the disk.
 
         Raises:
             OSError: the disk is full.
@@ -95,7 +98,7 @@ class MetricsLog:
         self._file.sync()
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         self._file.close()
 
 
@@ -104,7 +107,7 @@ class TensorBoardLog:
 
     Args:
         folder: `run/tensorboard`.
-        step: Steps done; TensorBoard hides what earlier files say about this one and later ones.
+        step: Steps done; TensorBoard ignores what earlier files hold from this step on.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -117,7 +120,7 @@ class TensorBoardLog:
         self._write(Event(wall_time=time.time(), step=step, session_log=restart))
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append all numbers of a row but its step.
+        """Appends all numbers of a row except its step.
 
         Raises:
             OSError: the disk is full; they are written with the next row that finds room.
@@ -133,7 +136,7 @@ class TensorBoardLog:
         self._write(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         self._file.close()
 
     def _write(self, event: Any) -> None:

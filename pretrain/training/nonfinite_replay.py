@@ -1,10 +1,10 @@
-"""A loss that is not a number stops the run; what is needed to see it again is written down first.
+"""A loss that is not finite stops the run, after the step was saved so that it can be replayed.
 
     run/nonfinite/step-00001234.safetensors    images, seeds (labels, if they are learned) of the batch, and
                                                the weights of that moment
     run/nonfinite/step-00001234.json           the run's settings, loss, gradient norm, names of the images
 
-`replay_nonfinite` computes that step of a pre-training run again, on any device.
+`replay_nonfinite` computes that step of a pre-training run again on any device.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from pretrain.training.train_step import NotFinite, TrainStep, pass_seed, seed_g
 
 _WEIGHTS = "weights."
 _FAR = 100.0
-"""Standard deviations from the mean that no pixel of an ordinary image reaches."""
+"""Distance from the mean, in standard deviations, that no pixel of an ordinary image reaches."""
 
 
 class Replay(NamedTuple):
-    """What the step gives when it is computed again."""
+    """Loss and gradient norm of a replayed step."""
 
     loss: float
     grad_norm: float
@@ -57,18 +57,18 @@ def save_nonfinite(
     names: list[str],
     progress: float = 0.0,
 ) -> Path:
-    """Write the step down.
+    """Writes the step to files.
 
     Args:
         folder: `run/nonfinite`.
         step: Number of the step, from 1.
         problem: Loss and gradient norm.
-        config: Of the run, mean and std included.
+        config: Settings of the run, with mean and std.
         precision: Number format of the forward pass.
         batches: The micro batches of all processes, in the order of the stream.
-        weights: Before the step.
-        names: Of the images.
-        progress: Share of the run that was done.
+        weights: Weights before the step.
+        names: Names of the images.
+        progress: Share of the run before the step.
 
     Returns:
         The `.safetensors` file.
@@ -103,7 +103,7 @@ def save_nonfinite(
 def stop_run(
     plan: RunPlan, train_step: TrainStep, group: Processes, step: int, problem: NotFinite
 ) -> NoReturn:
-    """Write down step number `step` (counted from 1) and end the run, on all processes.
+    """Saves step number `step` (counted from 1) and ends the run on all processes.
 
     Raises:
         CheckFailed: with the step, the file, and what to try.
@@ -119,7 +119,7 @@ def stop_run(
 
 
 def advice(plan: RunPlan, batches: list[Batch], weights: Mapping[str, Tensor]) -> str:
-    """Returns what to do about a loss that is not finite, after a look at the weights and the batch."""
+    """Returns advice about a loss that is not finite, derived from the weights and the batch."""
     damaged = [name for name, weight in weights.items() if not weight.isfinite().all()]
     if damaged:
         return (
@@ -155,7 +155,7 @@ def _write_down(
     batches: list[Batch],
     weights: Mapping[str, Tensor],
 ) -> str:
-    """Where the step is, or why it is not, for the user."""
+    """Saves the step and returns where it is, or why it could not be written."""
     names = [plan.source.describe(i) for batch in batches for i in batch.indices.tolist()]
     folder = plan.folder / "nonfinite"
     try:
@@ -176,11 +176,11 @@ def _write_down(
 
 
 def replay_nonfinite(path: Path, device: str = "cpu") -> Replay:
-    """Compute a saved step again: the mean loss of its batch, and the norm of its gradient.
+    """Computes a saved step again: the mean loss of its batch and the norm of its gradient.
 
     Args:
         path: The `.safetensors` file, its `.json` beside it.
-        device: Where to compute.
+        device: Device to compute on.
 
     Raises:
         BadInput: files that are missing or not what `save_nonfinite` wrote.

@@ -15,9 +15,9 @@ from coma.objectives.classification import Classification
 
 
 def build_optimizer(objective: nn.Module, config: OptimizerConfig) -> AdamW:
-    """Fused AdamW over the parameters of `objective`, matrices decayed and vectors not.
+    """Returns a fused AdamW over the parameters of `objective`, with weight decay on matrices only.
 
-    Those of a classifier that is fine-tuned are grouped by layer, each group with its `lr_scale`.
+    The parameters of a classifier are grouped by layer, each group with its `lr_scale`.
     """
     groups: list[dict[str, Any]]
     if isinstance(objective, Classification) and isinstance(config, FinetuneRecipe):
@@ -32,9 +32,10 @@ def build_optimizer(objective: nn.Module, config: OptimizerConfig) -> AdamW:
 
 
 def parameter_groups(objective: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters with weight decay, and without: biases, norms, tokens, and what a module's own
-    `no_weight_decay()` names (timm's convention).
-    """  # noqa: D205 - one sentence
+    """Returns the parameters with weight decay and those without.
+
+    Biases, norms, tokens and what a module's `no_weight_decay()` names (timm's convention) have none.
+    """
     exempt: set[str] = set()
     for prefix, module in objective.named_modules():
         names = getattr(module, "no_weight_decay", None)
@@ -48,10 +49,10 @@ def parameter_groups(objective: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def layer_groups(classifier: Encoder, recipe: FinetuneRecipe) -> list[dict[str, Any]]:
-    """Parameters layer by layer, with `weight_decay` and `lr_scale` = decay^(layers above) for each.
+    """Returns the parameters by layer, each group with `weight_decay` and `lr_scale` = decay^(layers above).
 
-    Layers are the encoder's own (`group_matcher`), from the stem up to the last block with the norm behind
-    it; the head is on top, at scale 1 (Clark et al. 2020, ELECTRA; Bao et al. 2021, BEiT; by timm).
+    The encoder names its layers (`group_matcher`), from the stem to the last block with the norm after it.
+    The head is on top, at scale 1 (Clark et al. 2020, ELECTRA; Bao et al. 2021, BEiT; implemented by timm).
     """
     decay = default_layer_decay(classifier.config) if recipe.layer_decay is None else recipe.layer_decay
     return param_groups_layer_decay(
@@ -63,15 +64,15 @@ def layer_groups(classifier: Encoder, recipe: FinetuneRecipe) -> list[dict[str, 
 
 
 def default_layer_decay(model: EncoderConfig) -> float:
-    """0.75 (MAE, table 9), or 0.65 for encoders of the width of the presets base and vit-base.
+    """Returns 0.75 (MAE, table 9), or 0.65 for encoders as wide as the presets base and vit-base.
 
-    0.65 is what MAE's released recipe takes for ViT-B.
+    MAE's released recipe uses 0.65 for ViT-B.
     """
     return 0.65 if model.as_wide_as_base else 0.75
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Rate of step number `step` (0 to steps - 1): linear warm-up to `config.lr`, half a cosine to 0.
+    """Returns the learning rate of step `step` (0 to steps - 1): linear warm-up, then half a cosine to 0.
 
     Cosine decay as in Loshchilov and Hutter 2017 (SGDR, eq. 5) without restarts.
     """

@@ -1,19 +1,19 @@
-"""The run directory: what is kept of a run, and what happens when the disk is full.
+"""The run directory: the files of a run, and what happens when the disk is full.
 
-    config.json           settings; `--from` starts a new run with them, `--resume` goes on
-    data.json.gz          names and sizes of the images, which a resumed run is compared with
+    config.json           settings; `--from` starts a new run with them, `--resume` continues the run
+    data.json.gz          names and sizes of the images, which a resumed run checks
     metrics.jsonl         one JSON object per log point (and per probe; fine-tuning: per validation,
                           val_*, and one row of the test at the end, test_*)
     tensorboard/          the same
     reconstructions/      step-00000500.png ... (pre-training)
-    state/                the resumable state (see `state`)
+    state/                the resumable state (see `checkpoint`)
     artifact/             pre-training: encoder and decoder, usable from the first save on; fine-tuning: the
                           best classifier so far, from the first validation on
     loss_curve.png        at the end
-    nonfinite/            only after a loss that was not a number
+    nonfinite/            only after a loss that was not finite
 
-Failing to write is no reason to lose a run: it is said, with the step of the last good state, and training
-goes on. Only at the end does it count.
+A file that cannot be written does not end a run: a warning names the step of the last good state, and
+training continues. Only at the end is it an error.
 """
 
 from __future__ import annotations
@@ -54,17 +54,18 @@ from pretrain.visualize.reconstructions import reconstruction_sheet
 _PROBES = 8
 """Images on a sheet of reconstructions."""
 _PREFIX = "encoder."
-"""Of the encoder's tensors in the objective's."""
+"""Prefix of the encoder's tensors among the objective's."""
 
 
 class RunDirectory(ABC, Generic[Settings]):
-    """Writes the run directory; exists on process 0 only.
+    """Writes the run directory, on process 0 only.
 
-    What kind of run it is shows in `look` (at what was learned) and `artifact_payload` (the artifact).
+    A subclass for each kind of run evaluates the weights (`evaluate`) and describes the artifact
+    (`artifact_payload`).
 
     Args:
         plan: The run.
-        console: Told what could not be written.
+        console: Receives warnings about files that could not be written.
     """
 
     def __init__(self, plan: RunPlan[Settings], console: TrainingConsole) -> None:
@@ -73,34 +74,34 @@ class RunDirectory(ABC, Generic[Settings]):
         self._good: int | None = None
         self._listing: Listing = {}
         self.may_change = self.changed = False
-        """Whether a resumed run may go on with other images, and whether it does."""
-        self._evaluated = -1  # the step of the last look whose row the state knows of
+        """Whether a resumed run may continue with changed images, and whether it does."""
+        self._evaluated = -1  # step of the last evaluation that the state knows of
         self.at_once: Callable[[], AbstractContextManager[None]] = nullcontext
-        """Context of work that is left when someone asks to stop."""
+        """Context of work that a request to stop interrupts."""
         self._metrics: MetricsLog | None = None
         self._tensorboard: TensorBoardLog | None = None
 
     def check_data(self, *, resume: bool, allow: bool) -> None:
-        """Note which images the run is made of, or compare them with those that it was started with.
+        """Lists the images of a new run, or compares those of a resumed run with the first ones.
 
         Raises:
-            BadInput: they have changed, and that is not allowed.
+            BadInput: the images have changed, and that is not allowed.
         """
         self._listing, self.may_change = self._plan.list_data(), allow
         if resume:
             self.changed = check_listing(self._plan.folder, self._listing, self._console.warn, allow=allow)
 
     def resume(self) -> dict[str, Any] | None:
-        """The state to go on from, if there is one."""
+        """Returns the state to resume from, if there is one."""
         state = read_state(self._plan.folder / "state", self._console.warn)
         self._good = state["step"] if state else None
         return state
 
     def open(self, step: int) -> None:
-        """Write the settings and begin the logs, `step` steps being done.
+        """Writes the settings and opens the logs at `step`.
 
-        Rows that a killed run wrote after its last state go: of that very step, too, where it looked at what
-        was learned and did not save any more; the resumed run looks again.
+        Rows that a killed run wrote after its last state are removed, including an evaluation at that same
+        step that was not saved; the resumed run repeats it.
 
         Raises:
             OSError: the directory cannot be written.
@@ -121,7 +122,7 @@ class RunDirectory(ABC, Generic[Settings]):
                 self._tensorboard.add(row)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Write a row of metrics."""
+        """Writes a row of metrics."""
         if self._metrics and self._tensorboard:
             with self._or_say("metrics", row["step"]):
                 self._metrics.add(row)
@@ -130,14 +131,14 @@ class RunDirectory(ABC, Generic[Settings]):
 
     @abstractmethod
     def evaluate(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
-        """Look at what these weights have learned, before they are saved; perhaps again in a resumed run."""
+        """Evaluates these weights before they are saved; a resumed run may repeat it."""
 
     @abstractmethod
     def artifact_payload(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], ArtifactConfig] | None:
-        """Tensors and description of the artifact; None where there is nothing new to write."""
+        """Returns tensors and description of the artifact; None where there is nothing new to write."""
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the resumable state and the artifact."""
+        """Writes the resumable state and the artifact."""
         step = state["step"]
         with self._or_say("metrics", step):
             if self._metrics:
@@ -152,18 +153,18 @@ class RunDirectory(ABC, Generic[Settings]):
                 save_artifact(self._plan.folder / "artifact", tensors=tensors, config=description)
 
     def conclude(self) -> None:
-        """Draw the loss curve of a run that is over."""
+        """Draws the loss curve of a finished run."""
         path = self._plan.folder / "loss_curve.png"
         with self._or_say(path.name, self._plan.steps, Exception):
             loss_curve(self._plan.folder / "metrics.jsonl", path)
 
     def missing(self) -> str:
-        """Which results the disk refused when they were last tried, and why; pictures do not count."""
+        """Returns which results could not be written at the last attempt, and why; pictures do not count."""
         results = ("state", "artifact", "metrics")
         return ", ".join(f"{what} ({self._failed[what]})" for what in results if what in self._failed)
 
     def close(self) -> None:
-        """Close the logs."""
+        """Closes the logs."""
         for log in (self._metrics, self._tensorboard):
             if log:
                 log.close()
@@ -175,7 +176,7 @@ class RunDirectory(ABC, Generic[Settings]):
         step: int,
         errors: type[Exception] | tuple[type[Exception], ...] = (OSError, ComaError),
     ) -> Iterator[None]:
-        """Note and report a failure to write `what`, once until it works again."""
+        """Records a failure to write `what`, and warns once until it works again."""
         try:
             yield
         except errors as error:
@@ -187,7 +188,7 @@ class RunDirectory(ABC, Generic[Settings]):
                     else f"the last good state is step {self._good}"
                 )
                 self._console.warn(
-                    f"step {step}: could not write {what} ({reason}); {last}; training goes on"
+                    f"step {step}: could not write {what} ({reason}); {last}; training continues"
                 )
             self._failed[what] = reason
         else:
@@ -195,15 +196,15 @@ class RunDirectory(ABC, Generic[Settings]):
 
 
 class PretrainRunDirectory(RunDirectory[PretrainConfig]):
-    """Draws reconstructions, probes features, hands over encoder and decoder.
+    """Draws reconstructions, probes features, and writes encoder and decoder as the artifact.
 
     Args:
         plan: The run.
-        console: Told what could not be written.
+        console: Receives warnings about files that could not be written.
 
     Raises:
-        BadInput: no image can be read, or none has the channels that the model takes; or labelled images to
-            probe with of which that is true, or that are unlabelled or too few.
+        BadInput: no image, or no labelled image of the probe, can be read with the model's channels; or the
+            probe's images are unlabelled or too few.
     """
 
     def __init__(self, plan: PretrainPlan, console: TrainingConsole) -> None:
@@ -217,13 +218,13 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
             console.say(str(self._probe))
 
     def resume(self) -> dict[str, Any] | None:
-        """The state to go on from, if there is one."""
+        """Returns the state to resume from, if there is one."""
         state = super().resume()
         self._evaluated = state.get("probed", -1) if state else -1
         return state
 
     def check_data(self, *, resume: bool, allow: bool) -> None:
-        """See `RunDirectory`; the probe's images decide nothing, so that their changes are only said."""
+        """See `RunDirectory`; changed images of the probe only cause a warning."""
         super().check_data(resume=resume, allow=allow)
         if self._probe is None:
             return
@@ -234,11 +235,11 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
         self._listing |= now
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the resumable state and the artifact."""
+        """Writes the resumable state and the artifact."""
         super().save(state | {"probed": self._evaluated} if self._probe else state)
 
     def evaluate(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
-        """Draw what these weights make of the first images, probe them, or both, as is due."""
+        """Draws reconstructions, runs the probe, or both, as is due."""
         last = step == self._plan.steps
         if last or self._pretraining.draws_reconstructions_at(step):
             self._draw(weights, step, device)
@@ -246,7 +247,7 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
             self._measure(self._probe, weights, step, device)
 
     def _measure(self, probe: Probe, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
-        """Log what the features of these weights are worth; a probe that fails ends no run."""
+        """Logs the probe's scores of these weights; a probe that fails does not end the run."""
         config = self._plan.config
         with torch.device("meta"):
             encoder = build_encoder(config.model)
@@ -260,7 +261,7 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
                 )
         except (ComaError, OSError, RuntimeError) as error:  # memory, an SVD that does not converge
             reason = str(error).partition("\n")[0]
-            self._console.warn(f"step {step}: the probe failed ({reason}); training goes on")
+            self._console.warn(f"step {step}: the probe failed ({reason}); training continues")
             return
         self._evaluated = step
         row = {f"probe_{name}": value for name, value in values.items()}
@@ -269,7 +270,7 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
         self._console.probed(step, values)
 
     def _draw(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
-        """Reconstructions of the first images, always the same ones with the same masks."""
+        """Draws reconstructions of the first images, always with the same masks."""
         mean, std = self._plan.statistics
         path = self._plan.folder / "reconstructions" / f"step-{step:06d}.png"
         with self._or_say("reconstructions", step, Exception):
@@ -283,7 +284,7 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
             reconstruction_sheet(objective, images, seeds, mean, std, path, caption=f"Step {step}")
 
     def artifact_payload(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], ArtifactConfig]:
-        """The weights of this moment, or their moving average."""
+        """Returns the current weights, or their moving average."""
         config, source = self._plan.config, self._plan.source
         trained = {
             "method": to_plain(config.objective, ObjectiveConfig)["method"],
@@ -315,17 +316,17 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
 
 
 def weights_to_publish(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights of a resumable state that are handed over: their moving average where there is one."""
+    """Returns the weights of a state that the artifact holds: their moving average where there is one."""
     return state["model"] if state["ema"] is None else state["ema"]
 
 
 def encoder_and_decoder(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What an artifact holds of an objective's weights; what only training needs stays in the state."""
+    """Returns the weights that an artifact holds, without those that only training needs."""
     return {name: tensor for name, tensor in weights.items() if name.startswith(("encoder.", "decoder."))}
 
 
 def first_images(source: Source, model: EncoderConfig, image_size: int) -> Batch:
-    """The first images of a source that can be read.
+    """Returns the first images of a source that can be read.
 
     Raises:
         BadInput: there is none, or none has the channels that the model takes.

@@ -1,7 +1,7 @@
-"""Everything that can be refused is refused here, before the first step and before anything is written.
+"""The plan of a run: its settings, checked before the first step and before anything is written.
 
-What a run needs to know beyond its settings is worked out once: how the batch is shared out, how many steps
-there are, mean and deviation of the data.
+The plan also holds what follows from settings, data and machine: the split of the batch, the number of steps,
+mean and standard deviation of the data.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MAY_CHANGE = {
     *("run.save_minutes", "run.save_steps", "run.log_steps", "run.reconstruction_every"),
     *(f"probe.{field.name}" for field in fields(ProbeConfig)),
 }
-"""What a resumed run may set anew: where things are, how the machine is used, how long to go on."""
+"""Settings that a resumed run may change: locations, use of the machine, and length of the run."""
 
 
 Settings = TypeVar("Settings", bound=PretrainConfig | FinetuneConfig)
@@ -54,11 +54,11 @@ class RunPlan(Generic[Settings]):
     """A run, ready to start."""
 
     config: Settings
-    """With mean and deviation filled in."""
+    """The settings, with mean and standard deviation filled in."""
     source: Source
     slices: BatchLayout
     steps: int
-    """Optimizer steps from beginning to end."""
+    """Optimizer steps of the whole run."""
 
     @property
     def folder(self) -> Path:
@@ -72,23 +72,23 @@ class RunPlan(Generic[Settings]):
 
     @property
     def sources(self) -> dict[str, Source]:
-        """What the run learns from and is measured on, by the words of messages; see `list_data`."""
+        """The images of the run by their names in messages; see `list_data`."""
         return {"images": self.source}
 
     def list_data(self) -> Listing:
-        """Names and sizes of the images that decide what comes out."""
+        """Returns names and sizes of the images that influence the result."""
         return list_data(self.sources, labels=isinstance(self.config, FinetuneConfig))
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether to look at what was learned when `step` steps are done and more follow."""
+        """Returns whether an evaluation is due after `step` steps."""
         return self.draws_reconstructions_at(step)
 
     def draws_reconstructions_at(self, step: int) -> bool:
-        """Whether a picture of reconstructions is due."""
+        """Returns whether a picture of reconstructions is due."""
         return step > 0 and is_multiple(step, self.config.run.reconstruction_every)
 
     def epochs(self, steps: int) -> float:
-        """Passes over the data after `steps` steps."""
+        """Returns the passes over the data after `steps` steps."""
         return steps * self.slices.global_batch / len(self.source)
 
 
@@ -97,11 +97,11 @@ class PretrainPlan(RunPlan[PretrainConfig]):
     """A pre-training run, ready to start."""
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether a picture or a probe is due."""
+        """Returns whether a picture or a probe is due."""
         return self.draws_reconstructions_at(step) or self.probes_at(step)
 
     def probes_at(self, step: int) -> bool:
-        """Whether labelled images are to tell what was learned; before the first step, too."""
+        """Returns whether the online probe is due, which it also is before the first step."""
         probe = self.config.probe
         if probe.probe is None:
             return False
@@ -112,15 +112,15 @@ class PretrainPlan(RunPlan[PretrainConfig]):
 
 
 def is_multiple(step: int, every: int) -> bool:
-    """Whether `step` comes every so many steps; 0: never."""
+    """Returns whether `step` is a multiple of `every`; never for 0."""
     return every > 0 and step % every == 0
 
 
 def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> PretrainPlan:
-    """Check the settings against the data, the machine and the run directory.
+    """Checks the settings against the data, the machine and the run directory.
 
     Raises:
-        BadInput: on every process, naming what does not fit and what would.
+        BadInput: on every process, with what does not fit and what would.
     """
     with group.raise_on_all_ranks():
         if group.main:
@@ -155,7 +155,7 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
 
 
 def check_shapes(config: PretrainConfig | FinetuneConfig) -> None:
-    """Refuse an image size that is not whole mask units, and statistics of another number of channels.
+    """Refuses an image size that is no multiple of the mask unit, and statistics for other channels.
 
     Raises:
         BadInput: naming sizes that fit.
@@ -174,24 +174,23 @@ def check_shapes(config: PretrainConfig | FinetuneConfig) -> None:
 
 
 def check_space(config: PretrainConfig | FinetuneConfig, parameters: int) -> None:
-    """Refuse a disk that cannot hold the run's state beside the one that replaces it, and the artifact.
+    """Refuses a disk without room for two states of the run and the artifact.
 
     Raises:
-        BadInput: naming what is needed and what is free.
+        BadInput: with the space that is needed and the space that is free.
     """
     copies = 4 if config.optimizer.ema_decay else 3  # weights, two moments of AdamW, their moving average
     require_space(config.run.out, 4 * parameters * (2 * copies + 1), f"a run of {parameters:,} weights")
 
 
 def check_objective(config: PretrainConfig) -> int:
-    """Refuse what the objective cannot do with images of this size; no model is computed.
+    """Refuses an objective that does not fit images of this size, without computing a model.
 
     Returns:
-        How many weights are trained.
+        The number of trained weights.
 
     Raises:
-        BadInput: masks that leave nothing to see, or an encoder whose own attention is to guide them and does
-            not see the whole map.
+        BadInput: masks that hide everything, or an encoder without global attention that is to guide them.
     """
     size, model = config.view_size, config.model
     with torch.device("meta"):
@@ -205,10 +204,10 @@ def check_objective(config: PretrainConfig) -> int:
 
 
 def split_batch(optimizer: OptimizerConfig, rank: int, world: int) -> BatchLayout:
-    """How the global batch is shared out over processes and passes.
+    """Splits the global batch over processes and passes.
 
     Raises:
-        BadInput: it cannot be, naming numbers that can.
+        BadInput: it cannot be split evenly; the message names numbers that can.
     """
     batch, micro = optimizer.batch_size, optimizer.micro_batch
     together = world * (micro or 1)
@@ -222,18 +221,18 @@ def split_batch(optimizer: OptimizerConfig, rank: int, world: int) -> BatchLayou
                 f"--micro-batch {max(m for m in range(1, min(micro, share) + 1) if share % m == 0)}"
             )
         raise BadInput(
-            f"--batch-size {batch} cannot be shared out over {what}; {' or '.join(fitting)} would do"
+            f"--batch-size {batch} cannot be split evenly over {what}; {' or '.join(fitting)} would do"
         )
     return BatchLayout(batch, micro or batch // world, rank, world)
 
 
 def count_steps(optimizer: OptimizerConfig, images: int) -> int:
-    """Optimizer steps of the whole run."""
+    """Returns the optimizer steps of the whole run."""
     return optimizer.steps or math.ceil(optimizer.epochs * images / optimizer.batch_size)
 
 
 def check_resumable(plan: RunPlan, state: dict[str, Any], *, allow_changed_data: bool) -> None:
-    """Refuse to go on from `state` with another number of images, or to fewer steps than are done.
+    """Refuses to resume from `state` with another number of images, or with fewer steps than are done.
 
     Raises:
         BadInput: naming both numbers.
@@ -242,24 +241,24 @@ def check_resumable(plan: RunPlan, state: dict[str, Any], *, allow_changed_data:
     if before != images and not allow_changed_data:
         raise BadInput(
             f"{plan.source.location}: has {images} images, but the run was started with {before}, so their "
-            f"order would change; give the same data, start a new run, or go on all the same with {FLAG}"
+            f"order would change; give the same data, start a new run, or continue anyway with {FLAG}"
         )
     if state["step"] > plan.steps:
         raise BadInput(f"{plan.folder}: has done {state['step']} steps, more than the {plan.steps} asked for")
 
 
 def write_config(config: PretrainConfig | FinetuneConfig) -> None:
-    """Put the settings into the run directory.
+    """Writes the settings into the run directory.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     text = json.dumps(to_plain(_located(config)), indent=2) + "\n"
     write_whole(config.run.out / "config.json", lambda file: file.write(text.encode()))
 
 
 def _located(config: Settings) -> Settings:
-    """The settings with absolute paths of what is read: a run may be resumed from any directory."""
+    """Returns the settings with absolute paths: a run may be resumed from any directory."""
     data = replace(config.data, images=config.data.images and config.data.images.absolute())
     if isinstance(config, PretrainConfig):
         probe = replace(config.probe, probe=config.probe.probe and config.probe.probe.absolute())
@@ -269,7 +268,7 @@ def _located(config: Settings) -> Settings:
 
 
 def extended(plan: RunPlan, state: dict[str, Any]) -> str | None:
-    """What becomes of the learning rate where a resumed run has another number of steps than before."""
+    """Returns a note on the learning rate where a resumed run has another number of steps than before."""
     done, config = state["step"], plan.config
     before = count_steps(read_config(plan.folder, type(config)).optimizer, state["images"])
     if before == plan.steps or not 0 < done < plan.steps:
@@ -283,13 +282,13 @@ def extended(plan: RunPlan, state: dict[str, Any]) -> str | None:
 
 
 def resume_command(config: PretrainConfig | FinetuneConfig) -> str:
-    """The command that goes on with a run."""
+    """Returns the command that resumes a run."""
     command = "pretrain" if isinstance(config, PretrainConfig) else "classify train"
     return f"coma {command} --resume {shlex.quote(str(config.run.out))}"
 
 
 def check_folder(config: Settings, resume: bool) -> Settings:
-    """The settings to begin or to go on with, the directory being fit for that.
+    """Returns the settings to start or resume with, if the directory is fit for that.
 
     Raises:
         BadInput: the directory of a new run is not empty; that of an old one holds no run, or one with other
@@ -311,7 +310,7 @@ def _fresh(config: Settings) -> Settings:
 
 
 def _resumed(config: Settings) -> Settings:
-    """The settings to go on with: the new ones where that changes nothing about what is learned."""
+    """Returns the settings to resume with: the new ones where they do not change what is learned."""
     saved = read_config(config.run.out, type(config))
     require_folder(config.run.out, "--resume")
     if config.data.mean is None:
@@ -326,20 +325,20 @@ def _resumed(config: Settings) -> Settings:
         listing = ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)
         raise BadInput(
             f"{config.run.out}: cannot be resumed with other settings than it was started with: {listing}; "
-            "leave them as they were, or start a new run in another directory"
+            "keep these settings, or start a new run in another directory"
         )
     return config
 
 
 def _same_teacher(new: ObjectiveConfig, saved: ObjectiveConfig) -> ObjectiveConfig:
-    """The new settings; a teacher whose weights they do not identify is to be the one of the run."""
+    """Returns the new settings, with the run's own teacher where they do not identify its weights."""
     if not new.teacher or not saved.teacher or new.teacher.sha256:
         return new
     return replace(new, teacher=replace(new.teacher, sha256=saved.teacher.sha256))
 
 
 def _places_of_teachers(new: ObjectiveConfig, saved: ObjectiveConfig) -> set[str]:
-    """What may be set anew of a teacher that is an artifact: where it is. Its SHA-256 is compared later."""
+    """Returns what may change of a teacher that is an artifact: its place. Its SHA-256 is compared later."""
     if not new.teacher or not saved.teacher:
         return set()
     return {"objective.teacher.name"} if may_have_moved(saved.teacher, new.teacher) else set()

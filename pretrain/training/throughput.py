@@ -1,4 +1,4 @@
-"""How well the hardware is used: images per second, time without data, FLOPs against the peak (MFU).
+"""Throughput: images per second, share of time waiting for data, and model FLOPs utilisation (MFU).
 
 Model FLOPs utilisation counts the arithmetic that the model needs, forward and backward, recomputation not
 included (Chowdhery et al. 2022, PaLM, appendix B).
@@ -57,7 +57,7 @@ sheets and architecture white papers; longer names first where one begins with a
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak 16-bit FLOP/s of a GPU by the name that its driver gives; None when it is not known."""
+    """Returns the peak 16-bit FLOP/s of a GPU by its driver's name for it; None when it is not known."""
     for name, tera in _PEAK.items():
         if re.search(rf"\b{re.escape(name)}\b", device_name):
             return tera * 1e12
@@ -65,22 +65,21 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def device_peak(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of this device in this precision, where it is known."""
+    """Returns the peak FLOP/s of a device in a precision, where it is known."""
     if device.type != "cuda" or precision == "fp32":
         return None
     return peak_flops(torch.cuda.get_device_name(device))
 
 
 def training_flops(model: EncoderConfig, objective: ObjectiveConfig, image_size: int) -> float:
-    """FLOPs of one pre-training step per image; a multiplication and an addition count as two.
+    """Returns the FLOPs of one pre-training step per image; a multiplication and an addition count as two.
 
-    All that a step computes is counted: also what a teacher and a moving average of the encoder are asked.
-
-    Counted on tensors that have shapes only: nothing is computed, no random number drawn, and no memory taken
-    but for a teacher, which is built (of timm's networks without their weights).
+    The count covers everything that a step computes, including a teacher and a moving average of the encoder.
+    It uses tensors that have only shapes: nothing is computed, no random number is drawn, and no memory is
+    taken, except for the teacher, which is built (timm's networks without their weights).
 
     Raises:
-        BadInput: a teacher that is not there.
+        BadInput: the teacher does not exist.
     """
     shape = model.channels, image_size, image_size
     teacher = dummy_teacher(objective, model.channels)
@@ -90,7 +89,7 @@ def training_flops(model: EncoderConfig, objective: ObjectiveConfig, image_size:
 
 
 def views_per_image(config: PretrainConfig) -> int:
-    """Views that one step encodes of every image (CoMA: K, MAE: 1), as the objective itself draws them."""
+    """Returns the views that a step encodes of every image (CoMA: K, MAE: 1), as the objective draws them."""
     with torch.device("meta"):
         objective = build_objective(config.objective, build_encoder(config.model))
     grid = unit_grid(config.view_size, config.view_size, config.model.unit)
@@ -98,7 +97,7 @@ def views_per_image(config: PretrainConfig) -> int:
 
 
 def finetuning_flops(model: EncoderConfig, classes: int, image_size: int) -> float:
-    """The same for a classifier."""
+    """Returns the FLOPs of one training step of a classifier per image."""
     shape = model.channels, image_size, image_size
     return _count_flops(
         lambda: build_classifier(model, classes), lambda c, x, y: F.cross_entropy(c(x), y), shape
@@ -120,7 +119,7 @@ def _count_flops(
 
 
 def flops_per_image(config: PretrainConfig | FinetuneConfig) -> float:
-    """FLOPs of one training step of a run, per image; see `training_flops`."""
+    """Returns the FLOPs of one training step of a run per image; see `training_flops`."""
     model, size = config.model, config.data.image_size
     if isinstance(config, PretrainConfig):
         return training_flops(model, config.objective, config.view_size)
@@ -128,7 +127,7 @@ def flops_per_image(config: PretrainConfig | FinetuneConfig) -> float:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """GiB that torch allocated on the GPU at most, or on a CPU that the process held; None if not known."""
+    """Returns the peak memory in GiB: of torch on a GPU, of the process on a CPU; None if not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
@@ -139,13 +138,13 @@ def peak_memory(device: torch.device) -> float | None:
 
 
 class Meter:
-    """Speed since the last log point.
+    """Measures the speed since the last log point.
 
     Args:
         config: The run.
-        group: The processes; only process 0 works out the MFU.
-        precision: As chosen for its device.
-        warn: Told when MFU cannot be worked out.
+        group: The processes; only process 0 computes the MFU.
+        precision: Number format of the forward pass.
+        warn: Receives a message when the MFU cannot be computed.
     """
 
     def __init__(
@@ -167,14 +166,14 @@ class Meter:
                 warn("MFU will not be shown: " + str(error).partition("\n")[0])
 
     def add(self, seconds: float, waited: float, computed: float) -> None:
-        """One step took `seconds`, `waited` of them for data; the CPU worked `computed` seconds for it."""
+        """Adds a step of `seconds`, `waited` of them for data, that took `computed` CPU seconds."""
         self._steps += 1
         self._seconds += seconds
         self._waited += waited
         self._computed += computed
 
     def take(self) -> dict[str, Any]:
-        """What to log; counting starts again."""
+        """Returns the values to log and resets the counters."""
         speed = self._steps * self._batch / self._seconds
         values = {"images_per_s": round(speed, 2), "data_wait": round(self._waited / self._seconds, 4)}
         if self._device.type == "cpu":

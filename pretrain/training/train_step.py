@@ -42,12 +42,12 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step gave; the same on every process, but for the waiting."""
+    """Result of one optimizer step; the same on every process, except for the waiting time."""
 
     values: dict[str, float]
     """loss, grad_norm, and the objective's own metrics; means over the global batch."""
     requests: tuple[bool, ...]
-    """Which of the requests passed to `TrainStep.__call__` any process had."""
+    """For each of the requests passed to `TrainStep`, whether any process raised it."""
     failures: tuple[str, ...]
     """Images that could not be read, by any process."""
     waited: float
@@ -64,17 +64,17 @@ class NotFinite(Exception):
 
 
 class TrainStep:
-    """An objective in training.
+    """Takes optimizer steps on an objective, and owns everything that they change.
 
     Args:
         objective: On its device, identical on every process; a pre-training objective, or a `Classification`.
         optimizer: Settings.
         run: How the machine is used.
         group: The processes.
-        slices: How the global batch is shared out.
+        slices: Split of the global batch over processes and passes.
         precision: Number format of the forward pass.
-        mean: Per channel.
-        std: Per channel.
+        mean: Mean of every channel.
+        std: Standard deviation of every channel.
     """
 
     def __init__(
@@ -113,14 +113,14 @@ class TrainStep:
         requests: Callable[[], tuple[bool, ...]] = tuple,
         progress: float = 0.0,
     ) -> StepResult:
-        """Take step `number` (from 0): forward, backward, update.
+        """Takes step `number` (from 0): forward, backward, update.
 
         Args:
-            number: Of the step, from 0.
+            number: Number of the step, from 0.
             lr: Learning rate; groups of parameters with an `lr_scale` take that share of it.
-            batches: Where the micro batches come from.
-            requests: What this process asks of all of them, called late in the step; see `StepResult`.
-            progress: Share of the run that is done before this step; told to the objective.
+            batches: Iterator of micro batches.
+            requests: Returns the requests of this process, called late in the step; see `StepResult`.
+            progress: Share of the run before this step, which schedules of the objective use.
 
         Raises:
             NotFinite: before anything was changed.
@@ -180,7 +180,7 @@ class TrainStep:
             raise NotFinite(loss, grad_norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a step changes: whole tensors on the CPU of process 0, none on the others."""
+        """Returns what a step changes: whole tensors on the CPU of process 0, none on the others."""
         optimizer = get_optimizer_state_dict(self.objective, self._optimizer, options=_WHOLE)
         return {
             "model": self.weights(),
@@ -190,7 +190,7 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """The inverse of `state_dict`; process 0 has the state, the others give None."""
+        """Restores what `state_dict` returned; process 0 gives the state, the others give None."""
         group = self._group
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=group.world > 1)
         state = state or {"model": {}, "optimizer": {}, "ema": {}}
@@ -204,24 +204,24 @@ class TrainStep:
             self._scaler.load_state_dict(scaler)
 
     def weights_to_publish(self) -> dict[str, Tensor]:
-        """The weights to hand over, on process 0: their moving average where there is one."""
+        """Returns the weights for the artifact, on process 0: their moving average where there is one."""
         if self._ema is None:
             return self.weights()
         with self._ema.in_place_of_weights():
             return {name: tensor.clone() for name, tensor in self.weights().items()}
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights as they are, whole, on the CPU of process 0."""
+        """Returns the current weights, whole, on the CPU of process 0."""
         return cast("dict[str, Tensor]", get_model_state_dict(self.objective, options=_WHOLE))
 
 
 def pass_seed(run_seed: int) -> int:
-    """What keeps the random numbers of forward passes apart from those of crops and masks."""
+    """Returns a seed that separates the random numbers of forward passes from those of crops and masks."""
     return splitmix64((run_seed ^ 0x70617373) & (2**64 - 1))
 
 
 def seed_generators(seed: int, position: int) -> None:
-    """Make all random numbers from here on a function of the run's seed and a position in the stream."""
+    """Seeds all generators from the run's seed and a position in the sample stream."""
     value = splitmix64((seed + position) & (2**64 - 1))
     torch.manual_seed(value)
     random.seed(value)

@@ -18,7 +18,7 @@ Column = tuple[str, np.ndarray, np.ndarray | None]  # heading, uint8 [b, H, W, 3
 
 
 def draw_sheet(columns: list[Column], title: str, notes: str, across: int | None = None) -> Image.Image:
-    """Lay out the columns under title and notes, at most so many of them `across`, the next ones below."""
+    """Lays out the columns under title and notes, at most `across` side by side, the others below."""
     across = min(across or len(columns), len(columns))
     rows, height, width = columns[0][1].shape[:3]
     zoom = max(1.0, _CELL / max(height, width))
@@ -59,7 +59,7 @@ def draw_sheet(columns: list[Column], title: str, notes: str, across: int | None
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """Break `text` between words into lines of at most `width` pixels."""
+    """Breaks `text` between words into lines of at most `width` pixels."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -71,7 +71,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
 
 
 def write_png(path: Path, picture: Image.Image) -> None:
-    """Save as PNG: readers see the old picture or the new one."""
+    """Saves a PNG atomically: readers see the old picture or the new one."""
     content = io.BytesIO()
     picture.save(content, format="PNG")
     write_whole(path, lambda file: file.write(content.getvalue()))

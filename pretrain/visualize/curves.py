@@ -16,14 +16,14 @@ from pretrain.visualize.contact_sheet import write_png
 
 
 def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
-    """Draw a PNG of loss, learning rate and the share of time spent waiting for data, against the step.
+    """Draws a PNG of loss, learning rate and share of time waiting for data over the steps.
 
-    Where a classifier was validated or features were probed on the way, that is drawn as well.
+    Validations of a classifier and scores of the online probe are drawn as well, where there are any.
 
     Args:
         metrics: `metrics.jsonl` of a run: one JSON object per line with `step`, `loss`, `lr`, `data_wait`, or
             with `step` and `val_top1` or `test_top1`, or with `step` and what a probe found.
-        path: The PNG to write; it appears at once and whole.
+        path: The PNG to write, atomically.
         title: First line of the picture; default: the name of the run directory.
 
     Raises:
@@ -78,17 +78,17 @@ _PANELS: tuple[tuple[str, dict[str, tuple[str, float]]], ...] = (
     ("features'\ndeviation", {"deviation of l2-normalised features x sqrt(d)": ("probe_feature_std", 1)}),
     ("features'\nrank", {"effective rank": ("probe_effective_rank", 1)}),
 )
-"""What a loss curve shows below the loss, where it was measured: curves by their key and factor."""
+"""Panels below the loss: labels, and curves by their key and factor."""
 
 
 _LOOKS = {key for _, curves in _PANELS for key, _ in curves.values()} | {"probe_seconds"}
-"""Keys of rows that tell what was learned."""
+"""Keys of rows that hold an evaluation."""
 
 
 def _known(
     looks: list[dict[str, Any]], curves: dict[str, tuple[str, float]]
 ) -> dict[str, list[tuple[int, float]]]:
-    """Those curves that have a point: steps and values."""
+    """Returns the curves that have a point, as steps and values."""
     found = {
         name: [
             (row.get("chosen_step", row["step"]), factor * row[key])
@@ -101,7 +101,7 @@ def _known(
 
 
 def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Log points with a finite loss, and looks at what was learned: validations and probes."""
+    """Returns the log points with a finite loss, and the evaluations (validations and probes)."""
     try:
         lines = path.read_text().splitlines(keepends=True)
         whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill cuts the last one short
@@ -117,7 +117,7 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray:
-    """Average over a centred window of about a twentieth of the values, cut off at both ends."""
+    """Returns the average over a centred window of a twentieth of the values, cut off at both ends."""
     reach = max(len(values) // 40, 1)
     box = np.ones(2 * reach + 1)
     return np.convolve(values, box)[reach:-reach] / np.convolve(np.ones(len(values)), box)[reach:-reach]

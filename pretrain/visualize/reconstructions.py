@@ -1,7 +1,7 @@
-"""Pictures of a run: what every view saw and what was reconstructed from it, and the loss over the steps.
+"""Pictures of reconstructions: what every view saw, and what was reconstructed from it.
 
-A norm-pix model predicts structure, not mean and contrast; a picture has to take those from somewhere. Every
-sheet says from where, because the true ones of a hidden unit would show the viewer what the model never saw.
+A norm-pix model predicts structure, not mean and contrast, so a picture has to take those from elsewhere.
+Every sheet says from where, because the true values of a hidden unit would show what the model never saw.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ def reconstruction_sheet(
     caption: str = "",
     statistics: Statistics = "visible",
 ) -> None:
-    """Draw a PNG with one row per image: original, then what each view sees and makes of it.
+    """Draws a PNG with one row per image: the original, then what each view sees and reconstructs.
 
-    With complementary views a last column puts the predictions alone together: every pixel in it was
-    predicted by a view that did not see it (averaged where several views did not).
+    With complementary views, the last column shows predictions only: every pixel was predicted by a view
+    that did not see it (the mean where several views did not).
 
     Args:
-        objective: A pre-training objective; its mode and its weights are left as they are.
+        objective: A pre-training objective; its mode and its weights are not changed.
         images: `[b, c, H, W]`, normalised; the first 8 are drawn.
         seeds: int64 `[b]`, which fix the masks.
-        mean: Per channel, of pixels scaled to 0..1; undoes the normalisation.
-        std: Per channel, likewise.
-        path: The PNG to write; it appears at once and whole.
+        mean: Mean of every channel, of pixels scaled to 0..1, to undo the normalisation.
+        std: Standard deviation of every channel.
+        path: The PNG to write, atomically.
         caption: First line of the sheet, for example the step.
-        statistics: Where predictions of a norm-pix model get mean and contrast; see `reconstruct`.
+        statistics: Source of mean and contrast for a norm-pix model; see `reconstruct`.
     """
     images, seeds = images[:_ROWS], seeds[:_ROWS]
     height, width = images.shape[-2:]
@@ -92,17 +92,17 @@ def degradation_sheet(
     draws: int = 4,
     seed: int = 0,
 ) -> None:
-    """Draw a PNG of an image and what `Beyond` shows its encoder of it, a random draw in every row.
+    """Draws a PNG of an image and its degradations as `Beyond` shows them, one random draw per row.
 
     Args:
         view: `[3, H, W]`, uint8, or floats in 0..1.
-        kinds: Which degradations.
-        mean: Per channel, of pixels scaled to 0..1: what is degraded are normalised pixels, as in training.
-        std: Per channel, likewise.
-        path: The PNG to write; it appears at once and whole.
+        kinds: The degradations.
+        mean: Mean of every channel, of pixels scaled to 0..1; pixels are normalised first, as in training.
+        std: Standard deviation of every channel.
+        path: The PNG to write, atomically.
         unit: Side of a mask unit in pixels.
-        draws: Of each.
-        seed: Of the first draw; the next ones count on.
+        draws: Random draws of each degradation.
+        seed: Seed of the first draw; later draws use the following numbers.
 
     Raises:
         BadInput: too few mask units to zoom in.
@@ -133,7 +133,7 @@ def _method(objective: Objective) -> str:
 
 
 def _pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Normalised `[b, c, H, W]` to uint8 `[b, H, W, 3]` for the eye."""
+    """Returns normalised `[b, c, H, W]` as uint8 `[b, H, W, 3]`."""
     centre, scale = (images.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
     pixels = (images.float() * scale + centre).clamp(0, 1)
     pixels = pixels[:, :3] if images.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)

@@ -50,7 +50,7 @@ class Forked:
             torch.set_num_threads(1)
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
-            code = cli.main(command[4:])
+            code = cli.main(command[len(cli.CHILD) :])
             sys.stdout.flush()
             sys.stderr.flush()
         finally:

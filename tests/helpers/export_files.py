@@ -93,7 +93,7 @@ def segmentor(folder: Path, model: EncoderConfig = DYVIT) -> Path:
 
 def export(artifact: Path, *more: str) -> int:
     """Exit code of the shortest export of one size."""
-    quick = ("--shapes", "1x48x48", "--seconds", "0", "--verify-images", "4")
+    quick = ("--shapes", "1x48x48", "--benchmark-seconds", "0", "--verify-images", "4")
     return main(["export", str(artifact), *quick, *more])
 
 

@@ -25,6 +25,7 @@ from coma.data.sources.image_folder import FolderSource, list_files, list_folder
 from coma.data.sources.npz import NpzSource
 from coma.data.sources.webdataset import INDEX, ShardSource
 from coma.errors import BadInput
+from coma.preflight import check_regular_file
 from coma.splits import Split, all_splits, choose_split, paired_splits, skipped_note, split_of
 
 log = logging.getLogger(__name__)
@@ -63,8 +64,7 @@ def _open(path: Path, split: str | None, held_out: bool) -> Source:
     if path.is_dir():
         return _open_folder(path, split, held_out)
     _refuse_split(path, split)
-    if not path.is_file():
-        raise BadInput(f"{path}: is not a regular file; give a folder of images, a .npz pack or .tar shards")
+    check_regular_file(path, "give a folder of images, a .npz pack or .tar shards")
     if path.suffix.lower() == ".npz":
         return NpzSource(path)
     if path.suffix.lower() == ".tar":

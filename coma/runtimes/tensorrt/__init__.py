@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX: finding the library, reading engines and what is written beside them."""
+"""TensorRT and TensorRT-RTX: finding the library, running engines, and reading their sidecars."""

@@ -1,4 +1,4 @@
-"""What TensorRT says while it works: its messages, kept for errors, and its progress, where Ctrl-C enters."""
+"""Callbacks for TensorRT: a logger that keeps the last errors, and a monitor that can cancel a build."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """`progress(phase, done, steps)`."""
 KEPT = 3
-"""Last errors that a message quotes: the first ones are mostly of kernels that were merely tried."""
+"""Number of last errors that a message quotes; earlier ones are mostly about kernels that were only tried."""
 
 
 def make_logger(trt: Any) -> Any:
-    """A logger for TensorRT: the last errors are kept, and nothing is printed.
+    """Returns a logger for TensorRT that keeps the last errors and prints nothing.
 
-    TensorRT calls errors what it recovers from, too; `logging` has them, and warnings, at level debug.
+    TensorRT also logs errors that it recovers from; `logging` receives them, and warnings, at level debug.
     """
 
     class Logger(trt.ILogger):
@@ -35,16 +35,16 @@ def make_logger(trt: Any) -> Any:
                 log.debug("TensorRT warning: %s", text)
 
         def last_errors(self) -> str:
-            """The last ones, on one line."""
-            return "; ".join(self._errors) or "it gives no reason"
+            """Returns the last errors on one line."""
+            return "; ".join(self._errors) or "no reason given"
 
     return Logger()
 
 
 def make_monitor(trt: Any, cancelled: threading.Event, progress: Progress | None) -> Any:
-    """A progress monitor: it tells `progress`, and stops the build once `cancelled` is set.
+    """Returns a progress monitor that calls `progress` and stops the build once `cancelled` is set.
 
-    An exception of `progress` must not reach TensorRT, which would end the process: it cancels the build, and
+    An exception in `progress` must not reach TensorRT, which would end the process. It cancels the build, and
     `check()` raises it afterwards.
     """
 
@@ -56,26 +56,26 @@ def make_monitor(trt: Any, cancelled: threading.Event, progress: Progress | None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self._steps[phase_name] = num_steps
-            self._tell(phase_name, 0)
+            self._report(phase_name, 0)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            self._tell(phase_name, step + 1)
+            self._report(phase_name, step + 1)
             return not cancelled.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
-            self._tell(phase_name, self._steps.get(phase_name, 0))
+            self._report(phase_name, self._steps.get(phase_name, 0))
 
         def check(self) -> None:
-            """Raise what `progress` raised."""
+            """Raises the exception that `progress` raised."""
             if self._error is not None:
                 raise self._error
 
-        def _tell(self, phase: str, done: int) -> None:
+        def _report(self, phase: str, done: int) -> None:
             if progress is None or self._error is not None:
                 return
             try:
                 progress(phase, done, self._steps.get(phase, 0))
-            except BaseException as error:  # not to be let through C++
+            except BaseException as error:  # must not pass through C++
                 self._error = error
                 cancelled.set()
 

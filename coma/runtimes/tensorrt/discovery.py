@@ -1,7 +1,7 @@
-"""Which TensorRT is installed and which GPU is there: asked before anything that would crash without one.
+"""Finds the installed TensorRT, the NVIDIA driver and the GPUs.
 
-Creating a `Runtime` or a `Builder` of TensorRT where no driver is can end the process with a segmentation
-fault, so the driver is asked first, through ctypes, and TensorRT is imported only when somebody uses it.
+Creating a `Runtime` or `Builder` of TensorRT without a driver can end the process with a segmentation fault,
+so the driver is queried first, through ctypes, and TensorRT is imported only when it is used.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import Any, Literal
 from coma.errors import BadInput
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
-"""tensorrt: for every NVIDIA GPU, builds on the one it runs on. tensorrt_rtx: for RTX cards, builds without a
-GPU; another product, whose engines TensorRT does not open."""
+"""tensorrt: for all NVIDIA GPUs; builds engines on the GPU that runs them. tensorrt_rtx: for RTX cards;
+builds without a GPU. TensorRT does not open its engines."""
 
 MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx_bindings"}
 EXTRAS: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 TITLES: dict[Flavour, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 OLDEST = (10, 13)
-"""Of TensorRT: from there on, what is used of its Python API stays (tests/golden/tensorrt_surfaces.json)."""
+"""Oldest supported version: later ones keep the API used here (tests/golden/tensorrt_surfaces.json)."""
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, as an engine remembers it: its name and its compute capability, such as "9.0"."""
+    """Name and compute capability of a GPU, such as "9.0"."""
 
     name: str
     compute_capability: str
@@ -39,7 +39,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Driver:
-    """NVIDIA's driver: the newest CUDA it runs, such as "13.0", and the GPUs it shows this process."""
+    """NVIDIA driver: the newest CUDA version that it supports, such as "13.0", and the visible GPUs."""
 
     cuda: str
     gpus: tuple[Gpu, ...]
@@ -47,7 +47,7 @@ class Driver:
 
 @dataclass(frozen=True)
 class Library:
-    """An imported TensorRT. It has no type stubs: `module` is where Any comes from."""
+    """An imported TensorRT; `module` is Any because it has no type stubs."""
 
     flavour: Flavour
     version: str
@@ -55,12 +55,12 @@ class Library:
 
     @property
     def title(self) -> str:
-        """Name and version, for messages and tables."""
+        """Name and version for messages and tables."""
         return f"{TITLES[self.flavour]} {self.version}"
 
 
 def find_driver() -> Driver | None:
-    """Ask NVIDIA's driver; None where there is none, or one that does not start."""
+    """Queries the NVIDIA driver; returns None if there is none or it does not start."""
     try:
         cuda: Any = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -86,15 +86,15 @@ def _gpu(cuda: Any, index: int) -> Gpu:
 
 
 def require_gpu(index: int = 0) -> tuple[Gpu, Driver]:
-    """The GPU of that number, and its driver.
+    """Returns a GPU by its number, and the driver.
 
     Raises:
-        BadInput: no driver, or no such GPU.
+        BadInput: there is no driver or no such GPU.
     """
     driver = find_driver()
     if driver is None or not driver.gpus:
         missing = "no working NVIDIA driver" if driver is None else "no NVIDIA GPU"
-        raise BadInput(f"TensorRT needs an NVIDIA GPU, and there is {missing} here; use ONNX Runtime instead")
+        raise BadInput(f"TensorRT needs an NVIDIA GPU, and there is {missing}; use ONNX Runtime instead")
     if index >= len(driver.gpus):
         last = len(driver.gpus) - 1
         raise BadInput(f"there is no GPU {index}; the last one is {last} ({driver.gpus[last].name})")
@@ -102,10 +102,10 @@ def require_gpu(index: int = 0) -> tuple[Gpu, Driver]:
 
 
 def require_package(flavour: Flavour) -> None:
-    """Whether the package is installed, without importing it.
+    """Checks that the package is installed, without importing it.
 
     Raises:
-        BadInput: it is not; the message names the extra.
+        BadInput: the package is missing; the message names the extra.
     """
     if importlib.util.find_spec(MODULES[flavour]) is None:
         raise BadInput(
@@ -115,10 +115,10 @@ def require_package(flavour: Flavour) -> None:
 
 
 def load_library(flavour: Flavour = "tensorrt") -> Library:
-    """Import TensorRT (which needs a driver) or TensorRT-RTX (which does not).
+    """Imports TensorRT, which needs a driver, or TensorRT-RTX, which does not.
 
     Raises:
-        BadInput: it is missing, broken or too old, or there is no GPU for it.
+        BadInput: the package is missing, broken or too old, or there is no GPU.
     """
     require_package(flavour)
     if flavour == "tensorrt":
@@ -138,5 +138,5 @@ def load_library(flavour: Flavour = "tensorrt") -> Library:
 
 
 def version_numbers(version: str) -> tuple[int, ...]:
-    """The first four numbers of "10.13.3.9.post1", to be compared."""
+    """Returns the first four numbers of a version such as "10.13.3.9.post1", for comparisons."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:4])

@@ -1,4 +1,4 @@
-"""What TensorRT made of the network: its inspector's listing of every layer, in a few numbers."""
+"""Summary of an engine: TensorRT's inspector lists every layer after fusion."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 LONGEST = 5
 WIDTH = 100
-"""Characters of a layer's name: fused layers carry the names of all that is in them."""
+"""Maximum length of a layer's name; fused layers have the names of all their parts."""
 
 _FORMATS = {
     "fp8": "FP8|E4M3",
@@ -29,14 +29,14 @@ _FORMAT = re.compile("|".join(rf"(?P<{name}>\b(?:{words})\b)" for name, words in
 
 @dataclass(frozen=True)
 class EngineSummary:
-    """An engine's layers, after TensorRT fused what it could.
+    """Layers of an engine after fusion.
 
     Attributes:
-        layers: How many.
-        by_type: How many of every type, most first; empty for an engine built without details.
-        by_format: How many layers write every format ("fp16"), most first; "?" where it is not said, as for
-            free shapes.
-        largest: The layers that write most: name, type and values of an image (free axes count as 1).
+        layers: Number of layers.
+        by_type: Number of layers by type, in descending order; empty for an engine built without details.
+        by_format: Number of layers by output format ("fp16"), in descending order; "?" if the inspector does
+            not report it, as for dynamic shapes.
+        largest: Layers with the largest outputs: name, type and number of values (dynamic axes count as 1).
     """
 
     layers: int
@@ -46,16 +46,16 @@ class EngineSummary:
 
 
 def inspect_engine(trt: Any, engine: Any) -> EngineSummary:
-    """Ask the engine's inspector."""
+    """Queries the inspector of an engine."""
     inspector = engine.create_engine_inspector()
     return summarize(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def summarize(information: str) -> EngineSummary:
-    """The inspector's JSON, as TensorRT 10 and 11 write it.
+    """Summarises the inspector's JSON of TensorRT 10 and 11.
 
-    A layer is an object, or only a name without details. The format of a tensor stands under
-    "Format/Datatype" in TensorRT 10 and is split into two fields in 11.
+    A layer is an object, or only a name without details. The format of a tensor is the field
+    "Format/Datatype" in TensorRT 10 and two fields in 11.
     """
     layers = json.loads(information).get("Layers") or []
     detailed = [layer for layer in layers if isinstance(layer, dict)]

@@ -1,4 +1,4 @@
-"""Which shapes an engine takes: ranges per input, chosen when it is built, checked whenever it is used."""
+"""Optimization profiles: the shape ranges of an engine, chosen at build time and checked at every call."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ShapeRange:
-    """The shapes that an input may have, every axis between two sizes; the engine is fastest at `optimum`."""
+    """Range of shapes of one input; the engine is fastest at `optimum`."""
 
     minimum: Shape
     optimum: Shape
     maximum: Shape
 
     def __contains__(self, shape: Shape) -> bool:
-        """Whether the engine takes that shape."""
+        """Whether the engine takes a shape."""
         return len(shape) == len(self.minimum) and all(
             low <= size <= high for low, size, high in zip(self.minimum, shape, self.maximum, strict=True)
         )
@@ -32,7 +32,7 @@ class ShapeRange:
 
 @dataclass(frozen=True)
 class Profile:
-    """One optimization profile: the ranges of all inputs, by name. An engine may have several."""
+    """One optimization profile: shape ranges by input. An engine may have several."""
 
     shapes: dict[str, ShapeRange]
 
@@ -41,15 +41,15 @@ class Profile:
 
 
 def written(shape: Sequence[int]) -> str:
-    """Such as 1x3x224x224."""
+    """Returns a shape as text, such as 1x3x224x224."""
     return "x".join(map(str, shape))
 
 
 def profile_of(spec: ModelSpec, shapes: Shapes) -> Profile:
-    """The profile of a file of that description that takes those images, and their masks with them.
+    """Returns the profile of a model for shapes of images and the masks that belong to them.
 
     Raises:
-        BadInput: an input has an axis that does not follow from the images.
+        BadInput: an input has an axis whose size does not follow from the images.
     """
     axes: dict[str, list[int]] = {}
     for shape in (shapes.min, shapes.opt, shapes.max):
@@ -62,18 +62,18 @@ def profile_of(spec: ModelSpec, shapes: Shapes) -> Profile:
 
 
 def make_profile(inputs: Sequence[TensorSpec], axes: Mapping[str, tuple[int, int, int]]) -> Profile:
-    """From sizes of named axes to shapes of inputs.
+    """Returns the profile of inputs for sizes of their dynamic axes.
 
     Args:
-        inputs: Of the spec.
-        axes: Least, likeliest and largest size of every named axis: {"batch": (1, 8, 32)}.
+        inputs: Inputs of the model.
+        axes: Minimum, optimal and maximum size of every dynamic axis: {"batch": (1, 8, 32)}.
 
     Raises:
-        BadInput: an axis is missing, or its sizes do not grow.
+        BadInput: an axis is missing, or its sizes are not in ascending order.
     """
     for axis, sizes in axes.items():
         if not 0 < sizes[0] <= sizes[1] <= sizes[2]:
-            raise BadInput(f"axis {axis}: {sizes} is not least, likeliest and largest size")
+            raise BadInput(f"axis {axis}: {sizes} must be min, opt and max in ascending order")
     missing = {
         axis
         for tensor_spec in inputs
@@ -95,21 +95,21 @@ def make_profile(inputs: Sequence[TensorSpec], axes: Mapping[str, tuple[int, int
 
 
 def check_profiles(profiles: Sequence[Profile], inputs: Mapping[str, Shape], source: str) -> None:
-    """Before a build, that may take minutes: every profile must fit the graph's inputs.
+    """Checks that every profile fits the inputs of the graph, before a build that may take minutes.
 
     Args:
-        profiles: As given.
-        inputs: Of the graph: shape by name, -1 where it may change.
-        source: For the message.
+        profiles: The profiles.
+        inputs: Shapes of the graph's inputs by name, with -1 for dynamic axes.
+        source: Name of the graph for messages.
 
     Raises:
-        BadInput: naming the input and both shapes.
+        BadInput: a profile does not fit; the message names the input and both shapes.
     """
     if not profiles and any(size < 0 for shape in inputs.values() for size in shape):
-        raise BadInput(f"{source}: its shapes may change, so the engine needs a profile")
+        raise BadInput(f"{source}: has dynamic shapes, so the engine needs a profile")
     for profile in profiles:
         if set(profile.shapes) != set(inputs):
-            raise BadInput(f"{source}: takes {sorted(inputs)}, and a profile is of {sorted(profile.shapes)}")
+            raise BadInput(f"{source}: takes {sorted(inputs)}, but a profile has {sorted(profile.shapes)}")
         for name, shapes in profile.shapes.items():
             for shape in (shapes.minimum, shapes.optimum, shapes.maximum):
                 fixed = len(shape) == len(inputs[name]) and all(
@@ -117,16 +117,16 @@ def check_profiles(profiles: Sequence[Profile], inputs: Mapping[str, Shape], sou
                 )
                 if not fixed or shape not in shapes:
                     raise BadInput(
-                        f"{source}: input {name} {written(inputs[name])} (-1: free) cannot be "
+                        f"{source}: input {name} {written(inputs[name])} (-1: dynamic) cannot be "
                         f"{written(shape)} in a profile of {shapes}"
                     )
 
 
 def choose_profile(profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> int:
-    """The number of the first profile that takes these shapes, by name of the input.
+    """Returns the number of the first profile that takes the shapes of these inputs.
 
     Raises:
-        BadInput: none does; the message says what they take.
+        BadInput: no profile takes them; the message lists the profiles.
     """
     for number, profile in enumerate(profiles):
         if all(shapes[name] in allowed for name, allowed in profile.shapes.items()):

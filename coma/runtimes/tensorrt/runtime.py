@@ -1,4 +1,4 @@
-"""TensorRT engines as a runtime. Tensors stay on the GPU, work is queued on PyTorch's current stream."""
+"""The TensorRT runtime. Tensors stay on the GPU, and work is queued on PyTorch's current stream."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from coma.runtimes.tensorrt.sidecar import REBUILD, check_fits, read_sidecar
 log = logging.getLogger(__name__)
 
 CAPTURED = 4
-"""Shapes whose CUDA graphs are kept: each has memory of its own."""
+"""Maximum number of CUDA graphs, one per shape; each has its own memory."""
 
 
 class TensorRTRuntime:
-    """An engine, on one GPU. Implements `coma.runtimes.base.Runtime`.
+    """Runs an engine on one GPU. Implements `coma.runtimes.base.Runtime`.
 
     Args:
-        path: The engine; its sidecar lies beside it. Opening an engine runs code that is in it.
+        path: The engine, with its sidecar beside it. Opening an engine runs code that it contains.
         device: "cuda" or "cuda:1".
-        cuda_graphs: Record what the engine does once per shape and replay it: less work for the CPU, so
-            quicker on small batches; the last four shapes are kept.
+        cuda_graphs: Whether to record a CUDA graph per shape and replay it, which is faster for small
+            batches; the last four shapes are kept.
 
     Raises:
-        BadInput: no GPU, no TensorRT, or an engine that is not for them; the message says what to do.
-        CheckFailed: TensorRT refuses an engine that fits by its sidecar.
+        BadInput: there is no GPU or no TensorRT, or the engine is not for them; the message says what to do.
+        CheckFailed: TensorRT refuses an engine whose sidecar matches.
     """
 
     def __init__(self, path: Path, device: str | torch.device = "cuda", *, cuda_graphs: bool = False) -> None:
@@ -50,7 +50,7 @@ class TensorRTRuntime:
         sidecar = read_sidecar(path)
         gpu, _ = require_gpu(index)
         if not torch.cuda.is_available():
-            raise BadInput("this PyTorch has no CUDA, and TensorRT's tensors are its; install one with CUDA")
+            raise BadInput("TensorRT needs a PyTorch with CUDA, which this one is not; install one")
         library = load_library(sidecar.flavour)
         check_fits(sidecar, path, library, gpu)
         self.device = torch.device("cuda", index)
@@ -71,10 +71,10 @@ class TensorRTRuntime:
         )
 
     def __call__(self, images: Tensor, **others: Tensor) -> dict[str, Tensor]:
-        """Run; the outputs are ready when PyTorch's current stream has come there.
+        """Runs the engine; the outputs are ready once PyTorch's current stream has finished.
 
         Raises:
-            BadInput: a tensor that the engine cannot take; the message says what it takes.
+            BadInput: an input has the wrong name, type or shape; the message says what the engine takes.
             CheckFailed: TensorRT refused to run.
         """
         given = check_inputs(self.spec, images, others)
@@ -93,19 +93,19 @@ class TensorRTRuntime:
             return outputs
 
     def inspect(self) -> EngineSummary:
-        """What TensorRT made of the network."""
+        """Returns a summary of the engine's layers."""
         return inspect_engine(self._trt, self._engine)
 
     def _new_context(self, profile: int) -> Any:
         context = self._engine.create_execution_context()
         if context is None:
-            raise self._failed("cannot be prepared to run, perhaps for want of GPU memory")
+            raise self._failed("cannot create an execution context; GPU memory may be too small")
         if not context.set_optimization_profile_async(profile, torch.cuda.current_stream().cuda_stream):
             raise self._failed(f"has no profile {profile}")
         return context
 
     def _bind(self, context: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tell the context where its inputs are and where its outputs, made here, go."""
+        """Binds inputs to the context, and outputs that it allocates."""
         for name, tensor in inputs.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 raise self._failed(f"does not take {name} {written(tensor.shape)}")
@@ -114,7 +114,7 @@ class TensorRTRuntime:
         for each in self.spec.outputs:
             shape = tuple(context.get_tensor_shape(each.name))
             if min(shape, default=1) < 0:
-                raise self._failed(f"does not know the shape of {each.name} before it has run")
+                raise self._failed(f"has a shape of {each.name} that depends on the data")
             outputs[each.name] = torch.empty(shape, dtype=DTYPES[each.dtype], device=self.device)
             context.set_tensor_address(each.name, outputs[each.name].data_ptr())
         return outputs
@@ -127,7 +127,7 @@ class TensorRTRuntime:
         return CheckFailed(f"{self._path}: {what}: {self._logger.last_errors()}")
 
     def _capture_for(self, profile: int, inputs: Mapping[str, Tensor]) -> _Captured | None:
-        """The recording for these shapes, made now if need be; None where there is none."""
+        """Returns the CUDA graph for these shapes, or None; records it if it is new."""
         if self._captured is None:
             return None
         shapes = tuple(tuple(tensor.shape) for tensor in inputs.values())
@@ -139,24 +139,24 @@ class TensorRTRuntime:
         return self._captured[shapes]
 
     def _capture(self, profile: int, inputs: Mapping[str, Tensor]) -> _Captured | None:
-        context = self._new_context(profile)  # its own: a recording holds the state of its context
+        context = self._new_context(profile)  # a CUDA graph holds the state of its context
         held = {name: tensor.clone() for name, tensor in inputs.items()}
         outputs = self._bind(context, held)
-        self._enqueue(context)  # what TensorRT puts off until the first run cannot be recorded
+        self._enqueue(context)  # work that TensorRT does at the first run cannot be recorded
         torch.cuda.current_stream().synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 self._enqueue(context)
         except (RuntimeError, CheckFailed) as error:
-            log.warning("%s: runs without CUDA graphs, recording failed: %s", self._path, error)
+            log.warning("%s: runs without CUDA graphs because recording failed: %s", self._path, error)
             return None
         return _Captured(graph, context, held, outputs)
 
 
 @dataclass(frozen=True)
 class _Captured:
-    """A recording, and the tensors that it reads and writes."""
+    """A CUDA graph, and the tensors that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
     context: Any
@@ -181,7 +181,7 @@ def _open(trt: Any, logger: Any, path: Path, *, host_code: bool) -> tuple[Any, A
 
 
 def _check_tensors(trt: Any, engine: Any, path: Path, tensors: tuple[TensorSpec, ...]) -> None:
-    """The engine's tensors must be those of its description; half precision never leaves the graph."""
+    """Checks that the engine has the tensors of its specification."""
     types = {
         trt.DataType.FLOAT: "float32",
         trt.DataType.UINT8: "uint8",

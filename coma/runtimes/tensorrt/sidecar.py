@@ -1,8 +1,8 @@
-"""`<engine>.json`: what an engine is, with which TensorRT and GPU it was built, and where it may be used.
+"""The sidecar `<engine>.json`: specification of an engine, how it was built, and where it may run.
 
 An engine holds machine code for one GPU and one version of TensorRT, and opening a foreign one may do
-anything, so nothing is opened that its sidecar does not vouch for. The hash shows damage and mix-ups, not
-forgery: open only engines of people you trust, as with any program.
+anything, so an engine opens only if its sidecar matches. The hash detects damage and mix-ups, not forgery:
+open only engines from people you trust, as with any program.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from coma.atomic_io import sha256_of
+from coma.atomic_io import sha256_of, write_whole
 from coma.config.serialization import from_plain, to_plain
 from coma.errors import BadInput
+from coma.preflight import check_regular_file
 from coma.ranges import Range, Ranged
 from coma.runtimes.model_spec import ModelSpec
 from coma.runtimes.tensorrt.discovery import TITLES, Flavour, Gpu, Library, version_numbers
@@ -27,49 +28,41 @@ REBUILD = "build it again from its ONNX file on this machine"
 
 @dataclass(frozen=True)
 class EngineOptions(Ranged):
-    """How an engine is built. What is computed in which precision is not among it: the ONNX file says that.
+    """Options of the TensorRT builder (--to onnx,tensorrt); it runs on the GPU that will run the engine."""
 
-    Attributes:
-        workspace_mib: Most memory of the GPU that a layer may use for itself, MiB.
-        optimization_level: 0 (quick build) to 5 (quick engine).
-        timing_cache: File of measured kernels, read and added to; makes later builds quick. Of one GPU and
-            one TensorRT.
-        tf32: Multiply fp32 matrices with 10 bits of mantissa: quicker, less like PyTorch.
-        version_compatible: Later versions of TensorRT may run it, somewhat slower.
-        hardware_compatibility: Which other GPUs may run it.
-        refit: Its weights can be replaced.
-        strip_plan: It is stored without its weights, and runs only after a refit.
-        gpu: Number of the GPU to build on and for.
-    """
-
-    workspace_mib: Annotated[int, Range(1, 2**24)] = 4096
-    optimization_level: Annotated[int, Range(0, 5)] = 3
+    workspace: Annotated[int, Range(1, 2**24)] = 4096
+    """Maximum GPU memory in MiB that a layer may use as its workspace."""
+    builder_level: Annotated[int, Range(0, 5)] = 3
+    """Builder optimization level, from 0 (fast build) to 5 (fast engine)."""
     timing_cache: Path | None = None
+    """File of kernel timings, which is read and extended; makes later builds on the same GPU faster."""
     tf32: bool = False
+    """Allow TF32 in fp32 matrix multiplications: faster, with a mantissa of 10 bits."""
     version_compatible: bool = False
+    """Allow later versions of TensorRT to run the engine."""
     hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
+    """Other GPUs that may run the engine."""
     refit: bool = False
-    strip_plan: bool = False
-    gpu: int = 0
+    """Allow the weights to be replaced without a new build."""
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What is known of an engine.
+    """Content of a sidecar.
 
     Attributes:
-        flavour: Which product built it.
-        version: Its version.
-        cuda: Newest CUDA of the driver it was built with; None without a driver.
-        gpu: The GPU it was built on; None without one (TensorRT-RTX).
+        flavour: Product that built the engine.
+        version: Version of the product.
+        cuda: Newest CUDA that the driver supports; None without a driver.
+        gpu: GPU that the engine was built on; None without one (TensorRT-RTX).
         platform: Operating system and processor.
-        onnx_sha256: Of the ONNX file.
-        engine_sha256: Of the engine.
-        profiles: Which shapes it takes.
-        options: How it was built.
-        description: Of the ONNX file, `precision` included.
-        layers: Of the network, before TensorRT fused any.
-        seconds: That the build took.
+        onnx_sha256: SHA-256 of the ONNX file.
+        engine_sha256: SHA-256 of the engine.
+        profiles: Optimization profiles: shapes that the engine takes.
+        options: Options of the builder.
+        spec: Specification in the ONNX file.
+        layers: Number of layers before fusion.
+        seconds: Build time.
     """
 
     flavour: Flavour
@@ -88,55 +81,52 @@ class Sidecar:
 
 
 def this_platform() -> str:
-    """Such as Linux x86_64."""
+    """Returns the operating system and processor, such as Linux x86_64."""
     return f"{platform.system()} {platform.machine()}"
 
 
 def sidecar_path(engine_path: Path) -> Path:
-    """Where the sidecar of an engine lies."""
+    """Returns the path of an engine's sidecar."""
     return engine_path.with_name(engine_path.name + ".json")
 
 
 def write_sidecar(engine_path: Path, sidecar: Sidecar) -> None:
-    """Write it whole or not at all.
+    """Writes the sidecar atomically.
 
     Raises:
-        OSError: the disk is full, or not to be written.
+        OSError: the disk is full or not writable.
     """
-    from coma.atomic_io import write_whole
-
     text = json.dumps(to_plain(sidecar), indent=2) + "\n"
     write_whole(sidecar_path(engine_path), lambda file: file.write(text.encode()))
 
 
 def read_sidecar(engine_path: Path) -> Sidecar:
-    """What is known of that engine; the engine itself is not looked at.
+    """Reads the sidecar of an engine, but not the engine itself.
 
     Raises:
-        BadInput: no engine, no sidecar, or one that cannot be understood.
+        BadInput: the engine or its sidecar is missing, or the sidecar cannot be read.
     """
     path = sidecar_path(engine_path)
     if not engine_path.is_file():
         raise BadInput(f"{engine_path}: no such file")
     try:
-        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-            raise BadInput(f"{path}: not a regular file; {REBUILD}")
+        check_regular_file(path, REBUILD, must_exist=False)
         plain = json.loads(path.read_text())
     except FileNotFoundError:
-        raise BadInput(f"{engine_path}: {path.name} is not beside it; {REBUILD}") from None
+        raise BadInput(f"{engine_path}: its sidecar {path.name} is missing; {REBUILD}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not a readable sidecar ({error}); {REBUILD}") from None
     version = plain.get("format_version") if isinstance(plain, dict) else None
     if version != FORMAT_VERSION:
-        raise BadInput(f"{path}: of format {version}, and this program reads {FORMAT_VERSION}; {REBUILD}")
+        raise BadInput(f"{path}: format {version}, but this version reads format {FORMAT_VERSION}; {REBUILD}")
     return from_plain(plain, Sidecar, source=str(path))
 
 
 def check_fits(sidecar: Sidecar, engine_path: Path, library: Library, gpu: Gpu) -> None:
-    """Refuse an engine of another product, version, platform or GPU, and a file that is not the one built.
+    """Refuses an engine for another product, version, platform or GPU, and an engine that has changed.
 
     Raises:
-        BadInput: with the reason and what to do.
+        BadInput: the engine cannot run here; the message says why and what to do.
     """
     built = f"{TITLES[sidecar.flavour]} {sidecar.version}"
     options = sidecar.options
@@ -153,10 +143,10 @@ def check_fits(sidecar: Sidecar, engine_path: Path, library: Library, gpu: Gpu) 
             f"{engine_path}: built for {_named(sidecar.gpu)} (hardware compatibility: "
             f"{options.hardware_compatibility}), and this is {_named(gpu)}; {REBUILD}"
         )
-    if options.strip_plan:
-        raise BadInput(f"{engine_path}: is stored without its weights; build it without strip_plan")
     if sha256_of(engine_path) != sidecar.engine_sha256:
-        raise BadInput(f"{engine_path}: is not the file that its sidecar describes (SHA-256); {REBUILD}")
+        raise BadInput(
+            f"{engine_path}: differs from the file that its sidecar describes (SHA-256); {REBUILD}"
+        )
 
 
 def _runs_on(gpu: Gpu, built_for: Gpu, level: str) -> bool:

@@ -1,6 +1,6 @@
 """`coma`: found commands, exit codes, messages, a fast start, and a surface that changes only on purpose.
 
-The texts in `tests/golden` are renewed by running this file: `python tests/end_to_end/coma/test_cli.py`.
+The texts in `tests/golden` are renewed by `pytest --renew-golden`.
 """
 
 import errno
@@ -279,9 +279,10 @@ def test_messages_of_the_running_room_are_shown(room, capsys):
     logging.getLogger("annex").info("from the room")
     logging.getLogger("coma.data").info("from a library of ours")
     logging.getLogger("elsewhere").info("from another library")
+    logging.getLogger("annex").warning("cat.jpg: skipped")
     with redirect_stderr(io.StringIO()) as bar:
         logging.getLogger("annex").info("while a progress bar has the terminal")
-    assert capsys.readouterr().err == "from the room\nfrom a library of ours\n"
+    assert capsys.readouterr().err == "from the room\nfrom a library of ours\nwarning: cat.jpg: skipped\n"
     assert bar.getvalue() == "while a progress bar has the terminal\n"
 
 
@@ -332,9 +333,12 @@ def test_help_is_wrapped_where_the_terminal_ends_not_where_our_lines_do():
     assert text[-1].endswith("(1 to 1024; default: 1)")
 
 
-def test_the_command_line_is_as_it_was():
+def test_the_command_line_is_as_it_was(request):
+    if request.config.getoption("--renew-golden"):
+        for name, text in surface().items():
+            (GOLDEN / name).write_text(text, encoding="utf-8")
     stored = {path.name: path.read_text(encoding="utf-8") for path in GOLDEN.glob("*.txt")}
-    assert surface() == stored, "if you meant to change it: python tests/end_to_end/coma/test_cli.py"
+    assert surface() == stored, "if you meant to change it: pytest -k command_line_is --renew-golden"
 
 
 def test_a_changed_flag_would_be_noticed(monkeypatch):
@@ -343,9 +347,3 @@ def test_a_changed_flag_would_be_noticed(monkeypatch):
     assert surface() != usual
     assert "--protocols\n" in usual["flags-evaluate.txt"]
     assert "--no-random-baseline\n" in usual["flags-evaluate.txt"]
-
-
-if __name__ == "__main__":
-    for name, text in surface().items():
-        (GOLDEN / name).write_text(text, encoding="utf-8")
-        print(GOLDEN / name)

@@ -13,7 +13,7 @@ from coma.cli import CHILD
 THEIRS = ("pretrain", "export", "demo", "downstream")
 COMMAND = (str(Path(sys.executable).with_name("coma")),)
 ARGUMENTS = """pretrain images --out run --model tiny --image-size 32 --steps 1 --batch-size 4 --workers 2
---model.depths 1 1 1 1 --objective.decoder.depth 1 --device cpu"""
+--model.depths 1 1 1 1 --objective.decoder.depth 1 --device cpu --mean .5 .5 .5 --std .3 .3 .3"""
 MODULE = (sys.executable, "-m", "coma")
 
 

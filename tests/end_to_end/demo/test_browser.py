@@ -37,7 +37,9 @@ def address(tmp_path_factory) -> Iterator[str]:
 
     folder = tmp_path_factory.mktemp("page")
     given = models(folder)
-    export.run([str(given[0]), "--form", "reconstructor", "--seconds", "0", "--verify-images", "1"])
+    export.run(
+        [str(given[0]), "--graph", "reconstructor", "--benchmark-seconds", "0", "--verify-images", "1"]
+    )
     with served(folder / "uploads", *given) as page:
         yield page.local_url
 

@@ -168,7 +168,7 @@ def test_an_event_that_does_not_end_is_given_up_and_the_next_one_runs(server, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(inputs, "EVENT_SECONDS", 0.5)
-        patch.setattr("demo.pages.reconstruct.hide", stuck)
+        patch.setattr("demo.pages.reconstruct.mask_picture", stuck)
         answers = ask(server, [usual(server, event)] * 3)
         assert {answer["output"]["error"] for answer in answers} == {
             "This took longer than 0.5 seconds and was cancelled."
@@ -210,7 +210,7 @@ def test_an_unexpected_error_is_one_line_in_the_log(server, monkeypatch, caplog,
     def broken(*_: Any) -> None:
         raise KeyError("two\nlines")
 
-    monkeypatch.setattr("demo.pages.reconstruct.hide", broken)
+    monkeypatch.setattr("demo.pages.reconstruct.mask_picture", broken)
     event = next(each for each in server.config["dependencies"] if each["api_name"] == "reconstruct")
     answer = ask(server, [usual(server, event)])[0]
     assert answer["output"]["error"] == "The server failed; its log says why."

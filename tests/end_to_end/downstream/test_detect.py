@@ -369,6 +369,7 @@ def test_a_plain_runner_runs_what_the_command_wrote(trained, tmp_path):
         (["predict", "T", "D", "--out", "D"], "is not empty"),
         (["predict", "A", "D", "--out", "x"], "its kind is 'backbone'"),
         (["test", "A", "--data", "D"], "coma detect train"),
+        (["check", "--data", "none"], "there is no folder"),
     ],
 )
 def test_bad_input_is_named(arguments: list[str], message, data, backbone, trained, tmp_path, monkeypatch):
@@ -379,6 +380,23 @@ def test_bad_input_is_named(arguments: list[str], message, data, backbone, train
     with pytest.raises((BadInput, BadArtifact), match=message):
         run([places.get(argument, argument) for argument in arguments])
     assert not (tmp_path / "x").exists() or arguments[0] == "predict"
+
+
+def test_check_prints_what_a_dataset_holds(data, capsys):
+    run(["check", "--data", str(data)])
+    said = capsys.readouterr().out
+    assert "96 x 64 / 96 x 64 / 96 x 64" in said and "no errors found" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("verb", ["train", "test", "predict"])
+def test_a_device_that_is_not_there_is_refused(verb, data, trained, tmp_path):
+    last = {"train": ["--data", str(data)], "test": ["--data", str(data)], "predict": [str(data)]}[verb]
+    out = ["--out", str(tmp_path / "x"), "--device", "cuda"]
+    source = ["--preset", "tiny"] if verb == "train" else [str(trained / "artifact")]
+    with pytest.raises(BadInput, match="--device cuda: not available"):
+        run([verb, *source, *last, *out])
+    assert not (tmp_path / "x").exists()
 
 
 def test_other_classes_are_refused(trained, data, tmp_path):

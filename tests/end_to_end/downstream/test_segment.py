@@ -187,8 +187,14 @@ def test_bad_input_is_named(arguments: list[str], message, data, trained, tmp_pa
         run([places.get(argument, argument) for argument in arguments])
 
 
+def test_check_prints_what_a_dataset_holds(data, capsys):
+    run(["check", "--data", str(data)])
+    said = capsys.readouterr().out
+    assert "pixels of square" in said and "no errors found" in said
+
+
 def test_a_segmentor_is_not_a_detector(trained, data, tmp_path):
     from downstream.commands.detect import run as detect
 
-    with pytest.raises(BadArtifact, match=r"its kind is 'segmentor', not 'detector'; coma segment takes it"):
+    with pytest.raises(BadArtifact, match=r"its kind is 'segmentor', not 'detector'; use coma segment"):
         detect(["predict", str(trained / "artifact"), str(data), "--out", str(tmp_path / "x")])

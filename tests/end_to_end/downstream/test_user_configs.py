@@ -97,7 +97,7 @@ def test_a_configuration_of_mmdet_in_processes_of_its_own(small, data, backbone,
     lines = said.splitlines()
     (weights,) = [line for line in lines if line.startswith("not loaded:")]
     assert "load_from=their_detector.pth, model.backbone.init_cfg=torchvision://resnet18;" in weights
-    assert f"are those of {backbone}, and --cfg-options load_from=FILE" in weights
+    assert f"starts from {backbone}; --cfg-options load_from=FILE" in weights
     fitted, read, placed = [line for line in lines if "theirs.py: changed" in line]
     for name in (
         "model.backbone (ResNet -> DyViT)",
@@ -171,7 +171,9 @@ def test_without_an_encoder_load_from_is_loaded(trained, data, tmp_path, caplog)
     (said,) = [
         r.getMessage() for r in caplog.records if "some.pth" in r.getMessage() and r.levelname == "WARNING"
     ]
-    assert f"gave {len(rest)} of the model's {len(rest) + 2} tensors; 1 others of its own fit nothing" in said
+    assert (
+        f"loaded {len(rest)} of the model's {len(rest) + 2} tensors; 1 tensors of the file are unused" in said
+    )
     assert said.endswith(f"not loaded: {', '.join(n for n in weights if n in taken)}")
 
 
@@ -188,7 +190,7 @@ def test_nothing_in_a_checkpoint_is_executed(trained, data, tmp_path, monkeypatc
     mark = tmp_path / "mark"
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save({"state_dict": Evil(mark)}, tmp_path / "evil.pth")
-    with pytest.raises(BadInput, match=r"evil\.pth: holds more than tensors"):
+    with pytest.raises(BadInput, match=r"evil\.pth: holds other objects than tensors"):
         continued(trained, tmp_path / "evil.pth", data, tmp_path / "run")
     assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored" in capsys.readouterr().err
     again = tmp_path / "again"
@@ -235,7 +237,7 @@ def test_what_is_fetched_is_not_unpickled_either(tmp_path, monkeypatch):
         (RETINANET + "custom_imports = dict(imports=['no_such_module'])", "no_such_module"),
         ("raise SystemExit(3)", r"cannot be read \(SystemExit: 3\)"),
         ("a = 1", "has no default_scope; a detector needs a configuration of mmdet"),
-        ("_base_ = 'mmseg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py'", "is one of mmseg; a detector needs"),
+        ("_base_ = 'mmseg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py'", "default_scope is mmseg; a detector"),
         ("default_scope = 'mmdet'\nmodel = 3", "has no model with a backbone"),
         (RETINANET + "model = dict(bbox_head=dict(type='RetinaHeadd'))", "RetinaHeadd is not in the"),
         (RETINANET + "model = dict(bbox_head=dict(num_clases=3))",
@@ -314,12 +316,12 @@ def test_settings_that_build_no_model_are_one_line(trained, data, tmp_path):
     content.pop("checksums")
     content["head"]["model"]["neck"]["bogus"] = 1
     (spoilt / "config.json").write_text(json.dumps(content))
-    with pytest.raises(BadInput, match=r"config\.json: describes no model that can be built .*'bogus'"):
+    with pytest.raises(BadInput, match=r"config\.json: describes a model that cannot be built .*'bogus'"):
         run(["predict", str(spoilt), str(data / "val"), "--out", str(tmp_path / "p")])
 
 
 def test_a_configuration_whose_data_are_missing_is_told_of_data(backbone, tmp_path):
     theirs = tmp_path / "theirs.py"
     theirs.write_text(RETINANET)
-    with pytest.raises(BadInput, match=r"No such file.*instances_train2017.*name yours with --data"):
+    with pytest.raises(BadInput, match=r"No such file.*instances_train2017.*name your own with --data"):
         run(["train", str(backbone), "--config", str(theirs), "--out", str(tmp_path / "run")])

@@ -32,21 +32,21 @@ from coma.runtimes.shape_ranges import Shape, Shapes  # noqa: E402
 from export.benchmark import (  # noqa: E402
     EAGER,
     Call,
-    Contender,
+    LoadedModel,
     busy_note,
     measure,
     open_exports,
     open_torch,
-    try_out,
+    prepare_calls,
 )
 from export.commands import benchmark  # noqa: E402
 from export.graphs.load import load_exportable  # noqa: E402
 from export.image_sets import ImageSet  # noqa: E402
-from export.latency import interleaved  # noqa: E402
+from export.latency import time_interleaved  # noqa: E402
 from export.onnx_export import write_onnx  # noqa: E402
 
 SMALL = DyViTConfig(dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((8,), (4,), (0,), (0,)))
-QUICK = ("--seconds", "0.01")
+QUICK = ("--benchmark-seconds", "0.01")
 
 
 def entry(path: Path, precision: str, **changes) -> Entry:
@@ -133,11 +133,11 @@ def test_speed_is_pytorchs_median_over_ones_own(measured):
 def test_speed_is_that_on_the_same_device():
     runtime: Any = SimpleNamespace(title="")
     calls = [
-        Call(Contender(name, "fp32", runtime, device), "compute", lambda: None, 0.0)
+        Call(LoadedModel(name, "fp32", runtime, device), "compute", lambda: None, 0.0)
         for name, device in ((EAGER, "cpu"), ("a.onnx", "cpu"), ("a.engine", "cuda"))
     ]
     assert [row.speed is None for row in measure(calls, 1, 0)] == [False, False, True]
-    calls.append(Call(Contender(EAGER, "fp32", runtime, "cuda"), "compute", lambda: None, 0.0))
+    calls.append(Call(LoadedModel(EAGER, "fp32", runtime, "cuda"), "compute", lambda: None, 0.0))
     rows = measure(calls, 1, 0)
     assert rows[1].speed == rows[0].latency.p50 / rows[1].latency.p50
     assert rows[2].speed == rows[3].latency.p50 / rows[2].latency.p50
@@ -152,7 +152,7 @@ def test_what_is_not_run_is_named_with_its_reason(measured):
     reasons = {each["name"]: each["reason"] for each in measured["not_run"]}
     assert "no bf16 on a CPU; it needs a GPU (cuda)" in reasons["encoder-bf16.onnx"]
     assert "--compile" in reasons["torch compiled"]
-    assert "no longer there" in reasons["gone.onnx"]
+    assert "missing" in reasons["gone.onnx"]
     assert "not encoder" in reasons["reconstructor.onnx"]
     assert "cosine 0.5 is below 0.99" in reasons["encoder-int8.onnx.rejected"]
     assert reasons["encoder.engine"]
@@ -191,7 +191,7 @@ def test_a_changed_file_is_refused_by_name(made, tmp_path):
         (folder / path.name).write_bytes(path.read_bytes())
     with (folder / "encoder.onnx").open("ab") as file:
         file.write(b"\0")
-    with pytest.raises(BadInput, match=r"encoder\.onnx: is not the file that was verified.*coma export"):
+    with pytest.raises(BadInput, match=r"encoder\.onnx: has changed since its verification.*coma export"):
         benchmark.run([str(made), *QUICK, "--exports", str(folder)])
 
 
@@ -218,7 +218,7 @@ def test_exports_of_another_artifact_are_not_taken_for_its_own(made, tmp_path):
         (["--batch", "1,,8"], "--batch"),
         (["--size", "64"], "--size '64': give HxW"),
         (["--size", "16x64"], "mask unit is 32 x 32 px"),
-        (["--seconds", "0"], "--seconds 0 must be more than 0"),
+        (["--benchmark-seconds", "0"], "--benchmark-seconds 0 must be more than 0"),
         (["--threads", "0"], "--threads 0 must be 1 to 4096"),
         (["--graph", "reconstructor"], "is a backbone; of it there is encoder"),
         (["--exports", "nowhere"], "--exports nowhere: no manifest.json there; coma export"),
@@ -235,7 +235,7 @@ def test_bad_settings_say_what_to_give(model, argv, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_a_gpu_that_is_not_there_is_an_error(model):
-    with pytest.raises(BadInput, match="finds no GPU here"):
+    with pytest.raises(BadInput, match="finds no GPU"):
         benchmark.run([str(model), *QUICK, "--device", "cuda"])
 
 
@@ -293,21 +293,31 @@ def test_images_without_files_are_not_decoded(model):
     contenders, _ = open_torch(model, "encoder", "cpu", compiled=False)
     pictures = (np.zeros((70, 80, 3), np.uint8),)
     images = ImageSet(Selection("arrays", 1, 1), pictures)
-    calls, left_out = try_out(contenders, images, 2, (64, 64), Silent())
+    calls, left_out = prepare_calls(contenders, images, 2, (64, 64), Silent())
     assert [call.what for call in calls] == ["compute"]
     assert not left_out
 
 
 def test_calls_run_in_turns():
     order: list[str] = []
-    interleaved([lambda: order.append("a"), lambda: order.append("b")], 1, seconds=0, least=3)
+    time_interleaved([lambda: order.append("a"), lambda: order.append("b")], 1, seconds=0, least=3)
     assert order == [*"aaabbb", *"ab" * 3]  # warm each, then in turns
 
 
 def test_help_says_what_it_does(capsys):
     assert cli.main(["benchmark", "--help"]) == 0
     shown = capsys.readouterr().out
-    for flag in ("exports", "graph", "device", "batch", "size", "seconds", "compile", "threads", "images"):
+    for flag in (
+        "exports",
+        "graph",
+        "device",
+        "batch",
+        "size",
+        "benchmark-seconds",
+        "compile",
+        "threads",
+        "images",
+    ):
         assert f"--{flag}" in shown
     assert cli.main(["--help"]) == 0
     assert "Time an artifact in PyTorch and in every file exported of it" in capsys.readouterr().out

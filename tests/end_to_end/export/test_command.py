@@ -23,11 +23,12 @@ from coma.runtimes.open import open_runtime
 from coma.runtimes.pytorch import TorchRuntime
 from export import candidates, gate
 from export.commands.benchmark import parse_size
-from export.commands.export import default_shapes, run
+from export.commands.export import run
+from export.pipeline import default_shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 
-QUICK = ("--shapes", "1x48x48:2x48x48:4x48x48", "--seconds", "0.01")
+QUICK = ("--shapes", "1x48x48:2x48x48:4x48x48", "--benchmark-seconds", "0.01")
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +118,12 @@ def test_a_failed_gate_keeps_the_file_aside_and_names_the_layer(tmp_path, monkey
         (["--verify", "nowhere"], "nowhere"),
         (["--verify-images", "0"], "--verify-images 0"),
         (["--to", "onnx,tensorrt"], "TensorRT|tensorrt|GPU"),
-        (["--seconds", "nan"], "--seconds nan"),
-        (["--seconds", "inf"], "--seconds inf"),
-        (["--seconds=-1"], "--seconds -1"),
-        (["--calibrate", "."], "--calibrate is about int8 and fp8"),
-        (["--exclude-layers", "none"], "--exclude-layers is about int8 and fp8"),
-        (["--builder-level", "5"], "--builder-level is about engines; add --to onnx,tensorrt"),
+        (["--benchmark-seconds", "nan"], "--benchmark-seconds nan"),
+        (["--benchmark-seconds", "inf"], "--benchmark-seconds inf"),
+        (["--benchmark-seconds=-1"], "--benchmark-seconds -1"),
+        (["--calibrate", "."], "--calibrate has an effect on int8 and fp8 only"),
+        (["--exclude-layers", "none"], "--exclude-layers has an effect on int8 and fp8 only"),
+        (["--builder-level", "5"], "--builder-level has an effect on engines only; add --to onnx,tensorrt"),
         (["--dataset", "."], "--dataset measures detectors and segmentors, .* is a classifier; --verify"),
         (["--precision", "int8", "--calibrate", "x", "--exclude-layers", "*.fc9"], r"'\*\.fc9': no layer"),
     ],
@@ -186,16 +187,16 @@ def test_fewer_labelled_images_than_a_fixed_batch_are_refused_at_once(tmp_path, 
 def test_bundled_photographs_do_not_fit_five_channels(tmp_path, undecoded):
     config = export_files.about("backbone", replace(VIT, channels=5), mean=(0.5,) * 5, std=(0.2,) * 5)
     save_artifact(tmp_path / "artifact", tensors={}, config=config)
-    with pytest.raises(BadInput, match="takes 5 channels: give images with --verify; the bundled photogr"):
+    with pytest.raises(BadInput, match="takes 5 channels, and the bundled photographs have 3; give"):
         run([str(tmp_path / "artifact")])
 
 
 @pytest.mark.parametrize(
     ("kind", "dataset", "shapes", "message"),
     [
-        ("segmentor", ".", "1x64x64", "--shapes must leave height and width free and begin at a batch of 1"),
-        ("detector", ".", "1x64x64:1x64x64:1x96x64", "must leave height and width free"),
-        ("detector", ".", "2x64x64:2x64x64:2x96x96", "begin at a batch of 1; they go from 2 x 64 x 64"),
+        ("segmentor", ".", "1x64x64", "--shapes needs a dynamic height and width and a minimum batch of 1"),
+        ("detector", ".", "1x64x64:1x64x64:1x96x64", "needs a dynamic height and width"),
+        ("detector", ".", "2x64x64:2x64x64:2x96x96", "minimum batch of 1; the shapes are 2 x 64 x 64"),
         ("detector", "nowhere", "1x64x64:1x64x64:1x96x96", "--dataset nowhere: no such file"),
         ("backbone", ".", "1x64x64", "measures detectors and segmentors, .* is a backbone$"),
     ],
@@ -213,7 +214,7 @@ def test_exports_of_another_artifact_are_not_mixed_in(tmp_path):
         Manifest.of(tmp_path, "b", "other", "classifier")
     plain = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({**plain, "format_version": 1}))
-    with pytest.raises(BadInput, match="of format 1, and this program writes 2; choose another --out"):
+    with pytest.raises(BadInput, match="format 1, but this version reads format 3; choose another --out"):
         Manifest.of(tmp_path, "a", "hash", "classifier")
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(BadInput, match="not readable"):
@@ -232,7 +233,7 @@ def test_a_model_that_zooms_in_rebuilds_its_whole_views(tmp_path):
     """The encoder saw 48 px; the decoder rebuilds the view around them, 80."""
     method = BeyondConfig("zoom-in+mask", decoder=export_files.OBJECTIVE.decoder)
     artifact = export_files.pretrained(tmp_path / "artifact", method=method)
-    run([str(artifact), "--verify-images", "2", "--seconds", "0"])
+    run([str(artifact), "--verify-images", "2", "--benchmark-seconds", "0"])
     sides: dict[GraphKind, int] = {"encoder": 48, "reconstructor": 80}
     for graph, side in sides.items():
         runtime = open_runtime(tmp_path / "export" / f"{graph}.onnx", "cpu")

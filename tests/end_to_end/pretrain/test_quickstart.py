@@ -64,7 +64,7 @@ def test_running_it_again_trains_nothing_and_draws_again(copy, capsys):
     (copy / "reconstructions.png").unlink()
     assert coma(copy) == 0
     said = capsys.readouterr().out
-    assert "going on" in said and "--fresh" in said and str(copy / "reconstructions.png") in said
+    assert "resuming" in said and "--fresh" in said and str(copy / "reconstructions.png") in said
     torch.testing.assert_close(load_file(copy / "run/artifact/model.safetensors"), weights, rtol=0, atol=0)
     assert (copy / "reconstructions.png").exists()
 

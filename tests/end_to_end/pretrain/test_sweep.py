@@ -187,7 +187,7 @@ def test_another_comparison_of_changed_images_is_refused(tmp_path, monkeypatch, 
         sweep._check_data(comparison)
     comparison.allow_changed_data = True
     sweep._check_data(comparison)
-    assert "warning: the test images have changed" in caplog.text
+    assert "the test images have changed" in caplog.text
     comparison.allow_changed_data = False
     sweep._check_data(comparison)
 

@@ -11,7 +11,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 from short_runs import MODEL, OBJECTIVE, at, interrupted
-from taught_models import DECODER, ENCODERS, METHODS, STATISTICS
+from small_models import DECODER, ENCODERS
+from taught_models import METHODS, STATISTICS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

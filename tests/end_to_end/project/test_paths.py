@@ -37,7 +37,7 @@ BASES: dict[str, tuple[list[str], dict[str, str]]] = {
     "segment train": (["{artifact}"], {"--data": "{photos}", "--out": "{out}/run"}),
     "segment test": (["{artifact}"], {"--data": "{photos}"}),
     "segment predict": (["{artifact}", "{photos}"], {"--out": "{out}/found"}),
-    "export": (["{artifact}"], {"--out": "{out}/export", "--seconds": "0"}),
+    "export": (["{artifact}"], {"--out": "{out}/export", "--benchmark-seconds": "0"}),
     "benchmark": (["{artifact}"], {}),
     "demo": ([], {"--port": "0", "--device": "cpu"}),
 }

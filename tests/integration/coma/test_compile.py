@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 from short_runs import MODEL, OBJECTIVE
-from taught_models import DECODER, ENCODERS, METHODS, pictures
+from small_models import DECODER, ENCODERS, pictures
+from taught_models import METHODS
 from taught_models import objective as objective_of
 
 from coma.config import BeyondConfig, DecoderConfig, MAEConfig, ViTConfig

@@ -64,7 +64,7 @@ def test_animations_are_refused(kind):
     frames = [Image.fromarray(COLOUR[shift:]).resize((40, 30)) for shift in (0, 9)]
     buffer = io.BytesIO()
     frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
-    with pytest.raises(BadImage, match=r"x: is an animation; save the frame that is meant as a still image"):
+    with pytest.raises(BadImage, match=r"x: is an animation; save one frame as a still image"):
         decode(buffer.getvalue(), "x")
 
 

@@ -83,9 +83,9 @@ def test_the_command_matches_numbers_by_their_value(tmp_path):
     about = ArtifactConfig("backbone", model, None, 8, (0.5,) * 3, (0.25,) * 3, None, {}, library_versions())
     save_artifact(tmp_path / "artifact", tensors=random_encoder(about).state_dict(), config=about)
     argv = ["--train", train, "--test", test, "--protocols", "knn", "--k", 1, "--workers", 0]
-    out = ["--no-reference", "--out", tmp_path / "out.json"]
+    out = ["--no-random-baseline", "--out", tmp_path / "scores"]
     assert cli.main(["evaluate", *map(str, [tmp_path / "artifact", *argv, *out])]) == 0
-    assert json.loads((tmp_path / "out.json").read_text())["scores"][0]["top1"] == 1
+    assert json.loads((tmp_path / "scores" / "results.json").read_text())["scores"][0]["top1"] == 1
 
 
 def test_leading_zeros_change_no_value(tmp_path):

@@ -121,7 +121,7 @@ def test_a_model_that_zooms_in_needs_something_to_see(tmp_path, photograph):
     fitted = resize_picture(photograph, 96, "crop", MEAN)
     painted = np.zeros((96, 96), bool)
     painted[16:80, 16:80] = True
-    with pytest.raises(BadInput, match="sees the centre alone"):
+    with pytest.raises(BadInput, match="sees only the centre"):
         mask_picture(model, fitted, "brush", 0, 0.5, painted)
-    with pytest.raises(BadInput, match="zooming in needs 3 x 3"):
+    with pytest.raises(BadInput, match="zooming in needs at least 3 x 3"):
         mask_picture(model, resize_picture(photograph, 32, "crop", MEAN), "coma", 0, 0.5)

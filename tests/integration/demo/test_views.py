@@ -239,7 +239,9 @@ def exported(tmp_path_factory) -> Path:
     from export.commands import export
 
     artifact = pretrained(tmp_path_factory.mktemp("exported") / "run" / "artifact")
-    export.run([str(artifact), "--form", "reconstructor", "--seconds", "0", "--verify-images", "2"])
+    export.run(
+        [str(artifact), "--graph", "reconstructor", "--benchmark-seconds", "0", "--verify-images", "2"]
+    )
     return artifact
 
 
@@ -294,7 +296,7 @@ def test_a_file_that_was_changed_or_mixed_up_is_not_offered(exported, tmp_path):
     file.write_bytes(file.read_bytes() + b"\0")
     options = Models([run / "artifact"])[tmp_path.name].options("reconstructor")
     assert "not the file" in str(next(o.reason for o in options if o.title == "ONNX Runtime"))
-    with pytest.raises(BadInput, match="not the file"):
+    with pytest.raises(BadInput, match="differs from the file"):
         Models([file])
     manifest = run / "export" / "manifest.json"
     plain = json.loads(manifest.read_text())
@@ -302,7 +304,7 @@ def test_a_file_that_was_changed_or_mixed_up_is_not_offered(exported, tmp_path):
     options = Models([run / "artifact"])[tmp_path.name].options("reconstructor")
     assert "coma export" in str(next(o.reason for o in options if o.title == "ONNX Runtime"))
     manifest.write_text(json.dumps({**plain, "files": []}))
-    with pytest.raises(BadInput, match="does not list"):
+    with pytest.raises(BadInput, match="is not listed"):
         Models([file])
 
 

@@ -173,7 +173,7 @@ def test_no_more_images_than_asked_for_and_no_misses_in_others(
     assert (
         evaluate_runtime.measure_segmentor(segmentor, scenes, seen, 2)["mIoU"] == 100 and len(seen.seen) == 2
     )
-    with pytest.raises(BadInput, match="0 images: measure at least 1"):
+    with pytest.raises(BadInput, match="0 images are too few; measure at least 1"):
         evaluate_runtime.measure_detector(detector, objects, found, 0)
 
 
@@ -201,14 +201,14 @@ def test_what_cannot_be_measured_is_refused(evaluate_runtime, detector, segmento
     content = json.loads(annotations.read_text())
     alone = [each for each in content["annotations"] if each["image_id"] == 2]
     annotations.write_text(json.dumps({**content, "annotations": alone}))
-    with pytest.raises(BadInput, match="no object in the images to be measured; take more than 1"):
+    with pytest.raises(BadInput, match="no object in the measured images; measure more than 1"):
         evaluate_runtime.measure_detector(detector, other, never, 1)
     annotations.write_text(json.dumps(content).replace("disc", "ball"))
     with pytest.raises(BadInput, match=r"val\.json: has classes square, ball; the artifact has square, disc"):
         evaluate_runtime.measure_detector(detector, other, never, ALL)
     other = labelled(tmp_path / "labelled", train=1, val=2)
     Image.new("L", (96, 64), 255).save(other / "ann_dir" / "val" / "0.png")
-    with pytest.raises(BadInput, match="no labelled pixel in the images to be measured; take more than 1"):
+    with pytest.raises(BadInput, match="no labelled pixel in the measured images; measure more than 1"):
         evaluate_runtime.measure_segmentor(segmentor, other, Classes(scenes), 1)
     (other / "classes.json").write_text(json.dumps({"classes": ["ground", "square", "ball"]}))
     with pytest.raises(BadInput, match="has classes ground, square, ball; the artifact has"):

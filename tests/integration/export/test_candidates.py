@@ -1,5 +1,6 @@
-"""Files are made and judged one by one: what gets a name, what fails alone, what ends an export."""
+"""Files are made and gated one by one: what gets a name, what fails alone, what ends an export."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +11,13 @@ from export_files import VIT, Silent
 
 from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.runtimes.manifest import NAME, Entry, Manifest, Selection
+from coma.runtimes.model_spec import GraphKind
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import parse_shapes
 from coma.runtimes.tensorrt.sidecar import sidecar_path
 from export import gate, pipeline
-from export.candidates import CandidateBuilder, fits, layers_of
+from export.candidates import CandidateBuilder, layers_of, matches_any
+from export.config import ExportConfig, ExportImages
 from export.gate import Gate
 from export.graphs.load import load_exportable
 from export.image_sets import ImageSet
@@ -34,13 +37,12 @@ def classifier(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def judged(tmp_path, classifier, monkeypatch) -> tuple[Gate, CandidateBuilder, Path]:
+def gated(tmp_path, classifier, monkeypatch) -> tuple[Gate, CandidateBuilder, Path]:
     """For engines, with a builder and a runtime that need no GPU."""
-    request: Any = SimpleNamespace(
-        artifact=classifier, out=tmp_path, engine=None, seconds=0, labelled=None,
-        images=ImageSet(Selection("", 0, 0), ()), calibration=None,
-        precisions=("fp32", "fp16"), tensorrt=True, normalize_in_graph=False, device="cpu", most=9,
-    )  # fmt: skip
+    config = ExportConfig(
+        classifier, to="onnx,tensorrt", precision="fp32,fp16", out=tmp_path, benchmark_seconds=0
+    )
+    images = ExportImages(ImageSet(Selection("", 0, 0), ()))
     reference = TorchRuntime(load_exportable(classifier, "classifier"))
     spec = reference.spec
 
@@ -50,70 +52,70 @@ def judged(tmp_path, classifier, monkeypatch) -> tuple[Gate, CandidateBuilder, P
 
     monkeypatch.setattr("export.tensorrt.builder.build_engine", build)
     monkeypatch.setattr("coma.runtimes.tensorrt.profiles.profile_of", lambda *_: None)
-    monkeypatch.setattr(gate, "describe", lambda _: spec)
+    monkeypatch.setattr(gate, "read_spec", lambda _: spec)
     monkeypatch.setattr(
         "coma.runtimes.tensorrt.runtime.TensorRTRuntime",
         lambda *_, **__: SimpleNamespace(spec=spec, title="TensorRT"),
     )
     manifest = Manifest("artifact", spec.source, "classifier")
-    builder = CandidateBuilder(request, "classifier", FIXED, Silent(), spec.source)
-    return Gate(request, reference, FIXED, Silent(), manifest), builder, tmp_path / "classifier.onnx"
+    builder = CandidateBuilder(config, images, "classifier", FIXED, Silent(), spec.source)
+    return Gate(config, images, reference, FIXED, Silent(), manifest), builder, tmp_path / "classifier.onnx"
 
 
 def held(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.glob("*engine*")}
 
 
-def test_an_engine_and_its_sidecar_get_their_names_together(judged, tmp_path, monkeypatch):
-    judge, builder, source = judged
+def test_an_engine_and_its_sidecar_get_their_names_together(gated, tmp_path, monkeypatch):
+    each, builder, source = gated
     monkeypatch.setattr(gate, "verify", lambda *_: FAILED)
-    assert judge.engine(source, builder)
+    assert each.verify_engine(source, builder)
     refused = {"classifier.engine.rejected": "new engine", "classifier.engine.rejected.json": "new sidecar"}
     assert held(tmp_path) == refused
     monkeypatch.setattr(gate, "verify", lambda *_: PASSED)
-    assert not judge.engine(source, builder)
-    builder.clean()
+    assert not each.verify_engine(source, builder)
+    builder.remove_temporary_files()
     assert held(tmp_path) == {"classifier.engine": "new engine", "classifier.engine.json": "new sidecar"}
 
 
-def test_an_engine_that_is_not_finished_leaves_nothing(judged, tmp_path, monkeypatch):
-    judge, builder, source = judged
+def test_an_engine_that_is_not_finished_leaves_nothing(gated, tmp_path, monkeypatch):
+    each, builder, source = gated
 
     def fails(*_):
         raise CheckFailed("out of memory")
 
     monkeypatch.setattr(gate, "verify", fails)
     with pytest.raises(CheckFailed):
-        judge.engine(source, builder)
-    builder.clean()
+        each.verify_engine(source, builder)
+    builder.remove_temporary_files()
     assert held(tmp_path) == {}
 
 
-def test_an_engine_is_recorded_after_its_sidecar_is_in_place(judged, tmp_path, monkeypatch):
-    judge, builder, source = judged
+def test_an_engine_is_recorded_after_its_sidecar_is_in_place(gated, tmp_path, monkeypatch):
+    each, builder, source = gated
     seen = []
 
     def replaces(path, target):
         if Path(target).name == NAME:
             seen.append(held(tmp_path))
-        return replace(path, target)
+        return original(path, target)
 
-    replace = Path.replace
+    original = Path.replace
     monkeypatch.setattr(gate, "verify", lambda *_: PASSED)
     monkeypatch.setattr(Path, "replace", replaces)
-    judge.engine(source, builder)
+    each.verify_engine(source, builder)
     assert [set(names) for names in seen] == [{"classifier.engine", "classifier.engine.json"}]
 
 
 @pytest.fixture
-def exporting_it(judged, monkeypatch):
+def exporting_it(gated, monkeypatch):
     """Export in two precisions, with engines; whatever can be run passes."""
-    judge, _, _ = judged
+    each, _, _ = gated
     monkeypatch.setattr(gate, "verify", lambda *_: PASSED)
 
     def export() -> tuple[Outcome, Manifest]:
-        manifest, outcome = Manifest("artifact", judge.reference.spec.source, "classifier"), Outcome()
-        pipeline.export(judge.request, "classifier", FIXED, manifest, Silent(), outcome)
+        manifest, outcome = Manifest("artifact", each.reference.spec.source, "classifier"), Outcome()
+        pipeline.export_graph(each.config, each.images, "classifier", FIXED, manifest, Silent(), outcome)
         return outcome, manifest
 
     return export
@@ -155,20 +157,20 @@ def test_a_file_that_cannot_be_loaded_is_refused_and_kept_for_a_look(exporting_i
 
 
 def test_images_that_one_file_does_not_take_are_its_fault_and_others_are_the_users(
-    exporting_it, judged, monkeypatch
+    exporting_it, gated, monkeypatch
 ):
     def top1(runtime, *_):
         if runtime.title in unfit:
             raise BadInput("images 1x3x99x99: the engine takes 1x3x64x64")
         return {"top-1": 50.0}, Selection("labelled images", 2, 2)
 
-    judged[0].request.labelled = object()
+    gated[0].images = replace(gated[0].images, labelled=object())
     monkeypatch.setattr(gate, "top1", top1)
     unfit = ("TensorRT",)
     outcome, manifest = exporting_it()
     assert len(outcome.refused) == 2 and outcome.refused[0].startswith("classifier.engine: images 1x3x99x99")
     assert names(manifest.files) == ["classifier.onnx", "classifier-fp16.onnx"]
-    unfit = (judged[0].reference.title,)
+    unfit = (gated[0].reference.title,)
     with pytest.raises(BadInput, match="images 1x3x99x99"):
         exporting_it()
 
@@ -184,15 +186,23 @@ def test_what_is_not_about_one_file_ends_the_export(exporting_it, tmp_path, monk
     assert {path.name for path in tmp_path.iterdir()} == {"classifier.onnx", "manifest.json"}
 
 
-def test_patterns_of_layers_hold_in_the_forms_that_have_them(tmp_path):
+def test_patterns_of_layers_hold_in_the_graphs_that_have_them(tmp_path):
     artifact = export_files.pretrained(tmp_path / "artifact", VIT)
     layers = {
         graph: layers_of(load_exportable(artifact, graph).module) for graph in ("encoder", "reconstructor")
     }
-    assert fits("*.decoder.head", layers["reconstructor"]) and not fits("*.decoder.head", layers["encoder"])
-    assert not fits("*norm*", layers["encoder"])
-    request: Any = SimpleNamespace(artifact=artifact, keep=("*.fc2", "*.decoder.*"), normalize_in_graph=False)
-    assert CandidateBuilder(request, "encoder", FIXED, Silent(), "")._keep() == ["*.fc2"]
-    assert CandidateBuilder(request, "reconstructor", FIXED, Silent(), "")._keep() == ["*.fc2", "*.decoder.*"]
-    request.normalize_in_graph = True  # the file's layers are then those of `model`
-    assert CandidateBuilder(request, "encoder", FIXED, Silent(), "")._keep() == ["model.*.fc2"]
+    assert matches_any("*.decoder.head", layers["reconstructor"]) and not matches_any(
+        "*.decoder.head", layers["encoder"]
+    )
+    assert not matches_any("*norm*", layers["encoder"])
+    config = ExportConfig(artifact, exclude_layers=("*.fc2", "*.decoder.*"))
+
+    def excluded(graph: GraphKind, **changes: Any) -> list[str]:
+        images = ExportImages(ImageSet(Selection("", 0, 0), ()))
+        return CandidateBuilder(
+            replace(config, **changes), images, graph, FIXED, Silent(), ""
+        )._excluded_layers()
+
+    assert excluded("encoder") == ["*.fc2"]
+    assert excluded("reconstructor") == ["*.fc2", "*.decoder.*"]
+    assert excluded("encoder", normalize_in_graph=True) == ["model.*.fc2"]  # so the file names its layers

@@ -23,7 +23,7 @@ from coma.errors import BadInput, CheckFailed
 from coma.runtimes.manifest import NAME, STAGED, Manifest
 from coma.runtimes.open import open_runtime
 from export import candidates, onnx_export
-from export.commands.output import exclusive
+from export.output import exclusive
 from export.pipeline import require
 from export.tensorrt import rtx
 
@@ -55,7 +55,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(run_folder, monkeypat
     assert export(run_folder / "artifact", "--precision", "fp16") == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(
-        f"error: {folder / name}: No space left on device; make room there, or give another"
+        f"error: {folder / name}: No space left on device; free some space there, or give another"
     )
     after = content(folder)
     if name == "report.md":  # written last: the file was already kept
@@ -116,12 +116,12 @@ def test_a_graph_that_cannot_be_made_is_refused_and_the_others_are_made(tmp_path
 def test_a_folder_takes_one_export_at_a_time(run_folder, capsys):
     with exclusive(run_folder / "export"):
         assert export(run_folder / "artifact") == 2
-    assert "another coma export writes there; wait until it has ended" in capsys.readouterr().err
+    assert "another coma export writes to this folder; wait until it has ended" in capsys.readouterr().err
 
 
 def test_a_killed_export_leaves_no_lock_and_its_unfinished_files_are_removed(run_folder, caplog):
     folder = run_folder / "export"
-    code = "import sys, time; from pathlib import Path; from export.commands.output import exclusive\n"
+    code = "import sys, time; from pathlib import Path; from export.output import exclusive\n"
     code += "with exclusive(Path(sys.argv[1])): print('locked', flush=True); time.sleep(100)"
     with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE) as other:
         assert other.stdout and other.stdout.readline() == b"locked\n"
@@ -151,7 +151,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with exclusive(tmp_path):
-        assert "cannot be locked (No locks available); run no second export there" in caplog.text
+        assert "cannot be locked (No locks available); run only one export there at a time" in caplog.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -18,14 +18,13 @@ from coma.runtimes.model_spec import METADATA, ModelSpec, Preprocessing, TensorS
 from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes
-from export.candidates import load
 from export.graphs.load import load_exportable
 from export.image_sets import read_image_set
-from export.onnx_export import save, write_onnx
-from export.preprocessing import Photographs, as_input, evenly, fit_within, open_images, resized
+from export.onnx_export import load_onnx, save_onnx, write_onnx
+from export.preprocessing import Photographs, evenly_spaced, fit_within, open_images, resize_image, to_input
 from export.verify.bisect import locate
-from export.verify.errors import Difference, Differences, cosine, match, split_pixels
-from export.verify.parity import _Reference, judge, shapes_to_run, verify
+from export.verify.errors import OutputError, OutputErrors, cosine, match, split_pixels
+from export.verify.parity import _Reference, find_failures, shapes_to_run, verify
 from export.verify.task_metrics import top1
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
@@ -53,9 +52,9 @@ def gate(folder: Path, file: Path, pictures):
 
 
 def changed(folder: Path, target: Path, change) -> Path:
-    model = load(folder / "c.onnx")
+    model = load_onnx(folder / "c.onnx")
     change(model)
-    save(model, target)
+    save_onnx(model, target)
     return target
 
 
@@ -78,7 +77,7 @@ def test_what_is_right_passes(made, pictures):
     assert verdict.passed and verdict.images == 6
     assert verdict.outputs["logits"].cosine > 0.999999
     assert {shape.batch for shape in verdict.shapes} == {1, 2, 4}
-    json.dumps(verdict.plain())
+    json.dumps(verdict.to_dict())
 
 
 def test_pytorchs_outputs_are_computed_once_and_kept_while_they_are_needed(made, pictures):
@@ -114,11 +113,11 @@ def test_a_corrupted_weight_is_refused_and_named(made, pictures, tmp_path):
     assert not verdict.passed and "cosine" in verdict.failures[0]
     exportable = load_exportable(made / "artifact", "classifier")
     rule = exportable.spec.preprocessing
-    images = as_input([resized(pictures[0], rule)], rule)
-    finding = locate(exportable.module, load(file), (images,), 0.9999)
+    images = to_input([resize_image(pictures[0], rule)], rule)
+    finding = locate(exportable.module, load_onnx(file), (images,), 0.9999)
     assert finding and finding.module == scope
     assert finding.before == "classifier.stages.2.blocks.0.norm2" and scope in str(finding)
-    assert locate(exportable.module, load(made / "c.onnx"), (images,), 0.9999) is None
+    assert locate(exportable.module, load_onnx(made / "c.onnx"), (images,), 0.9999) is None
 
 
 def test_nan_is_refused(made, pictures, tmp_path):
@@ -130,7 +129,7 @@ def test_nan_is_refused(made, pictures, tmp_path):
 
     verdict = gate(made, changed(made, tmp_path / "c.onnx", spoil), pictures)
     assert verdict.failures == ("logits holds NaN or infinite values",)
-    assert verdict.plain()["outputs"]["logits"]["max"] is None
+    assert verdict.to_dict()["outputs"]["logits"]["max"] is None
 
 
 @pytest.mark.parametrize("field", ["mean", "std"])
@@ -160,7 +159,7 @@ def test_a_metric_of_labelled_images(made, tmp_path):
     rule = runtime.spec.preprocessing
     pictures = list(read_image_set(Photographs(), 3, 6).pictures)
     for number, pixels in enumerate(pictures):
-        guess = names[int(runtime(as_input([resized(pixels, rule)], rule))["logits"].argmax())]
+        guess = names[int(runtime(to_input([resize_image(pixels, rule)], rule))["logits"].argmax())]
         label = guess if number < 4 else names[(names.index(guess) + 1) % 3]
         (tmp_path / "data" / label).mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / "data" / label / f"{number}.png")
@@ -195,7 +194,7 @@ def test_detections_are_matched_whatever_their_order():
     other = {**wanted, "labels": torch.tensor([2, 1, 1, -1])}
     assert match(wanted, other) == ([(1, 1), (2, 2)], 3)
     gone = {**wanted, "scores": torch.zeros(4)}
-    differences = Differences()
+    differences = OutputErrors()
     differences.add(wanted, gone)
     assert differences.of("labels").agreement == 0
     moved = {**wanted, "boxes": wanted["boxes"] + 1.5}
@@ -217,7 +216,7 @@ def test_cosine_is_scipys():
     a, b = torch.randn(50).double(), torch.randn(50).double()
     assert cosine(a, b) == pytest.approx(1 - distance(a.numpy(), b.numpy()))
     assert cosine(torch.zeros(3), torch.zeros(3)) == 1
-    difference = Difference()
+    difference = OutputError()
     difference.add(a, b)
     error = (a - b).abs()
     assert difference.max == pytest.approx(error.max().item())
@@ -270,12 +269,12 @@ def detections(*scores: float) -> dict[str, torch.Tensor]:
 
 
 def judged(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
-    differences = Differences()
+    differences = OutputErrors()
     differences.add(wanted, found)
     spec = ModelSpec(
         "detector", "fp32", (), (), Preprocessing("none", None, (0.0,), (1.0,)), 16, None, "", {}
     )
-    return judge(differences.outputs, spec)
+    return find_failures(differences.outputs, spec)
 
 
 def test_invented_repeated_and_misjudged_detections_are_refused():
@@ -291,15 +290,15 @@ def test_invented_repeated_and_misjudged_detections_are_refused():
 
 def test_limits_depend_on_precision():
     spec = ModelSpec("encoder", "int8", (), (), Preprocessing("none", None, (0.0,), (1.0,)), 16, None, "", {})
-    outputs = {"x": Difference(cosine=0.995, compared=1, largest=2.0)}
-    assert judge(outputs, spec) == []
-    assert judge(outputs, replace(spec, precision="fp16")) == ["x: cosine 0.995000 is below 0.999"]
-    assert "nothing to compare" in judge({"x": Difference()}, spec)[0]
-    silent = Difference()
+    outputs = {"x": OutputError(cosine=0.995, compared=1, largest=2.0)}
+    assert find_failures(outputs, spec) == []
+    assert find_failures(outputs, replace(spec, precision="fp16")) == ["x: cosine 0.995000 is below 0.999"]
+    assert "no values to compare" in find_failures({"x": OutputError()}, spec)[0]
+    silent = OutputError()
     silent.add(torch.zeros(3), torch.zeros(3))  # equal, and of no worth
-    assert "compares nothing" in judge({"x": silent}, spec)[0]
-    nothing = {"labels": Difference(), "boxes": Difference()}
-    assert "nothing was detected" in judge(nothing, replace(spec, graph="detector"))[0]
+    assert "the comparison is empty" in find_failures({"x": silent}, spec)[0]
+    nothing = {"labels": OutputError(), "boxes": OutputError()}
+    assert "PyTorch detected nothing" in find_failures(nothing, replace(spec, graph="detector"))[0]
 
 
 def test_every_batch_and_odd_sizes_are_run():
@@ -317,12 +316,12 @@ def test_every_batch_and_odd_sizes_are_run():
 def test_images_are_prepared_as_in_evaluation():
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     rule = Preprocessing("centre-square", (40, 40), (0.5,) * 3, (0.25,) * 3)
-    image = resized(pixels, rule)
+    image = resize_image(pixels, rule)
     assert torch.equal(image, torch.from_numpy(pixels[:, 10:50].copy()).permute(2, 0, 1))
     expected = normalize(image[None], rule.mean, rule.std)
-    torch.testing.assert_close(as_input([image], rule), expected)
-    assert as_input([image], replace(rule, normalize_in_graph=True)).dtype == torch.uint8
-    assert resized(pixels, Preprocessing("none", None, (0.5,) * 3, (0.2,) * 3)).shape == (3, 40, 60)
+    torch.testing.assert_close(to_input([image], rule), expected)
+    assert to_input([image], replace(rule, normalize_in_graph=True)).dtype == torch.uint8
+    assert resize_image(pixels, Preprocessing("none", None, (0.5,) * 3, (0.2,) * 3)).shape == (3, 40, 60)
 
 
 @pytest.mark.parametrize(("size", "scale"), [((480, 640), (800, 1333)), ((375, 500), (240, 400))])
@@ -332,17 +331,17 @@ def test_keep_ratio_is_openmmlabs(size, scale):
     pixels = np.asarray(Image.fromarray(read_image_set(Photographs(), 3, 1).pictures[0]).resize(size[::-1]))
     wanted = np.asarray(mmcv.imrescale(pixels, (scale[1], scale[0])))
     rule = Preprocessing("keep-ratio", scale, (0.5,) * 3, (0.2,) * 3)
-    found = resized(pixels, rule).permute(1, 2, 0).numpy()
+    found = resize_image(pixels, rule).permute(1, 2, 0).numpy()
     assert found.shape == wanted.shape and fit_within(size[0], size[1], scale) == wanted.shape[:2]
     assert np.abs(found.astype(int) - wanted).max() <= 1
 
 
 def test_images_are_evenly_spaced():
-    found = [evenly(*numbers) for numbers in ((3, 9), (9, 3), (4, 1), (0, 2))]
+    found = [evenly_spaced(*numbers) for numbers in ((3, 9), (9, 3), (4, 1), (0, 2))]
     assert found == [[0, 1, 2], [0, 4, 8], [0], []]
 
 
 def test_ports_in_json_come_back(made):
-    spec = read_model_spec(load(made / "c.onnx"), "c")
+    spec = read_model_spec(load_onnx(made / "c.onnx"), "c")
     assert spec.outputs == (TensorSpec("logits", "float32", ("batch", 3)),)
     assert spec.class_names == export_files.CLASSES

@@ -18,7 +18,7 @@ from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes, parse_shapes
 from export.graphs.load import example_inputs, graph_kinds_of, load_exportable
 from export.graphs.wrappers import AdaptiveAveragePool, SegmentorGraph, replace_adaptive_pooling
-from export.onnx_export import in_precision, with_preprocessing, write_onnx
+from export.onnx_export import cast_weights, with_normalization, write_onnx
 from export.quantization import quantize_int8
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages, and torch.onnx, warn of each other
@@ -46,11 +46,9 @@ def write(
 ) -> Path:
     exportable = load_exportable(artifact, graph)
     if normalize_in_graph:
-        exportable = with_preprocessing(exportable)
-    in_precision(exportable.module, precision)
-    spec = replace(exportable.spec, precision=precision)
+        exportable = with_normalization(exportable)
     path = folder / f"{graph}-{precision}.onnx"
-    write_onnx(replace(exportable, spec=spec), shapes, path)
+    write_onnx(cast_weights(exportable, precision), shapes, path)
     return path
 
 
@@ -162,6 +160,16 @@ def test_pixels_in_and_mean_inside(tmp_path):
     torch.testing.assert_close(found / 255, wanted * std + mean, atol=5e-3, rtol=0)
 
 
+def test_a_model_without_a_mask_takes_pixels_too(tmp_path):
+    artifact = export_files.classifier(tmp_path / "artifact")
+    batch = Shapes(Shape(1, 48, 48), Shape(2, 48, 48), Shape(4, 48, 48))
+    path = write(tmp_path, artifact, "classifier", "fp32", batch, normalize_in_graph=True)
+    pixels = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
+    mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (export_files.MEAN, export_files.STD))
+    wanted = open_runtime(artifact)((pixels / 255 - mean) / std)["logits"]
+    torch.testing.assert_close(open_runtime(path)(pixels)["logits"], wanted, atol=1e-4, rtol=1e-3)
+
+
 def test_more_channels(tmp_path):
     model = replace(export_files.DYVIT, channels=5)
     config = export_files.about("backbone", model, mean=(0.5,) * 5, std=(0.2,) * 5)
@@ -216,7 +224,7 @@ def test_a_strangers_file_is_refused(tmp_path):
     graph = onnx.helper.make_graph([node], "g", [value("x", 1, [1])], [value("y", 1, [1])])
     opset = [onnx.helper.make_opsetid("", 18)]
     onnx.save(onnx.helper.make_model(graph, ir_version=10, opset_imports=opset), tmp_path / "x.onnx")
-    with pytest.raises(BadInput, match="no description of ours"):
+    with pytest.raises(BadInput, match="holds no specification of a model"):
         open_runtime(tmp_path / "x.onnx")
 
 

@@ -23,6 +23,7 @@ from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.open import open_runtime
 from export import candidates
 from export.candidates import UNVERIFIED
+from export.config import ExportConfig
 from export.gate import REJECTED, Gate
 from export.graphs.load import load_exportable
 from export.half_precision_emulation import Half, emulate
@@ -155,7 +156,7 @@ def made(tmp_path_factory, photographs) -> Path:
 
     images = ("--verify", str(photographs), "--calibrate", str(photographs))
     images += ("--verify-images", "2", "--calibrate-images", "2")
-    settings = ("--shapes", "1x48x48", "--seconds", "0", "--precision", "fp32,fp16,bf16,fp8")
+    settings = ("--shapes", "1x48x48", "--benchmark-seconds", "0", "--precision", "fp32,fp16,bf16,fp8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(candidates, "write_onnx", corrupt)
         assert main(["export", str(artifact), *settings, *images]) == 1
@@ -187,16 +188,15 @@ def test_the_layer_is_named_in_every_precision(made):
 
 
 def test_fp16_is_compared_emulated_and_timed_as_it_is(made, tmp_path):
-    request: Any = SimpleNamespace(device="cpu")
-    nobody: Any = None
-    judge = Gate(request, nobody, nobody, nobody, nobody)
+    unused: Any = None
+    gate = Gate(ExportConfig(made), unused, unused, unused, unused, unused)
     images = torch.randn(1, 3, 48, 48)
-    compared, timed = judge._open(copied(made, "fp16", tmp_path), "fp16")
+    compared, timed = gate._open(copied(made, "fp16", tmp_path), "fp16")
     assert timed and timed(images)["logits"].isfinite().all() and "emulated" not in timed.title
     assert not compared(images)["logits"].isfinite().all() and "fp16 emulated" in compared.title
-    compared, timed = judge._open(copied(made, "bf16", tmp_path), "bf16")
+    compared, timed = gate._open(copied(made, "bf16", tmp_path), "bf16")
     assert timed is None and "bf16 emulated" in compared.title
-    compared, timed = judge._open(copied(made, "fp8", tmp_path), "fp8")
+    compared, timed = gate._open(copied(made, "fp8", tmp_path), "fp8")
     assert timed is compared and "emulated" not in compared.title
 
 
@@ -217,7 +217,7 @@ def test_a_file_that_changed_since_it_was_verified_is_not_opened(made, tmp_path)
     place = content.index(max((each.raw_data for each in weights), key=len))
     content[place + 3] ^= 0x40  # an exponent
     file.write_bytes(content)
-    with pytest.raises(BadInput, match=r"classifier\.onnx: differs from what was verified.*export it again"):
+    with pytest.raises(BadInput, match=r"classifier\.onnx: has changed since its verification.*again"):
         open_runtime(file)
     OnnxRuntime(file)  # nothing else would have noticed
     file.write_bytes((made / file.name).read_bytes())
@@ -232,11 +232,11 @@ def test_a_file_that_changed_since_it_was_verified_is_not_opened(made, tmp_path)
 
 def test_what_waits_for_its_gate_or_failed_is_not_opened(made, tmp_path):
     waiting = shutil.copy(made / "classifier.onnx", tmp_path / f"classifier{UNVERIFIED}.onnx")
-    with pytest.raises(BadInput, match="was never verified"):
+    with pytest.raises(BadInput, match="was not verified"):
         open_runtime(waiting)
     OnnxRuntime(waiting)  # as the gate itself does
     for name in (f"classifier-fp16.onnx{REJECTED}", f"classifier-fp16{REJECTED}.onnx"):
-        with pytest.raises(BadInput, match="failed its gate"):
+        with pytest.raises(BadInput, match="failed verification"):
             open_runtime(made / name)
 
 
@@ -245,7 +245,7 @@ def test_devices_that_are_not_there(made):
         with pytest.raises(BadInput, match="device 'gpu': give one of cpu, cuda, tensorrt"):
             open_runtime(path, "gpu")  # type: ignore[arg-type]
     if not torch.cuda.is_available():
-        with pytest.raises(BadInput, match="cuda: PyTorch finds no GPU here"):
+        with pytest.raises(BadInput, match="cuda: PyTorch finds no GPU"):
             open_runtime(made.parent / "artifact", "cuda")
         with pytest.raises(BadInput, match="cuda: "):
             open_runtime(made / "classifier.onnx", "cuda")

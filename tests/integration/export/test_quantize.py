@@ -213,7 +213,7 @@ def test_every_output_channel_of_every_kind_of_layer_has_its_scale(tmp_path: Pat
     source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
     onnx.save(model, source)
     images = rng.normal(size=(64, 3, 3, 3)).astype(np.float32)
-    done = quantize_int8(source, target, [{"x": images}], "minmax", keep_first=False)
+    done = quantize_int8(source, target, [{"x": images}], "minmax", exclude_first=False)
     assert done.layers == ("first", "second", "third")
     stored = {each.name: each for each in onnx.load(target).graph.initializer}
     for name, axis in (("conv", 0), ("upright", 1), ("turned", 0)):
@@ -233,7 +233,7 @@ def test_methods_of_calibration(exports: dict[str, Path], tmp_path: Path, method
         exports["fp32"], tmp_path / "out.onnx", calibration(), method, percentile=99, progress=seen.append
     )
     images = crops(4, seed=99)
-    assert seen == [1, 2, 3, 4] and done.kept == ("encoder.stem",)
+    assert seen == [1, 2, 3, 4] and done.excluded == ("encoder.stem",)
     assert worst_cosine(run(tmp_path / "out.onnx", images), run(exports["fp32"], images)) > 0.99
     highest = quantize_int8(exports["fp32"], tmp_path / "out.onnx", calibration(), "minmax").ranges
     assert all(0 < done.ranges[name] <= highest[name] for name in highest)
@@ -254,17 +254,17 @@ def test_kept_layers_and_metadata(exports: dict[str, Path], tmp_path: Path) -> N
         exports["fp32"],
         target,
         calibration(),
-        keep=("*.merge.*", "*.gate.*"),
-        keep_first=False,
+        exclude=("*.merge.*", "*.gate.*"),
+        exclude_first=False,
         metadata={"coma": "fp8"},
     )
     model = onnx.load(target)
-    assert len(done.kept) == 5 and done.layers[0] == "encoder.stem"
-    assert tuple(precision_summary(model)["float_layers"]) == done.kept
+    assert len(done.excluded) == 5 and done.layers[0] == "encoder.stem"
+    assert tuple(precision_summary(model)["float_layers"]) == done.excluded
     assert {each.key: each.value for each in model.metadata_props} == {"coma": "fp8", "other": "stays"}
     assert all(node.metadata_props for node in model.graph.node if node.op_type == "Softmax")
     with pytest.raises(BadInput, match=r"no layer is called 'neck\.\*'"):
-        quantize_int8(exports["fp32"], target, calibration(), keep=("neck.*",))
+        quantize_int8(exports["fp32"], target, calibration(), exclude=("neck.*",))
 
 
 def test_a_failure_leaves_the_target_as_it_was(

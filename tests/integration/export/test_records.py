@@ -22,11 +22,11 @@ from coma.runtimes.open import open_runtime
 from coma.runtimes.shape_ranges import parse_shapes
 from demo.runtimes import exported_files
 from export import candidates, gate, pipeline
-from export.benchmark import exported
-from export.candidates import describe, fit_preprocessing, layers_of
+from export.benchmark import list_exports
+from export.candidates import fit_preprocessing, layers_of, read_spec
 from export.commands.export import run
+from export.config import folder_beside
 from export.graphs.load import load_exportable, preprocessing_of
-from export.job import folder_beside
 from export.preprocessing import Photographs
 from export.quantization.qdq import weight_matmuls
 from export.report import render
@@ -78,7 +78,7 @@ def classifier(tmp_path_factory) -> Path:
 
 def test_a_refused_file_leaves_the_older_one_and_nothing_is_made_of_it(tmp_path, classifier, monkeypatch):
     out = tmp_path / "out"
-    arguments = ["export", str(classifier), "--out", str(out), "--seconds", "0"]
+    arguments = ["export", str(classifier), "--out", str(out), "--benchmark-seconds", "0"]
     assert main([*arguments, "--shapes", "1x48x48"]) == 0
     older, listed = (out / "classifier.onnx").read_bytes(), json.loads((out / "manifest.json").read_text())
     products = list(weight_matmuls(onnx.load(out / "classifier.onnx").graph))
@@ -105,7 +105,7 @@ def test_a_refused_file_leaves_the_older_one_and_nothing_is_made_of_it(tmp_path,
     assert [each["file"] for each in manifest["files"]] == ["classifier.onnx", "classifier-int8.onnx"]
     assert manifest["files"][0] == listed["files"][0]
     assert [each["file"] for each in manifest["rejected"]] == ["classifier.onnx.rejected"]
-    spec = describe(out / "classifier-int8.onnx")
+    spec = read_spec(out / "classifier-int8.onnx")
     assert spec.inputs[0].axes == (1, 3, 64, 64) and spec.preprocessing.size == (64, 64)
     report = (out / "report.md").read_text()
     assert "- `classifier.onnx`: 6 images of scikit-image; " in report
@@ -114,8 +114,8 @@ def test_a_refused_file_leaves_the_older_one_and_nothing_is_made_of_it(tmp_path,
 
 def test_an_artifact_of_an_odd_size_is_exported_and_prepared_at_that_size(tmp_path, classifier):
     artifact = changed(classifier, tmp_path / "artifact", image_size=50)
-    assert main(["export", str(artifact), "--seconds", "0"]) == 0
-    spec = describe(tmp_path / "export" / "classifier.onnx")
+    assert main(["export", str(artifact), "--benchmark-seconds", "0"]) == 0
+    spec = read_spec(tmp_path / "export" / "classifier.onnx")
     assert spec.inputs[0].axes == ("batch", 3, 50, 50) and spec.preprocessing.size == (50, 50)
 
 
@@ -185,12 +185,12 @@ def test_a_manifest_of_another_version_is_refused_by_whoever_reads_it(tmp_path, 
     (tmp_path / "manifest.json").write_text(json.dumps({**plain, "format_version": 1}))
     readers = (
         lambda: Manifest.of(tmp_path, "artifact", artifact_hash(classifier), "classifier"),
-        lambda: exported(tmp_path, classifier, "classifier", required=True),
+        lambda: list_exports(tmp_path, classifier, "classifier", required=True),
         lambda: open_runtime(tmp_path / "classifier.onnx"),
         lambda: list(exported_files(tmp_path)),
     )
     for read in readers:
-        with pytest.raises(BadInput, match=r"manifest\.json: of format 1, and this program writes 2; "):
+        with pytest.raises(BadInput, match=r"manifest\.json: format 1, but this version reads format 3; "):
             read()
 
 
@@ -228,7 +228,7 @@ def test_the_report_says_by_file_where_it_was_measured_if_not_all_were_alike():
 )
 def test_a_quantised_file_is_smaller_or_faster_than_the_fp32_file(size, own, fp32, kept):
     plain = None if fp32 is None else entry("classifier.onnx", latency=fp32)
-    found = gate._worth_it(PASSED, entry("classifier-int8.onnx", bytes=size, latency=own), 100, plain)
+    found = gate._require_gain(PASSED, entry("classifier-int8.onnx", bytes=size, latency=own), 100, plain)
     assert found.passed == kept
     assert kept or found.failures == ("neither smaller than the fp32 file nor faster",)
 
@@ -236,13 +236,13 @@ def test_a_quantised_file_is_smaller_or_faster_than_the_fp32_file(size, own, fp3
 def test_what_was_refused_before_an_error_is_said_with_it_and_reported(tmp_path, monkeypatch):
     artifact = export_files.pretrained(tmp_path / "artifact", VIT)
 
-    def fails(request, graph, shapes, manifest, listener, outcome):
+    def fails(config, images, graph, shapes, manifest, listener, outcome):
         if graph == "reconstructor":
             raise BadInput("no room for it")
         manifest.add(entry("encoder.onnx.rejected"), passed=False)
         outcome.refused.append("encoder.onnx: too far off")
 
-    monkeypatch.setattr(pipeline, "export", fails)
+    monkeypatch.setattr(pipeline, "export_graph", fails)
     with pytest.raises(BadInput, match=r"(?s)no room for it.*refused.*encoder\.onnx: too far off"):
         run([str(artifact)])
     assert "- `encoder.onnx.rejected`: too far off" in (tmp_path / "export" / "report.md").read_text()
@@ -251,17 +251,17 @@ def test_what_was_refused_before_an_error_is_said_with_it_and_reported(tmp_path,
 def test_rtx_checks_what_this_run_kept(tmp_path, classifier, monkeypatch):
     checked = []
 
-    def keeps_fp16(request, graph, shapes, manifest, listener, outcome):
-        (request.out / "classifier.onnx").touch()  # of an earlier run
-        outcome.kept.append(request.out / "classifier-fp16.onnx")
+    def keeps_fp16(config, images, graph, shapes, manifest, listener, outcome):
+        (config.folder / "classifier.onnx").touch()  # of an earlier run
+        outcome.kept.append(config.folder / "classifier-fp16.onnx")
 
     def check(path, profiles):
         checked.append(path.name)
         raise CheckFailed("does not parse")
 
-    monkeypatch.setattr(pipeline, "export", keeps_fp16)
-    monkeypatch.setattr(candidates, "describe", lambda path: load_exportable(classifier, "classifier").spec)
-    monkeypatch.setattr("coma.runtimes.tensorrt.profiles.profile_of", lambda *_: None)
+    monkeypatch.setattr(pipeline, "export_graph", keeps_fp16)
+    monkeypatch.setattr(pipeline, "read_spec", lambda path: load_exportable(classifier, "classifier").spec)
+    monkeypatch.setattr("export.pipeline.profile_of", lambda *_: None)
     monkeypatch.setattr("coma.runtimes.tensorrt.discovery.require_package", lambda _: None)
     monkeypatch.setattr("export.tensorrt.rtx.check_rtx", check)
     arguments = (
@@ -281,10 +281,10 @@ def test_rtx_checks_what_this_run_kept(tmp_path, classifier, monkeypatch):
 def test_inside_an_artifact_files_lie_beside_it_and_carry_its_name(tmp_path, monkeypatch):
     artifact = export_files.classifier(tmp_path / "run" / "artifact", VIT)
 
-    def keeps(request, graph, shapes, manifest, listener, outcome):
+    def keeps(config, images, graph, shapes, manifest, listener, outcome):
         manifest.add(entry("classifier.onnx"), passed=True)
 
-    monkeypatch.setattr(pipeline, "export", keeps)
+    monkeypatch.setattr(pipeline, "export_graph", keeps)
     monkeypatch.chdir(artifact)
     run(["."])
     assert {path.name for path in artifact.iterdir()} == {"config.json", "model.safetensors"}

@@ -46,7 +46,7 @@ def onnx_file(tmp_path: Path) -> Path:
 def test_an_engine_and_its_sidecar_are_written(onnx_file: Path):
     path = onnx_file.with_name("model.engine")
     phases: list[tuple[str, int, int]] = []
-    options = EngineOptions(workspace_mib=64, optimization_level=1)
+    options = EngineOptions(workspace=64, builder_level=1)
     sidecar = build_engine(
         onnx_file, path, (PROFILE,), options, lambda *told: phases.append(told), flavour="tensorrt_rtx"
     )
@@ -159,9 +159,9 @@ def test_options_become_settings():
         assert {flag: config.get_flag(getattr(trt.BuilderFlag, flag)) for flag in flags} == dict.fromkeys(
             flags, wanted
         )
-    configure(trt, config, EngineOptions(workspace_mib=32, optimization_level=5, strip_plan=True))
+    configure(trt, config, EngineOptions(workspace=32, builder_level=5))
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 32 * 2**20
-    assert config.builder_optimization_level == 5 and config.get_flag(trt.BuilderFlag.STRIP_PLAN)
+    assert config.builder_optimization_level == 5
 
 
 @needs_rtx

@@ -133,7 +133,7 @@ def test_a_probe_that_fails_on_the_way_ends_no_run(probed, tmp_path, monkeypatch
 
     monkeypatch.setattr(Probe, "measure", fail)
     run = pretrain(at(probed, tmp_path / "run"))
-    assert "step 2: the probe failed (no features); training goes on" in capsys.readouterr().err
+    assert "step 2: the probe failed (no features); training continues" in capsys.readouterr().err
     assert learned(run)[0][-1]["step"] == 7
 
 

@@ -205,7 +205,7 @@ def test_sharing_out():
     assert (slices.micro_batch, slices.accumulation, slices.rank) == (8, 2, 1)
     assert split_batch(OptimizerConfig(batch_size=64), rank=0, world=4).micro_batch == 16
     with pytest.raises(
-        BadInput, match="--batch-size 60 cannot be shared out over 8 processes; --batch-size 56"
+        BadInput, match="--batch-size 60 cannot be split evenly over 8 processes; --batch-size 56"
     ):
         split_batch(OptimizerConfig(batch_size=60), rank=0, world=8)
     assert count_steps(OptimizerConfig(epochs=2.5, batch_size=64), 100) == 4

@@ -127,7 +127,7 @@ def test_an_artifact_without_checksums_loads_with_a_note(directory, caplog):
     load_artifact(directory)
     load_artifact(directory)
     assert [record.getMessage() for record in caplog.records] == [
-        f"warning: {directory}: has no checksums (an older version wrote it): damage goes unnoticed"
+        f"{directory}: has no checksums (an older version wrote it): damage goes unnoticed"
     ]
 
 

@@ -1,5 +1,6 @@
 """Windows and DM-MSA against plain attention and slow loops."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -134,6 +135,10 @@ def slow_attention(layer, x, windows, token_group=None):
         )
         return torch.cat([pairs.real, pairs.imag])
 
+    queries, keys = (
+        {at: turned(part[at], at[1], at[2]) for at in itertools.product(*map(range, (b, h, w, heads)))}
+        for part in (q, k)
+    )
     out = torch.zeros_like(x)
     for n in range(b):
         for i in range(h):
@@ -148,8 +153,8 @@ def slow_attention(layer, x, windows, token_group=None):
                         if r // wh == i // wh and s // ww == j // ww
                         and (token_group is None or token_group[n, r, s] == token_group[n, i, j])
                     ]  # fmt: skip
-                    query = turned(q[n, i, j, head], i, j)
-                    scores = torch.stack([query @ turned(k[n, r, s, head], r, s) for r, s in seen]) / d**0.5
+                    query = queries[n, i, j, head]
+                    scores = torch.stack([query @ keys[n, r, s, head] for r, s in seen]) / d**0.5
                     values = torch.stack([v[n, r, s, head] for r, s in seen])
                     out[n, i, j, head * d : (head + 1) * d] = scores.softmax(0) @ values
     if layer.gate is not None:

@@ -21,7 +21,7 @@ from coma.data.decode import decode
 from coma.errors import BadImage
 
 COLOUR = pictures.coffee()[:61, :83]  # [61, 83, 3]
-TALKATIVE = decoding._TALKATIVE
+TALKATIVE = decoding._LOGGERS
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -170,7 +170,7 @@ def test_decoders_keep_quiet(capfd, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         decode_all(files)
         assert not caplog.records
-        monkeypatch.setattr(decoding, "_TALKATIVE", ())
+        monkeypatch.setattr(decoding, "_LOGGERS", ())
         decode_all(files)  # the planted fault: they do have something to say
     assert {record.name for record in caplog.records} == set(TALKATIVE)
     assert capfd.readouterr() == ("", "")

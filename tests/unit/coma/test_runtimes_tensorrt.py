@@ -125,8 +125,12 @@ REFUSED = {
         T4,
         "this is Tesla T4",
     ),
-    "no weights": ({"options": EngineOptions(strip_plan=True)}, TRT, H200, "without its weights"),
-    "another file": ({"engine_sha256": "0" * 64}, TRT, H200, "not the file that its sidecar describes"),
+    "another file": (
+        {"engine_sha256": "0" * 64},
+        TRT,
+        H200,
+        "differs from the file that its sidecar",
+    ),
 }
 
 
@@ -156,8 +160,8 @@ def test_a_missing_or_foreign_sidecar_is_refused(engine: Path):
     plain = json.loads(path.read_text())
     for text, message in (
         ("{", "not a readable sidecar"),
-        ("[]", "of format None"),
-        (json.dumps({**plain, "format_version": 2}), "of format 2, and this program reads 1"),
+        ("[]", "format None"),
+        (json.dumps({**plain, "format_version": 1}), "format 1, but this version reads format 2"),
         (json.dumps({**plain, "colour": "red"}), "colour"),
         (json.dumps({**plain, "layers": "7"}), "layers"),
     ):
@@ -165,7 +169,7 @@ def test_a_missing_or_foreign_sidecar_is_refused(engine: Path):
         with pytest.raises(BadInput, match=message):
             read_sidecar(engine)
     path.unlink()
-    with pytest.raises(BadInput, match=r"model.engine.json is not beside it; build it again"):
+    with pytest.raises(BadInput, match=r"its sidecar model.engine.json is missing; build it again"):
         read_sidecar(engine)
     with pytest.raises(BadInput, match="no such file"):
         read_sidecar(engine.with_name("other.engine"))
@@ -173,9 +177,9 @@ def test_a_missing_or_foreign_sidecar_is_refused(engine: Path):
 
 def test_options_out_of_range_are_refused():
     with pytest.raises(BadInput, match="must be 0 to 5"):
-        EngineOptions(optimization_level=6)
+        EngineOptions(builder_level=6)
     with pytest.raises(BadInput, match="at least 1"):
-        EngineOptions(workspace_mib=0)
+        EngineOptions(workspace=0)
 
 
 # No GPU, no package
@@ -183,7 +187,7 @@ def test_options_out_of_range_are_refused():
 
 @needs_no_gpu
 def test_without_a_gpu_a_runtime_says_so(engine: Path):
-    with pytest.raises(BadInput, match="no working NVIDIA driver here; use ONNX Runtime"):
+    with pytest.raises(BadInput, match="no working NVIDIA driver; use ONNX Runtime"):
         TensorRTRuntime(engine)
 
 

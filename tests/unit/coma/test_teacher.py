@@ -9,7 +9,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from taught_models import ENCODERS, STATISTICS, pictures
+from small_models import ENCODERS, pictures
+from taught_models import STATISTICS
 from torch import nn
 
 from coma.config import (

@@ -92,7 +92,7 @@ def test_what_costs_more_than_its_size_says_is_not_decoded(monkeypatch):
         "pages": tiff(1, bytes(64), pages=50_000),
         "animated": animated.getvalue(),
         "too long": bmp(12_000_000, 4, b"\0\2\0\xff"),
-        "compressions": tiff(50001, encoded("WEBP", 2000)),
+        "TIFF compression": tiff(50001, encoded("WEBP", 2000)),
         "compression is not supported": tiff(7, encoded("JPEG")),
     }
     for name in ("GifImageFile", "TiffImageFile"):  # counting pages is what costs

@@ -43,7 +43,7 @@ def test_what_adds_nothing_is_left_out_by_name_and_others_take_its_place(tmp_pat
     assert reasons.keys() == {"broken0.png", "broken1.png", "zcopy0.png", "zcopy1.png", "plain0.png"} or (
         reasons.keys() == {"broken0.png", "broken1.png", "zcopy0.png", "good0.png", "plain0.png"}
     )
-    assert reasons["plain0.png"] == "one colour everywhere" and "not an image" in reasons["broken0.png"]
+    assert reasons["plain0.png"] == "a single colour" and "not an image" in reasons["broken0.png"]
     assert "the same pixels as" in reasons["zcopy0.png"]
     assert "6 images used, 5 left out: " in caplog.text and "broken0.png" in caplog.text
 
@@ -53,7 +53,7 @@ def test_what_adds_nothing_is_left_out_by_name_and_others_take_its_place(tmp_pat
     [
         ({"good": 1, "broken": 3}, 16, r"1 of 4 images can be used, left out are .*broken0.*not an image"),
         ({"good": 1, "copies": 99}, 16, r"1 of 64 images can be used, left out are .*the same pixels as"),
-        ({"plain": 9}, 16, r"0 of 9 images can be used, .* and 4 more: one colour everywhere; give 4 diff"),
+        ({"plain": 9}, 16, r"0 of 9 images can be used, .* and 4 more: a single colour; give 4 diff"),
         ({"good": 3}, 16, r"3 of 3 images can be used; give 4 different images or more with --verify, or a"),
         ({"broken": 1}, 1, r"0 of 1 image can be used, left out are .*; give 1 different image or more"),
     ],
@@ -91,11 +91,20 @@ def test_manifest_report_and_terminal_count_the_images(tmp_path, capsys, caplog)
     artifact = export_files.classifier(tmp_path / "artifact", VIT)
     verify = folder_of(tmp_path / "verify", good=4, broken=1)
     calibrate = folder_of(tmp_path / "calibrate", good=9, broken=2)
-    more = ("--precision", "int8", "--calibrate", str(calibrate), "--shapes", "8x48x48", "--seconds", "0")
+    more = (
+        "--precision",
+        "int8",
+        "--calibrate",
+        str(calibrate),
+        "--shapes",
+        "8x48x48",
+        "--benchmark-seconds",
+        "0",
+    )
     assert main(["export", str(artifact), "--verify", str(verify), *more]) == 0
     assert "over 4 images and 1 shape\n" in capsys.readouterr().err
     assert "4 images used, 1 left out: broken0.png: not an image" in caplog.text
-    assert "also in --verify: 4 images" in caplog.text
+    assert "4 images also in --verify" in caplog.text
     (entry,) = json.loads((tmp_path / "export" / "manifest.json").read_text())["files"]
     assert entry["images"] == f"4 images of {verify}, 1 left out"
     counts = {name: (each["used"], each["available"]) for name, each in entry["image_sets"].items()}
@@ -108,7 +117,7 @@ def test_manifest_report_and_terminal_count_the_images(tmp_path, capsys, caplog)
 def test_a_benchmark_says_what_it_could_not_show(tmp_path, capsys, caplog):
     artifact = export_files.backbone(tmp_path / "artifact", VIT)
     images = folder_of(tmp_path / "images", good=1, broken=1)
-    more = ("--batch", "2", "--seconds", "0.01", "--out", str(tmp_path / "b.json"))
+    more = ("--batch", "2", "--benchmark-seconds", "0.01", "--out", str(tmp_path / "b.json"))
     assert main(["benchmark", str(artifact), "--images", str(images), *more]) == 0
     assert f"1 image of {images}, 1 left out, repeated in larger batches" in capsys.readouterr().out
     assert "1 image used, 1 left out: broken0.png: not an image" in caplog.text

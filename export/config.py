@@ -1,0 +1,134 @@
+"""Settings of `coma export`, from the flags to the code that uses them, and the images that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
+
+import tyro
+
+from coma.errors import BadInput
+from coma.ranges import Range, Ranged
+from coma.runtimes.model_spec import GraphKind, Precision
+from coma.runtimes.tensorrt.sidecar import EngineOptions
+
+if TYPE_CHECKING:
+    from coma.data.sources.base import Source
+    from export.image_sets import ImageSet
+
+
+@dataclass(frozen=True)
+class ExportConfig(Ranged):
+    """Export an artifact to ONNX and TensorRT and verify the exported files against PyTorch on real images.
+
+    Every file runs beside PyTorch at several batch sizes and image sizes before it gets its final name. A
+    file whose error exceeds the tolerance of its precision is kept as NAME.rejected, the report names the
+    module where the error starts, and the exit code is 1.
+    """
+
+    artifact: Annotated[Path, tyro.conf.Positional]
+    """Artifact directory of any kind: backbone, pretrained, classifier, segmentor or detector."""
+    to: str = "onnx"
+    """Formats: onnx, or onnx,tensorrt."""
+    precision: str = "fp32"
+    """Precisions, separated by commas: fp32, fp16, bf16, int8, fp8."""
+    graph: Literal["all", "encoder", "reconstructor"] = "all"
+    """Graphs to export from a pre-trained artifact."""
+    shapes: str | None = None
+    """Input shapes as min:opt:max, each NxCxHxW; a single shape makes the graph static. By default the batch
+    size is dynamic from 1 to 32 at the training size; detectors and segmentors also take any height and width
+    from one mask unit up to twice the training size (detectors at least 800 x 1344)."""
+    out: Path | None = None
+    """Folder for the files, manifest.json and report.md (default: the folder export beside the artifact)."""
+    verify: Path | None = None
+    """Images for verification: a folder, .npz or .tar shards (default: photographs bundled with
+    scikit-image). A folder with one subfolder per class also measures the top-1 accuracy of a classifier; if
+    the folder has splits, test or val is used."""
+    verify_images: Annotated[int, Range(1, 10**6)] = 16
+    """Number of verification images. Broken files, duplicates and images of a single colour do not count;
+    fewer than 4 usable images are refused unless this number is smaller."""
+    dataset: Path | None = None
+    """Dataset of a detector or segmentor; measures AP or mIoU in PyTorch and in every file."""
+    metric_images: Annotated[int, Range(1, 10**9)] = 1000
+    """Maximum number of labelled images for top-1, AP or mIoU."""
+    calibrate: Path | None = None
+    """Calibration images for int8 and fp8, which require them."""
+    calibrate_images: Annotated[int, Range(1, 10**6)] = 64
+    """Number of calibration images. Fewer than 8 usable images are refused unless this number is smaller."""
+    calibrate_method: Literal["percentile", "entropy", "minmax"] = "percentile"
+    """Method that chooses the clipping range of int8 activations."""
+    exclude_layers: tuple[str, ...] | None = None
+    """Layers that int8 and fp8 do not quantise, as patterns of module paths such as "*.merge.*" (default: in
+    detectors all layers after the backbone, where small errors select other proposals; otherwise none). The
+    word none quantises all layers."""
+    normalize_in_graph: bool = False
+    """Make the exported files take uint8 pixels and normalise them with mean and standard deviation."""
+    device: Literal["cpu", "cuda", "tensorrt"] = "cpu"
+    """ONNX Runtime execution provider for verifying and timing the ONNX files."""
+    check: Literal["none", "rtx"] = "none"
+    """rtx also parses and compiles the ONNX files with NVIDIA TensorRT-RTX, which needs no GPU."""
+    benchmark_seconds: Annotated[float, Range(0, 86400)] = 2.0
+    """Seconds to time each file beside PyTorch at each batch size; 0 skips timing."""
+    engine: tyro.conf.OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
+
+    @property
+    def folder(self) -> Path:
+        """Folder for the exported files."""
+        return self.out or folder_beside(self.artifact)
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """Precisions in the order that they were given in.
+
+        Raises:
+            BadInput: `precision` holds an unknown name.
+        """
+        return cast(tuple[Precision, ...], parse_names(self.precision, get_args(Precision), "--precision"))
+
+    @property
+    def builds_engines(self) -> bool:
+        """Whether TensorRT engines are built.
+
+        Raises:
+            BadInput: `to` holds an unknown name.
+        """
+        return "tensorrt" in parse_names(self.to, ("onnx", "tensorrt"), "--to")
+
+
+@dataclass(frozen=True)
+class ExportImages:
+    """Images that an export reads before its first long step.
+
+    Attributes:
+        verification: Images to compare the files with PyTorch on.
+        calibration: Images for int8 and fp8; None if nothing is quantised.
+        labelled: Labelled source for the top-1 accuracy of a classifier; None without labels.
+    """
+
+    verification: ImageSet
+    calibration: ImageSet | None = None
+    labelled: Source | None = None
+
+
+def folder_beside(artifact: Path) -> Path:
+    """Returns the default folder for the exports of an artifact."""
+    return artifact.resolve().parent / "export"
+
+
+def file_name(graph: GraphKind, precision: Precision) -> str:
+    """Returns the name of an ONNX file."""
+    return f"{graph}.onnx" if precision == "fp32" else f"{graph}-{precision}.onnx"
+
+
+def parse_names(text: str, known: Sequence[str], flag: str) -> tuple[str, ...]:
+    """Splits a list of names at commas and drops repetitions.
+
+    Raises:
+        BadInput: no name, or one that is not in `known`.
+    """
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names or not set(names) <= set(known):
+        raise BadInput(f"{flag} {text!r}: give some of {', '.join(known)}, separated by commas")
+    return names
