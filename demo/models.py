@@ -87,7 +87,8 @@ class Model:
     def undoes(self) -> str | None:
         """Returns the degradation that the model learned to undo; None if it reconstructs masks."""
         objective = self.config.objective if self.config else None
-        return None if objective is None or getattr(objective, "zooms_in", True) else str(objective.degrade)  # type: ignore[union-attr]
+        degrade = getattr(objective, "degrade", None)
+        return None if objective is None or objective.zooms_in else degrade
 
     @property
     def zooms_in(self) -> bool:
