@@ -69,7 +69,7 @@ TINY_DYVIT = "--model.dim 8 --model.depths 1 1 1 1 --model.heads 2 2 2 2"
 TINY_VIT = "--model.dim 16 --model.depth 1 --model.heads 2"
 TINY_DECODER = "--objective.decoder.dim 16 --objective.decoder.depth 1 --objective.decoder.heads 2"
 TINY_DOWNSTREAM = (
-    "--steps 2 --batch-size 2 --workers 0 --head-channels 16 --validations 1 --short-side 64 --device cpu"
+    "--steps 2 --batch-size 2 --workers 0 --head-channels 32 --validations 1 --short-side 64 --device cpu"
 )
 
 
@@ -96,7 +96,7 @@ def small(words: list[str], number: int) -> list[str]:
         case ["detect" | "segment", "train", *_]:
             tiny = ["--preset", "tiny"] if "--preset" in words else []
             return [*words, *tiny, *TINY_DOWNSTREAM.split()]
-        case ["detect" | "segment", *_]:
+        case ["detect" | "segment", "test" | "predict", *_]:
             return [*words, "--device", "cpu"]
         case ["export", artifact, *_]:
             size = "1x3x64x96" if "detector" in artifact else "1x3x48x48"
