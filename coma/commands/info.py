@@ -6,7 +6,7 @@ safetensors file, or images to train on. Nothing is unpickled, and no model is r
 Examples:
   coma info runs/first
   coma info runs/first/artifact
-  coma info exports/encoder_fp16.onnx
+  coma info exports/encoder.onnx
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def _register_tagged(
         if plain is None and kind != base:
             return None
         name = plain.get(tag) if isinstance(plain, dict) else None
-        if not isinstance(plain, dict) or name not in table:
+        if not isinstance(name, str) or name not in table:
             raise BadInput(f"{tag} {name!r} is none of {', '.join(table)}")
         return converter.structure({k: v for k, v in plain.items() if k != tag}, resolve(table[name].config))
 
