@@ -202,7 +202,7 @@ def _exports(path: Path) -> Report:
     return Report(
         "folder of exported files",
         facts,
-        [f"coma benchmark {_quoted(Path(manifest.artifact))} --exports {_quoted(path)}"],
+        [f"coma benchmark ARTIFACT --exports {_quoted(path)}"],
     )
 
 
