@@ -6,7 +6,7 @@ safetensors file, or images to train on. Nothing is unpickled, and no model is r
 Examples:
   coma info runs/first
   coma info runs/first/artifact
-  coma info exports/encoder_fp16.onnx
+  coma info exports/encoder.onnx
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def _exports(path: Path) -> Report:
     return Report(
         "folder of exported files",
         facts,
-        [f"coma benchmark {_quoted(Path(manifest.artifact))} --exports {_quoted(path)}"],
+        [f"coma benchmark ARTIFACT --exports {_quoted(path)}"],
     )
 
 
