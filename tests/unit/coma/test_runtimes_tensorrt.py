@@ -198,7 +198,7 @@ def test_a_runtime_is_for_gpus_only(engine: Path):
 
 def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(library_module, "find_driver", lambda: Driver("13.0", ()))
-    with pytest.raises(BadInput, match="no NVIDIA GPU here"):
+    with pytest.raises(BadInput, match="no NVIDIA GPU; use"):
         require_gpu()
     driver = Driver("13.0", (H200, L4))
     monkeypatch.setattr(library_module, "find_driver", lambda: driver)
