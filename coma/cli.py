@@ -171,7 +171,7 @@ def _versions() -> str:
 
 
 def _configure_logging(room: str) -> None:
-    logging.basicConfig(level=logging.WARNING, handlers=[_CurrentStderr()])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_CurrentStderr()])
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _CurrentStderr):
             handler.said.clear()
