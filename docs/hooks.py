@@ -16,7 +16,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from pydoc import locate
-from typing import Any
+from typing import Any, cast
 
 import docstring_parser
 from latex2mathml.converter import convert
@@ -40,7 +40,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         markdown = markdown.replace(COMMANDS, "\n".join(command_pages()))
     markdown = re.sub(FILE, lambda found: f"```python\n{(ROOT / found[1]).read_text()}```", markdown)
     markdown = re.sub(MEMBERS, lambda found: "\n".join(members(found[1])), markdown)
-    markdown = re.sub(FIELDS, lambda found: fields(locate(found[1])), markdown)
+    markdown = re.sub(FIELDS, lambda found: fields(cast("type", locate(found[1]))), markdown)
     return re.sub(FORMULA, lambda found: formula(found[1]), markdown, flags=re.DOTALL)
 
 
@@ -52,7 +52,7 @@ def formula(latex: str) -> str:
 def members(module: str) -> Iterator[str]:
     """Yields the settings, classes and functions that a module lists in `__all__`: tables, and directives."""
     for name in importlib.import_module(module).__all__:
-        thing = getattr(importlib.import_module(module), name)
+        thing: Any = getattr(importlib.import_module(module), name)
         if dataclasses.is_dataclass(thing) and isinstance(thing, type):
             yield f"### {name}\n\n{fields(thing)}\n"
         elif getattr(thing, "__module__", "").partition(".")[0] in ROOMS:  # no constants, no types of Python
