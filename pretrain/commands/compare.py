@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Literal
 
 from coma.arguments import parse_arguments
+from coma.config.compare import CompareConfig, Entry, finetune_epochs
 from coma.devices import cores
 from coma.errors import BadInput, CheckFailed
 from coma.preflight import require_folder, require_packages
 from pretrain.commands import pretrain as pretrain_command
-from pretrain.sweep.config import CompareConfig, Entry, finetune_epochs
 
 _RESERVED = {
     *("--out", "--seed", "--steps", "--epochs", "--resume", "--from", "--method", "--model", "--device"),

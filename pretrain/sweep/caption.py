@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from coma.artifact import library_versions
+from coma.config.compare import RANDOM_BASELINE, CompareConfig
 from coma.data import open_source
 from coma.devices import processor
-from pretrain.sweep.config import RANDOM_BASELINE, CompareConfig
 from pretrain.sweep.plan import TRIAL_STEPS, Cost
 from pretrain.sweep.results import standard_error
 

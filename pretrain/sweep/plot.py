@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coma.atomic_io import write_whole
+from coma.config.compare import RANDOM_BASELINE, CompareConfig
 from pretrain.sweep.caption import clock_name, probed_on
-from pretrain.sweep.config import RANDOM_BASELINE, CompareConfig
 from pretrain.sweep.results import TITLES, Group
 
 if TYPE_CHECKING:

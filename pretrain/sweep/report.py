@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from coma.atomic_io import write_whole
+from coma.config.compare import RANDOM_BASELINE, CompareConfig
 from pretrain.sweep.caption import caption, clock_name, probed_on
-from pretrain.sweep.config import RANDOM_BASELINE, CompareConfig
 from pretrain.sweep.plan import Cost
 from pretrain.sweep.plot import draw
 from pretrain.sweep.results import TITLES, Group, Result, groups, mean_and_std, time_to_target

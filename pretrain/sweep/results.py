@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pretrain.sweep.config import RANDOM_BASELINE, CompareConfig, Entry, slug
+from coma.config.compare import RANDOM_BASELINE, CompareConfig, Entry, slug
 from pretrain.sweep.plan import Cost, metrics_rows, step_seconds
 
 TITLES = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuned"}

@@ -26,6 +26,7 @@ from typing import Any
 from coma.artifact import ArtifactConfig, library_versions, save_artifact
 from coma.atomic_io import lies_among, write_whole
 from coma.config import PretrainConfig
+from coma.config.compare import CompareConfig, Entry, finetune_epochs
 from coma.config.serialization import flat, to_plain
 from coma.data import compute_mean_std, open_source
 from coma.data.listing import FLAG, check_listing, list_data, read_listing, write_listing
@@ -33,10 +34,10 @@ from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.progress import Progress, clock
 from coma.signals import StopRequest
 from pretrain.evaluate import random_encoder
-from pretrain.sweep.config import CompareConfig, Entry, check, finetune_epochs
 from pretrain.sweep.plan import (
     TRIAL_STEPS,
     Cost,
+    check,
     cost,
     last_step,
     run_config,

@@ -363,7 +363,7 @@ def test_a_plain_runner_runs_what_the_command_wrote(trained, tmp_path):
         ),
         (["train", "--preset", "tiny", "--data", "D", "--out", "x", "--save-steps", "-3"], "at least 1"),
         (["train", "--preset", "tiny", "--data", "D", "--out", "x", "--short-side", "0"], "at least 32"),
-        (["predict", "T", "D", "--out", "x", "--annotations", "J"], "no image of that name|both are image"),
+        (["predict", "T", "D", "--out", "x", "--annotations", "J"], "no image with this name|both are image"),
         (["train", "--resume", "D"], "holds no config.py"),
         (["predict", "T", "none", "--out", "x"], "no such file or folder"),
         (["predict", "T", "D", "--out", "D"], "is not empty"),

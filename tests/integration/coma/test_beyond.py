@@ -199,7 +199,7 @@ def test_what_cannot_be_trained_on_is_refused():
         BeyondConfig(views=1)
     with pytest.raises(BadInput, match=r"--objective\.border-weight 0 must be"):
         BeyondConfig(border_weight=0.0)
-    with pytest.raises(BadInput, match=r"no use of it"):
+    with pytest.raises(BadInput, match=r"does not use it"):
         replace(BeyondConfig(mask_ratio=0.5), degrade="zoom-in")
     grey = build_encoder(ViTConfig(channels=1, patch=8, dim=32, depth=1, heads=2))
     with pytest.raises(BadInput, match="3 channels, not 1"):
@@ -220,7 +220,7 @@ def test_a_setting_that_a_degradation_has_no_use_for_is_refused(name, value, kin
         if kind in kinds:
             assert getattr(BeyondConfig(degrade=kind, **{name: value}), name) == value
         else:
-            with pytest.raises(BadInput, match=re.escape(f"{flag}{kind} makes no use of it")):
+            with pytest.raises(BadInput, match=re.escape(f"{flag}{kind} does not use it")):
                 BeyondConfig(degrade=kind, **{name: value})
 
 

@@ -255,7 +255,7 @@ def test_adaptive_pooling_is_replaced_everywhere_or_refused():
     replace_adaptive_pooling(module)
     assert not any(isinstance(part, nn.AdaptiveAvgPool2d) for part in module.modules())
     torch.testing.assert_close(module(x), wanted)
-    with pytest.raises(BadInput, match="squares"):
+    with pytest.raises(BadInput, match="square outputs"):
         replace_adaptive_pooling(nn.Sequential(nn.AdaptiveAvgPool2d((2, 3))))
 
 

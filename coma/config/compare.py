@@ -138,37 +138,3 @@ def finetune_epochs(flags: tuple[str, ...]) -> float:
         raise BadInput(f"--finetune {shlex.join(flags)!r}: {error}") from None
     except SystemExit:
         raise BadInput(f"--finetune: coma classify train does not take {shlex.join(flags)!r}") from None
-
-
-def check(comparison: CompareConfig) -> None:
-    """Checks settings and labelled images before anything runs.
-
-    Raises:
-        BadInput: settings that cannot be compared, or labelled images that cannot be used.
-    """
-    from coma.data import open_source
-    from coma.objectives.teachers import with_weights_hash
-    from pretrain.evaluate import check_labelled
-    from pretrain.training.run_plan import check_shapes, split_batch
-
-    names = [entry.name for entry in comparison.entries]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise BadInput(f"{', '.join(twice)}: was given twice; leave one out")
-    models = {slug(entry.model): entry.model for entry in comparison.entries}
-    for entry in comparison.entries:
-        if len(set(entry.seeds)) < len(entry.seeds):
-            raise BadInput(f"--seeds {' '.join(map(str, entry.seeds))}: one was given twice; leave it out")
-        if slug(entry.method) == RANDOM_BASELINE:
-            raise BadInput(f"{entry.method}: is the table's name for untrained weights; choose another name")
-        if models[slug(entry.model)] != entry.model:
-            both = f"{entry.model!r} and {models[slug(entry.model)]!r}"
-            raise BadInput(f"--models {both}: would share one folder; give one a name: 'NAME: {entry.model}'")
-    if comparison.reference not in {entry.method for entry in comparison.entries}:
-        methods = ", ".join(dict.fromkeys(entry.method for entry in comparison.entries))
-        raise BadInput(f"--reference {comparison.reference}: is none of the methods: {methods}")
-    check_labelled(comparison.test, comparison.frozen_protocols)
-    for entry in comparison.entries:
-        check_shapes(entry.config)
-        split_batch(entry.config.optimizer, 0, 1)
-        with_weights_hash(entry.config)
-    open_source(comparison.images)
