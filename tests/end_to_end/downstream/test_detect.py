@@ -382,7 +382,8 @@ def test_bad_input_is_named(arguments: list[str], message, data, backbone, train
     assert not (tmp_path / "x").exists() or arguments[0] == "predict"
 
 
-def test_check_prints_what_a_dataset_holds(data, capsys):
+def test_check_prints_what_a_dataset_holds(data, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     run(["check", "--data", str(data)])
     said = capsys.readouterr().out
     assert "96 x 64 / 96 x 64 / 96 x 64" in said and "no errors found" in said

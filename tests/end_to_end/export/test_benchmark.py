@@ -150,7 +150,7 @@ def test_decoding_takes_time(measured):
 
 def test_what_is_not_run_is_named_with_its_reason(measured):
     reasons = {each["name"]: each["reason"] for each in measured["not_run"]}
-    assert "no bf16 on a CPU; it needs a GPU (cuda)" in reasons["encoder-bf16.onnx"]
+    assert "no bf16 on a CPU; use a GPU (cuda)" in reasons["encoder-bf16.onnx"]
     assert "--compile" in reasons["torch compiled"]
     assert "missing" in reasons["gone.onnx"]
     assert "not encoder" in reasons["reconstructor.onnx"]
@@ -220,8 +220,8 @@ def test_exports_of_another_artifact_are_not_taken_for_its_own(made, tmp_path):
         (["--size", "16x64"], "mask unit is 32 x 32 px"),
         (["--benchmark-seconds", "0"], "--benchmark-seconds 0 must be more than 0"),
         (["--threads", "0"], "--threads 0 must be 1 to 4096"),
-        (["--graph", "reconstructor"], "is a backbone; of it there is encoder"),
-        (["--exports", "nowhere"], "--exports nowhere: no manifest.json there; coma export"),
+        (["--graph", "reconstructor"], "is a backbone; its graph is encoder"),
+        (["--exports", "nowhere"], "--exports nowhere: no manifest.json; run coma export"),
         (["--images", "nowhere"], "nowhere"),
         (["--out", "."], "is a directory"),
     ],
@@ -320,4 +320,4 @@ def test_help_says_what_it_does(capsys):
     ):
         assert f"--{flag}" in shown
     assert cli.main(["--help"]) == 0
-    assert "Time an artifact in PyTorch and in every file exported of it" in capsys.readouterr().out
+    assert "Measure the latency of an artifact in PyTorch and in all files exported from it, side by side" in capsys.readouterr().out

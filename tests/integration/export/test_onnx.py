@@ -185,10 +185,10 @@ def test_a_batch_that_was_baked_in_is_caught(tmp_path):
     class Baked(nn.Module):
         def __init__(self, graph: nn.Module) -> None:
             super().__init__()
-            self.graph = graph
+            self.model = graph
 
         def forward(self, images):
-            return (self.graph(images)[0].reshape(2, -1),)
+            return (self.model(images)[0].reshape(2, -1),)
 
     exportable = load_exportable(export_files.classifier(tmp_path / "artifact"), "classifier")
     baked = replace(exportable, module=Baked(exportable.module))
