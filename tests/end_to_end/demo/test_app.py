@@ -60,7 +60,7 @@ def reconstruct(client: Any, picture: Any, painted: Any = None, **changes: Any) 
 def test_a_pair_comes_back_as_png_with_numbers(client, photograph):
     (before, after), heat, views, text, facts = reconstruct(client, photograph)
     assert [view["caption"].split(":")[0] for view in views] == [
-        "what view A sees", "B rebuilt from A", "what view B sees", "A rebuilt from B",
+        "what view A sees", "B reconstructed from A", "what view B sees", "A reconstructed from B",
     ]  # fmt: skip
     for path in (before, after, heat, *(view["image"] for view in views)):
         with Image.open(path) as picture:
@@ -273,7 +273,7 @@ def test_without_arguments_the_quickstart_is_trained_once(tmp_path, monkeypatch,
     monkeypatch.setattr(quickstart, "run", trained)
     monkeypatch.chdir(tmp_path)
     assert demo.quickstart() == demo.quickstart() == Path("quickstart/run/artifact")
-    assert calls == [["--out", "quickstart"]] and "training a tiny one" in capsys.readouterr().out
+    assert calls == [["--out", "quickstart"]] and "training a tiny model first" in capsys.readouterr().out
 
 
 def test_the_command_serves_this_machine_alone_and_cleans_up(tmp_path, monkeypatch, capsys):

@@ -153,7 +153,7 @@ def test_what_is_not_run_is_named_with_its_reason(measured):
     assert "no bf16 on a CPU; use a GPU (cuda)" in reasons["encoder-bf16.onnx"]
     assert "--compile" in reasons["torch compiled"]
     assert "missing" in reasons["gone.onnx"]
-    assert "not encoder" in reasons["reconstructor.onnx"]
+    assert "not of the encoder" in reasons["reconstructor.onnx"]
     assert "cosine 0.5 is below 0.99" in reasons["encoder-int8.onnx.rejected"]
     assert reasons["encoder.engine"]
     assert len(reasons) == 6
@@ -320,4 +320,7 @@ def test_help_says_what_it_does(capsys):
     ):
         assert f"--{flag}" in shown
     assert cli.main(["--help"]) == 0
-    assert "Measure the latency of an artifact in PyTorch and in all files exported from it, side by side" in capsys.readouterr().out
+    assert (
+        "Measure the latency of an artifact in PyTorch and in all files exported from it, side by side"
+        in capsys.readouterr().out
+    )

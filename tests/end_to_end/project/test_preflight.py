@@ -58,7 +58,7 @@ def test_the_demo_looks_at_its_port_and_device_before_it_trains(tmp_path, monkey
     assert f"--port {port}: " in capsys.readouterr().err
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert cli.main(["demo", "--port", "0", "--device", "cuda"]) == 2
-    assert capsys.readouterr().err == "error: --device cuda: this PyTorch sees no GPU\n"
+    assert capsys.readouterr().err == "error: --device cuda: PyTorch finds no GPU\n"
     assert not list(tmp_path.iterdir())
 
 

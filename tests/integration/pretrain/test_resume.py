@@ -227,7 +227,7 @@ def test_a_run_without_a_list_of_its_images_resumes_with_a_note(resumable, whole
     interrupted(at(resumable, run), 2)
     (run / FILE).unlink()
     pretrain(at(resumable, run), resume=True)
-    assert "has no list of its images (an older version began it)" in capsys.readouterr().err
+    assert "has no list of its images, as an older version started it" in capsys.readouterr().err
     assert_same(run, whole)
     assert (run / FILE).exists()
 
