@@ -225,7 +225,7 @@ def test_a_source_tree_announces_its_commands(tmp_path, monkeypatch):
     code += "print(sorted({x.name for x in e(group='coma.commands')} ), distribution('coma-dyvit').version)"
     env = {**os.environ, "PYTHONPATH": folder}
     done = subprocess.run([sys.executable, "-S", "-c", code], env=env, capture_output=True, text=True)
-    assert "'benchmark', 'compare'" in done.stdout and "0.1.0" in done.stdout
+    assert "'benchmark', 'classify', 'compare'" in done.stdout and "0.1.0" in done.stdout
 
 
 # What is known without a GPU

@@ -114,8 +114,8 @@ class Classes:
 
 
 def test_a_detector_in_its_exported_form_scores_what_it_did(detector, objects, tmp_path):
-    detect.run(["test", str(detector), "--data", str(objects), "--out", str(tmp_path / "scores.json")])
-    scores = json.loads((tmp_path / "scores.json").read_text())
+    detect.run(["test", str(detector), "--data", str(objects), "--out", str(tmp_path / "scores")])
+    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
     theirs = {"AP": "bbox_mAP", "AP50": "bbox_mAP_50", "mask AP": "segm_mAP"}
     expected = {name: 100 * scores[f"coco/{metric}"] for name, metric in theirs.items()}
     assert expected["AP50"] > 10
@@ -126,8 +126,8 @@ def test_a_detector_in_its_exported_form_scores_what_it_did(detector, objects, t
 @pytest.mark.parametrize("resized", [False, True])
 def test_a_segmentor_in_its_exported_form_scores_what_it_did(resized, segmentor, scenes, tmp_path):
     path = doubling(segmentor, tmp_path / "a") if resized else segmentor
-    segment.run(["test", str(path), "--data", str(scenes), "--out", str(tmp_path / "scores.json")])
-    scores = json.loads((tmp_path / "scores.json").read_text())
+    segment.run(["test", str(path), "--data", str(scenes), "--out", str(tmp_path / "scores")])
+    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
     expected = {"mIoU": scores["mIoU"], "pixel accuracy": scores["aAcc"]}
     assert resized or expected["mIoU"] > 30  # ground alone: 26
     runtime = TorchRuntime(load_exportable(path, "segmentor"))

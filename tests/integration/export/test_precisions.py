@@ -205,7 +205,7 @@ def test_files_run_as_their_precision_needs_or_say_what_they_need(made, tmp_path
     wanted = open_runtime(made.parent / "artifact")(images)["logits"]
     found = open_runtime(copied(made, "fp8", tmp_path))(images)["logits"]
     assert torch.cosine_similarity(found, wanted).item() > 0.8
-    with pytest.raises(BadInput, match=r"classifier-bf16\.onnx: .* no bf16 on a CPU; it needs a GPU"):
+    with pytest.raises(BadInput, match=r"classifier-bf16\.onnx: .* no bf16 on a CPU; use a GPU"):
         open_runtime(copied(made, "bf16", tmp_path))
 
 
@@ -290,7 +290,7 @@ def test_tensorrts_libraries_are_loaded_before_its_provider(made, fake):
     strict = (PROVIDERS["cuda"], {"use_tf32": "0"})
     assert fake.asked == ["tensorrt", (PROVIDERS["tensorrt"], {}), strict]
     fake.used = PROVIDERS["cuda"]
-    with pytest.raises(BadInput, match=r"fell back to CUDA.*TensorRT 10's libraries were not found"):
+    with pytest.raises(BadInput, match=r"fell back to CUDA.*the libraries of TensorRT 10 were not found"):
         OnnxRuntime(made / "classifier.onnx", "tensorrt")
 
 

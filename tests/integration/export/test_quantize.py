@@ -273,7 +273,7 @@ def test_a_failure_leaves_the_target_as_it_was(
     target = tmp_path / "out.onnx"
     target.write_text("before")
     for batches, error, message in (
-        ([], BadInput, "no batches"),
+        ([], BadInput, "at least one batch"),
         ([{"images": np.zeros((1, 3, 8, 8), np.float32)}], BadInput, "batch 0 does not fit"),
         ([{"images": np.full((1, 3, SIDE, SIDE), np.nan, np.float32)}], CheckFailed, "not finite"),
     ):
