@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coma.config import PretrainConfig, ProbeConfig
-from coma.config.compare import CompareConfig, Entry, Unit
+from coma.config.compare import RANDOM_BASELINE, CompareConfig, Entry, Unit, slug
 from coma.errors import BadInput
 
 TRIAL_STEPS = 40

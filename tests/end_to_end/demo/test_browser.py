@@ -91,7 +91,7 @@ class Visit:
 def test_a_visit(browser, address, tmp_path):
     visit = Visit(browser, address, viewport={"width": 1440, "height": 1000})
     page = visit.page
-    first = visit.number("PSNR, hidden pixels")
+    first = visit.number("PSNR, masked pixels")
     assert re.fullmatch(r"\d+\.\d\d dB", first) and visit.number("mask unit") == "16 px"
     assert page.locator("#views img").count() == 4
 
@@ -100,7 +100,7 @@ def test_a_visit(browser, address, tmp_path):
     page.click("#picture button[aria-label='Remove Image']")
     page.set_input_files("#picture input[type=file]", str(tmp_path / "mine.png"))
     visit.until("text.includes('120 x 90 px')")
-    assert visit.number("PSNR, hidden pixels") != first
+    assert visit.number("PSNR, masked pixels") != first
 
     visit.choose("method", "CoMA: four views")
     visit.until("text.includes('75%') || text.includes('78%')")
@@ -122,7 +122,7 @@ def test_a_visit(browser, address, tmp_path):
     page.wait_for_timeout(500)
     page.click("#go")
     visit.until("text.includes('PSNR')")
-    hidden = int(visit.number("hidden").rstrip("%"))
+    hidden = int(visit.number("mask ratio").rstrip("%"))
     assert 5 < hidden < 60, "the brush hid something, and not everything"
 
     page.get_by_role("tab", name="Introspection").click()

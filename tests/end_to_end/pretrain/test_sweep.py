@@ -221,7 +221,10 @@ def test_a_failing_run_is_named_and_the_others_are_in_the_table(labelled, tmp_pa
 def failing(labelled: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     mae, coma = (replace(each, seeds=(0,)) for each in asked(labelled, out).entries)
-    bad = replace(coma.config, data=replace(coma.config.data, mean=(0.5,) * 3, std=(1e-30,) * 3))
+    diverging = replace(
+        coma.config.optimizer, base_lr=1e4, weight_decay=1e4
+    )  # weights overflow in a few steps
+    bad = replace(coma.config, optimizer=diverging)
     compared = compare(
         asked(labelled, out, entries=(mae, replace(coma, config=bad)), probes=0, random_baseline=False)
     )
