@@ -82,10 +82,6 @@ def test_all_extras_export(tmp_path, wheel, constraints):
     coma = install(tmp_path / "env", wheel, constraints, "[all]")
     images(tmp_path)
     call(coma, *PRETRAIN.split(), cwd=tmp_path)
-    call(
-        coma,
-        *["export", "run/artifact", "--out", "exports", "--precision", "fp32", "--images", "images"],
-        cwd=tmp_path,
-    )
+    call(coma, *EXPORT.split(), cwd=tmp_path)
     listed = call(coma, "info", "exports", cwd=tmp_path)
     assert "verified; encoder, fp32" in listed
