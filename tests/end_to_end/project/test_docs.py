@@ -139,7 +139,9 @@ def folder(tmp_path_factory) -> Path:
         for number in range(12):
             pixels = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).resize((96, 72)).save(root / name / f"{number}.jpg")
-    class_folders(root / "CLASSES")
+    class_folders(root / "CLASSES", classes=3)
+    for folder in (root / "CLASSES").glob("*/class?"):  # by the names of the classifier's classes
+        folder.rename(folder.with_name(("cat", "cup", "face")[int(folder.name[-1])]))
     for run in ("first", "mae"):
         pretrained(root / f"runs/{run}/artifact")
     classifier(root / "runs/classifier/artifact")
