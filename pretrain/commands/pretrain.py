@@ -153,6 +153,10 @@ def parse(argv: list[str]) -> tuple[PretrainConfig, bool, bool]:
     if first.from_ and data.images != defaults.data.images and data.mean == defaults.data.mean:
         data = replace(data, mean=None, std=None)  # those of other images: to be measured again
     config = PretrainConfig(data, given.model, given.objective, given.optimizer, given.run, given.probe)
+    if first.resume and config.run.out != defaults.run.out:
+        raise BadInput(
+            f"--out {config.run.out} does not go with --resume, which continues in {defaults.run.out}"
+        )
     if first.allow_changed_data and not first.resume:
         raise BadInput("--allow-changed-data goes with --resume; a new run takes the images as they are")
     return config, first.resume is not None, first.allow_changed_data

@@ -66,6 +66,10 @@ def test_a_run_is_replayed_and_resumed_by_its_directory(settings, photos, tmp_pa
     assert "6 steps, 24 images seen" in told.out
     assert f"coma evaluate {moved / 'artifact'} --data CLASSES" in told.out
     assert "resuming at step 5 of 6" in told.err
+    with pytest.raises(
+        BadInput, match=r"--out .*other does not go with --resume, which continues in .*moved"
+    ):
+        parse(["--resume", str(moved), "--out", str(tmp_path / "other")])
     with pytest.raises(BadInput, match="--model does not go with --resume"):
         parse(["--resume", str(moved), "--model", "tiny"])
     with pytest.raises(BadInput, match="no such file"):
