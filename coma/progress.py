@@ -57,7 +57,7 @@ class Progress:
         """Adds a bar.
 
         Args:
-            title: What is being done.
+            title: Name of the work.
             total: Amount of work: a whole number is shown as `3/8`, another one in percent; None: unknown.
             done: Part of `total` that is done already.
             lines: Lines to print over the whole work where there is no terminal.

@@ -19,7 +19,7 @@ class Preset:
     """A named choice of settings: what `--method NAME` or `--model NAME` stands for.
 
     Attributes:
-        help: What it is, for the help text of the flag.
+        help: Description of the preset, for the help text of the flag.
         settings: Settings that differ from their defaults.
         decoder_dim: Width of the decoder that suits an encoder; None where the default suits.
     """

@@ -123,5 +123,5 @@ def no_pictures() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def whole(resumable: PretrainConfig, no_pictures: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That run, never interrupted."""
+    """Trains the run of `resumable` without an interruption; returns its folder."""
     return pretrain(at(resumable, tmp_path_factory.mktemp("whole") / "run"))

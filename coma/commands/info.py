@@ -40,7 +40,7 @@ class InfoConfig:
 
 @dataclass
 class Report:
-    """What is said of a path: a title, facts by name, and the commands that take it."""
+    """Holds the title of a path, facts about it by name, and the commands that take it."""
 
     title: str
     facts: dict[str, str]

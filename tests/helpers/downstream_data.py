@@ -20,6 +20,10 @@ VIT = ViTConfig(patch=16, dim=16, depth=2, heads=2)
 COLOURS = {"square": (220, 40, 40), "disc": (40, 60, 220)}
 
 
+SMALL = ["--head-channels", "32", "--short-side", "64", "--batch-size", "2", "--workers", "0"]
+"""Options of small detectors."""
+
+
 def artifact(directory: Path, model: EncoderConfig = DYVIT, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = about(

@@ -59,7 +59,7 @@ class Sample:
     image: Member
     label: int | None
     fault: str = ""
-    """What is wrong with the label, if anything is."""
+    """Error message of a label that cannot be read; empty where the label is readable."""
 
 
 class ShardSource(EncodedSource):

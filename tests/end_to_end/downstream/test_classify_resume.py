@@ -3,7 +3,6 @@
 import errno
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from classifier_runs import COLOURS, fill, paint, publish, rows, seven_steps, to, without_val
+from classifier_runs import COLOURS, paint, publish, rows, to, without_val
 from PIL import Image
 from safetensors.torch import load_file
 from short_runs import Killed, assert_same, killed_in, stop_during
@@ -30,28 +29,12 @@ from downstream.classify import plan, run_directory
 from downstream.classify.finetune import finetune
 from downstream.commands.classify import parse
 
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fill(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
-def short(place: Path) -> FinetuneConfig:
-    return seven_steps(place)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_curves() -> Iterator[None]:
-    """Drawing takes longer than these runs do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pretrain.training.run_directory.loss_curve", lambda *_, **__: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 @pytest.fixture(scope="module")
 def whole(short: FinetuneConfig, no_curves: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That run, never interrupted."""
+    """Trains the run of `short` without an interruption; returns its folder."""
     config = to(short, tmp_path_factory.mktemp("whole") / "run")
     finetune(config)
     return config.run.out

@@ -1,6 +1,5 @@
 """Fine-tuning learns, publishes what did best on validation images, and uses the test images once."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from classifier_runs import COLOURS, fill, paint, publish, rows, seven_steps, to, without_val
+from classifier_runs import COLOURS, paint, publish, rows, to, without_val
 from short_runs import MODEL
 
 from coma.artifact import (
@@ -16,7 +15,7 @@ from coma.artifact import (
     load_classifier,
     load_encoder,
 )
-from coma.config import FinetuneConfig, FinetuneDataConfig, ViTConfig
+from coma.config import FinetuneDataConfig, ViTConfig
 from coma.data import Source, evaluation_batches, normalize, open_source
 from coma.data.image import MinSide
 from coma.data.sources.base import EncodedSource
@@ -29,22 +28,7 @@ from pretrain.training.checkpoint import read_state
 VIT = ViTConfig(patch=4, dim=16, depth=2, heads=2)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fill(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
-def short(place: Path) -> FinetuneConfig:
-    return seven_steps(place)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_curves() -> Iterator[None]:
-    """Drawing takes longer than these runs do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pretrain.training.run_directory.loss_curve", lambda *_, **__: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 # learning ---------------------------------------------------------------------------------------

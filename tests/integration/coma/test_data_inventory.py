@@ -9,43 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from encoded_images import COLOUR, encoded
+from image_folders import TINY, found, said, save
 from PIL import Image
-from skimage import data as pictures
 
 from coma.cli import main
 from coma.data import inventory, open_source
 from coma.data.decode import decode
-from coma.data.run_outputs import enclosing_run_output
 from coma.data.sources.image_folder import FolderSource, list_folders
 from coma.errors import BadImage, BadInput
-
-COLOUR = pictures.coffee()[:61, :83]  # [61, 83, 3]
-TINY = ["--model", "tiny", "--image-size", "32", "--batch-size", "2", "--device", "cpu", "--workers", "0"]
-
-
-def encoded(kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(COLOUR).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def save(path: Path, kind: str = "PNG") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encoded(kind))
-    return path
-
-
-def found(folder: Path) -> list[str]:
-    source = FolderSource(folder)
-    return [os.path.relpath(source.path(i), folder) for i in range(len(source))]
-
 
 # formats ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "GIF"])
 def test_avif_and_still_gif_are_read(kind):
-    pixels = decode(encoded(kind), "x").pixels
+    pixels = decode(encoded(Image.fromarray(COLOUR), kind), "x").pixels
     assert pixels.shape == COLOUR.shape
     assert np.abs(pixels.astype(int) - COLOUR).mean() < 12
 
@@ -53,8 +32,8 @@ def test_avif_and_still_gif_are_read(kind):
 def test_avif_is_turned_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
-    upright = decode(encoded("AVIF"), "x").pixels
-    turned = decode(encoded("AVIF", exif=exif), "x").pixels
+    upright = decode(encoded(Image.fromarray(COLOUR), "AVIF"), "x").pixels
+    turned = decode(encoded(Image.fromarray(COLOUR), "AVIF", exif=exif), "x").pixels
     assert turned.shape == (83, 61, 3)
     assert np.abs(turned.astype(int) - np.rot90(upright, -1)).mean() < 6
 
@@ -126,7 +105,7 @@ def test_every_other_format_is_counted_by_its_extension(tmp_path):
     save(tmp_path / "a.png")
     names = ("b.svg", "c.mp4", "d.nef", "e.CR2", "f.dng", "g.psd", "h.dcm", "i.jp2", "j.NEF", "k.jpg.xmp")
     for name in names:
-        (tmp_path / name).write_bytes(encoded("JPEG"))  # never looked into
+        (tmp_path / name).write_bytes(encoded(Image.fromarray(COLOUR), "JPEG"))  # never looked into
     assert open_source(tmp_path).summary() == (
         f"{tmp_path}: 1 image (1 .png); skipped: "
         "2 .nef, 1 .cr2, 1 .dcm, 1 .dng, 1 .jp2, 1 .mp4, 1 .psd, 1 .svg, 1 .xmp (not read)"
@@ -238,105 +217,6 @@ def test_names_of_any_bytes_make_one_printable_line(tmp_path):
     assert len(source) == 4
     assert all(line.isprintable() and line.encode() for line in lines)
     assert ".hid\\udce9den\\n" in lines[0]
-
-
-# what this toolkit writes -----------------------------------------------------------------------
-
-
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """The lines that were to be written once, and forgets them."""
-    lines = [record.getMessage() for record in caplog.records if getattr(record, "once", False)]
-    caplog.clear()
-    return lines
-
-
-def test_runs_among_the_photographs_are_never_data(tmp_path, monkeypatch, caplog, capsys):
-    """`cd photos; coma pretrain .` writes run/ among the photographs, pictures and all."""
-    for number in range(4):
-        save(tmp_path / f"{number}.png")
-    monkeypatch.chdir(tmp_path)
-    assert main(["pretrain", ".", "--steps", "1", *TINY]) == 0
-    assert list((tmp_path / "run").rglob("*.png"))
-    assert said(caplog) == [".: 4 images (4 .png)"]
-    assert main(["pretrain", "--resume", "run", "--steps", "2"]) == 0
-    assert said(caplog) == [
-        f"{tmp_path}: 4 images (4 .png); skipped: 1 folder written by coma (run/ is a run of coma pretrain)"
-    ]
-    capsys.readouterr()
-    (tmp_path / "run").rename(tmp_path / "holiday")  # whatever it is called
-    assert found(tmp_path) == ["0.png", "1.png", "2.png", "3.png"]
-    lies_in = f"lies in {tmp_path}/holiday, which is"
-    for inside, where in (("holiday", "is"), ("holiday/reconstructions", lies_in)):
-        assert main(["pretrain", inside, "--out", "other"]) == 2
-        assert capsys.readouterr().err == (
-            f"error: {inside}: {where} a run of coma pretrain, and its pictures are results; give the folder "
-            "of the images themselves\n"
-        )
-
-
-PRODUCTS = {
-    "a run of coma pretrain": {
-        "config.json": '{"data":1,"model":1,"objective":1,"optimizer":1,"run":1}',
-        "metrics.jsonl": "",
-    },
-    "a run of coma classify": {
-        "config.json": '{"artifact":1,"data":1,"optimizer":1,"run":1}',
-        "metrics.jsonl": "",
-    },
-    "an artifact": {
-        "config.json": '{"kind":1,"model":1,"image_size":1,"mean":1,"std":1}',
-        "model.safetensors": "",
-    },
-    "a comparison of coma compare": {"compare.json": '{"budget":1,"test":1,"device":1}'},
-    "an export of coma export": {"manifest.json": '{"format_version":2,"artifact":1,"files":[]}'},
-    "a run of coma detect or segment": {"config.py": "", "last_checkpoint": "iter_2.pth"},
-    "predictions of coma detect": {"detections.json": "[]", "images.json": "{}", "pictures/a.png": ""},
-    "predictions of coma segment": {"labels/a.png": "", "pictures/a.png": ""},
-    "a folder of coma quickstart": {
-        "pictures/a.png": "",
-        "run/config.json": '{"data":1,"model":1,"objective":1,"optimizer":1,"run":1}',
-        "run/metrics.jsonl": "",
-    },
-}
-
-
-@pytest.mark.parametrize("what", PRODUCTS)
-def test_products_are_recognised_by_their_content(tmp_path, what):
-    save(tmp_path / "cat" / "1.png")
-    save(tmp_path / "dog" / "2.png")
-    save(tmp_path / "result" / "curves.png")
-    for name, text in PRODUCTS[what].items():
-        path = tmp_path / "result" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    assert found(tmp_path) == ["cat/1.png", "dog/2.png"]
-    assert list_folders(tmp_path) == ["cat", "dog"]
-    assert f"1 folder written by coma (result/ is {what})" in open_source(tmp_path).summary()
-    with pytest.raises(BadInput, match=f"result: is {what}, and its pictures are results"):
-        open_source(tmp_path / "result")
-
-
-def test_folders_of_others_are_data_whatever_they_hold(tmp_path):
-    for name, text in {
-        "config.json": '{"name": "camera"}',
-        "manifest.json": '{"short_name": "app"}',
-        "compare.json": "[1]",
-        "config.py": "x = 1",
-        "detections.json": "{",
-    }.items():
-        (tmp_path / name).write_text(text)
-    save(tmp_path / "pictures" / "a.png")
-    save(tmp_path / "labels" / "b.png")
-    assert found(tmp_path) == ["labels/b.png", "pictures/a.png"]
-
-
-def test_the_pictures_of_a_quickstart_are_data(tmp_path):
-    save(tmp_path / "pictures" / "a.png")
-    (tmp_path / "run").mkdir()
-    for name, text in PRODUCTS["a run of coma pretrain"].items():
-        (tmp_path / "run" / name).write_text(text)
-    assert found(tmp_path / "pictures") == ["a.png"]
-    assert enclosing_run_output(tmp_path) == (tmp_path, "a folder of coma quickstart")
 
 
 # the line ---------------------------------------------------------------------------------------

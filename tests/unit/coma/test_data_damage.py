@@ -1,6 +1,5 @@
 """Damaged, hostile and mislabelled files: one BadImage line each, nothing printed, nothing unpickled."""
 
-import io
 import logging
 import pickle
 import struct
@@ -10,36 +9,16 @@ from contextlib import suppress
 import imagecodecs
 import numpy as np
 import pytest
-import tifffile
+from encoded_images import COLOUR, encoded, npy, tiff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from skimage import data as pictures
 
 from coma.data import decode as decoding
 from coma.data.decode import decode
 from coma.errors import BadImage
 
-COLOUR = pictures.coffee()[:61, :83]  # [61, 83, 3]
 TALKATIVE = decoding._LOGGERS
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def tiff(array: np.ndarray, **options) -> bytes:
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, array, **options)
-    return buffer.getvalue()
-
-
-def npy(array: np.ndarray, **options) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, **options)
-    return buffer.getvalue()
 
 
 def faked_size(png: bytes, side: int) -> bytes:

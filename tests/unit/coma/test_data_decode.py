@@ -1,43 +1,22 @@
 """Decoding: every format, depth, orientation and colour model to the right pixels."""
 
-import io
 import struct
 import zlib
 
 import imagecodecs
 import numpy as np
 import pytest
-import tifffile
+from encoded_images import COLOUR, encoded, npy, tiff
 from PIL import Image
-from skimage import data as pictures
 
 from coma.data.channels import convert_channels
 from coma.data.decode import decode
 from coma.data.image import DecodedImage
 from coma.errors import BadImage
 
-COLOUR = pictures.coffee()[:61, :83]  # [61, 83, 3], odd sides
 GREY = COLOUR[:, :, 1]
 ORIENTATION = 0x0112
 RNG = np.random.default_rng(0)
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def tiff(array: np.ndarray, **options) -> bytes:
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, array, **options)
-    return buffer.getvalue()
-
-
-def npy(array: np.ndarray, **options) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, **options)
-    return buffer.getvalue()
 
 
 # formats ----------------------------------------------------------------------------------------
