@@ -60,7 +60,7 @@ class Range:
         """Refuses numbers outside the range.
 
         Args:
-            name: What the user calls the value, for example `--batch-size`.
+            name: Name of the value for users, for example `--batch-size`.
             value: A number, a tuple that may hold some, or anything else, which passes.
 
         Raises:
@@ -90,7 +90,7 @@ class OutOfRange(BadInput):
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)  # what it is unpickled from
         self.in_file = f"{name.removeprefix('--')} {reason}"
-        """The same for readers of a JSON file, where fields are no flags."""
+        """Message for readers of a JSON file, which has fields in place of flags."""
 
     def __str__(self) -> str:
         """Returns the message."""
@@ -140,7 +140,7 @@ class Ranged:
     """Base of dataclasses whose fields declare ranges; it checks them when an instance is made."""
 
     flags: ClassVar[str] = "--"
-    """How the flags of these settings begin on the command line."""
+    """Prefix of the flags of these settings on the command line."""
 
     def __post_init__(self) -> None:
         for name, allowed in ranges_of(type(self)).items():

@@ -1,4 +1,4 @@
-"""What all tabs share: models, uploaded pictures, and HTML for numbers, tables and notes."""
+"""State that all tabs share: models, uploaded pictures, and HTML for numbers, tables and notes."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def finetuned_config(
 
 
 class Finetuned(nn.Module):
-    """What type checkers see of a model of OpenMMLab that was loaded from an artifact."""
+    """Type of a model of OpenMMLab that was loaded from an artifact, for type checkers."""
 
     artifact: ArtifactConfig
 

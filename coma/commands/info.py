@@ -32,7 +32,7 @@ _FACTS = 10
 
 @dataclass(frozen=True)
 class InfoConfig:
-    """What to look at."""
+    """Path to inspect."""
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """An artifact, run directory, folder of exports or images, or one of their files."""

@@ -50,7 +50,7 @@ class DyViTConfig(Ranged):
 
     @property
     def as_wide_as_base(self) -> bool:
-        """Whether it has the width of the preset base."""
+        """Returns whether the encoder has the width of the preset base."""
         return self.dim == 96
 
     @property
@@ -122,7 +122,7 @@ class ViTConfig(Ranged):
 
     @property
     def as_wide_as_base(self) -> bool:
-        """Whether it has the width of the preset vit-base."""
+        """Returns whether the encoder has the width of the preset vit-base."""
         return self.dim == 768
 
     @property

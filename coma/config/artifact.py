@@ -29,7 +29,7 @@ class ArtifactConfig(Ranged):
     """backbone: an encoder. pretrained: encoder and decoder. The others: a fine-tuned model."""
     model: EncoderConfig
     objective: ObjectiveConfig | None
-    """How it was pre-trained; required of kind `pretrained`, whose decoder it describes."""
+    """Settings of the pre-training objective; required of kind `pretrained`, whose decoder it describes."""
     image_size: Annotated[int, SIDE]
     """Side in pixels of the square images that the encoder was trained on."""
     mean: Annotated[tuple[float, ...], MEAN]

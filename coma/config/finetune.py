@@ -78,7 +78,7 @@ class FinetuneRecipe(OptimizerConfig):
 
 @dataclass(frozen=True)
 class FinetuneRunConfig(RunConfig):
-    """Where the run is written and how it uses the machine."""
+    """Directory of the run, and its use of the machine."""
 
     out: Path = field()
     """New run directory: config.json, metrics.jsonl, tensorboard/, state/, loss_curve.png, and artifact/, the

@@ -13,7 +13,7 @@ from coma.ranges import PROCESSES, SIDE, Range, Ranged
 
 @dataclass(frozen=True)
 class PackConfig(Ranged):
-    """What to pack, and how."""
+    """Images to pack, and the format of the shards."""
 
     images: Annotated[Path, tyro.conf.Positional]
     """Folder of images (searched recursively), .npz pack, .tar shards or a folder of them."""

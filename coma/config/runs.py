@@ -59,7 +59,7 @@ class DataConfig(Ranged):
     "Augment your batch"). 2 to 4 feed a faster GPU from the same cores, with less variety in a batch. The
     number of samples in an epoch stays the same."""
     on_bad_image: Annotated[Literal["skip", "stop"], RARE] = "skip"
-    """What a file that cannot be decoded does: it is named, counted and skipped, or stops the run."""
+    """Handling of files that cannot be decoded: skip names, counts and skips them, stop ends the run."""
     workers: Annotated[int | None, PROCESSES] = None
     """Processes that decode images; default: one per core but one, 0 on two cores"""
     loader: Annotated[Literal["workers", "dali"], RARE] = "workers"
@@ -113,7 +113,7 @@ class OptimizerConfig(Ranged):
 
 @dataclass(frozen=True)
 class RunConfig(Ranged):
-    """Where the run is written and how it uses the machine."""
+    """Directory of the run, and its use of the machine."""
 
     out: Path = Path("run")
     """Run directory for settings, metrics, state and artifact."""

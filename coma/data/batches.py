@@ -27,7 +27,7 @@ MAX_ATTEMPTS = 100
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch is divided among processes and forward passes."""
+    """Division of a global batch among processes and forward passes."""
 
     global_batch: int
     """Images per optimizer step."""
@@ -109,7 +109,7 @@ class OpenedImage(NamedTuple):
     width: int
     """Width at full scale."""
     filled: str = ""
-    """How much of the image was missing, in words; empty if nothing was."""
+    """Share of missing values of the image, in words; empty if none was missing."""
 
 
 @dataclass(frozen=True)

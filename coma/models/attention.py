@@ -207,7 +207,7 @@ class DynamicMultiWindowAttention(nn.Module):
 
 
 class WindowGate(nn.Module):
-    """How much each window counts, per channel: a softmax over the windows of an MLP on the pooled output.
+    """Weight of each window, per channel: a softmax over the windows of an MLP on the pooled output.
 
     Pooled per sequence, that is per view: anything pooled over all tokens of an image would tell one view
     about the others. The last layer starts at zero, so that all windows start with weight 1.

@@ -1,4 +1,4 @@
-"""Where a network looks: last-layer features of an image, and how much attention its places get there.
+"""Last-layer features of an image, and the attention that each position gets there.
 
 Attention is that of one block, the last unless said, averaged over heads, and normalised to add up to 1 over
 the places. The query is the class token's where a model was trained with one (timm's); otherwise, or if asked

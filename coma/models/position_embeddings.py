@@ -1,4 +1,4 @@
-"""Where a token is, told in two ways that need no learned table and fit any map size.
+"""Two position embeddings that need no learned table and fit any map size.
 
 Rotary (RoFormer, Su et al. 2021, arXiv 2104.09864, sec. 3.2.2) along both axes for DyViT: half of a
 head's channels rotate with the row, half with the column, so scores depend on offsets only.

@@ -1,1 +1,1 @@
-"""What differs between detection and segmentation: datasets, pipelines, metrics."""
+"""The differences between detection and segmentation: datasets, pipelines, metrics."""

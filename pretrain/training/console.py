@@ -1,4 +1,4 @@
-"""What a training run prints: a bar on a terminal, a line per log point elsewhere, and warnings.
+"""Output of a training run: a bar on a terminal, a line per log point elsewhere, and warnings.
 
 Only process 0 prints, on stderr.
 """

@@ -33,7 +33,7 @@ class Source(ABC):
     class_names: tuple[str, ...] | None
     """Class names in the order of the labels; None if unknown."""
     inventory: Inventory
-    """What the search for images found and skipped; empty if there was no search."""
+    """Counts of the files that the search for images found and skipped; empty if there was no search."""
     unlabelled_reason: str = ""
     """Why the images have no labels although they seem to: names the file and says what to do."""
     labels_are_stored: bool = True
