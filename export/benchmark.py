@@ -128,6 +128,10 @@ def list_exports(
     for entry in manifest.rejected:
         failures = "; ".join(entry.verification.get("failures", ()))
         absent.append(NotRun(entry.file, f"was refused by coma export: {failures}"))
+    listed = {entry.file for entry in (*manifest.files, *manifest.rejected)}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".onnx", ".engine") and path.name not in listed:
+            absent.append(NotRun(path.name, f"is not listed in {NAME}, so it was never verified"))
     return entries, absent
 
 
