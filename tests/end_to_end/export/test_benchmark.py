@@ -84,6 +84,7 @@ def made(tmp_path_factory) -> Path:
     onnx.helper.set_model_props(model, {METADATA: says})
     onnx.save(model, folder / "encoder-bf16.onnx")
     (folder / "encoder.engine").write_bytes(b"no engine")
+    (folder / "strange.onnx").write_bytes(b"in no manifest")
     manifest = Manifest("artifact", artifact_hash(directory), "backbone")
     for name, precision, changes in (
         ("encoder.onnx", "fp32", {}),
@@ -156,7 +157,8 @@ def test_what_is_not_run_is_named_with_its_reason(measured):
     assert "not of the encoder" in reasons["reconstructor.onnx"]
     assert "cosine 0.5 is below 0.99" in reasons["encoder-int8.onnx.rejected"]
     assert reasons["encoder.engine"]
-    assert len(reasons) == 6
+    assert reasons["strange.onnx"] == "is not listed in manifest.json, so it was never verified"
+    assert len(reasons) == 7
 
 
 def test_the_file_says_what_was_measured_and_where(measured, made):
