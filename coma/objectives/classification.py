@@ -19,6 +19,7 @@ from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from coma.config import FinetuneRecipe
+from coma.models.blocks import freeze_stages
 from coma.models.classifiers import Classifier
 
 
@@ -49,14 +50,7 @@ class Classification(nn.Module):
         self.recipe, self.classes = recipe, classes
         self.classifier = classifier
         self.loss = SoftTargetCrossEntropy()
-        stages, parts = recipe.frozen_stages, classifier.parts()
-        self._frozen = parts[: stages + 1]
-        if stages >= len(parts) - 1:
-            self._frozen.append(classifier.norm)
-        for part in self._frozen:
-            part.requires_grad_(False)
-        if stages >= 0 and isinstance(token := getattr(classifier, "cls_token", None), nn.Parameter):
-            token.requires_grad_(False)
+        self._frozen = freeze_stages(classifier, recipe.frozen_stages)
 
     def train(self, mode: bool = True) -> Classification:
         """Sets the mode; frozen parts stay in evaluation mode, without drop path."""

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
@@ -24,8 +24,8 @@ from coma.artifact import load_encoder
 from coma.config import DyViTConfig, EncoderConfig, ViTConfig, encoder_preset
 from coma.config.serialization import from_plain
 from coma.errors import BadArtifact, BadInput
-from coma.models import DyViT as DyViTEncoder
-from coma.models import Encoder, ViT, build_encoder
+from coma.models import Encoder, build_encoder
+from coma.models.blocks import freeze_stages
 
 log = logging.getLogger(__name__)
 
@@ -50,22 +50,14 @@ class _Backbone(BaseModule):
             raise BadInput(f"{type(self).__name__}: give one of artifact, encoder (settings) and preset")
         self.encoder = _encoder(kind, artifact, encoder, preset, channels, changes)
         self.encoder.set_grad_checkpointing(with_cp)
-        self.frozen_stages = frozen_stages
-        self._freeze()
+        self._frozen = freeze_stages(self.encoder, frozen_stages)
 
     def train(self, mode: bool = True) -> nn.Module:
         """Sets the mode; frozen parts stay in evaluation mode, without drop path."""
         super().train(mode)
-        for part in self._frozen():
+        for part in self._frozen:
             part.eval()
         return self
-
-    def _freeze(self) -> None:
-        for part in self._frozen():
-            part.requires_grad_(False)
-
-    def _frozen(self) -> list[nn.Module]:
-        raise NotImplementedError
 
 
 @MODELS.register_module()
@@ -106,8 +98,6 @@ class DyViT(_Backbone):
     ) -> None:
         if not out_indices or not set(out_indices) <= set(range(4)):
             raise BadInput(f"DyViT: out_indices {tuple(out_indices)} must be some of 0, 1, 2, 3")
-        if not -1 <= frozen_stages <= 4:
-            raise BadInput(f"DyViT: frozen_stages {frozen_stages} must be -1 to 4")
         changes = {"drop_path": drop_path, "global_blocks": global_blocks}
         super().__init__(
             DyViTConfig, artifact, encoder, preset, channels, frozen_stages, with_cp, init_cfg, **changes
@@ -122,11 +112,6 @@ class DyViT(_Backbone):
         """Returns the maps of the chosen stages, finest first."""
         pyramid = self.encoder(images)
         return tuple(norm(pyramid[i]) for i, norm in zip(self.out_indices, self.norms, strict=True))
-
-    def _frozen(self) -> list[nn.Module]:
-        encoder = cast(DyViTEncoder, self.encoder)
-        parts = [encoder.stem, *encoder.stages][: self.frozen_stages + 1]
-        return [*parts, encoder.norm] if self.frozen_stages == 4 else parts
 
 
 @MODELS.register_module()
@@ -159,8 +144,6 @@ class PlainViT(_Backbone):
         with_cp: bool = False,
         init_cfg: Any = None,
     ) -> None:
-        if frozen_stages < -1:
-            raise BadInput(f"PlainViT: frozen_stages {frozen_stages} must be -1 or more")
         super().__init__(
             ViTConfig,
             artifact,
@@ -176,20 +159,6 @@ class PlainViT(_Backbone):
     def forward(self, images: Tensor) -> tuple[Tensor]:
         """Returns a tuple of one map."""
         return self.encoder(images)
-
-    def _frozen(self) -> list[nn.Module]:
-        encoder = cast(ViT, self.encoder)
-        parts = [encoder.stem, *encoder.blocks, encoder.norm]
-        if self.frozen_stages > len(encoder.blocks):
-            raise BadInput(
-                f"PlainViT: frozen_stages {self.frozen_stages}, but there are {len(parts) - 2} blocks"
-            )
-        return parts if self.frozen_stages == len(encoder.blocks) else parts[: self.frozen_stages + 1]
-
-    def _freeze(self) -> None:
-        super()._freeze()
-        if self.frozen_stages >= 0:
-            cast(ViT, self.encoder).cls_token.requires_grad_(False)
 
 
 def _encoder(
