@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from io import RawIOBase
@@ -79,6 +80,16 @@ def write_whole(path: Path, write: Write) -> None:
             error.filename = str(path)
         raise
     sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically, in UTF-8; see `write_whole`."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, plain: Any, indent: int | None = 2) -> None:
+    """Writes plain data as JSON, atomically; see `write_whole`."""
+    write_text(path, json.dumps(plain, indent=indent) + "\n")
 
 
 def lies_among(out: Path, images: Path | None, flag: str = "--out") -> str | None:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 from coma.artifact import ArtifactConfig
+from coma.atomic_io import write_json
 from coma.data.sources.image_folder import FolderSource
 from coma.errors import BadImage, BadInput
 from downstream.artifacts import dataset_meta, lists_to_tuples
@@ -191,8 +192,9 @@ def write_detections(
         Image.fromarray(drawn).save(_picture_path(out, prediction))
         progress(count)
     categories = [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)]
-    _write_json(out / "detections.json", results)
-    _write_json(out / "images.json", {"images": images, "categories": categories, "annotations": []})
+    write_json(out / "detections.json", results, indent=None)
+    listed = {"images": images, "categories": categories, "annotations": []}
+    write_json(out / "images.json", listed, indent=None)
     return shown
 
 
@@ -257,7 +259,3 @@ def _picture_path(out: Path, prediction: Prediction) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{prediction.path.stem}.png"
     return path if not path.exists() else folder / f"{prediction.number:06d}-{prediction.path.stem}.png"
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from coma.atomic_io import write_whole
+from coma.atomic_io import write_text
 from coma.runtimes.manifest import Entry, Manifest
 
 NAME = "report.md"
@@ -12,7 +12,7 @@ NAME = "report.md"
 
 def write_report(manifest: Manifest, folder: Path) -> Path:
     """Writes the report atomically and returns its path."""
-    write_whole(folder / NAME, lambda file: file.write(render(manifest).encode()))
+    write_text(folder / NAME, render(manifest))
     return folder / NAME
 
 

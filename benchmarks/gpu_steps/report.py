@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from coma.atomic_io import write_whole
+from coma.atomic_io import write_json
 from gpu_steps.steps import Step
 
 
 def save(out: Path, record: dict[str, Any]) -> None:
     """Write OUT/results.json whole or not at all."""
-    text = json.dumps(record, indent=1) + "\n"
-    write_whole(out / "results.json", lambda file: file.write(text.encode()))
+    write_json(out / "results.json", record, indent=1)
 
 
 def installed(root: Path, work: Path) -> list[str]:

@@ -22,7 +22,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from coma.atomic_io import write_whole
+from coma.atomic_io import write_json
 from coma.config.pack import PackConfig
 from coma.data.decode import decode, plain_jpeg_size
 from coma.data.encode import encode, reduce_to_short_side
@@ -225,8 +225,7 @@ def _finished_shards(out: Path, wanted: dict[str, Any]) -> list[Shard]:
 
 def _save_index(out: Path, wanted: dict[str, Any], shards: list[Shard], *, finished: bool) -> None:
     index = wanted | {"finished": finished, "shards": [asdict(shard) for shard in shards]}
-    text = json.dumps(index, indent=1) + "\n"
-    write_whole(out / INDEX, lambda file: file.write(text.encode()))
+    write_json(out / INDEX, index, indent=1)
 
 
 def _chunks(n: int, shard_images: int, first_shard: int) -> Iterator[range]:

@@ -34,7 +34,7 @@ class BalancedCoMA(CoMA):
         self._teacher = teacher
 
     @eager
-    def split_batch(self, images: Tensor, seeds: Tensor, h: int, w: int) -> Tensor:
+    def assign_units(self, images: Tensor, seeds: Tensor, h: int, w: int) -> Tensor:
         """Returns the view of every unit, int64 `[b, h, w]`."""
         if self._teacher is None:
             raise RuntimeError("balanced CoMA without its teacher reconstructs, but does not learn")

@@ -39,7 +39,7 @@ class CoMA(MaskedPixels):
         """
         h, w = self.grid(images)
         if self.config.masks == "complementary":
-            group = self.split_batch(images, seeds, h, w)
+            group = self.assign_units(images, seeds, h, w)
             features = self.encoder.forward_features(images, group, group_sizes(h * w, self.config.views))
             return self.predict(images, features, self._views_of(group))
         visible = self.draw_visible(seeds, h, w)
@@ -49,7 +49,7 @@ class CoMA(MaskedPixels):
         )
         return self.predict(images, features.unflatten(0, (views, -1)), visible)
 
-    def split_batch(self, images: Tensor, seeds: Tensor, h: int, w: int) -> Tensor:
+    def assign_units(self, images: Tensor, seeds: Tensor, h: int, w: int) -> Tensor:
         """Returns the view of every unit, int64 `[b, h, w]`, of sizes as in `group_sizes`: here at random."""
         return partition(seeds, h, w, self.config.views)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coma.artifact import library_versions
-from coma.atomic_io import sha256_of, sync, write_whole
+from coma.atomic_io import sha256_of, sync, write_json
 from coma.config.serialization import from_plain
 from coma.devices import cores, processor
 from coma.errors import BadInput
@@ -126,9 +126,8 @@ class Manifest:
     def write(self, folder: Path, moves: Sequence[tuple[Path, Path]] = ()) -> None:
         """Writes the manifest atomically and renames files at the same time."""
         plain = {"format_version": FORMAT_VERSION, **asdict(self)}
-        text = json.dumps(plain, indent=1) + "\n"
         staged = folder / STAGED
-        write_whole(staged, lambda file: file.write(text.encode()))
+        write_json(staged, plain, indent=1)
         try:
             with signals_deferred():
                 for source, to in moves:

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coma.atomic_io import lies_among
+from coma.atomic_io import lies_among, write_json
 from coma.errors import BadInput
 from coma.preflight import require_folder, require_packages
 from downstream.cli_options import PredictOptions, TestOptions, TrainOptions, is_main
@@ -205,7 +205,7 @@ def test(kind: Kind, options: TestOptions, open_split: Callable[..., Any], test_
     Console().print(table)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        write_json(options.out / "scores.json", scores)
 
 
 def predict(kind: Kind, options: PredictOptions, annotations: Path | None, write: Callable[..., Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from coma.arguments import parse_arguments
-from coma.atomic_io import write_whole
+from coma.atomic_io import write_json
 from coma.errors import BadInput
 from coma.preflight import require_file
 from coma.ranges import BATCH, SIDE, Range, Ranged
@@ -192,8 +191,7 @@ def _benchmark(config: BenchmarkConfig, batches: tuple[int, ...]) -> None:
     if note:
         console.print(f"note     {note}", soft_wrap=True, markup=False)
     if config.out:
-        text = json.dumps(results, indent=1) + "\n"
-        write_whole(config.out, lambda file: file.write(text.encode()))
+        write_json(config.out, results, indent=1)
         console.print(f"results  {config.out}", soft_wrap=True, markup=False)
 
 

@@ -10,7 +10,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from coma.arguments import parse_arguments
-from coma.atomic_io import write_whole
+from coma.atomic_io import write_json, write_text
 from coma.errors import BadInput
 from coma.preflight import require_folder
 from coma.ranges import BATCH, PROCESSES, SEED, SIDE, Range, Ranged
@@ -177,9 +176,5 @@ def _write(out: Path, splits: LabelledSplits, scores: list[Score]) -> None:
         "scores": [asdict(score) for score in scores],
     }
     rows = [_HEADINGS, ("---", "---", *["---:"] * (len(_HEADINGS) - 2)), *map(_cells, scores)]
-    files = {
-        "results.md": "".join(f"| {' | '.join(row)} |\n" for row in rows),
-        "results.json": json.dumps(results, indent=2) + "\n",
-    }
-    for name, text in files.items():
-        write_whole(out / name, lambda file, text=text: file.write(text.encode()))
+    write_text(out / "results.md", "".join(f"| {' | '.join(row)} |\n" for row in rows))
+    write_json(out / "results.json", results)

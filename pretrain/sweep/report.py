@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from coma.atomic_io import write_whole
+from coma.atomic_io import write_text
 from coma.config.compare import RANDOM_BASELINE, CompareConfig
 from pretrain.sweep.caption import caption, clock_name, probed_on
 from pretrain.sweep.plan import Cost
@@ -36,9 +36,8 @@ def write_report(
     found = groups(results)
     table = "\n\n".join([_rows(comparison, found), caption(comparison, costs, missing), ""])
     path = comparison.out / "compare.md"
-    write_whole(path, lambda file: file.write(table.encode()))
-    text = _csv(comparison, results)
-    write_whole(comparison.out / "compare.csv", lambda file: file.write(text.encode()))
+    write_text(path, table)
+    write_text(comparison.out / "compare.csv", _csv(comparison, results))
     draw(comparison, found, comparison.out / "compare.png")
     return path
 

@@ -21,10 +21,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from coma.artifact import ArtifactConfig, library_versions, save_artifact
-from coma.atomic_io import lies_among, write_whole
+from coma.atomic_io import lies_among, write_json
 from coma.config import PretrainConfig
 from coma.config.compare import CompareConfig, Entry, finetune_epochs
 from coma.config.serialization import flat, to_plain
@@ -172,7 +171,7 @@ def _open(comparison: CompareConfig) -> None:
         return
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise BadInput(f"--out {out}: is not empty and holds no comparison; choose another")
-    _write_json(path, asked)
+    write_json(path, asked)
 
 
 def _check_data(comparison: CompareConfig) -> None:
@@ -199,7 +198,7 @@ def _with_statistics(comparison: CompareConfig) -> CompareConfig:
         if data.mean is None:
             if not kept.exists():
                 source = open_source(comparison.images)
-                _write_json(kept, compute_mean_std(source, entry.config.model.channels, workers=data.workers))
+                write_json(kept, compute_mean_std(source, entry.config.model.channels, workers=data.workers))
             mean, std = (tuple(values) for values in json.loads(kept.read_text()))
             data = replace(data, mean=mean, std=std)
         if data.workers is None:
@@ -241,7 +240,7 @@ def _timed(comparison: CompareConfig, costs: dict[str, Cost], stop: StopRequest)
     def trial(entry: Entry) -> Job:
         out = comparison.out / "trials" / entry.name
         settings = _settings(comparison, f"trial-{entry.name}")
-        _write_json(settings, to_plain(trial_config(entry, out)))
+        write_json(settings, to_plain(trial_config(entry, out)))
         return Job(
             f"trial-{entry.name}",
             lambda: _pretrain_arguments(comparison, settings, out),
@@ -266,7 +265,7 @@ def _keep_settings(comparison: CompareConfig, config: PretrainConfig) -> None:
     """
     path, plain = _settings(comparison, config.run.out.name), to_plain(config)
     if not path.exists():
-        _write_json(path, plain)
+        write_json(path, plain)
         return
     before, now = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(plain)))
     changed = [
@@ -283,10 +282,6 @@ def _keep_settings(comparison: CompareConfig, config: PretrainConfig) -> None:
 
 def _settings(comparison: CompareConfig, name: str) -> Path:
     return comparison.out / "settings" / f"{name}.json"
-
-
-def _write_json(path: Path, plain: Any) -> None:
-    write_whole(path, lambda file: file.write((json.dumps(plain, indent=2) + "\n").encode()))
 
 
 def _pretrain_arguments(comparison: CompareConfig, settings: Path, out: Path) -> Sequence[object]:

@@ -23,7 +23,7 @@ from torch.nn.utils import get_total_norm
 
 from coma.amp import Precision, autocast, choose_attention
 from coma.artifact import load_strict
-from coma.atomic_io import write_whole
+from coma.atomic_io import write_json, write_whole
 from coma.config import FinetuneConfig, PretrainConfig
 from coma.config.serialization import from_plain, to_plain
 from coma.data import Batch, normalize
@@ -94,8 +94,7 @@ def save_nonfinite(
         "config": to_plain(config),
     }
     path = folder / f"step-{step:06d}.safetensors"
-    text = json.dumps(facts, indent=2) + "\n"
-    write_whole(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    write_json(path.with_suffix(".json"), facts)
     write_whole(path, lambda file: file.write(save(tensors)))
     return path
 

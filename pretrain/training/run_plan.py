@@ -6,7 +6,6 @@ mean and standard deviation of the data.
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from dataclasses import dataclass, fields, replace
@@ -15,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from coma.atomic_io import write_whole
+from coma.atomic_io import write_json
 from coma.config import (
     FinetuneConfig,
     ObjectiveConfig,
@@ -253,8 +252,7 @@ def write_config(config: PretrainConfig | FinetuneConfig) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    text = json.dumps(to_plain(_located(config)), indent=2) + "\n"
-    write_whole(config.run.out / "config.json", lambda file: file.write(text.encode()))
+    write_json(config.run.out / "config.json", to_plain(_located(config)))
 
 
 def _located(config: Settings) -> Settings:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from coma.atomic_io import sha256_of, write_whole
+from coma.atomic_io import sha256_of, write_json
 from coma.config.serialization import from_plain, to_plain
 from coma.errors import BadInput
 from coma.preflight import check_regular_file
@@ -96,8 +96,7 @@ def write_sidecar(engine_path: Path, sidecar: Sidecar) -> None:
     Raises:
         OSError: the disk is full or not writable.
     """
-    text = json.dumps(to_plain(sidecar), indent=2) + "\n"
-    write_whole(sidecar_path(engine_path), lambda file: file.write(text.encode()))
+    write_json(sidecar_path(engine_path), to_plain(sidecar))
 
 
 def read_sidecar(engine_path: Path) -> Sidecar:
