@@ -73,7 +73,8 @@ class Step:
     seconds: float = 1
     dry_seconds: float = 1
     on_cpu: str = "all"
-STEPS = tuple(Step(key, key, "fakes:" + key) for key in ("good", "bad", "hangs", "crashes", "skips", "last"))
+KEYS = ("good", "bad", "hangs", "waits", "crashes", "skips", "last")
+STEPS = tuple(Step(key, key, "fakes:" + key) for key in KEYS)
 """
 FAKES = """
 import os, signal, subprocess, sys, time
@@ -91,6 +92,9 @@ def hangs(session):
     session.add("before", value=3)
     apart = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
     (session.out / "grandchild").write_text(str(apart.pid))
+    time.sleep(1000)
+def waits(session):
+    session.add("before", value=5)
     time.sleep(1000)
 def crashes(session):
     session.add("before", value=4)
@@ -143,13 +147,18 @@ def alive(pid):
 
 
 def test_no_step_ends_the_run_and_what_is_missing_can_be_continued(run, tmp_path):
-    process = run("--device", "cpu")
+    process = run("--device", "cpu", "--steps", "good,bad,hangs,crashes,skips,last")
     said, _ = process.communicate()
     found = steps_of(tmp_path)
     assert process.returncode == 1
-    assert [entry["status"] for entry in found.values()] == [
-        *("done", "failed", "timed out", "failed", "skipped", "wrong")
-    ]
+    assert {key: entry["status"] for key, entry in found.items()} == {
+        "good": "done",
+        "bad": "failed",
+        "hangs": "timed out",
+        "crashes": "failed",
+        "skips": "skipped",
+        "last": "wrong",
+    }
     assert "ValueError: the end of it" in found["bad"]["error"]
     assert [row["name"] for row in found["bad"]["results"]] == ["before", "caught"]
     assert found["bad"]["results"][1]["note"] == "ValueError: within a step"
@@ -170,14 +179,17 @@ def test_no_step_ends_the_run_and_what_is_missing_can_be_continued(run, tmp_path
 
 
 def test_a_signal_ends_it_with_the_table(run, tmp_path):
-    process = run("--device", "cpu", "--steps", "good,hangs,last", minutes=5)
-    while not (tmp_path / "grandchild").exists():
-        time.sleep(0.1)
+    process = run("--device", "cpu", "--steps", "good,hangs,waits,last", minutes=5)
+    saved = tmp_path / "results.json"
+    orphan = tmp_path / "grandchild"
+    while not (saved.exists() and orphan.exists() and {"hangs", "waits"} <= steps_of(tmp_path).keys()):
+        time.sleep(0.1)  # then both of the steps that run at a time take for ever
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=30)
     assert {key: entry["status"] for key, entry in steps_of(tmp_path).items()} == {
         "good": "done",
         "hangs": "stopped",
+        "waits": "stopped",
     }
     assert "not run" in said.rpartition("| step |")[2]
     assert not alive(int((tmp_path / "grandchild").read_text()))
