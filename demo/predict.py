@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from coma.runtimes.base import Runtime
+from coma.runtimes.preprocessing import resize_image, to_input
 from demo.reconstruction import run
 from demo.render import enlarge, to_rgb
 from downstream.draw import Colour, draw_boxes, draw_masks
-from export.preprocessing import resize_image, to_input
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +26,15 @@ from coma.messages import abridged
 from coma.models import Encoder, build_encoder
 
 log = logging.getLogger(__name__)
+
+_ENCODERS = {
+    "backbone": ("", r"(?!)"),
+    "pretrained": ("encoder.", r"decoder\."),
+    "classifier": ("", r"head\."),
+    "detector": ("backbone.encoder.", r"(?!backbone\.encoder\.)"),
+    "segmentor": ("backbone.encoder.", r"(?!backbone\.encoder\.)"),
+}
+"""Prefix of the encoder's tensors in each kind of artifact, and the names of the tensors that are not its."""
 
 _MISMATCH = (
     "its checksum does not match; copy or export the artifact again, or, if you changed it yourself, remove "
@@ -90,25 +100,20 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
 
 
 def load_encoder(directory: str | Path) -> Encoder:
-    """Returns the encoder of a `backbone` or `pretrained` artifact, in evaluation mode on the CPU.
+    """Returns the encoder of an artifact of any kind, in evaluation mode on the CPU.
 
     Its attribute `artifact` is the artifact's description: image size, mean, std, how it was trained.
 
     Raises:
-        BadArtifact: as `load_artifact` and `load_strict`, or an artifact of another kind.
+        BadArtifact: as `load_artifact` and `load_strict`.
     """
     artifact = load_artifact(directory)
-    tensors = artifact.tensors
-    if artifact.config.kind == "pretrained":
-        tensors = {
-            name.removeprefix("encoder."): tensor
-            for name, tensor in tensors.items()
-            if not name.startswith("decoder.")
-        }
-    elif artifact.config.kind != "backbone":
-        raise BadArtifact(
-            f"{directory}: its kind is {artifact.config.kind!r}; give a 'backbone' or 'pretrained' artifact"
-        )
+    prefix, foreign = _ENCODERS[artifact.config.kind]
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in artifact.tensors.items()
+        if not re.match(foreign, name)
+    }
     encoder = build_encoder(artifact.config.model)
     load_strict(encoder, tensors, source=f"{directory}/{TENSORS}")
     encoder.artifact = artifact.config

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from coma.contact_sheet import write_png
 from coma.errors import BadInput
-from pretrain.visualize.contact_sheet import write_png
 
 
 def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
