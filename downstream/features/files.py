@@ -100,13 +100,14 @@ class FeaturesFile:
 
     Args:
         path: The file.
+        may_be_empty: Whether a file without a row is accepted: a part of a file may have none.
 
     Raises:
         BadInput: it is missing, damaged, or not a file of `coma embed`; the message says which.
         ModuleNotFoundError: pyarrow is missing; `coma.cli` says what to install.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, may_be_empty: bool = False) -> None:
         check_regular_file(path, "give a file that coma embed wrote")
         if path.suffix.lower() not in SUFFIXES:
             raise BadInput(f"{path}: not a file of features; give the .parquet or .npz file of coma embed")
@@ -120,7 +121,9 @@ class FeaturesFile:
             self._npz, text = _open_npz(path)
             self.rows = len(self._npz.paths)
         self.info = _parse(text, path)
-        _check_rows(self)
+        _check_shape(self)
+        if not (self.rows or may_be_empty):
+            raise BadInput(f"{path}: has no image; run coma embed on images that can be read")
 
     def __len__(self) -> int:
         """Returns the number of images that have features."""
@@ -327,8 +330,8 @@ def _parse(text: str | None, path: Path) -> FeaturesInfo:
     return from_plain(plain, FeaturesInfo, source=str(path))
 
 
-def _check_rows(file: FeaturesFile) -> None:
-    """Refuses files whose rows are not what their description says."""
+def _check_shape(file: FeaturesFile) -> None:
+    """Refuses files whose features are not what their description says."""
     shape = file.info.spec.shape
     if not shape or min(shape) < 1:
         raise BadInput(f"{file.path}: damaged (features of shape {list(shape)}); make it again")
@@ -340,10 +343,9 @@ def _check_rows(file: FeaturesFile) -> None:
         found = shape if size == math.prod(shape) else (size,)
     if found != shape:
         raise BadInput(
-            f"{file.path}: damaged (features of shape {list(found)}, described as {list(shape)}); make it again"
+            f"{file.path}: damaged (features of shape {list(found)}, described as {list(shape)}); make it "
+            "again"
         )
-    if not file.rows:
-        raise BadInput(f"{file.path}: has no image; run coma embed on images that can be read")
 
 
 def _foreign(path: Path) -> BadInput:

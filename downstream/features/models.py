@@ -189,7 +189,7 @@ def _open_timm(request: FeatureRequest) -> FeatureModel:
     channels, height, width = config["input_size"]
     if channels not in (1, 3):
         raise BadInput(f"{request.model}: takes images of {channels} channels, which timm does not read")
-    transform = create_transform(**config, is_training=False, normalize=False)
+    transform: Any = create_transform(**config, is_training=False, normalize=False)
     rule = Preprocessing("none", (height, width), tuple(config["mean"]), tuple(config["std"]))
     return _probed(
         request,
@@ -215,26 +215,23 @@ def _created(create: Callable[..., nn.Module], image_size: int | None) -> nn.Mod
 
 
 def _timm_features(request: FeatureRequest, model: Any, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Returns the pooled features before the classifier, or those of a stage."""
     if request.stage is None and request.pooling == "mean":
-        features: Callable[[Tensor], Any] = model
-    else:
-        if not hasattr(model, "forward_intermediates"):
-            raise BadInput(f"{request.model}: has no stages; leave out --stage and --pooling none")
-        stages = len(model.feature_info)
-        _check_stage(request, stages)
-        index = (request.stage or stages) - 1
-
-        def features(images: Tensor) -> Tensor:
-            found = model.forward_intermediates(
-                images, indices=[index], intermediates_only=True, output_fmt="NCHW"
-            )[0]
-            return found.float().mean(dim=(2, 3)) if request.pooling == "mean" else found
+        return torch.inference_mode()(lambda images: model(images.to(device)))
+    if not hasattr(model, "forward_intermediates"):
+        raise BadInput(f"{request.model}: has no stages; leave out --stage and --pooling none")
+    stages = len(model.feature_info)
+    _check_stage(request, stages)
+    index = (request.stage or stages) - 1
 
     @torch.inference_mode()
-    def run(images: Tensor) -> Tensor:
-        return features(images.to(device))
+    def features(images: Tensor) -> Tensor:
+        found = model.forward_intermediates(
+            images.to(device), indices=[index], intermediates_only=True, output_fmt="NCHW"
+        )[0]
+        return found.float().mean(dim=(2, 3)) if request.pooling == "mean" else found
 
-    return run
+    return features
 
 
 def _torch_device(name: DeviceName) -> torch.device:
