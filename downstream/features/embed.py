@@ -77,7 +77,8 @@ def embed(
         raise BadInput(f"{reading.images}: the processes see different images; give a folder that all share")
     info = FeaturesInfo(
         spec=model.spec,
-        images=str(source.location.absolute()),
+        images=str(reading.images.absolute()),
+        location=str(source.location.absolute()),
         split=reading.split,
         listing=listing,
         count=len(source),

@@ -4,7 +4,7 @@
     .npz        path: str [n], feature: float32 [n, ...], metadata: the JSON; read as a whole
 
 Both carry a JSON description (`FeaturesInfo`), in the metadata of the Parquet schema under `coma.features`. A
-path is relative to the images that `FeaturesInfo.images` names. Nothing in these files is ever unpickled.
+path is relative to `FeaturesInfo.location`. Nothing in these files is ever unpickled.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class FeaturesInfo:
 
     spec: FeatureSpec
     images: str
-    """Where the images were: absolute path."""
+    """The images as they were given: absolute path."""
+    location: str
+    """Folder or file that the paths are relative to: `images`, or one of its splits."""
     split: str | None
     """Split of the images that was asked for."""
     listing: str

@@ -168,7 +168,7 @@ def _request(info: FeaturesInfo, size: int) -> dict[str, Any]:
     """Returns what has to be the same when the work is continued, as JSON holds it."""
     spec = asdict(info.spec)
     del spec["model"]  # known by its weights
-    kept = {"images": info.images, "split": info.split, "count": info.count, "listing": info.listing}
+    kept = {"images": info.location, "split": info.split, "count": info.count, "listing": info.listing}
     return json.loads(json.dumps({**spec, **kept, "part_images": size}))
 
 
