@@ -30,6 +30,7 @@ from coma.preflight import check_regular_file, require_packages
 FORMAT_VERSION = 1
 SUFFIXES = (".parquet", ".npz")
 _KEY = b"coma.features"
+_NPZ_ERRORS = (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 _GROUP = 1 << 25
 """Bytes of the features of a row group, about: what a reader needs at a time."""
 
@@ -177,7 +178,7 @@ class OpenParquetWriter:
 
         self._shape = info.spec.shape
         self._schema = _schema(info)
-        self._writer = pq.ParquetWriter(pa.PythonFile(file, mode="w"), self._schema)
+        self._writer = pq.ParquetWriter(pa.PythonFile(file, mode="w"), self._schema, write_page_checksum=True)
         self._waiting: list[Rows] = []
 
     def write(self, rows: Rows) -> None:
@@ -206,7 +207,8 @@ def to_bytes(rows: Rows, info: FeaturesInfo) -> bytes:
     import pyarrow.parquet as pq
 
     file = io.BytesIO()
-    pq.write_table(_table(rows, _schema(info)), file, row_group_size=max(len(rows.paths), 1))
+    size = max(len(rows.paths), 1)
+    pq.write_table(_table(rows, _schema(info)), file, row_group_size=size, write_page_checksum=True)
     return file.getvalue()
 
 
@@ -291,7 +293,7 @@ def _open_parquet(path: Path) -> tuple[Any, str | None]:
     import pyarrow.parquet as pq
 
     try:
-        opened = pq.ParquetFile(path)
+        opened = pq.ParquetFile(path, page_checksum_verification=True)
         schema = opened.schema_arrow
     except Exception as error:
         raise _damaged(path, error) from None
@@ -310,7 +312,7 @@ def _open_npz(path: Path) -> tuple[Rows, str | None]:
             if not {"path", "feature", "metadata"} <= set(pack.files):
                 raise _foreign(path)
             paths, values, text = pack["path"], pack["feature"], pack["metadata"]
-    except (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (*_NPZ_ERRORS, MemoryError) as error:  # a header may promise anything
         raise _damaged(path, error) from None
     if not (paths.dtype.kind == "U" and paths.ndim == 1 and values.dtype == np.float32 and values.ndim > 1):
         raise BadInput(f"{path}: damaged (its arrays are not those of a file of features); make it again")

@@ -98,10 +98,11 @@ def read_image_file(folder: Path, name: str) -> bytes:
         raise BadImage(f"{shown}: does not lie in the folder of the images")
     try:
         number = os.open(folder / place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # never waits for a pipe
+        status = os.fstat(number)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(number)
+            raise BadImage(f"{shown}: is not a regular file")
         with open(number, "rb") as file:
-            status = os.fstat(number)
-            if not stat.S_ISREG(status.st_mode):
-                raise BadImage(f"{shown}: is not a regular file")
             if status.st_size > _LARGEST:
                 raise BadImage(f"{shown}: {status.st_size} bytes are too many for an image")
             head = file.read(HEAD)
