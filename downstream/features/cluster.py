@@ -7,6 +7,7 @@ images and the model have to be at the same paths on all machines; --out only ha
 
 from __future__ import annotations
 
+import socket
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,8 @@ from downstream.features.models import FeatureRequest, open_feature_model
 from downstream.features.parts import Parts, listing_hash
 from downstream.features.reading import Reading, compute_parts
 
+_PATIENCE = 10.0
+"""Seconds to wait for a cluster to answer."""
 _AHEAD = 2
 """Parts that are asked for at a time for each processor of the cluster."""
 
@@ -44,6 +47,7 @@ def compute_on_cluster(
     import ray
 
     try:
+        _check_reachable(address)
         ray.init(address=address, log_to_driver=False, configure_logging=False)
     except Exception as error:  # ConnectionError, ValueError, RuntimeError, ...
         raise BadInput(
@@ -56,6 +60,17 @@ def compute_on_cluster(
         _run(ray, task, request, reading, parts, todo, bar)
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Refuses an address at which nothing answers; Ray itself would wait for minutes.
+
+    Raises:
+        OSError: nothing answers there.
+    """
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
 
 
 def _run(
