@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from coma.contact_sheet import Cell
+from coma.contact_sheet import with_title
 from coma.data import Source, open_source
 from coma.data.channels import scale_to_unit
 from coma.data.decode import HEAD, decode, looks_like_image
@@ -34,6 +34,8 @@ _LARGEST = 1 << 30
 _NAMED = 3
 _SMALLEST, _THUMBNAIL = 24, 128
 """Smallest and largest side of a thumbnail on a map in pixels."""
+_SPREAD = 1.4
+"""Side of a map over that of all its thumbnails without a gap."""
 
 
 @dataclass
@@ -132,11 +134,6 @@ def picture_of(pixels: np.ndarray, side: int) -> Image.Image:
     return picture
 
 
-def cells(albums: Sequence[Album], images: Sequence[tuple[int, str, str]], side: int) -> list[Cell]:
-    """Returns the cells of a contact sheet: for each image, its file, its path and its caption."""
-    return [Cell(albums[number].thumbnail(name, side), caption) for number, name, caption in images]
-
-
 def warn_of_blanks(albums: Sequence[Album]) -> None:
     """Logs one line if images were left blank."""
     failures = [failure for album in albums for failure in dict.fromkeys(album.failures)]
@@ -149,17 +146,18 @@ def warn_of_blanks(albums: Sequence[Album]) -> None:
 
 
 def draw_map(
-    albums: Sequence[Album], images: Sequence[tuple[int, str]], positions: np.ndarray, size: int
-) -> tuple[Image.Image, int]:
-    """Returns a map of thumbnails, and how many images found no place on it.
+    albums: Sequence[Album], images: Sequence[tuple[int, str]], positions: np.ndarray, size: int, title: str
+) -> Image.Image:
+    """Returns a map of thumbnails; an image whose place is taken goes to a free one nearby.
 
     Args:
         albums: Readers of the images of each file.
         images: File and path of every image.
         positions: Places in the unit square `[n, 2]`.
         size: Side of the map in pixels, about.
+        title: Line above the map.
     """
-    side = int(np.clip(size / (1.6 * len(images) ** 0.5), _SMALLEST, _THUMBNAIL))
+    side = int(np.clip(size / (_SPREAD * len(images) ** 0.5), _SMALLEST, _THUMBNAIL))
     across = max(size // side, 1)
     cells = grid_cells(positions, across)
     sheet = Image.new("RGB", (across * side, across * side), (255, 255, 255))
@@ -174,4 +172,6 @@ def draw_map(
         top, left, height, width = centre_square(picture.height, picture.width)
         square = picture.crop((left, top, left + width, top + height))
         sheet.paste(square.resize((side - 1, side - 1), Image.Resampling.BICUBIC), corner)
-    return sheet, int((cells[:, 0] < 0).sum())
+    if without := int((cells[:, 0] < 0).sum()):
+        title += f"; {without} of them found no place here"
+    return with_title(sheet, title)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,13 @@ class Result:
         name: Name of its files, such as `nearest`.
         title: What it is, for people.
         rows: A row for every image: column and value.
+        draw: Returns its picture; called where there are rows and a folder to write it to.
     """
 
     name: str
     title: str
     rows: Sequence[dict[str, Any]]
+    draw: Callable[[], Image.Image]
 
     def print_table(self) -> None:
         """Prints the first rows."""
@@ -41,7 +43,7 @@ class Result:
 
         console = Console()
         console.print(Text(self.title))
-        if not self.rows:
+        if not self.rows or self.name == "map":  # places mean nothing without the picture
             return
         table = Table(
             *(
@@ -55,8 +57,8 @@ class Result:
         if len(self.rows) > _SHOWN:
             console.print(Text(f"and {len(self.rows) - _SHOWN} more rows; --out FOLDER writes all of them"))
 
-    def write(self, folder: Path, picture: Image.Image | None) -> None:
-        """Writes `NAME.csv` and `NAME.json`, and `NAME.png` where there is a picture."""
+    def write(self, folder: Path) -> list[str]:
+        """Writes `NAME.csv`, `NAME.json` and, if there are rows, `NAME.png`; returns the names."""
         text = io.StringIO()
         if self.rows:
             writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
@@ -64,8 +66,9 @@ class Result:
             writer.writerows(self.rows)
         write_text(folder / f"{self.name}.csv", text.getvalue())
         write_json(folder / f"{self.name}.json", {"title": self.title, "rows": list(self.rows)}, indent=1)
-        if picture is not None:
-            write_png(folder / f"{self.name}.png", picture)
+        if self.rows:
+            write_png(folder / f"{self.name}.png", self.draw())
+        return [f"{self.name}.{kind}" for kind in ("csv", "json", *(["png"] if self.rows else []))]
 
 
 def _cell(value: Any) -> str:

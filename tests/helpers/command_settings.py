@@ -33,6 +33,8 @@ NEEDED = {
     "degrade": [MISSING, "--out", "{out}/sheet.png"],
     "quickstart": ["--out", __file__],
     "classify train": [MISSING, "--data", MISSING, "--out", "{out}/run"],
+    "embed": [MISSING, MISSING, "--out", "{out}/features.parquet"],
+    "search": [MISSING, MISSING],
     "detect train": [MISSING, "--data", MISSING, "--out", "{out}/run"],
     "detect test": [MISSING, "--data", MISSING],
     "detect predict": [MISSING, MISSING, "--out", "{out}/found"],
