@@ -85,7 +85,7 @@ class Presets(Ranged):
     channels: Annotated[int | None, CHANNELS] = None
     """Channels of the images; default: 3"""
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Start a new run with the settings of this run directory or config.json."""
+    """Start a new run with the settings of this run directory, config.json, or file in YAML or TOML."""
     resume: Path | None = None
     """Resume the run in this directory with its saved settings."""
     allow_changed_data: Annotated[bool, RARE] = False
@@ -173,7 +173,7 @@ def _defaults(first: _First) -> PretrainConfig:
         if first.teacher or first.teacher_weights:
             config = replace(config, objective=_with_teacher(config.objective, first))
         return replace(config, run=replace(config.run, out=folder))
-    config = read_config(first.from_) if first.from_ else PretrainConfig()
+    config = read_config(first.from_, image_size=first.image_size) if first.from_ else PretrainConfig()
     size = first.image_size or config.data.image_size
     channels = config.model.channels if first.channels is None else first.channels
     if first.model or not first.from_:
