@@ -33,6 +33,7 @@ _RESERVED = {
     *("--out", "--seed", "--steps", "--epochs", "--resume", "--from", "--method", "--model", "--device"),
     *("--probe", "--probe-steps", "--probe-epochs", "--probe-protocols", "--probe-train", "--probe-test"),
     *("--reconstruction-every", "--allow-changed-data", "--no-allow-changed-data"),
+    *("--dry-run", "--no-dry-run"),
 }
 """Flags of `coma pretrain` that a comparison sets itself."""
 _RESERVED_FINETUNING = {
