@@ -205,7 +205,8 @@ class MlflowRun(Callback):
         self._client = client
         client.update_run(self._run, status="RUNNING")
         client.log_dict(self._run, config, "config.json")
-        self._say(f"mlflow: {address}; look at it with: mlflow server --backend-store-uri {address}")
+        allow = "MLFLOW_ALLOW_FILE_STORE=true " if address.startswith("file:") else ""
+        self._say(f"mlflow: look at the run with: {allow}mlflow server --backend-store-uri {address}")
 
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Logs the metrics over the step."""
