@@ -121,7 +121,8 @@ class TensorBoardLog(Callback):
 class WandbRun(Callback):
     """Metrics, settings and pictures for Weights & Biases, in `wandb/` of the run directory.
 
-    It is online where WANDB_MODE does not say otherwise and an API key is there, and offline without one.
+    It is online where the server takes the user's API key, and offline without one, or where WANDB_MODE says
+    so.
 
     Args:
         say: Receives the line that says where the data go.
@@ -136,8 +137,12 @@ class WandbRun(Callback):
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE", "online")
-        if mode == "online" and not wandb.login(prompt=False):
-            mode = "offline"
+        reason = f"WANDB_MODE is {mode}"
+        if mode == "online":
+            try:
+                mode, reason = ("online", "") if wandb.login(prompt=False) else ("offline", "no API key")
+            except wandb.errors.AuthenticationError as error:  # it asks the server
+                mode, reason = "offline", first_line(error)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", _PROJECT),
             name=folder.name,
@@ -151,9 +156,9 @@ class WandbRun(Callback):
         self._run.define_metric("*", step_metric="step")  # a resumed run may repeat steps
         if mode == "offline":
             runs = folder / "wandb" / "offline-run-*"
-            self._say(f"wandb: offline; upload the run with: wandb sync {runs}")
+            self._say(f"wandb: offline ({reason}); upload the run with: wandb sync {runs}")
         else:
-            self._say(f"wandb: {self._run.url or mode}")
+            self._say(f"wandb: {self._run.url or reason}")
 
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Logs the metrics over the step."""
@@ -171,7 +176,7 @@ class WandbRun(Callback):
 
 
 class MlflowRun(Callback):
-    """Metrics, settings and pictures for MLflow: at MLFLOW_TRACKING_URI, or in the run's own `mlruns/`.
+    """Metrics, settings and pictures for MLflow: at MLFLOW_TRACKING_URI, or in the run's own `mlflow/`.
 
     Args:
         say: Receives the line that says where the data go.
@@ -187,13 +192,16 @@ class MlflowRun(Callback):
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
-        address = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").resolve().as_uri()
+        address = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlflow").resolve().as_uri()
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # which MLflow 3 wants to hear
         client = MlflowClient(tracking_uri=address)
 
         def create() -> str:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
             found = client.get_experiment_by_name(name)
+            if found and address.startswith("file:") and address not in (found.artifact_location or ""):
+                client.rename_experiment(found.experiment_id, f"{name} {found.experiment_id}")
+                found = None  # the run directory was moved, and pictures would go to where it was
             experiment = found.experiment_id if found else client.create_experiment(name)
             run = client.create_run(experiment, run_name=folder.name).info.run_id
             params = [Param(name, str(value)) for name, value in flat(config).items()]
@@ -275,7 +283,7 @@ class Background(Callback):
         self._calls.put(None)
         self._thread.join(_PATIENCE)
         if self._thread.is_alive():
-            self._warn(f"{self._name}: does not finish within {_PATIENCE:.0f} seconds; some may be lost")
+            self._warn(f"{self._name}: does not finish within {_PATIENCE:.0f} seconds; some may be missing")
 
     def _work(self) -> None:
         while call := self._calls.get():

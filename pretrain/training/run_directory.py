@@ -4,7 +4,7 @@
     data.json.gz          names and sizes of the images, which a resumed run checks
     metrics.jsonl         one JSON object per log point (and per probe; fine-tuning: per validation,
                           val_*, and one row of the test at the end, test_*)
-    tensorboard/          the same, settings and pictures; wandb/ and mlruns/ likewise (`--track`)
+    tensorboard/          the same, settings and pictures; wandb/ and mlflow/ likewise (`--track`)
     trackers.json         which runs of wandb and MLflow a resumed run continues
     reconstructions/      step-00000500.png ... (pre-training)
     state/                the resumable state (see `checkpoint`)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,12 +61,10 @@ def estimate(measured: Measurement | None) -> list[str]:
     """Returns the lines on time and memory; None: no step is left to measure."""
     if measured is None:
         return _table({"time": "all steps are done"})
-    device, memory = measured.device, "cannot be measured on this device"
+    on_gpu, memory = measured.device.type == "cuda", "cannot be measured on this device"
     if measured.memory is not None:
-        what = "allocated on the GPU" if device.type == "cuda" else "resident in this process"
-        memory = f"{measured.memory:.2f} GiB at most, {what}" + (
-            "" if device.type == "cuda" else ", without its workers"
-        )
+        what = "allocated on the GPU" if on_gpu else "resident in this process, without its workers"
+        memory = f"{measured.memory:.2f} GiB at most, {what}"
     seconds, left = measured.seconds, measured.left
     time = (
         f"{clock(seconds * left)} for {counted(left, 'step')}, without pictures, evaluations and saves: "
@@ -185,14 +182,8 @@ def _device(config: Config, group: Processes, precision: Precision) -> str:
 
 
 def _writes(config: Config) -> str:
-    files = [*_files(config)]
+    files = ["config.json", "data.json.gz", "metrics.jsonl", "loss_curve.png", "state/", "artifact/"]
+    files += ["reconstructions/"] if isinstance(config, PretrainConfig) else []
+    files += [f"{name}/" for name in config.run.trackers]
     space = disk_space(config, _parameters(config)[1]) / 1e6
     return f"{config.run.out}: {', '.join(files)}; up to {space:,.0f} MB, and the pictures"
-
-
-def _files(config: Config) -> Iterator[str]:
-    yield from ("config.json", "data.json.gz", "metrics.jsonl", "loss_curve.png", "state/", "artifact/")
-    if isinstance(config, PretrainConfig):
-        yield "reconstructions/"
-    for name in config.run.trackers:
-        yield "mlruns/" if name == "mlflow" else f"{name}/"

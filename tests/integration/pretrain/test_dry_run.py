@@ -49,7 +49,7 @@ def test_a_dry_run_estimates_three_real_steps_and_writes_nothing(settings, tmp_p
     assert told["steps"] == "5 of 4 images, which are 2 epochs"
     assert told["learning rate"].startswith("2.34e-06 at its peak (0.00015 x 4 / 256)")
     assert told["device"] == "cpu, fp32"
-    assert "tensorboard/, mlruns/" in told["writes"]
+    assert "tensorboard/, mlflow/" in told["writes"]
     assert re.match(
         r"0:00:\d\d for 5 steps, without pictures.* \(mean of 2 steps after the first\)", told["time"]
     )

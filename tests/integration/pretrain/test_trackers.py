@@ -7,6 +7,7 @@ import struct
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pretrain.training.callbacks import Background, Callback
 
 
 @pytest.fixture(autouse=True)
-def no_accounts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def no_accounts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No settings or keys of the machine's user, and no slow picture of the curve."""
     for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_"))]:
         monkeypatch.delenv(name)
@@ -29,6 +30,9 @@ def no_accounts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
     monkeypatch.setattr("pretrain.training.run_directory.loss_curve", lambda *_: None)
+    yield
+    if wandb := sys.modules.get("wandb"):
+        wandb.teardown()  # it keeps the address of its server
 
 
 def wandb_records(path: Path) -> Iterator[bytes]:
@@ -63,6 +67,7 @@ def wandb_runs(run: Path) -> tuple[list[dict[str, Any]], set[str], dict[str, Any
     return history, identities, config
 
 
+@pytest.mark.slow
 def test_every_tracker_gets_metrics_settings_and_pictures_and_continues_its_run(settings, capsys):
     from mlflow import MlflowClient
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -82,9 +87,9 @@ def test_every_tracker_gets_metrics_settings_and_pictures_and_continues_its_run(
     assert [row["step"] for row in drawn] == pictures
     assert len([*run.glob("wandb/offline-run-*/files/media/images/*.png")]) == len(pictures)
     assert kept["optimizer"] == json.loads(json.dumps(plain["optimizer"]))
-    assert f"wandb: offline; upload the run with: wandb sync {run}/wandb/offline-run-*" in told
+    assert f"wandb: offline (no API key); upload the run with: wandb sync {run}/wandb/offline-run-*" in told
 
-    client = MlflowClient((run / "mlruns").as_uri())
+    client = MlflowClient((run / "mlflow").as_uri())
     experiment = client.get_experiment_by_name("coma")
     assert experiment
     (found,) = client.search_runs([experiment.experiment_id])
@@ -108,7 +113,7 @@ def test_every_tracker_gets_metrics_settings_and_pictures_and_continues_its_run(
 def test_without_trackers_nothing_is_written_for_them(settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     run = pretrain(at(settings, settings.run.out, track="none", reconstruction_every=0))
-    assert not {"tensorboard", "wandb", "mlruns", "trackers.json"} & {path.name for path in run.iterdir()}
+    assert not {"tensorboard", "wandb", "mlflow", "trackers.json"} & {path.name for path in run.iterdir()}
     assert [row["step"] for row in rows(run)] == [2, 4, 5]
 
 
@@ -190,13 +195,28 @@ def test_a_tracker_that_fails_is_one_warning(settings, monkeypatch, capsys, when
     assert ("end", True) in tracker.calls or when in ("on_start", "on_end")
 
 
-def test_a_server_that_does_not_answer_stops_nothing(settings, monkeypatch, capsys):
+@pytest.mark.slow
+def test_servers_that_do_not_answer_stop_nothing(settings, monkeypatch, capsys):
+    """MLflow is given up; wandb records the run on the disk."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    run = pretrain(at(settings, settings.run.out, track="mlflow", reconstruction_every=0))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    run = pretrain(at(settings, settings.run.out, track="wandb,mlflow", reconstruction_every=0))
     told = capsys.readouterr().err
-    assert told.count("warning: mlflow: ") == 1 and "training continues" in told
-    assert rows(run)[-1]["step"] == 5
+    assert told.count("warning: mlflow: ") == told.count("warning: ") == 1 and "training continues" in told
+    assert "wandb: offline (Failed to authenticate with http://127.0.0.1:9" in told
+    assert {row["step"] for row in wandb_runs(run)[0]} == {2, 4, 5}
+
+
+@pytest.mark.slow
+def test_a_run_that_was_moved_leaves_nothing_where_it_was(settings, tmp_path, capsys):
+    run = pretrain(at(settings, settings.run.out, track="mlflow")).rename(tmp_path / "moved")
+    config = at(read_config(run), run)
+    pretrain(replace(config, optimizer=replace(config.optimizer, steps=6)), resume=True)
+    assert not settings.run.out.exists()
+    assert len([*run.glob("mlflow/*/*/artifacts/reconstructions/*.png")]) == 3
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_a_slow_tracker_does_not_hold_the_end_for_ever(settings, monkeypatch, capsys):
