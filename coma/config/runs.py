@@ -140,7 +140,7 @@ class RunConfig(Ranged):
     """Steps between log points."""
     reconstruction_every: Annotated[int, Range(0, 10**12), RARE] = 500
     """Steps between pictures of reconstructions; 0: only at the end."""
-    track: Annotated[str, tyro.conf.arg(metavar="NAMES")] = "tensorboard"
+    track: Annotated[str, RARE, tyro.conf.arg(metavar="NAMES")] = "tensorboard"
     """Trackers of metrics, settings and pictures, separated by commas: tensorboard, wandb, mlflow; or none.
     wandb is offline without an API key."""
 

@@ -85,13 +85,13 @@ class Presets(Ranged):
     channels: Annotated[int | None, CHANNELS] = None
     """Channels of the images; default: 3"""
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Start a new run with the settings of this run directory, config.json, or file in YAML or TOML."""
+    """Start with the settings of this run, or of a file in JSON, YAML or TOML."""
     resume: Path | None = None
     """Resume the run in this directory with its saved settings."""
     allow_changed_data: Annotated[bool, RARE] = False
     """With --resume: continue although images were added, removed, renamed or changed in size meanwhile."""
-    dry_run: bool = False
-    """Print what the run is going to do, and time and memory estimated from three steps; write nothing."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Describe the run, estimate time and memory, and write nothing."""
 
 
 @dataclass(frozen=True)

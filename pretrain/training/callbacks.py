@@ -141,7 +141,7 @@ class WandbRun(Callback):
         if mode == "online":
             try:
                 mode, reason = ("online", "") if wandb.login(prompt=False) else ("offline", "no API key")
-            except wandb.errors.AuthenticationError as error:  # it asks the server
+            except wandb.Error as error:  # the server does not answer, or refuses the key
                 mode, reason = "offline", first_line(error)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", _PROJECT),

@@ -51,12 +51,12 @@ def wandb_records(path: Path) -> Iterator[bytes]:
 
 def wandb_runs(run: Path) -> tuple[list[dict[str, Any]], set[str], dict[str, Any]]:
     """All rows that wandb's files hold, the identities of their runs, and the settings of the last one."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2
 
     history, identities, config = [], set(), {}
     for path in sorted((run / "wandb").glob("offline-run-*/run-*.wandb")):
         for content in wandb_records(path):
-            record = Record.FromString(content)
+            record = wandb_internal_pb2.Record.FromString(content)  # type: ignore[attr-defined]
             if items := record.history.item:
                 keys = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
                 history.append(keys)

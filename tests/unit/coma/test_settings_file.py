@@ -54,7 +54,7 @@ def written(folder: Path, name: str, text: str) -> Path:
 def test_the_command_line_and_a_file_say_the_same(tmp_path, name, text):
     flags = "PHOTOS --out runs/first --model tiny --method mae --image-size 64 --epochs 20 --base-lr 1e-3"
     path = written(tmp_path, name, text)
-    assert parse(["--from", str(path)])[0] == parse(flags.split())[0] == read_config(path)
+    assert parse(["--from", str(path)])[0] == parse([*flags.split()])[0] == read_config(path)
     other = parse(["--from", str(path), "--image-size", "224", "--epochs", "3"])[0]
     assert other.model == encoder_preset("tiny", 224)
     assert other.optimizer == OptimizerConfig(epochs=3, base_lr=1e-3)
