@@ -2,7 +2,7 @@
 
 Every command of a shell block is parsed by the real parser here; slow tests run it, in a folder of small data
 and with small settings put behind its own. `NOT_RUN` names the commands that are not run, and why. Blocks of
-Python run as they stand.
+Python run as they stand. Blocks of YAML and TOML are files, which begin with their names as comments.
 """
 
 import contextlib
@@ -79,7 +79,7 @@ def small(words: list[str], number: int) -> list[str]:
     match words:
         case ["pretrain", "--resume", *_]:
             return [*words, "--steps", str(2 + number)]
-        case ["pretrain", "--from", *_]:
+        case ["pretrain", "--from", file, *_] if file.endswith(".json"):
             return words
         case ["pretrain", *_]:
             model = TINY_VIT if any(word.startswith("vit-") for word in words) else TINY_DYVIT
@@ -148,6 +148,9 @@ def folder(tmp_path_factory) -> Path:
     config = PretrainConfig()
     config = replace(config, data=replace(config.data, images=root / "PHOTOS"))
     (root / "runs/first/config.json").write_text(json.dumps(to_plain(config)))
+    for block in BLOCKS:
+        if block.language in ("yaml", "toml"):  # the first line names the file
+            (root / block.code.splitlines()[0].removeprefix("# ")).write_text(block.code)
     (root / "runs/classifier/config.json").write_text(json.dumps(to_plain(finetuning(root))))
     return root
 
