@@ -20,7 +20,8 @@ from coma.artifact.save import sibling
 from coma.artifact.schema import CHECKSUMS, CONFIG, LINEAR_HEAD, RENAMED, TENSORS, content_sha256
 from coma.atomic_io import sha256_of
 from coma.config.artifact import FORMAT_VERSION, ArtifactConfig
-from coma.config.serialization import from_plain, read_json
+from coma.config.serialization import from_plain
+from coma.config.settings_file import read_json
 from coma.errors import BadArtifact, BadInput
 from coma.messages import abridged
 from coma.models import Encoder, build_encoder

@@ -15,6 +15,7 @@ import tyro
 from coma.config.architectures import DyViTConfig, EncoderConfig
 from coma.config.objectives import CoMAConfig, ObjectiveConfig
 from coma.errors import BadInput
+from coma.messages import parse_names
 from coma.ranges import (
     BATCH,
     DECAY,
@@ -34,6 +35,8 @@ from coma.ranges import (
     Range,
     Ranged,
 )
+
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,23 @@ class RunConfig(Ranged):
     """Steps between log points."""
     reconstruction_every: Annotated[int, Range(0, 10**12), RARE] = 500
     """Steps between pictures of reconstructions; 0: only at the end."""
+    track: Annotated[str, RARE, tyro.conf.arg(metavar="NAMES")] = "tensorboard"
+    """Trackers of metrics, settings and pictures, separated by commas: tensorboard, wandb, mlflow; or none.
+    wandb is offline without an API key."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.trackers
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names of the trackers.
+
+        Raises:
+            BadInput: an unknown name.
+        """
+        names = parse_names(self.track, (*TRACKERS, "none"), "--track")
+        return tuple(name for name in names if name != "none")
 
 
 @dataclass(frozen=True)

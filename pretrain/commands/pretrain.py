@@ -85,11 +85,13 @@ class Presets(Ranged):
     channels: Annotated[int | None, CHANNELS] = None
     """Channels of the images; default: 3"""
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Start a new run with the settings of this run directory or config.json."""
+    """Start with the settings of this run, or of a file in JSON, YAML or TOML."""
     resume: Path | None = None
     """Resume the run in this directory with its saved settings."""
     allow_changed_data: Annotated[bool, RARE] = False
     """With --resume: continue although images were added, removed, renamed or changed in size meanwhile."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Describe the run, estimate time and memory, and write nothing."""
 
 
 @dataclass(frozen=True)
@@ -113,23 +115,23 @@ def run(argv: list[str]) -> None:
     """
     main = "LOCAL_RANK" not in os.environ or os.environ.get("RANK") == "0"  # torchrun sets both
     try:
-        config, resume, allow_changed_data = parse(argv)
-        require_packages("tensorboard", "matplotlib")
+        config, resume, allow_changed_data, dry_run = parse(argv)
+        require_packages("matplotlib")
         from pretrain.training import pretrain
 
-        folder = pretrain(config, resume=resume, allow_changed_data=allow_changed_data)
+        folder = pretrain(config, resume=resume, allow_changed_data=allow_changed_data, dry_run=dry_run)
     except ComaError as error:
         from pretrain.training.distributed import AGREED
 
         if main or AGREED not in getattr(error, "__notes__", ()):
             raise
         raise SystemExit(error.exit_code) from None  # process 0 prints it
-    if main:
+    if main and not dry_run:
         print(_summary(folder))
 
 
-def parse(argv: list[str]) -> tuple[PretrainConfig, bool, bool]:
-    """Returns the settings in `argv`, whether they resume a run, and whether its images may have changed.
+def parse(argv: list[str]) -> tuple[PretrainConfig, bool, bool, bool]:
+    """Returns the settings in `argv`, and whether they resume a run, allow changed data, and run dry.
 
     Raises:
         BadInput: presets that contradict each other, or a run that cannot be read.
@@ -159,7 +161,7 @@ def parse(argv: list[str]) -> tuple[PretrainConfig, bool, bool]:
         )
     if first.allow_changed_data and not first.resume:
         raise BadInput("--allow-changed-data goes with --resume; a new run takes the images as they are")
-    return config, first.resume is not None, first.allow_changed_data
+    return config, first.resume is not None, first.allow_changed_data, first.dry_run
 
 
 def _defaults(first: _First) -> PretrainConfig:
@@ -173,7 +175,7 @@ def _defaults(first: _First) -> PretrainConfig:
         if first.teacher or first.teacher_weights:
             config = replace(config, objective=_with_teacher(config.objective, first))
         return replace(config, run=replace(config.run, out=folder))
-    config = read_config(first.from_) if first.from_ else PretrainConfig()
+    config = read_config(first.from_, image_size=first.image_size) if first.from_ else PretrainConfig()
     size = first.image_size or config.data.image_size
     channels = config.model.channels if first.channels is None else first.channels
     if first.model or not first.from_:

@@ -25,6 +25,7 @@ BASES: dict[str, tuple[list[str], dict[str, str]]] = {
         {"--out": "{out}/run", "--steps": "1", "--device": "cpu", "--image-size": "64"},
     ),
     "evaluate": (["{artifact}"], {"--data": "{photos}", "--device": "cpu"}),
+    "classify train": (["{artifact}"], {"--data": "{photos}", "--out": "{out}/run", "--device": "cpu"}),
     "compare": (
         ["{photos}"],
         {"--test": "{photos}", "--budget": "images 9", "--out": "{out}/compare", "--device": "cpu"},
@@ -42,6 +43,7 @@ BASES: dict[str, tuple[list[str], dict[str, str]]] = {
     "segment predict": (["{artifact}", "{photos}"], {"--out": "{out}/found"}),
     "export": (["{artifact}"], {"--out": "{out}/export", "--benchmark-seconds": "0"}),
     "benchmark": (["{artifact}"], {}),
+    "info": (["{artifact}"], {}),
     "demo": ([], {"--port": "0", "--device": "cpu"}),
 }
 WRITTEN = ("--out", "--run")
@@ -93,10 +95,12 @@ def paths_of(invocation: str) -> dict[str, tuple[str | int, list[str]]]:
                 position += positional
                 if not _holds_paths(hints[field.name]):
                     continue
+                notes = getattr(hints[field.name], "__metadata__", ())
+                named = next((note.name for note in notes if getattr(note, "name", None)), field.name)
                 if positional:
                     found.setdefault(field.name, (position - 1, variant))
                 else:
-                    flag = prefix + field.name.strip("_").replace("_", "-")
+                    flag = prefix + named.strip("_").replace("_", "-")
                     found.setdefault(flag, (flag, variant))
     return found
 
@@ -106,6 +110,7 @@ def _holds_paths(hint: Any) -> bool:
 
 
 def test_every_command_has_paths():
+    assert set(BASES) == set(invocations())
     assert all(paths_of(invocation) for invocation in invocations())
     assert sum(len(paths_of(invocation)) for invocation in invocations()) > 40
 
