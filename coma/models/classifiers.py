@@ -233,7 +233,7 @@ def _create(preset: str, pretrained: bool = False, **kwargs: Any) -> DyViTClassi
         build,
         f"dyvit_{preset}",
         pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": DyViTFeatures},
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": DyViTFeatures, "output_fmt": "NCHW"},
         **kwargs,
     )
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -135,7 +136,7 @@ class TimmViT(PlainEncoder):
             return None
         if self.timm.rope is None:
             return [None]
-        table = self.timm.rope.get_embed(shape=[sequences.rows, sequences.cols])
+        table = _rotary_table(self.timm.rope, sequences.rows, sequences.cols)
         tables = table if table.ndim == 4 else table[None, None]  # blocks heads places c
         return [sequences.at(each.transpose(0, 1)).transpose(1, 2) for each in tables]
 
@@ -161,6 +162,17 @@ def timm_config(name: str, channels: int = 3) -> TimmConfig:
         position_grid=embed.grid_size,
         channels=channels,
     )
+
+
+def _rotary_table(rope: Any, rows: int, cols: int) -> Tensor:
+    """Returns sines and cosines of all places, `[places, c]`, or `[blocks, heads, places, c]` if they differ."""
+    if not (is_exporting() and isinstance(rope, RotaryEmbeddingDinoV3) and rope.normalize_coords == "separate"):
+        return rope.get_embed(shape=[rows, cols])
+    # timm makes numbers of rows and cols, which a graph for any size must not
+    sides = ((torch.arange(n, device=rope.periods.device) + 0.5 + rope.grid_offset) / n for n in (rows, cols))
+    places = torch.cartesian_prod(*sides) * 2 - 1
+    turned = places.flip(-1) if rope.grid_indexing == "xy" else places
+    return torch.cat(rope._get_pos_embed_from_coords(turned), dim=-1)
 
 
 def _compute_buffers(encoder: Any, _: Any) -> None:

@@ -18,7 +18,7 @@ from coma.objectives.load import load_pretrained
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx, OpenMMLab and timm warn of themselves
 
-NAME = "vit_tiny_patch16_dinov3_qkvb"
+NAME = "vit_small_patch16_dinov3"
 MODEL = replace(encoder_preset(f"timm:{NAME}"), dim=24, depth=2, patch=8)
 LEARNED = replace(encoder_preset("timm:eva02_tiny_patch14_336"), dim=24, depth=2, patch=14)
 
@@ -110,7 +110,7 @@ def test_detectors_and_segmentors_stand_on_it(model, tmp_path):
     assert main(["detect", *images, "--out", str(tmp_path / "found"), "--device", "cpu"]) == 0
     data = labelled(tmp_path / "labelled", train=2, val=1)
     given = (str(backbone), "--data", str(data), "--out", str(tmp_path / "segmentor"))
-    assert main(["segment", "train", *given, *steps[:-6], "--crop-size", "64", "--device", "cpu"]) == 0
+    assert main(["segment", "train", *given, *steps[:-6], "--crop-size", str(4 * model.unit), "--device", "cpu"]) == 0
 
 
 @pytest.mark.parametrize("model", [MODEL, LEARNED], ids=["rotary", "learned"])

@@ -101,7 +101,7 @@ def test_views_know_nothing_of_each_other(name, views):
     assert leak(awake(build_encoder(small(name))), 19, 12, views) == 0
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_tiny_patch16_dinov3_qkvb"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
 @torch.no_grad()
 def test_hidden_tokens_are_not_computed(name):
     encoder = build_encoder(small(name)).eval()
@@ -144,7 +144,7 @@ def test_matrices_resample_positions_as_timm_does(sides):
     ],
     ids=["coma", "mae", "zoom-in+mask", "zoom-in+coma"],
 )
-@pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_dinov3_qkvb"])
+@pytest.mark.parametrize("name", ["test_vit", "vit_small_patch16_dinov3"])
 def test_every_method_trains_it(name, objective):
     torch.manual_seed(0)
     model = build_objective(objective, build_encoder(small(name)))
@@ -156,10 +156,10 @@ def test_every_method_trains_it(name, objective):
 
 
 def test_the_student_of_cmt_may_be_one_of_them():
-    encoder = build_encoder(small("vit_tiny_patch16_dinov3_qkvb"))
+    encoder = build_encoder(small("vit_small_patch16_dinov3"))
     build_objective(CMTConfig(decoder=DECODER), encoder).check_images(16, 16)
     features, attention = attend(encoder.eval(), torch.randn(2, 3, 16, 20))
-    assert features.shape == (2, 4, 5, 192) and attention.shape == (2, 4, 5)
+    assert features.shape == (2, 4, 5, 384) and attention.shape == (2, 4, 5)
     torch.testing.assert_close(attention.sum(dim=(1, 2)), torch.ones(2))
     assert "class token that was trained" in check_readable(encoder, 3, 16, 16, query="class")
     side_by_side = build_encoder(small("vit_pwee_patch16_reg1_gap_256"))
