@@ -1,11 +1,14 @@
 """Every setting as plain frozen data, without torch: architectures, objectives and runs."""
 
 from coma.config.architectures import (
+    ENCODER_METAVAR,
     ENCODER_PRESETS,
     DyViTConfig,
     EncoderConfig,
+    TimmConfig,
     ViTConfig,
     Windows,
+    decoder_dim,
     dyvit_preset,
     encoder_preset,
 )
@@ -31,6 +34,7 @@ from coma.config.objectives import (
 from coma.config.runs import DataConfig, OptimizerConfig, PretrainConfig, ProbeConfig, RunConfig, view_size
 
 __all__ = [
+    "ENCODER_METAVAR",
     "ENCODER_PRESETS",
     "METHOD_PRESETS",
     "BalancedCoMAConfig",
@@ -53,8 +57,10 @@ __all__ = [
     "ProbeConfig",
     "RunConfig",
     "TeacherConfig",
+    "TimmConfig",
     "ViTConfig",
     "Windows",
+    "decoder_dim",
     "dyvit_preset",
     "encoder_preset",
     "method_preset",

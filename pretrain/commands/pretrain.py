@@ -6,6 +6,7 @@ The model learns to fill in what masks hide. The run writes an artifact for `com
 Examples:
   coma pretrain PHOTOS --out runs/first --model tiny --image-size 64 --epochs 100
   coma pretrain PHOTOS --out runs/mae --model vit-base --method mae --batch-size 1024
+  coma pretrain PHOTOS --out runs/dino --model timm:vit_small_patch14_reg4_dinov2 --method mae
   coma pretrain PHOTOS --out runs/zoom --method beyond --degrade zoom-in+mask
   coma pretrain PHOTOS --out runs/cmt --model vit-base --method cmt --teacher-weights FILE
   coma pretrain --resume runs/first
@@ -26,7 +27,7 @@ import tyro
 
 from coma.arguments import parse_arguments, parse_known
 from coma.config import (
-    ENCODER_PRESETS,
+    ENCODER_METAVAR,
     METHOD_PRESETS,
     BeyondConfig,
     DataConfig,
@@ -37,6 +38,7 @@ from coma.config import (
     ProbeConfig,
     RunConfig,
     TeacherConfig,
+    decoder_dim,
     encoder_preset,
     method_preset,
 )
@@ -44,12 +46,12 @@ from coma.config.serialization import read_config
 from coma.errors import BadInput, ComaError
 from coma.preflight import require_packages
 from coma.ranges import CHANNELS, EPOCHS, RARE, SIDE, STEPS, Ranged
-from coma.registry import ARCHITECTURES, METHODS, presets
+from coma.registry import METHODS, presets
 
 if TYPE_CHECKING:
-    Model = Method = str
+    Method = str
 else:
-    Model, Method = Literal[ENCODER_PRESETS], Literal[METHOD_PRESETS]
+    Method = Literal[METHOD_PRESETS]
 
 _RECIPES = {
     "default": OptimizerConfig(),
@@ -68,8 +70,9 @@ _NOT_RESUMED = ("model", "method", "degrade", "recipe", "channels", "from_")
 class Presets(Ranged):
     """Presets; the flags below override what they set."""
 
-    model: Model | None = None
-    """Encoder: tiny to large are DyViT, vit-* are plain ViT; default: small"""
+    model: Annotated[str | None, tyro.conf.arg(metavar=ENCODER_METAVAR)] = None
+    """Encoder: tiny to large are DyViT, vit-* are plain ViT, timm:NAME is the vision transformer that timm
+    calls NAME, with random weights; default: small"""
     method: Annotated[Method | None, tyro.conf.arg(help=_METHOD_HELP)] = None
     degrade: Annotated[Degradation | None, RARE] = None
     """Degradation of --method beyond; `coma degrade IMAGE --out SHEET` draws all of them; default:
@@ -183,7 +186,7 @@ def _defaults(first: _First) -> PretrainConfig:
     else:
         model = replace(config.model, channels=channels)
     if first.method or not first.from_:
-        width = presets(ARCHITECTURES)[first.model or "small"].decoder_dim or config.objective.decoder.dim
+        width = decoder_dim(model) if first.model else config.objective.decoder.dim
         objective = method_preset(first.method or "coma", decoder_dim=width)
     else:
         objective = _with_any_weights(config.objective)

@@ -30,7 +30,13 @@ from export_files import DYVIT, classifier, pretrained, segmentor
 from PIL import Image
 
 from coma import cli
-from coma.config import FinetuneConfig, FinetuneDataConfig, FinetuneRunConfig, PretrainConfig
+from coma.config import (
+    FinetuneConfig,
+    FinetuneDataConfig,
+    FinetuneRunConfig,
+    PretrainConfig,
+    encoder_preset,
+)
 from coma.config.serialization import to_plain
 
 BLOCKS = list(blocks())
@@ -67,6 +73,7 @@ NOT_RUN |= {each.text: "needs several GPUs" for each in COMMANDS if each.words[0
 
 TINY_DYVIT = "--model.dim 8 --model.depths 1 1 1 1 --model.heads 2 2 2 2"
 TINY_VIT = "--model.dim 16 --model.depth 1 --model.heads 2"
+TINY_TIMM = "--model.dim 24 --model.depth 1 --model.patch 8"
 TINY_DECODER = "--objective.decoder.dim 16 --objective.decoder.depth 1 --objective.decoder.heads 2"
 TINY_DOWNSTREAM = (
     "--steps 2 --batch-size 2 --workers 0 --head-channels 32 --validations 1 --short-side 64 --device cpu"
@@ -83,6 +90,7 @@ def small(words: list[str], number: int) -> list[str]:
             return words
         case ["pretrain", *_]:
             model = TINY_VIT if any(word.startswith("vit-") for word in words) else TINY_DYVIT
+            model = TINY_TIMM if any(word.startswith("timm:") for word in words) else model
             more = f"{steps} --micro-batch 4 --no-compile --image-size 32 {model} {TINY_DECODER}"
             return [*words, *more.split()]
         case ["evaluate", *_]:
@@ -144,6 +152,7 @@ def folder(tmp_path_factory) -> Path:
         folder.rename(folder.with_name(("cat", "cup", "face")[int(folder.name[-1])]))
     for run in ("first", "mae"):
         pretrained(root / f"runs/{run}/artifact")
+    pretrained(root / "runs/tiny/artifact", encoder_preset("tiny", 48))
     classifier(root / "runs/classifier/artifact", replace(DYVIT, dim=32))  # narrower ones lose much in int8
     config = PretrainConfig()
     config = replace(config, data=replace(config.data, images=root / "PHOTOS"))
