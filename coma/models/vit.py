@@ -20,6 +20,7 @@ from coma.config.artifact import ArtifactConfig
 from coma.masking.patchify import pad_to_units
 from coma.models.attention import WindowGate
 from coma.models.blocks import drop_path_rates, run_block
+from coma.models.checkpoints import Checkpoint, Tensors, plain_vit
 from coma.models.dyvit import check_images
 from coma.models.position_embeddings import sincos_positions
 from coma.models.view_sequences import image_sequences
@@ -99,6 +100,10 @@ class ViT(nn.Module):
             "stem": r"^stem|^cls_token",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
+
+    def from_checkpoint(self, tensors: Tensors) -> Checkpoint:
+        """Returns the tensors of a plain vision transformer, whoever made it, by the names of this one's."""
+        return Checkpoint(tensors) if "stem.weight" in tensors else plain_vit(tensors)
 
     def _encode(self, tokens: Tensor, real: Tensor | None) -> Tensor:
         # n s c -> n s c, with a cls token alongside

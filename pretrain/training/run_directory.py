@@ -42,6 +42,7 @@ from coma.data.listing import (
 from coma.errors import ComaError
 from coma.models import build_encoder
 from coma.objectives import build_objective
+from coma.objectives.initialization import origin_of
 from coma.objectives.teachers import caveats
 from pretrain.evaluate import Probe, open_probe
 from pretrain.training.checkpoint import read_state, write_state
@@ -312,6 +313,7 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
             class_names=None,
             trained=trained,
             versions=library_versions(),
+            init=origin_of(config),
         )
 
 
