@@ -143,7 +143,7 @@ def test_a_run_tells_where_it_began(
     before = load_artifact(first).tensors["encoder.norm.weight"]
     torch.testing.assert_close(result.tensors["encoder.norm.weight"], before, atol=1e-5, rtol=1e-5)
     assert cli.main(["info", str(run / "artifact")]) == 0
-    assert f"started from  first/artifact (SHA-256 {digest})" in capsys.readouterr().out
+    assert f"init       first/artifact (SHA-256 {digest})" in capsys.readouterr().out
 
 
 # resume -----------------------------------------------------------------------------------------
