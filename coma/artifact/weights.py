@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from coma.artifact.load import load_artifact
 from coma.artifact.schema import TENSORS
 from coma.atomic_io import sha256_of
-from coma.config import EncoderConfig
+from coma.config import EncoderConfig, encoder_preset
 from coma.config.artifact import ArtifactConfig, Origin
 from coma.errors import BadInput
 from coma.models.checkpoints import Checkpoint, of_encoder, read_checkpoint, vit_like
@@ -64,14 +65,17 @@ def model_of(source: str, *, download: bool = False) -> tuple[EncoderConfig, Art
     Raises:
         BadInput: as `read_weights`, or weights that do not say of which encoder they are.
     """
+    by_name = re.fullmatch(r"(?:timm:|hf-hub:timm/)([^@]+)(@.*)?", source)
+    if by_name and is_reference(source):
+        return encoder_preset(f"timm:{by_name[1]}"), None
     weights = read_weights(source, download=download)
     if weights.about is not None:
         return weights.about.model, weights.about
     model = vit_like(weights.checkpoint.tensors)
     if model is None:
         raise BadInput(
-            f"--init {source}: does not say of which model it is, and is no plain vision transformer of a "
-            "known size; give --model, or the directory of an artifact"
+            f"--init {source}: does not say of which model it is; give --model, for example timm:NAME with "
+            "the name of its architecture in timm, or the directory of an artifact"
         )
     return model, None
 

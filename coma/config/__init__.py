@@ -1,11 +1,14 @@
 """Every setting as plain frozen data, without torch: architectures, objectives and runs."""
 
 from coma.config.architectures import (
+    ENCODER_METAVAR,
     ENCODER_PRESETS,
     DyViTConfig,
     EncoderConfig,
+    TimmConfig,
     ViTConfig,
     Windows,
+    decoder_dim,
     dyvit_preset,
     encoder_preset,
 )
@@ -39,6 +42,7 @@ from coma.config.runs import (
 )
 
 __all__ = [
+    "ENCODER_METAVAR",
     "ENCODER_PRESETS",
     "METHOD_PRESETS",
     "BalancedCoMAConfig",
@@ -62,8 +66,10 @@ __all__ = [
     "ProbeConfig",
     "RunConfig",
     "TeacherConfig",
+    "TimmConfig",
     "ViTConfig",
     "Windows",
+    "decoder_dim",
     "dyvit_preset",
     "encoder_preset",
     "method_preset",

@@ -204,6 +204,11 @@ def _from_transformers(name: str) -> str:
     return name
 
 
+def is_part_of_qkv(name: str) -> bool:
+    """Returns whether a tensor holds weights or biases of queries, keys or values alone."""
+    return _PART.fullmatch(name) is not None
+
+
 def fuse_qkv(tensors: Tensors) -> Tensors:
     """Returns the tensors with queries, keys and values as timm's one `qkv`; biases that are absent are 0."""
     fused = dict(tensors)
@@ -277,16 +282,17 @@ def _prefix_positions(count: int, named: Tensors) -> int:
 
 
 def vit_like(tensors: Tensors) -> ViTConfig | None:
-    """Returns the plain vision transformer among the presets that has the width and depth of these tensors.
+    """Returns the preset of a plain vision transformer that takes all of these tensors, if there is one.
 
-    Heads leave no trace in the tensors; those of the preset are taken.
+    Heads leave no trace in the tensors; those of the preset are taken. Learned positions and registers
+    have no place in it.
     """
     try:
         named = tensors if "stem.weight" in tensors else plain_vit(tensors).tensors
     except Exception:  # tensors of anything
         return None
     kernel = named.get("stem.weight")
-    if kernel is None or kernel.ndim != 4:
+    if kernel is None or kernel.ndim != 4 or {"pos_embed", "reg_token", "norm_pre.weight"} & named.keys():
         return None
     depth = len({match[1] for name in named if (match := re.match(r"blocks\.(\d+)\.", name))})
     dim, channels, patch = kernel.shape[:3]

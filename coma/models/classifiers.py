@@ -19,9 +19,11 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from coma.config import DyViTConfig, EncoderConfig, ViTConfig, dyvit_preset
+from coma.config import DyViTConfig, EncoderConfig, dyvit_preset
 from coma.masking.patchify import cover
 from coma.models.dyvit import DyViT
+from coma.models.plain import PlainEncoder
+from coma.models.timm_vit import TimmViT
 from coma.models.vit import ViT
 from coma.registry import ARCHITECTURES, entry_of, resolve
 
@@ -196,15 +198,10 @@ for _name, _preset in ARCHITECTURES["dyvit"].presets.items():
     _register(_name, _preset.help)
 
 
-class ViTClassifier(ViT):
-    """Plain ViT with a linear head on mean-pooled tokens (MAE, He et al. 2021, app. A.2: without cls token).
+class _LinearHead(PlainEncoder):
+    """A linear head on mean-pooled patch tokens (MAE, He et al. 2021, app. A.2: without class token)."""
 
-    Args:
-        config: The backbone.
-        num_classes: Outputs.
-    """
-
-    def __init__(self, config: ViTConfig, num_classes: int) -> None:
+    def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__(config)
         self.head = nn.Linear(config.num_features, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
@@ -215,7 +212,25 @@ class ViTClassifier(ViT):
         return self.head(self.pool(images))
 
 
-Classifier = DyViTClassifier | ViTClassifier
+class ViTClassifier(_LinearHead, ViT):
+    """Plain ViT with a linear head.
+
+    Args:
+        config: The backbone.
+        num_classes: Outputs.
+    """
+
+
+class TimmViTClassifier(_LinearHead, TimmViT):
+    """Vision transformer of timm with a linear head of this project.
+
+    Args:
+        config: The backbone.
+        num_classes: Outputs.
+    """
+
+
+Classifier = DyViTClassifier | ViTClassifier | TimmViTClassifier
 
 
 def build_classifier(config: EncoderConfig, num_classes: int) -> Classifier:

@@ -6,6 +6,7 @@ The model learns to fill in what masks hide. The run writes an artifact for `com
 Examples:
   coma pretrain PHOTOS --out runs/first --model tiny --image-size 64 --epochs 100
   coma pretrain PHOTOS --out runs/mae --model vit-base --method mae --batch-size 1024
+  coma pretrain PHOTOS --out runs/dino --model timm:vit_small_patch14_reg4_dinov2 --method mae
   coma pretrain PHOTOS --out runs/zoom --method beyond --degrade zoom-in+mask
   coma pretrain PHOTOS --out runs/cmt --model vit-base --method cmt --teacher-weights FILE
   coma pretrain PHOTOS --out runs/more --init runs/first/artifact
@@ -28,7 +29,7 @@ import tyro
 
 from coma.arguments import parse_arguments, parse_known
 from coma.config import (
-    ENCODER_PRESETS,
+    ENCODER_METAVAR,
     METHOD_PRESETS,
     BeyondConfig,
     DataConfig,
@@ -41,6 +42,7 @@ from coma.config import (
     ProbeConfig,
     RunConfig,
     TeacherConfig,
+    decoder_dim,
     encoder_preset,
     method_preset,
 )
@@ -48,14 +50,14 @@ from coma.config.serialization import read_config, to_plain
 from coma.errors import BadInput, ComaError
 from coma.preflight import require_packages
 from coma.ranges import CHANNELS, EPOCHS, RARE, SIDE, STEPS, Ranged
-from coma.registry import ARCHITECTURES, METHODS, presets
+from coma.registry import METHODS, presets
 
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    Model = Method = str
+    Method = str
 else:
-    Model, Method = Literal[ENCODER_PRESETS], Literal[METHOD_PRESETS]
+    Method = Literal[METHOD_PRESETS]
 
 _RECIPES = {
     "default": OptimizerConfig(),
@@ -74,8 +76,9 @@ _NOT_RESUMED = ("model", "method", "degrade", "recipe", "channels", "from_", "in
 class Presets(Ranged):
     """Presets; the flags below override what they set."""
 
-    model: Model | None = None
-    """Encoder: tiny to large are DyViT, vit-* are plain ViT; default: small"""
+    model: Annotated[str | None, tyro.conf.arg(metavar=ENCODER_METAVAR)] = None
+    """Encoder: tiny to large are DyViT, vit-* are plain ViT, timm:NAME is the vision transformer that timm
+    calls NAME, with random weights; default: small"""
     method: Annotated[Method | None, tyro.conf.arg(help=_METHOD_HELP)] = None
     degrade: Annotated[Degradation | None, RARE] = None
     """Degradation of --method beyond; `coma degrade IMAGE --out SHEET` draws all of them; default:
@@ -197,11 +200,10 @@ def _defaults(first: _First) -> PretrainConfig:
     else:
         model = replace(config.model, channels=channels)
     if first.method or not first.from_:
-        objective = method_preset(first.method or "coma", decoder_dim=config.objective.decoder.dim)
+        width = decoder_dim(model) if first.model else config.objective.decoder.dim
+        objective = method_preset(first.method or "coma", decoder_dim=width)
         if like_weights:
             objective = replace(objective, decoder=config.objective.decoder)
-        elif width := presets(ARCHITECTURES)[first.model or "small"].decoder_dim:
-            objective = replace(objective, decoder=replace(objective.decoder, dim=width))
     else:
         objective = _with_any_weights(config.objective)
     if first.degrade:
@@ -221,15 +223,13 @@ def _like_weights(config: PretrainConfig, source: str, first: _First) -> Pretrai
     from coma.artifact.weights import model_of  # loads torch
 
     model, about = model_of(source, download=first.download)
+    decoder = replace(config.objective.decoder, dim=decoder_dim(model))
     facts = ", ".join(f"{name} {value}" for name, value in to_plain(model, EncoderConfig).items())
-    if about is None:
-        log.info("--init %s: trains the model that fits, %s", source, facts)
-        return replace(config, model=model)
-    data = replace(config.data, image_size=about.image_size)
-    decoder = about.objective.decoder if about.objective else config.objective.decoder
-    log.info("--init %s: trains its model, %s", source, facts)
-    if not first.image_size:
-        log.info("--init %s: trains at its image size, --image-size %d", source, about.image_size)
+    data = config.data if about is None else replace(config.data, image_size=about.image_size)
+    size = "" if about is None or first.image_size else f", at its --image-size {about.image_size}"
+    log.info("--init %s: trains its model (%s)%s", source, facts, size)
+    if about is not None and about.objective is not None:
+        decoder = about.objective.decoder
     objective = replace(config.objective, decoder=decoder)
     return replace(config, data=data, model=model, objective=objective)
 
