@@ -103,7 +103,8 @@ class TimmViT(PlainEncoder):
             side = math.isqrt(stored.shape[1] - prefix)
             named["pos_embed"] = resample_abs_pos_embed(stored, [rows, cols], [side, side], prefix)
             notes.append(f"pos_embed from {side} x {side} to {rows} x {cols} positions")
-        return Checkpoint({f"timm.{name}": tensor for name, tensor in named.items()}, notes=notes)
+        known = {f"timm.{name}": tensor for name, tensor in named.items() if name in own}
+        return Checkpoint(known, [name for name in named if name not in own], notes)
 
     def _embed(self, images: Tensor) -> Tensor:
         network = self.timm

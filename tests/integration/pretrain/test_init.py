@@ -24,11 +24,12 @@ from coma.config import (
     PretrainConfig,
     TeacherConfig,
     ViTConfig,
+    encoder_preset,
 )
 from coma.errors import BadInput
 from coma.models import build_encoder
 from coma.objectives import build_objective
-from coma.objectives.initialization import initial_objective, with_initial_weights
+from coma.objectives.initialization import initial_objective, origin_of, with_initial_weights
 from pretrain.commands.pretrain import parse
 from pretrain.training import pretrain
 
@@ -203,13 +204,13 @@ def test_an_artifact_brings_its_model(tmp_path: Path, caplog: pytest.LogCaptureF
     config = parse(["photos", "--init", str(place)])[0]
     assert config.model == MODEL and config.data.image_size == 16
     assert config.objective == OBJECTIVE
-    assert f"--init {place}: trains its model, architecture dyvit, channels 3, patch 1" in caplog.text
+    assert f"--init {place}: trains its model (architecture dyvit, channels 3, patch 1" in caplog.text
     assert "--image-size 16" in caplog.text
     wide = parse(["photos", "--init", str(place), "--channels", "4", "--image-size", "32"])[0]
     assert wide.model == replace(MODEL, channels=4) and wide.data.image_size == 32
     assert parse(["photos", "--init", str(place), "--model", "tiny"])[0].model != MODEL
     classifier = artifact(tmp_path / "other", "classifier")
-    assert parse(["photos", "--init", str(classifier)])[0].objective.decoder == CoMAConfig().decoder
+    assert parse(["photos", "--init", str(classifier)])[0].objective.decoder.dim == 192
 
 
 def test_a_file_of_a_known_size_brings_its_model(tmp_path: Path) -> None:
@@ -218,6 +219,20 @@ def test_a_file_of_a_known_size_brings_its_model(tmp_path: Path) -> None:
     assert parse(["photos", "--init", str(tmp_path / "tiny.safetensors")])[0].model == config
     with pytest.raises(BadInput, match=r"does not say of which model it is.*give --model"):
         parse(["photos", "--init", str(timm_weights(tmp_path))])
+
+
+def test_a_name_of_timm_brings_its_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("timm:test_vit", "timm:test_vit.r160_in1k", "hf-hub:timm/test_vit.r160_in1k"):
+        assert parse(["photos", "--init", name])[0].model == encoder_preset("timm:test_vit")
+    found = str(timm_weights(tmp_path))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: found)
+    config = replace(PretrainConfig(), model=encoder_preset("timm:test_vit"))
+    objective: Any = initial_objective(starting(config, "timm:test_vit.r160_in1k"))[0]
+    wanted = timm.create_model("test_vit", checkpoint_path=found).state_dict()
+    own = objective.encoder.timm.state_dict()
+    assert own and all(torch.equal(tensor, wanted[name]) for name, tensor in own.items())
+    origin = origin_of(with_initial_weights(starting(config, "timm:test_vit.r160_in1k")))
+    assert origin is not None and origin.name == "timm:test_vit.r160_in1k"
 
 
 def test_settings_of_a_run_bring_its_weights(settings: PretrainConfig, tmp_path: Path) -> None:

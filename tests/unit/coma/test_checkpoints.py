@@ -4,10 +4,12 @@ import argparse
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from timm.models.eva import Eva
@@ -19,6 +21,7 @@ from coma.models import build_encoder
 from coma.models.checkpoints import Checkpoint, fuse_qkv, of_encoder, plain_vit, read_checkpoint, vit_like
 from coma.models.initialize import initialize
 from coma.models.position_embeddings import sincos_positions
+from coma.models.timm_vit import timm_config
 
 CONFIG = ViTConfig(patch=8, dim=32, depth=2, heads=2)
 SHAPE: dict[str, Any] = {
@@ -83,6 +86,49 @@ def test_eva_has_scales_and_biases_elsewhere() -> None:
     split = network(Eva, qkv_fused=False)
     assert initialize(encoder, of_encoder(split.state_dict())).matched == taken.total
     torch.testing.assert_close(encoder.blocks[0](tokens), split.blocks[0](tokens), atol=1e-4, rtol=1e-4)
+
+
+FAMILIES = {
+    "test_vit": {},
+    "test_vit2": {},
+    "test_vit3": {},
+    "vit_small_patch14_reg4_dinov2": {"dim": 96, "depth": 1},
+    "vit_small_patch16_dinov3": {"dim": 96, "depth": 1},
+    "eva02_tiny_patch14_224": {"depth": 1},
+    "vit_base_patch16_clip_224": {"dim": 96, "depth": 1},
+}
+"""Networks of timm, made small: with registers, layer scale, rotary positions, SwiGLU, a norm in front."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_networks_of_timm_take_their_own_weights(name: str) -> None:
+    torch.manual_seed(2)
+    config = replace(timm_config(name), **FAMILIES[name])
+    built = timm.create_model(name, embed_dim=config.dim, depth=config.depth).eval()
+    encoder: Any = build_encoder(config)
+    taken = initialize(encoder, of_encoder(built.state_dict()))
+    assert taken.matched == taken.total and not taken.adapted
+    assert not [name for name in taken.left_out if not name.startswith(("head.", "attn_pool.", "fc_norm."))]
+    own = encoder.timm.state_dict()
+    assert all(torch.equal(own[n], t) for n, t in built.state_dict().items() if n in own)
+
+
+def test_positions_of_timm_are_resampled() -> None:
+    built = timm.create_model("test_vit", img_size=96)
+    encoder: Any = build_encoder(timm_config("test_vit"))
+    taken = initialize(encoder, of_encoder(built.state_dict()))
+    assert taken.matched == taken.total
+    assert taken.adapted == ("pos_embed from 6 x 6 to 10 x 10 positions",)
+    assert torch.equal(encoder.timm.pos_embed[:, :1], built.pos_embed[:, :1])
+
+
+def test_an_artifact_of_a_network_of_timm_gives_its_tensors() -> None:
+    config = replace(timm_config("vit_small_patch16_dinov3"), dim=96, depth=1)
+    source, target = (build_encoder(replace(config, channels=channels)) for channels in (3, 4))
+    stored = {f"encoder.{name}": tensor for name, tensor in source.state_dict().items()}
+    taken = initialize(target, of_encoder(stored))
+    assert taken.matched == taken.total
+    assert taken.adapted == ("timm.patch_embed.proj.weight from 3 channels to 4",)
 
 
 def in_transformers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -204,8 +250,6 @@ def test_tensors_of_any_shape_break_nothing(name: str, shape: tuple[int, ...]) -
 
 
 def test_other_families_have_nothing_in_common() -> None:
-    import timm
-
     taken = initialize(build_encoder(CONFIG), of_encoder(timm.create_model("test_resnet").state_dict()))
     assert taken.matched == 0 or taken.unfit or taken.missing
 
