@@ -53,6 +53,9 @@ NOT_RUN: dict[str, str] = {
     "pip install '.[tensorrt-rtx]'": INSTALLS,
     "pip install tensorrt-cu13": INSTALLS,
     "coma pretrain PHOTOS --out runs/cmt --method cmt --teacher-weights CLIP.safetensors": CLIP,
+    "coma pretrain PHOTOS --out runs/dino --method mae --init timm:vit_small_patch14_reg4_dinov2.lvd142m "
+    "--download": "downloads weights",
+    "coma pretrain PHOTOS --out runs/mine --method mae --init mae_vit_base.pth --model vit-base": "needs weights",
     "coma pretrain SHARDS --out runs/dali --loader dali": "needs DALI, an extra for NVIDIA GPUs",
     "coma export runs/first/artifact --to onnx,tensorrt --precision fp16": GPU,
     "coma compare PHOTOS --methods mae coma 'zoom: beyond --degrade zoom-in+mask' --models tiny vit-tiny "
@@ -81,6 +84,8 @@ def small(words: list[str], number: int) -> list[str]:
             return [*words, "--steps", str(2 + number)]
         case ["pretrain", "--from", *_]:
             return words
+        case ["pretrain", *_] if "--init" in words:
+            return [*words, *steps.split()]
         case ["pretrain", *_]:
             model = TINY_VIT if any(word.startswith("vit-") for word in words) else TINY_DYVIT
             more = f"{steps} --micro-batch 4 --no-compile --image-size 32 {model} {TINY_DECODER}"
