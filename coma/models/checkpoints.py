@@ -13,7 +13,9 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +38,8 @@ _NESTS = (
     *("net", "network", "backbone", "encoder", "student"),
 )
 """Keys behind which checkpoints keep the tensors of a model, in the order in which they are preferred."""
+_DEEPEST = 8
+"""Nests that are opened: a pickle may hold itself."""
 _FIRST_LAYERS = (
     "stem.conv.weight",
     "stem.weight",
@@ -94,7 +98,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     )
     notes = []
-    while found := [name for name in _NESTS if isinstance(plain.get(name), Mapping)]:
+    for _ in range(_DEEPEST):
+        if not (found := [name for name in _NESTS if isinstance(plain.get(name), Mapping)]):
+            break
         if len(found) > 1:
             notes.append(f"of {', '.join(found)} in the file, {found[0]} is used")
         plain = plain[found[0]]
@@ -180,7 +186,8 @@ def timm_named(tensors: Tensors, network: nn.Module | None = None) -> Tensors:
     if rename is None:
         return tensors
     try:
-        return dict(rename(dict(tensors), _as_stored(tensors, network)).items())
+        with redirect_stdout(StringIO()):  # the filter of EVA prints what it skips
+            return dict(rename(dict(tensors), _as_stored(tensors, network)).items())
     except Exception as error:  # timm takes for granted what a file holds
         raise BadInput(f"not the weights of a vision transformer ({first_line(error)})") from None
 
@@ -263,15 +270,23 @@ def plain_vit(tensors: Tensors) -> Checkpoint:
     token, positions = folded.pop("cls_token", None), folded.get("pos_embed")
     if positions is not None and positions.ndim == 3:
         prefix = _prefix_positions(positions.shape[1], named)
-        side = math.isqrt(positions.shape[1] - prefix)
-        fixed = sincos_positions(side, side, positions.shape[-1], device=positions.device).flatten(0, 1)
-        if torch.allclose(positions[0, prefix:].float(), fixed, atol=1e-3):
+        if _are_fixed(positions[0, prefix:]):
             del folded["pos_embed"]
         else:
             notes.append("this encoder computes fixed positions; --model timm:NAME keeps learned ones")
         if prefix and token is not None and token.shape[-1] == positions.shape[-1]:
             token = token + positions[:, :1]
     return Checkpoint(folded | ({} if token is None else {"cls_token": token.flatten()}), notes=notes)
+
+
+def _are_fixed(positions: Tensor) -> bool:
+    """Returns whether positions `[n, dim]` are those that our encoder computes, as MAE's are."""
+    count, dim = positions.shape
+    side = math.isqrt(count)
+    if side**2 != count or dim % 4:
+        return False
+    fixed = sincos_positions(side, side, dim, device=positions.device).flatten(0, 1)
+    return torch.allclose(positions.float(), fixed, atol=1e-3)
 
 
 def _prefix_positions(count: int, named: Tensors) -> int:

@@ -21,6 +21,8 @@ from coma.models.checkpoints import Checkpoint
 
 _NAMED = 4
 """Names of tensors in a report, beside the counts of the others."""
+_LARGEST = 64
+"""Largest side in pixels, and number of channels, of a kernel that is adapted: no patch is larger."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,10 @@ def initialize(encoder: Encoder, checkpoint: Checkpoint) -> Initialization:
     Raises:
         BadInput: numbers that are not finite, or a file of no such encoder.
     """
+    floats = {name: t for name, t in checkpoint.tensors.items() if t.is_floating_point()}
+    stored = checkpoint.tensors | {name: t.float() for name, t in floats.items()}
     try:
-        named = encoder.from_checkpoint(checkpoint.tensors)
+        named = encoder.from_checkpoint(stored)
     except BadInput:
         raise
     except Exception as error:  # tensors of other ranks and sizes than their names promise
@@ -88,7 +92,8 @@ def initialize(encoder: Encoder, checkpoint: Checkpoint) -> Initialization:
             tensor, target = named.tensors[name], own[name]
             fitted, note = _fitted(name, tensor, target)
             if fitted is None:
-                unfit.append(f"{name} is {list(tensor.shape)}, the encoder has {list(target.shape)}")
+                kind = "" if tensor.is_floating_point() else f" of {str(tensor.dtype).removeprefix('torch.')}"
+                unfit.append(f"{name} is {list(tensor.shape)}{kind}, the encoder has {list(target.shape)}")
                 continue
             if not bool(torch.isfinite(fitted).all()):
                 raise BadInput(
@@ -96,7 +101,7 @@ def initialize(encoder: Encoder, checkpoint: Checkpoint) -> Initialization:
                 )
             sizes += [note] if note else []
             target.copy_(fitted)
-    types = {t.dtype for n, t in checkpoint.tensors.items() if t.is_floating_point()} - {torch.float32}
+    types = {tensor.dtype for tensor in floats.values()} - {torch.float32}
     converted = [f"{str(kind).removeprefix('torch.')} converted to float32" for kind in types]
     left_out = [name for name in named.tensors if name not in own]
     return Initialization(
@@ -115,8 +120,8 @@ def _fitted(name: str, tensor: Tensor, target: Tensor) -> tuple[Tensor | None, s
         return None, ""
     if tensor.shape == target.shape:
         return tensor, ""
-    tensor = tensor.float()
-    if tensor.ndim == target.ndim == 4 and len(tensor) == len(target):
+    alike = tensor.ndim == target.ndim == 4 and len(tensor) == len(target) and 0 not in tensor.shape
+    if alike and max(tensor.shape[1:] + target.shape[2:]) <= _LARGEST:
         return _kernel(name, tensor, target)
     return None, ""
 

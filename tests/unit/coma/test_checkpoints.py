@@ -72,6 +72,21 @@ def test_learned_positions_are_left_out_and_that_is_said() -> None:
     assert "computes fixed positions" in str(taken) and "absent bias set to 0" in str(taken)
 
 
+def test_positions_on_no_square_are_left_out() -> None:
+    built = network(img_size=(32, 64))
+    taken = initialize(build_encoder(CONFIG), of_encoder(built.state_dict()))
+    assert taken.matched == taken.total and "pos_embed" in taken.left_out
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float64, torch.float8_e4m3fn])
+def test_other_number_formats_are_converted_and_said(kind: torch.dtype) -> None:
+    tensors = {name: tensor.to(kind) for name, tensor in network().state_dict().items()}
+    encoder = build_encoder(CONFIG)
+    name = str(kind).removeprefix("torch.")
+    assert f"{name} converted to float32" in str(initialize(encoder, of_encoder(tensors)))
+    assert encoder.norm.weight.dtype == torch.float32
+
+
 def test_eva_has_scales_and_biases_elsewhere() -> None:
     """DINOv3 in timm is of this family: rotary positions, no position table, biases of q and v alone."""
     built = network(
@@ -204,19 +219,15 @@ def test_dyvit_starts_from_another_patch() -> None:
     assert torch.equal(target.stages[2].blocks[0].norm1.weight, source.stages[2].blocks[0].norm1.weight)
 
 
-def test_other_number_formats_are_converted_and_said() -> None:
-    tensors = {name: tensor.half() for name, tensor in network().state_dict().items()}
-    encoder = build_encoder(CONFIG)
-    assert "float16 converted to float32" in str(initialize(encoder, of_encoder(tensors)))
-    assert encoder.norm.weight.dtype == torch.float32
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"norm.weight": None}, "1 not in the file: norm.weight"),
         ({"norm.weight": torch.ones(16)}, r"1 do not fit: norm.weight is \[16\], the encoder has \[32\]"),
-        ({"norm.weight": torch.ones(32, dtype=torch.int64)}, "1 do not fit: norm.weight"),
+        (
+            {"norm.weight": torch.ones(32, dtype=torch.int64)},
+            r"norm.weight is \[32\] of int64, the encoder has \[32\]",
+        ),
         ({"head.weight": torch.ones(5, 32)}, "left out: head.weight"),
     ],
 )
@@ -239,7 +250,7 @@ def test_numbers_that_are_not_finite_are_refused() -> None:
 @pytest.mark.parametrize(
     "name", ["pos_embed", "cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"]
 )
-@pytest.mark.parametrize("shape", [(), (0,), (1, 0, 32), (1, 5, 30)])
+@pytest.mark.parametrize("shape", [(), (0,), (1, 0, 32), (1, 5, 30), (32, 0, 8, 8), (32, 3, 1, 99)])
 def test_tensors_of_any_shape_break_nothing(name: str, shape: tuple[int, ...]) -> None:
     tensors = network().state_dict() | {name: torch.zeros(shape)}
     try:
@@ -293,6 +304,12 @@ def test_nests_are_unwrapped(tmp_path: Path, nested: Callable[[Any], Any]) -> No
     found = read_checkpoint(saved(tmp_path, nested(tensors)))
     assert found.tensors.keys() == tensors.keys()
     assert all(torch.equal(found.tensors[name], tensors[name]) for name in tensors)
+
+
+def test_a_file_that_holds_itself_ends(tmp_path: Path) -> None:
+    endless: dict[str, Any] = {"w": torch.zeros(1)}
+    endless["model"] = endless
+    assert read_checkpoint(saved(tmp_path, endless)).tensors.keys() == {"w"}
 
 
 def test_a_choice_among_models_is_said(tmp_path: Path) -> None:
