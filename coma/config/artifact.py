@@ -56,7 +56,7 @@ class ArtifactConfig(Ranged):
     this. None where there is nothing to say (backbone, pretrained)."""
     format_version: int = FORMAT_VERSION
     init: Origin | None = None
-    """Weights that pre-training started from; None: random weights, or an older version wrote it."""
+    """Name and SHA-256 of the weights that pre-training started from; None: random weights, or not known."""
 
     @property
     def view_size(self) -> int:
