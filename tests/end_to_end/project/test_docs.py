@@ -37,6 +37,7 @@ BLOCKS = list(blocks())
 COMMANDS = commands(BLOCKS)
 
 GPU, CLIP, INSTALLS = "needs an NVIDIA GPU", "needs CLIP's weights", "changes the environment"
+WEIGHTS = "needs weights that others published"
 NOT_RUN: dict[str, str] = {
     "make quickstart": "takes three minutes; test_quickstart.py runs what it runs",
     "make test": "runs this test",
@@ -54,8 +55,8 @@ NOT_RUN: dict[str, str] = {
     "pip install tensorrt-cu13": INSTALLS,
     "coma pretrain PHOTOS --out runs/cmt --method cmt --teacher-weights CLIP.safetensors": CLIP,
     "coma pretrain PHOTOS --out runs/dino --method mae --init timm:vit_small_patch14_reg4_dinov2.lvd142m "
-    "--download": "downloads weights",
-    "coma pretrain PHOTOS --out runs/mine --method mae --init mae_vit_base.pth --model vit-base": "needs weights",
+    "--download": WEIGHTS,
+    "coma pretrain PHOTOS --out runs/mine --method mae --init mae_vit_base.pth --model vit-base": WEIGHTS,
     "coma pretrain SHARDS --out runs/dali --loader dali": "needs DALI, an extra for NVIDIA GPUs",
     "coma export runs/first/artifact --to onnx,tensorrt --precision fp16": GPU,
     "coma compare PHOTOS --methods mae coma 'zoom: beyond --degrade zoom-in+mask' --models tiny vit-tiny "

@@ -57,7 +57,7 @@ def features(built: Any) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("settings", [{}, {"init_values": 0.5}, {"qkv_bias": False}])
 def test_timms_vision_transformer_computes_the_same_here(settings: dict[str, Any]) -> None:
     built = with_fixed_positions(network(**settings))
-    encoder = build_encoder(CONFIG)
+    encoder: Any = build_encoder(CONFIG)
     taken = initialize(encoder, of_encoder(built.state_dict()))
     assert taken.matched == taken.total == len(dict(encoder.named_parameters()))
     assert not taken.left_out
@@ -81,7 +81,7 @@ def test_positions_on_no_square_are_left_out() -> None:
 @pytest.mark.parametrize("kind", [torch.float16, torch.float64, torch.float8_e4m3fn])
 def test_other_number_formats_are_converted_and_said(kind: torch.dtype) -> None:
     tensors = {name: tensor.to(kind) for name, tensor in network().state_dict().items()}
-    encoder = build_encoder(CONFIG)
+    encoder: Any = build_encoder(CONFIG)
     name = str(kind).removeprefix("torch.")
     assert f"{name} converted to float32" in str(initialize(encoder, of_encoder(tensors)))
     assert encoder.norm.weight.dtype == torch.float32
@@ -92,7 +92,7 @@ def test_eva_has_scales_and_biases_elsewhere() -> None:
     built = network(
         Eva, qkv_fused=True, use_rot_pos_emb=True, use_abs_pos_emb=False, init_values=0.5, num_reg_tokens=2
     )
-    encoder = build_encoder(CONFIG)
+    encoder: Any = build_encoder(CONFIG)
     taken = initialize(encoder, of_encoder(built.state_dict()))
     assert taken.matched == taken.total and taken.left_out == ("reg_token",)
     block, ours = built.blocks[1], encoder.blocks[1]
@@ -129,7 +129,7 @@ def test_networks_of_timm_take_their_own_weights(name: str) -> None:
 
 
 def test_positions_of_timm_are_resampled() -> None:
-    built = timm.create_model("test_vit", img_size=96)
+    built: Any = timm.create_model("test_vit", img_size=96)
     encoder: Any = build_encoder(timm_config("test_vit"))
     taken = initialize(encoder, of_encoder(built.state_dict()))
     assert taken.matched == taken.total
@@ -193,15 +193,15 @@ def test_parts_of_a_weight_are_no_whole() -> None:
 
 def test_patches_and_channels_are_adapted_and_said() -> None:
     built = network()
-    encoder = build_encoder(ViTConfig(patch=4, dim=32, depth=2, heads=2, channels=4))
+    encoder: Any = build_encoder(ViTConfig(patch=4, dim=32, depth=2, heads=2, channels=4))
     taken = initialize(encoder, of_encoder(built.state_dict()))
     assert taken.matched == taken.total
     assert "stem.weight from 8 x 8 to 4 x 4 px and from 3 channels to 4" in str(taken)
-    gray = build_encoder(ViTConfig(patch=8, dim=32, depth=2, heads=2, channels=1))
+    gray: Any = build_encoder(ViTConfig(patch=8, dim=32, depth=2, heads=2, channels=1))
     initialize(gray, of_encoder(built.state_dict()))
     image = torch.randn(1, 1, 8, 8)
     torch.testing.assert_close(gray.stem(image), built.patch_embed.proj(image.expand(-1, 3, -1, -1)))
-    wide = build_encoder(ViTConfig(patch=8, dim=32, depth=2, heads=2, channels=6))
+    wide: Any = build_encoder(ViTConfig(patch=8, dim=32, depth=2, heads=2, channels=6))
     initialize(wide, of_encoder(built.state_dict()))
     torch.testing.assert_close(
         wide.stem(image.expand(-1, 6, -1, -1)), built.patch_embed.proj(image.expand(-1, 3, -1, -1))
@@ -212,8 +212,8 @@ def test_dyvit_starts_from_another_patch() -> None:
     small = DyViTConfig(
         patch=1, dim=16, depths=(1, 1, 1, 1), heads=(2, 2, 4, 4), windows=((4, 8), (2, 4), (2, 0), (0,))
     )
-    source = build_encoder(small)
-    target = build_encoder(DyViTConfig(**vars(small) | {"patch": 2}))
+    source: Any = build_encoder(small)
+    target: Any = build_encoder(replace(small, patch=2))
     taken = initialize(target, of_encoder(source.state_dict()))
     assert taken.matched == taken.total and "stem.conv.weight from 1 x 1 to 2 x 2 px" in str(taken)
     assert torch.equal(target.stages[2].blocks[0].norm1.weight, source.stages[2].blocks[0].norm1.weight)
