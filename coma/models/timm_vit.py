@@ -20,6 +20,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.eva import Eva
@@ -31,7 +32,8 @@ from coma.errors import BadInput
 from coma.models.blocks import run_block
 from coma.models.checkpoints import Checkpoint, Tensors, fuse_qkv, is_part_of_qkv, timm_named
 from coma.models.plain import PlainEncoder
-from coma.models.view_sequences import ViewSequences
+from coma.models.position_embeddings import cubic_weights
+from coma.models.view_sequences import ViewSequences, is_exporting
 
 
 class TimmViT(PlainEncoder):
@@ -81,8 +83,8 @@ class TimmViT(PlainEncoder):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups for layer-wise decay: stem, every block, norm (timm's convention)."""
         return {
-            "stem": r"^timm\.(cls_token|reg_token|pos_embed|patch_embed|norm_pre|rope)",
-            "blocks": [(r"^timm\.blocks\.(\d+)", None), (r"^timm\.(fc_)?norm\.", (99999,))],
+            "stem": r"^timm\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre|rope)",
+            "blocks": [(r"^timm\.blocks\.(\d+)", None), (r"^timm\.(?:fc_)?norm\.", (99999,))],
         }
 
     def from_checkpoint(self, tensors: Tensors) -> Checkpoint:
@@ -107,18 +109,24 @@ class TimmViT(PlainEncoder):
         return Checkpoint(known, [name for name in named if name not in own], notes)
 
     def _embed(self, images: Tensor) -> Tensor:
-        network = self.timm
-        x = network.patch_embed(images)  # b h w c
+        network, patches = self.timm, self.timm.patch_embed
+        x = patches.norm(rearrange(patches.proj(images), "b c h w -> b h w c"))
         if network.pos_embed is None:
             return x
-        places = network.pos_embed[:, 0 if network.no_embed_class else self.num_prefix_tokens :]
-        places = resample_abs_pos_embed(
-            places,
-            new_size=[x.shape[1], x.shape[2]],
-            old_size=list(self.config.position_grid),
-            num_prefix_tokens=0,
-        )
-        return x + places.view(1, *x.shape[1:]).to(x.dtype)
+        table = network.pos_embed[:, 0 if network.no_embed_class else self.num_prefix_tokens :]
+        return x + self._resampled(table, x.shape[1], x.shape[2]).to(x.dtype)
+
+    def _resampled(self, table: Tensor, rows: int, cols: int) -> Tensor:
+        # 1 places c -> 1 rows cols c
+        old = self.config.position_grid
+        if is_exporting():
+            down, across = (
+                cubic_weights(*sides, device=table.device) for sides in zip(old, (rows, cols), strict=True)
+            )
+            places = table.float().unflatten(1, old).permute(0, 3, 1, 2)
+            return (down @ places @ across.T).permute(0, 2, 3, 1)
+        resampled = resample_abs_pos_embed(table, [rows, cols], list(old), num_prefix_tokens=0)
+        return resampled.unflatten(1, (rows, cols))
 
     def _encode(self, tokens: Tensor, sequences: ViewSequences) -> Tensor:
         network, before = self.timm, self.num_prefix_tokens
@@ -141,7 +149,7 @@ class TimmViT(PlainEncoder):
         prefix = torch.cat(own, dim=1)
         if network.pos_embed is not None and not network.no_embed_class:
             prefix = prefix + network.pos_embed[:, : self.num_prefix_tokens]
-        return [prefix.to(tokens.dtype).expand(len(tokens), -1, -1)]
+        return [prefix.to(tokens.dtype).expand(tokens.shape[0], -1, -1)]
 
     def _rotations(self, sequences: ViewSequences) -> list[Tensor | None] | None:
         # angles of every slot, n heads s c, one entry for all blocks or one each; None: blocks take none
