@@ -89,5 +89,7 @@ def _initialize_decoder(objective: Objective, weights: Weights) -> str:
     given = weights.decoder or {}
     fitting = [name for name in own if name in given and given[name].shape == own[name].shape]
     for name in fitting:
+        if not bool(given[name].isfinite().all()):
+            raise BadInput(f"--init {weights.origin.name}: {name} holds values that are not finite")
         own[name].copy_(given[name])
     return f"{len(fitting)} of {len(own)} tensors of the decoder"

@@ -106,6 +106,15 @@ def test_a_decoder_is_taken_as_far_as_it_fits(settings: PretrainConfig, tmp_path
     assert "19 of 31 tensors of the decoder" in said
 
 
+def test_a_decoder_with_nan_is_refused(settings: PretrainConfig, tmp_path: Path) -> None:
+    place = artifact(tmp_path / "artifact")
+    held = load_artifact(place)
+    held.tensors["decoder.mask_token"].fill_(torch.nan)
+    save_artifact(place, tensors=held.tensors, config=held.config)
+    with pytest.raises(BadInput, match=r"decoder\.mask_token holds values that are not finite"):
+        initial_objective(starting(settings, place))
+
+
 def test_random_numbers_of_the_rest_are_those_of_other_runs(settings: PretrainConfig, tmp_path: Path) -> None:
     backbone = artifact(tmp_path / "artifact", "backbone")
     torch.manual_seed(0)
