@@ -58,6 +58,7 @@ class TimmViT(PlainEncoder):
             drop_path_rate=config.drop_path,
         )
         self.num_prefix_tokens = self.timm.num_prefix_tokens
+        self.register_load_state_dict_post_hook(_compute_buffers)
 
     @property
     def blocks(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -183,6 +184,18 @@ def timm_config(name: str, channels: int = 3) -> TimmConfig:
         position_grid=embed.grid_size,
         channels=channels,
     )
+
+
+def _compute_buffers(encoder: Any, _: Any) -> None:
+    """Computes what no file holds (angles, zero biases) of a network that was built on the device meta."""
+    if encoder.timm.patch_embed.proj.weight.is_meta:
+        return
+    for module in encoder.timm.modules():
+        missing = {name: each for name, each in module.named_buffers(recurse=False) if each.is_meta}
+        for name, each in missing.items():
+            setattr(module, name, torch.empty_like(each, device="cpu"))
+        if missing:
+            module.init_non_persistent_buffers()
 
 
 def unknown_to_timm(name: str) -> str:

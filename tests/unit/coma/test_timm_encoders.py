@@ -113,6 +113,17 @@ def test_hidden_tokens_are_not_computed(name):
     assert lengths == [(2, 4 + encoder.num_prefix_tokens, encoder.config.dim)]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_buffers_that_no_file_holds_are_computed_for_assigned_weights(name):
+    encoder = awake(build_encoder(small(name)))
+    with torch.device("meta"):
+        classifier = build_classifier(encoder.config, 2).eval()
+    head = {"head.weight": torch.zeros(2, encoder.num_features), "head.bias": torch.zeros(2)}
+    classifier.load_state_dict(encoder.state_dict() | head, assign=True)
+    images = torch.randn(1, 3, 8, 12)
+    torch.testing.assert_close(classifier.pool(images), encoder.pool(images), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("sides", [(14, 14), (14, 5), (7, 16), (37, 16), (1, 3), (3, 1)])
 def test_matrices_resample_positions_as_timm_does(sides):
     old, new = sides
