@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from coma.config import ViTConfig
@@ -277,6 +278,20 @@ def plain_vit(tensors: Tensors) -> Checkpoint:
         if prefix and token is not None and token.shape[-1] == positions.shape[-1]:
             token = token + positions[:, :1]
     return Checkpoint(folded | ({} if token is None else {"cls_token": token.flatten()}), notes=notes)
+
+
+def resample_positions(positions: Tensor, prefix: int, grid: tuple[int, int]) -> tuple[Tensor, str]:
+    """Returns learned positions `[1, prefix + places, dim]` for another grid, and what was done.
+
+    Raises:
+        ValueError: the places are no square, so how they lie is not known.
+    """
+    side = math.isqrt(positions.shape[1] - prefix)
+    if side < 1 or side**2 + prefix != positions.shape[1]:
+        raise ValueError(f"its {positions.shape[1]} positions are no square")
+    resample: Any = resample_abs_pos_embed
+    resampled = resample(positions, list(grid), [side, side], num_prefix_tokens=prefix)
+    return resampled, f"pos_embed from {side} x {side} to {grid[0]} x {grid[1]} positions"
 
 
 def _are_fixed(positions: Tensor) -> bool:

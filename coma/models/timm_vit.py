@@ -14,7 +14,6 @@ were trained with before timm moved it (EVA-02, BEiT-3).
 from __future__ import annotations
 
 import difflib
-import math
 from typing import Any
 
 import timm
@@ -30,7 +29,14 @@ from torch import Tensor, nn
 from coma.config import TimmConfig
 from coma.errors import BadInput
 from coma.models.blocks import run_block
-from coma.models.checkpoints import Checkpoint, Tensors, fuse_qkv, is_part_of_qkv, timm_named
+from coma.models.checkpoints import (
+    Checkpoint,
+    Tensors,
+    fuse_qkv,
+    is_part_of_qkv,
+    resample_positions,
+    timm_named,
+)
 from coma.models.plain import PlainEncoder
 from coma.models.position_embeddings import cubic_weights
 from coma.models.view_sequences import ViewSequences, is_exporting
@@ -102,10 +108,8 @@ class TimmViT(PlainEncoder):
         stored, own_positions = named.get("pos_embed"), network.pos_embed
         prefix = 0 if network.no_embed_class else self.num_prefix_tokens
         if stored is not None and own_positions is not None and stored.shape != own_positions.shape:
-            rows, cols = self.config.position_grid
-            side = math.isqrt(stored.shape[1] - prefix)
-            named["pos_embed"] = resample_abs_pos_embed(stored, [rows, cols], [side, side], prefix)
-            notes.append(f"pos_embed from {side} x {side} to {rows} x {cols} positions")
+            named["pos_embed"], note = resample_positions(stored, prefix, network.patch_embed.grid_size)
+            notes.append(note)
         known = {f"timm.{name}": tensor for name, tensor in named.items() if name in own}
         return Checkpoint(known, [name for name in named if name not in own], notes)
 

@@ -137,6 +137,12 @@ def test_positions_of_timm_are_resampled() -> None:
     assert torch.equal(encoder.timm.pos_embed[:, :1], built.pos_embed[:, :1])
 
 
+def test_positions_on_no_square_are_refused_by_networks_with_a_table() -> None:
+    built: Any = timm.create_model("test_vit", img_size=(96, 160))
+    with pytest.raises(BadInput, match="its 61 positions are no square"):
+        initialize(build_encoder(timm_config("test_vit")), of_encoder(built.state_dict()))
+
+
 def test_an_artifact_of_a_network_of_timm_gives_its_tensors() -> None:
     config = replace(timm_config("vit_small_patch16_dinov3"), dim=96, depth=1)
     source, target = (build_encoder(replace(config, channels=channels)) for channels in (3, 4))
