@@ -43,6 +43,7 @@ BLOCKS = list(blocks())
 COMMANDS = commands(BLOCKS)
 
 GPU, CLIP, INSTALLS = "needs an NVIDIA GPU", "needs CLIP's weights", "changes the environment"
+WEIGHTS = "needs weights that others published"
 NOT_RUN: dict[str, str] = {
     "make quickstart": "takes three minutes; test_quickstart.py runs what it runs",
     "make test": "runs this test",
@@ -59,6 +60,9 @@ NOT_RUN: dict[str, str] = {
     "pip install '.[tensorrt-rtx]'": INSTALLS,
     "pip install tensorrt-cu13": INSTALLS,
     "coma pretrain PHOTOS --out runs/cmt --method cmt --teacher-weights CLIP.safetensors": CLIP,
+    "coma pretrain PHOTOS --out runs/dino --method mae --init timm:vit_small_patch14_reg4_dinov2.lvd142m "
+    "--download": WEIGHTS,
+    "coma pretrain PHOTOS --out runs/mine --method mae --init mae_vit_base.pth --model vit-base": WEIGHTS,
     "coma pretrain SHARDS --out runs/dali --loader dali": "needs DALI, an extra for NVIDIA GPUs",
     "coma export runs/first/artifact --to onnx,tensorrt --precision fp16": GPU,
     "coma compare PHOTOS --methods mae coma 'zoom: beyond --degrade zoom-in+mask' --models tiny vit-tiny "
@@ -88,6 +92,8 @@ def small(words: list[str], number: int) -> list[str]:
             return [*words, "--steps", str(2 + number)]
         case ["pretrain", "--from", file, *_] if file.endswith(".json"):
             return words
+        case ["pretrain", *_] if "--init" in words:
+            return [*words, *steps.split()]
         case ["pretrain", *_]:
             model = TINY_VIT if any(word.startswith("vit-") for word in words) else TINY_DYVIT
             model = TINY_TIMM if any(word.startswith("timm:") for word in words) else model
