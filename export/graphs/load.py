@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from coma.artifact import ArtifactConfig, load_artifact, load_classifier, load_encoder
+from coma.artifact import ArtifactConfig, is_multi_label, load_artifact, load_classifier, load_encoder
 from coma.artifact.load import artifact_hash
 from coma.errors import BadArtifact, BadInput
 from coma.library_errors import library_errors
@@ -60,6 +60,7 @@ def load_exportable(directory: Path, graph: GraphKind) -> ExportableModel:
         class_names=config.class_names,
         source=artifact_hash(directory),
         versions=config.versions,
+        multi_label=graph == "classifier" and is_multi_label(config),
     )
     return ExportableModel(module.eval().requires_grad_(False), spec)
 

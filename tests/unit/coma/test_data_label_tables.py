@@ -174,10 +174,12 @@ def test_unknown_classes_are_named_with_file_and_line(tmp_path):
     for kind, labels in (("label", ("x", "y")), ("labels", ("x", "x;y"))):
         train = table(tmp_path / f"train-{kind}.csv", f"image,{kind}\na.png,{labels[0]}\nb.png,{labels[1]}\n")
         test = table(tmp_path / f"test-{kind}.csv", f"image,{kind}\na.png,x\nb.png,X\n")
-        with pytest.raises(BadInput, match=rf"classes X \(first in .*test-{kind}.csv:3\); it has x, y \(upper"):
+        with pytest.raises(
+            BadInput, match=rf"classes X \(first in .*test-{kind}.csv:3\); it has x, y \(upper"
+        ):
             align_labels(open_source(train), open_source(test))
     one, any_number = open_source(tmp_path / "train-label.csv"), open_source(tmp_path / "train-labels.csv")
-    with pytest.raises(BadInput, match="each image has one class, but those of .* have any number"):
+    with pytest.raises(BadInput, match=r"each image has one class, but those of .* have any number"):
         align_labels(any_number, one)
     with pytest.raises(BadInput, match="its images have any number of classes"):
         align_labels(one, any_number)
