@@ -19,6 +19,7 @@ from coma.runtimes.open import Device, open_runtime
 
 log = logging.getLogger(__name__)
 
+DeviceName = Literal["auto", "cuda", "cpu"]
 RuntimeName = Literal["auto", "pytorch", "onnxruntime", "tensorrt"]
 """auto: PyTorch for an artifact, otherwise what runs the exported file."""
 
@@ -29,7 +30,7 @@ def open_model(
     path: Path,
     graph: GraphKind,
     runtime: RuntimeName = "auto",
-    device: Literal["auto", "cuda", "cpu"] = "auto",
+    device: DeviceName = "auto",
 ) -> Runtime:
     """Opens one graph of a model, and logs which file and runtime are used.
 
