@@ -48,7 +48,7 @@ def open_model(
     file = find_model(path, graph, runtime)
     opened = open_runtime(file, _device(file, device), graph if file.is_dir() else None)
     if opened.spec.graph != graph:
-        raise BadInput(f"{file}: is a {opened.spec.graph}; give a {graph}")
+        raise BadInput(f"{file}: is a graph of the {opened.spec.graph}, not of the {graph}")
     log.info("model: %s (%s)", file, opened.title)
     return opened
 

@@ -109,7 +109,7 @@ def _present(labels: torch.Tensor) -> list[int]:
 
 
 def _write(out: Path, scores: dict[str, Any], names: tuple[str, ...]) -> None:
-    about = f"{scores['images']:,} images of {Path(scores['data']).name}"
+    about = f"{scores['images']:,} images of {'/'.join(Path(scores['data']).parts[-2:])}"
     error = scores["calibration"]["error"]
     if "confusion" in scores:
         title = f"top-1 {scores['top1']:.1%}, balanced accuracy {scores['balanced_accuracy']:.1%}\n{about}"

@@ -62,13 +62,12 @@ def single_label_metrics(probabilities: Tensor, labels: Tensor, names: tuple[str
         classes (precision, recall, f1 and support of each; None where undefined) and confusion
         (`[classes][classes]` counts; rows are the true classes).
     """
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+    from sklearn import metrics
 
+    score: Any = metrics.precision_recall_fscore_support  # annotated too narrowly
     confidence, guess = probabilities.max(dim=1)
     numbers = range(len(names))
-    per_class = precision_recall_fscore_support(
-        labels.numpy(), guess.numpy(), labels=list(numbers), zero_division=np.nan
-    )
+    per_class = score(labels.numpy(), guess.numpy(), labels=list(numbers), zero_division=np.nan)
     recalls = per_class[1][per_class[3] > 0]
     return {
         "top1": topk_accuracy(probabilities, labels, 1),
@@ -77,7 +76,7 @@ def single_label_metrics(probabilities: Tensor, labels: Tensor, names: tuple[str
         "cross_entropy": F.nll_loss(probabilities.clamp(min=1e-12).log(), labels).item(),
         "calibration": asdict(calibration(confidence, guess == labels)),
         "classes": _rows(names, ("precision", "recall", "f1", "support"), per_class),
-        "confusion": confusion_matrix(labels.numpy(), guess.numpy(), labels=list(numbers)).tolist(),
+        "confusion": metrics.confusion_matrix(labels.numpy(), guess.numpy(), labels=list(numbers)).tolist(),
     }
 
 
@@ -94,11 +93,12 @@ def multi_label_metrics(probabilities: Tensor, labels: Tensor, names: tuple[str,
         classes), calibration, and classes (ap, precision, recall, f1 and support of each; None where
         undefined).
     """
-    from sklearn.metrics import precision_recall_fscore_support
+    from sklearn import metrics
 
+    score: Any = metrics.precision_recall_fscore_support
     truth, guess = labels.numpy() > 0, probabilities.numpy() >= THRESHOLD
-    per_class = precision_recall_fscore_support(truth, guess, average=None, zero_division=np.nan)
-    micro = precision_recall_fscore_support(truth, guess, average="micro", zero_division=0.0)
+    per_class = score(truth, guess, average=None, zero_division=np.nan)
+    micro = score(truth, guess, average="micro", zero_division=0.0)
     precisions = average_precisions(probabilities, labels)
     present = per_class[3] > 0
     return {

@@ -153,7 +153,7 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
     steps = count_steps(config.optimizer, len(train))
     weights = encoder.state_dict()
     check_space(config, sum(tensor.numel() for tensor in weights.values()))
-    return FinetunePlan(
+    plan = FinetunePlan(
         config=config,
         source=train,
         slices=slices,
@@ -169,6 +169,11 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
         held_out=held_out and val is not None,
         notes=notes,
     )
+    if (each := plan.class_weights()) is None:
+        return plan
+    low, high = int(each.argmin()), int(each.argmax())
+    line = f"class weights: {each[low]:.3g} ({names[low]}) to {each[high]:.3g} ({names[high]})"
+    return replace(plan, notes=(*notes, line))
 
 
 def _filled_in(config: FinetuneConfig, about: ArtifactConfig, names: tuple[str, ...]) -> FinetuneConfig:

@@ -41,10 +41,19 @@ def draw_confusion(path: Path, confusion: list[list[int]], names: tuple[str, ...
         axes.set_xticks(range(len(names)), shown, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), shown)
     if len(names) <= _NUMBERED:
+        size = 10 if len(names) <= 12 else 7
         for row, column in zip(*counts.nonzero(), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
             text = f"{counts[row, column]:,}"
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+            axes.text(
+                column,
+                row,
+                text,
+                ha="center",
+                va="center",
+                color=colour,
+                fontsize=size,
+            )
     _save(figure, path)
 
 
@@ -71,6 +80,7 @@ def draw_reliability(path: Path, calibration: dict[str, Any], title: str) -> Non
         color="#1b4f9c",
         marker="o",
         markersize=4,
+        linestyle="",
         label="mean of the bin",
     )
     top.plot([0, 1], [0, 1], color="#b3541e", linestyle="--", label="perfectly calibrated")

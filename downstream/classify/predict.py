@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import numpy as np
 import torch
@@ -157,11 +157,11 @@ def predict_classes(
             f"interrupted; {out / 'predictions.csv'} and .json hold the first {done:,} of "
             f"{counted(len(source), 'image')}"
         )
-    write_png(out / "contact_sheet.png", contact_sheet(found, title=f"{classifier}"))
+    write_png(out / "contact_sheet.png", contact_sheet(found))
     return found
 
 
-def contact_sheet(found: Predictions, title: str) -> Image.Image:
+def contact_sheet(found: Predictions) -> Image.Image:
     """Draws images by predicted class, from the most to the least certain of each, evenly spaced.
 
     Of more than eight classes, the most frequent ones are shown.
@@ -178,7 +178,8 @@ def contact_sheet(found: Predictions, title: str) -> Image.Image:
         share = len(rows) / len(first)
         heading = f"{found.names[number]}: {counted(len(rows), 'image')}, {share:.1%}"
         sections.append(Section(heading, cells))
-    notes = f"{counted(len(first), 'image')}; of every class, from the most to the least certain"
+    title = f"{'/'.join(found.source.location.parts[-2:])}: {counted(len(first), 'image')}"
+    notes = "Predicted classes, and images of each from the most to the least certain"
     left_out = int((counts > 0).sum()) - len(sections)
     if left_out:
         notes += f"; {counted(left_out, 'less frequent class', 'less frequent classes')} not shown"
@@ -240,7 +241,7 @@ def _write_json(path: Path, found: Predictions, classifier: Path, model: Runtime
 
 def _write_lines(path: Path, write: Callable[[TextIO], None]) -> None:
     def through_buffer(file: Descriptor) -> None:
-        text = io.TextIOWrapper(io.BufferedWriter(file, 1 << 20), "utf-8", newline="")
+        text = io.TextIOWrapper(io.BufferedWriter(cast(Any, file), 1 << 20), "utf-8", newline="")
         write(text)
         text.flush()
         text.detach()

@@ -15,7 +15,7 @@ from coma.config.serialization import read_config
 from coma.errors import BadInput
 from coma.preflight import require_packages
 from coma.ranges import Range
-from downstream.cli_options import CheckOptions, Device, RuntimeOptions, Split, TestOptions
+from downstream.cli_options import CheckOptions, Device, RuntimeOptions, Split
 from downstream.commands import shared
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifyTest(RuntimeOptions, TestOptions):
+class ClassifyTest(RuntimeOptions):
     """Measures a classifier on labelled images: accuracy, precision and recall, confusions, calibration.
 
     Classes are matched by name. With one class per image: top-1, top-5 and balanced accuracy. With any number
@@ -93,6 +93,8 @@ class ClassifyTest(RuntimeOptions, TestOptions):
     """Split to measure on."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Folder for scores.json, confusion_matrix.png and reliability.png."""
+    device: Device = "auto"
+    """Device to compute on; auto is the GPU where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
