@@ -89,6 +89,8 @@ def small(words: list[str], number: int) -> list[str]:
             return [*words, "--device", "cpu", "--workers", "0", "--image-size", "32"]
         case ["classify", "train", "--resume", *_]:
             return [*words, "--steps", str(2 + number)]
+        case ["classify", "train", *_] if "--frozen" in words:
+            return [*words, *["--batch-size", "4", "--device", "cpu", "--workers", "0", "--image-size", "32"]]
         case ["classify", "train", *_]:
             return [*words, *f"{steps} --image-size 32".split()]
         case ["detect" | "segment", "train", "--resume", *_]:
@@ -96,7 +98,7 @@ def small(words: list[str], number: int) -> list[str]:
         case ["detect" | "segment", "train", *_]:
             tiny = ["--preset", "tiny"] if "--preset" in words else []
             return [*words, *tiny, *TINY_DOWNSTREAM.split()]
-        case ["detect" | "segment", "test" | "predict", *_]:
+        case ["classify" | "detect" | "segment", "test" | "predict", *_]:
             return [*words, "--device", "cpu"]
         case ["export", artifact, *_]:
             size = "1x3x64x96" if "detector" in artifact else "1x3x48x48"
