@@ -157,7 +157,7 @@ def inputs_of(spec: ModelSpec, pictures: list[np.ndarray], side: int, batch: int
 
 
 def time_all(entrants: list[Entrant], batch: int, args: argparse.Namespace) -> list[Latency]:
-    """Of all of them, in turns."""
+    """Returns the latency of every entrant; they are timed in turns."""
     print(f"batch {batch}: timing {len(entrants)} runtimes in turns", flush=True)
     calls = []
     for entrant in entrants:

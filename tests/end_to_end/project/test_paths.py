@@ -24,6 +24,7 @@ BASES: dict[str, tuple[list[str], dict[str, str]]] = {
         {"--out": "{out}/run", "--steps": "1", "--device": "cpu", "--image-size": "64"},
     ),
     "evaluate": (["{artifact}"], {"--data": "{photos}", "--device": "cpu"}),
+    "classify train": (["{artifact}"], {"--data": "{photos}", "--out": "{out}/run", "--device": "cpu"}),
     "compare": (
         ["{photos}"],
         {"--test": "{photos}", "--budget": "images 9", "--out": "{out}/compare", "--device": "cpu"},
@@ -39,6 +40,7 @@ BASES: dict[str, tuple[list[str], dict[str, str]]] = {
     "segment predict": (["{artifact}", "{photos}"], {"--out": "{out}/found"}),
     "export": (["{artifact}"], {"--out": "{out}/export", "--benchmark-seconds": "0"}),
     "benchmark": (["{artifact}"], {}),
+    "info": (["{artifact}"], {}),
     "demo": ([], {"--port": "0", "--device": "cpu"}),
 }
 WRITTEN = ("--out", "--run")
@@ -87,11 +89,13 @@ def paths_of(invocation: str) -> dict[str, tuple[str | int, list[str]]]:
             for field in dataclasses.fields(kind):
                 if not _holds_paths(hints[field.name]):
                     continue
-                if tyro.conf.Positional in getattr(hints[field.name], "__metadata__", ()):
+                notes = getattr(hints[field.name], "__metadata__", ())
+                named = next((note.name for note in notes if getattr(note, "name", None)), field.name)
+                if tyro.conf.Positional in notes:
                     found.setdefault(field.name, (position, variant))
                     position += 1
                 else:
-                    flag = prefix + field.name.strip("_").replace("_", "-")
+                    flag = prefix + named.strip("_").replace("_", "-")
                     found.setdefault(flag, (flag, variant))
     return found
 
@@ -101,6 +105,7 @@ def _holds_paths(hint: Any) -> bool:
 
 
 def test_every_command_has_paths():
+    assert set(BASES) == set(invocations())
     assert all(paths_of(invocation) for invocation in invocations())
     assert sum(len(paths_of(invocation)) for invocation in invocations()) > 40
 

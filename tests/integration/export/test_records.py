@@ -58,7 +58,7 @@ def entry(file: str, **changes: Any) -> Entry:
 
 
 def rows(p50: float, shape: str = "1 x 48 x 48") -> list[dict[str, Any]]:
-    """Of a file and of PyTorch, which takes ten times as long."""
+    """Returns the latencies of a file and of PyTorch, which takes ten times as long."""
     found = [{"shape": shape, "what": what} for what in ("compute", "end to end")]
     return [row | {"p50": p50 * slower} for row in found for slower in (1, 10)]
 
