@@ -29,7 +29,7 @@ from coma.cli import main
 from coma.config import FinetuneConfig
 from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.models.classifiers import build_classifier
-from coma.runtimes.find import open_model
+from coma.runtimes.find import RuntimeName, open_model
 from downstream.classify import predict as predicting
 from downstream.classify.evaluate import test_classifier as measure
 from downstream.classify.finetune import finetune
@@ -424,13 +424,17 @@ def test_a_data_set_is_described(place, tmp_path, capsys):
 
 def test_pytorch_and_onnx_runtime_agree(linear, exported, place, tmp_path, capsys):
     file, artifact = exported / "classifier.onnx", linear / "artifact"
+    ways: list[tuple[Path, RuntimeName]] = [
+        (artifact, "auto"),
+        (artifact, "onnxruntime"),
+        (file, "auto"),
+        (exported, "auto"),
+    ]
     found = [
         predict_classes(
             path, [place / "data"], out=tmp_path / str(i), runtime=runtime, device="cpu", workers=0
         )
-        for i, (path, runtime) in enumerate(
-            [(artifact, "auto"), (artifact, "onnxruntime"), (file, "auto"), (exported, "auto")]
-        )
+        for i, (path, runtime) in enumerate(ways)
     ]
     for each in found[1:]:
         assert torch.equal(each.classes, found[0].classes) and each.names == found[0].names
