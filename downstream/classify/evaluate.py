@@ -25,7 +25,7 @@ _NAMED = 3
 """Number of unreadable images that a message names; scores.json lists all."""
 
 
-def test_classifier(
+def evaluate_classifier(
     classifier: Path,
     data: Path,
     *,
@@ -64,12 +64,16 @@ def test_classifier(
     source = open_labelled(data, split, held_out=split is None)
     model = open_classifier(classifier, runtime, device)
     names, multi_label = class_names_of(model), model.spec.multi_label
-    if multi_label != (source.multi_hot is not None) and (multi_label or source.labels is None):
-        takes = "any number of classes" if multi_label else "one class"
-        has = "one class" if multi_label else source.unlabelled_reason or "no labels"
+    if multi_label and source.multi_hot is None:
+        has = "have one class" if source.labels is not None else "have no labels"
         raise BadInput(
-            f"{source.location}: the classifier is for images of {takes}, but here: {has}; give images with "
-            f"{'a CSV file of labels' if multi_label else 'a folder for each class'}"
+            f"{source.location}: its images {has}, but those of {classifier} any number of classes; give "
+            "a CSV file of labels"
+        )
+    if source.multi_hot is not None and not multi_label:
+        raise BadInput(
+            f"{source.location}: its images have any number of classes, but {classifier} is for one class "
+            "per image; give a folder for each class"
         )
     labels = class_indices(source, names, f"{classifier}")
     log.info("classes: matched by name, %d of %d have images", len(set(_present(labels))), len(names))

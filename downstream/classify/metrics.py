@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,19 +96,23 @@ def multi_label_metrics(probabilities: Tensor, labels: Tensor, names: tuple[str,
     """
     from sklearn import metrics
 
-    score: Any = metrics.precision_recall_fscore_support
+    score: Any = partial(metrics.precision_recall_fscore_support, average="binary")
     truth, guess = labels.numpy() > 0, probabilities.numpy() >= THRESHOLD
-    per_class = score(truth, guess, average=None, zero_division=np.nan)
-    micro = score(truth, guess, average="micro", zero_division=0.0)
+    support = truth.sum(axis=0)
+    per_class = np.array(
+        [score(*each, zero_division=np.nan)[:3] for each in zip(truth.T, guess.T, strict=True)]
+    )
+    micro_f1 = score(truth.ravel(), guess.ravel(), zero_division=0.0)[2]
     precisions = average_precisions(probabilities, labels)
-    present = per_class[3] > 0
     return {
         "mean_ap": float(np.nanmean(precisions)),
-        "micro_f1": float(micro[2]),
-        "macro_f1": float(np.nan_to_num(per_class[2][present]).mean()),
+        "micro_f1": float(micro_f1),
+        "macro_f1": float(np.nan_to_num(per_class[support > 0, 2]).mean()),
         "exact_match": float((truth == guess).all(axis=1).mean()),
         "calibration": asdict(calibration(probabilities.flatten(), labels.flatten() > 0)),
-        "classes": _rows(names, ("ap", "precision", "recall", "f1", "support"), (precisions, *per_class)),
+        "classes": _rows(
+            names, ("ap", "precision", "recall", "f1", "support"), (precisions, *per_class.T, support)
+        ),
     }
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from coma.atomic_io import Descriptor, write_whole
+from coma.atomic_io import Descriptor, lies_among, write_whole
 from coma.contact_sheet import Cell, Section, draw_sections, write_png
 from coma.data import Source
 from coma.data.channels import scale_to_unit
@@ -112,6 +112,8 @@ def predict_classes(
         Interrupted: Ctrl-C or SIGTERM; what was done is written.
     """
     require_folder(out)
+    for note in filter(None, (lies_among(out, path) for path in images if path.is_dir())):
+        log.warning(note)
     source = open_all_images(images)
     model = open_classifier(classifier, runtime, device)
     names = class_names_of(model)

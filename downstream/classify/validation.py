@@ -101,7 +101,9 @@ def score(logits: Tensor, labels: Tensor, step: int) -> Validation:
         raise CheckFailed(f"step {step}: the classifier's outputs are not finite; try --precision fp32")
     if labels.ndim == 2:
         loss = F.binary_cross_entropy_with_logits(logits, labels).item()
-        mean_ap = float(np.nan_to_num(average_precisions(logits, labels)).sum() / labels.any(dim=0).sum())
+        precisions = average_precisions(logits, labels)
+        defined = precisions[~np.isnan(precisions)]
+        mean_ap = float(defined.mean()) if len(defined) else 0.0
         return Validation(step, None, None, loss, len(labels), mean_ap)
     top5 = topk_accuracy(logits, labels, 5) if logits.shape[1] > 5 else None
     loss = F.cross_entropy(logits, labels).item()

@@ -217,10 +217,10 @@ def _test(argv: list[str]) -> None:
     options = parse_arguments(ClassifyTest, argv, prog="coma classify test")
 
     from coma.progress import Progress
-    from downstream.classify.evaluate import test_classifier
+    from downstream.classify.evaluate import evaluate_classifier
 
     with Progress() as progress:
-        scores = test_classifier(
+        scores = evaluate_classifier(
             options.artifact,
             options.data,
             split=options.split,

@@ -31,7 +31,7 @@ from coma.errors import BadInput, CheckFailed, Interrupted
 from coma.models.classifiers import build_classifier
 from coma.runtimes.find import RuntimeName, open_model
 from downstream.classify import predict as predicting
-from downstream.classify.evaluate import test_classifier as measure
+from downstream.classify.evaluate import evaluate_classifier as measure
 from downstream.classify.finetune import finetune
 from downstream.classify.inference import classify_images, open_classifier
 from downstream.classify.predict import predict_classes
@@ -223,9 +223,9 @@ def test_a_frozen_head_for_any_number_of_classes(short, tmp_path):
 def test_the_two_forms_of_labels_are_not_mixed(place, tmp_path):
     data = tag(tmp_path / "data", {"train": 4, "test": 4})
     one, any_number = save_classifier(tmp_path / "a"), save_classifier(tmp_path / "b", multi_label=True)
-    with pytest.raises(BadInput, match=r"is for images of one class, but here: its images have any number"):
+    with pytest.raises(BadInput, match=r"its images have any number of classes, but .* is for one"):
         measure(one, data, workers=0)
-    with pytest.raises(BadInput, match=r"is for images of any number of classes, but here: one class; give"):
+    with pytest.raises(BadInput, match=r"have one class, but those of .* any number of classes; give a CSV"):
         measure(any_number, place / "data", workers=0)
     (data / "test.csv").write_text("image,labels\ntest/0.png,\ntest/1.png,purple\n")
     with pytest.raises(BadInput, match=r"does not have the classes purple \(first in .*test.csv:3\)"):

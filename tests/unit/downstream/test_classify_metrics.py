@@ -54,3 +54,6 @@ def test_any_number_of_classes():
     assert validated.score == validated.mean_ap == pytest.approx(found["mean_ap"])
     assert str(validated) == "mAP 91.67%" and validated.top1 is None
     assert average_precisions(probabilities, labels * 0).tolist() != [0, 0, 0]  # undefined, not zero
+    one = multi_label_metrics(probabilities[:, :1], labels[:, :1], NAMES[:1])
+    assert [row["ap"] for row in one["classes"]] == [pytest.approx(first)] and one["micro_f1"] == 0.5
+    assert score(probabilities.logit(), labels * 0, step=0).score == 0.0
