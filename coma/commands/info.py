@@ -150,7 +150,10 @@ def _artifact(path: Path) -> Report:
     steps = {
         "backbone": encoder,
         "pretrained": encoder,
-        "classifier": [],
+        "classifier": [
+            "coma classify test {} --data CLASSES",
+            "coma classify predict {} IMAGES --out PREDICTIONS",
+        ],
         "detector": ["coma detect predict {} IMAGES --out PICTURES"],
         "segmentor": ["coma segment predict {} IMAGES --out PICTURES"],
     }

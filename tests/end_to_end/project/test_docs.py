@@ -103,6 +103,8 @@ def small(words: list[str], number: int) -> list[str]:
             return [*words, "--device", "cpu", "--workers", "0", "--image-size", "32"]
         case ["classify", "train", "--resume", *_]:
             return [*words, "--steps", str(2 + number)]
+        case ["classify", "train", *_] if "--frozen" in words:
+            return [*words, *["--batch-size", "4", "--device", "cpu", "--workers", "0", "--image-size", "32"]]
         case ["classify", "train", *_]:
             return [*words, *f"{steps} --image-size 32".split()]
         case ["detect" | "segment", "train", "--resume", *_]:
@@ -110,7 +112,7 @@ def small(words: list[str], number: int) -> list[str]:
         case ["detect" | "segment", "train", *_]:
             tiny = ["--preset", "tiny"] if "--preset" in words else []
             return [*words, *tiny, *TINY_DOWNSTREAM.split()]
-        case ["detect" | "segment", "test" | "predict", *_]:
+        case ["classify" | "detect" | "segment", "test" | "predict", *_]:
             return [*words, "--device", "cpu"]
         case ["export", artifact, *_]:  # a dataset has images of any size
             size = "1x3x32x32:1x3x64x96:2x3x96x96" if "--dataset" in words else "1x3x48x48"

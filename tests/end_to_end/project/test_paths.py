@@ -25,6 +25,8 @@ BASES: dict[str, tuple[list[str], dict[str, str]]] = {
     ),
     "evaluate": (["{artifact}"], {"--data": "{photos}", "--device": "cpu"}),
     "classify train": (["{artifact}"], {"--data": "{photos}", "--out": "{out}/run", "--device": "cpu"}),
+    "classify test": (["{artifact}"], {"--data": "{photos}", "--device": "cpu"}),
+    "classify predict": (["{artifact}", "{photos}"], {"--out": "{out}/found", "--device": "cpu"}),
     "compare": (
         ["{photos}"],
         {"--test": "{photos}", "--budget": "images 9", "--out": "{out}/compare", "--device": "cpu"},
