@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import tyro
 
-from coma.errors import BadInput
 from coma.messages import parse_names
 from coma.paths import exports_beside
 from coma.ranges import Range, Ranged
