@@ -68,6 +68,10 @@ NOT_RUN: dict[str, str] = {
     "coma compare PHOTOS --methods mae coma 'zoom: beyond --degrade zoom-in+mask' --models tiny vit-tiny "
     "--seeds 0 1 2 --budget images 100000 --test CLASSES --protocols knn linear --probes 5 --out comparison "
     "-- --image-size 64": "test_sweep.py runs comparisons, with a process for every run",
+    "coma embed timm:vit_small_patch14_dinov2.lvd142m IMAGES --out dinov2.parquet --download": "downloads "
+    "weights",
+    "coma embed runs/first/artifact IMAGES --out features.parquet --ray auto": "needs a Ray cluster; "
+    "test_embed.py starts one",
     "coma demo": "trains the quickstart's model; the other demo is run",
     "coma detect train runs/first/artifact --data COCO --config ANY.py --cfg-options "
     "optim_wrapper.optimizer.lr=0.0002 --out runs/own": "test_user_configs.py trains several configurations",
@@ -121,6 +125,8 @@ def small(words: list[str], number: int) -> list[str]:
             return [*words, *fewer.split(), *graph]
         case ["benchmark", *_]:
             return [*words, "--batch", "1", "--size", "48x48"]
+        case ["embed", *_]:
+            return [*words, "--device", "cpu", "--workers", "0"]
         case ["degrade", *_]:
             return [*words, "--size", "72", "--unit", "8", "--draws", "1"]
         case ["pack", *_]:
