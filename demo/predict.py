@@ -45,7 +45,7 @@ def prepare(pixels: np.ndarray, runtime: Runtime) -> Tensor:
 def classify(runtime: Runtime, pixels: np.ndarray, names: tuple[str, ...], most: int = 5) -> dict[str, float]:
     """Returns the probabilities of the `most` most probable classes, in descending order."""
     logits = run(runtime, prepare(pixels, runtime))["logits"][0]
-    scores, order = logits.float().softmax(dim=0).sort(descending=True)
+    scores, order = runtime.spec.probabilities(logits).sort(descending=True)
     return {names[i]: float(p) for p, i in zip(scores[:most], order[:most].tolist(), strict=True)}
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from coma.artifact.save import sibling
-from coma.artifact.schema import CHECKSUMS, CONFIG, LINEAR_HEAD, RENAMED, TENSORS, content_sha256
+from coma.artifact.schema import CHECKSUMS, CONFIG, LINEAR_HEAD, MULTI_LABEL, RENAMED, TENSORS, content_sha256
 from coma.atomic_io import sha256_of
 from coma.config.artifact import FORMAT_VERSION, ArtifactConfig
 from coma.config.serialization import from_plain
@@ -125,7 +125,8 @@ def load_classifier(directory: str | Path) -> Classifier:
     """Returns the model of a `classifier` artifact, in evaluation mode on the CPU.
 
     It maps images `[b, c, H, W]`, normalised by the `mean` and `std` of its attribute `artifact`, to logits
-    `[b, classes]`, one for each of `artifact.class_names`.
+    `[b, classes]`, one for each of `artifact.class_names`: for a softmax over them, or for a sigmoid of each
+    where an image may have any number of classes (`is_multi_label(artifact)`).
 
     Raises:
         BadArtifact: as `load_artifact` and `load_strict`, or an artifact of another kind or with a head that
@@ -140,7 +141,8 @@ def load_classifier(directory: str | Path) -> Classifier:
             f"{directory}: its kind is {config.kind!r}; give a 'classifier' artifact, as "
             "`coma classify train` makes"
         )
-    if config.head != LINEAR_HEAD or config.class_names is None:
+    head = {name: value for name, value in (config.head or {}).items() if name != MULTI_LABEL}
+    if head != LINEAR_HEAD or config.class_names is None:
         raise BadArtifact(
             f"{directory}: its head is {config.head} for the classes {config.class_names}; known here is "
             f"{LINEAR_HEAD} with class names"
@@ -149,6 +151,11 @@ def load_classifier(directory: str | Path) -> Classifier:
     load_strict(classifier, artifact.tensors, source=f"{directory}/{TENSORS}")
     classifier.artifact = config
     return classifier.eval()
+
+
+def is_multi_label(config: ArtifactConfig) -> bool:
+    """Returns whether a classifier is for images with any number of classes."""
+    return bool((config.head or {}).get(MULTI_LABEL, False))
 
 
 def _check_directory(directory: Path, found: Path) -> None:
@@ -247,7 +254,7 @@ def artifact_hash(directory: Path) -> str:
     """
     try:
         plain = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        for fact in ("trained", "versions", CHECKSUMS):
+        for fact in ("trained", "versions", "init", CHECKSUMS):
             plain.pop(fact, None)
         found = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
         with safe_open(directory / "model.safetensors", framework="pt", device="cpu") as file:

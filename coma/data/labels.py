@@ -138,8 +138,8 @@ def _columns_of(source: Source, multi_hot: np.ndarray, classes: Sequence[str], o
 
 def _present(source: Source, multi_hot: np.ndarray) -> list[str]:
     """Returns the names of the classes that an image has."""
-    names = source.class_names or ()
-    return [name for name, used in zip(names, multi_hot.any(axis=0).tolist(), strict=True) if used]
+    used = np.flatnonzero(multi_hot.any(axis=0)).tolist()
+    return [(source.class_names or ())[i] for i in used]
 
 
 def _foreign(source: Source, foreign: Sequence[str], where: str, classes: Sequence[str], owner: str) -> str:

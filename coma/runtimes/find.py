@@ -19,6 +19,7 @@ from coma.runtimes.open import Device, open_runtime
 
 log = logging.getLogger(__name__)
 
+DeviceName = Literal["auto", "cuda", "cpu"]
 RuntimeName = Literal["auto", "pytorch", "onnxruntime", "tensorrt"]
 """auto: PyTorch for an artifact, otherwise what runs the exported file."""
 
@@ -29,7 +30,7 @@ def open_model(
     path: Path,
     graph: GraphKind,
     runtime: RuntimeName = "auto",
-    device: Literal["auto", "cuda", "cpu"] = "auto",
+    device: DeviceName = "auto",
 ) -> Runtime:
     """Opens one graph of a model, and logs which file and runtime are used.
 
@@ -47,7 +48,7 @@ def open_model(
     file = find_model(path, graph, runtime)
     opened = open_runtime(file, _device(file, device), graph if file.is_dir() else None)
     if opened.spec.graph != graph:
-        raise BadInput(f"{file}: is a {opened.spec.graph}; give a {graph}")
+        raise BadInput(f"{file}: is a graph of the {opened.spec.graph}, not of the {graph}")
     log.info("model: %s (%s)", file, opened.title)
     return opened
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from coma.artifact import ArtifactConfig, load_artifact, load_classifier, load_encoder
+from coma.artifact import ArtifactConfig, is_multi_label, load_artifact, load_classifier, load_encoder
 from coma.artifact.load import artifact_hash
 from coma.errors import BadArtifact, BadInput
 from coma.library_errors import library_errors
@@ -60,6 +60,7 @@ def load_exportable(directory: Path, graph: GraphKind) -> ExportableModel:
         class_names=config.class_names,
         source=artifact_hash(directory),
         versions=config.versions,
+        multi_label=graph == "classifier" and is_multi_label(config),
     )
     return ExportableModel(module.eval().requires_grad_(False), spec)
 
@@ -160,12 +161,9 @@ def _encoder(directory: Path) -> tuple[nn.Module, tuple[TensorSpec, ...]]:
     from export.graphs.wrappers import EncoderGraph
 
     encoder: Encoder = load_encoder(directory)
-    widths = [
-        encoder.num_features // 2 ** (len(encoder.strides) - 1 - i) for i in range(len(encoder.strides))
-    ]
     maps = [
         TensorSpec(f"stride{stride}", "float32", ("batch", width, f"height/{stride}", f"width/{stride}"))
-        for stride, width in zip(encoder.strides, widths, strict=True)
+        for stride, width in zip(encoder.strides, encoder.config.widths, strict=True)
     ]
     return EncoderGraph(encoder), (
         *maps,

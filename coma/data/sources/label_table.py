@@ -151,16 +151,21 @@ def find_table(
 
 def _read(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Returns the header, and the other rows with their line numbers."""
+    rows: list[tuple[int, list[str]]] = []
+    line = 1
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True, skipinitialspace=True)
-            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
+            for row in reader:
+                line = reader.line_num
+                if any(row):
+                    rows.append((line, [cell.strip() for cell in row]))
     except OSError as error:
         raise BadInput(f"{table}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise BadInput(f"{table}: is not UTF-8 text; save it as CSV in UTF-8") from None
     except csv.Error as error:
-        raise BadInput(f"{table}:{reader.line_num}: not CSV ({error}); quote cells with commas") from None
+        raise BadInput(f"{table}:{line + 1}: not CSV ({error}); quote cells with commas") from None
     if not rows:
         raise BadInput(f"{table}: is empty; give a line of column names, then a line for each image")
     header = rows[0][1]

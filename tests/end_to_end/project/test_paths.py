@@ -26,6 +26,8 @@ BASES: dict[str, tuple[list[str], dict[str, str]]] = {
     ),
     "evaluate": (["{artifact}"], {"--data": "{photos}", "--device": "cpu"}),
     "classify train": (["{artifact}"], {"--data": "{photos}", "--out": "{out}/run", "--device": "cpu"}),
+    "classify test": (["{artifact}"], {"--data": "{photos}", "--device": "cpu"}),
+    "classify predict": (["{artifact}", "{photos}"], {"--out": "{out}/found", "--device": "cpu"}),
     "compare": (
         ["{photos}"],
         {"--test": "{photos}", "--budget": "images 9", "--out": "{out}/compare", "--device": "cpu"},
@@ -91,15 +93,15 @@ def paths_of(invocation: str) -> dict[str, tuple[str | int, list[str]]]:
             prefix = getattr(kind, "flags", "--")
             hints = get_type_hints(kind, include_extras=True)
             for field in dataclasses.fields(kind):
-                positional = tyro.conf.Positional in getattr(hints[field.name], "__metadata__", ())
+                notes = getattr(hints[field.name], "__metadata__", ())
+                positional = tyro.conf.Positional in notes
                 position += positional
                 if not _holds_paths(hints[field.name]):
                     continue
-                notes = getattr(hints[field.name], "__metadata__", ())
-                named = next((note.name for note in notes if getattr(note, "name", None)), field.name)
                 if positional:
                     found.setdefault(field.name, (position - 1, variant))
                 else:
+                    named = next((note.name for note in notes if getattr(note, "name", None)), field.name)
                     flag = prefix + named.strip("_").replace("_", "-")
                     found.setdefault(flag, (flag, variant))
     return found

@@ -179,7 +179,7 @@ def test_unknown_classes_are_named_with_file_and_line(tmp_path):
         ):
             align_labels(open_source(train), open_source(test))
     one, any_number = open_source(tmp_path / "train-label.csv"), open_source(tmp_path / "train-labels.csv")
-    with pytest.raises(BadInput, match="each image has one class, but those of .* have any number"):
+    with pytest.raises(BadInput, match=r"each image has one class, but those of .* have any number"):
         align_labels(any_number, one)
     with pytest.raises(BadInput, match="its images have any number of classes"):
         align_labels(one, any_number)
