@@ -154,7 +154,7 @@ def test_timm_models_are_found_in_the_cache(pictures, tmp_path, monkeypatch, cap
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, snapshot / "model.safetensors")
     assert embed(f"timm:{name}", pictures, tmp_path / "f.parquet") == 0, capsys.readouterr().err
     names, values = content(tmp_path / "f.parquet")
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net), is_training=False)
+    transform: Any = timm.data.create_transform(**timm.data.resolve_model_data_config(net), is_training=False)
     images = torch.stack([transform(Image.open(pictures / each)) for each in names])
     with torch.inference_mode():
         wanted = net.forward_head(net.forward_features(images), pre_logits=True)
