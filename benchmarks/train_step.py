@@ -110,7 +110,7 @@ class Step:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def parameters(self) -> tuple[int, int]:
-        """Of the encoder, and of everything that trains."""
+        """Returns the number of parameters of the encoder, and of everything that trains."""
         encoder = self.model.encoder
         return tuple(sum(p.numel() for p in m.parameters()) for m in (encoder, self.model))  # type: ignore
 
@@ -153,7 +153,7 @@ def child(name: str, batch: int, precision: Precision) -> None:
 
 
 def images_per_second(steps: dict[str, Step], batches: dict[str, int], rounds: int) -> dict[str, float]:
-    """Of every model."""
+    """Returns the speed of every model."""
     actions = {name: partial(step, batches[name]) for name, step in steps.items()}
     device = next(iter(steps.values())).device
     return {name: batches[name] / each for name, each in time_in_turn(actions, rounds, device).items()}

@@ -19,8 +19,9 @@ from coma.objectives import build_objective as build_objective
 from coma.objectives.load import load_pretrained as load_pretrained
 from coma.runtimes.open import open_runtime as open_runtime
 from downstream.classify.finetune import finetune as finetune
-from pretrain.evaluate import evaluate as evaluate
-from pretrain.training import pretrain as pretrain
+from pretrain.commands.api import evaluate as evaluate
+from pretrain.commands.api import pretrain as pretrain
+from pretrain.training.callbacks import Callback as Callback
 
 __version__: str
 __all__: list[str]

@@ -14,6 +14,7 @@ from coma.ranges import BATCH, DECAY, EPOCHS, PROCESSES, RATE, WEIGHT_DECAY, Ran
 
 Device = Literal["auto", "cuda", "cpu"]
 Split = Literal["train", "val", "test"]
+RuntimeName = Literal["auto", "pytorch", "onnxruntime", "tensorrt"]
 UNSET = arg(help_behavior_hint="")
 """Marks flags that have no default."""
 
@@ -109,6 +110,21 @@ class PredictOptions(Ranged):
     """New folder for the pictures and the predictions."""
     device: Device = "auto"
     """Device to compute on; auto is the GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class RuntimeOptions(Ranged):
+    """How a classifier is run on images."""
+
+    runtime: RuntimeName = "auto"
+    """Runtime; auto is PyTorch for an artifact, and what runs the file for an exported one. For an artifact,
+    onnxruntime and tensorrt take the files in the folder export beside it."""
+    batch_size: Annotated[int, BATCH] = 64
+    """Images per forward pass."""
+    workers: Annotated[int | None, PROCESSES, arg(help_behavior_hint="(default: cores - 1, at most 8)")] = (
+        None
+    )
+    """Processes that load images."""
 
 
 @dataclass(frozen=True)

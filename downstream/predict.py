@@ -68,7 +68,9 @@ def read_image_ids(annotations: Path) -> dict[str, int]:
     try:
         images = json.loads(annotations.read_text(encoding="utf-8"))["images"]
         return {str(image["file_name"]): int(image["id"]) for image in images}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise BadInput(f"{annotations}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise BadInput(
             f"{annotations}: not a COCO annotation file ({type(error).__name__}: {error})"
         ) from None

@@ -31,7 +31,15 @@ from coma.config.objectives import (
     TeacherConfig,
     method_preset,
 )
-from coma.config.runs import DataConfig, OptimizerConfig, PretrainConfig, ProbeConfig, RunConfig, view_size
+from coma.config.runs import (
+    DataConfig,
+    InitConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    ProbeConfig,
+    RunConfig,
+    view_size,
+)
 
 __all__ = [
     "ENCODER_METAVAR",
@@ -50,6 +58,7 @@ __all__ = [
     "FinetuneDataConfig",
     "FinetuneRecipe",
     "FinetuneRunConfig",
+    "InitConfig",
     "MAEConfig",
     "ObjectiveConfig",
     "OptimizerConfig",

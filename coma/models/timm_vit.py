@@ -30,6 +30,14 @@ from torch import Tensor, nn
 from coma.config import TimmConfig
 from coma.errors import BadInput
 from coma.models.blocks import run_block
+from coma.models.checkpoints import (
+    Checkpoint,
+    Tensors,
+    fuse_qkv,
+    is_part_of_qkv,
+    resample_positions,
+    timm_named,
+)
 from coma.models.plain import PlainEncoder
 from coma.models.position_embeddings import cubic_weights
 from coma.models.view_sequences import ViewSequences, is_exporting
@@ -90,6 +98,25 @@ class TimmViT(PlainEncoder):
             "stem": r"^timm\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre|rope)",
             "blocks": [(r"^timm\.blocks\.(\d+)", None), (r"^timm\.(?:fc_)?norm\.", (99999,))],
         }
+
+    def from_checkpoint(self, tensors: Tensors) -> Checkpoint:
+        """Returns the tensors of a vision transformer by the names of this one's; positions are resampled."""
+        network, notes = self.timm, []
+        own = network.state_dict()
+        named = timm_named(tensors, network)
+        if not any(map(is_part_of_qkv, own)):
+            named = fuse_qkv(named)
+        for kind in ("weight", "bias"):
+            for theirs, ours in (("norm", "fc_norm"), ("fc_norm", "norm")):
+                if f"{ours}.{kind}" in own.keys() - named.keys() and f"{theirs}.{kind}" in named:
+                    named[f"{ours}.{kind}"] = named.pop(f"{theirs}.{kind}")
+        stored, own_positions = named.get("pos_embed"), network.pos_embed
+        prefix = 0 if network.no_embed_class else self.num_prefix_tokens
+        if stored is not None and own_positions is not None and stored.shape != own_positions.shape:
+            named["pos_embed"], note = resample_positions(stored, prefix, network.patch_embed.grid_size)
+            notes.append(note)
+        known = {f"timm.{name}": tensor for name, tensor in named.items() if name in own}
+        return Checkpoint(known, [name for name in named if name not in own], notes)
 
     def _embed(self, images: Tensor) -> Tensor:
         network, patches = self.timm, self.timm.patch_embed

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from coma.config import ViTConfig
 from coma.models.blocks import drop_path_rates, run_block
+from coma.models.checkpoints import Checkpoint, Tensors, plain_vit
 from coma.models.plain import PlainEncoder
 from coma.models.position_embeddings import sincos_positions
 from coma.models.view_sequences import ViewSequences
@@ -58,6 +59,10 @@ class ViT(PlainEncoder):
             "stem": r"^stem|^cls_token",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
+
+    def from_checkpoint(self, tensors: Tensors) -> Checkpoint:
+        """Returns the tensors of a plain vision transformer, whoever made it, by the names of this one's."""
+        return Checkpoint(tensors) if "stem.weight" in tensors else plain_vit(tensors)
 
     def _embed(self, images: Tensor) -> Tensor:
         x = rearrange(self.stem(images), "b c h w -> b h w c")

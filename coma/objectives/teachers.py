@@ -31,7 +31,7 @@ from coma.config import (
 )
 from coma.config.serialization import to_plain
 from coma.errors import BadArtifact, BadInput
-from coma.models import build_encoder
+from coma.models import Encoder, build_encoder
 from coma.models.attention_maps import check_readable
 from coma.models.teacher import Teacher
 from coma.models.timm_vit import unknown_to_timm
@@ -290,13 +290,17 @@ def dummy_teacher(objective: ObjectiveConfig, channels: int) -> Teacher | None:
         return _timm_teacher(teacher, _build(teacher), statistics)
 
 
-def training_objective(config: PretrainConfig) -> Objective:
+def training_objective(config: PretrainConfig, encoder: Encoder | None = None) -> Objective:
     """Returns the objective of a run, with its teacher where it has one; mean and deviation are filled in.
+
+    Args:
+        config: The run.
+        encoder: Encoder to train; by default one with random weights.
 
     Raises:
         BadInput: as `load_teacher`.
     """
-    objective, encoder = config.objective, build_encoder(config.model)
+    objective, encoder = config.objective, encoder or build_encoder(config.model)
     if objective.teacher is None:
         return build_objective(objective, encoder)
     statistics = config.data.mean or (), config.data.std or ()

@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 @pytest.fixture(scope="module")
 def artifact(resumable, no_pictures, tmp_path_factory) -> Path:
-    """Of a DyViT that looks at the whole map."""
+    """The artifact of a DyViT that looks at the whole map."""
     short = replace(resumable, optimizer=replace(resumable.optimizer, steps=1))
     return pretrain(at(short, tmp_path_factory.mktemp("first") / "run")) / "artifact"
 
@@ -168,7 +168,7 @@ def block(dim: int, ratio: float, tokens: int) -> float:
 
 
 TEST_VIT = 100 * 2 * 768 * 64 + 6 * block(64, 3.0, 101)
-"""Of timm's smallest: 160 px, patches of 16, six blocks of 64, a cls token."""
+"""FLOPs of timm's smallest ViT: 160 px, patches of 16, six blocks of 64, a class token."""
 
 
 def test_all_that_a_step_of_cmt_computes_is_counted():

@@ -47,7 +47,7 @@ def agree(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 
 
 def as_rows(detections: tuple[Tensor, ...]) -> Tensor:
-    """Of one image: a row for every detection, all that is known of it."""
+    """Returns a row for every detection of one image: all that is known of it."""
     boxes, scores, labels, *masks = detections
     there = scores > 0
     parts = [boxes, 10 * scores[:, None], 1e3 * labels[:, None], *(10 * mask.flatten(1) for mask in masks)]

@@ -109,7 +109,7 @@ def run(model: Path | ModelProto, images: np.ndarray, name: str = "images") -> l
 
 
 def worst_cosine(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
-    """Of all outputs, without what is common to all places, which would hide differences."""
+    """Returns the least cosine of all outputs, less what all places have in common."""
 
     def varying(x: np.ndarray) -> np.ndarray:
         x = x.astype(np.float64)

@@ -34,7 +34,7 @@ HALF = [
 HALF_CONSTANTS = {"weight": WEIGHT.astype("f2"), "one": np.ones(8, "f2"), "zero": np.zeros(8, "f2")}
 REJECTED = [node("MatMul", "images", "weight", "product"), node("DynamicQuantizeLinear", "product", "out")]
 FAR_TOO_MANY = {"count": np.array([4000])}
-"""Of TopK: the parser takes it, the compiler takes 3840 at most."""
+"""A number of results of TopK that the parser takes; the compiler takes 3840 at most."""
 
 
 @pytest.fixture

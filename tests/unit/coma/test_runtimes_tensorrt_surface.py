@@ -38,7 +38,7 @@ OBJECTS = {
 }
 """What our names for TensorRT's objects are, by name, in every file of ours that uses it."""
 PLAIN = {"logger", "monitor", "cuda", "module", "flag", "severity", "names"}
-"""Of type Any, too, and none of TensorRT's: our own, or read only here."""
+"""Names of type Any as well that are none of TensorRT's: our own, or read only here."""
 
 
 def used(source: str) -> set[tuple[str, str]]:
