@@ -156,7 +156,7 @@ def test_what_may_not_change(short, place, whole, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(short, place, tmp_path):
-    encoder = load_encoder(place / "artifact")
+    encoder: Any = load_encoder(place / "artifact")
     about = encoder.artifact
     with torch.no_grad():
         encoder.norm.bias.fill_(float("nan"))
