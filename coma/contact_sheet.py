@@ -92,7 +92,7 @@ def draw_sections(
         ["\n".join(_cut(line, fonts[2], side) for line in cell.caption.split("\n")) for cell in section.cells]
         for section in sections
     ]
-    below = _depth(max((text for texts in captions for text in texts), key=_lines, default=""), fonts[2]) + 10
+    below = _depth(max((text for texts in captions for text in texts), key=_lines, default=""), fonts[2]) + 18
     top = _MARGIN + _depth(title, fonts[0]) + 8 + (_depth(notes, fonts[2]) + 14 if notes else 6)
     height = top + sum(
         (26 if section.heading else 0) + -(-len(section.cells) // across) * (side + below) + _GAP
@@ -112,6 +112,17 @@ def draw_sections(
                 sheet, cell, text, (_MARGIN + right * (side + _GAP), top + down * (side + below)), side
             )
         top += -(-len(section.cells) // across) * (side + below) + _GAP
+    return sheet
+
+
+def with_title(picture: Image.Image, title: str) -> Image.Image:
+    """Returns a picture with a margin, under a title."""
+    font = ImageFont.load_default(22)
+    title = _wrap(title, font, picture.width)
+    top = _MARGIN + _depth(title, font) + 16
+    sheet = Image.new("RGB", (picture.width + 2 * _MARGIN, top + picture.height + _MARGIN), _PAPER)
+    ImageDraw.Draw(sheet).multiline_text((_MARGIN, _MARGIN), title, _INK, font)
+    sheet.paste(picture, (_MARGIN, top))
     return sheet
 
 

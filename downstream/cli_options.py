@@ -5,17 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from coma.config import ENCODER_PRESETS
+from coma.config import ENCODER_METAVAR
 from coma.ranges import BATCH, DECAY, EPOCHS, PROCESSES, RATE, WEIGHT_DECAY, Range, Ranged
-
-if TYPE_CHECKING:
-    Preset = str
-else:
-    Preset = Literal[ENCODER_PRESETS]
 
 Device = Literal["auto", "cuda", "cpu"]
 Split = Literal["train", "val", "test"]
@@ -56,7 +51,7 @@ class TrainOptions(Ranged):
     """Processes that load images."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Seed of the new weights, the order of the images and the augmentation."""
-    preset: Annotated[Preset | None, UNSET] = None
+    preset: Annotated[str | None, arg(metavar=ENCODER_METAVAR, help_behavior_hint="")] = None
     """Encoder with random weights, instead of an artifact: the baseline to compare with."""
     frozen_stages: Annotated[int | None, Range(-1, 256), arg(help_behavior_hint="(default: -1)")] = None
     """Freeze the stem and this many stages (plain ViT: blocks); 0 freezes the stem, -1 nothing."""

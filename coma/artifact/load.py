@@ -20,7 +20,8 @@ from coma.artifact.save import sibling
 from coma.artifact.schema import CHECKSUMS, CONFIG, LINEAR_HEAD, MULTI_LABEL, RENAMED, TENSORS, content_sha256
 from coma.atomic_io import sha256_of
 from coma.config.artifact import FORMAT_VERSION, ArtifactConfig
-from coma.config.serialization import from_plain, read_json
+from coma.config.serialization import from_plain
+from coma.config.settings_file import read_json
 from coma.errors import BadArtifact, BadInput
 from coma.messages import abridged
 from coma.models import Encoder, build_encoder
@@ -253,7 +254,7 @@ def artifact_hash(directory: Path) -> str:
     """
     try:
         plain = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        for fact in ("trained", "versions", CHECKSUMS):
+        for fact in ("trained", "versions", "init", CHECKSUMS):
             plain.pop(fact, None)
         found = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
         with safe_open(directory / "model.safetensors", framework="pt", device="cpu") as file:

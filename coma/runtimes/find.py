@@ -69,7 +69,7 @@ def find_model(path: Path, graph: GraphKind, runtime: RuntimeName = "auto") -> P
             raise BadInput(f"--runtime pytorch: {path} holds exported files; give the artifact")
         return _exported(path, manifest, graph, suffix)
     about = load_artifact(path).config
-    if graph not in GRAPH_KINDS[about.kind]:
+    if graph not in (*GRAPH_KINDS[about.kind], "encoder"):  # every kind has one
         raise BadInput(f"{path}: its kind is {about.kind!r}; give a {graph}")
     if suffix is None:
         return path

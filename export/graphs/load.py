@@ -161,12 +161,9 @@ def _encoder(directory: Path) -> tuple[nn.Module, tuple[TensorSpec, ...]]:
     from export.graphs.wrappers import EncoderGraph
 
     encoder: Encoder = load_encoder(directory)
-    widths = [
-        encoder.num_features // 2 ** (len(encoder.strides) - 1 - i) for i in range(len(encoder.strides))
-    ]
     maps = [
         TensorSpec(f"stride{stride}", "float32", ("batch", width, f"height/{stride}", f"width/{stride}"))
-        for stride, width in zip(encoder.strides, widths, strict=True)
+        for stride, width in zip(encoder.strides, encoder.config.widths, strict=True)
     ]
     return EncoderGraph(encoder), (
         *maps,

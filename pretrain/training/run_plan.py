@@ -26,9 +26,11 @@ from coma.config.serialization import flat, read_config, to_plain
 from coma.data import BatchLayout, Source, check_loader, check_sample, compute_mean_std, open_source
 from coma.data.listing import FLAG, Listing, list_data
 from coma.errors import BadInput
+from coma.library_errors import load_packages
 from coma.masking.patchify import unit_grid
 from coma.models import build_encoder
 from coma.objectives import build_objective
+from coma.objectives.initialization import with_initial_weights
 from coma.objectives.teachers import may_have_moved, with_weights_hash
 from coma.preflight import require_folder, require_space
 from pretrain.training.distributed import Processes
@@ -37,9 +39,10 @@ from pretrain.training.optimizer import learning_rate
 _MAY_CHANGE = {
     *("data.images", "data.workers", "data.loader", "data.on_bad_image", "test", "val"),
     "objective.teacher.weights",
+    "init.download",
     *("optimizer.epochs", "optimizer.steps", "optimizer.micro_batch"),
     *("run.out", "run.device", "run.precision", "run.compile", "run.grad_checkpointing", "run.parallel"),
-    *("run.save_minutes", "run.save_steps", "run.log_steps", "run.reconstruction_every"),
+    *("run.save_minutes", "run.save_steps", "run.log_steps", "run.reconstruction_every", "run.track"),
     *(f"probe.{field.name}" for field in fields(ProbeConfig)),
 }
 """Settings that a resumed run may change: locations, use of the machine, and length of the run."""
@@ -136,6 +139,8 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
         slices = split_batch(config.optimizer, group.rank, group.world)
         source = open_source(config.data.images)
         steps = count_steps(config.optimizer, len(source))
+        if group.main and not resume:
+            config = with_initial_weights(config)
     sizes = group.gather(len(source))
     with group.raise_on_all_ranks():
         if len(set(sizes)) > 1:
@@ -178,8 +183,13 @@ def check_space(config: PretrainConfig | FinetuneConfig, parameters: int) -> Non
     Raises:
         BadInput: with the space that is needed and the space that is free.
     """
+    require_space(config.run.out, disk_space(config, parameters), f"a run of {parameters:,} weights")
+
+
+def disk_space(config: PretrainConfig | FinetuneConfig, parameters: int) -> int:
+    """Returns the bytes of two states and the artifact of a run with this many trained weights."""
     copies = 4 if config.optimizer.ema_decay else 3  # weights, two moments of AdamW, their moving average
-    require_space(config.run.out, 4 * parameters * (2 * copies + 1), f"a run of {parameters:,} weights")
+    return 4 * parameters * (2 * copies + 1)
 
 
 def check_objective(config: PretrainConfig) -> int:
@@ -290,8 +300,9 @@ def check_folder(config: Settings, resume: bool) -> Settings:
 
     Raises:
         BadInput: the directory of a new run is not empty; that of an old one holds no run, or one with other
-            settings.
+            settings; or a tracker is not installed.
     """
+    load_packages(*config.run.trackers)
     return _resumed(config) if resume else _fresh(config)
 
 

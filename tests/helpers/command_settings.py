@@ -35,6 +35,8 @@ NEEDED = {
     "classify train": [MISSING, "--data", MISSING, "--out", "{out}/run"],
     "classify test": [MISSING, "--data", MISSING],
     "classify predict": [MISSING, MISSING, "--out", "{out}/found"],
+    "embed": [MISSING, MISSING, "--out", "{out}/features.parquet"],
+    "search": [MISSING, MISSING],
     "detect train": [MISSING, "--data", MISSING, "--out", "{out}/run"],
     "detect test": [MISSING, "--data", MISSING],
     "detect predict": [MISSING, MISSING, "--out", "{out}/found"],
