@@ -215,7 +215,7 @@ def test_the_command_from_beginning_to_end(place, tmp_path, capsys, monkeypatch)
     about = load_artifact(run / "artifact").config.trained
     assert f"weights of step {about['steps']} of 4: chosen on 6 validation images" in shown.out
     assert f"top-1 {about['test_top1']:.2%} on 9 test images, used once, at the end" in shown.out
-    assert f"{run / 'artifact'} (weights of step" in shown.out
+    assert f"classifier       {run / 'artifact'}\n" in shown.out
     assert "trained on 12 images of 3 classes" in shown.out
     assert drawn == [run / "loss_curve.png"]
 
