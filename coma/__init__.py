@@ -16,6 +16,7 @@ _CORE = {
     "ViT": "coma.models",
     "build_encoder": "coma.models",
     "build_objective": "coma.objectives",
+    "create_timm": "coma.artifact.to_timm",
     "encoder_preset": "coma.config",
     "load_artifact": "coma.artifact",
     "load_classifier": "coma.artifact",

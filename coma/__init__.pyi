@@ -4,6 +4,7 @@ from coma.artifact import load_artifact as load_artifact
 from coma.artifact import load_classifier as load_classifier
 from coma.artifact import load_encoder as load_encoder
 from coma.artifact import save_artifact as save_artifact
+from coma.artifact.to_timm import create_timm as create_timm
 from coma.config import PretrainConfig as PretrainConfig
 from coma.config import encoder_preset as encoder_preset
 from coma.config import method_preset as method_preset

@@ -32,3 +32,8 @@ def local_path(text: str) -> Path:
         way = "hf download" if text.startswith("hf:") else "rclone copy, or the tool of that storage"
         raise BadInput(f"{text}: remote storage is not read; copy it to a local disk first ({way})")
     return Path(text)
+
+
+def exports_beside(artifact: Path) -> Path:
+    """Returns the folder that `coma export` writes the files of an artifact into by default."""
+    return artifact.resolve().parent / "export"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 import tyro
 
 from coma.messages import parse_names
+from coma.paths import exports_beside
 from coma.ranges import Range, Ranged
 from coma.runtimes.model_spec import GraphKind, Precision
 from coma.runtimes.tensorrt.sidecar import EngineOptions
@@ -75,7 +76,7 @@ class ExportConfig(Ranged):
     @property
     def folder(self) -> Path:
         """Folder for the exported files."""
-        return self.out or folder_beside(self.artifact)
+        return self.out or exports_beside(self.artifact)
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -109,11 +110,6 @@ class ExportImages:
     verification: ImageSet
     calibration: ImageSet | None = None
     labelled: Source | None = None
-
-
-def folder_beside(artifact: Path) -> Path:
-    """Returns the default folder for the exports of an artifact."""
-    return artifact.resolve().parent / "export"
 
 
 def file_name(graph: GraphKind, precision: Precision) -> str:

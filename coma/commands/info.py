@@ -138,6 +138,7 @@ def _artifact(path: Path) -> Report:
         "images": f"{config.image_size} px, {counted(config.model.channels, 'channel')}",
         "classes": abridged(config.class_names or (), 10),
         "trained": _listed(config.trained),
+        "init": f"{config.init.name} (SHA-256 {config.init.sha256})" if config.init else "",
         "versions": _listed(config.versions),
         "checksums": "match" if checked else "none: an older version wrote it, damage would go unnoticed",
     }
@@ -149,7 +150,10 @@ def _artifact(path: Path) -> Report:
     steps = {
         "backbone": encoder,
         "pretrained": encoder,
-        "classifier": [],
+        "classifier": [
+            "coma classify test {} --data CLASSES",
+            "coma classify predict {} IMAGES --out PREDICTIONS",
+        ],
         "detector": ["coma detect predict {} IMAGES --out PICTURES"],
         "segmentor": ["coma segment predict {} IMAGES --out PICTURES"],
     }

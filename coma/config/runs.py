@@ -83,6 +83,21 @@ class DataConfig(Ranged):
 
 
 @dataclass(frozen=True)
+class InitConfig(Ranged):
+    """Weights to start from; without them, training starts from random weights."""
+
+    init: Annotated[str | None, tyro.conf.arg(metavar="WEIGHTS")] = None
+    """Start from these weights: an artifact, a .safetensors or .pth file of a vision transformer, or
+    timm:NAME or hf-hub:ORG/NAME from the local cache. Without --model, the model is that of the weights."""
+    init_partial: Annotated[bool, RARE] = False
+    """Start also from weights that lack some of the encoder's tensors; those start from random values."""
+    download: Annotated[bool, RARE] = False
+    """Download the weights that --init names if they are not in the local cache."""
+    init_sha256: Annotated[str | None, RARE, tyro.conf.arg(metavar="HEX")] = None
+    """SHA-256 that the file of weights must have. It is filled in when the run starts."""
+
+
+@dataclass(frozen=True)
 class OptimizerConfig(Ranged):
     """AdamW with warm-up and cosine decay (MAE, appendix A.1)."""
 
@@ -188,6 +203,7 @@ class PretrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    init: InitConfig = field(default_factory=InitConfig)
 
     @property
     def view_size(self) -> int:

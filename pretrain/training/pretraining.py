@@ -11,8 +11,10 @@ from coma.atomic_io import lies_among
 from coma.config import PretrainConfig
 from coma.data import Batch, training_batches
 from coma.objectives import Objective
+from coma.objectives.initialization import initial_objective
 from coma.objectives.teachers import caveats, training_objective
 from pretrain.training.callbacks import Callback
+from pretrain.training.checkpoint import has_state
 from pretrain.training.console import TrainingConsole
 from pretrain.training.distributed import Processes, processes
 from pretrain.training.run_directory import PretrainRunDirectory
@@ -78,8 +80,14 @@ class PretrainTrainer(Trainer[PretrainPlan]):
         self._callbacks = callbacks
 
     def objective(self) -> Objective:
-        """See `Trainer`."""
-        return training_objective(self.plan.config)
+        """See `Trainer`; a run with a saved state no longer needs the weights that it started from."""
+        config = self.plan.config
+        if config.init.init is None or self.group.share(has_state(self.plan.folder / "state")):
+            return training_objective(config)
+        with self.group.raise_on_all_ranks():
+            objective, report = initial_objective(config)
+            self.console.say(report)
+        return objective
 
     def batches(self, start: int) -> Iterator[Batch]:
         """See `Trainer`."""

@@ -43,6 +43,7 @@ from coma.data.listing import (
 from coma.errors import ComaError
 from coma.models import build_encoder
 from coma.objectives import build_objective
+from coma.objectives.initialization import origin_of
 from coma.objectives.teachers import caveats
 from pretrain.evaluate import Probe, open_probe
 from pretrain.training.callbacks import Callback, open_trackers
@@ -336,6 +337,7 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
             class_names=None,
             trained=trained,
             versions=library_versions(),
+            init=origin_of(config),
         )
 
 

@@ -30,6 +30,7 @@ from coma.library_errors import load_packages
 from coma.masking.patchify import unit_grid
 from coma.models import build_encoder
 from coma.objectives import build_objective
+from coma.objectives.initialization import with_initial_weights
 from coma.objectives.teachers import may_have_moved, with_weights_hash
 from coma.preflight import require_folder, require_space
 from pretrain.training.distributed import Processes
@@ -38,6 +39,7 @@ from pretrain.training.optimizer import learning_rate
 _MAY_CHANGE = {
     *("data.images", "data.workers", "data.loader", "data.on_bad_image", "test", "val"),
     "objective.teacher.weights",
+    "init.download",
     *("optimizer.epochs", "optimizer.steps", "optimizer.micro_batch"),
     *("run.out", "run.device", "run.precision", "run.compile", "run.grad_checkpointing", "run.parallel"),
     *("run.save_minutes", "run.save_steps", "run.log_steps", "run.reconstruction_every", "run.track"),
@@ -137,6 +139,8 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
         slices = split_batch(config.optimizer, group.rank, group.world)
         source = open_source(config.data.images)
         steps = count_steps(config.optimizer, len(source))
+        if group.main and not resume:
+            config = with_initial_weights(config)
     sizes = group.gather(len(source))
     with group.raise_on_all_ranks():
         if len(set(sizes)) > 1:

@@ -7,6 +7,7 @@ The first that applies:
     folder with split folders of .tar files        -> the shards of the split
     any other folder                               -> the images of the split, or all of them, recursively
     file.npz, file.tar, shards-{000..012}.tar      -> the pack, the shard, the shards
+    file.csv                                       -> the images and labels that it lists
 
 `coma.splits` defines the names of splits. Without a requested split, `train` is read; the source's notes name
 what is skipped.
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from coma.data.sources.base import Source
 from coma.data.sources.image_folder import FolderSource, list_files, list_folders
+from coma.data.sources.label_table import TableSource
 from coma.data.sources.npz import NpzSource
 from coma.data.sources.webdataset import INDEX, ShardSource
 from coma.errors import BadInput
@@ -35,7 +37,7 @@ def open_source(path: Path, split: str | None = None, *, held_out: bool = False)
     """Opens the images at `path`, and logs one line that says what was found and skipped.
 
     Args:
-        path: Folder, `.npz` pack, `.tar` shard or brace pattern of shards.
+        path: Folder, `.npz` pack, `.tar` shard, brace pattern of shards, or `.csv` table of labels.
         split: "train", "test" or "val"; test replaces val and val replaces test if only one of them exists.
             By default the training split, so that held-out images remain unseen.
         held_out: Without `split`, prefer test or val to the training split.
@@ -63,6 +65,8 @@ def _open(path: Path, split: str | None, held_out: bool) -> Source:
         raise BadInput(f"{path}: {broken}")
     if path.is_dir():
         return _open_folder(path, split, held_out)
+    if path.suffix.lower() == ".csv":
+        return TableSource(path, split, held_out=held_out)
     _refuse_split(path, split)
     check_regular_file(path, "give a folder of images, a .npz pack or .tar shards")
     if path.suffix.lower() == ".npz":
