@@ -3,8 +3,8 @@
 Importing this module registers DyViT with timm. `DyViTClassifier` follows timm's conventions
 (forward_features / forward_head, forward_intermediates, feature_info, group_matcher, reset_classifier), so
 what builds on timm builds on DyViT: feature pyramids, layer-decayed optimizers, fine-tuning scripts. The
-encoder's parameters keep their names; a head is added as `head.*`. It loads the tensors of an artifact as they
-are, those of a decoder aside, and takes over their patch.
+encoder's parameters keep their names; a head is added as `head.*`. It loads the tensors of an artifact as
+they are, those of a decoder aside, and takes over their patch.
 """
 
 from __future__ import annotations
@@ -131,7 +131,9 @@ class DyViTClassifier(DyViT):
             chosen.append(rearrange(cropped, "b h w c -> b c h w") if output_fmt == "NCHW" else cropped)
         return chosen if intermediates_only else (final, chosen)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Loads the tensors of a classifier, an encoder or a pre-trained model, and takes over their patch.
 
         Tensors of the decoder, and of layers that this model was built without, are left out. A head that the
@@ -144,7 +146,9 @@ class DyViTClassifier(DyViT):
         own, tensors = self.state_dict(), _without_decoder(state_dict)
         tensors = {name: each for name, each in tensors.items() if not self._is_without(name)}
         if not own.keys() & tensors.keys():
-            raise BadInput(f"none of {len(state_dict)} tensors belongs to this DyViT; give those of an encoder")
+            raise BadInput(
+                f"none of {len(state_dict)} tensors belongs to this DyViT; give those of an encoder"
+            )
         new = [name for name in own if name.startswith("head.") and name not in tensors]
         if new:
             log.warning("%s: not among the tensors; the head keeps its initial weights", " and ".join(new))
@@ -165,8 +169,8 @@ class DyViTClassifier(DyViT):
 
     def _set_patch(self, patch: int) -> None:
         log.warning(
-            "the tensors have patches of %d px, not %d: strides are now %s; windows, which no tensor tells, stay "
-            "as they are (%s), which suits maps of up to 7 x 7 mask units; coma.create_timm(ARTIFACT) knows them",
+            "the tensors have patches of %d px, not %d: strides are now %s; windows, which no tensor tells, "
+            "stay %s, which suits maps of up to 7 x 7 mask units; coma.create_timm(ARTIFACT) knows them",
             *(patch, self.config.patch, [patch * 2**i for i in range(4)], self.config.windows),
         )
         weight = self.stem.conv.weight
@@ -195,7 +199,11 @@ class DyViTClassifier(DyViT):
 class DyViTFeatures(FeatureGetterNet):
     """A DyViT under `features_only`, which loads the tensors that a DyViT loads."""
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    model: DyViTClassifier
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """See `DyViTClassifier.load_state_dict`; names may begin with "model.", as this module's own do."""
         tensors = {name.removeprefix("model."): each for name, each in state_dict.items()}
         report = self.model.load_state_dict(tensors, strict=strict, assign=assign)
@@ -280,7 +288,7 @@ class _LinearHead(PlainEncoder):
         return self.head(self.pool(images))
 
 
-class ViTClassifier(_LinearHead, ViT):
+class ViTClassifier(_LinearHead, ViT):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Plain ViT with a linear head.
 
     Args:
@@ -289,7 +297,7 @@ class ViTClassifier(_LinearHead, ViT):
     """
 
 
-class TimmViTClassifier(_LinearHead, TimmViT):
+class TimmViTClassifier(_LinearHead, TimmViT):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Vision transformer of timm with a linear head of this project.
 
     Args:

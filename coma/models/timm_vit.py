@@ -53,6 +53,10 @@ class TimmViT(PlainEncoder):
         BadInput: timm has no such network, or cannot build it with these settings.
     """
 
+    config: TimmConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    timm: Any
+    """timm's network, without a head."""
+
     def __init__(self, config: TimmConfig) -> None:
         super().__init__(config)
         self.timm = _network(
@@ -126,13 +130,12 @@ class TimmViT(PlainEncoder):
         # 1 places c -> 1 rows cols c
         old = self.config.position_grid
         if is_exporting():
-            down, across = (
-                cubic_weights(*sides, device=table.device) for sides in zip(old, (rows, cols), strict=True)
-            )
+            down = cubic_weights(old[0], rows, device=table.device)
+            across = cubic_weights(old[1], cols, device=table.device)
             places = table.float().unflatten(1, old).permute(0, 3, 1, 2)
             return (down @ places @ across.T).permute(0, 2, 3, 1)
-        resampled = resample_abs_pos_embed(table, [rows, cols], list(old), num_prefix_tokens=0)
-        return resampled.unflatten(1, (rows, cols))
+        resample: Any = resample_abs_pos_embed  # torch.fx.wrap hides its type
+        return resample(table, [rows, cols], list(old), num_prefix_tokens=0).unflatten(1, (rows, cols))
 
     def _encode(self, tokens: Tensor, sequences: ViewSequences) -> Tensor:
         network, before = self.timm, self.num_prefix_tokens
@@ -192,11 +195,14 @@ def timm_config(name: str, channels: int = 3) -> TimmConfig:
 
 
 def _rotary_table(rope: Any, rows: int, cols: int) -> Tensor:
-    """Returns sines and cosines of all places, `[places, c]`, or `[blocks, heads, places, c]` if they differ."""
-    if not (is_exporting() and isinstance(rope, RotaryEmbeddingDinoV3) and rope.normalize_coords == "separate"):
+    """Returns sines and cosines of all places, `[places, c]` or `[blocks, heads, places, c]`."""
+    if not (
+        is_exporting() and isinstance(rope, RotaryEmbeddingDinoV3) and rope.normalize_coords == "separate"
+    ):
         return rope.get_embed(shape=[rows, cols])
     # timm makes numbers of rows and cols, which a graph for any size must not
-    sides = ((torch.arange(n, device=rope.periods.device) + 0.5 + rope.grid_offset) / n for n in (rows, cols))
+    device: Any = rope.periods.device
+    sides = ((torch.arange(n, device=device) + 0.5 + rope.grid_offset) / n for n in (rows, cols))
     places = torch.cartesian_prod(*sides) * 2 - 1
     turned = places.flip(-1) if rope.grid_indexing == "xy" else places
     return torch.cat(rope._get_pos_embed_from_coords(turned), dim=-1)
@@ -223,7 +229,7 @@ def unknown_to_timm(name: str) -> str:
 def _network(name: str, **settings: Any) -> Any:
     if not timm.is_model(name):
         raise BadInput(f"timm:{name}: no model of timm's; {unknown_to_timm(name)}")
-    unfit = f"timm:{name}: not a vision transformer that can drop tokens; take one such as vit_small_patch14_dinov2"
+    unfit = f"timm:{name}: not a vision transformer that can drop tokens; one is vit_small_patch14_dinov2"
     try:
         network: Any = timm.create_model(name, num_classes=0, dynamic_img_size=True, **settings)
     except TypeError:  # of a network without these settings

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import export_files
 import numpy as np
@@ -40,7 +41,8 @@ def run(photos, tmp_path_factory) -> Path:
 def test_a_run_leaves_an_artifact_that_loads_strictly(run, tmp_path):
     about = load_artifact(run / "artifact").config
     assert about.model == MODEL and isinstance(about.model, TimmConfig)
-    objective, encoder = load_pretrained(run / "artifact"), load_encoder(run / "artifact")
+    objective: Any = load_pretrained(run / "artifact")
+    encoder: Any = load_encoder(run / "artifact")
     images = torch.randn(2, 3, 24, 32)
     with torch.no_grad():
         torch.testing.assert_close(encoder(images)[0], objective.encoder(images)[0], rtol=0, atol=0)
@@ -69,7 +71,8 @@ def test_it_is_evaluated_and_fine_tuned(run, labelled_folder, tmp_path, capsys):
     small = ("--steps", "2", "--batch-size", "4", "--workers", "0", "--device", "cpu", "--frozen-stages", "1")
     given = ("--data", str(labelled_folder), "--out", str(tmp_path / "run"), *small)
     assert main(["classify", "train", str(run / "artifact"), *given]) == 0
-    before, after = load_encoder(run / "artifact"), load_classifier(tmp_path / "run" / "artifact")
+    before: Any = load_encoder(run / "artifact")
+    after: Any = load_classifier(tmp_path / "run" / "artifact")
     for i, moved in ((0, False), (1, True)):
         pairs = zip(before.blocks[i].parameters(), after.blocks[i].parameters(), strict=True)
         assert any(not torch.equal(one, other) for one, other in pairs) == moved
@@ -110,7 +113,10 @@ def test_detectors_and_segmentors_stand_on_it(model, tmp_path):
     assert main(["detect", *images, "--out", str(tmp_path / "found"), "--device", "cpu"]) == 0
     data = labelled(tmp_path / "labelled", train=2, val=1)
     given = (str(backbone), "--data", str(data), "--out", str(tmp_path / "segmentor"))
-    assert main(["segment", "train", *given, *steps[:-6], "--crop-size", str(4 * model.unit), "--device", "cpu"]) == 0
+    assert (
+        main(["segment", "train", *given, *steps[:-6], "--crop-size", str(4 * model.unit), "--device", "cpu"])
+        == 0
+    )
 
 
 @pytest.mark.parametrize("model", [MODEL, LEARNED], ids=["rotary", "learned"])

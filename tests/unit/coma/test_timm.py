@@ -114,7 +114,7 @@ def test_encoder_weights_carry_over_by_name(caplog):
     images = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(model.forward_features(images), encoder.forward_features(images))
     assert torch.equal(model.head.weight, head)
-    with pytest.raises(RuntimeError, match="Missing key.*norm.bias"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*norm\.bias"):
         model.load_state_dict({n: t for n, t in encoder.state_dict().items() if n != "norm.bias"})
 
 
@@ -179,7 +179,10 @@ def test_nothing_is_loaded_silently():
 @pytest.mark.parametrize("name", ["tiny at 32 px", "tiny at 64 px", "plain", "timm"])
 @torch.no_grad()
 def test_create_timm_gives_networks_of_timm_with_equal_outputs(artifacts, name):
-    encoder, classifier = (coma.load_encoder(artifacts / name), coma.load_classifier(artifacts / f"{name}, classifier"))
+    encoder, classifier = (
+        coma.load_encoder(artifacts / name),
+        coma.load_classifier(artifacts / f"{name}, classifier"),
+    )
     size = encoder.artifact.image_size
     images = torch.randn(2, 3, size, size)
     tokens = coma.create_timm(artifacts / name).forward_features(images)
