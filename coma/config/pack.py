@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from coma.paths import Location
 from coma.ranges import PROCESSES, SIDE, Range, Ranged
 
 
@@ -15,7 +16,7 @@ from coma.ranges import PROCESSES, SIDE, Range, Ranged
 class PackConfig(Ranged):
     """Images to pack, and the format of the shards."""
 
-    images: Annotated[Path, tyro.conf.Positional]
+    images: Annotated[Location, tyro.conf.Positional]
     """Folder of images (searched recursively), .npz pack, .tar shards or a folder of them."""
     out: Path
     """New folder for the shards."""

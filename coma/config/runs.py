@@ -15,6 +15,7 @@ import tyro
 from coma.config.architectures import DyViTConfig, EncoderConfig
 from coma.config.objectives import CoMAConfig, ObjectiveConfig
 from coma.errors import BadInput
+from coma.paths import Location
 from coma.ranges import (
     BATCH,
     DECAY,
@@ -40,7 +41,7 @@ from coma.ranges import (
 class DataConfig(Ranged):
     """Training images and how they are read."""
 
-    images: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")] = None
+    images: Annotated[Location | None, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")] = None
     """Folder of images (searched recursively), .npz pack or .tar shards."""
     image_size: Annotated[int, SIDE] = 224
     """Side of the square training crop in pixels."""
@@ -143,7 +144,7 @@ class RunConfig(Ranged):
 class ProbeConfig(Ranged):
     """Online evaluation during pre-training: kNN and linear probe on labelled images."""
 
-    probe: Path | None = None
+    probe: Location | None = None
     """Labelled images that are never trained on: a folder with train and test (or val), each with a folder
     per class or an .npz pack."""
     probe_epochs: Annotated[float, EPOCHS, RARE] = 1.0

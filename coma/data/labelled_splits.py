@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from coma.data.sources.subset import Subset
 from coma.data.worker_pool import map_ordered
 from coma.errors import BadImage, BadInput
 from coma.messages import abridged, counted
+from coma.paths import Location
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,10 @@ class LabelledSplits:
 
 
 def open_labelled_splits(
-    data: Path | None, train: Path | None = None, test: Path | None = None, val: Path | None = None
+    data: Location | None,
+    train: Location | None = None,
+    test: Location | None = None,
+    val: Location | None = None,
 ) -> LabelledSplits:
     """Opens the splits of one folder, or each split from its own path.
 

@@ -24,12 +24,13 @@ from coma.config import (
 )
 from coma.config.serialization import flat, read_config, to_plain
 from coma.data import BatchLayout, Source, check_loader, check_sample, compute_mean_std, open_source
-from coma.data.listing import FLAG, Listing, list_data
+from coma.data.listing import FLAG, Listing, list_data, read_listing
 from coma.errors import BadInput
 from coma.masking.patchify import unit_grid
 from coma.models import build_encoder
 from coma.objectives import build_objective
 from coma.objectives.teachers import may_have_moved, with_weights_hash
+from coma.paths import Address
 from coma.preflight import require_folder, require_space
 from pretrain.training.distributed import Processes
 from pretrain.training.optimizer import learning_rate
@@ -134,8 +135,14 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
             check_space(config, parameters)
         check_loader(config.data, config.model.channels)
         slices = split_batch(config.optimizer, group.rank, group.world)
-        source = open_source(config.data.images)
-        steps = count_steps(config.optimizer, len(source))
+        images, source = config.data.images, None
+        if group.main or isinstance(images, Path):
+            saved = read_listing(config.run.out) if resume and isinstance(images, Address) else None
+            source = open_source(images, listing=(saved or {}).get("images"))
+    if isinstance(images, Address):  # one process reads the index of remote files, for all
+        source = group.share(source)
+    assert source is not None
+    steps = count_steps(config.optimizer, len(source))
     sizes = group.gather(len(source))
     with group.raise_on_all_ranks():
         if len(set(sizes)) > 1:
