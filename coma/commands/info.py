@@ -36,8 +36,8 @@ class InfoConfig:
     """Path to inspect."""
 
     path: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-    """An artifact, run directory, folder of exports or images, or one of their files; or the address of remote
-    images."""
+    """An artifact, run directory, folder of exports or images, or one of their files; or the address of
+    remote images."""
 
 
 @dataclass

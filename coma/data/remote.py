@@ -397,11 +397,6 @@ def _request(address: Address, call: Callable[[], Result]) -> Result:
         RemoteMissing: There is no such file, or no permission to read it.
         BadInput: It fails for ever, or as often as it was tried.
     """
-    if address.lost_secret:
-        raise BadInput(
-            f"{address}: was saved without its password or query string, which may be secret; give the whole "
-            "address again, also with --resume (coma pretrain ADDRESS --resume RUN)"
-        )
     began, pause = time.monotonic(), POLICY.first_pause
     for attempt in itertools.count(1):
         try:

@@ -120,6 +120,11 @@ def _open_remote(
     address: Address, split: str | None, held_out: bool, listing: Mapping[str, Any] | None
 ) -> Source:
     """Opens remote shards or parquet files."""
+    if address.lost_secret:
+        raise BadInput(
+            f"{address}: was saved without its password or query string, which may be secret; give the whole "
+            "address again (coma pretrain ADDRESS --resume RUN)"
+        )
     place = address.with_path(address.path)
     if place.path.lower().endswith((".npz", *_COMPRESSED)):
         raise BadInput(f"{place}: only .tar shards and .parquet files are read from remote storage")

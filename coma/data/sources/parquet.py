@@ -58,8 +58,6 @@ class _Rows(NamedTuple):
     """Number of rows in each."""
     sizes: list[int]
     """Compressed bytes of the images in each."""
-    largest: int
-    """Uncompressed bytes of the largest one."""
 
 
 class ParquetSource(EncodedSource):
@@ -110,6 +108,15 @@ class ParquetSource(EncodedSource):
     @property
     def labels(self) -> np.ndarray | None:
         """Class of every image, int64 `[n]`, read when it is first asked for; None for unlabelled data."""
+        self._load_labels()
+        return super().labels
+
+    def label(self, i: int) -> int | None:
+        """Returns the class of an image; None for unlabelled data."""
+        self._load_labels()
+        return super().label(i)
+
+    def _load_labels(self) -> None:
         if self._labels is None and self._label_column:
             name = self._label_column
             parts = in_threads(lambda k: self._reader.labels(k, name), range(len(self._reader.files)))
@@ -124,11 +131,6 @@ class ParquetSource(EncodedSource):
                 raise BadInput(f"{self.location}: labels run to {values.max()}, but {named} are named")
             else:
                 self._labels = torch.from_numpy(values)
-        return super().labels
-
-    def label(self, i: int) -> int | None:
-        """Returns the class of an image; None for unlabelled data."""
-        return None if self.labels is None else super().label(i)
 
     def describe(self, i: int) -> str:
         """Returns the path of the file and the number of the row in it."""
@@ -187,7 +189,7 @@ class ParquetSource(EncodedSource):
         counts = [group.num_rows for group in groups]
         if min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
             raise BadInput(f"{self._reader.files[number]}: its row groups do not add up to its rows")
-        return _Rows(counts, [chunk.total_compressed_size for chunk in chunks], largest)
+        return _Rows(counts, [chunk.total_compressed_size for chunk in chunks])
 
     def _place(self, i: int) -> tuple[int, int, int]:
         """Returns file, row group and row of an image."""

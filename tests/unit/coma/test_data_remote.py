@@ -267,7 +267,7 @@ def test_secrets_are_never_shown_or_saved(text, shown):
     assert str(saved) == shown
     if "***" in shown:
         with pytest.raises(BadInput, match=r"was saved without its password.*give the whole address again"):
-            open_file(saved)
+            open_source(saved)
 
 
 @pytest.mark.parametrize(
