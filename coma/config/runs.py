@@ -42,7 +42,8 @@ class DataConfig(Ranged):
     """Training images and how they are read."""
 
     images: Annotated[Location | None, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")] = None
-    """Folder of images (searched recursively), .npz pack or .tar shards."""
+    """Folder of images (searched recursively), .npz pack, .tar shards or .parquet files; shards and parquet
+    files also by their address (s3://..., https://...)."""
     image_size: Annotated[int, SIDE] = 224
     """Side of the square training crop in pixels."""
     mean: Annotated[tuple[float, ...] | None, MEAN, RARE, tyro.conf.arg(metavar="R G B")] = None

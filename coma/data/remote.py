@@ -329,7 +329,7 @@ def _filesystem(address: Address) -> tuple[Any, str]:
     if address.scheme in ("http", "https"):
         from aiohttp import ClientTimeout
 
-        options["client_kwargs"] = {"timeout": ClientTimeout(total=POLICY.seconds)}
+        options["client_kwargs"] = {"timeout": ClientTimeout(total=POLICY.seconds), "trust_env": True}
     return fsspec.core.url_to_fs(address.url.partition("#")[0], **options)
 
 

@@ -136,10 +136,12 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
         check_loader(config.data, config.model.channels)
         slices = split_batch(config.optimizer, group.rank, group.world)
         images, source = config.data.images, None
-        if group.main or isinstance(images, Path):
-            saved = read_listing(config.run.out) if resume and isinstance(images, Address) else None
+        if isinstance(images, Path):
+            source = open_source(images)
+        elif group.main:  # one process reads what is in remote files, for all
+            saved = read_listing(config.run.out) if resume else None
             source = open_source(images, listing=(saved or {}).get("images"))
-    if isinstance(images, Address):  # one process reads the index of remote files, for all
+    if isinstance(images, Address):
         source = group.share(source)
     assert source is not None
     steps = count_steps(config.optimizer, len(source))
