@@ -52,6 +52,8 @@ def _register_locations(converter: cattrs.Converter) -> None:
     def structure(value: Any, kind: Any) -> Any:
         if value is None and kind != Location:
             return None
+        if not isinstance(value, str):
+            raise BadInput(f"{value!r} is not a path")
         return parse_location(value)
 
     kinds = (Location, Location | None)

@@ -1,6 +1,10 @@
-"""A web server of this machine with ranges of bytes, and with the faults that servers have."""
+"""A web server of this machine with ranges of bytes, and with the faults that servers have.
+
+python tests/helpers/remote_files.py FOLDER SECONDS    # for benchmarks: serves until its input ends
+"""
 
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -44,7 +48,7 @@ def serve(folder: Path) -> Iterator[FileServer]:
         def do_GET(self) -> None:
             answer(self, state)
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             """Says nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -72,17 +76,20 @@ def answer(handler: BaseHTTPRequestHandler, state: FileServer) -> None:
         handler.send_header("Content-Length", "0")
         handler.end_headers()
         return
-    data = path.read_bytes()
+    facts = path.stat()
     wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers.get("Range", ""))
-    body = data
-    if wanted and state.has_ranges:
-        start, last = int(wanted[1]), min(int(wanted[2]), len(data) - 1)
-        body = data[start : last + 1]
-        handler.send_response(206 if body else 416)
-        handler.send_header("Content-Range", f"bytes {start}-{last}/{len(data)}" if body else "bytes */0")
-    else:
-        handler.send_response(200)
-    handler.send_header("ETag", f'"{hash(data)}"')
+    with open(path, "rb") as file:
+        if wanted and state.has_ranges:
+            start, last = int(wanted[1]), min(int(wanted[2]), facts.st_size - 1)
+            file.seek(start)
+            body = file.read(last + 1 - start)
+            given = f"bytes {start}-{last}/{facts.st_size}" if body else "bytes */0"
+            handler.send_response(206 if body else 416)
+            handler.send_header("Content-Range", given)
+        else:
+            body = file.read()
+            handler.send_response(200)
+    handler.send_header("ETag", f'"{facts.st_size}-{facts.st_mtime_ns}"')
     handler.send_header("Content-Length", str(len(body)))
     handler.end_headers()
     try:
@@ -105,3 +112,11 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pauses and limits, and counts from 0."""
     monkeypatch.setattr(remote, "POLICY", RetryPolicy(attempts=4, first_pause=0.01, seconds=5))
     remote.REPEATED.__init__()
+
+
+if __name__ == "__main__":
+    with serve(Path(sys.argv[1])) as served:
+        served.seconds = float(sys.argv[2])
+        print(served.url, flush=True)
+        for _ in sys.stdin:  # a line for each question
+            print(served.sent, flush=True)

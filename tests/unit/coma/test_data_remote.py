@@ -64,6 +64,7 @@ def test_images_are_those_on_the_local_disk(shards):
     there = open_source(f"{shards.url}/photos-{{00..02}}.tar")
     assert red(there) == red(local) == list(range(12))
     assert there.labels is not None
+    assert local.labels is not None
     assert there.labels.tolist() == local.labels.tolist()
     assert there.listing() == local.listing()
     assert there.describe(5) == f"{shards.url}/photos-01.tar[005.png]"
