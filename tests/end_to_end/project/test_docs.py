@@ -57,7 +57,7 @@ NOT_RUN: dict[str, str] = {
     "pip install tensorrt-cu13": INSTALLS,
     "coma pretrain PHOTOS --out runs/cmt --method cmt --teacher-weights CLIP.safetensors": CLIP,
     "coma pretrain SHARDS --out runs/dali --loader dali": "needs DALI, an extra for NVIDIA GPUs",
-    "coma pretrain https://HOST/shards-{000..127}.tar --out runs/web": REMOTE,
+    "coma pretrain 'https://HOST/shards-{000..127}.tar' --out runs/web": REMOTE,
     "coma pretrain s3://BUCKET/shards --out runs/s3": REMOTE,
     "coma pretrain hf://datasets/ORGANISATION/NAME --out runs/hub": REMOTE,
     "coma export runs/first/artifact --to onnx,tensorrt --precision fp16": GPU,
