@@ -19,9 +19,8 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any, NamedTuple, TypeVar
 
 from coma.errors import BadImage, BadInput
@@ -84,19 +83,22 @@ class RepeatedRequests:
         self._count = self._reported = 0
         self._last = ""
         self._next = 0.0
+        self._lock = Lock()
 
     def add(self, count: int, last: str) -> None:
         """Counts repetitions; `last` says which request was repeated, and why."""
         if not count:
             return
-        self._count, self._last = self._count + count, last
+        with self._lock:
+            self._count, self._last = self._count + count, last
         if not self.in_worker and time.monotonic() >= self._next:
             self.report()
 
     def take(self) -> tuple[int, str]:
         """Returns count and last repetition of a worker, and forgets them."""
-        taken = self._count, self._last
-        self._count, self._last = 0, ""
+        with self._lock:
+            taken = self._count, self._last
+            self._count, self._last = 0, ""
         return taken
 
     def report(self) -> None:
@@ -256,11 +258,37 @@ class ReadAhead:
 
 
 def in_threads(function: Callable[[Any], Result], items: Sequence[Any]) -> list[Result]:
-    """Returns the results of up to `THREADS` calls at a time, in order."""
+    """Returns the results of up to `THREADS` calls at a time, in order; the first error ends it.
+
+    Nothing waits for the threads then, nor after Ctrl-C: they may hang as long as a request may take.
+    """
     if len(items) < 2:
         return [function(item) for item in items]
-    with ThreadPoolExecutor(min(THREADS, len(items))) as pool:
-        return list(pool.map(function, items))
+    left, answers = deque(enumerate(items)), queue.SimpleQueue[Any]()
+
+    def work() -> None:
+        while left:
+            try:
+                i, item = left.popleft()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                answers.put((i, function(item), None))
+            except BaseException as error:
+                answers.put((i, None, error))
+
+    for _ in range(min(THREADS, len(items))):
+        Thread(target=work, daemon=True).start()
+    found: dict[int, Any] = {}
+    try:
+        for _ in items:
+            i, result, error = answers.get()
+            if error is not None:
+                raise error
+            found[i] = result
+    finally:
+        left.clear()
+    return [found[i] for i in range(len(items))]
 
 
 def list_folder(address: Address) -> list[str]:
