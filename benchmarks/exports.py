@@ -45,6 +45,7 @@ from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import machine, versions
 from coma.runtimes.model_spec import METADATA, ModelSpec, Precision, read_model_spec, to_json
 from coma.runtimes.onnxruntime import OnnxRuntime
+from coma.runtimes.preprocessing import resize_image, to_input
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes
 from export.benchmark import busy_note
@@ -53,7 +54,7 @@ from export.graphs.load import named_examples
 from export.image_sets import read_image_set
 from export.latency import Latency, time_interleaved
 from export.onnx_export import cast_weights, write_onnx
-from export.preprocessing import open_images, resize_image, to_input
+from export.preprocessing import open_images
 from export.quantization import quantize_int8
 from export.verify.parity import ParityResult, verify
 

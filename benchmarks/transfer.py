@@ -13,9 +13,11 @@ in --work, and a run that was interrupted starts again.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -55,7 +57,9 @@ def run_all(tasks: list[Task], jobs: int) -> dict[str, float]:
             shutil.rmtree(task.out, ignore_errors=True)
             log = task.out.with_suffix(".log").open("w")
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-            process = subprocess.Popen(task.arguments, stdout=log, stderr=log, env=environment)
+            process = subprocess.Popen(
+                task.arguments, stdout=log, stderr=log, env=environment, preexec_fn=_die_with_parent
+            )
             running[process.pid] = task
             print(f"{time.strftime('%H:%M:%S')} {task.name}", flush=True)
         pid, status, usage = os.wait4(-1, 0)
@@ -64,6 +68,12 @@ def run_all(tasks: list[Task], jobs: int) -> dict[str, float]:
             raise SystemExit(f"{task.name} failed; see {task.out.with_suffix('.log')}")
         _receipt(task).write_text(json.dumps({"seconds": usage.ru_utime + usage.ru_stime}))
     return {task.name: json.loads(_receipt(task).read_text())["seconds"] for task in tasks}
+
+
+def _die_with_parent() -> None:
+    """Makes Linux kill this process with the script: started again, it must not meet the old one."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _receipt(task: Task) -> Path:
@@ -83,33 +93,23 @@ def pack(args: argparse.Namespace) -> Path:
     return shards
 
 
-def pretraining(method: str, steps: int, shards: Path, out: Path) -> Task:
+def pretraining(method: str, steps: int, images: Path, out: Path, *more: object) -> Task:
     """DyViT-tiny by this method."""
-    settings = [
-        "--batch-size",
-        16,
-        "--base-lr",
-        8e-3,
-        "--workers",
-        0,
-        "--reconstruction-every",
-        0,
-        "--device",
-        "cpu",
-    ]
-    arguments = coma(
-        "pretrain", shards, "--out", out, "--model", "tiny", "--method", method, "--steps", steps, *settings
-    )
-    return Task(out.name, arguments, out)
+    settings = ["--model", "tiny", "--method", method, "--steps", steps, "--batch-size", 16]
+    settings += ["--base-lr", 8e-3, "--workers", 0, "--reconstruction-every", 0, "--device", "cpu", *more]
+    return Task(out.name, coma("pretrain", images, "--out", out, *settings), out)
+
+
+def steps_in(minutes: float, method: str, images: Path, trials: Path) -> int:
+    """Steps that take this much CPU time, by two short trials in folders whose names begin like `trials`."""
+    tasks = [pretraining(method, n, images, trials.with_name(f"{trials.name}-{n}")) for n in TRIALS]
+    short, long = run_all(tasks, 1).values()
+    return max(round(minutes * 60 * (TRIALS[1] - TRIALS[0]) / (long - short)), 1)
 
 
 def pretrain(args: argparse.Namespace, shards: Path) -> dict[str, dict[str, float]]:
     """Both methods for the same CPU time; steps, images and CPU minutes of each."""
-    steps = {}
-    for method in METHODS:
-        trials = [pretraining(method, n, shards, args.work / f"trial-{method}-{n}") for n in TRIALS]
-        short, long = run_all(trials, 1).values()
-        steps[method] = round(args.pretrain_minutes * 60 * (TRIALS[1] - TRIALS[0]) / (long - short))
+    steps = {m: steps_in(args.pretrain_minutes, m, shards, args.work / f"trial-{m}") for m in METHODS}
     seconds = run_all(
         [pretraining(m, steps[m], shards, args.work / f"pretrain-{m}") for m in METHODS], args.jobs
     )
@@ -119,10 +119,13 @@ def pretrain(args: argparse.Namespace, shards: Path) -> dict[str, dict[str, floa
     }
 
 
-def finetuning(args: argparse.Namespace, task: str, init: str, seed: int) -> Task:
-    """A detector or segmentor on these weights."""
+def finetuning(
+    args: argparse.Namespace, task: str, init: str, seed: int, artifact: Path | None = None
+) -> Task:
+    """A detector or segmentor on these weights: an artifact, by default the one that `pretrain` wrote."""
     out = args.work / f"{task}-{init}-{seed}"
-    source = ["--preset", "tiny"] if init == "random" else [args.work / f"pretrain-{init}" / "artifact"]
+    artifact = artifact or args.work / f"pretrain-{init}" / "artifact"
+    source = ["--preset", "tiny"] if init == "random" else [artifact]
     common = ["--out", out, "--seed", seed, "--layer-decay", args.layer_decay]
     common += ["--validations", 1, "--workers", 0]
     if task == "detect":
@@ -144,10 +147,12 @@ def scores(args: argparse.Namespace, task: str, init: str, seed: int) -> dict[st
     return {"mIoU": found["mIoU"], "pixel accuracy": found["aAcc"]}
 
 
-def summary(args: argparse.Namespace, seconds: dict[str, float], task: str) -> str:
+def summary(
+    args: argparse.Namespace, seconds: dict[str, float], task: str, inits: tuple[str, ...] = INITS
+) -> str:
     """Mean and deviation over the seeds, a row an initialisation."""
     rows = []
-    for init in INITS:
+    for init in inits:
         results = [scores(args, task, init, seed) for seed in args.seeds]
         row = {"encoder": init, "n": str(len(results))}
         for metric in results[0]:
@@ -160,6 +165,18 @@ def summary(args: argparse.Namespace, seconds: dict[str, float], task: str) -> s
     return table(rows)
 
 
+def add_finetuning(parser: argparse.ArgumentParser, segment_steps: int) -> None:
+    """Adds the flags of the fine-tuning."""
+    parser.add_argument("--detect-steps", type=int, default=320)
+    parser.add_argument("--segment-steps", type=int, default=segment_steps)
+    parser.add_argument("--detect-lr", type=float, default=5e-4)
+    parser.add_argument("--segment-lr", type=float, default=1e-3)
+    parser.add_argument("--layer-decay", type=float, default=0.9)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--tasks", nargs="+", choices=("detect", "segment"), default=["detect", "segment"])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+
+
 def main() -> None:
     """Pre-train, fine-tune, print the tables."""
     parser = argparse.ArgumentParser(
@@ -170,14 +187,7 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, default=Path("benchmarks/runs/transfer"))
     parser.add_argument("--pretrain-minutes", type=float, default=12.0, help="CPU time of each pre-training")
-    parser.add_argument("--detect-steps", type=int, default=320)
-    parser.add_argument("--segment-steps", type=int, default=1500)
-    parser.add_argument("--detect-lr", type=float, default=5e-4)
-    parser.add_argument("--segment-lr", type=float, default=1e-3)
-    parser.add_argument("--layer-decay", type=float, default=0.9)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--tasks", nargs="+", choices=("detect", "segment"), default=["detect", "segment"])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    add_finetuning(parser, segment_steps=1500)
     parser.add_argument("--pretrain-only", action="store_true", help="stop before fine-tuning")
     parser.add_argument("--out", type=Path, help="also write the results to this file, as JSON")
     args = parser.parse_args()

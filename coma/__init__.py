@@ -16,6 +16,7 @@ _CORE = {
     "ViT": "coma.models",
     "build_encoder": "coma.models",
     "build_objective": "coma.objectives",
+    "create_timm": "coma.artifact.to_timm",
     "encoder_preset": "coma.config",
     "load_artifact": "coma.artifact",
     "load_classifier": "coma.artifact",
@@ -27,7 +28,7 @@ _CORE = {
 }
 """Public names of the core, and the modules that they live in."""
 
-_ROOMS = ("evaluate", "finetune", "pretrain")
+_ROOMS = ("Callback", "evaluate", "finetune", "pretrain")
 """Public names of rooms, which announce them as entry points of the group `coma.api`: nothing here imports
 a room."""
 

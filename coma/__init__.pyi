@@ -4,6 +4,7 @@ from coma.artifact import load_artifact as load_artifact
 from coma.artifact import load_classifier as load_classifier
 from coma.artifact import load_encoder as load_encoder
 from coma.artifact import save_artifact as save_artifact
+from coma.artifact.to_timm import create_timm as create_timm
 from coma.config import PretrainConfig as PretrainConfig
 from coma.config import encoder_preset as encoder_preset
 from coma.config import method_preset as method_preset
@@ -18,8 +19,9 @@ from coma.objectives import build_objective as build_objective
 from coma.objectives.load import load_pretrained as load_pretrained
 from coma.runtimes.open import open_runtime as open_runtime
 from downstream.classify.finetune import finetune as finetune
-from pretrain.evaluate import evaluate as evaluate
-from pretrain.training import pretrain as pretrain
+from pretrain.commands.api import evaluate as evaluate
+from pretrain.commands.api import pretrain as pretrain
+from pretrain.training.callbacks import Callback as Callback
 
 __version__: str
 __all__: list[str]

@@ -8,9 +8,10 @@ is one line that names its flag. `--help` leaves out what is marked as `RARE`; `
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import NoneType
@@ -33,6 +34,33 @@ from coma.paths import Address, local_path, parse_location
 from coma.ranges import RARE, ranges_of
 
 Settings = TypeVar("Settings")
+
+
+class Keywords(list[str]):
+    """Arguments that were keywords of a Python call: an unknown one is an exception, not a text on stderr."""
+
+
+def from_keywords(settings: Mapping[str, Any], positional: Sequence[str] = ()) -> Keywords:
+    """Returns the arguments that say what the keywords of a Python call say.
+
+    Args:
+        settings: Values by the names of flags, with `_` for `-`; None stands for the default.
+        positional: Names of the settings that have no flag.
+    """
+    words, rest = Keywords(), Keywords()
+    for name, value in settings.items():
+        values = [str(each) for each in value] if isinstance(value, list | tuple) else [str(value)]
+        flag = name.strip("_").replace("_", "-")
+        if value is None:
+            continue
+        if name in positional:
+            words += values
+        elif isinstance(value, bool):
+            rest += [f"--{flag}" if value else f"--no-{flag}"]
+        else:
+            rest += [f"--{flag}", *values]
+    words += rest
+    return words
 
 
 def parse_arguments(
@@ -60,8 +88,17 @@ def parse_arguments(
     complete = "--help-all" in own
     hidden: list[str] | None = [] if {"-h", "--help"} & {*own} and not complete else None
     words = ["--help" if word == "--help-all" else word for word in argv]
+
+    def refuse(event: events.ParseErrorEvent) -> None:
+        unknown = getattr(event, "tokens", None) or getattr(event, "unrecognized_tokens", None)
+        if unknown and isinstance(argv, Keywords):
+            name = unknown[0].lstrip("-").replace("-", "_")
+            near = difflib.get_close_matches(name, _names(kind), n=1)
+            raise BadInput(f"{prog} has no setting {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        _one_line(event)
+
     try:
-        with events.on_parse_error(_one_line):
+        with events.on_parse_error(refuse):
             return tyro.cli(
                 kind,
                 args=words,

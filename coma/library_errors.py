@@ -21,6 +21,9 @@ _INSTALL = {
     "onnx": "'coma-dyvit[export]'",
     "onnxscript": "'coma-dyvit[export]'",
     "onnxruntime": "onnxruntime-gpu (or onnxruntime, for CPUs)",
+    "tensorboard": "tensorboard",
+    "wandb": "'coma-dyvit[track]'",
+    "mlflow": "'coma-dyvit[track]'",
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from coma.errors import BadInput
+
 
 def counted(count: int, one: str, many: str = "") -> str:
     """Returns the count with its noun: `1 image`, `2,000 images`."""
@@ -20,3 +22,15 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def parse_names(text: str, known: Sequence[str], flag: str) -> tuple[str, ...]:
+    """Splits a list of names at commas and drops repetitions.
+
+    Raises:
+        BadInput: no name, or one that is not in `known`.
+    """
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names or not set(names) <= set(known):
+        raise BadInput(f"{flag} {text!r}: give some of {', '.join(known)}, separated by commas")
+    return names

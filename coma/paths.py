@@ -152,3 +152,8 @@ def parse_location(text: str) -> Location:
     if not _ADDRESS.fullmatch(text):
         return local_path(text)
     return Address(text)
+
+
+def exports_beside(artifact: Path) -> Path:
+    """Returns the folder that `coma export` writes the files of an artifact into by default."""
+    return artifact.resolve().parent / "export"

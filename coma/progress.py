@@ -112,11 +112,12 @@ class Bar:
 
     def update(self, done: float, text: str | None = None, total: float | None = None) -> None:
         """Sets how much is done, and the text behind the bar."""
-        self._done, self._total = done, self._total if total is None else total
+        before, self._done, self._total = self._done, done, self._total if total is None else total
         self._progress.rich.update(self._task, completed=done, total=self._total)
         if text is not None:
             self._progress.rich.update(self._task, text=text)
-        if self._every and not self._progress.live and (done % self._every == 0 or done == self._total):
+        passed = self._every and (done // self._every > before // self._every or done == self._total)
+        if passed and not self._progress.live:
             self.line(text or "", self.seconds_left)
 
     def advance(self, amount: float = 1) -> None:

@@ -89,8 +89,10 @@ class OutOfRange(BadInput):
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)  # what it is unpickled from
+        self.name = name.removeprefix("--").removesuffix(":")
+        """The flag without its dashes."""
         self.in_file = f"{name.removeprefix('--')} {reason}"
-        """Message for readers of a JSON file, which has fields in place of flags."""
+        """Message for readers of a file, which has fields in place of flags."""
 
     def __str__(self) -> str:
         """Returns the message."""

@@ -21,12 +21,10 @@ class Preset:
     Attributes:
         help: Description of the preset, for the help text of the flag.
         settings: Settings that differ from their defaults.
-        decoder_dim: Width of the decoder that suits an encoder; None where the default suits.
     """
 
     help: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    decoder_dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,15 @@ class Architecture:
         encoder: Class of the encoder, built from its settings.
         classifier: Class of the encoder under a linear head, built from settings and a number of classes.
         presets: Values of `--model`.
+        by_name: Function that returns the settings of a network, from its name and the channels of its images:
+            `--model KEY:NAME`. None where there are only presets.
     """
 
     config: str
     encoder: str
     classifier: str
-    presets: Mapping[str, Preset]
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+    by_name: str | None = None
 
 
 METHODS = {
@@ -107,7 +108,7 @@ ARCHITECTURES = {
         "coma.models.dyvit:DyViT",
         "coma.models.classifiers:DyViTClassifier",
         {
-            "tiny": Preset("3.1 M", {"dim": 32, "depths": (1, 1, 6, 2), "heads": (2, 4, 8, 16)}, 192),
+            "tiny": Preset("3.1 M", {"dim": 32, "depths": (1, 1, 6, 2), "heads": (2, 4, 8, 16)}),
             "small": Preset("15.5 M", {"dim": 64, "depths": (1, 1, 10, 2), "heads": (2, 2, 4, 8)}),
             "base": Preset("34.8 M", {"dim": 96, "depths": (1, 1, 10, 2), "heads": (2, 4, 6, 12)}),
             "large": Preset("119.8 M", {"dim": 144, "depths": (1, 1, 20, 2), "heads": (2, 6, 12, 24)}),
@@ -118,11 +119,17 @@ ARCHITECTURES = {
         "coma.models.vit:ViT",
         "coma.models.classifiers:ViTClassifier",
         {
-            "vit-tiny": Preset("5.5 M", {"dim": 192, "depth": 12, "heads": 3}, 192),
+            "vit-tiny": Preset("5.5 M", {"dim": 192, "depth": 12, "heads": 3}),
             "vit-small": Preset("21.6 M", {"dim": 384, "depth": 12, "heads": 6}),
             "vit-base": Preset("85.6 M", {"dim": 768, "depth": 12, "heads": 12}),
             "vit-large": Preset("303 M", {"dim": 1024, "depth": 24, "heads": 16}),
         },
+    ),
+    "timm": Architecture(
+        "coma.config:TimmConfig",
+        "coma.models.timm_vit:TimmViT",
+        "coma.models.classifiers:TimmViTClassifier",
+        by_name="coma.models.timm_vit:timm_config",
     ),
 }
 

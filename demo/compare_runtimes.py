@@ -15,12 +15,12 @@ from coma.errors import ComaError
 from coma.masking.patchify import unit_grid
 from coma.runtimes.base import Runtime
 from coma.runtimes.model_spec import GraphKind
+from coma.runtimes.preprocessing import to_input
 from demo.masking import sample_views
 from demo.models import Model
 from demo.predict import prepare
 from demo.reconstruction import run
 from demo.resize import resize_picture
-from export.preprocessing import to_input
 
 MOST_RUNS, SECONDS = 30, 1.0
 

@@ -194,8 +194,9 @@ def _plain_attention(encoder: Any, image: Tensor, row: float, col: float) -> np.
     h, w = -(-image.shape[-2] // encoder.unit), -(-image.shape[-1] // encoder.unit)
     side = encoder.unit // encoder.strides[0]
     h, w = h * side, w * side
-    place = 1 + min(int(row * h), h - 1) * w + min(int(col * w), w - 1)  # the cls token is first
-    received = taken[0][0, :, place, 1:]  # heads s
+    before = encoder.num_prefix_tokens
+    place = before + min(int(row * h), h - 1) * w + min(int(col * w), w - 1)
+    received = taken[0][0, :, place, before:]  # heads s
     weights = (received / received.sum(dim=1, keepdim=True)).mean(dim=0)
     return weights.view(h, w).numpy()[: features.shape[-2], : features.shape[-1]]
 

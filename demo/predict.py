@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from coma.runtimes.base import Runtime
+from coma.runtimes.preprocessing import resize_image, to_input
 from demo.reconstruction import run
 from demo.render import enlarge, to_rgb
 from downstream.draw import Colour, draw_boxes, draw_masks
-from export.preprocessing import resize_image, to_input
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def prepare(pixels: np.ndarray, runtime: Runtime) -> Tensor:
 def classify(runtime: Runtime, pixels: np.ndarray, names: tuple[str, ...], most: int = 5) -> dict[str, float]:
     """Returns the probabilities of the `most` most probable classes, in descending order."""
     logits = run(runtime, prepare(pixels, runtime))["logits"][0]
-    scores, order = logits.float().softmax(dim=0).sort(descending=True)
+    scores, order = runtime.spec.probabilities(logits).sort(descending=True)
     return {names[i]: float(p) for p, i in zip(scores[:most], order[:most].tolist(), strict=True)}
 
 

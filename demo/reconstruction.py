@@ -19,9 +19,9 @@ from coma.data.transforms import normalize
 from coma.masking.patchify import pad_to_units, patchify, unpatchify
 from coma.objectives.targets import Statistics, nearby_statistics, unit_statistics
 from coma.runtimes.base import Runtime
+from coma.runtimes.preprocessing import to_input
 from demo.masking import pixel_view
 from demo.resize import Resized
-from export.preprocessing import to_input
 
 
 @dataclass(frozen=True)

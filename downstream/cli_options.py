@@ -5,20 +5,16 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from coma.config import ENCODER_PRESETS
+from coma.config import ENCODER_METAVAR
 from coma.ranges import BATCH, DECAY, EPOCHS, PROCESSES, RATE, WEIGHT_DECAY, Range, Ranged
-
-if TYPE_CHECKING:
-    Preset = str
-else:
-    Preset = Literal[ENCODER_PRESETS]
 
 Device = Literal["auto", "cuda", "cpu"]
 Split = Literal["train", "val", "test"]
+RuntimeName = Literal["auto", "pytorch", "onnxruntime", "tensorrt"]
 UNSET = arg(help_behavior_hint="")
 """Marks flags that have no default."""
 
@@ -55,7 +51,7 @@ class TrainOptions(Ranged):
     """Processes that load images."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Seed of the new weights, the order of the images and the augmentation."""
-    preset: Annotated[Preset | None, UNSET] = None
+    preset: Annotated[str | None, arg(metavar=ENCODER_METAVAR, help_behavior_hint="")] = None
     """Encoder with random weights, instead of an artifact: the baseline to compare with."""
     frozen_stages: Annotated[int | None, Range(-1, 256), arg(help_behavior_hint="(default: -1)")] = None
     """Freeze the stem and this many stages (plain ViT: blocks); 0 freezes the stem, -1 nothing."""
@@ -114,6 +110,21 @@ class PredictOptions(Ranged):
     """New folder for the pictures and the predictions."""
     device: Device = "auto"
     """Device to compute on; auto is the GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class RuntimeOptions(Ranged):
+    """How a classifier is run on images."""
+
+    runtime: RuntimeName = "auto"
+    """Runtime; auto is PyTorch for an artifact, and what runs the file for an exported one. For an artifact,
+    onnxruntime and tensorrt take the files in the folder export beside it."""
+    batch_size: Annotated[int, BATCH] = 64
+    """Images per forward pass."""
+    workers: Annotated[int | None, PROCESSES, arg(help_behavior_hint="(default: cores - 1, at most 8)")] = (
+        None
+    )
+    """Processes that load images."""
 
 
 @dataclass(frozen=True)

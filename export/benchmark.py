@@ -22,11 +22,11 @@ from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import NAME, Entry, Manifest, is_verified
 from coma.runtimes.model_spec import GraphKind
 from coma.runtimes.open import Device
+from coma.runtimes.preprocessing import resize_image, to_input
 from coma.runtimes.pytorch import TorchRuntime
 from export.graphs.load import load_exportable, named_examples
 from export.image_sets import ImageSet
 from export.latency import Latency, end_to_end, time_interleaved
-from export.preprocessing import resize_image, to_input
 from export.progress import ProgressListener
 
 EAGER, COMPILED = "torch eager", "torch compiled"

@@ -16,12 +16,12 @@ from coma.errors import BadArtifact
 from coma.library_errors import about_one_file, library_errors
 from coma.runtimes.manifest import STAGED
 from coma.runtimes.model_spec import METADATA, ExportableModel, GraphKind, ModelSpec, Precision, to_json
+from coma.runtimes.preprocessing import resize_image, to_input
 from coma.runtimes.shape_ranges import Shape, Shapes
 from export.config import ExportConfig, ExportImages, file_name
 from export.graphs.detector import AFTER_BACKBONE
 from export.graphs.load import load_exportable, named_examples
 from export.onnx_export import cast_weights, read_spec, with_normalization, write_onnx
-from export.preprocessing import resize_image, to_input
 from export.report import NAME as REPORT
 
 if TYPE_CHECKING:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import tyro
 
-from coma.errors import BadInput
-from coma.paths import Location
+from coma.messages import parse_names
+from coma.paths import Location, exports_beside
 from coma.ranges import Range, Ranged
 from coma.runtimes.model_spec import GraphKind, Precision
 from coma.runtimes.tensorrt.sidecar import EngineOptions
@@ -77,7 +76,7 @@ class ExportConfig(Ranged):
     @property
     def folder(self) -> Path:
         """Folder for the exported files."""
-        return self.out or folder_beside(self.artifact)
+        return self.out or exports_beside(self.artifact)
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -113,23 +112,6 @@ class ExportImages:
     labelled: Source | None = None
 
 
-def folder_beside(artifact: Path) -> Path:
-    """Returns the default folder for the exports of an artifact."""
-    return artifact.resolve().parent / "export"
-
-
 def file_name(graph: GraphKind, precision: Precision) -> str:
     """Returns the name of an ONNX file."""
     return f"{graph}.onnx" if precision == "fp32" else f"{graph}-{precision}.onnx"
-
-
-def parse_names(text: str, known: Sequence[str], flag: str) -> tuple[str, ...]:
-    """Splits a list of names at commas and drops repetitions.
-
-    Raises:
-        BadInput: no name, or one that is not in `known`.
-    """
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not names or not set(names) <= set(known):
-        raise BadInput(f"{flag} {text!r}: give some of {', '.join(known)}, separated by commas")
-    return names

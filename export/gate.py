@@ -18,6 +18,7 @@ from coma.messages import counted
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import Entry, Manifest, Selection
 from coma.runtimes.model_spec import Precision
+from coma.runtimes.preprocessing import resize_image, to_input
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shapes
 from coma.runtimes.tensorrt.sidecar import sidecar_path
@@ -27,7 +28,6 @@ from export.graphs.load import load_exportable, named_examples
 from export.half_precision_emulation import emulate, is_half
 from export.latency import end_to_end, time_interleaved
 from export.onnx_export import load_onnx, read_spec
-from export.preprocessing import resize_image, to_input
 from export.verify.parity import ParityResult, verify
 from export.verify.task_metrics import measure, top1
 from export.verify.tolerances import TOLERANCES

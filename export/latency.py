@@ -11,7 +11,7 @@ import torch
 
 from coma.data.decode import decode
 from coma.runtimes.base import Runtime
-from export.preprocessing import resize_image, to_input
+from coma.runtimes.preprocessing import resize_image, to_input
 
 _WARM_UP = 3
 

@@ -263,7 +263,8 @@ def _trace_inputs(spec: ModelSpec, shapes: Shapes) -> tuple[Tensor, ...]:
     opt, unit = shapes.opt, spec.unit
     batch = max(opt.batch, 2) if "batch" in shapes.dynamic else opt.batch
     widths = (opt.width + unit, opt.width - unit, opt.width)
-    width = next(w for w in widths if shapes.min.width <= w <= shapes.max.width)
+    fitting = [w for w in widths if shapes.min.width <= w <= shapes.max.width]
+    width = next((w for w in fitting if w != opt.height), opt.width)
     images, *others = example_inputs(spec, batch, opt.height, width)
     if spec.preprocessing.normalize_in_graph:
         images = (images * 40 + 128).clamp(0, 255).to(torch.uint8)

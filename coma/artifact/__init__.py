@@ -10,16 +10,25 @@ name, loading finds the old one where it was put. `config.json` holds the SHA-25
 compares them: an artifact that a disk, a copy or an edit changed is refused.
 """
 
-from coma.artifact.load import Artifact, load_artifact, load_classifier, load_encoder, load_strict
+from coma.artifact.load import (
+    Artifact,
+    is_multi_label,
+    load_artifact,
+    load_classifier,
+    load_encoder,
+    load_strict,
+)
 from coma.artifact.save import save_artifact
-from coma.artifact.schema import CHECKSUMS, LINEAR_HEAD, library_versions
+from coma.artifact.schema import CHECKSUMS, LINEAR_HEAD, MULTI_LABEL, library_versions
 from coma.config.artifact import ArtifactConfig
 
 __all__ = [
     "CHECKSUMS",
     "LINEAR_HEAD",
+    "MULTI_LABEL",
     "Artifact",
     "ArtifactConfig",
+    "is_multi_label",
     "library_versions",
     "load_artifact",
     "load_classifier",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,15 +17,25 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from coma.artifact.save import sibling
-from coma.artifact.schema import CHECKSUMS, CONFIG, LINEAR_HEAD, RENAMED, TENSORS, content_sha256
+from coma.artifact.schema import CHECKSUMS, CONFIG, LINEAR_HEAD, MULTI_LABEL, RENAMED, TENSORS, content_sha256
 from coma.atomic_io import sha256_of
 from coma.config.artifact import FORMAT_VERSION, ArtifactConfig
-from coma.config.serialization import from_plain, read_json
+from coma.config.serialization import from_plain
+from coma.config.settings_file import read_json
 from coma.errors import BadArtifact, BadInput
 from coma.messages import abridged
 from coma.models import Encoder, build_encoder
 
 log = logging.getLogger(__name__)
+
+_ENCODERS = {
+    "backbone": ("", r"(?!)"),
+    "pretrained": ("encoder.", r"decoder\."),
+    "classifier": ("", r"head\."),
+    "detector": ("backbone.encoder.", r"(?!backbone\.encoder\.)"),
+    "segmentor": ("backbone.encoder.", r"(?!backbone\.encoder\.)"),
+}
+"""Prefix of the encoder's tensors in each kind of artifact, and the names of the tensors that are not its."""
 
 _MISMATCH = (
     "its checksum does not match; copy or export the artifact again, or, if you changed it yourself, remove "
@@ -90,25 +101,20 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
 
 
 def load_encoder(directory: str | Path) -> Encoder:
-    """Returns the encoder of a `backbone` or `pretrained` artifact, in evaluation mode on the CPU.
+    """Returns the encoder of an artifact of any kind, in evaluation mode on the CPU.
 
     Its attribute `artifact` is the artifact's description: image size, mean, std, how it was trained.
 
     Raises:
-        BadArtifact: as `load_artifact` and `load_strict`, or an artifact of another kind.
+        BadArtifact: as `load_artifact` and `load_strict`.
     """
     artifact = load_artifact(directory)
-    tensors = artifact.tensors
-    if artifact.config.kind == "pretrained":
-        tensors = {
-            name.removeprefix("encoder."): tensor
-            for name, tensor in tensors.items()
-            if not name.startswith("decoder.")
-        }
-    elif artifact.config.kind != "backbone":
-        raise BadArtifact(
-            f"{directory}: its kind is {artifact.config.kind!r}; give a 'backbone' or 'pretrained' artifact"
-        )
+    prefix, foreign = _ENCODERS[artifact.config.kind]
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in artifact.tensors.items()
+        if not re.match(foreign, name)
+    }
     encoder = build_encoder(artifact.config.model)
     load_strict(encoder, tensors, source=f"{directory}/{TENSORS}")
     encoder.artifact = artifact.config
@@ -119,7 +125,8 @@ def load_classifier(directory: str | Path) -> Classifier:
     """Returns the model of a `classifier` artifact, in evaluation mode on the CPU.
 
     It maps images `[b, c, H, W]`, normalised by the `mean` and `std` of its attribute `artifact`, to logits
-    `[b, classes]`, one for each of `artifact.class_names`.
+    `[b, classes]`, one for each of `artifact.class_names`: for a softmax over them, or for a sigmoid of each
+    where an image may have any number of classes (`is_multi_label(artifact)`).
 
     Raises:
         BadArtifact: as `load_artifact` and `load_strict`, or an artifact of another kind or with a head that
@@ -134,7 +141,8 @@ def load_classifier(directory: str | Path) -> Classifier:
             f"{directory}: its kind is {config.kind!r}; give a 'classifier' artifact, as "
             "`coma classify train` makes"
         )
-    if config.head != LINEAR_HEAD or config.class_names is None:
+    head = {name: value for name, value in (config.head or {}).items() if name != MULTI_LABEL}
+    if head != LINEAR_HEAD or config.class_names is None:
         raise BadArtifact(
             f"{directory}: its head is {config.head} for the classes {config.class_names}; known here is "
             f"{LINEAR_HEAD} with class names"
@@ -143,6 +151,11 @@ def load_classifier(directory: str | Path) -> Classifier:
     load_strict(classifier, artifact.tensors, source=f"{directory}/{TENSORS}")
     classifier.artifact = config
     return classifier.eval()
+
+
+def is_multi_label(config: ArtifactConfig) -> bool:
+    """Returns whether a classifier is for images with any number of classes."""
+    return bool((config.head or {}).get(MULTI_LABEL, False))
 
 
 def _check_directory(directory: Path, found: Path) -> None:
@@ -241,7 +254,7 @@ def artifact_hash(directory: Path) -> str:
     """
     try:
         plain = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        for fact in ("trained", "versions", CHECKSUMS):
+        for fact in ("trained", "versions", "init", CHECKSUMS):
             plain.pop(fact, None)
         found = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
         with safe_open(directory / "model.safetensors", framework="pt", device="cpu") as file:

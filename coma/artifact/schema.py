@@ -25,6 +25,9 @@ CHECKSUMS = "checksums"
 LINEAR_HEAD: dict[str, Any] = {"type": "linear", "pool": "mean"}
 """`head` of a classifier: one linear layer, `head.weight` and `head.bias`, on the mean of the last map."""
 
+MULTI_LABEL = "multi_label"
+"""Entry of `head` that is true where an image may have any number of classes: a sigmoid for each output."""
+
 
 def with_checksums(plain: dict[str, Any], tensors: Path) -> dict[str, Any]:
     """Returns a description with the SHA-256 of its content and of the file of tensors."""

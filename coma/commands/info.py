@@ -126,7 +126,8 @@ def _folder(path: Path) -> Report:
 def _artifact(path: Path) -> Report:
     from coma.artifact import load_artifact
     from coma.artifact.schema import CHECKSUMS
-    from coma.config.serialization import read_json, to_plain
+    from coma.config.serialization import to_plain
+    from coma.config.settings_file import read_json
 
     artifact = load_artifact(path)
     config, there = artifact.config, _quoted(path)
@@ -141,6 +142,7 @@ def _artifact(path: Path) -> Report:
         "images": f"{config.image_size} px, {counted(config.model.channels, 'channel')}",
         "classes": abridged(config.class_names or (), 10),
         "trained": _listed(config.trained),
+        "init": f"{config.init.name} (SHA-256 {config.init.sha256})" if config.init else "",
         "versions": _listed(config.versions),
         "checksums": "match" if checked else "none: an older version wrote it, damage would go unnoticed",
     }
@@ -152,7 +154,10 @@ def _artifact(path: Path) -> Report:
     steps = {
         "backbone": encoder,
         "pretrained": encoder,
-        "classifier": [],
+        "classifier": [
+            "coma classify test {} --data CLASSES",
+            "coma classify predict {} IMAGES --out PREDICTIONS",
+        ],
         "detector": ["coma detect predict {} IMAGES --out PICTURES"],
         "segmentor": ["coma segment predict {} IMAGES --out PICTURES"],
     }
@@ -165,7 +170,7 @@ def _artifact(path: Path) -> Report:
 
 
 def _run(path: Path) -> Report:
-    from coma.config.serialization import read_json
+    from coma.config.settings_file import read_json
 
     there, artifact = _quoted(path), path / "artifact"
     plain = read_json(path / "config.json", "a run") if (path / "config.json").is_file() else {}

@@ -1,11 +1,14 @@
 """Every setting as plain frozen data, without torch: architectures, objectives and runs."""
 
 from coma.config.architectures import (
+    ENCODER_METAVAR,
     ENCODER_PRESETS,
     DyViTConfig,
     EncoderConfig,
+    TimmConfig,
     ViTConfig,
     Windows,
+    decoder_dim,
     dyvit_preset,
     encoder_preset,
 )
@@ -28,9 +31,18 @@ from coma.config.objectives import (
     TeacherConfig,
     method_preset,
 )
-from coma.config.runs import DataConfig, OptimizerConfig, PretrainConfig, ProbeConfig, RunConfig, view_size
+from coma.config.runs import (
+    DataConfig,
+    InitConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    ProbeConfig,
+    RunConfig,
+    view_size,
+)
 
 __all__ = [
+    "ENCODER_METAVAR",
     "ENCODER_PRESETS",
     "METHOD_PRESETS",
     "BalancedCoMAConfig",
@@ -46,6 +58,7 @@ __all__ = [
     "FinetuneDataConfig",
     "FinetuneRecipe",
     "FinetuneRunConfig",
+    "InitConfig",
     "MAEConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
@@ -53,8 +66,10 @@ __all__ = [
     "ProbeConfig",
     "RunConfig",
     "TeacherConfig",
+    "TimmConfig",
     "ViTConfig",
     "Windows",
+    "decoder_dim",
     "dyvit_preset",
     "encoder_preset",
     "method_preset",

@@ -1,12 +1,15 @@
-"""Encoders as plain data: DyViT and ViT, with their presets."""
+"""Encoders as plain data: DyViT, ViT and vision transformers of timm, with their presets."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
+import tyro
+
 from coma.errors import BadInput
-from coma.ranges import CHANNELS, DECAY, DEPTH, HEADS, WIDTH, Range, Ranged
+from coma.ranges import CHANNELS, DECAY, DEPTH, HEADS, SIDE, WIDTH, Range, Ranged
 from coma.registry import ARCHITECTURES, presets, resolve
 
 Windows = tuple[tuple[int, ...], ...]
@@ -146,23 +149,92 @@ class ViTConfig(Ranged):
             raise BadInput(f"ViT dim {self.dim} must be a multiple of 4 and of its {self.heads} heads")
 
 
-EncoderConfig = DyViTConfig | ViTConfig
+@dataclass(frozen=True)
+class TimmConfig(Ranged):
+    """Vision transformer of timm; `--model timm:NAME` fills in the values of the network with this name.
+
+    Whatever is not a setting (heads, registers, rotary positions, layer scale, the kind of MLP, ...) follows
+    from the name.
+    """
+
+    flags = "--model."
+
+    name: str
+    """Name of the architecture in timm, without the tag of its weights."""
+    patch: Annotated[int, Range(1, 1024)]
+    """Side of a patch in pixels; it is also the mask unit."""
+    dim: Annotated[int, WIDTH]
+    """Channels of every block, a multiple of the network's heads."""
+    depth: Annotated[int, DEPTH]
+    """Blocks."""
+    position_grid: Annotated[tuple[int, int], SIDE, tyro.conf.arg(metavar="ROWS COLS")]
+    """Size in patches of the table of learned positions; for images of another size it is resampled. Networks
+    with rotary positions alone have no table."""
+    channels: Annotated[int, CHANNELS] = 3
+    """Input channels."""
+    drop_path: Annotated[float, DECAY] = 0.0
+    """Largest stochastic-depth rate, reached linearly at the last block."""
+
+    @property
+    def unit(self) -> int:
+        """Side of a mask unit in pixels."""
+        return self.patch
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the output."""
+        return self.dim
+
+    @property
+    def as_wide_as_base(self) -> bool:
+        """Returns whether the encoder has the width of the preset vit-base."""
+        return self.dim == 768
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per token of its one map."""
+        return (self.patch,)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of its one map."""
+        return (self.dim,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):  # timm takes addresses and folders as names, too
+            raise BadInput(f"{self.name!r} is not the name of an architecture of timm")
+
+
+EncoderConfig = DyViTConfig | ViTConfig | TimmConfig
 
 
 ENCODER_PRESETS = tuple(presets(ARCHITECTURES))
+ENCODER_NAMES = (*ENCODER_PRESETS, *(f"{key}:NAME" for key, each in ARCHITECTURES.items() if each.by_name))
+"""What `--model` and `--preset` take."""
+ENCODER_METAVAR = "{" + ",".join(ENCODER_NAMES) + "}"
 
 
 def encoder_preset(name: str, image_size: int = 224, channels: int = 3) -> EncoderConfig:
-    """Returns the encoder called `name`, with patch and windows that suit images of `image_size` pixels.
+    """Returns the encoder called `name`: a preset, or `timm:NAME`.
+
+    Patch and windows of a preset suit images of `image_size` pixels; networks of timm keep their patch.
 
     Raises:
-        BadInput: no preset has that name.
+        BadInput: no encoder has that name.
     """
-    for architecture in ARCHITECTURES.values():
+    for key, architecture in ARCHITECTURES.items():
         if preset := architecture.presets.get(name):
-            config: type[EncoderConfig] = resolve(architecture.config)
+            config: type[DyViTConfig | ViTConfig] = resolve(architecture.config)
             return config(channels=channels, **config.suited_to(image_size), **preset.settings)
-    raise BadInput(f"no model preset {name!r}; there are: {', '.join(ENCODER_PRESETS)}")
+        if architecture.by_name and name.startswith(f"{key}:"):
+            return resolve(architecture.by_name)(name.removeprefix(f"{key}:"), channels)
+    raise BadInput(f"no model preset {name!r}; there are: {', '.join(ENCODER_NAMES)}")
+
+
+def decoder_dim(model: EncoderConfig) -> int:
+    """Returns the width of the decoder that suits an encoder: 192 for the smallest, else 512 (MAE, sec. 4.1)."""
+    return 192 if model.num_features <= 256 else 512
 
 
 def dyvit_preset(name: str, image_size: int = 224, channels: int = 3) -> DyViTConfig:

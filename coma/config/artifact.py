@@ -16,6 +16,16 @@ Kind = Literal["backbone", "pretrained", "classifier", "detector", "segmentor"]
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Weights that a training started from."""
+
+    name: str
+    """Name of the artifact or file, or `timm:NAME` or `hf-hub:ORG/NAME`."""
+    sha256: str
+    """SHA-256 of the file of weights."""
+
+
+@dataclass(frozen=True)
 class ArtifactConfig(Ranged):
     """Everything needed to rebuild the model and to feed it images.
 
@@ -45,6 +55,8 @@ class ArtifactConfig(Ranged):
     """What a fine-tuned model has beside the encoder, as plain data: the room that made it rebuilds it from
     this. None where there is nothing to say (backbone, pretrained)."""
     format_version: int = FORMAT_VERSION
+    init: Origin | None = None
+    """Name and SHA-256 of the weights that pre-training started from; None: random weights, or not known."""
 
     @property
     def view_size(self) -> int:

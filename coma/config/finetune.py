@@ -21,8 +21,8 @@ class FinetuneDataConfig(DataConfig):
     """Labelled images and how they are read."""
 
     images: Annotated[Location, tyro.conf.arg(name="data", metavar="CLASSES")] = field()
-    """Folder that holds train and test, and perhaps val: folders with one folder per class, or .npz packs.
-    With --test, the training images themselves."""
+    """Folder that holds train and test, and perhaps val: folders with one folder per class, .npz packs, or
+    .csv files with a path and labels in every line. With --test, the training images themselves."""
     image_size: Annotated[int, Range(0, 16384)] = 0
     """Side of the square training crop in pixels, a multiple of the mask unit; 0: as in pre-training."""
     mean: Annotated[tuple[float, ...] | None, MEAN, *_NO_FLAG] = None
@@ -58,6 +58,12 @@ class FinetuneRecipe(OptimizerConfig):
     """Stochastic-depth rate of the last block; it grows linearly with depth (Huang et al. 2016)."""
     frozen_stages: Annotated[int, Range(-1, 256)] = -1
     """Freeze the stem and this many stages (plain ViT: blocks); 0 freezes the stem, -1 nothing."""
+    frozen: bool = False
+    """Train a linear head on frozen features of centre crops, without augmentation, to the optimum (L-BFGS):
+    minutes instead of hours. The penalty of the head is chosen on the validation images."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: weight the loss of every class by the inverse of its number of training images, so that rare
+    classes count as much as frequent ones."""
     rand_augment: Annotated[int, Range(0, 10), RARE] = 9
     """Magnitude of RandAugment (Cubuk et al. 2020), with standard deviation 0.5; 0: off. It applies to 8-bit
     images of three channels; other images are cropped and flipped only."""
@@ -97,7 +103,8 @@ class FinetuneConfig:
     """One fine-tuning run."""
 
     artifact: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ARTIFACT")]
-    """Pre-trained artifact, of kind backbone or pretrained (run/artifact)."""
+    """Artifact of any kind whose encoder is trained on (run/artifact). A classifier of the same classes keeps
+    its head."""
     data: FinetuneDataConfig
     run: FinetuneRunConfig
     optimizer: FinetuneRecipe = field(default_factory=FinetuneRecipe)

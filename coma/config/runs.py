@@ -15,6 +15,7 @@ import tyro
 from coma.config.architectures import DyViTConfig, EncoderConfig
 from coma.config.objectives import CoMAConfig, ObjectiveConfig
 from coma.errors import BadInput
+from coma.messages import parse_names
 from coma.paths import Location
 from coma.ranges import (
     BATCH,
@@ -35,6 +36,8 @@ from coma.ranges import (
     Range,
     Ranged,
 )
+
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,21 @@ class DataConfig(Ranged):
         low, high = self.crop_scale
         if low > high:
             raise BadInput(f"--crop-scale {low:g} {high:g} must be the smallest share, then the largest")
+
+
+@dataclass(frozen=True)
+class InitConfig(Ranged):
+    """Weights to start from; without them, training starts from random weights."""
+
+    init: Annotated[str | None, tyro.conf.arg(metavar="WEIGHTS")] = None
+    """Start from these weights: an artifact, a .safetensors or .pth file of a vision transformer, or
+    timm:NAME or hf-hub:ORG/NAME from the local cache. Without --model, the model is that of the weights."""
+    init_partial: Annotated[bool, RARE] = False
+    """Start also from weights that lack some of the encoder's tensors; those start from random values."""
+    download: Annotated[bool, RARE] = False
+    """Download the weights that --init names if they are not in the local cache."""
+    init_sha256: Annotated[str | None, RARE, tyro.conf.arg(metavar="HEX")] = None
+    """SHA-256 that the file of weights must have. It is filled in when the run starts."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +157,23 @@ class RunConfig(Ranged):
     """Steps between log points."""
     reconstruction_every: Annotated[int, Range(0, 10**12), RARE] = 500
     """Steps between pictures of reconstructions; 0: only at the end."""
+    track: Annotated[str, RARE, tyro.conf.arg(metavar="NAMES")] = "tensorboard"
+    """Trackers of metrics, settings and pictures, separated by commas: tensorboard, wandb, mlflow; or none.
+    wandb is offline without an API key."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.trackers
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names of the trackers.
+
+        Raises:
+            BadInput: an unknown name.
+        """
+        names = parse_names(self.track, (*TRACKERS, "none"), "--track")
+        return tuple(name for name in names if name != "none")
 
 
 @dataclass(frozen=True)
@@ -170,6 +205,7 @@ class PretrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    init: InitConfig = field(default_factory=InitConfig)
 
     @property
     def view_size(self) -> int:

@@ -1,25 +1,35 @@
-"""Settings to plain data (dicts, lists, numbers, strings) and back: what JSON holds of a run or an artifact.
+"""Settings to plain data (dicts, lists, numbers, strings) and back: what files hold of a run or an artifact.
 
 Reading is strict: unknown, missing and mistyped fields are refused by name, and no number is converted.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import cattrs
+from cattrs.errors import AttributeValidationNote, IterableValidationNote
 from cattrs.strategies import configure_union_passthrough
 from cattrs.v import format_exception
 
-from coma.config import EncoderConfig, FinetuneConfig, ObjectiveConfig, PretrainConfig
+from coma.config import (
+    ENCODER_PRESETS,
+    EncoderConfig,
+    FinetuneConfig,
+    ObjectiveConfig,
+    PretrainConfig,
+    encoder_preset,
+    method_preset,
+)
+from coma.config.settings_file import Key, read_settings
 from coma.errors import BadInput
 from coma.paths import Address, Location, local_path, parse_location
-from coma.preflight import check_regular_file
-from coma.ranges import OutOfRange
-from coma.registry import ARCHITECTURES, METHODS, Architecture, Method, entry_of, resolve
+from coma.ranges import SIDE, OutOfRange
+from coma.registry import ARCHITECTURES, METHODS, Architecture, Method, entry_of, presets, resolve
 
 Settings = TypeVar("Settings", PretrainConfig, FinetuneConfig)
 
@@ -29,7 +39,8 @@ def _converter() -> cattrs.Converter:
     for kind, accepted in ((int, int), (float, (int, float)), (bool, bool), (str, str)):
         converter.register_structure_hook(kind, _exactly(kind, accepted))
     converter.register_unstructure_hook(Path, str)
-    converter.register_structure_hook(Path, lambda value, _: local_path(value))
+    text = _exactly(str, str)
+    converter.register_structure_hook(Path, lambda value, _: local_path(text(value, _)))
     _register_locations(converter)
     configure_union_passthrough(str | int, converter)
     _register_tagged(converter, EncoderConfig, "architecture", ARCHITECTURES)
@@ -100,55 +111,111 @@ def flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def from_plain(plain: Any, kind: Any, *, source: str) -> Any:
+def from_plain(plain: Any, kind: Any, *, source: str, lines: Mapping[Key, int] | None = None) -> Any:
     """Builds settings from plain data; unknown, missing and mistyped fields are refused.
 
+    Args:
+        plain: Dicts, lists, numbers and strings.
+        kind: Class of the settings.
+        source: File or place that they come from, for messages.
+        lines: Lines of the keys in that file, where they are known.
+
     Raises:
-        BadInput: naming `source` and every field that does not fit.
+        BadInput: naming `source` and every field that does not fit, and for unknown fields the nearest one.
     """
     try:
+        if not isinstance(plain, dict):
+            raise BadInput("is not a group of settings")
         return _converter().structure(plain, kind)
-    except cattrs.BaseValidationError as error:
-        problems = "; ".join(cattrs.transform_error(error, format_exception=_explain))
-        raise BadInput(f"{source}: {problems.replace(' @ $.', ', in ').replace(' @ $', '')}") from None
-    except (BadInput, TypeError, KeyError, ValueError) as error:
-        raise BadInput(f"{source}: {_explain(error, None)}") from None
+    except (cattrs.BaseValidationError, BadInput, TypeError, KeyError, ValueError) as error:
+        problems = "; ".join(_line_of(key, lines or {}) + text for key, text in _problems(error, (), None))
+        raise BadInput(f"{source}: {problems}") from None
 
 
-def _explain(error: BaseException, kind: type | None) -> str:
-    if isinstance(error, OutOfRange):
-        return error.in_file
-    return str(error) if isinstance(error, BadInput) else format_exception(error, kind)
+def _problems(error: BaseException, key: Key, kind: Any) -> Iterator[tuple[Key, str]]:
+    """Yields what does not fit: the key, and a message that names it."""
+    if isinstance(error, cattrs.BaseValidationError):
+        for each in error.exceptions:
+            notes = [note for note in getattr(each, "__notes__", ()) if isinstance(note, _NOTES)]
+            for note in notes[:1]:
+                name = note.name if isinstance(note, AttributeValidationNote) else note.index
+                yield from _problems(each, (*key, str(name)), note.type)
+            if not notes:
+                yield from _problems(each, key, None)
+    elif isinstance(error, cattrs.ForbiddenExtraKeysError):
+        known = [field.name for field in fields(error.cl)]
+        for name in sorted(map(str, error.extra_fields)):
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
+            yield (*key, name), f"no setting {'.'.join((*key, name))}; {hint}"
+    elif isinstance(error, OutOfRange):
+        yield (*key, error.name.rpartition(".")[2].replace("-", "_")), error.in_file
+    else:
+        text = _explain(error, kind)
+        yield key, f"{'.'.join(key)}: {text}" if key else text
 
 
-def read_json(path: Path, wanted: str) -> Any:
-    """Returns the content of a JSON file.
+def _explain(error: BaseException, kind: Any) -> str:
+    text = str(error)
+    if isinstance(error, BadInput):
+        return text
+    if " not in literal " in text:  # cattrs has no class for this error
+        value, _, literal = text.partition(" not in literal ")
+        return f"{value!r} is none of {literal.partition('[')[2].rstrip('])')}"
+    return "is not a group of settings" if is_dataclass(kind) else format_exception(error, kind)
+
+
+_NOTES = AttributeValidationNote, IterableValidationNote
+
+
+def _line_of(key: Key, lines: Mapping[Key, int]) -> str:
+    """Returns the line of a key, or of the nearest one around it, for a message."""
+    known = next((key[:end] for end in range(len(key), 0, -1) if key[:end] in lines), None)
+    return f"line {lines[known]}: " if known else ""
+
+
+def read_config(
+    path: Path, kind: type[Settings] = PretrainConfig, *, image_size: int | None = None
+) -> Settings:
+    """Returns a run's settings from a file in JSON, YAML or TOML, or from a run directory's config.json.
+
+    A file may leave settings out, and name presets: `model: tiny`, `objective: mae`. A preset of a model
+    suits images of `image_size` pixels, or else of the size in the file.
 
     Raises:
-        BadInput: it cannot be read, or is no JSON; the message says what is `wanted` in its place.
-    """
-    check_regular_file(path, f"give {wanted}", must_exist=False)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
-        raise BadInput(f"{path}: {reason}; give {wanted}") from None
-    except (ValueError, RecursionError):  # of bytes that are no text, text that is no JSON, endless numbers
-        raise BadInput(f"{path}: not a readable config, its text is not JSON; give {wanted}") from None
-
-
-def read_config(path: Path, kind: type[Settings] = PretrainConfig) -> Settings:
-    """Returns a run's settings from `config.json`, or from the run directory that holds it.
-
-    Raises:
-        BadInput: no such file, not JSON, or fields that do not fit, as those of another kind of run.
+        BadInput: no such file, one in another format, or fields that do not fit, as those of another kind of
+            run.
     """
     path = path / "config.json" if path.is_dir() else path
-    plain = read_json(path, "a run directory or its config.json")
+    plain, lines = read_settings(path, "a run directory, its config.json, or settings in YAML or TOML")
     if isinstance(plain, dict) and "format_version" in plain:
         raise BadInput(f"{path}: is of an artifact, not of a run; give a run directory or its config.json")
     finetuned = isinstance(plain, dict) and "artifact" in plain
     if finetuned != (kind is FinetuneConfig):
         made_by = "classify train" if finetuned else "pretrain"
         raise BadInput(f"{path}: is of a run of `coma {made_by}`; give it to that command")
-    return from_plain(plain, kind, source=str(path))
+    if isinstance(plain, dict) and not finetuned:
+        try:
+            plain = _with_presets(plain, image_size)
+        except BadInput as error:
+            key = ("model" if "model" in str(error) else "objective",)
+            raise BadInput(f"{path}: {_line_of(key, lines)}{error}") from None
+    return from_plain(plain, kind, source=str(path), lines=lines)
+
+
+def _with_presets(plain: dict[str, Any], size: int | None) -> dict[str, Any]:
+    """Returns the settings with presets of model and objective written out, or the default ones.
+
+    Raises:
+        BadInput: no preset has that name.
+    """
+    model, objective, data = plain.get("model", "small"), plain.get("objective", "coma"), plain.get("data")
+    if size is None:
+        size = data.get("image_size") if isinstance(data, dict) else None
+    if isinstance(objective, str):
+        width = presets(ARCHITECTURES)[model].decoder_dim if model in ENCODER_PRESETS else None
+        objective = to_plain(method_preset(objective, decoder_dim=width or 512), ObjectiveConfig)
+    if isinstance(model, str):
+        size = size if isinstance(size, int) and size in SIDE else 224
+        model = to_plain(encoder_preset(model, size), EncoderConfig)
+    return {**plain, "model": model, "objective": objective}

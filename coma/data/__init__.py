@@ -6,7 +6,12 @@ read them, and a loader's whole state is the number of samples consumed.
 
 from coma.data.augment import labelled_batches
 from coma.data.batches import Batch, BatchLayout
-from coma.data.labelled_splits import LabelledSplits, log_missing_classes, open_labelled_splits
+from coma.data.labelled_splits import (
+    LabelledSplits,
+    log_missing_classes,
+    open_labelled,
+    open_labelled_splits,
+)
 from coma.data.labels import align_labels, class_indices, topk_accuracy
 from coma.data.loader import check_loader, evaluation_batches, training_batches
 from coma.data.pixel_values import check_sample
@@ -34,6 +39,7 @@ __all__ = [
     "labelled_batches",
     "log_missing_classes",
     "normalize",
+    "open_labelled",
     "open_labelled_splits",
     "open_source",
     "topk_accuracy",

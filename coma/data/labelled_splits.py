@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from coma.data.labels import align_labels
 from coma.data.sources.base import Source
+from coma.data.sources.label_table import find_table
 from coma.data.sources.open import open_source
 from coma.data.sources.subset import Subset
 from coma.data.worker_pool import map_ordered
@@ -52,20 +54,36 @@ def open_labelled_splits(
         BadInput: A path or split does not exist, or has no readable image.
     """
     if data and not (train or test):
-        sources = [open_source(data, "train"), open_source(data, "test")]
+        sources = [open_labelled(data, "train"), open_labelled(data, "test")]
         if val is None and sources[1].split == "test":
-            found = open_source(data, "val")
+            found = open_labelled(data, "val")
             sources += [found] if found.split == "val" else []
     elif train and test and not data:
-        sources = [open_source(train), open_source(test, held_out=True)]
+        sources = [open_labelled(train), open_labelled(test, held_out=True)]
     else:
         raise BadInput("give --data, or both --train and --test")
     if val is not None:
-        sources.append(open_source(val, held_out=True))
+        sources.append(open_labelled(val, held_out=True))
     if sources[1].split == "val":
         _log_once(f"{sources[1].location}: used as test images, because there is no test split")
     readable = [_with_readable_classes(source) for source in sources]
     return LabelledSplits(readable[0], readable[2] if len(readable) > 2 else None, readable[1])
+
+
+def open_labelled(path: Location, split: str | None = None, *, held_out: bool = False) -> Source:
+    """Opens images with labels: those that CSV files in a folder list, or else those of `open_source`.
+
+    Args:
+        path: See `open_source`.
+        split: See `open_source`.
+        held_out: See `open_source`.
+
+    Raises:
+        BadInput: As `open_source` and `TableSource`.
+    """
+    if isinstance(path, Path) and (table := find_table(path, split, held_out=held_out)):
+        path, split = table
+    return open_source(path, split, held_out=held_out)
 
 
 def log_missing_classes(splits: LabelledSplits) -> None:
@@ -78,7 +96,7 @@ def log_missing_classes(splits: LabelledSplits) -> None:
         if source is None:
             continue
         _, labels, classes = align_labels(splits.train, source)
-        present = set(labels.tolist())
+        present = set((labels if labels.ndim == 1 else labels.nonzero()[:, 1]).tolist())
         missing = [name for i, name in enumerate(classes) if i not in present]
         if missing:
             few = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")

@@ -18,12 +18,22 @@ def align_labels(train: Source, test: Source) -> tuple[Tensor, Tensor, tuple[str
     """Returns the labels of both sets in one numbering from 0, int64 `[n]` and `[m]`, and the class names.
 
     The classes are those with training images; the test set does not influence their order. Names that are
-    whole numbers are sorted by value, other names are in the order of the training set.
+    whole numbers are sorted by value, other names are in the order of the training set. Labels of images with
+    any number of classes are float32 `[n, classes]` and `[m, classes]` of 0 and 1.
 
     Raises:
-        BadInput: A set has no labels, a class of the test images has no training image, or there is only one
-            class.
+        BadInput: A set has no labels, a class of the test images has no training image, there is only one
+            class, or the images of only one set may have several classes.
     """
+    if train.multi_hot is not None:
+        if test.multi_hot is None:
+            raise BadInput(
+                f"{test.location}: each image has one class, but those of {train.location} have any number; "
+                "give both in the same form"
+            )
+        present = _present(train, train.multi_hot)
+        owner = str(train.location)
+        return class_indices(train, present, owner), class_indices(test, present, owner), tuple(present)
     ours, theirs = _names_of_both(train, test)
     known = _class_of_each(train, ours)
     names = list(dict.fromkeys(known[np.argsort(np.asarray(train.labels), kind="stable")].tolist()))
@@ -38,6 +48,8 @@ def align_labels(train: Source, test: Source) -> tuple[Tensor, Tensor, tuple[str
 def class_indices(source: Source, classes: Sequence[str], owner: str) -> Tensor:
     """Returns the labels of a source as positions in a list of classes, int64 `[n]`.
 
+    For images with any number of classes, float32 `[n, classes]` of 0 and 1.
+
     Args:
         source: Labelled images.
         classes: Names of a model's classes.
@@ -47,6 +59,8 @@ def class_indices(source: Source, classes: Sequence[str], owner: str) -> Tensor:
         BadInput: The source has no labels or images of other classes, or its labels are numbers without names
             but the classes have names.
     """
+    if source.multi_hot is not None:
+        return _columns_of(source, source.multi_hot, classes, owner)
     if source.labels is not None and source.class_names is None and parse_whole_numbers(classes) is None:
         raise BadInput(_only_numbers(source, classes, owner))
     return _positions_of(_class_of_each(source, source.class_names), classes, source, owner)
@@ -104,14 +118,39 @@ def _positions_of(asked: np.ndarray, classes: Sequence[str], source: Source, own
         names = list(dict.fromkeys(asked.tolist()))
     foreign = sorted(set(names) - set(classes))
     if foreign:
-        alike = {name.casefold(): name for name in classes}
-        hints = [f"{name} is {alike[name.casefold()]} there" for name in foreign if name.casefold() in alike]
-        raise BadInput(
-            f"{source.location}: {owner} does not have the classes {abridged(foreign)}; "
-            f"it has {abridged(classes)}"
-            + (f" (upper and lower case matter: {abridged(hints)})" if hints else "")
-        )
+        where = source.label_place(int(np.flatnonzero(np.isin(asked, foreign))[0]))
+        raise BadInput(_foreign(source, foreign, where, classes, owner))
     return _positions(asked, classes)
+
+
+def _columns_of(source: Source, multi_hot: np.ndarray, classes: Sequence[str], owner: str) -> Tensor:
+    """Returns the classes of images with any number of them, in the order of a list of classes."""
+    names = list(source.class_names or ())
+    if foreign := sorted(set(_present(source, multi_hot)) - set(classes)):
+        first = multi_hot[:, [names.index(name) for name in foreign]].any(axis=1).argmax()
+        raise BadInput(_foreign(source, foreign, source.label_place(int(first)), classes, owner))
+    columns = torch.zeros(len(multi_hot), len(classes))
+    for place, name in enumerate(classes):
+        if name in names:
+            columns[:, place] = torch.from_numpy(multi_hot[:, names.index(name)])
+    return columns
+
+
+def _present(source: Source, multi_hot: np.ndarray) -> list[str]:
+    """Returns the names of the classes that an image has."""
+    used = np.flatnonzero(multi_hot.any(axis=0)).tolist()
+    return [(source.class_names or ())[i] for i in used]
+
+
+def _foreign(source: Source, foreign: Sequence[str], where: str, classes: Sequence[str], owner: str) -> str:
+    alike = {name.casefold(): name for name in classes}
+    hints = [f"{name} is {alike[name.casefold()]} there" for name in foreign if name.casefold() in alike]
+    return (
+        f"{source.location}: {owner} does not have the classes {abridged(foreign)}"
+        + (f" (first in {where})" if where else "")
+        + f"; it has {abridged(classes)}"
+        + (f" (upper and lower case matter: {abridged(hints)})" if hints else "")
+    )
 
 
 def _positions(names: np.ndarray, classes: Sequence[str]) -> Tensor:

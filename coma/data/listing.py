@@ -41,8 +41,12 @@ def list_data(sources: Mapping[str, Source], *, labels: bool = True) -> Listing:
     listing: Listing = {}
     for role, source in sources.items():
         names, sizes = source.listing()
-        known = source.labels if labels else None
-        listing[role] = {"names": names, "sizes": sizes, "labels": None if known is None else known.tolist()}
+        known = None
+        if labels and source.labels is not None:
+            known = source.labels.tolist()
+        elif labels and source.multi_hot is not None:
+            known = [row.nonzero()[0].tolist() for row in source.multi_hot]
+        listing[role] = {"names": names, "sizes": sizes, "labels": known}
         if source.index is not None:
             listing[role]["index"] = source.index
     return listing

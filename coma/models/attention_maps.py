@@ -2,8 +2,8 @@
 
 Attention is that of one block, the last unless said, averaged over heads, and normalised to add up to 1 over
 the places. The query is the class token's where a model was trained with one (timm's); otherwise, or if asked
-for, the mean over all places. This room's ViT has a class token, but no loss reads it, so its attention means
-nothing: the mean for it as well.
+for, the mean over all places. This room's encoders may have a class token, but no loss reads it, so its
+attention means nothing: the mean for them as well.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from coma.config.objectives import AttentionQuery
 from coma.errors import BadInput
 from coma.models.attention import Consecutive, DynamicMultiWindowAttention, Layout
 from coma.models.dyvit import DyViT
-from coma.models.vit import ViT
+from coma.models.plain import PlainEncoder
 
 
 def attend(
@@ -48,10 +48,11 @@ def attend(
         with _watching_dyvit(_from_the_end(model.stages[-1].blocks, block).attn) as taken:  # type: ignore[union-attr, arg-type]
             features = model.forward_features(images)
         received = taken[0].mean(dim=(1, 2))
-    elif isinstance(model, ViT):
+    elif isinstance(model, PlainEncoder):
         with softmax_of(_from_the_end(model.blocks, block).attn) as taken:
             features = model.forward_features(images)
-        received = taken[0][:, :, 1:, 1:].mean(dim=(1, 2))
+        before = model.num_prefix_tokens
+        received = taken[0][:, :, before:, before:].mean(dim=(1, 2))
     else:
         network: Any = model
         with softmax_of(_from_the_end(network.blocks, block).attn) as taken:
@@ -78,8 +79,7 @@ def check_readable(
 
     It is tried on tensors that have shapes only: nothing is computed.
     """
-    unfit = "" if isinstance(model, DyViT | ViT) else _unlike_a_vit(model)
-    if unfit:
+    if not isinstance(model, DyViT | PlainEncoder) and (unfit := _unlike_a_vit(model)):
         return unfit
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
@@ -123,7 +123,7 @@ def _from_the_end(blocks: Any, block: int) -> Any:
 
 
 def _has_cls(network: Any) -> bool:
-    if isinstance(network, DyViT | ViT):
+    if isinstance(network, DyViT | PlainEncoder):
         return False
     known = getattr(network, "has_class_token", None)
     return getattr(network, "cls_token", None) is not None if known is None else known

@@ -3,12 +3,14 @@
 Importing this module registers DyViT with timm. `DyViTClassifier` follows timm's conventions
 (forward_features / forward_head, forward_intermediates, feature_info, group_matcher, reset_classifier), so
 what builds on timm builds on DyViT: feature pyramids, layer-decayed optimizers, fine-tuning scripts. The
-encoder's parameters keep their names; a head is added as `head.*`.
+encoder's parameters keep their names; a head is added as `head.*`. It loads the tensors of an artifact as
+they are, those of a decoder aside, and takes over their patch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal, overload
 
@@ -16,16 +18,20 @@ import torch.nn.functional as F
 from einops import rearrange
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
-from coma.config import DyViTConfig, EncoderConfig, ViTConfig, dyvit_preset
+from coma.config import DyViTConfig, EncoderConfig, dyvit_preset
+from coma.errors import BadInput
 from coma.masking.patchify import cover
-from coma.models.dyvit import DyViT
+from coma.models.dyvit import DyViT, Stem
+from coma.models.plain import PlainEncoder
+from coma.models.timm_vit import TimmViT
 from coma.models.vit import ViT
 from coma.registry import ARCHITECTURES, entry_of, resolve
 
 OutFormat = Literal["NCHW", "NHWC"]
+log = logging.getLogger(__name__)
 
 
 class DyViTClassifier(DyViT):
@@ -125,6 +131,55 @@ class DyViTClassifier(DyViT):
             chosen.append(rearrange(cropped, "b h w c -> b c h w") if output_fmt == "NCHW" else cropped)
         return chosen if intermediates_only else (final, chosen)
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Loads the tensors of a classifier, an encoder or a pre-trained model, and takes over their patch.
+
+        Tensors of the decoder, and of layers that this model was built without, are left out. A head that the
+        tensors do not hold stays as it is.
+
+        Raises:
+            BadInput: not one tensor belongs to this model.
+            RuntimeError: tensors are missing, unexpected or of another shape; `strict` as in torch.
+        """
+        own, tensors = self.state_dict(), _without_decoder(state_dict)
+        tensors = {name: each for name, each in tensors.items() if not self._is_without(name)}
+        if not own.keys() & tensors.keys():
+            raise BadInput(
+                f"none of {len(state_dict)} tensors belongs to this DyViT; give those of an encoder"
+            )
+        new = [name for name in own if name.startswith("head.") and name not in tensors]
+        if new:
+            log.warning("%s: not among the tensors; the head keeps its initial weights", " and ".join(new))
+        stem = tensors.get("stem.conv.weight")
+        if stem is not None and stem.ndim == 4 and stem.shape[-1] != self.config.patch:
+            self._set_patch(int(stem.shape[-1]))
+        return super().load_state_dict(
+            tensors | {name: own[name] for name in new}, strict=strict, assign=assign
+        )
+
+    def _is_without(self, name: str) -> bool:
+        """Returns whether a tensor belongs to a layer that other models of this class have."""
+        part, _, rest = name.partition(".")
+        if part in ("norm", "head"):
+            return isinstance(getattr(self, part), nn.Identity)
+        stage = rest.partition(".")[0]
+        return part == "stages" and stage in ("1", "2", "3") and int(stage) >= len(self.stages)
+
+    def _set_patch(self, patch: int) -> None:
+        log.warning(
+            "the tensors have patches of %d px, not %d: strides are now %s; windows, which no tensor tells, "
+            "stay %s, which suits maps of up to 7 x 7 mask units; coma.create_timm(ARTIFACT) knows them",
+            *(patch, self.config.patch, [patch * 2**i for i in range(4)], self.config.windows),
+        )
+        weight = self.stem.conv.weight
+        self.config = replace(self.config, patch=patch)
+        self.stem = Stem(self.config.channels, self.config.dim, patch).to(weight.device, weight.dtype)
+        self.unit, self.strides = self.config.unit, self.config.strides
+        for info, stride in zip(self.feature_info, self.strides, strict=True):
+            info["reduction"] = stride
+
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -139,6 +194,29 @@ class DyViTClassifier(DyViT):
         if prune_head or cut:
             self.reset_classifier(0, "")
         return take
+
+
+class DyViTFeatures(FeatureGetterNet):
+    """A DyViT under `features_only`, which loads the tensors that a DyViT loads."""
+
+    model: DyViTClassifier
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """See `DyViTClassifier.load_state_dict`; names may begin with "model.", as this module's own do."""
+        tensors = {name.removeprefix("model."): each for name, each in state_dict.items()}
+        report = self.model.load_state_dict(tensors, strict=strict, assign=assign)
+        for info, known in zip(self.feature_info.info, self.model.feature_info, strict=True):
+            info["reduction"] = known["reduction"]
+        return report
+
+
+def _without_decoder(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the tensors of the encoder under its own names, for a pre-trained model as for an encoder."""
+    if not any(name.startswith("encoder.") for name in tensors):
+        return dict(tensors)
+    return {n.removeprefix("encoder."): each for n, each in tensors.items() if not n.startswith("decoder.")}
 
 
 def _create(preset: str, pretrained: bool = False, **kwargs: Any) -> DyViTClassifier:
@@ -163,7 +241,7 @@ def _create(preset: str, pretrained: bool = False, **kwargs: Any) -> DyViTClassi
         build,
         f"dyvit_{preset}",
         pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": DyViTFeatures, "output_fmt": "NCHW"},
         **kwargs,
     )
 
@@ -196,15 +274,10 @@ for _name, _preset in ARCHITECTURES["dyvit"].presets.items():
     _register(_name, _preset.help)
 
 
-class ViTClassifier(ViT):
-    """Plain ViT with a linear head on mean-pooled tokens (MAE, He et al. 2021, app. A.2: without cls token).
+class _LinearHead(PlainEncoder):
+    """A linear head on mean-pooled patch tokens (MAE, He et al. 2021, app. A.2: without class token)."""
 
-    Args:
-        config: The backbone.
-        num_classes: Outputs.
-    """
-
-    def __init__(self, config: ViTConfig, num_classes: int) -> None:
+    def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__(config)
         self.head = nn.Linear(config.num_features, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
@@ -215,7 +288,25 @@ class ViTClassifier(ViT):
         return self.head(self.pool(images))
 
 
-Classifier = DyViTClassifier | ViTClassifier
+class ViTClassifier(_LinearHead, ViT):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Plain ViT with a linear head.
+
+    Args:
+        config: The backbone.
+        num_classes: Outputs.
+    """
+
+
+class TimmViTClassifier(_LinearHead, TimmViT):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Vision transformer of timm with a linear head of this project.
+
+    Args:
+        config: The backbone.
+        num_classes: Outputs.
+    """
+
+
+Classifier = DyViTClassifier | ViTClassifier | TimmViTClassifier
 
 
 def build_classifier(config: EncoderConfig, num_classes: int) -> Classifier:

@@ -29,6 +29,7 @@ from coma.errors import BadInput
 from coma.masking.patchify import cover, pad_to_units, unit_grid
 from coma.models.attention import DynamicMultiWindowAttention, Layout, WindowGate, stage_layout
 from coma.models.blocks import drop_path_rates, run_block
+from coma.models.checkpoints import Checkpoint, Tensors
 from coma.models.view_sequences import ViewSequences, image_sequences
 from coma.models.windows import crop, nest, unnest
 
@@ -170,6 +171,10 @@ class DyViT(nn.Module):
                 (r"^norm", (99999,)),
             ],
         }
+
+    def from_checkpoint(self, tensors: Tensors) -> Checkpoint:
+        """Returns the tensors by the names of this encoder's: nobody else has published any."""
+        return Checkpoint(tensors)
 
     def _run(
         self, images: Tensor, group: Tensor | None, sizes: Sequence[int] | None = None, stages: int = 4

@@ -1,4 +1,4 @@
-"""Two position embeddings that need no learned table and fit any map size.
+"""Two position embeddings that need no learned table and fit any map size, and resampling for those that do.
 
 Rotary (RoFormer, Su et al. 2021, arXiv 2104.09864, sec. 3.2.2) along both axes for DyViT: half of a
 head's channels rotate with the row, half with the column, so scores depend on offsets only.
@@ -44,3 +44,18 @@ def sincos_positions(h: int, w: int, dim: int, *, device: torch.device) -> Tenso
     cols = torch.arange(w, device=device, dtype=torch.float32)[None, :, None] * frequencies
     parts = [cols.sin(), cols.cos(), rows.sin(), rows.cos()]
     return torch.cat([part.expand(h, w, -1) for part in parts], dim=-1)
+
+
+def cubic_weights(old: int, new: int, *, device: torch.device) -> Tensor:
+    """Returns the weights `[new, old]` of antialiased bicubic resampling along one axis (float32).
+
+    Two products with such matrices equal `F.interpolate(mode="bicubic", antialias=True)`, which neither ONNX's
+    parsers nor TensorRT know for sizes that are not fixed.
+    """
+    scale = old / torch.full((), new, dtype=torch.float32, device=device)  # a tensor: `new` may be a symbol
+    centres = (torch.arange(new, device=device) + 0.5) * scale
+    places = torch.arange(old, device=device) + 0.5
+    x = (places - centres[:, None]).abs() / scale.clamp(min=1)
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
+    return weights / weights.sum(dim=1, keepdim=True)

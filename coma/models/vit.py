@@ -6,7 +6,6 @@ and put back on one map, so that an objective treats this encoder and DyViT alik
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,33 +15,24 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from coma.config import ViTConfig
-from coma.config.artifact import ArtifactConfig
-from coma.masking.patchify import pad_to_units
-from coma.models.attention import WindowGate
 from coma.models.blocks import drop_path_rates, run_block
-from coma.models.dyvit import check_images
+from coma.models.checkpoints import Checkpoint, Tensors, plain_vit
+from coma.models.plain import PlainEncoder
 from coma.models.position_embeddings import sincos_positions
-from coma.models.view_sequences import image_sequences
+from coma.models.view_sequences import ViewSequences
 
 
-class ViT(nn.Module):
+class ViT(PlainEncoder):
     """Backbone: images to a pyramid of one map.
 
     Args:
         config: Channels, patch, width, depth and heads.
     """
 
-    output_fmt = "NHWC"
-    artifact: ArtifactConfig
-    """Description of the artifact that the model was loaded from; absent on other models."""
+    num_prefix_tokens = 1
 
     def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.unit = config.unit
-        self.num_features = config.dim
-        self.strides = config.strides
-        self.grad_checkpointing = False
+        super().__init__(config)
         self.stem = nn.Conv2d(config.channels, config.dim, config.patch, stride=config.patch)
         self.cls_token = nn.Parameter(torch.zeros(config.dim))
         rates = drop_path_rates(config.drop_path, config.depth)
@@ -54,40 +44,9 @@ class ViT(nn.Module):
         nn.init.xavier_uniform_(self.stem.weight.view(config.dim, -1))
         self.apply(init_xavier)
 
-    def forward(self, images: Tensor, group: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Returns one map `[b, dim, ceil(H/patch), ceil(W/patch)]`; `group` as in `DyViT.forward`."""
-        return (rearrange(self.forward_features(images, group), "b h w c -> b c h w"),)
-
-    pyramid = forward
-    """The pyramid, also of a classifier, whose own `forward` returns logits."""
-
     def parts(self) -> list[nn.Module]:
-        """Returns the stem and the blocks, which can be frozen in this order."""
-        return [self.stem, *self.blocks]
-
-    def window_gates(self) -> list[tuple[int, WindowGate]]:
-        """Returns no gates: every layer has one window, the whole image."""
-        return []
-
-    def forward_features(
-        self, images: Tensor, group: Tensor | None = None, sizes: Sequence[int] | None = None
-    ) -> Tensor:
-        """Returns one feature vector per mask unit, `[b, h, w, dim]`; see `DyViT.forward_features`."""
-        check_images(images, group, self.config.channels, self.unit)
-        x = rearrange(self.stem(pad_to_units(images, self.unit)), "b c h w -> b h w c")
-        rows, cols = x.shape[1:3]
-        x = x + sincos_positions(rows, cols, x.shape[-1], device=x.device).to(x.dtype)
-        sequences = image_sequences(rows, cols, group, sizes)
-        x = self._encode(sequences.gather(x.flatten(1, 2)), sequences.real)
-        return sequences.scatter(x).unflatten(1, (rows, cols))
-
-    def pool(self, images: Tensor) -> Tensor:
-        """Mean of the map, `[b, dim]`: what linear and nearest-neighbour classifiers work on."""
-        return self.forward_features(images).mean(dim=(1, 2))
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute block activations in the backward pass instead of storing them."""
-        self.grad_checkpointing = enable
+        """Returns the stem with the class token, and the blocks, which can be frozen in this order."""
+        return [nn.ModuleList([self.stem, nn.ParameterList([self.cls_token])]), *self.blocks]
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that are not decayed beyond vectors and biases: none (the cls token is a vector)."""
@@ -100,10 +59,19 @@ class ViT(nn.Module):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    def _encode(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        # n s c -> n s c, with a cls token alongside
+    def from_checkpoint(self, tensors: Tensors) -> Checkpoint:
+        """Returns the tensors of a plain vision transformer, whoever made it, by the names of this one's."""
+        return Checkpoint(tensors) if "stem.weight" in tensors else plain_vit(tensors)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        x = rearrange(self.stem(images), "b c h w -> b h w c")
+        return x + sincos_positions(*x.shape[1:], device=x.device).to(x.dtype)
+
+    def _encode(self, tokens: Tensor, sequences: ViewSequences) -> Tensor:
+        # with a cls token alongside
         cls = repeat(self.cls_token.to(tokens.dtype), "c -> n 1 c", n=tokens.shape[0])
         x = torch.cat([cls, tokens], dim=1)
+        real = sequences.real
         seen = None if real is None else F.pad(real, (1, 0), value=True)[:, None, None]  # n 1 1 1+s
         for block in self.blocks:
             x = run_block(block, x, seen, recompute=self.grad_checkpointing and self.training)

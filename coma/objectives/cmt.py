@@ -34,7 +34,7 @@ from coma.config import CMTConfig
 from coma.errors import BadInput
 from coma.masking.patchify import patchify
 from coma.masking.sampling import draw, eager, group_of, keep
-from coma.models import Encoder, build_encoder
+from coma.models import Encoder
 from coma.models.attention_maps import attend
 from coma.models.teacher import Teacher, to_units
 from coma.models.vit import init_xavier
@@ -139,10 +139,10 @@ class CMT(MaskedPixels):
 
     def check_images(self, height: int, width: int) -> None:
         """Raises BadInput where the student's block that guides the masks does not see the whole map."""
-        encoder = self.encoder.config
-        with FakeTensorMode(), torch.no_grad():
-            images = torch.empty(1, encoder.channels, height, width)
-            attend(build_encoder(encoder), images, block=self.config.student_block)
+        encoder = copy.deepcopy(self.encoder).to("meta")
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            images = torch.empty(1, encoder.config.channels, height, width)
+            attend(encoder.to_empty(device="cpu"), images, block=self.config.student_block)
 
     def before_step(self, progress: float) -> None:
         """Masks are random as long as less than `random_share` of the run is done."""

@@ -8,7 +8,6 @@ covers what its description says of the encoder, too.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -32,9 +31,10 @@ from coma.config import (
 )
 from coma.config.serialization import to_plain
 from coma.errors import BadArtifact, BadInput
-from coma.models import build_encoder
+from coma.models import Encoder, build_encoder
 from coma.models.attention_maps import check_readable
 from coma.models.teacher import Teacher
+from coma.models.timm_vit import unknown_to_timm
 from coma.objectives import Objective, build_objective
 
 PUBLISHED = ("vit_base_patch16_clip_quickgelu_224.openai", "vit_base_patch16_clip_224.openai")
@@ -221,10 +221,8 @@ def _build(config: TeacherConfig) -> Any:
         )
     name = name.removeprefix("timm:")
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "give a name of timm's"
-        if os.sep in name:
-            hint = "if the artifact was moved, give its directory"
+        moved = "if the artifact was moved, give its directory"
+        hint = moved if os.sep in name else unknown_to_timm(name)
         raise BadInput(f"--teacher {name}: no model of timm's, and no artifact; {hint}")
     try:
         network: Any = timm.create_model(name, pretrained=False, num_classes=0).eval()
@@ -292,13 +290,17 @@ def dummy_teacher(objective: ObjectiveConfig, channels: int) -> Teacher | None:
         return _timm_teacher(teacher, _build(teacher), statistics)
 
 
-def training_objective(config: PretrainConfig) -> Objective:
+def training_objective(config: PretrainConfig, encoder: Encoder | None = None) -> Objective:
     """Returns the objective of a run, with its teacher where it has one; mean and deviation are filled in.
+
+    Args:
+        config: The run.
+        encoder: Encoder to train; by default one with random weights.
 
     Raises:
         BadInput: as `load_teacher`.
     """
-    objective, encoder = config.objective, build_encoder(config.model)
+    objective, encoder = config.objective, encoder or build_encoder(config.model)
     if objective.teacher is None:
         return build_objective(objective, encoder)
     statistics = config.data.mean or (), config.data.std or ()

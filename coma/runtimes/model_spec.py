@@ -16,7 +16,7 @@ from coma.messages import counted
 
 if TYPE_CHECKING:
     import onnx
-    from torch import nn
+    from torch import Tensor, nn
 
 FORMAT_VERSION = 2
 
@@ -73,7 +73,13 @@ class ModelSpec:
     """Hash of the artifact: `coma.artifact.load.artifact_hash`."""
     versions: dict[str, str]
     """Versions of the libraries that wrote the artifact."""
+    multi_label: bool = False
+    """True of a classifier of images with any number of classes: each of its logits is for a sigmoid."""
     format_version: int = FORMAT_VERSION
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Returns the probabilities of the classes, float32, for a classifier's logits `[..., classes]`."""
+        return logits.float().sigmoid() if self.multi_label else logits.float().softmax(dim=-1)
 
 
 @dataclass(frozen=True)

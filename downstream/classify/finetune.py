@@ -1,8 +1,9 @@
-"""Fine-tuning: the whole encoder and a linear head are trained on labelled images.
+"""Fine-tuning: an encoder and a linear head are trained on labelled images, or the head alone.
 
 It runs in the training loop of pre-training, so that stopping, resuming and everything else about a run is
 the same. Its own parts are the recipe (`coma.objectives.classification`, layer-wise learning rates), the
-labels (`plan`), and the artifact: the classifier with the best validation accuracy (`run_directory`).
+labels (`plan`), and the artifact: the classifier with the best validation accuracy (`run_directory`). With
+`frozen`, `frozen` fits the head on features instead.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from coma.data import Batch, labelled_batches
 from coma.errors import BadInput
 from coma.models.classifiers import build_classifier
 from coma.objectives.classification import Classification
+from downstream.classify.frozen import fit_head
 from downstream.classify.plan import FinetunePlan, prepare_finetuning
 from downstream.classify.run_directory import ClassifierRunDirectory
 from downstream.classify.validation import Validation
@@ -42,7 +44,7 @@ class FinetuneResult:
     test: Validation
     """Test scores of the chosen checkpoint."""
     steps: int
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run; 0 with `frozen`."""
     train_images: int
     seconds: float
     """Duration of this call."""
@@ -78,15 +80,17 @@ def finetune(
         for images in dict.fromkeys((config.data.images, config.test)):
             if not resume and (note := lies_among(config.run.out, images)):
                 console.say(note)
-        trainer = _ClassifierTrainer(plan, group, console)
-        trainer.train(resume=resume, allow_changed_data=allow_changed_data)
-    directory = trainer.directory
-    if directory.test is None:
+        if plan.config.optimizer.frozen:
+            best, test = fit_head(plan, group.device, console)
+            last, steps = best, 0
+        else:
+            trainer = _ClassifierTrainer(plan, group, console)
+            trainer.train(resume=resume, allow_changed_data=allow_changed_data)
+            best, last, test = trainer.directory.best, trainer.directory.last, trainer.directory.test
+            steps = plan.steps
+    if test is None:
         raise AssertionError("every run ends with a test")
-    seconds = time.monotonic() - began
-    return FinetuneResult(
-        plan.config, directory.best, directory.last, directory.test, plan.steps, len(plan.source), seconds
-    )
+    return FinetuneResult(plan.config, best, last, test, steps, len(plan.source), time.monotonic() - began)
 
 
 class _ClassifierTrainer(Trainer[FinetunePlan]):
@@ -101,9 +105,9 @@ class _ClassifierTrainer(Trainer[FinetunePlan]):
         plan, config = self.plan, self.plan.config
         classifier = build_classifier(config.model, len(plan.class_names))
         if not config.from_scratch:
-            tensors = classifier.state_dict() | plan.encoder  # the head keeps its initial weights
+            tensors = classifier.state_dict() | plan.encoder | (plan.head or {})
             load_strict(classifier, tensors, source=str(config.artifact))
-        return Classification(config.optimizer, classifier, len(plan.class_names))
+        return Classification(config.optimizer, classifier, len(plan.class_names), plan.class_weights())
 
     def batches(self, start: int) -> Iterator[Batch]:
         """See `Trainer`."""

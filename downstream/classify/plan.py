@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from coma.artifact import ArtifactConfig, load_encoder
+from coma.artifact import ArtifactConfig, is_multi_label, load_artifact, load_encoder
 from coma.config import FinetuneConfig
 from coma.data import (
     Source,
@@ -19,7 +19,9 @@ from coma.data import (
     open_labelled_splits,
 )
 from coma.errors import BadInput
-from coma.messages import counted
+from coma.messages import abridged, counted
+from coma.objectives.classification import balanced_weights
+from coma.preflight import require_packages
 from pretrain.training.optimizer import default_layer_decay
 from pretrain.training.run_plan import (
     RunPlan,
@@ -40,12 +42,14 @@ class FinetunePlan(RunPlan[FinetuneConfig]):
     """Description of the artifact that is fine-tuned."""
     encoder: dict[str, Tensor]
     """The artifact's encoder weights."""
+    head: dict[str, Tensor] | None
+    """Head to go on from, of a classifier of the same classes, in the order of this run's classes."""
     labels: Tensor
-    """Labels of the training images, int64 `[n]`."""
+    """Labels of the training images, int64 `[n]`, or float32 `[n, classes]` for any number per image."""
     test: Source
     """Test images, used once, at the end."""
     test_labels: Tensor
-    """Labels of the test images, int64 `[m]`, with the same numbers for the same classes."""
+    """Labels of the test images, with the same numbers for the same classes."""
     val: Source | None
     """Validation images, which choose the checkpoint; None publishes the weights of the last step."""
     val_labels: Tensor
@@ -68,6 +72,17 @@ class FinetunePlan(RunPlan[FinetuneConfig]):
         return self.val is not None and step > 0 and is_multiple(step, every)
 
     @property
+    def multi_label(self) -> bool:
+        """Whether an image may have any number of classes."""
+        return self.labels.ndim == 2
+
+    def class_weights(self) -> Tensor | None:
+        """Returns the weight of every class in the loss; None where all weigh the same."""
+        if self.config.optimizer.class_weights == "none":
+            return None
+        return balanced_weights(self.labels, len(self.class_names))
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """Class names in the order of the labels."""
         return self.config.class_names or ()
@@ -80,6 +95,8 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
         BadInput: an artifact without an encoder to fine-tune, images without labels or of one class, test
             images of unknown classes, settings that do not fit, or a directory that cannot be used.
     """
+    if config.optimizer.frozen and config.optimizer.frozen_stages >= 0:
+        raise BadInput("--frozen freezes the whole encoder; leave --frozen-stages out")
     encoder = load_encoder(config.artifact)
     about, stages = encoder.artifact, len(encoder.parts()) - 1
     if config.optimizer.frozen_stages > stages:
@@ -95,12 +112,15 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
     )
     train, val, test = splits.train, splits.val, splits.test
     labels, test_labels, names = align_labels(train, test)
+    if labels.ndim == 2:
+        require_packages("sklearn")
     log_missing_classes(splits)
+    metric = "mAP" if labels.ndim == 2 else "top-1"
     share, val_labels, held_out = config.optimizer.hold_out, labels[:0], val is None
     chosen_by = "checkpoint: the last step's; nothing chooses it (--hold-out 0)"
     if val is not None:
         _, val_labels, _ = align_labels(train, val)
-        chosen_by = f"checkpoint: chosen by top-1 on {len(val):,} images of {val.location}"
+        chosen_by = f"checkpoint: chosen by {metric} on {len(val):,} images of {val.location}"
     elif share:
         chosen = hold_out(labels, share, config.run.seed)
         if not chosen.any():
@@ -108,16 +128,18 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
                 f"{train.location}: every class has a single image, so none can be held out to choose the "
                 "checkpoint; give validation images (--val), or take the last step's weights (--hold-out 0)"
             )
-        single = int((labels.bincount() == 1).sum())
+        single = 0 if labels.ndim == 2 else int((labels.bincount() == 1).sum())
+        drawn = "all" if labels.ndim == 2 else "every class"
         without = f"; {counted(single, 'class', 'classes')} with a single image have none" if single else ""
         chosen_by = (
-            f"checkpoint: chosen by top-1 on {int(chosen.sum()):,} of the {len(labels):,} images of "
-            f"{train.location}, which are not trained on: {share:.3g} of every class, at least one of two, "
+            f"checkpoint: chosen by {metric} on {int(chosen.sum()):,} of the {len(labels):,} images of "
+            f"{train.location}, which are not trained on: {share:.3g} of {drawn}, at least one of two, "
             f"drawn with seed {config.run.seed}{without} (--val or --hold-out change this)"
         )
         val, val_labels = Subset(train, np.flatnonzero(chosen)), labels[chosen]
         train, labels = Subset(train, np.flatnonzero(~chosen)), labels[~chosen]
-    notes = chosen_by, f"test: {len(test):,} images of {test.location}, used once, at the end"
+    head, started = _head_of(config, about, names, multi_label=labels.ndim == 2)
+    notes = *started, chosen_by, f"test: {len(test):,} images of {test.location}, used once, at the end"
     config = check_folder(_filled_in(config, about, names), resume)
     check_shapes(config)
     slices = split_batch(config.optimizer, rank=0, world=1)
@@ -131,13 +153,14 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
     steps = count_steps(config.optimizer, len(train))
     weights = encoder.state_dict()
     check_space(config, sum(tensor.numel() for tensor in weights.values()))
-    return FinetunePlan(
+    plan = FinetunePlan(
         config=config,
         source=train,
         slices=slices,
         steps=steps,
         pretrained=about,
         encoder=weights,
+        head=head,
         labels=labels,
         test=test,
         test_labels=test_labels,
@@ -146,6 +169,11 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
         held_out=held_out and val is not None,
         notes=notes,
     )
+    if (each := plan.class_weights()) is None:
+        return plan
+    low, high = int(each.argmin()), int(each.argmax())
+    line = f"class weights: {each[low]:.3g} ({names[low]}) to {each[high]:.3g} ({names[high]})"
+    return replace(plan, notes=(*notes, line))
 
 
 def _filled_in(config: FinetuneConfig, about: ArtifactConfig, names: tuple[str, ...]) -> FinetuneConfig:
@@ -157,3 +185,27 @@ def _filled_in(config: FinetuneConfig, about: ArtifactConfig, names: tuple[str, 
         recipe = replace(recipe, layer_decay=default_layer_decay(about.model))
     model = replace(about.model, drop_path=recipe.drop_path)
     return replace(config, data=data, model=model, class_names=names, optimizer=recipe)
+
+
+def _head_of(
+    config: FinetuneConfig, about: ArtifactConfig, names: tuple[str, ...], *, multi_label: bool
+) -> tuple[dict[str, Tensor] | None, tuple[str, ...]]:
+    """Returns the head of a classifier of the same classes, and a line about what the run starts from."""
+    if config.from_scratch or about.kind in ("backbone", "pretrained"):
+        return None, ()
+    place = config.artifact
+    if about.kind != "classifier":
+        return None, (f"starts from the encoder of the {about.kind} {place}; the head is new",)
+    before = about.class_names or ()
+    if config.optimizer.frozen:
+        return None, (f"starts from the encoder of the classifier {place}; the head is fitted anew",)
+    if is_multi_label(about) != multi_label:
+        kind = "any number of classes per image" if is_multi_label(about) else "one class per image"
+        return None, (f"starts from the encoder of {place}; the head is new, since that one is for {kind}",)
+    if set(before) != set(names):
+        other = f"{abridged(before, 5)}; these images: {abridged(names, 5)}"
+        return None, (f"starts from the encoder of {place}; the head is new, since its classes are {other}",)
+    rows = [before.index(name) for name in names]
+    head = {name: load_artifact(place).tensors[name][rows] for name in ("head.weight", "head.bias")}
+    order = "" if before == names else " (its classes, sorted as those of these images)"
+    return head, (f"starts from the whole classifier {place}: encoder and head{order}",)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from coma.amp import choose_attention, choose_precision
-from coma.artifact import LINEAR_HEAD, ArtifactConfig, library_versions
+from coma.artifact import LINEAR_HEAD, MULTI_LABEL, ArtifactConfig, library_versions
 from coma.config import FinetuneConfig
 from coma.data import Source
 from coma.errors import BadInput
@@ -109,14 +109,14 @@ class ClassifierRunDirectory(RunDirectory[FinetuneConfig]):
             self._weights = {name: tensor.clone() for name, tensor in own.items()}
         if self.last and self.best:
             self._log_scores("val", self.last, {"step": step})
-            scores = f"top-1 {self.last.top1:.2%}, best {self.best.top1:.2%} at step {self._chosen}"
+            scores = f"{self.last}, best {self.best.score:.2%} at step {self._chosen}"
             self._console.say(f"step {step}/{plan.steps}  validation: {scores}")
         if step == plan.steps and self.test is None:
             self.test = self._score(self._weights, plan.test, plan.test_labels, self._chosen, device, "test")
             self._log_scores("test", self.test, {"step": step, "chosen_step": self._chosen})
             self._console.say(
                 f"step {step}/{plan.steps}  test, with the weights of step {self._chosen}: "
-                f"top-1 {self.test.top1:.2%} on {self.test.images:,} images"
+                f"{self.test} on {self.test.images:,} images"
             )
         self._evaluated = step
 
@@ -125,8 +125,9 @@ class ClassifierRunDirectory(RunDirectory[FinetuneConfig]):
         return {"test": len(plan.test), "validation": 0 if plan.val is None else len(plan.val)}
 
     def _log_scores(self, split: str, scores: Validation, row: dict[str, Any]) -> None:
-        values = {"top1": scores.top1, "top5": scores.top5, "loss": scores.loss}
-        self.log(row | {f"{split}_{name}": value for name, value in values.items() if value is not None})
+        named = named_scores(split, scores)
+        del named[f"{split}_images"]
+        self.log(row | named)
 
     def _score(
         self,
@@ -168,42 +169,59 @@ class ClassifierRunDirectory(RunDirectory[FinetuneConfig]):
         plan = self._finetuning
         if not self._weights:
             return None
-        config = plan.config
-        mean, std = plan.statistics
-        return self._weights, ArtifactConfig(
-            kind="classifier",
-            model=config.model,
-            objective=None if config.from_scratch else plan.pretrained.objective,
-            image_size=config.data.image_size,
-            mean=mean,
-            std=std,
-            class_names=plan.class_names,
-            trained={
-                "method": "finetune",
-                "steps": self._chosen,
-                "steps_planned": plan.steps,
-                "images_seen": self._chosen * plan.slices.global_batch,
-                **_named("val", self.best),
-                **_named("test", self.test),
-                "data": plan.source.location.name,
-                "images": len(plan.source),
-                "val": None if plan.val is None else plan.val.location.name,
-                "val_held_out_of_training": plan.held_out,
-                "test": plan.test.location.name,
-                "ema": config.optimizer.ema_decay,
-                "pretrained": None if config.from_scratch else plan.pretrained.trained,
-            },
-            versions=library_versions(),
-            head=dict(LINEAR_HEAD),
-        )
+        trained = {
+            "method": "finetune",
+            "steps": self._chosen,
+            "steps_planned": plan.steps,
+            "images_seen": self._chosen * plan.slices.global_batch,
+            "ema": plan.config.optimizer.ema_decay,
+        }
+        return self._weights, classifier_config(plan, trained, self.best, self.test)
+
+
+def classifier_config(
+    plan: FinetunePlan, trained: dict[str, Any], val: Validation | None, test: Validation | None
+) -> ArtifactConfig:
+    """Returns the description of a run's classifier.
+
+    Args:
+        plan: The run.
+        trained: How the weights were trained; the images and scores are added.
+        val: Scores on the validation images.
+        test: Scores on the test images.
+    """
+    config, (mean, std) = plan.config, plan.statistics
+    return ArtifactConfig(
+        kind="classifier",
+        model=config.model,
+        objective=None if config.from_scratch else plan.pretrained.objective,
+        image_size=config.data.image_size,
+        mean=mean,
+        std=std,
+        class_names=plan.class_names,
+        trained={
+            **trained,
+            **named_scores("val", val),
+            **named_scores("test", test),
+            "data": plan.source.location.name,
+            "images": len(plan.source),
+            "val": None if plan.val is None else plan.val.location.name,
+            "val_held_out_of_training": plan.held_out,
+            "test": plan.test.location.name,
+            "pretrained": None if config.from_scratch else plan.pretrained.trained,
+        },
+        versions=library_versions(),
+        head=LINEAR_HEAD | ({MULTI_LABEL: True} if plan.multi_label else {}),
+    )
+
+
+def named_scores(split: str, scores: Validation | None) -> dict[str, Any]:
+    """Returns scores that are defined, by names that say which images they were computed on."""
+    if scores is None:
+        return {}
+    return {f"{split}_{n}": v for n, v in asdict(scores).items() if n != "step" and v is not None}
 
 
 def _is_better(one: Validation, other: Validation) -> bool:
-    """Returns whether the top-1 is higher, or equal (frequent with few images) with a lower loss."""
-    return (one.top1, -one.loss) > (other.top1, -other.loss)
-
-
-def _named(split: str, scores: Validation | None) -> dict[str, Any]:
-    """Returns scores by names that say which images they were computed on."""
-    names = ("top1", "top5", "loss", "images") if scores else ()
-    return {f"{split}_{name}": getattr(scores, name) for name in names}
+    """Returns whether the score is higher, or equal (frequent with few images) with a lower loss."""
+    return (one.score, -one.loss) > (other.score, -other.loss)

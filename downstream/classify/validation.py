@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +13,7 @@ from coma.amp import Precision, autocast
 from coma.data import Source, evaluation_batches, normalize, topk_accuracy
 from coma.errors import CheckFailed
 from coma.models.classifiers import Classifier
+from downstream.classify.metrics import average_precisions
 
 
 @dataclass(frozen=True)
@@ -20,14 +22,24 @@ class Validation:
 
     step: int
     """Number of optimizer steps that the classifier has taken."""
-    top1: float
-    """Top-1 accuracy, 0..1."""
+    top1: float | None
+    """Top-1 accuracy, 0..1; None if an image may have any number of classes."""
     top5: float | None
-    """Top-5 accuracy; None for five classes or fewer."""
+    """Top-5 accuracy; None for five classes or fewer, and where top-1 is None."""
     loss: float
     """Mean cross-entropy, without label smoothing."""
     images: int
     """Number of images that could be read."""
+    mean_ap: float | None = None
+    """Mean average precision over the classes, 0..1, if an image may have any number of them; else None."""
+
+    @property
+    def score(self) -> float:
+        """Returns what chooses the checkpoint: top-1, or the mean average precision."""
+        return self.mean_ap or 0.0 if self.top1 is None else self.top1
+
+    def __str__(self) -> str:
+        return f"{'mAP' if self.top1 is None else 'top-1'} {self.score:.2%}"
 
 
 def validate(
@@ -48,7 +60,7 @@ def validate(
     Args:
         classifier: Classifier on the device to compute on; it stays in evaluation mode.
         source: Validation or test images.
-        labels: Labels of all these images, int64 `[m]`.
+        labels: Labels of all these images, int64 `[m]`, or float32 `[m, classes]` of 0 and 1.
         mean: Per-channel mean of pixels scaled to 0..1.
         std: Per-channel standard deviation.
         step: Number of optimizer steps that the classifier has taken.
@@ -76,9 +88,23 @@ def validate(
             logits.append(classifier(images).float().cpu())  # b classes
             indices.append(batch.indices)
             failures += batch.failures
-    guess, truth = torch.cat(logits), labels[torch.cat(indices)]
-    if not guess.isfinite().all():
+    return score(torch.cat(logits), labels[torch.cat(indices)], step), tuple(failures)
+
+
+def score(logits: Tensor, labels: Tensor, step: int) -> Validation:
+    """Returns the scores of logits `[m, classes]` for labels as those of `validate`.
+
+    Raises:
+        CheckFailed: the logits are not finite.
+    """
+    if not logits.isfinite().all():
         raise CheckFailed(f"step {step}: the classifier's outputs are not finite; try --precision fp32")
-    top5 = topk_accuracy(guess, truth, 5) if guess.shape[1] > 5 else None
-    loss = F.cross_entropy(guess, truth).item()
-    return Validation(step, topk_accuracy(guess, truth, 1), top5, loss, len(truth)), tuple(failures)
+    if labels.ndim == 2:
+        loss = F.binary_cross_entropy_with_logits(logits, labels).item()
+        precisions = average_precisions(logits, labels)
+        defined = precisions[~np.isnan(precisions)]
+        mean_ap = float(defined.mean()) if len(defined) else 0.0
+        return Validation(step, None, None, loss, len(labels), mean_ap)
+    top5 = topk_accuracy(logits, labels, 5) if logits.shape[1] > 5 else None
+    loss = F.cross_entropy(logits, labels).item()
+    return Validation(step, topk_accuracy(logits, labels, 1), top5, loss, len(labels))

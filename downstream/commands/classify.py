@@ -1,11 +1,11 @@
-"""Train a classifier on images in class folders."""
+"""Train, test and run image classifiers."""
 
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -14,6 +14,8 @@ from coma.config import FinetuneConfig
 from coma.config.serialization import read_config
 from coma.errors import BadInput
 from coma.preflight import require_packages
+from coma.ranges import Range
+from downstream.cli_options import CheckOptions, Device, RuntimeOptions, Split
 from downstream.commands import shared
 
 if TYPE_CHECKING:
@@ -23,17 +25,41 @@ USAGE = """
 usage: coma classify train ARTIFACT --data CLASSES --out runs/classifier
        coma classify train ARTIFACT --data CLASSES --out runs/from-scratch --from-scratch
        coma classify train --resume runs/classifier
+       coma classify test CLASSIFIER --data CLASSES
+       coma classify predict CLASSIFIER IMAGES --out PREDICTIONS
+       coma classify check --data CLASSES
 
-Train a classifier on images in class folders.
+Train, test and run image classifiers.
 
-CLASSES is a folder with train/ and test/, and perhaps val/: folders with one folder per class, or .npz packs.
-`coma classify train --help` lists all settings.
+CLASSES is a folder with train/ and test/, and perhaps val/: folders with one folder per class, or .npz packs;
+or with train.csv and test.csv, and perhaps val.csv: a path and its labels in every line. CLASSIFIER is
+runs/classifier/artifact, a file that `coma export` wrote, or a folder of them. Every verb has its own --help.
 """
+
+
+METRICS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "balanced_accuracy": "balanced accuracy",
+    "mean_ap": "mAP",
+    "micro_f1": "micro F1",
+    "macro_f1": "macro F1",
+    "exact_match": "exact match",
+}
+"""Scores that are printed, by their name in scores.json."""
+SHOWN = 40
+"""Most classes that are printed."""
+IMAGES = tyro.conf.arg(metavar="IMAGES ...", help_behavior_hint="(required)")
+FROZEN_OPTIONS = (
+    *("artifact", "data", "images", "test", "val", "out", "image_size", "from_scratch", "hold_out", "seed"),
+    *("device", "workers", "batch_size", "micro_batch", "frozen", "frozen_stages", "class_weights"),
+)
+"""Settings that apply to a linear head on frozen features; `frozen_stages` is refused later."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Fine-tune a classifier: the whole encoder under a linear head.
+    """Fine-tunes a classifier: the whole encoder under a linear head, or with --frozen the head alone.
 
     Every image is cropped, flipped, augmented and mixed anew in every epoch. The checkpoint is chosen by
     top-1 accuracy on centre crops of the validation images: those of --val, of a val split beside test, or
@@ -47,6 +73,48 @@ class TrainConfig:
     allow_changed_data: bool = False
     """With --resume: continue although images were added, removed, renamed, changed in size or moved to
     another class; the best checkpoint is then searched anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyTest(RuntimeOptions):
+    """Measures a classifier on labelled images: accuracy, precision and recall, confusions, calibration.
+
+    Classes are matched by name. With one class per image: top-1, top-5 and balanced accuracy. With any number
+    of classes: mean average precision (mAP), micro and macro F1.
+    """
+
+    artifact: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CLASSIFIER")] = field()
+    """Artifact of `coma classify train`, a .onnx or .engine file, or a folder of exports."""
+    data: Annotated[Path, tyro.conf.arg(metavar="CLASSES")] = field()
+    """Labelled images: class folders, .npz packs, or .csv files with a path and labels in every line."""
+    split: Annotated[
+        Split | None, tyro.conf.arg(help_behavior_hint="(default: test, or else val, or else all images)")
+    ] = None
+    """Split to measure on."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
+    """Folder for scores.json, confusion_matrix.png and reliability.png."""
+    device: Device = "auto"
+    """Device to compute on; auto is the GPU where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyPredict(RuntimeOptions):
+    """Labels images: writes predictions.csv, predictions.json and contact_sheet.png."""
+
+    artifact: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CLASSIFIER")] = field()
+    """Artifact of `coma classify train`, a .onnx or .engine file, or a folder of exports."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, IMAGES] = field()
+    """Images, and folders of images (searched recursively)."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = field()
+    """New folder for the predictions and the contact sheet."""
+    device: Device = "auto"
+    """Device to compute on; auto is the GPU where there is one."""
+    top_k: Annotated[
+        int | None,
+        Range(1, 10**6),
+        tyro.conf.arg(help_behavior_hint="(default: 5, or all classes if there are fewer)"),
+    ] = None
+    """Most probable classes that are written for each image."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +132,8 @@ def run(argv: list[str]) -> None:
         CheckFailed: a loss that is not finite, or results that could not be written.
         Interrupted: Ctrl-C or SIGTERM; everything is saved.
     """
-    shared.run_verb(argv, {"train": _train}, USAGE)
+    verbs = {"train": _train, "test": _test, "predict": _predict, "check": _check}
+    shared.run_verb(argv, verbs, USAGE)
 
 
 def parse(argv: list[str]) -> TrainConfig:
@@ -84,7 +153,15 @@ def parse(argv: list[str]) -> TrainConfig:
         raise BadInput("--out does not go with --resume, which continues in the run's own directory")
     if given.allow_changed_data and not default:
         raise BadInput("--allow-changed-data goes with --resume; a new run takes the images as they are")
+    idle = [name for name in _names(given.config) if name not in FROZEN_OPTIONS]
+    if given.config.optimizer.frozen and (flags := shared.given_flags(argv, idle)):
+        raise BadInput(f"{flags}: no effect with --frozen, which fits the head to the optimum; leave it out")
     return given
+
+
+def _names(config: FinetuneConfig) -> list[str]:
+    sections = (config, config.data, config.optimizer, config.run)
+    return [each.name for section in sections for each in fields(section)]
 
 
 def _train(argv: list[str]) -> None:
@@ -102,23 +179,134 @@ def _train(argv: list[str]) -> None:
 
 
 def _summary(result: FinetuneResult) -> str:
-    test, out = result.test, result.config.run.out
-    chosen = "the last step, since there are no validation images"
-    if result.best and result.last:
+    test, out, artifact = result.test, result.config.run.out, shlex.quote(str(result.artifact))
+    weights = f"weights of step {test.step} of {result.steps}"
+    if result.config.optimizer.frozen:
+        chosen = f"linear head on frozen features; validation: {result.best or 'none'}"
+    elif result.best and result.last:
         chosen = (
-            f"chosen on {result.best.images:,} validation images (top-1 {result.best.top1:.2%} there, "
-            f"{result.last.top1:.2%} at the last step)"
+            f"{weights}: chosen on {result.best.images:,} validation images ({result.best} there, "
+            f"{result.last.score:.2%} at the last step)"
         )
+    else:
+        chosen = f"{weights}: the last step, since there are no validation images"
+    files = {"classifier": str(result.artifact)}
+    if result.steps:
+        files["curves"] = str(out / "loss_curve.png")
+        files["metrics"] = f"{out / 'metrics.jsonl'}, or: tensorboard --logdir {out / 'tensorboard'}"
     top5 = "" if test.top5 is None else f", top-5 {test.top5:.2%}"
-    return f"""
-trained on {result.train_images:,} images of {len(result.config.class_names or ())} classes
-weights of step {test.step} of {result.steps}: {chosen}
-top-1 {test.top1:.2%}{top5} on {test.images:,} test images, used once, at the end
+    return "\n".join(
+        [
+            "",
+            f"trained on {result.train_images:,} images of {len(result.config.class_names or ())} classes",
+            chosen,
+            f"{test}{top5} on {test.images:,} test images, used once, at the end",
+            "",
+            *(f"  {name:15}  {place}" for name, place in files.items()),
+            "",
+            "next:",
+            f"  coma classify test {artifact} --data CLASSES --out REPORT",
+            f"  coma classify predict {artifact} IMAGES --out PREDICTIONS",
+            f"  coma export {artifact}",
+            "      write ONNX files and verify them against PyTorch on real images",
+        ]
+    )
 
-  classifier       {result.artifact} (weights of step {test.step})
-  curves           {out / "loss_curve.png"}
-  metrics          {out / "metrics.jsonl"}, or: tensorboard --logdir {out / "tensorboard"}
 
-next:
-  coma export {shlex.quote(str(result.artifact))}
-      write ONNX files and verify them against PyTorch on real images"""
+def _test(argv: list[str]) -> None:
+    options = parse_arguments(ClassifyTest, argv, prog="coma classify test")
+
+    from coma.progress import Progress
+    from downstream.classify.evaluate import evaluate_classifier
+
+    with Progress() as progress:
+        scores = evaluate_classifier(
+            options.artifact,
+            options.data,
+            split=options.split,
+            out=options.out,
+            runtime=options.runtime,
+            device=options.device,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            progress=progress,
+        )
+    _print_scores(scores)
+    if options.out:
+        for path in sorted(options.out.glob("*.*")):
+            print(f"  {path}")
+
+
+def _print_scores(scores: dict[str, Any]) -> None:
+    """Prints the scores of a classifier, and those of each class."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    split = f"{scores['split']} split" if scores["split"] else "all images"
+    console.print(f"{split}: {scores['images']:,} images of {scores['data']}", soft_wrap=True, markup=False)
+    table = Table("metric", "value")
+    for key, name in METRICS.items():
+        if scores.get(key) is not None:
+            table.add_row(name, f"{scores[key]:.2%}")
+    table.add_row("expected calibration error", f"{scores['calibration']['error']:.2%}")
+    console.print(table)
+    columns = [name for name in scores["classes"][0] if name not in ("name", "support")]
+    table = Table("class", *columns, "images")
+    for row in scores["classes"][:SHOWN]:
+        values = ["-" if row[name] is None else f"{row[name]:.1%}" for name in columns]
+        table.add_row(escape(row["name"]), *values, f"{row['support']:,}")
+    console.print(table)
+    if len(scores["classes"]) > SHOWN:
+        print(f"and {len(scores['classes']) - SHOWN} more classes, which scores.json of --out has")
+
+
+def _predict(argv: list[str]) -> None:
+    options = parse_arguments(ClassifyPredict, argv, prog="coma classify predict")
+
+    from coma.progress import Progress
+    from downstream.classify.predict import predict_classes
+
+    if not options.images:
+        raise BadInput("coma classify predict needs IMAGES; coma classify predict --help lists all settings")
+    shared.check_empty(options.out)
+    with Progress() as progress:
+        found = predict_classes(
+            options.artifact,
+            options.images,
+            out=options.out,
+            top_k=options.top_k,
+            runtime=options.runtime,
+            device=options.device,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            progress=progress,
+        )
+    print(
+        f"\n{len(found.indices):,} images labelled\n\n"
+        f"  predictions    {options.out / 'predictions.csv'} and .json\n"
+        f"  contact sheet  {options.out / 'contact_sheet.png'}"
+    )
+
+
+def _check(argv: list[str]) -> None:
+    options = parse_arguments(CheckOptions, argv, prog="coma classify check")
+
+    import torch
+
+    from coma.data import align_labels, open_labelled_splits
+
+    splits = open_labelled_splits(options.data)
+    sources = {"train": splits.train, "val": splits.val, "test": splits.test}
+    there = {name: source for name, source in sources.items() if source is not None}
+    aligned = {name: align_labels(splits.train, source) for name, source in there.items()}
+    names = aligned["train"][2]
+    rows = [("images", [f"{len(source):,}" for source in there.values()])]
+    for number, name in enumerate(names):
+        counts = [
+            (labels == number).sum() if labels.ndim == 1 else labels[:, number].sum().to(torch.int64)
+            for _, labels, _ in aligned.values()
+        ]
+        rows.append((f"images of {name}", [f"{int(count):,}" for count in counts]))
+    shared.print_check(rows, tuple(there))

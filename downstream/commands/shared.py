@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -150,14 +150,18 @@ def refuse_without_effect(options: TrainOptions, argv: Sequence[str]) -> None:
     Raises:
         BadInput: naming the flags.
     """
+    applies = {*SOURCE_OPTIONS, *(ENCODER_OPTIONS if options.artifact or options.preset else ())}
+    names = [each.name for each in fields(options) if each.name not in applies]
+    if flags := given_flags(argv, names):
+        raise BadInput(f"{flags}: no effect with --config; change the configuration, or use --cfg-options")
+
+
+def given_flags(argv: Sequence[str], names: Collection[str]) -> str:
+    """Returns the flags of the settings `names` that are in `argv`, for a message."""
     given = {
         word[2:].partition("=")[0].removeprefix("no-").replace("-", "_") for word in argv if word[:2] == "--"
     }
-    applies = {*SOURCE_OPTIONS, *(ENCODER_OPTIONS if options.artifact or options.preset else ())}
-    names = [each.name for each in fields(options) if each.name in given - applies]
-    if names:
-        flags = ", ".join("--" + name.replace("_", "-") for name in names)
-        raise BadInput(f"{flags}: no effect with --config; change the configuration, or use --cfg-options")
+    return ", ".join("--" + name.replace("_", "-") for name in names if name in given)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
 from coma.artifact import load_encoder
-from coma.config import DyViTConfig, EncoderConfig, ViTConfig, encoder_preset
+from coma.config import EncoderConfig, encoder_preset
 from coma.config.serialization import from_plain
 from coma.errors import BadArtifact, BadInput
 from coma.models import Encoder, build_encoder
@@ -33,9 +33,11 @@ log = logging.getLogger(__name__)
 class _Backbone(BaseModule):
     """An encoder with frozen stages, gradient checkpointing and a source of weights."""
 
+    hierarchical: bool
+    """Whether encoders of this type output several maps."""
+
     def __init__(
         self,
-        kind: type[EncoderConfig],
         artifact: str | Path | None,
         encoder: dict[str, Any] | None,
         preset: str | None,
@@ -48,7 +50,7 @@ class _Backbone(BaseModule):
         super().__init__(init_cfg)
         if sum(source is not None for source in (artifact, encoder, preset)) != 1:
             raise BadInput(f"{type(self).__name__}: give one of artifact, encoder (settings) and preset")
-        self.encoder = _encoder(kind, artifact, encoder, preset, channels, changes)
+        self.encoder = _encoder(type(self), artifact, encoder, preset, channels, changes)
         self.encoder.set_grad_checkpointing(with_cp)
         self._frozen = freeze_stages(self.encoder, frozen_stages)
 
@@ -82,6 +84,8 @@ class DyViT(_Backbone):
         BadArtifact: not an artifact of this encoder, or tensors that do not fit.
     """
 
+    hierarchical = True
+
     def __init__(
         self,
         artifact: str | Path | None = None,
@@ -99,9 +103,7 @@ class DyViT(_Backbone):
         if not out_indices or not set(out_indices) <= set(range(4)):
             raise BadInput(f"DyViT: out_indices {tuple(out_indices)} must be some of 0, 1, 2, 3")
         changes = {"drop_path": drop_path, "global_blocks": global_blocks}
-        super().__init__(
-            DyViTConfig, artifact, encoder, preset, channels, frozen_stages, with_cp, init_cfg, **changes
-        )
+        super().__init__(artifact, encoder, preset, channels, frozen_stages, with_cp, init_cfg, **changes)
         self.out_indices = tuple(out_indices)
         width = self.encoder.config.dim
         self.norms = nn.ModuleList(
@@ -116,12 +118,12 @@ class DyViT(_Backbone):
 
 @MODELS.register_module()
 class PlainViT(_Backbone):
-    """Plain ViT backbone: images `[b, c, H, W]` to one map `[b, dim, ceil(H/patch), ceil(W/patch)]`.
+    """Plain ViT backbone, ours or timm's: images `[b, c, H, W]` to one map `[b, dim, ceil(H/patch), ceil(W/patch)]`.
 
     Args:
         artifact: Directory of a pre-trained model, whose encoder is loaded strictly.
-        encoder: Settings of `ViTConfig` instead of an artifact; the weights are random.
-        preset: Name of a preset instead of an artifact; the weights are random.
+        encoder: Settings of `ViTConfig` or `TimmConfig` instead of an artifact; the weights are random.
+        preset: Name of a preset, or timm:NAME, instead of an artifact; the weights are random.
         channels: Image channels (presets only).
         drop_path: Largest stochastic-depth rate.
         frozen_stages: Freeze the stem and this many blocks; 0 freezes the stem, -1 nothing.
@@ -132,6 +134,8 @@ class PlainViT(_Backbone):
         BadInput: settings that do not fit.
         BadArtifact: not an artifact of this encoder, or tensors that do not fit.
     """
+
+    hierarchical = False
 
     def __init__(
         self,
@@ -145,15 +149,7 @@ class PlainViT(_Backbone):
         init_cfg: Any = None,
     ) -> None:
         super().__init__(
-            ViTConfig,
-            artifact,
-            encoder,
-            preset,
-            channels,
-            frozen_stages,
-            with_cp,
-            init_cfg,
-            drop_path=drop_path,
+            artifact, encoder, preset, channels, frozen_stages, with_cp, init_cfg, drop_path=drop_path
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
@@ -162,7 +158,7 @@ class PlainViT(_Backbone):
 
 
 def _encoder(
-    kind: type[EncoderConfig],
+    kind: type[_Backbone],
     artifact: str | Path | None,
     settings: dict[str, Any] | None,
     preset: str | None,
@@ -188,7 +184,8 @@ def _encoder(
     return encoder
 
 
-def _check_kind(config: EncoderConfig, kind: type[EncoderConfig], source: str, error: type[BadInput]) -> None:
-    if not isinstance(config, kind):
-        wanted = "DyViT" if len(config.strides) > 1 else "PlainViT"
+def _check_kind(config: EncoderConfig, kind: type[_Backbone], source: str, error: type[BadInput]) -> None:
+    hierarchical = len(config.strides) > 1
+    if hierarchical != kind.hierarchical:
+        wanted = "DyViT" if hierarchical else "PlainViT"
         raise error(f"{source}: is another encoder; use backbone=dict(type='{wanted}', ...)")

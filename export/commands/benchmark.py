@@ -199,13 +199,13 @@ def _benchmark(config: BenchmarkConfig, batches: tuple[int, ...]) -> None:
 def _load(
     config: BenchmarkConfig, graph: GraphKind, channels: int, most: int
 ) -> tuple[list[LoadedModel], ImageSet, list[NotRun]]:
+    from coma.paths import exports_beside
     from coma.progress import Progress
     from export.benchmark import MOST_IMAGES, NotRun, list_exports, open_exports, open_torch
-    from export.config import folder_beside
     from export.image_sets import TIMING, read_image_set
     from export.preprocessing import open_images
 
-    folder = config.exports or folder_beside(config.artifact)
+    folder = config.exports or exports_beside(config.artifact)
     with Progress() as progress:
         progress.step("reading images and file hashes")
         entries, absent = list_exports(folder, config.artifact, graph, required=config.exports is not None)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from coma.artifact import ArtifactConfig, load_artifact, load_classifier, load_encoder
+from coma.artifact import ArtifactConfig, is_multi_label, load_artifact, load_classifier, load_encoder
 from coma.artifact.load import artifact_hash
 from coma.errors import BadArtifact, BadInput
 from coma.library_errors import library_errors
@@ -31,7 +31,7 @@ from coma.runtimes.model_spec import (
 
 
 def load_exportable(directory: Path, graph: GraphKind) -> ExportableModel:
-    """Loads one graph of an artifact in fp32 on the CPU.
+    """Loads one graph of an artifact, or the encoder of any artifact, in fp32 on the CPU.
 
     Raises:
         BadArtifact: the directory is not an artifact, or is damaged.
@@ -39,7 +39,7 @@ def load_exportable(directory: Path, graph: GraphKind) -> ExportableModel:
     """
     artifact = load_artifact(directory)
     config = artifact.config
-    if graph not in GRAPH_KINDS[config.kind]:
+    if graph not in (*GRAPH_KINDS[config.kind], "encoder"):
         raise BadInput(
             f"{directory}: an artifact of kind {config.kind!r} has no {graph}, only "
             f"{' and '.join(GRAPH_KINDS[config.kind])}"
@@ -60,6 +60,7 @@ def load_exportable(directory: Path, graph: GraphKind) -> ExportableModel:
         class_names=config.class_names,
         source=artifact_hash(directory),
         versions=config.versions,
+        multi_label=graph == "classifier" and is_multi_label(config),
     )
     return ExportableModel(module.eval().requires_grad_(False), spec)
 
@@ -95,7 +96,7 @@ def preprocessing_of(config: ArtifactConfig, graph: GraphKind = "encoder") -> Pr
     size = (size_of(config, graph),) * 2
     order = {1: "grey", 3: "RGB"}.get(config.model.channels, "as stored")
     rule = Preprocessing("none", None, config.mean, config.std, channel_order=order)
-    if config.kind not in ("detector", "segmentor"):
+    if graph not in ("detector", "segmentor"):
         return replace(rule, resize="centre-square", size=size)
     resizes = [step for step in (config.head or {}).get("pipeline", []) if "Resize" in step["type"]]
     if not resizes:
@@ -160,12 +161,9 @@ def _encoder(directory: Path) -> tuple[nn.Module, tuple[TensorSpec, ...]]:
     from export.graphs.wrappers import EncoderGraph
 
     encoder: Encoder = load_encoder(directory)
-    widths = [
-        encoder.num_features // 2 ** (len(encoder.strides) - 1 - i) for i in range(len(encoder.strides))
-    ]
     maps = [
         TensorSpec(f"stride{stride}", "float32", ("batch", width, f"height/{stride}", f"width/{stride}"))
-        for stride, width in zip(encoder.strides, widths, strict=True)
+        for stride, width in zip(encoder.strides, encoder.config.widths, strict=True)
     ]
     return EncoderGraph(encoder), (
         *maps,

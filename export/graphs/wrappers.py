@@ -122,7 +122,7 @@ class EncoderGraph(nn.Module):
     """Images to the feature pyramid and the pooled feature.
 
     Args:
-        encoder: DyViT or plain ViT.
+        encoder: Any encoder of the core.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -135,7 +135,7 @@ class EncoderGraph(nn.Module):
         The finest map comes first. The pooled feature `[b, c]` is the mean of the last map over all units
         that cover the image.
         """
-        pyramid = self.encoder(images.to(self.encoder.norm.weight.dtype))
+        pyramid = self.encoder(images.to(next(self.parameters()).dtype))
         pooled = pyramid[-1].float().mean(dim=(2, 3))
         return *(each.float() for each in pyramid), pooled
 

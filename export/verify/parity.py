@@ -20,8 +20,8 @@ from coma.library_errors import library_errors
 from coma.masking.patchify import unit_grid
 from coma.runtimes.base import Runtime
 from coma.runtimes.model_spec import ModelSpec
+from coma.runtimes.preprocessing import resize_image, to_input
 from coma.runtimes.shape_ranges import Shape, Shapes
-from export.preprocessing import resize_image, to_input
 from export.verify.errors import OutputError, OutputErrors, split_pixels
 from export.verify.tolerances import TOLERANCES
 

@@ -19,8 +19,9 @@ from coma.data.sources.base import Source
 from coma.errors import BadImage, BadInput
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import Selection, named
+from coma.runtimes.preprocessing import resize_image, to_input
 from export.image_sets import name_in, reason_of
-from export.preprocessing import evenly_spaced, resize_image, to_input
+from export.preprocessing import evenly_spaced
 
 Run = Callable[[Tensor], dict[str, Tensor]]
 """Runs normalised float32 images `[1, c, H, W]` and returns outputs by name."""

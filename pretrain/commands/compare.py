@@ -32,7 +32,7 @@ from pretrain.commands import pretrain as pretrain_command
 _RESERVED = {
     *("--out", "--seed", "--steps", "--epochs", "--resume", "--from", "--method", "--model", "--device"),
     *("--probe", "--probe-steps", "--probe-epochs", "--probe-protocols", "--probe-train", "--probe-test"),
-    *("--reconstruction-every", "--allow-changed-data", "--no-allow-changed-data"),
+    *("--reconstruction-every", "--allow-changed-data", "--no-allow-changed-data", "--dry-run"),
 }
 """Flags of `coma pretrain` that a comparison sets itself."""
 _RESERVED_FINETUNING = {

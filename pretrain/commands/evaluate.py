@@ -75,7 +75,26 @@ def run(argv: list[str]) -> None:
         BadInput: artifacts, images or settings that cannot be used.
         CheckFailed: an encoder's features are not finite.
     """
-    config = parse_arguments(EvaluateConfig, argv, prog="coma evaluate", description=__doc__)
+    config = parse(argv)
+    scores = evaluate(config)
+    _print_table(scores)
+
+
+def parse(argv: list[str]) -> EvaluateConfig:
+    """Returns the settings that `argv` asks for.
+
+    Raises:
+        BadInput: values that do not fit.
+    """
+    return parse_arguments(EvaluateConfig, argv, prog="coma evaluate", description=__doc__)
+
+
+def evaluate(config: EvaluateConfig) -> list[Score]:
+    """Returns the scores of all encoders, and writes them where `config.out` says so.
+
+    Raises:
+        BadInput, CheckFailed: as `run`.
+    """
     if not config.artifacts:
         raise BadInput("give at least one artifact directory, for example run/artifact")
     resolved = [path.resolve() for path in config.artifacts]
@@ -95,9 +114,9 @@ def run(argv: list[str]) -> None:
     splits = open_labelled_splits(config.data, config.train, config.test)
     log_missing_classes(splits)
     scores = _evaluate(config, splits)
-    _print_table(scores)
     if config.out:
         _write(config.out, splits, scores)
+    return scores
 
 
 def _encoders(config: EvaluateConfig) -> list[tuple[str, Encoder, ArtifactConfig]]:

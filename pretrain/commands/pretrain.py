@@ -6,8 +6,10 @@ The model learns to fill in what masks hide. The run writes an artifact for `com
 Examples:
   coma pretrain PHOTOS --out runs/first --model tiny --image-size 64 --epochs 100
   coma pretrain PHOTOS --out runs/mae --model vit-base --method mae --batch-size 1024
+  coma pretrain PHOTOS --out runs/dino --model timm:vit_small_patch14_reg4_dinov2 --method mae
   coma pretrain PHOTOS --out runs/zoom --method beyond --degrade zoom-in+mask
   coma pretrain PHOTOS --out runs/cmt --model vit-base --method cmt --teacher-weights FILE
+  coma pretrain PHOTOS --out runs/more --init runs/first/artifact
   coma pretrain --resume runs/first
   torchrun --nproc-per-node 8 -m coma pretrain PHOTOS --out runs/eight --batch-size 2048
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shlex
 from dataclasses import dataclass, replace
@@ -26,30 +29,35 @@ import tyro
 
 from coma.arguments import parse_arguments, parse_known
 from coma.config import (
-    ENCODER_PRESETS,
+    ENCODER_METAVAR,
     METHOD_PRESETS,
     BeyondConfig,
     DataConfig,
     Degradation,
+    EncoderConfig,
+    InitConfig,
     ObjectiveConfig,
     OptimizerConfig,
     PretrainConfig,
     ProbeConfig,
     RunConfig,
     TeacherConfig,
+    decoder_dim,
     encoder_preset,
     method_preset,
 )
-from coma.config.serialization import read_config
+from coma.config.serialization import read_config, to_plain
 from coma.errors import BadInput, ComaError
 from coma.preflight import require_packages
 from coma.ranges import CHANNELS, EPOCHS, RARE, SIDE, STEPS, Ranged
-from coma.registry import ARCHITECTURES, METHODS, presets
+from coma.registry import METHODS, presets
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    Model = Method = str
+    Method = str
 else:
-    Model, Method = Literal[ENCODER_PRESETS], Literal[METHOD_PRESETS]
+    Method = Literal[METHOD_PRESETS]
 
 _RECIPES = {
     "default": OptimizerConfig(),
@@ -61,15 +69,16 @@ _METHOD_HELP = (
     + ". --method X --help-all lists the settings of X; default: coma"
 )
 
-_NOT_RESUMED = ("model", "method", "degrade", "recipe", "channels", "from_")
+_NOT_RESUMED = ("model", "method", "degrade", "recipe", "channels", "from_", "init")
 
 
 @dataclass(frozen=True)
 class Presets(Ranged):
     """Presets; the flags below override what they set."""
 
-    model: Model | None = None
-    """Encoder: tiny to large are DyViT, vit-* are plain ViT; default: small"""
+    model: Annotated[str | None, tyro.conf.arg(metavar=ENCODER_METAVAR)] = None
+    """Encoder: tiny to large are DyViT, vit-* are plain ViT, timm:NAME is the vision transformer that timm
+    calls NAME, with random weights; default: small"""
     method: Annotated[Method | None, tyro.conf.arg(help=_METHOD_HELP)] = None
     degrade: Annotated[Degradation | None, RARE] = None
     """Degradation of --method beyond; `coma degrade IMAGE --out SHEET` draws all of them; default:
@@ -85,11 +94,13 @@ class Presets(Ranged):
     channels: Annotated[int | None, CHANNELS] = None
     """Channels of the images; default: 3"""
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Start a new run with the settings of this run directory or config.json."""
+    """Start with the settings of this run, or of a file in JSON, YAML or TOML."""
     resume: Path | None = None
     """Resume the run in this directory with its saved settings."""
     allow_changed_data: Annotated[bool, RARE] = False
     """With --resume: continue although images were added, removed, renamed or changed in size meanwhile."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Describe the run, estimate time and memory, and write nothing."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,8 @@ class _First(Presets):
     steps: Annotated[int | None, STEPS] = None
     probe_epochs: Annotated[float | None, EPOCHS] = None
     probe_steps: Annotated[int | None, STEPS] = None
+    init: str | None = None
+    download: bool = False
 
 
 def run(argv: list[str]) -> None:
@@ -113,23 +126,23 @@ def run(argv: list[str]) -> None:
     """
     main = "LOCAL_RANK" not in os.environ or os.environ.get("RANK") == "0"  # torchrun sets both
     try:
-        config, resume, allow_changed_data = parse(argv)
-        require_packages("tensorboard", "matplotlib")
+        config, resume, allow_changed_data, dry_run = parse(argv)
+        require_packages("matplotlib")
         from pretrain.training import pretrain
 
-        folder = pretrain(config, resume=resume, allow_changed_data=allow_changed_data)
+        folder = pretrain(config, resume=resume, allow_changed_data=allow_changed_data, dry_run=dry_run)
     except ComaError as error:
         from pretrain.training.distributed import AGREED
 
         if main or AGREED not in getattr(error, "__notes__", ()):
             raise
         raise SystemExit(error.exit_code) from None  # process 0 prints it
-    if main:
+    if main and not dry_run:
         print(_summary(folder))
 
 
-def parse(argv: list[str]) -> tuple[PretrainConfig, bool, bool]:
-    """Returns the settings in `argv`, whether they resume a run, and whether its images may have changed.
+def parse(argv: list[str]) -> tuple[PretrainConfig, bool, bool, bool]:
+    """Returns the settings in `argv`, and whether they resume a run, allow changed data, and run dry.
 
     Raises:
         BadInput: presets that contradict each other, or a run that cannot be read.
@@ -139,6 +152,7 @@ def parse(argv: list[str]) -> tuple[PretrainConfig, bool, bool]:
     flat = tyro.conf.OmitArgPrefixes
     groups: list[tuple[str, Any, Any]] = [
         ("presets", Annotated[Presets, flat], Presets()),
+        ("init", Annotated[InitConfig, flat], defaults.init),
         ("data", Annotated[DataConfig, flat], defaults.data),
         ("optimizer", Annotated[OptimizerConfig, flat], defaults.optimizer),
         ("run", Annotated[RunConfig, flat], defaults.run),
@@ -152,14 +166,16 @@ def parse(argv: list[str]) -> tuple[PretrainConfig, bool, bool]:
     data: DataConfig = given.data
     if first.from_ and data.images != defaults.data.images and data.mean == defaults.data.mean:
         data = replace(data, mean=None, std=None)  # those of other images: to be measured again
-    config = PretrainConfig(data, given.model, given.objective, given.optimizer, given.run, given.probe)
+    config = PretrainConfig(
+        data, given.model, given.objective, given.optimizer, given.run, given.probe, given.init
+    )
     if first.resume and config.run.out != defaults.run.out:
         raise BadInput(
             f"--out {config.run.out} does not go with --resume, which continues in {defaults.run.out}"
         )
     if first.allow_changed_data and not first.resume:
         raise BadInput("--allow-changed-data goes with --resume; a new run takes the images as they are")
-    return config, first.resume is not None, first.allow_changed_data
+    return config, first.resume is not None, first.allow_changed_data, first.dry_run
 
 
 def _defaults(first: _First) -> PretrainConfig:
@@ -173,16 +189,23 @@ def _defaults(first: _First) -> PretrainConfig:
         if first.teacher or first.teacher_weights:
             config = replace(config, objective=_with_teacher(config.objective, first))
         return replace(config, run=replace(config.run, out=folder))
-    config = read_config(first.from_) if first.from_ else PretrainConfig()
+    like_weights = first.init is not None and not (first.model or first.from_)
+    config = read_config(first.from_, image_size=first.image_size) if first.from_ else PretrainConfig()
+    if like_weights:
+        config = _like_weights(config, str(first.init), first)
+    elif first.from_ and config.init.init_sha256:
+        config = replace(config, init=replace(config.init, init_sha256=None))
     size = first.image_size or config.data.image_size
     channels = config.model.channels if first.channels is None else first.channels
-    if first.model or not first.from_:
+    if first.model or not (first.from_ or like_weights):
         model = encoder_preset(first.model or "small", size, channels)
     else:
         model = replace(config.model, channels=channels)
     if first.method or not first.from_:
-        width = presets(ARCHITECTURES)[first.model or "small"].decoder_dim or config.objective.decoder.dim
+        width = decoder_dim(model) if first.model else config.objective.decoder.dim
         objective = method_preset(first.method or "coma", decoder_dim=width)
+        if like_weights:
+            objective = replace(objective, decoder=config.objective.decoder)
     else:
         objective = _with_any_weights(config.objective)
     if first.degrade:
@@ -195,6 +218,22 @@ def _defaults(first: _First) -> PretrainConfig:
         objective = _with_teacher(objective, first)
     optimizer = _RECIPES[first.recipe] if first.recipe else config.optimizer
     return replace(config, model=model, objective=objective, optimizer=optimizer)
+
+
+def _like_weights(config: PretrainConfig, source: str, first: _First) -> PretrainConfig:
+    """Returns the settings with the encoder, decoder and image size of the weights to start from."""
+    from coma.artifact.weights import model_of  # loads torch
+
+    model, about = model_of(source, download=first.download)
+    decoder = replace(config.objective.decoder, dim=decoder_dim(model))
+    facts = ", ".join(f"{name} {value}" for name, value in to_plain(model, EncoderConfig).items())
+    data = config.data if about is None else replace(config.data, image_size=about.image_size)
+    size = "" if about is None or first.image_size else f", at its --image-size {about.image_size}"
+    log.info("--init %s: trains its model (%s)%s", source, facts, size)
+    if about is not None and about.objective is not None:
+        decoder = about.objective.decoder
+    objective = replace(config.objective, decoder=decoder)
+    return replace(config, data=data, model=model, objective=objective)
 
 
 def _counted_in_epochs(config: PretrainConfig, first: _First) -> PretrainConfig:

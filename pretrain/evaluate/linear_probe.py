@@ -7,6 +7,8 @@ needed 25 times as long without that, and were still short of the optimum.) It i
 (He et al. 2021, app. A.2: LARS, a BatchNorm before the classifier, 90 epochs of augmented crops), and its
 numbers cannot be compared with those.
 
+Images with any number of classes get a logistic regression per class, in the same way.
+
 The strength of the penalty is chosen on a fifth of every class's training images, by cross-entropy (which
 is smoother than accuracy); then the classifier is fitted to all of them. Test images play no part in it.
 """
@@ -59,16 +61,21 @@ def fit_linear(
     penalties: Sequence[float] = PENALTIES,
     seed: int = 0,
     iterations: int = 100,
+    class_weights: Tensor | None = None,
+    chosen_on: tuple[Tensor, Tensor] | None = None,
 ) -> LinearClassifier:
     """Minimises mean cross-entropy + penalty / 2 * |weight|^2 over standardised features.
 
     Args:
         features: `[n, c]`; the computation runs on their device and in their type.
-        labels: int64 `[n]`, each in 0..classes-1.
+        labels: int64 `[n]`, each in 0..classes-1; or float32 `[n, classes]` of 0 and 1, for any number of
+            classes per image.
         classes: Number of classes.
         penalties: Candidates from strong to weak.
         seed: Seed of the held-out images.
         iterations: Largest number of L-BFGS steps per fit.
+        class_weights: `[classes]`: weight of the images of each class in the loss.
+        chosen_on: Features and labels that choose the penalty, in place of a fifth of the training images.
 
     Raises:
         BadInput: no class has two images, so none can be held out to choose among several penalties.
@@ -81,18 +88,23 @@ def fit_linear(
     weight = x.new_zeros(x.shape[1] + 1, classes)  # its last row is the bias
     best, start = penalties[0], weight
     if len(penalties) > 1:
-        held_out = draw_validation(labels, seed)
-        part, part_labels, rest, rest_labels = x[~held_out], labels[~held_out], x[held_out], labels[held_out]
+        if chosen_on is None:
+            held_out = draw_validation(labels, seed)
+            part, part_labels = x[~held_out], labels[~held_out]
+            rest, rest_labels = x[held_out], labels[held_out]
+        else:
+            part, part_labels = x, labels
+            rest, rest_labels = (chosen_on[0] - mean) / std @ axes, chosen_on[1]
         lowest, worse = float("inf"), 0
         for penalty in penalties:
-            weight = minimise(part, part_labels, weight, penalty, variances, iterations)
-            loss = loss_and_gradient(rest, rest_labels, weight, 0)[0].item()
+            weight = minimise(part, part_labels, weight, penalty, variances, iterations, class_weights)
+            loss = loss_and_gradient(rest, rest_labels, weight, 0, class_weights)[0].item()
             worse = 0 if loss < lowest else worse + 1
             if worse == 0:
                 best, lowest, start = penalty, loss, weight
             if worse == 2:
                 break
-    weight = minimise(x, labels, start, best, variances, iterations)
+    weight = minimise(x, labels, start, best, variances, iterations, class_weights)
     return LinearClassifier(mean, std, axes @ weight[:-1], weight[-1], best)
 
 
@@ -121,7 +133,13 @@ def principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def minimise(
-    x: Tensor, labels: Tensor, start: Tensor, penalty: float, variances: Tensor, iterations: int
+    x: Tensor,
+    labels: Tensor,
+    start: Tensor,
+    penalty: float,
+    variances: Tensor,
+    iterations: int,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
     """Returns the weights `[c + 1, classes]` at the optimum of the penalised loss, searched from `start`.
 
@@ -143,7 +161,7 @@ def minimise(
     )
 
     def closure() -> Tensor:
-        loss, gradient = loss_and_gradient(x, labels, search.detach() * scale, penalty)
+        loss, gradient = loss_and_gradient(x, labels, search.detach() * scale, penalty, class_weights)
         search.grad = gradient * scale
         return loss
 
@@ -152,11 +170,17 @@ def minimise(
 
 
 def loss_and_gradient(
-    x: Tensor, labels: Tensor, weight: Tensor, penalty: float, memory: int = 2**28
+    x: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    penalty: float,
+    class_weights: Tensor | None = None,
+    memory: int = 2**28,
 ) -> tuple[Tensor, Tensor]:
     """Returns value and gradient of the penalised loss, in slices of at most `memory` bytes of logits.
 
-    The gradient of the cross-entropy by the scores is softmax - one-hot; written out, it needs no graph.
+    The gradient of the cross-entropy by the scores is softmax - one-hot; written out, it needs no graph. With
+    any number of classes per image, it is sigmoid - label for every class.
 
     Returns:
         A scalar in float64, and the gradient like `weight`.
@@ -165,10 +189,22 @@ def loss_and_gradient(
     loss = torch.zeros((), dtype=torch.float64, device=x.device)
     gradient = torch.zeros_like(weight)
     for part, target in zip(x.split(rows), labels.split(rows), strict=True):
-        log_probability = F.log_softmax(scores(part, weight), dim=1)
-        loss -= log_probability.gather(1, target[:, None]).sum(dtype=torch.float64)
-        error = log_probability.exp_()
-        error[torch.arange(len(target), device=x.device), target] -= 1
+        if target.ndim == 2:
+            logits = scores(part, weight)
+            losses = F.binary_cross_entropy_with_logits(
+                logits, target, pos_weight=class_weights, reduction="none"
+            )
+            factors = 1 if class_weights is None else 1 + (class_weights - 1) * target
+            loss += losses.sum(dtype=torch.float64)
+            error = (logits.sigmoid() - target) * factors
+        else:
+            log_probability = F.log_softmax(scores(part, weight), dim=1)
+            weighting = 1 if class_weights is None else class_weights[target][:, None]
+            chosen = log_probability.gather(1, target[:, None]) * weighting
+            loss -= chosen.sum(dtype=torch.float64)
+            error = log_probability.exp_()
+            error[torch.arange(len(target), device=x.device), target] -= 1
+            error *= weighting
         gradient[:-1].addmm_(part.T, error)
         gradient[-1] += error.sum(dim=0)
     gradient /= len(x)

@@ -80,6 +80,11 @@ def read_state(folder: Path, warn: Callable[[str], object]) -> dict[str, Any] | 
     return None
 
 
+def has_state(folder: Path) -> bool:
+    """Returns whether a state was ever saved in `run/state`."""
+    return bool(_states(folder))
+
+
 def _load(path: Path) -> dict[str, Any]:
     holds = seal_holds(path)
     if holds is False:

@@ -179,9 +179,10 @@ def parallelize(objective: nn.Module, group: Processes, parallel: Literal["ddp",
 
 
 def innermost_blocks(module: nn.Module) -> list[nn.Module]:
-    """Returns members of module lists that hold no module list themselves: blocks, not stages."""
-    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
-    members = [member for part in lists for member in part]
+    """Returns members of module lists, and of sequences called blocks, that hold no list: no stages."""
+    named = module.named_modules()
+    lists = [part for name, part in named if isinstance(part, nn.ModuleList) or name.endswith("blocks")]
+    members = [member for part in lists for member in part.children()]
     return [m for m in members if not any(isinstance(part, nn.ModuleList) for part in m.modules())]
 
 

@@ -1,21 +1,14 @@
-"""Logs of a run: `metrics.jsonl` with one JSON object per log point, and the same values for TensorBoard.
+"""The log of a run: `metrics.jsonl` with one JSON object per log point.
 
 Values are means over the steps since the last log point. `Window` holds their sums and is part of the
 resumable state, so a resumed run writes the same lines as an uninterrupted one.
-
-TensorBoard's own SummaryWriter is not used: when the disk is full (measured), its thread prints a traceback,
-its file ends with a broken record, and it never writes again. Here a refused record waits for room.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import time
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -78,40 +71,3 @@ class MetricsLog(LineFile):
     def add_row(self, row: dict[str, Any]) -> None:
         """Appends one line; see `LineFile.add`."""
         self.add(json.dumps(row, allow_nan=False).encode() + b"\n")
-
-
-class TensorBoardLog(LineFile):
-    """Scalars for TensorBoard, written in this thread so that a full disk is noticed here.
-
-    Args:
-        folder: `run/tensorboard`.
-        step: Steps done; TensorBoard ignores what earlier files hold from this step on.
-    """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import SessionLog  # type: ignore[attr-defined]
-
-        super().__init__(
-            folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        )
-        self._add_event(file_version="brain.Event:2")
-        self._add_event(step=step, session_log=SessionLog(status=SessionLog.SessionStatus.START))
-
-    def add_row(self, row: dict[str, Any]) -> None:
-        """Appends all numbers of a row except its step; see `LineFile.add`."""
-        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
-
-        values = [
-            Summary.Value(tag=name, simple_value=float(value))
-            for name, value in row.items()
-            if name != "step" and value is not None
-        ]
-        self._add_event(step=row["step"], summary=Summary(value=values))
-
-    def _add_event(self, **content: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[attr-defined]
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        record = BytesIO()
-        RecordWriter(record).write(Event(wall_time=time.time(), **content).SerializeToString())
-        self.add(record.getvalue())

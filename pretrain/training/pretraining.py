@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +11,26 @@ from coma.atomic_io import lies_among
 from coma.config import PretrainConfig
 from coma.data import Batch, training_batches
 from coma.objectives import Objective
+from coma.objectives.initialization import initial_objective
 from coma.objectives.teachers import caveats, training_objective
+from pretrain.training.callbacks import Callback
+from pretrain.training.checkpoint import has_state
 from pretrain.training.console import TrainingConsole
-from pretrain.training.distributed import processes
+from pretrain.training.distributed import Processes, processes
 from pretrain.training.run_directory import PretrainRunDirectory
 from pretrain.training.run_plan import PretrainPlan, prepare
+from pretrain.training.run_summary import estimate
 from pretrain.training.trainer import Trainer
 
 
-def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed_data: bool = False) -> Path:
+def pretrain(
+    config: PretrainConfig,
+    *,
+    resume: bool = False,
+    allow_changed_data: bool = False,
+    dry_run: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> Path:
     """Train from the beginning, or resume from the last saved state; under torchrun, on all its processes.
 
     Args:
@@ -27,6 +38,9 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed_data
             change what is learned.
         resume: Resume a run that was interrupted.
         allow_changed_data: Resume although the images are not those that the run was started with.
+        dry_run: Print what the run is going to do, with its time and memory estimated from three steps; train
+            no further, and write nothing.
+        callbacks: Called by process 0 with metrics and pictures; see `Callback`.
 
     Returns:
         The run directory; its layout is described in `pretrain.training.run_directory`.
@@ -42,16 +56,38 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed_data
             console.warn(caveat)
         if not resume and (note := lies_among(config.run.out, config.data.images)):
             console.say(note)
-        PretrainTrainer(plan, group, console).train(resume=resume, allow_changed_data=allow_changed_data)
+        trainer = PretrainTrainer(plan, group, console, callbacks)
+        if dry_run:
+            measured = trainer.measure(resume=resume, allow_changed_data=allow_changed_data)
+            if group.main:
+                print("\n".join([*trainer.summary(), *estimate(measured), "nothing was written: a dry run"]))
+        else:
+            trainer.train(resume=resume, allow_changed_data=allow_changed_data)
         return plan.folder
 
 
 class PretrainTrainer(Trainer[PretrainPlan]):
-    """Trains an encoder and its decoder to fill in what the objective hides."""
+    """Trains an encoder and its decoder to fill in what the objective hides; see `Trainer`."""
+
+    def __init__(
+        self,
+        plan: PretrainPlan,
+        group: Processes,
+        console: TrainingConsole,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        super().__init__(plan, group, console)
+        self._callbacks = callbacks
 
     def objective(self) -> Objective:
-        """See `Trainer`."""
-        return training_objective(self.plan.config)
+        """See `Trainer`; a run with a saved state no longer needs the weights that it started from."""
+        config = self.plan.config
+        if config.init.init is None or self.group.share(has_state(self.plan.folder / "state")):
+            return training_objective(config)
+        with self.group.raise_on_all_ranks():
+            objective, report = initial_objective(config)
+            self.console.say(report)
+        return objective
 
     def batches(self, start: int) -> Iterator[Batch]:
         """See `Trainer`."""
@@ -68,4 +104,4 @@ class PretrainTrainer(Trainer[PretrainPlan]):
 
     def run_directory(self) -> PretrainRunDirectory:
         """See `Trainer`."""
-        return PretrainRunDirectory(self.plan, self.console)
+        return PretrainRunDirectory(self.plan, self.console, self._callbacks)

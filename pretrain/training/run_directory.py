@@ -4,7 +4,8 @@
     data.json.gz          names and sizes of the images, which a resumed run checks
     metrics.jsonl         one JSON object per log point (and per probe; fine-tuning: per validation,
                           val_*, and one row of the test at the end, test_*)
-    tensorboard/          the same
+    tensorboard/          the same, settings and pictures; wandb/ and mlflow/ likewise (`--track`)
+    trackers.json         which runs of wandb and MLflow a resumed run continues
     reconstructions/      step-00000500.png ... (pre-training)
     state/                the resumable state (see `checkpoint`)
     artifact/             pre-training: encoder and decoder, usable from the first save on; fine-tuning: the
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any, Generic, Literal, cast
 
@@ -42,11 +43,13 @@ from coma.data.listing import (
 from coma.errors import ComaError
 from coma.models import build_encoder
 from coma.objectives import build_objective
+from coma.objectives.initialization import origin_of
 from coma.objectives.teachers import caveats
 from pretrain.evaluate import Probe, open_probe
+from pretrain.training.callbacks import Callback, open_trackers
 from pretrain.training.checkpoint import read_state, write_state
 from pretrain.training.console import TrainingConsole
-from pretrain.training.metric_logs import MetricsLog, TensorBoardLog, drop_lines
+from pretrain.training.metric_logs import MetricsLog, drop_lines
 from pretrain.training.run_plan import PretrainPlan, RunPlan, Settings, write_config
 from pretrain.visualize.curves import loss_curve
 from pretrain.visualize.reconstructions import reconstruction_sheet
@@ -66,9 +69,12 @@ class RunDirectory(ABC, Generic[Settings]):
     Args:
         plan: The run.
         console: Receives warnings about files that could not be written.
+        callbacks: The user's callbacks, called after the trackers.
     """
 
-    def __init__(self, plan: RunPlan[Settings], console: TrainingConsole) -> None:
+    def __init__(
+        self, plan: RunPlan[Settings], console: TrainingConsole, callbacks: Sequence[Callback] = ()
+    ) -> None:
         self._failed: dict[str, str] = {}
         self._plan, self._console = plan, console
         self._good: int | None = None
@@ -79,7 +85,9 @@ class RunDirectory(ABC, Generic[Settings]):
         self.at_once: Callable[[], AbstractContextManager[None]] = nullcontext
         """Context of work that a request to stop interrupts."""
         self._metrics: MetricsLog | None = None
-        self._tensorboard: TensorBoardLog | None = None
+        self._trackers = open_trackers(plan.config.run.trackers, console.say, console.warn)
+        self._callbacks = callbacks
+        self._opened = self._finished = False
 
     def check_data(self, *, resume: bool, allow: bool) -> None:
         """Lists the images of a new run, or compares those of a resumed run with the first ones.
@@ -116,18 +124,27 @@ class RunDirectory(ABC, Generic[Settings]):
         path = self._plan.folder / "metrics.jsonl"
         kept = drop_lines(path, known)
         self._metrics = MetricsLog(path)
-        self._tensorboard = TensorBoardLog(self._plan.folder / "tensorboard", step)
+        config = to_plain(self._plan.config)
+        self._opened = True
+        self._notify(step, lambda each: each.on_start(self._plan.folder, config, step))
         for row in kept:
-            if row["step"] == step:
-                self._tensorboard.add_row(row)
+            if row["step"] == step and "tensorboard" in self._trackers:  # which forgets what is at this step
+                self._trackers["tensorboard"].on_metrics(step, _numbers(row))
 
     def log(self, row: dict[str, Any]) -> None:
         """Writes a row of metrics."""
-        if self._metrics and self._tensorboard:
+        if self._metrics:
             with self._or_say("metrics", row["step"]):
                 self._metrics.add_row(row)
-            with self._or_say("tensorboard", row["step"]):
-                self._tensorboard.add_row(row)
+        self._notify(row["step"], lambda each: each.on_metrics(row["step"], _numbers(row)))
+
+    def _notify(self, step: int, call: Callable[[Callback], None]) -> None:
+        """Calls the trackers, whose failures are warnings, and the user's callbacks."""
+        for name, tracker in self._trackers.items():
+            with self._or_say(name, step, Exception):
+                call(tracker)
+        for callback in self._callbacks:
+            call(callback)
 
     @abstractmethod
     def evaluate(self, weights: dict[str, Tensor], step: int, device: torch.device) -> None:
@@ -154,6 +171,7 @@ class RunDirectory(ABC, Generic[Settings]):
 
     def conclude(self) -> None:
         """Draws the loss curve of a finished run."""
+        self._finished = True
         path = self._plan.folder / "loss_curve.png"
         with self._or_say(path.name, self._plan.steps, Exception):
             loss_curve(self._plan.folder / "metrics.jsonl", path)
@@ -164,10 +182,12 @@ class RunDirectory(ABC, Generic[Settings]):
         return ", ".join(f"{what} ({self._failed[what]})" for what in results if what in self._failed)
 
     def close(self) -> None:
-        """Closes the logs."""
-        for log in (self._metrics, self._tensorboard):
-            if log:
-                log.close()
+        """Closes the logs, and ends the trackers and callbacks."""
+        if self._metrics:
+            self._metrics.close()
+        if self._opened:
+            self._opened = False
+            self._notify(self._plan.steps, lambda each: each.on_end(self._finished))
 
     @contextmanager
     def _or_say(
@@ -201,14 +221,17 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
     Args:
         plan: The run.
         console: Receives warnings about files that could not be written.
+        callbacks: The user's callbacks.
 
     Raises:
         BadInput: no image, or no labelled image of the probe, can be read with the model's channels; or the
             probe's images are unlabelled or too few.
     """
 
-    def __init__(self, plan: PretrainPlan, console: TrainingConsole) -> None:
-        super().__init__(plan, console)
+    def __init__(
+        self, plan: PretrainPlan, console: TrainingConsole, callbacks: Sequence[Callback] = ()
+    ) -> None:
+        super().__init__(plan, console, callbacks)
         self._pretraining = plan
         self._first = first_images(plan.source, plan.config.model, plan.config.view_size)
         self._probe = open_probe(plan.config.probe)
@@ -273,6 +296,7 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
         """Draws reconstructions of the first images, always with the same masks."""
         mean, std = self._plan.statistics
         path = self._plan.folder / "reconstructions" / f"step-{step:06d}.png"
+        drawn = False
         with self._or_say("reconstructions", step, Exception):
             with torch.device("meta"):
                 encoder = build_encoder(self._plan.config.model)
@@ -282,6 +306,9 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
             images = normalize(self._first.images.to(device), mean, std)
             seeds = self._first.seeds.to(device)
             reconstruction_sheet(objective, images, seeds, mean, std, path, caption=f"Step {step}")
+            drawn = True
+        if drawn:
+            self._notify(step, lambda each: each.on_reconstruction(step, path))
 
     def artifact_payload(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], ArtifactConfig]:
         """Returns the current weights, or their moving average."""
@@ -312,7 +339,13 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
             class_names=None,
             trained=trained,
             versions=library_versions(),
+            init=origin_of(config),
         )
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """Returns the numbers of a row of metrics, except its step."""
+    return {name: float(value) for name, value in row.items() if name != "step" and value is not None}
 
 
 def weights_to_publish(state: dict[str, Any]) -> dict[str, Tensor]:

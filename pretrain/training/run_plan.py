@@ -26,9 +26,11 @@ from coma.config.serialization import flat, read_config, to_plain
 from coma.data import BatchLayout, Source, check_loader, check_sample, compute_mean_std, open_source
 from coma.data.listing import FLAG, Listing, list_data, read_listing
 from coma.errors import BadInput
+from coma.library_errors import load_packages
 from coma.masking.patchify import unit_grid
 from coma.models import build_encoder
 from coma.objectives import build_objective
+from coma.objectives.initialization import with_initial_weights
 from coma.objectives.teachers import may_have_moved, with_weights_hash
 from coma.paths import Address
 from coma.preflight import require_folder, require_space
@@ -38,9 +40,10 @@ from pretrain.training.optimizer import learning_rate
 _MAY_CHANGE = {
     *("data.images", "data.workers", "data.loader", "data.on_bad_image", "test", "val"),
     "objective.teacher.weights",
+    "init.download",
     *("optimizer.epochs", "optimizer.steps", "optimizer.micro_batch"),
     *("run.out", "run.device", "run.precision", "run.compile", "run.grad_checkpointing", "run.parallel"),
-    *("run.save_minutes", "run.save_steps", "run.log_steps", "run.reconstruction_every"),
+    *("run.save_minutes", "run.save_steps", "run.log_steps", "run.reconstruction_every", "run.track"),
     *(f"probe.{field.name}" for field in fields(ProbeConfig)),
 }
 """Settings that a resumed run may change: locations, use of the machine, and length of the run."""
@@ -141,6 +144,8 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
         elif group.main:  # one process reads what is in remote files, for all
             saved = read_listing(config.run.out) if resume else None
             source = open_source(images, listing=(saved or {}).get("images"))
+        if group.main and not resume:
+            config = with_initial_weights(config)
     if isinstance(images, Address):
         source = group.share(source)
     assert source is not None
@@ -187,8 +192,13 @@ def check_space(config: PretrainConfig | FinetuneConfig, parameters: int) -> Non
     Raises:
         BadInput: with the space that is needed and the space that is free.
     """
+    require_space(config.run.out, disk_space(config, parameters), f"a run of {parameters:,} weights")
+
+
+def disk_space(config: PretrainConfig | FinetuneConfig, parameters: int) -> int:
+    """Returns the bytes of two states and the artifact of a run with this many trained weights."""
     copies = 4 if config.optimizer.ema_decay else 3  # weights, two moments of AdamW, their moving average
-    require_space(config.run.out, 4 * parameters * (2 * copies + 1), f"a run of {parameters:,} weights")
+    return 4 * parameters * (2 * copies + 1)
 
 
 def check_objective(config: PretrainConfig) -> int:
@@ -299,8 +309,9 @@ def check_folder(config: Settings, resume: bool) -> Settings:
 
     Raises:
         BadInput: the directory of a new run is not empty; that of an old one holds no run, or one with other
-            settings.
+            settings; or a tracker is not installed.
     """
+    load_packages(*config.run.trackers)
     return _resumed(config) if resume else _fresh(config)
 
 

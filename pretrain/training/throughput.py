@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def device_peak(device: torch.device, precision: str) -> float | None:
     return peak_flops(torch.cuda.get_device_name(device))
 
 
+@cache
 def training_flops(model: EncoderConfig, objective: ObjectiveConfig, image_size: int) -> float:
     """Returns the FLOPs of one pre-training step per image; a multiplication and an addition count as two.
 
@@ -84,8 +86,17 @@ def training_flops(model: EncoderConfig, objective: ObjectiveConfig, image_size:
     shape = model.channels, image_size, image_size
     teacher = dummy_teacher(objective, model.channels)
     return _count_flops(
-        lambda: build_objective(objective, build_encoder(model), teacher), lambda o, x, y: o(x, y).loss, shape
+        lambda: build_objective(objective, build_encoder(model), teacher),
+        lambda o, x, y: o(x, y).loss.backward(),
+        shape,
     )
+
+
+@cache
+def encoder_flops(model: EncoderConfig, image_size: int) -> float:
+    """Returns the FLOPs of the encoder's forward pass on one whole image."""
+    shape = model.channels, image_size, image_size
+    return _count_flops(lambda: build_encoder(model).eval(), lambda encoder, x, _: encoder(x), shape)
 
 
 def views_per_image(config: PretrainConfig) -> int:
@@ -96,17 +107,18 @@ def views_per_image(config: PretrainConfig) -> int:
     return len(objective.draw_visible(torch.zeros(1, dtype=torch.int64), *grid))
 
 
+@cache
 def finetuning_flops(model: EncoderConfig, classes: int, image_size: int) -> float:
     """Returns the FLOPs of one training step of a classifier per image."""
     shape = model.channels, image_size, image_size
     return _count_flops(
-        lambda: build_classifier(model, classes), lambda c, x, y: F.cross_entropy(c(x), y), shape
+        lambda: build_classifier(model, classes), lambda c, x, y: F.cross_entropy(c(x), y).backward(), shape
     )
 
 
 def _count_flops(
     build: Callable[[], nn.Module],
-    loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    compute: Callable[[nn.Module, Tensor, Tensor], object],
     shape: tuple[int, ...],
 ) -> float:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -114,7 +126,7 @@ def _count_flops(
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # torch's own deepcopy
         model, images, beside = build(), torch.empty(2, *shape), torch.empty(2, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
-            loss(model, images, beside).backward()
+            compute(model, images, beside)
     return counter.get_total_flops() / len(images)
 
 

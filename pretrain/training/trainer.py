@@ -28,13 +28,16 @@ from pretrain.training.nonfinite_replay import stop_run
 from pretrain.training.optimizer import learning_rate
 from pretrain.training.run_directory import RunDirectory, weights_to_publish
 from pretrain.training.run_plan import RunPlan, check_resumable, extended, resume_command
-from pretrain.training.throughput import Meter
+from pretrain.training.run_summary import Measurement, summary
+from pretrain.training.throughput import Meter, peak_memory
 from pretrain.training.train_step import NotFinite, StepResult, TrainStep
 
 AnyPlan = TypeVar("AnyPlan", bound=RunPlan[Any])
 
 _NAMED_FILLED = 3
 """Images with filled values that are named; `filled` in metrics.jsonl counts all."""
+_MEASURED = 3
+"""Steps of a dry run."""
 _GRACE = 10.0
 """Seconds that one of many processes keeps waiting for images after it was asked to stop."""
 
@@ -81,23 +84,24 @@ class Trainer(ABC, Generic[AnyPlan]):
         plan, run = self.plan, self.plan.config.run
         with StopRequest(quiet=not self.group.main) as self._stop, closing(self):
             self._set_up()
+            for line in self.summary():
+                self.console.say(line)
             self._begin(resume, allow_changed_data)
+            with self.group.raise_on_all_ranks():
+                if self._directory:
+                    self._directory.open(self._done)
             self.console.start(self._done, plan.steps)
             if plan.evaluates_at(self._done) and self._done < plan.steps:
                 self._evaluate_and_save(evaluate=True, save=False)
             with closing(self._interruptible(self.batches(self._position))) as batches:
                 while self._done < plan.steps:
                     began, cpu_began = time.perf_counter(), time.process_time()
-                    lr = learning_rate(self._done, plan.steps, plan.config.optimizer)
-                    progress = self._done / plan.steps
                     try:
-                        result = self._train_step(self._done, lr, batches, self._requests, progress)
+                        result, lr = self._take_step(self._done, batches)
                     except StopNow:
                         self._stop_while_waiting()
                     except NotFinite as problem:
                         stop_run(plan, self._train_step, self.group, self._done + 1, problem)
-                    except RuntimeError as error:
-                        _raise_readable(error, plan.slices.micro_batch)
                     self._done += 1
                     last = self._done == plan.steps
                     self._record(result, time.perf_counter() - began, time.process_time() - cpu_began)
@@ -111,6 +115,58 @@ class Trainer(ABC, Generic[AnyPlan]):
                     if stop and not last:
                         self._stop_early()
             self._finish()
+
+    def measure(self, *, resume: bool, allow_changed_data: bool = False) -> Measurement | None:
+        """Takes the next steps of the run to estimate its time and memory, and forgets them; writes nothing.
+
+        Returns:
+            The measurement; None where the run has no step left.
+
+        Raises:
+            BadInput, CheckFailed, Interrupted: as `train`.
+        """
+        plan, seconds, waited = self.plan, [], []
+        with StopRequest(quiet=not self.group.main) as self._stop, closing(self):
+            self._set_up()
+            self._begin(resume, allow_changed_data)
+            with closing(self._interruptible(self.batches(self._position))) as batches:
+                for number in range(self._done, min(self._done + _MEASURED, plan.steps)):
+                    began = time.perf_counter()
+                    try:
+                        result, _ = self._take_step(number, batches)
+                    except StopNow:
+                        raise Interrupted("stopped; a dry run writes nothing") from None
+                    except NotFinite as problem:
+                        raise CheckFailed(
+                            f"step {number + 1}: {problem}; a lower --base-lr may help"
+                        ) from None
+                    seconds.append(time.perf_counter() - began)
+                    waited.append(result.waited)
+        if not seconds:
+            return None
+        if len(seconds) > 1:  # the first step starts workers, allocates memory and compiles
+            del seconds[0], waited[0]
+        return Measurement(
+            steps=len(seconds),
+            seconds=sum(seconds) / len(seconds),
+            waited=sum(waited) / sum(seconds),
+            left=plan.steps - self._done,
+            memory=peak_memory(self.group.device),
+            device=self.group.device,
+        )
+
+    def summary(self) -> list[str]:
+        """Returns the lines that say what the run is going to do; none on the other processes."""
+        return summary(self.plan, self.group, self._train_step.precision) if self.group.main else []
+
+    def _take_step(self, number: int, batches: Iterator[Batch]) -> tuple[StepResult, float]:
+        """Takes a step; returns what it computed, and its learning rate."""
+        steps = self.plan.steps
+        lr = learning_rate(number, steps, self.plan.config.optimizer)
+        try:
+            return self._train_step(number, lr, batches, self._requests, number / steps), lr
+        except RuntimeError as error:
+            _raise_readable(error, self.plan.slices.micro_batch)
 
     def close(self) -> None:
         """Closes the logs."""
@@ -143,7 +199,7 @@ class Trainer(ABC, Generic[AnyPlan]):
         self._meter = Meter(plan.config, group, precision, self.console.warn)
 
     def _begin(self, resume: bool, allow_changed_data: bool) -> None:
-        """Loads the last state, if there is one to resume, and opens the logs."""
+        """Loads the last state, if there is one to resume."""
         state: dict[str, Any] | None = None
         new_schedule: str | None = None
         with self.group.raise_on_all_ranks():
@@ -161,9 +217,6 @@ class Trainer(ABC, Generic[AnyPlan]):
             self._done, self._loss = facts["step"], facts["loss"]
             self._window.load_state_dict(facts["window"])
             self._skipped = dict.fromkeys(facts["skipped"])
-        with self.group.raise_on_all_ranks():
-            if self._directory:
-                self._directory.open(self._done)
         if resume:
             self.console.say(
                 f"resuming at step {self._done} of {self.plan.steps}"

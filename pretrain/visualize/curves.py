@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from coma.contact_sheet import write_png
 from coma.errors import BadInput
-from pretrain.visualize.contact_sheet import write_png
 
 
 def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
@@ -72,6 +72,7 @@ def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
 
 
 _PANELS: tuple[tuple[str, dict[str, tuple[str, float]]], ...] = (
+    ("mAP %", {"validation": ("val_mean_ap", 100), "test": ("test_mean_ap", 100)}),
     ("top-1 %", {"validation": ("val_top1", 100), "test, once, with the chosen weights": ("test_top1", 100)}),
     ("top-1 %\ntest images", {"validation": ("top1", 100)}),  # of versions that chose by the test images
     ("top-1 %\nprobe", {"kNN": ("probe_knn", 100), "linear": ("probe_linear", 100)}),

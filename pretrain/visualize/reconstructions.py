@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from coma.config import BeyondConfig, Degradation
+from coma.contact_sheet import Column, draw_sheet, write_png
 from coma.data.transforms import normalize
 from coma.masking.patchify import spread, unit_grid
 from coma.objectives import Objective
 from coma.objectives.beyond import draw_views, shown_of
 from coma.objectives.targets import Statistics
-from pretrain.visualize.contact_sheet import Column, draw_sheet, write_png
 
 _ROWS = 8
 

@@ -15,7 +15,7 @@ import tyro
 from coma import cli
 from coma.ranges import Range
 
-ACTIONS = {"classify": ("train",), **{name: ("train", "test", "predict") for name in ("detect", "segment")}}
+ACTIONS = {name: ("train", "test", "predict") for name in ("classify", "detect", "segment")}
 VARIANTS = {
     "pretrain": [
         *([], ["--model", "vit-tiny"]),
@@ -33,6 +33,10 @@ NEEDED = {
     "degrade": [MISSING, "--out", "{out}/sheet.png"],
     "quickstart": ["--out", __file__],
     "classify train": [MISSING, "--data", MISSING, "--out", "{out}/run"],
+    "classify test": [MISSING, "--data", MISSING],
+    "classify predict": [MISSING, MISSING, "--out", "{out}/found"],
+    "embed": [MISSING, MISSING, "--out", "{out}/features.parquet"],
+    "search": [MISSING, MISSING],
     "detect train": [MISSING, "--data", MISSING, "--out", "{out}/run"],
     "detect test": [MISSING, "--data", MISSING],
     "detect predict": [MISSING, MISSING, "--out", "{out}/found"],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
-LANGUAGES = ("sh", "python", "text", "math", "bibtex")
+LANGUAGES = ("sh", "python", "yaml", "toml", "text", "math", "bibtex")
 _BLOCK = re.compile(r"^( *)```([^\n]*)\n(.*?)\n\1```$", re.MULTILINE | re.DOTALL)
 
 

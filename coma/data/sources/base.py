@@ -57,11 +57,24 @@ class Source(ABC):
         self.class_names = class_names
         self.inventory = Inventory()
         self._labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
+        self._multi_hot: torch.Tensor | None = None
 
     @property
     def labels(self) -> np.ndarray | None:
         """Class of every image, int64 `[n]` (a copy); None for unlabelled data."""
         return None if self._labels is None else self._labels.numpy().copy()
+
+    @property
+    def multi_hot(self) -> np.ndarray | None:
+        """Classes of every image, bool `[n, classes]` (a copy), of data with any number of classes per image.
+
+        None for other data. `labels` is None where this is not.
+        """
+        return None if self._multi_hot is None else self._multi_hot.numpy().copy()
+
+    def label_place(self, i: int) -> str:
+        """Returns where the label of an image is written, for messages; empty if its path says that."""
+        return ""
 
     def label(self, i: int) -> int | None:
         """Returns the class of an image; None for unlabelled data."""

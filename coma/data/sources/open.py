@@ -9,6 +9,7 @@ The first that applies:
                                                    -> the files of the split, or all of them, sorted
     any other folder                               -> the images of the split, or all of them, recursively
     file.npz, file.tar, shards-{000..012}.tar      -> the pack, the shard, the shards
+    file.csv                                       -> the images and labels that it lists
     file.parquet, train-{00..12}.parquet           -> the files; PATH#COLUMN names the column of images
 
 Shards and parquet files may be remote (`s3://bucket/photos`); folders of single images and `.npz` packs may
@@ -38,6 +39,7 @@ from coma.data.remote import (
 )
 from coma.data.sources.base import Source
 from coma.data.sources.image_folder import FolderSource, list_files, list_folders
+from coma.data.sources.label_table import TableSource
 from coma.data.sources.npz import NpzSource
 from coma.data.sources.parquet import NoImageColumn, ParquetSource
 from coma.data.sources.webdataset import INDEX, ShardSource
@@ -65,8 +67,8 @@ def open_source(
     """Opens the images at `path`, and logs one line that says what was found and skipped.
 
     Args:
-        path: Folder, `.npz` pack, `.tar` shard, `.parquet` file, brace pattern of shards or files; or the
-            address of remote shards or parquet files.
+        path: Folder, `.npz` pack, `.tar` shard, `.parquet` file, brace pattern of shards or files, or `.csv`
+            table of labels; or the address of remote shards or parquet files.
         split: "train", "test" or "val"; test replaces val and val replaces test if only one of them exists.
             By default the training split, so that held-out images remain unseen.
         held_out: Without `split`, prefer test or val to the training split.
@@ -103,6 +105,8 @@ def _open(path: Path, split: str | None, held_out: bool, column: str = "") -> So
         raise BadInput(f"{path}: {broken}")
     if path.is_dir():
         return _open_folder(path, split, held_out, column)
+    if path.suffix.lower() == ".csv":
+        return TableSource(path, split, held_out=held_out)
     _refuse_split(path, split)
     check_regular_file(path, f"give {_WANTED}")
     if path.suffix.lower() == ".parquet":

@@ -27,6 +27,7 @@ class Subset(Source):
         super().__init__(source.location, None if labels is None else labels[indices], source.class_names)
         self.unlabelled_reason, self.labels_are_stored = source.unlabelled_reason, source.labels_are_stored
         self.split, self.notes, self.inventory = source.split, source.notes, source.inventory
+        self._multi_hot = None if source.multi_hot is None else torch.from_numpy(source.multi_hot[indices])
         self._source = source
         self._indices = torch.from_numpy(indices.astype(np.int64))
         self.index = source.index
@@ -41,6 +42,10 @@ class Subset(Source):
     def describe(self, i: int) -> str:
         """Returns the name of an image in the source."""
         return self._source.describe(int(self._indices[i]))
+
+    def label_place(self, i: int) -> str:
+        """Returns where the label of an image is written; see `Source.label_place`."""
+        return self._source.label_place(int(self._indices[i]))
 
     def listing(self) -> tuple[list[str], list[int]]:
         """Returns names and sizes of these images; see `Source.listing`."""
@@ -85,16 +90,17 @@ def balanced_subset(source: Source, limit: int, seed: int = 0) -> Source:
 def hold_out(labels: Tensor, share: float, seed: int) -> Tensor:
     """Returns the images to hold out, bool `[n]`: a random share of every class.
 
-    The number per class is rounded down, but at least 1 if the class has two images.
+    The number per class is rounded down, but at least 1 if the class has two images. Of images with any
+    number of classes, a share of all is drawn.
 
     Args:
-        labels: int64 `[n]`.
+        labels: int64 `[n]`, or `[n, classes]` for any number of classes per image.
         share: Above 0 and below 1.
         seed: Random seed of the choice.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
-    drawn = labels.cpu()[order]
+    drawn = (labels if labels.ndim == 1 else labels.new_zeros(len(labels))).cpu()[order]
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in drawn.unique():
         members = order[drawn == label]

@@ -92,6 +92,11 @@ class TensorRTRuntime:
             self._enqueue(context)
             return outputs
 
+    @property
+    def largest_batch(self) -> int | None:
+        """Returns the largest batch of images that a profile takes; None without profiles."""
+        return max((each.shapes["images"].maximum[0] for each in self._profiles), default=None)
+
     def inspect(self) -> EngineSummary:
         """Returns a summary of the engine's layers."""
         return inspect_engine(self._trt, self._engine)

@@ -330,7 +330,7 @@ def test_help_is_wrapped_where_the_terminal_ends_not_where_our_lines_do():
     first = next(i for i, line in enumerate(lines) if line.startswith("--aug-repeats N")) + 1
     text = lines[first : next(i for i, line in enumerate(lines) if line.startswith("--on-bad-image"))]
     assert len(text) > 3 and min(map(len, text[:-1])) > 50 - 12  # of 50, less a long word
-    assert text[-1].endswith("(1 to 1024; default: 1)")
+    assert " ".join(text).endswith("(1 to 1024; default: 1)")
 
 
 def test_the_command_line_is_as_it_was(request):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from classifier_runs import COLOURS, paint, publish, rows, to, without_val
+from classifier_runs import COLOURS, paint, rows, to, without_val
 from PIL import Image
 from safetensors.torch import load_file
 from short_runs import Killed, assert_same, killed_in, stop_during
@@ -253,8 +253,7 @@ def refused(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     for name in ("red", "violet"):
         (folder / "foreign" / name).mkdir()
         Image.new("RGB", (20, 20)).save(folder / "foreign" / name / "0.png")
-    classifier = publish(folder / "classifier", kind="classifier")
-    places = {path.name: path for path in (flat, single, wide, folder / "foreign", classifier)}
+    places = {path.name: path for path in (flat, single, wide, folder / "foreign")}
     return places | {
         "DATA": place / "data",
         "ARTIFACT": place / "artifact",
@@ -272,7 +271,6 @@ def refused(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         ("ARTIFACT --data single", "has no labels"),
         ("ARTIFACT --data TRAIN --test foreign", "does not have the classes violet; it has blue, green, red"),
         ("ARTIFACT --data wide", "5 channels, but the model takes 3"),
-        ("classifier --data DATA", "its kind is 'classifier'; give a 'backbone' or 'pretrained' artifact"),
         ("ARTIFACT --data DATA --image-size 20", "--image-size 20: must be a multiple of the 8 px mask unit"),
         ("ARTIFACT --data DATA --batch-size 5", "5 images per pass: mixup and CutMix pair them"),
         ("ARTIFACT --data DATA --micro-batch 3", "--batch-size 4 cannot be split evenly"),

@@ -98,7 +98,8 @@ def scenario(name, rank):
         torch.compile, run = partial(torch.compile, backend="aot_eager"), replace(run, compile=True)
     if "fsdp" in name:
         run = replace(run, parallel="fsdp")
-    pretrain(replace(config, data=data, run=replace(run, out=folder / name)), resume=resume)
+    config = replace(config, data=data, run=replace(run, out=folder / name))
+    pretrain(config, resume=resume, dry_run=name == "dry")
     assert not run.compile or torch._dynamo.utils.counters["frames"]["ok"]
 
 def member(name, rank, port):
@@ -126,7 +127,7 @@ for name in os.environ["SCENARIOS"].split():
 
 SCENARIOS = (
     *("ddp", "fsdp", "fsdp-then-one", "one-then-fsdp"),
-    *("bug", "unreadable", "other-data", "nonfinite", "remote"),
+    *("bug", "unreadable", "other-data", "nonfinite", "dry", "remote"),
 )
 METHODS = ("cmt", "cmt-fsdp", "zoom")
 COMPILED = ("compiled-ddp", "compiled-fsdp")
@@ -266,6 +267,14 @@ def without_key_bias(name: str, weight: torch.Tensor) -> torch.Tensor:
         return weight
     query, _, value = weight.chunk(3)
     return torch.cat([query, value])
+
+
+def test_the_first_of_two_processes_says_what_the_run_is_going_to_do(codes, folder):
+    first, second = said(folder, "dry")
+    assert codes["dry"] == (0, 0), (first, second)
+    assert "steps          5 of 4 images (2 processes), which are 2 epochs" in first
+    assert "device         cpu, fp32, ddp" in first and "mean of 2 steps after the first" in first
+    assert second == "" and not (folder / "dry").exists()
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

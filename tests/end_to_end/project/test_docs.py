@@ -2,7 +2,7 @@
 
 Every command of a shell block is parsed by the real parser here; slow tests run it, in a folder of small data
 and with small settings put behind its own. `NOT_RUN` names the commands that are not run, and why. Blocks of
-Python run as they stand.
+Python run as they stand. Blocks of YAML and TOML are files, which begin with their names as comments.
 """
 
 import contextlib
@@ -32,7 +32,13 @@ from PIL import Image
 from pyarrow import parquet
 
 from coma import cli
-from coma.config import FinetuneConfig, FinetuneDataConfig, FinetuneRunConfig, PretrainConfig
+from coma.config import (
+    FinetuneConfig,
+    FinetuneDataConfig,
+    FinetuneRunConfig,
+    PretrainConfig,
+    encoder_preset,
+)
 from coma.config.serialization import to_plain
 
 BLOCKS = list(blocks())
@@ -40,6 +46,7 @@ COMMANDS = commands(BLOCKS)
 
 GPU, CLIP, INSTALLS = "needs an NVIDIA GPU", "needs CLIP's weights", "changes the environment"
 REMOTE = "needs that storage; test_remote_runs.py reads from a server of this machine"
+WEIGHTS = "needs weights that others published"
 NOT_RUN: dict[str, str] = {
     "make quickstart": "takes three minutes; test_quickstart.py runs what it runs",
     "make test": "runs this test",
@@ -56,6 +63,9 @@ NOT_RUN: dict[str, str] = {
     "pip install '.[tensorrt-rtx]'": INSTALLS,
     "pip install tensorrt-cu13": INSTALLS,
     "coma pretrain PHOTOS --out runs/cmt --method cmt --teacher-weights CLIP.safetensors": CLIP,
+    "coma pretrain PHOTOS --out runs/dino --method mae --init timm:vit_small_patch14_reg4_dinov2.lvd142m "
+    "--download": WEIGHTS,
+    "coma pretrain PHOTOS --out runs/mine --method mae --init mae_vit_base.pth --model vit-base": WEIGHTS,
     "coma pretrain SHARDS --out runs/dali --loader dali": "needs DALI, an extra for NVIDIA GPUs",
     "coma pretrain 'https://HOST/shards-{000..127}.tar' --out runs/web": REMOTE,
     "coma pretrain s3://BUCKET/shards --out runs/s3": REMOTE,
@@ -64,6 +74,10 @@ NOT_RUN: dict[str, str] = {
     "coma compare PHOTOS --methods mae coma 'zoom: beyond --degrade zoom-in+mask' --models tiny vit-tiny "
     "--seeds 0 1 2 --budget images 100000 --test CLASSES --protocols knn linear --probes 5 --out comparison "
     "-- --image-size 64": "test_sweep.py runs comparisons, with a process for every run",
+    "coma embed timm:vit_small_patch14_dinov2.lvd142m IMAGES --out dinov2.parquet --download": "downloads "
+    "weights",
+    "coma embed runs/first/artifact IMAGES --out features.parquet --ray auto": "needs a Ray cluster; "
+    "test_embed.py starts one",
     "coma demo": "trains the quickstart's model; the other demo is run",
     "coma detect train runs/first/artifact --data COCO --config ANY.py --cfg-options "
     "optim_wrapper.optimizer.lr=0.0002 --out runs/own": "test_user_configs.py trains several configurations",
@@ -73,6 +87,7 @@ NOT_RUN |= {each.text: "needs several GPUs" for each in COMMANDS if each.words[0
 
 TINY_DYVIT = "--model.dim 8 --model.depths 1 1 1 1 --model.heads 2 2 2 2"
 TINY_VIT = "--model.dim 16 --model.depth 1 --model.heads 2"
+TINY_TIMM = "--model.dim 24 --model.depth 1 --model.patch 8"
 TINY_DECODER = "--objective.decoder.dim 16 --objective.decoder.depth 1 --objective.decoder.heads 2"
 TINY_DOWNSTREAM = (
     "--steps 2 --batch-size 2 --workers 0 --head-channels 32 --validations 1 --short-side 64 --device cpu"
@@ -85,16 +100,21 @@ def small(words: list[str], number: int) -> list[str]:
     match words:
         case ["pretrain", "--resume", *_]:
             return [*words, "--steps", str(2 + number)]
-        case ["pretrain", "--from", *_]:
+        case ["pretrain", "--from", file, *_] if file.endswith(".json"):
             return words
+        case ["pretrain", *_] if "--init" in words:
+            return [*words, *steps.split()]
         case ["pretrain", *_]:
             model = TINY_VIT if any(word.startswith("vit-") for word in words) else TINY_DYVIT
+            model = TINY_TIMM if any(word.startswith("timm:") for word in words) else model
             more = f"{steps} --micro-batch 4 --no-compile --image-size 32 {model} {TINY_DECODER}"
             return [*words, *more.split()]
         case ["evaluate", *_]:
             return [*words, "--device", "cpu", "--workers", "0", "--image-size", "32"]
         case ["classify", "train", "--resume", *_]:
             return [*words, "--steps", str(2 + number)]
+        case ["classify", "train", *_] if "--frozen" in words:
+            return [*words, *["--batch-size", "4", "--device", "cpu", "--workers", "0", "--image-size", "32"]]
         case ["classify", "train", *_]:
             return [*words, *f"{steps} --image-size 32".split()]
         case ["detect" | "segment", "train", "--resume", *_]:
@@ -102,7 +122,7 @@ def small(words: list[str], number: int) -> list[str]:
         case ["detect" | "segment", "train", *_]:
             tiny = ["--preset", "tiny"] if "--preset" in words else []
             return [*words, *tiny, *TINY_DOWNSTREAM.split()]
-        case ["detect" | "segment", "test" | "predict", *_]:
+        case ["classify" | "detect" | "segment", "test" | "predict", *_]:
             return [*words, "--device", "cpu"]
         case ["export", artifact, *_]:  # a dataset has images of any size
             size = "1x3x32x32:1x3x64x96:2x3x96x96" if "--dataset" in words else "1x3x48x48"
@@ -111,6 +131,8 @@ def small(words: list[str], number: int) -> list[str]:
             return [*words, *fewer.split(), *graph]
         case ["benchmark", *_]:
             return [*words, "--batch", "1", "--size", "48x48"]
+        case ["embed", *_]:
+            return [*words, "--device", "cpu", "--workers", "0"]
         case ["degrade", *_]:
             return [*words, "--size", "72", "--unit", "8", "--draws", "1"]
         case ["pack", *_]:
@@ -153,10 +175,14 @@ def folder(tmp_path_factory) -> Path:
         folder.rename(folder.with_name(("cat", "cup", "face")[int(folder.name[-1])]))
     for run in ("first", "mae"):
         pretrained(root / f"runs/{run}/artifact")
+    pretrained(root / "runs/tiny/artifact", encoder_preset("tiny", 48))
     classifier(root / "runs/classifier/artifact", replace(DYVIT, dim=32))  # narrower ones lose much in int8
     config = PretrainConfig()
     config = replace(config, data=replace(config.data, images=root / "PHOTOS"))
     (root / "runs/first/config.json").write_text(json.dumps(to_plain(config)))
+    for block in BLOCKS:
+        if block.language in ("yaml", "toml"):  # the first line names the file
+            (root / block.code.splitlines()[0].removeprefix("# ")).write_text(block.code)
     (root / "runs/classifier/config.json").write_text(json.dumps(to_plain(finetuning(root))))
     return root
 

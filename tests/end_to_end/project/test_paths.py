@@ -12,6 +12,7 @@ import pytest
 import tyro
 from command_settings import MISSING, VARIANTS, invocations, settings_of
 from export_files import backbone
+from feature_files import features, vectors
 from PIL import Image
 
 from coma import cli
@@ -25,6 +26,8 @@ BASES: dict[str, tuple[list[str], dict[str, str]]] = {
     ),
     "evaluate": (["{artifact}"], {"--data": "{photos}", "--device": "cpu"}),
     "classify train": (["{artifact}"], {"--data": "{photos}", "--out": "{out}/run", "--device": "cpu"}),
+    "classify test": (["{artifact}"], {"--data": "{photos}", "--device": "cpu"}),
+    "classify predict": (["{artifact}", "{photos}"], {"--out": "{out}/found", "--device": "cpu"}),
     "compare": (
         ["{photos}"],
         {"--test": "{photos}", "--budget": "images 9", "--out": "{out}/compare", "--device": "cpu"},
@@ -32,6 +35,8 @@ BASES: dict[str, tuple[list[str], dict[str, str]]] = {
     "pack": (["{photos}"], {"--out": "{out}/packed", "--workers": "0"}),
     "degrade": (["{photos}/train/a/0.png"], {"--out": "{out}/sheet.png", "--draws": "1"}),
     "quickstart": ([], {}),
+    "embed": (["{artifact}", "{photos}"], {"--out": "{out}/f.npz", "--device": "cpu", "--workers": "0"}),
+    "search": (["{features}"], {"--outliers": "1"}),
     "detect train": (["{artifact}"], {"--data": "{photos}", "--out": "{out}/run"}),
     "detect test": (["{artifact}"], {"--data": "{photos}"}),
     "detect predict": (["{artifact}", "{photos}"], {"--out": "{out}/found"}),
@@ -59,6 +64,7 @@ def places(tmp_path_factory) -> Path:
     """A folder of an artifact, labelled photographs, and things that are neither."""
     root = tmp_path_factory.mktemp("places")
     backbone(root / "artifact")
+    features(root / "features.npz", vectors(3))
     for split in ("train", "test"):
         for name in ("a", "b"):
             (root / "photos" / split / name).mkdir(parents=True)
@@ -87,14 +93,15 @@ def paths_of(invocation: str) -> dict[str, tuple[str | int, list[str]]]:
             prefix = getattr(kind, "flags", "--")
             hints = get_type_hints(kind, include_extras=True)
             for field in dataclasses.fields(kind):
+                notes = getattr(hints[field.name], "__metadata__", ())
+                positional = tyro.conf.Positional in notes
+                position += positional
                 if not _holds_paths(hints[field.name]):
                     continue
-                notes = getattr(hints[field.name], "__metadata__", ())
-                named = next((note.name for note in notes if getattr(note, "name", None)), field.name)
-                if tyro.conf.Positional in notes:
-                    found.setdefault(field.name, (position, variant))
-                    position += 1
+                if positional:
+                    found.setdefault(field.name, (position - 1, variant))
                 else:
+                    named = next((note.name for note in notes if getattr(note, "name", None)), field.name)
                     flag = prefix + named.strip("_").replace("_", "-")
                     found.setdefault(flag, (flag, variant))
     return found
@@ -144,7 +151,8 @@ def test_places_that_are_something_else_are_one_line(invocation, places, tmp_pat
 
 
 def _fill(text: str, places: Path, out: Path) -> str:
-    return text.format(photos=places / "photos", artifact=places / "artifact", out=out)
+    names = {"photos": "photos", "artifact": "artifact", "features": "features.npz"}
+    return text.format(out=out, **{name: places / place for name, place in names.items()})
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,13 @@ from coma.data.transforms import normalize
 from coma.errors import BadInput
 from coma.runtimes.model_spec import METADATA, ModelSpec, Preprocessing, TensorSpec, read_model_spec, to_json
 from coma.runtimes.onnxruntime import OnnxRuntime
+from coma.runtimes.preprocessing import fit_within, resize_image, to_input
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes
 from export.graphs.load import load_exportable
 from export.image_sets import read_image_set
 from export.onnx_export import load_onnx, save_onnx, write_onnx
-from export.preprocessing import Photographs, evenly_spaced, fit_within, open_images, resize_image, to_input
+from export.preprocessing import Photographs, evenly_spaced, open_images
 from export.verify.bisect import locate
 from export.verify.errors import OutputError, OutputErrors, cosine, match, split_pixels
 from export.verify.parity import _Reference, find_failures, shapes_to_run, verify

@@ -17,6 +17,7 @@ from coma.artifact.load import artifact_hash
 from coma.cli import main
 from coma.config.serialization import to_plain
 from coma.errors import BadInput, CheckFailed
+from coma.paths import exports_beside
 from coma.runtimes.manifest import Entry, Manifest
 from coma.runtimes.open import open_runtime
 from coma.runtimes.shape_ranges import parse_shapes
@@ -25,7 +26,6 @@ from export import candidates, gate, pipeline
 from export.benchmark import list_exports
 from export.candidates import fit_preprocessing, layers_of, read_spec
 from export.commands.export import run
-from export.config import folder_beside
 from export.graphs.load import load_exportable, preprocessing_of
 from export.preprocessing import Photographs
 from export.quantization.qdq import weight_matmuls
@@ -289,4 +289,4 @@ def test_inside_an_artifact_files_lie_beside_it_and_carry_its_name(tmp_path, mon
     run(["."])
     assert {path.name for path in artifact.iterdir()} == {"config.json", "model.safetensors"}
     assert (tmp_path / "run" / "export" / "report.md").read_text().startswith("# Exports of artifact\n")
-    assert folder_beside(Path()) == tmp_path / "run" / "export"
+    assert exports_beside(Path()) == tmp_path / "run" / "export"

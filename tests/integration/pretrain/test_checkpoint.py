@@ -215,7 +215,7 @@ def test_metrics_wait_for_room(resumable, whole, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "site",
-    ["save_artifact", "reconstruction_sheet", "loss_curve", "TensorBoardLog.add_row"],
+    ["save_artifact", "reconstruction_sheet", "loss_curve", "TensorBoardLog"],
 )
 def test_a_full_disk_anywhere_else_only_warns(resumable, whole, tmp_path, capsys, site):
     def no_room(*_: Any, **__: Any) -> None:
@@ -223,7 +223,10 @@ def test_a_full_disk_anywhere_else_only_warns(resumable, whole, tmp_path, capsys
 
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"pretrain.training.run_directory.{site}", no_room)
+        if site == "TensorBoardLog":
+            patch.setattr("pretrain.training.callbacks.TensorBoardLog.on_metrics", no_room)
+        else:
+            patch.setattr(f"pretrain.training.run_directory.{site}", no_room)
         if site == "save_artifact":
             with pytest.raises(CheckFailed, match="artifact"):
                 pretrain(at(resumable, run))

@@ -37,7 +37,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_presets_choose_defaults_and_flags_override_them():
     flags = "--out runs/first --model tiny --image-size 64 --method coma4 --channels 4 --epochs 3 --no-flip"
-    config, resume, _ = parse(["photos", *flags.split(), "--model.dim", "16", "--objective.no-norm-pix"])
+    config, resume, *_ = parse(["photos", *flags.split(), "--model.dim", "16", "--objective.no-norm-pix"])
     assert not resume
     assert config.data == DataConfig(images=Path("photos"), image_size=64, flip=False)
     assert config.model == replace(encoder_preset("tiny", 64, 4), dim=16)
@@ -57,7 +57,7 @@ def test_a_run_is_replayed_and_resumed_by_its_directory(settings, photos, tmp_pa
     assert other.data.mean is None  # of other images: measured again
 
     moved = first.rename(tmp_path / "moved")
-    config, resume, _ = parse(["--resume", str(moved), "--steps", "6"])
+    config, resume, *_ = parse(["--resume", str(moved), "--steps", "6"])
     assert resume
     assert config == change(saved, run={"out": moved}, optimizer={"steps": 6})
     capsys.readouterr()

@@ -81,7 +81,7 @@ def test_a_run_leaves_everything(settings, photos, capsys):
         assert 0.1 < row.get("memory_gib", 1) < 100  # where the system tells
     assert about.trained["loss"] == pytest.approx(logged[-1]["loss"])  # the last log point is one step long
     told = capsys.readouterr().err.splitlines()
-    assert [line.split("  ")[0] for line in told] == ["step 2/5", "step 4/5", "step 5/5"]
+    assert [line.split("  ")[0] for line in told[-3:]] == ["step 2/5", "step 4/5", "step 5/5"]
 
 
 def test_tensorboard_reads_what_was_logged(settings, no_pictures):

@@ -1,7 +1,9 @@
 """DyViT inside timm, by timm's own conventions."""
 
+from dataclasses import replace
 from typing import Any
 
+import export_files
 import pytest
 import timm
 import torch
@@ -9,8 +11,10 @@ from timm.data import resolve_model_data_config
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
-import coma.models.classifiers  # noqa: F401 (registers the models)
-from coma.config import dyvit_preset
+import coma
+import coma.models.classifiers  # registers the models
+from coma.config import dyvit_preset, encoder_preset
+from coma.errors import BadArtifact, BadInput
 from coma.models import DyViT
 
 TINY = {"img_size": 32, "depths": (1, 1, 2, 1)}
@@ -101,13 +105,112 @@ def test_layer_decay_scales_rise_from_stem_to_head():
     assert create_optimizer_v2(model, "adamw", lr=1e-3, layer_decay=0.75).param_groups
 
 
-def test_encoder_weights_carry_over_by_name():
+def test_encoder_weights_carry_over_by_name(caplog):
     config = create().config
     encoder, model = DyViT(config).eval(), create(num_classes=5)
-    report = model.load_state_dict(encoder.state_dict(), strict=False)
-    assert set(report.missing_keys) == {"head.weight", "head.bias"} and not report.unexpected_keys
+    head = model.head.weight.clone()
+    model.load_state_dict(encoder.state_dict())
+    assert "head.weight and head.bias: not among the tensors" in caplog.text
     images = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(model.forward_features(images), encoder.forward_features(images))
+    assert torch.equal(model.head.weight, head)
+    with pytest.raises(RuntimeError, match=r"Missing key.*norm\.bias"):
+        model.load_state_dict({n: t for n, t in encoder.state_dict().items() if n != "norm.bias"})
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory):
+    """Artifacts of every kind and patch, by name."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    models = {
+        "tiny at 32 px": dyvit_preset("tiny", 32),
+        "tiny at 64 px": dyvit_preset("tiny", 64),
+        "tiny at 224 px": dyvit_preset("tiny"),
+        "plain": export_files.VIT,
+        "timm": replace(encoder_preset("timm:eva02_tiny_patch14_336"), dim=24, depth=2, patch=8),
+    }
+    for name, model in models.items():
+        export_files.pretrained(folder / name, model)
+        export_files.classifier(folder / f"{name}, classifier", model)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "side"), [("32", 32), ("64", 64), ("224", 64)])
+@pytest.mark.parametrize("kind", ["", ", classifier"])
+@torch.no_grad()
+def test_timm_loads_an_artifact_of_any_patch(artifacts, name, side, kind, caplog):
+    folder = artifacts / f"tiny at {name} px{kind}"
+    classes = 3 if kind else 7
+    weights = folder / "model.safetensors"
+    model: Any = timm.create_model("dyvit_tiny", num_classes=classes, checkpoint_path=weights).eval()
+    own: Any = coma.load_classifier(folder) if kind else coma.load_encoder(folder)
+    images = torch.randn(2, 3, side, side)
+    torch.testing.assert_close(model.forward_features(images), own.forward_features(images))
+    assert model(images).shape == (2, classes)
+    if kind:
+        torch.testing.assert_close(model(images), own(images))
+    assert ("coma.create_timm" in caplog.text) == (name != "224")
+    assert ("head keeps its initial weights" in caplog.text) == (not kind)
+
+    chosen = {"features_only": True, "out_indices": (1, 2), "checkpoint_path": weights}
+    backbone: Any = timm.create_model("dyvit_tiny", **chosen).eval()
+    assert backbone.feature_info.reduction() == list(own.strides[1:3])
+    for found, expected in zip(backbone(images), own.pyramid(images)[1:3], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_nothing_is_loaded_silently():
+    backbone = create(features_only=True, out_indices=(0, 1))
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    encoder = DyViT(create().config)
+    for strange in ({}, {"patch_embed.weight": torch.zeros(1)}):
+        for strict in (True, False):
+            with pytest.raises(BadInput, match=f"none of {len(strange)} tensors"):
+                backbone.load_state_dict(strange, strict=strict)
+    assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
+    backbone.load_state_dict(encoder.state_dict())
+    loaded = backbone.state_dict()
+    assert all(torch.equal(encoder.state_dict()[n.removeprefix("model.")], t) for n, t in loaded.items())
+    backbone.load_state_dict(loaded)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        backbone.load_state_dict({n: t for n, t in loaded.items() if "gate" not in n})
+
+
+@pytest.mark.parametrize("name", ["tiny at 32 px", "tiny at 64 px", "plain", "timm"])
+@torch.no_grad()
+def test_create_timm_gives_networks_of_timm_with_equal_outputs(artifacts, name):
+    encoder, classifier = (
+        coma.load_encoder(artifacts / name),
+        coma.load_classifier(artifacts / f"{name}, classifier"),
+    )
+    size = encoder.artifact.image_size
+    images = torch.randn(2, 3, size, size)
+    tokens = coma.create_timm(artifacts / name).forward_features(images)
+    expected = encoder.forward_features(images)
+    if tokens.ndim == 3:  # class tokens first
+        tokens = tokens[:, 1:].unflatten(1, expected.shape[1:3])
+    torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-5)
+    model = coma.create_timm(artifacts / f"{name}, classifier")
+    torch.testing.assert_close(model(images), classifier(images), rtol=0, atol=1e-5)
+    data = resolve_model_data_config(model)
+    assert data["input_size"] == (3, size, size) and data["mean"] == encoder.artifact.mean
+    assert coma.create_timm(artifacts / name, num_classes=7)(images).shape == (2, 7)
+
+    backbone = coma.create_timm(artifacts / name, features_only=True, norm=True)
+    maps = backbone(images)
+    assert len(maps) == len(encoder.strides)
+    for found, expected, stride in zip(maps, encoder(images), backbone.feature_info.reduction(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert stride * found.shape[-1] >= size
+    first = coma.create_timm(artifacts / name, features_only=True, out_indices=(0,))(images)
+    assert [each.shape[1] for each in first] == [backbone.model.feature_info[0]["num_chs"]]
+
+
+def test_create_timm_refuses_other_kinds_and_stages(artifacts, tmp_path):
+    with pytest.raises(BadArtifact, match="no such directory"):
+        coma.create_timm(tmp_path / "nothing")
+    with pytest.raises(BadInput, match="out_indices"):
+        coma.create_timm(artifacts / "tiny at 64 px", features_only=True, out_indices=(7,))
 
 
 def test_grad_checkpointing_and_drop_path_are_set_through_timm():

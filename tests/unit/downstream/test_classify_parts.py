@@ -39,7 +39,7 @@ from coma.data.augment import rand_augment
 from coma.errors import BadArtifact, BadInput
 from coma.models import build_encoder
 from coma.models.classifiers import build_classifier
-from coma.objectives.classification import Classification
+from coma.objectives.classification import Classification, balanced_weights
 from pretrain.training.optimizer import build_optimizer, layer_groups
 from pretrain.training.throughput import finetuning_flops
 from pretrain.training.train_step import seed_generators
@@ -301,8 +301,40 @@ def test_only_a_whole_classifier_is_loaded(tmp_path):
         with pytest.raises(BadArtifact, match=message):
             load_classifier(tmp_path / name)
     save_artifact(tmp_path / "whole", tensors=tensors, config=description())
-    with pytest.raises(BadArtifact, match="its kind is 'classifier'"):
-        load_encoder(tmp_path / "whole")
+    encoder = load_encoder(tmp_path / "whole")  # without its head
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in encoder.state_dict().items())
+
+
+def test_labels_of_any_number_are_mixed_like_the_images():
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8) * 10
+    labels = torch.eye(4)[:, :3]
+    recipe = replace(OFF, mixup=0.8)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    mixed, targets = Classification(recipe, build_classifier(PLAIN, 3), 3).mix(images, labels)
+    share = 1 - mixed[0, 0, 0, 0].item() / 30  # of image 0, mixed with image 3
+    assert 0 < share < 1
+    expected = share * labels + (1 - share) * labels.flip(0)
+    torch.testing.assert_close(targets, expected)
+    smooth = Classification(replace(OFF, label_smoothing=0.3), build_classifier(PLAIN, 3), 3)
+    torch.testing.assert_close(smooth.mix(images, labels)[1][0], torch.tensor([0.8, 0.1, 0.1]))
+
+
+@pytest.mark.parametrize("any_number", [False, True])
+def test_balanced_weights_make_classes_equal(any_number):
+    labels = torch.tensor([0, 0, 0, 1])
+    if any_number:
+        multi_hot = torch.nn.functional.one_hot(labels, 2).float()
+        assert balanced_weights(multi_hot, 2).tolist() == pytest.approx([1 / 3, 3])
+        return
+    weights = balanced_weights(labels, 2)
+    assert weights.tolist() == pytest.approx([4 / 6, 2])
+    classifier = build_classifier(PLAIN, 2).eval()
+    images = torch.randn(4, 3, 16, 16)
+    losses = torch.nn.functional.cross_entropy(classifier(images), labels, reduction="none")
+    found = Classification(OFF, classifier, 2, weights)(images, labels).loss
+    expected = (losses[:3].mean() + losses[3]) / 2
+    torch.testing.assert_close(found, expected)
 
 
 def test_flops_are_counted():

@@ -39,6 +39,37 @@ def test_gradient_equals_autograd(memory):
     torch.testing.assert_close(gradient, weight.grad)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("any_number", [False, True])
+def test_gradient_with_class_weights_and_any_number_of_classes(any_number, weighted):
+    x, labels = blobs(23, 5, 3, apart=1)
+    targets = (torch.rand(23, 3) < 0.4).double() if any_number else labels
+    weights = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64) if weighted else None
+    weight = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    logits = x.double() @ weight[:-1] + weight[-1]
+    if any_number:
+        losses = torch.nn.functional.binary_cross_entropy_with_logits(
+            logits, targets, pos_weight=weights, reduction="none"
+        )
+        expected = losses.sum() / 23
+    else:
+        expected = torch.nn.functional.cross_entropy(logits, targets, weight=weights, reduction="sum") / 23
+    expected = expected + 0.3 / 2 * weight[:-1].square().sum()
+    expected.backward()
+    loss, gradient = loss_and_gradient(x.double(), targets, weight.detach(), 0.3, weights, memory=200)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(gradient, weight.grad)
+
+
+def test_a_penalty_is_chosen_on_given_images():
+    x, labels = blobs(60, 5, 3, apart=1)
+    noise = torch.randint(0, 3, (60,))
+    assert fit_linear(x, labels, 3, chosen_on=(x, noise)).penalty > fit_linear(x, labels, 3).penalty
+    targets = torch.nn.functional.one_hot(labels, 3).float()
+    fitted = fit_linear(x, targets, 3, chosen_on=(x, targets))
+    assert ((fitted(x) > 0) == (targets > 0)).float().mean() > 0.9
+
+
 def test_optimum_equals_newtons():
     """Two classes, one feature, by Newton's method on the difference of the two score functions."""
     x = torch.tensor([-1.0, -0.5, 0.2, 0.3, 1.0, 2.0], dtype=torch.float64)

@@ -1,0 +1,183 @@
+"""Contact sheets: captioned columns of pictures, or rows of captioned pictures, as one PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from coma.atomic_io import write_whole
+
+_CELL = 176  # pixels, the longer side of a picture on the sheet at least
+_GAP, _MARGIN = 8, 24
+_PAPER, _INK, _FAINT, _HIDDEN = (255, 255, 255), (24, 24, 32), (96, 96, 108), (222, 222, 228)
+
+Column = tuple[str, np.ndarray, np.ndarray | None]  # heading, uint8 [b, H, W, 3], shown bool [b, H, W] or all
+
+
+def draw_sheet(columns: list[Column], title: str, notes: str, across: int | None = None) -> Image.Image:
+    """Lays out the columns under title and notes, at most `across` side by side, the others below."""
+    across = min(across or len(columns), len(columns))
+    rows, height, width = columns[0][1].shape[:3]
+    zoom = max(1.0, _CELL / max(height, width))
+    cell = (round(width * zoom), round(height * zoom))
+    fonts = [ImageFont.load_default(size) for size in (22, 15, 14)]
+    sheet_width = 2 * _MARGIN + across * (cell[0] + _GAP) - _GAP
+    room = sheet_width - 2 * _MARGIN
+    title, notes = _wrap(title, fonts[0], room), _wrap(notes, fonts[2], room)
+    headings = [_wrap(heading, fonts[1], cell[0]) for heading, _, _ in columns]
+
+    notes_top = _MARGIN + _depth(title, fonts[0]) + 8
+    first_band = notes_top + _depth(notes, fonts[2]) + 16
+    to_pictures = max(_depth(text, fonts[1]) for text in headings) + 8
+    band = to_pictures + rows * (cell[1] + _GAP) - _GAP + _MARGIN
+    sheet = Image.new("RGB", (sheet_width, first_band + -(-len(columns) // across) * band), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.multiline_text((_MARGIN, _MARGIN), title, _INK, fonts[0])
+    draw.multiline_text((_MARGIN, notes_top), notes, _FAINT, fonts[2])
+    for column, (heading, (_, pictures, shown)) in enumerate(zip(headings, columns, strict=True)):
+        down, place = divmod(column, across)
+        left = _MARGIN + place * (cell[0] + _GAP)
+        first_row = first_band + down * band + to_pictures
+        draw.multiline_text(
+            (left + cell[0] / 2, first_row - 8), heading, _INK, fonts[1], anchor="md", align="center"
+        )
+        for row in range(rows):
+            picture = Image.fromarray(pictures[row]).resize(cell, Image.Resampling.BICUBIC)
+            if shown is not None:
+                stencil = Image.fromarray(shown[row]).resize(cell, Image.Resampling.NEAREST)
+                picture = Image.composite(picture, Image.new("RGB", cell, _HIDDEN), stencil)
+            sheet.paste(picture, (left, first_row + row * (cell[1] + _GAP)))
+    return sheet
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture of a contact sheet and the lines below it; None draws a blank."""
+
+    picture: Image.Image | None
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Pictures of a contact sheet that belong together, and the line above them."""
+
+    heading: str
+    cells: Sequence[Cell]
+
+
+def draw_sections(
+    sections: Sequence[Section], title: str, notes: str = "", across: int = 6, side: int = _CELL
+) -> Image.Image:
+    """Lays out sections below each other: pictures in their own shape, in squares, `across` of them in a row.
+
+    Args:
+        sections: Captioned pictures; captions are cut in the middle where they are too long.
+        title: First line.
+        notes: Lines below it; words are wrapped.
+        across: Most pictures in a row.
+        side: Longer side of every picture in pixels.
+    """
+    across = max(min(across, max((len(section.cells) for section in sections), default=1)), 3)
+    fonts = [ImageFont.load_default(size) for size in (22, 15, 13)]
+    width = 2 * _MARGIN + across * (side + _GAP) - _GAP
+    room = width - 2 * _MARGIN
+    title, notes = _wrap(title, fonts[0], room), _wrap(notes, fonts[2], room)
+    captions = [
+        ["\n".join(_cut(line, fonts[2], side) for line in cell.caption.split("\n")) for cell in section.cells]
+        for section in sections
+    ]
+    below = _depth(max((text for texts in captions for text in texts), key=_lines, default=""), fonts[2]) + 18
+    top = _MARGIN + _depth(title, fonts[0]) + 8 + (_depth(notes, fonts[2]) + 14 if notes else 6)
+    height = top + sum(
+        (26 if section.heading else 0) + -(-len(section.cells) // across) * (side + below) + _GAP
+        for section in sections
+    )
+    sheet = Image.new("RGB", (width, height + _GAP), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.multiline_text((_MARGIN, _MARGIN), title, _INK, fonts[0])
+    draw.multiline_text((_MARGIN, _MARGIN + _depth(title, fonts[0]) + 8), notes, _FAINT, fonts[2])
+    for section, texts in zip(sections, captions, strict=True):
+        if section.heading:
+            draw.text((_MARGIN, top), _cut(section.heading, fonts[1], room), _INK, fonts[1])
+            top += 26
+        for place, (cell, text) in enumerate(zip(section.cells, texts, strict=True)):
+            down, right = divmod(place, across)
+            _draw_cell(
+                sheet, cell, text, (_MARGIN + right * (side + _GAP), top + down * (side + below)), side
+            )
+        top += -(-len(section.cells) // across) * (side + below) + _GAP
+    return sheet
+
+
+def with_title(picture: Image.Image, title: str) -> Image.Image:
+    """Returns a picture with a margin, under a title."""
+    font = ImageFont.load_default(22)
+    title = _wrap(title, font, picture.width)
+    top = _MARGIN + _depth(title, font) + 16
+    sheet = Image.new("RGB", (picture.width + 2 * _MARGIN, top + picture.height + _MARGIN), _PAPER)
+    ImageDraw.Draw(sheet).multiline_text((_MARGIN, _MARGIN), title, _INK, font)
+    sheet.paste(picture, (_MARGIN, top))
+    return sheet
+
+
+def _draw_cell(sheet: Image.Image, cell: Cell, caption: str, corner: tuple[int, int], side: int) -> None:
+    """Draws a picture at the foot of its square, so that the caption is right below it."""
+    draw, (left, top) = ImageDraw.Draw(sheet), corner
+    if cell.picture is None:
+        draw.rectangle((left, top, left + side - 1, top + side - 1), outline=_HIDDEN)
+        middle = (left + side / 2, top + side / 2)
+        draw.text(middle, "no picture", _FAINT, ImageFont.load_default(13), anchor="mm")
+    else:
+        scale = side / max(cell.picture.size)
+        size = tuple(max(round(length * scale), 1) for length in cell.picture.size)
+        picture = cell.picture.convert("RGB").resize((size[0], size[1]), Image.Resampling.BICUBIC)
+        sheet.paste(picture, (left + (side - size[0]) // 2, top + side - size[1]))
+    draw.multiline_text((left, top + side + 3), caption, _INK, ImageFont.load_default(13))
+
+
+def _lines(text: str) -> int:
+    return text.count("\n")
+
+
+def _depth(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+    """Returns the height of a text of several lines in pixels."""
+    return round(ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), text, font=font)[3])
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    """Returns one line of at most `width` pixels: the middle of a longer one is left out."""
+    if font.getlength(text) <= width:
+        return text
+    kept = next(n for n in range(len(text), -1, -1) if font.getlength(_short(text, n)) <= width or not n)
+    return _short(text, kept)
+
+
+def _short(text: str, kept: int) -> str:
+    """Returns the first third and the last two thirds of `kept` characters of a text."""
+    head = kept // 3
+    return f"{text[:head]}...{text[len(text) - (kept - head) :]}"
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    """Breaks `text` between words into lines of at most `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)
+
+
+def write_png(path: Path, picture: Image.Image) -> None:
+    """Saves a PNG atomically: readers see the old picture or the new one."""
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    write_whole(path, lambda file: file.write(content.getvalue()))

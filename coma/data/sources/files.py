@@ -1,0 +1,72 @@
+"""Images that are named one by one, and all images of folders, whatever their splits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from coma.data.sources.base import EncodedSource, Names, Source
+from coma.data.sources.image_folder import find_images
+from coma.data.sources.open import open_source
+from coma.errors import BadImage, BadInput
+from coma.messages import printable
+from coma.preflight import check_regular_file
+
+log = logging.getLogger(__name__)
+
+_PACKED = (".npz", ".tar", ".csv")
+
+
+class FileSource(EncodedSource):
+    """Image files by their paths.
+
+    Args:
+        paths: The files, at least one.
+        location: Where they are, for messages.
+    """
+
+    def __init__(self, paths: Iterable[Path], location: Path) -> None:
+        super().__init__(location)
+        self._paths = Names(map(str, paths))
+
+    def __len__(self) -> int:
+        """Returns the number of files."""
+        return len(self._paths)
+
+    def describe(self, i: int) -> str:
+        """Returns the path of an image, for messages."""
+        return printable(self._paths[i])
+
+    def read_bytes(self, i: int) -> bytes:
+        """Returns the content of an image file."""
+        try:
+            return Path(self._paths[i]).read_bytes()
+        except OSError as error:
+            raise BadImage(f"{self.describe(i)}: cannot be read ({error.strerror})") from None
+
+
+def open_all_images(paths: Sequence[Path]) -> Source:
+    """Opens image files and all images below folders, each file once; or one pack, shard or CSV file.
+
+    In contrast to `open_source`, the images of all splits of a folder are read.
+
+    Raises:
+        BadInput: a path does not exist, or is no regular file; or there is no image.
+    """
+    if len(paths) == 1 and paths[0].suffix.lower() in _PACKED and not paths[0].is_dir():
+        return open_source(paths[0])
+    files: dict[Path, None] = {}
+    for path in paths:
+        if path.is_dir():
+            names, inventory = find_images(path)
+            if not names:
+                raise BadInput(
+                    f"{path}: no image in this folder; it holds {inventory.skipped() or 'nothing'}"
+                )
+            log.info(inventory.summary(path), extra={"once": True})
+            files |= dict.fromkeys(path / name for name in sorted(names))
+        else:
+            check_regular_file(path, "give image files, or folders of images")
+            files[path] = None
+    return FileSource(files, paths[0] if len(paths) == 1 else Path("images"))

@@ -1,0 +1,117 @@
+"""Compute features of images with any model, and write them to a file that coma search reads.
+
+MODEL is an artifact of any kind, an exported encoder (.onnx, .engine, or the folder of coma export), or one
+of timm's models by its name. A command that was stopped or killed continues when it is given again.
+
+Examples:
+  coma embed runs/first/artifact IMAGES --out features.parquet
+  coma embed timm:vit_small_patch14_dinov2.lvd142m IMAGES --out features.parquet --download
+  torchrun --nproc-per-node 8 -m coma embed runs/first/artifact IMAGES --out features.parquet
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from coma.arguments import parse_arguments
+from coma.atomic_io import lies_among
+from coma.errors import BadInput, Interrupted
+from coma.messages import counted
+from coma.paths import Location
+from coma.preflight import require_file, require_packages
+from coma.ranges import BATCH, PROCESSES, RARE, SIDE, Range, Ranged
+
+
+@dataclass(frozen=True)
+class EmbedConfig(Ranged):
+    """Features of images."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Artifact directory, exported encoder, or timm:NAME; an existing path comes before a name."""
+    images: Annotated[Location, tyro.conf.Positional]
+    """Folder of images, .npz pack, .tar shards, .parquet files or a folder of them; shards and parquet files
+    also by their address."""
+    out: Path
+    """File to write, .parquet or .npz: a row per image with its path and its feature."""
+    stage: Annotated[int | None, Range(1, 1000)] = None
+    """Stage of the encoder whose features are written, counted from 1; default: the model's pooled feature"""
+    pooling: Literal["mean", "none"] = "mean"
+    """mean: one vector per image. none: the map of features, c x h x w values per image."""
+    image_size: Annotated[int | None, SIDE] = None
+    """Side of the images shown to the model in pixels; default: as in its training"""
+    runtime: Literal["auto", "pytorch", "onnxruntime", "tensorrt"] = "auto"
+    """auto: PyTorch for an artifact, otherwise what runs the exported file. The others, for an artifact: its
+    exports in the folder export beside it."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the GPU where there is one."""
+    batch_size: Annotated[int, BATCH] = 64
+    """Images per forward pass."""
+    workers: Annotated[int | None, PROCESSES] = None
+    """Processes that decode images; default: by the number of cores."""
+    split: str | None = None
+    """Split of the images: train, val or test; default: train, if there are splits"""
+    download: bool = False
+    """Download the weights of timm:NAME if they are not in the local cache."""
+    ray: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS")] = None
+    """Compute on a Ray cluster: its address, auto for the one of this machine, local to start one."""
+    part_images: Annotated[int, Range(1, 10**6), RARE] = 512
+    """Images in a part, which is computed whole or not at all: what a stop costs at most."""
+
+
+def run(argv: list[str]) -> None:
+    """Parses the arguments, computes the features and prints what was written.
+
+    Raises:
+        BadInput: a model, images or a file that cannot be used.
+        Interrupted: Ctrl-C or SIGTERM; finished parts are kept.
+    """
+    config = parse_arguments(EmbedConfig, argv, prog="coma embed", description=__doc__)
+    require_packages("pyarrow", *(["ray"] if config.ray is not None else []))
+    require_file(config.out)
+
+    from coma.progress import Progress
+    from coma.signals import sigterm_interrupts
+    from downstream.features.embed import embed
+    from downstream.features.models import FeatureRequest
+    from downstream.features.reading import Reading
+    from pretrain.training.distributed import processes
+
+    if config.ray is not None and not config.ray.strip():
+        raise BadInput("--ray: give the address of a cluster, auto or local")
+    request = FeatureRequest(
+        config.model,
+        config.stage,
+        config.pooling,
+        config.image_size,
+        config.runtime,
+        config.device,
+        config.download,
+    )
+    reading = Reading(config.images, config.split, config.batch_size, config.workers)
+    stopped = f"stopped; {config.out}.parts keeps its finished parts; run the same command again to resume"
+    with processes(config.device) as group, Progress(quiet=not group.main) as progress:
+        if group.world > 1 and config.ray is not None:
+            raise BadInput("--ray: the cluster shares the work already; start one process, without torchrun")
+        if group.main and (warning := lies_among(config.out, config.images)):
+            progress.warn(warning)
+        try:
+            with sigterm_interrupts("finished parts are kept"):
+                info = embed(
+                    request,
+                    reading,
+                    config.out,
+                    part_images=config.part_images,
+                    group=group,
+                    ray=config.ray,
+                    progress=progress,
+                )
+        except KeyboardInterrupt:
+            raise Interrupted(stopped) from None
+    if group.main:
+        count = info.count - len(info.skipped)
+        print(f"{config.out}: features of {counted(count, 'image')}")
+        print(f"next: coma search {config.out} --duplicates 0.98 --outliers --map --out FOLDER")

@@ -1,0 +1,1 @@
+"""Features of images: computed by `coma embed`, kept in files, compared by `coma search`."""

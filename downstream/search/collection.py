@@ -1,0 +1,82 @@
+"""One or more files of features that are searched together, with the pictures of their images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from coma.contact_sheet import Cell
+from coma.messages import counted, printable
+from downstream.features.files import FeaturesFile
+from downstream.search.pictures import Album
+from downstream.search.vectors import open_files
+
+SIDE = 160
+"""Longer side of a picture on a contact sheet in pixels."""
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Files of features of the same model.
+
+    Attributes:
+        files: The files.
+        albums: Readers of the images of each file.
+    """
+
+    files: list[FeaturesFile]
+    albums: list[Album]
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return sum(map(len, self.files))
+
+    @property
+    def title(self) -> str:
+        """Returns what is searched, for people."""
+        where = str(self.files[0].path) if len(self.files) == 1 else counted(len(self.files), "file")
+        return f"{printable(where)}: {counted(len(self), 'image')}"
+
+    @property
+    def model(self) -> str:
+        """Returns a short name of the model."""
+        parts = Path(self.files[0].info.spec.model).parts
+        return printable("/".join(parts[-2:]))
+
+    def row(self, number: int, path: str) -> dict[str, str]:
+        """Returns the columns that name an image; its file too, where there are several."""
+        return {"path": path, **({"features": str(self.files[number].path)} if len(self.files) > 1 else {})}
+
+    def cell(self, number: int, path: str, value: float) -> Cell:
+        """Returns an image for a contact sheet, with a value and its name below it."""
+        return Cell(self.albums[number].thumbnail(path, SIDE), f"{value:.3f}\n{short_name(path)}")
+
+
+def open_collection(features: Sequence[Path], images: Sequence[Path] = ()) -> Collection:
+    """Opens files of features.
+
+    Args:
+        features: The files.
+        images: Where the images of each file are now; by default where they were embedded from.
+
+    Raises:
+        BadInput: a file that cannot be used, or features of different models.
+    """
+    files = open_files(features)
+    places = images or [None] * len(files)
+    return Collection(files, [_album(file, place) for file, place in zip(files, places, strict=True)])
+
+
+def short_name(path: str) -> str:
+    """Returns the last part of a path, printable."""
+    return printable(path.rpartition("/")[2] or path)
+
+
+def _album(file: FeaturesFile, place: Path | None) -> Album:
+    images, location = Path(file.info.images), Path(file.info.location)
+    if place is None:
+        return Album(images, location, file.info.split)
+    inside = os.path.relpath(location, images)
+    return Album(place, place / inside if place.is_dir() else place, file.info.split)

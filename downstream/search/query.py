@@ -1,0 +1,93 @@
+"""The feature of a query: that of an image of the collection, or one that the model computes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from coma.errors import BadInput
+from coma.messages import printable
+from coma.preflight import check_regular_file
+from downstream.features.files import FeaturesFile
+from downstream.features.models import FeatureRequest, open_feature_model
+from downstream.search.collection import SIDE, Collection
+from downstream.search.pictures import picture_of, read_image_file
+from downstream.search.vectors import unit, unit_parts
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query.
+
+    Attributes:
+        text: What was asked for.
+        vector: Its feature, as a unit vector `[c]`.
+        row: File and path, if it is an image of the collection.
+        picture: Returns its picture.
+    """
+
+    text: str
+    vector: np.ndarray
+    row: tuple[int, str] | None
+    picture: Callable[[], Image.Image | None]
+
+
+def find_query(text: str, collection: Collection, request: FeatureRequest) -> Query:
+    """Returns a query.
+
+    Args:
+        text: An image file, or the path of an image of the collection.
+        collection: What is searched.
+        request: The model for other images; an empty name stands for the one that the collection names.
+
+    Raises:
+        BadInput: it is neither, its file is not an image, or the model is another one.
+    """
+    path = Path(text)
+    there = bool(text.strip()) and "\0" not in text and os.path.lexists(path)
+    wanted = {
+        (number, os.path.relpath(path.resolve(), album.location.resolve()) if there else text)
+        for number, album in enumerate(collection.albums)
+    }
+    for number, rows in unit_parts(collection.files):
+        for i, name in enumerate(rows.paths):
+            if (number, name) in wanted:
+                picture = partial(collection.albums[number].thumbnail, name, SIDE)
+                return Query(text, rows.values[i], (number, name), picture)
+    if not there:
+        first = collection.files[0].path
+        raise BadInput(f"{printable(text)}: is neither an image file nor the path of an image in {first}")
+    return _computed(path, collection.files[0], request)
+
+
+def _computed(path: Path, file: FeaturesFile, request: FeatureRequest) -> Query:
+    from coma.data.channels import convert_channels
+    from coma.data.decode import decode
+    from coma.data.pixel_values import check_pixels
+
+    check_regular_file(path, "give an image file")
+    image = decode(read_image_file(path.parent, path.name), str(path))
+    spec = file.info.spec
+    height, width = spec.image_size
+    size = height if height == width else None
+    given = request.model
+    request = replace(request, model=given or spec.model, stage=spec.stage, image_size=size)
+    try:
+        model = open_feature_model(request)
+    except BadInput as error:
+        hint = "" if given else "; --model names the model if it was moved"
+        raise BadInput(f"the query needs the model of {file.path}: {error}{hint}") from None
+    if reason := spec.difference(model.spec):
+        flag = f"--model {given}" if given else spec.model
+        raise BadInput(f"{flag}: {file.path} holds features of {reason}; give the model that made them")
+    pixels = convert_channels(image, model.channels, str(path))
+    rule = model.preprocessing
+    check_pixels(pixels, rule.mean, rule.std, lambda: str(path), fixed=True)
+    vector = unit(model([model.resize(pixels)]), path)[0]
+    return Query(str(path), vector, None, lambda: picture_of(image.pixels, SIDE))

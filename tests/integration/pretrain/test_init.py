@@ -1,0 +1,335 @@
+"""Runs that start from weights that exist, and go on when the weights are gone."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from short_runs import MODEL, OBJECTIVE, Killed, assert_same, at, interrupted, killed_in
+from taught_models import timm_weights
+
+from coma import cli
+from coma.artifact import ArtifactConfig, library_versions, load_artifact, save_artifact
+from coma.atomic_io import sha256_of
+from coma.config import (
+    CMTConfig,
+    CoMAConfig,
+    DecoderConfig,
+    InitConfig,
+    PretrainConfig,
+    TeacherConfig,
+    ViTConfig,
+    encoder_preset,
+)
+from coma.errors import BadInput
+from coma.models import build_encoder
+from coma.objectives import build_objective
+from coma.objectives.initialization import initial_objective, origin_of, with_initial_weights
+from pretrain.commands.pretrain import parse
+from pretrain.training import pretrain
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+PREFIXES = {"backbone": "", "pretrained": "encoder.", "classifier": "", "detector": "backbone.encoder."}
+
+
+def artifact(folder: Path, kind: str = "pretrained", **changes: Any) -> Path:
+    torch.manual_seed(9)
+    tensors = build_objective(OBJECTIVE, build_encoder(changes.get("model", MODEL))).state_dict()
+    for tensor in tensors.values():
+        torch.nn.init.normal_(tensor, std=0.1)
+    if kind != "pretrained":
+        own = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
+        tensors = {PREFIXES[kind] + name: tensor for name, tensor in own.items()}
+        tensors |= (
+            {} if kind == "backbone" else {"head.weight": torch.ones(2, 64), "head.bias": torch.ones(2)}
+        )
+    about = ArtifactConfig(
+        kind=kind,  # type: ignore[arg-type]
+        model=MODEL,
+        objective=OBJECTIVE if kind == "pretrained" else None,
+        image_size=16,
+        mean=(0.5,) * 3,
+        std=(0.2,) * 3,
+        class_names=None if kind in ("backbone", "pretrained") else ("a", "b"),
+        trained={},
+        versions=library_versions(),
+    )
+    save_artifact(folder, tensors=tensors, config=replace(about, **changes))
+    return folder
+
+
+def starting(config: PretrainConfig, weights: Path | str, **settings: Any) -> PretrainConfig:
+    return replace(config, init=InitConfig(str(weights), **settings))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    capsys.readouterr()
+    assert cli.main(["pretrain", *map(str, argv)]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+# what is taken ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_every_kind_of_artifact_gives_its_encoder(
+    settings: PretrainConfig, tmp_path: Path, kind: str
+) -> None:
+    place = artifact(tmp_path / "artifact", kind)
+    objective, said = initial_objective(starting(settings, place))
+    stored, own = load_artifact(place).tensors, objective.state_dict()
+    for name, tensor in objective.encoder.state_dict().items():
+        assert torch.equal(tensor, stored[PREFIXES[kind] + name])
+    count = len(objective.encoder.state_dict())
+    assert f"{count} of {count} tensors of the encoder" in said
+    decoder = [name for name in own if name.startswith("decoder.")]
+    if kind == "pretrained":
+        assert all(torch.equal(own[name], stored[name]) for name in decoder)
+        assert f"{len(decoder)} of {len(decoder)} tensors of the decoder" in said and "left out" not in said
+    else:
+        assert f"0 of {len(decoder)} tensors of the decoder" in said
+        assert ("2 left out: head.bias, head.weight" in said) == (kind != "backbone")
+
+
+def test_a_decoder_is_taken_as_far_as_it_fits(settings: PretrainConfig, tmp_path: Path) -> None:
+    place = artifact(tmp_path / "artifact")
+    deeper = CoMAConfig(decoder=DecoderConfig(8, 2, 2))
+    objective, said = initial_objective(starting(replace(settings, objective=deeper), place))
+    assert torch.equal(objective.decoder.mask_token, load_artifact(place).tensors["decoder.mask_token"])
+    assert "19 of 31 tensors of the decoder" in said
+
+
+def test_a_decoder_with_nan_is_refused(settings: PretrainConfig, tmp_path: Path) -> None:
+    place = artifact(tmp_path / "artifact")
+    held = load_artifact(place)
+    held.tensors["decoder.mask_token"].fill_(torch.nan)
+    save_artifact(place, tensors=held.tensors, config=held.config)
+    with pytest.raises(BadInput, match=r"decoder\.mask_token holds values that are not finite"):
+        initial_objective(starting(settings, place))
+
+
+def test_random_numbers_of_the_rest_are_those_of_other_runs(settings: PretrainConfig, tmp_path: Path) -> None:
+    backbone = artifact(tmp_path / "artifact", "backbone")
+    torch.manual_seed(0)
+    objective, _ = initial_objective(starting(settings, backbone))
+    torch.manual_seed(0)
+    other = build_objective(settings.objective, build_encoder(settings.model))
+    assert torch.equal(objective.decoder.head.weight, other.decoder.head.weight)
+
+
+def test_the_moving_average_of_cmt_starts_there_too(
+    settings: PretrainConfig, tmp_path: Path, weights: Path
+) -> None:
+    config = replace(
+        settings,
+        data=replace(settings.data, mean=(0.5,) * 3, std=(0.2,) * 3),
+        objective=CMTConfig(teacher=TeacherConfig("test_vit", weights), decoder=DecoderConfig(8, 1, 2)),
+    )
+    objective: Any = initial_objective(starting(config, artifact(tmp_path / "artifact")))[0]
+    stored = load_artifact(tmp_path / "artifact").tensors
+    assert torch.equal(objective.average.norm.weight, stored["encoder.norm.weight"])
+
+
+def test_a_run_tells_where_it_began(
+    settings: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = artifact(tmp_path / "first" / "artifact")
+    config = starting(settings, first)
+    config = replace(config, optimizer=replace(config.optimizer, steps=1, ema_decay=0.9, base_lr=1e-9))
+    run = pretrain(config)
+    assert "starts from first/artifact: " in capsys.readouterr().err
+    result, digest = load_artifact(run / "artifact"), sha256_of(first / "model.safetensors")
+    assert result.config.init is not None
+    assert (result.config.init.name, result.config.init.sha256) == ("first/artifact", digest)
+    init = json.loads((run / "config.json").read_text())["init"]
+    assert init["init"] == str(first) and init["init_sha256"] == digest
+    before = load_artifact(first).tensors["encoder.norm.weight"]
+    torch.testing.assert_close(result.tensors["encoder.norm.weight"], before, atol=1e-5, rtol=1e-5)
+    assert cli.main(["info", str(run / "artifact")]) == 0
+    assert f"init       first/artifact (SHA-256 {digest})" in capsys.readouterr().out
+
+
+# resume -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_resumed_run_needs_the_weights_only_before_its_first_state(
+    resumable: PretrainConfig, tmp_path: Path, saved: bool
+) -> None:
+    place = artifact(tmp_path / "artifact")
+    config = starting(resumable, place)
+    whole = pretrain(at(config, tmp_path / "whole"))
+    run = at(config, tmp_path / "run")
+    if saved:
+        interrupted(run, 3)
+        place.rename(tmp_path / "gone")
+    else:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            killed_in(patch, 1)
+            pretrain(run)
+    command, resume, _ = parse(["--resume", str(run.run.out)])
+    assert resume and command.init.init == str(place)
+    pretrain(replace(command, data=run.data), resume=True)
+    assert_same(run.run.out, whole)
+
+
+def test_a_run_without_a_state_starts_again_from_the_same_weights_only(
+    resumable: PretrainConfig, tmp_path: Path
+) -> None:
+    place = artifact(tmp_path / "artifact")
+    run = at(starting(resumable, place), tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        killed_in(patch, 1)
+        pretrain(run)
+    changed = {name: 2 * tensor for name, tensor in load_artifact(place).tensors.items()}
+    save_artifact(place, tensors=changed, config=load_artifact(place).config)
+    with pytest.raises(BadInput, match=r"its SHA-256 is .*, not the expected"):
+        pretrain(parse(["--resume", str(run.run.out)])[0], resume=True)
+
+
+def test_other_weights_than_asked_for_are_refused(
+    settings: PretrainConfig, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = artifact(tmp_path / "artifact")
+    argv = (photos, "--out", tmp_path / "run", "--init", place, "--workers", 0, "--batch-size", 4)
+    assert "not the expected abc" in refused(capsys, *argv, "--init-sha256", "abc")
+    assert "--init does not go with --resume" in refused(capsys, "--resume", tmp_path, "--init", place)
+    assert not (tmp_path / "run").exists()
+
+
+# which model ------------------------------------------------------------------------------------
+
+
+def test_an_artifact_brings_its_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    place = artifact(tmp_path / "artifact")
+    caplog.set_level("INFO")
+    config = parse(["photos", "--init", str(place)])[0]
+    assert config.model == MODEL and config.data.image_size == 16
+    assert config.objective == OBJECTIVE
+    assert f"--init {place}: trains its model (architecture dyvit, channels 3, patch 1" in caplog.text
+    assert "--image-size 16" in caplog.text
+    wide = parse(["photos", "--init", str(place), "--channels", "4", "--image-size", "32"])[0]
+    assert wide.model == replace(MODEL, channels=4) and wide.data.image_size == 32
+    assert parse(["photos", "--init", str(place), "--model", "tiny"])[0].model != MODEL
+    classifier = artifact(tmp_path / "other", "classifier")
+    assert parse(["photos", "--init", str(classifier)])[0].objective.decoder.dim == 192
+
+
+def test_a_file_of_a_known_size_brings_its_model(tmp_path: Path) -> None:
+    config = ViTConfig(patch=14, dim=192, depth=12, heads=3)
+    save_file(build_encoder(config).state_dict(), tmp_path / "tiny.safetensors")
+    assert parse(["photos", "--init", str(tmp_path / "tiny.safetensors")])[0].model == config
+    with pytest.raises(BadInput, match=r"does not say of which model it is.*give --model"):
+        parse(["photos", "--init", str(timm_weights(tmp_path))])
+
+
+def test_a_name_of_timm_brings_its_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("timm:test_vit", "timm:test_vit.r160_in1k", "hf-hub:timm/test_vit.r160_in1k"):
+        assert parse(["photos", "--init", name])[0].model == encoder_preset("timm:test_vit")
+    found = str(timm_weights(tmp_path))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: found)
+    config = replace(PretrainConfig(), model=encoder_preset("timm:test_vit"))
+    objective: Any = initial_objective(starting(config, "timm:test_vit.r160_in1k"))[0]
+    wanted = timm.create_model("test_vit", checkpoint_path=found).state_dict()
+    own = objective.encoder.timm.state_dict()
+    assert own and all(torch.equal(tensor, wanted[name]) for name, tensor in own.items())
+    origin = origin_of(with_initial_weights(starting(config, "timm:test_vit.r160_in1k")))
+    assert origin is not None and origin.name == "timm:test_vit.r160_in1k"
+
+
+def test_settings_of_a_run_bring_its_weights(settings: PretrainConfig, tmp_path: Path) -> None:
+    place = artifact(tmp_path / "artifact")
+    config = starting(settings, place)
+    run = pretrain(replace(config, optimizer=replace(config.optimizer, steps=1)))
+    new = parse(["--from", str(run), "--out", str(tmp_path / "new")])[0]
+    assert new.init == InitConfig(str(place)) and new.model == MODEL
+
+
+# what is refused --------------------------------------------------------------------------------
+
+
+def wrong_width(folder: Path) -> str:
+    save_file(
+        {n: torch.cat([t, t]) for n, t in build_encoder(MODEL).state_dict().items()}, folder / "w.safetensors"
+    )
+    return "w.safetensors"
+
+
+def without_a_key(folder: Path) -> str:
+    tensors = build_encoder(MODEL).state_dict()
+    save_file({n: t for n, t in tensors.items() if n != "norm.bias"}, folder / "short.safetensors")
+    return "short.safetensors"
+
+
+def with_nan(folder: Path) -> str:
+    tensors = build_encoder(MODEL).state_dict()
+    tensors["norm.bias"][0] = torch.nan
+    save_file(tensors, folder / "nan.safetensors")
+    return "nan.safetensors"
+
+
+def resnet(folder: Path) -> str:
+    save_file(timm.create_model("test_resnet").state_dict(), folder / "resnet.safetensors")
+    return "resnet.safetensors"
+
+
+def empty(folder: Path) -> str:
+    (folder / "empty.pth").touch()
+    return "empty.pth"
+
+
+def no_artifact(folder: Path) -> str:
+    (folder / "photos").mkdir()
+    return "photos"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (wrong_width, r"0 of \d+ tensors of the encoder; .* do not fit: stem.conv.weight is .*--model"),
+        (without_a_key, r"1 not in the file: norm.bias; .*--init-partial"),
+        (with_nan, "norm.bias holds values that are not finite"),
+        (resnet, r"0 of \d+ tensors of the encoder.*give the --model of the weights"),
+        (empty, r"empty.pth: not a readable file of weights \(the file is empty\)"),
+        (no_artifact, "photos: not an artifact, it has no config.json"),
+        (lambda _: "nowhere", "nowhere: no such file or directory"),
+        (lambda _: "vit_tiny_patch16_224", "did you mean timm:vit_tiny_patch16_224"),
+        (
+            lambda _: "timm:vit_tiny_patch16_22",
+            "no such model; did you mean vit_tiny_patch16_224",
+        ),
+        (lambda _: "timm:vit_tiny_patch16_224", "not on this machine; give --download"),
+        (lambda _: "", "names no file or folder"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_refused(
+    settings: PretrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    make: Callable[[Path], str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    source = make(tmp_path)
+    with pytest.raises(BadInput, match=said):
+        pretrain(starting(settings, source))
+    assert not settings.run.out.exists()
+
+
+def test_a_part_is_enough_where_that_is_allowed(settings: PretrainConfig, tmp_path: Path) -> None:
+    source = tmp_path / without_a_key(tmp_path)
+    said = initial_objective(starting(settings, source, init_partial=True))[1]
+    assert "1 not in the file: norm.bias" in said
+    nothing = tmp_path / resnet(tmp_path)
+    with pytest.raises(BadInput, match="0 of"):
+        with_initial_weights(starting(settings, nothing, init_partial=True))
