@@ -1,6 +1,6 @@
 """The pictures of the guide to `coma embed` and `coma search`: blood cells of BCCD (MIT licence).
 
-    python benchmarks/search_pictures.py --data DATA/det-bccd --out docs --steps 120
+    python benchmarks/search_pictures.py --data DATA/det-bccd --out docs --steps 80
 
 Pre-trains a tiny model on the training images, embeds them, and reduces the contact sheet and the map.
 """
@@ -33,13 +33,13 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="det-bccd")
     parser.add_argument("--out", type=Path, required=True, help="folder for the two pictures")
-    parser.add_argument("--steps", default="120", help="steps of pre-training")
-    parser.add_argument("--query", default="BloodImage_00010.jpg", help="name of the query image")
+    parser.add_argument("--steps", default="80", help="steps of pre-training")
+    parser.add_argument("--query", default="BloodImage_00001.jpg", help="name of the query image")
     args = parser.parse_args()
     images = args.data / "train"
     with tempfile.TemporaryDirectory() as name:
         run, features, found = (Path(name, each) for each in ("run", "features.parquet", "found"))
-        train = ["pretrain", images, "--model", "tiny", "--image-size", "96", "--batch-size", "16"]
+        train = ["pretrain", images, "--model", "tiny", "--image-size", "64", "--batch-size", "16"]
         embed = ["embed", run / "artifact", images, "--out", features]
         search = [
             "search",

@@ -74,7 +74,7 @@ class Section:
 def draw_sections(
     sections: Sequence[Section], title: str, notes: str = "", across: int = 6, side: int = _CELL
 ) -> Image.Image:
-    """Lays out sections below each other: pictures in their own shape, in squares, `across` of them in a row.
+    """Lays out sections below each other: pictures in their own shape, `across` of them in a row.
 
     Args:
         sections: Captioned pictures; captions are cut in the middle where they are too long.
@@ -94,24 +94,30 @@ def draw_sections(
     ]
     below = _depth(max((text for texts in captions for text in texts), key=_lines, default=""), fonts[2]) + 18
     top = _MARGIN + _depth(title, fonts[0]) + 8 + (_depth(notes, fonts[2]) + 14 if notes else 6)
-    height = top + sum(
-        (26 if section.heading else 0) + -(-len(section.cells) // across) * (side + below) + _GAP
+    rows = [
+        [
+            max(_size(cell, side)[1] for cell in section.cells[at : at + across])
+            for at in range(0, len(section.cells), across)
+        ]
         for section in sections
+    ]
+    height = top + sum(
+        (26 if section.heading else 0) + sum(heights) + len(heights) * below + _GAP
+        for section, heights in zip(sections, rows, strict=True)
     )
     sheet = Image.new("RGB", (width, height + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.multiline_text((_MARGIN, _MARGIN), title, _INK, fonts[0])
     draw.multiline_text((_MARGIN, _MARGIN + _depth(title, fonts[0]) + 8), notes, _FAINT, fonts[2])
-    for section, texts in zip(sections, captions, strict=True):
+    for section, texts, heights in zip(sections, captions, rows, strict=True):
         if section.heading:
             draw.text((_MARGIN, top), _cut(section.heading, fonts[1], room), _INK, fonts[1])
             top += 26
         for place, (cell, text) in enumerate(zip(section.cells, texts, strict=True)):
             down, right = divmod(place, across)
-            _draw_cell(
-                sheet, cell, text, (_MARGIN + right * (side + _GAP), top + down * (side + below)), side
-            )
-        top += -(-len(section.cells) // across) * (side + below) + _GAP
+            foot = top + sum(heights[: down + 1]) + down * below
+            _draw_cell(sheet, cell, text, _MARGIN + right * (side + _GAP), foot, side)
+        top += sum(heights) + len(heights) * below + _GAP
     return sheet
 
 
@@ -126,19 +132,26 @@ def with_title(picture: Image.Image, title: str) -> Image.Image:
     return sheet
 
 
-def _draw_cell(sheet: Image.Image, cell: Cell, caption: str, corner: tuple[int, int], side: int) -> None:
-    """Draws a picture at the foot of its square, so that the caption is right below it."""
-    draw, (left, top) = ImageDraw.Draw(sheet), corner
+def _size(cell: Cell, side: int) -> tuple[int, int]:
+    """Returns width and height of a picture on the sheet."""
     if cell.picture is None:
-        draw.rectangle((left, top, left + side - 1, top + side - 1), outline=_HIDDEN)
-        middle = (left + side / 2, top + side / 2)
+        return side, side
+    scale = side / max(cell.picture.size)
+    width, height = (max(round(length * scale), 1) for length in cell.picture.size)
+    return width, height
+
+
+def _draw_cell(sheet: Image.Image, cell: Cell, caption: str, left: int, foot: int, side: int) -> None:
+    """Draws a picture that ends at `foot`, and its caption right below it."""
+    draw, (width, height) = ImageDraw.Draw(sheet), _size(cell, side)
+    if cell.picture is None:
+        draw.rectangle((left, foot - height, left + width - 1, foot - 1), outline=_HIDDEN)
+        middle = (left + width / 2, foot - height / 2)
         draw.text(middle, "no picture", _FAINT, ImageFont.load_default(13), anchor="mm")
     else:
-        scale = side / max(cell.picture.size)
-        size = tuple(max(round(length * scale), 1) for length in cell.picture.size)
-        picture = cell.picture.convert("RGB").resize((size[0], size[1]), Image.Resampling.BICUBIC)
-        sheet.paste(picture, (left + (side - size[0]) // 2, top + side - size[1]))
-    draw.multiline_text((left, top + side + 3), caption, _INK, ImageFont.load_default(13))
+        picture = cell.picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        sheet.paste(picture, (left + (side - width) // 2, foot - height))
+    draw.multiline_text((left, foot + 3), caption, _INK, ImageFont.load_default(13))
 
 
 def _lines(text: str) -> int:

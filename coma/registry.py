@@ -54,8 +54,8 @@ class Architecture:
         encoder: Class of the encoder, built from its settings.
         classifier: Class of the encoder under a linear head, built from settings and a number of classes.
         presets: Values of `--model`.
-        by_name: Function that returns the settings of a network, from its name and the channels of its images:
-            `--model KEY:NAME`. None where there are only presets.
+        by_name: Function that returns the settings of a network from its name and the channels of its
+            images: `--model KEY:NAME`. None where there are only presets.
     """
 
     config: str

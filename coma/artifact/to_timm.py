@@ -67,10 +67,10 @@ def create_timm(
         out_indices = range(4) if hierarchical else [-1]
     getter = DyViTFeatures if hierarchical else FeatureGetterNet
     try:
-        features = getter(network, list(out_indices), norm=norm)
+        features: Any = getter(network, tuple(out_indices), norm=norm)
     except (AssertionError, IndexError):
         raise BadInput(
-            f"out_indices {tuple(out_indices)}: {directory} has {len(network.feature_info)} of them, from 0 on"
+            f"out_indices {tuple(out_indices)}: {directory} has {len(network.feature_info)} maps, from 0 on"
         ) from None
     features.pretrained_cfg = features.default_cfg = network.pretrained_cfg
     return features.eval()

@@ -233,7 +233,7 @@ def encoder_preset(name: str, image_size: int = 224, channels: int = 3) -> Encod
 
 
 def decoder_dim(model: EncoderConfig) -> int:
-    """Returns the width of the decoder that suits an encoder: 192 for the smallest, else 512 (MAE, sec. 4.1)."""
+    """Returns the width of the decoder that suits an encoder; 512 is MAE's (He et al. 2021, sec. 4.1)."""
     return 192 if model.num_features <= 256 else 512
 
 

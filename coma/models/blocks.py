@@ -25,7 +25,7 @@ def drop_path_rates(largest: float, blocks: int) -> list[float]:
 def freeze_stages(encoder: Any, stages: int) -> list[nn.Module]:
     """Freezes the stem and the first stages of an encoder or classifier (of a plain ViT, the first blocks).
 
-    0 freezes the stem, which includes tokens and positions; all stages include the last norm; -1 freezes nothing.
+    0 freezes the stem with tokens and positions; all stages include the last norm; -1 freezes nothing.
 
     Returns:
         The frozen modules, which have to stay in evaluation mode.

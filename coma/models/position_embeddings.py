@@ -49,8 +49,8 @@ def sincos_positions(h: int, w: int, dim: int, *, device: torch.device) -> Tenso
 def cubic_weights(old: int, new: int, *, device: torch.device) -> Tensor:
     """Returns the weights `[new, old]` of antialiased bicubic resampling along one axis (float32).
 
-    Two products with such matrices equal `F.interpolate(mode="bicubic", antialias=True)`, which neither ONNX's
-    parsers nor TensorRT know for sizes that are not fixed.
+    Two products with such matrices equal `F.interpolate(mode="bicubic", antialias=True)`, for graphs: few
+    runtimes resample with antialiasing.
     """
     scale = old / torch.full((), new, dtype=torch.float32, device=device)  # a tensor: `new` may be a symbol
     centres = (torch.arange(new, device=device) + 0.5) * scale

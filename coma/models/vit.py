@@ -29,6 +29,7 @@ class ViT(PlainEncoder):
         config: Channels, patch, width, depth and heads.
     """
 
+    config: ViTConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     num_prefix_tokens = 1
 
     def __init__(self, config: ViTConfig) -> None:

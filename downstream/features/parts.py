@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from coma.atomic_io import write_json, write_whole
-from coma.config.serialization import flat, read_json
+from coma.config.serialization import flat
+from coma.config.settings_file import read_json
 from coma.data.sources.base import Source
 from coma.errors import BadInput, ComaError
 from coma.messages import counted

@@ -118,7 +118,9 @@ class DyViT(_Backbone):
 
 @MODELS.register_module()
 class PlainViT(_Backbone):
-    """Plain ViT backbone, ours or timm's: images `[b, c, H, W]` to one map `[b, dim, ceil(H/patch), ceil(W/patch)]`.
+    """Plain ViT backbone, ours or timm's.
+
+    It maps images `[b, c, H, W]` to one map `[b, dim, ceil(H/patch), ceil(W/patch)]`.
 
     Args:
         artifact: Directory of a pre-trained model, whose encoder is loaded strictly.

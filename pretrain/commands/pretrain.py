@@ -127,7 +127,7 @@ def run(argv: list[str]) -> None:
     main = "LOCAL_RANK" not in os.environ or os.environ.get("RANK") == "0"  # torchrun sets both
     try:
         config, resume, allow_changed_data, dry_run = parse(argv)
-        require_packages("matplotlib")
+        require_packages("tensorboard", "matplotlib")
         from pretrain.training import pretrain
 
         folder = pretrain(config, resume=resume, allow_changed_data=allow_changed_data, dry_run=dry_run)

@@ -296,7 +296,6 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
         """Draws reconstructions of the first images, always with the same masks."""
         mean, std = self._plan.statistics
         path = self._plan.folder / "reconstructions" / f"step-{step:06d}.png"
-        drawn = False
         with self._or_say("reconstructions", step, Exception):
             with torch.device("meta"):
                 encoder = build_encoder(self._plan.config.model)
@@ -306,8 +305,7 @@ class PretrainRunDirectory(RunDirectory[PretrainConfig]):
             images = normalize(self._first.images.to(device), mean, std)
             seeds = self._first.seeds.to(device)
             reconstruction_sheet(objective, images, seeds, mean, std, path, caption=f"Step {step}")
-            drawn = True
-        if drawn:
+        if path.is_file():
             self._notify(step, lambda each: each.on_reconstruction(step, path))
 
     def artifact_payload(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], ArtifactConfig]:

@@ -156,7 +156,7 @@ def test_what_may_not_change(short, place, whole, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(short, place, tmp_path):
-    encoder = load_encoder(place / "artifact")
+    encoder: Any = load_encoder(place / "artifact")
     about = encoder.artifact
     with torch.no_grad():
         encoder.norm.bias.fill_(float("nan"))
@@ -215,7 +215,7 @@ def test_the_command_from_beginning_to_end(place, tmp_path, capsys, monkeypatch)
     about = load_artifact(run / "artifact").config.trained
     assert f"weights of step {about['steps']} of 4: chosen on 6 validation images" in shown.out
     assert f"top-1 {about['test_top1']:.2%} on 9 test images, used once, at the end" in shown.out
-    assert f"{run / 'artifact'} (weights of step" in shown.out
+    assert f"classifier       {run / 'artifact'}\n" in shown.out
     assert "trained on 12 images of 3 classes" in shown.out
     assert drawn == [run / "loss_curve.png"]
 

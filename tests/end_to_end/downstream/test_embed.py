@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,6 +137,7 @@ def test_exported_files_are_the_same_model(model, pictures, reference, tmp_path,
 
 def test_timm_models_are_found_in_the_cache(pictures, tmp_path, monkeypatch, capsys):
     import timm
+    import timm.data
     from huggingface_hub import constants
     from safetensors.torch import save_file
 
@@ -144,7 +146,7 @@ def test_timm_models_are_found_in_the_cache(pictures, tmp_path, monkeypatch, cap
     assert embed(f"timm:{name}", pictures, tmp_path / "f.parquet") == 2
     assert "--download" in capsys.readouterr().err
     torch.manual_seed(0)
-    net = timm.create_model(name).eval()
+    net: Any = timm.create_model(name).eval()
     snapshot = tmp_path / "hub" / f"models--timm--{name}" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (snapshot.parents[1] / "refs").mkdir()
@@ -152,7 +154,7 @@ def test_timm_models_are_found_in_the_cache(pictures, tmp_path, monkeypatch, cap
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, snapshot / "model.safetensors")
     assert embed(f"timm:{name}", pictures, tmp_path / "f.parquet") == 0, capsys.readouterr().err
     names, values = content(tmp_path / "f.parquet")
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net), is_training=False)
+    transform: Any = timm.data.create_transform(**timm.data.resolve_model_data_config(net), is_training=False)
     images = torch.stack([transform(Image.open(pictures / each)) for each in names])
     with torch.inference_mode():
         wanted = net.forward_head(net.forward_features(images), pre_logits=True)
@@ -272,7 +274,7 @@ def test_kill_9_loses_nothing_and_writes_nothing_twice(model, pictures, referenc
 @pytest.mark.usefixtures("one_thread")
 def test_torchrun_shares_the_work(model, pictures, reference, tmp_path):
     out = tmp_path / "f.parquet"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "coma", "embed", str(model), str(pictures), "--out", str(out), *QUICK]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
@@ -298,6 +300,7 @@ def test_a_ray_cluster_that_loses_a_machine_loses_nothing(model, pictures, refer
 CLUSTER = """
 import subprocess, sys, time
 from pathlib import Path
+from typing import Any
 from ray.cluster_utils import Cluster
 
 out = Path(sys.argv[sys.argv.index("--out") + 1])

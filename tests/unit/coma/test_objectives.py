@@ -1,6 +1,7 @@
 """CoMA and MAE: which pixels carry loss, what each view may know, and golden loss curves."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_a_views_prediction_knows_its_own_pixels_only(encoder, method):
 
 def test_complementary_masks_on_dyvit_need_one_encoder_pass(monkeypatch):
     for method, passes in (("coma2", 4), ("coma4", 4), ("independent", 8), ("single", 4)):
-        model = objective("dyvit", method)
+        model: Any = objective("dyvit", method)
         seen: list[int] = []
         model.encoder.stem.register_forward_hook(lambda _, args, __, seen=seen: seen.append(len(args[0])))
         model(pictures(), torch.arange(4))

@@ -1,6 +1,7 @@
 """Vision transformers of timm as encoders: timm's features, dropped tokens, views, sizes, refusals."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import timm
@@ -22,7 +23,7 @@ from coma.config import (
 )
 from coma.config.serialization import from_plain, to_plain
 from coma.errors import BadInput
-from coma.models import build_encoder
+from coma.models import TimmViT
 from coma.models.attention_maps import attend, check_readable
 from coma.models.blocks import freeze_stages
 from coma.models.classifiers import build_classifier
@@ -46,6 +47,10 @@ def small(name, **changes):
     return replace(encoder_preset(f"timm:{name}"), patch=4, depth=2, **changes)
 
 
+def build_encoder(config: Any) -> Any:
+    return TimmViT(config)
+
+
 def timms_features(network, images):
     """The patch tokens of timm's `forward_features`, under the norm that timm may apply after pooling."""
     tokens = network.fc_norm(network.forward_features(images))[:, network.num_prefix_tokens :]
@@ -56,7 +61,7 @@ def timms_features(network, images):
 @torch.no_grad()
 def test_features_are_those_of_timm(name):
     encoder = awake(build_encoder(small(name)))
-    theirs = timm.create_model(
+    theirs: Any = timm.create_model(
         name, patch_size=4, depth=2, img_size=[4 * n for n in encoder.config.position_grid],
         num_classes=0, dynamic_img_size=True,
     ).eval()  # fmt: skip
@@ -128,8 +133,9 @@ def test_buffers_that_no_file_holds_are_computed_for_assigned_weights(name):
 def test_matrices_resample_positions_as_timm_does(sides):
     old, new = sides
     table = torch.randn(1, old * 5, 8)
-    expected = resample_abs_pos_embed(table, [new, 9], [old, 5], num_prefix_tokens=0)
-    down, across = (cubic_weights(*pair, device=table.device) for pair in ((old, new), (5, 9)))
+    resample: Any = resample_abs_pos_embed
+    expected = resample(table, [new, 9], [old, 5], num_prefix_tokens=0)
+    down, across = (cubic_weights(a, b, device=table.device) for a, b in ((old, new), (5, 9)))
     found = torch.einsum("rh,bhwc,sw->brsc", down, table.unflatten(1, (old, 5)), across)
     torch.testing.assert_close(found.flatten(1, 2), expected, rtol=0, atol=1e-5)
 
@@ -147,7 +153,7 @@ def test_matrices_resample_positions_as_timm_does(sides):
 @pytest.mark.parametrize("name", ["test_vit", "vit_small_patch16_dinov3"])
 def test_every_method_trains_it(name, objective):
     torch.manual_seed(0)
-    model = build_objective(objective, build_encoder(small(name)))
+    model: Any = build_objective(objective, build_encoder(small(name)))
     curve = loss_curve(model, pictures(), 6)
     assert curve[-1] < curve[0]
     assert all(p.grad is not None for p in model.parameters())
@@ -195,7 +201,7 @@ def test_every_parameter_belongs_to_a_layer(name):
     from timm.models import group_parameters
 
     classifier = build_classifier(small(name), 3)
-    layers = group_parameters(classifier, classifier.group_matcher(), reverse=True)
+    layers: Any = group_parameters(classifier, classifier.group_matcher(), reverse=True)
     assert not [n for n, layer in layers.items() if layer == 0 and ("head" in n or "blocks." in n)]
     blocks = {n: layer for n, layer in layers.items() if "blocks." in n}
     assert all(layer == 1 + int("blocks.1." in n) for n, layer in blocks.items())
