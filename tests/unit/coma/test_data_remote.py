@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import pickle
 import tarfile
 from dataclasses import replace
@@ -176,7 +177,7 @@ def test_shards_that_changed_are_named(shards):
     assert red(again) == list(range(12))
     assert not changes(before, json.loads(json.dumps(list_data({"images": again}))))
     path = shards.folder / "photos-01.tar"
-    data = bytearray(path.read_bytes())
+    data, facts = bytearray(path.read_bytes()), path.stat()
     data[-1] ^= 1  # in the padding: names and sizes stay
     path.write_bytes(data)
     now = list_data({"images": open_source(address, listing=before["images"])})
@@ -188,6 +189,7 @@ def test_shards_that_changed_are_named(shards):
     assert not changes(moved, json.loads(json.dumps(now)))  # other storages have other versions
     damaged = before["images"] | {"index": before["images"]["index"] | {"starts": [10**9] * 12}}
     path.write_bytes(bytes(data[:-1]) + bytes([data[-1] ^ 1]))
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     with pytest.raises(BadInput, match="list of its images is damaged"):
         open_source(address, listing=damaged)
 
