@@ -121,10 +121,13 @@ def _count_flops(
     compute: Callable[[nn.Module, Tensor, Tensor], object],
     shape: tuple[int, ...],
 ) -> float:
+    with torch.device("meta"):  # timm reads numbers from tensors where it builds networks, which fakes refuse
+        model = build()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with warnings.catch_warnings(), fake, sdpa_kernel(SDPBackend.MATH):  # a CPU's fused kernels do not count
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # torch's own deepcopy
-        model, images, beside = build(), torch.empty(2, *shape), torch.empty(2, dtype=torch.int64)
+        images, beside = torch.empty(2, *shape), torch.empty(2, dtype=torch.int64)
+        model.to_empty(device="cpu")
         with FlopCounterMode(display=False) as counter:
             compute(model, images, beside)
     return counter.get_total_flops() / len(images)

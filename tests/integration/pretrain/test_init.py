@@ -174,7 +174,7 @@ def test_a_resumed_run_needs_the_weights_only_before_its_first_state(
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             killed_in(patch, 1)
             pretrain(run)
-    command, resume, _ = parse(["--resume", str(run.run.out)])
+    command, resume, *_ = parse(["--resume", str(run.run.out)])
     assert resume and command.init.init == str(place)
     pretrain(replace(command, data=run.data), resume=True)
     assert_same(run.run.out, whole)
