@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from short_runs import OBJECTIVE, at, rows
 
-from coma.config import METHOD_PRESETS, TeacherConfig, ViTConfig, method_preset
+from coma.config import METHOD_PRESETS, TeacherConfig, ViTConfig, encoder_preset, method_preset
 from coma.errors import BadInput, CheckFailed
 from coma.models import build_encoder
 from pretrain.commands.pretrain import run as run_command
@@ -92,6 +92,16 @@ def test_every_method_runs_dry(settings, weights, capsys, method):
     pretrain(replace(settings, model=model, data=data, objective=objective), dry_run=True)
     assert list(table(capsys.readouterr().out)) == [*ROWS, "time", "memory"]
     assert not settings.run.out.exists()
+
+
+def test_networks_of_timm_run_dry(settings, capsys):
+    model, objective = (
+        encoder_preset("timm:test_vit", 160),
+        replace(method_preset("mae"), decoder=OBJECTIVE.decoder),
+    )
+    data = replace(settings.data, image_size=160)
+    pretrain(replace(settings, model=model, data=data, objective=objective), dry_run=True)
+    assert "FLOPs for the encoder on one image" in table(capsys.readouterr().out)["FLOPs"]
 
 
 def test_a_resumed_run_runs_dry_from_where_it_is(settings, capsys):
