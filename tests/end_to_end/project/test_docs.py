@@ -28,6 +28,7 @@ import tyro
 from class_folders import class_folders
 from documents import LANGUAGES, PAGES, ROOT, Command, blocks, commands
 from export_files import DYVIT, classifier, pretrained, segmentor
+from feature_files import features, vectors
 from PIL import Image
 from pyarrow import parquet
 
@@ -177,6 +178,7 @@ def folder(tmp_path_factory) -> Path:
         pretrained(root / f"runs/{run}/artifact")
     pretrained(root / "runs/tiny/artifact", encoder_preset("tiny", 48))
     classifier(root / "runs/classifier/artifact", replace(DYVIT, dim=32))  # narrower ones lose much in int8
+    features(root / "dinov2.parquet", vectors(12))
     config = PretrainConfig()
     config = replace(config, data=replace(config.data, images=root / "PHOTOS"))
     (root / "runs/first/config.json").write_text(json.dumps(to_plain(config)))
