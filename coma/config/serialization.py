@@ -17,11 +17,11 @@ from cattrs.strategies import configure_union_passthrough
 from cattrs.v import format_exception
 
 from coma.config import (
-    ENCODER_PRESETS,
     EncoderConfig,
     FinetuneConfig,
     ObjectiveConfig,
     PretrainConfig,
+    decoder_dim,
     encoder_preset,
     method_preset,
 )
@@ -29,7 +29,7 @@ from coma.config.settings_file import Key, read_settings
 from coma.errors import BadInput
 from coma.paths import local_path
 from coma.ranges import SIDE, OutOfRange
-from coma.registry import ARCHITECTURES, METHODS, Architecture, Method, entry_of, presets, resolve
+from coma.registry import ARCHITECTURES, METHODS, Architecture, Method, entry_of, resolve
 
 Settings = TypeVar("Settings", PretrainConfig, FinetuneConfig)
 
@@ -194,10 +194,10 @@ def _with_presets(plain: dict[str, Any], size: int | None) -> dict[str, Any]:
     model, objective, data = plain.get("model", "small"), plain.get("objective", "coma"), plain.get("data")
     if size is None:
         size = data.get("image_size") if isinstance(data, dict) else None
-    if isinstance(objective, str):
-        width = presets(ARCHITECTURES)[model].decoder_dim if model in ENCODER_PRESETS else None
-        objective = to_plain(method_preset(objective, decoder_dim=width or 512), ObjectiveConfig)
+    width = {}
     if isinstance(model, str):
-        size = size if isinstance(size, int) and size in SIDE else 224
-        model = to_plain(encoder_preset(model, size), EncoderConfig)
+        encoder = encoder_preset(model, size if isinstance(size, int) and size in SIDE else 224)
+        model, width = to_plain(encoder, EncoderConfig), {"decoder_dim": decoder_dim(encoder)}
+    if isinstance(objective, str):
+        objective = to_plain(method_preset(objective, **width), ObjectiveConfig)
     return {**plain, "model": model, "objective": objective}
