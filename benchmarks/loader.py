@@ -2,18 +2,25 @@
 
     python benchmarks/loader.py FOLDER                      # images in FOLDER, as they are
     python benchmarks/loader.py FOLDER --short-side 375     # first enlarged to ImageNet's usual size
+    python benchmarks/loader.py FOLDER --remote 0 20        # remote files in place of torchvision's loader
 
 Every loader produces the samples of MAE (224 px, crops of 20 to 100 % of the area, bicubic, flips), in this
 process, on one thread (DALI on one of its own). CPU time is measured, so other programs do not matter.
 torchvision's samples are normalised float32; ours are uint8, because pixels are normalised on the device. The
 loaders take turns in several rounds, and the median counts. Files are in the page cache: this measures cores,
 not disks.
+
+With --remote, shards and parquet files (the images ten times over, row groups of 100 rows) are read from a
+local disk and from web servers of this machine that answer after so many milliseconds, and wall-clock time
+counts. The first batch of each loader is not timed, but its bytes count.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -49,19 +56,101 @@ def torchvision_loader(folder: Path, bicubic: bool) -> Iterator[object]:
         yield from loader
 
 
-def our_loader(path: Path, **settings: Any) -> Iterator[object]:
+def our_loader(place: Path | str, **settings: Any) -> Iterator[object]:
     """Yields batches of the trainer's loader."""
-    data = DataConfig(path, image_size=SIZE, workers=0, **settings)
-    return training_batches(open_source(path), data, channels=3, seed=0, batch=BatchLayout(BATCH, BATCH))
+    data = DataConfig(image_size=SIZE, workers=0, **settings)
+    return training_batches(open_source(place), data, channels=3, seed=0, batch=BatchLayout(BATCH, BATCH))
 
 
-def seconds(batches: Iterator[object], count: int) -> float:
-    """Returns the CPU seconds of this process for `count` batches."""
-    started = time.process_time()
+def seconds(batches: Iterator[object], count: int, clock: Callable[[], float]) -> float:
+    """Returns the seconds for `count` batches: CPU seconds of this process, or wall-clock time."""
+    started = clock()
     for _ in islice(batches, count):
         pass
-    time.sleep(0.5)  # work done ahead belongs to this turn
-    return time.process_time() - started
+    if clock is time.process_time:
+        time.sleep(0.5)  # work done ahead belongs to this turn
+    return clock() - started
+
+
+class Server:
+    """A process that serves the files of a folder, each answer `milliseconds` late."""
+
+    def __init__(self, folder: Path, milliseconds: int) -> None:
+        script = Path(__file__).parents[1] / "tests" / "helpers" / "remote_files.py"
+        command = [sys.executable, str(script), str(folder), str(milliseconds / 1000)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.url = self._read()
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def sent(self) -> int:
+        """Returns the bytes of all answers so far."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return int(self._read())
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+
+
+def write_parquet(shards: Path, folder: Path) -> Path:
+    """Writes the images of shards ten times into parquet files as the library datasets has them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source = open_source(shards)
+    rows = [{"bytes": source.read_bytes(i), "path": None} for i in range(len(source))]
+    folder.mkdir()
+    for number in range(10):
+        pq.write_table(pa.table({"image": rows}), folder / f"{number}.parquet", row_group_size=100)
+    return folder
+
+
+def measure_remote(shards: Path, work: Path, args: argparse.Namespace) -> list[dict[str, str]]:
+    """Returns the table of remote files against the same ones on the local disk."""
+    parquet = write_parquet(shards, work / "parquet")
+    names = sorted(path.name for path in shards.glob("*.tar"))
+    servers = {wait: Server(work, wait) for wait in args.remote}
+    loaders = {"shards, local disk": our_loader(shards), "parquet, local disk": our_loader(parquet)}
+    for wait, server in servers.items():
+        there = f"{server.url}/{shards.name}/"
+        loaders[f"shards, {wait} ms"] = our_loader(
+            there + (names[0] if len(names) == 1 else f"{{{','.join(names)}}}")
+        )
+        loaders[f"parquet, {wait} ms"] = our_loader(f"{server.url}/parquet/{{0..9}}.parquet")
+    times: dict[str, list[float]] = {name: [] for name in loaders}
+    before = {wait: server.sent() for wait, server in servers.items()}
+    traffic = dict.fromkeys(loaders, 0)
+    for turn in range(args.rounds + 1):
+        for name, batches in loaders.items():
+            taken = seconds(batches, args.batches if turn else 1, time.perf_counter)
+            times[name] += [taken] if turn else []
+            for wait, server in servers.items():
+                sent = server.sent()
+                traffic[name] += sent - before[wait]
+                before[wait] = sent
+    images = (args.rounds * args.batches + 1) * BATCH
+    mean = sum(path.stat().st_size for path in parquet.iterdir()) / len(open_source(parquet))
+    rows = []
+    for name, each in times.items():
+        local = statistics.median(times[f"{name.partition(',')[0]}, local disk"])
+        rows.append(
+            {
+                "loader": name,
+                "samples/s": f"{args.batches * BATCH / statistics.median(each):.0f}",
+                "times the local disk's": f"{local / statistics.median(each):.2f}",
+                "bytes read per image": f"{traffic[name] / images / mean:.2f} images"
+                if traffic[name]
+                else "-",
+            }
+        )
+    for server in servers.values():
+        server.stop()
+    return rows
 
 
 def prepare(source: Path, work: Path, short_side: int | None) -> tuple[Path, Path]:
@@ -94,12 +183,16 @@ def main() -> None:
     parser.add_argument("--short-side", type=int, help="enlarge to this many pixels first")
     parser.add_argument("--batches", type=int, default=10, help=f"of {BATCH} images, per round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--remote", type=int, nargs="+", metavar="MS", help="measure remote files instead")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
 
     with tempfile.TemporaryDirectory() as work:
         folder, shards = prepare(args.folder, Path(work), args.short_side)
+        if args.remote:
+            report(f"{args.folder.name}, remote files", measure_remote(shards, Path(work), args), args.out)
+            return
         loaders: dict[str, Callable[[], Iterator[object]]] = {
             "torchvision ImageFolder, bicubic": lambda: torchvision_loader(folder, bicubic=True),
             "torchvision ImageFolder, bilinear": lambda: torchvision_loader(folder, bicubic=False),
@@ -116,7 +209,7 @@ def main() -> None:
             next(batches)
         for _ in range(args.rounds):
             for name, batches in running.items():
-                times[name].append(seconds(batches, args.batches))
+                times[name].append(seconds(batches, args.batches, time.process_time))
     speeds = {name: args.batches * BATCH / statistics.median(each) for name, each in times.items()}
     peer = speeds["torchvision ImageFolder, bicubic"]
     rows = [

@@ -18,12 +18,12 @@ from PIL import Image
 COMA = (sys.executable, "-m", "coma")
 
 
-def reduced(picture: Path, to: Path, width: int) -> None:
-    """Saves a picture with a palette of 64 colours, `width` pixels wide."""
+def reduced(picture: Path, to: Path, width: int, colours: int) -> None:
+    """Saves a picture with a palette, `width` pixels wide."""
     with Image.open(picture) as whole:
         height = round(whole.height * width / whole.width)
         small = whole.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    small.quantize(64, dither=Image.Dither.NONE).save(to, optimize=True)
+    small.quantize(colours, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(to, optimize=True)
 
 
 def main() -> None:
@@ -55,8 +55,8 @@ def main() -> None:
         ]
         for command in ([*train, "--steps", args.steps, "--out", run], embed, search):
             subprocess.run([*COMA, *map(str, command)], check=True)
-        reduced(found / "nearest.png", args.out / "search-nearest.png", 840)
-        reduced(found / "map.png", args.out / "search-map.png", 640)
+        reduced(found / "nearest.png", args.out / "search-nearest.png", 840, 256)
+        reduced(found / "map.png", args.out / "search-map.png", 640, 128)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from tyro.constructors import (
 )
 
 from coma.errors import BadInput
-from coma.paths import local_path
+from coma.paths import Address, local_path, parse_location
 from coma.ranges import RARE, ranges_of
 
 Settings = TypeVar("Settings")
@@ -131,6 +131,7 @@ def _registry(hidden: list[str] | None = None) -> ConstructorRegistry:
     registry = ConstructorRegistry()
     registry.primitive_rule(_number)
     registry.primitive_rule(_path)
+    registry.primitive_rule(_location)
     registry.primitive_rule(_text)
     registry.primitive_rule(_optional)
     registry.struct_rule(_dataclass(hidden))
@@ -287,6 +288,27 @@ def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         instance_from_str=read,
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _location(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Path | Address, with or without None, is one value."""
+    members = set(get_args(info.type))
+    if members - {NoneType} != {Path, Address}:
+        return None
+
+    def read(words: list[str]) -> Any:
+        try:
+            return None if words == ["None"] and NoneType in members else parse_location(words[0])
+        except BadInput as error:
+            raise ValueError(str(error)) from None
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, tuple(members)),
+        str_from_instance=lambda value: ["none" if value is None else str(value)],
     )
 
 

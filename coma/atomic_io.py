@@ -92,9 +92,9 @@ def write_json(path: Path, plain: Any, indent: int | None = 2) -> None:
     write_text(path, json.dumps(plain, indent=indent) + "\n")
 
 
-def lies_among(out: Path, images: Path | None, flag: str = "--out") -> str | None:
-    """Returns a warning if results are written among the images, else None."""
-    if images is None or images.resolve() not in out.resolve().parents:
+def lies_among(out: Path, images: object, flag: str = "--out") -> str | None:
+    """Returns a warning if results are written among the images, which may be remote, else None."""
+    if not isinstance(images, Path) or images.resolve() not in out.resolve().parents:
         return None
     return (
         f"{flag} {out} lies among the images of {images}: what is written there never becomes one of them; "

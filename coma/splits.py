@@ -150,7 +150,7 @@ def assign_folders(folders: Collection[str]) -> dict[str, FolderSplit]:
     return {folder: _place(folder, found, pairs) for folder in folders}
 
 
-def choose_split(there: Collection[Split], path: Path, split: str | None, held_out: bool) -> Split | None:
+def choose_split(there: Collection[Split], path: object, split: str | None, held_out: bool) -> Split | None:
     """Returns the split to read; None if there are no splits and none was requested.
 
     Args:
@@ -229,7 +229,7 @@ def _refuse_nested_splits(folders: Collection[str], firsts: Collection[str], pat
             )
 
 
-def skipped_note(path: Path, read: str, skipped: Sequence[str]) -> str:
+def skipped_note(path: object, read: str, skipped: Sequence[str]) -> str:
     """Returns one sentence about the splits that are not read."""
     return f"{path}: reads {read} and skips {abridged(skipped, 4)}; to use one of these, give its own path"
 

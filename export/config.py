@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 import tyro
 
 from coma.messages import parse_names
-from coma.paths import exports_beside
+from coma.paths import Location, exports_beside
 from coma.ranges import Range, Ranged
 from coma.runtimes.model_spec import GraphKind, Precision
 from coma.runtimes.tensorrt.sidecar import EngineOptions
@@ -42,7 +42,7 @@ class ExportConfig(Ranged):
     from one mask unit up to twice the training size (detectors at least 800 x 1344)."""
     out: Path | None = None
     """Folder for the files, manifest.json and report.md (default: the folder export beside the artifact)."""
-    verify: Path | None = None
+    verify: Location | None = None
     """Images for verification: a folder, .npz or .tar shards (default: photographs bundled with
     scikit-image). A folder with one subfolder per class also measures the top-1 accuracy of a classifier; if
     the folder has splits, test or val is used."""
@@ -53,7 +53,7 @@ class ExportConfig(Ranged):
     """Dataset of a detector or segmentor; measures AP or mIoU in PyTorch and in every file."""
     metric_images: Annotated[int, Range(1, 10**9)] = 1000
     """Maximum number of labelled images for top-1, AP or mIoU."""
-    calibrate: Path | None = None
+    calibrate: Location | None = None
     """Calibration images for int8 and fp8, which require them."""
     calibrate_images: Annotated[int, Range(1, 10**6)] = 64
     """Number of calibration images. Fewer than 8 usable images are refused unless this number is smaller."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from coma.data.sources.base import EncodedSource, Source, read_at
+from coma.paths import Location
 
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png", "ihc.png")
 """Files in the data folder of scikit-image."""
@@ -16,7 +17,8 @@ class Photographs(EncodedSource):
     def __init__(self) -> None:
         import skimage
 
-        super().__init__(Path(skimage.__file__).parent / "data")
+        self._folder = Path(skimage.__file__).parent / "data"
+        super().__init__(self._folder)
 
     def __len__(self) -> int:
         """Returns the number of photographs."""
@@ -24,15 +26,15 @@ class Photographs(EncodedSource):
 
     def describe(self, i: int) -> str:
         """Returns the path of the file."""
-        return str(self.location / PHOTOGRAPHS[i])
+        return str(self._folder / PHOTOGRAPHS[i])
 
     def read_bytes(self, i: int) -> bytes:
         """Returns the content of the file."""
-        path = self.location / PHOTOGRAPHS[i]
+        path = self._folder / PHOTOGRAPHS[i]
         return read_at(path, 0, path.stat().st_size, path.name)
 
 
-def open_images(place: Path | None, *, held_out: bool = False) -> Source:
+def open_images(place: Location | None, *, held_out: bool = False) -> Source:
     """Opens the images at `place` (a folder, with or without a subfolder per class, .npz or .tar shards).
 
     Without a place, the bundled photographs are used. In a folder with splits, the training images are used,

@@ -24,6 +24,7 @@ import tyro
 from coma.arguments import parse_arguments
 from coma.errors import BadArtifact, BadInput
 from coma.messages import abridged, counted, printable
+from coma.paths import Address, Location
 
 _PICKLED = (".pth", ".pt", ".ckpt", ".bin", ".pkl", ".pickle")
 _FACTS = 10
@@ -34,8 +35,9 @@ _FACTS = 10
 class InfoConfig:
     """Path to inspect."""
 
-    path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-    """An artifact, run directory, folder of exports or images, or one of their files."""
+    path: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    """An artifact, run directory, folder of exports or images, or one of their files; or the address of
+    remote images."""
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Report:
     facts: dict[str, str]
     next: list[str]
 
-    def text(self, path: Path) -> str:
+    def text(self, path: Location) -> str:
         """Returns the lines to print."""
         width = max(map(len, self.facts), default=0)
         lines = [f"{printable(str(path))}: {self.title}"]
@@ -68,12 +70,14 @@ def run(argv: list[str]) -> None:
     print(found.text(path))
 
 
-def report(path: Path) -> Report:
+def report(path: Location) -> Report:
     """Returns what is at `path`.
 
     Raises:
         BadInput: nothing is there, it is damaged, or it is nothing that this toolkit knows.
     """
+    if isinstance(path, Address):
+        return _images(path)
     if path.is_dir():
         return _folder(path)
     if not path.exists():
@@ -254,7 +258,7 @@ def _tensors(path: Path) -> Report:
     return Report("safetensors file: weights without the model that they belong to", facts, [])
 
 
-def _images(path: Path) -> Report:
+def _images(path: Location) -> Report:
     from coma.data.sources.open import open_source
 
     logger, level = logging.getLogger("coma"), logging.getLogger("coma").level
@@ -319,5 +323,5 @@ def _listed(facts: Mapping[str, Any]) -> str:
     return abridged(shown, _FACTS)
 
 
-def _quoted(path: Path) -> str:
+def _quoted(path: Location) -> str:
     return shlex.quote(str(path))

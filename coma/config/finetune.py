@@ -10,6 +10,7 @@ import tyro
 
 from coma.config.architectures import DyViTConfig, EncoderConfig
 from coma.config.runs import DataConfig, OptimizerConfig, RunConfig
+from coma.paths import Location
 from coma.ranges import DECAY, EPOCHS, IMAGES, MEAN, RARE, RATE, SEED, SHARE, STD, Range
 
 _NO_FLAG = tyro.conf.Fixed, tyro.conf.Suppress
@@ -19,7 +20,7 @@ _NO_FLAG = tyro.conf.Fixed, tyro.conf.Suppress
 class FinetuneDataConfig(DataConfig):
     """Labelled images and how they are read."""
 
-    images: Annotated[Path, tyro.conf.arg(name="data", metavar="CLASSES")] = field()
+    images: Annotated[Location, tyro.conf.arg(name="data", metavar="CLASSES")] = field()
     """Folder that holds train and test, and perhaps val: folders with one folder per class, .npz packs, or
     .csv files with a path and labels in every line. With --test, the training images themselves."""
     image_size: Annotated[int, Range(0, 16384)] = 0
@@ -107,9 +108,9 @@ class FinetuneConfig:
     data: FinetuneDataConfig
     run: FinetuneRunConfig
     optimizer: FinetuneRecipe = field(default_factory=FinetuneRecipe)
-    test: Path | None = None
+    test: Location | None = None
     """Labelled test images, if they are not in --data."""
-    val: Path | None = None
+    val: Location | None = None
     """Labelled images that choose the checkpoint, if they are not in --data."""
     from_scratch: bool = False
     """Start from random weights instead of the artifact's: the baseline of fine-tuning."""

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from coma.paths import Location
 from coma.ranges import PROCESSES, SIDE, Range, Ranged
 
 
@@ -15,8 +16,9 @@ from coma.ranges import PROCESSES, SIDE, Range, Ranged
 class PackConfig(Ranged):
     """Images to pack, and the format of the shards."""
 
-    images: Annotated[Path, tyro.conf.Positional]
-    """Folder of images (searched recursively), .npz pack, .tar shards or a folder of them."""
+    images: Annotated[Location, tyro.conf.Positional]
+    """Folder of images (searched recursively), .npz pack, .tar shards, .parquet files or a folder of them;
+    shards and parquet files also by their address."""
     out: Path
     """New folder for the shards."""
     size: Annotated[int, SIDE] = 256

@@ -16,6 +16,7 @@ from coma.config.architectures import DyViTConfig, EncoderConfig
 from coma.config.objectives import CoMAConfig, ObjectiveConfig
 from coma.errors import BadInput
 from coma.messages import parse_names
+from coma.paths import Location
 from coma.ranges import (
     BATCH,
     DECAY,
@@ -43,8 +44,9 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")
 class DataConfig(Ranged):
     """Training images and how they are read."""
 
-    images: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")] = None
-    """Folder of images (searched recursively), .npz pack or .tar shards."""
+    images: Annotated[Location | None, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")] = None
+    """Folder of images (searched recursively), .npz pack, .tar shards or .parquet files; shards and parquet
+    files also by their address (s3://..., https://...)."""
     image_size: Annotated[int, SIDE] = 224
     """Side of the square training crop in pixels."""
     mean: Annotated[tuple[float, ...] | None, MEAN, RARE, tyro.conf.arg(metavar="R G B")] = None
@@ -178,7 +180,7 @@ class RunConfig(Ranged):
 class ProbeConfig(Ranged):
     """Online evaluation during pre-training: kNN and linear probe on labelled images."""
 
-    probe: Path | None = None
+    probe: Location | None = None
     """Labelled images that are never trained on: a folder with train and test (or val), each with a folder
     per class or an .npz pack."""
     probe_epochs: Annotated[float, EPOCHS, RARE] = 1.0

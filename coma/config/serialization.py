@@ -27,7 +27,7 @@ from coma.config import (
 )
 from coma.config.settings_file import Key, read_settings
 from coma.errors import BadInput
-from coma.paths import local_path
+from coma.paths import Address, Location, local_path, parse_location
 from coma.ranges import SIDE, OutOfRange
 from coma.registry import ARCHITECTURES, METHODS, Architecture, Method, entry_of, resolve
 
@@ -41,6 +41,7 @@ def _converter() -> cattrs.Converter:
     converter.register_unstructure_hook(Path, str)
     text = _exactly(str, str)
     converter.register_structure_hook(Path, lambda value, _: local_path(text(value, _)))
+    _register_locations(converter)
     configure_union_passthrough(str | int, converter)
     _register_tagged(converter, EncoderConfig, "architecture", ARCHITECTURES)
     _register_tagged(converter, ObjectiveConfig, "method", METHODS)
@@ -54,6 +55,23 @@ def _exactly(kind: type, accepted: type | tuple[type, ...]) -> Callable[[Any, An
         return kind(value)
 
     return structure
+
+
+def _register_locations(converter: cattrs.Converter) -> None:
+    """Stores local paths and addresses as text, addresses without their secrets."""
+
+    def structure(value: Any, kind: Any) -> Any:
+        if value is None and kind != Location:
+            return None
+        if not isinstance(value, str):
+            raise BadInput(f"{value!r} is not a path")
+        return parse_location(value)
+
+    kinds = (Location, Location | None)
+    converter.register_unstructure_hook_func(
+        lambda kind: kind in (Address, *kinds), lambda value: None if value is None else str(value)
+    )
+    converter.register_structure_hook_func(lambda kind: kind in kinds, structure)
 
 
 def _register_tagged(
@@ -194,10 +212,11 @@ def _with_presets(plain: dict[str, Any], size: int | None) -> dict[str, Any]:
     model, objective, data = plain.get("model", "small"), plain.get("objective", "coma"), plain.get("data")
     if size is None:
         size = data.get("image_size") if isinstance(data, dict) else None
-    width = {}
+    width = 512
     if isinstance(model, str):
-        encoder = encoder_preset(model, size if isinstance(size, int) and size in SIDE else 224)
-        model, width = to_plain(encoder, EncoderConfig), {"decoder_dim": decoder_dim(encoder)}
+        size = size if isinstance(size, int) and size in SIDE else 224
+        encoder = encoder_preset(model, size)
+        model, width = to_plain(encoder, EncoderConfig), decoder_dim(encoder)
     if isinstance(objective, str):
-        objective = to_plain(method_preset(objective, **width), ObjectiveConfig)
+        objective = to_plain(method_preset(objective, decoder_dim=width), ObjectiveConfig)
     return {**plain, "model": model, "objective": objective}

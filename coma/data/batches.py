@@ -124,11 +124,11 @@ class SampleFetcher:
 
     def samples(self, first: int) -> UnstackedBatch:
         """Returns samples `first` to `first + count`."""
-        n = len(self.source)
         positions = np.arange(first, first + self.count)
         seeds = sample_seeds(self.seed, positions)
         places, repeats = np.unique(positions // self.data.aug_repeats, return_counts=True)
-        chosen = permuted_indices(self.seed, places // n, places % n, n)
+        chosen = self._indices(places)
+        self.source.prefetch(chosen.tolist())
         views, indices, failures, filled = [], [], [], []
         for place, index, count in zip(places.tolist(), chosen.tolist(), repeats.tolist(), strict=True):
             image, used, failed = self._open_readable(place, index)
@@ -140,6 +140,13 @@ class SampleFetcher:
                 filled.append(f"{self.source.describe(used)}: {image.filled}")
         seeds = torch.from_numpy(seeds)
         return UnstackedBatch(first, views, seeds, torch.tensor(indices), tuple(failures), tuple(filled))
+
+    def _indices(self, places: np.ndarray) -> np.ndarray:
+        """Returns the images at `places [b]` of the order of all epochs."""
+        n, blocks = len(self.source), self.source.blocks
+        if blocks is not None:
+            return blocks.indices(self.seed, places // n, places % n)
+        return permuted_indices(self.seed, places // n, places % n, n)
 
     def open(self, index: int, place: int) -> Any:
         """Returns image `index` for the samples at `place` in the order, as `view` takes it.
@@ -185,8 +192,7 @@ class SampleFetcher:
         failures: list[str] = []
         for step in range(min(n, MAX_ATTEMPTS)):
             if step:
-                rank = np.array([(place + step) % n])
-                index = int(permuted_indices(self.seed, np.array([place // n]), rank, n)[0])
+                index = int(self._indices(np.array([place // n * n + (place + step) % n]))[0])
             try:
                 return self.open(index, place), index, failures
             except BadImage as error:

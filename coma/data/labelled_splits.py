@@ -17,6 +17,7 @@ from coma.data.sources.subset import Subset
 from coma.data.worker_pool import map_ordered
 from coma.errors import BadImage, BadInput
 from coma.messages import abridged, counted
+from coma.paths import Location
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,10 @@ class LabelledSplits:
 
 
 def open_labelled_splits(
-    data: Path | None, train: Path | None = None, test: Path | None = None, val: Path | None = None
+    data: Location | None,
+    train: Location | None = None,
+    test: Location | None = None,
+    val: Location | None = None,
 ) -> LabelledSplits:
     """Opens the splits of one folder, or each split from its own path.
 
@@ -66,7 +70,7 @@ def open_labelled_splits(
     return LabelledSplits(readable[0], readable[2] if len(readable) > 2 else None, readable[1])
 
 
-def open_labelled(path: Path, split: str | None = None, *, held_out: bool = False) -> Source:
+def open_labelled(path: Location, split: str | None = None, *, held_out: bool = False) -> Source:
     """Opens images with labels: those that CSV files in a folder list, or else those of `open_source`.
 
     Args:
@@ -77,7 +81,7 @@ def open_labelled(path: Path, split: str | None = None, *, held_out: bool = Fals
     Raises:
         BadInput: As `open_source` and `TableSource`.
     """
-    if table := find_table(path, split, held_out=held_out):
+    if isinstance(path, Path) and (table := find_table(path, split, held_out=held_out)):
         path, split = table
     return open_source(path, split, held_out=held_out)
 

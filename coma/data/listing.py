@@ -2,8 +2,11 @@
 
     data.json.gz    {"images": {"names": [...], "sizes": [...], "labels": [...]}, ...}, written once
 
-Dates are not compared, because copies have other ones, and neither is the location of the data. A file that
-was replaced by another one of exactly the same size is not noticed.
+The images of remote files also have an "index": the location and the names, sizes and versions (ETags) of the
+files, and where images begin in shards. A resumed run does not read the headers of the shards again.
+
+Dates are not compared, because copies have other ones, and neither is the location of the data. A local file
+that was replaced by another one of exactly the same size is not noticed; a remote one is.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from coma.atomic_io import write_whole
+from coma.data.remote import changed_files
 from coma.data.sources.base import Source
 from coma.errors import BadInput
-from coma.messages import abridged, printable
+from coma.messages import abridged, counted, printable
 
 FILE = "data.json.gz"
 FLAG = "--allow-changed-data"
@@ -43,6 +47,8 @@ def list_data(sources: Mapping[str, Source], *, labels: bool = True) -> Listing:
         elif labels and source.multi_hot is not None:
             known = [row.nonzero()[0].tolist() for row in source.multi_hot]
         listing[role] = {"names": names, "sizes": sizes, "labels": known}
+        if source.index is not None:
+            listing[role]["index"] = source.index
     return listing
 
 
@@ -104,6 +110,9 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
         kinds.append(("of another class", [name for name in new if old.get(name, new[name]) != new[name]]))
     shown = {kind: abridged([printable(name) for name in names], 3) for kind, names in kinds}
     facts = [f"{len(names)} {kind} ({shown[kind]})" for kind, names in kinds if names]
+    if before.get("index") and now.get("index"):
+        files = [printable(each) for each in changed_files(before["index"], now["index"])]
+        facts += [f"{counted(len(files), 'file')} changed ({abridged(files, 3)})"] if files else []
     same = before["names"] == now["names"] and before["sizes"] == now["sizes"]
     return ", ".join(facts) or ("" if same else "the same images in another order")
 

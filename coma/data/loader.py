@@ -118,7 +118,9 @@ class _EvaluationFetcher:
     def __call__(self, first: int) -> Batch:
         size = self.image_size
         images, indices, failures = [], [], []
-        for index in range(first, min(first + self.count, len(self.source))):
+        chosen = range(first, min(first + self.count, len(self.source)))
+        self.source.prefetch(chosen)
+        for index in chosen:
             try:
                 pixels = self.source.read(index, self.channels, min_side=size)
             except BadImage as error:

@@ -111,7 +111,9 @@ def check_sample(
         BadInput: See `check_pixels`.
     """
     filled = checked = 0
-    for i in sample_indices(len(source), _SAMPLE):
+    chosen = sample_indices(len(source), _SAMPLE, source.blocks)
+    source.prefetch(chosen)
+    for i in chosen:
         try:
             name = source.describe(i)
             image = source.decode(i)

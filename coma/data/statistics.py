@@ -41,7 +41,7 @@ def compute_mean_std(
         BadInput: No image decodes, images are in different units, or a channel is constant, so that it cannot
             be normalised.
     """
-    chosen = sample_indices(len(source), limit)
+    chosen = sample_indices(len(source), limit, source.blocks)
     chunks = [chosen[i : i + _CHUNK] for i in range(0, len(chosen), _CHUNK)]
     sums = _Sums(channels)
     for each in map_ordered(_Measure(source, channels), chunks, workers):
@@ -86,6 +86,7 @@ class _Measure:
 
     def __call__(self, indices: list[int]) -> _Sums:
         sums = _Sums(self.channels)
+        self.source.prefetch(indices)
         for index in indices:
             name = self.source.describe(index)
             try:

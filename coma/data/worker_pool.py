@@ -40,6 +40,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from coma.data.remote import REPEATED
 from coma.devices import cores
 from coma.errors import ComaError
 from coma.ranges import PROCESSES
@@ -89,8 +90,16 @@ def map_ordered(
     workers = default_workers() if workers is None else workers
     PROCESSES.check("--workers", workers)
     if workers == 0:
-        return ((result.pin_memory() if pin else result) for result in map(fetch, keys))  # type: ignore[attr-defined]
-    return _map_in_processes(fetch, keys, workers, pin)
+        return _reported((result.pin_memory() if pin else result) for result in map(fetch, keys))  # type: ignore[attr-defined]
+    return _reported(_map_in_processes(fetch, keys, workers, pin))
+
+
+def _reported(results: Generator[Result, None, None]) -> Generator[Result, None, None]:
+    """Yields the results, and reports at the end how many requests for remote files were repeated."""
+    try:
+        yield from results
+    finally:
+        REPEATED.report()
 
 
 def _map_in_processes(
@@ -138,10 +147,11 @@ def _ordered_results(workers: list[_Worker], keys: Iterable[Key]) -> Iterator[An
         _wait_for(worker)
         with _death_reported(worker):
             result = worker.connection.recv()
+        REPEATED.add(*result.repeated)
         if isinstance(result, _Failure):
             raise result.error
         ask(worker)
-        yield result
+        yield result.content
 
 
 def _pin_ahead(results: Iterator[Any], thread: ThreadPoolExecutor) -> Iterator[Any]:
@@ -162,6 +172,14 @@ class _Failure(NamedTuple):
     """The error that `fetch` raised."""
 
     error: Exception
+    repeated: tuple[int, str]
+
+
+class _Answer(NamedTuple):
+    """What `fetch` returned, and the requests for remote files that were repeated for it."""
+
+    content: Any
+    repeated: tuple[int, str]
 
 
 def _start(workers: list[_Worker], fetch: Callable[[Key], Any], count: int) -> None:
@@ -194,11 +212,11 @@ def _worker_loop(connection: Connection, fetch: Callable[[Key], Any]) -> None:
         except (EOFError, OSError):
             return
         try:
-            answer: Any = SharedPickle(fetch(key))
+            answer: Any = SharedPickle(_Answer(fetch(key), REPEATED.take()))
         except Exception as error:
             if not isinstance(error, ComaError):  # a bug, or not enough memory
                 error.add_note(f"in a data worker:\n{traceback.format_exc()}")
-            answer = _Failure(_picklable(error))
+            answer = _Failure(_picklable(error), REPEATED.take())
         try:
             connection.send(answer)
         except OSError:  # the parent no longer listens
@@ -223,6 +241,7 @@ def _init_worker() -> None:
     C libraries print warnings about damaged files to file descriptor 2; Python's own stderr is kept.
     """
     torch.set_num_threads(1)
+    REPEATED.in_worker = True
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     for number in (signal.SIGINT, signal.SIGTERM):

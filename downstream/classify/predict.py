@@ -180,7 +180,7 @@ def contact_sheet(found: Predictions) -> Image.Image:
         share = len(rows) / len(first)
         heading = f"{found.names[number]}: {counted(len(rows), 'image')}, {share:.1%}"
         sections.append(Section(heading, cells))
-    title = f"{'/'.join(found.source.location.parts[-2:])}: {counted(len(first), 'image')}"
+    title = f"{'/'.join(str(found.source.location).split('/')[-2:])}: {counted(len(first), 'image')}"
     notes = "Predicted classes, and images of each from the most to the least certain"
     left_out = int((counts > 0).sum()) - len(sections)
     if left_out:

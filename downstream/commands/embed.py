@@ -21,6 +21,7 @@ from coma.arguments import parse_arguments
 from coma.atomic_io import lies_among
 from coma.errors import BadInput, Interrupted
 from coma.messages import counted
+from coma.paths import Location
 from coma.preflight import require_file, require_packages
 from coma.ranges import BATCH, PROCESSES, RARE, SIDE, Range, Ranged
 
@@ -31,8 +32,9 @@ class EmbedConfig(Ranged):
 
     model: Annotated[str, tyro.conf.Positional]
     """Artifact directory, exported encoder, or timm:NAME; an existing path comes before a name."""
-    images: Annotated[Path, tyro.conf.Positional]
-    """Folder of images, .npz pack, .tar shards or a folder of them."""
+    images: Annotated[Location, tyro.conf.Positional]
+    """Folder of images, .npz pack, .tar shards, .parquet files or a folder of them; shards and parquet files
+    also by their address."""
     out: Path
     """File to write, .parquet or .npz: a row per image with its path and its feature."""
     stage: Annotated[int | None, Range(1, 1000)] = None

@@ -6,11 +6,11 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 
 from coma.data import Source
+from coma.paths import Location
 from coma.runtimes.image_batches import image_batches
 from downstream.features.files import Rows, storable
 from downstream.features.models import FeatureModel
@@ -20,7 +20,7 @@ from downstream.features.models import FeatureModel
 class Reading:
     """How images are read."""
 
-    images: Path
+    images: Location
     split: str | None = None
     batch_size: int = 64
     workers: int | None = None

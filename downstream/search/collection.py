@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coma.contact_sheet import Cell
+from coma.data import open_source
+from coma.errors import BadInput
 from coma.messages import counted, printable
 from downstream.features.files import FeaturesFile
 from downstream.search.pictures import Album
@@ -62,9 +64,14 @@ def open_collection(features: Sequence[Path], images: Sequence[Path] = ()) -> Co
         images: Where the images of each file are now; by default where they were embedded from.
 
     Raises:
-        BadInput: a file that cannot be used, or features of different models.
+        BadInput: a file or images that cannot be used, or features of different models.
     """
     files = open_files(features)
+    for place in images:
+        if not place.is_dir():
+            open_source(place)  # says what is wrong with it
+        elif not any(place.iterdir()):
+            raise BadInput(f"--images {place}: the folder is empty; give the folder of the images")
     places = images or [None] * len(files)
     return Collection(files, [_album(file, place) for file, place in zip(files, places, strict=True)])
 

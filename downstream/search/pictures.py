@@ -43,7 +43,7 @@ class Album:
     """Reads the images of one file of features.
 
     Attributes:
-        images: Folder, `.npz` pack or shards that hold them.
+        images: Folder, `.npz` pack, shards or parquet files that hold them.
         location: Folder that the paths are relative to.
         split: Split of the images.
         failures: One line for each image that could not be read so far.
@@ -62,7 +62,8 @@ class Album:
         Raises:
             BadImage: there is no such image, or it cannot be read.
         """
-        if self.images.is_dir() and not (".tar/" in name and not (self.location / name).exists()):
+        stored = (".tar/" in name or ".parquet/" in name) and not (self.location / name).exists()
+        if self.images.is_dir() and not stored:
             return decode(read_image_file(self.location, name), printable(name), side).pixels
         return self._from_source(name, side)
 

@@ -11,6 +11,7 @@ import tyro
 from coma.arguments import parse_arguments
 from coma.atomic_io import write_json
 from coma.errors import BadInput
+from coma.paths import Location
 from coma.preflight import require_file
 from coma.ranges import BATCH, SIDE, Range, Ranged
 from coma.runtimes.shape_ranges import Shape, check_pixels
@@ -57,7 +58,7 @@ class BenchmarkConfig(Ranged):
     """Also time PyTorch with torch.compile, which compiles for a minute or more per batch size."""
     threads: Annotated[int | None, Range(1, 4096)] = None
     """CPU threads of PyTorch and ONNX Runtime (default: PyTorch's number)."""
-    images: Path | None = None
+    images: Location | None = None
     """Input images: a folder, .npz or .tar shards (default: photographs bundled with scikit-image)."""
     out: Path | None = None
     """JSON file for the results, the machine and the versions."""

@@ -19,6 +19,7 @@ import tyro
 from coma.arguments import parse_arguments
 from coma.atomic_io import write_json, write_text
 from coma.errors import BadInput
+from coma.paths import Location
 from coma.preflight import require_folder
 from coma.ranges import BATCH, PROCESSES, SEED, SIDE, Range, Ranged
 
@@ -38,11 +39,11 @@ class EvaluateConfig(Ranged):
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ARTIFACT ...", help_behavior_hint="")
     ]
     """Artifact directories, of kind backbone or pretrained (run/artifact)."""
-    data: Path | None = None
+    data: Location | None = None
     """Folder that holds train and test (or val): folders with one folder per class, or .npz packs."""
-    train: Path | None = None
+    train: Location | None = None
     """Labelled training images, if they are not in --data."""
-    test: Path | None = None
+    test: Location | None = None
     """Labelled test images of the same classes, if they are not in --data."""
     protocols: tuple[Literal["knn", "linear"], ...] = ("knn", "linear")
     """knn: weighted vote of the nearest training images. linear: softmax regression on frozen features of

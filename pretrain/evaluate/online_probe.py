@@ -14,6 +14,7 @@ from coma.config import ProbeConfig
 from coma.data import Source, align_labels, balanced_subset, open_labelled_splits
 from coma.errors import BadInput
 from coma.models import Encoder
+from coma.paths import Location
 from pretrain.evaluate.collapse import effective_rank, feature_spread, watched_gates
 from pretrain.evaluate.knn import check_knn
 from pretrain.evaluate.linear_probe import draw_validation
@@ -96,7 +97,7 @@ def check_labelled(folder: Path, protocols: Sequence[Protocol]) -> None:
     _open(config, folder)
 
 
-def _open(config: ProbeConfig, folder: Path) -> Probe:
+def _open(config: ProbeConfig, folder: Location) -> Probe:
     splits = open_labelled_splits(folder)
     sources = splits.train, splits.test
     align_labels(*sources)

@@ -24,7 +24,7 @@ from coma.config import (
 )
 from coma.config.serialization import flat, read_config, to_plain
 from coma.data import BatchLayout, Source, check_loader, check_sample, compute_mean_std, open_source
-from coma.data.listing import FLAG, Listing, list_data
+from coma.data.listing import FLAG, Listing, list_data, read_listing
 from coma.errors import BadInput
 from coma.library_errors import load_packages
 from coma.masking.patchify import unit_grid
@@ -32,6 +32,7 @@ from coma.models import build_encoder
 from coma.objectives import build_objective
 from coma.objectives.initialization import with_initial_weights
 from coma.objectives.teachers import may_have_moved, with_weights_hash
+from coma.paths import Address
 from coma.preflight import require_folder, require_space
 from pretrain.training.distributed import Processes
 from pretrain.training.optimizer import learning_rate
@@ -137,10 +138,18 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
             check_space(config, parameters)
         check_loader(config.data, config.model.channels)
         slices = split_batch(config.optimizer, group.rank, group.world)
-        source = open_source(config.data.images)
-        steps = count_steps(config.optimizer, len(source))
+        images, source = config.data.images, None
+        if isinstance(images, Path):
+            source = open_source(images)
+        elif group.main:  # one process reads what is in remote files, for all
+            saved = read_listing(config.run.out) if resume else None
+            source = open_source(images, listing=(saved or {}).get("images"))
         if group.main and not resume:
             config = with_initial_weights(config)
+    if isinstance(images, Address):
+        source = group.share(source)
+    assert source is not None
+    steps = count_steps(config.optimizer, len(source))
     sizes = group.gather(len(source))
     with group.raise_on_all_ranks():
         if len(set(sizes)) > 1:

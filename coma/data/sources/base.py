@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +22,16 @@ from coma.data.decode import decode, fill_missing
 from coma.data.decode_arrays import to_hwc, to_supported_dtype
 from coma.data.image import DecodedImage, MinSide
 from coma.data.inventory import Inventory
+from coma.data.shuffle import Blocks
 from coma.errors import BadImage
 from coma.messages import counted, printable
+from coma.paths import Location
 
 
 class Source(ABC):
     """Numbered images; fast to pickle, and safe to read from many processes."""
 
-    location: Path
+    location: Location
     """Path that the user gave, or the folder of the split inside it."""
     class_names: tuple[str, ...] | None
     """Class names in the order of the labels; None if unknown."""
@@ -40,11 +43,15 @@ class Source(ABC):
     """Whether the data store the labels as numbers; False if they are positions of sorted folder names."""
     split: str | None = None
     """train, val or test; None if the images are not those of a split."""
+    blocks: Blocks | None = None
+    """Images that are read together; None if each is read on its own."""
+    index: dict[str, Any] | None = None
+    """Remote files: what was found in them, for JSON; see `listing`. None for local ones."""
     notes: tuple[str, ...] = ()
     """Sentences for the user about images that are skipped or may be misread."""
 
     def __init__(
-        self, location: Path, labels: np.ndarray | None = None, class_names: tuple[str, ...] | None = None
+        self, location: Location, labels: np.ndarray | None = None, class_names: tuple[str, ...] | None = None
     ) -> None:
         self.location = location
         self.class_names = class_names
@@ -98,6 +105,9 @@ class Source(ABC):
         Raises:
             BadImage: It cannot be read or decoded.
         """
+
+    def prefetch(self, indices: Sequence[int]) -> None:  # noqa: B027 (most sources need none)
+        """Prepares images that are read next, where many at a time are faster than each on its own."""
 
     def read_bytes(self, i: int) -> bytes | None:
         """Returns the content of an image file; None if the image is not a file.

@@ -57,6 +57,7 @@ class FolderSource(EncodedSource):
         class_names = _class_names(chosen)
         number = {name: i for i, name in enumerate(class_names or ())}
         labels = np.array([number[name.partition("/")[0]] for name in chosen.names]) if class_names else None
+        self._root = location
         super().__init__(location, labels, class_names and tuple(map(printable, class_names)))
         self._names = Names(chosen.names)
         prefix = f"{chosen.folder}/" if chosen.folder else ""
@@ -75,7 +76,7 @@ class FolderSource(EncodedSource):
 
     def path(self, i: int) -> Path:
         """Returns the path of an image."""
-        return self.location / self._names[i]
+        return self._root / self._names[i]
 
     def describe(self, i: int) -> str:
         """Returns the path of an image, for messages."""

@@ -76,7 +76,7 @@ class TableSource(EncodedSource):
             self.unlabelled_reason = "its images have any number of classes, which coma classify takes"
             self._multi_hot = torch.from_numpy(multi_hot)
         paths = [row[0] for _, row in rows]
-        self.split, self._paths = chosen, Names(paths)
+        self._folder, self.split, self._paths = table.parent, chosen, Names(paths)
         self._lines = torch.tensor([line for line, _ in rows])
         self._sizes = torch.tensor(_sizes(table, rows))
 
@@ -86,7 +86,7 @@ class TableSource(EncodedSource):
 
     def path(self, i: int) -> Path:
         """Returns the path of an image."""
-        return self.location.parent / self._paths[i]
+        return self._folder / self._paths[i]
 
     def describe(self, i: int) -> str:
         """Returns the path of an image, for messages."""

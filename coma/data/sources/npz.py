@@ -47,7 +47,7 @@ class NpzSource(EncodedSource):
         n = len(offsets) - 1
         class_names = tuple(map(str, extra["class_names"])) if "class_names" in extra else None
         super().__init__(path, _labels(path, extra.get("labels"), n, class_names), class_names)
-        self._offsets = torch.from_numpy(offsets)
+        self._path, self._offsets = path, torch.from_numpy(offsets)
         self._names = Names(map(str, _of_length(path, "file_names", extra.get("file_names"), n)))
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class NpzSource(EncodedSource):
         start, end = self._offsets[i : i + 2].tolist()
         if self._data is not None:
             return self._data[start:end].numpy().tobytes()
-        return read_at(self.location, (self._start or 0) + start, end - start, self.describe(i))
+        return read_at(self._path, (self._start or 0) + start, end - start, self.describe(i))
 
 
 def _place_of_data(path: Path) -> tuple[int | None, int]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from coma.data.image import DecodedImage, MinSide
+from coma.data.shuffle import Blocks
 from coma.data.sources.base import Source
 
 
@@ -28,6 +30,10 @@ class Subset(Source):
         self._multi_hot = None if source.multi_hot is None else torch.from_numpy(source.multi_hot[indices])
         self._source = source
         self._indices = torch.from_numpy(indices.astype(np.int64))
+        self.index = source.index
+        if source.blocks is not None and (np.diff(indices) > 0).all():
+            counts = np.bincount(np.searchsorted(source.blocks.starts, indices, "right") - 1)
+            self.blocks = Blocks(counts[counts > 0])
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -50,6 +56,10 @@ class Subset(Source):
     def decode(self, i: int, min_side: MinSide = 0) -> DecodedImage:
         """Returns a decoded image; see `Source.decode`."""
         return self._source.decode(int(self._indices[i]), min_side)
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Prepares images that are read next; see `Source.prefetch`."""
+        self._source.prefetch(self._indices[list(indices)].tolist())
 
     def read_bytes(self, i: int) -> bytes | None:
         """Returns the content of an image file; see `Source.read_bytes`."""

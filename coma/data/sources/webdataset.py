@@ -7,18 +7,23 @@ a word after the first dot (`7.mask.png`) are other fields of the sample and are
 the name (`IMG_2024.05.01.jpg`) give images of their own, with the label in `IMG_2024.05.01.cls`. Links to
 members of the same shard are followed.
 
+Shards may be remote. Their headers are read in windows of `_WINDOW` bytes, several shards at a time, and
+their images in ranges, many at a time.
+
 `index.json`, which `coma pack` writes beside its shards, adds the class names.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +33,22 @@ import torch
 
 from coma.data.decode import EXTENSIONS, HEAD
 from coma.data.inventory import NO_EXTENSION, Inventory, is_system_folder
-from coma.data.sources.base import EncodedSource, Names, read_at
+from coma.data.remote import (
+    MAX_IMAGE,
+    ReadAhead,
+    RemoteFile,
+    check_image_size,
+    describe_files,
+    in_threads,
+    read_small_file,
+)
+from coma.data.sources.base import EncodedSource, Names, Source, read_at
 from coma.data.worker_pool import map_ordered
 from coma.errors import BadInput
 from coma.messages import counted, printable
+from coma.paths import Address, Location
+
+log = logging.getLogger(__name__)
 
 INDEX = "index.json"
 _BLOCK = tarfile.BLOCKSIZE
@@ -39,7 +56,20 @@ _WITHOUT_CONTENT = (
     *(tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE),
     *(tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE),
 )
+_WINDOW = 1 << 21
+"""Bytes that are read at a time while the headers of a remote shard are read."""
+_LONGEST_NAME = 1 << 20
+"""Maximum bytes of a long name or of a pax header, which are read into memory."""
+_LONGEST_LABEL = 1 << 24
+"""Maximum bytes of a member with a label."""
+_SMALL = 1 << 14
+"""Bytes up to which the members of a remote shard that may hold a label are kept while it is indexed."""
+_NAMES = (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _PARALLEL_FROM = 8 << 30  # total bytes of shards from which headers are read in worker processes
+
+
+Read = Callable[[int, int], bytes]
+"""Returns a number of bytes from a position, or fewer at the end, as `os.pread` does."""
 
 
 class Member(NamedTuple):
@@ -65,19 +95,14 @@ class Sample:
 class ShardSource(EncodedSource):
     """The images of one or more shards, in stored order."""
 
-    def __init__(self, location: Path, shards: Sequence[Path]) -> None:
+    def __init__(self, location: Location, shards: Sequence[Path] | Sequence[RemoteFile]) -> None:
         """Reads the headers of the shards.
 
         Raises:
             BadInput: A shard is damaged, compressed or missing, or no shard has an image.
         """
-        size = 0
-        for shard in shards:
-            if not shard.is_file():
-                raise BadInput(f"{shard}: this shard is missing")
-            size += shard.stat().st_size
         samples, inventory = [], Inventory()
-        for each, skipped in map_ordered(index_shard, shards, None if size > _PARALLEL_FROM else 0):
+        for each, skipped in _index_all(shards):
             samples.append(each)
             inventory.merge(skipped)
         counts = [len(each) for each in samples]
@@ -87,17 +112,61 @@ class ShardSource(EncodedSource):
             raise BadInput(f"{location}: no image in {counted(len(shards), 'shard')} ({looked}){holds}")
         flat = [sample for each in samples for sample in each]
         labels = [sample.label for sample in flat if sample.label is not None]
-        names = _class_names(shards[0].parent / INDEX)
+        names = _class_names(shards[0])
         if labels and names and not 0 <= min(labels) <= max(labels) < len(names):
             found = f"labels run from {min(labels)} to {max(labels)}"
             raise BadInput(f"{location}: {found}, but {INDEX} names {len(names)} classes")
         super().__init__(location, np.array(labels) if len(labels) == len(flat) else None, names)
         self.inventory = inventory
-        self._shards = [str(shard) for shard in shards]
-        self._shard = torch.from_numpy(np.repeat(np.arange(len(shards), dtype=np.int32), counts))
-        self._places = torch.tensor([(sample.image.start, sample.image.size) for sample in flat])
-        self._names = Names(sample.image.name for sample in flat)
+        self._keep(shards, counts, [sample.image for sample in flat])
         self.unlabelled_reason = self._why_unlabelled(flat)
+
+    def _keep(
+        self, shards: Sequence[Path] | Sequence[RemoteFile], counts: Sequence[int], images: Sequence[Member]
+    ) -> None:
+        self._shards = [shard if isinstance(shard, RemoteFile) else str(shard) for shard in shards]
+        self._shard = torch.from_numpy(np.repeat(np.arange(len(shards), dtype=np.int32), counts))
+        self._places = torch.tensor([(image.start, image.size) for image in images])
+        self._names = Names(image.name for image in images)
+        self._ahead = ReadAhead()
+        remote = [shard for shard in shards if isinstance(shard, RemoteFile)]
+        if remote:
+            self.index = {
+                **describe_files(self.location, remote),
+                "counts": list(counts),
+                "starts": self._places[:, 0].tolist(),
+            }
+
+    @classmethod
+    def from_listing(
+        cls, location: Location, shards: Sequence[RemoteFile], listing: Mapping[str, Any]
+    ) -> ShardSource:
+        """Returns the images that a listing of the same shards names, without labels and without reads.
+
+        Args:
+            location: Address of the shards.
+            shards: The shards, unchanged since the listing was made.
+            listing: Names, sizes and index; see `coma.data.listing`.
+
+        Raises:
+            ValueError: The listing does not fit the shards.
+        """
+        source = cls.__new__(cls)
+        Source.__init__(source, location)
+        counts, starts = listing["index"]["counts"], listing["index"]["starts"]
+        owners = [shard for shard, count in zip(shards, counts, strict=True) for _ in range(count)]
+        images = [
+            Member(name.removeprefix(f"{shard.name}/"), start, size)
+            for shard, name, start, size in zip(
+                owners, listing["names"], starts, listing["sizes"], strict=True
+            )
+        ]
+        if not all(
+            0 <= i.start <= i.start + i.size <= s.state.size for i, s in zip(images, owners, strict=True)
+        ):
+            raise ValueError("an image lies outside its shard")
+        source._keep(shards, counts, images)
+        return source
 
     def __len__(self) -> int:
         """Returns the number of samples that have an image."""
@@ -109,14 +178,31 @@ class ShardSource(EncodedSource):
 
     def listing(self) -> tuple[list[str], list[int]]:
         """Returns names as `shard.tar/member`, and sizes in bytes."""
-        shards = [os.path.basename(shard) for shard in self._shards]
+        shards = [s.name if isinstance(s, RemoteFile) else os.path.basename(s) for s in self._shards]
         names = [f"{shards[k]}/{name}" for k, name in zip(self._shard.tolist(), self._names, strict=True)]
         return names, self._places[:, 1].tolist()
 
     def read_bytes(self, i: int) -> bytes:
         """Returns the content of an image file."""
+        shard = self._shards[int(self._shard[i])]
+        if isinstance(shard, RemoteFile):
+            check_image_size(self._size(i), self.describe(i))
+            return self._ahead.get(i, self._read_remote, self._size)
         start, size = self._places[i].tolist()
-        return read_at(self._shards[int(self._shard[i])], start, size, self.describe(i))
+        return read_at(shard, start, size, self.describe(i))
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Prepares remote images that are read next."""
+        if self.index is not None:
+            self._ahead.expect([i for i in indices if self._size(i) <= MAX_IMAGE])
+
+    def _size(self, i: int) -> int:
+        return int(self._places[i, 1])
+
+    def _read_remote(self, i: int) -> bytes:
+        shard = self._shards[int(self._shard[i])]
+        assert isinstance(shard, RemoteFile)
+        return shard.read(*self._places[i].tolist())
 
     def _why_unlabelled(self, samples: Sequence[Sample]) -> str:
         """Names a sample without a usable label, if labels seem to be intended."""
@@ -129,47 +215,106 @@ class ShardSource(EncodedSource):
         return f"{what}{more}; add a label to every sample, or remove the samples without one"
 
 
-def index_shard(path: Path) -> tuple[list[Sample], Inventory]:
+def _index_all(
+    shards: Sequence[Path] | Sequence[RemoteFile],
+) -> Iterable[tuple[list[Sample], Inventory]]:
+    """Indexes local shards in turn, or large ones in worker processes; remote ones many at a time."""
+    remote = [shard for shard in shards if isinstance(shard, RemoteFile)]
+    if remote:
+        size = sum(shard.state.size for shard in remote)
+        log.info(
+            f"reads the headers of {counted(len(remote), 'remote shard')} ({size / 1e9:,.2f} GB); a resumed "
+            "run keeps what was found"
+        )
+        return in_threads(index_shard, remote)
+    local = [shard for shard in shards if isinstance(shard, Path)]
+    for shard in local:
+        if not shard.is_file():
+            raise BadInput(f"{shard}: this shard is missing")
+    large = sum(shard.stat().st_size for shard in local) > _PARALLEL_FROM
+    return map_ordered(index_shard, local, None if large else 0)
+
+
+def index_shard(path: Path | RemoteFile) -> tuple[list[Sample], Inventory]:
     """Returns the samples of a shard, in stored order, and the inventory of its files.
 
     Raises:
         BadInput: The file is not a tar, or is compressed, truncated or damaged.
     """
-    inventory = Inventory()
+    if isinstance(path, RemoteFile):
+        window = _Window(path)
+        return _index(path, path.state.size, window.read, window.keep)
     with open(path, "rb", buffering=0) as shard:
-        members = list(_members(path, shard.fileno(), inventory))
-        if any(member.link is not None for member in members):
-            members = _linked(path, members, inventory)
-        groups = groupby((m for m in members if _is_shown(path, m.name, inventory)), lambda m: _key(m.name))
-        samples = [
-            sample for _, group in groups for sample in _samples(path, shard.fileno(), list(group), inventory)
-        ]
+        number = shard.fileno()
+        return _index(path, os.fstat(number).st_size, partial(os.pread, number))
+
+
+def _index(
+    path: Path | RemoteFile, length: int, read: Read, keep: Callable[[int, int], None] | None = None
+) -> tuple[list[Sample], Inventory]:
+    inventory, members = Inventory(), []
+    for member in _members(path, length, read, inventory):
+        members.append(member)
+        if keep is not None and member.link is None:
+            base = member.name.rpartition("/")[2].lower()
+            if base.endswith((".cls", ".json")):
+                keep(min(member.size, _SMALL), member.start)
+            elif "." not in base:
+                keep(min(member.size, HEAD), member.start)
+    if any(member.link is not None for member in members):
+        members = _linked(path, members, inventory)
+    groups = groupby((m for m in members if _is_shown(path, m.name, inventory)), lambda m: _key(m.name))
+    samples = [sample for _, group in groups for sample in _samples(path, read, list(group), inventory)]
     return samples, inventory
 
 
-def _members(path: Path, file: int, inventory: Inventory) -> Iterator[Member]:
+class _Window:
+    """Reads a remote shard from its beginning on, `_WINDOW` bytes at a time."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        self._file, self._start, self._data = file, 0, b""
+        self._kept: dict[int, bytes] = {}
+
+    def read(self, size: int, at: int) -> bytes:
+        """Returns up to `size` bytes from `at`, as `os.pread` does; what `keep` kept is read once."""
+        if (kept := self._kept.get(at, b"")) and len(kept) >= size:
+            return kept[:size]
+        size = min(size, self._file.state.size - at)
+        if not self._start <= at <= at + size <= self._start + len(self._data):
+            self._start = at
+            self._data = self._file.read(at, min(max(size, _WINDOW), self._file.state.size - at))
+        return self._data[at - self._start : at - self._start + size]
+
+    def keep(self, size: int, at: int) -> None:
+        """Reads what is needed again after the window has moved on."""
+        self._kept[at] = self.read(size, at)
+
+
+def _members(path: Path | RemoteFile, length: int, read: Read, inventory: Inventory) -> Iterator[Member]:
     """Reads all headers (POSIX.1-2001 ustar and pax, GNU long names), three times as fast as `tarfile`."""
-    length, at = os.fstat(file).st_size, 0
+    at = 0
     longer: dict[str, str] = {}
     while at < length:
-        block = os.pread(file, _BLOCK, at)
+        block = read(_BLOCK, at)
         if block == tarfile.NUL * _BLOCK:
             return
         try:
             name, kind, size, link = _header(block)
+            size = 0 if kind in _WITHOUT_CONTENT else int(longer.get("size", size))
+            if size < 0 or (size > _LONGEST_NAME and kind in _NAMES):
+                raise ValueError("size")
         except ValueError:
             raise BadInput(f"{path}: {_not_a_tar(block, at)}") from None
         start = at + _BLOCK
-        size = 0 if kind in _WITHOUT_CONTENT else int(longer.get("size", size))
         at = start + -(-size // _BLOCK) * _BLOCK
         if start + size > length:
             raise BadInput(f"{path}: truncated in the middle of {printable(name)}")
         if kind == tarfile.XHDTYPE:
-            longer |= _pax(os.pread(file, size, start))
+            longer |= _pax(read(size, start))
         elif kind == tarfile.GNUTYPE_LONGNAME:
-            longer["path"] = os.fsdecode(os.pread(file, size, start).rstrip(b"\0"))
+            longer["path"] = os.fsdecode(read(size, start).rstrip(b"\0"))
         elif kind == tarfile.GNUTYPE_LONGLINK:
-            longer["linkpath"] = os.fsdecode(os.pread(file, size, start).rstrip(b"\0"))
+            longer["linkpath"] = os.fsdecode(read(size, start).rstrip(b"\0"))
         elif kind != tarfile.XGLTYPE:
             name, link = longer.get("path", name), longer.get("linkpath", link)
             if kind in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
@@ -183,7 +328,7 @@ def _members(path: Path, file: int, inventory: Inventory) -> Iterator[Member]:
             longer = {}
 
 
-def _linked(path: Path, members: list[Member], inventory: Inventory) -> list[Member]:
+def _linked(path: Path | RemoteFile, members: list[Member], inventory: Inventory) -> list[Member]:
     """Returns the members, with links replaced by the files they lead to; other links are skipped."""
     by_name = {posixpath.normpath(member.name): member for member in members}
     found = []
@@ -200,7 +345,7 @@ def _linked(path: Path, members: list[Member], inventory: Inventory) -> list[Mem
     return found
 
 
-def _is_shown(path: Path, name: str, inventory: Inventory) -> bool:
+def _is_shown(path: Path | RemoteFile, name: str, inventory: Inventory) -> bool:
     """Returns whether a member is neither hidden nor in a system folder."""
     *folders, base = [part for part in name.split("/") if part not in ("", ".", "..")] or [name]
     if base.startswith(".") or any(folder.startswith(".") for folder in folders):
@@ -245,12 +390,12 @@ def _key(name: str) -> str:
     return folder + slash + base.partition(".")[0]
 
 
-def _samples(path: Path, file: int, group: list[Member], inventory: Inventory) -> list[Sample]:
+def _samples(path: Path | RemoteFile, read: Read, group: list[Member], inventory: Inventory) -> list[Sample]:
     """Returns the images among members with one key, and their labels."""
     images, others = [], []
     for member in group:
         base = member.name.rpartition("/")[2]
-        kind, is_image = inventory.identify(base, lambda _, at=member.start: os.pread(file, HEAD, at))
+        kind, is_image = inventory.identify(base, lambda _, at=member.start: read(HEAD, at))
         (images if is_image else others).append((member, kind, base.partition(".")[2]))
     if not images:
         for _, kind, _ in others:
@@ -265,18 +410,22 @@ def _samples(path: Path, file: int, group: list[Member], inventory: Inventory) -
             continue
         inventory.images[kind] += 1
         stem = member.name if kind == NO_EXTENSION else member.name[: -len(kind)]
-        samples.append(Sample(member, *_label(path, file, group, (stem, _key(member.name)))))
+        samples.append(Sample(member, *_label(path, read, group, (stem, _key(member.name)))))
     return samples
 
 
-def _label(path: Path, file: int, group: list[Member], stems: Iterable[str]) -> tuple[int | None, str]:
+def _label(
+    path: Path | RemoteFile, read: Read, group: list[Member], stems: Iterable[str]
+) -> tuple[int | None, str]:
     """Returns the first label in the members of an image, and what is wrong if there is none."""
     fault = ""
     for stem in dict.fromkeys(stems):
         for member in group:
             if member.name.lower() in (f"{stem}.cls".lower(), f"{stem}.json".lower()):
                 try:
-                    label = _parsed_label(member, os.pread(file, member.size, member.start))
+                    if member.size > _LONGEST_LABEL:
+                        raise ValueError("size")
+                    label = _parsed_label(member, read(member.size, member.start))
                 except (ValueError, RecursionError):
                     fault = f"{path}: the label in {printable(member.name)} is not a whole number from 0"
                     continue
@@ -303,9 +452,13 @@ def _parsed_label(member: Member, text: bytes) -> int | None:
     return int(label)
 
 
-def _class_names(index: Path) -> tuple[str, ...] | None:
+def _class_names(shard: Path | RemoteFile) -> tuple[str, ...] | None:
+    """Returns the class names in the index beside a shard; None if there are none."""
+    remote = isinstance(shard, RemoteFile)
+    index = shard.address.with_name(INDEX) if remote else shard.with_name(INDEX)
     try:
-        fields = json.loads(index.read_text())
+        text = read_small_file(index) if isinstance(index, Address) else index.read_bytes()
+        fields = {} if text is None else json.loads(text)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -313,7 +466,7 @@ def _class_names(index: Path) -> tuple[str, ...] | None:
     if not isinstance(fields, dict):
         return None
     if fields.get("finished") is False:
-        raise BadInput(f"{index.parent}: this pack is unfinished; run the same `coma pack` again")
+        raise BadInput(f"{index}: this pack is unfinished; run the same `coma pack` again")
     names = fields.get("class_names")
     return tuple(map(str, names)) if isinstance(names, list) else None
 

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from remote_files import serve
 from short_runs import rows
 from torch import nn
 
@@ -48,6 +50,7 @@ import torch.distributed.fsdp
 from coma.config.serialization import read_config
 from coma.data import open_source
 from coma.errors import ComaError
+from coma.paths import Address
 from pretrain.training import pretrain
 from pretrain.training import run_directory
 from pretrain.training import run_plan
@@ -87,6 +90,8 @@ def scenario(name, rank):
         run_plan.open_source = lambda path: open_source(folder / "bad" if rank else path)
     elif name == "other-data":
         run_plan.open_source = lambda path: open_source(folder / "fewer" if rank else path)
+    elif name == "remote":
+        data = replace(data, images=Address(os.environ["SHARD"]))
     elif name == "nonfinite":
         at_step(2, poison)
     elif name.startswith("compiled"):
@@ -122,7 +127,7 @@ for name in os.environ["SCENARIOS"].split():
 
 SCENARIOS = (
     *("ddp", "fsdp", "fsdp-then-one", "one-then-fsdp"),
-    *("bug", "unreadable", "other-data", "nonfinite", "dry"),
+    *("bug", "unreadable", "other-data", "nonfinite", "dry", "remote"),
 )
 METHODS = ("cmt", "cmt-fsdp", "zoom")
 COMPILED = ("compiled-ddp", "compiled-fsdp")
@@ -192,7 +197,15 @@ def codes(settings: PretrainConfig, folder: Path) -> dict[str, tuple[int, int]]:
         started = replace(settings, run=replace(settings.run, out=folder / "one-then-fsdp"))
         dying(patch, 3)
         pretrain(started)
-    return run_pairs(settings, SCENARIOS)
+    (folder / "served").mkdir()
+    with tarfile.open(folder / "served" / "photos.tar", "w") as tar:
+        for path in sorted((folder / "photos").iterdir()):
+            tar.add(path, path.name)
+    with serve(folder / "served") as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHARD", f"{server.url}/photos.tar")
+        codes = run_pairs(settings, SCENARIOS)
+        assert server.requests.count("/index.json") == 1
+    return codes
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +308,11 @@ def test_one_process_goes_on_where_two_were_stopped(codes, folder, settings, one
 def test_two_processes_go_on_where_one_was_killed(codes, folder, one):
     assert codes["one-then-fsdp"] == (0, 0), said(folder, "one-then-fsdp")
     assert_close(folder / "one-then-fsdp", one)
+
+
+def test_two_processes_read_a_remote_shard_and_one_its_headers(codes, folder, one):
+    assert codes["remote"] == (0, 0), said(folder, "remote")
+    assert_close(folder / "remote", one)
 
 
 def test_only_process_0_speaks(codes, folder):

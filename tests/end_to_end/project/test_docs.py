@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import tyro
 from class_folders import class_folders
 from documents import LANGUAGES, PAGES, ROOT, Command, blocks, commands
 from export_files import DYVIT, classifier, pretrained, segmentor
 from PIL import Image
+from pyarrow import parquet
 
 from coma import cli
 from coma.config import (
@@ -43,6 +45,7 @@ BLOCKS = list(blocks())
 COMMANDS = commands(BLOCKS)
 
 GPU, CLIP, INSTALLS = "needs an NVIDIA GPU", "needs CLIP's weights", "changes the environment"
+REMOTE = "needs that storage; test_remote_runs.py reads from a server of this machine"
 WEIGHTS = "needs weights that others published"
 NOT_RUN: dict[str, str] = {
     "make quickstart": "takes three minutes; test_quickstart.py runs what it runs",
@@ -64,6 +67,9 @@ NOT_RUN: dict[str, str] = {
     "--download": WEIGHTS,
     "coma pretrain PHOTOS --out runs/mine --method mae --init mae_vit_base.pth --model vit-base": WEIGHTS,
     "coma pretrain SHARDS --out runs/dali --loader dali": "needs DALI, an extra for NVIDIA GPUs",
+    "coma pretrain 'https://HOST/shards-{000..127}.tar' --out runs/web": REMOTE,
+    "coma pretrain s3://BUCKET/shards --out runs/s3": REMOTE,
+    "coma pretrain hf://datasets/ORGANISATION/NAME --out runs/hub": REMOTE,
     "coma export runs/first/artifact --to onnx,tensorrt --precision fp16": GPU,
     "coma compare PHOTOS --methods mae coma 'zoom: beyond --degrade zoom-in+mask' --models tiny vit-tiny "
     "--seeds 0 1 2 --budget images 100000 --test CLASSES --protocols knn linear --probes 5 --out comparison "
@@ -161,6 +167,9 @@ def folder(tmp_path_factory) -> Path:
         for number in range(12):
             pixels = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).resize((96, 72)).save(root / name / f"{number}.jpg")
+    photographs = [path.read_bytes() for path in sorted((root / "PHOTOS").iterdir())]
+    (root / "PARQUET").mkdir()
+    parquet.write_table(pyarrow.table({"image": photographs}), root / "PARQUET" / "train.parquet")
     class_folders(root / "CLASSES", classes=3)
     for folder in (root / "CLASSES").glob("*/class?"):  # by the names of the classifier's classes
         folder.rename(folder.with_name(("cat", "cup", "face")[int(folder.name[-1])]))

@@ -23,7 +23,7 @@ def save(path: Path, value: int = 0, size: tuple[int, int] = (8, 6)) -> Path:
 
 
 def names(source: Source) -> list[str]:
-    return [os.path.relpath(source.describe(i), source.location) for i in range(len(source))]
+    return [os.path.relpath(source.describe(i), str(source.location)) for i in range(len(source))]
 
 
 # folders ----------------------------------------------------------------------------------------
