@@ -123,11 +123,10 @@ def _parameters(config: Config) -> tuple[int, int]:
 
 def name_of(model: EncoderConfig, image_size: int) -> str:
     """Returns the architecture of an encoder, and its preset if it is one."""
-    architecture = to_plain(model, EncoderConfig)["architecture"]
-    named = next(
-        (n for n in presets(ARCHITECTURES) if encoder_preset(n, image_size, model.channels) == model), None
-    )
-    return f"{architecture} {named}" if named else architecture
+    plain = to_plain(model, EncoderConfig)
+    alike = (n for n in presets(ARCHITECTURES) if encoder_preset(n, image_size, model.channels) == model)
+    named = plain.get("name") or next(alike, "")  # timm's networks have names
+    return f"{plain['architecture']} {named}".strip()
 
 
 def _flops(config: Config) -> str:

@@ -101,7 +101,9 @@ def test_networks_of_timm_run_dry(settings, capsys):
     )
     data = replace(settings.data, image_size=160)
     pretrain(replace(settings, model=model, data=data, objective=objective), dry_run=True)
-    assert "FLOPs for the encoder on one image" in table(capsys.readouterr().out)["FLOPs"]
+    told = table(capsys.readouterr().out)
+    assert told["model"].startswith("timm test_vit, ")
+    assert "FLOPs for the encoder on one image" in told["FLOPs"]
 
 
 def test_a_resumed_run_runs_dry_from_where_it_is(settings, capsys):

@@ -60,6 +60,12 @@ def test_the_command_line_and_a_file_say_the_same(tmp_path, name, text):
     assert other.optimizer == OptimizerConfig(epochs=3, base_lr=1e-3)
 
 
+def test_a_network_of_timm_gets_the_decoder_that_its_flag_gives_it(tmp_path):
+    path = written(tmp_path, "a.yaml", "model: timm:test_vit\nobjective: mae\n")
+    flags = ["PHOTOS", "--model", "timm:test_vit", "--method", "mae"]
+    assert read_config(path).objective == parse(flags)[0].objective
+
+
 def test_every_format_holds_all_settings_of_a_run(tmp_path):
     import yaml
 
