@@ -18,7 +18,9 @@ from coma.models import build_encoder as build_encoder
 from coma.objectives import build_objective as build_objective
 from coma.objectives.load import load_pretrained as load_pretrained
 from coma.runtimes.open import open_runtime as open_runtime
-from downstream.classify.finetune import finetune as finetune
+from downstream.commands import classify as classify
+from downstream.commands.embed import embed as embed
+from export.commands.export import export as export
 from pretrain.commands.api import evaluate as evaluate
 from pretrain.commands.api import pretrain as pretrain
 from pretrain.training.callbacks import Callback as Callback

@@ -180,10 +180,11 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 def _names(kind: Any) -> list[str]:
     """Returns the fields of a dataclass and of those in it."""
-    found = []
+    found, hints = [], get_type_hints(kind)
     for field in dataclasses.fields(kind):
         default = _default(field)
-        found += _names(type(default)) if dataclasses.is_dataclass(default) else [field.name]
+        inner = type(default) if dataclasses.is_dataclass(default) else hints[field.name]
+        found += _names(inner) if dataclasses.is_dataclass(inner) else [field.name]
     return found
 
 

@@ -143,8 +143,9 @@ def parse_location(text: str) -> Location:
     Raises:
         BadInput: see `local_path`; or the address is nested in another one, or leads to local files.
     """
-    nested = "::" in text and "://" in text
-    if not Path(text).exists() and (nested or text.partition("://")[0].lower() in _LOCAL_OR_NESTED):
+    scheme, slashes, _ = text.partition("://")
+    nested = "::" in text or scheme.lower() in _LOCAL_OR_NESTED
+    if slashes and nested and not Path(text).exists():
         raise BadInput(
             f"{re.split('[:]+', text)[0]}: addresses inside addresses and addresses of local files are not "
             "read; give the plain address of the storage, or a path without ://"

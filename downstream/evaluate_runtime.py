@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -58,13 +57,13 @@ def measure_detector(directory: Path, data: Path, run: Run, most: int) -> dict[s
     """
     about = read_finetuned(directory, "detector").config
     split = open_coco(data, "val")
-    with tempfile.TemporaryDirectory() as folder:
+    with runner.scratch_folder() as folder:
         loader, metric = detection.test_settings(about, split)
-        some = _part_of(split, most, Path(folder))
+        some = _part_of(split, most, folder)
         loader["dataset"]["ann_file"] = metric["ann_file"] = str(some)
         tested = (about.head or {})["model"]["test_cfg"].get("rcnn", {})
         answer = partial(_detect, run, tested.get("mask_thr_binary", 0.5))
-        scores = _measure(about, loader, metric, Path(folder), answer)
+        scores = _measure(about, loader, metric, folder, answer)
     names = {"AP": "bbox_mAP", "AP50": "bbox_mAP_50"}
     if "segm" in metric["metric"]:
         names["mask AP"] = "segm_mAP"
@@ -96,8 +95,8 @@ def measure_segmentor(directory: Path, data: Path, run: Run, most: int) -> dict[
     loader, metric = segmentation.test_settings(about, split)
     loader["dataset"]["indices"] = evenly(split.pairs, most)
     corners = bool((about.head or {})["model"]["decode_head"].get("align_corners", False))
-    with tempfile.TemporaryDirectory() as folder:
-        scores = _measure(about, loader, metric, Path(folder), partial(_segment, run, corners))
+    with runner.scratch_folder() as folder:
+        scores = _measure(about, loader, metric, folder, partial(_segment, run, corners))
     if math.isnan(scores["mIoU"]):
         raise BadInput(f"{data}: no labelled pixel in the measured images; measure more than {most}")
     return {"mIoU": round(scores["mIoU"], 2), "pixel accuracy": round(scores["aAcc"], 2)}

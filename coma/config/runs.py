@@ -45,8 +45,8 @@ class DataConfig(Ranged):
     """Training images and how they are read."""
 
     images: Annotated[Location | None, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")] = None
-    """Folder of images (searched recursively), .npz pack, .tar shards or .parquet files; shards and parquet
-    files also by their address (s3://..., https://...)."""
+    """Folder of images (searched recursively), .npz pack, .tar shards or .parquet files, or the address of
+    shards or parquet files."""
     image_size: Annotated[int, SIDE] = 224
     """Side of the square training crop in pixels."""
     mean: Annotated[tuple[float, ...] | None, MEAN, RARE, tyro.conf.arg(metavar="R G B")] = None
@@ -66,7 +66,7 @@ class DataConfig(Ranged):
     on_bad_image: Annotated[Literal["skip", "stop"], RARE] = "skip"
     """Handling of files that cannot be decoded: skip names, counts and skips them, stop ends the run."""
     workers: Annotated[int | None, PROCESSES] = None
-    """Processes that decode images; default: one per core but one, 0 on two cores"""
+    """Processes that decode images; default: all cores but one, 0 on two"""
     loader: Annotated[Literal["workers", "dali"], RARE] = "workers"
     """Decoder: worker processes, or NVIDIA DALI (an extra) with as many threads, on the GPU where there is
     one; a quarter as many processes then read files. DALI ignores --aug-repeats."""
@@ -89,8 +89,8 @@ class InitConfig(Ranged):
     """Weights to start from; without them, training starts from random weights."""
 
     init: Annotated[str | None, tyro.conf.arg(metavar="WEIGHTS")] = None
-    """Start from these weights: an artifact, a .safetensors or .pth file of a vision transformer, or
-    timm:NAME or hf-hub:ORG/NAME from the local cache. Without --model, the model is that of the weights."""
+    """An artifact, a vision transformer's .safetensors or .pth file, or timm:NAME or hf-hub:ORG/NAME from the
+    local cache. Without --model, the model is theirs."""
     init_partial: Annotated[bool, RARE] = False
     """Start also from weights that lack some of the encoder's tensors; those start from random values."""
     download: Annotated[bool, RARE] = False
@@ -113,7 +113,7 @@ class OptimizerConfig(Ranged):
     """Images per process and forward pass; gradients accumulate over the batch; default: the whole batch"""
     base_lr: Annotated[float, RATE] = 1.5e-4
     """Learning rate per 256 images of the batch."""
-    warmup: Annotated[float, SHARE] = 0.1
+    warmup: Annotated[float, SHARE, RARE] = 0.1
     """Share of the steps over which the learning rate rises linearly."""
     weight_decay: Annotated[float, WEIGHT_DECAY, RARE] = 0.05
     """Weight decay of matrices; biases, norms and tokens have none."""
@@ -143,9 +143,9 @@ class RunConfig(Ranged):
     """auto: the GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU (fp16 on older ones), fp32 on a CPU."""
-    compile: bool = False
+    compile: Annotated[bool, RARE] = False
     """Compile the model: a slower start, faster steps."""
-    grad_checkpointing: bool = False
+    grad_checkpointing: Annotated[bool, RARE] = False
     """Recompute activations: less memory, a third more time."""
     parallel: Annotated[Literal["ddp", "fsdp"], RARE] = "ddp"
     """Parallelism under torchrun: replicate the model (ddp) or shard it (fsdp, which is FSDP2)."""
@@ -181,8 +181,8 @@ class ProbeConfig(Ranged):
     """Online evaluation during pre-training: kNN and linear probe on labelled images."""
 
     probe: Location | None = None
-    """Labelled images that are never trained on: a folder with train and test (or val), each with a folder
-    per class or an .npz pack."""
+    """Labelled images that are never trained on: a folder with train and test, each with a folder per class
+    or an .npz pack."""
     probe_epochs: Annotated[float, EPOCHS, RARE] = 1.0
     """Epochs between evaluations; there is also one before the first step and one at the end."""
     probe_steps: Annotated[int | None, STEPS, RARE] = None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from coma.arguments import parse_arguments, parse_known
+from coma.arguments import from_keywords, parse_arguments, parse_known
 from coma.config import FinetuneConfig
 from coma.config.serialization import read_config
 from coma.errors import BadInput
@@ -20,6 +21,9 @@ from downstream.commands import shared
 
 if TYPE_CHECKING:
     from downstream.classify.finetune import FinetuneResult
+    from downstream.classify.predict import Predictions
+
+__all__ = ["predict", "test", "train"]
 
 USAGE = """
 usage: coma classify train ARTIFACT --data CLASSES --out runs/classifier
@@ -164,23 +168,89 @@ def _names(config: FinetuneConfig) -> list[str]:
     return [each.name for section in sections for each in fields(section)]
 
 
+def train(artifact: str | Path | None = None, **settings: Any) -> FinetuneResult:
+    """Trains a classifier, as `coma classify train` does.
+
+        result = coma.classify.train("runs/first/artifact", data="CLASSES", out="runs/classifier", epochs=30)
+        print(result.test, result.artifact)
+
+    Args:
+        artifact: An artifact of any kind to start from; None with `resume`.
+        settings: Flags of the command as keywords: `data`, `out`, `epochs`, `frozen`, `resume`.
+
+    Raises:
+        BadInput: settings, artifacts or images that cannot be used.
+        CheckFailed: a loss that is not finite, or results that could not be written.
+        Interrupted: Ctrl-C or SIGTERM; everything is saved.
+    """
+    return _trained(parse(_words(artifact=artifact, **settings)))
+
+
+def test(classifier: str | Path, **settings: Any) -> dict[str, Any]:
+    """Measures a classifier on labelled images, as `coma classify test` does.
+
+        scores = coma.classify.test("runs/classifier/artifact", data="CLASSES")
+        print(scores["top1"], scores["calibration"]["error"])
+
+    Args:
+        classifier: An artifact, an exported file, or a folder of exports.
+        settings: Flags of the command as keywords: `data`, `split`, `out`, `runtime`.
+
+    Returns:
+        What scores.json holds; see `downstream.classify.evaluate.evaluate_classifier`.
+
+    Raises:
+        BadInput: a model, images or labels that cannot be used; classes that the classifier does not have.
+        CheckFailed: outputs that are not finite.
+    """
+    words = _words(artifact=classifier, **settings)
+    return _tested(parse_arguments(ClassifyTest, words, prog="coma classify test"))
+
+
+def predict(
+    classifier: str | Path, images: str | Path | Sequence[str | Path], **settings: Any
+) -> Predictions:
+    """Labels images, as `coma classify predict` does.
+
+        found = coma.classify.predict("runs/classifier/artifact", "PHOTOS", out="predictions", top_k=3)
+
+    Args:
+        classifier: An artifact, an exported file, or a folder of exports.
+        images: Images and folders of images.
+        settings: Flags of the command as keywords: `out`, `top_k`, `runtime`.
+
+    Raises:
+        BadInput: a model or images that cannot be used.
+        CheckFailed: outputs that are not finite.
+        Interrupted: Ctrl-C or SIGTERM; what was done is written.
+    """
+    words = _words(artifact=classifier, images=images, **settings)
+    return _predicted(parse_arguments(ClassifyPredict, words, prog="coma classify predict"))
+
+
+def _words(**settings: Any) -> list[str]:
+    return from_keywords(settings, positional=("artifact", "images"))
+
+
 def _train(argv: list[str]) -> None:
-    given = parse(argv)
+    print(_summary(_trained(parse(argv))))
+
+
+def _trained(given: TrainConfig) -> FinetuneResult:
     require_packages("tensorboard", "matplotlib")
 
     from coma.devices import pick_device
     from downstream.classify.finetune import finetune
 
     pick_device(given.config.run.device)
-    result = finetune(
+    return finetune(
         given.config, resume=given.resume is not None, allow_changed_data=given.allow_changed_data
     )
-    print(_summary(result))
 
 
 def _summary(result: FinetuneResult) -> str:
-    test, out, artifact = result.test, result.config.run.out, shlex.quote(str(result.artifact))
-    weights = f"weights of step {test.step} of {result.steps}"
+    scores, out, artifact = result.test, result.config.run.out, shlex.quote(str(result.artifact))
+    weights = f"weights of step {scores.step} of {result.steps}"
     if result.config.optimizer.frozen:
         chosen = f"linear head on frozen features; validation: {result.best or 'none'}"
     elif result.best and result.last:
@@ -194,13 +264,13 @@ def _summary(result: FinetuneResult) -> str:
     if result.steps:
         files["curves"] = str(out / "loss_curve.png")
         files["metrics"] = f"{out / 'metrics.jsonl'}, or: tensorboard --logdir {out / 'tensorboard'}"
-    top5 = "" if test.top5 is None else f", top-5 {test.top5:.2%}"
+    top5 = "" if scores.top5 is None else f", top-5 {scores.top5:.2%}"
     return "\n".join(
         [
             "",
             f"trained on {result.train_images:,} images of {len(result.config.class_names or ())} classes",
             chosen,
-            f"{test}{top5} on {test.images:,} test images, used once, at the end",
+            f"{scores}{top5} on {scores.images:,} test images, used once, at the end",
             "",
             *(f"  {name:15}  {place}" for name, place in files.items()),
             "",
@@ -215,12 +285,18 @@ def _summary(result: FinetuneResult) -> str:
 
 def _test(argv: list[str]) -> None:
     options = parse_arguments(ClassifyTest, argv, prog="coma classify test")
+    _print_scores(_tested(options))
+    if options.out:
+        for path in sorted(options.out.glob("*.*")):
+            print(f"  {path}")
 
+
+def _tested(options: ClassifyTest) -> dict[str, Any]:
     from coma.progress import Progress
     from downstream.classify.evaluate import evaluate_classifier
 
     with Progress() as progress:
-        scores = evaluate_classifier(
+        return evaluate_classifier(
             options.artifact,
             options.data,
             split=options.split,
@@ -231,10 +307,6 @@ def _test(argv: list[str]) -> None:
             workers=options.workers,
             progress=progress,
         )
-    _print_scores(scores)
-    if options.out:
-        for path in sorted(options.out.glob("*.*")):
-            print(f"  {path}")
 
 
 def _print_scores(scores: dict[str, Any]) -> None:
@@ -264,7 +336,15 @@ def _print_scores(scores: dict[str, Any]) -> None:
 
 def _predict(argv: list[str]) -> None:
     options = parse_arguments(ClassifyPredict, argv, prog="coma classify predict")
+    found = _predicted(options)
+    print(
+        f"\n{len(found.indices):,} images labelled\n\n"
+        f"  predictions    {options.out / 'predictions.csv'} and .json\n"
+        f"  contact sheet  {options.out / 'contact_sheet.png'}"
+    )
 
+
+def _predicted(options: ClassifyPredict) -> Predictions:
     from coma.progress import Progress
     from downstream.classify.predict import predict_classes
 
@@ -272,7 +352,7 @@ def _predict(argv: list[str]) -> None:
         raise BadInput("coma classify predict needs IMAGES; coma classify predict --help lists all settings")
     shared.check_empty(options.out)
     with Progress() as progress:
-        found = predict_classes(
+        return predict_classes(
             options.artifact,
             options.images,
             out=options.out,
@@ -283,11 +363,6 @@ def _predict(argv: list[str]) -> None:
             workers=options.workers,
             progress=progress,
         )
-    print(
-        f"\n{len(found.indices):,} images labelled\n\n"
-        f"  predictions    {options.out / 'predictions.csv'} and .json\n"
-        f"  contact sheet  {options.out / 'contact_sheet.png'}"
-    )
 
 
 def _check(argv: list[str]) -> None:

@@ -13,17 +13,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from coma.arguments import parse_arguments
+from coma.arguments import from_keywords, parse_arguments
 from coma.atomic_io import lies_among
 from coma.errors import BadInput, Interrupted
 from coma.messages import counted
 from coma.paths import Location
 from coma.preflight import require_file, require_packages
 from coma.ranges import BATCH, PROCESSES, RARE, SIDE, Range, Ranged
+
+if TYPE_CHECKING:
+    from downstream.features.files import FeaturesInfo
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,47 @@ def run(argv: list[str]) -> None:
         BadInput: a model, images or a file that cannot be used.
         Interrupted: Ctrl-C or SIGTERM; finished parts are kept.
     """
-    config = parse_arguments(EmbedConfig, argv, prog="coma embed", description=__doc__)
+    config = _parse(argv)
+    if info := _embed(config):
+        count = info.count - len(info.skipped)
+        print(f"{config.out}: features of {counted(count, 'image')}")
+        print(f"next: coma search {config.out} --duplicates 0.98 --outliers --map --out FOLDER")
+
+
+def embed(model: str | Path, images: str | Path, out: str | Path, **settings: Any) -> FeaturesInfo | None:
+    """Computes features of images and writes them to a file, as `coma embed` does, also under torchrun.
+
+        coma.embed("runs/first/artifact", "PHOTOS", out="features.parquet", stage=3)
+
+    Args:
+        model: An artifact directory, an exported encoder, or timm:NAME.
+        images: Folder of images, pack, shards or parquet files.
+        out: File to write, `.parquet` or `.npz`.
+        settings: Flags of `coma embed` as keywords: `stage`, `pooling`, `batch_size`, `runtime`.
+
+    Returns:
+        The description of the file, with the images that were skipped; None on all processes but the first.
+
+    Raises:
+        BadInput: a model, images or a file that cannot be used.
+        CheckFailed: features are not finite.
+        Interrupted: Ctrl-C or SIGTERM; finished parts are kept.
+    """
+    given = {"model": model, "images": images, "out": out, **settings}
+    return _embed(_parse(from_keywords(given, positional=("model", "images"))))
+
+
+def _parse(argv: list[str]) -> EmbedConfig:
+    return parse_arguments(EmbedConfig, argv, prog="coma embed", description=__doc__)
+
+
+def _embed(config: EmbedConfig) -> FeaturesInfo | None:
     require_packages("pyarrow", *(["ray"] if config.ray is not None else []))
     require_file(config.out)
 
     from coma.progress import Progress
     from coma.signals import sigterm_interrupts
-    from downstream.features.embed import embed
+    from downstream.features.embed import embed as compute
     from downstream.features.models import FeatureRequest
     from downstream.features.reading import Reading
     from pretrain.training.distributed import processes
@@ -100,7 +137,7 @@ def run(argv: list[str]) -> None:
             progress.warn(warning)
         try:
             with sigterm_interrupts("finished parts are kept"):
-                info = embed(
+                info = compute(
                     request,
                     reading,
                     config.out,
@@ -111,7 +148,4 @@ def run(argv: list[str]) -> None:
                 )
         except KeyboardInterrupt:
             raise Interrupted(stopped) from None
-    if group.main:
-        count = info.count - len(info.skipped)
-        print(f"{config.out}: features of {counted(count, 'image')}")
-        print(f"next: coma search {config.out} --duplicates 0.98 --outliers --map --out FOLDER")
+    return info if group.main else None

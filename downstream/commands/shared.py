@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -191,6 +190,7 @@ def test(kind: Kind, options: TestOptions, open_split: Callable[..., Any], test_
 
     from downstream.artifacts import read_finetuned
     from downstream.finetune import evaluate
+    from downstream.openmmlab.runner import scratch_folder
 
     if options.out:
         require_folder(options.out)
@@ -198,8 +198,8 @@ def test(kind: Kind, options: TestOptions, open_split: Callable[..., Any], test_
     with progress_bar(f"checking {options.split}") as progress:
         split = open_split(progress)
     loader, metric = test_settings(about, split)
-    with tempfile.TemporaryDirectory() as folder:
-        scores = evaluate(options.artifact, kind, loader, metric, Path(folder), device)
+    with scratch_folder() as folder:
+        scores = evaluate(options.artifact, kind, loader, metric, folder, device)
     hint = "; training chose the checkpoint by this split, so --split test is the fairer measure"
     print(f"{options.split} split: {options.data}{hint if options.split == 'val' else ''}")
     table = Table("metric", "value")

@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import sys
+import tempfile
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -178,6 +179,21 @@ def prepare_config(config: Any, folder: Path, device: str) -> None:
 def scores_by_step(runner: Runner) -> dict[str, dict[str, float]]:
     """Returns the finite scores of every validation of the run."""
     return runner.message_hub.runtime_info.get(SCORES, {})
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yields a folder for what a test writes; mmengine keeps no log open in it afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield Path(folder)
+        finally:
+            logger = MMLogger.get_current_instance()
+            files = [each for each in logger.handlers if isinstance(each, logging.FileHandler)]
+            for handler in files:
+                if Path(handler.baseFilename).is_relative_to(folder):
+                    handler.close()
+                    logger.removeHandler(handler)
 
 
 class _CheckedRunner(Runner):

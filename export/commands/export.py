@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from coma.arguments import parse_arguments
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coma.arguments import from_keywords, parse_arguments
 from coma.errors import CheckFailed
 from coma.preflight import require_packages
 from coma.signals import sigterm_interrupts
 from export.config import ExportConfig
 from export.output import disk_errors
+
+if TYPE_CHECKING:
+    from export.pipeline import Outcome
 
 
 def run(argv: list[str]) -> None:
@@ -17,7 +23,49 @@ def run(argv: list[str]) -> None:
         BadInput: settings, an artifact or images that cannot be used.
         CheckFailed: a file failed verification.
     """
-    config = parse_arguments(ExportConfig, argv, prog="coma export")
+    config = _parse(argv)
+    outcome = _export(config)
+    if config.check == "rtx":
+        from export.tensorrt.rtx import PROVES
+
+        print(f"\n{PROVES}")
+    from export.report import NAME
+
+    print(f"\n  files   {config.folder}\n  report  {config.folder / NAME}")
+    _check(outcome)
+
+
+def export(artifact: str | Path, **settings: Any) -> list[Path]:
+    """Exports an artifact and verifies the files, as `coma export` does.
+
+        files = coma.export("runs/first/artifact", precision="fp32,fp16")
+
+    Args:
+        artifact: An artifact directory.
+        settings: Flags of `coma export` as keywords: `out`, `precision`, `shapes`, `verify`, `to`.
+
+    Returns:
+        The ONNX files that passed; manifest.json beside them describes all files.
+
+    Raises:
+        BadInput: settings, an artifact or images that cannot be used.
+        CheckFailed: a file failed verification; it is kept as NAME.rejected.
+    """
+    outcome = _export(_parse(from_keywords({"artifact": artifact, **settings}, positional=("artifact",))))
+    _check(outcome)
+    return outcome.kept
+
+
+def _parse(argv: list[str]) -> ExportConfig:
+    return parse_arguments(ExportConfig, argv, prog="coma export")
+
+
+def _check(outcome: Outcome) -> None:
+    if outcome.refused:
+        raise CheckFailed(str(outcome))
+
+
+def _export(config: ExportConfig) -> Outcome:
     builds_engines, _ = config.builds_engines, config.precisions  # refuses unknown names
     require_packages("onnx", "onnxscript", "onnxruntime")
     from coma.runtimes.tensorrt.discovery import require_gpu, require_package
@@ -29,15 +77,7 @@ def run(argv: list[str]) -> None:
         require_package("tensorrt_rtx")
     from coma.progress import Progress
     from export.pipeline import export_artifact
-    from export.report import NAME
 
-    out = config.folder
-    with sigterm_interrupts("unfinished files were removed"), disk_errors(out), Progress() as progress:
-        outcome = export_artifact(config, progress)
-    if config.check == "rtx":
-        from export.tensorrt.rtx import PROVES
-
-        print(f"\n{PROVES}")
-    print(f"\n  files   {out}\n  report  {out / NAME}")
-    if outcome.refused:
-        raise CheckFailed(str(outcome))
+    removed = "unfinished files were removed"
+    with sigterm_interrupts(removed), disk_errors(config.folder), Progress() as progress:
+        return export_artifact(config, progress)

@@ -6,8 +6,6 @@ The model learns to fill in what masks hide. The run writes an artifact for `com
 Examples:
   coma pretrain PHOTOS --out runs/first --model tiny --image-size 64 --epochs 100
   coma pretrain PHOTOS --out runs/mae --model vit-base --method mae --batch-size 1024
-  coma pretrain PHOTOS --out runs/dino --model timm:vit_small_patch14_reg4_dinov2 --method mae
-  coma pretrain PHOTOS --out runs/zoom --method beyond --degrade zoom-in+mask
   coma pretrain PHOTOS --out runs/cmt --model vit-base --method cmt --teacher-weights FILE
   coma pretrain PHOTOS --out runs/more --init runs/first/artifact
   coma pretrain --resume runs/first
@@ -77,8 +75,8 @@ class Presets(Ranged):
     """Presets; the flags below override what they set."""
 
     model: Annotated[str | None, tyro.conf.arg(metavar=ENCODER_METAVAR)] = None
-    """Encoder: tiny to large are DyViT, vit-* are plain ViT, timm:NAME is the vision transformer that timm
-    calls NAME, with random weights; default: small"""
+    """Encoder: tiny to large are DyViT, vit-* are plain ViT, timm:NAME is timm's network of that name;
+    default: small"""
     method: Annotated[Method | None, tyro.conf.arg(help=_METHOD_HELP)] = None
     degrade: Annotated[Degradation | None, RARE] = None
     """Degradation of --method beyond; `coma degrade IMAGE --out SHEET` draws all of them; default:
@@ -91,10 +89,10 @@ class Presets(Ranged):
     """The teacher's .safetensors file; nothing is downloaded; default: that in the model hub's local cache"""
     recipe: Literal["default", "small-data"] | None = None
     """small-data suits up to about 10,000 images on one GPU; default: default"""
-    channels: Annotated[int | None, CHANNELS] = None
+    channels: Annotated[int | None, CHANNELS, RARE] = None
     """Channels of the images; default: 3"""
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Start with the settings of this run, or of a file in JSON, YAML or TOML."""
+    """Settings of another run, or of a JSON, YAML or TOML file."""
     resume: Path | None = None
     """Resume the run in this directory with its saved settings."""
     allow_changed_data: Annotated[bool, RARE] = False

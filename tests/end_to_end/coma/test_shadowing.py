@@ -56,7 +56,7 @@ def test_the_help_of_every_room_is_ours(folder, command):
 @pytest.mark.parametrize(
     ("command", "theirs"),
     [
-        (MODULE, THEIRS),
+        pytest.param(MODULE, THEIRS, marks=pytest.mark.slow),
         (CHILD, (*THEIRS, "coma")),
         pytest.param(
             (sys.executable, "-m", "torch.distributed.run", "--standalone", *MODULE[1:]),

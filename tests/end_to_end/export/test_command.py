@@ -229,6 +229,7 @@ def test_default_shapes_follow_the_kind(tmp_path):
     assert default_shapes(config, "segmentor").dynamic == {"batch", "height", "width"}
 
 
+@pytest.mark.slow
 def test_a_model_that_zooms_in_rebuilds_its_whole_views(tmp_path):
     """The encoder saw 48 px; the decoder rebuilds the view around them, 80."""
     method = BeyondConfig("zoom-in+mask", decoder=export_files.OBJECTIVE.decoder)

@@ -1,12 +1,12 @@
 """Two processes are one process with the same global batch; what goes wrong on one ends all."""
 
 import json
-import os
 import re
 import socket
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,7 +59,7 @@ from pretrain.training.train_step import TrainStep
 
 torch.set_num_threads(1)
 run_directory.reconstruction_sheet = run_directory.loss_curve = lambda *_, **__: None
-folder, ports = Path(sys.argv[1]), iter(sys.argv[2:])
+folder = Path(sys.argv[1])
 take = TrainStep.__call__
 
 def at_step(number, action):
@@ -91,7 +91,7 @@ def scenario(name, rank):
     elif name == "other-data":
         run_plan.open_source = lambda path: open_source(folder / "fewer" if rank else path)
     elif name == "remote":
-        data = replace(data, images=Address(os.environ["SHARD"]))
+        data = replace(data, images=Address((folder / "shard").read_text()))
     elif name == "nonfinite":
         at_step(2, poison)
     elif name.startswith("compiled"):
@@ -115,20 +115,16 @@ def member(name, rank, port):
         sys.exit(error.exit_code)
     sys.exit(0)
 
-for name in os.environ["SCENARIOS"].split():
-    port, children = next(ports), []
+for line in sys.stdin:
+    (name, port), children = line.split(), []
     for rank in range(2):
         children.append(os.fork())
         if children[-1] == 0:
             member(name, rank, port)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    print(name, *codes, flush=True)
+    print(*codes, flush=True)
 """
 
-SCENARIOS = (
-    *("ddp", "fsdp", "fsdp-then-one", "one-then-fsdp"),
-    *("bug", "unreadable", "other-data", "nonfinite", "dry", "remote"),
-)
 METHODS = ("cmt", "cmt-fsdp", "zoom")
 COMPILED = ("compiled-ddp", "compiled-fsdp")
 
@@ -190,41 +186,35 @@ def methods(settings: PretrainConfig, folder: Path, one: Path) -> dict[str, Path
     return found
 
 
-@pytest.fixture(scope="module")
-def codes(settings: PretrainConfig, folder: Path) -> dict[str, tuple[int, int]]:
-    """Exit codes of both processes in every scenario."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
-        started = replace(settings, run=replace(settings.run, out=folder / "one-then-fsdp"))
-        dying(patch, 3)
-        pretrain(started)
-    (folder / "served").mkdir()
-    with tarfile.open(folder / "served" / "photos.tar", "w") as tar:
-        for path in sorted((folder / "photos").iterdir()):
-            tar.add(path, path.name)
-    with serve(folder / "served") as server, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SHARD", f"{server.url}/photos.tar")
-        codes = run_pairs(settings, SCENARIOS)
-        assert server.requests.count("/index.json") == 1
-    return codes
+class Pairs(dict[str, tuple[int, int]]):
+    """Exit codes of both processes of a scenario, which runs when it is first asked for."""
+
+    def __init__(self, folder: Path, server: subprocess.Popen[str]) -> None:
+        super().__init__()
+        self.folder, self.server = folder, server
+
+    def __missing__(self, name: str) -> tuple[int, int]:
+        assert self.server.stdin and self.server.stdout
+        print(name, free_port(), file=self.server.stdin, flush=True)
+        first, second = self.server.stdout.readline().split()
+        self[name] = int(first), int(second)
+        return self[name]
+
+    def said(self, name: str) -> list[str]:
+        """What each process said."""
+        _ = self[name]
+        return [(self.folder / f"{name}-{rank}.log").read_text() for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
-def slow_codes(settings: PretrainConfig, methods: dict[str, Path]) -> dict[str, tuple[int, int]]:
-    """Exit codes of both processes with other methods, and with compiled graphs."""
-    return run_pairs(settings, METHODS + COMPILED)
-
-
-def run_pairs(settings: PretrainConfig, scenarios: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    """Run the scenarios one after the other, each in two processes."""
-    folder = settings.run.out.parent
+def codes(settings: PretrainConfig, folder: Path) -> Iterator[Pairs]:
+    """One process imports everything, and forks the two of every scenario."""
     (folder / "config.json").write_text(json.dumps(to_plain(settings)))
-    command = [sys.executable, "-c", PAIR, str(folder), *free_ports(len(scenarios))]
-    ended = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"SCENARIOS": " ".join(scenarios)}
-    )
-    assert ended.returncode == 0, ended.stderr
-    lines = (line.split() for line in ended.stdout.splitlines())
-    return {name: (int(first), int(second)) for name, first, second in lines}
+    command = [sys.executable, "-c", PAIR, str(folder)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        yield Pairs(folder, server)
 
 
 def dying(patch: pytest.MonkeyPatch, step: int) -> None:
@@ -234,18 +224,10 @@ def dying(patch: pytest.MonkeyPatch, step: int) -> None:
     patch.setattr(TrainStep, "__call__", lambda self, n, *rest: take(self, n, *rest) if n < step else 1 / 0)
 
 
-def free_ports(count: int) -> list[str]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
+def free_port() -> int:
+    with socket.socket() as each:
         each.bind(("127.0.0.1", 0))
-    ports = [str(each.getsockname()[1]) for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def said(folder: Path, name: str) -> list[str]:
-    return [(folder / f"{name}-{rank}.log").read_text() for rank in range(2)]
+        return each.getsockname()[1]
 
 
 def assert_close(run: Path, other: Path) -> None:
@@ -270,7 +252,7 @@ def without_key_bias(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_first_of_two_processes_says_what_the_run_is_going_to_do(codes, folder):
-    first, second = said(folder, "dry")
+    first, second = codes.said("dry")
     assert codes["dry"] == (0, 0), (first, second)
     assert "steps          5 of 4 images (2 processes), which are 2 epochs" in first
     assert "device         cpu, fp32, ddp" in first and "mean of 2 steps after the first" in first
@@ -279,51 +261,61 @@ def test_the_first_of_two_processes_says_what_the_run_is_going_to_do(codes, fold
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_are_one(codes, folder, one, parallel):
-    assert codes[parallel] == (0, 0), said(folder, parallel)
+    assert codes[parallel] == (0, 0), codes.said(parallel)
     assert_close(folder / parallel, one)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", COMPILED)
-def test_two_compiled_processes_are_one(slow_codes, folder, one, parallel):
-    assert slow_codes[parallel] == (0, 0), said(folder, parallel)
+def test_two_compiled_processes_are_one(codes, folder, one, parallel):
+    assert codes[parallel] == (0, 0), codes.said(parallel)
     assert_close(folder / parallel, one)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_two_processes_are_one_whatever_the_method(slow_codes, folder, methods, name):
-    assert slow_codes[name] == (0, 0), said(folder, name)
+def test_two_processes_are_one_whatever_the_method(codes, folder, methods, name):
+    assert codes[name] == (0, 0), codes.said(name)
     assert_close(folder / name, methods[name.partition("-")[0]])
 
 
 def test_one_process_goes_on_where_two_were_stopped(codes, folder, settings, one):
-    assert codes["fsdp-then-one"] == (130, 130), said(folder, "fsdp-then-one")
+    assert codes["fsdp-then-one"] == (130, 130), codes.said("fsdp-then-one")
     run = folder / "fsdp-then-one"
     assert len(rows(run)) == 3
     pretrain(replace(settings, run=replace(settings.run, out=run)), resume=True)
     assert_close(run, one)
 
 
-def test_two_processes_go_on_where_one_was_killed(codes, folder, one):
-    assert codes["one-then-fsdp"] == (0, 0), said(folder, "one-then-fsdp")
+def test_two_processes_go_on_where_one_was_killed(codes, folder, settings, one):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        dying(patch, 3)
+        pretrain(replace(settings, run=replace(settings.run, out=folder / "one-then-fsdp")))
+    assert codes["one-then-fsdp"] == (0, 0), codes.said("one-then-fsdp")
     assert_close(folder / "one-then-fsdp", one)
 
 
 def test_two_processes_read_a_remote_shard_and_one_its_headers(codes, folder, one):
-    assert codes["remote"] == (0, 0), said(folder, "remote")
+    (folder / "served").mkdir()
+    with tarfile.open(folder / "served" / "photos.tar", "w") as tar:
+        for path in sorted((folder / "photos").iterdir()):
+            tar.add(path, path.name)
+    with serve(folder / "served") as server:
+        (folder / "shard").write_text(f"{server.url}/photos.tar")
+        assert codes["remote"] == (0, 0), codes.said("remote")
+        assert server.requests.count("/index.json") == 1
     assert_close(folder / "remote", one)
 
 
 def test_only_process_0_speaks(codes, folder):
-    first, second = said(folder, "ddp")
+    first, second = codes.said("ddp")
     assert "step 5/5" in first
     assert second == ""
 
 
 def test_what_one_process_finds_ends_both_with_one_message(codes, folder):
     assert codes["other-data"] == (2, 2)
-    first, second = said(folder, "other-data")
+    first, second = codes.said("other-data")
     assert first == second
     assert "agreed BadInput" in first
     assert "different numbers of images, [10, 9]" in first
@@ -331,20 +323,20 @@ def test_what_one_process_finds_ends_both_with_one_message(codes, folder):
 
 def test_a_bad_image_on_one_process_ends_both(codes, folder):
     """The one says what it met; the other says that it is not to blame."""
-    first, second = said(folder, "unreadable")
+    first, second = codes.said("unreadable")
     assert codes["unreadable"] == (1, 2), (first, second)
     assert re.search(r"alone BadImage process 1 of 2 on \S+: \S+/bad/\d.png: ", second)
     assert "alone ComaError process 0 of 2: another process stopped; its own message says why" in first
 
 
 def test_a_process_that_is_gone_ends_the_other(codes, folder):
-    first, _ = said(folder, "bug")
+    first, _ = codes.said("bug")
     assert codes["bug"] == (1, 3)
     assert "alone ComaError process 0 of 2: another process stopped" in first
 
 
 def test_a_loss_that_is_not_finite_is_written_down_whole(codes, folder, settings):
-    first, _ = said(folder, "nonfinite")
+    first, _ = codes.said("nonfinite")
     assert codes["nonfinite"] == (1, 1), first
     assert "agreed CheckFailed step 3: loss nan" in first
     replay = replay_nonfinite(folder / "nonfinite" / "nonfinite" / "step-000003.safetensors")

@@ -238,6 +238,7 @@ def failing(labelled: Path, tmp_path: Path) -> None:
     assert "| mae |" in text and "**Missing:** coma-small-0: exit code 1" in text
 
 
+@pytest.mark.slow
 def test_seconds_are_timed_first_and_stopping_is_safe(labelled, tmp_path):
     in_another_process("timed", labelled, tmp_path)
 

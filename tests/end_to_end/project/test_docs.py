@@ -296,6 +296,17 @@ def test_python_runs(inside, page):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for cell in json.loads((ROOT / "docs/first_steps.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert names["losses"].losses and names["scores"]["top1"] > 0.5 and names["path"].is_file()
+
+
+@pytest.mark.slow
 def test_the_configuration_of_a_detector_builds_its_backbone(inside):
     names = run_python("docs/guides/detect.md")
     for module in names["custom_imports"]["imports"]:

@@ -30,7 +30,7 @@ NEEDS = [
     ("pretrain MISSING", "tensorboard", ""),
     ("quickstart", "skimage", ""),
     ("compare MISSING --test MISSING --budget images 9", "matplotlib", ""),
-    ("classify train MISSING --data MISSING --out run", "matplotlib", ""),
+    ("classify train MISSING --data MISSING --out run", "matplotlib", "[classify]"),
 ]
 
 

@@ -191,7 +191,7 @@ def test_odd_objects_end_in_a_count_and_never_in_a_wait(tmp_path):
 def test_a_pipe_is_refused_in_one_line(tmp_path, name, capsys):
     os.mkfifo(tmp_path / name)
     assert main(["pretrain", str(tmp_path / name), "--out", str(tmp_path / "run")]) == 2
-    way_out = "give a folder of images, a .npz pack or .tar shards"
+    way_out = "give a folder of images, a .npz pack, .tar shards or .parquet files"
     assert capsys.readouterr().err == f"error: {tmp_path / name}: is not a regular file; {way_out}\n"
     assert main(["degrade", str(tmp_path / name), "--out", str(tmp_path / "sheet.png")]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path / name}: is not a regular file; give an image file\n"

@@ -65,7 +65,7 @@ def test_settings_in_one_object_are_taken_as_well(settings):
         ({"quite_other": 3}, "coma pretrain has no setting quite_other"),
         ({"batch_size": 0}, "--batch-size 0 must be at least 1"),
         ({"epochs": "many"}, "--epochs 'many' must be a number"),
-        ({"model": "tinny"}, "--model 'tinny' must be tiny, small"),
+        ({"model": "tinny"}, "no model preset 'tinny'; there are: tiny, small"),
         ({"degrade": "blur"}, "--degrade blur belongs to --method beyond"),
         ({"resume": "elsewhere"}, "elsewhere: no such file; give a run directory"),
         ({"allow_changed_data": True}, "--allow-changed-data goes with --resume"),
