@@ -64,6 +64,7 @@ def until(condition, seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_repeats_nothing_and_the_table_says_what_the_runs_say(labelled, tmp_path):
     in_another_process("killed", labelled, tmp_path)
 

@@ -121,6 +121,7 @@ def test_plain_vit(tmp_path):
         compare(artifact, "reconstructor", path, shape, 1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_that_zooms_in_draws_borders_of_any_width(tmp_path):
     method = BeyondConfig(decoder=export_files.OBJECTIVE.decoder)
     model = ViTConfig(patch=8, dim=16, depth=1, heads=2)
@@ -182,6 +183,7 @@ def test_more_channels(tmp_path):
     assert OnnxRuntime(path)(torch.zeros(1, 5, 32, 32))["pooled"].shape == (1, 64)
 
 
+@pytest.mark.slow
 def test_a_batch_that_was_baked_in_is_caught(tmp_path):
     class Baked(nn.Module):
         def __init__(self, graph: nn.Module) -> None:

@@ -119,6 +119,7 @@ def worst_cosine(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
     return min(float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())) for a, b in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "kind"), [("int8", TensorProto.INT8), ("fp8", TensorProto.FLOAT8E4M3FN)]
 )
@@ -155,6 +156,7 @@ def test_pairs_stand_before_layers_with_weights_alone(
     assert rest == [node.op_type for node in source.node]
 
 
+@pytest.mark.slow
 def test_weights_are_kept_in_eight_bits(exports: dict[str, Path], eight_bits: dict[str, Path]) -> None:
     before = precision_summary(onnx.load(exports["fp32"]))
     for precision, kind in (("int8", "int8"), ("fp8", "float8e4m3fn")):
@@ -167,6 +169,7 @@ def test_weights_are_kept_in_eight_bits(exports: dict[str, Path], eight_bits: di
         assert after["weight_bytes"]["float"] < 0.2 * before["weight_bytes"]["float"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "bound"), [("int8", 0.998), ("fp8", 0.985)])
 def test_outputs_are_near_to_fp32_at_any_batch_size(
     exports: dict[str, Path], eight_bits: dict[str, Path], precision: str, bound: float
@@ -226,6 +229,7 @@ def test_every_output_channel_of_every_kind_of_layer_has_its_scale(tmp_path: Pat
     assert stored.keys().isdisjoint(weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])
 def test_methods_of_calibration(exports: dict[str, Path], tmp_path: Path, method) -> None:
     seen: list[int] = []
@@ -240,6 +244,7 @@ def test_methods_of_calibration(exports: dict[str, Path], tmp_path: Path, method
     assert (done.ranges == highest) == (method == "minmax")
 
 
+@pytest.mark.slow
 def test_half_precision_around_int8(exports: dict[str, Path], tmp_path: Path) -> None:
     quantize_int8(exports["fp16"], tmp_path / "out.onnx", calibration())
     model, images = onnx.load(tmp_path / "out.onnx"), crops(3, seed=99)
@@ -248,6 +253,7 @@ def test_half_precision_around_int8(exports: dict[str, Path], tmp_path: Path) ->
     assert worst_cosine(run(model, images), run(exports["fp32"], images)) > 0.998
 
 
+@pytest.mark.slow
 def test_kept_layers_and_metadata(exports: dict[str, Path], tmp_path: Path) -> None:
     target = tmp_path / "out.onnx"
     done = quantize_fp8(
@@ -267,6 +273,7 @@ def test_kept_layers_and_metadata(exports: dict[str, Path], tmp_path: Path) -> N
         quantize_int8(exports["fp32"], target, calibration(), exclude=("neck.*",))
 
 
+@pytest.mark.slow
 def test_a_failure_leaves_the_target_as_it_was(
     exports: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,6 +325,7 @@ def test_codes_round_to_the_nearest_and_saturate() -> None:
     assert INT8.scale(np.array([0, 127, 1e-30]), np.dtype(np.float16)).tolist() == [1, 1, 2**-14]
 
 
+@pytest.mark.slow
 def test_bf16_is_emulated_as_torch_computes_it(exports: dict[str, Path]) -> None:
     images = crops(3, seed=99)
     model = onnx.load(exports["bf16"])
@@ -363,6 +371,7 @@ def test_every_result_is_rounded_as_torch_rounds_it() -> None:
     assert all((a == b).mean() > 0.99 for a, b in zip(found, expected, strict=True))  # but for orders of sums
 
 
+@pytest.mark.slow
 def test_fp16_runs_on_a_cpu(exports: dict[str, Path]) -> None:
     images = crops(3, seed=99)
     assert 0.99999 < worst_cosine(run(exports["fp16"], images), run(exports["fp32"], images)) < 1 - 1e-9

@@ -109,6 +109,7 @@ print("killed", kills)
 """
 
 
+@pytest.mark.slow
 def test_kill_at_random_moments(resumable, tmp_path):
     """Real processes, saving after every step, killed by SIGKILL wherever they happen to be."""
     config = at(resumable, tmp_path / "run", save_steps=1)
