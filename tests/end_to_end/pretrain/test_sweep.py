@@ -215,6 +215,7 @@ def test_the_reason_is_the_last_process_s_own(tmp_path):
     assert process_pool._reason(1, log) == "exit code 1"
 
 
+@pytest.mark.slow
 def test_a_failing_run_is_named_and_the_others_are_in_the_table(labelled, tmp_path):
     in_another_process("failing", labelled, tmp_path)
 

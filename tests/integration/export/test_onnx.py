@@ -149,6 +149,7 @@ def test_static_shapes_are_static_and_others_refused(tmp_path):
         OnnxRuntime(path)(torch.zeros(1, 3, 48, 48))
 
 
+@pytest.mark.slow
 def test_pixels_in_and_mean_inside(tmp_path):
     artifact = export_files.pretrained(tmp_path / "artifact")
     batch = Shapes(Shape(1, 48, 48), Shape(2, 48, 48), Shape(4, 48, 48))
