@@ -95,23 +95,12 @@ class DyViTConfig(Ranged):
                 )
 
 
-@dataclass(frozen=True)
-class ViTConfig(Ranged):
-    """Plain ViT, the backbone of MAE (He et al. 2021)."""
+class _PlainConfig(Ranged):
+    """Facts that plain vision transformers share: one map, and patches that are the mask units."""
 
     flags = "--model."
-
-    channels: Annotated[int, CHANNELS] = 3
-    """Input channels."""
-    patch: Annotated[int, Range(1, 1024)] = 16
-    """Side of a patch in pixels; it is also the mask unit."""
-    dim: Annotated[int, WIDTH] = 768
-    depth: Annotated[int, DEPTH] = 12
-    heads: Annotated[int, HEADS] = 12
-    mlp_ratio: Annotated[float, Range(0, 64, above=True)] = 4.0
-    """Hidden width of the MLP over its input width."""
-    drop_path: Annotated[float, DECAY] = 0.0
-    """Largest stochastic-depth rate, reached linearly at the last block."""
+    patch: int
+    dim: int
 
     @property
     def unit(self) -> int:
@@ -138,6 +127,23 @@ class ViTConfig(Ranged):
         """Channels of its one map."""
         return (self.dim,)
 
+
+@dataclass(frozen=True)
+class ViTConfig(_PlainConfig):
+    """Plain ViT, the backbone of MAE (He et al. 2021)."""
+
+    channels: Annotated[int, CHANNELS] = 3
+    """Input channels."""
+    patch: Annotated[int, Range(1, 1024)] = 16
+    """Side of a patch in pixels; it is also the mask unit."""
+    dim: Annotated[int, WIDTH] = 768
+    depth: Annotated[int, DEPTH] = 12
+    heads: Annotated[int, HEADS] = 12
+    mlp_ratio: Annotated[float, Range(0, 64, above=True)] = 4.0
+    """Hidden width of the MLP over its input width."""
+    drop_path: Annotated[float, DECAY] = 0.0
+    """Largest stochastic-depth rate, reached linearly at the last block."""
+
     @staticmethod
     def suited_to(image_size: int) -> dict[str, Any]:
         """Returns the patch for square images of `image_size` pixels."""
@@ -150,14 +156,12 @@ class ViTConfig(Ranged):
 
 
 @dataclass(frozen=True)
-class TimmConfig(Ranged):
+class TimmConfig(_PlainConfig):
     """Vision transformer of timm; `--model timm:NAME` fills in the values of the network with this name.
 
     Whatever is not a setting (heads, registers, rotary positions, layer scale, the kind of MLP, ...) follows
     from the name.
     """
-
-    flags = "--model."
 
     name: str
     """Name of the architecture in timm, without the tag of its weights."""
@@ -174,31 +178,6 @@ class TimmConfig(Ranged):
     """Input channels."""
     drop_path: Annotated[float, DECAY] = 0.0
     """Largest stochastic-depth rate, reached linearly at the last block."""
-
-    @property
-    def unit(self) -> int:
-        """Side of a mask unit in pixels."""
-        return self.patch
-
-    @property
-    def num_features(self) -> int:
-        """Channels of the output."""
-        return self.dim
-
-    @property
-    def as_wide_as_base(self) -> bool:
-        """Returns whether the encoder has the width of the preset vit-base."""
-        return self.dim == 768
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Pixels per token of its one map."""
-        return (self.patch,)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of its one map."""
-        return (self.dim,)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,7 +31,7 @@ DeviceName = Literal["auto", "cuda", "cpu"]
 
 @dataclass(frozen=True)
 class FeatureRequest:
-    """What is asked of a model; plain data, which travels to other machines."""
+    """A model and the features that it computes, as plain data that can be sent to other machines."""
 
     model: str
     """A path, or `timm:NAME`."""

@@ -18,7 +18,7 @@ class Group:
 
     Attributes:
         members: Positions of the images.
-        similarities: Of each member, the similarity to its most similar image of the group.
+        similarities: The similarity of each member to its most similar image of the group.
     """
 
     members: list[int]

@@ -43,7 +43,7 @@ def find_query(text: str, collection: Collection, request: FeatureRequest) -> Qu
 
     Args:
         text: An image file, or the path of an image of the collection.
-        collection: What is searched.
+        collection: The images and features to search.
         request: The model for other images; an empty name stands for the one that the collection names.
 
     Raises:

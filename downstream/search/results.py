@@ -25,7 +25,7 @@ class Result:
 
     Attributes:
         name: Name of its files, such as `nearest`.
-        title: What it is, for people.
+        title: Headline of the table and of the picture.
         rows: A row for every image: column and value.
         draw: Returns its picture; called where there are rows and a folder to write it to.
     """
