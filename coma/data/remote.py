@@ -1,33 +1,22 @@
-"""Remote files through fsspec: ranged reads that are repeated on failure and limited in time.
+"""Remote files through fsspec: their size and version, and ranges of their bytes.
 
-Random access needs a storage that serves ranges of bytes; one that sends whole files instead is refused. A
-request that fails is repeated after a growing pause. What can never succeed (a missing file, no permission,
-no package for the protocol) is an error at once. Connections belong to the process that opened them: a
-`RemoteFile` that is sent to a worker holds the address alone.
-
-Error texts of libraries often contain whole addresses, so these are removed before the texts are shown.
+Random access needs a storage that serves ranges of bytes; one that sends whole files instead is refused.
+Connections belong to the process that opened them: a `RemoteFile` that is sent to a worker holds the address
+alone. Requests are repeated as `coma.data.retries` says.
 """
 
 from __future__ import annotations
 
 import io
-import itertools
 import logging
-import queue
-import random
 import re
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from threading import Lock, Thread
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
+from coma.data import retries
 from coma.errors import BadImage, BadInput
-from coma.messages import counted, printable
 from coma.paths import Address, Location
-
-Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -35,83 +24,14 @@ MAX_IMAGE = 1 << 28
 """Maximum number of bytes of an encoded image that is read into memory."""
 _AHEAD = 1 << 26
 """Bytes of the images that `ReadAhead` holds."""
-THREADS = 16
-"""Number of requests of one process at a time."""
 
 _REQUEST = 1 << 24
 """Bytes of one request; longer ranges are read in several."""
-_REPORT_SECONDS = 60.0
-"""Time between two reports of repeated requests."""
-_STATUS_RETRIED = {408, 425, 429}
-_NEVER_RETRIED = (
-    *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
-    *(ImportError, NotImplementedError, ValueError, TypeError, MemoryError),
-)
-_PACKAGES = {
-    **dict.fromkeys(("s3", "s3a"), "s3fs"),
-    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
-    **dict.fromkeys(("az", "abfs", "abfss", "adl"), "adlfs"),
-    **dict.fromkeys(("http", "https"), "'coma-dyvit[remote]'"),
-    "hf": "huggingface_hub",
-}
 _VERSIONS = (
     *("ETag", "etag", "blob_id", "md5Hash", "content_md5", "Content-MD5", "generation"),
     *("LastModified", "Last-Modified", "last_modified", "updated", "mtime", "created"),
 )
 """Names that file systems give to what changes with the content of a file."""
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """How long requests are tried."""
-
-    attempts: int = 8
-    first_pause: float = 0.5
-    """Seconds before the first repetition; every further pause is twice as long."""
-    seconds: float = 60.0
-    """Time limit of one request."""
-
-
-POLICY = RetryPolicy()
-
-
-class RepeatedRequests:
-    """Counts requests that were repeated; workers hand their counts to the parent, which reports them."""
-
-    def __init__(self) -> None:
-        self.in_worker = False
-        self._count = self._reported = 0
-        self._last = ""
-        self._next = 0.0
-        self._lock = Lock()
-
-    def add(self, count: int, last: str) -> None:
-        """Counts repetitions; `last` says which request was repeated, and why."""
-        if not count:
-            return
-        with self._lock:
-            self._count, self._last = self._count + count, last
-        if not self.in_worker and time.monotonic() >= self._next:
-            self.report()
-
-    def take(self) -> tuple[int, str]:
-        """Returns count and last repetition of a worker, and forgets them."""
-        with self._lock:
-            taken = self._count, self._last
-            self._count, self._last = 0, ""
-        return taken
-
-    def report(self) -> None:
-        """Logs how many requests were repeated so far, unless that was logged already."""
-        if self._count == self._reported:
-            return
-        self._reported, self._next = self._count, time.monotonic() + _REPORT_SECONDS
-        were = "was" if self._count == 1 else "were"
-        log.warning("%s %s repeated; the last: %s", counted(self._count, "request"), were, self._last)
-
-
-REPEATED = RepeatedRequests()
-"""The counts of this process."""
 
 
 class FileState(NamedTuple):
@@ -147,9 +67,9 @@ class RemoteFile(NamedTuple):
         if start + size > self.state.size:
             raise BadInput(f"{self}: is shorter than the {start + size:,} bytes that are to be read of it")
         if size <= _REQUEST:
-            return _request(self.address, lambda: _read_range(self.address, start, size))
+            return retries.request(self.address, lambda: _read_range(self.address, start, size))
         parts = [(at, min(_REQUEST, start + size - at)) for at in range(start, start + size, _REQUEST)]
-        return b"".join(in_threads(lambda part: self.read(*part), parts))
+        return b"".join(retries.in_threads(lambda part: self.read(*part), parts))
 
 
 def describe_files(location: Location, files: Sequence[RemoteFile]) -> dict[str, Any]:
@@ -253,42 +173,8 @@ class ReadAhead:
             while self._wanted and (not batch or total + size(self._wanted[0]) <= _AHEAD):
                 batch.append(self._wanted.popleft())
                 total += size(batch[-1])
-            self._ready = dict(zip(batch, in_threads(read, batch), strict=True))
+            self._ready = dict(zip(batch, retries.in_threads(read, batch), strict=True))
         return self._ready.pop(i, None) or read(i)
-
-
-def in_threads(function: Callable[[Any], Result], items: Sequence[Any]) -> list[Result]:
-    """Returns the results of up to `THREADS` calls at a time, in order; the first error ends it.
-
-    Nothing waits for the threads then, nor after Ctrl-C: they may hang as long as a request may take.
-    """
-    if len(items) < 2:
-        return [function(item) for item in items]
-    left, answers = deque(enumerate(items)), queue.SimpleQueue[Any]()
-
-    def work() -> None:
-        while left:
-            try:
-                i, item = left.popleft()
-            except IndexError:  # another thread was faster
-                return
-            try:
-                answers.put((i, function(item), None))
-            except BaseException as error:
-                answers.put((i, None, error))
-
-    for _ in range(min(THREADS, len(items))):
-        Thread(target=work, daemon=True).start()
-    found: dict[int, Any] = {}
-    try:
-        for _ in items:
-            i, result, error = answers.get()
-            if error is not None:
-                raise error
-            found[i] = result
-    finally:
-        left.clear()
-    return [found[i] for i in range(len(items))]
 
 
 def list_folder(address: Address) -> list[str]:
@@ -308,7 +194,7 @@ def list_folder(address: Address) -> list[str]:
             if entry["name"].rstrip("/") != path.rstrip("/")
         ]
 
-    return sorted(set(_request(address, names)) - {"", "/"})
+    return sorted(set(retries.request(address, names)) - {"", "/"})
 
 
 def open_file(address: Address) -> RemoteFile:
@@ -317,7 +203,7 @@ def open_file(address: Address) -> RemoteFile:
     Raises:
         BadInput: It does not exist or cannot be read, or the storage does not tell its size.
     """
-    return RemoteFile(address, _request(address, lambda: _state(address)))
+    return RemoteFile(address, retries.request(address, lambda: _state(address)))
 
 
 def read_small_file(address: Address, most: int = 1 << 24) -> bytes | None:
@@ -328,15 +214,11 @@ def read_small_file(address: Address, most: int = 1 << 24) -> bytes | None:
     """
     try:
         file = open_file(address)
-    except RemoteMissing:
+    except retries.RemoteMissing:
         return None
     if file.state.size > most:
         raise BadInput(f"{file}: {file.state.size:,} bytes are more than the {most:,} that are expected")
     return file.read(0, file.state.size)
-
-
-class RemoteMissing(BadInput):
-    """A remote file or folder that does not exist, or that this user may not read."""
 
 
 def check_image_size(size: int, name: str) -> None:
@@ -357,7 +239,7 @@ def _filesystem(address: Address) -> tuple[Any, str]:
     if address.scheme in ("http", "https"):
         from aiohttp import ClientTimeout
 
-        options["client_kwargs"] = {"timeout": ClientTimeout(total=POLICY.seconds), "trust_env": True}
+        options["client_kwargs"] = {"timeout": ClientTimeout(total=retries.POLICY.seconds), "trust_env": True}
     return fsspec.core.url_to_fs(address.url.partition("#")[0], **options)
 
 
@@ -416,91 +298,3 @@ def _http_range(filesystem: Any, url: str, start: int, size: int) -> tuple[bytes
 
     answer: Any = sync(filesystem.loop, get)
     return answer
-
-
-def _request(address: Address, call: Callable[[], Result]) -> Result:
-    """Returns what a request gives, repeated as often as the policy allows.
-
-    Raises:
-        RemoteMissing: There is no such file, or no permission to read it.
-        BadInput: It fails for ever, or as often as it was tried.
-    """
-    began, pause = time.monotonic(), POLICY.first_pause
-    for attempt in itertools.count(1):
-        try:
-            return _in_time(call)
-        except Exception as error:
-            reason = _reason(address, error)
-            if _is_final(error):
-                missing = isinstance(error, FileNotFoundError | PermissionError) or _status(error)
-                raise (RemoteMissing if missing else BadInput)(f"{address}: {reason}") from None
-            if attempt == POLICY.attempts:
-                tried = f"{attempt} attempts in {time.monotonic() - began:.0f} seconds"
-                raise BadInput(
-                    f"{address}: {reason}; gave up after {tried}: check the address and the network, then "
-                    "run it again (a training run with --resume)"
-                ) from None
-        REPEATED.add(1, f"{address}: {reason}")
-        time.sleep(pause * (1 + _JITTER.random()) / 2)
-        pause *= 2
-    raise AssertionError
-
-
-_JITTER = random.Random()
-
-
-def _in_time(call: Callable[[], Result]) -> Result:
-    """Returns what `call` returns; a call that outlasts the limit is abandoned in its thread."""
-    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            answers.put((call(), None))
-        except BaseException as error:
-            answers.put((None, error))
-
-    Thread(target=run, daemon=True).start()
-    try:
-        result, error = answers.get(timeout=POLICY.seconds)
-    except queue.Empty:
-        raise TimeoutError from None
-    if error is not None:
-        raise error
-    return result
-
-
-def _status(error: BaseException) -> int | None:
-    """Returns the status of a HTTP answer that a repetition would not change, else None."""
-    status = getattr(error, "status", None)
-    final = isinstance(status, int) and 400 <= status < 500 and status not in _STATUS_RETRIED
-    return status if final else None
-
-
-def _is_final(error: BaseException) -> bool:
-    return isinstance(error, _NEVER_RETRIED) or bool(_status(error)) or "Credentials" in type(error).__name__
-
-
-def _reason(address: Address, error: BaseException) -> str:
-    """Returns what is wrong, in one line without addresses and secrets."""
-    if isinstance(error, TimeoutError):
-        return f"no answer within {POLICY.seconds:g} seconds"
-    if isinstance(error, ImportError):
-        package = _PACKAGES.get(address.scheme)
-        return f"reading {address.scheme}:// needs a package: " + (
-            f"pip install {package}" if package else _scrubbed(address, error)
-        )
-    if isinstance(status := getattr(error, "status", None), int):
-        hint = "; check the credentials" if status in (401, 403) else ""
-        return f"the server answers {status} {printable(str(getattr(error, 'message', '')))[:80]}{hint}"
-    if isinstance(error, FileNotFoundError):
-        return "no such file or folder"
-    if isinstance(error, PermissionError):
-        return f"no permission to read it ({_scrubbed(address, error)}); check the credentials"
-    return _scrubbed(address, error)
-
-
-def _scrubbed(address: Address, error: BaseException) -> str:
-    text = re.sub(r"\w+://\S+", "...", " ".join(str(error).split()))
-    for secret in address.secrets:
-        text = text.replace(secret, "***")
-    return printable(text[:200]) or type(error).__name__

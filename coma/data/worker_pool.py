@@ -40,7 +40,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from coma.data.remote import REPEATED
+from coma.data.retries import REPEATED
 from coma.devices import cores
 from coma.errors import ComaError
 from coma.ranges import PROCESSES

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from coma.data import remote
-from coma.data.remote import RetryPolicy
+from coma.data import retries
+from coma.data.retries import RetryPolicy
 
 
 class FileServer:
@@ -110,8 +110,8 @@ def server(tmp_path: Path) -> Iterator[FileServer]:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pauses and limits, and counts from 0."""
-    monkeypatch.setattr(remote, "POLICY", RetryPolicy(attempts=4, first_pause=0.01, seconds=5))
-    remote.REPEATED.__init__()
+    monkeypatch.setattr(retries, "POLICY", RetryPolicy(attempts=4, first_pause=0.01, seconds=5))
+    retries.REPEATED.__init__()
 
 
 if __name__ == "__main__":

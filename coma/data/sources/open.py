@@ -28,15 +28,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coma.data.remote import (
-    RemoteFile,
-    RemoteMissing,
-    describe_files,
-    in_threads,
-    list_folder,
-    open_file,
-    same_files,
-)
+from coma.data.remote import RemoteFile, describe_files, list_folder, open_file, same_files
+from coma.data.retries import RemoteMissing, in_threads
 from coma.data.sources.base import Source
 from coma.data.sources.image_folder import FolderSource, list_files, list_folders
 from coma.data.sources.label_table import TableSource

@@ -20,13 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from coma.data.remote import (
-    RemoteFile,
-    RemoteReader,
-    check_image_size,
-    describe_files,
-    in_threads,
-)
+from coma.data.remote import RemoteFile, RemoteReader, check_image_size, describe_files
+from coma.data.retries import in_threads
 from coma.data.shuffle import Blocks
 from coma.data.sources.base import EncodedSource
 from coma.errors import BadImage, BadInput

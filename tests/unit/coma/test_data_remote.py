@@ -17,10 +17,11 @@ from remote_files import FileServer, impatient, server  # noqa: F401 (fixtures)
 
 from coma.config import PretrainConfig
 from coma.config.serialization import from_plain, to_plain
-from coma.data import ArraySource, open_source, remote
+from coma.data import ArraySource, open_source, remote, retries
 from coma.data.listing import changes, list_data
 from coma.data.loader import evaluation_batches
-from coma.data.remote import RemoteFile, RemoteReader, RetryPolicy, open_file
+from coma.data.remote import RemoteFile, RemoteReader, open_file
+from coma.data.retries import RetryPolicy
 from coma.errors import BadImage, BadInput
 from coma.paths import Address, local_path, parse_location
 
@@ -137,7 +138,7 @@ def test_every_tenth_request_fails(shards, caplog):
 )
 def test_what_does_not_pass_is_one_message(shards, monkeypatch, fault, message):
     if "seconds" in fault:
-        monkeypatch.setattr(remote, "POLICY", RetryPolicy(attempts=4, first_pause=0.01, seconds=0.1))
+        monkeypatch.setattr(retries, "POLICY", RetryPolicy(attempts=4, first_pause=0.01, seconds=0.1))
     for name, value in fault.items():
         setattr(shards, name, value)
     with pytest.raises(BadInput, match=message) as caught:
