@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 from short_runs import MODEL
 
-from coma.artifact import ArtifactConfig, library_versions, save_artifact
+from coma.artifact import LINEAR_HEAD, MULTI_LABEL, ArtifactConfig, library_versions, save_artifact
 from coma.config import FinetuneConfig, FinetuneDataConfig, FinetuneRecipe, FinetuneRunConfig
 from coma.models import build_encoder
+from coma.models.classifiers import build_classifier
 
 COLOURS = ("blue", "green", "red")
+TAGS = ("dark", "green", "red")
 
 
 def paint(folder: Path, count: int, seed: int) -> None:
@@ -78,3 +80,32 @@ def without_val(short: FinetuneConfig, place: Path, out: Path, **recipe: Any) ->
 
 def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def save_classifier(path: Path, names: tuple[str, ...] = COLOURS, *, multi_label: bool = False) -> Path:
+    """A classifier with random weights."""
+    torch.manual_seed(3)
+    head = LINEAR_HEAD | ({MULTI_LABEL: True} if multi_label else {})
+    about = ArtifactConfig(
+        "classifier", MODEL, None, 16, (0.5,) * 3, (0.25,) * 3, names, {}, library_versions(), head
+    )
+    save_artifact(path, tensors=build_classifier(MODEL, len(names)).state_dict(), config=about)
+    return path
+
+
+def tag(folder: Path, counts: dict[str, int]) -> Path:
+    """Pictures that are red, green, both or dark, with a CSV file per split."""
+    rng = np.random.default_rng(0)
+    for split, count in counts.items():
+        lines = ["image,labels"]
+        for number in range(count):
+            tags = [name for name, bit in zip(TAGS[1:], (1, 2), strict=True) if number & bit] or ["dark"]
+            pixels = rng.integers(0, 60, (18, 18, 3))
+            pixels[:, :, 0] += 150 * ("red" in tags)
+            pixels[:, :, 1] += 150 * ("green" in tags)
+            path = folder / split / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+            lines.append(f"{split}/{number}.png,{';'.join(tags)}")
+        (folder / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    return folder
