@@ -77,13 +77,19 @@ def timm_name(text: str) -> str:
     name = text.removeprefix("timm:")
     architecture, dot, _ = name.partition(".")
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
-        raise BadInput(f"timm:{name}: timm {timm.__version__} has no such model; {hint}")
+        raise BadInput(f"timm:{name}: timm {timm.__version__} has no such model; {unknown_to_timm(name)}")
     known = timm.list_pretrained(f"{architecture}.*")
     if dot and name not in known:
         raise BadInput(f"timm:{name}: no such weights; timm has {', '.join(known) or 'none of this model'}")
     return name
+
+
+def unknown_to_timm(name: str) -> str:
+    """Returns what to do about a name that timm does not have."""
+    import timm
+
+    near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+    return f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
 
 
 def _places(reference: str) -> _Places:

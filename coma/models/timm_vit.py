@@ -13,7 +13,6 @@ were trained with before timm moved it (EVA-02, BEiT-3).
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import timm
@@ -38,6 +37,7 @@ from coma.models.checkpoints import (
     resample_positions,
     timm_named,
 )
+from coma.models.hub import unknown_to_timm
 from coma.models.plain import PlainEncoder
 from coma.models.position_embeddings import cubic_weights
 from coma.models.view_sequences import ViewSequences, is_exporting
@@ -218,12 +218,6 @@ def _compute_buffers(encoder: Any, _: Any) -> None:
             setattr(module, name, torch.empty_like(each, device="cpu"))
         if missing:
             module.init_non_persistent_buffers()
-
-
-def unknown_to_timm(name: str) -> str:
-    """Returns what to do about a name that timm does not have."""
-    near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
-    return f"did you mean {' or '.join(near)}?" if near else "give a name of timm's"
 
 
 def _network(name: str, **settings: Any) -> Any:

@@ -33,8 +33,8 @@ from coma.config.serialization import to_plain
 from coma.errors import BadArtifact, BadInput
 from coma.models import Encoder, build_encoder
 from coma.models.attention_maps import check_readable
+from coma.models.hub import unknown_to_timm
 from coma.models.teacher import Teacher
-from coma.models.timm_vit import unknown_to_timm
 from coma.objectives import Objective, build_objective
 
 PUBLISHED = ("vit_base_patch16_clip_quickgelu_224.openai", "vit_base_patch16_clip_224.openai")
