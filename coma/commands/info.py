@@ -95,7 +95,10 @@ def report(path: Location) -> Report:
             if suffix == ".json":
                 raise
     if suffix in _PICKLED:
-        raise BadInput(f"{path}: may hold pickled code, which coma never loads; convert it to .safetensors")
+        raise BadInput(
+            f"{path}: may hold pickled code, which coma never runs; convert it to .safetensors, or let `coma "
+            "pretrain --init` take the tensors of a vision transformer from it"
+        )
     readers = {".onnx": _onnx, ".engine": _engine, ".plan": _engine, ".safetensors": _tensors}
     return readers.get(suffix, _images)(path)
 

@@ -81,7 +81,7 @@ def test_weights(tmp_path, capsys):
     shutil.copy(backbone(tmp_path / "a") / "model.safetensors", tmp_path / "weights.safetensors")
     assert "weights without the model" in told(capsys, tmp_path / "weights.safetensors")
     (tmp_path / "weights.pth").write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
-    assert "never loads" in refused(capsys, tmp_path / "weights.pth")
+    assert "never runs; convert it to .safetensors, or let" in refused(capsys, tmp_path / "weights.pth")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "config.json", "compare.json"])
