@@ -38,7 +38,7 @@ MAX_ROW_GROUP = 1 << 30
 """Maximum bytes of the images in one row group, which is read as a whole."""
 _MAX_FOOTER = 1 << 28
 _CACHE = 1 << 28
-_OPEN_FILES = 64
+_FOOTERS = 64
 _IMAGE_NAMES, _LABEL_NAMES = ("image", "img"), ("label", "labels")
 
 
@@ -200,39 +200,43 @@ class ParquetSource(EncodedSource):
 
 
 class _Reader:
-    """Reads row groups, and keeps the last ones; sent to another process, it is empty again."""
+    """Reads row groups, and keeps the last ones; sent to another process, it is empty again.
+
+    Threads read at the same time, and pyarrow's ParquetFile is not safe for that: each read has one of its
+    own, over the footer that was read once.
+    """
 
     def __init__(self, files: list[StoredFile], column: str = "") -> None:
         self.files, self.column = files, column
-        self._open: OrderedDict[int, Any] = OrderedDict()
+        self._footers: OrderedDict[int, Any] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], Any] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Reader, (self.files, self.column)
 
     def open(self, number: int) -> Any:
-        """Returns a file as pyarrow's ParquetFile.
+        """Returns a file as a new ParquetFile of pyarrow.
 
         Raises:
             BadInput: It is not a readable parquet file.
         """
-        if (opened := self._open.get(number)) is not None:
-            return opened
         pyarrow = _import_pyarrow()
-        file = self.files[number]
+        file, footer = self.files[number], self._footers.get(number)
         try:
             source = (
                 pyarrow.PythonFile(RemoteReader(file), "r")
                 if isinstance(file, RemoteFile)
                 else pyarrow.OSFile(str(file))
             )
-            _check_footer(source)
-            opened = pyarrow.parquet.ParquetFile(source, pre_buffer=True)
+            if footer is None:
+                _check_footer(source)
+            opened = pyarrow.parquet.ParquetFile(source, metadata=footer, pre_buffer=True)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise BadInput(f"{file}: not a readable parquet file ({_first_line(error)})") from None
-        self._open[number] = opened
-        while len(self._open) > _OPEN_FILES:
-            self._open.popitem(last=False)
+        if footer is None:
+            self._footers[number] = opened.metadata
+            while len(self._footers) > _FOOTERS:
+                self._footers.popitem(last=False)
         return opened
 
     def row_group(self, file: int, group: int) -> Any:
@@ -254,8 +258,7 @@ class _Reader:
                 self._groups.move_to_end(key)
             else:
                 wanted.append(key)
-        for file in {file for file, _ in wanted}:
-            self.open(file)
+        in_threads(self.open, sorted({file for file, _ in wanted} - self._footers.keys()))
         for key, rows in zip(wanted, in_threads(self._read, wanted), strict=True):
             self._add(key, rows)
 

@@ -20,6 +20,7 @@ from coma.data.shuffle import Blocks
 from coma.data.sources import parquet
 from coma.data.sources.subset import Subset
 from coma.errors import BadImage, BadInput
+from coma.paths import Address
 
 
 def png(value: int) -> bytes:
@@ -167,6 +168,16 @@ def test_two_processes_see_disjoint_images_and_each_row_group_is_read_once(tmp_p
     assert next(alone).indices.tolist() == seen[0][:4] + seen[1][:4]
     late = training_batches(source, data, channels=3, seed=3, batch=BatchLayout(8, 8), start=24)
     assert next(late).indices.tolist() == seen[0][12:] + seen[1][12:]
+
+
+def test_row_groups_are_read_at_the_same_time(tmp_path, server):  # noqa: F811
+    """A reader of pyarrow that threads share crashes the process, or mixes up their bytes."""
+    write(server.folder / "a.parquet", {"image": structs(list(range(60)))}, rows=2)
+    read_by_one = [png(value) for value in range(60)]
+    for _ in range(10):
+        source = open_source(Address(f"{server.url}/a.parquet"))
+        source.prefetch(range(60))
+        assert [source.read_bytes(i) for i in range(60)] == read_by_one
 
 
 def test_few_row_groups_are_kept(tmp_path, monkeypatch):
