@@ -28,6 +28,8 @@ class FinetuneDataConfig(DataConfig):
     mean: Annotated[tuple[float, ...] | None, MEAN, *_NO_FLAG] = None
     """Filled in when the run starts, like `std`: those of the artifact."""
     std: Annotated[tuple[float, ...] | None, STD, *_NO_FLAG] = None
+    tiles: Annotated[int | None, *_NO_FLAG] = None
+    """Labels are those of whole images."""
     crop_scale: Annotated[
         tuple[float, float], Range(0, 1, above=True), RARE, tyro.conf.arg(metavar="LOW HIGH")
     ] = (0.08, 1.0)
