@@ -17,11 +17,11 @@ def dicom(pixels: np.ndarray, colours: str = "MONOCHROME2", *, frames: int = 1, 
 
 
 def compressed(
-    stream: bytes, pixels: np.ndarray, syntax: str, colours: str = "MONOCHROME2", **elements
+    stream: bytes | bytearray, pixels: np.ndarray, syntax: str, colours: str = "MONOCHROME2", **elements
 ) -> bytes:
     """A file of one frame that is compressed already; `pixels` say its form."""
     return written(
-        encapsulate([stream]), pixels.dtype, pixels.shape[:2], colours, syntax=UID(syntax), **elements
+        encapsulate([bytes(stream)]), pixels.dtype, pixels.shape[:2], colours, syntax=UID(syntax), **elements
     )
 
 
@@ -39,7 +39,7 @@ def written(
     meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
     meta.MediaStorageSOPInstanceUID = generate_uid()
     meta.TransferSyntaxUID = syntax
-    data = FileDataset(None, {}, file_meta=meta, preamble=bytes(128))
+    data = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
     data.PatientName, data.PatientID = PATIENT, "MRN-4711"
     data.Rows, data.Columns = size
     data.PhotometricInterpretation = colours

@@ -2,6 +2,8 @@
 
 import logging
 import struct
+from pathlib import Path
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -27,8 +29,7 @@ DEEP = GREY.astype(np.uint16) * 16
 def real(name: str):
     path = get_testdata_file(name, download=False)
     assert path, name
-    with open(path, "rb") as file:
-        return decode(file.read(), name)
+    return decode(Path(str(path)).read_bytes(), name)
 
 
 # values ------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def test_frames_have_rescaling_of_their_own():
 
     shared = decode(dicom(DEEP, SharedFunctionalGroupsSequence=Sequence([group(3)])), "x")
     assert np.array_equal(shared.pixels[:, :, 0], DEEP * 3.0 + 5)
-    both = {"SharedFunctionalGroupsSequence": Sequence([group(3)])}
+    both: dict[str, Any] = {"SharedFunctionalGroupsSequence": Sequence([group(3)])}
     both["PerFrameFunctionalGroupsSequence"] = Sequence([group(7)])
     assert np.array_equal(decode(dicom(DEEP, **both), "x").pixels[:, :, 0], DEEP * 7.0 + 5)
 
