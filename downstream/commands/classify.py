@@ -21,7 +21,7 @@ from downstream.commands import shared
 
 if TYPE_CHECKING:
     from downstream.classify.finetune import FinetuneResult
-    from downstream.classify.predict import Predictions
+    from downstream.classify.predictions import Predictions
 
 __all__ = ["predict", "test", "train"]
 
@@ -105,7 +105,10 @@ class ClassifyTest(RuntimeOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyPredict(RuntimeOptions):
-    """Labels images: writes predictions.csv, predictions.json and contact_sheet.png."""
+    """Labels images: writes predictions.csv, predictions.json and contact_sheet.png.
+
+    A command that was stopped or killed continues when it is given again.
+    """
 
     artifact: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CLASSIFIER")] = field()
     """Artifact of `coma classify train`, a .onnx or .engine file, or a folder of exports."""
@@ -218,16 +221,21 @@ def predict(
     """Labels images, as `coma classify predict` does.
 
         found = coma.classify.predict("runs/classifier/artifact", "PHOTOS", out="predictions", top_k=3)
+        names = [each["classes"][0]["name"] for each in found]
 
     Args:
         classifier: An artifact, an exported file, or a folder of exports.
         images: Images and folders of images.
         settings: Flags of the command as keywords: `out`, `top_k`, `runtime`.
 
+    Returns:
+        The predictions, which are read from predictions.json, one image at a time.
+
     Raises:
         BadInput: a model or images that cannot be used.
         CheckFailed: outputs that are not finite.
-        Interrupted: Ctrl-C or SIGTERM; what was done is written.
+        ComaError: the disk is full; finished parts are kept.
+        Interrupted: Ctrl-C or SIGTERM; finished parts are kept, and the same call continues.
     """
     words = _words(artifact=classifier, images=images, **settings)
     return _predicted(parse_arguments(ClassifyPredict, words, prog="coma classify predict"))
@@ -346,7 +354,7 @@ def _predict(argv: list[str]) -> None:
     options = parse_arguments(ClassifyPredict, argv, prog="coma classify predict")
     found = _predicted(options)
     print(
-        f"\n{len(found.indices):,} images labelled\n\n"
+        f"\n{len(found):,} images labelled\n\n"
         f"  predictions    {options.out / 'predictions.csv'} and .json\n"
         f"  contact sheet  {options.out / 'contact_sheet.png'}"
     )
@@ -355,10 +363,12 @@ def _predict(argv: list[str]) -> None:
 def _predicted(options: ClassifyPredict) -> Predictions:
     from coma.progress import Progress
     from downstream.classify.predict import predict_classes
+    from downstream.classify.predictions import parts_folder
 
     if not options.images:
         raise BadInput("coma classify predict needs IMAGES; coma classify predict --help lists all settings")
-    shared.check_empty(options.out)
+    if not parts_folder(options.out).exists():
+        shared.check_empty(options.out)
     with Progress() as progress:
         return predict_classes(
             options.artifact,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -37,6 +38,11 @@ class FileSource(EncodedSource):
     def describe(self, i: int) -> str:
         """Returns the path of an image, for messages."""
         return printable(self._paths[i])
+
+    def listing(self) -> tuple[list[str], list[int]]:
+        """Returns the paths, and the sizes of the files in bytes; 0 for those that are gone."""
+        names = list(self._paths)
+        return names, [os.stat(name).st_size if os.path.isfile(name) else 0 for name in names]
 
     def read_bytes(self, i: int) -> bytes:
         """Returns the content of an image file."""
