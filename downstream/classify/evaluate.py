@@ -12,6 +12,7 @@ from coma.atomic_io import write_json
 from coma.data import class_indices, open_labelled
 from coma.errors import BadInput
 from coma.messages import abridged, counted
+from coma.paths import Location
 from coma.preflight import require_folder, require_packages
 from coma.progress import Progress
 from coma.runtimes.find import DeviceName, RuntimeName
@@ -27,7 +28,7 @@ _NAMED = 3
 
 def evaluate_classifier(
     classifier: Path,
-    data: Path,
+    data: Location,
     *,
     split: str | None = None,
     out: Path | None = None,

@@ -23,6 +23,7 @@ from coma.data.channels import scale_to_unit
 from coma.data.sources.files import open_all_images
 from coma.errors import BadImage, Interrupted
 from coma.messages import abridged, counted
+from coma.paths import Location
 from coma.preflight import require_folder
 from coma.progress import Bar, Progress
 from coma.runtimes.base import Runtime
@@ -53,7 +54,7 @@ _CLASSES_SHOWN, _IMAGES_SHOWN = 8, 6
 
 def predict_classes(
     classifier: Path,
-    images: Sequence[Path],
+    images: Sequence[Location],
     *,
     out: Path,
     top_k: int | None = None,
@@ -70,7 +71,8 @@ def predict_classes(
 
     Args:
         classifier: Artifact, exported file, or folder of exports.
-        images: Image files and folders (searched recursively); or one pack, shard or CSV file.
+        images: Image files and folders (searched recursively); or one pack, shard, CSV file or
+            address of shards or parquet files.
         out: Folder to write to; it is made.
         top_k: Most probable classes per image (default: 5, or all if there are fewer).
         runtime: Runtime to use; see `open_model`.
@@ -87,7 +89,7 @@ def predict_classes(
         Interrupted: Ctrl-C or SIGTERM; finished parts are kept.
     """
     require_folder(out)
-    for note in filter(None, (lies_among(out, path) for path in images if path.is_dir())):
+    for note in filter(None, (lies_among(out, path) for path in images)):
         log.warning(note)
     source = open_all_images(images)
     model = open_classifier(classifier, runtime, device)

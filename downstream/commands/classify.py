@@ -14,9 +14,10 @@ from coma.arguments import from_keywords, parse_arguments, parse_known
 from coma.config import FinetuneConfig
 from coma.config.serialization import read_config
 from coma.errors import BadInput
+from coma.paths import Location
 from coma.preflight import require_packages
 from coma.ranges import Range
-from downstream.cli_options import CheckOptions, Device, RuntimeOptions, Split
+from downstream.cli_options import Device, RuntimeOptions, Split
 from downstream.commands import shared
 
 if TYPE_CHECKING:
@@ -91,8 +92,9 @@ class ClassifyTest(RuntimeOptions):
 
     artifact: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CLASSIFIER")] = field()
     """Artifact of `coma classify train`, a .onnx or .engine file, or a folder of exports."""
-    data: Annotated[Path, tyro.conf.arg(metavar="CLASSES")] = field()
-    """Labelled images: class folders, .npz packs, or .csv files with a path and labels in every line."""
+    data: Annotated[Location, tyro.conf.arg(metavar="CLASSES")] = field()
+    """Labelled images: class folders, .npz packs, or .csv files with a path and labels in every line; also
+    the address of shards or parquet files."""
     split: Annotated[
         Split | None, tyro.conf.arg(help_behavior_hint="(default: test, or else val, or else all images)")
     ] = None
@@ -112,8 +114,9 @@ class ClassifyPredict(RuntimeOptions):
 
     artifact: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CLASSIFIER")] = field()
     """Artifact of `coma classify train`, a .onnx or .engine file, or a folder of exports."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional, IMAGES] = field()
-    """Images, and folders of images (searched recursively)."""
+    images: Annotated[tuple[Location, ...], tyro.conf.Positional, IMAGES] = field()
+    """Images, and folders of images (searched recursively); or one pack, .csv file, or address of shards or
+    parquet files."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = field()
     """New folder for the predictions and the contact sheet."""
     device: Device = "auto"
@@ -124,6 +127,14 @@ class ClassifyPredict(RuntimeOptions):
         tyro.conf.arg(help_behavior_hint="(default: 5, or all classes if there are fewer)"),
     ] = None
     """Most probable classes that are written for each image."""
+
+
+@dataclass(frozen=True)
+class ClassifyCheck:
+    """Opens labelled images and prints how many of each class every split has."""
+
+    data: Annotated[Location, tyro.conf.arg(metavar="CLASSES")]
+    """Labelled images, as for training."""
 
 
 @dataclass(frozen=True)
@@ -384,7 +395,7 @@ def _predicted(options: ClassifyPredict) -> Predictions:
 
 
 def _check(argv: list[str]) -> None:
-    options = parse_arguments(CheckOptions, argv, prog="coma classify check")
+    options = parse_arguments(ClassifyCheck, argv, prog="coma classify check")
 
     import torch
 
