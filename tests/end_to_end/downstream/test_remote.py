@@ -97,5 +97,5 @@ def test_addresses_that_cannot_be_used(tmp_path, capsys, words, message):
     paint(tmp_path / "photos", 3, seed=0)
     places = {"C": str(tmp_path / "c"), "PHOTOS": str(tmp_path / "photos")}
     more = ["--out", str(tmp_path / "out")] if words.startswith("predict") else []
-    assert main(["classify", *(places.get(word, word) for word in words.split()), *more]) == 2
+    assert main(["classify", *[str(places.get(word, word)) for word in words.split()], *more]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
