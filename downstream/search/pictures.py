@@ -27,6 +27,7 @@ from coma.data.transforms import centre_square
 from coma.data.windows import Recent, decode_window, parse_window
 from coma.errors import BadImage, BadInput
 from coma.messages import abridged, counted, printable
+from coma.paths import Location
 from downstream.features.files import storable
 from downstream.search.layout import grid_cells
 
@@ -46,13 +47,13 @@ class Album:
     """Reads the images of one file of features.
 
     Attributes:
-        images: Folder, `.npz` pack, shards or parquet files that hold them.
+        images: Folder, `.npz` pack, shards or parquet files that hold them, or their address.
         location: Folder that the paths are relative to.
         split: Split of the images.
         failures: One line for each image that could not be read so far.
     """
 
-    images: Path
+    images: Location
     location: Path
     split: str | None = None
     failures: list[str] = field(default_factory=list)
@@ -67,9 +68,10 @@ class Album:
             BadImage: there is no such image, or it cannot be read.
         """
         stored = (".tar/" in name or ".parquet/" in name) and not (self.location / name).exists()
-        if self.images.is_dir() and not stored:
+        folder = self._source is None and isinstance(self.images, Path) and self.images.is_dir()
+        if folder and not stored:
             if (cut := parse_window(name)) and not (self.location / name).exists():
-                with _open_image_file(self.location, cut[0]) as file:
+                with _open_image_file(Path(self.location), cut[0]) as file:
                     return decode_window(file, cut[1], printable(name), self._recent).pixels
             return decode(read_image_file(self.location, name), printable(name), side).pixels
         return self._from_source(name, side)
