@@ -6,6 +6,7 @@ mean and standard deviation of the data.
 
 from __future__ import annotations
 
+import logging
 import math
 import shlex
 from dataclasses import dataclass, fields, replace
@@ -30,12 +31,14 @@ from coma.library_errors import load_packages
 from coma.masking.patchify import unit_grid
 from coma.models import build_encoder
 from coma.objectives import build_objective
-from coma.objectives.initialization import with_initial_weights
+from coma.objectives.initialization import initial_statistics, with_initial_weights
 from coma.objectives.teachers import may_have_moved, with_weights_hash
 from coma.paths import Address
 from coma.preflight import require_folder, require_space
 from pretrain.training.distributed import Processes
 from pretrain.training.optimizer import learning_rate
+
+log = logging.getLogger(__name__)
 
 _MAY_CHANGE = {
     *("data.images", "data.workers", "data.loader", "data.on_bad_image", "test", "val"),
@@ -156,7 +159,10 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
             raise BadInput(f"{config.data.images}: the processes see different numbers of images, {sizes}")
     with group.raise_on_all_ranks():
         if group.main and config.data.mean is None:
-            mean, std = compute_mean_std(source, config.model.channels, workers=config.data.workers)
+            known, line = initial_statistics(config, source)
+            if line:
+                log.info("%s", line)
+            mean, std = known or compute_mean_std(source, config.model.channels, workers=config.data.workers)
             config = replace(config, data=replace(config.data, mean=mean, std=std))
         elif group.main:
             check_sample(source, config.model.channels, config.data.mean or (), config.data.std or ())
