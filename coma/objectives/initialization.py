@@ -10,7 +10,6 @@ import torch
 from coma.artifact.weights import Weights, forget_weights, name_of, read_weights
 from coma.config import PretrainConfig
 from coma.config.artifact import Origin
-from coma.data import Source, check_sample
 from coma.errors import BadInput
 from coma.models import Encoder, build_encoder
 from coma.models.hub import is_reference
@@ -52,34 +51,9 @@ def initial_objective(config: PretrainConfig) -> tuple[Objective, str]:
     return objective, f"starts from {weights.origin.name}: {taken}; {decoder}"
 
 
-def initial_statistics(
-    config: PretrainConfig, source: Source
-) -> tuple[tuple[tuple[float, ...], tuple[float, ...]] | None, str]:
-    """Returns the mean and standard deviation of the weights that a run starts from, and a line about them.
-
-    None stands for those of the images: of weights that do not say, or do not fit the images, or if the
-    settings ask for that.
-    """
-    init, channels = config.init, config.model.channels
-    if init.init is None:
-        return None, ""
-    known, reason = _weights(config).statistics, ""
-    if init.init_normalization == "images":
-        reason = "--init-normalization weights takes those of the weights"
-    elif known is None:
-        reason = "the weights do not name theirs; --mean and --std set them"
-    elif len(known[0]) != channels:
-        reason = f"those of the weights have {len(known[0])} channels, the images {channels}"
-    else:
-        try:
-            check_sample(source, channels, *known)
-        except BadInput as error:
-            reason = f"those of the weights do not fit: {error}"
-    if reason or known is None:
-        return None, f"pixels are normalised by mean and standard deviation of the images ({reason})"
-    shown = " and ".join(" ".join(f"{value:.3g}" for value in values) for values in known)
-    line = f"pixels are normalised by mean and standard deviation of the weights ({shown})"
-    return known, f"{line}; --init-normalization images takes those of the images"
+def statistics_of_weights(config: PretrainConfig) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Returns mean and standard deviation of the weights that a run starts from; None: not known."""
+    return _weights(config).statistics
 
 
 def origin_of(config: PretrainConfig) -> Origin | None:
