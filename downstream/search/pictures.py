@@ -71,7 +71,7 @@ class Album:
         folder = self._source is None and isinstance(self.images, Path) and self.images.is_dir()
         if folder and not stored:
             if (cut := parse_window(name)) and not (self.location / name).exists():
-                with _open_image_file(Path(self.location), cut[0]) as file:
+                with _open_image_file(self.location, cut[0]) as file:
                     return decode_window(file, cut[1], printable(name), self._recent).pixels
             return decode(read_image_file(self.location, name), printable(name), side).pixels
         return self._from_source(name, side)
