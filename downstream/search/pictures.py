@@ -128,7 +128,7 @@ def _open_image_file(folder: Path, name: str) -> Iterator[BinaryIO]:
         if not stat.S_ISREG(status.st_mode):
             os.close(number)
             raise BadImage(f"{shown}: is not a regular file")
-        with open(number, "rb") as file:
+        with open(folder / place, "rb", opener=lambda *_: number) as file:  # tifffile asks for its name
             if not looks_like_image(file.read(HEAD)):
                 raise BadImage(f"{shown}: is not an image")
             file.seek(0)
