@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.messages import printable
 from coma.preflight import check_regular_file
 from downstream.features.files import FeaturesFile
@@ -74,10 +75,10 @@ def _computed(path: Path, file: FeaturesFile, request: FeatureRequest) -> Query:
     check_regular_file(path, "give an image file")
     image = decode(read_image_file(path.parent, path.name), str(path))
     spec = file.info.spec
-    height, width = spec.image_size
-    size = height if height == width else None
     given = request.model
-    request = replace(request, model=given or spec.model, stage=spec.stage, image_size=size)
+    request = replace(
+        request, model=given or spec.model, stage=spec.stage, image_size=ImageSize(*spec.image_size)
+    )
     try:
         model = open_feature_model(request)
     except BadInput as error:

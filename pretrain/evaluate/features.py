@@ -13,6 +13,7 @@ from coma.amp import autocast, choose_precision
 from coma.artifact import ArtifactConfig
 from coma.data import Source, evaluation_batches, normalize
 from coma.errors import BadInput, CheckFailed
+from coma.image_size import ImageSize
 from coma.models import Encoder, build_encoder
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def extract_features(
     source: Source,
     *,
     labels: Tensor,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     batch_size: int = 256,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -50,7 +51,7 @@ def extract_features(
 ) -> Features:
     """Returns the mean-pooled last features of every readable image; they are the same in every call.
 
-    The encoder sees the largest square in the middle of each image. On CUDA it runs under bf16 autocast (fp16
+    The encoder sees the centre crops of `evaluation_batches`. On CUDA it runs under bf16 autocast (fp16
     where there is no bf16), elsewhere in its own precision.
 
     Args:
@@ -58,7 +59,7 @@ def extract_features(
         config: Channels, mean, std and image size of the encoder's training.
         source: Images.
         labels: Class of every image of the source, int64 `[len(source)]`.
-        image_size: Side in pixels of the images shown; as in training by default.
+        image_size: Size in pixels of the images shown; as in training by default.
         batch_size: Images per forward pass.
         workers: Number of processes that decode images.
         progress: Shows a bar.
@@ -68,8 +69,8 @@ def extract_features(
         BadInput: image size below a mask unit, or no image could be read.
         CheckFailed: features are not finite.
     """
-    size = image_size or config.image_size
-    if size < encoder.unit:
+    size = config.image_size if image_size is None else ImageSize.of(image_size)
+    if min(size) < encoder.unit:
         raise BadInput(f"image size {size} px is smaller than the encoder's mask unit of {encoder.unit} px")
     device = next(encoder.parameters()).device
     kept = device if device.type == "cuda" else torch.device("cpu")

@@ -11,6 +11,8 @@ import torch
 from coma.amp import Precision
 from coma.config import EncoderConfig, FinetuneConfig, ObjectiveConfig, PretrainConfig, encoder_preset
 from coma.config.serialization import to_plain
+from coma.image_size import ImageSize
+from coma.masking.patchify import unit_grid
 from coma.messages import counted
 from coma.models import build_encoder
 from coma.models.classifiers import build_classifier
@@ -89,10 +91,10 @@ def _crops(config: Config) -> str:
     size = config.view_size if isinstance(config, PretrainConfig) else data.image_size
     flipped = ", half of them flipped" if data.flip else ""
     repeats = f", {data.aug_repeats} from each decoded image" if data.aug_repeats > 1 else ""
-    units = (size // config.model.unit) ** 2
+    rows, cols = unit_grid(*size, config.model.unit)
     return (
-        f"{size} x {size} px, {low:.0%} to {high:.0%} of the area{flipped}{repeats}; "
-        f"{counted(units, 'mask unit')} of {config.model.unit} px"
+        f"{size.height} x {size.width} px, {low:.0%} to {high:.0%} of the area{flipped}{repeats}; "
+        f"{counted(rows * cols, 'mask unit')} of {config.model.unit} px"
     )
 
 
@@ -121,7 +123,7 @@ def _parameters(config: Config) -> tuple[int, int]:
     return sum(p.numel() for p in encoder.parameters()), trained
 
 
-def name_of(model: EncoderConfig, image_size: int) -> str:
+def name_of(model: EncoderConfig, image_size: ImageSize) -> str:
     """Returns the architecture of an encoder, and its preset if it is one."""
     plain = to_plain(model, EncoderConfig)
     alike = (n for n in presets(ARCHITECTURES) if encoder_preset(n, image_size, model.channels) == model)

@@ -12,7 +12,7 @@ from skimage import data as pictures
 
 from coma.data import normalize
 from coma.data.shuffle import uniforms
-from coma.data.transforms import RATIO, centre_square, random_crop, resize, stack
+from coma.data.transforms import RATIO, centre_crop, random_crop, resize, stack
 
 ASTRONAUT = pictures.astronaut()
 SIDES = st.integers(1, 600)
@@ -52,9 +52,9 @@ def test_images_too_thin_for_any_crop_give_their_middle():
     assert random_crop(1000, 1, (0.9, 1.0), uniforms(0)) == (499, 0, 1, 1)
 
 
-def test_centre_square():
-    assert centre_square(100, 60) == (20, 0, 60, 60)
-    assert centre_square(7, 10) == (0, 1, 7, 7)
+def test_centre_crop():
+    assert centre_crop(100, 60) == (20, 0, 60, 60)
+    assert centre_crop(7, 10) == (0, 1, 7, 7)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
