@@ -339,7 +339,9 @@ def _sizes_joined(argv: Sequence[str], kind: Any) -> list[str]:
     For tyro, a flag takes a fixed number of words, or all up to the next flag, also those that belong to no
     flag; a size takes a second word if that is a number.
     """
-    names = [name for name, hint in _fields(kind) if ImageSize in (hint, *get_args(hint))]
+    names = [
+        name.replace("_", "[-_]") for name, hint in _fields(kind) if ImageSize in (hint, *get_args(hint))
+    ]
     height = re.compile(rf"--({'|'.join(names)})[ =]-?[0-9]+") if names else None
     words: list[str] = []
     for word in argv:

@@ -184,9 +184,7 @@ def test_nothing_is_loaded_silently():
         backbone.load_state_dict({n: t for n, t in loaded.items() if "gate" not in n})
 
 
-@pytest.mark.parametrize(
-    "name", ["tiny at 32 px", "tiny at 64 px", "plain", "timm", *map("wide {}".format, WIDE)]
-)
+@pytest.mark.parametrize("name", ["tiny at 32 px", *WIDE, *(f"wide {each}" for each in WIDE)])
 @torch.no_grad()
 def test_create_timm_gives_networks_of_timm_with_equal_outputs(artifacts, name):
     encoder, classifier = (
