@@ -56,7 +56,7 @@ SHOWN = 40
 IMAGES = tyro.conf.arg(metavar="IMAGES ...", help_behavior_hint="(required)")
 FROZEN_OPTIONS = (
     *("artifact", "data", "images", "test", "val", "out", "image_size", "from_scratch", "hold_out", "seed"),
-    *("device", "workers", "batch_size", "micro_batch", "frozen", "frozen_stages", "class_weights"),
+    *("device", "workers", "batch_size", "micro_batch", "frozen", "frozen_stages", "class_balance"),
 )
 """Settings that apply to a linear head on frozen features; `frozen_stages` is refused later."""
 
@@ -77,6 +77,8 @@ class TrainConfig:
     allow_changed_data: bool = False
     """With --resume: continue although images were added, removed, renamed, changed in size or moved to
     another class; the best checkpoint is then searched anew."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Describe the run, estimate time and memory, and write nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +170,7 @@ def _names(config: FinetuneConfig) -> list[str]:
     return [each.name for section in sections for each in fields(section)]
 
 
-def train(artifact: str | Path | None = None, **settings: Any) -> FinetuneResult:
+def train(artifact: str | Path | None = None, **settings: Any) -> FinetuneResult | None:
     """Trains a classifier, as `coma classify train` does.
 
         result = coma.classify.train("runs/first/artifact", data="CLASSES", out="runs/classifier", epochs=30)
@@ -177,6 +179,9 @@ def train(artifact: str | Path | None = None, **settings: Any) -> FinetuneResult
     Args:
         artifact: An artifact of any kind to start from; None with `resume`.
         settings: Flags of the command as keywords: `data`, `out`, `epochs`, `frozen`, `resume`.
+
+    Returns:
+        The results of the run; None with `dry_run=True`, which prints what the run is going to do.
 
     Raises:
         BadInput: settings, artifacts or images that cannot be used.
@@ -233,19 +238,22 @@ def _words(**settings: Any) -> list[str]:
 
 
 def _train(argv: list[str]) -> None:
-    print(_summary(_trained(parse(argv))))
+    if result := _trained(parse(argv)):
+        print(_summary(result))
 
 
-def _trained(given: TrainConfig) -> FinetuneResult:
+def _trained(given: TrainConfig) -> FinetuneResult | None:
     require_packages("tensorboard", "matplotlib")
 
     from coma.devices import pick_device
-    from downstream.classify.finetune import finetune
+    from downstream.classify.finetune import describe, finetune
 
-    pick_device(given.config.run.device)
-    return finetune(
-        given.config, resume=given.resume is not None, allow_changed_data=given.allow_changed_data
-    )
+    config, resume = given.config, given.resume is not None
+    pick_device(config.run.device)
+    if not given.dry_run:
+        return finetune(config, resume=resume, allow_changed_data=given.allow_changed_data)
+    print("\n".join(describe(config, resume=resume, allow_changed_data=given.allow_changed_data)))
+    return None
 
 
 def _summary(result: FinetuneResult) -> str:
