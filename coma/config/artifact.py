@@ -42,7 +42,7 @@ class ArtifactConfig(Ranged):
     objective: ObjectiveConfig | None
     """Settings of the pre-training objective; required of kind `pretrained`, whose decoder it describes."""
     image_size: Annotated[ImageSize, SIDE]
-    """Size of the images that the encoder was trained on; files hold one number if it is square."""
+    """Height and width of the images that the encoder was trained on; one number in files if it is square."""
     mean: Annotated[tuple[float, ...], MEAN]
     """Per-channel mean of pixels scaled to 0..1."""
     std: Annotated[tuple[float, ...], STD]
