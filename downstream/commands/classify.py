@@ -14,14 +14,15 @@ from coma.arguments import from_keywords, parse_arguments, parse_known
 from coma.config import FinetuneConfig
 from coma.config.serialization import read_config
 from coma.errors import BadInput
+from coma.paths import Location
 from coma.preflight import require_packages
 from coma.ranges import Range
-from downstream.cli_options import CheckOptions, Device, RuntimeOptions, Split
+from downstream.cli_options import Device, RuntimeOptions, Split
 from downstream.commands import shared
 
 if TYPE_CHECKING:
     from downstream.classify.finetune import FinetuneResult
-    from downstream.classify.predict import Predictions
+    from downstream.classify.predictions import Predictions
 
 __all__ = ["predict", "test", "train"]
 
@@ -91,8 +92,9 @@ class ClassifyTest(RuntimeOptions):
 
     artifact: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CLASSIFIER")] = field()
     """Artifact of `coma classify train`, a .onnx or .engine file, or a folder of exports."""
-    data: Annotated[Path, tyro.conf.arg(metavar="CLASSES")] = field()
-    """Labelled images: class folders, .npz packs, or .csv files with a path and labels in every line."""
+    data: Annotated[Location, tyro.conf.arg(metavar="CLASSES")] = field()
+    """Labelled images: class folders, .npz packs, or .csv files with a path and labels in every line; also
+    the address of shards or parquet files."""
     split: Annotated[
         Split | None, tyro.conf.arg(help_behavior_hint="(default: test, or else val, or else all images)")
     ] = None
@@ -105,12 +107,16 @@ class ClassifyTest(RuntimeOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyPredict(RuntimeOptions):
-    """Labels images: writes predictions.csv, predictions.json and contact_sheet.png."""
+    """Labels images: writes predictions.csv, predictions.json and contact_sheet.png.
+
+    A command that was stopped or killed continues when it is given again.
+    """
 
     artifact: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CLASSIFIER")] = field()
     """Artifact of `coma classify train`, a .onnx or .engine file, or a folder of exports."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional, IMAGES] = field()
-    """Images, and folders of images (searched recursively)."""
+    images: Annotated[tuple[Location, ...], tyro.conf.Positional, IMAGES] = field()
+    """Images, and folders of images (searched recursively); or one pack, .csv file, or address of shards or
+    parquet files."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = field()
     """New folder for the predictions and the contact sheet."""
     device: Device = "auto"
@@ -121,6 +127,14 @@ class ClassifyPredict(RuntimeOptions):
         tyro.conf.arg(help_behavior_hint="(default: 5, or all classes if there are fewer)"),
     ] = None
     """Most probable classes that are written for each image."""
+
+
+@dataclass(frozen=True)
+class ClassifyCheck:
+    """Opens labelled images and prints how many of each class every split has."""
+
+    data: Annotated[Location, tyro.conf.arg(metavar="CLASSES")]
+    """Labelled images, as for training."""
 
 
 @dataclass(frozen=True)
@@ -218,16 +232,21 @@ def predict(
     """Labels images, as `coma classify predict` does.
 
         found = coma.classify.predict("runs/classifier/artifact", "PHOTOS", out="predictions", top_k=3)
+        names = [each["classes"][0]["name"] for each in found]
 
     Args:
         classifier: An artifact, an exported file, or a folder of exports.
         images: Images and folders of images.
         settings: Flags of the command as keywords: `out`, `top_k`, `runtime`.
 
+    Returns:
+        The predictions, which are read from predictions.json, one image at a time.
+
     Raises:
         BadInput: a model or images that cannot be used.
         CheckFailed: outputs that are not finite.
-        Interrupted: Ctrl-C or SIGTERM; what was done is written.
+        ComaError: the disk is full; finished parts are kept.
+        Interrupted: Ctrl-C or SIGTERM; finished parts are kept, and the same call continues.
     """
     words = _words(artifact=classifier, images=images, **settings)
     return _predicted(parse_arguments(ClassifyPredict, words, prog="coma classify predict"))
@@ -346,7 +365,7 @@ def _predict(argv: list[str]) -> None:
     options = parse_arguments(ClassifyPredict, argv, prog="coma classify predict")
     found = _predicted(options)
     print(
-        f"\n{len(found.indices):,} images labelled\n\n"
+        f"\n{len(found):,} images labelled\n\n"
         f"  predictions    {options.out / 'predictions.csv'} and .json\n"
         f"  contact sheet  {options.out / 'contact_sheet.png'}"
     )
@@ -355,10 +374,12 @@ def _predict(argv: list[str]) -> None:
 def _predicted(options: ClassifyPredict) -> Predictions:
     from coma.progress import Progress
     from downstream.classify.predict import predict_classes
+    from downstream.classify.predictions import parts_folder
 
     if not options.images:
         raise BadInput("coma classify predict needs IMAGES; coma classify predict --help lists all settings")
-    shared.check_empty(options.out)
+    if not parts_folder(options.out).exists():
+        shared.check_empty(options.out)
     with Progress() as progress:
         return predict_classes(
             options.artifact,
@@ -374,7 +395,7 @@ def _predicted(options: ClassifyPredict) -> Predictions:
 
 
 def _check(argv: list[str]) -> None:
-    options = parse_arguments(CheckOptions, argv, prog="coma classify check")
+    options = parse_arguments(ClassifyCheck, argv, prog="coma classify check")
 
     import torch
 

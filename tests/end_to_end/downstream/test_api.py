@@ -26,7 +26,7 @@ def test_a_classifier_is_trained_tested_and_run(artifact, labelled, tmp_path, no
     assert scores["images"] == result.test.images
     assert scores["top1"] == pytest.approx(result.test.score)
     found = coma.classify.predict(result.artifact, labelled / "test", out=tmp_path / "found", **ON_CPU)
-    assert len(found.indices) == scores["images"]
+    assert len(found) == len(list(found)) == scores["images"]
     assert (tmp_path / "found" / "predictions.csv").is_file()
 
 
