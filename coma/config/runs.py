@@ -97,6 +97,9 @@ class InitConfig(Ranged):
     """Start also from weights that lack some of the encoder's tensors; those start from random values."""
     download: Annotated[bool, RARE] = False
     """Download the weights that --init names if they are not in the local cache."""
+    init_normalization: Annotated[Literal["weights", "images"], RARE] = "weights"
+    """Without --mean and --std: normalise pixels by the mean and standard deviation of the weights, where
+    these are known and fit the images, or by those of the images."""
     init_sha256: Annotated[str | None, RARE, tyro.conf.arg(metavar="HEX")] = None
     """SHA-256 that the file of weights must have. It is filled in when the run starts."""
 

@@ -6,6 +6,7 @@ mean and standard deviation of the data.
 
 from __future__ import annotations
 
+import logging
 import math
 import shlex
 from dataclasses import dataclass, fields, replace
@@ -31,12 +32,14 @@ from coma.library_errors import load_packages
 from coma.masking.patchify import cover, unit_grid
 from coma.models import build_encoder
 from coma.objectives import build_objective
-from coma.objectives.initialization import with_initial_weights
+from coma.objectives.initialization import statistics_of_weights, with_initial_weights
 from coma.objectives.teachers import may_have_moved, with_weights_hash
 from coma.paths import Address
 from coma.preflight import require_folder, require_space
 from pretrain.training.distributed import Processes
 from pretrain.training.optimizer import learning_rate
+
+log = logging.getLogger(__name__)
 
 _MAY_CHANGE = {
     *("data.images", "data.workers", "data.loader", "data.on_bad_image", "test", "val"),
@@ -157,7 +160,9 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
             raise BadInput(f"{config.data.images}: the processes see different numbers of images, {sizes}")
     with group.raise_on_all_ranks():
         if group.main and config.data.mean is None:
-            mean, std = compute_mean_std(source, config.model.channels, workers=config.data.workers)
+            mean, std = _statistics_of_weights(config, source) or compute_mean_std(
+                source, config.model.channels, workers=config.data.workers
+            )
             config = replace(config, data=replace(config.data, mean=mean, std=std))
         elif group.main:
             check_sample(source, config.model.channels, config.data.mean or (), config.data.std or ())
@@ -166,6 +171,34 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
         if group.main:
             config = with_weights_hash(config)
     return PretrainPlan(group.share(config), source, slices, steps)
+
+
+def _statistics_of_weights(
+    config: PretrainConfig, source: Source
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Returns and logs whether pixels are normalised as the weights expect; None: by those of the images."""
+    init, channels = config.init, config.model.channels
+    if init.init is None:
+        return None
+    known, reason = statistics_of_weights(config), ""
+    if init.init_normalization == "images":
+        reason = "--init-normalization weights takes those of the weights"
+    elif known is None:
+        reason = "the weights do not name theirs; --mean and --std set them"
+    elif len(known[0]) != channels:
+        reason = f"those of the weights have {len(known[0])} channels, the images {channels}"
+    else:
+        try:
+            check_sample(source, channels, *known)
+        except BadInput as error:
+            reason = f"those of the weights do not fit: {error}"
+    whose = "pixels are normalised by mean and standard deviation of the"
+    if reason or known is None:
+        log.info("%s images (%s)", whose, reason)
+        return None
+    shown = " and ".join(" ".join(f"{value:.3g}" for value in values) for values in known)
+    log.info("%s weights (%s); --init-normalization images takes those of the images", whose, shown)
+    return known
 
 
 def check_shapes(config: PretrainConfig | FinetuneConfig) -> None:
