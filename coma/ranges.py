@@ -105,6 +105,8 @@ SEED = Range(-(2**63), 2**63 - 1)
 """Whole numbers of 64 bits."""
 SIDE = Range(1, 16384)
 """Sides of images, crops and patches in pixels."""
+TILE = Range(32, 16384)
+"""Sides of the windows of large images in pixels."""
 BATCH = Range(1, 2**20)
 """Images at a time."""
 STEPS = Range(1, 10**12)

@@ -12,7 +12,7 @@ from coma.config.architectures import DyViTConfig, EncoderConfig
 from coma.config.runs import DataConfig, OptimizerConfig, RunConfig
 from coma.image_size import ImageSize
 from coma.paths import Location
-from coma.ranges import DECAY, EPOCHS, IMAGES, MEAN, RARE, RATE, SEED, SHARE, STD, Range
+from coma.ranges import DECAY, EPOCHS, IMAGES, MEAN, RARE, RATE, SEED, SHARE, STD, TILE, Range
 
 _NO_FLAG = tyro.conf.Fixed, tyro.conf.Suppress
 
@@ -30,6 +30,8 @@ class FinetuneDataConfig(DataConfig):
     mean: Annotated[tuple[float, ...] | None, MEAN, *_NO_FLAG] = None
     """Filled in when the run starts, like `std`: those of the artifact."""
     std: Annotated[tuple[float, ...] | None, STD, *_NO_FLAG] = None
+    tiles: Annotated[int | None, TILE, *_NO_FLAG] = None
+    """Labels are those of whole images."""
     crop_scale: Annotated[
         tuple[float, float], Range(0, 1, above=True), RARE, tyro.conf.arg(metavar="LOW HIGH")
     ] = (0.08, 1.0)

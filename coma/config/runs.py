@@ -33,6 +33,7 @@ from coma.ranges import (
     SIDE,
     STD,
     STEPS,
+    TILE,
     WEIGHT_DECAY,
     Range,
     Ranged,
@@ -54,6 +55,9 @@ class DataConfig(Ranged):
     """Mean of every channel, of pixels scaled to 0..1; default: measured on a sample of the images"""
     std: Annotated[tuple[float, ...] | None, STD, RARE, tyro.conf.arg(metavar="R G B")] = None
     """Standard deviation of every channel; default: measured on a sample of the images"""
+    tiles: Annotated[int | None, TILE, RARE] = None
+    """Side in pixels of windows that larger images are cut into, each of them a sample; also reads all
+    frames of DICOM files; default: no windows"""
     crop_scale: Annotated[
         tuple[float, float], Range(0, 1, above=True), RARE, tyro.conf.arg(metavar="MIN MAX")
     ] = (0.2, 1.0)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from coma.config import DataConfig
 from coma.data.channels import convert_channels
+from coma.data.image import Box
 from coma.data.pixel_values import check_pixels, describe_filled
 from coma.data.shuffle import permuted_indices, sample_seeds, uniforms
 from coma.data.sources.base import Source
-from coma.data.transforms import Box, random_crop, resize, scaled_box, stack
+from coma.data.transforms import random_crop, resize, scaled_box, stack
 from coma.errors import BadImage, BadInput
 from coma.ranges import BATCH
 

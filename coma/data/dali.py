@@ -27,7 +27,7 @@ from torch import Tensor
 
 from coma.data.batches import Batch, SampleFetcher, TrainingFetcher, UnstackedBatch
 from coma.data.decode import plain_jpeg_size
-from coma.data.transforms import Box
+from coma.data.image import Box
 from coma.data.worker_pool import default_workers, map_ordered
 from coma.errors import BadInput
 

@@ -16,9 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coma.data.channels import scale_to_unit
-
-Box = tuple[int, int, int, int]
-"""Top, left, height, width in pixels."""
+from coma.data.image import Box
 
 RATIO = (3 / 4, 4 / 3)
 """Width over height of a random crop, over that of the size it is resized to (Szegedy et al. 2015, "Going

@@ -24,7 +24,7 @@ from coma.image_size import ImageSize
 from coma.messages import counted
 from coma.paths import Location
 from coma.preflight import require_file, require_packages
-from coma.ranges import BATCH, PROCESSES, RARE, SIDE, Range, Ranged
+from coma.ranges import BATCH, PROCESSES, RARE, SIDE, TILE, Range, Ranged
 
 if TYPE_CHECKING:
     from downstream.features.files import FeaturesInfo
@@ -59,6 +59,9 @@ class EmbedConfig(Ranged):
     """Processes that decode images; default: by the number of cores."""
     split: str | None = None
     """Split of the images: train, val or test; default: train, if there are splits"""
+    tiles: Annotated[int | None, TILE] = None
+    """Side in pixels of windows that larger images are cut into, a row each; also reads all frames of DICOM
+    files; default: no windows"""
     download: bool = False
     """Download the weights of timm:NAME if they are not in the local cache."""
     ray: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS")] = None
@@ -130,7 +133,7 @@ def _embed(config: EmbedConfig) -> FeaturesInfo | None:
         config.device,
         config.download,
     )
-    reading = Reading(config.images, config.split, config.batch_size, config.workers)
+    reading = Reading(config.images, config.split, config.batch_size, config.workers, config.tiles)
     stopped = f"stopped; {config.out}.parts keeps its finished parts; run the same command again to resume"
     with processes(config.device) as group, Progress(quiet=not group.main) as progress:
         if group.world > 1 and config.ray is not None:

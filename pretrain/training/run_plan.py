@@ -143,14 +143,16 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
         check_loader(config.data, config.model.channels)
         slices = split_batch(config.optimizer, group.rank, group.world)
         images, source = config.data.images, None
-        if isinstance(images, Path):
+        tiles = config.data.tiles
+        shared = isinstance(images, Address) or tiles is not None
+        if not shared:
             source = open_source(images)
-        elif group.main:  # one process reads what is in remote files, for all
+        elif group.main:  # one process reads what is in the files, for all
             saved = read_listing(config.run.out) if resume else None
-            source = open_source(images, listing=(saved or {}).get("images"))
+            source = open_source(images, listing=(saved or {}).get("images"), tiles=tiles)
         if group.main and not resume:
             config = with_initial_weights(config)
-    if isinstance(images, Address):
+    if shared:
         source = group.share(source)
     assert source is not None
     steps = count_steps(config.optimizer, len(source))

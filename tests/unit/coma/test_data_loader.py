@@ -232,7 +232,7 @@ def test_bad_images_are_replaced_by_the_next_good_one_and_named(tmp_path):
     assert len(whole.failures) >= 5 * 4
     assert set(whole.failures) == {
         f"{tmp_path}/bad-{i:02d}.jpg: not an image "
-        "(its content is not JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP or NPY)"
+        "(its content is not JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP, NPY or DICOM)"
         for i in range(4)
     }
 
