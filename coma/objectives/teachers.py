@@ -113,7 +113,7 @@ def _load(config: TeacherConfig, statistics: Statistics) -> tuple[Teacher, str]:
         encoder = load_encoder(folder)
         about = encoder.artifact
         _check_channels(config.name, about.model.channels, len(statistics[0]))
-        size = (about.image_size, about.image_size)
+        size = about.image_size
         asked = _asked(config)
         if unreadable := check_readable(encoder, about.model.channels, *size, **asked):
             raise BadInput(f"--teacher {config.name}: {unreadable}")
@@ -159,7 +159,7 @@ def _check_digest(config: TeacherConfig, place: Path, digest: str) -> None:
 def _digest(folder: Path, about: ArtifactConfig) -> str:
     """SHA-256 of an artifact's tensors and of what its description says of using them."""
     tensors = sha256_of(folder / TENSORS)
-    facts = [tensors, to_plain(about.model, EncoderConfig), about.image_size, about.mean, about.std]
+    facts = [tensors, to_plain(about.model, EncoderConfig), about.image_size.plain, about.mean, about.std]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -20,6 +20,7 @@ import tyro
 from coma.arguments import from_keywords, parse_arguments
 from coma.atomic_io import lies_among
 from coma.errors import BadInput, Interrupted
+from coma.image_size import ImageSize
 from coma.messages import counted
 from coma.paths import Location
 from coma.preflight import require_file, require_packages
@@ -44,8 +45,9 @@ class EmbedConfig(Ranged):
     """Stage of the encoder whose features are written, counted from 1; default: the model's pooled feature"""
     pooling: Literal["mean", "none"] = "mean"
     """mean: one vector per image. none: the map of features, c x h x w values per image."""
-    image_size: Annotated[int | None, SIDE] = None
-    """Side of the images shown to the model in pixels; default: as in its training"""
+    image_size: Annotated[ImageSize | None, SIDE] = None
+    """Size of the images shown to the model in pixels: side of a square, or height and width; default: as in
+    its training"""
     runtime: Literal["auto", "pytorch", "onnxruntime", "tensorrt"] = "auto"
     """auto: PyTorch for an artifact, otherwise what runs the exported file. The others, for an artifact: its
     exports in the folder export beside it."""

@@ -23,7 +23,7 @@ from coma.contact_sheet import with_title
 from coma.data import Source, open_source
 from coma.data.channels import scale_to_unit
 from coma.data.decode import HEAD, decode, looks_like_image
-from coma.data.transforms import centre_square
+from coma.data.transforms import centre_crop
 from coma.data.windows import Recent, decode_window, parse_window
 from coma.errors import BadImage, BadInput
 from coma.messages import abridged, counted, printable
@@ -191,7 +191,7 @@ def draw_map(
         if picture is None:
             sheet.paste((222, 222, 228), (*corner, corner[0] + side - 1, corner[1] + side - 1))
             continue
-        top, left, height, width = centre_square(picture.height, picture.width)
+        top, left, height, width = centre_crop(picture.height, picture.width)
         square = picture.crop((left, top, left + width, top + height))
         sheet.paste(square.resize((side - 1, side - 1), Image.Resampling.BICUBIC), corner)
     if without := int((cells[:, 0] < 0).sum()):

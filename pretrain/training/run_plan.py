@@ -27,8 +27,9 @@ from coma.config.serialization import flat, read_config, to_plain
 from coma.data import BatchLayout, Source, check_loader, check_sample, compute_mean_std, open_source
 from coma.data.listing import FLAG, Listing, list_data, read_listing
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.library_errors import load_packages
-from coma.masking.patchify import unit_grid
+from coma.masking.patchify import cover, unit_grid
 from coma.models import build_encoder
 from coma.objectives import build_objective
 from coma.objectives.initialization import statistics_of_weights, with_initial_weights
@@ -209,11 +210,13 @@ def check_shapes(config: PretrainConfig | FinetuneConfig) -> None:
         BadInput: naming sizes that fit.
     """
     size, unit, channels = config.data.image_size, config.model.unit, config.model.channels
-    if size < unit or size % unit:
-        below, above = size // unit * unit, -(-size // unit) * unit
-        fitting = " or ".join(str(good) for good in dict.fromkeys((below, above)) if good)
+    if any(side < unit or side % unit for side in size):
+        below = ImageSize(*(max(side // unit, 1) * unit for side in size))
+        above = ImageSize(*(cover(max(side, 1), unit) * unit for side in size))
+        fitting = " or ".join(dict.fromkeys((below.words, above.words)))
+        multiple = "must be a multiple" if size.height == size.width else "both must be multiples"
         raise BadInput(
-            f"--image-size {size}: must be a multiple of the {unit} px mask unit; {fitting} would do"
+            f"--image-size {size.words}: {multiple} of the {unit} px mask unit; {fitting} would do"
         )
     if config.data.mean is not None and len(config.data.mean) != channels:
         raise BadInput(
@@ -248,11 +251,11 @@ def check_objective(config: PretrainConfig) -> int:
     size, model = config.view_size, config.model
     with torch.device("meta"):
         objective = build_objective(config.objective, build_encoder(model))
-    h, w = unit_grid(size, size, model.unit)
+    h, w = unit_grid(*size, model.unit)
     visible = objective.draw_visible(torch.zeros(1, dtype=torch.int64), h, w)
     if not visible.flatten(1).any(dim=1).all():
         raise BadInput(f"{len(visible)} views are too many for {h * w} mask units: some would see nothing")
-    objective.check_images(size, size)
+    objective.check_images(*size)
     return sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
 
 

@@ -29,6 +29,7 @@ from coma.config import (
     encoder_preset,
 )
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.models import build_encoder
 from coma.objectives import build_objective
 from coma.objectives.initialization import initial_objective, origin_of, with_initial_weights
@@ -56,7 +57,7 @@ def artifact(folder: Path, kind: str = "pretrained", **changes: Any) -> Path:
         kind=kind,  # type: ignore[arg-type]
         model=MODEL,
         objective=OBJECTIVE if kind == "pretrained" else None,
-        image_size=16,
+        image_size=ImageSize.of(16),
         mean=(0.5,) * 3,
         std=(0.2,) * 3,
         class_names=None if kind in ("backbone", "pretrained") else ("a", "b"),
@@ -215,12 +216,12 @@ def test_an_artifact_brings_its_model(tmp_path: Path, caplog: pytest.LogCaptureF
     place = artifact(tmp_path / "artifact")
     caplog.set_level("INFO")
     config = parse(["photos", "--init", str(place)])[0]
-    assert config.model == MODEL and config.data.image_size == 16
+    assert config.model == MODEL and config.data.image_size == (16, 16)
     assert config.objective == OBJECTIVE
     assert f"--init {place}: trains its model (architecture dyvit, channels 3, patch 1" in caplog.text
     assert "--image-size 16" in caplog.text
     wide = parse(["photos", "--init", str(place), "--channels", "4", "--image-size", "32"])[0]
-    assert wide.model == replace(MODEL, channels=4) and wide.data.image_size == 32
+    assert wide.model == replace(MODEL, channels=4) and wide.data.image_size == (32, 32)
     assert parse(["photos", "--init", str(place), "--model", "tiny"])[0].model != MODEL
     classifier = artifact(tmp_path / "other", "classifier")
     assert parse(["photos", "--init", str(classifier)])[0].objective.decoder.dim == 192

@@ -25,9 +25,10 @@ from coma.data import (
 from coma.data.batches import TrainingFetcher
 from coma.data.shuffle import sample_seeds
 from coma.errors import BadImage, BadInput
+from coma.image_size import ImageSize
 
 SIZE = 16
-DATA = DataConfig(image_size=SIZE, workers=0)
+DATA = DataConfig(image_size=ImageSize.of(SIZE), workers=0)
 ASTRONAUT = pictures.astronaut()
 TILES = ArraySource(
     [ASTRONAUT[y : y + 40, x : x + 56] for y in range(0, 400, 100) for x in range(0, 400, 100)]

@@ -25,6 +25,7 @@ from coma.data.listing import changes, list_data
 from coma.data.pack import _key
 from coma.data.windows import Recent, Window, parse_window
 from coma.errors import BadImage, BadInput
+from coma.image_size import ImageSize
 
 COLOUR = pictures.coffee()[:201, :323]  # [201, 323, 3], odd sides
 GREY = COLOUR[:, :, 0]
@@ -196,7 +197,7 @@ def classes(folder) -> None:
 def test_an_epoch_has_every_window_once_and_starts_anywhere(tmp_path):
     classes(tmp_path)
     source = open_source(tmp_path, tiles=TILE)
-    data = DataConfig(image_size=32, workers=0)
+    data = DataConfig(image_size=ImageSize.of(32), workers=0)
     layout = BatchLayout(8, 8)
     batches = training_batches(source, data, channels=3, seed=1, batch=layout)
     epoch = [next(batches) for _ in range(3)]
