@@ -21,6 +21,7 @@ _INSTALL = {
     "onnx": "'coma-dyvit[export]'",
     "onnxscript": "'coma-dyvit[export]'",
     "onnxruntime": "onnxruntime-gpu (or onnxruntime, for CPUs)",
+    "openvino": "'coma-dyvit[openvino]'",
     "tensorboard": "tensorboard",
     "wandb": "'coma-dyvit[track]'",
     "mlflow": "'coma-dyvit[track]'",

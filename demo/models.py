@@ -15,7 +15,8 @@ from coma.models import Encoder
 from coma.registry import entry_of
 from coma.runtimes.base import Runtime
 from coma.runtimes.model_spec import GRAPH_KINDS, GraphKind, ModelSpec
-from coma.runtimes.open import Device, open_runtime
+from coma.runtimes.names import Device
+from coma.runtimes.open import open_runtime
 from demo.runtimes import Exported, RuntimeOption, exported_files, runtime_options, verified_file
 
 

@@ -11,10 +11,10 @@ from tyro.conf import Positional, arg
 
 from coma.config import ENCODER_METAVAR
 from coma.ranges import BATCH, DECAY, EPOCHS, PROCESSES, RATE, WEIGHT_DECAY, Range, Ranged
+from coma.runtimes.names import RuntimeName
 
 Device = Literal["auto", "cuda", "cpu"]
 Split = Literal["train", "val", "test"]
-RuntimeName = Literal["auto", "pytorch", "onnxruntime", "tensorrt"]
 UNSET = arg(help_behavior_hint="")
 """Marks flags that have no default."""
 
@@ -117,8 +117,8 @@ class RuntimeOptions(Ranged):
     """How a classifier is run on images."""
 
     runtime: RuntimeName = "auto"
-    """Runtime; auto is PyTorch for an artifact, and what runs the file for an exported one. For an artifact,
-    onnxruntime and tensorrt take the files in the folder export beside it."""
+    """Runtime; auto is PyTorch for an artifact, and ONNX Runtime or TensorRT for an exported file. For an
+    artifact, all but pytorch take the files in the folder export beside it."""
     batch_size: Annotated[int, BATCH] = 64
     """Images per forward pass."""
     workers: Annotated[int | None, PROCESSES, arg(help_behavior_hint="(default: cores - 1, at most 8)")] = (

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal, TypeGuard
 
 from coma.errors import BadInput
-from coma.runtimes.onnxruntime import EMULATED
+from coma.runtimes.onnx_file import EMULATED
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto

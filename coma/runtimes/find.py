@@ -15,15 +15,12 @@ from coma.paths import exports_beside
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import NAME, ForeignManifest, Manifest
 from coma.runtimes.model_spec import GRAPH_KINDS, GraphKind
-from coma.runtimes.open import Device, open_runtime
+from coma.runtimes.names import SUFFIXES, Device, RuntimeName, is_openvino
+from coma.runtimes.open import open_runtime
 
 log = logging.getLogger(__name__)
 
 DeviceName = Literal["auto", "cuda", "cpu"]
-RuntimeName = Literal["auto", "pytorch", "onnxruntime", "tensorrt"]
-"""auto: PyTorch for an artifact, otherwise what runs the exported file."""
-
-_SUFFIXES = {"onnxruntime": ".onnx", "tensorrt": ".engine"}
 
 
 def open_model(
@@ -38,15 +35,16 @@ def open_model(
         path: An artifact, a `.onnx` or `.engine` file, or a folder that `coma export` wrote.
         graph: Graph to run.
         runtime: Runtime to use. Of a folder of exports, auto takes the fp32 ONNX file, or else its first
-            file; for an artifact, `onnxruntime` and `tensorrt` take the exports in the folder beside it.
-        device: auto is the GPU where the runtime has one; engines always run on one.
+            file; for an artifact, all but `pytorch` take the exports in the folder beside it.
+        device: auto is the GPU where the runtime has one; engines always run on one, OpenVINO where its name
+            says.
 
     Raises:
         BadInput: no such model there, a model of another kind, or a runtime or device that is not available.
         CheckFailed: the runtime refuses the file.
     """
     file = find_model(path, graph, runtime)
-    opened = open_runtime(file, _device(file, device), graph if file.is_dir() else None)
+    opened = open_runtime(file, _device(file, runtime, device), graph if file.is_dir() else None)
     if opened.spec.graph != graph:
         raise BadInput(f"{file}: is a graph of the {opened.spec.graph}, not of the {graph}")
     log.info("model: %s (%s)", file, opened.title)
@@ -59,8 +57,8 @@ def find_model(path: Path, graph: GraphKind, runtime: RuntimeName = "auto") -> P
     Raises:
         BadInput: as `open_model`.
     """
-    suffix = _SUFFIXES.get(runtime)
-    if path.suffix in _SUFFIXES.values() and not path.is_dir():
+    suffix = SUFFIXES.get(runtime)
+    if path.suffix in SUFFIXES.values() and not path.is_dir():
         if runtime != "auto" and suffix != path.suffix:
             raise BadInput(f"--runtime {runtime}: does not run {path.name}; leave the flag out")
         return path
@@ -99,7 +97,11 @@ def _exported(folder: Path, manifest: Manifest, graph: GraphKind, suffix: str | 
     return folder / (plain or fitting)[0].file
 
 
-def _device(file: Path, name: str) -> Device:
+def _device(file: Path, runtime: RuntimeName, name: DeviceName) -> Device:
+    if is_openvino(runtime):
+        if name == "cuda" or (name == "cpu") > (runtime == "openvino"):
+            raise BadInput(f"--device {name}: --runtime openvino runs on a CPU, openvino-gpu on an Intel GPU")
+        return runtime
     if file.suffix == ".engine":
         if name == "cpu":
             raise BadInput(f"--device cpu: {file} is an engine, which runs on a GPU; give an .onnx file")

@@ -30,6 +30,7 @@ _LIBRARIES = (
     "onnxscript",
     "onnxruntime-gpu",
     "onnxruntime",
+    "openvino",
     "tensorrt-cu13",
     "tensorrt-rtx-cu13-libs",
 )
@@ -47,7 +48,7 @@ class Entry:
         file: Name of the file in the folder.
         graph: encoder, reconstructor, classifier, segmentor or detector.
         precision: Precision of its matrix multiplications.
-        runtime: Runtime of the verification; empty if the file could not run.
+        runtime: Runtime of the verification, the first one of --device; empty if the file could not run.
         sha256: SHA-256 of the file; empty if it could not be built.
         bytes: Size of the file.
         parameters: Number of parameters of the model.
@@ -60,6 +61,7 @@ class Entry:
         latency: Latency of the file and of PyTorch by shape, compute and end to end, in milliseconds.
         numbers: Operators and weights by precision.
         error: Module where the error of a rejected file starts.
+        also_verified: Results with the other runtimes of --device, by runtime, in the form of `verification`.
         machine: Machine of the verification.
         versions: Versions of Python and of the libraries involved.
     """
@@ -80,8 +82,14 @@ class Entry:
     numbers: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     image_sets: dict[str, Selection] = field(default_factory=dict)
+    also_verified: dict[str, dict[str, Any]] = field(default_factory=dict)
     machine: str = field(default_factory=lambda: machine())
     versions: dict[str, str] = field(default_factory=lambda: versions())
+
+    @property
+    def runtimes(self) -> list[str]:
+        """Runtimes that the file was verified with."""
+        return [self.runtime, *self.also_verified]
 
 
 @dataclass

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from coma.errors import BadInput, CheckFailed
-from coma.library_errors import first_line, library_errors, load_packages
-from coma.preflight import check_regular_file
+from coma.library_errors import first_line, load_packages
 from coma.runtimes.base import check_inputs
-from coma.runtimes.model_spec import ModelSpec, read_model_spec
+from coma.runtimes.names import Provider
+from coma.runtimes.onnx_file import name_of, read_onnx_file
 from coma.runtimes.tensorrt.discovery import load_library
 
-Provider = Literal["cpu", "cuda", "tensorrt"]
-EMULATED = "coma.emulated"
-"""Metadata key of a graph that emulates a precision; the value is "fp16" or "bf16"."""
 ORT_FP8_ENTRY = ("session.disable_quant_qdq", "1")
 """Session option for fp8 files. Without it ONNX Runtime moves Q/DQ pairs past transpositions, which it then
 refuses to compute in fp8."""
@@ -47,7 +44,7 @@ class OnnxRuntime:
     On a GPU, inputs and outputs stay there (IO binding).
 
     Args:
-        path: The file, or its content. bf16 runs on a CPU only as an emulation in fp32; see `EMULATED`.
+        path: The file, or its content. bf16 runs on a CPU only as an emulation in fp32; see `onnx_file.EMULATED`.
         provider: Execution provider.
         threads: Number of CPU threads (default: all cores).
         extra_outputs: Return all outputs of the graph, not only those of the specification.
@@ -65,8 +62,8 @@ class OnnxRuntime:
         threads: int | None = None,
         extra_outputs: bool = False,
     ) -> None:
-        name = path.name if isinstance(path, Path) else "the graph"
-        self.spec, emulated = _read(path, name)
+        name = name_of(path)
+        self.spec, emulated = read_onnx_file(path)
         precision = self.spec.precision
         if precision == "bf16" and provider == "cpu" and not emulated:
             raise BadInput(f"{name}: ONNX Runtime has no bf16 on a CPU; use a GPU (cuda)")
@@ -136,24 +133,6 @@ def _library() -> Any:
     import onnxruntime
 
     return onnxruntime
-
-
-def _read(path: Path | bytes, name: str) -> tuple[ModelSpec, str | None]:
-    """Returns the specification of a file and the precision that it emulates."""
-    load_packages("onnx")
-    import onnx
-    from onnx.external_data_helper import _get_all_tensors, uses_external_data
-
-    if isinstance(path, Path):
-        check_regular_file(path)
-    with library_errors(f"{name}: not a readable ONNX file", BadInput):
-        content = path.read_bytes() if isinstance(path, Path) else path
-        model = onnx.load_model_from_string(content)
-        outside = any(map(uses_external_data, _get_all_tensors(model)))
-    if outside:
-        raise BadInput(f"{name}: keeps weights in other files, which coma export never does; export it again")
-    emulated = {each.key: each.value for each in model.metadata_props}.get(EMULATED)
-    return read_model_spec(model, name), emulated
 
 
 def _open(path: Path | bytes, name: str, provider: Provider, threads: int | None, fp8_products: bool) -> Any:

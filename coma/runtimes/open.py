@@ -8,19 +8,18 @@ from __future__ import annotations
 import logging
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from coma.artifact import load_artifact
 from coma.errors import BadInput
 from coma.library_errors import library_errors
 from coma.preflight import check_regular_file
 from coma.runtimes.base import Runtime
-from coma.runtimes.manifest import NAME, ForeignManifest, Manifest, is_verified
+from coma.runtimes.manifest import NAME, Entry, ForeignManifest, Manifest, is_verified
 from coma.runtimes.model_spec import GRAPH_KINDS, ExportableModel, GraphKind
+from coma.runtimes.names import Device, is_openvino, library_of
 
 log = logging.getLogger(__name__)
-
-Device = Literal["cpu", "cuda", "tensorrt"]
 
 _UNFIT = {
     ".unverified": "was not verified, because its export did not finish; export it again",
@@ -32,14 +31,16 @@ def open_runtime(path: Path, device: Device = "cpu", graph: GraphKind | None = N
     """Opens a model.
 
     Args:
-        path: An artifact directory (PyTorch), a `.onnx` file (ONNX Runtime) or an `.engine` file (TensorRT).
-        device: cpu or cuda; `tensorrt` is the execution provider of ONNX Runtime with that name.
+        path: An artifact directory (PyTorch), a `.onnx` file (ONNX Runtime, OpenVINO) or an `.engine` file
+            (TensorRT).
+        device: cpu or cuda; `tensorrt` is the execution provider of ONNX Runtime with that name; `openvino` and
+            `openvino-gpu` are OpenVINO on a CPU and on an Intel GPU.
         graph: Graph of an artifact; by default the last one of its kind in `GRAPH_KINDS`.
 
     Raises:
         BadInput: the path holds no model, the model does not run on the device, or the file has changed since
             its verification.
-        CheckFailed: ONNX Runtime or TensorRT refuses the file.
+        CheckFailed: ONNX Runtime, OpenVINO or TensorRT refuses the file.
     """
     path = Path(path)
     try:
@@ -57,24 +58,31 @@ def _open(path: Path, device: Device, graph: GraphKind | None) -> Runtime:
             raise BadInput(f"{path}: {_UNFIT[suffix]}")
     if path.suffix in (".onnx", ".engine") and not path.is_dir():
         check_regular_file(path)
-        _check_listed(path)
-    if path.suffix == ".onnx" and not path.is_dir():
-        from coma.runtimes.onnxruntime import OnnxRuntime
-
-        return OnnxRuntime(path, device)
-    if path.suffix == ".engine" and not path.is_dir():
-        from coma.runtimes.tensorrt.runtime import TensorRTRuntime
-
-        return TensorRTRuntime(path, "cuda" if device == "tensorrt" else device)
+        _check_listed(path, device)
+        return _open_file(path, device)
     if path.is_file():
         raise BadInput(f"{path}: give an artifact directory, a .onnx file or an .engine file")
     from coma.runtimes.pytorch import TorchRuntime
 
-    if device == "tensorrt":
+    if device not in ("cpu", "cuda"):
         raise BadInput(f"{path}: an artifact runs on cpu or cuda")
     return TorchRuntime(
         _load_exportable(path, graph or GRAPH_KINDS[load_artifact(path).config.kind][-1]), device
     )
+
+
+def _open_file(path: Path, device: Device) -> Runtime:
+    if path.suffix == ".engine":
+        from coma.runtimes.tensorrt.runtime import TensorRTRuntime
+
+        return TensorRTRuntime(path, "cuda" if device == "tensorrt" else device)
+    if is_openvino(device):
+        from coma.runtimes.openvino import OpenVINORuntime
+
+        return OpenVINORuntime(path, device)
+    from coma.runtimes.onnxruntime import OnnxRuntime
+
+    return OnnxRuntime(path, device)
 
 
 def _load_exportable(path: Path, graph: GraphKind) -> ExportableModel:
@@ -84,8 +92,10 @@ def _load_exportable(path: Path, graph: GraphKind) -> ExportableModel:
     raise BadInput(f"{path}: no installed package loads models for runtimes; install coma-dyvit[export]")
 
 
-def _check_listed(path: Path) -> None:
-    """Refuses a file that the manifest beside it does not list as verified; warns if there is no manifest.
+def _check_listed(path: Path, device: Device) -> None:
+    """Refuses a file that the manifest beside it does not list as verified.
+
+    Warns if there is no manifest, or if an ONNX file was verified with another library than the device's.
 
     Raises:
         BadInput: the file is not listed, was rejected, or has changed since its verification.
@@ -103,6 +113,7 @@ def _check_listed(path: Path) -> None:
     for entry in manifest.files:
         if entry.file == real.name:
             if is_verified(real.parent, entry):
+                _warn_of_another_library(path, entry, device)
                 return
             raise BadInput(
                 f"{path}: has changed since its verification (by its SHA-256 in {NAME}); export it again"
@@ -111,3 +122,16 @@ def _check_listed(path: Path) -> None:
         f"{path}: {NAME} beside it does not list it as verified; export it again, or move it to a folder of "
         "its own to open it unverified"
     )
+
+
+def _warn_of_another_library(path: Path, entry: Entry, device: Device) -> None:
+    library = library_of(device)
+    if path.suffix == ".onnx" and not any(title.startswith(library) for title in entry.runtimes):
+        known = " and ".join(entry.runtimes)
+        log.warning(
+            "%s: was verified with %s, not with %s; export it again with --device %s",
+            path,
+            known,
+            library,
+            device,
+        )

@@ -15,7 +15,8 @@ from coma.messages import abridged, counted
 from coma.paths import Location
 from coma.preflight import require_folder, require_packages
 from coma.progress import Progress
-from coma.runtimes.find import DeviceName, RuntimeName
+from coma.runtimes.find import DeviceName
+from coma.runtimes.names import RuntimeName
 from downstream.classify.inference import class_names_of, classify_images, none_readable, open_classifier
 from downstream.classify.metrics import multi_label_metrics, single_label_metrics
 from downstream.classify.plots import draw_confusion, draw_reliability

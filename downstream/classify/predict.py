@@ -27,7 +27,8 @@ from coma.paths import Location
 from coma.preflight import require_folder
 from coma.progress import Bar, Progress
 from coma.runtimes.base import Runtime
-from coma.runtimes.find import DeviceName, RuntimeName
+from coma.runtimes.find import DeviceName
+from coma.runtimes.names import RuntimeName
 from coma.signals import sigterm_interrupts
 from downstream.classify.inference import (
     Probabilities,

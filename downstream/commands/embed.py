@@ -48,9 +48,9 @@ class EmbedConfig(Ranged):
     image_size: Annotated[ImageSize | None, SIDE] = None
     """Size of the images shown to the model in pixels: side of a square, or height and width; default: as in
     its training"""
-    runtime: Literal["auto", "pytorch", "onnxruntime", "tensorrt"] = "auto"
-    """auto: PyTorch for an artifact, otherwise what runs the exported file. The others, for an artifact: its
-    exports in the folder export beside it."""
+    runtime: RuntimeName = "auto"
+    """auto: PyTorch for an artifact, and ONNX Runtime or TensorRT for an exported file. All but pytorch, for an
+    artifact: its exports in the folder export beside it."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU where there is one."""
     batch_size: Annotated[int, BATCH] = 64
