@@ -30,7 +30,7 @@ from tyro.constructors import (
 )
 
 from coma.errors import BadInput
-from coma.paths import Address, local_path, parse_location
+from coma.paths import Address, Location, local_path, parse_location
 from coma.ranges import RARE, ranges_of
 
 Settings = TypeVar("Settings")
@@ -339,9 +339,12 @@ def _one_line(event: events.ParseErrorEvent) -> None:
         raise BadInput(f"{_name(event.argument)} {event.value!r} must be {listing}")
     if isinstance(event, events.InstantiationFailure) and event.argument is not None:
         if event.message.startswith("Could not"):  # tyro, of tuples, with their types in Python's words
-            if Path in get_args(event.argument.field.type_stripped):
-                for word in re.findall("'([^']*)'", event.message):
-                    local_path(word)  # says itself what is wrong with it
+            kind, words = get_args(event.argument.field.type_stripped), re.findall("'([^']*)'", event.message)
+            for word in words:  # a path says itself what is wrong with it
+                if Path in kind:
+                    local_path(word)
+                elif Location in kind:
+                    parse_location(word)
             form = re.sub(r"\[(\S+) \[\1 \.\.\.\]\]", r"\1 ...", event.argument.lowered.metavar or "")
             raise BadInput(f"{_name(event.argument)} must be given as {form}")
         raise BadInput(f"{_name(event.argument)} {event.message}")

@@ -61,9 +61,10 @@ class FinetuneRecipe(OptimizerConfig):
     frozen: bool = False
     """Train a linear head on frozen features of centre crops, without augmentation, to the optimum (L-BFGS):
     minutes instead of hours. The penalty of the head is chosen on the validation images."""
-    class_weights: Literal["none", "balanced"] = "none"
-    """balanced: weight the loss of every class by the inverse of its number of training images, so that rare
-    classes count as much as frequent ones."""
+    class_balance: Literal["none", "weights", "sampling"] = "none"
+    """Rare classes count as much as frequent ones. weights: weight the loss of every class by the inverse of
+    its number of training images. sampling: draw the images class by class, so that all classes are shown
+    equally often; an image of several classes is drawn for each of them."""
     rand_augment: Annotated[int, Range(0, 10), RARE] = 9
     """Magnitude of RandAugment (Cubuk et al. 2020), with standard deviation 0.5; 0: off. It applies to 8-bit
     images of three channels; other images are cropped and flipped only."""

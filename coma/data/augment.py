@@ -22,6 +22,7 @@ from torch import Tensor
 
 from coma.config import DataConfig
 from coma.data.batches import Batch, BatchLayout, TrainingFetcher
+from coma.data.class_sampling import ClassSampler
 from coma.data.loader import check_start
 from coma.data.shuffle import splitmix64
 from coma.data.sources.base import Source
@@ -39,6 +40,7 @@ def labelled_batches(
     seed: int,
     batch: BatchLayout,
     rand_augment: int = 0,
+    sampler: ClassSampler | None = None,
     start: int = 0,
     device: torch.device | None = None,
 ) -> Iterator[Batch]:
@@ -47,11 +49,12 @@ def labelled_batches(
     Args:
         source: Images.
         data: Crop, flip, mean (the fill value of RandAugment), and what happens if an image does not decode.
-        labels: Labels of all images of the source, int64 `[n]`.
+        labels: Labels of all images of the source, int64 `[n]`, or `[n, classes]` for any number per image.
         channels: Number of channels of the batches.
         seed: Seed of the run.
         batch: This process's share of the global batch.
         rand_augment: Strength of RandAugment, 0 (off) to 10.
+        sampler: Chooses the images; None shows every image once in an epoch.
         start: Number of samples that whole optimizer steps have consumed so far.
         device: Target device; batches for a GPU are in page-locked memory.
 
@@ -60,7 +63,7 @@ def labelled_batches(
         BadInput: While iterating: many images in a row do not decode.
     """
     check_start(start, batch)
-    fetch = LabelledFetcher(source, data, channels, seed, batch.micro_batch, labels, rand_augment)
+    fetch = LabelledFetcher(source, data, channels, seed, batch.micro_batch, labels, rand_augment, sampler)
     on_gpu = device is not None and device.type == "cuda"
     return map_ordered(fetch, batch.micro_batch_starts(start), data.workers, pin=on_gpu)
 
@@ -71,6 +74,11 @@ class LabelledFetcher(TrainingFetcher):
 
     labels: Tensor
     rand_augment: int
+    sampler: ClassSampler | None = None
+
+    def _indices(self, places: np.ndarray) -> np.ndarray:
+        """Returns the images at `places [b]` of the order of all epochs."""
+        return self.sampler.indices(self.seed, places) if self.sampler else super()._indices(places)
 
     def __call__(self, first: int) -> Batch:
         """Returns samples `first` to `first + count`."""

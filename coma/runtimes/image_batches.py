@@ -95,6 +95,7 @@ class _Reader:
     def __call__(self, part: range) -> ImageBatch:
         mean, std = self.preprocessing.mean, self.preprocessing.std
         images, indices, failures = [], [], []
+        self.source.prefetch(part)
         for i in part:
             try:
                 pixels = self.source.read(i, self.channels, self.min_side)

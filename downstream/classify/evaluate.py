@@ -12,10 +12,11 @@ from coma.atomic_io import write_json
 from coma.data import class_indices, open_labelled
 from coma.errors import BadInput
 from coma.messages import abridged, counted
+from coma.paths import Location
 from coma.preflight import require_folder, require_packages
 from coma.progress import Progress
 from coma.runtimes.find import DeviceName, RuntimeName
-from downstream.classify.inference import class_names_of, classify_images, open_classifier
+from downstream.classify.inference import class_names_of, classify_images, none_readable, open_classifier
 from downstream.classify.metrics import multi_label_metrics, single_label_metrics
 from downstream.classify.plots import draw_confusion, draw_reliability
 
@@ -27,7 +28,7 @@ _NAMED = 3
 
 def evaluate_classifier(
     classifier: Path,
-    data: Path,
+    data: Location,
     *,
     split: str | None = None,
     out: Path | None = None,
@@ -85,6 +86,8 @@ def evaluate_classifier(
         failures += batch.failures
         if bar:
             bar.advance(len(batch.indices) + len(batch.failures))
+    if not indices:
+        raise none_readable(source, failures)
     if failures:
         skipped = counted(len(failures), "image that cannot be read", "images that cannot be read")
         log.warning("skipped %s: %s", skipped, abridged(failures, _NAMED, "; "))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +22,13 @@ from coma.data import Batch, labelled_batches
 from coma.errors import BadInput
 from coma.models.classifiers import build_classifier
 from coma.objectives.classification import Classification
-from downstream.classify.frozen import fit_head
+from downstream.classify.frozen import fit_head, head_summary, measure_head
 from downstream.classify.plan import FinetunePlan, prepare_finetuning
 from downstream.classify.run_directory import ClassifierRunDirectory
 from downstream.classify.validation import Validation
 from pretrain.training.console import TrainingConsole
 from pretrain.training.distributed import Processes, processes
+from pretrain.training.run_summary import estimate
 from pretrain.training.trainer import Trainer
 
 
@@ -73,15 +74,9 @@ def finetune(
         Interrupted: Ctrl-C or SIGTERM; everything is saved.
     """
     began = time.monotonic()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise BadInput("fine-tuning runs in one process, on one GPU or a CPU; start it without torchrun")
-    with processes(config.run.device) as group, closing(TrainingConsole()) as console:
-        plan = prepare_finetuning(config, resume=resume)
-        for images in dict.fromkeys((config.data.images, config.test)):
-            if not resume and (note := lies_among(config.run.out, images)):
-                console.say(note)
+    with _prepared(config, resume=resume) as (plan, group, console):
         if plan.config.optimizer.frozen:
-            best, test = fit_head(plan, group.device, console)
+            best, test = fit_head(plan, group, console)
             last, steps = best, 0
         else:
             trainer = _ClassifierTrainer(plan, group, console)
@@ -91,6 +86,34 @@ def finetune(
     if test is None:
         raise AssertionError("every run ends with a test")
     return FinetuneResult(plan.config, best, last, test, steps, len(plan.source), time.monotonic() - began)
+
+
+def describe(config: FinetuneConfig, *, resume: bool = False, allow_changed_data: bool = False) -> list[str]:
+    """Returns what a run is going to do, with its time and memory estimated; writes nothing.
+
+    Raises:
+        BadInput, CheckFailed, Interrupted: as `finetune`.
+    """
+    with _prepared(config, resume=resume) as (plan, group, console):
+        if plan.config.optimizer.frozen:
+            return [*head_summary(plan, group), *estimate(measure_head(plan, group.device))]
+        trainer = _ClassifierTrainer(plan, group, console)
+        measured = trainer.measure(resume=resume, allow_changed_data=allow_changed_data)
+        return [*trainer.summary(), *estimate(measured)]
+
+
+@contextmanager
+def _prepared(
+    config: FinetuneConfig, *, resume: bool
+) -> Iterator[tuple[FinetunePlan, Processes, TrainingConsole]]:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadInput("fine-tuning runs in one process, on one GPU or a CPU; start it without torchrun")
+    with processes(config.run.device) as group, closing(TrainingConsole()) as console:
+        plan = prepare_finetuning(config, resume=resume)
+        for images in dict.fromkeys((config.data.images, config.test)):
+            if not resume and (note := lies_among(config.run.out, images)):
+                console.say(note)
+        yield plan, group, console
 
 
 class _ClassifierTrainer(Trainer[FinetunePlan]):
@@ -107,7 +130,7 @@ class _ClassifierTrainer(Trainer[FinetunePlan]):
         if not config.from_scratch:
             tensors = classifier.state_dict() | plan.encoder | (plan.head or {})
             load_strict(classifier, tensors, source=str(config.artifact))
-        return Classification(config.optimizer, classifier, len(plan.class_names), plan.class_weights())
+        return Classification(config.optimizer, classifier, len(plan.class_names), plan.class_weights)
 
     def batches(self, start: int) -> Iterator[Batch]:
         """See `Trainer`."""
@@ -120,6 +143,7 @@ class _ClassifierTrainer(Trainer[FinetunePlan]):
             seed=config.run.seed,
             batch=self.plan.slices,
             rand_augment=config.optimizer.rand_augment,
+            sampler=self.plan.sampler,
             start=start,
             device=self.group.device,
         )

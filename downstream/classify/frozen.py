@@ -6,26 +6,36 @@ validation images choose its penalty. The standardisation of the features is fol
 
 from __future__ import annotations
 
+import time
+from contextlib import closing
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from coma.amp import choose_precision
 from coma.artifact import load_strict, save_artifact
 from coma.atomic_io import write_json
-from coma.data import Source
-from coma.models.classifiers import build_classifier
+from coma.data import Source, Subset
+from coma.models.classifiers import Classifier, build_classifier
 from coma.progress import Progress
 from downstream.classify.plan import FinetunePlan
 from downstream.classify.run_directory import classifier_config, named_scores
 from downstream.classify.validation import Validation, score, validate
-from pretrain.evaluate.features import Features, extract_features
+from pretrain.evaluate.features import Features, extract_features, feature_batches
 from pretrain.evaluate.linear_probe import LinearClassifier, fit_linear
 from pretrain.training.console import TrainingConsole
+from pretrain.training.distributed import Processes
 from pretrain.training.run_plan import write_config
+from pretrain.training.run_summary import Measurement, summary
+from pretrain.training.throughput import peak_memory
+
+_MEASURED = 3
+"""Batches of a dry run."""
 
 
 def fit_head(
-    plan: FinetunePlan, device: torch.device, console: TrainingConsole
+    plan: FinetunePlan, group: Processes, console: TrainingConsole
 ) -> tuple[Validation | None, Validation]:
     """Fits a linear head on frozen features, and writes config.json, metrics.jsonl and the artifact.
 
@@ -37,15 +47,10 @@ def fit_head(
         CheckFailed: features that are not finite.
         OSError: the results cannot be written.
     """
-    config, classes = plan.config, len(plan.class_names)
-    for note in plan.notes:
-        console.say(note)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
-        classifier = build_classifier(config.model, classes)
-    if not config.from_scratch:
-        load_strict(classifier, classifier.state_dict() | plan.encoder, source=str(config.artifact))
-    classifier.to(device)
+    config, classes, device = plan.config, len(plan.class_names), group.device
+    for line in (*plan.notes, *head_summary(plan, group)):
+        console.say(line)
+    classifier = _classifier(plan).to(device)
     write_config(config)
     with Progress() as progress:
 
@@ -64,7 +69,7 @@ def fit_head(
 
         train = features(plan.source, plan.labels, "features of training images")
         val = features(plan.val, plan.val_labels, "features of validation images") if plan.val else None
-    weights = plan.class_weights()
+    weights = plan.class_weights
     fitted = fit_linear(
         train.values,
         train.labels,
@@ -98,6 +103,57 @@ def fit_head(
         config=classifier_config(plan, trained, best, test),
     )
     return best, test
+
+
+def head_summary(plan: FinetunePlan, group: Processes) -> list[str]:
+    """Returns the lines that say what the run is going to do."""
+    return summary(plan, group, choose_precision("auto", group.device))
+
+
+def measure_head(plan: FinetunePlan, device: torch.device) -> Measurement:
+    """Computes the features of the first images to estimate the run's time and memory; writes nothing.
+
+    Raises:
+        BadInput: no image could be read.
+    """
+    size = plan.slices.micro_batch
+    some = Subset(plan.source, np.arange(min(_MEASURED * size, len(plan.source))))
+    batches = feature_batches(
+        _classifier(plan).to(device),
+        plan.pretrained,
+        some,
+        image_size=plan.config.data.image_size,
+        batch_size=size,
+        workers=plan.config.data.workers,
+    )
+    seconds, began = [], time.perf_counter()
+    with closing(batches):
+        for _ in batches:
+            seconds.append(time.perf_counter() - began)
+            began = time.perf_counter()
+    if len(seconds) > 1:
+        del seconds[0]  # it also starts the workers and warms up the device
+    return Measurement(
+        steps=len(seconds),
+        seconds=sum(seconds) / len(seconds),
+        waited=None,
+        left=sum(-(-len(source) // size) for source in plan.sources.values()),
+        memory=peak_memory(device),
+        device=device,
+        unit=("batch", "batches"),
+        without="the fit of the head",
+    )
+
+
+def _classifier(plan: FinetunePlan) -> Classifier:
+    """Returns the encoder under a new head."""
+    config = plan.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        classifier = build_classifier(config.model, len(plan.class_names))
+    if not config.from_scratch:
+        load_strict(classifier, classifier.state_dict() | plan.encoder, source=str(config.artifact))
+    return classifier
 
 
 def folded(fitted: LinearClassifier) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,21 +50,27 @@ def class_names_of(classifier: Runtime) -> tuple[str, ...]:
 
 
 def classify_images(
-    classifier: Runtime, source: Source, *, batch_size: int = 64, workers: int | None = None
+    classifier: Runtime,
+    source: Source,
+    ranges: Sequence[range] | None = None,
+    *,
+    batch_size: int = 64,
+    workers: int | None = None,
 ) -> Generator[Probabilities, None, None]:
-    """Yields the probabilities of all images, in order; unreadable images are skipped and named.
+    """Yields the probabilities of the images, in order; unreadable images are skipped and named.
 
     Images are preprocessed as the classifier specifies. Close the iterator to stop its workers early.
 
     Args:
         classifier: From `open_classifier`.
         source: Images.
+        ranges: Positions of the images in the source, none of them empty; a batch has images of one range.
+            None: all images.
         batch_size: Images per forward pass; smaller if an engine takes fewer. Files with a fixed batch size
             get batches of that size.
         workers: Number of processes that decode images; None chooses by the number of cores.
 
     Raises:
-        BadInput: While iterating: no image could be read.
         CheckFailed: While iterating: outputs that are not finite.
     """
     spec = classifier.spec
@@ -74,17 +80,19 @@ def classify_images(
     usual = rule.size or (224, 224)
     height, width = (side if isinstance(side, int) else own for side, own in zip(sides, usual, strict=True))
     resize = Resize(rule, (height, width))
-    parts = [range(at, min(at + count, len(source))) for at in range(0, len(source), count)]
     batches = image_batches(
         source,
-        parts,
+        [
+            range(at, min(at + count, part.stop))
+            for part in ([range(len(source))] if ranges is None else ranges)
+            for at in range(part.start, part.stop, count)
+        ],
         channels=channels_of(spec),
         resize=resize,
         preprocessing=rule,
         min_side=resize.min_side,
         workers=workers,
     )
-    readable, first = False, ""
     with closing(batches):
         for each in batches:
             found = torch.empty(0, len(class_names_of(classifier)))
@@ -94,7 +102,11 @@ def classify_images(
                 if not logits.isfinite().all():
                     raise CheckFailed(f"{source.describe(each.indices[0])}: the outputs are not finite")
                 found = spec.probabilities(logits)
-            readable, first = readable or here > 0, first or "".join(each.failures[:1])
             yield Probabilities(found, each.indices, each.failures)
-    if not readable:
-        raise BadInput(f"{source.location}: none of {len(source):,} images could be read; the first: {first}")
+
+
+def none_readable(source: Source, failures: Sequence[str]) -> BadInput:
+    """Returns the error of a source of which no image could be read."""
+    return BadInput(
+        f"{source.location}: none of {len(source):,} images could be read; the first: {failures[0]}"
+    )

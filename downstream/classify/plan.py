@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor
@@ -18,6 +19,7 @@ from coma.data import (
     log_missing_classes,
     open_labelled_splits,
 )
+from coma.data.class_sampling import ClassSampler
 from coma.errors import BadInput
 from coma.messages import abridged, counted
 from coma.objectives.classification import balanced_weights
@@ -76,11 +78,39 @@ class FinetunePlan(RunPlan[FinetuneConfig]):
         """Whether an image may have any number of classes."""
         return self.labels.ndim == 2
 
+    @cached_property
     def class_weights(self) -> Tensor | None:
-        """Returns the weight of every class in the loss; None where all weigh the same."""
-        if self.config.optimizer.class_weights == "none":
+        """The weight of every class in the loss; None where all weigh the same."""
+        if self.config.optimizer.class_balance != "weights":
             return None
         return balanced_weights(self.labels, len(self.class_names))
+
+    @cached_property
+    def sampler(self) -> ClassSampler | None:
+        """What draws the training images; None shows every image once in an epoch."""
+        return ClassSampler(self.labels) if self.config.optimizer.class_balance == "sampling" else None
+
+    def balance(self) -> tuple[str, ...]:
+        """Returns lines on what makes rare classes count as much as frequent ones."""
+        if self.class_weights is not None:
+            low, high = int(self.class_weights.argmin()), int(self.class_weights.argmax())
+            ends = (f"{self.class_weights[i]:.3g} ({self.class_names[i]})" for i in (low, high))
+            return (f"class weights: {' to '.join(ends)}",)
+        if self.sampler is None:
+            return ()
+        counts = self.sampler.counts
+        shown = len(self.source) / len(counts)
+        most, fewest = (f"{shown / int(each):.3g} times" for each in (counts.min(), counts.max()))
+        line = (
+            f"balanced sampling: an epoch of {len(self.source):,} samples shows each of {len(counts)} "
+            f"classes {shown:,.0f} times: an image of the rarest {most}, one of the most frequent {fewest}"
+        )
+        if self.multi_label:
+            line += "; images of several classes have the turns of each, those without a class are one more"
+        if self.source.blocks is None:
+            return (line,)
+        note = "the images lie in row groups, which balanced sampling reads many times in an epoch"
+        return line, f"{note}; --class-balance weights reads each once"
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -97,6 +127,11 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
     """
     if config.optimizer.frozen and config.optimizer.frozen_stages >= 0:
         raise BadInput("--frozen freezes the whole encoder; leave --frozen-stages out")
+    if config.optimizer.frozen and config.optimizer.class_balance == "sampling":
+        raise BadInput(
+            "--class-balance sampling has no effect with --frozen, which uses all images at once; give "
+            "--class-balance weights"
+        )
     encoder = load_encoder(config.artifact)
     about, stages = encoder.artifact, len(encoder.parts()) - 1
     if config.optimizer.frozen_stages > stages:
@@ -169,11 +204,7 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
         held_out=held_out and val is not None,
         notes=notes,
     )
-    if (each := plan.class_weights()) is None:
-        return plan
-    low, high = int(each.argmin()), int(each.argmax())
-    line = f"class weights: {each[low]:.3g} ({names[low]}) to {each[high]:.3g} ({names[high]})"
-    return replace(plan, notes=(*notes, line))
+    return replace(plan, notes=(*notes, *plan.balance()))
 
 
 def _filled_in(config: FinetuneConfig, about: ArtifactConfig, names: tuple[str, ...]) -> FinetuneConfig:

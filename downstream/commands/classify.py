@@ -14,14 +14,15 @@ from coma.arguments import from_keywords, parse_arguments, parse_known
 from coma.config import FinetuneConfig
 from coma.config.serialization import read_config
 from coma.errors import BadInput
+from coma.paths import Location
 from coma.preflight import require_packages
 from coma.ranges import Range
-from downstream.cli_options import CheckOptions, Device, RuntimeOptions, Split
+from downstream.cli_options import Device, RuntimeOptions, Split
 from downstream.commands import shared
 
 if TYPE_CHECKING:
     from downstream.classify.finetune import FinetuneResult
-    from downstream.classify.predict import Predictions
+    from downstream.classify.predictions import Predictions
 
 __all__ = ["predict", "test", "train"]
 
@@ -56,7 +57,7 @@ SHOWN = 40
 IMAGES = tyro.conf.arg(metavar="IMAGES ...", help_behavior_hint="(required)")
 FROZEN_OPTIONS = (
     *("artifact", "data", "images", "test", "val", "out", "image_size", "from_scratch", "hold_out", "seed"),
-    *("device", "workers", "batch_size", "micro_batch", "frozen", "frozen_stages", "class_weights"),
+    *("device", "workers", "batch_size", "micro_batch", "frozen", "frozen_stages", "class_balance"),
 )
 """Settings that apply to a linear head on frozen features; `frozen_stages` is refused later."""
 
@@ -77,6 +78,8 @@ class TrainConfig:
     allow_changed_data: bool = False
     """With --resume: continue although images were added, removed, renamed, changed in size or moved to
     another class; the best checkpoint is then searched anew."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Describe the run, estimate time and memory, and write nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +92,9 @@ class ClassifyTest(RuntimeOptions):
 
     artifact: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CLASSIFIER")] = field()
     """Artifact of `coma classify train`, a .onnx or .engine file, or a folder of exports."""
-    data: Annotated[Path, tyro.conf.arg(metavar="CLASSES")] = field()
-    """Labelled images: class folders, .npz packs, or .csv files with a path and labels in every line."""
+    data: Annotated[Location, tyro.conf.arg(metavar="CLASSES")] = field()
+    """Labelled images: class folders, .npz packs, or .csv files with a path and labels in every line; also
+    the address of shards or parquet files."""
     split: Annotated[
         Split | None, tyro.conf.arg(help_behavior_hint="(default: test, or else val, or else all images)")
     ] = None
@@ -103,12 +107,16 @@ class ClassifyTest(RuntimeOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyPredict(RuntimeOptions):
-    """Labels images: writes predictions.csv, predictions.json and contact_sheet.png."""
+    """Labels images: writes predictions.csv, predictions.json and contact_sheet.png.
+
+    A command that was stopped or killed continues when it is given again.
+    """
 
     artifact: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CLASSIFIER")] = field()
     """Artifact of `coma classify train`, a .onnx or .engine file, or a folder of exports."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional, IMAGES] = field()
-    """Images, and folders of images (searched recursively)."""
+    images: Annotated[tuple[Location, ...], tyro.conf.Positional, IMAGES] = field()
+    """Images, and folders of images (searched recursively); or one pack, .csv file, or address of shards or
+    parquet files."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = field()
     """New folder for the predictions and the contact sheet."""
     device: Device = "auto"
@@ -119,6 +127,14 @@ class ClassifyPredict(RuntimeOptions):
         tyro.conf.arg(help_behavior_hint="(default: 5, or all classes if there are fewer)"),
     ] = None
     """Most probable classes that are written for each image."""
+
+
+@dataclass(frozen=True)
+class ClassifyCheck:
+    """Opens labelled images and prints how many of each class every split has."""
+
+    data: Annotated[Location, tyro.conf.arg(metavar="CLASSES")]
+    """Labelled images, as for training."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +184,7 @@ def _names(config: FinetuneConfig) -> list[str]:
     return [each.name for section in sections for each in fields(section)]
 
 
-def train(artifact: str | Path | None = None, **settings: Any) -> FinetuneResult:
+def train(artifact: str | Path | None = None, **settings: Any) -> FinetuneResult | None:
     """Trains a classifier, as `coma classify train` does.
 
         result = coma.classify.train("runs/first/artifact", data="CLASSES", out="runs/classifier", epochs=30)
@@ -177,6 +193,9 @@ def train(artifact: str | Path | None = None, **settings: Any) -> FinetuneResult
     Args:
         artifact: An artifact of any kind to start from; None with `resume`.
         settings: Flags of the command as keywords: `data`, `out`, `epochs`, `frozen`, `resume`.
+
+    Returns:
+        The results of the run; None with `dry_run=True`, which prints what the run is going to do.
 
     Raises:
         BadInput: settings, artifacts or images that cannot be used.
@@ -213,16 +232,21 @@ def predict(
     """Labels images, as `coma classify predict` does.
 
         found = coma.classify.predict("runs/classifier/artifact", "PHOTOS", out="predictions", top_k=3)
+        names = [each["classes"][0]["name"] for each in found]
 
     Args:
         classifier: An artifact, an exported file, or a folder of exports.
         images: Images and folders of images.
         settings: Flags of the command as keywords: `out`, `top_k`, `runtime`.
 
+    Returns:
+        The predictions, which are read from predictions.json, one image at a time.
+
     Raises:
         BadInput: a model or images that cannot be used.
         CheckFailed: outputs that are not finite.
-        Interrupted: Ctrl-C or SIGTERM; what was done is written.
+        ComaError: the disk is full; finished parts are kept.
+        Interrupted: Ctrl-C or SIGTERM; finished parts are kept, and the same call continues.
     """
     words = _words(artifact=classifier, images=images, **settings)
     return _predicted(parse_arguments(ClassifyPredict, words, prog="coma classify predict"))
@@ -233,19 +257,22 @@ def _words(**settings: Any) -> list[str]:
 
 
 def _train(argv: list[str]) -> None:
-    print(_summary(_trained(parse(argv))))
+    if result := _trained(parse(argv)):
+        print(_summary(result))
 
 
-def _trained(given: TrainConfig) -> FinetuneResult:
+def _trained(given: TrainConfig) -> FinetuneResult | None:
     require_packages("tensorboard", "matplotlib")
 
     from coma.devices import pick_device
-    from downstream.classify.finetune import finetune
+    from downstream.classify.finetune import describe, finetune
 
-    pick_device(given.config.run.device)
-    return finetune(
-        given.config, resume=given.resume is not None, allow_changed_data=given.allow_changed_data
-    )
+    config, resume = given.config, given.resume is not None
+    pick_device(config.run.device)
+    if not given.dry_run:
+        return finetune(config, resume=resume, allow_changed_data=given.allow_changed_data)
+    print("\n".join(describe(config, resume=resume, allow_changed_data=given.allow_changed_data)))
+    return None
 
 
 def _summary(result: FinetuneResult) -> str:
@@ -338,7 +365,7 @@ def _predict(argv: list[str]) -> None:
     options = parse_arguments(ClassifyPredict, argv, prog="coma classify predict")
     found = _predicted(options)
     print(
-        f"\n{len(found.indices):,} images labelled\n\n"
+        f"\n{len(found):,} images labelled\n\n"
         f"  predictions    {options.out / 'predictions.csv'} and .json\n"
         f"  contact sheet  {options.out / 'contact_sheet.png'}"
     )
@@ -347,10 +374,12 @@ def _predict(argv: list[str]) -> None:
 def _predicted(options: ClassifyPredict) -> Predictions:
     from coma.progress import Progress
     from downstream.classify.predict import predict_classes
+    from downstream.classify.predictions import parts_folder
 
     if not options.images:
         raise BadInput("coma classify predict needs IMAGES; coma classify predict --help lists all settings")
-    shared.check_empty(options.out)
+    if not parts_folder(options.out).exists():
+        shared.check_empty(options.out)
     with Progress() as progress:
         return predict_classes(
             options.artifact,
@@ -366,7 +395,7 @@ def _predicted(options: ClassifyPredict) -> Predictions:
 
 
 def _check(argv: list[str]) -> None:
-    options = parse_arguments(CheckOptions, argv, prog="coma classify check")
+    options = parse_arguments(ClassifyCheck, argv, prog="coma classify check")
 
     import torch
 

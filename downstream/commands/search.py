@@ -21,6 +21,7 @@ import tyro
 from coma.arguments import parse_arguments
 from coma.errors import BadInput, Interrupted
 from coma.messages import counted, printable
+from coma.paths import Location
 from coma.preflight import require_folder, require_packages
 from coma.ranges import RARE, Range, Ranged
 
@@ -41,7 +42,8 @@ class SearchConfig(Ranged):
     features: Annotated[Path, tyro.conf.Positional]
     """File of features, .parquet or .npz."""
     query: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[QUERY]")] = None
-    """An image file, or the path of an image as FEATURES lists it: its nearest images are searched for."""
+    """An image file or its address, or the path of an image as FEATURES lists it: its nearest images are
+    searched for."""
     duplicates: Annotated[float | None, Range(0, 1, above=True)] = None
     """List groups of near-duplicates: images that are linked by pairs of at least this cosine similarity."""
     outliers: Annotated[tuple[int, ...] | None, Range(1, 10**6), tyro.conf.arg(metavar="[N]")] = None
@@ -57,8 +59,9 @@ class SearchConfig(Ranged):
     """More files of features of the same model, which are searched together."""
     out: Path | None = None
     """Folder for the results as CSV, JSON and contact sheets."""
-    images: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH ...")] = ()
-    """Where the images are now, one place for each file of features; default: where coma embed read them"""
+    images: Annotated[tuple[Location, ...], tyro.conf.arg(metavar="PATH ...")] = ()
+    """Where the images are now, one place for each file of features; default: where coma embed read them,
+    unless that is an address"""
     model: str | None = None
     """Model for a QUERY that is not in FEATURES; default: the one that FEATURES names"""
     device: Literal["auto", "cuda", "cpu"] = "auto"

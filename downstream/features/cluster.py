@@ -17,8 +17,9 @@ from coma.library_errors import first_line
 from coma.preflight import require_packages
 from coma.progress import Bar
 from downstream.features.models import FeatureRequest, open_feature_model
-from downstream.features.parts import Parts, listing_hash
+from downstream.features.parts import FeatureParts
 from downstream.features.reading import Reading, compute_parts
+from downstream.parts import listing_hash
 
 _PATIENCE = 10.0
 """Seconds to wait for a cluster to answer."""
@@ -27,7 +28,12 @@ _AHEAD = 2
 
 
 def compute_on_cluster(
-    address: str, request: FeatureRequest, reading: Reading, parts: Parts, todo: list[int], bar: Bar | None
+    address: str,
+    request: FeatureRequest,
+    reading: Reading,
+    parts: FeatureParts,
+    todo: list[int],
+    bar: Bar | None,
 ) -> None:
     """Computes parts on a cluster and writes them.
 
@@ -78,7 +84,7 @@ def _run(
     task: Any,
     request: FeatureRequest,
     reading: Reading,
-    parts: Parts,
+    parts: FeatureParts,
     todo: list[int],
     bar: Bar | None,
 ) -> None:
@@ -109,7 +115,7 @@ def _result(ray: Any, reference: Any) -> bytes:
         ) from error
 
 
-def _part(request: FeatureRequest, reading: Reading, parts: Parts, number: int) -> bytes:
+def _part(request: FeatureRequest, reading: Reading, parts: FeatureParts, number: int) -> bytes:
     """Runs on a machine of the cluster: returns the content of a part."""
     model, source, names, listing = _opened(request, reading)
     if (model.spec.sha256, listing) != (parts.info.spec.sha256, parts.info.listing):

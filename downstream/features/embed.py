@@ -20,8 +20,9 @@ from coma.messages import abridged, counted
 from coma.progress import Bar, Progress
 from downstream.features.files import SUFFIXES, FeaturesFile, FeaturesInfo
 from downstream.features.models import FeatureModel, FeatureRequest, open_feature_model
-from downstream.features.parts import Parts, listing_hash
+from downstream.features.parts import FeatureParts
 from downstream.features.reading import Reading, compute_parts
+from downstream.parts import listing_hash
 from pretrain.training.distributed import Processes
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def embed(
         versions=library_versions(),
     )
     size = min(part_images, max(_PART_BYTES // (4 * math.prod(model.spec.shape)), 1))
-    parts = Parts(out, info, size)
+    parts = FeatureParts(out, info, size)
     with group.raise_on_all_ranks():
         complete = group.main and parts.prepare()
     if group.share(complete):
@@ -119,7 +120,7 @@ def _compute(
     source: Source,
     names: list[str],
     reading: Reading,
-    parts: Parts,
+    parts: FeatureParts,
     todo: list[int],
     group: Processes,
     bar: Bar | None,

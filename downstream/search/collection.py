@@ -11,6 +11,7 @@ from coma.contact_sheet import Cell
 from coma.data import open_source
 from coma.errors import BadInput
 from coma.messages import counted, printable
+from coma.paths import Address, Location, parse_location
 from downstream.features.files import FeaturesFile
 from downstream.search.pictures import Album
 from downstream.search.vectors import open_files
@@ -56,7 +57,7 @@ class Collection:
         return Cell(self.albums[number].thumbnail(path, SIDE), f"{value:.3f}\n{short_name(path)}")
 
 
-def open_collection(features: Sequence[Path], images: Sequence[Path] = ()) -> Collection:
+def open_collection(features: Sequence[Path], images: Sequence[Location] = ()) -> Collection:
     """Opens files of features.
 
     Args:
@@ -68,7 +69,7 @@ def open_collection(features: Sequence[Path], images: Sequence[Path] = ()) -> Co
     """
     files = open_files(features)
     for place in images:
-        if not place.is_dir():
+        if isinstance(place, Address) or not place.is_dir():
             open_source(place)  # says what is wrong with it
         elif not any(place.iterdir()):
             raise BadInput(f"--images {place}: the folder is empty; give the folder of the images")
@@ -81,9 +82,16 @@ def short_name(path: str) -> str:
     return printable(path.rpartition("/")[2] or path)
 
 
-def _album(file: FeaturesFile, place: Path | None) -> Album:
+def _album(file: FeaturesFile, place: Location | None) -> Album:
+    """Returns a reader of the images; a file of features does not decide which remote storage is read."""
+    split = file.info.split
+    if place is None and isinstance(parse_location(file.info.images), Address):
+        there = BadInput(f"{file.path}: its images are remote; give --images {file.info.images} to read them")
+        return Album(Path(), Path(), split, _source=there)
     images, location = Path(file.info.images), Path(file.info.location)
+    if isinstance(place, Address):
+        return Album(place, Path(), split)
     if place is None:
-        return Album(images, location, file.info.split)
+        return Album(images, location, split)
     inside = os.path.relpath(location, images)
-    return Album(place, place / inside if place.is_dir() else place, file.info.split)
+    return Album(place, place / inside if place.is_dir() else place, split)

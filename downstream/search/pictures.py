@@ -24,6 +24,7 @@ from coma.data.decode import HEAD, decode, looks_like_image
 from coma.data.transforms import centre_square
 from coma.errors import BadImage, BadInput
 from coma.messages import abridged, counted, printable
+from coma.paths import Location
 from downstream.features.files import storable
 from downstream.search.layout import grid_cells
 
@@ -43,13 +44,13 @@ class Album:
     """Reads the images of one file of features.
 
     Attributes:
-        images: Folder, `.npz` pack, shards or parquet files that hold them.
+        images: Folder, `.npz` pack, shards or parquet files that hold them, or their address.
         location: Folder that the paths are relative to.
         split: Split of the images.
         failures: One line for each image that could not be read so far.
     """
 
-    images: Path
+    images: Location
     location: Path
     split: str | None = None
     failures: list[str] = field(default_factory=list)
@@ -63,7 +64,8 @@ class Album:
             BadImage: there is no such image, or it cannot be read.
         """
         stored = (".tar/" in name or ".parquet/" in name) and not (self.location / name).exists()
-        if self.images.is_dir() and not stored:
+        folder = self._source is None and isinstance(self.images, Path) and self.images.is_dir()
+        if folder and not stored:
             return decode(read_image_file(self.location, name), printable(name), side).pixels
         return self._from_source(name, side)
 

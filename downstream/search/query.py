@@ -11,14 +11,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from coma.data.decode import HEAD, looks_like_image
+from coma.data.remote import read_small_file
 from coma.errors import BadInput
 from coma.messages import printable
+from coma.paths import Address, Location, parse_location
 from coma.preflight import check_regular_file
 from downstream.features.files import FeaturesFile
 from downstream.features.models import FeatureRequest, open_feature_model
 from downstream.search.collection import SIDE, Collection
 from downstream.search.pictures import picture_of, read_image_file
 from downstream.search.vectors import unit, unit_parts
+
+_LARGEST = 1 << 28
+"""Bytes of a remote image that are read at most."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +48,16 @@ def find_query(text: str, collection: Collection, request: FeatureRequest) -> Qu
     """Returns a query.
 
     Args:
-        text: An image file, or the path of an image of the collection.
+        text: An image file or its address, or the path of an image of the collection.
         collection: The images and features to search.
         request: The model for other images; an empty name stands for the one that the collection names.
 
     Raises:
         BadInput: it is neither, its file is not an image, or the model is another one.
     """
-    path = Path(text)
+    path = parse_location(text) if "://" in text else Path(text)
+    if isinstance(path, Address):
+        return _computed(path, collection.files[0], request)
     there = bool(text.strip()) and "\0" not in text and os.path.lexists(path)
     wanted = {
         (number, os.path.relpath(path.resolve(), album.location.resolve()) if there else text)
@@ -66,13 +74,24 @@ def find_query(text: str, collection: Collection, request: FeatureRequest) -> Qu
     return _computed(path, collection.files[0], request)
 
 
-def _computed(path: Path, file: FeaturesFile, request: FeatureRequest) -> Query:
+def _content(path: Location) -> bytes:
+    if isinstance(path, Path):
+        check_regular_file(path, "give an image file")
+        return read_image_file(path.parent, path.name)
+    content = read_small_file(path, most=_LARGEST)
+    if content is None:
+        raise BadInput(f"{path}: there is no such file, or it may not be read; give the address of an image")
+    if not looks_like_image(content[:HEAD]):
+        raise BadInput(f"{path}: is not an image; give the address of an image file")
+    return content
+
+
+def _computed(path: Location, file: FeaturesFile, request: FeatureRequest) -> Query:
     from coma.data.channels import convert_channels
     from coma.data.decode import decode
     from coma.data.pixel_values import check_pixels
 
-    check_regular_file(path, "give an image file")
-    image = decode(read_image_file(path.parent, path.name), str(path))
+    image = decode(_content(path), str(path))
     spec = file.info.spec
     height, width = spec.image_size
     size = height if height == width else None
@@ -89,5 +108,5 @@ def _computed(path: Path, file: FeaturesFile, request: FeatureRequest) -> Query:
     pixels = convert_channels(image, model.channels, str(path))
     rule = model.preprocessing
     check_pixels(pixels, rule.mean, rule.std, lambda: str(path), fixed=True)
-    vector = unit(model([model.resize(pixels)]), path)[0]
+    vector = unit(model([model.resize(pixels)]), Path(str(path)))[0]
     return Query(str(path), vector, None, lambda: picture_of(image.pixels, SIDE))

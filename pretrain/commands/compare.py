@@ -37,7 +37,7 @@ _RESERVED = {
 """Flags of `coma pretrain` that a comparison sets itself."""
 _RESERVED_FINETUNING = {
     *("--data", "--test", "--out", "--resume", "--seed", "--device", "--workers", "--from-scratch"),
-    *("--allow-changed-data", "--no-allow-changed-data"),
+    *("--allow-changed-data", "--no-allow-changed-data", "--dry-run"),
 }
 """Flags of `coma classify train` that a comparison sets itself."""
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from coma.amp import autocast, choose_precision
 from coma.artifact import ArtifactConfig
-from coma.data import Source, evaluation_batches, normalize
+from coma.data import Batch, Source, evaluation_batches, normalize
 from coma.errors import BadInput, CheckFailed
 from coma.models import Encoder, build_encoder
 
@@ -68,32 +70,16 @@ def extract_features(
         BadInput: image size below a mask unit, or no image could be read.
         CheckFailed: features are not finite.
     """
-    size = image_size or config.image_size
-    if size < encoder.unit:
-        raise BadInput(f"image size {size} px is smaller than the encoder's mask unit of {encoder.unit} px")
-    device = next(encoder.parameters()).device
-    kept = device if device.type == "cuda" else torch.device("cpu")
     bar = progress.bar(title, len(source)) if progress else None
     values, indices, failures = [], [], []
-    training = encoder.training
-    encoder.eval()
-    try:
-        with torch.inference_mode(), autocast(choose_precision("auto", device), device):
-            for batch in evaluation_batches(
-                source,
-                image_size=size,
-                channels=config.model.channels,
-                batch_size=batch_size,
-                workers=workers,
-            ):
-                images = normalize(batch.images.to(device), config.mean, config.std)
-                values.append(encoder.pool(images).float().to(kept))  # b c
-                indices.append(batch.indices)
-                failures += batch.failures
-                if bar:
-                    bar.advance(len(batch.images) + len(batch.failures))
-    finally:
-        encoder.train(training)
+    for pooled, batch in feature_batches(
+        encoder, config, source, image_size=image_size, batch_size=batch_size, workers=workers
+    ):
+        values.append(pooled)
+        indices.append(batch.indices)
+        failures += batch.failures
+        if bar:
+            bar.advance(len(batch.images) + len(batch.failures))
     if failures:
         log.warning("%s: left out %d images: %s", source.location, len(failures), "; ".join(failures[:5]))
     found = torch.cat(values)
@@ -101,7 +87,41 @@ def extract_features(
         raise CheckFailed(
             f"{source.location}: the encoder's features are not finite; its weights are damaged"
         )
-    return Features(found, labels[torch.cat(indices)].to(kept), tuple(failures))
+    return Features(found, labels[torch.cat(indices)].to(found.device), tuple(failures))
+
+
+def feature_batches(
+    encoder: Encoder,
+    config: ArtifactConfig,
+    source: Source,
+    *,
+    image_size: int | None = None,
+    batch_size: int = 256,
+    workers: int | None = None,
+) -> Generator[tuple[Tensor, Batch], None, None]:
+    """Yields the features of every batch, float32 `[b, c]`, and the batch; see `extract_features`.
+
+    Close the iterator to stop its workers early.
+    """
+    size = image_size or config.image_size
+    if size < encoder.unit:
+        raise BadInput(f"image size {size} px is smaller than the encoder's mask unit of {encoder.unit} px")
+    device = next(encoder.parameters()).device
+    kept = device if device.type == "cuda" else torch.device("cpu")
+    batches = evaluation_batches(
+        source, image_size=size, channels=config.model.channels, batch_size=batch_size, workers=workers
+    )
+    training = encoder.training
+    encoder.eval()
+    try:
+        with closing(cast("Any", batches)):
+            for batch in batches:
+                with torch.inference_mode(), autocast(choose_precision("auto", device), device):
+                    images = normalize(batch.images.to(device), config.mean, config.std)
+                    pooled = encoder.pool(images).float().to(kept)
+                yield pooled, batch
+    finally:
+        encoder.train(training)
 
 
 def random_encoder(config: ArtifactConfig, seed: int = 0) -> Encoder:

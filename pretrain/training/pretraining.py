@@ -60,7 +60,7 @@ def pretrain(
         if dry_run:
             measured = trainer.measure(resume=resume, allow_changed_data=allow_changed_data)
             if group.main:
-                print("\n".join([*trainer.summary(), *estimate(measured), "nothing was written: a dry run"]))
+                print("\n".join([*trainer.summary(), *estimate(measured)]))
         else:
             trainer.train(resume=resume, allow_changed_data=allow_changed_data)
         return plan.folder

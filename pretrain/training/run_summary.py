@@ -13,7 +13,8 @@ from coma.config import EncoderConfig, FinetuneConfig, ObjectiveConfig, Pretrain
 from coma.config.serialization import to_plain
 from coma.messages import counted
 from coma.models import build_encoder
-from coma.models.classifiers import build_classifier
+from coma.models.blocks import freeze_stages
+from coma.models.classifiers import Classifier, build_classifier
 from coma.objectives import build_objective
 from coma.progress import clock
 from coma.registry import ARCHITECTURES, presets
@@ -22,6 +23,7 @@ from pretrain.training.distributed import Processes
 from pretrain.training.run_plan import RunPlan, disk_space
 
 Config = PretrainConfig | FinetuneConfig
+_NOTHING_WRITTEN = "nothing was written: a dry run"
 
 
 @dataclass(frozen=True)
@@ -31,26 +33,30 @@ class Measurement:
     steps: int
     """Number of steps, without the first one, which also starts the loader and warms up the device."""
     seconds: float
-    """Mean duration of a step."""
-    waited: float
-    """Share of it that was spent waiting for images."""
+    """Mean duration of a step, with the wait for images."""
+    waited: float | None
+    """Share of it that was spent waiting for images; None if that was not measured."""
     left: int
     """Steps that the run has left."""
     memory: float | None
     """Peak memory in GiB; None where it cannot be measured."""
     device: torch.device
+    unit: tuple[str, str] = ("step", "steps")
+    """What a step is called, and several of them."""
+    without: str = "pictures, evaluations and saves"
+    """What the run does besides its steps, which is not measured."""
 
 
 def summary(plan: RunPlan[Any], group: Processes, precision: Precision) -> list[str]:
     """Returns the lines; only shapes are computed."""
     config: Config = plan.config
+    trains = {"steps": _steps(plan, group), "learning rate": _learning_rate(plan)}
     rows = {
         "images": _images(plan),
         "crops": _crops(config),
         "model": _model(config),
         "FLOPs": _flops(config),
-        "steps": _steps(plan, group),
-        "learning rate": _learning_rate(plan),
+        **({} if is_frozen(config) else trains),
         "device": _device(config, group, precision),
         "writes": _writes(config),
     }
@@ -58,20 +64,26 @@ def summary(plan: RunPlan[Any], group: Processes, precision: Precision) -> list[
 
 
 def estimate(measured: Measurement | None) -> list[str]:
-    """Returns the lines on time and memory; None: no step is left to measure."""
+    """Returns the lines that end a dry run, on time and memory; None: no step is left to measure."""
     if measured is None:
-        return _table({"time": "all steps are done"})
+        return [*_table({"time": "all steps are done"}), _NOTHING_WRITTEN]
     on_gpu, memory = measured.device.type == "cuda", "cannot be measured on this device"
     if measured.memory is not None:
         what = "allocated on the GPU" if on_gpu else "resident in this process, without its workers"
         memory = f"{measured.memory:.2f} GiB at most, {what}"
-    seconds, left = measured.seconds, measured.left
+    seconds, left, unit = measured.seconds, measured.left, measured.unit
+    waited = "" if measured.waited is None else f", {measured.waited:.0%} of it waiting for images"
     time = (
-        f"{clock(seconds * left)} for {counted(left, 'step')}, without pictures, evaluations and saves: "
-        f"{seconds:.3g} s a step, {measured.waited:.0%} of it waiting for images "
-        f"(mean of {counted(measured.steps, 'step')} after the first)"
+        f"{clock(seconds * left)} for {counted(left, *unit)}, without {measured.without}: "
+        f"{seconds:.3g} s a {unit[0]}{waited} "
+        f"(mean of {counted(measured.steps, *unit)} after the first)"
     )
-    return _table({"time": time, "memory": memory})
+    return [*_table({"time": time, "memory": memory}), _NOTHING_WRITTEN]
+
+
+def is_frozen(config: Config) -> bool:
+    """Returns whether a run fits a linear head on frozen features."""
+    return isinstance(config, FinetuneConfig) and config.optimizer.frozen
 
 
 def _table(rows: dict[str, str]) -> list[str]:
@@ -89,11 +101,11 @@ def _crops(config: Config) -> str:
     size = config.view_size if isinstance(config, PretrainConfig) else data.image_size
     flipped = ", half of them flipped" if data.flip else ""
     repeats = f", {data.aug_repeats} from each decoded image" if data.aug_repeats > 1 else ""
+    shown = f"{low:.0%} to {high:.0%} of the area{flipped}{repeats}"
+    if is_frozen(config):
+        shown = "the centre square of each image"
     units = (size // config.model.unit) ** 2
-    return (
-        f"{size} x {size} px, {low:.0%} to {high:.0%} of the area{flipped}{repeats}; "
-        f"{counted(units, 'mask unit')} of {config.model.unit} px"
-    )
+    return f"{size} x {size} px, {shown}; {counted(units, 'mask unit')} of {config.model.unit} px"
 
 
 def _model(config: Config) -> str:
@@ -115,10 +127,17 @@ def _parameters(config: Config) -> tuple[int, int]:
         whole = (
             build_objective(config.objective, build_encoder(config.model))
             if isinstance(config, PretrainConfig)
-            else build_classifier(config.model, len(config.class_names or ()))
+            else _classifier(config)
         )
     trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
     return sum(p.numel() for p in encoder.parameters()), trained
+
+
+def _classifier(config: FinetuneConfig) -> Classifier:
+    """Returns the classifier, of which what is trained requires gradients."""
+    classifier, recipe = build_classifier(config.model, len(config.class_names or ())), config.optimizer
+    freeze_stages(classifier, len(classifier.parts()) - 1 if recipe.frozen else recipe.frozen_stages)
+    return classifier
 
 
 def name_of(model: EncoderConfig, image_size: int) -> str:
@@ -131,14 +150,14 @@ def name_of(model: EncoderConfig, image_size: int) -> str:
 
 def _flops(config: Config) -> str:
     try:
-        step = throughput.flops_per_image(config) * config.optimizer.batch_size
         encoder = throughput.encoder_flops(config.model, config.data.image_size)
+        each = f"{_si(encoder)} for the encoder on one image of {config.data.image_size} px"
+        if is_frozen(config):
+            return each
+        step = throughput.flops_per_image(config) * config.optimizer.batch_size
     except RuntimeError as error:
         return f"cannot be counted ({str(error).partition(chr(10))[0]})"
-    return (
-        f"{_si(step)} for a step, forward and backward; "
-        f"{_si(encoder)} for the encoder on one image of {config.data.image_size} px"
-    )
+    return f"{_si(step)} for a step, forward and backward; {each}"
 
 
 def _si(number: float) -> str:
@@ -181,7 +200,10 @@ def _device(config: Config, group: Processes, precision: Precision) -> str:
 
 
 def _writes(config: Config) -> str:
-    files = ["config.json", "data.json.gz", "metrics.jsonl", "loss_curve.png", "state/", "artifact/"]
+    files = ["config.json", "metrics.jsonl", "artifact/"]
+    if is_frozen(config):
+        return f"{config.run.out}: {', '.join(files)}"
+    files += ["data.json.gz", "loss_curve.png", "state/"]
     files += ["reconstructions/"] if isinstance(config, PretrainConfig) else []
     files += [f"{name}/" for name in config.run.trackers]
     space = disk_space(config, _parameters(config)[1]) / 1e6

@@ -31,6 +31,16 @@ def paint(folder: Path, count: int, seed: int) -> None:
         Image.fromarray(pixels.astype(np.uint8)).save(path)
 
 
+def paint_one(folder: Path, colour: str, count: int) -> None:
+    """Noisy pictures of one colour."""
+    rng = np.random.default_rng(count)
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = rng.integers(0, 200, (18, 18, 3))
+        pixels[:, :, ("red", "green", "blue").index(colour)] += 55
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+
+
 def publish(path: Path, model: Any = MODEL, kind: Any = "backbone") -> Path:
     """An artifact with an encoder that has learned nothing."""
     torch.manual_seed(3)

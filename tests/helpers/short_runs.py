@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ MODEL = DyViTConfig(
     patch=1, dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8), (4,), (4,), (0,))
 )
 OBJECTIVE = CoMAConfig(decoder=DecoderConfig(8, 1, 2))
+ROWS = ["images", "crops", "model", "FLOPs", "steps", "learning rate", "device", "writes"]
+"""Titles of the lines that open a run."""
 
 
 def at(config: PretrainConfig, out: Path, **changes: Any) -> PretrainConfig:
@@ -30,6 +33,16 @@ def at(config: PretrainConfig, out: Path, **changes: Any) -> PretrainConfig:
 def rows(run: Path) -> list[dict[str, Any]]:
     """What a run logged, a row for every log point."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def table(text: str) -> dict[str, str]:
+    """The lines that open a run, or that a dry run prints, by their titles."""
+    found = [re.fullmatch(r"(\S.{0,13}?) {2,}(.+)", line) for line in text.splitlines()]
+    return {match[1]: match[2] for match in found if match}
+
+
+def everything_in(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
 
 
 def learned(run: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:

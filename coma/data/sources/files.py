@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from coma.data.sources.image_folder import find_images
 from coma.data.sources.open import open_source
 from coma.errors import BadImage, BadInput
 from coma.messages import printable
+from coma.paths import Address, Location
 from coma.preflight import check_regular_file
 
 log = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ class FileSource(EncodedSource):
         location: Where they are, for messages.
     """
 
-    def __init__(self, paths: Iterable[Path], location: Path) -> None:
+    def __init__(self, paths: Iterable[Path], location: Location) -> None:
         super().__init__(location)
         self._paths = Names(map(str, paths))
 
@@ -38,6 +40,11 @@ class FileSource(EncodedSource):
         """Returns the path of an image, for messages."""
         return printable(self._paths[i])
 
+    def listing(self) -> tuple[list[str], list[int]]:
+        """Returns the paths, and the sizes of the files in bytes; 0 for those that are gone."""
+        names = list(self._paths)
+        return names, [os.stat(name).st_size if os.path.isfile(name) else 0 for name in names]
+
     def read_bytes(self, i: int) -> bytes:
         """Returns the content of an image file."""
         try:
@@ -46,18 +53,23 @@ class FileSource(EncodedSource):
             raise BadImage(f"{self.describe(i)}: cannot be read ({error.strerror})") from None
 
 
-def open_all_images(paths: Sequence[Path]) -> Source:
-    """Opens image files and all images below folders, each file once; or one pack, shard or CSV file.
+def open_all_images(paths: Sequence[Location]) -> Source:
+    """Opens image files and all images below folders, each file once; or one pack, shard, CSV file, address.
 
     In contrast to `open_source`, the images of all splits of a folder are read.
 
     Raises:
         BadInput: a path does not exist, or is no regular file; or there is no image.
     """
-    if len(paths) == 1 and paths[0].suffix.lower() in _PACKED and not paths[0].is_dir():
-        return open_source(paths[0])
+    first = paths[0]
+    if len(paths) == 1 and (
+        isinstance(first, Address) or (first.suffix.lower() in _PACKED and not first.is_dir())
+    ):
+        return open_source(first)
     files: dict[Path, None] = {}
     for path in paths:
+        if isinstance(path, Address):
+            raise BadInput(f"{path}: give an address alone, without other images")
         if path.is_dir():
             names, inventory = find_images(path)
             if not names:
@@ -69,4 +81,4 @@ def open_all_images(paths: Sequence[Path]) -> Source:
         else:
             check_regular_file(path, "give image files, or folders of images")
             files[path] = None
-    return FileSource(files, paths[0] if len(paths) == 1 else Path("images"))
+    return FileSource(files, first if len(paths) == 1 else Path("images"))

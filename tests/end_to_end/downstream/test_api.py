@@ -17,15 +17,16 @@ def artifact(tmp_path_factory):
 
 def test_a_classifier_is_trained_tested_and_run(artifact, labelled, tmp_path, no_curves):
     out = tmp_path / "run"
-    result = coma.classify.train(
-        artifact, data=labelled, out=out, steps=1, batch_size=4, image_size=32, track="none", **ON_CPU
-    )
-    assert result.steps == 1 and result.artifact == out / "artifact"
+    settings = {"data": labelled, "out": out, "steps": 1, "batch_size": 4, "image_size": 32, **ON_CPU}
+    assert coma.classify.train(artifact, **settings, dry_run=True) is None
+    assert not out.exists()
+    result = coma.classify.train(artifact, **settings, track="none")
+    assert result is not None and result.steps == 1 and result.artifact == out / "artifact"
     scores = coma.classify.test(result.artifact, data=labelled, **ON_CPU)
     assert scores["images"] == result.test.images
     assert scores["top1"] == pytest.approx(result.test.score)
     found = coma.classify.predict(result.artifact, labelled / "test", out=tmp_path / "found", **ON_CPU)
-    assert len(found.indices) == scores["images"]
+    assert len(found) == len(list(found)) == scores["images"]
     assert (tmp_path / "found" / "predictions.csv").is_file()
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from classifier_runs import COLOURS, TAGS, rows, save_classifier, tag, to
+from classifier_runs import COLOURS, TAGS, paint_one, rows, save_classifier, tag, to
+from short_runs import Killed, assert_same, killed_in
 
 from coma.artifact import (
     LINEAR_HEAD,
@@ -63,6 +64,7 @@ def test_random_features_are_the_baseline_of_a_head(short, tmp_path):
         ("--epochs 3", "--epochs: no effect with --frozen"),
         ("--mixup 0 --no-flip", "--flip, --mixup: no effect with --frozen"),
         ("--frozen-stages 1", "--frozen freezes the whole encoder; leave --frozen-stages out"),
+        ("--class-balance sampling", "uses all images at once; give --class-balance weights"),
     ],
 )
 def test_what_a_frozen_run_ignores_is_refused(place, tmp_path, capsys, flags, message):
@@ -109,19 +111,55 @@ def test_balanced_class_weights_reach_the_loss(short, tmp_path, capsys):
         path.unlink()
     config = replace(short, data=replace(short.data, images=data))
     losses = []
-    for how in ("none", "balanced"):
-        run = finetune(to(config, tmp_path / how, class_weights=how)).config.run.out
+    for how in ("none", "weights"):
+        run = finetune(to(config, tmp_path / how, class_balance=how)).config.run.out
         losses.append([row["loss"] for row in rows(run) if "loss" in row])
     assert losses[0] != losses[1]
     assert "class weights: 0.75 (blue) to 3 (red)" in capsys.readouterr().err
-    finetune(to(config, tmp_path / "frozen", class_weights="balanced", frozen=True))
+    finetune(to(config, tmp_path / "frozen", class_balance="weights", frozen=True))
+
+
+def test_a_class_of_one_in_a_hundred_is_learned_by_balanced_sampling(short, tmp_path, capsys):
+    for split, counts in {"train": {"blue": 200, "red": 2}, "test": {"blue": 20, "red": 20}}.items():
+        for colour, count in counts.items():
+            paint_one(tmp_path / "data" / split / colour, colour, count)
+    recipe = {"steps": 24, "batch_size": 8, "micro_batch": None, "base_lr": 0.3, "ema_decay": 0.8}
+    quiet = {"rand_augment": 0, "drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0}
+    config = replace(to(short, tmp_path), data=replace(short.data, images=tmp_path / "data", image_size=16))
+    top1 = {}
+    for how in ("none", "sampling"):
+        run = to(config, tmp_path / how, **recipe, **quiet, class_balance=how, hold_out=0.0)
+        result = finetune(replace(run, run=replace(run.run, save_steps=None)))
+        top1[how] = result.test.top1
+    assert top1["none"] == 0.5 and top1["sampling"] >= 0.9  # without it, everything is blue
+    assert (
+        "balanced sampling: an epoch of 202 samples shows each of 2 classes 101 times: an image of the "
+        "rarest 50.5 times, one of the most frequent 0.505 times\n" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_run_with_balanced_sampling_resumes_to_the_same_weights(short, tmp_path, capsys, many):
+    data = tag(tmp_path / "data", {"train": 12, "val": 6, "test": 8}) if many else short.data.images
+    config = replace(short, data=replace(short.data, images=data, image_size=16))
+    whole = to(config, tmp_path / "whole", class_balance="sampling")
+    finetune(whole)
+    assert ("images of several classes have the turns of each" in capsys.readouterr().err) is many
+    cut = to(config, tmp_path / "cut", class_balance="sampling")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        killed_in(patch, 5)
+        finetune(cut)
+    with pytest.raises(BadInput, match="class_balance sampling -> none"):
+        finetune(to(cut, cut.run.out, class_balance="none"), resume=True)
+    finetune(cut, resume=True)
+    assert_same(whole.run.out, cut.run.out)
 
 
 def test_any_number_of_classes_from_a_csv_file(short, tmp_path, capsys, caplog):
     caplog.set_level("INFO")
     data = tag(tmp_path / "data", {"train": 24, "val": 12, "test": 16})
     recipe = {"steps": 60, "batch_size": 12, "micro_batch": None, "base_lr": 0.3, "ema_decay": 0.8}
-    config = to(short, tmp_path / "run", **recipe, rand_augment=0, drop_path=0.0, class_weights="balanced")
+    config = to(short, tmp_path / "run", **recipe, rand_augment=0, drop_path=0.0, class_balance="weights")
     config = replace(config, data=replace(short.data, images=data, image_size=16))
     result = finetune(replace(config, run=replace(config.run, save_steps=None)))
     assert result.best is not None and result.test.top1 is None

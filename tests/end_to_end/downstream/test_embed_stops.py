@@ -11,7 +11,7 @@ import pytest
 from embedding_runs import QUICK, embed, same
 
 from coma.cli import CHILD
-from downstream.features.parts import Parts
+from downstream.parts import Parts
 
 
 def test_a_stopped_command_continues(model, pictures, reference, tmp_path, monkeypatch, capsys, caplog):

@@ -2,11 +2,10 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-from short_runs import OBJECTIVE, at, rows
+from short_runs import OBJECTIVE, ROWS, at, everything_in, rows, table
 
 from coma.config import METHOD_PRESETS, TeacherConfig, ViTConfig, encoder_preset, method_preset
 from coma.errors import BadInput, CheckFailed
@@ -15,18 +14,6 @@ from pretrain.commands.pretrain import run as run_command
 from pretrain.training import pretrain
 from pretrain.training.throughput import encoder_flops, flops_per_image
 from pretrain.training.train_step import NotFinite, TrainStep
-
-ROWS = ["images", "crops", "model", "FLOPs", "steps", "learning rate", "device", "writes"]
-
-
-def table(text: str) -> dict[str, str]:
-    """The lines of the summary by their titles."""
-    found = [re.fullmatch(r"(\S.{0,13}?) {2,}(.+)", line) for line in text.splitlines()]
-    return {match[1]: match[2] for match in found if match}
-
-
-def everything_in(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
 
 
 def test_a_dry_run_estimates_three_real_steps_and_writes_nothing(settings, tmp_path, monkeypatch, capsys):
