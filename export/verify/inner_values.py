@@ -42,12 +42,9 @@ def module_values(model: onnx.ModelProto, modules: Iterable[str]) -> dict[str, l
     import onnx
 
     inferred = onnx.shape_inference.infer_shapes(model).graph
-    floats = {
-        each.name
-        for each in (*inferred.value_info, *inferred.output)
-        if each.type.tensor_type.elem_type
-        in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    }
+    types = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)  # numpy has no bf16
+    infos = (*inferred.value_info, *inferred.output)
+    floats = {each.name for each in infos if each.type.tensor_type.elem_type in types}
     values: dict[str, list[str]] = {name: [] for name in modules}
     for node in model.graph.node:
         path = _innermost(modules_of(node))

@@ -148,7 +148,7 @@ def test_a_file_that_cannot_be_loaded_is_refused_and_kept_for_a_look(exporting_i
     def fails(model, precision):
         raise BadInput("a branch in 16 bits")
 
-    monkeypatch.setattr(gate, "emulate", fails)
+    monkeypatch.setattr("export.verify.opened_file.emulate", fails)
     outcome, manifest = exporting_it()
     assert outcome.refused == ["classifier-fp16.onnx: a branch in 16 bits"]
     assert names(manifest.files) == ["classifier.onnx", "classifier.engine"]

@@ -230,7 +230,9 @@ def test_the_report_says_and_draws_the_error_at_every_shape(tmp_path):
         "failures": [],
     }
     manifest = Manifest("artifact", "", "classifier")
-    manifest.add(entry("a.onnx", verification=verification, latency=rows(9.0)), passed=True)
+    numbers = dict.fromkeys(("p90", "p99", "images_per_second"), 1.0) | {"runtime": "some"}
+    latency = [row | numbers for row in rows(9.0)]
+    manifest.add(entry("a.onnx", verification=verification, latency=latency), passed=True)
     report = write_report(manifest, tmp_path).read_text()
     assert "| `a.onnx` | 1 x 48 x 48 | 2e-06 | pooled | 100.00% | classes |" in report
     assert "| `a.onnx` | 2 x 96 x 32 | 3e-05 | logits | 50.00% | classes |" in report
