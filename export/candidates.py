@@ -65,7 +65,7 @@ class CandidateBuilder:
         if precision in ("int8", "fp8"):
             self._quantize(precision, target)
         else:
-            write_onnx(self._prepare_model(precision), self.shapes, target)
+            write_onnx(self._prepare_model(precision), self.shapes, target, self.config.plugin_free)
         return target
 
     def remove_temporary_files(self) -> None:
@@ -86,7 +86,7 @@ class CandidateBuilder:
         """Returns the fp32 file that quantised files are made from, and builds one if none was verified."""
         if self.fp32_file is None:
             base = self.temporary(self.config.folder / f"{self.graph}{_BASE}")
-            write_onnx(self._prepare_model("fp32"), self.shapes, base)
+            write_onnx(self._prepare_model("fp32"), self.shapes, base, self.config.plugin_free)
             self.fp32_file = base
         return self.fp32_file
 

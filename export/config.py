@@ -65,10 +65,14 @@ class ExportConfig(Ranged):
     word none quantises all layers."""
     normalize_in_graph: bool = False
     """Make the exported files take uint8 pixels and normalise them with mean and standard deviation."""
+    plugin_free: bool = False
+    """Write detectors without NonMaxSuppression and RoiAlign, which TensorRT-RTX lacks: loops of basic
+    operators give the same boxes, and take longer in ONNX Runtime."""
     device: Literal["cpu", "cuda", "tensorrt"] = "cpu"
     """ONNX Runtime execution provider for verifying and timing the ONNX files."""
     check: Literal["none", "rtx"] = "none"
-    """rtx also parses and compiles the ONNX files with NVIDIA TensorRT-RTX, which needs no GPU."""
+    """rtx also parses and compiles the ONNX files with NVIDIA TensorRT-RTX, which needs no GPU; detectors
+    need --plugin-free for it."""
     benchmark_seconds: Annotated[float, Range(0, 86400)] = 2.0
     """Seconds to time each file beside PyTorch at each batch size; 0 skips timing."""
     engine: tyro.conf.OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)

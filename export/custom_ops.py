@@ -1,12 +1,14 @@
-"""The operator `nms_keep`, which exported detectors need, and its translation to ONNX.
+"""The operators `nms_keep` and `pool_regions`, which exported detectors need, and their translations to ONNX.
 
 The number of boxes after non-maximum suppression depends on the data. `nms_keep` returns a mask of fixed size
-instead, so the sizes of all other tensors in an exported detector do not depend on the data.
+instead, so the sizes of all other tensors in an exported detector do not depend on the data. `pool_regions`
+is RoIAlign from several maps. Both are translated to ONNX's own operators, or to loops of basic ones (see
+`plugin_free`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,13 +50,69 @@ def _(boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: floa
     return torch.empty_like(scores, dtype=torch.bool)
 
 
-def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Returns the `custom_translation_table` of `torch.onnx.export`, with standard operators of opset 18."""
+@torch.library.custom_op("coma::pool_regions", mutates_args=())
+def pool_regions(
+    maps: list[Tensor],
+    regions: Tensor,
+    level: Tensor,
+    scales: list[float],
+    size: list[int],
+    samples: int,
+    aligned: bool,
+) -> Tensor:
+    """Pools every region from the map of its level (RoIAlign, He et al. 2017, arXiv 1703.06870, sec. 3).
+
+    Args:
+        maps: `[b, c, h_i, w_i]`, float32.
+        regions: Number of the image and corners in pixels of the image `[r, 5]`.
+        level: Number of the map of each region, as float `[r]`.
+        scales: Pixels of each map per pixel of the image.
+        size: Height and width of the result.
+        samples: Number of samples along each side of a bin; 0 means one per pixel.
+        aligned: Whether the centre of a pixel is at 0.5.
+
+    Returns:
+        `[r, c, height, width]`.
+    """
+    pooled = maps[0].new_zeros(len(regions), maps[0].shape[1], *size)
+    for number, (scale, x) in enumerate(zip(scales, maps, strict=True)):
+        here = level == number
+        pooled[here] = torch.ops.torchvision.roi_align(x, regions[here], scale, *size, samples, aligned)
+    return pooled
+
+
+@pool_regions.register_fake
+def _(
+    maps: list[Tensor],
+    regions: Tensor,
+    level: Tensor,
+    scales: list[float],
+    size: list[int],
+    samples: int,
+    aligned: bool,
+) -> Tensor:
+    return maps[0].new_empty(regions.shape[0], maps[0].shape[1], *size)
+
+
+Translations = dict[Callable[..., Any], Callable[..., Any]]
+"""The `custom_translation_table` of `torch.onnx.export`: functions that return operators of opset 18."""
+
+
+def translations(plugin_free: bool = False) -> Translations:
+    """Returns translations to NonMaxSuppression and RoiAlign, or to basic operators if `plugin_free`."""
+    if plugin_free:
+        from export.plugin_free import keep, pool
+    else:
+        keep, pool = _native_translations()
+    return {torch.ops.coma.nms_keep.default: keep, torch.ops.coma.pool_regions.default: pool}
+
+
+def _native_translations() -> tuple[Callable[..., Any], Callable[..., Any]]:
     from onnxscript import opset18
 
     op: Any = opset18  # its type stubs do not cover optional results
 
-    def onnx_nms_keep(boxes, scores, iou_threshold: float, score_threshold: float, limit: int):
+    def keep(boxes, scores, iou_threshold: float, score_threshold: float, limit: int):
         found = op.NonMaxSuppression(  # [k, 3]: image, class, box
             boxes,
             scores,
@@ -66,4 +124,35 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         nowhere = op.ConstantOfShape(op.Shape(scores))  # floats: not every runtime scatters booleans
         return op.Greater(op.ScatterND(nowhere, found, ones), op.Constant(value_float=0.5))
 
-    return {torch.ops.coma.nms_keep.default: onnx_nms_keep}
+    def pool(
+        maps: Sequence[Any],
+        regions,
+        level,
+        scales: Sequence[float],
+        size: Sequence[int],
+        samples: int,
+        aligned: bool,
+    ):
+        # Every map pools all regions, but those of other levels have size zero, which costs little.
+        image = op.Cast(op.Gather(regions, op.Constant(value_int=0), axis=1), to=7)
+        boxes = op.Gather(regions, op.Constant(value_ints=[1, 2, 3, 4]), axis=1)
+        pooled = None
+        for number, (x, scale) in enumerate(zip(maps, scales, strict=True)):
+            here = op.Equal(level, op.Constant(value_float=float(number)))
+            found = op.RoiAlign(
+                x,
+                op.Where(
+                    op.Unsqueeze(here, op.Constant(value_ints=[1])), boxes, op.Constant(value_float=0.0)
+                ),
+                image,
+                coordinate_transformation_mode="half_pixel" if aligned else "output_half_pixel",
+                spatial_scale=scale,
+                output_height=size[0],
+                output_width=size[1],
+                sampling_ratio=samples,
+            )
+            there = op.Unsqueeze(here, op.Constant(value_ints=[1, 2, 3]))
+            pooled = found if pooled is None else op.Where(there, found, pooled)
+        return pooled
+
+    return keep, pool

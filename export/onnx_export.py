@@ -96,13 +96,16 @@ def cast_weights(exportable: ExportableModel, precision: Precision) -> Exportabl
     return ExportableModel(module, replace(exportable.spec, precision=precision))
 
 
-def write_onnx(exportable: ExportableModel, shapes: Shapes, path: Path) -> ModelSpec:
+def write_onnx(
+    exportable: ExportableModel, shapes: Shapes, path: Path, plugin_free: bool = False
+) -> ModelSpec:
     """Writes the ONNX file of a model whose weights already have their final precision.
 
     Args:
         exportable: The model and its specification.
         shapes: Shapes that the file must take; axes that differ between them are dynamic.
         path: The file; it is written atomically.
+        plugin_free: Whether a detector does without NonMaxSuppression and RoiAlign.
 
     Returns:
         The specification in the file, with the sizes of fixed axes.
@@ -133,7 +136,7 @@ def write_onnx(exportable: ExportableModel, shapes: Shapes, path: Path) -> Model
             opset_version=OPSET,
             input_names=[each.name for each in spec.inputs],
             output_names=[*outputs, *(RECORDED + name for name in steps)],
-            custom_translation_table=translations() if spec.graph == "detector" else None,
+            custom_translation_table=translations(plugin_free) if spec.graph == "detector" else None,
             external_data=False,
             verbose=False,
         )

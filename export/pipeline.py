@@ -183,6 +183,12 @@ def _check_flags(config: ExportConfig, artifact: ArtifactConfig, shapes: Shapes)
         for name in ("calibrate", "exclude_layers"):
             if getattr(config, name) is not None:
                 raise BadInput(f"{_flag(name)} has an effect on int8 and fp8 only; add one to --precision")
+    if config.plugin_free and artifact.kind != "detector":
+        raise BadInput(
+            f"--plugin-free has an effect on detectors only; {config.artifact} is a {artifact.kind}"
+        )
+    if config.check == "rtx" and artifact.kind == "detector" and not config.plugin_free:
+        raise BadInput("--check rtx: TensorRT-RTX has no RoiAlign or NonMaxSuppression; add --plugin-free")
     if not config.builds_engines:
         for each in fields(config.engine):
             if getattr(config.engine, each.name) != each.default:

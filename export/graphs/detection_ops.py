@@ -16,11 +16,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import torchvision  # noqa: F401 - registers roi_align
 from torch import Tensor
 
 from coma.masking.patchify import cover
-from export.custom_ops import nms_keep
+from export.custom_ops import nms_keep, pool_regions
 
 LONGEST_STEP = -math.log(16 / 1000)
 """Maximum absolute logarithm of the ratio of a box's side to its anchor's, as in mmdet."""
@@ -206,8 +205,6 @@ def region_features(features: list[Tensor], boxes: Tensor, pooling: Pooling) -> 
     """RoIAlign (Mask R-CNN, He et al. 2017, arXiv 1703.06870, sec. 3) from the level that fits a region.
 
     The level is floor(k0 + log2(sqrt(area) / 224)) (FPN, Lin et al. 2017, arXiv 1612.03144, sec. 4.2, eq. 1).
-    Every level pools all regions, but those of other levels have size zero, which costs nothing with one
-    sample per pixel.
 
     Args:
         features: Maps `[b, c, h_i, w_i]`, finest first.
@@ -223,13 +220,9 @@ def region_features(features: list[Tensor], boxes: Tensor, pooling: Pooling) -> 
     sides = regions[:, 3:] - regions[:, 1:3]
     level = (sides.prod(1).sqrt() / pooling.finest + 1e-6).log2().floor()
     level = level.clamp(0, len(pooling.strides) - 1)
-    pooled = torch.zeros((), device=boxes.device)
-    for number, (stride, x) in enumerate(zip(pooling.strides, features, strict=False)):
-        here = (level == number)[:, None]
-        found = torch.ops.torchvision.roi_align(
-            x.float(), regions * here, 1 / stride, *pooling.size, pooling.samples, pooling.aligned
-        )
-        pooled = torch.where(here[:, :, None, None], found, pooled)
+    maps = [x.float() for x in features[: len(pooling.strides)]]
+    scales = [1 / stride for stride in pooling.strides]
+    pooled = pool_regions(maps, regions, level, scales, list(pooling.size), pooling.samples, pooling.aligned)
     return pooled.to(features[0].dtype)
 
 

@@ -89,12 +89,11 @@ def pooling_matrix(length: int, side: int, like: Tensor) -> Tensor:
     """Returns the weights `[side, length]` of `length` positions in `side` averages.
 
     Average i covers the positions from floor(i * length / side) up to ceil((i + 1) * length / side), as in
-    torch.
+    torch; compared as products, because TensorRT-RTX compiles no division of a dynamic size.
     """
     place = torch.arange(length, device=like.device)
     averages = torch.arange(side, device=like.device)[:, None]
-    ends = ((averages + 1) * length + side - 1) // side
-    inside = (place >= averages * length // side) & (place < ends)
+    inside = ((place + 1) * side > averages * length) & (place * side < (averages + 1) * length)
     weights = inside.float()
     return (weights / weights.sum(dim=1, keepdim=True)).to(like.dtype)
 

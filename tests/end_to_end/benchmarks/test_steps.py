@@ -144,6 +144,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.slow
 def test_no_step_ends_the_run_and_what_is_missing_can_be_continued(run, tmp_path):
     process = run("--device", "cpu", "--steps", "good,bad,hangs,crashes,skips,last")
     said, _ = process.communicate()

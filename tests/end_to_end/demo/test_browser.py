@@ -88,6 +88,7 @@ class Visit:
         )
 
 
+@pytest.mark.slow
 def test_a_visit(browser, address, tmp_path):
     visit = Visit(browser, address, viewport={"width": 1440, "height": 1000})
     page = visit.page

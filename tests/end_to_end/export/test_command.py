@@ -45,6 +45,7 @@ def photographs(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_classifier_in_three_precisions(tmp_path, photographs, capsys, monkeypatch):
     measured = []
 

@@ -285,7 +285,8 @@ def test_another_teacher_is_refused_when_a_run_goes_on(guided, tmp_path, weights
     pretrain(taught_by(moved), resume=True)
 
 
-@pytest.mark.parametrize("method", ["cmt", pytest.param("coma-balanced", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["cmt", "coma-balanced"])
 def test_a_run_from_the_command_line(method, photos, weights, tmp_path, capsys):
     small = ["--model", "tiny", "--image-size", "16", "--steps", "2", "--batch-size", "2", "--workers", "0"]
     common = ["pretrain", str(photos), "--device", "cpu", *small, "--objective.decoder.depth", "1"]
