@@ -164,7 +164,7 @@ FAULTS = [
     Fault(
         SEGMENTOR,
         "corners aligned",
-        plant.attribute("Resize", "coordinate_transformation_mode", "align_corners", only=0),
+        plant.attribute("Resize", "coordinate_transformation_mode", "align_corners", only=-1),
     ),
     Fault(FASTER, "scores times 0.99", plant.scaled("scores", 0.99)),
     Fault(FASTER, "score threshold 0.06, not 0.05", plant.suppression(1, 4, 0.06)),

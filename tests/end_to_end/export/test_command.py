@@ -83,10 +83,10 @@ def test_a_classifier_in_three_precisions(tmp_path, photographs, capsys, monkeyp
 def test_a_failed_gate_keeps_the_file_aside_and_names_the_layer(tmp_path, monkeypatch, capsys):
     artifact = export_files.classifier(tmp_path / "artifact")
 
-    def corrupt(exportable, shapes, path):
+    def corrupt(exportable, shapes, path, *rest):
         layer = exportable.module.classifier.stages[1].blocks[0].mlp.fc2
         layer.weight.data.mul_(-2)
-        return written(exportable, shapes, path)
+        return written(exportable, shapes, path, *rest)
 
     written = candidates.write_onnx
     monkeypatch.setattr(candidates, "write_onnx", corrupt)

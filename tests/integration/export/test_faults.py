@@ -188,8 +188,8 @@ def test_a_signal_leaves_nothing_unfinished(run_folder, monkeypatch, capsys, num
 
 
 def test_an_artifact_that_changes_during_the_export_ends_it(run_folder, monkeypatch, capsys):
-    def changes(exportable, shapes, path):
-        found = write_onnx(exportable, shapes, path)
+    def changes(exportable, shapes, path, *rest):
+        found = write_onnx(exportable, shapes, path, *rest)
         config = json.loads((run_folder / "artifact" / "config.json").read_text())
         config["mean"][0] += 0.1
         config.pop("checksums", None)

@@ -150,10 +150,10 @@ def made(tmp_path_factory, photographs) -> Path:
 
     written = candidates.write_onnx
 
-    def corrupt(exportable, shapes, path):
+    def corrupt(exportable, shapes, path, *rest):
         if exportable.spec.precision == "bf16":
             exportable.module.get_submodule(f"classifier.{LAYER}").weight.data.mul_(-2)
-        return written(exportable, shapes, path)
+        return written(exportable, shapes, path, *rest)
 
     images = ("--verify", str(photographs), "--calibrate", str(photographs))
     images += ("--verify-images", "2", "--calibrate-images", "2")

@@ -84,10 +84,10 @@ def test_a_refused_file_leaves_the_older_one_and_nothing_is_made_of_it(tmp_path,
     products = list(weight_matmuls(onnx.load(out / "classifier.onnx").graph))
     assert {each.layer for each in products} <= layers_of(load_exportable(classifier, "classifier").module)
 
-    def corrupt(exportable, shapes, path):
+    def corrupt(exportable, shapes, path, *rest):
         if candidates.UNVERIFIED in path.name:  # not the one that int8 is made of
             exportable.module.classifier.head.weight.data.mul_(-2)
-        return written(exportable, shapes, path)
+        return written(exportable, shapes, path, *rest)
 
     written = candidates.write_onnx
     monkeypatch.setattr(candidates, "write_onnx", corrupt)
