@@ -115,8 +115,8 @@ def main() -> None:
             print(modules[-1], flush=True)
     write(args.out, correct, faults, modules)
     print("\n" + table([_as_text(row) for row in correct]))
-    print("\n" + table([{**row, "failures": "; ".join(row["failures"])[:100]} for row in faults]))
-    print("\n" + table([{name: str(value) for name, value in row.items()} for row in modules]))
+    print("\n" + table([_as_text({**row, "why": "; ".join(row["failures"])[:100]}) for row in faults]))
+    print("\n" + table([_as_text(row) for row in modules]))
     print(
         f"\n{sum(row['passed'] for row in correct)} of {len(correct)} correct files pass, "
         f"{sum(row['refused'] for row in faults)} of {len(faults)} faults are refused, "
