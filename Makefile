@@ -58,7 +58,7 @@ format: $(INSTALLED)  ## apply the formatting
 lock: $(INSTALLED)  ## renew requirements.lock from pyproject.toml
 	$(BIN)/uv pip compile --quiet --upgrade --universal --fork-strategy fewest --python-version 3.11 \
 		--generate-hashes --custom-compile-command "make lock" --group dev --group docs --extra classify --extra downstream \
-		--extra mmcv-lite --extra export --extra demo --extra heic --extra parquet --extra remote --extra search --extra ray \
+		--extra mmcv-lite --extra export --extra demo --extra heic --extra dicom --extra parquet --extra remote --extra search --extra ray \
 		--extra track --extra onnxruntime-gpu --extra tensorrt-rtx \
 		--output-file requirements.lock pyproject.toml
 

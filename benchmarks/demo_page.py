@@ -19,6 +19,7 @@ from machine import report
 
 from coma.artifact import ArtifactConfig, library_versions, save_artifact
 from coma.config import CoMAConfig, dyvit_preset
+from coma.image_size import ImageSize
 from coma.models import build_encoder
 from coma.objectives import build_objective
 from demo.commands.demo import load_models, serve
@@ -34,7 +35,7 @@ def artifact(folder: Path, preset: str) -> Path:
         kind="pretrained",
         model=model,
         objective=objective,
-        image_size=SIZES[preset],
+        image_size=ImageSize.of(SIZES[preset]),
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
         class_names=None,

@@ -24,6 +24,7 @@ from coma.amp import choose_precision
 from coma.config import DataConfig, OptimizerConfig, RunConfig, encoder_preset, method_preset
 from coma.data import BatchLayout, open_source, training_batches
 from coma.data.worker_pool import default_workers
+from coma.image_size import ImageSize
 from coma.models import build_encoder
 from coma.objectives import build_objective
 from pretrain.training.distributed import Processes
@@ -71,7 +72,11 @@ def main() -> None:
     for model in args.models:
         train_step = build(model, args.batch, device, args.compile)
         data = DataConfig(
-            args.folder, image_size=SIZE, workers=args.workers, aug_repeats=args.repeats, loader=args.loader
+            args.folder,
+            image_size=ImageSize.of(SIZE),
+            workers=args.workers,
+            aug_repeats=args.repeats,
+            loader=args.loader,
         )
         slices = BatchLayout(args.batch, args.batch)
         real = training_batches(

@@ -22,6 +22,7 @@ from coma.artifact import (
 )
 from coma.artifact.load import artifact_hash
 from coma.config import encoder_preset, method_preset
+from coma.image_size import ImageSize
 from coma.models import build_encoder
 from coma.models.classifiers import build_classifier
 from coma.objectives import build_objective
@@ -123,7 +124,7 @@ def models_of(args: argparse.Namespace, precisions: tuple[Precision, ...]) -> It
         if artifact is None or kind not in args.kinds:
             continue
         config = load_artifact(artifact).config
-        side = -(-config.image_size // config.model.unit) * config.model.unit
+        side = -(-max(config.image_size) // config.model.unit) * config.model.unit
         load = partial(load_exportable, artifact, cast(GraphKind, kind))
         images = getattr(args, f"{kind}_images", None) or (args.calibrate, args.verify)
         yield Model(kind, about, side, load, precisions, *images)
@@ -140,7 +141,7 @@ def random_pretrained(work: Path, preset: str, side: int) -> Path:
         kind="pretrained",
         model=model,
         objective=method_preset("coma"),
-        image_size=side,
+        image_size=ImageSize.of(side),
         mean=_MEAN,
         std=_STD,
         class_names=None,

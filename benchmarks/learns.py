@@ -36,6 +36,7 @@ from coma.config import (
     method_preset,
 )
 from coma.data import open_source
+from coma.image_size import ImageSize
 from pretrain.evaluate import evaluate, random_encoder
 from pretrain.training import pretrain
 
@@ -47,7 +48,9 @@ NAMES = ("CoMA", "MAE, equal images", "random", "MAE, equal wall-clock")
 def settings(args: argparse.Namespace, method: str, images: int, seed: int, out: Path) -> PretrainConfig:
     """One pre-training run; the methods differ in their objective only."""
     return PretrainConfig(
-        data=DataConfig(args.data, image_size=32, mean=MEAN, std=STD, crop_scale=(0.4, 1.0), workers=0),
+        data=DataConfig(
+            args.data, image_size=ImageSize.of(32), mean=MEAN, std=STD, crop_scale=(0.4, 1.0), workers=0
+        ),
         model=replace(dyvit_preset("tiny", 32), **shape(args)),
         objective=replace(method_preset(method, decoder_dim=128, decoder_depth=2), norm_pix=args.norm_pix),
         optimizer=OptimizerConfig(steps=images // args.batch, batch_size=args.batch, base_lr=args.base_lr),

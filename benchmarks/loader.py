@@ -39,6 +39,7 @@ from torchvision import transforms as T
 from coma.cli import main as coma
 from coma.config import DataConfig
 from coma.data import BatchLayout, open_source, training_batches
+from coma.image_size import ImageSize
 
 SIZE, BATCH = 224, 32
 
@@ -58,7 +59,7 @@ def torchvision_loader(folder: Path, bicubic: bool) -> Iterator[object]:
 
 def our_loader(place: Path | str, **settings: Any) -> Iterator[object]:
     """Yields batches of the trainer's loader."""
-    data = DataConfig(image_size=SIZE, workers=0, **settings)
+    data = DataConfig(image_size=ImageSize.of(SIZE), workers=0, **settings)
     return training_batches(open_source(place), data, channels=3, seed=0, batch=BatchLayout(BATCH, BATCH))
 
 

@@ -30,6 +30,7 @@ from tyro.constructors import (
 )
 
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.paths import Address, Location, local_path, parse_location
 from coma.ranges import RARE, ranges_of
 
@@ -87,7 +88,7 @@ def parse_arguments(
     own = argv[: argv.index("--")] if "--" in argv else argv
     complete = "--help-all" in own
     hidden: list[str] | None = [] if {"-h", "--help"} & {*own} and not complete else None
-    words = ["--help" if word == "--help-all" else word for word in argv]
+    words = _sizes_joined(["--help" if word == "--help-all" else word for word in argv], kind)
 
     def refuse(event: events.ParseErrorEvent) -> None:
         unknown = getattr(event, "tokens", None) or getattr(event, "unrecognized_tokens", None)
@@ -119,7 +120,7 @@ def parse_known(kind: type[Settings], argv: Sequence[str], *, prog: str) -> Sett
     Raises:
         BadInput: a value that does not fit its flag.
     """
-    rest = [argument for argument in argv if argument not in ("-h", "--help", "--help-all")]
+    rest = [word for word in _sizes_joined(argv, kind) if word not in ("-h", "--help", "--help-all")]
     with events.on_parse_error(_one_line):
         return tyro.cli(
             kind, args=rest, prog=prog, return_unknown_args=True, add_help=False, registry=_registry()
@@ -132,6 +133,7 @@ def _registry(hidden: list[str] | None = None) -> ConstructorRegistry:
     registry.primitive_rule(_number)
     registry.primitive_rule(_path)
     registry.primitive_rule(_location)
+    registry.primitive_rule(_size)
     registry.primitive_rule(_text)
     registry.primitive_rule(_optional)
     registry.struct_rule(_dataclass(hidden))
@@ -179,12 +181,17 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _names(kind: Any) -> list[str]:
-    """Returns the fields of a dataclass and of those in it."""
+    """Returns the names of the fields of a dataclass and of those in it."""
+    return [name for name, _ in _fields(kind)]
+
+
+def _fields(kind: Any) -> list[tuple[str, Any]]:
+    """Returns names and types of the fields of a dataclass and of those in it."""
     found, hints = [], get_type_hints(kind)
     for field in dataclasses.fields(kind):
         default = _default(field)
         inner = type(default) if dataclasses.is_dataclass(default) else hints[field.name]
-        found += _names(inner) if dataclasses.is_dataclass(inner) else [field.name]
+        found += _fields(inner) if dataclasses.is_dataclass(inner) else [(field.name, inner)]
     return found
 
 
@@ -311,6 +318,39 @@ def _location(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         is_instance=lambda value: isinstance(value, tuple(members)),
         str_from_instance=lambda value: ["none" if value is None else str(value)],
     )
+
+
+def _size(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """ImageSize is one value, of one number or of the two that `_sizes_joined` made one word of."""
+    if info.type is not ImageSize:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="N",
+        instance_from_str=lambda words: ImageSize.parse(words[0]),
+        is_instance=lambda value: isinstance(value, ImageSize),
+        str_from_instance=lambda value: [value.words],
+    )
+
+
+def _sizes_joined(argv: Sequence[str], kind: Any) -> list[str]:
+    """Returns the arguments with the height and width of every size as one word.
+
+    For tyro, a flag takes a fixed number of words, or all up to the next flag, also those that belong to no
+    flag; a size takes a second word if that is a number.
+    """
+    names = [
+        name.replace("_", "[-_]") for name, hint in _fields(kind) if ImageSize in (hint, *get_args(hint))
+    ]
+    height = re.compile(rf"--({'|'.join(names)})[ =]-?[0-9]+") if names else None
+    words: list[str] = []
+    for word in argv:
+        before = " ".join(words[-2:]), "".join(words[-1:])  # --flag 64, or --flag=64
+        if height and re.fullmatch("-?[0-9]+", word) and any(map(height.fullmatch, before)):
+            words[-1] += f" {word}"
+        else:
+            words.append(word)
+    return words
 
 
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:

@@ -20,6 +20,7 @@ from functools import cache
 from typing import Any, ClassVar, get_type_hints
 
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 
 RARE = "rare"
 """Marks a field, as in `Annotated[int, RARE]`, whose flag only `--help-all` shows."""
@@ -66,6 +67,7 @@ class Range:
         Raises:
             OutOfRange: naming the value and the range.
         """
+        value = value.plain if isinstance(value, ImageSize) else value  # one number, if it is square
         for number in _numbers(value):
             if number not in self:
                 separator = ":" if isinstance(value, tuple | list) else ""
@@ -103,6 +105,8 @@ SEED = Range(-(2**63), 2**63 - 1)
 """Whole numbers of 64 bits."""
 SIDE = Range(1, 16384)
 """Sides of images, crops and patches in pixels."""
+TILE = Range(32, 16384)
+"""Sides of the windows of large images in pixels."""
 BATCH = Range(1, 2**20)
 """Images at a time."""
 STEPS = Range(1, 10**12)

@@ -128,10 +128,10 @@ def _warm_up(models: Models) -> None:
         try:
             runtime = model.runtime("reconstructor")
             about, rule = runtime.spec, runtime.spec.preprocessing
-            side = rule.size[0] if rule.size else 224
-            blank = np.zeros((side, side, len(rule.mean)), np.uint8)
-            resized = resize_picture(blank, side, "crop", rule.mean)
-            visible = sample_views("mae", 0, *unit_grid(side, side, about.unit))
+            size = rule.size or (224, 224)
+            blank = np.zeros((*size, len(rule.mean)), np.uint8)
+            resized = resize_picture(blank, size, "crop", rule.mean)
+            visible = sample_views("mae", 0, *unit_grid(*size, about.unit))
             rebuilt = reconstruct(runtime, resized, visible)
         except ComaError:  # visitors who choose this model see the error
             return

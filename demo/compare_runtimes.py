@@ -89,10 +89,10 @@ def time_runtimes(
 def _time(runtime: Runtime, pixels: np.ndarray) -> tuple[dict[str, Tensor], float, int]:
     about, rule = runtime.spec, runtime.spec.preprocessing
     if about.graph == "reconstructor":
-        side = rule.size[0] if rule.size else 224
-        resized = resize_picture(pixels, side, "crop", rule.mean)
+        size = rule.size or (224, 224)
+        resized = resize_picture(pixels, size, "crop", rule.mean)
         images = to_input([resized.pixels], rule)
-        others = {"visible": sample_views("coma", 0, *unit_grid(side, side, about.unit))[:1]}
+        others = {"visible": sample_views("coma", 0, *unit_grid(*size, about.unit))[:1]}
     else:
         images, others = prepare(pixels, runtime), {}
     outputs = run(runtime, images, **others)

@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coma.data.transforms import centre_square, resize
+from coma.data.transforms import centre_crop, resize
 
 ResizeMode = Literal["crop", "letterbox", "whole"]
 RESIZE_MODES: dict[ResizeMode, str] = {
-    "crop": "Centre square",
+    "crop": "Centre crop",
     "letterbox": "Letter-box",
     "whole": "Whole picture",
 }
 LONGEST = 3
-"""Longest side of a whole picture, as a multiple of the model's size."""
+"""Longest side of a whole picture, as a multiple of the model's."""
 
 
 @dataclass(frozen=True)
@@ -43,35 +43,39 @@ class Resized:
 
 
 def resize_picture(
-    pixels: np.ndarray, side: int, how: ResizeMode, fill: tuple[float, ...], unit: int = 1
+    pixels: np.ndarray, size: tuple[int, int], how: ResizeMode, fill: tuple[float, ...], unit: int = 1
 ) -> Resized:
-    """Resizes a picture to `side` pixels.
+    """Resizes a picture for a model.
 
     Args:
         pixels: `[H, W, c]`, uint8, or float32 in 0..1.
-        side: Side of the square that the model was trained on, in pixels.
-        how: crop takes the centre square; letterbox takes the whole picture and adds bars; whole resizes the
-            shorter side to `side` pixels and keeps the aspect ratio.
+        size: Height and width of the images that the model was trained on.
+        how: crop takes the largest centre crop of that shape; letterbox takes the whole picture and adds
+            bars; whole keeps the aspect ratio, and the picture is at least as large as `size`.
         fill: Colour of the bars, per channel, in 0..1: the model's mean.
         unit: Side of a mask unit; no side of a whole picture is smaller.
     """
     height, width = pixels.shape[:2]
     was = f"{width} x {height} px"
     if how == "crop":
-        image = _scaled(pixels, centre_square(height, width), side, side)
-        return Resized(image, (0, 0, side, side), f"{was}: centre square, resized to {side} x {side} px")
+        image = _scaled(pixels, centre_crop(height, width, size), *size)
+        return Resized(image, (0, 0, *size), f"{was}: centre crop, resized to {size[1]} x {size[0]} px")
     everything = (0, 0, height, width)
     if how == "whole":
-        scale = min(side / min(height, width), LONGEST * side / max(height, width))
+        least, most = max(size[0] / height, size[1] / width), LONGEST * max(size) / max(height, width)
+        scale = min(least, most)
         h, w = (max(round(length * scale), unit) for length in (height, width))
         return Resized(_scaled(pixels, everything, h, w), (0, 0, h, w), f"{was}, resized to {w} x {h} px")
-    scale = side / max(height, width)
+    scale = min(size[0] / height, size[1] / width)
     h, w = (max(round(length * scale), 1) for length in (height, width))
     image = _scaled(pixels, everything, h, w)
-    top, left = (side - h) // 2, (side - w) // 2
+    down, across = size[0] - h, size[1] - w
+    top, left = down // 2, across // 2
     colour = torch.tensor(fill).view(-1, 1, 1)
-    boxed = F.pad(image - colour, (left, side - w - left, top, side - h - top)) + colour
-    note = f"{was}, resized to {w} x {h} px and letter-boxed to {side} x {side} px (bars are not measured)"
+    boxed = F.pad(image - colour, (left, across - left, top, down - top)) + colour
+    note = (
+        f"{was}, resized to {w} x {h} px and letter-boxed to {size[1]} x {size[0]} px (bars are not measured)"
+    )
     return Resized(boxed, (top, left, h, w), note)
 
 

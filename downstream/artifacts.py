@@ -26,6 +26,7 @@ from coma.artifact import (
 from coma.config import EncoderConfig
 from coma.config.serialization import to_plain
 from coma.errors import BadArtifact, BadInput
+from coma.image_size import ImageSize
 from downstream.configs.load import config_errors, pipeline_of
 
 Kind = Literal["detector", "segmentor"]
@@ -68,7 +69,7 @@ def finetuned_config(
         kind=kind,
         model=encoder,
         objective=None,
-        image_size=_short_side(pipeline, pixels, encoder),
+        image_size=ImageSize.of(_short_side(pipeline, pixels, encoder)),
         mean=tuple(value / 255 for value in pixels["mean"]),
         std=tuple(value / 255 for value in pixels["std"]),
         class_names=class_names,

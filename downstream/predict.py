@@ -18,7 +18,7 @@ from torch import nn
 
 from coma.artifact import ArtifactConfig
 from coma.atomic_io import write_json
-from coma.data.sources.image_folder import FolderSource
+from coma.data.sources.files import images_below
 from coma.errors import BadImage, BadInput
 from downstream.artifacts import dataset_meta, lists_to_tuples
 from downstream.draw import draw_boxes, draw_masks
@@ -43,7 +43,7 @@ class Prediction:
 
 
 def list_images(images: Path) -> list[Path]:
-    """Returns one image, or all images below a folder, sorted.
+    """Returns one image, or all images below a folder, sorted, of all its splits.
 
     Raises:
         BadInput: no image, or no such path.
@@ -54,9 +54,7 @@ def list_images(images: Path) -> list[Path]:
         raise BadInput(f"{images}: no such file or folder")
     if not images.is_dir():
         raise BadInput(f"{images}: is neither a folder nor a regular file")
-    source = FolderSource(images)
-    log.info(source.summary(), extra={"once": True})
-    return [source.path(i) for i in range(len(source))]
+    return images_below(images)
 
 
 def read_image_ids(annotations: Path) -> dict[str, int]:

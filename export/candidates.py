@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any, get_args
 from coma.errors import BadArtifact
 from coma.library_errors import about_one_file, library_errors
 from coma.runtimes.manifest import STAGED
-from coma.runtimes.model_spec import METADATA, ExportableModel, GraphKind, ModelSpec, Precision, to_json
+from coma.runtimes.model_spec import (
+    METADATA,
+    ExportableModel,
+    GraphKind,
+    ModelSpec,
+    Precision,
+    centre_crop_rule,
+    to_json,
+)
 from coma.runtimes.preprocessing import resize_image, to_input
 from coma.runtimes.shape_ranges import Shape, Shapes
 from export.config import ExportConfig, ExportImages, file_name
@@ -176,9 +184,9 @@ def remove_unfinished(folder: Path) -> None:
 def fit_preprocessing(model: ExportableModel, shapes: Shapes) -> ExportableModel:
     """Returns the model with preprocessing for its training size if the shapes allow it, else for `opt`."""
     rule, opt = model.spec.preprocessing, shapes.opt
-    if rule.resize != "centre-square" or rule.size is None or shapes.allows(Shape(opt.batch, *rule.size)):
+    if not rule.crops or rule.size is None or shapes.allows(Shape(opt.batch, *rule.size)):
         return model
-    rule = replace(rule, size=(opt.height, opt.width))
+    rule = centre_crop_rule(rule, (opt.height, opt.width))
     return replace(model, spec=replace(model.spec, preprocessing=rule))
 
 

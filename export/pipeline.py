@@ -163,12 +163,13 @@ def default_shapes(config: ArtifactConfig, graph: GraphKind) -> Shapes:
     The batch size is dynamic. Height and width are dynamic for detectors and segmentors, whose images are not
     all of one size.
     """
-    side = size_of(config, graph)
+    size = size_of(config, graph)
     if config.kind not in ("detector", "segmentor"):
-        return Shapes(Shape(1, side, side), Shape(8, side, side), Shape(32, side, side))
-    unit = config.model.unit
-    largest = (max(2 * side, 800), max(2 * side, 1344)) if config.kind == "detector" else (2 * side, 2 * side)
-    return Shapes(Shape(1, unit, unit), Shape(1, side, side), Shape(4, *largest))
+        return Shapes(Shape(1, *size), Shape(8, *size), Shape(32, *size))
+    unit, (height, width) = config.model.unit, (2 * side for side in size)
+    if config.kind == "detector":
+        height, width = max(height, 800), max(width, 1344)
+    return Shapes(Shape(1, unit, unit), Shape(1, *size), Shape(4, height, width))
 
 
 def _check_flags(config: ExportConfig, artifact: ArtifactConfig, shapes: Shapes) -> None:

@@ -15,6 +15,7 @@ from short_runs import MODEL, OBJECTIVE, at
 from taught_models import timm_weights
 
 from coma.config import DataConfig, OptimizerConfig, PretrainConfig, RunConfig
+from coma.image_size import ImageSize
 from pretrain.training import pretrain
 
 torch.set_num_threads(1)
@@ -92,7 +93,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(photos: Path, tmp_path: Path) -> PretrainConfig:
     """Five steps of a very small model."""
     return PretrainConfig(
-        data=DataConfig(images=photos, image_size=16, workers=0),
+        data=DataConfig(images=photos, image_size=ImageSize.of(16), workers=0),
         model=MODEL,
         objective=OBJECTIVE,
         optimizer=OptimizerConfig(steps=5, batch_size=4),
@@ -104,7 +105,7 @@ def settings(photos: Path, tmp_path: Path) -> PretrainConfig:
 def resumable(photos: Path) -> PretrainConfig:
     """Seven steps that use whatever a resumed run has to restore: accumulation, drop path, moving average."""
     return PretrainConfig(
-        data=DataConfig(images=photos, image_size=16, workers=0),
+        data=DataConfig(images=photos, image_size=ImageSize.of(16), workers=0),
         model=replace(MODEL, drop_path=0.3),
         objective=OBJECTIVE,
         optimizer=OptimizerConfig(steps=7, batch_size=4, micro_batch=2, base_lr=0.1, ema_decay=0.9),

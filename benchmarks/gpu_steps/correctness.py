@@ -23,6 +23,7 @@ from coma.config import (
     dyvit_preset,
     method_preset,
 )
+from coma.image_size import ImageSize
 from coma.masking.patchify import unit_grid
 from coma.masking.sampling import partition
 from coma.models import DyViT, build_encoder
@@ -167,7 +168,7 @@ def resumed(session: Session) -> None:
     for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (12, 40, 40, 3), np.uint8)):
         Image.fromarray(pixels).save(photos / f"{number}.png")
     config = PretrainConfig(
-        data=DataConfig(photos, image_size=32, mean=(0.5,) * 3, std=(0.3,) * 3, workers=0),
+        data=DataConfig(photos, image_size=ImageSize.of(32), mean=(0.5,) * 3, std=(0.3,) * 3, workers=0),
         model=replace(dyvit_preset("tiny", 32), depths=(1, 1, 1, 1), drop_path=0.2),
         objective=method_preset("coma", decoder_dim=64, decoder_depth=1),
         optimizer=OptimizerConfig(steps=6, batch_size=4, micro_batch=2, base_lr=0.02, ema_decay=0.9),

@@ -32,6 +32,7 @@ from coma.config import (
 from coma.data import BatchLayout, normalize, open_source, training_batches
 from coma.data.worker_pool import default_workers
 from coma.errors import Interrupted
+from coma.image_size import ImageSize
 from gpu_steps.session import Session, free, median_seconds
 from pretrain.commands.quickstart import PHOTOGRAPHS
 from pretrain.training import pretrain
@@ -61,7 +62,7 @@ def run(session: Session) -> None:
     source = open_source(folder)
     workers = 0 if small else default_workers()
     for repeats in (1,) if small else (1, 4):
-        data = DataConfig(folder, image_size=size, workers=workers, aug_repeats=repeats)
+        data = DataConfig(folder, image_size=ImageSize.of(size), workers=workers, aug_repeats=repeats)
         batches = training_batches(
             source, data, channels=3, seed=0, batch=BatchLayout(batch, batch), device=device
         )
@@ -103,7 +104,7 @@ def settings(session: Session, folder: Path, name: str, *, steps: int, batch: in
     """A CoMA run of base (on a CPU of tiny) that logs every step."""
     preset, size = ("tiny", 32) if session.small else ("base", 224)
     return PretrainConfig(
-        data=DataConfig(folder, image_size=size, mean=MEAN, std=STD),
+        data=DataConfig(folder, image_size=ImageSize.of(size), mean=MEAN, std=STD),
         model=dyvit_preset(preset, size),
         objective=method_preset("coma", **({"decoder_dim": 64, "decoder_depth": 1} if session.small else {})),
         optimizer=OptimizerConfig(steps=steps, batch_size=batch, base_lr=8e-3 if session.small else 3e-4),

@@ -18,9 +18,7 @@ from torch.profiler import record_function
 
 from coma.models import attention
 from coma.models.attention import Consecutive, Windows
-from coma.models.dyvit import DyViT
 from coma.models.view_sequences import ViewSequences
-from coma.models.vit import ViT
 
 PREFIX = "part: "
 """Begins the names of the ranges that a profile shows."""
@@ -126,15 +124,13 @@ class Named:
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    encoder = getattr(model, "encoder", model)
-    if isinstance(encoder, DyViT):
-        yield "stem", encoder.stem
-        for number, stage in enumerate(encoder.stages, start=1):
-            yield f"stage {number}", stage
-    elif isinstance(encoder, ViT):
-        yield "stem", encoder.stem
-        for block in encoder.blocks:
-            yield "encoder", block
+    encoder: Any = getattr(model, "encoder", model)
+    stem, *rest = encoder.parts()
+    for module in stem if isinstance(stem, nn.ModuleList) else [stem]:  # with tokens, which are no module
+        yield "stem", module
+    pyramid = len(encoder.strides) > 1
+    for number, module in enumerate(rest, start=1):
+        yield f"stage {number}" if pyramid else "encoder", module
     if hasattr(model, "decoder"):
         yield "decoder", model.decoder  # type: ignore[misc]
 

@@ -24,7 +24,7 @@ from run import METHODS
 from coma.artifact import ArtifactConfig
 from coma.config.serialization import read_config
 from coma.data import open_source
-from coma.data.transforms import centre_square, normalize, resize
+from coma.data.transforms import centre_crop, normalize, resize
 from coma.masking.patchify import spread, unit_grid
 from coma.objectives.base import MaskedPixels
 from coma.objectives.load import load_pretrained
@@ -86,7 +86,7 @@ def main() -> None:
         config = objective.artifact
         squares = [source.read(index, config.model.channels) for index in args.images]
         size = read_config(place.parent / "config.json").view_size
-        squares = [resize(each, centre_square(*each.shape[:2]), size, size) for each in squares]
+        squares = [resize(each, centre_crop(*each.shape[:2], size), *size) for each in squares]
         pixels = normalize(torch.stack(squares), config.mean, config.std)
         given, made = rows(objective, pixels, torch.arange(count))
         if row == 1:

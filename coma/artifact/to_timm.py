@@ -53,7 +53,7 @@ def create_timm(
     network.pretrained_cfg = network.default_cfg = {
         "architecture": type(network).__name__,
         "num_classes": network.num_classes,
-        "input_size": (about.model.channels, about.image_size, about.image_size),
+        "input_size": (about.model.channels, *about.image_size),
         "crop_pct": 1.0,
         "interpolation": "bicubic",
         "mean": about.mean,

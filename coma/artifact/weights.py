@@ -18,6 +18,8 @@ from coma.models.checkpoints import Checkpoint, of_encoder, read_checkpoint, vit
 from coma.models.hub import is_reference, weights_file
 from coma.paths import local_path
 
+_BY_NAME = re.compile(r"(?:timm:|hf-hub:timm/)([^@]+)(@.*)?")
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -28,12 +30,24 @@ class Weights:
         checkpoint: The encoder's tensors.
         about: Description of the artifact; None for a file that others wrote.
         decoder: Tensors of an artifact's decoder, by their names in the objective.
+        statistics: Mean and standard deviation per channel that their images were normalised by; None if
+            that is not known.
     """
 
     origin: Origin
     checkpoint: Checkpoint
     about: ArtifactConfig | None = None
     decoder: dict[str, Tensor] | None = None
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+
+_last: dict[tuple[str, int, int], Weights] = {}
+"""The weights that were read last, by their path and the times of its folder and file."""
+
+
+def forget_weights() -> None:
+    """Frees the weights that `read_weights` read last; until then, reading them again costs nothing."""
+    _last.clear()
 
 
 def read_weights(source: str, *, download: bool = False) -> Weights:
@@ -48,15 +62,35 @@ def read_weights(source: str, *, download: bool = False) -> Weights:
         BadInput: nothing is there, or nothing that can be read safely.
     """
     if is_reference(source):
-        file = weights_file(source, download=download)
-        return Weights(Origin(name_of(source), sha256_of(file)), read_checkpoint(file))
-    path = local_path(source)
-    if path.is_dir():
-        return _of_artifact(path)
-    if not path.exists():
-        raise BadInput(f"{source}: no such file or directory{_hint(source)}")
+        path = file = weights_file(source, download=download)
+    else:
+        path = local_path(source)
+        if not path.exists():
+            raise BadInput(f"{source}: no such file or directory{_hint(source)}")
+        file = path / TENSORS if path.is_dir() else path
+    state = file.stat() if file.is_file() else None
+    key = (f"{source} {file}", path.stat().st_mtime_ns, state.st_mtime_ns) if state else None
+    if key is None or key not in _last:
+        found = _of_artifact(path) if path.is_dir() else _of_file(source, path)
+        forget_weights()
+        if key is None:
+            return found
+        _last[key] = found
+    return _last[key]
+
+
+def _of_file(source: str, path: Path) -> Weights:
     checkpoint = read_checkpoint(path)
-    return Weights(Origin(name_of(source), sha256_of(path)), checkpoint)
+    return Weights(Origin(name_of(source), sha256_of(path)), checkpoint, statistics=_of_timm(source))
+
+
+def _of_timm(source: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Returns the mean and standard deviation that timm has for weights of this name."""
+    import timm
+
+    named = _BY_NAME.fullmatch(source)
+    config = timm.get_pretrained_cfg(named[1]) if named and is_reference(source) else None
+    return config and (tuple(map(float, config.mean)), tuple(map(float, config.std)))
 
 
 def model_of(source: str, *, download: bool = False) -> tuple[EncoderConfig, ArtifactConfig | None]:
@@ -65,7 +99,7 @@ def model_of(source: str, *, download: bool = False) -> tuple[EncoderConfig, Art
     Raises:
         BadInput: as `read_weights`, or weights that do not say of which encoder they are.
     """
-    by_name = re.fullmatch(r"(?:timm:|hf-hub:timm/)([^@]+)(@.*)?", source)
+    by_name = _BY_NAME.fullmatch(source)
     if by_name and is_reference(source):
         return encoder_preset(f"timm:{by_name[1]}"), None
     weights = read_weights(source, download=download)
@@ -94,7 +128,9 @@ def _of_artifact(directory: Path) -> Weights:
     decoder = {name: artifact.tensors[name] for name in found.beside if name.startswith("decoder.")}
     beside = [name for name in found.beside if name not in decoder]
     origin = Origin(name_of(str(directory)), sha256_of(directory / TENSORS))
-    return Weights(origin, Checkpoint(found.tensors, beside, found.notes), artifact.config, decoder)
+    about = artifact.config
+    checkpoint = Checkpoint(found.tensors, beside, found.notes)
+    return Weights(origin, checkpoint, about, decoder, (about.mean, about.std))
 
 
 def _hint(source: str) -> str:

@@ -25,6 +25,7 @@ from coma.arguments import parse_arguments
 from coma.errors import BadArtifact, BadInput
 from coma.messages import abridged, counted, printable
 from coma.paths import Address, Location
+from coma.ranges import TILE, Ranged
 
 _PICKLED = (".pth", ".pt", ".ckpt", ".bin", ".pkl", ".pickle")
 _FACTS = 10
@@ -32,12 +33,14 @@ _FACTS = 10
 
 
 @dataclass(frozen=True)
-class InfoConfig:
+class InfoConfig(Ranged):
     """Path to inspect."""
 
     path: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """An artifact, run directory, folder of exports or images, or one of their files; or the address of
     remote images."""
+    tiles: Annotated[int | None, TILE] = None
+    """Count the windows of this side in pixels that larger images would be cut into; default: no windows"""
 
 
 @dataclass
@@ -62,9 +65,10 @@ def run(argv: list[str]) -> None:
     Raises:
         BadInput: nothing is there, it is damaged, or it is nothing that this toolkit knows.
     """
-    path = parse_arguments(InfoConfig, argv, prog="coma info", description=__doc__).path
+    config = parse_arguments(InfoConfig, argv, prog="coma info", description=__doc__)
+    path = config.path
     try:
-        found = report(path)
+        found = report(path) if config.tiles is None else _images(path, config.tiles)
     except OSError as error:
         raise BadInput(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
     print(found.text(path))
@@ -261,20 +265,21 @@ def _tensors(path: Path) -> Report:
     return Report("safetensors file: weights without the model that they belong to", facts, [])
 
 
-def _images(path: Location) -> Report:
+def _images(path: Location, tiles: int | None = None) -> Report:
     from coma.data.sources.open import open_source
 
     logger, level = logging.getLogger("coma"), logging.getLogger("coma").level
     logger.setLevel(logging.ERROR)  # its summary is printed here
     try:
-        source = open_source(path)
+        source = open_source(path, tiles=tiles)
     finally:
         logger.setLevel(level)
     there = _quoted(path)
     facts = {"images": source.summary(), "split": source.split or "", "notes": "; ".join(source.notes)}
     if source.class_names:
         facts["classes"] = f"{len(source.class_names)}: {abridged(source.class_names, 10)}"
-    steps = [f"coma pretrain {there} --out RUN", f"coma pack {there} --out PACK"]
+    cut = "" if tiles is None else f" --tiles {tiles}"
+    steps = [f"coma pretrain {there} --out RUN{cut}", f"coma pack {there} --out PACK{cut}"]
     if source.class_names:
         steps.append(f"coma evaluate ARTIFACT --data {there}")
     return Report("images", facts, steps)

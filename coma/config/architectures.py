@@ -9,6 +9,7 @@ from typing import Annotated, Any, cast
 import tyro
 
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.ranges import CHANNELS, DECAY, DEPTH, HEADS, SIDE, WIDTH, Range, Ranged
 from coma.registry import ARCHITECTURES, presets, resolve
 
@@ -67,13 +68,15 @@ class DyViTConfig(Ranged):
         return tuple(self.dim * 2**i for i in range(4))
 
     @staticmethod
-    def suited_to(image_size: int) -> dict[str, Any]:
-        """Returns patch and windows for square images of `image_size` pixels.
+    def suited_to(size: ImageSize) -> dict[str, Any]:
+        """Returns patch and windows for images of a size.
 
-        Windows lie inside a mask unit, or are as large as such an image: neither is cut from a map.
+        The shorter side decides about the patch. Windows lie inside a mask unit, or are as large as such an
+        image, that is as its longer side: neither is cut from a map.
         """
-        patch = 4 if image_size >= 112 else 2 if image_size >= 64 else 1
-        units = -(-image_size // (patch * 8))
+        shorter, longer = sorted(size)
+        patch = 4 if shorter >= 112 else 2 if shorter >= 64 else 1
+        units = -(-longer // (patch * 8))
         return {"patch": patch, "windows": ((4, 8), (2, 4), (2, 2 * units), (units,))}
 
     def __post_init__(self) -> None:
@@ -145,9 +148,9 @@ class ViTConfig(_PlainConfig):
     """Largest stochastic-depth rate, reached linearly at the last block."""
 
     @staticmethod
-    def suited_to(image_size: int) -> dict[str, Any]:
-        """Returns the patch for square images of `image_size` pixels."""
-        return {"patch": 16 if image_size >= 112 else 8 if image_size >= 64 else 4}
+    def suited_to(size: ImageSize) -> dict[str, Any]:
+        """Returns the patch for images of a size; the shorter side decides."""
+        return {"patch": 16 if min(size) >= 112 else 8 if min(size) >= 64 else 4}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,10 +197,11 @@ ENCODER_NAMES = (*ENCODER_PRESETS, *(f"{key}:NAME" for key, each in ARCHITECTURE
 ENCODER_METAVAR = "{" + ",".join(ENCODER_NAMES) + "}"
 
 
-def encoder_preset(name: str, image_size: int = 224, channels: int = 3) -> EncoderConfig:
+def encoder_preset(name: str, image_size: int | tuple[int, int] = 224, channels: int = 3) -> EncoderConfig:
     """Returns the encoder called `name`: a preset, or `timm:NAME`.
 
-    Patch and windows of a preset suit images of `image_size` pixels; networks of timm keep their patch.
+    Patch and windows of a preset suit images of `image_size` pixels (the side of squares, or height and
+    width); networks of timm keep their patch.
 
     Raises:
         BadInput: no encoder has that name.
@@ -205,7 +209,7 @@ def encoder_preset(name: str, image_size: int = 224, channels: int = 3) -> Encod
     for key, architecture in ARCHITECTURES.items():
         if preset := architecture.presets.get(name):
             config: type[DyViTConfig | ViTConfig] = resolve(architecture.config)
-            return config(channels=channels, **config.suited_to(image_size), **preset.settings)
+            return config(channels=channels, **config.suited_to(ImageSize.of(image_size)), **preset.settings)
         if architecture.by_name and name.startswith(f"{key}:"):
             return resolve(architecture.by_name)(name.removeprefix(f"{key}:"), channels)
     raise BadInput(f"no model preset {name!r}; there are: {', '.join(ENCODER_NAMES)}")
@@ -216,6 +220,6 @@ def decoder_dim(model: EncoderConfig) -> int:
     return 192 if model.num_features <= 256 else 512
 
 
-def dyvit_preset(name: str, image_size: int = 224, channels: int = 3) -> DyViTConfig:
+def dyvit_preset(name: str, image_size: int | tuple[int, int] = 224, channels: int = 3) -> DyViTConfig:
     """Returns DyViT `tiny`, `small`, `base` or `large`, as `encoder_preset` does."""
     return cast(DyViTConfig, encoder_preset(name, image_size, channels))

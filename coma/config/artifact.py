@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from coma.config import EncoderConfig, ObjectiveConfig, view_size
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.ranges import MEAN, SIDE, STD, Ranged
 
 FORMAT_VERSION = 2
@@ -40,8 +41,8 @@ class ArtifactConfig(Ranged):
     model: EncoderConfig
     objective: ObjectiveConfig | None
     """Settings of the pre-training objective; required of kind `pretrained`, whose decoder it describes."""
-    image_size: Annotated[int, SIDE]
-    """Side in pixels of the square images that the encoder was trained on."""
+    image_size: Annotated[ImageSize, SIDE]
+    """Height and width of the images that the encoder was trained on; one number in files if it is square."""
     mean: Annotated[tuple[float, ...], MEAN]
     """Per-channel mean of pixels scaled to 0..1."""
     std: Annotated[tuple[float, ...], STD]
@@ -59,19 +60,20 @@ class ArtifactConfig(Ranged):
     """Name and SHA-256 of the weights that pre-training started from; None: random weights, or not known."""
 
     @property
-    def view_size(self) -> int:
-        """Side in pixels of the square images that pre-training rebuilt: larger, where it zooms in."""
+    def view_size(self) -> ImageSize:
+        """Size of the images that pre-training rebuilt: larger, where it zooms in."""
         return view_size(self.image_size, self.model.unit, self.objective)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "image_size", ImageSize.of(self.image_size))  # code may give a number
         channels, unit = self.model.channels, self.model.unit
         if not len(self.mean) == len(self.std) == channels:
             raise BadInput(
                 f"mean has {len(self.mean)} values and std {len(self.std)}; give one for each of "
                 f"{channels} channels"
             )
-        if self.image_size < unit:
+        if min(self.image_size) < unit:
             raise BadInput(f"image size {self.image_size} px is smaller than a mask unit of {unit} px")
         if self.class_names is not None and not (self.class_names and all(self.class_names)):
             raise BadInput("class names must be at least one name, none of them empty")

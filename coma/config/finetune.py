@@ -10,8 +10,9 @@ import tyro
 
 from coma.config.architectures import DyViTConfig, EncoderConfig
 from coma.config.runs import DataConfig, OptimizerConfig, RunConfig
+from coma.image_size import ImageSize
 from coma.paths import Location
-from coma.ranges import DECAY, EPOCHS, IMAGES, MEAN, RARE, RATE, SEED, SHARE, STD, Range
+from coma.ranges import DECAY, EPOCHS, IMAGES, MEAN, RARE, RATE, SEED, SHARE, STD, TILE, Range
 
 _NO_FLAG = tyro.conf.Fixed, tyro.conf.Suppress
 
@@ -23,11 +24,14 @@ class FinetuneDataConfig(DataConfig):
     images: Annotated[Location, tyro.conf.arg(name="data", metavar="CLASSES")] = field()
     """Folder that holds train and test, and perhaps val: folders with one folder per class, .npz packs, or
     .csv files with a path and labels in every line. With --test, the training images themselves."""
-    image_size: Annotated[int, Range(0, 16384)] = 0
-    """Side of the square training crop in pixels, a multiple of the mask unit; 0: as in pre-training."""
+    image_size: Annotated[ImageSize, Range(0, 16384)] = field(default=ImageSize(0, 0))
+    """Size of the training crop in pixels, whole mask units: side of a square, or height and width; 0: as in
+    pre-training."""
     mean: Annotated[tuple[float, ...] | None, MEAN, *_NO_FLAG] = None
     """Filled in when the run starts, like `std`: those of the artifact."""
     std: Annotated[tuple[float, ...] | None, STD, *_NO_FLAG] = None
+    tiles: Annotated[int | None, TILE, *_NO_FLAG] = None
+    """Labels are those of whole images."""
     crop_scale: Annotated[
         tuple[float, float], Range(0, 1, above=True), RARE, tyro.conf.arg(metavar="LOW HIGH")
     ] = (0.08, 1.0)

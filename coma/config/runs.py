@@ -15,6 +15,7 @@ import tyro
 from coma.config.architectures import DyViTConfig, EncoderConfig
 from coma.config.objectives import CoMAConfig, ObjectiveConfig
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.messages import parse_names
 from coma.paths import Location
 from coma.ranges import (
@@ -32,6 +33,7 @@ from coma.ranges import (
     SIDE,
     STD,
     STEPS,
+    TILE,
     WEIGHT_DECAY,
     Range,
     Ranged,
@@ -47,12 +49,15 @@ class DataConfig(Ranged):
     images: Annotated[Location | None, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")] = None
     """Folder of images (searched recursively), .npz pack, .tar shards or .parquet files, or the address of
     shards or parquet files."""
-    image_size: Annotated[int, SIDE] = 224
-    """Side of the square training crop in pixels."""
+    image_size: Annotated[ImageSize, SIDE] = field(default=ImageSize(224, 224))
+    """Side of the crop in pixels, or its height and width."""
     mean: Annotated[tuple[float, ...] | None, MEAN, RARE, tyro.conf.arg(metavar="R G B")] = None
     """Mean of every channel, of pixels scaled to 0..1; default: measured on a sample of the images"""
     std: Annotated[tuple[float, ...] | None, STD, RARE, tyro.conf.arg(metavar="R G B")] = None
     """Standard deviation of every channel; default: measured on a sample of the images"""
+    tiles: Annotated[int | None, TILE, RARE] = None
+    """Side in pixels of windows that larger images are cut into, each of them a sample; also reads all
+    frames of DICOM files; default: no windows"""
     crop_scale: Annotated[
         tuple[float, float], Range(0, 1, above=True), RARE, tyro.conf.arg(metavar="MIN MAX")
     ] = (0.2, 1.0)
@@ -73,6 +78,7 @@ class DataConfig(Ranged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "image_size", ImageSize.of(self.image_size))  # code may give a number
         if (self.mean is None) != (self.std is None):
             raise BadInput("give both --mean and --std, or neither (they are then measured)")
         if self.mean is not None and self.std is not None and not 0 < len(self.mean) == len(self.std):
@@ -95,6 +101,9 @@ class InitConfig(Ranged):
     """Start also from weights that lack some of the encoder's tensors; those start from random values."""
     download: Annotated[bool, RARE] = False
     """Download the weights that --init names if they are not in the local cache."""
+    init_normalization: Annotated[Literal["weights", "images"], RARE] = "weights"
+    """Without --mean and --std: normalise pixels by the mean and standard deviation of the weights, where
+    these are known and fit the images, or by those of the images."""
     init_sha256: Annotated[str | None, RARE, tyro.conf.arg(metavar="HEX")] = None
     """SHA-256 that the file of weights must have. It is filled in when the run starts."""
 
@@ -208,13 +217,13 @@ class PretrainConfig:
     init: InitConfig = field(default_factory=InitConfig)
 
     @property
-    def view_size(self) -> int:
-        """Side in pixels of the objective's crops: --image-size, unless it zooms in."""
+    def view_size(self) -> ImageSize:
+        """Size of the objective's crops: --image-size, unless it zooms in."""
         return view_size(self.data.image_size, self.model.unit, self.objective)
 
 
-def view_size(image_size: int, unit: int, objective: ObjectiveConfig | None) -> int:
-    """Returns the side in pixels of an objective's crops where the encoder sees `image_size` pixels."""
-    if objective is not None and objective.zooms_in:
-        return image_size + 2 * unit * max(1, round(image_size / unit / 7))
-    return image_size
+def view_size(seen: ImageSize, unit: int, objective: ObjectiveConfig | None) -> ImageSize:
+    """Returns the size of an objective's crops where the encoder sees images of the size `seen`."""
+    if objective is None or not objective.zooms_in:
+        return seen
+    return ImageSize(*(side + 2 * unit * max(1, round(side / unit / 7)) for side in seen))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from coma.config import (
 )
 from coma.config.settings_file import Key, read_settings
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.paths import Address, Location, local_path, parse_location
 from coma.ranges import SIDE, OutOfRange
 from coma.registry import ARCHITECTURES, METHODS, Architecture, Method, entry_of, resolve
@@ -39,6 +41,8 @@ def _converter() -> cattrs.Converter:
     for kind, accepted in ((int, int), (float, (int, float)), (bool, bool), (str, str)):
         converter.register_structure_hook(kind, _exactly(kind, accepted))
     converter.register_unstructure_hook(Path, str)
+    converter.register_unstructure_hook(ImageSize, lambda size: size.plain)
+    converter.register_structure_hook(ImageSize, lambda value, _: ImageSize.of(value))
     text = _exactly(str, str)
     converter.register_structure_hook(Path, lambda value, _: local_path(text(value, _)))
     _register_locations(converter)
@@ -175,7 +179,7 @@ def _line_of(key: Key, lines: Mapping[Key, int]) -> str:
 
 
 def read_config(
-    path: Path, kind: type[Settings] = PretrainConfig, *, image_size: int | None = None
+    path: Path, kind: type[Settings] = PretrainConfig, *, image_size: ImageSize | None = None
 ) -> Settings:
     """Returns a run's settings from a file in JSON, YAML or TOML, or from a run directory's config.json.
 
@@ -203,20 +207,26 @@ def read_config(
     return from_plain(plain, kind, source=str(path), lines=lines)
 
 
-def _with_presets(plain: dict[str, Any], size: int | None) -> dict[str, Any]:
+def _with_presets(plain: dict[str, Any], size: ImageSize | None) -> dict[str, Any]:
     """Returns the settings with presets of model and objective written out, or the default ones.
 
     Raises:
         BadInput: no preset has that name.
     """
     model, objective, data = plain.get("model", "small"), plain.get("objective", "coma"), plain.get("data")
-    if size is None:
-        size = data.get("image_size") if isinstance(data, dict) else None
     width = 512
     if isinstance(model, str):
-        size = size if isinstance(size, int) and size in SIDE else 224
-        encoder = encoder_preset(model, size)
+        encoder = encoder_preset(model, size or _size_in(data) or 224)
         model, width = to_plain(encoder, EncoderConfig), decoder_dim(encoder)
     if isinstance(objective, str):
         objective = to_plain(method_preset(objective, decoder_dim=width), ObjectiveConfig)
     return {**plain, "model": model, "objective": objective}
+
+
+def _size_in(data: Any) -> ImageSize | None:
+    """Returns the image size in the settings of the data; None if there is none, or no valid one."""
+    with suppress(BadInput):
+        size = ImageSize.of(data.get("image_size") if isinstance(data, dict) else None)
+        SIDE.check("image_size", size)
+        return size
+    return None

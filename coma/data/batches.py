@@ -14,10 +14,11 @@ from torch import Tensor
 
 from coma.config import DataConfig
 from coma.data.channels import convert_channels
+from coma.data.image import Box
 from coma.data.pixel_values import check_pixels, describe_filled
 from coma.data.shuffle import permuted_indices, sample_seeds, uniforms
 from coma.data.sources.base import Source
-from coma.data.transforms import Box, random_crop, resize, scaled_box, stack
+from coma.data.transforms import random_crop, resize, scaled_box, stack
 from coma.errors import BadImage, BadInput
 from coma.ranges import BATCH
 
@@ -61,7 +62,7 @@ class Batch:
     """Images and what identifies them."""
 
     images: Tensor
-    """`[B, C, S, S]` uint8, or float32: 16-bit data are scaled to 0..1, float data are unchanged."""
+    """`[B, C, H, W]` uint8, or float32: 16-bit data are scaled to 0..1, float data are unchanged."""
     seeds: Tensor
     """int64 `[B]`: the random seed of each sample."""
     indices: Tensor
@@ -170,17 +171,17 @@ class SampleFetcher:
 
     def view(self, image: Any, seed: int) -> Any:
         """Returns a sample of an opened image."""
-        size = self.data.image_size
         box, flipped = self.crop(image.height, image.width, seed)
         box = scaled_box(box, (image.height, image.width), image.pixels.shape)
-        view = resize(image.pixels, box, size, size)
+        view = resize(image.pixels, box, *self.data.image_size)
         return view.flip(-1) if flipped else view
 
     def crop(self, height: int, width: int, seed: int) -> tuple[Box, bool]:
         """Returns the part of an image that a sample shows, and whether it is flipped."""
         draws = uniforms(seed)
         flipped = next(draws) < 0.5
-        return random_crop(height, width, self.data.crop_scale, draws), self.data.flip and flipped
+        box = random_crop(height, width, self.data.crop_scale, draws, self.data.image_size)
+        return box, self.data.flip and flipped
 
     def _open_readable(self, place: int, index: int) -> tuple[Any, int, list[str]]:
         """Opens image `index`, at `place` in the order, or the next readable one of the epoch.
@@ -207,8 +208,12 @@ class SampleFetcher:
         repeats = self.data.aug_repeats
         seeds = sample_seeds(self.seed, np.arange(place * repeats, (place + 1) * repeats))
         boxes = (self.crop(height, width, seed)[0] for seed in seeds.tolist())
-        smallest = min(min(box[2:]) for box in boxes)
-        return math.ceil(self.data.image_size * min(height, width) / smallest)
+        short, size = min(height, width), self.data.image_size
+        return max(
+            math.ceil(target * short / side)
+            for box in boxes
+            for target, side in zip(size, box[2:], strict=True)
+        )
 
 
 class TrainingFetcher(SampleFetcher):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from coma.data.batches import Batch, SampleFetcher, TrainingFetcher, UnstackedBatch
 from coma.data.decode import plain_jpeg_size
-from coma.data.transforms import Box
+from coma.data.image import Box
 from coma.data.worker_pool import default_workers, map_ordered
 from coma.errors import BadInput
 
@@ -73,7 +73,7 @@ class CropFetcher(SampleFetcher):
         return super().open(index, place)
 
     def view(self, image: Any, seed: int) -> Any:
-        """Returns a `Crop`, or finished pixels `[3, S, S]`."""
+        """Returns a `Crop`, or finished pixels `[3, H, W]`."""
         if not isinstance(image, Jpeg):
             return super().view(image, seed)
         return Crop(image.content, *self.crop(image.height, image.width, seed))
@@ -199,10 +199,10 @@ def _dummy_crop() -> Crop:
 def _build(
     fetch: CropFetcher, begin: Callable[[], tuple[list[np.ndarray], ...]], threads: int, on_gpu: bool
 ) -> Any:
-    """Builds a pipeline from the results of `begin` to uint8 `[n, 3, S, S]`."""
+    """Builds a pipeline from the results of `begin` to uint8 `[n, 3, H, W]`."""
     from nvidia.dali import fn, pipeline_def, types  # type: ignore[import-not-found]
 
-    size = fetch.data.image_size
+    height, width = fetch.data.image_size
 
     @pipeline_def(
         batch_size=fetch.count,
@@ -223,7 +223,7 @@ def _build(
             hw_decoder_load=0,  # a single decoder, so that pixels do not depend on the batch
         )
         images = fn.resize(
-            images, resize_x=size, resize_y=size, interp_type=types.INTERP_CUBIC, antialias=True
+            images, resize_x=width, resize_y=height, interp_type=types.INTERP_CUBIC, antialias=True
         )
         return fn.transpose(fn.flip(images, horizontal=flips), perm=[2, 0, 1])
 

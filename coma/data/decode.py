@@ -1,10 +1,10 @@
-"""Decodes image files: JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP and NPY, recognised by content, not by name.
+"""Decodes image files: JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP, NPY and DICOM, recognised by content, not name.
 
 Pixels are upright (EXIF orientation is applied), in display colours (palettes, CMYK and YCbCr are converted
 to RGB) and in the precision of the file: 16 bits remain uint16, where Pillow alone would reduce 16-bit RGB to
-8 bits. HEIC needs the extra `heic`. Missing values (nodata, NaN, infinite) are filled with the mean of their
-channel and marked. Every fault of a file raises one `BadImage` with a line that names the file. Animations
-are refused, because nothing says which frame is meant.
+8 bits. HEIC needs the extra `heic`, DICOM `dicom`. Missing values (nodata, NaN, infinite) are filled
+with the mean of their channel and marked. Every fault of a file raises one `BadImage` with a line that names
+the file. Animations are refused, because nothing says which frame is meant.
 """
 
 from __future__ import annotations
@@ -14,21 +14,29 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from coma.data import decode_arrays
+from coma.data.decode_arrays import decode_npy, decode_png16
+from coma.data.decode_dicom import DICOM_EXTENSIONS, INSTALL_DICOM, PREAMBLE, decode_dicom
+from coma.data.decode_tiff import decode_tiff
 from coma.data.image import DecodedImage, MinSide, apply_orientation, check_size
 from coma.errors import BadImage
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".tif", ".tiff", ".bmp", ".npy"),
 )
-HEIF_EXTENSIONS = (".heic", ".heif", ".hif")
 INSTALL_HEIF = "pip install 'coma-dyvit[heic]'"
 
-HEAD = 32
+WITH_EXTRA = {
+    **dict.fromkeys((".heic", ".heif", ".hif"), ("pillow_heif", INSTALL_HEIF)),
+    **dict.fromkeys(DICOM_EXTENSIONS, ("pydicom", INSTALL_DICOM)),
+}
+"""The package that reads files with an extension, and the command that installs it."""
+
+HEAD = PREAMBLE + 4
 """Number of bytes at the start of a file that identify its format."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")
@@ -40,9 +48,10 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NPY = b"\x93NUMPY"
 _GIF = (b"GIF87a", b"GIF89a")
+_DICOM = b"DICM"
 _AVIF_BRANDS = (b"avif", b"avis")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-_LOGGERS = ("PIL.TiffImagePlugin", "tifffile", "imagecodecs")
+_LOGGERS = ("PIL.TiffImagePlugin", "tifffile", "imagecodecs", "pydicom", "pydicom.pixels.decoders.base")
 
 
 def decode(data: bytes, name: str, min_side: MinSide = 0) -> DecodedImage:
@@ -61,9 +70,15 @@ def decode(data: bytes, name: str, min_side: MinSide = 0) -> DecodedImage:
     """
     if not data:
         raise BadImage(f"{name}: the file is empty")
+    with naming_errors(name), quiet():
+        return fill_missing(decode_content(data, min_side))
+
+
+@contextmanager
+def naming_errors(name: str) -> Iterator[None]:
+    """Turns every error of a decoder into one `BadImage` that begins with the name of the image."""
     try:
-        with _quiet():
-            return fill_missing(_decode(data, min_side))
+        yield
     except BadImage as error:
         raise BadImage(f"{name}: {error}") from None
     except Exception as error:  # decoders fail with OSError, SyntaxError, struct.error, zlib.error, ...
@@ -78,12 +93,27 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     if not data.startswith(_JPEG):
         return None
     try:
-        with _quiet(), Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
+        with quiet(), Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
             check_size(*header.size, 3)
             plain = header.mode in ("L", "RGB") and _orientation(header) == 1
             return (header.height, header.width) if plain else None
     except Exception:  # damaged or too large: `decode` says how
         return None
+
+
+def image_size(file: BinaryIO) -> tuple[int, int]:
+    """Returns height and width of the upright image in a file that only Pillow reads, without its pixels.
+
+    Raises:
+        Exception: It is not such an image: see `naming_errors`.
+    """
+    head = file.read(HEAD)
+    file.seek(0)
+    with _open(head, file) as image:
+        check_size(*image.size, 3)
+        width, height = image.size
+        turned = image.format != "PNG" and _orientation(image) >= 5  # Pillow would decode a PNG to tell
+        return (width, height) if turned else (height, width)
 
 
 def fill_missing(image: DecodedImage) -> DecodedImage:
@@ -115,13 +145,28 @@ def fill_missing(image: DecodedImage) -> DecodedImage:
 
 def looks_like_image(head: bytes) -> bool:
     """Returns whether a file with these first `HEAD` bytes is in a supported format."""
-    if head.startswith((_JPEG, _PNG, *_TIFF, _NPY, *_GIF)):
+    if is_tiff(head) or is_npy(head) or head.startswith((_JPEG, _PNG, *_GIF)):
         return True
     if head.startswith(b"RIFF"):
         return head[8:12] == b"WEBP"
     if head.startswith(b"BM"):
         return head[6:10] == bytes(4)  # reserved, BITMAPFILEHEADER
-    return bool(_brands(head))
+    return is_dicom(head) or bool(_brands(head))
+
+
+def is_npy(head: bytes) -> bool:
+    """Returns whether a file with these first bytes is an NPY file."""
+    return head.startswith(_NPY)
+
+
+def is_tiff(head: bytes) -> bool:
+    """Returns whether a file with these first bytes is a TIFF or BigTIFF file."""
+    return head.startswith(_TIFF)
+
+
+def is_dicom(head: bytes) -> bool:
+    """Returns whether a file with these first `HEAD` bytes is a DICOM file."""
+    return head[PREAMBLE:HEAD] == _DICOM
 
 
 def _brands(data: bytes) -> tuple[bytes, ...]:
@@ -133,33 +178,36 @@ def _brands(data: bytes) -> tuple[bytes, ...]:
     return brands if brands and brands[0] in (*_AVIF_BRANDS, *_HEIF_BRANDS) else ()
 
 
-def _decode(data: bytes, min_side: MinSide) -> DecodedImage:
-    if data.startswith(_NPY):
-        return decode_arrays.decode_npy(data)
-    if data.startswith(_TIFF):
-        return decode_arrays.decode_tiff(data) or _decode_with_pillow(data, min_side)
+def decode_content(data: bytes, min_side: MinSide = 0) -> DecodedImage:
+    """Decodes an image file as `decode` does, but without filling missing values and naming errors."""
+    if is_dicom(data):  # first, since its preamble may be that of a TIFF
+        return decode_dicom(io.BytesIO(data))
+    if is_npy(data):
+        return decode_npy(data)
+    if is_tiff(data):
+        return decode_tiff(data) or _decode_with_pillow(data, min_side)
     if data.startswith(_PNG) and data[24:25] == b"\x10":  # bit depth 16
         check_size(int.from_bytes(data[16:20]), int.from_bytes(data[20:24]), 3)
         with Image.open(io.BytesIO(data), formats=("PNG",)) as header:
             orientation = _orientation(header)
-        picture = decode_arrays.decode_png16(data)
+        picture = decode_png16(data)
         return picture._replace(pixels=apply_orientation(picture.pixels, orientation))
     return _decode_with_pillow(data, min_side)
 
 
-def _open(data: bytes) -> Image.Image:
-    brands = _brands(data)
+def _open(head: bytes, file: BinaryIO) -> Image.Image:
+    brands = _brands(head)
     if not brands or set(brands) & set(_AVIF_BRANDS):
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
+        return Image.open(file, formats=_FORMATS)
     try:
         from pillow_heif import HeifImageFile
     except ImportError:
         raise BadImage(f"HEIC images need an extra: {INSTALL_HEIF}") from None
-    return HeifImageFile(io.BytesIO(data))
+    return HeifImageFile(file)
 
 
 def _decode_with_pillow(data: bytes, min_side: MinSide) -> DecodedImage:
-    with _open(data) as image:
+    with _open(data, io.BytesIO(data)) as image:
         check_size(*image.size, 3)
         if image.format in _ANIMATED and getattr(image, "is_animated", False):
             raise BadImage("is an animation; save one frame as a still image")
@@ -186,8 +234,8 @@ def _decode_with_pillow(data: bytes, min_side: MinSide) -> DecodedImage:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides the decoders' warnings about unusual files; faults that matter are raised."""
+def quiet() -> Iterator[None]:
+    """Hides the decoders' warnings about unusual files, in all threads; faults that matter are raised."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [logger.disabled for logger in loggers]
     for logger in loggers:
@@ -211,6 +259,6 @@ def _orientation(image: Image.Image) -> int:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not an image (its content is not JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP or NPY)"
+        return "not an image (its content is not JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP, NPY or DICOM)"
     text = " ".join(str(error).split())[:200]
     return f"does not decode ({text or type(error).__name__})"

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from coma.data.decode import EXTENSIONS, HEIF_EXTENSIONS, INSTALL_HEIF, looks_like_image
+from coma.data.decode import EXTENSIONS, WITH_EXTRA, looks_like_image
 from coma.messages import counted, printable
 
 NO_EXTENSION = "without extension"
@@ -42,7 +42,7 @@ class Inventory:
         self.unread: Counter[str] = Counter()
         """Number of files of each other kind."""
         self._skipped: dict[str, tuple[str, int, list[str]]] = {}
-        self._reads_heif = find_spec("pillow_heif") is not None
+        self._readable = {kind for kind, (package, _) in WITH_EXTRA.items() if find_spec(package) is not None}
 
     def identify(self, name: str, head: Callable[[str], bytes]) -> tuple[str, bool]:
         """Returns the kind of a file, and whether it is an image.
@@ -54,7 +54,7 @@ class Inventory:
         kind = kind_of(name)
         if kind == NO_EXTENSION:
             return kind, looks_like_image(head(name))
-        return kind, kind in EXTENSIONS or (self._reads_heif and kind in HEIF_EXTENSIONS)
+        return kind, kind in EXTENSIONS or kind in self._readable
 
     def count_file(self, name: str, head: Callable[[str], bytes]) -> bool:
         """Counts a file and returns whether it is an image. The arguments are those of `identify`."""
@@ -94,10 +94,15 @@ class Inventory:
     def skipped(self) -> str:
         """Returns what was skipped and why, for messages; empty if nothing was."""
         parts = []
-        heif = Counter({kind: n for kind, n in self.unread.items() if kind in HEIF_EXTENSIONS})
-        if heif:
-            parts.append(f"{_listed(heif)} (to read them: {INSTALL_HEIF})")
-        if others := self.unread - heif:
+        others = self.unread
+        for install in dict.fromkeys(command for _, command in WITH_EXTRA.values()):
+            extra = Counter(
+                {kind: n for kind, n in others.items() if WITH_EXTRA.get(kind, ("", ""))[1] == install}
+            )
+            if extra:
+                parts.append(f"{_listed(extra)} (to read them: {install})")
+            others = others - extra
+        if others:
             parts.append(f"{_listed(others)} (not read)")
         for one, (many, count, names) in self._skipped.items():
             more = ", ..." if count > len(names) else ""

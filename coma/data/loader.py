@@ -18,9 +18,10 @@ from coma.config import DataConfig
 from coma.data.batches import Batch, BatchLayout, TrainingFetcher
 from coma.data.shuffle import sample_seeds
 from coma.data.sources.base import Source
-from coma.data.transforms import centre_square, resize, stack
+from coma.data.transforms import centre_crop, resize, stack
 from coma.data.worker_pool import map_ordered
 from coma.errors import BadImage, BadInput
+from coma.image_size import ImageSize
 
 
 def training_batches(
@@ -83,16 +84,22 @@ def check_loader(data: DataConfig, channels: int) -> None:
 
 
 def evaluation_batches(
-    source: Source, *, image_size: int, channels: int, batch_size: int, workers: int | None = None
+    source: Source,
+    *,
+    image_size: int | tuple[int, int],
+    channels: int,
+    batch_size: int,
+    workers: int | None = None,
 ) -> Iterator[Batch]:
-    """Yields every image once, in order, as its resized centre square; unreadable ones are skipped and named.
+    """Yields every image once, in order, as its resized centre crop; unreadable ones are skipped and named.
 
-    Batches have at least one image.
+    The crop is the largest box in the middle that has the shape of `image_size`: the side of a square, or
+    height and width. Batches have at least one image.
 
     Raises:
         BadInput: While iterating: no image is readable.
     """
-    fetch = _EvaluationFetcher(source, image_size, channels, batch_size)
+    fetch = _EvaluationFetcher(source, ImageSize.of(image_size), channels, batch_size)
     held: Batch | None = None  # empty batches pass their failures on to a neighbour
     for batch in map_ordered(fetch, range(0, len(source), batch_size), workers):
         if held is None or not len(held.indices):
@@ -111,23 +118,24 @@ def evaluation_batches(
 @dataclass(frozen=True)
 class _EvaluationFetcher:
     source: Source
-    image_size: int
+    size: ImageSize
     channels: int
     count: int
 
     def __call__(self, first: int) -> Batch:
-        size = self.image_size
         images, indices, failures = [], [], []
         chosen = range(first, min(first + self.count, len(self.source)))
         self.source.prefetch(chosen)
         for index in chosen:
             try:
-                pixels = self.source.read(index, self.channels, min_side=size)
+                pixels = self.source.read(index, self.channels, min_side=max(self.size))
             except BadImage as error:
                 failures.append(str(error))
                 continue
-            images.append(resize(pixels, centre_square(*pixels.shape[:2]), size, size))
+            height, width = pixels.shape[:2]
+            images.append(resize(pixels, centre_crop(height, width, self.size), *self.size))
             indices.append(index)
-        stacked = stack(images) if images else torch.empty(0, self.channels, size, size, dtype=torch.uint8)
+        none = torch.empty(0, self.channels, *self.size, dtype=torch.uint8)
+        stacked = stack(images) if images else none
         seeds = torch.from_numpy(sample_seeds(0, np.array(indices, np.int64)))
         return Batch(stacked, seeds, torch.tensor(indices, dtype=torch.int64), tuple(failures))

@@ -28,6 +28,7 @@ from coma.data.decode import decode, plain_jpeg_size
 from coma.data.encode import encode, reduce_to_short_side
 from coma.data.sources.base import Source
 from coma.data.sources.webdataset import INDEX
+from coma.data.windows import parse_window
 from coma.data.worker_pool import map_ordered
 from coma.errors import BadImage, BadInput
 
@@ -97,7 +98,7 @@ def pack(
         "source": str(source.location.resolve()),
         "images_in_source": len(source),
         _IDENTITY: hashlib.sha256(json.dumps(source.listing()).encode()).hexdigest(),
-        "size": config.size,
+        "size": config.short_side,
         "quality": config.quality,
         "shard_images": config.shard_images,
         "class_names": None if source.class_names is None else list(source.class_names),
@@ -141,14 +142,18 @@ class _PackFetcher:
             if original is None:
                 image = self.source.decode(i)
             else:
-                image = decode(original, self.source.describe(i), min_side=2 * self.config.size)
+                image = decode(original, self.source.describe(i), min_side=2 * self.config.short_side)
         except BadImage as error:
             return str(error)
         height, width, _ = image.pixels.shape
-        if original is not None and min(height, width) <= self.config.size and plain_jpeg_size(original):
+        if (
+            original is not None
+            and min(height, width) <= self.config.short_side
+            and plain_jpeg_size(original)
+        ):
             suffix, content = ".jpg", original
         else:
-            suffix, content = encode(reduce_to_short_side(image, self.config.size), self.config.quality)
+            suffix, content = encode(reduce_to_short_side(image, self.config.short_side), self.config.quality)
         label = self.source.label(i)
         before = image.pixels.nbytes if original is None else len(original)
         filled = image.missing is not None
@@ -236,6 +241,7 @@ def _chunks(n: int, shard_images: int, first_shard: int) -> Iterator[range]:
 
 
 def _key(i: int, name: str) -> str:
-    stem = os.path.splitext(re.split(r"[/\[\]]", name.rstrip("]"))[-1])[0]
+    name, window = parse_window(name) or (name, "")
+    stem = os.path.splitext(re.split(r"[/\[\]]", name.rstrip("]"))[-1])[0] + str(window)
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", re.sub(r"^\d{8}-", "", stem))[:60]
     return f"{i:08d}-{plain}" if plain else f"{i:08d}"

@@ -16,28 +16,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coma.data.channels import scale_to_unit
-
-Box = tuple[int, int, int, int]
-"""Top, left, height, width in pixels."""
+from coma.data.image import Box
 
 RATIO = (3 / 4, 4 / 3)
-"""Width over height of a random crop (Szegedy et al. 2015, "Going deeper with convolutions", section 6)."""
+"""Width over height of a random crop, over that of the size it is resized to (Szegedy et al. 2015, "Going
+deeper with convolutions", section 6)."""
 
 
-def random_crop(height: int, width: int, scale: tuple[float, float], draws: Iterator[float]) -> Box:
+def random_crop(
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    draws: Iterator[float],
+    size: tuple[int, int] = (1, 1),
+) -> Box:
     """Returns a random crop: `scale` limits its share of the area, `RATIO` its shape.
 
     After ten failed tries it is the largest centred box of an allowed shape, the usual completion of the
-    sampling of Szegedy et al. 2015, section 6.
+    sampling of Szegedy et al. 2015, section 6. Less of an image fits into elongated crops; their shares are
+    smaller by as much as the largest of them is smaller than the largest square (this project's own), or few
+    tries would succeed.
+
+    Args:
+        height: Height of the image.
+        width: Width of the image.
+        scale: Smallest and largest share of the image's area.
+        draws: Random numbers between 0 and 1.
+        size: Height and width that crops are resized to.
     """
+    shape = size[1] / size[0]
+    low, high = (ratio * shape for ratio in RATIO)
+    square, fitting = min(height, width) ** 2, min(height, width / shape) * min(width, height * shape)
+    whole = height * width * min(fitting / square, 1)
     for _ in range(10):
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * next(draws))
-        ratio = math.exp(math.log(RATIO[0]) + (math.log(RATIO[1]) - math.log(RATIO[0])) * next(draws))
+        area = whole * (scale[0] + (scale[1] - scale[0]) * next(draws))
+        ratio = math.exp(math.log(low) + (math.log(high) - math.log(low)) * next(draws))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         top, left = next(draws), next(draws)
         if 0 < w <= width and 0 < h <= height:
             return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
-    ratio = min(max(width / height, RATIO[0]), RATIO[1])
+    ratio = min(max(width / height, low), high)
     w = max(min(width, round(height * ratio)), 1)
     h = max(min(height, round(width / ratio)), 1)
     return (height - h) // 2, (width - w) // 2, h, w
@@ -54,10 +72,12 @@ def scaled_box(box: Box, full: Sequence[int], reduced: Sequence[int]) -> Box:
     return top, left, max(bottom - top, 1), max(right - left, 1)
 
 
-def centre_square(height: int, width: int) -> Box:
-    """Returns the largest centred square."""
-    side = min(height, width)
-    return (height - side) // 2, (width - side) // 2, side, side
+def centre_crop(height: int, width: int, size: tuple[int, int] = (1, 1)) -> Box:
+    """Returns the largest centred box whose sides are as `size`, height and width: by default a square."""
+    rows, cols = size
+    h = max(min(height, round(width * rows / cols)), 1)
+    w = max(min(width, round(height * cols / rows)), 1)
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 def resize(pixels: np.ndarray, box: Box, height: int, width: int) -> Tensor:

@@ -55,8 +55,7 @@ def weights_file(reference: str, *, download: bool = False) -> Path:
             says what to do.
     """
     places = _places(reference)
-    found = _cached(places)
-    if found is not None:
+    if found := _cached(places):
         return found
     if download:
         return _download(reference, places)
@@ -64,6 +63,15 @@ def weights_file(reference: str, *, download: bool = False) -> Path:
         f"{reference}: its weights are not on this machine; give --download to fetch them, or "
         + _by_hand(places)
     )
+
+
+def cached_file(reference: str) -> Path | None:
+    """Returns the file of weights that a reference stands for, if it is in a local cache; see `weights_file`.
+
+    Raises:
+        BadInput: an unknown name, or one without weights.
+    """
+    return _cached(_places(reference))
 
 
 def timm_name(text: str) -> str:

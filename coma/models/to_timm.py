@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from coma.image_size import ImageSize
+from coma.masking.patchify import unit_grid
 from coma.models.classifiers import DyViTClassifier
 from coma.models.dyvit import DyViT
 from coma.models.position_embeddings import sincos_positions
@@ -14,13 +16,13 @@ from coma.models.timm_vit import TimmViT
 from coma.models.vit import ViT
 
 
-def to_timm(encoder: Any, image_size: int) -> Any:
+def to_timm(encoder: Any, image_size: ImageSize) -> Any:
     """Returns the network of timm's classes that computes what an encoder or classifier computes.
 
     Args:
         encoder: Any encoder of this room, perhaps under a linear head. Its modules are used, not copied.
-        image_size: Side in pixels of the images for which the positions of a plain ViT are tabulated; timm
-            resamples them for others.
+        image_size: Size of the images for which the positions of a plain ViT are tabulated; timm resamples
+            them for others.
 
     Returns:
         DyViT in timm's registry, or timm's own VisionTransformer or Eva; with the head, or none.
@@ -41,13 +43,13 @@ def to_timm(encoder: Any, image_size: int) -> Any:
     return network
 
 
-def _vision_transformer(encoder: ViT, image_size: int) -> Any:
+def _vision_transformer(encoder: ViT, image_size: ImageSize) -> Any:
     from timm.models.vision_transformer import VisionTransformer
 
     config = encoder.config
-    side = -(-image_size // config.patch)
+    rows, cols = unit_grid(*image_size, config.patch)
     network = VisionTransformer(
-        img_size=side * config.patch,
+        img_size=(rows * config.patch, cols * config.patch),
         patch_size=config.patch,
         in_chans=config.channels,
         num_classes=0,
@@ -63,7 +65,7 @@ def _vision_transformer(encoder: ViT, image_size: int) -> Any:
     )
     network.norm, network.blocks = encoder.norm, nn.Sequential(*encoder.blocks)
     network.patch_embed.proj = encoder.stem
-    places = sincos_positions(side, side, config.dim, device=torch.device("cpu"))
+    places = sincos_positions(rows, cols, config.dim, device=torch.device("cpu"))
     network.pos_embed = nn.Parameter(places.flatten(0, 1)[None])
     network.cls_token = nn.Parameter(encoder.cls_token.detach()[None, None])
     return network

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from coma.artifact.weights import Weights, name_of, read_weights
+from coma.artifact.weights import Weights, forget_weights, name_of, read_weights
 from coma.config import PretrainConfig
 from coma.config.artifact import Origin
 from coma.errors import BadInput
@@ -46,7 +46,14 @@ def initial_objective(config: PretrainConfig) -> tuple[Objective, str]:
     weights, encoder = _weights(config), build_encoder(config.model)
     taken = _initialize(config, encoder, weights)
     objective = training_objective(config, encoder)
-    return objective, f"starts from {weights.origin.name}: {taken}; {_initialize_decoder(objective, weights)}"
+    decoder = _initialize_decoder(objective, weights)
+    forget_weights()
+    return objective, f"starts from {weights.origin.name}: {taken}; {decoder}"
+
+
+def statistics_of_weights(config: PretrainConfig) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Returns mean and standard deviation of the weights that a run starts from; None: not known."""
+    return _weights(config).statistics
 
 
 def origin_of(config: PretrainConfig) -> Origin | None:

@@ -33,7 +33,7 @@ from coma.config.serialization import to_plain
 from coma.errors import BadArtifact, BadInput
 from coma.models import Encoder, build_encoder
 from coma.models.attention_maps import check_readable
-from coma.models.hub import unknown_to_timm
+from coma.models.hub import cached_file, unknown_to_timm
 from coma.models.teacher import Teacher
 from coma.objectives import Objective, build_objective
 
@@ -113,7 +113,7 @@ def _load(config: TeacherConfig, statistics: Statistics) -> tuple[Teacher, str]:
         encoder = load_encoder(folder)
         about = encoder.artifact
         _check_channels(config.name, about.model.channels, len(statistics[0]))
-        size = (about.image_size, about.image_size)
+        size = about.image_size
         asked = _asked(config)
         if unreadable := check_readable(encoder, about.model.channels, *size, **asked):
             raise BadInput(f"--teacher {config.name}: {unreadable}")
@@ -159,7 +159,7 @@ def _check_digest(config: TeacherConfig, place: Path, digest: str) -> None:
 def _digest(folder: Path, about: ArtifactConfig) -> str:
     """SHA-256 of an artifact's tensors and of what its description says of using them."""
     tensors = sha256_of(folder / TENSORS)
-    facts = [tensors, to_plain(about.model, EncoderConfig), about.image_size, about.mean, about.std]
+    facts = [tensors, to_plain(about.model, EncoderConfig), about.image_size.plain, about.mean, about.std]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -187,22 +187,15 @@ def _weights_of(config: TeacherConfig, network: Any) -> Path:
         if config.weights.suffix != ".safetensors" or not config.weights.is_file():
             raise BadInput(f"--teacher-weights {config.weights}: give an existing .safetensors file")
         return config.weights
-    found = _cached(network.pretrained_cfg.get("hf_hub_id"))
-    if found is None:
-        name = config.name.removeprefix("timm:")
+    name = config.name.removeprefix("timm:")
+    found = cached_file(f"timm:{name}") if network.pretrained_cfg.get("hf_hub_id") else None
+    if found is None or found.suffix != ".safetensors":
         raise BadInput(
             f"the weights of teacher {name} are not on this machine; fetch them where there is a network: "
             f"python -c \"import timm; timm.create_model('{name}', pretrained=True)\" (that fills the local "
             "cache), or give them as --teacher-weights FILE.safetensors"
         )
     return found
-
-
-def _cached(repository: str | None) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(repository, "model.safetensors") if repository else None
-    return Path(found) if isinstance(found, str) else None
 
 
 def _build(config: TeacherConfig) -> Any:

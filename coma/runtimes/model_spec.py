@@ -6,7 +6,7 @@ ONNX files hold it as JSON under `coma` in their metadata, TensorRT engines in t
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -40,12 +40,12 @@ class TensorSpec:
 class Preprocessing:
     """Preprocessing from a decoded image to the input `images`."""
 
-    resize: Literal["none", "centre-square", "keep-ratio"]
-    """none: no resizing. centre-square: crops the largest square in the middle (nothing if `size` is not
-    square) and resizes it, bicubic with antialiasing. keep-ratio: resizes to the largest size within `size`,
-    bilinear."""
+    resize: Literal["none", "centre-square", "centre-crop", "keep-ratio"]
+    """none: no resizing. centre-crop: crops the largest box in the middle that has the shape of `size` and
+    resizes it, bicubic with antialiasing; centre-square: the same, its name where `size` is square.
+    keep-ratio: resizes to the largest size within `size`, bilinear."""
     size: tuple[int, int] | None
-    """Height and width (centre-square), or shorter and longer side (keep-ratio), in pixels."""
+    """Height and width (centre-crop), or shorter and longer side (keep-ratio), in pixels."""
     mean: tuple[float, ...]
     """Mean per channel, of pixels scaled to 0..1."""
     std: tuple[float, ...]
@@ -55,6 +55,17 @@ class Preprocessing:
     float32."""
     channel_order: str = "RGB"
     """Order of the channels: RGB, grey, or as stored in the image files."""
+
+    @property
+    def crops(self) -> bool:
+        """Whether images are resized by a centre crop."""
+        return self.resize in ("centre-square", "centre-crop")
+
+
+def centre_crop_rule(rule: Preprocessing, size: tuple[int, int]) -> Preprocessing:
+    """Returns the rule with a centre crop of `size`, height and width."""
+    height, width = size
+    return replace(rule, resize="centre-square" if height == width else "centre-crop", size=(height, width))
 
 
 @dataclass(frozen=True)

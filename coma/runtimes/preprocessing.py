@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coma.data.transforms import centre_square, normalize, resize, stack
+from coma.data.transforms import centre_crop, normalize, resize, stack
 from coma.runtimes.model_spec import Preprocessing
 
 
@@ -23,10 +23,9 @@ def resize_image(
     """
     height, width = pixels.shape[:2]
     whole = (0, 0, height, width)
-    if preprocessing.resize == "centre-square":
-        side = size or preprocessing.size or (height, width)
-        box = centre_square(height, width) if side[0] == side[1] else whole
-        return resize(pixels, box, *side)
+    if preprocessing.crops:
+        shown = size or preprocessing.size or (height, width)
+        return resize(pixels, centre_crop(height, width, shown), *shown)
     image = resize(pixels, whole, height, width)
     limits = preprocessing.size if preprocessing.resize == "keep-ratio" else None
     return _bilinear(image, *(size or (fit_within(height, width, limits) if limits else (height, width))))

@@ -135,7 +135,7 @@ def _of(session: Session, name: str) -> Model:
 
 
 def _input(session: Session, model: Model, picture: str | None) -> tuple[Tensor, np.ndarray]:
-    """Returns the centre square, normalised `[1, c, S, S]` and as uint8 `[S, S, 3]`."""
+    """Returns the centre crop, normalised `[1, c, H, W]` and as uint8 `[H, W, 3]`."""
     config = model.config
     assert config is not None
     pixels = session.pixels(picture, config.model.channels)

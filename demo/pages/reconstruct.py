@@ -218,8 +218,8 @@ def _unavailable(model: Model) -> str:
 def _resized(session: Session, model: Model, picture: str | None, resize_mode: Any) -> Resized:
     about = model.description("reconstructor")
     rule, channels = about.preprocessing, len(about.preprocessing.mean)
-    side = rule.size[0] if rule.size else 224
-    return resize_picture(session.pixels(picture, channels), side, resize_mode, rule.mean, about.unit)
+    size = rule.size or (224, 224)
+    return resize_picture(session.pixels(picture, channels), size, resize_mode, rule.mean, about.unit)
 
 
 def _original(resized: Resized) -> np.ndarray:

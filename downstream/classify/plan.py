@@ -209,7 +209,8 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
 
 def _filled_in(config: FinetuneConfig, about: ArtifactConfig, names: tuple[str, ...]) -> FinetuneConfig:
     data, recipe = config.data, config.optimizer
-    data = replace(data, image_size=data.image_size or about.image_size)
+    if not any(data.image_size):
+        data = replace(data, image_size=about.image_size)
     if data.mean is None:
         data = replace(data, mean=about.mean, std=about.std)
     if recipe.layer_decay is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from coma.amp import Precision, autocast
 from coma.data import Source, evaluation_batches, normalize, topk_accuracy
 from coma.errors import CheckFailed
+from coma.image_size import ImageSize
 from coma.models.classifiers import Classifier
 from downstream.classify.metrics import average_precisions
 
@@ -50,7 +51,7 @@ def validate(
     std: tuple[float, ...],
     *,
     step: int,
-    image_size: int,
+    image_size: ImageSize,
     batch_size: int,
     precision: Precision = "fp32",
     workers: int | None = None,
@@ -64,7 +65,7 @@ def validate(
         mean: Per-channel mean of pixels scaled to 0..1.
         std: Per-channel standard deviation.
         step: Number of optimizer steps that the classifier has taken.
-        image_size: Side of the crops in pixels.
+        image_size: Size of the crops.
         batch_size: Images per forward pass.
         precision: Number format of the forward pass.
         workers: Number of processes that decode images.

@@ -20,10 +20,11 @@ import tyro
 from coma.arguments import from_keywords, parse_arguments
 from coma.atomic_io import lies_among
 from coma.errors import BadInput, Interrupted
+from coma.image_size import ImageSize
 from coma.messages import counted
 from coma.paths import Location
 from coma.preflight import require_file, require_packages
-from coma.ranges import BATCH, PROCESSES, RARE, SIDE, Range, Ranged
+from coma.ranges import BATCH, PROCESSES, RARE, SIDE, TILE, Range, Ranged
 
 if TYPE_CHECKING:
     from downstream.features.files import FeaturesInfo
@@ -44,8 +45,9 @@ class EmbedConfig(Ranged):
     """Stage of the encoder whose features are written, counted from 1; default: the model's pooled feature"""
     pooling: Literal["mean", "none"] = "mean"
     """mean: one vector per image. none: the map of features, c x h x w values per image."""
-    image_size: Annotated[int | None, SIDE] = None
-    """Side of the images shown to the model in pixels; default: as in its training"""
+    image_size: Annotated[ImageSize | None, SIDE] = None
+    """Size of the images shown to the model in pixels: side of a square, or height and width; default: as in
+    its training"""
     runtime: Literal["auto", "pytorch", "onnxruntime", "tensorrt"] = "auto"
     """auto: PyTorch for an artifact, otherwise what runs the exported file. The others, for an artifact: its
     exports in the folder export beside it."""
@@ -57,6 +59,9 @@ class EmbedConfig(Ranged):
     """Processes that decode images; default: by the number of cores."""
     split: str | None = None
     """Split of the images: train, val or test; default: train, if there are splits"""
+    tiles: Annotated[int | None, TILE] = None
+    """Side in pixels of windows that larger images are cut into, a row each; also reads all frames of DICOM
+    files; default: no windows"""
     download: bool = False
     """Download the weights of timm:NAME if they are not in the local cache."""
     ray: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS")] = None
@@ -128,7 +133,7 @@ def _embed(config: EmbedConfig) -> FeaturesInfo | None:
         config.device,
         config.download,
     )
-    reading = Reading(config.images, config.split, config.batch_size, config.workers)
+    reading = Reading(config.images, config.split, config.batch_size, config.workers, config.tiles)
     stopped = f"stopped; {config.out}.parts keeps its finished parts; run the same command again to resume"
     with processes(config.device) as group, Progress(quiet=not group.main) as progress:
         if group.world > 1 and config.ray is not None:

@@ -128,5 +128,5 @@ def _part(request: FeatureRequest, reading: Reading, parts: FeatureParts, number
 @cache
 def _opened(request: FeatureRequest, reading: Reading) -> Any:
     """Returns the model and the images; a process of the cluster keeps them for its next parts."""
-    source = open_source(reading.images, reading.split)
+    source = open_source(reading.images, reading.split, tiles=reading.tiles)
     return open_feature_model(request), source, *listing_hash(source)

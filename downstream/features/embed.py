@@ -68,7 +68,7 @@ def embed(
         raise BadInput(f"--out {out}: give a name that ends in {' or '.join(SUFFIXES)}")
     group = group or Processes(torch.device("cpu"))
     with group.raise_on_all_ranks():
-        source = open_source(reading.images, reading.split)
+        source = open_source(reading.images, reading.split, tiles=reading.tiles)
         model = open_feature_model(request)
         names, listing = listing_hash(source)
         if group.main:

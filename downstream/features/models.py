@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from coma.atomic_io import sha256_of
 from coma.data.channels import scale_to_unit
 from coma.errors import BadInput, CheckFailed
+from coma.image_size import ImageSize
 from coma.library_errors import library_errors
 from coma.models.hub import is_reference, timm_name, weights_file
 from coma.paths import local_path
@@ -37,7 +38,7 @@ class FeatureRequest:
     """A path, or `timm:NAME`."""
     stage: int | None = None
     pooling: Pooling = "mean"
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     runtime: RuntimeName = "auto"
     device: DeviceName = "auto"
     download: bool = False
@@ -120,7 +121,7 @@ def _open_own(request: FeatureRequest) -> FeatureModel:
     return _probed(
         request,
         sha256=spec.source,
-        size=size,
+        size=(size.height, size.width),
         title=runtime.title,
         channels=channels_of(spec),
         resize=resize,
@@ -131,17 +132,18 @@ def _open_own(request: FeatureRequest) -> FeatureModel:
     )
 
 
-def _image_size(spec: ModelSpec, wanted: int | None) -> tuple[int, int]:
+def _image_size(spec: ModelSpec, wanted: ImageSize | None) -> ImageSize:
     sides = spec.inputs[0].axes[2:]
     usual = spec.preprocessing.size or (224, 224)
-    own = [side if isinstance(side, int) else usual[i] for i, side in enumerate(sides)]
-    height, width = (wanted, wanted) if wanted else own
-    fixed = [side for side in sides if isinstance(side, int)]
-    if wanted and fixed and fixed != [wanted] * len(fixed):
-        raise BadInput(f"--image-size {wanted}: this file takes {own[0]} x {own[1]} px only; leave it out")
-    if min(height, width) < spec.unit:
-        raise BadInput(f"--image-size {min(height, width)} must be at least the mask unit of {spec.unit} px")
-    return height, width
+    own = ImageSize(*(side if isinstance(side, int) else usual[i] for i, side in enumerate(sides)))
+    size = wanted or own
+    if any(isinstance(side, int) and side != given for side, given in zip(sides, size, strict=True)):
+        raise BadInput(
+            f"--image-size {size.words}: this file takes {own.height} x {own.width} px only; leave it out"
+        )
+    if min(size) < spec.unit:
+        raise BadInput(f"--image-size {size.words} must be at least the mask unit of {spec.unit} px")
+    return size
 
 
 def _check_stage(request: FeatureRequest, stages: int) -> None:
@@ -185,7 +187,7 @@ def _open_timm(request: FeatureRequest) -> FeatureModel:
         model.eval().requires_grad_(False).to(device)
         config = resolve_model_data_config(model)
     if request.image_size:
-        config["input_size"] = (config["input_size"][0], request.image_size, request.image_size)
+        config["input_size"] = (config["input_size"][0], *request.image_size)
     channels, height, width = config["input_size"]
     if channels not in (1, 3):
         raise BadInput(f"{request.model}: takes images of {channels} channels, which timm does not read")
@@ -204,7 +206,7 @@ def _open_timm(request: FeatureRequest) -> FeatureModel:
     )
 
 
-def _created(create: Callable[..., nn.Module], image_size: int | None) -> nn.Module:
+def _created(create: Callable[..., nn.Module], image_size: ImageSize | None) -> nn.Module:
     """Creates a model for images of a size; convolutional ones take any, and no argument for it."""
     if image_size is None:
         return create()

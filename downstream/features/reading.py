@@ -24,6 +24,7 @@ class Reading:
     split: str | None = None
     batch_size: int = 64
     workers: int | None = None
+    tiles: int | None = None
 
 
 def compute_parts(

@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -21,7 +23,8 @@ from coma.contact_sheet import with_title
 from coma.data import Source, open_source
 from coma.data.channels import scale_to_unit
 from coma.data.decode import HEAD, decode, looks_like_image
-from coma.data.transforms import centre_square
+from coma.data.transforms import centre_crop
+from coma.data.windows import Recent, decode_window, parse_window
 from coma.errors import BadImage, BadInput
 from coma.messages import abridged, counted, printable
 from coma.paths import Location
@@ -56,6 +59,7 @@ class Album:
     failures: list[str] = field(default_factory=list)
     _source: Source | BadInput | None = field(default=None, repr=False)
     _places: dict[str, int] = field(default_factory=dict, repr=False)
+    _recent: Recent = field(default_factory=Recent, repr=False)
 
     def pixels(self, name: str, side: int) -> np.ndarray:
         """Returns an image of at least `side` pixels, if it has as many: `[H, W, C]`.
@@ -66,6 +70,9 @@ class Album:
         stored = (".tar/" in name or ".parquet/" in name) and not (self.location / name).exists()
         folder = self._source is None and isinstance(self.images, Path) and self.images.is_dir()
         if folder and not stored:
+            if (cut := parse_window(name)) and not (self.location / name).exists():
+                with _open_image_file(self.location, cut[0]) as file:
+                    return decode_window(file, cut[1], printable(name), self._recent).pixels
             return decode(read_image_file(self.location, name), printable(name), side).pixels
         return self._from_source(name, side)
 
@@ -97,6 +104,20 @@ def read_image_file(folder: Path, name: str) -> bytes:
     Raises:
         BadImage: it lies elsewhere, is missing, not a regular file, not an image, or too large.
     """
+    with _open_image_file(folder, name) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _LARGEST:
+            raise BadImage(f"{printable(name)}: {size} bytes are too many for an image")
+        return file.read(_LARGEST)
+
+
+@contextmanager
+def _open_image_file(folder: Path, name: str) -> Iterator[BinaryIO]:
+    """Opens an image below a folder; nothing else is opened.
+
+    Raises:
+        BadImage: it lies elsewhere, is missing, not a regular file, or not an image.
+    """
     shown = printable(name)
     place = os.path.normpath(name)
     if os.path.isabs(name) or place.startswith("..") or "\0" in name:
@@ -107,13 +128,11 @@ def read_image_file(folder: Path, name: str) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             os.close(number)
             raise BadImage(f"{shown}: is not a regular file")
-        with open(number, "rb") as file:
-            if status.st_size > _LARGEST:
-                raise BadImage(f"{shown}: {status.st_size} bytes are too many for an image")
-            head = file.read(HEAD)
-            if not looks_like_image(head):
+        with open(folder / place, "rb", opener=lambda *_: number) as file:  # tifffile asks for its name
+            if not looks_like_image(file.read(HEAD)):
                 raise BadImage(f"{shown}: is not an image")
-            return head + file.read(_LARGEST)
+            file.seek(0)
+            yield file
     except FileNotFoundError:
         raise BadImage(f"{shown}: no longer exists in {printable(str(folder))}") from None
     except (OSError, ValueError) as error:
@@ -172,7 +191,7 @@ def draw_map(
         if picture is None:
             sheet.paste((222, 222, 228), (*corner, corner[0] + side - 1, corner[1] + side - 1))
             continue
-        top, left, height, width = centre_square(picture.height, picture.width)
+        top, left, height, width = centre_crop(picture.height, picture.width)
         square = picture.crop((left, top, left + width, top + height))
         sheet.paste(square.resize((side - 1, side - 1), Image.Resampling.BICUBIC), corner)
     if without := int((cells[:, 0] < 0).sum()):

@@ -14,6 +14,7 @@ from PIL import Image
 from coma.data.decode import HEAD, looks_like_image
 from coma.data.remote import read_small_file
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.messages import printable
 from coma.paths import Address, Location, parse_location
 from coma.preflight import check_regular_file
@@ -93,10 +94,10 @@ def _computed(path: Location, file: FeaturesFile, request: FeatureRequest) -> Qu
 
     image = decode(_content(path), str(path))
     spec = file.info.spec
-    height, width = spec.image_size
-    size = height if height == width else None
     given = request.model
-    request = replace(request, model=given or spec.model, stage=spec.stage, image_size=size)
+    request = replace(
+        request, model=given or spec.model, stage=spec.stage, image_size=ImageSize(*spec.image_size)
+    )
     try:
         model = open_feature_model(request)
     except BadInput as error:

@@ -110,8 +110,7 @@ def parse_size(text: str | None, config: ArtifactConfig, graph: GraphKind) -> tu
 
     unit = config.model.unit
     if text is None:
-        side = size_of(config, graph)
-        return side, side
+        return size_of(config, graph)
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.strip().isdecimal() and len(part) < 20 for part in parts):
         raise BadInput(f"--size {text!r}: give HxW in pixels, for example 224x224")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from coma.artifact import ArtifactConfig, is_multi_label, load_artifact, load_classifier, load_encoder
 from coma.artifact.load import artifact_hash
 from coma.errors import BadArtifact, BadInput
+from coma.image_size import ImageSize
 from coma.library_errors import library_errors
 from coma.masking.patchify import unit_grid
 from coma.models import Encoder
@@ -27,6 +28,7 @@ from coma.runtimes.model_spec import (
     ModelSpec,
     Preprocessing,
     TensorSpec,
+    centre_crop_rule,
 )
 
 
@@ -82,8 +84,8 @@ def example_inputs(spec: ModelSpec, batch: int, height: int, width: int) -> tupl
     return images, (torch.arange(rows * cols) % 2 == 0).view(rows, cols).expand(batch, -1, -1).contiguous()
 
 
-def size_of(config: ArtifactConfig, graph: GraphKind) -> int:
-    """Returns the side of the training images of a graph in pixels."""
+def size_of(config: ArtifactConfig, graph: GraphKind) -> ImageSize:
+    """Returns the size of the training images of a graph."""
     return config.view_size if graph == "reconstructor" else config.image_size
 
 
@@ -93,11 +95,11 @@ def preprocessing_of(config: ArtifactConfig, graph: GraphKind = "encoder") -> Pr
     Raises:
         BadInput: a pipeline that cannot be exported.
     """
-    size = (size_of(config, graph),) * 2
+    size = size_of(config, graph)
     order = {1: "grey", 3: "RGB"}.get(config.model.channels, "as stored")
     rule = Preprocessing("none", None, config.mean, config.std, channel_order=order)
     if graph not in ("detector", "segmentor"):
-        return replace(rule, resize="centre-square", size=size)
+        return centre_crop_rule(rule, size)
     resizes = [step for step in (config.head or {}).get("pipeline", []) if "Resize" in step["type"]]
     if not resizes:
         return rule

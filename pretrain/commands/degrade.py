@@ -71,7 +71,7 @@ def run(argv: list[str]) -> None:
     from coma.data.channels import convert_channels
     from coma.data.decode import decode
     from coma.data.pixel_values import check_pixels
-    from coma.data.transforms import centre_square, resize
+    from coma.data.transforms import centre_crop, resize
     from pretrain.visualize.reconstructions import degradation_sheet
 
     name = str(config.image)
@@ -82,7 +82,7 @@ def run(argv: list[str]) -> None:
         raise BadInput(f"{name}: cannot be read ({error.strerror}); give an image file") from None
     pixels = convert_channels(picture, 3, name)
     check_pixels(pixels, config.mean, config.std, lambda: name)
-    view = resize(pixels, centre_square(*pixels.shape[:2]), config.size, config.size)
+    view = resize(pixels, centre_crop(*pixels.shape[:2]), config.size, config.size)
     kinds = tuple(dict.fromkeys(config.kind))
     unit = config.unit or -(-config.size // 9)
     try:

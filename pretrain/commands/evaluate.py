@@ -19,6 +19,7 @@ import tyro
 from coma.arguments import parse_arguments
 from coma.atomic_io import write_json, write_text
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.paths import Location
 from coma.preflight import require_folder
 from coma.ranges import BATCH, PROCESSES, SEED, SIDE, Range, Ranged
@@ -50,8 +51,9 @@ class EvaluateConfig(Ranged):
     centre crops (not comparable with linear probing that trains on augmented crops)."""
     random_baseline: bool = True
     """Also evaluate a randomly initialised encoder of the same architecture."""
-    image_size: Annotated[int | None, SIDE] = None
-    """Side of the images shown to the encoder in pixels; default: as in pre-training."""
+    image_size: Annotated[ImageSize | None, SIDE] = None
+    """Size of the images shown to the encoder in pixels: side of a square, or height and width; default: as
+    in pre-training."""
     k: Annotated[int, Range(1, 10**6)] = 20
     """Number of neighbours that vote (knn)."""
     temperature: Annotated[float, Range(1e-3, 1e3)] = 0.07
@@ -128,7 +130,7 @@ def _encoders(config: EvaluateConfig) -> list[tuple[str, Encoder, ArtifactConfig
     encoders = [(name, encoder, encoder.artifact) for name, encoder in loaded]
     if not config.random_baseline:
         return encoders
-    alike: dict[tuple[EncoderConfig, int], list[tuple[str, ArtifactConfig]]] = {}
+    alike: dict[tuple[EncoderConfig, ImageSize], list[tuple[str, ArtifactConfig]]] = {}
     for name, _, about in encoders:
         shown = config.image_size or about.image_size
         alike.setdefault((replace(about.model, drop_path=0.0), shown), []).append((name, about))

@@ -37,7 +37,7 @@ def run(argv: list[str]) -> None:
     from coma.progress import Progress
 
     require_folder(config.out)
-    source = open_source(config.images, config.split)
+    source = open_source(config.images, config.split, tiles=config.tiles)
     if source.unlabelled_reason:
         print(f"labels are not packed: {source.unlabelled_reason}")
     started = time.perf_counter()

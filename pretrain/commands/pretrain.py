@@ -46,6 +46,7 @@ from coma.config import (
 )
 from coma.config.serialization import read_config, to_plain
 from coma.errors import BadInput, ComaError
+from coma.image_size import ImageSize
 from coma.preflight import require_packages
 from coma.ranges import CHANNELS, EPOCHS, RARE, SIDE, STEPS, Ranged
 from coma.registry import METHODS, presets
@@ -105,7 +106,7 @@ class Presets(Ranged):
 class _First(Presets):
     """Flags that decide the defaults of the others."""
 
-    image_size: Annotated[int | None, SIDE] = None
+    image_size: Annotated[ImageSize | None, SIDE] = None
     epochs: Annotated[float | None, EPOCHS] = None
     steps: Annotated[int | None, STEPS] = None
     probe_epochs: Annotated[float | None, EPOCHS] = None
@@ -226,7 +227,7 @@ def _like_weights(config: PretrainConfig, source: str, first: _First) -> Pretrai
     decoder = replace(config.objective.decoder, dim=decoder_dim(model))
     facts = ", ".join(f"{name} {value}" for name, value in to_plain(model, EncoderConfig).items())
     data = config.data if about is None else replace(config.data, image_size=about.image_size)
-    size = "" if about is None or first.image_size else f", at its --image-size {about.image_size}"
+    size = "" if about is None or first.image_size else f", at its --image-size {about.image_size.words}"
     log.info("--init %s: trains its model (%s)%s", source, facts, size)
     if about is not None and about.objective is not None:
         decoder = about.objective.decoder

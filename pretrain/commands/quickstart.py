@@ -27,6 +27,7 @@ from coma.config import (
 )
 from coma.config.serialization import read_config
 from coma.errors import BadInput, CheckFailed
+from coma.image_size import ImageSize
 from coma.preflight import require_folder, require_packages
 from coma.ranges import Range, Ranged
 
@@ -42,7 +43,7 @@ PHOTOGRAPHS = (
 )
 """Files of scikit-image's data folder."""
 
-_IMAGE_SIZE = 64
+_IMAGE_SIZE = ImageSize.of(64)
 _COPY_SIZE = 80  # pixels a side: decoding the originals would take longer than the model does
 _TRIALS = 6
 _FEWEST_STEPS, _MOST_STEPS = 200, 5000
@@ -181,9 +182,7 @@ def _plan(config: QuickstartConfig) -> PretrainConfig:
     """
     pictures = config.out / "pictures"
     plan = PretrainConfig(
-        data=DataConfig(
-            images=pictures, image_size=_IMAGE_SIZE, crop_scale=(0.9, 1.0), flip=False, workers=0
-        ),
+        data=DataConfig(pictures, _IMAGE_SIZE, crop_scale=(0.9, 1.0), flip=False, workers=0),
         model=replace(dyvit_preset("tiny", _IMAGE_SIZE), depths=(1, 1, 2, 1)),
         objective=_objective(config.method),
         optimizer=OptimizerConfig(batch_size=len(PHOTOGRAPHS), base_lr=0.032),

@@ -15,6 +15,7 @@ from coma.amp import autocast, choose_precision
 from coma.artifact import ArtifactConfig
 from coma.data import Batch, Source, evaluation_batches, normalize
 from coma.errors import BadInput, CheckFailed
+from coma.image_size import ImageSize
 from coma.models import Encoder, build_encoder
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def extract_features(
     source: Source,
     *,
     labels: Tensor,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     batch_size: int = 256,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -52,7 +53,7 @@ def extract_features(
 ) -> Features:
     """Returns the mean-pooled last features of every readable image; they are the same in every call.
 
-    The encoder sees the largest square in the middle of each image. On CUDA it runs under bf16 autocast (fp16
+    The encoder sees the centre crops of `evaluation_batches`. On CUDA it runs under bf16 autocast (fp16
     where there is no bf16), elsewhere in its own precision.
 
     Args:
@@ -60,7 +61,7 @@ def extract_features(
         config: Channels, mean, std and image size of the encoder's training.
         source: Images.
         labels: Class of every image of the source, int64 `[len(source)]`.
-        image_size: Side in pixels of the images shown; as in training by default.
+        image_size: Size in pixels of the images shown; as in training by default.
         batch_size: Images per forward pass.
         workers: Number of processes that decode images.
         progress: Shows a bar.
@@ -95,7 +96,7 @@ def feature_batches(
     config: ArtifactConfig,
     source: Source,
     *,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     batch_size: int = 256,
     workers: int | None = None,
 ) -> Generator[tuple[Tensor, Batch], None, None]:
@@ -103,8 +104,8 @@ def feature_batches(
 
     Close the iterator to stop its workers early.
     """
-    size = image_size or config.image_size
-    if size < encoder.unit:
+    size = config.image_size if image_size is None else ImageSize.of(image_size)
+    if min(size) < encoder.unit:
         raise BadInput(f"image size {size} px is smaller than the encoder's mask unit of {encoder.unit} px")
     device = next(encoder.parameters()).device
     kept = device if device.type == "cuda" else torch.device("cpu")

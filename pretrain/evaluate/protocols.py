@@ -97,7 +97,7 @@ def evaluate(
     protocols: Sequence[Protocol] = ("knn", "linear"),
     *,
     name: str = "encoder",
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     k: int = 20,
     temperature: float = 0.07,
     seed: int = 0,
@@ -114,7 +114,7 @@ def evaluate(
         test: Labelled test images of the same classes.
         protocols: Protocols to score.
         name: Name of the encoder in tables.
-        image_size: Side in pixels of the images shown; as in training by default.
+        image_size: Size in pixels of the images shown; as in training by default.
         k: Number of neighbours that vote (knn).
         temperature: Softmax temperature of the vote (knn); lower values weight the nearest neighbours more.
         seed: Seed of the images held out to choose the penalty (linear).
@@ -156,7 +156,7 @@ def labelled_features(
     test: Source,
     *,
     name: str = "encoder",
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     batch_size: int = 256,
     workers: int | None = None,
     progress: Progress | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 from coma.artifact import library_versions
@@ -87,9 +88,9 @@ def _settings(comparison: CompareConfig) -> list[str]:
 def _zooms(comparison: CompareConfig) -> list[str]:
     """Returns the share of a crop that the encoder sees, for methods that take larger crops."""
     seen = {
-        f"{(entry.config.data.image_size / entry.config.view_size) ** 2:.0%} ({entry.method}, {entry.model})"
+        f"{prod(size) / prod(entry.config.view_size):.0%} ({entry.method}, {entry.model})"
         for entry in comparison.entries
-        if entry.config.view_size > entry.config.data.image_size
+        if (size := entry.config.data.image_size) != entry.config.view_size
     }
     if not seen:
         return []

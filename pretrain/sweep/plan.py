@@ -144,6 +144,8 @@ def check(comparison: CompareConfig) -> None:
         raise BadInput(f"{', '.join(twice)}: was given twice; leave one out")
     models = {slug(entry.model): entry.model for entry in comparison.entries}
     for entry in comparison.entries:
+        if entry.config.data.tiles is not None:
+            raise BadInput("--tiles: comparisons train on whole images; cut them first (coma pack --tiles)")
         if len(set(entry.seeds)) < len(entry.seeds):
             raise BadInput(f"--seeds {' '.join(map(str, entry.seeds))}: one was given twice; leave it out")
         if slug(entry.method) == RANDOM_BASELINE:

@@ -41,6 +41,7 @@ from coma.data.listing import (
     write_listing,
 )
 from coma.errors import ComaError
+from coma.image_size import ImageSize
 from coma.models import build_encoder
 from coma.objectives import build_objective
 from coma.objectives.initialization import origin_of
@@ -356,7 +357,7 @@ def encoder_and_decoder(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in weights.items() if name.startswith(("encoder.", "decoder."))}
 
 
-def first_images(source: Source, model: EncoderConfig, image_size: int) -> Batch:
+def first_images(source: Source, model: EncoderConfig, image_size: ImageSize) -> Batch:
     """Returns the first images of a source that can be read.
 
     Raises:

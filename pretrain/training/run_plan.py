@@ -6,6 +6,7 @@ mean and standard deviation of the data.
 
 from __future__ import annotations
 
+import logging
 import math
 import shlex
 from dataclasses import dataclass, fields, replace
@@ -26,16 +27,19 @@ from coma.config.serialization import flat, read_config, to_plain
 from coma.data import BatchLayout, Source, check_loader, check_sample, compute_mean_std, open_source
 from coma.data.listing import FLAG, Listing, list_data, read_listing
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.library_errors import load_packages
-from coma.masking.patchify import unit_grid
+from coma.masking.patchify import cover, unit_grid
 from coma.models import build_encoder
 from coma.objectives import build_objective
-from coma.objectives.initialization import with_initial_weights
+from coma.objectives.initialization import statistics_of_weights, with_initial_weights
 from coma.objectives.teachers import may_have_moved, with_weights_hash
 from coma.paths import Address
 from coma.preflight import require_folder, require_space
 from pretrain.training.distributed import Processes
 from pretrain.training.optimizer import learning_rate
+
+log = logging.getLogger(__name__)
 
 _MAY_CHANGE = {
     *("data.images", "data.workers", "data.loader", "data.on_bad_image", "test", "val"),
@@ -139,14 +143,16 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
         check_loader(config.data, config.model.channels)
         slices = split_batch(config.optimizer, group.rank, group.world)
         images, source = config.data.images, None
-        if isinstance(images, Path):
+        tiles = config.data.tiles
+        shared = isinstance(images, Address) or tiles is not None
+        if not shared:
             source = open_source(images)
-        elif group.main:  # one process reads what is in remote files, for all
+        elif group.main:  # one process reads what is in the files, for all
             saved = read_listing(config.run.out) if resume else None
-            source = open_source(images, listing=(saved or {}).get("images"))
+            source = open_source(images, listing=(saved or {}).get("images"), tiles=tiles)
         if group.main and not resume:
             config = with_initial_weights(config)
-    if isinstance(images, Address):
+    if shared:
         source = group.share(source)
     assert source is not None
     steps = count_steps(config.optimizer, len(source))
@@ -156,7 +162,9 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
             raise BadInput(f"{config.data.images}: the processes see different numbers of images, {sizes}")
     with group.raise_on_all_ranks():
         if group.main and config.data.mean is None:
-            mean, std = compute_mean_std(source, config.model.channels, workers=config.data.workers)
+            mean, std = _statistics_of_weights(config, source) or compute_mean_std(
+                source, config.model.channels, workers=config.data.workers
+            )
             config = replace(config, data=replace(config.data, mean=mean, std=std))
         elif group.main:
             check_sample(source, config.model.channels, config.data.mean or (), config.data.std or ())
@@ -167,6 +175,34 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
     return PretrainPlan(group.share(config), source, slices, steps)
 
 
+def _statistics_of_weights(
+    config: PretrainConfig, source: Source
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Returns and logs whether pixels are normalised as the weights expect; None: by those of the images."""
+    init, channels = config.init, config.model.channels
+    if init.init is None:
+        return None
+    known, reason = statistics_of_weights(config), ""
+    if init.init_normalization == "images":
+        reason = "--init-normalization weights takes those of the weights"
+    elif known is None:
+        reason = "the weights do not name theirs; --mean and --std set them"
+    elif len(known[0]) != channels:
+        reason = f"those of the weights have {len(known[0])} channels, the images {channels}"
+    else:
+        try:
+            check_sample(source, channels, *known)
+        except BadInput as error:
+            reason = f"those of the weights do not fit: {error}"
+    whose = "pixels are normalised by mean and standard deviation of the"
+    if reason or known is None:
+        log.info("%s images (%s)", whose, reason)
+        return None
+    shown = " and ".join(" ".join(f"{value:.3g}" for value in values) for values in known)
+    log.info("%s weights (%s); --init-normalization images takes those of the images", whose, shown)
+    return known
+
+
 def check_shapes(config: PretrainConfig | FinetuneConfig) -> None:
     """Refuses an image size that is no multiple of the mask unit, and statistics for other channels.
 
@@ -174,11 +210,13 @@ def check_shapes(config: PretrainConfig | FinetuneConfig) -> None:
         BadInput: naming sizes that fit.
     """
     size, unit, channels = config.data.image_size, config.model.unit, config.model.channels
-    if size < unit or size % unit:
-        below, above = size // unit * unit, -(-size // unit) * unit
-        fitting = " or ".join(str(good) for good in dict.fromkeys((below, above)) if good)
+    if any(side < unit or side % unit for side in size):
+        below = ImageSize(*(max(side // unit, 1) * unit for side in size))
+        above = ImageSize(*(cover(max(side, 1), unit) * unit for side in size))
+        fitting = " or ".join(dict.fromkeys((below.words, above.words)))
+        multiple = "must be a multiple" if size.height == size.width else "both must be multiples"
         raise BadInput(
-            f"--image-size {size}: must be a multiple of the {unit} px mask unit; {fitting} would do"
+            f"--image-size {size.words}: {multiple} of the {unit} px mask unit; {fitting} would do"
         )
     if config.data.mean is not None and len(config.data.mean) != channels:
         raise BadInput(
@@ -213,11 +251,11 @@ def check_objective(config: PretrainConfig) -> int:
     size, model = config.view_size, config.model
     with torch.device("meta"):
         objective = build_objective(config.objective, build_encoder(model))
-    h, w = unit_grid(size, size, model.unit)
+    h, w = unit_grid(*size, model.unit)
     visible = objective.draw_visible(torch.zeros(1, dtype=torch.int64), h, w)
     if not visible.flatten(1).any(dim=1).all():
         raise BadInput(f"{len(visible)} views are too many for {h * w} mask units: some would see nothing")
-    objective.check_images(size, size)
+    objective.check_images(*size)
     return sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
 
 

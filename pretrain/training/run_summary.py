@@ -11,6 +11,8 @@ import torch
 from coma.amp import Precision
 from coma.config import EncoderConfig, FinetuneConfig, ObjectiveConfig, PretrainConfig, encoder_preset
 from coma.config.serialization import to_plain
+from coma.image_size import ImageSize
+from coma.masking.patchify import unit_grid
 from coma.messages import counted
 from coma.models import build_encoder
 from coma.models.blocks import freeze_stages
@@ -103,9 +105,10 @@ def _crops(config: Config) -> str:
     repeats = f", {data.aug_repeats} from each decoded image" if data.aug_repeats > 1 else ""
     shown = f"{low:.0%} to {high:.0%} of the area{flipped}{repeats}"
     if is_frozen(config):
-        shown = "the centre square of each image"
-    units = (size // config.model.unit) ** 2
-    return f"{size} x {size} px, {shown}; {counted(units, 'mask unit')} of {config.model.unit} px"
+        shown = "the centre crop of each image"
+    rows, cols = unit_grid(*size, config.model.unit)
+    units = f"{counted(rows * cols, 'mask unit')} of {config.model.unit} px"
+    return f"{size.height} x {size.width} px, {shown}; {units}"
 
 
 def _model(config: Config) -> str:
@@ -140,7 +143,7 @@ def _classifier(config: FinetuneConfig) -> Classifier:
     return classifier
 
 
-def name_of(model: EncoderConfig, image_size: int) -> str:
+def name_of(model: EncoderConfig, image_size: ImageSize) -> str:
     """Returns the architecture of an encoder, and its preset if it is one."""
     plain = to_plain(model, EncoderConfig)
     alike = (n for n in presets(ARCHITECTURES) if encoder_preset(n, image_size, model.channels) == model)

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from coma.config import EncoderConfig, FinetuneConfig, ObjectiveConfig, PretrainConfig
+from coma.image_size import ImageSize
 from coma.masking.patchify import unit_grid
 from coma.models import build_encoder
 from coma.models.classifiers import build_classifier
@@ -73,7 +74,9 @@ def device_peak(device: torch.device, precision: str) -> float | None:
 
 
 @cache
-def training_flops(model: EncoderConfig, objective: ObjectiveConfig, image_size: int) -> float:
+def training_flops(
+    model: EncoderConfig, objective: ObjectiveConfig, image_size: int | tuple[int, int]
+) -> float:
     """Returns the FLOPs of one pre-training step per image; a multiplication and an addition count as two.
 
     The count covers everything that a step computes, including a teacher and a moving average of the encoder.
@@ -83,7 +86,7 @@ def training_flops(model: EncoderConfig, objective: ObjectiveConfig, image_size:
     Raises:
         BadInput: the teacher does not exist.
     """
-    shape = model.channels, image_size, image_size
+    shape = model.channels, *ImageSize.of(image_size)
     teacher = dummy_teacher(objective, model.channels)
     return _count_flops(
         lambda: build_objective(objective, build_encoder(model), teacher),
@@ -93,9 +96,9 @@ def training_flops(model: EncoderConfig, objective: ObjectiveConfig, image_size:
 
 
 @cache
-def encoder_flops(model: EncoderConfig, image_size: int) -> float:
+def encoder_flops(model: EncoderConfig, image_size: int | tuple[int, int]) -> float:
     """Returns the FLOPs of the encoder's forward pass on one whole image."""
-    shape = model.channels, image_size, image_size
+    shape = model.channels, *ImageSize.of(image_size)
     return _count_flops(lambda: build_encoder(model).eval(), lambda encoder, x, _: encoder(x), shape)
 
 
@@ -103,14 +106,14 @@ def views_per_image(config: PretrainConfig) -> int:
     """Returns the views that a step encodes of every image (CoMA: K, MAE: 1), as the objective draws them."""
     with torch.device("meta"):
         objective = build_objective(config.objective, build_encoder(config.model))
-    grid = unit_grid(config.view_size, config.view_size, config.model.unit)
+    grid = unit_grid(*config.view_size, config.model.unit)
     return len(objective.draw_visible(torch.zeros(1, dtype=torch.int64), *grid))
 
 
 @cache
-def finetuning_flops(model: EncoderConfig, classes: int, image_size: int) -> float:
+def finetuning_flops(model: EncoderConfig, classes: int, image_size: int | tuple[int, int]) -> float:
     """Returns the FLOPs of one training step of a classifier per image."""
-    shape = model.channels, image_size, image_size
+    shape = model.channels, *ImageSize.of(image_size)
     return _count_flops(
         lambda: build_classifier(model, classes), lambda c, x, y: F.cross_entropy(c(x), y).backward(), shape
     )

@@ -8,6 +8,7 @@ import torch
 
 from coma.artifact import ArtifactConfig, library_versions
 from coma.config import DecoderConfig, DyViTConfig, MAEConfig, ViTConfig
+from coma.image_size import ImageSize
 from coma.models import build_encoder
 from coma.objectives import build_objective
 
@@ -21,7 +22,7 @@ def description(**changes) -> ArtifactConfig:
         kind="pretrained",
         model=MODEL,
         objective=OBJECTIVE,
-        image_size=16,
+        image_size=ImageSize.of(16),
         mean=(0.5, 0.4),
         std=(0.2, 0.1),
         class_names=None,

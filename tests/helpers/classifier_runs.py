@@ -12,6 +12,7 @@ from short_runs import MODEL
 
 from coma.artifact import LINEAR_HEAD, MULTI_LABEL, ArtifactConfig, library_versions, save_artifact
 from coma.config import FinetuneConfig, FinetuneDataConfig, FinetuneRecipe, FinetuneRunConfig
+from coma.image_size import ImageSize
 from coma.models import build_encoder
 from coma.models.classifiers import build_classifier
 
@@ -45,7 +46,9 @@ def publish(path: Path, model: Any = MODEL, kind: Any = "backbone") -> Path:
     """An artifact with an encoder that has learned nothing."""
     torch.manual_seed(3)
     c = model.channels
-    about = ArtifactConfig(kind, model, None, 16, (0.5,) * c, (0.25,) * c, None, {}, library_versions())
+    about = ArtifactConfig(
+        kind, model, None, ImageSize.of(16), (0.5,) * c, (0.25,) * c, None, {}, library_versions()
+    )
     save_artifact(path, tensors=build_encoder(model).state_dict(), config=about)
     return path
 
@@ -97,7 +100,16 @@ def save_classifier(path: Path, names: tuple[str, ...] = COLOURS, *, multi_label
     torch.manual_seed(3)
     head = LINEAR_HEAD | ({MULTI_LABEL: True} if multi_label else {})
     about = ArtifactConfig(
-        "classifier", MODEL, None, 16, (0.5,) * 3, (0.25,) * 3, names, {}, library_versions(), head
+        "classifier",
+        MODEL,
+        None,
+        ImageSize.of(16),
+        (0.5,) * 3,
+        (0.25,) * 3,
+        names,
+        {},
+        library_versions(),
+        head,
     )
     save_artifact(path, tensors=build_classifier(MODEL, len(names)).state_dict(), config=about)
     return path

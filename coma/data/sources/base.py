@@ -59,6 +59,14 @@ class Source(ABC):
         self._labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
         self._multi_hot: torch.Tensor | None = None
 
+    def _describe_as(self, source: Source, indices: np.ndarray) -> None:
+        """Takes the labels and the description of another source, of which these are the images `indices`."""
+        labels, multi_hot = source.labels, source.multi_hot
+        self._labels = None if labels is None else torch.from_numpy(labels[indices])
+        self._multi_hot = None if multi_hot is None else torch.from_numpy(multi_hot[indices])
+        self.unlabelled_reason, self.labels_are_stored = source.unlabelled_reason, source.labels_are_stored
+        self.split, self.notes, self.inventory = source.split, source.notes, source.inventory
+
     @property
     def labels(self) -> np.ndarray | None:
         """Class of every image, int64 `[n]` (a copy); None for unlabelled data."""
@@ -141,6 +149,14 @@ class EncodedSource(Source):
     def decode(self, i: int, min_side: MinSide = 0) -> DecodedImage:
         """Returns a decoded image; see `Source.decode`."""
         return decode(self.read_bytes(i), self.describe(i), min_side)
+
+
+class LocalSource(EncodedSource):
+    """A source whose images are files on a disk."""
+
+    @abstractmethod
+    def path(self, i: int) -> Path:
+        """Returns the path of an image."""
 
 
 class ArraySource(Source):

@@ -53,6 +53,19 @@ class FileSource(EncodedSource):
             raise BadImage(f"{self.describe(i)}: cannot be read ({error.strerror})") from None
 
 
+def images_below(folder: Path) -> list[Path]:
+    """Returns all images below a folder, sorted, of all its splits; how many they are is logged.
+
+    Raises:
+        BadInput: there is none.
+    """
+    names, inventory = find_images(folder)
+    if not names:
+        raise BadInput(f"{folder}: no image in this folder; it holds {inventory.skipped() or 'nothing'}")
+    log.info(inventory.summary(folder), extra={"once": True})
+    return [folder / name for name in sorted(names)]
+
+
 def open_all_images(paths: Sequence[Location]) -> Source:
     """Opens image files and all images below folders, each file once; or one pack, shard, CSV file, address.
 
@@ -71,13 +84,7 @@ def open_all_images(paths: Sequence[Location]) -> Source:
         if isinstance(path, Address):
             raise BadInput(f"{path}: give an address alone, without other images")
         if path.is_dir():
-            names, inventory = find_images(path)
-            if not names:
-                raise BadInput(
-                    f"{path}: no image in this folder; it holds {inventory.skipped() or 'nothing'}"
-                )
-            log.info(inventory.summary(path), extra={"once": True})
-            files |= dict.fromkeys(path / name for name in sorted(names))
+            files |= dict.fromkeys(images_below(path))
         else:
             check_regular_file(path, "give image files, or folders of images")
             files[path] = None

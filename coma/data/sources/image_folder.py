@@ -20,7 +20,7 @@ import numpy as np
 from coma.data.decode import EXTENSIONS, HEAD
 from coma.data.inventory import Inventory, is_system_folder, kind_of
 from coma.data.run_outputs import enclosing_run_output, run_output_at
-from coma.data.sources.base import EncodedSource, Names
+from coma.data.sources.base import LocalSource, Names
 from coma.errors import BadImage, BadInput
 from coma.messages import abridged, printable
 from coma.splits import SplitImages, select_images
@@ -29,7 +29,7 @@ _CHUNK, _THREADS = 1000, 16
 """Number of files whose sizes one thread asks for in a row, and number of threads: network disks are slow."""
 
 
-class FolderSource(EncodedSource):
+class FolderSource(LocalSource):
     """All images below a folder, or the images of one of its splits.
 
     If all images lie in first-level subfolders (two or more), these are the classes. All splits of a data set

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from coma.data.sources.base import EncodedSource, Names, read_at
+from coma.data.sources.base import LocalSource, Names, read_at
 from coma.data.sources.image_folder import list_files, list_folders, parse_whole_numbers
 from coma.errors import BadInput
 from coma.messages import abridged, counted, printable
@@ -38,7 +38,7 @@ _NAMED = 3
 """Most lines of one kind that a message names."""
 
 
-class TableSource(EncodedSource):
+class TableSource(LocalSource):
     """The images that a CSV file lists, with their labels."""
 
     labels_are_stored = False

@@ -30,11 +30,12 @@ from typing import Any, TypeVar
 
 from coma.data.remote import RemoteFile, describe_files, list_folder, open_file, same_files
 from coma.data.retries import RemoteMissing, in_threads
-from coma.data.sources.base import Source
+from coma.data.sources.base import LocalSource, Source
 from coma.data.sources.image_folder import FolderSource, list_files, list_folders
 from coma.data.sources.label_table import TableSource
 from coma.data.sources.npz import NpzSource
 from coma.data.sources.parquet import NoImageColumn, ParquetSource
+from coma.data.sources.tiles import TiledSource
 from coma.data.sources.webdataset import INDEX, ShardSource
 from coma.errors import BadInput
 from coma.messages import abridged, printable
@@ -56,6 +57,7 @@ def open_source(
     *,
     held_out: bool = False,
     listing: Mapping[str, Any] | None = None,
+    tiles: int | None = None,
 ) -> Source:
     """Opens the images at `path`, and logs one line that says what was found and skipped.
 
@@ -67,9 +69,11 @@ def open_source(
         held_out: Without `split`, prefer test or val to the training split.
         listing: Listing of the same images, see `coma.data.listing`. If remote shards have not changed since,
             their headers are not read again.
+        tiles: Side in pixels of the windows that larger images are cut into; see `TiledSource`.
 
     Raises:
-        BadInput: The path does not exist, is not readable, or has no image or no such split.
+        BadInput: The path does not exist, is not readable, or has no image or no such split; or its images
+            cannot be cut, because they are not files.
     """
     try:
         place = parse_location(path) if isinstance(path, str) else path
@@ -77,6 +81,8 @@ def open_source(
             source = _open_remote(place, split, held_out, listing)
         else:
             source = _open(Path(place), split, held_out)
+        if tiles is not None:
+            source = _cut(source, tiles)
     except PermissionError as error:
         raise BadInput(f"{error.filename or path}: no permission to read it") from None
     except OSError as error:
@@ -84,6 +90,15 @@ def open_source(
     for line in (source.summary(), *source.notes):
         log.info(line, extra={"once": True})
     return source
+
+
+def _cut(source: Source, tiles: int) -> Source:
+    if not isinstance(source, LocalSource):
+        raise BadInput(
+            f"{source.location}: --tiles cuts image files on a disk, and these are inside other files; "
+            "leave it out, or cut the files before they are packed (coma pack --tiles)"
+        )
+    return TiledSource(source, tiles)
 
 
 def _open(path: Path, split: str | None, held_out: bool, column: str = "") -> Source:

@@ -23,11 +23,8 @@ class Subset(Source):
     """
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
-        labels = source.labels
-        super().__init__(source.location, None if labels is None else labels[indices], source.class_names)
-        self.unlabelled_reason, self.labels_are_stored = source.unlabelled_reason, source.labels_are_stored
-        self.split, self.notes, self.inventory = source.split, source.notes, source.inventory
-        self._multi_hot = None if source.multi_hot is None else torch.from_numpy(source.multi_hot[indices])
+        super().__init__(source.location, class_names=source.class_names)
+        self._describe_as(source, indices)
         self._source = source
         self._indices = torch.from_numpy(indices.astype(np.int64))
         self.index = source.index

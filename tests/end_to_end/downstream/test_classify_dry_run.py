@@ -53,7 +53,7 @@ def test_a_linear_head_is_described_by_its_features(short, place, tmp_path):
     told = table("\n".join(describe(to(short, tmp_path / "run", frozen=True))))
     assert list(told) == [*FROZEN_ROWS, "time", "memory"]
     assert not list(tmp_path.iterdir())
-    assert told["crops"] == "16 x 16 px, the centre square of each image; 4 mask units of 8 px"
+    assert told["crops"] == "16 x 16 px, the centre crop of each image; 4 mask units of 8 px"
     flops = re.fullmatch(r"([\d.]+) MFLOPs for the encoder on one image of 16 px", told["FLOPs"])
     assert flops and float(flops[1]) == pytest.approx(encoder_flops(MODEL, 16) / 1e6, rel=1e-3)
     batches = 6 + 3 + 5  # of 2 images each

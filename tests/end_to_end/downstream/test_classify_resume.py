@@ -205,7 +205,7 @@ def test_the_command_from_beginning_to_end(place, tmp_path, capsys, monkeypatch)
     told = capsys.readouterr()
     assert f"resume with: coma classify train --resume {run}" in told.err
     data = read_config(run, FinetuneConfig).data
-    assert (data.crop_scale, data.image_size) == ((0.08, 1.0), 16)
+    assert (data.crop_scale, data.image_size) == ((0.08, 1.0), (16, 16))
 
     drawn: list[Path] = []
     monkeypatch.setattr("pretrain.training.run_directory.loss_curve", lambda _, path: drawn.append(path))

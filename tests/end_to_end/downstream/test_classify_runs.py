@@ -20,6 +20,7 @@ from coma.data import Source, evaluation_batches, normalize, open_source
 from coma.data.image import MinSide
 from coma.data.sources.base import EncodedSource
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from downstream.classify import run_directory
 from downstream.classify.finetune import finetune
 from downstream.classify.validation import Validation
@@ -41,7 +42,9 @@ def test_it_learns_and_leaves_the_classifier_that_was_validated(short, place, tm
     config = to(
         short, tmp_path / "run", steps=50, batch_size=12, micro_batch=None, base_lr=0.3, ema_decay=0.8
     )
-    config = replace(config, data=FinetuneDataConfig(tmp_path / "data", image_size=16, workers=0))
+    config = replace(
+        config, data=FinetuneDataConfig(tmp_path / "data", image_size=ImageSize.of(16), workers=0)
+    )
     recipe = replace(config.optimizer, rand_augment=0, mixup=0.2, random_erasing=0.25, drop_path=0.0)
     config = replace(config, optimizer=recipe, run=replace(config.run, save_steps=None, log_steps=10))
     result = finetune(config)
@@ -54,7 +57,7 @@ def test_it_learns_and_leaves_the_classifier_that_was_validated(short, place, tm
 
     classifier = load_classifier(result.artifact)
     about = classifier.artifact
-    assert (about.kind, about.class_names, about.image_size) == ("classifier", COLOURS, 16)
+    assert (about.kind, about.class_names, about.image_size) == ("classifier", COLOURS, (16, 16))
     assert (about.trained["test_top1"], about.trained["val_top1"]) == (result.test.top1, result.best.top1)
     assert about.trained["steps"] == result.test.step == result.best.step
     source, right = open_source(tmp_path / "data", "test"), 0

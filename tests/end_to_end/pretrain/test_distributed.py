@@ -33,6 +33,7 @@ from coma.config import (
 )
 from coma.config.serialization import to_plain
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.models import build_encoder
 from coma.objectives import build_objective
 from pretrain.training import pretrain, replay_nonfinite
@@ -142,7 +143,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
             if place == "bad" and number > 1:
                 path.write_bytes(b"not a picture")
     return PretrainConfig(
-        data=DataConfig(images=folder / "photos", image_size=16, workers=0, mean=(0.5,) * 3, std=(0.3,) * 3),
+        data=DataConfig(
+            images=folder / "photos", image_size=ImageSize.of(16), workers=0, mean=(0.5,) * 3, std=(0.3,) * 3
+        ),
         model=DyViTConfig(
             patch=1,
             dim=8,

@@ -32,6 +32,7 @@ from coma.config import (
 )
 from coma.config.serialization import read_config
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.models import build_encoder
 from coma.models.attention_maps import attend
 from coma.objectives.teachers import load_teacher, training_objective, with_weights_hash
@@ -205,7 +206,7 @@ def test_balanced_views_cost_what_coma_and_the_teacher_do(artifact):
 def test_mfu_of_runs_with_a_teacher_is_shown(method, monkeypatch):
     objective: Any = replace(METHODS[method], teacher=TeacherConfig("test_vit"))
     settings = PretrainConfig(
-        data=DataConfig(image_size=32),
+        data=DataConfig(image_size=ImageSize.of(32)),
         model=ENCODERS["vit"],
         objective=objective,
         optimizer=OptimizerConfig(batch_size=4),

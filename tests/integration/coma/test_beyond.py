@@ -24,6 +24,7 @@ from coma.config import (
 )
 from coma.config.serialization import from_plain, to_plain
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.models import build_encoder
 from coma.objectives import build_objective
 from coma.objectives.degradations import border, degrade
@@ -182,10 +183,13 @@ def test_nothing_of_the_border_is_seen_whatever_the_mask_says(encoder, kind, siz
 
 def test_settings_and_views():
     config = PretrainConfig(model=DyViTConfig(), objective=BeyondConfig())
-    assert config.view_size == 288
-    assert replace(config, model=ViTConfig()).view_size == 288
-    assert replace(config, objective=BeyondConfig(degrade="blur")).view_size == 224
-    assert replace(config, data=DataConfig(image_size=32), model=ENCODERS["vit"]).view_size == 48
+    assert config.view_size == (288, 288)
+    assert replace(config, model=ViTConfig()).view_size == (288, 288)
+    assert replace(config, objective=BeyondConfig(degrade="blur")).view_size == (224, 224)
+    assert replace(config, data=DataConfig(image_size=ImageSize.of(32)), model=ENCODERS["vit"]).view_size == (
+        48,
+        48,
+    )
     plain = to_plain(config)
     assert plain["objective"]["method"] == "beyond"
     assert from_plain(plain, PretrainConfig, source="x") == config
@@ -235,7 +239,7 @@ def test_a_run_leaves_an_artifact_that_loads_reconstructs_and_evaluates(settings
     assert (folder / "reconstructions" / "step-000005.png").stat().st_size > 5000
     model = load_pretrained(folder / "artifact")
     about = model.artifact
-    assert about.image_size == 16
+    assert about.image_size == (16, 16)
     assert about.trained["method"] == "beyond"
     images = torch.randn(2, 3, 32, 32)
     visible = model.draw_visible(torch.arange(2), 4, 4)[0]

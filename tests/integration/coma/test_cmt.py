@@ -26,6 +26,7 @@ from coma.config import (
 )
 from coma.config.serialization import from_plain, to_plain
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.masking.sampling import deal
 from coma.models import build_encoder
 from coma.models.attention_maps import attend
@@ -348,7 +349,7 @@ def test_what_the_command_line_refuses(photos, weights, tmp_path, capsys):
 def test_a_run_with_a_dyvit_taught_by_an_artifact_of_another_size(settings, tmp_path):
     folder = pretrain(at(replace(settings, model=MODEL), tmp_path / "first"))
     method = CMTConfig(teacher=TeacherConfig(str(folder / "artifact")), decoder=DecoderConfig(8, 1, 2))
-    data = DataConfig(images=settings.data.images, image_size=24, workers=0)
+    data = DataConfig(images=settings.data.images, image_size=ImageSize.of(24), workers=0)
     config = replace(settings, model=ENCODERS["vit"], objective=method, data=data)
     filled = replace(config, data=replace(data, mean=STATISTICS[0], std=STATISTICS[1]))
     model = training_objective(filled)

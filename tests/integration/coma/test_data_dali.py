@@ -16,11 +16,12 @@ from coma.data import ArraySource, BatchLayout, dali, open_source, training_batc
 from coma.data.batches import OpenedImage
 from coma.data.dali import CropFetcher, Jpeg
 from coma.errors import BadImage, BadInput
+from coma.image_size import ImageSize
 
 HERE = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 needs_dali = pytest.mark.skipif(not HERE, reason="the extra `dali` is not installed")
 
-DATA = DataConfig(image_size=96, workers=0)  # too large for our decoder to reduce the scale
+DATA = DataConfig(image_size=ImageSize.of(96), workers=0)  # too large for our decoder to reduce the scale
 DALI = replace(DATA, loader="dali")
 PHOTOS = [pictures.astronaut(), pictures.chelsea(), pictures.coffee(), pictures.rocket()]
 

@@ -103,12 +103,12 @@ def test_what_has_no_extension_is_judged_by_its_content(tmp_path):
 
 def test_every_other_format_is_counted_by_its_extension(tmp_path):
     save(tmp_path / "a.png")
-    names = ("b.svg", "c.mp4", "d.nef", "e.CR2", "f.dng", "g.psd", "h.dcm", "i.jp2", "j.NEF", "k.jpg.xmp")
+    names = ("b.svg", "c.mp4", "d.nef", "e.CR2", "f.dng", "g.psd", "h.fits", "i.jp2", "j.NEF", "k.jpg.xmp")
     for name in names:
         (tmp_path / name).write_bytes(encoded(Image.fromarray(COLOUR), "JPEG"))  # never looked into
     assert open_source(tmp_path).summary() == (
         f"{tmp_path}: 1 image (1 .png); skipped: "
-        "2 .nef, 1 .cr2, 1 .dcm, 1 .dng, 1 .jp2, 1 .mp4, 1 .psd, 1 .svg, 1 .xmp (not read)"
+        "2 .nef, 1 .cr2, 1 .dng, 1 .fits, 1 .jp2, 1 .mp4, 1 .psd, 1 .svg, 1 .xmp (not read)"
     )
     for number in range(40):
         (tmp_path / f"x.e{number:02d}").touch()

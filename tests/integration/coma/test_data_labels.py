@@ -24,6 +24,7 @@ from coma.data import (
 )
 from coma.data.sources.image_folder import parse_whole_numbers
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from pretrain.evaluate import random_encoder
 
 
@@ -80,7 +81,9 @@ def test_the_command_matches_numbers_by_their_value(tmp_path):
     """12 grey levels: an encoder that has learned nothing tells them apart, and 10 is not the second."""
     train, test = folders(tmp_path / "train", *TWELVE, images=3), shard(tmp_path / "test.tar", TWELVE)
     model = ViTConfig(patch=4, dim=16, depth=1, heads=2)
-    about = ArtifactConfig("backbone", model, None, 8, (0.5,) * 3, (0.25,) * 3, None, {}, library_versions())
+    about = ArtifactConfig(
+        "backbone", model, None, ImageSize.of(8), (0.5,) * 3, (0.25,) * 3, None, {}, library_versions()
+    )
     save_artifact(tmp_path / "artifact", tensors=random_encoder(about).state_dict(), config=about)
     argv = ["--train", train, "--test", test, "--protocols", "knn", "--k", 1, "--workers", 0]
     out = ["--no-random-baseline", "--out", tmp_path / "scores"]

@@ -113,7 +113,7 @@ def test_a_pack_holds_the_same_images_labels_and_names(photos, tmp_path, workers
     assert packed.labels.tolist() == [0] * 5 + [1] * 5
     assert report.failures == [
         f"{photos}/cat/bad.jpg: not an image "
-        "(its content is not JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP or NPY)"
+        "(its content is not JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP, NPY or DICOM)"
     ]
     assert packed.describe(0) == f"{tmp_path}/out/shard-000000.tar[00000001-photo_1.jpg]"
     for i in range(10):

@@ -16,6 +16,7 @@ from coma.data import ArraySource, BatchLayout, check_sample, compute_mean_std, 
 from coma.data.decode import decode
 from coma.data.pixel_values import check_pixels
 from coma.errors import BadImage, BadInput
+from coma.image_size import ImageSize
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (40, 50, 3), np.uint8)
@@ -148,7 +149,7 @@ def test_training_counts_and_names_images_with_missing_values(tmp_path):
     for number in range(4):
         array = with_hole(HEIGHTS, -9999) if number == 2 else HEIGHTS
         (tmp_path / f"{number}.tif").write_bytes(tiff(array, "-9999"))
-    data = DataConfig(image_size=16, workers=0, mean=(115,), std=(8.7,))
+    data = DataConfig(image_size=ImageSize.of(16), workers=0, mean=(115,), std=(8.7,))
     batches = training_batches(open_source(tmp_path), data, channels=1, seed=0, batch=BatchLayout(4, 4))
     batch = next(batches)
     assert batch.filled == (
@@ -310,7 +311,7 @@ def test_an_image_of_another_unit_stops_training_by_name(tmp_path):
     Image.fromarray(COLOUR).save(tmp_path / "a.png")
     np.save(tmp_path / "b.npy", COLOUR.astype(np.float32))
     for mean, name in (((0.5,) * 3, "b.npy"), ((127.5,) * 3, "a.png")):
-        data = DataConfig(image_size=16, workers=0, mean=mean, std=(0.5,) * 3)
+        data = DataConfig(image_size=ImageSize.of(16), workers=0, mean=mean, std=(0.5,) * 3)
         batches = training_batches(open_source(tmp_path), data, channels=3, seed=0, batch=BatchLayout(2, 2))
         with pytest.raises(BadInput, match=f"^{tmp_path}/{name}: ") as raised:
             next(batches)

@@ -38,7 +38,7 @@ def undoing(degradation: Degradation, folder: Path) -> Model:
 
 def test_a_model_that_undoes_blur_is_asked_for_every_pixel(tmp_path, photograph):
     model = undoing("blur", tmp_path)
-    fitted = resize_picture(photograph, 48, "crop", MEAN)
+    fitted = resize_picture(photograph, (48, 48), "crop", MEAN)
     what = mask_picture(model, fitted, "blur", 0, 0.5)
     assert model.method == "blur" and what.predicts_all and what.visible.all()
     runtime = model.runtime("reconstructor")
@@ -51,7 +51,7 @@ def test_what_is_undone_was_degraded_as_in_training(kind, tmp_path, photograph):
     model = undoing(kind, tmp_path)
     runtime: Any = model.runtime("reconstructor")
     objective = runtime.module.objective
-    fitted = resize_picture(photograph, 48, "crop", MEAN)
+    fitted = resize_picture(photograph, (48, 48), "crop", MEAN)
     rule = runtime.spec.preprocessing
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (rule.mean, rule.std))
     for seed in range(3):
@@ -81,7 +81,7 @@ def test_what_leaves_the_range_of_pixels_reaches_the_model_but_no_picture(tmp_pa
     about = undoing("decolor", tmp_path).description("reconstructor")
     rule = about.preprocessing
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (rule.mean, rule.std))
-    fitted = resize_picture(photograph, 48, "crop", MEAN)
+    fitted = resize_picture(photograph, (48, 48), "crop", MEAN)
     degraded, visible = fitted.pixels * 3 - 1, torch.ones(1, 3, 3, dtype=torch.bool)
     floats, whole = (
         Echo(replace(about, preprocessing=replace(rule, normalize_in_graph=i))) for i in (False, True)
@@ -97,7 +97,7 @@ def test_what_leaves_the_range_of_pixels_reaches_the_model_but_no_picture(tmp_pa
 @pytest.mark.parametrize("method", METHODS)
 def test_a_model_that_zooms_in_gets_its_masks_on_the_centre(method, tmp_path, photograph):
     model = undoing("zoom-in+mask", tmp_path)
-    fitted = resize_picture(photograph, 96, "crop", MEAN)  # 6 x 6 units, of which it sees 4 x 4
+    fitted = resize_picture(photograph, (96, 96), "crop", MEAN)  # 6 x 6 units, of which it sees 4 x 4
     painted = np.zeros((96, 96), bool)
     painted[:48] = True
     what = mask_picture(model, fitted, method, 3, 0.75, painted)
@@ -118,10 +118,10 @@ def test_a_model_that_zooms_in_gets_its_masks_on_the_centre(method, tmp_path, ph
 
 def test_a_model_that_zooms_in_needs_something_to_see(tmp_path, photograph):
     model = undoing("zoom-in", tmp_path)
-    fitted = resize_picture(photograph, 96, "crop", MEAN)
+    fitted = resize_picture(photograph, (96, 96), "crop", MEAN)
     painted = np.zeros((96, 96), bool)
     painted[16:80, 16:80] = True
     with pytest.raises(BadInput, match="sees only the centre"):
         mask_picture(model, fitted, "brush", 0, 0.5, painted)
     with pytest.raises(BadInput, match="zooming in needs at least 3 x 3"):
-        mask_picture(model, resize_picture(photograph, 32, "crop", MEAN), "coma", 0, 0.5)
+        mask_picture(model, resize_picture(photograph, (32, 32), "crop", MEAN), "coma", 0, 0.5)

@@ -45,16 +45,17 @@ def models(tmp_path_factory) -> Models:
 @pytest.mark.parametrize(("shape", "size"), [((40, 80, 3), (24, 48)), ((80, 40, 3), (48, 24))])
 def test_a_letter_box_keeps_the_whole_picture_and_says_so(shape, size):
     pixels = np.full(shape, 200, np.uint8)
-    fitted = resize_picture(pixels, 48, "letterbox", MEAN)
+    fitted = resize_picture(pixels, (48, 48), "letterbox", MEAN)
     assert fitted.pixels.shape == (3, 48, 48) and fitted.content[2:] == size
     inside = fitted.crop(fitted.pixels.permute(1, 2, 0).numpy())
     assert inside.shape[:2] == size and np.allclose(inside, 200 / 255, atol=1e-6)
     assert torch.allclose(fitted.pixels[:, 0, 0], torch.tensor(MEAN))
     assert "letter-boxed" in fitted.note and "80" in fitted.note
-    assert resize_picture(pixels, 48, "crop", MEAN).pixels.shape == (3, 48, 48)
-    whole = resize_picture(pixels, 48, "whole", MEAN).pixels.shape[1:]
+    assert resize_picture(pixels, (48, 48), "crop", MEAN).pixels.shape == (3, 48, 48)
+    whole = resize_picture(pixels, (48, 48), "whole", MEAN).pixels.shape[1:]
     assert min(whole) == 48 and max(whole) == 96
-    assert max(resize_picture(np.zeros((10, 1000, 3), np.uint8), 48, "whole", MEAN, 16).pixels.shape) == 144
+    strip = np.zeros((10, 1000, 3), np.uint8)
+    assert max(resize_picture(strip, (48, 48), "whole", MEAN, 16).pixels.shape) == 144
 
 
 @pytest.mark.parametrize(("method", "views"), [("coma", 2), ("coma4", 4)])
@@ -88,7 +89,7 @@ def test_paint_hides_the_units_it_covers_and_no_others():
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "brush"])
 def test_every_method_hides_rebuilds_and_measures(models, photograph, method):
     model = models[models.names[0]]
-    fitted = resize_picture(photograph, 48, "crop", MEAN)
+    fitted = resize_picture(photograph, (48, 48), "crop", MEAN)
     what = mask_picture(model, fitted, method, 3, 0.5)
     rebuilt = reconstruct(model.runtime("reconstructor"), fitted, what.visible, "visible", what.degraded)
     assert rebuilt.merged.shape == (48, 48, 3) and np.isfinite(rebuilt.score.psnr)
@@ -102,7 +103,7 @@ def test_every_method_hides_rebuilds_and_measures(models, photograph, method):
 def test_hidden_pixels_have_no_influence_unless_the_true_statistics_are_asked_for(models, photograph):
     model = models[models.names[0]]
     assert model.norm_pix
-    fitted = resize_picture(photograph, 48, "crop", MEAN)
+    fitted = resize_picture(photograph, (48, 48), "crop", MEAN)
     visible = sample_views("mae", 1, 3, 3, 0.5)
     hidden = torch.from_numpy(~pixel_view(visible, UNIT, 48, 48)[0])
     other = replace(fitted, pixels=torch.where(hidden, 0.1 * fitted.pixels, fitted.pixels))
@@ -119,7 +120,7 @@ def test_true_statistics_are_those_of_the_objective_itself(models, photograph):
     model = models[models.names[0]]
     runtime = model.runtime("reconstructor")
     assert isinstance(runtime, TorchRuntime)
-    fitted = resize_picture(photograph, 48, "crop", MEAN)
+    fitted = resize_picture(photograph, (48, 48), "crop", MEAN)
     visible = sample_views("coma", 2, 3, 3)
     rule = runtime.spec.preprocessing
     images = normalize(fitted.pixels[None], rule.mean, rule.std).expand(2, -1, -1, -1)

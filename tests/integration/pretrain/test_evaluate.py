@@ -18,6 +18,7 @@ from coma.artifact import ArtifactConfig, library_versions, save_artifact
 from coma.config import ViTConfig
 from coma.data import ArraySource
 from coma.errors import BadInput, CheckFailed
+from coma.image_size import ImageSize
 from pretrain.evaluate import (
     Features,
     align_labels,
@@ -35,7 +36,15 @@ MODEL = ViTConfig(patch=4, dim=16, depth=1, heads=2)
 def description(model: ViTConfig = MODEL) -> ArtifactConfig:
     channels = model.channels
     return ArtifactConfig(
-        "backbone", model, None, 16, (0.5,) * channels, (0.25,) * channels, None, {}, library_versions()
+        "backbone",
+        model,
+        None,
+        ImageSize.of(16),
+        (0.5,) * channels,
+        (0.25,) * channels,
+        None,
+        {},
+        library_versions(),
     )
 
 
@@ -348,7 +357,7 @@ def test_rows_are_told_apart_and_one_baseline_serves_an_architecture(folder, cap
     others = {
         "a": replace(about, mean=(0.4, 0.5, 0.6)),
         "b": replace(about, model=replace(about.model, drop_path=0.2)),
-        "c": replace(about, image_size=2 * about.image_size),
+        "c": replace(about, image_size=2 * about.image_size.height),
     }
     paths = [Path(same) / name / "artifact" for name in others]
     monkeypatch.chdir(folder)

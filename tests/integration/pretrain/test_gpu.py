@@ -12,6 +12,7 @@ from short_runs import MODEL, OBJECTIVE, Killed, at, killed_in, learned
 from coma.config import DataConfig, DyViTConfig, MAEConfig, ViTConfig, dyvit_preset, method_preset
 from coma.data import BatchLayout, open_source, training_batches
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.masking.sampling import keep, partition
 from coma.models import DyViT, build_encoder
 from coma.models.window_variants import VARIANTS, attention_variant
@@ -116,7 +117,7 @@ def test_masks_are_those_of_a_cpu(accelerator):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_for_a_gpu_are_pinned(accelerator, photos, workers):
-    data = DataConfig(photos, image_size=16, workers=workers)
+    data = DataConfig(photos, image_size=ImageSize.of(16), workers=workers)
     batches = training_batches(
         open_source(photos), data, channels=3, seed=0, batch=BatchLayout(4, 4), device=accelerator
     )
@@ -174,7 +175,7 @@ def settings_of(folder):
     from coma.config import OptimizerConfig, PretrainConfig, RunConfig
 
     return PretrainConfig(
-        data=DataConfig(folder, image_size=224, mean=(0.5,) * 3, std=(0.3,) * 3, workers=0),
+        data=DataConfig(folder, image_size=ImageSize.of(224), mean=(0.5,) * 3, std=(0.3,) * 3, workers=0),
         model=MODEL,
         objective=method_preset("coma"),
         optimizer=OptimizerConfig(steps=1, batch_size=64),

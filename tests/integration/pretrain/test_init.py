@@ -15,6 +15,8 @@ from taught_models import timm_weights
 
 from coma import cli
 from coma.artifact import ArtifactConfig, library_versions, load_artifact, save_artifact
+from coma.artifact import weights as weights_module
+from coma.artifact.weights import read_weights
 from coma.atomic_io import sha256_of
 from coma.config import (
     CMTConfig,
@@ -27,11 +29,14 @@ from coma.config import (
     encoder_preset,
 )
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.models import build_encoder
 from coma.objectives import build_objective
 from coma.objectives.initialization import initial_objective, origin_of, with_initial_weights
 from pretrain.commands.pretrain import parse
 from pretrain.training import pretrain
+from pretrain.training.distributed import Processes
+from pretrain.training.run_plan import prepare
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 PREFIXES = {"backbone": "", "pretrained": "encoder.", "classifier": "", "detector": "backbone.encoder."}
@@ -52,7 +57,7 @@ def artifact(folder: Path, kind: str = "pretrained", **changes: Any) -> Path:
         kind=kind,  # type: ignore[arg-type]
         model=MODEL,
         objective=OBJECTIVE if kind == "pretrained" else None,
-        image_size=16,
+        image_size=ImageSize.of(16),
         mean=(0.5,) * 3,
         std=(0.2,) * 3,
         class_names=None if kind in ("backbone", "pretrained") else ("a", "b"),
@@ -211,12 +216,12 @@ def test_an_artifact_brings_its_model(tmp_path: Path, caplog: pytest.LogCaptureF
     place = artifact(tmp_path / "artifact")
     caplog.set_level("INFO")
     config = parse(["photos", "--init", str(place)])[0]
-    assert config.model == MODEL and config.data.image_size == 16
+    assert config.model == MODEL and config.data.image_size == (16, 16)
     assert config.objective == OBJECTIVE
     assert f"--init {place}: trains its model (architecture dyvit, channels 3, patch 1" in caplog.text
     assert "--image-size 16" in caplog.text
     wide = parse(["photos", "--init", str(place), "--channels", "4", "--image-size", "32"])[0]
-    assert wide.model == replace(MODEL, channels=4) and wide.data.image_size == 32
+    assert wide.model == replace(MODEL, channels=4) and wide.data.image_size == (32, 32)
     assert parse(["photos", "--init", str(place), "--model", "tiny"])[0].model != MODEL
     classifier = artifact(tmp_path / "other", "classifier")
     assert parse(["photos", "--init", str(classifier)])[0].objective.decoder.dim == 192
@@ -242,6 +247,70 @@ def test_a_name_of_timm_brings_its_network(tmp_path: Path, monkeypatch: pytest.M
     assert own and all(torch.equal(tensor, wanted[name]) for name, tensor in own.items())
     origin = origin_of(with_initial_weights(starting(config, "timm:test_vit.r160_in1k")))
     assert origin is not None and origin.name == "timm:test_vit.r160_in1k"
+
+
+# how pixels are normalised -----------------------------------------------------------------------
+
+
+def statistics(config: PretrainConfig, caplog: pytest.LogCaptureFixture, **data: Any) -> tuple[Any, str]:
+    """Mean and standard deviation that a run would take, and the line about them."""
+    caplog.clear()
+    caplog.set_level("INFO")
+    plain = replace(config, data=replace(config.data, **{"mean": None, "std": None, **data}))
+    plan = prepare(plain, Processes(torch.device("cpu")), resume=False)
+    lines = [line for line in caplog.messages if line.startswith("pixels are normalised")]
+    return plan.statistics, lines[0] if lines else ""
+
+
+def test_pixels_are_normalised_as_the_weights_expect(
+    settings: PretrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = artifact(tmp_path / "artifact", mean=(0.5, 0.4, 0.3), std=(0.2,) * 3)
+    measured, line = statistics(settings, caplog)
+    assert not line
+    assert statistics(starting(settings, place), caplog) == (
+        ((0.5, 0.4, 0.3), (0.2,) * 3),
+        "pixels are normalised by mean and standard deviation of the weights (0.5 0.4 0.3 and 0.2 0.2 0.2); "
+        "--init-normalization images takes those of the images",
+    )
+    images = starting(settings, place, init_normalization="images")
+    found, line = statistics(images, caplog)
+    assert found == measured and line.endswith("(--init-normalization weights takes those of the weights)")
+    given = {"mean": (0.1,) * 3, "std": (0.3,) * 3}
+    assert statistics(starting(settings, place), caplog, **given) == ((given["mean"], given["std"]), "")
+    wide = starting(replace(settings, model=replace(MODEL, channels=1)), place)
+    found, line = statistics(wide, caplog)
+    assert len(found[0]) == 1 and "those of the weights have 3 channels, the images 1" in line
+    save_file(build_encoder(MODEL).state_dict(), tmp_path / "plain.safetensors")
+    found, line = statistics(starting(settings, tmp_path / "plain.safetensors"), caplog)
+    assert found == measured and "the weights do not name theirs; --mean and --std set them" in line
+
+
+def test_timm_says_how_its_pixels_are_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = str(timm_weights(tmp_path))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: found)
+    config = timm.get_pretrained_cfg("test_vit.r160_in1k")
+    assert config is not None
+    for name in ("timm:test_vit.r160_in1k", "hf-hub:timm/test_vit.r160_in1k"):
+        assert read_weights(name).statistics == (tuple(config.mean), tuple(config.std))
+
+
+def test_weights_are_read_once_and_freed(
+    settings: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, read = artifact(tmp_path / "artifact"), []
+    load = weights_module.load_artifact
+    monkeypatch.setattr(weights_module, "load_artifact", lambda path: read.append(path) or load(path))
+    words = [str(settings.data.images), "--init", str(place), "--out", str(tmp_path / "run")]
+    quick = ["--steps", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
+    config = parse([*words, *quick])[0]
+    pretrain(config)
+    assert read == [place] and not weights_module._last
+    read_weights(str(place))
+    artifact(place, mean=(0.1,) * 3)
+    again = read_weights(str(place))
+    assert again.about is not None and again.about.mean == (0.1,) * 3 and len(read) == 3
+    weights_module.forget_weights()
 
 
 def test_settings_of_a_run_bring_its_weights(settings: PretrainConfig, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from coma.config import (
 )
 from coma.config.serialization import read_config, to_plain
 from coma.errors import BadInput, ComaError
+from coma.image_size import ImageSize
 from pretrain.commands.pretrain import parse, run
 from pretrain.training import pretrain
 from pretrain.training.distributed import AGREED
@@ -39,7 +40,7 @@ def test_presets_choose_defaults_and_flags_override_them():
     flags = "--out runs/first --model tiny --image-size 64 --method coma4 --channels 4 --epochs 3 --no-flip"
     config, resume, *_ = parse(["photos", *flags.split(), "--model.dim", "16", "--objective.no-norm-pix"])
     assert not resume
-    assert config.data == DataConfig(images=Path("photos"), image_size=64, flip=False)
+    assert config.data == DataConfig(images=Path("photos"), image_size=ImageSize.of(64), flip=False)
     assert config.model == replace(encoder_preset("tiny", 64, 4), dim=16)
     assert config.objective == replace(method_preset("coma4", decoder_dim=192), norm_pix=False)
     assert config.optimizer == OptimizerConfig(epochs=3)

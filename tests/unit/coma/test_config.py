@@ -24,6 +24,7 @@ from coma.config import (
 )
 from coma.config.serialization import from_plain, read_config, to_plain
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 
 
 @pytest.mark.parametrize("method", METHOD_PRESETS)
@@ -110,10 +111,18 @@ def test_an_artifact_tells_the_size_of_what_is_rebuilt(degrade, side):
     """Its image size stays what the encoder saw, which is what features are measured at."""
     run = PretrainConfig(objective=BeyondConfig(degrade))
     about = ArtifactConfig(
-        "pretrained", run.model, run.objective, 224, (0.5,) * 3, (0.2,) * 3, None, {}, library_versions()
+        "pretrained",
+        run.model,
+        run.objective,
+        ImageSize.of(224),
+        (0.5,) * 3,
+        (0.2,) * 3,
+        None,
+        {},
+        library_versions(),
     )
-    assert about.view_size == run.view_size == side
-    assert replace(about, kind="backbone", objective=None).view_size == 224
+    assert about.view_size == run.view_size == (side, side)
+    assert replace(about, kind="backbone", objective=None).view_size == (224, 224)
 
 
 def test_decoders_that_cannot_be_built():

@@ -10,6 +10,7 @@ import torch
 from coma.config import DataConfig
 from coma.data import ArraySource, BatchLayout, labelled_batches
 from coma.data.class_sampling import ClassSampler
+from coma.image_size import ImageSize
 
 RARE = torch.tensor([0] * 300 + [1] * 3 + [2] * 30)
 """Labels of which one is a hundred times as frequent as another."""
@@ -62,7 +63,7 @@ def test_batches_are_balanced_and_alike_on_any_ranks_and_from_any_start(repeats)
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (20, 18, 3), np.uint8) for _ in range(len(RARE))]
     source = ArraySource(images, RARE.numpy())
-    data = DataConfig(image_size=8, workers=0, aug_repeats=repeats)
+    data = DataConfig(image_size=ImageSize.of(8), workers=0, aug_repeats=repeats)
 
     def batches(count, start=0, rank=0, world=1, sampler=None):
         stream = labelled_batches(

@@ -5,14 +5,17 @@ import pickle
 import struct
 import zlib
 from contextlib import suppress
+from pathlib import Path
 
 import imagecodecs
 import numpy as np
 import pytest
+from dicom_files import compressed
 from encoded_images import COLOUR, encoded, npy, tiff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydicom.data import get_testdata_file
 
 from coma.data import decode as decoding
 from coma.data.decode import decode
@@ -126,7 +129,9 @@ def talkative_files() -> dict[str, bytes]:
     stray = tiff(COLOUR.astype(np.uint16)).replace(
         struct.pack("<HHI", 282, 5, 1), struct.pack("<HHI", 282, 99, 1)
     )
-    files = {"many.tif": bytes(many), "stray.tif": stray, "words.jpg": b"words"}
+    cut = compressed(imagecodecs.jpegls_encode(COLOUR)[:300], COLOUR, "1.2.840.10008.1.2.4.80", "RGB")
+    files = {"many.tif": bytes(many), "stray.tif": stray, "cut.dcm": cut, "words.jpg": b"words"}
+    files["bad.dcm"] = Path(str(get_testdata_file("badVR.dcm", download=False))).read_bytes()
     for position in range(60, 400, 7):
         flipped = bytearray(PNG16)
         flipped[position] ^= 64

@@ -25,9 +25,10 @@ from coma.data import (
 from coma.data.batches import TrainingFetcher
 from coma.data.shuffle import sample_seeds
 from coma.errors import BadImage, BadInput
+from coma.image_size import ImageSize
 
 SIZE = 16
-DATA = DataConfig(image_size=SIZE, workers=0)
+DATA = DataConfig(image_size=ImageSize.of(SIZE), workers=0)
 ASTRONAUT = pictures.astronaut()
 TILES = ArraySource(
     [ASTRONAUT[y : y + 40, x : x + 56] for y in range(0, 400, 100) for x in range(0, 400, 100)]
@@ -231,7 +232,7 @@ def test_bad_images_are_replaced_by_the_next_good_one_and_named(tmp_path):
     assert len(whole.failures) >= 5 * 4
     assert set(whole.failures) == {
         f"{tmp_path}/bad-{i:02d}.jpg: not an image "
-        "(its content is not JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP or NPY)"
+        "(its content is not JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP, NPY or DICOM)"
         for i in range(4)
     }
 

@@ -20,6 +20,7 @@ from coma.data.shuffle import Blocks
 from coma.data.sources import parquet
 from coma.data.sources.subset import Subset
 from coma.errors import BadImage, BadInput
+from coma.image_size import ImageSize
 from coma.paths import Address
 
 
@@ -158,7 +159,7 @@ def test_two_processes_see_disjoint_images_and_each_row_group_is_read_once(tmp_p
     read = []
     take = parquet._Reader._read
     monkeypatch.setattr(parquet._Reader, "_read", lambda self, key: read.append(key) or take(self, key))
-    data, seen = DataConfig(tmp_path, image_size=4, workers=0), []
+    data, seen = DataConfig(tmp_path, image_size=ImageSize.of(4), workers=0), []
     for rank in range(2):
         batches = training_batches(source, data, channels=3, seed=3, batch=BatchLayout(8, 4, rank, 2))
         seen.append([i for batch in islice(batches, 4) for i in batch.indices.tolist()])

@@ -12,7 +12,7 @@ from skimage import data as pictures
 
 from coma.data import normalize
 from coma.data.shuffle import uniforms
-from coma.data.transforms import RATIO, centre_square, random_crop, resize, stack
+from coma.data.transforms import RATIO, centre_crop, random_crop, resize, stack
 
 ASTRONAUT = pictures.astronaut()
 SIDES = st.integers(1, 600)
@@ -52,9 +52,23 @@ def test_images_too_thin_for_any_crop_give_their_middle():
     assert random_crop(1000, 1, (0.9, 1.0), uniforms(0)) == (499, 0, 1, 1)
 
 
-def test_centre_square():
-    assert centre_square(100, 60) == (20, 0, 60, 60)
-    assert centre_square(7, 10) == (0, 1, 7, 7)
+def test_centre_crop():
+    assert centre_crop(100, 60) == (20, 0, 60, 60)
+    assert centre_crop(7, 10) == (0, 1, 7, 7)
+    assert centre_crop(100, 60, (32, 64)) == (35, 0, 30, 60)
+    assert centre_crop(30, 300, (64, 32)) == (0, 142, 30, 15)
+    assert centre_crop(1, 300, (512, 8)) == (0, 149, 1, 1)
+
+
+@pytest.mark.parametrize("size", [(64, 512), (224, 448), (448, 224)])
+def test_crops_have_the_shape_of_what_they_are_resized_to(size):
+    boxes = np.array([random_crop(600, 800, (0.2, 1.0), uniforms(seed), size) for seed in range(2000)])
+    top, left, h, w = boxes.T
+    assert min(top.min(), left.min()) == 0 and (top + h).max() <= 600 and (left + w).max() <= 800
+    ratio = (w / h) / (size[1] / size[0])
+    assert ratio.min() > RATIO[0] * 0.98 and ratio.max() < RATIO[1] * 1.02
+    assert ratio.min() < 0.8 and ratio.max() > 1.25
+    assert len({tuple(box) for box in boxes.tolist()}) > 1900  # the middle is what rarely is left
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from coma.config import DyViTConfig, ViTConfig, dyvit_preset, encoder_preset
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.masking.sampling import partition
 from coma.models import DyViT, ViT, build_encoder
 from coma.models.attention import Consecutive, stage_layout
@@ -20,13 +21,13 @@ from coma.models.view_sequences import image_sequences
 
 
 @pytest.mark.parametrize("preset", ["tiny", "small", "base", "large"])
-@pytest.mark.parametrize("image_size", [32, 64, 224, 448])
+@pytest.mark.parametrize("image_size", [32, 64, 224, 448, (64, 128), (448, 224), (32, 512)])
 def test_presets_cut_no_windows_from_the_map(preset, image_size):
     config = dyvit_preset(preset, image_size)
-    units = image_size // config.unit
-    sequences = image_sequences(units, units)
+    rows, cols = (side // config.unit for side in ImageSize.of(image_size))
+    sequences = image_sequences(rows, cols)
     for stage, windows in enumerate(config.windows):
-        tokens = torch.empty(1, units**2, 1, 1)
+        tokens = torch.empty(1, rows * cols, 1, 1)
         layout = stage_layout(sequences, windows, 8, FIRST_SIDE >> stage, tokens)
         assert all(isinstance(window, Consecutive) for window in layout.windows)
 

@@ -12,6 +12,7 @@ from coma.config import DataConfig, DyViTConfig, FinetuneRecipe, OptimizerConfig
 from coma.config.objectives import method_preset
 from coma.config.serialization import from_plain, read_config, to_plain
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.ranges import SEED, Range, Ranged, ranges_of
 
 
@@ -101,7 +102,9 @@ def test_files_of_runs_are_checked_like_command_lines(tmp_path, method):
 
 def test_descriptions_of_artifacts_are_checked():
     model = DyViTConfig()
-    good = ArtifactConfig("backbone", model, None, 224, (0.5,) * 3, (0.2,) * 3, None, {}, library_versions())
+    good = ArtifactConfig(
+        "backbone", model, None, ImageSize.of(224), (0.5,) * 3, (0.2,) * 3, None, {}, library_versions()
+    )
     for change, message in [
         ({"model": {**to_plain(good)["model"], "mlp_ratio": math.inf}}, "model.mlp-ratio inf must be"),
         ({"image_size": 2**70}, "image-size 118059"),

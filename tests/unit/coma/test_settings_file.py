@@ -99,7 +99,11 @@ def test_models_and_methods_are_described_in_full_too(tmp_path):
         ("a.toml", "optimizer.epoch = 3\n", "line 1: no setting optimizer.epoch; did you mean epochs?"),
         ("a.toml", "\n[optimiser]\n", "line 2: no setting optimiser; did you mean optimizer?"),
         ("a.yaml", "run:\n  quite_other: 1\n", "line 2: no setting run.quite_other; there are: out, seed,"),
-        ("a.yaml", "data:\n  image_size: '64'\n", "line 2: data.image_size: '64' is not of type int"),
+        (
+            "a.yaml",
+            "data:\n  image_size: '64'\n",
+            "line 2: data.image_size: '64' must be a whole number, or two",
+        ),
         ("a.yaml", "data:\n  images: 5\n", "line 2: data.images: 5 is not a path"),
         ("a.yaml", "data:\n  mean: [a]\n  std: [1]\n", "line 2: data.mean.0: 'a' is not of type float"),
         ("a.toml", "[run]\nparallel = 'dp'\n", "line 2: run.parallel: 'dp' is none of 'ddp', 'fsdp'"),

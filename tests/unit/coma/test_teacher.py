@@ -224,7 +224,7 @@ def test_teachers_are_loaded_strictly_from_local_files(weights, tmp_path, monkey
     pickle.rename(tmp_path / "pickle.safetensors")
     with pytest.raises(BadInput, match=r"not a readable \.safetensors"):
         load_teacher(TeacherConfig("test_vit", tmp_path / "pickle.safetensors"), STATISTICS)
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(weights))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(weights))
     assert load_teacher(TeacherConfig("test_vit"), STATISTICS).features == 64
 
 
@@ -245,7 +245,7 @@ def test_teachers_are_loaded_strictly_from_local_files(weights, tmp_path, monkey
     ],
 )
 def test_teachers_that_cannot_teach_are_refused(config, message, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.chdir(Path(__file__).parents[3])
     with pytest.raises(BadInput, match=message):
         load_teacher(config, STATISTICS)
@@ -280,7 +280,7 @@ def test_weights_of_another_size_are_not_interpolated(weights, tmp_path):
 
 
 def test_missing_weights_are_asked_for(weights, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     with pytest.raises(
         BadInput, match=r"create_model\('test_vit', pretrained=True\).*--teacher-weights FILE"
     ):

@@ -1,5 +1,6 @@
 """DyViT inside timm, by timm's own conventions."""
 
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -7,6 +8,7 @@ import export_files
 import pytest
 import timm
 import torch
+from artifact_files import rewrite
 from timm.data import resolve_model_data_config
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
@@ -17,6 +19,8 @@ from coma.config import dyvit_preset, encoder_preset
 from coma.errors import BadArtifact, BadInput
 from coma.models import DyViT
 
+WIDE = ("tiny at 64 px", "plain", "timm")
+"""Artifacts that are there for images of 32 x 64 px as well."""
 TINY = {"img_size": 32, "depths": (1, 1, 2, 1)}
 
 
@@ -132,6 +136,10 @@ def artifacts(tmp_path_factory):
     for name, model in models.items():
         export_files.pretrained(folder / name, model)
         export_files.classifier(folder / f"{name}, classifier", model)
+    for name in WIDE:
+        for kind in ("", ", classifier"):
+            wide = shutil.copytree(folder / f"{name}{kind}", folder / f"wide {name}{kind}")
+            rewrite(wide, image_size=[32, 64])
     return folder
 
 
@@ -176,7 +184,7 @@ def test_nothing_is_loaded_silently():
         backbone.load_state_dict({n: t for n, t in loaded.items() if "gate" not in n})
 
 
-@pytest.mark.parametrize("name", ["tiny at 32 px", "tiny at 64 px", "plain", "timm"])
+@pytest.mark.parametrize("name", ["tiny at 32 px", *WIDE, *(f"wide {each}" for each in WIDE)])
 @torch.no_grad()
 def test_create_timm_gives_networks_of_timm_with_equal_outputs(artifacts, name):
     encoder, classifier = (
@@ -184,7 +192,7 @@ def test_create_timm_gives_networks_of_timm_with_equal_outputs(artifacts, name):
         coma.load_classifier(artifacts / f"{name}, classifier"),
     )
     size = encoder.artifact.image_size
-    images = torch.randn(2, 3, size, size)
+    images = torch.randn(2, 3, *size)
     tokens = coma.create_timm(artifacts / name).forward_features(images)
     expected = encoder.forward_features(images)
     if tokens.ndim == 3:  # class tokens first
@@ -193,7 +201,7 @@ def test_create_timm_gives_networks_of_timm_with_equal_outputs(artifacts, name):
     model = coma.create_timm(artifacts / f"{name}, classifier")
     torch.testing.assert_close(model(images), classifier(images), rtol=0, atol=1e-5)
     data = resolve_model_data_config(model)
-    assert data["input_size"] == (3, size, size) and data["mean"] == encoder.artifact.mean
+    assert data["input_size"] == (3, *size) and data["mean"] == encoder.artifact.mean
     assert coma.create_timm(artifacts / name, num_classes=7)(images).shape == (2, 7)
 
     backbone = coma.create_timm(artifacts / name, features_only=True, norm=True)
@@ -201,7 +209,7 @@ def test_create_timm_gives_networks_of_timm_with_equal_outputs(artifacts, name):
     assert len(maps) == len(encoder.strides)
     for found, expected, stride in zip(maps, encoder(images), backbone.feature_info.reduction(), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-        assert stride * found.shape[-1] >= size
+        assert stride * found.shape[-2] >= size.height and stride * found.shape[-1] >= size.width
     first = coma.create_timm(artifacts / name, features_only=True, out_indices=(0,))(images)
     assert [each.shape[1] for each in first] == [backbone.model.feature_info[0]["num_chs"]]
 

@@ -37,6 +37,7 @@ from coma.config.serialization import from_plain, to_plain
 from coma.data import ArraySource, BatchLayout, labelled_batches, training_batches
 from coma.data.augment import rand_augment
 from coma.errors import BadArtifact, BadInput
+from coma.image_size import ImageSize
 from coma.models import build_encoder
 from coma.models.classifiers import build_classifier
 from coma.objectives.classification import Classification, balanced_weights
@@ -127,7 +128,7 @@ def tiles(n: int = 12, channels: int = 3, dtype: type = np.uint8) -> ArraySource
 
 
 def first(source: ArraySource, strength: int, seed: int = 0, channels: int = 3):
-    data = DataConfig(image_size=16, workers=0, mean=(0.5,) * channels, std=(0.2,) * channels)
+    data = DataConfig(image_size=ImageSize.of(16), workers=0, mean=(0.5,) * channels, std=(0.2,) * channels)
     labels = torch.from_numpy(source.labels)
     how = {"channels": channels, "seed": seed, "batch": BatchLayout(8, 8)}
     return (
@@ -255,8 +256,8 @@ def test_the_loss_is_cross_entropy_with_these_targets(batch):
 
 def description(model=PLAIN, **changes) -> ArtifactConfig:
     about = ArtifactConfig(
-        "classifier", model, None, 16, (0.5,) * 3, (0.2,) * 3, ("a", "b", "c"), {}, library_versions(),
-        head=dict(LINEAR_HEAD),
+        "classifier", model, None, ImageSize.of(16), (0.5,) * 3, (0.2,) * 3, ("a", "b", "c"), {},
+        library_versions(), head=dict(LINEAR_HEAD),
     )  # fmt: skip
     return replace(about, **changes)
 

@@ -171,6 +171,19 @@ def test_only_images_below_the_folder_are_opened(album, name, reason):
     assert len(album.failures) == 1 and "\n" not in album.failures[0]
 
 
+def test_windows_are_shown_and_only_of_images_below_the_folder(album):
+    window = album.pixels("red.png#xywh=5,2,10,8", 0)
+    assert window.shape == (8, 10, 3) and (window == (200, 10, 10)).all()
+    for name in (
+        "red.png#xywh=35,2,10,8",
+        "../outside.png#xywh=0,0,4,4",
+        "pipe.png#xywh=0,0,4,4",
+        "text.png#frame=2",
+    ):
+        with pytest.raises(BadImage):
+            album.pixels(name, 0)
+
+
 def test_thumbnails_keep_their_shape(album):
     picture = album.thumbnail("red.png", 16)
     assert picture is not None and picture.size == (16, 8) and picture.getpixel((3, 3)) == (200, 10, 10)

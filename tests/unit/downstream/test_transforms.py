@@ -38,6 +38,11 @@ def test_a_folder_is_searched_as_in_pretraining_and_the_rest_is_said(tmp_path, c
         list_images(tmp_path / "predictions")
 
 
+def test_all_splits_of_a_folder_are_predicted(tmp_path):
+    wanted = [save(tmp_path / split / "a.png") for split in ("test", "train", "val")]
+    assert list_images(tmp_path) == wanted
+
+
 @pytest.mark.timeout(60)
 def test_a_pipe_is_never_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.png")

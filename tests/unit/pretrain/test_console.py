@@ -18,6 +18,7 @@ from coma.config import (
     PretrainConfig,
     ViTConfig,
 )
+from coma.image_size import ImageSize
 from coma.signals import StopNow, StopRequest
 from pretrain.training.console import PATIENCE, TrainingConsole
 from pretrain.training.distributed import Processes
@@ -112,7 +113,7 @@ def test_flops_are_those_of_the_matrix_products():
 
 def test_mfu_is_flops_over_peak(monkeypatch):
     settings = PretrainConfig(
-        data=DataConfig(image_size=16),
+        data=DataConfig(image_size=ImageSize.of(16)),
         model=ViTConfig(patch=4, dim=16, depth=2, heads=2),
         optimizer=OptimizerConfig(batch_size=4),
     )

@@ -25,6 +25,7 @@ from coma.config import (
 )
 from coma.data import Batch, BatchLayout, open_source, training_batches
 from coma.errors import BadInput, CheckFailed
+from coma.image_size import ImageSize
 from coma.models import build_encoder
 from coma.objectives import build_objective
 from pretrain.training import pretrain, replay_nonfinite
@@ -49,7 +50,7 @@ def train_step(micro: int = 4, precision: Any = "fp32", model: Any = MODEL, **se
 def batches(photos: Path, micro: int = 4) -> Iterator[Batch]:
     return training_batches(
         open_source(photos),
-        DataConfig(image_size=16, workers=0),
+        DataConfig(image_size=ImageSize.of(16), workers=0),
         channels=3,
         seed=0,
         batch=BatchLayout(4, micro),
@@ -240,7 +241,7 @@ def test_the_average_is_what_is_published(photos):
 
 def settings(photos: Path, out: Path, **optimizer: Any) -> PretrainConfig:
     return PretrainConfig(
-        data=DataConfig(images=photos, image_size=16, workers=0),
+        data=DataConfig(images=photos, image_size=ImageSize.of(16), workers=0),
         model=replace(MODEL, drop_path=0.3),
         objective=OBJECTIVE,
         optimizer=replace(OptimizerConfig(steps=6, batch_size=4, micro_batch=2), **optimizer),

@@ -1,0 +1,44 @@
+"""Checks the size that a JPEG, JPEG-LS or JPEG 2000 stream inside another file says of itself.
+
+Decoders allocate memory for the size in the stream, whatever the file around it says.
+"""
+
+from __future__ import annotations
+
+from coma.errors import BadImage
+
+_JPEG, _JPEG_2000 = b"\xff\xd8", b"\xff\x4f\xff\x51"
+_BOXED_JPEG_2000 = b"\0\0\0\x0cjP  "
+_FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0), 0xF7)
+"""Second bytes of the markers that begin a frame: ITU-T T.81, table B.1; T.87 (JPEG-LS), table C.1."""
+
+
+def codestream_size(data: bytes) -> tuple[int, int] | None:
+    """Returns height and width of a stream; None if it is of another kind, or does not say them."""
+    if data.startswith(_BOXED_JPEG_2000):
+        data = data[max(data.find(_JPEG_2000), 0) :]
+    if data.startswith(_JPEG_2000):  # ITU-T T.800, A.5.1: the size and offset of the reference grid
+        columns, rows, left, top = (int.from_bytes(data[at : at + 4]) for at in (8, 12, 16, 20))
+        return rows - top, columns - left
+    if not data.startswith(_JPEG):
+        return None
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in _FRAMES:  # T.81, B.2.2: length, precision, lines, samples per line
+            return int.from_bytes(data[at + 5 : at + 7]), int.from_bytes(data[at + 7 : at + 9])
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4])
+    return None
+
+
+def check_codestream(data: bytes, height: int, width: int) -> None:
+    """Checks that a stream is not larger than the part of the image that it holds.
+
+    Raises:
+        BadImage: It is.
+    """
+    size = codestream_size(data)
+    if size is not None and (size[0] > height or size[1] > width):
+        raise BadImage(
+            f"is damaged: a part of {height} x {width} pixels says that it has {size[0]} x {size[1]}"
+        )
