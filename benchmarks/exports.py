@@ -56,7 +56,8 @@ from export.latency import Latency, time_interleaved
 from export.onnx_export import cast_weights, write_onnx
 from export.preprocessing import open_images
 from export.quantization import quantize_int8
-from export.verify.parity import ParityResult, verify
+from export.verify.parity import verify
+from export.verify.verdict import ParityResult
 
 PRECISIONS = ("fp32", "fp16", "int8")
 

@@ -31,6 +31,7 @@ from export.graphs.detector import AFTER_BACKBONE
 from export.graphs.load import load_exportable, named_examples
 from export.onnx_export import cast_weights, read_spec, with_normalization, write_onnx
 from export.report import NAME as REPORT
+from export.report_picture import NAME as PICTURE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -171,7 +172,7 @@ def remove_unfinished(folder: Path) -> None:
         for end in (".onnx", ".engine", ".engine.json")
     }
     names |= {f"{graph}{_BASE}" for graph in get_args(GraphKind)}
-    written = (*names, REPORT, STAGED)
+    written = (*names, REPORT, PICTURE, STAGED)
     found = [folder / name for name in (*names, STAGED, *(f".{name}.part" for name in written))]
     unfinished = [path for path in found if path.is_file()]
     for path in unfinished:

@@ -17,20 +17,20 @@ from coma.library_errors import about_one_file, library_errors
 from coma.messages import counted
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import Entry, Manifest, Selection
-from coma.runtimes.model_spec import Precision
-from coma.runtimes.preprocessing import resize_image, to_input
+from coma.runtimes.model_spec import ModelSpec, Precision
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shapes
 from coma.runtimes.tensorrt.sidecar import sidecar_path
 from export.candidates import CandidateBuilder, fit_preprocessing
 from export.config import ExportConfig, ExportImages
-from export.graphs.load import load_exportable, named_examples
-from export.half_precision_emulation import emulate, is_half
+from export.graphs.load import load_exportable
 from export.latency import end_to_end, time_interleaved
-from export.onnx_export import load_onnx, read_spec
-from export.verify.parity import ParityResult, verify
+from export.onnx_export import check_axes, load_onnx, normalized, read_spec, with_sizes
+from export.verify.opened_file import OpenedFile, open_file
+from export.verify.parity import batch_inputs, verify
 from export.verify.task_metrics import measure, top1
-from export.verify.tolerances import TOLERANCES
+from export.verify.tolerances import Tolerance, tolerance_of
+from export.verify.verdict import ParityResult, worst_shape
 
 if TYPE_CHECKING:
     from export.progress import ProgressListener
@@ -68,13 +68,15 @@ class Gate:
         """Verifies an ONNX file; returns why it is rejected, or None if it is kept."""
         from export.quantization import precision_summary
 
-        runtime, timed = self._open(candidate, precision)
-        place = "cpu" if self.config.device == "cpu" else "cuda"
-        entry, result = self._verify(candidate, path.name, runtime, timed, place)
+        model = load_onnx(candidate)
+        opened = open_file(candidate, model, self.reference.spec.graph, precision, self.config.device)
         with library_errors("the graph cannot be inspected"):
-            entry.numbers = precision_summary(load_onnx(candidate))
+            check_axes(model, opened.runtime.spec)
+            numbers = precision_summary(model)
+        entry, result = self._verify(candidate, path.name, opened)
+        entry.numbers = numbers
         if not result.passed:
-            entry.error = self._locate_error(candidate, runtime)
+            entry.error = self._locate_error(opened, result)
         elif precision in ("int8", "fp8"):
             result = _require_gain(result, entry, builder.base_file().stat().st_size, self._fp32)
             entry.verification = result.to_dict()
@@ -98,54 +100,59 @@ class Gate:
 
         build_engine(onnx_path, candidate, (profile,), self.config.engine, progress)
         runtime = TensorRTRuntime(candidate, "cuda", cuda_graphs=not self.shapes.dynamic)
-        entry, result = self._verify(candidate, path.name, runtime, runtime, "cuda")
+        precision = read_spec(onnx_path).precision
+        opened = OpenedFile(runtime, runtime, precision, on_gpu=True)
+        entry, result = self._verify(candidate, path.name, opened)
         return self._record(candidate, path, entry, result)
 
     def reject(
         self, path: Path, precision: Precision, builder: CandidateBuilder, error: CheckFailed
     ) -> str | None:
         """Records a file that cannot be built, opened or measured; returns why it is rejected."""
-        candidate, result = builder.candidate_path(path), ParityResult((), 0, {}, (str(error),))
+        candidate, result = builder.candidate_path(path), ParityResult(0, {}, (str(error),))
         return self._record(candidate, path, self._entry(candidate, path.name, precision, result), result)
 
-    def _open(self, candidate: Path, precision: Precision) -> tuple[Runtime, Runtime | None]:
-        """Returns the runtime to verify, and the runtime to time if this device can run the file as it is."""
-        from coma.runtimes.onnxruntime import OnnxRuntime
-
-        if self.config.device == "cpu" and is_half(precision):
-            with about_one_file(), library_errors("the graph cannot be emulated in fp32"):
-                emulated = emulate(load_onnx(candidate), precision).SerializeToString()
-            return OnnxRuntime(emulated), OnnxRuntime(candidate) if precision == "fp16" else None
-        runtime = OnnxRuntime(candidate, self.config.device)
-        return runtime, runtime
-
-    def _verify(
-        self, candidate: Path, name: str, runtime: Runtime, timed: Runtime | None, place: str
-    ) -> tuple[Entry, ParityResult]:
-        precision = runtime.spec.precision
+    def _verify(self, candidate: Path, name: str, opened: OpenedFile) -> tuple[Entry, ParityResult]:
         title = f"{name}: comparing with PyTorch"
         self.listener.step(title)
+        runtime, precision, tolerance = opened.runtime, opened.precision, opened.tolerance
         result = verify(
             self.reference,
             runtime,
             self.shapes,
             self.images.verification.pictures,
-            lambda done, total: self.listener.step(title, done, total),
+            expected=replace(with_sizes(self._spec, self.shapes), precision=precision),
+            steps=opened.steps,
+            tolerance=tolerance,
+            progress=lambda done, total: self.listener.step(title, done, total),
         )
         metric = self._metric(runtime) if result.passed else {}
-        limit = TOLERANCES[precision].points
         for score, value in metric.get("file", {}).items():
             lost = metric["torch"][score] - value
-            if not lost <= limit + 1e-6:  # scores are rounded to tenths: 43.2 - 43.1 is more than 0.1
-                fault = f"{score} fell by {lost:.2f} points, more than {limit}"
+            if (
+                not lost <= tolerance.points + 1e-6
+            ):  # scores are rounded to tenths: 43.2 - 43.1 is more than 0.1
+                fault = f"{score} fell by {lost:.2f} points, more than {tolerance.points}"
                 result = replace(result, failures=(*result.failures, fault))
         latency = []
-        if result.passed and self.config.benchmark_seconds and timed:
-            latency = self._latency(timed, place)
-        entry = self._entry(candidate, name, precision, result)
+        if result.passed and self.config.benchmark_seconds and opened.timed:
+            latency = self._latency(opened.timed, "cuda" if opened.on_gpu else "cpu")
+        entry = self._entry(candidate, name, precision, result, tolerance)
         return replace(entry, runtime=runtime.title, metric=metric, latency=latency), result
 
-    def _entry(self, candidate: Path, name: str, precision: Precision, result: ParityResult) -> Entry:
+    @property
+    def _spec(self) -> ModelSpec:
+        """Specification of the files, but for their precision and fixed axes."""
+        return normalized(self.reference.spec) if self.config.normalize_in_graph else self.reference.spec
+
+    def _entry(
+        self,
+        candidate: Path,
+        name: str,
+        precision: Precision,
+        result: ParityResult,
+        tolerance: Tolerance | None = None,
+    ) -> Entry:
         exists = candidate.exists()
         return Entry(
             file=name,
@@ -156,7 +163,7 @@ class Gate:
             bytes=candidate.stat().st_size if exists else 0,
             parameters=sum(p.numel() for p in self.reference.module.parameters()),
             shapes=[str(s) for s in dict.fromkeys((self.shapes.min, self.shapes.opt, self.shapes.max))],
-            tolerances=asdict(TOLERANCES[precision]),
+            tolerances=asdict(tolerance or tolerance_of(precision)),
             verification=result.to_dict(),
             images=str(self.images.verification.selection),
             image_sets=self._image_sets(precision),
@@ -225,8 +232,7 @@ class Gate:
             size, shape = (opt.height, opt.width), f"{batch} x {opt.height} x {opt.width}"
             timed = []
             for each in both:
-                rule, inputs = each.spec.preprocessing, named_examples(each.spec, batch, *size)
-                inputs["images"] = to_input([resize_image(pictures[0], rule, size)] * batch, rule)
+                inputs = batch_inputs(each.spec, pictures, [0] * batch, *size)
                 inputs = {name: tensor.to(place) for name, tensor in inputs.items()}
                 timed.append(("compute", partial(each, **inputs), each))
             if runtime.spec.graph != "reconstructor":
@@ -240,35 +246,31 @@ class Gate:
             ]
         return rows
 
-    def _locate_error(self, candidate: Path, runtime: Runtime) -> str | None:
+    def _locate_error(self, opened: OpenedFile, result: ParityResult) -> str | None:
         """Returns a description of the module where the error starts, or None if it cannot be located."""
         from export.verify.bisect import locate
 
-        self.listener.step(f"{candidate.name}: locating the error")
-        spec, opt = runtime.spec, self.shapes.opt
-        batch = opt.batch if "batch" not in self.shapes.dynamic else 1
-        size, picture = (opt.height, opt.width), self.images.verification.pictures[0]
-        inputs = []
-        for each in (self.reference.spec, spec):
-            rule, examples = each.preprocessing, named_examples(each, batch, *size)
-            examples["images"] = to_input([resize_image(picture, rule, size)] * batch, rule)
-            inputs.append(tuple(examples.values()))
-        model = load_onnx(candidate)
+        if not result.errors or opened.as_run is None:
+            return None
+        self.listener.step("locating the error")
+        shape, pictures = worst_shape(result.errors), self.images.verification.pictures
+        numbers = [i % len(pictures) for i in range(max(min(shape.batch, 3), self.shapes.min.batch))]
+        inputs, exported = (
+            tuple(batch_inputs(each, pictures, numbers, shape.height, shape.width).values())
+            for each in (self.reference.spec, self._spec)
+        )
         try:
             with library_errors("not located"):
                 found = locate(
                     self.reference.module,
-                    emulate(model, spec.precision) if is_half(spec.precision) else model,
-                    inputs[0],
-                    TOLERANCES[spec.precision].cosine,
-                    exported=inputs[1],
+                    opened.as_run,
+                    inputs,
+                    opened.tolerance.relative,
+                    exported=exported,
                 )
         except (ComaError, RuntimeError):  # the graph does not run with intermediate outputs
             return None
-        if not found:
-            return None
-        after_proposals = found.module.startswith(("box_heads", "mask_heads"))
-        return f"{found}" + ("; or its proposals differ from PyTorch's" if after_proposals else "")
+        return str(found) if found else None
 
 
 def _summary(entry: Entry, result: ParityResult) -> str:

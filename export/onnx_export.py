@@ -31,6 +31,7 @@ from coma.runtimes.model_spec import (
 )
 from coma.runtimes.shape_ranges import Shapes
 from export.custom_ops import translations
+from export.graphs.detector import recording
 from export.graphs.load import example_inputs
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET = 18
+RECORDED = "step/"
+"""Prefix of the steps of a detector inside its graph, which the verification reads; see `Detector.steps`."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _VERBOSE_LOGGERS = (
     *("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes"),
@@ -74,16 +77,15 @@ class NormalizedInput(nn.Module):
 
 def with_normalization(exportable: ExportableModel) -> ExportableModel:
     """Returns the model with normalisation in its graph: it takes uint8 pixels."""
-    spec = exportable.spec
+    module = NormalizedInput(exportable.module, exportable.spec)
+    return ExportableModel(module, normalized(exportable.spec))
+
+
+def normalized(spec: ModelSpec) -> ModelSpec:
+    """Returns the specification of a file that takes uint8 pixels and normalises them."""
     images = replace(spec.inputs[0], dtype="uint8")
-    return ExportableModel(
-        NormalizedInput(exportable.module, spec),
-        replace(
-            spec,
-            inputs=(images, *spec.inputs[1:]),
-            preprocessing=replace(spec.preprocessing, normalize_in_graph=True),
-        ),
-    )
+    rule = replace(spec.preprocessing, normalize_in_graph=True)
+    return replace(spec, inputs=(images, *spec.inputs[1:]), preprocessing=rule)
 
 
 def cast_weights(exportable: ExportableModel, precision: Precision) -> ExportableModel:
@@ -118,25 +120,22 @@ def write_onnx(
     shapes.check(exportable.spec.unit)
     state = exportable.module.state_dict(keep_vars=True).values()
     _check_size(sum(each.numel() * each.element_size() for each in state))
-    spec = replace(
-        exportable.spec,
-        inputs=tuple(_with_sizes(each, shapes, exportable.spec.unit) for each in exportable.spec.inputs),
-        outputs=tuple(_with_sizes(each, shapes, exportable.spec.unit) for each in exportable.spec.outputs),
-    )
+    spec = with_sizes(exportable.spec, shapes)
     dynamic: Any = tuple(
         {i: axis for i, axis in enumerate(each.axes) if isinstance(axis, str)} for each in spec.inputs
     )
     if isinstance(exportable.module, NormalizedInput) and len(dynamic) > 1:
         dynamic = (dynamic[0], dynamic[1:])  # follows the signature, where *others is one argument
-    with library_errors("the graph cannot be traced"), _quiet(), torch.no_grad():
+    module, outputs = exportable.module, [each.name for each in spec.outputs]
+    with library_errors("the graph cannot be traced"), _quiet(), torch.no_grad(), recording(module) as steps:
         program = torch.onnx.export(
-            exportable.module,
+            module,
             _trace_inputs(spec, shapes),
             dynamo=True,
             dynamic_shapes=dynamic if shapes.dynamic else None,
             opset_version=OPSET,
             input_names=[each.name for each in spec.inputs],
-            output_names=[each.name for each in spec.outputs],
+            output_names=[*outputs, *(RECORDED + name for name in steps)],
             custom_translation_table=translations(plugin_free) if spec.graph == "detector" else None,
             external_data=False,
             verbose=False,
@@ -146,6 +145,7 @@ def write_onnx(
     model = program.model_proto
     if spec.precision == "bf16" and any(node.op_type == "Conv" for node in model.graph.node):
         raise CheckFailed(f"ONNX has no bf16 convolution in opset {OPSET}; use fp16")
+    del model.graph.output[len(outputs) :]  # the steps of a detector keep their names inside the graph
     _drop_source_notes(model)
     onnx.helper.set_model_props(model, {METADATA: to_json(spec)})
     check_graph(model)
@@ -239,8 +239,16 @@ def check_axes(model: onnx.ModelProto, spec: ModelSpec) -> None:
         raise CheckFailed("the exported graph has wrong axes: " + "; ".join(faults))
 
 
+def with_sizes(spec: ModelSpec, shapes: Shapes) -> ModelSpec:
+    """Returns the specification of a file for these shapes, with the sizes of its fixed axes."""
+    inputs, outputs = (
+        tuple(_with_sizes(each, shapes, spec.unit) for each in tensors)
+        for tensors in (spec.inputs, spec.outputs)
+    )
+    return replace(spec, inputs=inputs, outputs=outputs)
+
+
 def _with_sizes(tensor: TensorSpec, shapes: Shapes, unit: int) -> TensorSpec:
-    """Returns the specification with the sizes of the axes that are fixed."""
     fixed = {
         "batch": shapes.opt.batch,
         "height": shapes.opt.height,

@@ -6,31 +6,45 @@ from pathlib import Path
 
 from coma.atomic_io import write_text
 from coma.runtimes.manifest import Entry, Manifest
+from export import report_picture
 
 NAME = "report.md"
 
 
 def write_report(manifest: Manifest, folder: Path) -> Path:
-    """Writes the report atomically and returns its path."""
-    write_text(folder / NAME, render(manifest))
+    """Writes the report and its picture atomically and returns the path of the report."""
+    picture = folder / report_picture.NAME
+    drawn = report_picture.draw_report([*manifest.files, *manifest.rejected], picture)
+    if not drawn:
+        picture.unlink(missing_ok=True)
+    write_text(folder / NAME, render(manifest, picture.name if drawn else None))
     return folder / NAME
 
 
-def render(manifest: Manifest) -> str:
-    """Returns the report as Markdown."""
+def render(manifest: Manifest, picture: str | None = None) -> str:
+    """Returns the report as Markdown.
+
+    Args:
+        manifest: Records of the files.
+        picture: Name of the picture to show.
+    """
+    measured = [*manifest.files, *manifest.rejected]
     parts = [
         f"# Exports of {manifest.artifact}",
         f"A {manifest.kind}, compared with PyTorch (fp32).\n\n{_circumstances(manifest)}",
         "## Files\n\n" + _table(_FILES, [_file_row(entry) for entry in manifest.files]),
-        "## Errors against PyTorch\n\n" + _table(_ERRORS, _error_rows(manifest.files)),
+        "## Errors against PyTorch\n\n" + _table(_ERRORS, _error_rows(measured)),
+        f"## Errors by shape\n\n{_BY_SHAPE_NOTE}\n\n" + _table(_BY_SHAPE, _shape_rows(measured)),
     ]
+    if picture:
+        parts.insert(2, f"![Errors of all outputs, and latencies]({picture})")
     latencies = [row for entry in manifest.files for row in _latency_rows(entry)]
     if latencies:
         parts.append(
             "## Latency\n\nFile and PyTorch run in turns. Compute: from tensors to outputs. End to end: "
             "from the bytes of image files, with decoding and resizing.\n\n" + _table(_LATENCY, latencies)
         )
-    parts += _image_sets([*manifest.files, *manifest.rejected])
+    parts += _image_sets(measured)
     if manifest.rejected:
         lines = [
             f"- `{entry.file}`: {'; '.join(entry.verification['failures'])}"
@@ -72,7 +86,15 @@ _FILES = (
     "shapes (min : opt : max, batch x height x width)",
     "metric",
 )
-_ERRORS = ("file", "output", "minimum cosine", "maximum error", "99.9 %", "mean", "agreement")
+_ERRORS = (
+    *("file", "output", "minimum cosine", "relative error"),
+    *("maximum error", "99.9 %", "mean", "agreement"),
+)
+_BY_SHAPE = ("file", "shape", "largest relative error", "output", "least agreement", "output")
+_BY_SHAPE_NOTE = (
+    "Relative error: norm of the error over norm of PyTorch's output. Agreement: share of equal classes of "
+    "pixels, or of detections found again, both ways."
+)
 _LATENCY = ("file", "shape", "runtime", "what", "p50 ms", "p90", "p99", "images/s")
 
 
@@ -96,14 +118,38 @@ def _error_rows(entries: list[Entry]) -> list[tuple[str, ...]]:
     rows = []
     for entry in entries:
         for name, each in entry.verification["outputs"].items():
-            numbers = [each[key] for key in ("max", "p99.9", "mean")]
+            numbers = [each[key] for key in ("relative", "max", "p99.9", "mean")]
             rows.append(
                 (
                     f"`{entry.file}`",
                     name,
                     "" if each["cosine"] is None else f"{each['cosine']:.7f}",
-                    *("" if each["cosine"] is None else f"{number:.2g}" for number in numbers),
+                    *("" if number is None else f"{number:.2g}" for number in numbers),
                     "" if each["agreement"] is None else f"{each['agreement']:.2%}",
+                )
+            )
+    return rows
+
+
+def _shape_rows(entries: list[Entry]) -> list[tuple[str, ...]]:
+    """Returns a row for every file and shape; files of earlier versions have none."""
+    rows = []
+    for entry in entries:
+        for shape, outputs in entry.verification.get("by_shape", {}).items():
+            errors = {k: v["relative"] for k, v in outputs.items() if v["relative"] is not None}
+            shares = {k: v["agreement"] for k, v in outputs.items() if v["agreement"] is not None}
+            worst, least = (
+                max(errors, key=errors.__getitem__, default=""),
+                min(shares, key=shares.__getitem__, default=""),
+            )
+            rows.append(
+                (
+                    f"`{entry.file}`",
+                    shape,
+                    f"{errors[worst]:.2g}" if worst else "",
+                    worst,
+                    f"{shares[least]:.2%}" if least else "",
+                    least,
                 )
             )
     return rows

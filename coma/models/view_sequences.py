@@ -11,7 +11,8 @@ nothing attends to them, and nothing reads them back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -164,7 +165,21 @@ def is_exporting() -> bool:
 
     Inside `torch.compile`, torch's function of this name is always true (seen in 2.11).
     """
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return _as_exported or (torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling())
+
+
+@contextmanager
+def computed_as_exported() -> Iterator[None]:
+    """Makes models compute in PyTorch as their exported graphs do, so that all tensors inside are alike."""
+    global _as_exported
+    before, _as_exported = _as_exported, True
+    try:
+        yield
+    finally:
+        _as_exported = before
+
+
+_as_exported = False
 
 
 def has_known_size(h: int, w: int) -> bool:

@@ -54,7 +54,7 @@ class Entry:
         parameters: Number of parameters of the model.
         shapes: Minimum, optimal and maximum input shape.
         tolerances: Tolerances of the verification.
-        verification: Result of the verification (see `export.verify.parity.ParityResult.to_dict`).
+        verification: Result of the verification (see `export.verify.verdict.ParityResult.to_dict`).
         images: Human-readable description of the verification images.
         image_sets: Images by purpose: verification, calibration, top-1.
         metric: Scores of PyTorch (`torch`) and of the file (`file`) in percent; empty without labels.

@@ -13,6 +13,9 @@ them. This module does not import mmdet.
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,11 +37,74 @@ from export.graphs.detector_config import DetectorSettings, Regions, Settings, r
 AFTER_BACKBONE = ("pyramid.neck.*", "[!p]*")
 """Patterns of the layers after the encoder of a detector: the neck, and all modules except `pyramid`."""
 
-Detections = tuple[Tensor, ...]
-"""Boxes, scores, labels and, with a mask head, masks."""
+OUTPUTS = ("boxes", "scores", "labels", "masks")
+"""Outputs in order; masks with a mask head only."""
 
 
-def detector(model: nn.Module, head: Settings) -> nn.Module:
+class Steps(dict[str, Tensor]):
+    """Values that the steps of a detector compute, by name, in the order of computation.
+
+    Selection magnifies rounding: two proposals that are almost equally likely may change places. To compare
+    a file with PyTorch step by step, every step can start from the file's values instead of PyTorch's.
+
+    Args:
+        given: Values to continue with, by name.
+    """
+
+    def __init__(self, given: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
+        self.given = given or {}
+
+    def put(self, name: str, value: Tensor) -> Tensor:
+        """Stores a computed value and returns the value that the next steps start from."""
+        self[name] = value
+        return self.given.get(name, value)
+
+    def put_each(self, name: str, values: Iterable[Tensor]) -> list[Tensor]:
+        """Stores the values of all levels or stages."""
+        return [self.put(f"{name}/{number}", value) for number, value in enumerate(values)]
+
+
+class Detector(nn.Module):
+    """A detector whose intermediate values can be read and replaced; see `detector`."""
+
+    settings: DetectorSettings
+    recorded: tuple[str, ...] = ()
+    """Steps that `forward` returns after the detections; see `recording`."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Maps images `[b, c, H, W]` to detections; see `detector`."""
+        steps = self.steps(images)
+        return tuple(steps[name] for name in (*OUTPUTS, *self.recorded) if name in steps)
+
+    @abstractmethod
+    def steps(self, images: Tensor, given: Mapping[str, Tensor] | None = None) -> Steps:
+        """Returns the values of all steps; every step starts from the values in `given`."""
+
+    @abstractmethod
+    def step_names(self) -> list[str]:
+        """Returns the names of all steps before the detections."""
+
+
+@contextmanager
+def recording(module: nn.Module) -> Iterator[list[str]]:
+    """Makes a detector in `module` return its steps too, for tracing; yields their names (none without)."""
+    found = [each for each in module.modules() if isinstance(each, Detector)]
+    names = [name for each in found for name in each.step_names()]
+    for each in found:
+        each.recorded = tuple(names)
+    try:
+        yield names
+    finally:
+        for each in found:
+            each.recorded = ()
+
+
+def _numbered(names: Iterable[str], count: int) -> list[str]:
+    return [f"{name}/{number}" for name in names for number in range(count)]
+
+
+def detector(model: nn.Module, head: Settings) -> Detector:
     """Returns a copy of a detector in evaluation mode that can be exported.
 
         images  b c H W       normalised, any H and W that the encoder takes
@@ -80,7 +146,7 @@ class Pyramid(nn.Module):
         return list(self.neck(self.backbone(padded.to(next(self.parameters()).dtype))))
 
 
-class OneStage(nn.Module):
+class OneStage(Detector):
     """RetinaNet: detections from the anchors of all levels."""
 
     def __init__(self, model: Any, settings: DetectorSettings) -> None:
@@ -89,20 +155,27 @@ class OneStage(nn.Module):
         self.pyramid = Pyramid(model, settings)
         self.head = copy.deepcopy(model.bbox_head)
 
-    def forward(self, images: Tensor) -> Detections:
-        """Maps images `[b, c, H, W]` to detections; see `detector`."""
-        settings, corner = self.settings.candidates, image_corner(images)
-        maps = zip(*self.head(self.pyramid(images)), strict=True)
+    def steps(self, images: Tensor, given: Mapping[str, Tensor] | None = None) -> Steps:
+        """Returns logits and deltas of every level, and the detections."""
+        settings, corner, steps = self.settings.candidates, image_corner(images), Steps(given)
+        logits, deltas = self.head(self.pyramid(images))
+        maps = zip(steps.put_each("logits", logits), steps.put_each("deltas", deltas), strict=True)
         levels = [level_candidates(i, x, y, settings, corner) for i, (x, y) in enumerate(maps)]
         boxes, odds, labels = (torch.cat(parts, 1) for parts in zip(*levels, strict=True))
         classes = torch.arange(self.settings.classes, device=labels.device)[:, None]
         by_class = torch.where(labels[:, None] == classes, odds[:, None], 0)  # b c n
         least = settings.score / max(1 - settings.score, 1e-9)
         boxes, odds, labels = best_boxes(boxes[:, None], by_class, settings.iou, least, settings.limit)
-        return boxes, probability_of(odds), labels
+        for name, value in zip(OUTPUTS, (boxes, probability_of(odds), labels), strict=False):
+            steps.put(name, value)
+        return steps
+
+    def step_names(self) -> list[str]:
+        """Returns the names of all steps before the detections."""
+        return _numbered(("logits", "deltas"), len(self.settings.candidates.strides))
 
 
-class TwoStage(nn.Module):
+class TwoStage(Detector):
     """Faster, Mask and Cascade R-CNN: region proposals, then their classes, refined boxes and masks."""
 
     def __init__(self, model: Any, settings: DetectorSettings, regions: Regions) -> None:
@@ -114,23 +187,42 @@ class TwoStage(nn.Module):
         self.box_heads = _stages(model.roi_head.bbox_head)
         self.mask_heads = _stages(model.roi_head.mask_head) if regions.mask_poolings else nn.ModuleList()
 
-    def forward(self, images: Tensor) -> Detections:
-        """Maps images `[b, c, H, W]` to detections; see `detector`."""
-        corner, features, regions = image_corner(images), self.pyramid(images), self.regions
-        boxes, scores = self._classify(features, *self._propose(features, corner), corner)
-        found = best_boxes(boxes, scores, regions.iou, regions.score, regions.limit)
-        return (*found, self._masks(features, *found)) if self.mask_heads else found
+    def steps(self, images: Tensor, given: Mapping[str, Tensor] | None = None) -> Steps:
+        """Returns features, region proposals, outputs of the heads and the detections."""
+        corner, regions, steps = image_corner(images), self.regions, Steps(given)
+        features = steps.put_each("features", self.pyramid(images))
+        proposals = self._propose(features, corner, steps)
+        boxes, scores = self._classify(features, *proposals, corner, steps)
+        boxes, scores, labels = best_boxes(boxes, scores, regions.iou, regions.score, regions.limit)
+        boxes, scores = steps.put("boxes", boxes), steps.put("scores", scores)
+        labels = steps.put("labels", labels)
+        if self.mask_heads:
+            steps.put("masks", self._masks(features, boxes, scores, labels, steps))
+        return steps
 
-    def _propose(self, features: list[Tensor], corner: Tensor) -> tuple[Tensor, Tensor]:
+    def step_names(self) -> list[str]:
+        """Returns the names of all steps before the detections."""
+        levels, stages = len(self.settings.candidates.strides), len(self.box_heads)
+        return [
+            *_numbered(("features", "rpn_logits", "rpn_deltas"), levels),
+            *("proposals", "proposal_odds"),
+            *_numbered(("logits", "deltas"), stages),
+            *_numbered(["refined"], stages - 1),
+            *_numbered(["mask_logits"], len(self.mask_heads)),
+        ]
+
+    def _propose(self, features: list[Tensor], corner: Tensor, steps: Steps) -> tuple[Tensor, Tensor]:
         """Returns region proposals `[b, n, 4]` and their odds `[b, n]`; levels are suppressed separately."""
         settings = self.settings.candidates
-        maps = zip(*self.rpn(features), strict=True)
+        logits, deltas = self.rpn(features)
+        maps = zip(steps.put_each("rpn_logits", logits), steps.put_each("rpn_deltas", deltas), strict=True)
         levels = [level_candidates(i, x, y, settings, corner)[:2] for i, (x, y) in enumerate(maps)]
         boxes, odds = (torch.stack(parts, 1) for parts in zip(*levels, strict=True))  # b level k
-        return best_boxes(boxes, odds, settings.iou, settings.score, settings.limit)[:2]
+        boxes, odds, _ = best_boxes(boxes, odds, settings.iou, settings.score, settings.limit)
+        return steps.put("proposals", boxes), steps.put("proposal_odds", odds)
 
     def _classify(
-        self, features: list[Tensor], boxes: Tensor, proposed: Tensor, corner: Tensor
+        self, features: list[Tensor], boxes: Tensor, proposed: Tensor, corner: Tensor, steps: Steps
     ) -> tuple[Tensor, Tensor]:
         """Maps proposals `[b, n, 4]` and their odds `[b, n]` to boxes and scores of every class.
 
@@ -146,18 +238,24 @@ class TwoStage(nn.Module):
             logits, deltas = head(region_features(features, boxes, regions.poolings[stage]))
             logits = logits.float().reshape(-1, count, logits.shape[1])  # b n c+1: the last is background
             deltas = deltas.float().reshape(-1, count, deltas.shape[1] // 4, 4)
+            logits, deltas = steps.put(f"logits/{stage}", logits), steps.put(f"deltas/{stage}", deltas)
             refined = decode_boxes(boxes[:, :, None], deltas, regions.codes[stage], corner)  # b n c 4
-            boxes = _of_class(refined, logits[..., :-1].argmax(-1), regions.agnostic[stage])
+            if stage + 1 < len(self.box_heads):
+                boxes = _of_class(refined, logits[..., :-1].argmax(-1), regions.agnostic[stage])
+                boxes = steps.put(f"refined/{stage}", boxes)
             total = total + logits
         scores = (total / len(self.box_heads)).softmax(-1)[..., :-1].permute(0, 2, 1)
         return refined.permute(0, 2, 1, 3), torch.where(proposed[:, None] > 0, scores, 0)
 
-    def _masks(self, features: list[Tensor], boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+    def _masks(
+        self, features: list[Tensor], boxes: Tensor, scores: Tensor, labels: Tensor, steps: Steps
+    ) -> Tensor:
         """Returns mask probabilities `[b, n, h, w]` for each box's class, as the mean over the stages."""
         masks: list[Tensor] = []
         for stage, head in enumerate(self.mask_heads):
             logits = head(region_features(features, boxes, self.regions.mask_poolings[stage]))
             logits = logits.float().unflatten(0, (-1, boxes.shape[1]))  # b n c h w
+            logits = steps.put(f"mask_logits/{stage}", logits)
             agnostic = self.regions.mask_agnostic[stage]
             masks.append(_of_class(logits, labels.clamp(min=0), agnostic).sigmoid())
         return torch.stack(masks).mean(0) * (scores > 0)[..., None, None]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import inf
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import box_iou
 
-SURE = 0.3
-"""Minimum score of the reference's detections that must match."""
-_BEST = 10  # detections per image if none has that score
-_SAME_PLACE = 0.9  # minimum intersection over union of a match
+Role = Literal["output", "detections", "selection"]
+"""What an output is held to: `output` is continuous in the pixels (or an integer for each of them),
+`detections` were selected from all others, `selection` was computed from the file's own raw outputs."""
 
 
 @dataclass
@@ -20,6 +19,7 @@ class OutputError:
     """Error of one output over all images.
 
     Attributes:
+        role: Kind of the output, which decides on its tolerances.
         cosine: Minimum cosine similarity of an image; floating-point outputs only.
         relative: Maximum relative error (norm of the error over norm of PyTorch's output) of an image;
             detects a wrong scale, which the cosine does not.
@@ -33,6 +33,7 @@ class OutputError:
         finite: Whether all values are finite.
     """
 
+    role: Role = "output"
     cosine: float = 1.0
     relative: float = 0.0
     max: float = 0.0
@@ -53,6 +54,11 @@ class OutputError:
     def agreement(self) -> float | None:
         """Share of equal integers or matching detections; None for other outputs."""
         return self.same / self.counted if self.counted else None
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Sort key: larger errors come last."""
+        return self.relative, 1 - (1.0 if self.agreement is None else self.agreement)
 
     def add(self, wanted: Tensor, found: Tensor) -> None:
         """Adds the floating-point values of one image, of any shape."""
@@ -78,6 +84,15 @@ class OutputError:
         self.same += same
         self.counted += of
 
+    def merge(self, other: OutputError) -> None:
+        """Adds the images of another error of the same output."""
+        self.cosine = min(self.cosine, other.cosine)
+        for name in ("relative", "max", "p99_9", "largest"):
+            setattr(self, name, max(getattr(self, name), getattr(other, name)))
+        for name in ("compared", "total", "same", "counted"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.finite &= other.finite
+
 
 def cosine(wanted: Tensor, found: Tensor) -> float:
     """Returns the cosine similarity of two vectors; 1 if both are zero."""
@@ -98,61 +113,22 @@ class OutputErrors:
 
     outputs: dict[str, OutputError] = field(default_factory=dict)
 
-    def of(self, name: str) -> OutputError:
+    def of(self, name: str, role: Role = "output") -> OutputError:
         """Returns the error of one output."""
-        return self.outputs.setdefault(name, OutputError())
+        return self.outputs.setdefault(name, OutputError(role))
 
     def add(self, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
         """Adds the outputs of one image, without a batch axis."""
-        if "boxes" in wanted:
-            self._add_detections(wanted, found)
-            return
         for name, values in wanted.items():
             if values.is_floating_point():
                 self.of(name).add(values, found[name])
             else:
                 self.of(name).count(int((values == found[name]).sum()), values.numel())
 
-    def _add_detections(self, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-        # nearly equal scores make the order of detections arbitrary, so they are matched first; both ways, so
-        # that duplicates and inventions count like missing detections
-        for name in ("boxes", "scores"):
-            if not found[name].isfinite().all() or not wanted[name].isfinite().all():
-                self.of(name).add(wanted[name], found[name])
-                return
-        pairs, sought = match(wanted, found)
-        back, found_back = match(found, wanted)
-        self.of("labels").count(len(pairs) + len(back), sought + found_back)
-        if pairs:
-            ours, theirs = map(list, zip(*pairs, strict=True))
-            for name in ("boxes", "scores", "masks"):
-                if name in wanted:
-                    self.of(name).add(wanted[name][ours], found[name][theirs])
-
-
-def match(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[list[tuple[int, int]], int]:
-    """Matches detections of one image that have the same class and nearly the same box.
-
-    Args:
-        wanted: boxes `[n, 4]`, scores `[n]` in descending order, and labels `[n]`; empty slots have score 0.
-        found: Detections in the same form.
-
-    Returns:
-        Pairs of indices into the two lists, and the number of detections to match: those with a score of at
-        least `SURE`, or the best few.
-    """
-    there = int((wanted["scores"] > 0).sum())
-    sought = int((wanted["scores"] >= SURE).sum()) or min(there, _BEST)
-    overlap = box_iou(wanted["boxes"][:sought].float(), found["boxes"].float())
-    overlap[wanted["labels"][:sought, None] != found["labels"]] = 0
-    overlap[:, found["scores"] <= 0] = 0
-    pairs = []
-    for ours in range(sought):
-        theirs = int(overlap[ours].argmax())
-        if overlap[ours, theirs] >= _SAME_PLACE:
-            pairs.append((ours, theirs))
-            overlap[:, theirs] = 0
-    return pairs, sought
+    def merge(self, other: OutputErrors) -> None:
+        """Adds the errors of other images."""
+        for name, error in other.outputs.items():
+            self.of(name, error.role).merge(error)
 
 
 def split_pixels(images: Tensor, visible: Tensor, unit: int) -> tuple[Tensor, Tensor]:

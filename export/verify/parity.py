@@ -2,14 +2,14 @@
 
 Both sides start from the same decoded images. PyTorch gets them preprocessed as the artifact specifies, the
 file as the file specifies, so the comparison covers the whole way from pixels to outputs, normalisation
-included.
+included. Rounding decides what a detector selects, so its steps are compared one by one as well, each from
+the values that the file itself computed before (see `export.graphs.detector.Steps`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,190 +21,235 @@ from coma.masking.patchify import unit_grid
 from coma.runtimes.base import Runtime
 from coma.runtimes.model_spec import ModelSpec
 from coma.runtimes.preprocessing import resize_image, to_input
+from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes
-from export.verify.errors import OutputError, OutputErrors, split_pixels
-from export.verify.tolerances import TOLERANCES
+from export.graphs.detector import OUTPUTS, Detector
+from export.onnx_export import RECORDED
+from export.verify.description import description_fault
+from export.verify.detections import add_detections
+from export.verify.errors import OutputErrors, split_pixels
+from export.verify.shapes import shapes_to_run
+from export.verify.tolerances import TOLERANCES, Tolerance
+from export.verify.verdict import ParityResult, find_failures
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class ParityResult:
-    """Result of a verification.
-
-    Attributes:
-        shapes: Shapes at which the file ran.
-        images: Number of different images.
-        outputs: Errors of the outputs by name.
-        failures: Reasons for which the file is rejected; empty if it passed.
-    """
-
-    shapes: tuple[Shape, ...]
-    images: int
-    outputs: dict[str, OutputError]
-    failures: tuple[str, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether the file passed."""
-        return not self.failures
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the values for JSON."""
-        return {
-            "passed": self.passed,
-            "failures": list(self.failures),
-            "images": self.images,
-            "shapes": [str(shape) for shape in self.shapes],
-            "outputs": {
-                name: {
-                    "cosine": each.cosine if each.compared or not each.finite else None,
-                    "relative": each.relative if each.finite else None,
-                    "max": each.max if each.finite else None,
-                    "mean": each.mean if each.finite else None,
-                    "p99.9": each.p99_9 if each.finite else None,
-                    "agreement": each.agreement,
-                }
-                for name, each in self.outputs.items()
-            },
-        }
-
-
-def shapes_to_run(shapes: Shapes, unit: int) -> tuple[Shape, ...]:
-    """Returns the shapes to verify: small, optimal and maximum batches; minimum, maximum and odd sizes."""
-    opt = shapes.opt
-    odd = (opt.height + unit // 2 + 1, max(opt.width - 5, unit))
-    sizes = [(s.height, s.width) for s in (opt, shapes.min, shapes.max)]
-    wanted = [Shape(batch, *sizes[0]) for batch in (1, 2, opt.batch, shapes.max.batch)]
-    odds = [odd, (odd[1], odd[0])]
-    if not any(shapes.allows(Shape(shapes.min.batch, *size)) for size in odds):  # none is larger
-        below = (max(opt.height - unit // 2 - 1, unit), max(opt.width - 5, unit))
-        odds = [below, (below[1], below[0])]
-    wanted += [Shape(shapes.min.batch, *size) for size in (*sizes, *odds)]
-    return tuple(shape for shape in dict.fromkeys(wanted) if shapes.allows(shape))
+Outputs = dict[str, Tensor]
 
 
 def verify(
-    reference: Runtime,
+    reference: TorchRuntime,
     runtime: Runtime,
     shapes: Shapes,
     pictures: Sequence[np.ndarray],
+    *,
+    expected: ModelSpec | None = None,
+    steps: Runtime | None = None,
+    tolerance: Tolerance | None = None,
     progress: Progress | None = None,
 ) -> ParityResult:
     """Runs both and compares their outputs image by image.
+
+    The first batch runs three times: twice in a row, which shows outputs that are not deterministic, and
+    after all other shapes, which shows a state that stays from one run to the next.
 
     Args:
         reference: PyTorch in fp32.
         runtime: Runtime of the exported file.
         shapes: Shapes that the file takes.
         pictures: Decoded images `[H, W, c]`.
+        expected: Description that the file must hold; None does not check it.
+        steps: Runtime of a detector's file that also returns the steps that it records.
+        tolerance: Tolerances; by default those of the precision on a CPU.
         progress: Receives the number of finished shapes and their total.
     """
     spec = runtime.spec
-    differences = OutputErrors()
-    failures: list[str] = []
-    seen: set[int] = set()
+    tolerance = tolerance or TOLERANCES[spec.precision]
+    fault = description_fault(expected, spec) if expected else None
+    if fault:
+        return ParityResult(0, {}, (fault,))
     run = shapes_to_run(shapes, spec.unit)
-    wanted = _Reference(reference, pictures, max(shape.batch for shape in run))
+    comparison = _Comparison(reference, runtime, steps, pictures, max(shape.batch for shape in run))
+    failures: list[str] = []
     for number, shape in enumerate(run):
-        numbers = [i % len(pictures) for i in range(max(shape.batch, 1))]
-        batches = [numbers]
-        if shape.batch < len(pictures) and number == 0:  # all images once, at the optimal size
-            starts = range(0, len(pictures), shape.batch)
-            batches = [[i % len(pictures) for i in range(start, start + shape.batch)] for start in starts]
-        for batch in batches:
-            seen.update(batch)
-            try:
-                with library_errors(runtime.title):
-                    _compare(runtime, wanted, batch, shape, pictures, differences)
-            except ComaError as error:
-                failures.append(f"cannot be run at {shape}: {error}")
-                break
+        try:
+            with library_errors(runtime.title):
+                comparison.run(shape, all_pictures=number == 0)
+        except ComaError as error:
+            failures.append(f"cannot be run at {shape}: {error}")
         if progress:
             progress(number + 1, len(run))
-    failures += find_failures(differences.outputs, spec)
-    return ParityResult(run, len(seen), differences.outputs, tuple(failures))
+    if not failures:
+        with library_errors(runtime.title):
+            failures += comparison.repeat(run[0], tolerance)
+    failures += find_failures(comparison.errors, spec.graph, tolerance)
+    return ParityResult(len(comparison.seen), comparison.errors, tuple(failures))
 
 
-def find_failures(outputs: dict[str, OutputError], spec: ModelSpec) -> list[str]:
-    """Returns the errors that exceed the tolerances of the precision; NaN always does."""
-    limits = TOLERANCES[spec.precision]
-    failures = []
-    for name, each in outputs.items():
-        if not each.finite:
-            failures.append(f"{name} holds NaN or infinite values")
-        elif not (each.compared or each.counted) and spec.graph != "detector":
-            failures.append(f"{name}: no values to compare; give larger or more images")
-        elif each.compared and not each.largest:
-            failures.append(f"{name} is zero everywhere, in PyTorch too, so the comparison is empty")
-        elif each.compared and each.cosine < limits.cosine:
-            failures.append(f"{name}: cosine {each.cosine:.6f} is below {limits.cosine}")
-        elif each.compared and each.relative > limits.relative:
-            failures.append(f"{name}: relative error {each.relative:.4f} is above {limits.relative:.4f}")
-        agreement, least = each.agreement, limits.found if name == "labels" else limits.agreement
-        if agreement is not None and agreement < least:
-            failures.append(f"{name}: {agreement:.2%} agree, fewer than {least:.2%}")
-    if spec.graph == "detector" and not outputs["labels"].counted:
-        failures.append("PyTorch detected nothing; give images that show objects")
-    return failures
+def batch_inputs(
+    spec: ModelSpec, pictures: Sequence[np.ndarray], numbers: Sequence[int], height: int, width: int
+) -> Outputs:
+    """Returns the inputs of a model for some of the pictures, by name.
+
+    A reconstructor sees half of the units; the number of a picture is the seed of its mask.
+    """
+    rule = spec.preprocessing
+    images = to_input([resize_image(pictures[i], rule, (height, width)) for i in numbers], rule)
+    if spec.graph != "reconstructor":
+        return {"images": images}
+    rows, cols = unit_grid(height, width, spec.unit)
+    maps = []
+    for number in numbers:
+        order = torch.randperm(rows * cols, generator=torch.Generator().manual_seed(number))
+        maps.append((order < max(rows * cols // 2, 1)).view(rows, cols))
+    return {"images": images, "visible": torch.stack(maps)}
 
 
-class _Reference:
-    """PyTorch's outputs for each image and size, computed once.
+@dataclass
+class _Comparison:
+    """Compares a file with PyTorch shape by shape.
 
-    It caches the outputs of the first `again` images at the current size; later batches use no others.
+    Attributes:
+        again: Number of pictures whose PyTorch outputs stay cached at the current size: later batches use
+            no others.
+        errors: Errors at every shape so far.
+        seen: Numbers of the pictures so far.
     """
 
-    def __init__(self, runtime: Runtime, pictures: Sequence[np.ndarray], again: int) -> None:
-        self.runtime = runtime
-        self.pictures = pictures
-        self.again = again
-        self._size = (0, 0)
-        self._known: dict[int, dict[str, Tensor]] = {}
+    reference: TorchRuntime
+    runtime: Runtime
+    steps: Runtime | None
+    pictures: Sequence[np.ndarray]
+    again: int
+    errors: dict[Shape, OutputErrors] = field(default_factory=dict)
+    seen: set[int] = field(default_factory=set)
+    _first: Outputs = field(default_factory=dict)
+    _size: tuple[int, int] = (0, 0)
+    _known: dict[int, Outputs] = field(default_factory=dict)
 
-    def __call__(self, number: int, height: int, width: int) -> dict[str, Tensor]:
-        """Returns the outputs of one image, without a batch axis, on the CPU."""
+    def run(self, shape: Shape, *, all_pictures: bool) -> None:
+        """Runs one batch of a shape, or as many as show all pictures."""
+        new_size = (shape.height, shape.width) not in [(s.height, s.width) for s in self.errors]
+        errors = self.errors.setdefault(shape, OutputErrors())
+        for start in range(0, len(self.pictures) if all_pictures else 1, shape.batch):
+            numbers = self._numbers(shape, start)
+            inputs, found = self._run_file(numbers, shape)
+            self._first = self._first or found
+            self._compare(numbers, shape, inputs, found, errors)
+            self.seen.update(numbers)
+        if self.steps and new_size:
+            self._compare_steps(self.steps, self._numbers(shape), shape, errors)
+
+    def repeat(self, shape: Shape, tolerance: Tolerance) -> list[str]:
+        """Runs the first batch of a shape twice more and returns what differs from one run to another."""
+        numbers = self._numbers(shape)
+        (inputs, again), (_, twice) = (self._run_file(numbers, shape) for _ in range(2))
+        failures = []
+        for one, other, when in ((self._first, again, "after other runs"), (again, twice, "in two runs")):
+            changed = [name for name in one if not _equal(one[name], other[name])]
+            if changed and one[changed[0]].device.type != "cpu":  # a GPU may add up in another order
+                errors = OutputErrors()
+                for place in range(shape.batch):
+                    self._add(inputs, _image(one, place), _image(other, place), place, errors)
+                changed = find_failures({shape: errors}, self.runtime.spec.graph, tolerance)
+            if changed:
+                failures.append(f"the same input gives other results {when}: {', '.join(changed)}")
+        return failures
+
+    def _numbers(self, shape: Shape, start: int = 0) -> list[int]:
+        return [i % len(self.pictures) for i in range(start, start + shape.batch)]
+
+    def _run_file(self, numbers: Sequence[int], shape: Shape) -> tuple[Outputs, Outputs]:
+        """Returns inputs and outputs of the file for a batch."""
+        inputs = batch_inputs(self.runtime.spec, self.pictures, numbers, shape.height, shape.width)
+        return inputs, self.runtime(**inputs)
+
+    def _run_reference(self, number: int, height: int, width: int) -> Outputs:
+        """Returns PyTorch's outputs for one picture, without a batch axis, on the CPU."""
         if self._size != (height, width):
             self._size, self._known = (height, width), {}
         if number in self._known:
             return self._known[number]
-        rule = self.runtime.spec.preprocessing
-        images = to_input([resize_image(self.pictures[number], rule, (height, width))], rule)
-        others = _others(self.runtime.spec, [number], height, width)
-        outputs = {name: each[0].cpu() for name, each in self.runtime(images, **others).items()}
+        inputs = batch_inputs(self.reference.spec, self.pictures, [number], height, width)
+        outputs = {name: each[0].cpu() for name, each in self.reference(**inputs).items()}
         if number < self.again:
             self._known[number] = outputs
         return outputs
 
+    def _compare(
+        self, numbers: Sequence[int], shape: Shape, inputs: Outputs, found: Outputs, errors: OutputErrors
+    ) -> None:
+        on_cpu = {name: value.cpu() for name, value in found.items()}
+        for place, number in enumerate(numbers):
+            ours = self._run_reference(number, shape.height, shape.width)
+            _check_outputs(ours, on_cpu, len(numbers))
+            self._add(inputs, ours, {name: on_cpu[name][place] for name in ours}, place, errors)
 
-def _compare(
-    runtime: Runtime,
-    wanted: _Reference,
-    numbers: Sequence[int],
-    shape: Shape,
-    pictures: Sequence[np.ndarray],
-    differences: OutputErrors,
-) -> None:
-    spec = runtime.spec
-    height, width = shape.height, shape.width
-    rule = spec.preprocessing
-    images = to_input([resize_image(pictures[i], rule, (height, width)) for i in numbers], rule)
-    others = _others(spec, numbers, height, width)
-    found = {k: v.cpu() for k, v in runtime(images, **others).items()}
-    for place, number in enumerate(numbers):
-        ours = wanted(number, height, width)
-        _check_outputs(ours, found, len(numbers))
-        theirs = {name: found[name][place] for name in ours}
+    def _add(self, inputs: Outputs, ours: Outputs, theirs: Outputs, place: int, errors: OutputErrors) -> None:
+        """Adds the outputs of one image at a place of the batch."""
+        spec = self.runtime.spec
+        if spec.graph == "detector":
+            add_detections(errors, ours, theirs, "detections")
+            return
         if spec.graph == "reconstructor":
-            if rule.normalize_in_graph:  # normalises again, because the mean dominates pixel values
-                mean, std = (255 * torch.tensor(v).view(-1, 1, 1) for v in (rule.mean, rule.std))
-                theirs = {name: (values - mean) / std for name, values in theirs.items()}
-            visible = others["visible"][place]
+            visible = inputs["visible"][place]
+            if spec.preprocessing.normalize_in_graph:  # normalises again: the mean dominates pixel values
+                theirs = _normalized(theirs, spec)
             ours, theirs = (_hidden_and_visible(each, visible, spec.unit) for each in (ours, theirs))
-        differences.add(ours, theirs)
+        errors.add(ours, theirs)
+        if spec.graph == "segmentor":
+            chosen = theirs["logits"].gather(0, theirs["classes"].clamp(0, len(theirs["logits"]) - 1)[None])
+            best = chosen[0] == theirs["logits"].amax(0)
+            errors.of("classes of the file's logits", "selection").count(int(best.sum()), best.numel())
+
+    def _compare_steps(
+        self, runtime: Runtime, numbers: Sequence[int], shape: Shape, errors: OutputErrors
+    ) -> None:
+        """Compares the steps of a detector, each computed by PyTorch from the file's own values."""
+        ours, theirs = (
+            batch_inputs(spec, self.pictures, numbers, shape.height, shape.width)["images"]
+            for spec in (self.reference.spec, runtime.spec)
+        )
+        given = {name.removeprefix(RECORDED): v.cpu() for name, v in runtime(theirs).items()}
+        given = {name: v.float() if v.is_floating_point() else v for name, v in given.items()}
+        module = self.reference.module
+        if not isinstance(module, Detector) or not set(module.step_names()) <= given.keys():
+            raise BadInput("the file records no steps to compare; export it again")
+        with torch.inference_mode():
+            wanted = module.steps(ours.to(self.reference.device), given)
+        for place in range(len(numbers)):
+            add_steps(errors, _image(wanted, place), _image(given, place))
 
 
-def _check_outputs(wanted: dict[str, Tensor], found: dict[str, Tensor], batch: int) -> None:
+def add_steps(errors: OutputErrors, wanted: Outputs, found: Outputs) -> None:
+    """Adds the steps of a detector on one image; `raw` outputs are continuous, others were selected."""
+    add_detections(errors, wanted, found, "selection", "selected ")
+    if "proposals" in wanted:
+        ours, theirs = (
+            {"boxes": x["proposals"], "scores": x["proposal_odds"], "labels": (x["proposal_odds"] > 0).long()}
+            for x in (wanted, found)
+        )
+        add_detections(errors, ours, theirs, "selection", "proposed ")
+    for name, values in wanted.items():
+        if name not in (*OUTPUTS, "proposals", "proposal_odds"):
+            errors.of(f"raw {name.partition('/')[0]}").add(values, found[name])
+
+
+def _image(outputs: Mapping[str, Tensor], place: int) -> Outputs:
+    """Returns the outputs of one image of a batch, on the CPU."""
+    return {name: values[place].cpu() for name, values in outputs.items()}
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.nan_to_num(), other.nan_to_num())  # NaN is reported elsewhere
+
+
+def _normalized(outputs: Outputs, spec: ModelSpec) -> Outputs:
+    rule = spec.preprocessing
+    mean, std = (255 * torch.tensor(values).view(-1, 1, 1) for values in (rule.mean, rule.std))
+    return {name: (values - mean) / std for name, values in outputs.items()}
+
+
+def _check_outputs(wanted: Outputs, found: Outputs, batch: int) -> None:
     """Refuses outputs that are missing, or whose shape or type differs from PyTorch's."""
     for name, values in wanted.items():
         if name not in found:
@@ -217,21 +262,9 @@ def _check_outputs(wanted: dict[str, Tensor], found: dict[str, Tensor], batch: i
             )
 
 
-def _hidden_and_visible(outputs: dict[str, Tensor], visible: Tensor, unit: int) -> dict[str, Tensor]:
+def _hidden_and_visible(outputs: Outputs, visible: Tensor, unit: int) -> Outputs:
     """Splits a reconstruction into hidden units and visible ones, which would mask errors of the former."""
     parts = {}
     for name, values in outputs.items():
         parts[name], parts[f"{name} of visible units"] = split_pixels(values, visible, unit)
     return parts
-
-
-def _others(spec: ModelSpec, numbers: Sequence[int], height: int, width: int) -> dict[str, Tensor]:
-    """Returns the mask of a reconstructor, with half of the units visible; the image number is the seed."""
-    if spec.graph != "reconstructor":
-        return {}
-    rows, cols = unit_grid(height, width, spec.unit)
-    maps = []
-    for number in numbers:
-        order = torch.randperm(rows * cols, generator=torch.Generator().manual_seed(number))
-        maps.append((order < max(rows * cols // 2, 1)).view(rows, cols))
-    return {"visible": torch.stack(maps)}

@@ -61,7 +61,7 @@ def test_a_classifier_in_three_precisions(tmp_path, photographs, capsys, monkeyp
     run([str(argument) for argument in arguments])
     folder = tmp_path / "run" / "export"
     files = {"classifier.onnx", "classifier-fp16.onnx", "classifier-int8.onnx"}
-    assert {path.name for path in folder.iterdir()} == files | {"manifest.json", "report.md"}
+    assert {path.name for path in folder.iterdir()} == files | {"manifest.json", "report.md", "report.png"}
     manifest = json.loads((folder / "manifest.json").read_text())
     assert [entry["precision"] for entry in manifest["files"]] == ["fp32", "fp16", "int8"]
     assert [isinstance(each, TorchRuntime) for each in measured] == [True, False, False, False]
@@ -83,10 +83,10 @@ def test_a_classifier_in_three_precisions(tmp_path, photographs, capsys, monkeyp
 def test_a_failed_gate_keeps_the_file_aside_and_names_the_layer(tmp_path, monkeypatch, capsys):
     artifact = export_files.classifier(tmp_path / "artifact")
 
-    def corrupt(exportable, shapes, path):
+    def corrupt(exportable, shapes, path, *rest):
         layer = exportable.module.classifier.stages[1].blocks[0].mlp.fc2
         layer.weight.data.mul_(-2)
-        return written(exportable, shapes, path)
+        return written(exportable, shapes, path, *rest)
 
     written = candidates.write_onnx
     monkeypatch.setattr(candidates, "write_onnx", corrupt)
@@ -94,7 +94,7 @@ def test_a_failed_gate_keeps_the_file_aside_and_names_the_layer(tmp_path, monkey
     error = capsys.readouterr().err
     assert "classifier.stages.1.blocks.0.mlp.fc2" in error and "refused" in error
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"classifier.onnx.rejected", "manifest.json", "report.md"}
+    assert names == {"classifier.onnx.rejected", "manifest.json", "report.md", "report.png"}
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["files"] == [] and manifest["rejected"][0]["file"] == "classifier.onnx.rejected"
     assert "## Refused" in (tmp_path / "out" / "report.md").read_text()

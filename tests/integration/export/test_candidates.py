@@ -23,12 +23,12 @@ from export.graphs.load import load_exportable
 from export.image_sets import ImageSet
 from export.pipeline import Outcome
 from export.report import render
-from export.verify.parity import ParityResult
+from export.verify.verdict import ParityResult
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 
 FIXED = parse_shapes("2x3x64x64", 3)
-PASSED, FAILED = ParityResult((), 1, {}, ()), ParityResult((), 1, {}, ("too far off",))
+PASSED, FAILED = ParityResult(1, {}, ()), ParityResult(1, {}, ("too far off",))
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +68,11 @@ def held(folder: Path) -> dict[str, str]:
 
 def test_an_engine_and_its_sidecar_get_their_names_together(gated, tmp_path, monkeypatch):
     each, builder, source = gated
-    monkeypatch.setattr(gate, "verify", lambda *_: FAILED)
+    monkeypatch.setattr(gate, "verify", lambda *_, **__: FAILED)
     assert each.verify_engine(source, builder)
     refused = {"classifier.engine.rejected": "new engine", "classifier.engine.rejected.json": "new sidecar"}
     assert held(tmp_path) == refused
-    monkeypatch.setattr(gate, "verify", lambda *_: PASSED)
+    monkeypatch.setattr(gate, "verify", lambda *_, **__: PASSED)
     assert not each.verify_engine(source, builder)
     builder.remove_temporary_files()
     assert held(tmp_path) == {"classifier.engine": "new engine", "classifier.engine.json": "new sidecar"}
@@ -81,7 +81,7 @@ def test_an_engine_and_its_sidecar_get_their_names_together(gated, tmp_path, mon
 def test_an_engine_that_is_not_finished_leaves_nothing(gated, tmp_path, monkeypatch):
     each, builder, source = gated
 
-    def fails(*_):
+    def fails(*_, **__):
         raise CheckFailed("out of memory")
 
     monkeypatch.setattr(gate, "verify", fails)
@@ -101,7 +101,7 @@ def test_an_engine_is_recorded_after_its_sidecar_is_in_place(gated, tmp_path, mo
         return original(path, target)
 
     original = Path.replace
-    monkeypatch.setattr(gate, "verify", lambda *_: PASSED)
+    monkeypatch.setattr(gate, "verify", lambda *_, **__: PASSED)
     monkeypatch.setattr(Path, "replace", replaces)
     each.verify_engine(source, builder)
     assert [set(names) for names in seen] == [{"classifier.engine", "classifier.engine.json"}]
@@ -111,7 +111,7 @@ def test_an_engine_is_recorded_after_its_sidecar_is_in_place(gated, tmp_path, mo
 def exporting_it(gated, monkeypatch):
     """Export in two precisions, with engines; whatever can be run passes."""
     each, _, _ = gated
-    monkeypatch.setattr(gate, "verify", lambda *_: PASSED)
+    monkeypatch.setattr(gate, "verify", lambda *_, **__: PASSED)
 
     def export() -> tuple[Outcome, Manifest]:
         manifest, outcome = Manifest("artifact", each.reference.spec.source, "classifier"), Outcome()
@@ -148,7 +148,7 @@ def test_a_file_that_cannot_be_loaded_is_refused_and_kept_for_a_look(exporting_i
     def fails(model, precision):
         raise BadInput("a branch in 16 bits")
 
-    monkeypatch.setattr(gate, "emulate", fails)
+    monkeypatch.setattr("export.verify.opened_file.emulate", fails)
     outcome, manifest = exporting_it()
     assert outcome.refused == ["classifier-fp16.onnx: a branch in 16 bits"]
     assert names(manifest.files) == ["classifier.onnx", "classifier.engine"]
@@ -177,7 +177,7 @@ def test_images_that_one_file_does_not_take_are_its_fault_and_others_are_the_use
 
 @pytest.mark.parametrize("error", [BadInput("no TensorRT"), Interrupted("Ctrl-C"), KeyboardInterrupt()])
 def test_what_is_not_about_one_file_ends_the_export(exporting_it, tmp_path, monkeypatch, error):
-    def fails(*_):
+    def fails(*_, **__):
         raise error
 
     monkeypatch.setattr("export.tensorrt.builder.build_engine", fails)

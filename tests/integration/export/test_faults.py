@@ -110,7 +110,7 @@ def test_a_graph_that_cannot_be_made_is_refused_and_the_others_are_made(tmp_path
     manifest = Manifest.read(tmp_path / "export", "")
     assert manifest and [each.file for each in manifest.files] == [kept]
     assert len(manifest.rejected) == 1
-    assert {path.name for path in (tmp_path / "export").iterdir()} == {kept, NAME, "report.md"}
+    assert {path.name for path in (tmp_path / "export").iterdir()} == {kept, NAME, "report.md", "report.png"}
 
 
 def test_a_folder_takes_one_export_at_a_time(run_folder, capsys):
@@ -188,8 +188,8 @@ def test_a_signal_leaves_nothing_unfinished(run_folder, monkeypatch, capsys, num
 
 
 def test_an_artifact_that_changes_during_the_export_ends_it(run_folder, monkeypatch, capsys):
-    def changes(exportable, shapes, path):
-        found = write_onnx(exportable, shapes, path)
+    def changes(exportable, shapes, path, *rest):
+        found = write_onnx(exportable, shapes, path, *rest)
         config = json.loads((run_folder / "artifact" / "config.json").read_text())
         config["mean"][0] += 0.1
         config.pop("checksums", None)
@@ -201,7 +201,7 @@ def test_an_artifact_that_changes_during_the_export_ends_it(run_folder, monkeypa
     out = run_folder / "out"
     assert export(run_folder / "artifact", "--precision", "fp32,fp16", "--out", str(out)) == 2
     assert "has changed during the export; export it again" in capsys.readouterr().err
-    assert {path.name for path in out.iterdir()} == {"classifier.onnx", NAME, "report.md"}
+    assert {path.name for path in out.iterdir()} == {"classifier.onnx", NAME, "report.md", "report.png"}
 
 
 @pytest.mark.parametrize(

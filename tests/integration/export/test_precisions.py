@@ -18,15 +18,16 @@ from torch import Tensor
 
 from coma.cli import main
 from coma.errors import BadInput, CheckFailed
+from coma.runtimes.model_spec import Precision
 from coma.runtimes.onnxruntime import _PROVIDERS as PROVIDERS
 from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.open import open_runtime
 from export import candidates
 from export.candidates import UNVERIFIED
-from export.config import ExportConfig
-from export.gate import REJECTED, Gate
+from export.gate import REJECTED
 from export.graphs.load import load_exportable
 from export.half_precision_emulation import Half, emulate
+from export.verify.opened_file import OpenedFile, open_file
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -149,10 +150,10 @@ def made(tmp_path_factory, photographs) -> Path:
 
     written = candidates.write_onnx
 
-    def corrupt(exportable, shapes, path):
+    def corrupt(exportable, shapes, path, *rest):
         if exportable.spec.precision == "bf16":
             exportable.module.get_submodule(f"classifier.{LAYER}").weight.data.mul_(-2)
-        return written(exportable, shapes, path)
+        return written(exportable, shapes, path, *rest)
 
     images = ("--verify", str(photographs), "--calibrate", str(photographs))
     images += ("--verify-images", "2", "--calibrate-images", "2")
@@ -177,7 +178,7 @@ def copied(folder: Path, precision: str, target: Path) -> Path:
 
 def test_what_overflows_in_fp16_is_refused_on_a_cpu(made):
     found = refused(made)["fp16"]
-    assert found["verification"]["failures"] == ["logits holds NaN or infinite values"]
+    assert found["verification"]["failures"] == ["logits holds NaN or infinite values (at 1 x 48 x 48)"]
     assert found["runtime"].endswith(", cpu, fp16 emulated")
 
 
@@ -188,16 +189,18 @@ def test_the_layer_is_named_in_every_precision(made):
 
 
 def test_fp16_is_compared_emulated_and_timed_as_it_is(made, tmp_path):
-    unused: Any = None
-    gate = Gate(ExportConfig(made), unused, unused, unused, unused, unused)
+    def opened(precision: Precision) -> OpenedFile:
+        file = copied(made, precision, tmp_path)
+        return open_file(file, onnx.load(file), "classifier", precision)
+
     images = torch.randn(1, 3, 48, 48)
-    compared, timed = gate._open(copied(made, "fp16", tmp_path), "fp16")
-    assert timed and timed(images)["logits"].isfinite().all() and "emulated" not in timed.title
-    assert not compared(images)["logits"].isfinite().all() and "fp16 emulated" in compared.title
-    compared, timed = gate._open(copied(made, "bf16", tmp_path), "bf16")
-    assert timed is None and "bf16 emulated" in compared.title
-    compared, timed = gate._open(copied(made, "fp8", tmp_path), "fp8")
-    assert timed is compared and "emulated" not in compared.title
+    fp16 = opened("fp16")
+    assert fp16.timed and fp16.timed(images)["logits"].isfinite().all() and "emulated" not in fp16.timed.title
+    assert not fp16.runtime(images)["logits"].isfinite().all() and "fp16 emulated" in fp16.runtime.title
+    bf16 = opened("bf16")
+    assert bf16.timed is None and "bf16 emulated" in bf16.runtime.title
+    fp8 = opened("fp8")
+    assert fp8.timed is fp8.runtime and "emulated" not in fp8.runtime.title
 
 
 def test_files_run_as_their_precision_needs_or_say_what_they_need(made, tmp_path):

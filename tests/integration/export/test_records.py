@@ -29,13 +29,13 @@ from export.commands.export import run
 from export.graphs.load import load_exportable, preprocessing_of
 from export.preprocessing import Photographs
 from export.quantization.qdq import weight_matmuls
-from export.report import render
-from export.verify.parity import ParityResult
+from export.report import render, write_report
+from export.verify.verdict import ParityResult
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
 
 FIXED = parse_shapes("2x3x64x64", 3)
-PASSED, FAILED = ParityResult((), 1, {}, ()), ParityResult((), 1, {}, ("too far off",))
+PASSED, FAILED = ParityResult(1, {}, ()), ParityResult(1, {}, ("too far off",))
 
 
 def entry(file: str, **changes: Any) -> Entry:
@@ -84,10 +84,10 @@ def test_a_refused_file_leaves_the_older_one_and_nothing_is_made_of_it(tmp_path,
     products = list(weight_matmuls(onnx.load(out / "classifier.onnx").graph))
     assert {each.layer for each in products} <= layers_of(load_exportable(classifier, "classifier").module)
 
-    def corrupt(exportable, shapes, path):
+    def corrupt(exportable, shapes, path, *rest):
         if candidates.UNVERIFIED in path.name:  # not the one that int8 is made of
             exportable.module.classifier.head.weight.data.mul_(-2)
-        return written(exportable, shapes, path)
+        return written(exportable, shapes, path, *rest)
 
     written = candidates.write_onnx
     monkeypatch.setattr(candidates, "write_onnx", corrupt)
@@ -98,7 +98,7 @@ def test_a_refused_file_leaves_the_older_one_and_nothing_is_made_of_it(tmp_path,
     more = ("--shapes", "1x64x64", "--precision", "fp32,int8", "--calibrate", str(photographs))
     more += ("--verify-images", "3", "--calibrate-images", "3")
     assert main([*arguments, *more, "--verify", str(photographs)]) == 1
-    names = {path.name for path in out.iterdir()} - {"manifest.json", "report.md"}
+    names = {path.name for path in out.iterdir()} - {"manifest.json", "report.md", "report.png"}
     assert names == {"classifier.onnx", "classifier.onnx.rejected", "classifier-int8.onnx"}
     assert (out / "classifier.onnx").read_bytes() == older
     manifest = json.loads((out / "manifest.json").read_text())
@@ -213,6 +213,39 @@ def test_the_report_says_by_file_where_it_was_measured_if_not_all_were_alike():
     report = render(manifest)
     assert "- `a.onnx`, `b.onnx`: 6 images of scikit-image; this machine; torch 2\n" in report
     assert "- `c.onnx`: 6 images of scikit-image; another; torch 3\n" in report
+
+
+def errors(relative: float | None, agreement: float | None = None) -> dict[str, float | None]:
+    numbers = dict.fromkeys(("cosine", "relative", "max", "mean", "p99.9"), relative)
+    return {**numbers, "agreement": agreement}
+
+
+def test_the_report_says_and_draws_the_error_at_every_shape(tmp_path):
+    verification = {
+        "outputs": {"logits": errors(3e-5), "pooled": errors(2e-6), "classes": errors(None, 0.75)},
+        "by_shape": {
+            "1 x 48 x 48": {"logits": errors(1e-6), "pooled": errors(2e-6), "classes": errors(None, 1.0)},
+            "2 x 96 x 32": {"logits": errors(3e-5), "classes": errors(None, 0.5)},
+        },
+        "failures": [],
+    }
+    manifest = Manifest("artifact", "", "classifier")
+    numbers = dict.fromkeys(("p90", "p99", "images_per_second"), 1.0) | {"runtime": "some"}
+    latency = [row | numbers for row in rows(9.0)]
+    manifest.add(entry("a.onnx", verification=verification, latency=latency), passed=True)
+    report = write_report(manifest, tmp_path).read_text()
+    assert "| `a.onnx` | 1 x 48 x 48 | 2e-06 | pooled | 100.00% | classes |" in report
+    assert "| `a.onnx` | 2 x 96 x 32 | 3e-05 | logits | 50.00% | classes |" in report
+    assert "](report.png)" in report
+    with Image.open(tmp_path / "report.png") as picture:
+        both = picture.size
+    manifest.add(entry("a.onnx", verification=verification), passed=True)
+    write_report(manifest, tmp_path)
+    with Image.open(tmp_path / "report.png") as picture:
+        assert picture.size[0] < both[0]  # without latencies
+    manifest.add(entry("a.onnx"), passed=True)
+    assert "report.png" not in write_report(manifest, tmp_path).read_text()
+    assert not (tmp_path / "report.png").exists()
 
 
 @pytest.mark.parametrize(
