@@ -17,9 +17,15 @@ from coma.errors import BadInput
 from coma.runtimes.manifest import NAME as MANIFEST
 from coma.runtimes.manifest import Manifest
 from coma.runtimes.model_spec import GraphKind
-from coma.runtimes.open import Device
+from coma.runtimes.names import SUFFIXES, Device, RuntimeName, is_openvino
 
-SUFFIXES = {".onnx": "ONNX Runtime", ".engine": "TensorRT"}
+LIBRARIES: dict[RuntimeName, str] = {
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "openvino-gpu": "OpenVINO on an Intel GPU",
+    "tensorrt": "TensorRT",
+}
+"""Title of every runtime of exported files."""
 
 
 @dataclass(frozen=True)
@@ -118,32 +124,38 @@ def runtime_options(
         options.append(
             RuntimeOption("PyTorch", form, None, reason="the artifact was not given when the demo started")
         )
-    for suffix, library in SUFFIXES.items():
-        files = [entry for entry in entries if entry.form == form and entry.path.suffix == suffix]
-        options += [_option(entry, library, device) for entry in files]
+    for runtime, title in LIBRARIES.items():
+        files = [each for each in entries if each.form == form and each.path.suffix == SUFFIXES[runtime]]
+        options += [_option(entry, runtime, device) for entry in files]
         if not files:
-            options.append(RuntimeOption(library, form, None, reason=_how_to_make(suffix, artifact)))
+            reason = _how_to_make(SUFFIXES[runtime], artifact)
+            options.append(RuntimeOption(title, form, None, reason=reason))
     return sorted(options, key=lambda option: option.reason is not None)
 
 
-def _option(entry: Exported, library: str, device: Device) -> RuntimeOption:
-    title = library if entry.precision == "fp32" else f"{library} {entry.precision}"
+def _option(entry: Exported, runtime: RuntimeName, device: Device) -> RuntimeOption:
+    title = LIBRARIES[runtime] + ("" if entry.precision == "fp32" else f" {entry.precision}")
     try:
-        where = _place(entry.path.suffix, device)
+        where = _place(runtime, device)
     except BadInput as error:
         return RuntimeOption(title, entry.form, entry.path, reason=str(error))
-    if where == "cpu" and device != "cpu":
+    if where in ("cpu", "openvino") and device != "cpu":
         title += " on the CPU"
     return RuntimeOption(title, entry.form, entry.path, where, entry.changed)
 
 
-def _place(suffix: str, device: Device) -> Device:
-    """Returns the device for a file: the GPU for engines; `device` or else the CPU for ONNX Runtime.
+def _place(runtime: RuntimeName, device: Device) -> Device:
+    """Returns the device for a runtime: the GPU for engines; `device` or else the CPU for ONNX Runtime.
 
     Raises:
-        BadInput: this machine lacks TensorRT or a GPU.
+        BadInput: this machine lacks OpenVINO, TensorRT or a GPU.
     """
-    if suffix == ".onnx":
+    if is_openvino(runtime):
+        from coma.runtimes.openvino import require_device
+
+        require_device(runtime)
+        return runtime
+    if runtime == "onnxruntime":
         from coma.runtimes.onnxruntime import providers
 
         return device if device in providers() else "cpu"

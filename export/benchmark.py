@@ -21,7 +21,8 @@ from coma.library_errors import library_errors
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import NAME, Entry, Manifest, is_verified
 from coma.runtimes.model_spec import GraphKind
-from coma.runtimes.open import Device
+from coma.runtimes.names import Device, torch_device_of
+from coma.runtimes.open import open_onnx, warn_of_another_library
 from coma.runtimes.preprocessing import resize_image, to_input
 from coma.runtimes.pytorch import TorchRuntime
 from export.graphs.load import load_exportable, named_examples
@@ -136,29 +137,36 @@ def list_exports(
 
 
 def open_torch(
-    artifact: Path, graph: GraphKind, device: Device, compiled: bool
+    artifact: Path, graph: GraphKind, devices: Sequence[Device], compiled: bool
 ) -> tuple[list[LoadedModel], list[NotRun]]:
-    """Loads the artifact in PyTorch, eager and, if `compiled`, also compiled."""
-    place = "cpu" if device == "cpu" else "cuda"
-    exportable = load_exportable(artifact, graph)
-    found = [LoadedModel(EAGER, "fp32", TorchRuntime(exportable, place), place)]
+    """Loads the artifact in PyTorch beside every device, eager and, if `compiled`, also compiled."""
+    found = []
+    for place in dict.fromkeys(map(torch_device_of, devices)):
+        exportable = load_exportable(artifact, graph)
+        found.append(LoadedModel(EAGER, "fp32", TorchRuntime(exportable, place), place))
+        if compiled:
+            found.append(LoadedModel(COMPILED, "fp32", TorchRuntime(exportable, place, compiled=True), place))
     if compiled:
-        found.append(LoadedModel(COMPILED, "fp32", TorchRuntime(exportable, place, compiled=True), place))
         return found, []
     return found, [NotRun(COMPILED, "add --compile, which takes a minute or more per batch size")]
 
 
 def open_exports(
-    folder: Path, entries: Sequence[Entry], device: Device, threads: int, listener: ProgressListener
+    folder: Path,
+    entries: Sequence[Entry],
+    devices: Sequence[Device],
+    threads: int,
+    listener: ProgressListener,
 ) -> tuple[list[LoadedModel], list[NotRun]]:
-    """Loads exported files: .onnx on `device`, .engine on a GPU."""
+    """Loads exported files: .onnx on all `devices`, .engine on a GPU."""
     found, absent = [], []
     for number, entry in enumerate(entries):
         listener.step(f"loading {entry.file}", number, len(entries))
-        try:
-            found.append(_open(folder / entry.file, entry, device, threads))
-        except ComaError as error:
-            absent.append(NotRun(entry.file, str(error)))
+        for device in devices if entry.file.endswith(".onnx") else devices[:1]:
+            try:
+                found.append(_open(folder / entry.file, entry, device, threads))
+            except ComaError as error:
+                absent.append(NotRun(entry.file, str(error)))
     return found, absent
 
 
@@ -248,10 +256,8 @@ def _open(path: Path, entry: Entry, device: Device, threads: int) -> LoadedModel
         from coma.runtimes.tensorrt.runtime import TensorRTRuntime
 
         return LoadedModel(path.name, entry.precision, TensorRTRuntime(path, cuda_graphs=True), "cuda")
-    from coma.runtimes.onnxruntime import OnnxRuntime
-
-    runtime = OnnxRuntime(path, device, threads)
-    return LoadedModel(path.name, entry.precision, runtime, "cpu" if device == "cpu" else "cuda")
+    warn_of_another_library(path, entry, device)
+    return LoadedModel(path.name, entry.precision, open_onnx(path, device, threads), torch_device_of(device))
 
 
 def _calls(

@@ -12,6 +12,7 @@ from coma.messages import parse_names
 from coma.paths import Location, exports_beside
 from coma.ranges import Range, Ranged
 from coma.runtimes.model_spec import GraphKind, Precision
+from coma.runtimes.names import Device, parse_devices
 from coma.runtimes.tensorrt.sidecar import EngineOptions
 
 if TYPE_CHECKING:
@@ -68,8 +69,10 @@ class ExportConfig(Ranged):
     plugin_free: bool = False
     """Write detectors without NonMaxSuppression and RoiAlign, which TensorRT-RTX lacks: loops of basic
     operators give the same boxes, and take longer in ONNX Runtime."""
-    device: Literal["cpu", "cuda", "tensorrt"] = "cpu"
-    """ONNX Runtime execution provider for verifying and timing the ONNX files."""
+    device: str = "cpu"
+    """Where the ONNX files are verified and timed, separated by commas: cpu, cuda and tensorrt (execution
+    providers of ONNX Runtime), openvino (a CPU), openvino-gpu (an Intel GPU). Files that fail in one are
+    rejected."""
     check: Literal["none", "rtx"] = "none"
     """rtx also parses and compiles the ONNX files with NVIDIA TensorRT-RTX, which needs no GPU; detectors
     need --plugin-free for it."""
@@ -90,6 +93,15 @@ class ExportConfig(Ranged):
             BadInput: `precision` holds an unknown name.
         """
         return cast(tuple[Precision, ...], parse_names(self.precision, get_args(Precision), "--precision"))
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Where the ONNX files are verified, in the order that was given.
+
+        Raises:
+            BadInput: `device` holds an unknown name.
+        """
+        return parse_devices(self.device)
 
     @property
     def builds_engines(self) -> bool:

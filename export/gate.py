@@ -18,6 +18,7 @@ from coma.messages import counted
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import Entry, Manifest, Selection
 from coma.runtimes.model_spec import ModelSpec, Precision
+from coma.runtimes.names import torch_device_of
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shapes
 from coma.runtimes.tensorrt.sidecar import sidecar_path
@@ -69,7 +70,8 @@ class Gate:
         from export.quantization import precision_summary
 
         model = load_onnx(candidate)
-        opened = open_file(candidate, model, self.reference.spec.graph, precision, self.config.device)
+        device, *others = self.config.devices
+        opened = open_file(candidate, model, self.reference.spec.graph, precision, device)
         with library_errors("the graph cannot be inspected"):
             check_axes(model, opened.runtime.spec)
             numbers = precision_summary(model)
@@ -82,6 +84,9 @@ class Gate:
             entry.verification = result.to_dict()
         elif precision == "fp32":
             self._fp32 = entry
+        for device in others if result.passed else ():
+            opened = open_file(candidate, model, self.reference.spec.graph, precision, device)
+            entry, result = self._verify_again(candidate, path.name, opened, entry, result)
         return self._record(candidate, path, entry, result)
 
     def verify_engine(self, onnx_path: Path, builder: CandidateBuilder) -> str | None:
@@ -101,7 +106,7 @@ class Gate:
         build_engine(onnx_path, candidate, (profile,), self.config.engine, progress)
         runtime = TensorRTRuntime(candidate, "cuda", cuda_graphs=not self.shapes.dynamic)
         precision = read_spec(onnx_path).precision
-        opened = OpenedFile(runtime, runtime, precision, on_gpu=True)
+        opened = OpenedFile(runtime, runtime, precision, device="cuda")
         entry, result = self._verify(candidate, path.name, opened)
         return self._record(candidate, path, entry, result)
 
@@ -136,9 +141,22 @@ class Gate:
                 result = replace(result, failures=(*result.failures, fault))
         latency = []
         if result.passed and self.config.benchmark_seconds and opened.timed:
-            latency = self._latency(opened.timed, "cuda" if opened.on_gpu else "cpu")
+            latency = self._latency(opened.timed, torch_device_of(opened.device))
         entry = self._entry(candidate, name, precision, result, tolerance)
         return replace(entry, runtime=runtime.title, metric=metric, latency=latency), result
+
+    def _verify_again(
+        self, candidate: Path, name: str, opened: OpenedFile, entry: Entry, result: ParityResult
+    ) -> tuple[Entry, ParityResult]:
+        """Verifies a file with one more runtime, and adds what it finds to the entry and the failures."""
+        also, found = self._verify(candidate, name, opened)
+        entry = replace(
+            entry,
+            also_verified={**entry.also_verified, also.runtime: found.to_dict()},
+            latency=[*entry.latency, *also.latency],
+        )
+        failures = (f"{also.runtime}: {failure}" for failure in found.failures)
+        return entry, replace(result, failures=(*result.failures, *failures))
 
     @property
     def _spec(self) -> ModelSpec:
@@ -297,9 +315,9 @@ def _require_gain(result: ParityResult, entry: Entry, fp32_bytes: int, fp32: Ent
 
 
 def _medians(entry: Entry) -> dict[str, float]:
-    """Returns the file's median computing time by shape."""
-    computed = [row for row in entry.latency if row["what"] == "compute"]
-    return {row["shape"]: row["p50"] for row in computed[::2]}  # PyTorch's rows lie between
+    """Returns the file's median computing time by shape, with the runtime of its verification."""
+    ours = [row for row in entry.latency if (row["what"], row["runtime"]) == ("compute", entry.runtime)]
+    return {row["shape"]: row["p50"] for row in ours}
 
 
 def _as_png(pixels: np.ndarray) -> bytes:

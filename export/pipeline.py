@@ -18,7 +18,9 @@ from coma.messages import counted
 from coma.preflight import require_file, require_folder
 from coma.runtimes.manifest import Manifest
 from coma.runtimes.model_spec import GRAPH_KINDS, GraphKind
-from coma.runtimes.onnxruntime import Provider, require_provider
+from coma.runtimes.names import Device, is_openvino
+from coma.runtimes.onnxruntime import require_provider
+from coma.runtimes.openvino import require_device
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes, parse_shapes
 from coma.runtimes.tensorrt.profiles import profile_of
@@ -63,7 +65,8 @@ def export_artifact(config: ExportConfig, listener: ProgressListener) -> Outcome
         BadInput: settings, an artifact or images that cannot be used.
         KeyboardInterrupt: unfinished files were removed.
     """
-    require(config.device)
+    for device in config.devices:
+        require(device)
     out = config.folder
     artifact = load_artifact(config.artifact).config
     graphs = GRAPH_KINDS[artifact.kind]
@@ -147,14 +150,17 @@ def export_graph(
         builder.remove_temporary_files()
 
 
-def require(device: Provider) -> None:
-    """Checks that the packages of an export can be imported and that ONNX Runtime starts on the device.
+def require(device: Device) -> None:
+    """Checks that the packages of an export can be imported and that the device can be used.
 
     Raises:
-        BadInput: a package is missing or broken, or ONNX Runtime cannot use the device.
+        BadInput: a package is missing or broken, or ONNX Runtime or OpenVINO cannot use the device.
     """
     load_packages("onnx", "onnxscript")
-    require_provider(device)
+    if is_openvino(device):
+        require_device(device)
+    else:
+        require_provider(device)
 
 
 def default_shapes(config: ArtifactConfig, graph: GraphKind) -> Shapes:

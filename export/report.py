@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from coma.atomic_io import write_text
 from coma.runtimes.manifest import Entry, Manifest
@@ -106,7 +108,7 @@ def _file_row(entry: Entry) -> tuple[str, ...]:
     return (
         f"`{entry.file}`",
         entry.precision,
-        entry.runtime,
+        "; ".join(entry.runtimes),
         f"{entry.bytes / 1e6:.1f}",
         f"{entry.parameters / 1e6:.2f} M",
         " : ".join(entry.shapes),
@@ -114,14 +116,22 @@ def _file_row(entry: Entry) -> tuple[str, ...]:
     )
 
 
+def _verifications(entries: list[Entry]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields every verification of every file, with its name and, from the second one on, the runtime."""
+    for entry in entries:
+        yield f"`{entry.file}`", entry.verification
+        for runtime, verification in entry.also_verified.items():
+            yield f"`{entry.file}` with {runtime}", verification
+
+
 def _error_rows(entries: list[Entry]) -> list[tuple[str, ...]]:
     rows = []
-    for entry in entries:
-        for name, each in entry.verification["outputs"].items():
+    for file, verification in _verifications(entries):
+        for name, each in verification["outputs"].items():
             numbers = [each[key] for key in ("relative", "max", "p99.9", "mean")]
             rows.append(
                 (
-                    f"`{entry.file}`",
+                    file,
                     name,
                     "" if each["cosine"] is None else f"{each['cosine']:.7f}",
                     *("" if number is None else f"{number:.2g}" for number in numbers),
@@ -134,8 +144,8 @@ def _error_rows(entries: list[Entry]) -> list[tuple[str, ...]]:
 def _shape_rows(entries: list[Entry]) -> list[tuple[str, ...]]:
     """Returns a row for every file and shape; files of earlier versions have none."""
     rows = []
-    for entry in entries:
-        for shape, outputs in entry.verification.get("by_shape", {}).items():
+    for file, verification in _verifications(entries):
+        for shape, outputs in verification.get("by_shape", {}).items():
             errors = {k: v["relative"] for k, v in outputs.items() if v["relative"] is not None}
             shares = {k: v["agreement"] for k, v in outputs.items() if v["agreement"] is not None}
             worst, least = (
@@ -144,7 +154,7 @@ def _shape_rows(entries: list[Entry]) -> list[tuple[str, ...]]:
             )
             rows.append(
                 (
-                    f"`{entry.file}`",
+                    file,
                     shape,
                     f"{errors[worst]:.2g}" if worst else "",
                     worst,

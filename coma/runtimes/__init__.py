@@ -1,4 +1,4 @@
-"""One interface over PyTorch, ONNX Runtime, OpenVINO and TensorRT; heavy packages are imported when they are used."""
+"""One interface over PyTorch, ONNX Runtime, OpenVINO and TensorRT; heavy packages are imported on use."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class OnnxRuntime:
     On a GPU, inputs and outputs stay there (IO binding).
 
     Args:
-        path: The file, or its content. bf16 runs on a CPU only as an emulation in fp32; see `onnx_file.EMULATED`.
+        path: The file, or its content. bf16 runs on a CPU only as an emulation (`onnx_file.EMULATED`).
         provider: Execution provider.
         threads: Number of CPU threads (default: all cores).
         extra_outputs: Return all outputs of the graph, not only those of the specification.

@@ -33,8 +33,8 @@ def open_runtime(path: Path, device: Device = "cpu", graph: GraphKind | None = N
     Args:
         path: An artifact directory (PyTorch), a `.onnx` file (ONNX Runtime, OpenVINO) or an `.engine` file
             (TensorRT).
-        device: cpu or cuda; `tensorrt` is the execution provider of ONNX Runtime with that name; `openvino` and
-            `openvino-gpu` are OpenVINO on a CPU and on an Intel GPU.
+        device: cpu or cuda; `tensorrt` is the execution provider of ONNX Runtime with that name; `openvino`
+            and `openvino-gpu` are OpenVINO on a CPU and on an Intel GPU.
         graph: Graph of an artifact; by default the last one of its kind in `GRAPH_KINDS`.
 
     Raises:
@@ -76,13 +76,31 @@ def _open_file(path: Path, device: Device) -> Runtime:
         from coma.runtimes.tensorrt.runtime import TensorRTRuntime
 
         return TensorRTRuntime(path, "cuda" if device == "tensorrt" else device)
+    return open_onnx(path, device)
+
+
+def open_onnx(
+    file: Path | bytes, device: Device = "cpu", threads: int | None = None, extra_outputs: bool = False
+) -> Runtime:
+    """Opens an ONNX file, or its content, with the library of the device, verified or not.
+
+    Args:
+        file: The file, or its content.
+        device: As of `open_runtime`.
+        threads: Number of CPU threads (default: all cores).
+        extra_outputs: Return all outputs of the graph, not only those of the specification.
+
+    Raises:
+        BadInput: a package or device is missing, or coma export did not write the file.
+        CheckFailed: the library cannot load the file.
+    """
     if is_openvino(device):
         from coma.runtimes.openvino import OpenVINORuntime
 
-        return OpenVINORuntime(path, device)
+        return OpenVINORuntime(file, device, threads, extra_outputs)
     from coma.runtimes.onnxruntime import OnnxRuntime
 
-    return OnnxRuntime(path, device)
+    return OnnxRuntime(file, device, threads, extra_outputs)
 
 
 def _load_exportable(path: Path, graph: GraphKind) -> ExportableModel:
@@ -113,7 +131,7 @@ def _check_listed(path: Path, device: Device) -> None:
     for entry in manifest.files:
         if entry.file == real.name:
             if is_verified(real.parent, entry):
-                _warn_of_another_library(path, entry, device)
+                warn_of_another_library(path, entry, device)
                 return
             raise BadInput(
                 f"{path}: has changed since its verification (by its SHA-256 in {NAME}); export it again"
@@ -124,9 +142,14 @@ def _check_listed(path: Path, device: Device) -> None:
     )
 
 
-def _warn_of_another_library(path: Path, entry: Entry, device: Device) -> None:
+def warn_of_another_library(path: Path, entry: Entry, device: Device) -> None:
+    """Warns if an ONNX file was verified with another library than the one that runs it on a device."""
     library = library_of(device)
-    if path.suffix == ".onnx" and not any(title.startswith(library) for title in entry.runtimes):
+    if (
+        path.suffix == ".onnx"
+        and entry.runtime
+        and not any(title.startswith(library) for title in entry.runtimes)
+    ):
         known = " and ".join(entry.runtimes)
         log.warning(
             "%s: was verified with %s, not with %s; export it again with --device %s",

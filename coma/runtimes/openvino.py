@@ -1,8 +1,8 @@
 """The OpenVINO runtime, on CPUs and Intel GPUs. It reads the ONNX files of `coma export` as they are.
 
-OpenVINO chooses the precision of its products by the machine: on CPUs with bf16 it runs fp32 files in bf16, which
-changes features by half a percent. Here a file is run in its own precision, or in fp32 where the device has no such
-products (`_inference_precision`).
+OpenVINO chooses the precision of its products by the machine: on CPUs with bf16 and on Intel GPUs it runs
+fp32 files in 16 bits. Here a file is run in its own precision, or in fp32 where the device has no such
+products.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class OpenVINORuntime:
         path: The file, or its content.
         device: openvino (CPU) or openvino-gpu (the first Intel GPU).
         threads: Number of CPU threads (default: all cores).
+        extra_outputs: Return all outputs of the graph, not only those of the specification.
 
     Raises:
         BadInput: a package is missing, there is no such device, or coma export did not write the file.
@@ -48,7 +49,11 @@ class OpenVINORuntime:
     """
 
     def __init__(
-        self, path: Path | bytes, device: OpenVINODevice = "openvino", threads: int | None = None
+        self,
+        path: Path | bytes,
+        device: OpenVINODevice = "openvino",
+        threads: int | None = None,
+        extra_outputs: bool = False,
     ) -> None:
         name = name_of(path)
         self.spec, _ = read_onnx_file(path)
@@ -70,6 +75,8 @@ class OpenVINORuntime:
                 options["LP_TRANSFORMS_MODE"], in_fp32 = "NO", True
             compiled = core.compile_model(model, plugin, options)
             self._outputs = {each.name: compiled.output(each.name) for each in self.spec.outputs}
+            if extra_outputs:
+                self._outputs |= {name: port for port in compiled.outputs for name in port.get_names()}
             self._request = compiled.create_infer_request()
         self._lock = threading.Lock()  # a request runs once at a time
         self.title = f"OpenVINO {_library().__version__.partition('-')[0]}, {plugin.lower()}"
@@ -94,7 +101,7 @@ def require_device(device: OpenVINODevice) -> Any:
     """Returns OpenVINO's core after a check that it finds the device.
 
     Raises:
-        BadInput: the package is missing, or OpenVINO finds no such device; the message lists those that are there.
+        BadInput: the package is missing, or OpenVINO finds no such device; the message lists those it finds.
     """
     core = _core()
     there = core.available_devices
@@ -117,8 +124,8 @@ def _inference_precision(core: Any, plugin: str, precision: Precision) -> str:
 def _is_wrong_in_int8(model: Any) -> bool:
     """Whether OpenVINO 2026.4 would err by 30 % and more in int8, as for UPerNet's heads.
 
-    It moves the quantisation of concatenated maps in front of the concatenation, and where some of them come from a
-    ReLU, their scales no longer fit. Such graphs are computed in fp32, with the same quantised values.
+    It moves the quantisation of concatenated maps in front of the concatenation, and where some of them come
+    from a ReLU, their scales no longer fit. Such graphs are computed in fp32, with the same quantised values.
     """
     nodes = [(each.get_type_name(), each) for each in model.get_ops()]
     quantized = [each.input_value(0).get_node() for kind, each in nodes if kind == "FakeQuantize"]

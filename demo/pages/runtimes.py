@@ -23,8 +23,8 @@ def runtimes_tab(session: Session, picture: gr.Image) -> None:
         for form in forms
     }
     gr.Markdown(
-        "Runs the same weights with PyTorch, ONNX Runtime and TensorRT on the picture on the left. Exported "
-        "files are listed only if `coma export` verified them and they hold these weights."
+        "Runs the same weights with PyTorch, ONNX Runtime, OpenVINO and TensorRT on the picture on the left. "
+        "Exported files are listed only if `coma export` verified them and they hold these weights."
     )
     with gr.Row(elem_classes="settings", equal_height=True):
         what = gr.Dropdown(

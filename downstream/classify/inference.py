@@ -14,8 +14,8 @@ from coma.data import Source
 from coma.errors import BadInput, CheckFailed
 from coma.runtimes.base import Runtime
 from coma.runtimes.find import DeviceName, open_model
-from coma.runtimes.names import RuntimeName
 from coma.runtimes.image_batches import Resize, channels_of, image_batches
+from coma.runtimes.names import RuntimeName
 from coma.runtimes.preprocessing import to_input
 
 

@@ -25,6 +25,7 @@ from coma.messages import counted
 from coma.paths import Location
 from coma.preflight import require_file, require_packages
 from coma.ranges import BATCH, PROCESSES, RARE, SIDE, TILE, Range, Ranged
+from coma.runtimes.names import RuntimeName
 
 if TYPE_CHECKING:
     from downstream.features.files import FeaturesInfo
@@ -49,8 +50,8 @@ class EmbedConfig(Ranged):
     """Size of the images shown to the model in pixels: side of a square, or height and width; default: as in
     its training"""
     runtime: RuntimeName = "auto"
-    """auto: PyTorch for an artifact, and ONNX Runtime or TensorRT for an exported file. All but pytorch, for an
-    artifact: its exports in the folder export beside it."""
+    """auto: PyTorch for an artifact, and ONNX Runtime or TensorRT for an exported file. All but pytorch, for
+    an artifact: its exports in the folder export beside it."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU where there is one."""
     batch_size: Annotated[int, BATCH] = 64

@@ -21,9 +21,9 @@ from coma.library_errors import library_errors
 from coma.models.hub import is_reference, timm_name, weights_file
 from coma.paths import local_path
 from coma.runtimes.find import open_model
-from coma.runtimes.names import RuntimeName
 from coma.runtimes.image_batches import Resize, channels_of
 from coma.runtimes.model_spec import ModelSpec, Preprocessing
+from coma.runtimes.names import RuntimeName
 from coma.runtimes.preprocessing import to_input
 from downstream.features.files import FeatureSpec
 

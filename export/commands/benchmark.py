@@ -12,8 +12,9 @@ from coma.arguments import parse_arguments
 from coma.atomic_io import write_json
 from coma.errors import BadInput
 from coma.paths import Location
-from coma.preflight import require_file
+from coma.preflight import require_file, require_packages
 from coma.ranges import BATCH, SIDE, Range, Ranged
+from coma.runtimes.names import is_openvino, parse_devices
 from coma.runtimes.shape_ranges import Shape, check_pixels
 from coma.signals import sigterm_interrupts
 from export.output import disk_errors
@@ -44,8 +45,9 @@ class BenchmarkConfig(Ranged):
     """Folder that coma export wrote (default: the folder export beside the artifact, if it exists)."""
     graph: Literal["encoder", "reconstructor"] | None = None
     """Graph of a pre-trained artifact (default: encoder)."""
-    device: Literal["cpu", "cuda", "tensorrt"] = "cpu"
-    """ONNX Runtime execution provider for .onnx files; PyTorch runs on the same device. Engines run on any
+    device: str = "cpu"
+    """Where .onnx files run, separated by commas: cpu, cuda and tensorrt (execution providers of ONNX
+    Runtime), openvino (a CPU), openvino-gpu (an Intel GPU). PyTorch runs beside them, and engines on any
     GPU."""
     batch: str = "1,8"
     """Batch sizes, separated by commas."""
@@ -57,7 +59,7 @@ class BenchmarkConfig(Ranged):
     compile: bool = False
     """Also time PyTorch with torch.compile, which compiles for a minute or more per batch size."""
     threads: Annotated[int | None, Range(1, 4096)] = None
-    """CPU threads of PyTorch and ONNX Runtime (default: PyTorch's number)."""
+    """CPU threads of PyTorch, ONNX Runtime and OpenVINO (default: PyTorch's number)."""
     images: Location | None = None
     """Input images: a folder, .npz or .tar shards (default: photographs bundled with scikit-image)."""
     out: Path | None = None
@@ -71,7 +73,9 @@ def run(argv: list[str]) -> None:
         BadInput: settings, an artifact, images or files that cannot be used.
     """
     config = parse_arguments(BenchmarkConfig, argv, prog="coma benchmark")
-    batches = parse_batches(config.batch)
+    batches, devices = parse_batches(config.batch), parse_devices(config.device)
+    if any(map(is_openvino, devices)):
+        require_packages("openvino")
     if config.out:
         require_file(config.out)  # now, not after minutes of measuring
 
@@ -212,8 +216,9 @@ def _load(
         if not images.files and graph != "reconstructor":
             absent.append(NotRun("end to end", f"{images.selection.location} holds no image files to decode"))
         progress.step("loading the PyTorch model")
-        models, more = open_torch(config.artifact, graph, config.device, config.compile)
-        others, unfit = open_exports(folder, entries, config.device, _threads(), progress)
+        devices = parse_devices(config.device)
+        models, more = open_torch(config.artifact, graph, devices, config.compile)
+        others, unfit = open_exports(folder, entries, devices, _threads(), progress)
     return [*models, *others], images, [*absent, *more, *unfit]
 
 

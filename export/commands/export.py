@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from coma.arguments import from_keywords, parse_arguments
 from coma.errors import CheckFailed
 from coma.preflight import require_packages
+from coma.runtimes.names import is_openvino
 from coma.signals import sigterm_interrupts
 from export.config import ExportConfig
 from export.output import disk_errors
@@ -66,8 +67,8 @@ def _check(outcome: Outcome) -> None:
 
 
 def _export(config: ExportConfig) -> Outcome:
-    builds_engines, _ = config.builds_engines, config.precisions  # refuses unknown names
-    require_packages("onnx", "onnxscript", "onnxruntime")
+    builds_engines, devices, _ = config.builds_engines, config.devices, config.precisions  # refuses names
+    require_packages("onnx", "onnxscript", "onnxruntime", *["openvino"] * any(map(is_openvino, devices)))
     from coma.runtimes.tensorrt.discovery import require_gpu, require_package
 
     if builds_engines:

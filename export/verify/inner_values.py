@@ -6,14 +6,16 @@ import copy
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from coma.runtimes.onnxruntime import OnnxRuntime, Provider
+from coma.runtimes.base import Runtime
+from coma.runtimes.names import Device
+from coma.runtimes.open import open_onnx
 from export.onnx_export import RECORDED, modules_of
 
 if TYPE_CHECKING:
     import onnx
 
 
-def runtime_with(model: onnx.ModelProto, values: Iterable[str], provider: Provider = "cpu") -> OnnxRuntime:
+def runtime_with(model: onnx.ModelProto, values: Iterable[str], device: Device = "cpu") -> Runtime:
     """Returns a runtime whose outputs include the given values of the graph, where their types are known."""
     import onnx
 
@@ -23,7 +25,7 @@ def runtime_with(model: onnx.ModelProto, values: Iterable[str], provider: Provid
     for value in dict.fromkeys(values):
         if value not in there and value in types:
             marked.graph.output.append(types[value])
-    return OnnxRuntime(marked.SerializeToString(), provider, extra_outputs=True)
+    return open_onnx(marked.SerializeToString(), device, extra_outputs=True)
 
 
 def recorded_steps(model: onnx.ModelProto) -> list[str]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from coma.library_errors import about_one_file, library_errors
 from coma.runtimes.base import Runtime
 from coma.runtimes.model_spec import GraphKind, Precision
-from coma.runtimes.onnxruntime import OnnxRuntime, Provider
+from coma.runtimes.names import Device
+from coma.runtimes.open import open_onnx
 from export.half_precision_emulation import emulate, is_half
 from export.verify.inner_values import recorded_steps, runtime_with
 from export.verify.tolerances import Tolerance, tolerance_of
@@ -26,7 +27,7 @@ class OpenedFile:
         runtime: Runtime to verify.
         timed: Runtime to time; None if this device cannot run the file as it is.
         precision: Precision that the file should have.
-        on_gpu: Whether the runtimes run on a GPU.
+        device: Where the runtimes run.
         as_run: The graph of an ONNX file as `runtime` runs it: in 16 bits a CPU runs an emulation in fp32.
         steps: Runtime that also returns the steps of a detector, if its file records them.
     """
@@ -34,18 +35,18 @@ class OpenedFile:
     runtime: Runtime
     timed: Runtime | None
     precision: Precision
-    on_gpu: bool
+    device: Device = "cpu"
     as_run: ModelProto | None = None
     steps: Runtime | None = None
 
     @property
     def tolerance(self) -> Tolerance:
         """Tolerances of the verification."""
-        return tolerance_of(self.precision, gpu=self.on_gpu)
+        return tolerance_of(self.precision, gpu=self.device not in ("cpu", "openvino"))
 
 
 def open_file(
-    path: Path, model: ModelProto, graph: GraphKind, precision: Precision, device: Provider = "cpu"
+    path: Path, model: ModelProto, graph: GraphKind, precision: Precision, device: Device = "cpu"
 ) -> OpenedFile:
     """Opens an ONNX file.
 
@@ -54,7 +55,8 @@ def open_file(
         model: Its content.
         graph: Kind of graph that it should hold.
         precision: Precision that it should have.
-        device: Execution provider.
+        device: Where to run it. OpenVINO computes 16-bit files in fp32 where the device has no such products;
+            what 16 bits do to them is emulated with ONNX Runtime's cpu.
 
     Raises:
         CheckFailed: the file cannot be emulated or loaded.
@@ -67,8 +69,8 @@ def open_file(
     steps = None
     if graph == "detector":
         steps = runtime_with(as_run, recorded_steps(as_run), device)
-    runtime = OnnxRuntime(as_run.SerializeToString() if emulated else path, device)
+    runtime = open_onnx(as_run.SerializeToString() if emulated else path, device)
     timed = runtime
     if emulated:
-        timed = OnnxRuntime(path) if precision == "fp16" else None
-    return OpenedFile(runtime, timed, precision, device != "cpu", as_run, steps)
+        timed = open_onnx(path) if precision == "fp16" else None
+    return OpenedFile(runtime, timed, precision, device, as_run, steps)

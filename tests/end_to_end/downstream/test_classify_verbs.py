@@ -16,7 +16,8 @@ from coma.artifact import (
 )
 from coma.cli import main
 from coma.errors import BadInput, CheckFailed
-from coma.runtimes.find import RuntimeName, open_model
+from coma.runtimes.find import open_model
+from coma.runtimes.names import RuntimeName
 from downstream.classify.evaluate import evaluate_classifier as measure
 from downstream.classify.inference import open_classifier
 from downstream.classify.predict import predict_classes
@@ -161,7 +162,10 @@ def test_images_that_cannot_be_classified(linear, tmp_path, monkeypatch):
         ("predict C DATA --out OUT --top-k 0", "--top-k 0 must be at least 1"),
         ("predict C DATA --out OUT --batch-size 0", "--batch-size 0 must be at least 1"),
         ("predict C DATA --out OUT --workers -1", "--workers -1 must be 0 to 4096"),
-        ("predict C DATA --out OUT --runtime openvino", "must be auto, pytorch, onnxruntime or tensorrt"),
+        (
+            "predict C DATA --out OUT --runtime coreml",
+            "must be auto, pytorch, onnxruntime, openvino, openvino-gpu",
+        ),
         ("predict C DATA --out OUT --runtime onnxruntime", "has no manifest.json; run coma export"),
         ("predict B DATA --out OUT", "its kind is 'backbone'; give a classifier"),
         ("predict GONE DATA --out OUT", "no such directory"),

@@ -265,14 +265,14 @@ def test_files_are_opened_on_the_device_and_with_the_threads_asked_for(tmp_path,
     opened = []
     monkeypatch.setattr("coma.runtimes.onnxruntime.OnnxRuntime", lambda *how: opened.append(how))
     entries = [entry(tmp_path / f"{name}.onnx", name) for name in ("fp32", "bf16")]
-    found, _ = open_exports(tmp_path, entries, "cuda", 3, Silent())
-    assert opened == [(tmp_path / f"{each.precision}.onnx", "cuda", 3) for each in entries]
+    found, _ = open_exports(tmp_path, entries, ["cuda"], 3, Silent())
+    assert opened == [(tmp_path / f"{each.precision}.onnx", "cuda", 3, False) for each in entries]
     assert [(each.precision, each.device) for each in found] == [("fp32", "cuda"), ("bf16", "cuda")]
 
 
 def test_threads_of_onnx_runtime_do_not_wait_actively_between_runs(made):
     entries = [entry(made.parent / "export" / "encoder.onnx", "fp32")]
-    (found,), _ = open_exports(made.parent / "export", entries, "cpu", 1, Silent())
+    (found,), _ = open_exports(made.parent / "export", entries, ["cpu"], 1, Silent())
     settings = found.runtime._session.get_session_options()  # pyright: ignore[reportAttributeAccessIssue]
     assert settings.get_session_config_entry("session.force_spinning_stop") == "1"
 
@@ -292,7 +292,7 @@ def test_a_machine_that_is_busy_is_remarked(monkeypatch):
 
 
 def test_images_without_files_are_not_decoded(model):
-    contenders, _ = open_torch(model, "encoder", "cpu", compiled=False)
+    contenders, _ = open_torch(model, "encoder", ["cpu"], compiled=False)
     pictures = (np.zeros((70, 80, 3), np.uint8),)
     images = ImageSet(Selection("arrays", 1, 1), pictures)
     calls, left_out = prepare_calls(contenders, images, 2, (64, 64), Silent())

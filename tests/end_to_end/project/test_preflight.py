@@ -19,6 +19,8 @@ NEEDS = [
     ("export MISSING", "onnx", "[export]"),
     ("export MISSING", "onnxscript", "[export]"),
     ("export MISSING", "onnxruntime", "[export,onnxruntime]"),
+    ("export MISSING --device cpu,openvino", "openvino", "[export,openvino]"),
+    ("benchmark MISSING --device openvino-gpu", "openvino", "[export,openvino]"),
     ("embed MISSING MISSING --out f.parquet", "pyarrow", "[search]"),
     ("embed MISSING MISSING --out f.npz --ray auto", "ray", "[search,ray]"),
     ("search MISSING.parquet --outliers", "faiss", "[search]"),
