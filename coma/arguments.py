@@ -187,6 +187,7 @@ def _names(kind: Any) -> list[str]:
 
 def _fields(kind: Any) -> list[tuple[str, Any]]:
     """Returns names and types of the fields of a dataclass and of those in it."""
+    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     found, hints = [], get_type_hints(kind)
     for field in dataclasses.fields(kind):
         default = _default(field)

@@ -13,6 +13,7 @@ import pytest
 import tyro
 
 from coma import cli
+from coma.image_size import ImageSize
 from coma.ranges import Range
 
 ACTIONS = {name: ("train", "test", "predict") for name in ("classify", "detect", "segment")}
@@ -106,9 +107,13 @@ def numeric_fields(kind: type) -> dict[str, tuple[Any, Range | None]]:
     return found
 
 
+NUMERIC = (int, float, ImageSize)
+"""Types whose flags take a number; an image size takes one, or two."""
+
+
 def holds_numbers(kind: Any) -> bool:
     """Whether a type is a number, or a union, tuple or annotation of some."""
-    if kind in (int, float):
+    if kind in NUMERIC:
         return True
     inside = get_args(kind)[:1] if get_origin(kind) is Annotated else get_args(kind)
     return any(holds_numbers(part) for part in inside if isinstance(part, type) or get_args(part))
@@ -130,7 +135,7 @@ def words(hint: Any, text: str) -> list[str]:
     if get_origin(hint) is Annotated:
         return words(get_args(hint)[0], text)
     members = [part for part in get_args(hint) if part not in (NoneType, Ellipsis)]
-    if hint in (int, float):
+    if hint in NUMERIC:
         return [text]
     if get_origin(hint) is tuple:
         return [word for part in members for word in words(part, text)]

@@ -57,7 +57,7 @@ def test_the_help_of_every_room_is_ours(folder, command):
     ("command", "theirs"),
     [
         pytest.param(MODULE, THEIRS, marks=pytest.mark.slow),
-        (CHILD, (*THEIRS, "coma")),
+        pytest.param(CHILD, (*THEIRS, "coma"), marks=pytest.mark.slow),
         pytest.param(
             (sys.executable, "-m", "torch.distributed.run", "--standalone", *MODULE[1:]),
             THEIRS,

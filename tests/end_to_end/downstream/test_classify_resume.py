@@ -77,6 +77,7 @@ def test_the_comparison_notices_another_seed(short, whole, tmp_path):
         assert_same(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(short, whole, tmp_path):
     config = to(short, tmp_path / "run")
     finetune(replace(config, data=replace(config.data, workers=1)))

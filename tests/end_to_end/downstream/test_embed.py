@@ -70,6 +70,7 @@ def test_the_encoder_of_a_segmentor(pictures, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_exported_files_are_the_same_model(model, pictures, reference, tmp_path, capsys):
     exports = model.parent / "export"
     assert export(model, "--out", str(exports)) == 0

@@ -332,6 +332,7 @@ def test_a_bad_image_on_one_process_ends_both(codes, folder):
     assert "alone ComaError process 0 of 2: another process stopped; its own message says why" in first
 
 
+@pytest.mark.slow
 def test_a_process_that_is_gone_ends_the_other(codes, folder):
     first, _ = codes.said("bug")
     assert codes["bug"] == (1, 3)

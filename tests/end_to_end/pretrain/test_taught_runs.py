@@ -122,6 +122,7 @@ def test_a_run_goes_on_from_another_directory(resumable, artifact, tmp_path, mon
     pretrain(read_config(run), resume=True)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_moved_is_given_again(resumable, artifact, tmp_path, monkeypatch):
     run, old, new = tmp_path / "run", tmp_path / "old", tmp_path / "new"
     shutil.copytree(artifact, old)

@@ -96,6 +96,7 @@ def test_what_the_command_line_needs_imports_without_torch(module):
     assert not loaded & {"torch", "torchvision", "timm", "numpy", "matplotlib", "skimage", *HEAVY}
 
 
+@pytest.mark.slow
 def test_training_needs_no_other_room():
     loaded = modules_after("import pretrain.training, pretrain.evaluate")
     assert "torch" in loaded

@@ -57,6 +57,7 @@ def run(photographs, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_runs_draw_their_pictures_and_resume(run, photographs, tmp_path, capsys):
     about = load_artifact(run / "artifact").config
     assert about.image_size == (32, 64) and about.model.unit == 8

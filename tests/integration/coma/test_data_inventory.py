@@ -112,7 +112,7 @@ def test_every_other_format_is_counted_by_its_extension(tmp_path):
     )
     for number in range(40):
         (tmp_path / f"x.e{number:02d}").touch()
-    assert open_source(tmp_path).summary().endswith(".e07, 37 more of 37 kinds (not read)")
+    assert open_source(tmp_path).summary().endswith(".e08, 37 more of 37 kinds (not read)")
 
 
 # what systems leave behind ----------------------------------------------------------------------

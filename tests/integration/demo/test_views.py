@@ -317,6 +317,7 @@ def test_only_what_was_named_can_be_had(models, tmp_path):
         Models([tmp_path / "none"])
 
 
+@pytest.mark.slow
 def test_what_is_computed_needs_no_gradio():
     code = (
         "import demo.upload, demo.resize, demo.masking, demo.render, demo.reconstruction, "

@@ -276,11 +276,12 @@ def breaks(sender, *_):
     os._exit(3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("child", "message"),
     [
-        pytest.param(hangs, "made no progress for 0 minutes and was stopped", marks=pytest.mark.slow),
-        pytest.param(is_killed, "its process was killed by SIGKILL", marks=pytest.mark.slow),
+        (hangs, "made no progress for 0 minutes and was stopped"),
+        (is_killed, "its process was killed by SIGKILL"),
         (breaks, "its process ended with exit code 3"),
     ],
 )

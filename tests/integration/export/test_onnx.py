@@ -67,17 +67,9 @@ def compare(artifact: Path, graph, path: Path, shape: Shape, limit: float) -> No
             assert (found[name] == value).double().mean() > 1 - 2 * max(limit, 0.01)
 
 
-QUICK = (("encoder", "fp32"),)
-
-
-@pytest.mark.parametrize(
-    ("graph", "precision"),
-    [
-        pytest.param(graph, precision, marks=[pytest.mark.slow] * ((graph, precision) not in QUICK))
-        for graph in MAKERS
-        for precision in ERRORS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ERRORS)
+@pytest.mark.parametrize("graph", MAKERS)
 def test_files_give_what_the_model_gives_at_any_size(graph, precision, tmp_path):
     artifact = MAKERS[graph](tmp_path / "artifact")
     path = write(tmp_path, artifact, graph, precision, FREE)
@@ -114,6 +106,7 @@ def test_windows_that_cross_units_do_for_maps_larger_and_smaller(windows, tmp_pa
         compare(artifact, "encoder", path, shape, 1e-4)
 
 
+@pytest.mark.slow
 def test_plain_vit(tmp_path):
     artifact = export_files.pretrained(tmp_path / "artifact", ViTConfig(patch=8, dim=16, depth=1, heads=2))
     path = write(tmp_path, artifact, "reconstructor", "fp32", FREE)
@@ -163,6 +156,7 @@ def test_pixels_in_and_mean_inside(tmp_path):
     torch.testing.assert_close(found / 255, wanted * std + mean, atol=5e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_model_without_a_mask_takes_pixels_too(tmp_path):
     artifact = export_files.classifier(tmp_path / "artifact")
     batch = Shapes(Shape(1, 48, 48), Shape(2, 48, 48), Shape(4, 48, 48))
