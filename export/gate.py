@@ -150,13 +150,15 @@ class Gate:
     ) -> tuple[Entry, ParityResult]:
         """Verifies a file with one more runtime, and adds what it finds to the entry and the failures."""
         also, found = self._verify(candidate, name, opened)
+        failures = (f"{also.runtime}: {failure}" for failure in found.failures)
+        result = replace(result, failures=(*result.failures, *failures))
         entry = replace(
             entry,
+            verification=result.to_dict(),
             also_verified={**entry.also_verified, also.runtime: found.to_dict()},
             latency=[*entry.latency, *also.latency],
         )
-        failures = (f"{also.runtime}: {failure}" for failure in found.failures)
-        return entry, replace(result, failures=(*result.failures, *failures))
+        return entry, result
 
     @property
     def _spec(self) -> ModelSpec:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeGuard, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from coma.messages import parse_names
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 RuntimeName = Literal["auto", "pytorch", "onnxruntime", "openvino", "openvino-gpu", "tensorrt"]
 """auto: PyTorch for an artifact; for an exported file ONNX Runtime or TensorRT, by its suffix."""
@@ -24,7 +27,7 @@ SUFFIXES: dict[RuntimeName, str] = {
 """Suffix of the files that a runtime runs."""
 
 
-def is_openvino(name: str) -> TypeGuard[OpenVINODevice]:
+def is_openvino(name: str) -> TypeIs[OpenVINODevice]:
     """Whether a runtime or device is one of OpenVINO's."""
     return name in get_args(OpenVINODevice)
 
