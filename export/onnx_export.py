@@ -147,6 +147,10 @@ def write_onnx(
         raise CheckFailed(f"ONNX has no bf16 convolution in opset {OPSET}; use fp16")
     del model.graph.output[len(outputs) :]  # the steps of a detector keep their names inside the graph
     _drop_source_notes(model)
+    if plugin_free:
+        from export.plugin_free import declare_loop_types
+
+        declare_loop_types(model)
     onnx.helper.set_model_props(model, {METADATA: to_json(spec)})
     check_graph(model)
     check_axes(model, spec)

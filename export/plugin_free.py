@@ -10,9 +10,10 @@ the boxes are: loops end when nothing is left to do, not after a number of round
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from onnx import GraphProto, ModelProto
 from onnxscript import BOOL, FLOAT, INT64, opset18, script
 
 op: Any = opset18  # its type stubs do not cover optional results
@@ -246,3 +247,20 @@ def pool(
         height=size[0],
         width=size[1],
     )
+
+
+def declare_loop_types(model: ModelProto) -> None:
+    """Declares the types that the bodies of loops take, in place; OpenVINO reads no loops without them."""
+    from onnx.shape_inference import infer_shapes
+
+    for body, inferred in zip(_bodies(model.graph), _bodies(infer_shapes(model).graph), strict=True):
+        for value, known in zip(body.input, inferred.input, strict=True):
+            value.type.tensor_type.elem_type = known.type.tensor_type.elem_type
+
+
+def _bodies(graph: GraphProto) -> Iterator[GraphProto]:
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield attribute.g
+                yield from _bodies(attribute.g)
