@@ -7,7 +7,7 @@
 Encoder, reconstructor and classifier of `--preset`, with random weights unless artifacts are given (the
 classifier of a pre-trained encoder has its weights under a random head), segmentor and detector where given;
 each at the size it was trained on, in fp32, fp16 and, with `--calibrate`, int8. All of it runs on a CPU, by
-PyTorch eagerly and by ONNX Runtime.
+PyTorch eagerly, by ONNX Runtime and, with `--devices cpu openvino`, by OpenVINO.
 
 Errors are those of `coma export`: every file against PyTorch in fp32, on images, at several batches, held to
 the limits of its precision. "least cosine" and "largest error" are the worst of all outputs and images.
@@ -44,7 +44,7 @@ from coma.config import ENCODER_PRESETS
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import machine, versions
 from coma.runtimes.model_spec import METADATA, ModelSpec, Precision, read_model_spec, to_json
-from coma.runtimes.onnxruntime import OnnxRuntime
+from coma.runtimes.open import open_onnx
 from coma.runtimes.preprocessing import resize_image, to_input
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes
@@ -103,10 +103,11 @@ def entrants_of(model: Model, args: argparse.Namespace) -> list[Entrant]:
             export(model, precision, shapes, path, plain, args)
             seconds = time.perf_counter() - started
         print(f"{model.name} {precision}: comparing with PyTorch", flush=True)
-        runtime = OnnxRuntime(path, "cpu", torch.get_num_threads())
-        verdict = verify(reference, runtime, shapes, pictures)
-        megabytes = path.stat().st_size / 1e6
-        found.append(Entrant(model, precision, runtime, megabytes, verdict, seconds))
+        for device in args.devices:
+            runtime = open_onnx(path, device, torch.get_num_threads())
+            verdict = verify(reference, runtime, shapes, pictures)
+            megabytes = path.stat().st_size / 1e6
+            found.append(Entrant(model, precision, runtime, megabytes, verdict, seconds))
     return found
 
 
@@ -228,6 +229,7 @@ def main() -> None:
     for kind in ("pretrained", "classifier", "segmentor", "detector"):
         parser.add_argument(f"--{kind}", type=Path, metavar="ARTIFACT")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="default: those possible")
+    parser.add_argument("--devices", nargs="+", choices=("cpu", "openvino"), default=["cpu"])
     parser.add_argument("--calibrate", type=Path, metavar="IMAGES", help="int8 needs it")
     parser.add_argument("--calibrate-images", type=int, default=64)
     parser.add_argument("--verify", type=Path, metavar="IMAGES", help="default: scikit-image's photographs")

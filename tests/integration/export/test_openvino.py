@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 from coma.cli import main
 from coma.errors import BadInput, CheckFailed
 from coma.runtimes import names, openvino
+from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import Manifest
 from coma.runtimes.model_spec import METADATA, ModelSpec, Preprocessing, TensorSpec, to_json
 from coma.runtimes.onnxruntime import OnnxRuntime
@@ -42,7 +43,7 @@ MAKERS = {
 }
 
 
-def agree(reference, file: Path, limit: float) -> OpenVINORuntime:
+def agree(reference: Runtime, file: Path, limit: float) -> None:
     """Compares OpenVINO with the reference at free sizes, odd ones too."""
     runtime = OpenVINORuntime(file, threads=1)
     for batch, height, width in ((1, 64, 48), (2, 48, 64), (3, 57, 71)):
@@ -55,7 +56,6 @@ def agree(reference, file: Path, limit: float) -> OpenVINORuntime:
                 assert (found[name] - value).norm() <= limit * value.norm(), name
             else:
                 assert (found[name] == value).double().mean() > 1 - 2 * max(limit, 0.01)
-    return runtime
 
 
 def test_a_file_that_was_verified_with_both_says_so_and_runs_with_both(run_folder, caplog, capsys):
@@ -247,7 +247,10 @@ def test_every_kind_gives_what_pytorch_gives(kind, model, tmp_path):
     quantize_int8(plain, quantised, batches, metadata={METADATA: to_json(spec)})
     agree(reference, plain, 1e-5)
     agree(reference, half, 0.02)
-    agree(OnnxRuntime(quantised, threads=1), quantised, 0.05)  # the same codes, but for roundings
+    if (kind, model) == ("segmentor", VIT):  # ONNX Runtime 1.31 runs it at the traced size only: Range fails
+        agree(reference, quantised, 0.14)
+    else:
+        agree(OnnxRuntime(quantised, threads=1), quantised, 0.05)  # equal but for roundings
 
 
 @pytest.mark.slow
