@@ -256,6 +256,8 @@ def test_exported_files_beside_an_artifact_run_and_agree(exported, photograph):
     rows = {row.title: row for row in time_runtimes(model, "reconstructor", photograph)}
     assert rows["ONNX Runtime"].cosine > 0.99999 and rows["ONNX Runtime"].difference < 0.1
     assert rows["ONNX Runtime"].milliseconds > 0 and rows["TensorRT"].reason
+    assert rows["OpenVINO"].cosine > 0.99999 and rows["OpenVINO"].version.startswith("OpenVINO")
+    assert "finds no Intel GPU" in str(rows["OpenVINO on an Intel GPU"].reason)
     with pytest.raises(BadInput, match="not available"):
         model.runtime("reconstructor", "TensorRT")
     file = exported.parent / "export" / "reconstructor.onnx"
