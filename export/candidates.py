@@ -1,4 +1,4 @@
-"""Builds candidate files: ONNX files traced from PyTorch or quantised from the fp32 file, not yet verified.
+"""Builds candidate files: ONNX files traced from PyTorch or quantised from such a file, not yet verified.
 
 A file gets its final name after verification; until then it is called `<name>.unverified.onnx`.
 """
@@ -18,10 +18,13 @@ from coma.runtimes.manifest import STAGED
 from coma.runtimes.model_spec import (
     METADATA,
     ExportableModel,
+    FloatPrecision,
     GraphKind,
     ModelSpec,
     Precision,
     centre_crop_rule,
+    eight_bit_part,
+    float_part,
     to_json,
 )
 from coma.runtimes.preprocessing import resize_image, to_input
@@ -42,14 +45,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 UNVERIFIED = ".unverified"
-_BASE = ".onnx.base"
 
 
 class CandidateBuilder:
     """Builds the candidate files of one graph.
 
     Attributes:
-        fp32_file: Verified fp32 file of this run, if there is one; quantised files are made from it.
+        float_files: Files of this run by precision, that quantised files are made from.
     """
 
     def __init__(
@@ -64,13 +66,13 @@ class CandidateBuilder:
         self.config, self.images, self.shapes, self.source = config, images, shapes, source
         self.graph: GraphKind = graph
         self.listener = listener
-        self.fp32_file: Path | None = None
+        self.float_files: dict[Precision, Path] = {}
         self._temporary: list[Path] = []
 
     def build(self, precision: Precision) -> Path:
         """Writes the candidate file of a precision and returns its path."""
         target = self.candidate_path(self.config.folder / file_name(self.graph, precision))
-        if precision in ("int8", "fp8"):
+        if eight_bit_part(precision):
             self._quantize(precision, target)
         else:
             write_onnx(self._prepare_model(precision), self.shapes, target, self.config.plugin_free)
@@ -90,13 +92,14 @@ class CandidateBuilder:
         self._temporary.append(path)
         return path
 
-    def base_file(self) -> Path:
-        """Returns the fp32 file that quantised files are made from, and builds one if none was verified."""
-        if self.fp32_file is None:
-            base = self.temporary(self.config.folder / f"{self.graph}{_BASE}")
-            write_onnx(self._prepare_model("fp32"), self.shapes, base, self.config.plugin_free)
-            self.fp32_file = base
-        return self.fp32_file
+    def base_file(self, precision: Precision) -> Path:
+        """Returns the file that one of this precision is quantised from, and builds it if none was verified."""
+        rest = float_part(precision)
+        if rest not in self.float_files:
+            base = self.temporary(self.config.folder / _base_name(self.graph, rest))
+            write_onnx(self._prepare_model(rest), self.shapes, base, self.config.plugin_free)
+            self.float_files[rest] = base
+        return self.float_files[rest]
 
     def load_model(self) -> ExportableModel:
         """Loads the model.
@@ -119,7 +122,7 @@ class CandidateBuilder:
     def _quantize(self, precision: Precision, target: Path) -> None:
         from export.quantization import quantize_fp8, quantize_int8
 
-        base = self.base_file()
+        base = self.base_file(precision)
         spec = read_spec(base)
         batches, total = self._calibration_batches(spec)
         title = f"{self.graph} {precision}: calibrating activation ranges"
@@ -130,7 +133,7 @@ class CandidateBuilder:
             "progress": lambda done: self.listener.step(title, done, total),
         }
         with about_one_file(), library_errors("the graph cannot be quantised"):
-            if precision == "int8":
+            if eight_bit_part(precision) == "int8":
                 quantize_int8(base, target, batches, self.config.calibrate_method, **common)
             else:
                 quantize_fp8(base, target, batches, **common)
@@ -163,6 +166,10 @@ class CandidateBuilder:
         return map(batch_from, starts), len(starts)
 
 
+def _base_name(graph: GraphKind, precision: Precision) -> str:
+    return f"{file_name(graph, precision)}.base"
+
+
 def remove_unfinished(folder: Path) -> None:
     """Removes unfinished files of an export that was killed; no other export may be writing to the folder."""
     files = [file_name(graph, each) for graph in get_args(GraphKind) for each in get_args(Precision)]
@@ -171,7 +178,7 @@ def remove_unfinished(folder: Path) -> None:
         for file in files
         for end in (".onnx", ".engine", ".engine.json")
     }
-    names |= {f"{graph}{_BASE}" for graph in get_args(GraphKind)}
+    names |= {_base_name(graph, each) for graph in get_args(GraphKind) for each in get_args(FloatPrecision)}
     written = (*names, REPORT, PICTURE, STAGED)
     found = [folder / name for name in (*names, STAGED, *(f".{name}.part" for name in written))]
     unfinished = [path for path in found if path.is_file()]

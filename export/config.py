@@ -34,7 +34,8 @@ class ExportConfig(Ranged):
     to: str = "onnx"
     """Formats: onnx, or onnx,tensorrt."""
     precision: str = "fp32"
-    """Precisions, separated by commas: fp32, fp16, bf16, int8, fp8."""
+    """Precisions, separated by commas: fp32, fp16, bf16, int8, fp8, and int8+fp16, fp8+fp16, whose other
+    layers are in fp16, for GPUs."""
     graph: Literal["all", "encoder", "reconstructor"] = "all"
     """Graphs to export from a pre-trained artifact."""
     shapes: str | None = None
@@ -130,4 +131,4 @@ class ExportImages:
 
 def file_name(graph: GraphKind, precision: Precision) -> str:
     """Returns the name of an ONNX file."""
-    return f"{graph}.onnx" if precision == "fp32" else f"{graph}-{precision}.onnx"
+    return f"{graph}.onnx" if precision == "fp32" else f"{graph}-{precision.replace('+', '-')}.onnx"

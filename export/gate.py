@@ -17,7 +17,7 @@ from coma.library_errors import about_one_file, library_errors
 from coma.messages import counted
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import Entry, Manifest, Selection
-from coma.runtimes.model_spec import ModelSpec, Precision
+from coma.runtimes.model_spec import ModelSpec, Precision, eight_bit_part, float_part
 from coma.runtimes.names import torch_device_of
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shapes
@@ -59,7 +59,7 @@ class Gate:
     ) -> None:
         self.config, self.images, self.reference, self.shapes = config, images, reference, shapes
         self.listener, self.manifest = listener, manifest
-        self._fp32: Entry | None = None
+        self._kept: dict[Precision, Entry] = {}
         self._scores: dict[str, float] | None = None
         self._scored_images: Selection | None = None
 
@@ -79,11 +79,13 @@ class Gate:
         entry.numbers = numbers
         if not result.passed:
             entry.error = self._locate_error(opened, result)
-        elif precision in ("int8", "fp8"):
-            result = _require_gain(result, entry, builder.base_file().stat().st_size, self._fp32)
+        elif eight_bit_part(precision):
+            rest = float_part(precision)
+            base_bytes = builder.base_file(precision).stat().st_size
+            result = _require_gain(result, entry, rest, base_bytes, self._kept.get(rest))
             entry.verification = result.to_dict()
-        elif precision == "fp32":
-            self._fp32 = entry
+        else:
+            self._kept[precision] = entry
         for device in others if result.passed else ():
             opened = open_file(candidate, model, self.reference.spec.graph, precision, device)
             entry, result = self._verify_again(candidate, path.name, opened, entry, result)
@@ -231,7 +233,7 @@ class Gate:
 
     def _image_sets(self, precision: Precision) -> dict[str, Selection]:
         sets = {"verification": self.images.verification.selection}
-        if precision in ("int8", "fp8") and self.images.calibration:
+        if eight_bit_part(precision) and self.images.calibration:
             sets["calibration"] = self.images.calibration.selection
         if self._scored_images:
             sets["top-1"] = self._scored_images
@@ -307,13 +309,15 @@ def _summary(entry: Entry, result: ParityResult) -> str:
     )
 
 
-def _require_gain(result: ParityResult, entry: Entry, fp32_bytes: int, fp32: Entry | None) -> ParityResult:
-    """Fails a quantised file that is neither smaller than the fp32 file nor faster where both were timed."""
-    ours, plain = _medians(entry), _medians(fp32) if fp32 else {}
+def _require_gain(
+    result: ParityResult, entry: Entry, rest: Precision, base_bytes: int, base: Entry | None
+) -> ParityResult:
+    """Fails a quantised file that is neither smaller than its base nor faster where both were timed."""
+    ours, plain = _medians(entry), _medians(base) if base else {}
     faster = bool(ours) and all(shape in plain and p50 < plain[shape] for shape, p50 in ours.items())
-    if entry.bytes < fp32_bytes or faster:
+    if entry.bytes < base_bytes or faster:
         return result
-    return replace(result, failures=(*result.failures, "neither smaller than the fp32 file nor faster"))
+    return replace(result, failures=(*result.failures, f"neither smaller than the {rest} file nor faster"))
 
 
 def _medians(entry: Entry) -> dict[str, float]:

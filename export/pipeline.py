@@ -17,7 +17,7 @@ from coma.library_errors import load_packages
 from coma.messages import counted
 from coma.preflight import require_file, require_folder
 from coma.runtimes.manifest import Manifest
-from coma.runtimes.model_spec import GRAPH_KINDS, GraphKind
+from coma.runtimes.model_spec import GRAPH_KINDS, GraphKind, eight_bit_part
 from coma.runtimes.names import Device, is_openvino
 from coma.runtimes.onnxruntime import require_provider
 from coma.runtimes.openvino import require_device
@@ -138,8 +138,8 @@ def export_graph(
                 outcome.refused.append(fault)
                 continue
             outcome.kept.append(path)
-            if precision == "fp32":
-                builder.fp32_file = path
+            if not eight_bit_part(precision):
+                builder.float_files[precision] = path
             if config.builds_engines:
                 try:
                     fault = gate.verify_engine(path, builder)
@@ -180,7 +180,7 @@ def default_shapes(config: ArtifactConfig, graph: GraphKind) -> Shapes:
 
 def _check_flags(config: ExportConfig, artifact: ArtifactConfig, shapes: Shapes) -> None:
     """Refuses flags without effect, missing flags, and metrics that cannot be measured."""
-    quantised = bool({"int8", "fp8"} & set(config.precisions))
+    quantised = any(map(eight_bit_part, config.precisions))
     if quantised and config.calibrate is None:
         raise BadInput(
             "int8 and fp8 need --calibrate: about a hundred images of the kind that the model will see, and "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from coma.config.serialization import from_plain, to_plain
 from coma.errors import BadInput
@@ -23,7 +23,22 @@ FORMAT_VERSION = 2
 GraphKind = Literal["encoder", "reconstructor", "classifier", "segmentor", "detector"]
 """Part of a model that is exported as one graph; see `GRAPH_KINDS`."""
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int8+fp16", "fp8+fp16"]
+"""Precision of a file: that of its floats, or an 8-bit type and, after a plus, that of the remaining floats."""
+FloatPrecision = Literal["fp32", "fp16", "bf16"]
+EightBits = Literal["int8", "fp8"]
+
+
+def float_part(precision: Precision) -> FloatPrecision:
+    """Returns the precision of what is not quantised: fp16 of int8+fp16, fp32 of int8."""
+    rest = precision.partition("+")[2] or precision
+    return cast(FloatPrecision, "fp32" if rest in get_args(EightBits) else rest)
+
+
+def eight_bit_part(precision: Precision) -> EightBits | None:
+    """Returns the type of what is quantised: int8 of int8+fp16, None of fp16."""
+    first = precision.partition("+")[0]
+    return cast(EightBits, first) if first in get_args(EightBits) else None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from coma.errors import BadInput, CheckFailed
 from coma.library_errors import first_line, load_packages
 from coma.runtimes.base import check_inputs
+from coma.runtimes.model_spec import eight_bit_part
 from coma.runtimes.names import Provider
 from coma.runtimes.onnx_file import name_of, read_onnx_file
 from coma.runtimes.tensorrt.discovery import load_library
@@ -67,7 +68,7 @@ class OnnxRuntime:
         precision = self.spec.precision
         if precision == "bf16" and provider == "cpu" and not emulated:
             raise BadInput(f"{name}: ONNX Runtime has no bf16 on a CPU; use a GPU (cuda)")
-        self._session = _open(path, name, provider, threads, fp8_products=precision == "fp8")
+        self._session = _open(path, name, provider, threads, fp8_products=eight_bit_part(precision) == "fp8")
         self.title = f"ONNX Runtime {_library().__version__}, {provider}"
         if emulated:
             self.title += f", {emulated} emulated"

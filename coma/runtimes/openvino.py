@@ -22,12 +22,12 @@ from coma.devices import cores
 from coma.errors import BadInput, CheckFailed
 from coma.library_errors import load_packages
 from coma.runtimes.base import check_inputs
-from coma.runtimes.model_spec import Precision
+from coma.runtimes.model_spec import Precision, float_part
 from coma.runtimes.names import OpenVINODevice
 from coma.runtimes.onnx_file import name_of, read_onnx_file
 
 _PLUGINS: dict[OpenVINODevice, str] = {"openvino": "CPU", "openvino-gpu": "GPU"}
-_HALF = {"fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
+_HALF: dict[str, tuple[str, str]] = {"fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
 """Inference precision of 16-bit files, and what a device that has it lists among its capabilities."""
 _LONGEST = 300
 
@@ -70,7 +70,7 @@ class OpenVINORuntime:
             options |= {"INFERENCE_NUM_THREADS": threads or cores(), "ENABLE_CPU_PINNING": False}
         with _raising(f"{name}: OpenVINO cannot load it", CheckFailed):
             model = core.read_model(str(path) if isinstance(path, Path) else path)
-            in_fp32 = self.spec.precision in _HALF and precision == "f32"
+            in_fp32 = float_part(self.spec.precision) in _HALF and precision == "f32"
             if plugin == "CPU" and _is_wrong_in_int8(model):
                 options["LP_TRANSFORMS_MODE"], in_fp32 = "NO", True
             compiled = core.compile_model(model, plugin, options)
@@ -117,7 +117,7 @@ def _inference_precision(core: Any, plugin: str, precision: Precision) -> str:
 
     Without the check OpenVINO computes in bf16 on CPUs that have bf16 and are asked for fp16.
     """
-    hint, capability = _HALF.get(precision, ("f32", "FP32"))
+    hint, capability = _HALF.get(float_part(precision), ("f32", "FP32"))
     return hint if capability in core.get_property(plugin, "OPTIMIZATION_CAPABILITIES") else "f32"
 
 

@@ -1,13 +1,14 @@
 """Inserts QuantizeLinear and DequantizeLinear (Q/DQ) pairs before multiplications with constant weights.
 
+In fp8 the two products of attention get pairs too: one for each of Q, K, V and the softmax.
+
     x  ->  QuantizeLinear -> DequantizeLinear  -\
                                                  MatMul | Gemm | Conv
     w, stored in 8 bits   -> DequantizeLinear  -/
 
 TensorRT supports these pairs as explicit quantisation (see its developer guide); other runtimes compute or
 fuse them. Zero points are zero, because TensorRT supports no others. All other operators stay in float:
-attention (products of two activations), normalisation, softmax, GELU, resizing, and the steps after a
-detector's heads.
+attention in int8, normalisation, softmax, GELU, resizing, and the steps after a detector's heads.
 """
 
 from __future__ import annotations
@@ -58,15 +59,58 @@ def weight_matmuls(graph: GraphProto) -> Iterator[WeightMatmul]:
             yield WeightMatmul(layer, output, node.input[0], weight.name, axis, weight.data_type)
 
 
+@dataclass(frozen=True)
+class AttentionMatmul:
+    """A product of attention: of Q and K, or of the softmax of such a product and V."""
+
+    layer: str
+    output: str
+    operands: tuple[str, str]
+    softmax: str | None
+    """Which operand is the softmax; its range is 0 to 1."""
+    data_type: int
+    """ONNX's number for the type of the operands."""
+
+
+def attention_matmuls(model: ModelProto) -> Iterator[AttentionMatmul]:
+    """Yields the two products of every attention, in graph order.
+
+    The scale is on Q or K, and only a bias or a mask comes between the first product and the softmax: such
+    graphs, with pairs directly in front of both products, are what TensorRT fuses in fp8 (its developer guide,
+    "fused attention"; NVIDIA Model-Optimizer, pull request 1289).
+    """
+    from onnx import shape_inference
+
+    sources = {output: node for node in model.graph.node for output in node.output}
+    weights = {each.name for each in model.graph.initializer}
+    found: dict[str, str | None] = {}
+    for node in model.graph.node:
+        softmax = sources.get(node.input[0]) if node.op_type == "MatMul" else None
+        if softmax is None or softmax.op_type != "Softmax" or node.input[1] in weights:
+            continue
+        first = sources.get(softmax.input[0])
+        if first is not None and first.op_type == "Add":
+            masked = (sources.get(name) for name in first.input)
+            first = next((each for each in masked if each is not None and each.op_type == "MatMul"), None)
+        if first is not None and first.op_type == "MatMul" and not weights & set(first.input):
+            found |= {first.output[0]: None, node.output[0]: node.input[0]}
+    typed = shape_inference.infer_shapes(model).graph
+    types = {each.name: each.type.tensor_type.elem_type for each in typed.value_info}
+    for node in model.graph.node:
+        if node.output and node.output[0] in found:
+            layer, output, (one, other) = [node.name, *modules_of(node)][-1], node.output[0], node.input
+            yield AttentionMatmul(layer, output, (one, other), found[output], types[output])
+
+
 def insert_qdq(
     graph: GraphProto,
-    products: Sequence[WeightMatmul],
+    products: Sequence[WeightMatmul | AttentionMatmul],
     ranges: Mapping[str, float],
     codes: EightBitType,
     *,
     per_channel: bool,
 ) -> None:
-    """Inserts a Q/DQ pair before every matrix multiplication and stores its weight in 8 bits, in place.
+    """Inserts Q/DQ pairs before every matrix multiplication and stores weights in 8 bits, in place.
 
     Multiplications of one activation share a pair; float weights without a use are removed.
 
@@ -77,27 +121,41 @@ def insert_qdq(
         codes: The 8-bit type.
         per_channel: Whether every output channel of a weight has its own scale.
     """
+    from onnx import helper
+
     weights = {each.name: each for each in graph.initializer}
     chosen = {product.output: product for product in products}
     ready: set[str] = set()
     nodes: list[NodeProto] = []
+
+    def quantised_activation(source: str, data_type: int) -> str:
+        name = f"{source}/{codes.name}"
+        if name not in ready:
+            dtype = helper.tensor_dtype_to_np_dtype(data_type)
+            nodes.extend(_activation_pair(graph, source, name, np.asarray(ranges[source]), dtype, codes))
+            ready.add(name)
+        return f"{name}/float"
+
+    def quantised_weight(product: WeightMatmul) -> str:
+        name = f"{product.weight}/{codes.name}/{product.axis}"
+        if name not in ready:
+            values = _array(weights[product.weight])
+            nodes.append(_encoded_weight(graph, name, values, codes, product.axis, per_channel))
+            ready.add(name)
+        return f"{name}/float"
+
     for node in graph.node:
         product = chosen.get(node.output[0]) if node.output else None
-        if product is not None:
-            activation = f"{product.activation}/{codes.name}"
-            weight = f"{product.weight}/{codes.name}/{product.axis}"
-            values = _array(weights[product.weight])
-            if activation not in ready:
-                amax = np.asarray(ranges[product.activation])
-                nodes += _activation_pair(graph, product.activation, activation, amax, values.dtype, codes)
-            if weight not in ready:
-                nodes.append(_encoded_weight(graph, weight, values, codes, product.axis, per_channel))
-            ready |= {activation, weight}
-            node.input[0], node.input[1] = f"{activation}/float", f"{weight}/float"
+        if isinstance(product, WeightMatmul):
+            node.input[0] = quantised_activation(product.activation, product.data_type)
+            node.input[1] = quantised_weight(product)
+        elif product is not None:
+            for index, source in enumerate(product.operands):
+                node.input[index] = quantised_activation(source, product.data_type)
         nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
-    _drop_unused(graph, {product.weight for product in products})
+    _drop_unused(graph, {each.weight for each in products if isinstance(each, WeightMatmul)})
 
 
 def _output_axis(node: NodeProto) -> int | None:
@@ -201,7 +259,8 @@ class EightBitType:
 
     def scale(self, amax: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """Returns the scale in `dtype`; 1 if all values are zero, and never 0."""
-        least = float(np.finfo(dtype).tiny)
+        # fp32's subnormal numbers may be flushed to zero; fp16's have no less precision than what they scale
+        least = max(float(np.finfo(dtype).smallest_subnormal), float(np.finfo(np.float32).tiny))
         scale = np.asarray(amax, np.float64) / self.largest
         return np.where(scale > 0, np.maximum(scale, least), 1.0).astype(dtype)
 

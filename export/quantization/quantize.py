@@ -13,9 +13,11 @@ from export.onnx_export import check_graph, save_onnx
 from export.quantization.calibration import Batch, Method, activation_ranges
 from export.quantization.qdq import (
     INT8,
+    AttentionMatmul,
     EightBitType,
     WeightMatmul,
     at_opset,
+    attention_matmuls,
     fp8_codes,
     insert_qdq,
     weight_matmuls,
@@ -85,6 +87,7 @@ def quantize_fp8(
 ) -> Quantized:
     """Writes a copy of an ONNX file in fp8 (E4M3), for TensorRT on GPUs of compute capability 8.9 and later.
 
+    Q, K and V of attention are quantised too, and the softmax with the scale 1/448: its values are at most 1.
     Scales come from the maximum magnitudes: the steps of fp8 grow with the value, so clipping gains nothing.
     Weights have one scale each, because one per channel did not reduce the errors. The opset is 19. ONNX
     Runtime runs such a file on a CPU with `ORT_FP8_ENTRY`.
@@ -102,8 +105,9 @@ def quantize_fp8(
         BadInput: see `quantize_int8`.
         CheckFailed: see `quantize_int8`.
     """
-    chosen = _Chosen.of(source, exclude, exclude_first)
+    chosen = _Chosen.of(source, exclude, exclude_first, attention=True)
     ranges = activation_ranges(chosen.model, chosen.tensors, batches, "minmax", progress=progress)
+    ranges |= {each.softmax: 1.0 for each in chosen.attention if each.softmax}
     return chosen.write(target, ranges, metadata or {}, fp8_codes(), per_channel=False)
 
 
@@ -114,9 +118,12 @@ class _Chosen:
     model: ModelProto
     changed: list[WeightMatmul]
     excluded: list[WeightMatmul]
+    attention: list[AttentionMatmul]
 
     @classmethod
-    def of(cls, source: Path, exclude: Sequence[str], exclude_first: bool) -> _Chosen:
+    def of(
+        cls, source: Path, exclude: Sequence[str], exclude_first: bool, *, attention: bool = False
+    ) -> _Chosen:
         import onnx
         from onnx import TensorProto
 
@@ -124,8 +131,9 @@ class _Chosen:
         products = list(weight_matmuls(model.graph))
         if any(each.data_type == TensorProto.BFLOAT16 for each in products):
             raise BadInput(f"{source}: has layers in bf16; quantise an fp32 or fp16 file")
+        pairs = list(attention_matmuls(model)) if attention else []
         for pattern in exclude:
-            if not any(fnmatchcase(each.layer, pattern) for each in products):
+            if not any(fnmatchcase(each.layer, pattern) for each in (*products, *pairs)):
                 known = ", ".join(each.layer for each in products[:3])
                 raise BadInput(f"{source}: no layer has the name {pattern!r}; layers are {known}, ...")
         kept = [
@@ -136,11 +144,14 @@ class _Chosen:
         changed = [each for each in products if each not in kept]
         if not changed:
             raise BadInput(f"{source}: no linear or convolutional layer to quantise")
-        return cls(model, changed, kept)
+        pairs = [each for each in pairs if not any(fnmatchcase(each.layer, pattern) for pattern in exclude)]
+        return cls(model, changed, kept, pairs)
 
     @property
     def tensors(self) -> list[str]:
-        return list(dict.fromkeys(each.activation for each in self.changed))
+        """Activations to calibrate, which are all but softmaxes."""
+        inner = (x for each in self.attention for x in each.operands if x != each.softmax)
+        return list(dict.fromkeys([*(each.activation for each in self.changed), *inner]))
 
     def write(
         self,
@@ -155,7 +166,7 @@ class _Chosen:
 
         half = any(each.data_type == TensorProto.FLOAT16 for each in self.changed)
         model = at_opset(self.model, 19 if half or codes is not INT8 else 13)  # whose pairs take the types
-        insert_qdq(model.graph, self.changed, ranges, codes, per_channel=per_channel)
+        insert_qdq(model.graph, [*self.changed, *self.attention], ranges, codes, per_channel=per_channel)
         said = {each.key: each.value for each in model.metadata_props} | dict(metadata)
         helper.set_model_props(model, said)
         check_graph(model)

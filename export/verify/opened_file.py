@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from coma.library_errors import about_one_file, library_errors
 from coma.runtimes.base import Runtime
-from coma.runtimes.model_spec import GraphKind, Precision
+from coma.runtimes.model_spec import GraphKind, Precision, float_part
 from coma.runtimes.names import Device
 from coma.runtimes.open import open_onnx
 from export.half_precision_emulation import emulate, is_half
@@ -61,16 +61,17 @@ def open_file(
     Raises:
         CheckFailed: the file cannot be emulated or loaded.
     """
-    emulated = device == "cpu" and is_half(precision)
+    rest = float_part(precision)
+    emulated = device == "cpu" and is_half(rest)
     as_run = model
-    if emulated and is_half(precision):
+    if emulated and is_half(rest):
         with about_one_file(), library_errors("the graph cannot be emulated in fp32"):
-            as_run = emulate(model, precision)
+            as_run = emulate(model, rest)
     steps = None
     if graph == "detector":
         steps = runtime_with(as_run, recorded_steps(as_run), device)
     runtime = open_onnx(as_run.SerializeToString() if emulated else path, device)
     timed = runtime
     if emulated:
-        timed = open_onnx(path) if precision == "fp16" else None
+        timed = open_onnx(path) if rest == "fp16" else None
     return OpenedFile(runtime, timed, precision, device, as_run, steps)
