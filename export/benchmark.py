@@ -257,7 +257,9 @@ def _open(path: Path, entry: Entry, device: Device, threads: int) -> LoadedModel
 
         return LoadedModel(path.name, entry.precision, TensorRTRuntime(path, cuda_graphs=True), "cuda")
     warn_of_another_library(path, entry, device)
-    return LoadedModel(path.name, entry.precision, open_onnx(path, device, threads), torch_device_of(device))
+    shapes = entry.shape_range() if device == "tensorrt" else None
+    runtime = open_onnx(path, device, threads, shapes=shapes)
+    return LoadedModel(path.name, entry.precision, runtime, torch_device_of(device))
 
 
 def _calls(

@@ -71,7 +71,7 @@ class Gate:
 
         model = load_onnx(candidate)
         device, *others = self.config.devices
-        opened = open_file(candidate, model, self.reference.spec.graph, precision, device)
+        opened = open_file(candidate, model, self.reference.spec.graph, precision, device, self.shapes)
         with library_errors("the graph cannot be inspected"):
             check_axes(model, opened.runtime.spec)
             numbers = precision_summary(model)
@@ -87,7 +87,7 @@ class Gate:
         else:
             self._kept[precision] = entry
         for device in others if result.passed else ():
-            opened = open_file(candidate, model, self.reference.spec.graph, precision, device)
+            opened = open_file(candidate, model, self.reference.spec.graph, precision, device, self.shapes)
             entry, result = self._verify_again(candidate, path.name, opened, entry, result)
         return self._record(candidate, path, entry, result)
 

@@ -17,6 +17,7 @@ from coma.errors import BadInput
 from coma.messages import abridged, counted
 from coma.preflight import check_regular_file
 from coma.runtimes.model_spec import GraphKind, Precision
+from coma.runtimes.shape_ranges import Shapes, as_shapes
 from coma.signals import signals_deferred
 
 _NAMED = 5
@@ -90,6 +91,17 @@ class Entry:
     def runtimes(self) -> list[str]:
         """Runtimes that the file was verified with."""
         return [self.runtime, *self.also_verified]
+
+    def shape_range(self) -> Shapes:
+        """Returns the shapes that the file takes.
+
+        Raises:
+            BadInput: the manifest holds none that can be read.
+        """
+        try:
+            return as_shapes(self.shapes)
+        except BadInput as error:
+            raise BadInput(f"{NAME}: shapes of {self.file}: {error}; export it again") from None
 
 
 @dataclass

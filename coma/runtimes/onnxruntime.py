@@ -17,7 +17,9 @@ from coma.runtimes.base import check_inputs
 from coma.runtimes.model_spec import eight_bit_part
 from coma.runtimes.names import Provider
 from coma.runtimes.onnx_file import name_of, read_onnx_file
+from coma.runtimes.shape_ranges import Shapes
 from coma.runtimes.tensorrt.discovery import load_library
+from coma.runtimes.tensorrt.provider import provider_options
 
 ORT_FP8_ENTRY = ("session.disable_quant_qdq", "1")
 """Session option for fp8 files. Without it ONNX Runtime moves Q/DQ pairs past transpositions, which it then
@@ -49,6 +51,7 @@ class OnnxRuntime:
         provider: Execution provider.
         threads: Number of CPU threads (default: all cores).
         extra_outputs: Return all outputs of the graph, not only those of the specification.
+        shapes: Shapes to prepare the provider tensorrt for; by default it builds engines as shapes occur.
 
     Raises:
         BadInput: a package is missing, coma export did not write the file, or the provider does not start or
@@ -62,13 +65,17 @@ class OnnxRuntime:
         provider: Provider = "cpu",
         threads: int | None = None,
         extra_outputs: bool = False,
+        shapes: Shapes | None = None,
     ) -> None:
         name = name_of(path)
         self.spec, emulated = read_onnx_file(path)
         precision = self.spec.precision
         if precision == "bf16" and provider == "cpu" and not emulated:
             raise BadInput(f"{name}: ONNX Runtime has no bf16 on a CPU; use a GPU (cuda)")
-        self._session = _open(path, name, provider, threads, fp8_products=eight_bit_part(precision) == "fp8")
+        kept = path if isinstance(path, Path) else None
+        options = provider_options(kept, self.spec, shapes) if provider == "tensorrt" else {}
+        fp8_products = eight_bit_part(precision) == "fp8"
+        self._session = _open(path, name, provider, threads, fp8_products, options)
         self.title = f"ONNX Runtime {_library().__version__}, {provider}"
         if emulated:
             self.title += f", {emulated} emulated"
@@ -136,7 +143,14 @@ def _library() -> Any:
     return onnxruntime
 
 
-def _open(path: Path | bytes, name: str, provider: Provider, threads: int | None, fp8_products: bool) -> Any:
+def _open(
+    path: Path | bytes,
+    name: str,
+    provider: Provider,
+    threads: int | None,
+    fp8_products: bool,
+    own_options: dict[str, str],
+) -> Any:
     library = _library()
     wanted = _PROVIDERS[provider]
     if provider not in providers():
@@ -158,7 +172,7 @@ def _open(path: Path | bytes, name: str, provider: Provider, threads: int | None
         session = library.InferenceSession(
             str(path) if isinstance(path, Path) else path,
             options,
-            providers=[(each, _STRICT.get(each, {})) for each in names],
+            providers=[(each, _STRICT.get(each, own_options)) for each in names],
         )
     except Exception as error:
         raise CheckFailed(f"{name}: ONNX Runtime cannot load it: {first_line(error)}") from None

@@ -18,6 +18,7 @@ from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import NAME, Entry, ForeignManifest, Manifest, is_verified
 from coma.runtimes.model_spec import GRAPH_KINDS, ExportableModel, GraphKind
 from coma.runtimes.names import Device, is_openvino, library_of
+from coma.runtimes.shape_ranges import Shapes
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,8 @@ def _open(path: Path, device: Device, graph: GraphKind | None) -> Runtime:
             raise BadInput(f"{path}: {_UNFIT[suffix]}")
     if path.suffix in (".onnx", ".engine") and not path.is_dir():
         check_regular_file(path)
-        _check_listed(path, device)
-        return _open_file(path, device)
+        entry = _check_listed(path, device)
+        return _open_file(path, device, entry.shape_range() if entry and device == "tensorrt" else None)
     if path.is_file():
         raise BadInput(f"{path}: give an artifact directory, a .onnx file or an .engine file")
     from coma.runtimes.pytorch import TorchRuntime
@@ -71,16 +72,20 @@ def _open(path: Path, device: Device, graph: GraphKind | None) -> Runtime:
     )
 
 
-def _open_file(path: Path, device: Device) -> Runtime:
+def _open_file(path: Path, device: Device, shapes: Shapes | None) -> Runtime:
     if path.suffix == ".engine":
         from coma.runtimes.tensorrt.runtime import TensorRTRuntime
 
         return TensorRTRuntime(path, "cuda" if device == "tensorrt" else device)
-    return open_onnx(path, device)
+    return open_onnx(path, device, shapes=shapes)
 
 
 def open_onnx(
-    file: Path | bytes, device: Device = "cpu", threads: int | None = None, extra_outputs: bool = False
+    file: Path | bytes,
+    device: Device = "cpu",
+    threads: int | None = None,
+    extra_outputs: bool = False,
+    shapes: Shapes | None = None,
 ) -> Runtime:
     """Opens an ONNX file, or its content, with the library of the device, verified or not.
 
@@ -89,6 +94,7 @@ def open_onnx(
         device: As of `open_runtime`.
         threads: Number of CPU threads (default: all cores).
         extra_outputs: Return all outputs of the graph, not only those of the specification.
+        shapes: Shapes to prepare the device tensorrt for.
 
     Raises:
         BadInput: a package or device is missing, or coma export did not write the file.
@@ -100,7 +106,7 @@ def open_onnx(
         return OpenVINORuntime(file, device, threads, extra_outputs)
     from coma.runtimes.onnxruntime import OnnxRuntime
 
-    return OnnxRuntime(file, device, threads, extra_outputs)
+    return OnnxRuntime(file, device, threads, extra_outputs, shapes)
 
 
 def _load_exportable(path: Path, graph: GraphKind) -> ExportableModel:
@@ -110,8 +116,8 @@ def _load_exportable(path: Path, graph: GraphKind) -> ExportableModel:
     raise BadInput(f"{path}: no installed package loads models for runtimes; install coma-dyvit[export]")
 
 
-def _check_listed(path: Path, device: Device) -> None:
-    """Refuses a file that the manifest beside it does not list as verified.
+def _check_listed(path: Path, device: Device) -> Entry | None:
+    """Returns the entry of a file in the manifest beside it, None without one; refuses a file not listed there.
 
     Warns if there is no manifest, or if an ONNX file was verified with another library than the device's.
 
@@ -127,12 +133,12 @@ def _check_listed(path: Path, device: Device) -> None:
         log.warning(
             "%s: there is no %s of coma export beside it, so it may not have been verified", path, NAME
         )
-        return
+        return None
     for entry in manifest.files:
         if entry.file == real.name:
             if is_verified(real.parent, entry):
                 warn_of_another_library(path, entry, device)
-                return
+                return entry
             raise BadInput(
                 f"{path}: has changed since its verification (by its SHA-256 in {NAME}); export it again"
             )

@@ -72,8 +72,13 @@ class AttentionMatmul:
     """ONNX's number for the type of the operands."""
 
 
+LEAST_KEYS = 32
+"""Fewest keys of an attention to quantise: matrix units add up products of fp8 by 32. TensorRT-RTX fuses in fp8
+what has 49 keys and more, but not 4 or 16, which it fuses in fp16 (benchmarks/LOG.md)."""
+
+
 def attention_matmuls(model: ModelProto) -> Iterator[AttentionMatmul]:
-    """Yields the two products of every attention, in graph order.
+    """Yields the two products of every attention of at least `LEAST_KEYS` keys, in graph order.
 
     The scale is on Q or K, and only a bias or a mask comes between the first product and the softmax: such
     graphs, with pairs directly in front of both products, are what TensorRT fuses in fp8 (its developer guide,
@@ -81,6 +86,8 @@ def attention_matmuls(model: ModelProto) -> Iterator[AttentionMatmul]:
     """
     from onnx import shape_inference
 
+    typed = shape_inference.infer_shapes(model).graph
+    types = {each.name: each.type.tensor_type for each in typed.value_info}
     sources = {output: node for node in model.graph.node for output in node.output}
     weights = {each.name for each in model.graph.initializer}
     found: dict[str, str | None] = {}
@@ -88,18 +95,19 @@ def attention_matmuls(model: ModelProto) -> Iterator[AttentionMatmul]:
         softmax = sources.get(node.input[0]) if node.op_type == "MatMul" else None
         if softmax is None or softmax.op_type != "Softmax" or node.input[1] in weights:
             continue
+        keys = types[node.input[0]].shape.dim[-1].dim_value  # 0: depends on the size of the image
+        if 0 < keys < LEAST_KEYS:
+            continue
         first = sources.get(softmax.input[0])
         if first is not None and first.op_type == "Add":
             masked = (sources.get(name) for name in first.input)
             first = next((each for each in masked if each is not None and each.op_type == "MatMul"), None)
         if first is not None and first.op_type == "MatMul" and not weights & set(first.input):
             found |= {first.output[0]: None, node.output[0]: node.input[0]}
-    typed = shape_inference.infer_shapes(model).graph
-    types = {each.name: each.type.tensor_type.elem_type for each in typed.value_info}
     for node in model.graph.node:
         if node.output and node.output[0] in found:
             layer, output, (one, other) = [node.name, *modules_of(node)][-1], node.output[0], node.input
-            yield AttentionMatmul(layer, output, (one, other), found[output], types[output])
+            yield AttentionMatmul(layer, output, (one, other), found[output], types[one].elem_type)
 
 
 def insert_qdq(

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 from coma.runtimes.base import Runtime
 from coma.runtimes.names import Device
 from coma.runtimes.open import open_onnx
+from coma.runtimes.shape_ranges import Shapes
 from export.onnx_export import RECORDED, modules_of
 
 if TYPE_CHECKING:
     import onnx
 
 
-def runtime_with(model: onnx.ModelProto, values: Iterable[str], device: Device = "cpu") -> Runtime:
+def runtime_with(
+    model: onnx.ModelProto, values: Iterable[str], device: Device = "cpu", shapes: Shapes | None = None
+) -> Runtime:
     """Returns a runtime whose outputs include the given values of the graph, where their types are known."""
     import onnx
 
@@ -25,7 +28,7 @@ def runtime_with(model: onnx.ModelProto, values: Iterable[str], device: Device =
     for value in dict.fromkeys(values):
         if value not in there and value in types:
             marked.graph.output.append(types[value])
-    return open_onnx(marked.SerializeToString(), device, extra_outputs=True)
+    return open_onnx(marked.SerializeToString(), device, extra_outputs=True, shapes=shapes)
 
 
 def recorded_steps(model: onnx.ModelProto) -> list[str]:

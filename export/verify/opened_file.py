@@ -11,6 +11,7 @@ from coma.runtimes.base import Runtime
 from coma.runtimes.model_spec import GraphKind, Precision, float_part
 from coma.runtimes.names import Device
 from coma.runtimes.open import open_onnx
+from coma.runtimes.shape_ranges import Shapes
 from export.half_precision_emulation import emulate, is_half
 from export.verify.inner_values import recorded_steps, runtime_with
 from export.verify.tolerances import Tolerance, tolerance_of
@@ -46,7 +47,12 @@ class OpenedFile:
 
 
 def open_file(
-    path: Path, model: ModelProto, graph: GraphKind, precision: Precision, device: Device = "cpu"
+    path: Path,
+    model: ModelProto,
+    graph: GraphKind,
+    precision: Precision,
+    device: Device = "cpu",
+    shapes: Shapes | None = None,
 ) -> OpenedFile:
     """Opens an ONNX file.
 
@@ -57,6 +63,7 @@ def open_file(
         precision: Precision that it should have.
         device: Where to run it. OpenVINO computes 16-bit files in fp32 where the device has no such products;
             what 16 bits do to them is emulated with ONNX Runtime's cpu.
+        shapes: Shapes that it takes, for which the device tensorrt builds engines.
 
     Raises:
         CheckFailed: the file cannot be emulated or loaded.
@@ -69,8 +76,8 @@ def open_file(
             as_run = emulate(model, rest)
     steps = None
     if graph == "detector":
-        steps = runtime_with(as_run, recorded_steps(as_run), device)
-    runtime = open_onnx(as_run.SerializeToString() if emulated else path, device)
+        steps = runtime_with(as_run, recorded_steps(as_run), device, shapes)
+    runtime = open_onnx(as_run.SerializeToString() if emulated else path, device, shapes=shapes)
     timed = runtime
     if emulated:
         timed = open_onnx(path) if rest == "fp16" else None
