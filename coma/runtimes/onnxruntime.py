@@ -133,7 +133,7 @@ def require_provider(provider: Provider) -> None:
     values = [helper.make_tensor_value_info(name, 1, [1]) for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", values[:1], values[1:])
     model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)])
-    _open(model.SerializeToString(), "a test graph", provider, None, fp8_products=False)
+    _open(model.SerializeToString(), "a test graph", provider, None, fp8_products=False, own_options={})
 
 
 def _library() -> Any:

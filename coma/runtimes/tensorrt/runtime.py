@@ -1,4 +1,8 @@
-"""The TensorRT runtime. Tensors stay on the GPU, and work is queued on PyTorch's current stream."""
+"""The TensorRT runtime. Tensors stay on the GPU, and work is queued on a stream of the runtime's own.
+
+On the default stream TensorRT would synchronise with the CPU at every call. Events order the work behind what
+PyTorch's current stream has queued, and what follows there behind the work.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +68,7 @@ class TensorRTRuntime:
             self._runtime, self._engine = _open(
                 self._trt, self._logger, path, host_code=sidecar.options.version_compatible
             )
+            self._stream = torch.cuda.Stream()
         _check_tensors(self._trt, self._engine, path, (*self.spec.inputs, *self.spec.outputs))
         self._contexts: dict[int, Any] = {}
         self._captured: OrderedDict[tuple[Shape, ...], _Captured | None] | None = (
@@ -82,15 +87,29 @@ class TensorRTRuntime:
         profile = choose_profile(self._profiles, shapes) if self._profiles else 0
         with torch.cuda.device(self.device):
             placed = {name: tensor.detach().to(self.device).contiguous() for name, tensor in given.items()}
-            captured = self._capture_for(profile, placed)
-            if captured is not None:
-                return captured.replay(placed)
-            if profile not in self._contexts:
-                self._contexts[profile] = self._new_context(profile)
-            context = self._contexts[profile]
-            outputs = self._bind(context, placed)
-            self._enqueue(context)
+            caller = torch.cuda.current_stream()
+            self._stream.wait_stream(caller)
+            with torch.cuda.stream(self._stream):
+                outputs = self._run(profile, placed)
+            caller.wait_stream(self._stream)
+            # neither allocator may reuse memory that the other stream still reads
+            for tensor in placed.values():
+                tensor.record_stream(self._stream)
+            for tensor in outputs.values():
+                tensor.record_stream(caller)
             return outputs
+
+    def _run(self, profile: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Runs the engine on the current stream, which is the runtime's."""
+        captured = self._capture_for(profile, inputs)
+        if captured is not None:
+            return captured.replay(inputs)
+        if profile not in self._contexts:
+            self._contexts[profile] = self._new_context(profile)
+        context = self._contexts[profile]
+        outputs = self._bind(context, inputs)
+        self._enqueue(context)
+        return outputs
 
     @property
     def largest_batch(self) -> int | None:

@@ -22,6 +22,7 @@ from coma.runtimes.model_spec import Precision
 from coma.runtimes.onnxruntime import _PROVIDERS as PROVIDERS
 from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.open import open_runtime
+from coma.runtimes.shape_ranges import parse_shapes
 from export import candidates
 from export.candidates import UNVERIFIED
 from export.gate import REJECTED
@@ -287,14 +288,38 @@ def test_fp32_is_not_multiplied_with_fewer_bits_on_a_gpu(made, fake):
     assert fake.asked == [(PROVIDERS["cuda"], {"use_tf32": "0"})]
 
 
-def test_tensorrts_libraries_are_loaded_before_its_provider(made, fake):
+def test_tensorrts_libraries_are_loaded_before_its_provider(made, fake, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fake.used = PROVIDERS["tensorrt"]
-    OnnxRuntime(made / "classifier.onnx", "tensorrt")
+    OnnxRuntime((made / "classifier.onnx").read_bytes(), "tensorrt")
     strict = (PROVIDERS["cuda"], {"use_tf32": "0"})
-    assert fake.asked == ["tensorrt", (PROVIDERS["tensorrt"], {}), strict]
+    assert fake.asked == ["tensorrt", (PROVIDERS["tensorrt"], {}), strict] and not list(tmp_path.iterdir())
     fake.used = PROVIDERS["cuda"]
     with pytest.raises(BadInput, match=r"fell back to CUDA.*the libraries of TensorRT 10 were not found"):
         OnnxRuntime(made / "classifier.onnx", "tensorrt")
+
+
+def test_tensorrts_provider_is_told_the_shapes_in_the_manifest(run_folder, fake, monkeypatch):
+    fake.used, asked = PROVIDERS["tensorrt"], []
+    options = "coma.runtimes.onnxruntime.provider_options"
+    monkeypatch.setattr(options, lambda path, spec, shapes: asked.append((path, shapes)) or {"some": "1"})
+    file, record = run_folder / "export" / "classifier.onnx", run_folder / "export" / "manifest.json"
+    for listed, read in (
+        (["1 x 48 x 48", "2 x 48 x 48", "4 x 64 x 80"], "1x48x48:2x48x48:4x64x80"),
+        (["1 x 48 x 48", "4 x 64 x 80"], "1x48x48:4x64x80:4x64x80"),
+        (["2 x 48 x 48"], "2x48x48"),
+    ):
+        manifest = json.loads(record.read_text())
+        manifest["files"][0]["shapes"] = listed
+        record.write_text(json.dumps(manifest))
+        open_runtime(file, "tensorrt")
+        assert asked.pop() == (file, parse_shapes(read, 3))
+        assert (PROVIDERS["tensorrt"], {"some": "1"}) in fake.asked
+    for listed in ([], ["1 x 48"], ["4 x 48 x 48", "1 x 48 x 48"]):
+        manifest["files"][0]["shapes"] = listed
+        record.write_text(json.dumps(manifest))
+        with pytest.raises(BadInput, match=r"manifest\.json: shapes of classifier\.onnx: .*export it again"):
+            open_runtime(file, "tensorrt")
 
 
 def test_without_tensorrts_package_its_libraries_may_be_elsewhere(made, fake, monkeypatch):

@@ -23,7 +23,7 @@ from coma.runtimes.onnxruntime import ORT_FP8_ENTRY  # noqa: E402
 from export.half_precision_emulation import emulate  # noqa: E402
 from export.quantization import precision_summary, quantize_fp8, quantize_int8  # noqa: E402
 from export.quantization.calibration import BINS, MagnitudeHistogram  # noqa: E402
-from export.quantization.qdq import INT8, fp8_codes  # noqa: E402
+from export.quantization.qdq import INT8, attention_matmuls, fp8_codes  # noqa: E402
 
 MODEL = DyViTConfig(
     patch=2, dim=16, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8), (4,), (4,), (0,))
@@ -123,20 +123,23 @@ def worst_cosine(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
 @pytest.mark.parametrize(
     ("precision", "kind"), [("int8", TensorProto.INT8), ("fp8", TensorProto.FLOAT8E4M3FN)]
 )
-def test_pairs_stand_before_layers_with_weights_alone(
+def test_pairs_stand_before_layers_with_weights_and_in_fp8_before_attention(
     exports: dict[str, Path], eight_bits: dict[str, Path], precision: str, kind: int
 ) -> None:
     source, graph = onnx.load(exports["fp32"]).graph, onnx.load(eight_bits[precision]).graph
     constants = {each.name: each for each in graph.initializer}
     made_by = {name: node for node in graph.node for name in node.output}
-    layers = 0
+    layers = attention = 0
     for node in graph.node:
         dequantised = [name for name in node.input if name in made_by and made_by[name].op_type == PAIRS[1]]
         if not dequantised or node.op_type in PAIRS:
             continue
-        layers += 1
         assert node.op_type in ("MatMul", "Gemm") and list(node.input[:2]) == dequantised
         activation, weight = (made_by[name] for name in dequantised)
+        if weight.input[0] in made_by:
+            attention += 1
+            continue
+        layers += 1
         assert made_by[activation.input[0]].op_type == PAIRS[0]
         assert made_by[activation.input[0]].input[1:] == activation.input[1:]
         assert constants[activation.input[1]].dims == []
@@ -151,7 +154,9 @@ def test_pairs_stand_before_layers_with_weights_alone(
     products = [node for node in source.node if node.op_type in ("MatMul", "Gemm")]
     linear = [node for node in products if node.input[1] in weights]
     assert layers == len(linear) - 1 > 15  # all but the stem
-    assert len(products) - len(linear) >= 8  # attention, which stays
+    assert len(products) - len(linear) >= 8  # attention, whose long sequences are quantised in fp8
+    assert attention == (0 if precision == "int8" else len(list(attention_matmuls(onnx.load(exports["fp32"])))))
+    assert precision == "int8" or 2 <= attention < len(products) - len(linear)
     rest = [node.op_type for node in graph.node if node.op_type not in PAIRS]
     assert rest == [node.op_type for node in source.node]
 
@@ -162,7 +167,8 @@ def test_weights_are_kept_in_eight_bits(exports: dict[str, Path], eight_bits: di
     for precision, kind in (("int8", "int8"), ("fp8", "float8e4m3fn")):
         after = precision_summary(onnx.load(eight_bits[precision]))
         assert after["float_layers"] == ["encoder.stem"]
-        assert after["operators"][kind]["MatMul"] == len(before["float_layers"]) - 1
+        attention = 0 if kind == "int8" else len(list(attention_matmuls(onnx.load(exports["fp32"]))))
+        assert after["operators"][kind]["MatMul"] == len(before["float_layers"]) - 1 + attention
         assert after["operators"]["float"]["Softmax"] == before["operators"]["float"]["Softmax"]
         assert "MatMul" in after["operators"]["float"]
         assert after["weight_bytes"][kind] > 20_000
@@ -253,6 +259,62 @@ def test_half_precision_around_int8(exports: dict[str, Path], tmp_path: Path) ->
     assert worst_cosine(run(model, images), run(exports["fp32"], images)) > 0.998
 
 
+def attention(keys: int | str, bias: bool, *, kind: int = TensorProto.FLOAT) -> ModelProto:
+    """Attention of images [b, 2, keys, 16] to themselves, with a scale on Q, beside products that are none."""
+    shape = ["b", 2, keys, 16]
+    make = helper.make_node
+    nodes = [
+        make("Mul", ["images", "scale"], ["q"]),
+        make("Transpose", ["images"], ["k"], perm=[0, 1, 3, 2]),
+        make("MatMul", ["q", "k"], ["scores"]),
+        make("Add", ["scores", "bias"], ["masked"]),
+        make("Softmax", ["masked" if bias else "scores"], ["weights"], axis=-1),
+        make("MatMul", ["weights", "images"], ["mixed"]),
+        make("MatMul", ["mixed", "linear"], ["out"]),
+        make("MatMul", ["q", "k"], ["similar"]),
+        make("Softmax", ["similar"], ["gates"], axis=-1),
+    ]
+    values = (("scale", 0.25), ("bias", 1.0), ("linear", np.eye(16)))
+    dtype = helper.tensor_dtype_to_np_dtype(kind)
+    constants = [numpy_helper.from_array(np.asarray(value, dtype), name) for name, value in values]
+    ends = [helper.make_tensor_value_info(name, kind, shape) for name in ("images", "out")]
+    ends.append(helper.make_tensor_value_info("gates", kind, ["b", 2, keys, keys]))
+    graph = helper.make_graph(nodes, "attention", ends[:1], ends[1:], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+@pytest.mark.parametrize("keys", [32, 49, "tokens"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_both_products_of_attention_are_found_and_no_others(keys, bias) -> None:
+    found = list(attention_matmuls(attention(keys, bias)))
+    assert [(each.output, each.softmax) for each in found] == [("scores", None), ("mixed", "weights")]
+    assert [each.operands for each in found] == [("q", "k"), ("weights", "images")]
+
+
+def test_attention_to_few_keys_is_left_as_it_is() -> None:
+    assert not list(attention_matmuls(attention(31, bias=False)))
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_fp8_quantises_q_k_v_and_the_softmax_by_448(tmp_path: Path, kind: int) -> None:
+    source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(attention(40, bias=True, kind=kind), source)
+    dtype = helper.tensor_dtype_to_np_dtype(kind)
+    images = np.random.default_rng(0).normal(size=(2, 2, 40, 16)).astype(dtype)
+    done = quantize_fp8(source, target, [{"images": images}], exclude_first=False)
+    graph = onnx.load(target).graph
+    scales = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+    for name, amax in (("q", np.abs(images).max() / 4), ("weights", 1.0), ("images", np.abs(images).max())):
+        scale = scales[f"{name}/fp8/scale"]
+        assert scale.dtype == dtype and np.isclose(scale, amax / 448, rtol=2e-3), name
+    assert done.ranges["weights"] == 1.0
+    products = {node.output[0]: list(node.input) for node in graph.node if node.op_type == "MatMul"}
+    assert products["scores"] == ["q/fp8/float", "k/fp8/float"]
+    assert products["mixed"] == ["weights/fp8/float", "images/fp8/float"] and products["similar"] == ["q", "k"]
+    found, wanted = run(target, images)[0], run(source, images)[0]
+    assert np.linalg.norm(found - wanted) < 0.06 * np.linalg.norm(wanted)
+
+
 @pytest.mark.slow
 def test_kept_layers_and_metadata(exports: dict[str, Path], tmp_path: Path) -> None:
     target = tmp_path / "out.onnx"
@@ -317,12 +379,21 @@ def test_magnitudes_are_counted_over_growing_ranges() -> None:
     assert MagnitudeHistogram().least_divergence() == 0
 
 
+def test_scales_in_fp16_may_be_subnormal() -> None:
+    values = np.array([0.0, 1e-3, -2e-3], np.float16)  # 2e-3 / 448 is less than fp16's smallest normal number
+    for codes in (INT8, fp8_codes()):
+        scale = codes.scale(np.asarray(2e-3), np.dtype(np.float16))
+        restored = codes.encode(values, scale).astype(np.float32) * np.float32(scale)
+        assert 0 < scale < np.finfo(np.float16).tiny and np.allclose(restored, values, rtol=0.07)
+    assert INT8.scale(np.asarray(1e-40), np.dtype(np.float32)) == np.finfo(np.float32).tiny
+
+
 def test_codes_round_to_the_nearest_and_saturate() -> None:
     values = np.array([0.5, 1.5, -2.4, 500, -500], np.float32)
     assert INT8.encode(values, np.ones(1, np.float32)).tolist() == [0, 2, -2, 127, -127]
     fp8 = fp8_codes()
     assert fp8.encode(np.array([17, 1.07, 500]), np.ones(1, np.float32)).tolist() == [16, 1.125, 448]
-    assert INT8.scale(np.array([0, 127, 1e-30]), np.dtype(np.float16)).tolist() == [1, 1, 2**-14]
+    assert INT8.scale(np.array([0, 127, 1e-30]), np.dtype(np.float16)).tolist() == [1, 1, 2**-24]
 
 
 @pytest.mark.slow

@@ -262,7 +262,9 @@ def test_the_report_says_and_draws_the_error_at_every_shape(tmp_path):
 )
 def test_a_quantised_file_is_smaller_or_faster_than_the_fp32_file(size, own, fp32, kept):
     plain = None if fp32 is None else entry("classifier.onnx", latency=fp32)
-    found = gate._require_gain(PASSED, entry("classifier-int8.onnx", bytes=size, latency=own), 100, plain)
+    found = gate._require_gain(
+        PASSED, entry("classifier-int8.onnx", bytes=size, latency=own), "fp32", 100, plain
+    )
     assert found.passed == kept
     assert kept or found.failures == ("neither smaller than the fp32 file nor faster",)
 

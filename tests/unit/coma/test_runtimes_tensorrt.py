@@ -3,12 +3,15 @@
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tensorrt_files import ABOUT, IMAGES, PROFILE, needs_no_gpu
 
 from coma.atomic_io import sha256_of
@@ -19,6 +22,7 @@ from coma.runtimes.tensorrt import discovery as library_module
 from coma.runtimes.tensorrt.discovery import Driver, Gpu, Library, load_library, require_gpu
 from coma.runtimes.tensorrt.engine_info import summarize
 from coma.runtimes.tensorrt.profiles import Profile, ShapeRange, choose_profile, make_profile, profile_of
+from coma.runtimes.tensorrt.provider import provider_options
 from coma.runtimes.tensorrt.runtime import TensorRTRuntime
 from coma.runtimes.tensorrt.sidecar import (
     EngineOptions,
@@ -35,6 +39,8 @@ L4 = Gpu("NVIDIA L4", "8.9")
 T4 = Gpu("Tesla T4", "7.5")
 TRT = Library("tensorrt", "10.13.3.9", None)
 
+VISIBLE = TensorSpec("visible", "bool", ("batch", "rows", "cols"))
+
 # Profiles
 
 
@@ -43,7 +49,7 @@ def test_a_profile_follows_the_images_and_their_masks():
         ABOUT,
         inputs=(
             TensorSpec("images", "float32", ("batch", 3, "height", 64)),
-            TensorSpec("visible", "bool", ("batch", "rows", "cols")),
+            VISIBLE,
         ),
         unit=32,
     )
@@ -66,6 +72,100 @@ def test_the_first_profile_that_takes_the_shape_is_used_and_others_are_refused_w
     for shape in ((5, 4, 8), (2, 4, 9), (4, 8)):
         with pytest.raises(BadInput, match="1x4x8 to 1x4x8; or images 1x4x8 to 4x4x8"):
             choose_profile((small, PROFILE), {"images": shape})
+
+
+# ONNX Runtime's provider
+
+
+def test_onnx_runtimes_provider_keeps_engines_by_content_and_builds_them_for_the_shapes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    spec = replace(ABOUT, inputs=(TensorSpec("images", "float32", ("batch", 3, "height", 64)), VISIBLE), unit=32)
+    file, shapes = tmp_path / "encoder.onnx", parse_shapes("1x3x32x64:2x3x70x64:8x3x96x64", 3)
+    file.write_bytes(b"one")
+    options = provider_options(file, spec, shapes)
+    assert [options[f"trt_profile_{size}_shapes"] for size in ("min", "opt", "max")] == [
+        "images:1x3x32x64,visible:1x1x2",
+        "images:2x3x70x64,visible:2x3x2",
+        "images:8x3x96x64,visible:8x3x2",
+    ]
+    folder = Path(options["trt_engine_cache_path"])
+    assert folder.parent == tmp_path / "cache" / "coma-dyvit" / "tensorrt" and options["trt_engine_cache_prefix"]
+    assert options["trt_engine_cache_enable"] == "1" and folder.stat().st_mode & 0o77 == 0
+    renamed = file.rename(tmp_path / "other.onnx")
+    assert provider_options(renamed, spec, shapes) == options
+    renamed.write_bytes(b"other weights")
+    assert provider_options(renamed, spec, shapes)["trt_engine_cache_path"] != str(folder)
+    static = provider_options(renamed, spec, parse_shapes("2x64x64", 3))
+    assert static["trt_engine_cache_enable"] and not any("profile" in name for name in static)
+
+
+@pytest.mark.parametrize(
+    ("precision", "allowed"),
+    [("fp32", []), ("fp16", ["fp16"]), ("int8", ["int8"]), ("int8+fp16", ["fp16", "int8"]), ("bf16", ["bf16"])],
+)
+def test_onnx_runtimes_provider_may_use_the_types_of_the_file(precision, allowed):
+    options = provider_options(None, replace(ABOUT, precision=precision), None)
+    assert options == {f"trt_{each}_enable": "1" for each in allowed}
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_left_out(tmp_path, monkeypatch, caplog):
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "encoder.onnx").touch()
+    assert provider_options(tmp_path / "encoder.onnx", ABOUT, None) == {}
+    assert "TensorRT's engines are not kept there (Not a directory)" in caplog.text
+
+
+# The runtime's stream
+
+
+def test_work_runs_on_a_stream_of_its_own_between_what_was_queued_and_what_follows(monkeypatch):
+    said: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.cuda_stream = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            said.append(f"{self.cuda_stream} waits for {other.cuda_stream}")
+
+    callers, own = Stream("caller's"), Stream("own")
+    current = [callers]
+
+    @contextmanager
+    def switched(stream: Stream) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", switched)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    kept = lambda tensor, stream: said.append(f"{tuple(tensor.shape)} kept for {stream.cuda_stream}")  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "record_stream", kept)
+    context = SimpleNamespace(
+        set_optimization_profile_async=lambda profile, stream: said.append(f"profile on {stream}") or True,
+        set_input_shape=lambda *_: True,
+        set_tensor_address=lambda *_: None,
+        get_tensor_shape=lambda _: (2, 5),
+        execute_async_v3=lambda stream: said.append(f"runs on {stream}") or True,
+    )
+    runtime = object.__new__(TensorRTRuntime)
+    runtime.device, runtime.spec, runtime._profiles = torch.device("cpu"), ABOUT, (PROFILE,)
+    runtime._engine = SimpleNamespace(create_execution_context=lambda: context)
+    runtime._contexts, runtime._captured, runtime._stream = {}, None, own  # type: ignore[assignment]
+    images = torch.zeros(2, *PROFILE.shapes["images"].optimum[1:])
+    for _ in range(2):
+        assert {name: tuple(each.shape) for name, each in runtime(images).items()} == {"out": (2, 5)}
+    call = [
+        "own waits for caller's",
+        "runs on own",
+        "caller's waits for own",
+        f"{tuple(images.shape)} kept for own",
+        "(2, 5) kept for caller's",
+    ]
+    assert said == [call[0], "profile on own", *call[1:], *call]
+    assert current == [callers]
 
 
 # Sidecars
