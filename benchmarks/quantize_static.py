@@ -2,8 +2,8 @@
 
     python benchmarks/quantize_static.py ARTIFACT [ARTIFACT ...] --calibrate FOLDER --verify FOLDER
 
-Each way runs in a process of its own, which says how long it took and how much memory at most (resident,
-with the packages that it loads). ONNX Runtime's calibrator holds the activations of all images at once; the way
+Each way runs in a process of its own, which says how long it took and how much memory at most (resident, with
+the packages that it loads). ONNX Runtime's calibrator holds the activations of all images at once; the way
 "strided" makes it read one image after another. Errors are the largest relative errors of an output of an
 image against PyTorch; the files are timed in turns.
 """
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import describe, table
+from onnxruntime.quantization import CalibrationDataReader
 
 from coma.errors import CheckFailed
 from coma.runtimes.model_spec import METADATA, to_json
@@ -47,7 +48,7 @@ PERCENTILE = 99.99
 WAYS = ("ours", "quantize_static", "quantize_static, strided")
 
 
-class Reader:
+class Reader(CalibrationDataReader):
     """The images, one at a time, as a CalibrationDataReader of ONNX Runtime gives them."""
 
     def __init__(self, batches: list[dict[str, np.ndarray]]) -> None:
@@ -57,9 +58,11 @@ class Reader:
         return len(self.batches)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
+        """Returns the next image, or None."""
         return next(self.rest, None)
 
     def set_range(self, start_index: int, end_index: int) -> None:
+        """Continues with these images."""
         self.rest = iter(self.batches[start_index:end_index])
 
 

@@ -93,7 +93,7 @@ class CandidateBuilder:
         return path
 
     def base_file(self, precision: Precision) -> Path:
-        """Returns the file that one of this precision is quantised from, and builds it if none was verified."""
+        """Returns the file that this precision is quantised from, and builds it if none was verified."""
         rest = float_part(precision)
         if rest not in self.float_files:
             base = self.temporary(self.config.folder / _base_name(self.graph, rest))

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from exported_models import random_pretrained
 
 from gpu_steps.session import Session, Skip, median_seconds
+
+if TYPE_CHECKING:
+    from coma.runtimes.tensorrt.runtime import TensorRTRuntime
 
 
 def artifact_of(session: Session) -> Path:
@@ -79,3 +85,48 @@ def tensorrt_rtx(session: Session) -> None:
         )
         seconds = median_seconds(lambda: runtime(images), session.device, seconds=0.5)
         session.add("engine on this GPU", ok=off < 1e-2, relative_error=off, ms=1e3 * seconds)
+        _check_streams(session, runtime, images)
+
+
+def _check_streams(session: Session, runtime: TensorRTRuntime, images: torch.Tensor) -> None:
+    """Feeds the engine from busy streams; without events it would read images that are not there yet."""
+    wanted = runtime(images)["pooled"].sum()
+    different = 0
+    for _ in range(20):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            late = torch.full_like(images, torch.nan)
+            torch.cuda._sleep(10_000_000)
+            late.copy_(images)
+            found = runtime(late)["pooled"].sum()
+            del late
+            different += not torch.allclose(found, wanted, rtol=1e-4)
+    session.add("engine between busy streams", ok=not different, of=20, different=different)
+
+
+def tensorrt_provider(session: Session) -> None:
+    """Opens and runs a file twice with ONNX Runtime's TensorRT provider, the second time from its cache."""
+    from coma.errors import BadInput
+    from coma.runtimes.onnxruntime import OnnxRuntime, require_provider
+    from coma.runtimes.pytorch import TorchRuntime
+    from coma.runtimes.shape_ranges import Shape, Shapes
+    from export.graphs.load import load_exportable
+    from export.onnx_export import cast_weights, write_onnx
+
+    try:
+        require_provider("tensorrt")
+    except BadInput as error:
+        raise Skip(str(error)) from None
+    os.environ["XDG_CACHE_HOME"] = str(session.folder / "cache")
+    path, shapes = session.folder / "encoder-fp16.onnx", Shapes(*(Shape(n, 224, 224) for n in (1, 8, 32)))
+    exportable = load_exportable(artifact_of(session), "encoder")
+    write_onnx(cast_weights(exportable, "fp16"), shapes, path)
+    reference = TorchRuntime(load_exportable(artifact_of(session), "encoder"), "cuda")
+    for which in ("first", "second"):
+        started = time.perf_counter()
+        runtime = OnnxRuntime(path, "tensorrt", shapes=shapes)
+        for batch in (8, 1, 32):
+            images = torch.randn(batch, 3, 224, 224, device=session.device)
+            found, wanted = runtime(images)["pooled"].float(), reference(images)["pooled"]
+            off = float((found - wanted).norm() / wanted.norm())
+            values = {"seconds since opening": time.perf_counter() - started, "relative error": off}
+            session.add(f"{which} time, batch {batch}", values, ok=off < 2e-2)

@@ -39,6 +39,7 @@ STEPS = (
     Step("h", "mmdet and mmseg steps", "openmmlab:run", 50, 48, "fp32, tiny encoders"),
     Step("i", "ONNX Runtime", "runtimes:onnx_runtime", 30, 36, "its CPU provider"),
     Step("j", "TensorRT-RTX", "runtimes:tensorrt_rtx", 12, 18, "compiles an engine, runs none"),
+    Step("j2", "ONNX Runtime's TensorRT provider", "runtimes:tensorrt_provider", 40, 4, "skipped"),
     Step("k", "large with gradient checkpointing", "training:large_model", 45, 18, "a tiny model"),
     Step("l", "NCCL with one process", "distributed:run", 20, 3, "gloo"),
 )

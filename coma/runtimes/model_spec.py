@@ -24,7 +24,7 @@ GraphKind = Literal["encoder", "reconstructor", "classifier", "segmentor", "dete
 """Part of a model that is exported as one graph; see `GRAPH_KINDS`."""
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int8+fp16", "fp8+fp16"]
-"""Precision of a file: that of its floats, or an 8-bit type and, after a plus, that of the remaining floats."""
+"""Precision of a file: of its floats, or an 8-bit type and, after a plus, that of the remaining floats."""
 FloatPrecision = Literal["fp32", "fp16", "bf16"]
 EightBits = Literal["int8", "fp8"]
 

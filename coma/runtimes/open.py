@@ -117,7 +117,7 @@ def _load_exportable(path: Path, graph: GraphKind) -> ExportableModel:
 
 
 def _check_listed(path: Path, device: Device) -> Entry | None:
-    """Returns the entry of a file in the manifest beside it, None without one; refuses a file not listed there.
+    """Returns a file's entry in the manifest beside it, None without a manifest; refuses files not listed.
 
     Warns if there is no manifest, or if an ONNX file was verified with another library than the device's.
 

@@ -73,16 +73,16 @@ class AttentionMatmul:
 
 
 LEAST_KEYS = 32
-"""Fewest keys of an attention to quantise: matrix units add up products of fp8 by 32. TensorRT-RTX fuses in fp8
-what has 49 keys and more, but not 4 or 16, which it fuses in fp16 (benchmarks/LOG.md)."""
+"""Fewest keys of an attention to quantise: matrix units add up products of fp8 by 32. TensorRT-RTX fuses in
+fp8 what has 49 keys and more, but not 4 or 16, which it fuses in fp16 (benchmarks/LOG.md)."""
 
 
 def attention_matmuls(model: ModelProto) -> Iterator[AttentionMatmul]:
     """Yields the two products of every attention of at least `LEAST_KEYS` keys, in graph order.
 
     The scale is on Q or K, and only a bias or a mask comes between the first product and the softmax: such
-    graphs, with pairs directly in front of both products, are what TensorRT fuses in fp8 (its developer guide,
-    "fused attention"; NVIDIA Model-Optimizer, pull request 1289).
+    graphs, with pairs directly in front of both products, are what TensorRT fuses in fp8 (its developer
+    guide, "fused attention"; NVIDIA Model-Optimizer, pull request 1289).
     """
     from onnx import shape_inference
 

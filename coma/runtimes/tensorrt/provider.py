@@ -1,4 +1,4 @@
-"""Options of ONNX Runtime's TensorRT provider: where it keeps its engines, and for which shapes it builds them.
+"""Options of ONNX Runtime's TensorRT provider: where it keeps engines, and for which shapes it builds them.
 
 Without them it builds an engine when a file is opened, again in every process, and once more whenever a batch
 is larger or smaller than all before.

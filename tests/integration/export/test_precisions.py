@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import export_files
 import onnx
@@ -17,18 +17,21 @@ from skimage import data
 from torch import Tensor
 
 from coma.cli import main
+from coma.config import ViTConfig
 from coma.errors import BadInput, CheckFailed
-from coma.runtimes.model_spec import Precision
+from coma.runtimes.model_spec import Precision, eight_bit_part, float_part
 from coma.runtimes.onnxruntime import _PROVIDERS as PROVIDERS
 from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.open import open_runtime
 from coma.runtimes.shape_ranges import parse_shapes
 from export import candidates
 from export.candidates import UNVERIFIED
+from export.config import file_name
 from export.gate import REJECTED
 from export.graphs.load import load_exportable
 from export.half_precision_emulation import Half, emulate
 from export.verify.opened_file import OpenedFile, open_file
+from export.verify.tolerances import TOLERANCES
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -61,6 +64,42 @@ def graph(nodes: list[NodeProto], shape: tuple[int, ...], **weights: Tensor) -> 
 def outcome(model: ModelProto, x: Tensor) -> Tensor:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def test_a_precision_says_what_is_quantised_and_what_the_rest_is():
+    parts = {each: (eight_bit_part(each), float_part(each)) for each in get_args(Precision)}
+    assert parts["int8+fp16"] == ("int8", "fp16") and parts["fp8+fp16"] == ("fp8", "fp16")
+    assert parts["int8"] == ("int8", "fp32") and parts["fp8"] == ("fp8", "fp32")
+    assert all(parts[each] == (None, each) for each in ("fp32", "fp16", "bf16"))
+    assert set(TOLERANCES) == set(parts)
+    assert len({file_name("encoder", each) for each in parts}) == len(parts)
+
+
+@pytest.mark.slow
+def test_eight_bits_around_fp16_pass_the_gate_which_emulates_them(tmp_path, photographs):
+    model = ViTConfig(patch=16, dim=64, depth=2, heads=2)
+    artifact, folder = export_files.classifier(tmp_path / "artifact", model), tmp_path / "export"
+    images = ("--verify", str(photographs), "--calibrate", str(photographs))
+    images += ("--verify-images", "2", "--calibrate-images", "2", "--benchmark-seconds", "0")
+    flags = ("--shapes", "1x96x96", "--precision", "fp8+fp16,int8+fp16", *images)
+    assert main(["export", str(artifact), *flags]) == 0
+    kept = json.loads((folder / "manifest.json").read_text())["files"]
+    entries = {each["precision"]: each for each in kept}
+    files = {"classifier-fp8-fp16.onnx", "classifier-int8-fp16.onnx"}
+    assert {each["file"] for each in entries.values()} == files
+    left = {each.name for each in folder.iterdir()} - {"manifest.json", "report.md", "report.png"}
+    assert left == files  # the fp16 file that they were made of is removed
+    for precision, products, attention in (("int8", 12 - 4, 4), ("fp8", 12, 0)):
+        found = entries[f"{precision}+fp16"]
+        assert found["runtime"].endswith(", cpu, fp16 emulated")
+        operators = found["numbers"]["operators"]
+        name = {"fp8": "float8e4m3fn"}.get(precision, precision)
+        assert operators[name]["MatMul"] == products and operators["float16"].get("MatMul", 0) == attention
+        assert operators["float16"]["Softmax"] == 2 and "Softmax" not in operators["float"]
+        pixels = torch.randn(1, 3, 96, 96)
+        there = open_runtime(folder / found["file"])(pixels)["logits"]  # as it is
+        wanted = open_runtime(artifact)(pixels)["logits"]
+        assert 0 < (there - wanted).norm() < 0.1 * wanted.norm()
 
 
 @pytest.mark.parametrize("kind", ["Mul", "MatMul"])

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import export_files
 import numpy as np
 import onnx
 import pytest
@@ -15,13 +16,24 @@ from onnx import TensorProto, helper
 from tensorrt_files import ABOUT, FLOAT, PROFILE, graph, needs_no_gpu, needs_rtx, node
 
 from coma.atomic_io import sha256_of
+from coma.config import ViTConfig
 from coma.errors import BadInput, CheckFailed, Interrupted
+from coma.runtimes.shape_ranges import parse_shapes
 from coma.runtimes.tensorrt.callbacks import make_logger
 from coma.runtimes.tensorrt.discovery import load_library
 from coma.runtimes.tensorrt.profiles import Profile, ShapeRange
 from coma.runtimes.tensorrt.runtime import _open
 from coma.runtimes.tensorrt.sidecar import EngineOptions, read_sidecar
-from export.tensorrt.builder import build_engine, configure, open_timing_cache, save_timing_cache
+from export.graphs.load import load_exportable
+from export.onnx_export import cast_weights, write_onnx
+from export.quantization import quantize_fp8, quantize_int8
+from export.tensorrt.builder import (
+    build_engine,
+    compile_plan,
+    configure,
+    open_timing_cache,
+    save_timing_cache,
+)
 from export.tensorrt.rtx import check_rtx
 
 WEIGHT = np.random.default_rng(0).normal(size=(8, 8))
@@ -33,6 +45,8 @@ HALF = [
 ]
 HALF_CONSTANTS = {"weight": WEIGHT.astype("f2"), "one": np.ones(8, "f2"), "zero": np.zeros(8, "f2")}
 REJECTED = [node("MatMul", "images", "weight", "product"), node("DynamicQuantizeLinear", "product", "out")]
+FUSED_ATTENTION = b"_gemm_mha_v2_params_t"
+"""What engines of TensorRT-RTX hold for every attention in one kernel."""
 FAR_TOO_MANY = {"count": np.array([4000])}
 """A number of results of TopK that the parser takes; the compiler takes 3840 at most."""
 
@@ -241,3 +255,24 @@ def test_explicit_int8_is_taken(tmp_path: Path):
     file = graph(tmp_path / "model.onnx", INT8, INT8_CONSTANTS, about=replace(ABOUT, precision="int8"))
     sidecar = build_engine(file, tmp_path / "engine", (PROFILE,), flavour="tensorrt_rtx")
     assert sidecar.spec.precision == "int8"
+
+
+@needs_rtx
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch.onnx warns of itself
+def test_attention_is_fused_where_what_is_not_quantised_is_in_16_bits(tmp_path: Path):
+    model = ViTConfig(patch=16, dim=64, depth=1, heads=2)
+    exportable = load_exportable(export_files.classifier(tmp_path / "artifact", model), "classifier")
+    shapes, library = parse_shapes("2x96x96", 3), load_library("tensorrt_rtx")
+    files = {name: tmp_path / f"{name}.onnx" for name in ("fp32", "fp16", "int8", "int8+fp16", "fp8+fp16")}
+    for precision in ("fp32", "fp16"):
+        write_onnx(cast_weights(exportable, precision), shapes, files[precision])
+    batches = [{"images": np.random.default_rng(0).normal(size=(2, 3, 96, 96)).astype("f4")}]
+    quantize_int8(files["fp32"], files["int8"], batches)
+    quantize_int8(files["fp16"], files["int8+fp16"], batches)
+    quantize_fp8(files["fp16"], files["fp8+fp16"], batches)
+    fused = {
+        name: bytes(compile_plan(library, file, (), EngineOptions()).data).count(FUSED_ATTENTION) > 0
+        for name, file in files.items()
+    }
+    assert fused == {"fp32": False, "fp16": True, "int8": False, "int8+fp16": True, "fp8+fp16": True}

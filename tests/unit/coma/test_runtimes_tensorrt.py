@@ -77,9 +77,10 @@ def test_the_first_profile_that_takes_the_shape_is_used_and_others_are_refused_w
 # ONNX Runtime's provider
 
 
-def test_onnx_runtimes_provider_keeps_engines_by_content_and_builds_them_for_the_shapes(tmp_path, monkeypatch):
+def test_onnx_runtimes_provider_keeps_engines_by_content_and_is_told_shapes(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    spec = replace(ABOUT, inputs=(TensorSpec("images", "float32", ("batch", 3, "height", 64)), VISIBLE), unit=32)
+    images = TensorSpec("images", "float32", ("batch", 3, "height", 64))
+    spec = replace(ABOUT, inputs=(images, VISIBLE), unit=32)
     file, shapes = tmp_path / "encoder.onnx", parse_shapes("1x3x32x64:2x3x70x64:8x3x96x64", 3)
     file.write_bytes(b"one")
     options = provider_options(file, spec, shapes)
@@ -89,7 +90,8 @@ def test_onnx_runtimes_provider_keeps_engines_by_content_and_builds_them_for_the
         "images:8x3x96x64,visible:8x3x2",
     ]
     folder = Path(options["trt_engine_cache_path"])
-    assert folder.parent == tmp_path / "cache" / "coma-dyvit" / "tensorrt" and options["trt_engine_cache_prefix"]
+    assert folder.parent == tmp_path / "cache" / "coma-dyvit" / "tensorrt"
+    assert options["trt_engine_cache_prefix"] == "engine"
     assert options["trt_engine_cache_enable"] == "1" and folder.stat().st_mode & 0o77 == 0
     renamed = file.rename(tmp_path / "other.onnx")
     assert provider_options(renamed, spec, shapes) == options
@@ -101,7 +103,13 @@ def test_onnx_runtimes_provider_keeps_engines_by_content_and_builds_them_for_the
 
 @pytest.mark.parametrize(
     ("precision", "allowed"),
-    [("fp32", []), ("fp16", ["fp16"]), ("int8", ["int8"]), ("int8+fp16", ["fp16", "int8"]), ("bf16", ["bf16"])],
+    [
+        ("fp32", []),
+        ("fp16", ["fp16"]),
+        ("bf16", ["bf16"]),
+        ("int8", ["int8"]),
+        ("int8+fp16", ["fp16", "int8"]),
+    ],
 )
 def test_onnx_runtimes_provider_may_use_the_types_of_the_file(precision, allowed):
     options = provider_options(None, replace(ABOUT, precision=precision), None)
@@ -112,7 +120,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_left_out(tmp_path, monkeypat
     (tmp_path / "cache").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "encoder.onnx").touch()
-    assert provider_options(tmp_path / "encoder.onnx", ABOUT, None) == {}
+    assert provider_options(tmp_path / "encoder.onnx", ABOUT, None) == {"trt_fp16_enable": "1"}
     assert "TensorRT's engines are not kept there (Not a directory)" in caplog.text
 
 
