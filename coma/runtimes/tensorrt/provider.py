@@ -62,10 +62,10 @@ def _types(precision: Precision) -> dict[str, str]:
 
 
 def _profile_options(spec: ModelSpec, shapes: Shapes) -> dict[str, str]:
-    ranges = profile_of(spec, shapes).shapes
+    inputs = profile_of(spec, shapes).shapes
 
     def listed(size: Callable[[ShapeRange], tuple[int, ...]]) -> str:
-        return ",".join(f"{name}:{written(size(each))}" for name, each in ranges.items())
+        return ",".join(f"{name}:{written(size(each))}" for name, each in inputs.items())
 
     return {
         "trt_profile_min_shapes": listed(lambda each: each.minimum),
