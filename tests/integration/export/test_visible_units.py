@@ -58,7 +58,7 @@ def made(tmp_path_factory):
 def exported(tmp_path_factory) -> Path:
     """An artifact and, beside it, one file of every graph, with a list of four units of nine."""
     artifact = export_files.pretrained(tmp_path_factory.mktemp("made") / "artifact")
-    assert export(artifact, "--visible-units", "4") == 0
+    assert export(artifact, "--visible-units", "4", "--shapes", "1x48x48:2x48x48:3x48x48") == 0
     return artifact
 
 
@@ -100,6 +100,7 @@ def test_other_precisions_pass(case, precision: Precision, made):
     assert file.judge(file.file).failures == ()
 
 
+@pytest.mark.slow
 def test_a_file_takes_pixels(made, tmp_path):
     case = made(replace(LISTED, pixels=True))
     assert case.judge(case.file).failures == ()
@@ -182,8 +183,8 @@ def test_who_needs_whole_images_refuses_these_files_in_one_line(exported):
 
 
 def test_the_demo_names_the_files_that_it_cannot_use(exported):
-    model = Models([exported])["made0" if False else exported.parent.name]
-    options = {each.title: each.reason for each in model.options("reconstructor")}
+    models = Models([exported])
+    options = {each.title: each.reason for each in models[models.names[0]].options("reconstructor")}
     reason = options["ONNX Runtime, 4 visible units"] or ""
     assert reason.startswith("takes lists of a fixed number of visible units")
     assert options["PyTorch"] is None and "ONNX Runtime" in options
@@ -194,7 +195,7 @@ def test_the_demo_names_the_files_that_it_cannot_use(exported):
     [
         (["--visible-units", "9"], "images of 48 x 48 px have only 9 mask units"),
         (["--visible-units", "0"], "--visible-units 0"),
-        (["--visible-units", "4", "--shapes", "1x48x48:1x48x48:1x48x64"], "needs one image size"),
+        (["--visible-units", "4", "--shapes", "1x48x48:1x48x48:1x48x64"], "needs a fixed image size"),
     ],
 )
 def test_settings_that_fit_no_image_are_refused(flags, message, exported, tmp_path, capsys):
