@@ -128,6 +128,9 @@ def models_of(args: argparse.Namespace, precisions: tuple[Precision, ...]) -> It
         load = partial(load_exportable, artifact, cast(GraphKind, kind))
         images = getattr(args, f"{kind}_images", None) or (args.calibrate, args.verify)
         yield Model(kind, about, side, load, precisions, *images)
+        if args.visible_units and kind in ("encoder", "reconstructor"):
+            load = partial(load, visible_units=args.visible_units)
+            yield Model(f"{kind}-visible{args.visible_units}", about, side, load, precisions, *images)
     for name in args.peers:
         yield Model(name, "random", 224, partial(load_peer, name), ("fp32",), None, args.verify)
 
