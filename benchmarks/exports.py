@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--preset", default="small", choices=ENCODER_PRESETS)
     parser.add_argument("--size", type=int, default=224, help="of the preset's images, in pixels")
     parser.add_argument("--kinds", nargs="+", default=list(kinds), choices=kinds)
-    parser.add_argument("--visible-units", type=int, help="also encoder and reconstructor that compute so many")
+    parser.add_argument("--visible-units", type=int, help="of graphs that compute listed units")
     for kind in ("pretrained", "classifier", "segmentor", "detector"):
         parser.add_argument(f"--{kind}", type=Path, metavar="ARTIFACT")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="default: those possible")

@@ -141,9 +141,11 @@ def other_units(*steps: tuple[str, Any]) -> Change:
                 if each == "visible" and node.op_type != "Shape":
                     node.input[place] = values[-1]
         for place, (kind, value) in enumerate(steps):
-            axis = {"axis": 1} if kind == "Gather" else {}
             inputs = [values[place], constant(model, np.asarray(value, np.int64))]
-            model.graph.node.insert(place, helper.make_node(kind, inputs, [values[place + 1]], **axis))
+            node = helper.make_node(kind, inputs, [values[place + 1]])
+            if kind == "Gather":
+                node.attribute.append(helper.make_attribute("axis", 1))
+            model.graph.node.insert(place, node)
 
     return change
 

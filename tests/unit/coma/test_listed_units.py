@@ -36,7 +36,8 @@ def mask(listed: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("model", MODELS)
 @torch.no_grad()
 def test_features_are_those_of_the_mask_in_the_order_of_the_list(model, count):
-    encoder = awake(build_encoder(MODELS[model]())).eval()
+    encoder = build_encoder(MODELS[model]())
+    awake(encoder).eval()
     images, listed = torch.randn(3, 3, *SIZE), lists(count)
     features = encoder.forward_features(images, group_of(mask(listed))).flatten(1, 2)
     wanted = features.gather(1, listed[..., None].expand(-1, -1, features.shape[-1]))
@@ -46,7 +47,8 @@ def test_features_are_those_of_the_mask_in_the_order_of_the_list(model, count):
 @pytest.mark.parametrize("model", ["dyvit", "vit"])
 @torch.no_grad()
 def test_a_reconstruction_is_that_of_the_mask_and_sees_no_hidden_pixel(model):
-    objective = awake(build_objective(OBJECTIVE, build_encoder(MODELS[model]()))).eval()
+    objective = build_objective(OBJECTIVE, build_encoder(MODELS[model]()))
+    awake(objective).eval()
     images, listed = torch.randn(3, 3, *SIZE), lists(5)
     found = objective.reconstruct_listed(images, listed)
     torch.testing.assert_close(found, objective.reconstruct(images, mask(listed)), rtol=1e-4, atol=1e-5)
