@@ -274,13 +274,20 @@ def _with_sizes(tensor: TensorSpec, shapes: Shapes, unit: int) -> TensorSpec:
 
 
 def _trace_inputs(spec: ModelSpec, shapes: Shapes) -> tuple[Tensor, ...]:
-    """Returns example inputs whose batch, height and width differ, so that no two axes are taken for one."""
-    opt, unit = shapes.opt, spec.unit
+    """Returns example inputs whose batch, height and width differ, so that no two axes are taken for one.
+
+    Dynamic sides have at least four mask units where the largest shape allows it: coarser maps, such as a
+    feature pyramid's, would otherwise be one position high or wide, which torch takes for a constant.
+    """
+    opt, most, unit = shapes.opt, shapes.max, spec.unit
     batch = max(opt.batch, 2) if "batch" in shapes.dynamic else opt.batch
-    widths = (opt.width + unit, opt.width - unit, opt.width)
-    fitting = [w for w in widths if shapes.min.width <= w <= shapes.max.width]
-    width = next((w for w in fitting if w != opt.height), opt.width)
-    images, *others = example_inputs(spec, batch, opt.height, width)
+    height, width = (
+        max(side, min(4 * unit, top)) for side, top in ((opt.height, most.height), (opt.width, most.width))
+    )
+    widths = (width + unit, width - unit, width)
+    fitting = [w for w in widths if shapes.min.width <= w <= most.width]
+    width = next((w for w in fitting if w != height), width)
+    images, *others = example_inputs(spec, batch, height, width)
     if spec.preprocessing.normalize_in_graph:
         images = (images * 40 + 128).clamp(0, 255).to(torch.uint8)
     return images, *others

@@ -107,6 +107,14 @@ def test_windows_that_cross_units_do_for_maps_larger_and_smaller(windows, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_segmentor_on_a_plain_vit_traced_with_small_images(tmp_path):
+    artifact = export_files.segmentor(tmp_path / "artifact", export_files.VIT)
+    path = write(tmp_path, artifact, "segmentor", "fp32", FREE)
+    for shape in (*RUN[:3], Shape(4, 128, 33), Shape(1, 32, 128)):
+        compare(artifact, "segmentor", path, shape, 1e-4)
+
+
+@pytest.mark.slow
 def test_plain_vit(tmp_path):
     artifact = export_files.pretrained(tmp_path / "artifact", ViTConfig(patch=8, dim=16, depth=1, heads=2))
     path = write(tmp_path, artifact, "reconstructor", "fp32", FREE)
