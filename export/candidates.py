@@ -6,6 +6,7 @@ A file gets its final name after verification; until then it is called `<name>.u
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -18,7 +19,6 @@ from coma.runtimes.manifest import STAGED
 from coma.runtimes.model_spec import (
     METADATA,
     ExportableModel,
-    FloatPrecision,
     GraphKind,
     ModelSpec,
     Precision,
@@ -29,7 +29,7 @@ from coma.runtimes.model_spec import (
 )
 from coma.runtimes.preprocessing import resize_image, to_input
 from coma.runtimes.shape_ranges import Shape, Shapes
-from export.config import ExportConfig, ExportImages, file_name
+from export.config import ExportConfig, ExportImages, file_name, in_file_name
 from export.graphs.detector import AFTER_BACKBONE
 from export.graphs.load import load_exportable, named_examples
 from export.onnx_export import cast_weights, read_spec, with_normalization, write_onnx
@@ -45,6 +45,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 UNVERIFIED = ".unverified"
+_BASE = ".base"
+_GRAPHS = "|".join(get_args(GraphKind))
+_PRECISIONS = "|".join(map(in_file_name, get_args(Precision)))
+_TEMPORARY = (
+    rf"({_GRAPHS})(-visible\d+)?(-({_PRECISIONS}))?"
+    rf"({re.escape(UNVERIFIED)}\.(onnx|engine|engine\.json)|\.onnx{re.escape(_BASE)})"
+)
+_WRITTEN = "|".join(map(re.escape, (REPORT, PICTURE, STAGED)))
+_UNFINISHED = re.compile(rf"{_TEMPORARY}|{re.escape(STAGED)}|\.({_TEMPORARY}|{_WRITTEN})\.part")
+"""Names of the files that an export which was killed leaves behind."""
 
 
 class CandidateBuilder:
@@ -71,7 +81,8 @@ class CandidateBuilder:
 
     def build(self, precision: Precision) -> Path:
         """Writes the candidate file of a precision and returns its path."""
-        target = self.candidate_path(self.config.folder / file_name(self.graph, precision))
+        name = file_name(self.graph, precision, self.config.visible_units)
+        target = self.candidate_path(self.config.folder / name)
         if eight_bit_part(precision):
             self._quantize(precision, target)
         else:
@@ -96,7 +107,8 @@ class CandidateBuilder:
         """Returns the file that this precision is quantised from, and builds it if none was verified."""
         rest = float_part(precision)
         if rest not in self.float_files:
-            base = self.temporary(self.config.folder / _base_name(self.graph, rest))
+            name = file_name(self.graph, rest, self.config.visible_units)
+            base = self.temporary(self.config.folder / f"{name}{_BASE}")
             write_onnx(self._prepare_model(rest), self.shapes, base, self.config.plugin_free)
             self.float_files[rest] = base
         return self.float_files[rest]
@@ -107,7 +119,7 @@ class CandidateBuilder:
         Raises:
             BadArtifact: the artifact cannot be loaded any more, or has changed since the export began.
         """
-        model = load_exportable(self.config.artifact, self.graph)
+        model = load_exportable(self.config.artifact, self.graph, self.config.visible_units)
         if model.spec.source != self.source:
             raise BadArtifact(f"{self.config.artifact}: has changed during the export; export it again")
         return model
@@ -166,22 +178,9 @@ class CandidateBuilder:
         return map(batch_from, starts), len(starts)
 
 
-def _base_name(graph: GraphKind, precision: Precision) -> str:
-    return f"{file_name(graph, precision)}.base"
-
-
 def remove_unfinished(folder: Path) -> None:
     """Removes unfinished files of an export that was killed; no other export may be writing to the folder."""
-    files = [file_name(graph, each) for graph in get_args(GraphKind) for each in get_args(Precision)]
-    names = {
-        f"{Path(file).stem}{UNVERIFIED}{end}"
-        for file in files
-        for end in (".onnx", ".engine", ".engine.json")
-    }
-    names |= {_base_name(graph, each) for graph in get_args(GraphKind) for each in get_args(FloatPrecision)}
-    written = (*names, REPORT, PICTURE, STAGED)
-    found = [folder / name for name in (*names, STAGED, *(f".{name}.part" for name in written))]
-    unfinished = [path for path in found if path.is_file()]
+    unfinished = [path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name) and path.is_file()]
     for path in unfinished:
         path.unlink()
     if unfinished:

@@ -95,8 +95,8 @@ def attention_matmuls(model: ModelProto) -> Iterator[AttentionMatmul]:
         softmax = sources.get(node.input[0]) if node.op_type == "MatMul" else None
         if softmax is None or softmax.op_type != "Softmax" or node.input[1] in weights:
             continue
-        keys = types[node.input[0]].shape.dim[-1].dim_value  # 0: depends on the size of the image
-        if 0 < keys < LEAST_KEYS:
+        shape = types[node.input[0]].shape.dim if node.input[0] in types else ()
+        if shape and 0 < shape[-1].dim_value < LEAST_KEYS:  # 0: depends on the size of the image
             continue
         first = sources.get(softmax.input[0])
         if first is not None and first.op_type == "Add":
