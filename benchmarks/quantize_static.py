@@ -57,7 +57,7 @@ class Reader(CalibrationDataReader):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def get_next(self) -> dict[str, np.ndarray] | None:
+    def get_next(self) -> Any:
         """Returns the next image, or None."""
         return next(self.rest, None)
 
