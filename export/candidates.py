@@ -24,6 +24,7 @@ from coma.runtimes.model_spec import (
     centre_crop_rule,
     to_json,
 )
+from coma.runtimes.openvino import COPY
 from coma.runtimes.preprocessing import resize_image, to_input
 from coma.runtimes.shape_ranges import Shape, Shapes
 from export.config import ExportConfig, ExportImages, file_name
@@ -172,6 +173,7 @@ def remove_unfinished(folder: Path) -> None:
         for end in (".onnx", ".engine", ".engine.json")
     }
     names |= {f"{graph}{_BASE}" for graph in get_args(GraphKind)}
+    names.add(COPY)
     written = (*names, REPORT, PICTURE, STAGED)
     found = [folder / name for name in (*names, STAGED, *(f".{name}.part" for name in written))]
     unfinished = [path for path in found if path.is_file()]

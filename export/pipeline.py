@@ -26,6 +26,7 @@ from coma.runtimes.shape_ranges import Shape, Shapes, parse_shapes
 from coma.runtimes.tensorrt.profiles import profile_of
 from export.candidates import CandidateBuilder, fit_preprocessing, layers_of, matches_any, remove_unfinished
 from export.config import ExportConfig, ExportImages, file_name
+from export.external_data import remove_unlisted_weights
 from export.gate import Gate
 from export.graphs.load import load_exportable, size_of
 from export.image_sets import CALIBRATION, ImageSet, read_image_set, shared_images
@@ -89,6 +90,7 @@ def export_artifact(config: ExportConfig, listener: ProgressListener) -> Outcome
         remove_unfinished(out)
         name = config.artifact.resolve().name
         manifest = Manifest.of(out, name, artifact_hash(config.artifact), artifact.kind)
+        remove_unlisted_weights(out, manifest)  # of an export that was killed
         outcome = Outcome()
         try:
             for graph in graphs:
@@ -148,6 +150,7 @@ def export_graph(
                 outcome.refused += [fault] if fault else []
     finally:
         builder.remove_temporary_files()
+        remove_unlisted_weights(config.folder, manifest)
 
 
 def require(device: Device) -> None:
