@@ -142,6 +142,9 @@ def export_graph(
             outcome.kept.append(path)
             if precision == "fp32":
                 builder.fp32_file = path
+            if config.writes_triton:
+                fault = _add_to_triton(config, images, path, shapes, listener)
+                outcome.refused += [fault] if fault else []
             if config.builds_engines:
                 try:
                     fault = gate.verify_engine(path, builder)
@@ -151,6 +154,21 @@ def export_graph(
     finally:
         builder.remove_temporary_files()
         remove_unlisted_weights(config.folder, manifest)
+
+
+def _add_to_triton(
+    config: ExportConfig, images: ExportImages, path: Path, shapes: Shapes, listener: ProgressListener
+) -> str | None:
+    """Adds a file to the repository for Triton; returns why it is refused, or None."""
+    from export.triton.repository import write_repository
+
+    listener.step(f"{path.name}: writing the repository for Triton")
+    try:
+        pictures = images.verification.pictures if config.triton_preprocess else None
+        for line in write_repository(path, shapes, pictures):
+            listener.say(f"triton  {line}")
+    except CheckFailed as error:
+        return f"{path.name}: {error}"
 
 
 def require(device: Device) -> None:
@@ -203,6 +221,8 @@ def _check_flags(config: ExportConfig, artifact: ArtifactConfig, shapes: Shapes)
         for each in fields(config.engine):
             if getattr(config.engine, each.name) != each.default:
                 raise BadInput(f"{_flag(each.name)} has an effect on engines only; add --to onnx,tensorrt")
+    if config.triton_preprocess and not config.writes_triton:
+        raise BadInput("--triton-preprocess has an effect on Triton only; add --to onnx,triton")
     channels = artifact.model.channels
     if config.verify is None and channels not in (1, 3):
         raise BadInput(
