@@ -145,6 +145,10 @@ def export_graph(
             if config.writes_triton:
                 fault = _add_to_triton(config, images, path, shapes, listener)
                 outcome.refused += [fault] if fault else []
+            elif (config.folder / "triton" / path.stem).is_dir():
+                log.warning(
+                    "%s: triton/%s still holds the former file; add --to onnx,triton", path, path.stem
+                )
             if config.builds_engines:
                 try:
                     fault = gate.verify_engine(path, builder)

@@ -91,9 +91,7 @@ def model_config(name: str, spec: ModelSpec | None, model: ModelProto, largest: 
         model: Its graph.
         largest: Largest batch; 0 for a graph of one batch size, which Triton then sees as a usual axis.
     """
-    from tritonclient.grpc import model_config_pb2 as triton
-
-    config = triton.ModelConfig(name=name, backend="onnxruntime", max_batch_size=largest)
+    config = _protobuf().ModelConfig(name=name, backend="onnxruntime", max_batch_size=largest)
     config.default_model_filename = "model.onnx"
     for tensors, values in ((config.input, model.graph.input), (config.output, model.graph.output)):
         for value in values:
@@ -141,12 +139,17 @@ def read_config(path: Path) -> Any:
         CheckFailed: it is not one.
     """
     from google.protobuf import text_format
-    from tritonclient.grpc import model_config_pb2 as triton
 
     try:
-        return text_format.Parse(path.read_text(encoding="utf-8"), triton.ModelConfig())
+        return text_format.Parse(path.read_text(encoding="utf-8"), _protobuf().ModelConfig())
     except (text_format.ParseError, OSError, UnicodeDecodeError) as error:
         raise CheckFailed(f"{path}: is not a configuration of Triton: {error}") from None
+
+
+def _protobuf() -> Any:
+    from tritonclient.grpc import model_config_pb2
+
+    return model_config_pb2
 
 
 class _Entry:
@@ -189,9 +192,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _ensemble(name: str, first: Any, second: Any) -> Any:
     """Returns the configuration of a preprocessing model and a model in a row."""
-    from tritonclient.grpc import model_config_pb2 as triton
-
-    config = triton.ModelConfig(name=name, platform="ensemble", max_batch_size=second.max_batch_size)
+    config = _protobuf().ModelConfig(name=name, platform="ensemble", max_batch_size=second.max_batch_size)
     made = {each.name for each in first.output}
     config.input.extend([*first.input, *(each for each in second.input if each.name not in made)])
     config.output.extend(second.output)
@@ -241,11 +242,10 @@ def _short(value: Any) -> str:
 
 def _triton_type(value: ValueInfoProto) -> int:
     from onnx import TensorProto
-    from tritonclient.grpc import model_config_pb2 as triton
 
     types = {"FLOAT": "FP32"}
     name = TensorProto.DataType.Name(value.type.tensor_type.elem_type)
-    return triton.DataType.Value(f"TYPE_{types.get(name, name)}")
+    return _protobuf().DataType.Value(f"TYPE_{types.get(name, name)}")
 
 
 def _dims(value: ValueInfoProto, largest: int) -> list[int]:

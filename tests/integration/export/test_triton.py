@@ -136,14 +136,14 @@ def test_a_repository_that_fails_its_check_leaves_the_former_one(made, tmp_path,
     before = (folder / "triton" / "classifier" / "config.pbtxt").read_text()
     config = repository.model_config
 
-    def wrong(name, spec, model, largest):
-        made = config(name, spec, model, largest)
-        if wrong.calls == 0:
-            made.output[0].dims[0] += 1
-        wrong.calls += 1
-        return made
+    written: list[Any] = []
 
-    wrong.calls = 0
+    def wrong(name, spec, model, largest):
+        written.append(config(name, spec, model, largest))
+        if len(written) == 1:
+            written[0].output[0].dims[0] += 1
+        return written[-1]
+
     monkeypatch.setattr(repository, "model_config", wrong)
     shapes = Shapes(Shape(1, 48, 48), Shape(2, 48, 48), Shape(4, 48, 48))
     with pytest.raises(CheckFailed, match="output is "):
