@@ -202,12 +202,12 @@ class TwoStage(Detector):
 
     def step_names(self) -> list[str]:
         """Returns the names of all steps before the detections."""
-        levels, stages = len(self.settings.candidates.strides), len(self.box_heads)
+        levels, stages = len(self.settings.candidates.strides), range(len(self.box_heads))
+        of_stages = [f"{name}/{stage}" for stage in stages for name in ("logits", "deltas", "refined")]
         return [
             *_numbered(("features", "rpn_logits", "rpn_deltas"), levels),
             *("proposals", "proposal_odds"),
-            *_numbered(("logits", "deltas"), stages),
-            *_numbered(["refined"], stages - 1),
+            *of_stages[:-1],  # the last stage's boxes are the detector's
             *_numbered(["mask_logits"], len(self.mask_heads)),
         ]
 

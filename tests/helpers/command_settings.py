@@ -30,6 +30,7 @@ NEEDED = {
     "pretrain": [MISSING, "--out", "{out}/run"],
     "evaluate": [MISSING, "--data", MISSING],
     "compare": [MISSING, "--test", MISSING, "--budget", "images", "100", "--out", "{out}/compare"],
+    "info": [MISSING],
     "pack": [MISSING, "--out", "{out}/packed"],
     "degrade": [MISSING, "--out", "{out}/sheet.png"],
     "quickstart": ["--out", __file__],
