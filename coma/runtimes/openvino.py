@@ -24,7 +24,7 @@ from coma.library_errors import load_packages
 from coma.runtimes.base import check_inputs
 from coma.runtimes.model_spec import Precision
 from coma.runtimes.names import OpenVINODevice
-from coma.runtimes.onnx_file import name_of, read_onnx_file
+from coma.runtimes.onnx_file import name_of, read_graph, read_onnx_file, weights_file
 
 _PLUGINS: dict[OpenVINODevice, str] = {"openvino": "CPU", "openvino-gpu": "GPU"}
 _HALF = {"fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
@@ -126,8 +126,10 @@ def _inference_precision(core: Any, plugin: str, precision: Precision) -> str:
 
 
 def _read_model(core: Any, file: Path | bytes, folder: Path | None) -> Any:
-    if isinstance(file, Path) or folder is None:
-        return core.read_model(str(file) if isinstance(file, Path) else file)
+    if isinstance(file, Path):
+        return core.read_model(str(file))
+    if folder is None or weights_file(read_graph(file), folder, name_of(file)) is None:
+        return core.read_model(file)
     path = folder / COPY  # OpenVINO finds a weights file only beside a file
     try:
         path.write_bytes(file)
