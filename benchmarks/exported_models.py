@@ -36,7 +36,8 @@ from coma.runtimes.model_spec import (
 )
 from export.graphs.load import load_exportable
 
-PEERS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224", "hiera_tiny_224")
+KINDS = ("encoder", "reconstructor", "classifier", "segmentor", "detector", "detector-plugin-free")
+PEERS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224", "hiera_tiny_224", "convnext_tiny")
 CLASSES = 1000
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -53,6 +54,7 @@ class Model:
         precisions: To export it in.
         calibrate: Images that give int8 its ranges.
         verify: Images to compare on.
+        plugin_free: Whether its files do without NonMaxSuppression and RoiAlign.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Model:
     precisions: tuple[Precision, ...]
     calibrate: Path | None
     verify: Path | None
+    plugin_free: bool = False
 
 
 class Peer(nn.Module):
@@ -120,14 +123,19 @@ def models_of(args: argparse.Namespace, precisions: tuple[Precision, ...]) -> It
         ("classifier", classifier, headed_weights),
         ("segmentor", args.segmentor, "trained"),
         ("detector", args.detector, "trained"),
+        ("detector-plugin-free", args.detector, "trained"),
     ):
         if artifact is None or kind not in args.kinds:
             continue
         config = load_artifact(artifact).config
         side = -(-max(config.image_size) // config.model.unit) * config.model.unit
-        load = partial(load_exportable, artifact, cast(GraphKind, kind))
-        images = getattr(args, f"{kind}_images", None) or (args.calibrate, args.verify)
-        yield Model(kind, about, side, load, precisions, *images)
+        graph, _, form = kind.partition("-")
+        load = partial(load_exportable, artifact, cast(GraphKind, graph))
+        images = getattr(args, f"{graph}_images", None) or (args.calibrate, args.verify)
+        yield Model(kind, about, side, load, precisions, *images, plugin_free=bool(form))
+        if args.visible_units and kind in ("encoder", "reconstructor"):
+            load = partial(load, visible_units=args.visible_units)
+            yield Model(f"{kind}-visible{args.visible_units}", about, side, load, precisions, *images)
     for name in args.peers:
         yield Model(name, "random", 224, partial(load_peer, name), ("fp32",), None, args.verify)
 

@@ -7,7 +7,9 @@
 Encoder, reconstructor and classifier of `--preset`, with random weights unless artifacts are given (the
 classifier of a pre-trained encoder has its weights under a random head), segmentor and detector where given;
 each at the size it was trained on, in fp32, fp16 and, with `--calibrate`, int8. All of it runs on a CPU, by
-PyTorch eagerly, by ONNX Runtime and, with `--devices cpu openvino`, by OpenVINO.
+PyTorch eagerly, by ONNX Runtime and, with `--devices cpu openvino`, by OpenVINO. With `--rtx` the compiler of
+TensorRT-RTX, which needs no GPU, compiles every file too. A detector comes in both of its forms: with
+NonMaxSuppression and RoiAlign, and plug-in-free.
 
 Errors are those of `coma export`: every file against PyTorch in fp32, on images, at several batches, held to
 the limits of its precision. "least cosine" and "largest error" are the worst of all outputs and images.
@@ -36,11 +38,12 @@ import numpy as np
 import onnx
 import timm
 import torch
-from exported_models import PEERS, Model, Peer, models_of
+from exported_models import KINDS, PEERS, Model, Peer, models_of
 from machine import table
 from torch import Tensor
 
 from coma.config import ENCODER_PRESETS
+from coma.errors import CheckFailed
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import machine, versions
 from coma.runtimes.model_spec import METADATA, ModelSpec, Precision, read_model_spec, to_json
@@ -48,6 +51,7 @@ from coma.runtimes.open import open_onnx
 from coma.runtimes.preprocessing import resize_image, to_input
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes
+from coma.runtimes.tensorrt.profiles import profile_of
 from export.benchmark import busy_note
 from export.graphs.detector import AFTER_BACKBONE
 from export.graphs.load import named_examples
@@ -56,6 +60,7 @@ from export.latency import Latency, time_interleaved
 from export.onnx_export import cast_weights, write_onnx
 from export.preprocessing import open_images
 from export.quantization import quantize_int8
+from export.tensorrt.rtx import check_rtx
 from export.verify.parity import verify
 from export.verify.verdict import ParityResult
 
@@ -73,6 +78,7 @@ class Entrant:
         megabytes: Of its file; None of PyTorch's.
         verdict: How far it is from PyTorch; None of PyTorch itself.
         seconds: That exporting took; None where it was done before.
+        rtx: What TensorRT-RTX's compiler said of the file; empty if it was not asked.
     """
 
     model: Model
@@ -81,6 +87,7 @@ class Entrant:
     megabytes: float | None = None
     verdict: ParityResult | None = None
     seconds: float | None = None
+    rtx: str = ""
 
 
 def entrants_of(model: Model, args: argparse.Namespace) -> list[Entrant]:
@@ -102,13 +109,28 @@ def entrants_of(model: Model, args: argparse.Namespace) -> list[Entrant]:
             plain = file_of(model, reference.spec, "fp32", shapes, args.work)
             export(model, precision, shapes, path, plain, args)
             seconds = time.perf_counter() - started
+        rtx = compiled_by_rtx(path, shapes) if args.rtx else ""
         print(f"{model.name} {precision}: comparing with PyTorch", flush=True)
         for device in args.devices:
             runtime = open_onnx(path, device, torch.get_num_threads())
             verdict = verify(reference, runtime, shapes, pictures)
             megabytes = path.stat().st_size / 1e6
-            found.append(Entrant(model, precision, runtime, megabytes, verdict, seconds))
+            found.append(Entrant(model, precision, runtime, megabytes, verdict, seconds, rtx))
     return found
+
+
+def compiled_by_rtx(path: Path, shapes: Shapes) -> str:
+    """What TensorRT-RTX's compiler says of a file; kept beside it."""
+    kept_in = path.with_suffix(".rtx.txt")
+    if not kept_in.exists():
+        print(f"{path.name}: compiling with TensorRT-RTX", flush=True)
+        try:
+            report = check_rtx(path, (profile_of(read_model_spec(onnx.load(path), path.name), shapes),))
+            said = f"compiled in {report.seconds:.0f} s"
+        except CheckFailed as error:
+            said = f"refused: {str(error).removeprefix(f'{path}: ')}"
+        kept_in.write_text(said, encoding="utf-8")
+    return kept_in.read_text(encoding="utf-8")
 
 
 def file_of(model: Model, spec: ModelSpec, how: str, shapes: Shapes, work: Path) -> Path:
@@ -132,10 +154,10 @@ def export(
     if isinstance(exportable.module, Peer):
         exportable.module.spell_out()
     if precision != "int8":
-        write_onnx(cast_weights(exportable, precision), shapes, path)
+        write_onnx(cast_weights(exportable, precision), shapes, path, model.plugin_free)
         return
     if not plain.exists():
-        write_onnx(exportable, shapes, plain)
+        write_onnx(exportable, shapes, plain, model.plugin_free)
     spec = replace(read_model_spec(onnx.load(plain), plain.name), precision=precision)
     pictures = read(model.calibrate, cast(int, spec.inputs[0].axes[1]), args.calibrate_images)
     batches = (inputs_of(spec, [picture], model.side, 1) for picture in pictures)
@@ -183,6 +205,7 @@ def as_plain(entrant: Entrant, latencies: dict[int, Latency]) -> dict[str, Any]:
         "export_seconds": entrant.seconds,
         "least_cosine": min((o.cosine for o in outputs if o.compared or not o.finite), default=None),
         "largest_error": max((o.max for o in outputs), default=None),
+        "rtx": entrant.rtx,
         "verification": verdict.to_dict() if verdict else None,
         "latency": {str(batch): vars(latency) for batch, latency in latencies.items()},
     }
@@ -206,6 +229,7 @@ def as_text(row: dict[str, Any], eager: dict[str, Any]) -> dict[str, str]:
         "least cosine": number(row["least_cosine"], ".7f"),
         "largest error": number(row["largest_error"], ".2g"),
         "limits": "" if not verification else failures or "kept",
+        "RTX": row["rtx"][:40],
     }
     for batch, latency in row["latency"].items():
         at = f"batch {batch}"
@@ -221,15 +245,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = ("encoder", "reconstructor", "classifier", "segmentor", "detector")
     parser.add_argument("--work", type=Path, required=True, help="folder for artifacts and exports")
     parser.add_argument("--preset", default="small", choices=ENCODER_PRESETS)
     parser.add_argument("--size", type=int, default=224, help="of the preset's images, in pixels")
-    parser.add_argument("--kinds", nargs="+", default=list(kinds), choices=kinds)
+    parser.add_argument("--visible-units", type=int, help="of graphs that compute listed units")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     for kind in ("pretrained", "classifier", "segmentor", "detector"):
         parser.add_argument(f"--{kind}", type=Path, metavar="ARTIFACT")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="default: those possible")
     parser.add_argument("--devices", nargs="+", choices=("cpu", "openvino"), default=["cpu"])
+    parser.add_argument("--rtx", action="store_true", help="compile every file with TensorRT-RTX too")
     parser.add_argument("--calibrate", type=Path, metavar="IMAGES", help="int8 needs it")
     parser.add_argument("--calibrate-images", type=int, default=64)
     parser.add_argument("--verify", type=Path, metavar="IMAGES", help="default: scikit-image's photographs")

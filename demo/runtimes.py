@@ -58,6 +58,7 @@ class Exported:
         sha256: SHA-256 of the file when it was verified.
         source: SHA-256 of the artifact's weights.
         kind: Kind of the artifact.
+        visible_units: Number of units that its input `visible` lists; None for files that take none.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class Exported:
     sha256: str
     source: str
     kind: str
+    visible_units: int | None = None
 
     @cached_property
     def changed(self) -> str | None:
@@ -87,7 +89,15 @@ def exported_files(folder: Path) -> Iterator[Exported]:
     for each in manifest.files:
         path = folder / each.file
         if path.is_file():
-            yield Exported(path, each.graph, each.precision, each.sha256, manifest.source, manifest.kind)
+            yield Exported(
+                path,
+                each.graph,
+                each.precision,
+                each.sha256,
+                manifest.source,
+                manifest.kind,
+                each.visible_units,
+            )
 
 
 def verified_file(path: Path) -> Exported:
@@ -127,7 +137,7 @@ def runtime_options(
     for runtime, title in LIBRARIES.items():
         files = [each for each in entries if each.form == form and each.path.suffix == SUFFIXES[runtime]]
         options += [_option(entry, runtime, device) for entry in files]
-        if not files:
+        if all(each.visible_units for each in files):
             reason = _how_to_make(SUFFIXES[runtime], artifact)
             options.append(RuntimeOption(title, form, None, reason=reason))
     return sorted(options, key=lambda option: option.reason is not None)
@@ -135,6 +145,10 @@ def runtime_options(
 
 def _option(entry: Exported, runtime: RuntimeName, device: Device) -> RuntimeOption:
     title = LIBRARIES[runtime] + ("" if entry.precision == "fp32" else f" {entry.precision}")
+    if entry.visible_units:
+        title += f", {entry.visible_units} visible units"
+        reason = "takes lists of a fixed number of visible units, and masks on this page show any number"
+        return RuntimeOption(title, entry.form, entry.path, reason=reason)
     try:
         where = _place(runtime, device)
     except BadInput as error:

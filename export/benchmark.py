@@ -91,7 +91,7 @@ class NotRun:
 
 
 def list_exports(
-    folder: Path, artifact: Path, graph: GraphKind, required: bool
+    folder: Path, artifact: Path, graph: GraphKind, required: bool, visible_units: int | None = None
 ) -> tuple[list[Entry], list[NotRun]]:
     """Lists the verified files of one graph in a folder of exports, and the files that cannot take part.
 
@@ -100,6 +100,7 @@ def list_exports(
         artifact: Artifact that the files must be exported from.
         graph: Graph of the files.
         required: Whether a folder without exports of this artifact is an error.
+        visible_units: Number of visible units that the files take a list of; None for other files.
 
     Raises:
         BadInput: the folder has no exports of this artifact although they are required, its manifest cannot
@@ -117,6 +118,12 @@ def list_exports(
         path = folder / entry.file
         if entry.graph != graph:
             absent.append(NotRun(entry.file, f"is a graph of the {entry.graph}, not of the {graph}"))
+        elif entry.visible_units != visible_units:
+            listed, remedy = entry.visible_units, "leave --visible-units out"
+            what = f"computes {listed} listed units only" if listed else "computes all units"
+            if listed:
+                remedy = f"add --visible-units {listed}"
+            absent.append(NotRun(entry.file, f"{what}; {remedy}"))
         elif missing := [name for name in entry.hashes if not (folder / name).is_file()]:
             absent.append(NotRun(entry.file, f"{missing[0]} is listed in {NAME} but missing"))
         elif not is_verified(folder, entry):
@@ -137,12 +144,16 @@ def list_exports(
 
 
 def open_torch(
-    artifact: Path, graph: GraphKind, devices: Sequence[Device], compiled: bool
+    artifact: Path,
+    graph: GraphKind,
+    devices: Sequence[Device],
+    compiled: bool,
+    visible_units: int | None = None,
 ) -> tuple[list[LoadedModel], list[NotRun]]:
     """Loads the artifact in PyTorch beside every device, eager and, if `compiled`, also compiled."""
     found = []
     for place in dict.fromkeys(map(torch_device_of, devices)):
-        exportable = load_exportable(artifact, graph)
+        exportable = load_exportable(artifact, graph, visible_units)
         found.append(LoadedModel(EAGER, "fp32", TorchRuntime(exportable, place), place))
         if compiled:
             found.append(LoadedModel(COMPILED, "fp32", TorchRuntime(exportable, place, compiled=True), place))
@@ -271,7 +282,7 @@ def _calls(
     inputs["images"] = to_input([shown[i % len(shown)] for i in range(batch)], rule)
     on_device = {name: tensor.to(each.device) for name, tensor in inputs.items()}
     found: list[tuple[str, Callable[[], object]]] = [("compute", partial(each.runtime, **on_device))]
-    if images.files and spec.graph != "reconstructor":  # which also takes a mask
+    if images.files and len(spec.inputs) == 1:  # others also take the visible units
         files = [images.files[i % len(images.files)] for i in range(batch)]
         found.append(("end to end", end_to_end(each.runtime, files, size, inputs["images"].shape[1])))
     return found

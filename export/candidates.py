@@ -6,6 +6,7 @@ A file gets its final name after verification; until then it is called `<name>.u
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -44,6 +45,14 @@ log = logging.getLogger(__name__)
 
 UNVERIFIED = ".unverified"
 _BASE = ".onnx.base"
+_GRAPHS, _PRECISIONS = ("|".join(get_args(each)) for each in (GraphKind, Precision))
+_TEMPORARY = (
+    rf"({_GRAPHS})((-visible\d+)?(-({_PRECISIONS}))?{re.escape(UNVERIFIED)}\.(onnx|engine|engine\.json)"
+    rf"|{re.escape(_BASE)})|{re.escape(COPY)}"
+)
+_WRITTEN = "|".join(map(re.escape, (REPORT, PICTURE, STAGED)))
+_UNFINISHED = re.compile(rf"{_TEMPORARY}|{re.escape(STAGED)}|\.({_TEMPORARY}|{_WRITTEN})\.part")
+"""Names of the files that an export which was killed leaves behind."""
 
 
 class CandidateBuilder:
@@ -70,7 +79,8 @@ class CandidateBuilder:
 
     def build(self, precision: Precision) -> Path:
         """Writes the candidate file of a precision and returns its path."""
-        target = self.candidate_path(self.config.folder / file_name(self.graph, precision))
+        name = file_name(self.graph, precision, self.config.visible_units)
+        target = self.candidate_path(self.config.folder / name)
         if precision in ("int8", "fp8"):
             self._quantize(precision, target)
         else:
@@ -105,7 +115,7 @@ class CandidateBuilder:
         Raises:
             BadArtifact: the artifact cannot be loaded any more, or has changed since the export began.
         """
-        model = load_exportable(self.config.artifact, self.graph)
+        model = load_exportable(self.config.artifact, self.graph, self.config.visible_units)
         if model.spec.source != self.source:
             raise BadArtifact(f"{self.config.artifact}: has changed during the export; export it again")
         return model
@@ -166,17 +176,7 @@ class CandidateBuilder:
 
 def remove_unfinished(folder: Path) -> None:
     """Removes unfinished files of an export that was killed; no other export may be writing to the folder."""
-    files = [file_name(graph, each) for graph in get_args(GraphKind) for each in get_args(Precision)]
-    names = {
-        f"{Path(file).stem}{UNVERIFIED}{end}"
-        for file in files
-        for end in (".onnx", ".engine", ".engine.json")
-    }
-    names |= {f"{graph}{_BASE}" for graph in get_args(GraphKind)}
-    names.add(COPY)
-    written = (*names, REPORT, PICTURE, STAGED)
-    found = [folder / name for name in (*names, STAGED, *(f".{name}.part" for name in written))]
-    unfinished = [path for path in found if path.is_file()]
+    unfinished = [path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name) and path.is_file()]
     for path in unfinished:
         path.unlink()
     if unfinished:

@@ -38,6 +38,10 @@ class ExportConfig(Ranged):
     """Precisions, separated by commas: fp32, fp16, bf16, int8, fp8."""
     graph: Literal["all", "encoder", "reconstructor"] = "all"
     """Graphs to export from a pre-trained artifact."""
+    visible_units: Annotated[int | None, Range(1, 10**6)] = None
+    """Write encoders and reconstructors that take a list of this many visible mask units (int64, batch x N)
+    and compute these alone, as in pre-training; the image size must be fixed. The files are called
+    encoder-visibleN.onnx and reconstructor-visibleN.onnx."""
     shapes: str | None = None
     """Input shapes as min:opt:max, each NxCxHxW; a single shape makes the graph static. By default the batch
     size is dynamic from 1 to 32 at the training size; detectors and segmentors also take any height and width
@@ -142,6 +146,7 @@ class ExportImages:
     labelled: Source | None = None
 
 
-def file_name(graph: GraphKind, precision: Precision) -> str:
+def file_name(graph: GraphKind, precision: Precision, visible_units: int | None = None) -> str:
     """Returns the name of an ONNX file."""
-    return f"{graph}.onnx" if precision == "fp32" else f"{graph}-{precision}.onnx"
+    name = f"{graph}-visible{visible_units}" if visible_units else graph
+    return f"{name}.onnx" if precision == "fp32" else f"{name}-{precision}.onnx"

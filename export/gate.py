@@ -191,6 +191,7 @@ class Gate:
             verification=result.to_dict(),
             images=str(self.images.verification.selection),
             image_sets=self._image_sets(precision),
+            visible_units=self.reference.spec.visible_units,
         )
 
     def _record(self, candidate: Path, path: Path, entry: Entry, result: ParityResult) -> str | None:
@@ -243,7 +244,8 @@ class Gate:
 
     @cached_property
     def _reference_on_gpu(self) -> TorchRuntime:
-        model = load_exportable(self.config.artifact, self.reference.spec.graph)
+        spec = self.reference.spec
+        model = load_exportable(self.config.artifact, spec.graph, spec.visible_units)
         return TorchRuntime(fit_preprocessing(model, self.shapes), "cuda")
 
     def _latency(self, runtime: Runtime, place: str) -> list[dict[str, Any]]:
@@ -259,7 +261,7 @@ class Gate:
                 inputs = batch_inputs(each.spec, pictures, [0] * batch, *size)
                 inputs = {name: tensor.to(place) for name, tensor in inputs.items()}
                 timed.append(("compute", partial(each, **inputs), each))
-            if runtime.spec.graph != "reconstructor":
+            if len(runtime.spec.inputs) == 1:
                 files = [_as_png(pictures[i % len(pictures)]) for i in range(batch)]
                 channels = int(runtime.spec.inputs[0].axes[1])
                 timed += [("end to end", end_to_end(each, files, size, channels), each) for each in both]

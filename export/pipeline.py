@@ -28,7 +28,7 @@ from export.candidates import CandidateBuilder, fit_preprocessing, layers_of, ma
 from export.config import ExportConfig, ExportImages, file_name
 from export.external_data import remove_unlisted_weights
 from export.gate import Gate
-from export.graphs.load import load_exportable, size_of
+from export.graphs.load import check_takes_list, check_visible_units, load_exportable, size_of
 from export.image_sets import CALIBRATION, ImageSet, read_image_set, shared_images
 from export.onnx_export import read_spec
 from export.output import exclusive
@@ -80,6 +80,10 @@ def export_artifact(config: ExportConfig, listener: ProgressListener) -> Outcome
     for each in shapes.values():
         each.check(artifact.model.unit)
     _check_flags(config, artifact, shapes[graphs[0]])
+    if config.visible_units:
+        for graph in graphs:
+            check_takes_list(config.artifact, graph, artifact)
+            _check_visible_units(config.visible_units, shapes[graph], artifact.model.unit)
     _check_excluded_layers(config, graphs)
     require_folder(out)
     if config.engine.timing_cache:
@@ -131,7 +135,7 @@ def export_graph(
     gate = Gate(config, images, reference, shapes, listener, manifest)
     try:
         for precision in sorted(config.precisions, key=list(TOLERANCES).index):
-            path = config.folder / file_name(graph, precision)
+            path = config.folder / file_name(graph, precision, config.visible_units)
             try:
                 fault = gate.verify_onnx(builder.build(precision), path, precision, builder)
             except CheckFailed as error:
@@ -249,6 +253,12 @@ def _check_flags(config: ExportConfig, artifact: ArtifactConfig, shapes: Shapes)
             "--dataset: its images have many sizes and are run one at a time, so --shapes needs a dynamic "
             f"height and width and a minimum batch of 1; the shapes are {shapes.min} to {shapes.max}"
         )
+
+
+def _check_visible_units(count: int, shapes: Shapes, unit: int) -> None:
+    if {"height", "width"} & shapes.dynamic:
+        raise BadInput("--visible-units needs a fixed image size; give --shapes with one height and width")
+    check_visible_units(count, shapes.opt.height, shapes.opt.width, unit)
 
 
 def _check_excluded_layers(config: ExportConfig, graphs: tuple[GraphKind, ...]) -> None:

@@ -17,7 +17,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -26,6 +26,9 @@ from coma.errors import BadArtifact, BadInput
 from coma.messages import abridged, counted, printable
 from coma.paths import Address, Location
 from coma.ranges import TILE, Ranged
+
+if TYPE_CHECKING:
+    from coma.runtimes.model_spec import ModelSpec
 
 _PICKLED = (".pth", ".pt", ".ckpt", ".bin", ".pkl", ".pickle")
 _FACTS = 10
@@ -233,8 +236,13 @@ def _onnx(path: Path) -> Report:
     spec, facts = inspect_onnx(path)
     if spec is None:
         return Report("ONNX file, not written by `coma export`", facts, [])
-    facts = {"kind of graph": spec.graph, "precision": spec.precision, **facts}
+    facts = {"kind of graph": _graph_of(spec), "precision": spec.precision, **facts}
     return Report("ONNX file of `coma export`", facts | _listing(path), _described(path))
+
+
+def _graph_of(spec: ModelSpec) -> str:
+    listed = f" that computes {counted(spec.visible_units, 'listed unit')}" if spec.visible_units else ""
+    return spec.graph + listed
 
 
 def _engine(path: Path) -> Report:
@@ -244,7 +252,7 @@ def _engine(path: Path) -> Report:
     sidecar = read_sidecar(path)
     intact = sha256_of(path) == sidecar.engine_sha256
     facts = {
-        "kind of graph": sidecar.spec.graph,
+        "kind of graph": _graph_of(sidecar.spec),
         "precision": sidecar.spec.precision,
         "built by": f"{sidecar.flavour} {sidecar.version} on {sidecar.platform}",
         "for": sidecar.gpu.name if sidecar.gpu else "any GPU",

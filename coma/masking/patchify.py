@@ -9,6 +9,7 @@ here go back and forth between pixels and units, and between units and the token
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
@@ -42,6 +43,12 @@ def cover(length: int, side: int) -> int:
 def unit_grid(height: int, width: int, unit: int) -> tuple[int, int]:
     """Returns rows and columns of units that cover an image of `height x width` pixels."""
     return cover(height, unit), cover(width, unit)
+
+
+def mask_of(listed: Tensor, rows: int, cols: int) -> Tensor:
+    """Returns the mask of a list of units: int64 `[s]` to bool `[rows, cols]`, true where listed."""
+    mask = torch.zeros(rows * cols, dtype=torch.bool, device=listed.device)
+    return mask.index_fill(0, listed, True).view(rows, cols)
 
 
 def spread(unit_map: Tensor, side: int) -> Tensor:

@@ -30,7 +30,7 @@ from coma.masking.patchify import cover, pad_to_units, unit_grid
 from coma.models.attention import DynamicMultiWindowAttention, Layout, WindowGate, stage_layout
 from coma.models.blocks import drop_path_rates, run_block
 from coma.models.checkpoints import Checkpoint, Tensors
-from coma.models.view_sequences import ViewSequences, image_sequences
+from coma.models.view_sequences import ViewSequences, image_sequences, listed_units
 from coma.models.windows import crop, nest, unnest
 
 FIRST_SIDE = 8
@@ -143,6 +143,20 @@ class DyViT(nn.Module):
         units = sequences.scatter(self.norm(tokens[-1]))
         return unnest(units, 1, sequences.rows, sequences.cols)
 
+    def forward_listed(self, images: Tensor, listed: Tensor) -> Tensor:
+        """Returns the features of some units, from these alone: nothing else is computed.
+
+        Args:
+            images: `[b, c, H, W]`, normalised.
+            listed: Numbers of the units, row by row, each at most once: int64 `[b, s]`.
+
+        Returns:
+            `[b, s, c]`, in the order of the list.
+        """
+        check_images(images, None, self.config.channels, self.unit)
+        sequences = listed_units(*unit_grid(images.shape[-2], images.shape[-1], self.unit), listed)
+        return self.norm(self._tokens(images, sequences)[-1]).flatten(1, 2)
+
     def pool(self, images: Tensor) -> Tensor:
         """Mean of the last map, `[b, c]`: what linear and nearest-neighbour classifiers work on."""
         return self.forward_features(images).mean(dim=(1, 2))
@@ -179,16 +193,19 @@ class DyViT(nn.Module):
     def _run(
         self, images: Tensor, group: Tensor | None, sizes: Sequence[int] | None = None, stages: int = 4
     ) -> tuple[ViewSequences, list[Tensor]]:
-        # tokens [n, s, t, c] after each stage
         check_images(images, group, self.config.channels, self.unit)
         rows, cols = unit_grid(images.shape[-2], images.shape[-1], self.unit)
         sequences = image_sequences(rows, cols, group, sizes)
+        return sequences, self._tokens(images, sequences, stages)
+
+    def _tokens(self, images: Tensor, sequences: ViewSequences, stages: int = 4) -> list[Tensor]:
+        # n s t c after each stage
         x = self.stem(pad_to_units(images, self.unit), sequences)
         tokens = []
         for stage in self.stages[:stages]:
             x = stage(x, sequences, self.grad_checkpointing and self.training)
             tokens.append(x)
-        return sequences, tokens
+        return tokens
 
 
 def _whole_map_blocks(config: DyViTConfig, stage: int) -> frozenset[int]:

@@ -13,7 +13,7 @@ from coma.config.artifact import ArtifactConfig
 from coma.masking.patchify import pad_to_units
 from coma.models.attention import WindowGate
 from coma.models.dyvit import check_images
-from coma.models.view_sequences import ViewSequences, image_sequences
+from coma.models.view_sequences import ViewSequences, image_sequences, listed_units
 
 
 class PlainEncoder(nn.Module):
@@ -62,6 +62,13 @@ class PlainEncoder(nn.Module):
         sequences = image_sequences(rows, cols, group, sizes)
         x = self._encode(sequences.gather(x.flatten(1, 2)), sequences)
         return sequences.scatter(x).unflatten(1, (rows, cols))
+
+    def forward_listed(self, images: Tensor, listed: Tensor) -> Tensor:
+        """Returns the features of some units, from these alone; see `DyViT.forward_listed`."""
+        check_images(images, None, self.config.channels, self.unit)
+        x = self._embed(pad_to_units(images, self.unit))
+        sequences = listed_units(x.shape[1], x.shape[2], listed)
+        return self._encode(sequences.gather(x.flatten(1, 2)), sequences)
 
     def pool(self, images: Tensor) -> Tensor:
         """Mean of the map, `[b, dim]`: what linear and nearest-neighbour classifiers work on."""

@@ -148,6 +148,22 @@ def one_view_in_place(rows: int, cols: int, group: Tensor) -> ViewSequences:
     return ViewSequences(rows, cols, group, real=real, unseen=~real)
 
 
+def listed_units(rows: int, cols: int, listed: Tensor) -> ViewSequences:
+    """One view an image, given as a list of units: only these are computed, in graphs for other programs too.
+
+    Args:
+        rows: Units along the height of an image.
+        cols: Units along the width.
+        listed: Units that the view sees, each once, in any order: int64 `[b, s]`.
+    """
+    place = torch.arange(rows * cols, device=listed.device)
+    here = (listed[:, :, None] == place).long()  # b s units
+    slot_of = (here * torch.arange(listed.shape[1], device=listed.device)[:, None]).sum(dim=1)
+    unseen = here.sum(dim=1) == 0
+    group = (-unseen.long()).unflatten(1, (rows, cols))
+    return ViewSequences(rows, cols, group, listed, slot_of, unseen=unseen)
+
+
 def _readable(x: Tensor) -> bool:
     # whether looking at values waits for nobody: on a CPU, and not where only shapes are traced
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from coma.errors import BadInput
 from coma.masking.patchify import pad_to_units, patchify, unit_grid, unpatchify
 from coma.masking.sampling import group_of
 from coma.models import Decoder, Encoder
+from coma.models.view_sequences import listed_units
 from coma.objectives.targets import Statistics, hidden_loss, nearby_statistics, pixel_targets, unit_statistics
 
 
@@ -113,16 +115,44 @@ class MaskedPixels(nn.Module):
         return self.fill_in(images, visible, statistics)
 
     @torch.no_grad()
+    def reconstruct_listed(self, images: Tensor, listed: Tensor) -> Tensor:
+        """`reconstruct` from a list of the visible units: the encoder computes these alone.
+
+        Args:
+            images: `[b, c, H, W]`, normalised, any size of at least one unit.
+            listed: Numbers of the visible units, row by row, each at most once: int64 `[b, s]`.
+        """
+        sequences = listed_units(*unit_grid(images.shape[-2], images.shape[-1], self.encoder.unit), listed)
+        features = self.encoder.forward_listed(images.to(self.decoder.embed.weight.dtype), listed)
+        features = sequences.scatter(features).unflatten(1, (sequences.rows, sequences.cols))
+        visible = cast(Tensor, sequences.group) >= 0
+        return self._fill_in(images, visible, features, "visible")
+
+    @torch.no_grad()
     def fill_in(
         self, images: Tensor, visible: Tensor, statistics: Statistics, *, everywhere: bool = False
     ) -> Tensor:
         """`reconstruct`; with `everywhere`, visible units are predicted as well."""
+        unit = self.encoder.unit
+        units = patchify(pad_to_units(images, unit), unit).float()
+        shown_only = unpatchify(units * visible[..., None], unit).to(self.decoder.embed.weight.dtype)
+        return self._fill_in(
+            images, visible, self.encode(shown_only, visible), statistics, everywhere=everywhere
+        )
+
+    def _fill_in(
+        self,
+        images: Tensor,
+        visible: Tensor,
+        features: Tensor,
+        statistics: Statistics,
+        *,
+        everywhere: bool = False,
+    ) -> Tensor:
+        # features b h w c of the visible units
         height, width = images.shape[-2:]
         unit = self.encoder.unit
-        padded = pad_to_units(images, unit)
-        units = patchify(padded, unit).float()
-        shown_only = unpatchify(units * visible[..., None], unit).to(self.decoder.embed.weight.dtype)
-        features = self.encode(shown_only, visible)
+        units = patchify(pad_to_units(images, unit), unit).float()
         predicted = self.decoder(features, visible[None])[0].float()
         if self.config.norm_pix:
             honest = statistics == "visible"

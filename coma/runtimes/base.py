@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from coma.errors import BadInput
+from coma.masking.patchify import unit_grid
 from coma.runtimes.model_spec import ModelSpec
 
 
@@ -24,13 +25,14 @@ class Runtime(Protocol):
     spec: ModelSpec
 
     def __call__(self, images: Tensor, **others: Tensor) -> dict[str, Tensor]:
-        """Runs the model on `images` and, for a reconstructor, `visible`.
+        """Runs the model on `images` and, where it has this input, `visible`: a mask, or a list of units.
 
         Inputs may be on any device; outputs are on the runtime's device, with the names and types of
         `spec.outputs`.
 
         Raises:
-            BadInput: an input has the wrong name, type or shape; the message says what the model takes.
+            BadInput: an input has the wrong name, type or shape, or the list names a unit that the images do
+                not have, or one twice; the message says what the model takes.
         """
         ...
 
@@ -42,7 +44,8 @@ def check_inputs(spec: ModelSpec, images: Tensor, others: Mapping[str, Tensor]) 
     """Checks the inputs against the specification and returns them by name.
 
     Raises:
-        BadInput: an input is missing or unknown, or has another type or shape.
+        BadInput: an input is missing or unknown, or has another type or shape; units that are listed twice,
+            or that the images do not have.
     """
     given = {"images": images, **others}
     names = [each.name for each in spec.inputs]
@@ -66,4 +69,25 @@ def check_inputs(spec: ModelSpec, images: Tensor, others: Mapping[str, Tensor]) 
             f"images of {images.shape[2]} x {images.shape[3]} px are smaller than the mask unit of "
             f"{spec.unit} px"
         )
+    if spec.visible_units:
+        check_listed(given["visible"], *unit_grid(images.shape[2], images.shape[3], spec.unit))
     return {name: given[name] for name in names}
+
+
+def check_listed(listed: Tensor, rows: int, cols: int) -> None:
+    """Checks lists of visible units, int64 `[b, s]`.
+
+    Raises:
+        BadInput: a list names a unit that images of `rows` x `cols` units do not have, or one twice.
+    """
+    units = rows * cols
+    ordered = listed.detach().cpu().sort(dim=1).values
+    wrong = ordered[(ordered < 0) | (ordered >= units)]
+    if len(wrong):
+        raise BadInput(
+            f"visible lists unit {int(wrong[0])}; images of {rows} x {cols} units have 0 to {units - 1}"
+        )
+    image, place = (ordered[:, 1:] == ordered[:, :-1]).nonzero(as_tuple=True)
+    if len(image):
+        unit = int(ordered[image[0], place[0]])
+        raise BadInput(f"visible lists unit {unit} of image {int(image[0])} twice; list every unit once")

@@ -47,6 +47,11 @@ def open_model(
     opened = open_runtime(file, _device(file, runtime, device), graph if file.is_dir() else None)
     if opened.spec.graph != graph:
         raise BadInput(f"{file}: is a graph of the {opened.spec.graph}, not of the {graph}")
+    if opened.spec.visible_units:
+        raise BadInput(
+            f"{file}: computes {opened.spec.visible_units} listed units only; give a file that coma export "
+            "wrote without --visible-units"
+        )
     log.info("model: %s (%s)", file, opened.title)
     return opened
 
@@ -87,7 +92,7 @@ def _manifest(folder: Path) -> Manifest | None:
 
 
 def _exported(folder: Path, manifest: Manifest, graph: GraphKind, suffix: str | None) -> Path:
-    files = [each for each in manifest.files if each.graph == graph]
+    files = [each for each in manifest.files if each.graph == graph and not each.visible_units]
     fitting = [each for each in files if suffix is None or each.file.endswith(suffix)]
     if not fitting:
         wanted = f"{suffix or ''} file of a {graph}".strip()

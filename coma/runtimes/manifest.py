@@ -63,6 +63,7 @@ class Entry:
         error: Module where the error of a rejected file starts.
         weights: SHA-256 of the file beside it that holds the weights of an ONNX file above 2 GB, by name.
         also_verified: Results with the other runtimes of --device, by runtime, in the form of `verification`.
+        visible_units: Number of units that its input `visible` lists; None for files that take none.
         machine: Machine of the verification.
         versions: Versions of Python and of the libraries involved.
     """
@@ -84,6 +85,7 @@ class Entry:
     error: str | None = None
     image_sets: dict[str, Selection] = field(default_factory=dict)
     also_verified: dict[str, dict[str, Any]] = field(default_factory=dict)
+    visible_units: int | None = None
     weights: dict[str, str] = field(default_factory=dict)
     machine: str = field(default_factory=lambda: machine())
     versions: dict[str, str] = field(default_factory=lambda: versions())

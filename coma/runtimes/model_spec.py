@@ -88,6 +88,12 @@ class ModelSpec:
     """True of a classifier of images with any number of classes: each of its logits is for a sigmoid."""
     format_version: int = FORMAT_VERSION
 
+    @property
+    def visible_units(self) -> int | None:
+        """Number of mask units that the input `visible` lists; None where it is a mask, or absent."""
+        listed = [each.axes[1] for each in self.inputs[1:] if each.dtype == "int64"]
+        return int(listed[0]) if listed else None
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """Returns the probabilities of the classes, float32, for a classifier's logits `[..., classes]`."""
         return logits.float().sigmoid() if self.multi_label else logits.float().softmax(dim=-1)

@@ -27,7 +27,12 @@ _UNFIT = {
 }
 
 
-def open_runtime(path: Path, device: Device = "cpu", graph: GraphKind | None = None) -> Runtime:
+def open_runtime(
+    path: Path,
+    device: Device = "cpu",
+    graph: GraphKind | None = None,
+    visible_units: int | None = None,
+) -> Runtime:
     """Opens a model.
 
     Args:
@@ -36,6 +41,8 @@ def open_runtime(path: Path, device: Device = "cpu", graph: GraphKind | None = N
         device: cpu or cuda; `tensorrt` is the execution provider of ONNX Runtime with that name; `openvino`
             and `openvino-gpu` are OpenVINO on a CPU and on an Intel GPU.
         graph: Graph of an artifact; by default the last one of its kind in `GRAPH_KINDS`.
+        visible_units: Opens the graph of an artifact that takes a list of this many visible units, as the
+            files of `coma export --visible-units` do.
 
     Raises:
         BadInput: the path holds no model, the model does not run on the device, or the file has changed since
@@ -45,12 +52,12 @@ def open_runtime(path: Path, device: Device = "cpu", graph: GraphKind | None = N
     path = Path(path)
     try:
         with library_errors(f"{path}: cannot be opened", BadInput):
-            return _open(path, device, graph)
+            return _open(path, device, graph, visible_units)
     except OSError as error:
         raise BadInput(f"{path}: cannot be opened ({error.strerror or error})") from None
 
 
-def _open(path: Path, device: Device, graph: GraphKind | None) -> Runtime:
+def _open(path: Path, device: Device, graph: GraphKind | None, visible_units: int | None) -> Runtime:
     if device not in get_args(Device):
         raise BadInput(f"device {device!r}: give one of {', '.join(get_args(Device))}")
     for suffix in (*path.suffixes, *path.resolve().suffixes):
@@ -66,9 +73,8 @@ def _open(path: Path, device: Device, graph: GraphKind | None) -> Runtime:
 
     if device not in ("cpu", "cuda"):
         raise BadInput(f"{path}: an artifact runs on cpu or cuda")
-    return TorchRuntime(
-        _load_exportable(path, graph or GRAPH_KINDS[load_artifact(path).config.kind][-1]), device
-    )
+    graph = graph or GRAPH_KINDS[load_artifact(path).config.kind][-1]
+    return TorchRuntime(_load_exportable(path, graph, visible_units), device)
 
 
 def _open_file(path: Path, device: Device) -> Runtime:
@@ -110,10 +116,10 @@ def open_onnx(
     return OnnxRuntime(file, device, threads, extra_outputs, folder)
 
 
-def _load_exportable(path: Path, graph: GraphKind) -> ExportableModel:
+def _load_exportable(path: Path, graph: GraphKind, visible_units: int | None) -> ExportableModel:
     # the room `export` builds graphs and registers its loader as an entry point
     for entry in metadata.entry_points(group="coma.graphs", name="load"):
-        return entry.load()(path, graph)
+        return entry.load()(path, graph, visible_units)
     raise BadInput(f"{path}: no installed package loads models for runtimes; install coma-dyvit[export]")
 
 

@@ -45,6 +45,9 @@ class BenchmarkConfig(Ranged):
     """Folder that coma export wrote (default: the folder export beside the artifact, if it exists)."""
     graph: Literal["encoder", "reconstructor"] | None = None
     """Graph of a pre-trained artifact (default: encoder)."""
+    visible_units: Annotated[int | None, Range(1, 10**6)] = None
+    """Time the graph that takes a list of this many visible units, as coma export --visible-units writes it,
+    beside PyTorch that computes these alone."""
     device: str = "cpu"
     """Where .onnx files run, separated by commas: cpu, cuda and tensorrt (execution providers of ONNX
     Runtime), openvino (a CPU), openvino-gpu (an Intel GPU). PyTorch runs beside them, and engines on any
@@ -146,11 +149,15 @@ def _benchmark(config: BenchmarkConfig, batches: tuple[int, ...]) -> None:
     from coma.artifact.load import artifact_hash
     from coma.runtimes.manifest import machine, versions
     from export.benchmark import busy_note
+    from export.graphs.load import check_takes_list, check_visible_units
 
     artifact = load_artifact(config.artifact).config
     graph = choose_graph(config.graph, config.artifact, artifact.kind)
     size = parse_size(config.size, artifact, graph)
     check_pixels(Shape(max(batches), *size), "--batch and --size")
+    if config.visible_units:
+        check_takes_list(config.artifact, graph, artifact)
+        check_visible_units(config.visible_units, *size, artifact.model.unit)
     models, images, absent = _load(config, graph, artifact.model.channels, max(batches))
     note = busy_note(_threads())
     rows: list[Row] = []
@@ -169,6 +176,7 @@ def _benchmark(config: BenchmarkConfig, batches: tuple[int, ...]) -> None:
         "source": artifact_hash(config.artifact),
         "kind": artifact.kind,
         "graph": graph,
+        "visible_units": config.visible_units,
         "device": config.device,
         "size": list(size),
         "threads": _threads(),
@@ -184,7 +192,8 @@ def _benchmark(config: BenchmarkConfig, batches: tuple[int, ...]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=120)  # a file or a pipe takes long lines
-    title = f"{config.artifact}: {graph}, {size[0]} x {size[1]} px, {shown}"
+    listed = f", {config.visible_units} visible units" if config.visible_units else ""
+    title = f"{config.artifact}: {graph}{listed}, {size[0]} x {size[1]} px, {shown}"
     console.print(
         f"{title}\n{results['machine']}, {results['threads']} thread(s)", soft_wrap=True, markup=False
     )
@@ -211,13 +220,15 @@ def _load(
     folder = config.exports or exports_beside(config.artifact)
     with Progress() as progress:
         progress.step("reading images and file hashes")
-        entries, absent = list_exports(folder, config.artifact, graph, required=config.exports is not None)
+        entries, absent = list_exports(
+            folder, config.artifact, graph, config.exports is not None, config.visible_units
+        )
         images = read_image_set(open_images(config.images), channels, min(most, MOST_IMAGES), TIMING)
-        if not images.files and graph != "reconstructor":
+        if not images.files and graph != "reconstructor" and not config.visible_units:
             absent.append(NotRun("end to end", f"{images.selection.location} holds no image files to decode"))
         progress.step("loading the PyTorch model")
         devices = parse_devices(config.device)
-        models, more = open_torch(config.artifact, graph, devices, config.compile)
+        models, more = open_torch(config.artifact, graph, devices, config.compile, config.visible_units)
         others, unfit = open_exports(folder, entries, devices, _threads(), progress)
     return [*models, *others], images, [*absent, *more, *unfit]
 

@@ -20,6 +20,7 @@ from coma.errors import BadArtifact, BadInput
 from coma.image_size import ImageSize
 from coma.library_errors import library_errors
 from coma.masking.patchify import unit_grid
+from coma.messages import counted
 from coma.models import Encoder
 from coma.runtimes.model_spec import (
     GRAPH_KINDS,
@@ -32,12 +33,19 @@ from coma.runtimes.model_spec import (
 )
 
 
-def load_exportable(directory: Path, graph: GraphKind) -> ExportableModel:
+def load_exportable(directory: Path, graph: GraphKind, visible_units: int | None = None) -> ExportableModel:
     """Loads one graph of an artifact, or the encoder of any artifact, in fp32 on the CPU.
+
+    Args:
+        directory: The artifact.
+        graph: Graph to load.
+        visible_units: Number of units that the input `visible` lists; the graph of an encoder or
+            reconstructor then computes these alone.
 
     Raises:
         BadArtifact: the directory is not an artifact, or is damaged.
-        BadInput: the artifact has no such graph, or its model cannot be exported; the message says why.
+        BadInput: the artifact has no such graph, its model cannot be exported, or no list of units can be
+            given to it; the message says why.
     """
     artifact = load_artifact(directory)
     config = artifact.config
@@ -46,11 +54,15 @@ def load_exportable(directory: Path, graph: GraphKind) -> ExportableModel:
             f"{directory}: an artifact of kind {config.kind!r} has no {graph}, only "
             f"{' and '.join(GRAPH_KINDS[config.kind])}"
         )
+    if visible_units is not None:
+        check_takes_list(directory, graph, config)
     with library_errors(f"{directory}: cannot be loaded as its config.json specifies", BadArtifact):
-        module, outputs = _build(directory, graph, config)
+        module, outputs = _build(directory, graph, config, visible_units)
         preprocessing = preprocessing_of(config, graph)
     inputs = [TensorSpec("images", "float32", ("batch", config.model.channels, "height", "width"))]
-    if graph == "reconstructor":
+    if visible_units is not None:
+        inputs.append(TensorSpec("visible", "int64", ("batch", visible_units)))
+    elif graph == "reconstructor":
         inputs.append(TensorSpec("visible", "bool", ("batch", "rows", "cols")))
     spec = ModelSpec(
         graph=graph,
@@ -67,6 +79,38 @@ def load_exportable(directory: Path, graph: GraphKind) -> ExportableModel:
     return ExportableModel(module.eval().requires_grad_(False), spec)
 
 
+def check_takes_list(directory: Path, graph: GraphKind, config: ArtifactConfig) -> None:
+    """Checks that a graph can compute listed units only.
+
+    Raises:
+        BadInput: it is of another kind, or its model does not reconstruct masked images.
+    """
+    if graph not in ("encoder", "reconstructor"):
+        raise BadInput(
+            f"--visible-units: {directory} is a {config.kind}; give a pretrained artifact or a backbone"
+        )
+    degrade = getattr(config.objective, "degrade", None)
+    if graph == "reconstructor" and degrade:
+        raise BadInput(
+            f"--visible-units: {directory} was trained with --degrade {degrade}, not to fill in units that a "
+            "list leaves out; add --graph encoder"
+        )
+
+
+def check_visible_units(count: int, height: int, width: int, unit: int) -> None:
+    """Checks that images have more units than are visible.
+
+    Raises:
+        BadInput: they do not.
+    """
+    rows, cols = unit_grid(height, width, unit)
+    if count >= rows * cols:
+        raise BadInput(
+            f"--visible-units {count}: images of {height} x {width} px have only "
+            f"{counted(rows * cols, 'mask unit')}; give a smaller number"
+        )
+
+
 def named_examples(spec: ModelSpec, batch: int, height: int, width: int) -> dict[str, Tensor]:
     """Returns example inputs by name; see `example_inputs`."""
     examples = example_inputs(spec, batch, height, width)
@@ -74,13 +118,19 @@ def named_examples(spec: ModelSpec, batch: int, height: int, width: int) -> dict
 
 
 def example_inputs(spec: ModelSpec, batch: int, height: int, width: int) -> tuple[Tensor, ...]:
-    """Returns random images of a size and, for a reconstructor, masks with every other unit visible."""
+    """Returns random images of a size and, where the model takes them, visible units.
+
+    A mask shows every other unit; lists are drawn at random for every image.
+    """
     generator = torch.Generator().manual_seed(0)
     channels = cast(int, spec.inputs[0].axes[1])
     images = torch.randn(batch, channels, height, width, generator=generator)
-    if spec.graph != "reconstructor":
+    if len(spec.inputs) == 1:
         return (images,)
     rows, cols = unit_grid(height, width, spec.unit)
+    if spec.visible_units:
+        lists = [torch.randperm(rows * cols, generator=generator) for _ in range(batch)]
+        return images, torch.stack(lists)[:, : spec.visible_units].contiguous()
     return images, (torch.arange(rows * cols) % 2 == 0).view(rows, cols).expand(batch, -1, -1).contiguous()
 
 
@@ -111,18 +161,17 @@ def preprocessing_of(config: ArtifactConfig, graph: GraphKind = "encoder") -> Pr
 
 
 def _build(
-    directory: Path, graph: GraphKind, config: ArtifactConfig
+    directory: Path, graph: GraphKind, config: ArtifactConfig, visible_units: int | None
 ) -> tuple[nn.Module, tuple[TensorSpec, ...]]:
     if graph == "encoder":
-        return _encoder(directory)
+        return _encoder(directory, visible_units)
     if graph == "reconstructor":
         from coma.objectives.load import load_pretrained
-        from export.graphs.wrappers import ReconstructorGraph
+        from export.graphs.wrappers import ListedReconstructorGraph, ReconstructorGraph
 
+        kind = ListedReconstructorGraph if visible_units else ReconstructorGraph
         axes = ("batch", config.model.channels, "height", "width")
-        return ReconstructorGraph(load_pretrained(directory)), (
-            TensorSpec("reconstruction", "float32", axes),
-        )
+        return kind(load_pretrained(directory)), (TensorSpec("reconstruction", "float32", axes),)
     if graph == "classifier":
         from export.graphs.wrappers import ClassifierGraph
 
@@ -159,18 +208,19 @@ def detections(settings: dict[str, Any]) -> int:
     return int(test.get("rcnn", test)["max_per_img"])
 
 
-def _encoder(directory: Path) -> tuple[nn.Module, tuple[TensorSpec, ...]]:
-    from export.graphs.wrappers import EncoderGraph
+def _encoder(directory: Path, visible_units: int | None) -> tuple[nn.Module, tuple[TensorSpec, ...]]:
+    from export.graphs.wrappers import EncoderGraph, ListedEncoderGraph
 
     encoder: Encoder = load_encoder(directory)
+    pooled = TensorSpec("pooled", "float32", ("batch", encoder.num_features))
+    if visible_units:
+        features = TensorSpec("features", "float32", ("batch", visible_units, encoder.num_features))
+        return ListedEncoderGraph(encoder), (features, pooled)
     maps = [
         TensorSpec(f"stride{stride}", "float32", ("batch", width, f"height/{stride}", f"width/{stride}"))
         for stride, width in zip(encoder.strides, encoder.config.widths, strict=True)
     ]
-    return EncoderGraph(encoder), (
-        *maps,
-        TensorSpec("pooled", "float32", ("batch", encoder.num_features)),
-    )
+    return EncoderGraph(encoder), (*maps, pooled)
 
 
 def _load_finetuned(directory: Path, kind: str) -> nn.Module:

@@ -156,3 +156,28 @@ class ReconstructorGraph(nn.Module):
     def forward(self, images: Tensor, visible: Tensor) -> tuple[Tensor]:
         """Maps images `[b, c, H, W]` and visible units, bool `[b, h, w]`, to images `[b, c, H, W]`."""
         return (self.objective.reconstruct(images, visible),)
+
+
+class ListedEncoderGraph(nn.Module):
+    """Images and a list of units to the features of these units: the encoder computes nothing else.
+
+    Args:
+        encoder: Any encoder of the core.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor, visible: Tensor) -> tuple[Tensor, ...]:
+        """Maps images `[b, c, H, W]` and units, int64 `[b, s]`, to features `[b, s, c]` and their mean."""
+        features = self.encoder.forward_listed(images.to(next(self.parameters()).dtype), visible).float()
+        return features, features.mean(dim=1)
+
+
+class ListedReconstructorGraph(ReconstructorGraph):
+    """Images and a list of visible units to images: the encoder computes the visible units only."""
+
+    def forward(self, images: Tensor, visible: Tensor) -> tuple[Tensor]:
+        """Maps images `[b, c, H, W]` and visible units, int64 `[b, s]`, to images `[b, c, H, W]`."""
+        return (self.objective.reconstruct_listed(images, visible),)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from coma.errors import BadInput, ComaError
 from coma.library_errors import library_errors
-from coma.masking.patchify import unit_grid
+from coma.masking.patchify import mask_of, unit_grid
 from coma.runtimes.base import Runtime
 from coma.runtimes.model_spec import ModelSpec
 from coma.runtimes.preprocessing import resize_image, to_input
@@ -90,18 +90,19 @@ def batch_inputs(
 ) -> Outputs:
     """Returns the inputs of a model for some of the pictures, by name.
 
-    A reconstructor sees half of the units; the number of a picture is the seed of its mask.
+    A mask shows half of the units, a list as many as it holds; the number of a picture is the seed.
     """
     rule = spec.preprocessing
     images = to_input([resize_image(pictures[i], rule, (height, width)) for i in numbers], rule)
-    if spec.graph != "reconstructor":
+    if len(spec.inputs) == 1:
         return {"images": images}
     rows, cols = unit_grid(height, width, spec.unit)
-    maps = []
-    for number in numbers:
-        order = torch.randperm(rows * cols, generator=torch.Generator().manual_seed(number))
-        maps.append((order < max(rows * cols // 2, 1)).view(rows, cols))
-    return {"images": images, "visible": torch.stack(maps)}
+    orders = torch.stack(
+        [torch.randperm(rows * cols, generator=torch.Generator().manual_seed(number)) for number in numbers]
+    )
+    if spec.visible_units:
+        return {"images": images, "visible": orders[:, : spec.visible_units].contiguous()}
+    return {"images": images, "visible": (orders < max(rows * cols // 2, 1)).unflatten(1, (rows, cols))}
 
 
 @dataclass
@@ -192,6 +193,9 @@ class _Comparison:
             return
         if spec.graph == "reconstructor":
             visible = inputs["visible"][place]
+            if spec.visible_units:
+                _, _, height, width = inputs["images"].shape
+                visible = mask_of(visible, *unit_grid(height, width, spec.unit))
             if spec.preprocessing.normalize_in_graph:  # normalises again: the mean dominates pixel values
                 theirs = _normalized(theirs, spec)
             ours, theirs = (_hidden_and_visible(each, visible, spec.unit) for each in (ours, theirs))

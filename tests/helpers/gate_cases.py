@@ -104,12 +104,14 @@ class Case:
         precision: Its precision.
         shapes: Shapes that it takes.
         pixels: Whether it normalises in its graph.
+        visible: Number of units that it takes a list of; None for files that take none.
     """
 
     model: str
     precision: Precision = "fp32"
     shapes: Shapes = FREE
     pixels: bool = False
+    visible: int | None = None
 
     @property
     def graph(self) -> GraphKind:
@@ -121,7 +123,8 @@ class Case:
         """Name for tables and files."""
         sizes = {id(FREE): "any size", id(FIXED): "one shape", id(BATCHES): "any batch"}
         shapes = sizes.get(id(self.shapes), "any size")
-        return f"{self.model}, {self.precision}, {shapes}" + (", pixels in" if self.pixels else "")
+        listed = f", {self.visible} units" if self.visible else ""
+        return f"{self.model}, {self.precision}, {shapes}{listed}" + (", pixels in" if self.pixels else "")
 
 
 class Made:
@@ -135,7 +138,7 @@ class Made:
         artifact = work / case.model.replace(" ", "-")
         if not artifact.exists():
             make(artifact)
-        self.load = partial(load_exportable, artifact, graph)
+        self.load = partial(load_exportable, artifact, graph, case.visible)
         self.reference = TorchRuntime(self.load())
         self.file = work / f"{case.name.replace(' ', '-')}.onnx"
         if not self.file.exists():

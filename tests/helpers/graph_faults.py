@@ -131,6 +131,25 @@ def swapped_channels() -> Change:
     return change
 
 
+def other_units(*steps: tuple[str, Any]) -> Change:
+    """Changes the input `visible`, one operator after the other, each with its second input."""
+
+    def change(model: ModelProto) -> None:
+        values = ["visible", *(f"visible/planted{number}" for number in range(len(steps)))]
+        for node in model.graph.node:
+            for place, each in enumerate(node.input):
+                if each == "visible" and node.op_type != "Shape":
+                    node.input[place] = values[-1]
+        for place, (kind, value) in enumerate(steps):
+            inputs = [values[place], constant(model, np.asarray(value, np.int64))]
+            node = helper.make_node(kind, inputs, [values[place + 1]])
+            if kind == "Gather":
+                node.attribute.append(helper.make_attribute("axis", 1))
+            model.graph.node.insert(place, node)
+
+    return change
+
+
 def attribute(kind: str, name: str, value: Any, *, only: int | None = None) -> Change:
     """Sets an attribute of all nodes of a kind, or of the one with the number `only`."""
 

@@ -95,6 +95,11 @@ TINY_DOWNSTREAM = (
 )
 
 
+def fewer_units(words: list[str]) -> list[str]:
+    """Small images have few mask units."""
+    return ["--visible-units", "2"] if "--visible-units" in words else []
+
+
 def small(words: list[str], number: int) -> list[str]:
     """The same command with settings behind it that make it quick; those given last hold."""
     steps = f"--steps {2 + number} --batch-size 4 --device cpu --workers 0"
@@ -129,9 +134,9 @@ def small(words: list[str], number: int) -> list[str]:
             size = "1x3x32x32:1x3x64x96:2x3x96x96" if "--dataset" in words else "1x3x48x48"
             fewer = f"--shapes {size} --benchmark-seconds 0 --verify-images 4 --calibrate-images 4"
             graph = ["--graph", "encoder"] if "first" in artifact else []  # half of the time
-            return [*words, *fewer.split(), *graph]
+            return [*words, *fewer.split(), *graph, *fewer_units(words)]
         case ["benchmark", *_]:
-            return [*words, "--batch", "1", "--size", "48x48"]
+            return [*words, "--batch", "1", "--size", "48x48", *fewer_units(words)]
         case ["embed", *_]:
             return [*words, "--device", "cpu", "--workers", "0"]
         case ["degrade", *_]:
