@@ -27,6 +27,7 @@ from coma.runtimes.model_spec import (
     float_part,
     to_json,
 )
+from coma.runtimes.openvino import COPY
 from coma.runtimes.preprocessing import resize_image, to_input
 from coma.runtimes.shape_ranges import Shape, Shapes
 from export.config import ExportConfig, ExportImages, file_name, in_file_name
@@ -50,7 +51,7 @@ _GRAPHS = "|".join(get_args(GraphKind))
 _PRECISIONS = "|".join(map(in_file_name, get_args(Precision)))
 _TEMPORARY = (
     rf"({_GRAPHS})(-visible\d+)?(-({_PRECISIONS}))?"
-    rf"({re.escape(UNVERIFIED)}\.(onnx|engine|engine\.json)|\.onnx{re.escape(_BASE)})"
+    rf"({re.escape(UNVERIFIED)}\.(onnx|engine|engine\.json)|\.onnx{re.escape(_BASE)})|{re.escape(COPY)}"
 )
 _WRITTEN = "|".join(map(re.escape, (REPORT, PICTURE, STAGED)))
 _UNFINISHED = re.compile(rf"{_TEMPORARY}|{re.escape(STAGED)}|\.({_TEMPORARY}|{_WRITTEN})\.part")

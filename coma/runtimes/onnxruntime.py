@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from coma.library_errors import first_line, load_packages
 from coma.runtimes.base import check_inputs
 from coma.runtimes.model_spec import eight_bit_part
 from coma.runtimes.names import Provider
-from coma.runtimes.onnx_file import name_of, read_onnx_file
+from coma.runtimes.onnx_file import ORT_WEIGHTS_FOLDER, name_of, read_onnx_file
 from coma.runtimes.shape_ranges import Shapes
 from coma.runtimes.tensorrt.discovery import load_library
 from coma.runtimes.tensorrt.provider import provider_options
@@ -51,6 +51,7 @@ class OnnxRuntime:
         provider: Execution provider.
         threads: Number of CPU threads (default: all cores).
         extra_outputs: Return all outputs of the graph, not only those of the specification.
+        folder: Folder of the weights file of a content, if it has one.
         shapes: Shapes to prepare the provider tensorrt for; by default it builds engines as shapes occur.
 
     Raises:
@@ -65,17 +66,18 @@ class OnnxRuntime:
         provider: Provider = "cpu",
         threads: int | None = None,
         extra_outputs: bool = False,
+        folder: Path | None = None,
         shapes: Shapes | None = None,
     ) -> None:
         name = name_of(path)
-        self.spec, emulated = read_onnx_file(path)
+        self.spec, emulated = read_onnx_file(path, folder)
         precision = self.spec.precision
         if precision == "bf16" and provider == "cpu" and not emulated:
             raise BadInput(f"{name}: ONNX Runtime has no bf16 on a CPU; use a GPU (cuda)")
         kept = path if isinstance(path, Path) else None
         options = provider_options(kept, self.spec, shapes) if provider == "tensorrt" else {}
         fp8_products = eight_bit_part(precision) == "fp8"
-        self._session = _open(path, name, provider, threads, fp8_products, options)
+        self._session = _open(path, name, provider, threads, fp8_products, folder, options)
         self.title = f"ONNX Runtime {_library().__version__}, {provider}"
         if emulated:
             self.title += f", {emulated} emulated"
@@ -133,7 +135,7 @@ def require_provider(provider: Provider) -> None:
     values = [helper.make_tensor_value_info(name, 1, [1]) for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", values[:1], values[1:])
     model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)])
-    _open(model.SerializeToString(), "a test graph", provider, None, fp8_products=False, own_options={})
+    _open(model.SerializeToString(), "a test graph", provider, None, fp8_products=False)
 
 
 def _library() -> Any:
@@ -149,7 +151,8 @@ def _open(
     provider: Provider,
     threads: int | None,
     fp8_products: bool,
-    own_options: dict[str, str],
+    folder: Path | None = None,
+    own_options: Mapping[str, str] | None = None,
 ) -> Any:
     library = _library()
     wanted = _PROVIDERS[provider]
@@ -161,6 +164,8 @@ def _open(
     options.log_severity_level = 4  # errors are raised
     options.intra_op_num_threads = threads or 0
     options.add_session_config_entry(*_STOP_SPINNING)
+    if folder:
+        options.add_session_config_entry(ORT_WEIGHTS_FOLDER, str(folder))
     if fp8_products:
         options.add_session_config_entry(*ORT_FP8_ENTRY)
     names = [wanted]
@@ -172,7 +177,7 @@ def _open(
         session = library.InferenceSession(
             str(path) if isinstance(path, Path) else path,
             options,
-            providers=[(each, _STRICT.get(each, own_options)) for each in names],
+            providers=[(each, _STRICT.get(each, dict(own_options or {}))) for each in names],
         )
     except Exception as error:
         raise CheckFailed(f"{name}: ONNX Runtime cannot load it: {first_line(error)}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coma.runtimes.base import Runtime
@@ -17,9 +18,21 @@ if TYPE_CHECKING:
 
 
 def runtime_with(
-    model: onnx.ModelProto, values: Iterable[str], device: Device = "cpu", shapes: Shapes | None = None
+    model: onnx.ModelProto,
+    values: Iterable[str],
+    device: Device = "cpu",
+    folder: Path | None = None,
+    shapes: Shapes | None = None,
 ) -> Runtime:
-    """Returns a runtime whose outputs include the given values of the graph, where their types are known."""
+    """Returns a runtime whose outputs include the given values of the graph, where their types are known.
+
+    Args:
+        model: The graph.
+        values: Names of the values.
+        device: Where to run it.
+        folder: Folder of the graph's weights file, if it has one.
+        shapes: Shapes to prepare the device tensorrt for.
+    """
     import onnx
 
     marked = copy.deepcopy(model)
@@ -28,7 +41,7 @@ def runtime_with(
     for value in dict.fromkeys(values):
         if value not in there and value in types:
             marked.graph.output.append(types[value])
-    return open_onnx(marked.SerializeToString(), device, extra_outputs=True, shapes=shapes)
+    return open_onnx(marked.SerializeToString(), device, extra_outputs=True, folder=folder, shapes=shapes)
 
 
 def recorded_steps(model: onnx.ModelProto) -> list[str]:
