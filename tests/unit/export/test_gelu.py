@@ -23,7 +23,9 @@ def gelu(*, shared: bool = False, half: float = 0.5) -> onnx.ModelProto:
     if shared:
         nodes.append(helper.make_node("Neg", ["share"], ["z"]))
     x, y, z = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in "xyz")
-    tensors = [numpy_helper.from_array(np.float32(value), name) for name, value in constants.items()]
+    tensors = [
+        numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in constants.items()
+    ]
     graph = helper.make_graph(nodes, "g", [x], [y, z] if shared else [y], tensors)
     return helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)])
 
@@ -34,7 +36,7 @@ def run(model: onnx.ModelProto, x: np.ndarray, optimized: str = "") -> list[np.n
     options.log_severity_level = 4
     content = model.SerializeToString()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": x})
+    return [np.asarray(each) for each in session.run(None, {"x": x})]
 
 
 def test_a_gelu_is_fused_after_reordering_and_not_before(tmp_path):
