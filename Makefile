@@ -59,7 +59,7 @@ lock: $(INSTALLED)  ## renew requirements.lock from pyproject.toml
 	$(BIN)/uv pip compile --quiet --upgrade --universal --fork-strategy fewest --python-version 3.11 \
 		--generate-hashes --custom-compile-command "make lock" --group dev --group docs --extra classify --extra downstream \
 		--extra mmcv-lite --extra export --extra demo --extra heic --extra dicom --extra parquet --extra remote --extra search --extra ray \
-		--extra track --extra onnxruntime-gpu --extra openvino --extra tensorrt-rtx \
+		--extra track --extra onnxruntime-gpu --extra openvino --extra tensorrt-rtx --extra tritonclient \
 		--output-file requirements.lock pyproject.toml
 
 clean:  ## remove the environment and caches

@@ -124,8 +124,8 @@ def list_exports(
             if listed:
                 remedy = f"add --visible-units {listed}"
             absent.append(NotRun(entry.file, f"{what}; {remedy}"))
-        elif not path.is_file():
-            absent.append(NotRun(entry.file, f"is listed in {NAME} but missing"))
+        elif missing := [name for name in entry.hashes if not (folder / name).is_file()]:
+            absent.append(NotRun(entry.file, f"{missing[0]} is listed in {NAME} but missing"))
         elif not is_verified(folder, entry):
             raise BadInput(
                 f"{path}: has changed since its verification (its SHA-256 differs from {NAME}); "

@@ -25,6 +25,7 @@ from coma.runtimes.model_spec import (
     centre_crop_rule,
     to_json,
 )
+from coma.runtimes.openvino import COPY
 from coma.runtimes.preprocessing import resize_image, to_input
 from coma.runtimes.shape_ranges import Shape, Shapes
 from export.config import ExportConfig, ExportImages, file_name
@@ -47,7 +48,7 @@ _BASE = ".onnx.base"
 _GRAPHS, _PRECISIONS = ("|".join(get_args(each)) for each in (GraphKind, Precision))
 _TEMPORARY = (
     rf"({_GRAPHS})((-visible\d+)?(-({_PRECISIONS}))?{re.escape(UNVERIFIED)}\.(onnx|engine|engine\.json)"
-    rf"|{re.escape(_BASE)})"
+    rf"|{re.escape(_BASE)})|{re.escape(COPY)}"
 )
 _WRITTEN = "|".join(map(re.escape, (REPORT, PICTURE, STAGED)))
 _UNFINISHED = re.compile(rf"{_TEMPORARY}|{re.escape(STAGED)}|\.({_TEMPORARY}|{_WRITTEN})\.part")

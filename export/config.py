@@ -32,7 +32,8 @@ class ExportConfig(Ranged):
     artifact: Annotated[Path, tyro.conf.Positional]
     """Artifact directory of any kind: backbone, pretrained, classifier, segmentor or detector."""
     to: str = "onnx"
-    """Formats: onnx, or onnx,tensorrt."""
+    """Formats, separated by commas: onnx, which is always written, tensorrt (engines of the ONNX files), and
+    triton (the ONNX files as a model repository for Triton Inference Server, in the folder triton)."""
     precision: str = "fp32"
     """Precisions, separated by commas: fp32, fp16, bf16, int8, fp8."""
     graph: Literal["all", "encoder", "reconstructor"] = "all"
@@ -73,6 +74,9 @@ class ExportConfig(Ranged):
     plugin_free: bool = False
     """Write detectors without NonMaxSuppression and RoiAlign, which TensorRT-RTX lacks: loops of basic
     operators give the same boxes, and take longer in ONNX Runtime."""
+    triton_preprocess: bool = False
+    """Add a preprocessing model to the repository for Triton and an ensemble of both, which takes decoded
+    images (uint8, height x width x channels) of any size."""
     device: str = "cpu"
     """Where the ONNX files are verified and timed, separated by commas: cpu, cuda and tensorrt (execution
     providers of ONNX Runtime), openvino (a CPU), openvino-gpu (an Intel GPU). Files that fail in one are
@@ -108,13 +112,23 @@ class ExportConfig(Ranged):
         return parse_devices(self.device)
 
     @property
-    def builds_engines(self) -> bool:
-        """Whether TensorRT engines are built.
+    def formats(self) -> tuple[str, ...]:
+        """Formats in the order that was given.
 
         Raises:
             BadInput: `to` holds an unknown name.
         """
-        return "tensorrt" in parse_names(self.to, ("onnx", "tensorrt"), "--to")
+        return parse_names(self.to, ("onnx", "tensorrt", "triton"), "--to")
+
+    @property
+    def builds_engines(self) -> bool:
+        """Whether TensorRT engines are built."""
+        return "tensorrt" in self.formats
+
+    @property
+    def writes_triton(self) -> bool:
+        """Whether a model repository for Triton is written."""
+        return "triton" in self.formats
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import Entry, Manifest, Selection
 from coma.runtimes.model_spec import ModelSpec, Precision
 from coma.runtimes.names import torch_device_of
+from coma.runtimes.onnx_file import read_graph, weights_file
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shapes
 from coma.runtimes.tensorrt.sidecar import sidecar_path
@@ -80,7 +82,7 @@ class Gate:
         if not result.passed:
             entry.error = self._locate_error(opened, result)
         elif precision in ("int8", "fp8"):
-            result = _require_gain(result, entry, builder.base_file().stat().st_size, self._fp32)
+            result = _require_gain(result, entry, _bytes_of(builder.base_file()), self._fp32)
             entry.verification = result.to_dict()
         elif precision == "fp32":
             self._fp32 = entry
@@ -173,14 +175,16 @@ class Gate:
         result: ParityResult,
         tolerance: Tolerance | None = None,
     ) -> Entry:
-        exists = candidate.exists()
+        weights = _weights_of(candidate)
+        files = [candidate, *weights] if candidate.exists() else []
         return Entry(
             file=name,
             graph=self.reference.spec.graph,
             precision=precision,
             runtime="",
-            sha256=sha256_of(candidate) if exists else "",
-            bytes=candidate.stat().st_size if exists else 0,
+            sha256=sha256_of(candidate) if files else "",
+            bytes=sum(path.stat().st_size for path in files),
+            weights={path.name: sha256_of(path) for path in weights},
             parameters=sum(p.numel() for p in self.reference.module.parameters()),
             shapes=[str(s) for s in dict.fromkeys((self.shapes.min, self.shapes.opt, self.shapes.max))],
             tolerances=asdict(tolerance or tolerance_of(precision)),
@@ -289,10 +293,25 @@ class Gate:
                     inputs,
                     opened.tolerance.relative,
                     exported=exported,
+                    folder=opened.folder,
                 )
         except (ComaError, RuntimeError):  # the graph does not run with intermediate outputs
             return None
         return str(found) if found else None
+
+
+def _weights_of(path: Path) -> list[Path]:
+    """Returns the weights file of an ONNX file that has one."""
+    if path.suffix != ".onnx":
+        return []
+    with suppress(BadInput):  # not readable, which is why it is rejected
+        found = weights_file(read_graph(path), path.parent, path.name)
+        return [found] if found else []
+    return []
+
+
+def _bytes_of(path: Path) -> int:
+    return sum(each.stat().st_size for each in (path, *_weights_of(path)))
 
 
 def _summary(entry: Entry, result: ParityResult) -> str:

@@ -9,10 +9,12 @@ overflows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeGuard
 
 from coma.errors import BadInput
 from coma.runtimes.onnx_file import EMULATED
+from export.external_data import place_weights, read_weights
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
@@ -38,12 +40,14 @@ def is_half(precision: str) -> TypeGuard[Half]:
     return precision in ("fp16", "bf16")
 
 
-def emulate(model: ModelProto, precision: Half) -> ModelProto:
+def emulate(model: ModelProto, precision: Half, path: Path | None = None) -> ModelProto:
     """Returns a copy of a model that computes in fp32 what the model computes in 16 bits.
 
     Args:
         model: A model with inputs and outputs of other types, as in exported files.
         precision: Precision of its 16-bit tensors.
+        path: File of the model. The copy's weights are in a file beside it if they are large; see
+            `place_weights`.
 
     Returns:
         A model with 16-bit tensors only between two Cast nodes, which round; its metadata hold `EMULATED`.
@@ -72,6 +76,8 @@ def emulate(model: ModelProto, precision: Half) -> ModelProto:
     }
     types |= {each.name: each.data_type for each in graph.initializer}
 
+    if path:
+        read_weights(copy, path.parent)
     for tensor in graph.initializer:
         _widen(tensor, short)
     nodes = [each for node in graph.node for each in _rounded(node, types, short)]
@@ -79,6 +85,8 @@ def emulate(model: ModelProto, precision: Half) -> ModelProto:
     del graph.value_info[:]
     graph.node.extend(nodes)
     copy.metadata_props.add(key=EMULATED, value=precision)
+    if path:
+        place_weights(copy, path)
     return copy
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from coma.atomic_io import write_whole
-from coma.errors import CheckFailed
+from coma.errors import BadInput, CheckFailed
 from coma.library_errors import library_errors
 from coma.runtimes.model_spec import (
     METADATA,
@@ -29,8 +29,10 @@ from coma.runtimes.model_spec import (
     read_model_spec,
     to_json,
 )
+from coma.runtimes.onnx_file import read_graph
 from coma.runtimes.shape_ranges import Shapes
 from export.custom_ops import translations
+from export.external_data import place_weights, without_weights
 from export.gelu import reorder_gelus
 from export.graphs.detector import recording
 from export.graphs.load import example_inputs
@@ -113,14 +115,12 @@ def write_onnx(
 
     Raises:
         BadInput: images smaller than a mask unit.
-        CheckFailed: the model cannot be traced or is too large for one file, the graph is invalid, or an axis
-            is fixed that should be dynamic.
+        CheckFailed: the model cannot be traced, the graph is invalid, or an axis is fixed that should be
+            dynamic.
     """
     import onnx
 
     shapes.check(exportable.spec.unit)
-    state = exportable.module.state_dict(keep_vars=True).values()
-    _check_size(sum(each.numel() * each.element_size() for each in state))
     spec = with_sizes(exportable.spec, shapes)
     dynamic: Any = tuple(
         {i: axis for i, axis in enumerate(each.axes) if isinstance(axis, str)} for each in spec.inputs
@@ -154,6 +154,7 @@ def write_onnx(
 
         declare_loop_types(model)
     onnx.helper.set_model_props(model, {METADATA: to_json(spec)})
+    place_weights(model, path)
     check_graph(model)
     check_axes(model, spec)
     save_onnx(model, path)
@@ -161,17 +162,15 @@ def write_onnx(
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
-    """Loads an ONNX file.
+    """Loads an ONNX file; weights in a file beside it stay there.
 
     Raises:
         CheckFailed: the file is not readable as ONNX.
     """
-    import onnx
-
     try:
-        return onnx.load(path)
-    except Exception as error:  # protobuf has its own classes of errors
-        raise CheckFailed(f"{path}: not a readable ONNX file ({error})") from None
+        return read_graph(path)
+    except BadInput as error:
+        raise CheckFailed(str(error)) from None
 
 
 def read_spec(path: Path) -> ModelSpec:
@@ -180,14 +179,13 @@ def read_spec(path: Path) -> ModelSpec:
 
 
 def save_onnx(model: onnx.ModelProto, path: Path) -> None:
-    """Writes an ONNX file atomically.
+    """Writes an ONNX file atomically; see `place_weights` for graphs above 2 GB.
 
     Raises:
-        CheckFailed: the file would be larger than 2 GB, the limit of protobuf.
+        CheckFailed: the graph cannot be written.
         OSError: the disk is full or not writable.
     """
     with library_errors("the graph cannot be written"):
-        _check_size(model.ByteSize())
         content = model.SerializeToString()
     write_whole(path, lambda file: file.write(content))
 
@@ -201,14 +199,7 @@ def check_graph(model: onnx.ModelProto) -> None:
     import onnx
 
     with library_errors("the graph is not valid ONNX"):
-        onnx.checker.check_model(model, full_check=True)
-
-
-def _check_size(size: int) -> None:
-    import onnx
-
-    if size >= onnx.checker.MAXIMUM_PROTOBUF:
-        raise CheckFailed(f"would be {size / 1e9:.1f} GB, more than the 2 GB of an ONNX file; try fp16")
+        onnx.checker.check_model(without_weights(model), full_check=True)
 
 
 def modules_of(node: onnx.NodeProto) -> list[str]:

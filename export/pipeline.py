@@ -26,6 +26,7 @@ from coma.runtimes.shape_ranges import Shape, Shapes, parse_shapes
 from coma.runtimes.tensorrt.profiles import profile_of
 from export.candidates import CandidateBuilder, fit_preprocessing, layers_of, matches_any, remove_unfinished
 from export.config import ExportConfig, ExportImages, file_name
+from export.external_data import remove_unlisted_weights
 from export.gate import Gate
 from export.graphs.load import check_takes_list, check_visible_units, load_exportable, size_of
 from export.image_sets import CALIBRATION, ImageSet, read_image_set, shared_images
@@ -93,6 +94,7 @@ def export_artifact(config: ExportConfig, listener: ProgressListener) -> Outcome
         remove_unfinished(out)
         name = config.artifact.resolve().name
         manifest = Manifest.of(out, name, artifact_hash(config.artifact), artifact.kind)
+        remove_unlisted_weights(out, manifest)  # of an export that was killed
         outcome = Outcome()
         try:
             for graph in graphs:
@@ -144,6 +146,13 @@ def export_graph(
             outcome.kept.append(path)
             if precision == "fp32":
                 builder.fp32_file = path
+            if config.writes_triton:
+                fault = _add_to_triton(config, images, path, shapes, listener)
+                outcome.refused += [fault] if fault else []
+            elif (config.folder / "triton" / path.stem).is_dir():
+                log.warning(
+                    "%s: triton/%s still holds the former file; add --to onnx,triton", path, path.stem
+                )
             if config.builds_engines:
                 try:
                     fault = gate.verify_engine(path, builder)
@@ -152,6 +161,22 @@ def export_graph(
                 outcome.refused += [fault] if fault else []
     finally:
         builder.remove_temporary_files()
+        remove_unlisted_weights(config.folder, manifest)
+
+
+def _add_to_triton(
+    config: ExportConfig, images: ExportImages, path: Path, shapes: Shapes, listener: ProgressListener
+) -> str | None:
+    """Adds a file to the repository for Triton; returns why it is refused, or None."""
+    from export.triton.repository import write_repository
+
+    listener.step(f"{path.name}: writing the repository for Triton")
+    try:
+        pictures = images.verification.pictures if config.triton_preprocess else None
+        for line in write_repository(path, shapes, pictures):
+            listener.say(f"triton  {line}")
+    except CheckFailed as error:
+        return f"{path.name}: {error}"
 
 
 def require(device: Device) -> None:
@@ -204,6 +229,8 @@ def _check_flags(config: ExportConfig, artifact: ArtifactConfig, shapes: Shapes)
         for each in fields(config.engine):
             if getattr(config.engine, each.name) != each.default:
                 raise BadInput(f"{_flag(each.name)} has an effect on engines only; add --to onnx,tensorrt")
+    if config.triton_preprocess and not config.writes_triton:
+        raise BadInput("--triton-preprocess has an effect on Triton only; add --to onnx,triton")
     channels = artifact.model.channels
     if config.verify is None and channels not in (1, 3):
         raise BadInput(

@@ -50,7 +50,7 @@ class Entry:
         precision: Precision of its matrix multiplications.
         runtime: Runtime of the verification, the first one of --device; empty if the file could not run.
         sha256: SHA-256 of the file; empty if it could not be built.
-        bytes: Size of the file.
+        bytes: Size of the file, with its weights.
         parameters: Number of parameters of the model.
         shapes: Minimum, optimal and maximum input shape.
         tolerances: Tolerances of the verification.
@@ -61,6 +61,7 @@ class Entry:
         latency: Latency of the file and of PyTorch by shape, compute and end to end, in milliseconds.
         numbers: Operators and weights by precision.
         error: Module where the error of a rejected file starts.
+        weights: SHA-256 of the file beside it that holds the weights of an ONNX file above 2 GB, by name.
         also_verified: Results with the other runtimes of --device, by runtime, in the form of `verification`.
         visible_units: Number of units that its input `visible` lists; None for files that take none.
         machine: Machine of the verification.
@@ -85,6 +86,7 @@ class Entry:
     image_sets: dict[str, Selection] = field(default_factory=dict)
     also_verified: dict[str, dict[str, Any]] = field(default_factory=dict)
     visible_units: int | None = None
+    weights: dict[str, str] = field(default_factory=dict)
     machine: str = field(default_factory=lambda: machine())
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
@@ -92,6 +94,11 @@ class Entry:
     def runtimes(self) -> list[str]:
         """Runtimes that the file was verified with."""
         return [self.runtime, *self.also_verified]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the file and of its weights, by name."""
+        return {self.file: self.sha256, **self.weights}
 
 
 @dataclass
@@ -160,7 +167,7 @@ class Manifest:
         if known.source != source:
             raise BadInput(f"{folder}: holds exports of another artifact; choose another --out")
         files, rejected = (
-            [each for each in entries if (folder / each.file).exists()]
+            [each for each in entries if all((folder / name).exists() for name in each.hashes)]
             for entries in (known.files, known.rejected)
         )
         return cls(artifact, source, kind, files, rejected)
@@ -200,23 +207,30 @@ class Manifest:
         except BadInput as error:
             raise BadInput(f"{error}; {instead}") from None
         for entry in (*found.files, *found.rejected):
-            if Path(entry.file).name != entry.file:
-                raise BadInput(f"{path}: {entry.file!r} is not a file name; {instead}")
+            for name in entry.hashes:
+                if Path(name).name != name:
+                    raise BadInput(f"{path}: {name!r} is not a file name; {instead}")
             if not {"outputs", "failures"} <= entry.verification.keys():
                 raise BadInput(f"{path}: {entry.file} has no verification; {instead}")
         return found
 
 
 def is_verified(folder: Path, entry: Entry) -> bool:
-    """Whether a listed file is unchanged since its verification, by its hash.
+    """Whether a listed file and its weights are unchanged since its verification, by their hashes.
 
     An export may have replaced the file and the manifest in the meantime, so both are read again.
     """
-    path = folder / entry.file
-    if sha256_of(path) == entry.sha256:
+    if _holds(folder, entry):
         return True
     again = Manifest.read(folder, "export again")
-    return again is not None and (entry.file, sha256_of(path)) in [(e.file, e.sha256) for e in again.files]
+    return again is not None and any(_holds(folder, e) for e in again.files if e.file == entry.file)
+
+
+def _holds(folder: Path, entry: Entry) -> bool:
+    return all(
+        (folder / name).is_file() and sha256_of(folder / name) == sha256
+        for name, sha256 in entry.hashes.items()
+    )
 
 
 def _name(entry: Entry) -> str:

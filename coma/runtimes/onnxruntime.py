@@ -15,7 +15,7 @@ from coma.errors import BadInput, CheckFailed
 from coma.library_errors import first_line, load_packages
 from coma.runtimes.base import check_inputs
 from coma.runtimes.names import Provider
-from coma.runtimes.onnx_file import name_of, read_onnx_file
+from coma.runtimes.onnx_file import ORT_WEIGHTS_FOLDER, name_of, read_onnx_file
 from coma.runtimes.tensorrt.discovery import load_library
 
 ORT_FP8_ENTRY = ("session.disable_quant_qdq", "1")
@@ -48,6 +48,7 @@ class OnnxRuntime:
         provider: Execution provider.
         threads: Number of CPU threads (default: all cores).
         extra_outputs: Return all outputs of the graph, not only those of the specification.
+        folder: Folder of the weights file of a content, if it has one.
 
     Raises:
         BadInput: a package is missing, coma export did not write the file, or the provider does not start or
@@ -61,13 +62,14 @@ class OnnxRuntime:
         provider: Provider = "cpu",
         threads: int | None = None,
         extra_outputs: bool = False,
+        folder: Path | None = None,
     ) -> None:
         name = name_of(path)
-        self.spec, emulated = read_onnx_file(path)
+        self.spec, emulated = read_onnx_file(path, folder)
         precision = self.spec.precision
         if precision == "bf16" and provider == "cpu" and not emulated:
             raise BadInput(f"{name}: ONNX Runtime has no bf16 on a CPU; use a GPU (cuda)")
-        self._session = _open(path, name, provider, threads, fp8_products=precision == "fp8")
+        self._session = _open(path, name, provider, threads, fp8_products=precision == "fp8", folder=folder)
         self.title = f"ONNX Runtime {_library().__version__}, {provider}"
         if emulated:
             self.title += f", {emulated} emulated"
@@ -135,7 +137,14 @@ def _library() -> Any:
     return onnxruntime
 
 
-def _open(path: Path | bytes, name: str, provider: Provider, threads: int | None, fp8_products: bool) -> Any:
+def _open(
+    path: Path | bytes,
+    name: str,
+    provider: Provider,
+    threads: int | None,
+    fp8_products: bool,
+    folder: Path | None = None,
+) -> Any:
     library = _library()
     wanted = _PROVIDERS[provider]
     if provider not in providers():
@@ -146,6 +155,8 @@ def _open(path: Path | bytes, name: str, provider: Provider, threads: int | None
     options.log_severity_level = 4  # errors are raised
     options.intra_op_num_threads = threads or 0
     options.add_session_config_entry(*_STOP_SPINNING)
+    if folder:
+        options.add_session_config_entry(ORT_WEIGHTS_FOLDER, str(folder))
     if fp8_products:
         options.add_session_config_entry(*ORT_FP8_ENTRY)
     names = [wanted]

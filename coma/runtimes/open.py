@@ -86,7 +86,11 @@ def _open_file(path: Path, device: Device) -> Runtime:
 
 
 def open_onnx(
-    file: Path | bytes, device: Device = "cpu", threads: int | None = None, extra_outputs: bool = False
+    file: Path | bytes,
+    device: Device = "cpu",
+    threads: int | None = None,
+    extra_outputs: bool = False,
+    folder: Path | None = None,
 ) -> Runtime:
     """Opens an ONNX file, or its content, with the library of the device, verified or not.
 
@@ -95,18 +99,21 @@ def open_onnx(
         device: As of `open_runtime`.
         threads: Number of CPU threads (default: all cores).
         extra_outputs: Return all outputs of the graph, not only those of the specification.
+        folder: Folder of the weights file of a content, if it has one.
 
     Raises:
         BadInput: a package or device is missing, or coma export did not write the file.
         CheckFailed: the library cannot load the file.
     """
+    if isinstance(file, Path):
+        file = file.resolve()  # weights lie beside the file itself, not beside a link to it
     if is_openvino(device):
         from coma.runtimes.openvino import OpenVINORuntime
 
-        return OpenVINORuntime(file, device, threads, extra_outputs)
+        return OpenVINORuntime(file, device, threads, extra_outputs, folder)
     from coma.runtimes.onnxruntime import OnnxRuntime
 
-    return OnnxRuntime(file, device, threads, extra_outputs)
+    return OnnxRuntime(file, device, threads, extra_outputs, folder)
 
 
 def _load_exportable(path: Path, graph: GraphKind, visible_units: int | None) -> ExportableModel:
@@ -139,8 +146,10 @@ def _check_listed(path: Path, device: Device) -> None:
             if is_verified(real.parent, entry):
                 warn_of_another_library(path, entry, device)
                 return
+            weights = f", or its weights in {' and '.join(entry.weights)} have" if entry.weights else ""
             raise BadInput(
-                f"{path}: has changed since its verification (by its SHA-256 in {NAME}); export it again"
+                f"{path}: has changed since its verification{weights} (by the SHA-256 in {NAME}); export it "
+                "again"
             )
     raise BadInput(
         f"{path}: {NAME} beside it does not list it as verified; export it again, or move it to a folder of "

@@ -24,12 +24,14 @@ from coma.library_errors import load_packages
 from coma.runtimes.base import check_inputs
 from coma.runtimes.model_spec import Precision
 from coma.runtimes.names import OpenVINODevice
-from coma.runtimes.onnx_file import name_of, read_onnx_file
+from coma.runtimes.onnx_file import name_of, read_graph, read_onnx_file, weights_file
 
 _PLUGINS: dict[OpenVINODevice, str] = {"openvino": "CPU", "openvino-gpu": "GPU"}
 _HALF = {"fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
 """Inference precision of 16-bit files, and what a device that has it lists among its capabilities."""
 _LONGEST = 300
+COPY = ".openvino.onnx"
+"""Name of a content beside its weights file, while it is read."""
 
 
 class OpenVINORuntime:
@@ -42,6 +44,7 @@ class OpenVINORuntime:
         device: openvino (CPU) or openvino-gpu (the first Intel GPU).
         threads: Number of CPU threads (default: all cores).
         extra_outputs: Return all outputs of the graph, not only those of the specification.
+        folder: Folder of the weights file of a content, if it has one.
 
     Raises:
         BadInput: a package is missing, there is no such device, or coma export did not write the file.
@@ -54,9 +57,10 @@ class OpenVINORuntime:
         device: OpenVINODevice = "openvino",
         threads: int | None = None,
         extra_outputs: bool = False,
+        folder: Path | None = None,
     ) -> None:
         name = name_of(path)
-        self.spec, _ = read_onnx_file(path)
+        self.spec, _ = read_onnx_file(path, folder)
         core, plugin = require_device(device), _PLUGINS[device]
         precision = _inference_precision(core, plugin, self.spec.precision)
         options = {
@@ -69,7 +73,7 @@ class OpenVINORuntime:
             # threads that are pinned to cores wait for those that other libraries run on the same ones
             options |= {"INFERENCE_NUM_THREADS": threads or cores(), "ENABLE_CPU_PINNING": False}
         with _raising(f"{name}: OpenVINO cannot load it", CheckFailed):
-            model = core.read_model(str(path) if isinstance(path, Path) else path)
+            model = _read_model(core, path, folder)
             in_fp32 = self.spec.precision in _HALF and precision == "f32"
             if plugin == "CPU" and _is_wrong_in_int8(model):
                 options["LP_TRANSFORMS_MODE"], in_fp32 = "NO", True
@@ -119,6 +123,19 @@ def _inference_precision(core: Any, plugin: str, precision: Precision) -> str:
     """
     hint, capability = _HALF.get(precision, ("f32", "FP32"))
     return hint if capability in core.get_property(plugin, "OPTIMIZATION_CAPABILITIES") else "f32"
+
+
+def _read_model(core: Any, file: Path | bytes, folder: Path | None) -> Any:
+    if isinstance(file, Path):
+        return core.read_model(str(file))
+    if folder is None or weights_file(read_graph(file), folder, name_of(file)) is None:
+        return core.read_model(file)
+    path = folder / COPY  # OpenVINO finds a weights file only beside a file
+    try:
+        path.write_bytes(file)
+        return core.read_model(str(path))
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _is_wrong_in_int8(model: Any) -> bool:

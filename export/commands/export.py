@@ -68,7 +68,8 @@ def _check(outcome: Outcome) -> None:
 
 def _export(config: ExportConfig) -> Outcome:
     builds_engines, devices, _ = config.builds_engines, config.devices, config.precisions  # refuses names
-    require_packages("onnx", "onnxscript", "onnxruntime", *["openvino"] * any(map(is_openvino, devices)))
+    extras = ["openvino"] * any(map(is_openvino, devices)) + ["tritonclient"] * config.writes_triton
+    require_packages("onnx", "onnxscript", "onnxruntime", *extras)
     from coma.runtimes.tensorrt.discovery import require_gpu, require_package
 
     if builds_engines:

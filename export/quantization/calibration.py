@@ -14,11 +14,13 @@ multiplications, including those of attention, and keep every activation of ever
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
 from coma.errors import BadInput, CheckFailed
+from coma.runtimes.onnx_file import ORT_WEIGHTS_FOLDER
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -40,6 +42,7 @@ def activation_ranges(
     *,
     percentile: float = 99.99,
     progress: Callable[[int], None] | None = None,
+    folder: Path | None = None,
 ) -> dict[str, float]:
     """Returns the clipping magnitude of each tensor.
 
@@ -50,6 +53,7 @@ def activation_ranges(
         method: Calibration method; see the module's docstring.
         percentile: Percentile of the method of that name.
         progress: Receives the number of finished batches.
+        folder: Folder of the graph's weights file, if it has one.
 
     Returns:
         Magnitudes by name; 0 for a tensor that is zero everywhere.
@@ -61,7 +65,7 @@ def activation_ranges(
     if not 0 < percentile <= 100:
         raise BadInput(f"percentile {percentile} must be more than 0 and at most 100")
     histograms = {name: MagnitudeHistogram() for name in tensors}
-    session, done = _calibration_session(model, tensors), 0
+    session, done = _calibration_session(model, tensors, folder), 0
     for batch in batches:
         try:
             outputs = cast(list[np.ndarray], session.run(list(tensors), dict(batch)))
@@ -139,7 +143,7 @@ def _divergence(counts: np.ndarray, end: int) -> float:
     return float(np.sum(p[p > 0] * np.log(p[p > 0] / q[p > 0])))
 
 
-def _calibration_session(model: ModelProto, tensors: Sequence[str]) -> InferenceSession:
+def _calibration_session(model: ModelProto, tensors: Sequence[str], folder: Path | None) -> InferenceSession:
     """Returns a session whose outputs include the tensors."""
     import onnxruntime
     from onnx import ModelProto, ValueInfoProto
@@ -151,6 +155,8 @@ def _calibration_session(model: ModelProto, tensors: Sequence[str]) -> Inference
     options = onnxruntime.SessionOptions()
     options.enable_cpu_mem_arena = False  # otherwise batches of each size would keep their own arena
     options.log_severity_level = 3
+    if folder:
+        options.add_session_config_entry(ORT_WEIGHTS_FOLDER, str(folder))
     return onnxruntime.InferenceSession(
         watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

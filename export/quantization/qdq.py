@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from export.external_data import without_weights
 from export.onnx_export import modules_of
 
 if TYPE_CHECKING:
@@ -180,7 +181,12 @@ def at_opset(model: ModelProto, opset: int) -> ModelProto:
     current = next(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
     if current >= opset:
         return model
-    converted = version_converter.convert_version(model, opset)
+    converted = version_converter.convert_version(without_weights(model), opset)
+    outside = {each.name: each for each in model.graph.initializer if each.external_data}
+    for index in reversed(range(len(converted.graph.input))):
+        if converted.graph.input[index].name in outside:
+            del converted.graph.input[index]
+    converted.graph.initializer.extend(outside.values())
     converted.ir_version = max(model.ir_version, converted.ir_version)
     converted.metadata_props.MergeFrom(model.metadata_props)  # the converter drops them
     said = {node.output[0]: node.metadata_props for node in model.graph.node if node.output}

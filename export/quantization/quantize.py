@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coma.errors import BadInput
-from export.onnx_export import check_graph, save_onnx
+from export.external_data import place_weights, read_weights
+from export.onnx_export import check_graph, load_onnx, save_onnx
 from export.quantization.calibration import Batch, Method, activation_ranges
 from export.quantization.qdq import (
     INT8,
@@ -68,7 +69,13 @@ def quantize_int8(
     """
     chosen = _Chosen.of(source, exclude, exclude_first)
     ranges = activation_ranges(
-        chosen.model, chosen.tensors, batches, method, percentile=percentile, progress=progress
+        chosen.model,
+        chosen.tensors,
+        batches,
+        method,
+        percentile=percentile,
+        progress=progress,
+        folder=chosen.folder,
     )
     return chosen.write(target, ranges, metadata or {}, INT8, per_channel=True)
 
@@ -103,7 +110,9 @@ def quantize_fp8(
         CheckFailed: see `quantize_int8`.
     """
     chosen = _Chosen.of(source, exclude, exclude_first)
-    ranges = activation_ranges(chosen.model, chosen.tensors, batches, "minmax", progress=progress)
+    ranges = activation_ranges(
+        chosen.model, chosen.tensors, batches, "minmax", progress=progress, folder=chosen.folder
+    )
     return chosen.write(target, ranges, metadata or {}, fp8_codes(), per_channel=False)
 
 
@@ -114,13 +123,14 @@ class _Chosen:
     model: ModelProto
     changed: list[WeightMatmul]
     excluded: list[WeightMatmul]
+    folder: Path
+    """Folder of the graph's weights file, if it has one."""
 
     @classmethod
     def of(cls, source: Path, exclude: Sequence[str], exclude_first: bool) -> _Chosen:
-        import onnx
         from onnx import TensorProto
 
-        model = onnx.load(source)
+        model = load_onnx(source)
         products = list(weight_matmuls(model.graph))
         if any(each.data_type == TensorProto.BFLOAT16 for each in products):
             raise BadInput(f"{source}: has layers in bf16; quantise an fp32 or fp16 file")
@@ -136,7 +146,7 @@ class _Chosen:
         changed = [each for each in products if each not in kept]
         if not changed:
             raise BadInput(f"{source}: no linear or convolutional layer to quantise")
-        return cls(model, changed, kept)
+        return cls(model, changed, kept, source.parent)
 
     @property
     def tensors(self) -> list[str]:
@@ -155,9 +165,11 @@ class _Chosen:
 
         half = any(each.data_type == TensorProto.FLOAT16 for each in self.changed)
         model = at_opset(self.model, 19 if half or codes is not INT8 else 13)  # whose pairs take the types
+        read_weights(model, self.folder)
         insert_qdq(model.graph, self.changed, ranges, codes, per_channel=per_channel)
         said = {each.key: each.value for each in model.metadata_props} | dict(metadata)
         helper.set_model_props(model, said)
+        place_weights(model, target)
         check_graph(model)
         save_onnx(model, target)
         return Quantized(

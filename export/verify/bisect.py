@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,6 +52,7 @@ def locate(
     limit: float,
     *,
     exported: Sequence[Tensor] | None = None,
+    folder: Path | None = None,
 ) -> Finding | None:
     """Finds the first module whose output in the file differs from PyTorch's.
 
@@ -62,6 +64,7 @@ def locate(
         inputs: Inputs of the module.
         limit: Maximum relative error.
         exported: Inputs of the file if they differ (uint8 pixels).
+        folder: Folder of the graph's weights file, if it has one.
 
     Returns:
         None if no module can be identified.
@@ -69,7 +72,7 @@ def locate(
     leaves = [name for name, part in module.named_modules() if name and not any(part.children())]
     values = module_values(model, leaves)
     wanted_names = [name for names in values.values() for name in names]
-    runtime = runtime_with(model, [*wanted_names, *recorded_steps(model)])
+    runtime = runtime_with(model, [*wanted_names, *recorded_steps(model)], folder=folder)
     takes = [each.name for each in runtime.spec.inputs]
     found = runtime(**dict(zip(takes, exported or inputs, strict=True)))
     steps = {name.removeprefix(RECORDED): value for name, value in found.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coma.runtimes.base import Runtime
@@ -15,8 +16,17 @@ if TYPE_CHECKING:
     import onnx
 
 
-def runtime_with(model: onnx.ModelProto, values: Iterable[str], device: Device = "cpu") -> Runtime:
-    """Returns a runtime whose outputs include the given values of the graph, where their types are known."""
+def runtime_with(
+    model: onnx.ModelProto, values: Iterable[str], device: Device = "cpu", folder: Path | None = None
+) -> Runtime:
+    """Returns a runtime whose outputs include the given values of the graph, where their types are known.
+
+    Args:
+        model: The graph.
+        values: Names of the values.
+        device: Where to run it.
+        folder: Folder of the graph's weights file, if it has one.
+    """
     import onnx
 
     marked = copy.deepcopy(model)
@@ -25,7 +35,7 @@ def runtime_with(model: onnx.ModelProto, values: Iterable[str], device: Device =
     for value in dict.fromkeys(values):
         if value not in there and value in types:
             marked.graph.output.append(types[value])
-    return open_onnx(marked.SerializeToString(), device, extra_outputs=True)
+    return open_onnx(marked.SerializeToString(), device, extra_outputs=True, folder=folder)
 
 
 def recorded_steps(model: onnx.ModelProto) -> list[str]:

@@ -29,6 +29,7 @@ class OpenedFile:
         precision: Precision that the file should have.
         device: Where the runtimes run.
         as_run: The graph of an ONNX file as `runtime` runs it: in 16 bits a CPU runs an emulation in fp32.
+        folder: Folder of the file, where the weights of `as_run` are if it is large.
         steps: Runtime that also returns the steps of a detector, if its file records them.
     """
 
@@ -37,6 +38,7 @@ class OpenedFile:
     precision: Precision
     device: Device = "cpu"
     as_run: ModelProto | None = None
+    folder: Path | None = None
     steps: Runtime | None = None
 
     @property
@@ -65,12 +67,13 @@ def open_file(
     as_run = model
     if emulated and is_half(precision):
         with about_one_file(), library_errors("the graph cannot be emulated in fp32"):
-            as_run = emulate(model, precision)
+            as_run = emulate(model, precision, path)
     steps = None
     if graph == "detector":
-        steps = runtime_with(as_run, recorded_steps(as_run), device)
-    runtime = open_onnx(as_run.SerializeToString() if emulated else path, device)
+        steps = runtime_with(as_run, recorded_steps(as_run), device, path.parent)
+    content = as_run.SerializeToString() if emulated else path
+    runtime = open_onnx(content, device, folder=path.parent)
     timed = runtime
     if emulated:
         timed = open_onnx(path) if precision == "fp16" else None
-    return OpenedFile(runtime, timed, precision, device, as_run, steps)
+    return OpenedFile(runtime, timed, precision, device, as_run, path.parent, steps)

@@ -113,7 +113,10 @@ def test_look_inside_compare_and_classify(client, photograph):
     assert [each["caption"] for each in maps] == ["window: whole picture", "window: 2 x 2 tokens"]
     text, rows = client.predict(photograph, f"{NAME}: reconstructor", api_name="/compare_runtimes")
     others = len(rows) - 1  # every other runtime is listed, with the reason why it does not run this artifact
-    assert rows[0]["milliseconds"] > 0 and [row["reason"] is None for row in rows] == [True, *[False] * others]
+    assert rows[0]["milliseconds"] > 0 and [row["reason"] is None for row in rows] == [
+        True,
+        *[False] * others,
+    ]
     assert text.count("class='off'") == others > 0
     found = client.predict(photograph, "pets", "PyTorch", api_name="/classify")
     assert found["label"] in ("cat", "cup", "face") and len(found["confidences"]) == 3

@@ -58,6 +58,7 @@ NOT_RUN: dict[str, str] = {
     ".venv/bin/uv build --no-build-isolation --out-dir dist": "the test of the wheel builds it",
     ".venv/bin/python -m zipfile --list dist/coma_dyvit-X.Y.Z-py3-none-any.whl": "shows a release",
     "pip install .": INSTALLS,
+    "pip install '.[export,onnxruntime,openvino]'": INSTALLS,
     "pip install '.[downstream,mmcv-lite]'": INSTALLS,
     "pip install '.[export,onnxruntime-gpu,demo,heic]'": INSTALLS,
     "pip install '.[tensorrt-rtx]'": INSTALLS,

@@ -145,7 +145,7 @@ def test_an_engine_that_cannot_be_built_is_refused_and_the_rest_is_made(exportin
 
 
 def test_a_file_that_cannot_be_loaded_is_refused_and_kept_for_a_look(exporting_it, tmp_path, monkeypatch):
-    def fails(model, precision):
+    def fails(model, precision, path):
         raise BadInput("a branch in 16 bits")
 
     monkeypatch.setattr("export.verify.opened_file.emulate", fails)
