@@ -33,6 +33,7 @@ from coma.runtimes.onnx_file import read_graph
 from coma.runtimes.shape_ranges import Shapes
 from export.custom_ops import translations
 from export.external_data import place_weights, without_weights
+from export.gelu import reorder_gelus
 from export.graphs.detector import recording
 from export.graphs.load import example_inputs
 
@@ -147,6 +148,7 @@ def write_onnx(
         raise CheckFailed(f"ONNX has no bf16 convolution in opset {OPSET}; use fp16")
     del model.graph.output[len(outputs) :]  # the steps of a detector keep their names inside the graph
     _drop_source_notes(model)
+    reorder_gelus(model)
     if plugin_free:
         from export.plugin_free import declare_loop_types
 
