@@ -235,7 +235,23 @@ def add_steps(errors: OutputErrors, wanted: Outputs, found: Outputs) -> None:
         add_detections(errors, ours, theirs, "selection", "proposed ")
     for name, values in wanted.items():
         if name not in (*OUTPUTS, "proposals", "proposal_odds"):
-            errors.of(f"raw {name.partition('/')[0]}").add(values, found[name])
+            kind, used = name.partition("/")[0], _used(name, found)
+            errors.of(f"raw {kind}").add(values[used], found[name][used])
+
+
+def _used(name: str, found: Outputs) -> Tensor | slice:
+    """Returns which rows of a raw output belong to a proposal or a detection; nothing uses the others.
+
+    Pooling an empty region is 0 / 0 for OpenVINO where the number of samples follows from its size.
+    """
+    of = {
+        "logits": "proposal_odds",
+        "deltas": "proposal_odds",
+        "refined": "proposal_odds",
+        "mask_logits": "scores",
+    }
+    filled = found.get(of.get(name.partition("/")[0], "")) if "proposals" in found else None
+    return slice(None) if filled is None else filled > 0
 
 
 def _image(outputs: Mapping[str, Tensor], place: int) -> Outputs:
