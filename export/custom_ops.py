@@ -1,4 +1,7 @@
-"""The operators `nms_keep` and `pool_regions`, which exported detectors need, and their translations to ONNX.
+"""The operators `largest`, `nms_keep` and `pool_regions` of exported detectors, and their translations.
+
+`largest` is `torch.topk` where equal values keep their order, as in ONNX's TopK: maps in 16 bits have many
+equal values, of which torch takes any.
 
 The number of boxes after non-maximum suppression depends on the data. `nms_keep` returns a mask of fixed size
 instead, so the sizes of all other tensors in an exported detector do not depend on the data. `pool_regions`
@@ -14,6 +17,22 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor
+
+
+@torch.library.custom_op("coma::largest", mutates_args=())
+def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Returns the largest `count` values of `[b, n]` in descending order, and their indices.
+
+    Of equal values the one with the lower index comes first.
+    """
+    values, index = values.sort(dim=1, descending=True, stable=True)
+    return values[:, :count].clone(), index[:, :count].clone()
+
+
+@largest.register_fake
+def _(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    shape = (values.shape[0], count)
+    return values.new_empty(shape), values.new_empty(shape, dtype=torch.int64)
 
 
 @torch.library.custom_op("coma::nms_keep", mutates_args=())
@@ -104,7 +123,18 @@ def translations(plugin_free: bool = False) -> Translations:
         from export.plugin_free import keep, pool
     else:
         keep, pool = _native_translations()
-    return {torch.ops.coma.nms_keep.default: keep, torch.ops.coma.pool_regions.default: pool}
+    return {
+        torch.ops.coma.largest.default: _largest,
+        torch.ops.coma.nms_keep.default: keep,
+        torch.ops.coma.pool_regions.default: pool,
+    }
+
+
+def _largest(values, count: int):
+    from onnxscript import opset18
+
+    op: Any = opset18
+    return op.TopK(values, op.Constant(value_ints=[count]), axis=1)
 
 
 def _native_translations() -> tuple[Callable[..., Any], Callable[..., Any]]:

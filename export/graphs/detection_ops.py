@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coma.masking.patchify import cover
-from export.custom_ops import nms_keep, pool_regions
+from export.custom_ops import largest, nms_keep, pool_regions
 
 LONGEST_STEP = -math.log(16 / 1000)
 """Maximum absolute logarithm of the ratio of a box's side to its anchor's, as in mmdet."""
@@ -161,7 +161,7 @@ def likeliest(values: Tensor, count: int, least: float) -> tuple[Tensor, Tensor]
 
     If n is less than `count`, the remaining slots hold `least` and index 0.
     """
-    values, index = F.pad(values, (0, count), value=least).topk(count)
+    values, index = largest(F.pad(values, (0, count), value=least), count)
     return values, torch.where(values > least, index, 0)
 
 

@@ -112,6 +112,15 @@ def test_odds_are_probabilities_again():
     torch.testing.assert_close(probability_of(odds_of(logits)), logits.sigmoid())
 
 
+def test_equal_values_keep_their_order():
+    values = torch.randint(0, 5, (3, 4000), generator=torch.Generator().manual_seed(0)).float()
+    found, index = likeliest(values, 1500, -1.0)
+    assert torch.equal(found, values.topk(1500).values) and torch.equal(values.gather(1, index), found)
+    for row, places in zip(found, index, strict=True):
+        assert all((places[row == value].diff() > 0).all() for value in row.unique())
+    assert not torch.equal(values.topk(1500).indices, index)  # torch's own does not
+
+
 def test_the_likeliest_of_few_are_filled_up():
     values, index = likeliest(torch.tensor([[0.1, 0.5, 0.0]]), 5, 0.0)
     assert values.tolist() == [[0.5, pytest.approx(0.1), 0, 0, 0]] and index.tolist() == [[1, 0, 0, 0, 0]]
