@@ -81,6 +81,7 @@ def check_parity(made: Made) -> None:
             assert wanted.std() > 0.01 and (found - wanted).norm() <= 2e-5 * wanted.norm(), name
 
 
+@pytest.mark.slow
 def test_a_file_gives_what_pytorch_gives_for_any_list_and_batch(made):
     check_parity(made(LISTED))
 
@@ -106,6 +107,7 @@ def test_a_file_takes_pixels(made, tmp_path):
     assert case.judge(case.file).failures == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_lists_that_are_not_followed_are_refused(fault, made, tmp_path):
     case = made(LISTED)
