@@ -1,8 +1,8 @@
 """Parses command lines into settings, for all commands.
 
-tyro builds the flags from dataclasses. This module tells it how: paths are local ones, optional flags take
-what their type takes, help texts name the range and the default of a flag once, and a value that does not fit
-is one line that names its flag. `--help` leaves out what is marked as `RARE`; `--help-all` shows everything.
+tyro builds the flags from dataclasses. This module tells it how: `argument_values` reads the values, help texts
+name the range and the default of a flag once, and a value that does not fit is one line that names its flag.
+`--help` leaves out what is marked as `RARE`; `--help-all` shows everything.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import docstring_parser
@@ -22,16 +21,15 @@ import tyro
 from tyro import _errors as events  # its hook is not public yet (1.0.17); `test_arguments` watches it
 from tyro.constructors import (
     ConstructorRegistry,
-    PrimitiveConstructorSpec,
-    PrimitiveTypeInfo,
     StructConstructorSpec,
     StructFieldSpec,
     StructTypeInfo,
 )
 
+from coma.argument_values import RULES, metavar
 from coma.errors import BadInput
 from coma.image_size import ImageSize
-from coma.paths import Address, Location, local_path, parse_location
+from coma.paths import Location, local_path, parse_location
 from coma.ranges import RARE, ranges_of
 
 Settings = TypeVar("Settings")
@@ -130,12 +128,8 @@ def parse_known(kind: type[Settings], argv: Sequence[str], *, prog: str) -> Sett
 def _registry(hidden: list[str] | None = None) -> ConstructorRegistry:
     """Returns the rules of this module; rare flags are left out and listed in `hidden` where it is given."""
     registry = ConstructorRegistry()
-    registry.primitive_rule(_number)
-    registry.primitive_rule(_path)
-    registry.primitive_rule(_location)
-    registry.primitive_rule(_size)
-    registry.primitive_rule(_text)
-    registry.primitive_rule(_optional)
+    for rule in RULES:
+        registry.primitive_rule(rule)
     registry.struct_rule(_dataclass(hidden))
     return registry
 
@@ -160,7 +154,7 @@ def _dataclass(hidden: list[str] | None) -> Callable[[StructTypeInfo], StructCon
                 names = [field.name]
                 text, shown = _presentation(base, default, str(ranges.get(field.name, "")), text)
                 extras = [shown, *extras]
-                if tyro.conf.Positional in extras and _metavar(base) is None:
+                if tyro.conf.Positional in extras and metavar(base) is None:
                     extras = [tyro.conf.arg(metavar=field.name.upper()), *extras]
             if hidden is not None and RARE in extras:
                 hidden.extend(names)
@@ -229,109 +223,13 @@ def _presentation(hint: Any, default: Any, allowed: str, text: str) -> tuple[str
         parts = [allowed, "" if default in (None, ()) and not meaning else shown]
         return f"({'; '.join(filter(None, parts))})" if any(parts) else ""
 
-    return text, tyro.conf.arg(metavar=_metavar(hint), help_behavior_hint=behind)
+    return text, tyro.conf.arg(metavar=metavar(hint), help_behavior_hint=behind)
 
 
 _TOLD = re.compile(
     r"(?P<text>.*?)[.;,]? (?:\((?i:default): (?P<a>[^()]+)\)|(?i:default): (?P<b>.+?))\.?", re.DOTALL
 )
 """A help text whose last words say what happens where nothing is given."""
-
-
-def _metavar(hint: Any) -> str | None:
-    """Returns `N ...` for tuples of any length, instead of tyro's nested brackets; None for all others."""
-    for part in (hint, *get_args(hint)):
-        members = get_args(part)
-        if get_origin(part) is tuple and members[-1:] == (Ellipsis,):
-            inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(members[0], set()))
-            return f"{inner.metavar} ..." if isinstance(inner, PrimitiveConstructorSpec) else None
-    return None
-
-
-def _number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    if info.type not in (int, float):
-        return None
-    kind, what = info.type, "a whole number" if info.type is int else "a number"
-
-    def read(words: list[str]) -> Any:
-        try:
-            return kind(words[0])
-        except ValueError:  # also whole numbers of more digits than Python converts
-            shown = words[0] if len(words[0]) <= 40 else f"{words[0][:40]}..."
-            raise ValueError(f"{shown!r} must be {what}") from None
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="N" if kind is int else "X",
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, (int, kind)) and not isinstance(value, bool),
-        str_from_instance=lambda value: [f"{value:.6g}" if isinstance(value, float) else str(value)],
-    )
-
-
-def _text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    if info.type is not str:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="TEXT",
-        instance_from_str=lambda words: words[0],
-        is_instance=lambda value: isinstance(value, str),
-        str_from_instance=lambda value: [value],
-    )
-
-
-def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    if info.type is not Path:
-        return None
-
-    def read(words: list[str]) -> Path:
-        try:
-            return local_path(words[0])
-        except BadInput as error:
-            raise ValueError(str(error)) from None
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, Path),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
-def _location(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Path | Address, with or without None, is one value."""
-    members = set(get_args(info.type))
-    if members - {NoneType} != {Path, Address}:
-        return None
-
-    def read(words: list[str]) -> Any:
-        try:
-            return None if words == ["None"] and NoneType in members else parse_location(words[0])
-        except BadInput as error:
-            raise ValueError(str(error)) from None
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, tuple(members)),
-        str_from_instance=lambda value: ["none" if value is None else str(value)],
-    )
-
-
-def _size(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """ImageSize is one value, of one number or of the two that `_sizes_joined` made one word of."""
-    if info.type is not ImageSize:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="N",
-        instance_from_str=lambda words: ImageSize.parse(words[0]),
-        is_instance=lambda value: isinstance(value, ImageSize),
-        str_from_instance=lambda value: [value.words],
-    )
 
 
 def _sizes_joined(argv: Sequence[str], kind: Any) -> list[str]:
@@ -352,24 +250,6 @@ def _sizes_joined(argv: Sequence[str], kind: Any) -> list[str]:
         else:
             words.append(word)
     return words
-
-
-def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """X | None takes what X takes, and the word None, which undoes what a saved run says."""
-    members = [member for member in get_args(info.type) if member is not NoneType]
-    if len(members) != 1 or NoneType not in get_args(info.type):
-        return None
-    inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(members[0], info.markers))
-    if not isinstance(inner, PrimitiveConstructorSpec):
-        return None
-    return dataclasses.replace(
-        inner,
-        nargs=inner.nargs if inner.nargs in (1, "*") else (1, inner.nargs),
-        instance_from_str=lambda words: None if words == ["None"] else inner.instance_from_str(words),
-        is_instance=lambda value: value is None or inner.is_instance(value),
-        str_from_instance=lambda value: ["none"] if value is None else inner.str_from_instance(value),
-        choices=inner.choices and (*inner.choices, "None"),
-    )
 
 
 def _one_line(event: events.ParseErrorEvent) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from coma.preflight import require_packages
 from coma.ranges import Range
 from downstream.cli_options import Device, RuntimeOptions, Split
 from downstream.commands import shared
+from downstream.commands.classify_results import print_scores, summary
 
 if TYPE_CHECKING:
     from downstream.classify.finetune import FinetuneResult
@@ -42,18 +42,6 @@ runs/classifier/artifact, a file that `coma export` wrote, or a folder of them. 
 """
 
 
-METRICS = {
-    "top1": "top-1",
-    "top5": "top-5",
-    "balanced_accuracy": "balanced accuracy",
-    "mean_ap": "mAP",
-    "micro_f1": "micro F1",
-    "macro_f1": "macro F1",
-    "exact_match": "exact match",
-}
-"""Scores that are printed, by their name in scores.json."""
-SHOWN = 40
-"""Most classes that are printed."""
 IMAGES = tyro.conf.arg(metavar="IMAGES ...", help_behavior_hint="(required)")
 FROZEN_OPTIONS = (
     *("artifact", "data", "images", "test", "val", "out", "image_size", "from_scratch", "hold_out", "seed"),
@@ -258,7 +246,7 @@ def _words(**settings: Any) -> list[str]:
 
 def _train(argv: list[str]) -> None:
     if result := _trained(parse(argv)):
-        print(_summary(result))
+        print(summary(result))
 
 
 def _trained(given: TrainConfig) -> FinetuneResult | None:
@@ -275,44 +263,9 @@ def _trained(given: TrainConfig) -> FinetuneResult | None:
     return None
 
 
-def _summary(result: FinetuneResult) -> str:
-    scores, out, artifact = result.test, result.config.run.out, shlex.quote(str(result.artifact))
-    weights = f"weights of step {scores.step} of {result.steps}"
-    if result.config.optimizer.frozen:
-        chosen = f"linear head on frozen features; validation: {result.best or 'none'}"
-    elif result.best and result.last:
-        chosen = (
-            f"{weights}: chosen on {result.best.images:,} validation images ({result.best} there, "
-            f"{result.last.score:.2%} at the last step)"
-        )
-    else:
-        chosen = f"{weights}: the last step, since there are no validation images"
-    files = {"classifier": str(result.artifact)}
-    if result.steps:
-        files["curves"] = str(out / "loss_curve.png")
-        files["metrics"] = f"{out / 'metrics.jsonl'}, or: tensorboard --logdir {out / 'tensorboard'}"
-    top5 = "" if scores.top5 is None else f", top-5 {scores.top5:.2%}"
-    return "\n".join(
-        [
-            "",
-            f"trained on {result.train_images:,} images of {len(result.config.class_names or ())} classes",
-            chosen,
-            f"{scores}{top5} on {scores.images:,} test images, used once, at the end",
-            "",
-            *(f"  {name:15}  {place}" for name, place in files.items()),
-            "",
-            "next:",
-            f"  coma classify test {artifact} --data CLASSES --out REPORT",
-            f"  coma classify predict {artifact} IMAGES --out PREDICTIONS",
-            f"  coma export {artifact}",
-            "      write ONNX files and verify them against PyTorch on real images",
-        ]
-    )
-
-
 def _test(argv: list[str]) -> None:
     options = parse_arguments(ClassifyTest, argv, prog="coma classify test")
-    _print_scores(_tested(options))
+    print_scores(_tested(options))
     if options.out:
         for path in sorted(options.out.glob("*.*")):
             print(f"  {path}")
@@ -334,31 +287,6 @@ def _tested(options: ClassifyTest) -> dict[str, Any]:
             workers=options.workers,
             progress=progress,
         )
-
-
-def _print_scores(scores: dict[str, Any]) -> None:
-    """Prints the scores of a classifier, and those of each class."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    split = f"{scores['split']} split" if scores["split"] else "all images"
-    console.print(f"{split}: {scores['images']:,} images of {scores['data']}", soft_wrap=True, markup=False)
-    table = Table("metric", "value")
-    for key, name in METRICS.items():
-        if scores.get(key) is not None:
-            table.add_row(name, f"{scores[key]:.2%}")
-    table.add_row("expected calibration error", f"{scores['calibration']['error']:.2%}")
-    console.print(table)
-    columns = [name for name in scores["classes"][0] if name not in ("name", "support")]
-    table = Table("class", *columns, "images")
-    for row in scores["classes"][:SHOWN]:
-        values = ["-" if row[name] is None else f"{row[name]:.1%}" for name in columns]
-        table.add_row(escape(row["name"]), *values, f"{row['support']:,}")
-    console.print(table)
-    if len(scores["classes"]) > SHOWN:
-        print(f"and {len(scores['classes']) - SHOWN} more classes, which scores.json of --out has")
 
 
 def _predict(argv: list[str]) -> None:

@@ -8,7 +8,7 @@ from export.verify.parity import add_steps
 
 
 def steps() -> dict[str, torch.Tensor]:
-    """Of one image: three places for proposals, of which two are filled, and two for detections."""
+    """Returns the steps of one image: two proposals in three places, and one detection in two."""
     torch.manual_seed(0)
     return {
         "proposals": torch.tensor([[0.0, 0, 8, 8], [2, 2, 9, 9], [0, 0, 0, 0]]),
