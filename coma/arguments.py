@@ -1,8 +1,8 @@
 """Parses command lines into settings, for all commands.
 
-tyro builds the flags from dataclasses. This module tells it how: `argument_values` reads the values, help texts
-name the range and the default of a flag once, and a value that does not fit is one line that names its flag.
-`--help` leaves out what is marked as `RARE`; `--help-all` shows everything.
+tyro builds the flags from dataclasses. This module tells it how: `argument_values` reads the values, help
+texts name the range and the default of a flag once, and a value that does not fit is one line that names its
+flag. `--help` leaves out what is marked as `RARE`; `--help-all` shows everything.
 """
 
 from __future__ import annotations
