@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from coma.artifact import load_artifact
-from coma.config import CoMAConfig, DecoderConfig, DyViTConfig, PretrainConfig
+from coma.config import CoMAConfig, DecoderConfig, DyViTConfig, InitConfig, PretrainConfig
 from coma.errors import Interrupted
 from pretrain.training import pretrain
 from pretrain.training.checkpoint import read_state
@@ -106,3 +106,8 @@ def killed_in(patch: pytest.MonkeyPatch, step: int) -> None:
         return take(self, n, *rest)
 
     patch.setattr(TrainStep, "__call__", step_or_end)
+
+
+def starting(config: PretrainConfig, weights: Path | str, **settings: Any) -> PretrainConfig:
+    """Returns the settings of a run that starts from these weights."""
+    return replace(config, init=InitConfig(str(weights), **settings))
