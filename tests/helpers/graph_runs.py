@@ -1,6 +1,7 @@
 """Runs ONNX graphs that are not files of `coma export`."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnxruntime
@@ -18,4 +19,4 @@ def run(model: Path | ModelProto, images: np.ndarray, name: str = "images") -> l
     if b"/fp8" in content:
         options.add_session_config_entry(*ORT_FP8_ENTRY)
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return session.run(None, {name: images})
+    return cast(list[np.ndarray], session.run(None, {name: images}))

@@ -1,4 +1,4 @@
-"""fp8 inside attention: which products are found, and with which scales."""
+"""fp8 inside attention: which products are found, and with which scales, subnormal ones too."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 onnx = pytest.importorskip("onnx")
-onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 
 from graph_runs import run  # noqa: E402
 from onnx import ModelProto, TensorProto, helper, numpy_helper  # noqa: E402
 
 from export.quantization import quantize_fp8  # noqa: E402
-from export.quantization.qdq import attention_matmuls  # noqa: E402
+from export.quantization.qdq import INT8, attention_matmuls, fp8_codes  # noqa: E402
 
 
 def attention(keys: int | str, bias: bool, *, kind: int = TensorProto.FLOAT) -> ModelProto:
@@ -70,3 +70,12 @@ def test_fp8_quantises_q_k_v_and_the_softmax_by_448(tmp_path: Path, kind: int) -
     assert products["similar"] == ["q", "k"]
     found, wanted = run(target, images)[0], run(source, images)[0]
     assert np.linalg.norm(found - wanted) < 0.06 * np.linalg.norm(wanted)
+
+
+def test_scales_in_fp16_may_be_subnormal() -> None:
+    values = np.array([0.0, 1e-3, -2e-3], np.float16)  # 2e-3 / 448 is less than fp16's smallest normal number
+    for codes in (INT8, fp8_codes()):
+        scale = codes.scale(np.asarray(2e-3), np.dtype(np.float16))
+        restored = codes.encode(values, scale).astype(np.float32) * np.float32(scale)
+        assert 0 < scale < np.finfo(np.float16).tiny and np.allclose(restored, values, rtol=0.07)
+    assert INT8.scale(np.asarray(1e-40), np.dtype(np.float32)) == np.finfo(np.float32).tiny
