@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,15 +61,15 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def report(how: str, rows: list[dict[str, str]], out: Path | None) -> None:
+def report(how: str, rows: list[dict[str, Any]], out: Path | None) -> None:
     """Print a table under its machine and circumstances; `out` keeps all of it as JSON."""
     print(f"\n{describe()}; {how}\n\n{table(rows)}")
     if out:
         out.write_text(json.dumps({"machine": describe(), "how": how, "rows": rows}, indent=1) + "\n")
 
 
-def table(rows: list[dict[str, str]]) -> str:
-    """Rows of equal keys as a Markdown table."""
-    names = list(rows[0])
-    lines = [names, ["---"] * len(names), *([row[name] for name in names] for row in rows)]
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table; what a row lacks stays empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, ["---"] * len(names), *([str(row.get(name, "")) for name in names] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -10,14 +10,13 @@ The table says how much longer the loops take, and how far their detections are 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-from machine import describe, table
+from machine import report
 
 from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.preprocessing import resize_image, to_input
@@ -80,10 +79,7 @@ def main() -> None:
     for detector in args.detectors:
         with tempfile.TemporaryDirectory() as folder:
             rows += measure(detector, args, Path(folder))
-    print(f"\n{describe()}; {args.threads} threads\n")
-    print(table([{name: str(value) for name, value in row.items()} for row in rows]))
-    if args.out:
-        args.out.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
+    report(f"{args.threads} threads", rows, args.out)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import describe, table
+from machine import report
 from onnxruntime.quantization import CalibrationDataReader
 
 from coma.errors import CheckFailed
@@ -179,11 +179,7 @@ def main() -> None:
             for row in measure(Path(artifact), graph, args, Path(folder)):
                 print(row, flush=True)
                 rows.append(row)
-    print(f"\n{describe()}; {args.threads} threads\n")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    print(table([{name: str(row.get(name, "")) for name in names} for row in rows]))
-    if args.out:
-        args.out.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
+    report(f"{args.threads} threads", rows, args.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Engines of TensorRT-RTX 1.7 hold the source of every kernel; one of fused attent
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnx
 from exported_models import random_pretrained
-from machine import describe, table
+from machine import report
 
 from coma.runtimes.model_spec import METADATA, Precision, eight_bit_part, float_part, to_json
 from coma.runtimes.shape_ranges import Shape, Shapes
@@ -77,12 +76,7 @@ def main() -> None:
             for row in measure(preset, args.size, Path(folder)):
                 print(row, flush=True)
                 rows.append(row)
-    library = load_library("tensorrt_rtx")
-    print(f"\n{describe()}; {library.title}\n")
-    print(table([{name: str(value) for name, value in row.items()} for row in rows]))
-    if args.out:
-        content = {"machine": describe(), "compiler": library.title, "rows": rows}
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+    report(load_library("tensorrt_rtx").title, rows, args.out)
 
 
 if __name__ == "__main__":

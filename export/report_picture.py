@@ -82,7 +82,7 @@ def _draw_errors(
     axes.set(
         xscale="log", title="Relative error of outputs; dashed: tolerance", ylim=(len(outputs) - 0.5, -0.5)
     )
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
     _tidy(axes)
 
 
