@@ -8,6 +8,7 @@ with any program. `read_program_spec` runs nothing.
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def read_program_spec(path: Path) -> tuple[ModelSpec, bool]:
 def _load_program(path: Path, device: torch.device) -> Any:
     from torch.export.passes import move_to_device_pass
 
-    program = torch.export.load(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tells that the weights lie in the file's own memory
+        program = torch.export.load(path)
     if device.type != "cpu":
         program = move_to_device_pass(program, device)
     return program.module(check_guards=False)  # `check_inputs` knows the sizes; guards exclude the smallest
