@@ -3,8 +3,8 @@
     python -m downstream.openmmlab mmdet/tools/test.py runs/detector/config.py runs/detector/iter_320.pth
     torchrun --nproc-per-node 8 -m downstream.openmmlab mmdet/tools/train.py CONFIG --launcher pytorch
 
-The first argument is a tool of the installed mmdet or mmseg, or any Python file; the others are the tool's. The
-tool runs as it would by itself (`runpy`), but after the import of `downstream.openmmlab`.
+The first argument is a tool of the installed mmdet or mmseg, or any Python file; the others are the tool's.
+The tool runs as it would by itself (`runpy`), but after the import of `downstream.openmmlab`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def find_tool(name: str) -> Path:
     home = Path(spec.submodule_search_locations[0], ".mim")
     if not (home / tool).is_file():
         tools = sorted(str(path.relative_to(home)) for path in home.glob("tools/*.py"))
-        raise BadInput(f"{name}: {package} has no such tool; it has {', '.join(tools) or 'none'}, and more below")
+        raise BadInput(f"{name}: {package} has no such tool; it has {', '.join(tools) or 'none'}, ...")
     return home / tool
 
 

@@ -72,9 +72,10 @@ from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmseg.apis import MMSegInferencer, inference_model, init_model
 
 model = init_detector("detector/config.py", "detector/iter_1.pth", device="cpu")
-found = [inference_detector(model, each).pred_instances for each in ("coco/val/1.png", cv2.imread("coco/val/1.png"))]
+image = "coco/val/1.png"
+found = [inference_detector(model, each).pred_instances for each in (image, cv2.imread(image))]
 inferencer = DetInferencer("detector/config.py", "detector/iter_1.pth", device="cpu", show_progress=False)
-(one,) = inferencer("coco/val/1.png", no_save_vis=True)["predictions"]
+(one,) = inferencer(image, no_save_vis=True)["predictions"]
 assert len(inferencer("coco/val", no_save_vis=True)["predictions"]) == 2
 assert torch.equal(found[0].scores, found[1].scores) and torch.equal(found[0].bboxes, found[1].bboxes)
 assert torch.allclose(found[0].scores, torch.tensor(one["scores"])) and len(one["scores"]) > 0

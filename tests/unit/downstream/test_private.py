@@ -83,8 +83,11 @@ def test_a_process_that_cannot_send_ends(monkeypatch, capfd):
     assert ended == [1] and "cannot send: " in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("module", "name"), [("mmdet.apis", "DetInferencer"), ("mmseg.apis", "MMSegInferencer")])
-def test_inferencers_read_images_as_the_configuration_does(module, name, tmp_path):
+INFERENCERS = [("mmdet.apis", "DetInferencer"), ("mmseg.apis", "MMSegInferencer")]
+
+
+@pytest.mark.parametrize(("module", "name"), INFERENCERS)
+def test_inferencers_read_images_as_the_configuration_does(module, name):
     from mmengine.config import ConfigDict
     from mmengine.infer import BaseInferencer
     from mmengine.registry import DefaultScope
