@@ -53,7 +53,7 @@ class SavedBytes(saved_tensors_hooks):
         self.total = 0
         super().__init__(self._add, lambda tensor: tensor)
 
-    def __enter__(self) -> SavedBytes:
+    def __enter__(self) -> SavedBytes:  # type: ignore[override]
         super().__enter__()
         return self
 
@@ -69,7 +69,7 @@ class SavedBytes(saved_tensors_hooks):
 class MemoryGuard(saved_tensors_hooks):
     """Stops a training step on a CPU before the system kills the process for want of memory.
 
-    Inside, the free memory is looked at while autograd keeps tensors; a GPU raises an error of its own.
+    Inside, the free memory is looked at as autograd keeps tensors; a GPU raises an error of its own.
 
     Args:
         advice: Returns what to do, for the message.
@@ -92,7 +92,7 @@ class MemoryGuard(saved_tensors_hooks):
                     f"this training step needs more memory than there is: {free / GIB:.1f} GiB are left; "
                     f"{self._advice()}"
                 )
-        return tensor
+        return tensor.detach()  # an operator that keeps its own result would keep itself
 
 
 def _meminfo() -> dict[str, int]:

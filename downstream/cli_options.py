@@ -43,6 +43,10 @@ class TrainOptions(Ranged):
     """Optimizer steps, instead of --epochs."""
     batch_size: Annotated[int, BATCH] = 4
     """Images per step, over all processes."""
+    micro_batch: Annotated[
+        int | None, BATCH, arg(help_behavior_hint="(default: as many as fit into the memory)")
+    ] = None
+    """Images per process and forward pass; gradients accumulate over the batch."""
     lr: Annotated[float, RATE] = 1e-4
     """Peak learning rate of AdamW."""
     workers: Annotated[int | None, PROCESSES, arg(help_behavior_hint="(default: cores - 1, at most 8)")] = (

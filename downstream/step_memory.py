@@ -5,16 +5,20 @@ What backward keeps is counted in two small steps on random images; it grows in 
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+import warnings
+from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 
 from coma.errors import BadInput
 from coma.memory import GIB, SavedBytes, free_memory
+from coma.messages import counted
 from downstream.artifacts import Kind
-from downstream.configs.load import config_errors
 
 log = logging.getLogger(__name__)
 PEAK = 1.6
@@ -22,76 +26,153 @@ PEAK = 1.6
 USED = 0.9
 """Share of the free memory that a step may take."""
 _STATE = 16
-"""Bytes for every parameter: weight, gradient and two moments of AdamW."""
-_SIDES = {"segmentor": (64, 128), "detector": (128, 256)}
-_IMAGES = 2
+"""Bytes of every trained parameter: weight, gradient and two moments of AdamW."""
+SHORT: dict[Kind, float] = {"segmentor": 1.0, "detector": (800 / 1333) ** 0.5 / 1.25}
+"""Value of the flag that sets the size of images, over the root of the largest image's pixels."""
+_SIDES: dict[Kind, tuple[int, int]] = {"segmentor": (64, 128), "detector": (128, 256)}
+_IMAGES, _OBJECTS = 2, 8
 
 
-def fit_passes(kind: Kind, config: Any, size: tuple[int, int], device: torch.device, advice: str) -> None:
-    """Splits the batch of a configuration into passes that fit into the free memory; says so in one line.
+def split_into_passes(kind: Kind, config: Any, micro_batch: int | None, device: str) -> None:
+    """Splits the batch of one of our configurations into passes of `micro_batch` images.
 
-    Nothing is changed where the whole batch fits, or where the free memory is not known.
+    By default they are as large as the free memory allows; if one is not enough, a line says so.
 
     Args:
         kind: Kind of the model.
-        config: Configuration with `AdamW` and an iteration-based loop.
-        size: Largest height and width of a training image.
-        device: Where the model is trained.
-        advice: What to do if not even the smallest pass fits; it may hold {}, which becomes the side of a
-            square image that would.
+        config: Configuration; nothing is changed where one pass takes the whole batch.
+        micro_batch: Images per process and pass.
+        device: cuda or cpu.
 
     Raises:
-        BadInput: no pass fits.
+        BadInput: a micro-batch that does not divide the batch, or no pass that fits into the free memory.
     """
-    free = free_memory(device)
-    if free is None:
-        return
-    free = int(free * USED) // (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1)
-    fixed, per_pixel, state = _costs(kind, config)
     batch = config.train_dataloader.batch_size
-    least = _IMAGES if kind == "segmentor" else 1  # batch normalisation needs two
+    least = 2 if kind == "segmentor" else 1  # batch normalisation needs two images
+    sizes = [size for size in range(batch, least - 1, -1) if batch % size == 0]
+    if micro_batch is not None:
+        if micro_batch not in sizes:
+            raise BadInput(
+                f"--micro-batch {micro_batch}: must divide the {batch} images per process"
+                f"{' and be at least 2, for batch normalisation' * (least > 1)}; choose one of "
+                f"{', '.join(map(str, sizes))}"
+            )
+        _set_passes(config, batch // micro_batch)
+        return
+    free, pixels = _free(torch.device(device)), _largest_image(config)
+    if free is None or pixels is None:
+        return
+    fixed, per_pixel, state = _costs(kind, config)
 
-    def need(images: int, pixels: int) -> float:
+    def need(images: int) -> float:
         return state + PEAK * images * (fixed + per_pixel * pixels)
 
-    pixels = size[0] * size[1]
-    fitting = [p for p in range(1, batch // least + 1) if batch % p == 0 and need(batch // p, pixels) <= free]
-    if not fitting:
-        side = int(max((free - state) / PEAK / least - fixed, 0) / per_pixel) ** 0.5
+    fitting = next((size for size in sizes if need(size) <= free), None)
+    if fitting is None:
+        side = (max((free - state) / PEAK / sizes[-1] - fixed, 0) / per_pixel) ** 0.5
+        flag = "--crop-size" if kind == "segmentor" else "--short-side"
+        smaller = f"{flag} {int(side * SHORT[kind]) // 32 * 32}, " if side * SHORT[kind] >= 32 else ""
         raise BadInput(
-            f"a training step of {least} image{'s' * (least > 1)} of {size[0]} x {size[1]} px takes about "
-            f"{need(least, pixels) / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free; "
-            + advice.format(int(side) // 32 * 32)
+            f"training on {counted(sizes[-1], 'image')} of {pixels / 1e6:.2f} megapixels takes about "
+            f"{need(sizes[-1]) / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free; try {smaller}"
+            "--grad-checkpointing, fewer --head-channels or a smaller encoder"
         )
-    if fitting[0] > 1:
-        set_passes(config, fitting[0])
+    if fitting < batch:
+        _set_passes(config, batch // fitting)
         log.info(
-            "a step of %d images takes about %.1f GiB, and %.1f GiB are free: each step takes %d passes of %d "
+            "a step of %d images would take about %.1f GiB, and %.1f GiB are free: it takes %d passes of %d "
             "images; --micro-batch chooses another number",
             batch,
-            need(batch, pixels) / GIB,
+            need(batch) / GIB,
             free / GIB,
-            fitting[0],
-            batch // fitting[0],
+            batch // fitting,
+            fitting,
         )
 
 
-def set_passes(config: Any, passes: int) -> None:
-    """Makes every step of a configuration take this many forward and backward passes."""
-    config.train_cfg.update(type="AccumulatingTrainLoop", passes=passes)
-    config.optim_wrapper.accumulative_counts = passes
+def _set_passes(config: Any, passes: int) -> None:
+    if passes > 1:
+        config.train_cfg.update(type="AccumulatingTrainLoop", passes=passes)
+        config.optim_wrapper.accumulative_counts = passes
+
+
+def _free(device: torch.device) -> float | None:
+    """Returns the bytes that a step of this process may take; None where that is not known."""
+    free = free_memory(device)
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    return None if free is None else USED * free / sharing
+
+
+def _largest_image(config: Any) -> float | None:
+    """Returns the pixels of the largest training image; None for a pipeline that does not say."""
+    for step in config.train_dataloader.dataset.pipeline:
+        if step.get("type") == "RandomCrop":
+            return float(np.prod(step["crop_size"]))
+        if step.get("type") == "RandomResize" and config.default_scope == "mmdet":
+            return float(np.prod(step["scale"])) * max(step["ratio_range"]) ** 2
+    return None
 
 
 def _costs(kind: Kind, config: Any) -> tuple[float, float, float]:
     """Returns the bytes of an image, of each of its pixels, and of the parameters with their state."""
-    from mmengine.registry import DefaultScope
+    from mmengine.registry import MODELS, DefaultScope
 
-    with torch.random.fork_rng(devices=[]), config_errors_of(config), DefaultScope.overwrite_default_scope(
-        config.get("default_scope")
+    import downstream.openmmlab  # noqa: F401 - registers our modules
+    from downstream.openmmlab.runner import replace_sync_bn
+
+    scope, settings = str(config.default_scope), copy.deepcopy(config.model)
+    import_module(f"{scope}.models")
+    replace_sync_bn(settings)
+    with (
+        torch.random.fork_rng(devices=[]),
+        DefaultScope.overwrite_default_scope(scope),
+        warnings.catch_warnings(),
     ):
-        model = _build(config)
-        small, large = _SIDES[kind]
-        counted = [_saved(kind, config, model, side) / _IMAGES for side in (small, large)]
-    per_pixel = (counted[1] - counted[0]) / (large**2 - small**2)
+        warnings.simplefilter("ignore")  # OpenMMLab's packages warn about each other
+        model: Any = MODELS.build(settings)
+        model.train()
+        counts = [_kept(kind, model, side) / _IMAGES for side in _SIDES[kind]]
+    small, large = (side**2 for side in _SIDES[kind])
+    per_pixel = (counts[1] - counts[0]) / (large - small)
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
-    return max(counted[0] - per_pixel * small**2, 0.0), per_pixel, float(_STATE * trained)
+    return max(counts[0] - per_pixel * small, 0.0), per_pixel, float(_STATE * trained)
+
+
+def _kept(kind: Kind, model: Any, side: int) -> int:
+    """Returns the bytes that forward keeps for backward, of random images with labels."""
+    channels = len(model.data_preprocessor.mean)
+    images = [torch.randint(0, 256, (channels, side, side), dtype=torch.uint8) for _ in range(_IMAGES)]
+    labelled = _segmented if kind == "segmentor" else _detected
+    if kind == "segmentor":
+        model.data_preprocessor.size = (side, side)
+    batch = {"inputs": images, "data_samples": [labelled(side) for _ in images]}
+    with SavedBytes(model) as saved:
+        model(**model.data_preprocessor(batch, True), mode="loss")
+    return saved.total
+
+
+def _segmented(side: int) -> Any:
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    classes = PixelData(data=torch.randint(0, 2, (1, side, side)))
+    return SegDataSample(gt_sem_seg=classes, metainfo={"img_shape": (side, side), "ori_shape": (side, side)})
+
+
+def _detected(side: int) -> Any:
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+    from mmengine.structures import InstanceData
+
+    corners = torch.rand(_OBJECTS, 2) * side / 2
+    objects = InstanceData(
+        bboxes=torch.cat([corners, corners + side / 3], dim=1),
+        labels=torch.zeros(_OBJECTS, dtype=torch.int64),
+        masks=BitmapMasks(np.ones((_OBJECTS, side, side), np.uint8), side, side),
+    )
+    about = {"img_shape": (side, side), "ori_shape": (side, side), "scale_factor": (1.0, 1.0)}
+    return DetDataSample(
+        gt_instances=objects,
+        ignored_instances=InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64)),
+        metainfo=about,
+    )

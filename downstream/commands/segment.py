@@ -49,7 +49,9 @@ class SegmentTrain(TrainOptions):
     head_channels: Annotated[int | None, Range(1, 8192), arg(help_behavior_hint="(default: 512)")] = None
     classes: Annotated[Path | None, CLASSES] = None
     """Class names: JSON, or text with one name per line."""
-    crop_size: Annotated[int, SIDE] = 512
+    crop_size: Annotated[
+        int | None, SIDE, arg(help_behavior_hint="(default: short side of the images, at most 512)")
+    ] = None
     """Side of the square training crop, in pixels."""
     short_side: Annotated[
         int | None, Range(32, 16384), arg(help_behavior_hint="(default: images keep their size)")

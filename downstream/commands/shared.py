@@ -96,6 +96,7 @@ def train(
     from downstream.configs.load import apply_cfg_options, config_errors, load_config
     from downstream.finetune import check_library, finetune
     from downstream.openmmlab.runner import CONFIG, prepare_config
+    from downstream.step_memory import split_into_passes
 
     command, device = COMMANDS[kind], device_of(options.device).type
     if options.resume:
@@ -118,6 +119,7 @@ def train(
     if encoder and not theirs:
         config = make_config(options, encoder)
         apply_cfg_options(config, options.cfg_options)
+        split_into_passes(kind, config, options.micro_batch, device)
     else:
         assert theirs
         refuse_without_effect(options, argv)

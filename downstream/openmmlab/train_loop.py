@@ -47,9 +47,7 @@ class AccumulatingTrainLoop(IterBasedTrainLoop):
             for part in parts_of(data_batch, self.passes)
         ]
         means = {name: sum(each[name] for each in outputs) / self.passes for name in outputs[0]}
-        self.runner.call_hook(
-            "after_train_iter", batch_idx=self._iter, data_batch=data_batch, outputs=means
-        )
+        self.runner.call_hook("after_train_iter", batch_idx=self._iter, data_batch=data_batch, outputs=means)
         self._iter += 1
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from coma.artifact import ArtifactConfig
 from coma.errors import BadInput
@@ -12,9 +15,12 @@ from downstream.cli_options import TrainOptions
 from downstream.configs.adapt import EncoderSpec, as_list, set_encoder
 from downstream.configs.load import PRESETS, image_reader, load_config, pipeline_of, replace_dataset
 from downstream.configs.schedule import set_schedule, set_workers
+from downstream.datasets.image_headers import Header, read_header
 from downstream.datasets.labels import LabelSplit
 
 PRESET = PRESETS / "mmseg" / "upernet_dyvit_160k_ade20k-512x512.py"
+_LARGEST_CROP, _HEADERS = 512, 64
+log = logging.getLogger(__name__)
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 
 
@@ -23,16 +29,27 @@ def training_config(
     train: LabelSplit,
     val: LabelSplit,
     options: TrainOptions,
-    crop: int,
+    crop: int | None = None,
     resize: int | None = None,
 ) -> Any:
     """Returns the training configuration of UPerNet for an encoder and a dataset.
+
+    Args:
+        encoder: The encoder.
+        train: Training images.
+        val: Validation images.
+        options: Options of the command.
+        crop: Side of the training crops in pixels; by default as `default_crop`.
+        resize: Short side that images are resized to before; None keeps their size.
 
     Raises:
         BadInput: options that do not fit.
     """
     unit = encoder.model.unit
-    if crop < unit or crop % unit:
+    if crop is None:
+        crop = default_crop(train, unit, resize)
+        log.info("training crops of %d px, from the size of the images; --crop-size sets another", crop)
+    elif crop < unit or crop % unit:
         raise BadInput(f"--crop-size {crop}: must be a multiple of the encoder's {unit} px mask unit")
     config = load_config(PRESET)
     set_encoder(config, encoder, options)
@@ -43,6 +60,19 @@ def training_config(
     if config.train_dataloader.batch_size < 2:
         raise BadInput("--batch-size: batch normalisation needs at least 2 images per process")
     return config
+
+
+def default_crop(train: LabelSplit, unit: int, resize: int | None) -> int:
+    """Returns the short side of the images (median of up to 64), or `resize`, but at most 512 px.
+
+    It is rounded down to a multiple of the mask unit `unit`; images that are smaller are padded.
+    """
+    if resize is None:
+        files = sorted(train.images.rglob(f"*{train.image_suffix}"))
+        headers = [read_header(path) for path in files[:: max(len(files) // _HEADERS, 1)][:_HEADERS]]
+        sides = [min(header.shown) for header in headers if isinstance(header, Header)]
+        resize = int(np.median(sides)) if sides else _LARGEST_CROP
+    return max(min(resize, _LARGEST_CROP) // unit, 1) * unit
 
 
 def set_dataset(config: Any, train: LabelSplit, val: LabelSplit) -> None:
