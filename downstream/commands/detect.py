@@ -120,7 +120,8 @@ def _open_splits(options: DetectTrain | DetectCheck) -> tuple[Path, CocoSplit, C
 
     data = shared.require_option(options.data, "--data", "a dataset in COCO format")
     with shared.progress_bar("checking train and val") as progress:
-        train, val = (open_coco(data, name, progress=progress) for name in ("train", "val"))
+        folder = shared.labels_folder(options.out) if isinstance(options, DetectTrain) else None
+        train, val = (open_coco(data, name, progress=progress, converted=folder) for name in ("train", "val"))
     for split in (train, val):
         shared.warn([f"{split.annotations}: {warning}" for warning in split.warnings])
     check_same_classes(train, val)

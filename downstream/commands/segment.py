@@ -113,7 +113,8 @@ def _open_splits(options: SegmentTrain | SegmentCheck) -> tuple[LabelSplit, Labe
 
     data = shared.require_option(options.data, "--data", "a folder of images and label maps")
     with shared.progress_bar("checking train and val") as progress:
-        train, val = (open_labels(data, name, options.classes, progress) for name in ("train", "val"))
+        folder = shared.labels_folder(options.out) if isinstance(options, SegmentTrain) else None
+        train, val = (open_labels(data, name, options.classes, progress, folder) for name in ("train", "val"))
     for split in (train, val):
         shared.warn([f"{split.labels}: {warning}" for warning in split.warnings])
     if train.class_names != val.class_names:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,10 +93,9 @@ def train(
     Raises:
         BadInput: settings that do not go together.
     """
-    from downstream.configs.adapt import encoder_spec, set_encoder
-    from downstream.configs.load import apply_cfg_options, config_errors, load_config
-    from downstream.finetune import check_library, finetune
-    from downstream.openmmlab.runner import CONFIG, prepare_config
+    from downstream.configs.load import load_config
+    from downstream.finetune import finetune
+    from downstream.openmmlab.runner import CONFIG
 
     command, device = COMMANDS[kind], device_of(options.device).type
     if options.resume:
@@ -112,7 +112,33 @@ def train(
         check_empty(out, f"resume with --resume {out}, or " if (out / CONFIG).is_file() else "")
         if note := lies_among(out, options.data):
             warn([note])
-    encoder, theirs = None, options.config
+    with converted_labels(out):
+        config = _prepared(kind, options, argv, make_config, set_dataset, device)
+    theirs = options.config
+    try:
+        trained = finetune(kind, config, out, device=device, source=theirs)
+    except BadInput as error:
+        if options.data or not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        raise BadInput(f"{error}; if this is a file of the dataset, name your own with --data") from error
+    print_trained(command, out, trained)
+
+
+def _prepared(
+    kind: Kind,
+    options: TrainOptions,
+    argv: Sequence[str],
+    make_config: Callable[[Any, EncoderSpec], Any],
+    set_dataset: Callable[[Any, Any], None],
+    device: str,
+) -> Any:
+    """Returns the configuration of a new run: ours, or the user's own with an encoder and a dataset."""
+    from downstream.configs.adapt import encoder_spec, set_encoder
+    from downstream.configs.load import apply_cfg_options, config_errors, load_config
+    from downstream.finetune import check_library
+    from downstream.openmmlab.runner import prepare_config
+
+    encoder, theirs, out = None, options.config, require_option(options.out, "--out", "a new run directory")
     if options.artifact or options.preset or not theirs:
         encoder = encoder_spec(options.artifact, options.preset)
     if encoder and not theirs:
@@ -134,13 +160,25 @@ def train(
             with log_changes(config, theirs, "for this machine and --out", "--resume resumes a run"):
                 config.resume = False
                 prepare_config(config, out, device)
+    return config
+
+
+def labels_folder(out: Path | None) -> Path | None:
+    """Returns the folder of a run for labels that are converted; None for a temporary one."""
+    return out / "labels" if out and is_main() else None
+
+
+@contextmanager
+def converted_labels(out: Path) -> Iterator[None]:
+    """Removes the labels that were converted inside if it fails, so that the command can be given again."""
     try:
-        trained = finetune(kind, config, out, device=device, source=theirs)
-    except BadInput as error:
-        if options.data or not isinstance(error.__cause__, FileNotFoundError):
-            raise
-        raise BadInput(f"{error}; if this is a file of the dataset, name your own with --data") from error
-    print_trained(command, out, trained)
+        yield
+    except BaseException:
+        if is_main():
+            shutil.rmtree(out / "labels", ignore_errors=True)
+            with suppress(OSError):
+                out.rmdir()
+        raise
 
 
 def refuse_without_effect(options: TrainOptions, argv: Sequence[str]) -> None:

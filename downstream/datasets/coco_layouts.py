@@ -50,12 +50,16 @@ def find_unsplit(data: Path) -> Path | None:
     return next((path for path in places if path.is_file()), None)
 
 
-def nothing_found(data: Path, split: Split, others: str) -> BadInput:
+class NoLabels(BadInput):
+    """A folder without labels of a known format."""
+
+
+def nothing_found(data: Path, split: Split, others: str) -> NoLabels:
     """Returns the error that names the annotation files that were looked for, and other formats."""
     there = [
         str(path.relative_to(data)) for folder in (data / "annotations", data) for path in _jsons(folder)
     ]
-    return BadInput(
+    return NoLabels(
         f"{data}: no COCO annotations of the {split} split, nor labels as {others}. Looked for "
         f"annotations/{split}.json, annotations/instances_{split}2017.json, {split}.json and "
         f"{split}/{ROBOFLOW} (also by the names {', '.join(SPLITS[split][1:])}); found "

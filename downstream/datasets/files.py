@@ -6,11 +6,13 @@ Only files that a search below the dataset's folder found are opened, whatever p
 from __future__ import annotations
 
 import atexit
+import copy
 import hashlib
+import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from coma.errors import BadInput
@@ -30,6 +32,7 @@ _ROLES = {
     *("masks", "mask", "segmentationclass", "gt", "segmentations", "main", "labelme", "obj_train_data"),
 }
 """Folders that separate pictures from labels, in lower case."""
+_ROLE_ENDS = re.compile(r"[_-]?(annot|annots|annotations?|labels?|masks?|images?)$", re.IGNORECASE)
 
 
 class DatasetFiles:
@@ -50,7 +53,16 @@ class DatasetFiles:
             raise BadInput(f"{root}: {what} folder of a dataset")
         self.root = root
         self.names = sorted(walk_files(root, lambda _: Inventory()))
-        self.images = [name for name in self.names if kind_of(name) in EXTENSIONS]
+        self._set_images([name for name in self.names if kind_of(name) in EXTENSIONS])
+
+    def only(self, images: Collection[str]) -> DatasetFiles:
+        """Returns the same files, of which only these are pictures."""
+        part = copy.copy(self)
+        part._set_images(sorted(images))
+        return part
+
+    def _set_images(self, images: list[str]) -> None:
+        self.images = images
         self._by_name: dict[str, list[str]] = defaultdict(list)
         for image in self.images:
             path = PurePosixPath(image)
@@ -80,7 +92,7 @@ class DatasetFiles:
             *(PurePosixPath(each.replace("\\", "/")).name for each in said),
         ):
             found = self._by_name.get(name) or self._by_name.get(PurePosixPath(name).stem, [])
-            near = [image for image in found if _place(image) == _place(label)]
+            near = [image for image in found if place_of(image) == place_of(label)]
             if len(near) == 1 or len(found) == 1:
                 return (near or found)[0]
         return None
@@ -111,8 +123,12 @@ class DatasetFiles:
             raise BadInput(f"{printable(str(self.root / name))}: not a text file in UTF-8") from None
 
 
-def _place(name: str) -> tuple[str, ...]:
-    return tuple(part for part in PurePosixPath(name).parts[:-1] if part.lower() not in _ROLES)
+def place_of(name: str) -> tuple[str, ...]:
+    """Returns the folders of a file without those that part pictures from labels: `train` of train/masks."""
+    parts = (
+        _ROLE_ENDS.sub("", part) for part in PurePosixPath(name).parts[:-1] if part.lower() not in _ROLES
+    )
+    return tuple(part for part in parts if part)
 
 
 Splits = dict[Split, list[str]]
@@ -122,24 +138,31 @@ def splits_by_folder(names: Sequence[str]) -> Splits:
     """Returns the pictures of every split by the folders they lie in; empty if none is named like one."""
     found: Splits = {}
     for name in names:
-        parts = [split_of(part) for part in PurePosixPath(name).parts[:-1]]
-        split = next((each for each in parts if each), None)
-        if split is not None:
-            found.setdefault(split, []).append(name)
+        for part in PurePosixPath(name).parts[:-1]:
+            split = split_of(part)
+            if split is not None:
+                found.setdefault(split, []).append(name)
+                break
     return found
 
 
-def splits_by_lists(files: DatasetFiles, lists: Iterable[str]) -> Splits:
-    """Returns the pictures of every split by text files of names, such as `ImageSets/Main/train.txt`."""
+def splits_by_lists(files: DatasetFiles, lists: Iterable[str], say: Callable[[str], None]) -> Splits:
+    """Returns the pictures of every split by text files of names, such as `ImageSets/Main/train.txt`.
+
+    How many names have no picture is told to `say`.
+    """
     found: Splits = {}
     for listing in lists:
         split = split_of(PurePosixPath(listing).stem)
         if split is None:
             continue
-        for line in files.text(listing).splitlines():
-            image = files.image_of(f"{listing}/{line.split()[0]}", line.strip()) if line.split() else None
-            if image is not None:
-                found.setdefault(split, []).append(image)
+        names = [line.split()[0] for line in files.text(listing).splitlines() if line.split()]
+        images = [
+            files.image_of(f"{PurePosixPath(listing).parent.parent.parent}/{name}", name) for name in names
+        ]
+        found.setdefault(split, []).extend(image for image in images if image is not None)
+        if lost := images.count(None):
+            say(f"names in {listing} without a picture: {lost} of {len(names)}")
     return found
 
 

@@ -1,6 +1,6 @@
 """Boxes in CSV files: Open Images', whose corners are fractions, and Roboflow's, whose corners are pixels.
 
-    ImageID, LabelName, XMin, XMax, YMin, YMax, ...     class-descriptions-boxable.csv or classes.csv has names
+    ImageID, LabelName, XMin, XMax, YMin, YMax, ...    class-descriptions-boxable.csv or classes.csv has names
     filename, width, height, class, xmin, ymin, xmax, ymax
 
 Rows of pictures that are not in the folder are left out and counted: parts of Open Images come with all rows.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 from typing import Any
 
 from coma.errors import BadInput
@@ -35,7 +36,7 @@ def read(files: DatasetFiles, report: ValidationReport, say: Any) -> Reading | N
         for number, row in _rows(files, table):
             key = row.get(columns[0]) or ""
             if key not in near:
-                near[key] = files.image_of(f"{table}/{key}", key)
+                near[key] = files.image_of(f"{PurePosixPath(table).parent}/{key}", key)
             image = near[key]
             if image is None:
                 lost[key] += 1

@@ -50,7 +50,7 @@ def read(files: DatasetFiles, report: ValidationReport, say: Any) -> Reading | N
     if foreign:
         say(f"XML files that hold no annotation, left out: {foreign}")
     lists = [name for name in files.ending(".txt") if "ImageSets/Main/" in f"/{name}"]
-    splits = splits_by_lists(files, lists) or splits_by_folder([each.image for each in pictures])
+    splits = splits_by_lists(files, lists, say) or splits_by_folder([each.image for each in pictures])
     return Reading("Pascal VOC", class_list(files, *LISTS), pictures, splits)
 
 
@@ -106,7 +106,7 @@ def _objects(root: Any, name: str) -> list[Drawn]:
 
 
 def _polygon(node: Any) -> list[float]:
-    """Returns the points of `<x1>`, `<y1>`, `<x2>`, ... (Roboflow) or of `<pt><x/><y/></pt>` (old LabelMe)."""
+    """Returns the points of `<x1>`, `<y1>`, `<x2>`, ... (Roboflow) or `<pt><x/><y/></pt>` (old LabelMe)."""
     if points := node.findall("pt"):
         return numbers([point.findtext(key) for point in points for key in ("x", "y")])
     count = len(node) // 2
