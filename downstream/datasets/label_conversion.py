@@ -71,16 +71,27 @@ class _Maps:
         return Converted(title, layout, pairing, classes, self.listing, warnings)
 
 
-def in_colours(layout: Layout, classes: Classes | None) -> bool:
-    """Returns whether the first label of a layout is a picture in colours."""
+def are_maps(data: Path, layout: Layout, classes: Classes | None) -> bool:
+    """Returns whether the labels of a layout are maps of class numbers, by their names and the first one.
+
+    Otherwise they are in colours, one per class, or no pictures.
+    """
+    if not layout.kind and not (classes and classes.label_suffix):
+        files = DatasetFiles(data)
+        masks, _ = find_masks(files)
+        several = Counter(mask.image for mask in masks if mask.label)
+        inside = f"{layout.labels.relative_to(data).as_posix()}/"
+        texts = [name for name in files.ending(".txt", ".json", ".xml") if name.startswith(inside)]
+        if max(several.values(), default=0) > 1 or (texts and not masks):
+            return False
     pairing = pair(layout, classes and classes.image_suffix, classes and classes.label_suffix)
     for stem in pairing.stems[:1]:
         try:
             with Image.open(layout.labels / (stem + pairing.label_suffix), formats=FORMATS) as image:
-                return image.mode in ("RGB", "RGBA")
+                return image.mode not in ("RGB", "RGBA")
         except Exception:  # damaged files are reported when all are read
-            return False
-    return False
+            return True
+    return True
 
 
 def convert(
@@ -103,9 +114,9 @@ def convert(
         BadInput: neither masks nor polygons, or masks that cannot be read.
     """
     files = DatasetFiles(data)
-    masks = find_masks(files)
+    masks, pictures = find_masks(files)
     if masks:
-        return _from_masks(files, split, classes, masks, folder, progress)
+        return _from_masks(pictures, split, classes, masks, folder, progress)
     return _from_polygons(data, split, classes, folder)
 
 
@@ -128,6 +139,8 @@ def _from_masks(
         for name in choose_split(splits, list(of_image), split, files.root, warnings.append)
         if name in of_image
     ]
+    if not chosen:
+        raise BadInput(f"{files.root}: no picture of the {split} split has a mask")
     maps = _Maps(folder, split, files.root, chosen)
     report = ValidationReport(str(files.root))
     if any(mask.label for mask in masks):
@@ -320,6 +333,8 @@ def _from_polygons(data: Path, split: Split, classes: Classes | None, folder: Pa
             if fault := mask_error(record["segmentation"], image["width"], image["height"]):
                 report.add("segmentation is malformed", f"annotation {record['id']}: {fault}")
     report.raise_if_any()
+    if not listed.images:
+        raise BadInput(f"{loaded.source}: there is no image")
     maps = _Maps(folder, split, loaded.images, [image["file_name"] for image in listed.images])
     for image in listed.images:
         if ".." in PurePosixPath(image["file_name"]).parts or image["file_name"].startswith("/"):

@@ -32,7 +32,7 @@ from downstream.datasets.label_classes import (
     cityscapes_classes,
     find_classes,
 )
-from downstream.datasets.label_conversion import convert, in_colours
+from downstream.datasets.label_conversion import are_maps, convert
 from downstream.datasets.label_layouts import Layout, Pairing, find_layout, pair
 from downstream.datasets.mask_files import FORMATS
 from downstream.datasets.validation_report import Progress, ValidationReport, map_in_threads
@@ -94,7 +94,7 @@ def open_labels(
     layout, known = find_layout(data, name), find_classes(data, classes)
     warnings: list[str] = []
     listing, title, pairing = None, "label maps", None
-    if layout is None or in_colours(layout, known):
+    if layout is None or not are_maps(data, layout, known):
         title, layout, pairing, known, listing, warnings = convert(
             data, name, known, converted or temporary_folder(), progress
         )

@@ -29,8 +29,8 @@ class ClassMask(NamedTuple):
     label: str = ""
 
 
-def find_masks(files: DatasetFiles) -> list[ClassMask]:
-    """Returns the masks of all pictures; those without a picture are left out."""
+def find_masks(files: DatasetFiles) -> tuple[list[ClassMask], DatasetFiles]:
+    """Returns the masks of all pictures, and the files without masks; masks of no picture are left out."""
     inside = [
         name
         for name in files.images
@@ -49,7 +49,7 @@ def find_masks(files: DatasetFiles) -> list[ClassMask]:
     ]
     pictures = files.only({*files.images} - {*inside} - {*others})
     found = (_matched(pictures, name) for name in inside)
-    return [mask for mask in found if mask is not None]
+    return [mask for mask in found if mask is not None], pictures
 
 
 def _matched(pictures: DatasetFiles, name: str) -> ClassMask | None:

@@ -88,8 +88,8 @@ def test_colours_are_classes_by_a_palette(source, tmp_path, caplog):
         for name, wanted in maps(source).items():
             split = open_labels(data, name, converted=tmp_path / "run")
             equal(split, wanted)
+            assert split.labels == tmp_path / "run" / name
             assert (split.class_names, split.palette[2]) == (tuple(NAMES), (0, 9, 255))
-    assert split.labels == tmp_path / "run" / "val"
     assert f"{data}: labels as colour masks, train split: 4 images, 3 classes" in caplog.messages
     (data / "class_dict.csv").unlink()
     (data / "labelmap.txt").write_text("# label:color_rgb:parts:actions\na:0,0,0::\nb:200,0,0::x\n")
