@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 from coma.atomic_io import lies_among, write_json
 from coma.errors import BadInput
 from coma.preflight import require_folder, require_packages
-from downstream.cli_options import PredictOptions, TestOptions, TrainOptions, is_main
+from downstream.cli_options import CheckOptions, PredictOptions, TestOptions, TrainOptions, is_main
 
 if TYPE_CHECKING:
     import torch
 
     from downstream.artifacts import Kind
     from downstream.configs.adapt import EncoderSpec
+    from downstream.label_check import ClassRow
 
 log = logging.getLogger(__name__)
 COMMANDS = {"detector": "detect", "segmentor": "segment"}
@@ -278,6 +279,48 @@ def predict(kind: Kind, options: PredictOptions, annotations: Path | None, write
         )
         written = write(options.out, predictions, model.artifact, lambda done: progress(done, len(paths)))
     return written, len(paths)
+
+
+def open_all_splits(options: CheckOptions, open_split: Callable[..., Any]) -> dict[str, Any]:
+    """Opens and checks train and val, and test if there is one, and prints their warnings.
+
+    Args:
+        options: Options of the command.
+        open_split: Opens a split by its name, given a callback for progress.
+
+    Raises:
+        BadInput: a split with errors, no train or no val split, or splits with other classes.
+    """
+    from downstream.datasets.files import NoSplit
+
+    if options.out:
+        check_empty(options.out)
+    splits = {}
+    with progress_bar("checking train, val and test") as progress:
+        for name in ("train", "val", "test"):
+            try:
+                splits[name] = open_split(name, progress)
+            except NoSplit:
+                if name != "test":
+                    raise
+    for name, split in splits.items():
+        warn([f"{options.data}, {name} split: {warning}" for warning in split.warnings])
+        if split.class_names != splits["train"].class_names:
+            raise BadInput(f"{options.data}: train and {name} have different classes")
+    return splits
+
+
+def print_classes(names: Sequence[str], rows: dict[str, list[ClassRow]], amount: str) -> None:
+    """Prints a table of the classes: images, objects or pixels, smallest and largest, in every split."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("class", "split", "images", amount, "smallest", "largest")
+    for number, name in enumerate(names):
+        for split, listed in rows.items():
+            table.add_row(escape(name) if split == next(iter(rows)) else "", split, *listed[number])
+    Console().print(table)
 
 
 def print_check(rows: Sequence[tuple[str, Sequence[str]]], splits: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from coma.errors import BadInput
 from coma.splits import SPLITS, Split, parse_split, split_folders
+from downstream.datasets.files import NoSplit
 
 ROBOFLOW = "_annotations.coco.json"
 
@@ -50,7 +51,7 @@ def find_unsplit(data: Path) -> Path | None:
     return next((path for path in places if path.is_file()), None)
 
 
-class NoLabels(BadInput):
+class NoLabels(NoSplit):
     """A folder without labels of a known format."""
 
 

@@ -184,7 +184,7 @@ def choose_split(
     if splits:
         if split not in splits:
             there = ", ".join(f"{name} ({len(splits[name])})" for name in SPLITS if name in splits)
-            raise BadInput(
+            raise NoSplit(
                 f"{data}: no {split} split; there is {there}. Move some pictures and labels into a folder "
                 f"{split}, named like the one of the others"
             )
@@ -196,12 +196,16 @@ def choose_split(
     held_out = max(round(HELD_OUT * len(ordered)), 1)
     chosen = {"train": ordered[held_out:], "val": ordered[:held_out], "test": []}[split]
     if not chosen:
-        raise BadInput(f"{data}: no {split} split; put pictures and labels into folders train and {split}")
+        raise NoSplit(f"{data}: no {split} split; put pictures and labels into folders train and {split}")
     say(
         f"no splits in {data}: {held_out} of {len(ordered)} pictures, chosen by their names, are val, the "
         "others train; folders called train and val decide otherwise"
     )
     return sorted(chosen)
+
+
+class NoSplit(BadInput):
+    """A dataset without the split that is asked for."""
 
 
 def temporary_folder() -> Path:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from coma.errors import BadInput
 from coma.splits import SPLITS, Split, split_folders
+from downstream.datasets.files import NoSplit
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +70,11 @@ def find_layout(data: Path, split: Split) -> Layout | None:
     return None
 
 
-def nothing_found(data: Path, split: Split, others: str) -> BadInput:
+def nothing_found(data: Path, split: Split, others: str) -> NoSplit:
     """Returns the error that names the folders that were looked for, and other formats."""
     looked = ", ".join(f"{first}/{split} with {second}/{split}" for first, second in _PAIRS)
     there = sorted(str(path.relative_to(data)) for path in data.glob("*/*") if path.is_dir())
-    return BadInput(
+    return NoSplit(
         f"{data}: no images and labels of the {split} split, nor polygons as {others}. Looked for {looked} "
         f"(also by the names {', '.join(SPLITS[split][1:])}), leftImg8bit/{split} with gtFine/{split}; "
         f"found {', '.join(there[:8]) or 'no folders'}"

@@ -66,6 +66,16 @@ class LabelSplit:
     ignored: float
     """Share of ignored pixels."""
     warnings: tuple[str, ...]
+    stems: tuple[str, ...]
+    """Relative paths of the pairs without suffix."""
+    classes_by_image: tuple[frozenset[int], ...]
+    """Classes that occur in every pair."""
+    images_with: tuple[int, ...]
+    """Number of images with each class."""
+    fewest: tuple[int, ...]
+    """Smallest number of pixels of each class in an image that has it; 0 if none has."""
+    most: tuple[int, ...]
+    """Largest number of pixels of each class in an image."""
     listing: Path | None = None
     """Text file of the images' paths without suffix, where `images` holds others too."""
 
@@ -108,7 +118,8 @@ def open_labels(
 
     report = ValidationReport(f"{layout.images} and {layout.labels}")
     _check_names(pairing, report, warnings)
-    counts, ignored = _count(layout, pairing, known, reduce, report, warnings, progress)
+    by_image, ignored = _count(layout, pairing, known, reduce, report, warnings, progress)
+    counts = by_image.sum(axis=0)
     labelled = int(counts.sum())
     if not report and not labelled:
         report.add("no pixel of a class", "every one is ignored")
@@ -135,6 +146,11 @@ def open_labels(
         shares=tuple((counts / labelled).tolist()),
         ignored=share,
         warnings=tuple(warnings),
+        stems=tuple(pairing.stems),
+        classes_by_image=tuple(frozenset(np.flatnonzero(row).tolist()) for row in by_image),
+        images_with=tuple((by_image > 0).sum(axis=0).tolist()),
+        fewest=tuple(np.where(by_image > 0, by_image, 1 << 62).min(axis=0).tolist()),
+        most=tuple(by_image.max(axis=0).tolist()),
         listing=listing,
     )
 
@@ -175,7 +191,7 @@ def _count(
     warnings: list[str],
     progress: Progress | None,
 ) -> tuple[np.ndarray, int]:
-    """Checks every pair; returns the pixels of every class, and the ignored ones."""
+    """Checks every pair; returns the pixels of every image and class `[n, classes]`, and of ignored ones."""
     first = 1 if reduce else 0
     last = first + len(known.names) - 1
     ignored_values = {0, known.ignore_index} if reduce else {known.ignore_index}
@@ -184,15 +200,15 @@ def _count(
     allowed[list(ignored_values)] = True
     meaning = f"classes are {first} to {last}, ignored {' and '.join(map(str, sorted(ignored_values)))}"
     totals = np.zeros(_COUNTED, np.int64)
+    by_image = np.zeros((len(pairing.stems), len(known.names)), np.int64)
     turned = 0
 
     def read(stem: str):
         label = read_label(layout.labels / (stem + pairing.label_suffix))
         return label, read_header(layout.images / (stem + pairing.image_suffix))
 
-    for stem, (label, header) in zip(
-        pairing.stems, map_in_threads(read, pairing.stems, progress), strict=True
-    ):
+    pairs = zip(pairing.stems, map_in_threads(read, pairing.stems, progress), strict=True)
+    for row, (stem, (label, header)) in enumerate(pairs):
         image_name, label_name = stem + pairing.image_suffix, stem + pairing.label_suffix
         if isinstance(header, str):
             report.add("image cannot be read", f"{image_name}: {header}")
@@ -203,6 +219,8 @@ def _count(
             continue
         size, counts = label
         totals[: len(counts)] += counts
+        own = counts[first : last + 1]
+        by_image[row, : len(own)] = own
         wrong = np.flatnonzero((counts > 0) & ~allowed[: len(counts)]).tolist()
         if wrong:
             values = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
@@ -223,7 +241,7 @@ def _count(
         )
     if len(known.names) == 2 and not reduce and set(np.flatnonzero(totals)) == {0, 255}:
         report.add("labels hold 0 and 255 alone", "is 255 the second class? It must be 1; 255 is ignored")
-    return totals[first : last + 1], int(sum(totals[value] for value in ignored_values))
+    return by_image, int(sum(totals[value] for value in ignored_values))
 
 
 _RECODE = "every pixel must be one class number: recode the colours by the palette"

@@ -284,11 +284,23 @@ def test_a_plain_runner_runs_what_the_command_wrote(trained, tmp_path):
     assert (tmp_path / "work" / "last_checkpoint").is_file()
 
 
-def test_check_prints_what_a_dataset_holds(data, capsys, monkeypatch):
+def test_check_prints_what_a_dataset_holds(data, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "120")
-    run(["check", "--data", str(data)])
+    run(["check", "--data", str(data), "--out", str(tmp_path / "sheet")])
     said = capsys.readouterr().out
     assert "96 x 64 / 96 x 64 / 96 x 64" in said and "no errors found" in said
+    boxes = [
+        each["bbox"][2:]
+        for each in json.loads((data / "annotations" / "val.json").read_text())["annotations"]
+        if each["category_id"] == 2
+    ]
+    low, high = (f"{int(size[0])} x {int(size[1])}" for size in (min(boxes), max(boxes)))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines()]
+    assert ["", "val", str(len(boxes)), str(len(boxes)), low, high] in rows
+    with Image.open(tmp_path / "sheet" / "contact_sheet.png") as sheet:
+        assert min(sheet.size) > 600 and len(sheet.convert("RGB").getcolors(1 << 20) or [0] * 999) > 500
+    with pytest.raises(BadInput, match="is not empty"):
+        run(["check", "--data", str(data), "--out", str(tmp_path / "sheet")])
 
 
 def test_the_stand_in_operators_are_announced(caplog):

@@ -188,9 +188,15 @@ def test_bad_input_is_named(arguments: list[str], message, data, trained, tmp_pa
 
 
 def test_check_prints_what_a_dataset_holds(data, capsys):
-    run(["check", "--data", str(data)])
+    run(["check", "--data", str(data), "--out", str(data.parent / "sheet")])
     said = capsys.readouterr().out
-    assert "pixels of square" in said and "no errors found" in said
+    assert "no errors found" in said
+    labels = [np.asarray(Image.open(path)) for path in (data / "ann_dir" / "train").iterdir()]
+    counts = sorted(int((label == 1).sum()) for label in labels)
+    share = f"{sum(counts) / sum(label.size for label in labels):.2%}"
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines()]
+    assert ["square", "train", str(len(labels)), share, str(counts[0]), str(counts[-1])] in rows
+    assert (data.parent / "sheet" / "contact_sheet.png").is_file()
 
 
 def test_a_segmentor_is_not_a_detector(trained, data, tmp_path):
