@@ -75,6 +75,7 @@ NOT_RUN: dict[str, str] = {
     "coma compare PHOTOS --methods mae coma 'zoom: beyond --degrade zoom-in+mask' --models tiny vit-tiny "
     "--seeds 0 1 2 --budget images 100000 --test CLASSES --protocols knn linear --probes 5 --out comparison "
     "-- --image-size 64": "test_sweep.py runs comparisons, with a process for every run",
+    "coma export runs/classifier/artifact --to onnx,aoti": "takes minutes; test_torch_program.py compiles",
     "coma embed timm:vit_small_patch14_dinov2.lvd142m IMAGES --out dinov2.parquet --download": "downloads "
     "weights",
     "coma embed runs/first/artifact IMAGES --out features.parquet --ray auto": "needs a Ray cluster; "
