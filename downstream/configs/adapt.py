@@ -15,7 +15,7 @@ from coma.config import EncoderConfig, encoder_preset
 from coma.config.serialization import from_plain
 from coma.errors import BadInput
 from downstream.cli_options import TrainOptions
-from downstream.configs.load import REGISTER_MODULE, require_imports
+from downstream.configs.load import REGISTER_MODULE, image_reader, require_imports
 from downstream.configs.strides import scale_strides
 
 log = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def _set_image_reader(node: Any, channels: int) -> None:
     if isinstance(node, dict):
         if node.get("type") == "LoadImageFromFile":
             node.clear()
-            node.update(type="ReadImage", channels=channels)
+            node.update(image_reader(channels))
         for child in list(node.values()):
             _set_image_reader(child, channels)
     elif isinstance(node, list | tuple):

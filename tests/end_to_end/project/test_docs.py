@@ -6,7 +6,7 @@ Python run as they stand. Blocks of YAML and TOML are files, which begin with th
 """
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import re
 import shutil
@@ -80,6 +80,8 @@ NOT_RUN: dict[str, str] = {
     "weights",
     "coma embed runs/first/artifact IMAGES --out features.parquet --ray auto": "needs a Ray cluster; "
     "test_embed.py starts one",
+    "python -m downstream.openmmlab mmdet/tools/test.py runs/detector/config.py CHECKPOINT": "test_openmmlab_"
+    "tools.py runs tools",
     "coma demo": "trains the quickstart's model; the other demo is run",
     "coma detect train runs/first/artifact --data COCO --config ANY.py --cfg-options "
     "optim_wrapper.optimizer.lr=0.0002 --out runs/own": "test_user_configs.py trains several configurations",
@@ -262,6 +264,8 @@ def test_other_commands_name_what_exists(command):
             extras = project["optional-dependencies"]
             known = str(extras)
             assert set(filter(None, (found[1] or "").split(","))) <= set(extras) if found else name in known
+        case ["python", "-m", module, *_]:
+            assert importlib.util.find_spec(module), module
         case [program, *_]:
             assert program in ("bash", "source") or program.startswith(".venv/bin/"), command.text
 

@@ -157,7 +157,7 @@ def test_heads_of_other_segmentors_are_fitted(name, tmp_path):
             else [channels[i] for i in head.in_index]
         )
         assert head.in_channels == wanted
-    assert config.train_dataloader.dataset.pipeline[0] == {"type": "ReadImage", "channels": 3}
+    assert config.train_dataloader.dataset.pipeline[0] == {"type": "ReadImage"}
 
 
 def _segmentation_inputs() -> dict[str, Any]:
