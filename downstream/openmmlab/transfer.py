@@ -48,11 +48,15 @@ def class_tensors(settings: Any) -> set[str]:
         settings: Settings of the model, as mmengine builds it. It is built twice, on the CPU.
     """
     shapes = []
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for more in (0, 1):
-            model = MODELS.build(_with_classes(copy.deepcopy(settings), more))
-            shapes.append({name: tensor.shape for name, tensor in model.state_dict().items()})
+    logging.disable(logging.INFO)  # what was loaded was said when the model itself was built
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for more in (0, 1):
+                model = MODELS.build(_with_classes(copy.deepcopy(settings), more))
+                shapes.append({name: tensor.shape for name, tensor in model.state_dict().items()})
+    finally:
+        logging.disable(logging.NOTSET)
     return {name for name, shape in shapes[0].items() if shapes[1].get(name) != shape}
 
 
