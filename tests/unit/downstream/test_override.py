@@ -114,5 +114,5 @@ def test_sizes_are_scaled_together():
 def test_a_configuration_without_a_size_is_refused():
     config = stock(RETINANET)
     config.test_dataloader.dataset.pipeline = [{"type": "LoadImageFromFile"}]
-    with pytest.raises(BadInput, match="--image-size: .* no fixed size"):
+    with pytest.raises(BadInput, match=r"--image-size: .* no fixed size"):
         set_image_size(config, ImageSize(64, 64))
