@@ -92,7 +92,7 @@ def _train(argv: list[str]) -> None:
 
 
 def _config(options: DetectTrain, encoder: EncoderSpec) -> Any:
-    from downstream.configs.start import whole_model
+    from downstream.start import whole_model
     from downstream.tasks.detection import HAS_MASKS, training_config
 
     data, train, val = _open_splits(options)

@@ -98,7 +98,7 @@ def _train(argv: list[str]) -> None:
 
 
 def _config(options: SegmentTrain, encoder: EncoderSpec) -> Any:
-    from downstream.configs.start import whole_model
+    from downstream.start import whole_model
     from downstream.tasks.segmentation import training_config
 
     train, val = _open_splits(options)

@@ -140,9 +140,9 @@ def _prepared(
     from downstream.configs.adapt import encoder_spec, set_encoder
     from downstream.configs.load import apply_cfg_options, config_errors, load_config
     from downstream.configs.override import OURS, OVERRIDES, override_backbone, override_training
-    from downstream.configs.start import load_whole
     from downstream.finetune import check_library
     from downstream.openmmlab.runner import prepare_config
+    from downstream.start import load_whole
 
     encoder, theirs, out = None, options.config, require_option(options.out, "--out", "a new run directory")
     if options.artifact or options.preset or not theirs:

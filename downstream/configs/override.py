@@ -14,7 +14,7 @@ from coma.errors import BadInput
 from coma.image_size import ImageSize
 from downstream.cli_options import TrainOptions
 from downstream.configs.load import pipeline_of
-from downstream.configs.schedule import set_workers, split_batch
+from downstream.configs.schedule import SETTINGS, set_workers, split_batch
 
 OURS = ("DyViT", "PlainViT")
 OVERRIDES = (
@@ -69,8 +69,6 @@ def override_backbone(config: Any, options: TrainOptions, given: Collection[str]
 
 
 def _set_layer_decay(config: Any, rate: float) -> None:
-    from downstream.openmmlab.optim import SETTINGS
-
     if config.model.backbone.get("type") not in OURS:
         raise BadInput("--layer-decay: needs one of our backbones; give an ARTIFACT or --preset")
     wrapper = config.optim_wrapper
