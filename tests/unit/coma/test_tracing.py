@@ -1,5 +1,7 @@
 """Encoders under torch.jit.trace, which mmengine's complexity analysis uses, too."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ def test_a_traced_encoder_computes_the_same(config):
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     first, second = torch.randn(2, 2, 3, 70, 100)
-    traced = torch.jit.trace(encoder, first)
+    traced: Any = torch.jit.trace(encoder, first)
     for theirs, ours in zip(traced(second), encoder(second), strict=True):
         assert torch.allclose(theirs, ours, atol=1e-6) and ours.abs().max() > 0.1
 
