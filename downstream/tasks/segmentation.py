@@ -10,6 +10,7 @@ import numpy as np
 
 from coma.artifact import ArtifactConfig
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from downstream.artifacts import check_classes
 from downstream.cli_options import TrainOptions
 from downstream.configs.adapt import EncoderSpec, as_list, set_encoder
@@ -29,18 +30,20 @@ def training_config(
     train: LabelSplit,
     val: LabelSplit,
     options: TrainOptions,
-    crop: int | None = None,
+    crop: ImageSize | None = None,
     resize: int | None = None,
+    whole: Any = None,
 ) -> Any:
     """Returns the training configuration of UPerNet for an encoder and a dataset.
 
     Args:
         encoder: The encoder.
-        train: Training images.
-        val: Validation images.
+        train: Training split.
+        val: Validation split.
         options: Options of the command.
-        crop: Side of the training crops in pixels; by default as `default_crop`.
-        resize: Short side that images are resized to before; None keeps their size.
+        crop: Height and width of the training crops; by default as `default_crop`.
+        resize: Short side that images are resized to before cropping; None keeps their size.
+        whole: Settings of a model around this encoder, in place of UPerNet's.
 
     Raises:
         BadInput: options that do not fit.
@@ -48,10 +51,13 @@ def training_config(
     unit = encoder.model.unit
     if crop is None:
         crop = default_crop(train, unit, resize)
-        log.info("training crops of %d px, from the size of the images; --crop-size sets another", crop)
-    elif crop < unit or crop % unit:
-        raise BadInput(f"--crop-size {crop}: must be a multiple of the encoder's {unit} px mask unit")
+        log.info("training crops of %s px, from the size of the images; --crop-size sets another", crop)
+    elif any(side < unit or side % unit for side in crop):
+        flag = "--image-size" if options.image_size else "--crop-size"
+        raise BadInput(f"{flag} {crop}: must be a multiple of the encoder's {unit} px mask unit")
     config = load_config(PRESET)
+    if whole is not None:
+        config.model = whole
     set_encoder(config, encoder, options)
     set_dataset(config, train, val)
     set_pipelines(config, encoder.model.channels, crop, resize, train.reduce_zero_label)
@@ -62,8 +68,8 @@ def training_config(
     return config
 
 
-def default_crop(train: LabelSplit, unit: int, resize: int | None) -> int:
-    """Returns the short side of the images (median of up to 64), or `resize`, but at most 512 px.
+def default_crop(train: LabelSplit, unit: int, resize: int | None) -> ImageSize:
+    """Returns a square as large as the short side of the images (median of up to 64), or `resize`, up to 512 px.
 
     It is rounded down to a multiple of the mask unit `unit`; images that are smaller are padded.
     """
@@ -72,7 +78,7 @@ def default_crop(train: LabelSplit, unit: int, resize: int | None) -> int:
         headers = [read_header(path) for path in files[:: max(len(files) // _HEADERS, 1)][:_HEADERS]]
         sides = [min(header.shown) for header in headers if isinstance(header, Header)]
         resize = int(np.median(sides)) if sides else _LARGEST_CROP
-    return max(min(resize, _LARGEST_CROP) // unit, 1) * unit
+    return ImageSize.of(max(min(resize, _LARGEST_CROP) // unit, 1) * unit)
 
 
 def set_dataset(config: Any, train: LabelSplit, val: LabelSplit) -> None:
@@ -127,7 +133,9 @@ def test_settings(about: ArtifactConfig, split: LabelSplit) -> tuple[dict[str, A
     return loader, metric_settings(split)
 
 
-def set_pipelines(config: Any, channels: int, crop: int, resize: int | None, reduce_zero_label: bool) -> None:
+def set_pipelines(
+    config: Any, channels: int, crop: ImageSize, resize: int | None, reduce_zero_label: bool
+) -> None:
     """Sets the pipelines: any image format; crops at 0.5 to 2 times the size; whole test images."""
     read = image_reader(channels)
     labels = annotation_step(reduce_zero_label)
@@ -142,7 +150,7 @@ def set_pipelines(config: Any, channels: int, crop: int, resize: int | None, red
         read,
         labels,
         jitter,
-        {"type": "RandomCrop", "crop_size": (crop, crop), "cat_max_ratio": 0.75},
+        {"type": "RandomCrop", "crop_size": tuple(crop), "cat_max_ratio": 0.75},
         {"type": "RandomFlip", "prob": 0.5},
         *([{"type": "PhotoMetricDistortion"}] if channels == 3 else []),
         {"type": "PackSegInputs"},
@@ -150,6 +158,6 @@ def set_pipelines(config: Any, channels: int, crop: int, resize: int | None, red
     testing = [read, *exactly, labels, {"type": "PackSegInputs"}]
     config.val_dataloader.dataset.pipeline = config.test_dataloader.dataset.pipeline = testing
     model = config.model
-    model.data_preprocessor["size"] = (crop, crop)
+    model.data_preprocessor["size"] = tuple(crop)
     model.data_preprocessor.pop("size_divisor", None)
     model.test_cfg = {"mode": "whole"}

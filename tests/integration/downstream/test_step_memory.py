@@ -10,6 +10,7 @@ from PIL import Image
 
 from coma.config.serialization import to_plain
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.memory import GIB
 from downstream import step_memory
 from downstream.cli_options import TrainOptions
@@ -29,7 +30,7 @@ def config_of(kind: Any, side: int, batch: int) -> Any:
     options = TrainOptions(head_channels=32, batch_size=batch, device="cpu", steps=2)
     set_encoder(config, SPEC, options)
     if kind == "segmentor":
-        segmentation.set_pipelines(config, 3, side, None, False)
+        segmentation.set_pipelines(config, 3, ImageSize.of(side), None, False)
     else:
         detection.set_pipelines(config, 3, side, False)
     set_schedule(config, options, 100, "mIoU")
@@ -102,10 +103,10 @@ def test_crops_are_as_large_as_the_images(tmp_path):
     for number, size in enumerate([(120, 96), (150, 99), (90, 400)]):
         Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8)).save(tmp_path / f"{number}.png")
     split: Any = SimpleNamespace(images=tmp_path, image_suffix=".png")
-    assert segmentation.default_crop(split, 16, None) == 96
-    assert segmentation.default_crop(split, 64, None) == 64
-    assert segmentation.default_crop(split, 14, 1000) == 504
-    assert segmentation.default_crop(split, 512, None) == 512
+    assert segmentation.default_crop(split, 16, None) == (96, 96)
+    assert segmentation.default_crop(split, 64, None) == (64, 64)
+    assert segmentation.default_crop(split, 14, 1000) == (504, 504)
+    assert segmentation.default_crop(split, 512, None) == (512, 512)
 
 
 # Passes
