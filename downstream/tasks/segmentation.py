@@ -69,7 +69,7 @@ def training_config(
 
 
 def default_crop(train: LabelSplit, unit: int, resize: int | None) -> ImageSize:
-    """Returns a square as large as the short side of the images (median of up to 64), or `resize`, up to 512 px.
+    """Returns a square of the short side of the images (median of up to 64), or of `resize`, at most 512 px.
 
     It is rounded down to a multiple of the mask unit `unit`; images that are smaller are padded.
     """

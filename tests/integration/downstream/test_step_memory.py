@@ -32,7 +32,7 @@ def config_of(kind: Any, side: int, batch: int) -> Any:
     if kind == "segmentor":
         segmentation.set_pipelines(config, 3, ImageSize.of(side), None, False)
     else:
-        detection.set_pipelines(config, 3, side, False)
+        detection.set_pipelines(config, 3, ImageSize(side, round(side * detection.LONGEST)), False)
     set_schedule(config, options, 100, "mIoU")
     return config
 
