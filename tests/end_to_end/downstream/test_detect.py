@@ -59,7 +59,7 @@ def test_predictions_are_drawn_and_written_as_coco_does(trained, data, tmp_path,
         (tmp_path / "images" / name).write_bytes((data / "val" / name).read_bytes())
     (tmp_path / "images" / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     out, annotations = tmp_path / "out", data / "annotations" / "val.json"
-    arguments = [str(trained / "artifact"), str(tmp_path / "images"), "--out", str(out), "--score", "0.0"]
+    arguments = [str(trained / "artifact"), str(tmp_path / "images"), "--out", str(out), "--threshold", "0.0"]
     run(["predict", *arguments, "--annotations", str(annotations)])
     assert "3.png" in capsys.readouterr().err
     pictures = sorted((out / "pictures").glob("*.png"))

@@ -9,8 +9,8 @@ from PIL import Image
 
 from coma.errors import BadImage, BadInput
 from downstream.datasets.image_headers import read_header
+from downstream.frames import list_images
 from downstream.openmmlab.transforms import ReadImage
-from downstream.predict import list_images
 
 pytestmark = pytest.mark.openmmlab
 
