@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import numpy as np
 from coma.data.sources.files import images_below
 from coma.data.sources.image_folder import find_images
 from coma.errors import BadImage, BadInput
+from coma.messages import counted
+
+log = logging.getLogger(__name__)
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 """Suffixes of files that are read as videos."""
@@ -36,6 +40,8 @@ def list_images(images: Path) -> list[Path]:
     videos = [path for path in sorted(images.rglob("*")) if is_video(path) and path.is_file()]
     if videos and not find_images(images)[0]:
         return videos
+    if videos:
+        log.info("%s: %s", images, counted(len(videos), "video"))
     return sorted([*images_below(images), *videos])
 
 

@@ -155,7 +155,7 @@ class PredictionFiles:
                 continue
             x, y, w, h = each["bbox"]
             corners = (f"{v:.6f}" for v in (x / width, (x + w) / width, y / height, (y + h) / height))
-            rows.append([PurePosixPath(name).name, "coma", label, each["score"], *corners, 0])
+            rows.append([name, "coma", label, each["score"], *corners, 0])
         return rows
 
 
@@ -181,7 +181,8 @@ def polygons_of(result: dict[str, Any], every: bool) -> list[list[float]]:
     parents = tree[0, :, 3] if tree is not None else []
     contours = [contour for contour, parent in zip(contours, parents, strict=True) if parent < 0]
     ordered = sorted(contours, key=cv2.contourArea, reverse=True)
-    found: list[list[float]] = [contour.reshape(-1).tolist() for contour in (ordered if every else ordered[:1])]
+    chosen = ordered if every else ordered[:1]
+    found: list[list[float]] = [contour.reshape(-1).tolist() for contour in chosen]
     return [
         points * (3 if len(points) == 2 else 1) + (points[:2] if len(points) == 4 else []) for points in found
     ]

@@ -68,7 +68,7 @@ class SegmentTest(TestOptions):
 
 @dataclass(frozen=True)
 class SegmentPredict(PredictOptions):
-    """Segments images: writes label maps (labels/), overlays (pictures/, videos/) and label files (--format)."""
+    """Segments images: writes label maps (labels/), overlays (pictures/, videos/), label files (--format)."""
 
     threshold: Annotated[float, SHARE] = 0.0
     """Lowest probability of a pixel's class; pixels below it are 255 in label maps, and not tinted."""

@@ -305,6 +305,66 @@ def test_check_prints_what_a_dataset_holds(data, capsys, monkeypatch, tmp_path):
         run(["check", "--data", str(data), "--out", str(tmp_path / "sheet")])
 
 
+def test_tiles_videos_and_formats(trained, data, tmp_path, capsys, monkeypatch):
+    """A picture no larger than a tile is predicted as without; a larger one in tiles; a video frame by frame."""
+    import cv2
+
+    model, image = str(trained / "artifact"), str(data / "val" / "1.png")
+    found = {}
+    for name, options in {"plain": [], "one": ["--tile-size", "96"], "many": ["--tile-size", "64"]}.items():
+        run(["predict", model, image, "--out", str(tmp_path / name), "--threshold", "0", *options])
+        found[name] = json.loads((tmp_path / name / "detections.json").read_text())
+    assert found["plain"] == found["one"] != found["many"]
+    assert all(each["segmentation"]["size"] == [64, 96] for each in found["many"])
+    assert [each["score"] for each in found["many"]] == sorted(
+        (e["score"] for e in found["many"]), reverse=True
+    )
+
+    run(["predict", model, image, "--out", str(tmp_path / "disc"), "--threshold", "0", "--classes", "disc",
+         "--format", "coco,yolo,labelme,csv"])  # fmt: skip
+    kept = json.loads((tmp_path / "disc" / "detections.json").read_text())
+    assert kept == [each for each in found["plain"] if each["category_id"] == 2]
+    assert len((tmp_path / "disc" / "yolo" / "labels" / "1.txt").read_text().splitlines()) == len(kept)
+    for options, message in (
+        (["--classes", "cat"], "give some of square, disc"),
+        (["--format", "voc"], "give some of coco, yolo, labelme, csv"),
+        (["--overlap", "0.95"], "overlap"),
+        (["--runtime", "onnxruntime"], "coma export"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            run(["predict", model, image, "--out", str(tmp_path / "none"), *options])
+
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    writer = cv2.VideoWriter(str(folder / "clip.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 5, (96, 64))
+    for number in (1, 2, 3):
+        writer.write(cv2.imread(str(data / "val" / f"{number}.png")))
+    writer.release()
+    (folder / "empty.mp4").write_bytes(b"no video")
+    run(["predict", model, str(folder), "--out", str(tmp_path / "clip")])
+    assert "empty.mp4: not a video that OpenCV can decode" in capsys.readouterr().err
+    listed = json.loads((tmp_path / "clip" / "images.json").read_text())["images"]
+    assert [each["file_name"] for each in listed] == [f"clip.mp4/{n:06d}" for n in (1, 2, 3)]
+    video = cv2.VideoCapture(str(tmp_path / "clip" / "videos" / "clip.mp4"))
+    assert (video.get(cv2.CAP_PROP_FRAME_COUNT), video.get(cv2.CAP_PROP_FPS)) == (3, 5)
+    video.release()
+
+    from downstream.prediction_files import PredictionFiles
+
+    add = PredictionFiles.add
+
+    def stopped(self, name, *others):
+        add(self, name, *others)
+        if name.endswith("000002"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(PredictionFiles, "add", stopped)
+    with pytest.raises(Interrupted, match="stopped after 2 of 4 images"):
+        run(["predict", model, str(folder), "--out", str(tmp_path / "half")])
+    assert len(json.loads((tmp_path / "half" / "images.json").read_text())["images"]) == 2
+    assert (tmp_path / "half" / "videos" / "clip.mp4").stat().st_size > 100
+
+
 def test_labels_of_another_format_are_kept_in_the_run(trained, data, backbone, tmp_path, capsys):
     """Training reads what was converted, also when it is resumed; a run that never began leaves nothing."""
     other, out = label_files.yolo(data, tmp_path / "yolo", polygons=True), tmp_path / "run"
