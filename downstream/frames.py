@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from coma.data.sources.files import images_below
 from coma.data.sources.image_folder import find_images
 from coma.errors import BadImage, BadInput
 from coma.messages import counted
+from downstream.datasets.files import DatasetFiles
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +37,15 @@ def list_images(images: Path) -> list[Path]:
         raise BadInput(f"{images}: no such file or folder")
     if not images.is_dir():
         raise BadInput(f"{images}: is neither a folder nor a regular file")
-    videos = [path for path in sorted(images.rglob("*")) if is_video(path) and path.is_file()]
-    if videos and not find_images(images)[0]:
-        return videos
-    if videos:
-        log.info("%s: %s", images, counted(len(videos), "video"))
-    return sorted([*images_below(images), *videos])
+    names, inventory = find_images(images)
+    videos = DatasetFiles(images).ending(*VIDEOS)
+    if not names and not videos:
+        raise BadInput(f"{images}: no image in this folder; it holds {inventory.skipped() or 'nothing'}")
+    for kind in VIDEOS:
+        inventory.unread.pop(kind, None)
+    more = f"; {counted(len(videos), 'video')}" if videos else ""
+    log.info("%s%s", inventory.summary(images), more, extra={"once": True})
+    return sorted(images / name for name in [*names, *videos])
 
 
 def count_frames(path: Path) -> int:

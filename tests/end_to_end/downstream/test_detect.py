@@ -306,7 +306,7 @@ def test_check_prints_what_a_dataset_holds(data, capsys, monkeypatch, tmp_path):
 
 
 def test_tiles_videos_and_formats(trained, data, tmp_path, capsys, monkeypatch):
-    """A picture no larger than a tile is predicted as without; a larger one in tiles; a video frame by frame."""
+    """A picture no larger than a tile is predicted as without, a larger one in tiles, a video by frames."""
     import cv2
 
     model, image = str(trained / "artifact"), str(data / "val" / "1.png")
