@@ -338,7 +338,9 @@ def test_tiles_videos_and_formats(trained, data, tmp_path, capsys, monkeypatch):
     folder.mkdir()
     writer = cv2.VideoWriter(str(folder / "clip.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 5, (96, 64))
     for number in (1, 2, 3):
-        writer.write(cv2.imread(str(data / "val" / f"{number}.png")))
+        frame = cv2.imread(str(data / "val" / f"{number}.png"))
+        assert frame is not None
+        writer.write(frame)
     writer.release()
     (folder / "empty.mp4").write_bytes(b"no video")
     run(["predict", model, str(folder), "--out", str(tmp_path / "clip")])
