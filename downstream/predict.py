@@ -18,8 +18,9 @@ from torch import nn
 
 from coma.artifact import ArtifactConfig
 from coma.errors import BadImage, BadInput
-from downstream.artifacts import dataset_meta, lists_to_tuples
+from downstream.artifacts import lists_to_tuples
 from downstream.datasets.drawn import mask_box
+from downstream.datasets.label_classes import dataset_meta
 from downstream.datasets.masks import encode_runs
 from downstream.draw import draw_boxes, draw_masks
 from downstream.frames import VideoWriter, is_video, read_frames
