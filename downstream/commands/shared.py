@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from coma.atomic_io import lies_among, write_json
 from coma.errors import BadInput
 from coma.preflight import require_folder, require_packages
-from downstream.cli_options import PredictOptions, TestOptions, TrainOptions, is_main
+from downstream.cli_options import ENCODER_OPTIONS, PredictOptions, TestOptions, TrainOptions, is_main
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 COMMANDS = {"detector": "detect", "segmentor": "segment"}
-ENCODER_OPTIONS = ("drop_path", "head_channels", "frozen_stages", "global_blocks", "grad_checkpointing")
-"""Training options that also apply to a configuration of the user's own, once an encoder is put into it."""
 SOURCE_OPTIONS = ("artifact", "preset", "config", "cfg_options", "data", "classes", "out", "device")
 """Options that apply with --config, whatever the encoder."""
 

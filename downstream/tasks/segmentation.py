@@ -9,8 +9,8 @@ from coma.artifact import ArtifactConfig
 from coma.errors import BadInput
 from downstream.artifacts import check_classes
 from downstream.cli_options import TrainOptions
-from downstream.configs.adapt import EncoderSpec, as_list, set_encoder
-from downstream.configs.load import PRESETS, load_config, pipeline_of, replace_dataset
+from downstream.configs.adapt import EncoderSpec, set_encoder
+from downstream.configs.load import PRESETS, as_list, load_config, pipeline_of, replace_dataset
 from downstream.configs.schedule import set_schedule, set_workers
 from downstream.datasets.labels import LabelSplit
 

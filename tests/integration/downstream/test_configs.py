@@ -147,7 +147,7 @@ def test_heads_of_other_segmentors_are_fitted(name, tmp_path):
     theirs.write_text(f"_base_ = 'mmseg::{name}.py'\n")
     config = load_config(theirs)
     set_encoder(config, EncoderSpec(DYVIT, (0.4,) * 3, (0.2,) * 3, {"preset": "tiny"}), TrainOptions())
-    from downstream.configs.adapt import as_list
+    from downstream.configs.load import as_list
 
     channels = [8, 16, 32, 64]
     for head in as_list(config.model.decode_head):
