@@ -13,12 +13,13 @@ run again, except what failed.
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import multiprocessing
 import re
-import subprocess
 import sys
 import time
-import warnings
+import traceback
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ BASE = {
     "mmseg/unet": ("unet-s5-d16_fcn_4xb4-160k_cityscapes-512x1024",),
 }  # fmt: skip
 """Models of families that are not, or not only, the first one of the metafile."""
-SIDES = {"mmdet/ssd": 320, "mmdet/legacy_1.x": 320, "mmdet/wider_face": 320, "mmdet/pascal_voc": 320}
+SIDES = {f"mmdet/{name}": 320 for name in ("ssd", "legacy_1.x", "wider_face", "pascal_voc", "dino", "ddq")}
 """Side of the images of families whose models need more than `SIDE`, in pixels."""
 SIDE = 128
 
@@ -82,8 +83,8 @@ def _first(folder: Path) -> Path:
     return next(iter(sorted(folder.glob("*.py"))))
 
 
-def run_model(path: Path, side: int) -> dict[str, Any]:
-    """Fits, builds, trains for a step and predicts.
+def run_model(path: Path, side: int, artifact: Path | None = None) -> dict[str, Any]:
+    """Fits the encoder of an artifact, or one with random weights, builds, trains for a step and predicts.
 
     Raises:
         Exception: whatever the model raises.
@@ -95,7 +96,7 @@ def run_model(path: Path, side: int) -> dict[str, Any]:
     from downstream.openmmlab.runner import prepare_config
 
     torch.manual_seed(0)
-    config: Any = coma.fit_backbone(path, preset="tiny")
+    config: Any = coma.fit_backbone(path, artifact, preset=None if artifact else "tiny")
     library = config.default_scope
     prepare_config(config, Path("unused"), "cpu")
     import_module(f"{library}.models")
@@ -103,6 +104,7 @@ def run_model(path: Path, side: int) -> dict[str, Any]:
     for setting, small in (("batch_augments", None), ("size", (side, side))):  # they pad to a full size
         if setting in config.model.data_preprocessor:
             config.model.data_preprocessor[setting] = small
+    _set_small(config.model)
     model: Any = MODELS.build(config.model)
     model.init_weights()
     data = _objects(config, side) if library == "mmdet" else _label_maps(config, side)
@@ -124,12 +126,23 @@ def run_model(path: Path, side: int) -> dict[str, Any]:
     return {"parameters": f"{sum(each.numel() for each in model.parameters()) / 1e6:.1f} M"}
 
 
+def _set_small(node: Any) -> None:
+    """Limits the boxes that heads of the second stage get, in training and testing."""
+    limits = {"nms_pre": 100, "max_per_img": 20, "num": 16}
+    for key, child in list(node.items() if isinstance(node, dict) else enumerate(node)):
+        if isinstance(node, dict) and key in limits and isinstance(child, int):
+            node[key] = min(child, limits[key])
+        if isinstance(child, dict | list):
+            _set_small(child)
+
+
 def _objects(config: Any, side: int) -> dict[str, Any]:
     from mmdet.testing import demo_mm_inputs
 
     classes = min(_numbers(config.model, ("num_classes", "num_things_classes")) or [2])
     shapes = [(3, side, side), (3, side, side)]
-    data = demo_mm_inputs(2, shapes, [3, 4], classes, with_mask=True, with_semantic=True)
+    masks = re.search(r"with_mask['\"]?[:=] ?True", config.pretty_text) is not None
+    data = demo_mm_inputs(2, shapes, [3, 4], classes, with_mask=masks, with_semantic=True)
     if config.model.type == "FastRCNN":
         import torch
         from mmengine.structures import InstanceData
@@ -166,31 +179,45 @@ def _numbers(node: Any, names: tuple[str, ...]) -> list[int]:
     return own + [number for child in node.values() for number in _numbers(child, names)]
 
 
-def child(path: Path, side: int) -> None:
-    """Runs one model and prints its result as the last line, JSON."""
+def import_libraries() -> None:
+    """Imports what all models need, before processes are forked."""
+    import torch
+
+    torch.set_num_threads(1)  # threads do not survive a fork
+    for name in ("downstream.openmmlab.runner", "downstream.openmmlab.contract", "mmdet.models",
+                 "mmdet.testing", "mmseg.models", "coma", "downstream.configs.adapt"):  # fmt: skip
+        import_module(name)
+
+
+def run_child(path: Path, side: int, results: Any) -> None:
+    """Runs one model in a process of its own and sends the result."""
+    import warnings
+
     warnings.simplefilter("ignore")
+    sys.stdout = sys.stderr = io.StringIO()  # the libraries print a lot
     try:
-        result: dict[str, Any] = {"works": "yes", **run_model(path, side)}
+        results.send({"works": "yes", **run_model(path, side)})
     except Exception as error:
-        said = " ".join(str(error).split())
-        result = {"works": "no", "why": f"{type(error).__name__}: {said}"[:240]}
-        if "--trace" in sys.argv:
-            raise
-    print(json.dumps(result))
+        said = " ".join(str(error).split()) or traceback.format_exc().strip().splitlines()[-3].strip()
+        results.send({"works": "no", "why": f"{type(error).__name__}: {said}"[:240]})
 
 
 def run_family(family: str, path: Path, seconds: float) -> dict[str, Any]:
-    """Returns the row of a model, from a process of its own."""
+    """Returns the row of a model, from a forked process, which has the libraries already."""
     started = time.perf_counter()
-    command = [sys.executable, __file__, "--child", str(path), "--side", str(SIDES.get(family, SIDE))]
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=run_child, args=(path, SIDES.get(family, SIDE), sender))
+    child.start()
+    sender.close()
     row: dict[str, Any] = {"family": family, "model": path.stem}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-        lines = done.stdout.strip().splitlines()
-        said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        row |= json.loads(lines[-1]) if done.returncode == 0 and lines else {"works": "no", "why": said[0]}
-    except subprocess.TimeoutExpired:
-        row |= {"works": "no", "why": f"took more than {seconds:g} s"}
+        row |= receiver.recv() if receiver.poll(seconds) else {"works": "no", "why": f"over {seconds:g} s"}
+    except EOFError:
+        child.join()
+        row |= {"works": "no", "why": f"the process died with exit code {child.exitcode}"}
+    child.kill()
+    child.join()
     return row | {"seconds": round(time.perf_counter() - started)}
 
 
@@ -200,15 +227,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="*", help="families, such as mmdet/rtmdet")
-    parser.add_argument("--seconds", type=float, default=240.0, help="time limit of a model")
+    parser.add_argument("--seconds", type=float, default=600.0, help="time limit of a model")
     parser.add_argument("--out", type=Path, help="keep the results in this file, as JSON")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--side", type=int, default=SIDE, help=argparse.SUPPRESS)
-    parser.add_argument("--trace", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        child(args.child, args.side)
-        return
+    import_libraries()
     kept = json.loads(args.out.read_text())["rows"] if args.out and args.out.is_file() else []
     done = {(row["family"], row["model"]): row for row in kept if row["works"] == "yes"}
     rows: list[dict[str, Any]] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,10 @@ from downstream.configs.load import (
 from downstream.configs.strides import scale_strides
 
 log = logging.getLogger(__name__)
-CHANNELS, PYRAMID = "downstream.openmmlab.data_preprocessor", "SimpleFeaturePyramid"
+CHANNELS, SSD = "downstream.openmmlab.data_preprocessor", "downstream.openmmlab.ssd_head"
+PYRAMID = "SimpleFeaturePyramid"
+OTHER_DECAYS = ("LearningRateDecayOptimizerConstructor", "LayerDecayOptimizerConstructor")
+"""Constructors of layer-wise learning rates that know the layers of other backbones alone."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -96,11 +100,7 @@ def set_encoder(config: Any, encoder: EncoderSpec, options: TrainOptions) -> Non
     """
     model = config.model
     before = model.get("backbone", {})
-    weights = {
-        "load_from": config.pop("load_from", None),
-        "model.pretrained": model.pop("pretrained", None),
-        "model.backbone.init_cfg": (before.get("init_cfg") or {}).get("checkpoint"),
-    }
+    weights = {"load_from": config.pop("load_from", None), **dict(_pop_checkpoints(model, "model"))}
     dropped = ", ".join(f"{name}={value}" for name, value in weights.items() if value)
     if dropped:
         log.info(
@@ -111,7 +111,7 @@ def set_encoder(config: Any, encoder: EncoderSpec, options: TrainOptions) -> Non
         )
     kind = "DyViT" if encoder.hierarchical else "PlainViT"
     kept = ("drop_path", "frozen_stages", "with_cp", "global_blocks") if before.get("type") == kind else ()
-    outputs = _adapted_outputs(model, config.get("default_scope", "mmdet"))
+    outputs = _adapted_outputs(config)
     asked = {
         "drop_path": options.drop_path,
         "frozen_stages": options.frozen_stages,
@@ -128,10 +128,8 @@ def set_encoder(config: Any, encoder: EncoderSpec, options: TrainOptions) -> Non
     if encoder.hierarchical and not outputs:
         backbone["out_indices"] = tuple(range(finest, 4))
     model.backbone = backbone
-    _set_image_reader(
-        [config.get(name) for name in ("train_dataloader", "val_dataloader", "test_dataloader", "custom_hooks")],
-        encoder.model.channels,
-    )
+    readers = ("train_dataloader", "val_dataloader", "test_dataloader", "custom_hooks")
+    _set_image_reader([config.get(name) for name in readers], encoder.model.channels)
     _set_pixel_statistics(model, encoder)
     _set_layer_decay(config)
     if options.head_channels is not None:
@@ -143,6 +141,23 @@ def set_encoder(config: Any, encoder: EncoderSpec, options: TrainOptions) -> Non
     if model.data_preprocessor.get("type") == "DetDataPreprocessor" and encoder.model.channels not in (1, 3):
         model.data_preprocessor.type = "ChannelsDetDataPreprocessor"
         require_imports(config, REGISTER_MODULE, CHANNELS)
+    for head in as_list(model.get("bbox_head")):
+        if head.get("type") == "SSDHead":
+            head.type = "PredictingSSDHead"
+            require_imports(config, REGISTER_MODULE, SSD)
+
+
+def _pop_checkpoints(node: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Removes the checkpoints of other backbones, and of parts of them, and yields names and files."""
+    if isinstance(node, dict):
+        if node.get("pretrained"):
+            yield f"{name}.pretrained", node.pop("pretrained")
+        settings = node.get("init_cfg")
+        if isinstance(settings, dict) and settings.get("checkpoint"):
+            yield f"{name}.init_cfg", node.pop("init_cfg")["checkpoint"]
+    children = list(node.items()) if isinstance(node, dict) else ()
+    for key, child in enumerate(node) if isinstance(node, list | tuple) else children:
+        yield from _pop_checkpoints(child, f"{name}.{key}")
 
 
 def fit_backbone(
@@ -158,8 +173,8 @@ def fit_backbone(
         config: File of the configuration, or an mmengine `Config`, which is not changed.
         artifact: Directory of a pre-trained model.
         preset: Name of a preset instead, for random weights.
-        options: drop_path, head_channels, frozen_stages, global_blocks and grad_checkpointing, as the flags of
-            `coma detect train`.
+        options: drop_path, head_channels, frozen_stages, global_blocks and grad_checkpointing, as the flags
+            of `coma detect train`.
 
     Raises:
         BadInput: a configuration that cannot be read or adapted, or options that do not fit.
@@ -178,20 +193,23 @@ def fit_backbone(
     return adapted
 
 
-def _adapted_outputs(model: Any, library: str) -> dict[str, Any] | None:
+def _adapted_outputs(config: Any) -> dict[str, Any] | None:
     """Returns the `outputs` argument of our backbone; None if neck and heads take our own channels.
 
     These are FPNs, and configurations that were written for one of our backbones.
     """
-    before = model.backbone
+    before = config.model.backbone
     if before.get("type") in ("DyViT", "PlainViT"):
         return before.get("outputs")
-    necks = as_list(model.get("neck"))
+    necks = as_list(config.model.get("neck"))
     if necks and necks[0].get("type") in ("FPN", PYRAMID):
         return None
     from downstream.openmmlab.contract import backbone_outputs
 
-    found = backbone_outputs(model, library)
+    try:
+        found = backbone_outputs(config.model, config.get("default_scope", "mmdet"))
+    except BadInput as error:
+        raise BadInput(f"{config.filename or 'the configuration'}: {error}") from error
     log.info(
         "model.backbone: its %s outputs channels %s at strides %s; the encoder's stages are projected and "
         "resized to these",
@@ -211,7 +229,7 @@ def _scale_heads(config: Any, ratio: float) -> None:
 def _set_layer_decay(config: Any) -> None:
     """Replaces layer-wise learning rates that are written for other backbones by those of ours."""
     wrapper = config.get("optim_wrapper") or {}
-    if wrapper.get("constructor") in ("LearningRateDecayOptimizerConstructor", "LayerDecayOptimizerConstructor"):
+    if wrapper.get("constructor") in OTHER_DECAYS:
         wrapper["constructor"] = "LayerDecayConstructor"
         wrapper["paramwise_cfg"] = {"decay_rate": wrapper["paramwise_cfg"]["decay_rate"]}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from timm.layers.norm import LayerNorm2d
@@ -36,10 +37,14 @@ class Outputs:
     def __post_init__(self) -> None:
         maps = len(self.channels)
         if not maps or maps != len(self.strides) or min(*self.channels, *self.strides) < 1:
-            raise BadInput(f"outputs: give as many channels {self.channels} as strides {self.strides}, from 1 on")
+            raise BadInput(
+                f"outputs: give as many channels {self.channels} as strides {self.strides}, from 1 on"
+            )
         numbers = {*self.unused, *([] if self.single is None else [self.single])}
         if not numbers <= set(range(maps)) or len(set(self.unused)) == maps:
-            raise BadInput(f"outputs: unused {self.unused} and single {self.single} must be numbers of {maps} maps")
+            raise BadInput(
+                f"outputs: unused {self.unused} and single {self.single} must be numbers of {maps} maps"
+            )
 
 
 class OutputAdapter(nn.Module):
@@ -70,8 +75,8 @@ class OutputAdapter(nn.Module):
             for stages, channels in zip(self.stages, outputs.channels, strict=True)
         )
 
-    def forward(self, images: Tensor, pyramid: Sequence[Tensor]) -> tuple[Tensor | list[Tensor], ...] | Tensor:
-        """Maps images `[b, c, H, W]` and their pyramid to maps `[b, channels_i, ceil(H/s_i), ceil(W/s_i)]`."""
+    def forward(self, images: Tensor, pyramid: Sequence[Tensor]) -> Any:
+        """Maps `[b, c, H, W]` and its pyramid to maps `[b, channels_i, ceil(H/s_i), ceil(W/s_i)]`."""
         wanted, maps = self.outputs, []
         for i, (channels, stride) in enumerate(zip(wanted.channels, wanted.strides, strict=True)):
             size = (math.ceil(images.shape[-2] / stride), math.ceil(images.shape[-1] / stride))
@@ -92,13 +97,14 @@ class OutputAdapter(nn.Module):
 def choose_stages(strides: Sequence[int], outputs: Outputs) -> list[tuple[int, ...]]:
     """Returns the numbers of the encoder's stages that every output is made of.
 
-    Each output is the stage with the nearest stride. Outputs that come finest first get deeper with their
-    order, as the dilated stages of a ResNet do, which share a stride; the last one that is used, and a single
-    one, also get all stages that are deeper still. Where the strides say nothing about depth (decoders,
-    several branches), every output gets all stages from the nearest on. So the last stage always has a use.
+    Each output is the stage with the nearest stride. Where outputs share a stride in the order of their
+    depth, as the dilated stages of a ResNet do, later ones get deeper stages. The last one that is used, and
+    a single one, also get all stages that are deeper still. Where the strides say nothing about depth
+    (decoders, several branches), every output gets all stages from the nearest on. So the last stage always
+    has a use.
     """
     count, wanted = len(strides), outputs.strides
-    ordered = list(wanted) == sorted(wanted)
+    ordered, shared = list(wanted) == sorted(wanted), len(set(wanted)) < len(wanted)
     used = [i for i in range(len(wanted)) if i not in outputs.unused]
     chosen: list[tuple[int, ...]] = []
     for i, stride in enumerate(wanted):
@@ -108,7 +114,7 @@ def choose_stages(strides: Sequence[int], outputs: Outputs) -> list[tuple[int, .
         elif not ordered or i in (used[-1], outputs.single):
             chosen.append(tuple(range(nearest, count)))
         else:
-            chosen.append((max(nearest, count - len(wanted) + i),))
+            chosen.append((max(nearest, count - len(wanted) + i) if shared else nearest,))
     return chosen
 
 

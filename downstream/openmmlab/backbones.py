@@ -83,8 +83,8 @@ class DyViT(_Backbone):
         frozen_stages: Freeze the stem and this many stages; 0 freezes the stem, -1 nothing.
         with_cp: Recompute activations in the backward pass (gradient checkpointing).
         global_blocks: Number of stage-3 blocks with global attention; see `DyViTConfig.global_blocks`.
-        outputs: Settings of `Outputs`, the maps that another backbone would output; stages are chosen, resized
-            and projected to these.
+        outputs: Settings of `Outputs`, the maps that another backbone would output; stages are chosen,
+            resized and projected to these.
         init_cfg: As in mmengine.
 
     Raises:
@@ -145,8 +145,8 @@ class PlainViT(_Backbone):
         drop_path: Largest stochastic-depth rate.
         frozen_stages: Freeze the stem and this many blocks; 0 freezes the stem, -1 nothing.
         with_cp: Recompute activations in the backward pass (gradient checkpointing).
-        outputs: Settings of `Outputs`, the maps that another backbone would output; stages are chosen, resized
-            and projected to these.
+        outputs: Settings of `Outputs`, the maps that another backbone would output; stages are chosen,
+            resized and projected to these.
         init_cfg: As in mmengine.
 
     Raises:
@@ -169,7 +169,15 @@ class PlainViT(_Backbone):
         init_cfg: Any = None,
     ) -> None:
         super().__init__(
-            artifact, encoder, preset, channels, frozen_stages, with_cp, outputs, init_cfg, drop_path=drop_path
+            artifact,
+            encoder,
+            preset,
+            channels,
+            frozen_stages,
+            with_cp,
+            outputs,
+            init_cfg,
+            drop_path=drop_path,
         )
 
     def forward(self, images: Tensor) -> Any:

@@ -53,8 +53,8 @@ def backbone_outputs(model: dict[str, Any], library: str) -> Outputs:
             said = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
             if outputs is None:
                 raise BadInput(
-                    f"model.backbone: {kind} cannot be built to see its outputs ({said}), and neither neck nor "
-                    "head names several in_channels"
+                    f"model.backbone: {kind} cannot be built to see its outputs ({said}), and neither neck "
+                    "nor head names several in_channels"
                 ) from error
             log.info(
                 "%s cannot be built here (%s): assumed to have channels %s at strides %s",
@@ -171,7 +171,9 @@ def _unused(model: dict[str, Any], outputs: Outputs) -> tuple[int, ...]:
         return ()
     try:
         with torch.device("meta"):
-            results = _tensors([_build(model["neck"])(tuple(maps))] if model.get("neck") else _heads(model, maps))
+            results = _tensors(
+                [_build(model["neck"])(tuple(maps))] if model.get("neck") else _heads(model, maps)
+            )
             gradients = torch.autograd.grad([each.sum() for each in results], maps, allow_unused=True)
     except Exception:  # whatever a neck or a head of others raises
         return ()

@@ -78,7 +78,8 @@ def modulated_deform_conv_forward(
     """Modulated deformable convolution (Zhu et al. 2018, arXiv 1811.11168, sec. 3.2).
 
     As `deform_conv_forward`, where every sample is multiplied by its `mask`, `[b, deformable_group * kernel_h
-    * kernel_w, h', w']`; `bias` is `[d]`, or empty.
+    * kernel_w, h', w']`; `bias` is `[d]`, or empty. Offsets and mask of a larger map than the output's, as
+    mmdet's DyHead gives them, are read as mmcv reads them: the first ones of each image in memory.
     """
     output.copy_(_modulated(geometry, with_bias, *_wide(input, offset, mask, weight, bias)))
 
@@ -308,6 +309,15 @@ def _modulated(geometry: dict[str, int], with_bias: bool, *tensors: Tensor) -> T
         (geometry[f"{name}_h"], geometry[f"{name}_w"]) for name in ("stride", "pad", "dilation")
     )
     added = bias[0] if with_bias else None
+    size = [
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    ]
+    if list(offset.shape[2:]) != size:
+        count = size[0] * size[1]
+        offset, mask = (
+            each.flatten(1)[:, : each.shape[1] * count].unflatten(1, (-1, *size)) for each in (offset, mask)
+        )
     return deform_conv2d(x, offset, weight, added, stride, padding, dilation, mask)
 
 
