@@ -15,7 +15,7 @@ from coma.models import Encoder
 from coma.registry import entry_of
 from coma.runtimes.base import Runtime
 from coma.runtimes.model_spec import GRAPH_KINDS, GraphKind, ModelSpec
-from coma.runtimes.names import Device
+from coma.runtimes.names import SUFFIXES, Device
 from coma.runtimes.open import open_runtime
 from demo.runtimes import Exported, RuntimeOption, exported_files, runtime_options, verified_file
 
@@ -145,7 +145,7 @@ class Models:
 
     def __init__(self, given: Sequence[Path], device: Device = "cpu") -> None:
         self._models: dict[str, Model] = {}
-        artifacts = [path for path in given if path.suffix not in (".onnx", ".engine")]
+        artifacts = [path for path in given if path.suffix not in SUFFIXES.values()]
         by_source: dict[str, Model] = {}
         for path in dict.fromkeys(artifacts):
             config = load_artifact(path).config

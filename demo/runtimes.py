@@ -17,13 +17,14 @@ from coma.errors import BadInput
 from coma.runtimes.manifest import NAME as MANIFEST
 from coma.runtimes.manifest import Manifest
 from coma.runtimes.model_spec import GraphKind
-from coma.runtimes.names import SUFFIXES, Device, RuntimeName, is_openvino
+from coma.runtimes.names import COMPILED, SUFFIXES, Device, RuntimeName, is_openvino
 
 LIBRARIES: dict[RuntimeName, str] = {
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
     "openvino-gpu": "OpenVINO on an Intel GPU",
     "tensorrt": "TensorRT",
+    "pt2": "PyTorch program",
 }
 """Title of every runtime of exported files."""
 
@@ -144,7 +145,8 @@ def runtime_options(
 
 
 def _option(entry: Exported, runtime: RuntimeName, device: Device) -> RuntimeOption:
-    title = LIBRARIES[runtime] + ("" if entry.precision == "fp32" else f" {entry.precision}")
+    title = LIBRARIES[runtime] + (", compiled" if entry.path.stem.endswith(COMPILED) else "")
+    title += "" if entry.precision == "fp32" else f" {entry.precision}"
     if entry.visible_units:
         title += f", {entry.visible_units} visible units"
         reason = "takes lists of a fixed number of visible units, and masks on this page show any number"
@@ -173,6 +175,8 @@ def _place(runtime: RuntimeName, device: Device) -> Device:
         from coma.runtimes.onnxruntime import providers
 
         return device if device in providers() else "cpu"
+    if runtime == "pt2":
+        return device
     from coma.runtimes.tensorrt.discovery import require_gpu, require_package
 
     require_package("tensorrt")
@@ -184,4 +188,6 @@ def _how_to_make(suffix: str, artifact: Path | None) -> str:
     name = artifact.name if artifact else "ARTIFACT"
     if suffix == ".onnx":
         return f"not exported; coma export {name} writes a file"
+    if suffix == ".pt2":
+        return f"not exported; coma export {name} --to onnx,pt2 writes a file"
     return f"not exported; coma export {name} --to onnx,tensorrt builds one on a machine with an NVIDIA GPU"

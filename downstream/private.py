@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from functools import partial
+from functools import partial, wraps
 from multiprocessing.queues import Queue
 from typing import Any
 
@@ -38,6 +38,39 @@ def numpy_constructors() -> list[Any]:
     """Returns the functions that pickled numpy arrays and scalars call."""
     multiarray: Any = importlib.import_module("numpy._core.multiarray")
     return [multiarray._reconstruct, multiarray.scalar]
+
+
+def read_images_in_inferencers() -> None:
+    """Makes mmengine's inferencers read images with `ReadImage` where the configuration does.
+
+    They refuse pipelines without `LoadImageFromFile`, in whose place they put a reader of their own.
+    """
+    from mmengine.infer import BaseInferencer
+
+    theirs = BaseInferencer.__init__
+    if hasattr(theirs, "__wrapped__"):
+        return
+
+    @wraps(theirs)
+    def start(self: Any, *arguments: Any, **settings: Any) -> None:
+        self._init_pipeline = partial(_init_pipeline, self._init_pipeline)
+        theirs(self, *arguments, **settings)
+
+    BaseInferencer.__init__ = start  # type: ignore[method-assign]
+
+
+def _init_pipeline(theirs: Any, config: Any) -> Any:
+    from mmengine.registry import TRANSFORMS
+
+    steps = config.test_dataloader.dataset.pipeline
+    found = [i for i, step in enumerate(steps) if step["type"] == "ReadImage"]
+    if not found:
+        return theirs(config)
+    ours, steps[found[0]] = steps[found[0]], {"type": "LoadImageFromFile"}
+    pipeline = theirs(config)
+    (place,) = [i for i, each in enumerate(pipeline.transforms) if type(each).__name__ == "InferencerLoader"]
+    pipeline.transforms[place] = TRANSFORMS.build(ours)
+    return pipeline
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float) -> Tensor:

@@ -21,7 +21,7 @@ from coma.library_errors import library_errors
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import NAME, Entry, Manifest, is_verified
 from coma.runtimes.model_spec import GraphKind
-from coma.runtimes.names import Device, torch_device_of
+from coma.runtimes.names import SUFFIXES, Device, torch_device_of
 from coma.runtimes.open import open_onnx, warn_of_another_library
 from coma.runtimes.preprocessing import resize_image, to_input
 from coma.runtimes.pytorch import TorchRuntime
@@ -138,7 +138,7 @@ def list_exports(
         absent.append(NotRun(entry.file, f"was refused by coma export: {failures}"))
     listed = {entry.file for entry in (*manifest.files, *manifest.rejected)}
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".onnx", ".engine") and path.name not in listed:
+        if path.suffix in SUFFIXES.values() and path.name not in listed:
             absent.append(NotRun(path.name, f"is not listed in {NAME}, so it was never verified"))
     return entries, absent
 
@@ -169,7 +169,7 @@ def open_exports(
     threads: int,
     listener: ProgressListener,
 ) -> tuple[list[LoadedModel], list[NotRun]]:
-    """Loads exported files: .onnx on all `devices`, .engine on a GPU."""
+    """Loads exported files: .onnx on all `devices`, others on the one that they are for."""
     found, absent = [], []
     for number, entry in enumerate(entries):
         listener.step(f"loading {entry.file}", number, len(entries))
@@ -267,6 +267,11 @@ def _open(path: Path, entry: Entry, device: Device, threads: int) -> LoadedModel
         from coma.runtimes.tensorrt.runtime import TensorRTRuntime
 
         return LoadedModel(path.name, entry.precision, TensorRTRuntime(path, cuda_graphs=True), "cuda")
+    if path.suffix == ".pt2":
+        from coma.runtimes.torch_program import TorchProgramRuntime
+
+        place = torch_device_of(device)
+        return LoadedModel(path.name, entry.precision, TorchProgramRuntime(path, place), place)
     warn_of_another_library(path, entry, device)
     shapes = entry.shape_range() if device == "tensorrt" else None
     runtime = open_onnx(path, device, threads, shapes=shapes)

@@ -27,6 +27,7 @@ from coma.runtimes.model_spec import (
     float_part,
     to_json,
 )
+from coma.runtimes.names import COMPILED, TorchDevice
 from coma.runtimes.openvino import COPY
 from coma.runtimes.preprocessing import resize_image, to_input
 from coma.runtimes.shape_ranges import Shape, Shapes
@@ -50,8 +51,8 @@ _BASE = ".base"
 _GRAPHS = "|".join(get_args(GraphKind))
 _PRECISIONS = "|".join(map(in_file_name, get_args(Precision)))
 _TEMPORARY = (
-    rf"({_GRAPHS})(-visible\d+)?(-({_PRECISIONS}))?"
-    rf"({re.escape(UNVERIFIED)}\.(onnx|engine|engine\.json)|\.onnx{re.escape(_BASE)})|{re.escape(COPY)}"
+    rf"({_GRAPHS})(-visible\d+)?(-({_PRECISIONS}))?({COMPILED})?"
+    rf"({re.escape(UNVERIFIED)}\.(onnx|engine|engine\.json|pt2)|\.onnx{re.escape(_BASE)})|{re.escape(COPY)}"
 )
 _WRITTEN = "|".join(map(re.escape, (REPORT, PICTURE, STAGED)))
 _UNFINISHED = re.compile(rf"{_TEMPORARY}|{re.escape(STAGED)}|\.({_TEMPORARY}|{_WRITTEN})\.part")
@@ -88,6 +89,17 @@ class CandidateBuilder:
             self._quantize(precision, target)
         else:
             write_onnx(self._prepare_model(precision), self.shapes, target, self.config.plugin_free)
+        return target
+
+    def build_program(self, path: Path, precision: Precision, compile_for: TorchDevice | None) -> Path:
+        """Writes the candidate of a `.pt2` file, compiled if a device is given, and returns its path."""
+        from export.torch_program import write_program
+
+        target = self.candidate_path(path)
+        model = self._prepare_model(precision)
+        if compile_for:
+            self.listener.step(f"{path.name}: compiling with AOTInductor")
+        write_program(model, self.shapes, target, compile_for)
         return target
 
     def remove_temporary_files(self) -> None:

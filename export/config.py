@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from coma.data.sources.base import Source
     from export.image_sets import ImageSet
 
+PROGRAMS = ("pt2", "aoti")
+"""Formats of PyTorch itself: programs as they are, and compiled."""
+
 
 @dataclass(frozen=True)
 class ExportConfig(Ranged):
@@ -32,8 +35,9 @@ class ExportConfig(Ranged):
     artifact: Annotated[Path, tyro.conf.Positional]
     """Artifact directory of any kind: backbone, pretrained, classifier, segmentor or detector."""
     to: str = "onnx"
-    """Formats, separated by commas: onnx, which is always written, tensorrt (engines of the ONNX files), and
-    triton (the ONNX files as a model repository for Triton Inference Server, in the folder triton)."""
+    """Formats, separated by commas: onnx, which is always written, tensorrt (engines of the ONNX files),
+    triton (the ONNX files as a model repository for Triton Inference Server, in the folder triton), pt2 (the
+    program of torch.export) and aoti (that program compiled by AOTInductor, which takes minutes)."""
     precision: str = "fp32"
     """Precisions, separated by commas: fp32, fp16, bf16, int8, fp8, and int8+fp16, fp8+fp16, whose other
     layers are in fp16, for GPUs."""
@@ -119,7 +123,7 @@ class ExportConfig(Ranged):
         Raises:
             BadInput: `to` holds an unknown name.
         """
-        return parse_names(self.to, ("onnx", "tensorrt", "triton"), "--to")
+        return parse_names(self.to, ("onnx", "tensorrt", "triton", *PROGRAMS), "--to")
 
     @property
     def builds_engines(self) -> bool:
@@ -130,6 +134,11 @@ class ExportConfig(Ranged):
     def writes_triton(self) -> bool:
         """Whether a model repository for Triton is written."""
         return "triton" in self.formats
+
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """Formats of PyTorch itself that are written."""
+        return tuple(name for name in self.formats if name in PROGRAMS)
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,20 @@ class Gate:
         entry, result = self._verify(candidate, path.name, opened)
         return self._record(candidate, path, entry, result)
 
+    def verify_program(
+        self, path: Path, precision: Precision, builder: CandidateBuilder, compiled: bool
+    ) -> str | None:
+        """Writes and verifies a `.pt2` file; returns why it is rejected, or None if it is kept."""
+        from coma.runtimes.torch_program import TorchProgramRuntime
+
+        device = torch_device_of(self.config.devices[0])
+        candidate = builder.build_program(path, precision, device if compiled else None)
+        runtime = TorchProgramRuntime(candidate, device)
+        entry, result = self._verify(
+            candidate, path.name, OpenedFile(runtime, runtime, precision, device=device)
+        )
+        return self._record(candidate, path, entry, result)
+
     def reject(
         self, path: Path, precision: Precision, builder: CandidateBuilder, error: CheckFailed
     ) -> str | None:

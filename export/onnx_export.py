@@ -120,20 +120,14 @@ def write_onnx(
     """
     import onnx
 
-    shapes.check(exportable.spec.unit)
-    spec = with_sizes(exportable.spec, shapes)
-    dynamic: Any = tuple(
-        {i: axis for i, axis in enumerate(each.axes) if isinstance(axis, str)} for each in spec.inputs
-    )
-    if isinstance(exportable.module, NormalizedInput) and len(dynamic) > 1:
-        dynamic = (dynamic[0], dynamic[1:])  # follows the signature, where *others is one argument
+    spec, inputs, dynamic = tracing(exportable, shapes)
     module, outputs = exportable.module, [each.name for each in spec.outputs]
-    with library_errors("the graph cannot be traced"), _quiet(), torch.no_grad(), recording(module) as steps:
+    with tracing_errors(), recording(module) as steps:
         program = torch.onnx.export(
             module,
-            _trace_inputs(spec, shapes),
+            inputs,
             dynamo=True,
-            dynamic_shapes=dynamic if shapes.dynamic else None,
+            dynamic_shapes=dynamic,
             opset_version=OPSET,
             input_names=[each.name for each in spec.inputs],
             output_names=[*outputs, *(RECORDED + name for name in steps)],
@@ -159,6 +153,35 @@ def write_onnx(
     check_axes(model, spec)
     save_onnx(model, path)
     return spec
+
+
+def tracing(exportable: ExportableModel, shapes: Shapes) -> tuple[ModelSpec, tuple[Tensor, ...], Any]:
+    """Returns the specification of a file for these shapes, inputs to trace with, and their dynamic axes.
+
+    The axes are in the form that `torch.export.export` takes as `dynamic_shapes`; None if all are fixed.
+
+    Raises:
+        BadInput: images smaller than a mask unit.
+    """
+    shapes.check(exportable.spec.unit)
+    spec = with_sizes(exportable.spec, shapes)
+    dynamic: Any = tuple(
+        {i: axis for i, axis in enumerate(each.axes) if isinstance(axis, str)} for each in spec.inputs
+    )
+    if isinstance(exportable.module, NormalizedInput) and len(dynamic) > 1:
+        dynamic = (dynamic[0], dynamic[1:])  # follows the signature, where *others is one argument
+    return spec, _trace_inputs(spec, shapes), dynamic if shapes.dynamic else None
+
+
+@contextmanager
+def tracing_errors() -> Iterator[None]:
+    """Traces without gradients, notes and warnings of torch's exporter, and with its errors in one line.
+
+    Raises:
+        CheckFailed: the model cannot be traced.
+    """
+    with library_errors("the graph cannot be traced"), _quiet(), torch.no_grad():
+        yield
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:

@@ -18,7 +18,7 @@ from coma.messages import counted
 from coma.preflight import require_file, require_folder
 from coma.runtimes.manifest import Manifest
 from coma.runtimes.model_spec import GRAPH_KINDS, GraphKind, eight_bit_part
-from coma.runtimes.names import Device, is_openvino
+from coma.runtimes.names import COMPILED, Device, is_openvino
 from coma.runtimes.onnxruntime import require_provider
 from coma.runtimes.openvino import require_device
 from coma.runtimes.pytorch import TorchRuntime
@@ -34,6 +34,7 @@ from export.onnx_export import read_spec
 from export.output import exclusive
 from export.preprocessing import open_images
 from export.report import write_report
+from export.torch_program import require_compiler
 from export.verify.tolerances import TOLERANCES
 
 if TYPE_CHECKING:
@@ -159,6 +160,13 @@ def export_graph(
                 except CheckFailed as error:
                     fault = gate.reject(path.with_suffix(".engine"), precision, builder, error)
                 outcome.refused += [fault] if fault else []
+            for name in config.programs:
+                program = path.with_name(f"{path.stem}{COMPILED if name == 'aoti' else ''}.pt2")
+                try:
+                    fault = gate.verify_program(program, precision, builder, compiled=name == "aoti")
+                except CheckFailed as error:
+                    fault = gate.reject(program, precision, builder, error)
+                outcome.refused += [fault] if fault else []
     finally:
         builder.remove_temporary_files()
         remove_unlisted_weights(config.folder, manifest)
@@ -229,6 +237,16 @@ def _check_flags(config: ExportConfig, artifact: ArtifactConfig, shapes: Shapes)
         for each in fields(config.engine):
             if getattr(config.engine, each.name) != each.default:
                 raise BadInput(f"{_flag(each.name)} has an effect on engines only; add --to onnx,tensorrt")
+    if config.programs:
+        what = f"--to {','.join(config.programs)}"
+        if artifact.kind == "detector":
+            raise BadInput(
+                f"{what}: {config.artifact} is a detector, whose graph is made for ONNX; other kinds work"
+            )
+        if quantised:
+            raise BadInput(f"{what}: int8 and fp8 are forms of ONNX files; export them without {what}")
+        if "aoti" in config.programs:
+            require_compiler()
     if config.triton_preprocess and not config.writes_triton:
         raise BadInput("--triton-preprocess has an effect on Triton only; add --to onnx,triton")
     channels = artifact.model.channels

@@ -180,7 +180,7 @@ def _not_an_artifact(file: Path) -> str:
     match file.suffix.lower():
         case ".pth" | ".pt" | ".ckpt" | ".bin" | ".safetensors":
             return f"is a file of weights, without the model that they belong to; {wanted}"
-        case ".onnx" | ".engine" | ".plan":
+        case ".onnx" | ".engine" | ".plan" | ".pt2":
             return f"is an exported model; {wanted}, from which it was exported"
     return f"is a file, not an artifact; {wanted}"
 

@@ -106,7 +106,8 @@ def report(path: Location) -> Report:
             f"{path}: may hold pickled code, which coma never runs; convert it to .safetensors, or let `coma "
             "pretrain --init` take the tensors of a vision transformer from it"
         )
-    readers = {".onnx": _onnx, ".engine": _engine, ".plan": _engine, ".safetensors": _tensors}
+    readers = {".onnx": _onnx, ".engine": _engine, ".plan": _engine, ".pt2": _program}
+    readers[".safetensors"] = _tensors
     return readers.get(suffix, _images)(path)
 
 
@@ -259,6 +260,15 @@ def _engine(path: Path) -> Report:
         "checksum": "matches" if intact else "does not match; build it again",
     }
     return Report("TensorRT engine", facts | _listing(path), _described(path))
+
+
+def _program(path: Path) -> Report:
+    from coma.runtimes.torch_program import read_program_spec
+
+    spec, compiled = read_program_spec(path)
+    facts = {"kind of graph": _graph_of(spec), "precision": spec.precision}
+    how = "compiled by AOTInductor" if compiled else "of torch.export"
+    return Report(f"PyTorch program {how}", facts | _listing(path), _described(path))
 
 
 def _tensors(path: Path) -> Report:

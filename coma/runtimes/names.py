@@ -9,22 +9,27 @@ from coma.messages import parse_names
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
-RuntimeName = Literal["auto", "pytorch", "onnxruntime", "openvino", "openvino-gpu", "tensorrt"]
-"""auto: PyTorch for an artifact; for an exported file ONNX Runtime or TensorRT, by its suffix."""
+RuntimeName = Literal["auto", "pytorch", "onnxruntime", "openvino", "openvino-gpu", "tensorrt", "pt2"]
+"""auto: PyTorch for an artifact; for an exported file ONNX Runtime, TensorRT or PyTorch, by its suffix."""
 Provider = Literal["cpu", "cuda", "tensorrt"]
 """Execution provider of ONNX Runtime."""
 OpenVINODevice = Literal["openvino", "openvino-gpu"]
 """OpenVINO on a CPU or on an Intel GPU."""
 Device = Literal[Provider, OpenVINODevice]
 """Where an ONNX file runs."""
+TorchDevice = Literal["cpu", "cuda"]
+"""Device of tensors."""
 
 SUFFIXES: dict[RuntimeName, str] = {
     "onnxruntime": ".onnx",
     "openvino": ".onnx",
     "openvino-gpu": ".onnx",
     "tensorrt": ".engine",
+    "pt2": ".pt2",
 }
 """Suffix of the files that a runtime runs."""
+COMPILED = "-aoti"
+"""End of the names, before the suffix, of programs that AOTInductor compiled."""
 
 
 def is_openvino(name: str) -> TypeIs[OpenVINODevice]:
@@ -37,7 +42,7 @@ def library_of(device: Device) -> str:
     return "OpenVINO" if is_openvino(device) else "ONNX Runtime"
 
 
-def torch_device_of(device: Device) -> Literal["cpu", "cuda"]:
+def torch_device_of(device: Device) -> TorchDevice:
     """Returns the device of the tensors that go in and come out."""
     return "cuda" if device in ("cuda", "tensorrt") else "cpu"
 

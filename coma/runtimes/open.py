@@ -1,4 +1,4 @@
-"""`open_runtime(path, device)` opens an artifact, an ONNX file or a TensorRT engine behind one interface.
+"""`open_runtime(path, device)` opens an artifact, an ONNX file, an engine or a program behind one interface.
 
 Exported files open only if they passed verification and have not changed since.
 """
@@ -17,7 +17,7 @@ from coma.preflight import check_regular_file
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import NAME, Entry, ForeignManifest, Manifest, is_verified
 from coma.runtimes.model_spec import GRAPH_KINDS, ExportableModel, GraphKind
-from coma.runtimes.names import Device, is_openvino, library_of
+from coma.runtimes.names import SUFFIXES, Device, is_openvino, library_of
 from coma.runtimes.shape_ranges import Shapes
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,8 @@ def open_runtime(
     """Opens a model.
 
     Args:
-        path: An artifact directory (PyTorch), a `.onnx` file (ONNX Runtime, OpenVINO) or an `.engine` file
-            (TensorRT).
+        path: An artifact directory (PyTorch), a `.onnx` file (ONNX Runtime, OpenVINO), an `.engine` file
+            (TensorRT) or a `.pt2` file (a program of PyTorch).
         device: cpu or cuda; `tensorrt` is the execution provider of ONNX Runtime with that name; `openvino`
             and `openvino-gpu` are OpenVINO on a CPU and on an Intel GPU.
         graph: Graph of an artifact; by default the last one of its kind in `GRAPH_KINDS`.
@@ -64,12 +64,12 @@ def _open(path: Path, device: Device, graph: GraphKind | None, visible_units: in
     for suffix in (*path.suffixes, *path.resolve().suffixes):
         if suffix in _UNFIT:
             raise BadInput(f"{path}: {_UNFIT[suffix]}")
-    if path.suffix in (".onnx", ".engine") and not path.is_dir():
+    if path.suffix in SUFFIXES.values() and not path.is_dir():
         check_regular_file(path)
         entry = _check_listed(path, device)
         return _open_file(path, device, entry.shape_range() if entry and device == "tensorrt" else None)
     if path.is_file():
-        raise BadInput(f"{path}: give an artifact directory, a .onnx file or an .engine file")
+        raise BadInput(f"{path}: give an artifact directory, or a .onnx, .engine or .pt2 file")
     from coma.runtimes.pytorch import TorchRuntime
 
     if device not in ("cpu", "cuda"):
@@ -83,6 +83,10 @@ def _open_file(path: Path, device: Device, shapes: Shapes | None) -> Runtime:
         from coma.runtimes.tensorrt.runtime import TensorRTRuntime
 
         return TensorRTRuntime(path, "cuda" if device == "tensorrt" else device)
+    if path.suffix == ".pt2":
+        from coma.runtimes.torch_program import TorchProgramRuntime
+
+        return TorchProgramRuntime(path, device)
     return open_onnx(path, device, shapes=shapes)
 
 
@@ -139,6 +143,10 @@ def _check_listed(path: Path, device: Device) -> Entry | None:
         manifest = Manifest.read(real.parent, f"export {real.name} again")
     except ForeignManifest:
         manifest = None
+    if manifest is None and path.suffix == ".pt2":
+        raise BadInput(
+            f"{path}: opening a .pt2 file may run code, so it opens only beside the {NAME} that lists it"
+        )
     if manifest is None:
         log.warning(
             "%s: there is no %s of coma export beside it, so it may not have been verified", path, NAME

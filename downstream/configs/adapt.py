@@ -21,6 +21,7 @@ from downstream.configs.load import (
     REGISTER_MODULE,
     as_list,
     config_errors,
+    image_reader,
     load_config,
     require_imports,
 )
@@ -262,7 +263,7 @@ def _set_image_reader(node: Any, channels: int) -> None:
     if isinstance(node, dict):
         if node.get("type") == "LoadImageFromFile":
             node.clear()
-            node.update(type="ReadImage", channels=channels)
+            node.update(image_reader(channels))
         for child in list(node.values()):
             _set_image_reader(child, channels)
     elif isinstance(node, list | tuple):

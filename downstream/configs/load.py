@@ -165,6 +165,14 @@ def replace_dataset(loader: Any, make: Callable[[list[Any]], dict[str, Any]]) ->
     holder["dataset"] = make(pipeline_of(holder["dataset"]))
 
 
+def image_reader(channels: int) -> dict[str, Any]:
+    """Returns the pipeline step that loads images of this number of channels.
+
+    Three is left out as the default: for arrays, OpenMMLab's functions replace the type alone.
+    """
+    return {"type": "ReadImage", **({} if channels == 3 else {"channels": channels})}
+
+
 def pipeline_of(dataset: Any) -> list[Any]:
     """Returns the pipeline of a dataset, or of the first one inside wrappers."""
     while "pipeline" not in dataset or "dataset" in dataset or "datasets" in dataset:

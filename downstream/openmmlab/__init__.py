@@ -3,15 +3,18 @@
     custom_imports = dict(imports=['downstream.openmmlab'], allow_failed_imports=False)
 
 Importing this package has side effects, as mmengine's plug-ins do: it registers backbones, neck, image reader
-and layer-wise learning rates, makes checkpoints load safely, and, where mmcv has no compiled operators,
-registers those of torchvision. Import it before mmdet and mmseg, which import `mmcv.ops`.
+and layer-wise learning rates, makes checkpoints load safely and inferencers read images as training does,
+and, where mmcv has no compiled operators, registers those of torchvision. Import it before mmdet and mmseg,
+which import `mmcv.ops`; `python -m downstream.openmmlab TOOL ...` does so for OpenMMLab's tools.
 """
 
 from downstream.openmmlab.checkpoint import allow_safe_loading
 from downstream.openmmlab.op_registry import register_ops
+from downstream.private import read_images_in_inferencers
 
 register_ops()
 allow_safe_loading()
+read_images_in_inferencers()
 
 from downstream.openmmlab.backbones import DyViT, PlainViT  # noqa: E402
 from downstream.openmmlab.necks import SimpleFeaturePyramid  # noqa: E402

@@ -8,6 +8,7 @@ is layer n, with the full rate (BEiT, Bao et al. 2021, app. H; after ELECTRA, Cl
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 from mmengine.optim import DefaultOptimWrapperConstructor
@@ -20,39 +21,106 @@ from coma.models import Encoder
 from downstream.openmmlab.backbones import DyViT, PlainViT
 
 log = logging.getLogger(__name__)
+MULTIPLIERS = (
+    *("bias_lr_mult", "bias_decay_mult", "norm_decay_mult", "flat_decay_mult"),
+    *("dwconv_decay_mult", "dcn_offset_lr_mult"),
+)
+CUSTOM = ("lr_mult", "decay_mult", "lr", "weight_decay")
+SETTINGS = ("decay_rate", "custom_keys", *MULTIPLIERS, "bypass_duplicate")
+"""What `paramwise_cfg` may hold: the decay, and the settings of mmengine's default constructor."""
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayConstructor(DefaultOptimWrapperConstructor):
     """Optimizer groups for a model whose backbone is `DyViT` or `PlainViT`.
 
-    `optim_wrapper=dict(constructor='LayerDecayConstructor', paramwise_cfg=dict(decay_rate=0.8), ...)`.
-    Vectors (biases, norms, tokens) and what the encoder's `no_weight_decay()` names have no weight decay.
+        optim_wrapper=dict(
+            constructor='LayerDecayConstructor',
+            paramwise_cfg=dict(decay_rate=0.8, custom_keys=dict(neck=dict(lr_mult=2.0)), norm_decay_mult=0.0),
+            ...,
+        )
+
+    Other settings of `paramwise_cfg` mean what they mean for mmengine's `DefaultOptimWrapperConstructor`, and
+    the decay multiplies the rates that they give; an `lr` of `custom_keys` is a rate of its own, which is not
+    multiplied. There are two other defaults: vectors (biases, norms, tokens) and what the encoder's
+    `no_weight_decay()` names have no weight decay unless a setting gives them one, and `bypass_duplicate` is
+    True: a parameter that two modules share is optimized once.
+
+    Raises:
+        BadInput: settings that are unknown or out of range, or another backbone.
     """
 
     def _validate_cfg(self) -> None:
-        rate = self.paramwise_cfg.get("decay_rate") or 0.0
-        if set(self.paramwise_cfg) != {"decay_rate"} or not 0 < rate <= 1:
-            raise BadInput(
-                f"LayerDecayConstructor: paramwise_cfg {dict(self.paramwise_cfg)} must be "
-                "dict(decay_rate=...), above 0 and up to 1"
-            )
+        given = self.paramwise_cfg
+        try:
+            super()._validate_cfg()
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"LayerDecayConstructor: {error}") from error
+        if fault := _fault(given):
+            raise BadInput(f"LayerDecayConstructor: paramwise_cfg {dict(given)}: {fault}")
         if self.base_lr is None:
             raise BadInput("LayerDecayConstructor: the optimizer needs lr")
+        self.paramwise_cfg = {"bypass_duplicate": True, **given}
 
-    def add_params(self, params: list[dict[str, Any]], module: nn.Module, *_: Any, **__: Any) -> None:
-        """Appends one group per learning rate and weight decay; see `parameter_groups`."""
-        decay = self.base_wd or 0.0
-        groups = parameter_groups(module, self.base_lr, decay, self.paramwise_cfg["decay_rate"])
-        params.extend(groups)
-        names = ", ".join(f"{len(g['params'])} at {g['lr']:.3g}" for g in groups if g["weight_decay"])
-        log.info("layer-wise learning rates, matrices: %s", names)
+    def add_params(
+        self, params: list[dict[str, Any]], module: nn.Module, prefix: str = "", is_dcn_module: Any = None
+    ) -> None:
+        """Appends the groups of mmengine's rules; for the whole model, decayed by layer and merged."""
+        super().add_params(params, module, prefix, is_dcn_module)
+        if prefix:  # the default constructor calls this method for every part of the model
+            return
+        params[:] = self._merge(params, module)
+        decayed = [group for group in params if group.get("weight_decay") != 0]
+        rates = ", ".join(f"{len(group['params'])} at {group['lr']:.3g}" for group in decayed)
+        log.info("layer-wise learning rates, matrices: %s", rates)
+
+    def _merge(self, singles: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+        """Returns a group for each layer and set of options, from the stem to the heads."""
+        layers, exempt = _encoder_layers(model)
+        top = max(layers.values()) + 1
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        custom = self.paramwise_cfg.get("custom_keys", {})
+        if idle := [key for key in custom if not any(key in name for name in names.values())]:
+            log.warning("custom_keys: %s: no parameter has this in its name", ", ".join(idle))
+        groups: dict[tuple[int, bool, str], dict[str, Any]] = {}
+        for options in singles:
+            (parameter,) = options.pop("params")
+            name = names[id(parameter)]
+            layer = layers.get(name, top)
+            key = next((key for key in sorted(sorted(custom), key=len, reverse=True) if key in name), None)
+            options.setdefault("lr", self.base_lr)
+            if "lr" not in custom.get(key, {}):
+                options["lr"] *= self.paramwise_cfg["decay_rate"] ** (top - layer)
+            if key is None and (parameter.ndim < 2 or name in exempt):
+                options.setdefault("weight_decay", 0.0)
+            kind = (layer, options.get("weight_decay") != 0, repr(sorted(options.items())))
+            group = groups.setdefault(kind, {**options, "params": [], "names": []})
+            group["params"].append(parameter)
+            group["names"].append(name)
+        return [groups[kind] for kind in sorted(groups)]
 
 
-def parameter_groups(
-    model: nn.Module, lr: float, weight_decay: float, decay_rate: float
-) -> list[dict[str, Any]]:
-    """Returns groups with `params`, `names`, `lr` and `weight_decay`, from the stem to the heads.
+def _fault(settings: dict[str, Any]) -> str:
+    """Returns what is wrong with the settings of the constructor, or nothing."""
+    if unknown := sorted(set(settings) - set(SETTINGS)):
+        return f"has no {', '.join(unknown)}; it may hold {', '.join(SETTINGS)}"
+    if not _is_number(settings.get("decay_rate")) or not 0 < settings["decay_rate"] <= 1:
+        return "decay_rate must be above 0 and up to 1"
+    multipliers = {name: settings[name] for name in MULTIPLIERS if name in settings}
+    for key, options in settings.get("custom_keys", {}).items():
+        if not isinstance(options, dict):
+            return f"custom_keys {key!r} must be a dict, such as dict(lr_mult=0.1)"
+        multipliers |= {f"{key}.{name}": options[name] for name in CUSTOM if name in options}
+    wrong = [name for name, value in multipliers.items() if not _is_number(value) or value < 0]
+    return f"{wrong[0]} must be a number from 0 on" if wrong else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _encoder_layers(model: nn.Module) -> tuple[dict[str, int], set[str]]:
+    """Returns the layer of every parameter of a model's encoder, and the names that have no weight decay.
 
     Raises:
         BadInput: the model's `backbone` is not one of ours.
@@ -63,25 +131,7 @@ def parameter_groups(
             f"LayerDecayConstructor: needs backbone DyViT or PlainViT, not {type(backbone).__name__}"
         )
     layers = {f"backbone.encoder.{name}": i for name, i in encoder_layers(backbone.encoder).items()}
-    exempt = {f"backbone.encoder.{name}" for name in backbone.encoder.no_weight_decay()}
-    top = max(layers.values()) + 1
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        layer, decayed = layers.get(name, top), parameter.ndim > 1 and name not in exempt
-        group = groups.setdefault(
-            (layer, decayed),
-            {
-                "params": [],
-                "names": [],
-                "lr": lr * decay_rate ** (top - layer),
-                "weight_decay": weight_decay if decayed else 0.0,
-            },
-        )
-        group["params"].append(parameter)
-        group["names"].append(name)
-    return [groups[key] for key in sorted(groups)]
+    return layers, {f"backbone.encoder.{name}" for name in backbone.encoder.no_weight_decay()}
 
 
 def encoder_layers(encoder: Encoder) -> dict[str, int]:

@@ -34,7 +34,13 @@ from coma.errors import BadInput, CheckFailed, ComaError, Interrupted
 from coma.progress import Progress
 from coma.signals import StopRequest
 from downstream.cli_options import is_main
-from downstream.configs.load import REGISTER_MODULE, config_errors, require_imports, worker_error
+from downstream.configs.load import (
+    REGISTER_MODULE,
+    config_errors,
+    pipeline_of,
+    require_imports,
+    worker_error,
+)
 from downstream.configs.strides import check_strides
 from downstream.openmmlab.backbones import DyViT, PlainViT
 from downstream.openmmlab.checkpoint import intact_checkpoint, latest_checkpoint
@@ -170,6 +176,9 @@ def prepare_config(config: Any, folder: Path, device: str) -> None:
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo")
         config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
+    for name in ("train", "test"):  # some tools read the variables of OpenMMLab's files instead
+        if config.get(f"{name}_pipeline") and config.get(f"{name}_dataloader"):
+            config[f"{name}_pipeline"] = pipeline_of(config[f"{name}_dataloader"].dataset)
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         set_worker_init(config.get(name), config.get("randomness", {}).get("seed") or 0)
     if device == "cpu" or config.launcher == "none":

@@ -30,13 +30,31 @@ class ReadImage(BaseTransform):
     def __init__(self, channels: int = 3) -> None:
         self.channels = channels
 
-    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+    def transform(self, results: dict[str, Any] | str | np.ndarray) -> dict[str, Any]:
         """Adds `img`, `img_shape` and `ori_shape`.
+
+        Args:
+            results: Dictionary with `img_path`, or with `img`, an array that is used as it is. OpenMMLab's
+                inferencers hand over the path or the array alone.
 
         Raises:
             BadImage: a file that does not decode, or whose channels do not fit.
         """
-        path = results["img_path"]
+        if not isinstance(results, dict):
+            results = {"img" if isinstance(results, np.ndarray) else "img_path": results}
+        pixels = self._given(results["img"]) if "img" in results else self._read(results["img_path"])
+        results["img"] = np.ascontiguousarray(pixels)
+        results["img_shape"] = results["ori_shape"] = pixels.shape[:2]
+        results.setdefault("img_path", None)
+        return results
+
+    def _given(self, pixels: np.ndarray) -> np.ndarray:
+        found = pixels.shape[2] if pixels.ndim == 3 else 1
+        if found != self.channels:
+            raise BadImage(f"an array of shape {pixels.shape} has {found} channels, not {self.channels}")
+        return pixels
+
+    def _read(self, path: str | Path) -> np.ndarray:
         try:
             data = Path(path).read_bytes()
         except OSError as error:
@@ -51,6 +69,4 @@ class ReadImage(BaseTransform):
             pixels = scale_to_unit(pixels) * np.float32(255)
         if self.channels == 3:
             pixels = pixels.round().clip(0, 255).astype(np.uint8)[..., ::-1]
-        results["img"] = np.ascontiguousarray(pixels)
-        results["img_shape"] = results["ori_shape"] = pixels.shape[:2]
-        return results
+        return pixels

@@ -10,7 +10,7 @@ from coma.artifact import ArtifactConfig
 from downstream.artifacts import check_classes
 from downstream.cli_options import TrainOptions
 from downstream.configs.adapt import EncoderSpec, set_encoder
-from downstream.configs.load import PRESETS, load_config, replace_dataset
+from downstream.configs.load import PRESETS, image_reader, load_config, replace_dataset
 from downstream.configs.schedule import set_schedule, set_workers
 from downstream.datasets.coco import CocoSplit
 
@@ -106,7 +106,7 @@ def test_settings(about: ArtifactConfig, split: CocoSplit) -> tuple[dict[str, An
 def set_pipelines(config: Any, channels: int, short_side: int, masks: bool) -> None:
     """Sets the pipelines: any image format; `short_side`, in training times 0.8 to 1.25; flips."""
     scale = (round(short_side * LONGEST), short_side)
-    read = {"type": "ReadImage", "channels": channels}
+    read = image_reader(channels)
     config.train_dataloader.dataset.pipeline = [
         read,
         annotation_step(masks),

@@ -10,7 +10,14 @@ from coma.errors import BadInput
 from downstream.artifacts import check_classes
 from downstream.cli_options import TrainOptions
 from downstream.configs.adapt import EncoderSpec, set_encoder
-from downstream.configs.load import PRESETS, as_list, load_config, pipeline_of, replace_dataset
+from downstream.configs.load import (
+    PRESETS,
+    as_list,
+    image_reader,
+    load_config,
+    pipeline_of,
+    replace_dataset,
+)
 from downstream.configs.schedule import set_schedule, set_workers
 from downstream.datasets.labels import LabelSplit
 
@@ -98,7 +105,7 @@ def test_settings(about: ArtifactConfig, split: LabelSplit) -> tuple[dict[str, A
 
 def set_pipelines(config: Any, channels: int, crop: int, resize: int | None, reduce_zero_label: bool) -> None:
     """Sets the pipelines: any image format; crops at 0.5 to 2 times the size; whole test images."""
-    read = {"type": "ReadImage", "channels": channels}
+    read = image_reader(channels)
     labels = annotation_step(reduce_zero_label)
     exactly = [{"type": "Resize", "scale": (resize * 4, resize), "keep_ratio": True}] if resize else []
     jitter: dict[str, Any] = {

@@ -6,7 +6,7 @@ Python run as they stand. Blocks of YAML and TOML are files, which begin with th
 """
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import re
 import shutil
@@ -75,10 +75,13 @@ NOT_RUN: dict[str, str] = {
     "coma compare PHOTOS --methods mae coma 'zoom: beyond --degrade zoom-in+mask' --models tiny vit-tiny "
     "--seeds 0 1 2 --budget images 100000 --test CLASSES --protocols knn linear --probes 5 --out comparison "
     "-- --image-size 64": "test_sweep.py runs comparisons, with a process for every run",
+    "coma export runs/classifier/artifact --to onnx,aoti": "takes minutes; test_torch_program.py compiles",
     "coma embed timm:vit_small_patch14_dinov2.lvd142m IMAGES --out dinov2.parquet --download": "downloads "
     "weights",
     "coma embed runs/first/artifact IMAGES --out features.parquet --ray auto": "needs a Ray cluster; "
     "test_embed.py starts one",
+    "python -m downstream.openmmlab mmdet/tools/test.py runs/detector/config.py CHECKPOINT": "test_openmmlab_"
+    "tools.py runs tools",
     "coma demo": "trains the quickstart's model; the other demo is run",
     "coma detect train runs/first/artifact --data COCO --config ANY.py --cfg-options "
     "optim_wrapper.optimizer.lr=0.0002 --out runs/own": "test_user_configs.py trains several configurations",
@@ -261,6 +264,8 @@ def test_other_commands_name_what_exists(command):
             extras = project["optional-dependencies"]
             known = str(extras)
             assert set(filter(None, (found[1] or "").split(","))) <= set(extras) if found else name in known
+        case ["python", "-m", module, *_]:
+            assert importlib.util.find_spec(module), module
         case [program, *_]:
             assert program in ("bash", "source") or program.startswith(".venv/bin/"), command.text
 

@@ -154,17 +154,17 @@ class Model(torch.nn.Module):
         self.head = torch.nn.Linear(4, 2)
 
 
-def rates(model, rate=0.5):
+def rates(model, constructor="LayerDecayConstructor", optimizer=None, **settings):
     """Learning rate and weight decay of every parameter by name, as the constructor sets them."""
     from mmengine.optim import build_optim_wrapper
 
-    settings = {
+    config = {
         "type": "OptimWrapper",
-        "constructor": "LayerDecayConstructor",
-        "paramwise_cfg": {"decay_rate": rate},
-        "optimizer": {"type": "AdamW", "lr": 1.0, "weight_decay": 0.1},
+        "constructor": constructor,
+        "paramwise_cfg": settings or {"decay_rate": 0.5},
+        "optimizer": {"type": "AdamW", "lr": 1.0, "weight_decay": 0.1} if optimizer is None else optimizer,
     }
-    groups = build_optim_wrapper(model, settings).optimizer.param_groups
+    groups = build_optim_wrapper(model, config).optimizer.param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(found)
@@ -200,17 +200,89 @@ def test_layers_of_a_vit_and_frozen_ones(models):
     assert found["head.weight"] == (1.0, 0.1)
 
 
-@pytest.mark.parametrize("settings", [{}, {"decay_rate": 0.0}, {"decay_rate": 0.5, "custom_keys": {}}])
-def test_layer_decay_refuses_other_settings(models, settings):
-    from mmengine.optim import build_optim_wrapper
+class Convolutions(Model):
+    """A model with every kind of parameter that mmengine has a rule for."""
 
+    def __init__(self, backbone):
+        super().__init__(backbone)
+        self.neck = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, groups=4), torch.nn.BatchNorm2d(4))
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+
+MMENGINE_RULES = [
+    {"norm_decay_mult": 0.0, "bias_decay_mult": 0.5},
+    {"norm_decay_mult": 2.0, "flat_decay_mult": 0.75, "bias_lr_mult": 3.0},
+    {"dwconv_decay_mult": 0.0, "flat_decay_mult": 0.25, "dcn_offset_lr_mult": 0.1},
+    {"custom_keys": {"neck": {"lr_mult": 2.0}, "neck.0": {"decay_mult": 0.0}, "norm": {"lr": 7.0},
+                     "cls_token": {"decay_mult": 0.5}}, "flat_decay_mult": 0.0, "bias_lr_mult": 2.0},
+    {"custom_keys": {"backbone": {"lr_mult": 0.1, "decay_mult": 0.0}, "head": {}}, "flat_decay_mult": 0.0},
+    {"bypass_duplicate": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", MMENGINE_RULES)
+@pytest.mark.parametrize("kind", ["DyViT", "PlainViT"])
+def test_without_decay_the_rules_are_those_of_mmengine(kind, settings, models):
+    encoder = {"DyViT": DYVIT, "PlainViT": VIT}[kind]
+    model = Convolutions(models.build({"type": kind, "encoder": to_plain(encoder, EncoderConfig)}))
+    theirs = rates(model, "DefaultOptimWrapperConstructor", **settings)
+    ours = rates(model, decay_rate=1.0, **settings)
+    free = {f"backbone.encoder.{name}" for name in model.backbone.encoder.no_weight_decay()}
+    free |= {name for name, p in model.named_parameters() if p.ndim < 2}
+    if "custom_keys" not in settings:  # what no rule of mmengine's changes: ours has two of its own
+        theirs |= {name: (lr, 0.0) for name, (lr, decay) in theirs.items() if name in free and decay == 0.1}
+    assert ours == theirs and len(set(ours.values())) > 1
+
+
+def test_the_decay_multiplies_the_rates_of_other_rules_but_not_rates_of_their_own(models, caplog):
     model = Model(models.build({"type": "PlainViT", "encoder": to_plain(VIT, EncoderConfig)}))
-    optimizer = {"type": "AdamW", "lr": 1.0}
-    with pytest.raises(BadInput, match="decay_rate"):
-        build_optim_wrapper(
-            model,
-            {"constructor": "LayerDecayConstructor", "paramwise_cfg": settings, "optimizer": optimizer},
-        )
+    keys = {"blocks.0": {"lr_mult": 2.0}, "blocks.1": {"lr": 7.0}, "head": {"lr_mult": 3.0}, "gamma": {}}
+    found = rates(model, decay_rate=0.5, custom_keys=keys, bias_lr_mult=10.0)
+    assert found["backbone.encoder.blocks.0.attn.qkv.weight"] == (0.25 * 2, 0.1)
+    assert found["backbone.encoder.blocks.1.attn.qkv.weight"] == (7.0, 0.1)
+    assert found["backbone.encoder.stem.bias"] == (0.125 * 10, 0.0)
+    assert found["head.weight"] == (3.0, 0.1)
+    assert "custom_keys: gamma: no parameter has this in its name" in caplog.text
+
+
+def test_without_weight_decay_of_its_own_the_optimizer_keeps_its_default(models):
+    model = Model(models.build({"type": "PlainViT", "encoder": to_plain(VIT, EncoderConfig)}))
+    found = rates(model, optimizer={"type": "AdamW", "lr": 1.0})
+    assert found["head.weight"] == (1.0, 0.01) and found["head.bias"] == (1.0, 0.0)
+
+
+def test_shared_parameters_are_optimized_once(models):
+    model = Model(models.build({"type": "PlainViT", "encoder": to_plain(VIT, EncoderConfig)}))
+    model.twin = torch.nn.Sequential(model.head)
+    assert "head.weight" in rates(model)
+    with pytest.warns(UserWarning, match="duplicate parameters"), pytest.raises(AssertionError):
+        rates(model, decay_rate=0.5, bypass_duplicate=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"custom_keys": {}}, "decay_rate must be above 0 and up to 1"),
+        ({"decay_rate": 0.0}, "decay_rate must be above 0"),
+        ({"decay_rate": "0.5"}, "decay_rate must be above 0"),
+        ({"decay_rate": float("nan")}, "decay_rate must be above 0"),
+        ({"decay_rate": 0.5, "num_layers": 12}, "has no num_layers; it may hold decay_rate, custom_keys"),
+        ({"decay_rate": 0.5, "custom_keys": []}, "custom_keys must be a dict"),
+        ({"decay_rate": 0.5, "custom_keys": {"neck": 0.1}}, "LayerDecayConstructor: "),
+        ({"decay_rate": 0.5, "norm_decay_mult": -1.0}, "norm_decay_mult must be a number from 0 on"),
+        ({"decay_rate": 0.5, "custom_keys": {"neck": {"lr_mult": "x"}}}, "neck.lr_mult must be a number"),
+    ],
+)
+def test_layer_decay_refuses_settings_that_mean_nothing(settings, message, models):
+    model = Model(models.build({"type": "PlainViT", "encoder": to_plain(VIT, EncoderConfig)}))
+    with pytest.raises(BadInput, match=message):
+        rates(model, **settings)
+
+
+def test_rules_of_weight_decay_need_one(models):
+    model = Model(models.build({"type": "PlainViT", "encoder": to_plain(VIT, EncoderConfig)}))
+    with pytest.raises(BadInput, match="base_wd should not be None"):
+        rates(model, optimizer={"type": "AdamW", "lr": 1.0}, decay_rate=0.5, norm_decay_mult=0.0)
 
 
 def test_layer_decay_needs_one_of_our_backbones(models):

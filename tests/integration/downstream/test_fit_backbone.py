@@ -160,7 +160,7 @@ def test_what_cannot_be_built_is_guessed_and_said(encoders, caplog):
     assert config.model.backbone.outputs.channels == (96, 192, 384, 768)
     assert "mmpretrain is not installed and not imported" in caplog.text
     assert "assumed to have channels (96, 192, 384, 768) at strides (4, 8, 16, 32)" in caplog.text
-    assert config.train_dataloader.dataset.pipeline[0] == {"type": "ReadImage", "channels": 3}
+    assert config.train_dataloader.dataset.pipeline[0] == {"type": "ReadImage"}
     assert config.optim_wrapper.constructor == "LayerDecayConstructor"
     assert set(config.optim_wrapper.paramwise_cfg) == {"decay_rate"}
 

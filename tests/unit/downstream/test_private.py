@@ -1,9 +1,11 @@
 """Private names that `downstream.private` uses still exist and still do the same."""
 
+import copy
 import importlib
 import inspect
 import multiprocessing
 import os
+from functools import partial
 from multiprocessing.queues import Queue
 from typing import Any
 
@@ -79,3 +81,32 @@ def test_a_process_that_cannot_send_ends(monkeypatch, capfd):
     queue.close()
     queue.join_thread()
     assert ended == [1] and "cannot send: " in capfd.readouterr().err
+
+
+INFERENCERS = [("mmdet.apis", "DetInferencer"), ("mmseg.apis", "MMSegInferencer")]
+
+
+@pytest.mark.parametrize(("module", "name"), INFERENCERS)
+def test_inferencers_read_images_as_the_configuration_does(module, name):
+    from mmengine.config import ConfigDict
+    from mmengine.infer import BaseInferencer
+    from mmengine.registry import DefaultScope
+
+    kind = getattr(importlib.import_module(module), name)
+    inferencer = kind.__new__(kind)
+    steps = [{"type": "ReadImage", "channels": 4}, {"type": "LoadAnnotations"}]
+    config = ConfigDict(test_dataloader={"dataset": {"pipeline": steps}})
+    with pytest.raises(ValueError, match="LoadImageFromFile is not found"):  # what they say by themselves
+        kind._init_pipeline(inferencer, copy.deepcopy(config))
+    private.read_images_in_inferencers()  # a second time changes nothing
+    assert not hasattr(vars(BaseInferencer.__init__)["__wrapped__"], "__wrapped__")
+    with DefaultScope.overwrite_default_scope(module.partition(".")[0]):
+        pipeline = private._init_pipeline(partial(kind._init_pipeline, inferencer), config)
+        stock = [{"type": "LoadImageFromFile"}]
+        theirs = private._init_pipeline(
+            partial(kind._init_pipeline, inferencer),
+            ConfigDict(test_dataloader={"dataset": {"pipeline": stock}}),
+        )
+    assert type(pipeline.transforms[0]).__name__ == "ReadImage" and pipeline.transforms[0].channels == 4
+    assert type(theirs.transforms[0]).__name__ == "InferencerLoader"
+    assert pipeline.transforms[0](np.zeros((2, 3, 4), np.uint8))["img_shape"] == (2, 3)

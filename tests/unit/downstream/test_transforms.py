@@ -58,3 +58,15 @@ def test_colours_as_floats_of_0_to_255_are_refused(tmp_path):
         ReadImage(3).transform({"img_path": str(tmp_path / "a.npy")})
     np.save(tmp_path / "a.npy", pixels / 255)
     assert (ReadImage(3).transform({"img_path": str(tmp_path / "a.npy")})["img"] == pixels[..., ::-1]).all()
+
+
+def test_paths_and_arrays_are_taken_without_a_dictionary(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    read = ReadImage().transform(str(tmp_path / "a.png"))
+    given = ReadImage().transform(np.ascontiguousarray(pixels[..., ::-1]))
+    assert (read["img"] == given["img"]).all() and (read["img"] == pixels[..., ::-1]).all()
+    assert read["ori_shape"] == given["ori_shape"] == (4, 6)
+    assert read["img_path"] == str(tmp_path / "a.png") and given["img_path"] is None
+    with pytest.raises(BadImage, match=r"shape \(4, 6, 3\) has 3 channels, not 5"):
+        ReadImage(5).transform({"img": pixels})
