@@ -20,6 +20,7 @@ from downstream.configs.load import (
 )
 from downstream.configs.schedule import set_schedule, set_workers
 from downstream.datasets.labels import LabelSplit
+from downstream.tasks.class_counts import set_classes
 
 PRESET = PRESETS / "mmseg" / "upernet_dyvit_160k_ade20k-512x512.py"
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
@@ -59,8 +60,9 @@ def set_dataset(config: Any, train: LabelSplit, val: LabelSplit) -> None:
     config.val_evaluator = config.test_evaluator = metric_settings(val)
     model = config.model
     model.data_preprocessor["seg_pad_val"] = train.ignore_index
+    set_classes(model, len(train.class_names))
     for head in (*as_list(model.get("decode_head")), *as_list(model.get("auxiliary_head"))):
-        head.num_classes, head.ignore_index = len(train.class_names), train.ignore_index
+        head.ignore_index = train.ignore_index
     for loader, split in (("train_dataloader", train), ("val_dataloader", val), ("test_dataloader", val)):
         for step in pipeline_of(config[loader].dataset):
             if step["type"] == "LoadAnnotations":
