@@ -23,9 +23,8 @@ def nodes(settings: Any) -> Iterator[dict[str, Any]]:
 def set_classes(model: Any, classes: int) -> None:
     """Sets the number of classes of every head that has as many as the model distinguishes now.
 
-    Others stay, such as the one class of a boundary head. Heads of panoptic models get no classes without
-    instances. Weights of classes are taken over where all are equal, but for the one of "no object", which
-    is the last; others are dropped, which is logged.
+    Others stay, such as the one class of a boundary head. Weights of classes are taken over where all are
+    equal, but for a last one more, of "no object"; others are dropped, which is logged.
 
     Args:
         model: Settings of a model, changed in place.
@@ -37,9 +36,6 @@ def set_classes(model: Any, classes: int) -> None:
         for name in _NAMES:
             if node.get(name) == before:
                 node[name] = classes
-        if "num_things_classes" in node and "num_stuff_classes" in node:
-            before += node["num_stuff_classes"]
-            node["num_stuff_classes"] = 0
     for node in nodes(model):
         weights = node.get("class_weight")
         if not isinstance(weights, list | tuple) or len(weights) not in (before, before + 1):
