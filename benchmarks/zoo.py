@@ -184,7 +184,7 @@ def import_libraries() -> None:
     import torch
 
     torch.set_num_threads(1)  # threads do not survive a fork
-    for name in ("downstream.openmmlab.runner", "downstream.openmmlab.contract", "mmdet.models",
+    for name in ("downstream.openmmlab.runner", "downstream.configs.contract", "mmdet.models",
                  "mmdet.testing", "mmseg.models", "coma", "downstream.configs.adapt"):  # fmt: skip
         import_module(name)
 

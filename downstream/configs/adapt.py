@@ -205,7 +205,7 @@ def _adapted_outputs(config: Any) -> dict[str, Any] | None:
     necks = as_list(config.model.get("neck"))
     if necks and necks[0].get("type") in ("FPN", PYRAMID):
         return None
-    from downstream.openmmlab.contract import backbone_outputs
+    from downstream.configs.contract import backbone_outputs
 
     try:
         found = backbone_outputs(config.model, config.get("default_scope", "mmdet"))

@@ -26,7 +26,8 @@ from coma.config.serialization import from_plain
 from coma.errors import BadArtifact, BadInput
 from coma.models import Encoder, build_encoder
 from coma.models.blocks import freeze_stages
-from downstream.openmmlab.adapter import OutputAdapter, Outputs
+from downstream.configs.outputs import Outputs
+from downstream.openmmlab.adapter import OutputAdapter
 
 log = logging.getLogger(__name__)
 

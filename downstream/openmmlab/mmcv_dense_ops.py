@@ -159,7 +159,8 @@ def carafe_naive_forward(
         group_size: Groups of channels with weights of their own.
         scale_factor: New places along each side of an old one.
     """
-    output.copy_(_carafe(*_wide(features, masks), kernel_size, group_size, scale_factor))
+    x, weights = _wide(features, masks)
+    output.copy_(_carafe(x, weights, kernel_size, group_size, scale_factor))
 
 
 def carafe_naive_backward(

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-import downstream.openmmlab  # noqa: F401 - before mmdet and mmseg
 from coma.errors import BadInput
-from downstream.openmmlab.adapter import Outputs
+from downstream.configs.load import REGISTER_MODULE
+from downstream.configs.outputs import Outputs
 
 log = logging.getLogger(__name__)
 SIDE = 512
@@ -67,7 +68,8 @@ def backbone_outputs(model: dict[str, Any], library: str) -> Outputs:
 @contextmanager
 def _shapes_only(library: str) -> Iterator[None]:
     """Runs what is inside in the scope of a library, quietly, without changing the random numbers."""
-    __import__(f"{library}.models")
+    for module in (REGISTER_MODULE, f"{library}.models"):
+        import_module(module)
     scope = DefaultScope.overwrite_default_scope(library)
     with scope, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of third parties about each other
