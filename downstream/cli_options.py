@@ -135,6 +135,8 @@ class CheckOptions:
 
     data: Annotated[Path, arg(metavar="DATASET")]
     """Dataset to check."""
+    out: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
+    """Folder for contact_sheet.png: images of every split with their labels."""
 
 
 def is_main() -> bool:

@@ -119,10 +119,12 @@ class ClassifyPredict(RuntimeOptions):
 
 @dataclass(frozen=True)
 class ClassifyCheck:
-    """Opens labelled images and prints how many of each class every split has."""
+    """Opens labelled images, prints how many of each class every split has and draws a contact sheet."""
 
     data: Annotated[Location, tyro.conf.arg(metavar="CLASSES")]
     """Labelled images, as for training."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
+    """Folder for contact_sheet.png: images of every class and split."""
 
 
 @dataclass(frozen=True)
@@ -329,6 +331,8 @@ def _check(argv: list[str]) -> None:
 
     from coma.data import align_labels, open_labelled_splits
 
+    if options.out:
+        shared.check_empty(options.out)
     splits = open_labelled_splits(options.data)
     sources = {"train": splits.train, "val": splits.val, "test": splits.test}
     there = {name: source for name, source in sources.items() if source is not None}
@@ -342,3 +346,13 @@ def _check(argv: list[str]) -> None:
         ]
         rows.append((f"images of {name}", [f"{int(count):,}" for count in counts]))
     shared.print_check(rows, tuple(there))
+    if options.out:
+        from downstream.label_check import draw_class_sheet
+
+        every = torch.arange(len(names))
+        has = {
+            name: (each if each.ndim == 2 else each[:, None] == every).bool().numpy()
+            for name, (_, each, _) in aligned.items()
+        }
+        shown = {name: (source, has[name]) for name, source in there.items()}
+        print(f"contact sheet: {draw_class_sheet(options.out, options.data, names, shown)}")

@@ -72,7 +72,7 @@ class DetectPredict(PredictOptions):
 
 @dataclass(frozen=True)
 class DetectCheck(CheckOptions):
-    """Checks every image and object of a COCO dataset and prints what it holds."""
+    """Checks every image and object of a dataset, prints what it holds and draws a contact sheet."""
 
 
 def run(argv: list[str]) -> None:
@@ -115,12 +115,13 @@ def _set_dataset(config: Any, options: DetectTrain) -> None:
     set_dataset(config, train, val, masks)
 
 
-def _open_splits(options: DetectTrain | DetectCheck) -> tuple[Path, CocoSplit, CocoSplit]:
+def _open_splits(options: DetectTrain) -> tuple[Path, CocoSplit, CocoSplit]:
     from downstream.datasets.coco import check_same_classes, open_coco
 
     data = shared.require_option(options.data, "--data", "a dataset in COCO format")
     with shared.progress_bar("checking train and val") as progress:
-        train, val = (open_coco(data, name, progress=progress) for name in ("train", "val"))
+        folder = shared.labels_folder(options.out)
+        train, val = (open_coco(data, name, progress=progress, converted=folder) for name in ("train", "val"))
     for split in (train, val):
         shared.warn([f"{split.annotations}: {warning}" for warning in split.warnings])
     check_same_classes(train, val)
@@ -156,17 +157,31 @@ def _predict(argv: list[str]) -> None:
 
 
 def _check(argv: list[str]) -> None:
-    _, *splits = _open_splits(parse_arguments(DetectCheck, argv, prog="coma detect check"))
+    options = parse_arguments(DetectCheck, argv, prog="coma detect check")
+
+    from downstream.datasets.coco import check_same_classes, open_coco
+    from downstream.label_check import draw_object_sheet, object_rows
+
+    splits = shared.open_all_splits(options, lambda name, bar: open_coco(options.data, name, progress=bar))
+    for split in splits.values():
+        check_same_classes(splits["train"], split)
 
     def sizes(split: CocoSplit) -> str:
         return " / ".join(f"{width} x {height}" for width, height in split.image_sizes)
 
     rows = [
-        ("images", [str(split.count) for split in splits]),
-        ("size: min / median / max", [sizes(split) for split in splits]),
-        ("classes", [str(len(split.class_names)) for split in splits]),
-        ("objects: small / medium / large", [" / ".join(map(str, s.small_medium_large)) for s in splits]),
-        ("crowds", [str(split.crowds) for split in splits]),
-        ("masks", ["yes" if split.has_masks else "no" for split in splits]),
+        ("images", [str(split.count) for split in splits.values()]),
+        ("size: min / median / max", [sizes(split) for split in splits.values()]),
+        ("classes", [str(len(split.class_names)) for split in splits.values()]),
+        (
+            "objects: small / medium / large",
+            [" / ".join(map(str, s.small_medium_large)) for s in splits.values()],
+        ),
+        ("crowds", [str(split.crowds) for split in splits.values()]),
+        ("masks", ["yes" if split.has_masks else "no" for split in splits.values()]),
     ]
-    shared.print_check(rows, ("train", "val"))
+    classes = {name: object_rows(split) for name, split in splits.items()}
+    shared.print_check(rows, tuple(splits))
+    shared.print_classes(splits["train"].class_names, classes, "objects")
+    if options.out:
+        print(f"contact sheet: {draw_object_sheet(options.out, options.data, splits)}")

@@ -72,7 +72,7 @@ class SegmentPredict(PredictOptions):
 
 @dataclass(frozen=True)
 class SegmentCheck(CheckOptions):
-    """Checks every image and label map of a dataset and prints what it holds."""
+    """Checks every image and label of a dataset, prints what it holds and draws a contact sheet."""
 
     classes: Annotated[Path | None, CLASSES] = None
     """Class names: JSON, or text with one name per line."""
@@ -108,12 +108,13 @@ def _set_dataset(config: Any, options: SegmentTrain) -> None:
     set_dataset(config, *_open_splits(options))
 
 
-def _open_splits(options: SegmentTrain | SegmentCheck) -> tuple[LabelSplit, LabelSplit]:
+def _open_splits(options: SegmentTrain) -> tuple[LabelSplit, LabelSplit]:
     from downstream.datasets.labels import open_labels
 
     data = shared.require_option(options.data, "--data", "a folder of images and label maps")
     with shared.progress_bar("checking train and val") as progress:
-        train, val = (open_labels(data, name, options.classes, progress) for name in ("train", "val"))
+        folder = shared.labels_folder(options.out)
+        train, val = (open_labels(data, name, options.classes, progress, folder) for name in ("train", "val"))
     for split in (train, val):
         shared.warn([f"{split.labels}: {warning}" for warning in split.warnings])
     if train.class_names != val.class_names:
@@ -144,12 +145,21 @@ def _predict(argv: list[str]) -> None:
 
 
 def _check(argv: list[str]) -> None:
-    splits = _open_splits(parse_arguments(SegmentCheck, argv, prog="coma segment check"))
+    options = parse_arguments(SegmentCheck, argv, prog="coma segment check")
+
+    from downstream.datasets.labels import open_labels
+    from downstream.label_check import draw_label_sheet, pixel_rows
+
+    splits = shared.open_all_splits(
+        options, lambda name, bar: open_labels(options.data, name, options.classes, bar)
+    )
     rows = [
-        ("images", [str(split.pairs) for split in splits]),
-        ("classes", [str(len(split.class_names)) for split in splits]),
-        ("ignored pixels", [f"{split.ignored:.1%}" for split in splits]),
+        ("images", [str(split.pairs) for split in splits.values()]),
+        ("classes", [str(len(split.class_names)) for split in splits.values()]),
+        ("ignored pixels", [f"{split.ignored:.1%}" for split in splits.values()]),
     ]
-    for i, name in enumerate(splits[0].class_names):
-        rows.append((f"pixels of {name}", [f"{split.shares[i]:.2%}" for split in splits]))
-    shared.print_check(rows, ("train", "val"))
+    classes = {name: pixel_rows(split) for name, split in splits.items()}
+    shared.print_check(rows, tuple(splits))
+    shared.print_classes(splits["train"].class_names, classes, "pixels")
+    if options.out:
+        print(f"contact sheet: {draw_label_sheet(options.out, options.data, splits)}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,21 @@ from typing import TYPE_CHECKING, Any
 from coma.atomic_io import lies_among, write_json
 from coma.errors import BadInput
 from coma.preflight import require_folder, require_packages
-from downstream.cli_options import ENCODER_OPTIONS, PredictOptions, TestOptions, TrainOptions, is_main
+from downstream.cli_options import (
+    ENCODER_OPTIONS,
+    CheckOptions,
+    PredictOptions,
+    TestOptions,
+    TrainOptions,
+    is_main,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from downstream.artifacts import Kind
     from downstream.configs.adapt import EncoderSpec
+    from downstream.label_check import ClassRow
 
 log = logging.getLogger(__name__)
 COMMANDS = {"detector": "detect", "segmentor": "segment"}
@@ -90,10 +99,9 @@ def train(
     Raises:
         BadInput: settings that do not go together.
     """
-    from downstream.configs.adapt import encoder_spec, set_encoder
-    from downstream.configs.load import apply_cfg_options, config_errors, load_config
-    from downstream.finetune import check_library, finetune
-    from downstream.openmmlab.runner import CONFIG, prepare_config
+    from downstream.configs.load import load_config
+    from downstream.finetune import finetune
+    from downstream.openmmlab.runner import CONFIG
 
     command, device = COMMANDS[kind], device_of(options.device).type
     if options.resume:
@@ -110,7 +118,33 @@ def train(
         check_empty(out, f"resume with --resume {out}, or " if (out / CONFIG).is_file() else "")
         if note := lies_among(out, options.data):
             warn([note])
-    encoder, theirs = None, options.config
+    with converted_labels(out):
+        config = _prepared(kind, options, argv, make_config, set_dataset, device)
+    theirs = options.config
+    try:
+        trained = finetune(kind, config, out, device=device, source=theirs)
+    except BadInput as error:
+        if options.data or not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        raise BadInput(f"{error}; if this is a file of the dataset, name your own with --data") from error
+    print_trained(command, out, trained)
+
+
+def _prepared(
+    kind: Kind,
+    options: TrainOptions,
+    argv: Sequence[str],
+    make_config: Callable[[Any, EncoderSpec], Any],
+    set_dataset: Callable[[Any, Any], None],
+    device: str,
+) -> Any:
+    """Returns the configuration of a new run: ours, or the user's own with an encoder and a dataset."""
+    from downstream.configs.adapt import encoder_spec, set_encoder
+    from downstream.configs.load import apply_cfg_options, config_errors, load_config
+    from downstream.finetune import check_library
+    from downstream.openmmlab.runner import prepare_config
+
+    encoder, theirs, out = None, options.config, require_option(options.out, "--out", "a new run directory")
     if options.artifact or options.preset or not theirs:
         encoder = encoder_spec(options.artifact, options.preset)
     if encoder and not theirs:
@@ -132,13 +166,25 @@ def train(
             with log_changes(config, theirs, "for this machine and --out", "--resume resumes a run"):
                 config.resume = False
                 prepare_config(config, out, device)
+    return config
+
+
+def labels_folder(out: Path | None) -> Path | None:
+    """Returns the folder of a run for labels that are converted; None for a temporary one."""
+    return out / "labels" if out and is_main() else None
+
+
+@contextmanager
+def converted_labels(out: Path) -> Iterator[None]:
+    """Removes the labels that were converted inside if it fails, so that the command can be given again."""
     try:
-        trained = finetune(kind, config, out, device=device, source=theirs)
-    except BadInput as error:
-        if options.data or not isinstance(error.__cause__, FileNotFoundError):
-            raise
-        raise BadInput(f"{error}; if this is a file of the dataset, name your own with --data") from error
-    print_trained(command, out, trained)
+        yield
+    except BaseException:
+        if is_main():
+            shutil.rmtree(out / "labels", ignore_errors=True)
+            with suppress(OSError):
+                out.rmdir()
+        raise
 
 
 def refuse_without_effect(options: TrainOptions, argv: Sequence[str]) -> None:
@@ -238,6 +284,48 @@ def predict(kind: Kind, options: PredictOptions, annotations: Path | None, write
         )
         written = write(options.out, predictions, model.artifact, lambda done: progress(done, len(paths)))
     return written, len(paths)
+
+
+def open_all_splits(options: CheckOptions, open_split: Callable[..., Any]) -> dict[str, Any]:
+    """Opens and checks train and val, and test if there is one, and prints their warnings.
+
+    Args:
+        options: Options of the command.
+        open_split: Opens a split by its name, given a callback for progress.
+
+    Raises:
+        BadInput: a split with errors, no train or no val split, or splits with other classes.
+    """
+    from downstream.datasets.files import NoSplit
+
+    if options.out:
+        check_empty(options.out)
+    splits = {}
+    with progress_bar("checking train, val and test") as progress:
+        for name in ("train", "val", "test"):
+            try:
+                splits[name] = open_split(name, progress)
+            except NoSplit:
+                if name != "test":
+                    raise
+    for name, split in splits.items():
+        warn([f"{options.data}, {name} split: {warning}" for warning in split.warnings])
+        if split.class_names != splits["train"].class_names:
+            raise BadInput(f"{options.data}: train and {name} have different classes")
+    return splits
+
+
+def print_classes(names: Sequence[str], rows: dict[str, list[ClassRow]], amount: str) -> None:
+    """Prints a table of the classes: images, objects or pixels, smallest and largest, in every split."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("class", "split", "images", amount, "smallest", "largest")
+    for number, name in enumerate(names):
+        for split, listed in rows.items():
+            table.add_row(escape(name) if split == next(iter(rows)) else "", split, *listed[number])
+    Console().print(table)
 
 
 def print_check(rows: Sequence[tuple[str, Sequence[str]]], splits: Sequence[str]) -> None:

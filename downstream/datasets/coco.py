@@ -1,8 +1,11 @@
-"""Finds detection datasets in COCO format in the common layouts and checks every image and object.
+"""Finds detection datasets in the common layouts and checks every image and object.
 
     annotations/instances_train2017.json   train2017/ or images/train2017/    COCO's own
     annotations/train.json, train.json     train/, images/train/ or images/
     train/_annotations.coco.json           beside it                          Roboflow's
+    annotations/instances_default.json     images/ or images/default/         CVAT's, without splits
+
+Labels in another format (`downstream.datasets.formats`) are converted to COCO's, and checked as that.
 
 Splits are named train, val (or valid, validation) and test. Errors are reported together, in one `BadInput`
 that lists every kind; warnings go to `CocoSplit.warnings`.
@@ -10,23 +13,26 @@ that lists every kind; warnings go to `CocoSplit.warnings`.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from coma.atomic_io import write_json
 from coma.errors import BadInput
+from coma.messages import counted
+from coma.splits import parse_split
 from downstream.datasets.coco_checks import Record, check_ids, check_objects, check_references, records
-from downstream.datasets.coco_layouts import ROBOFLOW, find_annotations, find_images
+from downstream.datasets.coco_loading import Loaded, completed, load_json, load_split
+from downstream.datasets.files import temporary_folder
 from downstream.datasets.image_headers import Header, read_header
 from downstream.datasets.validation_report import Progress, ValidationReport, map_in_threads
 
 log = logging.getLogger(__name__)
+ONCE = {"once": True}
 
 
 @dataclass(frozen=True)
@@ -57,25 +63,26 @@ class CocoSplit:
 
 
 def open_coco(
-    data: Path, split: str, check_files: bool = True, progress: Progress | None = None
+    data: Path,
+    split: str,
+    check_files: bool = True,
+    progress: Progress | None = None,
+    converted: Path | None = None,
 ) -> CocoSplit:
     """Finds a split below `data` and checks it.
 
     Args:
-        data: Folder of the dataset.
+        data: Folder of the dataset, in COCO's format or another one.
         split: train, val or test.
         check_files: Read the header of every image; otherwise only the annotations are checked.
         progress: Called with the number of checked images and the total.
+        converted: Folder for a COCO file of labels in another format; by default a temporary one.
 
     Raises:
         BadInput: a missing split, or one with errors.
     """
-    annotations = find_annotations(data, split)
-    content = _load(annotations)
-    images = annotations.parent
-    if annotations.name != ROBOFLOW:
-        images = find_images(data, annotations, split, content)
-    return _checked(annotations, images, content, split != "test", check_files, progress)
+    name = parse_split(split)
+    return _checked(load_split(data, name, progress), name != "test", check_files, progress, name, converted)
 
 
 def read_coco(
@@ -99,7 +106,8 @@ def read_coco(
     """
     if not images.is_dir():
         raise BadInput(f"{images}: there is no such folder of images")
-    return _checked(annotations, images, _load(annotations), needs_objects, check_files, progress)
+    loaded = completed("COCO", annotations, images, load_json(annotations))
+    return _checked(loaded, needs_objects, check_files, progress, annotations.stem, None)
 
 
 def check_same_classes(train: CocoSplit, val: CocoSplit) -> None:
@@ -122,26 +130,17 @@ def check_same_classes(train: CocoSplit, val: CocoSplit) -> None:
     raise BadInput(f"{train.annotations} and {val.annotations} have different categories: {'; '.join(told)}")
 
 
-def _load(annotations: Path) -> Any:
-    try:
-        return json.loads(annotations.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"{annotations}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{annotations}: not a JSON file ({error})") from None
-
-
 def _checked(
-    annotations: Path,
-    images: Path,
-    content: Any,
+    loaded: Loaded,
     needs_objects: bool,
     check_files: bool,
     progress: Progress | None,
+    name: str,
+    converted: Path | None,
 ) -> CocoSplit:
-    report = ValidationReport(str(annotations))
-    warnings: list[str] = []
-    listed = records(content, report)
+    annotations, images, report = loaded.source, loaded.images, loaded.report
+    warnings = list(loaded.warnings)
+    listed = records(loaded.content, report)
     check_ids(listed, report)
     objects = check_objects(listed, report, warnings)
     check_references(listed, warnings)
@@ -153,7 +152,13 @@ def _checked(
     if not report and needs_objects and not objects.learned:
         report.add(f"there is no object to learn from among {len(listed.objects)}", _why_none(warnings))
     report.raise_if_any()
-    _say_left_out(annotations, images, {os.path.normpath(image["file_name"]) for image in listed.images})
+    if annotations.is_file():
+        _say_left_out(annotations, images, {os.path.normpath(image["file_name"]) for image in listed.images})
+    found = f"{counted(len(listed.images), 'image')}, {counted(len(listed.objects), 'object')}"
+    classes = counted(len(listed.categories), "class", "classes")
+    log.info(
+        "%s: labels as %s, %s split: %s, %s", annotations, loaded.title, name, found, classes, extra=ONCE
+    )
     if objects.crowds:
         warnings.append(f"crowds, neither learned nor counted as misses: {objects.crowds}")
     if 0 < objects.masks < len(listed.objects):
@@ -164,6 +169,9 @@ def _checked(
     smallest, median, largest = (
         tuple(f(sizes, axis=0).astype(int).tolist()) for f in (np.min, np.median, np.max)
     )
+    if loaded.changed:
+        annotations = (converted or temporary_folder()) / f"{name}.json"
+        write_json(annotations, loaded.content, indent=None)
     return CocoSplit(
         annotations=annotations,
         images=images,
@@ -191,7 +199,7 @@ def _say_left_out(annotations: Path, images: Path, listed: set[str]) -> None:
             what = f"that {annotations.name} does not list"
             inventory.skip(f"image {what}", f"images {what}", name)
     inventory.images = Counter(map(kind_of, listed))
-    log.info(inventory.summary(images), extra={"once": True})
+    log.info(inventory.summary(images), extra=ONCE)
 
 
 def _why_none(warnings: list[str]) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from downstream.datasets.drawn import LABELLED_IN
 from downstream.datasets.masks import mask_error
 from downstream.datasets.validation_report import ValidationReport
 
@@ -144,12 +145,13 @@ def _complete(content: Record, key: str, report: ValidationReport) -> list[Recor
             continue
         faulty = False
         for name, types in wanted.items():
-            if type(record.get(name)) in types:  # bool is no int here
+            value = record.get(name)
+            if type(value) in types and (type(value) is not int or _is_number(value)):  # bool is no int here
                 continue
             faulty = True
             where = f"{what} {record['id']}" if type(record.get("id")) is int else f"{key}[{position}]"
             if name in record:
-                report.add(f"{what} {name} is not {_NAMES[types]}", f"{where}: {record[name]!r:.60}")
+                report.add(f"{what} {name} is not {_NAMES[types]}", f"{where}: {value!r:.60}")
             else:
                 report.add(f"{what} without {name}", where)
         if not faulty:
@@ -160,8 +162,13 @@ def _complete(content: Record, key: str, report: ValidationReport) -> list[Recor
 _NAMES = {(int,): "a whole number", (str,): "text", (list,): "a list", _NUMBER: "a number"}
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a value is a float, or an integer of at most 63 bits, which numpy holds."""
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 62)
+
+
 def _is_box(box: list[Any]) -> bool:
-    return len(box) == 4 and all(type(value) in _NUMBER for value in box)
+    return len(box) == 4 and all(_is_number(value) for value in box)
 
 
 def _check_boxes(
@@ -219,7 +226,7 @@ def _check_masks(objects: list[Record], sizes: np.ndarray, report: ValidationRep
 
 
 def _name(record: Record) -> str:
-    return f"annotation {record['id']} (image {record['image_id']})"
+    return record.get(LABELLED_IN) or f"annotation {record['id']} (image {record['image_id']})"
 
 
 def _few(names: Sequence[str], shown: int = 5) -> str:

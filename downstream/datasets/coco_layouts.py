@@ -8,18 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from coma.errors import BadInput
-from coma.splits import SPLITS, parse_split, split_folders
+from coma.splits import SPLITS, Split, parse_split, split_folders
+from downstream.datasets.files import NoSplit
 
 ROBOFLOW = "_annotations.coco.json"
 
 
-def find_annotations(data: Path, split: str) -> Path:
-    """Returns the annotation file of a split.
+UNSPLIT = (
+    "instances_default.json",  # CVAT
+    "result.json",  # Label Studio
+    *("annotations.json", "instances.json", "coco.json", "labels.json", "_annotations.coco.json"),
+)
+"""Names of annotation files of all pictures, in `annotations/` or beside the pictures."""
+
+
+def find_annotations(data: Path, split: Split) -> Path | None:
+    """Returns the annotation file of a split; None if there is none.
 
     Raises:
-        BadInput: no file, or more than one; the message lists the names that were tried.
+        BadInput: more than one file, or no such folder.
     """
-    split = parse_split(split)
     if not data.is_dir():
         raise BadInput(f"{data}: {'is a file, not' if data.is_file() else 'there is no'} folder of a dataset")
     words = "|".join(SPLITS[split])
@@ -34,13 +42,29 @@ def find_annotations(data: Path, split: str) -> Path:
     for folder in split_folders(data, split):
         if (folder / ROBOFLOW).is_file():
             return folder / ROBOFLOW
+    return None
+
+
+def find_unsplit(data: Path) -> Path | None:
+    """Returns the annotation file of all pictures of a dataset without splits; None if there is none."""
+    places = [folder / name for folder in (data / "annotations", data) for name in UNSPLIT]
+    return next((path for path in places if path.is_file()), None)
+
+
+class NoLabels(NoSplit):
+    """A folder without labels of a known format."""
+
+
+def nothing_found(data: Path, split: Split, others: str) -> NoLabels:
+    """Returns the error that names the annotation files that were looked for, and other formats."""
     there = [
         str(path.relative_to(data)) for folder in (data / "annotations", data) for path in _jsons(folder)
     ]
-    raise BadInput(
-        f"{data}: no COCO annotations of the {split} split. Looked for annotations/{split}.json, "
-        f"annotations/instances_{split}2017.json, {split}.json and {split}/{ROBOFLOW} (also by the names "
-        f"{', '.join(SPLITS[split][1:])}); found {', '.join(there[:8]) or 'no json file'}"
+    return NoLabels(
+        f"{data}: no COCO annotations of the {split} split, nor labels as {others}. Looked for "
+        f"annotations/{split}.json, annotations/instances_{split}2017.json, {split}.json and "
+        f"{split}/{ROBOFLOW} (also by the names {', '.join(SPLITS[split][1:])}); found "
+        f"{', '.join(there[:8]) or 'no json file'}"
     )
 
 
@@ -59,7 +83,7 @@ def find_images(data: Path, annotations: Path, split: str, content: Any) -> Path
     tried = [parent / own for parent in both]
     tried += [folder for parent in both for folder in split_folders(parent, parse_split(split))]
     tried += [parent / split for parent in both]  # for the message
-    tried = list(dict.fromkeys([*tried, data / "images", data]))
+    tried = list(dict.fromkeys([*tried, data / "images" / "default", data / "images", data]))
     folders = [folder for folder in tried if folder.is_dir()]
     listed = content.get("images") if isinstance(content, dict) else None
     sample = listed[:50] if isinstance(listed, list) else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,15 +57,22 @@ class Classes:
     image_suffix: str | None = None
     label_suffix: str | None = None
     reduce_zero_label: bool | None = None
+    has_palette: bool = False
+    """Whether the user lists the colours."""
+    ignored_colours: tuple[Colour, ...] = ()
+
+
+CLASS_FILES = ("classes.json", "classes.txt", "labelmap.txt", "class_dict.csv")
+"""Lists of classes that are looked for: ours, CVAT's, and that of CamVid on Kaggle."""
 
 
 def find_classes(data: Path, given: Path | None) -> Classes | None:
-    """Reads the classes from the given file, or else from `classes.json` or `classes.txt` in the folder.
+    """Reads the classes from the given file, or else from one of `CLASS_FILES` in the folder.
 
     Raises:
         BadInput: a malformed file.
     """
-    for path in [given] if given else [data / "classes.json", data / "classes.txt"]:
+    for path in [given] if given else [data / name for name in CLASS_FILES]:
         if given or path.is_file():
             return _read(path)
     return None
@@ -98,11 +106,13 @@ def _read(path: Path) -> Classes:
     except ValueError:
         raise BadInput(f"{path}: not a text file in UTF-8") from None
     report = ValidationReport(str(path))
-    if path.suffix.lower() != ".json":
+    if path.name in ("labelmap.txt", "class_dict.csv"):
+        content: Any = _coloured(text)
+    elif path.suffix.lower() != ".json":
         names = [line.strip() for line in text.splitlines()]
         while names and not names[-1]:
             names.pop()
-        content: Any = {"classes": names}
+        content = {"classes": names}
     else:
         try:
             content = json.loads(text)
@@ -113,6 +123,17 @@ def _read(path: Path) -> Classes:
     classes = _interpreted(content, report)
     report.raise_if_any()
     return classes
+
+
+def _coloured(text: str) -> dict[str, Any]:
+    """Returns names and colours of lines `name:red,green,blue:...` (CVAT) or `name,red,green,blue`."""
+    names, palette = [], []
+    for line in text.splitlines():
+        found = re.match(r"\s*([^#:,][^:,]*)[:,]\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)", line)
+        if found:
+            names.append(found[1].strip())
+            palette.append([int(found[i]) for i in (2, 3, 4)])
+    return {"classes": names, "palette": palette}
 
 
 def _interpreted(content: dict[str, Any], report: ValidationReport) -> Classes:
@@ -143,6 +164,7 @@ def _interpreted(content: dict[str, Any], report: ValidationReport) -> Classes:
         image_suffix=suffixes[0],
         label_suffix=suffixes[1],
         reduce_zero_label=reduce,
+        has_palette=content.get("palette") is not None,
     )
 
 

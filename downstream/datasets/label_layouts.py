@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from coma.errors import BadInput
-from coma.splits import SPLITS, parse_split, split_folders
+from coma.splits import SPLITS, Split, split_folders
+from downstream.datasets.files import NoSplit
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +49,12 @@ class Pairing(NamedTuple):
     """Images with another suffix, which mmsegmentation would not find."""
 
 
-def find_layout(data: Path, split: str) -> Layout:
-    """Returns the folders of a split.
+def find_layout(data: Path, split: Split) -> Layout | None:
+    """Returns the folders of a split; None if they are not there.
 
     Raises:
-        BadInput: no folders; the message lists the names that were tried.
+        BadInput: no folder of a dataset.
     """
-    split = parse_split(split)
     if not data.is_dir():
         raise BadInput(f"{data}: {'is a file, not' if data.is_file() else 'there is no'} folder of a dataset")
     images, labels = data / "leftImg8bit" / split, data / "gtFine" / split
@@ -67,11 +67,16 @@ def find_layout(data: Path, split: str) -> Layout:
                 words = ("training", "validation")
                 ade = (first, second) == ("images", "annotations") and images.name in words
                 return Layout(images, labels, "ade20k" if ade else "")
+    return None
+
+
+def nothing_found(data: Path, split: Split, others: str) -> NoSplit:
+    """Returns the error that names the folders that were looked for, and other formats."""
     looked = ", ".join(f"{first}/{split} with {second}/{split}" for first, second in _PAIRS)
     there = sorted(str(path.relative_to(data)) for path in data.glob("*/*") if path.is_dir())
-    raise BadInput(
-        f"{data}: no images and labels of the {split} split. Looked for {looked} (also by the names "
-        f"{', '.join(SPLITS[split][1:])}), leftImg8bit/{split} with gtFine/{split}; "
+    return NoSplit(
+        f"{data}: no images and labels of the {split} split, nor polygons as {others}. Looked for {looked} "
+        f"(also by the names {', '.join(SPLITS[split][1:])}), leftImg8bit/{split} with gtFine/{split}; "
         f"found {', '.join(there[:8]) or 'no folders'}"
     )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 
 def mask_error(segmentation: Any, width: int, height: int) -> str:
     """Returns a short description of the error; empty if there is none."""
@@ -75,3 +77,22 @@ def _runs_fault(runs: dict[str, Any], width: int, height: int) -> str:
     if min(counts, default=0) < 0 or sum(counts) != width * height:
         return f"its run lengths cover {sum(counts)} pixels, the image has {width * height}"
     return ""
+
+
+def encode_runs(mask: np.ndarray) -> dict[str, Any]:
+    """Returns COCO's uncompressed run lengths of a mask, bool `[h, w]`: columns from the left, 0 first."""
+    flat = np.concatenate([[False], mask.ravel(order="F"), [False]])
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    counts = np.diff(np.concatenate([[0], edges, [mask.size]])).tolist()
+    if counts[-1] == 0 and len(counts) > 1:
+        counts.pop()
+    return {"size": list(mask.shape), "counts": counts}
+
+
+def decode_runs(runs: dict[str, Any]) -> np.ndarray:
+    """Returns the mask, bool `[h, w]`, of run lengths without faults, as numbers or text."""
+    counts = runs["counts"]
+    counts = decode_run_lengths(counts) if isinstance(counts, str) else counts
+    height, width = runs["size"]
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(width, height).T

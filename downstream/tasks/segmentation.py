@@ -75,6 +75,7 @@ def dataset_settings(split: LabelSplit, pipeline: list[Any]) -> dict[str, Any]:
         "type": "BaseSegDataset",
         "data_root": None,
         "data_prefix": {"img_path": str(split.images.resolve()), "seg_map_path": str(split.labels.resolve())},
+        "ann_file": str(split.listing or ""),
         "img_suffix": split.image_suffix,
         "seg_map_suffix": split.label_suffix,
         "metainfo": {"classes": split.class_names, "palette": [list(colour) for colour in split.palette]},

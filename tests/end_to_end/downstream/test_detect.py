@@ -3,12 +3,14 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from typing import cast
 
+import label_files
 import numpy as np
 import pytest
 import torch
@@ -284,11 +286,52 @@ def test_a_plain_runner_runs_what_the_command_wrote(trained, tmp_path):
     assert (tmp_path / "work" / "last_checkpoint").is_file()
 
 
-def test_check_prints_what_a_dataset_holds(data, capsys, monkeypatch):
+def test_check_prints_what_a_dataset_holds(data, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "120")
-    run(["check", "--data", str(data)])
+    run(["check", "--data", str(data), "--out", str(tmp_path / "sheet")])
     said = capsys.readouterr().out
     assert "96 x 64 / 96 x 64 / 96 x 64" in said and "no errors found" in said
+    boxes = [
+        each["bbox"][2:]
+        for each in json.loads((data / "annotations" / "val.json").read_text())["annotations"]
+        if each["category_id"] == 2
+    ]
+    low, high = (f"{int(size[0])} x {int(size[1])}" for size in (min(boxes), max(boxes)))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines()]
+    assert ["", "val", str(len(boxes)), str(len(boxes)), low, high] in rows
+    with Image.open(tmp_path / "sheet" / "contact_sheet.png") as sheet:
+        assert min(sheet.size) > 600 and len(sheet.convert("RGB").getcolors(1 << 20) or [0] * 999) > 500
+    with pytest.raises(BadInput, match="is not empty"):
+        run(["check", "--data", str(data), "--out", str(tmp_path / "sheet")])
+
+
+def test_labels_of_another_format_are_kept_in_the_run(trained, data, backbone, tmp_path, capsys):
+    """Training reads what was converted, also when it is resumed; a run that never began leaves nothing."""
+    other, out = label_files.yolo(data, tmp_path / "yolo", polygons=True), tmp_path / "run"
+    options = ["train", str(backbone), "--data", str(other), "--out", str(out), "--steps", "1", *SMALL]
+    with pytest.raises(BadInput, match="must be name=value"):
+        run([*options, "--cfg-options", "nonsense"])
+    assert not out.exists()
+    run(options)
+    assert {path.name for path in (out / "labels").iterdir()} == {"train.json", "val.json"}
+    shutil.rmtree(other / "labels")
+    run(["train", "--resume", str(out)])
+    with pytest.raises(BadInput, match="square, disc"):
+        run(["test", str(trained / "artifact"), "--data", str(label_files.voc(data, tmp_path / "voc"))])
+    (tmp_path / "voc" / "classes.txt").write_text("square\ndisc\n")
+    run(
+        [
+            "test",
+            str(trained / "artifact"),
+            "--data",
+            str(tmp_path / "voc"),
+            "--out",
+            str(tmp_path / "scores"),
+        ]
+    )
+    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    kept = load_artifact(trained / "artifact").config.trained["scores"]
+    assert scores["coco/bbox_mAP"] == pytest.approx(kept["coco/bbox_mAP"], abs=1e-3)
 
 
 def test_the_stand_in_operators_are_announced(caplog):

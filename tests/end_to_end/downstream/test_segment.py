@@ -173,24 +173,30 @@ def test_any_configuration_of_mmseg(data, tmp_path):
     ("arguments", "message"),
     [
         (["train", "--preset", "tiny", "--data", "D", "--out", "x", "--crop-size", "100"], "32 px mask unit"),
-        (["train", "--preset", "tiny", "--data", "C", "--out", "x"], "no images and labels of the train"),
+        (["train", "--preset", "tiny", "--data", "C", "--out", "x"], "have boxes alone"),
         (["train", "--out", "x", "--data", "D"], "give an artifact"),
         (["predict", "C", "D", "--out", "x"], "not an artifact"),
-        (["test", "T", "--data", "C"], "no images and labels of the val split"),
+        (["test", "T", "--data", "C"], "have boxes alone"),
     ],
 )
 def test_bad_input_is_named(arguments: list[str], message, data, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    other = coco(tmp_path / "c", train=1, val=1)
+    other = coco(tmp_path / "c", train=1, val=1, masks=False)
     places = {"D": str(data), "T": str(trained / "artifact"), "C": str(other)}
     with pytest.raises((BadInput, BadArtifact), match=message):
         run([places.get(argument, argument) for argument in arguments])
 
 
 def test_check_prints_what_a_dataset_holds(data, capsys):
-    run(["check", "--data", str(data)])
+    run(["check", "--data", str(data), "--out", str(data.parent / "sheet")])
     said = capsys.readouterr().out
-    assert "pixels of square" in said and "no errors found" in said
+    assert "no errors found" in said
+    labels = [np.asarray(Image.open(path)) for path in (data / "ann_dir" / "train").iterdir()]
+    counts = sorted(int((label == 1).sum()) for label in labels)
+    share = f"{sum(counts) / sum(label.size for label in labels):.2%}"
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines()]
+    assert ["square", "train", str(len(labels)), share, str(counts[0]), str(counts[-1])] in rows
+    assert (data.parent / "sheet" / "contact_sheet.png").is_file()
 
 
 def test_a_segmentor_is_not_a_detector(trained, data, tmp_path):

@@ -1,6 +1,7 @@
 """Images and label maps: every layout is found, and every fault is named with its file."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,12 @@ def test_cityscapes_is_known(tmp_path):
 
 
 def test_what_was_looked_for_in_segmentation_is_said(street):
-    said = refusal(lambda: open_labels(street, "val"))
-    for name in ("img_dir/val with ann_dir/val", "images/val with masks/val", "ann_dir/train"):
+    assert "no val split; there is train (2)" in refusal(lambda: open_labels(street, "val"))
+    shutil.move(street / "ann_dir" / "train", street / "ann_dir" / "photos")
+    said = refusal(lambda: open_labels(street, "train"))
+    for name in ("img_dir/train with ann_dir/train", "images/train with masks/train", "ann_dir/photos"):
         assert name in said
+    (street / "ann_dir" / "photos").rename(street / "ann_dir" / "train")
     (street / "classes.json").unlink()
     said = refusal(lambda: open_labels(street, "train"))
     assert "classes.json" in said and "classes.txt" in said
@@ -217,8 +221,13 @@ def test_labels_that_cannot_be_used(street):
     save(labels / "a.png")
     (labels / "b.png").write_bytes((labels / "b.png").read_bytes()[:60])
     said = refusal(lambda: open_labels(street, "train"))
-    assert re.search(r"recode .* \(1\): a.png: mode RGB: colours, not class numbers", said)
-    assert re.search(r"label cannot be read \(1\): b.png: ", said)
+    assert "the masks have 1 colour (#5a781e 100.0%); say which class has which in classes.json" in said
+    save(labels / "b.png")
+    save_label(labels / "a.png", [0, 1])
+    said = refusal(lambda: open_labels(street, "train"))
+    assert re.search(r"recode .* \(1\): b.png: mode RGB: colours, not class numbers", said)
+    (labels / "b.png").write_bytes((labels / "b.png").read_bytes()[:60])
+    assert re.search(r"label cannot be read \(1\): b.png: ", refusal(lambda: open_labels(street, "train")))
     Image.new("L", (40, 30)).save(labels / "a.jpg")
     (labels / "a.jpg").rename(labels / "a.png")
     assert "a.png: not a PNG" in refusal(lambda: open_labels(street, "train"))
