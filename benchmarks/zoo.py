@@ -90,6 +90,7 @@ def run_model(path: Path, side: int, artifact: Path | None = None) -> dict[str, 
         Exception: whatever the model raises.
     """
     import torch
+    from mmengine.logging import MessageHub
     from mmengine.registry import MODELS, init_default_scope
 
     import coma
@@ -101,6 +102,7 @@ def run_model(path: Path, side: int, artifact: Path | None = None) -> dict[str, 
     prepare_config(config, Path("unused"), "cpu")
     import_module(f"{library}.models")
     init_default_scope(library)
+    MessageHub.get_current_instance().update_info("iter", 0)  # some losses rise with the steps of the runner
     for setting, small in (("batch_augments", None), ("size", (side, side))):  # they pad to a full size
         if setting in config.model.data_preprocessor:
             config.model.data_preprocessor[setting] = small
@@ -142,7 +144,9 @@ def _objects(config: Any, side: int) -> dict[str, Any]:
     classes = min(_numbers(config.model, ("num_classes", "num_things_classes")) or [2])
     shapes = [(3, side, side), (3, side, side)]
     masks = re.search(r"with_mask['\"]?[:=] ?True", config.pretty_text) is not None
-    data = demo_mm_inputs(2, shapes, [3, 4], classes, with_mask=masks, with_semantic=True)
+    data = demo_mm_inputs(2, shapes, [3, 4], max(classes, 2), with_mask=masks, with_semantic=True)
+    for sample in data["data_samples"]:
+        sample.gt_instances.labels %= classes
     if config.model.type == "FastRCNN":
         import torch
         from mmengine.structures import InstanceData
