@@ -194,15 +194,6 @@ def lists_to_tuples(value: Any) -> Any:
     return value
 
 
-def dataset_meta(config: ArtifactConfig) -> dict[str, Any]:
-    """Returns class names and colours for OpenMMLab's visualizers and metrics."""
-    from downstream.datasets.label_classes import default_palette
-
-    names = config.class_names or ()
-    palette = (config.head or {}).get("palette") or default_palette(len(names))
-    return {"classes": names, "palette": [tuple(colour) for colour in palette]}
-
-
 def check_classes(about: ArtifactConfig, names: tuple[str, ...], data: Path) -> None:
     """Checks that a dataset has the classes of an artifact.
 

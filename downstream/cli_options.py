@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from coma.config import ENCODER_METAVAR
+from coma.image_size import ImageSize
 from coma.ranges import BATCH, DECAY, EPOCHS, PROCESSES, RATE, WEIGHT_DECAY, Range, Ranged
 from coma.runtimes.names import RuntimeName
 
@@ -25,12 +26,12 @@ UNSET = arg(help_behavior_hint="")
 class TrainOptions(Ranged):
     """Fine-tunes an encoder for dense prediction.
 
-    With --config, of the training settings only those of the encoder apply (--drop-path, --head-channels,
-    --frozen-stages, --global-blocks, --grad-checkpointing); the configuration holds the others.
+    With --config, the configuration holds the training settings; the flags that were given change them.
     """
 
     artifact: Annotated[Path | None, Positional, arg(metavar="ARTIFACT", help_behavior_hint="")] = None
-    """Pre-trained artifact, for example runs/first/artifact."""
+    """Pre-trained artifact, for example runs/first/artifact. Of a detector (coma segment: a segmentor), all
+    that fits is used: backbone, neck and heads; the layers of other classes are new."""
     data: Annotated[Path | None, arg(metavar="DATASET", help_behavior_hint="")] = None
     """Dataset with a train and a val split."""
     out: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="")] = None
@@ -47,6 +48,8 @@ class TrainOptions(Ranged):
     """Images per step, over all processes."""
     lr: Annotated[float, RATE] = 1e-4
     """Peak learning rate of AdamW."""
+    image_size: Annotated[ImageSize | None, Range(32, 16384), arg(help_behavior_hint="")] = None
+    """Height and width in pixels that images are resized to fit; one number for both."""
     workers: Annotated[int | None, PROCESSES, arg(help_behavior_hint="(default: cores - 1, at most 8)")] = (
         None
     )

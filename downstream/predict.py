@@ -20,7 +20,8 @@ from coma.artifact import ArtifactConfig
 from coma.atomic_io import write_json
 from coma.data.sources.files import images_below
 from coma.errors import BadImage, BadInput
-from downstream.artifacts import dataset_meta, lists_to_tuples
+from downstream.artifacts import lists_to_tuples
+from downstream.datasets.label_classes import dataset_meta
 from downstream.draw import draw_boxes, draw_masks
 
 log = logging.getLogger(__name__)

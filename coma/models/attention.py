@@ -237,7 +237,7 @@ def join_gated(outputs: Sequence[Tensor], gate: WindowGate, sequences: ViewSeque
 
 def concat_weighted(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
     """`cat(parts, -1) * weights` for parts `[n, s, t, c_i]` and weights `[n, 1, 1, c]`, in one pass."""
-    if torch.compiler.is_compiling():  # which fuses the two
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a compiler fuses the two
         return torch.cat(list(parts), dim=-1) * weights
     return _ConcatWeighted.apply(weights, *parts)
 

@@ -38,8 +38,7 @@ lists the settings of training; every verb has its own --help.
 class DetectTrain(TrainOptions):
     """Fine-tunes a detector: the encoder, an FPN (plain ViT: a simple feature pyramid) and a head.
 
-    With --config, of the training settings only those of the encoder apply (--drop-path, --head-channels,
-    --frozen-stages, --global-blocks, --grad-checkpointing); the configuration holds the others.
+    With --config, the configuration holds the training settings; the flags that were given change them.
     """
 
     model: Annotated[
@@ -93,19 +92,25 @@ def _train(argv: list[str]) -> None:
 
 
 def _config(options: DetectTrain, encoder: EncoderSpec) -> Any:
+    from downstream.start import whole_model
     from downstream.tasks.detection import HAS_MASKS, training_config
 
     data, train, val = _open_splits(options)
     masks = train.has_masks and val.has_masks
-    model = options.model or ("mask-rcnn" if masks else "faster-rcnn")
+    whole = None if options.model else whole_model(encoder, "detector")
+    draws_masks = masks if whole is None else "mask_head" in whole.get("roi_head", {})
+    model = options.model or ("mask-rcnn" if draws_masks else "faster-rcnn")
     if model in HAS_MASKS and not masks:
+        needs = f"--model {model}" if options.model else options.artifact
         raise BadInput(
-            f"--model {model}: needs a mask for every object; {data} has only boxes: use faster-rcnn"
+            f"{needs}: needs a mask for every object; {data} has only boxes: use --model faster-rcnn"
         )
-    return training_config(encoder, model, train, val, options, options.short_side)
+    if options.image_size and options.short_side:
+        raise BadInput("--image-size, --short-side: both say how images are resized; give one of them")
+    return training_config(encoder, model, train, val, options, options.short_side, whole)
 
 
-def _set_dataset(config: Any, options: DetectTrain) -> None:
+def _set_dataset(config: Any, options: DetectTrain) -> int:
     from downstream.tasks.detection import set_dataset, wants_masks
 
     masks = wants_masks(config)
@@ -113,6 +118,7 @@ def _set_dataset(config: Any, options: DetectTrain) -> None:
     if masks and not (train.has_masks and val.has_masks):
         raise BadInput(f"--config {options.config}: learns from masks, but {data} has only boxes")
     set_dataset(config, train, val, masks)
+    return train.count
 
 
 def _open_splits(options: DetectTrain) -> tuple[Path, CocoSplit, CocoSplit]:

@@ -10,6 +10,7 @@ from tyro.conf import arg
 
 from coma.arguments import parse_arguments
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.ranges import BATCH, EPOCHS, SIDE, Range
 from downstream.cli_options import CheckOptions, PredictOptions, TestOptions, TrainOptions
 from downstream.commands import shared
@@ -39,8 +40,7 @@ CLASSES = arg(metavar="FILE", help_behavior_hint="(default: classes.json or clas
 class SegmentTrain(TrainOptions):
     """Fine-tunes a segmentor: the encoder and UPerNet.
 
-    With --config, of the training settings only those of the encoder apply (--drop-path, --head-channels,
-    --frozen-stages, --global-blocks, --grad-checkpointing); the configuration holds the others.
+    With --config, the configuration holds the training settings; the flags that were given change them.
     """
 
     epochs: Annotated[float, EPOCHS] = 100
@@ -51,6 +51,8 @@ class SegmentTrain(TrainOptions):
     """Class names: JSON, or text with one name per line."""
     crop_size: Annotated[int, SIDE] = 512
     """Side of the square training crop, in pixels."""
+    image_size: Annotated[ImageSize | None, Range(32, 16384), arg(help_behavior_hint="")] = None
+    """Height and width of the training crop in pixels, instead of --crop-size; one number for both."""
     short_side: Annotated[
         int | None, Range(32, 16384), arg(help_behavior_hint="(default: images keep their size)")
     ] = None
@@ -96,16 +98,21 @@ def _train(argv: list[str]) -> None:
 
 
 def _config(options: SegmentTrain, encoder: EncoderSpec) -> Any:
+    from downstream.start import whole_model
     from downstream.tasks.segmentation import training_config
 
     train, val = _open_splits(options)
-    return training_config(encoder, train, val, options, options.crop_size, options.short_side)
+    crop = options.image_size or ImageSize.of(options.crop_size)
+    whole = whole_model(encoder, "segmentor")
+    return training_config(encoder, train, val, options, crop, options.short_side, whole)
 
 
-def _set_dataset(config: Any, options: SegmentTrain) -> None:
+def _set_dataset(config: Any, options: SegmentTrain) -> int:
     from downstream.tasks.segmentation import set_dataset
 
-    set_dataset(config, *_open_splits(options))
+    train, val = _open_splits(options)
+    set_dataset(config, train, val)
+    return train.pairs
 
 
 def _open_splits(options: SegmentTrain) -> tuple[LabelSplit, LabelSplit]:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 COMMANDS = {"detector": "detect", "segmentor": "segment"}
+BACKBONE_OPTIONS = ("drop_path", "frozen_stages", "global_blocks", "grad_checkpointing")
+"""Training options that also apply to a configuration whose backbone is one of ours."""
 SOURCE_OPTIONS = ("artifact", "preset", "config", "cfg_options", "data", "classes", "out", "device")
 """Options that apply with --config, whatever the encoder."""
 
@@ -85,7 +87,7 @@ def train(
     options: TrainOptions,
     argv: Sequence[str],
     make_config: Callable[[Any, EncoderSpec], Any],
-    set_dataset: Callable[[Any, Any], None],
+    set_dataset: Callable[[Any, Any], int],
 ) -> None:
     """Trains with our configuration, with the user's own, or resumes a run.
 
@@ -94,7 +96,8 @@ def train(
         options: Options of the command.
         argv: Arguments that the options were parsed from.
         make_config: Makes our configuration from the options and the encoder.
-        set_dataset: Puts the dataset of the options into a configuration.
+        set_dataset: Puts the dataset of the options into a configuration, and returns how many training
+            images it has.
 
     Raises:
         BadInput: settings that do not go together.
@@ -135,33 +138,44 @@ def _prepared(
     options: TrainOptions,
     argv: Sequence[str],
     make_config: Callable[[Any, EncoderSpec], Any],
-    set_dataset: Callable[[Any, Any], None],
+    set_dataset: Callable[[Any, Any], int],
     device: str,
 ) -> Any:
     """Returns the configuration of a new run: ours, or the user's own with an encoder and a dataset."""
     from downstream.configs.adapt import encoder_spec, set_encoder
     from downstream.configs.load import apply_cfg_options, config_errors, load_config
+    from downstream.configs.override import OURS, OVERRIDES, override_backbone, override_training
     from downstream.finetune import check_library
     from downstream.openmmlab.runner import prepare_config
+    from downstream.start import load_whole
 
     encoder, theirs, out = None, options.config, require_option(options.out, "--out", "a new run directory")
     if options.artifact or options.preset or not theirs:
         encoder = encoder_spec(options.artifact, options.preset)
     if encoder and not theirs:
         config = make_config(options, encoder)
+        load_whole(config, encoder, kind)
         apply_cfg_options(config, options.cfg_options)
     else:
         assert theirs
-        refuse_without_effect(options, argv)
         config = load_config(theirs)
         check_library(kind, config, theirs)
+        there = BACKBONE_OPTIONS if config.model.backbone.get("type") in OURS else ()
+        refuse_without_effect(options, argv, (*OVERRIDES, *(ENCODER_OPTIONS if encoder else there)))
+        given = given_options(argv, [each.name for each in fields(options)])
         with config_errors(theirs, "cannot be adapted"):
             if encoder:
                 with log_changes(config, theirs, f"to fit {options.artifact or options.preset}"):
                     set_encoder(config, encoder, options)
+                    load_whole(config, encoder, kind)
+            images = None
             if options.data:
                 with log_changes(config, theirs, f"to read {options.data}"):
-                    set_dataset(config, options)
+                    images = set_dataset(config, options)
+            with log_changes(config, theirs, "by flags", "leave the flag out to keep it"):
+                if not encoder:
+                    override_backbone(config, options, given)
+                override_training(config, options, given, images)
             apply_cfg_options(config, options.cfg_options)
             with log_changes(config, theirs, "for this machine and --out", "--resume resumes a run"):
                 config.resume = False
@@ -187,24 +201,33 @@ def converted_labels(out: Path) -> Iterator[None]:
         raise
 
 
-def refuse_without_effect(options: TrainOptions, argv: Sequence[str]) -> None:
+def refuse_without_effect(options: TrainOptions, argv: Sequence[str], applies: Collection[str]) -> None:
     """Refuses flags that have no effect on the configuration of --config.
+
+    Args:
+        options: Options of the command.
+        argv: Arguments that they were parsed from.
+        applies: Names of the options that apply, beside the sources.
 
     Raises:
         BadInput: naming the flags.
     """
-    applies = {*SOURCE_OPTIONS, *(ENCODER_OPTIONS if options.artifact or options.preset else ())}
-    names = [each.name for each in fields(options) if each.name not in applies]
+    names = [each.name for each in fields(options) if each.name not in (*SOURCE_OPTIONS, *applies)]
     if flags := given_flags(argv, names):
         raise BadInput(f"{flags}: no effect with --config; change the configuration, or use --cfg-options")
 
 
 def given_flags(argv: Sequence[str], names: Collection[str]) -> str:
     """Returns the flags of the settings `names` that are in `argv`, for a message."""
+    return ", ".join("--" + name.replace("_", "-") for name in given_options(argv, names))
+
+
+def given_options(argv: Sequence[str], names: Collection[str]) -> list[str]:
+    """Returns those of the settings `names` whose flags are in `argv`."""
     given = {
         word[2:].partition("=")[0].removeprefix("no-").replace("-", "_") for word in argv if word[:2] == "--"
     }
-    return ", ".join("--" + name.replace("_", "-") for name in names if name in given)
+    return [name for name in names if name in given]
 
 
 @contextmanager

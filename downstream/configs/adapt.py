@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coma.artifact import ArtifactConfig
 from coma.config import EncoderConfig, encoder_preset
 from coma.config.serialization import from_plain
 from coma.errors import BadInput
@@ -44,12 +45,14 @@ class EncoderSpec:
         mean: Mean of pixels in 0..1, per channel.
         std: Standard deviation of pixels in 0..1, per channel.
         backbone: The `artifact` or `preset` argument of the backbone.
+        about: Description of the artifact, of any kind; None for a preset.
     """
 
     model: EncoderConfig
     mean: tuple[float, ...]
     std: tuple[float, ...]
     backbone: dict[str, Any]
+    about: ArtifactConfig | None = None
 
     @property
     def hierarchical(self) -> bool:
@@ -85,7 +88,8 @@ def encoder_spec(artifact: Path | None, preset: str | None) -> EncoderSpec:
         from coma.artifact import load_encoder
 
         about = load_encoder(artifact).artifact
-        described = EncoderSpec(about.model, about.mean, about.std, {"artifact": str(artifact.resolve())})
+        source = {"artifact": str(artifact.resolve())}
+        described = EncoderSpec(about.model, about.mean, about.std, source, about)
     if described.strides[0] < 1:
         raise BadInput(
             f"{artifact or preset}: patches of {described.model.patch} px are too small; 4 or more are needed"
@@ -101,7 +105,9 @@ def set_encoder(config: Any, encoder: EncoderSpec, options: TrainOptions) -> Non
     """
     model = config.model
     before = model.get("backbone", {})
-    weights = {"load_from": config.pop("load_from", None), **dict(_pop_checkpoints(model, "model"))}
+    ours = before.get("type") in ("DyViT", "PlainViT")
+    weights = {"load_from": None if ours else config.pop("load_from", None)}
+    weights |= dict(_pop_checkpoints(before, "model.backbone") if ours else _pop_checkpoints(model, "model"))
     dropped = ", ".join(f"{name}={value}" for name, value in weights.items() if value)
     if dropped:
         log.info(
@@ -110,6 +116,9 @@ def set_encoder(config: Any, encoder: EncoderSpec, options: TrainOptions) -> Non
             dropped,
             encoder.backbone.get("artifact") or "random weights",
         )
+    if config.get("load_from"):
+        hint = "--cfg-options load_from=None leaves it out"
+        log.info("load_from=%s is loaded over the encoder; %s", config.load_from, hint)
     kind = "DyViT" if encoder.hierarchical else "PlainViT"
     kept = ("drop_path", "frozen_stages", "with_cp", "global_blocks") if before.get("type") == kind else ()
     outputs = _adapted_outputs(config)

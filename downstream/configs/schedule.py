@@ -10,6 +10,13 @@ import torch
 from coma.errors import BadInput
 from downstream.cli_options import TrainOptions
 
+MULTIPLIERS = (
+    *("bias_lr_mult", "bias_decay_mult", "norm_decay_mult", "flat_decay_mult"),
+    *("dwconv_decay_mult", "dcn_offset_lr_mult"),
+)
+SETTINGS = ("decay_rate", "custom_keys", *MULTIPLIERS, "bypass_duplicate")
+"""What `paramwise_cfg` of `LayerDecayConstructor` may hold: the decay, and mmengine's settings."""
+
 
 def set_schedule(config: Any, options: TrainOptions, images: int, best: str) -> None:
     """Sets steps, batch size, optimizer, learning rates, validations and checkpoints.

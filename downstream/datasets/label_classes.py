@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coma.artifact import ArtifactConfig
 from coma.errors import BadInput
 from downstream.datasets.validation_report import ValidationReport
 
@@ -96,6 +97,13 @@ def default_palette(count: int) -> tuple[Colour, ...]:
         return sum((number >> (3 * bit + first) & 1) << (7 - bit) for bit in range(3))
 
     return tuple((channel(n, 0), channel(n, 1), channel(n, 2)) for n in range(1, count + 1))
+
+
+def dataset_meta(config: ArtifactConfig) -> dict[str, Any]:
+    """Returns class names and colours of an artifact for OpenMMLab's visualizers and metrics."""
+    names = config.class_names or ()
+    palette = (config.head or {}).get("palette") or default_palette(len(names))
+    return {"classes": names, "palette": [tuple(colour) for colour in palette]}
 
 
 def _read(path: Path) -> Classes:

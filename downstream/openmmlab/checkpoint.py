@@ -1,5 +1,8 @@
 """Loads mmengine's checkpoints, also downloaded ones, through torch's safe loader.
 
+Files of safetensors load too, wherever mmengine takes a checkpoint (`load_from`, `init_cfg`, its tools):
+those of artifacts with their checksums and classes, others as they are.
+
 Besides tensors and numbers, checkpoints hold mmengine's `HistoryBuffer`: numpy arrays, and four of its
 methods, pickled as calls of `getattr`. The loader admits these methods and nothing else.
 """
@@ -12,8 +15,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from coma.artifact import load_artifact
+from coma.artifact.schema import TENSORS
 from coma.atomic_io import seal_holds
 from coma.errors import BadInput
+from downstream.datasets.label_classes import dataset_meta
 from downstream.private import download_safely, numpy_constructors
 
 if TYPE_CHECKING:
@@ -86,11 +95,30 @@ def allow_safe_loading() -> None:
     import numpy as np
     import torch
     from mmengine.logging import HistoryBuffer
+    from mmengine.runner import CheckpointLoader
 
+    CheckpointLoader.register_scheme(r".*\.safetensors$", loader=_load_safetensors, force=True)
     download_safely()
     dtypes = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
     allowed = [HistoryBuffer, np.ndarray, np.dtype, *numpy_constructors(), *dtypes]
     torch.serialization.add_safe_globals([*allowed, (_method, "builtins.getattr")])
+
+
+def _load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Loads a file of safetensors as mmengine's checkpoints are: `state_dict` and `meta`.
+
+    Raises:
+        BadArtifact: a damaged artifact.
+        BadInput: a file that cannot be read.
+    """
+    path = Path(filename)
+    if path.name == TENSORS:
+        found = load_artifact(path.parent)
+        return {"state_dict": found.tensors, "meta": {"dataset_meta": dataset_meta(found.config)}}
+    try:
+        return {"state_dict": load_file(path), "meta": {}}
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path}: cannot be read ({error})") from None
 
 
 def _method(owner: Any, name: str) -> Any:

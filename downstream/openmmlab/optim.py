@@ -18,16 +18,11 @@ from torch import nn
 
 from coma.errors import BadInput
 from coma.models import Encoder
+from downstream.configs.schedule import MULTIPLIERS, SETTINGS
 from downstream.openmmlab.backbones import DyViT, PlainViT
 
 log = logging.getLogger(__name__)
-MULTIPLIERS = (
-    *("bias_lr_mult", "bias_decay_mult", "norm_decay_mult", "flat_decay_mult"),
-    *("dwconv_decay_mult", "dcn_offset_lr_mult"),
-)
 CUSTOM = ("lr_mult", "decay_mult", "lr", "weight_decay")
-SETTINGS = ("decay_rate", "custom_keys", *MULTIPLIERS, "bypass_duplicate")
-"""What `paramwise_cfg` may hold: the decay, and the settings of mmengine's default constructor."""
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

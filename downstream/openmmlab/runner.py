@@ -44,6 +44,7 @@ from downstream.configs.load import (
 from downstream.configs.strides import check_strides
 from downstream.openmmlab.backbones import DyViT, PlainViT
 from downstream.openmmlab.checkpoint import intact_checkpoint, latest_checkpoint
+from downstream.openmmlab.transfer import OtherClassesHook, report_loaded
 from downstream.openmmlab.worker_init import set_worker_init
 from downstream.private import use_device
 
@@ -96,6 +97,7 @@ def train(
                 log.warning("%s", error)
         watch = _ProgressHook(stop, progress)
         runner.register_hook(watch, priority="LOW")
+        runner.register_hook(OtherClassesHook())
         if is_main() and not resume:
             config.dump(folder / CONFIG)
         try:
@@ -222,7 +224,7 @@ class _CheckedRunner(Runner):
         return logger
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Any:
-        """Loads the tensors that fit and warns about the others, which mmengine only logs."""
+        """Loads the tensors that fit and says which, where mmengine only logs."""
         try:
             checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         except pickle.UnpicklingError as error:
@@ -232,22 +234,9 @@ class _CheckedRunner(Runner):
             ) from error
         checkpoint.get("meta", {}).pop("config", None)  # mmengine would execute it
         model: Any = getattr(self.model, "module", self.model)
-        theirs = {
-            name.removeprefix("module."): t for name, t in checkpoint.get("state_dict", checkpoint).items()
-        }
-        ours = model.state_dict()
-        other = [n for n, t in ours.items() if getattr(theirs.get(n), "shape", None) != t.shape]
-        if len(other) == len(ours):
-            raise BadInput(f"{filename}: none of its {len(theirs)} tensors fits one of the model")
-        if is_main() and (other or not ours.keys() >= theirs.keys()):
-            log.warning(
-                "%s: loaded %d of the model's %d tensors; %d tensors of the file are unused%s",
-                filename,
-                len(ours) - len(other),
-                len(ours),
-                len(theirs.keys() - ours.keys()),
-                f"; not loaded: {', '.join(other[:3])}{' ...' if other[3:] else ''}" if other else "",
-            )
+        if not report_loaded(filename, model, checkpoint, resumes=bool(self.cfg.get("resume"))):
+            count = len(checkpoint.get("state_dict", checkpoint))
+            raise BadInput(f"{filename}: none of its {count} tensors fits one of the model")
         return checkpoint
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from coma.artifact import ArtifactConfig
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from downstream.artifacts import check_classes
 from downstream.cli_options import TrainOptions
 from downstream.configs.adapt import EncoderSpec, set_encoder
@@ -35,17 +36,31 @@ def training_config(
     val: CocoSplit,
     options: TrainOptions,
     short_side: int | None = None,
+    whole: Any = None,
 ) -> Any:
     """Returns the training configuration of a detector for an encoder and a dataset.
+
+    Args:
+        encoder: The encoder.
+        name: The detector.
+        train: Training split.
+        val: Validation split.
+        options: Options of the command.
+        short_side: Short side of resized images; None takes that of the images.
+        whole: Settings of a model around this encoder, in place of the detector's.
 
     Raises:
         BadInput: options that do not fit.
     """
     config = load_config(preset_path(name))
+    if whole is not None:
+        config.model = whole
     set_encoder(config, encoder, options)
     masks = name in HAS_MASKS
     set_dataset(config, train, val, masks)
-    set_pipelines(config, encoder.model.channels, short_side or default_short_side(train), masks)
+    side = short_side or default_short_side(train)
+    size = options.image_size or ImageSize(side, round(side * LONGEST))
+    set_pipelines(config, encoder.model.channels, size, masks)
     best = "coco/segm_mAP" if masks else "coco/bbox_mAP"
     set_schedule(config, options, train.count, best)
     set_workers(config, options.workers)
@@ -125,9 +140,9 @@ def test_settings(about: ArtifactConfig, split: CocoSplit) -> tuple[dict[str, An
     return loader, metric_settings(split, masks)
 
 
-def set_pipelines(config: Any, channels: int, short_side: int, masks: bool) -> None:
-    """Sets the pipelines: any image format; `short_side`, in training times 0.8 to 1.25; flips."""
-    scale = (round(short_side * LONGEST), short_side)
+def set_pipelines(config: Any, channels: int, size: ImageSize, masks: bool) -> None:
+    """Sets the pipelines: any image format; resized to fit `size`, in training times 0.8 to 1.25; flips."""
+    scale = (size.width, size.height)
     read = image_reader(channels)
     config.train_dataloader.dataset.pipeline = [
         read,

@@ -7,6 +7,7 @@ from typing import Any
 
 from coma.artifact import ArtifactConfig
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from downstream.artifacts import check_classes
 from downstream.cli_options import TrainOptions
 from downstream.configs.adapt import EncoderSpec, set_encoder
@@ -31,18 +32,31 @@ def training_config(
     train: LabelSplit,
     val: LabelSplit,
     options: TrainOptions,
-    crop: int,
+    crop: ImageSize,
     resize: int | None = None,
+    whole: Any = None,
 ) -> Any:
     """Returns the training configuration of UPerNet for an encoder and a dataset.
+
+    Args:
+        encoder: The encoder.
+        train: Training split.
+        val: Validation split.
+        options: Options of the command.
+        crop: Height and width of the training crop.
+        resize: Short side that images are resized to before cropping; None keeps their size.
+        whole: Settings of a model around this encoder, in place of UPerNet's.
 
     Raises:
         BadInput: options that do not fit.
     """
     unit = encoder.model.unit
-    if crop < unit or crop % unit:
-        raise BadInput(f"--crop-size {crop}: must be a multiple of the encoder's {unit} px mask unit")
+    if any(side < unit or side % unit for side in crop):
+        flag = "--image-size" if options.image_size else "--crop-size"
+        raise BadInput(f"{flag} {crop}: must be a multiple of the encoder's {unit} px mask unit")
     config = load_config(PRESET)
+    if whole is not None:
+        config.model = whole
     set_encoder(config, encoder, options)
     set_dataset(config, train, val)
     set_pipelines(config, encoder.model.channels, crop, resize, train.reduce_zero_label)
@@ -106,7 +120,9 @@ def test_settings(about: ArtifactConfig, split: LabelSplit) -> tuple[dict[str, A
     return loader, metric_settings(split)
 
 
-def set_pipelines(config: Any, channels: int, crop: int, resize: int | None, reduce_zero_label: bool) -> None:
+def set_pipelines(
+    config: Any, channels: int, crop: ImageSize, resize: int | None, reduce_zero_label: bool
+) -> None:
     """Sets the pipelines: any image format; crops at 0.5 to 2 times the size; whole test images."""
     read = image_reader(channels)
     labels = annotation_step(reduce_zero_label)
@@ -121,7 +137,7 @@ def set_pipelines(config: Any, channels: int, crop: int, resize: int | None, red
         read,
         labels,
         jitter,
-        {"type": "RandomCrop", "crop_size": (crop, crop), "cat_max_ratio": 0.75},
+        {"type": "RandomCrop", "crop_size": tuple(crop), "cat_max_ratio": 0.75},
         {"type": "RandomFlip", "prob": 0.5},
         *([{"type": "PhotoMetricDistortion"}] if channels == 3 else []),
         {"type": "PackSegInputs"},
@@ -129,6 +145,6 @@ def set_pipelines(config: Any, channels: int, crop: int, resize: int | None, red
     testing = [read, *exactly, labels, {"type": "PackSegInputs"}]
     config.val_dataloader.dataset.pipeline = config.test_dataloader.dataset.pipeline = testing
     model = config.model
-    model.data_preprocessor["size"] = (crop, crop)
+    model.data_preprocessor["size"] = tuple(crop)
     model.data_preprocessor.pop("size_divisor", None)
     model.test_cfg = {"mode": "whole"}

@@ -42,7 +42,10 @@ pytestmark = [pytest.mark.openmmlab, pytest.mark.filterwarnings("ignore")]  # mm
         ),
         (["train", "--preset", "tiny", "--data", "D", "--out", "D"], "is not empty"),
         (["train", "--config", "none.py", "--out", "x"], "no such file"),
-        (["train", "A", "--config", "C", "--out", "x", "--steps", "3"], "--steps: no effect"),
+        (
+            ["train", "A", "--config", "C", "--out", "x", "--steps", "3"],
+            "--steps: this configuration counts epochs",
+        ),
         (
             ["train", "--config", "C", "--out", "x", "--drop-path", "0.2", "--model", "retinanet"],
             "--model: no effect",
