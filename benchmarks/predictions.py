@@ -53,7 +53,7 @@ def main() -> None:
     streets = sorted((args.data / "camvid-mini" / "img_dir" / "val").iterdir())[::11][:3]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = predict("detect", args.detector, cells, folder, "--score", args.score)
+        found = predict("detect", args.detector, cells, folder, "--threshold", args.score)
         sheet(
             [[Image.open(next((out / "pictures").iterdir())) for out in found]], args.out / "detections.png"
         )

@@ -105,16 +105,28 @@ class TestOptions:
 
 @dataclass(frozen=True)
 class PredictOptions(Ranged):
-    """Predicts on images."""
+    """Predicts on images and videos."""
 
     artifact: Annotated[Path, Positional, arg(metavar="ARTIFACT")]
     """Artifact of `coma detect train` or `coma segment train`."""
     images: Annotated[Path, Positional, arg(metavar="IMAGES")]
-    """An image, or a folder of images (searched recursively)."""
+    """An image, a video, or a folder of them (searched recursively)."""
     out: Annotated[Path, arg(metavar="FOLDER")]
     """New folder for the pictures and the predictions."""
     device: Device = "auto"
     """Device to compute on; auto is the GPU where there is one."""
+    runtime: RuntimeName = "auto"
+    """Runtime; auto is PyTorch. All others take the files in the folder export beside the artifact."""
+    classes: Annotated[str, arg(metavar="NAME,NAME", help_behavior_hint="(default: all)")] = ""
+    """Classes that are predicted, separated by commas."""
+    format: Annotated[str, arg(metavar="FORMAT,FORMAT")] = "coco"
+    """Formats of the results: some of coco, yolo, labelme, csv."""
+    tile_size: Annotated[
+        int | None, Range(32, 1 << 16), arg(help_behavior_hint="(default: pictures are taken whole)")
+    ] = None
+    """Side of the tiles that larger pictures are cut into, in pixels."""
+    overlap: Annotated[float, Range(0, 0.9)] = 0.2
+    """Share of a tile that also lies in the next one."""
 
 
 @dataclass(frozen=True)

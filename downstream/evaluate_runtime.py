@@ -22,7 +22,7 @@ from torch import Tensor
 
 from coma.artifact import ArtifactConfig
 from coma.errors import BadInput
-from downstream.artifacts import model_settings, read_finetuned
+from downstream.artifacts import model_settings, read_finetuned, register_modules
 from downstream.datasets.coco import CocoSplit, open_coco
 from downstream.datasets.labels import open_labels
 from downstream.finetune import test_config
@@ -61,9 +61,7 @@ def measure_detector(directory: Path, data: Path, run: Run, most: int) -> dict[s
         loader, metric = detection.test_settings(about, split)
         some = _part_of(split, most, folder)
         loader["dataset"]["ann_file"] = metric["ann_file"] = str(some)
-        tested = (about.head or {})["model"]["test_cfg"].get("rcnn", {})
-        answer = partial(_detect, run, tested.get("mask_thr_binary", 0.5))
-        scores = _measure(about, loader, metric, folder, answer)
+        scores = _measure(about, loader, metric, folder, _answer(about, run))
     names = {"AP": "bbox_mAP", "AP50": "bbox_mAP_50"}
     if "segm" in metric["metric"]:
         names["mask AP"] = "segm_mAP"
@@ -94,9 +92,8 @@ def measure_segmentor(directory: Path, data: Path, run: Run, most: int) -> dict[
     split = open_labels(data, "val")
     loader, metric = segmentation.test_settings(about, split)
     loader["dataset"]["indices"] = evenly(split.pairs, most)
-    corners = bool((about.head or {})["model"]["decode_head"].get("align_corners", False))
     with runner.scratch_folder() as folder:
-        scores = _measure(about, loader, metric, folder, partial(_segment, run, corners))
+        scores = _measure(about, loader, metric, folder, _answer(about, run))
     if math.isnan(scores["mIoU"]):
         raise BadInput(f"{data}: no labelled pixel in the measured images; measure more than {most}")
     return {"mIoU": round(scores["mIoU"], 2), "pixel accuracy": round(scores["aAcc"], 2)}
@@ -134,6 +131,32 @@ class RuntimeModel(BaseModel):
         return data_samples
 
 
+def runtime_model(about: ArtifactConfig, run: Run) -> RuntimeModel:
+    """Returns a model for OpenMMLab that runs an exported file.
+
+    Args:
+        about: Configuration of the artifact that was exported.
+        run: Runtime; see `measure_detector` and `measure_segmentor`.
+    """
+    register_modules(about)
+    model: Any = MODELS.build({"type": "RuntimeModel", "data_preprocessor": _unpadded(about)})
+    model.answer = _answer(about, run)
+    return model
+
+
+def _answer(about: ArtifactConfig, run: Run) -> Callable[[Tensor, Any], None]:
+    settings = (about.head or {})["model"]
+    if about.kind == "segmentor":
+        return partial(_segment, run, bool(settings["decode_head"].get("align_corners", False)))
+    tested = (settings.get("test_cfg") or {}).get("rcnn", {})
+    return partial(_detect, run, tested.get("mask_thr_binary", 0.5))
+
+
+def _unpadded(about: ArtifactConfig) -> dict[str, Any]:
+    preprocessor = dict(model_settings(about.head or {}).data_preprocessor)
+    return {name: value for name, value in preprocessor.items() if name not in PADDING}
+
+
 def _measure(
     about: ArtifactConfig,
     loader: dict[str, Any],
@@ -141,9 +164,8 @@ def _measure(
     folder: Path,
     answer: Callable[[Tensor, Any], None],
 ) -> dict[str, float]:
-    preprocessor = dict(model_settings(about.head or {}).data_preprocessor)
-    unpadded = {name: value for name, value in preprocessor.items() if name not in PADDING}
-    config = test_config(about, {"type": "RuntimeModel", "data_preprocessor": unpadded}, loader, metric)
+    replacement = {"type": "RuntimeModel", "data_preprocessor": _unpadded(about)}
+    config = test_config(about, replacement, loader, metric)
 
     def prepare(model: Any) -> None:
         model.answer = answer
@@ -170,11 +192,13 @@ def _segment(run: Run, align_corners: bool, image: Tensor, sample: Any) -> None:
     from mmengine.structures import PixelData
 
     found, size = run(image), tuple(sample.ori_shape)
-    classes = found["classes"]
+    classes, logits = found["classes"], found["logits"].float()
     if tuple(image.shape[2:]) != size:
-        logits = F.interpolate(found["logits"].float(), size, mode="bilinear", align_corners=align_corners)
+        logits = F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
         classes = logits.argmax(dim=1)
     sample.pred_sem_seg = PixelData(data=classes.cpu())
+    if tuple(logits.shape[2:]) == size:
+        sample.seg_logits = PixelData(data=logits[0].cpu())
 
 
 def _part_of(split: CocoSplit, most: int, folder: Path) -> Path:

@@ -1,8 +1,7 @@
-"""Predicts with a detector or segmentor and writes pictures, COCO results and label maps."""
+"""Predicts with a detector or segmentor on images and videos, and writes pictures, videos and label files."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,67 +11,62 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dataset import Compose
+from mmengine.structures import PixelData
 from mmengine.utils import import_modules_from_strings
 from PIL import Image
 from torch import nn
 
 from coma.artifact import ArtifactConfig
-from coma.atomic_io import write_json
-from coma.data.sources.files import images_below
 from coma.errors import BadImage, BadInput
 from downstream.artifacts import lists_to_tuples
+from downstream.datasets.drawn import mask_box
 from downstream.datasets.label_classes import dataset_meta
+from downstream.datasets.masks import encode_runs
 from downstream.draw import draw_boxes, draw_masks
+from downstream.frames import VideoWriter, is_video, read_frames
+from downstream.prediction_files import PredictionFiles
+from downstream.tiles import predict_tiles
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int], None]
+UNSURE = 255
+"""Value of pixels below the threshold or of classes that were not asked for, in label maps."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of the predictions is shown and written.
+
+    Attributes:
+        threshold: Least score of objects, or least probability of a pixel's class.
+        classes: Numbers of the classes; None for all.
+        tile_size: Side of the tiles of larger pictures in pixels; None: pictures are taken whole.
+        overlap: Share of a tile that also lies in the next one.
+    """
+
+    threshold: float = 0.0
+    classes: frozenset[int] | None = None
+    tile_size: int | None = None
+    overlap: float = 0.2
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Prediction for one image.
+    """Prediction for one image, or one frame of a video.
 
     Attributes:
-        path: Path of the image.
+        path: Path of the image or video.
+        name: Path relative to the folder; `clip.mp4/000012` for a frame.
         number: Id of the image.
+        pixels: `[H, W, c]`, as OpenMMLab loads it.
         sample: OpenMMLab's data sample, on the CPU, in pixels of the file.
     """
 
     path: Path
+    name: str
     number: int
+    pixels: np.ndarray
     sample: Any
-
-
-def list_images(images: Path) -> list[Path]:
-    """Returns one image, or all images below a folder, sorted, of all its splits.
-
-    Raises:
-        BadInput: no image, or no such path.
-    """
-    if images.is_file():
-        return [images]
-    if not images.exists():
-        raise BadInput(f"{images}: no such file or folder")
-    if not images.is_dir():
-        raise BadInput(f"{images}: is neither a folder nor a regular file")
-    return images_below(images)
-
-
-def read_image_ids(annotations: Path) -> dict[str, int]:
-    """Returns the image ids of a COCO file, by file name.
-
-    Raises:
-        BadInput: not a COCO file.
-    """
-    try:
-        images = json.loads(annotations.read_text(encoding="utf-8"))["images"]
-        return {str(image["file_name"]): int(image["id"]) for image in images}
-    except OSError as error:
-        raise BadInput(f"{annotations}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            f"{annotations}: not a COCO annotation file ({type(error).__name__}: {error})"
-        ) from None
 
 
 def assign_image_ids(paths: list[Path], numbers: dict[str, int] | None) -> list[int]:
@@ -101,41 +95,97 @@ def predict(
     paths: list[Path],
     device: torch.device,
     numbers: list[int],
+    choice: Choice,
     skipped: Callable[[str], None] | None = None,
+    folder: Path | None = None,
 ) -> Iterator[Prediction]:
-    """Yields one prediction per image; images that cannot be read are skipped.
+    """Yields one prediction per image and frame; files that cannot be read are skipped.
 
     Args:
-        model: Model of `load_finetuned`.
-        config: Artifact configuration of `load_finetuned`.
-        paths: Images.
+        model: Model of `load_finetuned`, or one that runs an exported file.
+        config: Artifact configuration.
+        paths: Images and videos.
         device: Device to compute on.
-        numbers: Ids of the images; see `assign_image_ids`.
-        skipped: Called with a message for every skipped image.
+        numbers: Ids of the images; see `assign_image_ids`. Frames are numbered from 1 if there is a video.
+        choice: What is kept, and how pictures are cut.
+        skipped: Called with a message for every skipped file.
+        folder: Folder that names are relative to.
 
     Raises:
         BadInput: no image could be read.
     """
-    head = config.head or {}
-    module = {"mmdet": "mmdet.datasets.transforms", "mmseg": "mmseg.datasets.transforms"}[head["library"]]
-    import_modules_from_strings([module])
-    pipeline = Compose(lists_to_tuples(head["pipeline"]))
-    model.to(device)
+    predict_one = _predictor(model, config, device)
     done = 0
+    videos = any(map(is_video, paths))
     for path, number in zip(paths, numbers, strict=True):
+        name = path.relative_to(folder).as_posix() if folder and folder in path.parents else path.name
         try:
-            data: Any = pipeline({"img_path": str(path), "img_id": number})
+            for frame, pixels in enumerate(_pixels_of(path, config), start=1):
+                sample = predict_tiles(predict_one, pixels, choice.tile_size, choice.overlap)
+                done += 1
+                own = f"{name}/{frame:06d}" if is_video(path) else name
+                yield Prediction(path, own, done if videos else number, pixels, _kept(sample, choice))
         except BadImage as error:
             if skipped:
                 skipped(str(error))
-            continue
-        with torch.no_grad():
-            batch = {"inputs": [data["inputs"]], "data_samples": [data["data_samples"]]}
-            sample = model.test_step(batch)[0]  # pyright: ignore[reportCallIssue]
-        done += 1
-        yield Prediction(path, number, sample.cpu())
     if not done:
         raise BadInput(f"{paths[0]}: none of {len(paths)} images could be read")
+
+
+def _predictor(model: nn.Module, config: ArtifactConfig, device: torch.device) -> Callable[[np.ndarray], Any]:
+    """Returns a function from pixels `[H, W, c]` to OpenMMLab's data sample."""
+    head = config.head or {}
+    module = {"mmdet": "mmdet.datasets.transforms", "mmseg": "mmseg.datasets.transforms"}[head["library"]]
+    import_modules_from_strings([module])
+    _, *steps = Compose(lists_to_tuples(head["pipeline"])).transforms
+    model.to(device)
+
+    def predict_one(pixels: np.ndarray) -> Any:
+        size = pixels.shape[:2]
+        data: Any = {"img": np.ascontiguousarray(pixels), "img_shape": size, "ori_shape": size}
+        data |= {"img_path": None, "img_id": 0}
+        for step in steps:
+            data = step(data)
+        with torch.no_grad():
+            batch = {"inputs": [data["inputs"]], "data_samples": [data["data_samples"]]}
+            sample = model.test_step(batch)[0].cpu()  # pyright: ignore[reportCallIssue]
+        if "seg_logits" in sample:
+            logits = sample.seg_logits.data.float()
+            best = logits.softmax(dim=0).amax(dim=0, keepdim=True) if len(logits) > 1 else logits.sigmoid()
+            sample.confidence = PixelData(data=best)
+            del sample.seg_logits
+        return sample
+
+    return predict_one
+
+
+def _pixels_of(path: Path, config: ArtifactConfig) -> Iterator[np.ndarray]:
+    """Yields the picture of an image, or the frames of a video, as the model's pipeline loads them."""
+    from downstream.openmmlab.transforms import ReadImage
+
+    channels = config.model.channels
+    if not is_video(path):
+        yield ReadImage(channels).transform({"img_path": str(path)})["img"]
+        return
+    if channels != 3:
+        raise BadImage(f"{path}: a video has 3 channels, the model takes {channels}")
+    yield from read_frames(path)
+
+
+def _kept(sample: Any, choice: Choice) -> Any:
+    """Returns a sample with the chosen classes alone; pixels below the threshold are `UNSURE`."""
+    if "pred_instances" in sample:
+        if choice.classes is not None:
+            wanted = torch.tensor(sorted(choice.classes))
+            sample.pred_instances = sample.pred_instances[torch.isin(sample.pred_instances.labels, wanted)]
+        return sample
+    classes = sample.pred_sem_seg.data.clone()
+    if choice.classes is not None:
+        classes[~torch.isin(classes, torch.tensor(sorted(choice.classes)))] = UNSURE
+    if choice.threshold:
+        classes[sample.confidence.data < choice.threshold] = UNSURE
+    sample.pred_sem_seg = PixelData(data=classes)
+    return sample
 
 
 def coco_results(prediction: Prediction, category_ids: list[int]) -> list[dict[str, Any]]:
@@ -156,70 +206,124 @@ def coco_results(prediction: Prediction, category_ids: list[int]) -> list[dict[s
         if "masks" in found:
             from pycocotools import mask
 
-            runs: Any = mask.encode(np.asfortranarray(found.masks[i].numpy().astype(np.uint8)))
+            own = torch.as_tensor(found.masks[i]).numpy().astype(np.uint8)
+            runs: Any = mask.encode(np.asfortranarray(own))
             result["segmentation"] = {"size": runs["size"], "counts": runs["counts"].decode("ascii")}
         results.append(result)
     return results
 
 
-def write_detections(
-    out: Path, predictions: Iterator[Prediction], config: ArtifactConfig, score: float, progress: Progress
-) -> int:
-    """Writes pictures, `detections.json` (COCO results) and `images.json` (the ids of images and classes).
+def class_areas(prediction: Prediction, category_ids: list[int]) -> list[dict[str, Any]]:
+    """Returns the classes of a segmented picture in COCO result format, with their mean probabilities."""
+    classes = prediction.sample.pred_sem_seg.data[0].numpy()
+    sure = prediction.sample.confidence.data[0].numpy() if "confidence" in prediction.sample else None
+    results = []
+    for value in np.unique(classes).tolist():
+        if value >= len(category_ids):
+            continue
+        mask = classes == value
+        x1, y1, x2, y2 = mask_box(mask)
+        score = 1.0 if sure is None else round(float(sure[mask].mean()), 5)
+        results.append({
+            "image_id": prediction.number, "category_id": category_ids[value], "score": score,
+            "bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": encode_runs(mask),
+        })  # fmt: skip
+    return results
+
+
+def write_predictions(
+    out: Path,
+    predictions: Iterator[Prediction],
+    config: ArtifactConfig,
+    choice: Choice,
+    formats: tuple[str, ...],
+    progress: Progress,
+    stop: Callable[[], bool],
+) -> tuple[int, int]:
+    """Writes pictures or videos, label maps of segmentors, and label files; see `prediction_files`.
 
     Args:
         out: Output folder.
         predictions: Predictions of `predict`.
         config: Configuration of the artifact.
-        score: Lowest score of objects that are drawn; the files hold all objects.
-        progress: Called with the number of finished images.
+        choice: Objects with at least its threshold are drawn and written; detections.json holds all.
+        formats: Formats of the label files.
+        progress: Called with the number of finished images and frames.
+        stop: Asked after every image whether to finish the files and end.
 
     Returns:
-        The number of detections with at least `score`.
+        The numbers of images, and of objects with at least the threshold.
     """
     names = config.class_names or ()
     ids = list((config.head or {}).get("category_ids") or range(1, len(names) + 1))
-    meta = dataset_meta(config)
-    images, results, shown = [], [], 0
-    for count, prediction in enumerate(predictions, start=1):
-        found = coco_results(prediction, ids)
-        results += found
-        shown += sum(each["score"] >= score for each in found)
-        pixels = _pixels(prediction.path, config)
-        size = {"width": pixels.shape[1], "height": pixels.shape[0]}
-        images.append({"id": prediction.number, "file_name": prediction.path.name, **size})
-        instances = prediction.sample.pred_instances
-        drawn = _draw_detections(pixels, instances[instances.scores >= score], meta)
-        Image.fromarray(drawn).save(_picture_path(out, prediction))
-        progress(count)
-    categories = [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)]
-    write_json(out / "detections.json", results, indent=None)
-    listed = {"images": images, "categories": categories, "annotations": []}
-    write_json(out / "images.json", listed, indent=None)
-    return shown
+    areas = config.kind == "segmentor"
+    files = PredictionFiles(out, formats, names, ids, areas)
+    draw, meta = _drawer(config), dataset_meta(config)
+    videos: dict[Path, VideoWriter] = {}
+    done = shown = 0
+    try:
+        for done, prediction in enumerate(predictions, start=1):
+            results = class_areas(prediction, ids) if areas else coco_results(prediction, ids)
+            least = 0.0 if areas else choice.threshold
+            shown += sum(each["score"] >= least for each in results)
+            height, width = prediction.pixels.shape[:2]
+            files.add(prediction.name, prediction.path, prediction.number, (width, height), results, least)
+            if areas:
+                _write_map(out, prediction, meta)
+            picture = draw(prediction, choice.threshold)
+            if is_video(prediction.path):
+                writer = videos.get(prediction.path)
+                if writer is None:
+                    for other in videos.values():
+                        other.close()
+                    target = out / "videos" / Path(prediction.name).parent.with_suffix(".mp4")
+                    writer = videos[prediction.path] = VideoWriter(target, prediction.path)
+                writer.add(picture)
+            else:
+                Image.fromarray(picture).save(_picture_path(out / "pictures", prediction))
+            progress(done)
+            if stop():
+                break
+    finally:
+        for writer in videos.values():
+            writer.close()
+        files.close()
+    return done, shown
 
 
-def write_segmentations(
-    out: Path, predictions: Iterator[Prediction], config: ArtifactConfig, progress: Progress
-) -> None:
-    """Writes pictures, and label maps to `labels/` (palette PNG, class numbers from 0)."""
+def _write_map(out: Path, prediction: Prediction, meta: dict[str, Any]) -> None:
+    """Writes a label map: palette PNG, class numbers from 0."""
+    classes = prediction.sample.pred_sem_seg.data[0].numpy()
+    if len(meta["classes"]) <= 256:
+        colours = np.zeros((256, 3), np.uint8)
+        colours[: len(meta["palette"])] = meta["palette"][:256]
+        image = Image.fromarray(classes.astype(np.uint8), mode="P")
+        image.putpalette(colours.tobytes())
+    else:
+        image = Image.fromarray(classes.astype(np.uint16))
+    image.save(_picture_path(out / "labels", prediction))
+
+
+def _drawer(config: ArtifactConfig) -> Callable[[Prediction, float], np.ndarray]:
+    """Returns a function that draws a prediction on its picture, uint8 `[H, W, 3]`."""
     meta = dataset_meta(config)
-    colours = np.zeros((256, 3), np.uint8)
-    colours[: len(meta["palette"])] = meta["palette"][:256]
-    draw = _segmentation_drawer(meta)
-    for count, prediction in enumerate(predictions, start=1):
-        classes = prediction.sample.pred_sem_seg.data[0].numpy()
-        picture = _picture_path(out, prediction)
-        label = out / "labels" / picture.name
-        label.parent.mkdir(parents=True, exist_ok=True)
-        if len(meta["classes"]) <= 256:
-            image = Image.fromarray(classes.astype(np.uint8), mode="P")
-            image.putpalette(colours.tobytes())
-        else:
-            image = Image.fromarray(classes.astype(np.uint16))
-        image.save(label)
-        draw(picture, _pixels(prediction.path, config), prediction.sample)
-        progress(count)
+    if config.kind == "detector":
+
+        def draw_objects(prediction: Prediction, threshold: float) -> np.ndarray:
+            found = prediction.sample.pred_instances
+            return _draw_detections(_shown(prediction.pixels), found[found.scores >= threshold], meta)
+
+        return draw_objects
+    from mmseg.visualization import SegLocalVisualizer
+
+    visualizer = SegLocalVisualizer(alpha=0.6)
+    visualizer.dataset_meta = meta
+
+    def draw_classes(prediction: Prediction, _: float) -> np.ndarray:
+        visualizer.add_datasample("picture", _shown(prediction.pixels), prediction.sample, draw_gt=False)
+        return visualizer.get_image()
+
+    return draw_classes
 
 
 def _draw_detections(pixels: np.ndarray, found: Any, meta: dict[str, Any]) -> np.ndarray:
@@ -231,23 +335,8 @@ def _draw_detections(pixels: np.ndarray, found: Any, meta: dict[str, Any]) -> np
     return draw_boxes(pixels, found.bboxes, names, colours)
 
 
-def _segmentation_drawer(meta: dict[str, Any]) -> Callable[[Path, np.ndarray, Any], None]:
-    from mmseg.visualization import SegLocalVisualizer
-
-    visualizer = SegLocalVisualizer(alpha=0.6)
-    visualizer.dataset_meta = meta
-
-    def draw(path: Path, pixels: np.ndarray, sample: Any) -> None:
-        visualizer.add_datasample(path.name, pixels, sample, draw_gt=False, out_file=str(path))
-
-    return draw
-
-
-def _pixels(path: Path, config: ArtifactConfig) -> np.ndarray:
+def _shown(pixels: np.ndarray) -> np.ndarray:
     """Returns the image to draw on, uint8 `[H, W, 3]`: RGB, or the mean of the channels as grey."""
-    from downstream.openmmlab.transforms import ReadImage
-
-    pixels = ReadImage(config.model.channels).transform({"img_path": str(path)})["img"]
     if pixels.shape[2] == 3:
         pixels = pixels[..., ::-1]
     else:
@@ -255,8 +344,7 @@ def _pixels(path: Path, config: ArtifactConfig) -> np.ndarray:
     return np.ascontiguousarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _picture_path(out: Path, prediction: Prediction) -> Path:
-    folder = out / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{prediction.path.stem}.png"
-    return path if not path.exists() else folder / f"{prediction.number:06d}-{prediction.path.stem}.png"
+def _picture_path(folder: Path, prediction: Prediction) -> Path:
+    path = folder / f"{Path(prediction.name).with_suffix('')}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path if not path.exists() else path.with_name(f"{prediction.number:06d}-{path.name}")

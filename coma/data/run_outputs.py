@@ -5,7 +5,7 @@ They are recognised by their content, whatever their name, including those of ea
     config.json and other files     runs of pretrain and classify, artifacts
     compare.json                    comparisons
     config.py and mmengine's files  runs of detect and segment
-    detections.json, or the same pictures in labels/ and pictures/    predictions
+    detections.json, or labels/ and the same pictures or videos/      predictions
     manifest.json                   exports
     pictures/ beside run/           quickstart
 """
@@ -48,9 +48,12 @@ def run_output_at(folder: Path, holds: Callable[[str], bool] | None = None) -> s
         return "an export of coma export"
     if holds("config.py") and (holds("printed.txt") or holds("last_checkpoint")):
         return "a run of coma detect or segment"
-    if holds("pictures"):
-        if holds("detections.json") and holds("images.json"):
+    if (holds("pictures") or holds("videos")) and holds("images.json"):
+        if holds("detections.json"):
             return "predictions of coma detect"
+        if holds("labels"):
+            return "predictions of coma segment"
+    if holds("pictures"):
         if (
             holds("labels")
             and len(drawn := _names(folder / "pictures")) > 0

@@ -1,4 +1,4 @@
-"""Fine-tune and run object detectors on images annotated in COCO format."""
+"""Fine-tune and run object detectors on annotated images."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ usage: coma detect train ARTIFACT --data DATASET --out runs/detector
        coma detect predict ARTIFACT IMAGES --out PREDICTIONS
        coma detect check --data DATASET
 
-Fine-tune and run object detectors on images annotated in COCO format.
+Fine-tune and run object detectors on annotated images.
 
-DATASET is a folder with annotations/instances_train2017.json and train2017/, or annotations/train.json and
-train/, or train/_annotations.coco.json; val likewise. Training checks it first. `coma detect train --help`
-lists the settings of training; every verb has its own --help.
+DATASET is a folder with a train and a val split in the format of COCO, YOLO, Pascal VOC, LabelMe or Open
+Images. Training checks it first. `coma detect train --help` lists the settings of training; every verb has
+its own --help.
 """
 
 
@@ -61,10 +61,13 @@ class DetectTest(TestOptions):
 
 @dataclass(frozen=True)
 class DetectPredict(PredictOptions):
-    """Detects objects: writes pictures/, detections.json (COCO result format) and images.json."""
+    """Detects objects: writes pictures/ or videos/ and label files (--format).
 
-    score: Annotated[float, SHARE] = 0.3
-    """Lowest score of objects that are drawn; detections.json holds all objects."""
+    Of COCO, detections.json holds all objects in the result format, and images.json those of --threshold.
+    """
+
+    threshold: Annotated[float, SHARE] = 0.3
+    """Lowest score of objects that are drawn and written; detections.json holds all objects."""
     annotations: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """COCO annotations whose image ids are used; otherwise images are numbered from 1."""
 
@@ -149,17 +152,9 @@ def _test(argv: list[str]) -> None:
 def _predict(argv: list[str]) -> None:
     options = parse_arguments(DetectPredict, argv, prog="coma detect predict")
 
-    from downstream.predict import write_detections
-
-    def write(out: Path, predictions: Any, about: Any, progress: Any) -> int:
-        return write_detections(out, predictions, about, options.score, progress)
-
-    count, images = shared.predict("detector", options, options.annotations, write)
-    print(
-        f"\n{count} detections with a score of {options.score} or more in {images} images\n\n"
-        f"  pictures     {options.out / 'pictures'}\n"
-        f"  COCO format  {options.out / 'detections.json'}, image ids in {options.out / 'images.json'}"
-    )
+    images, count = shared.predict("detector", options, options.threshold, options.annotations)
+    print(f"\n{count} detections with a score of {options.threshold} or more in {images} images\n")
+    shared.print_files(options.out)
 
 
 def _check(argv: list[str]) -> None:

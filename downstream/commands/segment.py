@@ -11,7 +11,7 @@ from tyro.conf import arg
 from coma.arguments import parse_arguments
 from coma.errors import BadInput
 from coma.image_size import ImageSize
-from coma.ranges import BATCH, EPOCHS, SIDE, Range
+from coma.ranges import BATCH, EPOCHS, SHARE, SIDE, Range
 from downstream.cli_options import CheckOptions, PredictOptions, TestOptions, TrainOptions
 from downstream.commands import shared
 
@@ -30,8 +30,9 @@ usage: coma segment train ARTIFACT --data DATASET --out runs/segmentor
 Fine-tune and run semantic segmentation models on images and label maps.
 
 DATASET is a folder with img_dir/train and ann_dir/train (or images/ and labels/, or the layout of ADE20K or
-Cityscapes), val likewise, and classes.json or classes.txt. Training checks it first. `coma segment train
---help` lists the settings of training; every verb has its own --help.
+Cityscapes), val likewise, and classes.json or classes.txt; or with colour masks, one mask per class, or
+polygons. Training checks it first. `coma segment train --help` lists the settings of training; every verb
+has its own --help.
 """
 CLASSES = arg(metavar="FILE", help_behavior_hint="(default: classes.json or classes.txt in --data)")
 
@@ -69,7 +70,10 @@ class SegmentTest(TestOptions):
 
 @dataclass(frozen=True)
 class SegmentPredict(PredictOptions):
-    """Segments images: writes labels/ (label maps) and pictures/ (overlays)."""
+    """Segments images: writes label maps (labels/), overlays (pictures/, videos/), label files (--format)."""
+
+    threshold: Annotated[float, SHARE] = 0.0
+    """Lowest probability of a pixel's class; pixels below it are 255 in label maps, and not tinted."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +148,9 @@ def _test(argv: list[str]) -> None:
 def _predict(argv: list[str]) -> None:
     options = parse_arguments(SegmentPredict, argv, prog="coma segment predict")
 
-    from downstream.predict import write_segmentations
-
-    shared.predict("segmentor", options, None, write_segmentations)
-    out = options.out
-    print(f"\n  overlays    {out / 'pictures'}\n  label maps  {out / 'labels'} (class numbers from 0)")
+    images, _ = shared.predict("segmentor", options, options.threshold, None)
+    print(f"\n{images} images; label maps hold class numbers from 0\n")
+    shared.print_files(options.out)
 
 
 def _check(argv: list[str]) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coma.atomic_io import lies_among, write_json
-from coma.errors import BadInput
+from coma.errors import BadInput, Interrupted
+from coma.messages import parse_names
 from coma.preflight import require_folder, require_packages
 from downstream.cli_options import (
     ENCODER_OPTIONS,
@@ -28,6 +29,7 @@ from downstream.cli_options import (
 if TYPE_CHECKING:
     import torch
 
+    from coma.artifact import ArtifactConfig
     from downstream.artifacts import Kind
     from downstream.configs.adapt import EncoderSpec
     from downstream.label_check import ClassRow
@@ -279,34 +281,86 @@ def test(kind: Kind, options: TestOptions, open_split: Callable[..., Any], test_
         write_json(options.out / "scores.json", scores)
 
 
-def predict(kind: Kind, options: PredictOptions, annotations: Path | None, write: Callable[..., Any]) -> Any:
-    """Predicts on images and writes the predictions to --out.
+def predict(
+    kind: Kind, options: PredictOptions, threshold: float, annotations: Path | None
+) -> tuple[int, int]:
+    """Predicts on images and videos and writes the predictions to --out.
 
     Args:
         kind: Kind of the artifact.
         options: Options of the command.
+        threshold: Least score or probability.
         annotations: COCO file that holds the ids of the images; None counts images from 1.
-        write: Writes predictions: called with the folder, the predictions, the artifact's configuration and a
-            callback for progress.
 
     Returns:
-        What `write` returns, and the number of images.
+        The numbers of images and frames, and of objects.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; what was done is written.
     """
-    from downstream.artifacts import load_finetuned
-    from downstream.predict import assign_image_ids, list_images, predict, read_image_ids
+    from coma.progress import Progress
+    from coma.signals import StopRequest
+    from downstream.frames import count_frames, list_images
+    from downstream.predict import Choice, assign_image_ids, predict, write_predictions
+    from downstream.prediction_files import FORMATS, read_image_ids
 
     device = device_of(options.device)
     check_empty(options.out)
+    formats = parse_names(options.format, FORMATS, "--format")
     paths = list_images(options.images)
     ids = assign_image_ids(paths, read_image_ids(annotations) if annotations else None)
-    model = load_finetuned(options.artifact, kind)
+    model, about = _model(kind, options)
+    names = about.class_names or ()
+    wanted = parse_names(options.classes, names, "--classes") if options.classes else None
+    classes = frozenset(names.index(name) for name in wanted) if wanted else None
+    choice = Choice(threshold, classes, options.tile_size, options.overlap)
     options.out.mkdir(parents=True, exist_ok=True)
-    with progress_bar("predicting") as progress:
+    total = sum(map(count_frames, paths))
+    folder = options.images if options.images.is_dir() else None
+    with Progress() as progress, StopRequest() as stop:
+        bar = progress.bar("predicting", total, lines=20)
         predictions = predict(
-            model, model.artifact, paths, device, ids, lambda text: warn([f"skipped {text}"])
+            model, about, paths, device, ids, choice, lambda text: warn([f"skipped {text}"]), folder
         )
-        written = write(options.out, predictions, model.artifact, lambda done: progress(done, len(paths)))
-    return written, len(paths)
+        found = write_predictions(
+            options.out, predictions, about, choice, formats, bar.update, lambda: stop.asked
+        )
+        if stop.asked:
+            raise Interrupted(
+                f"stopped after {found[0]} of {total} images; {options.out} holds their predictions"
+            )
+    return found
+
+
+def _model(kind: Kind, options: PredictOptions) -> tuple[Any, ArtifactConfig]:
+    """Returns the model of an artifact, or of an exported file beside it, and the artifact's configuration.
+
+    Raises:
+        BadInput: an exported file in place of the artifact, or no exported file beside it.
+    """
+    from downstream.artifacts import load_finetuned, read_finetuned
+
+    exported = options.artifact / "manifest.json"
+    if options.artifact.suffix in (".onnx", ".engine") or exported.is_file():
+        raise BadInput(
+            f"{options.artifact}: is exported; give the artifact, and --runtime onnxruntime, openvino or "
+            "tensorrt, which take the files in the folder export beside it"
+        )
+    if options.runtime in ("auto", "pytorch"):
+        model = load_finetuned(options.artifact, kind)
+        return model, model.artifact
+    from coma.runtimes.find import open_model
+    from downstream.evaluate_runtime import runtime_model
+
+    about = read_finetuned(options.artifact, kind).config
+    runtime = open_model(options.artifact, kind, options.runtime, options.device)
+    return runtime_model(about, runtime), about
+
+
+def print_files(out: Path) -> None:
+    """Prints the files and folders that predictions were written to."""
+    for path in sorted(out.iterdir()):
+        print(f"  {path}")
 
 
 def open_all_splits(options: CheckOptions, open_split: Callable[..., Any]) -> dict[str, Any]:

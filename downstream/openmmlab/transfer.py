@@ -45,7 +45,8 @@ def class_tensors(settings: Any) -> set[str]:
     """Returns the names of a model's tensors whose shape follows the number of classes.
 
     Args:
-        settings: Settings of the model, as mmengine builds it. It is built twice, on the CPU.
+        settings: Settings of the model, as mmengine builds it. It is built twice, on the CPU. If it cannot be
+            built with one class more, no name is returned, and a warning is logged.
     """
     shapes = []
     logging.disable(logging.INFO)  # what was loaded was said when the model itself was built
@@ -55,6 +56,11 @@ def class_tensors(settings: Any) -> set[str]:
             for more in (0, 1):
                 model = MODELS.build(_with_classes(copy.deepcopy(settings), more))
                 shapes.append({name: tensor.shape for name, tensor in model.state_dict().items()})
+    except Exception as error:  # of any library
+        log.warning(
+            "all layers that fit are loaded, also those of other classes: %s", " ".join(str(error).split())
+        )
+        return set()
     finally:
         logging.disable(logging.NOTSET)
     return {name for name, shape in shapes[0].items() if shapes[1].get(name) != shape}

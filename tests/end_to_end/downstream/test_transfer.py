@@ -147,6 +147,15 @@ def test_files_of_safetensors_are_checkpoints(folder, tmp_path):
         CheckpointLoader.load_checkpoint(str(damaged / "model.safetensors"), "cpu")
 
 
+def test_a_model_that_cannot_be_built_with_another_class_is_told_of(caplog):
+    from downstream.openmmlab.transfer import class_tensors
+
+    assert class_tensors({"type": "NoSuchModel", "num_classes": 2}) == set()
+    assert (
+        "all layers that fit are loaded, also those of other classes: 'NoSuchModel is not in" in caplog.text
+    )
+
+
 def test_two_flags_for_one_size_are_refused(folder, tmp_path):
     options = ["--data", str(folder / "coco"), "--image-size", "64", "--short-side", "64"]
     with pytest.raises(BadInput, match="--image-size, --short-side: both say"):

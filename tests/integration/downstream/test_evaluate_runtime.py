@@ -215,5 +215,5 @@ def test_what_cannot_be_measured_is_refused(evaluate_runtime, detector, segmento
         evaluate_runtime.measure_segmentor(segmentor, other, never, ALL)
     with pytest.raises(BadArtifact, match="its kind is 'segmentor', not 'detector'"):
         evaluate_runtime.measure_detector(segmentor, objects, never, ALL)
-    with pytest.raises(BadInput, match="no images and labels of the val split"):
+    with pytest.raises(BadInput, match="has classes background, square, disc; the artifact has"):
         evaluate_runtime.measure_segmentor(segmentor, objects, never, ALL)

@@ -9,8 +9,8 @@ from PIL import Image
 
 from coma.errors import BadImage, BadInput
 from downstream.datasets.image_headers import read_header
+from downstream.frames import list_images
 from downstream.openmmlab.transforms import ReadImage
-from downstream.predict import list_images
 
 pytestmark = pytest.mark.openmmlab
 
@@ -28,11 +28,16 @@ def test_a_folder_is_searched_as_in_pretraining_and_the_rest_is_said(tmp_path, c
         save(tmp_path / name)
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "film.mp4").touch()
-    assert list_images(tmp_path) == wanted
+    save(tmp_path / "earlier" / "videos" / "1.mp4.png").rename(tmp_path / "earlier" / "videos" / "1.mp4")
+    for name in ("detections.json", "images.json"):
+        (tmp_path / "earlier" / name).write_text("[]")
+    (tmp_path / "notes.txt").touch()
+    assert list_images(tmp_path) == [*wanted, tmp_path / "film.mp4"]
     assert caplog.messages == [
-        f"{tmp_path}: 2 images (1 .jpg, 1 .png); skipped: 1 .mp4 (not read), 1 hidden file or folder (.b), "
+        f"{tmp_path}: 2 images (1 .jpg, 1 .png); skipped: 1 .txt (not read), 1 hidden file or folder (.b), "
         "1 system folder (@eaDir), 1 special file (pipe.png), "
-        "1 folder written by coma (predictions/ is predictions of coma segment)"
+        "2 folders written by coma (earlier/ is predictions of coma detect, predictions/ is predictions of "
+        "coma segment); 1 video"
     ]
     with pytest.raises(BadInput, match="predictions: is predictions of coma segment, and its pictures are"):
         list_images(tmp_path / "predictions")

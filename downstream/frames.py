@@ -1,0 +1,120 @@
+"""The images and videos that a model predicts on, and annotated videos."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coma.data.sources.image_folder import find_images
+from coma.errors import BadImage, BadInput
+from coma.messages import counted
+from downstream.datasets.files import DatasetFiles
+
+log = logging.getLogger(__name__)
+
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
+"""Suffixes of files that are read as videos."""
+
+
+def is_video(path: Path) -> bool:
+    """Returns whether a file is read as a video, by its suffix."""
+    return path.suffix.lower() in VIDEOS
+
+
+def list_images(images: Path) -> list[Path]:
+    """Returns one image or video, or all below a folder, sorted, of all its splits.
+
+    Raises:
+        BadInput: no image, or no such path.
+    """
+    if images.is_file():
+        return [images]
+    if not images.exists():
+        raise BadInput(f"{images}: no such file or folder")
+    if not images.is_dir():
+        raise BadInput(f"{images}: is neither a folder nor a regular file")
+    names, inventory = find_images(images)
+    videos = DatasetFiles(images).ending(*VIDEOS)
+    if not names and not videos:
+        raise BadInput(f"{images}: no image in this folder; it holds {inventory.skipped() or 'nothing'}")
+    for kind in VIDEOS:
+        inventory.unread.pop(kind, None)
+    more = f"; {counted(len(videos), 'video')}" if videos else ""
+    log.info("%s%s", inventory.summary(images), more, extra={"once": True})
+    return sorted(images / name for name in [*names, *videos])
+
+
+def count_frames(path: Path) -> int:
+    """Returns the number of frames that a video says it has; 1 for an image."""
+    if not is_video(path):
+        return 1
+    import cv2
+
+    video = cv2.VideoCapture(str(path))
+    found = int(video.get(cv2.CAP_PROP_FRAME_COUNT)) if video.isOpened() else 1
+    video.release()
+    return max(found, 1)
+
+
+def read_frames(path: Path) -> Iterator[np.ndarray]:
+    """Yields the frames of a video, uint8 `[H, W, 3]` in BGR.
+
+    Raises:
+        BadImage: it cannot be decoded.
+    """
+    import cv2
+
+    video = cv2.VideoCapture(str(path))
+    try:
+        there, frame = video.read()
+        if not there:
+            raise BadImage(f"{path}: not a video that OpenCV can decode; convert it to MP4 (H.264)")
+        while there:
+            yield frame
+            there, frame = video.read()
+    finally:
+        video.release()
+
+
+class VideoWriter:
+    """Writes annotated frames to an MP4 file with the speed of the original.
+
+    Args:
+        path: The file.
+        source: The original video.
+    """
+
+    def __init__(self, path: Path, source: Path) -> None:
+        import cv2
+
+        video = cv2.VideoCapture(str(source))
+        self._rate = video.get(cv2.CAP_PROP_FPS) or 25.0
+        video.release()
+        self._path, self._writer = path, None
+
+    def add(self, picture: np.ndarray) -> None:
+        """Adds a frame, uint8 `[H, W, 3]` in RGB.
+
+        Raises:
+            BadInput: OpenCV cannot write videos here.
+        """
+        import cv2
+
+        if self._writer is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            fourcc: Any = cv2.VideoWriter.fourcc(*"mp4v")
+            self._writer = cv2.VideoWriter(str(self._path), fourcc, self._rate, picture.shape[1::-1])
+            if not self._writer.isOpened():
+                raise BadInput(
+                    f"{self._path}: OpenCV cannot write MP4 files here; install another build of it"
+                )
+        self._writer.write(np.ascontiguousarray(picture[..., ::-1]))
+
+    def close(self) -> None:
+        """Finishes the file."""
+        if self._writer is not None:
+            self._writer.release()

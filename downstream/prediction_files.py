@@ -1,0 +1,207 @@
+"""Writes what models find as label files: COCO JSON, YOLO text, LabelMe JSON, or CSV.
+
+    detections.json, images.json       COCO's result format (all objects), COCO file of the objects drawn
+    yolo/labels/a.txt, classes.txt     class x y width height score, or class x1 y1 x2 y2 ... score
+    labelme/a.json                     rectangles or polygons, to correct in LabelMe
+    predictions.csv                    Open Images' columns; of segmentors, the pixels of every class
+
+`--data` reads all of them beside the pictures; see `downstream.datasets`. Segmentors give one object per
+class (COCO) or connected region (YOLO, LabelMe).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from coma.atomic_io import write_json, write_text
+from downstream.datasets.masks import decode_runs
+
+FORMATS = ("coco", "yolo", "labelme", "csv")
+_COLUMNS = ("ImageID", "Source", "LabelName", "Confidence", "XMin", "XMax", "YMin", "YMax", "IsOccluded")
+_PIXELS = ("image", "class", "pixels", "share")
+
+
+class PredictionFiles:
+    """Collects the objects of pictures, and writes label files.
+
+    Args:
+        out: Folder of the predictions.
+        formats: Some of `FORMATS`.
+        names: Names of the classes.
+        ids: COCO's number of every class.
+        areas: Whether the model is a segmentor.
+    """
+
+    def __init__(
+        self, out: Path, formats: Sequence[str], names: Sequence[str], ids: Sequence[int], areas: bool
+    ) -> None:
+        self._out, self._formats, self._names, self._ids = out, formats, tuple(names), tuple(ids)
+        self._areas = areas
+        self._images: list[dict[str, Any]] = []
+        self._objects: list[dict[str, Any]] = []
+        self._results: list[dict[str, Any]] = []
+        self._rows: list[list[Any]] = []
+
+    def add(
+        self,
+        name: str,
+        path: Path,
+        number: int,
+        size: tuple[int, int],
+        results: list[dict[str, Any]],
+        score: float,
+    ) -> None:
+        """Adds a picture.
+
+        Args:
+            name: Its relative path.
+            path: Its file.
+            number: Its id.
+            size: Width and height in pixels.
+            results: Its objects in COCO's result format; `regions` are polygons of a segmentor's class.
+            score: Least score of objects in label files; detections.json holds all.
+        """
+        width, height = size
+        kept = [each for each in results if each["score"] >= score]
+        self._images.append({"id": number, "file_name": name, "width": width, "height": height})
+        plain = [{key: value for key, value in each.items() if key != "regions"} for each in results]
+        self._results += plain
+        for each, whole in zip(results, plain, strict=True):
+            if each["score"] >= score:
+                area = mask_area(each) if each.get("segmentation") else each["bbox"][2] * each["bbox"][3]
+                more = {"id": len(self._objects) + 1, "area": area, "iscrowd": 0}
+                self._objects.append(whole | more)
+        stem = str(PurePosixPath(name).with_suffix(""))
+        if "yolo" in self._formats:
+            write_text(self._out / "yolo" / "labels" / f"{stem}.txt", self._yolo(kept, width, height))
+        if "labelme" in self._formats:
+            target = self._out / "labelme" / f"{stem}.json"
+            write_json(target, self._labelme(kept, target, path, width, height))
+        if "csv" in self._formats:
+            self._rows += self._csv(stem if not self._areas else name, kept, width, height)
+
+    def close(self) -> None:
+        """Writes the files that hold all pictures."""
+        if "coco" in self._formats or not self._areas:
+            categories = [{"id": i, "name": n} for i, n in zip(self._ids, self._names, strict=True)]
+            listed = {"images": self._images, "categories": categories, "annotations": self._objects}
+            write_json(self._out / "images.json", listed, indent=None)
+            if not self._areas:
+                write_json(self._out / "detections.json", self._results, indent=None)
+        if "yolo" in self._formats:
+            write_text(self._out / "yolo" / "classes.txt", "".join(f"{name}\n" for name in self._names))
+        if "csv" in self._formats:
+            with (self._out / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([_PIXELS if self._areas else _COLUMNS, *self._rows])
+
+    def _number(self, result: dict[str, Any]) -> int:
+        return self._ids.index(result["category_id"])
+
+    def _yolo(self, results: list[dict[str, Any]], width: int, height: int) -> str:
+        lines = []
+        for each in results:
+            x, y, w, h = each["bbox"]
+            shapes = [[(x + w / 2) / width, (y + h / 2) / height, w / width, h / height]]
+            if polygons := polygons_of(each, self._areas):
+                shapes = [[v / (height if i % 2 else width) for i, v in enumerate(part)] for part in polygons]
+            for shape in shapes:
+                values = (f"{value:.6f}" for value in shape)
+                score = [] if self._areas else [f"{each['score']:.5f}"]
+                lines.append(" ".join([str(self._number(each)), *values, *score]) + "\n")
+        return "".join(lines)
+
+    def _labelme(
+        self, results: list[dict[str, Any]], target: Path, path: Path, width: int, height: int
+    ) -> dict[str, Any]:
+        shapes = []
+        for each in results:
+            x, y, w, h = each["bbox"]
+            drawn = [("rectangle", [[x, y], [x + w, y + h]])]
+            if polygons := polygons_of(each, self._areas):
+                drawn = [
+                    ("polygon", [[*p] for p in zip(part[::2], part[1::2], strict=True)]) for part in polygons
+                ]
+            name = self._names[self._number(each)]
+            shapes += [
+                {"label": name, "points": points, "group_id": None, "shape_type": kind, "flags": {},
+                 "score": float(each["score"])}
+                for kind, points in drawn
+            ]  # fmt: skip
+        where = os.path.relpath(path.resolve(), target.resolve().parent)
+        size = {"imageHeight": height, "imageWidth": width}
+        return {
+            "version": "5.5.0",
+            "flags": {},
+            "shapes": shapes,
+            "imagePath": where,
+            "imageData": None,
+            **size,
+        }
+
+    def _csv(self, name: str, results: list[dict[str, Any]], width: int, height: int) -> list[list[Any]]:
+        rows: list[list[Any]] = []
+        for each in results:
+            label = self._names[self._number(each)]
+            if self._areas:
+                pixels = mask_area(each)
+                rows.append([name, label, pixels, f"{pixels / (width * height):.6f}"])
+                continue
+            x, y, w, h = each["bbox"]
+            corners = (f"{v:.6f}" for v in (x / width, (x + w) / width, y / height, (y + h) / height))
+            rows.append([name, "coma", label, each["score"], *corners, 0])
+        return rows
+
+
+def mask_area(result: dict[str, Any]) -> int:
+    """Returns the number of pixels of a result's run lengths."""
+    return int(decode_runs(result["segmentation"]).sum())
+
+
+def polygons_of(result: dict[str, Any], every: bool) -> list[list[float]]:
+    """Returns the outlines of a result's mask as x1, y1, x2, y2, ...; empty without a mask.
+
+    Args:
+        result: A result in COCO's format.
+        every: Return the outline of every region; otherwise that of the largest one. Outlines have no
+            holes: what lies in a region is another, smaller region of a segmentor.
+    """
+    if not result.get("segmentation"):
+        return []
+    import cv2
+
+    mask = np.ascontiguousarray(decode_runs(result["segmentation"]).astype(np.uint8))
+    contours, tree = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    parents = tree[0, :, 3] if tree is not None else []
+    contours = [contour for contour, parent in zip(contours, parents, strict=True) if parent < 0]
+    ordered = sorted(contours, key=cv2.contourArea, reverse=True)
+    chosen = ordered if every else ordered[:1]
+    found: list[list[float]] = [contour.reshape(-1).tolist() for contour in chosen]
+    return [
+        points * (3 if len(points) == 2 else 1) + (points[:2] if len(points) == 4 else []) for points in found
+    ]
+
+
+def read_image_ids(annotations: Path) -> dict[str, int]:
+    """Returns the image ids of a COCO file, by file name.
+
+    Raises:
+        BadInput: not a COCO file.
+    """
+    from coma.errors import BadInput
+
+    try:
+        images = json.loads(annotations.read_text(encoding="utf-8"))["images"]
+        return {str(image["file_name"]): int(image["id"]) for image in images}
+    except OSError as error:
+        raise BadInput(f"{annotations}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(
+            f"{annotations}: not a COCO annotation file ({type(error).__name__}: {error})"
+        ) from None

@@ -1,0 +1,48 @@
+"""Tiles cover pictures, and objects in several tiles are one."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from downstream.tiles import join_maps, suppress, tiles_of
+
+pytestmark = pytest.mark.openmmlab
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(32, 200), st.floats(0, 0.9))
+def test_tiles_cover_pictures_and_overlap(height, width, side, overlap):
+    tiles = tiles_of(height, width, side, overlap)
+    times, inner = (
+        torch.zeros(height, width, dtype=torch.int64),
+        torch.zeros(height, width, dtype=torch.int64),
+    )
+    for tile in tiles:
+        assert tile.right - tile.left == min(side, width) and tile.bottom - tile.top == min(side, height)
+        times[tile.top : tile.bottom, tile.left : tile.right] += 1
+        left, top, right, bottom = tile.inner
+        assert tile.left <= left and tile.top <= top and right <= tile.right and bottom <= tile.bottom
+        inner[top:bottom, left:right] += 1
+    assert (times >= 1).all() and (inner == 1).all()
+    rows = sorted({tile.top for tile in tiles})
+    assert all(side - (b - a) >= int(side * overlap) - 1 for a, b in pairwise(rows))
+    values = torch.arange(height * width).reshape(1, height, width)
+    parts = [values[:, t.top : t.bottom, t.left : t.right] for t in tiles]
+    assert torch.equal(join_maps(tiles, parts, height, width), values)
+
+
+def test_boxes_of_two_tiles_are_one_object_where_they_overlap_or_contain_each_other():
+    boxes = torch.tensor(
+        [[0, 0, 10, 10], [1, 0, 11, 10], [0, 0, 10, 3], [0, 0, 10, 10], [0, 0, 10, 9], [40, 0, 50, 9]]
+    )
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+    labels = torch.tensor([0, 0, 0, 1, 0, 0])
+    origin = torch.tensor([0, 1, 1, 1, 0, 1])
+    # the second overlaps, the third is the part of the first that the other tile saw, the fourth is of
+    # another class, the fifth comes from the first one's own tile
+    assert suppress(boxes.float(), scores, labels, origin).tolist() == [0, 3, 4, 5]
+    assert suppress(boxes.float(), scores, labels, torch.zeros(6)).tolist() == [0, 1, 2, 3, 4, 5]
+    assert suppress(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), torch.zeros(0)).tolist() == []
