@@ -46,6 +46,10 @@ class TrainOptions(Ranged):
     """Optimizer steps, instead of --epochs."""
     batch_size: Annotated[int, BATCH] = 4
     """Images per step, over all processes."""
+    micro_batch: Annotated[
+        int | None, BATCH, arg(help_behavior_hint="(default: as many as fit into the memory)")
+    ] = None
+    """Images per process and forward pass; gradients accumulate over the batch."""
     lr: Annotated[float, RATE] = 1e-4
     """Peak learning rate of AdamW."""
     image_size: Annotated[ImageSize | None, Range(32, 16384), arg(help_behavior_hint="")] = None

@@ -50,7 +50,9 @@ class SegmentTrain(TrainOptions):
     head_channels: Annotated[int | None, Range(1, 8192), arg(help_behavior_hint="(default: 512)")] = None
     classes: Annotated[Path | None, CLASSES] = None
     """Class names: JSON, or text with one name per line."""
-    crop_size: Annotated[int, SIDE] = 512
+    crop_size: Annotated[
+        int | None, SIDE, arg(help_behavior_hint="(default: short side of the images, at most 512)")
+    ] = None
     """Side of the square training crop, in pixels."""
     image_size: Annotated[ImageSize | None, Range(32, 16384), arg(help_behavior_hint="")] = None
     """Height and width of the training crop in pixels, instead of --crop-size; one number for both."""
@@ -106,7 +108,7 @@ def _config(options: SegmentTrain, encoder: EncoderSpec) -> Any:
     from downstream.tasks.segmentation import training_config
 
     train, val = _open_splits(options)
-    crop = options.image_size or ImageSize.of(options.crop_size)
+    crop = options.image_size or (ImageSize.of(options.crop_size) if options.crop_size else None)
     whole = whole_model(encoder, "segmentor")
     return training_config(encoder, train, val, options, crop, options.short_side, whole)
 

@@ -150,6 +150,7 @@ def _prepared(
     from downstream.finetune import check_library
     from downstream.openmmlab.runner import prepare_config
     from downstream.start import load_whole
+    from downstream.step_memory import split_into_passes
 
     encoder, theirs, out = None, options.config, require_option(options.out, "--out", "a new run directory")
     if options.artifact or options.preset or not theirs:
@@ -158,6 +159,7 @@ def _prepared(
         config = make_config(options, encoder)
         load_whole(config, encoder, kind)
         apply_cfg_options(config, options.cfg_options)
+        split_into_passes(kind, config, options.micro_batch, device)
     else:
         assert theirs
         config = load_config(theirs)

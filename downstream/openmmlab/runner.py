@@ -31,6 +31,7 @@ from mmengine.utils import import_modules_from_strings
 import downstream.openmmlab  # noqa: F401 - before mmdet and mmseg
 from coma.atomic_io import seal
 from coma.errors import BadInput, CheckFailed, ComaError, Interrupted
+from coma.memory import MemoryGuard
 from coma.progress import Progress
 from coma.signals import StopRequest
 from downstream.cli_options import is_main
@@ -49,6 +50,7 @@ from downstream.openmmlab.worker_init import set_worker_init
 from downstream.private import use_device
 
 log = logging.getLogger(__name__)
+SMALLER = "try a smaller --micro-batch or --batch-size, --grad-checkpointing or smaller images"
 HEADLINES = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50", "mIoU", "mAcc", "aAcc")
 _LINES = 20
 """Lines of progress over a whole run where there is no terminal."""
@@ -101,11 +103,10 @@ def train(
         if is_main() and not resume:
             config.dump(folder / CONFIG)
         try:
-            runner.train()
+            with MemoryGuard(lambda: SMALLER):
+                runner.train()
         except torch.OutOfMemoryError as error:
-            raise BadInput(
-                "out of GPU memory; try a smaller --batch-size, --grad-checkpointing or a smaller image"
-            ) from error
+            raise BadInput(f"out of GPU memory; {SMALLER}") from error
         except ComaError as error:
             raise type(error)(worker_error(str(error))) from error
         except (OSError, RuntimeError, EOFError) as error:
@@ -184,7 +185,7 @@ def prepare_config(config: Any, folder: Path, device: str) -> None:
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         set_worker_init(config.get(name), config.get("randomness", {}).get("seed") or 0)
     if device == "cpu" or config.launcher == "none":
-        _replace_sync_bn(config.model)
+        replace_sync_bn(config.model)
 
 
 def scores_by_step(runner: Runner) -> dict[str, dict[str, float]]:
@@ -347,16 +348,16 @@ def _any_process(asked: bool) -> bool:
     return bool(votes)
 
 
-def _replace_sync_bn(model: Any) -> None:
+def replace_sync_bn(model: Any) -> None:
     """Replaces SyncBN, which needs CUDA and several processes, by BN."""
     if isinstance(model, dict):
         if model.get("type") == "SyncBN":
             model["type"] = "BN"
         for child in model.values():
-            _replace_sync_bn(child)
+            replace_sync_bn(child)
     elif isinstance(model, list | tuple):
         for child in model:
-            _replace_sync_bn(child)
+            replace_sync_bn(child)
 
 
 @contextmanager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from coma.artifact import ArtifactConfig
 from coma.errors import BadInput
@@ -20,10 +23,13 @@ from downstream.configs.load import (
     replace_dataset,
 )
 from downstream.configs.schedule import set_schedule, set_workers
+from downstream.datasets.image_headers import Header, read_header
 from downstream.datasets.labels import LabelSplit
 from downstream.tasks.class_counts import set_classes
 
 PRESET = PRESETS / "mmseg" / "upernet_dyvit_160k_ade20k-512x512.py"
+_LARGEST_CROP, _HEADERS = 512, 64
+log = logging.getLogger(__name__)
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 
 
@@ -32,7 +38,7 @@ def training_config(
     train: LabelSplit,
     val: LabelSplit,
     options: TrainOptions,
-    crop: ImageSize,
+    crop: ImageSize | None = None,
     resize: int | None = None,
     whole: Any = None,
 ) -> Any:
@@ -43,7 +49,7 @@ def training_config(
         train: Training split.
         val: Validation split.
         options: Options of the command.
-        crop: Height and width of the training crop.
+        crop: Height and width of the training crops; by default as `default_crop`.
         resize: Short side that images are resized to before cropping; None keeps their size.
         whole: Settings of a model around this encoder, in place of UPerNet's.
 
@@ -51,7 +57,10 @@ def training_config(
         BadInput: options that do not fit.
     """
     unit = encoder.model.unit
-    if any(side < unit or side % unit for side in crop):
+    if crop is None:
+        crop = default_crop(train, unit, resize)
+        log.info("training crops of %s px, from the size of the images; --crop-size sets another", crop)
+    elif any(side < unit or side % unit for side in crop):
         flag = "--image-size" if options.image_size else "--crop-size"
         raise BadInput(f"{flag} {crop}: must be a multiple of the encoder's {unit} px mask unit")
     config = load_config(PRESET)
@@ -65,6 +74,19 @@ def training_config(
     if config.train_dataloader.batch_size < 2:
         raise BadInput("--batch-size: batch normalisation needs at least 2 images per process")
     return config
+
+
+def default_crop(train: LabelSplit, unit: int, resize: int | None) -> ImageSize:
+    """Returns a square of the short side of the images (median of up to 64), or of `resize`, at most 512 px.
+
+    It is rounded down to a multiple of the mask unit `unit`; images that are smaller are padded.
+    """
+    if resize is None:
+        files = sorted(train.images.rglob(f"*{train.image_suffix}"))
+        headers = [read_header(path) for path in files[:: max(len(files) // _HEADERS, 1)][:_HEADERS]]
+        sides = [min(header.shown) for header in headers if isinstance(header, Header)]
+        resize = int(np.median(sides)) if sides else _LARGEST_CROP
+    return ImageSize.of(max(min(resize, _LARGEST_CROP) // unit, 1) * unit)
 
 
 def set_dataset(config: Any, train: LabelSplit, val: LabelSplit) -> None:

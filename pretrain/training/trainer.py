@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
 import torch
@@ -18,6 +18,7 @@ import torch
 from coma.amp import choose_precision
 from coma.data import Batch
 from coma.errors import BadInput, CheckFailed, Interrupted
+from coma.memory import MemoryGuard
 from coma.objectives import Objective
 from coma.objectives.classification import Classification
 from coma.signals import StopNow, StopRequest
@@ -164,9 +165,17 @@ class Trainer(ABC, Generic[AnyPlan]):
         steps = self.plan.steps
         lr = learning_rate(number, steps, self.plan.config.optimizer)
         try:
-            return self._train_step(number, lr, batches, self._requests, number / steps), lr
+            with self._guard():
+                return self._train_step(number, lr, batches, self._requests, number / steps), lr
         except RuntimeError as error:
             _raise_readable(error, self.plan.slices.micro_batch)
+
+    def _guard(self) -> AbstractContextManager[object]:
+        """Returns what stops a step for want of memory; GPUs do it alone, compiled steps take no hooks."""
+        plan = self.plan
+        if self.group.device.type != "cpu" or plan.config.run.compile:
+            return nullcontext()
+        return MemoryGuard(lambda: f"try {_smaller(plan.slices.micro_batch)}")
 
     def close(self) -> None:
         """Closes the logs."""
@@ -347,14 +356,18 @@ class Trainer(ABC, Generic[AnyPlan]):
         self._stop_early()
 
 
+def _smaller(micro_batch: int) -> str:
+    """Returns what takes less memory, for messages."""
+    smaller = max((m for m in range(1, micro_batch) if micro_batch % m == 0), default=None)
+    fewer = f"--micro-batch {smaller}, " if smaller else ""
+    return f"{fewer}--grad-checkpointing, a smaller --image-size or a smaller model"
+
+
 def _raise_readable(error: RuntimeError, micro_batch: int) -> NoReturn:
     """Raises out-of-memory and compiler errors as `BadInput` that says what to do, and others as they are."""
     if isinstance(error, torch.OutOfMemoryError):
-        smaller = max((m for m in range(1, micro_batch) if micro_batch % m == 0), default=None)
-        fewer = f"--micro-batch {smaller}, " if smaller else ""
         raise BadInput(
-            f"out of GPU memory with {micro_batch} images per pass; try {fewer}--grad-checkpointing, a "
-            "smaller --image-size or a smaller model"
+            f"out of GPU memory with {micro_batch} images per pass; try {_smaller(micro_batch)}"
         ) from error
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = str(error).partition("\n")[0]

@@ -15,7 +15,14 @@ from graph_faults import Change, weight
 
 from coma.config import EncoderConfig
 from coma.runtimes.base import Runtime
-from coma.runtimes.model_spec import GraphKind, Precision, read_model_spec, to_json
+from coma.runtimes.model_spec import (
+    GraphKind,
+    Precision,
+    eight_bit_part,
+    float_part,
+    read_model_spec,
+    to_json,
+)
 from coma.runtimes.preprocessing import resize_image, to_input
 from coma.runtimes.pytorch import TorchRuntime
 from coma.runtimes.shape_ranges import Shape, Shapes
@@ -25,7 +32,7 @@ from export.graphs.load import load_exportable, named_examples
 from export.onnx_export import cast_weights, load_onnx, normalized, save_onnx, with_normalization, with_sizes
 from export.onnx_export import write_onnx as write
 from export.preprocessing import evenly_spaced
-from export.quantization import quantize_int8
+from export.quantization import quantize_fp8, quantize_int8
 from export.verify.bisect import locate, module_outputs
 from export.verify.opened_file import OpenedFile, open_file
 from export.verify.parity import batch_inputs, verify
@@ -146,13 +153,16 @@ class Made:
 
     def _write(self, work: Path) -> None:
         case = self.case
-        if case.precision == "int8":
-            base = Made(replace(case, precision="fp32"), work, self.pictures)
+        if kind := eight_bit_part(case.precision):
+            base = Made(replace(case, precision=float_part(case.precision)), work, self.pictures)
             spec = replace(read_model_spec(load_onnx(base.file), "base"), precision=case.precision)
             metadata = {"coma": to_json(spec)}
             batches = [self._batch(number) for number in range(len(self.pictures))]
             exclude = AFTER_BACKBONE if case.graph == "detector" else ()
-            quantize_int8(base.file, self.file, batches, "percentile", exclude=exclude, metadata=metadata)
+            if kind == "int8":
+                quantize_int8(base.file, self.file, batches, "percentile", exclude=exclude, metadata=metadata)
+            else:
+                quantize_fp8(base.file, self.file, batches, exclude=exclude, metadata=metadata)
             return
         exportable = with_normalization(self.load()) if case.pixels else self.load()
         write(cast_weights(exportable, case.precision), case.shapes, self.file)
@@ -194,12 +204,14 @@ CORRECT = [
     *(Case("encoder", precision) for precision in ("fp32", "fp16", "int8")),
     *(Case(f"encoder, {name}", "fp32", BATCHES) for name in ("ViT", "grey ViT")),
     *(Case("reconstructor", precision) for precision in ("fp32", "int8")),
-    Case("reconstructor, ViT", "fp32", FIXED),
+    *(Case("reconstructor, ViT", "fp32", FIXED, visible=listed) for listed in (None, 5)),
+    Case("encoder, ViT", "fp32", BATCHES, visible=5),
     *(Case("classifier", precision, BATCHES) for precision in ("fp32", "fp16", "bf16", "int8")),
     Case("classifier", "fp32", BATCHES, pixels=True),
     Case("classifier, ViT", "fp32", FIXED),
-    *(Case("segmentor", precision) for precision in ("fp32", "int8", "fp16")),
-    *(Case("Faster R-CNN", precision, OF_DETECTORS) for precision in ("fp32", "int8", "fp16")),
+    *(Case("classifier, ViT", precision, BATCHES) for precision in ("int8+fp16", "fp8+fp16")),
+    *(Case("segmentor", precision) for precision in ("fp32", "int8", "fp16", "int8+fp16")),
+    *(Case("Faster R-CNN", precision, OF_DETECTORS) for precision in ("fp32", "int8", "fp16", "int8+fp16")),
     *(Case(name, "fp32", OF_DETECTORS) for name in ("RetinaNet", "Mask R-CNN", "Cascade R-CNN")),
 ]
 """Files without a fault."""

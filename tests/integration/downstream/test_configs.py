@@ -69,11 +69,11 @@ def test_takes_a_step(path):
     from mmengine.registry import MODELS, init_default_scope
 
     import downstream.openmmlab  # noqa: F401
-    from downstream.openmmlab.runner import _replace_sync_bn
+    from downstream.openmmlab.runner import replace_sync_bn
 
     config = reduced(path)
     init_default_scope(config.default_scope)
-    _replace_sync_bn(config.model)
+    replace_sync_bn(config.model)
     preprocessor = config.model.data_preprocessor
     for setting, small in (("batch_augments", None), ("size", (64, 96))):  # they pad to 512 and 1024 px
         if setting in preprocessor:

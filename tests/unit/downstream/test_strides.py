@@ -37,10 +37,10 @@ def stock(name: str, folder: Path, library: str = "mmdet") -> Any:
 def build(config: Any) -> Any:
     from mmengine.registry import MODELS, init_default_scope
 
-    from downstream.openmmlab.runner import _replace_sync_bn
+    from downstream.openmmlab.runner import replace_sync_bn
 
     init_default_scope(config.default_scope)
-    _replace_sync_bn(config.model)
+    replace_sync_bn(config.model)
     return MODELS.build(config.model)
 
 

@@ -1,0 +1,114 @@
+"""Memory of a training step: what is free, what backward keeps, and a stop before the system kills a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from coma.errors import BadInput
+
+GIB = 2**30
+FLOOR = 0.04
+"""Share of the memory that must stay free; below it the system is about to kill processes."""
+_LOOKS = 16
+"""Tensors that are saved between two looks at the free memory."""
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Returns the bytes that can be allocated on a device; None where that is not known.
+
+    On a CPU these are the system's, or what the container allows (cgroup v2) if that is less.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = _meminfo().get("MemAvailable")
+    limit, used = _container()
+    if limit is not None and used is not None:
+        free = min(free, limit - used) if free is not None else limit - used
+    return free if device.type == "cpu" else None
+
+
+def total_memory() -> int | None:
+    """Returns the bytes of the system's memory, or of the container's if that is less; None if unknown."""
+    known = [size for size in (_meminfo().get("MemTotal"), _container()[0]) if size is not None]
+    return min(known, default=None)
+
+
+class SavedBytes(saved_tensors_hooks):
+    """Counts what autograd keeps for the backward pass inside, in bytes; views of one storage count once.
+
+    Args:
+        model: Model whose parameters and buffers do not count.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        own = (*model.parameters(), *model.buffers())
+        self._known = {StorageWeakRef(each.untyped_storage()) for each in own}
+        self.total = 0
+        super().__init__(self._add, lambda tensor: tensor)
+
+    def __enter__(self) -> SavedBytes:  # type: ignore[override]
+        super().__enter__()
+        return self
+
+    def _add(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        reference = StorageWeakRef(storage)
+        if reference not in self._known:
+            self._known.add(reference)
+            self.total += storage.nbytes()
+        return tensor
+
+
+class MemoryGuard(saved_tensors_hooks):
+    """Stops a training step on a CPU before the system kills the process for want of memory.
+
+    Inside, the free memory is looked at as autograd keeps tensors; a GPU raises an error of its own.
+
+    Args:
+        advice: Returns what to do, for the message.
+
+    Raises:
+        BadInput: less than `FLOOR` of the memory is free.
+    """
+
+    def __init__(self, advice: Callable[[], str]) -> None:
+        self._advice, self._count = advice, 0
+        self._floor = FLOOR * (total_memory() or 0)
+        super().__init__(self._look, lambda tensor: tensor)
+
+    def _look(self, tensor: Tensor) -> Tensor:
+        self._count += 1
+        if self._count % _LOOKS == 0 and tensor.device.type == "cpu":
+            free = free_memory(tensor.device)
+            if free is not None and free < self._floor:
+                raise BadInput(
+                    f"this training step needs more memory than there is: {free / GIB:.1f} GiB are left; "
+                    f"{self._advice()}"
+                )
+        return tensor.detach()  # an operator that keeps its own result would keep itself
+
+
+def _meminfo() -> dict[str, int]:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return {}
+    return {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+
+
+def _container() -> tuple[int | None, int | None]:
+    """Returns the limit and the use of the container's memory in bytes; None without a limit."""
+    found: list[Any] = []
+    for name in ("memory.max", "memory.current"):
+        try:
+            found.append(int(Path("/sys/fs/cgroup", name).read_text()))
+        except (OSError, ValueError):  # no such file, or "max": no limit
+            return None, None
+    return found[0], found[1]
