@@ -33,6 +33,7 @@ LEFT_OUT = {
     "video": ("bytetrack", "deepsort", "mask2former_vis", "masktrack_rcnn", "ocsort", "qdtrack", "sort",
               "strongsort"),
     "no models of their own": ("_base_", "common", "dsdl"),
+    "models of Detectron2": ("misc",),
 }  # fmt: skip
 BASE = {
     "mmdet/guided_anchoring": ("ga-retinanet_r50-caffe_fpn_1x_coco", "ga-faster-rcnn_r50-caffe_fpn_1x_coco"),
@@ -102,7 +103,8 @@ def run_model(path: Path, side: int, artifact: Path | None = None) -> dict[str, 
     prepare_config(config, Path("unused"), "cpu")
     import_module(f"{library}.models")
     init_default_scope(library)
-    MessageHub.get_current_instance().update_info("iter", 0)  # some losses rise with the steps of the runner
+    for name in ("iter", "epoch"):  # some losses change with the steps of the runner
+        MessageHub.get_current_instance().update_info(name, 0)
     for setting, small in (("batch_augments", None), ("size", (side, side))):  # they pad to a full size
         if setting in config.model.data_preprocessor:
             config.model.data_preprocessor[setting] = small
@@ -130,7 +132,7 @@ def run_model(path: Path, side: int, artifact: Path | None = None) -> dict[str, 
 
 def _set_small(node: Any) -> None:
     """Limits the boxes that heads of the second stage get, in training and testing."""
-    limits = {"nms_pre": 100, "max_per_img": 20, "num": 16}
+    limits = {"nms_pre": 100, "num": 16} | ({"max_per_img": 20} if "nms" in node else {})
     for key, child in list(node.items() if isinstance(node, dict) else enumerate(node)):
         if isinstance(node, dict) and key in limits and isinstance(child, int):
             node[key] = min(child, limits[key])
@@ -143,8 +145,8 @@ def _objects(config: Any, side: int) -> dict[str, Any]:
 
     classes = min(_numbers(config.model, ("num_classes", "num_things_classes")) or [2])
     shapes = [(3, side, side), (3, side, side)]
-    masks = re.search(r"with_mask['\"]?[:=] ?True", config.pretty_text) is not None
-    data = demo_mm_inputs(2, shapes, [3, 4], max(classes, 2), with_mask=masks, with_semantic=True)
+    masks = re.search(r"with_mask['\"]?[:=] ?True|LoadPanoptic", config.pretty_text) is not None
+    data = demo_mm_inputs(2, shapes, [3, 4], min(max(classes, 2), 100), with_mask=masks, with_semantic=True)
     for sample in data["data_samples"]:
         sample.gt_instances.labels %= classes
     if config.model.type == "FastRCNN":

@@ -99,7 +99,7 @@ def _plain(settings: Any) -> Any:
     if isinstance(settings, dict):
         kept = {name: child for name, child in settings.items() if name not in ("init_cfg", "pretrained")}
         plain = {name: _plain(child) for name, child in kept.items()}
-        return plain | {"type": "BN"} if plain.get("type") == "SyncBN" else plain
+        return plain | {"type": "BN"} if plain.get("type") in ("SyncBN", "MMSyncBN") else plain
     if isinstance(settings, list | tuple):
         return type(settings)(_plain(child) for child in settings)
     return settings
