@@ -101,7 +101,8 @@ def run_model(path: Path, side: int, artifact: Path | None = None) -> dict[str, 
     config: Any = coma.fit_backbone(path, artifact, preset=None if artifact else "tiny")
     library = config.default_scope
     prepare_config(config, Path("unused"), "cpu")
-    import_module(f"{library}.models")
+    for name in (f"{library}.models", *config.custom_imports["imports"]):
+        import_module(name)
     init_default_scope(library)
     for name in ("iter", "epoch"):  # some losses change with the steps of the runner
         MessageHub.get_current_instance().update_info(name, 0)

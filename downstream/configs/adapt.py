@@ -241,7 +241,10 @@ def _set_layer_decay(config: Any) -> None:
     wrapper = config.get("optim_wrapper") or {}
     if wrapper.get("constructor") in OTHER_DECAYS:
         wrapper["constructor"] = "LayerDecayConstructor"
-        wrapper["paramwise_cfg"] = {"decay_rate": wrapper["paramwise_cfg"]["decay_rate"]}
+        given = wrapper.get("paramwise_cfg") or {}
+        wrapper["paramwise_cfg"] = {
+            "decay_rate": given.get("decay_rate") or given.get("layer_decay_rate", 1.0)
+        }
 
 
 def _finest(model: Any) -> int:

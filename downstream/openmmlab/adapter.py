@@ -52,7 +52,8 @@ class OutputAdapter(nn.Module):
                 map, at = path(pyramid[stage]), self.strides[stage]
                 total = map + _resize(total, before, at, map.shape[-2:]) if number else map
                 before = at
-            maps.append(_resize(total, before, stride, size))
+            total = _resize(total, before, stride, size)
+            maps.append(total.contiguous() if self.stages[i] else total)  # some heads take views
         if wanted.single is not None and not self.training:
             return maps[wanted.single]
         if wanted.class_token:
