@@ -28,7 +28,7 @@ _CORE = {
 }
 """Public names of the core, and the modules that they live in."""
 
-_ROOMS = ("Callback", "classify", "embed", "evaluate", "export", "pretrain")
+_ROOMS = ("Callback", "classify", "embed", "evaluate", "export", "fit_backbone", "pretrain")
 """Public names of rooms, which announce them as entry points of the group `coma.api`: nothing here imports
 a room."""
 

@@ -20,6 +20,7 @@ from coma.objectives.load import load_pretrained as load_pretrained
 from coma.runtimes.open import open_runtime as open_runtime
 from downstream.commands import classify as classify
 from downstream.commands.embed import embed as embed
+from downstream.configs.adapt import fit_backbone as fit_backbone
 from export.commands.export import export as export
 from pretrain.commands.api import evaluate as evaluate
 from pretrain.commands.api import pretrain as pretrain

@@ -150,7 +150,7 @@ def register_modules(config: ArtifactConfig) -> None:
 
     head = config.head or {}
     if head.get("library") == "mmdet":
-        import mmdet.models  # noqa: F401 - registers its models
+        import downstream.openmmlab.ssd_head
     else:
         import mmseg.models  # noqa: F401
     if config.model.channels not in (1, 3):

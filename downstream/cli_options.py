@@ -14,6 +14,8 @@ from coma.image_size import ImageSize
 from coma.ranges import BATCH, DECAY, EPOCHS, PROCESSES, RATE, WEIGHT_DECAY, Range, Ranged
 from coma.runtimes.names import RuntimeName
 
+ENCODER_OPTIONS = ("drop_path", "head_channels", "frozen_stages", "global_blocks", "grad_checkpointing")
+"""Training options that also apply to a configuration of the user's own, once an encoder is put into it."""
 Device = Literal["auto", "cuda", "cpu"]
 Split = Literal["train", "val", "test"]
 UNSET = arg(help_behavior_hint="")

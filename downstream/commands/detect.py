@@ -114,12 +114,12 @@ def _config(options: DetectTrain, encoder: EncoderSpec) -> Any:
 
 
 def _set_dataset(config: Any, options: DetectTrain) -> int:
-    from downstream.tasks.detection import set_dataset
+    from downstream.tasks.detection import set_dataset, wants_masks
 
+    masks = wants_masks(config)
     data, train, val = _open_splits(options)
-    masks = "mask_head" in config.model.get("roi_head", {})
     if masks and not (train.has_masks and val.has_masks):
-        raise BadInput(f"--config {options.config}: has a mask head, but {data} has only boxes")
+        raise BadInput(f"--config {options.config}: learns from masks, but {data} has only boxes")
     set_dataset(config, train, val, masks)
     return train.count
 

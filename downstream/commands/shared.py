@@ -17,7 +17,14 @@ from coma.atomic_io import lies_among, write_json
 from coma.errors import BadInput, Interrupted
 from coma.messages import parse_names
 from coma.preflight import require_folder, require_packages
-from downstream.cli_options import CheckOptions, PredictOptions, TestOptions, TrainOptions, is_main
+from downstream.cli_options import (
+    ENCODER_OPTIONS,
+    CheckOptions,
+    PredictOptions,
+    TestOptions,
+    TrainOptions,
+    is_main,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 COMMANDS = {"detector": "detect", "segmentor": "segment"}
-ENCODER_OPTIONS = ("drop_path", "head_channels", "frozen_stages", "global_blocks", "grad_checkpointing")
-"""Training options that also apply to a configuration of the user's own, once an encoder is put into it."""
 BACKBONE_OPTIONS = ("drop_path", "frozen_stages", "global_blocks", "grad_checkpointing")
 """Training options that also apply to a configuration whose backbone is one of ours."""
 SOURCE_OPTIONS = ("artifact", "preset", "config", "cfg_options", "data", "classes", "out", "device")

@@ -6,7 +6,9 @@ heads, and the mean and std of the pixels.
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,22 @@ from coma.artifact import ArtifactConfig
 from coma.config import EncoderConfig, encoder_preset
 from coma.config.serialization import from_plain
 from coma.errors import BadInput
-from downstream.cli_options import TrainOptions
-from downstream.configs.load import REGISTER_MODULE, image_reader, require_imports
+from downstream.cli_options import ENCODER_OPTIONS, TrainOptions
+from downstream.configs.load import (
+    REGISTER_MODULE,
+    as_list,
+    config_errors,
+    image_reader,
+    load_config,
+    require_imports,
+)
 from downstream.configs.strides import scale_strides
 
 log = logging.getLogger(__name__)
-CHANNELS, PYRAMID = "downstream.openmmlab.data_preprocessor", "SimpleFeaturePyramid"
+CHANNELS, SSD = "downstream.openmmlab.data_preprocessor", "downstream.openmmlab.ssd_head"
+PYRAMID = "SimpleFeaturePyramid"
+OTHER_DECAYS = ("LearningRateDecayOptimizerConstructor", "LayerDecayOptimizerConstructor")
+"""Constructors of layer-wise learning rates that know the layers of other backbones alone."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -94,11 +106,8 @@ def set_encoder(config: Any, encoder: EncoderSpec, options: TrainOptions) -> Non
     model = config.model
     before = model.get("backbone", {})
     ours = before.get("type") in ("DyViT", "PlainViT")
-    weights = {
-        "load_from": None if ours else config.pop("load_from", None),
-        "model.pretrained": model.pop("pretrained", None),
-        "model.backbone.init_cfg": (before.get("init_cfg") or {}).get("checkpoint"),
-    }
+    weights = {"load_from": None if ours else config.pop("load_from", None)}
+    weights |= dict(_pop_checkpoints(before, "model.backbone") if ours else _pop_checkpoints(model, "model"))
     dropped = ", ".join(f"{name}={value}" for name, value in weights.items() if value)
     if dropped:
         log.info(
@@ -112,6 +121,7 @@ def set_encoder(config: Any, encoder: EncoderSpec, options: TrainOptions) -> Non
         log.info("load_from=%s is loaded over the encoder; %s", config.load_from, hint)
     kind = "DyViT" if encoder.hierarchical else "PlainViT"
     kept = ("drop_path", "frozen_stages", "with_cp", "global_blocks") if before.get("type") == kind else ()
+    outputs = _adapted_outputs(config)
     asked = {
         "drop_path": options.drop_path,
         "frozen_stages": options.frozen_stages,
@@ -123,26 +133,118 @@ def set_encoder(config: Any, encoder: EncoderSpec, options: TrainOptions) -> Non
     backbone = {"type": kind, **encoder.backbone, "drop_path": 0.1}
     backbone |= {name: before[name] for name in kept if name in before}
     backbone |= {name: value for name, value in asked.items() if value is not None}
+    backbone |= {"outputs": outputs} if outputs else {}
     finest = _finest(model)
-    if encoder.hierarchical:
+    if encoder.hierarchical and not outputs:
         backbone["out_indices"] = tuple(range(finest, 4))
     model.backbone = backbone
-    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
-        if config.get(loader):
-            _set_image_reader(config[loader].dataset, encoder.model.channels)
+    readers = ("train_dataloader", "val_dataloader", "test_dataloader", "custom_hooks")
+    _set_image_reader([config.get(name) for name in readers], encoder.model.channels)
     _set_pixel_statistics(model, encoder)
+    _set_layer_decay(config)
     if options.head_channels is not None:
         _set_head_channels(model, options.head_channels)
-    _set_pyramid(model, encoder, finest)
-    ratio = encoder.strides[0] / _finest_stride(before)
-    if ratio != 1:
-        for name, head in model.items():
-            if name not in ("backbone", "neck", "data_preprocessor"):
-                scale_strides(head, ratio, config.get("default_scope", "mmdet"))
+    if not outputs:
+        _set_pyramid(model, encoder, finest)
+        _scale_heads(config, encoder.strides[0] / _finest_stride(before))
     require_imports(config, REGISTER_MODULE)
     if model.data_preprocessor.get("type") == "DetDataPreprocessor" and encoder.model.channels not in (1, 3):
         model.data_preprocessor.type = "ChannelsDetDataPreprocessor"
         require_imports(config, REGISTER_MODULE, CHANNELS)
+    for head in as_list(model.get("bbox_head")):
+        if head.get("type") == "SSDHead":
+            head.type = "PredictingSSDHead"
+            require_imports(config, REGISTER_MODULE, SSD)
+
+
+def _pop_checkpoints(node: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Removes the checkpoints of other backbones, and of parts of them, and yields names and files."""
+    if isinstance(node, dict):
+        if node.get("pretrained"):
+            yield f"{name}.pretrained", node.pop("pretrained")
+        settings = node.get("init_cfg")
+        if isinstance(settings, dict) and settings.get("checkpoint"):
+            yield f"{name}.init_cfg", node.pop("init_cfg")["checkpoint"]
+    children = list(node.items()) if isinstance(node, dict) else ()
+    for key, child in enumerate(node) if isinstance(node, list | tuple) else children:
+        yield from _pop_checkpoints(child, f"{name}.{key}")
+
+
+def fit_backbone(
+    config: Any, artifact: str | Path | None = None, *, preset: str | None = None, **options: Any
+) -> Any:
+    """Returns a configuration of MMDetection or MMSegmentation with a pre-trained encoder as its backbone.
+
+    Neck and heads stay as they are: the encoder outputs the channels and strides that those of the
+    configuration's own backbone had. (An FPN takes the encoder's channels instead.) Channels, strides, pixel
+    statistics and image readers are changed; what else, and what is not loaded, is logged.
+
+    Args:
+        config: File of the configuration, or an mmengine `Config`, which is not changed.
+        artifact: Directory of a pre-trained model.
+        preset: Name of a preset instead, for random weights.
+        options: drop_path, head_channels, frozen_stages, global_blocks and grad_checkpointing, as the flags
+            of `coma detect train`.
+
+    Raises:
+        BadInput: a configuration that cannot be read or adapted, or options that do not fit.
+        BadArtifact: not an artifact of an encoder.
+    """
+    path = Path(config if isinstance(config, str | Path) else config.filename or "the configuration")
+    adapted = load_config(path) if isinstance(config, str | Path) else copy.deepcopy(config)
+    if not isinstance(adapted.get("model"), dict) or not isinstance(adapted.model.get("backbone"), dict):
+        raise BadInput(f"{path}: has no model with a backbone")
+    unknown = sorted(options.keys() - set(ENCODER_OPTIONS))
+    if unknown:
+        raise BadInput(f"{', '.join(unknown)}: must be among {', '.join(ENCODER_OPTIONS)}")
+    encoder = encoder_spec(Path(artifact) if artifact is not None else None, preset)
+    with config_errors(path, "cannot be adapted"):
+        set_encoder(adapted, encoder, TrainOptions(**options))
+    return adapted
+
+
+def _adapted_outputs(config: Any) -> dict[str, Any] | None:
+    """Returns the `outputs` argument of our backbone; None if neck and heads take our own channels.
+
+    These are FPNs, and configurations that were written for one of our backbones.
+    """
+    before = config.model.backbone
+    if before.get("type") in ("DyViT", "PlainViT"):
+        return before.get("outputs")
+    necks = as_list(config.model.get("neck"))
+    if necks and necks[0].get("type") in ("FPN", PYRAMID):
+        return None
+    from downstream.configs.contract import backbone_outputs
+
+    try:
+        found = backbone_outputs(config.model, config.get("default_scope", "mmdet"))
+    except BadInput as error:
+        raise BadInput(f"{config.filename or 'the configuration'}: {error}") from error
+    log.info(
+        "model.backbone: its %s outputs channels %s at strides %s; the encoder's stages are projected and "
+        "resized to these",
+        before.get("type"), list(found.channels), list(found.strides),
+    )  # fmt: skip
+    return {name: value for name, value in vars(found).items() if value not in ((), False, None)}
+
+
+def _scale_heads(config: Any, ratio: float) -> None:
+    if ratio == 1:
+        return
+    for name, head in config.model.items():
+        if name not in ("backbone", "neck", "data_preprocessor"):
+            scale_strides(head, ratio, config.get("default_scope", "mmdet"))
+
+
+def _set_layer_decay(config: Any) -> None:
+    """Replaces layer-wise learning rates that are written for other backbones by those of ours."""
+    wrapper = config.get("optim_wrapper") or {}
+    if wrapper.get("constructor") in OTHER_DECAYS:
+        wrapper["constructor"] = "LayerDecayConstructor"
+        given = wrapper.get("paramwise_cfg") or {}
+        wrapper["paramwise_cfg"] = {
+            "decay_rate": given.get("decay_rate") or given.get("layer_decay_rate", 1.0)
+        }
 
 
 def _finest(model: Any) -> int:
@@ -209,11 +311,9 @@ def _set_pyramid(model: Any, encoder: EncoderSpec, finest: int) -> None:
         rest = {"out_channels": channels[0], "num_outs": neck.get("num_outs", 4)}
         pyramid = {"type": "FPN", "in_channels": encoder.channels[finest:], **rest}
         model.neck = [pyramid, *necks[1:]] if necks[1:] else pyramid
-    elif isinstance(neck.get("in_channels"), int):
-        neck.in_channels = encoder.channels[-1]
     elif neck:
-        falling = as_list(neck.get("in_channels")) != sorted(as_list(neck.get("in_channels")))
-        neck.in_channels = encoder.channels[finest:][:: -1 if falling else 1]
+        several = isinstance(neck.get("in_channels"), list | tuple)
+        neck.in_channels = encoder.channels[finest:] if several else encoder.channels[-1]
         if neck.get("start_level"):
             neck.start_level = 0
     for head in (*as_list(model.get("decode_head")), *as_list(model.get("auxiliary_head"))):
@@ -256,8 +356,3 @@ def _set_width(part: Any, width: int, *names: str) -> None:
                 "--cfg-options"
             )
         part[name] = width
-
-
-def as_list(value: Any) -> list[Any]:
-    """Returns one, several or no values as a list."""
-    return [] if not value else list(value) if isinstance(value, list | tuple) else [value]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import traceback
 import warnings
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from errno import ENOSPC
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ import torch
 
 from coma.errors import BadInput, ComaError
 
+log = logging.getLogger(__name__)
+BACKBONES = "mmpretrain"
+"""Package of OpenMMLab whose backbones configurations of mmdet and mmseg may use."""
 MESSAGE = 300
 """Longest part of an error of OpenMMLab that is shown, in characters."""
 _LIBRARY = re.compile(r"[/\\](?=(?:mmdet|mmseg|mmcv)[/\\])")
@@ -39,14 +44,32 @@ def load_config(path: Path) -> Any:
         import_module(REGISTER_MODULE)  # before mmdet and mmseg, which a configuration may import
 
         with config_errors(path, "cannot be read"):
-            return Config.fromfile(path)
+            try:
+                return Config.fromfile(path)
+            except ImportError:
+                if find_spec(BACKBONES):
+                    raise
+                return _without_backbones(Config.fromfile(path, import_custom_modules=False), path)
+
+
+def _without_backbones(config: Any, path: Path) -> Any:
+    """Imports what a configuration names, except for the package that only holds other backbones."""
+    theirs = config.get("custom_imports") or {}
+    imports = as_list(theirs.get("imports"))
+    kept = [name for name in imports if name.partition(".")[0] != BACKBONES]
+    for name in kept:
+        import_module(name)
+    if imports == kept:
+        raise BadInput(f"{path}: cannot be read; run it with `python {path}` to see why")
+    log.info("%s: %s is not installed and not imported; only its own backbone needs it", path, BACKBONES)
+    config.custom_imports = {**theirs, "imports": kept}
+    return config
 
 
 def require_imports(config: Any, *modules: str) -> None:
     """Makes mmengine import these modules first wherever the configuration is used."""
     theirs = config.get("custom_imports") or {}
-    imports = theirs.get("imports") or []
-    imports = [imports] if isinstance(imports, str) else imports
+    imports = as_list(theirs.get("imports"))
     config.custom_imports = {  # a new value, since mmengine returns copies
         "imports": list(dict.fromkeys([*modules, *imports])),
         "allow_failed_imports": theirs.get("allow_failed_imports", False),
@@ -158,3 +181,8 @@ def pipeline_of(dataset: Any) -> list[Any]:
             return []
         dataset = inner
     return dataset["pipeline"]
+
+
+def as_list(value: Any) -> list[Any]:
+    """Returns one, several or no values as a list."""
+    return [] if not value else list(value) if isinstance(value, list | tuple) else [value]

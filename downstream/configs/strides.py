@@ -68,10 +68,14 @@ def scale_strides(head: Any, ratio: float, library: str) -> None:
 def check_strides(model: nn.Module) -> None:
     """Checks the strides of heads against the feature maps of backbone and neck.
 
+    An encoder that outputs the maps of the backbone that it replaces has nothing to check.
+
     Raises:
         BadInput: naming the head, its strides and those of the feature maps.
     """
     backbone: Any = model.backbone
+    if backbone.adapter is not None:
+        return
     encoder = backbone.encoder.config
     side = 32 * encoder.patch  # 4 x 4 tokens in the coarsest stage
     training, device = model.training, next(model.parameters()).device

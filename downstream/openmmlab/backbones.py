@@ -26,6 +26,8 @@ from coma.config.serialization import from_plain
 from coma.errors import BadArtifact, BadInput
 from coma.models import Encoder, build_encoder
 from coma.models.blocks import freeze_stages
+from downstream.configs.outputs import Outputs
+from downstream.openmmlab.adapter import OutputAdapter
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class _Backbone(BaseModule):
         channels: int,
         frozen_stages: int,
         with_cp: bool,
+        outputs: dict[str, Any] | None,
         init_cfg: Any,
         **changes: Any,
     ) -> None:
@@ -53,6 +56,10 @@ class _Backbone(BaseModule):
         self.encoder = _encoder(type(self), artifact, encoder, preset, channels, changes)
         self.encoder.set_grad_checkpointing(with_cp)
         self._frozen = freeze_stages(self.encoder, frozen_stages)
+        self.adapter: OutputAdapter | None = None
+        if outputs is not None:
+            settings, wanted = self.encoder.config, from_plain(outputs, Outputs, source="outputs")
+            self.adapter = OutputAdapter(settings.widths, settings.strides, wanted)
 
     def train(self, mode: bool = True) -> nn.Module:
         """Sets the mode; frozen parts stay in evaluation mode, without drop path."""
@@ -71,12 +78,14 @@ class DyViT(_Backbone):
         encoder: Settings of `DyViTConfig` instead of an artifact; the weights are random.
         preset: Name of a preset instead of an artifact; the weights are random.
         channels: Image channels (presets only).
-        out_indices: Stages to return, counted from 0.
+        out_indices: Stages to return, counted from 0; with `outputs`, those that it needs.
         out_norms: Normalise the returned stages with new layers (the last stage has its own).
         drop_path: Largest stochastic-depth rate.
         frozen_stages: Freeze the stem and this many stages; 0 freezes the stem, -1 nothing.
         with_cp: Recompute activations in the backward pass (gradient checkpointing).
         global_blocks: Number of stage-3 blocks with global attention; see `DyViTConfig.global_blocks`.
+        outputs: Settings of `Outputs`, the maps that another backbone would output; stages are chosen,
+            resized and projected to these.
         init_cfg: As in mmengine.
 
     Raises:
@@ -98,21 +107,28 @@ class DyViT(_Backbone):
         frozen_stages: int = -1,
         with_cp: bool = False,
         global_blocks: int | None = None,
+        outputs: dict[str, Any] | None = None,
         init_cfg: Any = None,
     ) -> None:
         if not out_indices or not set(out_indices) <= set(range(4)):
             raise BadInput(f"DyViT: out_indices {tuple(out_indices)} must be some of 0, 1, 2, 3")
         changes = {"drop_path": drop_path, "global_blocks": global_blocks}
-        super().__init__(artifact, encoder, preset, channels, frozen_stages, with_cp, init_cfg, **changes)
+        super().__init__(
+            artifact, encoder, preset, channels, frozen_stages, with_cp, outputs, init_cfg, **changes
+        )
+        if self.adapter is not None:
+            return
         self.out_indices = tuple(out_indices)
         width = self.encoder.config.dim
         self.norms = nn.ModuleList(
             LayerNorm2d(width * 2**i) if out_norms and i < 3 else nn.Identity() for i in self.out_indices
         )
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Returns the maps of the chosen stages, finest first."""
+    def forward(self, images: Tensor) -> Any:
+        """Returns the maps of the chosen stages, finest first, or what `outputs` says."""
         pyramid = self.encoder(images)
+        if self.adapter is not None:
+            return self.adapter(images, pyramid)
         return tuple(norm(pyramid[i]) for i, norm in zip(self.out_indices, self.norms, strict=True))
 
 
@@ -130,6 +146,8 @@ class PlainViT(_Backbone):
         drop_path: Largest stochastic-depth rate.
         frozen_stages: Freeze the stem and this many blocks; 0 freezes the stem, -1 nothing.
         with_cp: Recompute activations in the backward pass (gradient checkpointing).
+        outputs: Settings of `Outputs`, the maps that another backbone would output; stages are chosen,
+            resized and projected to these.
         init_cfg: As in mmengine.
 
     Raises:
@@ -148,15 +166,25 @@ class PlainViT(_Backbone):
         drop_path: float | None = None,
         frozen_stages: int = -1,
         with_cp: bool = False,
+        outputs: dict[str, Any] | None = None,
         init_cfg: Any = None,
     ) -> None:
         super().__init__(
-            artifact, encoder, preset, channels, frozen_stages, with_cp, init_cfg, drop_path=drop_path
+            artifact,
+            encoder,
+            preset,
+            channels,
+            frozen_stages,
+            with_cp,
+            outputs,
+            init_cfg,
+            drop_path=drop_path,
         )
 
-    def forward(self, images: Tensor) -> tuple[Tensor]:
-        """Returns a tuple of one map."""
-        return self.encoder(images)
+    def forward(self, images: Tensor) -> Any:
+        """Returns a tuple of one map, or what `outputs` says."""
+        pyramid = self.encoder(images)
+        return pyramid if self.adapter is None else self.adapter(images, pyramid)
 
 
 def _encoder(

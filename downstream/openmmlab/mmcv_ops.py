@@ -5,6 +5,7 @@
     roi_align, avg, forward, backward   torchvision
     softnms, nms_match                  NumPy, here (mmcv calls both with CPU tensors only)
     sigmoid and softmax focal loss      torch, here
+    over whole maps                     `mmcv_dense_ops`
 
 Calling conventions are those of mmcv 2.1.0 (`mmcv/ops/csrc`): outputs are arguments, filled in place. Half
 precision is computed in float32 and rounded once. `benchmarks/check_ops.py` compares `OPERATORS` with a
@@ -18,6 +19,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from coma.errors import BadInput
+from downstream.openmmlab.mmcv_dense_ops import DENSE_OPERATORS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -310,7 +312,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
         get_compiler_version,
         get_compiling_cuda_version,
     )
-}
+} | DENSE_OPERATORS
 """Operators of the module that replaces `mmcv._ext`."""
 
 

@@ -351,7 +351,7 @@ def _any_process(asked: bool) -> bool:
 def replace_sync_bn(model: Any) -> None:
     """Replaces SyncBN, which needs CUDA and several processes, by BN."""
     if isinstance(model, dict):
-        if model.get("type") == "SyncBN":
+        if model.get("type") in ("SyncBN", "MMSyncBN"):
             model["type"] = "BN"
         for child in model.values():
             replace_sync_bn(child)

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coma.artifact import ArtifactConfig
+from coma.errors import BadInput
 from coma.image_size import ImageSize
 from downstream.artifacts import check_classes
 from downstream.cli_options import TrainOptions
 from downstream.configs.adapt import EncoderSpec, set_encoder
-from downstream.configs.load import PRESETS, image_reader, load_config, replace_dataset
+from downstream.configs.load import PRESETS, image_reader, load_config, pipeline_of, replace_dataset
 from downstream.configs.schedule import set_schedule, set_workers
 from downstream.datasets.coco import CocoSplit
+from downstream.tasks.class_counts import nodes, set_classes
 
 Detector = Literal["mask-rcnn", "cascade-mask-rcnn", "faster-rcnn", "retinanet"]
 HAS_MASKS = ("mask-rcnn", "cascade-mask-rcnn")
@@ -72,7 +74,27 @@ def set_dataset(config: Any, train: CocoSplit, val: CocoSplit, masks: bool) -> N
         training = loader == "train_dataloader"
         replace_dataset(config[loader], partial(dataset_settings, split, names, training))
     config.val_evaluator = config.test_evaluator = metric_settings(val, masks)
-    _set_classes(config.model, len(names))
+    set_classes(config.model, len(names))
+
+
+def wants_masks(config: Any) -> bool:
+    """Returns whether a configuration learns from the masks of objects.
+
+    Raises:
+        BadInput: it learns from label maps as well, which COCO's annotations of objects do not have.
+    """
+    steps = [step for step in pipeline_of(config.train_dataloader.dataset) if isinstance(step, dict)]
+    if any(step["type"] == "LoadPanopticAnnotations" or step.get("with_seg") for step in steps):
+        raise BadInput(
+            f"{config.filename}: learns from label maps, too (panoptic or semantic segmentation), which a "
+            "dataset of objects does not have; use the instance configuration, or name the data in the file"
+        )
+    return any(step.get("with_mask") for step in steps)
+
+
+def predicts_masks(model: Any) -> bool:
+    """Returns whether a detector has a head with masks."""
+    return any({"mask_head", "loss_mask"} & node.keys() for node in nodes(model))
 
 
 def dataset_settings(
@@ -110,7 +132,7 @@ def test_settings(about: ArtifactConfig, split: CocoSplit) -> tuple[dict[str, An
         BadInput: the split has other classes than the artifact.
     """
     check_classes(about, split.class_names, split.annotations)
-    masks = "mask_head" in (about.head or {})["model"].get("roi_head", {}) and split.has_masks
+    masks = predicts_masks((about.head or {})["model"]) and split.has_masks
     loader = {
         "dataset": dataset_settings(split, split.class_names, False, []),
         "labels": annotation_step(masks),
@@ -141,15 +163,3 @@ def set_pipelines(config: Any, channels: int, size: ImageSize, masks: bool) -> N
 def default_short_side(train: CocoSplit) -> int:
     """Returns the median short side of the training images, at most 800 px, as a multiple of 32."""
     return max(min(800, round(train.median_short_side / 32) * 32), 32)
-
-
-def _set_classes(node: Any, classes: int) -> None:
-    """Sets every `num_classes` below `node`; an RPN has no such setting."""
-    if isinstance(node, dict):
-        if "num_classes" in node:
-            node["num_classes"] = classes
-        for child in node.values():
-            _set_classes(child, classes)
-    elif isinstance(node, list | tuple):
-        for child in node:
-            _set_classes(child, classes)

@@ -13,11 +13,19 @@ from coma.errors import BadInput
 from coma.image_size import ImageSize
 from downstream.artifacts import check_classes
 from downstream.cli_options import TrainOptions
-from downstream.configs.adapt import EncoderSpec, as_list, set_encoder
-from downstream.configs.load import PRESETS, image_reader, load_config, pipeline_of, replace_dataset
+from downstream.configs.adapt import EncoderSpec, set_encoder
+from downstream.configs.load import (
+    PRESETS,
+    as_list,
+    image_reader,
+    load_config,
+    pipeline_of,
+    replace_dataset,
+)
 from downstream.configs.schedule import set_schedule, set_workers
 from downstream.datasets.image_headers import Header, read_header
 from downstream.datasets.labels import LabelSplit
+from downstream.tasks.class_counts import set_classes
 
 PRESET = PRESETS / "mmseg" / "upernet_dyvit_160k_ade20k-512x512.py"
 _LARGEST_CROP, _HEADERS = 512, 64
@@ -88,8 +96,9 @@ def set_dataset(config: Any, train: LabelSplit, val: LabelSplit) -> None:
     config.val_evaluator = config.test_evaluator = metric_settings(val)
     model = config.model
     model.data_preprocessor["seg_pad_val"] = train.ignore_index
+    set_classes(model, len(train.class_names))
     for head in (*as_list(model.get("decode_head")), *as_list(model.get("auxiliary_head"))):
-        head.num_classes, head.ignore_index = len(train.class_names), train.ignore_index
+        head.ignore_index = train.ignore_index
     for loader, split in (("train_dataloader", train), ("val_dataloader", val), ("test_dataloader", val)):
         for step in pipeline_of(config[loader].dataset):
             if step["type"] == "LoadAnnotations":

@@ -140,26 +140,6 @@ def test_data_of_ones_own_keep_the_repetition_of_large_scale_jitter(tmp_path):
     assert config.model.roi_head.mask_head.num_classes == 2
 
 
-@pytest.mark.parametrize("name", ["deeplabv3plus/deeplabv3plus_r18-d8_4xb2-80k_cityscapes-512x1024",
-                                  "ocrnet/ocrnet_hr18s_4xb2-40k_cityscapes-512x1024"])  # fmt: skip
-def test_heads_of_other_segmentors_are_fitted(name, tmp_path):
-    theirs = tmp_path / "theirs.py"
-    theirs.write_text(f"_base_ = 'mmseg::{name}.py'\n")
-    config = load_config(theirs)
-    set_encoder(config, EncoderSpec(DYVIT, (0.4,) * 3, (0.2,) * 3, {"preset": "tiny"}), TrainOptions())
-    from downstream.configs.adapt import as_list
-
-    channels = [8, 16, 32, 64]
-    for head in as_list(config.model.decode_head):
-        wanted = (
-            channels[head.in_index]
-            if isinstance(head.in_index, int)
-            else [channels[i] for i in head.in_index]
-        )
-        assert head.in_channels == wanted
-    assert config.train_dataloader.dataset.pipeline[0] == {"type": "ReadImage"}
-
-
 def _segmentation_inputs() -> dict[str, Any]:
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample

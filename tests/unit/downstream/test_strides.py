@@ -69,10 +69,7 @@ def test_points_and_ranges_of_fcos_follow_any_encoder(model, finest, tmp_path):
         "libra_rcnn/libra-retinanet_r50_fpn_1x_coco",
         "mask_rcnn/mask-rcnn_r50_fpn_1x_coco",
         "reppoints/reppoints-moment_r50_fpn_1x_coco",
-        "rtmdet/rtmdet_tiny_8xb32-300e_coco",
         "solo/solo_r50_fpn_1x_coco",
-        "yolof/yolof_r50-c5_8xb8-1x_coco",
-        "yolox/yolox_s_8xb8-300e_coco",
     ],
 )
 def test_heads_of_mmdet_follow_an_encoder_of_patch_2(name, tmp_path):
