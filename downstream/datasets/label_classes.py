@@ -6,11 +6,13 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from coma.artifact import ArtifactConfig
 from coma.errors import BadInput
 from downstream.datasets.validation_report import ValidationReport
+
+if TYPE_CHECKING:
+    from coma.artifact import ArtifactConfig
 
 Colour = tuple[int, int, int]
 
