@@ -12,7 +12,7 @@ from coma.arguments import parse_arguments
 from coma.errors import BadInput
 from coma.ranges import SHARE, Range
 from downstream.cli_options import CheckOptions, PredictOptions, TestOptions, TrainOptions
-from downstream.commands import shared
+from downstream.commands import shared, training
 
 if TYPE_CHECKING:
     from downstream.configs.adapt import EncoderSpec
@@ -91,7 +91,7 @@ def run(argv: list[str]) -> None:
 
 def _train(argv: list[str]) -> None:
     options = parse_arguments(DetectTrain, argv, prog="coma detect train")
-    shared.train("detector", options, argv, _config, _set_dataset)
+    training.train("detector", options, argv, _config, _set_dataset)
 
 
 def _config(options: DetectTrain, encoder: EncoderSpec) -> Any:
@@ -129,7 +129,7 @@ def _open_splits(options: DetectTrain) -> tuple[Path, CocoSplit, CocoSplit]:
 
     data = shared.require_option(options.data, "--data", "a dataset in COCO format")
     with shared.progress_bar("checking train and val") as progress:
-        folder = shared.labels_folder(options.out)
+        folder = training.labels_folder(options.out)
         train, val = (open_coco(data, name, progress=progress, converted=folder) for name in ("train", "val"))
     for split in (train, val):
         shared.warn([f"{split.annotations}: {warning}" for warning in split.warnings])

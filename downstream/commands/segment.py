@@ -13,7 +13,7 @@ from coma.errors import BadInput
 from coma.image_size import ImageSize
 from coma.ranges import BATCH, EPOCHS, SHARE, SIDE, Range
 from downstream.cli_options import CheckOptions, PredictOptions, TestOptions, TrainOptions
-from downstream.commands import shared
+from downstream.commands import shared, training
 
 if TYPE_CHECKING:
     from downstream.configs.adapt import EncoderSpec
@@ -100,7 +100,7 @@ def run(argv: list[str]) -> None:
 
 def _train(argv: list[str]) -> None:
     options = parse_arguments(SegmentTrain, argv, prog="coma segment train")
-    shared.train("segmentor", options, argv, _config, _set_dataset)
+    training.train("segmentor", options, argv, _config, _set_dataset)
 
 
 def _config(options: SegmentTrain, encoder: EncoderSpec) -> Any:
@@ -126,7 +126,7 @@ def _open_splits(options: SegmentTrain) -> tuple[LabelSplit, LabelSplit]:
 
     data = shared.require_option(options.data, "--data", "a folder of images and label maps")
     with shared.progress_bar("checking train and val") as progress:
-        folder = shared.labels_folder(options.out)
+        folder = training.labels_folder(options.out)
         train, val = (open_labels(data, name, options.classes, progress, folder) for name in ("train", "val"))
     for split in (train, val):
         shared.warn([f"{split.labels}: {warning}" for warning in split.warnings])
