@@ -50,6 +50,7 @@ BASE = {
 }  # fmt: skip
 """Models of families that are not, or not only, the first one of the metafile."""
 SIDES = {f"mmdet/{name}": 320 for name in ("ssd", "legacy_1.x", "wider_face", "pascal_voc", "dino", "ddq")}
+SIDES["mmseg/mobilenet_v3"] = 512
 """Side of the images of families whose models need more than `SIDE`, in pixels."""
 SIDE = 128
 
@@ -206,7 +207,7 @@ def run_child(path: Path, side: int, results: Any) -> None:
         results.send({"works": "yes", **run_model(path, side)})
     except Exception as error:
         said = " ".join(str(error).split()) or traceback.format_exc().strip().splitlines()[-3].strip()
-        results.send({"works": "no", "why": f"{type(error).__name__}: {said}"[:240]})
+        results.send({"works": "no", "why": f"{type(error).__name__}: {said.replace(f'{path}: ', '')}"[:240]})
 
 
 def run_family(family: str, path: Path, seconds: float) -> dict[str, Any]:
@@ -239,20 +240,17 @@ def main() -> None:
     args = parser.parse_args()
     import_libraries()
     kept = json.loads(args.out.read_text())["rows"] if args.out and args.out.is_file() else []
-    done = {(row["family"], row["model"]): row for row in kept if row["works"] == "yes"}
-    rows: list[dict[str, Any]] = []
-    wanted = families()
-    for family, paths in wanted.items():
-        for path in paths:
-            row = done.get((family, path.stem))
-            if row is None and args.only and family not in args.only:
-                row = next((r for r in kept if (r["family"], r["model"]) == (family, path.stem)), None)
-            elif row is None:
-                row = run_family(family, path, args.seconds)
-                print(row, flush=True)
-            rows += [row] if row else []
-            if args.out:
-                args.out.write_text(json.dumps({"rows": rows + kept[len(rows) :]}))
+    found = {(row["family"], row["model"]): row for row in kept}
+    wanted = [(family, path) for family, paths in families().items() for path in paths]
+    for family, path in wanted:
+        key = (family, path.stem)
+        if found.get(key, {}).get("works") == "yes" or (args.only and family not in args.only):
+            continue
+        found[key] = run_family(family, path, args.seconds)
+        print(found[key], flush=True)
+        if args.out:
+            args.out.write_text(json.dumps({"rows": list(found.values())}))
+    rows = [found[key] for family, path in wanted if (key := (family, path.stem)) in found]
     works = sum(row["works"] == "yes" for row in rows)
     report(f"DyViT-tiny, images of {SIDE} px; {works} of {len(rows)} models work", rows, args.out)
 
