@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coma.errors import BadInput
+from coma.preflight import check_regular_file
 from downstream.datasets.validation_report import ValidationReport
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def dataset_meta(config: ArtifactConfig) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Classes:
+    check_regular_file(path, must_exist=False)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -238,7 +238,6 @@ SLOW = [
     "mmdet/rtmdet/rtmdet-ins_tiny_8xb32-300e_coco",
     "mmdet/detr/detr_r50_8xb2-150e_coco",
     "mmdet/deformable_detr/deformable-detr_r50_16xb2-50e_coco",
-    "mmdet/dino/dino-4scale_r50_8xb2-12e_coco",
     "mmdet/dyhead/atss_r50_fpn_dyhead_1x_coco",
     "mmdet/faster_rcnn/faster-rcnn_r50-caffe-c4_ms-1x_coco",
     "mmdet/ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco",
