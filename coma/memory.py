@@ -1,4 +1,4 @@
-"""Memory of a training step: what is free, what backward keeps, and a stop before the system kills a run."""
+"""The free memory, the bytes that a training step keeps for backward, and a stop before they run out."""
 
 from __future__ import annotations
 

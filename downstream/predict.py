@@ -107,7 +107,7 @@ def predict(
         paths: Images and videos.
         device: Device to compute on.
         numbers: Ids of the images; see `assign_image_ids`. Frames are numbered from 1 if there is a video.
-        choice: What is kept, and how pictures are cut.
+        choice: Objects that are kept, and the tiles that large pictures are cut into.
         skipped: Called with a message for every skipped file.
         folder: Folder that names are relative to.
 

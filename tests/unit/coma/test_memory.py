@@ -1,4 +1,4 @@
-"""What is free, what backward keeps, and the stop before memory runs out."""
+"""The free memory, the bytes that a backward pass keeps, and the stop of a step before memory runs out."""
 
 import gc
 import weakref
