@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from coma.errors import BadInput
 
 GIB = 2**30
+_CGROUP = Path("/sys/fs/cgroup")
 FLOOR = 0.04
 """Share of the memory that must stay free; below it the system is about to kill processes."""
-_LOOKS = 16
-"""Tensors that are saved between two looks at the free memory."""
+_LOOK = 2**26
+"""Bytes that autograd keeps between two looks at the free memory."""
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -69,7 +70,7 @@ class SavedBytes(saved_tensors_hooks):
 class MemoryGuard(saved_tensors_hooks):
     """Stops a training step on a CPU before the system kills the process for want of memory.
 
-    Inside, the free memory is looked at as autograd keeps tensors; a GPU raises an error of its own.
+    Inside, the free memory is looked at as autograd keeps tensors; `guarded` knows where that applies.
 
     Args:
         advice: Returns what to do, for the message.
@@ -79,20 +80,25 @@ class MemoryGuard(saved_tensors_hooks):
     """
 
     def __init__(self, advice: Callable[[], str]) -> None:
-        self._advice, self._count = advice, 0
+        self._advice, self._kept = advice, 0
         self._floor = FLOOR * (total_memory() or 0)
         super().__init__(self._look, lambda tensor: tensor)
 
     def _look(self, tensor: Tensor) -> Tensor:
-        self._count += 1
-        if self._count % _LOOKS == 0 and tensor.device.type == "cpu":
-            free = free_memory(tensor.device)
+        self._kept += tensor.nbytes
+        if self._kept >= _LOOK:
+            self._kept, free = 0, free_memory(tensor.device)
             if free is not None and free < self._floor:
                 raise BadInput(
                     f"this training step needs more memory than there is: {free / GIB:.1f} GiB are left; "
                     f"{self._advice()}"
                 )
         return tensor.detach()  # an operator that keeps its own result would keep itself
+
+
+def guarded(device: torch.device, advice: Callable[[], str]) -> AbstractContextManager[object]:
+    """Returns a `MemoryGuard` for training on a CPU; other devices raise errors of their own."""
+    return MemoryGuard(advice) if device.type == "cpu" else nullcontext()
 
 
 def _meminfo() -> dict[str, int]:
@@ -104,11 +110,14 @@ def _meminfo() -> dict[str, int]:
 
 
 def _container() -> tuple[int | None, int | None]:
-    """Returns the limit and the use of the container's memory in bytes; None without a limit."""
-    found: list[Any] = []
-    for name in ("memory.max", "memory.current"):
-        try:
-            found.append(int(Path("/sys/fs/cgroup", name).read_text()))
-        except (OSError, ValueError):  # no such file, or "max": no limit
-            return None, None
-    return found[0], found[1]
+    """Returns the limit and the use of the container's memory in bytes; None without a limit.
+
+    Cached files do not count as use: the system drops them when memory is needed.
+    """
+    try:
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):  # no such file, or "max": no limit
+        return None, None
+    cached = {name: int(size) for name, size in (line.split() for line in lines)}
+    return limit, used - cached.get("inactive_file", 0) - cached.get("active_file", 0)

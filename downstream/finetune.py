@@ -20,6 +20,7 @@ from downstream.artifacts import (
     register_modules,
 )
 from downstream.cli_options import is_main
+from downstream.configs.load import OURS
 from downstream.configs.schedule import split_batch
 from downstream.openmmlab import runner
 from downstream.openmmlab.checkpoint import best_checkpoint, checkpoint_weights
@@ -45,7 +46,7 @@ def finetune(
         BadInput: a configuration of another library, or one that cannot be trained.
     """
     check_library(kind, config, source)
-    if config.model.get("backbone", {}).get("type") in ("DyViT", "PlainViT"):
+    if config.model.get("backbone", {}).get("type") in OURS:
         channels = len(config.model.data_preprocessor.get("mean") or (0, 0, 0))
         finetuned_config(kind, config, DyViTConfig(channels=channels))  # to fail before training, not after
     if resume:

@@ -94,7 +94,7 @@ class VideoWriter:
         video = cv2.VideoCapture(str(source))
         self._rate = video.get(cv2.CAP_PROP_FPS) or 25.0
         video.release()
-        self._path, self._writer = path, None
+        self.source, self._path, self._writer = source, path, None
 
     def add(self, picture: np.ndarray) -> None:
         """Adds a frame, uint8 `[H, W, 3]` in RGB.

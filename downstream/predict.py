@@ -258,8 +258,8 @@ def write_predictions(
     ids = list((config.head or {}).get("category_ids") or range(1, len(names) + 1))
     areas = config.kind == "segmentor"
     files = PredictionFiles(out, formats, names, ids, areas)
-    draw, meta = _drawer(config), dataset_meta(config)
-    videos: dict[Path, VideoWriter] = {}
+    meta = dataset_meta(config)
+    draw, video = _drawer(config, meta), None
     done = shown = 0
     try:
         for done, prediction in enumerate(predictions, start=1):
@@ -272,21 +272,20 @@ def write_predictions(
                 _write_map(out, prediction, meta)
             picture = draw(prediction, choice.threshold)
             if is_video(prediction.path):
-                writer = videos.get(prediction.path)
-                if writer is None:
-                    for other in videos.values():
-                        other.close()
+                if video is None or video.source != prediction.path:
+                    if video:
+                        video.close()
                     target = out / "videos" / Path(prediction.name).parent.with_suffix(".mp4")
-                    writer = videos[prediction.path] = VideoWriter(target, prediction.path)
-                writer.add(picture)
+                    video = VideoWriter(target, prediction.path)
+                video.add(picture)
             else:
                 Image.fromarray(picture).save(_picture_path(out / "pictures", prediction))
             progress(done)
             if stop():
                 break
     finally:
-        for writer in videos.values():
-            writer.close()
+        if video:
+            video.close()
         files.close()
     return done, shown
 
@@ -304,9 +303,8 @@ def _write_map(out: Path, prediction: Prediction, meta: dict[str, Any]) -> None:
     image.save(_picture_path(out / "labels", prediction))
 
 
-def _drawer(config: ArtifactConfig) -> Callable[[Prediction, float], np.ndarray]:
+def _drawer(config: ArtifactConfig, meta: dict[str, Any]) -> Callable[[Prediction, float], np.ndarray]:
     """Returns a function that draws a prediction on its picture, uint8 `[H, W, 3]`."""
-    meta = dataset_meta(config)
     if config.kind == "detector":
 
         def draw_objects(prediction: Prediction, threshold: float) -> np.ndarray:

@@ -12,7 +12,6 @@ class (COCO) or connected region (YOLO, LabelMe).
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -21,6 +20,8 @@ from typing import Any
 import numpy as np
 
 from coma.atomic_io import write_json, write_text
+from coma.errors import BadInput
+from downstream.datasets.coco_loading import load_json
 from downstream.datasets.masks import decode_runs
 
 FORMATS = ("coco", "yolo", "labelme", "csv")
@@ -194,13 +195,8 @@ def read_image_ids(annotations: Path) -> dict[str, int]:
     Raises:
         BadInput: not a COCO file.
     """
-    from coma.errors import BadInput
-
     try:
-        images = json.loads(annotations.read_text(encoding="utf-8"))["images"]
-        return {str(image["file_name"]): int(image["id"]) for image in images}
-    except OSError as error:
-        raise BadInput(f"{annotations}: cannot be read ({error.strerror})") from None
+        return {str(image["file_name"]): int(image["id"]) for image in load_json(annotations)["images"]}
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(
             f"{annotations}: not a COCO annotation file ({type(error).__name__}: {error})"

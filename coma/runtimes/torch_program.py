@@ -93,8 +93,13 @@ def _load_program(path: Path, device: torch.device) -> Any:
 
 
 def _load_compiled(path: Path, device: torch.device) -> Any:
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
     loaded = torch._inductor.aoti_load_package(str(path))
-    built_for = loaded.get_metadata().get("AOTI_DEVICE_KEY", device.type)
+    about = loaded.get_metadata()
+    built_for, wanted = about.get("AOTI_DEVICE_KEY", device.type), set(about.get("AOTI_CPU_ISA", "").split())
+    if missing := wanted - set(str(pick_vec_isa()).split()):
+        raise BadInput(f"{path}: needs a CPU with {', '.join(sorted(missing))}; export it again here")
     if built_for != device.type:
         raise BadInput(f"{path}: was compiled for {built_for}; choose that device, or export it again here")
     return loaded

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from downstream.configs.adapt import EncoderSpec
 
 log = logging.getLogger(__name__)
-BACKBONE_OPTIONS = ("drop_path", "frozen_stages", "global_blocks", "grad_checkpointing")
-"""Training options that also apply to a configuration whose backbone is one of ours."""
 SOURCE_OPTIONS = ("artifact", "preset", "config", "cfg_options", "data", "classes", "out", "device")
 """Options that apply with --config, whatever the encoder."""
 
@@ -75,7 +73,7 @@ def train(
         if note := lies_among(out, options.data):
             warn([note])
     with converted_labels(out):
-        config = _prepared(kind, options, argv, make_config, set_dataset, device)
+        config = _prepared(kind, options, argv, make_config, set_dataset, out, device)
     theirs = options.config
     try:
         trained = finetune(kind, config, out, device=device, source=theirs)
@@ -92,18 +90,24 @@ def _prepared(
     argv: Sequence[str],
     make_config: Callable[[Any, EncoderSpec], Any],
     set_dataset: Callable[[Any, Any], int],
+    out: Path,
     device: str,
 ) -> Any:
     """Returns the configuration of a new run: ours, or the user's own with an encoder and a dataset."""
     from downstream.configs.adapt import encoder_spec, set_encoder
-    from downstream.configs.load import apply_cfg_options, config_errors, load_config
-    from downstream.configs.override import OURS, OVERRIDES, override_backbone, override_training
+    from downstream.configs.load import OURS, apply_cfg_options, config_errors, load_config
+    from downstream.configs.override import (
+        BACKBONE_OPTIONS,
+        OVERRIDES,
+        override_backbone,
+        override_training,
+    )
     from downstream.finetune import check_library
     from downstream.openmmlab.runner import prepare_config
     from downstream.start import load_whole
     from downstream.step_memory import split_into_passes
 
-    encoder, theirs, out = None, options.config, require_option(options.out, "--out", "a new run directory")
+    encoder, theirs = None, options.config
     if options.artifact or options.preset or not theirs:
         encoder = encoder_spec(options.artifact, options.preset)
     if encoder and not theirs:

@@ -19,13 +19,16 @@ from coma.config.serialization import from_plain
 from coma.errors import BadInput
 from downstream.cli_options import ENCODER_OPTIONS, TrainOptions
 from downstream.configs.load import (
+    OURS,
     REGISTER_MODULE,
     as_list,
     config_errors,
     image_reader,
     load_config,
+    nodes,
     require_imports,
 )
+from downstream.configs.schedule import use_layer_decay
 from downstream.configs.strides import scale_strides
 
 log = logging.getLogger(__name__)
@@ -105,7 +108,7 @@ def set_encoder(config: Any, encoder: EncoderSpec, options: TrainOptions) -> Non
     """
     model = config.model
     before = model.get("backbone", {})
-    ours = before.get("type") in ("DyViT", "PlainViT")
+    ours = before.get("type") in OURS
     weights = {"load_from": None if ours else config.pop("load_from", None)}
     weights |= dict(_pop_checkpoints(before, "model.backbone") if ours else _pop_checkpoints(model, "model"))
     dropped = ", ".join(f"{name}={value}" for name, value in weights.items() if value)
@@ -209,7 +212,7 @@ def _adapted_outputs(config: Any) -> dict[str, Any] | None:
     These are FPNs, and configurations that were written for one of our backbones.
     """
     before = config.model.backbone
-    if before.get("type") in ("DyViT", "PlainViT"):
+    if before.get("type") in OURS:
         return before.get("outputs")
     necks = as_list(config.model.get("neck"))
     if necks and necks[0].get("type") in ("FPN", PYRAMID):
@@ -240,11 +243,8 @@ def _set_layer_decay(config: Any) -> None:
     """Replaces layer-wise learning rates that are written for other backbones by those of ours."""
     wrapper = config.get("optim_wrapper") or {}
     if wrapper.get("constructor") in OTHER_DECAYS:
-        wrapper["constructor"] = "LayerDecayConstructor"
         given = wrapper.get("paramwise_cfg") or {}
-        wrapper["paramwise_cfg"] = {
-            "decay_rate": given.get("decay_rate") or given.get("layer_decay_rate", 1.0)
-        }
+        use_layer_decay(wrapper, given.get("decay_rate") or given.get("layer_decay_rate", 1.0))
 
 
 def _finest(model: Any) -> int:
@@ -258,7 +258,7 @@ def _finest(model: Any) -> int:
 
 def _finest_stride(backbone: Any) -> float:
     """Returns the finest stride that the heads of a configuration expect."""
-    if backbone.get("type") not in ("DyViT", "PlainViT"):
+    if backbone.get("type") not in OURS:
         return 4
     try:
         if backbone.get("encoder"):
@@ -272,15 +272,10 @@ def _finest_stride(backbone: Any) -> float:
 
 def _set_image_reader(node: Any, channels: int) -> None:
     """Replaces LoadImageFromFile by ReadImage in every pipeline below `node`."""
-    if isinstance(node, dict):
-        if node.get("type") == "LoadImageFromFile":
-            node.clear()
-            node.update(image_reader(channels))
-        for child in list(node.values()):
-            _set_image_reader(child, channels)
-    elif isinstance(node, list | tuple):
-        for child in node:
-            _set_image_reader(child, channels)
+    for each in nodes(node):
+        if each.get("type") == "LoadImageFromFile":
+            each.clear()
+            each.update(image_reader(channels))
 
 
 def _set_pixel_statistics(model: Any, encoder: EncoderSpec) -> None:

@@ -24,6 +24,8 @@ BACKBONES = "mmpretrain"
 MESSAGE = 300
 """Longest part of an error of OpenMMLab that is shown, in characters."""
 _LIBRARY = re.compile(r"[/\\](?=(?:mmdet|mmseg|mmcv)[/\\])")
+OURS = ("DyViT", "PlainViT")
+"""Types of our backbones."""
 PRESETS = Path(__file__).parent
 REGISTER_MODULE = "downstream.openmmlab"
 """Module that registers our backbones with mmengine when it is imported."""
@@ -181,6 +183,16 @@ def pipeline_of(dataset: Any) -> list[Any]:
             return []
         dataset = inner
     return dataset["pipeline"]
+
+
+def nodes(settings: Any) -> Iterator[dict[str, Any]]:
+    """Yields all dictionaries in settings, outer ones first; each may be changed before the next is taken."""
+    if isinstance(settings, dict):
+        yield settings
+        settings = list(settings.values())
+    if isinstance(settings, list | tuple):
+        for child in settings:
+            yield from nodes(child)
 
 
 def as_list(value: Any) -> list[Any]:

@@ -13,15 +13,16 @@ from typing import Any
 from coma.errors import BadInput
 from coma.image_size import ImageSize
 from downstream.cli_options import TrainOptions
-from downstream.configs.load import pipeline_of
-from downstream.configs.schedule import SETTINGS, set_workers, split_batch
+from downstream.configs.load import OURS, pipeline_of
+from downstream.configs.schedule import set_workers, split_batch, use_layer_decay
 
-OURS = ("DyViT", "PlainViT")
 OVERRIDES = (
     *("epochs", "steps", "batch_size", "lr", "weight_decay", "layer_decay"),
     *("image_size", "workers", "seed"),
 )
 """Training options that also apply to a configuration of the user's own."""
+BACKBONE_OPTIONS = ("drop_path", "frozen_stages", "global_blocks", "grad_checkpointing")
+"""Training options that also apply to a configuration whose backbone is one of ours."""
 _SIZES = ("scale", "scales", "img_scale", "crop_size", "stride", "size", "pad_size", "random_size_range")
 
 
@@ -63,7 +64,7 @@ def override_training(config: Any, options: TrainOptions, given: Collection[str]
 def override_backbone(config: Any, options: TrainOptions, given: Collection[str]) -> None:
     """Sets what flags gave of a backbone of ours that a configuration already has."""
     names = {"grad_checkpointing": "with_cp"}
-    for name in ("drop_path", "frozen_stages", "global_blocks", "grad_checkpointing"):
+    for name in BACKBONE_OPTIONS:
         if name in given:
             config.model.backbone[names.get(name, name)] = getattr(options, name)
 
@@ -71,11 +72,7 @@ def override_backbone(config: Any, options: TrainOptions, given: Collection[str]
 def _set_layer_decay(config: Any, rate: float) -> None:
     if config.model.backbone.get("type") not in OURS:
         raise BadInput("--layer-decay: needs one of our backbones; give an ARTIFACT or --preset")
-    wrapper = config.optim_wrapper
-    wrapper["constructor"] = "LayerDecayConstructor"
-    before = wrapper.get("paramwise_cfg") or {}
-    kept = {name: before[name] for name in before if name in SETTINGS}
-    wrapper["paramwise_cfg"] = {**kept, "decay_rate": rate}
+    use_layer_decay(config.optim_wrapper, rate)
 
 
 def _set_length(config: Any, options: TrainOptions, given: Collection[str], images: int | None) -> None:

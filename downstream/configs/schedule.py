@@ -82,6 +82,14 @@ def set_schedule(config: Any, options: TrainOptions, images: int, best: str) -> 
     config.randomness = {"seed": options.seed}
 
 
+def use_layer_decay(wrapper: Any, rate: float) -> None:
+    """Gives `optim_wrapper` our layer-wise learning rates, and keeps what they can take of its settings."""
+    before = wrapper.get("paramwise_cfg") or {}
+    kept = {name: before[name] for name in before if name in SETTINGS}
+    wrapper["constructor"] = "LayerDecayConstructor"
+    wrapper["paramwise_cfg"] = {**kept, "decay_rate": rate}
+
+
 def split_batch(config: Any) -> None:
     """Splits `global_batch_size`, where the configuration has one, over the processes of this start.
 
@@ -94,6 +102,12 @@ def split_batch(config: Any) -> None:
         return
     if batch % world:
         raise BadInput(f"--batch-size {batch}: must be a multiple of the {world} processes")
+    passes = config.get("train_cfg", {}).get("passes", 1)
+    if batch // world % passes:
+        raise BadInput(
+            f"--batch-size {batch}: {batch // world} images per process cannot be split into the {passes} "
+            "passes of this run; resume it with the number of processes that it began with"
+        )
     config.train_dataloader.batch_size = batch // world
 
 

@@ -148,7 +148,6 @@ def _from_masks(
         unknown = [mask for mask in masks if mask.label not in classes.names]
         report.add_all("mask of an unknown class", unknown, lambda mask: f"{mask.path}: {mask.label!r}")
         report.raise_if_any()
-        overlaps = 0
 
         def read(image: str) -> Any:
             return _joined(files, of_image[image], classes)

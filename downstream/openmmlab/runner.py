@@ -31,13 +31,14 @@ from mmengine.utils import import_modules_from_strings
 import downstream.openmmlab  # noqa: F401 - before mmdet and mmseg
 from coma.atomic_io import seal
 from coma.errors import BadInput, CheckFailed, ComaError, Interrupted
-from coma.memory import MemoryGuard
+from coma.memory import guarded
 from coma.progress import Progress
 from coma.signals import StopRequest
 from downstream.cli_options import is_main
 from downstream.configs.load import (
     REGISTER_MODULE,
     config_errors,
+    nodes,
     pipeline_of,
     require_imports,
     worker_error,
@@ -103,7 +104,7 @@ def train(
         if is_main() and not resume:
             config.dump(folder / CONFIG)
         try:
-            with MemoryGuard(lambda: SMALLER):
+            with guarded(torch.device(device), lambda: SMALLER):
                 runner.train()
         except torch.OutOfMemoryError as error:
             raise BadInput(f"out of GPU memory; {SMALLER}") from error
@@ -350,14 +351,9 @@ def _any_process(asked: bool) -> bool:
 
 def replace_sync_bn(model: Any) -> None:
     """Replaces SyncBN, which needs CUDA and several processes, by BN."""
-    if isinstance(model, dict):
-        if model.get("type") in ("SyncBN", "MMSyncBN"):
-            model["type"] = "BN"
-        for child in model.values():
-            replace_sync_bn(child)
-    elif isinstance(model, list | tuple):
-        for child in model:
-            replace_sync_bn(child)
+    for node in nodes(model):
+        if node.get("type") in ("SyncBN", "MMSyncBN"):
+            node["type"] = "BN"
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from downstream.cli_options import is_main
+from downstream.configs.load import nodes
 
 log = logging.getLogger(__name__)
 SHOWN = 3
@@ -54,7 +55,7 @@ def class_tensors(settings: Any) -> set[str]:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for more in (0, 1):
-                model = MODELS.build(_with_classes(copy.deepcopy(settings), more))
+                model = MODELS.build(_with_classes(settings, more))
                 shapes.append({name: tensor.shape for name, tensor in model.state_dict().items()})
     except Exception as error:  # of any library
         log.warning(
@@ -66,17 +67,13 @@ def class_tensors(settings: Any) -> set[str]:
     return {name for name, shape in shapes[0].items() if shapes[1].get(name) != shape}
 
 
-def _with_classes(node: Any, more: int) -> Any:
-    """Raises every `num_classes` below `node` by `more`."""
-    if isinstance(node, dict):
+def _with_classes(settings: Any, more: int) -> Any:
+    """Returns a copy of settings in which every `num_classes` is larger by `more`."""
+    settings = copy.deepcopy(settings)
+    for node in nodes(settings):
         if isinstance(node.get("num_classes"), int):
             node["num_classes"] += more
-        for child in node.values():
-            _with_classes(child, more)
-    elif isinstance(node, list | tuple):
-        for child in node:
-            _with_classes(child, more)
-    return node
+    return settings
 
 
 def report_loaded(source: str, model: nn.Module, checkpoint: Mapping[str, Any], *, resumes: bool) -> int:

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
+
+from downstream.configs.load import nodes
 
 log = logging.getLogger(__name__)
 _NAMES = ("num_classes", "num_things_classes")
-
-
-def nodes(settings: Any) -> Iterator[dict[str, Any]]:
-    """Yields all dictionaries in settings."""
-    if isinstance(settings, dict):
-        yield settings
-        settings = list(settings.values())
-    if isinstance(settings, list | tuple):
-        for child in settings:
-            yield from nodes(child)
 
 
 def set_classes(model: Any, classes: int) -> None:

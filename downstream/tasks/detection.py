@@ -12,10 +12,10 @@ from coma.image_size import ImageSize
 from downstream.artifacts import check_classes
 from downstream.cli_options import TrainOptions
 from downstream.configs.adapt import EncoderSpec, set_encoder
-from downstream.configs.load import PRESETS, image_reader, load_config, pipeline_of, replace_dataset
+from downstream.configs.load import PRESETS, image_reader, load_config, nodes, pipeline_of, replace_dataset
 from downstream.configs.schedule import set_schedule, set_workers
 from downstream.datasets.coco import CocoSplit
-from downstream.tasks.class_counts import nodes, set_classes
+from downstream.tasks.class_counts import set_classes
 
 Detector = Literal["mask-rcnn", "cascade-mask-rcnn", "faster-rcnn", "retinanet"]
 HAS_MASKS = ("mask-rcnn", "cascade-mask-rcnn")

@@ -18,7 +18,7 @@ import torch
 from coma.amp import choose_precision
 from coma.data import Batch
 from coma.errors import BadInput, CheckFailed, Interrupted
-from coma.memory import MemoryGuard
+from coma.memory import guarded
 from coma.objectives import Objective
 from coma.objectives.classification import Classification
 from coma.signals import StopNow, StopRequest
@@ -171,11 +171,11 @@ class Trainer(ABC, Generic[AnyPlan]):
             _raise_readable(error, self.plan.slices.micro_batch)
 
     def _guard(self) -> AbstractContextManager[object]:
-        """Returns what stops a step for want of memory; GPUs do it alone, compiled steps take no hooks."""
+        """Returns what stops a step before memory runs out; compiled steps take no hooks."""
         plan = self.plan
-        if self.group.device.type != "cpu" or plan.config.run.compile:
+        if plan.config.run.compile:
             return nullcontext()
-        return MemoryGuard(lambda: f"try {_smaller(plan.slices.micro_batch)}")
+        return guarded(self.group.device, lambda: f"try {_smaller(plan.slices.micro_batch)}")
 
     def close(self) -> None:
         """Closes the logs."""

@@ -41,19 +41,15 @@ def tool(folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_detector_is_trained_and_tested_by_the_tools_of_mmdet(runs):
-    tool(runs, "mmdet/tools/train.py", "detector/config.py", "--work-dir", "again")
-    assert (runs / "again" / "iter_1.pth").is_file()
-    said = tool(runs, "mmdet/tools/test.py", "detector/config.py", "again/iter_1.pth", "--work-dir", "again")
-    assert "coco/bbox_mAP: " in said
-
-
-@pytest.mark.slow
-def test_a_segmentor_is_trained_and_tested_by_the_tools_of_mmseg(runs):
-    tool(runs, "mmseg/tools/train.py", "segmentor/config.py", "--work-dir", "more")
-    assert (runs / "more" / "iter_1.pth").is_file()
-    said = tool(runs, "mmseg/tools/test.py", "segmentor/config.py", "more/iter_1.pth", "--work-dir", "more")
-    assert "mIoU: " in said
+@pytest.mark.parametrize(
+    ("library", "run", "score"), [("mmdet", "detector", "coco/bbox_mAP"), ("mmseg", "segmentor", "mIoU")]
+)
+def test_a_run_is_trained_and_tested_by_the_tools_of_its_library(library, run, score, runs):
+    work, config = f"{run}-again", f"{run}/config.py"
+    tool(runs, f"{library}/tools/train.py", config, "--work-dir", work)
+    assert (runs / work / "iter_1.pth").is_file()
+    said = tool(runs, f"{library}/tools/test.py", config, f"{work}/iter_1.pth", "--work-dir", work)
+    assert f"{score}: " in said
 
 
 @pytest.mark.slow

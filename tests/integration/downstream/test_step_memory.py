@@ -16,7 +16,7 @@ from downstream import step_memory
 from downstream.cli_options import TrainOptions
 from downstream.configs.adapt import EncoderSpec, set_encoder
 from downstream.configs.load import load_config
-from downstream.configs.schedule import set_schedule
+from downstream.configs.schedule import set_schedule, split_batch
 from downstream.tasks import detection, segmentation
 
 pytestmark = [pytest.mark.openmmlab, pytest.mark.filterwarnings("ignore")]
@@ -95,6 +95,18 @@ def test_micro_batches_divide_the_batch():
     for wrong in (5, 1, 24):
         with pytest.raises(BadInput, match="choose one of 12, 6, 4, 3, 2"):
             step_memory.split_into_passes("segmentor", config, wrong, "cpu")
+
+
+def test_other_processes_cannot_break_the_passes_of_a_run(monkeypatch):
+    """A run that is resumed by more processes has fewer images per process."""
+    config = config_of("segmentor", 64, 12)
+    step_memory.split_into_passes("segmentor", config, 2, "cpu")  # six passes
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    split_batch(config)
+    assert config.train_dataloader.batch_size == 6
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(BadInput, match="4 images per process cannot be split into the 6 passes"):
+        split_batch(config)
 
 
 def test_crops_are_as_large_as_the_images(tmp_path):

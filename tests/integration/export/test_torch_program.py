@@ -74,10 +74,13 @@ def test_programs_of_hierarchical_encoders_take_all_shapes(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_program_takes_all_shapes(tmp_path):
+def test_a_compiled_program_takes_all_shapes_and_knows_its_cpu(tmp_path, monkeypatch):
     artifact = backbone(tmp_path / "a", VIT)
     assert max(errors_of(artifact, "encoder", tmp_path, compile_for="cpu").values()) < 2e-6
     assert read_program_spec(tmp_path / "it.pt2")[1]
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.pick_vec_isa", lambda: "none")
+    with pytest.raises(BadInput, match="needs a CPU with"):
+        TorchProgramRuntime(tmp_path / "it.pt2")
 
 
 def test_normalisation_in_the_graph_takes_pixels(tmp_path):

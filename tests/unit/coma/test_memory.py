@@ -36,6 +36,17 @@ def test_what_backward_keeps_counts_once():
     assert saved.total == 3 * image.numel() * 4
 
 
+def test_cached_files_of_a_container_are_free(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert memory._container() == (None, None)
+    (tmp_path / "memory.max").write_text("3000\n")
+    (tmp_path / "memory.current").write_text("2900\n")
+    (tmp_path / "memory.stat").write_text("anon 400\nfile 2400\ninactive_file 2000\nactive_file 300\n")
+    assert memory._container() == (3000, 600)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._container() == (None, None)
+
+
 def step(layers: int) -> None:
     value = torch.randn(64, 64, requires_grad=True)
     for _ in range(layers):
@@ -49,11 +60,17 @@ def test_a_step_stops_before_memory_ends(monkeypatch):
     free = iter([10 * memory.GIB, memory.GIB // 10] + [0] * 100)
     monkeypatch.setattr(memory, "free_memory", lambda device: next(free))
     monkeypatch.setattr(memory, "total_memory", lambda: 10 * memory.GIB)
+    monkeypatch.setattr(memory, "_LOOK", 2**18)  # every 16 tensors of a step
     with (
         pytest.raises(BadInput, match=r"0\.1 GiB are left; take fewer"),
         memory.MemoryGuard(lambda: "take fewer"),
     ):
         step(100)
+
+
+def test_a_gpu_has_errors_of_its_own():
+    assert isinstance(memory.guarded(torch.device("cpu"), str), memory.MemoryGuard)
+    assert not isinstance(memory.guarded(torch.device("cuda"), str), memory.MemoryGuard)
 
 
 def test_the_guard_keeps_no_tensor():
