@@ -116,11 +116,12 @@ def _largest_image(config: Any) -> float | None:
 def _costs(kind: Kind, config: Any) -> tuple[float, float, float]:
     """Returns the bytes of an image, of each of its pixels, and of the parameters with their state."""
     from mmengine.registry import MODELS, DefaultScope
+    from mmengine.utils import import_modules_from_strings
 
-    import downstream.openmmlab  # noqa: F401 - registers our modules
     from downstream.openmmlab.runner import replace_sync_bn
 
     scope, settings = str(config.default_scope), copy.deepcopy(config.model)
+    import_modules_from_strings(**config.custom_imports)  # registers the modules that the settings name
     import_module(f"{scope}.models")
     replace_sync_bn(settings)
     with (

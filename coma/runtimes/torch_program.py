@@ -98,7 +98,7 @@ def _load_compiled(path: Path, device: torch.device) -> Any:
     loaded = torch._inductor.aoti_load_package(str(path))
     about = loaded.get_metadata()
     built_for, wanted = about.get("AOTI_DEVICE_KEY", device.type), set(about.get("AOTI_CPU_ISA", "").split())
-    if missing := wanted - set(str(pick_vec_isa()).split()):
+    if missing := wanted - set(str(pick_vec_isa()).upper().split()):
         raise BadInput(f"{path}: needs a CPU with {', '.join(sorted(missing))}; export it again here")
     if built_for != device.type:
         raise BadInput(f"{path}: was compiled for {built_for}; choose that device, or export it again here")
