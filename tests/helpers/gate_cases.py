@@ -42,6 +42,7 @@ FREE = Shapes(Shape(1, 16, 16), Shape(2, 64, 48), Shape(4, 128, 128))
 FIXED = Shapes(*[Shape(2, 64, 64)] * 3)
 BATCHES = Shapes(Shape(1, 64, 64), Shape(2, 64, 64), Shape(5, 64, 64))
 OF_DETECTORS = Shapes(Shape(1, 64, 64), Shape(1, 96, 128), Shape(3, 160, 160))
+OF_BUILT_DETECTORS = Shapes(Shape(1, 64, 64), Shape(2, 128, 160), Shape(4, 320, 320))
 FEW_LEVELS: dict[str, Any] = {
     "rpn_head.anchor_generator.scales": [2],
     "rpn_head.anchor_generator.strides": [16, 32, 64],
@@ -98,6 +99,7 @@ MAKERS: dict[str, tuple[GraphKind, Callable[[Path], Path]]] = {
     "classifier": ("classifier", export_files.classifier),
     "classifier, ViT": ("classifier", partial(export_files.classifier, model=export_files.VIT)),
     "segmentor": ("segmentor", export_files.segmentor),
+    "segmentor, ViT": ("segmentor", partial(export_files.segmentor, model=export_files.VIT)),
     **{name: ("detector", partial(_detector, name=name)) for name in DETECTORS},
 }
 
@@ -142,10 +144,10 @@ class Made:
         channels = 1 if "grey" in case.model else 3
         self.pictures = [picture[..., :channels] for picture in pictures]
         graph, make = MAKERS[case.model]
-        artifact = work / case.model.replace(" ", "-")
-        if not artifact.exists():
-            make(artifact)
-        self.load = partial(load_exportable, artifact, graph, case.visible)
+        self.artifact = work / case.model.replace(" ", "-")
+        if not self.artifact.exists():
+            make(self.artifact)
+        self.load = partial(load_exportable, self.artifact, graph, case.visible)
         self.reference = TorchRuntime(self.load())
         self.file = work / f"{case.name.replace(' ', '-')}.onnx"
         if not self.file.exists():

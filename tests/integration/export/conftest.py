@@ -1,10 +1,20 @@
-"""A small export that the tests of this folder share."""
+"""A small export, and files of every kind, that the tests of this folder share."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from detectors import MODELS, build
 from export_files import VIT, classifier, export
+from filelock import FileLock
+from gate_cases import OF_BUILT_DETECTORS, Case, Made
+
+from export.graphs.load import load_exportable
+from export.image_sets import read_image_set
+from export.onnx_export import write_onnx
+from export.preprocessing import Photographs
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +29,49 @@ def exported(tmp_path_factory) -> Path:
 def run_folder(exported, tmp_path) -> Path:
     """A copy, to be spoilt."""
     return Path(shutil.copytree(exported, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[np.ndarray]:
+    return list(read_image_set(Photographs(), 3, 6).pictures)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory, worker_id) -> Path:
+    """A folder of all processes that run the tests, so that a file is written once."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def made(shared, pictures) -> Callable[[Case], Made]:
+    """Returns a case with its file."""
+    known: dict[str, Made] = {}
+
+    def make(case: Case) -> Made:
+        if case.name not in known:
+            with FileLock(shared / f"{case.model}.lock"):
+                known[case.name] = Made(case, shared, pictures)
+        return known[case.name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def detector_file(shared) -> Callable[[str, bool], Path]:
+    """Returns the file of a detector, with native operators or without plug-ins."""
+
+    def write(name: str, plugin_free: bool) -> Path:
+        artifact = shared / f"built {name}"
+        file = shared / f"{name}, {'plug-in-free' if plugin_free else 'native'}.onnx"
+        with FileLock(shared / f"built {name}.lock"):
+            if not artifact.exists():
+                build(artifact, *MODELS[name])
+            if not file.exists():
+                exportable = load_exportable(artifact, "detector")
+                write_onnx(exportable, OF_BUILT_DETECTORS, file, plugin_free=plugin_free)
+        return file
+
+    return write

@@ -7,6 +7,7 @@ import export_files
 import onnx
 import pytest
 import torch
+from gate_cases import FREE, Case
 from torch import nn
 
 from coma.config import BeyondConfig, DyViTConfig, ViTConfig
@@ -19,21 +20,14 @@ from coma.runtimes.shape_ranges import Shape, Shapes, parse_shapes
 from export.graphs.load import example_inputs, load_exportable
 from export.graphs.wrappers import AdaptiveAveragePool, SegmentorGraph, replace_adaptive_pooling
 from export.onnx_export import cast_weights, with_normalization, write_onnx
-from export.quantization import quantize_int8
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages, and torch.onnx, warn of each other
 
 UNIT = export_files.DYVIT.unit
-FREE = Shapes(Shape(1, UNIT, UNIT), Shape(2, 64, 48), Shape(4, 128, 128))
 RUN = [Shape(1, 64, 48), Shape(2, 48, 64), Shape(3, 57, 71), Shape(1, UNIT, UNIT)]
 """Four sizes, one of them odd, one the least, and three batches."""
-MAKERS = {
-    "encoder": export_files.pretrained,
-    "reconstructor": export_files.pretrained,
-    "classifier": export_files.classifier,
-    "segmentor": export_files.segmentor,
-}
-ERRORS = {"fp32": 1e-4, "fp16": 2e-2}
+GRAPHS = ("encoder", "reconstructor", "classifier", "segmentor")
+ERRORS = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.1}
 
 
 def write(
@@ -69,31 +63,21 @@ def compare(artifact: Path, graph, path: Path, shape: Shape, limit: float) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ERRORS)
-@pytest.mark.parametrize("graph", MAKERS)
-def test_files_give_what_the_model_gives_at_any_size(graph, precision, tmp_path):
-    artifact = MAKERS[graph](tmp_path / "artifact")
-    path = write(tmp_path, artifact, graph, precision, FREE)
-    model = onnx.load(path)
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_files_give_what_the_model_gives_at_any_size(graph, precision, made):
+    case = made(Case(graph, precision))
+    model = onnx.load(case.file)
     onnx.checker.check_model(model, full_check=True)
     assert {imported.domain for imported in model.opset_import} == {""}
     assert all(node.domain == "" for node in model.graph.node) and not model.functions
-    spec = read_model_spec(model, path.name)
+    spec = read_model_spec(model, case.file.name)
     assert spec.inputs[0].axes == ("batch", 3, "height", "width")
     assert spec.precision == precision
     for value in (*model.graph.input, *model.graph.output):
         assert value.type.tensor_type.elem_type != onnx.TensorProto.FLOAT16
         assert value.type.tensor_type.shape.dim[0].dim_param
     for shape in RUN:
-        compare(artifact, graph, path, shape, ERRORS[precision])
-    if precision == "fp32":
-        quantised = tmp_path / "int8.onnx"
-        names = [each.name for each in spec.inputs]
-        inputs = [example_inputs(spec, 2, 64, 48), example_inputs(spec, 1, 48, 64)]
-        batches = [{k: v.numpy() for k, v in zip(names, each, strict=True)} for each in inputs]
-        quantize_int8(path, quantised, batches)
-        onnx.checker.check_model(onnx.load(quantised), full_check=True)
-        for shape in RUN:
-            compare(artifact, graph, quantised, shape, 0.1)
+        compare(case.artifact, graph, case.file, shape, ERRORS[precision])
 
 
 @pytest.mark.slow

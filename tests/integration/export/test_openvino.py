@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from detectors import Built
-from export_files import DYVIT, VIT, classifier, export, pretrained, segmentor
+from export_files import export
+from gate_cases import Case
 from onnx import TensorProto, helper
 
 from coma.cli import main
@@ -24,23 +23,12 @@ from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.open import open_runtime
 from coma.runtimes.openvino import OpenVINORuntime
 from coma.runtimes.pytorch import TorchRuntime
-from coma.runtimes.shape_ranges import Shape, Shapes
 from export.graphs.load import load_exportable, named_examples
-from export.onnx_export import cast_weights, write_onnx
-from export.quantization import quantize_int8
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # torch.onnx and mm's packages warn of each other
     pytest.mark.skipif(not find_spec("openvino"), reason="OpenVINO is not installed (extra openvino)"),
 ]
-
-FREE = Shapes(Shape(1, 16, 16), Shape(2, 64, 48), Shape(4, 128, 128))
-MAKERS = {
-    "encoder": pretrained,
-    "reconstructor": pretrained,
-    "classifier": classifier,
-    "segmentor": segmentor,
-}
 
 
 def agree(reference: Runtime, file: Path, limit: float) -> None:
@@ -233,32 +221,21 @@ def test_commands_refuse_devices_that_it_does_not_run_on(exported, runtime, devi
 
 @pytest.mark.slow
 @pytest.mark.openmmlab
-@pytest.mark.parametrize("model", [DYVIT, VIT], ids=["dyvit", "vit"])
-@pytest.mark.parametrize("kind", MAKERS)
-def test_every_kind_gives_what_pytorch_gives(kind, model, tmp_path):
-    artifact = MAKERS[kind](tmp_path / "artifact", model)
-    exportable = load_exportable(artifact, kind)
-    reference = TorchRuntime(exportable)
-    plain, half, quantised = (tmp_path / f"{name}.onnx" for name in ("fp32", "fp16", "int8"))
-    write_onnx(exportable, FREE, plain)
-    write_onnx(cast_weights(load_exportable(artifact, kind), "fp16"), FREE, half)
-    batches = [{k: v.numpy() for k, v in named_examples(reference.spec, 2, 64, 48).items()}]
-    spec = replace(reference.spec, precision="int8")
-    quantize_int8(plain, quantised, batches, metadata={METADATA: to_json(spec)})
-    agree(reference, plain, 1e-5)
-    agree(reference, half, 0.02)
-    agree(OnnxRuntime(quantised, threads=1), quantised, 0.05)  # equal but for roundings
+@pytest.mark.parametrize("model", ["", ", ViT"], ids=["dyvit", "vit"])
+@pytest.mark.parametrize("kind", ["encoder", "reconstructor", "classifier", "segmentor"])
+def test_every_kind_gives_what_pytorch_gives(kind, model, made):
+    plain, half, quantised = (made(Case(kind + model, name)) for name in ("fp32", "fp16", "int8"))
+    agree(plain.reference, plain.file, 1e-5)
+    agree(plain.reference, half.file, 0.02)
+    agree(OnnxRuntime(quantised.file, threads=1), quantised.file, 0.05)  # equal but for roundings
 
 
 @pytest.mark.slow
 @pytest.mark.openmmlab
 @pytest.mark.parametrize("plugin_free", [False, True], ids=["native", "plugin-free"])
 @pytest.mark.parametrize("name", ["faster-rcnn", "cascade-mask-rcnn", "retinanet"])
-def test_detectors_give_what_onnx_runtime_gives(name, plugin_free, tmp_path):
-    Built(tmp_path)[name]
-    file = tmp_path / "detector.onnx"
-    shapes = Shapes(Shape(1, 64, 64), Shape(2, 128, 160), Shape(4, 320, 320))
-    write_onnx(load_exportable(tmp_path / name, "detector"), shapes, file, plugin_free=plugin_free)
+def test_detectors_give_what_onnx_runtime_gives(name, plugin_free, detector_file):
+    file = detector_file(name, plugin_free)
     runtime, reference = OpenVINORuntime(file, threads=1), OnnxRuntime(file, threads=1)
     for size in ((2, 3, 64, 64), (1, 3, 64, 96)):
         images = torch.randn(size, generator=torch.Generator().manual_seed(0))

@@ -3,40 +3,19 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from gate_cases import CLASSIFIER, CORRECT, FASTER, LOCATED, Case, Made, locations
+from gate_cases import CLASSIFIER, CORRECT, FASTER, LOCATED, Made, locations
 from planted_faults import FAULTS, Fault
 
 from coma.runtimes.model_spec import Preprocessing
 from export.graphs.detector import OUTPUTS, Detector, recording
-from export.image_sets import read_image_set
-from export.preprocessing import Photographs
 from export.verify.description import description_fault
 
 pytestmark = [pytest.mark.openmmlab, pytest.mark.filterwarnings("ignore")]  # torch.onnx warns of itself
 
 QUICK = [fault for fault in FAULTS if fault.case is CLASSIFIER and "description" not in fault.about]
 SLOW = [fault for fault in FAULTS if fault.case is not CLASSIFIER]
-
-
-@pytest.fixture(scope="session")
-def pictures() -> list[np.ndarray]:
-    return list(read_image_set(Photographs(), 3, 6).pictures)
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory, pictures):
-    """Returns a case with its file; each is made once."""
-    work, known = tmp_path_factory.mktemp("cases"), {}
-
-    def make(case: Case) -> Made:
-        if case.name not in known:
-            known[case.name] = Made(case, work, pictures)
-        return known[case.name]
-
-    return make
 
 
 def refuse(fault: Fault, made: Made, folder: Path) -> None:

@@ -8,16 +8,15 @@ import onnxruntime
 import pytest
 import torch
 from detectors import Built
-from export_files import DYVIT, VIT, backbone, classifier, export, pretrained, segmentor
+from export_files import VIT, classifier, export
+from gate_cases import FREE, OF_BUILT_DETECTORS, Case
 from tensorrt_files import needs_rtx
 from torch import Tensor, nn
 
-from coma.runtimes.model_spec import GraphKind
-from coma.runtimes.shape_ranges import Shape, Shapes
+from coma.runtimes.onnx_file import read_onnx_file
+from coma.runtimes.shape_ranges import Shapes
 from coma.runtimes.tensorrt.profiles import profile_of
 from export.custom_ops import nms_keep, pool_regions, translations
-from export.graphs.load import load_exportable
-from export.onnx_export import write_onnx
 from export.tensorrt.rtx import check_rtx
 
 pytestmark = [
@@ -142,12 +141,9 @@ def test_regions_of_any_form(size, samples, aligned, levels, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["retinanet", "faster-rcnn", "mask-rcnn, other options"])
-def test_a_detector_without_plugins_is_the_detector(name, tmp_path):
-    Built(tmp_path)[name]
-    exportable = load_exportable(tmp_path / name, "detector")
-    shapes = Shapes(Shape(1, 64, 64), Shape(2, 128, 160), Shape(4, 320, 320))
-    native, free = tmp_path / "native.onnx", tmp_path / "free.onnx"
-    assert write_onnx(exportable, shapes, native) == write_onnx(exportable, shapes, free, plugin_free=True)
+def test_a_detector_without_plugins_is_the_detector(name, detector_file):
+    native, free = (detector_file(name, plugin_free) for plugin_free in (False, True))
+    assert read_onnx_file(native)[0] == read_onnx_file(free)[0]
     assert operators(native) & PLUGINS and not operators(free) & PLUGINS
     for size in ((2, 3, 64, 64), (1, 3, 64, 96)):  # 1000 regions of each image are pooled: small ones
         images = torch.randn(size)
@@ -156,35 +152,24 @@ def test_a_detector_without_plugins_is_the_detector(name, tmp_path):
     assert (run(free, images)[1] > 0).sum() > 3
 
 
-MAKERS = {
-    "encoder": backbone,
-    "reconstructor": pretrained,
-    "classifier": classifier,
-    "segmentor": segmentor,
-}
-
-
 @needs_rtx
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [DYVIT, VIT], ids=["dyvit", "vit"])
-@pytest.mark.parametrize("kind", MAKERS)
-def test_rtx_compiles_every_kind(kind, model, tmp_path):
-    compile_for_rtx(MAKERS[kind](tmp_path / "artifact", model), kind)
+@pytest.mark.parametrize("model", ["", ", ViT"], ids=["dyvit", "vit"])
+@pytest.mark.parametrize("kind", ["encoder", "reconstructor", "classifier", "segmentor"])
+def test_rtx_compiles_every_kind(kind, model, made):
+    compile_for_rtx(made(Case(kind + model)).file, FREE)
 
 
 @needs_rtx
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mask-rcnn, other options", "cascade-mask-rcnn", "retinanet"])
-def test_rtx_compiles_every_detector(name, tmp_path):
-    Built(tmp_path)[name]
-    compile_for_rtx(tmp_path / name, "detector")
+def test_rtx_compiles_every_detector(name, detector_file):
+    compile_for_rtx(detector_file(name, plugin_free=True), OF_BUILT_DETECTORS)
 
 
-def compile_for_rtx(artifact: Path, kind: GraphKind) -> None:
+def compile_for_rtx(path: Path, shapes: Shapes) -> None:
     """Compiles with free batch, height and width."""
-    shapes = Shapes(Shape(1, 64, 64), Shape(2, 128, 160), Shape(4, 256, 320))
-    path = artifact.with_suffix(".onnx")
-    spec = write_onnx(load_exportable(artifact, kind), shapes, path, plugin_free=kind == "detector")
+    spec, _ = read_onnx_file(path)
     assert {"batch", "height", "width"} <= set(spec.inputs[0].axes)
     assert check_rtx(path, (profile_of(spec, shapes),)).layers > 100
 
