@@ -142,7 +142,8 @@ def _is_wrong_in_int8(model: Any) -> bool:
     """Whether a convolution reads quantised maps that were concatenated before, as in UPerNet's heads.
 
     OpenVINO 2026.4 moves the quantisation in front of the concatenation, and the convolution errs by 20 % and
-    more; matrix products do not. Such graphs are computed in fp32, with the same quantised values.
+    more, except on CPUs with AMX; matrix products do not. Such graphs are computed in fp32, with the same
+    quantised values, on every CPU, so that a file gives the same wherever it runs.
     """
     for convolution in model.get_ops():
         if convolution.get_type_name() not in ("Convolution", "GroupConvolution"):

@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups, and the learning rate at every step (MAE, He et al. 2021, appendix A)."""
+"""AdamW and Muon, their parameter groups, and the learning rate at every step (MAE, 2021, appendix A)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,51 @@ from typing import Any
 
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Muon, Optimizer
 
 from coma.config import EncoderConfig, FinetuneRecipe, OptimizerConfig
 from coma.models import Encoder
 from coma.objectives.classification import Classification
 
+_HIDDEN = {"blocks", "merge"}
+"""Modules whose matrices Muon trains: attention, MLPs, and the merging of patches between stages."""
 
-def build_optimizer(objective: nn.Module, config: OptimizerConfig) -> AdamW:
-    """Returns a fused AdamW over the parameters of `objective`, with weight decay on matrices only.
+
+class MuonWithAdamW(Optimizer):
+    """Muon for hidden matrices, AdamW for all other parameters, as one optimizer.
+
+    Muon steps along the orthogonalised momentum of every matrix (Jordan et al. 2024). Its steps are scaled to
+    the root mean square of AdamW's, so that both share the learning rate and the weight decay (Liu et al.
+    2025, Muon is Scalable for LLM Training, eq. 4).
+
+    Args:
+        matrices: Groups of matrices.
+        others: Groups of all other parameters.
+        lr: Learning rate.
+        betas: Decay rates of AdamW's moving averages.
+    """
+
+    def __init__(
+        self,
+        matrices: list[dict[str, Any]],
+        others: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+    ) -> None:
+        self._muon = Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw")
+        self._adamw = AdamW(others, lr=lr, betas=betas, fused=True)
+        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Updates the parameters that have a gradient."""
+        for part in (self._muon, self._adamw):
+            part.state = self.state  # loading a state replaces it, and the groups
+            part.param_groups = [g for g in self.param_groups if ("ns_steps" in g) is (part is self._muon)]
+            part.step()
+
+
+def build_optimizer(objective: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """Returns the optimizer of the parameters of `objective`, with weight decay on matrices only.
 
     The parameters of a classifier are grouped by layer, each group with its `lr_scale`.
     """
@@ -28,7 +64,24 @@ def build_optimizer(objective: nn.Module, config: OptimizerConfig) -> AdamW:
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": free, "weight_decay": 0.0},
         ]
-    return AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+    matrices = set(hidden_matrices(objective)) if config.optimizer == "muon" else set()
+    hidden, others = (
+        [{**g, "params": [p for p in g["params"] if (p in matrices) is wanted]} for g in groups]
+        for wanted in (True, False)
+    )
+    hidden, others = ([g for g in each if g["params"]] for each in (hidden, others))
+    if hidden:
+        return MuonWithAdamW(hidden, others, config.lr, config.betas)
+    return AdamW(others, lr=config.lr, betas=config.betas, fused=True)
+
+
+def hidden_matrices(objective: nn.Module) -> list[Tensor]:
+    """Returns the matrices that Muon trains: those inside blocks and merges, not stems, tokens or heads."""
+    return [
+        parameter
+        for name, parameter in objective.named_parameters()
+        if parameter.requires_grad and parameter.ndim == 2 and _HIDDEN & {*name.split(".")}
+    ]
 
 
 def parameter_groups(objective: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

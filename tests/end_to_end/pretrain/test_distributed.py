@@ -126,7 +126,7 @@ for line in sys.stdin:
     print(*codes, flush=True)
 """
 
-METHODS = ("cmt", "cmt-fsdp", "zoom")
+METHODS = ("cmt", "cmt-fsdp", "zoom", "muon", "muon-fsdp")
 COMPILED = ("compiled-ddp", "compiled-fsdp")
 
 
@@ -172,7 +172,7 @@ def one(settings: PretrainConfig) -> Path:
 
 @pytest.fixture(scope="module")
 def methods(settings: PretrainConfig, folder: Path, one: Path) -> dict[str, Path]:
-    """Runs of other methods than the first one's, which teaches one of them, on one process."""
+    """Runs of other methods than the first one's, which teaches one of them, and one with Muon."""
     decoder = settings.objective.decoder
     found = {}
     for name, objective in (
@@ -181,9 +181,11 @@ def methods(settings: PretrainConfig, folder: Path, one: Path) -> dict[str, Path
             CMTConfig(TeacherConfig(str(one / "artifact")), random_share=0.4, ema_decay=0.9, decoder=decoder),
         ),
         ("zoom", BeyondConfig("zoom-in+coma", decoder=decoder)),
+        ("muon", settings.objective),
     ):
         run = replace(settings.run, out=folder / f"one-{name}")
-        config = replace(settings, objective=objective, run=run)
+        optimizer = replace(settings.optimizer, optimizer="muon" if name == "muon" else "adamw")
+        config = replace(settings, objective=objective, run=run, optimizer=optimizer)
         (folder / f"{name}.json").write_text(json.dumps(to_plain(config)))
         found[name] = pretrain(config)
     return found
@@ -233,17 +235,17 @@ def free_port() -> int:
         return each.getsockname()[1]
 
 
-def assert_close(run: Path, other: Path) -> None:
+def assert_close(run: Path, other: Path, rel: float = 1e-5) -> None:
     assert [row["step"] for row in rows(run)] == [row["step"] for row in rows(other)] == [1, 2, 3, 4, 5]
     own = {"explained_variance", "loss_teacher", "loss_student", "loss_pixels"} & rows(other)[0].keys()
     for key in ("loss", "grad_norm", "lr", "images_seen", *own):
         ours, theirs = ([row[key] for row in rows(folder)] for folder in (run, other))
-        assert ours == pytest.approx(theirs, rel=1e-5), key
+        assert ours == pytest.approx(theirs, rel=rel), key
     weights, expected = (load_artifact(folder / "artifact").tensors for folder in (run, other))
     assert list(weights) == list(expected)
     for name in weights:
         one, two = (without_key_bias(name, tensors[name]) for tensors in (weights, expected))
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(one, two, rtol=10 * rel, atol=rel, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def without_key_bias(name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -279,7 +281,10 @@ def test_two_compiled_processes_are_one(codes, folder, one, parallel):
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_are_one_whatever_the_method(codes, folder, methods, name):
     assert codes[name] == (0, 0), codes.said(name)
-    assert_close(folder / name, methods[name.partition("-")[0]])
+    rel = (
+        1e-3 if name == "muon-fsdp" else 1e-5
+    )  # sharded matrices are orthogonalised in bf16 in another order
+    assert_close(folder / name, methods[name.partition("-")[0]], rel)
 
 
 def test_one_process_goes_on_where_two_were_stopped(codes, folder, settings, one):
