@@ -89,7 +89,9 @@ class Model:
         """Returns the degradation that the model learned to undo; None if it reconstructs masks."""
         objective = self.config.objective if self.config else None
         degraded = getattr(objective, "degrade", None)
-        return None if objective is None or objective.zooms_in else degraded
+        return (
+            None if objective is None or objective.zooms_in or getattr(objective, "masks", True) else degraded
+        )
 
     @property
     def zooms_in(self) -> bool:

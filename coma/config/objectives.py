@@ -15,7 +15,9 @@ from coma.ranges import DEPTH, HEADS, INSIDE, SHARE, VIEWS, WIDTH, Ranged
 from coma.registry import METHODS, presets, resolve
 
 AttentionQuery = Literal["auto", "class", "mean"]
-Degradation = Literal["zoom-in", "zoom-out", "distort", "blur", "decolor", "zoom-in+mask", "zoom-in+coma"]
+Degradation = Literal[
+    "zoom-in", "zoom-out", "distort", "blur", "decolor", "zoom-in+mask", "zoom-out+mask", "zoom-in+coma"
+]
 
 
 @dataclass(frozen=True)
@@ -82,23 +84,34 @@ class BeyondConfig(ObjectiveConfig):
 
     degrade: Degradation = "zoom-in+mask"
     """Degradation of the input. In the paper's order of fine-tuned accuracy: zoom-in+mask, masks alone
-    (--method mae), zoom-in, zoom-out, distort, blur, decolor. zoom-in+coma is this project's own."""
+    (--method mae), zoom-in, zoom-out, distort, blur, decolor. The authors' start script masks zoom-out too:
+    zoom-out+mask. zoom-in+coma is this project's own."""
     mask_ratio: Annotated[float, INSIDE] = 0.75
-    """zoom-in+mask: share of the centre's mask units that the encoder does not see (value of the paper)."""
+    """zoom-in+mask and zoom-out+mask: share of the mask units (zooming in, of the centre's) that the encoder
+    does not see (value of the paper)."""
     views: Annotated[int, VIEWS] = 2
     """zoom-in+coma: number of groups into which the centre's units are split; each predicts the others."""
     border_weight: Annotated[float, INSIDE] = 0.5
     """zoom-in+mask and zoom-in+coma: weight of the border around the centre in the loss; the hidden part of
     the centre has the rest. The authors' code weighs the centre's mean error by 0.8 and the sum of four
     strips' mean errors by 0.2, which makes both equal. Plain zoom-in weighs all pixels equally."""
+    padding: Literal["zeros", "edge"] = "zeros"
+    """distort: what is seen beyond the image. zeros: black, or the mean of normalised pixels (the authors'
+    code); edge: the pixels of the edge (ours)."""
     norm_pix: bool = True
     """Predict pixels that are normalised per mask unit (MAE, sec. 4.1) instead of plain pixels."""
-    decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(depth=8))
+    decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(384, 4, 12))
+    """Width and depth are those of the authors' code."""
 
     @property
     def zooms_in(self) -> bool:
         """Whether the encoder sees the centre of a larger view."""
         return self.degrade.startswith("zoom-in")
+
+    @property
+    def masks(self) -> bool:
+        """Whether units are hidden, other than by zooming in."""
+        return self.degrade.endswith(("+mask", "+coma"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,9 +125,10 @@ class BeyondConfig(ObjectiveConfig):
 
 
 _USED_BY: Mapping[str, tuple[Degradation, ...]] = {
-    "mask_ratio": ("zoom-in+mask",),
+    "mask_ratio": ("zoom-in+mask", "zoom-out+mask"),
     "views": ("zoom-in+coma",),
     "border_weight": ("zoom-in+mask", "zoom-in+coma"),
+    "padding": ("distort",),
 }
 """Settings of `BeyondConfig` that only some degradations use."""
 
@@ -195,7 +209,9 @@ METHOD_PRESETS = tuple(presets(METHODS))
 
 
 def method_preset(name: str, *, decoder_dim: int = 512, decoder_depth: int | None = None) -> ObjectiveConfig:
-    """Returns the settings of the preset `name`; the depth of the decoder is its own unless given.
+    """Returns the settings of the preset `name`, with a decoder of its own depth unless one is given.
+
+    The decoder is `decoder_dim` wide at most, or as wide as the method's own.
 
     Raises:
         BadInput: no preset has that name.
@@ -203,6 +219,6 @@ def method_preset(name: str, *, decoder_dim: int = 512, decoder_depth: int | Non
     for method in METHODS.values():
         if preset := method.presets.get(name):
             settings: ObjectiveConfig = resolve(method.config)(**preset.settings)
-            depth, heads = decoder_depth or settings.decoder.depth, max(decoder_dim // 32, 1)
-            return replace(settings, decoder=DecoderConfig(decoder_dim, depth, heads))
+            dim, depth = min(decoder_dim, settings.decoder.dim), decoder_depth or settings.decoder.depth
+            return replace(settings, decoder=DecoderConfig(dim, depth, max(dim // 32, 1)))
     raise BadInput(f"no method {name!r}; there are: {', '.join(METHOD_PRESETS)}")

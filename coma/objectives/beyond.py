@@ -3,6 +3,7 @@
     zoom-in        the encoder sees the centre of a larger view (224 of 288 px); the whole view is predicted
     zoom-in+mask   and three quarters of that centre are hidden: the best in the paper (83.2 against 82.9
                    for masks alone; ViT-B, 300 epochs, fine-tuned)
+    zoom-out+mask  three quarters of the units of a smaller picture are hidden, as in the authors' script
     zoom-in+coma   ours: the centre is shared out over complementary views; each predicts what it does not
                    see, and every one the border
     zoom-out, distort, blur, decolor
@@ -77,11 +78,13 @@ class Beyond(MaskedPixels):
         """Returns the weight of every unit in the loss, `[v, b, h, w]`; the weights add up to 1.
 
         Without a mask all units alike, the visible too: none of them is seen as it is, or (zooming in) they
-        are part of the view that is to be rebuilt. With one, hidden units of the centre share
-        1 - border_weight, the border the rest.
+        are part of the view that is to be rebuilt. With one, the hidden units alone; zooming in, those of the
+        centre share 1 - border_weight, and the border the rest.
         """
-        if self.config.degrade not in ("zoom-in+mask", "zoom-in+coma"):
+        if not self.config.masks:
             return torch.full(visible.shape, 1 / visible.numel(), device=visible.device)
+        if not self.config.zooms_in:
+            return (~visible).float() / (~visible).sum()
         outside = ~_inside(visible.shape[-2], visible.shape[-1], visible.device).expand_as(visible)
         hidden = (~visible & ~outside).float()
         outside = outside.float()
@@ -103,8 +106,8 @@ class Beyond(MaskedPixels):
     def reconstruct(self, images: Tensor, visible: Tensor, statistics: Statistics = "visible") -> Tensor:
         """Undo the degradation.
 
-        Zooming in, as for masks: hidden units are filled in, among them the border, of which the encoder sees
-        nothing even where `visible` says so. Otherwise every unit is predicted from the degraded image.
+        With masks, and zooming in: hidden units are filled in, among them the border, of which the encoder
+        sees nothing even where `visible` says so. Otherwise every unit is predicted from the degraded image.
 
         Args:
             images: `[b, c, H, W]`, normalised; degraded already. At least 3 mask units a side to zoom in.
@@ -114,7 +117,8 @@ class Beyond(MaskedPixels):
         """
         if self.config.zooms_in:
             visible = visible & _inside(visible.shape[-2], visible.shape[-1], visible.device)
-        return self.fill_in(images, visible, statistics, everywhere=not self.config.zooms_in)
+        everywhere = not (self.config.zooms_in or self.config.masks)
+        return self.fill_in(images, visible, statistics, everywhere=everywhere)
 
     def _encode(self, images: Tensor, group: Tensor, sizes: tuple[int, ...] | None = None) -> Tensor:
         # whole views and groups on their grid to features b h w c, zeros outside the centre
@@ -128,7 +132,7 @@ class Beyond(MaskedPixels):
 
 
 def draw_views(config: BeyondConfig, seeds: Tensor, h: int, w: int) -> Tensor:
-    """Returns the units of whole views that an encoder sees: without zoom-in, all.
+    """Returns the units of whole views that an encoder sees: without zoom-in and masks, all.
 
     Args:
         config: The degradation; a model is not needed.
@@ -143,7 +147,7 @@ def draw_views(config: BeyondConfig, seeds: Tensor, h: int, w: int) -> Tensor:
         BadInput: too few units to zoom in, or to hide that many of them.
     """
     if not config.zooms_in:
-        return torch.ones(1, len(seeds), h, w, dtype=torch.bool, device=seeds.device)
+        return keep(seeds, h, w, _sizes(config, h, w)[0])[None]
     rows, cols = _ring(h, w)
     inner = h - 2 * rows, w - 2 * cols
     if config.degrade == "zoom-in+coma":
@@ -156,18 +160,19 @@ def draw_views(config: BeyondConfig, seeds: Tensor, h: int, w: int) -> Tensor:
 
 def shown_of(config: BeyondConfig, images: Tensor, seeds: Tensor) -> Tensor:
     """Whole views `[b, c, H, W]` as an encoder gets them, but for what masks and the border hide."""
-    return images if config.zooms_in else degrade(images, seeds, cast("Kind", config.degrade))[0]
+    if config.zooms_in:
+        return images
+    kind = cast("Kind", config.degrade.removesuffix("+mask"))
+    return degrade(images, seeds, kind, config.padding)[0]
 
 
 def _sizes(config: BeyondConfig, h: int, w: int) -> tuple[int, ...]:
     # units that each view sees
-    if not config.zooms_in:
-        return (h * w,)
-    rows, cols = _ring(h, w)
+    rows, cols = _ring(h, w) if config.zooms_in else (0, 0)
     units = (h - 2 * rows) * (w - 2 * cols)
     if config.degrade == "zoom-in+coma":
         return group_sizes(units, config.views)
-    shown = int(units * (1 - config.mask_ratio)) if config.degrade == "zoom-in+mask" else units
+    shown = int(units * (1 - config.mask_ratio)) if config.masks else units
     if shown < 1:
         raise BadInput(f"hiding {config.mask_ratio:.0%} of {units} mask units leaves none to see")
     return (shown,)

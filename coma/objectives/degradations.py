@@ -13,6 +13,7 @@ All work on whole batches on their device. What is random is a function of the s
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal, cast, get_args
 
 import torch
@@ -29,7 +30,9 @@ _SALTS = {kind: 0x6465 + number for number, kind in enumerate(KINDS)}  # apart f
 _KERNEL = 7
 
 
-def degrade(images: Tensor, seeds: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+def degrade(
+    images: Tensor, seeds: Tensor, kind: Kind, padding: Literal["zeros", "edge"] = "zeros"
+) -> tuple[Tensor, Tensor]:
     """Degrade a batch.
 
     Args:
@@ -37,6 +40,7 @@ def degrade(images: Tensor, seeds: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
             ones. That matters for "decolor" alone: its weights do not add up to 1, the others' do.
         seeds: int64 `[b]`; one of them fixes what happens to its image.
         kind: How.
+        padding: What "distort" shows beyond the image.
 
     Returns:
         What a model is shown, and what it is to make of it: the images as they were. Both are `[b, c, H, W]`,
@@ -55,7 +59,8 @@ def degrade(images: Tensor, seeds: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
         raise BadInput(f"images of {height} x {width} px are too small to degrade")
     if kind == "zoom-in":
         return centre(images, border(height), border(width)), images
-    change = {"zoom-out": zoom_out, "distort": distort, "blur": blur, "decolor": decolor}[kind]
+    bend = partial(distort, padding=padding)
+    change = {"zoom-out": zoom_out, "distort": bend, "blur": blur, "decolor": decolor}[kind]
     shown = change(images.to(torch.promote_types(images.dtype, torch.float32)), seeds)
     return shown.to(images.dtype), images
 
@@ -91,7 +96,7 @@ def zoom_out(images: Tensor, seeds: Tensor) -> Tensor:
     return small.gather(3, cols[:, None, None, :].expand(b, c, height, width))
 
 
-def distort(images: Tensor, seeds: Tensor) -> Tensor:
+def distort(images: Tensor, seeds: Tensor, padding: Literal["zeros", "edge"]) -> Tensor:
     """A fisheye: seen at p is the image at p + (centre - p) |centre - p| strength, sides being 2 long."""
     height, width = images.shape[-2:]
     draws = uniform(seeds, 3, _SALTS["distort"])
@@ -101,7 +106,8 @@ def distort(images: Tensor, seeds: Tensor) -> Tensor:
     places = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
     towards = middle - places  # b h w 2
     grid = places + towards * towards.norm(dim=-1, keepdim=True) * strength
-    return F.grid_sample(images, grid.to(images.dtype), padding_mode="border", align_corners=True)
+    mode = {"zeros": "zeros", "edge": "border"}[padding]
+    return F.grid_sample(images, grid.to(images.dtype), padding_mode=mode, align_corners=True)
 
 
 def blur(images: Tensor, seeds: Tensor) -> Tensor:

@@ -38,11 +38,11 @@ class DegradeConfig(Ranged):
     out: Path
     """The PNG to write."""
     kind: tuple[Degradation, ...] = (
-        *("zoom-out", "distort", "blur", "decolor"),
+        *("zoom-out", "zoom-out+mask", "distort", "blur", "decolor"),
         *("zoom-in", "zoom-in+mask", "zoom-in+coma"),
     )
-    """Degradations with their default settings: zoom-in+mask hides 75 % of the centre, zoom-in+coma splits
-    it over 2 views."""
+    """Degradations with their default settings: +mask hides 75 % of the units (zooming in, of the centre's),
+    zoom-in+coma splits the centre over 2 views."""
     draws: Annotated[int, Range(1, 64)] = 4
     """Random draws of each degradation."""
     size: Annotated[int, Range(16, 2048)] = 288

@@ -120,8 +120,8 @@ def degradation_sheet(
             columns.append((heading, pixels, spread(visible, unit)[:, :height, :width].numpy()))
     about = ("/".join(f"{value:.3g}" for value in values) for values in (mean, std))
     notes = (
-        "Every row is another draw. Zooming in, what is blank is not seen and is predicted: the border, and "
-        "what masks hide of the centre ({0} x {0} px a unit). Otherwise all is predicted. As in training, "
+        "Every row is another draw. What is blank is not seen and is predicted: the border, zooming in, and "
+        "what masks hide ({0} x {0} px a unit). Where nothing is blank, all is predicted. As in training, "
         "pixels were normalised before (mean {1}, deviation {2}): it is this that tints decolor."
     ).format(unit, *about)
     ours = "; zoom-in+coma is ours" if "zoom-in+coma" in kinds else ""

@@ -32,7 +32,8 @@ from pretrain.training import pretrain
 
 ALL = get_args(Degradation)
 MASKED = ("zoom-in+mask", "zoom-in+coma")
-HIDING = ("zoom-in", *MASKED)
+BORDERED = ("zoom-in", *MASKED)
+HIDING = (*BORDERED, "zoom-out+mask")
 
 
 def pictures(count=4, size=48):
@@ -54,13 +55,13 @@ def test_shapes_and_gradients(encoder, kind):
     model = objective(encoder, kind)
     out = model(pictures(), torch.arange(4))
     views = 2 if kind == "zoom-in+coma" else 1
-    shown = {"zoom-in": 16, "zoom-in+mask": 4, "zoom-in+coma": 8}.get(kind, 36)
+    shown = {"zoom-in": 16, "zoom-in+mask": 4, "zoom-in+coma": 8, "zoom-out+mask": 9}.get(kind, 36)
     assert out.prediction.shape == (views, 4, 6, 6, 8 * 8 * 3)
     assert (out.visible.flatten(2).sum(-1) == shown).all()
     assert torch.equal(out.visible, model.draw_visible(torch.arange(4), 6, 6))
     if kind == "zoom-in+coma":
         assert torch.equal(out.visible.sum(0)[:, 1:5, 1:5], torch.ones(4, 4, 4, dtype=torch.int64))
-    assert not out.visible[..., 0].any() or kind not in HIDING
+    assert not out.visible[..., 0].any() or kind not in BORDERED
     out.loss.backward()
     assert not [n for n, p in model.named_parameters() if p.grad is None]
     assert out.loss.isfinite() and out.loss.dtype == torch.float32
@@ -89,6 +90,10 @@ def test_where_the_loss_lies(kind, settings):
         assert hidden.sum().item() == pytest.approx(1 - border_share, rel=1e-3)
         for part in (outside, hidden):
             torch.testing.assert_close(part, part.mean().expand_as(part), rtol=1e-2, atol=1e-9)
+    elif kind == "zoom-out+mask":
+        assert share[out.visible].abs().max() == 0
+        hidden = units[~out.visible]
+        torch.testing.assert_close(hidden, torch.full_like(hidden, 1 / (4 * 27)), rtol=1e-2, atol=1e-9)
     else:
         torch.testing.assert_close(units, torch.full_like(units, 1 / 144), rtol=1e-2, atol=1e-9)
 
@@ -98,6 +103,7 @@ def test_where_the_loss_lies(kind, settings):
 def test_a_prediction_knows_the_visible_pixels_only(encoder, kind):
     model = objective(encoder, kind, norm_pix=False).eval()
     images, seeds = pictures(), torch.arange(4)
+    images, model.degraded = model.degraded(images, seeds), lambda images, seeds: images
     with torch.no_grad():
         before = model(images, seeds)
         shown = before.visible.repeat_interleave(8, 2).repeat_interleave(8, 3)[:, :, None]
@@ -119,15 +125,18 @@ def test_the_encoder_gets_the_centre_at_the_places_it_knows(encoder, monkeypatch
     assert torch.equal(got[0], images[..., 8:40, 8:40])
 
 
-@pytest.mark.parametrize("kind", ["distort", "zoom-out", "blur", "decolor"])
-def test_what_is_shown_is_degraded_and_what_is_predicted_is_not(kind):
-    model = objective("vit", kind, norm_pix=False)
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [*((kind, {}) for kind in ("distort", "zoom-out", "blur", "decolor")), ("distort", {"padding": "edge"})],
+)
+def test_what_is_shown_is_degraded_and_what_is_predicted_is_not(kind, settings):
+    model = objective("vit", kind, norm_pix=False, **settings)
     images, seeds = pictures(), torch.arange(4)
     got: list[torch.Tensor] = []
     real = model.encoder.forward_features
     model.encoder.forward_features = lambda x, *a: got.append(x) or real(x, *a)
     out = model(images, seeds)
-    assert torch.equal(got[0], degrade(images, seeds, kind)[0])
+    assert torch.equal(got[0], degrade(images, seeds, kind, **settings)[0])
     assert torch.equal(out.target, objective("vit", "blur", norm_pix=False)(images, seeds).target)
 
 
@@ -154,13 +163,13 @@ def test_reconstruction(encoder, kind):
     pixels = visible.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
     if kind in HIDING:
         assert torch.equal(filled.where(pixels, 0), shown.where(pixels, 0))
-        poisoned = torch.where(pixels, images, images * -3 + 2)
+        poisoned = torch.where(pixels, shown, images * -3 + 2)
         assert torch.equal(model.reconstruct(poisoned, visible).where(~pixels, 0), filled.where(~pixels, 0))
     else:
         assert not torch.isclose(filled, shown).all(dim=(1, 2, 3)).any()  # every pixel is predicted
 
 
-@pytest.mark.parametrize("kind", HIDING)
+@pytest.mark.parametrize("kind", BORDERED)
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("size", [(48, 48), (43, 70)])
 @pytest.mark.parametrize("statistics", ["visible", "target"])
@@ -216,7 +225,12 @@ def test_what_cannot_be_trained_on_is_refused():
 
 @pytest.mark.parametrize(
     ("name", "value", "kinds"),
-    [("mask_ratio", 0.5, MASKED[:1]), ("views", 3, MASKED[1:]), ("border_weight", 0.2, MASKED)],
+    [
+        ("mask_ratio", 0.5, ("zoom-in+mask", "zoom-out+mask")),
+        ("views", 3, MASKED[1:]),
+        ("border_weight", 0.2, MASKED),
+        ("padding", "edge", ("distort",)),
+    ],
 )
 def test_a_setting_that_a_degradation_has_no_use_for_is_refused(name, value, kinds):
     flag = f"--objective.{name.replace('_', '-')} {value} belongs to {' and '.join(kinds)}; "

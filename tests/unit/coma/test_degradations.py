@@ -196,7 +196,7 @@ def test_the_sheet_shows_what_every_degradation_shows_the_encoder(tmp_path, phot
     first = places(sheet, pixels.astype(int), 0)
     assert len(first) == 2 and first[1] - first[0] == 180 + 8
     cells = [(kind, view) for kind in DegradeConfig.kind for view in shown_by(kind, pixels, seeds)]
-    assert {kind for kind, _ in cells} == set(ALL) and len(cells) == 8  # of zoom-in+coma both views
+    assert {kind for kind, _ in cells} == set(ALL) and len(cells) == 9  # of zoom-in+coma both views
     assert sheet.shape[1] == 2 * 24 + 5 * (180 + 8) - 8
     for number, (kind, view) in enumerate(cells, start=1):
         tops = [places(sheet, cell.astype(int), number % 5) for cell in view]
