@@ -56,7 +56,7 @@ def toy(monkeypatch):
 
 def test_a_method_is_added_by_one_entry_and_learns(toy):
     objective = method_preset("toy", decoder_dim=32)
-    assert objective == ToyConfig(0.25, False, DecoderConfig(16, 1, 1))  # its own width, the heads of 32 channels
+    assert objective == ToyConfig(0.25, False, DecoderConfig(16, 1, 1))  # its own width, 32 channels a head
     config = PretrainConfig(model=encoder_preset("tiny", 32), objective=objective)
     plain = to_plain(config)
     assert plain["objective"]["method"] == "toy"
