@@ -1,0 +1,78 @@
+"""What Muon costs: a whole training step with AdamW and with Muon, at the batch of the small-data recipe.
+
+    python benchmarks/muon.py --out benchmarks/results/muon_cpu.json
+
+A step is forward, loss, backward and update of `--model tiny` at 64 px on random images. Steps of both
+optimizers are timed in turn; the median round counts. The cost of Muon does not grow with the batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from machine import report, time_in_turn
+from torch import nn
+
+from coma.config import OptimizerConfig, decoder_dim, encoder_preset, method_preset
+from coma.models import build_encoder
+from coma.objectives import build_objective
+from pretrain.training.optimizer import build_optimizer
+
+SIDE = 64
+
+
+def build(preset: str, method: str) -> nn.Module:
+    """Returns a fresh objective."""
+    torch.manual_seed(0)
+    model = encoder_preset(preset, SIDE)
+    return build_objective(method_preset(method, decoder_dim=decoder_dim(model)), build_encoder(model))
+
+
+def step(objective: nn.Module, optimizer: torch.optim.Optimizer, batch: int) -> None:
+    """Trains one batch of random images."""
+    optimizer.zero_grad(set_to_none=True)
+    device = next(objective.parameters()).device
+    images = torch.randn(batch, 3, SIDE, SIDE, device=device)
+    objective(images, torch.arange(batch, device=device)).loss.backward()
+    optimizer.step()
+
+
+def main() -> None:
+    """Measures and prints the table; `--out` keeps it as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=["tiny", "vit-tiny"])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    adamw, muon = OptimizerConfig(), OptimizerConfig(optimizer="muon")
+    actions: dict[str, Callable[[], None]] = {}
+    for preset in args.models:
+        for config in (adamw, muon):
+            objective = build(preset, "coma").to(device)
+            optimizer = build_optimizer(objective, config)
+            actions[f"{preset} {config.optimizer}"] = partial(step, objective, optimizer, args.batch)
+    seconds = time_in_turn(actions, args.rounds, device)
+    rows = []
+    for preset in args.models:
+        theirs, ours = (seconds[f"{preset} {name}"] for name in ("adamw", "muon"))
+        rows.append(
+            {
+                "model": preset,
+                "AdamW, s": f"{theirs:.2f}",
+                "Muon, s": f"{ours:.2f}",
+                "Muon / AdamW": f"{ours / theirs:.2f}",
+            }
+        )
+    report(f"CoMA, batches of {args.batch} at {SIDE} px, median of {args.rounds} rounds", rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
