@@ -218,6 +218,14 @@ CORRECT = [
 ]
 """Files without a fault."""
 
+KINDS = ("encoder", "reconstructor", "classifier", "segmentor")
+MODELS = [f"{kind}{vit}" for kind in KINDS for vit in ("", ", ViT")]
+OF_ANY_SIZE = [
+    *(Case(model, precision) for model in MODELS for precision in ("fp32", "int8")),
+    *(Case(model, "fp16") for model in ("encoder", "segmentor")),
+]
+"""Files without a fault that take images of any size."""
+
 ENCODER, CLASSIFIER = Case("encoder"), Case("classifier", "fp32", BATCHES)
 RECONSTRUCTOR, SEGMENTOR = Case("reconstructor"), Case("segmentor")
 FASTER, MASK, CASCADE, RETINANET = (

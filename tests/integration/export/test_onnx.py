@@ -7,7 +7,7 @@ import export_files
 import onnx
 import pytest
 import torch
-from gate_cases import FREE, Case
+from gate_cases import BATCHES, FREE, OF_ANY_SIZE, Case
 from torch import nn
 
 from coma.config import BeyondConfig, DyViTConfig, ViTConfig
@@ -26,7 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # mm's packages, and torch.on
 UNIT = export_files.DYVIT.unit
 RUN = [Shape(1, 64, 48), Shape(2, 48, 64), Shape(3, 57, 71), Shape(1, UNIT, UNIT)]
 """Four sizes, one of them odd, one the least, and three batches."""
-GRAPHS = ("encoder", "reconstructor", "classifier", "segmentor")
 ERRORS = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.1}
 
 
@@ -62,22 +61,21 @@ def compare(artifact: Path, graph, path: Path, shape: Shape, limit: float) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ERRORS)
-@pytest.mark.parametrize("graph", GRAPHS)
-def test_files_give_what_the_model_gives_at_any_size(graph, precision, made):
-    case = made(Case(graph, precision))
-    model = onnx.load(case.file)
+@pytest.mark.parametrize("case", OF_ANY_SIZE, ids=lambda case: case.name)
+def test_files_give_what_the_model_gives_at_any_size(case, made):
+    file = made(case).file
+    model = onnx.load(file)
     onnx.checker.check_model(model, full_check=True)
     assert {imported.domain for imported in model.opset_import} == {""}
     assert all(node.domain == "" for node in model.graph.node) and not model.functions
-    spec = read_model_spec(model, case.file.name)
+    spec = read_model_spec(model, file.name)
     assert spec.inputs[0].axes == ("batch", 3, "height", "width")
-    assert spec.precision == precision
+    assert spec.precision == case.precision
     for value in (*model.graph.input, *model.graph.output):
         assert value.type.tensor_type.elem_type != onnx.TensorProto.FLOAT16
         assert value.type.tensor_type.shape.dim[0].dim_param
     for shape in RUN:
-        compare(case.artifact, graph, case.file, shape, ERRORS[precision])
+        compare(made(case).artifact, case.graph, file, shape, ERRORS[case.precision])
 
 
 @pytest.mark.slow
@@ -91,19 +89,10 @@ def test_windows_that_cross_units_do_for_maps_larger_and_smaller(windows, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_segmentor_on_a_plain_vit_traced_with_small_images(tmp_path):
-    artifact = export_files.segmentor(tmp_path / "artifact", export_files.VIT)
-    path = write(tmp_path, artifact, "segmentor", "fp32", FREE)
-    for shape in (*RUN[:3], Shape(4, 128, 33), Shape(1, 32, 128)):
-        compare(artifact, "segmentor", path, shape, 1e-4)
-
-
-@pytest.mark.slow
-def test_plain_vit(tmp_path):
-    artifact = export_files.pretrained(tmp_path / "artifact", ViTConfig(patch=8, dim=16, depth=1, heads=2))
-    path = write(tmp_path, artifact, "reconstructor", "fp32", FREE)
-    for shape in RUN:
-        compare(artifact, "reconstructor", path, shape, 1e-4)
+def test_a_segmentor_on_a_plain_vit_traced_with_small_images(made):
+    case = made(Case("segmentor, ViT"))
+    for shape in (Shape(4, 128, 33), Shape(1, 32, 128)):
+        compare(case.artifact, "segmentor", case.file, shape, 1e-4)
 
 
 @pytest.mark.slow
@@ -136,7 +125,7 @@ def test_static_shapes_are_static_and_others_refused(tmp_path):
 
 @pytest.mark.slow
 def test_pixels_in_and_mean_inside(tmp_path):
-    artifact = export_files.pretrained(tmp_path / "artifact")
+    artifact = export_files.pretrained(tmp_path / "artifact", export_files.VIT)
     batch = Shapes(Shape(1, 48, 48), Shape(2, 48, 48), Shape(4, 48, 48))
     path = write(tmp_path, artifact, "reconstructor", "fp16", batch, normalize_in_graph=True)
     runtime, reference = open_runtime(path), open_runtime(artifact, graph="reconstructor")
@@ -149,14 +138,12 @@ def test_pixels_in_and_mean_inside(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_without_a_mask_takes_pixels_too(tmp_path):
-    artifact = export_files.classifier(tmp_path / "artifact")
-    batch = Shapes(Shape(1, 48, 48), Shape(2, 48, 48), Shape(4, 48, 48))
-    path = write(tmp_path, artifact, "classifier", "fp32", batch, normalize_in_graph=True)
-    pixels = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
+def test_a_model_without_a_mask_takes_pixels_too(made):
+    case = made(Case("classifier", "fp32", BATCHES, pixels=True))
+    pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (export_files.MEAN, export_files.STD))
-    wanted = open_runtime(artifact)((pixels / 255 - mean) / std)["logits"]
-    torch.testing.assert_close(open_runtime(path)(pixels)["logits"], wanted, atol=1e-4, rtol=1e-3)
+    wanted = open_runtime(case.artifact)((pixels / 255 - mean) / std)["logits"]
+    torch.testing.assert_close(open_runtime(case.file)(pixels)["logits"], wanted, atol=1e-4, rtol=1e-3)
 
 
 def test_more_channels(tmp_path):
@@ -180,7 +167,8 @@ def test_a_batch_that_was_baked_in_is_caught(tmp_path):
         def forward(self, images):
             return (self.model(images)[0].reshape(2, -1),)
 
-    exportable = load_exportable(export_files.classifier(tmp_path / "artifact"), "classifier")
+    artifact = export_files.classifier(tmp_path / "artifact", export_files.VIT)
+    exportable = load_exportable(artifact, "classifier")
     baked = replace(exportable, module=Baked(exportable.module))
     with pytest.raises(CheckFailed, match="batch should be dynamic and is fixed at 2"):
         write_onnx(baked, Shapes(Shape(1, 48, 48), Shape(2, 48, 48), Shape(4, 48, 48)), tmp_path / "b.onnx")

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from export_files import export
-from gate_cases import Case
+from gate_cases import OF_ANY_SIZE
 from onnx import TensorProto, helper
 
 from coma.cli import main
@@ -221,13 +221,13 @@ def test_commands_refuse_devices_that_it_does_not_run_on(exported, runtime, devi
 
 @pytest.mark.slow
 @pytest.mark.openmmlab
-@pytest.mark.parametrize("model", ["", ", ViT"], ids=["dyvit", "vit"])
-@pytest.mark.parametrize("kind", ["encoder", "reconstructor", "classifier", "segmentor"])
-def test_every_kind_gives_what_pytorch_gives(kind, model, made):
-    plain, half, quantised = (made(Case(kind + model, name)) for name in ("fp32", "fp16", "int8"))
-    agree(plain.reference, plain.file, 1e-5)
-    agree(plain.reference, half.file, 0.02)
-    agree(OnnxRuntime(quantised.file, threads=1), quantised.file, 0.05)  # equal but for roundings
+@pytest.mark.parametrize("case", OF_ANY_SIZE, ids=lambda case: case.name)
+def test_every_kind_gives_what_pytorch_gives(case, made):
+    file, limit = made(case).file, {"fp32": 1e-5, "fp16": 0.02, "int8": 0.05}[case.precision]
+    if case.precision == "int8":  # equal but for roundings
+        agree(OnnxRuntime(file, threads=1), file, limit)
+    else:
+        agree(made(case).reference, file, limit)
 
 
 @pytest.mark.slow
