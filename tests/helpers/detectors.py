@@ -21,7 +21,7 @@ from downstream.tasks.detection import Detector, preset_path
 SMALL = DyViTConfig(dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((8,), (4,), (0,), (0,)))
 CLASSES = ("cat", "cup", "face")
 MODELS: dict[str, tuple[Detector, EncoderConfig, dict[str, Any]]] = {
-    "faster-rcnn": ("faster-rcnn", SMALL, {}),
+    "faster-rcnn": ("faster-rcnn", VIT, {}),
     "mask-rcnn": ("mask-rcnn", SMALL, {}),
     "cascade-mask-rcnn": ("cascade-mask-rcnn", SMALL, {}),
     "retinanet": ("retinanet", VIT, {}),

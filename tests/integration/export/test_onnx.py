@@ -113,7 +113,7 @@ def test_a_model_that_zooms_in_draws_borders_of_any_width(tmp_path):
 
 
 def test_static_shapes_are_static_and_others_refused(tmp_path):
-    artifact = export_files.classifier(tmp_path / "artifact")
+    artifact = export_files.classifier(tmp_path / "artifact", export_files.VIT)
     fixed = Shape(2, 48, 48)
     path = write(tmp_path, artifact, "classifier", "fp32", Shapes(fixed, fixed, fixed))
     dims = onnx.load(path).graph.input[0].type.tensor_type.shape.dim

@@ -232,8 +232,10 @@ def test_every_kind_gives_what_pytorch_gives(case, made):
 
 @pytest.mark.slow
 @pytest.mark.openmmlab
-@pytest.mark.parametrize("plugin_free", [False, True], ids=["native", "plugin-free"])
-@pytest.mark.parametrize("name", ["faster-rcnn", "cascade-mask-rcnn", "retinanet"])
+@pytest.mark.parametrize(
+    ("name", "plugin_free"),
+    [("faster-rcnn", False), ("faster-rcnn", True), ("cascade-mask-rcnn", True), ("retinanet", False)],
+)
 def test_detectors_give_what_onnx_runtime_gives(name, plugin_free, detector_file):
     file = detector_file(name, plugin_free)
     runtime, reference = OpenVINORuntime(file, threads=1), OnnxRuntime(file, threads=1)
