@@ -42,7 +42,6 @@ FREE = Shapes(Shape(1, 16, 16), Shape(2, 64, 48), Shape(4, 128, 128))
 FIXED = Shapes(*[Shape(2, 64, 64)] * 3)
 BATCHES = Shapes(Shape(1, 64, 64), Shape(2, 64, 64), Shape(5, 64, 64))
 OF_DETECTORS = Shapes(Shape(1, 64, 64), Shape(1, 96, 128), Shape(3, 160, 160))
-OF_BUILT_DETECTORS = Shapes(Shape(1, 64, 64), Shape(2, 128, 160), Shape(4, 320, 320))
 FEW_LEVELS: dict[str, Any] = {
     "rpn_head.anchor_generator.scales": [2],
     "rpn_head.anchor_generator.strides": [16, 32, 64],
@@ -114,6 +113,7 @@ class Case:
         shapes: Shapes that it takes.
         pixels: Whether it normalises in its graph.
         visible: Number of units that it takes a list of; None for files that take none.
+        plugin_free: Whether a detector has loops in place of TensorRT's plug-ins.
     """
 
     model: str
@@ -121,6 +121,7 @@ class Case:
     shapes: Shapes = FREE
     pixels: bool = False
     visible: int | None = None
+    plugin_free: bool = False
 
     @property
     def graph(self) -> GraphKind:
@@ -133,7 +134,8 @@ class Case:
         sizes = {id(FREE): "any size", id(FIXED): "one shape", id(BATCHES): "any batch"}
         shapes = sizes.get(id(self.shapes), "any size")
         listed = f", {self.visible} units" if self.visible else ""
-        return f"{self.model}, {self.precision}, {shapes}{listed}" + (", pixels in" if self.pixels else "")
+        listed += ", plug-in-free" * self.plugin_free + ", pixels in" * self.pixels
+        return f"{self.model}, {self.precision}, {shapes}{listed}"
 
 
 class Made:
@@ -167,7 +169,8 @@ class Made:
                 quantize_fp8(base.file, self.file, batches, exclude=exclude, metadata=metadata)
             return
         exportable = with_normalization(self.load()) if case.pixels else self.load()
-        write(cast_weights(exportable, case.precision), case.shapes, self.file)
+        exportable = cast_weights(exportable, case.precision)
+        write(exportable, case.shapes, self.file, plugin_free=case.plugin_free)
 
     def _batch(self, number: int) -> dict[str, np.ndarray]:
         opt, spec = self.case.shapes.opt, self.reference.spec

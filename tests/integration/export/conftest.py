@@ -6,14 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from detectors import MODELS, build
 from export_files import VIT, classifier, export
 from filelock import FileLock
-from gate_cases import OF_BUILT_DETECTORS, Case, Made
+from gate_cases import Case, Made
 
-from export.graphs.load import load_exportable
 from export.image_sets import read_image_set
-from export.onnx_export import write_onnx
 from export.preprocessing import Photographs
 
 
@@ -57,21 +54,3 @@ def made(shared, pictures) -> Callable[[Case], Made]:
         return known[case.name]
 
     return make
-
-
-@pytest.fixture(scope="session")
-def detector_file(shared) -> Callable[[str, bool], Path]:
-    """Returns the file of a detector, with native operators or without plug-ins."""
-
-    def write(name: str, plugin_free: bool) -> Path:
-        artifact = shared / f"built {name}"
-        file = shared / f"{name}, {'plug-in-free' if plugin_free else 'native'}.onnx"
-        with FileLock(shared / f"built {name}.lock"):
-            if not artifact.exists():
-                build(artifact, *MODELS[name])
-            if not file.exists():
-                exportable = load_exportable(artifact, "detector")
-                write_onnx(exportable, OF_BUILT_DETECTORS, file, plugin_free=plugin_free)
-        return file
-
-    return write

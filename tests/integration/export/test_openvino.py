@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import onnx
 import pytest
 import torch
 from export_files import export
-from gate_cases import OF_ANY_SIZE
+from gate_cases import CASCADE, FASTER, OF_ANY_SIZE, RETINANET
 from onnx import TensorProto, helper
 
 from coma.cli import main
@@ -233,11 +234,12 @@ def test_every_kind_gives_what_pytorch_gives(case, made):
 @pytest.mark.slow
 @pytest.mark.openmmlab
 @pytest.mark.parametrize(
-    ("name", "plugin_free"),
-    [("faster-rcnn", False), ("faster-rcnn", True), ("cascade-mask-rcnn", True), ("retinanet", False)],
+    "case",
+    [FASTER, RETINANET, *(replace(case, plugin_free=True) for case in (FASTER, CASCADE))],
+    ids=lambda case: case.name,
 )
-def test_detectors_give_what_onnx_runtime_gives(name, plugin_free, detector_file):
-    file = detector_file(name, plugin_free)
+def test_detectors_give_what_onnx_runtime_gives(case, made):
+    file = made(case).file
     runtime, reference = OpenVINORuntime(file, threads=1), OnnxRuntime(file, threads=1)
     for size in ((2, 3, 64, 64), (1, 3, 64, 96)):
         images = torch.randn(size, generator=torch.Generator().manual_seed(0))

@@ -1,5 +1,6 @@
 """Loops in place of NonMaxSuppression and RoiAlign: torchvision's results, whatever the boxes are."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from detectors import Built
 from export_files import VIT, classifier, export
-from gate_cases import FREE, OF_ANY_SIZE, OF_BUILT_DETECTORS
+from gate_cases import CASCADE, FASTER, FREE, OF_ANY_SIZE, RETINANET
 from tensorrt_files import needs_rtx
 from torch import Tensor, nn
 
@@ -140,9 +141,9 @@ def test_regions_of_any_form(size, samples, aligned, levels, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["retinanet", "faster-rcnn", "mask-rcnn, other options"])
-def test_a_detector_without_plugins_is_the_detector(name, detector_file):
-    native, free = (detector_file(name, plugin_free) for plugin_free in (False, True))
+@pytest.mark.parametrize("case", [RETINANET, FASTER, CASCADE], ids=lambda case: case.model)
+def test_a_detector_without_plugins_is_the_detector(case, made):
+    native, free = (made(each).file for each in (case, replace(case, plugin_free=True)))
     assert read_onnx_file(native)[0] == read_onnx_file(free)[0]
     assert operators(native) & PLUGINS and not operators(free) & PLUGINS
     for size in ((2, 3, 64, 64), (1, 3, 64, 96)):  # 1000 regions of each image are pooled: small ones
@@ -163,9 +164,9 @@ def test_rtx_compiles_every_kind(case, made):
 
 @needs_rtx
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mask-rcnn, other options", "cascade-mask-rcnn", "retinanet"])
-def test_rtx_compiles_every_detector(name, detector_file):
-    compile_for_rtx(detector_file(name, plugin_free=True), OF_BUILT_DETECTORS)
+@pytest.mark.parametrize("case", [FASTER, CASCADE, RETINANET], ids=lambda case: case.model)
+def test_rtx_compiles_every_detector(case, made):
+    compile_for_rtx(made(replace(case, plugin_free=True)).file, case.shapes)
 
 
 def compile_for_rtx(path: Path, shapes: Shapes) -> None:

@@ -33,9 +33,7 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "classifier": (classifier, VIT),
 }
 SLOW_KINDS = {
-    "encoder of a DyViT": ("encoder", backbone),
     "reconstructor of a DyViT": ("reconstructor", pretrained),
-    "classifier of a DyViT": ("classifier", classifier),
     "segmentor": ("segmentor", segmentor),
 }
 
