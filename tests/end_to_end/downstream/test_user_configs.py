@@ -110,7 +110,7 @@ def test_a_configuration_of_mmdet_in_processes_of_its_own(small, data, backbone,
     assert f"work_dir (their_folder -> {out})" in placed and "resume (True -> False)" in placed
     config = (out / "config.py").read_text()
     (out / "config.py").write_text(config.replace("max_iters=2", "max_iters=3"))
-    coma("train", "--resume", out)
+    run(["train", "--resume", str(out)])
     assert load_artifact(out / "artifact").config.trained["steps"] == 3
     coma("predict", out / "artifact", data / "val", "--out", tmp_path / "p")
     assert (tmp_path / "p" / "pictures" / "1.png").is_file()

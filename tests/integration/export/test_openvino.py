@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from export_files import export
-from gate_cases import CASCADE, FASTER, OF_ANY_SIZE, RETINANET
+from gate_cases import FASTER, MASK, OF_ANY_SIZE, RETINANET
 from onnx import TensorProto, helper
 
 from coma.cli import main
@@ -235,7 +235,7 @@ def test_every_kind_gives_what_pytorch_gives(case, made):
 @pytest.mark.openmmlab
 @pytest.mark.parametrize(
     "case",
-    [FASTER, RETINANET, *(replace(case, plugin_free=True) for case in (FASTER, CASCADE))],
+    [FASTER, RETINANET, *(replace(case, plugin_free=True) for case in (FASTER, MASK))],
     ids=lambda case: case.name,
 )
 def test_detectors_give_what_onnx_runtime_gives(case, made):

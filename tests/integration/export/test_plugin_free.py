@@ -10,7 +10,7 @@ import pytest
 import torch
 from detectors import Built
 from export_files import VIT, classifier, export
-from gate_cases import CASCADE, FASTER, FREE, OF_ANY_SIZE, RETINANET
+from gate_cases import FASTER, FREE, MASK, OF_ANY_SIZE, RETINANET
 from tensorrt_files import needs_rtx
 from torch import Tensor, nn
 
@@ -141,7 +141,7 @@ def test_regions_of_any_form(size, samples, aligned, levels, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [RETINANET, FASTER, CASCADE], ids=lambda case: case.model)
+@pytest.mark.parametrize("case", [RETINANET, FASTER, MASK], ids=lambda case: case.model)
 def test_a_detector_without_plugins_is_the_detector(case, made):
     native, free = (made(each).file for each in (case, replace(case, plugin_free=True)))
     assert read_onnx_file(native)[0] == read_onnx_file(free)[0]
@@ -164,7 +164,7 @@ def test_rtx_compiles_every_kind(case, made):
 
 @needs_rtx
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [FASTER, CASCADE, RETINANET], ids=lambda case: case.model)
+@pytest.mark.parametrize("case", [FASTER, MASK, RETINANET], ids=lambda case: case.model)
 def test_rtx_compiles_every_detector(case, made):
     compile_for_rtx(made(replace(case, plugin_free=True)).file, case.shapes)
 
