@@ -34,7 +34,10 @@ from coma.models.checkpoints import Checkpoint, Tensors
 from coma.models.view_sequences import ViewSequences, image_sequences, listed_units
 from coma.models.windows import crop, nest, unnest
 
-for _name in "check_images image_sequences unit_grid pad_to_units rearrange nest unnest crop stage_layout".split():
+for _name in (
+    *("check_images", "image_sequences", "unit_grid", "pad_to_units", "rearrange"),
+    *("nest", "unnest", "crop", "stage_layout"),
+):
     torch.fx.wrap(_name)  # one node each in graphs of torch.fx, which reads sizes at every call
 
 FIRST_SIDE = 8

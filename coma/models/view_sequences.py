@@ -68,7 +68,7 @@ class ViewSequences:
         return table.index_select(0, self.unit_of.flatten()).unflatten(0, self.unit_of.shape)
 
     def attended(self, prefix: int) -> Tensor | None:
-        """Returns the tokens to attend to, bool `[n, 1, 1, prefix + s]`; None: all, as `prefix` tokens are."""
+        """Returns the tokens to attend to, bool `[n, 1, 1, prefix + s]`; all where None."""
         return None if self.real is None else F.pad(self.real, (prefix, 0), value=True)[:, None, None]
 
     def mean(self, x: Tensor) -> Tensor:
