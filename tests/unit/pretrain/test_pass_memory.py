@@ -10,6 +10,7 @@ import torch
 from short_runs import MODEL, OBJECTIVE
 
 from coma.config import DataConfig, FinetuneConfig, FinetuneRecipe, OptimizerConfig, PretrainConfig, RunConfig
+from coma.config.finetune import FinetuneDataConfig, FinetuneRunConfig
 from coma.data import BatchLayout
 from coma.errors import BadInput
 from coma.image_size import ImageSize
@@ -26,10 +27,10 @@ PRETRAIN = PretrainConfig(
 )
 CLASSIFY = FinetuneConfig(
     artifact=Path("artifact"),
-    data=PRETRAIN.data,
+    data=FinetuneDataConfig(image_size=ImageSize.of(64)),
     model=MODEL,
     optimizer=FinetuneRecipe(batch_size=12),
-    run=PRETRAIN.run,
+    run=FinetuneRunConfig(out=Path("out")),
     class_names=("a", "b", "c"),
 )
 
