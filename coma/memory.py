@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from coma.errors import BadInput
 
 GIB = 2**30
 _CGROUP = Path("/sys/fs/cgroup")
+USED = 0.9
+"""Share of the free memory that a step may take."""
 FLOOR = 0.04
 """Share of the memory that must stay free; below it the system is about to kill processes."""
 _LOOK = 2**26
@@ -33,6 +40,13 @@ def free_memory(device: torch.device) -> int | None:
     if limit is not None and used is not None:
         free = min(free, limit - used) if free is not None else limit - used
     return free if device.type == "cpu" else None
+
+
+def memory_of_process(device: torch.device) -> float | None:
+    """Returns the bytes that a step of this process may take; None where that is not known."""
+    free = free_memory(device)
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    return None if free is None else USED * free / sharing
 
 
 def total_memory() -> int | None:
@@ -65,6 +79,43 @@ class SavedBytes(saved_tensors_hooks):
             self._known.add(reference)
             self.total += storage.nbytes()
         return tensor
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the memory of all tensors that are made inside and live at the same time, in bytes at most.
+
+    It also counts tensors that have only shapes, in a `FakeTensorMode`. Views of tensors from
+    outside count, except for those of the model in `leave_out`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._live = 0
+        self._known: set[int] = set()
+
+    def leave_out(self, model: torch.nn.Module) -> None:
+        """Does not count parameters and buffers of a model, whatever views of them are made."""
+        self._known |= {id(each.untyped_storage()) for each in (*model.parameters(), *model.buffers())}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Computes, and counts the results."""
+        results = func(*args, **(kwargs or {}))
+        for each in tree_leaves(results):
+            if isinstance(each, Tensor):
+                self._add(each.untyped_storage())
+        return results
+
+    def _add(self, storage: Any) -> None:
+        key = id(storage)  # as long as it lives
+        if key not in self._known:
+            self._known.add(key)
+            self._live += storage.nbytes()
+            self.peak = max(self.peak, self._live)
+            weakref.finalize(storage, self._drop, key, storage.nbytes())
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._live -= size
 
 
 class MemoryGuard(saved_tensors_hooks):

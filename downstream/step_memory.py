@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import warnings
 from importlib import import_module
 from typing import Any
@@ -16,15 +15,13 @@ import numpy as np
 import torch
 
 from coma.errors import BadInput
-from coma.memory import GIB, SavedBytes, free_memory
+from coma.memory import GIB, SavedBytes, memory_of_process
 from coma.messages import counted
 from downstream.artifacts import Kind
 
 log = logging.getLogger(__name__)
 PEAK = 1.6
 """Peak of a step over what forward keeps for backward, at most: measured 1.3 to 1.6 for UPerNet on a CPU."""
-USED = 0.9
-"""Share of the free memory that a step may take."""
 _STATE = 16
 """Bytes of every trained parameter: weight, gradient and two moments of AdamW."""
 SHORT: dict[Kind, float] = {"segmentor": 1.0, "detector": (800 / 1333) ** 0.5 / 1.25}
@@ -59,7 +56,7 @@ def split_into_passes(kind: Kind, config: Any, micro_batch: int | None, device: 
             )
         _set_passes(config, batch // micro_batch)
         return
-    free, pixels = _free(torch.device(device)), _largest_image(config)
+    free, pixels = memory_of_process(torch.device(device)), _largest_image(config)
     if free is None or pixels is None:
         return
     fixed, per_pixel, state = _costs(kind, config)
@@ -94,13 +91,6 @@ def _set_passes(config: Any, passes: int) -> None:
     if passes > 1:
         config.train_cfg.update(type="AccumulatingTrainLoop", passes=passes)
         config.optim_wrapper.accumulative_counts = passes
-
-
-def _free(device: torch.device) -> float | None:
-    """Returns the bytes that a step of this process may take; None where that is not known."""
-    free = free_memory(device)
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-    return None if free is None else USED * free / sharing
 
 
 def _largest_image(config: Any) -> float | None:

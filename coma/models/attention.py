@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -37,6 +38,9 @@ from coma.models.windows import (
     split,
     unnest,
 )
+
+for _name in ("rearrange", "pool_outputs", "concat_weighted"):
+    torch.fx.wrap(_name)  # one node each in graphs of torch.fx
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -114,6 +118,13 @@ class Layout:
     windows: tuple[Windows, ...]
     rotary: Rotary
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, fused: bool) -> list[Tensor]:
+        """Three of `[n, s, t, heads, d]` to the output of every set of heads, `[n, s, t, its channels]`."""
+        shares = zip(*(part.chunk(len(self.windows), dim=3) for part in (q, k, v)), strict=True)
+        return [
+            window.attend(*share, fused=fused) for window, share in zip(self.windows, shares, strict=True)
+        ]
+
 
 @dataclass(frozen=True)
 class Pieces:
@@ -189,12 +200,7 @@ class DynamicMultiWindowAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """Attend: `[n, s, t, c]` -> `[n, s, t, c]`."""
-        groups = len(layout.windows)
-        shares = zip(*(part.chunk(groups, dim=3) for part in self.project(x, layout)), strict=True)
-        outputs = [
-            window.attend(*share, fused=self.fused_attn)
-            for window, share in zip(layout.windows, shares, strict=True)
-        ]
+        outputs = layout.attend(*self.project(x, layout), fused=self.fused_attn)
         if self.gate is None:
             return self.proj(outputs[0])
         return self.proj(_pieces.join(outputs, self.gate, layout.sequences))
@@ -232,7 +238,12 @@ class WindowGate(nn.Module):
 
 def join_gated(outputs: Sequence[Tensor], gate: WindowGate, sequences: ViewSequences) -> Tensor:
     """Window outputs side by side, each channel weighted by the gate: `[n, s, t, c]`."""
-    return concat_weighted(outputs, gate(torch.cat([sequences.mean(each) for each in outputs], dim=-1)))
+    return concat_weighted(outputs, gate(pool_outputs(outputs, sequences)))
+
+
+def pool_outputs(outputs: Sequence[Tensor], sequences: ViewSequences) -> Tensor:
+    """Means of window outputs over every sequence, side by side: `[n, 1, 1, c]`."""
+    return torch.cat([sequences.mean(each) for each in outputs], dim=-1)
 
 
 def concat_weighted(parts: Sequence[Tensor], weights: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
+import torch.fx
 import torch.nn.functional as F
 from einops import rearrange
 from timm.layers.drop import DropPath
@@ -32,6 +33,12 @@ from coma.models.blocks import drop_path_rates, run_block
 from coma.models.checkpoints import Checkpoint, Tensors
 from coma.models.view_sequences import ViewSequences, image_sequences, listed_units
 from coma.models.windows import crop, nest, unnest
+
+for _name in (
+    *("check_images", "image_sequences", "unit_grid", "pad_to_units", "rearrange"),
+    *("nest", "unnest", "crop", "stage_layout"),
+):
+    torch.fx.wrap(_name)  # one node each in graphs of torch.fx, which reads sizes at every call
 
 FIRST_SIDE = 8
 """Tokens along the edge of a mask unit at the first stage: four stages make it 8, 4, 2, 1."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch.fx
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -14,6 +15,9 @@ from coma.masking.patchify import pad_to_units
 from coma.models.attention import WindowGate
 from coma.models.dyvit import check_images
 from coma.models.view_sequences import ViewSequences, image_sequences, listed_units
+
+for _name in ("check_images", "image_sequences", "pad_to_units", "rearrange"):
+    torch.fx.wrap(_name)  # one node each in graphs of torch.fx, which reads sizes at every call
 
 
 class PlainEncoder(nn.Module):

@@ -17,7 +17,7 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
+import torch.fx
 from einops import rearrange
 from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed import resample_abs_pos_embed
@@ -41,6 +41,9 @@ from coma.models.hub import unknown_to_timm
 from coma.models.plain import PlainEncoder
 from coma.models.position_embeddings import cubic_weights
 from coma.models.view_sequences import ViewSequences, is_exporting
+
+for _name in ("rearrange", "resample_abs_pos_embed", "_rotations"):
+    torch.fx.wrap(_name)  # one node each in graphs of torch.fx
 
 
 class TimmViT(PlainEncoder):
@@ -141,11 +144,11 @@ class TimmViT(PlainEncoder):
         network, before = self.timm, self.num_prefix_tokens
         x = torch.cat([*self._prefix(tokens), tokens], dim=1)
         x = network.norm_pre(x)
-        real = sequences.real
-        seen = None if real is None else F.pad(real, (before, 0), value=True)[:, None, None]  # n 1 1 s
-        rotations = self._rotations(sequences)
+        seen = sequences.attended(prefix=before)
+        rope, blocks = _rope_of(network), len(network.blocks)
+        angles = [None] * blocks if rope is None else _rotations(rope, sequences, blocks)
         for i, block in enumerate(network.blocks):
-            context = (seen,) if rotations is None else (rotations[i % len(rotations)], seen)
+            context = (angles[i], seen) if isinstance(network, Eva) else (seen,)
             x = run_block(block, x, *context, recompute=self.grad_checkpointing and self.training)
         return self.norm(x[:, before:])
 
@@ -159,16 +162,6 @@ class TimmViT(PlainEncoder):
         if network.pos_embed is not None and not network.no_embed_class:
             prefix = prefix + network.pos_embed[:, : self.num_prefix_tokens]
         return [prefix.to(tokens.dtype).expand(tokens.shape[0], -1, -1)]
-
-    def _rotations(self, sequences: ViewSequences) -> list[Tensor | None] | None:
-        # angles of every slot, n heads s c, one entry for all blocks or one each; None: blocks take none
-        if not isinstance(self.timm, Eva):
-            return None
-        if self.timm.rope is None:
-            return [None]
-        table = _rotary_table(self.timm.rope, sequences.rows, sequences.cols)
-        tables = table if table.ndim == 4 else table[None, None]  # blocks heads places c
-        return [sequences.at(each.transpose(0, 1)).transpose(1, 2) for each in tables]
 
 
 def timm_config(name: str, channels: int = 3) -> TimmConfig:
@@ -192,6 +185,14 @@ def timm_config(name: str, channels: int = 3) -> TimmConfig:
         position_grid=embed.grid_size,
         channels=channels,
     )
+
+
+def _rotations(rope: Any, sequences: ViewSequences, blocks: int) -> list[Tensor]:
+    """Returns the rotary angles of every slot for every block, each `[n, heads, s, c]`."""
+    table = _rotary_table(rope, sequences.rows, sequences.cols)
+    tables = table if table.ndim == 4 else table[None, None]  # blocks heads places c
+    angles = [sequences.at(each.transpose(0, 1)).transpose(1, 2) for each in tables]
+    return angles if len(angles) == blocks else angles * blocks
 
 
 def _rotary_table(rope: Any, rows: int, cols: int) -> Tensor:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from coma.errors import BadInput
@@ -65,6 +66,10 @@ class ViewSequences:
         if self.unit_of is None:
             return table[None]
         return table.index_select(0, self.unit_of.flatten()).unflatten(0, self.unit_of.shape)
+
+    def attended(self, prefix: int) -> Tensor | None:
+        """Returns the tokens to attend to, bool `[n, 1, 1, prefix + s]`; all where None."""
+        return None if self.real is None else F.pad(self.real, (prefix, 0), value=True)[:, None, None]
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean over every sequence: `[n, s, t, c]` -> `[n, 1, 1, c]`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.fx
 from einops import rearrange, repeat
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from coma.models.checkpoints import Checkpoint, Tensors, plain_vit
 from coma.models.plain import PlainEncoder
 from coma.models.position_embeddings import sincos_positions
 from coma.models.view_sequences import ViewSequences
+
+for _name in ("rearrange", "repeat", "sincos_positions"):
+    torch.fx.wrap(_name)  # one node each in graphs of torch.fx
 
 
 class ViT(PlainEncoder):
@@ -66,14 +69,13 @@ class ViT(PlainEncoder):
 
     def _embed(self, images: Tensor) -> Tensor:
         x = rearrange(self.stem(images), "b c h w -> b h w c")
-        return x + sincos_positions(*x.shape[1:], device=x.device).to(x.dtype)
+        return x + sincos_positions(x.shape[1], x.shape[2], self.config.dim, device=x.device).to(x.dtype)
 
     def _encode(self, tokens: Tensor, sequences: ViewSequences) -> Tensor:
         # with a cls token alongside
         cls = repeat(self.cls_token.to(tokens.dtype), "c -> n 1 c", n=tokens.shape[0])
         x = torch.cat([cls, tokens], dim=1)
-        real = sequences.real
-        seen = None if real is None else F.pad(real, (1, 0), value=True)[:, None, None]  # n 1 1 1+s
+        seen = sequences.attended(prefix=1)
         for block in self.blocks:
             x = run_block(block, x, seen, recompute=self.grad_checkpointing and self.training)
         return self.norm(x[:, 1:])

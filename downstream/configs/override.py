@@ -75,6 +75,11 @@ def _set_layer_decay(config: Any, rate: float) -> None:
     use_layer_decay(config.optim_wrapper, rate)
 
 
+def _steps_of_epoch(config: Any, images: int) -> float:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return images / (config.get("global_batch_size") or config.train_dataloader.batch_size * processes)
+
+
 def _set_length(config: Any, options: TrainOptions, given: Collection[str], images: int | None) -> None:
     """Sets the length of the training, and scales everything in the schedule that counts in its unit."""
     loop = config.get("train_cfg") or {}
@@ -83,7 +88,8 @@ def _set_length(config: Any, options: TrainOptions, given: Collection[str], imag
         raise BadInput("--epochs, --steps: the configuration's train_cfg has no max_epochs and no max_iters")
     if by_epoch:
         if "steps" in given:
-            raise BadInput("--steps: this configuration counts epochs; give --epochs")
+            known = "" if images is None else f", of {_steps_of_epoch(config, images):.4g} steps each"
+            raise BadInput(f"--steps: this configuration counts epochs{known}; give --epochs")
         if options.epochs < 1 or options.epochs % 1:
             raise BadInput(f"--epochs {options.epochs:g}: this configuration counts whole epochs, from 1 on")
         new = int(options.epochs)
@@ -92,9 +98,7 @@ def _set_length(config: Any, options: TrainOptions, given: Collection[str], imag
     elif images is None:
         raise BadInput("--epochs: this configuration counts iterations; give --steps, or --data")
     else:
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        batch = config.get("global_batch_size") or config.train_dataloader.batch_size * processes
-        new = max(round(options.epochs * images / batch), 1)
+        new = max(round(options.epochs * _steps_of_epoch(config, images)), 1)
     name = "max_epochs" if by_epoch else "max_iters"
     ratio, loop[name] = new / loop[name], new
     schedulers = config.get("param_scheduler") or []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -124,16 +125,33 @@ def _count_flops(
     compute: Callable[[nn.Module, Tensor, Tensor], object],
     shape: tuple[int, ...],
 ) -> float:
+    counter, images = FlopCounterMode(display=False), 2
+    with sdpa_kernel(SDPBackend.MATH):  # a CPU's fused kernels do not count
+        compute_shapes(build, compute, (images, *shape), counter)
+    return counter.get_total_flops() / images
+
+
+def compute_shapes(
+    build: Callable[[], nn.Module],
+    compute: Callable[[nn.Module, Tensor, Tensor], object],
+    shape: tuple[int, ...],
+    counter: AbstractContextManager[object],
+) -> None:
+    """Computes on tensors that have only shapes: images of `shape` [b, c, H, W] and b labels or seeds.
+
+    Args:
+        build: Builds the model, on the device meta.
+        compute: Takes the model, the images and what is beside them.
+        shape: Shape of the images.
+        counter: Context of the computation.
+    """
     with torch.device("meta"):  # timm reads numbers from tensors where it builds networks, which fakes refuse
         model = build()
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with warnings.catch_warnings(), fake, sdpa_kernel(SDPBackend.MATH):  # a CPU's fused kernels do not count
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # torch's own deepcopy
-        images, beside = torch.empty(2, *shape), torch.empty(2, dtype=torch.int64)
         model.to_empty(device="cpu")
-        with FlopCounterMode(display=False) as counter:
-            compute(model, images, beside)
-    return counter.get_total_flops() / len(images)
+        with counter:
+            compute(model, torch.empty(shape), torch.empty(shape[0], dtype=torch.int64))
 
 
 def flops_per_image(config: PretrainConfig | FinetuneConfig) -> float:

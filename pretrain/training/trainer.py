@@ -30,6 +30,7 @@ from pretrain.training.optimizer import learning_rate
 from pretrain.training.run_directory import RunDirectory, weights_to_publish
 from pretrain.training.run_plan import RunPlan, check_resumable, extended, resume_command
 from pretrain.training.run_summary import Measurement, summary
+from pretrain.training.step_memory import check_step_memory
 from pretrain.training.throughput import Meter, peak_memory
 from pretrain.training.train_step import NotFinite, StepResult, TrainStep
 
@@ -195,6 +196,7 @@ class Trainer(ABC, Generic[AnyPlan]):
             if group.main:
                 self._directory = self.run_directory()
                 self._directory.at_once = self._stop.at_once
+            check_step_memory(plan, precision, group.device)
         torch.manual_seed(plan.config.run.seed)
         self._train_step = TrainStep(
             self.objective().to(group.device),

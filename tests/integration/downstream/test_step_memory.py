@@ -65,7 +65,7 @@ def test_a_batch_that_does_not_fit_is_split(kind, needs, monkeypatch, caplog):
     monkeypatch.setattr(step_memory, "_costs", lambda *_: needs[kind])
     for room, passes in ((12.5, None), (11.5, 2), (4.5, 3), (2.5, 6)):
         fresh = config_of(kind, 256, 12)
-        monkeypatch.setattr(step_memory, "_free", lambda _, room=room: state + room * of_image)
+        monkeypatch.setattr(step_memory, "memory_of_process", lambda _, room=room: state + room * of_image)
         with caplog.at_level("INFO"):
             step_memory.split_into_passes(kind, fresh, None, "cpu")
         assert fresh.train_cfg.get("passes") == passes == fresh.optim_wrapper.get("accumulative_counts")
@@ -76,7 +76,7 @@ def test_a_batch_that_does_not_fit_is_split(kind, needs, monkeypatch, caplog):
 @pytest.mark.parametrize("kind", ["segmentor", "detector"])
 def test_what_never_fits_is_refused_with_what_would(kind, needs, monkeypatch):
     monkeypatch.setattr(step_memory, "_costs", lambda *_: needs[kind])
-    monkeypatch.setattr(step_memory, "_free", lambda _: 0.3 * GIB)
+    monkeypatch.setattr(step_memory, "memory_of_process", lambda _: 0.3 * GIB)
     with pytest.raises(BadInput, match=r"0\.3 GiB are free; try") as told:
         step_memory.split_into_passes(kind, config_of(kind, 4096, 8), None, "cpu")
     flag = "--crop-size" if kind == "segmentor" else "--short-side"
@@ -84,7 +84,7 @@ def test_what_never_fits_is_refused_with_what_would(kind, needs, monkeypatch):
     fitting = config_of(kind, side, 8)
     step_memory.split_into_passes(kind, fitting, None, "cpu")  # does not raise
     assert fitting.train_cfg.passes >= 4
-    monkeypatch.setattr(step_memory, "_free", lambda _: None)
+    monkeypatch.setattr(step_memory, "memory_of_process", lambda _: None)
     step_memory.split_into_passes(kind, config_of(kind, 4096, 8), None, "cpu")  # nobody knows
 
 

@@ -83,6 +83,11 @@ def test_flags_that_do_not_fit_are_refused(name, given, message):
         changed(name, given)
 
 
+def test_steps_of_a_schedule_in_epochs_are_refused_with_the_steps_of_an_epoch():
+    with pytest.raises(BadInput, match=r"counts epochs, of 12\.5 steps each; give --epochs"):
+        changed(RETINANET, {"steps": 5}, images=25)  # batches of 2
+
+
 def test_layer_decay_keeps_the_settings_that_it_knows():
     config = stock(RETINANET)
     config.model.backbone = {"type": "DyViT", "preset": "tiny"}
