@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from coma.amp import Precision, autocast, choose_attention
 from coma.config import FinetuneConfig, PretrainConfig
 from coma.errors import BadInput
+from coma.image_size import ImageSize
 from coma.memory import GIB, PeakBytes, memory_of_process
 from coma.messages import counted
 from coma.models import build_encoder
@@ -26,6 +27,8 @@ from pretrain.training.throughput import compute_shapes
 
 RESIDENT = 1.25
 """Resident memory over that of the tensors: what the allocator keeps and the kernels work in."""
+SMALL = 2**14
+"""Pixels of a pass that is not looked at: the largest preset keeps some 60 KiB for each, a GiB in all."""
 _CPU = torch.device("cpu")
 
 
@@ -40,7 +43,9 @@ def check_step_memory(plan: RunPlan[Any], precision: Precision, device: torch.de
     config, free = plan.config, memory_of_process(device)
     if device.type != "cpu" or free is None or config.optimizer.micro_batch or config.run.compile:
         return
-    images = plan.slices.micro_batch
+    images, size = plan.slices.micro_batch, _size(config)
+    if images * size.height * size.width <= SMALL:
+        return
     try:
         need = RESIDENT * step_bytes(config, images, precision)
     except RuntimeError:  # of what shapes alone do not tell; the line on FLOPs says so
@@ -63,7 +68,6 @@ def step_bytes(config: PretrainConfig | FinetuneConfig, images: int, precision: 
 
     Nothing is computed and no memory is taken, except for a teacher, which is built.
     """
-    size = config.view_size if isinstance(config, PretrainConfig) else config.data.image_size
     trained, peak = 0, PeakBytes()
 
     def build() -> nn.Module:
@@ -81,8 +85,12 @@ def step_bytes(config: PretrainConfig | FinetuneConfig, images: int, precision: 
         loss = output.loss if isinstance(config, PretrainConfig) else F.cross_entropy(output.float(), beside)
         loss.backward()
 
-    compute_shapes(build, compute, (images, config.model.channels, *size), peak)
+    compute_shapes(build, compute, (images, config.model.channels, *_size(config)), peak)
     return peak.peak + 2 * trained  # AdamW keeps two moments of every weight; Muon one
+
+
+def _size(config: PretrainConfig | FinetuneConfig) -> ImageSize:
+    return config.view_size if isinstance(config, PretrainConfig) else config.data.image_size
 
 
 def _build(config: PretrainConfig | FinetuneConfig) -> Any:
