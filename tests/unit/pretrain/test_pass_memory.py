@@ -35,7 +35,7 @@ PRETRAIN = PretrainConfig(
 )
 CLASSIFY = FinetuneConfig(
     artifact=Path("artifact"),
-    data=FinetuneDataConfig(image_size=ImageSize.of(64)),
+    data=FinetuneDataConfig(images=Path("images"), image_size=ImageSize.of(64)),
     model=MODEL,
     optimizer=FinetuneRecipe(batch_size=12),
     run=FinetuneRunConfig(out=Path("out")),
