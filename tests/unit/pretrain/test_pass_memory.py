@@ -7,15 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import MODEL, OBJECTIVE
+from short_runs import MODEL, OBJECTIVE, at
 
-from coma.config import DataConfig, FinetuneConfig, FinetuneRecipe, OptimizerConfig, PretrainConfig, RunConfig
-from coma.config.finetune import FinetuneDataConfig, FinetuneRunConfig
+from coma.config import (
+    DataConfig,
+    FinetuneConfig,
+    FinetuneDataConfig,
+    FinetuneRecipe,
+    FinetuneRunConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    RunConfig,
+)
 from coma.data import BatchLayout
 from coma.errors import BadInput
 from coma.image_size import ImageSize
 from coma.memory import GIB, PeakBytes
-from pretrain.training import step_memory
+from pretrain.training import pretrain, step_memory
 
 CPU = torch.device("cpu")
 PRETRAIN = PretrainConfig(
@@ -65,3 +73,12 @@ def test_a_pass_that_does_not_fit_is_refused_with_one_that_does(config, fitting,
     plan.slices, recipe = BatchLayout(12, 12), replace(config.optimizer, micro_batch=12)
     plan.config = replace(config, optimizer=recipe)  # --micro-batch 12: tries anyway
     step_memory.check_step_memory(plan, "fp32", CPU)
+
+
+def test_a_run_is_refused_before_it_writes_anything(photos, tmp_path, monkeypatch):
+    data = replace(PRETRAIN.data, images=photos, workers=0)
+    config = at(replace(PRETRAIN, data=data, optimizer=OptimizerConfig(batch_size=2)), tmp_path / "run")
+    monkeypatch.setattr(step_memory, "memory_of_process", lambda device: 1.0)
+    with pytest.raises(BadInput, match=r"2 images takes about .*; no smaller pass would"):
+        pretrain(config)
+    assert not (tmp_path / "run").exists()
