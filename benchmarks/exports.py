@@ -239,7 +239,7 @@ def as_plain(entrant: Entrant, latencies: dict[int, Latency]) -> dict[str, Any]:
 
 
 def matrix(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """A line for every model and precision: milliseconds of PyTorch, and how many times as fast others are."""
+    """A line for every model and precision: milliseconds of PyTorch, and how much faster the others are."""
     eager = {row["model"]: row for row in rows if row["verification"] is None}
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in (row for row in rows if row["verification"]):
