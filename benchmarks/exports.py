@@ -294,11 +294,6 @@ def main() -> None:
     started = time.perf_counter()
     note = busy_note(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
-        for found in pool.map(partial(measure, args=args), models_of(args, precisions)):
-            rows += found
     facts = {
         "machine": machine(),
         "versions": versions(),
@@ -306,10 +301,15 @@ def main() -> None:
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
         "busy": note,
         "verified_on": f"up to {args.verify_images} images of {args.verify or 'scikit-image'}",
-        "seconds_in_all": time.perf_counter() - started,
     }
-    if args.out:
-        args.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
+        for found in pool.map(partial(measure, args=args), models_of(args, precisions)):
+            rows += found
+            facts["seconds_in_all"] = time.perf_counter() - started
+            if args.out:
+                args.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(
         f"\n{facts['machine']}, {args.threads} thread(s); torch {torch.__version__}, "
         f"timm {timm.__version__}; {facts['verified_on']}; {args.seconds:g} s each, "
