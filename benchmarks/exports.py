@@ -21,7 +21,8 @@ run in turns, warm, at every batch; speed is relative to PyTorch's median. `--wo
 and what compiler and check said of them: a run that was stopped, or is repeated, takes up what is finished,
 and `--seconds 0` prepares all of it without timing. Give another one after changes to the exporter. Exporting
 takes a minute or two for each file of `small` on two cores. On cores that others use too, `--threads 1` or
-OMP_WAIT_POLICY=passive gives steadier numbers: PyTorch's threads wait actively for each other.
+OMP_WAIT_POLICY=passive gives steadier numbers: PyTorch's threads wait actively for each other. There
+`--cpu-time`, with one thread, counts only the seconds that the process computed.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ from export.tensorrt.rtx import check_rtx
 from export.verify.parity import verify
 
 PRECISIONS = ("fp32", "fp16", "int8")
+CLOCKS = {False: time.perf_counter, True: time.process_time}
 COMPILING = 1200
 """Seconds after which a compilation with TensorRT-RTX is stopped."""
 
@@ -79,19 +81,17 @@ class Entrant:
         model: Which one.
         precision: Of its products.
         runtime: Who computes.
-        megabytes: Of its file; None of PyTorch's.
+        file: None of PyTorch's.
         verification: How far it is from PyTorch; None of PyTorch itself.
         seconds: That exporting took; None where it was done before.
-        rtx: What TensorRT-RTX's compiler said of the file; empty if it was not asked.
     """
 
     model: Model
     precision: Precision
     runtime: Runtime
-    megabytes: float | None = None
+    file: Path | None = None
     verification: dict[str, Any] | None = None
     seconds: float | None = None
-    rtx: str = ""
 
 
 def entrants_of(model: Model, args: argparse.Namespace) -> list[Entrant]:
@@ -99,8 +99,7 @@ def entrants_of(model: Model, args: argparse.Namespace) -> list[Entrant]:
     pictures = read(model.verify, 3, args.verify_images)
     reference = TorchRuntime(model.load())
     found = [Entrant(model, "fp32", reference)]
-    least, most = (Shape(batch, model.side, model.side) for batch in (min(args.batches), max(args.batches)))
-    shapes = Shapes(least, most, most)
+    shapes = shapes_of(model.side, args)
     for precision in model.precisions:
         images = f"-{named(model.calibrate, args.calibrate_images)}" if precision == "int8" else ""
         path = file_of(model, reference.spec, precision + images, shapes, args.work)
@@ -111,7 +110,6 @@ def entrants_of(model: Model, args: argparse.Namespace) -> list[Entrant]:
             plain = file_of(model, reference.spec, "fp32", shapes, args.work)
             export(model, precision, shapes, path, plain, args)
             seconds = time.perf_counter() - started
-        rtx = compiled_by_rtx(path, shapes) if args.rtx else ""
         for device in args.devices:
             runtime = open_onnx(path, device, args.threads)
             kept_in = path.with_suffix(f".{device}-{named(model.verify, args.verify_images)}.json")
@@ -120,9 +118,14 @@ def entrants_of(model: Model, args: argparse.Namespace) -> list[Entrant]:
                 verdict = verify(reference, runtime, shapes, pictures).to_dict()
                 kept_in.write_text(json.dumps(verdict), encoding="utf-8")
             verification = json.loads(kept_in.read_text(encoding="utf-8"))
-            megabytes = path.stat().st_size / 1e6
-            found.append(Entrant(model, precision, runtime, megabytes, verification, seconds, rtx))
+            found.append(Entrant(model, precision, runtime, path, verification, seconds))
     return found
+
+
+def shapes_of(side: int, args: argparse.Namespace) -> Shapes:
+    """What files of this size take: every batch between the least and the most."""
+    least, most = (Shape(batch, side, side) for batch in (min(args.batches), max(args.batches)))
+    return Shapes(least, most, most)
 
 
 def named(place: Path | None, count: int) -> str:
@@ -210,7 +213,8 @@ def measure(model: Model, args: argparse.Namespace) -> list[dict[str, Any]]:
             partial(entrant.runtime, **inputs_of(entrant.runtime.spec, pictures, model.side, batch))
             for entrant in entrants
         ]
-        for found, latency in zip(latencies, time_interleaved(calls, batch, args.seconds), strict=True):
+        timed = time_interleaved(calls, batch, args.seconds, clock=CLOCKS[args.cpu_time])
+        for found, latency in zip(latencies, timed, strict=True):
             found[batch] = latency
     return [as_plain(*each) for each in zip(entrants, latencies, strict=True)]
 
@@ -228,11 +232,12 @@ def as_plain(entrant: Entrant, latencies: dict[int, Latency]) -> dict[str, Any]:
         "side": entrant.model.side,
         "precision": entrant.precision,
         "runtime": entrant.runtime.title,
-        "megabytes": entrant.megabytes,
+        "file": entrant.file and entrant.file.name,
+        "megabytes": entrant.file and entrant.file.stat().st_size / 1e6,
         "export_seconds": entrant.seconds,
         "least_cosine": min(known("cosine"), default=None),
         "largest_error": max(known("max"), default=None),
-        "rtx": entrant.rtx,
+        "rtx": "",
         "verification": entrant.verification,
         "latency": {str(batch): vars(latency) for batch, latency in latencies.items()},
     }
@@ -284,12 +289,15 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=list(PEERS), help="names of timm's models for 224 px")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--seconds", type=float, default=10.0, help="of each runtime at each batch")
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds of one thread")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     precisions = tuple(args.precisions or (PRECISIONS if args.calibrate else PRECISIONS[:-1]))
     if "int8" in precisions and not args.calibrate:
         parser.error("int8 needs --calibrate IMAGES")
+    if args.cpu_time and args.threads != 1:
+        parser.error("--cpu-time adds up what threads compute at once: it needs --threads 1")
 
     started = time.perf_counter()
     note = busy_note(args.threads)
@@ -298,18 +306,27 @@ def main() -> None:
         "machine": machine(),
         "versions": versions(),
         "threads": args.threads,
+        "clock": CLOCKS[args.cpu_time].__name__,
+        "seconds": args.seconds,
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
         "busy": note,
         "verified_on": f"up to {args.verify_images} images of {args.verify or 'scikit-image'}",
     }
     rows: list[dict[str, Any]] = []
+
+    def save() -> None:
+        facts["seconds_in_all"] = time.perf_counter() - started
+        if args.out:
+            args.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
         for found in pool.map(partial(measure, args=args), models_of(args, precisions)):
             rows += found
-            facts["seconds_in_all"] = time.perf_counter() - started
-            if args.out:
-                args.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+            save()
+    for row in (row for row in rows if args.rtx and row["file"]):  # after all that is timed
+        row["rtx"] = compiled_by_rtx(args.work / row["file"], shapes_of(row["side"], args))
+        save()
     print(
         f"\n{facts['machine']}, {args.threads} thread(s); torch {torch.__version__}, "
         f"timm {timm.__version__}; {facts['verified_on']}; {args.seconds:g} s each, "
