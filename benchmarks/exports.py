@@ -16,19 +16,23 @@ the limits of its precision. "least cosine" and "largest error" are the worst of
 Peers, 1,000-class classifiers of timm with random weights, take the same way: torch.onnx.export (dynamo,
 opset 18, dynamic batch), the same check, the same runtimes.
 
-All runtimes of all models run in turns, warm, at every batch; speed is relative to PyTorch's median. `--work`
-keeps artifacts and exports: a run that was stopped, or is repeated, takes up what is finished. Give another
-one after changes to the exporter. Exporting takes a minute or two for each file of `small` on two cores. On
-cores that others use too, `--threads 1` or OMP_WAIT_POLICY=passive gives steadier numbers: PyTorch's threads
-wait actively for each other.
+Every model has a process of its own, so that the memory is that of one model. In it all runtimes of the model
+run in turns, warm, at every batch; speed is relative to PyTorch's median. `--work` keeps artifacts, exports
+and what compiler and check said of them: a run that was stopped, or is repeated, takes up what is finished,
+and `--seconds 0` prepares all of it without timing. Give another one after changes to the exporter. Exporting
+takes a minute or two for each file of `small` on two cores. On cores that others use too, `--threads 1` or
+OMP_WAIT_POLICY=passive gives steadier numbers: PyTorch's threads wait actively for each other. There
+`--cpu-time`, with one thread, counts only the seconds that the process computed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -62,9 +66,11 @@ from export.preprocessing import open_images
 from export.quantization import quantize_int8
 from export.tensorrt.rtx import check_rtx
 from export.verify.parity import verify
-from export.verify.verdict import ParityResult
 
 PRECISIONS = ("fp32", "fp16", "int8")
+CLOCKS = {False: time.perf_counter, True: time.process_time}
+COMPILING = 1200
+"""Seconds after which a compilation with TensorRT-RTX is stopped."""
 
 
 @dataclass(frozen=True)
@@ -75,19 +81,17 @@ class Entrant:
         model: Which one.
         precision: Of its products.
         runtime: Who computes.
-        megabytes: Of its file; None of PyTorch's.
-        verdict: How far it is from PyTorch; None of PyTorch itself.
+        file: None of PyTorch's.
+        verification: How far it is from PyTorch; None of PyTorch itself.
         seconds: That exporting took; None where it was done before.
-        rtx: What TensorRT-RTX's compiler said of the file; empty if it was not asked.
     """
 
     model: Model
     precision: Precision
     runtime: Runtime
-    megabytes: float | None = None
-    verdict: ParityResult | None = None
+    file: Path | None = None
+    verification: dict[str, Any] | None = None
     seconds: float | None = None
-    rtx: str = ""
 
 
 def entrants_of(model: Model, args: argparse.Namespace) -> list[Entrant]:
@@ -95,12 +99,9 @@ def entrants_of(model: Model, args: argparse.Namespace) -> list[Entrant]:
     pictures = read(model.verify, 3, args.verify_images)
     reference = TorchRuntime(model.load())
     found = [Entrant(model, "fp32", reference)]
-    least, most = (Shape(batch, model.side, model.side) for batch in (min(args.batches), max(args.batches)))
-    shapes = Shapes(least, most, most)
+    shapes = shapes_of(model.side, args)
     for precision in model.precisions:
-        images = ""
-        if precision == "int8" and model.calibrate:
-            images = f"-{args.calibrate_images}-of-{'-'.join(model.calibrate.parts[-2:])}"
+        images = f"-{named(model.calibrate, args.calibrate_images)}" if precision == "int8" else ""
         path = file_of(model, reference.spec, precision + images, shapes, args.work)
         seconds = None
         if not path.exists():
@@ -109,23 +110,43 @@ def entrants_of(model: Model, args: argparse.Namespace) -> list[Entrant]:
             plain = file_of(model, reference.spec, "fp32", shapes, args.work)
             export(model, precision, shapes, path, plain, args)
             seconds = time.perf_counter() - started
-        rtx = compiled_by_rtx(path, shapes) if args.rtx else ""
-        print(f"{model.name} {precision}: comparing with PyTorch", flush=True)
         for device in args.devices:
-            runtime = open_onnx(path, device, torch.get_num_threads())
-            verdict = verify(reference, runtime, shapes, pictures)
-            megabytes = path.stat().st_size / 1e6
-            found.append(Entrant(model, precision, runtime, megabytes, verdict, seconds, rtx))
+            runtime = open_onnx(path, device, args.threads)
+            kept_in = path.with_suffix(f".{device}-{named(model.verify, args.verify_images)}.json")
+            if not kept_in.exists():
+                print(f"{model.name} {precision}, {device}: comparing with PyTorch", flush=True)
+                verdict = verify(reference, runtime, shapes, pictures).to_dict()
+                kept_in.write_text(json.dumps(verdict), encoding="utf-8")
+            verification = json.loads(kept_in.read_text(encoding="utf-8"))
+            found.append(Entrant(model, precision, runtime, path, verification, seconds))
     return found
 
 
+def shapes_of(side: int, args: argparse.Namespace) -> Shapes:
+    """What files of this size take: every batch between the least and the most."""
+    least, most = (Shape(batch, side, side) for batch in (min(args.batches), max(args.batches)))
+    return Shapes(least, most, most)
+
+
+def named(place: Path | None, count: int) -> str:
+    """Images of a folder, for the names of files that depend on them."""
+    return f"{count}-of-{'-'.join(place.parts[-2:]) if place else 'scikit-image'}"
+
+
 def compiled_by_rtx(path: Path, shapes: Shapes) -> str:
-    """What TensorRT-RTX's compiler says of a file; kept beside it."""
+    """What TensorRT-RTX's compiler, in a process of its own, says of a file; kept beside it."""
     kept_in = path.with_suffix(".rtx.txt")
+    ends = time.monotonic() + COMPILING
+
+    def stop_when_late(*_: object) -> None:
+        if time.monotonic() > ends:
+            raise CheckFailed(f"{path}: not compiled after {COMPILING} s")
+
     if not kept_in.exists():
         print(f"{path.name}: compiling with TensorRT-RTX", flush=True)
         try:
-            report = check_rtx(path, (profile_of(read_model_spec(onnx.load(path), path.name), shapes),))
+            profile = profile_of(read_model_spec(onnx.load(path), path.name), shapes)
+            report = check_rtx(path, (profile,), progress=stop_when_late)
             said = f"compiled in {report.seconds:.0f} s"
         except CheckFailed as error:
             said = f"refused: {str(error).removeprefix(f'{path}: ')}"
@@ -180,64 +201,66 @@ def inputs_of(spec: ModelSpec, pictures: list[np.ndarray], side: int, batch: int
     return inputs | {"images": to_input([shown[i % len(shown)] for i in range(batch)], rule)}
 
 
-def time_all(entrants: list[Entrant], batch: int, args: argparse.Namespace) -> list[Latency]:
-    """Returns the latency of every entrant; they are timed in turns."""
-    print(f"batch {batch}: timing {len(entrants)} runtimes in turns", flush=True)
-    calls = []
-    for entrant in entrants:
-        pictures = read(entrant.model.verify, 3, args.verify_images)
-        inputs = inputs_of(entrant.runtime.spec, pictures, entrant.model.side, batch)
-        calls.append(partial(entrant.runtime, **inputs))
-    return time_interleaved(calls, batch, args.seconds)
+def measure(model: Model, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of a model; its runtimes are timed in turns."""
+    torch.set_num_threads(args.threads)
+    entrants = entrants_of(model, args)
+    latencies: list[dict[int, Latency]] = [{} for _ in entrants]
+    for batch in args.batches if args.seconds else ():
+        print(f"{model.name}: timing {len(entrants)} runtimes in turns at batch {batch}", flush=True)
+        pictures = read(model.verify, 3, args.verify_images)
+        calls = [
+            partial(entrant.runtime, **inputs_of(entrant.runtime.spec, pictures, model.side, batch))
+            for entrant in entrants
+        ]
+        timed = time_interleaved(calls, batch, args.seconds, clock=CLOCKS[args.cpu_time])
+        for found, latency in zip(latencies, timed, strict=True):
+            found[batch] = latency
+    return [as_plain(*each) for each in zip(entrants, latencies, strict=True)]
 
 
 def as_plain(entrant: Entrant, latencies: dict[int, Latency]) -> dict[str, Any]:
     """A row, in numbers."""
-    verdict = entrant.verdict
-    outputs = list(verdict.outputs.values()) if verdict else []
+    outputs = list(entrant.verification["outputs"].values()) if entrant.verification else []
+
+    def known(name: str) -> list[float]:
+        return [each[name] for each in outputs if each[name] is not None]
+
     return {
         "model": entrant.model.name,
         "weights": entrant.model.weights,
         "side": entrant.model.side,
         "precision": entrant.precision,
         "runtime": entrant.runtime.title,
-        "megabytes": entrant.megabytes,
+        "file": entrant.file and entrant.file.name,
+        "megabytes": entrant.file and entrant.file.stat().st_size / 1e6,
         "export_seconds": entrant.seconds,
-        "least_cosine": min((o.cosine for o in outputs if o.compared or not o.finite), default=None),
-        "largest_error": max((o.max for o in outputs), default=None),
-        "rtx": entrant.rtx,
-        "verification": verdict.to_dict() if verdict else None,
+        "least_cosine": min(known("cosine"), default=None),
+        "largest_error": max(known("max"), default=None),
+        "rtx": "",
+        "verification": entrant.verification,
         "latency": {str(batch): vars(latency) for batch, latency in latencies.items()},
     }
 
 
-def as_text(row: dict[str, Any], eager: dict[str, Any]) -> dict[str, str]:
-    """The same for the table."""
-    verification = row["verification"]
-    failures = "; ".join(verification["failures"]) if verification else ""
-
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else f"{value:{form}}"
-
-    text = {
-        "model": row["model"],
-        "px": str(row["side"]),
-        "weights": row["weights"],
-        "precision": row["precision"],
-        "run by": row["runtime"],
-        "MB": number(row["megabytes"], ".1f"),
-        "least cosine": number(row["least_cosine"], ".7f"),
-        "largest error": number(row["largest_error"], ".2g"),
-        "limits": "" if not verification else failures or "kept",
-        "RTX": row["rtx"][:40],
-    }
-    for batch, latency in row["latency"].items():
-        at = f"batch {batch}"
-        for name, key in (("p50 ms", "p50"), ("p90", "p90"), ("images/s", "images_per_second")):
-            value = latency[key]
-            text[f"{at}: {name}"] = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-        text[f"{at}: speed"] = f"{eager['latency'][batch]['p50'] / latency['p50']:.2f} x"
-    return text
+def matrix(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """A line for every model and precision: milliseconds of PyTorch, and how much faster the others are."""
+    eager = {row["model"]: row for row in rows if row["verification"] is None}
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in (row for row in rows if row["verification"]):
+        first = eager[row["model"]]
+        fresh = {"model": row["model"], "px": str(row["side"]), "weights": row["weights"]}
+        fresh |= {"precision": row["precision"], "MB": f"{row['megabytes']:.1f}"}
+        line = lines.setdefault((row["model"], row["precision"]), fresh)
+        runtime = row["runtime"].partition(",")[0]
+        for batch, latency in row["latency"].items():
+            eager_ms = first["latency"][batch]["p50"]
+            line[f"PyTorch, {batch}: ms"] = f"{eager_ms:.3g}" if eager_ms < 100 else f"{eager_ms:.0f}"
+            line[f"{runtime}, {batch}: speed"] = f"{eager_ms / latency['p50']:.2f}"
+        said = "; ".join(row["verification"]["failures"]) or f"{row['least_cosine']:.7f}"
+        line[f"{runtime}: cosine"] = said
+        line["RTX"] = row["rtx"][:40]
+    return list(lines.values())
 
 
 def main() -> None:
@@ -265,36 +288,45 @@ def main() -> None:
     parser.add_argument("--verify-images", type=int, default=16)
     parser.add_argument("--peers", nargs="*", default=list(PEERS), help="names of timm's models for 224 px")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each runtime at each batch")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each runtime at each batch")
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds of one thread")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     precisions = tuple(args.precisions or (PRECISIONS if args.calibrate else PRECISIONS[:-1]))
     if "int8" in precisions and not args.calibrate:
         parser.error("int8 needs --calibrate IMAGES")
+    if args.cpu_time and args.threads != 1:
+        parser.error("--cpu-time adds up what threads compute at once: it needs --threads 1")
 
     started = time.perf_counter()
-    torch.set_num_threads(args.threads)
     note = busy_note(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    entrants = [e for model in models_of(args, precisions) for e in entrants_of(model, args)]
-    latencies = {batch: time_all(entrants, batch, args) for batch in args.batches}
-    rows = [
-        as_plain(entrant, {batch: found[number] for batch, found in latencies.items()})
-        for number, entrant in enumerate(entrants)
-    ]
-    eager = {row["model"]: row for row in rows if row["verification"] is None}
     facts = {
         "machine": machine(),
         "versions": versions(),
         "threads": args.threads,
+        "clock": CLOCKS[args.cpu_time].__name__,
+        "seconds": args.seconds,
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
         "busy": note,
         "verified_on": f"up to {args.verify_images} images of {args.verify or 'scikit-image'}",
-        "seconds_in_all": time.perf_counter() - started,
     }
-    if args.out:
-        args.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+
+    def save() -> None:
+        facts["seconds_in_all"] = time.perf_counter() - started
+        if args.out:
+            args.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
+        for found in pool.map(partial(measure, args=args), models_of(args, precisions)):
+            rows += found
+            save()
+    for row in (row for row in rows if args.rtx and row["file"]):  # after all that is timed
+        row["rtx"] = compiled_by_rtx(args.work / row["file"], shapes_of(row["side"], args))
+        save()
     print(
         f"\n{facts['machine']}, {args.threads} thread(s); torch {torch.__version__}, "
         f"timm {timm.__version__}; {facts['verified_on']}; {args.seconds:g} s each, "
@@ -302,7 +334,7 @@ def main() -> None:
     )
     if note:
         print(f"note: {note}")
-    print("\n" + table([as_text(row, eager[row["model"]]) for row in rows]))
+    print("\n" + table(matrix(rows)))
 
 
 if __name__ == "__main__":

@@ -179,7 +179,8 @@ def main() -> None:
             for row in measure(Path(artifact), graph, args, Path(folder)):
                 print(row, flush=True)
                 rows.append(row)
-    report(f"{args.threads} threads", rows, args.out)
+    images = f"{args.images} images to calibrate with, up to {args.verify_images} others to compare on"
+    report(f"{images}; {args.threads} thread(s), {args.size} px", rows, args.out)
 
 
 if __name__ == "__main__":

@@ -306,6 +306,12 @@ def test_calls_run_in_turns():
     assert order == [*"aaabbb", *"ab" * 3]  # warm each, then in turns
 
 
+def test_latency_is_what_the_clock_counts():
+    ticks = iter(range(100))
+    (latency,) = time_interleaved([lambda: None], 4, seconds=0, least=3, clock=lambda: next(ticks) / 2)
+    assert (latency.p50, latency.images_per_second, latency.runs) == (500, 8, 3)
+
+
 def test_help_says_what_it_does(capsys):
     assert cli.main(["benchmark", "--help"]) == 0
     shown = capsys.readouterr().out

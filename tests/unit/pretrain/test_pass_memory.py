@@ -78,6 +78,7 @@ def test_a_pass_that_does_not_fit_is_refused_with_one_that_does(config, fitting,
 def test_a_run_is_refused_before_it_writes_anything(photos, tmp_path, monkeypatch):
     data = replace(PRETRAIN.data, images=photos, workers=0)
     config = at(replace(PRETRAIN, data=data, optimizer=OptimizerConfig(batch_size=2)), tmp_path / "run")
+    monkeypatch.setattr(step_memory, "SMALL", 0)
     monkeypatch.setattr(step_memory, "memory_of_process", lambda device: 1.0)
     with pytest.raises(BadInput, match=r"2 images takes about .*; no smaller pass would"):
         pretrain(config)
