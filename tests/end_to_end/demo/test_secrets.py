@@ -168,7 +168,7 @@ def test_the_other_ways_to_call_say_the_same(server, prefix, capfd):
 
 
 def test_files_are_sent_from_the_folder_alone(server):
-    upload = {"files": ("mine.png", (server.folder / EXAMPLES / "astronaut.png").read_bytes())}
+    upload = {"files": ("mine.png", (server.folder / EXAMPLES / "coins.png").read_bytes())}
     mine = server.web.post("/gradio_api/upload", files=upload).json()[0]
     page = {"files": ("page.html", b"<script>alert(1)</script>")}
     text = server.web.post("/gradio_api/upload", files=page).json()[0]
