@@ -17,7 +17,7 @@ CSS = """
 #result { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); position: relative; }
 #result > .block { aspect-ratio: 1; height: auto !important; min-width: 0 !important; }
 #result img { object-fit: contain; image-rendering: auto; }
-#numbers { min-height: 100px; } #about { min-height: 64px; }
+#numbers { min-height: 114px; } #about { min-height: 90px; }
 body[data-stale] :is(#result, #numbers, #views) { opacity: .45; transition: opacity .2s .15s; }
 body[data-stale] #result::after { content: "Updating\\2026";
   position: absolute; inset: 45% 0 auto; margin: auto;
@@ -62,6 +62,10 @@ ul.off li { opacity: .75; } ul.off li::before { content: "\\2298\\a0"; } ul.off 
 .pictures .caption-label { white-space: normal !important; font-size: .78rem !important;
   max-width: 94% !important; text-align: left; }
 .pictures .grid-wrap, .pictures .fixed-height { min-height: 0 !important; max-height: none !important; }
+.dark { --color-accent: #2dd4bf; }
+.icon-button, a.download-link { min-width: 24px; min-height: 24px; display: inline-flex !important;
+  align-items: center; justify-content: center; }
+#right .empty[aria-label] { display: none; } #top5 { overflow: visible !important; }
 :focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 1px; }
 @media (max-width: 700px) {
   #header h1 { font-size: 1.2rem; } #header p { display: none; }
@@ -71,7 +75,9 @@ ul.off li { opacity: .75; } ul.off li::before { content: "\\2298\\a0"; } ul.off 
   #left, #right { width: 100%; min-width: 0 !important; contain: inline-size; overflow-x: clip; }
   #left { display: contents !important; }
   #right { grid-row: 3; } #about { grid-row: 4; } #rules { grid-row: 5; }
-  #picture { height: 150px !important; } #controls { min-height: 150px; }
+  #picture { height: 150px !important; } #examples .thumbnail-lg { height: 66px; }
+  #controls { min-height: 240px; align-content: start; } #controls .form { flex: 1 1 100%; }
+  #controls .form > * { flex: 1 1 40%; } #controls button { flex: 1 1 100%; }
   #result { grid-template-columns: repeat(2, minmax(0, 1fr)); } #seen { order: 3; }
   .settings:not(#controls) .form > *, .settings:not(#controls) > .block { flex: 1 1 100% !important; }
   .settings button.lg { font-size: .95rem; white-space: nowrap; }
@@ -86,9 +92,18 @@ def theme() -> Any:
     import gradio as gr
     from gradio.themes.utils.fonts import Font
 
-    return gr.themes.Default(
+    colours = gr.themes.Default(
         primary_hue="teal",
         neutral_hue="slate",
         font=[Font("system-ui"), Font("-apple-system"), Font("Segoe UI"), Font("sans-serif")],
         font_mono=[Font("ui-monospace"), Font("Menlo"), Font("Consolas"), Font("monospace")],
+    )
+    return colours.set(  # contrasts of at least 4.5
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        color_accent="*primary_700",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
     )

@@ -39,6 +39,12 @@ COMPARE = """
 """Runs when a control or the result changes; `body[data-stale]` marks the result while it is not current."""
 
 
+MARK = """() => document.addEventListener('input', event => {
+    if (event.target.closest('#controls, #more')) document.body.dataset.stale = 'input';
+}, true)"""
+"""Marks the result in the frame in which a control moves: gradio reports the change a few frames later."""
+
+
 def restore(query: dict[str, str], models: Models, examples: list[str]) -> dict[str, Any]:
     """Returns the settings of an address by parameter; those that do not exist on this page are left out."""
     found: dict[str, Any] = {}
@@ -61,8 +67,16 @@ def restore(query: dict[str, str], models: Models, examples: list[str]) -> dict[
 
 def clear_on_change(controls: Sequence[Any], results: Sequence[Any], event: Any) -> None:
     """Removes results, and drops the one that `event` is computing, when a control changes."""
-    empty = f"() => [{', '.join(['null'] * len(results))}]"
-    gr.on([each.change for each in controls], None, None, list(results), js=empty, cancels=[event], **PRIVATE)
+    empty = ["''" if isinstance(each, gr.HTML) else "null" for each in results]
+    gr.on(
+        [each.change for each in controls],
+        None,
+        None,
+        list(results),
+        js=f"() => [{', '.join(empty)}]",
+        cancels=[event],
+        **PRIVATE,
+    )
 
 
 def query_of(request: gr.Request | None) -> dict[str, str]:

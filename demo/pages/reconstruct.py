@@ -14,7 +14,7 @@ import numpy as np
 from demo.inputs import CheckedEditor
 from demo.masking import LARGEST_SEED, METHODS, mask_picture
 from demo.models import Model
-from demo.pages.page_state import COMPARE, PRIVATE, query_of, restore
+from demo.pages.page_state import COMPARE, MARK, PRIVATE, query_of, restore
 from demo.pages.results import CANVAS, about_picture, facts_html, large, result_facts, view_pictures
 from demo.reconstruction import reconstruct
 from demo.render import heat_map, to_rgb
@@ -93,7 +93,10 @@ def reconstruct_tab(
             [(title, key) for key, title in STATISTICS.items()], value="visible",
             label="Mean and contrast of hidden patches from", visible=first.norm_pix, elem_id="statistics",
         )  # fmt: skip
-        gr.HTML(padding=False, value=heading("Every view, and the error (black is 0, yellow is 128 of 255)"))
+        gr.HTML(
+            padding=False,
+            value=heading("All pictures to download; in the error, black is 0, yellow is 128 of 255"),
+        )
         gallery = gr.Gallery(
             label="All views", show_label=False, format="png", columns=4, height="auto", object_fit="contain",
             buttons=["download", "download_all", "fullscreen"], interactive=False, elem_id="views",
@@ -134,12 +137,13 @@ def reconstruct_tab(
         result = reconstruct(ran, resized, what.visible, source, what.degraded, what.predicts_all)
         found |= result_facts(result, chosen, resized, spec.unit, method, int(seed), ran.title, source)
         views = view_pictures(result)
+        rebuilt = (large(to_rgb(result.merged)), "reconstruction")
         error = (large(heat_map(result.error, result.predicted), blocks=True), "error of the reconstruction")
-        files = session.save_all([*views, error])
+        files = session.save_all([*views, rebuilt, error])
         return (
             session.save(large(to_rgb(result.original))),
             files[0][0],
-            session.save(large(to_rgb(result.merged))),
+            files[-2][0],
             files,
             text,
             facts_html(found),
@@ -185,6 +189,7 @@ def reconstruct_tab(
     page.load(
         opened, None, [picture, model, method, ratio, seed, runtime, statistics, missing], **PRIVATE
     ).then(run, **work, **PRIVATE)
+    page.load(None, js=MARK, **PRIVATE)
     gr.on([facts.change, *changes], None, [facts, *controls], js=COMPARE, **PRIVATE)
     method.change(changed_method, method, [ratio, seed, again], **PRIVATE)
     model.input(changed_model, model, [runtime, statistics, missing, method], **PRIVATE)
@@ -197,7 +202,7 @@ def reconstruct_tab(
 
 def _panel(label: str, name: str, alt: str) -> gr.Image:
     return gr.Image(
-        label=label, format="png", interactive=False, elem_id=name, buttons=["download", "fullscreen"],
+        label=label, format="png", interactive=False, elem_id=name, buttons=["fullscreen"],
         alt_text=alt, min_width=100,
     )  # fmt: skip
 

@@ -31,7 +31,7 @@ def test_a_visit(browser, address, tmp_path):
     first = visit.number("PSNR, masked pixels")
     assert re.fullmatch(r"\d+\.\d\d dB", first) and visit.number("mask unit") == "16 px"
     visit.more()
-    assert page.locator("#views img").count() == 5
+    assert page.locator("#views img").count() == 6
 
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "mine.png")
@@ -43,7 +43,7 @@ def test_a_visit(browser, address, tmp_path):
 
     visit.choose("method", "CoMA: four views")
     visit.until("text.includes('75%') || text.includes('78%')")
-    page.wait_for_function("() => document.querySelectorAll('#views img').length == 9")
+    page.wait_for_function("() => document.querySelectorAll('#views img').length == 10")
     page.locator("#runtime label", has_text="ONNX Runtime").click()
     page.wait_for_selector("#numbers .card[title^='ONNX Runtime 1']")
     assert "TensorRT" in page.inner_text("#missing") and "coma export" in page.inner_text("#missing")

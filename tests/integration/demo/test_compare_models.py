@@ -28,9 +28,7 @@ def test_finer_grids_get_the_mask_of_the_coarsest_one(models):
 
 def test_grids_that_do_not_align_are_refused(models):
     chosen = [models[name] for name in ("px96", "px80")]
-    with pytest.raises(
-        BadInput, match="px96 masks 6 x 6 units"
-    ):
+    with pytest.raises(BadInput, match="px96 masks 6 x 6 units"):
         compare_models(chosen, lambda _: data.astronaut(), "mae", 3, 0.5)
 
 
