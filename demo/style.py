@@ -76,6 +76,7 @@ ul.off li { opacity: .75; } ul.off li::before { content: "\\2298\\a0"; } ul.off 
   #left { display: contents !important; }
   #right { grid-row: 3; } #about { grid-row: 4; } #rules { grid-row: 5; }
   #picture { height: 150px !important; } #examples .thumbnail-lg { height: 66px; }
+  #examples { height: 84px !important; min-height: 0 !important; overflow: hidden; }
   #controls { min-height: 240px; align-content: start; } #controls .form { flex: 1 1 100%; }
   #controls .form > * { flex: 1 1 40%; } #controls button { flex: 1 1 100%; }
   #result { grid-template-columns: repeat(2, minmax(0, 1fr)); } #seen { order: 3; }

@@ -54,7 +54,7 @@ def compare_tab(session: Session, picture: gr.Image) -> None:
         rows = [_facts(*pair) for pair in zip(chosen, results, strict=True)]
         first = results[0]
         masked = cover(to_rgb(first.shown), first.hidden[0])
-        shown = [_figure(session, "Masked", "What the first view sees.", masked)]
+        shown = [_figure(session, "Masked", "What the first view sees.", large(masked, blocks=True))]
         for row, each in zip(rows, results, strict=True):
             psnr = "exact" if row["psnr_db"] is None else f"PSNR {row['psnr_db']:.2f} dB"
             text = f"{psnr}, SSIM {row['ssim']}, {row['milliseconds']} ms. {row['about']}."

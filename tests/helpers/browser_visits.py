@@ -55,5 +55,6 @@ class Visit:
     def until(self, condition: str) -> None:
         """Wait until `condition`, of the numbers' text, holds."""
         self.page.wait_for_function(
-            f"() => {{ const text = document.querySelector('#numbers')?.innerText ?? ''; return {condition}; }}"
+            "() => { const text = document.querySelector('#numbers')?.innerText ?? ''; "
+            f"return {condition}; }}"
         )
