@@ -146,8 +146,8 @@ def test_the_walk_would_notice_a_secret(server):
     Image.new("RGB", (64, 64), SECRET).save(copy)
     event = next(each for each in server.config["dependencies"] if each["api_name"] == "reconstruct")
     answer = ask(server, [usual(server, event, picture=str(copy))])[0]
-    copy.unlink()
     assert answer["success"] and shows_secret(server, answer)
+    copy.unlink()
 
 
 @pytest.mark.parametrize("prefix", ["call", "call/v2", "run", "api"])
