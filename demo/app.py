@@ -17,15 +17,18 @@ from starlette.middleware import Middleware
 from coma.errors import ComaError
 from coma.masking.patchify import unit_grid
 from coma.runtimes.model_spec import GraphKind
+from demo.compare_models import FEWEST, comparable
+from demo.examples import example_pictures
 from demo.gradio_internals import clear_file_lists
 from demo.inputs import BLOBS, CheckedBlocks, CheckedImage, one_line
 from demo.masking import sample_views
 from demo.middleware import RequestGuard
 from demo.models import Models
+from demo.pages.compare import compare_tab
 from demo.pages.downstream import TITLES, classify_tab, detect_tab, segment_tab
 from demo.pages.guide import guide
 from demo.pages.introspection import introspection_tab
-from demo.pages.reconstruct import example_pictures, reconstruct_tab
+from demo.pages.reconstruct import reconstruct_tab
 from demo.pages.runtimes import runtimes_tab
 from demo.reconstruction import reconstruct
 from demo.render import heat_map
@@ -40,6 +43,14 @@ SESSIONS = 256
 """Visitors whose state is kept in memory."""
 WAITING = 64
 """Longest queue; requests beyond it are refused with a message."""
+HEADER = (
+    "<h1>CoMA-DyViT</h1><p>Hide parts of a picture and see what a model that was pre-trained without labels "
+    "makes of the rest.</p>"
+)
+RULES = (
+    f"<p class='note'>{ACCEPTED}; at most {MAX_BYTES >> 20} MB and {MAX_PIXELS // 10**6} megapixels. "
+    "Pictures stay on this server and are deleted within the hour.</p>"
+)
 
 
 def build_page(models: Models, storage: Storage) -> tuple[CheckedBlocks, dict[str, Any]]:
@@ -52,14 +63,15 @@ def build_page(models: Models, storage: Storage) -> tuple[CheckedBlocks, dict[st
     _warm_up(models)
     session = Session(models, storage)
     examples = example_pictures(storage)
+    names = [Path(path).stem for path in examples]
 
     def choose(event: gr.SelectData) -> str:
         return examples[event.index]
 
     with CheckedBlocks(title="CoMA-DyViT", analytics_enabled=False, fill_width=True) as page:
-        gr.HTML(_header(models), elem_id="header")
+        gr.HTML(HEADER, elem_id="header", padding=False)
         with gr.Row(elem_id="main"):
-            with gr.Column(scale=1, min_width=280, elem_id="left"):
+            with gr.Column(scale=1, min_width=260, elem_id="left"):
                 picture = CheckedImage(
                     value=examples[0],
                     label="Picture",
@@ -68,24 +80,22 @@ def build_page(models: Models, storage: Storage) -> tuple[CheckedBlocks, dict[st
                     format="png",
                     sources=["upload", "clipboard", "webcam"],
                     elem_id="picture",
-                    height=300,
+                    height=240,
                     alt_text="The input picture",
                     buttons=["fullscreen"],
                     placeholder="Drop a picture here, or click to choose one",
                 )
                 chosen = gr.Gallery(
-                    [(path, Path(path).stem.split("_")[0]) for path in examples], label="Examples", columns=4,
+                    list(zip(examples, names, strict=True)), label="Examples", columns=4, show_label=False,
                     height="auto", object_fit="cover", allow_preview=False, interactive=False, buttons=[],
                     elem_id="examples", elem_classes="pictures",
                 )  # fmt: skip
-                chosen.select(choose, None, picture, api_visibility="private")
-                gr.HTML(
-                    f"<p class='note'>{ACCEPTED}; at most {MAX_BYTES >> 20} MB and {MAX_PIXELS // 10**6} "
-                    "megapixels. Pictures stay on this server and are deleted within the hour.</p>"
-                )
+                chosen.select(choose, None, picture, api_visibility="private", show_progress="hidden")
+                about = gr.HTML(elem_id="about", padding=False, label="About the picture")
+                gr.HTML(RULES, elem_id="rules", padding=False)
             with gr.Column(scale=3, min_width=320, elem_id="right"), gr.Tabs(elem_id="tabs"):
-                _tabs(session, picture, page)
-        guide(models)
+                _tabs(session, picture, about, page, examples)
+        guide(models, page)
     page.storage = storage
     page.queue(max_size=WAITING, default_concurrency_limit=4, api_open=False)
     protection = {
@@ -138,11 +148,14 @@ def _warm_up(models: Models) -> None:
         heat_map(rebuilt.error, rebuilt.predicted)
 
 
-def _tabs(session: Session, picture: gr.Image, page: gr.Blocks) -> None:
+def _tabs(session: Session, picture: gr.Image, about: gr.HTML, page: gr.Blocks, examples: list[str]) -> None:
     models = session.models
     if models.having("reconstructor"):
         with gr.Tab("Reconstruct"):
-            reconstruct_tab(session, picture, page)
+            reconstruct_tab(session, picture, about, page, examples)
+    if len(comparable(models)) >= FEWEST:
+        with gr.Tab("Compare"):
+            compare_tab(session, picture)
     makers: dict[GraphKind, Any] = {
         "classifier": classify_tab,
         "detector": detect_tab,
@@ -157,13 +170,3 @@ def _tabs(session: Session, picture: gr.Image, page: gr.Blocks) -> None:
             introspection_tab(session, picture)
     with gr.Tab("Runtimes"):
         runtimes_tab(session, picture)
-
-
-def _header(models: Models) -> str:
-    import html
-
-    names = ", ".join(f"{html.escape(name)} ({models[name].kind})" for name in models.names)
-    return (
-        "<h1>CoMA-DyViT</h1><p>Mask parts of a picture and see how a model that was pre-trained without "
-        f"labels reconstructs them. <span class='models'>Models: {names}</span></p>"
-    )

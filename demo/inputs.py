@@ -69,6 +69,8 @@ class CheckedBlocks(gr.Blocks):
         self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False
     ) -> list[Any]:
         """Checks the arguments of an event before gradio prepares them."""
+        if block_fn.fn is None:
+            raise refusal("This runs in the browser alone.")
         wanted = block_fn.inputs
         if len(inputs) != len(wanted):
             raise refusal(f"This takes {len(wanted)} values, not {len(inputs)}: see Use via API on the page.")
@@ -98,6 +100,11 @@ def check_value(component: Any, value: Any, storage: Storage) -> Any:
         if type(value) in (str, int, float) and value in choices:
             return value
         raise refusal(f"{component.label}: choose one of {', '.join(map(str, choices))}.")
+    if isinstance(component, gr.CheckboxGroup):
+        choices = [choice for _, choice in component.choices]
+        if isinstance(value, list) and all(isinstance(each, str) and each in choices for each in value):
+            return list(dict.fromkeys(value))
+        raise refusal(f"{component.label}: give a list of {', '.join(map(str, choices))}.")
     raise TypeError(f"{type(component).__name__} has no check, and so takes no values")
 
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 from coma.artifact import ArtifactConfig, load_artifact
 from coma.artifact.load import artifact_hash
+from coma.config import EncoderConfig
 from coma.errors import BadInput, ComaError
 from coma.models import Encoder
-from coma.registry import entry_of
+from coma.registry import ARCHITECTURES, entry_of, resolve
 from coma.runtimes.base import Runtime
 from coma.runtimes.model_spec import GRAPH_KINDS, GraphKind, ModelSpec
 from coma.runtimes.names import SUFFIXES, Device
 from coma.runtimes.open import open_runtime
 from demo.runtimes import Exported, RuntimeOption, exported_files, runtime_options, verified_file
+from demo.training_data import TrainingImages
 
 
 @dataclass
@@ -108,6 +111,26 @@ class Model:
         masks = self.undoes or entry_of(objective).masks
         return "coma4" if masks == "coma" and getattr(objective, "views", 2) > 2 else masks
 
+    @cached_property
+    def trained_on(self) -> TrainingImages | None:
+        """Returns the images that it was trained on; None where they are not known."""
+        try:
+            return TrainingImages(self.artifact) if self.artifact else None
+        except BadInput:
+            return None
+
+    @property
+    def label(self) -> str:
+        """Returns method, backbone, image size and data as one line."""
+        if self.config is None:
+            return "exported file"
+        about, trained = self.config, self.config.trained
+        parts = [str(trained.get("method") or self.kind), _backbone(about.model)]
+        parts.append(f"{about.image_size} px")
+        if trained.get("data"):
+            parts.append(f"trained on {trained['data']} ({trained.get('images', '?')} images)")
+        return ", ".join(parts)
+
     def encoder(self) -> Encoder:
         """Returns the encoder in PyTorch, for introspection.
 
@@ -197,6 +220,16 @@ class Models:
         name = " / ".join(parts[-1:]) if path.suffix == "" else path.name
         number = sum(known == name or known.startswith(f"{name} (") for known in self._models)
         return f"{name} ({number + 1})" if number else name
+
+
+def _backbone(config: EncoderConfig) -> str:
+    """Returns the name of the preset, or that of the network or the class."""
+    for architecture in ARCHITECTURES.values():
+        for name, preset in architecture.presets.items():
+            same = all(getattr(config, key, None) == value for key, value in preset.settings.items())
+            if preset.settings and same and isinstance(config, resolve(architecture.config)):
+                return name
+    return getattr(config, "name", type(config).__name__.removesuffix("Config"))
 
 
 def _beside(artifact: Path, source: str) -> list[Exported]:

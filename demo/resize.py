@@ -56,16 +56,15 @@ def resize_picture(
         unit: Side of a mask unit; no side of a whole picture is smaller.
     """
     height, width = pixels.shape[:2]
-    was = f"{width} x {height} px"
     if how == "crop":
         image = _scaled(pixels, centre_crop(height, width, size), *size)
-        return Resized(image, (0, 0, *size), f"{was}: centre crop, resized to {size[1]} x {size[0]} px")
+        return Resized(image, (0, 0, *size), f"centre crop, resized to {size[1]} x {size[0]} px")
     everything = (0, 0, height, width)
     if how == "whole":
         least, most = max(size[0] / height, size[1] / width), LONGEST * max(size) / max(height, width)
         scale = min(least, most)
         h, w = (max(round(length * scale), unit) for length in (height, width))
-        return Resized(_scaled(pixels, everything, h, w), (0, 0, h, w), f"{was}, resized to {w} x {h} px")
+        return Resized(_scaled(pixels, everything, h, w), (0, 0, h, w), f"resized to {w} x {h} px")
     scale = min(size[0] / height, size[1] / width)
     h, w = (max(round(length * scale), 1) for length in (height, width))
     image = _scaled(pixels, everything, h, w)
@@ -73,9 +72,7 @@ def resize_picture(
     top, left = down // 2, across // 2
     colour = torch.tensor(fill).view(-1, 1, 1)
     boxed = F.pad(image - colour, (left, across - left, top, down - top)) + colour
-    note = (
-        f"{was}, resized to {w} x {h} px and letter-boxed to {size[1]} x {size[0]} px (bars are not measured)"
-    )
+    note = f"resized to {w} x {h} px and letter-boxed to {size[1]} x {size[0]} px (bars are not measured)"
     return Resized(boxed, (top, left, h, w), note)
 
 

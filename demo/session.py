@@ -15,6 +15,7 @@ from demo.models import Models
 from demo.storage import Storage
 from demo.upload import Uploads
 
+EMPTY = "Choose a picture first: drop one, or click on an example."
 MODEL_EVENT = {"concurrency_id": "model", "concurrency_limit": 1, "trigger_mode": "always_last"}
 """Settings of every event that runs a model: one at a time, so that the measured time is the model's own; the
 others wait in the queue."""
@@ -57,7 +58,7 @@ class Session:
             BadImage: no picture is chosen, or it cannot be used.
         """
         if not picture:
-            raise BadImage("Choose a picture first: drop one, or click on an example.")
+            raise BadImage(EMPTY)
         return self.uploads.read(picture, channels)
 
 

@@ -5,11 +5,35 @@ from __future__ import annotations
 from typing import Any
 
 CSS = """
-.gradio-container { max-width: 1500px !important; margin: 0 auto !important; }
-#header h1 { font-size: 1.7rem; font-weight: 700; margin: 0; letter-spacing: -.01em; }
-#header p { margin: .2rem 0 0; color: var(--body-text-color-subdued); }
-#header .models { overflow-wrap: anywhere; }
-#examples .caption-label { display: none; }
+.gradio-container { width: 100% !important; max-width: 1500px !important; margin: 0 auto !important; }
+.gradio-container main { padding-top: 10px !important; gap: 8px; }
+#header .prose { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 14px; }
+#header h1 { font-size: 1.5rem; font-weight: 700; margin: 0; letter-spacing: -.01em; }
+#header p { margin: 0; color: var(--body-text-color-subdued); }
+#left { display: grid !important; grid-template-rows: 240px 100px auto auto; }
+#picture { grid-row: 1; } #examples { grid-row: 2; } #about { grid-row: 3; } #rules { grid-row: 4; }
+#controls { align-items: end; min-height: 92px; } #controls .form { flex: 1 1 0; }
+#controls button { height: 46px; flex: 0 1 130px; }
+#result { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); position: relative; }
+#result > .block { aspect-ratio: 1; height: auto !important; min-width: 0 !important; }
+#result img { object-fit: contain; image-rendering: auto; }
+#numbers { min-height: 114px; } #about { min-height: 90px; }
+body[data-stale] :is(#result, #numbers, #views) { opacity: .45; transition: opacity .2s .15s; }
+body[data-stale] #result::after { content: "Updating\\2026";
+  position: absolute; inset: 45% 0 auto; margin: auto;
+  width: max-content; padding: 4px 12px; border-radius: 8px; background: #111827; color: #fff; z-index: 9; }
+.compared { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(46%, 170px), 1fr)); gap: 12px; }
+.compared figure { margin: 0; } .compared figure div { position: relative; aspect-ratio: 1; }
+.compared img { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; object-fit: contain; }
+.compared figcaption { font-size: .85rem; } .tabitem:has(#blink input:checked) .compared img + img {
+  animation: blink 1.6s steps(1) infinite; }
+@keyframes blink { 50% { opacity: 0; } }
+.badge { margin: 4px 0; padding: 4px 8px; border-radius: 8px; background: #92400e; color: #fff;
+  font-weight: 600; font-size: .85rem; }
+#examples .grid-container { padding: 0 !important; }
+#examples .caption-label { left: 0 !important; right: 0 !important; border-radius: 0; padding: 0 4px;
+  text-align: center; }
+#examples .thumbnail-lg { height: 84px; }
 #examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
 #examples .thumbnail-lg { width: 100% !important; }
 .settings button.lg { align-self: end; height: 46px; font-size: 1rem; }
@@ -38,13 +62,25 @@ ul.off li { opacity: .75; } ul.off li::before { content: "\\2298\\a0"; } ul.off 
 .pictures .caption-label { white-space: normal !important; font-size: .78rem !important;
   max-width: 94% !important; text-align: left; }
 .pictures .grid-wrap, .pictures .fixed-height { min-height: 0 !important; max-height: none !important; }
+.dark { --color-accent: #2dd4bf; }
+.icon-button, a.download-link { min-width: 24px; min-height: 24px; display: inline-flex !important;
+  align-items: center; justify-content: center; }
+#right .empty[aria-label] { display: none; } #top5 { overflow: visible !important; }
 :focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 1px; }
 @media (max-width: 700px) {
-  #header h1 { font-size: 1.35rem; }
+  #header h1 { font-size: 1.2rem; } #header p { display: none; }
   .gradio-container { padding: 8px !important; max-width: 100vw !important; overflow-x: clip; }
-  #main { flex-direction: column; }
+  #main { display: grid !important; grid-template-columns: minmax(0, 1fr);
+    grid-template-rows: 150px 84px minmax(580px, auto) auto auto; gap: 8px; }
   #left, #right { width: 100%; min-width: 0 !important; contain: inline-size; overflow-x: clip; }
-  .settings .form > *, .settings > .block { flex: 1 1 100% !important; }
+  #left { display: contents !important; }
+  #right { grid-row: 3; } #about { grid-row: 4; } #rules { grid-row: 5; }
+  #picture { height: 150px !important; } #examples .thumbnail-lg { height: 66px; }
+  #examples { height: 84px !important; min-height: 0 !important; overflow: hidden; }
+  #controls { min-height: 240px; align-content: start; } #controls .form { flex: 1 1 100%; }
+  #controls .form > * { flex: 1 1 40%; } #controls button { flex: 1 1 100%; }
+  #result { grid-template-columns: repeat(2, minmax(0, 1fr)); } #seen { order: 3; }
+  .settings:not(#controls) .form > *, .settings:not(#controls) > .block { flex: 1 1 100% !important; }
   .settings button.lg { font-size: .95rem; white-space: nowrap; }
   .cards .card { flex: 1 1 29%; padding: 6px 8px; } .cards dd { font-size: 1.02rem; }
   #right .pictures .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
@@ -57,9 +93,18 @@ def theme() -> Any:
     import gradio as gr
     from gradio.themes.utils.fonts import Font
 
-    return gr.themes.Default(
+    colours = gr.themes.Default(
         primary_hue="teal",
         neutral_hue="slate",
         font=[Font("system-ui"), Font("-apple-system"), Font("Segoe UI"), Font("sans-serif")],
         font_mono=[Font("ui-monospace"), Font("Menlo"), Font("Consolas"), Font("monospace")],
+    )
+    return colours.set(  # contrasts of at least 4.5
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        color_accent="*primary_700",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
     )

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -44,6 +45,34 @@ _TIFF_CODES = {1: "none", 2: "CCITT", 3: "CCITT", 4: "CCITT", 5: "LZW", 8: "defl
                32946: "deflate", 50000: "Zstandard"}  # fmt: skip
 
 
+class Upload(NamedTuple):
+    """A decoded file, at most `MAX_SIDE` pixels a side, and what it was before.
+
+    Attributes:
+        pixels: `[H, W, c]`, uint8, or float32 in 0..1.
+        alpha: Whether the last channel is opacity.
+        width: Width of the picture in the file, upright, in pixels.
+        height: Its height.
+        format: Format of the file, as Pillow names it.
+        size: Size of the file in bytes.
+    """
+
+    pixels: np.ndarray
+    alpha: bool
+    width: int
+    height: int
+    format: str
+    size: int
+
+    def describe(self, channels: int) -> str:
+        """Returns size and format of the file, and how transparent parts are shown to such a model."""
+        text = f"{self.width} x {self.height} px, {self.format}, {_bytes(self.size)}"
+        whole = 255 if self.pixels.dtype == np.uint8 else 1
+        if self.alpha and channels in (1, 3) and self.pixels[..., -1].min() < whole:
+            text += "; transparent parts are shown on white"
+        return text
+
+
 class Uploads:
     """Reads uploaded files and caches the last ones, since the page asks for the same file repeatedly.
 
@@ -54,13 +83,28 @@ class Uploads:
 
     def __init__(self, storage: Storage, most: int = 16) -> None:
         self._storage = storage
-        self._kept: OrderedDict[tuple[str, int, int], DecodedImage] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, int, int], Upload] = OrderedDict()
         self._most = most
         self._lock = threading.Lock()
         self._turns = threading.BoundedSemaphore(AT_ONCE)
 
     def read(self, path: str, channels: int) -> np.ndarray:
         """Returns the upright pixels, `[H, W, channels]`: uint8, or float32 in 0..1 for higher bit depths.
+
+        Raises:
+            BadImage: anything wrong with the file, in words for the visitor.
+        """
+        picture = self.open(path)
+        try:
+            return convert_channels(DecodedImage(picture.pixels, picture.alpha), channels, "picture")
+        except BadImage:
+            have = picture.pixels.shape[2]
+            raise BadImage(
+                f"This model needs pictures with {channels} channels; this one has {have}."
+            ) from None
+
+    def open(self, path: str) -> Upload:
+        """Returns a picture with the facts of its file.
 
         Raises:
             BadImage: anything wrong with the file, in words for the visitor.
@@ -76,13 +120,7 @@ class Uploads:
                     self._kept[key] = picture
                     while len(self._kept) > self._most:
                         self._kept.popitem(last=False)
-        try:
-            return convert_channels(picture, channels, "picture")
-        except BadImage:
-            have = picture.pixels.shape[2]
-            raise BadImage(
-                f"This model needs pictures with {channels} channels; this one has {have}."
-            ) from None
+        return picture
 
     def strokes(self, layers: Sequence[str | bytes]) -> np.ndarray | None:
         """Returns the painted pixels of all layers, bool `[H, W]`: those with alpha, or that are not black.
@@ -112,7 +150,7 @@ class Uploads:
             for key in [key for key in self._kept if key[1] < limit]:
                 del self._kept[key]
 
-    def _decode(self, data: bytes) -> DecodedImage:
+    def _decode(self, data: bytes) -> Upload:
         if not self._turns.acquire(timeout=WAIT_SECONDS):
             raise BadImage("The server is decoding too many pictures; please try again in a minute.")
         try:
@@ -121,35 +159,39 @@ class Uploads:
             self._turns.release()
 
 
-def read_picture(data: bytes) -> DecodedImage:
+def read_picture(data: bytes) -> Upload:
     """Decodes a file and reduces its longer side to at most `MAX_SIDE` pixels.
-
-    Returns:
-        The picture, uint8 or float32 in 0..1.
 
     Raises:
         BadImage: a file that is too large, animated, damaged or not a picture.
     """
     if len(data) > MAX_BYTES:
         raise BadImage(f"This file is larger than {MAX_BYTES >> 20} MB; please upload a smaller one.")
-    _check_header(data)
+    kind, width, height = _check_header(data)
     try:
         picture = decode(data, "picture", min_side=MAX_SIDE)
     except BadImage:
         raise BadImage("This picture is damaged or cut short: it does not decode.") from None
     pixels, alpha = picture.pixels, picture.alpha
+    if (width > height) != (pixels.shape[1] > pixels.shape[0]):  # the file says to turn it
+        width, height = height, width
     scale = MAX_SIDE / max(pixels.shape[:2])
     if scale < 1:
-        height, width = (max(round(side * scale), 1) for side in pixels.shape[:2])
+        smaller = [max(round(side * scale), 1) for side in pixels.shape[:2]]
         whole = (0, 0, *pixels.shape[:2])
-        pixels = resize(pixels, whole, height, width).permute(1, 2, 0).contiguous().numpy()
+        pixels = resize(pixels, whole, *smaller).permute(1, 2, 0).contiguous().numpy()
     elif pixels.dtype != np.uint8:
         pixels = scale_to_unit(pixels)
-    return DecodedImage(pixels.clip(0, 1) if pixels.dtype != np.uint8 else pixels, alpha)
+    pixels = pixels.clip(0, 1) if pixels.dtype != np.uint8 else pixels
+    return Upload(pixels, alpha, width, height, "JPEG" if kind == "MPO" else kind, len(data))
 
 
-def _check_header(data: bytes) -> None:
-    """Refuses a file by its header, without decoding it."""
+def _bytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{max(size / 1e3, 0.1):.{0 if size >= 1e4 else 1}f} kB"
+
+
+def _check_header(data: bytes) -> tuple[str, int, int]:
+    """Refuses a file by its header, without decoding it; returns its format, width and height."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -177,6 +219,7 @@ def _check_header(data: bytes) -> None:
         raise BadImage(
             f"This TIFF compression is not supported; please save the picture with one of: {codes}."
         )
+    return kind, width, height
 
 
 def _tiff_compression(data: bytes) -> int:

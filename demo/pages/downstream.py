@@ -11,6 +11,7 @@ import numpy as np
 from coma.errors import BadInput
 from coma.runtimes.model_spec import GraphKind
 from demo.models import Model
+from demo.pages.page_state import clear_on_change
 from demo.predict import classify, detect, draw_classes, draw_objects, segment, shares
 from demo.session import MODEL_EVENT, Session, note, table
 
@@ -27,7 +28,9 @@ def classify_tab(session: Session, picture: gr.Image) -> None:
         chosen, opened = _open(session, model, runtime, "classifier")
         return classify(opened, _pixels(session, chosen, picture), chosen.class_names())
 
-    go.click(run, [picture, model, runtime], bars, api_name="classify", **MODEL_EVENT)
+    inputs = [picture, model, runtime]
+    event = go.click(run, inputs, bars, api_name="classify", **MODEL_EVENT)
+    clear_on_change(inputs, [bars], event)
 
 
 def detect_tab(session: Session, picture: gr.Image) -> None:
@@ -58,13 +61,9 @@ def detect_tab(session: Session, picture: gr.Image) -> None:
         drawing = session.save(draw_objects(pixels, found, chosen.palette()))
         return drawing, text if found else empty, listed
 
-    work: dict[str, Any] = {
-        "inputs": [picture, model, runtime, score],
-        "outputs": [drawn, rows, plain],
-        **MODEL_EVENT,
-    }
-    go.click(run, **work, api_name="detect")
-    score.release(run, **work, api_visibility="private")
+    inputs, outputs = [picture, model, runtime, score], [drawn, rows, plain]
+    event = gr.on([go.click, score.release], run, inputs, outputs, api_name="detect", **MODEL_EVENT)
+    clear_on_change(inputs, outputs, event)
 
 
 def segment_tab(session: Session, picture: gr.Image) -> None:
@@ -95,7 +94,9 @@ def segment_tab(session: Session, picture: gr.Image) -> None:
         text = f"<ul class='legend' aria-label='Classes in the picture'>{items}</ul>"
         return pictures, text, {name: round(share, 4) for _, name, share in found}
 
-    go.click(run, [picture, model, runtime], [drawn, legend, plain], api_name="segment", **MODEL_EVENT)
+    inputs, outputs = [picture, model, runtime], [drawn, legend, plain]
+    event = go.click(run, inputs, outputs, api_name="segment", **MODEL_EVENT)
+    clear_on_change(inputs, outputs, event)
 
 
 def _pickers(session: Session, form: GraphKind, verb: str) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button]:

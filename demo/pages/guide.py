@@ -6,42 +6,47 @@ import gradio as gr
 
 from coma.runtimes.model_spec import GraphKind
 from demo.models import Models
+from demo.pages.page_state import PRIVATE
+
+ADDRESS = "http://127.0.0.1:7860/"
+"""Stands for the address of the page, which only the browser knows."""
 
 
-def guide(models: Models) -> None:
-    """Builds the code example for these models."""
+def guide(models: Models, page: gr.Blocks) -> None:
+    """Builds the code example for these models, with the address at which the page is open."""
     calls = []
     if models.having("reconstructor"):
         name = models.having("reconstructor")[0].name
         calls.append(
-            "slider, error, views, _, numbers = page.predict(\n"
-            f'    picture, "{name}", "coma", 0.75, 7, "crop", "PyTorch", "visible", None,\n'
+            "*pictures, numbers = page.predict(\n"
+            f'    picture=picture, model="{name}", method="mae", mask_ratio=0.75, seed=7, painted=None,\n'
             '    api_name="/reconstruct",\n)\nprint(numbers["psnr_db"], numbers["milliseconds"])'
         )
     finetuned: tuple[tuple[GraphKind, str, str], ...] = (
         ("classifier", "classify", ""),
-        ("detector", "detect", ", 0.5"),
+        ("detector", "detect", ", score=0.5"),
         ("segmentor", "segment", ""),
     )
     for form, endpoint, more in finetuned:
         for model in models.having(form)[:1]:
-            calls.append(
-                f'print(page.predict(picture, "{model.name}", "PyTorch"{more}, api_name="/{endpoint}"))'
-            )
+            names = f'picture=picture, model="{model.name}"{more}, api_name="/{endpoint}"'
+            calls.append(f"print(page.predict({names}))")
     code = "\n".join(
         [
             "from gradio_client import Client, handle_file",
             "",
-            'page = Client("http://127.0.0.1:7860")  # the address of this page',
+            f'page = Client("{ADDRESS}")',
             'picture = handle_file("photograph.jpg")',
             *calls,
         ]
     )
     with gr.Accordion("Use this page from Python", open=False, elem_id="guide"):
         gr.Markdown(
-            "Everything on this page can be called from Python after `pip install gradio_client`. **Use via "
-            "API** at the end of the page lists all endpoints and their arguments. To choose "
-            'the mask, pass `"brush"` and, for `None`, `{"background": None, "composite": None, "layers": '
-            '[handle_file("strokes.png")]}`, where the PNG is transparent except for the masked parts.'
+            "Programs can call everything on this page after `pip install gradio_client`. **Use via API** at "
+            "the end of the page lists the endpoints and their arguments; most have a default. To choose the "
+            'mask, pass `method="brush"` and, as `painted`, `{"background": None, "composite": None, '
+            '"layers": [handle_file("strokes.png")]}`: a PNG that is transparent except for the masked parts.'
         )
-        gr.Code(code, language="python", label="Python", interactive=False)
+        shown = gr.Code(code, language="python", label="Python", interactive=False)
+    replace = f"code => [code.replace('{ADDRESS}', location.origin + location.pathname)]"
+    page.load(None, shown, shown, js=replace, **PRIVATE)

@@ -13,6 +13,7 @@ from coma.data.transforms import normalize
 from coma.errors import BadInput
 from demo.introspection import attention_maps_of, feature_pyramid, gate_weights, pyramid_colours
 from demo.models import Model
+from demo.pages.page_state import clear_on_change
 from demo.render import colour_indices, enlarge, overlay, to_rgb
 from demo.resize import resize_picture
 from demo.session import MODEL_EVENT, Session, note, table
@@ -109,9 +110,11 @@ def introspection_tab(session: Session, picture: gr.Image) -> None:
         return round(min(max(y / height, 0), 1), 3), round(min(max(x / width, 0), 1), 3)
 
     place = [picture, model, stage, row, col]
-    look.click(
+    event = look.click(
         inside, [picture, model], [pyramid, strongest, weights, target], api_name="inside", **MODEL_EVENT
-    ).then(attend, place, [attention, target], api_visibility="private", **MODEL_EVENT)
+    )
+    clear_on_change([picture, model], [pyramid, strongest, weights, target, attention], event)
+    event.then(attend, place, [attention, target], api_visibility="private", **MODEL_EVENT)
     target.select(clicked, [picture, model], [row, col], api_visibility="private", show_progress="hidden")
     gr.on(
         [row.change, col.change, stage.change], attend, place, [attention, target],

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import html
 import random
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,66 +14,57 @@ import numpy as np
 from demo.inputs import CheckedEditor
 from demo.masking import LARGEST_SEED, METHODS, mask_picture
 from demo.models import Model
-from demo.pages.results import CANVAS, facts_html, large, result_facts, view_pictures
+from demo.pages.page_state import COMPARE, MARK, PRIVATE, query_of, restore
+from demo.pages.results import CANVAS, about_picture, facts_html, large, result_facts, view_pictures
 from demo.reconstruction import reconstruct
-from demo.render import enlarge, heat_map, to_rgb
+from demo.render import heat_map, to_rgb
 from demo.resize import RESIZE_MODES, Resized, resize_picture
-from demo.session import MODEL_EVENT, Session, heading, note
-from demo.storage import EXAMPLES, Storage
+from demo.session import EMPTY, MODEL_EVENT, Session, heading, note
 
-EMPTY = "Choose a picture first: drop one on the left, or click on an example."
+PAINT = "Paint over the parts to mask."
 STATISTICS = {
     "visible": "Estimated from visible patches",
     "target": "Taken from the masked patches (leaks)",
 }
+METHOD_CHOICES = [(each.title, key) for key, each in METHODS.items()]
 
 
-def reconstruct_tab(session: Session, picture: gr.Image, page: gr.Blocks) -> None:
+def reconstruct_tab(
+    session: Session, picture: gr.Image, about: gr.HTML, page: gr.Blocks, examples: list[str]
+) -> None:
     """Builds the tab.
 
     Args:
         session: State that the tabs share.
         picture: Picture input that the tabs share.
+        about: Place for the facts of the picture.
         page: The page, whose opening starts the first reconstruction.
+        examples: Paths of the example pictures.
     """
     models = session.models.having("reconstructor")
     first = models[0]
-    with gr.Row(elem_classes="settings"):
+    with gr.Row(elem_id="controls", elem_classes="settings"):
         model = gr.Dropdown(
             [each.name for each in models], value=first.name, label="Model", visible=len(models) > 1,
-            elem_id="rebuild-model", filterable=False,
+            elem_id="rebuild-model", filterable=False, min_width=120,
         )  # fmt: skip
         method = gr.Dropdown(
-            [(each.title, key) for key, each in METHODS.items()], value=first.method, label="Masking method",
-            info=METHODS[first.method].about, elem_id="method", filterable=False, scale=2,
+            METHOD_CHOICES, value=first.method, label="Masking method", elem_id="method", filterable=False,
+            min_width=120,
         )  # fmt: skip
-        resize_mode = gr.Dropdown(
-            [(title, key) for key, title in RESIZE_MODES.items()], value="crop", label="Resize mode",
-            info="How the picture is brought to the model's size", elem_id="resize_mode", filterable=False,
-        )  # fmt: skip
-    began = METHODS[first.method]
-    with gr.Row(elem_classes="settings", equal_height=True):
         ratio = gr.Slider(
-            0.05,
-            0.95,
-            0.75,
-            step=0.05,
-            label="Mask ratio",
-            visible=began.ratio,
-            elem_id="ratio",
-        )
-        seed = gr.Number(0, label="Mask seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed")
-        again = gr.Button("New mask", elem_id="again", min_width=130)
-        go = gr.Button("Reconstruct", variant="primary", elem_id="go", min_width=130)
-    with gr.Row(elem_classes="settings"):
-        runtime = gr.Radio(_available(first), value=_available(first)[0], label="Runtime", elem_id="runtime")
-        statistics = gr.Radio(
-            [(title, key) for key, title in STATISTICS.items()], value="visible",
-            label="Mean and contrast of hidden patches from", visible=first.norm_pix, elem_id="statistics",
+            0.05, 0.95, 0.75, step=0.05, label="Mask ratio", visible=METHODS[first.method].ratio or "hidden",
+            elem_id="ratio", min_width=120, buttons=[],
         )  # fmt: skip
-    missing = gr.HTML(_unavailable(first), elem_id="missing")
+        seed = gr.Number(
+            0, label="Mask seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed",
+            visible=METHODS[first.method].seed or "hidden", min_width=80,
+        )  # fmt: skip
+        again = gr.Button(
+            "New mask", elem_id="again", min_width=80, visible=METHODS[first.method].seed or "hidden"
+        )
     editor = CheckedEditor(
-        label="Paint over the parts to mask, then press Reconstruct",
+        label=PAINT,
         sources=(),
         transforms=(),
         layers=False,
@@ -86,118 +77,134 @@ def reconstruct_tab(session: Session, picture: gr.Image, page: gr.Blocks) -> Non
         buttons=["fullscreen"],
         elem_id="brush",
     )
+    with gr.Row(elem_id="result"):
+        seen = _panel("At the model's size", "seen", "The picture, brought to the size of the model")
+        masked = _panel("Masked", "masked", "What the model sees of the picture")
+        rebuilt = _panel("Reconstruction", "rebuilt", "The picture as the model reconstructs it")
     numbers = gr.HTML(elem_id="numbers", label="Numbers")
-    with gr.Row():
-        with gr.Column(min_width=300):
-            gr.HTML(padding=False, value=heading("Original | reconstruction (drag the line)"))
-            slider = gr.ImageSlider(
-                label="Original and reconstruction", show_label=False, format="png", interactive=False,
-                elem_id="before-after", buttons=["download", "fullscreen"], max_height=CANVAS,
-            )  # fmt: skip
-        with gr.Column(min_width=300):
-            gr.HTML(
-                padding=False,
-                value=heading("Error: black is 0, yellow is 128 of 255 levels or more"),
-            )
-            error = gr.Image(
-                label="Error heat map", show_label=False, format="png", interactive=False, elem_id="error",
-                buttons=["download", "fullscreen"],
-                alt_text="Absolute error of every masked pixel as a colour",
-            )  # fmt: skip
-    gr.HTML(padding=False, value=heading("All views (click one to enlarge or download it)"))
-    gallery = gr.Gallery(
-        label="All views", show_label=False, format="png", columns=4, height="auto", object_fit="contain",
-        buttons=["download", "download_all", "fullscreen"], interactive=False, elem_id="views",
-        elem_classes="pictures",
-    )  # fmt: skip
-    plain = gr.JSON(visible=False, label="Facts")
+    with gr.Accordion("More", open=False, elem_id="more"):
+        resize_mode = gr.Radio(
+            [(title, key) for key, title in RESIZE_MODES.items()], value="crop", label="Resize mode",
+            info="How the picture is brought to the model's size", elem_id="resize_mode",
+        )  # fmt: skip
+        runtime = gr.Radio(_available(first), value=_available(first)[0], label="Runtime", elem_id="runtime")
+        missing = gr.HTML(_unavailable(first), elem_id="missing")
+        statistics = gr.Radio(
+            [(title, key) for key, title in STATISTICS.items()], value="visible",
+            label="Mean and contrast of hidden patches from", visible=first.norm_pix, elem_id="statistics",
+        )  # fmt: skip
+        gr.HTML(
+            padding=False,
+            value=heading("All pictures to download; in the error, black is 0, yellow is 128 of 255"),
+        )
+        gallery = gr.Gallery(
+            label="All views", show_label=False, format="png", columns=4, height="auto", object_fit="contain",
+            buttons=["download", "download_all", "fullscreen"], interactive=False, elem_id="views",
+            elem_classes="pictures",
+        )  # fmt: skip
+    facts = gr.JSON(visible="hidden", label="Facts")
 
-    inputs = [picture, model, method, ratio, seed, resize_mode, runtime, statistics, editor]
-    outputs = [slider, error, gallery, numbers, plain]
+    controls = [picture, model, method, ratio, seed, resize_mode, runtime, statistics]
+    outputs = [seen, masked, rebuilt, gallery, about, numbers, facts]
 
     def run(
         picture: str | None, model: str, method: str, mask_ratio: float, seed: float, resize_mode: str,
         runtime: str, statistics: str, painted: Sequence[str | bytes],
-    ) -> tuple[Any, str | None, list[tuple[str, str]], str, dict[str, Any]]:  # fmt: skip
+    ) -> tuple[Any, ...]:  # fmt: skip
         """Masks parts of a picture and reconstructs them."""
+        settings = {"picture": picture, "model": model, "method": method, "mask_ratio": mask_ratio,
+                    "seed": seed, "resize_mode": resize_mode, "runtime": runtime,
+                    "statistics": statistics}  # fmt: skip
         if not picture:
-            return None, None, [], note(EMPTY), {"note": EMPTY}
+            return None, None, None, [], "", note(EMPTY), {"note": EMPTY, "settings": settings}
         chosen = session.models[model]
         resized = _resized(session, chosen, picture, resize_mode)
+        file = session.uploads.open(picture)
+        description = file.describe(len(resized.pixels))
+        trained = None if chosen.trained_on is None else (Path(picture).name, file.size) in chosen.trained_on
+        found = {"settings": settings, "file": description, "in_training_data": trained,
+                 "example": Path(picture).stem if picture in examples else None}  # fmt: skip
+        text = about_picture(description, trained)
         strokes = session.uploads.strokes(painted) if method == "brush" else None
         if method == "brush" and (strokes is None or not strokes.any()):
-            hint = "Paint over the picture above, then press Reconstruct."
-            before = enlarge(_original(resized), CANVAS)
-            shown = session.save(before)
-            return (shown, shown), None, [], note(hint), {"note": hint}
-        about = chosen.description("reconstructor")
-        opened = chosen.runtime("reconstructor", runtime or None)
+            shown = session.save(large(_original(resized)))
+            return shown, None, None, [], text, note(PAINT), {"note": PAINT, **found}
+        spec = chosen.description("reconstructor")
+        # a runtime of the model that was chosen before: the page is about to replace it
+        ran = chosen.runtime("reconstructor", runtime if runtime in _available(chosen) else None)
         source: Any = "target" if statistics == "target" and chosen.norm_pix else "visible"
         what = mask_picture(chosen, resized, method, int(seed), float(mask_ratio), strokes)
-        rebuilt = reconstruct(opened, resized, what.visible, source, what.degraded, what.predicts_all)
-        after = enlarge(to_rgb(rebuilt.merged), CANVAS)
-        facts = result_facts(rebuilt, chosen, resized, about.unit, method, int(seed), opened.title, source)
-        before = enlarge(to_rgb(rebuilt.original), CANVAS)
-        heat = large(heat_map(rebuilt.error, rebuilt.predicted), blocks=True)
+        result = reconstruct(ran, resized, what.visible, source, what.degraded, what.predicts_all)
+        found |= result_facts(result, chosen, resized, spec.unit, method, int(seed), ran.title, source)
+        views = view_pictures(result)
+        rebuilt = (large(to_rgb(result.merged)), "reconstruction")
+        error = (large(heat_map(result.error, result.predicted), blocks=True), "error of the reconstruction")
+        files = session.save_all([*views, rebuilt, error])
         return (
-            (session.save(before), session.save(after)),
-            session.save(heat),
-            session.save_all(view_pictures(rebuilt)),
-            facts_html(facts),
-            facts,
+            session.save(large(to_rgb(result.original))),
+            files[0][0],
+            files[-2][0],
+            files,
+            text,
+            facts_html(found),
+            found,
         )
 
     def changed_method(method: str) -> tuple[Any, ...]:
-        about = METHODS[method]
-        return (
-            gr.update(info=about.about),
-            gr.update(visible=about.ratio),
-            gr.update(visible=about.seed),
-            gr.update(visible=about.seed),
-        )
+        chosen = METHODS[method]
+        return tuple(gr.update(visible=each or "hidden") for each in (chosen.ratio, chosen.seed, chosen.seed))
 
-    def changed_model(name: str) -> tuple[Any, ...]:
+    def of_model(name: str) -> tuple[Any, ...]:
         chosen = session.models[name]
         titles = _available(chosen)
         return (
             gr.update(choices=titles, value=titles[0]),
             gr.update(visible=chosen.norm_pix, value="visible"),
             _unavailable(chosen),
-            gr.update(value=chosen.method),
         )
+
+    def changed_model(name: str) -> tuple[Any, ...]:
+        return *of_model(name), session.models[name].method
 
     def canvas(picture: str | None, model: str, method: str, resize_mode: str) -> Any:
         if method != "brush":
             return gr.update(visible=False)
         background = session.save(
-            enlarge(_original(_resized(session, session.models[model], picture, resize_mode)), CANVAS)
+            large(_original(_resized(session, session.models[model], picture, resize_mode)))
         )
         return gr.update(
             value={"background": background, "layers": [], "composite": background}, visible=True
         )
 
-    work: dict[str, Any] = {
-        "inputs": inputs,
-        "outputs": outputs,
-        "show_progress_on": [slider, numbers],
-        **MODEL_EVENT,
-    }
-    go.click(run, **work, api_name="reconstruct")  # the first one gets the name
-    method.change(changed_method, method, [method, ratio, seed, again], api_visibility="private")
-    model.change(changed_model, model, [runtime, statistics, missing, method], api_visibility="private").then(
-        run, **work, api_visibility="private"
-    )
+    def opened(request: gr.Request) -> tuple[Any, ...]:
+        found = restore(query_of(request), session.models, examples)
+        values = [found.get(name, gr.skip()) for name in ("example", "model", "method", "ratio", "seed")]
+        return *values, *(of_model(found["model"]) if "model" in found else [gr.skip()] * 3)
+
+    work: dict[str, Any] = {"inputs": [*controls, editor], "outputs": outputs, **MODEL_EVENT}
+    changes = [each.change for each in controls]
+    gr.on(
+        [*changes, editor.change], run, **work, api_name="reconstruct", show_progress="hidden"
+    )  # the first one gets the name
+    page.load(
+        opened, None, [picture, model, method, ratio, seed, runtime, statistics, missing], **PRIVATE
+    ).then(run, **work, **PRIVATE)
+    page.load(None, js=MARK, **PRIVATE)
+    gr.on([facts.change, *changes], None, [facts, *controls], js=COMPARE, **PRIVATE)
+    method.change(changed_method, method, [ratio, seed, again], **PRIVATE)
+    model.input(changed_model, model, [runtime, statistics, missing, method], **PRIVATE)
     gr.on(
         [picture.change, method.change, resize_mode.change, model.change],
-        canvas, [picture, model, method, resize_mode], editor,
-        api_visibility="private", show_progress="hidden",
+        canvas, [picture, model, method, resize_mode], editor, **PRIVATE,
     )  # fmt: skip
-    gr.on(
-        [page.load, picture.change, method.change, resize_mode.change, ratio.release, seed.change,
-         runtime.change, statistics.change, editor.change],
-        run, **work, api_visibility="private",
+    again.click(lambda: random.randint(1, 9999), None, seed, **PRIVATE)
+
+
+def _panel(label: str, name: str, alt: str) -> gr.Image:
+    return gr.Image(
+        label=label, format="png", interactive=False, elem_id=name, buttons=["fullscreen"],
+        alt_text=alt, min_width=100,
     )  # fmt: skip
-    again.click(lambda: random.randint(1, 9999), None, seed, api_visibility="private")
 
 
 def _available(model: Model) -> list[str]:
@@ -205,8 +212,6 @@ def _available(model: Model) -> list[str]:
 
 
 def _unavailable(model: Model) -> str:
-    import html
-
     off = [option for option in model.options("reconstructor") if option.reason]
     items = "".join(
         f"<li aria-disabled='true'><b>{html.escape(each.title)}</b> {html.escape(each.reason or '')}</li>"
@@ -224,15 +229,3 @@ def _resized(session: Session, model: Model, picture: str | None, resize_mode: A
 
 def _original(resized: Resized) -> np.ndarray:
     return to_rgb(resized.crop(resized.pixels.permute(1, 2, 0).numpy()))
-
-
-def example_pictures(storage: Storage) -> list[str]:
-    """Copies photographs of scikit-image into the storage and returns their paths."""
-    import skimage
-
-    from pretrain.commands.quickstart import PHOTOGRAPHS
-
-    folder = storage.folder / EXAMPLES
-    folder.mkdir(exist_ok=True)
-    originals = [Path(skimage.__file__).parent / "data" / name for name in PHOTOGRAPHS]
-    return [shutil.copyfile(path, str(folder / path.name)) for path in originals if path.exists()]

@@ -75,9 +75,20 @@ def result_facts(
         "seed": seed if METHODS[method].seed else None,
         "runtime": title,
         "milliseconds": round(1000 * rebuilt.seconds, 1),
-        "picture": resized.note,
+        "resized": resized.note,
+        "model": model.label,
         "statistics": source if model.norm_pix else None,
     }
+
+
+def about_picture(description: str, trained: bool | None) -> str:
+    """Returns the facts of a file as HTML, with a badge where the model was trained on the picture."""
+    if trained is None:
+        return note(f"{description}. What this model was trained on is not known.")
+    if not trained:
+        return note(f"{description}. Not in the model's training data (by file name and size).")
+    badge = "<p class='badge'>In the model's training data: the result says nothing about new pictures.</p>"
+    return badge + note(f"{description}.")
 
 
 def facts_html(facts: dict[str, Any]) -> str:
@@ -105,5 +116,11 @@ def facts_html(facts: dict[str, Any]) -> str:
         warning = f"<p class='leak' role='alert'>{leak}</p>"
     else:
         warning = ""
-    small = f"{facts['picture']}. Computed by {facts['runtime']}."
+    about = METHODS[facts["method"]]
+    merged = (
+        "Masked shows the first view, Reconstruction takes every patch from the views that did not see it. "
+        if about.views > 1 or about.degrades
+        else ""
+    )
+    small = f"{about.about} {merged}Picture: {facts['resized']}. Model: {facts['model']}."
     return cards(rows) + warning + note(small)

@@ -8,6 +8,7 @@ import gradio as gr
 
 from coma.runtimes.model_spec import GraphKind
 from demo.compare_runtimes import RuntimeTiming, time_runtimes
+from demo.pages.page_state import PRIVATE
 from demo.session import MODEL_EVENT, Session, note, table
 
 PROGRESS = gr.Progress()
@@ -48,14 +49,13 @@ def runtimes_tab(session: Session, picture: gr.Image) -> None:
         rows = time_runtimes(model, form, pixels, report_progress)
         return _result(rows, form), [vars(row) for row in rows]
 
-    go.click(compare_runtimes, [picture, what], [result, plain], api_name="compare_runtimes", **MODEL_EVENT)
-    what.change(
-        lambda chosen: _waiting(session, *choices[chosen]),
-        what,
-        result,
-        api_visibility="private",
-        show_progress="hidden",
+    event = go.click(
+        compare_runtimes, [picture, what], [result, plain], api_name="compare_runtimes", **MODEL_EVENT
     )
+    gr.on(
+        [what.change, picture.change], lambda chosen: _waiting(session, *choices[chosen]), what, result,
+        cancels=[event], **PRIVATE,
+    )  # fmt: skip
 
 
 def _waiting(session: Session, name: str, form: GraphKind) -> str:

@@ -7,6 +7,10 @@ from typing import Any
 
 from export_files import classifier, pretrained
 
+from coma.config import MAEConfig
+from coma.data.listing import write_listing
+from demo.examples import PICTURES, path_of
+
 
 @contextmanager
 def served(folder: Path, *given: Path) -> Iterator[Any]:
@@ -21,6 +25,14 @@ def served(folder: Path, *given: Path) -> Iterator[Any]:
         page.server.thread.join(60)  # gradio waits for five seconds, which a busy machine exceeds
 
 
-def models(folder: Path) -> tuple[Path, Path]:
-    """Weights that give answers worth looking at: of pre-training, and of a classifier."""
-    return pretrained(folder / "small" / "run" / "artifact"), classifier(folder / "pets" / "artifact")
+def models(folder: Path) -> tuple[Path, ...]:
+    """Weights that give answers worth looking at: of pre-training by CoMA and by MAE, and of a classifier.
+
+    The first run lists an example picture among its training images.
+    """
+    small = pretrained(folder / "small" / "run" / "artifact")
+    file = path_of(PICTURES["coins"])
+    listing = {"names": ["money/coins.png"], "sizes": [file.stat().st_size], "labels": None}
+    write_listing(small.parent, {"images": listing})
+    other = pretrained(folder / "masked" / "artifact", method=MAEConfig())
+    return small, classifier(folder / "pets" / "artifact"), other

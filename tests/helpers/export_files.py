@@ -53,9 +53,11 @@ def backbone(folder: Path, model: EncoderConfig = DYVIT) -> Path:
     return folder
 
 
-def pretrained(folder: Path, model: EncoderConfig = DYVIT, method: ObjectiveConfig = OBJECTIVE) -> Path:
+def pretrained(
+    folder: Path, model: EncoderConfig = DYVIT, method: ObjectiveConfig = OBJECTIVE, size: int = 48
+) -> Path:
     objective = awake(build_objective(method, build_encoder(model)))
-    config = about("pretrained", model, objective=method)
+    config = about("pretrained", model, size, objective=method)
     save_artifact(folder, tensors=objective.state_dict(), config=config)
     return folder
 

@@ -2,9 +2,11 @@
 
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
+from browser_visits import CHROMIUM
 from demo_files import models, served
 from page_requests import Server
 
@@ -15,6 +17,32 @@ def server(tmp_path_factory) -> Iterator[Server]:
     with served(folder / "uploads", *models(folder)) as page, httpx.Client(timeout=60) as web:
         web.base_url = page.local_url
         yield Server(web, page.config, (folder / "uploads").resolve(), folder)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory) -> Iterator[str]:
+    """Address of a page whose first model is exported, too."""
+    from export.commands import export
+
+    folder = tmp_path_factory.mktemp("page")
+    given = models(folder)
+    export.run(
+        [str(given[0]), "--graph", "reconstructor", "--benchmark-seconds", "0", "--verify-images", "1"]
+    )
+    with served(folder / "uploads", *given) as page:
+        yield page.local_url
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
+        yield running
+        running.close()
 
 
 @pytest.fixture(scope="module", autouse=True)

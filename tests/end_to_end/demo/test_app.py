@@ -1,5 +1,6 @@
 """The served page, called by programs: round trips, many at once, strangers, and the command line."""
 
+import re
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ from upload_files import bad_files, good_files
 from coma.cli import main
 from coma.errors import BadInput, CheckFailed
 from demo.commands import demo
+from demo.examples import PICTURES, path_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # gradio and what it builds on warn of each other
 
@@ -58,11 +60,13 @@ def reconstruct(client: Any, picture: Any, painted: Any = None, **changes: Any) 
 
 
 def test_a_pair_comes_back_as_png_with_numbers(client, photograph):
-    (before, after), heat, views, text, facts = reconstruct(client, photograph)
+    seen, masked, after, views, about, text, facts = reconstruct(client, photograph)
     assert [view["caption"].split(":")[0] for view in views] == [
         "what view A sees", "B reconstructed from A", "what view B sees", "A reconstructed from B",
+        "reconstruction", "error of the reconstruction",
     ]  # fmt: skip
-    for path in (before, after, heat, *(view["image"] for view in views)):
+    assert "600 x 400 px, PNG" in about and "centre crop, resized to 48 x 48 px" in text
+    for path in (seen, masked, after, *(view["image"] for view in views)):
         with Image.open(path) as picture:
             assert picture.format == "PNG" and picture.size == (512, 512)
     assert facts["psnr_db"] > 0 and -1 <= facts["ssim"] <= 1 and facts["unit_px"] == 16 and facts["seed"] == 3
@@ -76,15 +80,15 @@ def test_a_pair_comes_back_as_png_with_numbers(client, photograph):
 @pytest.mark.parametrize(
     ("changes", "views"),
     [
-        ({"method": "coma4"}, 8),
-        ({"method": "mae", "resize_mode": "letterbox"}, 3),
-        ({"resize_mode": "whole", "method": "blur"}, 4),
+        ({"method": "coma4"}, 10),
+        ({"method": "mae", "resize_mode": "letterbox"}, 5),
+        ({"resize_mode": "whole", "method": "blur"}, 6),
     ],
 )
 def test_other_methods_and_sizes(client, photograph, changes, views):
-    *_, shown, _, facts = reconstruct(client, photograph, **changes)
+    *_, shown, _, _, facts = reconstruct(client, photograph, **changes)
     assert len(shown) == views and facts["method"] == changes["method"]
-    assert ("letter-boxed" in facts["picture"]) == (changes.get("resize_mode") == "letterbox")
+    assert ("letter-boxed" in facts["resized"]) == (changes.get("resize_mode") == "letterbox")
 
 
 def test_true_statistics_are_labelled_as_leaking(client, photograph):
@@ -92,6 +96,47 @@ def test_true_statistics_are_labelled_as_leaking(client, photograph):
     assert "leak" in text and facts["statistics"] == "target"
     *_, text, facts = reconstruct(client, photograph)
     assert "leak" not in text and facts["statistics"] == "visible"
+
+
+def test_a_picture_of_the_training_data_is_marked(client, photograph, tmp_path):
+    from gradio_client import handle_file
+
+    coins = handle_file(str(path_of(PICTURES["coins"])))
+    *_, about, _, facts = reconstruct(client, coins)
+    assert facts["in_training_data"] and "In the model's training data" in about
+    *_, about, _, facts = reconstruct(client, photograph)
+    assert facts["in_training_data"] is False and "Not in the model" in about
+    *_, about, _, facts = reconstruct(client, coins, model="masked", method="mae")
+    assert facts["in_training_data"] is None and "is not known" in about
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (1700, 9, 4), np.uint8)).save(
+        tmp_path / "a.png"
+    )
+    file = reconstruct(client, handle_file(str(tmp_path / "a.png")))[-1]["file"]
+    assert file.startswith("9 x 1700 px, PNG, 6") and file.endswith("transparent parts are shown on white")
+
+
+def test_the_guide_runs_as_it_stands(page, photograph, tmp_path, monkeypatch, capsys):
+    from demo.pages.guide import ADDRESS
+
+    (code,) = (each["props"]["value"] for each in page.config["components"] if each["type"] == "code")
+    monkeypatch.chdir(tmp_path)
+    Image.open(photograph["path"]).save("photograph.jpg")
+    exec(code.replace(ADDRESS, page.local_url), {})
+    printed = capsys.readouterr().out
+    assert re.search(r"^\d+\.\d+ \d+\.\d+$", printed, re.M) and "confidences" in printed
+
+
+def test_models_are_compared_on_one_mask(client, photograph):
+    for method in ("mae", "coma"):
+        text, rows = client.predict(photograph, [NAME, "masked"], method, 0.6, 3, api_name="/compare_models")
+        assert [row["model"] for row in rows] == [NAME, "masked"] and rows[0]["hidden"] == rows[1]["hidden"]
+        assert rows[0]["psnr_db"] != rows[1]["psnr_db"] and text.count("<figure>") == 3
+        if method == "mae":
+            alone = reconstruct(client, photograph, method="mae", mask_ratio=0.6)[-1]
+            assert rows[0]["psnr_db"] == round(alone["psnr_db"], 2)
+    for names, problem in (([NAME], "Choose 2 to 4 models"), ([NAME, "/etc"], "give a list of")):
+        with pytest.raises(Exception, match=problem):
+            client.predict(photograph, names, "mae", 0.6, 3, api_name="/compare_models")
 
 
 def test_the_brush(client, photograph, tmp_path):

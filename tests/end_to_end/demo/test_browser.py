@@ -2,19 +2,12 @@
 
 import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from demo_files import models, served
+from browser_visits import CHROMIUM, PHONE, Visit
 from PIL import Image
-
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
-)
 
 pytestmark = [
     pytest.mark.browser,
@@ -31,83 +24,28 @@ UNNAMED = """() => [...document.querySelectorAll('button, input:not([type=file])
 """What a screen reader would call "button" and no more."""
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory) -> Iterator[str]:
-    from export.commands import export
-
-    folder = tmp_path_factory.mktemp("page")
-    given = models(folder)
-    export.run(
-        [str(given[0]), "--graph", "reconstructor", "--benchmark-seconds", "0", "--verify-images", "1"]
-    )
-    with served(folder / "uploads", *given) as page:
-        yield page.local_url
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
-        )
-        yield running
-        running.close()
-
-
-class Visit:
-    """A page that notes what it asks for and complains of."""
-
-    def __init__(self, browser: Any, address: str, **options: Any) -> None:
-        self.context = browser.new_context(**options)
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(60_000)
-        self.asked: list[str] = []
-        self.errors: list[str] = []
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
-        self.page.goto(address)
-        self.page.wait_for_selector("#views img")
-
-    def outside(self, address: str) -> list[str]:
-        return [url for url in self.asked if not url.startswith((address, "data:", "blob:"))]
-
-    def number(self, name: str) -> str:
-        return self.page.locator(f"#numbers .card:has(dt:text-is('{name}')) dd").inner_text()
-
-    def choose(self, what: str, option: str) -> None:
-        self.page.click(f"#{what} input")
-        self.page.get_by_role("option", name=option).click()
-
-    def until(self, condition: str) -> None:
-        """Wait until `condition`, of the numbers' text, holds."""
-        self.page.wait_for_function(
-            f"() => {{ const text = document.querySelector('#numbers').innerText; return {condition}; }}"
-        )
-
-
 @pytest.mark.slow
 def test_a_visit(browser, address, tmp_path):
     visit = Visit(browser, address, viewport={"width": 1440, "height": 1000})
     page = visit.page
     first = visit.number("PSNR, masked pixels")
     assert re.fullmatch(r"\d+\.\d\d dB", first) and visit.number("mask unit") == "16 px"
-    assert page.locator("#views img").count() == 4
+    visit.more()
+    assert page.locator("#views img").count() == 6
 
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "mine.png")
     page.click("#picture button[aria-label='Remove Image']")
     page.set_input_files("#picture input[type=file]", str(tmp_path / "mine.png"))
-    visit.until("text.includes('120 x 90 px')")
+    page.wait_for_function("() => document.querySelector('#about').innerText.includes('120 x 90 px')")
+    visit.current()
     assert visit.number("PSNR, masked pixels") != first
 
     visit.choose("method", "CoMA: four views")
     visit.until("text.includes('75%') || text.includes('78%')")
-    page.wait_for_function("() => document.querySelectorAll('#views img').length == 8")
+    page.wait_for_function("() => document.querySelectorAll('#views img').length == 10")
     page.locator("#runtime label", has_text="ONNX Runtime").click()
-    visit.until("text.includes('ONNX Runtime 1')")
+    page.wait_for_selector("#numbers .card[title^='ONNX Runtime 1']")
     assert "TensorRT" in page.inner_text("#missing") and "coma export" in page.inner_text("#missing")
 
     visit.choose("method", "Brush")
@@ -121,7 +59,6 @@ def test_a_visit(browser, address, tmp_path):
     page.mouse.move(x + 30, y, steps=8)
     page.mouse.up()
     page.wait_for_timeout(500)
-    page.click("#go")
     visit.until("text.includes('PSNR')")
     hidden = int(visit.number("mask ratio").rstrip("%"))
     assert 5 < hidden < 60, "the brush hid something, and not everything"
@@ -153,10 +90,8 @@ def test_a_phone_in_the_dark(browser, address):
     visit = Visit(
         browser,
         address,
-        viewport={"width": 390, "height": 844},
         color_scheme="dark",
-        has_touch=True,
-        is_mobile=True,
+        **PHONE,
     )
     width = visit.page.evaluate("document.documentElement.scrollWidth")
     assert width <= 390, "no scrolling sideways"
@@ -178,7 +113,7 @@ def test_everything_has_a_name_and_a_place_in_the_order_of_tabs(browser, address
         names.add(
             visit.page.evaluate("document.activeElement.innerText || document.activeElement.ariaLabel || ''")
         )
-    assert {"Reconstruct", "New mask"} <= {name.strip() for name in names}
+    assert {"Reconstruct", "New mask", "temple"} <= {name.strip() for name in names}
     visit.context.close()
 
 
