@@ -112,7 +112,7 @@ class InitConfig(Ranged):
 class OptimizerConfig(Ranged):
     """AdamW or Muon with warm-up and cosine decay (MAE, appendix A.1)."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Annotated[Literal["adamw", "muon"], RARE] = "adamw"
     """muon: the matrices of attention, MLPs and patch merging by Muon, all else by AdamW. It learns more from
     every image, and takes a --base-lr two to four times as high."""
     epochs: Annotated[float, EPOCHS] = 100.0

@@ -184,7 +184,7 @@ def reconstruct_tab(
     work: dict[str, Any] = {"inputs": [*controls, editor], "outputs": outputs, **MODEL_EVENT}
     changes = [each.change for each in controls]
     gr.on(
-        [*changes, editor.change], run, **work, api_name="reconstruct", show_progress="hidden"
+        [*changes, editor.change, editor.input], run, **work, api_name="reconstruct", show_progress="hidden"
     )  # the first one gets the name
     page.load(
         opened, None, [picture, model, method, ratio, seed, runtime, statistics, missing], **PRIVATE
