@@ -67,7 +67,8 @@ def restore(query: dict[str, str], models: Models, examples: list[str]) -> dict[
 
 def clear_on_change(controls: Sequence[Any], results: Sequence[Any], event: Any) -> None:
     """Removes results, and drops the one that `event` is computing, when a control changes."""
-    empty = ["''" if isinstance(each, gr.HTML) else "null" for each in results]
+    empty = ["''" if isinstance(each, gr.HTML) else "{}" if isinstance(each, gr.Label) else "null"
+             for each in results]  # fmt: skip
     gr.on(
         [each.change for each in controls],
         None,
