@@ -74,7 +74,8 @@ def test_files_give_what_the_model_gives_at_any_size(case, made):
     for value in (*model.graph.input, *model.graph.output):
         assert value.type.tensor_type.elem_type != onnx.TensorProto.FLOAT16
         assert value.type.tensor_type.shape.dim[0].dim_param
-    for shape in RUN:
+    too_small = case.model == "segmentor, ViT"  # a pyramid of one token has no smaller map
+    for shape in RUN[: len(RUN) - too_small]:
         compare(made(case).artifact, case.graph, file, shape, ERRORS[case.precision])
 
 
