@@ -72,7 +72,7 @@ QUICK = ("pack", "benchmark")
     [pytest.param(each, marks=[pytest.mark.slow] * (each not in QUICK)) for each in invocations()],
 )
 def test_numbers_that_make_no_sense_are_one_line(invocation, tmp_path, capsys):
-    """Of the numbers that a flag's range refuses, the first goes through the command; all others do."""
+    """The command gets every number that the range of a flag allows, and one that the range refuses."""
     for flag, (hint, allowed, variant) in flags_of(invocation).items():
         if "Fixed" in str(hint):
             continue
