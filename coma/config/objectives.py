@@ -18,6 +18,7 @@ AttentionQuery = Literal["auto", "class", "mean"]
 Degradation = Literal[
     "zoom-in", "zoom-out", "distort", "blur", "decolor", "zoom-in+mask", "zoom-out+mask", "zoom-in+coma"
 ]
+Padding = Literal["zeros", "edge"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class BeyondConfig(ObjectiveConfig):
     """zoom-in+mask and zoom-in+coma: weight of the border around the centre in the loss; the hidden part of
     the centre has the rest. The authors' code weighs the centre's mean error by 0.8 and the sum of four
     strips' mean errors by 0.2, which makes both equal. Plain zoom-in weighs all pixels equally."""
-    padding: Literal["zeros", "edge"] = "zeros"
+    padding: Padding = "zeros"
     """distort: what is seen beyond the image. zeros: black, or the mean of normalised pixels (the authors'
     code); edge: the pixels of the edge (ours)."""
     norm_pix: bool = True

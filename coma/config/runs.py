@@ -113,8 +113,8 @@ class OptimizerConfig(Ranged):
     """AdamW or Muon with warm-up and cosine decay (MAE, appendix A.1)."""
 
     optimizer: Annotated[Literal["adamw", "muon"], RARE] = "adamw"
-    """muon: the matrices of attention, MLPs and patch merging by Muon, all else by AdamW. It learns more from
-    every image, and takes a --base-lr two to four times as high."""
+    """muon: the matrices of attention, MLPs and patch merging by Muon, all else by AdamW. Its best --base-lr
+    may be another one than AdamW's."""
     epochs: Annotated[float, EPOCHS] = 100.0
     """Passes over the images."""
     steps: Annotated[int | None, STEPS, RARE] = None

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coma.config.objectives import Padding
 from coma.errors import BadInput
 from coma.masking.sampling import uniform
 
@@ -30,9 +31,7 @@ _SALTS = {kind: 0x6465 + number for number, kind in enumerate(KINDS)}  # apart f
 _KERNEL = 7
 
 
-def degrade(
-    images: Tensor, seeds: Tensor, kind: Kind, padding: Literal["zeros", "edge"] = "zeros"
-) -> tuple[Tensor, Tensor]:
+def degrade(images: Tensor, seeds: Tensor, kind: Kind, padding: Padding = "zeros") -> tuple[Tensor, Tensor]:
     """Degrade a batch.
 
     Args:
@@ -96,7 +95,7 @@ def zoom_out(images: Tensor, seeds: Tensor) -> Tensor:
     return small.gather(3, cols[:, None, None, :].expand(b, c, height, width))
 
 
-def distort(images: Tensor, seeds: Tensor, padding: Literal["zeros", "edge"]) -> Tensor:
+def distort(images: Tensor, seeds: Tensor, padding: Padding) -> Tensor:
     """A fisheye: seen at p is the image at p + (centre - p) |centre - p| strength, sides being 2 long."""
     height, width = images.shape[-2:]
     draws = uniform(seeds, 3, _SALTS["distort"])

@@ -28,7 +28,7 @@ from pretrain.training.throughput import compute_shapes
 RESIDENT = 1.25
 """Resident memory over that of the tensors: what the allocator keeps and the kernels work in."""
 SMALL = 2**14
-"""Pixels of a pass that is not looked at: the largest preset keeps some 60 KiB for each, a GiB in all."""
+"""Pixels of a pass that is not estimated: `large` takes 1.6 GiB then, nearly all of it for its weights."""
 _CPU = torch.device("cpu")
 
 
