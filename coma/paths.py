@@ -13,6 +13,7 @@ from coma.errors import BadInput
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://?")
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://([^/?#]*)([^?#]*)(?:\?([^#]*))?(?:#(.*))?")
 _HIDDEN = "***"
+_SHIPPED = Path(__file__).with_name("weights")
 _LOCAL_OR_NESTED = (
     *("file", "local", "dir", "data", "reference", "generic", "async_wrapper"),
     *("simplecache", "filecache", "blockcache", "cached"),
@@ -153,6 +154,21 @@ def parse_location(text: str) -> Location:
     if not _ADDRESS.fullmatch(text):
         return local_path(text)
     return Address(text)
+
+
+def shipped_weights() -> tuple[str, ...]:
+    """Returns the names of the artifacts that come with the package; wherever an artifact is asked for, they do."""
+    return tuple(sorted(path.parent.name for path in _SHIPPED.glob("*/config.json")))
+
+
+def artifact_directory(artifact: str | Path) -> Path:
+    """Returns the directory of an artifact, given as a path or as one of the names in `shipped_weights`.
+
+    A file or folder of that name in the current folder comes first.
+    """
+    if not os.path.lexists(artifact) and str(artifact) in shipped_weights():
+        return _SHIPPED / artifact
+    return Path(artifact)
 
 
 def exports_beside(artifact: Path) -> Path:

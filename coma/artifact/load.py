@@ -25,6 +25,7 @@ from coma.config.settings_file import read_json
 from coma.errors import BadArtifact, BadInput
 from coma.messages import abridged
 from coma.models import Encoder, build_encoder
+from coma.paths import artifact_directory
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +58,13 @@ class Artifact:
 def load_artifact(directory: str | Path) -> Artifact:
     """Read an artifact; tensors stay in the type they were stored in.
 
+    Args:
+        directory: Its directory, or the name of weights that come with the package, such as `tiny-64`.
+
     Raises:
         BadArtifact: no artifact there, a damaged one, or one of a newer format; the message says which.
     """
-    directory = Path(directory)
+    directory = artifact_directory(directory)
     found = directory
     if not directory.exists() and sibling(directory, "previous").is_dir():
         found = sibling(directory, "previous")  # a replacement was cut short between its two renames
@@ -252,6 +256,7 @@ def artifact_hash(directory: Path) -> str:
     Raises:
         BadArtifact: it is none, or damaged.
     """
+    directory = artifact_directory(directory)
     try:
         plain = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         for fact in ("trained", "versions", "init", CHECKSUMS):

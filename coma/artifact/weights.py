@@ -16,7 +16,7 @@ from coma.config.artifact import ArtifactConfig, Origin
 from coma.errors import BadInput
 from coma.models.checkpoints import Checkpoint, of_encoder, read_checkpoint, vit_like
 from coma.models.hub import is_reference, weights_file
-from coma.paths import local_path
+from coma.paths import artifact_directory, local_path
 
 _BY_NAME = re.compile(r"(?:timm:|hf-hub:timm/)([^@]+)(@.*)?")
 
@@ -64,7 +64,7 @@ def read_weights(source: str, *, download: bool = False) -> Weights:
     if is_reference(source):
         path = file = weights_file(source, download=download)
     else:
-        path = local_path(source)
+        path = artifact_directory(local_path(source))
         if not path.exists():
             raise BadInput(f"{source}: no such file or directory{_hint(source)}")
         file = path / TENSORS if path.is_dir() else path

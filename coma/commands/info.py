@@ -24,7 +24,7 @@ import tyro
 from coma.arguments import parse_arguments
 from coma.errors import BadArtifact, BadInput
 from coma.messages import abridged, counted, printable
-from coma.paths import Address, Location
+from coma.paths import Address, Location, artifact_directory
 from coma.ranges import TILE, Ranged
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def report(path: Location) -> Report:
     """
     if isinstance(path, Address):
         return _images(path)
+    path = artifact_directory(path)
     if path.is_dir():
         return _folder(path)
     if not path.exists():

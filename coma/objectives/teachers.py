@@ -36,6 +36,7 @@ from coma.models.attention_maps import check_readable
 from coma.models.hub import cached_file, unknown_to_timm
 from coma.models.teacher import Teacher
 from coma.objectives import Objective, build_objective
+from coma.paths import artifact_directory
 
 PUBLISHED = ("vit_base_patch16_clip_quickgelu_224.openai", "vit_base_patch16_clip_224.openai")
 """timm's names of CLIP ViT-B/16, the teacher of CMT-MAE; the first computes GELU as CLIP was trained with."""
@@ -60,7 +61,7 @@ def with_weights_hash(config: PretrainConfig) -> PretrainConfig:
     if teacher is None:
         return config
     digest = _load(teacher, ((0.0,) * channels, (1.0,) * channels))[1]
-    name = str(Path(teacher.name).resolve()) if _is_folder(teacher.name) else teacher.name
+    name = str(artifact_directory(teacher.name).resolve()) if _is_folder(teacher.name) else teacher.name
     weights = teacher.weights and teacher.weights.absolute()
     known = replace(teacher, name=name, weights=weights, sha256=digest)
     return replace(config, objective=replace(objective, teacher=known))
@@ -164,7 +165,7 @@ def _digest(folder: Path, about: ArtifactConfig) -> str:
 
 
 def _is_folder(name: str) -> bool:
-    return not name.startswith("timm:") and Path(name).is_dir()
+    return not name.startswith("timm:") and artifact_directory(name).is_dir()
 
 
 def _artifact_of(config: TeacherConfig) -> Path:
@@ -173,7 +174,7 @@ def _artifact_of(config: TeacherConfig) -> Path:
         raise BadInput(
             f"--teacher {config.name} is an artifact and has its weights; leave out --teacher-weights"
         )
-    folder = Path(config.name)
+    folder = artifact_directory(config.name)
     if not (folder / TENSORS).is_file():
         inside = folder / "artifact"
         hint = f"; did you mean {inside}?" if inside.is_dir() else ""

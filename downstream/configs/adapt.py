@@ -17,6 +17,7 @@ from coma.artifact import ArtifactConfig
 from coma.config import EncoderConfig, encoder_preset
 from coma.config.serialization import from_plain
 from coma.errors import BadInput
+from coma.paths import artifact_directory
 from downstream.cli_options import ENCODER_OPTIONS, TrainOptions
 from downstream.configs.load import (
     OURS,
@@ -91,7 +92,7 @@ def encoder_spec(artifact: Path | None, preset: str | None) -> EncoderSpec:
         from coma.artifact import load_encoder
 
         about = load_encoder(artifact).artifact
-        source = {"artifact": str(artifact.resolve())}
+        source = {"artifact": str(artifact_directory(artifact).resolve())}
         described = EncoderSpec(about.model, about.mean, about.std, source, about)
     if described.strides[0] < 1:
         raise BadInput(

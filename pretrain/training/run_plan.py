@@ -34,7 +34,7 @@ from coma.models import build_encoder
 from coma.objectives import build_objective
 from coma.objectives.initialization import statistics_of_weights, with_initial_weights
 from coma.objectives.teachers import may_have_moved, with_weights_hash
-from coma.paths import Address
+from coma.paths import Address, artifact_directory
 from coma.preflight import require_folder, require_space
 from pretrain.training.distributed import Processes
 from pretrain.training.optimizer import learning_rate
@@ -319,7 +319,7 @@ def _located(config: Settings) -> Settings:
         probe = replace(config.probe, probe=config.probe.probe and config.probe.probe.absolute())
         return replace(config, data=data, probe=probe)
     test, val = (path and path.absolute() for path in (config.test, config.val))
-    return replace(config, data=data, artifact=config.artifact.absolute(), test=test, val=val)
+    return replace(config, data=data, artifact=artifact_directory(config.artifact).absolute(), test=test, val=val)
 
 
 def extended(plan: RunPlan, state: dict[str, Any]) -> str | None:
