@@ -46,8 +46,9 @@ HELD_OUT = 10
 RECIPE = (
     *("--model", "tiny", "--image-size", str(SIZE), "--method", "coma", "--objective.no-norm-pix"),
     *("--objective.decoder.dim", "192", "--objective.decoder.depth", "4", "--objective.decoder.heads", "6"),
-    *("--crop-scale", "0.5", "1", "--batch-size", "64", "--optimizer", "muon", "--base-lr", "0.012"),
-    *("--warmup", "0.02", "--ema-decay", "0.999", "--save-minutes", "5", "--reconstruction-every", "2000"),
+    *("--crop-scale", "0.5", "1", "--batch-size", "32", "--optimizer", "muon", "--base-lr", "0.032"),
+    *("--warmup", "0.02", "--ema-decay", "0.999", "--precision", "bf16", "--save-minutes", "5"),
+    *("--reconstruction-every", "2000", "--workers", "0"),
 )
 PHOTOGRAPHS = 85
 """Held-out photographs that are filled in; biharmonic inpainting takes about a second for each."""

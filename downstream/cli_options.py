@@ -30,8 +30,9 @@ class TrainOptions(Ranged):
     """
 
     artifact: Annotated[Path | None, Positional, arg(metavar="ARTIFACT", help_behavior_hint="")] = None
-    """Pre-trained artifact, for example runs/first/artifact. Of a detector (coma segment: a segmentor), all
-    that fits is used: backbone, neck and heads; the layers of other classes are new."""
+    """Pre-trained artifact, for example runs/first/artifact, or tiny-64, which comes with the package. Of a
+    detector (coma segment: a segmentor), all that fits is used: backbone, neck and heads; the layers of other
+    classes are new."""
     data: Annotated[Path | None, arg(metavar="DATASET", help_behavior_hint="")] = None
     """Dataset with a train and a val split."""
     out: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="")] = None

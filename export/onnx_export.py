@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._dynamo.config
 from torch import Tensor, nn
 
 from coma.atomic_io import write_whole
@@ -177,10 +178,13 @@ def tracing(exportable: ExportableModel, shapes: Shapes) -> tuple[ModelSpec, tup
 def tracing_errors() -> Iterator[None]:
     """Traces without gradients, notes and warnings of torch's exporter, and with its errors in one line.
 
+    torch's cache of outputs is off: with free axes, filling it takes longer than what it saves.
+
     Raises:
         CheckFailed: the model cannot be traced.
     """
-    with library_errors("the graph cannot be traced"), _quiet(), torch.no_grad():
+    uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+    with library_errors("the graph cannot be traced"), _quiet(), torch.no_grad(), uncached:
         yield
 
 

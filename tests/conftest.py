@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from class_folders import class_folders
+from filelock import FileLock
 from PIL import Image
 from short_runs import MODEL, OBJECTIVE, at
 from taught_models import timm_weights
@@ -65,6 +66,31 @@ def accelerator(request: pytest.FixtureRequest) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("PyTorch finds no GPU here")
     return torch.device(name)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder of all processes that run the tests, so that a file is written once."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def once(shared: Path) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Returns a folder that a function fills, in the first of all processes that asks; to be read alone."""
+
+    def filled(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = shared / name, shared / f"{name}.done"
+        with FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return filled
 
 
 @pytest.fixture(scope="module")

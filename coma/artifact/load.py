@@ -107,6 +107,8 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
 def load_encoder(directory: str | Path) -> Encoder:
     """Returns the encoder of an artifact of any kind, in evaluation mode on the CPU.
 
+        encoder = coma.load_encoder("tiny-64")  # weights that come with the package
+
     Its attribute `artifact` is the artifact's description: image size, mean, std, how it was trained.
 
     Raises:

@@ -108,8 +108,8 @@ class FinetuneConfig:
     """One fine-tuning run."""
 
     artifact: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ARTIFACT")]
-    """Artifact of any kind whose encoder is trained on (run/artifact). A classifier of the same classes keeps
-    its head."""
+    """Artifact of any kind whose encoder is trained on (run/artifact, or tiny-64, which comes with the
+    package). A classifier of the same classes keeps its head."""
     data: FinetuneDataConfig
     run: FinetuneRunConfig
     optimizer: FinetuneRecipe = field(default_factory=FinetuneRecipe)

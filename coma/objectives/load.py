@@ -13,6 +13,9 @@ from coma.objectives import MaskedPixels, build_objective
 def load_pretrained(directory: str | Path) -> MaskedPixels:
     """Returns the pre-trained objective, in evaluation mode on the CPU.
 
+        objective = coma.load_pretrained("tiny-64")  # weights that come with the package
+        filled_in = objective.reconstruct(images, visible)
+
     Its attribute `artifact` is the artifact's description: image size, mean, std, how it was trained.
 
     Raises:

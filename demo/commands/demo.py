@@ -23,8 +23,10 @@ from demo.storage import Storage, delete_leftovers, temporary_storage
 if TYPE_CHECKING:
     from demo.models import Models
 
-QUICKSTART = Path("quickstart")
-"""Default `--out` of `coma quickstart`."""
+SHIPPED = "tiny-64"
+"""Weights that the page shows by default; they come with the package."""
+QUICKSTART = Path("quickstart/run/artifact")
+"""The model of `coma quickstart`, which is shown beside them where it is there."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,12 @@ class DemoConfig(Ranged):
         tuple[Path, ...],
         tyro.conf.Positional,
         tyro.conf.arg(
-            metavar="MODEL", help_behavior_hint="(default: the quickstart's model, trained if missing)"
+            metavar="MODEL",
+            help_behavior_hint=f"(default: {SHIPPED}, and the quickstart's model if there is one)",
         ),
     ] = ()
-    """Artifacts, and files of `coma export`; exported files beside an artifact are found."""
+    """Artifacts, and files of `coma export`; exported files beside an artifact are found. tiny-64 comes with
+    the package."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 admits other machines."""
     port: Annotated[int, Range(0, 65535)] = 7860
@@ -67,7 +71,7 @@ def run(argv: list[str]) -> None:
     require_packages("gradio", "skimage")
     check_port(given.host, given.port)
     device = pick_device(given.device)
-    models = load_models(given.models or (quickstart(),), device)
+    models = load_models(given.models or default_models(), device)
     if dead := delete_leftovers():
         print(f"deleted the pictures of {counted(dead, 'demo server')} that did not end cleanly", flush=True)
     with _ended_by_signals(), temporary_storage() as storage:
@@ -180,15 +184,9 @@ def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def quickstart(folder: Path = QUICKSTART) -> Path:
-    """Returns the artifact of the quickstart, which is trained first if it is missing."""
-    artifact = folder / "run" / "artifact"
-    if not (artifact / "model.safetensors").exists():
-        print(f"no model was given and {artifact} does not exist: training a tiny model first", flush=True)
-        from pretrain.commands import quickstart as command
-
-        command.run(["--out", str(folder)])
-    return artifact
+def default_models() -> tuple[Path, ...]:
+    """Returns the weights that come with the package, and the quickstart's model if there is one."""
+    return (Path(SHIPPED), *((QUICKSTART,) if QUICKSTART.is_dir() else ()))
 
 
 def parse_auth(text: str | None) -> tuple[str, str] | None:

@@ -1,7 +1,7 @@
 """Compute features of images with any model, and write them to a file that coma search reads.
 
-MODEL is an artifact of any kind, an exported encoder (.onnx, .engine, or the folder of coma export), or one
-of timm's models by its name. A command that was stopped or killed continues when it is given again.
+MODEL is an artifact of any kind, tiny-64 (which comes with the package), an exported encoder (.onnx, .engine,
+or the folder of coma export), or one of timm's models by its name. A command that was stopped or killed continues when it is given again.
 
 Examples:
   coma embed runs/first/artifact IMAGES --out features.parquet
@@ -91,7 +91,7 @@ def embed(model: str | Path, images: str | Path, out: str | Path, **settings: An
         coma.embed("runs/first/artifact", "PHOTOS", out="features.parquet", stage=3)
 
     Args:
-        model: An artifact directory, an exported encoder, or timm:NAME.
+        model: An artifact directory or `tiny-64`, an exported encoder, or timm:NAME.
         images: Folder of images, pack, shards or parquet files.
         out: File to write, `.parquet` or `.npz`.
         settings: Flags of `coma embed` as keywords: `stage`, `pooling`, `batch_size`, `runtime`.

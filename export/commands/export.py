@@ -42,7 +42,7 @@ def export(artifact: str | Path, **settings: Any) -> list[Path]:
         files = coma.export("runs/first/artifact", precision="fp32,fp16")
 
     Args:
-        artifact: An artifact directory.
+        artifact: An artifact directory, or `tiny-64`.
         settings: Flags of `coma export` as keywords: `out`, `precision`, `shapes`, `verify`, `to`.
 
     Returns:

@@ -70,7 +70,7 @@ def evaluate(artifact: str | Path | Sequence[str | Path], **settings: Any) -> li
         print(scores[0].top1)
 
     Args:
-        artifact: An artifact directory, or several.
+        artifact: An artifact directory or `tiny-64`, or several.
         settings: Flags of `coma evaluate` as keywords: `data`, `protocols`, `random_baseline`, `out`.
 
     Returns:

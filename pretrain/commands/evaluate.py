@@ -39,7 +39,8 @@ class EvaluateConfig(Ranged):
     artifacts: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ARTIFACT ...", help_behavior_hint="")
     ]
-    """Artifact directories, of kind backbone or pretrained (run/artifact)."""
+    """Artifact directories, of kind backbone or pretrained (run/artifact), and tiny-64, which comes with the
+    package."""
     data: Location | None = None
     """Folder that holds train and test (or val): folders with one folder per class, or .npz packs."""
     train: Location | None = None

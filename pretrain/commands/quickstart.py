@@ -2,7 +2,8 @@
 
 The photographs come with scikit-image, so nothing is downloaded. The model overfits them, which says
 little about features and a lot about whether everything works: reading, masks, training, reconstruction,
-saving and loading.
+saving and loading. Beside it stands what weights that come with the package, `tiny-64`, make of these
+photographs, which they never saw.
 """
 
 from __future__ import annotations
@@ -43,8 +44,11 @@ PHOTOGRAPHS = (
 )
 """Files of scikit-image's data folder."""
 
+SHIPPED = "tiny-64"
+"""Weights that come with the package."""
 _IMAGE_SIZE = ImageSize.of(64)
 _COPY_SIZE = 80  # pixels a side: decoding the originals would take longer than the model does
+_UNSEEN = f"{SHIPPED}, which comes with the package, on photographs that it was not trained on"
 _TRIALS = 6
 _FEWEST_STEPS, _MOST_STEPS = 200, 5000
 
@@ -92,9 +96,13 @@ def run(argv: list[str]) -> None:
     about = objective.artifact
     images, seeds = _examples(plan, about)
     verify(plan, objective, images, seeds)
-    sheet = config.out / "reconstructions.png"
+    sheet, unseen = config.out / "reconstructions.png", config.out / f"reconstructions-{SHIPPED}.png"
     reconstruction_sheet(objective, images, seeds, about.mean, about.std, sheet, caption=_caption(about))
-    print(_results(run_directory, about, sheet))
+    shipped = load_pretrained(SHIPPED)
+    images, seeds = _examples(plan, shipped.artifact)
+    statistics = shipped.artifact.mean, shipped.artifact.std
+    reconstruction_sheet(shipped, images, seeds, *statistics, unseen, caption=_UNSEEN)
+    print(_results(run_directory, about, sheet, unseen))
     print(_next_steps(run_directory))
 
 
@@ -231,7 +239,7 @@ def _caption(about: ArtifactConfig) -> str:
     return f"A tiny DyViT after {steps} steps on {images} photographs, which it overfits"
 
 
-def _results(run_directory: Path, about: ArtifactConfig, sheet: Path) -> str:
+def _results(run_directory: Path, about: ArtifactConfig, sheet: Path, unseen: Path) -> str:
     rows = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
     artifact = run_directory / "artifact"
     megabytes = (artifact / "model.safetensors").stat().st_size / 1e6
@@ -239,6 +247,7 @@ def _results(run_directory: Path, about: ArtifactConfig, sheet: Path) -> str:
   loss             {rows[0]["loss"]:.3f} -> {rows[-1]["loss"]:.3f} in {about.trained["steps"]} steps
   verified         the artifact, loaded again, reconstructs bit for bit what the trained model does
   reconstructions  {sheet}
+  {SHIPPED:<15}  {unseen}: the weights that come with the package, which never saw these photographs
   loss curve       {run_directory / "loss_curve.png"}
   artifact         {artifact} (encoder and decoder, {megabytes:.1f} MB)
   run directory    {run_directory} (settings, metrics, TensorBoard, resumable state)

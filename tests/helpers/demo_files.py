@@ -35,4 +35,18 @@ def models(folder: Path) -> tuple[Path, ...]:
     listing = {"names": ["money/coins.png"], "sizes": [file.stat().st_size], "labels": None}
     write_listing(small.parent, {"images": listing})
     other = pretrained(folder / "masked" / "artifact", method=MAEConfig())
-    return small, classifier(folder / "pets" / "artifact"), other
+    assert (small, classifier(folder / "pets" / "artifact"), other) == models_in(folder)
+    return models_in(folder)
+
+
+def exported_models(folder: Path) -> None:
+    """Writes them, and the reconstructor of the first one as a file."""
+    from export.commands import export
+
+    settings = ("--graph", "reconstructor", "--benchmark-seconds", "0", "--verify-images", "2")
+    export.run([str(models(folder)[0]), *settings])
+
+
+def models_in(folder: Path) -> tuple[Path, ...]:
+    """The artifacts that `models` wrote."""
+    return folder / "small" / "run" / "artifact", folder / "pets" / "artifact", folder / "masked" / "artifact"

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from browser_visits import CHROMIUM
-from demo_files import models, served
+from demo_files import exported_models, models, models_in, served
 from page_requests import Server
 
 
@@ -20,16 +20,10 @@ def server(tmp_path_factory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory) -> Iterator[str]:
+def address(once, tmp_path_factory) -> Iterator[str]:
     """Address of a page whose first model is exported, too."""
-    from export.commands import export
-
-    folder = tmp_path_factory.mktemp("page")
-    given = models(folder)
-    export.run(
-        [str(given[0]), "--graph", "reconstructor", "--benchmark-seconds", "0", "--verify-images", "1"]
-    )
-    with served(folder / "uploads", *given) as page:
+    given = models_in(once("page", exported_models))
+    with served(tmp_path_factory.mktemp("page") / "uploads", *given) as page:
         yield page.local_url
 
 

@@ -305,21 +305,13 @@ def test_mistakes_on_the_command_line(argv, message, capsys, tmp_path, monkeypat
     assert message in capsys.readouterr().err
 
 
-def test_without_arguments_the_quickstart_is_trained_once(tmp_path, monkeypatch, capsys):
+def test_without_arguments_the_shipped_weights_and_the_quickstarts_are_served(tmp_path, monkeypatch):
     from export_files import pretrained
 
-    from pretrain.commands import quickstart
-
-    calls = []
-
-    def trained(argv: list[str]) -> None:
-        calls.append(argv)
-        pretrained(Path(argv[1]) / "run" / "artifact")
-
-    monkeypatch.setattr(quickstart, "run", trained)
     monkeypatch.chdir(tmp_path)
-    assert demo.quickstart() == demo.quickstart() == Path("quickstart/run/artifact")
-    assert calls == [["--out", "quickstart"]] and "training a tiny model first" in capsys.readouterr().out
+    assert demo.load_models(demo.default_models(), "cpu").names == ["tiny-64"]
+    pretrained(tmp_path / "quickstart" / "run" / "artifact")
+    assert demo.load_models(demo.default_models(), "cpu").names == ["tiny-64", "quickstart"]
 
 
 def test_the_command_serves_this_machine_alone_and_cleans_up(tmp_path, monkeypatch, capsys):

@@ -123,8 +123,7 @@ def test_the_address_keeps_the_settings_and_no_upload(browser, address, tmp_path
     visit.context.close()
 
 
-@pytest.mark.parametrize("options", [DESKTOP, DESKTOP | DARK, PHONE, PHONE | DARK],
-                         ids=["light", "dark", "phone", "dark phone"])  # fmt: skip
+@pytest.mark.parametrize("options", [DESKTOP, DESKTOP | DARK, PHONE], ids=["light", "dark", "phone"])
 def test_axe_finds_nothing_serious(browser, address, options):
     visit = Visit(browser, address, **options)
     visit.more()

@@ -81,10 +81,10 @@ def test_a_classifier_in_three_precisions(tmp_path, photographs, capsys, monkeyp
 
 
 def test_a_failed_gate_keeps_the_file_aside_and_names_the_layer(tmp_path, monkeypatch, capsys):
-    artifact = export_files.classifier(tmp_path / "artifact")
+    artifact = export_files.classifier(tmp_path / "artifact", export_files.VIT)
 
     def corrupt(exportable, shapes, path, *rest):
-        layer = exportable.module.classifier.stages[1].blocks[0].mlp.fc2
+        layer = exportable.module.classifier.blocks[0].mlp.fc2
         layer.weight.data.mul_(-2)
         return written(exportable, shapes, path, *rest)
 
@@ -92,7 +92,7 @@ def test_a_failed_gate_keeps_the_file_aside_and_names_the_layer(tmp_path, monkey
     monkeypatch.setattr(candidates, "write_onnx", corrupt)
     assert main(["export", str(artifact), "--out", str(tmp_path / "out"), *QUICK]) == 1
     error = capsys.readouterr().err
-    assert "classifier.stages.1.blocks.0.mlp.fc2" in error and "refused" in error
+    assert "classifier.blocks.0.mlp.fc2" in error and "refused" in error
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"classifier.onnx.rejected", "manifest.json", "report.md", "report.png"}
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())

@@ -47,6 +47,7 @@ def test_everything_it_promises_is_there(finished):
     assert len(pictures) == len(quickstart.PHOTOGRAPHS)
     for made in (
         "reconstructions.png",
+        "reconstructions-tiny-64.png",
         "run/loss_curve.png",
         "run/reconstructions/step-000003.png",
         pictures[0],

@@ -26,7 +26,7 @@ import pytest
 import tyro
 from class_folders import class_folders
 from documents import LANGUAGES, ROOT, Command, blocks, commands
-from export_files import DYVIT, classifier, pretrained, segmentor
+from export_files import DYVIT, VIT, classifier, pretrained, segmentor
 from feature_files import features, vectors
 from PIL import Image
 from pyarrow import parquet
@@ -183,7 +183,7 @@ def folder(tmp_path_factory) -> Path:
     for folder in (root / "CLASSES").glob("*/class?"):  # by the names of the classifier's classes
         folder.rename(folder.with_name(("cat", "cup", "face")[int(folder.name[-1])]))
     for run in ("first", "mae"):
-        pretrained(root / f"runs/{run}/artifact")
+        pretrained(root / f"runs/{run}/artifact", VIT)
     pretrained(root / "runs/tiny/artifact", encoder_preset("tiny", 48))
     classifier(root / "runs/classifier/artifact", replace(DYVIT, dim=32))  # narrower ones lose much in int8
     features(root / "dinov2.parquet", vectors(12))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from demo_files import exported_models, models_in
 from export_files import DYVIT, backbone, pretrained
 
 from coma.artifact import load_encoder
@@ -236,14 +237,8 @@ def test_masks_and_classes_are_drawn_where_they_are():
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Path:
-    from export.commands import export
-
-    artifact = pretrained(tmp_path_factory.mktemp("exported") / "run" / "artifact")
-    export.run(
-        [str(artifact), "--graph", "reconstructor", "--benchmark-seconds", "0", "--verify-images", "2"]
-    )
-    return artifact
+def exported(once) -> Path:
+    return models_in(once("page", exported_models))[0]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -34,15 +34,6 @@ def pictures() -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory, worker_id) -> Path:
-    """A folder of all processes that run the tests, so that a file is written once."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "shared"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def made(shared, pictures) -> Callable[[Case], Made]:
     """Returns a case with its file."""
     known: dict[str, Made] = {}

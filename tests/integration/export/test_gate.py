@@ -38,12 +38,14 @@ SHAPES = Shapes(Shape(1, 48, 48), Shape(2, 48, 48), Shape(4, 48, 48))
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def made(once) -> Path:
     """A classifier's artifact and its ONNX file."""
-    folder = tmp_path_factory.mktemp("gates")
-    artifact = export_files.classifier(folder / "artifact")
-    write_onnx(load_exportable(artifact, "classifier"), SHAPES, folder / "c.onnx")
-    return folder
+
+    def fill(folder: Path) -> None:
+        artifact = export_files.classifier(folder / "artifact")
+        write_onnx(load_exportable(artifact, "classifier"), SHAPES, folder / "c.onnx")
+
+    return once("gate", fill)
 
 
 @pytest.fixture(scope="module")

@@ -40,11 +40,14 @@ FAULTS: dict[str, Change] = {
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Path:
+def exported(once) -> Path:
     """An artifact and, beside it, one file of every graph, with a list of four units of nine."""
-    artifact = export_files.pretrained(tmp_path_factory.mktemp("made") / "artifact", VIT)
-    assert export(artifact, "--visible-units", "4", "--shapes", "1x48x48:2x48x48:3x48x48") == 0
-    return artifact
+
+    def fill(folder: Path) -> None:
+        artifact = export_files.pretrained(folder / "artifact", VIT)
+        assert export(artifact, "--visible-units", "4", "--shapes", "1x48x48:2x48x48:3x48x48") == 0
+
+    return once("visible", fill) / "artifact"
 
 
 def lists(batch: int, count: int, units: int) -> torch.Tensor:
