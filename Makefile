@@ -11,6 +11,9 @@ LOCKED := $(VENV)/.locked
 INSTALLED := $(VENV)/.installed
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 
+# Python keeps the bytecode of modules, whatever the environment says: otherwise every process compiles thousands of them again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help env quickstart test test-fast test-slow test-isolated lint types rooms docs format lock clean
 

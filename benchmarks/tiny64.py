@@ -198,7 +198,9 @@ def _quality(images: Tensor, filled: Tensor, visible: Tensor) -> dict[str, float
 
 def _features(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns the accuracy of frozen features on Tiny-ImageNet, of random weights as well."""
-    train, test = (open_source(args.data / f"class-tinyimagenet40/{split}.npz")[0] for split in ("train", "test"))
+    train, test = (
+        open_source(args.data / f"class-tinyimagenet40/{split}.npz")[0] for split in ("train", "test")
+    )
     rows = []
     for path in args.artifacts:
         encoder = load_encoder(path)
@@ -243,8 +245,12 @@ def main() -> None:
             command.add_argument("more", nargs="*", help="further flags of `coma pretrain`, after --")
         if run is measure:
             command.add_argument("--artifacts", type=artifact_directory, nargs="+", default=[Path(NAME)])
-            command.add_argument("--features", action="store_true", help="also kNN and a linear probe, minutes")
-            command.add_argument("--sheets", type=Path, help="also draw twelve photographs: PATH-1.png, PATH-2.png")
+            command.add_argument(
+                "--features", action="store_true", help="also kNN and a linear probe, minutes"
+            )
+            command.add_argument(
+                "--sheets", type=Path, help="also draw twelve photographs: PATH-1.png, PATH-2.png"
+            )
             command.add_argument("--out", type=Path, help="also write the results to this file, as JSON")
     args = parser.parse_args()
     args.run(args)

@@ -319,7 +319,9 @@ def _located(config: Settings) -> Settings:
         probe = replace(config.probe, probe=config.probe.probe and config.probe.probe.absolute())
         return replace(config, data=data, probe=probe)
     test, val = (path and path.absolute() for path in (config.test, config.val))
-    return replace(config, data=data, artifact=artifact_directory(config.artifact).absolute(), test=test, val=val)
+    return replace(
+        config, data=data, artifact=artifact_directory(config.artifact).absolute(), test=test, val=val
+    )
 
 
 def extended(plan: RunPlan, state: dict[str, Any]) -> str | None:

@@ -82,7 +82,7 @@ NOT_RUN: dict[str, str] = {
     "test_embed.py starts one",
     "python -m downstream.openmmlab mmdet/tools/test.py runs/detector/config.py CHECKPOINT": "test_openmmlab_"
     "tools.py runs tools",
-    "coma demo": "trains the quickstart's model; the other demo is run",
+    "coma demo": "the other demo is run",
     "coma detect train runs/first/artifact --data COCO --config ANY.py --cfg-options "
     "optim_wrapper.optimizer.lr=0.0002 --out runs/own": "test_user_configs.py trains several configurations",
 }

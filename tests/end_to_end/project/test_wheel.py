@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 UV = Path(sys.executable).with_name("uv")
 PRETRAIN = """pretrain images --out run --model tiny --image-size 32 --steps 2 --batch-size 4 --workers 0
 --model.depths 1 1 1 1 --objective.decoder.depth 1 --device cpu --mean .5 .5 .5 --std .3 .3 .3"""
-EXPORT = "export run/artifact --out exports --precision fp32"
+EXPORT = "export run/artifact --out exports --graph encoder --benchmark-seconds 0"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -72,6 +72,7 @@ def test_core_dependencies_alone_pretrain(tmp_path, wheel, constraints):
     assert "2 steps" in call(coma, *PRETRAIN.split(), cwd=tmp_path)
     assert "checksums  match" in call(coma, "info", "run/artifact", cwd=tmp_path)
     python = coma.with_name("python")
+    assert "encoder and decoder" in call(coma, "info", "tiny-64", cwd=tmp_path)
     code = "import coma; print(coma.load_encoder('run/artifact').artifact.image_size)"
     assert call(python, "-c", code, cwd=tmp_path) == "32\n"
     refused = subprocess.run([coma, "export", "run/artifact"], cwd=tmp_path, capture_output=True, text=True)

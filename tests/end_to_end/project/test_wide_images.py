@@ -52,7 +52,8 @@ def photographs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(photographs, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    shape = ("--model", "tiny", "--model.dim", "16", "--model.heads", "2", "2", "4", "4")
+    shape = ("--model", "tiny", "--model.dim", "16", "--model.heads", "2", "2", "4", "4",
+             "--model.depths", "1", "1", "1", "1")  # fmt: skip
     succeeds("pretrain", photographs, "--out", out, *WIDE, *shape, *DECODER, *SMALL)
     return out
 

@@ -55,8 +55,12 @@ def test_they_fill_in_better_than_the_mean_colour():
     from skimage.transform import resize
 
     objective = coma.load_pretrained(NAME)
-    pixels = torch.from_numpy(resize(data.coffee(), (64, 64), anti_aliasing=True)).permute(2, 0, 1)[None].float()
-    mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (objective.artifact.mean, objective.artifact.std))
+    pixels = (
+        torch.from_numpy(resize(data.coffee(), (64, 64), anti_aliasing=True)).permute(2, 0, 1)[None].float()
+    )
+    mean, std = (
+        torch.tensor(each).view(1, -1, 1, 1) for each in (objective.artifact.mean, objective.artifact.std)
+    )
     seeds = torch.arange(1)
     visible = objective.draw_visible(seeds, 4, 4)[0]
     shown = visible.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None]
