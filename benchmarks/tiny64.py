@@ -3,14 +3,14 @@
     python benchmarks/tiny64.py data DATA --work WORK            writes WORK/train and WORK/held-out
     python benchmarks/tiny64.py train --work WORK --steps N      pre-trains; the same command resumes
     python benchmarks/tiny64.py ship WORK/run/artifact           writes coma/weights/tiny-64, in 16 bits
-    python benchmarks/tiny64.py measure DATA --work WORK         prints how well models fill in what they never saw
+    python benchmarks/tiny64.py measure DATA --work WORK         fills in images that models never saw
 
-DATA holds class-tinyimagenet40, natural1k and det-bccd. Every tenth photograph of natural1k, the test images of
-Tiny-ImageNet and the validation images of BCCD are held out. Larger images are reduced to a short side of 128 px,
-and linked several times, so that every epoch has several crops of them.
+DATA holds class-tinyimagenet40, natural1k and det-bccd. Every tenth photograph of natural1k, the test images
+of Tiny-ImageNet and the validation images of BCCD are held out. Larger images are reduced to a short side of
+128 px, and linked several times, so that every epoch has several crops of them.
 
-`measure` hides half of the mask units (16 px) of held-out images at 64 px, the same ones for all, and reports PSNR and
-SSIM: of the mean colour of what is visible, of scikit-image's biharmonic inpainting, and of artifacts.
+`measure` hides half of the mask units (16 px) of held-out images at 64 px, the same ones for all, and reports
+PSNR and SSIM: of the mean colour of what is visible, of scikit-image's biharmonic inpainting, and of artifacts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -198,9 +197,8 @@ def _quality(images: Tensor, filled: Tensor, visible: Tensor) -> dict[str, float
 
 def _features(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns the accuracy of frozen features on Tiny-ImageNet, of random weights as well."""
-    train, test = (
-        open_source(args.data / f"class-tinyimagenet40/{split}.npz")[0] for split in ("train", "test")
-    )
+    folder = args.data / "class-tinyimagenet40"
+    train, test = (open_source(folder / f"{split}.npz") for split in ("train", "test"))
     rows = []
     for path in args.artifacts:
         encoder = load_encoder(path)
@@ -215,7 +213,7 @@ def _sheets(args: argparse.Namespace) -> None:
     """Draws twelve held-out photographs as the first artifact fills them in, in two sheets."""
     objective = load_pretrained(args.artifacts[0])
     about = objective.artifact
-    source, _ = open_source(args.work / "held-out/natural1k")
+    source = open_source(args.work / "held-out/natural1k")
     batches = evaluation_batches(source, image_size=about.image_size, channels=3, batch_size=12, workers=0)
     batch = next(iter(batches))
     images = normalize(batch.images, about.mean, about.std)

@@ -157,7 +157,7 @@ def parse_location(text: str) -> Location:
 
 
 def shipped_weights() -> tuple[str, ...]:
-    """Returns the names of the artifacts that come with the package; wherever an artifact is asked for, they do."""
+    """Returns the names of the artifacts that come with the package."""
     return tuple(sorted(path.parent.name for path in _SHIPPED.glob("*/config.json")))
 
 

@@ -33,8 +33,8 @@ class ExportConfig(Ranged):
     """
 
     artifact: Annotated[Path, tyro.conf.Positional]
-    """Artifact directory of any kind: backbone, pretrained, classifier, segmentor or detector; or tiny-64, which
-    comes with the package."""
+    """Artifact directory of any kind: backbone, pretrained, classifier, segmentor or detector; or tiny-64,
+    which comes with the package."""
     to: str = "onnx"
     """Formats, separated by commas: onnx, which is always written, tensorrt (engines of the ONNX files),
     triton (the ONNX files as a model repository for Triton Inference Server, in the folder triton), pt2 (the

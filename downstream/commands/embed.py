@@ -1,7 +1,8 @@
 """Compute features of images with any model, and write them to a file that coma search reads.
 
 MODEL is an artifact of any kind, tiny-64 (which comes with the package), an exported encoder (.onnx, .engine,
-or the folder of coma export), or one of timm's models by its name. A command that was stopped or killed continues when it is given again.
+or the folder of coma export), or one of timm's models by its name. A command that was stopped or killed
+continues when it is given again.
 
 Examples:
   coma embed runs/first/artifact IMAGES --out features.parquet

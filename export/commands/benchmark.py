@@ -40,8 +40,8 @@ class BenchmarkConfig(Ranged):
     """
 
     artifact: Annotated[Path, tyro.conf.Positional]
-    """Artifact directory of any kind: backbone, pretrained, classifier, segmentor or detector; or tiny-64, which
-    comes with the package."""
+    """Artifact directory of any kind: backbone, pretrained, classifier, segmentor or detector; or tiny-64,
+    which comes with the package."""
     exports: Path | None = None
     """Folder that coma export wrote (default: the folder export beside the artifact, if it exists)."""
     graph: Literal["encoder", "reconstructor"] | None = None

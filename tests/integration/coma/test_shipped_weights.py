@@ -43,7 +43,7 @@ def test_they_are_small_and_in_sixteen_bits():
 
 def test_they_load_as_encoder_and_with_their_decoder():
     encoder, objective = coma.load_encoder(NAME), coma.load_pretrained(NAME)
-    assert encoder.artifact.image_size.words == "64" and not encoder.artifact.objective.norm_pix
+    assert encoder.artifact.image_size.words == "64" and not objective.config.norm_pix
     images = torch.rand(1, 3, 64, 64)
     torch.testing.assert_close(encoder(images), objective.encoder(images), rtol=0, atol=0)
     assert artifact_hash(Path(NAME)) == artifact_hash(artifact_directory(NAME))
