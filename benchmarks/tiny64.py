@@ -10,7 +10,7 @@ of Tiny-ImageNet and the validation images of BCCD are held out. Larger images a
 128 px, and linked several times, so that every epoch has several crops of them.
 
 `measure` hides half of the mask units (16 px) of held-out images at 64 px, the same ones for all, and reports
-PSNR and SSIM: of the mean colour of what is visible, of scikit-image's biharmonic inpainting, and of artifacts.
+PSNR and SSIM: of the mean colour of what is visible, of biharmonic inpainting, and of artifacts.
 """
 
 from __future__ import annotations
