@@ -24,10 +24,12 @@ from demo.inputs import BLOBS, CheckedBlocks, CheckedImage, one_line
 from demo.masking import sample_views
 from demo.middleware import RequestGuard
 from demo.models import Models
+from demo.nearest import PictureSearch
 from demo.pages.compare import compare_tab
 from demo.pages.downstream import TITLES, classify_tab, detect_tab, segment_tab
+from demo.pages.explore import explore_tab
 from demo.pages.guide import guide
-from demo.pages.introspection import introspection_tab
+from demo.pages.nearest import nearest_tab
 from demo.pages.reconstruct import reconstruct_tab
 from demo.pages.runtimes import runtimes_tab
 from demo.reconstruction import reconstruct
@@ -53,15 +55,18 @@ RULES = (
 )
 
 
-def build_page(models: Models, storage: Storage) -> tuple[CheckedBlocks, dict[str, Any]]:
+def build_page(
+    models: Models, storage: Storage, search: PictureSearch | None = None
+) -> tuple[CheckedBlocks, dict[str, Any]]:
     """Returns the page, not yet served, and the arguments of its `launch` that protect the server.
 
     Args:
         models: Models that visitors can use.
         storage: Folder of all files, which is also gradio's GRADIO_TEMP_DIR.
+        search: Pictures that visitors can search in.
     """
     _warm_up(models)
-    session = Session(models, storage)
+    session = Session(models, storage, search)
     examples = example_pictures(storage)
     names = [Path(path).stem for path in examples]
 
@@ -156,6 +161,12 @@ def _tabs(session: Session, picture: gr.Image, about: gr.HTML, page: gr.Blocks, 
     if len(comparable(models)) >= FEWEST:
         with gr.Tab("Compare"):
             compare_tab(session, picture)
+    if models.with_encoder():
+        with gr.Tab("Explore") as tab:
+            explore_tab(session, picture, tab, examples)
+    if session.search:
+        with gr.Tab("Nearest"):
+            nearest_tab(session, picture, session.search)
     makers: dict[GraphKind, Any] = {
         "classifier": classify_tab,
         "detector": detect_tab,
@@ -165,8 +176,5 @@ def _tabs(session: Session, picture: gr.Image, about: gr.HTML, page: gr.Blocks, 
         if models.having(form):
             with gr.Tab(TITLES[form]):
                 maker(session, picture)
-    if models.with_encoder():
-        with gr.Tab("Introspection"):
-            introspection_tab(session, picture)
     with gr.Tab("Runtimes"):
         runtimes_tab(session, picture)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 SHOWN = 512
 """Longer side, in pixels, that small pictures are enlarged to."""
 HIDDEN = (128, 134, 148)
 """Colour of masked pixels."""
+PALETTE = np.array(
+    [(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167),
+     (86, 180, 233), (213, 94, 0), (240, 228, 66), (153, 153, 153)], np.uint8,
+)  # fmt: skip
+"""Okabe and Ito's palette, which is safe for colour-blind people."""
 WORST = 0.5
 """Error, in 0..1, at which the heat map saturates."""
 
@@ -59,6 +64,16 @@ def enlarge(picture: np.ndarray, to: int = SHOWN, *, blocks: bool = False) -> np
     how = Image.Resampling.NEAREST if blocks else Image.Resampling.BICUBIC
     size = (max(round(width * scale), 1), max(round(height * scale), 1))
     return np.asarray(Image.fromarray(picture).resize(size, how))
+
+
+def ring(picture: np.ndarray, row: float, col: float) -> np.ndarray:
+    """Returns the picture with a ring around a position, 0 to 1 from the top and from the left."""
+    image = Image.fromarray(picture)
+    y, x = row * picture.shape[0], col * picture.shape[1]
+    draw = ImageDraw.Draw(image)
+    for radius, colour in ((11, (0, 0, 0)), (9, (255, 255, 255)), (7, (0, 0, 0))):
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=2)
+    return np.asarray(image)
 
 
 def colour_indices(values: np.ndarray, colours: np.ndarray) -> np.ndarray:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import html
+import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from coma.errors import BadImage
 from demo.models import Models
+from demo.nearest import PictureSearch
 from demo.storage import Storage
 from demo.upload import Uploads
 
@@ -28,28 +31,38 @@ class Session:
     Attributes:
         models: Models that visitors can use.
         storage: Folder of uploads and results.
+        search: Pictures that visitors can search in.
         uploads: Reader of uploaded pictures.
     """
 
     models: Models
     storage: Storage
+    search: PictureSearch | None = None
     uploads: Uploads = field(init=False)
 
     def __post_init__(self) -> None:
         self.uploads = Uploads(self.storage)
 
-    def save(self, picture: np.ndarray) -> str:
-        """Writes a picture, uint8 `[H, W, 3]`, as a PNG with a unique name and returns its path.
+    def new_file(self, name: str) -> Path:
+        """Returns a path in a new folder of the storage, so that files of one name do not overwrite another.
 
-        gradio names files by their content, so it would overwrite a file that another visitor reads.
+        Browsers save a file under the last part of its path.
         """
-        path = self.storage.folder / f"{uuid.uuid4().hex}.png"
+        folder = self.storage.folder / uuid.uuid4().hex
+        folder.mkdir()
+        return folder / name
+
+    def save(self, picture: np.ndarray, name: str = "picture") -> str:
+        """Writes a picture, uint8 `[H, W, 3]`, as a PNG that browsers save under `name`; returns its path."""
+        path = self.new_file(f"{slug(name)}.png")
         Image.fromarray(picture).save(path, compress_level=3)
         return str(path)
 
-    def save_all(self, pictures: Sequence[tuple[np.ndarray, str]]) -> list[tuple[str, str]]:
-        """Writes pictures; returns their paths with the captions."""
-        return [(self.save(picture), caption) for picture, caption in pictures]
+    def save_all(
+        self, pictures: Sequence[tuple[np.ndarray, str]], name: str = "picture"
+    ) -> list[tuple[str, str]]:
+        """Writes pictures under `name` and their captions; returns their paths with the captions."""
+        return [(self.save(picture, f"{name} {caption}"), caption) for picture, caption in pictures]
 
     def pixels(self, picture: str | None, channels: int = 3) -> np.ndarray:
         """Returns the pixels of the chosen picture, `[H, W, channels]`.
@@ -60,6 +73,11 @@ class Session:
         if not picture:
             raise BadImage(EMPTY)
         return self.uploads.read(picture, channels)
+
+
+def slug(text: str) -> str:
+    """Returns a text as part of a file name: letters and digits, joined by hyphens."""
+    return "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:100] or "picture"
 
 
 def cards(rows: Sequence[tuple[str, str, str]]) -> str:

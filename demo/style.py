@@ -14,12 +14,15 @@ CSS = """
 #picture { grid-row: 1; } #examples { grid-row: 2; } #about { grid-row: 3; } #rules { grid-row: 4; }
 #controls { align-items: end; min-height: 92px; } #controls .form { flex: 1 1 0; }
 #controls button { height: 46px; flex: 0 1 130px; }
-#result { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); position: relative; }
-#result > .block { aspect-ratio: 1; height: auto !important; min-width: 0 !important; }
-#result img { object-fit: contain; image-rendering: auto; }
+.panels { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); position: relative; }
+.panels > .block { aspect-ratio: 1; height: auto !important; min-width: 0 !important; }
+.panels img { object-fit: contain; image-rendering: auto; }
 #numbers { min-height: 114px; } #about { min-height: 90px; }
-body[data-stale] :is(#result, #numbers, #views) { opacity: .45; transition: opacity .2s .15s; }
-body[data-stale] #result::after { content: "Updating\\2026";
+body[data-stale] :is(#result, #numbers, #views), body[data-stale-place] #explored > *,
+  body[data-stale-features] #features > * { opacity: .45; transition: opacity .2s .15s; }
+#explored, #features { position: relative; } #place img { cursor: crosshair; }
+body[data-stale] #result::after, body[data-stale-place] #explored::after,
+  body[data-stale-features] #features::after { content: "Updating\\2026";
   position: absolute; inset: 45% 0 auto; margin: auto;
   width: max-content; padding: 4px 12px; border-radius: 8px; background: #111827; color: #fff; z-index: 9; }
 .compared { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(46%, 170px), 1fr)); gap: 12px; }
@@ -79,7 +82,7 @@ ul.off li { opacity: .75; } ul.off li::before { content: "\\2298\\a0"; } ul.off 
   #examples { height: 84px !important; min-height: 0 !important; overflow: hidden; }
   #controls { min-height: 240px; align-content: start; } #controls .form { flex: 1 1 100%; }
   #controls .form > * { flex: 1 1 40%; } #controls button { flex: 1 1 100%; }
-  #result { grid-template-columns: repeat(2, minmax(0, 1fr)); } #seen { order: 3; }
+  .panels { grid-template-columns: repeat(2, minmax(0, 1fr)); } #seen { order: 3; }
   .settings:not(#controls) .form > *, .settings:not(#controls) > .block { flex: 1 1 100% !important; }
   .settings button.lg { font-size: .95rem; white-space: nowrap; }
   .cards .card { flex: 1 1 29%; padding: 6px 8px; } .cards dd { font-size: 1.02rem; }

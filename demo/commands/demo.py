@@ -22,6 +22,7 @@ from demo.storage import Storage, delete_leftovers, temporary_storage
 
 if TYPE_CHECKING:
     from demo.models import Models
+    from demo.nearest import PictureSearch
 
 SHIPPED = "tiny-64"
 """Weights that the page shows by default; they come with the package."""
@@ -58,6 +59,9 @@ class DemoConfig(Ranged):
     """Device for PyTorch and ONNX Runtime; auto is the GPU where there is one."""
     open: bool = False
     """Open the page in the browser of this machine."""
+    search: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """File of `coma embed` by one of the models, .parquet or .npz: visitors get thumbnails and file names of
+    its nearest pictures."""
 
 
 def run(argv: list[str]) -> None:
@@ -72,10 +76,13 @@ def run(argv: list[str]) -> None:
     check_port(given.host, given.port)
     device = pick_device(given.device)
     models = load_models(given.models or default_models(), device)
+    search = open_search(given.search, models) if given.search else None
     if dead := delete_leftovers():
         print(f"deleted the pictures of {counted(dead, 'demo server')} that did not end cleanly", flush=True)
     with _ended_by_signals(), temporary_storage() as storage:
-        server = serve(models, storage.folder, given.host, given.port, auth, given.share, given.open)
+        server = serve(
+            models, storage.folder, given.host, given.port, auth, given.share, given.open, search=search
+        )
         print(f"\n  open {server.share_url or server.local_url} in a browser; Ctrl-C stops\n", flush=True)
         if given.host not in ("127.0.0.1", "localhost", "::1") and not auth:
             print(
@@ -116,6 +123,7 @@ def serve(
     auth: tuple[str, str] | None = None,
     share: bool = False,
     inbrowser: bool = False,
+    search: PictureSearch | None = None,
 ) -> Any:
     """Starts the page in the background.
 
@@ -127,6 +135,7 @@ def serve(
         auth: User name and password.
         share: Create a public address through gradio's servers.
         inbrowser: Open the page in a browser.
+        search: Pictures that visitors can search in.
 
     Returns:
         The running page of gradio, with `local_url` and `close()`.
@@ -137,7 +146,7 @@ def serve(
     from demo.app import build_page
     from demo.style import CSS, theme
 
-    page, protection = build_page(models, storage)
+    page, protection = build_page(models, storage, search)
     page.launch(
         server_name=host,
         server_port=port or free_port(host),
@@ -169,6 +178,17 @@ def load_models(given: tuple[Path, ...], device: Literal["cpu", "cuda"]) -> Mode
     from demo.models import Models
 
     return Models(given, device)
+
+
+def open_search(file: Path, models: Models) -> PictureSearch:
+    """Opens a file of features.
+
+    Raises:
+        BadInput: the file or its images cannot be read, or no model of the page made it.
+    """
+    from demo.nearest import PictureSearch
+
+    return PictureSearch(file, models)
 
 
 def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:

@@ -6,6 +6,7 @@ page shows it as being updated. The address has the settings of the last result,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,31 +19,54 @@ from demo.models import Models
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Settings of events that only programs of this page call."""
 
-COMPARE = """
-(facts, picture, model, method, mask_ratio, seed, resize_mode, runtime, statistics) => {
-    const page = document.body.dataset, shown = facts?.settings ?? {};
-    const wanted = {
-        picture: picture?.path ?? null, model, method, mask_ratio, seed, resize_mode, runtime, statistics,
-    };
-    const token = page.stale = String(Math.random());
-    if (Object.keys(wanted).some(key => wanted[key] !== shown[key])) return;
-    const next = new URLSearchParams({model, method, ratio: mask_ratio, seed});
-    if (facts.example) next.set('example', facts.example);
-    if (facts.views) history.replaceState(history.state, '', '?' + next);
+_WATCHED = {"stale": "#controls, #more", "stalePlace": "#place-controls, #explore-controls",
+            "staleFeatures": "#explore-controls"}  # fmt: skip
+"""The mark of a result in `document.body.dataset`, and where the controls lie that it follows."""
+
+_SETTLE = """
+(facts, NAMES) => {
+    const page = document.body.dataset, shown = facts?.settings ?? {}, wanted = {NAMES};
+    const token = page.FLAG = String(Math.random());
+    const plain = value => value?.path ?? value ?? null;
+    if (Object.keys(wanted).some(key => plain(wanted[key]) !== shown[key])) return;
+    DONE
     requestAnimationFrame(() => requestAnimationFrame(async () => {
-        const pictures = [...document.querySelectorAll('#result img')];
+        const pictures = [...document.querySelectorAll('RESULT img')];
         await Promise.allSettled(pictures.map(each => each.decode()));
-        if (page.stale === token) delete page.stale;
+        if (page.FLAG === token) delete page.FLAG;
     }));
 }
 """
-"""Runs when a control or the result changes; `body[data-stale]` marks the result while it is not current."""
+ADDRESS = """
+    const next = new URLSearchParams({model, method, ratio: mask_ratio, seed});
+    if (facts.example) next.set('example', facts.example);
+    if (facts.views) history.replaceState(history.state, '', '?' + next);
+"""
+"""Puts the settings of a reconstruction into the address."""
 
-
-MARK = """() => document.addEventListener('input', event => {
-    if (event.target.closest('#controls, #more')) document.body.dataset.stale = 'input';
-}, true)"""
+MARK = f"""() => document.addEventListener('input', event => {{
+    for (const [flag, where] of Object.entries({json.dumps(_WATCHED)}))
+        if (event.target.closest(where)) document.body.dataset[flag] = 'input';
+}}, true)"""
 """Marks the result in the frame in which a control moves: gradio reports the change a few frames later."""
+
+
+def mark_until_current(
+    facts: gr.JSON, controls: dict[str, Any], flag: str, result: str, done: str = ""
+) -> None:
+    """Marks a result on the page for as long as it is not that of its controls.
+
+    Args:
+        facts: JSON of the result, with the `settings` that it was computed with.
+        controls: The controls, by their names in `settings`.
+        flag: Mark in `document.body.dataset`.
+        result: CSS selector of the place of the result, whose pictures are decoded before the mark goes.
+        done: Script that runs when the result is current; it knows `facts` and the controls by their names.
+    """
+    script = _SETTLE.replace("NAMES", ", ".join(controls)).replace("FLAG", flag)
+    script = script.replace("RESULT", result).replace("DONE", done)
+    changes = [each.change for each in (facts, *controls.values())]
+    gr.on(changes, None, [facts, *controls.values()], js=script, **PRIVATE)
 
 
 def restore(query: dict[str, str], models: Models, examples: list[str]) -> dict[str, Any]:

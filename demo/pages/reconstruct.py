@@ -9,16 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 
 from demo.inputs import CheckedEditor
 from demo.masking import LARGEST_SEED, METHODS, mask_picture
 from demo.models import Model
-from demo.pages.page_state import COMPARE, MARK, PRIVATE, query_of, restore
-from demo.pages.results import CANVAS, about_picture, facts_html, large, result_facts, view_pictures
+from demo.pages.downloads import downloads
+from demo.pages.page_state import ADDRESS, MARK, PRIVATE, mark_until_current, query_of, restore
+from demo.pages.results import (
+    CANVAS,
+    about_picture,
+    facts_html,
+    large,
+    original,
+    panel,
+    resized_for,
+    result_facts,
+    title_of,
+    view_pictures,
+)
 from demo.reconstruction import reconstruct
 from demo.render import heat_map, to_rgb
-from demo.resize import RESIZE_MODES, Resized, resize_picture
+from demo.resize import RESIZE_MODES
 from demo.session import EMPTY, MODEL_EVENT, Session, heading, note
 
 PAINT = "Paint over the parts to mask."
@@ -77,12 +88,12 @@ def reconstruct_tab(
         buttons=["fullscreen"],
         elem_id="brush",
     )
-    with gr.Row(elem_id="result"):
-        seen = _panel("At the model's size", "seen", "The picture, brought to the size of the model")
-        masked = _panel("Masked", "masked", "What the model sees of the picture")
-        rebuilt = _panel("Reconstruction", "rebuilt", "The picture as the model reconstructs it")
+    with gr.Row(elem_id="result", elem_classes="panels"):
+        seen = panel("At the model's size", "seen", "The picture, brought to the size of the model")
+        masked = panel("Masked", "masked", "What the model sees of the picture")
+        rebuilt = panel("Reconstruction", "rebuilt", "The picture as the model reconstructs it")
     numbers = gr.HTML(elem_id="numbers", label="Numbers")
-    with gr.Accordion("More", open=False, elem_id="more"):
+    with gr.Accordion("More", open=False, elem_id="more") as more:
         resize_mode = gr.Radio(
             [(title, key) for key, title in RESIZE_MODES.items()], value="crop", label="Resize mode",
             info="How the picture is brought to the model's size", elem_id="resize_mode",
@@ -104,7 +115,9 @@ def reconstruct_tab(
         )  # fmt: skip
     facts = gr.JSON(visible="hidden", label="Facts")
 
-    controls = [picture, model, method, ratio, seed, resize_mode, runtime, statistics]
+    settings = {"picture": picture, "model": model, "method": method, "mask_ratio": ratio, "seed": seed,
+                "resize_mode": resize_mode, "runtime": runtime, "statistics": statistics}  # fmt: skip
+    controls = list(settings.values())
     outputs = [seen, masked, rebuilt, gallery, about, numbers, facts]
 
     def run(
@@ -118,7 +131,7 @@ def reconstruct_tab(
         if not picture:
             return None, None, None, [], "", note(EMPTY), {"note": EMPTY, "settings": settings}
         chosen = session.models[model]
-        resized = _resized(session, chosen, picture, resize_mode)
+        resized = resized_for(session, chosen, picture, resize_mode)
         file = session.uploads.open(picture)
         description = file.describe(len(resized.pixels))
         trained = None if chosen.trained_on is None else (Path(picture).name, file.size) in chosen.trained_on
@@ -127,7 +140,7 @@ def reconstruct_tab(
         text = about_picture(description, trained)
         strokes = session.uploads.strokes(painted) if method == "brush" else None
         if method == "brush" and (strokes is None or not strokes.any()):
-            shown = session.save(large(_original(resized)))
+            shown = session.save(large(original(resized)))
             return shown, None, None, [], text, note(PAINT), {"note": PAINT, **found}
         spec = chosen.description("reconstructor")
         # a runtime of the model that was chosen before: the page is about to replace it
@@ -139,9 +152,10 @@ def reconstruct_tab(
         views = view_pictures(result)
         rebuilt = (large(to_rgb(result.merged)), "reconstruction")
         error = (large(heat_map(result.error, result.predicted), blocks=True), "error of the reconstruction")
-        files = session.save_all([*views, rebuilt, error])
+        title = title_of(settings)
+        files = session.save_all([*views, rebuilt, error], title)
         return (
-            session.save(large(to_rgb(result.original))),
+            session.save(large(to_rgb(result.original)), title),
             files[0][0],
             files[-2][0],
             files,
@@ -170,7 +184,7 @@ def reconstruct_tab(
         if method != "brush":
             return gr.update(visible=False)
         background = session.save(
-            large(_original(_resized(session, session.models[model], picture, resize_mode)))
+            large(original(resized_for(session, session.models[model], picture, resize_mode)))
         )
         return gr.update(
             value={"background": background, "layers": [], "composite": background}, visible=True
@@ -190,7 +204,9 @@ def reconstruct_tab(
         opened, None, [picture, model, method, ratio, seed, runtime, statistics, missing], **PRIVATE
     ).then(run, **work, **PRIVATE)
     page.load(None, js=MARK, **PRIVATE)
-    gr.on([facts.change, *changes], None, [facts, *controls], js=COMPARE, **PRIVATE)
+    mark_until_current(facts, settings, "stale", "#result", ADDRESS)
+    with more:
+        downloads(session, settings, editor, run)
     method.change(changed_method, method, [ratio, seed, again], **PRIVATE)
     model.input(changed_model, model, [runtime, statistics, missing, method], **PRIVATE)
     gr.on(
@@ -198,13 +214,6 @@ def reconstruct_tab(
         canvas, [picture, model, method, resize_mode], editor, **PRIVATE,
     )  # fmt: skip
     again.click(lambda: random.randint(1, 9999), None, seed, **PRIVATE)
-
-
-def _panel(label: str, name: str, alt: str) -> gr.Image:
-    return gr.Image(
-        label=label, format="png", interactive=False, elem_id=name, buttons=["fullscreen"],
-        alt_text=alt, min_width=100,
-    )  # fmt: skip
 
 
 def _available(model: Model) -> list[str]:
@@ -218,14 +227,3 @@ def _unavailable(model: Model) -> str:
         for each in off
     )
     return f"<ul class='off' aria-label='Runtimes that are not available'>{items}</ul>" if off else ""
-
-
-def _resized(session: Session, model: Model, picture: str | None, resize_mode: Any) -> Resized:
-    about = model.description("reconstructor")
-    rule, channels = about.preprocessing, len(about.preprocessing.mean)
-    size = rule.size or (224, 224)
-    return resize_picture(session.pixels(picture, channels), size, resize_mode, rule.mean, about.unit)
-
-
-def _original(resized: Resized) -> np.ndarray:
-    return to_rgb(resized.crop(resized.pixels.permute(1, 2, 0).numpy()))

@@ -1,20 +1,38 @@
-"""Pictures and numbers of a reconstruction."""
+"""Pictures and numbers of a reconstruction, and where they are shown."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import numpy as np
 
 from demo.masking import METHODS
 from demo.models import Model
 from demo.reconstruction import Reconstruction
 from demo.render import cover, enlarge, to_rgb
-from demo.resize import Resized
-from demo.session import cards, note
+from demo.resize import Resized, resize_picture
+from demo.session import Session, cards, note
 
 CANVAS = 512
 Views = list[tuple[np.ndarray, str]]
+
+
+def panel(label: str, name: str, alt: str) -> gr.Image:
+    """Returns a place for a picture; `name` is its id on the page."""
+    return gr.Image(
+        label=label, format="png", interactive=False, elem_id=name, buttons=["fullscreen"],
+        alt_text=alt, min_width=100,
+    )  # fmt: skip
+
+
+def title_of(settings: dict[str, Any]) -> str:
+    """Returns the title of a result, which names its files: picture, model, method, ratio and seed."""
+    method = METHODS[settings["method"]]
+    parts = [Path(settings["picture"]).stem, settings["model"], settings["method"]]
+    parts += [f"ratio {settings['mask_ratio']:.0%}"] * method.ratio
+    return ", ".join(parts + [f"seed {settings['seed']}"] * method.seed)
 
 
 def view_pictures(rebuilt: Reconstruction) -> Views:
@@ -40,6 +58,23 @@ def view_pictures(rebuilt: Reconstruction) -> Views:
         alone = cover(to_rgb(rebuilt.merged), ~rebuilt.predicted)
         pictures.append((large(alone), "masked pixels only"))
     return pictures
+
+
+def resized_for(session: Session, model: Model, picture: str | None, resize_mode: Any) -> Resized:
+    """Returns the picture at the size of a reconstructor.
+
+    Raises:
+        BadImage: no picture is chosen, or it cannot be used.
+    """
+    about = model.description("reconstructor")
+    rule, channels = about.preprocessing, len(about.preprocessing.mean)
+    size = rule.size or (224, 224)
+    return resize_picture(session.pixels(picture, channels), size, resize_mode, rule.mean, about.unit)
+
+
+def original(resized: Resized) -> np.ndarray:
+    """Returns the picture without its letter-box, uint8 `[H, W, 3]`."""
+    return to_rgb(resized.crop(resized.pixels.permute(1, 2, 0).numpy()))
 
 
 def large(picture: np.ndarray, *, blocks: bool = False) -> np.ndarray:

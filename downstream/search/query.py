@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from coma.data.decode import HEAD, looks_like_image
+from coma.data.channels import convert_channels
+from coma.data.decode import HEAD, decode, looks_like_image
+from coma.data.image import DecodedImage
+from coma.data.pixel_values import check_pixels
 from coma.data.remote import read_small_file
 from coma.errors import BadInput
 from coma.image_size import ImageSize
@@ -19,7 +22,7 @@ from coma.messages import printable
 from coma.paths import Address, Location, parse_location
 from coma.preflight import check_regular_file
 from downstream.features.files import FeaturesFile
-from downstream.features.models import FeatureRequest, open_feature_model
+from downstream.features.models import FeatureModel, FeatureRequest, open_feature_model
 from downstream.search.collection import SIDE, Collection
 from downstream.search.pictures import picture_of, read_image_file
 from downstream.search.vectors import unit, unit_parts
@@ -88,10 +91,6 @@ def _content(path: Location) -> bytes:
 
 
 def _computed(path: Location, file: FeaturesFile, request: FeatureRequest) -> Query:
-    from coma.data.channels import convert_channels
-    from coma.data.decode import decode
-    from coma.data.pixel_values import check_pixels
-
     image = decode(_content(path), str(path))
     spec = file.info.spec
     given = request.model
@@ -106,8 +105,21 @@ def _computed(path: Location, file: FeaturesFile, request: FeatureRequest) -> Qu
     if reason := spec.difference(model.spec):
         flag = f"--model {given}" if given else spec.model
         raise BadInput(f"{flag}: {file.path} holds features of {reason}; give the model that made them")
-    pixels = convert_channels(image, model.channels, str(path))
+    return Query(str(path), feature_of(image, model, str(path)), None, lambda: picture_of(image.pixels, SIDE))
+
+
+def feature_of(image: DecodedImage, model: FeatureModel, name: str) -> np.ndarray:
+    """Returns the feature of an image as a unit vector `[c]`.
+
+    Args:
+        image: The image.
+        model: Model that computes it.
+        name: Name of the image, for errors.
+
+    Raises:
+        BadImage: its channels or values do not fit the model.
+    """
+    pixels = convert_channels(image, model.channels, name)
     rule = model.preprocessing
-    check_pixels(pixels, rule.mean, rule.std, lambda: str(path), fixed=True)
-    vector = unit(model([model.resize(pixels)]), Path(str(path)))[0]
-    return Query(str(path), vector, None, lambda: picture_of(image.pixels, SIDE))
+    check_pixels(pixels, rule.mean, rule.std, lambda: name, fixed=True)
+    return unit(model([model.resize(pixels)]), name)[0]
