@@ -2,12 +2,13 @@
 
 A file is read once, through `demo.storage`. Its size is read from the header before it is decoded, and only
 `AT_ONCE` files are decoded at a time, so that the cost of a request is bounded: at most `MAX_PIXELS` pixels
-of at most 8 bytes each. Files whose cost the header does not bound are refused: pictures of several pages,
-JPEGs with many scans, and TIFFs that hold another format.
+of at most 8 bytes each. Files whose cost the header does not bound are refused: TIFFs of several pages,
+JPEGs with many scans, and TIFFs that hold another format. Of animations the first frame is decoded.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import threading
@@ -21,7 +22,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from coma.data.channels import convert_channels, scale_to_unit
-from coma.data.decode import decode
+from coma.data.decode import HEAD, decode, is_dicom, is_heif, is_npy, looks_like_image
 from coma.data.image import DecodedImage
 from coma.data.transforms import resize
 from coma.errors import BadImage
@@ -38,9 +39,12 @@ MAX_SIDE = 1600
 AT_ONCE = 2
 WAIT_SECONDS = 60
 """Seconds to wait for a turn to decode."""
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
-ACCEPTED = "JPEG, PNG, WebP, TIFF or BMP"
-_NAMED = (*FORMATS, "GIF", "AVIF", "ICO", "PPM")  # formats that the error names
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")
+HEIC = importlib.util.find_spec("pillow_heif") is not None
+"""Whether HEIC pictures are read, which needs the extra `heic`."""
+ACCEPTED = f"JPEG, PNG, WebP, AVIF, {'HEIC, ' * HEIC}GIF, TIFF or BMP"
+_NAMES = {"MPO": "JPEG", "HEIF": "HEIC", "WEBP": "WebP"}
+_NAMED = (*FORMATS, "ICO", "PPM")  # formats that the error names
 _TIFF_CODES = {1: "none", 2: "CCITT", 3: "CCITT", 4: "CCITT", 5: "LZW", 8: "deflate", 32773: "PackBits",
                32946: "deflate", 50000: "Zstandard"}  # fmt: skip
 
@@ -55,6 +59,7 @@ class Upload(NamedTuple):
         height: Its height.
         format: Format of the file, as Pillow names it.
         size: Size of the file in bytes.
+        animated: Whether the file has several frames, of which this is the first.
     """
 
     pixels: np.ndarray
@@ -63,10 +68,13 @@ class Upload(NamedTuple):
     height: int
     format: str
     size: int
+    animated: bool = False
 
     def describe(self, channels: int) -> str:
-        """Returns size and format of the file, and how transparent parts are shown to such a model."""
+        """Returns size and format of the file, which frame it is, and how transparent parts are shown."""
         text = f"{self.width} x {self.height} px, {self.format}, {_bytes(self.size)}"
+        if self.animated:
+            text += "; animated: this is the first frame"
         whole = 255 if self.pixels.dtype == np.uint8 else 1
         if self.alpha and channels in (1, 3) and self.pixels[..., -1].min() < whole:
             text += "; transparent parts are shown on white"
@@ -163,13 +171,13 @@ def read_picture(data: bytes) -> Upload:
     """Decodes a file and reduces its longer side to at most `MAX_SIDE` pixels.
 
     Raises:
-        BadImage: a file that is too large, animated, damaged or not a picture.
+        BadImage: a file that is too large, damaged or not a picture.
     """
     if len(data) > MAX_BYTES:
         raise BadImage(f"This file is larger than {MAX_BYTES >> 20} MB; please upload a smaller one.")
-    kind, width, height = _check_header(data)
+    kind, width, height, animated = _check_header(data)
     try:
-        picture = decode(data, "picture", min_side=MAX_SIDE)
+        picture = decode(data, "picture", min_side=MAX_SIDE, first_frame=True)
     except BadImage:
         raise BadImage("This picture is damaged or cut short: it does not decode.") from None
     pixels, alpha = picture.pixels, picture.alpha
@@ -183,24 +191,43 @@ def read_picture(data: bytes) -> Upload:
     elif pixels.dtype != np.uint8:
         pixels = scale_to_unit(pixels)
     pixels = pixels.clip(0, 1) if pixels.dtype != np.uint8 else pixels
-    return Upload(pixels, alpha, width, height, "JPEG" if kind == "MPO" else kind, len(data))
+    return Upload(pixels, alpha, width, height, _NAMES.get(kind, kind), len(data), animated)
 
 
 def _bytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{max(size / 1e3, 0.1):.{0 if size >= 1e4 else 1}f} kB"
 
 
-def _check_header(data: bytes) -> tuple[str, int, int]:
-    """Refuses a file by its header, without decoding it; returns its format, width and height."""
+def _open_header(data: bytes) -> Image.Image:
+    if not is_heif(data):
+        return Image.open(io.BytesIO(data), formats=_NAMED)
+    if not HEIC:
+        raise BadImage(f"HEIC pictures are not supported here; please upload a {ACCEPTED} file.")
+    from pillow_heif import HeifImageFile
+
+    return HeifImageFile(io.BytesIO(data))
+
+
+def _check_header(data: bytes) -> tuple[str, int, int, bool]:
+    """Refuses a file by its header, without decoding it.
+
+    Returns:
+        Format, width, height, and whether there are several frames.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_NAMED) as header:
+            with _open_header(data) as header:
                 kind, (width, height) = header.format, header.size
-                several = kind in (*FORMATS, "GIF") and getattr(header, "is_animated", False)
+                several = kind != "MPO" and bool(getattr(header, "is_animated", False))
+    except BadImage:
+        raise
     except Image.DecompressionBombError:
         raise BadImage(_too_large()) from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError):
+        head = data[:HEAD]
+        if looks_like_image(head) and not is_npy(head) and not is_dicom(head):
+            raise BadImage("This picture is damaged: its header cannot be read.") from None
         raise BadImage(f"This file is not a picture; please upload a {ACCEPTED} file.") from None
     except Exception:  # decoders raise any exception on hostile headers
         raise BadImage("This picture is damaged: its header cannot be read.") from None
@@ -208,9 +235,9 @@ def _check_header(data: bytes) -> tuple[str, int, int]:
         raise BadImage(_too_large(width, height))
     if max(width, height) > LONGEST_SIDE:
         raise BadImage(f"This picture is too long: at most {LONGEST_SIDE} pixels a side, please.")
-    if several:  # the frames of an MPO are views of one photograph
-        raise BadImage("This picture is animated or has several pages; please upload a single picture.")
-    if kind not in (*FORMATS, "MPO"):
+    if several and kind == "TIFF":
+        raise BadImage("This TIFF has several pages; please upload a single picture.")
+    if kind not in (*FORMATS, *_NAMES):
         raise BadImage(f"{kind} pictures are not supported; please upload a {ACCEPTED} file.")
     if kind in ("JPEG", "MPO") and data.count(b"\xff\xda") * width * height > MAX_SCANNED:  # start of scan
         raise BadImage("This JPEG has too many scans; please save it again.")
@@ -219,7 +246,7 @@ def _check_header(data: bytes) -> tuple[str, int, int]:
         raise BadImage(
             f"This TIFF compression is not supported; please save the picture with one of: {codes}."
         )
-    return kind, width, height
+    return kind, width, height, several  # the frames of an MPO are views of one photograph
 
 
 def _tiff_compression(data: bytes) -> int:

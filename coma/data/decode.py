@@ -4,7 +4,7 @@ Pixels are upright (EXIF orientation is applied), in display colours (palettes, 
 to RGB) and in the precision of the file: 16 bits remain uint16, where Pillow alone would reduce 16-bit RGB to
 8 bits. HEIC needs the extra `heic`, DICOM `dicom`. Missing values (nodata, NaN, infinite) are filled
 with the mean of their channel and marked. Every fault of a file raises one `BadImage` with a line that names
-the file. Animations are refused, because nothing says which frame is meant.
+the file. Animations are refused unless the first frame is asked for, because nothing says which one is meant.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 _LOGGERS = ("PIL.TiffImagePlugin", "tifffile", "imagecodecs", "pydicom", "pydicom.pixels.decoders.base")
 
 
-def decode(data: bytes, name: str, min_side: MinSide = 0) -> DecodedImage:
+def decode(data: bytes, name: str, min_side: MinSide = 0, *, first_frame: bool = False) -> DecodedImage:
     """Decodes an image file.
 
     Args:
@@ -63,6 +63,7 @@ def decode(data: bytes, name: str, min_side: MinSide = 0) -> DecodedImage:
         min_side: A JPEG may be decoded 2, 4 or 8 times smaller (which is much faster) as long as no side is
             below this many pixels; 0 always decodes the full size. May be a function of height and width of
             the upright image.
+        first_frame: Decode the first frame of an animation; by default, animations are refused.
 
     Raises:
         BadImage: The file is empty, truncated, too large, animated or not an image, has no valid value, or is
@@ -71,7 +72,7 @@ def decode(data: bytes, name: str, min_side: MinSide = 0) -> DecodedImage:
     if not data:
         raise BadImage(f"{name}: the file is empty")
     with naming_errors(name), quiet():
-        return fill_missing(decode_content(data, min_side))
+        return fill_missing(decode_content(data, min_side, first_frame=first_frame))
 
 
 @contextmanager
@@ -164,6 +165,12 @@ def is_tiff(head: bytes) -> bool:
     return head.startswith(_TIFF)
 
 
+def is_heif(head: bytes) -> bool:
+    """Returns whether a file with these first bytes is a HEIC or HEIF file, but no AVIF file."""
+    brands = _brands(head)
+    return bool(brands) and not set(brands) & set(_AVIF_BRANDS)
+
+
 def is_dicom(head: bytes) -> bool:
     """Returns whether a file with these first `HEAD` bytes is a DICOM file."""
     return head[PREAMBLE:HEAD] == _DICOM
@@ -178,26 +185,25 @@ def _brands(data: bytes) -> tuple[bytes, ...]:
     return brands if brands and brands[0] in (*_AVIF_BRANDS, *_HEIF_BRANDS) else ()
 
 
-def decode_content(data: bytes, min_side: MinSide = 0) -> DecodedImage:
+def decode_content(data: bytes, min_side: MinSide = 0, *, first_frame: bool = False) -> DecodedImage:
     """Decodes an image file as `decode` does, but without filling missing values and naming errors."""
     if is_dicom(data):  # first, since its preamble may be that of a TIFF
         return decode_dicom(io.BytesIO(data))
     if is_npy(data):
         return decode_npy(data)
     if is_tiff(data):
-        return decode_tiff(data) or _decode_with_pillow(data, min_side)
+        return decode_tiff(data) or _decode_with_pillow(data, min_side, first_frame)
     if data.startswith(_PNG) and data[24:25] == b"\x10":  # bit depth 16
         check_size(int.from_bytes(data[16:20]), int.from_bytes(data[20:24]), 3)
         with Image.open(io.BytesIO(data), formats=("PNG",)) as header:
             orientation = _orientation(header)
         picture = decode_png16(data)
         return picture._replace(pixels=apply_orientation(picture.pixels, orientation))
-    return _decode_with_pillow(data, min_side)
+    return _decode_with_pillow(data, min_side, first_frame)
 
 
 def _open(head: bytes, file: BinaryIO) -> Image.Image:
-    brands = _brands(head)
-    if not brands or set(brands) & set(_AVIF_BRANDS):
+    if not is_heif(head):
         return Image.open(file, formats=_FORMATS)
     try:
         from pillow_heif import HeifImageFile
@@ -206,10 +212,10 @@ def _open(head: bytes, file: BinaryIO) -> Image.Image:
     return HeifImageFile(file)
 
 
-def _decode_with_pillow(data: bytes, min_side: MinSide) -> DecodedImage:
+def _decode_with_pillow(data: bytes, min_side: MinSide, first_frame: bool) -> DecodedImage:
     with _open(data, io.BytesIO(data)) as image:
         check_size(*image.size, 3)
-        if image.format in _ANIMATED and getattr(image, "is_animated", False):
+        if not first_frame and image.format in _ANIMATED and getattr(image, "is_animated", False):
             raise BadImage("is an animation; save one frame as a still image")
         is_jpeg = image.format == "JPEG"
         orientation = _orientation(image) if is_jpeg else 1

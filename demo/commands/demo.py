@@ -16,7 +16,7 @@ import tyro
 from coma.arguments import parse_arguments
 from coma.errors import BadInput
 from coma.messages import counted
-from coma.preflight import require_packages
+from coma.preflight import require_folder, require_packages
 from coma.ranges import Range, Ranged
 from demo.storage import Storage, delete_leftovers, temporary_storage
 
@@ -62,6 +62,10 @@ class DemoConfig(Ranged):
     search: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """File of `coma embed` by one of the models, .parquet or .npz: visitors get thumbnails and file names of
     its nearest pictures."""
+    space: bool = False
+    """Write a folder that serves the page as a Space of Hugging Face or as a container, and stop."""
+    out: Path | None = None
+    """Folder that --space writes; it must be new or empty."""
 
 
 def run(argv: list[str]) -> None:
@@ -73,6 +77,9 @@ def run(argv: list[str]) -> None:
     given = parse_arguments(DemoConfig, argv, prog="coma demo")
     auth = parse_auth(given.auth)
     require_packages("gradio", "skimage")
+    if given.space or given.out:
+        print_space(given)
+        return
     check_port(given.host, given.port)
     device = pick_device(given.device)
     models = load_models(given.models or default_models(), device)
@@ -93,6 +100,24 @@ def run(argv: list[str]) -> None:
             server.block_thread()
         finally:
             server.close(verbose=False)
+
+
+def print_space(given: DemoConfig) -> None:
+    """Writes the folder of --space and prints what to do with it.
+
+    Raises:
+        BadInput: --space or --out without the other, a folder that is not empty, or unfit models.
+    """
+    if not given.space or not given.out:
+        raise BadInput("--space and --out belong together: coma demo --space --out DIR MODEL")
+    if given.search:
+        raise BadInput("--search: its pictures stay on this machine; leave it out with --space")
+    require_folder(given.out)
+    from demo.space import write_space
+
+    names = write_space(given.out, load_models(given.models or (quickstart(),), "cpu"))
+    print(f"{given.out}: {', '.join(names)}")
+    print(f"next: push it to a Space of Hugging Face, or: docker build -t coma-demo {given.out}")
 
 
 @contextmanager

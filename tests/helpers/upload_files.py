@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 from PIL import Image
 
 RNG = np.random.default_rng(0)
@@ -35,22 +36,46 @@ def bad_files(folder: Path) -> dict[str, Path]:
     photograph = Image.fromarray(NOISE)
     whole = io.BytesIO()
     photograph.save(whole, "PNG")
-    frames = [Image.fromarray(RNG.integers(0, 256, (20, 20, 3), dtype=np.uint8)) for _ in range(3)]
+    heic = io.BytesIO()
+    pillow_heif.from_pillow(photograph).save(heic)
     files: dict[str, bytes] = {
         "not a picture.jpg": b"just some text that calls itself a photograph\n" * 20,
         "not a picture (empty).png": b"",
         "damaged.png": whole.getvalue()[: len(whole.getvalue()) // 2],
         "too large.png": png(10_000, 10_000, zlib.compress(bytes(10_001 * 10_000), 9)),  # 100 megapixels
         "too large (bomb).png": png(60_000, 60_000, zlib.compress(bytes(1000))),
+        "damaged.heic": heic.getvalue()[:-900],
+        "damaged (header).heic": heic.getvalue()[:150],
+        "damaged.gif": _saved_bytes("GIF", [photograph])[:600],
+        "damaged.avif": _saved_bytes("AVIF", [photograph])[:-300],
         "not a picture (svg).png": b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'></svg>",
     }
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    saved(folder / "animated.gif", frames[0], save_all=True, append_images=frames[1:])
-    saved(folder / "animated (webp).webp", frames[0], save_all=True, append_images=frames[1:], lossless=True)
-    saved(folder / "animated (apng).png", frames[0], save_all=True, append_images=frames[1:])
-    saved(folder / "GIF pictures.gif", frames[0])
+    saved(folder / "several pages.tif", photograph, save_all=True, append_images=[photograph])
+    saved(folder / "ICO pictures.png", photograph, format="ICO")
     return {path.name: path for path in folder.iterdir()}
+
+
+def _saved_bytes(kind: str, frames: list[Image.Image], **options) -> bytes:
+    file = io.BytesIO()
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:], **options)
+    return file.getvalue()
+
+
+def animations(folder: Path) -> dict[str, Path]:
+    """Files of three frames, the first of which is `NOISE`, by their format on the page."""
+    frames = [Image.fromarray(each) for each in (NOISE, 255 - NOISE, NOISE // 2)]
+    content = {
+        "GIF": _saved_bytes("GIF", frames),
+        "WebP": _saved_bytes("WEBP", frames, lossless=True),
+        "PNG": _saved_bytes("PNG", frames),
+        "AVIF": _saved_bytes("AVIF", frames, quality=100, subsampling="4:4:4"),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, data in content.items():
+        (folder / f"moving.{kind.lower()}").write_bytes(data)
+    return {kind: folder / f"moving.{kind.lower()}" for kind in content}
 
 
 def good_files(folder: Path) -> dict[str, Path]:
@@ -67,5 +92,9 @@ def good_files(folder: Path) -> dict[str, Path]:
     saved(folder / "grey.png", photograph.convert("L"))
     saved(folder / "palette.png", photograph.convert("P"))
     saved(folder / "renamed.txt.png", photograph, format="BMP")
+    saved(folder / "still.gif", photograph)
+    saved(folder / "still.avif", photograph)
+    saved(folder / "still.webp", photograph)
+    pillow_heif.from_pillow(photograph).save(folder / "still.heic")
     saved(folder / "large.jpg", Image.fromarray(np.zeros((4000, 3000, 3), np.uint8)))
     return {path.name: path for path in folder.iterdir()}
