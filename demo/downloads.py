@@ -40,7 +40,7 @@ def write_zip(path: Path, pictures: Sequence[Path], facts: dict[str, Any]) -> No
 def reconstruct_ratios(
     model: Model, runtime_title: str | None, resized: Resized, seed: int, **options: Any
 ) -> list[Reconstruction]:
-    """Reconstructs a picture at every one of `RATIOS`; each mask covers the one before.
+    """Reconstructs a picture at `RATIOS`, or as many of them as differ; each mask covers the one before.
 
     Args:
         model: Model that reconstructs it.
@@ -51,7 +51,8 @@ def reconstruct_ratios(
     """
     runtime = model.runtime("reconstructor", runtime_title)
     masks = [mask_picture(model, resized, "mae", seed, ratio).visible for ratio in RATIOS]
-    return [reconstruct(runtime, resized, visible, **options) for visible in masks]
+    different = {int(visible.sum()): visible for visible in masks}
+    return [reconstruct(runtime, resized, visible, **options) for visible in different.values()]
 
 
 def write_animation(path: Path, results: Sequence[Reconstruction]) -> None:
@@ -67,7 +68,7 @@ def _frame(result: Reconstruction) -> Image.Image:
     height, width = pictures[0].shape[:2]
     frame = Image.new("RGB", (2 * width + _GAP, height + _LINE), (255, 255, 255))
     for number, picture in enumerate(pictures):
-        frame.paste(Image.fromarray(picture), (number * (width + _GAP), _LINE))
+        frame.paste(Image.fromarray(picture), (number * (width + _GAP), 0))
     text = f"mask ratio {result.hidden.mean():.0%}   PSNR {result.score.psnr:.1f} dB"
-    ImageDraw.Draw(frame).text((4, 8), text, (24, 24, 32), ImageFont.load_default(18))
-    return frame
+    ImageDraw.Draw(frame).text((4, height + 8), text, (24, 24, 32), ImageFont.load_default(18))
+    return frame.quantize(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)

@@ -15,6 +15,7 @@ from coma.artifact.load import artifact_hash
 from coma.data.image import DecodedImage
 from coma.errors import BadInput
 from coma.image_size import ImageSize
+from coma.messages import counted
 from demo.models import Models
 from downstream.features.models import FeatureRequest, open_feature_model
 from downstream.search.collection import open_collection, short_name
@@ -51,20 +52,22 @@ class PictureSearch:
     def __init__(self, file: Path, models: Models) -> None:
         collection = open_collection([file])
         spec = collection.files[0].info.spec
-        artifacts = [models[name].artifact for name in models.names]
-        made = next((each for each in artifacts if each and artifact_hash(each) == spec.sha256), None)
+        known = [models[name] for name in models.names]
+        made = next(
+            (each for each in known if each.artifact and artifact_hash(each.artifact) == spec.sha256), None
+        )
         if made is None:
             raise BadInput(
                 f"--search {file}: its features come from {spec.model}, which is not on the page; name the "
                 "artifact that made them as a MODEL"
             )
         size = ImageSize(*spec.image_size)
-        self._model = open_feature_model(FeatureRequest(str(made), spec.stage, image_size=size))
+        self._model = open_feature_model(FeatureRequest(str(made.artifact), spec.stage, image_size=size))
         if reason := spec.difference(self._model.spec):
             raise BadInput(f"--search {file}: holds features of {reason}; run coma embed again")
         (self._album,) = collection.albums
         self._parts = list(unit_parts(collection.files))
-        self.title, self.model = f"{len(collection)} pictures", collection.model
+        self.title = f"{made.name} finds the most similar of {counted(len(collection), 'picture')}."
         first = self._parts[0][1].paths[0]
         if self._album.thumbnail(first, SIDE) is None:
             raise BadInput(f"--search {file}: its images cannot be read: {self._album.failures[0]}")

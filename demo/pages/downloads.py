@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from coma.errors import BadInput
-from demo.downloads import RATIOS, draw_figure, reconstruct_ratios, write_animation, write_zip
+from demo.downloads import draw_figure, reconstruct_ratios, write_animation, write_zip
 from demo.pages.page_state import PRIVATE, clear_on_change
 from demo.pages.results import resized_for, title_of
 from demo.session import MODEL_EVENT, Session, slug, table
@@ -89,16 +89,17 @@ def downloads(
         path = session.new_file(f"{slug(f'{Path(str(picture)).stem} {model} mask ratios seed {seed}')}.gif")
         write_animation(path, results)
         rows = [
-            {"mask_ratio": ratio, "hidden": round(float(each.hidden.mean()), 4),
+            {"mask_ratio": round(float(each.hidden.mean()), 4),
              "psnr_db": round(each.score.psnr, 2) if np.isfinite(each.score.psnr) else None,
              "ssim": None if each.score.ssim is None else round(each.score.ssim, 3)}
-            for ratio, each in zip(RATIOS, results, strict=True)
+            for each in results
         ]  # fmt: skip
         cells = [
-            [f"{row['mask_ratio']:.0%}", *("-" if row[key] is None else f"{row[key]:.2f}" for key in
-             ("hidden", "psnr_db", "ssim"))] for row in rows
+            [f"{row['mask_ratio']:.0%}",
+             *("-" if row[key] is None else f"{row[key]:.2f}" for key in ("psnr_db", "ssim"))]
+            for row in rows
         ]  # fmt: skip
-        head = ("mask ratio", "share of hidden pixels", "PSNR in dB", "SSIM")
+        head = ("mask ratio", "PSNR in dB", "SSIM")
         return str(path), table(head, cells, caption="Scores on hidden pixels"), rows
 
     for button, function in ((as_figure, figure), (as_zip, archive)):

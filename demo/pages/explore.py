@@ -189,11 +189,11 @@ def explore_tab(session: Session, picture: gr.Image, tab: gr.Tab, examples: list
         features, list(whole.values()), [pyramid, strongest, weights, feature_facts],
         api_name="features", show_progress="hidden", **MODEL_EVENT,
     )  # fmt: skip
-    mark_until_current(place_facts, place, "stalePlace", "#explored")
+    settle = mark_until_current(place_facts, place, "stalePlace", "#explored")
     mark_until_current(feature_facts, whole, "staleFeatures", "#features")
     picture.change(None, js=OPEN, **PRIVATE)
     model.change(changed_model, model, stage, **PRIVATE)
-    target.select(clicked, [picture, model], [row, col], **PRIVATE)
+    target.select(clicked, [picture, model], [row, col], **PRIVATE).then(**settle)
 
 
 def _window_maps(gates: list[BlockGates]) -> Pictures:
@@ -222,8 +222,8 @@ def _gate_table(gates: list[BlockGates]) -> str:
 
 def _gallery(columns: int) -> dict[str, Any]:
     return {
-        "format": "png", "columns": columns, "height": "auto", "object_fit": "contain", "interactive": False,
-        "buttons": ["download", "download_all", "fullscreen"], "show_label": False,
+        "format": "png", "columns": columns, "fit_columns": False, "height": "auto", "object_fit": "contain",
+        "interactive": False, "buttons": ["download", "download_all", "fullscreen"], "show_label": False,
         "elem_classes": "pictures",
     }  # fmt: skip
 

@@ -9,12 +9,12 @@ import gradio as gr
 
 from demo.nearest import MOST, PictureSearch
 from demo.pages.page_state import clear_on_change
-from demo.session import MODEL_EVENT, Session
+from demo.session import MODEL_EVENT, Session, note
 
 
 def nearest_tab(session: Session, picture: gr.Image, search: PictureSearch) -> None:
     """Builds the tab, which searches on a press of the button."""
-    gr.Markdown(f"The pictures of a collection of {search.title} that {search.model} finds most similar.")
+    gr.HTML(note(search.title), padding=False)
     with gr.Row(elem_classes="settings", equal_height=True):
         count = gr.Slider(1, MOST, 12, step=1, label="Pictures", elem_id="nearest-count", buttons=[])
         go = gr.Button("Find similar pictures", variant="primary", elem_id="find")

@@ -22,6 +22,8 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden
 _WATCHED = {"stale": "#controls, #more", "stalePlace": "#place-controls, #explore-controls",
             "staleFeatures": "#explore-controls"}  # fmt: skip
 """The mark of a result in `document.body.dataset`, and where the controls lie that it follows."""
+_CLICKED = {"stalePlace": "#place img"}
+"""Likewise where a click, which is always looked at, chooses a setting."""
 
 _SETTLE = """
 (facts, NAMES) => {
@@ -44,16 +46,20 @@ ADDRESS = """
 """
 """Puts the settings of a reconstruction into the address."""
 
-MARK = f"""() => document.addEventListener('input', event => {{
-    for (const [flag, where] of Object.entries({json.dumps(_WATCHED)}))
-        if (event.target.closest(where)) document.body.dataset[flag] = 'input';
-}}, true)"""
+MARK = f"""() => {{
+    const mark = what => event => {{
+        for (const [flag, where] of Object.entries(what))
+            if (event.target.closest(where)) document.body.dataset[flag] = event.type;
+    }};
+    document.addEventListener('input', mark({json.dumps(_WATCHED)}), true);
+    document.addEventListener('click', mark({json.dumps(_CLICKED)}), true);
+}}"""
 """Marks the result in the frame in which a control moves: gradio reports the change a few frames later."""
 
 
 def mark_until_current(
     facts: gr.JSON, controls: dict[str, Any], flag: str, result: str, done: str = ""
-) -> None:
+) -> dict[str, Any]:
     """Marks a result on the page for as long as it is not that of its controls.
 
     Args:
@@ -62,11 +68,16 @@ def mark_until_current(
         flag: Mark in `document.body.dataset`.
         result: CSS selector of the place of the result, whose pictures are decoded before the mark goes.
         done: Script that runs when the result is current; it knows `facts` and the controls by their names.
+
+    Returns:
+        The event that looks whether the result is current, for more triggers.
     """
     script = _SETTLE.replace("NAMES", ", ".join(controls)).replace("FLAG", flag)
     script = script.replace("RESULT", result).replace("DONE", done)
     changes = [each.change for each in (facts, *controls.values())]
-    gr.on(changes, None, [facts, *controls.values()], js=script, **PRIVATE)
+    event = {"fn": None, "inputs": [facts, *controls.values()], "js": script, **PRIVATE}
+    gr.on(changes, **event)
+    return event
 
 
 def restore(query: dict[str, str], models: Models, examples: list[str]) -> dict[str, Any]:

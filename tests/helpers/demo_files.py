@@ -1,5 +1,6 @@
 """A page that is served to the tests of the demo, with very small models."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,12 @@ from demo.examples import PICTURES, path_of
 
 
 @contextmanager
-def served(folder: Path, *given: Path) -> Iterator[Any]:
+def served(folder: Path, *given: Path, search: Path | None = None) -> Iterator[Any]:
     """The page of these artifacts, running; its uploads lie in `folder`."""
-    from demo.commands.demo import load_models, serve
+    from demo.commands.demo import load_models, open_search, serve
 
-    page = serve(load_models(given, "cpu"), folder)
+    known = load_models(given, "cpu")
+    page = serve(known, folder, search=open_search(search, known) if search else None)
     try:
         yield page
     finally:
@@ -50,3 +52,14 @@ def exported_models(folder: Path) -> None:
 def models_in(folder: Path) -> tuple[Path, ...]:
     """The artifacts that `models` wrote."""
     return folder / "small" / "run" / "artifact", folder / "pets" / "artifact", folder / "masked" / "artifact"
+
+
+def collection(folder: Path, artifact: Path) -> Path:
+    """A file of features of the example pictures, as that artifact sees them."""
+    from downstream.commands.embed import embed
+
+    (folder / "album").mkdir()
+    for name, file in PICTURES.items():
+        shutil.copyfile(path_of(file), folder / "album" / f"{name}{Path(file).suffix}")
+    embed(artifact, folder / "album", folder / "features.npz", device="cpu", workers=0)
+    return folder / "features.npz"

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from browser_visits import CHROMIUM
-from demo_files import exported_models, models, models_in, served
+from demo_files import collection, exported_models, models, models_in, served
 from page_requests import Server
 
 
@@ -21,9 +21,9 @@ def server(tmp_path_factory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def address(once, tmp_path_factory) -> Iterator[str]:
-    """Address of a page whose first model is exported, too."""
-    given = models_in(once("page", exported_models))
-    with served(tmp_path_factory.mktemp("page") / "uploads", *given) as page:
+    """Address of a page whose first model is exported, too, and finds pictures."""
+    folder, given = tmp_path_factory.mktemp("page"), models_in(once("page", exported_models))
+    with served(folder / "uploads", *given, search=collection(folder, given[0])) as page:
         yield page.local_url
 
 

@@ -1,9 +1,11 @@
 """The served page, called by programs: round trips, many at once, strangers, and the command line."""
 
+import json
 import re
 import socket
 import threading
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,10 +154,15 @@ def test_the_brush(client, photograph, tmp_path):
 
 
 def test_look_inside_compare_and_classify(client, photograph):
-    pyramid, gates, text, _ = client.predict(photograph, NAME, api_name="/inside")
-    assert len(pyramid) == 5 and len(gates) == 3 and "stage 1, block 1" in text
-    maps, _ = client.predict(photograph, NAME, 3, 0.2, 0.8, api_name="/attention")
-    assert [each["caption"] for each in maps] == ["window: whole picture", "window: 2 x 2 tokens"]
+    pyramid, gates, text, _ = client.predict(photograph, NAME, 3, 4, api_name="/features")
+    assert len(pyramid) == 6 and len(gates) == 3 and "stage 1, block 1" in text
+    place = {"picture": photograph, "other": photograph, "model": NAME, "stage": 3, "row": 0.2, "col": 0.8}
+    *pictures, text, maps, facts = client.predict(**place, api_name="/similarity")
+    assert len(set(pictures)) == 3 and "1 is bright" in text
+    windows = [each["caption"].removeprefix("attention, window: ") for each in maps]
+    assert windows == ["whole picture", "2 x 2 tokens"]
+    assert facts["match"] == [0.25, 0.75] and facts["match_similarity"] == 1  # of 6 x 6: itself
+    assert facts["patches"] == [6, 6] and -1 <= facts["lowest"] < 1
     text, rows = client.predict(photograph, f"{NAME}: reconstructor", api_name="/compare_runtimes")
     others = len(rows) - 1  # every other runtime is listed, with the reason why it does not run this artifact
     assert rows[0]["milliseconds"] > 0 and [row["reason"] is None for row in rows] == [
@@ -165,6 +172,30 @@ def test_look_inside_compare_and_classify(client, photograph):
     assert text.count("class='off'") == others > 0
     found = client.predict(photograph, "pets", "PyTorch", api_name="/classify")
     assert found["label"] in ("cat", "cup", "face") and len(found["confidences"]) == 3
+
+
+def test_results_are_taken_home_under_telling_names(client, photograph):
+    settings = {"picture": photograph, "model": NAME, "method": "mae", "mask_ratio": 0.6, "seed": 3,
+                "resize_mode": "crop", "runtime": "PyTorch", "statistics": "visible",
+                "painted": None}  # fmt: skip
+    with Image.open(client.predict(**settings, api_name="/figure")) as figure:
+        assert figure.format == "PNG" and figure.width > 1000
+    with zipfile.ZipFile(client.predict(**settings, api_name="/archive")) as archive:
+        names, facts = archive.namelist(), json.loads(archive.read("result.json"))
+    assert "coffee-small-mae-ratio-60-seed-3-reconstruction.png" in names and len(names) == 7
+    assert facts["psnr_db"] > 0 and facts["settings"]["picture"] == "coffee.png"
+    with pytest.raises(Exception, match="Choose a picture first"):
+        client.predict(**{**settings, "picture": None}, api_name="/figure")
+    chosen = {each: settings[each] for each in
+              ("picture", "model", "seed", "resize_mode", "runtime", "statistics")}  # fmt: skip
+    animation, text, rows = client.predict(**chosen, api_name="/mask_ratios")
+    assert Path(animation).name == "coffee-small-mask-ratios-seed-3.gif"
+    with Image.open(animation) as film:
+        assert film.format == "GIF" and getattr(film, "n_frames", 0) == len(rows) == 8  # of 3 x 3 units
+    shares = [row["mask_ratio"] for row in rows]
+    assert shares == sorted(set(shares)) and text.count("<tr>") == 9
+    alone = reconstruct(client, photograph, method="mae", mask_ratio=0.6)[-1]
+    assert rows[4]["psnr_db"] == round(alone["psnr_db"], 2)
 
 
 def test_twenty_at_once(page, photograph, tmp_path):
@@ -297,6 +328,9 @@ def test_a_port_that_is_taken_is_said_at_once(tmp_path, capsys):
         (["--auth", "me"], "NAME:PASSWORD"),
         (["--port", "70000"], "--port 70000 must be at most 65535"),
         (["model.onnx"], "no such file"),
+        (["--space"], "--space and --out belong together"),
+        (["--out", "folder"], "--space and --out belong together"),
+        (["--space", "--out", "folder", "--search", "f.npz"], "leave it out with --space"),
     ],
 )
 def test_mistakes_on_the_command_line(argv, message, capsys, tmp_path, monkeypatch):

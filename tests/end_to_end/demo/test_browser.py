@@ -63,9 +63,9 @@ def test_a_visit(browser, address, tmp_path):
     hidden = int(visit.number("mask ratio").rstrip("%"))
     assert 5 < hidden < 60, "the brush hid something, and not everything"
 
-    page.get_by_role("tab", name="Introspection").click()
-    page.click("#look")
+    page.get_by_role("tab", name="Explore").click()
     page.wait_for_selector("#attention img")
+    page.wait_for_selector("#gate-weights table")
     assert "stage 1, block 1" in page.inner_text("#gate-weights")
     page.get_by_role("tab", name="Classify").click()
     page.click("#classifier-go")

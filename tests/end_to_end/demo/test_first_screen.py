@@ -128,7 +128,7 @@ def test_axe_finds_nothing_serious(browser, address, options):
     visit = Visit(browser, address, **options)
     visit.more()
     found = violations(visit.page)
-    for tab in ("Compare", "Classify", "Introspection", "Runtimes"):
+    for tab in ("Compare", "Explore", "Nearest", "Classify", "Runtimes"):
         if not visit.page.get_by_role("tab", name=tab).is_visible():
             visit.page.click("#tabs button[aria-label='More tabs']")
             visit.page.locator("#tabs .overflow-dropdown button", has_text=tab).click()
