@@ -32,12 +32,18 @@ WATCH = """() => {
 VISIBLE = "each => getComputedStyle(each).opacity"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def visit(browser, address) -> Iterator[Visit]:
     visit = Visit(browser, address, **DESKTOP)
     yield visit
     assert visit.outside(address) == [] and visit.errors == []
     visit.context.close()
+
+
+def explore(visit: Visit) -> Any:
+    visit.page.get_by_role("tab", name="Explore").click()
+    visit.page.wait_for_function(SETTLED)
+    return visit.page
 
 
 def test_models_are_compared_side_by_side_and_blink(visit):
@@ -73,9 +79,7 @@ def opacities(page: Any, picture: Any) -> set[str]:
 
 
 def test_a_click_on_a_patch_shows_what_is_similar_in_both_pictures(visit):
-    page = visit.page
-    page.get_by_role("tab", name="Explore").click()
-    page.wait_for_function(SETTLED)
+    page = explore(visit)
     assert page.locator("#pyramid img").count() == 6 and page.locator("#gates img").count() == 3
     first, second = (page.get_attribute(f"#{name} img", "src") for name in ("here", "there"))
     page.evaluate(WATCH)
@@ -106,7 +110,7 @@ def test_a_click_on_a_patch_shows_what_is_similar_in_both_pictures(visit):
 
 
 def test_explore_follows_the_picture_and_its_other_controls(visit):
-    page = visit.page
+    page = explore(visit)
     page.locator("#examples button").nth(1).click()
     page.wait_for_function("() => document.body.dataset.stalePlace")
     page.wait_for_function(SETTLED)
@@ -128,8 +132,6 @@ def test_explore_follows_the_picture_and_its_other_controls(visit):
 
 def test_files_are_saved_under_telling_names(visit, tmp_path):
     page = visit.page
-    page.get_by_role("tab", name="Reconstruct").click()
-    visit.current()
     page.fill("#seed input", "4")
     visit.until("text.includes('seed\\n4')")
     visit.current()
