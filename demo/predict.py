@@ -1,4 +1,4 @@
-"""Runs classifiers, detectors and segmentors on a picture and draws their predictions."""
+"""Runs classifiers, detectors and segmentors on a picture and annotates it with their predictions."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ from torch import Tensor
 from coma.runtimes.base import Runtime
 from coma.runtimes.preprocessing import resize_image, to_input
 from demo.reconstruction import run
-from demo.render import enlarge, to_rgb
-from downstream.draw import Colour, draw_boxes, draw_masks
+from demo.render import to_rgb
+
+SHOWN = 900
+"""Longer side of an annotated picture in pixels."""
+MOST_SHOWN = 24
+"""Most annotations of a picture."""
+STRENGTH = 0.65
+"""Opacity of a mask."""
+Annotation = tuple[np.ndarray | tuple[int, int, int, int], str]
+"""A mask `[h, w]`, opacities, or the corners x1, y1, x2, y2 of a box; and its label."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +94,50 @@ def paste_mask(
     return whole
 
 
-def draw_objects(pixels: np.ndarray, objects: Sequence[Detection], colours: Sequence[Colour]) -> np.ndarray:
-    """Draws boxes, masks, class names and scores on `[H, W, c]`: uint8 `[H', W', 3]`, enlarged if small."""
+def show_objects(objects: Sequence[Detection], height: int, width: int, to: np.ndarray) -> list[Annotation]:
+    """Returns the first objects as annotations, named `class score`, of a picture shown at another size.
+
+    Args:
+        objects: Objects, in pixels of the picture.
+        height: Height of the picture.
+        width: Width of the picture.
+        to: The picture as it is shown, `[h, w, 3]`.
+    """
+    h, w = to.shape[:2]
+    found: list[Annotation] = []
+    for each in objects[:MOST_SHOWN]:
+        x1, y1, x2, y2 = (round(v * s) for v, s in zip(each.box, (w / width, h / height) * 2, strict=True))
+        part = (min(x1, w - 4), min(y1, h - 4), max(x2, x1 + 4), max(y2, y1 + 4))
+        label = _unique(f"{each.name} {each.score:.2f}", found)
+        found.append((part if each.mask is None else STRENGTH * _scaled(each.mask, h, w), label))
+    return found
+
+
+def show_classes(classes: np.ndarray, names: tuple[str, ...], to: np.ndarray) -> list[Annotation]:
+    """Returns the classes `[H, W]` of a picture as annotations, named `class share`, largest first."""
+    return [
+        (STRENGTH * _scaled(classes == i, *to.shape[:2]), f"{name} {share:.0%}")
+        for i, name, share in shares(classes, names)[:MOST_SHOWN]
+    ]
+
+
+def shown_picture(pixels: np.ndarray) -> np.ndarray:
+    """Returns pixels `[H, W, c]` as a picture whose longer side is `SHOWN`, uint8 `[h, w, 3]`."""
     picture = as_picture(pixels)
-    chosen = [colours[each.number % len(colours)] for each in objects]
-    masks = [torch.from_numpy(each.mask) for each in objects if each.mask is not None]
-    if masks:
-        picture = draw_masks(picture, torch.stack(masks), chosen)
-    large = enlarge(picture, 900)
-    boxes = torch.tensor([each.box for each in objects]).view(-1, 4) * (large.shape[1] / picture.shape[1])
-    return draw_boxes(large, boxes, [f"{each.name} {each.score:.2f}" for each in objects], chosen)
+    scale = SHOWN / max(picture.shape[:2])
+    size = (max(round(picture.shape[1] * scale), 8), max(round(picture.shape[0] * scale), 8))
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+
+
+def _scaled(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    resized = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
+    return np.asarray(resized).astype(np.float32)
+
+
+def _unique(label: str, among: Sequence[Annotation]) -> str:
+    """Returns the label, numbered if there is one like it, by which the page tells annotations apart."""
+    number = sum(known == label or known.startswith(f"{label} (") for _, known in among)
+    return f"{label} ({number + 1})" if number else label
 
 
 def segment(runtime: Runtime, pixels: np.ndarray) -> np.ndarray:
@@ -104,14 +146,6 @@ def segment(runtime: Runtime, pixels: np.ndarray) -> np.ndarray:
     size = (pixels.shape[1], pixels.shape[0])
     image = Image.fromarray(classes.astype(np.int32)).resize(size, Image.Resampling.NEAREST)
     return np.asarray(image).astype(np.int64)
-
-
-def draw_classes(
-    pixels: np.ndarray, classes: np.ndarray, colours: Sequence[Colour], strength: float = 0.6
-) -> np.ndarray:
-    """Overlays the picture `[H, W, c]` with the colours of its classes `[H, W]`: uint8 `[H', W', 3]`."""
-    tints = np.array(colours, np.float32)[classes]
-    return enlarge((as_picture(pixels) * (1 - strength) + tints * strength).astype(np.uint8), 900)
 
 
 def shares(classes: np.ndarray, names: tuple[str, ...]) -> list[tuple[int, str, float]]:

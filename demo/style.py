@@ -59,9 +59,6 @@ ul.off li { opacity: .75; } ul.off li::before { content: "\\2298\\a0"; } ul.off 
   border: 0 solid var(--border-color-primary) !important; border-bottom-width: 1px !important;
   font-variant-numeric: tabular-nums; }
 .scroll tr.off { opacity: .55; }
-.legend { display: flex; flex-wrap: wrap; gap: 6px 16px; list-style: none; padding: 0; margin: 6px 0; }
-.legend .swatch { display: inline-block; width: 16px; height: 16px; border-radius: 4px; margin-right: 6px;
-  vertical-align: -2px; border: 1px solid var(--border-color-primary); }
 .pictures .caption-label { white-space: normal !important; font-size: .78rem !important;
   max-width: 94% !important; text-align: left; }
 .pictures .grid-wrap, .pictures .fixed-height { min-height: 0 !important; max-height: none !important; }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import html
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -12,7 +13,17 @@ from coma.errors import BadInput
 from coma.runtimes.model_spec import GraphKind
 from demo.models import Model
 from demo.pages.page_state import clear_on_change
-from demo.predict import classify, detect, draw_classes, draw_objects, segment, shares
+from demo.predict import (
+    MOST_SHOWN,
+    Annotation,
+    classify,
+    detect,
+    segment,
+    shares,
+    show_classes,
+    show_objects,
+    shown_picture,
+)
 from demo.session import MODEL_EVENT, Session, note, table
 
 TITLES: dict[GraphKind, str] = {"classifier": "Classify", "detector": "Detect", "segmentor": "Segment"}
@@ -37,14 +48,11 @@ def detect_tab(session: Session, picture: gr.Image) -> None:
     """Builds the tab that shows detected objects."""
     model, runtime, go = _pickers(session, "detector", "Detect")
     score = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="Score threshold", elem_id="score")
-    drawn = gr.Image(
-        label="Detected objects", format="png", interactive=False, elem_id="detections",
-        buttons=["download", "fullscreen"], alt_text="The picture with boxes around the detected objects",
-    )  # fmt: skip
+    drawn = _annotated("Detected objects", "detections")
     rows = gr.HTML(elem_id="objects")
     plain = gr.JSON(visible=False, label="Objects")
 
-    def run(picture: str | None, model: str, runtime: str, score: float) -> tuple[str, str, list[Any]]:
+    def run(picture: str | None, model: str, runtime: str, score: float) -> tuple[Any, str, list[Any]]:
         """Returns the objects in a picture with at least this score."""
         chosen, opened = _open(session, model, runtime, "detector")
         pixels = _pixels(session, chosen, picture)
@@ -58,8 +66,12 @@ def detect_tab(session: Session, picture: gr.Image) -> None:
         ]
         text = table(("class", "score", "x1 y1 x2 y2, pixels"), cells, caption=f"{len(found)} objects")
         empty = note("No object reaches this score; lower the threshold.")
-        drawing = session.save(draw_objects(pixels, found, chosen.palette()))
-        return drawing, text if found else empty, listed
+        shown = shown_picture(pixels)
+        annotations = show_objects(found, *pixels.shape[:2], shown)
+        more = note(f"The {MOST_SHOWN} first objects are drawn.") if len(found) > MOST_SHOWN else ""
+        colours = [chosen.palette()[each.number] for each in found]
+        drawing = _drawing(session, shown, annotations, colours, f"{Path(str(picture)).stem} {model} objects")
+        return drawing, text + more if found else empty, listed
 
     inputs, outputs = [picture, model, runtime, score], [drawn, rows, plain]
     event = gr.on([go.click, score.release], run, inputs, outputs, api_name="detect", **MODEL_EVENT)
@@ -69,34 +81,41 @@ def detect_tab(session: Session, picture: gr.Image) -> None:
 def segment_tab(session: Session, picture: gr.Image) -> None:
     """Builds the tab that shows the class of every pixel."""
     model, runtime, go = _pickers(session, "segmentor", "Segment")
-    drawn = gr.ImageSlider(
-        label="Picture | classes (drag the line)", format="png", interactive=False, elem_id="classes",
-        buttons=["download", "fullscreen"], max_height=620, slider_position=35,
-    )  # fmt: skip
-    legend = gr.HTML(elem_id="legend")
+    drawn = _annotated("Classes: point at a name to see where it is", "classes")
     plain = gr.JSON(visible=False, label="Class shares")
 
-    def run(picture: str | None, model: str, runtime: str) -> tuple[Any, str, dict[str, float]]:
+    def run(picture: str | None, model: str, runtime: str) -> tuple[Any, dict[str, float]]:
         """Returns the class of every pixel."""
         chosen, opened = _open(session, model, runtime, "segmentor")
         pixels = _pixels(session, chosen, picture)
-        classes = segment(opened, pixels)
-        colours = chosen.palette()
-        found = shares(classes, chosen.class_names())
-        items = "".join(
-            f"<li><span class='swatch' style='background:rgb{colours[i]}'></span>{html.escape(name)} "
-            f"<b>{share:.0%}</b></li>"
-            for i, name, share in found
-        )
-        pictures = tuple(
-            session.save(draw_classes(pixels, classes, colours, strength)) for strength in (0.0, 0.65)
-        )
-        text = f"<ul class='legend' aria-label='Classes in the picture'>{items}</ul>"
-        return pictures, text, {name: round(share, 4) for _, name, share in found}
+        classes, names = segment(opened, pixels), chosen.class_names()
+        shown, found = shown_picture(pixels), shares(classes, names)
+        colours = [chosen.palette()[i] for i, _, _ in found]
+        annotations = show_classes(classes, names, shown)
+        drawing = _drawing(session, shown, annotations, colours, f"{Path(str(picture)).stem} {model} classes")
+        return drawing, {name: round(share, 4) for _, name, share in found}
 
-    inputs, outputs = [picture, model, runtime], [drawn, legend, plain]
+    inputs, outputs = [picture, model, runtime], [drawn, plain]
     event = go.click(run, inputs, outputs, api_name="segment", **MODEL_EVENT)
     clear_on_change(inputs, outputs, event)
+
+
+def _annotated(label: str, name: str) -> gr.AnnotatedImage:
+    return gr.AnnotatedImage(label=label, format="png", elem_id=name, buttons=["fullscreen"])
+
+
+def _drawing(
+    session: Session,
+    picture: np.ndarray,
+    annotations: Sequence[Annotation],
+    colours: Sequence[tuple[int, int, int]],
+    name: str,
+) -> Any:
+    """Returns an annotated picture for the page, with a colour for each annotation."""
+    labels = [label for _, label in annotations]
+    codes = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in colours]
+    value = (session.save(picture, name), list(annotations))
+    return gr.update(value=value, color_map=dict(zip(labels, codes, strict=False)))
 
 
 def _pickers(session: Session, form: GraphKind, verb: str) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button]:

@@ -20,7 +20,16 @@ from demo.compare_runtimes import time_runtimes
 from demo.introspection import attention_maps_of, feature_pyramid, gate_weights, pyramid_colours
 from demo.masking import METHODS, mask_picture, painted_view, pixel_view, sample_views, zoom_in_view
 from demo.models import Models
-from demo.predict import draw_classes, paste_mask, shares
+from demo.predict import (
+    SHOWN,
+    STRENGTH,
+    Detection,
+    paste_mask,
+    shares,
+    show_classes,
+    show_objects,
+    shown_picture,
+)
 from demo.reconstruction import measure_hidden, merge_views, reconstruct
 from demo.render import heat_map, overlay
 from demo.resize import resize_picture
@@ -226,8 +235,17 @@ def test_masks_and_classes_are_drawn_where_they_are():
     assert not paste_mask(np.ones((28, 28)), (5, 5, 5, 5), 50, 60).any()
     classes = np.array([[0, 1], [1, 1]])
     assert shares(classes, ("a", "b", "c")) == [(1, "b", 0.75), (0, "a", 0.25)]
-    drawn = draw_classes(np.zeros((2, 2, 3), np.uint8), classes, [(200, 0, 0), (0, 200, 0)], 1.0)
-    assert drawn[0, 0, 0] > 190 > 10 > drawn[0, 0, 1] and drawn[-1, -1, 1] > 190 > 10 > drawn[-1, -1, 0]
+    shown = shown_picture(np.zeros((2, 2, 3), np.uint8))
+    (b, b_label), (a, a_label) = show_classes(classes, ("a", "b", "c"), shown)
+    assert (a_label, b_label) == ("a 25%", "b 75%") and shown.shape == (SHOWN, SHOWN, 3)
+    assert a[0, 0] == b[-1, -1] == b[0, -1] == pytest.approx(STRENGTH) and a[-1, -1] == b[0, 0] == 0
+    found = [
+        Detection("cat", 0, 0.91, (10, 20, 30, 40)),
+        Detection("cat", 0, 0.914, (0, 0, 50, 50), mask[:50]),
+    ]
+    (box, first), (painted, second) = show_objects(found, 50, 60, np.zeros((100, 120, 3), np.uint8))
+    assert box == (20, 40, 60, 80) and (first, second) == ("cat 0.91", "cat 0.91 (2)")
+    assert painted.shape == (100, 120) and (painted > 0).sum() == 4 * mask.sum()
     heat = heat_map(np.array([[0.0, 0.6]]), np.array([[True, False]]))
     assert heat[0, 0].sum() < 10 and heat[0, 1].tolist() == [128, 134, 148]
     assert overlay(np.zeros((8, 8, 3), np.uint8), np.eye(4)).shape == (8, 8, 3)
