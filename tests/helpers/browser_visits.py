@@ -58,3 +58,16 @@ class Visit:
             "() => { const text = document.querySelector('#numbers')?.innerText ?? ''; "
             f"return {condition}; }}"
         )
+
+
+def violations(page: Any) -> set[str]:
+    """What axe-core finds serious or critical on the page, targets of touch included."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    answer = Axe().run(page, options={"rules": {"target-size": {"enabled": True}}}).response
+    return {
+        f"{each['id']}: {node['html'][:160]} {node['failureSummary'][:200]}"
+        for each in answer["violations"]
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    }

@@ -1,10 +1,9 @@
 """The first screen in a real browser: what is visible, that it is current, its address, its accessibility."""
 
 import json
-from typing import Any
 
 import pytest
-from browser_visits import CHROMIUM, DESKTOP, PHONE, Visit
+from browser_visits import CHROMIUM, DESKTOP, PHONE, Visit, violations
 from PIL import Image
 
 pytestmark = [
@@ -138,18 +137,6 @@ def test_axe_finds_nothing_serious(browser, address, options):
         found |= violations(visit.page)
     assert found == set()
     visit.context.close()
-
-
-def violations(page: Any) -> set[str]:
-    from axe_playwright_python.sync_playwright import Axe
-
-    answer = Axe().run(page, options={"rules": {"target-size": {"enabled": True}}}).response
-    return {
-        f"{each['id']}: {node['html'][:160]} {node['failureSummary'][:200]}"
-        for each in answer["violations"]
-        if each["impact"] in ("serious", "critical")
-        for node in each["nodes"]
-    }
 
 
 def test_axe_would_find_a_fault(browser, address):

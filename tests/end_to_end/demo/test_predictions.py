@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from browser_visits import CHROMIUM, DESKTOP, Visit
+from browser_visits import CHROMIUM, DESKTOP, Visit, violations
 from demo_files import models
-from test_first_screen import violations
 
 from coma.runtimes.model_spec import Preprocessing
 from demo.commands.demo import load_models, serve

@@ -46,7 +46,7 @@ BASES: dict[str, tuple[list[str], dict[str, str]]] = {
     "export": (["{artifact}"], {"--out": "{out}/export", "--benchmark-seconds": "0"}),
     "benchmark": (["{artifact}"], {}),
     "info": (["{artifact}"], {}),
-    "demo": ([], {"--port": "0", "--device": "cpu"}),
+    "demo": (["{artifact}"], {"--port": "0", "--device": "cpu"}),
 }
 WRITTEN = ("--out", "--run")
 """Flags of what is written; all other paths are read."""
