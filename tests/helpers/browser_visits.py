@@ -10,6 +10,9 @@ DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 720}}
 PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 CURRENT = "() => document.querySelector('#rebuilt img') && !document.body.dataset.stale"
 """Whether the result on the page has the settings on the page."""
+EXPLORED = """() => document.querySelector('#here img') && document.querySelector('#pyramid img')
+    && !document.body.dataset.stalePlace && !document.body.dataset.staleFeatures"""
+"""Whether the tab Explore shows what belongs to its controls."""
 SHIFTS = """
     window.shift = 0;
     new PerformanceObserver(list => {

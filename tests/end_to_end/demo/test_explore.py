@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from browser_visits import CHROMIUM, DESKTOP, Visit
+from browser_visits import CHROMIUM, DESKTOP, EXPLORED, Visit
 from PIL import Image
 
 pytestmark = [
@@ -16,8 +16,6 @@ pytestmark = [
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium; apt-get install chromium"),
 ]
 
-SETTLED = """() => document.querySelector('#here img') && document.querySelector('#pyramid img')
-    && !document.body.dataset.stalePlace && !document.body.dataset.staleFeatures"""
 WATCH = """() => {
     const seen = window.seen = new Set();
     const look = () => {
@@ -42,7 +40,7 @@ def visit(browser, address) -> Iterator[Visit]:
 
 def explore(visit: Visit) -> Any:
     visit.page.get_by_role("tab", name="Explore").click()
-    visit.page.wait_for_function(SETTLED)
+    visit.page.wait_for_function(EXPLORED)
     return visit.page
 
 
@@ -87,14 +85,14 @@ def test_a_click_on_a_patch_shows_what_is_similar_in_both_pictures(visit):
     page.mouse.click(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * 0.75)
     page.wait_for_function("() => Math.abs(document.querySelector('#row input').value - 0.75) < 0.02")
     assert float(page.input_value("#col input")) == pytest.approx(0.25, abs=0.02)
-    page.wait_for_function(SETTLED)
+    page.wait_for_function(EXPLORED)
     assert page.get_attribute("#here img", "src") != first
     assert page.get_attribute("#there img", "src") != second
     page.focus("#row input[type=range]")
     for _ in range(3):
         page.keyboard.press("ArrowLeft")
     page.wait_for_timeout(300)
-    page.wait_for_function(SETTLED)
+    page.wait_for_function(EXPLORED)
     frames = [json.loads(each) for each in page.evaluate("[...window.seen]")]
     shown = {}
     for current, row, col, picture in frames:
@@ -105,7 +103,7 @@ def test_a_click_on_a_patch_shows_what_is_similar_in_both_pictures(visit):
     page.click("#second > button")
     page.click("#other button[aria-label='Remove Image']")
     page.wait_for_function("() => !document.querySelector('#there img')")
-    page.wait_for_function(SETTLED)
+    page.wait_for_function(EXPLORED)
     assert "ring in the second picture" in text and "ring" not in page.inner_text("#scale")
 
 
@@ -113,12 +111,12 @@ def test_explore_follows_the_picture_and_its_other_controls(visit):
     page = explore(visit)
     page.locator("#examples button").nth(1).click()
     page.wait_for_function("() => document.body.dataset.stalePlace")
-    page.wait_for_function(SETTLED)
+    page.wait_for_function(EXPLORED)
     regions = page.locator("#pyramid img").nth(4)
     src = regions.get_attribute("src")
     page.locator("#stage label", has_text="2").click()
     page.wait_for_function("() => document.querySelector('#scale').innerText.includes('stage 2')")
-    page.wait_for_function(SETTLED)
+    page.wait_for_function(EXPLORED)
     assert page.locator("#pyramid").get_by_text("4 regions of stage 2").count()
     assert regions.get_attribute("src") != src
     page.get_by_role("tab", name="Nearest").click()
