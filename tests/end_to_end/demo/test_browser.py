@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from browser_visits import CHROMIUM, PHONE, Visit
 from PIL import Image
+from upload_files import animations, good_files
 
 pytestmark = [
     pytest.mark.browser,
@@ -83,6 +84,22 @@ def test_bad_uploads_are_answered_on_the_page(browser, address, tmp_path):
     visit.page.click("#picture button[aria-label='Remove Image']")
     visit.page.set_input_files("#picture input[type=file]", str(tmp_path / "holiday.jpg"))
     visit.page.get_by_text("is not a picture").first.wait_for()
+    visit.context.close()
+
+
+def test_files_of_every_kind_are_taken_and_described(browser, address, tmp_path):
+    visit = Visit(browser, address)
+    page, good, moving = visit.page, good_files(tmp_path / "good"), animations(tmp_path / "moving")
+    for path, told in (
+        (good["still.heic"], r"60 x 40 px, HEIC, [\d.]+ kB\. "),
+        (good["still.avif"], r"60 x 40 px, AVIF, [\d.]+ kB\. "),
+        (moving["GIF"], r"60 x 40 px, GIF, [\d.]+ kB; animated: this is the first frame\. "),
+    ):
+        page.click("#picture button[aria-label='Remove Image']")
+        page.set_input_files("#picture input[type=file]", str(path))
+        page.wait_for_function(f"() => document.querySelector('#about')?.innerText.match(/{told}/)")
+        visit.current()
+        assert re.fullmatch(r"-?\d+\.\d\d dB", visit.number("PSNR, masked pixels"))
     visit.context.close()
 
 

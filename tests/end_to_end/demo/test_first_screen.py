@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from browser_visits import CHROMIUM, DESKTOP, PHONE, Visit, violations
+from browser_visits import CHROMIUM, DESKTOP, EXPLORED, PHONE, Visit, violations
 from PIL import Image
 
 pytestmark = [
@@ -134,6 +134,8 @@ def test_axe_finds_nothing_serious(browser, address, options):
         else:
             visit.page.get_by_role("tab", name=tab).click()
         visit.page.wait_for_timeout(300)
+        if tab == "Explore":
+            visit.page.wait_for_function(EXPLORED)
         found |= violations(visit.page)
     assert found == set()
     visit.context.close()
