@@ -59,6 +59,9 @@ ul.off li { opacity: .75; } ul.off li::before { content: "\\2298\\a0"; } ul.off 
   border: 0 solid var(--border-color-primary) !important; border-bottom-width: 1px !important;
   font-variant-numeric: tabular-nums; }
 .scroll tr.off { opacity: .55; }
+.legend .legend-item { padding: 4px 10px 4px 24px; min-height: 24px; color: var(--body-text-color);
+  border: 1px solid var(--border-color-primary);
+  background-image: linear-gradient(90deg, transparent 16px, var(--background-fill-primary) 16px); }
 .pictures .caption-label { white-space: normal !important; font-size: .78rem !important;
   max-width: 94% !important; text-align: left; }
 .pictures .grid-wrap, .pictures .fixed-height { min-height: 0 !important; max-height: none !important; }
