@@ -14,7 +14,9 @@ from page_requests import Server
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("page")
-    with served(folder / "uploads", *models(folder)) as page, httpx.Client(timeout=60) as web:
+    given = models(folder)
+    search = collection(folder, given[0])
+    with served(folder / "uploads", *given, search=search) as page, httpx.Client(timeout=60) as web:
         web.base_url = page.local_url
         yield Server(web, page.config, (folder / "uploads").resolve(), folder)
 

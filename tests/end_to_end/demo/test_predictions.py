@@ -26,6 +26,8 @@ OPACITIES = "all => all.map(each => getComputedStyle(each).opacity)"
 class Known(Model):
     """A model whose predictions on pictures of 640 x 427 pixels are known."""
 
+    spec: Any = None
+
     def options(self, form: Any) -> list[RuntimeOption]:
         return [RuntimeOption("PyTorch", form, Path("none"))] if form == self.kind else []
 

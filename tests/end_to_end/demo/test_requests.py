@@ -178,7 +178,7 @@ def test_an_event_that_does_not_end_is_given_up_and_the_next_one_runs(server, mo
 
 
 def test_who_goes_away_frees_the_place(server, monkeypatch):
-    event = next(each for each in server.config["dependencies"] if each["api_name"] == "inside")
+    event = next(each for each in server.config["dependencies"] if each["api_name"] == "features")
     for _ in range(3):
         call = json.dumps({**usual(server, event), "session_hash": f"s{time.time_ns()}"})
         server.web.post("/gradio_api/queue/join", content=call, headers=JSON).raise_for_status()

@@ -105,7 +105,7 @@ def test_no_argument_of_any_event_gives_a_file_away(server, capfd, names):
     info = server.web.get("/gradio_api/info?all_endpoints=true").json()
     events = [each for each in server.config["dependencies"] if each["backend_fn"]]
     named = {each["api_name"] for each in events if each["api_visibility"] == "public"}
-    assert {f"/{name}" for name in named} == set(info["named_endpoints"]) >= {"/reconstruct", "/attention"}
+    assert {f"/{name}" for name in named} == set(info["named_endpoints"]) >= {"/reconstruct", "/nearest"}
     assert any(each["api_visibility"] == "private" for each in events)
     components = {each["id"]: each for each in server.config["components"]}
     calls, about = [], []
@@ -155,13 +155,14 @@ def test_the_other_ways_to_call_say_the_same(server, prefix, capfd):
     secret, nowhere = (str(traps(server)[name]) for name in ("secret", "nowhere"))
     answers = []
     for path in (secret, nowhere):
-        event = next(each for each in server.config["dependencies"] if each["api_name"] == "inside")
+        event = next(each for each in server.config["dependencies"] if each["api_name"] == "features")
         values = usual(server, event, picture={"path": path})["data"]
-        sent: Any = {"data": values} if prefix != "call/v2" else {"picture": values[0], "model": values[1]}
-        answer = server.web.post(f"/gradio_api/{prefix}/inside", json=sent)
+        names = ("picture", "model", "stage", "regions")
+        sent: Any = {"data": values} if prefix != "call/v2" else dict(zip(names, values, strict=True))
+        answer = server.web.post(f"/gradio_api/{prefix}/features", json=sent)
         if answer.status_code == 200:
             number = answer.json()["event_id"]
-            answer = server.web.get(f"/gradio_api/call/inside/{number}", timeout=30)
+            answer = server.web.get(f"/gradio_api/call/features/{number}", timeout=30)
             assert "event: error" in answer.text and GONE in answer.text
         answers.append((answer.status_code, answer.text))
     assert answers[0] == answers[1] and "Traceback" not in capfd.readouterr().err

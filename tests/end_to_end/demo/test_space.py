@@ -53,9 +53,11 @@ def test_the_app_starts_by_the_commands_of_the_dockerfile(tmp_path, container):
         elif step == "COPY":
             *sources, target = (each for each in shlex.split(rest) if not each.startswith("--chown"))
             for pattern in sources:
-                for path in [space] if pattern == "." else space.glob(pattern):
-                    copy = shutil.copytree if path.is_dir() else shutil.copy
-                    copy(path, work / target, **({"dirs_exist_ok": True} if path.is_dir() else {}))
+                if pattern == ".":
+                    shutil.copytree(space, work / target, dirs_exist_ok=True)
+                    continue
+                for path in space.glob(pattern):
+                    shutil.copy(path, work / target)
         elif step == "RUN" and rest.startswith("pip install"):
             command = rest.replace("pip install --no-cache-dir", f"{UV} pip install --quiet")
             subprocess.run(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -236,14 +237,16 @@ def test_masks_and_classes_are_drawn_where_they_are():
     classes = np.array([[0, 1], [1, 1]])
     assert shares(classes, ("a", "b", "c")) == [(1, "b", 0.75), (0, "a", 0.25)]
     shown = shown_picture(np.zeros((2, 2, 3), np.uint8))
-    (b, b_label), (a, a_label) = show_classes(classes, ("a", "b", "c"), shown)
+    annotations: Any = show_classes(classes, ("a", "b", "c"), shown)
+    (b, b_label), (a, a_label) = annotations
     assert (a_label, b_label) == ("a 25%", "b 75%") and shown.shape == (SHOWN, SHOWN, 3)
     assert a[0, 0] == b[-1, -1] == b[0, -1] == pytest.approx(STRENGTH) and a[-1, -1] == b[0, 0] == 0
     found = [
         Detection("cat", 0, 0.91, (10, 20, 30, 40)),
         Detection("cat", 0, 0.914, (0, 0, 50, 50), mask[:50]),
     ]
-    (box, first), (painted, second) = show_objects(found, 50, 60, np.zeros((100, 120, 3), np.uint8))
+    annotations = show_objects(found, 50, 60, np.zeros((100, 120, 3), np.uint8))
+    (box, first), (painted, second) = annotations
     assert box == (20, 40, 60, 80) and (first, second) == ("cat 0.91", "cat 0.91 (2)")
     assert painted.shape == (100, 120) and (painted > 0).sum() == 4 * mask.sum()
     heat = heat_map(np.array([[0.0, 0.6]]), np.array([[True, False]]))
