@@ -67,7 +67,7 @@ def detect_tab(session: Session, picture: gr.Image) -> None:
         text = table(("class", "score", "x1 y1 x2 y2, pixels"), cells, caption=f"{len(found)} objects")
         empty = note("No object reaches this score; lower the threshold.")
         shown = shown_picture(pixels)
-        annotations = show_objects(found, *pixels.shape[:2], shown)
+        annotations = show_objects(found, pixels.shape[0], pixels.shape[1], shown)
         more = note(f"The {MOST_SHOWN} first objects are drawn.") if len(found) > MOST_SHOWN else ""
         colours = [chosen.palette()[each.number] for each in found]
         drawing = _drawing(session, shown, annotations, colours, f"{Path(str(picture)).stem} {model} objects")
