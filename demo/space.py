@@ -7,7 +7,7 @@
     Dockerfile         builds the container; Spaces run it, too
     README.md          with the header that Spaces read
 
-Spaces of the kind `gradio` install requirements before the files of the Space are there, so that no wheel of
+Spaces of the kind `gradio` are said to install requirements before their files are there, so that no wheel of
 the folder can be among them; hence the kind `docker`.
 """
 
