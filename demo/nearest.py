@@ -16,6 +16,7 @@ from coma.data.image import DecodedImage
 from coma.errors import BadInput
 from coma.image_size import ImageSize
 from coma.messages import counted
+from coma.paths import artifact_directory
 from demo.models import Models
 from downstream.features.models import FeatureRequest, open_feature_model
 from downstream.search.collection import open_collection, short_name
@@ -61,8 +62,8 @@ class PictureSearch:
                 f"--search {file}: its features come from {spec.model}, which is not on the page; name the "
                 "artifact that made them as a MODEL"
             )
-        size = ImageSize(*spec.image_size)
-        self._model = open_feature_model(FeatureRequest(str(made.artifact), spec.stage, image_size=size))
+        size, source = ImageSize(*spec.image_size), str(artifact_directory(str(made.artifact)))
+        self._model = open_feature_model(FeatureRequest(source, spec.stage, image_size=size))
         if reason := spec.difference(self._model.spec):
             raise BadInput(f"--search {file}: holds features of {reason}; run coma embed again")
         (self._album,) = collection.albums

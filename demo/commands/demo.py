@@ -115,7 +115,7 @@ def print_space(given: DemoConfig) -> None:
     require_folder(given.out)
     from demo.space import write_space
 
-    names = write_space(given.out, load_models(given.models or (quickstart(),), "cpu"))
+    names = write_space(given.out, load_models(given.models or default_models(), "cpu"))
     print(f"{given.out}: {', '.join(names)}")
     print(f"next: push it to a Space of Hugging Face, or: docker build -t coma-demo {given.out}")
 
