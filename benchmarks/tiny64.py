@@ -30,6 +30,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from coma.artifact import load_artifact, load_encoder, save_artifact
+from coma.artifact.weights import name_of
 from coma.data import evaluation_batches, normalize, open_source
 from coma.objectives.load import load_pretrained
 from coma.paths import artifact_directory
@@ -119,7 +120,7 @@ def measure(args: argparse.Namespace) -> None:
             for how, filled in (
                 ("mean colour", _mean_colour(images, visible)),
                 ("biharmonic", _biharmonic(images, visible)),
-                *((str(path), _filled_in(path, images, visible)) for path in args.artifacts),
+                *((name_of(str(path)), _filled_in(path, images, visible)) for path in args.artifacts),
             )
         ]
     features = _features(args) if args.features else []
@@ -202,8 +203,8 @@ def _features(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for path in args.artifacts:
         encoder = load_encoder(path)
-        about = encoder.artifact
-        for name, model in ((str(path), encoder), (f"{path}: random weights", random_encoder(about))):
+        about, label = encoder.artifact, name_of(str(path))
+        for name, model in ((label, encoder), (f"{label}: random weights", random_encoder(about))):
             scores = evaluate(model, about, train, test, name=name, workers=0)
             rows.append({"encoder": name, **{score.protocol: round(100 * score.top1, 1) for score in scores}})
     return rows

@@ -33,7 +33,8 @@ _SETTLE = """
     if (Object.keys(wanted).some(key => plain(wanted[key]) !== shown[key])) return;
     DONE
     requestAnimationFrame(() => requestAnimationFrame(async () => {
-        const pictures = [...document.querySelectorAll('RESULT img')];
+        const pictures = [...document.querySelectorAll('RESULT img')].filter(
+            each => each.complete || each.loading !== 'lazy');  // others load when they are scrolled to
         await Promise.allSettled(pictures.map(each => each.decode()));
         if (page.FLAG === token) delete page.FLAG;
     }));

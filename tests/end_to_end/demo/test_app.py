@@ -362,7 +362,9 @@ def test_the_command_serves_this_machine_alone_and_cleans_up(tmp_path, monkeypat
         def close(self, verbose: bool) -> None:
             seen["closed"] = True
 
-    def serve(_: Any, folder: Path, host: str, port: int, auth: Any, share: bool, browser: bool) -> Page:
+    def serve(
+        _: Any, folder: Path, host: str, port: int, auth: Any, share: bool, *__: Any, **___: Any
+    ) -> Page:
         (folder / "upload.png").touch()
         seen.update(folder=folder, host=host, auth=auth, share=share)
         return Page()

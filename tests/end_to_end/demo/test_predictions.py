@@ -20,7 +20,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium; apt-get install chromium"),
 ]
-OPACITIES = "all => all.map(each => getComputedStyle(each).opacity)"
+DIMMED = """() => {
+    const masks = [...document.querySelectorAll('#detections .mask')];
+    const [first, second] = masks.map(each => Number(getComputedStyle(each).opacity));
+    return first < second;
+}"""
+"""Whether the first object is fainter than the second."""
 
 
 class Known(Model):
@@ -71,8 +76,7 @@ def test_objects_and_classes_are_named_and_shown_on_hover(browser, predictions):
     assert "0.91" in page.inner_text("#objects tbody") and "2 objects" in page.inner_text("#objects")
     page.locator("#detections .legend-item").nth(1).hover()
     page.wait_for_function("() => document.querySelector('#detections .mask.active')")
-    first, second = page.locator("#detections .mask").evaluate_all(OPACITIES)
-    assert float(first) < float(second)
+    page.wait_for_function(DIMMED)
     assert violations(page) == set()
     page.fill("#score input", "0.2")
     page.wait_for_selector("#detections .legend-item", state="detached")  # nothing of another threshold
