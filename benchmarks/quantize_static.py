@@ -143,7 +143,8 @@ def measure(artifact: Path, graph: Any, args: argparse.Namespace, folder: Path) 
     )
     reference = TorchRuntime(exportable)
     for (way, runtime), latency in zip(runtimes.items(), latencies, strict=True):
-        row = {"model": f"{artifact.parent.name} {graph}", "way": way, **rows[way]}
+        name = artifact.parent.name if artifact.name == "artifact" else artifact.name
+        row = {"model": f"{name} {graph}", "way": way, **rows[way]}
         row |= {"MB": round(files[way].stat().st_size / 1e6, 1), "ms": round(latency.p50, 1)}
         errors = verify(reference, runtime, shapes, sets[1]).outputs
         row |= {f"error {name}": f"{each.relative:.2%}" for name, each in errors.items() if each.compared}
@@ -172,6 +173,8 @@ def main() -> None:
     parser.add_argument("--no-rtx", action="store_true", help="do not compile the files with TensorRT-RTX")
     parser.add_argument("--out", type=Path, help="also write the results to this file, as JSON")
     args = parser.parse_args()
+    images = f"{args.images} images to calibrate with, up to {args.verify_images} others to compare on"
+    how = f"{images}; {args.threads} thread(s), {args.size} px"
     rows: list[dict[str, Any]] = []
     for given in args.artifacts:
         artifact, _, graph = str(given).partition(":")
@@ -179,8 +182,7 @@ def main() -> None:
             for row in measure(Path(artifact), graph, args, Path(folder)):
                 print(row, flush=True)
                 rows.append(row)
-    images = f"{args.images} images to calibrate with, up to {args.verify_images} others to compare on"
-    report(f"{images}; {args.threads} thread(s), {args.size} px", rows, args.out)
+        report(how, rows, args.out)
 
 
 if __name__ == "__main__":

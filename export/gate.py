@@ -174,6 +174,7 @@ class Gate:
             entry,
             verification=result.to_dict(),
             also_verified={**entry.also_verified, also.runtime: found.to_dict()},
+            metric={**entry.metric, **({also.runtime: also.metric["file"]} if also.metric else {})},
             latency=[*entry.latency, *also.latency],
         )
         return entry, result

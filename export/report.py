@@ -101,9 +101,14 @@ _LATENCY = ("file", "shape", "runtime", "what", "p50 ms", "p90", "p99", "images/
 
 
 def _file_row(entry: Entry) -> tuple[str, ...]:
-    metric = ", ".join(
-        f"{name} {value:.2f} ({value - entry.metric['torch'][name]:+.2f})"
-        for name, value in entry.metric.get("file", {}).items()
+    metric = "; ".join(
+        ("" if runtime == "file" else f"{runtime}: ")
+        + ", ".join(
+            f"{name} {value:.2f} ({value - entry.metric['torch'][name]:+.2f})"
+            for name, value in scores.items()
+        )
+        for runtime, scores in entry.metric.items()
+        if runtime != "torch"
     )
     return (
         f"`{entry.file}`",

@@ -58,7 +58,8 @@ class Entry:
         verification: Result of the verification (see `export.verify.verdict.ParityResult.to_dict`).
         images: Human-readable description of the verification images.
         image_sets: Images by purpose: verification, calibration, top-1.
-        metric: Scores of PyTorch (`torch`) and of the file (`file`) in percent; empty without labels.
+        metric: Scores of PyTorch (`torch`), of the file (`file`) and of the file with the other runtimes of
+            --device, by runtime, in percent; empty without labels.
         latency: Latency of the file and of PyTorch by shape, compute and end to end, in milliseconds.
         numbers: Operators and weights by precision.
         error: Module where the error of a rejected file starts.

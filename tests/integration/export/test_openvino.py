@@ -24,6 +24,7 @@ from coma.runtimes.onnxruntime import OnnxRuntime
 from coma.runtimes.open import open_runtime
 from coma.runtimes.openvino import OpenVINORuntime
 from coma.runtimes.pytorch import TorchRuntime
+from export.gate import Gate
 from export.graphs.load import load_exportable, named_examples
 
 pytestmark = [
@@ -47,7 +48,11 @@ def agree(reference: Runtime, file: Path, limit: float) -> None:
                 assert (found[name] == value).double().mean() > 1 - 2 * max(limit, 0.01)
 
 
-def test_a_file_that_was_verified_with_both_says_so_and_runs_with_both(run_folder, caplog, capsys):
+def test_a_file_that_was_verified_with_both_says_so_and_runs_with_both(
+    run_folder, caplog, capsys, monkeypatch
+):
+    scores = {"torch": 97.0, "ONNX": 97.05, "OpenVINO": 96.95}
+    monkeypatch.setattr(Gate, "_score", lambda _, each: ({"top-1": scores[each.title.split()[0]]}, None))
     (run_folder / "artifact").rename(run_folder / "a")
     assert export(run_folder / "a", "--device", "cpu,openvino", "--out", str(run_folder / "both")) == 0
     file = run_folder / "both" / "classifier.onnx"
@@ -55,7 +60,11 @@ def test_a_file_that_was_verified_with_both_says_so_and_runs_with_both(run_folde
     assert manifest and manifest.files[0].runtime.startswith("ONNX Runtime")
     (also,) = manifest.files[0].also_verified.values()
     assert also["passed"] and also["outputs"]["logits"]["relative"] < 2e-5
-    assert "; OpenVINO 2" in (file.parent / "report.md").read_text()
+    metric = {name.split()[0]: found["top-1"] for name, found in manifest.files[0].metric.items()}
+    assert metric == {"torch": 97.0, "file": 97.05, "OpenVINO": 96.95}
+    report = (file.parent / "report.md").read_text()
+    assert "; OpenVINO 2" in report and "top-1 97.05 (+0.05); OpenVINO 2" in report
+    assert ", cpu: top-1 96.95 (-0.05)" in report
     images = {"images": torch.randn(1, 3, 48, 48)}
     found = open_runtime(file, "openvino")(**images)["logits"]
     torch.testing.assert_close(found, open_runtime(file)(**images)["logits"], rtol=1e-4, atol=1e-5)
