@@ -1,12 +1,12 @@
-"""AP and mIoU of every file that `coma export` makes of a trained detector and segmentor, and what loops cost.
+"""AP and mIoU of every file that `coma export` makes of trained models, and what loops cost.
 
     python benchmarks/exported_scores.py --work W --detector ARTIFACT --segmentor ARTIFACT --data DATA
 
-DATA holds det-bccd and camvid-mini: int8 is calibrated on their training images, files are verified and scored on
-their validation images, by ONNX Runtime and by OpenVINO, with the limits of the gate. Detectors are exported
-twice, with NonMaxSuppression and RoiAlign and, by `--plugin-free`, with loops in their place. Both of these
-files in fp32 are then timed in turns at the size that the detector was trained on. On a CPU what is in fp16 is
-computed in fp32 and rounded, as a GPU rounds it, with ONNX Runtime, and computed in fp32 with OpenVINO.
+DATA holds det-bccd and camvid-mini. int8 is calibrated on their training images. Files are verified on some
+of their validation images, and scored on all of them, by ONNX Runtime and by OpenVINO, with the limits of the
+gate. Detectors are exported twice, with NonMaxSuppression and RoiAlign and, by `--plugin-free`, with loops in
+their place. Both of these files in fp32 are then timed in turns at the size that the detector was trained on.
+On a CPU, ONNX Runtime emulates fp16 (in fp32, rounded as a GPU rounds it), and OpenVINO computes it in fp32.
 
 Every form of a model is one process of `coma export`. `--work` keeps the exports: what its manifests list is
 not exported again. Give another one after changes to the exporter.
@@ -61,7 +61,7 @@ def shapes_of(artifact: Path) -> Shapes:
 
 
 def export(kind: str, artifact: Path, form: str, args: argparse.Namespace) -> Path:
-    """Exports what is missing of a form of a model, and returns the folder; refused files are results, too."""
+    """Exports what is missing of a form of a model and returns the folder; a refused file is a result, too."""
     out = args.work / f"{kind}-{form}"
     known = {entry.precision for entry in entries(out)}
     missing = [precision for precision in args.precisions if precision not in known]
