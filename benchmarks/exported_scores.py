@@ -61,7 +61,7 @@ def shapes_of(artifact: Path) -> Shapes:
 
 
 def export(kind: str, artifact: Path, form: str, args: argparse.Namespace) -> Path:
-    """Exports the precisions of a model that are missing; returns the folder. Refused files are results, too."""
+    """Exports the missing precisions of a model; returns the folder. A refused file is a result, too."""
     out = args.work / f"{kind}-{form}"
     known = {entry.precision for entry in entries(out)}
     missing = [precision for precision in args.precisions if precision not in known]
