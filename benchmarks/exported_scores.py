@@ -53,11 +53,11 @@ def images_of(kind: str, data: Path, split: str) -> Path:
 
 
 def shapes_of(artifact: Path) -> Shapes:
-    """Returns free shapes from one mask unit to twice the size of training."""
+    """Returns free shapes; the largest holds images of 3:4 whose short side is the size of training."""
     config = load_artifact(artifact).config
     height, width = size_of(config, "detector")
     least = Shape(1, config.model.unit, config.model.unit)
-    return Shapes(least, Shape(1, height, width), Shape(2, 2 * height, 2 * width))
+    return Shapes(least, Shape(1, height, width), Shape(2, 4 * height // 3, 4 * width // 3))
 
 
 def export(kind: str, artifact: Path, form: str, args: argparse.Namespace) -> Path:
