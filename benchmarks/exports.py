@@ -19,10 +19,11 @@ opset 18, dynamic batch), the same check, the same runtimes.
 Every model has a process of its own, so that the memory is that of one model. In it all runtimes of the model
 run in turns, warm, at every batch; speed is relative to PyTorch's median. `--work` keeps artifacts, exports
 and what compiler and check said of them: a run that was stopped, or is repeated, takes up what is finished,
-and `--seconds 0` prepares all of it without timing. Give another one after changes to the exporter. Exporting
-takes a minute or two for each file of `small` on two cores. On cores that others use too, `--threads 1` or
-OMP_WAIT_POLICY=passive gives steadier numbers: PyTorch's threads wait actively for each other. There
-`--cpu-time`, with one thread, counts only the seconds that the process computed.
+and `--seconds 0` prepares all of it without timing. Give another one after changes to the exporter. Rows in
+`--out` with the same versions, clock and batches are not measured again as long as `--work` holds their files.
+Exporting takes a minute or two for each file of `small` on two cores. On cores that others use too,
+`--threads 1` or OMP_WAIT_POLICY=passive gives steadier numbers: PyTorch's threads wait actively for each
+other. There `--cpu-time`, with one thread, counts only the seconds that the process computed.
 """
 
 from __future__ import annotations
@@ -263,6 +264,22 @@ def matrix(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     return list(lines.values())
 
 
+def measured_before(args: argparse.Namespace, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of models in `--out` that this run would measure in the same way, of the same files."""
+    if not (args.out and args.out.exists()):
+        return []
+    known = json.loads(args.out.read_text(encoding="utf-8"))
+    if any(known[name] != facts[name] for name in ("machine", "versions", "threads", "clock", "seconds")):
+        return []
+    batches = [str(batch) for batch in args.batches]
+    other = {
+        row["model"]
+        for row in known["rows"]
+        if list(row["latency"]) != batches or (row["file"] and not (args.work / row["file"]).exists())
+    }
+    return [row for row in known["rows"] if row["model"] not in other]
+
+
 def main() -> None:
     """Export what is missing, compare, time, print; `--out` keeps all numbers as JSON."""
     parser = argparse.ArgumentParser(
@@ -312,7 +329,8 @@ def main() -> None:
         "busy": note,
         "verified_on": f"up to {args.verify_images} images of {args.verify or 'scikit-image'}",
     }
-    rows: list[dict[str, Any]] = []
+    rows = measured_before(args, facts)
+    done = {row["model"] for row in rows}
 
     def save() -> None:
         facts["seconds_in_all"] = time.perf_counter() - started
@@ -321,7 +339,8 @@ def main() -> None:
 
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
-        for found in pool.map(partial(measure, args=args), models_of(args, precisions)):
+        waiting = (model for model in models_of(args, precisions) if model.name not in done)
+        for found in pool.map(partial(measure, args=args), waiting):
             rows += found
             save()
     for row in (row for row in rows if args.rtx and row["file"]):  # after all that is timed
