@@ -20,7 +20,7 @@ Every model has a process of its own, so that the memory is that of one model. I
 run in turns, warm, at every batch; speed is relative to PyTorch's median. `--work` keeps artifacts, exports
 and what compiler and check said of them: a run that was stopped, or is repeated, takes up what is finished,
 and `--seconds 0` prepares all of it without timing. Give another one after changes to the exporter. Rows in
-`--out` with the same versions, clock and batches are not measured again as long as `--work` holds their files.
+`--out` with the same versions, clock and batches are not measured again while `--work` holds their files.
 Exporting takes a minute or two for each file of `small` on two cores. On cores that others use too,
 `--threads 1` or OMP_WAIT_POLICY=passive gives steadier numbers: PyTorch's threads wait actively for each
 other. There `--cpu-time`, with one thread, counts only the seconds that the process computed.

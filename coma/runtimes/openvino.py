@@ -2,7 +2,7 @@
 
 OpenVINO chooses the precision of its products by the machine: on CPUs with bf16 and on Intel GPUs it runs
 fp32 files in 16 bits. Here a file is run in its own precision, or in fp32 where the device has no such
-products.
+products, and fp16 on every CPU.
 """
 
 from __future__ import annotations
@@ -119,8 +119,11 @@ def require_device(device: OpenVINODevice) -> Any:
 def _inference_precision(core: Any, plugin: str, precision: Precision) -> str:
     """Returns the precision to compute in: that of a 16-bit file if the device has it, otherwise fp32.
 
-    Without the check OpenVINO computes in bf16 on CPUs that have bf16 and are asked for fp16.
+    Without the check OpenVINO computes in bf16 on CPUs that have bf16 and are asked for fp16. On CPUs that
+    have fp16, OpenVINO 2026.4 is slower in it than in fp32 and errs more (benchmarks/LOG.md).
     """
+    if plugin == "CPU" and float_part(precision) == "fp16":
+        return "f32"
     hint, capability = _HALF.get(float_part(precision), ("f32", "FP32"))
     return hint if capability in core.get_property(plugin, "OPTIMIZATION_CAPABILITIES") else "f32"
 

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -128,6 +129,19 @@ def test_an_fp32_file_is_computed_in_fp32(exported, monkeypatch):
     if "BF16" in openvino._core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         monkeypatch.setattr(openvino, "_inference_precision", lambda *_: "bf16")  # what it would choose
         assert error() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("plugin", "precision", "hint"),
+    [
+        *(("CPU", precision, "f32") for precision in ("fp32", "fp16", "int8+fp16", "int8")),
+        *(("GPU", "fp16", "f16"), ("CPU", "bf16", "bf16"), ("GPU", "bf16", "f32")),
+    ],
+)
+def test_the_precision_that_it_is_asked_for(plugin, precision, hint):
+    listed = {"CPU": ["FP32", "FP16", "BF16", "INT8"], "GPU": ["FP32", "FP16", "INT8"]}
+    core = SimpleNamespace(get_property=lambda name, _: listed[name])
+    assert openvino._inference_precision(core, plugin, precision) == hint
 
 
 def test_files_that_are_none_and_images_that_do_not_fit_are_refused(exported, tmp_path):
