@@ -9,8 +9,8 @@ classifier of a pre-trained encoder has its weights under a random head), segmen
 each at the size it was trained on, in fp32, fp16 and, with `--calibrate`, int8. All of it runs on a CPU, by
 PyTorch eagerly, by ONNX Runtime and, with `--devices cpu openvino`, by OpenVINO. With `--rtx` the compiler of
 TensorRT-RTX, which needs no GPU, compiles every file too. A detector comes in both of its forms: with
-NonMaxSuppression and RoiAlign, and plug-in-free, which is timed at the first batch alone: its loops over eight
-images in all runtimes took 13 GB and a quarter of an hour.
+NonMaxSuppression and RoiAlign, and plug-in-free, which is timed at the first batch alone: with eight images
+its loops took 13 GB and a quarter of an hour.
 
 Errors are those of `coma export`: every file against PyTorch in fp32, on images, at several batches, held to
 the limits of its precision. "least cosine" and "largest error" are the worst of all outputs and images.
