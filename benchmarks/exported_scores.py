@@ -38,6 +38,8 @@ from export.latency import time_interleaved
 from export.preprocessing import open_images
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8+fp16")
+OF_LOOPS = ("fp32", "int8")
+"""Precisions of plug-in-free detectors: emulating 16 bits in their loops takes very long."""
 DEVICES = ("cpu", "openvino")
 VERIFIED = 8
 """Images that files are compared with PyTorch on; scores are of all validation images."""
@@ -64,7 +66,8 @@ def export(kind: str, artifact: Path, form: str, args: argparse.Namespace) -> Pa
     """Exports the missing precisions of a model; returns the folder. A refused file is a result, too."""
     out = args.work / f"{kind}-{form}"
     known = {entry.precision for entry in entries(out)}
-    missing = [precision for precision in args.precisions if precision not in known]
+    wanted = [each for each in args.precisions if form != LOOPS or each in OF_LOOPS]
+    missing = [precision for precision in wanted if precision not in known]
     if missing:
         shapes = shapes_of(artifact)
         least, opt, most = (
