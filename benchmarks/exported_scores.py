@@ -157,21 +157,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the results to this file, as JSON")
     args = parser.parse_args()
     scores: list[dict[str, Any]] = []
-    for kind in ("segmentor", "detector"):
-        artifact = getattr(args, kind)
-        if artifact is None:
-            continue
-        forms = (NATIVE, LOOPS) if kind == "detector" else (NATIVE,)
-        folders = {form: export(kind, artifact, form, args) for form in forms}
-        for form, folder in folders.items():
-            scores += [row for entry in entries(folder) for row in scores_of(kind, form, entry)]
-    timed = time_loops(args.detector, folders, args) if args.detector and "fp32" in args.precisions else []
+    timed: list[dict[str, Any]] = []
+    folders: dict[str, Path] = {}
+
+    def save() -> None:
+        if args.out:
+            facts = {"machine": describe(), "threads": args.threads, "scores": scores, "loops": timed}
+            args.out.write_text(json.dumps(facts, indent=1) + "\n")
+
+    for kind, form in (("segmentor", NATIVE), ("detector", NATIVE), ("detector", LOOPS)):
+        if artifact := getattr(args, kind):
+            folders[form] = export(kind, artifact, form, args)
+            scores += [row for entry in entries(folders[form]) for row in scores_of(kind, form, entry)]
+            save()
+    if args.detector and "fp32" in args.precisions:
+        timed += time_loops(args.detector, folders, args)
+        save()
     print(f"\n{describe()}")
     for rows in filter(None, (scores, timed)):
         print("\n" + table([_as_text(row) for row in rows]))
-    if args.out:
-        facts = {"machine": describe(), "threads": args.threads, "scores": scores, "loops": timed}
-        args.out.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def _as_text(row: dict[str, Any]) -> dict[str, str]:
