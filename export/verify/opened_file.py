@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from coma.library_errors import about_one_file, library_errors
 from coma.runtimes.base import Runtime
 from coma.runtimes.model_spec import GraphKind, Precision, float_part
-from coma.runtimes.names import Device
+from coma.runtimes.names import Device, is_openvino
 from coma.runtimes.open import open_onnx
 from coma.runtimes.shape_ranges import Shapes
 from export.half_precision_emulation import emulate, is_half
@@ -31,7 +31,8 @@ class OpenedFile:
         device: Where the runtimes run.
         as_run: The graph of an ONNX file as `runtime` runs it: in 16 bits a CPU runs an emulation in fp32.
         folder: Folder of the file, where the weights of `as_run` are if it is large.
-        steps: Runtime that also returns the steps of a detector, if its file records them.
+        steps: Runtime that also returns the steps of a detector, if its file records them; None of
+            16-bit files in OpenVINO, which may select from values with more bits than a step that it returns.
     """
 
     runtime: Runtime
@@ -73,11 +74,11 @@ def open_file(
     rest = float_part(precision)
     emulated = device == "cpu" and is_half(rest)
     as_run = model
-    if emulated and is_half(rest):
+    if emulated:
         with about_one_file(), library_errors("the graph cannot be emulated in fp32"):
             as_run = emulate(model, rest, path)
     steps = None
-    if graph == "detector":
+    if graph == "detector" and not (is_openvino(device) and is_half(rest)):
         steps = runtime_with(as_run, recorded_steps(as_run), device, path.parent, shapes)
     content = as_run.SerializeToString() if emulated else path
     runtime = open_onnx(content, device, folder=path.parent, shapes=shapes)

@@ -27,6 +27,9 @@ from coma.runtimes.openvino import OpenVINORuntime
 from coma.runtimes.pytorch import TorchRuntime
 from export.gate import Gate
 from export.graphs.load import load_exportable, named_examples
+from export.onnx_export import load_onnx
+from export.verify.opened_file import open_file
+from export.verify.parity import verify
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # torch.onnx and mm's packages warn of each other
@@ -142,6 +145,21 @@ def test_the_precision_that_it_is_asked_for(plugin, precision, hint):
     listed = {"CPU": ["FP32", "FP16", "BF16", "INT8"], "GPU": ["FP32", "FP16", "INT8"]}
     core = SimpleNamespace(get_property=lambda name, _: listed[name])
     assert openvino._inference_precision(core, plugin, precision) == hint
+
+
+@pytest.mark.slow
+def test_a_detector_in_16_bits_is_compared_by_its_detections(made, pictures):
+    case = made(replace(FASTER, precision="fp16"))
+    opened = [
+        open_file(case.file, load_onnx(case.file), "detector", "fp16", device)
+        for device in ("cpu", "openvino")
+    ]
+    assert [each.steps is None for each in opened] == [False, True]
+    for each in opened:
+        result = verify(
+            case.reference, each.runtime, FASTER.shapes, pictures, steps=each.steps, tolerance=each.tolerance
+        )
+        assert result.passed, result.failures
 
 
 def test_files_that_are_none_and_images_that_do_not_fit_are_refused(exported, tmp_path):
