@@ -74,7 +74,7 @@ def open_file(
     rest = float_part(precision)
     emulated = device == "cpu" and is_half(rest)
     as_run = model
-    if emulated:
+    if emulated and is_half(rest):
         with about_one_file(), library_errors("the graph cannot be emulated in fp32"):
             as_run = emulate(model, rest, path)
     steps = None
