@@ -16,6 +16,8 @@ pytestmark = [
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium; apt-get install chromium"),
 ]
 
+FRAME = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+"""Waits until the page has been drawn."""
 WATCH = """() => {
     const seen = window.seen = new Set();
     const look = () => {
@@ -88,6 +90,7 @@ def test_a_click_on_a_patch_shows_what_is_similar_in_both_pictures(visit):
     page.wait_for_function(EXPLORED)
     assert page.get_attribute("#here img", "src") != first
     assert page.get_attribute("#there img", "src") != second
+    page.evaluate(FRAME)
     page.focus("#row input[type=range]")
     for _ in range(3):
         page.keyboard.press("ArrowLeft")

@@ -155,8 +155,8 @@ TRAINS = ("pretrain", "classify", "detect", "segment")
 NEEDED: dict[str, list[str]] = {
     "docs/guides/resume.md": ["coma pretrain PHOTOS --out runs/first"],
     "docs/guides/pretrain.md": ["coma pretrain PHOTOS --out runs/mae --method mae"],
-    "docs/guides/export.md": ["coma detect train runs/first/artifact --data COCO --out runs/detector"],
-    "docs/guides/demo.md": ["coma detect train runs/first/artifact --data COCO --out runs/detector"],
+    "docs/guides/export.md": ["coma detect train runs/mae/artifact --data COCO --out runs/detector"],
+    "docs/guides/demo.md": ["coma detect train runs/mae/artifact --data COCO --out runs/detector"],
 }
 """Commands of other pages that come before those of a page."""
 
@@ -182,8 +182,8 @@ def folder(tmp_path_factory) -> Path:
     class_folders(root / "CLASSES", classes=3)
     for folder in (root / "CLASSES").glob("*/class?"):  # by the names of the classifier's classes
         folder.rename(folder.with_name(("cat", "cup", "face")[int(folder.name[-1])]))
-    for run in ("first", "mae"):
-        pretrained(root / f"runs/{run}/artifact", VIT)
+    for run, model in (("first", DYVIT), ("mae", VIT)):
+        pretrained(root / f"runs/{run}/artifact", model)
     pretrained(root / "runs/tiny/artifact", encoder_preset("tiny", 48))
     classifier(root / "runs/classifier/artifact", replace(DYVIT, dim=32))  # narrower ones lose much in int8
     features(root / "dinov2.parquet", vectors(12))
