@@ -95,8 +95,8 @@ class InitConfig(Ranged):
     """Weights to start from; without them, training starts from random weights."""
 
     init: Annotated[str | None, tyro.conf.arg(metavar="WEIGHTS")] = None
-    """An artifact or tiny-64, a ViT's .safetensors or .pth file, or timm:NAME or hf-hub:ORG/NAME from the local
-    cache. Without --model, the model is theirs."""
+    """An artifact or tiny-64, a ViT's .safetensors or .pth file, or timm:NAME or hf-hub:ORG/NAME from the
+    local cache. Without --model, the model is theirs."""
     init_partial: Annotated[bool, RARE] = False
     """Start also from weights that lack some of the encoder's tensors; those start from random values."""
     download: Annotated[bool, RARE] = False
