@@ -11,7 +11,7 @@ from coma.artifact.load import artifact_hash
 from coma.devices import pick_device
 from coma.errors import BadInput
 from coma.messages import abridged
-from coma.paths import exports_beside
+from coma.paths import artifact_directory, exports_beside
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import NAME, ForeignManifest, Manifest
 from coma.runtimes.model_spec import GRAPH_KINDS, GraphKind
@@ -44,7 +44,8 @@ def open_model(
         CheckFailed: the runtime refuses the file.
     """
     file = find_model(path, graph, runtime)
-    opened = open_runtime(file, _device(file, runtime, device), graph if file.is_dir() else None)
+    exported = not artifact_directory(file).is_dir()
+    opened = open_runtime(file, _device(file, runtime, device), None if exported else graph)
     if opened.spec.graph != graph:
         raise BadInput(f"{file}: is a graph of the {opened.spec.graph}, not of the {graph}")
     if opened.spec.visible_units:

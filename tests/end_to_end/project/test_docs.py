@@ -156,7 +156,10 @@ NEEDED: dict[str, list[str]] = {
     "docs/guides/resume.md": ["coma pretrain PHOTOS --out runs/first"],
     "docs/guides/pretrain.md": ["coma pretrain PHOTOS --out runs/mae --method mae"],
     "docs/guides/export.md": ["coma detect train runs/mae/artifact --data COCO --out runs/detector"],
-    "docs/guides/demo.md": ["coma detect train runs/mae/artifact --data COCO --out runs/detector"],
+    "docs/guides/demo.md": [
+        "coma detect train runs/mae/artifact --data COCO --out runs/detector",
+        "coma embed runs/first/artifact IMAGES --out features.parquet",
+    ],
 }
 """Commands of other pages that come before those of a page."""
 

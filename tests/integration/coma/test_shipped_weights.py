@@ -14,6 +14,7 @@ from coma.artifact.weights import read_weights
 from coma.cli import main
 from coma.commands.info import report
 from coma.paths import artifact_directory, shipped_weights
+from coma.runtimes.find import open_model
 
 NAME = "tiny-64"
 
@@ -73,5 +74,7 @@ def test_they_fill_in_better_than_the_mean_colour():
 def test_commands_take_them(tmp_path, capsys):
     assert report(Path(NAME)).title == "artifact of kind pretrained"
     assert main(["info", NAME]) == 0 and f"coma export {NAME}" not in capsys.readouterr().err
+    for graph, output in (("encoder", "pooled"), ("reconstructor", "reconstruction")):
+        assert output in [each.name for each in open_model(Path(NAME), graph).spec.outputs]
     assert main(["pretrain", "missing", "--init", NAME, "--dry-run"]) == 2
     assert "missing" in capsys.readouterr().err

@@ -39,22 +39,25 @@ def scenes(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def detector(objects, tmp_path_factory) -> Path:
+def detector(objects, once) -> Path:
     """Finds some of the shapes; images come at 5/4 of their size, 80 x 120 px, no multiple of 32."""
-    folder = tmp_path_factory.mktemp("detector")
-    backbone = artifact(folder / "backbone")
-    detect.run(["train", str(backbone), "--data", str(objects), "--out", str(folder / "run"), "--steps", "12",
-                "--batch-size", "2", "--short-side", "80", *SMALL])  # fmt: skip
-    return folder / "run" / "artifact"
+
+    def train(folder: Path) -> None:
+        backbone, out = artifact(folder / "backbone"), folder / "run"
+        detect.run(["train", str(backbone), "--data", str(objects), "--out", str(out), "--steps", "12",
+                    "--batch-size", "2", "--short-side", "80", *SMALL])  # fmt: skip
+
+    return once("evaluated-detector", train) / "run" / "artifact"
 
 
 @pytest.fixture(scope="module")
-def segmentor(scenes, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("segmentor")
-    backbone = artifact(folder / "backbone")
-    segment.run(["train", str(backbone), "--data", str(scenes), "--out", str(folder / "run"), "--steps", "40",
-                 "--batch-size", "4", "--crop-size", "64", *SMALL])  # fmt: skip
-    return folder / "run" / "artifact"
+def segmentor(scenes, once) -> Path:
+    def train(folder: Path) -> None:
+        backbone, out = artifact(folder / "backbone"), folder / "run"
+        segment.run(["train", str(backbone), "--data", str(scenes), "--out", str(out), "--steps", "40",
+                     "--batch-size", "4", "--crop-size", "64", *SMALL])  # fmt: skip
+
+    return once("evaluated-segmentor", train) / "run" / "artifact"
 
 
 @pytest.fixture(scope="module")
