@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -16,6 +15,7 @@ from coma.models.hub import is_reference
 from coma.models.initialize import initialize
 from coma.objectives import Objective
 from coma.objectives.teachers import training_objective
+from coma.paths import artifact_directory
 
 
 def with_initial_weights(config: PretrainConfig) -> PretrainConfig:
@@ -32,7 +32,7 @@ def with_initial_weights(config: PretrainConfig) -> PretrainConfig:
     weights = _weights(config)
     with torch.random.fork_rng(devices=()):
         _initialize(config, build_encoder(config.model), weights)
-    place = init.init if is_reference(init.init) else str(Path(init.init).absolute())
+    place = init.init if is_reference(init.init) else str(artifact_directory(init.init).absolute())
     return replace(config, init=replace(init, init=place, init_sha256=weights.origin.sha256))
 
 

@@ -331,8 +331,8 @@ def test_the_configuration_of_a_detector_builds_its_backbone(inside):
 
 
 def run_command(words: list[str]) -> None:
-    """Runs a command in this process; the demo in another, which Ctrl-C ends."""
-    if words[0] == "demo":
+    """Runs a command in this process; the page of the demo in another, which Ctrl-C ends."""
+    if words[0] == "demo" and "--space" not in words:
         with subprocess.Popen(
             [sys.executable, "-m", "coma", *words],
             stdout=subprocess.PIPE,

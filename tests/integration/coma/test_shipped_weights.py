@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dataset_files import save
 from safetensors import safe_open
 
 import coma
@@ -71,10 +72,15 @@ def test_they_fill_in_better_than_the_mean_colour():
     assert error < 0.7 * of_colour
 
 
-def test_commands_take_them(tmp_path, capsys):
+def test_commands_take_them(tmp_path, capsys, monkeypatch):
     assert report(Path(NAME)).title == "artifact of kind pretrained"
     assert main(["info", NAME]) == 0 and f"coma export {NAME}" not in capsys.readouterr().err
     for graph, output in (("encoder", "pooled"), ("reconstructor", "reconstruction")):
         assert output in [each.name for each in open_model(Path(NAME), graph).spec.outputs]
-    assert main(["pretrain", "missing", "--init", NAME, "--dry-run"]) == 2
-    assert "missing" in capsys.readouterr().err
+    save(tmp_path / "photos" / "one.png")
+    length = ("--steps", "1", "--batch-size", "1", "--workers", "0", "--device", "cpu", "--track", "none")
+    assert main(["pretrain", "photos", "--out", "run", "--init", NAME, *length]) == 0
+    origin = coma.load_encoder("run/artifact").artifact.init
+    assert origin and origin.name == NAME
+    monkeypatch.chdir(tmp_path / "run")
+    assert main(["pretrain", "--resume", ".", "--steps", "2"]) == 0
