@@ -13,6 +13,8 @@ from coma.errors import BadInput
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://?")
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://([^/?#]*)([^?#]*)(?:\?([^#]*))?(?:#(.*))?")
 _HIDDEN = "***"
+SHIPPED = "tiny-64"
+"""The weights that come with the package which commands use by default."""
 _SHIPPED = Path(__file__).with_name("weights")
 _LOCAL_OR_NESTED = (
     *("file", "local", "dir", "data", "reference", "generic", "async_wrapper"),

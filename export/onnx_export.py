@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch._dynamo.config
 from torch import Tensor, nn
 
 from coma.atomic_io import write_whole
@@ -183,6 +182,8 @@ def tracing_errors() -> Iterator[None]:
     Raises:
         CheckFailed: the model cannot be traced.
     """
+    import torch._dynamo.config  # takes a second
+
     uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
     with library_errors("the graph cannot be traced"), _quiet(), torch.no_grad(), uncached:
         yield

@@ -16,6 +16,7 @@ import tyro
 from coma.arguments import parse_arguments
 from coma.errors import BadInput
 from coma.messages import counted
+from coma.paths import SHIPPED
 from coma.preflight import require_folder, require_packages
 from coma.ranges import Range, Ranged
 from demo.storage import Storage, delete_leftovers, temporary_storage
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from demo.models import Models
     from demo.nearest import PictureSearch
 
-SHIPPED = "tiny-64"
-"""Weights that the page shows by default; they come with the package."""
 QUICKSTART = Path("quickstart/run/artifact")
 """The model of `coma quickstart`, which is shown beside them where it is there."""
 

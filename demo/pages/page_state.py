@@ -23,7 +23,7 @@ _WATCHED = {"stale": "#controls, #more", "stalePlace": "#place-controls, #explor
             "staleFeatures": "#explore-controls"}  # fmt: skip
 """The mark of a result in `document.body.dataset`, and where the controls lie that it follows."""
 _CLICKED = {"stalePlace": "#place img"}
-"""Likewise where a click, which is always looked at, chooses a setting."""
+"""The mark of a result, and the picture in which a click chooses one of its settings."""
 
 _SETTLE = """
 (facts, NAMES) => {

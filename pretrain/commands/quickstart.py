@@ -29,6 +29,7 @@ from coma.config import (
 from coma.config.serialization import read_config
 from coma.errors import BadInput, CheckFailed
 from coma.image_size import ImageSize
+from coma.paths import SHIPPED
 from coma.preflight import require_folder, require_packages
 from coma.ranges import Range, Ranged
 
@@ -44,8 +45,6 @@ PHOTOGRAPHS = (
 )
 """Files of scikit-image's data folder."""
 
-SHIPPED = "tiny-64"
-"""Weights that come with the package."""
 _IMAGE_SIZE = ImageSize.of(64)
 _COPY_SIZE = 80  # pixels a side: decoding the originals would take longer than the model does
 _UNSEEN = f"{SHIPPED}, which comes with the package, on photographs that it was not trained on"

@@ -318,10 +318,8 @@ def _located(config: Settings) -> Settings:
     if isinstance(config, PretrainConfig):
         probe = replace(config.probe, probe=config.probe.probe and config.probe.probe.absolute())
         return replace(config, data=data, probe=probe)
-    test, val = (path and path.absolute() for path in (config.test, config.val))
-    return replace(
-        config, data=data, artifact=artifact_directory(config.artifact).absolute(), test=test, val=val
-    )
+    places = {"artifact": artifact_directory(config.artifact), "test": config.test, "val": config.val}
+    return replace(config, data=data, **{name: path and path.absolute() for name, path in places.items()})
 
 
 def extended(plan: RunPlan, state: dict[str, Any]) -> str | None:

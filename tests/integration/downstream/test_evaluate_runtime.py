@@ -41,23 +41,21 @@ def scenes(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def detector(objects, once) -> Path:
     """Finds some of the shapes; images come at 5/4 of their size, 80 x 120 px, no multiple of 32."""
-
-    def train(folder: Path) -> None:
-        backbone, out = artifact(folder / "backbone"), folder / "run"
-        detect.run(["train", str(backbone), "--data", str(objects), "--out", str(out), "--steps", "12",
-                    "--batch-size", "2", "--short-side", "80", *SMALL])  # fmt: skip
-
-    return once("evaluated-detector", train) / "run" / "artifact"
+    size = ("--steps", "12", "--batch-size", "2", "--short-side", "80")
+    return once("evaluated-detector", lambda folder: train(detect, folder, objects, *size)) / "run/artifact"
 
 
 @pytest.fixture(scope="module")
 def segmentor(scenes, once) -> Path:
-    def train(folder: Path) -> None:
-        backbone, out = artifact(folder / "backbone"), folder / "run"
-        segment.run(["train", str(backbone), "--data", str(scenes), "--out", str(out), "--steps", "40",
-                     "--batch-size", "4", "--crop-size", "64", *SMALL])  # fmt: skip
+    size = ("--steps", "40", "--batch-size", "4", "--crop-size", "64")
+    return once("evaluated-segmentor", lambda folder: train(segment, folder, scenes, *size)) / "run/artifact"
 
-    return once("evaluated-segmentor", train) / "run" / "artifact"
+
+def train(command: Any, folder: Path, data: Path, *settings: str) -> None:
+    backbone = artifact(folder / "backbone")
+    command.run(
+        ["train", str(backbone), "--data", str(data), "--out", str(folder / "run"), *settings, *SMALL]
+    )
 
 
 @pytest.fixture(scope="module")
