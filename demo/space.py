@@ -75,7 +75,6 @@ colorFrom: green
 colorTo: blue
 sdk: docker
 app_port: 7860
-license: apache-2.0
 short_description: Hide parts of a picture, see what the model predicts
 ---
 
