@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from functools import partial, wraps
 from multiprocessing.queues import Queue
 from typing import Any
@@ -82,6 +83,26 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
         part, place = _do_paste_mask(mask[None, None], box[None], *size)
         whole[place] = part[0] >= threshold
     return pasted
+
+
+def paste_masks_beyond_edges() -> None:
+    """Makes mmdet, once it is imported, paste the masks of boxes that lie wholly beside the image, as nothing.
+
+    On a CPU it pastes a mask only where its box is, and fails where that is nowhere; QueryInst, whose boxes
+    are not clipped, predicts such boxes. On a GPU it pastes into whole images.
+    """
+    heads = sys.modules.get("mmdet.models.roi_heads.mask_heads.fcn_mask_head")
+    theirs = getattr(heads, "_do_paste_mask", None)
+    if theirs is None or hasattr(theirs, "__wrapped__"):
+        return
+
+    @wraps(theirs)
+    def paste(masks: Tensor, boxes: Tensor, img_h: int, img_w: int, skip_empty: bool = True) -> Any:
+        least, most = boxes.amin(0)[:2], boxes.amax(0)[2:]
+        beside = bool((most < 0).any() or (least > least.new_tensor([img_w, img_h])).any())
+        return theirs(masks, boxes, img_h, img_w, skip_empty and not beside)
+
+    vars(heads)["_do_paste_mask"] = paste
 
 
 def exit_on_send_error(message: str) -> None:

@@ -28,6 +28,7 @@ from coma.models import Encoder, build_encoder
 from coma.models.blocks import freeze_stages
 from downstream.configs.outputs import Outputs
 from downstream.openmmlab.adapter import OutputAdapter
+from downstream.private import paste_masks_beyond_edges
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class _Backbone(BaseModule):
         **changes: Any,
     ) -> None:
         super().__init__(init_cfg)
+        paste_masks_beyond_edges()  # whoever builds a detector has imported mmdet by now
         if sum(source is not None for source in (artifact, encoder, preset)) != 1:
             raise BadInput(f"{type(self).__name__}: give one of artifact, encoder (settings) and preset")
         self.encoder = _encoder(type(self), artifact, encoder, preset, channels, changes)

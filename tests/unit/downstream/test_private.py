@@ -71,6 +71,27 @@ def test_masks_are_pasted_as_mmdet_pastes_them():
     assert torch.equal(private.paste_masks(masks.sigmoid(), boxes, size, 0.5), theirs)
 
 
+@pytest.mark.parametrize("beside", [(70, 5, 90, 20), (5, 50, 20, 60), (-30, 5, -9, 20), (5, -30, 20, -9)])
+def test_masks_of_boxes_beside_the_image_are_pasted_as_nothing(beside, monkeypatch):
+    from mmdet.models.roi_heads.mask_heads import fcn_mask_head
+
+    theirs = getattr(fcn_mask_head._do_paste_mask, "__wrapped__", fcn_mask_head._do_paste_mask)
+    monkeypatch.setattr(fcn_mask_head, "_do_paste_mask", theirs)
+    mask, (height, width) = torch.ones(1, 1, 28, 28), (40, 60)
+    with pytest.raises(RuntimeError, match="inconsistent"):
+        theirs(mask, torch.tensor([beside], dtype=torch.float), height, width)
+    private.paste_masks_beyond_edges()
+    private.paste_masks_beyond_edges()  # a second time changes nothing
+    for box in (beside, (2.5, 3.0, 30.2, 20.0), (50.0, 30.0, 70.0, 60.0)):
+        boxes = torch.tensor([box], dtype=torch.float)
+        pasted = torch.zeros(1, height, width)
+        part, place = fcn_mask_head._do_paste_mask(mask, boxes, height, width)
+        pasted[(slice(None), *place)] = part
+        whole, _ = theirs(mask, boxes, height, width, skip_empty=False)
+        assert torch.equal(pasted, whole)
+        assert bool(whole.any()) == (box != beside)
+
+
 def test_a_process_that_cannot_send_ends(monkeypatch, capfd):
     monkeypatch.setattr(Queue, "_on_queue_feeder_error", vars(Queue)["_on_queue_feeder_error"])
     ended = []
