@@ -60,7 +60,7 @@ def families() -> dict[str, list[Path]]:
     left_out = {name for names in LEFT_OUT.values() for name in names}
     found: dict[str, list[Path]] = {}
     for library in ("mmdet", "mmseg"):
-        root = _zoo(library)
+        root = stock_configs(library)
         for folder in sorted(each for each in root.iterdir() if each.is_dir() and each.name not in left_out):
             family = f"{library}/{folder.name}"
             named = [folder / f"{name}.py" for name in BASE.get(family, ())]
@@ -68,7 +68,8 @@ def families() -> dict[str, list[Path]]:
     return found
 
 
-def _zoo(library: str) -> Path:
+def stock_configs(library: str) -> Path:
+    """Returns the folder of the configurations that come with mmdet or mmseg."""
     from importlib.util import find_spec
 
     spec = find_spec(library)

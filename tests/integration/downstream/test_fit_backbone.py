@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.openmmlab,
     pytest.mark.filterwarnings("ignore"),  # mm's configurations and models warn of each other
 ]
-ZOO = {library: zoo._zoo(library) for library in ("mmdet", "mmseg")}
+ZOO = {library: zoo.stock_configs(library) for library in ("mmdet", "mmseg")}
 PSPNET = "mmseg/pspnet/pspnet_r50-d8_4xb2-40k_cityscapes-512x1024"
 YOLOX = "mmdet/yolox/yolox_tiny_8xb8-300e_coco"
 
