@@ -61,11 +61,14 @@ def test_shapes_tell_what_a_step_takes(config):
     assert step_memory.step_bytes(less, 8, "fp32") < predicted
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("config", "fitting"), [(PRETRAIN, 3), (CLASSIFY, 2)])
-def test_a_pass_that_does_not_fit_is_refused_with_one_that_does(config, fitting, monkeypatch):
+def test_a_pass_that_does_not_fit_is_refused_with_one_that_does(config, fitting, recompute, monkeypatch):
+    config = replace(config, run=replace(config.run, grad_checkpointing=recompute))
+    resident = step_memory.RECOMPUTED if recompute else step_memory.RESIDENT
     plan: Any = SimpleNamespace(config=config, slices=BatchLayout(12, 12))
     monkeypatch.setattr(step_memory, "step_bytes", lambda config, images, precision: images * GIB)
-    monkeypatch.setattr(step_memory, "memory_of_process", lambda device: 3.9 * step_memory.RESIDENT * GIB)
+    monkeypatch.setattr(step_memory, "memory_of_process", lambda device: 3.9 * resident * GIB)
     with pytest.raises(BadInput, match=rf"12 images takes .* --micro-batch {fitting} would fit"):
         step_memory.check_step_memory(plan, "fp32", CPU)
     plan.slices = BatchLayout(12, fitting)
