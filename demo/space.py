@@ -3,7 +3,7 @@
     app.py             starts the page with the models of the folder
     requirements.txt   this package and everything that it needs, in the versions of this environment
     *.whl              this package, packed from the files that are running
-    models/            the artifacts: weights and config.json, nothing else
+    models/            the artifacts: weights, config.json and, where there is one, the model card
     Dockerfile         builds the container; Spaces run it, too
     README.md          with the header that Spaces read
 
@@ -33,6 +33,8 @@ from demo.session import slug
 from demo.upload import HEIC
 
 PACKAGES = ("coma", "pretrain", "downstream", "export", "demo")
+CARD = "README.md"
+"""File in an artifact that says what the model was trained on and what its weights may be used for."""
 KINDS = ("backbone", "pretrained", "classifier")
 """Models that run without OpenMMLab, whose packages a container does not install from requirements alone."""
 _CUDA = ("nvidia-", "cuda-", "triton")
@@ -120,7 +122,7 @@ def write_space(out: Path, models: Models) -> list[str]:
         "app.py": _APP.substitute(models=[place.relative_to(out).as_posix() for place in places]),
         "requirements.txt": "\n".join([own, *pinned_requirements(extras), ""]),
         "Dockerfile": _DOCKERFILE.substitute(python=f"{sys.version_info.major}.{sys.version_info.minor}"),
-        "README.md": _README.substitute(models="\n".join(f"- {each.name}: {each.label}" for each in chosen)),
+        "README.md": _README.substitute(models="\n".join(map(_listed, chosen, places))),
         ".dockerignore": "README.md\nDockerfile\n",
     }
     for name, text in files.items():
@@ -181,9 +183,16 @@ def _applies(requirement: Requirement, extras: frozenset[str]) -> bool:
 def _copy_artifact(model: Model, folder: Path) -> Path:
     place = folder / slug(model.name)
     place.mkdir(parents=True)
-    for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(artifact_directory(str(model.artifact)) / name, place / name)
+    source = artifact_directory(str(model.artifact))
+    for name in ("config.json", "model.safetensors", *[CARD] * (source / CARD).is_file()):
+        shutil.copyfile(source / name, place / name)
     return place
+
+
+def _listed(model: Model, place: Path) -> str:
+    """Returns a line for the model, with a link to its card, in a file beside the folder of the models."""
+    card = f" ([model card]({place.parent.name}/{place.name}/{CARD}))" if (place / CARD).is_file() else ""
+    return f"- {model.name}: {model.label}{card}"
 
 
 def _digest(data: bytes) -> str:

@@ -52,16 +52,20 @@ def test_requirements_are_those_of_the_page_in_the_versions_that_run_here():
 def test_the_folder_holds_weights_and_no_list_of_training_images(tmp_path, capsys):
     given = models(tmp_path / "given")
     assert (given[0].parent / "data.json.gz").is_file()
+    (given[0] / "README.md").write_text("# The card of this model")
     out = tmp_path / "space"
     assert main(["demo", "--space", "--out", str(out), *map(str, given)]) == 0
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     wheel = next(out.glob("*.whl")).name
     weights = {f"models/{model}/{name}" for model in ("small", "pets", "masked")
                for name in ("config.json", "model.safetensors")}  # fmt: skip
+    weights.add("models/small/README.md")
     written = {"app.py", "requirements.txt", "Dockerfile", "README.md", ".dockerignore", wheel}
     assert names == weights | written and "docker build" in capsys.readouterr().out
     assert "MODELS = ['models/small', 'models/pets', 'models/masked']" in (out / "app.py").read_text()
-    assert (out / "README.md").read_text().startswith("---\ntitle: CoMA-DyViT\n")
+    told = (out / "README.md").read_text()
+    assert told.startswith("---\ntitle: CoMA-DyViT\n") and told.count("[model card]") == 1
+    assert "([model card](models/small/README.md))" in told
     assert main(["demo", "--space", "--out", str(out), str(given[0])]) == 2
     assert "is not empty" in capsys.readouterr().err
 
