@@ -86,7 +86,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
 
 
 def paste_masks_beyond_edges() -> None:
-    """Makes mmdet, once it is imported, paste the masks of boxes that lie wholly beside the image, as nothing.
+    """Makes mmdet, once it is imported, paste masks of boxes beside the image as nothing.
 
     On a CPU it pastes a mask only where its box is, and fails where that is nowhere; QueryInst, whose boxes
     are not clipped, predicts such boxes. On a GPU it pastes into whole images.

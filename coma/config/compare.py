@@ -17,7 +17,9 @@ from coma.errors import BadInput
 from coma.ranges import BUDGET, IMAGES, JOBS, PROCESSES, SEED, Range, Ranged
 
 Unit = Literal["images", "views", "seconds", "flops"]
-Protocol = Literal["knn", "linear", "finetune"]
+Protocol = Literal["knn", "linear", "finetune", "finetune-10"]
+LABEL_SHARES: dict[str, float] = {"finetune": 1.0, "finetune-10": 0.1}
+"""The protocols that fine-tune, and the share of the labels that they use."""
 
 RANDOM_BASELINE = "random"
 """Name of the table's rows without training."""
@@ -65,7 +67,8 @@ class CompareConfig(Ranged):
     seeds: Annotated[tuple[int, ...], SEED, tyro.conf.arg(metavar="SEED ...")] = (0, 1, 2)
     """Seeds of the runs of every method on every backbone."""
     protocols: tuple[Protocol, ...] = ("knn", "linear")
-    """knn, linear: as in `coma evaluate`. finetune: as in `coma classify train`."""
+    """knn, linear: as in `coma evaluate`. finetune: as in `coma classify train`. finetune-10: likewise, with
+    10 % of the labels."""
     out: Path = Path("compare")
     """Folder for runs, scores, compare.md, compare.csv and compare.png."""
     reference: str | None = None
@@ -110,7 +113,12 @@ class CompareConfig(Ranged):
     @property
     def frozen_protocols(self) -> tuple[Literal["knn", "linear"], ...]:
         """The protocols that evaluate frozen features."""
-        return tuple(name for name in self.protocols if name != "finetune")
+        return tuple(name for name in self.protocols if name in ("knn", "linear"))
+
+    @property
+    def finetune_protocols(self) -> tuple[Protocol, ...]:
+        """The protocols that fine-tune."""
+        return tuple(name for name in self.protocols if name in LABEL_SHARES)
 
     @property
     def finetune_flags(self) -> tuple[str, ...]:

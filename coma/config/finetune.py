@@ -81,6 +81,9 @@ class FinetuneRecipe(OptimizerConfig):
     """Probability that a rectangle of an image is replaced by noise (Zhong et al. 2020)."""
     label_smoothing: Annotated[float, DECAY, RARE] = 0.1
     """Label smoothing (Szegedy et al. 2016, sec. 7)."""
+    label_share: Annotated[float, Range(0, 1, above=True)] = 1.0
+    """Share of every class's training images that is used, held-out ones included: at least one of a class,
+    drawn with the seed. Few labels are what pre-training is for."""
     validate: Annotated[float, EPOCHS] = 1.0
     """Epochs between validations; the weights with the best validation accuracy are published."""
     hold_out: Annotated[float, Range(0, 0.5)] = 0.1

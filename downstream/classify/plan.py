@@ -151,6 +151,14 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
         require_packages("sklearn")
     log_missing_classes(splits)
     metric = "mAP" if labels.ndim == 2 else "top-1"
+    notes: tuple[str, ...] = ()
+    if config.optimizer.label_share < 1:
+        kept = ~hold_out(labels, 1 - config.optimizer.label_share, config.run.seed)
+        notes = (
+            f"labels: {int(kept.sum()):,} of the {len(train):,} images of {train.location}, drawn with seed "
+            f"{config.run.seed} (--label-share {config.optimizer.label_share:g})",
+        )
+        train, labels = Subset(train, np.flatnonzero(kept)), labels[kept]
     share, val_labels, held_out = config.optimizer.hold_out, labels[:0], val is None
     chosen_by = "checkpoint: the last step's; nothing chooses it (--hold-out 0)"
     if val is not None:
@@ -174,7 +182,7 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
         val, val_labels = Subset(train, np.flatnonzero(chosen)), labels[chosen]
         train, labels = Subset(train, np.flatnonzero(~chosen)), labels[~chosen]
     head, started = _head_of(config, about, names, multi_label=labels.ndim == 2)
-    notes = *started, chosen_by, f"test: {len(test):,} images of {test.location}, used once, at the end"
+    notes += *started, chosen_by, f"test: {len(test):,} images of {test.location}, used once, at the end"
     config = check_folder(_filled_in(config, about, names), resume)
     check_shapes(config)
     slices = split_batch(config.optimizer, rank=0, world=1)

@@ -46,6 +46,7 @@ IMAGES = tyro.conf.arg(metavar="IMAGES ...", help_behavior_hint="(required)")
 FROZEN_OPTIONS = (
     *("artifact", "data", "images", "test", "val", "out", "image_size", "from_scratch", "hold_out", "seed"),
     *("device", "workers", "batch_size", "micro_batch", "frozen", "frozen_stages", "class_balance"),
+    "label_share",
 )
 """Settings that apply to a linear head on frozen features; `frozen_stages` is refused later."""
 

@@ -1,9 +1,9 @@
 """Compare methods and backbones under an equal budget: pre-train, evaluate, one table and one picture.
 
 Every method runs on every backbone with every seed, as a `coma pretrain` process, and is then evaluated by
-`coma evaluate` and, for --protocols finetune, `coma classify train`. After Ctrl-C, a crash or `kill -9` the
-same command resumes; with more methods, models or seeds it adds them. Flags behind `--` go to every
-`coma pretrain`.
+`coma evaluate` and, for --protocols finetune and finetune-10, `coma classify train`. After Ctrl-C, a crash or
+`kill -9` the same command resumes; with more methods, models or seeds it adds them. Flags behind `--` go to
+every `coma pretrain`.
 
 Examples:
   coma compare PHOTOS --methods mae coma coma-independent --models tiny vit-tiny --seeds 0 1 2
@@ -37,7 +37,7 @@ _RESERVED = {
 """Flags of `coma pretrain` that a comparison sets itself."""
 _RESERVED_FINETUNING = {
     *("--data", "--test", "--out", "--resume", "--seed", "--device", "--workers", "--from-scratch"),
-    *("--allow-changed-data", "--no-allow-changed-data", "--dry-run"),
+    *("--allow-changed-data", "--no-allow-changed-data", "--dry-run", "--label-share"),
 }
 """Flags of `coma classify train` that a comparison sets itself."""
 
@@ -84,7 +84,7 @@ def parse(argv: list[str]) -> CompareConfig:
         raise BadInput("give at least one of each: --methods, --models, --seeds, --protocols")
     _refuse(shared, _RESERVED, "behind --")
     _refuse(_words(config.finetune), _RESERVED_FINETUNING, "in --finetune")
-    if "finetune" in config.protocols:
+    if config.finetune_protocols:
         finetune_epochs(config.finetune_flags)
 
     from coma.data.worker_pool import default_workers

@@ -50,11 +50,13 @@ def caption(comparison: CompareConfig, costs: Mapping[str, Cost], missing: Seque
     counts = dict.fromkeys(f"{entry.method}: {costs[entry.name].views}" for entry in comparison.entries)
     about.append(f"Views that the trained encoder sees of an image in a step: {', '.join(counts)}.")
     about += [*_zooms(comparison), *_teachers(comparison)]
-    if "finetune" in comparison.protocols:
+    if comparison.finetune_protocols:
         about.append(
             "Fine-tuned accuracy is that on the test images, used once, of the checkpoint that did best on "
             "validation images: a val split, or else a part of the training images (--hold-out)."
         )
+    if "finetune-10" in comparison.protocols:
+        about.append("The 10 % of the labels are drawn class by class with the seed of the run.")
     if comparison.random_baseline:
         about.append(f"`{RANDOM_BASELINE}` is the same backbone before training.")
     if comparison.probes:

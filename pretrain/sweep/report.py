@@ -98,12 +98,12 @@ def _csv(comparison: CompareConfig, results: Sequence[Result]) -> str:
     numbers = ["parameters", "steps", "images", "views", "seconds", "flops", "loss"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    best = ["finetune_validation"] if "finetune" in protocols else []
+    tuned = comparison.finetune_protocols
+    best = [f"{name}_validation" for name in tuned]
     writer.writerow(["method", "backbone", "seed", *numbers, *protocols, *best])
     for result in results:
         own = [getattr(result, name) for name in numbers]
         row = [result.method, result.model, result.seed, *own, *(result.top1.get(name) for name in protocols)]
-        writer.writerow(
-            ["" if value is None else value for value in [*row, *([result.validated] if best else [])]]
-        )
+        row += [result.validated.get(name) for name in tuned]
+        writer.writerow(["" if value is None else value for value in row])
     return text.getvalue()

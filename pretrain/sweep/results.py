@@ -14,7 +14,8 @@ from typing import Any
 from coma.config.compare import RANDOM_BASELINE, CompareConfig, Entry, slug
 from pretrain.sweep.plan import Cost, metrics_rows, step_seconds
 
-TITLES = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuned"}
+TITLES = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuned",
+          "finetune-10": "fine-tuned, 10 % of labels"}  # fmt: skip
 """Names of the protocols in tables."""
 
 
@@ -47,8 +48,8 @@ class Result:
     loss: float | None
     top1: dict[str, float]
     """Top-1 on the test images by protocol, in percent."""
-    validated: float | None = None
-    """Top-1 on the validation images that chose the fine-tuned checkpoint, in percent."""
+    validated: dict[str, float] = field(default_factory=dict)
+    """Top-1 on the validation images that chose the fine-tuned checkpoint, by protocol, in percent."""
     curve: tuple[ProbePoint, ...] = field(default=(), repr=False)
 
 
@@ -151,9 +152,9 @@ def score_folder(comparison: CompareConfig, name: str) -> Path:
     return comparison.out / "scores" / f"{name}-{'-'.join(comparison.frozen_protocols)}"
 
 
-def classifier_run(comparison: CompareConfig, name: str) -> Path:
+def classifier_run(comparison: CompareConfig, name: str, protocol: str = "finetune") -> Path:
     """Returns the run directory of `coma classify train`."""
-    return comparison.out / "finetuned" / name
+    return comparison.out / protocol.replace("finetune", "finetuned") / name
 
 
 def read_scores(folder: Path) -> list[dict[str, Any]]:
@@ -172,15 +173,15 @@ def read_trained(artifact: Path) -> dict[str, Any]:
         return {}
 
 
-def _scores(comparison: CompareConfig, name: str) -> tuple[dict[str, float], float | None]:
+def _scores(comparison: CompareConfig, name: str) -> tuple[dict[str, float], dict[str, float]]:
     scores = read_scores(score_folder(comparison, name)) if comparison.frozen_protocols else []
     top1 = {score["protocol"]: 100 * score["top1"] for score in scores}
-    if "finetune" not in comparison.protocols:
-        return top1, None
-    trained = read_trained(classifier_run(comparison, name) / "artifact")
-    if "test_top1" in trained:
-        top1["finetune"] = 100 * trained["test_top1"]
-    return top1, 100 * trained["val_top1"] if "val_top1" in trained else None
+    validated: dict[str, float] = {}
+    for protocol in comparison.finetune_protocols:
+        trained = read_trained(classifier_run(comparison, name, protocol) / "artifact")
+        for found, score in ((top1, "test_top1"), (validated, "val_top1")):
+            found.update({protocol: 100 * trained[score]} if score in trained else {})
+    return top1, validated
 
 
 def seconds_until(logged: Sequence[dict[str, Any]], step: int, batch_size: int) -> float:

@@ -6,7 +6,7 @@ out/trials/ENTRY/          trial run that measures the time of a step (--budget 
 out/runs/NAME/             run of `coma pretrain`
 out/random-baseline/NAME/  artifact of random weights
 out/scores/NAME-*/         scores of `coma evaluate`
-out/finetuned/NAME/        run of `coma classify train`
+out/finetuned/NAME/        run of `coma classify train`; finetuned-10 with 10 % of the labels
 out/logs, out/locks        one file per process
 out/compare.json           budget and other settings; compare.md, compare.csv, compare.png
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 from coma.artifact import ArtifactConfig, library_versions, save_artifact
 from coma.atomic_io import lies_among, write_json
 from coma.config import PretrainConfig
-from coma.config.compare import CompareConfig, Entry, finetune_epochs
+from coma.config.compare import LABEL_SHARES, CompareConfig, Entry, finetune_epochs
 from coma.config.serialization import flat, to_plain
 from coma.data import compute_mean_std, open_source
 from coma.data.listing import FLAG, check_listing, list_data, read_listing, write_listing
@@ -334,25 +334,32 @@ def _evaluation_jobs(
                 after=after,
             )
         )
-    if "finetune" in comparison.protocols:
-        run, flags = classifier_run(comparison, name), comparison.finetune_flags
-
-        def classify() -> Sequence[object]:
-            if (run / "config.json").exists():
-                return "classify", "train", "--resume", run, *_allowed(comparison)
-            shutil.rmtree(run, ignore_errors=True)
-            return "classify", "train", artifact, *common, "--out", run, *flags
-
+    for protocol in comparison.finetune_protocols:
+        run, share = classifier_run(comparison, name, protocol), LABEL_SHARES[protocol]
+        few = ["--label-share", share] if share < 1 else []
         jobs.append(
             Job(
-                f"{name}-finetune",
-                classify,
-                lambda: "test_top1" in read_trained(run / "artifact"),
-                work * finetune_epochs(flags),
+                f"{name}-{protocol}",
+                partial(_finetune_arguments, comparison, artifact, run, [*common, *few]),
+                partial(_is_finetuned, run),
+                work * finetune_epochs(comparison.finetune_flags) * share,
                 after=after,
             )
         )
     return jobs
+
+
+def _finetune_arguments(
+    comparison: CompareConfig, artifact: Path, run: Path, settings: Sequence[object]
+) -> Sequence[object]:
+    if (run / "config.json").exists():
+        return "classify", "train", "--resume", run, *_allowed(comparison)
+    shutil.rmtree(run, ignore_errors=True)
+    return "classify", "train", artifact, *settings, "--out", run, *comparison.finetune_flags
+
+
+def _is_finetuned(run: Path) -> bool:
+    return "test_top1" in read_trained(run / "artifact")
 
 
 def _random_baselines(comparison: CompareConfig) -> list[tuple[Entry, int]]:

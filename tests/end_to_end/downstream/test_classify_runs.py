@@ -201,6 +201,18 @@ def test_a_part_of_every_class_is_held_out_where_there_is_no_val_split(
     assert (about["val_images"], about["test_images"], about["images"]) == (3, 9, 9)
 
 
+def test_a_share_of_the_labels_is_used(short, place, tmp_path, monkeypatch, capsys):
+    """A quarter of four pictures of each colour: one of each; of half, one of each is held out."""
+    shown = watched(monkeypatch)
+    result = finetune(to(short, tmp_path / "run", steps=1, label_share=0.25))
+    assert result.train_images == 3 and len(shown[0]) == 6  # the validation images stay
+    assert "labels: 3 of the 12 images of" in capsys.readouterr().err
+    half = without_val(short, place, tmp_path / "half", steps=1, label_share=0.5)
+    del shown[:]
+    assert finetune(half).train_images == 3 and len(shown[0]) == 3
+    assert {Path(image).parent.name for image in shown[0]} == set(COLOURS)
+
+
 def test_nothing_need_be_held_out(short, place, tmp_path, monkeypatch, capsys):
     shown = watched(monkeypatch)
     result = finetune(without_val(short, place, tmp_path / "run", hold_out=0.0))

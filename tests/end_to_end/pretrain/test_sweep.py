@@ -247,8 +247,9 @@ def test_seconds_are_timed_first_and_stopping_is_safe(labelled, tmp_path):
 
 def timed(labelled: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    flags = """--methods mae --models "small: tiny" --seeds 0 --no-random-baseline --protocols knn finetune
-        --finetune "--epochs 1 --batch-size 12 --ema-decay 0" --device cpu --budget seconds 0.2"""
+    flags = """--methods mae --models "small: tiny" --seeds 0 --no-random-baseline --protocols knn
+        finetune finetune-10 --finetune "--epochs 1 --batch-size 12 --ema-decay 0" --device cpu
+        --budget seconds 0.2"""
     argv = ["compare", str(labelled / "train"), *shlex.split(flags), "--test", str(labelled)]
     argv += ["--out", str(out), "--", *SMALL]
     child = os.fork()
@@ -265,6 +266,7 @@ def timed(labelled: Path, tmp_path: Path) -> None:
     rows = list(csv.DictReader((out / "compare.csv").read_text().splitlines()))
     assert int(rows[0]["steps"]) == steps
     assert 0 <= float(rows[0]["finetune"]) <= 100 and 0 <= float(rows[0]["finetune_validation"]) <= 100
+    assert 0 <= float(rows[0]["finetune-10"]) <= 100
     argv[argv.index("seconds") + 1] = "0.3"
     with redirect_stderr(io.StringIO()) as text:
         assert cli.main(argv) == 2

@@ -204,7 +204,7 @@ def test_the_caption_tells_what_is_not_alike(labelled, tmp_path):
 def test_fine_tuned_scores_are_those_of_the_classifier(labelled, tmp_path):
     """Top-1 on the test images, once they were used, and on the images that chose the checkpoint."""
     found = (entry(labelled / "train", "mae", "tiny", SMALL, (0,)),)
-    comparison = asked(labelled, tmp_path, entries=found, protocols=("finetune",))
+    comparison = asked(labelled, tmp_path, entries=found, protocols=("finetune", "finetune-10"))
     costs = {each.name: Cost(1, 1, None) for each in found}
     config = classifier_run(comparison, random_baseline_name(found[0], 0)) / "artifact" / "config.json"
     config.parent.mkdir(parents=True)
@@ -212,7 +212,13 @@ def test_fine_tuned_scores_are_those_of_the_classifier(labelled, tmp_path):
     assert read_random_baseline(comparison, found[0], 0, costs[found[0].name]) is None
     config.write_text(json.dumps({"trained": {"val_top1": 0.75, "test_top1": 0.5}}))
     baseline = read_random_baseline(comparison, found[0], 0, costs[found[0].name])
-    assert baseline and (baseline.top1, baseline.validated) == ({"finetune": 50}, 75)
+    assert baseline and (baseline.top1, baseline.validated) == ({"finetune": 50}, {"finetune": 75})
+    few = classifier_run(comparison, random_baseline_name(found[0], 0), "finetune-10") / "artifact"
+    few.mkdir(parents=True)
+    (few / "config.json").write_text(json.dumps({"trained": {"val_top1": 0.25, "test_top1": 0.3}}))
+    baseline = read_random_baseline(comparison, found[0], 0, costs[found[0].name])
+    assert baseline and baseline.top1 == {"finetune": 50, "finetune-10": 30}
+    assert baseline.validated == {"finetune": 75, "finetune-10": 25}
 
 
 def test_the_picture_shows_everything_once_where_it_was_measured(labelled, tmp_path, monkeypatch):

@@ -1,0 +1,135 @@
+"""AdamW and Muon for CoMA and MAE, three learning rates each, then three seeds of the best one.
+
+    python benchmarks/methods/optimizers.py --data DATA/class-cifar10 --out RESULTS.json
+    python benchmarks/methods/optimizers.py --data DATA/class-tinyimagenet40 --image-size 64 --images 8000
+
+Everything else is as in `run.py`, with its equal budget of images. A rate is tried with the first seed; the
+one with the best linear probe of its method and optimizer is then trained with the other seeds. The trials
+are not counted in the minutes of a row. What is done is not done again; `--minutes` stops after a while.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from machine import describe
+from machine import table as markdown
+from run import BACKBONES, comparison, entry, flags, labelled
+from table import spread
+
+from coma.errors import Interrupted
+from pretrain.sweep import Entry, SweepResult, compare
+
+METHODS = ("mae", "coma")
+RATES: Mapping[str, tuple[float, ...]] = {"adamw": (5e-4, 1e-3, 2e-3), "muon": (1e-3, 3e-3, 6e-3)}
+"""Peak learning rates, of the batch."""
+Recipe = tuple[str, str, str, float]
+"""Backbone, method, optimizer, learning rate."""
+
+
+def name_of(method: str, optimizer: str, rate: float) -> str:
+    """Name of a row."""
+    return f"{method}, {optimizer} {rate:g}"
+
+
+def recipes(args: argparse.Namespace) -> Iterator[Recipe]:
+    """Everything that is tried."""
+    for backbone in args.backbones:
+        for method in METHODS:
+            for optimizer, rates in RATES.items():
+                yield from ((backbone, method, optimizer, rate) for rate in rates)
+
+
+def entry_of(recipe: Recipe, seeds: tuple[int, ...], args: argparse.Namespace) -> Entry:
+    """A row of the comparison."""
+    backbone, method, optimizer, rate = recipe
+    own = f"{method} --optimizer {optimizer} --base-lr {rate * 256 / args.batch:g}"
+    title = f"{name_of(method, optimizer, rate)}: {own}"
+    model = f"{backbone}: {BACKBONES[backbone]}"
+    return entry(args.data / "train.npz", title, model, flags(args), seeds)
+
+
+def run(args: argparse.Namespace, test: Path, entries: tuple[Entry, ...]) -> SweepResult:
+    """Trains and measures what is missing."""
+    config = replace(comparison(args, "images", test, entries), reference=entries[0].method)
+    try:
+        return compare(config)
+    except Interrupted as stopped:
+        raise SystemExit(str(stopped)) from None
+
+
+def best(found: SweepResult, args: argparse.Namespace) -> dict[tuple[str, str, str], Recipe]:
+    """The rate with the best linear probe of the first seed, by backbone, method and optimizer."""
+    chosen: dict[tuple[str, str, str], tuple[float, Recipe]] = {}
+    for recipe in recipes(args):
+        backbone, method, optimizer, rate = recipe
+        scores = [
+            result.top1["linear"]
+            for result in found.results
+            if (result.model, result.method, result.seed)
+            == (backbone, name_of(method, optimizer, rate), args.seeds[0])
+        ]
+        key = (backbone, method, optimizer)
+        if scores and (key not in chosen or scores[0] > chosen[key][0]):
+            chosen[key] = (scores[0], recipe)
+    return {key: recipe for key, (_, recipe) in chosen.items()}
+
+
+def main() -> None:
+    """Trials, then all seeds of the best."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.npz and test.npz")
+    parser.add_argument("--work", type=Path, help="default: benchmarks/runs/optimizers-NAME-OF-DATA")
+    parser.add_argument("--images", type=int, default=12_800, help="budget of images")
+    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=["DyViT"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--train", type=int, default=5_000, help="labelled images to measure with")
+    parser.add_argument("--test", type=int, default=2_000, help="test images to count on")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
+    parser.add_argument("--minutes", type=float, help="stop after so long; the same call goes on")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    args.work = args.work or Path("benchmarks/runs") / f"optimizers-{args.data.name}"
+    args.probes, args.base_lr = 0, 1.6e-2  # each row has a rate of its own
+    if args.minutes:
+        timer = threading.Timer(60 * args.minutes, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.daemon = True
+        timer.start()
+
+    test, first = labelled(args), tuple(args.seeds[:1])
+    print(describe(), flush=True)
+    found = run(args, test, tuple(entry_of(each, first, args) for each in recipes(args)))
+    chosen = set(best(found, args).values())
+    seeds = {each: tuple(args.seeds) if each in chosen else first for each in recipes(args)}
+    found = run(args, test, tuple(entry_of(each, some, args) for each, some in seeds.items()))
+    rows: list[dict[str, Any]] = []
+    for backbone, method, optimizer, rate in recipes(args):
+        name = name_of(method, optimizer, rate)
+        runs = [each for each in found.results if (each.model, each.method) == (backbone, name)]
+        row = {"backbone": backbone, "method": method, "optimizer": optimizer, "rate": f"{rate:g}"}
+        row |= {each: spread([run.top1[each] for run in runs]) for each in ("linear", "knn") if runs}
+        rows.append({**row, "seconds": spread([run.seconds for run in runs]) if runs else ""})
+    print(markdown(rows))
+    if args.out:
+        about = {"machine": describe(), "data": args.data.name, "flags": flags(args), "images": args.images}
+        about |= {"failures": found.failures, "runs": [asdict(each) for each in found.results]}
+        args.out.write_text(json.dumps(about, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
