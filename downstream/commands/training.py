@@ -204,9 +204,15 @@ def print_trained(command: str, out: Path, artifact: Path | None) -> None:
         or "no score above 0"
         for which in ("scores", "last_scores")
     )
+    name = about["trained"]["checkpoint"]
+    kept = (
+        f"best checkpoint: {name}, chosen by the val split: {scores}"
+        if name.startswith("best_")
+        else f"checkpoint: {name}, the last one; --cfg-options default_hooks.checkpoint.save_best=auto in a "
+        "new run keeps the best one"
+    )
     print(
-        f"\n{about['trained']['steps']} steps; val split, at the last step: {last}\n"
-        f"best checkpoint: {about['trained']['checkpoint']}, chosen by the val split: {scores}\n\n"
+        f"\n{about['trained']['steps']} steps; val split, at the last step: {last}\n{kept}\n\n"
         f"  artifact     {artifact}\n"
         f"  curves       tensorboard --logdir {out}\n\n"
         f"next:\n"
