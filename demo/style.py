@@ -39,6 +39,7 @@ body[data-stale] #result::after, body[data-stale-place] #explored::after,
 #examples .thumbnail-lg { height: 84px; }
 #examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
 #examples .thumbnail-lg { width: 100% !important; }
+.settings input[role=combobox] { text-overflow: ellipsis; padding-right: 24px !important; }
 .settings button.lg { align-self: end; height: 46px; font-size: 1rem; }
 .heading { font-weight: 600; margin: 2px 0; }
 .cards { display: flex; flex-wrap: wrap; gap: 10px; margin: 4px 0; }
@@ -80,7 +81,7 @@ ul.off li { opacity: .75; } ul.off li::before { content: "\\2298\\a0"; } ul.off 
   #right { grid-row: 3; } #about { grid-row: 4; } #rules { grid-row: 5; }
   #picture { height: 150px !important; } #examples .thumbnail-lg { height: 66px; }
   #examples { height: 84px !important; min-height: 0 !important; overflow: hidden; }
-  #controls { min-height: 240px; align-content: start; } #controls .form { flex: 1 1 100%; }
+  #controls { min-height: 154px; align-content: start; } #controls .form { flex: 1 1 100%; }
   #controls .form > * { flex: 1 1 40%; } #controls button { flex: 1 1 100%; }
   .panels { grid-template-columns: repeat(2, minmax(0, 1fr)); } #seen { order: 3; }
   .settings:not(#controls) .form > *, .settings:not(#controls) > .block { flex: 1 1 100% !important; }
