@@ -119,7 +119,10 @@ def result_facts(
 def about_picture(description: str, trained: bool | None) -> str:
     """Returns the facts of a file as HTML, with a badge where the model was trained on the picture."""
     if trained is None:
-        return note(f"{description}. What this model was trained on is not known.")
+        return note(
+            f"{description}. The model comes without a list of its training images, so it is not known "
+            "whether this is one of them."
+        )
     if not trained:
         return note(f"{description}. Not in the model's training data (by file name and size).")
     badge = "<p class='badge'>In the model's training data: the result says nothing about new pictures.</p>"
