@@ -170,6 +170,7 @@ def prepare_finetuning(config: FinetuneConfig, *, resume: bool) -> FinetunePlan:
             raise BadInput(
                 f"{train.location}: every class has a single image, so none can be held out to choose the "
                 "checkpoint; give validation images (--val), or take the last step's weights (--hold-out 0)"
+                f"{', or a larger --label-share' * (config.optimizer.label_share < 1)}"
             )
         single = 0 if labels.ndim == 2 else int((labels.bincount() == 1).sum())
         drawn = "all" if labels.ndim == 2 else "every class"

@@ -211,6 +211,9 @@ def test_a_share_of_the_labels_is_used(short, place, tmp_path, monkeypatch, caps
     del shown[:]
     assert finetune(half).train_images == 3 and len(shown[0]) == 3
     assert {Path(image).parent.name for image in shown[0]} == set(COLOURS)
+    least = without_val(short, place, tmp_path / "least", steps=1, label_share=1e-9)
+    with pytest.raises(BadInput, match=r"single image.*, or a larger --label-share"):
+        finetune(least)
 
 
 def test_nothing_need_be_held_out(short, place, tmp_path, monkeypatch, capsys):
