@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ from pretrain.evaluate.protocols import evaluate
 from pretrain.visualize.reconstructions import reconstruction_sheet
 
 NAME, SIZE, UNIT = "tiny-64", 64, 16
+DATA = "Tiny-ImageNet (40 classes), ImageNet photographs and BCCD"
+"""What `data` collects, for the artifact."""
 SHORT_SIDE = 128
 COPIES = {"natural1k": 6, "det-bccd": 6}
 HELD_OUT = 10
@@ -104,7 +107,8 @@ def ship(args: argparse.Namespace) -> None:
         for name, tensor in artifact.tensors.items()
     }
     folder = Path(__file__).parents[1] / "coma" / "weights" / NAME
-    save_artifact(folder, tensors=tensors, config=artifact.config)
+    trained = artifact.config.trained | {"data": DATA}
+    save_artifact(folder, tensors=tensors, config=replace(artifact.config, trained=trained))
     print(f"{folder}: {sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB")
 
 
