@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,9 @@ def draw(run: Run, artifact: Path, args: argparse.Namespace) -> None:
     place = {"detect": "det-bccd/val", "segment": "camvid-mini/img_dir/val"}[run.task]
     images = sorted((args.data / place).iterdir())[::11][:3]
     options = ("--threshold", str(run.score)) if run.task == "detect" else ()
-    found = predict(run.task, artifact, images, args.work / "predicted", *options)
+    folder = args.work / "predicted" / run.name
+    shutil.rmtree(folder, ignore_errors=True)
+    found = predict(run.task, artifact, images, folder, *options)
     if run.task == "detect":
         rows = [[Image.open(next((out / "pictures").iterdir())) for out in found]]
     else:
