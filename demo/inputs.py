@@ -85,7 +85,7 @@ def check_value(component: Any, value: Any, storage: Storage) -> Any:
     Raises:
         gr.Error: the component cannot send this value.
     """
-    if isinstance(component, CheckedImage):
+    if isinstance(component, CheckedImage | CheckedVideo):
         return _uploaded(value, storage)
     if isinstance(component, CheckedEditor):
         return _drawing(component, value, storage)
@@ -114,9 +114,9 @@ def _uploaded(value: Any, storage: Storage) -> dict[str, Any] | None:
         return None
     path = value.get("path") if isinstance(value, dict) else value
     if not isinstance(path, str):
-        raise refusal("Please upload the picture as a file.")
+        raise refusal("Please upload a file.")
     if path.lower().startswith(("http:", "https:", "//", "data:")):
-        raise refusal("Please upload the picture itself, not its address.")
+        raise refusal("Please upload the file itself, not its address.")
     if not storage.contains(path):
         raise refusal(GONE)
     return {"path": path, "meta": {"_type": "gradio.FileData"}}
@@ -197,5 +197,7 @@ def accept_blobs(self: Any, data: Any) -> None:
 
 CheckedImage = subclass(gr.Image, preprocess=_path_of)
 """gr.Image that returns the path of the uploaded file without decoding it."""
+CheckedVideo = subclass(gr.Video, preprocess=_path_of)
+"""gr.Video that does so; gradio's own runs FFmpeg on the file."""
 CheckedEditor = subclass(gr.ImageEditor, preprocess=_layers_of, accept_blobs=accept_blobs)
 """gr.ImageEditor that returns the painted layers."""

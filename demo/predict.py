@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,6 +74,14 @@ def detect(runtime: Runtime, pixels: np.ndarray, names: tuple[str, ...], score: 
         mask = paste_mask(found["masks"][0, i].numpy(), box, height, width) if "masks" in found else None
         objects.append(Detection(names[label], label, value, box, mask))
     return objects
+
+
+def describe_objects(objects: Sequence[Detection]) -> list[dict[str, Any]]:
+    """Returns class, score, and box in pixels of every object, for programs."""
+    return [
+        {"class": each.name, "score": round(each.score, 4), "box": [round(v, 1) for v in each.box]}
+        for each in objects
+    ]
 
 
 def paste_mask(

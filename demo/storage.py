@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 from coma.errors import BadImage
 
-GONE = "This picture no longer exists; please upload it again."
+GONE = "This file no longer exists; please upload it again."
 """The answer for every file that cannot be opened, whatever the reason."""
 PREFIX = "coma-demo-"
 EXAMPLES = "examples"

@@ -103,13 +103,7 @@ class Uploads:
             BadImage: anything wrong with the file, in words for the visitor.
         """
         picture = self.open(path)
-        try:
-            return convert_channels(DecodedImage(picture.pixels, picture.alpha), channels, "picture")
-        except BadImage:
-            have = picture.pixels.shape[2]
-            raise BadImage(
-                f"This model needs pictures with {channels} channels; this one has {have}."
-            ) from None
+        return to_channels(picture.pixels, channels, picture.alpha)
 
     def open(self, path: str) -> Upload:
         """Returns a picture with the facts of its file.
@@ -192,6 +186,19 @@ def read_picture(data: bytes) -> Upload:
         pixels = scale_to_unit(pixels)
     pixels = pixels.clip(0, 1) if pixels.dtype != np.uint8 else pixels
     return Upload(pixels, alpha, width, height, _NAMES.get(kind, kind), len(data), animated)
+
+
+def to_channels(pixels: np.ndarray, channels: int, alpha: bool = False) -> np.ndarray:
+    """Converts pixels `[H, W, c]` to `[H, W, channels]`; `alpha` says whether the last one is opacity.
+
+    Raises:
+        BadImage: there is no such conversion, in words for the visitor.
+    """
+    try:
+        return convert_channels(DecodedImage(pixels, alpha), channels, "picture")
+    except BadImage:
+        have = pixels.shape[2]
+        raise BadImage(f"This model needs pictures with {channels} channels; this one has {have}.") from None
 
 
 def _bytes(size: int) -> str:

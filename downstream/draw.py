@@ -1,4 +1,4 @@
-"""Draws detected objects on pictures with torchvision."""
+"""Draws detected objects and class names on pictures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
@@ -25,8 +26,6 @@ def draw_boxes(
     picture: np.ndarray, boxes: Tensor, labels: Sequence[str], colours: Sequence[Colour]
 ) -> np.ndarray:
     """Returns the picture, uint8 `[H, W, 3]`, with labelled boxes `[n, 4]`, the first one on top."""
-    import matplotlib
-
     boxes = boxes.clamp(min=0).flip(0)
     drawable = (boxes[:, 2:] > boxes[:, :2]).all(dim=1).tolist()
     if not any(drawable):
@@ -39,12 +38,39 @@ def draw_boxes(
         labels=[label for label, _ in shown],
         colors=[colour for _, colour in shown],
         width=max(2, round(max(picture.shape) / 400)),
-        font=str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")),
-        font_size=max(11, round(max(picture.shape) / 65)),
-        label_colors=["white" if sum(colour) < 380 else "black" for _, colour in shown],
+        font=_font(),
+        font_size=_font_size(picture),
+        label_colors=[_readable_on(colour) for _, colour in shown],
         fill_labels=True,
     )
     return drawn.permute(1, 2, 0).numpy()
+
+
+def draw_labels(picture: np.ndarray, labels: Sequence[str], colours: Sequence[Colour]) -> np.ndarray:
+    """Returns the picture, uint8 `[H, W, 3]`, with labels on their colours, one below another from the top."""
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
+    size = _font_size(picture)
+    font, line = ImageFont.truetype(_font(), size), round(1.4 * size)
+    for number, (label, colour) in enumerate(zip(labels, colours, strict=True)):
+        top = number * line
+        draw.rectangle((0, top, draw.textlength(label, font) + size, top + line - 1), colour)
+        draw.text((size / 2, top + line / 2), label, _readable_on(colour), font, anchor="lm")
+    return np.asarray(image)
+
+
+def _font() -> str:
+    import matplotlib
+
+    return str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+
+
+def _font_size(picture: np.ndarray) -> int:
+    return max(11, round(max(picture.shape) / 65))
+
+
+def _readable_on(colour: Colour) -> str:
+    return "white" if sum(colour) < 380 else "black"
 
 
 def _image(picture: np.ndarray) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ import numpy as np
 
 from coma.errors import BadInput
 from coma.runtimes.model_spec import GraphKind
+from demo.inputs import EVENT_SECONDS, CheckedVideo
 from demo.models import Model
 from demo.pages.page_state import clear_on_change
 from demo.predict import (
     MOST_SHOWN,
     Annotation,
     classify,
+    describe_objects,
     detect,
     segment,
     shares,
@@ -24,9 +28,14 @@ from demo.predict import (
     show_objects,
     shown_picture,
 )
-from demo.session import MODEL_EVENT, Session, note, table
+from demo.predict_video import AMOUNTS, FramePrediction, count_classes, predict_frame, write_frames
+from demo.session import MODEL_EVENT, Session, note, slug, table
+from demo.videos import AVAILABLE, MOST_FRAMES, VIDEO_SECONDS, Clip, read_clip
 
 TITLES: dict[GraphKind, str] = {"classifier": "Classify", "detector": "Detect", "segmentor": "Segment"}
+PROGRESS = gr.Progress()
+FRAME_SECONDS = EVENT_SECONDS * 3 / 4
+"""Seconds of an event in which the frames of a video are predicted; in the rest the result is written."""
 
 
 def classify_tab(session: Session, picture: gr.Image) -> None:
@@ -42,6 +51,7 @@ def classify_tab(session: Session, picture: gr.Image) -> None:
     inputs = [picture, model, runtime]
     event = go.click(run, inputs, bars, api_name="classify", **MODEL_EVENT)
     clear_on_change(inputs, [bars], event)
+    _video_part(session, "classifier", model, runtime)
 
 
 def detect_tab(session: Session, picture: gr.Image) -> None:
@@ -57,10 +67,6 @@ def detect_tab(session: Session, picture: gr.Image) -> None:
         chosen, opened = _open(session, model, runtime, "detector")
         pixels = _pixels(session, chosen, picture)
         found = detect(opened, pixels, chosen.class_names(), float(score))
-        listed = [
-            {"class": each.name, "score": round(each.score, 4), "box": [round(v, 1) for v in each.box]}
-            for each in found
-        ]
         cells = [
             [each.name, f"{each.score:.2f}", " ".join(f"{v:.0f}" for v in each.box)] for each in found[:50]
         ]
@@ -71,11 +77,12 @@ def detect_tab(session: Session, picture: gr.Image) -> None:
         more = note(f"The {MOST_SHOWN} first objects are drawn.") if len(found) > MOST_SHOWN else ""
         colours = [chosen.palette()[each.number] for each in found]
         drawing = _drawing(session, shown, annotations, colours, f"{Path(str(picture)).stem} {model} objects")
-        return drawing, text + more if found else empty, listed
+        return drawing, text + more if found else empty, describe_objects(found)
 
     inputs, outputs = [picture, model, runtime, score], [drawn, rows, plain]
     event = gr.on([go.click, score.release], run, inputs, outputs, api_name="detect", **MODEL_EVENT)
     clear_on_change(inputs, outputs, event)
+    _video_part(session, "detector", model, runtime, score)
 
 
 def segment_tab(session: Session, picture: gr.Image) -> None:
@@ -98,6 +105,79 @@ def segment_tab(session: Session, picture: gr.Image) -> None:
     inputs, outputs = [picture, model, runtime], [drawn, plain]
     event = go.click(run, inputs, outputs, api_name="segment", **MODEL_EVENT)
     clear_on_change(inputs, outputs, event)
+    _video_part(session, "segmentor", model, runtime)
+
+
+def _video_part(session: Session, form: GraphKind, *controls: gr.Dropdown | gr.Slider) -> None:
+    """Builds the folded part that predicts on a video, with the model, runtime and threshold of its tab."""
+    if not AVAILABLE:
+        return
+    verb = TITLES[form]
+    with gr.Accordion("Video", open=False, elem_id=f"{form}-video"):
+        video = CheckedVideo(
+            label=f"Video, of which at most {MOST_FRAMES} frames of the first {VIDEO_SECONDS} seconds are used",
+            sources=["upload", "webcam"], height=240, elem_id=f"{form}-clip",
+        )  # fmt: skip
+        go = gr.Button(f"{verb} video", variant="primary", elem_id=f"{form}-video-go")
+        shown = gr.Image(
+            label="Video with predictions", format="webp", interactive=False, elem_id=f"{form}-frames",
+            buttons=["download", "fullscreen"], alt_text="The frames of the video with their predictions",
+        )  # fmt: skip
+        text = gr.HTML(elem_id=f"{form}-video-classes", label="Classes in the video")
+        plain = gr.JSON(visible=False, label="Predictions by frame")
+
+    async def run(
+        video: str | None, model: str, runtime: str, score: float = 0.0, progress: Any = PROGRESS
+    ) -> tuple[str, str, dict[str, Any]]:
+        """Predicts on the frames of a video."""
+        until = time.monotonic() + FRAME_SECONDS
+        progress(0, desc="decoding")
+        clip = await read_clip(session.storage, video)
+        chosen, opened = await asyncio.to_thread(_open, session, model, runtime, form)
+        done: list[FramePrediction] = []
+        began = now = time.monotonic()
+        for frame in clip.frames:
+            progress((len(done), len(clip.frames)), desc="predicting", unit="frames")
+            before = now
+            done.append(await asyncio.to_thread(predict_frame, chosen, opened, form, frame, float(score)))
+            now = time.monotonic()
+            if now + (now - before) > until:  # the next one would not be done in time
+                break
+        progress(1, desc="writing")
+        path = session.new_file(f"{slug(f'{Path(str(video)).stem} {model} {verb}')}.webp")
+        played = clip.seconds * len(done) / len(clip.frames)
+        await asyncio.to_thread(write_frames, path, [each.drawn for each in done], played)
+        rows = count_classes(form, done)
+        facts = {
+            "frames": len(done), "frames_decoded": len(clip.frames), "frames_in_video": clip.count,
+            "video_seconds": round(played, 2), "computing_seconds": round(now - began, 2),
+            "classes": [{"class": name, "frames": count, AMOUNTS[form].replace(" ", "_"): round(amount, 4)}
+                        for name, count, amount in rows],
+            "predictions": [each.facts for each in done],
+        }  # fmt: skip
+        return str(path), _describe_video(form, clip, len(done), played, now - began, rows), facts
+
+    inputs, outputs = [video, *controls], [shown, text, plain]
+    event = go.click(run, inputs, outputs, api_name=f"{verb.lower()}_video", **MODEL_EVENT)
+    clear_on_change(inputs, outputs, event)
+
+
+def _describe_video(
+    form: GraphKind, clip: Clip, done: int, played: float, seconds: float, rows: list[tuple[str, int, float]]
+) -> str:
+    """Returns a line on what was computed, and the table of classes, as HTML."""
+    whole = clip.whole and done == len(clip.frames)
+    text = f"{done} of {clip.count} frames, {'all' if whole else 'the first'} {played:.1f} s, "
+    text += f"{seconds:.1f} s of computing."
+    if done < len(clip.frames):
+        text += f" The time ended before the other {len(clip.frames) - done}."
+    cells = [
+        [name, f"{count} of {done}", f"{amount:.0f}" if form == "detector" else f"{amount:.0%}"]
+        for name, count, amount in rows
+    ]
+    if not rows:
+        return note(text) + note("No object reaches this score; lower the threshold.")
+    return note(text) + table(("class", "frames", AMOUNTS[form]), cells, caption="Classes in the video")
 
 
 def _annotated(label: str, name: str) -> gr.AnnotatedImage:

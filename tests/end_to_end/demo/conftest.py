@@ -8,7 +8,10 @@ import httpx
 import pytest
 from browser_visits import CHROMIUM
 from demo_files import collection, exported_models, models, models_in, served
+from known_models import Known
 from page_requests import Server
+
+from demo.commands.demo import load_models, serve
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +30,19 @@ def address(once, tmp_path_factory) -> Iterator[str]:
     folder, given = tmp_path_factory.mktemp("page"), models_in(once("page", exported_models))
     with served(folder / "uploads", *given, search=collection(folder, given[0])) as page:
         yield page.local_url
+
+
+@pytest.fixture(scope="module")
+def predictions(tmp_path_factory) -> Iterator[str]:
+    """Address of a page with a detector and a segmentor whose answers are known, and a small classifier."""
+    folder = tmp_path_factory.mktemp("known")
+    given = load_models(models(folder)[:2], "cpu")
+    given._models |= {name: Known(name, kind, None, None, []) for name, kind in
+                      (("finder", "detector"), ("painter", "segmentor"))}  # fmt: skip
+    page = serve(given, folder / "uploads")
+    yield page.local_url
+    page.close(verbose=False)
+    page.server.thread.join(60)
 
 
 @pytest.fixture(scope="module")

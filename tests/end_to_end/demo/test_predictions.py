@@ -1,19 +1,7 @@
 """The pages of detectors and segmentors in a real browser, with models whose answers are known."""
 
-from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
-import torch
 from browser_visits import CHROMIUM, DESKTOP, Visit, violations
-from demo_files import models
-
-from coma.runtimes.model_spec import Preprocessing
-from demo.commands.demo import load_models, serve
-from demo.models import Model
-from demo.runtimes import RuntimeOption
 
 pytestmark = [
     pytest.mark.browser,
@@ -26,43 +14,6 @@ DIMMED = """() => {
     return first < second;
 }"""
 """Whether the first object is fainter than the second."""
-
-
-class Known(Model):
-    """A model whose predictions on pictures of 640 x 427 pixels are known."""
-
-    spec: Any = None
-
-    def options(self, form: Any) -> list[RuntimeOption]:
-        return [RuntimeOption("PyTorch", form, Path("none"))] if form == self.kind else []
-
-    def runtime(self, form: Any, title: str | None = None) -> Any:
-        self.spec = SimpleNamespace(
-            preprocessing=Preprocessing("none", None, (0.5,) * 3, (0.2,) * 3), class_names=("sky", "roof")
-        )
-        return self
-
-    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        height, width = images.shape[-2:]
-        if self.kind == "segmentor":
-            classes = torch.zeros(1, height, width, dtype=torch.long)
-            classes[:, height // 4 :] = 1
-            return {"classes": classes}
-        boxes = torch.tensor([[[10, 20, 210, 220], [300, 50, 500, 400], [0, 0, 90, 90]]]).float()
-        scores = torch.tensor([[0.91, 0.914, 0.3]])
-        return {"boxes": boxes, "scores": scores, "labels": torch.tensor([[1, 1, 0]])}
-
-
-@pytest.fixture(scope="module")
-def predictions(tmp_path_factory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("known")
-    given = load_models(models(folder)[:1], "cpu")
-    given._models |= {name: Known(name, kind, None, None, []) for name, kind in
-                      (("finder", "detector"), ("painter", "segmentor"))}  # fmt: skip
-    page = serve(given, folder / "uploads")
-    yield page.local_url
-    page.close(verbose=False)
-    page.server.thread.join(60)
 
 
 def test_objects_and_classes_are_named_and_shown_on_hover(browser, predictions):

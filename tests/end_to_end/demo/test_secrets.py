@@ -112,7 +112,7 @@ def test_no_argument_of_any_event_gives_a_file_away(server, capfd, names):
     for event in [each for each in events if not names or each["api_name"] in names]:
         for position, number in enumerate(event["inputs"]):
             kind = components[number]["type"]
-            takes_files = kind in ("image", "imageeditor")
+            takes_files = kind in ("image", "imageeditor", "video")
             places = traps(server) if takes_files else {"secret": traps(server)["secret"]}
             for place, path in places.items():
                 for shape, value in shapes(str(path)).items():

@@ -10,7 +10,7 @@ from gradio import routes
 from gradio.blocks import Block
 
 from demo import gradio_internals
-from demo.inputs import CheckedBlocks, CheckedEditor, CheckedImage
+from demo.inputs import CheckedBlocks, CheckedEditor, CheckedImage, CheckedVideo
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -26,8 +26,8 @@ def test_the_methods_that_are_replaced_are_gradios():
 
 def test_components_keep_their_template_and_files_stay(tmp_path):
     with gr.Blocks() as page:
-        image, editor = CheckedImage(), CheckedEditor()
-    assert (image.get_block_name(), editor.get_block_name()) == ("image", "imageeditor")
+        image, editor, video = CheckedImage(), CheckedEditor(), CheckedVideo()
+    assert [each.get_block_name() for each in (image, editor, video)] == ["image", "imageeditor", "video"]
     path = tmp_path / "a.png"
     assert image.move_resource_to_block_cache(path) == str(path)
     assert asyncio.run(image.async_move_resource_to_block_cache(path)) == str(path)
