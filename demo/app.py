@@ -51,7 +51,7 @@ HEADER = (
 )
 RULES = (
     f"<p class='note'>{ACCEPTED}; at most {MAX_BYTES >> 20} MB and {MAX_PIXELS // 10**6} megapixels. "
-    "Pictures stay on this server and are deleted within the hour.</p>"
+    "Uploads stay on this server and are deleted within the hour.</p>"
 )
 
 

@@ -2,9 +2,10 @@
 
     python -P frame_decoder.py FILE FRAMES VIDEO_SECONDS SECONDS SIDE PIXELS MEMORY
 
-FILE is the number of an open file, PIXELS the most that a frame may have, SIDE the longer side that frames are
-reduced to, MEMORY in bytes. Standard output gets one line of JSON, either `{"error": "damaged" or "large"}` or
-`{"shape": [n, h, w], "count", "seconds", "whole"}`, and then the frames, uint8 `[n, h, w, 3]` in RGB.
+FILE is the number of an open file, PIXELS the most that a frame may have, SIDE the longer side that frames
+are reduced to, MEMORY in bytes. Standard output gets one line of JSON, which is `{"error": "damaged"}`,
+`{"error": "large"}`, or `{"shape": [n, h, w], "count", "seconds", "whole"}` before the frames, uint8
+`[n, h, w, 3]` in RGB.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def decode(file: int, most: int, video_seconds: float, seconds: float, side: int
             if not kept:
                 scale = min(side / max(frame.shape[:2]), 1)
                 size = tuple(max(round(each * scale), 1) for each in frame.shape[1::-1])
-            kept.append(cv2.cvtColor(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), cv2.COLOR_BGR2RGB))
+            smaller = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+            kept.append(cv2.cvtColor(smaller, cv2.COLOR_BGR2RGB))
             if len(kept) > most:
                 kept, step = kept[::2], 2 * step
         count, last = count + 1, at

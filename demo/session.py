@@ -110,6 +110,11 @@ def table(
     )
 
 
+def address(path: str) -> str:
+    """Returns the address of a file in the storage, for an attribute of HTML."""
+    return f"gradio_api/file={html.escape(path, quote=True)}"
+
+
 def note(text: str) -> str:
     """Returns a line of small print as HTML."""
     return f"<p class='note'>{html.escape(text)}</p>"

@@ -1,7 +1,7 @@
 """Reads uploaded videos in a process of its own, which has limits and is ended when they or the event pass.
 
-No decoder of videos is trusted with the page's process. The other one reads a single open file through FFmpeg,
-with only the containers of `CONTAINERS` and no other file or address, and answers with raw pixels.
+No decoder of videos is trusted with the page's process. The other one reads a single open file through
+FFmpeg, with only the containers of `CONTAINERS` and no other file or address, and answers with raw pixels.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ AVAILABLE = importlib.util.find_spec("cv2") is not None
 DECODER = [sys.executable, "-P", str(Path(__file__).with_name("frame_decoder.py"))]
 EMPTY = "Choose a video first: upload one, or record one."
 _HEAD = re.compile(
-    rb".{4}(ftyp|moov|mdat|wide|free|skip)|RIFF.{4}AVI |\x1a\x45\xdf\xa3|\x00\x00\x01[\xb3\xba]|\x30\x26\xb2\x75",
+    rb".{4}(ftyp|moov|mdat|wide|free|skip)|RIFF.{4}AVI "  # MP4 and MOV; AVI
+    rb"|\x1a\x45\xdf\xa3|\x00\x00\x01[\xb3\xba]|\x30\x26\xb2\x75",  # Matroska and WebM; MPEG; WMV
     re.DOTALL,
 )
 _OPTIONS = {"threads": "1", "protocol_whitelist": "file", "format_whitelist": CONTAINERS}
 _NOT_A_VIDEO = f"This file is not a video; please upload {', '.join(each[1:].upper() for each in VIDEOS)}."
 _DAMAGED = "This video is damaged or cut short: it does not decode."
 _TOO_LARGE = f"This video is too large: at most {MAX_PIXELS // 10**6} megapixels a frame, please."
-_TOO_SLOW = f"This video did not decode within {WAIT_SECONDS} seconds; please upload a smaller one."
 
 
 class Clip(NamedTuple):
@@ -75,6 +75,7 @@ async def read_clip(storage: Storage, path: str | None) -> Clip:
     with storage.open(path) as file:
         if not is_video(Path(path)) or not _HEAD.match(file.read(12)):
             raise BadImage(_NOT_A_VIDEO)
+        file.seek(0)  # the other process may share the position
         limits = (MOST_FRAMES, VIDEO_SECONDS, DECODE_SECONDS, FRAME_SIDE, MAX_PIXELS, MEMORY)
         options = "|".join(f"{name};{value}" for name, value in _OPTIONS.items())
         process = subprocess.Popen(
@@ -91,7 +92,8 @@ async def read_clip(storage: Storage, path: str | None) -> Clip:
             most = 3 * FRAME_SIDE**2 * MOST_FRAMES + 1000
             answer = await asyncio.wait_for(asyncio.to_thread(process.stdout.read, most), WAIT_SECONDS)
         except TimeoutError:
-            raise BadImage(_TOO_SLOW) from None
+            text = f"This video did not decode within {WAIT_SECONDS} seconds; please upload a smaller one."
+            raise BadImage(text) from None
         finally:
             process.kill()
     return _clip(answer)

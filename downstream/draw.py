@@ -47,7 +47,7 @@ def draw_boxes(
 
 
 def draw_labels(picture: np.ndarray, labels: Sequence[str], colours: Sequence[Colour]) -> np.ndarray:
-    """Returns the picture, uint8 `[H, W, 3]`, with labels on their colours, one below another from the top."""
+    """Returns the picture, uint8 `[H, W, 3]`, with labels on their colours, from the top left downwards."""
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
     size = _font_size(picture)

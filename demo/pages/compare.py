@@ -15,7 +15,7 @@ from demo.pages.page_state import PRIVATE, clear_on_change
 from demo.pages.results import large
 from demo.reconstruction import Reconstruction
 from demo.render import cover, to_rgb
-from demo.session import MODEL_EVENT, Session
+from demo.session import MODEL_EVENT, Session, address
 
 
 def compare_tab(session: Session, picture: gr.Image) -> None:
@@ -93,4 +93,4 @@ def _figure(
 
 
 def _address(session: Session, picture: np.ndarray) -> str:
-    return f"gradio_api/file={html.escape(session.save(large(picture)), quote=True)}"
+    return address(session.save(large(picture)))

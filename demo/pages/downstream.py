@@ -29,7 +29,7 @@ from demo.predict import (
     shown_picture,
 )
 from demo.predict_video import AMOUNTS, FramePrediction, count_classes, predict_frame, write_frames
-from demo.session import MODEL_EVENT, Session, note, slug, table
+from demo.session import MODEL_EVENT, Session, address, note, slug, table
 from demo.videos import AVAILABLE, MOST_FRAMES, VIDEO_SECONDS, Clip, read_clip
 
 TITLES: dict[GraphKind, str] = {"classifier": "Classify", "detector": "Detect", "segmentor": "Segment"}
@@ -114,16 +114,14 @@ def _video_part(session: Session, form: GraphKind, *controls: gr.Dropdown | gr.S
         return
     verb = TITLES[form]
     with gr.Accordion("Video", open=False, elem_id=f"{form}-video"):
-        video = CheckedVideo(
-            label=f"Video, of which at most {MOST_FRAMES} frames of the first {VIDEO_SECONDS} seconds are used",
-            sources=["upload", "webcam"], height=240, elem_id=f"{form}-clip",
-        )  # fmt: skip
+        video = CheckedVideo(label="Video", sources=["upload", "webcam"], height=240, elem_id=f"{form}-clip")
+        gr.HTML(note(f"At most {MOST_FRAMES} frames of the first {VIDEO_SECONDS} seconds are used."))
         go = gr.Button(f"{verb} video", variant="primary", elem_id=f"{form}-video-go")
         shown = gr.Image(
             label="Video with predictions", format="webp", interactive=False, elem_id=f"{form}-frames",
-            buttons=["download", "fullscreen"], alt_text="The frames of the video with their predictions",
+            buttons=["fullscreen"], alt_text="The frames of the video with their predictions",
         )  # fmt: skip
-        text = gr.HTML(elem_id=f"{form}-video-classes", label="Classes in the video")
+        classes = gr.HTML(elem_id=f"{form}-video-classes", label="Classes in the video")
         plain = gr.JSON(visible=False, label="Predictions by frame")
 
     async def run(
@@ -155,9 +153,11 @@ def _video_part(session: Session, form: GraphKind, *controls: gr.Dropdown | gr.S
                         for name, count, amount in rows],
             "predictions": [each.facts for each in done],
         }  # fmt: skip
-        return str(path), _describe_video(form, clip, len(done), played, now - began, rows), facts
+        text = _describe_video(form, clip, len(done), played, now - began, rows)
+        link = f"<p><a href='{address(str(path))}' download>Save the animation (WebP)</a></p>"
+        return str(path), link + text, facts
 
-    inputs, outputs = [video, *controls], [shown, text, plain]
+    inputs, outputs = [video, *controls], [shown, classes, plain]
     event = go.click(run, inputs, outputs, api_name=f"{verb.lower()}_video", **MODEL_EVENT)
     clear_on_change(inputs, outputs, event)
 

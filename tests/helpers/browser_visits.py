@@ -50,6 +50,14 @@ class Visit:
         self.page.click(f"#{what} input")
         self.page.get_by_role("option", name=option).click()
 
+    def open_tab(self, name: str) -> None:
+        """Opens a tab, from the menu of those for which there is no place."""
+        if self.page.get_by_role("tab", name=name).is_visible():
+            self.page.get_by_role("tab", name=name).click()
+        else:
+            self.page.click("#tabs button[aria-label='More tabs']")
+            self.page.locator("#tabs .overflow-dropdown button", has_text=name).click()
+
     def more(self) -> None:
         """Opens what is folded away."""
         self.page.click("#more > button")

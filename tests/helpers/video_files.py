@@ -1,12 +1,17 @@
 """Videos that are drawn, and files that a page has to refuse."""
 
 import struct
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+import pytest
 
 from coma.errors import BadInput
+from demo import videos
 
 
 def video(path: Path, frames: int = 40, width: int = 320, height: int = 240, rate: float = 10) -> Path:
@@ -29,7 +34,7 @@ def bad_videos(folder: Path) -> dict[str, Path]:
     avi, mp4 = (video(folder / name, frames=8).read_bytes() for name in ("good.avi", "good.mp4"))
     # FFmpeg's list of other files, which would show those beside it
     playlist = b"ffconcat version 1.0\nfile 'good.avi'\n"
-    at = avi.index(b"strf") + 12  # the format: width, height, planes, bits, codec; MJPG has another size inside
+    at = avi.index(b"strf") + 12  # width, height, planes, bits, codec; MJPG would have another size inside
     large = avi[:at] + struct.pack("<iihhi", 9000, 9000, 1, 24, 0) + avi[at + 16 :]
     header = struct.pack(">I4sI", 24, b"ftyp", 0)
     files = {
@@ -45,3 +50,17 @@ def bad_videos(folder: Path) -> dict[str, Path]:
     for (_, name), content in files.items():
         (folder / name).write_bytes(content)
     return {f"{words}: {name}": folder / name for words, name in files}
+
+
+def hang(patch: pytest.MonkeyPatch) -> list[subprocess.Popen]:
+    """Puts a process that sleeps for a minute in place of the decoder; returns those that are started."""
+    started = []
+
+    class Noted(subprocess.Popen):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            started.append(self)
+
+    patch.setattr(subprocess, "Popen", Noted)
+    patch.setattr(videos, "DECODER", [sys.executable, "-c", "import time; time.sleep(60)"])
+    return started

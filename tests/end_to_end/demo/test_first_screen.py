@@ -128,11 +128,7 @@ def test_axe_finds_nothing_serious(browser, address, options):
     visit.more()
     found = violations(visit.page)
     for tab in ("Compare", "Explore", "Nearest", "Classify", "Runtimes"):
-        if not visit.page.get_by_role("tab", name=tab).is_visible():
-            visit.page.click("#tabs button[aria-label='More tabs']")
-            visit.page.locator("#tabs .overflow-dropdown button", has_text=tab).click()
-        else:
-            visit.page.get_by_role("tab", name=tab).click()
+        visit.open_tab(tab)
         visit.page.wait_for_timeout(300)
         if tab == "Explore":
             visit.page.wait_for_function(EXPLORED)

@@ -1,14 +1,15 @@
 """Videos on the served page: by programs, and in a real browser."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from browser_visits import CHROMIUM, DESKTOP, PHONE, Visit, violations
 from PIL import Image
-from video_files import bad_videos, video
+from video_files import bad_videos, hang, video
 
-from demo import videos
+from demo import inputs
 from demo.pages import downstream
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # gradio and what it builds on warn of each other
@@ -80,17 +81,21 @@ def test_bad_videos_get_a_sentence_and_the_page_lives_on(client, tmp_path, monke
     assert "1 of 8 frames, the first 0.1 s, " in text and "The time ended before the other 7." in text
 
 
+def test_the_end_of_an_event_is_the_end_of_its_decoder(client, tmp_path, monkeypatch):
+    started = hang(monkeypatch)
+    monkeypatch.setattr(inputs, "EVENT_SECONDS", 1)
+    with pytest.raises(Exception, match="longer than 1 seconds"):
+        predict(client, video(tmp_path / "a.avi", frames=2), "finder", "detect", score=0.5)
+    assert started[0].wait(30) == -signal.SIGKILL
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium; apt-get install chromium")
 @pytest.mark.parametrize("options", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_a_video_is_uploaded_and_its_predictions_play(browser, predictions, tmp_path, options):
     visit = Visit(browser, predictions, **options)
     page = visit.page
-    if not page.get_by_role("tab", name="Detect").is_visible():
-        page.click("#tabs button[aria-label='More tabs']")
-        page.locator("#tabs .overflow-dropdown button", has_text="Detect").click()
-    else:
-        page.get_by_role("tab", name="Detect").click()
+    visit.open_tab("Detect")
     page.click("#detector-video > button")
     path = video(tmp_path / "ball.webm", frames=12)  # Chromium plays WebM
     page.set_input_files("#detector-clip input[type=file]", str(path))
@@ -102,6 +107,9 @@ def test_a_video_is_uploaded_and_its_predictions_play(browser, predictions, tmp_
     assert page.locator("#detector-frames img").get_attribute("alt")
     assert "12 of 12 frames" in page.inner_text("#detector-video-classes")
     assert "24" in page.inner_text("#detector-video-classes tbody")
+    with page.expect_download() as saved:
+        page.click("#detector-video-classes a")
+    assert saved.value.suggested_filename == "ball-finder-detect.webp"
     assert violations(page) == set()
     assert page.evaluate("document.documentElement.scrollWidth") <= options["viewport"]["width"]
     page.wait_for_function("() => document.querySelector('#detector-clip video').readyState >= 1")
@@ -117,4 +125,3 @@ def test_without_opencv_there_is_no_part_for_videos(monkeypatch):
     with gr.Blocks() as page:
         downstream._video_part(session, "detector")
     assert not page.blocks or all(not isinstance(each, gr.Accordion) for each in page.blocks.values())
-    assert videos.AVAILABLE
