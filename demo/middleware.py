@@ -41,7 +41,8 @@ _ROUTES = re.compile(
 """Routes of gradio that the page and its clients use. The others download from other servers, keep recordings
 and links, or edit the program."""
 _STREAMS = re.compile(r"/gradio_api/(heartbeat/|queue/data|upload_progress|call/)")
-_SHOWN = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif", "image/avif")
+_SHOWN = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif", "image/avif",
+          "video/mp4", "video/webm", "video/quicktime")  # fmt: skip
 _log = logging.getLogger("demo")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class FramePrediction:
     """
 
     drawn: np.ndarray
-    amounts: dict[str, float]
+    amounts: Mapping[str, float]
     facts: Any
 
 

@@ -33,6 +33,7 @@ MEMORY = 3 * 2**30
 """Address space of the process in bytes."""
 CONTAINERS = "mov,avi,matroska,mpeg,mpegvideo,asf"
 """Names of FFmpeg's readers for the files of `VIDEOS`: none of them opens another file."""
+FORMATS = ", ".join(each[1:].upper() for each in VIDEOS)
 AVAILABLE = importlib.util.find_spec("cv2") is not None
 """Whether videos are read, which needs OpenCV."""
 DECODER = [sys.executable, "-P", str(Path(__file__).with_name("frame_decoder.py"))]
@@ -43,7 +44,7 @@ _HEAD = re.compile(
     re.DOTALL,
 )
 _OPTIONS = {"threads": "1", "protocol_whitelist": "file", "format_whitelist": CONTAINERS}
-_NOT_A_VIDEO = f"This file is not a video; please upload {', '.join(each[1:].upper() for each in VIDEOS)}."
+_NOT_A_VIDEO = f"This file is not a video; please upload one of: {FORMATS}."
 _DAMAGED = "This video is damaged or cut short: it does not decode."
 _TOO_LARGE = f"This video is too large: at most {MAX_PIXELS // 10**6} megapixels a frame, please."
 
@@ -53,13 +54,13 @@ class Clip(NamedTuple):
 
     Attributes:
         frames: uint8 `[n, h, w, 3]` in RGB, evenly spaced, at most `MOST_FRAMES`.
-        count: Number of frames of that part of the video.
+        total: Number of frames of that part of the video.
         seconds: Its length.
         whole: Whether that part is the whole video.
     """
 
     frames: np.ndarray
-    count: int
+    total: int
     seconds: float
     whole: bool
 

@@ -30,7 +30,8 @@ from demo.predict import (
 )
 from demo.predict_video import AMOUNTS, FramePrediction, count_classes, predict_frame, write_frames
 from demo.session import MODEL_EVENT, Session, address, note, slug, table
-from demo.videos import AVAILABLE, MOST_FRAMES, VIDEO_SECONDS, Clip, read_clip
+from demo.upload import MAX_BYTES
+from demo.videos import AVAILABLE, FORMATS, MOST_FRAMES, VIDEO_SECONDS, Clip, read_clip
 
 TITLES: dict[GraphKind, str] = {"classifier": "Classify", "detector": "Detect", "segmentor": "Segment"}
 PROGRESS = gr.Progress()
@@ -114,8 +115,9 @@ def _video_part(session: Session, form: GraphKind, *controls: gr.Dropdown | gr.S
         return
     verb = TITLES[form]
     with gr.Accordion("Video", open=False, elem_id=f"{form}-video"):
-        video = CheckedVideo(label="Video", sources=["upload", "webcam"], height=240, elem_id=f"{form}-clip")
-        gr.HTML(note(f"At most {MOST_FRAMES} frames of the first {VIDEO_SECONDS} seconds are used."))
+        video = CheckedVideo(label="Video", sources=["upload", "webcam"], height=280, elem_id=f"{form}-clip")
+        about = f"{FORMATS}; at most {MAX_BYTES >> 20} MB. "
+        gr.HTML(note(f"{about}At most {MOST_FRAMES} frames of the first {VIDEO_SECONDS} seconds are used."))
         go = gr.Button(f"{verb} video", variant="primary", elem_id=f"{form}-video-go")
         shown = gr.Image(
             label="Video with predictions", format="webp", interactive=False, elem_id=f"{form}-frames",
@@ -147,14 +149,14 @@ def _video_part(session: Session, form: GraphKind, *controls: gr.Dropdown | gr.S
         await asyncio.to_thread(write_frames, path, [each.drawn for each in done], played)
         rows = count_classes(form, done)
         facts = {
-            "frames": len(done), "frames_decoded": len(clip.frames), "frames_in_video": clip.count,
+            "frames": len(done), "frames_decoded": len(clip.frames), "frames_in_video": clip.total,
             "video_seconds": round(played, 2), "computing_seconds": round(now - began, 2),
             "classes": [{"class": name, "frames": count, AMOUNTS[form].replace(" ", "_"): round(amount, 4)}
                         for name, count, amount in rows],
             "predictions": [each.facts for each in done],
         }  # fmt: skip
         text = _describe_video(form, clip, len(done), played, now - began, rows)
-        link = f"<p><a href='{address(str(path))}' download>Save the animation (WebP)</a></p>"
+        link = f"<p class='note'><a href='{address(str(path))}' download>Save the animation (WebP)</a></p>"
         return str(path), link + text, facts
 
     inputs, outputs = [video, *controls], [shown, classes, plain]
@@ -167,7 +169,7 @@ def _describe_video(
 ) -> str:
     """Returns a line on what was computed, and the table of classes, as HTML."""
     whole = clip.whole and done == len(clip.frames)
-    text = f"{done} of {clip.count} frames, {'all' if whole else 'the first'} {played:.1f} s, "
+    text = f"{done} of {clip.total} frames, {'all' if whole else 'the first'} {played:.1f} s, "
     text += f"{seconds:.1f} s of computing."
     if done < len(clip.frames):
         text += f" The time ended before the other {len(clip.frames) - done}."

@@ -113,6 +113,8 @@ def test_a_video_is_uploaded_and_its_predictions_play(browser, predictions, tmp_
     assert violations(page) == set()
     assert page.evaluate("document.documentElement.scrollWidth") <= options["viewport"]["width"]
     page.wait_for_function("() => document.querySelector('#detector-clip video').readyState >= 1")
+    sent = page.request.get(page.get_attribute("#detector-clip video", "src"))
+    assert sent.headers["content-type"] == "video/webm" and "content-disposition" not in sent.headers
     assert visit.outside(predictions) == [] and visit.errors == []
     visit.context.close()
 

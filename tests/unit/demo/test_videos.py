@@ -22,10 +22,10 @@ def read(path: Path) -> Clip:
 @pytest.mark.parametrize("suffix", [".mp4", ".avi", ".webm"])
 def test_frames_are_even_and_those_of_the_first_seconds(tmp_path, suffix):
     short = read(video(tmp_path / f"short{suffix}", frames=30))
-    assert short.frames.shape == (30, 240, 320, 3) and short.count == 30 and short.whole
+    assert short.frames.shape == (30, 240, 320, 3) and short.total == 30 and short.whole
     assert short.seconds == pytest.approx(3, abs=0.2)
     long = read(video(tmp_path / f"long{suffix}", frames=150, width=640, height=480))
-    assert long.frames.shape == (30, 384, 512, 3) and long.count == 120 and not long.whole
+    assert long.frames.shape == (30, 384, 512, 3) and long.total == 120 and not long.whole
     assert long.seconds == pytest.approx(12, abs=0.2)
     assert long.frames[0].mean(axis=(0, 1))[0] > long.frames[0].mean(axis=(0, 1))[2]  # the ball is red: RGB
     balls = np.array([np.flatnonzero(frame[192, :, 0] > 150).mean() for frame in long.frames[8:]])
@@ -53,7 +53,7 @@ def test_the_whitelist_is_what_keeps_other_files_out(tmp_path, monkeypatch):
         read(listed)
     monkeypatch.setitem(videos._OPTIONS, "safe", "0")
     monkeypatch.setitem(videos._OPTIONS, "format_whitelist", f"{videos.CONTAINERS},concat")
-    assert read(listed).count == 8
+    assert read(listed).total == 8
 
 
 def test_a_decoder_that_hangs_is_ended(tmp_path, monkeypatch):
