@@ -33,7 +33,7 @@ from zoo import stock_configs
 
 from coma.artifact import load_artifact, save_artifact
 from coma.models import build_encoder
-from coma.paths import artifact_directory
+from coma.paths import SHIPPED, artifact_directory
 
 SCORES = {
     "coco/bbox_mAP": ("AP", 100.0),
@@ -42,7 +42,6 @@ SCORES = {
     "aAcc": ("pixel accuracy", 1.0),
 }
 """What validation measures: its name in tables, and what makes percent of it."""
-WEIGHTS = "tiny-64"
 
 
 @dataclass(frozen=True)
@@ -90,13 +89,11 @@ RUNS = (
 def random_twin(folder: Path) -> Path:
     """An artifact like `tiny-64`, its encoder with random weights (seed 0)."""
     if not folder.exists():
-        trained = load_artifact(artifact_directory(WEIGHTS))
+        trained = load_artifact(artifact_directory(SHIPPED))
         torch.manual_seed(0)
         fresh = build_encoder(trained.config.model).state_dict()
-        tensors = {
-            name: fresh.get(name.removeprefix("encoder."), kept) for name, kept in trained.tensors.items()
-        }
-        save_artifact(folder, tensors=tensors, config=trained.config)
+        encoder = {f"encoder.{name}": tensor for name, tensor in fresh.items()}
+        save_artifact(folder, tensors=trained.tensors | encoder, config=trained.config)
     return folder
 
 
@@ -158,7 +155,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
 
-    starts = {"pre-trained": WEIGHTS, "random": random_twin(args.work / "random-weights")}
+    starts = {"pre-trained": SHIPPED, "random": random_twin(args.work / "random-weights")}
     chosen = [run for run in RUNS if not args.only or run.name in args.only]
     tasks = {(run, init): task_of(run, init, start, args) for run in chosen for init, start in starts.items()}
     seconds = run_all(list(tasks.values()), args.jobs)
@@ -167,9 +164,7 @@ def main() -> None:
         found = result(task, seconds[task.name])
         record.append({"model": run.name, "config": run.config, "weights": init, **found})
         record[-1] |= {"settings": [str(each) for each in run.settings], "size": args.size}
-        scores = {
-            name: f"{100 * v if name.startswith('coco') else v:.1f}" for name, v in found["scores"].items()
-        }
+        scores = {name: f"{value:.1f}" for name, value in found["scores"].items()}
         loss = f"{found['first_loss']:.2f} → {found['last_loss']:.2f}"
         rows.append({"model": run.name, "weights": init, "loss": loss, **scores})
         rows[-1]["CPU minutes"] = f"{found['minutes']:.0f}"

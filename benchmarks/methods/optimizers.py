@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from machine import describe
 from machine import table as markdown
-from run import BACKBONES, comparison, entry, flags, labelled
+from run import BACKBONES, comparison, entry, flags, labelled, parse, shared_flags
 from table import spread
 
 from coma.errors import Interrupted
@@ -69,52 +66,27 @@ def run(args: argparse.Namespace, test: Path, entries: tuple[Entry, ...]) -> Swe
         raise SystemExit(str(stopped)) from None
 
 
-def best(found: SweepResult, args: argparse.Namespace) -> dict[tuple[str, str, str], Recipe]:
-    """The rate with the best linear probe of the first seed, by backbone, method and optimizer."""
-    chosen: dict[tuple[str, str, str], tuple[float, Recipe]] = {}
-    for recipe in recipes(args):
-        backbone, method, optimizer, rate = recipe
-        scores = [
-            result.top1["linear"]
-            for result in found.results
-            if (result.model, result.method, result.seed)
-            == (backbone, name_of(method, optimizer, rate), args.seeds[0])
-        ]
-        key = (backbone, method, optimizer)
-        if scores and (key not in chosen or scores[0] > chosen[key][0]):
-            chosen[key] = (scores[0], recipe)
-    return {key: recipe for key, (_, recipe) in chosen.items()}
+def best(found: SweepResult, args: argparse.Namespace) -> set[Recipe]:
+    """The rate with the best linear probe of the first seed, of every backbone, method and optimizer."""
+    linear = {
+        (each.model, each.method): each.top1["linear"] for each in found.results if each.seed == args.seeds[0]
+    }
+    chosen: dict[tuple[str, str, str], Recipe] = {}
+    measured = [each for each in recipes(args) if (each[0], name_of(*each[1:])) in linear]
+    for recipe in sorted(measured, key=lambda each: linear[each[0], name_of(*each[1:])]):
+        chosen[recipe[:3]] = recipe  # the last one is the best
+    return set(chosen.values())
 
 
 def main() -> None:
     """Trials, then all seeds of the best."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, help="folder with train.npz and test.npz")
-    parser.add_argument("--work", type=Path, help="default: benchmarks/runs/optimizers-NAME-OF-DATA")
-    parser.add_argument("--images", type=int, default=12_800, help="budget of images")
-    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=["DyViT"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--train", type=int, default=5_000, help="labelled images to measure with")
-    parser.add_argument("--test", type=int, default=2_000, help="test images to count on")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
-    parser.add_argument("--minutes", type=float, help="stop after so long; the same call goes on")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    args.work = args.work or Path("benchmarks/runs") / f"optimizers-{args.data.name}"
+    args = parse(shared_flags(__doc__, ["DyViT"]), "optimizers")
     args.probes, args.base_lr = 0, 1.6e-2  # each row has a rate of its own
-    if args.minutes:
-        timer = threading.Timer(60 * args.minutes, os.kill, (os.getpid(), signal.SIGTERM))
-        timer.daemon = True
-        timer.start()
 
     test, first = labelled(args), tuple(args.seeds[:1])
     print(describe(), flush=True)
     found = run(args, test, tuple(entry_of(each, first, args) for each in recipes(args)))
-    chosen = set(best(found, args).values())
+    chosen = best(found, args)
     seeds = {each: tuple(args.seeds) if each in chosen else first for each in recipes(args)}
     found = run(args, test, tuple(entry_of(each, some, args) for each, some in seeds.items()))
     rows: list[dict[str, Any]] = []

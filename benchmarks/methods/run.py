@@ -161,37 +161,49 @@ def record(args: argparse.Namespace, found: Mapping[str, SweepResult]) -> None:
     args.out.write_text(json.dumps(about | {"budgets": kept | budgets}, indent=1) + "\n")
 
 
-def main() -> None:
-    """Both budgets, one after the other."""
+def shared_flags(description: str | None, backbones: list[str]) -> argparse.ArgumentParser:
+    """Flags of every script that compares here."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with train.npz and test.npz")
-    parser.add_argument("--work", type=Path, help="default: benchmarks/runs/methods-NAME-OF-DATA")
+    parser.add_argument("--work", type=Path, help="default: benchmarks/runs/NAME-OF-SCRIPT-NAME-OF-DATA")
     parser.add_argument("--images", type=int, default=12_800, help="budget of images")
-    parser.add_argument("--seconds", type=float, default=60, help="budget of computing time")
-    parser.add_argument("--budgets", nargs="+", choices=("images", "seconds"), default=["images", "seconds"])
-    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
+    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=backbones)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--image-size", type=int, default=32, help="at 64, patches are twice as large and tokens as many"
     )
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--base-lr", type=float, default=1.6e-2, help="per 256 images")
     parser.add_argument("--train", type=int, default=5_000, help="labelled images to measure with")
     parser.add_argument("--test", type=int, default=2_000, help="test images to count on")
-    parser.add_argument("--probes", type=int, default=4)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--minutes", type=float, help="stop after so long; the same call goes on")
     parser.add_argument("--out", type=Path)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
+    """What was asked of the script of this name, which stops itself after `--minutes`."""
     args = parser.parse_args()
-    args.work = args.work or Path("benchmarks/runs") / f"methods-{args.data.name}"
-    args.only = [name for name in METHODS if name in {"mae", *args.only}]  # the reference is always there
+    args.work = args.work or Path("benchmarks/runs") / f"{name}-{args.data.name}"
     if args.minutes:
         timer = threading.Timer(60 * args.minutes, os.kill, (os.getpid(), signal.SIGTERM))
         timer.daemon = True
         timer.start()
+    return args
+
+
+def main() -> None:
+    """Both budgets, one after the other."""
+    parser = shared_flags(__doc__, list(BACKBONES))
+    parser.add_argument("--seconds", type=float, default=60, help="budget of computing time")
+    parser.add_argument("--budgets", nargs="+", choices=("images", "seconds"), default=["images", "seconds"])
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--base-lr", type=float, default=1.6e-2, help="per 256 images")
+    parser.add_argument("--probes", type=int, default=4)
+    args = parse(parser, "methods")
+    args.only = [name for name in METHODS if name in {"mae", *args.only}]  # the reference is always there
 
     test, found = labelled(args), entries(args)
     print(describe(), flush=True)
