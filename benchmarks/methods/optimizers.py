@@ -1,4 +1,4 @@
-"""AdamW and Muon for CoMA and MAE, three learning rates each, then three seeds of the best one.
+"""AdamW and Muon for CoMA and MAE, four learning rates each, then three seeds of the best one.
 
     python benchmarks/methods/optimizers.py --data DATA/class-cifar10 --out RESULTS.json
     python benchmarks/methods/optimizers.py --data DATA/class-tinyimagenet40 --image-size 64 --images 8000
@@ -29,7 +29,10 @@ from coma.errors import Interrupted
 from pretrain.sweep import Entry, SweepResult, compare
 
 METHODS = ("mae", "coma")
-RATES: Mapping[str, tuple[float, ...]] = {"adamw": (5e-4, 1e-3, 2e-3), "muon": (1e-3, 3e-3, 6e-3)}
+RATES: Mapping[str, tuple[float, ...]] = {
+    "adamw": (2.5e-4, 5e-4, 1e-3, 2e-3),
+    "muon": (1e-3, 3e-3, 6e-3, 1.2e-2),
+}
 """Peak learning rates, of the batch."""
 Recipe = tuple[str, str, str, float]
 """Backbone, method, optimizer, learning rate."""

@@ -14,10 +14,13 @@ import tyro
 from coma.arguments import parse_arguments
 from coma.config import FinetuneConfig, PretrainConfig
 from coma.errors import BadInput
-from coma.ranges import BUDGET, IMAGES, JOBS, PROCESSES, SEED, Range, Ranged
+from coma.ranges import BUDGET, IMAGES, JOBS, PROCESSES, RATE, SEED, Range, Ranged
 
 Unit = Literal["images", "views", "seconds", "flops"]
 Protocol = Literal["knn", "linear", "finetune", "finetune-10"]
+SEARCH_SHARE = 0.1
+"""Share of the budget of a run that the trial of a learning rate gets."""
+_MOST_RATES = 5
 LABEL_SHARES: dict[str, float] = {"finetune": 1.0, "finetune-10": 0.1}
 """The protocols that fine-tune, and the share of the labels that they use."""
 
@@ -66,6 +69,11 @@ class CompareConfig(Ranged):
     "ViT: vit-tiny"."""
     seeds: Annotated[tuple[int, ...], SEED, tyro.conf.arg(metavar="SEED ...")] = (0, 1, 2)
     """Seeds of the runs of every method on every backbone."""
+    lr_search: Annotated[tuple[float, ...], RATE, tyro.conf.arg(metavar="LR ...")] = ()
+    """Values of --base-lr, five at most, that are tried for every method on every backbone, with the first
+    seed and a tenth of the budget each. The one whose training loss ends lowest is taken; labels are not
+    used. The trials count: every run gets what they leave of the budget, 70 % after three. Default: no
+    search."""
     protocols: tuple[Protocol, ...] = ("knn", "linear")
     """knn, linear: as in `coma evaluate`. finetune: as in `coma classify train`. finetune-10: likewise, with
     10 % of the labels."""
@@ -84,6 +92,8 @@ class CompareConfig(Ranged):
     """Also evaluate random weights."""
     finetune: Annotated[str, tyro.conf.arg(metavar="FLAGS", help_behavior_hint="")] = ""
     """Flags of `coma classify train`, in quotes: "--epochs 20 --batch-size 64"."""
+    finetune_10: Annotated[str, tyro.conf.arg(metavar="FLAGS", help_behavior_hint="")] = ""
+    """More such flags, after the others, for the protocol finetune-10: "--epochs 200"."""
     allow_changed_data: bool = False
     """Resume a comparison although images were added, removed, renamed or changed in size since it was
     started; finished runs stay as they are."""
@@ -100,6 +110,13 @@ class CompareConfig(Ranged):
     gpus: Annotated[tuple[str, ...], *_NO_FLAG] = ()
     """Filled in: names for CUDA_VISIBLE_DEVICES."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rates = self.lr_search
+        if len(rates) > _MOST_RATES or len(set(rates)) < len(rates):
+            text = " ".join(f"{rate:g}" for rate in rates)
+            raise BadInput(f"--lr-search {text}: give at most {_MOST_RATES} different rates")
+
     @property
     def unit(self) -> Unit:
         """Unit of the budget."""
@@ -111,6 +128,11 @@ class CompareConfig(Ranged):
         return self.budget[1]
 
     @property
+    def run_amount(self) -> float:
+        """What is left of the budget for a run after the search for learning rates."""
+        return self.amount * (1 - SEARCH_SHARE * len(self.lr_search))
+
+    @property
     def frozen_protocols(self) -> tuple[Literal["knn", "linear"], ...]:
         """The protocols that evaluate frozen features."""
         return tuple(name for name in self.protocols if name in ("knn", "linear"))
@@ -120,10 +142,10 @@ class CompareConfig(Ranged):
         """The protocols that fine-tune."""
         return tuple(name for name in self.protocols if name in LABEL_SHARES)
 
-    @property
-    def finetune_flags(self) -> tuple[str, ...]:
-        """Flags of `coma classify train`."""
-        return tuple(shlex.split(self.finetune))
+    def finetune_flags_of(self, protocol: Protocol) -> tuple[str, ...]:
+        """Returns the flags of `coma classify train`."""
+        more = self.finetune_10 if protocol == "finetune-10" else ""
+        return (*shlex.split(self.finetune), *shlex.split(more))
 
 
 def slug(text: str) -> str:

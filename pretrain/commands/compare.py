@@ -77,18 +77,22 @@ def parse(argv: list[str]) -> CompareConfig:
     cut = argv.index("--") if "--" in argv else len(argv)
     own, shared = argv[:cut], argv[cut + 1 :]
     for place, flag in enumerate(own[:-1]):
-        if flag == "--finetune":  # the value that follows looks like a flag
+        if flag in ("--finetune", "--finetune-10"):  # the value that follows looks like a flag
             own[place + 1] = f" {own[place + 1]}"
     config = parse_arguments(CompareConfig, own, prog="coma compare", description=__doc__)
     if not (config.methods and config.models and config.seeds and config.protocols):
         raise BadInput("give at least one of each: --methods, --models, --seeds, --protocols")
     _refuse(shared, _RESERVED, "behind --")
     _refuse(_words(config.finetune), _RESERVED_FINETUNING, "in --finetune")
-    if config.finetune_protocols:
-        finetune_epochs(config.finetune_flags)
+    _refuse(_words(config.finetune_10), _RESERVED_FINETUNING, "in --finetune-10")
+    for protocol in config.finetune_protocols:
+        finetune_epochs(config.finetune_flags_of(protocol))
 
     from coma.data.worker_pool import default_workers
 
+    if config.lr_search:
+        own = [word for text in (*config.methods, *config.models) for word in _named(text)[1]]
+        _refuse([*shared, *own], {"--base-lr"}, "beside --lr-search")
     device, gpus = _device(config.device)
     jobs = config.jobs or max(len(gpus), 1)
     workers = config.workers

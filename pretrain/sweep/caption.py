@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 
 from coma.artifact import library_versions
-from coma.config.compare import RANDOM_BASELINE, CompareConfig
+from coma.config.compare import RANDOM_BASELINE, SEARCH_SHARE, CompareConfig
 from coma.data import open_source
 from coma.devices import processor
 from pretrain.sweep.plan import TRIAL_STEPS, Cost
@@ -39,6 +39,7 @@ def caption(comparison: CompareConfig, costs: Mapping[str, Cost], missing: Seque
     train, test = (len(open_source(comparison.test, split)) for split in ("train", "test"))
     about = [
         f"**Budget of every run: {unit}**, {planned}; learning-rate schedules end there.",
+        *_search(comparison),
         f"Training time is that of the steps alone ({_clock_words(comparison)}), without start-up, probes, "
         "pictures and saving.",
         f"Images {comparison.images.name}, {size} px; evaluated on {train:,} training and {test:,} test "
@@ -73,6 +74,27 @@ def caption(comparison: CompareConfig, costs: Mapping[str, Cost], missing: Seque
     about.append(f"{_machine(comparison)}; {versions}.")
     about += [f"**Missing:** {line}" for line in missing]
     return "\n\n".join(about)
+
+
+def _search(comparison: CompareConfig) -> list[str]:
+    """Returns how learning rates were chosen, what that cost, and where the best one may lie outside."""
+    rates = comparison.lr_search
+    if not rates:
+        return []
+    tried = ", ".join(f"{rate:g}" for rate in rates)
+    text = (
+        f"Learning rates: of {tried} per 256 images (--lr-search) each method on each backbone took the one "
+        f"whose training loss ended lowest in a trial with the first seed and {SEARCH_SHARE:.0%} of the "
+        f"budget. The trials count: runs had the other {comparison.run_amount / comparison.amount:.0%}."
+    )
+    ends = [
+        f"{entry.method} on {entry.model}"
+        for entry in comparison.entries
+        if entry.config.optimizer.base_lr in (min(rates), max(rates))
+    ]
+    if ends:
+        text += f" It is the least or the largest of them, so others may be better, for {', '.join(ends)}."
+    return [text]
 
 
 def _settings(comparison: CompareConfig) -> list[str]:

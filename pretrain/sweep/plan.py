@@ -87,12 +87,12 @@ def run_config(entry: Entry, seed: int, steps: int, comparison: CompareConfig) -
     )
 
 
-def trial_config(entry: Entry, out: Path) -> PretrainConfig:
-    """Returns the settings of a trial run."""
+def short_config(entry: Entry, out: Path, steps: int, log_steps: int) -> PretrainConfig:
+    """Returns the settings of a trial run, with the first seed."""
     return replace(
         entry.config,
-        optimizer=replace(entry.config.optimizer, steps=TRIAL_STEPS),
-        run=replace(entry.config.run, out=out, log_steps=1, reconstruction_every=0),
+        optimizer=replace(entry.config.optimizer, steps=steps),
+        run=replace(entry.config.run, out=out, seed=entry.seeds[0], log_steps=log_steps),
     )
 
 

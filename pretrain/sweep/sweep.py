@@ -2,7 +2,7 @@
 
 out/data.json.gz           names and sizes of the images
 out/settings/NAME.json     settings of a run; NAME is method-backbone-seed
-out/trials/ENTRY/          trial run that measures the time of a step (--budget seconds)
+out/trials/NAME/           trials: of the time of a step (--budget seconds), of a learning rate (--lr-search)
 out/runs/NAME/             run of `coma pretrain`
 out/random-baseline/NAME/  artifact of random weights
 out/scores/NAME-*/         scores of `coma evaluate`
@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,24 +25,13 @@ from coma.artifact import ArtifactConfig, library_versions, save_artifact
 from coma.atomic_io import lies_among, write_json
 from coma.config import PretrainConfig
 from coma.config.compare import LABEL_SHARES, CompareConfig, Entry, finetune_epochs
-from coma.config.serialization import flat, to_plain
 from coma.data import compute_mean_std, open_source
-from coma.data.listing import FLAG, check_listing, list_data, read_listing, write_listing
-from coma.errors import BadInput, CheckFailed, Interrupted
-from coma.progress import Progress, clock
+from coma.data.listing import check_listing, list_data, read_listing, write_listing
+from coma.errors import BadInput, Interrupted
 from coma.signals import StopRequest
 from pretrain.evaluate import random_encoder
-from pretrain.sweep.plan import (
-    TRIAL_STEPS,
-    Cost,
-    check,
-    cost,
-    last_step,
-    run_config,
-    steps_for,
-    trial_config,
-    trial_seconds,
-)
+from pretrain.sweep.jobs import allowed, pretraining, run_jobs
+from pretrain.sweep.plan import Cost, check, cost, run_config, steps_for
 from pretrain.sweep.process_pool import Job, ProcessPool
 from pretrain.sweep.report import write_report
 from pretrain.sweep.results import (
@@ -56,6 +44,7 @@ from pretrain.sweep.results import (
     read_trained,
     score_folder,
 )
+from pretrain.sweep.trials import timed, with_rates
 
 log = logging.getLogger(__name__)
 
@@ -91,19 +80,19 @@ def compare(comparison: CompareConfig) -> SweepResult:
     with StopRequest() as stop:
         costs = {e.name: cost(e.config) for e in comparison.entries}
         if comparison.unit == "seconds":
-            costs = _timed(comparison, costs, stop)
+            costs = timed(comparison, costs, stop)
+        if comparison.lr_search:
+            comparison = with_rates(comparison, costs, stop)
         plans = []
         for entry in comparison.entries:
             batch = entry.config.optimizer.batch_size
-            steps = steps_for(*comparison.budget, batch, costs[entry.name], entry.name)
+            steps = steps_for(comparison.unit, comparison.run_amount, batch, costs[entry.name], entry.name)
             plans += [(run_config(entry, seed, steps, comparison), costs[entry.name]) for seed in entry.seeds]
-        for config, _ in plans:
-            _keep_settings(comparison, config)
         images = sum(len(open_source(comparison.test, split)) for split in ("train", "test"))
         jobs = [job for config, each in plans for job in _jobs(comparison, config, each, images)]
         jobs += _random_baseline_jobs(comparison, costs, images)
         try:
-            pool = _run(comparison, jobs, stop)
+            pool = run_jobs(comparison, jobs, stop)
         except Interrupted:
             write_report(comparison, collect(comparison, costs), costs, ["the comparison was stopped"])
             raise
@@ -155,13 +144,17 @@ def _open(comparison: CompareConfig) -> None:
         "device": comparison.device,
         "threads": comparison.threads if comparison.device == "cpu" else None,
         "probes": [comparison.probes, comparison.probe_train, comparison.probe_test],
-        "finetune": list(comparison.finetune_flags),
+        "finetune": list(comparison.finetune_flags_of("finetune")),
     }
+    asked |= {"lr_search": list(comparison.lr_search)} if comparison.lr_search else {}
+    asked |= {"finetune_10": comparison.finetune_10} if comparison.finetune_10 else {}
     path = out / "compare.json"
     if path.exists():
         before = json.loads(path.read_text())
         changed = [
-            f"{name} {before[name]} -> {asked[name]}" for name in asked if before.get(name) != asked[name]
+            f"{name} {before.get(name)} -> {asked.get(name)}"
+            for name in asked | before
+            if before.get(name) != asked.get(name)
         ]
         if changed:
             raise BadInput(
@@ -208,109 +201,11 @@ def _with_statistics(comparison: CompareConfig) -> CompareConfig:
     return replace(comparison, entries=tuple(entries))
 
 
-def _slots(comparison: CompareConfig) -> list[dict[str, str]]:
-    """Returns the environment variables of every job that runs at a time."""
-    jobs = comparison.jobs or 1
-    if not comparison.gpus:
-        return [dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(comparison.threads or 1))] * jobs
-    gpus = (comparison.gpus[i % len(comparison.gpus)] for i in range(jobs))
-    return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
-
-
-def _run(comparison: CompareConfig, jobs: Sequence[Job], stop: StopRequest) -> ProcessPool:
-    """Runs the jobs, with a bar, and a line for every event."""
-    total = float(sum(job.work for job in jobs)) or 1.0
-    with Progress() as progress:
-        bar = progress.bar("work done", total, float(sum(job.work for job in jobs if job.done())))
-
-        def tell(event: str | None, done: float) -> None:
-            bar.update(done)
-            if event:
-                left = "time left unknown" if bar.seconds_left is None else f"{clock(bar.seconds_left)} left"
-                progress.say(f"{time.strftime('%H:%M:%S')} {event}  ({done / total:.0%}, {left})")
-
-        pool = ProcessPool(comparison.out, _slots(comparison), tell, stop)
-        pool.run(jobs)
-    return pool
-
-
-def _timed(comparison: CompareConfig, costs: dict[str, Cost], stop: StopRequest) -> dict[str, Cost]:
-    """Returns costs with seconds, measured once in a trial run of every entry, as many at a time as later."""
-
-    def trial(entry: Entry) -> Job:
-        out = comparison.out / "trials" / entry.name
-        settings = _settings(comparison, f"trial-{entry.name}")
-        write_json(settings, to_plain(trial_config(entry, out)))
-        return Job(
-            f"trial-{entry.name}",
-            lambda: _pretrain_arguments(comparison, settings, out),
-            lambda: _is_trained(out, TRIAL_STEPS),
-        )
-
-    trials = _run(comparison, [trial(entry) for entry in comparison.entries], stop)
-    if trials.failures:
-        raise CheckFailed("; ".join(map(str, trials.failures)))
-    batch = {entry.name: entry.config.optimizer.batch_size for entry in comparison.entries}
-    return {
-        name: replace(known, seconds=trial_seconds(comparison.out / "trials" / name, batch[name]))
-        for name, known in costs.items()
-    }
-
-
-def _keep_settings(comparison: CompareConfig, config: PretrainConfig) -> None:
-    """Writes the settings of a run, or checks that it was started with the same ones.
-
-    Raises:
-        BadInput: it was started with other settings.
-    """
-    path, plain = _settings(comparison, config.run.out.name), to_plain(config)
-    if not path.exists():
-        write_json(path, plain)
-        return
-    before, now = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(plain)))
-    changed = [
-        f"{name} {before.get(name)} -> {now.get(name)}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name != "data.workers"  # workers change no result
-    ]
-    if changed:
-        raise BadInput(
-            f"{path}: this run was planned with other settings: {', '.join(changed)}; give the same ones, or "
-            "another --out"
-        )
-
-
-def _settings(comparison: CompareConfig, name: str) -> Path:
-    return comparison.out / "settings" / f"{name}.json"
-
-
-def _pretrain_arguments(comparison: CompareConfig, settings: Path, out: Path) -> Sequence[object]:
-    """Returns the arguments that start a run, or resume it."""
-    if (out / "config.json").exists():
-        return "pretrain", "--resume", out, *_allowed(comparison)
-    shutil.rmtree(out, ignore_errors=True)  # killed before it wrote a complete file
-    return "pretrain", "--from", settings, "--out", out
-
-
-def _allowed(comparison: CompareConfig) -> Sequence[str]:
-    return (FLAG,) if comparison.allow_changed_data else ()
-
-
-def _is_trained(run: Path, steps: int) -> bool:
-    return read_trained(run / "artifact").get("steps") == steps
-
-
 def _jobs(comparison: CompareConfig, config: PretrainConfig, cost: Cost, images: int) -> list[Job]:
     """Returns the jobs that train a run and evaluate it."""
-    out, steps, flops = config.run.out, config.optimizer.steps or 0, cost.flops or _UNKNOWN_FLOPS
-    settings = _settings(comparison, out.name)
-    train = Job(
-        out.name,
-        lambda: _pretrain_arguments(comparison, settings, out),
-        lambda: _is_trained(out, steps),
-        _START_UP + flops * steps * config.optimizer.batch_size,
-        lambda: last_step(out) / steps,
-    )
+    out, optimizer, flops = config.run.out, config.optimizer, cost.flops or _UNKNOWN_FLOPS
+    work = _START_UP + flops * (optimizer.steps or 0) * optimizer.batch_size
+    train = pretraining(comparison, out.name, config, work)
     seed, artifact = config.run.seed, out / "artifact"
     return [train, *_evaluation_jobs(comparison, out.name, seed, artifact, flops * images, train.name)]
 
@@ -337,12 +232,13 @@ def _evaluation_jobs(
     for protocol in comparison.finetune_protocols:
         run, share = classifier_run(comparison, name, protocol), LABEL_SHARES[protocol]
         few = ["--label-share", share] if share < 1 else []
+        flags = comparison.finetune_flags_of(protocol)
         jobs.append(
             Job(
                 f"{name}-{protocol}",
-                partial(_finetune_arguments, comparison, artifact, run, [*common, *few]),
+                partial(_finetune_arguments, comparison, artifact, run, [*common, *few, *flags]),
                 partial(_is_finetuned, run),
-                work * finetune_epochs(comparison.finetune_flags) * share,
+                work * finetune_epochs(flags) * share,
                 after=after,
             )
         )
@@ -353,9 +249,9 @@ def _finetune_arguments(
     comparison: CompareConfig, artifact: Path, run: Path, settings: Sequence[object]
 ) -> Sequence[object]:
     if (run / "config.json").exists():
-        return "classify", "train", "--resume", run, *_allowed(comparison)
+        return "classify", "train", "--resume", run, *allowed(comparison)
     shutil.rmtree(run, ignore_errors=True)
-    return "classify", "train", artifact, *settings, "--out", run, *comparison.finetune_flags
+    return "classify", "train", artifact, "--out", run, *settings
 
 
 def _is_finetuned(run: Path) -> bool:

@@ -241,6 +241,46 @@ def failing(labelled: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_every_method_gets_the_rate_whose_loss_ends_lowest(labelled, tmp_path):
+    in_another_process("searched", labelled, tmp_path)
+
+
+def searched(labelled: Path, tmp_path: Path) -> None:
+    """The trials count, and a rate at which the weights overflow is left out."""
+    out = tmp_path / "out"
+    flags = """--methods mae coma --models "small: tiny" --seeds 3 4 --no-random-baseline --protocols knn
+        --device cpu --budget images 240 --lr-search 1e-3 1 1e4"""
+    argv = ["compare", str(labelled / "train"), *shlex.split(flags), "--test", str(labelled)]
+    argv += ["--out", str(out), "--", *SMALL, "--weight-decay", "100"]
+    with redirect_stdout(io.StringIO()) as text, redirect_stderr(io.StringIO()) as told:
+        assert cli.main(argv) == 0, told.getvalue()
+    shown = text.getvalue()
+    assert "of 0.001, 1, 10000 per 256 images" in shown and "runs had the other 70%" in shown
+    for method in ("mae", "coma"):
+        last = {}
+        for rate in ("0.001", "1"):
+            trial = out / "trials" / f"lr-{method}-small-{rate}"
+            rows = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
+            assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]  # a tenth of 60 steps
+            assert json.loads((trial / "config.json").read_text())["run"]["seed"] == 3
+            last[float(rate)] = rows[-1]["loss"]
+        for seed in (3, 4):
+            optimizer = json.loads((out / "settings" / f"{method}-small-{seed}.json").read_text())[
+                "optimizer"
+            ]
+            assert optimizer["base_lr"] == min(last, key=last.__getitem__)
+            assert optimizer["steps"] == 42  # seven tenths
+        assert f"lr-{method}-small-10000: exit code 1" in told.getvalue()
+    before = starts(out)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        assert cli.main(argv) == 0
+    assert starts(out) == before
+    with redirect_stderr(io.StringIO()) as told:
+        assert cli.main([each for each in argv if each != "1e4"]) == 2
+    assert "other settings: lr_search" in told.getvalue()
+
+
+@pytest.mark.slow
 def test_seconds_are_timed_first_and_stopping_is_safe(labelled, tmp_path):
     in_another_process("timed", labelled, tmp_path)
 

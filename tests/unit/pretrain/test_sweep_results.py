@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from comparisons import SMALL, asked
 
+from coma.config.compare import finetune_epochs
 from coma.errors import BadInput
 from pretrain.commands.compare import _device, entry, parse
 from pretrain.sweep import Cost, Result, compare, groups, steps_for
 from pretrain.sweep.caption import caption
+from pretrain.sweep.jobs import slots
 from pretrain.sweep.plan import last_step
 from pretrain.sweep.plot import draw
 from pretrain.sweep.results import (
@@ -24,7 +26,6 @@ from pretrain.sweep.results import (
     standard_error,
     time_to_target,
 )
-from pretrain.sweep.sweep import _slots
 
 
 def test_budgets():
@@ -94,10 +95,10 @@ def test_gpus_are_those_that_cuda_sees(monkeypatch, count, visible, names):
 
 def test_every_job_gets_a_gpu_or_threads(tmp_path):
     comparison = asked(tmp_path, tmp_path, jobs=3, threads=4)
-    assert _slots(comparison) == [{"OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": "4"}] * 3
-    slots = _slots(replace(comparison, device="cuda", gpus=("2", "5")))
-    assert slots == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in ("2", "5", "2")]
-    assert len(_slots(replace(comparison, device="cuda", gpus=("2", "5"), jobs=1))) == 1
+    assert slots(comparison) == [{"OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": "4"}] * 3
+    both = slots(replace(comparison, device="cuda", gpus=("2", "5")))
+    assert both == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in ("2", "5", "2")]
+    assert len(slots(replace(comparison, device="cuda", gpus=("2", "5"), jobs=1))) == 1
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,16 @@ def test_settings_that_cannot_be_compared_are_refused(labelled, tmp_path, capsys
         ([*argv, "--", "--nonsense"], "does not take"),
         ([*argv, "--protocols", "finetune", "--finetune", "--nonsense 3"], "--finetune: coma classify train"),
         ([*argv, "--protocols", "--methods", "mae"], "at least one of each"),
+        ([*argv, "--finetune-10", "--label-share 0.5"], "--label-share in --finetune-10"),
+        (
+            [*argv, "--protocols", "finetune-10", "--finetune-10", "--nonsense 3"],
+            "does not take '--nonsense 3'",
+        ),
+        ([*argv, "--lr-search", *"123456"], "--lr-search 1 2 3 4 5 6: give at most 5 different rates"),
+        ([*argv, "--lr-search", "1", "1.0"], "--lr-search 1 1: give at most 5 different rates"),
+        ([*argv, "--lr-search", "0"], "--lr-search"),
+        ([*argv, "--lr-search", "1", "--methods", "mae --base-lr 1"], "--base-lr beside --lr-search"),
+        ([*argv, "--lr-search", "1", "--", "--base-lr=1"], "--base-lr=1 beside --lr-search"),
     ]
     for arguments, complaint in refused:
         with pytest.raises(BadInput, match=complaint):
@@ -199,6 +210,14 @@ def test_the_caption_tells_what_is_not_alike(labelled, tmp_path):
         in text
     )
     assert "**Missing:** a run: exit code 1" in text
+
+
+def test_few_labels_have_flags_of_their_own(labelled, tmp_path):
+    found = replace(
+        asked(labelled, tmp_path), finetune="--epochs 2 --batch-size 8", finetune_10="--epochs 20"
+    )
+    assert found.finetune_flags_of("finetune") == ("--epochs", "2", "--batch-size", "8")
+    assert finetune_epochs(found.finetune_flags_of("finetune-10")) == 20
 
 
 def test_fine_tuned_scores_are_those_of_the_classifier(labelled, tmp_path):
