@@ -4,8 +4,12 @@
     python benchmarks/methods/optimizers.py --data DATA/class-tinyimagenet40 --image-size 64 --images 8000
 
 Everything else is as in `run.py`, with its equal budget of images. A rate is tried with the first seed; the
-one with the best linear probe of its method and optimizer is then trained with the other seeds. The trials
-are not counted in the minutes of a row. What is done is not done again; `--minutes` stops after a while.
+one with the best linear probe of its method and optimizer is then trained with the other seeds. What is done
+is not done again; `--minutes` stops after a while.
+
+Beside other work the computing time of a step can double, so the minutes of a row are not those of its runs:
+they follow from the time of a step in trials of all methods and optimizers, one after the other. Delete
+`timing` in --work and call the script again when nothing else runs.
 """
 
 from __future__ import annotations
@@ -26,7 +30,10 @@ from run import BACKBONES, comparison, entry, flags, labelled, parse, shared_fla
 from table import spread
 
 from coma.errors import Interrupted
+from coma.signals import StopRequest
 from pretrain.sweep import Entry, SweepResult, compare
+from pretrain.sweep.plan import cost
+from pretrain.sweep.trials import timed
 
 METHODS = ("mae", "coma")
 RATES: Mapping[str, tuple[float, ...]] = {
@@ -48,7 +55,8 @@ def recipes(args: argparse.Namespace) -> Iterator[Recipe]:
     for backbone in args.backbones:
         for method in METHODS:
             for optimizer, rates in RATES.items():
-                yield from ((backbone, method, optimizer, rate) for rate in rates)
+                wanted = [rate for rate in rates if name_of(method, optimizer, rate) not in args.skip]
+                yield from ((backbone, method, optimizer, rate) for rate in wanted)
 
 
 def entry_of(recipe: Recipe, seeds: tuple[int, ...], args: argparse.Namespace) -> Entry:
@@ -69,6 +77,16 @@ def run(args: argparse.Namespace, test: Path, entries: tuple[Entry, ...]) -> Swe
         raise SystemExit(str(stopped)) from None
 
 
+def seconds_per_image(args: argparse.Namespace, test: Path) -> dict[tuple[str, ...], float]:
+    """Computing time of training with every backbone, method and optimizer, in trials of their own."""
+    some = {recipe[:3]: entry_of(recipe, tuple(args.seeds[:1]), args) for recipe in recipes(args)}
+    entries = tuple(some.values())
+    config = replace(comparison(args, "images", test, entries), out=args.work / "timing", jobs=1)
+    with StopRequest() as stop:
+        costs = timed(config, {entry.name: cost(entry.config) for entry in entries}, stop)
+    return {key: costs[entry.name].seconds or 0.0 for key, entry in some.items()}
+
+
 def best(found: SweepResult, args: argparse.Namespace) -> set[Recipe]:
     """The rate with the best linear probe of the first seed, of every backbone, method and optimizer."""
     linear = {
@@ -83,7 +101,9 @@ def best(found: SweepResult, args: argparse.Namespace) -> set[Recipe]:
 
 def main() -> None:
     """Trials, then all seeds of the best."""
-    args = parse(shared_flags(__doc__, ["DyViT"]), "optimizers")
+    parser = shared_flags(__doc__, ["DyViT"])
+    parser.add_argument("--skip", nargs="+", default=[], help="rows that are not tried, by their names")
+    args = parse(parser, "optimizers")
     args.probes, args.base_lr = 0, 1.6e-2  # each row has a rate of its own
 
     test, first = labelled(args), tuple(args.seeds[:1])
@@ -92,16 +112,18 @@ def main() -> None:
     chosen = best(found, args)
     seeds = {each: tuple(args.seeds) if each in chosen else first for each in recipes(args)}
     found = run(args, test, tuple(entry_of(each, some, args) for each, some in seeds.items()))
+    times = seconds_per_image(args, test)
     rows: list[dict[str, Any]] = []
     for backbone, method, optimizer, rate in recipes(args):
         name = name_of(method, optimizer, rate)
         runs = [each for each in found.results if (each.model, each.method) == (backbone, name)]
         row = {"backbone": backbone, "method": method, "optimizer": optimizer, "rate": f"{rate:g}"}
         row |= {each: spread([run.top1[each] for run in runs]) for each in ("linear", "knn") if runs}
-        rows.append({**row, "seconds": spread([run.seconds for run in runs]) if runs else ""})
+        rows.append({**row, "minutes": f"{times[backbone, method, optimizer] * args.images / 60:.1f}"})
     print(markdown(rows))
     if args.out:
         about = {"machine": describe(), "data": args.data.name, "flags": flags(args), "images": args.images}
+        about |= {"seconds_per_image": {", ".join(key): value for key, value in times.items()}}
         about |= {"failures": found.failures, "runs": [asdict(each) for each in found.results]}
         args.out.write_text(json.dumps(about, indent=1) + "\n")
 

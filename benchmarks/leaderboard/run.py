@@ -1,0 +1,117 @@
+"""The leaderboard: CPU minutes of pre-training that an encoder needs to reach MAE's fine-tuned accuracy.
+
+    python benchmarks/leaderboard/run.py --data DATA/class-tinyimagenet40 --jobs 2
+    python benchmarks/leaderboard/run.py --data DATA/class-tinyimagenet40 --only "MAE, Muon" "CoMA, Muon"
+
+All rows pre-train the same DyViT (0.77 M parameters) at 64 px on the unlabelled training images, with three
+seeds and one thread each, on as many images as the row says. The encoder is then fine-tuned, briefly, with
+all labels and with 10 % of them, and its features are classified by a linear probe and kNN. A row counts when
+the mean of both fine-tuned accuracies is at least the target's; its time is that of the training steps.
+
+To try an idea: add a row to ROWS, with the fewest images that you think will do, and run the first command.
+What is done is not done again, and `--minutes` stops after a while. The table and all runs are written to
+`results.json` and `README.md` of this folder; keep a row that beats the ones above it, and write down in
+`benchmarks/LOG.md` what was tried and did not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "methods"))
+
+from machine import describe
+from machine import table as markdown
+from run import BACKBONES, comparison, entry, flags, labelled, parse, shared_flags
+from table import spread
+
+from coma.config.compare import LABEL_SHARES
+from coma.errors import Interrupted
+from pretrain.sweep import Result, compare
+
+HERE = Path(__file__).resolve().parent
+TARGET = "MAE, Muon"
+ROWS: Mapping[str, tuple[str, int]] = {
+    TARGET: ("mae --optimizer muon --base-lr 0.048", 16_000),
+    "CoMA, Muon": ("coma --optimizer muon --base-lr 0.048", 8_000),
+}
+"""Flags of `coma pretrain --method`, and images of pre-training; the rates are those that
+`benchmarks/methods/optimizers.py` found."""
+FINETUNE = (
+    "--epochs 2 --batch-size 32 --optimizer muon --base-lr 0.024 --layer-decay 1 --ema-decay 0 --drop-path 0 "
+    "--rand-augment 0 --mixup 0 --cutmix 0 --random-erasing 0 --crop-scale 0.4 1"
+)
+"""A recipe for minutes: what keeps long trainings from overfitting is off."""
+FEW = "--epochs 12 --validate 4"
+PROTOCOLS = (*LABEL_SHARES, "linear", "knn")
+
+
+def row(name: str, args: argparse.Namespace, test: Path) -> tuple[Result, ...]:
+    """All runs of a row, after what is missing was trained and measured."""
+    method, images = ROWS[name]
+    own = f"{name}: {method}"
+    found = entry(
+        args.data / "train.npz", own, f"DyViT: {BACKBONES['DyViT']}", flags(args), tuple(args.seeds)
+    )
+    args.images, args.probes = images, 0
+    config = replace(
+        comparison(args, "images", test, (found,)),
+        out=args.work / f"{found.name}-{images}",
+        protocols=PROTOCOLS,
+        finetune=FINETUNE,
+        finetune_10=FEW,
+        reference=name,
+        random_baseline=False,
+    )
+    try:
+        compared = compare(config)
+    except Interrupted as stopped:
+        raise SystemExit(str(stopped)) from None
+    if compared.failures:
+        raise SystemExit("failed: " + "; ".join(compared.failures))
+    return compared.results
+
+
+def summary(name: str, runs: tuple[Result, ...], target: tuple[Result, ...]) -> dict[str, Any]:
+    """A row of the table."""
+    reached = all(
+        statistics.mean(run.top1[protocol] for run in runs)
+        >= statistics.mean(run.top1[protocol] for run in target)
+        for protocol in LABEL_SHARES
+    )
+    cells = {"row": name, "images": f"{ROWS[name][1]:,}"}
+    cells["CPU minutes"] = spread([run.seconds / 60 for run in runs])
+    cells |= {protocol: spread([run.top1[protocol] for run in runs]) for protocol in PROTOCOLS}
+    return {**cells, "reaches the target": "is it" if name == TARGET else "yes" if reached else "no"}
+
+
+def main() -> None:
+    """The target, then the other rows."""
+    parser = shared_flags(__doc__, ["DyViT"])
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="the target always runs")
+    parser.set_defaults(image_size=64, train=16_000, out=HERE / "results.json")
+    args = parse(parser, "leaderboard")
+    args.base_lr = 1.6e-2  # each row has a rate of its own
+    test = labelled(args)
+    print(describe(), flush=True)
+    found: dict[str, tuple[Result, ...]] = {}
+    for name in (each for each in ROWS if each in {TARGET, *args.only}):
+        found[name] = row(name, args, test)
+        text = markdown([summary(each, runs, found[TARGET]) for each, runs in found.items()])
+        print(text, flush=True)
+        runs = {each: [asdict(run) for run in some] for each, some in found.items()}
+        about = {"machine": describe(), "data": args.data.name, "rows": ROWS, "finetune": [FINETUNE, FEW]}
+        args.out.write_text(json.dumps({**about, "runs": runs}, indent=1) + "\n")
+        args.out.with_name("README.md").write_text(f"# Leaderboard\n\n{text}\n\n{describe()}\n")
+
+
+if __name__ == "__main__":
+    main()
