@@ -61,11 +61,25 @@ def _write(partial: Path, tensors: Mapping[str, Tensor], config: ArtifactConfig)
         save_file(_own_storage(tensors), partial / TENSORS, metadata=facts)
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(errno.EIO, str(error), str(partial / TENSORS)) from error
+    _sort_metadata(partial / TENSORS)
     text = json.dumps(with_checksums(plain, partial / TENSORS), indent=2) + "\n"
     (partial / CONFIG).write_text(text, encoding="utf-8")
     (partial / TENSORS).chmod((partial / CONFIG).stat().st_mode)  # safetensors lets only the owner read
     for path in (partial / CONFIG, partial / TENSORS, partial):
         sync(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Gives the metadata of a safetensors file, whose order safetensors leaves to chance, one order.
+
+    Equal artifacts are equal files then. The header keeps its length; the format allows spaces at its end.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
 def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

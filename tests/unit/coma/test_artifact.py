@@ -71,6 +71,17 @@ def test_the_tensors_file_says_its_format(directory):
         assert file.metadata() == {"format": "pt", "format_version": "2", "kind": "pretrained"}
 
 
+def test_equal_artifacts_are_equal_files(tmp_path):
+    """safetensors writes its metadata in the order of a hash that every call draws anew."""
+    tensors = {"größe": torch.arange(3.0), "b": torch.ones(2, 2)}
+    files = set()
+    for number in range(8):
+        save_artifact(tmp_path / str(number), tensors=tensors, config=description())
+        files.add((tmp_path / str(number) / "model.safetensors").read_bytes())
+    assert len(files) == 1
+    assert same(load_artifact(tmp_path / "0").tensors, tensors)
+
+
 @pytest.mark.parametrize("config", [MODEL, DYVIT])
 def test_an_encoder_computes_the_same_after_the_disk(tmp_path, config):
     objective = build_objective(OBJECTIVE, build_encoder(config)).eval()
