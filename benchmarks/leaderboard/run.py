@@ -40,8 +40,8 @@ from pretrain.sweep import Result, compare
 HERE = Path(__file__).resolve().parent
 TARGET = "MAE, Muon"
 ROWS: Mapping[str, tuple[str, int]] = {
-    TARGET: ("mae --optimizer muon --base-lr 0.048", 16_000),
-    "CoMA, Muon": ("coma --optimizer muon --base-lr 0.048", 8_000),
+    TARGET: ("mae --optimizer muon --base-lr 0.096", 16_000),
+    "CoMA, Muon": ("coma --optimizer muon --base-lr 0.096", 8_000),
 }
 """Flags of `coma pretrain --method`, and images of pre-training; the rates are those that
 `benchmarks/methods/optimizers.py` found."""
