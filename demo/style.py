@@ -67,8 +67,16 @@ ul.off li { opacity: .75; } ul.off li::before { content: "\\2298\\a0"; } ul.off 
   max-width: 94% !important; text-align: left; }
 .pictures .grid-wrap, .pictures .fixed-height { min-height: 0 !important; max-height: none !important; }
 .dark { --color-accent: #2dd4bf; }
-.icon-button, a.download-link { min-width: 24px; min-height: 24px; display: inline-flex !important;
-  align-items: center; justify-content: center; }
+.icon-button, a.download-link, .video-container .controls .icon { min-width: 24px; min-height: 24px;
+  display: inline-flex !important; align-items: center; justify-content: center; }
+.source-selection button { min-width: 24px; min-height: 24px; }
+body[data-no-camera] [aria-label="Capture from camera"] { display: none !important; }
+[title="grant webcam access"] { position: relative; } [title="grant webcam access"] .wrap { min-height: 0; }
+[title="grant webcam access"] p { position: absolute; inset: 28px 0 0; padding: 4px 12px; text-align: center;
+  pointer-events: none; color: var(--body-text-color); background: var(--background-fill-primary); }
+.volume-control-wrapper { display: none !important; }
+.video-container > :first-child { flex: 1 1 0; min-height: 0; }
+#right .block:has(.empty[aria-label]) { min-height: 64px; }
 #right .empty[aria-label] { display: none; } #top5 { overflow: visible !important; }
 :focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 1px; }
 @media (max-width: 700px) {
