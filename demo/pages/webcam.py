@@ -1,4 +1,4 @@
-"""The webcam: the camera and the size that the page asks for, and what the page says when it gets none."""
+"""The webcam and the clipboard: what the page asks the browser for, and what it says when it gets nothing."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ OPTIONS = gr.WebcamOptions(
     mirror=False,
     constraints={"video": {"facingMode": "environment", "width": {"ideal": 1280}, "height": {"ideal": 960}}},
 )
-"""The camera at a phone's back, where there are two. Not mirrored: gradio mirrors what it shows of a recording,
-but not its file, which the model gets."""
+"""The camera at a phone's back, where there are two. Not mirrored: gradio mirrors what it shows of a
+recording, but not its file, which the model gets."""
 REASONS = {
     "NotAllowedError": "The browser may not use the camera: allow it for this page, then click here again.",
     "NotFoundError": "No camera was found: connect one, then click here again.",
     "NotReadableError": "The camera does not answer; another program may be using it.",
+    "Clipboard": "The browser may not read the clipboard: allow it for this page, then click here again.",
 }
-"""What the page says, by the name of the browser's error. gradio says nothing."""
-
+"""What the page says, by the name of the browser's error; gradio says nothing."""
 SCRIPT = f"""() => {{
-    const reasons = {json.dumps(REASONS)}, place = '[title="grant webcam access"]';
-    if (!navigator.mediaDevices) document.body.dataset.noCamera = '';
-    addEventListener('unhandledrejection', event => {{
-        const text = reasons[event.reason?.name];
-        if (text) for (const each of document.querySelectorAll(place)) {{
-            each.querySelector('[role=alert]')?.remove();
+    if (!isSecureContext) document.body.dataset.insecure = '';
+    const reasons = {json.dumps(REASONS)}, places = '[title="grant webcam access"], '
+        + '.image-container:has([aria-label="Paste from clipboard"].selected) > .upload-container';
+    const clear = () => document.querySelectorAll('.refused').forEach(each => each.remove());
+    document.addEventListener('click', clear, true);
+    addEventListener('unhandledrejection', ({{reason}}) => {{
+        const text = reasons[reason?.message?.includes('Clipboard') ? 'Clipboard' : reason?.name];
+        if (!text) return;
+        clear();
+        for (const each of document.querySelectorAll(places)) {{
             const said = document.createElement('p');
-            said.setAttribute('role', 'alert');
-            said.textContent = text;
+            Object.assign(said, {{className: 'refused', role: 'alert', textContent: text}});
             each.append(said);
         }}
     }});
@@ -38,6 +41,6 @@ SCRIPT = f"""() => {{
         target.currentTime = Number.MAX_SAFE_INTEGER;
     }}, true);
 }}"""
-"""Does what gradio leaves out: hides the webcam where browsers have none to give, which is on pages that come
-neither by HTTPS nor from this machine, says why there is no picture, and finds out how long a recording is,
-which its file does not say, by going to its end."""
+"""Does what gradio leaves out: it marks pages that get neither webcam nor clipboard, which are those that
+come neither by HTTPS nor from this machine, says why there is no picture, and finds out how long a recording
+is, which its file does not say, by going to its end."""

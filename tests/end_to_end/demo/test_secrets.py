@@ -207,8 +207,8 @@ def test_a_part_of_a_file_is_sent_and_hostile_ranges_cost_nothing(server):
         assert part.headers["content-type"] == "image/png"
         assert part.headers["x-content-type-options"] == "nosniff"
     for asked, status in {
-        f"bytes={size}-": 416, "bytes=-0": 416, "bytes=9-5": 400, "bytes=--5": 416, "bytes=5": 400, "bytes=": 400,
-        "bytes": 400, "items=0-1": 400, "bytes=a-b": 400, f"bytes={'9' * 5000}-": 400,
+        f"bytes={size}-": 416, "bytes=-0": 416, "bytes=9-5": 400, "bytes=--5": 416, "bytes=5": 400,
+        "bytes=": 400, "bytes": 400, "items=0-1": 400, "bytes=a-b": 400, f"bytes={'9' * 5000}-": 400,
     }.items():  # fmt: skip
         answer = ask_for(asked)
         assert answer.status_code == status and len(answer.content) < 99, asked

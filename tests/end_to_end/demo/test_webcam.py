@@ -30,7 +30,7 @@ NOTE = """
         return streams.at(-1);
     };"""
 """Notes what the page asks the browser for, and what it gets."""
-OFF = "() => streams.length && streams.every(each => each.getTracks().every(one => one.readyState == 'ended'))"
+OFF = "() => streams.length && streams.every(s => s.getTracks().every(one => one.readyState == 'ended'))"
 """Whether the cameras that were on are off."""
 
 
@@ -147,6 +147,8 @@ def test_a_recording_of_the_webcam_is_segmented(camera, predictions, options):
     assert 5 < int(frames) <= int(total) and 1 < float(seconds) < 12, told
     assert Path(page.get_attribute("#segmentor-frames img", "src")).name == "sample-painter-segment.webp"
     assert violations(page) == set()
+    cell = "getComputedStyle(document.querySelector('#segmentor-video-classes td'))"
+    assert page.evaluate(f"{cell}.borderLeftWidth") == "0px"  # gradio draws a black grid
     page.click("#segmentor-clip button[aria-label='Clear']")
     page.wait_for_selector("#segmentor-frames img", state="detached")
     assert visit.outside(predictions) == [] and visit.errors == []
@@ -166,14 +168,20 @@ def test_the_page_says_why_there_is_no_camera(browser, address, options, said):
     page.locator("#picture [title='grant webcam access'] .wrap").click()
     page.wait_for_function("() => asked.length == 2")
     page.wait_for_selector("#picture [role=alert]")
+    if ALLOWED not in options:
+        page.click("#picture button[aria-label='Paste from clipboard']")
+        page.locator("#picture [role=alert]", has_text="may not read the clipboard").wait_for()
+        assert violations(page) == set()
     page.locator("#examples img").first.click()
     visit.current()
+    assert page.locator(".refused").count() == 0
     running.close()
 
 
 def test_a_page_that_browsers_give_no_camera_does_not_offer_it(browser, address):
     running = launch(browser, ALLOWED, FAKE, "--host-resolver-rules=MAP demo.test 127.0.0.1")
     visit = Visit(running, address.replace("127.0.0.1", "demo.test"), **DESKTOP)
-    assert not visit.page.locator("#picture button[aria-label='Capture from camera']").is_visible()
+    for name in ("Capture from camera", "Paste from clipboard"):
+        assert not visit.page.locator(f"#picture button[aria-label='{name}']").is_visible(), name
     assert visit.page.locator("#picture button[aria-label='Upload file']").is_visible()
     running.close()
