@@ -87,8 +87,8 @@ def halves(picture: Image.Image) -> str:
 
 
 @pytest.mark.parametrize("options", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_a_picture_of_the_webcam_is_reconstructed_and_classified(camera, address, options):
-    visit = visit_with(camera, address, **options)
+def test_a_picture_of_the_webcam_is_reconstructed_and_classified(camera, predictions, options):
+    visit = visit_with(camera, predictions, **options)
     page = visit.page
     first = visit.number("PSNR, masked pixels")
     choose_webcam(page, "#picture")
@@ -116,7 +116,7 @@ def test_a_picture_of_the_webcam_is_reconstructed_and_classified(camera, address
     page.locator("#examples img").first.click()
     page.wait_for_function("() => !/cat|cup|face/.test(document.querySelector('#top5').innerText)")
     page.wait_for_function("() => location.search.includes('example=temple')")
-    assert visit.outside(address) == [] and visit.errors == []
+    assert visit.outside(predictions) == [] and visit.errors == []
     visit.context.close()
 
 
@@ -160,9 +160,9 @@ def test_a_recording_of_the_webcam_is_segmented(camera, predictions, options):
 @pytest.mark.parametrize(
     ("options", "said"), [((FAKE,), "allow it for this page"), ((ALLOWED,), "No camera was found")]
 )
-def test_the_page_says_why_there_is_no_camera(browser, address, options, said):
+def test_the_page_says_why_there_is_no_camera(browser, predictions, options, said):
     running = launch(browser, *options)
-    visit = visit_with(running, address, **PHONE)
+    visit = visit_with(running, predictions, **PHONE)
     page = visit.page
     choose_webcam(page, "#picture")
     page.locator("#picture [role=alert]", has_text=said).wait_for()
@@ -180,9 +180,9 @@ def test_the_page_says_why_there_is_no_camera(browser, address, options, said):
     running.close()
 
 
-def test_a_page_that_browsers_give_no_camera_does_not_offer_it(browser, address):
+def test_a_page_that_browsers_give_no_camera_does_not_offer_it(browser, predictions):
     running = launch(browser, ALLOWED, FAKE, "--host-resolver-rules=MAP demo.test 127.0.0.1")
-    visit = Visit(running, address.replace("127.0.0.1", "demo.test"), **DESKTOP)
+    visit = Visit(running, predictions.replace("127.0.0.1", "demo.test"), **DESKTOP)
     for name in ("Capture from camera", "Paste from clipboard"):
         assert not visit.page.locator(f"#picture button[aria-label='{name}']").is_visible(), name
     assert visit.page.locator("#picture button[aria-label='Upload file']").is_visible()
