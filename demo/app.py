@@ -25,11 +25,13 @@ from demo.masking import sample_views
 from demo.middleware import RequestGuard
 from demo.models import Models
 from demo.nearest import PictureSearch
+from demo.pages import webcam
 from demo.pages.compare import compare_tab
 from demo.pages.downstream import TITLES, classify_tab, detect_tab, segment_tab
 from demo.pages.explore import explore_tab
 from demo.pages.guide import guide
 from demo.pages.nearest import nearest_tab
+from demo.pages.page_state import PRIVATE
 from demo.pages.reconstruct import reconstruct_tab
 from demo.pages.runtimes import runtimes_tab
 from demo.reconstruction import reconstruct
@@ -84,6 +86,7 @@ def build_page(
                     image_mode=None,
                     format="png",
                     sources=["upload", "clipboard", "webcam"],
+                    webcam_options=webcam.OPTIONS,
                     elem_id="picture",
                     height=240,
                     alt_text="The input picture",
@@ -101,6 +104,7 @@ def build_page(
             with gr.Column(scale=3, min_width=320, elem_id="right"), gr.Tabs(elem_id="tabs"):
                 _tabs(session, picture, about, page, examples)
         guide(models, page)
+        page.load(None, js=webcam.SCRIPT, **PRIVATE)
     page.storage = storage
     page.queue(max_size=WAITING, default_concurrency_limit=4, api_open=False)
     protection = {

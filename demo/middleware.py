@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import mimetypes
+import os
 import re
-from typing import Any
 
 from starlette.formparsers import MultiPartException
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coma.errors import BadImage
@@ -65,35 +65,28 @@ class RequestGuard:
             return
         wanted, reading = _FILE.fullmatch(scope["path"]), scope["method"] in ("GET", "HEAD")
         if wanted and reading:
-            await self._file(wanted[1], scope)(scope, receive, send)
+            await self._file(wanted[1], scope, receive, send)
         elif wanted or not _ROUTES.fullmatch(scope["path"]):
             await _answer(404, "Not found.")(scope, receive, send)
         else:
             await _GuardedExchange(scope, receive, send).run(self.app)
 
-    def _file(self, path: str, scope: Scope) -> Response:
-        """Returns an upload or a result; everything else gets the same answer."""
+    async def _file(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends an upload or a result, or the part of it in a Range; everything else gets the same answer."""
         if not is_logged_in(scope):
-            return _answer(401, "Not authenticated.")
+            return await _answer(401, "Not authenticated.")(scope, receive, send)
         try:
             file = self.storage.open(path)
         except BadImage:
-            return _answer(404, "Not found.")
-        kind = mimetypes.guess_type(path)[0]
-        headers = {"x-content-type-options": "nosniff", "content-length": str(file.seek(0, 2))}
-        file.seek(0)
+            return await _answer(404, "Not found.")(scope, receive, send)
+        kind, headers = mimetypes.guess_type(path)[0], {"x-content-type-options": "nosniff"}
         if kind not in _SHOWN:
             kind, headers["content-disposition"] = "application/octet-stream", "attachment"
-        if scope["method"] == "HEAD":
-            file.close()
-            return Response(headers=headers, media_type=kind)
-
-        def chunks() -> Any:
-            with file:
-                while chunk := file.read(2**18):
-                    yield chunk
-
-        return StreamingResponse(chunks(), headers=headers, media_type=kind)
+        with file:  # by its number: another file may have its path by now
+            about = os.fstat(file.fileno())
+            await FileResponse(
+                f"/dev/fd/{file.fileno()}", headers=headers, media_type=kind, stat_result=about
+            )(scope, receive, send)
 
 
 class _GuardedExchange:

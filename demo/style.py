@@ -25,6 +25,7 @@ body[data-stale] #result::after, body[data-stale-place] #explored::after,
   body[data-stale-features] #features::after { content: "Updating\\2026";
   position: absolute; inset: 45% 0 auto; margin: auto;
   width: max-content; padding: 4px 12px; border-radius: 8px; background: #111827; color: #fff; z-index: 9; }
+:is(#result, #explored, #features):has(.error)::after { content: "Not updated" !important; }
 .compared { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(46%, 170px), 1fr)); gap: 12px; }
 .compared figure { margin: 0; } .compared figure div { position: relative; aspect-ratio: 1; }
 .compared img { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; object-fit: contain; }
@@ -34,8 +35,8 @@ body[data-stale] #result::after, body[data-stale-place] #explored::after,
 .badge { margin: 4px 0; padding: 4px 8px; border-radius: 8px; background: #92400e; color: #fff;
   font-weight: 600; font-size: .85rem; }
 #examples .grid-container { padding: 0 !important; }
-#examples .caption-label { left: 0 !important; right: 0 !important; border-radius: 0; padding: 0 4px;
-  text-align: center; }
+#examples .caption-label { left: 0 !important; right: 0 !important; border-radius: 0; padding: 0 2px;
+  text-align: center; max-width: none !important; letter-spacing: -.02em; }
 #examples .thumbnail-lg { height: 84px; }
 #examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
 #examples .thumbnail-lg { width: 100% !important; }
@@ -56,8 +57,9 @@ ul.off li { opacity: .75; } ul.off li::before { content: "\\2298\\a0"; } ul.off 
 .scroll { overflow: auto; max-height: 460px; }
 .scroll table { width: 100%; border-collapse: collapse; font-size: .92rem; }
 .scroll caption { text-align: left; font-weight: 600; padding: 4px 0; }
-.scroll th, .scroll td { text-align: left; padding: 6px 10px; vertical-align: top; white-space: pre-wrap;
-  border: 0 solid var(--border-color-primary) !important; border-bottom-width: 1px !important;
+.prose .scroll :is(table, tr) { border: 0 !important; }
+.prose .scroll :is(th, td) { text-align: left; padding: 6px 10px; vertical-align: top; white-space: pre-wrap;
+  border-width: 0 0 1px !important; border-color: var(--border-color-primary) !important;
   font-variant-numeric: tabular-nums; }
 .scroll tr.off { opacity: .55; }
 .legend .legend-item { padding: 4px 10px 4px 24px; min-height: 24px; color: var(--body-text-color);
@@ -67,8 +69,19 @@ ul.off li { opacity: .75; } ul.off li::before { content: "\\2298\\a0"; } ul.off 
   max-width: 94% !important; text-align: left; }
 .pictures .grid-wrap, .pictures .fixed-height { min-height: 0 !important; max-height: none !important; }
 .dark { --color-accent: #2dd4bf; }
-.icon-button, a.download-link { min-width: 24px; min-height: 24px; display: inline-flex !important;
-  align-items: center; justify-content: center; }
+.icon-button, a.download-link, .video-container .controls .icon { min-width: 24px; min-height: 24px;
+  display: inline-flex !important; align-items: center; justify-content: center; }
+.source-selection button { min-width: 24px; min-height: 24px; }
+body[data-insecure] :is([aria-label="Capture from camera"], [aria-label="Paste from clipboard"]) {
+  display: none !important; }
+[title="grant webcam access"] .wrap { min-height: 0; }
+[title="grant webcam access"], .upload-container:has(> .refused) { position: relative; }
+.refused { position: absolute; inset: 28px 0 0; padding: 4px 12px; text-align: center; pointer-events: none;
+  color: var(--body-text-color); background: var(--background-fill-primary); }
+.volume-control-wrapper { display: none !important; }
+.video-container > :first-child { flex: 1 1 0; min-height: 0; }
+footer .divider { display: none !important; }
+#right .block:has(.empty[aria-label]) { min-height: 64px; }
 #right .empty[aria-label] { display: none; } #top5 { overflow: visible !important; }
 :focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 1px; }
 @media (max-width: 700px) {

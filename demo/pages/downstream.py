@@ -15,6 +15,7 @@ from coma.errors import BadInput
 from coma.runtimes.model_spec import GraphKind
 from demo.inputs import EVENT_SECONDS, CheckedVideo
 from demo.models import Model
+from demo.pages import webcam
 from demo.pages.page_state import clear_on_change
 from demo.predict import (
     MOST_SHOWN,
@@ -115,7 +116,10 @@ def _video_part(session: Session, form: GraphKind, *controls: gr.Dropdown | gr.S
         return
     verb = TITLES[form]
     with gr.Accordion("Video", open=False, elem_id=f"{form}-video"):
-        video = CheckedVideo(label="Video", sources=["upload", "webcam"], height=280, elem_id=f"{form}-clip")
+        video = CheckedVideo(
+            label="Video", sources=["upload", "webcam"], include_audio=False, webcam_options=webcam.OPTIONS,
+            height=280, elem_id=f"{form}-clip",
+        )  # fmt: skip
         about = f"{FORMATS}; at most {MAX_BYTES >> 20} MB. "
         gr.HTML(note(f"{about}At most {MOST_FRAMES} frames of the first {VIDEO_SECONDS} seconds are used."))
         go = gr.Button(f"{verb} video", variant="primary", elem_id=f"{form}-video-go")

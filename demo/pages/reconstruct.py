@@ -89,7 +89,7 @@ def reconstruct_tab(
         elem_id="brush",
     )
     with gr.Row(elem_id="result", elem_classes="panels"):
-        seen = panel("At the model's size", "seen", "The picture, brought to the size of the model")
+        seen = panel("Resized", "seen", "The picture, brought to the size of the model")
         masked = panel("Masked", "masked", "What the model sees of the picture")
         rebuilt = panel("Reconstruction", "rebuilt", "The picture as the model reconstructs it")
     numbers = gr.HTML(elem_id="numbers", label="Numbers")

@@ -84,6 +84,11 @@ def test_bad_uploads_are_answered_on_the_page(browser, address, tmp_path):
     visit.page.click("#picture button[aria-label='Remove Image']")
     visit.page.set_input_files("#picture input[type=file]", str(tmp_path / "holiday.jpg"))
     visit.page.get_by_text("is not a picture").first.wait_for()
+    said = "() => getComputedStyle(document.querySelector('#result'), '::after').content == '\"Not updated\"'"
+    visit.page.wait_for_function(said)  # not: Updating
+    visit.page.locator("#examples button").first.click()
+    visit.current()
+    assert not visit.page.evaluate(said)
     visit.context.close()
 
 

@@ -39,6 +39,8 @@ def test_everything_that_matters_is_on_the_first_screen_and_does_not_jump(browse
         assert box["x"] >= 0 and box["x"] + box["width"] <= width, (name, box)
     assert boxes["controls"]["y"] + boxes["controls"]["height"] <= boxes["masked"]["y"]
     assert min(boxes[name]["height"] for name in ("picture", "masked", "rebuilt")) >= 140
+    names = page.locator("#examples .caption-label, #result [data-testid=block-label]")
+    assert names.evaluate_all("all => all.filter(e => e.scrollWidth > e.clientWidth).length") == 0, "cut off"
     assert not page.locator("#runtime").is_visible()
     visit.more()
     assert page.locator("#runtime").is_visible()

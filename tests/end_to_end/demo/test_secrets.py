@@ -180,6 +180,42 @@ def test_files_are_sent_from_the_folder_alone(server):
     answers = set()
     for path in [*map(str, traps(server).values()), "http://127.0.0.1:1/x", "file:///etc/passwd", "", "%00"]:
         for prefix in ("file=", "file/", "file=/", "file=./"):
-            answer = server.web.get(f"/gradio_api/{prefix}{path}", timeout=10)
-            answers.add((answer.status_code, answer.text))
+            for headers in ({}, {"range": "bytes=0-3"}):
+                answer = server.web.get(f"/gradio_api/{prefix}{path}", headers=headers, timeout=10)
+                answers.add((answer.status_code, answer.text))
     assert answers == {(404, '{"detail":"Not found."}')}
+
+
+def test_a_part_of_a_file_is_sent_and_hostile_ranges_cost_nothing(server):
+    """Safari plays no video without ranges."""
+    whole = (server.folder / EXAMPLES / "coins.png").read_bytes()
+    size, place = len(whole), f"/gradio_api/file={server.folder / EXAMPLES / 'coins.png'}"
+
+    def ask_for(asked: str, **more: str) -> Any:
+        return server.web.get(place, headers={"range": asked, **more}, timeout=10)
+
+    plain = server.web.get(place)
+    assert plain.headers["accept-ranges"] == "bytes" and plain.content == whole
+    last = size - 1
+    for asked, first, end in (
+        ("0-1", 0, 1), ("7-", 7, last), ("-9", size - 9, last), (f"{last}-", last, last),
+        (f"5-{size * 99}", 5, last), (f"-{size * 99}", 0, last), ("0-9,3-20", 0, 20), ("x,1-2", 1, 2),
+    ):  # fmt: skip
+        part = ask_for(f"bytes={asked}")
+        assert (part.status_code, part.content) == (206, whole[first : end + 1]), asked
+        assert part.headers["content-range"] == f"bytes {first}-{end}/{size}"
+        assert part.headers["content-type"] == "image/png"
+        assert part.headers["x-content-type-options"] == "nosniff"
+    for asked, status in {
+        f"bytes={size}-": 416, "bytes=-0": 416, "bytes=9-5": 400, "bytes=--5": 416, "bytes=5": 400,
+        "bytes=": 400, "bytes": 400, "items=0-1": 400, "bytes=a-b": 400, f"bytes={'9' * 5000}-": 400,
+    }.items():  # fmt: skip
+        answer = ask_for(asked)
+        assert answer.status_code == status and len(answer.content) < 99, asked
+    for each in ("0-", "0-0", "-1"):  # a thousand times the same part
+        answer = ask_for("bytes=" + ",".join([each] * 1000))
+        assert len(answer.content) <= size and answer.elapsed.total_seconds() < 5, each
+    two = ask_for("bytes=0-3,9-9")
+    assert two.status_code == 206 and two.headers["content-type"].startswith("multipart/byteranges")
+    assert ask_for("bytes=0-1", **{"if-range": plain.headers["etag"]}).status_code == 206
+    assert ask_for("bytes=0-1", **{"if-range": '"another"'}).content == whole
