@@ -72,9 +72,15 @@ class Visit:
 
 
 def violations(page: Any) -> set[str]:
-    """What axe-core finds serious or critical on the page, targets of touch included."""
+    """What axe-core finds serious or critical on the page, targets of touch included.
+
+    Colours are those after the fading of what has just changed.
+    """
     from axe_playwright_python.sync_playwright import Axe
 
+    timing = "each.effect.getComputedTiming().iterations"
+    moving = f"document.getAnimations().filter(each => each.playState == 'running' && {timing} < Infinity)"
+    page.wait_for_function(f"() => {moving}.length == 0")
     answer = Axe().run(page, options={"rules": {"target-size": {"enabled": True}}}).response
     return {
         f"{each['id']}: {node['html'][:160]} {node['failureSummary'][:200]}"
