@@ -72,8 +72,8 @@ def main() -> None:
             axes.set_ylabel("top-1 %")
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlabel("training time (CPU minutes, one thread)")
-        axes.set_xlim(left=0)
+        grid[-1][column].set_xlabel("training time (CPU minutes, one thread)")
+        grid[-1][column].set_xlim(left=0)
     figure.legend(handles.values(), handles, loc="outside right upper", frameon=False)
     figure.supxlabel(
         "filled: best learning rate, bars: deviation over seeds; hollow: other rates; dashed: untrained",

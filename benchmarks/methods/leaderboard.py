@@ -1,7 +1,7 @@
 """The leaderboard: CPU minutes of pre-training that an encoder needs to reach MAE's fine-tuned accuracy.
 
-    python benchmarks/leaderboard/run.py --data DATA/class-tinyimagenet40 --jobs 2
-    python benchmarks/leaderboard/run.py --data DATA/class-tinyimagenet40 --only "MAE, Muon" "CoMA, Muon"
+    python benchmarks/methods/leaderboard.py --data DATA/class-tinyimagenet40 --jobs 2
+    python benchmarks/methods/leaderboard.py --data DATA/class-tinyimagenet40 --only "MAE, Muon" "CoMA, Muon"
 
 All rows pre-train the same DyViT (0.77 M parameters) at 64 px on the unlabelled training images, with three
 seeds and one thread each, on as many images as the row says. The encoder is then fine-tuned, briefly, with
@@ -10,7 +10,7 @@ the mean of both fine-tuned accuracies is at least the target's; its time is tha
 
 To try an idea: add a row to ROWS, with the fewest images that you think will do, and run the first command.
 What is done is not done again, and `--minutes` stops after a while. The table and all runs are written to
-`results.json` and `README.md` of this folder; keep a row that beats the ones above it, and write down in
+--out; keep a row that beats the ones above it, and write down in
 `benchmarks/LOG.md` what was tried and did not.
 """
 
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "methods"))
 
 from machine import describe
 from machine import table as markdown
@@ -37,7 +36,6 @@ from coma.config.compare import LABEL_SHARES
 from coma.errors import Interrupted
 from pretrain.sweep import Result, compare
 
-HERE = Path(__file__).resolve().parent
 TARGET = "MAE, Muon"
 ROWS: Mapping[str, tuple[str, int]] = {
     TARGET: ("mae --optimizer muon --base-lr 0.096", 16_000),
@@ -97,7 +95,7 @@ def main() -> None:
     """The target, then the other rows."""
     parser = shared_flags(__doc__, ["DyViT"])
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="the target always runs")
-    parser.set_defaults(image_size=64, train=16_000, out=HERE / "results.json")
+    parser.set_defaults(image_size=64, train=16_000, out=Path("benchmarks/results/leaderboard_cpu.json"))
     args = parse(parser, "leaderboard")
     args.base_lr = 1.6e-2  # each row has a rate of its own
     test = labelled(args)
@@ -110,7 +108,6 @@ def main() -> None:
         runs = {each: [asdict(run) for run in some] for each, some in found.items()}
         about = {"machine": describe(), "data": args.data.name, "rows": ROWS, "finetune": [FINETUNE, FEW]}
         args.out.write_text(json.dumps({**about, "runs": runs}, indent=1) + "\n")
-        args.out.with_name("README.md").write_text(f"# Leaderboard\n\n{text}\n\n{describe()}\n")
 
 
 if __name__ == "__main__":
