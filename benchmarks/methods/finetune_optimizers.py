@@ -28,7 +28,7 @@ RATES = {"adamw": (3e-4, 1e-3, 3e-3), "muon": (1e-3, 3e-3, 1e-2)}
 BATCH = 32
 SHORT = (
     "--ema-decay 0 --drop-path 0 --layer-decay 1 --rand-augment 0 --mixup 0 --cutmix 0 --random-erasing 0 "
-    "--crop-scale 0.4 1 --workers 0 --device cpu"
+    "--crop-scale 0.4 1"
 )
 """What keeps long trainings from overfitting is off."""
 
@@ -40,7 +40,7 @@ def train(args: argparse.Namespace, optimizer: str, rate: float, seed: int) -> d
     if not (about.exists() and "test_top1" in json.loads(about.read_text())["trained"]):
         begin = [args.artifact, "--data", args.data, "--out", out, "--seed", seed, "--epochs", args.epochs]
         begin += ["--batch-size", BATCH, "--optimizer", optimizer, "--base-lr", rate * 256 / BATCH]
-        begin += ["--validate", args.epochs, *shlex.split(SHORT)]
+        begin += ["--validate", args.epochs, "--workers", 0, "--device", "cpu", *shlex.split(SHORT)]
         command = ["--resume", out] if (out / "config.json").exists() else begin
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "coma", "classify", "train", *map(str, command)]

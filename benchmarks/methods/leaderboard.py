@@ -9,9 +9,8 @@ all labels and with 10 % of them, and its features are classified by a linear pr
 the mean of both fine-tuned accuracies is at least the target's; its time is that of the training steps.
 
 To try an idea: add a row to ROWS, with the fewest images that you think will do, and run the first command.
-What is done is not done again, and `--minutes` stops after a while. The table and all runs are written to
---out; keep a row that beats the ones above it, and write down in
-`benchmarks/LOG.md` what was tried and did not.
+What is done is not done again, and `--minutes` stops after a while. Keep a row that beats the ones above it,
+and write down in `benchmarks/LOG.md` what was tried and did not.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from finetune_optimizers import SHORT
 from machine import describe
 from machine import table as markdown
 from run import BACKBONES, comparison, entry, flags, labelled, parse, shared_flags
@@ -43,11 +43,7 @@ ROWS: Mapping[str, tuple[str, int]] = {
 }
 """Flags of `coma pretrain --method`, and images of pre-training; the rates are those that
 `benchmarks/methods/optimizers.py` found."""
-FINETUNE = (
-    "--epochs 2 --batch-size 32 --optimizer muon --base-lr 0.024 --layer-decay 1 --ema-decay 0 --drop-path 0 "
-    "--rand-augment 0 --mixup 0 --cutmix 0 --random-erasing 0 --crop-scale 0.4 1"
-)
-"""A recipe for minutes: what keeps long trainings from overfitting is off."""
+FINETUNE = f"--epochs 2 --batch-size 32 --optimizer muon --base-lr 0.024 {SHORT}"
 FEW = "--epochs 12 --validate 4"
 PROTOCOLS = (*LABEL_SHARES, "linear", "knn")
 

@@ -112,10 +112,9 @@ class CompareConfig(Ranged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rates = self.lr_search
+        rates = [f"{rate:g}" for rate in self.lr_search]  # as they are written in names of folders
         if len(rates) > _MOST_RATES or len(set(rates)) < len(rates):
-            text = " ".join(f"{rate:g}" for rate in rates)
-            raise BadInput(f"--lr-search {text}: give at most {_MOST_RATES} different rates")
+            raise BadInput(f"--lr-search {' '.join(rates)}: give at most {_MOST_RATES} different rates")
 
     @property
     def unit(self) -> Unit:
@@ -129,7 +128,7 @@ class CompareConfig(Ranged):
 
     @property
     def run_amount(self) -> float:
-        """What is left of the budget for a run after the search for learning rates."""
+        """Amount of the budget that a run gets: all that the trials of learning rates do not use."""
         return self.amount * (1 - SEARCH_SHARE * len(self.lr_search))
 
     @property

@@ -77,6 +77,7 @@ def with_rates(comparison: CompareConfig, costs: Mapping[str, Cost], stop: StopR
     for entry in undecided:
         tried = {rate: trials[entry.name, rate] for rate in comparison.lr_search}
         losses = {rate: _last_loss(config.run.out) for rate, (job, config) in tried.items() if job.done()}
+        losses = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
         if not losses:
             logs = comparison.out / "logs"
             raise CheckFailed(f"{entry.name}: no rate of --lr-search could be tried; see {logs}")
@@ -107,7 +108,6 @@ def _with_rate(entry: Entry, rate: float) -> Entry:
 
 
 def _last_loss(run: Path) -> float:
-    """Returns the mean loss of the last quarter of the log points; infinity if it is no number."""
+    """Returns the mean loss of the last quarter of the log points; NaN if none was written."""
     losses = [row["loss"] for row in metrics_rows(run) if "loss" in row]
-    loss = statistics.mean(losses[-max(1, len(losses) // 4) :])
-    return loss if math.isfinite(loss) else math.inf
+    return statistics.mean(losses[-max(1, len(losses) // 4) :]) if losses else math.nan

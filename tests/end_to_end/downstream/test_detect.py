@@ -42,6 +42,18 @@ def test_a_run_leaves_an_artifact_of_the_best_checkpoint(trained, backbone):
     assert len(list(trained.glob("iter_*.pth"))) == 2 and list(trained.rglob("events.out.tfevents*"))
 
 
+def test_the_log_of_a_run_that_has_ended_is_closed(trained):
+    """mmengine writes to its logs whenever a model is initialised, also to one that a server has closed."""
+    from mmengine.logging import MMLogger
+
+    open_files = [
+        getattr(handler, "baseFilename", "")
+        for logger in MMLogger._instance_dict.values()
+        for handler in logger.handlers
+    ]
+    assert list(trained.rglob("*.log")) and not [name for name in open_files if str(trained) in name]
+
+
 def test_the_artifact_gives_what_the_trained_model_gave(trained, data, tmp_path, capsys):
     run(["test", str(trained / "artifact"), "--data", str(data), "--out", str(tmp_path)])
     scores = json.loads((tmp_path / "scores.json").read_text())

@@ -265,9 +265,8 @@ def searched(labelled: Path, tmp_path: Path) -> None:
             assert json.loads((trial / "config.json").read_text())["run"]["seed"] == 3
             last[float(rate)] = rows[-1]["loss"]
         for seed in (3, 4):
-            optimizer = json.loads((out / "settings" / f"{method}-small-{seed}.json").read_text())[
-                "optimizer"
-            ]
+            settings = json.loads((out / "settings" / f"{method}-small-{seed}.json").read_text())
+            optimizer = settings["optimizer"]
             assert optimizer["base_lr"] == min(last, key=last.__getitem__)
             assert optimizer["steps"] == 42  # seven tenths
         assert f"lr-{method}-small-10000: exit code 1" in told.getvalue()
