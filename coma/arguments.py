@@ -209,7 +209,8 @@ def _texts(kind: type) -> dict[str, str]:
 def _presentation(hint: Any, default: Any, allowed: str, text: str) -> tuple[str, Any]:
     """Returns a flag's help text, and how its values, its range and its one default are shown.
 
-    Where no value is the default, the last words of the text may say what that means: "default: 3".
+    Where no value is the default, or an empty list, the last words of the text may say what that means:
+    "default: 3".
     """
     told = _TOLD.fullmatch(text)
     meaning = told["a"] or told["b"] if told else ""
@@ -219,8 +220,8 @@ def _presentation(hint: Any, default: Any, allowed: str, text: str) -> tuple[str
     def behind(label: str) -> str:
         if isinstance(default, bool):
             label = "on" if default else "off"
-        shown = f"default: {meaning if default is None else label}"
-        parts = [allowed, "" if default in (None, ()) and not meaning else shown]
+        shown = meaning if default in (None, ()) else label
+        parts = [allowed, f"default: {shown}" if shown else ""]
         return f"({'; '.join(filter(None, parts))})" if any(parts) else ""
 
     return text, tyro.conf.arg(metavar=metavar(hint), help_behavior_hint=behind)

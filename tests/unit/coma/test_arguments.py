@@ -52,6 +52,8 @@ class Settings(Base):
     """Where to compute."""
     name: Annotated[str, RARE] = "a"
     flip: bool = True
+    rates: tuple[float, ...] = ()
+    """Rates to try; default: as it is."""
     inner: Annotated[Inner, RARE] = field(default_factory=Inner)
 
 
@@ -94,6 +96,7 @@ def test_help_shows_one_default_and_words(capsys, monkeypatch):
         "--scale MIN MAX (default: 0.2 1)",
         "--device {auto,cuda,cpu} Where to compute. ",
         "--flip, --no-flip (default: on)",
+        "--rates X ... Rates to try. (default: as it is)",
     ):
         assert part in text
     assert "none" not in text.lower().replace("none of", "")
