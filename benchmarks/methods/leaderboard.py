@@ -6,7 +6,8 @@
 All rows pre-train the same DyViT (0.77 M parameters) at 64 px on the unlabelled training images, with three
 seeds and one thread each, on as many images as the row says. The encoder is then fine-tuned, briefly, with
 all labels and with 10 % of them, and its features are classified by a linear probe and kNN. A row counts when
-the mean of both fine-tuned accuracies is at least the target's; its time is that of the training steps.
+the means of both fine-tuned accuracies are at least the target's; its minutes follow from the time of a
+training step in trials of all rows: see `run.seconds_per_image`.
 
 To try an idea: add a row to ROWS, with the fewest images that you think will do, and run the first command.
 What is done is not done again, and `--minutes` stops after a while. Keep a row that beats the ones above it,
@@ -29,12 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from finetune_optimizers import SHORT
 from machine import describe
 from machine import table as markdown
-from run import BACKBONES, comparison, entry, flags, labelled, parse, shared_flags
+from run import BACKBONES, comparison, entry, flags, labelled, parse, seconds_per_image, shared_flags
 from table import spread
 
 from coma.config.compare import LABEL_SHARES
 from coma.errors import Interrupted
-from pretrain.sweep import Result, compare
+from pretrain.sweep import Entry, Result, compare
 
 TARGET = "MAE, Muon"
 ROWS: Mapping[str, tuple[str, int]] = {
@@ -48,17 +49,19 @@ FEW = "--epochs 12 --validate 4"
 PROTOCOLS = (*LABEL_SHARES, "linear", "knn")
 
 
+def entry_of(name: str, args: argparse.Namespace) -> Entry:
+    """A row, as `coma compare` calls it."""
+    train, own, model = args.data / "train.npz", f"{name}: {ROWS[name][0]}", f"DyViT: {BACKBONES['DyViT']}"
+    return entry(train, own, model, flags(args), tuple(args.seeds))
+
+
 def row(name: str, args: argparse.Namespace, test: Path) -> dict[str, tuple[Result, ...]]:
     """All runs of a row, after what is missing was trained and measured; with the target's, random ones."""
-    method, images = ROWS[name]
-    own = f"{name}: {method}"
-    found = entry(
-        args.data / "train.npz", own, f"DyViT: {BACKBONES['DyViT']}", flags(args), tuple(args.seeds)
-    )
-    args.images, args.probes = images, 0
+    found = entry_of(name, args)
+    args.images = ROWS[name][1]
     config = replace(
         comparison(args, "images", test, (found,)),
-        out=args.work / f"{found.name}-{images}",
+        out=args.work / f"{found.name}-{args.images}",
         protocols=PROTOCOLS,
         finetune=FINETUNE,
         finetune_10=FEW,
@@ -75,15 +78,17 @@ def row(name: str, args: argparse.Namespace, test: Path) -> dict[str, tuple[Resu
     return {each: tuple(run for run in compared.results if run.method == each) for each in names}
 
 
-def summary(name: str, runs: tuple[Result, ...], target: tuple[Result, ...]) -> dict[str, Any]:
+def summary(
+    name: str, runs: tuple[Result, ...], target: tuple[Result, ...], seconds: Mapping[str, float]
+) -> dict[str, Any]:
     """A row of the table."""
     reached = all(
         statistics.mean(run.top1[protocol] for run in runs)
         >= statistics.mean(run.top1[protocol] for run in target)
         for protocol in LABEL_SHARES
     )
-    cells = {"row": name, "images": f"{ROWS[name][1] if name in ROWS else 0:,}"}
-    cells["CPU minutes"] = spread([run.seconds / 60 for run in runs])
+    images = ROWS[name][1] if name in ROWS else 0
+    cells = {"row": name, "images": f"{images:,}", "minutes": f"{images * seconds.get(name, 0) / 60:.1f}"}
     cells |= {protocol: spread([run.top1[protocol] for run in runs]) for protocol in PROTOCOLS}
     return {**cells, "reaches the target": "is it" if name == TARGET else "yes" if reached else "no"}
 
@@ -94,16 +99,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="the target always runs")
     parser.set_defaults(image_size=64, train=16_000, out=Path("benchmarks/results/leaderboard_cpu.json"))
     args = parse(parser, "leaderboard")
-    args.base_lr = 1.6e-2  # each row has a rate of its own
+    args.base_lr, args.probes = 1.6e-2, 0  # each row has a rate of its own
     test = labelled(args)
     print(describe(), flush=True)
+    wanted = {name: entry_of(name, args) for name in ROWS if name in {TARGET, *args.only}}
+    times = seconds_per_image(args, test, tuple(wanted.values()))
+    seconds = {name: times[each.name] for name, each in wanted.items()}
     found: dict[str, tuple[Result, ...]] = {}
-    for name in (each for each in ROWS if each in {TARGET, *args.only}):
+    for name in wanted:
         found |= row(name, args, test)
-        text = markdown([summary(each, runs, found[TARGET]) for each, runs in found.items()])
+        text = markdown([summary(each, runs, found[TARGET], seconds) for each, runs in found.items()])
         print(text, flush=True)
         runs = {each: [asdict(run) for run in some] for each, some in found.items()}
         about = {"machine": describe(), "data": args.data.name, "rows": ROWS, "finetune": [FINETUNE, FEW]}
+        about["seconds_per_image"] = seconds
         args.out.write_text(json.dumps({**about, "runs": runs}, indent=1) + "\n")
 
 

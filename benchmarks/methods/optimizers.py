@@ -7,9 +7,8 @@ Everything else is as in `run.py`, with its equal budget of images. A rate is tr
 one with the best linear probe of its method and optimizer is then trained with the other seeds. What is done
 is not done again; `--minutes` stops after a while.
 
-Beside other work the computing time of a step can double, so the minutes of a row are not those of its runs:
-they follow from the time of a step in trials of all methods and optimizers, one after the other. Delete
-`timing` in --work and call the script again when nothing else runs.
+The minutes of a row follow from the time of a step in trials of all methods and optimizers: see
+`run.seconds_per_image`.
 """
 
 from __future__ import annotations
@@ -26,14 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from machine import describe
 from machine import table as markdown
-from run import BACKBONES, comparison, entry, flags, labelled, parse, shared_flags
+from run import BACKBONES, comparison, entry, flags, labelled, parse, seconds_per_image, shared_flags
 from table import spread
 
 from coma.errors import Interrupted
-from coma.signals import StopRequest
 from pretrain.sweep import Entry, SweepResult, compare
-from pretrain.sweep.plan import cost
-from pretrain.sweep.trials import timed
 
 METHODS = ("mae", "coma")
 RATES: Mapping[str, tuple[float, ...]] = {
@@ -77,16 +73,6 @@ def run(args: argparse.Namespace, test: Path, entries: tuple[Entry, ...]) -> Swe
         raise SystemExit(str(stopped)) from None
 
 
-def seconds_per_image(args: argparse.Namespace, test: Path) -> dict[tuple[str, ...], float]:
-    """Computing time of training with every backbone, method and optimizer, in trials of their own."""
-    some = {recipe[:3]: entry_of(recipe, tuple(args.seeds[:1]), args) for recipe in recipes(args)}
-    entries = tuple(some.values())
-    config = replace(comparison(args, "images", test, entries), out=args.work / "timing", jobs=1)
-    with StopRequest() as stop:
-        costs = timed(config, {entry.name: cost(entry.config) for entry in entries}, stop)
-    return {key: costs[entry.name].seconds or 0.0 for key, entry in some.items()}
-
-
 def best(found: SweepResult, args: argparse.Namespace) -> set[Recipe]:
     """The rate with the best linear probe of the first seed, of every backbone, method and optimizer."""
     linear = {
@@ -112,7 +98,9 @@ def main() -> None:
     chosen = best(found, args)
     seeds = {each: tuple(args.seeds) if each in chosen else first for each in recipes(args)}
     found = run(args, test, tuple(entry_of(each, some, args) for each, some in seeds.items()))
-    times = seconds_per_image(args, test)
+    some = {recipe[:3]: entry_of(recipe, first, args) for recipe in recipes(args)}
+    seconds = seconds_per_image(args, test, tuple(some.values()))
+    times = {key: seconds[each.name] for key, each in some.items()}
     rows: list[dict[str, Any]] = []
     for backbone, method, optimizer, rate in recipes(args):
         name = name_of(method, optimizer, rate)

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +39,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import describe
 
 from coma.errors import Interrupted
+from coma.signals import StopRequest
 from pretrain.commands.compare import entry
 from pretrain.sweep import CompareConfig, Entry, SweepResult, compare
+from pretrain.sweep.plan import cost
+from pretrain.sweep.trials import timed
 
 TEACHER = "--teacher {teacher}"
 METHODS: Mapping[str, str] = {
@@ -142,6 +145,18 @@ def comparison(args: argparse.Namespace, unit: str, test: Path, found: tuple[Ent
         probe_train=1000,
         probe_test=1000,
     )
+
+
+def seconds_per_image(args: argparse.Namespace, test: Path, entries: tuple[Entry, ...]) -> dict[str, float]:
+    """Computing time of training by the entries' names, in trials of all, one after the other.
+
+    Beside other work the computing time of a step can double, so the times of runs are not comparable. Delete
+    `timing` in --work and call the script again when nothing else runs.
+    """
+    config = replace(comparison(args, "images", test, entries), out=args.work / "timing", jobs=1)
+    with StopRequest() as stop:
+        costs = timed(config, {entry.name: cost(entry.config) for entry in entries}, stop)
+    return {name: found.seconds or 0.0 for name, found in costs.items()}
 
 
 def record(args: argparse.Namespace, found: Mapping[str, SweepResult]) -> None:
