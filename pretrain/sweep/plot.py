@@ -40,6 +40,7 @@ def draw(comparison: CompareConfig, found: Sequence[Group], path: Path) -> None:
     figure = Figure(figsize=(4.6 * len(models) + 2.4, 3.4 * len(rows)), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     grid = figure.subplots(len(rows), len(models), squeeze=False, sharey="row")
+    longest = max(run.seconds for group in found for run in group.runs) / 60 or 1.0  # 0: random weights alone
     handles: dict[str, Artist] = {}
     for line, (protocol, during) in zip(grid, rows, strict=True):
         for axes, model in zip(line, models, strict=True):
@@ -56,7 +57,7 @@ def draw(comparison: CompareConfig, found: Sequence[Group], path: Path) -> None:
             axes.set_title(f"{model}: {TITLES[protocol]}{', during training' if during else ''}")
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-            axes.set_xlim(left=0)
+            axes.set_xlim(0, 1.05 * longest)
         line[0].set_ylabel("top-1 %")
     for axes in grid[-1]:
         axes.set_xlabel(f"training time ({clock_name(comparison)} minutes)")

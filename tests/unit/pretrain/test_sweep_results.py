@@ -264,3 +264,4 @@ def test_the_picture_shows_everything_once_where_it_was_measured(labelled, tmp_p
         [20, 20]
     ]
     assert [list(line.get_xdata()) for line in axes["a: kNN, during training"].lines] == [[0, 1.5]] * 3
+    assert all(each.get_xlim()[1] == pytest.approx(2.1) for each in figure.axes)  # no marker is cut off
