@@ -1,6 +1,6 @@
-"""CoMA with two and four views and MAE, also fine-tuned, each with a learning rate of its own.
+"""Compares MAE with CoMA of two and four views by fine-tuning, each with a learning rate of its own.
 
-    python benchmarks/methods/finetuned.py --data DATA/class-cifar10 --jobs 2
+    python benchmarks/methods/finetuned.py --data DATA/class-cifar10 --backbones DyViT --out RESULTS.json
 
 Encoders, batches and labelled images are those of `run.py`; `coma compare --lr-search` chooses the rates by
 the training loss, and its trials count in the budget of computing time that each run has. The encoders are
@@ -19,9 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from leaderboard import FEW, FINETUNE, PROTOCOLS
 from machine import describe
-from run import BACKBONES, comparison, entry, flags, labelled, parse, shared_flags
+from run import BACKBONES, comparison, entry, flags, labelled, parse, shared_flags, stoppable
 
-from coma.errors import Interrupted
 from pretrain.sweep import compare
 
 METHODS = ("mae", "coma", "coma4")
@@ -30,11 +29,11 @@ RATES = (8e-3, 1.6e-2, 3.2e-2)
 
 
 def main() -> None:
-    """One comparison."""
+    """Runs the comparison."""
     parser = shared_flags(__doc__, list(BACKBONES))
     parser.add_argument("--seconds", type=float, default=60, help="budget of computing time")
     args = parse(parser, "finetuned")
-    args.base_lr, args.probes = RATES[0], 0  # each row has a rate of its own
+    args.base_lr, args.probes = RATES[0], 0  # the search replaces this rate
     train = args.data / "train.npz"
     entries = tuple(
         entry(train, method, f"{name}: {BACKBONES[name]}", flags(args), tuple(args.seeds))
@@ -49,10 +48,8 @@ def main() -> None:
         finetune_10=FEW,
     )
     print(describe(), flush=True)
-    try:
+    with stoppable():
         found = compare(config)
-    except Interrupted as stopped:
-        raise SystemExit(str(stopped)) from None
     print(found.table.read_text())
     if args.out:
         about = {"machine": describe(), "data": args.data.name, "rates": RATES, "finetune": [FINETUNE, FEW]}

@@ -30,11 +30,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from finetune_optimizers import SHORT
 from machine import describe
 from machine import table as markdown
-from run import BACKBONES, comparison, entry, flags, labelled, parse, seconds_per_image, shared_flags
+from run import (
+    BACKBONES,
+    comparison,
+    entry,
+    flags,
+    labelled,
+    parse,
+    seconds_per_image,
+    shared_flags,
+    stoppable,
+)
 from table import spread
 
 from coma.config.compare import LABEL_SHARES
-from coma.errors import Interrupted
 from pretrain.sweep import Entry, Result, compare
 
 TARGET = "MAE, Muon"
@@ -50,13 +59,13 @@ PROTOCOLS = (*LABEL_SHARES, "linear", "knn")
 
 
 def entry_of(name: str, args: argparse.Namespace) -> Entry:
-    """A row, as `coma compare` calls it."""
+    """Returns the entry of `coma compare` that trains a row."""
     train, own, model = args.data / "train.npz", f"{name}: {ROWS[name][0]}", f"DyViT: {BACKBONES['DyViT']}"
     return entry(train, own, model, flags(args), tuple(args.seeds))
 
 
 def row(name: str, args: argparse.Namespace, test: Path) -> dict[str, tuple[Result, ...]]:
-    """All runs of a row, after what is missing was trained and measured; with the target's, random ones."""
+    """Trains and measures what a row lacks; returns its runs, and with the target those of random weights."""
     found = entry_of(name, args)
     args.images = ROWS[name][1]
     config = replace(
@@ -68,10 +77,8 @@ def row(name: str, args: argparse.Namespace, test: Path) -> dict[str, tuple[Resu
         reference=name,
         random_baseline=name == TARGET,
     )
-    try:
+    with stoppable():
         compared = compare(config)
-    except Interrupted as stopped:
-        raise SystemExit(str(stopped)) from None
     if compared.failures:
         raise SystemExit("failed: " + "; ".join(compared.failures))
     names = dict.fromkeys(run.method for run in compared.results)
@@ -81,7 +88,7 @@ def row(name: str, args: argparse.Namespace, test: Path) -> dict[str, tuple[Resu
 def summary(
     name: str, runs: tuple[Result, ...], target: tuple[Result, ...], seconds: Mapping[str, float]
 ) -> dict[str, Any]:
-    """A row of the table."""
+    """Returns a row of the table."""
     reached = all(
         statistics.mean(run.top1[protocol] for run in runs)
         >= statistics.mean(run.top1[protocol] for run in target)
@@ -94,7 +101,7 @@ def summary(
 
 
 def main() -> None:
-    """The target, then the other rows."""
+    """Runs the target, then the other rows."""
     parser = shared_flags(__doc__, ["DyViT"])
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="the target always runs")
     parser.set_defaults(image_size=64, train=16_000, out=Path("benchmarks/results/leaderboard_cpu.json"))

@@ -25,10 +25,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from machine import describe
 from machine import table as markdown
-from run import BACKBONES, comparison, entry, flags, labelled, parse, seconds_per_image, shared_flags
+from run import (
+    BACKBONES,
+    comparison,
+    entry,
+    flags,
+    labelled,
+    parse,
+    seconds_per_image,
+    shared_flags,
+    stoppable,
+)
 from table import spread
 
-from coma.errors import Interrupted
 from pretrain.sweep import Entry, SweepResult, compare
 
 METHODS = ("mae", "coma")
@@ -67,10 +76,8 @@ def entry_of(recipe: Recipe, seeds: tuple[int, ...], args: argparse.Namespace) -
 def run(args: argparse.Namespace, test: Path, entries: tuple[Entry, ...]) -> SweepResult:
     """Trains and measures what is missing."""
     config = replace(comparison(args, "images", test, entries), reference=entries[0].method)
-    try:
+    with stoppable():
         return compare(config)
-    except Interrupted as stopped:
-        raise SystemExit(str(stopped)) from None
 
 
 def best(found: SweepResult, args: argparse.Namespace) -> set[Recipe]:

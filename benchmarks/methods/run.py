@@ -28,7 +28,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -147,14 +148,24 @@ def comparison(args: argparse.Namespace, unit: str, test: Path, found: tuple[Ent
     )
 
 
-def seconds_per_image(args: argparse.Namespace, test: Path, entries: tuple[Entry, ...]) -> dict[str, float]:
-    """Computing time of training by the entries' names, in trials of all, one after the other.
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Ends the script with one line where Ctrl-C or `--minutes` stops the comparison inside."""
+    try:
+        yield
+    except Interrupted as stopped:
+        raise SystemExit(str(stopped)) from None
 
-    Beside other work the computing time of a step can double, so the times of runs are not comparable. Delete
-    `timing` in --work and call the script again when nothing else runs.
+
+def seconds_per_image(args: argparse.Namespace, test: Path, entries: tuple[Entry, ...]) -> dict[str, float]:
+    """Returns the computing time of training on one image, by the names of the entries.
+
+    It is measured in short trials of all entries, one after the other. Beside other work the computing time
+    of a step can double, so the times of runs are not comparable. Delete `timing` in --work and call the
+    script again when nothing else runs.
     """
     config = replace(comparison(args, "images", test, entries), out=args.work / "timing", jobs=1)
-    with StopRequest() as stop:
+    with stoppable(), StopRequest() as stop:
         costs = timed(config, {entry.name: cost(entry.config) for entry in entries}, stop)
     return {name: found.seconds or 0.0 for name, found in costs.items()}
 
@@ -224,10 +235,8 @@ def main() -> None:
     print(describe(), flush=True)
     done: dict[str, SweepResult] = {}
     for unit in args.budgets:
-        try:
+        with stoppable():
             done[unit] = compare(comparison(args, unit, test, found))
-        except Interrupted as stopped:
-            raise SystemExit(str(stopped)) from None
         print(f"\n## Equal {unit}\n\n{done[unit].table.read_text()}\nTeacher: {TAUGHT_BY}.", flush=True)
         if args.out:
             record(args, done)
