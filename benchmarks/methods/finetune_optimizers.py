@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from machine import describe, table
 
+from coma.config.compare import LABEL_SHARES
+
 RATES = {"adamw": (3e-4, 1e-3, 3e-3), "muon": (1e-3, 3e-3, 1e-2)}
 """Learning rates of the batch."""
 BATCH = 32
@@ -31,6 +33,12 @@ SHORT = (
     "--crop-scale 0.4 1"
 )
 """What keeps long trainings from overfitting is off."""
+FINETUNE = f"--epochs 2 --batch-size {BATCH} --optimizer muon --base-lr 0.024 {SHORT}"
+"""Flags of short fine-tunings in comparisons, with all labels."""
+FEW = "--epochs 12 --validate 4"
+"""Flags that replace some of these with 10 % of the labels."""
+PROTOCOLS = (*LABEL_SHARES, "linear", "knn")
+"""Measurements of such comparisons."""
 
 
 def train(args: argparse.Namespace, optimizer: str, rate: float, seed: int) -> dict[str, Any]:

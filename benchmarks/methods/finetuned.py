@@ -4,8 +4,8 @@
 
 Encoders, batches and labelled images are those of `run.py`; `coma compare --lr-search` chooses the rates by
 the training loss, and its trials count in the budget of computing time that each run has. The encoders are
-then fine-tuned with all labels and with 10 % of them as in `leaderboard.py`, beside kNN and a linear probe.
-What is done is not done again.
+then fine-tuned with all labels and with 10 % of them, as those of the leaderboard, beside kNN and a linear
+probe. What is done is not done again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from leaderboard import FEW, FINETUNE, PROTOCOLS
+from finetune_optimizers import FEW, FINETUNE, PROTOCOLS
 from machine import describe
 from run import BACKBONES, comparison, entry, flags, labelled, parse, shared_flags, stoppable
 

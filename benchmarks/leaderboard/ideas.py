@@ -1,7 +1,7 @@
 """Tries ideas for CoMA that are not part of the package, beside CoMA and MAE at about equal computing time.
 
-    python benchmarks/methods/ideas.py --data DATA/class-cifar10
-    python benchmarks/methods/ideas.py --data DATA/class-cifar10 --only coma agree-contrast
+    python benchmarks/leaderboard/ideas.py --data DATA/class-cifar10
+    python benchmarks/leaderboard/ideas.py --data DATA/class-cifar10 --only coma agree-contrast
 
 All trainings are `coma pretrain` of the DyViT of `run.py` at 32 px, with Muon, one thread each; an idea takes
 the place of the package's CoMA in the process that trains. The frozen features are then classified by
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "methods"))
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +37,12 @@ from torch import Tensor, nn
 from coma import registry
 from coma.config import CoMAConfig
 from coma.masking.patchify import patchify
-from coma.masking.sampling import group_sizes, keep
+from coma.masking.sampling import group_sizes, keep, partition
 from coma.models import Encoder
+from coma.models.dyvit import DyViT
 from coma.models.position_embeddings import sincos_positions
 from coma.models.vit import init_xavier
+from coma.models.windows import unnest
 from coma.objectives.base import ObjectiveOutput
 from coma.objectives.coma import CoMA
 from coma.objectives.targets import hidden_loss, pixel_targets
@@ -207,6 +210,48 @@ class Share(CoMA):
         return ObjectiveOutput(torch.stack(losses).mean(), empty, target.unflatten(1, (h, w)), visible, {})
 
 
+class Fused(CoMA):
+    """CoMA whose decoder also gets the first three stages' maps, a unit's tokens side by side.
+
+    MCMAE (arXiv 2205.03892, sec. 3.2) fuses the maps of its stages so, with convolutions of a unit's size.
+    """
+
+    def __init__(self, config: CoMAConfig, encoder: DyViT) -> None:
+        super().__init__(config, encoder)
+        widths = [
+            (encoder.unit // stride) ** 2 * encoder.config.dim * 2**stage
+            for stage, stride in enumerate(encoder.strides[:-1])
+        ]
+        self.fuse = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, encoder.num_features)) for width in widths
+        )
+        self.fuse.apply(init_xavier)
+
+    def forward(self, images: Tensor, seeds: Tensor) -> ObjectiveOutput:
+        """Returns the loss of one batch."""
+        h, w = self.grid(images)
+        visible, encoder = self.draw_visible(seeds, h, w), cast("DyViT", self.encoder)
+        group, sizes = visible.int().argmax(dim=0), group_sizes(h * w, self.config.views)
+        sequences, tokens = encoder._run(images, group, sizes)
+        fused = encoder.norm(tokens[-1]).squeeze(2)
+        for layer, stage in zip(self.fuse, tokens[:-1], strict=True):
+            fused = fused + layer(stage.flatten(2))
+        features = sequences.scatter(fused[:, :, None])
+        return self.predict(images, unnest(features, 1, h, w), visible)
+
+
+class Unequal(CoMA):
+    """CoMA whose first view sees a quarter of the units, and the second one the others."""
+
+    def forward(self, images: Tensor, seeds: Tensor) -> ObjectiveOutput:
+        """Returns the loss of one batch."""
+        h, w = self.grid(images)
+        quarter, *others = group_sizes(h * w, 4)
+        group = (partition(seeds, h, w, 4) > 0).long()
+        features = self.encoder.forward_features(images, group, (quarter, sum(others)))
+        return self.predict(images, features, torch.stack([group == 0, group == 1]))
+
+
 @dataclass(frozen=True)
 class Idea:
     """Describes one row.
@@ -235,6 +280,8 @@ IDEAS: Mapping[str, Idea] = {
     "agree-gaussian": Idea(f"coma {MUON}", 6_400, Gaussian),
     "averaged-target": Idea(f"coma {MUON}", 6_400, AveragedTarget),
     "share": Idea(f"coma {MUON}", 6_400, Share),
+    "fused stages": Idea(f"coma {MUON}", 6_400, Fused),
+    "a quarter and the rest": Idea(f"coma {MUON}", 6_400, Unequal),
     "three views": Idea(f"coma {MUON} --objective.views 3", 6_400),
     "four views": Idea(f"coma {MUON} --objective.views 4", 6_400),
     "one view of half": Idea(f"coma-single {MUON}", 12_800),

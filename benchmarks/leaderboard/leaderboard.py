@@ -1,0 +1,151 @@
+"""The leaderboard: CPU minutes of pre-training that an encoder needs to reach MAE's fine-tuned accuracy.
+
+    python benchmarks/leaderboard/leaderboard.py --data DATA/class-tinyimagenet40 --jobs 2
+    python benchmarks/leaderboard/leaderboard.py --data DATA/class-tinyimagenet40 --only "CoMA, Muon"
+
+All rows pre-train at 64 px on the unlabelled training images, with three seeds and one thread each, on as
+many images as the row says: a DyViT of 0.77 M parameters, or, where the name says so, the ViT of `run.py`.
+The encoder is then fine-tuned, briefly, with all labels and with 10 % of them, and its features are
+classified by a linear probe and kNN. A row reaches a target when the means of both fine-tuned accuracies are
+at least the target's; its minutes follow from the time of a training step in trials of all rows: see
+`run.seconds_per_image`.
+
+To try an idea: add a row to ROWS, with the fewest images that you think will do, and run the first command.
+What is done is not done again, and `--minutes` stops after a while. Keep a row that beats the ones above it,
+and write down in `benchmarks/LOG.md` what was tried and did not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "methods"))
+
+from finetune_optimizers import FEW, FINETUNE, PROTOCOLS
+from machine import describe
+from machine import table as markdown
+from run import (
+    BACKBONES,
+    comparison,
+    entry,
+    flags,
+    labelled,
+    parse,
+    seconds_per_image,
+    shared_flags,
+    stoppable,
+)
+from table import spread
+
+from coma.config.compare import LABEL_SHARES
+from pretrain.sweep import Entry, Result, compare
+
+TARGETS = ("MAE, Muon", "MAE on ViT, Muon")
+MUON = "--optimizer muon --base-lr 0.096"
+ROWS: Mapping[str, tuple[str, int]] = {
+    TARGETS[0]: (f"mae {MUON}", 16_000),
+    TARGETS[1]: (f"mae {MUON}", 16_000),
+    "MAE, AdamW": ("mae --base-lr 0.016", 16_000),
+    "CoMA, Muon": (f"coma {MUON}", 8_000),
+    "CoMA, Muon, 5,000 images": (f"coma {MUON}", 5_000),
+    "CoMA, Muon, 16,000 images": (f"coma {MUON}", 16_000),
+    "CoMA of four views, Muon": (f"coma4 {MUON}", 5_000),
+}
+"""Flags of `coma pretrain --method`, and images of pre-training; the rates are those that
+`benchmarks/methods/optimizers.py` found for MAE and CoMA on DyViT."""
+
+
+def entry_of(name: str, args: argparse.Namespace) -> Entry:
+    """Returns the entry of `coma compare` that trains a row."""
+    train, own, backbone = args.data / "train.npz", f"{name}: {ROWS[name][0]}", backbone_of(name)
+    return entry(train, own, f"{backbone}: {BACKBONES[backbone]}", flags(args), tuple(args.seeds))
+
+
+def backbone_of(name: str) -> str:
+    """Returns the encoder of a row, by its name in `run.py`."""
+    return "ViT" if "on ViT" in name else "DyViT"
+
+
+def row(name: str, args: argparse.Namespace, test: Path) -> dict[str, tuple[Result, ...]]:
+    """Trains and measures what a row lacks; returns its runs, and with a target those of random weights."""
+    found = entry_of(name, args)
+    args.images = ROWS[name][1]
+    config = replace(
+        comparison(args, "images", test, (found,)),
+        out=args.work / f"{found.name}-{args.images}",
+        protocols=PROTOCOLS,
+        finetune=FINETUNE,
+        finetune_10=FEW,
+        reference=name,
+        random_baseline=name in TARGETS,
+    )
+    with stoppable():
+        compared = compare(config)
+    if compared.failures:
+        raise SystemExit("failed: " + "; ".join(compared.failures))
+    names = dict.fromkeys(run.method for run in compared.results)
+    runs = {each: tuple(run for run in compared.results if run.method == each) for each in names}
+    return {each if each == name else f"{each}, {backbone_of(name)}": some for each, some in runs.items()}
+
+
+def summary(
+    name: str, found: Mapping[str, tuple[Result, ...]], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """Returns a row of the table."""
+    images = ROWS[name][1] if name in ROWS else 0
+    cells = {"row": name, "images": f"{images:,}", "minutes": f"{images * seconds.get(name, 0) / 60:.1f}"}
+    cells |= {protocol: spread(accuracies(found[name], protocol)) for protocol in PROTOCOLS}
+    for target in TARGETS:
+        if target in found:
+            cells[f"reaches {target}"] = "is it" if name == target else reaches(found[name], found[target])
+    return cells
+
+
+def accuracies(runs: tuple[Result, ...], protocol: str) -> list[float]:
+    """Returns the top-1 accuracies of a row's runs, in percent."""
+    return [run.top1[protocol] for run in runs]
+
+
+def reaches(runs: tuple[Result, ...], target: tuple[Result, ...]) -> str:
+    """Returns whether both fine-tuned accuracies are, on average, at least the target's."""
+    ahead = (
+        statistics.mean(accuracies(runs, share)) >= statistics.mean(accuracies(target, share))
+        for share in LABEL_SHARES
+    )
+    return "yes" if all(ahead) else "no"
+
+
+def main() -> None:
+    """Runs the targets, then the other rows."""
+    parser = shared_flags(__doc__, ["DyViT"])
+    parser.add_argument(
+        "--only", nargs="+", choices=ROWS, default=list(ROWS), help=f"{TARGETS[0]!r} always runs"
+    )
+    parser.set_defaults(image_size=64, train=16_000, out=Path("benchmarks/results/leaderboard_cpu.json"))
+    args = parse(parser, "leaderboard")
+    args.base_lr, args.probes = 1.6e-2, 0  # each row has a rate of its own
+    test = labelled(args)
+    print(describe(), flush=True)
+    wanted = {name: entry_of(name, args) for name in ROWS if name in {TARGETS[0], *args.only}}
+    times = seconds_per_image(args, test, tuple(wanted.values()))
+    seconds = {name: times[each.name] for name, each in wanted.items()}
+    found: dict[str, tuple[Result, ...]] = {}
+    for name in wanted:
+        found |= row(name, args, test)
+        print(markdown([summary(each, found, seconds) for each in found]), flush=True)
+        runs = {each: [asdict(run) for run in some] for each, some in found.items()}
+        about = {"machine": describe(), "data": args.data.name, "rows": ROWS, "finetune": [FINETUNE, FEW]}
+        about["seconds_per_image"] = seconds
+        args.out.write_text(json.dumps({**about, "runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
