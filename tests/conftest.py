@@ -1,7 +1,9 @@
 """What tests share: one thread each, so that results depend on no machine, a few pictures, a short run."""
 
 import json
+import logging
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,21 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def pytest_runtest_setup() -> None:
     """Random numbers of torch do not depend on the tests that ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def logs_of_mmengine_are_closed() -> Iterator[None]:
+    """No test leaves a log of mmengine open.
+
+    Whenever another test initialises a model, mmengine writes to it, and fails where a server that
+    configured its own logging has closed it.
+    """
+    yield
+    mmengine = sys.modules.get("mmengine.logging")
+    loggers = mmengine.MMLogger._instance_dict.values() if mmengine else ()
+    handlers = [handler for logger in loggers for handler in logger.handlers]
+    opened = [each.baseFilename for each in handlers if isinstance(each, logging.FileHandler)]
+    assert not opened, f"end the run in downstream.openmmlab.runner.closed_log: {opened}"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

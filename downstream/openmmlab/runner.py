@@ -88,7 +88,7 @@ def train(
         log.info("no checkpoint was saved before the run ended; starting from the beginning")
     blamed = config_errors(source, "cannot be trained") if source else nullcontext()
     printed, quiet = _redirect_prints(folder / PRINTED), not is_main()
-    with blamed, StopRequest(quiet=quiet) as stop, Progress(quiet) as progress, printed, _closed_log(folder):
+    with blamed, StopRequest(quiet=quiet) as stop, Progress(quiet) as progress, printed, closed_log(folder):
         runner = build_runner(config, folder, device)
         model = getattr(runner.model, "module", runner.model)
         if isinstance(getattr(model, "backbone", None), DyViT | PlainViT):
@@ -197,12 +197,12 @@ def scores_by_step(runner: Runner) -> dict[str, dict[str, float]]:
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
     """Yields a folder for what a test writes; mmengine keeps no log open in it afterwards."""
-    with tempfile.TemporaryDirectory() as folder, _closed_log(Path(folder)):
+    with tempfile.TemporaryDirectory() as folder, closed_log(Path(folder)):
         yield Path(folder)
 
 
 @contextmanager
-def _closed_log(folder: Path) -> Iterator[None]:
+def closed_log(folder: Path) -> Iterator[None]:
     """Closes the logs in `folder` at the end, and makes mmengine forget them.
 
     mmengine writes to its log whenever a model is initialised, also when others have closed the file: what

@@ -129,7 +129,7 @@ def weights_after(steps: int, loop: dict[str, Any], counts: int, folder: Any) ->
     from mmengine.model import BaseModel
     from mmengine.runner import Runner
 
-    import downstream.openmmlab  # noqa: F401
+    from downstream.openmmlab.runner import closed_log
 
     class Line(BaseModel):
         def __init__(self) -> None:
@@ -148,21 +148,22 @@ def weights_after(steps: int, loop: dict[str, Any], counts: int, folder: Any) ->
         collate_fn=lambda rows: {name: [row[name] for row in rows] for name in rows[0]},
     )
     no_hooks: Any = {"checkpoint": None, "logger": None}
-    runner = Runner(
-        model=Line(),
-        work_dir=str(folder),
-        train_dataloader=batches,
-        train_cfg={"max_iters": steps, **loop},
-        optim_wrapper={
-            "type": "OptimWrapper",
-            "optimizer": {"type": "AdamW", "lr": 0.1},
-            "accumulative_counts": counts,
-        },
-        experiment_name=folder.name,
-        log_level="ERROR",
-        default_hooks=no_hooks,
-    )
-    runner.train()
+    with closed_log(folder):
+        runner = Runner(
+            model=Line(),
+            work_dir=str(folder),
+            train_dataloader=batches,
+            train_cfg={"max_iters": steps, **loop},
+            optim_wrapper={
+                "type": "OptimWrapper",
+                "optimizer": {"type": "AdamW", "lr": 0.1},
+                "accumulative_counts": counts,
+            },
+            experiment_name=folder.name,
+            log_level="ERROR",
+            default_hooks=no_hooks,
+        )
+        runner.train()
     assert runner.iter == steps
     layer: Any = runner.model.layer
     return torch.cat([layer.weight.detach().ravel(), layer.bias.detach()])
