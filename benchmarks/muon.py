@@ -2,8 +2,9 @@
 
     python benchmarks/muon.py --out benchmarks/results/muon_cpu.json
 
-A step is forward, loss, backward and update of `--model tiny` at 64 px on random images. Steps of both
-optimizers are timed in turn; the median round counts. The cost of Muon does not grow with the batch.
+A step is forward, loss, backward and update at 64 px on random images. Steps of both optimizers, and of
+`torch.optim.Muon` in the place of our Muon, are timed in turn; the median round counts. The cost of Muon does
+not grow with the batch.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 from coma.config import OptimizerConfig, decoder_dim, encoder_preset, method_preset
 from coma.models import build_encoder
 from coma.objectives import build_objective
+from pretrain.training.muon import MuonWithAdamW
 from pretrain.training.optimizer import build_optimizer
 
 SIDE = 64
@@ -30,6 +32,18 @@ def build(preset: str, method: str) -> nn.Module:
     torch.manual_seed(0)
     model = encoder_preset(preset, SIDE)
     return build_objective(method_preset(method, decoder_dim=decoder_dim(model)), build_encoder(model))
+
+
+class TorchMuon(MuonWithAdamW):
+    """The same optimizer with torch's steps of Muon, one matrix after the other."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Updates the parameters."""
+        if not hasattr(self, "theirs"):
+            hidden = [{key: group[key] for key in ("params", "lr")} for group in self.matrix_groups()]
+            self.theirs = torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw")
+        self.theirs.step()
+        self._adamw.step()
 
 
 def step(objective: nn.Module, optimizer: torch.optim.Optimizer, batch: int) -> None:
@@ -55,20 +69,24 @@ def main() -> None:
     adamw, muon = OptimizerConfig(), OptimizerConfig(optimizer="muon")
     actions: dict[str, Callable[[], None]] = {}
     for preset in args.models:
-        for config in (adamw, muon):
+        for name, config in (("adamw", adamw), ("muon", muon), ("torch", muon)):
             objective = build(preset, "coma").to(device)
             optimizer = build_optimizer(objective, config)
-            actions[f"{preset} {config.optimizer}"] = partial(step, objective, optimizer, args.batch)
+            if name == "torch":
+                optimizer.__class__ = TorchMuon
+            actions[f"{preset} {name}"] = partial(step, objective, optimizer, args.batch)
     seconds = time_in_turn(actions, args.rounds, device)
     rows = []
     for preset in args.models:
-        theirs, ours = (seconds[f"{preset} {name}"] for name in ("adamw", "muon"))
+        adam, ours, theirs = (seconds[f"{preset} {name}"] for name in ("adamw", "muon", "torch"))
         rows.append(
             {
                 "model": preset,
-                "AdamW, s": f"{theirs:.2f}",
+                "AdamW, s": f"{adam:.2f}",
                 "Muon, s": f"{ours:.2f}",
-                "Muon / AdamW": f"{ours / theirs:.2f}",
+                "torch.optim.Muon, s": f"{theirs:.2f}",
+                "Muon / AdamW": f"{ours / adam:.2f}",
+                "torch.optim.Muon / AdamW": f"{theirs / adam:.2f}",
             }
         )
     report(f"CoMA, batches of {args.batch} at {SIDE} px, median of {args.rounds} rounds", rows, args.out)

@@ -1,4 +1,4 @@
-"""AdamW and Muon, their parameter groups, and the learning rate at every step (MAE, 2021, appendix A)."""
+"""The optimizer and its parameter groups, and the learning rate at every step (MAE, 2021, appendix A)."""
 
 from __future__ import annotations
 
@@ -7,47 +7,15 @@ from typing import Any
 
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from coma.config import EncoderConfig, FinetuneRecipe, OptimizerConfig
 from coma.models import Encoder
 from coma.objectives.classification import Classification
+from pretrain.training.muon import MuonWithAdamW
 
 _HIDDEN = {"blocks", "merge"}
 """Modules whose matrices Muon trains: attention, MLPs, and the merging of patches between stages."""
-
-
-class MuonWithAdamW(Optimizer):
-    """Muon for hidden matrices, AdamW for all other parameters, as one optimizer.
-
-    Muon steps along the orthogonalised momentum of every matrix (Jordan et al. 2024). Its steps are scaled to
-    the root mean square of AdamW's, so that both share the learning rate and the weight decay (Liu et al.
-    2025, Muon is Scalable for LLM Training, eq. 4).
-
-    Args:
-        matrices: Groups of matrices.
-        others: Groups of all other parameters.
-        lr: Learning rate.
-        betas: Decay rates of AdamW's moving averages.
-    """
-
-    def __init__(
-        self,
-        matrices: list[dict[str, Any]],
-        others: list[dict[str, Any]],
-        lr: float,
-        betas: tuple[float, float],
-    ) -> None:
-        self._muon = Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw")
-        self._adamw = AdamW(others, lr=lr, betas=betas, fused=True)
-        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Updates the parameters that have a gradient."""
-        for part in (self._muon, self._adamw):
-            part.state = self.state  # loading a state replaces it, and the groups
-            part.param_groups = [g for g in self.param_groups if ("ns_steps" in g) is (part is self._muon)]
-            part.step()
 
 
 def build_optimizer(objective: nn.Module, config: OptimizerConfig) -> Optimizer:

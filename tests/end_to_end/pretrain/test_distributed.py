@@ -281,9 +281,7 @@ def test_two_compiled_processes_are_one(codes, folder, one, parallel):
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_are_one_whatever_the_method(codes, folder, methods, name):
     assert codes[name] == (0, 0), codes.said(name)
-    rel = (
-        1e-3 if name == "muon-fsdp" else 1e-5
-    )  # sharded matrices are orthogonalised in bf16 in another order
+    rel = 1e-4 if name == "muon-fsdp" else 1e-5  # Muon rounds to bf16, which enlarges the last bits of sums
     assert_close(folder / name, methods[name.partition("-")[0]], rel)
 
 

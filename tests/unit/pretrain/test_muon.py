@@ -15,7 +15,8 @@ from coma.models.classifiers import build_classifier
 from coma.objectives import build_objective
 from coma.objectives.classification import Classification
 from pretrain.training import pretrain
-from pretrain.training.optimizer import MuonWithAdamW, build_optimizer, hidden_matrices
+from pretrain.training.muon import MuonWithAdamW, orthogonalised
+from pretrain.training.optimizer import build_optimizer, hidden_matrices
 
 MUON = OptimizerConfig(optimizer="muon", batch_size=4)
 
@@ -63,6 +64,18 @@ def test_a_step_is_that_of_muon_and_of_adamw():
         torch.testing.assert_close(found, wanted, atol=1e-3 * lr if name in exempt else 1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (16, 48), (64, 256)])
+def test_matrices_in_a_batch_become_orthogonal(shape):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonalised(matrices).float()
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.5 and values.max() < 1.3
+    assert torch.nn.functional.cosine_similarity(found.flatten(1), (left @ right).flatten(1)).min() > 0.95
+    alone = torch.cat([orthogonalised(each[None]) for each in matrices])
+    torch.testing.assert_close(found, alone.float(), atol=0.02, rtol=0)
+
+
 def test_its_steps_are_as_long_as_those_of_adamw():
     lengths = {}
     for name in ("muon", "adamw"):
@@ -81,7 +94,7 @@ def test_layers_of_a_classifier_keep_their_rates():
     optimizer = build_optimizer(Classification(recipe, classifier, 3), recipe)
     assert isinstance(optimizer, MuonWithAdamW)
     muon, adamw = (
-        {g["lr_scale"] for g in optimizer.param_groups if ("ns_steps" in g) is wanted}
+        {g["lr_scale"] for g in optimizer.param_groups if ("momentum" in g) is wanted}
         for wanted in (True, False)
     )
     assert max(muon) < max(adamw) == 1.0 and len(muon) > 1
