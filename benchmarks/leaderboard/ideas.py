@@ -6,7 +6,7 @@
 All trainings are `coma pretrain` of the DyViT of `run.py` at 32 px, with Muon, one thread each; an idea takes
 the place of the package's CoMA in the process that trains. The frozen features are then classified by
 kNN and a linear probe. To try one, write a class that derives from `CoMA`, and add a row to IDEAS. What is
-done is not done again.
+done is not done again, and rows of --out that are not asked for stay in it.
 """
 
 from __future__ import annotations
@@ -354,8 +354,10 @@ def main() -> None:
         for name in args.only:
             runs.setdefault(name, []).append(train(name, seed, args))
             print(name, seed, runs[name][-1], flush=True)
+    kept = json.loads(args.out.read_text())["runs"] if args.out.exists() else {}
+    runs = kept | runs
     rows = [
-        {"what": name, **{key: spread([run[key] for run in some]) for key in some[0]}}
+        {"what": name, "seeds": len(some), **{key: spread([run[key] for run in some]) for key in some[0]}}
         for name, some in runs.items()
     ]
     print(markdown(rows))

@@ -57,6 +57,7 @@ ROWS: Mapping[str, tuple[str, int]] = {
     "CoMA, Muon": (f"coma {MUON}", 8_000),
     "CoMA, Muon, 5,000 images": (f"coma {MUON}", 5_000),
     "CoMA, Muon, 16,000 images": (f"coma {MUON}", 16_000),
+    "CoMA, Muon, 5,000 images, batches of 32": (f"coma {MUON} --batch-size 32", 5_000),
     "CoMA of four views, Muon": (f"coma4 {MUON}", 5_000),
 }
 """Flags of `coma pretrain --method`, and images of pre-training; the rates are those that
