@@ -26,8 +26,8 @@ class MuonWithAdamW(Optimizer):
     so that both share the learning rate and the weight decay (Liu et al. 2025, "Muon is Scalable for LLM
     Training", eq. 4).
 
-    Its steps are those of `torch.optim.Muon`, which orthogonalises one matrix after the other: in a small
-    model that takes as long as half of a training step. Matrices that FSDP shards are gathered for it, so
+    Its steps are those of `torch.optim.Muon`, which orthogonalises one matrix after the other and takes more
+    than twice as long in small models (`benchmarks/LOG.md`). Matrices that FSDP shards are gathered first, so
     that every process computes what a single one would.
 
     Args:
@@ -69,7 +69,7 @@ class MuonWithAdamW(Optimizer):
         for (_, longer), matrices in alike.items():
             wide = [_wide(_gathered(self._momentum(each, group["momentum"]))) for each in matrices]
             for matrix, step in zip(matrices, orthogonalised(torch.stack(wide)), strict=True):
-                step = step if matrix.shape[0] <= matrix.shape[1] else step.mT
+                step = step if step.shape == matrix.shape else step.mT
                 matrix.mul_(1 - lr * group["weight_decay"])
                 matrix.add_(_sharded_as(matrix, step), alpha=-lr * _RMS * math.sqrt(longer))
 
