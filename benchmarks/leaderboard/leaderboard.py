@@ -53,6 +53,7 @@ MUON = "--optimizer muon --base-lr 0.096"
 ROWS: Mapping[str, tuple[str, int]] = {
     TARGETS[0]: (f"mae {MUON}", 16_000),
     TARGETS[1]: (f"mae {MUON}", 16_000),
+    "MAE, Muon, 8,000 images": (f"mae {MUON}", 8_000),
     "MAE, AdamW": ("mae --base-lr 0.016", 16_000),
     "CoMA, Muon": (f"coma {MUON}", 8_000),
     "CoMA, Muon, 5,000 images": (f"coma {MUON}", 5_000),
