@@ -137,8 +137,10 @@ def main() -> None:
     test = labelled(args)
     print(describe(), flush=True)
     wanted = {name: entry_of(name, args) for name in ROWS if name in {TARGETS[0], *args.only}}
-    times = seconds_per_image(args, test, tuple(wanted.values()))
-    seconds = {name: times[each.name] for name, each in wanted.items()}
+    steps = {name: (ROWS[name][0], backbone_of(name)) for name in wanted}
+    first = {step: name for name, step in reversed(steps.items())}  # rows may differ in their images alone
+    times = seconds_per_image(args, test, tuple(wanted[name] for name in first.values()))
+    seconds = {name: times[wanted[first[step]].name] for name, step in steps.items()}
     found: dict[str, tuple[Result, ...]] = {}
     for name in wanted:
         found |= row(name, args, test)

@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -69,6 +70,7 @@ BACKBONES: Mapping[str, str] = {
 }
 MAIN = ("mae", "coma", "coma-independent")
 """With all seeds."""
+TIMING_ROUNDS = 4
 TAUGHT_BY = "a ViT that MAE pre-trained on the budget of images, which its pupils' budgets do not count"
 
 
@@ -160,14 +162,18 @@ def stoppable() -> Iterator[None]:
 def seconds_per_image(args: argparse.Namespace, test: Path, entries: tuple[Entry, ...]) -> dict[str, float]:
     """Returns the computing time of training on one image, by the names of the entries.
 
-    It is measured in short trials of all entries, one after the other. Beside other work the computing time
-    of a step can double, so the times of runs are not comparable. Delete `timing` in --work and call the
-    script again when nothing else runs.
+    It is the median of several rounds of short trials of all entries, one after the other. Beside other work
+    the computing time of a step can double, so the times of runs are not comparable. Delete the folders
+    `timing-N` in --work and call the script again when nothing else runs.
     """
-    config = replace(comparison(args, "images", test, entries), out=args.work / "timing", jobs=1)
+    config = replace(comparison(args, "images", test, entries), jobs=1)
+    known = {entry.name: cost(entry.config) for entry in entries}
     with stoppable(), StopRequest() as stop:
-        costs = timed(config, {entry.name: cost(entry.config) for entry in entries}, stop)
-    return {name: found.seconds or 0.0 for name, found in costs.items()}
+        rounds = [
+            timed(replace(config, out=args.work / f"timing-{number}"), known, stop)
+            for number in range(TIMING_ROUNDS)
+        ]
+    return {name: statistics.median(each[name].seconds or 0.0 for each in rounds) for name in known}
 
 
 def record(args: argparse.Namespace, found: Mapping[str, SweepResult]) -> None:
