@@ -70,7 +70,7 @@ BACKBONES: Mapping[str, str] = {
 }
 MAIN = ("mae", "coma", "coma-independent")
 """With all seeds."""
-TIMING_ROUNDS = 4
+TIMING_ROUNDS = 3
 TAUGHT_BY = "a ViT that MAE pre-trained on the budget of images, which its pupils' budgets do not count"
 
 
