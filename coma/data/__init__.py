@@ -11,6 +11,7 @@ from coma.data.labelled_splits import (
     log_missing_classes,
     open_labelled,
     open_labelled_splits,
+    unreadable_images,
 )
 from coma.data.labels import align_labels, align_single_labels, class_indices, topk_accuracy
 from coma.data.loader import check_loader, evaluation_batches, training_batches
@@ -45,4 +46,5 @@ __all__ = [
     "open_source",
     "topk_accuracy",
     "training_batches",
+    "unreadable_images",
 ]

@@ -53,8 +53,8 @@ def align_single_labels(train: Source, test: Source) -> tuple[Tensor, Tensor, tu
     """
     if train.multi_hot is not None:
         raise BadInput(
-            f"{train.location}: its images may have any number of classes, but top-1 accuracy needs one for each; "
-            "`coma classify train` takes them (with --frozen, a linear head on frozen features)"
+            f"{train.location}: its images may have any number of classes, but top-1 accuracy needs one for "
+            "each; `coma classify train` takes them (with --frozen, a linear head on frozen features)"
         )
     return align_labels(train, test)
 

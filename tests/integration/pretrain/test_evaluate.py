@@ -291,7 +291,10 @@ def test_rows_are_told_apart_and_one_baseline_serves_an_architecture(folder, cap
         (("ARTIFACT", "--data", "DATA", "--k", "999"), "1 to 60"),
         (("ARTIFACT", "--data", "DATA", "--image-size", "2"), "image size 2 px"),
         (("ARTIFACT", "--data", "DATA", "--protocols"), "at least one of --protocols"),
-        (("ARTIFACT", "--data", "TAGS", "--protocols", "linear"), "may have any number of classes, but top-1"),
+        (
+            ("ARTIFACT", "--data", "TAGS", "--protocols", "linear"),
+            "may have any number of classes, but top-1",
+        ),
     ],
 )
 def test_the_command_refuses_with_one_line(folder, capsys, argv, message):
