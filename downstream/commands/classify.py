@@ -373,6 +373,5 @@ def _check(argv: list[str]) -> None:
         print(f"contact sheet: {draw_class_sheet(options.out, options.data, names, shown)}")
     if errors:
         unreadable = counted(len(errors), "image that cannot be decoded", "images that cannot be decoded")
-        raise CheckFailed(
-            f"{options.data}: {unreadable}: {abridged(errors, _NAMED, '; ')}; repair or remove them"
-        )
+        named = abridged(errors, _NAMED, "; ")
+        raise CheckFailed(f"{options.data}: {unreadable}: {named}; repair or remove what is named")

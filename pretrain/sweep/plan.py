@@ -186,7 +186,7 @@ def _check_hold_out(comparison: CompareConfig) -> None:
         if held_out and not (splits.val or config.val or hold_out(used, held_out, 0).any()):
             flag = protocol.replace("fine", "--fine")
             raise BadInput(
-                f"--protocols {protocol}: {comparison.test} leaves a single image of every class, so none can be "
-                f'held out to choose the checkpoint; take the last step\'s weights ({flag} "--hold-out 0"), '
-                "or add a val split"
+                f"--protocols {protocol}: {comparison.test} leaves every class a single image, so none can be "
+                f'held out to choose the checkpoint; take the last step\'s ({flag} "--hold-out 0"), or add a '
+                "val split"
             )

@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -225,10 +226,9 @@ def test_a_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, ca
     monkeypatch.setattr(process_pool.fcntl, "flock", without_locks)
     monkeypatch.setattr(process_pool, "_POLL", 0.001)
     stop = process_pool.StopRequest()
-    monkeypatch.setattr(process_pool.time, "sleep", lambda _, left=iter(range(100)): next(left))
-    jobs = [
-        process_pool.Job(name, lambda name=name: (name,), lambda name=name: name in done) for name in "ab"
-    ]
+    turns = iter(range(100))
+    monkeypatch.setattr(process_pool.time, "sleep", lambda _: next(turns))
+    jobs = [process_pool.Job(name, partial(tuple, name), partial(done.__contains__, name)) for name in "ab"]
     process_pool.ProcessPool(tmp_path, [{}], lambda *_: None, stop).run(jobs)
     assert done == {"a", "b"}
     assert "cannot be locked (No locks available); run only one comparison there at a time" in caplog.text

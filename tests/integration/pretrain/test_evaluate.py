@@ -293,7 +293,7 @@ def test_rows_are_told_apart_and_one_baseline_serves_an_architecture(folder, cap
         (("ARTIFACT", "--data", "DATA", "--protocols"), "at least one of --protocols"),
         (
             ("ARTIFACT", "--data", "TAGS", "--protocols", "linear"),
-            "may have any number of classes, but top-1",
+            "any number of classes, but top-1",
         ),
     ],
 )

@@ -214,7 +214,7 @@ def test_labels_may_be_those_of_tables(labelled, tmp_path):
 def test_labels_that_fine_tuning_cannot_use_are_refused_before_the_runs(labelled, tmp_path):
     few = labelled_by_tables(labelled, tmp_path / "few", 10)
     comparison = asked(labelled, tmp_path / "out", test=few, protocols=("finetune-10",))
-    with pytest.raises(BadInput, match='take the last step\'s weights \\(--finetune-10 "--hold-out 0"'):
+    with pytest.raises(BadInput, match='take the last step\'s \\(--finetune-10 "--hold-out 0"'):
         check(comparison)
     check(replace(comparison, finetune_10="--hold-out 0"))
     check(replace(comparison, protocols=("finetune",)))
