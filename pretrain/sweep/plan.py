@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import statistics
@@ -21,6 +22,8 @@ from coma.config.compare import (
     slug,
 )
 from coma.errors import BadInput
+
+log = logging.getLogger(__name__)
 
 TRIAL_STEPS = 40
 """Steps of a trial run, which measures the time of a step."""
@@ -164,6 +167,10 @@ def check(comparison: CompareConfig) -> None:
     if comparison.reference not in {entry.method for entry in comparison.entries}:
         methods = ", ".join(dict.fromkeys(entry.method for entry in comparison.entries))
         raise BadInput(f"--reference {comparison.reference}: is none of the methods: {methods}")
+    if comparison.finetune and not comparison.finetune_protocols:
+        log.warning("--finetune: has no effect without --protocols finetune")
+    if comparison.finetune_10 and "finetune-10" not in comparison.protocols:
+        log.warning("--finetune-10: has no effect without --protocols finetune-10")
     check_labelled(comparison.test, comparison.frozen_protocols)
     _check_hold_out(comparison)
     for entry in comparison.entries:
@@ -186,7 +193,7 @@ def _check_hold_out(comparison: CompareConfig) -> None:
         if held_out and not (splits.val or config.val or hold_out(used, held_out, 0).any()):
             flag = protocol.replace("fine", "--fine")
             raise BadInput(
-                f"--protocols {protocol}: {comparison.test} leaves every class a single image, so none can be "
-                f'held out to choose the checkpoint; take the last step\'s ({flag} "--hold-out 0"), or add a '
+                f"--protocols {protocol}: {comparison.test} leaves every class a single image, so none can "
+                f'be held out to choose the checkpoint; take the last one ({flag} "--hold-out 0"), or add a '
                 "val split"
             )

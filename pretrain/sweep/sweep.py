@@ -163,7 +163,8 @@ def _open(comparison: CompareConfig) -> None:
         if changed:
             raise BadInput(
                 f"{out}: holds a comparison with other settings: {', '.join(changed)}; keep them as they "
-                "were (methods, models, seeds and protocols may be added), or give another --out"
+                "were (methods, models, seeds and protocols may be added, and flags of fine-tuning changed "
+                "when its folders finetuned* are removed), or give another --out"
             )
     elif out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise BadInput(f"--out {out}: is not empty and holds no comparison; choose another")
@@ -193,11 +194,11 @@ def _check_data(comparison: CompareConfig) -> None:
 
 def _with_statistics(comparison: CompareConfig) -> CompareConfig:
     """Returns the comparison with the statistics of pixels, measured once for all runs, and workers."""
-    entries = []
+    source, entries = open_source(comparison.images), []
     for entry in comparison.entries:
         data, channels = entry.config.data, entry.config.model.channels
         if data.mean is None:
-            source, kept = open_source(comparison.images), comparison.out / f"statistics-{channels}.json"
+            kept = comparison.out / f"statistics-{channels}.json"
             found = initial_statistics(entry.config, source)
             if found is None and not kept.exists():
                 write_json(kept, compute_mean_std(source, channels, workers=data.workers))

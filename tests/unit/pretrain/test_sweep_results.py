@@ -214,7 +214,7 @@ def test_labels_may_be_those_of_tables(labelled, tmp_path):
 def test_labels_that_fine_tuning_cannot_use_are_refused_before_the_runs(labelled, tmp_path):
     few = labelled_by_tables(labelled, tmp_path / "few", 10)
     comparison = asked(labelled, tmp_path / "out", test=few, protocols=("finetune-10",))
-    with pytest.raises(BadInput, match='take the last step\'s \\(--finetune-10 "--hold-out 0"'):
+    with pytest.raises(BadInput, match='take the last one \\(--finetune-10 "--hold-out 0"'):
         check(comparison)
     check(replace(comparison, finetune_10="--hold-out 0"))
     check(replace(comparison, protocols=("finetune",)))
@@ -276,11 +276,15 @@ def test_the_caption_tells_what_is_not_alike(labelled, tmp_path):
     assert "**Missing:** a run: exit code 1" in text
 
 
-def test_few_labels_have_flags_of_their_own(labelled, tmp_path):
+def test_few_labels_have_flags_of_their_own(labelled, tmp_path, caplog):
     flags = {"finetune": "--epochs 2 --batch-size 8", "finetune_10": "--epochs 20"}
     found = asked(labelled, tmp_path, **flags)
     assert found.finetune_flags_of("finetune") == ("--epochs", "2", "--batch-size", "8")
     assert finetune_config(found.finetune_flags_of("finetune-10")).optimizer.epochs == 20
+    check(replace(found, protocols=("finetune",)))
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "--finetune-10: has no effect without --protocols finetune-10"
+    ]
 
 
 def test_fine_tuned_scores_are_those_of_the_classifier(labelled, tmp_path):
