@@ -107,6 +107,7 @@ def test_layers_of_a_classifier_keep_their_rates():
 def with_settings_of_torch_muon(folder: Path) -> None:
     """Writes the state again as a version with `torch.optim.Muon` wrote it."""
     state = read_state(folder, print)
+    assert state
     for group in state["optimizer"]["param_groups"]:
         group |= {"nesterov": True, "ns_steps": 5, "eps": 1e-7} if "momentum" in group else {}
     write_state(folder, state, keep=None)
