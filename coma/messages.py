@@ -24,6 +24,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def without_formulas(text: str) -> str:
+    """Returns a text for matplotlib that draws it as it is: two `$` would begin and end a formula."""
+    return text.replace("$", r"\$")
+
+
 def parse_names(text: str, known: Sequence[str], flag: str) -> tuple[str, ...]:
     """Splits a list of names at commas and drops repetitions.
 

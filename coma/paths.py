@@ -163,14 +163,17 @@ def shipped_weights() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in _SHIPPED.glob("*/config.json")))
 
 
+def is_shipped(artifact: str | Path) -> bool:
+    """Returns whether this is one of the names in `shipped_weights`, and no path in the current folder."""
+    return not os.path.lexists(artifact) and str(artifact) in shipped_weights()
+
+
 def artifact_directory(artifact: str | Path) -> Path:
     """Returns the directory of an artifact, given as a path or as one of the names in `shipped_weights`.
 
     A file or folder of that name in the current folder comes first.
     """
-    if not os.path.lexists(artifact) and str(artifact) in shipped_weights():
-        return _SHIPPED / artifact
-    return Path(artifact)
+    return _SHIPPED / artifact if is_shipped(artifact) else Path(artifact)
 
 
 def exports_beside(artifact: Path) -> Path:

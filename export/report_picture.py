@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from coma.contact_sheet import write_png
+from coma.messages import without_formulas
 from coma.runtimes.manifest import Entry
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _draw_errors(
             [outputs.index(name) for name in known],
             linestyle="",
             marker="o",
-            label=file,
+            label=without_formulas(file),
         )
         limit = tolerances[file].get("relative")
         if limit:
@@ -89,7 +90,7 @@ def _draw_errors(
 def _draw_latencies(axes: Axes, rows: list[tuple[str, float, bool]]) -> None:
     colors = ["#c8c8d0" if of_torch else "#1b4f9c" for _, _, of_torch in rows]
     axes.barh(range(len(rows)), [time for _, time, _ in rows], color=colors)
-    axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    axes.set_yticks(range(len(rows)), [without_formulas(label) for label, _, _ in rows])
     axes.invert_yaxis()
     axes.set(title="Median computing time, ms")
     _tidy(axes)

@@ -153,8 +153,8 @@ def slug(text: str) -> str:
 
 
 @cache
-def finetune_epochs(flags: tuple[str, ...]) -> float:
-    """Returns the epochs of `coma classify train` with these flags.
+def finetune_config(flags: tuple[str, ...]) -> FinetuneConfig:
+    """Returns the settings of `coma classify train` with these flags.
 
     Raises:
         BadInput: it has no such flags.
@@ -162,7 +162,7 @@ def finetune_epochs(flags: tuple[str, ...]) -> float:
     needed = ("ARTIFACT", "--data", "CLASSES", "--out", "RUN")
     kind = tyro.conf.OmitArgPrefixes[FinetuneConfig]
     try:
-        return parse_arguments(kind, [*needed, *flags], prog="coma classify train").optimizer.epochs
+        return parse_arguments(kind, [*needed, *flags], prog="coma classify train")
     except BadInput as error:
         raise BadInput(f"--finetune {shlex.join(flags)!r}: {error}") from None
     except SystemExit:

@@ -11,8 +11,9 @@ from coma.data.labelled_splits import (
     log_missing_classes,
     open_labelled,
     open_labelled_splits,
+    unreadable_images,
 )
-from coma.data.labels import align_labels, class_indices, topk_accuracy
+from coma.data.labels import align_labels, align_single_labels, class_indices, topk_accuracy
 from coma.data.loader import check_loader, evaluation_batches, training_batches
 from coma.data.pixel_values import check_sample
 from coma.data.sources.base import ArraySource, Source
@@ -29,6 +30,7 @@ __all__ = [
     "Source",
     "Subset",
     "align_labels",
+    "align_single_labels",
     "balanced_subset",
     "check_loader",
     "check_sample",
@@ -44,4 +46,5 @@ __all__ = [
     "open_source",
     "topk_accuracy",
     "training_batches",
+    "unreadable_images",
 ]

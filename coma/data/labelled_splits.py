@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from coma.paths import Location
 log = logging.getLogger(__name__)
 
 _PARALLEL_FROM = 5000
-"""Number of classes from which worker processes decode: one image takes about a millisecond."""
+"""Number of images from which worker processes decode them: one takes about a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,12 @@ def log_missing_classes(splits: LabelledSplits) -> None:
         if missing:
             few = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             _log_once(f"{source.location}: has no image of {len(missing)} of {len(classes)} classes: {few}")
+
+
+def unreadable_images(source: Source) -> Iterator[str]:
+    """Yields an error for each image that cannot be decoded, and the empty string for each of the others."""
+    workers = None if len(source) >= _PARALLEL_FROM else 0
+    return map_ordered(partial(_error_of_all, source), np.arange(len(source))[:, None], workers)
 
 
 def _log_once(line: str) -> None:

@@ -45,6 +45,20 @@ def align_labels(train: Source, test: Source) -> tuple[Tensor, Tensor, tuple[str
     return _positions(known, classes), asked, classes
 
 
+def align_single_labels(train: Source, test: Source) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Returns the labels of both sets as `align_labels`, for protocols in which an image has one class.
+
+    Raises:
+        BadInput: As `align_labels`; or the images may have any number of classes.
+    """
+    if train.multi_hot is not None:
+        raise BadInput(
+            f"{train.location}: its images may have any number of classes, but top-1 accuracy needs one for "
+            "each; `coma classify train` takes them (with --frozen, a linear head on frozen features)"
+        )
+    return align_labels(train, test)
+
+
 def class_indices(source: Source, classes: Sequence[str], owner: str) -> Tensor:
     """Returns the labels of a source as positions in a list of classes, int64 `[n]`.
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from coma.contact_sheet import write_png
+from coma.messages import without_formulas
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,9 +36,9 @@ def draw_confusion(path: Path, confusion: list[list[int]], names: tuple[str, ...
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
-    axes.set(xlabel="predicted class", ylabel="true class", title=title)
+    axes.set(xlabel="predicted class", ylabel="true class", title=without_formulas(title))
     if len(names) <= _NAMED:
-        shown = [name if len(name) <= 24 else f"{name[:22]}..." for name in names]
+        shown = [without_formulas(name if len(name) <= 24 else f"{name[:22]}...") for name in names]
         axes.set_xticks(range(len(names)), shown, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), shown)
     if len(names) <= _NUMBERED:
@@ -84,7 +85,7 @@ def draw_reliability(path: Path, calibration: dict[str, Any], title: str) -> Non
         label="mean of the bin",
     )
     top.plot([0, 1], [0, 1], color="#b3541e", linestyle="--", label="perfectly calibrated")
-    top.set(ylabel="share that is right", ylim=(0, 1), title=title)
+    top.set(ylabel="share that is right", ylim=(0, 1), title=without_formulas(title))
     top.legend(loc="upper left", fontsize="small", frameon=False)
     below.bar(middles, calibration["counts"], width, color="#c8c8d0", edgecolor="white")
     below.set(xlabel="confidence", ylabel="predictions", xlim=(0, 1))

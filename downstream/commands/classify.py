@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,8 @@ import tyro
 from coma.arguments import from_keywords, parse_arguments, parse_known
 from coma.config import FinetuneConfig
 from coma.config.serialization import read_config
-from coma.errors import BadInput
+from coma.errors import BadInput, CheckFailed
+from coma.messages import abridged, counted
 from coma.paths import Location
 from coma.preflight import require_packages
 from coma.ranges import Range
@@ -49,6 +51,9 @@ FROZEN_OPTIONS = (
     "label_share",
 )
 """Settings that apply to a linear head on frozen features; `frozen_stages` is refused later."""
+
+_NAMED = 20
+"""Most images that an error of `coma classify check` names."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,10 @@ class ClassifyPredict(RuntimeOptions):
 
 @dataclass(frozen=True)
 class ClassifyCheck:
-    """Opens labelled images, prints how many of each class every split has and draws a contact sheet."""
+    """Decodes labelled images, prints how many of each class every split has and draws a contact sheet.
+
+    It ends with an error that names images which cannot be decoded; all other commands skip them.
+    """
 
     data: Annotated[Location, tyro.conf.arg(metavar="CLASSES")]
     """Labelled images, as for training."""
@@ -330,7 +338,7 @@ def _check(argv: list[str]) -> None:
 
     import torch
 
-    from coma.data import align_labels, open_labelled_splits
+    from coma.data import align_labels, open_labelled_splits, unreadable_images
 
     if options.out:
         shared.check_empty(options.out)
@@ -346,7 +354,13 @@ def _check(argv: list[str]) -> None:
             for _, labels, _ in aligned.values()
         ]
         rows.append((f"images of {name}", [f"{int(count):,}" for count in counts]))
-    shared.print_check(rows, tuple(there))
+    errors: list[str] = []
+    with shared.progress_bar("reading images") as show:
+        total, done = sum(map(len, there.values())), 0
+        for error in chain.from_iterable(map(unreadable_images, there.values())):
+            errors += [error] if error else []
+            show(done := done + 1, total)
+    shared.print_check(rows, tuple(there), errors)
     if options.out:
         from downstream.label_check import draw_class_sheet
 
@@ -357,3 +371,7 @@ def _check(argv: list[str]) -> None:
         }
         shown = {name: (source, has[name]) for name, source in there.items()}
         print(f"contact sheet: {draw_class_sheet(options.out, options.data, names, shown)}")
+    if errors:
+        unreadable = counted(len(errors), "image that cannot be decoded", "images that cannot be decoded")
+        named = abridged(errors, _NAMED, "; ")
+        raise CheckFailed(f"{options.data}: {unreadable}: {named}; repair or remove what is named")

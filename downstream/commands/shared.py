@@ -247,8 +247,10 @@ def print_classes(names: Sequence[str], rows: dict[str, list[ClassRow]], amount:
     Console().print(table)
 
 
-def print_check(rows: Sequence[tuple[str, Sequence[str]]], splits: Sequence[str]) -> None:
-    """Prints what a checked dataset holds: a row per fact, a column per split."""
+def print_check(
+    rows: Sequence[tuple[str, Sequence[str]]], splits: Sequence[str], errors: Sequence[str] = ()
+) -> None:
+    """Prints what a checked dataset holds, a row per fact, a column per split; and that it has no errors."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -257,7 +259,8 @@ def print_check(rows: Sequence[tuple[str, Sequence[str]]], splits: Sequence[str]
     for name, values in rows:
         table.add_row(escape(name), *values)
     Console().print(table)
-    print("no errors found")
+    if not errors:
+        print("no errors found")
 
 
 def warn(warnings: Sequence[str]) -> None:

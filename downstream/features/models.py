@@ -19,7 +19,7 @@ from coma.errors import BadInput, CheckFailed
 from coma.image_size import ImageSize
 from coma.library_errors import library_errors
 from coma.models.hub import is_reference, timm_name, weights_file
-from coma.paths import local_path
+from coma.paths import is_shipped, local_path
 from coma.runtimes.find import open_model
 from coma.runtimes.image_batches import Resize, channels_of
 from coma.runtimes.model_spec import ModelSpec, Preprocessing
@@ -252,7 +252,9 @@ def _probed(
     Raises:
         BadInput: it does not take images of this size.
     """
-    given = request.model if is_reference(request.model) else str(Path(request.model).absolute())
+    given = request.model
+    if not (is_reference(given) or is_shipped(given)):
+        given = str(Path(given).absolute())
     mean, std = (tuple(map(float, each)) for each in (preprocessing.mean, preprocessing.std))
     spec = FeatureSpec(given, sha256, size, mean, std, request.stage, request.pooling, ())
     model = FeatureModel(spec, preprocessing=preprocessing, **facts)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from coma.arguments import parse_arguments
-from coma.config.compare import CompareConfig, Entry, finetune_epochs
+from coma.config.compare import CompareConfig, Entry, finetune_config
 from coma.devices import cores
 from coma.errors import BadInput, CheckFailed
 from coma.preflight import require_folder, require_packages
@@ -86,7 +86,7 @@ def parse(argv: list[str]) -> CompareConfig:
     _refuse(_words(config.finetune), _RESERVED_FINETUNING, "in --finetune")
     _refuse(_words(config.finetune_10), _RESERVED_FINETUNING, "in --finetune-10")
     for protocol in config.finetune_protocols:
-        finetune_epochs(config.finetune_flags_of(protocol))
+        finetune_config(config.finetune_flags_of(protocol))
 
     from coma.data.worker_pool import default_workers
 

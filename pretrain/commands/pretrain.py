@@ -174,7 +174,17 @@ def parse(argv: list[str]) -> tuple[PretrainConfig, bool, bool, bool]:
         )
     if first.allow_changed_data and not first.resume:
         raise BadInput("--allow-changed-data goes with --resume; a new run takes the images as they are")
+    for name in ("init", "probe"):
+        _refuse_idle(name, getattr(config, name), getattr(defaults, name))
     return config, first.resume is not None, first.allow_changed_data, first.dry_run
+
+
+def _refuse_idle(needed: str, group: Any, defaults: Any) -> None:
+    """Refuses flags of a group that were given without the one that they belong to."""
+    values, before = vars(group), vars(defaults)
+    idle = [f"--{name.replace('_', '-')}" for name in values if values[name] != before[name]]
+    if idle and values[needed] is None:
+        raise BadInput(f"{', '.join(idle)}: no effect without --{needed}; give that too, or leave it out")
 
 
 def _defaults(first: _First) -> PretrainConfig:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from coma.artifact import ArtifactConfig
 from coma.config import ProbeConfig
-from coma.data import Source, align_labels, balanced_subset, open_labelled_splits
+from coma.data import Source, align_single_labels, balanced_subset, open_labelled_splits
 from coma.errors import BadInput
 from coma.models import Encoder
 from coma.paths import Location
@@ -100,11 +100,11 @@ def check_labelled(folder: Path, protocols: Sequence[Protocol]) -> None:
 def _open(config: ProbeConfig, folder: Location) -> Probe:
     splits = open_labelled_splits(folder)
     sources = splits.train, splits.test
-    align_labels(*sources)
+    align_single_labels(*sources)
     limits = config.probe_train, config.probe_test
     train, test = (balanced_subset(source, most) for source, most in zip(sources, limits, strict=True))
     try:
-        labels, _, _ = align_labels(train, test)
+        labels, _, _ = align_single_labels(train, test)
     except BadInput:
         raise BadInput(
             f"--probe-train {limits[0]}: too few for the classes of {folder}; give at least one image of each"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from coma.artifact import ArtifactConfig
-from coma.data import Source, align_labels, check_sample, topk_accuracy
+from coma.data import Source, align_single_labels, check_sample, topk_accuracy
 from coma.errors import BadInput
 from coma.models import Encoder
 from pretrain.evaluate.features import Features, extract_features
@@ -166,7 +166,7 @@ def labelled_features(
     Raises:
         BadInput, CheckFailed: as `evaluate`.
     """
-    train_labels, test_labels, names = align_labels(train, test)
+    train_labels, test_labels, names = align_single_labels(train, test)
     known, asked = (
         extract_features(
             encoder,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from coma.artifact import library_versions
 from coma.config.compare import RANDOM_BASELINE, SEARCH_SHARE, CompareConfig
-from coma.data import open_source
+from coma.data import open_labelled
 from coma.devices import processor
 from pretrain.sweep.plan import TRIAL_STEPS, Cost
 from pretrain.sweep.results import standard_error
@@ -16,7 +16,7 @@ from pretrain.sweep.results import standard_error
 
 def probed_on(comparison: CompareConfig) -> tuple[int, int]:
     """Returns the number of labelled training and test images of probes during training."""
-    counts = [len(open_source(comparison.test, split)) for split in ("train", "test")]
+    counts = [len(open_labelled(comparison.test, split)) for split in ("train", "test")]
     train, test = (
         min(limit or count, count)
         for limit, count in zip((comparison.probe_train, comparison.probe_test), counts, strict=True)
@@ -36,7 +36,7 @@ def caption(comparison: CompareConfig, costs: Mapping[str, Cost], missing: Seque
     planned = "to the nearest step"
     if comparison.unit == "seconds":
         planned += f", by a trial run of {TRIAL_STEPS} steps of each; the table shows what the runs took"
-    train, test = (len(open_source(comparison.test, split)) for split in ("train", "test"))
+    train, test = (len(open_labelled(comparison.test, split)) for split in ("train", "test"))
     about = [
         f"**Budget of every run: {unit}**, {planned}; learning-rate schedules end there.",
         *_search(comparison),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import statistics
@@ -11,8 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from coma.config import PretrainConfig, ProbeConfig
-from coma.config.compare import RANDOM_BASELINE, CompareConfig, Entry, Unit, slug
+from coma.config.compare import (
+    LABEL_SHARES,
+    RANDOM_BASELINE,
+    CompareConfig,
+    Entry,
+    Unit,
+    finetune_config,
+    slug,
+)
 from coma.errors import BadInput
+
+log = logging.getLogger(__name__)
 
 TRIAL_STEPS = 40
 """Steps of a trial run, which measures the time of a step."""
@@ -156,9 +167,33 @@ def check(comparison: CompareConfig) -> None:
     if comparison.reference not in {entry.method for entry in comparison.entries}:
         methods = ", ".join(dict.fromkeys(entry.method for entry in comparison.entries))
         raise BadInput(f"--reference {comparison.reference}: is none of the methods: {methods}")
+    if comparison.finetune and not comparison.finetune_protocols:
+        log.warning("--finetune: has no effect without --protocols finetune")
+    if comparison.finetune_10 and "finetune-10" not in comparison.protocols:
+        log.warning("--finetune-10: has no effect without --protocols finetune-10")
     check_labelled(comparison.test, comparison.frozen_protocols)
+    _check_hold_out(comparison)
     for entry in comparison.entries:
         check_shapes(entry.config)
         split_batch(entry.config.optimizer, 0, 1)
         with_weights_hash(entry.config)
     open_source(comparison.images)
+
+
+def _check_hold_out(comparison: CompareConfig) -> None:
+    """Refuses labels so few that fine-tuning, which comes after all runs, would fail."""
+    from coma.data import align_single_labels, hold_out, open_labelled_splits
+
+    splits = open_labelled_splits(comparison.test)
+    labels, _, _ = align_single_labels(splits.train, splits.test)
+    for protocol in comparison.finetune_protocols:
+        config, share = finetune_config(comparison.finetune_flags_of(protocol)), LABEL_SHARES[protocol]
+        used = labels if share == 1 else labels[~hold_out(labels, 1 - share, 0)]
+        held_out = config.optimizer.hold_out
+        if held_out and not (splits.val or config.val or hold_out(used, held_out, 0).any()):
+            flag = protocol.replace("fine", "--fine")
+            raise BadInput(
+                f"--protocols {protocol}: {comparison.test} leaves every class a single image, so none can "
+                f'be held out to choose the checkpoint; take the last one ({flag} "--hold-out 0"), or add a '
+                "val split"
+            )

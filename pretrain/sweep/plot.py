@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from coma.atomic_io import write_whole
 from coma.config.compare import RANDOM_BASELINE, CompareConfig
+from coma.messages import without_formulas
 from pretrain.sweep.caption import clock_name, probed_on
 from pretrain.sweep.results import TITLES, Group
 
@@ -54,14 +55,22 @@ def draw(comparison: CompareConfig, found: Sequence[Group], path: Path) -> None:
                         axes.plot(*zip(*curve, strict=True), color=colors[group.method], linewidth=1.1)
                 elif group.top1(protocol):
                     handles[group.method] = _point(axes, group, protocol, colors[group.method])
-            axes.set_title(f"{model}: {TITLES[protocol]}{', during training' if during else ''}")
+            axes.set_title(
+                f"{without_formulas(model)}: {TITLES[protocol]}{', during training' if during else ''}"
+            )
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
             axes.set_xlim(0, 1.05 * longest)
         line[0].set_ylabel("top-1 %")
     for axes in grid[-1]:
         axes.set_xlabel(f"training time ({clock_name(comparison)} minutes)")
-    figure.legend(handles.values(), handles, loc="outside right upper", frameon=False, fontsize="small")
+    figure.legend(
+        handles.values(),
+        map(without_formulas, handles),
+        loc="outside right upper",
+        frameon=False,
+        fontsize="small",
+    )
     notes = "bars: standard deviation over seeds; hollow: a single run; dashed: random weights"
     if comparison.probes:
         notes += "\nduring training: probes on {:,} training and {:,} test images".format(

@@ -7,6 +7,7 @@ and is started again waits for processes that still hold them, instead of starti
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from pathlib import Path
 from coma.cli import CHILD
 from coma.errors import Interrupted
 from coma.signals import StopRequest
+
+log = logging.getLogger(__name__)
 
 _POLL = 0.1  # seconds
 _PATIENCE = 120.0  # seconds: a process that is asked to stop may have a large state to save
@@ -58,6 +61,7 @@ class Failure:
 class _Running:
     job: Job
     process: subprocess.Popen[bytes]
+    slot: int
     locks: tuple[int, int]
 
 
@@ -134,7 +138,8 @@ class ProcessPool:
                 os.close(lock)
                 self._finished += job.work
                 continue
-            self._running.append(_Running(job, self._process(job, slot, (place, lock)), (place, lock)))
+            locks = place, lock
+            self._running.append(_Running(job, self._process(job, slot, locks), slot, locks))
             self._tell(f"started {job.name}", self._work_done())
         if waiting and not self._running and not self._waits:
             self._waits = True
@@ -142,20 +147,28 @@ class ProcessPool:
 
     def _free_slot(self) -> tuple[int, int | None]:
         """Returns a free slot and the lock on it, if there is one."""
-        for slot in range(len(self._slots)):
+        own = {each.slot for each in self._running}  # where there are no locks, nothing else tells
+        for slot in (slot for slot in range(len(self._slots)) if slot not in own):
             place = self._lock(f"slot-{slot}")
             if place is not None:
                 return slot, place
         return -1, None
 
     def _lock(self, name: str) -> int | None:
-        """Returns a lock, or None if a process holds it."""
+        """Returns a lock, or None if a process holds it; an open file alone, if the file system has none."""
         handle = os.open(self._locks / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(handle)
             return None
+        except OSError as error:
+            log.warning(
+                "%s: cannot be locked (%s); run only one comparison there at a time",
+                self._locks,
+                error.strerror,
+                extra={"once": True},
+            )
         return handle
 
     def _process(self, job: Job, slot: int, locks: tuple[int, int]) -> subprocess.Popen[bytes]:

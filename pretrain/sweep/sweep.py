@@ -1,6 +1,7 @@
 """Runs a comparison: plans the budget, runs and evaluates everything that is not done yet, writes the report.
 
 out/data.json.gz           names and sizes of the images
+out/statistics-N.json      mean and standard deviation of their N channels
 out/settings/NAME.json     settings of a run; NAME is method-backbone-seed
 out/trials/NAME/           trials: of the time of a step (--budget seconds), of a learning rate (--lr-search)
 out/runs/NAME/             run of `coma pretrain`
@@ -24,8 +25,8 @@ from pathlib import Path
 from coma.artifact import ArtifactConfig, library_versions, save_artifact
 from coma.atomic_io import lies_among, write_json
 from coma.config import PretrainConfig
-from coma.config.compare import LABEL_SHARES, CompareConfig, Entry, finetune_epochs
-from coma.data import compute_mean_std, open_source
+from coma.config.compare import LABEL_SHARES, CompareConfig, Entry, finetune_config
+from coma.data import compute_mean_std, open_labelled, open_source
 from coma.data.listing import check_listing, list_data, read_listing, write_listing
 from coma.errors import BadInput, Interrupted
 from coma.signals import StopRequest
@@ -45,6 +46,7 @@ from pretrain.sweep.results import (
     score_folder,
 )
 from pretrain.sweep.trials import timed, with_rates
+from pretrain.training.run_plan import initial_statistics
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ def compare(comparison: CompareConfig) -> SweepResult:
             batch = entry.config.optimizer.batch_size
             steps = steps_for(comparison.unit, comparison.run_amount, batch, costs[entry.name], entry.name)
             plans += [(run_config(entry, seed, steps, comparison), costs[entry.name]) for seed in entry.seeds]
-        images = sum(len(open_source(comparison.test, split)) for split in ("train", "test"))
+        images = sum(len(open_labelled(comparison.test, split)) for split in ("train", "test"))
         jobs = [job for config, each in plans for job in _jobs(comparison, config, each, images)]
         jobs += _random_baseline_jobs(comparison, costs, images)
         try:
@@ -151,25 +153,33 @@ def _open(comparison: CompareConfig) -> None:
     path = out / "compare.json"
     if path.exists():
         before = json.loads(path.read_text())
+        if before == asked:
+            return
         changed = [
             f"{name} {before.get(name)} -> {asked.get(name)}"
             for name in asked | before
-            if before.get(name) != asked.get(name)
+            if before.get(name) != asked.get(name) and name not in _unused(out)
         ]
         if changed:
             raise BadInput(
                 f"{out}: holds a comparison with other settings: {', '.join(changed)}; keep them as they "
-                "were (methods, models, seeds and protocols may be added), or give another --out"
+                "were (methods, models, seeds and protocols may be added, and flags of fine-tuning changed "
+                "when its folders finetuned* are removed), or give another --out"
             )
-        return
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    elif out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise BadInput(f"--out {out}: is not empty and holds no comparison; choose another")
     write_json(path, asked)
 
 
+def _unused(out: Path) -> set[str]:
+    """Returns the settings of fine-tuning that no run has used yet, so that they may still change."""
+    tuned, few = (any(out.glob(f"{folder}/*/config.json")) for folder in ("finetuned", "finetuned-10"))
+    return set() if few else {"finetune_10"} if tuned else {"finetune", "finetune_10"}
+
+
 def _check_data(comparison: CompareConfig) -> None:
     """Notes the images of a new comparison, and refuses other images when it is resumed."""
-    test = {f"{split} images": open_source(comparison.test, split) for split in ("train", "test")}
+    test = {f"{split} images": open_labelled(comparison.test, split) for split in ("train", "test")}
     now = list_data({"images": open_source(comparison.images)}, labels=False) | list_data(test)
     if any((comparison.out / "settings").glob("*.json")):
         warn = partial(log.warning, "%s")
@@ -183,16 +193,16 @@ def _check_data(comparison: CompareConfig) -> None:
 
 
 def _with_statistics(comparison: CompareConfig) -> CompareConfig:
-    """Returns the comparison with mean and standard deviation, measured once for all runs, and workers."""
-    kept = comparison.out / "statistics.json"
-    entries = []
+    """Returns the comparison with the statistics of pixels, measured once for all runs, and workers."""
+    source, entries = open_source(comparison.images), []
     for entry in comparison.entries:
-        data = entry.config.data
+        data, channels = entry.config.data, entry.config.model.channels
         if data.mean is None:
-            if not kept.exists():
-                source = open_source(comparison.images)
-                write_json(kept, compute_mean_std(source, entry.config.model.channels, workers=data.workers))
-            mean, std = (tuple(values) for values in json.loads(kept.read_text()))
+            kept = comparison.out / f"statistics-{channels}.json"
+            found = initial_statistics(entry.config, source)
+            if found is None and not kept.exists():
+                write_json(kept, compute_mean_std(source, channels, workers=data.workers))
+            mean, std = found or (tuple(values) for values in json.loads(kept.read_text()))
             data = replace(data, mean=mean, std=std)
         if data.workers is None:
             data = replace(data, workers=comparison.workers)
@@ -238,7 +248,7 @@ def _evaluation_jobs(
                 f"{name}-{protocol}",
                 partial(_finetune_arguments, comparison, artifact, run, [*common, *few, *flags]),
                 partial(_is_finetuned, run),
-                work * finetune_epochs(flags) * share,
+                work * finetune_config(flags).optimizer.epochs * share,
                 after=after,
             )
         )

@@ -162,7 +162,7 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
             raise BadInput(f"{config.data.images}: the processes see different numbers of images, {sizes}")
     with group.raise_on_all_ranks():
         if group.main and config.data.mean is None:
-            mean, std = _statistics_of_weights(config, source) or compute_mean_std(
+            mean, std = initial_statistics(config, source) or compute_mean_std(
                 source, config.model.channels, workers=config.data.workers
             )
             config = replace(config, data=replace(config.data, mean=mean, std=std))
@@ -175,10 +175,13 @@ def prepare(config: PretrainConfig, group: Processes, *, resume: bool) -> Pretra
     return PretrainPlan(group.share(config), source, slices, steps)
 
 
-def _statistics_of_weights(
+def initial_statistics(
     config: PretrainConfig, source: Source
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Returns and logs whether pixels are normalised as the weights expect; None: by those of the images."""
+    """Returns mean and standard deviation that the initial weights expect; None: those of the images count.
+
+    Logs which ones count, where there are initial weights.
+    """
     init, channels = config.init, config.model.channels
     if init.init is None:
         return None

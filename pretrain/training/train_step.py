@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
 
 from coma.amp import Precision, autocast, build_scaler, choose_attention
 from coma.config import OptimizerConfig, RunConfig
@@ -198,7 +199,8 @@ class TrainStep:
             set_model_state_dict(self.objective, state["ema"], options=options)
             self._ema.restart()
         set_model_state_dict(self.objective, state["model"], options=options)
-        set_optimizer_state_dict(self.objective, self._optimizer, state["optimizer"], options=options)
+        optimizer = with_known_settings(state["optimizer"], self._optimizer)
+        set_optimizer_state_dict(self.objective, self._optimizer, optimizer, options=options)
         scaler = group.share(state.get("scaler"))
         if scaler and self._scaler.is_enabled():
             self._scaler.load_state_dict(scaler)
@@ -213,6 +215,17 @@ class TrainStep:
     def weights(self) -> dict[str, Tensor]:
         """Returns the current weights, whole, on the CPU of process 0."""
         return cast("dict[str, Tensor]", get_model_state_dict(self.objective, options=_WHOLE))
+
+
+def with_known_settings(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """Returns the state of an optimizer without settings that `optimizer` does not have.
+
+    The code of another version wrote them; its moving averages stay.
+    """
+    if "param_groups" not in state:
+        return state
+    pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    return state | {"param_groups": [{k: v for k, v in old.items() if k in own} for old, own in pairs]}
 
 
 def pass_seed(run_seed: int) -> int:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from coma.contact_sheet import write_png
 from coma.errors import BadInput
+from coma.messages import without_formulas
 
 
 def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
@@ -42,7 +43,7 @@ def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
     top.plot(steps, losses, color="#9db4d6", linewidth=1, marker="o" if len(rows) < 30 else "", markersize=3)
     smooth = _smooth(losses)
     top.plot(steps, smooth, color="#1b4f9c", linewidth=2)
-    top.set(ylabel="loss", title=title or metrics.parent.name)
+    top.set(ylabel="loss", title=without_formulas(title or metrics.parent.name))
     top.annotate(
         f"{smooth[-1]:.3g}", (steps[-1], smooth[-1]), (6, 0), textcoords="offset points", va="center"
     )

@@ -194,6 +194,12 @@ def test_a_data_set_is_described(place, tmp_path, capsys):
     data = tag(tmp_path, {"train": 8, "test": 4})
     assert main(["classify", "check", "--data", str(data)]) == 0
     assert "images of dark" in capsys.readouterr().out
+    broken = next(data.rglob("*.png"))
+    broken.write_bytes(broken.read_bytes()[:60])
+    assert main(["classify", "check", "--data", str(data)]) == 1
+    shown = capsys.readouterr()
+    assert "images of dark" in shown.out and "no errors found" not in shown.out
+    assert f"1 image that cannot be decoded: {broken}: " in shown.err
 
 
 # runtimes -----------------------------------------------------------------------------------------

@@ -81,6 +81,20 @@ def test_a_picture_of_elsewhere_is_computed_by_the_model(made, pictures, tmp_pat
         assert min(float(row["similarity"]) for row in found) == pytest.approx(1, abs=1e-4)
 
 
+def test_the_weights_of_the_package_are_found_again_by_their_name(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = tmp_path / "few"
+    few.mkdir()
+    for name in ("03.png", "11.png"):
+        (few / name).write_bytes((pictures / name).read_bytes())
+    (tmp_path / "query.png").write_bytes((pictures / "03.png").read_bytes())
+    options = ("--device", "cpu", "--workers", "0")
+    assert main(["embed", "tiny-64", "few", "--out", "few.parquet", *options]) == 0
+    monkeypatch.chdir(few)
+    assert search("../few.parquet", "../query.png", "--device", "cpu", "--out", tmp_path) == 0
+    assert rows(tmp_path, "nearest")[0]["path"] == "03.png"
+
+
 def test_near_duplicates_outliers_and_a_map(made, tmp_path, capsys):
     file = made / "features.parquet"
     assert search(file, "--duplicates", "0.9999", "--outliers", "3", "--map", "--out", tmp_path) == 0

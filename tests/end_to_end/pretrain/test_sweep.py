@@ -1,6 +1,7 @@
 """Comparisons: budgets, runs that are killed, fail or go on, and a table that says what the runs say."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -205,6 +207,31 @@ def test_progress_is_asked_for_now_and_then(tmp_path, monkeypatch):
         tmp_path, [{}], lambda _, done: told.append(done), process_pool.StopRequest()
     ).run([job])
     assert 0 < len(asked) < 10 and told[0] == 0.5 and told[-1] == 1
+
+
+def test_a_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, caplog):
+    """Its processes are not waited for in vain, and no more of them run at a time than there are slots."""
+    running: list[str] = []
+
+    def started(command: list[str], **_: Any) -> SimpleNamespace:
+        running.append(command[-1])
+        assert len(running) == 1
+        return SimpleNamespace(poll=lambda: done.add(running.pop()) or 0)
+
+    def without_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    done: set[str] = set()
+    monkeypatch.setattr(process_pool.subprocess, "Popen", started)
+    monkeypatch.setattr(process_pool.fcntl, "flock", without_locks)
+    monkeypatch.setattr(process_pool, "_POLL", 0.001)
+    stop = process_pool.StopRequest()
+    turns = iter(range(100))
+    monkeypatch.setattr(process_pool.time, "sleep", lambda _: next(turns))
+    jobs = [process_pool.Job(name, partial(tuple, name), partial(done.__contains__, name)) for name in "ab"]
+    process_pool.ProcessPool(tmp_path, [{}], lambda *_: None, stop).run(jobs)
+    assert done == {"a", "b"}
+    assert "cannot be locked (No locks available); run only one comparison there at a time" in caplog.text
 
 
 def test_the_reason_is_the_last_process_s_own(tmp_path):

@@ -70,6 +70,8 @@ def test_settings_in_one_object_are_taken_as_well(settings):
         ({"resume": "elsewhere"}, "elsewhere: no such file; give a run directory"),
         ({"allow_changed_data": True}, "--allow-changed-data goes with --resume"),
         ({"out": ""}, "names no file or folder"),
+        ({"init_partial": True}, "--init-partial: no effect without --init"),
+        ({"probe_steps": 5, "probe_test": 9}, "--probe-steps, --probe-test: no effect without --probe"),
     ],
 )
 def test_keywords_are_refused_as_flags_are(tmp_path, capsys, settings, message):

@@ -291,11 +291,20 @@ def test_rows_are_told_apart_and_one_baseline_serves_an_architecture(folder, cap
         (("ARTIFACT", "--data", "DATA", "--k", "999"), "1 to 60"),
         (("ARTIFACT", "--data", "DATA", "--image-size", "2"), "image size 2 px"),
         (("ARTIFACT", "--data", "DATA", "--protocols"), "at least one of --protocols"),
+        (
+            ("ARTIFACT", "--data", "TAGS", "--protocols", "linear"),
+            "any number of classes, but top-1",
+        ),
     ],
 )
 def test_the_command_refuses_with_one_line(folder, capsys, argv, message):
     (folder / "file").touch()
+    (folder / "tags").mkdir()
+    picture = next(path.relative_to(folder) for path in (folder / "data").rglob("*.png"))
+    for split in ("train", "test"):
+        (folder / "tags" / f"{split}.csv").write_text(f"image,tags\n../{picture},a;b\n")
     places = {"DATA": folder / "data", "ARTIFACT": folder / "artifact", "FILE": folder / "file"}
+    places["TAGS"] = folder / "tags"
     assert coma(*(places.get(word, word) for word in argv)) == 2
     shown = capsys.readouterr().err
     assert message in shown

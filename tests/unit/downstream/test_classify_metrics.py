@@ -9,6 +9,7 @@ from downstream.classify.metrics import (
     multi_label_metrics,
     single_label_metrics,
 )
+from downstream.classify.plots import draw_confusion, draw_reliability
 from downstream.classify.validation import score
 
 NAMES = ("a", "b", "c")
@@ -57,3 +58,11 @@ def test_any_number_of_classes():
     one = multi_label_metrics(probabilities[:, :1], labels[:, :1], NAMES[:1])
     assert [row["ap"] for row in one["classes"]] == [pytest.approx(first)] and one["micro_f1"] == 0.5
     assert score(probabilities.logit(), labels * 0, step=0).score == 0.0
+
+
+def test_names_with_dollars_are_no_formulas(tmp_path):
+    names = ("$5", r"$\frac$ of $^$")
+    draw_confusion(tmp_path / "confusion.png", [[1, 0], [0, 2]], names, "1 image of $^$")
+    calibration = {"counts": [0, 2], "accuracy": [None, 0.5], "confidence": [None, 0.75]}
+    draw_reliability(tmp_path / "reliability.png", calibration, "1 image of $^$")
+    assert {path.name for path in tmp_path.iterdir()} == {"confusion.png", "reliability.png"}

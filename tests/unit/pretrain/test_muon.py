@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from coma.models.classifiers import build_classifier
 from coma.objectives import build_objective
 from coma.objectives.classification import Classification
 from pretrain.training import pretrain
+from pretrain.training.checkpoint import read_state, write_state
 from pretrain.training.muon import MuonWithAdamW, orthogonalised
 from pretrain.training.optimizer import build_optimizer, hidden_matrices
 
@@ -102,6 +104,15 @@ def test_layers_of_a_classifier_keep_their_rates():
     assert len(set(grouped)) == len(grouped) == len(list(classifier.parameters()))
 
 
+def with_settings_of_torch_muon(folder: Path) -> None:
+    """Writes the state again as a version with `torch.optim.Muon` wrote it."""
+    state = read_state(folder, print)
+    assert state
+    for group in state["optimizer"]["param_groups"]:
+        group |= {"nesterov": True, "ns_steps": 5, "eps": 1e-7} if "momentum" in group else {}
+    write_state(folder, state, keep=None)
+
+
 def test_a_resumed_run_is_the_whole_one(photos, tmp_path):
     config = PretrainConfig(
         data=DataConfig(
@@ -121,6 +132,7 @@ def test_a_resumed_run_is_the_whole_one(photos, tmp_path):
         patch.setattr(MuonWithAdamW, "step", lambda self: (next(left), step(self)))  # the third ends the run
         with pytest.raises(StopIteration):
             pretrain(half)
+    with_settings_of_torch_muon(tmp_path / "half" / "state")
     pretrain(half, resume=True)
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in rows(tmp_path / "half")] == [row[key] for row in rows(tmp_path / "whole")]

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from comparisons import SMALL, asked
 
-from coma.config.compare import finetune_epochs
+from coma.artifact import load_encoder
+from coma.config.compare import finetune_config
 from coma.errors import BadInput
 from pretrain.commands.compare import _device, entry, parse
-from pretrain.sweep import Cost, Result, compare, groups, steps_for
+from pretrain.sweep import Cost, Result, compare, groups, steps_for, sweep
 from pretrain.sweep.caption import caption
 from pretrain.sweep.jobs import slots
-from pretrain.sweep.plan import last_step
+from pretrain.sweep.plan import check, last_step
 from pretrain.sweep.plot import draw
 from pretrain.sweep.results import (
     ProbePoint,
@@ -187,6 +188,71 @@ def test_settings_that_cannot_be_compared_are_refused(labelled, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
+def labelled_by_tables(labelled, folder, images=10**6, kind="label"):
+    """A folder of train.csv and test.csv, with so many images of each class at most."""
+    folder.mkdir()
+    for split in ("train", "test"):
+        paths = [
+            path
+            for label in (0, 1)
+            for path in sorted((labelled / split / f"class{label}").iterdir())[:images]
+        ]
+        rows = [f"{path},{path.parent.name}" for path in paths]
+        (folder / f"{split}.csv").write_text("\n".join([f"image,{kind}", *rows]))
+    return folder
+
+
+def test_labels_may_be_those_of_tables(labelled, tmp_path):
+    comparison = asked(labelled, tmp_path / "out", test=labelled_by_tables(labelled, tmp_path / "tables"))
+    check(comparison)
+    sweep._check_data(comparison)
+    assert "evaluated on 24 training and 12 test images" in caption(
+        comparison, {each.name: Cost(1, 1, None) for each in comparison.entries}, []
+    )
+
+
+def test_labels_that_fine_tuning_cannot_use_are_refused_before_the_runs(labelled, tmp_path):
+    few = labelled_by_tables(labelled, tmp_path / "few", 10)
+    comparison = asked(labelled, tmp_path / "out", test=few, protocols=("finetune-10",))
+    with pytest.raises(BadInput, match='take the last one \\(--finetune-10 "--hold-out 0"'):
+        check(comparison)
+    check(replace(comparison, finetune_10="--hold-out 0"))
+    check(replace(comparison, protocols=("finetune",)))
+    with pytest.raises(BadInput, match="any number of classes"):
+        check(replace(comparison, test=labelled_by_tables(labelled, tmp_path / "tags", kind="tags")))
+
+
+def test_flags_of_fine_tuning_may_change_until_they_were_used(labelled, tmp_path):
+    comparison = asked(labelled, tmp_path / "out")
+    for folder, refused in (
+        (None, ()),
+        ("finetuned", ("finetune",)),
+        ("finetuned-10", ("finetune", "finetune_10")),
+    ):
+        if folder:
+            (comparison.out / folder / "mae-tiny-0").mkdir(parents=True)
+            (comparison.out / folder / "mae-tiny-0" / "config.json").touch()
+        for number, setting in enumerate(("finetune", "finetune_10")):
+            changed = replace(comparison, **{setting: f"--epochs {len(refused)}{number + 1}"})
+            if setting in refused:
+                with pytest.raises(BadInput, match=f"other settings: {setting} "):
+                    sweep._open(changed)
+            else:
+                sweep._open(changed)
+                comparison = changed
+
+
+def test_pixels_are_normalised_as_weights_expect_and_by_channels(labelled, tmp_path):
+    flags = [["--init", "tiny-64", "--image-size", "64"], ["--channels", "1", *SMALL], SMALL]
+    found = tuple(entry(labelled / "train", "mae", "tiny", each, (0,)) for each in flags)
+    given, grey, measured = (
+        each.config.data for each in sweep._with_statistics(asked(labelled, tmp_path, entries=found)).entries
+    )
+    about = load_encoder("tiny-64").artifact
+    assert (given.mean, given.std) == (about.mean, about.std)
+    assert len(grey.mean or ()) == 1 and len(measured.mean or ()) == 3 and measured.mean != about.mean
+
+
 def test_flags_of_a_method_win_over_those_of_all(labelled):
     argv = [str(labelled / "train"), "--test", str(labelled), "--budget", "images", "64", "--device", "cpu"]
     argv += ["--methods", "mae --base-lr 2e-3", "coma", "--", "--base-lr", "1e-3", "--batch-size", "32"]
@@ -210,11 +276,15 @@ def test_the_caption_tells_what_is_not_alike(labelled, tmp_path):
     assert "**Missing:** a run: exit code 1" in text
 
 
-def test_few_labels_have_flags_of_their_own(labelled, tmp_path):
+def test_few_labels_have_flags_of_their_own(labelled, tmp_path, caplog):
     flags = {"finetune": "--epochs 2 --batch-size 8", "finetune_10": "--epochs 20"}
     found = asked(labelled, tmp_path, **flags)
     assert found.finetune_flags_of("finetune") == ("--epochs", "2", "--batch-size", "8")
-    assert finetune_epochs(found.finetune_flags_of("finetune-10")) == 20
+    assert finetune_config(found.finetune_flags_of("finetune-10")).optimizer.epochs == 20
+    check(replace(found, protocols=("finetune",)))
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "--finetune-10: has no effect without --protocols finetune-10"
+    ]
 
 
 def test_fine_tuned_scores_are_those_of_the_classifier(labelled, tmp_path):
@@ -247,7 +317,7 @@ def test_the_picture_shows_everything_once_where_it_was_measured(labelled, tmp_p
     curve = (ProbePoint(0, 0.0, {"knn": 10.0}), ProbePoint(400, 90.0, {"knn": 35.0}))
     results = [
         Result(method, model, seed, 1, 1, 400, 400, 120.0, 1.0, 0.1, {"knn": 40.0 + seed}, curve=curve)
-        for method, model, seed in [("mae", "a", 0), ("mae", "a", 1), ("coma", "a", 0), ("coma", "b", 0)]
+        for method, model, seed in [("mae", "a", 0), ("mae", "a", 1), ("$^$", "a", 0), ("coma", "b", 0)]
     ]
     results.append(Result("random", "b", 0, 1, 0, 0, 0, 0.0, 0.0, None, {"knn": 20.0}))
     draw(asked(labelled, tmp_path), groups(results), tmp_path / "unused.png")
