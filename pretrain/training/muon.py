@@ -26,9 +26,9 @@ class MuonWithAdamW(Optimizer):
     so that both share the learning rate and the weight decay (Liu et al. 2025, "Muon is Scalable for LLM
     Training", eq. 4).
 
-    Its steps are those of `torch.optim.Muon`, which orthogonalises one matrix after the other and takes more
-    than twice as long in small models (`benchmarks/LOG.md`). Matrices that FSDP shards are gathered first, so
-    that every process computes what a single one would.
+    Its steps are those of `torch.optim.Muon`, which orthogonalises one matrix after the other and so takes
+    longer in small models (`benchmarks/muon.py`). Matrices that FSDP shards are gathered first, so that every
+    process computes what a single one would.
 
     Args:
         matrices: Groups of matrices.
