@@ -8,7 +8,7 @@ many images as the row says: a DyViT of 0.77 M parameters, or, where the name sa
 The encoder is then fine-tuned, briefly, with all labels and with 10 % of them, and its features are
 classified by a linear probe and kNN. A row reaches a target when the means of both fine-tuned accuracies are
 at least the target's; its minutes follow from the time of a training step in trials of all rows: see
-`run.seconds_per_image`.
+`run.seconds_per_image`. TFLOP are those of a run of pre-training, in 10^12.
 
 To try an idea: add a row to ROWS, with the fewest images that you think will do, and run the first command.
 What is done is not done again, and `--minutes` stops after a while. Keep a row that beats the ones above it,
@@ -103,6 +103,7 @@ def summary(
     """Returns a row of the table."""
     images = ROWS[name][1] if name in ROWS else 0
     cells = {"row": name, "images": f"{images:,}", "minutes": f"{images * seconds.get(name, 0) / 60:.1f}"}
+    cells["TFLOP"] = f"{(found[name][0].flops or 0) / 1e12:.1f}"
     cells |= {protocol: spread(accuracies(found[name], protocol)) for protocol in PROTOCOLS}
     for target in TARGETS:
         if target in found:
