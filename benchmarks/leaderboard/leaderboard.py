@@ -4,7 +4,7 @@
     python benchmarks/leaderboard/leaderboard.py --data DATA/class-tinyimagenet40 --only "CoMA, Muon"
 
 All rows pre-train at 64 px on the unlabelled training images, with three seeds and one thread each, on as
-many images as the row says: a DyViT of 0.77 M parameters, or, where the name says so, the ViT of `run.py`.
+many images as the row says: a DyViT of 0.77 M parameters, or the ViT of `run.py`.
 The encoder is then fine-tuned, briefly, with all labels and with 10 % of them, and its features are
 classified by a linear probe and kNN. A row reaches a target when the means of both fine-tuned accuracies are
 at least the target's; its minutes follow from the time of a training step in trials of all rows: see
@@ -22,7 +22,7 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,36 +50,48 @@ from pretrain.sweep import Entry, Result, compare
 
 TARGETS = ("MAE, Muon", "MAE on ViT, Muon")
 MUON = "--optimizer muon --base-lr 0.096"
-ROWS: Mapping[str, tuple[str, int]] = {
-    TARGETS[0]: (f"mae {MUON}", 16_000),
-    TARGETS[1]: (f"mae {MUON}", 16_000),
-    "MAE, Muon, 8,000 images": (f"mae {MUON}", 8_000),
-    "MAE, AdamW": ("mae --base-lr 0.016", 16_000),
-    "CoMA, Muon": (f"coma {MUON}", 8_000),
-    "CoMA, Muon, 5,000 images": (f"coma {MUON}", 5_000),
-    "CoMA, Muon, 16,000 images": (f"coma {MUON}", 16_000),
-    "CoMA, Muon, 5,000 images, batches of 32": (f"coma {MUON} --batch-size 32", 5_000),
-    "CoMA of four views, Muon": (f"coma4 {MUON}", 5_000),
+
+
+@dataclass(frozen=True)
+class Row:
+    """Describes a row.
+
+    Attributes:
+        flags: Flags of `coma pretrain`, from `--method` on.
+        images: Number of images of pre-training.
+        backbone: Encoder, by its name in `run.py`.
+    """
+
+    flags: str
+    images: int
+    backbone: str = "DyViT"
+
+
+ROWS: Mapping[str, Row] = {
+    TARGETS[0]: Row(f"mae {MUON}", 16_000),
+    TARGETS[1]: Row(f"mae {MUON}", 16_000, "ViT"),
+    "MAE, Muon, 8,000 images": Row(f"mae {MUON}", 8_000),
+    "MAE, AdamW": Row("mae --base-lr 0.016", 16_000),
+    "CoMA, Muon": Row(f"coma {MUON}", 8_000),
+    "CoMA, Muon, 5,000 images": Row(f"coma {MUON}", 5_000),
+    "CoMA, Muon, 16,000 images": Row(f"coma {MUON}", 16_000),
+    "CoMA, Muon, 5,000 images, batches of 32": Row(f"coma {MUON} --batch-size 32", 5_000),
+    "CoMA of four views, Muon": Row(f"coma4 {MUON}", 5_000),
 }
-"""Flags of `coma pretrain --method`, and images of pre-training; the rates are those that
-`benchmarks/methods/optimizers.py` found for MAE and CoMA on DyViT."""
+"""The rates are those that `benchmarks/methods/optimizers.py` found for MAE and CoMA on DyViT."""
 
 
 def entry_of(name: str, args: argparse.Namespace) -> Entry:
     """Returns the entry of `coma compare` that trains a row."""
-    train, own, backbone = args.data / "train.npz", f"{name}: {ROWS[name][0]}", backbone_of(name)
-    return entry(train, own, f"{backbone}: {BACKBONES[backbone]}", flags(args), tuple(args.seeds))
-
-
-def backbone_of(name: str) -> str:
-    """Returns the encoder of a row, by its name in `run.py`."""
-    return "ViT" if "on ViT" in name else "DyViT"
+    described = ROWS[name]
+    model = f"{described.backbone}: {BACKBONES[described.backbone]}"
+    return entry(args.data / "train.npz", f"{name}: {described.flags}", model, flags(args), tuple(args.seeds))
 
 
 def row(name: str, args: argparse.Namespace, test: Path) -> dict[str, tuple[Result, ...]]:
     """Trains and measures what a row lacks; returns its runs, with the first target also random weights."""
     found = entry_of(name, args)
-    args.images = ROWS[name][1]
+    args.images = ROWS[name].images
     config = replace(
         comparison(args, "images", test, (found,)),
         out=args.work / f"{found.name}-{args.images}",
@@ -101,7 +113,7 @@ def summary(
     name: str, found: Mapping[str, tuple[Result, ...]], seconds: Mapping[str, float]
 ) -> dict[str, Any]:
     """Returns a row of the table."""
-    images = ROWS[name][1] if name in ROWS else 0
+    images = ROWS[name].images if name in ROWS else 0
     cells = {"row": name, "images": f"{images:,}", "minutes": f"{images * seconds.get(name, 0) / 60:.1f}"}
     cells["TFLOP"] = f"{(found[name][0].flops or 0) / 1e12:.1f}"
     cells |= {protocol: spread(accuracies(found[name], protocol)) for protocol in PROTOCOLS}
@@ -137,7 +149,7 @@ def main() -> None:
     test = labelled(args)
     print(describe(), flush=True)
     wanted = {name: entry_of(name, args) for name in ROWS if name in {TARGETS[0], *args.only}}
-    steps = {name: (ROWS[name][0], backbone_of(name)) for name in wanted}
+    steps = {name: replace(ROWS[name], images=0) for name in wanted}
     first = {step: name for name, step in reversed(steps.items())}  # rows may differ in their images alone
     times = seconds_per_image(args, test, tuple(wanted[name] for name in first.values()))
     seconds = {name: times[wanted[first[step]].name] for name, step in steps.items()}
@@ -146,7 +158,12 @@ def main() -> None:
         found |= row(name, args, test)
         print(markdown([summary(each, found, seconds) for each in found]), flush=True)
         runs = {each: [asdict(run) for run in some] for each, some in found.items()}
-        about = {"machine": describe(), "data": args.data.name, "rows": ROWS, "finetune": [FINETUNE, FEW]}
+        about = {
+            "machine": describe(),
+            "data": args.data.name,
+            "rows": {name: asdict(row) for name, row in ROWS.items()},
+            "finetune": [FINETUNE, FEW],
+        }
         about["seconds_per_image"] = seconds
         args.out.write_text(json.dumps({**about, "runs": runs}, indent=1) + "\n")
 

@@ -26,7 +26,7 @@ from pretrain.evaluate.features import Features, extract_features, feature_batch
 from pretrain.evaluate.linear_probe import LinearClassifier, fit_linear
 from pretrain.training.console import TrainingConsole
 from pretrain.training.distributed import Processes
-from pretrain.training.run_plan import write_config
+from pretrain.training.run_settings import write_config
 from pretrain.training.run_summary import Measurement, summary
 from pretrain.training.throughput import peak_memory
 

@@ -27,13 +27,13 @@ from coma.preflight import require_packages
 from pretrain.training.optimizer import default_layer_decay
 from pretrain.training.run_plan import (
     RunPlan,
-    check_folder,
     check_shapes,
     check_space,
     count_steps,
     is_multiple,
     split_batch,
 )
+from pretrain.training.run_settings import check_folder
 
 
 @dataclass(frozen=True)

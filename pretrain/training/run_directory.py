@@ -51,7 +51,8 @@ from pretrain.training.callbacks import Callback, open_trackers
 from pretrain.training.checkpoint import read_state, write_state
 from pretrain.training.console import TrainingConsole
 from pretrain.training.metric_logs import MetricsLog, drop_lines
-from pretrain.training.run_plan import PretrainPlan, RunPlan, Settings, write_config
+from pretrain.training.run_plan import PretrainPlan, RunPlan
+from pretrain.training.run_settings import Settings, write_config
 from pretrain.visualize.curves import loss_curve
 from pretrain.visualize.reconstructions import reconstruction_sheet
 

@@ -28,7 +28,8 @@ from pretrain.training.metric_logs import Window
 from pretrain.training.nonfinite_replay import stop_run
 from pretrain.training.optimizer import learning_rate
 from pretrain.training.run_directory import RunDirectory, weights_to_publish
-from pretrain.training.run_plan import RunPlan, check_resumable, extended, resume_command
+from pretrain.training.run_plan import RunPlan, check_resumable, extended
+from pretrain.training.run_settings import resume_command
 from pretrain.training.run_summary import Measurement, summary
 from pretrain.training.step_memory import check_step_memory
 from pretrain.training.throughput import Meter, peak_memory

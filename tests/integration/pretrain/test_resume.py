@@ -30,7 +30,7 @@ from coma.data.listing import FILE
 from coma.errors import BadInput, Interrupted
 from pretrain.training import pretrain
 from pretrain.training.optimizer import learning_rate
-from pretrain.training.run_plan import write_config
+from pretrain.training.run_settings import write_config
 from pretrain.training.train_step import TrainStep
 
 ROOT = Path(__file__).resolve().parents[3]
