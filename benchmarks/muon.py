@@ -28,8 +28,6 @@ from pretrain.training.muon import MuonWithAdamW
 from pretrain.training.optimizer import build_optimizer
 
 SIDE = 64
-
-
 NARROW: dict[str, Any] = {"dim": 16, "heads": (2, 2, 4, 8)}
 
 
@@ -50,7 +48,8 @@ class TorchMuon(MuonWithAdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Updates the parameters."""
         if not hasattr(self, "theirs"):
-            hidden = [{key: group[key] for key in ("params", "lr")} for group in self.matrix_groups()]
+            kept = ("params", "lr", "weight_decay")
+            hidden = [{key: group[key] for key in kept} for group in self.matrix_groups()]
             self.theirs = torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw")
         self.theirs.step()
         self._adamw.step()
