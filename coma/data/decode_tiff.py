@@ -287,6 +287,8 @@ def _nodata_mask(pixels: np.ndarray, nodata: str, alpha: bool) -> np.ndarray | N
     except ValueError:
         return None
     if pixels.dtype == np.float32:
+        if abs(value) > np.finfo(np.float32).max:  # is infinite here, which is missing without being declared
+            return None
         with np.errstate(over="ignore", invalid="ignore"):
             return np.abs(pixels - np.float32(value)) <= np.float32(1e-6 * abs(value))
     same = pixels == value

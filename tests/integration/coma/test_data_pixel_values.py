@@ -60,6 +60,8 @@ HEIGHTS = (RNG.random((40, 50)) * 30 + 100).astype(np.float32)  # metres
         (np.nan, None),
         (np.inf, None),
         (-np.inf, "words"),
+        (-np.inf, "-1.7976931348623157e+308"),  # usual in float64, which is read as float32
+        (np.inf, "inf"),
     ],
 )
 @pytest.mark.parametrize("compression", [None, "zlib"])
