@@ -89,7 +89,9 @@ def resize(pixels: np.ndarray, box: Box, height: int, width: int) -> Tensor:
     if (h, w) == (height, width):
         return image
     out = F.interpolate(image[None], (height, width), mode="bicubic", antialias=True, align_corners=False)[0]
-    return out if out.dtype == torch.uint8 else out.clamp_(image.amin(), image.amax())
+    if out.dtype == torch.uint8:
+        return out
+    return out.clamp_(image.amin((1, 2), keepdim=True), image.amax((1, 2), keepdim=True))
 
 
 def stack(images: Sequence[Tensor]) -> Tensor:

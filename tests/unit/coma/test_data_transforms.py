@@ -104,6 +104,8 @@ def test_resize_never_leaves_the_range_of_the_pixels():
     out = resize(edge, (0, 0, 20, 20), 50, 50)
     assert out.min() == 0
     assert out.max() == 1000
+    both = resize(np.dstack([edge / 1000, edge]), (0, 0, 20, 20), 50, 50)  # each channel has its own unit
+    assert both.amax((1, 2)).tolist() == [1, 1000]
     eight_bit = resize((edge > 0).astype(np.uint8) * 100 + 100, (0, 0, 20, 20), 50, 50)
     assert int(eight_bit.max()) - int(eight_bit.min()) >= 100  # uint8 clips at black and white only
 
