@@ -7,7 +7,7 @@ of weights N(1/49, 0.02), channel weights U(0, 0.667). Our own: a kernel is divi
 blurring changes no brightness, and edges are mirrored under it.
 
 All work on whole batches on their device. What is random is a function of the sample's seed, as masks are
-(see `masking.partition`): a sample is degraded alike in any batch, on any process.
+(see `masking.sampling`): a sample is degraded alike in any batch, on any process.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def degrade(images: Tensor, seeds: Tensor, kind: Kind, padding: Padding = "zeros
         return centre(images, border(height), border(width)), images
     bend = partial(distort, padding=padding)
     change = {"zoom-out": zoom_out, "distort": bend, "blur": blur, "decolor": decolor}[kind]
-    shown = change(images.to(torch.promote_types(images.dtype, torch.float32)), seeds)
+    with torch.autocast(images.device.type, enabled=False):  # it would convolve in halves
+        shown = change(images.to(torch.promote_types(images.dtype, torch.float32)), seeds)
     return shown.to(images.dtype), images
 
 
@@ -110,7 +111,7 @@ def distort(images: Tensor, seeds: Tensor, padding: Padding) -> Tensor:
 
 
 def blur(images: Tensor, seeds: Tensor) -> Tensor:
-    """Returns one random 7 x 7 kernel an image, the same for its channels."""
+    """Blur `[b, c, H, W]` by one random 7 x 7 kernel an image, the same for its channels."""
     b, c, height, width = images.shape
     kernels = blur_kernels(seeds).to(images.dtype).repeat_interleave(c, dim=0)[:, None]
     padded = F.pad(images, (_KERNEL // 2,) * 4, mode="reflect")

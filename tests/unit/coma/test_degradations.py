@@ -143,6 +143,8 @@ def test_any_floating_point_is_degraded_like_float32(kind, dtype):
     expected = degrade(images.float(), seeds, kind)[0]
     step = 1e-5 if dtype == torch.float64 else torch.finfo(dtype).eps  # of rounding the result once
     torch.testing.assert_close(shown.float(), expected, rtol=step, atol=step)
+    with torch.autocast("cpu", torch.bfloat16):  # as in training
+        assert torch.equal(degrade(images, seeds, kind)[0], shown)
 
 
 @pytest.mark.parametrize("kind", KINDS)
