@@ -57,7 +57,8 @@ class FeatureModel:
         min_side: Smallest side to which a JPEG may be reduced while it is decoded.
         preprocessing: Mean and standard deviation.
         run: Maps the input `[b, c, h, w]` to features `[b, *spec.shape]`.
-        fixed_batch: Number of images that every call takes; None for any number.
+        fixed_batch: Number of images that every run takes; None for any number.
+        largest_batch: Most images that a run takes; None for any number.
     """
 
     spec: FeatureSpec
@@ -68,6 +69,7 @@ class FeatureModel:
     preprocessing: Preprocessing
     run: Callable[[Tensor], Tensor]
     fixed_batch: int | None = None
+    largest_batch: int | None = None
 
     def __call__(self, images: list[Tensor]) -> np.ndarray:
         """Returns features, float32 `[b, *spec.shape]`, of images that `resize` returned.
@@ -78,7 +80,7 @@ class FeatureModel:
         count = len(images)
         if self.fixed_batch and count % self.fixed_batch:
             images = images + images[:1] * (-count % self.fixed_batch)
-        step = self.fixed_batch or len(images)
+        step = self.fixed_batch or self.largest_batch or len(images)
         parts = [
             self.run(to_input(images[at : at + step], self.preprocessing)).float().cpu()
             for at in range(0, len(images), step)
@@ -130,6 +132,7 @@ def _open_own(request: FeatureRequest) -> FeatureModel:
         preprocessing=rule,
         run=run,
         fixed_batch=batch if isinstance(batch, int) else None,
+        largest_batch=getattr(runtime, "largest_batch", None),
     )
 
 

@@ -49,6 +49,20 @@ def test_stages_and_maps_are_those_of_the_encoder(model, pictures, tmp_path):
     assert FeaturesFile(tmp_path / "large.npz").info.spec.image_size == (64, 64)
 
 
+def test_a_runtime_that_takes_fewer_images_gets_fewer(model, pictures, reference, tmp_path, monkeypatch):
+    from coma.runtimes.pytorch import TorchRuntime
+
+    def engine(runtime: TorchRuntime, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        assert len(images) <= 3
+        return forward(runtime, images)
+
+    forward = TorchRuntime.__call__
+    monkeypatch.setattr(TorchRuntime, "largest_batch", 3, raising=False)
+    monkeypatch.setattr(TorchRuntime, "__call__", engine)
+    assert embed(model, pictures, tmp_path / "f.npz") == 0
+    assert np.allclose(content(tmp_path / "f.npz")[1], content(reference)[1], atol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "encoder"), [(pretrained, DYVIT), (classifier, DYVIT), (classifier, VIT)])
 def test_every_kind_of_artifact_has_an_encoder(kind, encoder, pictures, tmp_path):
     artifact = kind(tmp_path / "artifact", encoder)
