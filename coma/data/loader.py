@@ -50,7 +50,7 @@ def training_batches(
         BadInput: DALI is requested and cannot be used. While iterating: many images in a row do not decode.
     """
     check_start(start, batch)
-    on_gpu = device is not None and device.type == "cuda"
+    on_gpu = _is_gpu(device)
     check_loader(data, channels)
     if data.loader == "dali":
         from coma.data.dali import CropFetcher, dali_batches
@@ -59,6 +59,10 @@ def training_batches(
         return dali_batches(crops, batch.micro_batch_starts(start), on_gpu)
     fetch = TrainingFetcher(source, data, channels, seed, batch.micro_batch)
     return map_ordered(fetch, batch.micro_batch_starts(start), data.workers, pin=on_gpu)
+
+
+def _is_gpu(device: torch.device | None) -> bool:
+    return device is not None and device.type == "cuda"
 
 
 def check_start(start: int, batch: BatchLayout) -> None:
@@ -90,18 +94,20 @@ def evaluation_batches(
     channels: int,
     batch_size: int,
     workers: int | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[Batch]:
     """Yields every image once, in order, as its resized centre crop; unreadable ones are skipped and named.
 
     The crop is the largest box in the middle that has the shape of `image_size`: the side of a square, or
-    height and width. Batches have at least one image.
+    height and width. Batches have at least one image; those for a GPU as `device` are in page-locked memory.
 
     Raises:
         BadInput: While iterating: no image is readable.
     """
     fetch = _EvaluationFetcher(source, ImageSize.of(image_size), channels, batch_size)
     held: Batch | None = None  # empty batches pass their failures on to a neighbour
-    for batch in map_ordered(fetch, range(0, len(source), batch_size), workers):
+    starts = range(0, len(source), batch_size)
+    for batch in map_ordered(fetch, starts, workers, pin=_is_gpu(device)):
         if held is None or not len(held.indices):
             held = replace(batch, failures=(*(held.failures if held else ()), *batch.failures))
         elif not len(batch.indices):

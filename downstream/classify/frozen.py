@@ -128,7 +128,8 @@ def measure_head(plan: FinetunePlan, device: torch.device) -> Measurement:
     )
     seconds, began = [], time.perf_counter()
     with closing(batches):
-        for _ in batches:
+        for features, _ in batches:
+            features.cpu()  # waits for the GPU
             seconds.append(time.perf_counter() - began)
             began = time.perf_counter()
     if len(seconds) > 1:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -80,12 +82,18 @@ def validate(
     device = next(classifier.parameters()).device
     classifier.eval()
     logits, indices, failures = [], [], []
-    channels = classifier.config.channels
-    with torch.inference_mode(), autocast(precision, device):
-        for batch in evaluation_batches(
-            source, image_size=image_size, channels=channels, batch_size=batch_size, workers=workers
-        ):
-            images = normalize(batch.images.to(device), mean, std)
+    statistics = [torch.tensor(values, device=device) for values in (mean, std)]
+    batches = evaluation_batches(
+        source,
+        image_size=image_size,
+        channels=classifier.config.channels,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+    )
+    with closing(cast("Any", batches)), torch.inference_mode(), autocast(precision, device):
+        for batch in batches:
+            images = normalize(batch.images.to(device, non_blocking=True), *statistics)
             logits.append(classifier(images).float().cpu())  # b classes
             indices.append(batch.indices)
             failures += batch.failures

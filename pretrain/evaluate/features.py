@@ -102,7 +102,7 @@ def feature_batches(
 ) -> Generator[tuple[Tensor, Batch], None, None]:
     """Yields the features of every batch, float32 `[b, c]`, and the batch; see `extract_features`.
 
-    Close the iterator to stop its workers early.
+    Close the iterator to stop its workers early. A GPU may still be computing what was yielded.
     """
     size = config.image_size if image_size is None else ImageSize.of(image_size)
     if min(size) < encoder.unit:
@@ -110,15 +110,21 @@ def feature_batches(
     device = next(encoder.parameters()).device
     kept = device if device.type == "cuda" else torch.device("cpu")
     batches = evaluation_batches(
-        source, image_size=size, channels=config.model.channels, batch_size=batch_size, workers=workers
+        source,
+        image_size=size,
+        channels=config.model.channels,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
     )
+    mean, std = (torch.tensor(values, device=device) for values in (config.mean, config.std))
     training = encoder.training
     encoder.eval()
     try:
         with closing(cast("Any", batches)):
             for batch in batches:
                 with torch.inference_mode(), autocast(choose_precision("auto", device), device):
-                    images = normalize(batch.images.to(device), config.mean, config.std)
+                    images = normalize(batch.images.to(device, non_blocking=True), mean, std)
                     pooled = encoder.pool(images).float().to(kept)
                 yield pooled, batch
     finally:

@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -327,3 +328,6 @@ def test_pinning_takes_the_whole_batch(monkeypatch):
     batch = next(batches)
     assert len(pinned) == 3
     assert same(batch, stream(TILES, 1)[0])
+    how: dict[str, Any] = {"image_size": SIZE, "channels": 3, "batch_size": 8, "workers": 0}
+    assert len(list(evaluation_batches(TILES, **how, device=torch.device("cuda")))) == 2
+    assert len(pinned) == 3 + 2 * 3
