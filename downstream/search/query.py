@@ -25,7 +25,7 @@ from downstream.features.files import FeaturesFile
 from downstream.features.models import FeatureModel, FeatureRequest, open_feature_model
 from downstream.search.collection import SIDE, Collection
 from downstream.search.pictures import picture_of, read_image_file
-from downstream.search.vectors import unit, unit_parts
+from downstream.search.vectors import unit
 
 _LARGEST = 1 << 28
 """Bytes of a remote image that are read at most."""
@@ -63,15 +63,12 @@ def find_query(text: str, collection: Collection, request: FeatureRequest) -> Qu
     if isinstance(path, Address):
         return _computed(path, collection.files[0], request)
     there = bool(text.strip()) and "\0" not in text and os.path.lexists(path)
-    wanted = {
-        (number, os.path.relpath(path.resolve(), album.location.resolve()) if there else text)
-        for number, album in enumerate(collection.albums)
-    }
-    for number, rows in unit_parts(collection.files):
-        for i, name in enumerate(rows.paths):
-            if (number, name) in wanted:
-                picture = partial(collection.albums[number].thumbnail, name, SIDE)
-                return Query(text, rows.values[i], (number, name), picture)
+    for number, (file, album) in enumerate(zip(collection.files, collection.albums, strict=True)):
+        name = os.path.relpath(path.resolve(), album.location.resolve()) if there else text
+        if name in file.paths():
+            values = next(rows.values[rows.paths.index(name)] for rows in file.groups() if name in rows.paths)
+            vector = unit(values[None], file.path)[0]
+            return Query(text, vector, (number, name), partial(album.thumbnail, name, SIDE))
     if not there:
         first = collection.files[0].path
         raise BadInput(f"{printable(text)}: is neither an image file nor the path of an image in {first}")
