@@ -32,10 +32,13 @@ def resize_image(
 
 
 def fit_within(height: int, width: int, sides: tuple[int, int]) -> tuple[int, int]:
-    """Returns the largest size of the same ratio whose shorter and longer side are at most `sides` pixels."""
+    """Returns the largest size of the same ratio whose shorter and longer side are at most `sides` pixels.
+
+    No side is below 1 pixel.
+    """
     short, long = sides
     scale = min(long / max(height, width), short / min(height, width))
-    return int(height * scale + 0.5), int(width * scale + 0.5)
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
 def _bilinear(image: Tensor, height: int, width: int) -> Tensor:

@@ -348,6 +348,7 @@ def test_keep_ratio_is_openmmlabs(size, scale):
     found = resize_image(pixels, rule).permute(1, 2, 0).numpy()
     assert found.shape == wanted.shape and fit_within(size[0], size[1], scale) == wanted.shape[:2]
     assert np.abs(found.astype(int) - wanted).max() <= 1
+    assert resize_image(pixels[:1].repeat(9, axis=1), rule).shape == (3, 1, scale[1])
 
 
 def test_images_are_evenly_spaced():
