@@ -22,6 +22,8 @@ from coma.objectives.beyond import draw_views, shown_of
 from coma.objectives.targets import Statistics
 
 _ROWS = 8
+_SPAN = 3
+"""Floats in a unit of their own: black and white are this many standard deviations off the mean."""
 
 
 def reconstruction_sheet(
@@ -78,6 +80,8 @@ def reconstruction_sheet(
         predicted = (hidden.sum(0) > 0).squeeze(1).cpu().numpy()
         columns.append(("predictions only", _pixels(merged, mean, std), predicted))
     notes = _explain(objective, visible, images.shape[1], statistics)
+    if not _is_scaled(mean, std):
+        notes += f" Black to white: the mean of the images -{_SPAN} to +{_SPAN} standard deviations."
     write_png(path, draw_sheet(columns, caption or f"Reconstructions by {_method(objective)}", notes))
 
 
@@ -133,11 +137,17 @@ def _method(objective: Objective) -> str:
 
 
 def _pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Returns normalised `[b, c, H, W]` as uint8 `[b, H, W, 3]`."""
+    """Returns normalised `[b, c, H, W]` as uint8 `[b, H, W, 3]`; `_SPAN` is for other units than 0..1."""
     centre, scale = (images.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
-    pixels = (images.float() * scale + centre).clamp(0, 1)
+    pixels = images.float() * scale + centre if _is_scaled(mean, std) else images.float() / (2 * _SPAN) + 0.5
+    pixels = pixels.clamp(0, 1)
     pixels = pixels[:, :3] if images.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
     return (pixels * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _is_scaled(mean: Sequence[float], std: Sequence[float]) -> bool:
+    """Returns whether pixels lie in 0..1: what lies there has no larger mean or standard deviation."""
+    return all(0 <= m <= 1 and s <= 0.5 for m, s in zip(mean, std, strict=True))
 
 
 def _explain(objective: Objective, visible: Tensor, channels: int, statistics: Statistics) -> str:

@@ -135,6 +135,17 @@ def test_any_channels_and_sizes_keep_their_colours(channels, tmp_path, monkeypat
     assert ("channels" in columns.notes) == (channels in (2, 5))
 
 
+def test_floats_in_a_unit_of_their_own_are_neither_black_nor_white(tmp_path, monkeypatch):
+    columns = Columns(monkeypatch)
+    images = torch.linspace(-2, 2, 32 * 32).view(1, 1, 32, 32)  # of Hounsfield units, normalised
+    reconstruction_sheet(
+        small(MAEConfig(decoder=DECODER), 1), images, torch.zeros(1).long(), [-600], [400], tmp_path / "a.png"
+    )
+    expected = (images[0, 0, :, :, None].expand(-1, -1, 3) / 6 + 0.5) * 255
+    assert np.abs(columns.pixels["original"][0] - expected.numpy()).max() <= 0.5
+    assert "-3 to +3 standard deviations" in columns.notes
+
+
 def test_only_eight_rows_and_the_mode_is_left_as_it_was(tmp_path, monkeypatch):
     columns = Columns(monkeypatch)
     objective = small(MAEConfig(decoder=DECODER)).train()
