@@ -247,6 +247,7 @@ def _head_of(
         other = f"{abridged(before, 5)}; these images: {abridged(names, 5)}"
         return None, (f"starts from the encoder of {place}; the head is new, since its classes are {other}",)
     rows = [before.index(name) for name in names]
-    head = {name: load_artifact(place).tensors[name][rows] for name in ("head.weight", "head.bias")}
+    tensors = load_artifact(place).tensors
+    head = {name: tensors[name][rows] for name in ("head.weight", "head.bias")}
     order = "" if before == names else " (its classes, sorted as those of these images)"
     return head, (f"starts from the whole classifier {place}: encoder and head{order}",)
