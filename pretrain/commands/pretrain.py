@@ -278,7 +278,8 @@ def _summary(folder: Path) -> str:
     rows = [row for row in map(json.loads, lines) if "loss" in row]  # probes have rows of their own
     last = rows[-1]
     length = "--steps" if read_config(folder).optimizer.steps else "--epochs"
-    sheet = max((folder / "reconstructions").glob("step-*.png"), default=folder / "reconstructions")
+    sheets = list((folder / "reconstructions").glob("step-*.png"))
+    sheet = max(sheets, key=lambda path: (len(path.name), path.name), default=folder / "reconstructions")
     return f"""
 {last["step"]} steps, {last["images_seen"]} images seen, loss {rows[0]["loss"]:.4f} -> {last["loss"]:.4f}
 
