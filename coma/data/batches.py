@@ -70,7 +70,7 @@ class Batch:
     failures: tuple[str, ...] = ()
     """`path: reason` of every image that was skipped."""
     labels: Tensor | None = None
-    """int64 `[B]`; None in self-supervised training."""
+    """int64 `[B]`, or float32 `[B, classes]` for any number per image; None in self-supervised training."""
     filled: tuple[str, ...] = ()
     """`path: share` of every image whose missing values were filled."""
 

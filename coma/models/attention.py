@@ -6,7 +6,7 @@ projection. That CoMA's encoder uses "dynamic multi-window self-attention" is st
 abstract (Li et al. 2025, arXiv 2511.05929); how it is built here is this project's own, near to DW-ViT
 (Ren et al. 2022, arXiv 2203.12856). No shift, no bias table: positions are rotary.
 
-Tokens are `[n, s, t, c]`: n sequences (see `sequences`) of s units of t tokens in nested order (see
+Tokens are `[n, s, t, c]`: n sequences (see `view_sequences`) of s units of t tokens in nested order (see
 `windows`). Windows inside a unit and windows over the whole sequence are then views. The former take no mask;
 the latter take none where all views are of one size, else one row that leaves out the slots without a unit.
 Only windows that cross units without covering them all go through a map.

@@ -3,8 +3,8 @@
 Four stages; each halves the map and doubles the channels, so that the last token of a place covers one
 mask unit (32 px at patch 4). Tokens are kept unit by unit, nested inside a unit (see `windows`), from the
 stem to the last stage: merging is a reshape, and so are most windows. With `group`, each view of an image
-is a sequence of its own (see `sequences`): no information crosses from one view to another, at any layer,
-and units that no view sees are not computed.
+is a sequence of its own (see `view_sequences`): no information crosses from one view to another, at any
+layer, and units that no view sees are not computed.
 Base: 35 M parameters and 5.2 GMACs at 224 px, against 86 M and 17.6 of ViT-B.
 
 What the paper's abstract states (Li et al. 2025, arXiv 2511.05929): hierarchical, dynamic multi-window

@@ -1,7 +1,7 @@
 """A frozen network that tells another where to look and what to predict.
 
 Not a module: who holds a teacher does not train it, save it, shard it or count its weights. It brings images
-to what it knows (its size, its mean and deviation), and its answers to the pupil's grid of mask units.
+to what it knows (size, mean and standard deviation), and its answers to the pupil's grid of mask units.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class Teacher:
         model: What `attend` can read; it is frozen.
         features: Channels of its last layer.
         size: Height and width in pixels of the images it takes.
-        statistics: Mean and deviation per channel of pixels scaled to 0..1 that its images are normalised by.
+        statistics: Mean and standard deviation per channel of pixels scaled to 0..1 that its images are
+            normalised by.
         data_statistics: Those that the images it will get are normalised by.
         block: Block whose attention is read, counted from the last.
         query: Query of the attention; both as for `attend`.
@@ -45,10 +46,10 @@ class Teacher:
         self.size = size
         self._block: int = block
         self._query: AttentionQuery = query
-        (mean, std), (ours, deviation) = (
+        (mean, std), (own_mean, own_std) = (
             [torch.tensor(values)[:, None, None] for values in pair] for pair in (statistics, data_statistics)
         )
-        self._scale, self._shift = deviation / std, (ours - mean) / std
+        self._scale, self._shift = own_std / std, (own_mean - mean) / std
 
     @torch.no_grad()
     def __call__(self, images: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:

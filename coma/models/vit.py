@@ -1,7 +1,7 @@
 """Plain ViT that really drops tokens: the encoder of MAE (He et al. 2021, sec. 3 and appendix A.1).
 
-Blocks are timm's; what is ours is that the views of `group` are encoded one sequence each (see `sequences`)
-and put back on one map, so that an objective treats this encoder and DyViT alike.
+Blocks are timm's; what is ours is that the views of `group` are encoded one sequence each (see
+`view_sequences`) and put back on one map, so that an objective treats this encoder and DyViT alike.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Complementary views that are worth the same: balanced by where a frozen teacher looks. This project's own.
 
 CoMA (Li et al. 2025, arXiv 2511.05929) shares units out at random, so one view may get the object and another
-the sky. Here units are ranked by a teacher's attention (see `models.attending`), and every K consecutive ones
-of the ranking are shared out at random, one to each of the K views: sizes stay equal, every pixel stays
+the sky. Here units are ranked by a teacher's attention (see `models.attention_maps`), and every K consecutive
+ones of the ranking are shared out at random, one to each of the K views: sizes stay equal, every pixel stays
 supervised equally often, and every view gets about as much of what the teacher looks at (not where one unit
 has most of it). Nothing else changes; the teacher gives no targets.
 """

@@ -6,10 +6,10 @@ of it: the teacher is a frozen CLIP ViT-B/16, the student that is asked a moving
 full text was not at hand.
 
 What these leave open is this project's choice, and a setting of `CMTConfig`: A = a A_teacher + (1 - a)
-A_student (see `models.attending`), hidden units drawn in proportion to A, random masks at first, LayerNormed
-last-layer features as targets, their distance, the average's schedule. Settled here: two linear heads on one
-decoder for the two targets, teacher and student brought to the grid of mask units by averages or bilinear
-interpolation, and a loss on hidden units alone.
+A_student (see `models.attention_maps`), hidden units drawn in proportion to A, random masks at first,
+LayerNormed last-layer features as targets, their distance, the average's schedule. Settled here: two linear
+heads on one decoder for the two targets, teacher and student brought to the grid of mask units by averages or
+bilinear interpolation, and a loss on hidden units alone.
 
 No pixels are predicted, but people want to see what a model knows, and artifacts hold a decoder: a linear
 head learns pixels from the decoder's output, without telling it (stop-gradient). It changes what is learned

@@ -1,9 +1,9 @@
 """Prediction targets, and reconstruction of images from predictions.
 
-Pixels of a mask unit, either as they are or normalised by the unit's own mean and deviation ("norm-pix",
-MAE sec. 4.1). A norm-pix prediction holds structure but no mean and contrast: to show it, those must come
-from somewhere. Taking the hidden unit's true ones leaks the target into the picture; the honest way is to
-carry over the statistics of the visible units around it.
+Pixels of a mask unit, either as they are or normalised by the unit's own mean and standard deviation
+("norm-pix", MAE sec. 4.1). A norm-pix prediction holds structure but no mean and contrast: to show it, those
+must come from somewhere. Taking the hidden unit's true ones leaks the target into the picture; the honest way
+is to carry over the statistics of the visible units around it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _EPS = 1e-6
 
 
 def unit_statistics(units: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of every unit's values: `[b, h, w, p]` -> two of `[b, h, w, 1]`."""
+    """Mean and standard deviation of every unit's values: `[b, h, w, p]` -> two of `[b, h, w, 1]`."""
     variance, mean = torch.var_mean(units, dim=-1, keepdim=True)
     return mean, (variance + _EPS).sqrt()
 
@@ -50,7 +50,7 @@ def hidden_loss(prediction: Tensor, target: Tensor, visible: Tensor) -> Tensor:
 
 
 def nearby_statistics(units: Tensor, visible: Tensor, reach: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of every unit, guessed from the visible units around it.
+    """Mean and standard deviation of every unit, guessed from the visible units around it.
 
     Averages with weights exp(-d^2 / (2 reach^2)), d the distance in units; far units count where no near
     one is visible. Visible units keep their own statistics.

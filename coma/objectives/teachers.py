@@ -45,7 +45,7 @@ _RESIZED = ("pos_embed", "patch_embed.proj.weight", "relative_position_bias_tabl
 """Ends of the names of tensors that timm interpolates where a file's have another size."""
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and deviation per channel."""
+"""Mean and standard deviation per channel."""
 
 
 def with_weights_hash(config: PretrainConfig) -> PretrainConfig:
@@ -98,7 +98,7 @@ def caveats(objective: ObjectiveConfig) -> tuple[str, ...]:
 
 
 def load_teacher(config: TeacherConfig, statistics: Statistics) -> Teacher:
-    """Returns a teacher for images that are normalised by `statistics`, mean and deviation per channel.
+    """Returns a teacher for images that are normalised by `statistics`: mean and std per channel.
 
     Raises:
         BadInput: an unknown name, a network whose attention cannot be read, weights that are missing, that
@@ -285,7 +285,7 @@ def dummy_teacher(objective: ObjectiveConfig, channels: int) -> Teacher | None:
 
 
 def training_objective(config: PretrainConfig, encoder: Encoder | None = None) -> Objective:
-    """Returns the objective of a run, with its teacher where it has one; mean and deviation are filled in.
+    """Returns the objective of a run, with its teacher where it has one; the statistics are filled in.
 
     Args:
         config: The run.

@@ -7,8 +7,7 @@ multiplications, including those of attention, and keep every activation of ever
     minmax       the maximum magnitude: no value is clipped
     percentile   a percentile of the magnitudes
     entropy      the magnitude with the smallest Kullback-Leibler divergence between the distributions before
-    and
-                 after quantisation (Migacz, "8-bit inference with TensorRT", GTC 2017)
+                 and after quantisation (Migacz, "8-bit inference with TensorRT", GTC 2017)
 """
 
 from __future__ import annotations
