@@ -19,7 +19,6 @@ from PIL import Image
 from coma.atomic_io import lies_among
 from coma.contact_sheet import Cell, Section, draw_sections, write_png
 from coma.data import Source
-from coma.data.channels import scale_to_unit
 from coma.data.sources.files import open_all_images
 from coma.errors import BadImage, Interrupted
 from coma.messages import abridged, counted
@@ -40,6 +39,7 @@ from downstream.classify.inference import (
 from downstream.classify.metrics import THRESHOLD
 from downstream.classify.predictions import Entry, PredictionParts, Predictions
 from downstream.parts import listing_hash
+from downstream.search.pictures import picture_of
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ _NAMED = 3
 """Number of unreadable images that a message names; predictions.json lists all."""
 _CLASSES_SHOWN, _IMAGES_SHOWN = 8, 6
 """Most classes on a contact sheet, and images of each."""
+_SIDE = 256
+"""Longer side in pixels of the pictures that a contact sheet is drawn from."""
 
 
 def predict_classes(
@@ -234,11 +236,7 @@ def _cell(parts: PredictionParts, index: int) -> Cell:
     classes = (f"{each['name']} {each['score']:.1%}" for each in entry["classes"][:2])
     lines = [Path(entry["path"]).name, *classes]
     try:
-        pixels = parts.source.read(index, min_side=256)
+        picture = picture_of(parts.source.read(index, min_side=_SIDE), _SIDE)
     except BadImage:
-        return Cell(None, "\n".join(lines))
-    if pixels.dtype != np.uint8:
-        pixels = (scale_to_unit(pixels).clip(0, 1) * 255).astype(np.uint8)
-    if pixels.shape[2] != 3:
-        pixels = np.repeat(pixels.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
-    return Cell(Image.fromarray(pixels), "\n".join(lines))
+        picture = None
+    return Cell(picture, "\n".join(lines))
