@@ -126,7 +126,7 @@ def degradation_sheet(
     notes = (
         "Every row is another draw. What is blank is not seen and is predicted: the border, zooming in, and "
         "what masks hide ({0} x {0} px a unit). Where nothing is blank, all is predicted. As in training, "
-        "pixels were normalised before (mean {1}, deviation {2}): it is this that tints decolor."
+        "pixels were normalised before (mean {1}, standard deviation {2}): it is this that tints decolor."
     ).format(unit, *about)
     ours = "; zoom-in+coma is ours" if "zoom-in+coma" in kinds else ""
     write_png(path, draw_sheet(columns, f"Degradations (Tian et al. 2022{ours})", notes, across=5))

@@ -222,7 +222,8 @@ def test_the_sheet_says_how_it_was_made(tmp_path, photo, monkeypatch):
     grey = ["--mean", "0.5", "0.5", "0.5", "--std", "0.5", "0.5", "0.5", "--unit", "48"]
     assert cli.main([*common, "decolor", "zoom-in", *grey]) == 0
     (columns, _, notes), (plain, _, other) = drawn
-    assert "(32 x 32 px a unit)" in notes and "mean 0.485/0.456/0.406, deviation 0.229/0.224/0.225" in notes
+    assert "(32 x 32 px a unit)" in notes
+    assert "mean 0.485/0.456/0.406, standard deviation 0.229/0.224/0.225" in notes
     assert "(48 x 48 px a unit)" in other and "mean 0.5/0.5/0.5" in other
     assert columns[1][1].shape == (1, 288, 288, 3)
     assert [np.ptp(c[1][1], axis=-1).max() > 9 for c in (columns, plain)] == [True, False]  # a tint, or none
