@@ -84,6 +84,23 @@ def test_worker_processes_change_nothing(short, whole, tmp_path):
     assert_same(config.run.out, whole)
 
 
+def test_a_validation_that_fails_loses_no_step(short, whole, tmp_path):
+    config = to(short, tmp_path / "run")
+
+    def fail(*_: Any, step: int, **more: Any) -> Any:
+        if step == 7:
+            raise CheckFailed("the classifier's outputs are not finite")
+        return validate(*_, step=step, **more)
+
+    validate = run_directory.validate
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckFailed, match="not finite"):
+        patch.setattr(run_directory, "validate", fail)
+        finetune(config)
+    assert (config.run.out / "state" / "step-000007.pt").is_file()
+    finetune(config, resume=True)
+    assert_same(config.run.out, whole)
+
+
 class Dead(BaseException):
     """Stands for kill -9: from here on the process writes nothing."""
 
