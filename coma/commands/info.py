@@ -1,7 +1,7 @@
 """Say what a file or folder is, what made it, and what can be done with it.
 
 PATH may be an artifact, a run directory, a folder of exported files, an ONNX file, a TensorRT engine, a
-safetensors file, or images to train on. Nothing is unpickled, and no model is run.
+safetensors file, features of `coma embed`, or images to train on. Nothing is unpickled, and no model is run.
 
 Examples:
   coma info runs/first
@@ -26,11 +26,15 @@ from coma.errors import BadArtifact, BadInput
 from coma.messages import abridged, counted, printable
 from coma.paths import Address, Location, artifact_directory
 from coma.ranges import TILE, Ranged
+from coma.rooms import entry_points, load
 
 if TYPE_CHECKING:
     from coma.runtimes.model_spec import ModelSpec
 
 _PICKLED = (".pth", ".pt", ".ckpt", ".bin", ".pkl", ".pickle")
+_GROUP = "coma.info"
+"""Entry points of rooms that describe their files, by suffix: functions of a path that return a `Report`, or
+None if the file is of another kind."""
 _FACTS = 10
 """Most facts of a training that are shown."""
 
@@ -107,6 +111,10 @@ def report(path: Location) -> Report:
             f"{path}: may hold pickled code, which coma never runs; convert it to .safetensors, or let `coma "
             "pretrain --init` take the tensors of a vision transformer from it"
         )
+    if suffix in entry_points(_GROUP):
+        found: Report | None = load(entry_points(_GROUP)[suffix])(path)
+        if found:
+            return found
     readers = {".onnx": _onnx, ".engine": _engine, ".plan": _engine, ".pt2": _program}
     readers[".safetensors"] = _tensors
     return readers.get(suffix, _images)(path)
@@ -197,8 +205,8 @@ def _run(path: Path) -> Report:
         "method": str(_section(plain, "objective").get("method", "")),
         "encoder": _listed(_section(plain, "model")),
         "images": str(data.get("images") or ""),
-        "length": f"{settings.get('steps')} steps" if settings.get("steps") else _epochs(settings),
-        "done": _progress(path / "metrics.jsonl"),
+        "length": _length(settings),
+        "done": "" if settings.get("frozen") else _progress(path / "metrics.jsonl"),
         "artifact": str(artifact) if artifact.is_dir() else "not written yet",
     }
     steps = [f"coma info {_quoted(artifact)}"] if artifact.is_dir() else []
@@ -341,7 +349,11 @@ def _section(plain: dict[str, Any], name: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _epochs(settings: dict[str, Any]) -> str:
+def _length(settings: dict[str, Any]) -> str:
+    if settings.get("frozen"):
+        return "no steps: the head is fitted to frozen features"
+    if settings.get("steps"):
+        return f"{settings['steps']} steps"
     return f"{settings['epochs']} epochs" if "epochs" in settings else ""
 
 

@@ -29,7 +29,7 @@ from coma.preflight import check_regular_file, require_packages
 
 FORMAT_VERSION = 1
 SUFFIXES = (".parquet", ".npz")
-_KEY = b"coma.features"
+METADATA_KEY = b"coma.features"
 _NPZ_ERRORS = (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 _GROUP = 1 << 25
 """Bytes of the features of a row group, about: what a reader needs at a time."""
@@ -268,7 +268,7 @@ def _schema(info: FeaturesInfo) -> Any:
 
     feature = pa.list_(pa.float32(), math.prod(info.spec.shape))
     fields = [pa.field("path", pa.string(), nullable=False), pa.field("feature", feature, nullable=False)]
-    return pa.schema(fields, metadata={_KEY: _text(info).encode()})
+    return pa.schema(fields, metadata={METADATA_KEY: _text(info).encode()})
 
 
 def _table(rows: Rows, schema: Any) -> Any:
@@ -297,7 +297,7 @@ def _open_parquet(path: Path) -> tuple[Any, str | None]:
         schema = opened.schema_arrow
     except Exception as error:
         raise _damaged(path, error) from None
-    text = (schema.metadata or {}).get(_KEY)
+    text = (schema.metadata or {}).get(METADATA_KEY)
     types = {name: schema.field(name).type for name in schema.names}
     feature = types.get("feature")
     fits = pa.types.is_fixed_size_list(feature) and feature.value_type == pa.float32() if feature else False

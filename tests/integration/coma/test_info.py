@@ -4,9 +4,11 @@ import json
 import shutil
 import struct
 
+import numpy as np
 import pytest
 from dataset_files import save
 from export_files import backbone, pretrained
+from feature_files import features
 
 from coma import cli
 from coma.config import PretrainConfig, encoder_preset, method_preset
@@ -109,3 +111,25 @@ def test_hostile_files_give_one_line(tmp_path, capsys, name, data):
     assert code in (0, 2) and (code == 0 or err.startswith("error: "))
     (tmp_path / name).unlink()
     refused(capsys, tmp_path / "gone")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".npz"])
+def test_features(tmp_path, capsys, suffix):
+    path = features(tmp_path / f"f{suffix}", np.ones((3, 4), np.float32))
+    text = told(capsys, path)
+    assert "features of `coma embed`" in text and "3 features of 4 float32 values" in text
+    assert f"coma search {path} --duplicates" in text
+
+
+def test_damaged_features_are_refused(tmp_path, capsys):
+    path = features(tmp_path / "f.npz", np.ones((3, 4), np.float32))
+    with np.load(path) as pack:
+        np.savez(path, path=pack["path"], feature=pack["feature"][:, :2], metadata=pack["metadata"])
+    assert "features of shape [2], described as [4]" in refused(capsys, path)
+
+
+def test_a_head_on_frozen_features(tmp_path, capsys):
+    settings = {"artifact": "a", "optimizer": {"epochs": 100.0, "steps": None, "frozen": True}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    text = told(capsys, tmp_path)
+    assert "coma classify train" in text and "epochs" not in text and "no steps" in text
