@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from coma.atomic_io import write_whole
+from coma.fonts import Font, load_fonts
 
 _CELL = 176  # pixels, the longer side of a picture on the sheet at least
 _GAP, _MARGIN = 8, 24
@@ -25,7 +26,7 @@ def draw_sheet(columns: list[Column], title: str, notes: str, across: int | None
     rows, height, width = columns[0][1].shape[:3]
     zoom = max(1.0, _CELL / max(height, width))
     cell = (round(width * zoom), round(height * zoom))
-    fonts = [ImageFont.load_default(size) for size in (22, 15, 14)]
+    fonts = load_fonts([title, notes, *(heading for heading, _, _ in columns)], 22, 15, 14)
     sheet_width = 2 * _MARGIN + across * (cell[0] + _GAP) - _GAP
     room = sheet_width - 2 * _MARGIN
     title, notes = _wrap(title, fonts[0], room), _wrap(notes, fonts[2], room)
@@ -84,7 +85,9 @@ def draw_sections(
         side: Longer side of every picture in pixels.
     """
     across = max(min(across, max((len(section.cells) for section in sections), default=1)), 3)
-    fonts = [ImageFont.load_default(size) for size in (22, 15, 13)]
+    cells = [cell for section in sections for cell in section.cells]
+    texts = [title, notes, *(s.heading for s in sections), *(cell.caption for cell in cells)]
+    fonts = load_fonts(texts, 22, 15, 13)
     width = 2 * _MARGIN + across * (side + _GAP) - _GAP
     room = width - 2 * _MARGIN
     title, notes = _wrap(title, fonts[0], room), _wrap(notes, fonts[2], room)
@@ -116,14 +119,14 @@ def draw_sections(
         for place, (cell, text) in enumerate(zip(section.cells, texts, strict=True)):
             down, right = divmod(place, across)
             foot = top + sum(heights[: down + 1]) + down * below
-            _draw_cell(sheet, cell, text, _MARGIN + right * (side + _GAP), foot, side)
+            _draw_cell(sheet, cell, text, fonts[2], (_MARGIN + right * (side + _GAP), foot), side)
         top += sum(heights) + len(heights) * below + _GAP
     return sheet
 
 
 def with_title(picture: Image.Image, title: str) -> Image.Image:
     """Returns a picture with a margin, under a title."""
-    font = ImageFont.load_default(22)
+    (font,) = load_fonts([title], 22)
     title = _wrap(title, font, picture.width)
     top = _MARGIN + _depth(title, font) + 16
     sheet = Image.new("RGB", (picture.width + 2 * _MARGIN, top + picture.height + _MARGIN), _PAPER)
@@ -141,29 +144,32 @@ def _size(cell: Cell, side: int) -> tuple[int, int]:
     return width, height
 
 
-def _draw_cell(sheet: Image.Image, cell: Cell, caption: str, left: int, foot: int, side: int) -> None:
-    """Draws a picture that ends at `foot`, and its caption right below it."""
+def _draw_cell(
+    sheet: Image.Image, cell: Cell, caption: str, font: Font, corner: tuple[int, int], side: int
+) -> None:
+    """Draws a picture whose lower left corner is `corner`, and its caption right below it."""
+    left, foot = corner
     draw, (width, height) = ImageDraw.Draw(sheet), _size(cell, side)
     if cell.picture is None:
         draw.rectangle((left, foot - height, left + width - 1, foot - 1), outline=_HIDDEN)
         middle = (left + width / 2, foot - height / 2)
-        draw.text(middle, "no picture", _FAINT, ImageFont.load_default(13), anchor="mm")
+        draw.text(middle, "no picture", _FAINT, font, anchor="mm")
     else:
         picture = cell.picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         sheet.paste(picture, (left + (side - width) // 2, foot - height))
-    draw.multiline_text((left, foot + 3), caption, _INK, ImageFont.load_default(13))
+    draw.multiline_text((left, foot + 3), caption, _INK, font)
 
 
 def _lines(text: str) -> int:
     return text.count("\n")
 
 
-def _depth(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+def _depth(text: str, font: Font) -> int:
     """Returns the height of a text of several lines in pixels."""
     return round(ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), text, font=font)[3])
 
 
-def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+def _cut(text: str, font: Font, width: float) -> str:
     """Returns one line of at most `width` pixels: the middle of a longer one is left out."""
     if font.getlength(text) <= width:
         return text
@@ -177,7 +183,7 @@ def _short(text: str, kept: int) -> str:
     return f"{text[:head]}...{text[len(text) - (kept - head) :]}"
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+def _wrap(text: str, font: Font, width: float) -> str:
     """Breaks `text` between words into lines of at most `width` pixels."""
     lines = [""]
     for word in text.split():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from coma.fonts import font_file
 
 Colour = tuple[int, int, int]
 
@@ -38,7 +39,7 @@ def draw_boxes(
         labels=[label for label, _ in shown],
         colors=[colour for _, colour in shown],
         width=max(2, round(max(picture.shape) / 400)),
-        font=_font(),
+        font=font_file(labels),
         font_size=_font_size(picture),
         label_colors=[_readable_on(colour) for _, colour in shown],
         fill_labels=True,
@@ -51,18 +52,12 @@ def draw_labels(picture: np.ndarray, labels: Sequence[str], colours: Sequence[Co
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
     size = _font_size(picture)
-    font, line = ImageFont.truetype(_font(), size), round(1.4 * size)
+    font, line = ImageFont.truetype(font_file(labels), size), round(1.4 * size)
     for number, (label, colour) in enumerate(zip(labels, colours, strict=True)):
         top = number * line
         draw.rectangle((0, top, draw.textlength(label, font) + size, top + line - 1), colour)
         draw.text((size / 2, top + line / 2), label, _readable_on(colour), font, anchor="lm")
     return np.asarray(image)
-
-
-def _font() -> str:
-    import matplotlib
-
-    return str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 
 
 def _font_size(picture: np.ndarray) -> int:

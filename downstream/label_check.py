@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from coma.contact_sheet import Cell, Section, draw_sections, write_png
 from coma.data.sources.base import Source
 from coma.errors import BadImage
+from coma.fonts import load_fonts
 from coma.messages import abridged, counted
 from downstream.datasets.coco import CocoSplit
 from downstream.datasets.label_classes import Colour, default_palette
@@ -190,7 +191,7 @@ def _legend(names: Sequence[str], palette: Sequence[Colour]) -> Image.Image:
     height = min(SIDE, 14 + 24 * (len(shown) + (len(names) > _LISTED)))
     step = (height - 14) / (len(shown) + (len(names) > _LISTED))
     picture = Image.new("RGB", (SIDE, height), (255, 255, 255))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(min(14, int(step)))
+    draw, (font,) = ImageDraw.Draw(picture), load_fonts(names[:_LISTED], min(14, int(step)))
     for row, (name, colour) in enumerate(shown):
         top = 7 + row * step
         draw.rectangle((8, top, 30, top + step - 3), fill=colour, outline=(60, 60, 60))

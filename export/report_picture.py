@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from PIL import Image
-
 from coma.contact_sheet import write_png
+from coma.fonts import draw_figure
 from coma.messages import without_formulas
 from coma.runtimes.manifest import Entry
 
@@ -30,7 +28,6 @@ def draw_report(entries: list[Entry], path: Path) -> bool:
     Returns:
         Whether there was anything to draw.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     errors = {entry.file: _errors(entry) for entry in entries}
@@ -44,9 +41,7 @@ def draw_report(entries: list[Entry], path: Path) -> bool:
     _draw_errors(axes[0], errors, outputs, {entry.file: entry.tolerances for entry in entries})
     if latencies:
         _draw_latencies(axes[1], latencies)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    write_png(path, Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+    write_png(path, draw_figure(figure))
     return True
 
 

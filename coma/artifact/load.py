@@ -25,7 +25,7 @@ from coma.config.settings_file import read_json
 from coma.errors import BadArtifact, BadInput
 from coma.messages import abridged
 from coma.models import Encoder, build_encoder
-from coma.paths import artifact_directory
+from coma.paths import artifact_directory, shipped_weights
 
 log = logging.getLogger(__name__)
 
@@ -165,15 +165,21 @@ def is_multi_label(config: ArtifactConfig) -> bool:
 
 
 def _check_directory(directory: Path, found: Path) -> None:
+    names = shipped_weights()
+    hides = (
+        f"; it hides the weights {directory} of this package: rename it" if str(directory) in names else ""
+    )
     if found.exists() and not found.is_dir():
-        raise BadArtifact(f"{directory}: {_not_an_artifact(found)}")
+        raise BadArtifact(f"{directory}: {_not_an_artifact(found)}{hides}")
     if not found.is_dir():
-        reason = "a symbolic link that leads nowhere" if found.is_symlink() else "no such directory"
+        reason = f"no such directory; the weights of this package are {', '.join(names)}"
+        if found.is_symlink():
+            reason = f"a symbolic link that leads nowhere{hides}"
         raise BadArtifact(f"{directory}: {reason}")
     absent = [name for name in (CONFIG, TENSORS) if not (found / name).is_file()]
     if absent:
         inside = directory / "artifact"
-        hint = f"; did you mean {inside}?" if inside.is_dir() else ""
+        hint = f"; did you mean {inside}?" if inside.is_dir() else hides
         raise BadArtifact(f"{directory}: not an artifact, it has no {' and no '.join(absent)}{hint}")
 
 

@@ -150,7 +150,8 @@ def _artifact(path: Path) -> Report:
     from coma.config.settings_file import read_json
 
     artifact = load_artifact(path)
-    config, there = artifact.config, _quoted(path)
+    config, card = artifact.config, path / "README.md"
+    there = _quoted(path.name if artifact_directory(path.name) == path else path)  # tiny-64, not its folder
     plain = to_plain(config)
     parts = {"backbone": "encoder", "pretrained": "encoder and decoder"}
     values = sum(tensor.numel() for tensor in artifact.tensors.values())
@@ -164,6 +165,7 @@ def _artifact(path: Path) -> Report:
         "trained": _listed(config.trained),
         "init": f"{config.init.name} (SHA-256 {config.init.sha256})" if config.init else "",
         "versions": _listed(config.versions),
+        "model card": str(card) if card.is_file() else "",
         "checksums": "match" if checked else "none: an older version wrote it, damage would go unnoticed",
     }
     encoder = [

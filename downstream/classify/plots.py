@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from coma.contact_sheet import write_png
+from coma.fonts import draw_figure
 from coma.messages import without_formulas
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _NUMBERED, _NAMED = 25, 60
 """Most classes whose cells show numbers, and whose names are written at the axes."""
@@ -55,7 +52,7 @@ def draw_confusion(path: Path, confusion: list[list[int]], names: tuple[str, ...
                 color=colour,
                 fontsize=size,
             )
-    _save(figure, path)
+    write_png(path, draw_figure(figure))
 
 
 def draw_reliability(path: Path, calibration: dict[str, Any], title: str) -> None:
@@ -92,12 +89,4 @@ def draw_reliability(path: Path, calibration: dict[str, Any], title: str) -> Non
     for axes in (top, below):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    write_png(path, Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+    write_png(path, draw_figure(figure))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coma.atomic_io import write_whole
 from coma.config.compare import RANDOM_BASELINE, CompareConfig
+from coma.contact_sheet import write_png
+from coma.fonts import draw_figure
 from coma.messages import without_formulas
 from pretrain.sweep.caption import clock_name, probed_on
 from pretrain.sweep.results import TITLES, Group
@@ -27,7 +27,6 @@ _COLORS = (
 
 def draw(comparison: CompareConfig, found: Sequence[Group], path: Path) -> None:
     """Draws accuracy against training time: a column per backbone, a row per protocol, a row per probe."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     measured = [name for name in comparison.protocols if any(group.top1(name) for group in found)]
@@ -39,7 +38,6 @@ def draw(comparison: CompareConfig, found: Sequence[Group], path: Path) -> None:
     methods = list(dict.fromkeys(group.method for group in found if group.method != RANDOM_BASELINE))
     colors = dict(zip(methods, cycle(_COLORS), strict=False))
     figure = Figure(figsize=(4.6 * len(models) + 2.4, 3.4 * len(rows)), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     grid = figure.subplots(len(rows), len(models), squeeze=False, sharey="row")
     longest = max(run.seconds for group in found for run in group.runs) / 60 or 1.0  # 0: random weights alone
     handles: dict[str, Artist] = {}
@@ -77,10 +75,7 @@ def draw(comparison: CompareConfig, found: Sequence[Group], path: Path) -> None:
             *probed_on(comparison)
         )
     figure.supxlabel(notes, fontsize="small", color="#60606c")
-    canvas.draw()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_whole(path, lambda file: file.write(picture.getvalue()))
+    write_png(path, draw_figure(figure))
 
 
 def _point(axes: Axes, group: Group, protocol: str, color: str) -> Artist:

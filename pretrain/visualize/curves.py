@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from coma.contact_sheet import write_png
 from coma.errors import BadInput
+from coma.fonts import draw_figure
 from coma.messages import without_formulas
 
 
@@ -30,14 +30,12 @@ def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
     Raises:
         BadInput: the file is missing, not JSON lines, or holds no finite loss.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows, looks = _read_metrics(metrics)
     panels = [(label, known) for label, curves in _PANELS for known in [_known(looks, curves)] if known]
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     figure = Figure(figsize=(9, 6 + 2 * len(panels)), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     heights = [5, 1.2, 1.2, *[2.4 for _ in panels]]
     top, rate, wait, *below = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     top.plot(steps, losses, color="#9db4d6", linewidth=1, marker="o" if len(rows) < 30 else "", markersize=3)
@@ -68,8 +66,7 @@ def loss_curve(metrics: Path, path: Path, *, title: str = "") -> None:
     for axes in (top, rate, wait, *below):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    canvas.draw()
-    write_png(path, Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+    write_png(path, draw_figure(figure))
 
 
 _PANELS: tuple[tuple[str, dict[str, tuple[str, float]]], ...] = (

@@ -32,8 +32,14 @@ def test_names_stand_for_folders_of_the_package_unless_something_is_called_so(tm
     assert artifact_directory("tiny-65") == Path("tiny-65")
     (tmp_path / NAME).mkdir()
     assert artifact_directory(NAME) == Path(NAME)
-    with pytest.raises(coma.BadArtifact, match=r"has no config\.json"):
+    with pytest.raises(coma.BadArtifact, match=r"has no config\.json.*hides the weights tiny-64 .*rename it"):
         coma.load_encoder(NAME)
+    (tmp_path / NAME).rmdir()
+    (tmp_path / NAME).write_text("notes")
+    with pytest.raises(coma.BadArtifact, match=r"is a file.*hides the weights tiny-64"):
+        coma.load_encoder(NAME)
+    with pytest.raises(coma.BadArtifact, match=r"tiny-65: no such directory; the weights .* are tiny-64"):
+        coma.load_encoder("tiny-65")
 
 
 def test_they_are_small_and_in_sixteen_bits():
@@ -74,7 +80,9 @@ def test_they_fill_in_better_than_the_mean_colour():
 
 def test_commands_take_them(tmp_path, capsys, monkeypatch):
     assert report(Path(NAME)).title == "artifact of kind pretrained"
-    assert main(["info", NAME]) == 0 and f"coma export {NAME}" not in capsys.readouterr().err
+    assert main(["info", NAME]) == 0
+    shown = capsys.readouterr().out
+    assert f"coma export {NAME} " in shown and str(artifact_directory(NAME) / "README.md") in shown
     assert "pooled" in [each.name for each in open_model(Path(NAME), "encoder").spec.outputs]
     assert "reconstruction" in [each.name for each in open_model(Path(NAME), "reconstructor").spec.outputs]
     save(tmp_path / "photos" / "one.png")

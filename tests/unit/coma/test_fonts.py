@@ -1,0 +1,96 @@
+"""Texts in any script are drawn with fonts that have their characters, or a warning says that none has."""
+
+import numpy as np
+import pytest
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from PIL import ImageFont
+
+from coma import fonts
+from coma.contact_sheet import Cell, Section, draw_sections
+from downstream.draw import draw_labels
+
+CACHES = fonts._best, fonts._fonts, fonts._glyphs, fonts._family, fonts._warn_once
+HAN = "猫"
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """Every test looks for fonts itself, and afterwards the others do."""
+    for each in CACHES:
+        each.cache_clear()
+    yield
+    for each in CACHES:
+        each.cache_clear()
+
+
+@pytest.fixture
+def han_font(tmp_path, monkeypatch):
+    """The one font that is installed: its glyph of `m` is that of a Chinese character."""
+    from fontTools.ttLib import TTFont
+
+    font = TTFont(fonts._fonts()[0])
+    for table in font["cmap"].tables:
+        if table.isUnicode():
+            table.cmap[ord(HAN)] = table.cmap[ord("m")]
+    for record in font["name"].names:
+        if record.nameID in (1, 4, 16):
+            font["name"].setName("Han", record.nameID, record.platformID, record.platEncID, record.langID)
+    path = tmp_path / "Han-Regular.ttf"
+    font.save(path)
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(tmp_path / "broken.ttf"), str(path)])
+    fonts._fonts.cache_clear()
+    return str(path)
+
+
+@pytest.fixture
+def no_han_font(monkeypatch):
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
+    fonts._fonts.cache_clear()
+
+
+def figure(text):
+    drawn = Figure(figsize=(2, 2), dpi=50, layout="constrained")
+    axes = drawn.subplots()
+    axes.set(title=text)
+    axes.set_xticks([0, 1], [text, text])
+    return drawn
+
+
+def sheet(text):
+    return np.asarray(draw_sections([Section(text, [Cell(None, text)])], title=text))
+
+
+def labels(text):
+    return draw_labels(np.zeros((60, 60, 3), np.uint8), [text], [(255, 255, 255)])
+
+
+DRAWN = (
+    lambda text: np.asarray(fonts.draw_figure(figure(text))),
+    sheet,
+    labels,
+)
+
+
+@pytest.mark.parametrize("draw", DRAWN, ids=["figure", "sheet", "labels"])
+def test_an_installed_font_draws_what_the_own_one_cannot(draw, han_font, caplog):
+    drawn = draw(f"{HAN}!é")
+    assert (drawn == draw("m!é")).all() and not caplog.text
+    assert (drawn != draw("n!é")).any()  # the comparison can fail
+
+
+@pytest.mark.parametrize("draw", DRAWN, ids=["figure", "sheet", "labels"])
+def test_missing_glyphs_are_said_once(draw, no_han_font, caplog):
+    draw(HAN)
+    draw("図")
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and "install a font" in caplog.text
+
+
+def test_letters_of_europe_are_no_boxes_on_contact_sheets(no_han_font, caplog):
+    """Pillow's own font has ASCII alone."""
+    (font,) = fonts.load_fonts(["café собака"], 15)
+    box = bytes(font.getmask("\uffff"))
+    assert all(bytes(font.getmask(letter)) != box for letter in "éсобак") and not caplog.text
+    (plain,) = fonts.load_fonts(["cat"], 15)
+    assert plain.getname() == ImageFont.load_default(15).getname()
