@@ -86,7 +86,8 @@ class BeyondConfig(ObjectiveConfig):
     degrade: Degradation = "zoom-in+mask"
     """Degradation of the input. In the paper's order of fine-tuned accuracy: zoom-in+mask, masks alone
     (--method mae), zoom-in, zoom-out, distort, blur, decolor. The authors' start script masks zoom-out too:
-    zoom-out+mask. zoom-in+coma is this project's own."""
+    zoom-out+mask. Ours: zoom-in+coma; decolor's weights for each image and its grey in three channels (the
+    authors': once a step, in one); blur's kernels, divided by their sums."""
     mask_ratio: Annotated[float, INSIDE] = 0.75
     """zoom-in+mask and zoom-out+mask: share of the mask units (zooming in, of the centre's) that the encoder
     does not see (value of the paper)."""

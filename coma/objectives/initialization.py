@@ -99,4 +99,9 @@ def _initialize_decoder(objective: Objective, weights: Weights) -> str:
         if not bool(given[name].isfinite().all()):
             raise BadInput(f"--init {weights.origin.name}: {name} holds values that are not finite")
         own[name].copy_(given[name])
-    return f"{len(fitting)} of {len(own)} tensors of the decoder"
+    report = f"{len(fitting)} of {len(own)} tensors of the decoder"
+    before = weights.about.objective if weights.about else None
+    if fitting and before and before.norm_pix != objective.config.norm_pix:
+        pixels, flag = ("normalised", "norm-pix") if before.norm_pix else ("plain", "no-norm-pix")
+        report += f", which predicted {pixels} pixels (--objective.{flag} continues that)"
+    return report

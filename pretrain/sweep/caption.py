@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
 from coma.artifact import library_versions
-from coma.config.compare import RANDOM_BASELINE, SEARCH_SHARE, CompareConfig
+from coma.config.compare import RANDOM_BASELINE, SEARCH_SHARE, CompareConfig, Protocol
 from coma.data import open_labelled
 from coma.devices import processor
 from pretrain.sweep.plan import TRIAL_STEPS, Cost
-from pretrain.sweep.results import standard_error
+from pretrain.sweep.results import TITLES, standard_error
+
+_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 
 
 def probed_on(comparison: CompareConfig) -> tuple[int, int]:
@@ -46,7 +49,7 @@ def caption(comparison: CompareConfig, costs: Mapping[str, Cost], missing: Seque
         f"images of {comparison.test.name}, where the standard error of counting is up to "
         f"{standard_error(50, test):.1f} points. Accuracies are means ± sample standard deviation over n "
         "seeds; n = 1 is a single run, which says nothing about differences as small as those between seeds.",
-        "Batch size, learning rate and crops: " + "; ".join(_settings(comparison)) + ".",
+        "Batch size, optimizer, learning rate and crops: " + "; ".join(_settings(comparison)) + ".",
     ]
     counts = dict.fromkeys(f"{entry.method}: {costs[entry.name].views}" for entry in comparison.entries)
     about.append(f"Views that the trained encoder sees of an image in a step: {', '.join(counts)}.")
@@ -54,7 +57,11 @@ def caption(comparison: CompareConfig, costs: Mapping[str, Cost], missing: Seque
     if comparison.finetune_protocols:
         about.append(
             "Fine-tuned accuracy is that on the test images, used once, of the checkpoint that did best on "
-            "validation images: a val split, or else a part of the training images (--hold-out)."
+            "validation images: a val split, or else a part of the training images (--hold-out). Flags: "
+            + "; ".join(
+                f"{TITLES[each]}: {_flags(comparison, each)}" for each in comparison.finetune_protocols
+            )
+            + "."
         )
     if "finetune-10" in comparison.protocols:
         about.append("The 10 % of the labels are drawn class by class with the seed of the run.")
@@ -74,6 +81,11 @@ def caption(comparison: CompareConfig, costs: Mapping[str, Cost], missing: Seque
     about.append(f"{_machine(comparison)}; {versions}.")
     about += [f"**Missing:** {line}" for line in missing]
     return "\n\n".join(about)
+
+
+def _flags(comparison: CompareConfig, protocol: Protocol) -> str:
+    flags = comparison.finetune_flags_of(protocol)
+    return f"`{shlex.join(flags)}`" if flags else "none"
 
 
 def _search(comparison: CompareConfig) -> list[str]:
@@ -102,7 +114,8 @@ def _settings(comparison: CompareConfig) -> list[str]:
     found: dict[str, list[str]] = {}
     for entry in comparison.entries:
         optimizer, (low, high) = entry.config.optimizer, entry.config.data.crop_scale
-        text = f"{optimizer.batch_size}, {optimizer.lr:.3g}, {low:g} to {high:g} of the area"
+        how = f"{optimizer.batch_size}, {_OPTIMIZERS[optimizer.optimizer]}, {optimizer.lr:.3g}"
+        text = f"{how}, {low:g} to {high:g} of the area"
         found.setdefault(text, []).append(f"{entry.method} on {entry.model}")
     if len(found) == 1:
         return [f"{next(iter(found))} (all)"]

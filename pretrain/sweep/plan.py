@@ -152,7 +152,11 @@ def check(comparison: CompareConfig) -> None:
 
     names = [entry.name for entry in comparison.entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise BadInput(f"{', '.join(twice)}: was given twice; leave one out")
+        same = ", ".join(dict.fromkeys(repr(e.method) for e in comparison.entries if e.name in twice))
+        raise BadInput(
+            f"--methods {same}: would share one folder ({', '.join(twice)}); leave one out, or "
+            "give it another name in letters: 'NAME: METHOD'"
+        )
     models = {slug(entry.model): entry.model for entry in comparison.entries}
     for entry in comparison.entries:
         if entry.config.data.tiles is not None:

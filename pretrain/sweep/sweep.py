@@ -160,7 +160,7 @@ def _open(comparison: CompareConfig) -> None:
             for name in asked | before
             if before.get(name) != asked.get(name) and name not in _unused(out)
         ]
-        if changed:
+        if changed and _has_started(out):
             raise BadInput(
                 f"{out}: holds a comparison with other settings: {', '.join(changed)}; keep them as they "
                 "were (methods, models, seeds and protocols may be added, and flags of fine-tuning changed "
@@ -169,6 +169,11 @@ def _open(comparison: CompareConfig) -> None:
     elif out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise BadInput(f"--out {out}: is not empty and holds no comparison; choose another")
     write_json(path, asked)
+
+
+def _has_started(out: Path) -> bool:
+    """Returns whether a run or trial was planned; until then, all settings may change."""
+    return any((out / "settings").glob("*.json"))
 
 
 def _unused(out: Path) -> set[str]:
@@ -181,10 +186,12 @@ def _check_data(comparison: CompareConfig) -> None:
     """Notes the images of a new comparison, and refuses other images when it is resumed."""
     test = {f"{split} images": open_labelled(comparison.test, split) for split in ("train", "test")}
     now = list_data({"images": open_source(comparison.images)}, labels=False) | list_data(test)
-    if any((comparison.out / "settings").glob("*.json")):
+    if _has_started(comparison.out):
         warn = partial(log.warning, "%s")
         check_listing(comparison.out, now, warn, allow=comparison.allow_changed_data)
     else:
+        for measured in comparison.out.glob("statistics-*.json"):
+            measured.unlink()  # the images may be others since
         for path in dict.fromkeys((comparison.images, comparison.test)):
             if note := lies_among(comparison.out, path):
                 log.info(note)

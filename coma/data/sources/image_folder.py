@@ -264,6 +264,10 @@ def _why_unlabelled(location: Path, chosen: SplitImages) -> str:
             f"its {chosen.split} images lie in several places; give one folder with a folder for each class"
         )
     stray = [printable(name) for name in chosen.names if "/" not in name]
+    if not stray and len(chosen.classes) == 1:
+        return (
+            f"all lie in one folder, {printable(*chosen.classes)}; give at least two, a folder for each class"
+        )
     if not stray or not chosen.classes:
         return ""
     lie = "lies" if len(stray) == 1 else "lie"

@@ -165,6 +165,9 @@ def test_files_that_leave_a_data_set_without_labels_are_named(tmp_path):
         BadInput, match=r"has no labels; IMG_1\.png lies in .*beside its class folders \(cat, dog\)"
     ):
         align_labels(splits.train, splits.test)
+    one = open_source(folders(tmp_path / "one", "cat"))
+    with pytest.raises(BadInput, match="has no labels; all lie in one folder, cat; give at least two"):
+        align_labels(one, one)
     lacking = open_source(shard(tmp_path / "a.tar", ["0", "1", None]))
     with pytest.raises(BadInput, match=r"has no labels; .*a\.tar\[002\.png\] has no label.*1 of 3 samples"):
         align_labels(lacking, lacking)

@@ -88,6 +88,25 @@ def test_commands_take_them(tmp_path, capsys, monkeypatch):
     save(tmp_path / "photos" / "one.png")
     length = ("--steps", "1", "--batch-size", "1", "--workers", "0", "--device", "cpu", "--track", "none")
     assert main(["pretrain", "photos", "--out", "run", "--init", NAME, *length]) == 0
+    assert "predicted plain pixels (--objective.no-norm-pix continues" in capsys.readouterr().err
+    assert (
+        main(
+            [
+                "pretrain",
+                "photos",
+                "--out",
+                "dry",
+                "--init",
+                NAME,
+                "--objective.no-norm-pix",
+                "--dry-run",
+                *length,
+            ]
+        )
+        == 0
+    )
+    said = "".join(capsys.readouterr())
+    assert "of the decoder" in said and "predicted" not in said
     origin = coma.load_encoder("run/artifact").artifact.init
     assert origin and origin.name == NAME
     monkeypatch.chdir(tmp_path / "run")

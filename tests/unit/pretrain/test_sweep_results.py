@@ -175,7 +175,7 @@ def test_settings_that_cannot_be_compared_are_refused(labelled, tmp_path, capsys
     good = asked(labelled, tmp_path / "out")
     untaught = entry(labelled / "train", "cmt", "vit-tiny", ["--image-size", "16", "--batch-size", "4"], (0,))
     for changes, complaint in [
-        ({"entries": good.entries * 2}, "was given twice"),
+        ({"entries": good.entries * 2}, "would share one folder"),
         ({"reference": "cmt"}, "--reference cmt: is none of the methods: mae, coma"),
         ({"test": tmp_path / "nowhere"}, "no such file"),
         ({"entries": (replace(good.entries[0], seeds=(0, 0)),)}, "--seeds 0 0: one was given twice"),
@@ -222,8 +222,31 @@ def test_labels_that_fine_tuning_cannot_use_are_refused_before_the_runs(labelled
         check(replace(comparison, test=labelled_by_tables(labelled, tmp_path / "tags", kind="tags")))
 
 
+def started(comparison):
+    """Returns a comparison with a planned run in its folder."""
+    (comparison.out / "settings").mkdir(parents=True)
+    (comparison.out / "settings" / "mae-tiny-0.json").touch()
+    return comparison
+
+
+def test_all_may_change_until_a_run_was_planned(labelled, tmp_path):
+    comparison = asked(labelled, tmp_path / "out", budget=("images", 1))
+    with pytest.raises(BadInput, match="less than a step"):
+        compare(comparison)
+    measured = comparison.out / "statistics-3.json"
+    measured.write_text("[[0, 0, 0], [1, 1, 1]]")  # of other images
+    comparison = replace(comparison, budget=("images", 2))
+    with pytest.raises(BadInput, match="less than a step"):
+        compare(comparison)
+    assert json.loads(measured.read_text())[0] != [0, 0, 0]
+    with pytest.raises(BadInput, match="other settings: budget"):
+        compare(started(replace(comparison, budget=("images", 1))))
+
+
 def test_flags_of_fine_tuning_may_change_until_they_were_used(labelled, tmp_path):
     comparison = asked(labelled, tmp_path / "out")
+    sweep._open(comparison)
+    started(comparison)
     for folder, refused in (
         (None, ()),
         ("finetuned", ("finetune",)),
@@ -263,11 +286,16 @@ def test_flags_of_a_method_win_over_those_of_all(labelled):
 
 def test_the_caption_tells_what_is_not_alike(labelled, tmp_path):
     """Rates, crops that are zoomed into, and teachers; 0.5 (1 - 0.5) of 6 test images."""
-    names = ["mae --base-lr 1e-3", "zoom: beyond --degrade zoom-in", "cmt --teacher runs/mae/artifact"]
+    names = [
+        "mae --base-lr 1e-3",
+        "zoom: beyond --degrade zoom-in --optimizer muon",
+        "cmt --teacher runs/mae/artifact",
+    ]
     found = tuple(entry(labelled / "train", name, "small: tiny", SMALL, (0,)) for name in names)
     comparison = asked(labelled, tmp_path, entries=found)
     text = caption(comparison, {each.name: Cost(1, 1, None) for each in found}, ["a run: exit code 1"])
-    assert "4, 1.56e-05, 0.2 to 1 of the area (mae --base-lr 1e-3 on small)" in text
+    assert "4, AdamW, 1.56e-05, 0.2 to 1 of the area (mae --base-lr 1e-3 on small)" in text
+    assert "; 4, Muon, " in text
     assert "centre of a crop: 25% (zoom, small) of its area" in text
     assert (
         "Taught: cmt --teacher runs/mae/artifact by artifact. No column includes the training of the teacher"
@@ -281,6 +309,12 @@ def test_few_labels_have_flags_of_their_own(labelled, tmp_path, caplog):
     found = asked(labelled, tmp_path, **flags)
     assert found.finetune_flags_of("finetune") == ("--epochs", "2", "--batch-size", "8")
     assert finetune_config(found.finetune_flags_of("finetune-10")).optimizer.epochs == 20
+    text = caption(
+        replace(found, protocols=("finetune", "finetune-10"), finetune=""),
+        {each.name: Cost(1, 1, None) for each in found.entries},
+        [],
+    )
+    assert "Flags: fine-tuned: none; fine-tuned, 10 % of labels: `--epochs 20`." in text
     check(replace(found, protocols=("finetune",)))
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
         "--finetune-10: has no effect without --protocols finetune-10"
@@ -310,7 +344,7 @@ def test_fine_tuned_scores_are_those_of_the_classifier(labelled, tmp_path):
 def test_the_picture_shows_everything_once_where_it_was_measured(labelled, tmp_path, monkeypatch):
     """A column for each backbone; a single run is hollow; probes apart from what was measured in the end."""
     shown = []
-    monkeypatch.setattr("pretrain.sweep.plot.write_whole", lambda *_: None)
+    monkeypatch.setattr("pretrain.sweep.plot.write_png", lambda *_: None)
     from matplotlib.figure import Figure
 
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: shown.append(figure))
