@@ -10,6 +10,7 @@ from comparisons import SMALL, asked
 from coma.artifact import load_encoder
 from coma.config.compare import finetune_config
 from coma.errors import BadInput
+from coma.fonts import draw_figure
 from pretrain.commands.compare import _device, entry, parse
 from pretrain.sweep import Cost, Result, compare, groups, steps_for, sweep
 from pretrain.sweep.caption import caption
@@ -344,17 +345,16 @@ def test_fine_tuned_scores_are_those_of_the_classifier(labelled, tmp_path):
 def test_the_picture_shows_everything_once_where_it_was_measured(labelled, tmp_path, monkeypatch):
     """A column for each backbone; a single run is hollow; probes apart from what was measured in the end."""
     shown = []
-    monkeypatch.setattr("pretrain.sweep.plot.write_png", lambda *_: None)
-    from matplotlib.figure import Figure
-
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: shown.append(figure))
+    monkeypatch.setattr(
+        "pretrain.sweep.plot.draw_figure", lambda figure: [shown.append(figure), draw_figure(figure)][1]
+    )
     curve = (ProbePoint(0, 0.0, {"knn": 10.0}), ProbePoint(400, 90.0, {"knn": 35.0}))
     results = [
         Result(method, model, seed, 1, 1, 400, 400, 120.0, 1.0, 0.1, {"knn": 40.0 + seed}, curve=curve)
         for method, model, seed in [("mae", "a", 0), ("mae", "a", 1), ("$^$", "a", 0), ("coma", "b", 0)]
     ]
     results.append(Result("random", "b", 0, 1, 0, 0, 0, 0.0, 0.0, None, {"knn": 20.0}))
-    draw(asked(labelled, tmp_path), groups(results), tmp_path / "unused.png")
+    draw(asked(labelled, tmp_path), groups(results), tmp_path / "compare.png")
     (figure,) = shown
     axes = {each.get_title(): each for each in figure.axes}
     assert list(axes) == ["a: kNN", "b: kNN", "a: kNN, during training", "b: kNN, during training"]
