@@ -89,8 +89,10 @@ def test_missing_glyphs_are_said_once(draw, no_han_font, caplog):
 
 def test_letters_of_europe_are_no_boxes_on_contact_sheets(no_han_font, caplog):
     """Pillow's own font has ASCII alone."""
-    (font,) = fonts.load_fonts(["café собака"], 15)
-    box = bytes(font.getmask("\uffff"))
-    assert all(bytes(font.getmask(letter)) != box for letter in "éсобак") and not caplog.text
-    (plain,) = fonts.load_fonts(["cat"], 15)
-    assert plain.getname() == ImageFont.load_default(15).getname()
+    (font,), (plain,) = fonts.load_fonts(["café собака"], 15), fonts.load_fonts(["cat"], 15)
+    assert isinstance(font, ImageFont.FreeTypeFont) and isinstance(plain, ImageFont.FreeTypeFont)
+    boxes = [np.array(list(each.getmask("\uffff"))) for each in (font, plain)]
+    for letter in "éсобак":
+        of_font, of_plain = (np.array(list(each.getmask(letter))) for each in (font, plain))
+        assert not np.array_equal(of_font, boxes[0]) and np.array_equal(of_plain, boxes[1])
+    assert not caplog.text
