@@ -63,5 +63,8 @@ def check_knn(k: int, temperature: float, images: int) -> None:
         BadInput: naming the setting and its range.
     """
     if not 1 <= k <= images:
-        raise BadInput(f"k = {k} neighbours must be 1 to {images}, the number of training images")
+        raise BadInput(
+            f"k = {k} neighbours must be 1 to {images}, the number of training images; leave knn out of "
+            "the protocols, or give coma evaluate a smaller --k"
+        )
     TEMPERATURE.check("--temperature", temperature)

@@ -173,7 +173,7 @@ def test_bad_labelled_images_are_refused_before_training(resumable, photos, labe
     cases = [
         (ProbeConfig(tmp_path / "nothing"), "no such file"),
         (ProbeConfig(photos), "no split"),
-        (ProbeConfig(few), "k = 20 neighbours must be 1 to 6"),
+        (ProbeConfig(few), "k = 20 neighbours must be 1 to 6.* smaller --k"),
         (ProbeConfig(foreign), "class1"),
         (ProbeConfig(broken), "no image could be read"),
         (ProbeConfig(labelled, probe_train=1), "--probe-train 1: too few for the classes"),
