@@ -60,9 +60,10 @@ class Report:
 
     def text(self, path: Location) -> str:
         """Returns the lines to print."""
-        width = max(map(len, self.facts), default=0)
+        known = {name: printable(value) for name, value in self.facts.items() if value}
+        width = max(map(len, known), default=0)
         lines = [f"{printable(str(path))}: {self.title}"]
-        lines += [f"  {name:{width}}  {printable(value)}" for name, value in self.facts.items() if value]
+        lines += [f"  {name:{width}}  {value}" for name, value in known.items()]
         return "\n".join([*lines, *(["\nnext:"] if self.next else []), *(f"  {line}" for line in self.next)])
 
 
