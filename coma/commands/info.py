@@ -152,7 +152,9 @@ def _artifact(path: Path) -> Report:
 
     artifact = load_artifact(path)
     config, card = artifact.config, path / "README.md"
-    there = _quoted(path.name if artifact_directory(path.name) == path else path)  # tiny-64, not its folder
+    there = _quoted(
+        Path(path.name) if artifact_directory(path.name) == path else path
+    )  # tiny-64, not its folder
     plain = to_plain(config)
     parts = {"backbone": "encoder", "pretrained": "encoder and decoder"}
     values = sum(tensor.numel() for tensor in artifact.tensors.values())
