@@ -152,9 +152,8 @@ def _artifact(path: Path) -> Report:
 
     artifact = load_artifact(path)
     config, card = artifact.config, path / "README.md"
-    there = _quoted(
-        Path(path.name) if artifact_directory(path.name) == path else path
-    )  # tiny-64, not its folder
+    named = Path(path.name)  # tiny-64, in place of its folder
+    there = _quoted(named if artifact_directory(named) == path else path)
     plain = to_plain(config)
     parts = {"backbone": "encoder", "pretrained": "encoder and decoder"}
     values = sum(tensor.numel() for tensor in artifact.tensors.values())

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from coma.commands.info import Report
 from coma.messages import counted
-from downstream.features.files import METADATA_KEY, SUFFIXES, FeaturesFile
+from downstream.features.files import METADATA_KEY, FeaturesFile
 
 
 def describe(path: Path) -> Report | None:
-    """Returns what a file of features holds; None if `path` is none.
+    """Returns what a file of features holds, .npz or .parquet; None if the file is of another kind.
 
     Raises:
         BadInput: it is one, and damaged.
@@ -39,8 +39,6 @@ def describe(path: Path) -> Report | None:
 
 def _holds_features(path: Path) -> bool:
     """Returns whether a file says of itself that it holds features; reads no more than that."""
-    if path.suffix.lower() not in SUFFIXES:
-        return False
     if path.suffix.lower() == ".npz":
         try:
             with zipfile.ZipFile(path) as archive:
