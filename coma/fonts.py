@@ -48,7 +48,7 @@ def draw_figure(figure: Figure) -> Image.Image:
     from matplotlib.text import Text
 
     texts = [each for each in figure.findobj(Text) if isinstance(each, Text)]
-    fonts = [_fonts()[0]]
+    fonts = [_dejavu()]
     missing = _characters(each.get_text() for each in texts) - _glyphs(fonts[0])
     while (found := _best(missing)) not in fonts:
         fonts.append(found)
@@ -70,20 +70,25 @@ def _characters(texts: Iterable[str]) -> frozenset[str]:
 @cache
 def _best(characters: frozenset[str]) -> str:
     """Returns the first of the fonts with the most of the characters."""
-    first, *others = _fonts()
-    if characters <= _glyphs(first):
-        return first
-    return max((first, *others), key=lambda path: len(characters & _glyphs(path)))
+    if characters <= _glyphs(_dejavu()):
+        return _dejavu()
+    return max((_dejavu(), *_installed()), key=lambda path: len(characters & _glyphs(path)))
 
 
 @cache
-def _fonts() -> tuple[str, ...]:
-    """Returns the paths of DejaVu Sans and of the installed fonts, regular ones first."""
+def _dejavu() -> str:
+    """Returns the path of DejaVu Sans, which comes with matplotlib."""
     import matplotlib
+
+    return str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+
+
+@cache
+def _installed() -> tuple[str, ...]:
+    """Returns the paths of the installed fonts, regular ones first."""
     from matplotlib.font_manager import findSystemFonts
 
-    own = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
-    return own, *sorted(findSystemFonts(), key=lambda path: ("Regular" not in Path(path).name, path))
+    return tuple(sorted(findSystemFonts(), key=lambda path: ("Regular" not in Path(path).name, path)))
 
 
 @cache

@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,7 +73,7 @@ class Forked:
 
 def light(patch: pytest.MonkeyPatch) -> None:
     """Processes that start at once, and no pictures of runs."""
-    patch.setattr(process_pool.subprocess, "Popen", Forked)
+    patch.setattr(process_pool, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Forked}))
     patch.setattr(process_pool, "_POLL", 0.01)
     patch.setattr("pretrain.training.throughput.flops_per_image", lambda _: 1e6)  # autograd, then no forks
     for name in ("loss_curve", "reconstruction_sheet"):

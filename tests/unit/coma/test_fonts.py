@@ -10,7 +10,7 @@ from coma import fonts
 from coma.contact_sheet import Cell, Section, draw_sections
 from downstream.draw import draw_labels
 
-CACHES = fonts._best, fonts._fonts, fonts._glyphs, fonts._family, fonts._warn_once
+CACHES = fonts._best, fonts._installed, fonts._glyphs, fonts._family, fonts._warn_once
 HAN = "猫"
 
 
@@ -29,7 +29,7 @@ def han_font(tmp_path, monkeypatch):
     """The one font that is installed: its glyph of `m` is that of a Chinese character."""
     from fontTools.ttLib import TTFont
 
-    font = TTFont(fonts._fonts()[0])
+    font = TTFont(fonts._dejavu())
     for table in font["cmap"].tables:
         if table.isUnicode():
             table.cmap[ord(HAN)] = table.cmap[ord("m")]
@@ -40,14 +40,14 @@ def han_font(tmp_path, monkeypatch):
     font.save(path)
     (tmp_path / "broken.ttf").write_bytes(b"no font")
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(tmp_path / "broken.ttf"), str(path)])
-    fonts._fonts.cache_clear()
+    fonts._installed.cache_clear()
     return str(path)
 
 
 @pytest.fixture
 def no_han_font(monkeypatch):
     monkeypatch.setattr(font_manager, "findSystemFonts", list)
-    fonts._fonts.cache_clear()
+    fonts._installed.cache_clear()
 
 
 def figure(text):
@@ -101,3 +101,11 @@ def ink(font, letter):
     picture = Image.new("L", (30, 30))
     ImageDraw.Draw(picture).text((2, 2), letter, 255, font)
     return picture.tobytes()
+
+
+@pytest.mark.parametrize("draw", DRAWN, ids=["figure", "sheet", "labels"])
+def test_fonts_are_looked_for_only_where_a_character_is_missing(draw, monkeypatch):
+    monkeypatch.setattr(
+        font_manager, "findSystemFonts", lambda: pytest.fail("it takes a process and a while")
+    )
+    draw("café собака")
