@@ -11,7 +11,8 @@ at least the target's; its minutes follow from the time of a training step in tr
 `run.seconds_per_image`. TFLOP are those of a run of pre-training, in 10^12.
 
 To try an idea: add a row to ROWS, with the fewest images that you think will do, and run the first command.
-What is done is not done again, and `--minutes` stops after a while. Keep a row that beats the ones above it,
+What is done is not done again, not even in another --work if all seeds of a row are in --out; `--minutes`
+stops after a while. Times are those of the last call, of the rows that it was asked for. Keep a row that beats the ones above it,
 and write down in `benchmarks/LOG.md` what was tried and did not.
 """
 
@@ -110,6 +111,12 @@ def row(name: str, args: argparse.Namespace, test: Path) -> dict[str, tuple[Resu
     return {each: tuple(run for run in compared.results if run.method == each) for each in names}
 
 
+def measured(out: Path) -> dict[str, tuple[Result, ...]]:
+    """Returns the runs of the rows that an earlier call wrote, and none where there was no such call."""
+    kept = json.loads(out.read_text())["runs"] if out.exists() else {}
+    return {name: tuple(Result(**run) for run in some) for name, some in kept.items()}
+
+
 def summary(
     name: str, found: Mapping[str, tuple[Result, ...]], seconds: Mapping[str, float]
 ) -> dict[str, Any]:
@@ -154,9 +161,10 @@ def main() -> None:
     first = {step: name for name, step in reversed(steps.items())}  # rows may differ in their images alone
     times = seconds_per_image(args, test, tuple(wanted[name] for name in first.values()))
     seconds = {name: times[wanted[first[step]].name] for name, step in steps.items()}
-    found: dict[str, tuple[Result, ...]] = {}
+    found = measured(args.out)
     for name in wanted:
-        found |= row(name, args, test)
+        if {run.seed for run in found.get(name, ())} < set(args.seeds):
+            found |= row(name, args, test)
         print(markdown([summary(each, found, seconds) for each in found]), flush=True)
         runs = {each: [asdict(run) for run in some] for each, some in found.items()}
         about = {
