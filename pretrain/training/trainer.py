@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
 import torch
@@ -298,27 +298,22 @@ class Trainer(ABC, Generic[AnyPlan]):
         state = self._train_step.state_dict() if save else {}
         weights = weights_to_publish(state) if save else self._train_step.weights_to_publish()
         evaluated = not (self._directory and evaluate)
-        failure: Exception | None = None
-        if self._directory and evaluate:
-            try:
-                self._directory.evaluate(weights, self._done, self.group.device)
-                evaluated = True
-            except StopNow:
-                pass
-            except Exception as error:  # ends the run, whose steps are saved first
-                failure = error
-        if self._directory and save:
-            state |= {
-                "step": self._done,
-                "loss": self._loss,
-                "images": len(self.plan.source),
-                "window": self._window.state_dict(),
-                "skipped": list(self._skipped),
-                "filled": self._filled,
-            }
-            self._directory.save(state)
-        if failure:
-            raise failure
+        try:
+            if self._directory and evaluate:
+                with suppress(StopNow):
+                    self._directory.evaluate(weights, self._done, self.group.device)
+                    evaluated = True
+        finally:  # an evaluation that fails ends the run, whose steps are saved first
+            if self._directory and save:
+                state |= {
+                    "step": self._done,
+                    "loss": self._loss,
+                    "images": len(self.plan.source),
+                    "window": self._window.state_dict(),
+                    "skipped": list(self._skipped),
+                    "filled": self._filled,
+                }
+                self._directory.save(state)
         if save:
             self._saved_at = time.monotonic()
         return evaluated
