@@ -32,7 +32,7 @@ from torch import Tensor
 
 from coma.artifact import load_artifact, load_encoder, save_artifact
 from coma.artifact.weights import name_of
-from coma.data import evaluation_batches, normalize, open_source
+from coma.data import normalized_batches, open_source
 from coma.objectives.load import load_pretrained
 from coma.paths import artifact_directory
 from pretrain.evaluate.features import random_encoder
@@ -219,9 +219,12 @@ def _sheets(args: argparse.Namespace) -> None:
     objective = load_pretrained(args.artifacts[0])
     about = objective.artifact
     source = open_source(args.work / "held-out/natural1k")
-    batches = evaluation_batches(source, image_size=about.image_size, channels=3, batch_size=12, workers=0)
-    batch = next(iter(batches))
-    images = normalize(batch.images, about.mean, about.std)
+    size = about.image_size
+    images, batch = next(
+        normalized_batches(
+            source, about.mean, about.std, image_size=size, channels=3, batch_size=12, workers=0
+        )
+    )
     for number, part in enumerate((slice(0, 6), slice(6, 12)), start=1):
         reconstruction_sheet(
             *(objective, images[part], batch.seeds[part], about.mean, about.std),

@@ -14,7 +14,7 @@ from coma.data.labelled_splits import (
     unreadable_images,
 )
 from coma.data.labels import align_labels, align_single_labels, class_indices, topk_accuracy
-from coma.data.loader import check_loader, evaluation_batches, training_batches
+from coma.data.loader import check_loader, evaluation_batches, normalized_batches, training_batches
 from coma.data.pixel_values import check_sample
 from coma.data.sources.base import ArraySource, Source
 from coma.data.sources.open import open_source
@@ -41,6 +41,7 @@ __all__ = [
     "labelled_batches",
     "log_missing_classes",
     "normalize",
+    "normalized_batches",
     "open_labelled",
     "open_labelled_splits",
     "open_source",

@@ -8,17 +8,19 @@ same for any number of workers, and the state of a loader is the number of sampl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from coma.config import DataConfig
 from coma.data.batches import Batch, BatchLayout, TrainingFetcher
 from coma.data.shuffle import sample_seeds
 from coma.data.sources.base import Source
-from coma.data.transforms import centre_crop, resize, stack
+from coma.data.transforms import centre_crop, normalize, resize, stack
 from coma.data.worker_pool import map_ordered
 from coma.errors import BadImage, BadInput
 from coma.image_size import ImageSize
@@ -95,7 +97,7 @@ def evaluation_batches(
     batch_size: int,
     workers: int | None = None,
     device: torch.device | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yields every image once, in order, as its resized centre crop; unreadable ones are skipped and named.
 
     The crop is the largest box in the middle that has the shape of `image_size`: the side of a square, or
@@ -119,6 +121,49 @@ def evaluation_batches(
         first = held.failures[0] if held and held.failures else "there is none"
         raise BadInput(f"{source.location}: no image could be read; the first: {first}")
     yield held
+
+
+def normalized_batches(
+    source: Source,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    image_size: int | tuple[int, int],
+    channels: int,
+    batch_size: int,
+    workers: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Generator[tuple[Tensor, Batch], None, None]:
+    """Yields the images of `evaluation_batches`, float32 `[b, C, H, W]` on the device, and their batches.
+
+    Close the iterator to stop its workers early.
+
+    Args:
+        source: Images.
+        mean: Mean per channel, of pixels scaled to 0..1.
+        std: Standard deviation per channel.
+        image_size: Side of the square crops, or height and width.
+        channels: Number of channels to read.
+        batch_size: Number of images of a batch.
+        workers: Number of processes that decode images.
+        device: Device to compute on.
+
+    Raises:
+        BadInput: While iterating: no image is readable.
+    """
+    device = torch.device(device)
+    statistics = [torch.tensor(values, device=device) for values in (mean, std)]
+    batches = evaluation_batches(
+        source,
+        image_size=image_size,
+        channels=channels,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+    )
+    with closing(batches):
+        for batch in batches:
+            yield normalize(batch.images.to(device, non_blocking=True), *statistics), batch
 
 
 @dataclass(frozen=True)

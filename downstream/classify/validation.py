@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coma.amp import Precision, autocast
-from coma.data import Source, evaluation_batches, normalize, topk_accuracy
+from coma.data import Source, normalized_batches, topk_accuracy
 from coma.errors import CheckFailed
 from coma.image_size import ImageSize
 from coma.models.classifiers import Classifier
@@ -82,18 +81,18 @@ def validate(
     device = next(classifier.parameters()).device
     classifier.eval()
     logits, indices, failures = [], [], []
-    statistics = [torch.tensor(values, device=device) for values in (mean, std)]
-    batches = evaluation_batches(
+    batches = normalized_batches(
         source,
+        mean,
+        std,
         image_size=image_size,
         channels=classifier.config.channels,
         batch_size=batch_size,
         workers=workers,
         device=device,
     )
-    with closing(cast("Any", batches)), torch.inference_mode(), autocast(precision, device):
-        for batch in batches:
-            images = normalize(batch.images.to(device, non_blocking=True), *statistics)
+    with closing(batches), torch.inference_mode(), autocast(precision, device):
+        for images, batch in batches:
             logits.append(classifier(images).float().cpu())  # b classes
             indices.append(batch.indices)
             failures += batch.failures

@@ -225,12 +225,15 @@ def _steps(plan: PretrainConfig, minutes: float) -> int:
 
 def _examples(plan: PretrainConfig, about: ArtifactConfig) -> tuple[Tensor, Tensor]:
     """Returns the eight photographs, normalised `[8, 3, S, S]`, and seeds `[8]` for their masks."""
-    from coma.data import evaluation_batches, normalize, open_source
+    from coma.data import normalized_batches, open_source
 
     source, size, channels = open_source(plan.data.images or Path()), about.image_size, about.model.channels
-    batches = evaluation_batches(source, image_size=size, channels=channels, batch_size=8, workers=0)
-    batch = next(iter(batches))
-    return normalize(batch.images, about.mean, about.std), batch.seeds
+    images, batch = next(
+        normalized_batches(
+            source, about.mean, about.std, image_size=size, channels=channels, batch_size=8, workers=0
+        )
+    )
+    return images, batch.seeds
 
 
 def _caption(about: ArtifactConfig) -> str:

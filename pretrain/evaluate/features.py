@@ -6,14 +6,14 @@ import logging
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from coma.amp import autocast, choose_precision
 from coma.artifact import ArtifactConfig
-from coma.data import Batch, Source, evaluation_batches, normalize
+from coma.data import Batch, Source, normalized_batches
 from coma.errors import BadInput, CheckFailed
 from coma.image_size import ImageSize
 from coma.models import Encoder, build_encoder
@@ -109,22 +109,22 @@ def feature_batches(
         raise BadInput(f"image size {size} px is smaller than the encoder's mask unit of {encoder.unit} px")
     device = next(encoder.parameters()).device
     kept = device if device.type == "cuda" else torch.device("cpu")
-    batches = evaluation_batches(
+    batches = normalized_batches(
         source,
+        config.mean,
+        config.std,
         image_size=size,
         channels=config.model.channels,
         batch_size=batch_size,
         workers=workers,
         device=device,
     )
-    mean, std = (torch.tensor(values, device=device) for values in (config.mean, config.std))
     training = encoder.training
     encoder.eval()
     try:
-        with closing(cast("Any", batches)):
-            for batch in batches:
+        with closing(batches):
+            for images, batch in batches:
                 with torch.inference_mode(), autocast(choose_precision("auto", device), device):
-                    images = normalize(batch.images.to(device, non_blocking=True), mean, std)
                     pooled = encoder.pool(images).float().to(kept)
                 yield pooled, batch
     finally:

@@ -23,7 +23,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from typing import Any, Generic, Literal, cast
+from typing import Any, Generic, Literal
 
 import torch
 from torch import Tensor
@@ -367,5 +367,5 @@ def first_images(source: Source, model: EncoderConfig, image_size: ImageSize) ->
     batches = evaluation_batches(
         source, image_size=image_size, channels=model.channels, batch_size=_PROBES, workers=0
     )
-    with closing(cast("Any", batches)):
+    with closing(batches):
         return next(batches)
