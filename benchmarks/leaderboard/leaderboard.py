@@ -12,8 +12,8 @@ at least the target's; its minutes follow from the time of a training step in tr
 
 To try an idea: add a row to ROWS, with the fewest images that you think will do, and run the first command.
 What is done is not done again, not even in another --work if all seeds of a row are in --out; `--minutes`
-stops after a while. Times are those of the last call, of the rows that it was asked for. Keep a row that beats the ones above it,
-and write down in `benchmarks/LOG.md` what was tried and did not.
+stops after a while. Times are those of the last call, of the rows that it was asked for. Keep a row that
+beats the ones above it, and write down in `benchmarks/LOG.md` what was tried and did not.
 """
 
 from __future__ import annotations
