@@ -33,6 +33,10 @@ GROUP = "coma.commands"
 CHILD = (sys.executable, "-P", "-m", "coma")
 """Starts `coma` as a child process; -P, so that no file of the current folder takes the place of ours."""
 
+SPINS = "1000"
+"""Turns that a waiting thread of GNU OpenMP makes before it sleeps: libgomp's own value where threads
+outnumber cores. Its default is 300,000: milliseconds that other processes lack."""
+
 BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell reports for a program that writes to a closed pipe
 
 OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -58,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `coma` with these arguments (default: the process's) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ["PYTHONSAFEPATH"] = "1"  # worker processes: no file of the current folder is imported there
+    if "OMP_WAIT_POLICY" not in os.environ:  # libgomp reads both when torch loads it
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     show_traceback = arguments[:1] == ["--traceback"]
     try:
         code = _dispatch(arguments[show_traceback:])

@@ -257,8 +257,7 @@ def busy_note(threads: int) -> str | None:
         return None
     return (
         f"the {cores()} cores were busy before this began (load {load:.1f}), so the numbers vary, most of "
-        "all PyTorch's with several threads, which wait actively for each other; use fewer --threads, or set "
-        "OMP_WAIT_POLICY=passive in the environment"
+        "all those of several threads; use fewer --threads"
     )
 
 

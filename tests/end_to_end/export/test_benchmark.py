@@ -288,7 +288,7 @@ def test_a_machine_that_is_busy_is_remarked(monkeypatch):
     ):
         monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
         assert (busy_note(threads) is not None) == busy
-    assert "OMP_WAIT_POLICY=passive" in (busy_note(4) or "")
+    assert "fewer --threads" in (busy_note(4) or "")
 
 
 def test_images_without_files_are_not_decoded(model):
