@@ -7,6 +7,7 @@ returned with the reason.
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -106,10 +107,11 @@ def list_exports(
         BadInput: the folder has no exports of this artifact although they are required, its manifest cannot
             be read, or a file has changed since its verification.
     """
-    manifest = Manifest.read(folder, f"run coma export {artifact} again")
+    export = f"run coma export {shlex.quote(str(artifact))}"
+    manifest = Manifest.read(folder, f"{export} again")
     if manifest is None or manifest.source != artifact_hash(artifact):
         reason = f"no {NAME}" if manifest is None else "holds exports of another artifact"
-        reason += f"; run coma export {artifact}"
+        reason += f"; {export}"
         if required:
             raise BadInput(f"--exports {folder}: {reason}")
         return [], [NotRun(str(folder), reason)]
@@ -129,7 +131,7 @@ def list_exports(
         elif not is_verified(folder, entry):
             raise BadInput(
                 f"{path}: has changed since its verification (its SHA-256 differs from {NAME}); "
-                f"run coma export {artifact} again"
+                f"{export} again"
             )
         else:
             entries.append(entry)

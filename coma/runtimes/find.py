@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -81,7 +82,8 @@ def find_model(path: Path, graph: GraphKind, runtime: RuntimeName = "auto") -> P
     manifest = _manifest(folder) if folder.is_dir() else None
     if manifest is None or manifest.source != artifact_hash(path):
         what = f"no {NAME}" if manifest is None else "files of another artifact"
-        raise BadInput(f"--runtime {runtime}: {folder} has {what}; run coma export {path} first")
+        export = f"coma export {shlex.quote(str(path))}"
+        raise BadInput(f"--runtime {runtime}: {folder} has {what}; run {export} first")
     return _exported(folder, manifest, graph, suffix)
 
 

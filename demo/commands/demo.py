@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 from collections.abc import Iterator
@@ -116,7 +117,8 @@ def print_space(given: DemoConfig) -> None:
 
     names = write_space(given.out, load_models(given.models or default_models(), "cpu"))
     print(f"{given.out}: {', '.join(names)}")
-    print(f"next: push it to a Space of Hugging Face, or: docker build -t coma-demo {given.out}")
+    there = shlex.quote(str(given.out))
+    print(f"next: push it to a Space of Hugging Face, or: docker build -t coma-demo {there}")
 
 
 @contextmanager

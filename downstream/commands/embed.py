@@ -12,6 +12,7 @@ Examples:
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -83,7 +84,8 @@ def run(argv: list[str]) -> None:
     if info := _embed(config):
         count = info.count - len(info.skipped)
         print(f"{config.out}: features of {counted(count, 'image')}")
-        print(f"next: coma search {config.out} --duplicates 0.98 --outliers --map --out FOLDER")
+        there = shlex.quote(str(config.out))
+        print(f"next: coma search {there} --duplicates 0.98 --outliers --map --out FOLDER")
 
 
 def embed(model: str | Path, images: str | Path, out: str | Path, **settings: Any) -> FeaturesInfo | None:

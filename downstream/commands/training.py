@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -211,11 +212,12 @@ def print_trained(command: str, out: Path, artifact: Path | None) -> None:
         else f"checkpoint: {name}, the last one; --cfg-options default_hooks.checkpoint.save_best=auto in a "
         "new run keeps the best one"
     )
+    given = shlex.quote(str(artifact))
     print(
         f"\n{about['trained']['steps']} steps; val split, at the last step: {last}\n{kept}\n\n"
         f"  artifact     {artifact}\n"
         f"  curves       tensorboard --logdir {out}\n\n"
         f"next:\n"
-        f"  coma {command} predict {artifact} IMAGES --out PREDICTIONS\n"
-        f"  coma {command} test {artifact} --data DATASET"
+        f"  coma {command} predict {given} IMAGES --out PREDICTIONS\n"
+        f"  coma {command} test {given} --data DATASET"
     )

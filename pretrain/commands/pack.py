@@ -7,6 +7,7 @@ Shards are ordinary WebDataset tars. An interrupted pack resumes when the comman
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,7 +71,7 @@ def _print_summary(report: PackReport, total: int, out: Path, seconds: float) ->
         print(f"{len(report.failures)} skipped, all listed in {out / 'index.json'}:")
         for failure in report.failures[:_NAMED_FAILURES]:
             print(f"  {failure}")
-    print(f"next: coma pretrain {out}")
+    print(f"next: coma pretrain {shlex.quote(str(out))}")
 
 
 def _megabytes(count: int) -> str:

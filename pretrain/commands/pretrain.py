@@ -137,7 +137,7 @@ def run(argv: list[str]) -> None:
             raise
         raise SystemExit(error.exit_code) from None  # process 0 prints it
     if main and not dry_run:
-        print(_summary(folder))
+        print(summary(folder))
 
 
 def parse(argv: list[str]) -> tuple[PretrainConfig, bool, bool, bool]:
@@ -273,7 +273,8 @@ def _with_any_weights(objective: ObjectiveConfig) -> ObjectiveConfig:
     return replace(objective, teacher=replace(objective.teacher, sha256=None))
 
 
-def _summary(folder: Path) -> str:
+def summary(folder: Path) -> str:
+    """Returns what a finished run says: its loss, where its files are, and what to do next."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "loss" in row]  # probes have rows of their own
     last = rows[-1]
@@ -289,7 +290,7 @@ def _summary(folder: Path) -> str:
   metrics          {folder / "metrics.jsonl"}, or: tensorboard --logdir {folder / "tensorboard"}
 
 next:
-  coma evaluate {folder / "artifact"} --data CLASSES
+  coma evaluate {shlex.quote(str(folder / "artifact"))} --data CLASSES
       measure its features on labelled images: CLASSES holds train and test, a folder per class in each
   coma pretrain --resume {shlex.quote(str(folder))} {length} N
       train it for longer; its learning rate rises again, along the longer schedule"""

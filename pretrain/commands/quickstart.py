@@ -9,6 +9,7 @@ photographs, which they never saw.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -258,13 +259,14 @@ def _results(run_directory: Path, about: ArtifactConfig, sheet: Path, unseen: Pa
 
 def _next_steps(run_directory: Path) -> str:
     called = Path(sys.argv[0])
-    coma = str(called) if called.name == "coma" and not shutil.which("coma") else "coma"
+    coma = shlex.quote(str(called)) if called.name == "coma" and not shutil.which("coma") else "coma"
+    artifact = shlex.quote(str(run_directory / "artifact"))
     return f"""next:
   {coma} pretrain PHOTOS --out runs/first
       pre-train on your own images
   {coma} pretrain --resume runs/first
       resume after an interruption
-  {coma} evaluate {run_directory / "artifact"} --data CLASSES
+  {coma} evaluate {artifact} --data CLASSES
       measure its features on labelled images
-  {coma} export {run_directory / "artifact"}
+  {coma} export {artifact}
       write ONNX files, verified against PyTorch"""
