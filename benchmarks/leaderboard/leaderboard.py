@@ -75,10 +75,8 @@ ROWS: Mapping[str, Row] = {
     "MAE, AdamW": Row("mae --base-lr 0.016", 16_000),
     "CoMA, Muon": Row(f"coma {MUON}", 8_000),
     "CoMA, Muon, 5,000 images": Row(f"coma {MUON}", 5_000),
-    "CoMA, Muon, 16,000 images": Row(f"coma {MUON}", 16_000),
     "CoMA, Muon, 5,000 images, batches of 32": Row(f"coma {MUON} --batch-size 32", 5_000),
     "CoMA, Muon, 4,480 images, batches of 32": Row(f"coma {MUON} --batch-size 32", 4_480),
-    "CoMA, Muon, 3,840 images, batches of 32": Row(f"coma {MUON} --batch-size 32", 3_840),
     "CoMA of four views, Muon": Row(f"coma4 {MUON}", 5_000),
 }
 """The rates are those that `benchmarks/methods/optimizers.py` found for MAE and CoMA on DyViT."""
