@@ -37,7 +37,7 @@ class RuntimeTiming:
         cosine: Lowest cosine similarity of an output to the first runtime's.
         difference: Largest difference of a value of the first output; for reconstructions in levels of 0 to
             255.
-        reason: Why it did not run; None if it did.
+        reason: Why it did not run, or that its outputs are not finite; None otherwise.
     """
 
     title: str
@@ -76,6 +76,9 @@ def time_runtimes(
             outputs, milliseconds, runs = _time(runtime, pixels)
         except ComaError as error:
             rows.append(RuntimeTiming(option.title, reason=str(error)))
+            continue
+        if broken := [name for name, each in outputs.items() if not each.isfinite().all()]:
+            rows.append(RuntimeTiming(option.title, reason=f"its output {broken[0]} is not finite"))
             continue
         first = first or outputs
         cosine = min(_cosine(first[name], outputs[name]) for name in first)

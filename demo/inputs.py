@@ -139,26 +139,34 @@ def _drawing(component: Any, value: Any, storage: Storage) -> dict[str, Any] | N
     }
 
 
+_LONGEST_NAME = 100
+"""Characters of a drawing's name, which the browser chooses."""
+
+
 class Blobs:
     """Painted layers that browsers uploaded and no event has used yet."""
 
     most = 5 * MAX_BYTES
+    drawings = 256
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, tuple[float, dict[int, bytes]]] = OrderedDict()
 
     def add(self, name: str, layer: int, content: bytes) -> None:
-        """Keeps one layer; drops the oldest drawings beyond `most` bytes."""
+        """Keeps one layer; drops the oldest beyond `drawings` or `most` bytes."""
         _, layers = self._kept.pop(name, (0, {}))
         layers[layer] = content
         self._kept[name] = time.time(), layers
-        while sum(len(each) for _, kept in self._kept.values() for each in kept.values()) > self.most:
+        while len(self._kept) > self.drawings or self._bytes() > self.most:
             self._kept.popitem(last=False)
 
     def take(self, name: str) -> list[bytes]:
         """Removes and returns the layers of a drawing."""
         _, layers = self._kept.pop(name, (0, {}))
         return [layers[number] for number in sorted(layers)]
+
+    def _bytes(self) -> int:
+        return sum(len(each) for _, kept in self._kept.values() for each in kept.values())
 
     def forget_older(self, seconds: float) -> None:
         """Drops layers that were uploaded longer ago."""
@@ -190,7 +198,9 @@ def accept_blobs(self: Any, data: Any) -> None:
     if about["type"] != "layer":
         return
     number, name = int(about["index"]), about["id"]
-    if not 0 <= number < MOST_LAYERS or not isinstance(name, str) or len(content) > MAX_BYTES:
+    if not 0 <= number < MOST_LAYERS or not isinstance(name, str) or len(name) > _LONGEST_NAME:
+        raise ValueError("no layer of a drawing")
+    if len(content) > MAX_BYTES:
         raise ValueError("no layer of a drawing")
     BLOBS.add(name, number, content)
 

@@ -14,6 +14,7 @@ from coma.artifact.load import artifact_hash
 from coma.config import EncoderConfig
 from coma.errors import BadInput, ComaError
 from coma.models import Encoder
+from coma.paths import exports_beside
 from coma.registry import ARCHITECTURES, entry_of, resolve
 from coma.runtimes.base import Runtime
 from coma.runtimes.model_spec import GRAPH_KINDS, GraphKind, ModelSpec
@@ -235,7 +236,7 @@ def _backbone(config: EncoderConfig) -> str:
 def _beside(artifact: Path, source: str) -> list[Exported]:
     """Returns the files of these weights in `export` beside an artifact."""
     try:
-        return [entry for entry in exported_files(artifact.parent / "export") if entry.source == source]
+        return [entry for entry in exported_files(exports_beside(artifact)) if entry.source == source]
     except ComaError:  # no folder of exports
         return []
 

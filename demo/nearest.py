@@ -26,6 +26,8 @@ from downstream.search.vectors import unit_parts
 
 MOST = 24
 """Most pictures that one request returns."""
+_TRIED = 16
+"""Pictures that are opened at the start, about: one of them must be there."""
 SIDE = 256
 """Longer side of a thumbnail in pixels."""
 
@@ -69,9 +71,14 @@ class PictureSearch:
         (self._album,) = collection.albums
         self._parts = list(unit_parts(collection.files))
         self.title = f"{made.name} finds the most similar of {counted(len(collection), 'picture')}."
-        first = self._parts[0][1].paths[0]
-        if self._album.thumbnail(first, SIDE) is None:
-            raise BadInput(f"--search {file}: its images cannot be read: {self._album.failures[0]}")
+        paths = [path for _, part in self._parts for path in part.paths]
+        tried = paths[:: max(1, len(paths) // _TRIED)]
+        if all(self._album.thumbnail(path, SIDE) is None for path in tried):
+            raise BadInput(
+                f"--search {file}: its images cannot be read: {self._album.failures[0]}; run coma embed "
+                "again where they are now"
+            )
+        self._album.failures.clear()
 
     @property
     def channels(self) -> int:

@@ -19,6 +19,7 @@ import importlib.util
 import shutil
 import sys
 import zipfile
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from string import Template
@@ -114,7 +115,9 @@ def write_space(out: Path, models: Models) -> list[str]:
     if out.exists() and any(out.iterdir()):
         raise BadInput(f"--out {out}: the folder is not empty; give a new one")
     out.mkdir(parents=True, exist_ok=True)
-    places = [_copy_artifact(model, out / "models") for model in chosen]
+    places = _folders(chosen, out / "models")
+    for model, place in zip(chosen, places, strict=True):
+        _copy_artifact(model, place)
     extras = ["demo", *["heic"] * HEIC]
     wheel = write_wheel(out)
     own = f"./{wheel.name}[{','.join(extras)}]"
@@ -180,13 +183,21 @@ def _applies(requirement: Requirement, extras: frozenset[str]) -> bool:
     return marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras))
 
 
-def _copy_artifact(model: Model, folder: Path) -> Path:
-    place = folder / slug(model.name)
+def _folders(models: Sequence[Model], within: Path) -> list[Path]:
+    """Returns a folder for each of the models, with a number where its name has the letters of another's."""
+    folders: list[Path] = []
+    for model in models:
+        name = slug(model.name)
+        names = (name, *(f"{name}-{number}" for number in range(2, len(models) + 1)))
+        folders.append(next(folder for each in names if (folder := within / each) not in folders))
+    return folders
+
+
+def _copy_artifact(model: Model, place: Path) -> None:
     place.mkdir(parents=True)
     source = artifact_directory(str(model.artifact))
     for name in ("config.json", "model.safetensors", *[CARD] * (source / CARD).is_file()):
         shutil.copyfile(source / name, place / name)
-    return place
 
 
 def _listed(model: Model, place: Path) -> str:

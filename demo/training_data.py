@@ -12,6 +12,7 @@ import numpy as np
 
 from coma.data.listing import read_listing
 from coma.errors import BadInput
+from coma.paths import artifact_directory
 
 ROLE = "images"
 """Role of the training images in the listing."""
@@ -28,7 +29,7 @@ class TrainingImages:
     """
 
     def __init__(self, artifact: Path) -> None:
-        listed = (read_listing(artifact.resolve().parent) or {}).get(ROLE)
+        listed = (read_listing(artifact_directory(artifact).resolve().parent) or {}).get(ROLE)
         if listed is None:
             raise BadInput(f"{artifact}: no list of training images beside it")
         pairs = zip(listed["names"], listed["sizes"], strict=True)

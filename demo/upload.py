@@ -175,6 +175,12 @@ def read_picture(data: bytes) -> Upload:
     except BadImage:
         raise BadImage("This picture is damaged or cut short: it does not decode.") from None
     pixels, alpha = picture.pixels, picture.alpha
+    low, high = pixels.min(), pixels.max()
+    if pixels.dtype.kind == "f" and not 0 <= low <= high <= 1:  # in a unit of their own
+        raise BadImage(
+            f"This picture holds numbers from {low:.4g} to {high:.4g}, and the page takes 0 to 1. On the "
+            "command line, coma embed and the predict commands take any."
+        )
     if (width > height) != (pixels.shape[1] > pixels.shape[0]):  # the file says to turn it
         width, height = height, width
     scale = MAX_SIDE / max(pixels.shape[:2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import signal
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from demo.models import Models
     from demo.nearest import PictureSearch
 
+_ADDRESSES = "give an IPv4 address or a name of this machine, such as 127.0.0.1; 0.0.0.0 is all of them"
 QUICKSTART = Path("quickstart/run/artifact")
 """The model of `coma quickstart`, which is shown beside them where it is there."""
 
@@ -91,9 +93,9 @@ def run(argv: list[str]) -> None:
             models, storage.folder, given.host, given.port, auth, given.share, given.open, search=search
         )
         print(f"\n  open {server.share_url or server.local_url} in a browser; Ctrl-C stops\n", flush=True)
-        if given.host not in ("127.0.0.1", "localhost", "::1") and not auth:
+        if (given.share or given.host not in ("127.0.0.1", "localhost")) and not auth:
             print(
-                "  everyone who can reach this machine can use the page; --auth NAME:PASSWORD restricts it\n",
+                "  everyone who can reach this address can use the page; --auth NAME:PASSWORD restricts it\n",
                 flush=True,
             )
         try:
@@ -253,7 +255,7 @@ def check_port(host: str, port: int) -> None:
     """Checks, before models are loaded, that the port is free.
 
     Raises:
-        BadInput: the port is in use, or the address does not belong to this machine.
+        BadInput: the port is in use or reserved, or the address is no IPv4 address of this machine.
     """
     if not host.strip():
         raise BadInput("--host '' is not an address; 127.0.0.1 serves this machine only")
@@ -262,9 +264,9 @@ def check_port(host: str, port: int) -> None:
             pass
     except OSError as error:
         reason = str(error.strerror or error).partition(" (while")[0]
-        raise BadInput(
-            f"--host {host} --port {port}: {reason}; give another port, or --port 0 for a free one"
-        ) from None
+        ports = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        way_out = "give another port, or --port 0 for a free one" if ports else _ADDRESSES
+        raise BadInput(f"--host {host} --port {port}: {reason}; {way_out}") from None
 
 
 def free_port(host: str) -> int:

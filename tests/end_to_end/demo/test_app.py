@@ -309,6 +309,9 @@ def test_drawings_that_are_never_used_do_not_pile_up(monkeypatch):
     assert [bool(blobs.take(str(number))) for number in (0, 189, 198)] == [False, False, True]
     blobs.forget_older(0)
     assert blobs.take("197") == []
+    for number in range(1000):
+        blobs.add(str(number), 0, b"")
+    assert len(blobs._kept) == Blobs.drawings and blobs.take("999") == [b""]
 
 
 # the command -----------------------------------------------------------------------------------
@@ -327,6 +330,8 @@ def test_a_port_that_is_taken_is_said_at_once(tmp_path, capsys):
         (["nowhere/artifact"], "no such directory"),
         (["--auth", "me"], "NAME:PASSWORD"),
         (["--port", "70000"], "--port 70000 must be at most 65535"),
+        (["--host", "::1"], "give an IPv4 address or a name of this machine"),
+        (["--host", "nowhere.invalid"], "give an IPv4 address or a name of this machine"),
         (["model.onnx"], "no such file"),
         (["--space"], "--space and --out belong together"),
         (["--out", "folder"], "--space and --out belong together"),

@@ -196,7 +196,8 @@ def test_drawings_of_no_good_are_not_kept(server, capfd):
         "fn_name": "accept_blobs",
         "type": "layer",
     }
-    for more in ({"index": str(10**12)}, {"index": "-1"}, {"index": "x"}, {}, {"fn_name": "preprocess"}):
+    indices = [{"index": number} for number in (str(10**12), "-1", "x")]
+    for more in (*indices, {}, {"index": "0", "id": "x" * 1000}, {"fn_name": "preprocess"}):
         sent = {**form, "id": "a", **more}
         answer = server.web.post("/gradio_api/component_server", data=sent, files={"file": b"x"})
         assert answer.status_code in (400, 404), more

@@ -1,5 +1,7 @@
 """Models compared on one mask, settings from an address, and pictures of the training data."""
 
+from pathlib import Path
+
 import pytest
 from export_files import pretrained
 from skimage import data
@@ -52,3 +54,12 @@ def test_training_images_are_known_by_name_and_size(models, tmp_path):
     assert models["px48"].trained_on is None
     with pytest.raises(BadInput, match="no list"):
         TrainingImages(tmp_path / "other" / "artifact")
+
+
+def test_a_listing_in_the_current_folder_is_not_of_the_shipped_weights(tmp_path, monkeypatch):
+    from coma.data.listing import write_listing
+
+    write_listing(tmp_path, {"images": {"names": ["dog.jpg"], "sizes": [77], "labels": None}})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="no list"):
+        TrainingImages(Path("tiny-64"))

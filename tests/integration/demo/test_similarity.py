@@ -67,7 +67,7 @@ def test_pictures_that_are_gone_or_lie_elsewhere_are_left_out(album, tmp_path):
     shutil.copytree(file.parent / "album", tmp_path / "album")
     Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
     spec = PictureSearch(file, Models([artifact]))._model.spec
-    names = ["flower.jpg", "../secret.png", "/etc/passwd", "gone.png"]
+    names = ["gone.png", "flower.jpg", "../secret.png", "/etc/passwd"]
     images = str(tmp_path / "album")
     values = vectors(4, spec.shape[0])
     listed = features(tmp_path / "f.npz", values, names, images=images, spec=spec)

@@ -17,6 +17,7 @@ from coma.artifact import load_encoder
 from coma.config import ViTConfig
 from coma.errors import BadArtifact, BadInput
 from coma.runtimes.pytorch import TorchRuntime
+from demo import compare_runtimes
 from demo.compare_runtimes import time_runtimes
 from demo.introspection import attention_maps_of, feature_pyramid, gate_weights, pyramid_colours
 from demo.masking import METHODS, mask_picture, painted_view, pixel_view, sample_views, zoom_in_view
@@ -281,6 +282,31 @@ def test_exported_files_beside_an_artifact_run_and_agree(exported, photograph):
     assert alone.names == ["reconstructor.onnx"]
     assert alone[alone.names[0]].runtime("reconstructor").title.startswith("ONNX Runtime")
     assert Models([file, exported]).names == models.names  # of the same weights: one model
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_exports_are_found_from_within_the_artifact(exported, monkeypatch):
+    monkeypatch.chdir(exported)
+    models = Models([Path()])
+    titles = {option.title: option.reason for option in models[models.names[0]].options("reconstructor")}
+    assert titles["ONNX Runtime"] is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_outputs_that_are_not_finite_are_no_agreement(exported, photograph, monkeypatch):
+    compute = compare_runtimes.run
+
+    def broken(runtime: Any, images: Any, **others: Any) -> dict[str, Any]:
+        outputs = compute(runtime, images, **others)
+        if runtime.title.startswith("ONNX Runtime"):
+            outputs["extra"] = torch.tensor([1, float("nan")])
+        return outputs | {"extra": outputs.get("extra", torch.ones(2))}
+
+    monkeypatch.setattr(compare_runtimes, "run", broken)
+    models = Models([exported])
+    rows = {row.title: row for row in time_runtimes(models[models.names[0]], "reconstructor", photograph)}
+    assert rows["ONNX Runtime"].reason == "its output extra is not finite"
+    assert rows["PyTorch"].reason is None and rows["OpenVINO"].cosine > 0.9999
 
 
 @pytest.mark.filterwarnings("ignore")

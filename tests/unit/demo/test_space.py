@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from demo_files import models
 
+from coma.artifact import load_artifact
 from coma.cli import main
 from coma.errors import BadInput
 from demo.models import Model
@@ -68,6 +69,16 @@ def test_the_folder_holds_weights_and_no_list_of_training_images(tmp_path, capsy
     assert "([model card](models/small/README.md))" in told
     assert main(["demo", "--space", "--out", str(out), str(given[0])]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_models_of_like_names_have_folders_of_their_own(tmp_path):
+    made = models(tmp_path / "given")
+    names = ("run_a", "run-a", "модель", "模型")
+    config = load_artifact(made[0]).config
+    given: Any = Given({name: Model(name, "pretrained", config, made[0], []) for name in names})
+    write_space(tmp_path / "space", given)
+    folders = sorted(path.parent.name for path in (tmp_path / "space").glob("models/*/model.safetensors"))
+    assert folders == ["picture", "picture-2", "run-a", "run-a-2"]
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,18 @@ def test_good_files_are_read_as_people_see_them(tmp_path):
         uploads.read(str(files["grey.png"]), 5)
 
 
+def test_floats_in_a_unit_of_their_own_are_refused():
+    def floats(*values: float) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(np.array([values] * 2, np.float32)).save(file, "TIFF")
+        return file.getvalue()
+
+    assert read_picture(floats(0, 0.25, 1)).pixels[0, :, 0].tolist() == [0, 0.25, 1]
+    for values in ((0, 1000), (-0.5, 1)):
+        with pytest.raises(BadImage, match=f"numbers from {values[0]:g} to {values[1]:g}, and"):
+            read_picture(floats(*values))
+
+
 def test_the_first_frame_of_an_animation_is_used_and_said(tmp_path):
     uploads = Uploads(Storage(tmp_path))
     for kind, path in animations(tmp_path / "moving").items():
