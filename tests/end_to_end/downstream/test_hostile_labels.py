@@ -1,0 +1,44 @@
+"""Labels that no tool should write, and names that are not UTF-8: `check` names the file."""
+
+import base64
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dataset_files import save, write
+
+from coma.cli import main
+
+FOREIGN = os.fsdecode(b"b\xe9.png")
+POLYGON = {"label": "cat", "shape_type": "polygon", "points": [[4, 5], [24, 5], [24, 15]]}
+
+
+def labelme(folder: Path, *shapes: dict[str, Any], images: tuple[str, ...] = ("a.png", "c.png")) -> Path:
+    """A dataset without splits, with these shapes in every image."""
+    for name in images:
+        save(folder / name)
+        content = {"shapes": shapes, "imagePath": "", "imageWidth": 40, "imageHeight": 30}
+        write((folder / name).with_suffix(".json"), content)
+    return folder
+
+
+def empty_png(width: int, height: int) -> bytes:
+    """A PNG with a header but without pixels."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    parts = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("command", ["detect", "segment"])
+def test_the_mask_of_a_labelme_shape_is_too_large(command, tmp_path, capsys):
+    mask = base64.b64encode(empty_png(20000, 20000)).decode()
+    labelme(tmp_path, {"label": "cat", "shape_type": "mask", "points": [[0, 0], [9, 9]], "mask": mask})
+    assert main([command, "check", "--data", str(tmp_path)]) == 2
+    assert "a.json shape 1" in capsys.readouterr().err
