@@ -42,3 +42,9 @@ def test_the_mask_of_a_labelme_shape_is_too_large(command, tmp_path, capsys):
     labelme(tmp_path, {"label": "cat", "shape_type": "mask", "points": [[0, 0], [9, 9]], "mask": mask})
     assert main([command, "check", "--data", str(tmp_path)]) == 2
     assert "a.json shape 1" in capsys.readouterr().err
+
+
+def test_names_in_any_bytes_are_split(tmp_path, capsys):
+    labelme(tmp_path, POLYGON, images=("a.png", FOREIGN, "c.png"))
+    assert main(["detect", "check", "--data", str(tmp_path)]) == 0
+    assert "no errors found" in capsys.readouterr().out
