@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from coma.errors import BadInput
 from coma.messages import counted
 from coma.splits import Split
+from downstream.datasets.coco import check_images
 from downstream.datasets.coco_checks import records
 from downstream.datasets.coco_layouts import NoLabels
 from downstream.datasets.coco_loading import load_split
@@ -331,13 +332,12 @@ def _from_polygons(data: Path, split: Split, classes: Classes | None, folder: Pa
         for record in of_image[image["id"]]:
             if fault := mask_error(record["segmentation"], image["width"], image["height"]):
                 report.add("segmentation is malformed", f"annotation {record['id']}: {fault}")
+    check_images(listed.images, loaded.images, True, report, [], None)
     report.raise_if_any()
     if not listed.images:
         raise BadInput(f"{loaded.source}: there is no image")
     maps = _Maps(folder, split, loaded.images, [image["file_name"] for image in listed.images])
     for image in listed.images:
-        if ".." in PurePosixPath(image["file_name"]).parts or image["file_name"].startswith("/"):
-            raise BadInput(f"{loaded.source}: file_name {image['file_name']} leads out of {loaded.images}")
         label = np.full((image["height"], image["width"]), _rest(classes), np.int64)
         for record in sorted(of_image[image["id"]], key=lambda each: -each["area"]):
             number = classes.names.index(names[record["category_id"]])

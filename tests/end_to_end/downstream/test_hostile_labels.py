@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dataset_files import save, write
+from dataset_files import coco, save, write
 
 from coma.cli import main
 
@@ -48,3 +48,17 @@ def test_names_in_any_bytes_are_split(tmp_path, capsys):
     labelme(tmp_path, POLYGON, images=("a.png", FOREIGN, "c.png"))
     assert main(["detect", "check", "--data", str(tmp_path)]) == 0
     assert "no errors found" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [(-5, 30), (200_000, 200_000)])
+@pytest.mark.parametrize("command", ["detect", "segment"])
+def test_the_size_in_the_json_is_not_that_of_the_image(command, size, tmp_path, capsys):
+    content = coco()
+    content["images"][0] |= dict(zip(("width", "height"), size, strict=True))
+    for split in ("train", "val"):
+        write(tmp_path / "annotations" / f"{split}.json", content)
+        for image in content["images"]:
+            save(tmp_path / split / image["file_name"])
+    assert main([command, "check", "--data", str(tmp_path)]) == 2
+    said = "another size than the json says (1): 1.jpg (image 1): 40 x 30, json {} x {}"
+    assert said.format(*size) in capsys.readouterr().err
