@@ -24,6 +24,7 @@ from coma.atomic_io import write_json, write_text
 from coma.errors import BadInput
 from downstream.datasets.coco_loading import load_json
 from downstream.datasets.masks import decode_runs
+from downstream.features.files import storable
 
 FORMATS = ("coco", "yolo", "labelme", "csv")
 _COLUMNS = ("ImageID", "Source", "LabelName", "Confidence", "XMin", "XMax", "YMin", "YMax", "IsOccluded")
@@ -88,7 +89,7 @@ class PredictionFiles:
             target = self._out / "labelme" / f"{stem}.json"
             write_json(target, self._labelme(kept, target, path, width, height))
         if "csv" in self._formats:
-            self._rows += self._csv(stem if not self._areas else name, kept, width, height)
+            self._rows += self._csv(storable(name if self._areas else stem), kept, width, height)
 
     def close(self) -> None:
         """Writes the files that hold all pictures."""

@@ -1,6 +1,7 @@
 """Labels that no tool should write, and names that are not UTF-8: `check` names the file."""
 
 import base64
+import json
 import os
 import struct
 import zlib
@@ -62,3 +63,21 @@ def test_the_size_in_the_json_is_not_that_of_the_image(command, size, tmp_path, 
     assert main([command, "check", "--data", str(tmp_path)]) == 2
     said = "another size than the json says (1): 1.jpg (image 1): 40 x 30, json {} x {}"
     assert said.format(*size) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("labels", ["polygons", "masks"])
+def test_segmentors_cannot_be_trained_on_names_that_are_not_utf8(labels, tmp_path, capsys):
+    if labels == "polygons":
+        labelme(tmp_path, POLYGON, images=("a.png", FOREIGN, "c.png"))
+    else:
+        for name in ("a.png", FOREIGN, "c.png"):
+            save(tmp_path / "images" / name)
+            save(tmp_path / "masks" / name)
+    write(
+        tmp_path / "classes.json",
+        json.dumps({"classes": ["cat", "dog"], "palette": [[90, 120, 30], [0, 0, 0]]}),
+    )
+    assert main(["segment", "check", "--data", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "file name that is not in UTF-8; rename the picture and its label (1): " in said
+    assert "b\\udce9.png" in said

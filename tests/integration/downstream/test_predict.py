@@ -1,5 +1,6 @@
 """Predictions are written under a name of their own for every image and video."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -71,3 +72,15 @@ def test_files_that_share_a_stem_keep_their_suffix(tmp_path, monkeypatch):
     assert below("labelme") == {f"{stem}.json" for stem in stems}
     rows = (out / "predictions.csv").read_text().splitlines()[1:]
     assert {row.partition(",")[0] for row in rows} == stems
+
+
+def test_names_that_are_not_utf8_are_written_with_escapes(tmp_path, monkeypatch):
+    folder, out = tmp_path / "images", tmp_path / "out"
+    folder.mkdir()
+    foreign = os.fsdecode(b"b\xe9")
+    Image.new("RGB", (40, 30)).save(folder / f"{foreign}.png")
+    predict_one_object(folder, out, monkeypatch)
+    _, row = (out / "predictions.csv").read_text(encoding="utf-8").splitlines()
+    assert row.startswith("b\\xe9,")
+    for name in ("pictures/{}.png", "yolo/labels/{}.txt", "labelme/{}.json"):
+        assert (out / name.format(foreign)).is_file()
