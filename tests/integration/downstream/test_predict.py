@@ -8,6 +8,8 @@ import pytest
 from export_files import about
 from PIL import Image
 
+from coma.errors import BadInput
+
 pytestmark = [pytest.mark.openmmlab, pytest.mark.filterwarnings("ignore")]  # mm's packages warn of each other
 
 
@@ -84,3 +86,19 @@ def test_names_that_are_not_utf8_are_written_with_escapes(tmp_path, monkeypatch)
     assert row.startswith("b\\xe9,")
     for name in ("pictures/{}.png", "yolo/labels/{}.txt", "labelme/{}.json"):
         assert (out / name.format(foreign)).is_file()
+
+
+def test_videos_whose_names_are_not_utf8_are_refused(tmp_path):
+    from downstream.frames import VideoWriter, count_frames, read_frames
+
+    path = tmp_path / os.fsdecode(b"b\xe9.mp4")
+    path.write_bytes(b"")
+    picture = np.zeros((30, 40, 3), np.uint8)
+    for action in (
+        lambda: count_frames(path),
+        lambda: list(read_frames(path)),
+        lambda: VideoWriter(tmp_path / "a.mp4", path),
+        lambda: VideoWriter(path, tmp_path / "none.mp4").add(picture),
+    ):
+        with pytest.raises(BadInput, match=r"b\\udce9\.mp4: its path is not in UTF-8"):
+            action()
