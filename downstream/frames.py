@@ -11,7 +11,7 @@ import numpy as np
 
 from coma.data.sources.image_folder import find_images
 from coma.errors import BadImage, BadInput
-from coma.messages import counted
+from coma.messages import counted, printable
 from downstream.datasets.files import DatasetFiles
 
 log = logging.getLogger(__name__)
@@ -49,15 +49,32 @@ def list_images(images: Path) -> list[Path]:
 
 
 def count_frames(path: Path) -> int:
-    """Returns the number of frames that a video says it has; 1 for an image."""
+    """Returns the number of frames that a video says it has; 1 for an image.
+
+    Raises:
+        BadInput: the path of a video is not in UTF-8.
+    """
     if not is_video(path):
         return 1
     import cv2
 
-    video = cv2.VideoCapture(str(path))
+    video = cv2.VideoCapture(_opencv_path(path))
     found = int(video.get(cv2.CAP_PROP_FRAME_COUNT)) if video.isOpened() else 1
     video.release()
     return max(found, 1)
+
+
+def _opencv_path(path: Path) -> str:
+    """Returns a path for OpenCV, which would crash on one that is not in UTF-8.
+
+    Raises:
+        BadInput: such a path.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"{printable(str(path))}: its path is not in UTF-8; rename the video") from None
+    return str(path)
 
 
 def read_frames(path: Path) -> Iterator[np.ndarray]:
@@ -65,10 +82,11 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
 
     Raises:
         BadImage: it cannot be decoded.
+        BadInput: its path is not in UTF-8.
     """
     import cv2
 
-    video = cv2.VideoCapture(str(path))
+    video = cv2.VideoCapture(_opencv_path(path))
     try:
         there, frame = video.read()
         if not there:
@@ -91,7 +109,7 @@ class VideoWriter:
     def __init__(self, path: Path, source: Path) -> None:
         import cv2
 
-        video = cv2.VideoCapture(str(source))
+        video = cv2.VideoCapture(_opencv_path(source))
         self._rate = video.get(cv2.CAP_PROP_FPS) or 25.0
         video.release()
         self.source, self._path, self._writer = source, path, None
@@ -100,14 +118,14 @@ class VideoWriter:
         """Adds a frame, uint8 `[H, W, 3]` in RGB.
 
         Raises:
-            BadInput: OpenCV cannot write videos here.
+            BadInput: OpenCV cannot write videos here, or the path is not in UTF-8.
         """
         import cv2
 
         if self._writer is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             fourcc: Any = cv2.VideoWriter.fourcc(*"mp4v")
-            self._writer = cv2.VideoWriter(str(self._path), fourcc, self._rate, picture.shape[1::-1])
+            self._writer = cv2.VideoWriter(_opencv_path(self._path), fourcc, self._rate, picture.shape[1::-1])
             if not self._writer.isOpened():
                 raise BadInput(
                     f"{self._path}: OpenCV cannot write MP4 files here; install another build of it"

@@ -24,7 +24,7 @@ from downstream.datasets.label_classes import dataset_meta
 from downstream.datasets.masks import encode_runs
 from downstream.draw import draw_boxes, draw_masks
 from downstream.frames import VideoWriter, is_video, read_frames
-from downstream.prediction_files import PredictionFiles
+from downstream.prediction_files import PredictionFiles, output_stems
 from downstream.tiles import predict_tiles
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class Prediction:
     Attributes:
         path: Path of the image or video.
         name: Path relative to the folder; `clip.mp4/000012` for a frame.
+        stem: Relative path of the drawn image or video, without suffix; see `output_stems`.
         number: Id of the image.
         pixels: `[H, W, c]`, as OpenMMLab loads it.
         sample: OpenMMLab's data sample, on the CPU, in pixels of the file.
@@ -64,6 +65,7 @@ class Prediction:
 
     path: Path
     name: str
+    stem: str
     number: int
     pixels: np.ndarray
     sample: Any
@@ -117,14 +119,22 @@ def predict(
     predict_one = _predictor(model, config, device)
     done = 0
     videos = any(map(is_video, paths))
-    for path, number in zip(paths, numbers, strict=True):
-        name = path.relative_to(folder).as_posix() if folder and folder in path.parents else path.name
+    names = [
+        path.relative_to(folder).as_posix() if folder and folder in path.parents else path.name
+        for path in paths
+    ]
+    stems: dict[str, str] = {}
+    for filmed in (False, True):  # they go to folders of their own
+        stems |= output_stems([n for n, path in zip(names, paths, strict=True) if is_video(path) == filmed])
+    for path, name, number in zip(paths, names, numbers, strict=True):
         try:
             for frame, pixels in enumerate(_pixels_of(path, config), start=1):
                 sample = predict_tiles(predict_one, pixels, choice.tile_size, choice.overlap)
                 done += 1
                 own = f"{name}/{frame:06d}" if is_video(path) else name
-                yield Prediction(path, own, done if videos else number, pixels, _kept(sample, choice))
+                yield Prediction(
+                    path, own, stems[name], done if videos else number, pixels, _kept(sample, choice)
+                )
         except BadImage as error:
             if skipped:
                 skipped(str(error))
@@ -267,19 +277,22 @@ def write_predictions(
             least = 0.0 if areas else choice.threshold
             shown += sum(each["score"] >= least for each in results)
             height, width = prediction.pixels.shape[:2]
-            files.add(prediction.name, prediction.path, prediction.number, (width, height), results, least)
+            filmed = is_video(prediction.path)
+            stem = prediction.name if filmed else prediction.stem
+            files.add(
+                prediction.name, stem, prediction.path, prediction.number, (width, height), results, least
+            )
             if areas:
-                _write_map(out, prediction, meta)
+                _write_map(_picture_path(out / "labels", stem), prediction, meta)
             picture = draw(prediction, choice.threshold)
-            if is_video(prediction.path):
+            if filmed:
                 if video is None or video.source != prediction.path:
                     if video:
                         video.close()
-                    target = out / "videos" / Path(prediction.name).parent.with_suffix(".mp4")
-                    video = VideoWriter(target, prediction.path)
+                    video = VideoWriter(out / "videos" / f"{prediction.stem}.mp4", prediction.path)
                 video.add(picture)
             else:
-                Image.fromarray(picture).save(_picture_path(out / "pictures", prediction))
+                Image.fromarray(picture).save(_picture_path(out / "pictures", stem))
             progress(done)
             if stop():
                 break
@@ -290,7 +303,7 @@ def write_predictions(
     return done, shown
 
 
-def _write_map(out: Path, prediction: Prediction, meta: dict[str, Any]) -> None:
+def _write_map(path: Path, prediction: Prediction, meta: dict[str, Any]) -> None:
     """Writes a label map: palette PNG, class numbers from 0."""
     classes = prediction.sample.pred_sem_seg.data[0].numpy()
     if len(meta["classes"]) <= 256:
@@ -300,7 +313,7 @@ def _write_map(out: Path, prediction: Prediction, meta: dict[str, Any]) -> None:
         image.putpalette(colours.tobytes())
     else:
         image = Image.fromarray(classes.astype(np.uint16))
-    image.save(_picture_path(out / "labels", prediction))
+    image.save(path)
 
 
 def _drawer(config: ArtifactConfig, meta: dict[str, Any]) -> Callable[[Prediction, float], np.ndarray]:
@@ -342,7 +355,7 @@ def _shown(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _picture_path(folder: Path, prediction: Prediction) -> Path:
-    path = folder / f"{Path(prediction.name).with_suffix('')}.png"
+def _picture_path(folder: Path, stem: str) -> Path:
+    path = folder / f"{stem}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path if not path.exists() else path.with_name(f"{prediction.number:06d}-{path.name}")
+    return path

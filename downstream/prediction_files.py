@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +24,7 @@ from coma.atomic_io import write_json, write_text
 from coma.errors import BadInput
 from downstream.datasets.coco_loading import load_json
 from downstream.datasets.masks import decode_runs
+from downstream.features.files import storable
 
 FORMATS = ("coco", "yolo", "labelme", "csv")
 _COLUMNS = ("ImageID", "Source", "LabelName", "Confidence", "XMin", "XMax", "YMin", "YMax", "IsOccluded")
@@ -53,6 +55,7 @@ class PredictionFiles:
     def add(
         self,
         name: str,
+        stem: str,
         path: Path,
         number: int,
         size: tuple[int, int],
@@ -63,6 +66,7 @@ class PredictionFiles:
 
         Args:
             name: Its relative path.
+            stem: Relative path of its label files without suffix; see `output_stems`.
             path: Its file.
             number: Its id.
             size: Width and height in pixels.
@@ -79,14 +83,13 @@ class PredictionFiles:
                 area = mask_area(each) if each.get("segmentation") else each["bbox"][2] * each["bbox"][3]
                 more = {"id": len(self._objects) + 1, "area": area, "iscrowd": 0}
                 self._objects.append(whole | more)
-        stem = str(PurePosixPath(name).with_suffix(""))
         if "yolo" in self._formats:
             write_text(self._out / "yolo" / "labels" / f"{stem}.txt", self._yolo(kept, width, height))
         if "labelme" in self._formats:
             target = self._out / "labelme" / f"{stem}.json"
             write_json(target, self._labelme(kept, target, path, width, height))
         if "csv" in self._formats:
-            self._rows += self._csv(stem if not self._areas else name, kept, width, height)
+            self._rows += self._csv(storable(name if self._areas else stem), kept, width, height)
 
     def close(self) -> None:
         """Writes the files that hold all pictures."""
@@ -158,6 +161,17 @@ class PredictionFiles:
             corners = (f"{v:.6f}" for v in (x / width, (x + w) / width, y / height, (y + h) / height))
             rows.append([name, "coma", label, each["score"], *corners, 0])
         return rows
+
+
+def output_stems(names: Sequence[str]) -> dict[str, str]:
+    """Returns the relative path of the results of every file: its own without suffix.
+
+    Files that would share it, such as a.jpg and a.png, keep their suffixes.
+    """
+    stems = {name: str(PurePosixPath(name).with_suffix("")) for name in names}
+    while len(counts := Counter(stems.values())) < len(stems):
+        stems = {name: name if counts[stem] > 1 else stem for name, stem in stems.items()}
+    return stems
 
 
 def mask_area(result: dict[str, Any]) -> int:

@@ -60,6 +60,7 @@ def train(
 
     command, device = COMMANDS[kind], device_of(options.device).type
     if options.resume:
+        _refuse_new_settings(options, argv)
         path = options.resume / CONFIG
         if not path.is_file():
             raise BadInput(
@@ -83,6 +84,18 @@ def train(
             raise
         raise BadInput(f"{error}; if this is a file of the dataset, name your own with --data") from error
     print_trained(command, out, trained)
+
+
+def _refuse_new_settings(options: TrainOptions, argv: Sequence[str]) -> None:
+    """Refuses an artifact, and all flags but --resume and --device.
+
+    Raises:
+        BadInput: naming them.
+    """
+    names = [each.name for each in fields(options) if each.name not in ("artifact", "resume", "device")]
+    artifact = str(options.artifact) if options.artifact else ""
+    if given := ", ".join(filter(None, (artifact, given_flags(argv, names)))):
+        raise BadInput(f"{given}: a resumed run keeps its settings; start a new run")
 
 
 def _prepared(

@@ -144,7 +144,7 @@ def _checked(
     check_ids(listed, report)
     objects = check_objects(listed, report, warnings)
     check_references(listed, warnings)
-    _check_images(listed.images, images, check_files, report, warnings, progress)
+    check_images(listed.images, images, check_files, report, warnings, progress)
     if not report and not listed.images:
         report.add("there is no image")
     if not report and not listed.categories:
@@ -206,7 +206,7 @@ def _why_none(warnings: list[str]) -> str:
     return "; ".join(remark for remark in warnings if remark.startswith(("boxes", "objects")))
 
 
-def _check_images(
+def check_images(
     images: list[Record],
     folder: Path,
     check_files: bool,
@@ -214,6 +214,10 @@ def _check_images(
     warnings: list[str],
     progress: Progress | None,
 ) -> None:
+    """Checks the sizes and paths of images; `check_files` compares the sizes with the headers of the files.
+
+    Faults are added to `report`, oddities to `warnings`.
+    """
     sizeless = [image for image in images if min(image["width"], image["height"]) < 1]
     report.add_all("image size is not positive", sizeless, lambda image: f"{_name(image)}: {_size(image)}")
     astray = [image for image in images if _escapes(image["file_name"])]

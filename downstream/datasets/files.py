@@ -192,7 +192,7 @@ def choose_split(
         if outside:
             say(f"pictures in no split, left out: {outside}")
         return sorted(set(splits[split]))
-    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode(errors="surrogatepass")).digest())
     held_out = max(round(HELD_OUT * len(ordered)), 1)
     chosen = {"train": ordered[held_out:], "val": ordered[:held_out], "test": []}[split]
     if not chosen:

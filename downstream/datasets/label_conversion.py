@@ -10,6 +10,7 @@ one, else ignored.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from PIL import Image, ImageDraw
 from coma.errors import BadInput
 from coma.messages import counted
 from coma.splits import Split
+from downstream.datasets.coco import check_images
 from downstream.datasets.coco_checks import records
 from downstream.datasets.coco_layouts import NoLabels
 from downstream.datasets.coco_loading import load_split
@@ -69,6 +71,12 @@ class _Maps:
         layout = Layout(self.images, self.folder)
         pairing = Pairing(self.suffix, ".png", self.stems, [], [], self.others)
         return Converted(title, layout, pairing, classes, self.listing, warnings)
+
+
+def _check_names(names: list[str], report: ValidationReport) -> None:
+    """Reports pictures that mmseg would not find, since it reads lists of names in UTF-8."""
+    foreign = [name for name in names if re.search("[\ud800-\udfff]", name)]
+    report.add_all("file name that is not in UTF-8; rename the picture and its label", foreign, str)
 
 
 def are_maps(data: Path, layout: Layout, classes: Classes | None) -> bool:
@@ -143,6 +151,7 @@ def _from_masks(
         raise BadInput(f"{files.root}: no picture of the {split} split has a mask")
     maps = _Maps(folder, split, files.root, chosen)
     report = ValidationReport(str(files.root))
+    _check_names(chosen, report)
     if any(mask.label for mask in masks):
         title, classes = "masks per class", _with_background(classes, sorted({m.label for m in masks}))
         unknown = [mask for mask in masks if mask.label not in classes.names]
@@ -331,13 +340,13 @@ def _from_polygons(data: Path, split: Split, classes: Classes | None, folder: Pa
         for record in of_image[image["id"]]:
             if fault := mask_error(record["segmentation"], image["width"], image["height"]):
                 report.add("segmentation is malformed", f"annotation {record['id']}: {fault}")
+    check_images(listed.images, loaded.images, True, report, [], None)
+    _check_names([image["file_name"] for image in listed.images], report)
     report.raise_if_any()
     if not listed.images:
         raise BadInput(f"{loaded.source}: there is no image")
     maps = _Maps(folder, split, loaded.images, [image["file_name"] for image in listed.images])
     for image in listed.images:
-        if ".." in PurePosixPath(image["file_name"]).parts or image["file_name"].startswith("/"):
-            raise BadInput(f"{loaded.source}: file_name {image['file_name']} leads out of {loaded.images}")
         label = np.full((image["height"], image["width"]), _rest(classes), np.int64)
         for record in sorted(of_image[image["id"]], key=lambda each: -each["area"]):
             number = classes.names.index(names[record["category_id"]])

@@ -14,6 +14,7 @@ import pickle
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -48,10 +49,13 @@ def best_checkpoint(folder: Path) -> Path:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Returns the last checkpoint of a run, also if the folder has moved since."""
+    """Returns the checkpoint that `last_checkpoint` names, also if the folder has moved since.
+
+    Where that file is empty or missing, or names none that is there, it is the one with the highest number.
+    """
     noted = folder / "last_checkpoint"
-    path = folder / Path(noted.read_text().strip()).name if noted.is_file() else None
-    return path if path and path.is_file() else None
+    path = folder / Path(noted.read_text().strip()).name if noted.is_file() else folder
+    return path if path.is_file() else next(iter(_numbered_checkpoints(folder)), None)
 
 
 def intact_checkpoint(folder: Path) -> Path | None:
@@ -61,19 +65,23 @@ def intact_checkpoint(folder: Path) -> Path | None:
         BadInput: all checkpoints are damaged.
     """
     last = latest_checkpoint(folder)
-    found = ((_NUMBERED.fullmatch(path.name), path) for path in folder.glob("*.pth"))
-    numbered = sorted(((int(name[1]), path) for name, path in found if name), reverse=True)
-    before = [path for _, path in numbered if path != last]
-    for path in (last, *before) if last else ():
-        holds = path.is_file() and seal_holds(path)
-        if holds is None:
-            log.warning("%s: has no checksum (of an older version): damage goes unnoticed", path)
-        if holds is not False:
+    if last is None:
+        return None
+    for path in (last, *(each for each in _numbered_checkpoints(folder) if each != last)):
+        holds = seal_holds(path)
+        if holds or (holds is None and is_zipfile(path)):
+            if holds is None:
+                log.warning("%s: has no checksum (of an older version): damage goes unnoticed", path)
             return path
-        log.warning("%s: damaged (its checksum does not match); trying the one before", path)
-    if last:
-        raise BadInput(f"{folder}: all its checkpoints are damaged; start again in another folder")
-    return None
+        why = "is cut off" if holds is None else "its checksum does not match"
+        log.warning("%s: damaged (%s); trying the one before", path, why)
+    raise BadInput(f"{folder}: all its checkpoints are damaged; start again in another folder")
+
+
+def _numbered_checkpoints(folder: Path) -> list[Path]:
+    """Returns the checkpoints that are named after a step or an epoch, the highest number first."""
+    found = ((_NUMBERED.fullmatch(path.name), path) for path in folder.glob("*.pth"))
+    return [path for _, path in sorted(((int(name[1]), path) for name, path in found if name), reverse=True)]
 
 
 def checkpoint_weights(path: Path) -> dict[str, Tensor]:

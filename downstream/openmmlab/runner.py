@@ -29,7 +29,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from mmengine.utils import import_modules_from_strings
 
 import downstream.openmmlab  # noqa: F401 - before mmdet and mmseg
-from coma.atomic_io import seal
+from coma.atomic_io import seal, write_text
 from coma.errors import BadInput, CheckFailed, ComaError, Interrupted
 from coma.memory import guarded
 from coma.progress import Progress
@@ -334,8 +334,7 @@ def _save(runner: Any, done: int) -> None:
     meta = {"epoch": runner.epoch, "iter": done}
     runner.save_checkpoint(runner.work_dir, name, meta=meta, by_epoch=False)
     if is_main():
-        path = Path(runner.work_dir, "last_checkpoint")
-        path.write_text(str(Path(runner.work_dir, name)))
+        write_text(Path(runner.work_dir, "last_checkpoint"), str(Path(runner.work_dir, name)))
 
 
 def _skip_seen_images(loop: Any, done: int) -> None:

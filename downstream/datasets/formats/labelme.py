@@ -7,7 +7,6 @@ one object. Points and lines are left out and counted.
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import json
 import math
@@ -99,7 +98,7 @@ def _objects(shapes: list[Any], name: str, others: Counter[str]) -> list[Drawn]:
             if not _add_shape(drawn, kind, shape):
                 others[f"{kind[:20]}s"] += 1
                 continue
-        except (ValueError, TypeError, KeyError, IndexError, OSError, binascii.Error, SyntaxError) as error:
+        except Exception as error:  # ValueError, KeyError, OSError, DecompressionBombError, ...
             raise ValueError(f"{where}: its points are malformed ({str(error)[:60]})") from None
         group = shape.get("group_id")
         key = (label, group) if isinstance(group, int | str) and drawn.polygons else (number,)

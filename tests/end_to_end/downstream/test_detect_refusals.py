@@ -4,6 +4,7 @@ import pytest
 import torch
 from downstream_data import coco
 
+from coma.cli import main
 from coma.errors import BadArtifact, BadInput
 from downstream.commands.detect import run
 from downstream.configs.load import PRESETS
@@ -74,6 +75,26 @@ def test_bad_input_is_named(arguments: list[str], message, data, backbone, train
     with pytest.raises((BadInput, BadArtifact), match=message):
         run([places.get(argument, argument) for argument in arguments])
     assert not (tmp_path / "x").exists() or arguments[0] == "predict"
+
+
+@pytest.mark.parametrize("command", ["detect", "segment"])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--epochs", "99"], "--epochs"),
+        (["--lr=0.5"], "--lr"),
+        (["--no-grad-checkpointing"], "--grad-checkpointing"),
+        (["--data", "nowhere", "--out", "elsewhere"], "--data, --out"),
+        (["--cfg-options", "a=1"], "--cfg-options"),
+        (["runs/first/artifact"], "runs/first/artifact"),
+        (["runs/first/artifact", "--preset", "tiny"], "runs/first/artifact, --preset"),
+    ],
+)
+def test_a_resumed_run_refuses_other_settings(command, arguments, named, tmp_path, capsys):
+    (tmp_path / "config.py").write_text("")
+    resumed = ["--resume", str(tmp_path), "--device", "cpu"]
+    assert main([command, "train", *arguments, *resumed]) == BadInput.exit_code == 2
+    assert f"{named}: a resumed run keeps its settings; start a new run" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

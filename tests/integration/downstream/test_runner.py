@@ -55,6 +55,31 @@ def test_a_checkpoint_without_a_checksum_is_taken_with_a_note(folder, caplog):
     assert "has no checksum" in caplog.text
 
 
+@pytest.mark.parametrize("noted", ["", None, "iter_11.pth"], ids=["empty", "missing", "dangling"])
+def test_a_run_without_its_note_resumes_from_the_newest_checkpoint(folder, noted):
+    from downstream.openmmlab.checkpoint import best_checkpoint, intact_checkpoint
+
+    (folder / "last_checkpoint").unlink()
+    if noted is not None:
+        (folder / "last_checkpoint").write_text(noted)
+    assert intact_checkpoint(folder) == best_checkpoint(folder) == folder / "iter_10.pth"
+    spoil(folder / "iter_10.pth")
+    assert intact_checkpoint(folder) == folder / "iter_9.pth"
+    for name in ("iter_9.pth", "iter_10.pth"):
+        (folder / name).unlink()
+    assert intact_checkpoint(folder) is None
+
+
+def test_a_checkpoint_that_was_being_written_is_left_for_the_one_before(folder, caplog):
+    from downstream.openmmlab.checkpoint import intact_checkpoint
+
+    (folder / "last_checkpoint").unlink()
+    whole = (folder / "iter_10.pth").read_bytes()
+    (folder / "iter_11.pth").write_bytes(whole[: len(whole) // 2])
+    assert intact_checkpoint(folder) == folder / "iter_10.pth"
+    assert "iter_11.pth: damaged (is cut off); trying the one before" in caplog.text
+
+
 class Images(Dataset):
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
         return {"image": torch.full((1 << 20,), number, dtype=torch.uint8)}

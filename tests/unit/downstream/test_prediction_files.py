@@ -11,7 +11,7 @@ from PIL import Image
 from downstream.datasets import open_coco, open_labels
 from downstream.datasets.drawn import mask_box
 from downstream.datasets.masks import decode_runs, encode_runs
-from downstream.prediction_files import FORMATS, PredictionFiles
+from downstream.prediction_files import FORMATS, PredictionFiles, output_stems
 
 SIZE = (80, 60)
 NAMES = ("cat", "dog")
@@ -43,7 +43,7 @@ def written(tmp_path: Path, masks: bool) -> Path:
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
             }
             results.append(found | ({"segmentation": encode_runs(mask)} if masks else {}))
-        files.add(f"sub/{number}.png", path, number, SIZE, results, 0.3)
+        files.add(f"sub/{number}.png", f"sub/{number}", path, number, SIZE, results, 0.3)
     files.close()
     return tmp_path / "out"
 
@@ -99,7 +99,7 @@ def test_segmentations_are_read_back_pixel_by_pixel(tmp_path, name):
             box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": encode_runs(mask)}
             results.append({"image_id": number, "category_id": value + 1, "score": 1.0, **box})
         path = picture(tmp_path / "data" / "images" / f"{number}.png")
-        files.add(f"{number}.png", path, number, SIZE, results, 0.0)
+        files.add(f"{number}.png", str(number), path, number, SIZE, results, 0.0)
     files.close()
     data = tmp_path / "data"
     (data / "classes.txt").write_text("\n".join(names))
@@ -116,3 +116,35 @@ def test_segmentations_are_read_back_pixel_by_pixel(tmp_path, name):
         assert equal == 1 if name == "coco" else equal > 0.99
     rows = (tmp_path / "out" / "predictions.csv").read_text().splitlines()
     assert rows[1] == f"1.png,ground,{(maps['1'] == 0).sum()},{(maps['1'] == 0).mean():.6f}"
+
+
+def test_no_two_files_share_a_stem():
+    assert output_stems(["a.jpg", "sub/a.png", "sub.x/b"]) == {
+        "a.jpg": "a",
+        "sub/a.png": "sub/a",
+        "sub.x/b": "sub.x/b",
+    }
+    names = ["a.jpg", "a.png", "a.jpg.png", "b.png"]
+    assert output_stems(names) == {**{name: name for name in names}, "b.png": "b"}
+
+
+@pytest.mark.parametrize("name", ["yolo", "labelme", "csv"])
+def test_pictures_that_share_a_stem_are_read_back(tmp_path, name):
+    data, out = tmp_path / "data", tmp_path / "out"
+    files = PredictionFiles(out, FORMATS, NAMES, (1, 2), areas=False)
+    stems = output_stems(["a.jpg", "a.png"])
+    for number, (image, stem) in enumerate(stems.items(), start=1):
+        box = {"image_id": number, "category_id": number, "score": 0.9, "bbox": [4, 5, 20, 10]}
+        files.add(image, stem, picture(data / "train" / image), number, SIZE, [box], 0.3)
+        picture(data / "val" / image)
+    files.close()
+    if name == "csv":
+        shutil.copy(out / "predictions.csv", data / "train")
+    else:
+        (data / "classes.txt").write_text("cat\ndog\n")
+        shutil.copytree(out / name / ("labels" if name == "yolo" else ""), data / "train", dirs_exist_ok=True)
+    found = json.loads(open_coco(data, "train").annotations.read_text())
+    names = {each["id"]: each["name"] for each in found["categories"]}
+    classes = {each["image_id"]: names[each["category_id"]] for each in found["annotations"]}
+    images = {Path(each["file_name"]).name: classes[each["id"]] for each in found["images"]}
+    assert images == {"a.jpg": "cat", "a.png": "dog"}
