@@ -203,7 +203,7 @@ class Gate:
             bytes=sum(path.stat().st_size for path in files),
             weights={path.name: sha256_of(path) for path in weights},
             parameters=sum(p.numel() for p in self.reference.module.parameters()),
-            shapes=[str(s) for s in dict.fromkeys((self.shapes.min, self.shapes.opt, self.shapes.max))],
+            shapes=[str(each) for each in (self.shapes.min, self.shapes.opt, self.shapes.max)],
             tolerances=asdict(tolerance or tolerance_of(precision)),
             verification=result.to_dict(),
             images=str(self.images.verification.selection),

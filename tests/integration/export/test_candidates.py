@@ -62,6 +62,15 @@ def gated(tmp_path, classifier, monkeypatch) -> tuple[Gate, CandidateBuilder, Pa
     return Gate(config, images, reference, FIXED, Silent(), manifest), builder, tmp_path / "classifier.onnx"
 
 
+@pytest.mark.parametrize("text", ["1x64x64:1x64x64:4x64x64", "1x64x64:4x64x64:4x64x64", "2x64x64"])
+def test_the_manifest_keeps_the_optimum(gated, tmp_path, text):
+    judge, builder, path = gated
+    judge.shapes = parse_shapes(text, 3)
+    judge.reject(path, "fp32", builder, CheckFailed("too far off"))
+    found = Manifest.read(tmp_path, "")
+    assert found is not None and found.rejected[0].shape_range() == judge.shapes
+
+
 def held(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.glob("*engine*")}
 
