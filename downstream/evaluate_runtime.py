@@ -36,67 +36,78 @@ PADDING = ("pad_size_divisor", "test_cfg")
 """Settings of mmdet's and mmseg's data preprocessors that pad test images."""
 
 
-def measure_detector(directory: Path, data: Path, run: Run, most: int) -> dict[str, float]:
-    """Measures the average precision of a detector on validation images.
+def measure_detector(directory: Path, data: Path, most: int) -> Callable[[Run], dict[str, float]]:
+    """Opens validation images, and returns a function that measures a detector's average precision on them.
+
+    The function takes a runtime. It returns `boxes` `[1, n, 4]` (corners in pixels of the input), `scores`
+    `[1, n]` and `labels` `[1, n]` (-1, or a score of 0, for empty places); detectors with masks also return
+    `masks` `[1, n, h, w]`, probabilities inside each box.
 
     Args:
         directory: Artifact of the detector, which defines classes and preprocessing.
         data: Dataset in COCO format.
-        run: Runtime. It returns `boxes` `[1, n, 4]` (corners in pixels of the input), `scores` `[1, n]`
-            and `labels` `[1, n]` (-1, or a score of 0, for empty places); detectors with masks also return
-            `masks` `[1, n, h, w]`, probabilities inside each box.
         most: Largest number of images, evenly spaced over the split.
 
     Returns:
-        `AP`, `AP50` and, where the detector and the dataset have masks, `mask AP`; in percent, rounded to
-        a tenth by mmdet.
+        A function that returns `AP`, `AP50` and, where the detector and the dataset have masks, `mask AP`; in
+        percent, rounded to a tenth by mmdet. It raises BadInput for a dataset that has other classes than the
+        artifact, or no object.
 
     Raises:
         BadArtifact: not an artifact of a detector.
-        BadInput: a dataset that cannot be used, has other classes than the artifact, or has no object.
+        BadInput: a dataset that cannot be used.
     """
     about = read_finetuned(directory, "detector").config
     split = open_coco(data, "val")
-    with runner.scratch_folder() as folder:
-        loader, metric = detection.test_settings(about, split)
-        some = _part_of(split, most, folder)
-        loader["dataset"]["ann_file"] = metric["ann_file"] = str(some)
-        scores = _measure(about, loader, metric, folder, _answer(about, run))
-    names = {"AP": "bbox_mAP", "AP50": "bbox_mAP_50"}
-    if "segm" in metric["metric"]:
-        names["mask AP"] = "segm_mAP"
-    found = {
-        name: scores.get(f"coco/{theirs}", 0.0) for name, theirs in names.items()
-    }  # missing if there is no box
-    return {name: round(100 * score, 1) for name, score in found.items()}
+
+    def measured(run: Run) -> dict[str, float]:
+        with runner.scratch_folder() as folder:
+            loader, metric = detection.test_settings(about, split)
+            some = _part_of(split, most, folder)
+            loader["dataset"]["ann_file"] = metric["ann_file"] = str(some)
+            scores = _measure(about, loader, metric, folder, _answer(about, run))
+        names = {"AP": "bbox_mAP", "AP50": "bbox_mAP_50"}
+        if "segm" in metric["metric"]:
+            names["mask AP"] = "segm_mAP"
+        # a score is missing if there is no box
+        found = {name: scores.get(f"coco/{theirs}", 0.0) for name, theirs in names.items()}
+        return {name: round(100 * score, 1) for name, score in found.items()}
+
+    return measured
 
 
-def measure_segmentor(directory: Path, data: Path, run: Run, most: int) -> dict[str, float]:
-    """Measures the mean intersection over union of a segmentor on validation images.
+def measure_segmentor(directory: Path, data: Path, most: int) -> Callable[[Run], dict[str, float]]:
+    """Opens validation images, and returns a function that measures a segmentor's intersection over union.
+
+    The function takes a runtime. It returns `logits` `[1, classes, H, W]` and `classes` int64 `[1, H, W]`.
+    The classes are measured if the input has the image's size; otherwise the logits, resized as in mmseg.
 
     Args:
         directory: Artifact of the segmentor, which defines classes and preprocessing.
         data: Folder of images and label maps.
-        run: Runtime. It returns `logits` `[1, classes, H, W]` and `classes` int64 `[1, H, W]`. The classes
-            are measured if the input has the image's size; otherwise the logits, resized as in mmseg.
         most: Largest number of images, evenly spaced over the split.
 
     Returns:
-        `mIoU` and `pixel accuracy`, in percent, rounded to a hundredth by mmseg.
+        A function that returns `mIoU` and `pixel accuracy`, in percent, rounded to a hundredth by mmseg. It
+        raises BadInput for a dataset that has other classes than the artifact, or no labelled pixel.
 
     Raises:
         BadArtifact: not an artifact of a segmentor.
-        BadInput: a dataset that cannot be used, has other classes than the artifact, or no labelled pixel.
+        BadInput: a dataset that cannot be used.
     """
     about = read_finetuned(directory, "segmentor").config
     split = open_labels(data, "val")
-    loader, metric = segmentation.test_settings(about, split)
-    loader["dataset"]["indices"] = evenly(split.pairs, most)
-    with runner.scratch_folder() as folder:
-        scores = _measure(about, loader, metric, folder, _answer(about, run))
-    if math.isnan(scores["mIoU"]):
-        raise BadInput(f"{data}: no labelled pixel in the measured images; measure more than {most}")
-    return {"mIoU": round(scores["mIoU"], 2), "pixel accuracy": round(scores["aAcc"], 2)}
+
+    def measured(run: Run) -> dict[str, float]:
+        loader, metric = segmentation.test_settings(about, split)
+        loader["dataset"]["indices"] = evenly(split.pairs, most)
+        with runner.scratch_folder() as folder:
+            scores = _measure(about, loader, metric, folder, _answer(about, run))
+        if math.isnan(scores["mIoU"]):
+            raise BadInput(f"{data}: no labelled pixel in the measured images; measure more than {most}")
+        return {"mIoU": round(scores["mIoU"], 2), "pixel accuracy": round(scores["aAcc"], 2)}
+
+    return measured
 
 
 def evenly(count: int, most: int) -> list[int]:

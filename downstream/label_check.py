@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from coma.contact_sheet import Cell, Section, draw_sections, write_png
 from coma.data.sources.base import Source
@@ -202,7 +203,7 @@ def _legend(names: Sequence[str], palette: Sequence[Colour]) -> Image.Image:
 
 
 def draw_class_sheet(
-    out: Path, data: object, names: Sequence[str], splits: dict[str, tuple[Source, np.ndarray]]
+    out: Path, data: object, names: Sequence[str], splits: dict[str, tuple[Source, Tensor]]
 ) -> Path:
     """Draws images of every class, evenly spaced; returns the PNG in the folder `out`.
 
@@ -210,13 +211,13 @@ def draw_class_sheet(
         out: Folder to write to.
         data: Name of the data set.
         names: Names of the classes.
-        splits: Images of every split, and whether each has each class: bool `[n, classes]`.
+        splits: Images of every split, and their labels: int64 `[n]`, or bool or 0 and 1 `[n, classes]`.
     """
     sections = []
     for number, name in enumerate(names[:_LISTED]):
         cells, said = [], []
-        for split, (source, has) in splits.items():
-            inside = np.flatnonzero(has[:, number])
+        for split, (source, labels) in splits.items():
+            inside = np.flatnonzero(labels == number if labels.ndim == 1 else labels[:, number])
             said.append(f"{split} {len(inside):,}")
             most = SHOWN // 2 // len(splits)
             chosen = inside[np.linspace(0, len(inside) - 1, min(most, len(inside))).round().astype(int)]

@@ -116,6 +116,8 @@ class Parts(ABC):
             BadInput: they differ; the message names what, and ends with the remedy.
         """
         there, wanted = flat(there if isinstance(there, dict) else {}), flat(self.request())
+        if there.get("precision") is None:  # written before it was part of the request
+            wanted.pop("precision", None)
         names = [name for name in wanted if there.get(name) != wanted[name]]
         if not names:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cached_property, partial
@@ -31,7 +32,7 @@ from export.latency import end_to_end, time_interleaved
 from export.onnx_export import check_axes, load_onnx, normalized, read_spec, with_sizes
 from export.verify.opened_file import OpenedFile, open_file
 from export.verify.parity import batch_inputs, verify
-from export.verify.task_metrics import measure, top1
+from export.verify.task_metrics import open_metric, top1
 from export.verify.tolerances import Tolerance, tolerance_of
 from export.verify.verdict import ParityResult, worst_shape
 
@@ -203,7 +204,7 @@ class Gate:
             bytes=sum(path.stat().st_size for path in files),
             weights={path.name: sha256_of(path) for path in weights},
             parameters=sum(p.numel() for p in self.reference.module.parameters()),
-            shapes=[str(s) for s in dict.fromkeys((self.shapes.min, self.shapes.opt, self.shapes.max))],
+            shapes=[str(each) for each in (self.shapes.min, self.shapes.opt, self.shapes.max)],
             tolerances=asdict(tolerance or tolerance_of(precision)),
             verification=result.to_dict(),
             images=str(self.images.verification.selection),
@@ -248,8 +249,14 @@ class Gate:
         if graph in ("detector", "segmentor") and config.dataset is not None:
             self.listener.step(f"{'AP' if graph == 'detector' else 'mIoU'} of {runtime.title}")
             with library_errors(f"--dataset {config.dataset}", BadInput):  # mmdet and mmseg raise anything
-                return measure(runtime, config.artifact, config.dataset, config.metric_images), None
+                return self._measure(runtime), None
         return {}, None
+
+    @cached_property
+    def _measure(self) -> Callable[[Runtime], dict[str, float]]:
+        config = self.config
+        assert config.dataset is not None
+        return open_metric(self.reference.spec.graph, config.artifact, config.dataset, config.metric_images)
 
     def _image_sets(self, precision: Precision) -> dict[str, Selection]:
         sets = {"verification": self.images.verification.selection}

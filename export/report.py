@@ -116,7 +116,7 @@ def _file_row(entry: Entry) -> tuple[str, ...]:
         "; ".join(entry.runtimes),
         f"{entry.bytes / 1e6:.1f}",
         f"{entry.parameters / 1e6:.2f} M",
-        " : ".join(entry.shapes),
+        " : ".join(entry.shapes if len(set(entry.shapes)) > 1 else entry.shapes[:1]),
         metric or "no labels",
     )
 

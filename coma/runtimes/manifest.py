@@ -17,7 +17,7 @@ from coma.errors import BadInput
 from coma.messages import abridged, counted
 from coma.preflight import check_regular_file
 from coma.runtimes.model_spec import GraphKind, Precision
-from coma.runtimes.shape_ranges import Shapes, as_shapes
+from coma.runtimes.shape_ranges import Shapes, parse_shapes
 from coma.signals import signals_deferred
 
 _NAMED = 5
@@ -103,8 +103,14 @@ class Entry:
         Raises:
             BadInput: the manifest holds none that can be read.
         """
+        texts = self.shapes
+        if (
+            len(texts) == 2
+        ):  # older files list equal shapes once; only the optimum's size and batch were timed
+            timed = any(row.get("shape") == texts[1] for row in self.latency)
+            texts = [texts[0], texts[timed], texts[1]]
         try:
-            return as_shapes(self.shapes)
+            return parse_shapes(":".join(texts), 0)
         except BadInput as error:
             raise BadInput(f"{NAME}: shapes of {self.file}: {error}; export it again") from None
 

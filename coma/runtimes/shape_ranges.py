@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -96,16 +95,6 @@ def parse_shapes(text: str, channels: int) -> Shapes:
     if len(parts) != 3:
         raise BadInput(f"--shapes {text!r}: give one shape, or three: min:opt:max, for example {EXAMPLE}")
     return Shapes(*parts)
-
-
-def as_shapes(texts: Sequence[str]) -> Shapes:
-    """Returns the shapes that a manifest lists: the smallest first, the largest last, each of them once.
-
-    Raises:
-        BadInput: one of the texts is not NxHxW, or they are not in ascending order.
-    """
-    middle = texts[1:2] or texts[:1]
-    return parse_shapes(":".join([*texts[:1], *middle, *texts[-1:]]), 0)
 
 
 def _parse_shape(text: str, channels: int, whole: str) -> Shape:

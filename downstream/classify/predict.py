@@ -100,7 +100,8 @@ def predict_classes(
     if top_k and top_k > len(names):
         log.info("--top-k %d: the classifier has %d classes, and all of them are given", top_k, len(names))
     k = min(top_k or TOP_K, len(names))
-    about = {"model": model.spec.source, "top_k": k, "listing": listing_hash(source)[1]}
+    identity = {"model": model.spec.source, "precision": model.spec.precision}
+    about = {**identity, "top_k": k, "listing": listing_hash(source)[1]}
     parts = PredictionParts(out, source, about, part_images)
     parts.make_folder()
     if done := parts.done():

@@ -364,12 +364,7 @@ def _check(argv: list[str]) -> None:
     if options.out:
         from downstream.label_check import draw_class_sheet
 
-        every = torch.arange(len(names))
-        has = {
-            name: (each if each.ndim == 2 else each[:, None] == every).bool().numpy()
-            for name, (_, each, _) in aligned.items()
-        }
-        shown = {name: (source, has[name]) for name, source in there.items()}
+        shown = {name: (source, aligned[name][1]) for name, source in there.items()}
         print(f"contact sheet: {draw_class_sheet(options.out, options.data, names, shown)}")
     if errors:
         unreadable = counted(len(errors), "image that cannot be decoded", "images that cannot be decoded")

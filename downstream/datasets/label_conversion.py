@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -93,13 +94,15 @@ def are_maps(data: Path, layout: Layout, classes: Classes | None) -> bool:
         if max(several.values(), default=0) > 1 or (texts and not masks):
             return False
     pairing = pair(layout, classes and classes.image_suffix, classes and classes.label_suffix)
-    for stem in pairing.stems[:1]:
-        try:
-            with Image.open(layout.labels / (stem + pairing.label_suffix), formats=FORMATS) as image:
-                return image.mode not in ("RGB", "RGBA")
-        except Exception:  # damaged files are reported when all are read
-            return True
-    return True
+    return not any(_in_colours(layout.labels / (stem + pairing.label_suffix)) for stem in pairing.stems[:1])
+
+
+def _in_colours(path: Path) -> bool:
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.mode in ("RGB", "RGBA")
+    except Exception:  # damaged files are reported when all are read
+        return False
 
 
 def convert(
@@ -159,7 +162,7 @@ def _from_masks(
         report.raise_if_any()
 
         def read(image: str) -> Any:
-            return _joined(files, of_image[image], classes)
+            return _joined(files.root, of_image[image], classes)
     else:
         twice = [image for image, found in of_image.items() if len(found) > 1]
         report.add_all("picture with two masks", twice, lambda name: f"{name}: {of_image[name][1].path}")
@@ -167,17 +170,23 @@ def _from_masks(
         title, classes, colours = _palette_of(files, of_image, classes, report, warnings)
 
         def read(image: str) -> Any:
-            return _numbered(files, of_image[image][0].path, colours, classes.ignore_index)
+            return _numbered(files.root, of_image[image][0].path, colours, classes.ignore_index)
+
+    def make(image: str) -> Any:
+        result = read(image)
+        if isinstance(result, str):
+            return result
+        label, *numbers = result
+        if image.endswith(maps.suffix):
+            maps.write(image, label)
+        return numbers
 
     overlaps, strange = 0, 0
-    for image, result in zip(chosen, map_in_threads(read, chosen, progress), strict=True):
+    for result in map_in_threads(make, chosen, progress):
         if isinstance(result, str):
             report.add("label cannot be read", result)
             continue
-        label, more, less = result
-        overlaps, strange = overlaps + more, strange + less
-        if image.endswith(maps.suffix):
-            maps.write(image, label)
+        overlaps, strange = overlaps + result[0], strange + result[1]
     if strange:
         report.add("colour that is no class", f"{strange} pixels; add it to the palette of classes.json")
     report.raise_if_any()
@@ -186,19 +195,17 @@ def _from_masks(
     return maps.close(title, classes, warnings)
 
 
-def _joined(
-    files: DatasetFiles, masks: list[ClassMask], classes: Classes
-) -> tuple[np.ndarray, int, int] | str:
+def _joined(root: Path, masks: list[ClassMask], classes: Classes) -> tuple[np.ndarray, int, int] | str:
     """Returns the label map of masks per class, and the number of pixels in two of them."""
     label, taken = None, np.zeros((1, 1), bool)
     overlaps = 0
     for mask in sorted(masks, key=lambda each: classes.names.index(each.label)):
-        pixels = _pixels(files, mask.path)
+        pixels = _pixels(root, mask.path)
         if isinstance(pixels, str):
             return pixels
         there = pixels.reshape(*pixels.shape[:2], -1)[..., :3].any(axis=2)
         if label is None:
-            label = np.full(there.shape, _rest(classes), np.int64)
+            label = np.full(there.shape, _rest(classes), np.uint16)
             taken = np.zeros(there.shape, bool)
         if there.shape != label.shape:
             return f"{mask.path}: has another size than the masks of other classes"
@@ -215,31 +222,30 @@ def _rest(classes: Classes) -> int:
 
 
 def _numbered(
-    files: DatasetFiles, path: str, colours: dict[Colour, int] | None, ignore: int
+    root: Path, path: str, colours: dict[Colour, int] | None, ignore: int
 ) -> tuple[np.ndarray, int, int] | str:
     """Returns a label map of a mask by number or colour, and the number of pixels of no class."""
-    pixels = _pixels(files, path)
+    pixels = _pixels(root, path)
     if isinstance(pixels, str):
         return pixels
     if colours is None:
         if pixels.ndim == 3:
             return f"{path}: in colours, where other masks hold numbers"
-        return pixels.astype(np.int64), 0, 0
+        return pixels, 0, 0
     if pixels.ndim == 2:
         return f"{path}: holds numbers, where other masks are in colours"
-    label = np.full(pixels.shape[:2], -1, np.int64)
+    label, strange = np.full(pixels.shape[:2], ignore, np.uint16), np.ones(pixels.shape[:2], bool)
     codes = _codes(pixels)
     for colour, number in colours.items():
-        label[codes == (colour[0] << 16 | colour[1] << 8 | colour[2])] = number
-    strange = int((label < 0).sum())
-    label[label < 0] = ignore
-    return label, 0, strange
+        there = codes == (colour[0] << 16 | colour[1] << 8 | colour[2])
+        label[there], strange[there] = number, False
+    return label, 0, int(strange.sum())
 
 
-def _pixels(files: DatasetFiles, path: str) -> np.ndarray | str:
+def _pixels(root: Path, path: str) -> np.ndarray | str:
     """Returns numbers `[h, w]` or colours `[h, w, 3]` of a mask, or a short description of the error."""
     try:
-        with Image.open(files.root / path, formats=FORMATS) as image:
+        with Image.open(root / path, formats=FORMATS) as image:
             if image.mode in ("RGB", "RGBA"):
                 return np.asarray(image.convert("RGB"))
             if image.mode not in ("1", "L", "P", "I", "I;16"):
@@ -267,26 +273,17 @@ def _palette_of(
     Raises:
         BadInput: numbers without a list of classes, or colours that cannot be learned.
     """
-    first = _pixels(files, next(iter(of_image.values()))[0].path)
-    if isinstance(first, str) or first.ndim == 2:
+    paths = [masks[0].path for masks in of_image.values()]
+    if not _in_colours(files.root / paths[0]):
         if classes is None:
             raise BadInput(f"{files.root}: no list of classes; {HOW_TO_SAY}")
         return "label maps", classes, None
     if classes is not None and classes.has_palette:
         numbers = {colour: number for number, colour in enumerate(classes.palette)}
         return "colour masks", classes, numbers | {c: classes.ignore_index for c in classes.ignored_colours}
-    found: Counter[int] = Counter()
-    for masks in of_image.values():
-        pixels = _pixels(files, masks[0].path)
-        if isinstance(pixels, str) or pixels.ndim == 2:
-            continue
-        values, counts = np.unique(_codes(pixels), return_counts=True)
-        found.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-        if len(found) > _MOST_COLOURS:
-            raise BadInput(
-                f"{files.root}: the masks have more than {_MOST_COLOURS} colours; save them without "
-                'smoothing, or list them in classes.json: {"classes": ["road"], "palette": [[128, 64, 128]]}'
-            )
+    there = [files.root / path for path in paths]
+    times = tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in there)
+    found = _count_colours(files.root, tuple(paths), times)
     colours: list[Colour] = [(code >> 16, code >> 8 & 255, code & 255) for code in sorted(found)]
     total = found.total()
     shown = ", ".join(
@@ -300,6 +297,38 @@ def _palette_of(
     warnings.append(f"colours taken as classes: {shown}; classes.json with classes and palette names them")
     learned = Classes(tuple(map(_hex, colours)), tuple(colours), has_palette=True)
     return "colour masks", learned, {colour: number for number, colour in enumerate(colours)}
+
+
+@lru_cache(maxsize=1)
+def _count_colours(root: Path, paths: tuple[str, ...], times: tuple[int, ...]) -> Counter[int]:
+    """Returns the number of pixels of each colour in the masks of all splits; each split asks for the same.
+
+    Args:
+        root: Folder of the dataset.
+        paths: Masks, below the folder.
+        times: Times of the last changes, so that masks that have changed are counted again.
+
+    Raises:
+        BadInput: there are more than `_MOST_COLOURS` colours.
+    """
+
+    def count(path: str) -> dict[int, int]:
+        pixels = _pixels(root, path)
+        if isinstance(pixels, str) or pixels.ndim == 2:
+            return {}
+        values, counts = np.unique(_codes(pixels), return_counts=True)
+        few = slice(_MOST_COLOURS + 1)
+        return dict(zip(values[few].tolist(), counts[few].tolist(), strict=True))
+
+    found: Counter[int] = Counter()
+    for each in map_in_threads(count, paths, None):
+        found.update(each)
+        if len(found) > _MOST_COLOURS:
+            raise BadInput(
+                f"{root}: the masks have more than {_MOST_COLOURS} colours; save them without "
+                'smoothing, or list them in classes.json: {"classes": ["road"], "palette": [[128, 64, 128]]}'
+            )
+    return found
 
 
 def _hex(colour: Colour) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from coma.errors import BadInput
@@ -17,7 +18,8 @@ SHOWN = 5
 Progress = Callable[[int, int], None]
 """Called with the number of checked files and the total."""
 
-_CHUNK = 32
+_CHUNK, _AHEAD = 8, 2
+"""Items that a thread takes at a time, and chunks for each thread that are computed ahead of the caller."""
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -66,14 +68,24 @@ class ValidationReport:
 
 
 def map_in_threads(work: Callable[[_T], _R], items: Sequence[_T], progress: Progress | None) -> Generator[_R]:
-    """Yields `work(item)` in order, computed by a few threads; stopping early cancels the rest."""
-    chunks = [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
-    pool = ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1)), "check")
-    done = 0
+    """Yields `work(item)` in order, computed by a few threads; stopping early cancels the rest.
+
+    Threads wait while they are `_AHEAD` chunks each ahead of the caller, so few results are in memory.
+    """
+    threads = min(8, 2 * (os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(threads, "check")
+    waiting: deque[Future[list[_R]]] = deque()
+    start = done = 0
     try:
         with warnings.catch_warnings():  # Pillow warns about odd metadata; errors are raised
             warnings.simplefilter("ignore")
-            for results in pool.map(lambda chunk: [work(item) for item in chunk], chunks):
+            while done < len(items):
+                while start < len(items) and len(waiting) < _AHEAD * threads:
+                    waiting.append(
+                        pool.submit(lambda chunk: [*map(work, chunk)], items[start : start + _CHUNK])
+                    )
+                    start += _CHUNK
+                results = waiting.popleft().result()
                 yield from results
                 done += len(results)
                 if progress is not None:

@@ -118,7 +118,8 @@ def _result(ray: Any, reference: Any) -> bytes:
 def _part(request: FeatureRequest, reading: Reading, parts: FeatureParts, number: int) -> bytes:
     """Runs on a machine of the cluster: returns the content of a part."""
     model, source, names, listing = _opened(request, reading)
-    if (model.spec.sha256, listing) != (parts.info.spec.sha256, parts.info.listing):
+    here, wanted = model.spec, parts.info.spec
+    if (here.sha256, here.precision, listing) != (wanted.sha256, wanted.precision, parts.info.listing):
         what = "images" if listing != parts.info.listing else "model"
         raise BadInput(f"a machine sees another {what} at the same path; give a folder that all share")
     rows, failures = next(compute_parts(model, source, names, reading, [parts.images(number)]))

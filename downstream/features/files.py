@@ -55,6 +55,8 @@ class FeatureSpec:
     """mean: one vector per image. none: a map of features."""
     shape: tuple[int, ...]
     """Shape of a feature: (c,), or (c, h, w) for maps."""
+    precision: str | None = None
+    """Precision of the model's file, which does not decide what can be compared; None in older files."""
 
     def difference(self, other: FeatureSpec) -> str:
         """Returns why features of the two cannot be compared; empty if they can."""

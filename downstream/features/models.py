@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from coma.models.hub import is_reference, timm_name, weights_file
 from coma.paths import is_shipped, local_path
 from coma.runtimes.find import open_model
 from coma.runtimes.image_batches import Resize, channels_of
-from coma.runtimes.model_spec import ModelSpec, Preprocessing
+from coma.runtimes.model_spec import ModelSpec, Precision, Preprocessing
 from coma.runtimes.names import RuntimeName
 from coma.runtimes.preprocessing import to_input
 from downstream.features.files import FeatureSpec
@@ -124,6 +124,7 @@ def _open_own(request: FeatureRequest) -> FeatureModel:
     return _probed(
         request,
         sha256=spec.source,
+        precision=spec.precision,
         size=(size.height, size.width),
         title=runtime.title,
         channels=channels_of(spec),
@@ -200,6 +201,7 @@ def _open_timm(request: FeatureRequest) -> FeatureModel:
     return _probed(
         request,
         sha256=sha256_of(file),
+        precision="fp32",
         size=(height, width),
         title=f"timm {timm.__version__}, torch {torch.__version__.partition('+')[0]}, {device.type}",
         channels=channels,
@@ -248,7 +250,13 @@ def _torch_device(name: DeviceName) -> torch.device:
 
 
 def _probed(
-    request: FeatureRequest, *, sha256: str, size: tuple[int, int], preprocessing: Preprocessing, **facts: Any
+    request: FeatureRequest,
+    *,
+    sha256: str,
+    precision: Precision,
+    size: tuple[int, int],
+    preprocessing: Preprocessing,
+    **facts: Any,
 ) -> FeatureModel:
     """Returns the model, with the shape of its features as it has on a grey image.
 
@@ -259,13 +267,9 @@ def _probed(
     if not (is_reference(given) or is_shipped(given)):
         given = str(Path(given).absolute())
     mean, std = (tuple(map(float, each)) for each in (preprocessing.mean, preprocessing.std))
-    spec = FeatureSpec(given, sha256, size, mean, std, request.stage, request.pooling, ())
+    spec = FeatureSpec(given, sha256, size, mean, std, request.stage, request.pooling, (), precision)
     model = FeatureModel(spec, preprocessing=preprocessing, **facts)
     grey = torch.full((model.channels, *size), 128, dtype=torch.uint8)
     with library_errors(f"{request.model}: does not take images of {size[0]} x {size[1]} px", BadInput):
         shape = model([grey]).shape[1:]
-    return FeatureModel(
-        FeatureSpec(given, sha256, size, mean, std, request.stage, request.pooling, tuple(shape)),
-        preprocessing=preprocessing,
-        **facts,
-    )
+    return replace(model, spec=replace(spec, shape=tuple(shape)))

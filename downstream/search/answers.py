@@ -40,7 +40,7 @@ def nearest_images(collection: Collection, query: Query, most: int) -> Result:
 
 def near_duplicates(collection: Collection, vectors: Vectors, neighbours: Neighbours, least: float) -> Result:
     """Returns the groups of images that are linked by similarities of at least `least`."""
-    groups = duplicate_groups(neighbours, least)
+    groups = duplicate_groups(vectors.values, neighbours, least)
     images = counted(sum(len(group.members) for group in groups), "image")
     linked = f"linked by cosine similarities of at least {least:g}"
     title = f"near-duplicates: {images} in {counted(len(groups), 'group')}, {linked}"

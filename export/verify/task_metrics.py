@@ -19,6 +19,7 @@ from coma.data.sources.base import Source
 from coma.errors import BadImage, BadInput
 from coma.runtimes.base import Runtime
 from coma.runtimes.manifest import Selection, named
+from coma.runtimes.model_spec import GraphKind
 from coma.runtimes.preprocessing import resize_image, to_input
 from export.image_sets import name_in, reason_of
 from export.preprocessing import evenly_spaced
@@ -30,8 +31,8 @@ Run = Callable[[Tensor], dict[str, Tensor]]
 class Measure(Protocol):
     """Function behind an entry point `coma.measure`; there is one for each kind of artifact."""
 
-    def __call__(self, directory: Path, data: Path, run: Run, most: int) -> dict[str, float]:
-        """Returns the scores of `run` in percent on up to `most` validation images of a dataset."""
+    def __call__(self, directory: Path, data: Path, most: int) -> Callable[[Run], dict[str, float]]:
+        """Opens up to `most` validation images; returns a function of a `Run` to its scores in percent."""
         ...
 
 
@@ -80,16 +81,20 @@ def top1(runtime: Runtime, source: Source, most: int) -> tuple[dict[str, float],
     return {"top-1": 100 * right / seen}, Selection(str(source.location), seen, len(source), left_out)
 
 
-def measure(runtime: Runtime, directory: Path, data: Path, most: int) -> dict[str, float]:
-    """Returns the AP of a detector or mIoU of a segmentor in percent on the validation images of a dataset.
+def open_metric(
+    graph: GraphKind, directory: Path, data: Path, most: int
+) -> Callable[[Runtime], dict[str, float]]:
+    """Opens the validation images of a dataset; returns a function of a runtime to its scores in percent.
+
+    The scores are the AP of a detector, or the mIoU of a segmentor.
 
     Raises:
         BadInput: the room that computes the metric is not installed, or the dataset does not fit the model.
     """
-    graph = runtime.spec.graph
     for entry in metadata.entry_points(group="coma.measure", name=graph):
         task: Measure = entry.load()
-        return task(directory, data, lambda images: runtime(_as_file_input(images, runtime)), most)
+        measured = task(directory, data, most)
+        return lambda runtime: measured(lambda images: runtime(_as_file_input(images, runtime)))
     raise BadInput(f"--dataset: no installed package measures a {graph}; install coma-dyvit[downstream]")
 
 

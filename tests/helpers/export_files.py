@@ -1,5 +1,6 @@
 """Very small artifacts of every kind, with weights that give answers worth comparing."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from coma.config import CoMAConfig, DecoderConfig, DyViTConfig, EncoderConfig, O
 from coma.models import build_encoder
 from coma.models.classifiers import build_classifier
 from coma.objectives import build_objective
+from coma.runtimes.base import Runtime
+from coma.runtimes.find import open_model
 
 DYVIT = DyViTConfig(
     patch=2, dim=8, depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), windows=((4, 8), (2, 4), (0, 2), (0,))
@@ -20,6 +23,13 @@ VIT = ViTConfig(patch=16, dim=16, depth=1, heads=2)
 OBJECTIVE = CoMAConfig(decoder=DecoderConfig(dim=16, depth=1, heads=2))
 CLASSES = ("cat", "cup", "face")
 MEAN, STD = (0.45, 0.42, 0.39), (0.24, 0.23, 0.25)
+
+
+def open_as_int8(*given: Any) -> Runtime:
+    """Opens a model whose specification says that it is quantised."""
+    runtime = open_model(*given)
+    runtime.spec = replace(runtime.spec, precision="int8")
+    return runtime
 
 
 def awake(module: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from classifier_runs import save_classifier
+from export_files import open_as_int8
 from PIL import Image
 from short_runs import Killed, everything_in
 
@@ -124,6 +125,9 @@ def test_parts_of_another_request_are_refused(classifier, photos, tmp_path, monk
         predict_classes(classifier, [own], out=out, **QUICK)
     with pytest.raises(BadInput, match=r"another request \(top_k 3 there, 1 now\); remove this folder"):
         predict_classes(classifier, [own], out=out, top_k=1, **QUICK)
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match=r"\(precision fp32 there, int8 now\)"):
+        patch.setattr("downstream.classify.inference.open_model", open_as_int8)
+        predict_classes(classifier, [own], out=out, **QUICK)
     torch.manual_seed(9)
     other = save_classifier(tmp_path / "other", ("a", "b", "c"), multi_label=False)
     with pytest.raises(BadInput, match=r"predictions\.parts: is of another request \(model "):

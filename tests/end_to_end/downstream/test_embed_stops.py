@@ -1,6 +1,7 @@
 """`coma embed` is stopped, killed, shared and loses machines: nothing is lost, nothing is there twice."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -9,8 +10,10 @@ import time
 
 import pytest
 from embedding_runs import QUICK, embed, same
+from export_files import open_as_int8
 
 from coma.cli import CHILD
+from downstream.features.parts import FeatureParts
 from downstream.parts import Parts
 
 
@@ -47,6 +50,27 @@ def test_a_stopped_command_continues(model, pictures, reference, tmp_path, monke
     written = out.read_bytes()
     assert embed(model, pictures, out) == 0  # there is nothing left to do
     assert "is complete already" in caplog.text and out.read_bytes() == written
+
+
+def test_a_stopped_command_keeps_to_one_precision(model, pictures, reference, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "f.parquet"
+
+    def refused_as_int8() -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr("downstream.features.models.open_model", open_as_int8)
+            code = embed(model, pictures, out)
+        return code == 2 and "(precision fp32 there, int8 now)" in capsys.readouterr().err
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureParts, "merge", lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert embed(model, pictures, out) == 130
+    assert refused_as_int8()
+    request = tmp_path / "f.parquet.parts" / "request.json"
+    older = json.loads(request.read_text())
+    del older["precision"]  # as it was before precisions were told apart
+    request.write_text(json.dumps(older))
+    assert embed(model, pictures, out) == 0 and same(out, reference)
+    assert refused_as_int8()
 
 
 def test_a_kill_while_parts_are_merged_loses_nothing(model, pictures, reference, tmp_path, monkeypatch):

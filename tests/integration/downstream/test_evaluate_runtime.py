@@ -19,7 +19,7 @@ from coma.errors import BadArtifact, BadInput
 from coma.runtimes.pytorch import TorchRuntime
 from downstream.commands import detect, segment
 from export.graphs.load import load_exportable
-from export.verify.task_metrics import measure
+from export.verify.task_metrics import open_metric
 
 pytestmark = [pytest.mark.openmmlab, pytest.mark.filterwarnings("ignore")]  # mm's packages warn of each other
 
@@ -121,7 +121,7 @@ def test_a_detector_in_its_exported_form_scores_what_it_did(detector, objects, t
     expected = {name: 100 * scores[f"coco/{metric}"] for name, metric in theirs.items()}
     assert expected["AP50"] > 10
     runtime = TorchRuntime(load_exportable(detector, "detector"))
-    assert measure(runtime, detector, objects, ALL) == pytest.approx(expected, abs=0.5)
+    assert open_metric("detector", detector, objects, ALL)(runtime) == pytest.approx(expected, abs=0.5)
 
 
 @pytest.mark.parametrize("resized", [False, True])
@@ -132,21 +132,20 @@ def test_a_segmentor_in_its_exported_form_scores_what_it_did(resized, segmentor,
     expected = {"mIoU": scores["mIoU"], "pixel accuracy": scores["aAcc"]}
     assert resized or expected["mIoU"] > 30  # ground alone: 26
     runtime = TorchRuntime(load_exportable(path, "segmentor"))
-    assert measure(runtime, path, scenes, ALL) == pytest.approx(expected, abs=0.5)
+    assert open_metric("segmentor", path, scenes, ALL)(runtime) == pytest.approx(expected, abs=0.5)
 
 
 def test_perfect_detections_score_100_and_moved_ones_less(evaluate_runtime, detector, objects):
-    perfect = evaluate_runtime.measure_detector(detector, objects, Detections(objects), ALL)
+    perfect = evaluate_runtime.measure_detector(detector, objects, ALL)(Detections(objects))
     assert perfect == {"AP": 100, "AP50": 100, "mask AP": 100}
-    moved = evaluate_runtime.measure_detector(
-        detector, objects, Detections(objects, shift=5), ALL
-    )  # IoU 0.6 to 0.72
+    found = Detections(objects, shift=5)  # IoU 0.6 to 0.72
+    moved = evaluate_runtime.measure_detector(detector, objects, ALL)(found)
     assert moved["AP50"] == 100 and 20 < moved["AP"] < 60 and 20 < moved["mask AP"] < 60
 
 
 def test_perfect_classes_score_100_and_moved_ones_less(evaluate_runtime, segmentor, scenes, tmp_path):
     perfect = Classes(scenes)
-    assert evaluate_runtime.measure_segmentor(segmentor, scenes, perfect, ALL) == {
+    assert evaluate_runtime.measure_segmentor(segmentor, scenes, ALL)(perfect) == {
         "mIoU": 100,
         "pixel accuracy": 100,
     }
@@ -155,12 +154,12 @@ def test_perfect_classes_score_100_and_moved_ones_less(evaluate_runtime, segment
     assert torch.allclose(perfect.seen[0], expected, atol=1e-5)
     padding = doubling(segmentor, tmp_path / "a", test_cfg={"size_divisor": 200})  # mmseg would
     larger = Classes(scenes, scale=2)
-    assert evaluate_runtime.measure_segmentor(padding, scenes, larger, ALL) == {
+    assert evaluate_runtime.measure_segmentor(padding, scenes, ALL)(larger) == {
         "mIoU": 100,
         "pixel accuracy": 100,
     }
     assert larger.seen[0].shape == (1, 3, 128, 192)
-    moved = evaluate_runtime.measure_segmentor(segmentor, scenes, Classes(scenes, shift=5), ALL)
+    moved = evaluate_runtime.measure_segmentor(segmentor, scenes, ALL)(Classes(scenes, shift=5))
     assert 50 < moved["mIoU"] < 90 and 80 < moved["pixel accuracy"] < 97
 
 
@@ -168,14 +167,14 @@ def test_no_more_images_than_asked_for_and_no_misses_in_others(
     evaluate_runtime, detector, segmentor, objects, scenes
 ):
     found = Detections(objects, images=(0, 2))
-    assert evaluate_runtime.measure_detector(detector, objects, found, 2)["AP"] == 100 and not found.coming
+    assert evaluate_runtime.measure_detector(detector, objects, 2)(found)["AP"] == 100 and not found.coming
     seen = Classes(scenes)
     del seen.coming[1]  # the first and the last of three
     assert (
-        evaluate_runtime.measure_segmentor(segmentor, scenes, seen, 2)["mIoU"] == 100 and len(seen.seen) == 2
+        evaluate_runtime.measure_segmentor(segmentor, scenes, 2)(seen)["mIoU"] == 100 and len(seen.seen) == 2
     )
     with pytest.raises(BadInput, match="0 images are too few; measure at least 1"):
-        evaluate_runtime.measure_detector(detector, objects, found, 0)
+        evaluate_runtime.measure_detector(detector, objects, 0)(found)
 
 
 def test_images_are_evenly_spaced(evaluate_runtime):
@@ -189,7 +188,7 @@ def test_images_are_evenly_spaced(evaluate_runtime):
 def test_a_detector_that_finds_nothing_has_no_precision(evaluate_runtime, detector, objects):
     nothing = {"boxes": torch.zeros(1, 4, 4), "scores": torch.zeros(1, 4)}
     nothing |= {"labels": torch.full((1, 4), -1), "masks": torch.zeros(1, 4, 28, 28)}
-    scores = evaluate_runtime.measure_detector(detector, objects, lambda images: nothing, ALL)
+    scores = evaluate_runtime.measure_detector(detector, objects, ALL)(lambda images: nothing)
     assert scores == {"AP": 0, "AP50": 0, "mask AP": 0}
 
 
@@ -203,18 +202,18 @@ def test_what_cannot_be_measured_is_refused(evaluate_runtime, detector, segmento
     alone = [each for each in content["annotations"] if each["image_id"] == 2]
     annotations.write_text(json.dumps({**content, "annotations": alone}))
     with pytest.raises(BadInput, match="no object in the measured images; measure more than 1"):
-        evaluate_runtime.measure_detector(detector, other, never, 1)
+        evaluate_runtime.measure_detector(detector, other, 1)(never)
     annotations.write_text(json.dumps(content).replace("disc", "ball"))
     with pytest.raises(BadInput, match=r"val\.json: has classes square, ball; the artifact has square, disc"):
-        evaluate_runtime.measure_detector(detector, other, never, ALL)
+        evaluate_runtime.measure_detector(detector, other, ALL)(never)
     other = labelled(tmp_path / "labelled", train=1, val=2)
     Image.new("L", (96, 64), 255).save(other / "ann_dir" / "val" / "0.png")
     with pytest.raises(BadInput, match="no labelled pixel in the measured images; measure more than 1"):
-        evaluate_runtime.measure_segmentor(segmentor, other, Classes(scenes), 1)
+        evaluate_runtime.measure_segmentor(segmentor, other, 1)(Classes(scenes))
     (other / "classes.json").write_text(json.dumps({"classes": ["ground", "square", "ball"]}))
     with pytest.raises(BadInput, match="has classes ground, square, ball; the artifact has"):
-        evaluate_runtime.measure_segmentor(segmentor, other, never, ALL)
+        evaluate_runtime.measure_segmentor(segmentor, other, ALL)(never)
     with pytest.raises(BadArtifact, match="its kind is 'segmentor', not 'detector'"):
-        evaluate_runtime.measure_detector(segmentor, objects, never, ALL)
+        evaluate_runtime.measure_detector(segmentor, objects, ALL)(never)
     with pytest.raises(BadInput, match="has classes background, square, disc; the artifact has"):
-        evaluate_runtime.measure_segmentor(segmentor, objects, never, ALL)
+        evaluate_runtime.measure_segmentor(segmentor, objects, ALL)(never)

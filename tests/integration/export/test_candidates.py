@@ -62,6 +62,31 @@ def gated(tmp_path, classifier, monkeypatch) -> tuple[Gate, CandidateBuilder, Pa
     return Gate(config, images, reference, FIXED, Silent(), manifest), builder, tmp_path / "classifier.onnx"
 
 
+@pytest.mark.parametrize("text", ["1x64x64:1x64x64:4x64x64", "1x64x64:4x64x64:4x64x64", "2x64x64"])
+def test_the_manifest_keeps_the_optimum(gated, tmp_path, text):
+    judge, builder, path = gated
+    judge.shapes = parse_shapes(text, 3)
+    judge.reject(path, "fp32", builder, CheckFailed("too far off"))
+    found = Manifest.read(tmp_path, "")
+    assert found is not None and found.rejected[0].shape_range() == judge.shapes
+
+
+def test_the_data_set_is_opened_once_for_all_files(gated, monkeypatch):
+    judge, opened, measured = gated[0], [], []
+    judge.config = replace(judge.config, dataset=Path("data"))
+    judge.reference = SimpleNamespace(spec=SimpleNamespace(graph="detector"), title="PyTorch")
+
+    def open_dataset(directory, data, *_):
+        opened.append(data)
+        return lambda run: {"AP": float(measured.append(run) or 1)}
+
+    entry_point = SimpleNamespace(load=lambda: open_dataset)
+    monkeypatch.setattr("export.verify.task_metrics.metadata.entry_points", lambda **_: [entry_point])
+    found = [judge._metric(judge.reference) for _ in ("fp32", "fp16")]
+    assert opened == [Path("data")] and len(measured) == 3
+    assert found == [{"torch": {"AP": 1}, "file": {"AP": 1}}] * 2
+
+
 def held(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.glob("*engine*")}
 

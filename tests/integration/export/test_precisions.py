@@ -348,7 +348,8 @@ def test_tensorrts_provider_is_told_the_shapes_in_the_manifest(run_folder, fake,
     file, record = run_folder / "export" / "classifier.onnx", run_folder / "export" / "manifest.json"
     for listed, read in (
         (["1 x 48 x 48", "2 x 48 x 48", "4 x 64 x 80"], "1x48x48:2x48x48:4x64x80"),
-        (["1 x 48 x 48", "4 x 64 x 80"], "1x48x48:4x64x80:4x64x80"),
+        (["1 x 48 x 48", "1 x 48 x 48", "4 x 64 x 80"], "1x48x48:1x48x48:4x64x80"),
+        (["1 x 48 x 48", "4 x 64 x 80"], "1x48x48:1x48x48:4x64x80"),
         (["2 x 48 x 48"], "2x48x48"),
     ):
         manifest = json.loads(record.read_text())

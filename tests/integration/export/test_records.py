@@ -72,6 +72,13 @@ def changed(artifact: Path, folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def test_of_two_shapes_in_an_older_manifest_the_timed_one_is_the_optimum():
+    listed = ["1 x 48 x 48", "4 x 48 x 48"]
+    for timed, optimum in ((listed[:1], 1), (listed, 4), ([], 1)):
+        old = entry("a.onnx", shapes=listed, latency=[{"shape": shape} for shape in timed])
+        assert old.shape_range().opt.batch == optimum
+
+
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory) -> Path:
     return export_files.classifier(tmp_path_factory.mktemp("classifier") / "artifact", VIT)

@@ -295,12 +295,22 @@ def test_threads_keep_the_order_and_stop_when_the_caller_does():
     told = []
     items = range(100)
     assert list(map_in_threads(lambda n: -n, items, lambda *at: told.append(at))) == [-n for n in items]
-    assert told == [(32, 100), (64, 100), (96, 100), (100, 100)]
+    assert told == [(min(n, 100), 100) for n in range(8, 105, 8)]
     done = []
     results = map_in_threads(lambda n: done.append(n) or time.sleep(0.001), range(3200), None)
     next(results)
     results.close()
     assert 0 < len(done) < 3200
+
+
+def test_threads_wait_for_a_slow_caller():
+    done = []
+    results = map_in_threads(done.append, range(10_000), None)
+    for taken in range(3):
+        next(results)
+        time.sleep(0.2)
+        assert taken < len(done) <= 8 * 2 * 8  # threads, chunks ahead of each, items of a chunk
+    results.close()
 
 
 def test_checking_needs_neither_torch_nor_openmmlab():

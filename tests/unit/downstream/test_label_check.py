@@ -5,12 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from downstream_data import COLOURS, coco, labelled
 from PIL import Image
 
+from coma.data import ArraySource
 from downstream.commands.classify import run as classify
 from downstream.datasets import open_coco, open_labels
-from downstream.label_check import cover_classes, draw_label_sheet, draw_object_sheet, object_rows, pixel_rows
+from downstream.label_check import (
+    cover_classes,
+    draw_class_sheet,
+    draw_label_sheet,
+    draw_object_sheet,
+    object_rows,
+    pixel_rows,
+)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -64,6 +73,18 @@ def test_classes_are_counted(tmp_path):
     assert pixel_rows(split)[2][2:] == (str(min(counts)), str(max(counts))) and pixel_rows(split)[2][0] == "3"
     sheet = draw_label_sheet(tmp_path, scenes, {"train": split})
     assert pixels(sheet).shape[1] == 2 * 24 + 4 * 328 - 8
+
+
+def test_a_sheet_of_classes_takes_numbers_and_sets_of_classes(tmp_path):
+    pictures = [np.full((30, 40, 3), 60 * number, np.uint8) for number in range(4)]
+    numbers = torch.tensor([0, 1, 1, 2])
+    sheets = []
+    for labels in (numbers, torch.eye(3)[numbers], torch.eye(3)[numbers].bool()):
+        source = ArraySource(pictures, numbers.numpy())
+        sheets.append(
+            pixels(draw_class_sheet(tmp_path, "data", ("a", "b", "c"), {"train": (source, labels)}))
+        )
+    assert all(np.array_equal(each, sheets[0]) for each in sheets)
 
 
 @pytest.mark.parametrize("many", [False, True])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from dataset_files import refusal
 from downstream_data import coco, labelled
 from PIL import Image
 
-from downstream.datasets import LabelSplit, open_labels
+from downstream.datasets import LabelSplit, label_conversion, open_labels
 
 NAMES = ["ground", "square", "disc"]
 PALETTE = [[0, 0, 0], [200, 0, 0], [0, 9, 255]]
@@ -111,6 +112,18 @@ def test_colours_are_learned_and_shown(source, tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
     Image.fromarray(noise).save(data / "train_labels" / "0.png")
     assert "more than 64 colours" in refusal(lambda: open_labels(data, "train"))
+
+
+def test_masks_are_decoded_to_learn_their_colours_and_for_their_split(source, tmp_path, monkeypatch):
+    data = coloured(source, tmp_path / "data")
+    (data / "class_dict.csv").unlink()
+    decoded, decode = Counter(), label_conversion._pixels
+    monkeypatch.setattr(label_conversion, "_pixels", lambda *of: decoded.update(of[1:]) or decode(*of))
+    for name in ("train", "val"):
+        assert len(open_labels(data, name).class_names) == 3
+    assert set(decoded.values()) == {2}
+    Image.new("RGB", (96, 64), (1, 2, 3)).save(data / "train_labels" / "0.png")
+    assert len(open_labels(data, "train").class_names) == 4
 
 
 def test_colours_in_the_usual_folders_are_read_too(source, tmp_path):

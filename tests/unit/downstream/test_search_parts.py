@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from feature_files import SPEC, features, vectors
 from PIL import Image
+from scipy.sparse.csgraph import connected_components
 
 from coma.errors import BadImage, BadInput
 from downstream.features.files import Rows
@@ -70,18 +71,45 @@ def test_groups_are_linked_pairs():
     values = unit(vectors(40, 16), "test")
     values[7], values[30] = values[3], values[3]  # three alike
     values[20] = unit(values[[12]] + 0.01 * vectors(1, 16, seed=9), "test")[0]
-    groups = duplicate_groups(neighbours_of_all(values, 32), 0.98)
+    groups = duplicate_groups(values, neighbours_of_all(values, 32), 0.98)
     assert [group.members for group in groups] == [[3, 7, 30], [12, 20]]
     assert groups[0].similarities == pytest.approx([1, 1, 1])
     assert 0.98 < groups[1].similarities[0] < 1
-    assert duplicate_groups(neighbours_of_all(values[:3], 32), 0.98) == []
+    assert duplicate_groups(values[:3], neighbours_of_all(values[:3], 32), 0.98) == []
 
 
 def test_groups_are_linked_in_one_direction_too():
     """An HNSW graph may find a pair from one side only."""
     found = Neighbours(np.array([[1], [2], [1]]), np.array([[0.99], [0.5], [0.5]], np.float32), False)
-    (group,) = duplicate_groups(found, 0.9)
+    (group,) = duplicate_groups(np.eye(3, dtype=np.float32), found, 0.9)
     assert group.members == [0, 1] and group.similarities == pytest.approx([0.99, 0.99])
+
+
+@pytest.mark.parametrize("count", [20, 40, 100])
+def test_two_bursts_of_one_scene_are_one_group(count):
+    """The neighbours of every image are of its own burst, however near the other one is."""
+    bursts = unit(np.array([[1, 0, 0], [1, 0.12, 0]], np.float32), "test").repeat(count, axis=0)
+    for noise in (0, 1e-3):
+        values = unit(bursts + noise * vectors(2 * count, 3), "test")
+        assert (values @ values.T).min() > 0.99
+        (group,) = duplicate_groups(values, neighbours_of_all(values, 32), 0.98)
+        assert group.members == list(range(2 * count))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 512])
+def test_groups_are_those_of_all_pairs(chunk, monkeypatch):
+    monkeypatch.setattr("downstream.search.duplicates._CHUNK", chunk)
+    numbers = []
+    for seed in range(20):
+        centres, noise = vectors(12, 3, seed), vectors(240, 3, seed + 1000)
+        values = unit(centres.repeat(20, axis=0) + 0.05 * noise, "test")
+        least = 0.999 - 0.0003 * seed
+        _, labels = connected_components(values @ values.T >= least - 1e-6)
+        wanted = [np.flatnonzero(labels == label).tolist() for label in range(labels.max() + 1)]
+        found = duplicate_groups(values, neighbours_of_all(values, 3), least)
+        assert sorted(group.members for group in found) == [each for each in wanted if len(each) > 1]
+        numbers.append(len(found))
+    assert len(set(numbers)) > 3
 
 
 def test_maps_keep_clusters_together_and_are_the_same_every_time():
