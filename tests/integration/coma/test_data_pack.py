@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from skimage import data as pictures
 from webdataset.compat import WebDataset
 
 from coma.config.pack import PackConfig
-from coma.data import ArraySource, Source, open_source
+from coma.data import ArraySource, Source, open_labelled, open_source
 from coma.data.decode import decode
 from coma.data.encode import encode, reduce_to_short_side
 from coma.data.image import DecodedImage
@@ -336,6 +337,28 @@ def test_the_command_packs_the_split_that_is_asked_for(tmp_path):
         )
     assert len(open_source(tmp_path / "out")) == 3  # the shards of the training split
     assert len(open_source(tmp_path / "out", "test")) == 2
+
+
+def test_the_command_packs_the_labels_of_a_csv_file_and_not_those_of_folders_beside_it(photos, tmp_path):
+    table, out = photos / "labels.csv", tmp_path / "out"
+    table.write_text(
+        "image,label,split\ncat/photo.1.jpg,b,train\ncat/photo.3.jpg,a,train\ndog/photo.0.jpg,b,val\n"
+    )
+    with pytest.raises(
+        BadInput, match=rf"the labels of labels.csv; give {re.escape(str(table))} as the images,"
+    ):
+        run([str(photos), "--out", str(out), "--workers", "0"])
+    run([str(table), "--out", str(out), "--workers", "0"])
+    packed, labelled = open_source(out), open_labelled(photos, "train")
+    assert packed.labels is not None and labelled.labels is not None
+    assert packed.labels.tolist() == labelled.labels.tolist() == [1, 0]
+    assert packed.class_names == labelled.class_names == ("a", "b")
+
+
+def test_a_csv_file_of_one_split_is_packed_without_a_split(photos, tmp_path):
+    (photos / "train.csv").write_text("image,label\ncat/photo.1.jpg,a\n")
+    with pytest.raises(BadInput, match=r"train\.csv as the images, without --split, or move"):
+        run([str(photos), "--out", str(tmp_path / "out"), "--split", "train", "--workers", "0"])
 
 
 @pytest.mark.parametrize(
