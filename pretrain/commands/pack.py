@@ -59,9 +59,9 @@ def run(argv: list[str]) -> None:
                 f"stopped; {config.out} keeps its finished shards; run the same command again to resume"
             ) from None
         except OSError as error:
-            where = error.filename or config.out
+            where, what = error.filename or config.out, error.strerror or error
             raise ComaError(
-                f"{where}: {error.strerror}; when this is solved, run the same command again to resume"
+                f"{where}: {what}; when this is solved, run the same command again to resume"
             ) from None
     _print_summary(report, len(source), config.out, time.perf_counter() - started)
 
