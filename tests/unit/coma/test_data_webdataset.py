@@ -256,6 +256,31 @@ def test_damaged_shards_are_named(tmp_path):
         open_source(tmp_path / "b.tar.gz")
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "records",
+    [
+        b"0 a=b\n",  # never ends if lengths are added up
+        b"-6 a=b\n",
+        b"99 a=b\n",
+        b"hello world=1\n",
+        b"7",
+        b"11 \xff\xfe=ab\n",
+        b"14 size=words\n",
+    ],
+)
+def test_damaged_pax_headers_are_named(tmp_path, records):
+    def member(name: str, kind: bytes, content: bytes) -> bytes:
+        info = tarfile.TarInfo(name)
+        info.type, info.size = kind, len(content)
+        return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512)
+
+    content = member("x", tarfile.XHDTYPE, records) + member("a.png", tarfile.REGTYPE, png(0)) + bytes(1024)
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(BadInput, match=r"a\.tar: (not a tar file|damaged at byte 1024)"):
+        open_source(tmp_path / "a.tar")
+
+
 def test_missing_shards_are_named(tmp_path):
     write_tar(tmp_path / "s-0.tar", {"0.png": png(0)})
     with pytest.raises(BadInput, match=r"s-1\.tar: this shard is missing"):
