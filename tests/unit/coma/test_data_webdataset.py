@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import pickle
+import sys
 import tarfile
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def test_labels_come_from_cls_or_json_or_are_missing(tmp_path):
     assert labels_of({"cls": b"3"}, {"cls": b" 12\n"}) == [3, 12]
     assert labels_of({"json": b'{"label": 4, "x": 1}'}, {"json": b'{"label": 5}'}) == [4, 5]
     assert labels_of({"json": b'{"label": 4}', "cls": b"1"}) == [4]  # the first that is there
+    assert labels_of({"json": b"{}", "CLS": b"1"}) == labels_of({"cls": b"x", "CLS": b"1"}) == [1]
     assert labels_of({"cls": b"3"}, {}) is None
     assert labels_of({"json": b'{"caption": "a cat"}'}, {"json": b"[1]"}) is None
     for text in (b"cat", b"-1", b"1.5", b"9" * 30, b"\xff", b""):
@@ -181,6 +183,22 @@ def test_dots_in_names_hide_no_image(tmp_path):
         f"{tmp_path}/a.tar: 18 images (9 .png, 8 .jpg, 1 without extension); "
         "skipped: 1 without extension (not read)"
     )
+
+
+def test_many_images_with_one_name_before_the_first_dot_are_indexed_in_linear_time(tmp_path):
+    def calls(images: int) -> int:
+        """Number of function calls, in Python and in C, that index a shard."""
+        members = {f"frame.{i:06d}.jpg": b"\xff\xd8\xff\xe0" for i in range(images)}
+        path, events = write_tar(tmp_path / "a.tar", {**members, "frame.000007.CLS": b"3"}), []
+        sys.setprofile(lambda _, event, __: events.append(event) if event.endswith("call") else None)
+        try:
+            samples, _ = index_shard(path)
+        finally:
+            sys.setprofile(None)
+        assert [i for i, sample in enumerate(samples) if sample.label == 3] == [7]
+        return len(events)
+
+    assert calls(400) < 2.2 * calls(200)
 
 
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
