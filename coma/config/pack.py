@@ -17,8 +17,8 @@ class PackConfig(Ranged):
     """Images to pack, and the format of the shards."""
 
     images: Annotated[Location, tyro.conf.Positional]
-    """Folder of images (searched recursively), .npz pack, .tar shards, .parquet files or a folder of them;
-    shards and parquet files also by their address."""
+    """Folder of images (searched recursively), .csv file of images and labels, .npz pack, .tar shards,
+    .parquet files or a folder of them; shards and parquet files also by their address."""
     out: Path
     """New folder for the shards."""
     size: Annotated[int | None, SIDE] = None

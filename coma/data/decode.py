@@ -76,14 +76,14 @@ def decode(data: bytes, name: str, min_side: MinSide = 0, *, first_frame: bool =
 
 
 @contextmanager
-def naming_errors(name: str) -> Iterator[None]:
-    """Turns every error of a decoder into one `BadImage` that begins with the name of the image."""
+def naming_errors(name: str, fault: str = "does not decode") -> Iterator[None]:
+    """Turns every error of a decoder or encoder into one `BadImage`: name of the image, fault and reason."""
     try:
         yield
     except BadImage as error:
         raise BadImage(f"{name}: {error}") from None
     except Exception as error:  # decoders fail with OSError, SyntaxError, struct.error, zlib.error, ...
-        raise BadImage(f"{name}: {_reason(error)}") from None
+        raise BadImage(f"{name}: {_reason(error, fault)}") from None
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -263,8 +263,8 @@ def _orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, fault: str) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image (its content is not JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP, NPY or DICOM)"
     text = " ".join(str(error).split())[:200]
-    return f"does not decode ({text or type(error).__name__})"
+    return f"{fault} ({text or type(error).__name__})"

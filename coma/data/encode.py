@@ -1,7 +1,7 @@
 """Encodes decoded images again, for packs: without any loss that training could notice.
 
-8-bit grey and colour become JPEG, transparency and 16 bits PNG, more channels and floats TIFF; PNG and TIFF
-are lossless.
+8-bit grey and colour become JPEG; transparency, 16 bits and sides that are too long for JPEG become PNG; more
+channels and floats become TIFF. PNG and TIFF are lossless.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from PIL import Image
 
 from coma.data.image import DecodedImage
 from coma.data.transforms import resize
+
+_LONGEST_JPEG = 65_500
+"""Maximum pixels of a side of a JPEG (JPEG_MAX_DIMENSION of libjpeg)."""
 
 
 def reduce_to_short_side(image: DecodedImage, size: int) -> DecodedImage:
@@ -30,10 +33,14 @@ def reduce_to_short_side(image: DecodedImage, size: int) -> DecodedImage:
 
 
 def encode(image: DecodedImage, quality: int) -> tuple[str, bytes]:
-    """Returns the extension and content of a file: JPEG for 8-bit grey and colour, else PNG or TIFF."""
+    """Returns the extension and content of a file: JPEG for 8-bit grey and colour, else PNG or TIFF.
+
+    Raises:
+        Exception: The encoder fails; see `decode.naming_errors`.
+    """
     buffer, channels = io.BytesIO(), image.pixels.shape[2]
     pixels = np.ascontiguousarray(image.pixels[:, :, 0] if channels == 1 else image.pixels)
-    if pixels.dtype == np.uint8 and channels in (1, 3):
+    if pixels.dtype == np.uint8 and channels in (1, 3) and max(pixels.shape[:2]) <= _LONGEST_JPEG:
         Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
         return ".jpg", buffer.getvalue()
     if pixels.dtype != np.float32 and (channels in (1, 3) or image.alpha):

@@ -24,7 +24,7 @@ from typing import Any
 
 from coma.atomic_io import write_json
 from coma.config.pack import PackConfig
-from coma.data.decode import decode, plain_jpeg_size
+from coma.data.decode import decode, naming_errors, plain_jpeg_size
 from coma.data.encode import encode, reduce_to_short_side
 from coma.data.sources.base import Source
 from coma.data.sources.webdataset import INDEX
@@ -82,7 +82,7 @@ class _Packed:
 def pack(
     source: Source, config: PackConfig, progress: Callable[[int], None] = lambda done: None
 ) -> PackReport:
-    """Writes the shards and their index; images that do not decode are skipped and named in it.
+    """Writes the shards and their index; images that fail to decode or encode are skipped and named in it.
 
     Args:
         source: Images to pack.
@@ -137,27 +137,26 @@ class _PackFetcher:
         return [self._packed(i) for i in chunk]
 
     def _packed(self, i: int) -> _Packed | str:
+        name = self.source.describe(i)
         try:
             original = self.source.read_bytes(i)
             if original is None:
                 image = self.source.decode(i)
             else:
-                image = decode(original, self.source.describe(i), min_side=2 * self.config.short_side)
+                image = decode(original, name, min_side=2 * self.config.short_side)
+            small = min(image.pixels.shape[:2]) <= self.config.short_side
+            if original is not None and small and plain_jpeg_size(original):
+                suffix, content = ".jpg", original
+            else:
+                with naming_errors(name, "cannot be packed"):
+                    reduced = reduce_to_short_side(image, self.config.short_side)
+                    suffix, content = encode(reduced, self.config.quality)
         except BadImage as error:
             return str(error)
-        height, width, _ = image.pixels.shape
-        if (
-            original is not None
-            and min(height, width) <= self.config.short_side
-            and plain_jpeg_size(original)
-        ):
-            suffix, content = ".jpg", original
-        else:
-            suffix, content = encode(reduce_to_short_side(image, self.config.short_side), self.config.quality)
         label = self.source.label(i)
         before = image.pixels.nbytes if original is None else len(original)
         filled = image.missing is not None
-        return _Packed(_key(i, self.source.describe(i)), suffix, content, label, before, filled)
+        return _Packed(_key(i, name), suffix, content, label, before, filled)
 
 
 @contextmanager

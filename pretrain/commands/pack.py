@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from coma.arguments import parse_arguments
 from coma.config.pack import PackConfig
-from coma.errors import ComaError, Interrupted
+from coma.errors import BadInput, ComaError, Interrupted
 from coma.messages import counted
 from coma.preflight import require_folder
 
@@ -28,16 +28,25 @@ def run(argv: list[str]) -> None:
     """Parses the arguments, packs, and prints a summary.
 
     Raises:
-        BadInput: There is nothing to pack, or the output folder has other files.
+        BadInput: There is nothing to pack, the labels of a folder are in a CSV file, or the output folder has
+            other files.
         Interrupted: Ctrl-C; finished shards are kept.
     """
     config = parse_arguments(PackConfig, argv, prog="coma pack", description=__doc__)
 
     from coma.data import open_source
     from coma.data.pack import pack
+    from coma.data.sources.label_table import find_table
     from coma.progress import Progress
 
     require_folder(config.out)
+    if isinstance(config.images, Path) and (found := find_table(config.images, config.split)):
+        table, split = found
+        whole = ", without --split" if split != config.split else ""
+        raise BadInput(
+            f"{config.images}: a pack of this folder would not have the labels of {table.name}; "
+            f"give {table} as the images{whole}, or move it out of the folder"
+        )
     source = open_source(config.images, config.split, tiles=config.tiles)
     if source.unlabelled_reason:
         print(f"labels are not packed: {source.unlabelled_reason}")
@@ -50,9 +59,9 @@ def run(argv: list[str]) -> None:
                 f"stopped; {config.out} keeps its finished shards; run the same command again to resume"
             ) from None
         except OSError as error:
-            where = error.filename or config.out
+            where, what = error.filename or config.out, error.strerror or error
             raise ComaError(
-                f"{where}: {error.strerror}; when this is solved, run the same command again to resume"
+                f"{where}: {what}; when this is solved, run the same command again to resume"
             ) from None
     _print_summary(report, len(source), config.out, time.perf_counter() - started)
 

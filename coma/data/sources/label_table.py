@@ -35,7 +35,7 @@ _SPLIT = "split"
 _IN_FOLDER = "_classes.csv"
 _WHOLE = "labels.csv"
 _NAMED = 3
-"""Most lines of one kind that a message names."""
+"""Most lines of one kind, or columns, that a message names."""
 
 
 class TableSource(LocalSource):
@@ -215,7 +215,13 @@ def _classes(
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """Returns the class names and the classes of every image, bool `[n, classes]`."""
     kind = header[1].lower()
-    if len(header) == 2 and kind in (*_ONE, *_ANY):
+    if kind in (*_ONE, *_ANY):
+        if len(header) > 2:
+            raise BadInput(
+                f"{table}: has the column {header[1]!r} and others beside it: "
+                f"{printable(abridged(header[2:], _NAMED))}; delete the others, or rename {header[1]!r} if "
+                "all are classes of 0 and 1"
+            )
         cells = [[part.strip() for part in re.split("[;|]", row[1]) if part.strip()] for _, row in rows]
         for (line, _), labels in zip(rows, cells, strict=True):
             if kind in _ONE and len(labels) != 1:

@@ -11,7 +11,6 @@ compressed pack (`savez_compressed`) is decompressed once, into memory that all 
 from __future__ import annotations
 
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 
 from coma.data.sources.base import EncodedSource, Names, read_at
 from coma.errors import BadInput
+from coma.messages import printable
 
 
 class NpzSource(EncodedSource):
@@ -28,7 +28,7 @@ class NpzSource(EncodedSource):
         """Reads everything except the images.
 
         Raises:
-            BadInput: The file is not such a pack, or its offsets or labels are out of range.
+            BadInput: The file is not such a pack, or its offsets, labels or names do not fit.
         """
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as pack:
@@ -38,17 +38,23 @@ class NpzSource(EncodedSource):
                 optional = {"labels", "class_names", "file_names"} & set(pack.files)
                 extra = {key: pack[key] for key in optional}
                 offsets = _offsets(path, pack["offsets"])
+                n = len(offsets) - 1
                 self._start, length = _place_of_data(path)
                 self._data = torch.from_numpy(pack["data"]) if self._start is None else None
-        except (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+                for key, values in extra.items():
+                    if values.ndim != 1:
+                        shape = list(values.shape)
+                        raise BadInput(f"{path}: {key} have the shape {shape}, expected one dimension")
+                class_names = tuple(map(str, extra["class_names"])) if "class_names" in extra else None
+                self._names = Names(map(str, _of_length(path, "file_names", extra.get("file_names"), n)))
+        except BadInput:
+            raise
+        except Exception as error:  # numpy and zipfile fail with OSError, ValueError, RuntimeError, ...
             raise BadInput(f"{path}: not a readable .npz pack ({error})") from None
         if offsets[-1] > length:
             raise BadInput(f"{path}: offsets end at {offsets[-1]}, beyond the {length} bytes of data")
-        n = len(offsets) - 1
-        class_names = tuple(map(str, extra["class_names"])) if "class_names" in extra else None
         super().__init__(path, _labels(path, extra.get("labels"), n, class_names), class_names)
         self._path, self._offsets = path, torch.from_numpy(offsets)
-        self._names = Names(map(str, _of_length(path, "file_names", extra.get("file_names"), n)))
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -56,7 +62,7 @@ class NpzSource(EncodedSource):
 
     def describe(self, i: int) -> str:
         """Returns the path of the pack, and the image's file name or number in it."""
-        return f"{self.location}[{self._names[i] if len(self._names) else i}]"
+        return printable(f"{self.location}[{self._names[i] if len(self._names) else i}]")
 
     def listing(self) -> tuple[list[str], list[int]]:
         """Returns file names in the pack, or numbers, and sizes in bytes."""
@@ -108,7 +114,7 @@ def _labels(
     if labels is None:
         return None
     _of_length(path, "labels", labels, n)
-    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+    if labels.dtype.kind not in "iu":
         raise BadInput(f"{path}: labels are {labels.dtype} {list(labels.shape)}, expected int64 [n]")
     if labels.min() < 0 or (names is not None and labels.max() >= len(names)):
         classes = "" if names is None else f" of {len(names)} classes"

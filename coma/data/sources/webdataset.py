@@ -296,6 +296,11 @@ def _samples(path: Path | RemoteFile, read: Read, group: list[Member], inventory
             inventory.unread[kind] += 1
         return []
     plain = [member for member, kind, rest in images if not rest or f".{rest.lower()}" == kind]
+    labels: dict[str, list[Member]] = {}
+    for member in group:
+        stem, _, suffix = member.name.rpartition(".")
+        if suffix.lower() in ("cls", "json"):
+            labels.setdefault(stem.lower(), []).append(member)
     samples = []
     for member, kind, rest in images:
         if plain and member is not plain[0] and not rest[:1].isdigit():
@@ -304,27 +309,29 @@ def _samples(path: Path | RemoteFile, read: Read, group: list[Member], inventory
             continue
         inventory.images[kind] += 1
         stem = member.name if kind == NO_EXTENSION else member.name[: -len(kind)]
-        samples.append(Sample(member, *_label(path, read, group, (stem, _key(member.name)))))
+        samples.append(Sample(member, *_label(path, read, labels, (stem, _key(member.name)))))
     return samples
 
 
 def _label(
-    path: Path | RemoteFile, read: Read, group: list[Member], stems: Iterable[str]
+    path: Path | RemoteFile, read: Read, labels: Mapping[str, Sequence[Member]], stems: Iterable[str]
 ) -> tuple[int | None, str]:
-    """Returns the first label in the members of an image, and what is wrong if there is none."""
+    """Returns the first label in the members of an image, and what is wrong if there is none.
+
+    `labels` has the `.cls` and `.json` members of the sample by their names without extension, in lower case.
+    """
     fault = ""
     for stem in dict.fromkeys(stems):
-        for member in group:
-            if member.name.lower() in (f"{stem}.cls".lower(), f"{stem}.json".lower()):
-                try:
-                    if member.size > _LONGEST_LABEL:
-                        raise ValueError("size")
-                    label = _parsed_label(member, read(member.size, member.start))
-                except (ValueError, RecursionError):
-                    fault = f"{path}: the label in {printable(member.name)} is not a whole number from 0"
-                    continue
-                if label is not None:
-                    return label, ""
+        for member in labels.get(stem.lower(), ()):
+            try:
+                if member.size > _LONGEST_LABEL:
+                    raise ValueError("size")
+                label = _parsed_label(member, read(member.size, member.start))
+            except (ValueError, RecursionError):
+                fault = f"{path}: the label in {printable(member.name)} is not a whole number from 0"
+                continue
+            if label is not None:
+                return label, ""
     return None, fault
 
 

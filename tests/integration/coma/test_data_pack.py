@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from skimage import data as pictures
 from webdataset.compat import WebDataset
 
 from coma.config.pack import PackConfig
-from coma.data import ArraySource, Source, open_source
+from coma.data import ArraySource, Source, open_labelled, open_source
 from coma.data.decode import decode
 from coma.data.encode import encode, reduce_to_short_side
 from coma.data.image import DecodedImage
@@ -85,6 +86,8 @@ def test_reducing_keeps_depth_and_brightness(dtype):
         (RNG.integers(0, 65536, (30, 40, 13), np.uint16), False, ".tif"),
         (RNG.random((30, 40, 1), np.float32), False, ".tif"),
         (RNG.random((30, 40, 5), np.float32), False, ".tif"),
+        (RNG.integers(0, 256, (4, 65_501, 1), np.uint8), False, ".png"),  # no JPEG is so long
+        (RNG.integers(0, 256, (65_501, 4, 3), np.uint8), False, ".png"),
     ],
 )
 def test_what_is_written_reads_back(pixels, alpha, suffix):
@@ -338,6 +341,43 @@ def test_the_command_packs_the_split_that_is_asked_for(tmp_path):
     assert len(open_source(tmp_path / "out", "test")) == 2
 
 
+def test_a_long_image_is_packed_and_one_that_cannot_be_encoded_is_named(tmp_path, monkeypatch, capsys):
+    def encode_light(image: DecodedImage, quality: int) -> tuple[str, bytes]:
+        if not image.pixels.any():
+            raise OSError("encoder error -2")
+        return encode(image, quality)
+
+    (tmp_path / "in").mkdir()
+    for name, size, value in (("a", (40, 50), 1), ("dark", (9, 9), 0), ("long", (70_000, 16), 1)):
+        Image.new("L", size, value).save(tmp_path / "in" / f"{name}.png")
+    monkeypatch.setattr("coma.data.pack.encode", encode_light)
+    run([str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "0"])
+    assert len(open_source(tmp_path / "out")) == 2
+    assert "in/dark.png: cannot be packed (encoder error -2)" in capsys.readouterr().out
+
+
+def test_the_command_packs_the_labels_of_a_csv_file_and_not_those_of_folders_beside_it(photos, tmp_path):
+    table, out = photos / "labels.csv", tmp_path / "out"
+    table.write_text(
+        "image,label,split\ncat/photo.1.jpg,b,train\ncat/photo.3.jpg,a,train\ndog/photo.0.jpg,b,val\n"
+    )
+    with pytest.raises(
+        BadInput, match=rf"the labels of labels.csv; give {re.escape(str(table))} as the images,"
+    ):
+        run([str(photos), "--out", str(out), "--workers", "0"])
+    run([str(table), "--out", str(out), "--workers", "0"])
+    packed, labelled = open_source(out), open_labelled(photos, "train")
+    assert packed.labels is not None and labelled.labels is not None
+    assert packed.labels.tolist() == labelled.labels.tolist() == [1, 0]
+    assert packed.class_names == labelled.class_names == ("a", "b")
+
+
+def test_a_csv_file_of_one_split_is_packed_without_a_split(photos, tmp_path):
+    (photos / "train.csv").write_text("image,label\ncat/photo.1.jpg,a\n")
+    with pytest.raises(BadInput, match=r"train\.csv as the images, without --split, or move"):
+        run([str(photos), "--out", str(tmp_path / "out"), "--split", "train", "--workers", "0"])
+
+
 @pytest.mark.parametrize(
     ("raised", "expected", "message"),
     [
@@ -345,8 +385,9 @@ def test_the_command_packs_the_split_that_is_asked_for(tmp_path):
         (
             OSError(28, "No space left on device", "shard.tar"),
             ComaError,
-            "shard.tar: No space left on device; when this is solved",
+            "shard.tar: No space left on device; ",
         ),
+        (OSError("no reason"), ComaError, "out: no reason; when this is solved, run the same command"),
     ],
 )
 def test_what_stops_the_command_says_how_to_go_on(photos, tmp_path, monkeypatch, raised, expected, message):

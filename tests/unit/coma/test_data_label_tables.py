@@ -60,6 +60,12 @@ def test_any_number_of_labels(tmp_path, text):
     assert part.label_place(0) == source.label_place(2)
 
 
+def test_a_class_of_0_and_1_may_be_called_label(tmp_path):
+    source = open_source(table(tmp_path / "t.csv", "image,cat,label\na.png,0,1\nb.png,1,1\n"))
+    assert source.class_names == ("cat", "label") and source.labels is None
+    assert source.multi_hot is not None and source.multi_hot.tolist() == [[False, True], [True, True]]
+
+
 def test_classes_are_matched_by_name(tmp_path):
     table(tmp_path / "train.csv", "image,zebra,cat,dog\na.png,0,1,1\nb.png,0,0,1\n")
     table(tmp_path / "test.csv", "image,labels\nc.png,dog\n")
@@ -137,6 +143,11 @@ def test_a_column_of_splits(tmp_path, name):
         ("image,labels\na.png,\n", "no image has a label"),
         ("image,x,y\na.png,1,0\nb.png,2,0\n", "t.csv:3: column 'x' holds '2'; give 0 or 1"),
         ("image,cat\na.png,yes\n", "t.csv:2: column 'cat' holds 'yes'"),
+        (
+            "image,label,verified\na.png,0,1\nb.png,1,0\n",
+            "t.csv: has the column 'label' and others beside it: verified; delete the others, or",
+        ),
+        ("image,Tags,x,split,y\na.png,1,0,train,1\n", "has the column 'Tags' and others beside it: x, y; "),
         ("image,label\na.png,x\nb.png,y\n./a.png,x\n", r"t.csv:4: ./a.png is listed in line 2 too"),
         (
             "image,label\na.png,x\ngone.png,y\n,x\n",

@@ -214,6 +214,12 @@ def test_packs_need_only_data_and_offsets(tmp_path):
     assert source.describe(3) == f"{tmp_path}/bare.npz[3]"
 
 
+def test_names_in_packs_are_printed_on_one_line(tmp_path):
+    arrays = {**pack_arrays(1), "labels": np.zeros(1, np.int64), "file_names": np.array(["a\x1b[31m\nb"])}
+    np.savez(tmp_path / "pack.npz", **arrays)
+    assert open_source(tmp_path / "pack.npz").describe(0) == rf"{tmp_path}/pack.npz[a\x1b[31m\nb]"
+
+
 def test_splits_of_packs(tmp_path):
     np.savez(tmp_path / "train.npz", **pack_arrays(5))
     np.savez(tmp_path / "test.npz", **pack_arrays(3))
@@ -247,6 +253,11 @@ def test_what_a_worker_is_sent_does_not_grow_with_the_data(tmp_path):
         ({"labels": np.arange(5)}, "labels run from 0 to 4 of 2 classes"),
         ({"labels": np.zeros(5)}, "labels are float64"),
         ({"file_names": np.array(["a"])}, "1 file_names for 5 images"),
+        ({"labels": np.int64(1)}, r"labels have the shape \[\], expected one dimension"),
+        ({"class_names": np.array("cat")}, r"class_names have the shape \[\]"),
+        ({"file_names": np.array("a")}, r"file_names have the shape \[\]"),
+        ({"file_names": np.array([["a"]] * 5)}, r"file_names have the shape \[5, 1\]"),
+        ({"file_names": np.array(["\ud800"] * 5)}, "not a readable .npz pack"),
     ],
 )
 def test_packs_that_do_not_fit_are_refused(tmp_path, change, message):
@@ -259,7 +270,10 @@ def test_packs_that_do_not_fit_are_refused(tmp_path, change, message):
 def test_damaged_packs_are_refused(tmp_path):
     np.savez(tmp_path / "whole.npz", **pack_arrays())
     data = (tmp_path / "whole.npz").read_bytes()
-    for name, content in {"words": b"not a pack", "empty": b"", "half": data[: len(data) // 2]}.items():
+    flags = data.index(b"PK\1\2") + 8  # of the first member, in the central directory
+    locked = data[:flags] + b"\1" + data[flags + 1 :]
+    damaged = {"words": b"not a pack", "empty": b"", "half": data[: len(data) // 2], "locked": locked}
+    for name, content in damaged.items():
         path = tmp_path / f"{name}.npz"
         path.write_bytes(content)
         with pytest.raises(BadInput, match=rf"{name}\.npz: not a readable"):

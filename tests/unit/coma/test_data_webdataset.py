@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import pickle
+import sys
 import tarfile
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def test_labels_come_from_cls_or_json_or_are_missing(tmp_path):
     assert labels_of({"cls": b"3"}, {"cls": b" 12\n"}) == [3, 12]
     assert labels_of({"json": b'{"label": 4, "x": 1}'}, {"json": b'{"label": 5}'}) == [4, 5]
     assert labels_of({"json": b'{"label": 4}', "cls": b"1"}) == [4]  # the first that is there
+    assert labels_of({"json": b"{}", "CLS": b"1"}) == labels_of({"cls": b"x", "CLS": b"1"}) == [1]
     assert labels_of({"cls": b"3"}, {}) is None
     assert labels_of({"json": b'{"caption": "a cat"}'}, {"json": b"[1]"}) is None
     for text in (b"cat", b"-1", b"1.5", b"9" * 30, b"\xff", b""):
@@ -183,6 +185,22 @@ def test_dots_in_names_hide_no_image(tmp_path):
     )
 
 
+def test_many_images_with_one_name_before_the_first_dot_are_indexed_in_linear_time(tmp_path):
+    def calls(images: int) -> int:
+        """Number of function calls, in Python and in C, that index a shard."""
+        members = {f"frame.{i:06d}.jpg": b"\xff\xd8\xff\xe0" for i in range(images)}
+        path, events = write_tar(tmp_path / "a.tar", {**members, "frame.000007.CLS": b"3"}), []
+        sys.setprofile(lambda _, event, __: events.append(event) if event.endswith("call") else None)
+        try:
+            samples, _ = index_shard(path)
+        finally:
+            sys.setprofile(None)
+        assert [i for i, sample in enumerate(samples) if sample.label == 3] == [7]
+        return len(events)
+
+    assert calls(400) < 2.2 * calls(200)
+
+
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_links_inside_a_shard_are_followed(tmp_path, kind):
     long = "folder/" * 20 + "deep.png"  # a link name of its own header
@@ -254,6 +272,31 @@ def test_damaged_shards_are_named(tmp_path):
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress(whole))
     with pytest.raises(BadInput, match="unpack it to a plain"):
         open_source(tmp_path / "b.tar.gz")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "records",
+    [
+        b"0 a=b\n",  # never ends if lengths are added up
+        b"-6 a=b\n",
+        b"99 a=b\n",
+        b"hello world=1\n",
+        b"7",
+        b"11 \xff\xfe=ab\n",
+        b"14 size=words\n",
+    ],
+)
+def test_damaged_pax_headers_are_named(tmp_path, records):
+    def member(name: str, kind: bytes, content: bytes) -> bytes:
+        info = tarfile.TarInfo(name)
+        info.type, info.size = kind, len(content)
+        return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512)
+
+    content = member("x", tarfile.XHDTYPE, records) + member("a.png", tarfile.REGTYPE, png(0)) + bytes(1024)
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(BadInput, match=r"a\.tar: (not a tar file|damaged at byte 1024)"):
+        open_source(tmp_path / "a.tar")
 
 
 def test_missing_shards_are_named(tmp_path):
