@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from coma.errors import BadInput, ComaError
-
-log = logging.getLogger(__name__)
+from coma.locks import lock
 
 
 @contextmanager
@@ -24,16 +21,10 @@ def exclusive(folder: Path) -> Iterator[None]:
     """
     number = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(number, folder, "export"):
             raise BadInput(
                 f"--out {folder}: another coma export writes to this folder; wait until it has ended, or "
                 "give another folder with --out"
-            ) from None
-        except OSError as error:
-            log.warning(
-                "%s: cannot be locked (%s); run only one export there at a time", folder, error.strerror
             )
         yield
     finally:

@@ -115,14 +115,14 @@ def flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def from_plain(plain: Any, kind: Any, *, source: str, lines: Mapping[Key, int] | None = None) -> Any:
+def from_plain(plain: Any, kind: Any, *, source: str, lines: Callable[[], Mapping[Key, int]] = dict) -> Any:
     """Builds settings from plain data; unknown, missing and mistyped fields are refused.
 
     Args:
         plain: Dicts, lists, numbers and strings.
         kind: Class of the settings.
         source: File or place that they come from, for messages.
-        lines: Lines of the keys in that file, where they are known.
+        lines: Returns the lines of the keys in that file, where they are known; called for a message.
 
     Raises:
         BadInput: naming `source` and every field that does not fit, and for unknown fields the nearest one.
@@ -132,7 +132,8 @@ def from_plain(plain: Any, kind: Any, *, source: str, lines: Mapping[Key, int] |
             raise BadInput("is not a group of settings")
         return _converter().structure(plain, kind)
     except (cattrs.BaseValidationError, BadInput, TypeError, KeyError, ValueError) as error:
-        problems = "; ".join(_line_of(key, lines or {}) + text for key, text in _problems(error, (), None))
+        known = lines()
+        problems = "; ".join(_line_of(key, known) + text for key, text in _problems(error, (), None))
         raise BadInput(f"{source}: {problems}") from None
 
 
@@ -203,7 +204,7 @@ def read_config(
             plain = _with_presets(plain, image_size)
         except BadInput as error:
             key = ("model" if "model" in str(error) else "objective",)
-            raise BadInput(f"{path}: {_line_of(key, lines)}{error}") from None
+            raise BadInput(f"{path}: {_line_of(key, lines())}{error}") from None
     return from_plain(plain, kind, source=str(path), lines=lines)
 
 

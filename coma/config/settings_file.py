@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from coma.preflight import check_regular_file
 Key = tuple[str, ...]
 
 MAX_BYTES = 2**18
-"""Longest settings file; those of our own runs have about 3,000 bytes."""
+"""Longest YAML or TOML file; the settings of a run take about 3,000 bytes."""
+MAX_JSON_BYTES = 2**26
+"""Longest JSON file: config.json of a fine-tuning run also holds the names of all its classes."""
 _MAX_VALUES = 2**14
 """Most values of a YAML file, each counted as often as an alias repeats it."""
 
@@ -54,26 +58,30 @@ def read_json(path: Path, wanted: str) -> Any:
         raise BadInput(f"{path}: not a readable config, its text is not JSON{where}; give {wanted}") from None
 
 
-def read_settings(path: Path, wanted: str) -> tuple[Any, dict[Key, int]]:
-    """Returns the content of a settings file, and the lines of its keys: `("optimizer", "epochs")` to 7.
+def read_settings(path: Path, wanted: str) -> tuple[Any, Callable[[], dict[Key, int]]]:
+    """Returns the content of a settings file, and what finds the lines of its keys for a message.
+
+    The lines of JSON take much longer to find than its content, so they are only found on a call:
+    `("optimizer", "epochs")` to 7.
 
     Raises:
         BadInput: it cannot be read, is too long, or is not in the format of its suffix; the message names the
             line, and says what is `wanted` in its place.
     """
-    if path.is_file() and path.stat().st_size > MAX_BYTES:
-        raise BadInput(f"{path}: is longer than {MAX_BYTES:,} bytes, so it holds no settings; give {wanted}")
     suffix = path.suffix.lower()
-    plain = None if suffix in (".yaml", ".yml", ".toml") else read_json(path, wanted)
+    is_json = suffix not in (".yaml", ".yml", ".toml")
+    most = MAX_JSON_BYTES if is_json else MAX_BYTES
+    if path.is_file() and path.stat().st_size > most:
+        raise BadInput(f"{path}: is longer than {most:,} bytes, so it holds no settings; give {wanted}")
+    if is_json:
+        return read_json(path, wanted), lambda: _json_lines(_read(path, wanted))
     text = _read(path, wanted)
     try:
         if suffix == ".toml":
-            return tomllib.loads(text), _toml_lines(text)
+            return tomllib.loads(text), lambda: _toml_lines(text)
         content, lines = _load_yaml(text)
-        return (content if plain is None else plain), lines
+        return content, lambda: lines
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if plain is not None:  # JSON is YAML too, but for tabs at odd places: then there are no lines
-            return plain, {}
         raise BadInput(f"{path}: {_reason(error)}") from None
 
 
@@ -140,6 +148,15 @@ def _count(node: yaml.Node, key: Key, lines: dict[Key, int], counts: dict[yaml.N
 
 def _problem(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+
+def _json_lines(text: str) -> dict[Key, int]:
+    """Returns the lines of keys; none of a long file, or where tabs at odd places make JSON no YAML."""
+    if len(text) > MAX_BYTES:
+        return {}
+    with suppress(yaml.YAMLError, ValueError, RecursionError):
+        return _load_yaml(text)[1]
+    return {}
 
 
 def _toml_lines(text: str) -> dict[Key, int]:

@@ -28,6 +28,7 @@ from downstream.classify.run_directory import ClassifierRunDirectory
 from downstream.classify.validation import Validation
 from pretrain.training.console import TrainingConsole
 from pretrain.training.distributed import Processes, processes
+from pretrain.training.run_settings import lock_run
 from pretrain.training.run_summary import estimate
 from pretrain.training.trainer import Trainer
 
@@ -76,7 +77,8 @@ def finetune(
     began = time.monotonic()
     with _prepared(config, resume=resume) as (plan, group, console):
         if plan.config.optimizer.frozen:
-            best, test = fit_head(plan, group, console)
+            with lock_run(plan.config):
+                best, test = fit_head(plan, group, console)
             last, steps = best, 0
         else:
             trainer = _ClassifierTrainer(plan, group, console)

@@ -6,8 +6,6 @@ and is started again waits for processes that still hold them, instead of starti
 
 from __future__ import annotations
 
-import fcntl
-import logging
 import os
 import signal
 import subprocess
@@ -19,9 +17,8 @@ from pathlib import Path
 
 from coma.cli import CHILD
 from coma.errors import Interrupted
+from coma.locks import lock
 from coma.signals import StopRequest
-
-log = logging.getLogger(__name__)
 
 _POLL = 0.1  # seconds
 _PATIENCE = 120.0  # seconds: a process that is asked to stop may have a large state to save
@@ -128,17 +125,17 @@ class ProcessPool:
             slot, place = self._free_slot()
             if place is None:
                 break
-            lock = self._lock(job.name)
-            if lock is None:
+            own = self._lock(job.name)
+            if own is None:
                 os.close(place)
                 continue
             waiting.remove(job)
             if job.done():  # by a process that outlived its comparison
                 os.close(place)
-                os.close(lock)
+                os.close(own)
                 self._finished += job.work
                 continue
-            locks = place, lock
+            locks = place, own
             self._running.append(_Running(job, self._process(job, slot, locks), slot, locks))
             self._tell(f"started {job.name}", self._work_done())
         if waiting and not self._running and not self._waits:
@@ -157,19 +154,10 @@ class ProcessPool:
     def _lock(self, name: str) -> int | None:
         """Returns a lock, or None if a process holds it; an open file alone, if the file system has none."""
         handle = os.open(self._locks / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            return None
-        except OSError as error:
-            log.warning(
-                "%s: cannot be locked (%s); run only one comparison there at a time",
-                self._locks,
-                error.strerror,
-                extra={"once": True},
-            )
-        return handle
+        if lock(handle, self._locks, "comparison"):
+            return handle
+        os.close(handle)
+        return None
 
     def _process(self, job: Job, slot: int, locks: tuple[int, int]) -> subprocess.Popen[bytes]:
         command = [*CHILD, *map(str, job.arguments())]

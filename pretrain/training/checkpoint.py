@@ -12,6 +12,7 @@ noticed.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +31,10 @@ _NAME = re.compile(r"step-(\d+)\.pt")
 def write_state(folder: Path, state: dict[str, Any], keep: int | None) -> None:
     """Writes `state` as the newest file, then removes all older ones except that of step `keep`.
 
+    If the disk is full, they are removed first, and the state is written again.
+
     Raises:
-        OSError: the disk is full; every older state is still there.
+        OSError: the disk is still full; the state of step `keep` is still there.
     """
     step = state["step"]
     state = {"format_version": FORMAT_VERSION, "sealed": True, **state}
@@ -41,10 +44,20 @@ def write_state(folder: Path, state: dict[str, Any], keep: int | None) -> None:
         torch.save(state, sealed)  # type: ignore[arg-type] # all that it needs is `write`
         sealed.seal()
 
-    write_whole(folder / f"step-{step:06d}.pt", write)
-    for other, path in _states(folder):
-        if other not in (step, keep) and path.is_file():
-            path.unlink()
+    def remove_others() -> None:
+        for other, path in _states(folder):
+            if other not in (step, keep) and path.is_file():
+                path.unlink()
+
+    path = folder / f"step-{step:06d}.pt"
+    try:
+        write_whole(path, write)
+    except OSError as error:
+        if keep is None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        remove_others()
+        write_whole(path, write)
+    remove_others()
     for half in folder.glob(".step-*.part"):  # of a process that was killed while it wrote
         half.unlink(missing_ok=True)
     sync(folder)
@@ -78,6 +91,11 @@ def read_state(folder: Path, warn: Callable[[str], object]) -> dict[str, Any] | 
             f"{folder}: none of the saved states loads; remove the folder to start again from step 0"
         )
     return None
+
+
+def count_states(folder: Path) -> int:
+    """Returns the number of states that are saved in `run/state`."""
+    return len(_states(folder))
 
 
 def has_state(folder: Path) -> bool:

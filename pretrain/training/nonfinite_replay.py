@@ -28,6 +28,7 @@ from coma.config import FinetuneConfig, PretrainConfig
 from coma.config.serialization import from_plain, to_plain
 from coma.data import Batch, normalize
 from coma.data.pixel_values import format_values
+from coma.data.transforms import stack
 from coma.errors import BadInput, CheckFailed
 from coma.objectives.teachers import training_objective
 from pretrain.training.distributed import Processes
@@ -78,7 +79,7 @@ def save_nonfinite(
     """
     labels = [batch.labels for batch in batches if batch.labels is not None]
     tensors = {
-        "images": torch.cat([batch.images for batch in batches]),
+        "images": _images(batches),
         "seeds": torch.cat([batch.seeds for batch in batches]),
         **({"labels": torch.cat(labels)} if labels else {}),
         **{_WEIGHTS + name: weight.contiguous() for name, weight in weights.items()},
@@ -126,7 +127,7 @@ def advice(plan: RunPlan, batches: list[Batch], weights: Mapping[str, Tensor]) -
             "state, with a lower --base-lr"
         )
     mean, std = plan.statistics
-    pixels = torch.cat([batch.images for batch in batches])
+    pixels = _images(batches)
     names = [plan.source.describe(i) for batch in batches for i in batch.indices.tolist()]
     bad = (~pixels.isfinite().flatten(1).all(dim=1)).nonzero()
     if len(bad):
@@ -144,6 +145,11 @@ def advice(plan: RunPlan, batches: list[Batch], weights: Mapping[str, Tensor]) -
     if (low == high).all():
         return f"all {len(pixels)} images of the batch are of one colour each, such as {name}: look at them"
     return "try a lower --base-lr, a longer --warmup, a smaller --clip-grad or --precision fp32"
+
+
+def _images(batches: list[Batch]) -> Tensor:
+    """Returns the images of all passes `[B, C, H, W]`; uint8 among floats is scaled to 0..1."""
+    return stack([image for batch in batches for image in batch.images])
 
 
 def _write_down(

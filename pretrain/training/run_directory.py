@@ -12,6 +12,7 @@
                           best classifier so far, from the first validation on
     loss_curve.png        at the end
     nonfinite/            only after a loss that was not finite
+    .lock                 locked by the process that trains, which removes it at the end
 
 A file that cannot be written does not end a run: a warning names the step of the last good state, and
 training continues. Only at the end is it an error.

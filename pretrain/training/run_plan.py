@@ -27,6 +27,7 @@ from coma.objectives.initialization import statistics_of_weights, with_initial_w
 from coma.objectives.teachers import with_weights_hash
 from coma.paths import Address
 from coma.preflight import require_space
+from pretrain.training.checkpoint import count_states
 from pretrain.training.distributed import Processes
 from pretrain.training.optimizer import learning_rate
 from pretrain.training.run_settings import Settings, check_folder
@@ -206,18 +207,23 @@ def check_shapes(config: PretrainConfig | FinetuneConfig) -> None:
 
 
 def check_space(config: PretrainConfig | FinetuneConfig, parameters: int) -> None:
-    """Refuses a disk without room for two states of the run and the artifact.
+    """Refuses a disk without room for what the run adds to its directory.
 
     Raises:
         BadInput: with the space that is needed and the space that is free.
     """
-    require_space(config.run.out, disk_space(config, parameters), f"a run of {parameters:,} weights")
+    needed = disk_space(config, parameters, saved=count_states(config.run.out / "state"))
+    require_space(config.run.out, needed, f"a run of {parameters:,} weights")
 
 
-def disk_space(config: PretrainConfig | FinetuneConfig, parameters: int) -> int:
-    """Returns the bytes of two states and the artifact of a run with this many trained weights."""
+def disk_space(config: PretrainConfig | FinetuneConfig, parameters: int, saved: int = 0) -> int:
+    """Returns the bytes of the states and the artifact of a run with this many trained weights.
+
+    A third state is written before the oldest is removed; of `saved` states, two at most are there already.
+    """
     copies = 4 if config.optimizer.ema_decay else 3  # weights, two moments of AdamW, their moving average
-    return 4 * parameters * (2 * copies + 1)
+    copies += isinstance(config, FinetuneConfig)  # the best weights so far
+    return 4 * parameters * ((3 - min(saved, 2)) * copies + 1)
 
 
 def check_objective(config: PretrainConfig) -> int:

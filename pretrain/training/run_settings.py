@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from typing import TypeVar
 
@@ -11,6 +14,7 @@ from coma.config import FinetuneConfig, ObjectiveConfig, PretrainConfig, ProbeCo
 from coma.config.serialization import flat, read_config, to_plain
 from coma.errors import BadInput
 from coma.library_errors import load_packages
+from coma.locks import lock
 from coma.objectives.teachers import may_have_moved
 from coma.paths import artifact_directory
 from coma.preflight import require_folder
@@ -26,6 +30,8 @@ _MAY_CHANGE = {
 }
 """Settings that a resumed run may change: locations, use of the machine, and length of the run."""
 
+_LOCK = ".lock"
+"""File that the process which trains in a run directory keeps locked, and removes at the end."""
 
 Settings = TypeVar("Settings", bound=PretrainConfig | FinetuneConfig)
 
@@ -41,17 +47,48 @@ def check_folder(config: Settings, resume: bool) -> Settings:
 
     Raises:
         BadInput: the directory of a new run is not empty; that of an old one holds no run, or one with other
-            settings; or a tracker is not installed.
+            settings; another process is training there; or a tracker is not installed.
     """
     load_packages(*config.run.trackers)
     return _resumed(config) if resume else _fresh(config)
 
 
+@contextmanager
+def lock_run(config: PretrainConfig | FinetuneConfig) -> Iterator[None]:
+    """Lets no other process train in the run directory; the lock ends with this one, even after kill -9.
+
+    Raises:
+        BadInput: another process is training there.
+        OSError: the directory cannot be written.
+    """
+    out = config.run.out
+    out.mkdir(parents=True, exist_ok=True)
+    number = os.open(out / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if not lock(number, out, "training") or not os.fstat(number).st_nlink:  # it was just removed
+            raise BadInput(f"another process is training in {out}; end it or choose another --out")
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                (out / _LOCK).unlink()
+    finally:
+        os.close(number)
+
+
+def _check_lock(config: PretrainConfig | FinetuneConfig) -> None:
+    """Refuses a directory that another process is training in, before the images are opened."""
+    if (config.run.out / _LOCK).is_file():
+        with lock_run(config):
+            pass
+
+
 def _fresh(config: Settings) -> Settings:
     out = config.run.out
     require_folder(out)
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(path.name != _LOCK for path in out.iterdir()):
         if (out / "config.json").is_file():
+            _check_lock(config)
             way_out = f"continue its run with `{resume_command(config)}`, or choose another --out"
         else:
             way_out = "choose another --out, or remove what is in it (it holds no run)"
@@ -63,6 +100,7 @@ def _resumed(config: Settings) -> Settings:
     """Returns the settings to resume with: the new ones where they do not change what is learned."""
     saved = read_config(config.run.out, type(config))
     require_folder(config.run.out, "--resume")
+    _check_lock(config)
     if config.data.mean is None:
         config = replace(config, data=replace(config.data, mean=saved.data.mean, std=saved.data.std))
     may_change = _MAY_CHANGE

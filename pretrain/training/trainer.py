@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
 import torch
@@ -29,7 +29,7 @@ from pretrain.training.nonfinite_replay import stop_run
 from pretrain.training.optimizer import learning_rate
 from pretrain.training.run_directory import RunDirectory, weights_to_publish
 from pretrain.training.run_plan import RunPlan, check_resumable, extended
-from pretrain.training.run_settings import resume_command
+from pretrain.training.run_settings import lock_run, resume_command
 from pretrain.training.run_summary import Measurement, summary
 from pretrain.training.step_memory import check_step_memory
 from pretrain.training.throughput import Meter, peak_memory
@@ -79,14 +79,17 @@ class Trainer(ABC, Generic[AnyPlan]):
         """Runs all steps that are left, then evaluates, saves and draws the loss curve.
 
         Raises:
-            BadInput: settings that the machine cannot serve, a state that cannot be resumed, or images that
-                have changed where that was not allowed.
+            BadInput: settings that the machine cannot serve, a state that cannot be resumed, images that
+                have changed where that was not allowed, or another process that trains in the directory.
             CheckFailed: a loss or gradient that is not finite, or results that could not be written.
             Interrupted: Ctrl-C or SIGTERM; everything is saved.
         """
         plan, run = self.plan, self.plan.config.run
-        with StopRequest(quiet=not self.group.main) as self._stop, closing(self):
+        with StopRequest(quiet=not self.group.main) as self._stop, ExitStack() as locked, closing(self):
             self._set_up()
+            with self.group.raise_on_all_ranks():
+                if self._directory:
+                    locked.enter_context(lock_run(plan.config))
             for line in self.summary():
                 self.console.say(line)
             self._begin(resume, allow_changed_data)

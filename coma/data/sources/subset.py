@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -75,11 +74,7 @@ def balanced_subset(source: Source, limit: int, seed: int = 0) -> Source:
     if labels is None or not 0 < limit < len(source):
         return source
     order = np.random.default_rng(seed).permutation(len(labels))
-    drawn = labels[order]
-    ranks = np.empty(len(labels), np.int64)  # of every image within its class
-    for label in np.unique(labels):
-        members = drawn == label
-        ranks[members] = np.arange(members.sum())
+    ranks, _ = _ranks_in_class(labels[order])
     chosen = order[np.argsort(ranks, kind="stable")[:limit]]
     return Subset(source, np.sort(chosen))
 
@@ -98,8 +93,17 @@ def hold_out(labels: Tensor, share: float, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     drawn = (labels if labels.ndim == 1 else labels.new_zeros(len(labels))).cpu()[order]
+    ranks, counts = _ranks_in_class(drawn.numpy())
     chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label in drawn.unique():
-        members = order[drawn == label]
-        chosen[members[: max(math.floor(len(members) * share + 1e-9), len(members) > 1)]] = True
+    chosen[order] = torch.from_numpy(ranks < np.maximum(np.floor(counts * share + 1e-9), counts > 1))
     return chosen.to(labels.device)
+
+
+def _ranks_in_class(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the number of earlier images of every image's class, and of all of them, both int64 `[n]`."""
+    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    ranks = np.empty(len(labels), np.int64)
+    ranks[np.argsort(classes, kind="stable")] = np.arange(len(labels)) - np.repeat(
+        np.cumsum(counts) - counts, counts
+    )
+    return ranks, counts[classes]

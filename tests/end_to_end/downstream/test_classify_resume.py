@@ -28,6 +28,7 @@ from coma.errors import BadInput, CheckFailed, Interrupted
 from downstream.classify import plan, run_directory
 from downstream.classify.finetune import finetune
 from downstream.commands.classify import parse
+from pretrain.training.run_settings import lock_run
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -41,6 +42,14 @@ def whole(short: FinetuneConfig, no_curves: None, tmp_path_factory: pytest.TempP
 
 
 # resuming -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_second_process_is_refused(short, tmp_path, frozen):
+    config = to(short, tmp_path / "run", frozen=frozen)
+    with lock_run(config), pytest.raises(BadInput, match="another process is training in"):
+        finetune(config)
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_interrupted_and_resumed_is_uninterrupted(short, whole, tmp_path):

@@ -38,6 +38,7 @@ from coma.models import build_encoder
 from coma.objectives import build_objective
 from pretrain.training import pretrain, replay_nonfinite
 from pretrain.training.distributed import innermost_blocks, processes
+from pretrain.training.run_settings import lock_run
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -325,6 +326,13 @@ def test_what_one_process_finds_ends_both_with_one_message(codes, folder):
     assert first == second
     assert "agreed BadInput" in first
     assert "different numbers of images, [10, 9]" in first
+
+
+def test_a_run_that_others_train_is_refused_on_both(codes, folder, settings):
+    with lock_run(replace(settings, run=replace(settings.run, out=folder / "locked"))):
+        assert codes["locked"] == (2, 2)
+    first, second = codes.said("locked")
+    assert all(f"agreed BadInput another process is training in {folder}" in text for text in (first, second))
 
 
 def test_a_bad_image_on_one_process_ends_both(codes, folder):

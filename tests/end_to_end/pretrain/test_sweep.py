@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import fcntl
 import io
 import json
 import os
@@ -223,7 +224,7 @@ def test_a_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, ca
 
     done: set[str] = set()
     monkeypatch.setattr(process_pool.subprocess, "Popen", started)
-    monkeypatch.setattr(process_pool.fcntl, "flock", without_locks)
+    monkeypatch.setattr(fcntl, "flock", without_locks)
     monkeypatch.setattr(process_pool, "_POLL", 0.001)
     stop = process_pool.StopRequest()
     turns = iter(range(100))

@@ -3,9 +3,11 @@
 import errno
 import itertools
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ from short_runs import assert_same, at, interrupted, learned, stop_during
 from coma.atomic_io import write_whole
 from coma.errors import BadInput, CheckFailed
 from pretrain.training import pretrain
-from pretrain.training.checkpoint import read_state, write_state
+from pretrain.training.checkpoint import count_states, read_state, write_state
+from pretrain.training.run_plan import check_objective, check_space, disk_space
 from pretrain.training.train_step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -190,9 +193,49 @@ def test_a_full_disk_keeps_the_last_good_state(resumable, whole, tmp_path, capsy
         stop_during(patch, 5)
         pretrain(at(resumable, run), resume=True)
     assert "the last good state is step 4" in capsys.readouterr().err
-    assert sorted(path.name for path in (run / "state").iterdir()) == ["step-000002.pt", "step-000004.pt"]
+    assert [path.name for path in (run / "state").iterdir()] == ["step-000004.pt"]
     pretrain(at(resumable, run), resume=True)
     assert_same(run, whole)
+
+
+def test_the_oldest_state_makes_room_for_the_newest(tmp_path):
+    for step in (1, 2):
+        write_state(tmp_path, {"step": step}, keep=step - 1)
+    with pytest.MonkeyPatch.context() as patch:
+        sync = os.fsync
+
+        def room_for_two(number: int) -> None:
+            if len(list(tmp_path.glob("*step-*"))) > 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            sync(number)
+
+        patch.setattr("coma.atomic_io.os.fsync", room_for_two)
+        write_state(tmp_path, {"step": 3}, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002.pt", "step-000003.pt"]
+
+
+def test_the_states_of_a_run_take_no_more_room_than_is_asked_for(resumable, tmp_path):
+    run, taken = tmp_path / "run", []
+    config = at(resumable, run, save_steps=1)
+    sync = os.fsync
+
+    def measure(number: int) -> None:
+        sync(number)
+        taken.append(sum(path.stat().st_size for path in (run / "state").glob("*step-*")))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("coma.atomic_io.os.fsync", measure)
+        pretrain(config)
+    parameters = check_objective(config)
+    artifact = (run / "artifact" / "model.safetensors").stat().st_size
+    asked, extra = disk_space(config, parameters), 3 * 150_000  # names and settings
+    assert max(taken) + artifact < asked + extra
+    again = disk_space(config, parameters, saved=2)
+    assert again < asked / 2
+    assert count_states(run / "state") == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=again))
+        check_space(config, parameters)
 
 
 def test_metrics_wait_for_room(resumable, whole, tmp_path, capsys):
@@ -266,11 +309,12 @@ def test_a_disk_that_is_really_full(resumable, whole, small_disk, capsys):
     take = TrainStep.__call__
     with (
         pytest.MonkeyPatch.context() as patch,
-        pytest.raises(CheckFailed, match=r"written: state \(No space"),
+        pytest.raises(CheckFailed, match=r"written: artifact \(.*No space"),
     ):
         patch.setattr(TrainStep, "__call__", fill)
         pretrain(at(resumable, run))
-    assert "the last good state is step 4" in capsys.readouterr().err
+    assert "the last good state is step 6" in capsys.readouterr().err
+    assert [path.name for path in sorted((run / "state").iterdir())] == ["step-000006.pt", "step-000007.pt"]
     with pytest.raises(BadInput, match=r"needs [\d.]+ MB of disk, and [\d.]+ MB are free; make room"):
         pretrain(at(resumable, run), resume=True)
     ballast.unlink()

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import assert_same, at, interrupted, learned, stop_during
+from short_runs import assert_same, at, everything_in, interrupted, learned, stop_during
 
+from coma import cli
 from coma.artifact import load_artifact
 from coma.config import (
     DecoderConfig,
@@ -120,6 +121,38 @@ def test_kill_at_random_moments(resumable, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert int(ended.stdout.split()[-1]) >= 3
     assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused(resumable, whole, photos, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    interrupted(at(resumable, run), 4)
+    assert not (run / ".lock").exists()
+    message = f"another process is training in {run}; end it or choose another --out"
+    command = [sys.executable, "-c", HOLD, str(run / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline() == b"locked\n"
+        before = everything_in(run)
+        for arguments in (["--resume", run], [photos, "--out", run]):
+            capsys.readouterr()
+            assert cli.main(["pretrain", *map(str, arguments)]) == 2
+            assert message in capsys.readouterr().err
+        monkeypatch.setattr("pretrain.training.run_settings._check_lock", lambda _: None)
+        with pytest.raises(BadInput, match="another process is training in"):  # one that came in between
+            pretrain(at(resumable, run), resume=True)
+        assert everything_in(run) == before
+        other.kill()
+    pretrain(at(resumable, run), resume=True)
+    assert_same(run, whole)
+    assert not (run / ".lock").exists()
 
 
 def test_longer_runs_and_another_share_out_may_be_resumed(resumable, whole, tmp_path):

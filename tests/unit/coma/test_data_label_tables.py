@@ -1,7 +1,9 @@
 """Labels from CSV files: their forms, their splits, and every way they can be wrong."""
 
+import math
 import os
 import pickle
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from coma.data import Subset, align_labels, class_indices, open_labelled, open_labelled_splits, open_source
+from coma.data import (
+    ArraySource,
+    Source,
+    Subset,
+    align_labels,
+    balanced_subset,
+    class_indices,
+    open_labelled,
+    open_labelled_splits,
+    open_source,
+)
 from coma.data.listing import changes, list_data
 from coma.data.sources.subset import hold_out
 from coma.errors import BadImage, BadInput
@@ -80,6 +92,48 @@ def test_a_share_of_all_images_is_held_out():
     labels = torch.zeros(20, 3)
     assert int(hold_out(labels, 0.2, seed=0).sum()) == 4
     assert torch.equal(hold_out(labels, 0.2, seed=0), hold_out(labels, 0.2, seed=0))
+
+
+def held_out_slowly(labels: torch.Tensor, share: float, seed: int) -> torch.Tensor:
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = order[labels[order] == label]
+        chosen[members[: max(math.floor(len(members) * share + 1e-9), len(members) > 1)]] = True
+    return chosen
+
+
+def balanced_slowly(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    order = np.random.default_rng(seed).permutation(len(labels))
+    ranks = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        ranks[labels[order] == label] = np.arange((labels == label).sum())
+    return np.sort(order[np.argsort(ranks, kind="stable")[:limit]])
+
+
+def labelled(labels: np.ndarray) -> Source:
+    return ArraySource([np.zeros((1, 1, 3), np.uint8)] * len(labels), labels)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_class_gives_its_share(seed):
+    """Classes of one image, numbers without images, and shares that are no whole numbers included."""
+    draw = np.random.default_rng(seed)
+    labels = draw.integers(0, draw.integers(1, 60), 100)
+    share, limit = draw.uniform(0.01, 0.99), int(draw.integers(1, 100))
+    expected = held_out_slowly(torch.from_numpy(labels), share, seed)
+    assert torch.equal(hold_out(torch.from_numpy(labels), share, seed), expected)
+    part = balanced_subset(labelled(labels), limit, seed)
+    chosen = balanced_slowly(labels, limit, seed)
+    assert [part.describe(i) for i in range(len(part))] == [f"array[{i}]" for i in chosen]
+
+
+def test_many_classes_take_no_longer_than_few():
+    labels = np.random.default_rng(0).integers(0, 20_000, 200_000)
+    began = time.process_time()
+    hold_out(torch.from_numpy(labels), 0.2, seed=0)
+    balanced_subset(labelled(labels), 1000)
+    assert time.process_time() - began < 5
 
 
 def test_changed_labels_are_noticed(tmp_path):

@@ -5,9 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from coma.config import OptimizerConfig, encoder_preset, method_preset
+from coma.atomic_io import write_json
+from coma.config import (
+    FinetuneConfig,
+    FinetuneDataConfig,
+    FinetuneRunConfig,
+    OptimizerConfig,
+    encoder_preset,
+    method_preset,
+)
 from coma.config.serialization import read_config, to_plain
-from coma.config.settings_file import MAX_BYTES
+from coma.config.settings_file import MAX_BYTES, MAX_JSON_BYTES
 from coma.errors import BadInput
 from pretrain.commands.pretrain import parse
 
@@ -160,7 +168,6 @@ def bomb() -> str:
         ("a.toml", "a = " + "[" * 20_000, "is nested too deeply"),
         ("a.yaml", "\x00\x01", "not a readable settings file"),
         ("a.yaml", "a: 1\n" * MAX_BYTES, "is longer than 262,144 bytes"),
-        ("a.json", " " * MAX_BYTES + "{}", "is longer than 262,144 bytes"),
         ("a.yaml", "optimizer: {epochs: " + "9" * 5000 + "}", ""),
     ],
 )
@@ -172,6 +179,29 @@ def test_hostile_files_are_one_line(tmp_path, monkeypatch, name, text, message):
     assert message in str(raised.value)
     assert len(str(raised.value)) < 1000 + len(str(path)) and "\n" not in str(raised.value)
     assert [each.name for each in tmp_path.iterdir()] == [name]
+
+
+def test_a_run_with_many_classes_is_read_back(tmp_path):
+    names = tuple(f"{i:05d} Plantae Tracheophyta Magnoliopsida Asterales Asteraceae" for i in range(20_000))
+    data, run = FinetuneDataConfig(images=tmp_path), FinetuneRunConfig(out=tmp_path)
+    config = FinetuneConfig(artifact=Path("tiny-64"), data=data, run=run, class_names=names)
+    write_json(tmp_path / "config.json", to_plain(config))
+    assert (tmp_path / "config.json").stat().st_size > 4 * MAX_BYTES
+    assert read_config(tmp_path, FinetuneConfig) == config
+
+
+def test_the_lines_of_json_are_found_for_a_message_only(tmp_path, monkeypatch):
+    path = written(tmp_path, "a.json", '{"optimizer":\n{"epochs": 3}}')
+    with monkeypatch.context() as patch:
+        patch.setattr("coma.config.settings_file._load_yaml", pytest.fail)
+        assert read_config(path).optimizer.epochs == 3
+    path = written(tmp_path, "a.json", " " * MAX_BYTES + '{"optimizer": {"epoch": 3}}')
+    with pytest.raises(BadInput, match=r"a\.json: no setting optimizer\.epoch; did you mean epochs"):
+        read_config(path)
+    with path.open("r+b") as file:
+        file.truncate(MAX_JSON_BYTES + 1)
+    with pytest.raises(BadInput, match="is longer than 67,108,864 bytes"):
+        read_config(path)
 
 
 def test_aliases_are_fine_where_they_repeat_little(tmp_path):

@@ -6,22 +6,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from coma.data import ArraySource, Batch
-from pretrain.training.nonfinite_replay import advice
+from coma.config import DataConfig, PretrainConfig
+from coma.data import ArraySource, Batch, normalize
+from pretrain.training.nonfinite_replay import advice, save_nonfinite
+from pretrain.training.train_step import NotFinite
 
 GOOD = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 WEIGHTS = {"a": torch.ones(2), "b": torch.ones(3)}
 
 
-def advised(images: torch.Tensor, weights: dict[str, torch.Tensor] = WEIGHTS, std: float = 0.25) -> str:
-    source = ArraySource([np.zeros((8, 8, 3), np.uint8)] * 9)
-    plan: Any = SimpleNamespace(source=source, statistics=((0.5,) * 3, (std,) * 3))
-    first, second = images.split(2)
-    batches = [
+def batches_of(first: torch.Tensor, second: torch.Tensor) -> list[Batch]:
+    return [
         Batch(first, torch.zeros(2), torch.tensor([3, 1])),
         Batch(second, torch.zeros(2), torch.tensor([4, 8])),
     ]
+
+
+def advised(
+    images: torch.Tensor | list[Batch], weights: dict[str, torch.Tensor] = WEIGHTS, std: float = 0.25
+) -> str:
+    source = ArraySource([np.zeros((8, 8, 3), np.uint8)] * 9)
+    plan: Any = SimpleNamespace(source=source, statistics=((0.5,) * 3, (std,) * 3))
+    batches = batches_of(*images.split(2)) if isinstance(images, torch.Tensor) else images
     return advice(plan, batches, weights)
 
 
@@ -39,6 +47,16 @@ def test_ordinary_images_leave_the_learning_rate():
     one_blank = GOOD.clone()
     one_blank[0] = 0.5
     assert advised(one_blank).startswith("try a lower --base-lr")
+
+
+def test_8_bit_and_float_passes_are_saved_at_one_scale(tmp_path):
+    batches = batches_of((GOOD[:2] * 255).to(torch.uint8), GOOD[2:])
+    assert advised(batches).startswith("try a lower --base-lr")
+    config = PretrainConfig(data=DataConfig(images=tmp_path))
+    path = save_nonfinite(tmp_path, 1, NotFinite(1.0, 1.0), config, "fp32", batches, WEIGHTS, ["a"] * 4)
+    mean, std = (0.5,) * 3, (0.25,) * 3
+    alone = torch.cat([normalize(batch.images, mean, std) for batch in batches])
+    assert torch.equal(normalize(load_file(path)["images"], mean, std), alone)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
+import numpy as np
 import pytest
 import torch
 from short_runs import MODEL, OBJECTIVE, rows
@@ -291,8 +293,20 @@ def test_a_loss_that_is_no_number_stops_the_run_and_can_be_replayed(photos, tmp_
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
 
 
-def test_a_finite_step_replays_to_the_same_numbers(photos, tmp_path):
-    """So what a replay gives is what the step gave, drop path and accumulation included."""
+@pytest.fixture
+def mixed_depths(tmp_path: Path) -> Path:
+    """Eight images, every second one with 16 bits."""
+    noise = np.random.default_rng(0).integers(0, 256, (8, 24, 24, 3), np.uint8)
+    (tmp_path / "mixed").mkdir()
+    for number, pixels in enumerate(noise):
+        content = imagecodecs.png_encode(pixels.astype(np.uint16) * 257 if number % 2 else pixels)
+        (tmp_path / "mixed" / f"{number}.png").write_bytes(content)
+    return tmp_path / "mixed"
+
+
+@pytest.mark.parametrize(("images", "micro_batch"), [("photos", 2), ("mixed_depths", 1)])
+def test_a_finite_step_replays_to_the_same_numbers(request, tmp_path, images, micro_batch):
+    """So what a replay gives is what the step gave, drop path, accumulation and mixed depths included."""
     run, seen = tmp_path / "run", {}
     check = TrainStep._check
 
@@ -300,12 +314,13 @@ def test_a_finite_step_replays_to_the_same_numbers(photos, tmp_path):
         check(self, loss, grad_norm)
         seen["calls"] = seen.get("calls", 0) + 1
         if seen["calls"] == 4:
-            seen["values"] = (loss, grad_norm)
+            seen["values"], seen["dtypes"] = (loss, grad_norm), {b.images.dtype for b in self.batches}
             raise NotFinite(loss, grad_norm)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckFailed):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckFailed, match="try a lower --base-lr"):
         patch.setattr(TrainStep, "_check", refuse)
-        pretrain(settings(photos, run))
+        pretrain(settings(request.getfixturevalue(images), run, micro_batch=micro_batch))
+    assert len(seen["dtypes"]) == (2 if images == "mixed_depths" else 1)
     replay = replay_nonfinite(run / "nonfinite" / "step-000004.safetensors")
     assert replay == pytest.approx(seen["values"], rel=1e-6)
 
