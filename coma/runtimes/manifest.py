@@ -104,9 +104,7 @@ class Entry:
             BadInput: the manifest holds none that can be read.
         """
         texts = self.shapes
-        if (
-            len(texts) == 2
-        ):  # older files list equal shapes once; only the optimum's size and batch were timed
+        if len(texts) == 2:  # of older releases: equal shapes once, and only the optimum was timed
             timed = any(row.get("shape") == texts[1] for row in self.latency)
             texts = [texts[0], texts[timed], texts[1]]
         try:
