@@ -198,9 +198,8 @@ def accept_blobs(self: Any, data: Any) -> None:
     if about["type"] != "layer":
         return
     number, name = int(about["index"]), about["id"]
-    if not 0 <= number < MOST_LAYERS or not isinstance(name, str) or len(name) > _LONGEST_NAME:
-        raise ValueError("no layer of a drawing")
-    if len(content) > MAX_BYTES:
+    named = isinstance(name, str) and len(name) <= _LONGEST_NAME
+    if not 0 <= number < MOST_LAYERS or not named or len(content) > MAX_BYTES:
         raise ValueError("no layer of a drawing")
     BLOBS.add(name, number, content)
 

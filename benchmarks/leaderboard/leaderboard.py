@@ -11,9 +11,10 @@ at least the target's; its minutes follow from the time of a training step in tr
 `run.seconds_per_image`. TFLOP are those of a run of pre-training, in 10^12.
 
 To try an idea: add a row to ROWS, with the fewest images that you think will do, and run the first command.
-What is done is not done again, not even in another --work if all seeds of a row are in --out; `--minutes`
-stops after a while. Times are those of the last call, of the rows that it was asked for. Keep a row that
-beats the ones above it, and write down in `benchmarks/LOG.md` what was tried and did not.
+What is done is not done again, not even in another --work if all seeds of a row are in --out (a new --out
+measures all rows anew); `--minutes` stops after a while. Times are those of the last call, of the rows that
+it was asked for; `trained_on` in --out names the machine of each row's runs. Keep a row that beats the ones
+above it, and write down in `benchmarks/LOG.md` what was tried and did not.
 """
 
 from __future__ import annotations
@@ -110,10 +111,13 @@ def row(name: str, args: argparse.Namespace, test: Path) -> dict[str, tuple[Resu
     return {each: tuple(run for run in compared.results if run.method == each) for each in names}
 
 
-def measured(out: Path) -> dict[str, tuple[Result, ...]]:
-    """Returns the runs of the rows that an earlier call wrote, and none where there was no such call."""
-    kept = json.loads(out.read_text())["runs"] if out.exists() else {}
-    return {name: tuple(Result(**run) for run in some) for name, some in kept.items()}
+def measured(kept: dict[str, Any]) -> dict[str, tuple[Result, ...]]:
+    """Returns the runs that an earlier call wrote, but for rows that were described otherwise then."""
+    return {
+        name: tuple(Result(**run) for run in some)
+        for name, some in kept["runs"].items()
+        if name not in ROWS or kept["rows"].get(name) == asdict(ROWS[name])
+    }
 
 
 def summary(
@@ -160,15 +164,19 @@ def main() -> None:
     first = {step: name for name, step in reversed(steps.items())}  # rows may differ in their images alone
     times = seconds_per_image(args, test, tuple(wanted[name] for name in first.values()))
     seconds = {name: times[wanted[first[step]].name] for name, step in steps.items()}
-    found = measured(args.out)
+    kept = json.loads(args.out.read_text()) if args.out.exists() else {"runs": {}, "trained_on": {}}
+    found, trained_on = measured(kept), kept["trained_on"]
     for name in wanted:
-        if {run.seed for run in found.get(name, ())} < set(args.seeds):
-            found |= row(name, args, test)
+        if not set(args.seeds) <= {run.seed for run in found.get(name, ())}:
+            new = row(name, args, test)
+            found |= new
+            trained_on |= dict.fromkeys(new, describe())
         print(markdown([summary(each, found, seconds) for each in found]), flush=True)
         runs = {each: [asdict(run) for run in some] for each, some in found.items()}
         about = {
             "machine": describe(),
             "data": args.data.name,
+            "trained_on": trained_on,
             "rows": {name: asdict(row) for name, row in ROWS.items()},
             "finetune": [FINETUNE, FEW],
         }

@@ -100,8 +100,8 @@ def predict_classes(
     if top_k and top_k > len(names):
         log.info("--top-k %d: the classifier has %d classes, and all of them are given", top_k, len(names))
     k = min(top_k or TOP_K, len(names))
-    identity = {"model": model.spec.source, "precision": model.spec.precision}
-    about = {**identity, "top_k": k, "listing": listing_hash(source)[1]}
+    spec, listing = model.spec, listing_hash(source)[1]
+    about = {"model": spec.source, "precision": spec.precision, "top_k": k, "listing": listing}
     parts = PredictionParts(out, source, about, part_images)
     parts.make_folder()
     if done := parts.done():
