@@ -7,6 +7,7 @@ from typing import Any
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1500px !important; margin: 0 auto !important; }
 .gradio-container main { padding-top: 10px !important; gap: 8px; }
+body:not(:has(#result)) :is(#guide, footer) { visibility: hidden; }
 #header .prose { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 14px; }
 #header h1 { font-size: 1.5rem; font-weight: 700; margin: 0; letter-spacing: -.01em; }
 #header p { margin: 0; color: var(--body-text-color-subdued); }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from coma.artifact import ArtifactConfig, load_strict, save_artifact
 from coma.config import DyViTConfig, EncoderConfig
 from coma.errors import BadInput
+from coma.locks import lock_run
 from downstream.artifacts import (
     LIBRARIES,
     Kind,
@@ -43,7 +45,8 @@ def finetune(
         The artifact; None if the backbone is not one of ours.
 
     Raises:
-        BadInput: a configuration of another library, or one that cannot be trained.
+        BadInput: a configuration of another library, one that cannot be trained, or another process that
+            trains in the directory.
     """
     check_library(kind, config, source)
     if config.model.get("backbone", {}).get("type") in OURS:
@@ -51,13 +54,14 @@ def finetune(
         finetuned_config(kind, config, DyViTConfig(channels=channels))  # to fail before training, not after
     if resume:
         split_batch(config)
-    trained = runner.train(config, out, device=device, source=source, resume=resume)
-    model = getattr(trained.model, "module", trained.model)
-    encoder = getattr(model.backbone, "encoder", None)
-    if encoder is None:
-        return None
-    if is_main():
-        _publish(kind, config, out, trained, encoder.config)
+    with lock_run(out) if is_main() else nullcontext():
+        trained = runner.train(config, out, device=device, source=source, resume=resume)
+        model = getattr(trained.model, "module", trained.model)
+        encoder = getattr(model.backbone, "encoder", None)
+        if encoder is None:
+            return None
+        if is_main():
+            _publish(kind, config, out, trained, encoder.config)
     return out / "artifact"
 
 

@@ -32,6 +32,13 @@ def pytest_runtest_setup() -> None:
 
 
 @pytest.fixture(autouse=True)
+def no_scope_of_mmengine() -> None:
+    """Every test begins without the default scope that a run of another one left, which registries ask."""
+    if registry := sys.modules.get("mmengine.registry"):
+        registry.DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture(autouse=True)
 def logs_of_mmengine_are_closed() -> Iterator[None]:
     """No test leaves a log of mmengine open.
 

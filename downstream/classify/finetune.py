@@ -20,6 +20,7 @@ from coma.atomic_io import lies_among
 from coma.config import FinetuneConfig
 from coma.data import Batch, labelled_batches
 from coma.errors import BadInput
+from coma.locks import lock_run
 from coma.models.classifiers import build_classifier
 from coma.objectives.classification import Classification
 from downstream.classify.frozen import fit_head, head_summary, measure_head
@@ -28,7 +29,6 @@ from downstream.classify.run_directory import ClassifierRunDirectory
 from downstream.classify.validation import Validation
 from pretrain.training.console import TrainingConsole
 from pretrain.training.distributed import Processes, processes
-from pretrain.training.run_settings import lock_run
 from pretrain.training.run_summary import estimate
 from pretrain.training.trainer import Trainer
 
@@ -77,7 +77,7 @@ def finetune(
     began = time.monotonic()
     with _prepared(config, resume=resume) as (plan, group, console):
         if plan.config.optimizer.frozen:
-            with lock_run(plan.config):
+            with lock_run(plan.config.run.out):
                 best, test = fit_head(plan, group, console)
             last, steps = best, 0
         else:

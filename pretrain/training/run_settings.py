@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from typing import TypeVar
 
@@ -14,7 +11,7 @@ from coma.config import FinetuneConfig, ObjectiveConfig, PretrainConfig, ProbeCo
 from coma.config.serialization import flat, read_config, to_plain
 from coma.errors import BadInput
 from coma.library_errors import load_packages
-from coma.locks import lock
+from coma.locks import RUN_LOCK, lock_run
 from coma.objectives.teachers import may_have_moved
 from coma.paths import artifact_directory
 from coma.preflight import require_folder
@@ -29,9 +26,6 @@ _MAY_CHANGE = {
     *(f"probe.{field.name}" for field in fields(ProbeConfig)),
 }
 """Settings that a resumed run may change: locations, use of the machine, and length of the run."""
-
-_LOCK = ".lock"
-"""File that the process which trains in a run directory keeps locked, and removes at the end."""
 
 Settings = TypeVar("Settings", bound=PretrainConfig | FinetuneConfig)
 
@@ -53,40 +47,17 @@ def check_folder(config: Settings, resume: bool) -> Settings:
     return _resumed(config) if resume else _fresh(config)
 
 
-@contextmanager
-def lock_run(config: PretrainConfig | FinetuneConfig) -> Iterator[None]:
-    """Lets no other process train in the run directory; the lock ends with this one, even after kill -9.
-
-    Raises:
-        BadInput: another process is training there.
-        OSError: the directory cannot be written.
-    """
-    out = config.run.out
-    out.mkdir(parents=True, exist_ok=True)
-    number = os.open(out / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if not lock(number, out, "training") or not os.fstat(number).st_nlink:  # it was just removed
-            raise BadInput(f"another process is training in {out}; end it or choose another --out")
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                (out / _LOCK).unlink()
-    finally:
-        os.close(number)
-
-
 def _check_lock(config: PretrainConfig | FinetuneConfig) -> None:
     """Refuses a directory that another process is training in, before the images are opened."""
-    if (config.run.out / _LOCK).is_file():
-        with lock_run(config):
+    if (config.run.out / RUN_LOCK).is_file():
+        with lock_run(config.run.out):
             pass
 
 
 def _fresh(config: Settings) -> Settings:
     out = config.run.out
     require_folder(out)
-    if out.is_dir() and any(path.name != _LOCK for path in out.iterdir()):
+    if out.is_dir() and any(path.name != RUN_LOCK for path in out.iterdir()):
         if (out / "config.json").is_file():
             _check_lock(config)
             way_out = f"continue its run with `{resume_command(config)}`, or choose another --out"

@@ -18,6 +18,7 @@ import torch
 from coma.amp import choose_precision
 from coma.data import Batch
 from coma.errors import BadInput, CheckFailed, Interrupted
+from coma.locks import lock_run
 from coma.memory import guarded
 from coma.objectives import Objective
 from coma.objectives.classification import Classification
@@ -29,7 +30,7 @@ from pretrain.training.nonfinite_replay import stop_run
 from pretrain.training.optimizer import learning_rate
 from pretrain.training.run_directory import RunDirectory, weights_to_publish
 from pretrain.training.run_plan import RunPlan, check_resumable, extended
-from pretrain.training.run_settings import lock_run, resume_command
+from pretrain.training.run_settings import resume_command
 from pretrain.training.run_summary import Measurement, summary
 from pretrain.training.step_memory import check_step_memory
 from pretrain.training.throughput import Meter, peak_memory
@@ -89,7 +90,7 @@ class Trainer(ABC, Generic[AnyPlan]):
             self._set_up()
             with self.group.raise_on_all_ranks():
                 if self._directory:
-                    locked.enter_context(lock_run(plan.config))
+                    locked.enter_context(lock_run(plan.config.run.out))
             for line in self.summary():
                 self.console.say(line)
             self._begin(resume, allow_changed_data)

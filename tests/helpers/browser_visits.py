@@ -21,11 +21,16 @@ SHIFTS = """
 
 
 class Visit:
-    """A page that notes what it asks for, what it complains of, and how far its content moved (`shift`)."""
+    """A page that notes what it asks for, what it complains of, and how far its content moved (`shift`).
 
-    def __init__(self, browser: Any, address: str, **options: Any) -> None:
+    While it loads, its scripts run `slower` times as slowly, as on a phone.
+    """
+
+    def __init__(self, browser: Any, address: str, slower: int = 1, **options: Any) -> None:
         self.context = browser.new_context(**options)
         self.page = self.context.new_page()
+        throttle = self.context.new_cdp_session(self.page)
+        throttle.send("Emulation.setCPUThrottlingRate", {"rate": slower})
         self.page.set_default_timeout(60_000)
         self.page.add_init_script(SHIFTS)
         self.asked: list[str] = []
@@ -35,6 +40,7 @@ class Visit:
         self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
         self.page.goto(address)
         self.current()
+        throttle.send("Emulation.setCPUThrottlingRate", {"rate": 1})
 
     def current(self) -> None:
         """Waits until the result is that of the settings."""

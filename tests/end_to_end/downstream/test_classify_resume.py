@@ -25,10 +25,10 @@ from coma.artifact import (
 from coma.config import FinetuneConfig
 from coma.config.serialization import read_config
 from coma.errors import BadInput, CheckFailed, Interrupted
+from coma.locks import lock_run
 from downstream.classify import plan, run_directory
 from downstream.classify.finetune import finetune
 from downstream.commands.classify import parse
-from pretrain.training.run_settings import lock_run
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -47,7 +47,7 @@ def whole(short: FinetuneConfig, no_curves: None, tmp_path_factory: pytest.TempP
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_second_process_is_refused(short, tmp_path, frozen):
     config = to(short, tmp_path / "run", frozen=frozen)
-    with lock_run(config), pytest.raises(BadInput, match="another process is training in"):
+    with lock_run(config.run.out), pytest.raises(BadInput, match="another process is training in"):
         finetune(config)
     assert not list((tmp_path / "run").iterdir())
 

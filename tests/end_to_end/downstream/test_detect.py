@@ -18,6 +18,7 @@ from PIL import Image
 
 from coma.artifact import load_artifact, save_artifact
 from coma.errors import BadInput, CheckFailed, Interrupted
+from coma.locks import lock_run
 from downstream.commands.detect import run
 
 pytestmark = [pytest.mark.openmmlab, pytest.mark.filterwarnings("ignore")]  # mm's packages warn of each other
@@ -94,6 +95,8 @@ def test_a_stopped_run_goes_on_with_the_images_that_come_next(data, backbone, tm
             ]
         )
     halfway = torch.load(out / "iter_2.pth")
+    with lock_run(out), pytest.raises(BadInput, match="another process is training in"):
+        run(["train", "--resume", str(out)])
     run(["train", "--resume", str(out)])
     end = torch.load(out / "iter_3.pth")
     assert (halfway["meta"]["iter"], end["meta"]["iter"]) == (2, 3)

@@ -34,11 +34,11 @@ from coma.config import (
 from coma.config.serialization import to_plain
 from coma.errors import BadInput
 from coma.image_size import ImageSize
+from coma.locks import lock_run
 from coma.models import build_encoder
 from coma.objectives import build_objective
 from pretrain.training import pretrain, replay_nonfinite
 from pretrain.training.distributed import innermost_blocks, processes
-from pretrain.training.run_settings import lock_run
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -329,7 +329,7 @@ def test_what_one_process_finds_ends_both_with_one_message(codes, folder):
 
 
 def test_a_run_that_others_train_is_refused_on_both(codes, folder, settings):
-    with lock_run(replace(settings, run=replace(settings.run, out=folder / "locked"))):
+    with lock_run(folder / "locked"):
         assert codes["locked"] == (2, 2)
     first, second = codes.said("locked")
     assert all(f"agreed BadInput another process is training in {folder}" in text for text in (first, second))
