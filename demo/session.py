@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import unicodedata
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -76,8 +77,9 @@ class Session:
 
 
 def slug(text: str) -> str:
-    """Returns a text as part of a file name: letters and digits, joined by hyphens."""
-    return "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:100] or "picture"
+    """Returns a text as part of a file name: letters and digits of any script, joined by hyphens."""
+    name = "-".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text.lower())))
+    return name.encode()[:100].decode(errors="ignore") or "picture"
 
 
 def cards(rows: Sequence[tuple[str, str, str]]) -> str:

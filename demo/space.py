@@ -25,6 +25,7 @@ from pathlib import Path
 from string import Template
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from coma.errors import BadInput
 from coma.paths import artifact_directory
@@ -166,7 +167,7 @@ def pinned_requirements(extras: list[str]) -> list[str]:
         about = metadata.distribution(name)
         for text in about.requires or ():
             each = Requirement(text)
-            key = slug(each.name)
+            key = canonicalize_name(each.name)
             if key.startswith(_CUDA) or not _applies(each, wanted):
                 continue
             if key != DISTRIBUTION:

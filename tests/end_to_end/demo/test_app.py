@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from demo_files import models, served
+from gradio_client import handle_file
 from PIL import Image
 from upload_files import bad_files, good_files
 
@@ -48,7 +50,6 @@ def connect(page: Any, folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def photograph() -> Any:
     import skimage
-    from gradio_client import handle_file
 
     return handle_file(str(Path(skimage.__file__).parent / "data" / "coffee.png"))
 
@@ -174,7 +175,7 @@ def test_look_inside_compare_and_classify(client, photograph):
     assert found["label"] in ("cat", "cup", "face") and len(found["confidences"]) == 3
 
 
-def test_results_are_taken_home_under_telling_names(client, photograph):
+def test_results_are_taken_home_under_telling_names(client, photograph, tmp_path):
     settings = {"picture": photograph, "model": NAME, "method": "mae", "mask_ratio": 0.6, "seed": 3,
                 "resize_mode": "crop", "runtime": "PyTorch", "statistics": "visible",
                 "painted": None}  # fmt: skip
@@ -188,8 +189,9 @@ def test_results_are_taken_home_under_telling_names(client, photograph):
         client.predict(**{**settings, "picture": None}, api_name="/figure")
     chosen = {each: settings[each] for each in
               ("picture", "model", "seed", "resize_mode", "runtime", "statistics")}  # fmt: skip
+    chosen["picture"] = handle_file(shutil.copy(photograph["path"], tmp_path / "Кошка 猫.png"))
     animation, text, rows = client.predict(**chosen, api_name="/mask_ratios")
-    assert Path(animation).name == "coffee-small-mask-ratios-seed-3.gif"
+    assert Path(animation).name == "кошка-猫-small-mask-ratios-seed-3.gif"
     with Image.open(animation) as film:
         assert film.format == "GIF" and getattr(film, "n_frames", 0) == len(rows) == 8  # of 3 x 3 units
     shares = [row["mask_ratio"] for row in rows]

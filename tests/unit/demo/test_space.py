@@ -78,7 +78,7 @@ def test_models_of_like_names_have_folders_of_their_own(tmp_path):
     given: Any = Given({name: Model(name, "pretrained", config, made[0], []) for name in names})
     write_space(tmp_path / "space", given)
     folders = sorted(path.parent.name for path in (tmp_path / "space").glob("models/*/model.safetensors"))
-    assert folders == ["picture", "picture-2", "run-a", "run-a-2"]
+    assert folders == ["run-a", "run-a-2", "модель", "模型"]
 
 
 @pytest.mark.parametrize(
