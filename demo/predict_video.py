@@ -68,7 +68,7 @@ def _detect(
 ) -> FramePrediction:
     found, colours = detect(runtime, pixels, model.class_names(), score), model.palette()
     masks = [(each.mask, colours[each.number]) for each in found[:MOST_SHOWN] if each.mask is not None]
-    drawn = _draw_masks(frame, masks)
+    drawn = draw_masks(frame, masks)
     if first := found[:MOST_SHOWN]:
         boxes, labels = torch.tensor([each.box for each in first]), [f"{e.name} {e.score:.2f}" for e in first]
         drawn = draw_boxes(drawn, boxes, labels, [colours[each.number] for each in first])
@@ -80,7 +80,7 @@ def _segment(
 ) -> FramePrediction:
     classes, colours = segment(runtime, pixels), model.palette()
     found = shares(classes, model.class_names())
-    drawn = _draw_masks(frame, [(classes == number, colours[number]) for number, _, _ in found])
+    drawn = draw_masks(frame, ((classes == number, colours[number]) for number, _, _ in found))
     first = found[:MOST_LABELS]
     labels = [f"{name} {share:.0%}" for _, name, share in first]
     drawn = draw_labels(drawn, labels, [colours[number] for number, _, _ in first])
@@ -93,13 +93,6 @@ _PREDICT: dict[GraphKind, Callable[..., FramePrediction]] = {
     "detector": _detect,
     "segmentor": _segment,
 }
-
-
-def _draw_masks(frame: np.ndarray, masks: Sequence[tuple[np.ndarray, tuple[int, int, int]]]) -> np.ndarray:
-    if not masks:
-        return frame
-    parts, colours = zip(*masks, strict=True)
-    return draw_masks(frame, torch.from_numpy(np.stack(parts)), colours)
 
 
 def count_classes(form: GraphKind, frames: Sequence[FramePrediction]) -> list[tuple[str, int, float]]:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.utils import draw_bounding_boxes
 
 from coma.fonts import font_file
 
 Colour = tuple[int, int, int]
 
 
-def draw_masks(picture: np.ndarray, masks: Tensor, colours: Sequence[Colour]) -> np.ndarray:
-    """Returns the picture, uint8 `[H, W, 3]`, tinted where the masks, bool `[n, H, W]`, are true."""
-    if not len(masks):
-        return picture
-    drawn = draw_segmentation_masks(_image(picture), masks, alpha=0.5, colors=list(colours))
-    return drawn.permute(1, 2, 0).numpy()
+def draw_masks(picture: np.ndarray, masks: Iterable[tuple[np.ndarray, Colour]]) -> np.ndarray:
+    """Returns the picture, uint8 `[H, W, 3]`, tinted by masks, each bool `[H, W]` with its colour.
+
+    They are drawn one by one, so that they need not all be in memory; the first one is on top.
+    """
+    tinted, free = picture.copy(), np.ones(picture.shape[:2], dtype=bool)
+    for mask, colour in masks:
+        tinted[mask & free] = colour
+        free &= ~mask
+    return ((picture.astype(np.uint16) + tinted) // 2).astype(np.uint8)
 
 
 def draw_boxes(

@@ -145,10 +145,12 @@ def _object_cell(
     labels = [number[each["category_id"]] for each in objects]
     colours = [palette[label] for label in labels]
     pixels = np.asarray(picture)
-    masks = [_small_mask(each, image, picture.size) for each in objects if each.get("segmentation")]
-    if masks:
-        tints = [colour for each, colour in zip(objects, colours, strict=True) if each.get("segmentation")]
-        pixels = draw_masks(pixels, torch.from_numpy(np.stack(masks)), tints)
+    masks = [
+        (_small_mask(each, image, picture.size), colour)
+        for each, colour in zip(objects, colours, strict=True)
+        if each.get("segmentation")
+    ]
+    pixels = draw_masks(pixels, masks)
     corners = [(x, y, x + w, y + h) for x, y, w, h in (each["bbox"] for each in objects)]
     boxes = torch.tensor(corners, dtype=torch.float32).reshape(-1, 4) * scale
     words = [

@@ -24,6 +24,7 @@ from downstream.datasets.label_classes import dataset_meta
 from downstream.datasets.masks import encode_runs
 from downstream.draw import draw_boxes, draw_masks
 from downstream.frames import VideoWriter, is_video, read_frames
+from downstream.placed_masks import cut
 from downstream.prediction_files import PredictionFiles, output_stems
 from downstream.tiles import predict_tiles
 
@@ -164,6 +165,9 @@ def _predictor(model: nn.Module, config: ArtifactConfig, device: torch.device) -
             best = logits.softmax(dim=0).amax(dim=0, keepdim=True) if len(logits) > 1 else logits.sigmoid()
             sample.confidence = PixelData(data=best)
             del sample.seg_logits
+        if "masks" in sample.get("pred_instances", ()):
+            found = sample.pred_instances
+            found.masks = [cut(np.asarray(mask, dtype=bool)) for mask in found.masks]
         return sample
 
     return predict_one
@@ -216,8 +220,8 @@ def coco_results(prediction: Prediction, category_ids: list[int]) -> list[dict[s
         if "masks" in found:
             from pycocotools import mask
 
-            own = torch.as_tensor(found.masks[i]).numpy().astype(np.uint8)
-            runs: Any = mask.encode(np.asfortranarray(own))
+            whole = found.masks[i].whole(*prediction.pixels.shape[:2])
+            runs: Any = mask.encode(np.asfortranarray(whole.astype(np.uint8)))
             result["segmentation"] = {"size": runs["size"], "counts": runs["counts"].decode("ascii")}
         results.append(result)
     return results
@@ -341,7 +345,8 @@ def _draw_detections(pixels: np.ndarray, found: Any, meta: dict[str, Any]) -> np
     labels = [int(label) for label in found.labels]
     colours = [meta["palette"][label] for label in labels]
     if "masks" in found:
-        pixels = draw_masks(pixels, found.masks.bool(), colours)
+        masks = (mask.whole(*pixels.shape[:2]) for mask in found.masks)
+        pixels = draw_masks(pixels, zip(masks, colours, strict=True))
     names = [f"{meta['classes'][i]} {score:.2f}" for i, score in zip(labels, found.scores, strict=True)]
     return draw_boxes(pixels, found.bboxes, names, colours)
 

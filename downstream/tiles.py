@@ -56,16 +56,15 @@ def _spans(length: int, side: int, overlap: float) -> list[tuple[int, int, int, 
     ]
 
 
-def detect_in_tiles(tiles: Sequence[Tile], found: Sequence[Any], height: int, width: int) -> Any:
+def detect_in_tiles(tiles: Sequence[Tile], found: Sequence[Any]) -> Any:
     """Returns the objects of all tiles in pixels of the picture, the best first, each one once.
 
     Objects of the same tile do not suppress each other: the detector has decided about those.
 
     Args:
         tiles: The tiles.
-        found: InstanceData of every tile, with `bboxes`, `scores`, `labels` and perhaps `masks`.
-        height: Height of the picture in pixels.
-        width: Width of the picture in pixels.
+        found: InstanceData of every tile, with `bboxes`, `scores`, `labels` and perhaps `masks`, a list of
+            `PlacedMask`.
     """
     from mmengine.structures import InstanceData
 
@@ -76,14 +75,12 @@ def detect_in_tiles(tiles: Sequence[Tile], found: Sequence[Any], height: int, wi
     kept = suppress(boxes, scores, labels, origin)
     joined = InstanceData(bboxes=boxes[kept], scores=scores[kept], labels=labels[kept])
     if all("masks" in each for each in found):
-        places = [(i, row) for i, each in enumerate(found) for row in range(len(each))]
-        masks = torch.zeros(len(kept), height, width, dtype=torch.bool)
-        for whole, place in zip(masks, kept.tolist(), strict=True):
-            i, row = places[place]
-            tile = tiles[i]
-            part = torch.as_tensor(found[i].masks[row]).bool()
-            whole[tile.top : tile.bottom, tile.left : tile.right] = part
-        joined.masks = masks
+        moved = [
+            mask.moved(tile.left, tile.top)
+            for tile, of in zip(tiles, found, strict=True)
+            for mask in of.masks
+        ]
+        joined.masks = [moved[i] for i in kept.tolist()]
     return joined
 
 
@@ -137,7 +134,7 @@ def predict_tiles(
     whole = samples[0].new()
     whole.set_metainfo({**samples[0].metainfo, "ori_shape": (height, width), "img_shape": (height, width)})
     if "pred_instances" in samples[0]:
-        whole.pred_instances = detect_in_tiles(tiles, [s.pred_instances for s in samples], height, width)
+        whole.pred_instances = detect_in_tiles(tiles, [s.pred_instances for s in samples])
     else:
         for name in ("pred_sem_seg", "confidence"):
             if name in samples[0]:

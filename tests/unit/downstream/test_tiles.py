@@ -2,12 +2,14 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from downstream.tiles import join_maps, suppress, tiles_of
+from downstream.placed_masks import cut
+from downstream.tiles import Tile, detect_in_tiles, join_maps, suppress, tiles_of
 
 pytestmark = pytest.mark.openmmlab
 
@@ -46,3 +48,23 @@ def test_boxes_of_two_tiles_are_one_object_where_they_overlap_or_contain_each_ot
     assert suppress(boxes.float(), scores, labels, origin).tolist() == [0, 3, 4, 5]
     assert suppress(boxes.float(), scores, labels, torch.zeros(6)).tolist() == [0, 1, 2, 3, 4, 5]
     assert suppress(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), torch.zeros(0)).tolist() == []
+
+
+def test_masks_lie_where_their_tiles_do_and_take_no_more_than_their_objects():
+    """Whole masks of these two objects would take 80 GB."""
+    from mmengine.structures import InstanceData
+
+    side = 200_000
+    tiles = [Tile(at, at, at + 64, at + 64, (at, at, at + 64, at + 64)) for at in (0, side - 64)]
+    mask = np.zeros((64, 64), dtype=bool)
+    mask[2:5, 7:9] = True
+    objects = InstanceData(
+        bboxes=torch.tensor([[7.0, 2, 9, 5]]), scores=torch.ones(1), labels=torch.zeros(1), masks=[cut(mask)]
+    )
+    found = detect_in_tiles(tiles, [objects, objects])
+    first, last = found.masks
+    assert first[:2] == (7, 2) and last[:2] == (side - 64 + 7, side - 64 + 2)
+    assert first.pixels.shape == (3, 2) and first.pixels.all()
+    assert np.array_equal(first.whole(64, 64), mask)
+    assert [len(each.masks) for each in (found[torch.tensor([False, True])], found[:0])] == [1, 0]
+    assert not cut(np.zeros((4, 4), dtype=bool)).whole(4, 4).any()
