@@ -71,11 +71,13 @@ def decode_tiff(data: bytes) -> DecodedImage | None:
     import tifffile
 
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        page = file.pages.first
+        page, series = file.pages.first, file.series[0]
         jpeg = page.compression in (_OLD_JPEG, _JPEG) and page.samplesperpixel in (1, 3)
-        if jpeg or _needs_pillow(page):
+        if _needs_pillow(page):
+            _check_one_page(series)
             return None
-        series = file.series[0]
+        if jpeg and len(series.pages) == 1:
+            return None
         check_size(*series.shape)
         return _decoded(_by_axes(series.asarray(maxworkers=1), series.axes), page)
 
@@ -144,6 +146,8 @@ def _layout(tiff: TiffFile) -> TiffLayout:
                 "much for reading windows; store it in tiles: gdal_translate -co TILED=YES -co "
                 "COMPRESS=DEFLATE -co BIGTIFF=IF_SAFER IN.tif OUT.tif"
             )
+    else:
+        _check_one_page(series)
     height, width = page.imagelength, page.imagewidth
     check_size(height, width, page.samplesperpixel)
     if _orientation(page) >= 5:
@@ -253,6 +257,20 @@ def _needs_pillow(page: TiffPage, *, by_windows: bool = False) -> bool:
     return page.compression == _OLD_JPEG and page.samplesperpixel in (1, 3)
 
 
+def _check_one_page(series: TiffPageSeries) -> None:
+    """Refuses a stack of frames of which Pillow would decode the first; reduced images are other series.
+
+    Raises:
+        BadImage: It has several pages.
+    """
+    if len(series.pages) > 1:
+        raise _frames(series.axes, series.shape)
+
+
+def _frames(axes: str, shape: tuple[int, ...]) -> BadImage:
+    return BadImage(f"axes {axes} of shape {shape} are not one image: save one file per frame")
+
+
 def _decoded(array: np.ndarray, page: TiffPage) -> DecodedImage:
     """Returns stored pixels `[H, W, C]` as an image: upright, with missing values and opacity marked."""
     pixels = to_supported_dtype(array)
@@ -306,7 +324,7 @@ def _by_axes(array: np.ndarray, axes: str) -> np.ndarray:
             return np.moveaxis(array, 0, 2)
         case "QYX" | "IYX":  # pages without a stated meaning
             return to_hwc(array)
-    raise BadImage(f"axes {axes} of shape {array.shape} are not one image: save one file per frame")
+    raise _frames(axes, array.shape)
 
 
 def _unmultiply(pixels: np.ndarray) -> np.ndarray:

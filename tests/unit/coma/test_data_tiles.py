@@ -92,6 +92,13 @@ def test_channels_in_pages_are_put_together(tmp_path, options):
     assert_windows(tmp_path, "a.tif", FIVE)
 
 
+def test_channels_in_pages_of_one_large_strip_are_decoded_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode_tiff, "_LARGEST_SEGMENT", 1000)
+    stored = tiff(np.moveaxis(FIVE, 2, 0), photometric="minisblack", compression="zlib", rowsperstrip=1000)
+    (tmp_path / "a.tif").write_bytes(stored)
+    assert_windows(tmp_path, "a.tif", FIVE)
+
+
 @pytest.mark.parametrize("colours", ["rgb", "ycbcr", "minisblack"])
 def test_tiles_of_jpegs_are_decoded_on_their_own(tmp_path, colours):
     """As in the files of slide scanners."""
