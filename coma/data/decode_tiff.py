@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from coma.data.codestreams import check_codestream
+from coma.data.codestreams import check_codestream, codestream_size
 from coma.data.decode_arrays import max_value, to_hwc, to_supported_dtype
 from coma.data.image import (
     MAX_VALUES,
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 _ASSOCIATED, _UNASSOCIATED = 1, 2  # TIFF 6.0, ExtraSamples: premultiplied and ordinary opacity
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _YCBCR = 0, 1, 2, 6  # TIFF 6.0, PhotometricInterpretation
 _OLD_JPEG, _JPEG = 6, 7  # TIFF 6.0 and its supplement 2, Compression
+_JPEGS = (_OLD_JPEG, _JPEG, 33007, 34892)
+_SIZED = (*_JPEGS, 33003, 33004, 33005, 34712, 34933, 50001, 34927)  # JPEG 2000, PNG, WebP
+"""Compressions whose tiles and strips have a header with a size of their own."""
 _GDAL_NODATA = 42113  # a number as text, for all channels
 _LARGEST_SEGMENT = 1 << 27
 """Bytes of a decoded tile or strip from which on an image is not read by windows."""
@@ -79,6 +82,10 @@ def decode_tiff(data: bytes) -> DecodedImage | None:
         if jpeg and len(series.pages) == 1:
             return None
         check_size(*series.shape)
+        for each in series.pages:
+            if each is not None and each.keyframe.compression in _SIZED:
+                for start, count in zip(each.dataoffsets, each.databytecounts, strict=False):
+                    _check_segment(each, data[start : start + count])
         return _decoded(_by_axes(series.asarray(maxworkers=1), series.axes), page)
 
 
@@ -212,9 +219,24 @@ def _decode_segment(file: BinaryIO, page: Any, index: int, size: int) -> np.ndar
     if form.compression == _JPEG:
         options = {"jpegtables": page.jpegtables, "jpegheader": form.jpegheader}
     if data is not None:
-        check_codestream(data, *_segment_shape(form))
+        _check_segment(page, data)
     pixels, _, shape = form.decode(data, index, **options)
     return np.full(shape[1:], form.nodata, form.dtype) if pixels is None else pixels[0]
+
+
+def _check_segment(page: Any, data: bytes) -> None:
+    """Refuses a tile or strip whose own header has another size than the page, before memory is allocated.
+
+    Raises:
+        BadImage: The size is larger, or is not found where the decoder might find one.
+    """
+    form = page.keyframe
+    if not data or form.compression not in _SIZED:
+        return
+    stream = (form.jpegheader or b"") + data if form.compression in _JPEGS else data
+    if codestream_size(stream) is None:
+        raise BadImage("is damaged: a tile or strip does not say its size")
+    check_codestream(stream, *_segment_shape(form))
 
 
 def _segment_shape(page: Any) -> tuple[int, int]:

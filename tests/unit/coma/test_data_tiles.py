@@ -356,6 +356,10 @@ def test_a_tile_that_claims_to_be_larger_is_refused(tmp_path):
         imagecodecs.jpeg2k_encode(COLOUR, codecformat="J2K"),
         imagecodecs.jpeg2k_encode(COLOUR, codecformat="JP2"),
         imagecodecs.ljpeg_encode(GREY),
+        imagecodecs.png_encode(COLOUR),
+        imagecodecs.webp_encode(COLOUR, lossless=True),
+        encoded(Image.fromarray(COLOUR), "WEBP", quality=50),
+        encoded(Image.fromarray(COLOUR), "WEBP", exif=Image.Exif()),
     ],
 )
 def test_the_size_of_streams_is_read(stream):
