@@ -83,7 +83,7 @@ def write_whole(path: Path, write: Write) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically, in UTF-8; names of files that are not become escapes; see `write_whole`."""
+    """Writes a text file atomically, in UTF-8; names that are not UTF-8 become escapes; see `write_whole`."""
     write_whole(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 

@@ -83,7 +83,7 @@ def decode_tiff(data: bytes) -> DecodedImage | None:
             return None
         check_size(*series.shape)
         for each in series.pages:
-            if each is not None and each.keyframe.compression in _SIZED:
+            if each is not None and page.compression in _SIZED:
                 for start, count in zip(each.dataoffsets, each.databytecounts, strict=False):
                     _check_segment(each, data[start : start + count])
         return _decoded(_by_axes(series.asarray(maxworkers=1), series.axes), page)
