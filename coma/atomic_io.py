@@ -83,8 +83,8 @@ def write_whole(path: Path, write: Write) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically, in UTF-8; see `write_whole`."""
-    write_whole(path, lambda file: file.write(text.encode()))
+    """Writes a text file atomically, in UTF-8; names that are not UTF-8 become escapes; see `write_whole`."""
+    write_whole(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def write_json(path: Path, plain: Any, indent: int | None = 2) -> None:

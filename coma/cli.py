@@ -13,6 +13,7 @@ import ast
 import difflib
 import errno
 import importlib.util
+import io
 import logging
 import os
 import platform
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["PYTHONSAFEPATH"] = "1"  # worker processes: no file of the current folder is imported there
     if "OMP_WAIT_POLICY" not in os.environ:  # libgomp reads both when torch loads it
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    _print_all_names()
     show_traceback = arguments[:1] == ["--traceback"]
     try:
         code = _dispatch(arguments[show_traceback:])
@@ -105,12 +107,19 @@ def _unexpected(error: Exception) -> int:
     summary = f"{type(error).__name__}: {text}".partition("\n")[0]
     try:
         number, path = tempfile.mkstemp(prefix="coma-traceback-", suffix=".txt")
-        with open(number, "w", encoding="utf-8") as file:
+        with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
             traceback.print_exc(file=file)
     except OSError:  # no disk takes it, so the terminal has to
         traceback.print_exc()
         path = "the traceback above"
     return _fail(f"this is a fault of coma ({summary}); please report it with {path}", 1)
+
+
+def _print_all_names() -> None:
+    """Lets names of files that are not UTF-8 be printed as escapes, where they would end the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -45,6 +45,7 @@ _LARGEST = 1e37
 """Larger floats are missing values: nodata is usually about -3.4e38, the smallest float."""
 _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NPY = b"\x93NUMPY"
 _GIF = (b"GIF87a", b"GIF89a")
@@ -109,12 +110,29 @@ def image_size(file: BinaryIO) -> tuple[int, int]:
         Exception: It is not such an image: see `naming_errors`.
     """
     head = file.read(HEAD)
+    late = head.startswith(_PNG) and _metadata_follow_pixels(file)
     file.seek(0)
     with _open(head, file) as image:
         check_size(*image.size, 3)
         width, height = image.size
-        turned = image.format != "PNG" and _orientation(image) >= 5  # Pillow would decode a PNG to tell
-        return (width, height) if turned else (height, width)
+        if late:
+            image.load()
+        elif image.format == "PNG":
+            image.info.setdefault("exif")  # else Pillow would decode the pixels to look behind them
+        return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+def _metadata_follow_pixels(png: BinaryIO) -> bool:
+    """Returns whether a PNG has chunks behind its pixels that may hold its orientation."""
+    png.seek(len(_PNG))
+    pixels = False
+    while len(head := png.read(8)) == 8:  # length and type of a chunk; its content and a checksum follow
+        kind = head[4:]
+        if pixels and kind in _PNG_METADATA:
+            return True
+        pixels = pixels or kind == b"IDAT"
+        png.seek(int.from_bytes(head[:4]) + 4, io.SEEK_CUR)
+    return False
 
 
 def fill_missing(image: DecodedImage) -> DecodedImage:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from coma.data.codestreams import check_codestream
+from coma.data.codestreams import check_codestream, codestream_size
 from coma.data.decode_arrays import max_value, to_hwc, to_supported_dtype
 from coma.data.image import (
     MAX_VALUES,
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 _ASSOCIATED, _UNASSOCIATED = 1, 2  # TIFF 6.0, ExtraSamples: premultiplied and ordinary opacity
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _YCBCR = 0, 1, 2, 6  # TIFF 6.0, PhotometricInterpretation
 _OLD_JPEG, _JPEG = 6, 7  # TIFF 6.0 and its supplement 2, Compression
+_JPEGS = (_OLD_JPEG, _JPEG, 33007, 34892)
+_SIZED = (*_JPEGS, 33003, 33004, 33005, 34712, 34933, 50001, 34927)  # JPEG 2000, PNG, WebP
+"""Compressions whose tiles and strips have a header with a size of their own."""
 _GDAL_NODATA = 42113  # a number as text, for all channels
 _LARGEST_SEGMENT = 1 << 27
 """Bytes of a decoded tile or strip from which on an image is not read by windows."""
@@ -71,12 +74,18 @@ def decode_tiff(data: bytes) -> DecodedImage | None:
     import tifffile
 
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        page = file.pages.first
+        page, series = file.pages.first, file.series[0]
         jpeg = page.compression in (_OLD_JPEG, _JPEG) and page.samplesperpixel in (1, 3)
-        if jpeg or _needs_pillow(page):
+        if _needs_pillow(page):
+            _check_one_page(series)
             return None
-        series = file.series[0]
+        if jpeg and len(series.pages) == 1:
+            return None
         check_size(*series.shape)
+        for each in series.pages:
+            if each is not None and page.compression in _SIZED:
+                for start, count in zip(each.dataoffsets, each.databytecounts, strict=False):
+                    _check_segment(each, data[start : start + count])
         return _decoded(_by_axes(series.asarray(maxworkers=1), series.axes), page)
 
 
@@ -144,6 +153,8 @@ def _layout(tiff: TiffFile) -> TiffLayout:
                 "much for reading windows; store it in tiles: gdal_translate -co TILED=YES -co "
                 "COMPRESS=DEFLATE -co BIGTIFF=IF_SAFER IN.tif OUT.tif"
             )
+    else:
+        _check_one_page(series)
     height, width = page.imagelength, page.imagewidth
     check_size(height, width, page.samplesperpixel)
     if _orientation(page) >= 5:
@@ -208,9 +219,24 @@ def _decode_segment(file: BinaryIO, page: Any, index: int, size: int) -> np.ndar
     if form.compression == _JPEG:
         options = {"jpegtables": page.jpegtables, "jpegheader": form.jpegheader}
     if data is not None:
-        check_codestream(data, *_segment_shape(form))
+        _check_segment(page, data)
     pixels, _, shape = form.decode(data, index, **options)
     return np.full(shape[1:], form.nodata, form.dtype) if pixels is None else pixels[0]
+
+
+def _check_segment(page: Any, data: bytes) -> None:
+    """Refuses a tile or strip whose own header has another size than the page, before memory is allocated.
+
+    Raises:
+        BadImage: The size is larger, or is not found where the decoder might find one.
+    """
+    form = page.keyframe
+    if not data or form.compression not in _SIZED:
+        return
+    stream = (form.jpegheader or b"") + data if form.compression in _JPEGS else data
+    if codestream_size(stream) is None:
+        raise BadImage("is damaged: a tile or strip does not say its size")
+    check_codestream(stream, *_segment_shape(form))
 
 
 def _segment_shape(page: Any) -> tuple[int, int]:
@@ -251,6 +277,20 @@ def _needs_pillow(page: TiffPage, *, by_windows: bool = False) -> bool:
     if not plain and photometric != _WHITE_IS_ZERO:
         raise BadImage(f"{bits}-bit TIFF with photometric {photometric} is not supported")
     return page.compression == _OLD_JPEG and page.samplesperpixel in (1, 3)
+
+
+def _check_one_page(series: TiffPageSeries) -> None:
+    """Refuses a stack of frames of which Pillow would decode the first; reduced images are other series.
+
+    Raises:
+        BadImage: It has several pages.
+    """
+    if len(series.pages) > 1:
+        raise _frames(series.axes, series.shape)
+
+
+def _frames(axes: str, shape: tuple[int, ...]) -> BadImage:
+    return BadImage(f"axes {axes} of shape {shape} are not one image: save one file per frame")
 
 
 def _decoded(array: np.ndarray, page: TiffPage) -> DecodedImage:
@@ -306,7 +346,7 @@ def _by_axes(array: np.ndarray, axes: str) -> np.ndarray:
             return np.moveaxis(array, 0, 2)
         case "QYX" | "IYX":  # pages without a stated meaning
             return to_hwc(array)
-    raise BadImage(f"axes {axes} of shape {array.shape} are not one image: save one file per frame")
+    raise _frames(axes, array.shape)
 
 
 def _unmultiply(pixels: np.ndarray) -> np.ndarray:

@@ -51,6 +51,9 @@ def encode(image: DecodedImage, quality: int) -> tuple[str, bytes]:
 
     layout = {"photometric": "minisblack", "compression": "zlib", "metadata": None}
     if channels > 1:
-        layout |= {"planarconfig": "contig", "extrasamples": ["unspecified"] * (channels - 1)}
+        extras = ["unspecified"] * (channels - 1)
+        if image.alpha:
+            extras[-1] = "unassalpha"
+        layout |= {"planarconfig": "contig", "extrasamples": extras}
     tifffile.imwrite(buffer, pixels, **layout)
     return ".tif", buffer.getvalue()

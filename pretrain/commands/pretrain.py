@@ -39,7 +39,6 @@ from coma.config import (
     PretrainConfig,
     ProbeConfig,
     RunConfig,
-    TeacherConfig,
     decoder_dim,
     encoder_preset,
     method_preset,
@@ -261,9 +260,10 @@ def _with_teacher(objective: ObjectiveConfig, first: Presets) -> ObjectiveConfig
         raise BadInput(
             f"{flag} belongs to --method {' and '.join(taught)}; give one of them, or leave it out"
         )
+    teacher = replace(objective.teacher, weights=first.teacher_weights)
     if first.teacher:
-        return replace(objective, teacher=TeacherConfig(first.teacher, first.teacher_weights))
-    return replace(objective, teacher=replace(objective.teacher, weights=first.teacher_weights))
+        teacher = replace(teacher, name=first.teacher, sha256=None)
+    return replace(objective, teacher=teacher)
 
 
 def _with_any_weights(objective: ObjectiveConfig) -> ObjectiveConfig:

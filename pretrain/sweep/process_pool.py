@@ -162,7 +162,7 @@ class ProcessPool:
     def _process(self, job: Job, slot: int, locks: tuple[int, int]) -> subprocess.Popen[bytes]:
         command = [*CHILD, *map(str, job.arguments())]
         with self._log(job).open("ab") as log:
-            log.write(f"\n$ coma {' '.join(command[len(CHILD) :])}\n".encode())
+            log.write(f"\n$ coma {' '.join(command[len(CHILD) :])}\n".encode(errors="backslashreplace"))
             log.flush()
             return subprocess.Popen(
                 command,

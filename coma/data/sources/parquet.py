@@ -72,6 +72,7 @@ class ParquetSource(EncodedSource):
                 called image, a row group is too large, or there is no row.
         """
         super().__init__(location)
+        self._unlabelled_reason = ""
         _import_pyarrow()
         self._reader = _Reader(list(files))
         schema = self._reader.open(0).schema_arrow
@@ -111,6 +112,12 @@ class ParquetSource(EncodedSource):
         self._load_labels()
         return super().label(i)
 
+    @property
+    def unlabelled_reason(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Why the images have no labels although there is a column of them, which is read to tell."""
+        self._load_labels()
+        return self._unlabelled_reason
+
     def _load_labels(self) -> None:
         if self._labels is None and self._label_column:
             name = self._label_column
@@ -120,7 +127,7 @@ class ParquetSource(EncodedSource):
                 self._label_column = ""
                 empty = int((values < 0).sum())
                 has = "has" if empty == 1 else "have"
-                self.unlabelled_reason = f"{counted(empty, 'row')} {has} no label in {name!r}"
+                self._unlabelled_reason = f"{counted(empty, 'row')} {has} no label in {name!r}"
             elif self.class_names is not None and values.max() >= len(self.class_names):
                 named = counted(len(self.class_names), "class", "classes")
                 raise BadInput(f"{self.location}: labels run to {values.max()}, but {named} are named")

@@ -16,12 +16,16 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import coma
 from coma import cli
+from coma.atomic_io import write_text
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 OURS = sorted(name for name, entry in cli.find_commands().items() if entry.module.startswith("pretrain."))
+
+NOT_UTF8 = os.fsdecode(b"o\xff")
 
 ROOM = '''"""Says hello.
 
@@ -361,3 +365,15 @@ def test_a_changed_flag_would_be_noticed(monkeypatch):
     assert surface() != usual
     assert "--protocols\n" in usual["flags-evaluate.txt"]
     assert "--no-random-baseline\n" in usual["flags-evaluate.txt"]
+
+
+def test_names_that_are_not_utf8_are_printed_and_written_as_escapes(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "in" / "a.png")
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "utf-8", errors="strict"))
+    out = tmp_path / NOT_UTF8
+    assert cli.main(["pack", str(tmp_path / "in"), "--out", str(out), "--workers", "0"]) == 0
+    assert rf"next: coma pretrain '{tmp_path}/o\udcff'" in printed.getvalue().decode()
+    write_text(out / "results.md", f"{out}\n")
+    assert (out / "results.md").read_text() == f"{tmp_path}/o\\udcff\n"

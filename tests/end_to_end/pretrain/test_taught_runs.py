@@ -30,7 +30,7 @@ from coma.config import (
     TeacherConfig,
     ViTConfig,
 )
-from coma.config.serialization import read_config
+from coma.config.serialization import read_config, to_plain
 from coma.errors import BadInput
 from coma.image_size import ImageSize
 from coma.models import build_encoder
@@ -120,6 +120,15 @@ def test_a_run_goes_on_from_another_directory(resumable, artifact, tmp_path, mon
     monkeypatch.chdir(elsewhere)
     assert read_config(run).objective.teacher.name == str(tmp_path / "teacher")  # type: ignore[union-attr]
     pretrain(read_config(run), resume=True)
+
+
+def test_another_teacher_is_read_like_the_one_of_the_settings(resumable, tmp_path):
+    teacher = TeacherConfig("old", sha256="0" * 64, block=3, query="mean")
+    config = replace(resumable, objective=CMTConfig(teacher=teacher, decoder=DecoderConfig(8, 1, 2)))
+    (tmp_path / "config.json").write_text(json.dumps(to_plain(config, PretrainConfig)))
+    for flags in (["--resume", str(tmp_path)], ["--from", str(tmp_path / "config.json")]):
+        given, *_ = parse([*flags, "--teacher", "new"])
+        assert given.objective.teacher == replace(teacher, name="new", sha256=None)
 
 
 @pytest.mark.slow

@@ -26,7 +26,6 @@ from coma.errors import BadInput, ComaError, Interrupted
 from pretrain.commands.pack import run
 
 ASTRONAUT = pictures.astronaut()
-
 RNG = np.random.default_rng(0)
 
 
@@ -86,6 +85,7 @@ def test_reducing_keeps_depth_and_brightness(dtype):
         (RNG.integers(0, 65536, (30, 40, 13), np.uint16), False, ".tif"),
         (RNG.random((30, 40, 1), np.float32), False, ".tif"),
         (RNG.random((30, 40, 5), np.float32), False, ".tif"),
+        *((RNG.random((30, 40, channels), np.float32), True, ".tif") for channels in (2, 4)),
         (RNG.integers(0, 256, (4, 65_501, 1), np.uint8), False, ".png"),  # no JPEG is so long
         (RNG.integers(0, 256, (65_501, 4, 3), np.uint8), False, ".png"),
     ],

@@ -1,5 +1,6 @@
 """Damaged, hostile and mislabelled files: one BadImage line each, nothing printed, nothing unpickled."""
 
+import io
 import logging
 import pickle
 import struct
@@ -10,6 +11,7 @@ from pathlib import Path
 import imagecodecs
 import numpy as np
 import pytest
+import tifffile
 from dicom_files import compressed
 from encoded_images import COLOUR, encoded, npy, tiff
 from hypothesis import given, settings
@@ -18,6 +20,7 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 
 from coma.data import decode as decoding
+from coma.data import open_source
 from coma.data.decode import decode
 from coma.errors import BadImage
 
@@ -75,6 +78,40 @@ def test_truncated_files_are_refused(data):
     for share in (0.05, 0.5, 0.9):
         with pytest.raises(BadImage, match=r"^half: "):
             decode(data[: int(len(data) * share)], "half")
+
+
+CLAIMS = {
+    "jpeg2000": lambda at, data: data.index(b"\xff\x4f\xff\x51", at) + 8,
+    "png": lambda at, data: data.index(b"IHDR", at) + 4,
+    "webp": lambda at, data: data.index(b"VP8L", at) + 9,
+    "jpeg": lambda at, data: data.index(b"\xff\xc0", at) + 5,
+}
+
+
+@pytest.mark.parametrize("kind", CLAIMS)
+def test_a_part_of_a_whole_image_that_claims_to_be_larger_is_refused(tmp_path, kind):
+    rgba = np.dstack([COLOUR, COLOUR[:, :, 0]])
+    options = {"photometric": "rgb", "extrasamples": ["unassalpha"]}
+    if kind == "jpeg":  # a page per channel: RGB is decoded by Pillow
+        rgba, options = np.moveaxis(COLOUR, 2, 0), {"photometric": "minisblack"}
+    content = tiff(rgba, compression=kind, tile=(64, 64), **options)
+    assert decode(content, "x").pixels.shape[:2] == COLOUR.shape[:2]
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        at = CLAIMS[kind](file.pages.first.dataoffsets[0], content)
+    hostile = content[:at] + b"\x0f\xff\x0f\xff" + content[at + 4 :]
+    with pytest.raises(BadImage, match="a part of 64 x 64 pixels says that it has"):
+        decode(hostile, "x")
+    (tmp_path / "a.tif").write_bytes(hostile)
+    with pytest.raises(BadImage, match="a part of 64 x 64 pixels says that it has"):
+        open_source(tmp_path, tiles=50).decode(0)
+
+
+def test_a_jpeg_that_hides_its_size_is_refused():
+    content = tiff(np.moveaxis(COLOUR, 2, 0), photometric="minisblack", compression="jpeg", tile=(64, 64))
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        at = content.index(b"\xff\xdb", file.pages.first.dataoffsets[0])
+    with pytest.raises(BadImage, match="does not say its size"):
+        decode(content[:at] + b"\0" + content[at + 1 :], "x")
 
 
 class Bomb:

@@ -9,6 +9,7 @@ import pytest
 from encoded_images import COLOUR, encoded, npy, tiff
 from PIL import Image
 
+from coma.data import open_source
 from coma.data.channels import convert_channels
 from coma.data.decode import decode
 from coma.data.image import DecodedImage
@@ -147,6 +148,40 @@ def test_arrays_that_could_be_read_in_two_ways_are_refused(shape):
 def test_stacks_of_frames_are_refused():
     with pytest.raises(BadImage, match="one file per frame"):
         decode(tiff(np.zeros((5, 20, 30), np.uint8), metadata={"axes": "ZYX"}), "x.tif")
+
+
+PAGES = {
+    "RGB": (lambda image: image, {}),
+    "palette": (lambda image: image.quantize(16), {}),
+    "CMYK": (lambda image: image.convert("CMYK"), {}),
+    "1 bit": (lambda image: image.convert("1"), {}),
+    "JPEG": (lambda image: image, {"compression": "jpeg"}),
+}
+
+
+@pytest.mark.parametrize("kind", PAGES)
+def test_frames_of_all_kinds_of_tiff_are_refused_and_thumbnails_are_not(tmp_path, kind):
+    convert, options = PAGES[kind]
+    first, second = (convert(Image.fromarray(each)) for each in (COLOUR, COLOUR[::-1].copy()))
+    stack = encoded(first, "TIFF", save_all=True, append_images=[second], **options)
+    with pytest.raises(BadImage, match=r"^x\.tif: axes .* are not one image: save one file per frame"):
+        decode(stack, "x.tif")
+    (tmp_path / "x.tif").write_bytes(stack)
+    with pytest.raises(BadImage, match="save one file per frame"):
+        open_source(tmp_path, tiles=50).decode(0)
+    small = convert(Image.fromarray(COLOUR[::4, ::4].copy()))
+    with_thumbnail = encoded(first, "TIFF", save_all=True, append_images=[small], **options)
+    alone = decode(encoded(first, "TIFF", **options), "x.tif").pixels
+    assert (decode(with_thumbnail, "x.tif").pixels == alone).all()
+
+
+def test_grey_pages_are_channels_however_they_are_compressed():
+    pages = [Image.fromarray(COLOUR[:, :, channel]) for channel in range(3)]
+    for compression in ("tiff_lzw", "jpeg"):
+        options = {"save_all": True, "append_images": pages[1:], "compression": compression}
+        pixels = decode(encoded(pages[0], "TIFF", **options), "x").pixels
+        assert pixels.shape == COLOUR.shape
+        assert np.abs(pixels.astype(int) - COLOUR).mean() < 4
 
 
 @pytest.mark.parametrize("dtype", ["int16", "int32", "uint32", "complex64"])

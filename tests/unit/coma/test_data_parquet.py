@@ -22,6 +22,7 @@ from coma.data.sources.subset import Subset
 from coma.errors import BadImage, BadInput
 from coma.image_size import ImageSize
 from coma.paths import Address
+from pretrain.commands.pack import run as pack
 
 
 def png(value: int) -> bytes:
@@ -245,6 +246,7 @@ def test_damaged_files(tmp_path, server, remote):  # noqa: F811
 def test_labels_that_do_not_fit(tmp_path):
     columns = {"image": structs([1, 2])}
     lacking = open_source(write(tmp_path / "a.parquet", columns | {"label": pa.array([0, None])}))
+    assert pickle.loads(pickle.dumps(lacking)).unlabelled_reason == "1 row has no label in 'label'"
     assert lacking.labels is None
     assert lacking.unlabelled_reason == "1 row has no label in 'label'"
     beyond = open_source(write(tmp_path / "b.parquet", columns | {"label": [0, 2]}, ["a", "b"]))
@@ -252,6 +254,12 @@ def test_labels_that_do_not_fit(tmp_path):
         beyond.labels  # noqa: B018
     words = open_source(write(tmp_path / "c.parquet", columns | {"label": ["cat", "dog"]}))
     assert words.labels is None
+
+
+def test_a_pack_says_why_it_has_no_labels(tmp_path, capsys):
+    columns = {"image": structs([1, 2]), "label": pa.array([0, None])}
+    pack([str(write(tmp_path / "a.parquet", columns)), "--out", str(tmp_path / "out"), "--workers", "0"])
+    assert "labels are not packed: 1 row has no label in 'label'\n" in capsys.readouterr().out
 
 
 def test_a_dead_server_is_not_a_damaged_file(server):  # noqa: F811

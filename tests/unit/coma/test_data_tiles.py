@@ -14,7 +14,7 @@ import pytest
 import tifffile
 from dicom_files import dicom
 from encoded_images import encoded, npy, tiff
-from PIL import Image
+from PIL import Image, ImageFile
 from skimage import data as pictures
 
 from coma.config import DataConfig
@@ -92,6 +92,13 @@ def test_channels_in_pages_are_put_together(tmp_path, options):
     assert_windows(tmp_path, "a.tif", FIVE)
 
 
+def test_channels_in_pages_of_one_large_strip_are_decoded_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode_tiff, "_LARGEST_SEGMENT", 1000)
+    stored = tiff(np.moveaxis(FIVE, 2, 0), photometric="minisblack", compression="zlib", rowsperstrip=1000)
+    (tmp_path / "a.tif").write_bytes(stored)
+    assert_windows(tmp_path, "a.tif", FIVE)
+
+
 @pytest.mark.parametrize("colours", ["rgb", "ycbcr", "minisblack"])
 def test_tiles_of_jpegs_are_decoded_on_their_own(tmp_path, colours):
     """As in the files of slide scanners."""
@@ -155,6 +162,32 @@ def test_windows_of_photographs_are_cut_from_the_upright_image(tmp_path, orienta
     content = encoded(Image.fromarray(COLOUR), "JPEG", exif=exif)
     (tmp_path / "a.jpg").write_bytes(content)
     assert_windows(tmp_path, "a.jpg", decode(content, "x").pixels)
+
+
+@pytest.mark.parametrize("place", ["before", "behind", "16 bit"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_windows_of_pngs_are_cut_from_the_upright_image(tmp_path, place, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    content = encoded(Image.fromarray(COLOUR), "PNG", exif=exif)
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4])
+    chunk, rest = content[start:end], content[:start] + content[end:]
+    if place == "behind":
+        content = rest[:-12] + chunk + rest[-12:]  # IEND has 12 bytes
+    elif place == "16 bit":
+        deep = bytes(imagecodecs.png_encode(COLOUR.astype(np.uint16)))
+        content = deep[:33] + chunk + deep[33:]  # behind IHDR
+    (tmp_path / "a.png").write_bytes(content)
+    whole = decode(content, "x").pixels
+    assert whole.shape[:2] == (COLOUR.shape[:2] if orientation == 1 else COLOUR.shape[1::-1])
+    assert_windows(tmp_path, "a.png", whole)
+
+
+def test_sizes_of_pngs_are_read_without_their_pixels(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(COLOUR), "PNG"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("pixels were decoded"))
+    assert len(open_source(tmp_path, tiles=TILE)) == 12
 
 
 def test_images_that_are_no_larger_are_read_as_before(tmp_path):
@@ -323,6 +356,10 @@ def test_a_tile_that_claims_to_be_larger_is_refused(tmp_path):
         imagecodecs.jpeg2k_encode(COLOUR, codecformat="J2K"),
         imagecodecs.jpeg2k_encode(COLOUR, codecformat="JP2"),
         imagecodecs.ljpeg_encode(GREY),
+        imagecodecs.png_encode(COLOUR),
+        imagecodecs.webp_encode(COLOUR, lossless=True),
+        encoded(Image.fromarray(COLOUR), "WEBP", quality=50),
+        encoded(Image.fromarray(COLOUR), "WEBP", exif=Image.Exif()),
     ],
 )
 def test_the_size_of_streams_is_read(stream):
