@@ -4,8 +4,8 @@
 
 FILE is the number of an open file, PIXELS the most that a frame may have, SIDE the longer side that frames
 are reduced to, MEMORY in bytes. Standard output gets one line of JSON, which is `{"error": "damaged"}`,
-`{"error": "large"}`, or `{"shape": [n, h, w], "count", "seconds", "whole"}` before the frames, uint8
-`[n, h, w, 3]` in RGB.
+`{"error": "large"}`, or `{"shape": [n, h, w], "size": [width, height], "count", "seconds", "whole"}` before
+the frames, uint8 `[n, h, w, 3]` in RGB; `size` is that of the video's frames, upright.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def decode(file: int, most: int, video_seconds: float, seconds: float, side: int
     if not width * height <= pixels:
         return _answer({"error": "large"})
     kept: list[Any] = []
-    size, step, count, first, last, whole = (0, 0), 1, 0, 0.0, 0.0, True
+    own, size, step, count, first, last, whole = (0, 0), (0, 0), 1, 0, 0.0, 0.0, True
     while video.grab():
         at = video.get(cv2.CAP_PROP_POS_MSEC) / 1000
         first = at if count == 0 else first
@@ -58,8 +58,8 @@ def decode(file: int, most: int, video_seconds: float, seconds: float, side: int
             if not there:
                 break
             if not kept:
-                scale = min(side / max(frame.shape[:2]), 1)
-                size = tuple(max(round(each * scale), 1) for each in frame.shape[1::-1])
+                own = frame.shape[1::-1]
+                size = tuple(max(round(each * min(side / max(own), 1)), 1) for each in own)
             smaller = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
             kept.append(cv2.cvtColor(smaller, cv2.COLOR_BGR2RGB))
             if len(kept) > most:
@@ -68,7 +68,8 @@ def decode(file: int, most: int, video_seconds: float, seconds: float, side: int
     if not kept:
         return _answer({"error": "damaged"})
     lasts = (last - first) * count / (count - 1) if count > 1 else 0.0
-    _answer({"shape": [len(kept), *size[::-1]], "count": count, "seconds": lasts, "whole": whole}, *kept)
+    shape = [len(kept), *size[::-1]]
+    _answer({"shape": shape, "size": own, "count": count, "seconds": lasts, "whole": whole}, *kept)
 
 
 def _answer(about: dict[str, Any], *frames: Any) -> None:

@@ -69,7 +69,7 @@ class RequestGuard:
         elif wanted or not _ROUTES.fullmatch(scope["path"]):
             await _answer(404, "Not found.")(scope, receive, send)
         else:
-            await _GuardedExchange(scope, receive, send).run(self.app)
+            await _GuardedExchange(scope, receive, send, self.storage).run(self.app)
 
     async def _file(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends an upload or a result, or the part of it in a Range; everything else gets the same answer."""
@@ -92,11 +92,11 @@ class RequestGuard:
 class _GuardedExchange:
     """One request and its answer, within the limits."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._scope, self._receive, self._send = scope, receive, send
+    def __init__(self, scope: Scope, receive: Receive, send: Send, storage: Storage) -> None:
+        self._scope, self._receive, self._send, self._storage = scope, receive, send, storage
         headers = dict(scope["headers"])
-        upload = headers.get(b"content-type", b"").lower().startswith(b"multipart/")
-        self._most = MAX_BYTES + _SLACK if upload else MAX_JSON
+        self._upload = headers.get(b"content-type", b"").lower().startswith(b"multipart/")
+        self._most = MAX_BYTES + _SLACK if self._upload else MAX_JSON
         self._declared = int(headers.get(b"content-length") or 0)
         self._size, self._complete, self._started = 0, False, False
         self._until = asyncio.get_running_loop().time() + BODY_SECONDS
@@ -126,18 +126,27 @@ class _GuardedExchange:
         if self._complete:
             return await self._receive()
         message = await self._next()
-        self._size += len(message.get("body", b""))
+        size = len(message.get("body", b""))
+        self._size += size
         if self._size > self._most:
             await self._too_large()
+        if self._upload:
+            try:
+                self._storage.accept(size)
+            except BadImage as error:
+                await self._refuse(507, str(error))
         return message
 
     async def _too_large(self) -> None:
-        self._refused = _answer(
+        await self._refuse(
             413, f"This is too large: at most {MAX_BYTES >> 20} MB of files, else {MAX_JSON >> 20} MB."
         )
+
+    async def _refuse(self, status: int, text: str) -> None:
+        self._refused = _answer(status, text)
         while not self._complete and self._size < _DRAINED:  # the client reads no answer while it sends
             self._size += len((await self._next()).get("body", b""))
-        raise MultiPartException("too large")  # makes gradio delete the partial files
+        raise MultiPartException(text)  # makes gradio delete the partial files
 
     async def _next(self) -> Message:
         try:

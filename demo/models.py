@@ -219,8 +219,8 @@ class Models:
         """Returns a short, unique name: the folder of the run or the artifact, never a whole path."""
         parts = [part for part in path.resolve().parts if part not in ("artifact", "run", "export", "/")]
         name = " / ".join(parts[-1:]) if path.suffix == "" else path.name
-        number = sum(known == name or known.startswith(f"{name} (") for known in self._models)
-        return f"{name} ({number + 1})" if number else name
+        names = (name, *(f"{name} ({number})" for number in range(2, len(self._models) + 2)))
+        return next(each for each in names if each not in self._models)
 
 
 def _backbone(config: EncoderConfig) -> str:

@@ -76,12 +76,21 @@ def detect(runtime: Runtime, pixels: np.ndarray, names: tuple[str, ...], score: 
     return objects
 
 
-def describe_objects(objects: Sequence[Detection]) -> list[dict[str, Any]]:
-    """Returns class, score, and box in pixels of every object, for programs."""
+def describe_objects(
+    objects: Sequence[Detection], scale: tuple[float, float] = (1.0, 1.0)
+) -> list[dict[str, Any]]:
+    """Returns class, score and box of every object, for programs.
+
+    Args:
+        objects: Objects, in pixels of the picture.
+        scale: Width and height of the uploaded picture, divided by those of the picture; boxes are returned
+            in pixels of the upload.
+    """
     return [
-        {"class": each.name, "score": round(each.score, 4), "box": [round(v, 1) for v in each.box]}
+        {"class": each.name, "score": round(each.score, 4),
+         "box": [round(v * s, 1) for v, s in zip(each.box, scale * 2, strict=True)]}
         for each in objects
-    ]
+    ]  # fmt: skip
 
 
 def paste_mask(

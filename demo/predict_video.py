@@ -45,15 +45,30 @@ class FramePrediction:
 
 
 def predict_frame(
-    model: Model, runtime: Runtime, form: GraphKind, frame: np.ndarray, score: float
+    model: Model,
+    runtime: Runtime,
+    form: GraphKind,
+    frame: np.ndarray,
+    score: float,
+    scale: tuple[float, float] = (1.0, 1.0),
 ) -> FramePrediction:
-    """Predicts on a frame, uint8 `[H, W, 3]`; objects have at least this score."""
+    """Predicts on a frame.
+
+    Args:
+        model: Model that predicts.
+        runtime: Its runtime.
+        form: Kind of its graph.
+        frame: uint8 `[H, W, 3]`.
+        score: Lowest score of an object.
+        scale: Width and height of the video, divided by those of the frame; the boxes of `facts` are in
+            pixels of the video.
+    """
     pixels = to_channels(frame, len(runtime.spec.preprocessing.mean))
-    return _PREDICT[form](runtime, pixels, frame, model, score)
+    return _PREDICT[form](runtime, pixels, frame, model, score, scale)
 
 
 def _classify(
-    runtime: Runtime, pixels: np.ndarray, frame: np.ndarray, model: Model, _: float
+    runtime: Runtime, pixels: np.ndarray, frame: np.ndarray, model: Model, *_: Any
 ) -> FramePrediction:
     names = model.class_names()
     found = classify(runtime, pixels, names)
@@ -64,7 +79,12 @@ def _classify(
 
 
 def _detect(
-    runtime: Runtime, pixels: np.ndarray, frame: np.ndarray, model: Model, score: float
+    runtime: Runtime,
+    pixels: np.ndarray,
+    frame: np.ndarray,
+    model: Model,
+    score: float,
+    scale: tuple[float, float],
 ) -> FramePrediction:
     found, colours = detect(runtime, pixels, model.class_names(), score), model.palette()
     masks = [(each.mask, colours[each.number]) for each in found[:MOST_SHOWN] if each.mask is not None]
@@ -72,11 +92,11 @@ def _detect(
     if first := found[:MOST_SHOWN]:
         boxes, labels = torch.tensor([each.box for each in first]), [f"{e.name} {e.score:.2f}" for e in first]
         drawn = draw_boxes(drawn, boxes, labels, [colours[each.number] for each in first])
-    return FramePrediction(drawn, Counter(each.name for each in found), describe_objects(found))
+    return FramePrediction(drawn, Counter(each.name for each in found), describe_objects(found, scale))
 
 
 def _segment(
-    runtime: Runtime, pixels: np.ndarray, frame: np.ndarray, model: Model, _: float
+    runtime: Runtime, pixels: np.ndarray, frame: np.ndarray, model: Model, *_: Any
 ) -> FramePrediction:
     classes, colours = segment(runtime, pixels), model.palette()
     found = shares(classes, model.class_names())

@@ -48,7 +48,11 @@ class Session:
         """Returns a path in a new folder of the storage, so that files of one name do not overwrite another.
 
         Browsers save a file under the last part of its path.
+
+        Raises:
+            BadImage: the storage is full.
         """
+        self.storage.accept()
         folder = self.storage.folder / uuid.uuid4().hex
         folder.mkdir()
         return folder / name

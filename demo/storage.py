@@ -2,7 +2,8 @@
 
 Files are opened by walking down from the folder without following links, and checked after they are open, so
 that nothing can change between the check and the reading. Anything but a regular file below the folder gets
-the same answer as a missing file. Files are deleted when they are old and when the server stops.
+the same answer as a missing file. Files are deleted when they are old and when the server stops; no more are
+accepted than `MOST_BYTES`, or than leave `LEAST_FREE` on the disk.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +25,10 @@ from coma.errors import BadImage
 
 GONE = "This file no longer exists; please upload it again."
 """The answer for every file that cannot be opened, whatever the reason."""
+FULL = "The server's storage is full; please try again in some minutes."
+"""The answer while files are refused for want of space."""
+MOST_BYTES, LEAST_FREE = 4 * 2**30, 2**29
+"""Most bytes of all uploads and results together, and the bytes that stay free on their disk."""
 PREFIX = "coma-demo-"
 EXAMPLES = "examples"
 """Subfolder of the example pictures, which are never deleted while the server runs."""
@@ -40,6 +46,21 @@ class Storage:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder.resolve()
+        self._found, self._accepted = 0, 0  # bytes: found by the last sweep, and accepted since it began
+        self._lock = threading.Lock()
+
+    def accept(self, size: int = 0) -> None:
+        """Counts bytes that are about to be written, and refuses them when there is no space.
+
+        Raises:
+            BadImage: `FULL`.
+        """
+        disk = os.statvfs(self.folder)
+        with self._lock:
+            held = self._found + self._accepted + size
+            if held > MOST_BYTES or disk.f_bavail * disk.f_frsize - size < LEAST_FREE:
+                raise BadImage(FULL)
+            self._accepted += size
 
     def contains(self, path: str) -> bool:
         """Returns whether a path lies below the folder, by its text only."""
@@ -72,19 +93,24 @@ class Storage:
         raise BadImage(GONE)
 
     def delete_older(self, seconds: float) -> None:
-        """Deletes files that were written longer ago, except the examples."""
-        limit = time.time() - seconds
+        """Deletes files that were written longer ago, except the examples, and measures the others."""
+        limit, before, found = time.time() - seconds, self._accepted, 0
         for place, _, names in os.walk(self.folder, topdown=False):
             folder = Path(place)
             if self.folder / EXAMPLES in (folder, *folder.parents):
                 continue
             for name in names:
                 with suppress(OSError):
-                    if (folder / name).lstat().st_mtime < limit:
+                    about = (folder / name).lstat()
+                    found += about.st_size
+                    if about.st_mtime < limit:
                         (folder / name).unlink()
+                        found -= about.st_size
             with suppress(OSError):  # it is not empty
                 if folder != self.folder and folder.lstat().st_mtime < limit:
                     folder.rmdir()
+        with self._lock:
+            self._found, self._accepted = found, self._accepted - before
 
 
 @contextmanager

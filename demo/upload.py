@@ -70,6 +70,11 @@ class Upload(NamedTuple):
     size: int
     animated: bool = False
 
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Returns width and height of the picture in the file, divided by those of `pixels`."""
+        return self.width / self.pixels.shape[1], self.height / self.pixels.shape[0]
+
     def describe(self, channels: int) -> str:
         """Returns size and format of the file, which frame it is, and how transparent parts are shown."""
         text = f"{self.width} x {self.height} px, {self.format}, {_bytes(self.size)}"

@@ -57,12 +57,14 @@ class Clip(NamedTuple):
         total: Number of frames of that part of the video.
         seconds: Its length.
         whole: Whether that part is the whole video.
+        scale: Width and height of the video, divided by those of `frames`.
     """
 
     frames: np.ndarray
     total: int
     seconds: float
     whole: bool
+    scale: tuple[float, float]
 
 
 async def read_clip(storage: Storage, path: str | None) -> Clip:
@@ -109,9 +111,12 @@ def _clip(answer: bytes) -> Clip:
             raise BadImage(_TOO_LARGE)
         frames = np.frombuffer(pixels, np.uint8).reshape(*about["shape"], 3)
         count, seconds = int(about["count"]), float(about["seconds"])
-        fits = 0 < len(frames) <= MOST_FRAMES and max(frames.shape) <= FRAME_SIDE
-        if not fits or not len(frames) <= count < 10**6 or not 0 <= seconds <= VIDEO_SECONDS + 1:
+        width, height = map(int, about["size"])
+        n, h, w = frames.shape[:3]
+        fits = 0 < n <= MOST_FRAMES and max(h, w) <= FRAME_SIDE
+        fits = fits and h <= height and w <= width and width * height <= MAX_PIXELS
+        if not fits or not n <= count < 10**6 or not 0 <= seconds <= VIDEO_SECONDS + 1:
             raise ValueError(line)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         raise BadImage(_DAMAGED) from None
-    return Clip(frames, count, seconds, bool(about["whole"]))
+    return Clip(frames, count, seconds, bool(about["whole"]), (width / w, height / h))

@@ -69,8 +69,10 @@ def detect_tab(session: Session, picture: gr.Image) -> None:
         chosen, opened = _open(session, model, runtime, "detector")
         pixels = _pixels(session, chosen, picture)
         found = detect(opened, pixels, chosen.class_names(), float(score))
+        facts = describe_objects(found, session.uploads.open(str(picture)).scale)
         cells = [
-            [each.name, f"{each.score:.2f}", " ".join(f"{v:.0f}" for v in each.box)] for each in found[:50]
+            [each.name, f"{each.score:.2f}", " ".join(f"{v:.0f}" for v in about["box"])]
+            for each, about in zip(found[:50], facts, strict=False)
         ]
         text = table(("class", "score", "x1 y1 x2 y2, pixels"), cells, caption=f"{len(found)} objects")
         empty = note("No object reaches this score; lower the threshold.")
@@ -79,7 +81,7 @@ def detect_tab(session: Session, picture: gr.Image) -> None:
         more = note(f"The {MOST_SHOWN} first objects are drawn.") if len(found) > MOST_SHOWN else ""
         colours = [chosen.palette()[each.number] for each in found]
         drawing = _drawing(session, shown, annotations, colours, f"{Path(str(picture)).stem} {model} objects")
-        return drawing, text + more if found else empty, describe_objects(found)
+        return drawing, text + more if found else empty, facts
 
     inputs, outputs = [picture, model, runtime, score], [drawn, rows, plain]
     event = gr.on([go.click, score.release], run, inputs, outputs, api_name="detect", **MODEL_EVENT)
@@ -143,7 +145,8 @@ def _video_part(session: Session, form: GraphKind, *controls: gr.Dropdown | gr.S
         for frame in clip.frames:
             progress((len(done), len(clip.frames)), desc="predicting", unit="frames")
             before = now
-            done.append(await asyncio.to_thread(predict_frame, chosen, opened, form, frame, float(score)))
+            work = asyncio.to_thread(predict_frame, chosen, opened, form, frame, float(score), clip.scale)
+            done.append(await work)
             now = time.monotonic()
             if now + (now - before) > until:  # the next one would not be done in time
                 break

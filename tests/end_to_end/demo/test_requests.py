@@ -152,6 +152,20 @@ def test_uploads_that_break_off_or_never_end_leave_nothing(server, monkeypatch):
     until(lambda: {path.name for path in server.folder.iterdir()} == before)
 
 
+def test_a_full_storage_refuses_uploads_and_results_with_a_sentence(server, monkeypatch):
+    before = {path.name for path in server.folder.iterdir()}
+    event = next(each for each in server.config["dependencies"] if each["api_name"] == "reconstruct")
+    with monkeypatch.context() as patch:
+        patch.setattr("demo.storage.MOST_BYTES", -1)
+        for size in (1, 15 << 20):
+            answer = server.web.post("/gradio_api/upload", files={"files": b"x" * size})
+            assert answer.status_code == 507 and "storage is full" in answer.json()["detail"]
+        assert "storage is full" in ask(server, [usual(server, event)])[0]["output"]["error"]
+    assert {path.name for path in server.folder.iterdir()} == before
+    assert server.web.post("/gradio_api/upload", files={"files": b"x"}).status_code == 200
+    assert ask(server, [usual(server, event)])[0]["success"]
+
+
 def until(condition: Any) -> None:
     end = time.monotonic() + 30
     while not condition():

@@ -66,6 +66,19 @@ def test_every_kind_of_model_predicts_on_a_video(client, tmp_path, model, verb, 
         assert facts["classes"] == rows
 
 
+def test_boxes_are_in_pixels_of_the_uploaded_file(client, tmp_path):
+    from gradio_client import handle_file
+
+    large = video(tmp_path / "large.avi", frames=1, width=640, height=480)
+    _, _, facts = predict(client, large, "finder", "detect", score=0.9)
+    assert facts["predictions"][0][0]["box"] == [12.5, 25, 262.5, 275]  # of 512 x 384
+    Image.new("RGB", (3200, 2400)).save(tmp_path / "large.png")
+    picture = handle_file(str(tmp_path / "large.png"))
+    _, rows, objects = client.predict(picture, "finder", "PyTorch", 0.9, api_name="/detect")
+    assert [each["box"] for each in objects] == [[20, 40, 420, 440], [600, 100, 1000, 800]]  # of 1600 x 1200
+    assert "<td>20 40 420 440</td>" in rows
+
+
 def test_bad_videos_get_a_sentence_and_the_page_lives_on(client, tmp_path, monkeypatch):
     for name, path in bad_videos(tmp_path).items():
         with pytest.raises(Exception) as told:

@@ -21,6 +21,14 @@ def models(tmp_path_factory) -> Models:
     return Models([pretrained(folder / f"px{size}" / "artifact", size=size) for size in (96, 48, 80)])
 
 
+def test_every_model_has_a_name_of_its_own(tmp_path):
+    runs = ("m (2)", "a/m", "b/m", "c/m")
+    given = [pretrained(tmp_path / run / "artifact", size=48 + 16 * i) for i, run in enumerate(runs)]
+    models = Models(given)
+    assert models.names == ["m (2)", "m", "m (3)", "m (4)"]
+    assert [models[name].artifact for name in models.names] == given
+
+
 def test_finer_grids_get_the_mask_of_the_coarsest_one(models):
     chosen = [models[name] for name in ("px96", "px48")]
     fine, coarse = compare_models(chosen, lambda _: data.astronaut(), "mae", 3, 0.5)

@@ -87,6 +87,30 @@ def test_what_is_old_is_deleted_and_the_examples_stay(tmp_path):
     assert not (kept.folder / "gone").exists()
 
 
+def test_no_more_is_accepted_than_there_is_space_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "MOST_BYTES", 100)
+    kept = Storage(tmp_path / "uploads")
+    (kept.folder / "old.png").write_bytes(b"x" * 60)
+    (kept.folder / "new.png").write_bytes(b"x" * 30)
+    kept.accept(90)
+    with pytest.raises(BadImage, match="storage is full"):
+        kept.accept(11)
+    kept.accept(10)  # what was refused is not counted
+    kept.delete_older(3300)
+    kept.accept(10)  # the sweep counts what is there
+    with pytest.raises(BadImage):
+        kept.accept(1)
+    age(kept.folder / "old.png", 4000)
+    kept.delete_older(3300)
+    kept.accept(70)
+    assert not (kept.folder / "old.png").exists()
+    monkeypatch.setattr(storage, "MOST_BYTES", 2**60)
+    kept.accept(100)
+    monkeypatch.setattr(storage, "LEAST_FREE", 2**60)  # more than the disk has
+    with pytest.raises(BadImage, match="storage is full"):
+        kept.accept()
+
+
 def test_a_running_server_sweeps_its_files_and_its_memory(tmp_path, monkeypatch):
     from demo import app
     from demo.inputs import BLOBS

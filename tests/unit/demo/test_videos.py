@@ -23,10 +23,10 @@ def read(path: Path) -> Clip:
 def test_frames_are_even_and_those_of_the_first_seconds(tmp_path, suffix):
     short = read(video(tmp_path / f"short{suffix}", frames=30))
     assert short.frames.shape == (30, 240, 320, 3) and short.total == 30 and short.whole
-    assert short.seconds == pytest.approx(3, abs=0.2)
+    assert short.seconds == pytest.approx(3, abs=0.2) and short.scale == (1, 1)
     long = read(video(tmp_path / f"long{suffix}", frames=150, width=640, height=480))
     assert long.frames.shape == (30, 384, 512, 3) and long.total == 120 and not long.whole
-    assert long.seconds == pytest.approx(12, abs=0.2)
+    assert long.seconds == pytest.approx(12, abs=0.2) and long.scale == (1.25, 1.25)
     assert long.frames[0].mean(axis=(0, 1))[0] > long.frames[0].mean(axis=(0, 1))[2]  # the ball is red: RGB
     balls = np.array([np.flatnonzero(frame[192, :, 0] > 150).mean() for frame in long.frames[8:]])
     assert np.diff(balls) == pytest.approx(13.65, abs=2)  # every fourth frame
@@ -97,10 +97,13 @@ def test_memory_and_time_of_the_decoder_are_limited(tmp_path, monkeypatch):
         {"shape": [1, 1, 64], "count": 1, "seconds": float("nan"), "whole": True},
         {"shape": [1, 1, 64], "count": 0, "seconds": 1, "whole": True},
         {"shape": 3, "count": 1, "seconds": 1, "whole": True},
+        *({"size": size} for size in (3, [8], [8, 0], [7, 8], [8, float("nan")], [8, 10**9])),
     ],
 )
 def test_an_answer_that_cannot_be_is_refused(answer):
+    good = {"shape": [1, 8, 8], "size": [12, 16], "count": 1, "seconds": 1, "whole": True}
+    answer = good | answer if answer else answer
     with pytest.raises(BadImage, match="damaged"):
         videos._clip(json.dumps(answer).encode() + b"\n" + bytes(192))
-    good = {"shape": [1, 8, 8], "count": 1, "seconds": 1, "whole": True}
-    assert videos._clip(json.dumps(good).encode() + b"\n" + bytes(192)).frames.shape == (1, 8, 8, 3)
+    clip = videos._clip(json.dumps(good).encode() + b"\n" + bytes(192))
+    assert clip.frames.shape == (1, 8, 8, 3) and clip.scale == (1.5, 2)
