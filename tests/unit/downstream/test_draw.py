@@ -21,7 +21,7 @@ def test_masks_are_drawn_as_torchvision_draws_them_and_the_first_is_on_top():
         torch.from_numpy(picture).permute(2, 0, 1),
         torch.from_numpy(np.stack(apart)),
         alpha=0.5,
-        colors=colours,
+        colors=[*colours],
     )
     drawn = draw_masks(picture, zip(apart, colours, strict=True))
     assert np.abs(drawn.astype(int) - theirs.permute(1, 2, 0).numpy()).max() <= 1  # they round otherwise
