@@ -23,7 +23,7 @@ import numpy as np
 from coma.atomic_io import write_json, write_text
 from coma.errors import BadInput
 from downstream.datasets.coco_loading import load_json
-from downstream.datasets.masks import decode_runs
+from downstream.datasets.masks import decode_runs, mask_area
 from downstream.features.files import storable
 
 FORMATS = ("coco", "yolo", "labelme", "csv")
@@ -80,7 +80,8 @@ class PredictionFiles:
         self._results += plain
         for each, whole in zip(results, plain, strict=True):
             if each["score"] >= score:
-                area = mask_area(each) if each.get("segmentation") else each["bbox"][2] * each["bbox"][3]
+                runs = each.get("segmentation")
+                area = mask_area(runs) if runs else each["bbox"][2] * each["bbox"][3]
                 more = {"id": len(self._objects) + 1, "area": area, "iscrowd": 0}
                 self._objects.append(whole | more)
         if "yolo" in self._formats:
@@ -154,7 +155,7 @@ class PredictionFiles:
         for each in results:
             label = self._names[self._number(each)]
             if self._areas:
-                pixels = mask_area(each)
+                pixels = mask_area(each["segmentation"])
                 rows.append([name, label, pixels, f"{pixels / (width * height):.6f}"])
                 continue
             x, y, w, h = each["bbox"]
@@ -172,11 +173,6 @@ def output_stems(names: Sequence[str]) -> dict[str, str]:
     while len(counts := Counter(stems.values())) < len(stems):
         stems = {name: name if counts[stem] > 1 else stem for name, stem in stems.items()}
     return stems
-
-
-def mask_area(result: dict[str, Any]) -> int:
-    """Returns the number of pixels of a result's run lengths."""
-    return int(decode_runs(result["segmentation"]).sum())
 
 
 def polygons_of(result: dict[str, Any], every: bool) -> list[list[float]]:

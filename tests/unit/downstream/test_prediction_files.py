@@ -10,7 +10,7 @@ from PIL import Image
 
 from downstream.datasets import open_coco, open_labels
 from downstream.datasets.drawn import mask_box
-from downstream.datasets.masks import decode_runs, encode_runs
+from downstream.datasets.masks import decode_runs, encode_runs, mask_area
 from downstream.prediction_files import FORMATS, PredictionFiles, output_stems
 
 SIZE = (80, 60)
@@ -116,6 +116,14 @@ def test_segmentations_are_read_back_pixel_by_pixel(tmp_path, name):
         assert equal == 1 if name == "coco" else equal > 0.99
     rows = (tmp_path / "out" / "predictions.csv").read_text().splitlines()
     assert rows[1] == f"1.png,ground,{(maps['1'] == 0).sum()},{(maps['1'] == 0).mean():.6f}"
+
+
+@pytest.mark.parametrize("counts", [[3, 4, 2, 1, 10], "342M8", [0, 20], [20]])
+def test_areas_are_counted_without_decoding_the_mask(monkeypatch, counts):
+    runs = {"size": [4, 5], "counts": counts}
+    wanted = int(decode_runs(runs).sum())
+    monkeypatch.setattr(np, "repeat", None)
+    assert mask_area(runs) == wanted
 
 
 def test_no_two_files_share_a_stem():
