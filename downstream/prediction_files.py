@@ -5,6 +5,9 @@
     labelme/a.json                     rectangles or polygons, to correct in LabelMe
     predictions.csv                    Open Images' columns; of segmentors, the pixels of every class
 
+Images, objects and rows are appended to files as they come: they take no memory, and after kill -9 the folder
+has all rows so far in predictions.csv, and the lists of the JSON files, an entry per line, in *.jsonl.part.
+
 `--data` reads all of them beside the pictures; see `downstream.datasets`. Segmentors give one object per
 class (COCO) or connected region (YOLO, LabelMe).
 """
@@ -12,6 +15,8 @@ class (COCO) or connected region (YOLO, LabelMe).
 from __future__ import annotations
 
 import csv
+import io
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -20,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from coma.atomic_io import write_json, write_text
+from coma.atomic_io import Descriptor, LineFile, write_json, write_text, write_whole
 from coma.errors import BadInput
 from downstream.datasets.coco_loading import load_json
-from downstream.datasets.masks import decode_runs
+from downstream.datasets.masks import decode_runs, mask_area
 from downstream.features.files import storable
 
 FORMATS = ("coco", "yolo", "labelme", "csv")
@@ -47,10 +52,17 @@ class PredictionFiles:
     ) -> None:
         self._out, self._formats, self._names, self._ids = out, formats, tuple(names), tuple(ids)
         self._areas = areas
-        self._images: list[dict[str, Any]] = []
-        self._objects: list[dict[str, Any]] = []
-        self._results: list[dict[str, Any]] = []
-        self._rows: list[list[Any]] = []
+        self._count = 0
+        self._lists: dict[str, LineFile] = {}
+        if "coco" in formats or not areas:
+            for name in ("images", "annotations", *([] if areas else ["detections"])):
+                self._lists[name] = LineFile(self._part(name))
+        if "csv" in formats:
+            self._table = LineFile(out / "predictions.csv")
+            self._table.add(_csv_lines([_PIXELS if areas else _COLUMNS]))
+
+    def _part(self, name: str) -> Path:
+        return self._out / f"{name}.jsonl.part"
 
     def add(
         self,
@@ -75,35 +87,63 @@ class PredictionFiles:
         """
         width, height = size
         kept = [each for each in results if each["score"] >= score]
-        self._images.append({"id": number, "file_name": name, "width": width, "height": height})
-        plain = [{key: value for key, value in each.items() if key != "regions"} for each in results]
-        self._results += plain
-        for each, whole in zip(results, plain, strict=True):
-            if each["score"] >= score:
-                area = mask_area(each) if each.get("segmentation") else each["bbox"][2] * each["bbox"][3]
-                more = {"id": len(self._objects) + 1, "area": area, "iscrowd": 0}
-                self._objects.append(whole | more)
+        if self._lists:
+            self._add_to_lists(
+                {"id": number, "file_name": name, "width": width, "height": height}, results, score
+            )
         if "yolo" in self._formats:
             write_text(self._out / "yolo" / "labels" / f"{stem}.txt", self._yolo(kept, width, height))
         if "labelme" in self._formats:
             target = self._out / "labelme" / f"{stem}.json"
             write_json(target, self._labelme(kept, target, path, width, height))
         if "csv" in self._formats:
-            self._rows += self._csv(storable(name if self._areas else stem), kept, width, height)
+            rows = self._csv(storable(name if self._areas else stem), kept, width, height)
+            self._table.add(_csv_lines(rows))
+
+    def _add_to_lists(self, image: dict[str, Any], results: list[dict[str, Any]], score: float) -> None:
+        plain = [{key: value for key, value in each.items() if key != "regions"} for each in results]
+        objects = []
+        for each in plain:
+            if each["score"] >= score:
+                self._count += 1
+                runs = each.get("segmentation")
+                area = mask_area(runs) if runs else each["bbox"][2] * each["bbox"][3]
+                objects.append(each | {"id": self._count, "area": area, "iscrowd": 0})
+        for name, entries in (("images", [image]), ("annotations", objects), ("detections", plain)):
+            if name in self._lists:
+                self._lists[name].add("".join(json.dumps(each) + "\n" for each in entries).encode())
 
     def close(self) -> None:
         """Writes the files that hold all pictures."""
-        if "coco" in self._formats or not self._areas:
+        for file in self._lists.values():
+            file.close()
+        if self._lists:
             categories = [{"id": i, "name": n} for i, n in zip(self._ids, self._names, strict=True)]
-            listed = {"images": self._images, "categories": categories, "annotations": self._objects}
-            write_json(self._out / "images.json", listed, indent=None)
-            if not self._areas:
-                write_json(self._out / "detections.json", self._results, indent=None)
+            write_whole(self._out / "images.json", lambda file: self._write_coco(file, categories))
+        if "detections" in self._lists:
+            write_whole(
+                self._out / "detections.json", lambda file: self._write_list(file, "detections", "\n")
+            )
+        for name in self._lists:
+            self._part(name).unlink()
+        if "csv" in self._formats:
+            self._table.close()
         if "yolo" in self._formats:
             write_text(self._out / "yolo" / "classes.txt", "".join(f"{name}\n" for name in self._names))
-        if "csv" in self._formats:
-            with (self._out / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([_PIXELS if self._areas else _COLUMNS, *self._rows])
+
+    def _write_coco(self, file: Descriptor, categories: list[dict[str, Any]]) -> None:
+        file.write(b'{"images": ')
+        self._write_list(file, "images", "")
+        file.write(f', "categories": {json.dumps(categories)}, "annotations": '.encode())
+        self._write_list(file, "annotations", "}\n")
+
+    def _write_list(self, file: Descriptor, name: str, end: str) -> None:
+        """Writes the entries of a list as JSON, and then `end`."""
+        file.write(b"[")
+        with self._part(name).open("rb") as lines:
+            for number, line in enumerate(lines):
+                file.write((b", " if number else b"") + line.rstrip())
+        file.write(f"]{end}".encode())
 
     def _number(self, result: dict[str, Any]) -> int:
         return self._ids.index(result["category_id"])
@@ -154,13 +194,19 @@ class PredictionFiles:
         for each in results:
             label = self._names[self._number(each)]
             if self._areas:
-                pixels = mask_area(each)
+                pixels = mask_area(each["segmentation"])
                 rows.append([name, label, pixels, f"{pixels / (width * height):.6f}"])
                 continue
             x, y, w, h = each["bbox"]
             corners = (f"{v:.6f}" for v in (x / width, (x + w) / width, y / height, (y + h) / height))
             rows.append([name, "coma", label, each["score"], *corners, 0])
         return rows
+
+
+def _csv_lines(rows: Sequence[Sequence[Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode()
 
 
 def output_stems(names: Sequence[str]) -> dict[str, str]:
@@ -172,11 +218,6 @@ def output_stems(names: Sequence[str]) -> dict[str, str]:
     while len(counts := Counter(stems.values())) < len(stems):
         stems = {name: name if counts[stem] > 1 else stem for name, stem in stems.items()}
     return stems
-
-
-def mask_area(result: dict[str, Any]) -> int:
-    """Returns the number of pixels of a result's run lengths."""
-    return int(decode_runs(result["segmentation"]).sum())
 
 
 def polygons_of(result: dict[str, Any], every: bool) -> list[list[float]]:

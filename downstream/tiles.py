@@ -68,12 +68,12 @@ def detect_in_tiles(tiles: Sequence[Tile], found: Sequence[Any]) -> Any:
     """
     from mmengine.structures import InstanceData
 
-    shifts = [torch.tensor([tile.left, tile.top] * 2, dtype=torch.float32) for tile in tiles]
-    boxes = torch.cat([each.bboxes.float() + shift for each, shift in zip(found, shifts, strict=True)])
+    frames = torch.tensor([tile[:4] for tile in tiles], dtype=torch.float32)
+    frames = frames.repeat_interleave(torch.tensor([len(each) for each in found]), dim=0)
+    boxes = torch.cat([each.bboxes.float() for each in found]) + frames[:, :2].repeat(1, 2)
     scores, labels = (torch.cat([each[key] for each in found]) for key in ("scores", "labels"))
-    origin = torch.cat([torch.full((len(each),), i) for i, each in enumerate(found)])
-    kept = suppress(boxes, scores, labels, origin)
-    joined = InstanceData(bboxes=boxes[kept], scores=scores[kept], labels=labels[kept])
+    kept, best = suppress(boxes, scores, labels, frames)
+    joined = InstanceData(bboxes=boxes[kept], scores=best, labels=labels[kept])
     if all("masks" in each for each in found):
         moved = [
             mask.moved(tile.left, tile.top)
@@ -84,29 +84,50 @@ def detect_in_tiles(tiles: Sequence[Tile], found: Sequence[Any]) -> Any:
     return joined
 
 
-def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, origin: Tensor) -> Tensor:
-    """Returns the numbers of the boxes to keep, the best first: greedy non-maximum suppression between tiles.
+def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the numbers of the boxes to keep and their scores, the best first.
+
+    This is greedy non-maximum suppression between tiles, but of a piece that a tile's edge has cut off and
+    the whole object in another tile, the whole is kept, with the higher of both scores.
 
     Args:
         boxes: Corners `[n, 4]`.
         scores: Scores `[n]`.
         labels: Classes `[n]`.
-        origin: Number of the tile of every box `[n]`.
+        frames: Corners of the tile of every box `[n, 4]`.
     """
     order = scores.argsort(descending=True, stable=True)
-    boxes, labels, origin = boxes[order], labels[order], origin[order]
+    boxes, labels, frames = boxes[order], labels[order], frames[order]
     alive = torch.ones(len(order), dtype=torch.bool)
     areas = box_area(boxes).clamp(min=1e-6)
-    for i in range(len(order)):
+    kept, best = [], []
+    for i, score in enumerate(scores[order]):
         if not alive[i]:
             continue
-        iou = box_iou(boxes[i : i + 1], boxes)[0]
-        shared = iou * (areas[i] + areas) / (1 + iou)
-        same = (iou > SAME_IOU) | (shared / torch.minimum(areas, areas[i]) > SAME_INSIDE)
-        same &= (labels == labels[i]) & (origin != origin[i])
-        same[: i + 1] = False
-        alive &= ~same
-    return order[alive]
+        whole = i
+        while True:
+            others = alive & (labels == labels[whole]) & (frames != frames[whole]).any(dim=1)
+            wholes = others & (areas > areas[whole]) & _is_piece(boxes[whole], frames[whole], boxes)
+            if not wholes.any():
+                break
+            alive[whole] = False
+            whole = int(wholes.nonzero()[0])
+        iou = box_iou(boxes[whole : whole + 1], boxes)[0]
+        shared = iou * (areas[whole] + areas) / (1 + iou)
+        same = (iou > SAME_IOU) | (shared / torch.minimum(areas, areas[whole]) > SAME_INSIDE)
+        alive &= ~(others & same)
+        alive[whole] = False
+        kept.append(whole)
+        best.append(score)
+    return order[kept], scores.new_tensor(best)
+
+
+def _is_piece(box: Tensor, frame: Tensor, boxes: Tensor) -> Tensor:
+    """Returns whether a tile `frame` would see nothing but `box` of each of the `boxes`, bool `[n]`."""
+    left, top, right, bottom = frame
+    xs, ys = boxes[:, 0::2].clamp(left, right), boxes[:, 1::2].clamp(top, bottom)
+    seen = torch.stack([xs[:, 0], ys[:, 0], xs[:, 1], ys[:, 1]], dim=1)
+    return box_iou(box[None], seen)[0] > SAME_IOU
 
 
 def join_maps(tiles: Sequence[Tile], found: Sequence[Tensor], height: int, width: int) -> Tensor:

@@ -61,8 +61,8 @@ def summary(result: FinetuneResult) -> str:
 def print_scores(scores: dict[str, Any]) -> None:
     """Prints the scores of a classifier, and those of each class."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(highlight=False)
     split = f"{scores['split']} split" if scores["split"] else "all images"
@@ -77,7 +77,7 @@ def print_scores(scores: dict[str, Any]) -> None:
     table = Table("class", *columns, "images")
     for row in scores["classes"][:SHOWN]:
         values = ["-" if row[name] is None else f"{row[name]:.1%}" for name in columns]
-        table.add_row(escape(row["name"]), *values, f"{row['support']:,}")
+        table.add_row(Text(row["name"]), *values, f"{row['support']:,}")
     console.print(table)
     if len(scores["classes"]) > SHOWN:
         print(f"and {len(scores['classes']) - SHOWN} more classes, which scores.json of --out has")

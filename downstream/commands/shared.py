@@ -98,6 +98,7 @@ def test(kind: Kind, options: TestOptions, open_split: Callable[..., Any], test_
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from downstream.artifacts import read_finetuned
     from downstream.finetune import evaluate
@@ -116,7 +117,7 @@ def test(kind: Kind, options: TestOptions, open_split: Callable[..., Any], test_
     table = Table("metric", "value")
     for name, value in scores.items():
         if not name.endswith("time"):
-            table.add_row(name, f"{value:.4g}")
+            table.add_row(Text(name), f"{value:.4g}")
     Console().print(table)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -237,13 +238,13 @@ def open_all_splits(options: CheckOptions, open_split: Callable[..., Any]) -> di
 def print_classes(names: Sequence[str], rows: dict[str, list[ClassRow]], amount: str) -> None:
     """Prints a table of the classes: images, objects or pixels, smallest and largest, in every split."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("class", "split", "images", amount, "smallest", "largest")
     for number, name in enumerate(names):
         for split, listed in rows.items():
-            table.add_row(escape(name) if split == next(iter(rows)) else "", split, *listed[number])
+            table.add_row(Text(name if split == next(iter(rows)) else ""), split, *listed[number])
     Console().print(table)
 
 
@@ -252,12 +253,12 @@ def print_check(
 ) -> None:
     """Prints what a checked dataset holds, a row per fact, a column per split; and that it has no errors."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("", *splits)
     for name, values in rows:
-        table.add_row(escape(name), *values)
+        table.add_row(*map(Text, (name, *values)))
     Console().print(table)
     if not errors:
         print("no errors found")
@@ -266,10 +267,11 @@ def print_check(
 def warn(warnings: Sequence[str]) -> None:
     """Prints each warning on a line of stderr."""
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(stderr=True, highlight=False, quiet=not is_main())
     for warning in warnings:
-        console.print(f"[bold yellow]warning:[/] {warning}", soft_wrap=True)
+        console.print(Text.assemble(("warning:", "bold yellow"), f" {warning}"), soft_wrap=True)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from downstream.datasets.drawn import polygon_area, to_coco
 from downstream.datasets.files import LARGEST_TABLE, DatasetFiles, choose_split
 from downstream.datasets.formats import find_reading
 from downstream.datasets.formats.find import FORMATS
-from downstream.datasets.masks import decode_run_lengths
+from downstream.datasets.masks import mask_area
 from downstream.datasets.validation_report import Progress, ValidationReport
 
 
@@ -106,8 +106,7 @@ def _area(record: dict[str, Any]) -> float | None:
     segmentation = record.get("segmentation")
     try:
         if isinstance(segmentation, dict):
-            counts = segmentation["counts"]
-            return sum((decode_run_lengths(counts) if isinstance(counts, str) else counts)[1::2])
+            return mask_area(segmentation)
         if segmentation:
             return round(sum(map(polygon_area, segmentation)), 3)
         return record["bbox"][2] * record["bbox"][3]

@@ -35,6 +35,23 @@ _ROLES = {
 _ROLE_ENDS = re.compile(r"[_-]?(annot|annots|annotations?|labels?|masks?|images?)$", re.IGNORECASE)
 
 
+_LABELS = (".txt", ".json", ".xml")
+"""Endings of label files of one picture."""
+
+
+def _picture_names(path: str) -> list[str]:
+    """Returns the names of pictures, with or without suffix, that a label file or a path in it may mean."""
+    from coma.data.decode import EXTENSIONS, WITH_EXTRA  # imports torch: only where it is needed
+    from coma.data.inventory import kind_of
+
+    name = PurePosixPath(path.replace("\\", "/")).name
+    kind = kind_of(name)
+    stem = name[: -len(kind)]
+    if kind in _LABELS:
+        return [stem]
+    return [name, stem] if kind in EXTENSIONS or kind in WITH_EXTRA else [name]
+
+
 class DatasetFiles:
     """All files below a folder, hidden ones and those of system folders left out."""
 
@@ -81,20 +98,21 @@ class DatasetFiles:
     def image_of(self, label: str, *said: str) -> str | None:
         """Returns the picture of a label file: the one of its name, or one that the file names.
 
+        Names in full come first; only endings of pictures and label files are left out, and one at most:
+        plant.1 is plant.1.jpg, never plant.jpg.
+
         Of pictures with the same name in several folders the one whose folder belongs to the label's.
 
         Args:
             label: Relative path of the label file.
             said: Names inside the file; folders before them are ignored.
         """
-        for name in (
-            PurePosixPath(label).stem,
-            *(PurePosixPath(each.replace("\\", "/")).name for each in said),
-        ):
-            found = self._by_name.get(name) or self._by_name.get(PurePosixPath(name).stem, [])
-            near = [image for image in found if place_of(image) == place_of(label)]
-            if len(near) == 1 or len(found) == 1:
-                return (near or found)[0]
+        for path in (label, *said):
+            found = [self._by_name.get(name, []) for name in _picture_names(path)]
+            near = [[image for image in each if place_of(image) == place_of(label)] for each in found]
+            for images in (*near, *found):
+                if len(images) == 1:
+                    return images[0]
         return None
 
     def read(self, name: str, largest: int = LARGEST_TEXT) -> bytes:

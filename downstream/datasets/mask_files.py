@@ -56,7 +56,7 @@ def _matched(pictures: DatasetFiles, name: str) -> ClassMask | None:
     path = PurePosixPath(name)
     stem, tail = path.stem, ""
     while True:
-        image = pictures.image_of(f"{path.parent}/{stem}.x")
+        image = pictures.image_of(f"{path.parent}/{stem}")
         if image is not None and place_of(image) == place_of(name):
             return ClassMask(image, name, "" if _WHOLE.fullmatch(tail) or not tail else tail)
         stem, separator, last = stem.rpartition("_")
@@ -67,5 +67,5 @@ def _matched(pictures: DatasetFiles, name: str) -> ClassMask | None:
     image = pictures.image_of(f"{folder.parent}/{path.name}")
     if image is not None and place_of(image) == place_of(f"{folder.parent}/x"):
         return ClassMask(image, name, label)
-    image = pictures.image_of(f"{folder.parent}/{label}.x")
+    image = pictures.image_of(f"{folder.parent}/{label}")
     return None if image is None else ClassMask(image, name, path.stem)

@@ -96,3 +96,9 @@ def decode_runs(runs: dict[str, Any]) -> np.ndarray:
     height, width = runs["size"]
     values = np.arange(len(counts)) % 2 == 1
     return np.repeat(values, counts).reshape(width, height).T
+
+
+def mask_area(runs: dict[str, Any]) -> int:
+    """Returns the number of pixels of a mask in run lengths, numbers or text, without decoding the mask."""
+    counts = runs["counts"]
+    return sum((decode_run_lengths(counts) if isinstance(counts, str) else counts)[1::2])

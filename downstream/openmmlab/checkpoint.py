@@ -35,14 +35,16 @@ _NUMBERED = re.compile(r"(?:iter|epoch)_(\d+)\.pth")
 
 
 def best_checkpoint(folder: Path) -> Path:
-    """Returns the checkpoint with the best validation score, or the last one without validations.
+    """Returns the undamaged checkpoint with the best validation score, or else the last undamaged one.
 
     Raises:
-        BadInput: no checkpoint.
+        BadInput: no checkpoint, or only damaged ones.
     """
-    best = sorted(folder.glob("best_*.pth"), key=lambda path: path.stat().st_mtime)
-    last = latest_checkpoint(folder)
-    found = best[-1] if best else last
+    for path in sorted(folder.glob("best_*.pth"), key=lambda path: path.stat().st_mtime, reverse=True):
+        if not (why := _damage(path)):
+            return path
+        log.warning("%s: damaged (%s); it is ignored", path, why)
+    found = intact_checkpoint(folder)
     if found is None:
         raise BadInput(f"{folder}: holds no checkpoint")
     return found
@@ -68,12 +70,10 @@ def intact_checkpoint(folder: Path) -> Path | None:
     if last is None:
         return None
     for path in (last, *(each for each in _numbered_checkpoints(folder) if each != last)):
-        holds = seal_holds(path)
-        if holds or (holds is None and is_zipfile(path)):
-            if holds is None:
+        if not (why := _damage(path)):
+            if seal_holds(path) is None:
                 log.warning("%s: has no checksum (of an older version): damage goes unnoticed", path)
             return path
-        why = "is cut off" if holds is None else "its checksum does not match"
         log.warning("%s: damaged (%s); trying the one before", path, why)
     raise BadInput(f"{folder}: all its checkpoints are damaged; start again in another folder")
 
@@ -84,14 +84,42 @@ def _numbered_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(((int(name[1]), path) for name, path in found if name), reverse=True)]
 
 
+def _damage(path: Path) -> str:
+    """Returns what is wrong with a checkpoint's file; empty if nothing is."""
+    holds = seal_holds(path)
+    if holds or (holds is None and is_zipfile(path)):
+        return ""
+    return "is cut off" if holds is None else "its checksum does not match"
+
+
+def forget_lost_best(known: dict[str, Any], folder: Path) -> None:
+    """Removes best scores whose checkpoints are gone or damaged, so that lower scores replace them.
+
+    Checkpoints that have moved with their run directory get their new paths.
+
+    Args:
+        known: The mutable `runtime_info` of mmengine's message hub.
+        folder: The run directory.
+    """
+    for key in [key for key in known if key.startswith("best_ckpt")]:
+        noted = Path(known[key])
+        path = next((each for each in (noted, folder / noted.name) if each.is_file()), None)
+        if path is not None and not _damage(path):
+            known[key] = str(path)
+            continue
+        log.warning("%s: is missing or damaged; the next validation chooses the best checkpoint anew", noted)
+        del known[key]
+        known.pop(key.replace("best_ckpt", "best_score"), None)
+
+
 def checkpoint_weights(path: Path) -> dict[str, Tensor]:
     """Loads the weights of a checkpoint without unpickling other objects.
 
     Raises:
         BadInput: a damaged checkpoint.
     """
-    if seal_holds(path) is False:
-        raise BadInput(f"{path}: damaged (its checksum does not match)")
+    if why := _damage(path):
+        raise BadInput(f"{path}: damaged ({why})")
     import torch
 
     allow_safe_loading()

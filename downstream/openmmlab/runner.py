@@ -29,7 +29,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from mmengine.utils import import_modules_from_strings
 
 import downstream.openmmlab  # noqa: F401 - before mmdet and mmseg
-from coma.atomic_io import seal, write_text
+from coma.atomic_io import seal, sync, write_text
 from coma.errors import BadInput, CheckFailed, ComaError, Interrupted
 from coma.memory import guarded
 from coma.progress import Progress
@@ -45,7 +45,7 @@ from downstream.configs.load import (
 )
 from downstream.configs.strides import check_strides
 from downstream.openmmlab.backbones import DyViT, PlainViT
-from downstream.openmmlab.checkpoint import intact_checkpoint, latest_checkpoint
+from downstream.openmmlab.checkpoint import forget_lost_best, intact_checkpoint, latest_checkpoint
 from downstream.openmmlab.transfer import OtherClassesHook, report_loaded
 from downstream.openmmlab.worker_init import set_worker_init
 from downstream.private import use_device
@@ -58,6 +58,8 @@ _LINES = 20
 SCORES = "coma_scores"
 """Key of the validation scores in checkpoints, by step (by epoch for epoch-based runs)."""
 CONFIG, PRINTED = "config.py", "printed.txt"
+_PART = ".checkpoint.part"
+"""File that a checkpoint is written to before it gets its name."""
 
 
 def train(
@@ -223,9 +225,18 @@ class _CheckedRunner(Runner):
     """A Runner that logs to files, prints only errors, and writes checksums beside its checkpoints."""
 
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
-        super().save_checkpoint(out_dir, filename, *args, **kwargs)
+        """Saves a checkpoint with its checksum; after kill -9 the file is whole, or was never there."""
+        super().save_checkpoint(out_dir, _PART, *args, **kwargs)
         if is_main():
-            seal(Path(out_dir, filename))
+            part = Path(out_dir, _PART)
+            seal(part)
+            sync(part)
+            part.replace(Path(out_dir, filename))
+            sync(Path(out_dir))
+
+    def resume(self, *args: Any, **kwargs: Any) -> None:
+        super().resume(*args, **kwargs)
+        forget_lost_best(self.message_hub.runtime_info, Path(self.work_dir))
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         logger = super().build_logger(*args, **kwargs)

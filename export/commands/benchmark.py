@@ -259,6 +259,7 @@ def _threads() -> int:
 
 def _table(rows: list[Row], batch: int) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=f"batch of {batch}", title_justify="left")
     for heading in ("", "model", "precision", "runtime"):
@@ -273,7 +274,7 @@ def _table(rows: list[Row], batch: int) -> Table:
         timed = row.latency
         numbers = (timed.p50, timed.p90, timed.p99, timed.images_per_second)
         speed = "" if row.speed is None else f"{row.speed:.2f} x"
-        table.add_row(what, row.name, row.precision, row.runtime, *map(_short, numbers), speed)
+        table.add_row(what, Text(row.name), row.precision, row.runtime, *map(_short, numbers), speed)
     table.caption = "speed: median time of PyTorch on the same device, divided by that of the model"
     return table
 

@@ -32,6 +32,9 @@ from coma.runtimes.model_spec import (
     centre_crop_rule,
 )
 
+_LOADERS = ("ReadImage", "LoadImageFromFile", "LoadAnnotations")
+"""Steps of pipelines that read files and leave pixels as they are."""
+
 
 def load_exportable(directory: Path, graph: GraphKind, visible_units: int | None = None) -> ExportableModel:
     """Loads one graph of an artifact, or the encoder of any artifact, in fp32 on the CPU.
@@ -143,9 +146,11 @@ def preprocessing_of(config: ArtifactConfig, graph: GraphKind = "encoder") -> Pr
     """Returns the preprocessing of the model's images in evaluation; for a reconstructor, in training.
 
     Raises:
-        BadInput: a pipeline that cannot be exported.
+        BadInput: a pipeline that cannot be exported, or a model that takes pixels in BGR.
     """
     size = size_of(config, graph)
+    if config.kind in ("detector", "segmentor"):
+        _check_pixel_steps(config)
     order = {1: "grey", 3: "RGB"}.get(config.model.channels, "as stored")
     rule = Preprocessing("none", None, config.mean, config.std, channel_order=order)
     if graph not in ("detector", "segmentor"):
@@ -158,6 +163,28 @@ def preprocessing_of(config: ArtifactConfig, graph: GraphKind = "encoder") -> Pr
         raise BadInput(f"images resized by {resizes} cannot be exported; one Resize that keeps the ratio can")
     short, long = sorted(int(side) for side in step["scale"])
     return replace(rule, resize="keep-ratio", size=(short, long))
+
+
+def _check_pixel_steps(config: ArtifactConfig) -> None:
+    """Checks that a detector or segmentor changes pixels in no way that `Preprocessing` cannot record.
+
+    Raises:
+        BadInput: naming the step or the setting.
+    """
+    head = config.head or {}
+    for step in head.get("pipeline", []):
+        name = str(step["type"]).rpartition(".")[2]
+        if "Resize" not in name and name not in _LOADERS and not name.startswith("Pack"):
+            raise BadInput(
+                f"the pipeline step {name} of test images cannot be exported; train without it, or "
+                "use it for training images only"
+            )
+    pixels = head["model"].get("data_preprocessor") or {}
+    if config.model.channels == 3 and not (pixels.get("bgr_to_rgb") or pixels.get("rgb_to_bgr")):
+        raise BadInput(
+            "the model takes pixels in BGR (bgr_to_rgb of its data_preprocessor is false), and exported "
+            "files take RGB; train it with bgr_to_rgb=True"
+        )
 
 
 def _build(

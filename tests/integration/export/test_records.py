@@ -12,7 +12,7 @@ import pytest
 from export_files import VIT
 from PIL import Image
 
-from coma.artifact import load_artifact, save_artifact
+from coma.artifact import ArtifactConfig, load_artifact, save_artifact
 from coma.artifact.load import artifact_hash
 from coma.cli import main
 from coma.config.serialization import to_plain
@@ -147,6 +147,27 @@ def test_only_three_channels_are_called_red_green_and_blue(channels, order):
     mean, std = (0.5,) * channels, (0.2,) * channels
     config = export_files.about("backbone", replace(VIT, channels=channels), mean=mean, std=std)
     assert preprocessing_of(config).channel_order == order
+
+
+def of_pipeline(*steps: str, **pixels: Any) -> ArtifactConfig:
+    head = {"model": {"data_preprocessor": pixels}, "pipeline": [{"type": name} for name in steps]}
+    return export_files.about("segmentor", VIT, class_names=("a",), head=head)
+
+
+@pytest.mark.parametrize("step", ["CLAHE", "mmseg.RGB2Gray", "Pad", "AdjustGamma"])
+@pytest.mark.parametrize("graph", ["segmentor", "encoder"])
+def test_pipelines_that_change_pixels_otherwise_are_refused_by_name(step, graph):
+    config = of_pipeline("LoadImageFromFile", step, "PackSegInputs", bgr_to_rgb=True)
+    with pytest.raises(BadInput, match=f"the pipeline step {step.removeprefix('mmseg.')} of test images"):
+        preprocessing_of(config, graph)
+
+
+@pytest.mark.parametrize("pixels", [{}, {"bgr_to_rgb": False}])
+def test_models_that_take_bgr_are_refused(pixels):
+    with pytest.raises(BadInput, match="takes pixels in BGR"):
+        preprocessing_of(of_pipeline("ReadImage", "PackSegInputs", **pixels), "segmentor")
+    rule = preprocessing_of(of_pipeline("mmseg.ReadImage", "PackSegInputs", bgr_to_rgb=True), "segmentor")
+    assert rule.channel_order == "RGB" and rule.resize == "none"
 
 
 @pytest.mark.parametrize(

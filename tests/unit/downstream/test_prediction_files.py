@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from downstream.datasets import open_coco, open_labels
 from downstream.datasets.drawn import mask_box
-from downstream.datasets.masks import decode_runs, encode_runs
+from downstream.datasets.masks import decode_runs, encode_runs, mask_area
 from downstream.prediction_files import FORMATS, PredictionFiles, output_stems
 
 SIZE = (80, 60)
@@ -116,6 +117,41 @@ def test_segmentations_are_read_back_pixel_by_pixel(tmp_path, name):
         assert equal == 1 if name == "coco" else equal > 0.99
     rows = (tmp_path / "out" / "predictions.csv").read_text().splitlines()
     assert rows[1] == f"1.png,ground,{(maps['1'] == 0).sum()},{(maps['1'] == 0).mean():.6f}"
+
+
+@pytest.mark.parametrize("areas", [False, True])
+@pytest.mark.parametrize("formats", [("coco", "csv"), ("yolo",)])
+def test_what_was_found_is_on_the_disk_before_the_end_and_takes_no_memory(tmp_path, formats, areas):
+    out = tmp_path / "out"
+    files = PredictionFiles(out, formats, NAMES, (1, 2), areas)
+    box = {"image_id": 1, "category_id": 1, "bbox": [4, 5, 20, 10], "segmentation": encode_runs(blob(20, 30))}
+    results = [box | {"score": 0.9, "note": "x" * 1000}, box | {"score": 0.1, "note": "x" * 1000}]
+    tracemalloc.start()
+    for number in range(300):
+        files.add("a.jpg", "a", tmp_path / "a.jpg", number, SIZE, results, 0.3)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 100_000
+    listed = {each.name.partition(".")[0]: len(each.read_text().splitlines()) for each in out.glob("*.part")}
+    coco = formats[0] == "coco"
+    wanted = {"images": 300, "annotations": 300} | ({} if areas else {"detections": 600})
+    assert listed == (wanted if coco or not areas else {})
+    assert not coco or len((out / "predictions.csv").read_text().splitlines()) == 301
+    files.close()
+    assert not list(out.glob("*.part")) and (out / "images.json").exists() == bool(listed)
+    for name in listed:
+        content = json.loads(
+            (out / ("detections.json" if name == "detections" else "images.json")).read_text()
+        )
+        assert len(content if name == "detections" else content[name]) == listed[name]
+
+
+@pytest.mark.parametrize("counts", [[3, 4, 2, 1, 10], "342M8", [0, 20], [20]])
+def test_areas_are_counted_without_decoding_the_mask(monkeypatch, counts):
+    runs = {"size": [4, 5], "counts": counts}
+    wanted = int(decode_runs(runs).sum())
+    monkeypatch.setattr(np, "repeat", None)
+    assert mask_area(runs) == wanted
 
 
 def test_no_two_files_share_a_stem():

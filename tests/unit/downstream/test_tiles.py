@@ -42,12 +42,29 @@ def test_boxes_of_two_tiles_are_one_object_where_they_overlap_or_contain_each_ot
     )
     scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
     labels = torch.tensor([0, 0, 0, 1, 0, 0])
-    origin = torch.tensor([0, 1, 1, 1, 0, 1])
+    frames = torch.tensor([[0, 0, 60, 60], [0, 0, 60, 61]])[[0, 1, 1, 1, 0, 1]]
     # the second overlaps, the third is the part of the first that the other tile saw, the fourth is of
     # another class, the fifth comes from the first one's own tile
-    assert suppress(boxes.float(), scores, labels, origin).tolist() == [0, 3, 4, 5]
-    assert suppress(boxes.float(), scores, labels, torch.zeros(6)).tolist() == [0, 1, 2, 3, 4, 5]
-    assert suppress(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), torch.zeros(0)).tolist() == []
+    kept, best = suppress(boxes.float(), scores, labels, frames)
+    assert kept.tolist() == [0, 3, 4, 5] and torch.equal(best, scores[kept])
+    assert suppress(boxes.float(), scores, labels, frames[:1].repeat(6, 1))[0].tolist() == [0, 1, 2, 3, 4, 5]
+    none = torch.zeros(0)
+    assert suppress(torch.zeros(0, 4), none, none, torch.zeros(0, 4))[0].tolist() == []
+
+
+@pytest.mark.parametrize("scores", [(0.9, 0.95, 0.97), (0.95, 0.9, 0.3), (0.9, 0.95, 0.3), (0.8, 0.9, 0.85)])
+def test_whole_objects_are_kept_in_place_of_the_pieces_that_tiles_cut_off(scores):
+    boxes = torch.tensor([[100.0, 100, 300, 200], [200, 100, 300, 200], [250, 100, 300, 200]])
+    frames = torch.tensor([[0, 0, 400, 400], [200, 0, 600, 400], [250, 0, 650, 400]])
+    kept, best = suppress(boxes, torch.tensor(scores), torch.zeros(3), frames)
+    assert kept.tolist() == [0] and best.tolist() == pytest.approx([max(scores)])
+
+
+def test_doubtful_boxes_around_several_objects_do_not_take_their_place():
+    boxes = torch.tensor([[210.0, 100, 240, 200], [100, 100, 390, 200]])
+    frames = torch.tensor([[200, 0, 600, 400], [0, 0, 400, 400]])
+    kept, best = suppress(boxes, torch.tensor([0.95, 0.1]), torch.zeros(2), frames)
+    assert kept.tolist() == [0] and best.tolist() == pytest.approx([0.95])
 
 
 def test_masks_lie_where_their_tiles_do_and_take_no_more_than_their_objects():
