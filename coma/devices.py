@@ -58,3 +58,10 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     if index >= gpus:
         raise BadInput(f"this machine has {gpus} GPUs; start torchrun with --nproc-per-node {gpus} or fewer")
     return torch.device("cuda", index)
+
+
+def current_gpu() -> int:
+    """Returns the number of the GPU that this process uses: under torchrun its own, elsewhere the first."""
+    import torch
+
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coma.devices import current_gpu
 from coma.errors import BadInput, CheckFailed
 from coma.library_errors import first_line, load_packages
 from coma.runtimes.base import check_inputs
@@ -44,7 +45,7 @@ when both ran in turns on two cores."""
 class OnnxRuntime:
     """Runs an ONNX file with ONNX Runtime.
 
-    On a GPU, inputs and outputs stay there (IO binding).
+    On a GPU, inputs and outputs stay there (IO binding); it is the current device of PyTorch.
 
     Args:
         path: The file, or its content. bf16 runs on a CPU only as an emulation (`onnx_file.EMULATED`).
@@ -81,7 +82,7 @@ class OnnxRuntime:
         self.title = f"ONNX Runtime {_library().__version__}, {provider}"
         if emulated:
             self.title += f", {emulated} emulated"
-        self._device = torch.device("cpu" if provider == "cpu" else "cuda")
+        self._device = torch.device("cpu") if provider == "cpu" else torch.device("cuda", current_gpu())
         ours = [each.name for each in self.spec.outputs]
         self._outputs = [out.name for out in self._session.get_outputs()] if extra_outputs else ours
 
@@ -98,14 +99,15 @@ class OnnxRuntime:
         return dict(zip(self._outputs, map(torch.from_numpy, outputs), strict=True))
 
     def _run_bound(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        torch.cuda.current_stream().synchronize()
+        torch.cuda.current_stream(self._device).synchronize()
+        gpu = self._device.index
         with _refusing(inputs):
             binding = self._session.io_binding()
             for name, each in inputs.items():
                 kind = np.dtype(str(each.dtype).removeprefix("torch.")).type
-                binding.bind_input(name, "cuda", 0, kind, tuple(each.shape), each.data_ptr())
+                binding.bind_input(name, "cuda", gpu, kind, tuple(each.shape), each.data_ptr())
             for name in self._outputs:
-                binding.bind_output(name, "cuda", 0)
+                binding.bind_output(name, "cuda", gpu)
             self._session.run_with_iobinding(binding)
         return {
             name: torch.from_dlpack(value._ortvalue)
@@ -168,7 +170,7 @@ def _open(
         options.add_session_config_entry(ORT_WEIGHTS_FOLDER, str(folder))
     if fp8_products:
         options.add_session_config_entry(*ORT_FP8_ENTRY)
-    names = [wanted]
+    names, place = [wanted], {} if provider == "cpu" else {"device_id": str(current_gpu())}
     if provider == "tensorrt":
         names.append(_PROVIDERS["cuda"])
         with suppress(BadInput):  # loads the libraries that pip installed
@@ -177,7 +179,7 @@ def _open(
         session = library.InferenceSession(
             str(path) if isinstance(path, Path) else path,
             options,
-            providers=[(each, _STRICT.get(each, dict(own_options or {}))) for each in names],
+            providers=[(each, _STRICT.get(each, dict(own_options or {})) | place) for each in names],
         )
     except Exception as error:
         raise CheckFailed(f"{name}: ONNX Runtime cannot load it: {first_line(error)}") from None

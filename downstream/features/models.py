@@ -243,10 +243,9 @@ def _timm_features(request: FeatureRequest, model: Any, device: torch.device) ->
 
 
 def _torch_device(name: DeviceName) -> torch.device:
-    from coma.devices import pick_device
+    from coma.devices import current_gpu, pick_device
 
-    device = pick_device(name)
-    return device if device.type == "cuda" else torch.device("cpu")
+    return torch.device("cuda", current_gpu()) if pick_device(name).type == "cuda" else torch.device("cpu")
 
 
 def _probed(

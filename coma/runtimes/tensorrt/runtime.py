@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coma.devices import current_gpu
 from coma.errors import BadInput, CheckFailed
 from coma.library_errors import library_errors
 from coma.runtimes.base import DTYPES, check_inputs
@@ -37,7 +38,7 @@ class TensorRTRuntime:
 
     Args:
         path: The engine, with its sidecar beside it. Opening an engine runs code that it contains.
-        device: "cuda" or "cuda:1".
+        device: "cuda", which is the current device of PyTorch, or "cuda:1".
         cuda_graphs: Whether to record a CUDA graph per shape and replay it, which is faster for small
             batches; the last four shapes are kept.
 
@@ -50,7 +51,7 @@ class TensorRTRuntime:
         self.device = torch.device(device)
         if self.device.type != "cuda":
             raise BadInput(f"TensorRT runs on NVIDIA GPUs only, not on {device}; use ONNX Runtime instead")
-        index = self.device.index or 0
+        index = current_gpu() if self.device.index is None else self.device.index
         sidecar = read_sidecar(path)
         gpu, _ = require_gpu(index)
         if not torch.cuda.is_available():

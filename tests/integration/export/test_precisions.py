@@ -327,15 +327,16 @@ def fake(monkeypatch) -> Fake:
 
 def test_fp32_is_not_multiplied_with_fewer_bits_on_a_gpu(made, fake):
     OnnxRuntime(made / "classifier.onnx", "cuda")
-    assert fake.asked == [(PROVIDERS["cuda"], {"use_tf32": "0"})]
+    assert fake.asked == [(PROVIDERS["cuda"], {"use_tf32": "0", "device_id": "0"})]
 
 
 def test_tensorrts_libraries_are_loaded_before_its_provider(made, fake, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fake.used = PROVIDERS["tensorrt"]
     OnnxRuntime((made / "classifier.onnx").read_bytes(), "tensorrt")
-    strict = (PROVIDERS["cuda"], {"use_tf32": "0"})
-    assert fake.asked == ["tensorrt", (PROVIDERS["tensorrt"], {}), strict] and not list(tmp_path.iterdir())
+    strict = (PROVIDERS["cuda"], {"use_tf32": "0", "device_id": "0"})
+    assert fake.asked == ["tensorrt", (PROVIDERS["tensorrt"], {"device_id": "0"}), strict]
+    assert not list(tmp_path.iterdir())
     fake.used = PROVIDERS["cuda"]
     with pytest.raises(BadInput, match=r"fell back to CUDA.*the libraries of TensorRT 10 were not found"):
         OnnxRuntime(made / "classifier.onnx", "tensorrt")
@@ -357,7 +358,7 @@ def test_tensorrts_provider_is_told_the_shapes_in_the_manifest(run_folder, fake,
         record.write_text(json.dumps(manifest))
         open_runtime(file, "tensorrt")
         assert asked.pop() == (file, parse_shapes(read, 3))
-        assert (PROVIDERS["tensorrt"], {"some": "1"}) in fake.asked
+        assert (PROVIDERS["tensorrt"], {"some": "1", "device_id": "0"}) in fake.asked
     for listed in ([], ["1 x 48"], ["4 x 48 x 48", "1 x 48 x 48"]):
         manifest["files"][0]["shapes"] = listed
         record.write_text(json.dumps(manifest))
@@ -388,7 +389,7 @@ def test_failures_on_a_gpu_are_told_as_those_on_a_cpu_are(made, monkeypatch):
     binding = SimpleNamespace(bind_input=lambda *_: None, bind_output=lambda *_: None)
     session = SimpleNamespace(run=fail, run_with_iobinding=fail, io_binding=lambda: binding)
     monkeypatch.setattr(runtime, "_session", session)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(synchronize=lambda: None))
     images = torch.zeros(1, 3, 48, 48)
     for run in (runtime, lambda images: runtime._run_bound({"images": images})):
         with pytest.raises(BadInput, match=r"could not run images \[1, 3, 48, 48\]: out of memory$"):
