@@ -25,7 +25,7 @@ from importlib import metadata
 from typing import TextIO
 
 import coma
-from coma.errors import ComaError, Interrupted
+from coma.errors import ComaError, Interrupted, is_out_of_gpu_memory
 from coma.rooms import DISTRIBUTION, entry_points, load
 
 GROUP = "coma.commands"
@@ -94,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _unexpected(error: Exception) -> int:
     """Report an error that nobody raised on purpose: of the machine, of a path, or a fault of ours."""
     text = str(error)
-    if isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())):
-        what = text.partition(" Of the allocated memory")[0]
+    if is_out_of_gpu_memory(error):
+        what = text.partition(" Of the allocated memory")[0].partition("\n")[0]
         way_out = "Try a smaller --batch-size or --micro-batch, end what else runs there, or --device cpu"
         return _fail(f"{what} {way_out}", 2)
     if isinstance(error, MemoryError) or "can't allocate memory" in text:

@@ -10,6 +10,10 @@
 Only `coma.cli` turns these into exit codes; library code raises them and never exits.
 """
 
+from __future__ import annotations
+
+import sys
+
 
 class ComaError(Exception):
     """Base of every error this toolkit raises on purpose."""
@@ -39,3 +43,14 @@ class Interrupted(ComaError):
     """The user asked to stop; the state was saved before this was raised."""
 
     exit_code = 130
+
+
+def is_out_of_gpu_memory(error: BaseException) -> bool:
+    """Returns whether a GPU's memory did not suffice: for torch itself, cuBLAS or cuDNN, or the driver.
+
+    The latter two raise a RuntimeError that only its text tells from others.
+    """
+    if isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())):
+        return True
+    signs = ("_ALLOC_FAILED", "CUDA error: out of memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -11,9 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-from coma.errors import BadInput, CheckFailed, ComaError
+from coma.errors import BadInput, CheckFailed, ComaError, is_out_of_gpu_memory
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _LONGEST = 300
@@ -36,9 +34,11 @@ def library_errors(attempt: str, kind: type[ComaError] = CheckFailed) -> Iterato
     """
     try:
         yield
-    except (ComaError, OSError, torch.OutOfMemoryError):
+    except (ComaError, OSError):
         raise
     except Exception as error:
+        if is_out_of_gpu_memory(error):
+            raise
         raise kind(f"{attempt}: {first_line(error)}") from error
 
 

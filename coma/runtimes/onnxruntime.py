@@ -30,8 +30,9 @@ _PROVIDERS: dict[Provider, str] = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-_STRICT = {"CUDAExecutionProvider": {"use_tf32": "0"}}
-"""Provider options: fp32 matrix multiplications without TF32, as in PyTorch."""
+_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}}
+"""Provider options: fp32 matrix multiplications without TF32, as in PyTorch; and no exhaustive search for
+the algorithms of convolutions, which would take place again for every size of image."""
 _LACKING = {
     "cuda": "no GPU, or CUDA and cuDNN of another version",
     "tensorrt": "no GPU, or the libraries of TensorRT 10 were not found (pip install 'tensorrt-cu13<11')",
@@ -179,7 +180,7 @@ def _open(
         session = library.InferenceSession(
             str(path) if isinstance(path, Path) else path,
             options,
-            providers=[(each, _STRICT.get(each, dict(own_options or {})) | place) for each in names],
+            providers=[(each, _OPTIONS.get(each, dict(own_options or {})) | place) for each in names],
         )
     except Exception as error:
         raise CheckFailed(f"{name}: ONNX Runtime cannot load it: {first_line(error)}") from None

@@ -14,9 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from coma.errors import BadInput, ComaError
+from coma.errors import BadInput, ComaError, is_out_of_gpu_memory
 
 log = logging.getLogger(__name__)
 BACKBONES = "mmpretrain"
@@ -90,9 +88,7 @@ def config_errors(path: Path, what: str) -> Iterator[None]:
     except ComaError:
         raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, torch.OutOfMemoryError) or (
-            isinstance(error, OSError) and error.errno == ENOSPC
-        ):
+        if is_out_of_gpu_memory(error) or (isinstance(error, OSError) and error.errno == ENOSPC):
             raise
         frames = [f for f in traceback.extract_tb(error.__traceback__) if _LIBRARY.search(f.filename)]
         where = f" at {_LIBRARY.split(frames[-1].filename)[-1]}:{frames[-1].lineno}" if frames else ""

@@ -30,7 +30,7 @@ from mmengine.utils import import_modules_from_strings
 
 import downstream.openmmlab  # noqa: F401 - before mmdet and mmseg
 from coma.atomic_io import seal, sync, write_text
-from coma.errors import BadInput, CheckFailed, ComaError, Interrupted
+from coma.errors import BadInput, CheckFailed, ComaError, Interrupted, is_out_of_gpu_memory
 from coma.memory import guarded
 from coma.progress import Progress
 from coma.signals import StopRequest
@@ -108,11 +108,11 @@ def train(
         try:
             with guarded(torch.device(device), lambda: SMALLER):
                 runner.train()
-        except torch.OutOfMemoryError as error:
-            raise BadInput(f"out of GPU memory; {SMALLER}") from error
         except ComaError as error:
             raise type(error)(worker_error(str(error))) from error
         except (OSError, RuntimeError, EOFError) as error:
+            if is_out_of_gpu_memory(error):
+                raise BadInput(f"out of GPU memory; {SMALLER}") from error
             if stop.asked and "DataLoader worker" in str(error):  # the signal may arrive within a step
                 last = latest_checkpoint(folder)
                 raise Interrupted(

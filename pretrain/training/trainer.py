@@ -17,7 +17,7 @@ import torch
 
 from coma.amp import choose_precision
 from coma.data import Batch
-from coma.errors import BadInput, CheckFailed, Interrupted
+from coma.errors import BadInput, CheckFailed, Interrupted, is_out_of_gpu_memory
 from coma.locks import lock_run
 from coma.memory import guarded
 from coma.objectives import Objective
@@ -374,7 +374,7 @@ def _smaller(micro_batch: int) -> str:
 
 def _raise_readable(error: RuntimeError, micro_batch: int) -> NoReturn:
     """Raises out-of-memory and compiler errors as `BadInput` that says what to do, and others as they are."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_gpu_memory(error):
         raise BadInput(
             f"out of GPU memory with {micro_batch} images per pass; try {_smaller(micro_batch)}"
         ) from error

@@ -220,6 +220,11 @@ def test_sharing_out():
             "with 4 images per pass; try --micro-batch 2, --grad-checkpointing",
         ),
         (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "out of GPU memory with 4 images per pass",
+        ),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors"), "out of GPU memory"),
+        (
             type("InvalidCxxCompiler", (RuntimeError,), {"__module__": "torch._inductor.exc"})(
                 "No C++ compiler"
             ),
