@@ -33,8 +33,9 @@ T = TypeVar("T")
 AGREED = "(every process stopped for this reason; process 0 reports it)"
 """Note on an error that all processes raise, so that one of them prints it."""
 
-_PATIENCE = timedelta(minutes=30)
-"""How long the other processes wait while process 0 measures the data or writes to a slow disk."""
+_PATIENCE = timedelta(hours=6)
+"""How long the other processes wait while process 0 measures the data, evaluates on all images, or writes to
+a slow disk. torchrun notices a process that has ended at once."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,9 @@ def processes(device: str) -> Iterator[Processes]:
     if own.type == "cuda":
         torch.cuda.set_device(own)
     backend = "nccl" if own.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE, device_id=own if own.type == "cuda" else None)
     group = Processes(own, rank, world)
     try:
+        dist.init_process_group(backend, timeout=_PATIENCE, device_id=own if own.type == "cuda" else None)
         yield group
     except ComaError as error:
         if AGREED in getattr(error, "__notes__", ()):
@@ -138,7 +139,7 @@ def processes(device: str) -> Iterator[Processes]:
     except RuntimeError as error:
         if not _lost_contact(error):
             raise
-        raise ComaError(f"{group.name()}: another process stopped; its own message says why") from error
+        raise ComaError(f"{group.name()}: {_reason(error)}") from error
     _leave()
 
 
@@ -158,6 +159,18 @@ def _leave(error: BaseException | None = None) -> None:
 def _lost_contact(error: RuntimeError) -> bool:
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+
+
+def _reason(error: RuntimeError) -> str:
+    """Returns why processes lost contact; NCCL tells all of them alike what it could not do."""
+    stopped = "another process stopped; its own message says why"
+    if not isinstance(error, dist.DistBackendError):
+        return stopped
+    said = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
+    return (
+        f"{stopped}. If none does: {said}; NCCL_DEBUG=INFO says more, and in Docker --ipc=host or "
+        "a larger --shm-size may help"
+    )
 
 
 def parallelize(objective: nn.Module, group: Processes, parallel: Literal["ddp", "fsdp"]) -> nn.Module:
