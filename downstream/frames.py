@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 """Suffixes of files that are read as videos."""
 
+_RATES = (0.1, 240.0)
+"""Lowest and highest rate of annotated videos, in frames per second."""
+
 
 def is_video(path: Path) -> bool:
     """Returns whether a file is read as a video, by its suffix."""
@@ -98,6 +101,18 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
         video.release()
 
 
+def writable_rate(rate: float) -> float:
+    """Returns the nearest frame rate that MP4 files take, or 25 if there is none.
+
+    MPEG-4 stores a fraction with a numerator of 16 bits, so high rates have fewer decimals; WebM files may
+    say that they have thousands of frames per second.
+    """
+    if not 0 < rate < float("inf"):
+        return 25.0
+    rate = min(max(rate, _RATES[0]), _RATES[1])
+    return round(rate, 3 if rate < 65 else 2)
+
+
 class VideoWriter:
     """Writes annotated frames to an MP4 file with the speed of the original.
 
@@ -110,22 +125,31 @@ class VideoWriter:
         import cv2
 
         video = cv2.VideoCapture(_opencv_path(source))
-        self._rate = video.get(cv2.CAP_PROP_FPS) or 25.0
+        self._rate = writable_rate(video.get(cv2.CAP_PROP_FPS))
         video.release()
         self.source, self._path, self._writer = source, path, None
+        self._size: tuple[int, int] | None = None
 
     def add(self, picture: np.ndarray) -> None:
         """Adds a frame, uint8 `[H, W, 3]` in RGB.
 
         Raises:
-            BadInput: OpenCV cannot write videos here, or the path is not in UTF-8.
+            BadInput: OpenCV cannot write videos here, the path is not in UTF-8, or the frame has another size
+                than the first one, which OpenCV would leave out in silence.
         """
         import cv2
 
+        height, width = picture.shape[:2]
+        if self._size not in (None, (width, height)):
+            first = "{} x {}".format(*self._size)
+            raise BadInput(
+                f"{self.source}: a frame has {width} x {height} px, the first one {first}; convert it"
+            )
+        self._size = width, height
         if self._writer is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             fourcc: Any = cv2.VideoWriter.fourcc(*"mp4v")
-            self._writer = cv2.VideoWriter(_opencv_path(self._path), fourcc, self._rate, picture.shape[1::-1])
+            self._writer = cv2.VideoWriter(_opencv_path(self._path), fourcc, self._rate, self._size)
             if not self._writer.isOpened():
                 raise BadInput(
                     f"{self._path}: OpenCV cannot write MP4 files here; install another build of it"

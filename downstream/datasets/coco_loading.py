@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +73,7 @@ def load_json(path: Path) -> Any:
     try:
         if path.stat().st_size > LARGEST_TABLE:
             raise BadInput(f"{path}: has more than {LARGEST_TABLE >> 30} GiB; split it")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
@@ -80,7 +81,10 @@ def load_json(path: Path) -> Any:
 
 
 def completed(title: str, annotations: Path, images: Path, content: Any) -> Loaded:
-    """Returns content whose objects without `area` or `iscrowd` have them."""
+    """Returns content whose objects without `area` or `iscrowd` have them.
+
+    It counts as changed also if the file begins with a byte order mark, which mmdet does not read.
+    """
     warnings = []
     listed = content.get("annotations") if isinstance(content, dict) else None
     counts = {"area": 0, "iscrowd": 0}
@@ -97,8 +101,10 @@ def completed(title: str, annotations: Path, images: Path, content: Any) -> Load
         if count:
             how = "computed from mask or box" if key == "area" else "taken as 0"
             warnings.append(f"objects without {key}, which was {how}: {count}")
+    with annotations.open("rb") as file:
+        marked = file.read(len(BOM_UTF8)) == BOM_UTF8
     report = ValidationReport(str(annotations))
-    return Loaded(title, annotations, images, content, bool(warnings), report, warnings)
+    return Loaded(title, annotations, images, content, bool(warnings) or marked, report, warnings)
 
 
 def _area(record: dict[str, Any]) -> float | None:

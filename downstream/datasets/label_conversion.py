@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from coma.errors import BadInput
 from coma.messages import counted
@@ -31,7 +31,7 @@ from downstream.datasets.formats.find import FORMATS as OTHERS
 from downstream.datasets.label_classes import HOW_TO_SAY, Classes, Colour, default_palette
 from downstream.datasets.label_layouts import Layout, Pairing, nothing_found, pair
 from downstream.datasets.mask_files import FORMATS, ClassMask, find_masks
-from downstream.datasets.masks import decode_runs, mask_error
+from downstream.datasets.masks import filled, mask_error
 from downstream.datasets.validation_report import Progress, ValidationReport, map_in_threads
 
 BACKGROUND = "background"
@@ -128,7 +128,7 @@ def convert(
     masks, pictures = find_masks(files)
     if masks:
         return _from_masks(pictures, split, classes, masks, folder, progress)
-    return _from_polygons(data, split, classes, folder)
+    return _from_polygons(data, split, classes, folder, progress)
 
 
 def _from_masks(
@@ -343,7 +343,9 @@ def _with_background(classes: Classes | None, names: list[str]) -> Classes:
     return Classes(ordered, ((0, 0, 0), *default_palette(len(ordered) - 1)))
 
 
-def _from_polygons(data: Path, split: Split, classes: Classes | None, folder: Path) -> Converted:
+def _from_polygons(
+    data: Path, split: Split, classes: Classes | None, folder: Path, progress: Progress | None
+) -> Converted:
     try:
         loaded = load_split(data, split)
     except NoLabels:
@@ -375,23 +377,18 @@ def _from_polygons(data: Path, split: Split, classes: Classes | None, folder: Pa
     if not listed.images:
         raise BadInput(f"{loaded.source}: there is no image")
     maps = _Maps(folder, split, loaded.images, [image["file_name"] for image in listed.images])
-    for image in listed.images:
-        label = np.full((image["height"], image["width"]), _rest(classes), np.int64)
+    kind = np.uint8 if max(len(classes.names), classes.ignore_index + 1) <= 256 else np.uint16
+
+    def draw(image: dict[str, Any]) -> None:
+        label = np.full((image["height"], image["width"]), _rest(classes), kind)
         for record in sorted(of_image[image["id"]], key=lambda each: -each["area"]):
             number = classes.names.index(names[record["category_id"]])
             label[filled(record["segmentation"], *label.shape)] = (
                 classes.ignore_index if record["iscrowd"] else number
             )
-        if image["file_name"].endswith(maps.suffix):
-            maps.write(image["file_name"], label)
+        maps.write(image["file_name"], label)
+
+    written = [image for image in listed.images if image["file_name"].endswith(maps.suffix)]
+    for _ in map_in_threads(draw, written, progress):
+        pass
     return maps.close(f"polygons of {loaded.title}", classes, warnings)
-
-
-def filled(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Returns the mask, bool `[height, width]`, of polygons or run lengths of an object."""
-    if isinstance(segmentation, dict):
-        return decode_runs(segmentation)
-    picture = Image.new("1", (width, height))
-    for polygon in segmentation:
-        ImageDraw.Draw(picture).polygon(polygon, fill=1, outline=1)
-    return np.asarray(picture)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 
 def mask_error(segmentation: Any, width: int, height: int) -> str:
@@ -102,3 +103,13 @@ def mask_area(runs: dict[str, Any]) -> int:
     """Returns the number of pixels of a mask in run lengths, numbers or text, without decoding the mask."""
     counts = runs["counts"]
     return sum((decode_run_lengths(counts) if isinstance(counts, str) else counts)[1::2])
+
+
+def filled(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """Returns the mask, bool `[height, width]`, of polygons or run lengths of an object."""
+    if isinstance(segmentation, dict):
+        return decode_runs(segmentation)
+    picture = Image.new("1", (width, height))
+    for polygon in segmentation:
+        ImageDraw.Draw(picture).polygon(polygon, fill=1, outline=1)
+    return np.asarray(picture)

@@ -82,8 +82,8 @@ def default_crop(train: LabelSplit, unit: int, resize: int | None) -> ImageSize:
     It is rounded down to a multiple of the mask unit `unit`; images that are smaller are padded.
     """
     if resize is None:
-        files = sorted(train.images.rglob(f"*{train.image_suffix}"))
-        headers = [read_header(path) for path in files[:: max(len(files) // _HEADERS, 1)][:_HEADERS]]
+        stems = train.stems[:: max(len(train.stems) // _HEADERS, 1)][:_HEADERS]
+        headers = [read_header(train.images / f"{stem}{train.image_suffix}") for stem in stems]
         sides = [min(header.shown) for header in headers if isinstance(header, Header)]
         resize = int(np.median(sides)) if sides else _LARGEST_CROP
     return ImageSize.of(max(min(resize, _LARGEST_CROP) // unit, 1) * unit)

@@ -114,7 +114,10 @@ def test_crops_are_as_large_as_the_images(tmp_path):
 
     for number, size in enumerate([(120, 96), (150, 99), (90, 400)]):
         Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8)).save(tmp_path / f"{number}.png")
-    split: Any = SimpleNamespace(images=tmp_path, image_suffix=".png")
+    (tmp_path / "masks").mkdir()
+    for number in range(9):  # not of this split
+        Image.new("L", (32, 32)).save(tmp_path / "masks" / f"{number}.png")
+    split: Any = SimpleNamespace(images=tmp_path, image_suffix=".png", stems=("0", "1", "2"))
     assert segmentation.default_crop(split, 16, None) == (96, 96)
     assert segmentation.default_crop(split, 64, None) == (64, 64)
     assert segmentation.default_crop(split, 14, 1000) == (504, 504)

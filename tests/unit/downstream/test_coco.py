@@ -5,16 +5,19 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from dataset_files import Content, coco, refusal, save, write
 from pycocotools import mask as coco_masks
+from pycocotools.coco import COCO
 
 from downstream.datasets import check_same_classes, open_coco, read_coco
 from downstream.datasets.masks import decode_run_lengths, mask_error
 from downstream.datasets.validation_report import map_in_threads
+from downstream.prediction_files import read_image_ids
 
 
 @pytest.fixture
@@ -37,7 +40,7 @@ def test_a_clean_split_passes(data):
     ("text", "reason"),
     [
         ("{", "not a JSON file"),
-        ("\ufeff{}", "not a JSON file"),  # pycocotools does not read it either
+        ("\ufeff{}", "no list 'images'"),
         ("[]", "top level is a list"),
         ('{"images": {}, "annotations": [], "categories": []}', "no list 'images'"),
         ('{"images": [], "annotations": [], "categories": []}', "there is no image"),
@@ -48,6 +51,17 @@ def test_files_that_are_no_coco_file(data, text, reason):
     write(data / "annotations" / "train.json", text)
     said = refusal(lambda: open_coco(data, "train"))
     assert "train.json" in said and reason in said
+
+
+def test_a_byte_order_mark_is_left_out_of_what_others_read(data, tmp_path):
+    path = data / "annotations" / "train.json"
+    plain = open_coco(data, "train")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    split = open_coco(data, "train", converted=tmp_path / "run")
+    assert split.annotations == tmp_path / "run" / "train.json"
+    assert replace(split, annotations=path) == plain
+    assert COCO(str(split.annotations)).getImgIds() == [1, 2]
+    assert read_image_ids(path) == {"1.jpg": 1, "2.jpg": 2}
 
 
 FAULTS = [

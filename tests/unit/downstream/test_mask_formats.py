@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import label_files
 import numpy as np
@@ -13,7 +15,7 @@ from dataset_files import refusal
 from downstream_data import coco, labelled
 from PIL import Image
 
-from downstream.datasets import LabelSplit, label_conversion, open_labels
+from downstream.datasets import LabelSplit, label_conversion, masks, open_labels
 
 NAMES = ["ground", "square", "disc"]
 PALETTE = [[0, 0, 0], [200, 0, 0], [0, 9, 255]]
@@ -196,6 +198,22 @@ def test_polygons_of_every_format_are_filled(tmp_path, write_labels):
             assert (values[y : y + h, x : x + w] == split.class_names.index(name)).all()
             outside[y : y + h + 1, x : x + w + 1] = False
         assert not values[outside].any()
+
+
+def test_polygons_are_filled_in_several_threads_with_progress(tmp_path, monkeypatch):
+    data = coco(tmp_path / "coco", train=3, val=1)
+    told, threads = [], []
+
+    def filled(*arguments: Any) -> np.ndarray:
+        threads.append(threading.current_thread())
+        return masks.filled(*arguments)
+
+    monkeypatch.setattr(label_conversion, "filled", filled)
+    found = label_conversion.convert(
+        data, "train", None, tmp_path / "maps", lambda done, total: told.append((done, total))
+    )
+    assert told == [(3, 3)] and len(threads) == 6 and threading.main_thread() not in threads
+    assert found.pairing.stems == ["1", "2", "3"]
 
 
 def test_small_objects_lie_over_large_ones_and_crowds_are_ignored(tmp_path):
