@@ -97,7 +97,7 @@ def _unexpected(error: Exception) -> int:
     if is_out_of_gpu_memory(error):
         what = text.partition(" Of the allocated memory")[0].partition("\n")[0]
         way_out = "Try a smaller --batch-size or --micro-batch, end what else runs there, or --device cpu"
-        return _fail(f"{what} {way_out}", 2)
+        return _fail(f"{what.rstrip('.')}. {way_out}", 2)
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return _fail("not enough memory; try a smaller --batch-size, --image-size or model", 2)
     if isinstance(error, OSError) and error.errno in OUTSIDE:

@@ -76,9 +76,7 @@ def detect(runtime: Runtime, pixels: np.ndarray, names: tuple[str, ...], score: 
     return objects
 
 
-def describe_objects(
-    objects: Sequence[Detection], scale: tuple[float, float] = (1.0, 1.0)
-) -> list[dict[str, Any]]:
+def describe_objects(objects: Sequence[Detection], scale: tuple[float, float]) -> list[dict[str, Any]]:
     """Returns class, score and box of every object, for programs.
 
     Args:

@@ -50,7 +50,7 @@ def predict_frame(
     form: GraphKind,
     frame: np.ndarray,
     score: float,
-    scale: tuple[float, float] = (1.0, 1.0),
+    scale: tuple[float, float],
 ) -> FramePrediction:
     """Predicts on a frame.
 

@@ -20,8 +20,8 @@ from coma.fonts import load_fonts
 from coma.messages import abridged, counted
 from downstream.datasets.coco import CocoSplit
 from downstream.datasets.label_classes import Colour, default_palette
-from downstream.datasets.label_conversion import filled
 from downstream.datasets.labels import LabelSplit
+from downstream.datasets.masks import filled
 from downstream.draw import draw_boxes, draw_masks
 from downstream.search.pictures import Album, picture_of
 

@@ -23,7 +23,7 @@ class PlacedMask(NamedTuple):
     pixels: np.ndarray
 
     def moved(self, left: int, top: int) -> PlacedMask:
-        """Returns the mask so many columns and rows further."""
+        """Returns the mask moved `left` columns to the right and `top` rows down."""
         return PlacedMask(self.left + left, self.top + top, self.pixels)
 
     def whole(self, height: int, width: int) -> np.ndarray:

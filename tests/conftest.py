@@ -33,7 +33,7 @@ def pytest_runtest_setup() -> None:
 
 @pytest.fixture(autouse=True)
 def no_scope_of_mmengine() -> None:
-    """Every test begins without the default scope that a run of another one left, which registries ask."""
+    """Every test begins without a default scope of mmengine, even after another test has set one."""
     if registry := sys.modules.get("mmengine.registry"):
         registry.DefaultScope._instance_dict.clear()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from coma.errors import BadImage
 
 _JPEG, _JPEG_2000 = b"\xff\xd8", b"\xff\x4f\xff\x51"
-_PNG = b"\x89PNG\r\n\x1a\n"
+PNG = b"\x89PNG\r\n\x1a\n"
 _BOXED_JPEG_2000 = b"\0\0\0\x0cjP  "
 _FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0), 0xF7)
 """Second bytes of the markers that begin a frame: ITU-T T.81, table B.1; T.87 (JPEG-LS), table C.1."""
@@ -21,7 +21,7 @@ def codestream_size(data: bytes) -> tuple[int, int] | None:
     if data.startswith(_JPEG_2000):  # ITU-T T.800, A.5.1: the size and offset of the reference grid
         columns, rows, left, top = (int.from_bytes(data[at : at + 4]) for at in (8, 12, 16, 20))
         return rows - top, columns - left
-    if data.startswith(_PNG):
+    if data.startswith(PNG):
         return int.from_bytes(data[20:24]), int.from_bytes(data[16:20])
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return _webp_size(data)

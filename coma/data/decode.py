@@ -19,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from coma.data.codestreams import PNG
 from coma.data.decode_arrays import decode_npy, decode_png16
 from coma.data.decode_dicom import DICOM_EXTENSIONS, INSTALL_DICOM, PREAMBLE, decode_dicom
 from coma.data.decode_tiff import decode_tiff
@@ -44,7 +45,6 @@ _ANIMATED = ("PNG", "WEBP", "AVIF", "GIF")
 _LARGEST = 1e37
 """Larger floats are missing values: nodata is usually about -3.4e38, the smallest float."""
 _JPEG = b"\xff\xd8\xff"
-_PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NPY = b"\x93NUMPY"
@@ -110,7 +110,7 @@ def image_size(file: BinaryIO) -> tuple[int, int]:
         Exception: It is not such an image: see `naming_errors`.
     """
     head = file.read(HEAD)
-    late = head.startswith(_PNG) and _metadata_follow_pixels(file)
+    late = head.startswith(PNG) and _metadata_follow_pixels(file)
     file.seek(0)
     with _open(head, file) as image:
         check_size(*image.size, 3)
@@ -124,7 +124,7 @@ def image_size(file: BinaryIO) -> tuple[int, int]:
 
 def _metadata_follow_pixels(png: BinaryIO) -> bool:
     """Returns whether a PNG has chunks behind its pixels that may hold its orientation."""
-    png.seek(len(_PNG))
+    png.seek(len(PNG))
     pixels = False
     while len(head := png.read(8)) == 8:  # length and type of a chunk; its content and a checksum follow
         kind = head[4:]
@@ -164,7 +164,7 @@ def fill_missing(image: DecodedImage) -> DecodedImage:
 
 def looks_like_image(head: bytes) -> bool:
     """Returns whether a file with these first `HEAD` bytes is in a supported format."""
-    if is_tiff(head) or is_npy(head) or head.startswith((_JPEG, _PNG, *_GIF)):
+    if is_tiff(head) or is_npy(head) or head.startswith((_JPEG, PNG, *_GIF)):
         return True
     if head.startswith(b"RIFF"):
         return head[8:12] == b"WEBP"
@@ -211,7 +211,7 @@ def decode_content(data: bytes, min_side: MinSide = 0, *, first_frame: bool = Fa
         return decode_npy(data)
     if is_tiff(data):
         return decode_tiff(data) or _decode_with_pillow(data, min_side, first_frame)
-    if data.startswith(_PNG) and data[24:25] == b"\x10":  # bit depth 16
+    if data.startswith(PNG) and data[24:25] == b"\x10":  # bit depth 16
         check_size(int.from_bytes(data[16:20]), int.from_bytes(data[20:24]), 3)
         with Image.open(io.BytesIO(data), formats=("PNG",)) as header:
             orientation = _orientation(header)

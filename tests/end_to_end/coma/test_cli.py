@@ -58,6 +58,8 @@ def run(argv):
 
             needed = "CUDA out of memory. Tried to allocate 2.00 GiB."
             raise torch.OutOfMemoryError(f"{needed} Of the allocated memory 1.00 GiB is PyTorch's.")
+        case ["cublas"]:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
         case ["import", name]:
             __import__(name)
 '''
@@ -172,6 +174,8 @@ def test_a_full_gpu_is_no_bug(room, capsys):
     shown = capsys.readouterr().err
     assert shown.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB. Try a smaller --batch-")
     assert shown.count("\n") == 1
+    assert cli.main(["greet", "cublas"]) == 2
+    assert "when calling `cublasCreate(handle)`. Try a smaller --batch-" in capsys.readouterr().err
     assert cli.main(["--traceback", "greet", "gpu"]) == 2
     assert "Traceback" in capsys.readouterr().err
 

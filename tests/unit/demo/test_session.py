@@ -1,4 +1,4 @@
-"""Names of the files that the page gives."""
+"""Files that visitors download have short names with letters of every script."""
 
 import pytest
 

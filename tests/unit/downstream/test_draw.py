@@ -1,4 +1,4 @@
-"""What is drawn on pictures."""
+"""Masks are drawn on pictures one by one, in their colours, the first one on top."""
 
 import numpy as np
 import pytest

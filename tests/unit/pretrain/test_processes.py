@@ -1,4 +1,4 @@
-"""What processes say when they cannot reach each other."""
+"""Processes that cannot reach each other say why."""
 
 import pytest
 import torch.distributed as dist
@@ -8,7 +8,7 @@ from pretrain.training.distributed import processes
 
 
 def test_what_nccl_could_not_do_is_named(monkeypatch):
-    """All processes meet it, so that none of the others says why."""
+    """All processes fail alike, so no other message says why."""
 
     def fail(*_, **__):
         raise dist.DistBackendError(
